@@ -41,6 +41,7 @@ from tidegate.prices.rates import (
     micros_of,
     provider_of,
 )
+from tidegate.settings import Config
 
 _MODELS_KEPT = 1_000
 _HOUR_S, _DAY_HOURS = 3_600, 24
@@ -413,6 +414,14 @@ class TierTimes:
     batch_ms: float = 86_400_000.0
     cancel_ms: float = 600_000.0
     flex_ms: float = 900_000.0
+
+    @classmethod
+    def of(cls, config: Config) -> TierTimes:
+        return cls(
+            float(config.provider_batch_window_ms),
+            float(config.provider_batch_cancel_ms),
+            float(config.flex_within_ms),
+        )
 
 
 @dataclass(frozen=True, slots=True)

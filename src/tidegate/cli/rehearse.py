@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from tidegate.policy.deployment import Upstream
     from tidegate.policy.inspection import Control
     from tidegate.prices.budgets import Budget
+    from tidegate.rehearse.budgets import TierTerms
     from tidegate.rehearse.load import Arrival, Usual
     from tidegate.rehearse.report import Findings
     from tidegate.settings import Config
@@ -68,6 +70,15 @@ RoundTrip = Annotated[float, typer.Option(min=0.01, max=1000, help="Of one quest
 HoldMs = Annotated[
     float, typer.Option(min=0, help="How much longer than it is open a call holds its permit.")
 ]
+FlexTimes = Annotated[
+    float, typer.Option(min=0.1, max=1000, help="So many times as long a job takes in flex.")
+]
+FlexRefused = Annotated[
+    float, typer.Option(min=0, max=1, help="The part of calls that flex has no capacity for.")
+]
+BatchTime = Annotated[
+    str, typer.Option(help="After which a provider's batch ends, such as 30m.", metavar="SPAN")
+]
 TokensPerSecond = Annotated[float, typer.Option(min=0.1, help="For traces that know no durations.")]
 TraceFile = Annotated[
     Path | None, typer.Option(help="Write the calls that were played there, as CSV.")
@@ -86,6 +97,9 @@ def rehearse(
     seed: Annotated[int, typer.Option(help="Of the chance in a load, and in plays.")] = 1,
     round_trip_ms: RoundTrip = 0.6,
     hold_ms: HoldMs = 1.0,
+    flex_times: FlexTimes = 2.0,
+    flex_refused: FlexRefused = 0.0,
+    batch_time: BatchTime = "1h",
     tokens_per_second: TokensPerSecond = 150.0,
     first_token_ms: Annotated[float, typer.Option(min=0, help="Likewise.")] = 400.0,
     svg: Annotated[Path | None, typer.Option(help="Write the picture there.")] = None,
@@ -111,29 +125,50 @@ def rehearse(
     usual = Usual({kind: config.model_for(kind) for kind in config.rate_limits}, pace)
     upstream = _upstream_in(config, pool)
     cost = cost_at(upstream)
-    drawn, budgets, starts_at = _arrivals(config, load, from_record, usual, seed, pool)
+    terms = _terms(config, upstream, flex_times, flex_refused, batch_time)
+    drawn, budgets, starts_at = _arrivals(config, load, from_record, usual, terms, seed, pool)
     if in_force:
         budgets = _budgets_in_force(config)
     arrivals = priced(multiplied(drawn, times, seed), cost)
     kept = _policy(config, policy, in_force=in_force, pool=pool)
     preempt = None if upstream is None else upstream.preempt
     made = variants(kept, budgets, preempt, _changes(set_))
-    setting = Setting(
-        processes=processes,
-        round_trip_ms=round_trip_ms,
-        hold_ms=hold_ms,
-        kinds_optional=pool != DEFAULT_POOL,
-        starts_at=starts_at,
-        cost=cost,
-    )
+    is_further = pool != DEFAULT_POOL
+    setting = Setting(processes, round_trip_ms, hold_ms, is_further, starts_at, cost, tiers=terms)
     if trace is not None:
         _write(trace, write_trace(arrivals))
     found = made.compare(arrivals, setting, plays=plays, seed=seed)
     _tell(found, svg, html, json=json)
 
 
+def _terms(
+    config: Config,
+    upstream: Upstream | None,
+    flex_times: float,
+    flex_refused: float,
+    batch_time: str,
+) -> TierTerms:
+    """What processing tiers are like. Raises ConfigError for a time that is none."""
+    from tidegate.admission.charges import TierTimes
+    from tidegate.rehearse import terms_at
+    from tidegate.rehearse.load import span_ms
+
+    return replace(
+        terms_at(upstream, TierTimes.of(config)),
+        flex_times=flex_times,
+        flex_refused=flex_refused,
+        batch_ms=span_ms("--batch-time", batch_time),
+    )
+
+
 def _arrivals(
-    config: Config, load: str | None, from_record: str | None, usual: Usual, seed: int, pool: str
+    config: Config,
+    load: str | None,
+    from_record: str | None,
+    usual: Usual,
+    terms: TierTerms,
+    seed: int,
+    pool: str,
 ) -> tuple[list[Arrival], tuple[Budget, ...], datetime]:
     """The load, the budgets that come with it, and when it begins: those of the record with the
     budgets of the deployment."""
@@ -149,7 +184,7 @@ def _arrivals(
         raise ConfigError("rehearse", None, "needs either a file or --from-record")
     if from_record is not None:
         span = record_span("--from-record", from_record, datetime.now(UTC))
-        found, since = _from_record(config, from_record, span, usual, pool)
+        found, since = _from_record(config, from_record, span, usual, terms, pool)
         return found, _budgets_in_force(config), since
     assert load is not None
     text = _read(load)
@@ -184,13 +219,20 @@ def _upstream_in(config: Config, pool: str) -> Upstream | None:
 
 
 def _from_record(
-    config: Config, said: str, span: tuple[datetime, datetime], usual: Usual, pool: str
+    config: Config,
+    said: str,
+    span: tuple[datetime, datetime],
+    usual: Usual,
+    terms: TierTerms,
+    pool: str,
 ) -> tuple[list[Arrival], datetime]:
     """The calls, and when the first of them was submitted."""
     from tidegate.rehearse import recorded_load
     from tidegate.supervisor.services import with_record
 
-    load = with_record(config, lambda connections: recorded_load(connections, pool, span, usual))
+    load = with_record(
+        config, lambda connections: recorded_load(connections, pool, span, usual, terms)
+    )
     if load is None:
         raise ConfigError("--from-record", said, f"no call of pool {pool} is on record then")
     return load.arrivals, load.since

@@ -73,11 +73,7 @@ class TierOffers:
         self._lane_of = lane_of
         self._takes = takes
         self._usual_batches = usual_batches
-        self._times = TierTimes(
-            float(config.provider_batch_window_ms),
-            float(config.provider_batch_cancel_ms),
-            float(config.flex_within_ms),
-        )
+        self._times = TierTimes.of(config)
         self._seen: dict[Kind, SeenCalls] = {kind: SeenCalls() for kind in Kind}
         self.flex = FlexCalls(clock)
         self._clock = clock

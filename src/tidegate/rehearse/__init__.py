@@ -12,7 +12,7 @@ import asyncio
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,13 +21,16 @@ import orjson
 from tidegate.errors import ConfigError, QuotaExceeded, StoreUnavailable
 
 if TYPE_CHECKING:
+    from tidegate.admission.charges import TierTimes
     from tidegate.limiter import PoolPolicy
     from tidegate.policy.deployment import Preempt, Upstream
     from tidegate.prices.budgets import Budget
+    from tidegate.rehearse.budgets import TierTerms
     from tidegate.rehearse.load import Arrival, Usual
     from tidegate.rehearse.report import Findings
     from tidegate.rehearse.simulation import Setting
     from tidegate.store.database import Connections
+    from tidegate.store.statistics import PastCall
 
 AS_IT_IS = "as it is"
 _PREEMPT = "preempt"
@@ -46,10 +49,22 @@ class ChartCurve:
 
 
 @dataclass(frozen=True, slots=True)
+class TierCase:
+    """The jobs made in a processing tier, those of them that were answered after they were due, and
+    what they cost."""
+
+    tier: str
+    jobs: int
+    late: int
+    cost_micros: int
+
+
+@dataclass(frozen=True, slots=True)
 class RehearsedCase:
     """One policy for a page: its figures, and its curves at `at_ms` from the first arrival.
     `waiting` has calls by tenant, `used` parts of limits, as a Drawing. `refused`: reason -> how
-    many. `gave_way`: how often calls gave way to calls of a higher band."""
+    many. `gave_way`: how often calls gave way to calls of a higher band. `tiers`: of the jobs that
+    were allowed some."""
 
     name: str
     queued: int
@@ -61,6 +76,7 @@ class RehearsedCase:
     waiting: list[ChartCurve]
     used: list[ChartCurve]
     gave_way: int = 0
+    tiers: list[TierCase] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +132,11 @@ async def recorded_load(
     pool: str,
     span: tuple[datetime, datetime],
     usual: Usual,
+    terms: TierTerms,
     most: int | None = None,
 ) -> RecordedLoad | None:
-    """The calls of a pool that were submitted in a span; None where there is none.
+    """The calls of a pool that were submitted in a span; None where there is none. Jobs that were
+    made in a cheaper tier are as `terms` has them in the usual one.
 
     Raises StoreUnavailable, and ConfigError naming `record` where there are more than `most`.
     """
@@ -134,28 +152,54 @@ async def recorded_load(
         allowed = f"must have at most {most:,} calls: choose fewer hours, or run the command"
         raise ConfigError("record", f"(more than {most:,} calls)", allowed)
     since = calls[0].submitted_at
-    rows: list[dict[str, Any]] = [
-        {
-            "time_ms": (call.submitted_at - since).total_seconds() * 1000,
-            "tenant": call.tenant_id,
-            "kind": call.kind,
-            "model": call.model,
-            "duration_ms": call.upstream_ms,
-            "input_tokens": call.input_tokens,
-            "output_tokens": call.output_tokens,
-            "images": call.images,
-            "priority": call.priority,
-            "cached_tokens": call.cached_tokens,
-            "cache_write_tokens": call.cache_write_tokens,
-            "cost_usd": call.cost_micros / 1_000_000,
-            "key": call.key_id,
-            "subject": call.subject,
-            "gives_way": call.gives_way,
-        }
-        for call in calls
-    ]
+    rows = [_row_of(call, since, terms) for call in calls]
     arrivals = from_zero(usual.arrival("the record", row) for row in rows)
-    return RecordedLoad(arrivals, since, [(call.tenant_id, call.waited_ms) for call in calls])
+    waits_ms = [(call.tenant_id, call.waited_ms) for call in calls if call.tier != "batch"]
+    return RecordedLoad(arrivals, since, waits_ms)
+
+
+def _row_of(call: PastCall, since: datetime, terms: TierTerms) -> dict[str, Any]:
+    """A call on record as one of a trace, which are of the usual tier. How long one would have been
+    open that was in a provider's batch follows from its tokens."""
+    from tidegate.call import Tier
+    from tidegate.rehearse.load import MOST_MS
+
+    row: dict[str, Any] = {
+        "time_ms": (call.submitted_at - since).total_seconds() * 1000,
+        "tenant": call.tenant_id,
+        "kind": call.kind,
+        "model": call.model,
+        "duration_ms": call.upstream_ms,
+        "input_tokens": call.input_tokens,
+        "output_tokens": call.output_tokens,
+        "images": call.images,
+        "priority": call.priority,
+        "cached_tokens": call.cached_tokens,
+        "cache_write_tokens": call.cache_write_tokens,
+        "cost_usd": call.cost_micros / 1_000_000,
+        "key": call.key_id,
+        "subject": call.subject,
+        "gives_way": call.gives_way,
+    }
+    tiers = {*(call.tiers or ()), *([call.tier] if call.tier else ())} & {*Tier}
+    if tiers - {Tier.LIVE}:
+        row["tiers"] = sorted(tiers)
+        if call.due_ms is not None:
+            row["deadline_ms"] = min(max(0.0, call.due_ms), MOST_MS)
+    if call.tier in (Tier.FLEX, Tier.BATCH):
+        row["cost_usd"] /= terms.share(call.model or "", Tier(call.tier)) or 1.0
+        row["duration_ms"] /= terms.flex_times
+    if call.tier == Tier.BATCH:
+        del row["duration_ms"]
+    return row
+
+
+def terms_at(upstream: Upstream | None, times: TierTimes) -> TierTerms:
+    """What processing tiers are like at an upstream: by its prices."""
+    from tidegate.admission.charges import Prices
+    from tidegate.rehearse.budgets import TierTerms
+
+    return TierTerms(share=Prices(upstream).share, times=times)
 
 
 def cost_at(upstream: Upstream | None) -> Callable[[Arrival, str], int | None]:
@@ -257,7 +301,7 @@ class RecordRehearsal:
     `--from-record` takes it, under a pool's `policy` as it is and with `changes`.
 
     models: of calls whose model is not on record, by kind. upstream: for its prices and when calls
-    give way there, without key.
+    give way there, without key. tier_times: what the gateway reckons with for tiers.
     """
 
     database_url: str
@@ -268,6 +312,7 @@ class RecordRehearsal:
     models: Mapping[str, str]
     upstream: Upstream | None
     kinds_optional: bool
+    tier_times: TierTimes
     most: int = MOST_RECORDED_CALLS
 
     async def run(self, now: datetime) -> Comparison:
@@ -285,11 +330,11 @@ class RecordRehearsal:
         sets = {name_of(self.changes): self.changes} if self.changes else {}
         preempt = None if self.upstream is None else self.upstream.preempt
         variants(policy, (), preempt, {name: _without_budgets(one) for name, one in sets.items()})
-        usual = Usual(self.models, TokenPace())
+        usual, terms = Usual(self.models, TokenPace()), terms_at(self.upstream, self.tier_times)
         connections = Connections(self.database_url, size=1)
         connections.start()
         try:
-            load = await recorded_load(connections, self.pool, span, usual, self.most)
+            load = await recorded_load(connections, self.pool, span, usual, terms, self.most)
             _, budgets = await BudgetRecords(connections).all()
         finally:
             await connections.aclose()
@@ -297,7 +342,9 @@ class RecordRehearsal:
         if load is None:
             return comparison_of([], (), span[0])
         cost = cost_at(self.upstream)
-        setting = Setting(kinds_optional=self.kinds_optional, starts_at=load.since, cost=cost)
+        setting = Setting(
+            kinds_optional=self.kinds_optional, starts_at=load.since, cost=cost, tiers=terms
+        )
         found = made.compare(priced(load.arrivals, cost), setting)
         return comparison_of(found, load.waits_ms, load.since)
 

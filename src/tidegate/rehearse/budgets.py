@@ -1,20 +1,28 @@
-"""Budgets of a rehearsal: what they refuse, pause or send to a cheaper model, and when. Pure.
+"""Budgets of a rehearsal: what they refuse, pause or send to a cheaper model, and when; and the
+processing tiers in which jobs cost less. Pure.
 
 A call reserves what it costs: what it could have cost at most is in no trace, so that a budget
 whose calls are bounded far above their costs refuses somewhat earlier in reality. Each budget
-begins with nothing spent.
+begins with nothing spent. The tier of a job is chosen by the gateway's own code; how long flex and
+batches take is assumed.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Container, Mapping, Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from math import inf
+from random import Random
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
+from tidegate.admission.charges import FlexCalls, SeenCalls, TierOffer, TierTimes, choose
+from tidegate.call import Tier, Usage
 from tidegate.errors import ConfigError
+from tidegate.limiter import Limit
 from tidegate.policy.format import ms_of
 from tidegate.prices.budgets import (
     DIMENSIONS,
@@ -31,6 +39,7 @@ Cost = Callable[[Arrival, str], int | None]
 """What a call costs with a model, in micro-dollars; None where that is not known."""
 
 PREFIX = "budgets."
+_EPOCH = datetime(2025, 1, 1, tzinfo=UTC)  # of deadlines of jobs, which are apart from calendars
 _TEXTS = ("period", "zone", "at_end", "fallback", "doubt", "model", *DIMENSIONS)
 _LISTS = ("each", "alerts")
 _FIELDS = ("usd", "tokens", *_TEXTS, *_LISTS, "window_s")
@@ -299,3 +308,108 @@ def priced(arrivals: Sequence[Arrival], cost: Cost) -> list[Arrival]:
         else replace(one, cost_usd=micros / 10**6)
         for one in arrivals
     ]
+
+
+def _no_share(_model: str, _tier: Tier) -> float | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class TierTerms:
+    """What processing tiers are like. share: the price of a model in a tier over its usual one,
+    None where it is not stated, so that the tier is not offered. flex_times: as long as usual a
+    call takes in flex; flex_refused: the part of calls that find no capacity there. batch_ms: after
+    which a provider's batch ends, as is known from the begin. times: what the gateway reckons with.
+    """
+
+    share: Callable[[str, Tier], float | None] = _no_share
+    flex_times: float = 2.0
+    flex_refused: float = 0.0
+    batch_ms: float = 3_600_000.0
+    times: TierTimes = field(default_factory=TierTimes)
+
+
+class RehearsedTiers:
+    """The tiers of one play. Moments are ms of its clock."""
+
+    def __init__(self, terms: TierTerms, clock: Callable[[], float]) -> None:
+        self.terms = terms
+        self._clock = clock
+        self._flex = FlexCalls(lambda: clock() / 1000)
+        self._chance = Random("flex")
+        self._seen: defaultdict[str, SeenCalls] = defaultdict(SeenCalls)
+        # By kind: how many jobs wait at our limits, and when those in batches are due.
+        self._waiting: Counter[str] = Counter()
+        self._dues: defaultdict[str, list[float]] = defaultdict(list)
+
+    def choose(
+        self, arrival: Arrival, limits: Iterable[Limit | None], due_ms: float | None
+    ) -> tuple[Tier, float | None]:
+        """The tier of a job now, and when it leaves that for a faster one."""
+        offers = [
+            offer
+            for tier in map(Tier, arrival.tiers.split(","))
+            if (offer := self._offer(arrival.model, tier)) is not None
+        ]
+        ahead = self._waiting[arrival.kind]
+        if due_ms is not None:
+            ahead += bisect_right(self._dues[arrival.kind], due_ms)
+        room = self._seen[arrival.kind].room(limits, ahead)
+        now = _EPOCH + timedelta(milliseconds=self._clock())
+        due = None if due_ms is None else _EPOCH + timedelta(milliseconds=due_ms)
+        choice = choose(offers, room, now=now, due=due, times=self.terms.times)
+        if choice.revisit_at is None:
+            return choice.tier, None
+        return choice.tier, (choice.revisit_at - _EPOCH) / timedelta(milliseconds=1)
+
+    def _offer(self, model: str, tier: Tier) -> TierOffer | None:
+        share, key = self.terms.share(model, tier), ("", model)
+        if share is None:
+            return None
+        if tier is Tier.FLEX:
+            return TierOffer(tier, share, self._flex.usual_ms(key), self._flex.busy_ms(key))
+        return TierOffer(tier, share, self.terms.batch_ms)
+
+    def as_made(self, arrival: Arrival, tier: Tier | None) -> Arrival:
+        """A job as it is in a tier: at the price of that, and for as long as that takes."""
+        if tier in (None, Tier.LIVE):
+            return arrival
+        assert tier is not None
+        cost_usd = arrival.cost_usd * (self.terms.share(arrival.model, tier) or 1.0)
+        takes_ms = self.terms.batch_ms
+        if tier is Tier.FLEX:
+            takes_ms = arrival.duration_ms * self.terms.flex_times
+        return replace(arrival, cost_usd=cost_usd, duration_ms=takes_ms)
+
+    def lacks_capacity(self, model: str) -> bool:
+        """Whether flex refuses a call of a model now."""
+        refused = self._chance.random() < self.terms.flex_refused
+        if refused:
+            self._flex.was_busy(("", model), None)
+        return refused
+
+    def put_off_ms(self, model: str) -> float:
+        """For how long a job waits for capacity of flex, and a little."""
+        return self._flex.busy_ms(("", model)) * self._chance.uniform(1, 1.5)
+
+    def wait(self, kind: str, jobs: int) -> None:
+        """So many jobs more, or less, wait at our limits."""
+        self._waiting[kind] += jobs
+
+    def put(self, kind: str, due_ms: float | None) -> None:
+        """A job is in a batch."""
+        insort(self._dues[kind], inf if due_ms is None else due_ms)
+
+    def take_out(self, kind: str, due_ms: float | None) -> None:
+        """The batch of a job has ended."""
+        dues = self._dues[kind]
+        del dues[bisect_left(dues, inf if due_ms is None else due_ms)]
+
+    def ended(self, arrival: Arrival, tier: Tier, took_ms: float) -> None:
+        """A job was answered under our limits."""
+        seen = self._seen[arrival.kind]
+        seen.sizes.add(Usage(arrival.input_tokens, arrival.output_tokens))
+        if tier is Tier.FLEX:
+            self._flex.answered(("", arrival.model), took_ms)
+        else:
+            seen.times.last_ms.append(took_ms)

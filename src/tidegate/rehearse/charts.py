@@ -15,6 +15,7 @@ from tidegate.rehearse import (
     Comparison,
     RehearsedCase,
     TenantCase,
+    TierCase,
 )
 from tidegate.rehearse.report import (
     Findings,
@@ -168,6 +169,7 @@ def _case(found: Findings) -> RehearsedCase:
         waiting=thinned(drawing.waiting),
         used=thinned(drawing.used),
         gave_way=found.gave_way,
+        tiers=[TierCase(one.tier, one.jobs, one.late, one.cost_micros) for one in found.tiers],
     )
 
 

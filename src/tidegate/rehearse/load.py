@@ -23,8 +23,8 @@ A trace (CSV with a head, or JSON lines):
     0,acme,text_only,gemini-2.5-flash,830,1200,300,0,30000
 
 and `images`, `cached_tokens` and `cache_write_tokens` (of the input), `max_output_tokens`,
-`cost_usd`, whom limits and budgets bind: `key`, `subject`, `conversation`, and `gives_way`: true or
-false.
+`cost_usd`, whom limits and budgets bind: `key`, `subject`, `conversation`, `gives_way`: true or
+false, and `tiers` of a job: `flex,batch`.
 
 An amount is a number, `{ median, p95 }`, `{ lognormal = [median, sigma] }`, `{ uniform = [a, b]
 }` or `{ percentiles = { 50 = 800, 90 = 2000 } }`, interpolated between its points.
@@ -47,7 +47,7 @@ from itertools import islice, pairwise
 from random import Random
 from typing import Any, Literal
 
-from tidegate.call import DEFAULT_TENANT, Kind
+from tidegate.call import DEFAULT_TENANT, Kind, Tier
 from tidegate.errors import ConfigError
 from tidegate.limiter import CallUse, Tokens, check_tenant
 from tidegate.policy.format import KIND_NAMES, ms_of
@@ -58,6 +58,7 @@ _KNOWN = (
     *("time_ms", "tenant", "kind", "model", "duration_ms", "input_tokens", "output_tokens"),
     *("images", "priority", "deadline_ms", "cached_tokens", "cache_write_tokens"),
     *("max_output_tokens", "cost_usd", "key", "subject", "conversation", "gives_way"),
+    "tiers",
 )
 
 
@@ -66,7 +67,9 @@ class Arrival:
     """One call. `duration_ms` is how long the provider takes; `deadline_ms` bounds its wait, None
     for as long as needed; `images` are those that it makes. `cached_tokens` and
     `cache_write_tokens` are parts of the input, `max_output_tokens` is the call's own bound.
-    `gives_way`: to a call of a higher band, where that is set, as jobs and lines of batches do."""
+    `gives_way`: to a call of a higher band, where that is set, as jobs and lines of batches do.
+    `tiers`: those of a job beside the usual one, such as `flex,batch`; `deadline_ms` is when that
+    is due."""
 
     time_ms: float
     tenant: str = DEFAULT_TENANT
@@ -86,6 +89,7 @@ class Arrival:
     subject: str | None = None
     conversation: str | None = None
     gives_way: bool = False
+    tiers: str = ""
 
     @property
     def use(self) -> CallUse:
@@ -152,6 +156,7 @@ class Usual:
             subject=read.text("subject", "") or None,
             conversation=read.text("conversation", "") or None,
             gives_way=read.flag("gives_way"),
+            tiers=read.tiers("tiers"),
         )
 
 
@@ -165,6 +170,14 @@ class _Row:
 
     def whole(self, name: str) -> int | None:
         return round(self.number(name)) if self.has(name) else None
+
+    def tiers(self, name: str) -> str:
+        value = self.row[name] if self.has(name) else ""
+        each = [one.strip() for one in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(each, list) or not set(map(str, each)) <= {"", *Tier}:
+            allowed = f"must be a list of {', '.join(Tier)}"
+            raise ConfigError(f"{self.place}: {name}", str(value), allowed)
+        return ",".join(tier for tier in Tier if tier in each and tier is not Tier.LIVE)
 
     def flag(self, name: str) -> bool:
         value = self.text(name, "false").lower()
@@ -369,7 +382,7 @@ _RATES_S = {"per_second": 1.0, "per_minute": 60.0, "per_hour": 3600.0}
 _AMOUNTS = ("duration_ms", "input_tokens", "output_tokens", "deadline_ms", "cost_usd")
 _PLAIN = (
     *("tenant", "kind", "model", "images", "priority", "key", "subject", "conversation"),
-    "gives_way",
+    *("gives_way", "tiers"),
 )
 _KEYS = (*_PLAIN, *_AMOUNTS, *_RATES_S, "pattern", "burst", "every", "from", "until")
 _PATTERNS = ("poisson", "constant", "bursts")

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal, TypeVar, cast
+from typing import Literal, NamedTuple, TypeVar, cast
 
 from tidegate.admission.demand import CallDemand
+from tidegate.call import Tier
 from tidegate.checker import Event, What, shares
 from tidegate.limiter import CallUse, Concurrency, PoolPolicy, Rate, as_limit, format_span
 from tidegate.limiter.simulation import PoolModel, Waiter, amount_of
@@ -25,11 +26,22 @@ from tidegate.rehearse.load import Arrival
 T = TypeVar("T")
 
 
+class LostRun(NamedTuple):
+    """From when a call asked and began to when it ended without an answer: for one of a higher
+    band, since flex had no capacity, or since it took too long there."""
+
+    asked_ms: float
+    began_ms: float
+    ended_ms: float
+    why: Literal["gave way", "busy", "given up"]
+
+
 @dataclass(slots=True, eq=False)
 class LoadCall:
     """One call. `refused` is the code of the refusal, `at` the limit that blocked it then.
     `arrival` has the model that it is made with, `wanted` the one that it asked for. due_ms: by
-    when it is to be admitted. lost: when it asked, began and gave way, each time that it did. What
+    when it is to be admitted, or due as a job. lost: its runs without an answer. tier: of a job
+    that named some. made: as it costs in the usual tier, once the budgets have it. What
     else is here is of its last time."""
 
     wanted: Arrival
@@ -44,7 +56,14 @@ class LoadCall:
     refused: str | None = None
     at: str | None = None
     due_ms: float | None = None
-    lost: list[tuple[float, float, float]] = field(default_factory=list)
+    lost: list[LostRun] = field(default_factory=list)
+    tier: Tier | None = None
+    made: Arrival | None = None
+    is_late: bool = False
+
+    @property
+    def gave_way(self) -> int:
+        return sum(one.why == "gave way" for one in self.lost)
 
     @property
     def waited_ms(self) -> float:
@@ -127,6 +146,7 @@ class LoadTally:
 
     def ended(self, call: LoadCall, now_ms: float) -> None:
         call.ended_ms = now_ms - self.since_ms
+        call.is_late = call.due_ms is not None and now_ms > call.due_ms
         for name in call.limits:
             limit = self.policy.rules[name]
             if isinstance(limit, Concurrency):
@@ -134,7 +154,13 @@ class LoadTally:
                 self._to(use, call.ended_ms)
                 use.open -= _in_flight(limit, name, call)
 
-    def gave_way(self, call: LoadCall, now_ms: float, cut: CallUse) -> None:
+    def lost(
+        self,
+        call: LoadCall,
+        now_ms: float,
+        cut: CallUse,
+        why: Literal["gave way", "busy", "given up"],
+    ) -> None:
         """A call ends without an answer and waits again. cut: what it has used of limits."""
         assert call.began_ms is not None
         use_of_whole, began_ms = call.arrival.use, call.began_ms
@@ -145,9 +171,16 @@ class LoadTally:
             if not isinstance(limit, Concurrency) and began_ms <= self.span_ms:
                 unused = (amount_of(limit, use_of_whole) or 0) - (amount_of(limit, cut) or 0)
                 self.uses[name].area -= unused
-        asked_ms = call.lost[-1][2] if call.lost else call.asked_ms
-        call.lost.append((asked_ms, began_ms, call.ended_ms))
+        asked_ms = call.lost[-1].ended_ms if call.lost else call.asked_ms
+        call.lost.append(LostRun(asked_ms, began_ms, call.ended_ms, why))
         call.began_ms = call.ended_ms = call.waiter = None
+
+    def left(self, call: LoadCall, now_ms: float) -> None:
+        """A job leaves the queue for flex, where it has not begun in time."""
+        at_ms = now_ms - self.since_ms
+        asked_ms = call.lost[-1].ended_ms if call.lost else call.asked_ms
+        call.lost.append(LostRun(asked_ms, at_ms, at_ms, "given up"))
+        call.waiter = None
 
     def look(self, now_ms: float, model: PoolModel, wall_ms: int) -> None:
         """Take a sample of the pool."""
@@ -196,7 +229,7 @@ _REASONS = {
 @dataclass(frozen=True, slots=True)
 class Waits:
     """From arrival to admission, in ms, of the admitted calls; None where none was. Of a call that
-    gave way to its last admission."""
+    gave way to its last admission; none of a job in a provider's batch, which takes no permit."""
 
     mean_ms: float | None
     p50_ms: float | None
@@ -261,6 +294,21 @@ class LimitUse:
 
 
 @dataclass(frozen=True, slots=True)
+class TierUse:
+    """The jobs that were made in a tier. late: answered after they were due. took: from submission
+    to answer. busy: how often flex had no capacity for one; given_up: how often a job left flex,
+    which was too slow for its deadline."""
+
+    tier: str
+    jobs: int
+    late: int
+    cost_micros: int
+    took: Waits
+    busy: int = 0
+    given_up: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Findings:
     """One policy under one load.
 
@@ -271,6 +319,7 @@ class Findings:
     cost_micros: of the calls that were made, as the trace has it, and of those that a budget sent
         to a cheaper model with that. budgets: what became of each.
     gave_way: how often calls gave way to others; lost_ms: how long these were open until then.
+    tiers: of the jobs that named some.
     samples: used and waiting over time. plays: how often it was played; spreads: over all plays,
         of all calls and then of each tenant's, where there was more than one.
     """
@@ -294,6 +343,7 @@ class Findings:
     budgets: list[BudgetOutcome] = field(default_factory=list)
     gave_way: int = 0
     lost_ms: float = 0.0
+    tiers: list[TierUse] = field(default_factory=list)
 
     @property
     def binding(self) -> list[str]:
@@ -329,7 +379,13 @@ def findings_of(name: str, tally: LoadTally) -> Findings:
         ),
         budgets=tally.budgets,
         gave_way=whole.gave_way,
-        lost_ms=sum(ended - began for call in calls for _, began, ended in call.lost),
+        lost_ms=sum(
+            one.ended_ms - one.began_ms
+            for call in calls
+            for one in call.lost
+            if one.why == "gave way"
+        ),
+        tiers=_tiers(calls),
     )
 
 
@@ -346,6 +402,23 @@ def waits_of(waits_ms: Iterable[float]) -> Waits:
     mean_ms = sum(ordered) / len(ordered)
     p50, p95, p99 = (percentile(ordered, one) for one in (50, 95, 99))
     return Waits(mean_ms, p50, p95, p99, ordered[-1])
+
+
+def _tiers(calls: Sequence[LoadCall]) -> list[TierUse]:
+    jobs = [call for call in calls if call.wanted.tiers]
+    why = Counter(one.why for call in jobs for one in call.lost)
+    found = []
+    for tier in Tier:
+        there = [call for call in jobs if call.tier is tier and call.began_ms is not None]
+        is_flex = tier is Tier.FLEX
+        busy, given_up = (why[one] if is_flex else 0 for one in ("busy", "given up"))
+        if there or busy or given_up:
+            took_ms = [(call.ended_ms or 0.0) - call.asked_ms for call in there]
+            late = sum(call.is_late for call in there)
+            cost_micros = sum(call.arrival.use.cost_micros or 0 for call in there)
+            use = TierUse(tier, len(there), late, cost_micros, waits_of(took_ms), busy, given_up)
+            found.append(use)
+    return found
 
 
 def _groups(
@@ -370,10 +443,10 @@ def _group(name: str, calls: Sequence[LoadCall], part: tuple[float, float] | Non
         admitted=len(admitted),
         queued=sum(call.queued for call in admitted),
         refused=dict(sorted(refused.items())),
-        waits=waits_of(call.waited_ms for call in admitted),
+        waits=waits_of(call.waited_ms for call in admitted if call.tier is not Tier.BATCH),
         share=part[0] if part else None,
         ideal=part[1] if part else None,
-        gave_way=sum(len(call.lost) for call in calls),
+        gave_way=sum(call.gave_way for call in calls),
     )
 
 
@@ -401,8 +474,9 @@ def _events(calls: Sequence[LoadCall]) -> list[Event]:
     """Events as an upstream would log them that also sees waiters."""
     found, numbers = [], count()
     for call in calls:
-        asked_ms = call.lost[-1][2] if call.lost else call.asked_ms
-        for asked, began, over in (*call.lost, (asked_ms, call.began_ms, call.ended_ms)):
+        asked_ms = call.lost[-1].ended_ms if call.lost else call.asked_ms
+        lost = (one[:3] for one in call.lost)
+        for asked, began, over in (*lost, (asked_ms, call.began_ms, call.ended_ms)):
             number, ended = next(numbers), "leave" if began is None else "end"
             moments = ((asked, "ask"), (began, "begin"), (over, ended))
             for at_ms, what in moments:
@@ -475,6 +549,7 @@ def tables_of(found: Sequence[Findings]) -> list[Table]:
             _limits(one),
             _group_tables("Tenants", "tenant", one.tenants, shares=one.shares_of),
             _group_tables("Kinds", "kind", one.kinds),
+            *([_tier_table(one)] if one.tiers else []),
             *([_budgets(one)] if one.budgets else []),
             *([_spreads(one)] if one.spreads else []),
         ]
@@ -501,6 +576,8 @@ def sentence_of(found: Findings) -> str:
     if found.gave_way:
         lost = milliseconds(found.lost_ms)
         said.append(f"calls gave way {_times(found.gave_way)} ({lost} of work lost)")
+    if found.tiers:
+        said.append(f"jobs: {_by_tier(found)}")
     late_ms = found.end_ms - found.span_ms
     if late_ms > 0.2 * found.span_ms and found.queued:
         said.append(f"the queue is empty {format_span(late_ms)} after the last arrival")
@@ -524,9 +601,19 @@ def difference_of(now: Findings, changed: Findings) -> str:
     if changed.gave_way or now.gave_way:
         told = _before(changed.gave_way, now.gave_way, _times)
         said.append(f"calls would have given way {_times(changed.gave_way)}{told}")
+    if changed.tiers or now.tiers:
+        jobs, before_jobs = _by_tier(changed), _by_tier(now)
+        said.append(f"jobs would have been {jobs}{_before(jobs, before_jobs, str)}")
     if (worse := _worse_off(now, changed)) is not None:
         said.append(worse)
     return "; ".join(said) + "."
+
+
+def _by_tier(found: Findings) -> str:
+    """`7 in flex, 13 in batch, of which 2 late`"""
+    each = ", ".join(f"{one.jobs:,} in {one.tier}" for one in found.tiers if one.jobs)
+    late = sum(one.late for one in found.tiers)
+    return (each or "none") + (f", of which {late:,} late" if late else "")
 
 
 def _times(number: int) -> str:
@@ -584,6 +671,22 @@ def _limit_row(one: LimitUse) -> tuple[str, ...]:
         f"{one.refused:,}" if one.refused else "",
         "binds" if one.binds else "",
     )
+
+
+def _tier_table(found: Findings) -> Table:
+    columns = ("tier", "jobs", "late", "cost", "p50", "p95", "longest", "busy", "given up")
+    rows = [
+        (
+            one.tier,
+            f"{one.jobs:,}",
+            f"{one.late:,}" if one.late else "",
+            dollars(one.cost_micros),
+            *map(milliseconds, (one.took.p50_ms, one.took.p95_ms, one.took.longest_ms)),
+            *(f"{many:,}" if many else "" for many in (one.busy, one.given_up)),
+        )
+        for one in found.tiers
+    ]
+    return Table("Tiers", columns, rows, right_from=1)
 
 
 def _became(use: BudgetOutcome) -> str:
@@ -699,6 +802,7 @@ def _side_by_side(found: Sequence[Findings]) -> Table:
             rows.append((f"used of {name}", *(_part(use.used if use else None) for use in uses)))
     if any(one.cost_micros for one in found):
         rows.append(("cost", *(dollars(one.cost_micros) for one in found)))
+    rows += _tier_rows(found)
     for name in dict.fromkeys(use.budget for one in found for use in one.budgets):
         budgets = [{use.budget: use for use in one.budgets}.get(name) for one in found]
         rows.append((f"refused by budget {name}", *(_first(use, "refused") for use in budgets)))
@@ -707,6 +811,21 @@ def _side_by_side(found: Sequence[Findings]) -> Table:
             rows.append((f"to a cheaper model by budget {name}", *cells))
     rows.append(("binds", *("\n".join(one.binding) or "nothing" for one in found)))
     return Table(title_of(found[0]), ("", *(one.name for one in found)), rows, right_from=1)
+
+
+def _tier_rows(found: Sequence[Findings]) -> list[tuple[str, ...]]:
+    each = [{use.tier: use for use in one.tiers} for one in found]
+    rows: list[tuple[str, ...]] = []
+    for tier in Tier:
+        uses = [one.get(tier) for one in each]
+        if any(use and use.jobs for use in uses):
+            rows.append((f"jobs in {tier}", *(f"{use.jobs:,}" if use else "0" for use in uses)))
+            costs = (dollars(use.cost_micros if use else 0) for use in uses)
+            rows.append((f"cost of {tier}", *costs))
+    if rows:
+        late = (sum(use.late for use in one.tiers) for one in found)
+        rows.append(("late jobs", *(f"{many:,}" for many in late)))
+    return rows
 
 
 def _first(use: BudgetOutcome | None, what: Literal["refused", "fell_back"]) -> str:

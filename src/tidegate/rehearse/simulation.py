@@ -13,16 +13,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from heapq import heappop, heappush
 from itertools import count, cycle
 from math import ceil
 from random import Random
+from typing import Literal
 
 from tidegate.admission.demand import CallDemand, Demands, ExpectedInput
 from tidegate.admission.estimator import Modality
-from tidegate.call import Usage
+from tidegate.call import Tier, Usage
 from tidegate.errors import AdmissionError, DeadlineExceeded, DemandImpossible
 from tidegate.limiter import (
     MAX_LEASE_MS,
@@ -58,6 +59,8 @@ from tidegate.rehearse.budgets import (
     BudgetRefusal,
     Cost,
     RehearsedBudgets,
+    RehearsedTiers,
+    TierTerms,
     cost_in_trace,
 )
 from tidegate.rehearse.load import Arrival
@@ -99,18 +102,18 @@ class _Told(asyncio.Future[Holding]):
 
 @dataclass(slots=True, eq=False)
 class OpenCall:
-    """A call under a permit, that may give way until its timer ends it."""
+    """A call, under a permit where a limit binds it, until its timer ends it."""
 
     call: LoadCall
-    holding: Holding
+    holding: Holding | None
     ends: VirtualTimer
 
     @property
     def limits(self) -> tuple[str, ...]:
-        return self.holding.flow.limits
+        return () if self.holding is None else self.holding.flow.limits
 
     def may_give_way(self, limit: str, band: int) -> bool:
-        return band < self.holding.flow.band and limit in self.limits
+        return self.holding is not None and band < self.holding.flow.band and limit in self.limits
 
 
 class RehearsedWatch:
@@ -129,7 +132,7 @@ class RehearsedWatch:
 
     def enter(self, one: OpenCall) -> None:
         """A call has begun."""
-        if len(one.call.lost) >= self._rule.times:
+        if one.call.gave_way >= self._rule.times:
             return
         self._calls[one] = None
         self._open[one.call] = one
@@ -186,13 +189,18 @@ class Process:
         )
         self.session.sid = name  # by which ties are broken: the same in every run
         self._issuer = PermitIssuer(self.queue, self.session, MAX_WAITERS, Clock(), self._kick)
+        self._runs: dict[LoadCall, OpenCall] = {}
+        self._waiting_jobs: set[LoadCall] = set()
+        self._revisits: dict[LoadCall, VirtualTimer] = {}
         rule = stage.setting.preempt
         self._watch = None if rule is None else RehearsedWatch(self, rule)
         stage.after(_PULSE_MS, self._pulse)
 
     def ask(self, arrival: Arrival) -> None:
-        """A call arrives."""
-        decided = self.stage.decide(arrival, spends=False)
+        """A call arrives. What a job costs is known with its tier."""
+        decided: BudgetRefusal | str = arrival.model
+        if not arrival.tiers:
+            decided = self.stage.decide(arrival, spends=False)
         made = arrival
         if not isinstance(decided, BudgetRefusal):
             made = self.stage.budgets.as_made(arrival, decided)
@@ -204,14 +212,74 @@ class Process:
         if isinstance(decided, BudgetRefusal):
             self.stage.refuse(call, decided)
             return
-        if not demand.limits:  # nothing binds it
-            self._begin(call, None, demand)
-            return
         call.demand = demand
+        self._place(call, demand)
+
+    def _place(self, call: LoadCall, demand: CallDemand) -> None:
+        """A call queues; a job in the tier that it chooses now."""
+        wanted, stage = call.wanted, self.stage
+        if not wanted.tiers:
+            self._wait(call, demand)
+            return
+        limits = map(stage.policy.binding, demand.limits)
+        call.tier, revisit_ms = stage.tiers.choose(wanted, limits, call.due_ms)
+        if call.tier is Tier.BATCH:
+            self._put_in_batch(call)
+            return
+        if call.tier is Tier.FLEX:
+            if wait_ms := stage.tiers.put_off_ms(wanted.model):
+                stage.after(wait_ms, lambda: self._place(call, demand))
+                return
+            if revisit_ms is not None:
+                in_ms = max(0.0, revisit_ms - stage.now_ms)
+                leaves = stage.after(in_ms, lambda: self._leave_flex(call, demand))
+                self._revisits[call] = leaves
+        self._waiting_jobs.add(call)
+        stage.tiers.wait(wanted.kind, 1)
         self._wait(call, demand)
+
+    def _put_in_batch(self, call: LoadCall) -> None:
+        """A job leaves for a provider's batch: no limit of ours binds it there."""
+        stage, kind = self.stage, call.wanted.kind
+        if not self._spend(call):
+            return
+        call.limits = ()
+        stage.tally.began(call, stage.now_ms)
+        stage.tiers.put(kind, call.due_ms)
+
+        def ended() -> None:
+            stage.tiers.take_out(kind, call.due_ms)
+            stage.tally.ended(call, stage.now_ms)
+            stage.over(call)
+
+        stage.after(call.arrival.duration_ms, ended)
+
+    def _leave_flex(self, call: LoadCall, demand: CallDemand) -> None:
+        """A job that flex has not answered chooses again: its deadline comes near."""
+        if (run := self._runs.get(call)) is not None:
+            self._lose(run, "given up")
+        elif call.waiter is not None:
+            self.queue.abandon(call.waiter.ticket, self.stage.now_ms)
+            self.stage.tally.left(call, self.stage.now_ms)
+            self._kick()
+        self._no_longer_waits(call)
+        self.stage.after(_AGAIN_MS, lambda: self._place(call, demand))
+
+    def _no_longer_waits(self, call: LoadCall) -> None:
+        if call in self._waiting_jobs:
+            self._waiting_jobs.remove(call)
+            self.stage.tiers.wait(call.wanted.kind, -1)
+
+    def _keeps_tier(self, call: LoadCall) -> None:
+        """A job has ended in its tier, or chooses again."""
+        if (leaves := self._revisits.pop(call, None)) is not None:
+            leaves.cancel()
 
     def _wait(self, call: LoadCall, demand: CallDemand) -> None:
         """A call queues for its permit."""
+        if not demand.limits:  # nothing binds it
+            self._begin(call, None, demand)
+            return
         wanted = Demand(demand.limits, demand.tenant, demand.priority)
         to_admit = demand.to_admit(None, MAX_LEASE_MS)
         try:
@@ -229,7 +297,7 @@ class Process:
             now_ms=self.stage.now_ms,
             deadline_ms=float("inf") if call.due_ms is None else call.due_ms,
             due=call.due_ms is not None,
-            by_estimate=True,
+            by_estimate=not call.wanted.tiers,
         )
         self._asking = None
         if not waiter.future.done():
@@ -246,6 +314,8 @@ class Process:
 
     def refused(self, call: LoadCall, error: AdmissionError) -> None:
         """End a call that was refused."""
+        self._no_longer_waits(call)
+        self._keeps_tier(call)
         at = None if call.waiter is None else self._held_up_by(call.waiter.flow)
         self.stage.tally.refused(call, self.stage.now_ms, error.code, at or error.limit)
         self.stage.over(call)
@@ -271,34 +341,73 @@ class Process:
         return demand
 
     def _begin(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
-        if not call.lost:  # else the budgets have what it reserved at first
-            decided = self.stage.decide(call.wanted, spends=True)
-            if isinstance(decided, BudgetRefusal):
-                self.stage.refuse(call, decided)
-                if holding is not None:
-                    self._cut(holding, _NOTHING)
-                return
-            # What it waited for stays: the permits of the model that it asked at its arrival.
-            call.arrival = self.stage.budgets.as_made(call.wanted, decided)
-        self.stage.tally.began(call, self.stage.now_ms)
+        stage = self.stage
+        self._no_longer_waits(call)
+        if call.tier is Tier.FLEX and stage.tiers.lacks_capacity(call.wanted.model):
+            self._find_flex_busy(call, holding, demand)
+            return
+        if not self._spend(call):
+            self._keeps_tier(call)
+            if holding is not None:
+                self._cut(holding, _NOTHING)
+            return
+        stage.tally.began(call, stage.now_ms)
         took_ms = call.arrival.duration_ms
         if holding is not None:
-            took_ms += self.stage.setting.hold_ms
-        ends = self.stage.after(took_ms, lambda: self._end(call, holding, demand))
+            took_ms += stage.setting.hold_ms
+        ends = stage.after(took_ms, lambda: self._end(call, holding, demand))
+        run = self._runs[call] = OpenCall(call, holding, ends)
         if self._watch is not None and holding is not None and call.wanted.gives_way:
-            self._watch.enter(OpenCall(call, holding, ends))
+            self._watch.enter(run)
 
-    def give_way(self, one: OpenCall) -> None:
-        """A call is cancelled, and waits again: what was sent of it has been used."""
-        call, tokens = one.call, one.call.arrival.use.tokens
-        assert call.demand is not None
+    def _spend(self, call: LoadCall) -> bool:
+        """Whether the budgets have a call. They keep what it reserved where it begins again."""
+        budgets, tiers = self.stage.budgets, self.stage.tiers
+        if call.made is None:
+            wanted = tiers.as_made(call.wanted, call.tier)
+            decided = self.stage.decide(wanted, spends=True)
+            if isinstance(decided, BudgetRefusal):
+                self.stage.refuse(call, decided)
+                return False
+            # What it waited for stays: the permits of the model that it asked at its arrival.
+            call.made = budgets.as_made(call.wanted, decided)
+        call.arrival = tiers.as_made(call.made, call.tier)
+        return True
+
+    def _find_flex_busy(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
+        """A job chooses again after a while: flex has refused it for want of capacity."""
+        stage = self.stage
+        self._keeps_tier(call)
+        stage.tally.began(call, stage.now_ms)
+        stage.tally.lost(call, stage.now_ms, _NOTHING, "busy")
+        if holding is not None:
+            self._cut(holding, _NOTHING)
+        wait_ms = stage.tiers.put_off_ms(call.wanted.model)
+        stage.after(wait_ms, lambda: self._place(call, demand))
+
+    def give_way(self, run: OpenCall) -> None:
+        """A call is cancelled, and waits again."""
+        call, demand = run.call, run.call.demand
+        assert demand is not None
+        self._keeps_tier(call)
+        self._lose(run, "gave way")
+        self.stage.after(_AGAIN_MS, lambda: self._place(call, demand))
+
+    def _lose(self, run: OpenCall, why: Literal["gave way", "given up"]) -> None:
+        """Cancel a call: what was sent of it has been used."""
+        call, tokens = run.call, run.call.arrival.use.tokens
         assert tokens is not None
-        one.ends.cancel()
+        self._close(call)
+        run.ends.cancel()
         cut = CallUse(replace(tokens, output=0), None, None, 0)
-        self.stage.tally.gave_way(call, self.stage.now_ms, cut)
-        self._cut(one.holding, cut)
-        demand = call.demand
-        self.stage.after(_AGAIN_MS, lambda: self._wait(call, demand))
+        self.stage.tally.lost(call, self.stage.now_ms, cut, why)
+        if run.holding is not None:
+            self._cut(run.holding, cut)
+
+    def _close(self, call: LoadCall) -> None:
+        del self._runs[call]
+        if self._watch is not None:
+            self._watch.leave(call)
 
     def _cut(self, holding: Holding, used: CallUse) -> None:
         """Return a permit of a call without an answer."""
@@ -311,9 +420,9 @@ class Process:
         self._kick()
 
     def _end(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
-        arrival = call.arrival
-        if self._watch is not None:
-            self._watch.leave(call)
+        arrival, tiers = call.arrival, self.stage.tiers
+        self._close(call)
+        self._keeps_tier(call)
         self.stage.tally.ended(call, self.stage.now_ms)
         if holding is not None:
             flow = holding.flow
@@ -327,6 +436,8 @@ class Process:
             self._kick()
         usage = Usage(arrival.input_tokens, arrival.output_tokens)
         self._demands.learn(demand, usage, whole=True)
+        if call.tier is not None and call.began_ms is not None and call.ended_ms is not None:
+            tiers.ended(arrival, call.tier, call.ended_ms - call.began_ms)
         self.stage.over(call)
 
     def _expire(self, call: LoadCall) -> None:
@@ -425,7 +536,7 @@ class Setting:
     hold_ms: how much longer than a call is open its permit is held.
     kinds_optional: a kind without a limit is not bound by one, as in pools of other upstreams.
     starts_at: when its load begins, which decides when budgets reset. cost: of its calls.
-    preempt: when calls give way; None: never.
+    preempt: when calls give way; None: never. tiers: what those are like that jobs may choose.
     """
 
     processes: int = 2
@@ -435,6 +546,7 @@ class Setting:
     starts_at: datetime = _STARTS_AT
     cost: Cost = cost_in_trace
     preempt: Preempt | None = None
+    tiers: TierTerms = field(default_factory=TierTerms)
 
 
 class VirtualTimer:
@@ -456,6 +568,7 @@ class Playback:
         self, policy: PoolPolicy, setting: Setting, budgets: Sequence[Budget] = ()
     ) -> None:
         self.budgets = RehearsedBudgets(budgets, setting.starts_at, setting.cost)
+        self.tiers = RehearsedTiers(setting.tiers, lambda: self.now_ms)
         self.policy = replace(policy, lease_ms=MAX_LEASE_MS)
         self.setting = setting
         self.now_ms = 0.0

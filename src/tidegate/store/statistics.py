@@ -357,7 +357,9 @@ MOST_CALLS = 200_000
 @dataclass(frozen=True, slots=True)
 class PastCall:
     """One admitted call. `kind` and `model` are None where the record does not have them.
-    `gives_way`: whether it is of a job or a batch line that could have given way."""
+    `gives_way`: whether it is of a job or a batch line that could have given way. Of a job `tier`
+    is that in which it was made, `tiers` are those that it was allowed, and `due_ms` is from
+    submission to its deadline; None where its row is gone or has none."""
 
     submitted_at: datetime
     tenant_id: str
@@ -375,6 +377,9 @@ class PastCall:
     subject: str | None
     waited_ms: float
     gives_way: bool
+    tier: str | None = None
+    tiers: Sequence[str] | None = None
+    due_ms: float | None = None
 
 
 async def past_calls(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -29,6 +30,9 @@ from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.jobs import provider_batches
 from tidegate.jobs.provider_batches import MOST_BYTES
 from tidegate.prices.budgets import budget_of
+from tidegate.rehearse import recorded_load
+from tidegate.rehearse.budgets import TierTerms
+from tidegate.rehearse.load import TokenPace, Usual
 from tidegate.store.statistics import past_calls
 from tidegate.upstream.batch_api import (
     BatchedCall,
@@ -130,7 +134,7 @@ async def costs_half(gateway: Gateway, job: str) -> None:
     assert row["cost_micros"] == pytest.approx(micros, abs=1)
 
 
-async def test_a_rehearsal_takes_the_jobs_that_had_permits_of_its_pool(
+async def test_a_rehearsal_takes_the_jobs_of_its_pool_with_their_tiers(
     open_gateway: Opener, settings: dict[str, Any]
 ) -> None:
     gateway, since = await opened(open_gateway, settings), datetime.now(UTC)
@@ -144,7 +148,22 @@ async def test_a_rehearsal_takes_the_jobs_that_had_permits_of_its_pool(
         pool: await past_calls(gateway.services.store.connections, pool, since, datetime.now(UTC))
         for pool in ("openai", "gemini")
     }
-    assert {pool: len(calls) for pool, calls in found.items()} == {"openai": 2, "gemini": 0}
+    assert {pool: len(calls) for pool, calls in found.items()} == {"openai": 3, "gemini": 0}
+    assert Counter((one.tier, *(one.tiers or ())) for one in found["openai"]) == {
+        ("batch", "batch"): 1,
+        (None,): 2,
+    }
+    terms = TierTerms(share=lambda _model, _tier: 0.5)
+    usual, span = Usual({}, TokenPace(400.0, 100.0)), (since, datetime.now(UTC))
+    load = await recorded_load(gateway.services.store.connections, "openai", span, usual, terms)
+    assert load is not None
+    (rehearsed,) = [one for one in load.arrivals if one.tiers]
+    cost_usd = next(one.cost_micros for one in found["openai"] if one.tier) / 10**6
+    # As the usual tier would have made it: at twice the price of the batch, for as long as it says.
+    assert rehearsed.tiers == "batch"
+    assert rehearsed.cost_usd == pytest.approx(2 * cost_usd)
+    assert rehearsed.duration_ms == 400 + 10 * rehearsed.output_tokens
+    assert len(load.waits_ms) == 2
 
 
 async def test_a_job_in_a_batch_shows_where_it_is(

@@ -126,6 +126,39 @@ duration_ms = 1000
     assert "calls gave way once" in " ".join(by_upstream.said.split())
 
 
+async def test_jobs_choose_their_tiers_at_the_prices_of_the_upstream(tmp_path: Path) -> None:
+    text = """
+lasts = "60s"
+[[arrivals]]
+model = "m"
+pattern = "bursts"
+burst = 20
+every = "60s"
+duration_ms = 2000
+input_tokens = 1000000
+tiers = ["flex", "batch"]
+"""
+    upstream = UPSTREAM + "tiers = { flex = { share = 0.5 }, batch = { share = 0.5 } }\n"
+    limits = '[upstreams.x.limits]\n"pool:total" = 1\n'
+    (tmp_path / "tidegate.toml").write_text(upstream + limits)
+    options = ("--flex-times", "3", "--batch-time", "30m", "--json")
+    changes = ("--set", "pool:total=2")
+    done = await rehearse(tmp_path, "load.toml", "--pool", "x", *changes, *options, text=text)
+    assert done.code == 0, done.complained
+    # A job waits for flex where calls of 10 s before it take at most a minute.
+    told = [{one["tier"]: one for one in case["tiers"]} for case in done.json]
+    assert [{tier: one["jobs"] for tier, one in case.items()} for case in told] == [
+        {"flex": 7, "batch": 13},
+        {"flex": 13, "batch": 7},
+    ]
+    for case in told:
+        assert [one["cost_micros"] for one in case.values()] == [
+            one["jobs"] * 500_000 for one in case.values()
+        ]
+    assert told[0]["flex"]["took"]["longest_ms"] == pytest.approx(7 * 6_000, abs=50)
+    assert told[0]["batch"]["took"]["longest_ms"] == pytest.approx(1_800_000, abs=5)
+
+
 @pytest.mark.slow
 async def test_the_lines_of_rehearse_md_say_what_it_shows(tmp_path: Path) -> None:
     described, shown = "", []
@@ -155,6 +188,7 @@ async def test_wrong_use_is_told_in_one_line(tmp_path: Path) -> None:
         (("load.toml", "--set", "kind:text_only=many"), "limits.kind:text_only=many"),
         (("load.toml", "--set", "kind:text_only"), "must be KEY=VALUE"),
         (("load.toml", "--set", "preempt=often"), "preempt=often"),
+        (("load.toml", "--batch-time", "soon"), "--batch-time=soon"),
     ):
         done = await rehearse(tmp_path, *arguments)
         assert done.code == 2

@@ -100,6 +100,46 @@ async def test_batch_lines_on_record_give_way_where_a_change_says_so(open_gatewa
     assert after_ms < before_ms
 
 
+UPSTREAM = """
+[upstreams.x]
+base_url = "http://127.0.0.1:1/v1"
+[upstreams.x.limits]
+"pool:total" = 5
+[upstreams.x.prices."gemini-*"]
+input = 1.0
+output = 2.0
+tiers = { batch = { share = 0.5 } }
+"""
+
+
+async def test_jobs_on_record_take_the_tiers_that_they_were_allowed(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    (policy := tmp_path / "policy.toml").write_text(UPSTREAM)
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    await put_on_record(gateway.database, NINE, 80)
+    await gateway.database.execute("UPDATE audit SET upstream = 'x'")
+    await gateway.database.execute("UPDATE audit SET source = 'job' WHERE tenant_id != 'acme'")
+    # Of globex due in a day, of initech in a minute.
+    await gateway.database.execute(
+        "INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by,"
+        " classified_reason, prompt, created_at, finished_at, tiers_allowed, deadline_at)"
+        " SELECT request_id, tenant_id, pool, 'job', 'succeeded', kind, 'caller', '', 'x',"
+        " created_at, finished_at, '{batch}', submitted_at + CASE tenant_id"
+        " WHEN 'globex' THEN interval '1 day' ELSE interval '1 minute' END"
+        " FROM audit WHERE tenant_id != 'acme'"
+    )
+    body = {"record": f"{DAY}", "set": {"pool:total": 20}}
+    status, found = await asked(gateway, body, "?pool=x")
+    assert (status, found["calls"]) == (200, 80), found
+    for case in found["cases"]:
+        jobs = {one["tier"]: (one["jobs"], one["late"]) for one in case["tiers"]}
+        assert jobs == {"live": (10, 0), "batch": (20, 0)}
+        # 800 and 200 tokens each.
+        assert [one["cost_micros"] for one in case["tiers"]] == [10 * 1_200, 20 * 600]
+    assert "jobs would have been 10 in live, 20 in batch, as it is now" in found["sentence"]
+
+
 @pytest.mark.slow
 async def test_what_cannot_be_rehearsed_is_named(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)

@@ -17,6 +17,7 @@ import orjson
 from fastapi import Depends, Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tidegate.admission.charges import TierTimes
 from tidegate.admission.estimator import Learned
 from tidegate.call import DEFAULT_POOL
 from tidegate.errors import ConfigError, InvalidRequest, ShuttingDown, UnsupportedMedia
@@ -340,6 +341,7 @@ async def rehearse(request: Request) -> Response:
         models={kind: services.config.model_for(kind) for kind in services.config.rate_limits},
         upstream=None if upstream is None else replace(upstream, key=""),
         kinds_optional=pool != DEFAULT_POOL,
+        tier_times=TierTimes.of(services.config),
     )
     with config_errors_refused():
         return Response(await _while_present(request, rehearsal), media_type=_JSON)

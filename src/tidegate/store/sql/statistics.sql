@@ -24,7 +24,8 @@ DELETE FROM history WHERE step_s = $1 AND at < to_timestamp($2::float8)
 -- name: past_calls
 -- The last $4 calls of pool $1 that were submitted from $2 on and before $3, the newest first.
 -- Jobs and streams have the pool that they were queued in on record: permits were of that of their
--- upstream. A call in a provider's batch had none.
+-- upstream. Of a job also its tier, those that it was allowed, and in how many ms it was due, as long
+-- as its own row is there. One in a provider's batch had no permit.
 SELECT submitted_at, tenant_id, kind, model, priority, coalesce(upstream_ms, 0) AS upstream_ms,
     coalesce(input_tokens, 0) AS input_tokens,
     coalesce(output_tokens, 0) + coalesce(thoughts_tokens, 0) AS output_tokens,
@@ -32,13 +33,15 @@ SELECT submitted_at, tenant_id, kind, model, priority, coalesce(upstream_ms, 0) 
     coalesce((usage_details ->> 'cache_write_tokens')::bigint, 0) AS cache_write_tokens,
     coalesce(images, 0) AS images, coalesce(cost_micros, 0) AS cost_micros, key_id, subject,
     (extract(epoch FROM admitted_at - submitted_at) * 1000)::float8 AS waited_ms,
-    source = 'batch' OR source = 'job' AND endpoint IS NOT NULL AS gives_way
-FROM audit
+    source = 'batch' OR source = 'job' AND endpoint IS NOT NULL AS gives_way,
+    tier, tiers_allowed AS tiers,
+    (extract(epoch FROM deadline_at - submitted_at) * 1000)::float8 AS due_ms
+FROM audit LEFT JOIN LATERAL (
+    SELECT tier, tiers_allowed, deadline_at FROM requests r
+    WHERE audit.source = 'job' AND r.id = audit.request_id) AS job ON true
 WHERE coalesce(nullif(upstream, ''), pool) = $1
     AND created_at >= $2 AND submitted_at >= $2 AND submitted_at < $3
     AND admitted_at IS NOT NULL
-    AND NOT (source = 'job' AND EXISTS (
-        SELECT 1 FROM requests r WHERE r.id = audit.request_id AND r.tier = 'batch'))
 ORDER BY submitted_at DESC LIMIT $4
 
 -- name: latency_of_hours
