@@ -333,6 +333,11 @@ class Feeder(Generic[ClaimedT]):
     def __repr__(self) -> str:
         return f"<Feeder {self.lane}: {len(self.tasks)} of {self.window()}>"
 
+    def needs_room(self) -> int:
+        """How many tasks must end before more is claimed."""
+        window = self.window()
+        return max(0, len(self.tasks) + max(1, window // 4) - window)
+
     def close(self) -> None:
         """Claim no more. A claim that is under way still comes in, and its tasks are started."""
         self._closing.set()
@@ -344,9 +349,8 @@ class Feeder(Generic[ClaimedT]):
         TimeoutError where a claim does not end: the heartbeat would hide that none is made.
         """
         while not self._closing.is_set():
-            window = self.window()
-            free = window - len(self.tasks)
-            if free < max(1, window // 4):
+            free = self.window() - len(self.tasks)
+            if self.needs_room():
                 self._slot_freed.clear()
                 # Or the window has grown: the limit was raised.
                 await self._unless_closed(self._slot_freed.wait(), _FULL_WAIT_S)

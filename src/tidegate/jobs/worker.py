@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -193,10 +194,33 @@ _IN_USE_S = 60.0
 _STORE_POLL_S = 0.25
 _LAST_CLAIM_S, _LAST_RECORDS_S = 1.0, 8.0
 _CANCELS_EVERY_S = 1.0
+_MADE_ROOM_MS = 2_000
+_NEVER = datetime.max.replace(tzinfo=UTC)
 
 _GIVEN_UP = "given up in the flex tier: only the usual tier still makes the job's deadline"
 
 log = get_logger()
+
+
+def of_the_largest(
+    own: Tasks, count: Counter[str], most: int
+) -> Iterator[tuple[asyncio.Task[None], ClaimedJob]]:
+    """At most so many of these that wait, of the tenants with the most jobs, which are counted
+    down: the lowest priority first, then what is due last, then the newest."""
+    newest = list(own.items())[::-1]
+    left = dict(sorted(newest, key=lambda one: _urgency(one[1]), reverse=True))
+    while left and most > 0:
+        tenants = {job.tenant_id for job in left.values()}
+        tenant = max((one for one in count if one in tenants), key=count.__getitem__)
+        task, job = next((task, job) for task, job in left.items() if job.tenant_id == tenant)
+        del left[task]
+        count[tenant] -= 1
+        most -= 1
+        yield task, job
+
+
+def _urgency(job: ClaimedJob) -> tuple[int, datetime]:
+    return -job.priority, job.deadline_at or _NEVER
 
 
 def _room_of(policy: PoolPolicy) -> int:
@@ -352,7 +376,7 @@ class Worker:
             ("overdue", store.queue.expire_due),
             ("cancelled", store.queue.cancel_returned),
         )
-        for_held = (self._leave_held, self._put_off.bring_back)
+        for_held = (self._leave_held, self._put_off.bring_back, self._share_windows)
         loops = [
             *(feeder.run for feeder in self._feeders),
             *(self._every(beat_s, one) for one in each_beat),
@@ -415,14 +439,34 @@ class Worker:
             {task: job for task, job in waiting.items() if job.request_id in ms}, ms
         )
 
-    async def _give_up(self, given: Tasks, waits_ms: Mapping[UUID, int] | None = None) -> None:
+    async def _share_windows(self) -> None:
+        """Where jobs that wait fill the window of a type, as for a limit of their own tenant, and a
+        tenant has none in it: the newest of those with the most go back to the queue for a while,
+        as many as have to for the next claim."""
+        waiting = self._stages.at(Stage.WAITING)
+        for kind, feeder in zip(Kind, self._feeders[1:], strict=True):
+            count = Counter(job.tenant_id for job in feeder.tasks.values())
+            over = feeder.needs_room()
+            if over and self._store.queue.has_others(self._pool, kind, count):
+                own = {task: job for task, job in feeder.tasks.items() if task in waiting}
+                given = dict(of_the_largest(own, count, over))
+                waits_ms = {job.request_id: _MADE_ROOM_MS for job in given.values()}
+                await self._give_up(given, waits_ms, self._store.queue.release)
+
+    async def _give_up(
+        self,
+        given: Tasks,
+        waits_ms: Mapping[UUID, int] | None = None,
+        release: Callable[..., Awaitable[None]] | None = None,
+    ) -> None:
         if not given:
             return
         for task in given:
             task.cancel()
         await asyncio.wait(given)
         # A task that ended by itself meanwhile has moved its job on: the fence skips it.
-        await self._store_tolerant(lambda: self._put_off.release([*given.values()], waits_ms))
+        back = release or self._put_off.release
+        await self._store_tolerant(lambda: back([*given.values()], waits_ms))
 
     async def _watch_cancels(self) -> None:
         """Give up, at the latest after a second, what its owners do not want any more."""

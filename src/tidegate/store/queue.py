@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_right, insort
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -54,13 +54,9 @@ class QueueTurn:
     early: tuple[UUID, ...]
 
     def row(self) -> Json:
-        return {
-            "n": self.n,
-            "tenant_id": self.key[0],
-            "priority": self.key[1],
-            "since": self.since,
-            "early": list(self.early),
-        }
+        tenant_id, priority = self.key
+        row = {"n": self.n, "tenant_id": tenant_id, "priority": priority, "since": self.since}
+        return row | {"early": list(self.early)}
 
 
 @dataclass(slots=True)
@@ -292,17 +288,17 @@ class ReadyQueues:
         self._instance_id = instance_id
         self.lock = asyncio.Lock()
         self._sweeping = asyncio.Lock()
-        self._lanes: dict[Lane, _Known] = {}
+        self.lanes: dict[Lane, _Known] = {}
         self._ripening = Lookback()
         # It may be another server, and may have lost what the old one had seen.
-        connections.on_back.append(self._lanes.clear)
+        connections.on_back.append(self.lanes.clear)
 
     async def claim(self, lane: Lane, limit: int) -> list[ClaimedJob]:
         """Claim up to `limit` jobs, the caller holding `lock`.
 
         Raises StoreUnavailable, after which some may be claimed.
         """
-        known = self._lanes.setdefault(lane, _Known(Ready()))
+        known = self.lanes.setdefault(lane, _Known(Ready()))
         if known.is_first:
             await self._sweep(lane, known, _MOST_SWEEP_S)
             known.is_first = False
@@ -324,7 +320,7 @@ class ReadyQueues:
         """Keep up with lanes in which nothing is claimed just now, and look again at all of it;
         whether more of it is left. Raises StoreUnavailable."""
         await self._ripen_all()
-        for lane, known in list(self._lanes.items()):
+        for lane, known in list(self.lanes.items()):
             if time.monotonic() - known.read_at > _READ_EVERY_S:
                 async with self.lock:
                     await self._read(lane, known)
@@ -334,7 +330,7 @@ class ReadyQueues:
                 known.sweep_s = 0.0
             if not known.ready.is_swept:
                 await self._sweep(lane, known, _MOST_SWEEP_S)
-        return not all(known.ready.is_swept for known in self._lanes.values())
+        return not all(known.ready.is_swept for known in self.lanes.values())
 
     async def _read_and_take(
         self, lane: Lane, known: _Known, limit: int
@@ -577,6 +573,11 @@ class JobQueue:
             return []
         await self._ready_to_claim()
         return await self._delivered(self._claim(pool, kind, limit))
+
+    def has_others(self, pool: str, kind: Kind, present: Collection[str]) -> bool:
+        """Whether tenants but these may have ready jobs of the kind."""
+        known = self._queues.lanes.get((pool, kind), _Known(Ready()))
+        return any(one not in present for one in known.ready.tenants_after(""))
 
     async def claim_batched(self, pool: str, *bounds: float) -> list[ClaimedJob]:
         """Claim jobs for one batch of a provider. bounds: jobs, bytes, ms to gather them."""

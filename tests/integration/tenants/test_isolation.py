@@ -78,6 +78,34 @@ async def test_a_tenants_own_limit_holds_up_its_jobs_alone(open_gateway: Opener)
     assert len(await gateway.calls()) == 2
 
 
+async def test_many_jobs_at_a_tenants_own_limit_leave_room_for_anothers(
+    open_gateway: Opener,
+) -> None:
+    """A worker has twice the limit of a type, and two: all of them wait for acme's own."""
+    gateway = await open_gateway(auth="on", worker=False)
+    limits = {"rpm:tenant/acme": 1, "rpm:tenant/globex": 1, "kind:text_only": 2}
+    await gateway.services.keeper.change(edit(limits), set_by="test")
+    acme, globex, other = [await key_of(gateway, name) for name in ("acme", "globex", "other")]
+    for key in (acme, globex):
+        for _ in range(20):
+            await submitted(gateway, key, data="Explain", type="text_only")
+    gateway.start_worker()
+
+    async def is_full() -> bool:
+        snapshot = await gateway.services.limiter.snapshot()
+        return sum(queue.waiting for queue in snapshot.queues) == 6
+
+    await wait_until(is_full, 20, "as many that wait as a worker takes")
+    free = await submitted(gateway, other, data="Explain", type="text_only")
+
+    async def done() -> bool:
+        _, body = await ask(gateway, "GET", f"/status/{free}?wait=5", other)
+        return bool(body["status"] == "succeeded")
+
+    await wait_until(done, 20, "the other tenant's job")
+    assert len(await gateway.calls()) == 3
+
+
 async def test_the_classifiers_question_takes_its_tenants_turn(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, auth="on")
     acme = await key_of(gateway, "acme")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ from tidegate.jobs import calls
 from tidegate.jobs.batches import LineCaller
 from tidegate.jobs.calls import LastTries
 from tidegate.jobs.outages import Held, Outages, Turn
+from tidegate.jobs.worker import of_the_largest
 
 
 class Lines:
@@ -89,3 +92,30 @@ async def test_a_claim_that_hangs_fails_the_loop_which_then_claims_again(
             feeding.cancel()
         assert isinstance(feeding.exception(), TimeoutError)
         assert lines.claims == claims
+
+
+def test_of_a_full_window_the_tenants_with_the_most_give_back_what_is_needed_last() -> None:
+    """Of acme three wait and two are called, of globex two wait."""
+    soon = datetime(2026, 12, 1, tzinfo=UTC)
+    jobs = [
+        ("acme", 0, None),
+        ("globex", 0, None),
+        ("acme", 0, soon),
+        ("globex", 5, None),
+        ("acme", 0, soon + timedelta(hours=1)),
+    ]
+    waiting = {
+        cast(Any, number): cast(
+            Any, SimpleNamespace(tenant_id=tenant, priority=priority, deadline_at=due)
+        )
+        for number, (tenant, priority, due) in enumerate(jobs)
+    }
+    count = Counter(acme=5, globex=2)
+
+    def given(most: int) -> list[Any]:
+        return [task for task, _ in of_the_largest(waiting, Counter(count), most)]
+
+    assert given(0) == []
+    assert given(2) == [0, 4], "without a deadline first, then what is due last"
+    assert given(4) == [0, 4, 2, 1]
+    assert given(9) == [0, 4, 2, 1, 3], "the highest priority last"
