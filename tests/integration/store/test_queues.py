@@ -163,7 +163,7 @@ async def test_a_commit_that_is_late_is_found_beside_a_transaction_that_never_en
 async def known_read(store: Store) -> None:
     """Have it read what came, as `tend_queues` does."""
     queues, lane = store.queue._queues, (DEFAULT_POOL, "text_only")
-    await queues._read(lane, queues._lanes[lane])
+    await queues._read(lane, queues.lanes[lane])
 
 
 async def test_more_than_are_remembered_by_name_come_back(
@@ -198,7 +198,7 @@ async def test_what_a_worker_has_overlooked_is_found_when_it_looks_again(store: 
     await claim(store)
     job = new_job()
     await store.jobs.submit(job)
-    known = store.queue._queues._lanes[DEFAULT_POOL, "text_only"]
+    known = store.queue._queues.lanes[DEFAULT_POOL, "text_only"]
     known.ready._xmax = 2**40  # as after a server that had come farther
     assert await ids(store) == []
     await store.queue.maintain()
