@@ -47,9 +47,9 @@ class Traces:
 
     def postgres(self) -> list[int]:
         """The marked PostgreSQL servers. What one has just forked has its command line for a
-        moment, before it has a name of its own."""
+        moment, before it has a name of its own, and may be gone by now."""
         found = self.pids("postgres -D")
-        return [pid for pid in found if _parent_of(pid) not in found]
+        return [pid for pid in found if _parent_of(pid) not in (0, *found)]
 
     def with_variable(self, name: str) -> list[int]:
         """The marked processes that were given a variable of this name."""
