@@ -11,7 +11,7 @@ import aiohttp
 
 from bench.limits.figures import Book
 from bench.limits.stage import OPERATORS_KEY
-from tidegate.policy.learned import NOTICED
+from tidegate.policy.account import NOTICED
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,19 +32,21 @@ import orjson
 from tidegate.dialects.headers import RateStatus, answered_at, rate_statuses
 from tidegate.errors import ConfigError, LimiterUnavailable, StatedBound, StoreUnavailable
 from tidegate.limiter import MAX_BOUND, LimitView, Quota, Rate, next_midnight_ms
+from tidegate.policy.account import (
+    CAREFUL_WINDOWS,
+    LEAST_WINDOW_S,
+    NEAR,
+    READ_LATE_S,
+    STATED_S,
+    AccountUse,
+    DayUse,
+)
 from tidegate.policy.deployment import Learn
 from tidegate.policy.format import can_be_limited, plain_model
 from tidegate.policy.imported import acceptance
 from tidegate.policy.learned import (
-    CAREFUL_WINDOWS,
-    LEAST_WINDOW_S,
     MOST_READERS,
-    NEAR,
-    READ_LATE_S,
     REFUSED_S,
-    STATED_S,
-    AccountUse,
-    DayUse,
     HeaderReading,
     LearnedLimit,
     LearnedNote,
@@ -659,6 +661,8 @@ class LimitLearner:
             self._uses[name] = use
             if name in before and reading is not None and reading.remaining is not None:
                 use.inherit(before[name], self._clock())
+                if (bound := before[name].bound) is not None:
+                    use.inherit_day(bound, limit.bound, reading)
             elif name in before:
                 lower = min(limit.bound, self._bound(name, limit, reading, match) or limit.bound)
                 use.inherit_refusals(before[name], lower, self._clock())
@@ -754,6 +758,8 @@ class LimitLearner:
         bound = self._bound(name, limit, reading, match)
         if bound is None:
             return None
+        by_day = use.by_day(limit.bound)
+        bound = min(bound, by_day)
         ramp_ms = None
         if use.is_told and limit.shape == "bucket" and use.since is None:
             amount = use.level_due(now, view.taken, view.used, limit.bound, bound)
@@ -765,7 +771,8 @@ class LimitLearner:
             await self._limiter.penalise(name, for_ms=1, ramp_ms=ramp_ms, by=_SET_BY)
         kept = use.kept(now)
         others = use.taken_by_others(now, min(limit.bound, bound))
-        return OthersUse(name, others, kept) if others or kept else None
+        tier = None if by_day == limit.bound else by_day
+        return OthersUse(name, others, kept, tier) if others or kept or tier else None
 
     def _bound(
         self, name: str, limit: Rate, reading: HeaderReading | None, match: LimitMatch
@@ -815,7 +822,7 @@ class LimitLearner:
         names = [
             one.limit
             for one in sure
-            if one.drift == "new" or (one.drift != "same" and one.source != "set")
+            if one.drift == "new" or (one.drift != "same" and one.model and one.source != "set")
         ]
         if names:
             change = acceptance(found, names, self._keeper.provider)

@@ -15,7 +15,7 @@ from tests.commands import Done, tidegate
 from tests.gateway import Gateway, Opener, open_gateway
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator
-from tidegate.policy.learned import MARGIN
+from tidegate.policy.account import MARGIN
 
 __all__ = ["open_gateway", "provider"]
 

@@ -22,8 +22,7 @@ from tidegate.embedded.servers import ValkeyServer
 from tidegate.emulator.server import run_emulator
 from tidegate.errors import LimiterUnavailable, StatedBound
 from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate, Tokens, next_midnight_ms
-from tidegate.policy.inspection import Control
-from tidegate.policy.learned import (
+from tidegate.policy.account import (
     CAREFUL_MARGIN,
     CUT,
     NEARLY_FULL,
@@ -31,6 +30,9 @@ from tidegate.policy.learned import (
     RENEWED_S,
     STATED_S,
     UNTOLD_CUT,
+)
+from tidegate.policy.inspection import Control
+from tidegate.policy.learned import (
     LearnedLimit,
     LearnedNote,
     OthersUse,

@@ -6,7 +6,8 @@ from collections import deque
 from dataclasses import replace
 from typing import Any
 
-from tidegate.policy.learned import AccountUse, HeaderReading
+from tidegate.policy.account import AccountUse
+from tidegate.policy.learned import HeaderReading
 
 
 def count_charge(counted: deque[tuple[float, Any]], use: AccountUse, now: float, due: int) -> None:

@@ -13,12 +13,10 @@ from tests.unit.policy.accounts import count_charge
 from tidegate.errors import NotFound
 from tidegate.limiter import PoolPolicy
 from tidegate.metrics.process import Note, packed, unpacked
+from tidegate.policy.account import RENEWED_S, AccountUse, DayUse
 from tidegate.policy.format import of_plain, to_plain
 from tidegate.policy.imported import acceptance
 from tidegate.policy.learned import (
-    RENEWED_S,
-    AccountUse,
-    DayUse,
     HeaderReading,
     LearnedLimit,
     LearnedNote,
@@ -622,6 +620,7 @@ class DayAccount(Account):
     def __init__(self, bound: int) -> None:
         super().__init__(bound, is_bucket=True)
         self.day_used, self.refills, self.tells_level = 0.0, True, False
+        self.day_bound = DAY
 
     def take(self, amount: float) -> bool:
         fits = super().take(amount)
@@ -629,18 +628,23 @@ class DayAccount(Account):
         return fits
 
     def second(self, wanted: int, others: float, error: float = 1.0) -> None:
-        self.day_used = max(0.0, self.day_used - self.refills * DAY / 86_400)
+        self.day_used = max(0.0, self.day_used - self.refills * self.day_bound / 86_400)
         refused = self.refused
         super().second(wanted, others, error)
         if self.refused > refused:
             self.use.refuse(self.now)
 
     def hear(self, reading: HeaderReading) -> None:
-        day_ms, left = 86_400_000.0, DAY - round(self.day_used)
-        told = replace(reading, scope="rpd", bound=DAY, remaining=left, window_ms=day_ms)
+        day_ms, left = 86_400_000.0, self.day_bound - round(self.day_used)
+        told = replace(reading, scope="rpd", bound=self.day_bound, remaining=left, window_ms=day_ms)
         if not self.refills:
             told = replace(told, reset_ms=day_ms - self.now * 1000)
         self.use.read_day(told)
+        self.told_bound = self.use.by_day(self.in_force)
+
+    def change(self, bound: int) -> None:
+        self.day_bound = self.day_bound * bound // self.bound
+        super().change(bound)
 
 
 @pytest.mark.parametrize("wanted", [0, 3, 10, 50])
@@ -662,6 +666,49 @@ def test_a_days_bound_shows_others_of_a_minute_that_no_answer_tells_of(share: fl
     assert used >= 0.75 * (1 - share), "what the first refusals keep free ends slowly"
     account.run(180)
     assert account.use.taken_by_others(account.now, 60_000) == 0
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("others", [0.0, 0.3])
+def test_a_days_bound_shows_a_tier_that_fell(share: float, others: float) -> None:
+    account = DayAccount(60_000)
+    account.run(300, others=others * 1_000)
+    bound = round(share * 60_000)
+    account.change(bound)
+    account.run(2, others=others * share * 1_000)
+    assert account.use.by_day(60_000) == bound, "by the next answer"
+    account.run(round(60 / share), others=others * share * 1_000)  # until it may be full again
+    before = account.admitted
+    assert account.run(600, others=others * share * 1_000) == 0
+    used = (account.admitted - before) * 100 / (bound * 10)
+    assert used >= 0.7 * (1 - others)
+
+
+def test_a_tier_that_rose_frees_no_more_than_what_is_in_force() -> None:
+    account = DayAccount(60_000)
+    account.run(120)
+    account.change(120_000)
+    assert account.run(300) == 0
+    assert account.use.by_day(60_000) == 120_000
+    assert account.use.kept(account.now) == 0
+
+
+def test_a_changed_bound_in_force_goes_with_the_days_bound() -> None:
+    use = AccountUse(60.0, 60.5, refills=True)
+    day = HeaderReading("m", "rpd", 1_000, 900, 100.0, DAY_MS)
+    use.read_day(day)
+    use.read_day(replace(day, bound=500, remaining=400, at=101.0))
+    assert use.by_day(60) == 30
+    use.read_day(replace(day, at=99.0))
+    use.read_day(None)
+    assert use.by_day(60) == 30, "an older answer, or none, shows nothing"
+    use.forgive()
+    assert use.by_day(30) == 30
+    later = AccountUse(60.0, 60.5, refills=True)
+    later.inherit_day(30, 60, replace(day, bound=500))
+    assert later.by_day(60) == 30, "of an earlier leader"
+    use.read(HeaderReading("m", "rpm", 60, 50, 102.0))
+    assert use.by_day(60) == 60, "an answer tells of the limit itself"
 
 
 def test_a_day_that_begins_again_shows_nothing_of_a_minute() -> None:
@@ -703,6 +750,9 @@ def test_a_days_requests_tell_of_the_rate_that_has_the_same_calls() -> None:
     shown = {one.limit: one for one in learned_limits([*notes, others], match)}
     assert (shown["rpm:m"].model, shown["rpm:m"].others_share) == ("", 0.333)
     assert shown["rpm:m"].at == "1970-01-01T00:01:40+00:00"
+    fell = LearnedNote(others=(OthersUse("rpm:m", 0, 15, bound=15),))
+    shown = {one.limit: one for one in learned_limits([*notes, fell], match)}
+    assert (shown["rpm:m"].bound, shown["rpm:m"].in_force, shown["rpm:m"].drift) == (15, 30, "fell")
 
 
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0

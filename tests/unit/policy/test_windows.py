@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.policy.accounts import WindowAccount, count_charge
-from tidegate.policy.learned import (
+from tidegate.policy.account import (
     CAREFUL_MARGIN,
     CAREFUL_WINDOWS,
     EVEN_WINDOWS,
@@ -20,9 +20,8 @@ from tidegate.policy.learned import (
     UNTOLD_CUT,
     UNTOLD_CUT_WINDOWS,
     AccountUse,
-    HeaderReading,
-    OthersUse,
 )
+from tidegate.policy.learned import HeaderReading, OthersUse
 
 
 @pytest.mark.parametrize(

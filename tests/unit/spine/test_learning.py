@@ -14,15 +14,10 @@ from hypothesis import strategies as st
 from tidegate.emulator.account import AccountLimit, LimitReading
 from tidegate.emulator.counting import counter_of
 from tidegate.emulator.rate_limits import rate_limit_headers
+from tidegate.policy.account import AccountUse
 from tidegate.policy.format import of_plain
 from tidegate.policy.imported import acceptance
-from tidegate.policy.learned import (
-    AccountUse,
-    HeaderReading,
-    LearnedNote,
-    LimitMatch,
-    learned_limits,
-)
+from tidegate.policy.learned import HeaderReading, LearnedNote, LimitMatch, learned_limits
 from tidegate.spine.learning import Announced, HeaderReader
 
 NOW_S = 1_800_000_000
