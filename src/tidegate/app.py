@@ -42,7 +42,6 @@ from tidegate.spine.upstreams import LiveUpstreams, Pools, following, revision_t
 from tidegate.store.blobs import Blobs
 from tidegate.store.provider.upstreams import UpstreamProcess
 from tidegate.store.store import Store
-from tidegate.store.tenants import Policies
 from tidegate.telemetry.logging import NAMED, Log, get_logger
 from tidegate.telemetry.tracing import Tracing, collector_variables, names_collector
 from tidegate.upstream.credentials import Signers, open_wire
@@ -332,7 +331,7 @@ async def _open_upstreams(
     deployment = stated.deployment(changes_of(start.upstreams))
     async with AsyncExitStack() as stack:
         pools = await stack.enter_async_context(
-            _open_pools(config, store.policies, process.instance_id, wanted, deployment, tally)
+            _open_pools(config, store, process.instance_id, wanted, deployment, tally)
         )
         rollup.watch(pools.limiters)
         signers = Signers()
@@ -354,7 +353,7 @@ async def _open_upstreams(
 @asynccontextmanager
 async def _open_pools(
     config: Config,
-    policies: Policies,
+    store: Store,
     instance_id: str,
     wanted: PoolPolicy,
     others: Deployment,
@@ -362,7 +361,9 @@ async def _open_pools(
 ) -> AsyncIterator[Pools]:
     """The pools of this process, with the keepers of their policies at work."""
     providers = {one.pool: one.provider for one in others.upstreams}
-    pools = Pools(config, policies, instance_id, lambda pool: Limiting(tally, pool))
+    pools = Pools(
+        config, store.policies, instance_id, lambda pool: Limiting(tally, pool), store.connections
+    )
     try:
         for pool, policy in ({DEFAULT_POOL: wanted} | dict(others.policies)).items():
             await pools.enter(pool, policy, providers.get(pool))

@@ -218,6 +218,11 @@ class PoolMachine(Traffic):
             name, amount, evenly=evenly, bound=None if beside == "no bound" else bound
         )
 
+    @rule(name=limits, amount=st.sampled_from([0, 2, 100_000]), after_ms=st.sampled_from([0, 2000]))
+    def charge_what_is_on_record(self, name: str, amount: int, after_ms: int) -> None:
+        self.world.advance(after_ms)
+        self.world.charge(name, amount, recorded=True)
+
     @rule(
         name=limits,
         who=st.sampled_from(["background-1", "background-2"]),

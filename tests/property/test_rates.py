@@ -790,3 +790,27 @@ def test_a_bucket_that_a_charge_held_at_the_accounts_level_has_it_under_the_lowe
         bench.world.charge(LIMIT, 420 - bench.spent, bound=480)
     bench.put_in_force(replace(limit, bound=120))
     assert 60 <= bench.spent <= 68
+
+
+@pytest.mark.parametrize("limit", [Quota(1000), Quota(100_000, "tokens")])
+def test_what_is_on_record_of_a_day_is_counted_at_least(bench: Bench, limit: Quota) -> None:
+    """What is counted already is a part of it, whichever comes first after a loss."""
+    bench.put_in_force(limit)
+    bench.end(bench.ask(1), 1)
+    for recorded, spent in ((40, 40), (40, 40), (30, 40), (50, 50)):
+        bench.world.charge(LIMIT, recorded, recorded=True)
+        assert bench.spent == spent
+    bench.end(bench.ask(1), 1)
+    assert bench.spent == 51
+    bench.world.flush()
+    bench.wait(10_000)
+    seen = bench.spent
+    assert seen >= 1, "processes report what they have seen"
+    bench.world.charge(LIMIT, 51, recorded=True)
+    assert bench.spent == max(seen, 51)
+
+
+def test_what_is_on_record_is_charged_to_days_alone(bench: Bench) -> None:
+    bench.put_in_force(Rate(100, MINUTE_MS))
+    bench.world.charge(LIMIT, 40, recorded=True)
+    assert bench.spent == 0

@@ -301,13 +301,17 @@ class World:
         self._act({"verb": "open", "limit": name, "ramp_ms": ramp_ms}, done)
 
     def charge(
-        self, name: str, amount: int, *, evenly: bool = False, bound: int | None = None
+        self,
+        name: str,
+        amount: int,
+        *,
+        evenly: bool = False,
+        bound: int | None = None,
+        recorded: bool = False,
     ) -> None:
-        done = self.model.charge(
-            name, amount, evenly=evenly, bound=bound, run=self.run, wall=self.wall_ms
-        )
-        request = {"verb": "charge", "limit": name, "amount": amount, "evenly": evenly}
-        self._act({**request, **({} if bound is None else {"bound": bound})}, done)
+        how: Any = {"evenly": evenly, "bound": bound, "recorded": recorded}
+        done = self.model.charge(name, amount, **how, run=self.run, wall=self.wall_ms)
+        self._act({"verb": "charge", "limit": name, "amount": amount, **how}, done)
 
     def hold(self, who: str, name: str, amount: int, for_ms: int) -> None:
         done = self.model.hold(who, (name,), [amount], for_ms, run=self.run, wall=self.wall_ms)

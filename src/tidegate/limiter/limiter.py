@@ -258,6 +258,12 @@ class Limiter:
         return self._session.sid
 
     @property
+    def epoch(self) -> int:
+        """Of the pool, as far as this process knows: a higher one begins when Valkey has lost its
+        data. 0 before the pool has answered."""
+        return self._session.lease.identity.epoch
+
+    @property
     def policy(self) -> PoolPolicy:
         """The policy in force, as far as this process knows."""
         return self._session.policy
@@ -736,17 +742,24 @@ class Limiter:
         return done
 
     async def charge(
-        self, limit: str, amount: int, *, evenly: bool = False, bound: int | None = None
+        self,
+        limit: str,
+        amount: int,
+        *,
+        evenly: bool = False,
+        bound: int | None = None,
+        recorded: bool = False,
     ) -> bool:
         """Count `amount` of a rate or day quota as spent now, without a call: what others have used
         that share the limit outside of the pool. It may exceed the bound. evenly: as if spent
         evenly over the rate's last window, so that it ceases to count evenly, and not at one
         moment. bound: what is charged is the difference from this bound to what an account has
         left. Nothing is charged once another one is in force, and when a lower one is put in force
-        as much of the charge ends as it is lower. False if nothing is charged, or there is no such
-        limit, or while Valkey may have lost data."""
-        request = {"verb": "charge", "limit": limit, "amount": amount, "evenly": evenly}
-        request |= {} if bound is None else {"bound": bound}
+        as much of the charge ends as it is lower. recorded: the amount is all that is on record of
+        a day quota's day; what is counted already is a part of it. False if nothing is charged, or
+        there is no such limit, or while Valkey may have lost data."""
+        how = {"evenly": evenly, "bound": bound, "recorded": recorded}
+        request = {"verb": "charge", "limit": limit, "amount": amount, **how}
         return bool(await self._act(request))
 
     async def hold(self, name: str, limits: Mapping[str, int], for_ms: int) -> None:

@@ -236,9 +236,8 @@ class _MemoryPool:
             case "open":
                 done = model.open(limit, request["ramp_ms"], **now)
             case "charge":
-                charged = request["amount"], request["evenly"], request.get("bound")
-                amount, evenly, bound = charged
-                done = model.charge(limit, amount, evenly=evenly, bound=bound, **now)
+                how = {name: request[name] for name in ("evenly", "bound", "recorded")}
+                done = model.charge(limit, request["amount"], **how, **now)
             case "hold":
                 lane = tuple(request["lane"].split(" "))
                 held = request["sid"], lane, request["amounts"], request["for_ms"]

@@ -17,23 +17,36 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
+from zoneinfo import ZoneInfo
 
+from tidegate.admission.demand import Reach
 from tidegate.call import DEFAULT_POOL
 from tidegate.dialects import check_passthrough
 from tidegate.dialects.spec import Dialect
-from tidegate.errors import ConfigError, NotFound, StoreUnavailable, UpstreamsChanged, UpstreamUnfit
-from tidegate.limiter import Limiter, Observer, PoolPolicy
+from tidegate.errors import (
+    ConfigError,
+    LimiterUnavailable,
+    NotFound,
+    StoreUnavailable,
+    UpstreamsChanged,
+    UpstreamUnfit,
+)
+from tidegate.limiter import CallUse, Limiter, Observer, PoolPolicy, Quota, Tokens, amount_of
 from tidegate.policy.deployment import Deployment, Stated, Upstream, check_adopted
+from tidegate.policy.format import caller_of
 from tidegate.policy.live import LiveChanges, LiveEdit, as_at, changed_lines, changes_of
 from tidegate.policy.rollout import PolicyKeeper, open_pool
 from tidegate.settings import Config
 from tidegate.spine.learning import LimitLearner
 from tidegate.spine.native import Relay
 from tidegate.spine.run import timeouts_of
+from tidegate.store.database import Connections
 from tidegate.store.notifications import Notifications, next_beat_s
 from tidegate.store.provider.upstreams import (
     SEEN_EVERY_MS,
@@ -41,6 +54,7 @@ from tidegate.store.provider.upstreams import (
     UpstreamRevision,
     UpstreamRevisions,
 )
+from tidegate.store.statistics import RecordedUse, used_since
 from tidegate.store.tenants import Policies
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.upstream.credentials import Signers, open_wire
@@ -55,6 +69,7 @@ TEST_MS = 10_000
 _LOOK_EVERY_S = 0.03
 _CLOSE_AFTER_S = 60.0  # longer than a call takes from the choice of its upstream to its permit
 _START_WITHIN_S = 2.0
+_DAYS_WITHIN_S, _DAYS_EVERY_S = 10.0, 2.0
 
 log = get_logger()
 
@@ -71,6 +86,7 @@ class Pools:
         policies: Policies,
         instance_id: str,
         observer: Callable[[str], Observer],
+        connections: Connections,
     ) -> None:
         self.limiters: dict[str, Limiter] = {}
         self.keepers: dict[str, PolicyKeeper] = {}
@@ -78,6 +94,7 @@ class Pools:
         self._policies = policies
         self._instance_id = instance_id
         self._observer = observer
+        self._connections = connections
         self._open: dict[str, tuple[PolicyKeeper, AsyncExitStack]] = {}
 
     async def enter(self, pool: str, policy: PoolPolicy, provider: str | None) -> Limiter:
@@ -98,9 +115,19 @@ class Pools:
             )
             keeper = await stack.enter_async_context(opening)
             stack.callback(asyncio.create_task(keeper.run()).cancel)
+            await self._count_days(keeper.limiter, stack)
             known = self._open[pool] = keeper, stack
         self.keepers[pool], self.limiters[pool] = known[0], known[0].limiter
         return known[0].limiter
+
+    async def _count_days(self, limiter: Limiter, stack: AsyncExitStack) -> None:
+        """From the record, before a call is admitted; later where a server is unavailable, or the
+        record of the day is so long that the start would take too long."""
+        days = RecordedDays(limiter, self._connections)
+        with suppress(LimiterUnavailable, StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(_DAYS_WITHIN_S):
+                await days.count()
+        stack.callback(asyncio.create_task(days.run()).cancel)
 
     def leave(self, pool: str) -> None:
         """Show a pool no more; calls that have begun keep its limiter."""
@@ -121,6 +148,104 @@ class Pools:
         for pool in list(self._open):
             self.leave(pool)
             await self.close(pool)
+
+
+class RecordedDays:
+    """Day quotas of one pool, counted from the record after Valkey has lost its data while no
+    process ran: those that run report again what they have seen used. One per process.
+
+    What calls of the day used, as the record has it, is charged before this process admits any;
+    what is counted already is a part of it, however often it is charged. clock: seconds since 1970.
+    """
+
+    def __init__(
+        self, limiter: Limiter, connections: Connections, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._limiter = limiter
+        self._connections = connections
+        self._clock = clock
+        self._epoch = 0  # that was looked at
+        self._is_start = True
+
+    async def run(self) -> None:
+        """Count what is due, for ever: in each new epoch, and where a server was unavailable."""
+        while True:
+            try:
+                await self.count()
+            except (LimiterUnavailable, StoreUnavailable) as away:
+                log.debug(Log.STORE_AWAY, detail=away.message)
+            except Exception:  # the top of a task: logged, and it goes on
+                log.exception(Log.INTERNAL_ERROR, component="day_quotas")
+            await asyncio.sleep(_DAYS_EVERY_S)
+
+    async def count(self) -> None:
+        """Charge the day quotas in force with what is on record of their day, in an epoch that was
+        not looked at; at the start only those of which nothing is counted. Does nothing while
+        Valkey is away. Raises LimiterUnavailable or StoreUnavailable, after which it is due again.
+        Where it is cancelled some may be charged."""
+        limiter, epoch = self._limiter, self._limiter.epoch
+        is_start, self._is_start = self._is_start, False
+        if epoch == self._epoch or limiter.state == "away":
+            return
+        quotas = _quotas_of(limiter)
+        if quotas and is_start:
+            seen = await limiter.snapshot(limits=list(quotas))
+            counted = {name for name, view in seen.limits.items() if view.used}
+            quotas = {name: one for name, one in quotas.items() if name not in counted}
+        for zone in sorted({one.zone for one in quotas.values()}):
+            of_zone = {name: one for name, one in quotas.items() if one.zone == zone}
+            await self._count(zone, of_zone)
+        self._epoch = epoch
+
+    async def _count(self, zone: str, quotas: Mapping[str, Quota]) -> None:
+        limiter, since = self._limiter, _midnight(zone, self._clock())
+        callers = [one for one in map(caller_of, quotas) if one is not None]
+        uses = await used_since(
+            self._connections,
+            limiter.pool,
+            since,
+            keys=[one[-1] for one in callers if one[0] == "key"],
+            subjects=[one[-1] for one in callers if one[0] == "user"],
+            conversations=[one[-1] for one in callers if one[0] == "conversation"],
+        )
+        for name, amount in _amounts(Reach(limiter.policy), quotas, uses).items():
+            if await limiter.charge(name, amount, recorded=True) and amount:
+                log.info(Log.RECORDED_DAY_COUNTED, limit=name, amount=amount, since=str(since))
+
+
+def _quotas_of(limiter: Limiter) -> dict[str, Quota]:
+    limits = {name: limiter.policy.limit(name) for name in limiter.policy.limits}
+    return {name: one for name, one in limits.items() if isinstance(one, Quota)}
+
+
+def _midnight(zone: str, now: float) -> datetime:
+    """When the day began in a time zone."""
+    day = datetime.fromtimestamp(now, ZoneInfo(zone)).date()
+    return datetime(day.year, day.month, day.day, tzinfo=ZoneInfo(zone)).astimezone(UTC)
+
+
+def _amounts(
+    reach: Reach, quotas: Mapping[str, Quota], uses: Iterable[RecordedUse]
+) -> dict[str, int]:
+    """What is on record of each quota."""
+    found: defaultdict[str, int] = defaultdict(int)
+    for use in uses:
+        tags = use.key_id, use.subject, use.conversation
+        named = reach.named(use.tenant_id, tags)
+        media = use.images > 0, use.audio_seconds > 0
+        limits = reach.limits(use.kind, use.model, use.tenant_id, *media, named)
+        for name in quotas.keys() & set(limits):
+            found[name] += _amount(quotas[name], use)
+    return dict(found)
+
+
+def _amount(quota: Quota, use: RecordedUse) -> int:
+    if quota.unit == "requests":
+        return use.requests
+    cached = use.cached_tokens
+    written = min(use.cache_write_tokens, use.input_tokens - cached)
+    tokens = Tokens(use.input_tokens, use.output_tokens, cached, written)
+    return amount_of(quota, CallUse(tokens, use.images, use.audio_seconds, use.cost_micros)) or 0
 
 
 @dataclass(frozen=True, slots=True)

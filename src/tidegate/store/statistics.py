@@ -398,6 +398,45 @@ async def past_calls(
     return [PastCall(**row) for row in reversed(rows)]
 
 
+@dataclass(frozen=True, slots=True)
+class RecordedUse:
+    """What the admitted calls of one kind, model and tenant used since a moment. key_id, subject,
+    conversation: where these were to be apart."""
+
+    kind: str
+    model: str
+    tenant_id: str
+    key_id: str | None
+    subject: str | None
+    conversation: str | None
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    images: int
+    audio_seconds: int
+    cost_micros: int
+
+
+async def used_since(
+    connections: Connections,
+    pool: str,
+    since: datetime,
+    *,
+    keys: Sequence[str] = (),
+    subjects: Sequence[str] = (),
+    conversations: Sequence[str] = (),
+) -> list[RecordedUse]:
+    """What calls of a pool that were admitted from `since` on used, those of these keys, people
+    and conversations apart. Raises StoreUnavailable."""
+    named = list(keys), list(subjects), list(conversations)
+    rows = await connections.rows(
+        "day_uses", pool, since, *named, timeout_ms=_PAST_CALLS_TIMEOUT_MS
+    )
+    return [RecordedUse(**row) for row in rows]
+
+
 MOST_PARTS = 5
 MOST_PAGES = 1_000  # of the request log, 8 kB each: about 14,000 requests
 _TIMES_FOR_ONE = 10  # as many for one tenant, who has few of the requests on them

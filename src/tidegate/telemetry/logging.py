@@ -63,6 +63,7 @@ class Log(StrEnum):
     LIMITS_CHANGED = "limits_changed"
     LIMITS_CONFLICT = "limits_conflict"
     LIVE_LIMITS_KEPT = "live_limits_kept"
+    RECORDED_DAY_COUNTED = "recorded_day_counted"
     LIMIT_PAUSED = "limit_paused"
     LIMIT_RESUMED = "limit_resumed"
     SESSION_REVOKED = "session_revoked"

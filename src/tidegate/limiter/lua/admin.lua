@@ -1,7 +1,7 @@
 -- does: operations of operators and adapters on a pool: pause a limit, end a pause, close and open a gate, charge a limit, hold a permit, revoke a session
 -- keys: meta layout
 -- args: request
--- request: verb limit lane amounts for_ms most_ms ramp_ms tried amount evenly bound said sid run once keep_ms; once names the request
+-- request: verb limit lane amounts for_ms most_ms ramp_ms tried amount evenly bound recorded said sid run once keep_ms; once names the request
 -- returns: done
 -- units: ms
 -- uses: core clock pool limits queues permits session recover roster apply
@@ -85,9 +85,18 @@ elseif q.verb == 'charge' then
   local limit = T.limit_of(q.limit)
   if limit.defined and limit.sort ~= 'c' and not pool.doubtful and (q.bound or limit.bound) == limit.bound then
     local rates = T.rates()
-    if q.bound then rates.charge(limit, q.amount, q.evenly)
-    elseif q.evenly then rates.assert_evenly(limit, q.amount) else rates.assert_spent(limit, q.amount) end
     done = 1
+    if q.recorded then
+      -- All that is on record of a day, of which a part may be counted already.
+      local more = limit.sort == 'q' and q.amount - rates.spent(limit) or 0
+      done = more > 0 and 1 or 0
+      if done == 1 then
+        local field = 'b:' .. q.limit
+        rates.assert_spent(limit, more)
+        T.put(field, T.int(math.max(q.amount, tonumber(call('HGET', T.meta_key, field) or 0))))
+      end
+    elseif q.bound then rates.charge(limit, q.amount, q.evenly)
+    elseif q.evenly then rates.assert_evenly(limit, q.amount) else rates.assert_spent(limit, q.amount) end
   end
 elseif q.verb == 'hold' then
   -- Of a call that outlives its process: counted under the name of no session, until that is revoked or the

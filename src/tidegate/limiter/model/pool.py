@@ -652,21 +652,34 @@ class PoolModel:
         return done
 
     def charge(
-        self, name: str, amount: int, *, evenly: bool, bound: int | None, run: str, wall: int
+        self,
+        name: str,
+        amount: int,
+        *,
+        evenly: bool,
+        bound: int | None,
+        recorded: bool = False,
+        run: str,
+        wall: int,
     ) -> int:
         """Count what others outside of the pool have used of a rate or quota as spent now, or
-        `evenly` over the last window. bound: the one that it is charged beside."""
+        `evenly` over the last window. bound: the one that it is charged beside. recorded: all that
+        is on record of a day, of which a part may be counted already."""
         in_doubt = self._begin_act(run, wall)
         limit, done, now = self.pool.limit(name), 0, self.pool.now
-        if limit.is_rate and not in_doubt and bound in (None, limit.limit.bound):
-            self.capacity.spent(limit)
-            if bound is not None:
+        fits = limit.is_rate and (isinstance(limit.limit, Quota) or not recorded)
+        if fits and not in_doubt and bound in (None, limit.limit.bound):
+            spent, done = self.capacity.spent(limit), 1
+            if recorded:
+                done = int(amount > spent)
+                limit.spending.add(limit.limit, done * (amount - spent), now)
+                limit.asserted = max(limit.asserted, done * amount)
+            elif bound is not None:
                 limit.spending.charge(limit.limit, amount, now, evenly=evenly)
             elif evenly:
                 limit.spending.add_evenly(limit.limit, amount, now)
             else:
                 limit.spending.add(limit.limit, amount, now)
-            done = 1
         self._end_act(in_doubt=in_doubt)
         return done
 

@@ -176,3 +176,30 @@ SELECT lane, min(deadline_at) AS due_at, count(*) AS jobs,
     count(*) FILTER (WHERE is_waiting) AS waiting
 FROM open
 GROUP BY lane, trunc(50 * log(greatest(1, extract(epoch FROM deadline_at - now()))))
+
+-- name: day_uses
+-- What admitted calls of pool $1 used from $2 on, by what limits name.
+-- Keys, people and conversations are apart where they are in $3, $4 and $5. Calls of a provider's batch
+-- had no permit.
+SELECT kind, model, tenant_id, key_id, subject, conversation, count(*) AS requests,
+    sum(input_tokens)::bigint AS input_tokens, sum(output_tokens)::bigint AS output_tokens,
+    sum(least(cached_tokens, input_tokens))::bigint AS cached_tokens,
+    sum(cache_write_tokens)::bigint AS cache_write_tokens, sum(images)::bigint AS images,
+    sum(audio_seconds)::bigint AS audio_seconds, sum(cost_micros)::bigint AS cost_micros
+FROM (
+    SELECT coalesce(kind, '') AS kind, coalesce(model, '') AS model, tenant_id,
+        CASE WHEN key_id = ANY($3::text[]) THEN key_id END AS key_id,
+        CASE WHEN subject = ANY($4::text[]) THEN subject END AS subject,
+        CASE WHEN conversation = ANY($5::text[]) THEN conversation END AS conversation,
+        coalesce(input_tokens, 0) AS input_tokens,
+        coalesce(output_tokens, 0) + coalesce(thoughts_tokens, 0) AS output_tokens,
+        coalesce(cached_tokens, 0) AS cached_tokens,
+        coalesce((usage_details ->> 'cache_write_tokens')::bigint, 0) AS cache_write_tokens,
+        coalesce(images, 0) AS images, coalesce(cost_micros, 0) AS cost_micros,
+        coalesce((usage_details ->> 'input_audio_seconds')::bigint, 0) AS audio_seconds
+    FROM audit
+    WHERE coalesce(nullif(upstream, ''), pool) = $1 AND created_at >= $2 AND admitted_at >= $2
+        AND NOT (source = 'job' AND EXISTS (
+            SELECT FROM requests r WHERE r.id = audit.request_id AND r.tier = 'batch'))
+) AS calls
+GROUP BY 1, 2, 3, 4, 5, 6
