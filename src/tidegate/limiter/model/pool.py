@@ -354,7 +354,9 @@ class Joins:
         for limit in map(self.pool.limit, changed if before else ()):
             if limit.is_rate:
                 self.capacity.spent(limit)
-                limit.spending.take_along(limit.limit, self.pool.now)
+                old = before.limit(limit.name) if before else None
+                bound = old.bound if isinstance(old, Rate | Quota) else 0
+                limit.spending.take_along(limit.limit, self.pool.now, bound)
         return before is not None
 
     def _end_charges(self, limit: LimitState, new: Limit | None) -> None:

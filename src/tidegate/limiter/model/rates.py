@@ -421,13 +421,15 @@ class RateSpending:
         is_bucket = isinstance(limit, Rate) and limit.shape == "bucket"
         return is_bucket and self.bucket is not None and end <= self.bucket.end
 
-    def add(self, limit: Limit, amount: int, now: int) -> None:
-        """Count what was spent elsewhere or before as spent now. Call it after `look`."""
+    def add(self, limit: Limit, amount: int, now: int, most: int | None = None) -> None:
+        """Count what was spent elsewhere or before as spent now: in a log `most` of it, where it is
+        given, else its bound. Call it after `look`."""
         if amount <= 0:
             return
         if isinstance(limit, Rate) and limit.exact:
-            self.log += [now] * min(amount, limit.bound)
-            self.changed |= limit.bound > 0
+            counted = min(amount, limit.bound if most is None else most)
+            self.log += [now] * counted
+            self.changed |= counted > 0
         else:
             self._spend(limit, self._end_now(limit, now), amount)
 
@@ -513,9 +515,10 @@ class RateSpending:
             self.pacing.even_us = max(0, self.pacing.even_us - by_ms * 1000)
             self.pacing.since = max(0, self.pacing.since - by_ms)
 
-    def take_along(self, limit: Limit, now: int) -> None:
+    def take_along(self, limit: Limit, now: int, bound_before: int) -> None:
         """What was counted in another way, before the policy said this one, is taken for spent
-        now. Call it after `look`."""
+        now: above a bound that is lower now too, so that it counts once the bound is raised again.
+        Call it after `look`."""
         span, amount = (span_of(limit) if isinstance(limit, Rate) else DAY_MS), 0
         exact = isinstance(limit, Rate) and limit.exact
         if not exact:
@@ -533,4 +536,5 @@ class RateSpending:
             self.bucket = Bucket(units, now - span, limit.window_ms, limit.bound)
         if isinstance(limit, Rate) and self.pacing is not None:
             self.pacing.bring_near(limit, now)
-        self.add(limit, min(limit.bound, amount), now)
+        most = 2 * max(limit.bound, bound_before)
+        self.add(limit, min(amount, most), now, most)

@@ -3,7 +3,8 @@
 -- args: sid epoch batch join lease_ms
 -- returns: join(), keep_keys(), touch_own(), conflict
 -- units: ms
-T.conflict, T.lowered = 0, {}
+-- bounds_before: of the rates and days that a policy changes.
+T.conflict, T.lowered, T.bounds_before = 0, {}, {}
 T.HISTORY = 100
 
 -- Deletes the record of a limit that the new policy does not have; the order of its waiters stays until the
@@ -95,6 +96,7 @@ function T.compare(policy)
   for i, name in ipairs(names) do
     if before[i] ~= policy.limits[name] then
       T.end_charges(name, before[i], policy.limits[name])
+      T.bounds_before[name] = tonumber(string.match(before[i] or '', '^[rq]|(%d+)'))
       changed[#changed + 1] = name
       defined[fields[i]] = policy.limits[name]
     end

@@ -375,12 +375,13 @@ T.rates = function()
     return sum
   end
 
-  -- After a loss: a session reports the usage that it had seen, and its own admissions since.
-  function f.assert_spent(limit, amount)
+  -- After a loss: a session reports the usage that it had seen, and its own admissions since. Of a log at most
+  -- `most`, where it is given, else its bound.
+  function f.assert_spent(limit, amount, most)
     loaded(limit)
     if amount <= 0 then return end
     if not limit.exact then return spend(limit, ends_now(limit), amount) end
-    amount = math.min(amount, limit.bound)
+    amount = math.min(amount, most or limit.bound)
     note(limit, part_of(limit, pool.now), amount)
     local times = {}
     for i = 1, math.min(amount, 500) do times[i] = T.int(pool.now) end
@@ -525,7 +526,9 @@ T.rates = function()
     if limit.sort == 'r' then call('PEXPIRE', key_of(limit), T.int(2 * limit.span), 'GT') end
     if limit.window then T.open_bucket(limit) end
     if limit.pacing then T.bring_near(limit) end
-    f.assert_spent(limit, math.min(limit.bound, amount))
+    -- Above a bound that is lower now too: with it raised again, what was admitted before still counts.
+    local most = 2 * math.max(limit.bound, T.bounds_before[limit.name] or 0)
+    f.assert_spent(limit, math.min(amount, most), most)
   end
 
   -- The clock was set back: usage keeps its age.
