@@ -771,6 +771,7 @@ class Limiter:
         request = {"verb": "hold", "sid": name, "lane": " ".join(lane), "for_ms": for_ms}
         if not await self._act({**request, "amounts": [max(1, limits[one]) for one in lane]}):
             raise LimiterUnavailable("Valkey has lost data", limit="", retry_after_ms=1000)
+        self._session.refresh()  # it is remembered here, in case Valkey loses it
 
     async def revoke(self, session: str) -> int:
         """Take back all that a process holds whose death is certain, named by its session or its

@@ -123,6 +123,30 @@ async def test_a_pause_without_a_ramp_is_no_gate_and_is_over_after_an_empty_rest
     await (await Body(limiter).until_admitted()).end()
 
 
+async def test_a_call_without_a_process_counts_through_an_empty_restart(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    maker_of_it, survivor = [await maker(own_valkey.url, 1) for _ in range(2)]
+    await maker_of_it.hold("background-1", {LIMIT: 1}, 60_000)
+    known = survivor._session.remembered
+    await wait_until(lambda: known.lapsing(0.0), what="the survivor's knowledge of it")
+    await maker_of_it.aclose()
+    before = (await survivor.snapshot()).epoch
+    own_valkey.stop()
+    own_valkey.start()
+    waiter = Body(survivor)
+
+    async def recovered() -> bool:
+        seen = await survivor.snapshot()
+        is_new = seen.epoch not in (0, before) and not seen.recovering_ms
+        return is_new and seen.limits[LIMIT].used == seen.limits[LIMIT].waiting == 1
+
+    await wait_until(recovered, 20, "one counted, and one that waits")
+    assert not waiter.admitted.is_set()
+    assert await survivor.revoke("background-1") == 1
+    await (await waiter.until_admitted()).end()
+
+
 async def test_local_admits_no_call_under_a_pause(
     hands: Hands, maker: Maker, own_valkey: ValkeyServer
 ) -> None:

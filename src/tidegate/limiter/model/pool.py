@@ -405,9 +405,7 @@ class Reports:
         session, policy = self.pool.sessions[q.sid], self.pool.policy
         ends = [s.expiry for s in self.pool.sessions.values()] + list(self.permits.lapsing.values())
         lapsing, more_lapsing = self._page(
-            [(end, "|".join(map(str, permit))) for permit, end in self.permits.lapsing.items()]
-            if self.joining.hold
-            else [],
+            [(end, "|".join(map(str, permit))) for permit, end in self.permits.lapsing.items()],
             q.pages.get("lapsing"),
         )
         paused, more_paused = self._pauses(q.pages.get("pauses"))

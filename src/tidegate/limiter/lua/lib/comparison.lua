@@ -45,6 +45,7 @@ function T.page(key, place)
   return raw, { last, alone and T.MOST_ON_PAGE + (score == last and passed or 0) or 0 }
 end
 
+-- The permits held over: for dead sessions, where the policy holds them, and for calls that no process holds.
 function T.lapsing_page()
   local list = {}
   local raw, rest = T.page(T.lapsing_key, q.pages.lapsing)
@@ -114,8 +115,7 @@ end
 function T.whole()
   local spent, told, more_spent = T.spent_since_told()
   local pauses, more_pauses = T.pauses_page()
-  local lapsing, more_lapsing = {}, nil
-  if pool.hold then lapsing, more_lapsing = T.lapsing_page() end
+  local lapsing, more_lapsing = T.lapsing_page()
   return {
     pool.now, T.held_of_asked(), lapsing, T.next_event_ms(), T.conflict, spent, pauses,
     (q.revision ~= pool.revision or T.conflict == 1) and call('HGET', T.meta_key, 'policy') or false,
