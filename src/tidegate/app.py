@@ -16,7 +16,7 @@ from tidegate import settings as configuration
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.dashboard.rollup import Rollup, counting
 from tidegate.dialects.spec import Dialect
-from tidegate.errors import StoreUnavailable
+from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.http.auth import Authenticator, TokenTrust
 from tidegate.http.browsers import Origins, Sessions, SignIn
 from tidegate.http.services import Services
@@ -35,7 +35,7 @@ from tidegate.record import ActiveCalls, CallListeners
 from tidegate.settings import Config, secret
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
-from tidegate.spine.resources import Resources
+from tidegate.spine.resources import Resources, count_again
 from tidegate.spine.routing import Targets
 from tidegate.spine.run import Spine
 from tidegate.spine.upstreams import LiveUpstreams, Pools, following, revision_to_start_with
@@ -57,7 +57,8 @@ log = get_logger()
 
 # New objects before a collection, which stops the event loop for as long as it looks at them.
 _GC_THRESHOLD = 20_000
-_POLL_S = 0.02
+_POLL_S, _LONGEST_POLL_S = 0.02, 2.0
+_COUNTED_WITHIN_S = 2.0
 
 
 def create_app(
@@ -78,8 +79,8 @@ def create_app(
     @asynccontextmanager
     async def warm() -> AsyncIterator[Services]:
         whole = settings() if callable(settings) else settings
-        async with open_services(whole, "api") as services:
-            await _answered(services, warm_within_ms)
+        async with open_services(whole, "api") as services, _counting(services) as counted:
+            await _answered(services, warm_within_ms, counted)
             yield services
 
     app = build(warm)
@@ -87,8 +88,9 @@ def create_app(
     return app
 
 
-async def _answered(services: Services, within_ms: int) -> None:
-    """Return when Valkey and PostgreSQL have answered once; in time, whether or not they have."""
+async def _answered(services: Services, within_ms: int, counted: asyncio.Task[None]) -> None:
+    """Return when Valkey and PostgreSQL have answered once, and work in the background is counted;
+    in time, whether or not that is so."""
     if not within_ms:
         return
     with suppress(TimeoutError):
@@ -98,6 +100,30 @@ async def _answered(services: Services, within_ms: int) -> None:
             while not fits:
                 await asyncio.sleep(_POLL_S)
                 fits = await services.store.schema_fits()
+            await asyncio.shield(counted)
+
+
+@asynccontextmanager
+async def _counting(services: Services) -> AsyncIterator[asyncio.Task[None]]:
+    """A task that ends once all work in the background is counted, which it was not where Valkey
+    has lost its data and no process was left."""
+    task = asyncio.create_task(_count_background(services))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _count_background(services: Services) -> None:
+    wait_s = _POLL_S
+    while True:
+        with suppress(StoreUnavailable, LimiterUnavailable):  # it is tried again
+            if await services.store.schema_fits():
+                await count_again(services.store.background, services.spine)
+                return
+        await asyncio.sleep(wait_s)
+        wait_s = min(_LONGEST_POLL_S, 2 * wait_s)
 
 
 async def run_worker(
@@ -113,6 +139,10 @@ async def run_worker(
         if beside is not None:
             await stack.enter_async_context(beside(services))
         on_ready()
+        counted = await stack.enter_async_context(_counting(services))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_COUNTED_WITHIN_S):
+                await asyncio.shield(counted)
         worker = Worker(
             config=config,
             store=services.store,

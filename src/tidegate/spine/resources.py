@@ -45,7 +45,7 @@ from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
 from tidegate.spine.bodies import aside
 from tidegate.spine.out import ended, undisturbed
 from tidegate.spine.routing import Target, Targets
-from tidegate.spine.run import CallFailed, Lane
+from tidegate.spine.run import CallFailed, Lane, Spine
 from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.resources import NewResource, ProviderResources, ResourceOwner
 from tidegate.store.requests import Requests
@@ -513,6 +513,22 @@ class BackgroundHandOver:
             with suppress(LimiterUnavailable):
                 await limiter.revoke(name)
         self._decided.set()
+
+
+async def count_again(calls: BackgroundCalls, spine: Spine) -> None:
+    """Count all work in the background, in case Valkey has lost its data while no process lived
+    that knew of it; what has ended meanwhile is not counted. Raises StoreUnavailable and
+    LimiterUnavailable."""
+    counted = dict[str, Limiter]()
+    for one in await calls.counted():
+        upstream = spine.targets.upstreams.get(one.upstream)
+        if upstream is not None and one.limits:
+            limiter = counted[one.permit] = spine.lane(Target(upstream, "")).limiter
+            await limiter.hold(one.permit, one.limits, one.left_ms + GRACE_MS)
+    if counted:
+        going_on = {one.permit for one in await calls.counted()}
+        for permit in counted.keys() - going_on:
+            await counted[permit].revoke(permit)
 
 
 class Keeping:

@@ -19,9 +19,10 @@ from google.genai import Client
 from google.genai.types import HttpOptions
 from openai import AsyncOpenAI
 
-from tests.gateway import Gateway, Opener
+from tests.gateway import Gateway, Opener, gateway
 from tests.integration.tenants.asking import key_of
 from tests.waiting import wait_until
+from tidegate.embedded.servers import ValkeyServer
 from tidegate.jobs import background
 from tidegate.policy.format import edit
 from tidegate.prices.budgets import Budget
@@ -332,6 +333,36 @@ async def test_a_deferred_completion_is_read_once_at_the_provider(stage: Stage) 
     assert (row["status"], row["usage_state"]) == ("succeeded", "told")
     assert row["input_tokens"] == whole["usage"]["prompt_tokens"]
     assert row["response_id"] == whole["id"]
+
+
+@pytest.mark.parametrize("state", ["running", "sending"])
+async def test_it_is_counted_by_who_starts_where_nobody_was_left_that_knew_of_it(
+    own_valkey: ValkeyServer, database_url: str, tmp_path: Path, state: str
+) -> None:
+    """All processes were gone when Valkey lost its data, as when a machine starts again."""
+    given: Any = {"redis_url": own_valkey.url, "database_url": database_url, "worker": False}
+    given["rate_limits"] = {"text_only": 1}
+    say = {"model": "gemini-2.5-flash", "input": "Think", "store": False}
+    async with gateway(tmp_path / "data", **given) as before:
+        url = f"{before.url}/v1/responses"
+        await before.upstream.set_behaviour(first_byte_ms=60_000)
+        async with before.http.post(url, json=say | {"background": True}) as begun:
+            assert (await begun.json())["status"] == "queued"
+        await before.database.execute("UPDATE background_calls SET state = $1", state)
+    own_valkey.stop()
+    own_valkey.start()
+    async with gateway(tmp_path / "data", **given) as after:
+        limiter = after.services.limiter
+
+        async def counted() -> bool:
+            seen = await limiter.snapshot()
+            return bool(seen.limits["kind:text_only"].used == 1 and not seen.recovering_ms)
+
+        await wait_until(counted, 20, "its permit")
+        headers = {"x-tidegate-deadline-ms": "300"}
+        url = f"{after.url}/v1/responses"
+        async with after.http.post(url, json=say, headers=headers) as refused:
+            assert refused.status == 429
 
 
 MADE = {"id": "resp_1", "object": "response", "status": "queued", "model": MODEL, "output": []}

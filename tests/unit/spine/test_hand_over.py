@@ -14,8 +14,9 @@ from tidegate.call import new_id
 from tidegate.errors import StoreUnavailable, UpstreamRejected
 from tidegate.record import CallRecord
 from tidegate.spine.out import undisturbed
-from tidegate.spine.resources import BackgroundHandOver
+from tidegate.spine.resources import BackgroundHandOver, count_again
 from tidegate.spine.run import CallFailed
+from tidegate.store.provider.background import CountedCall
 
 
 class _Store:
@@ -161,3 +162,19 @@ async def test_what_fails_undisturbed_is_the_cause_of_the_cancellation() -> None
     with pytest.raises(asyncio.CancelledError) as cancelled:
         await task
     assert isinstance(cancelled.value.__cause__, StoreUnavailable)
+
+
+@pytest.mark.parametrize("after", [["first"], []])
+async def test_what_ends_while_all_are_counted_again_is_not_left_counted(after: list[str]) -> None:
+    store, going_on = _Store(), iter([["first", "second"], after])
+
+    async def counted() -> list[CountedCall]:
+        limits = {"kind:text_only": 1}
+        return [CountedCall("openai", name, limits, 1) for name in next(going_on)]
+
+    calls: Any = SimpleNamespace(counted=counted)
+    targets = SimpleNamespace(upstreams={"openai": object()})
+    spine: Any = SimpleNamespace(targets=targets, lane=lambda _: SimpleNamespace(limiter=store))
+    await count_again(calls, spine)
+    assert store.counted == set(after)
+    assert store.reached.count("revoke") == 2 - len(after)

@@ -62,6 +62,16 @@ class BackgroundCall:
     claim: int
 
 
+@dataclass(frozen=True, slots=True)
+class CountedCall:
+    """What counts in the limiter of one call: see BackgroundCall. left_ms: of its longest time."""
+
+    upstream: str
+    permit: str
+    limits: Mapping[str, int]
+    left_ms: int
+
+
 class BackgroundCalls:
     """Every method raises StoreUnavailable; those that are given a call raise ClaimLost."""
 
@@ -208,6 +218,11 @@ class BackgroundCalls:
         found = await self._connections.rows("count_background_calls")
         return {row["upstream"]: row["calls"] for row in found}
 
+    async def counted(self) -> list[CountedCall]:
+        """What counts in the limiters of all that go on."""
+        found = await self._connections.rows("counted_background_calls")
+        return [record_of(CountedCall, row, limits=_limits(row)) for row in found]
+
     @staticmethod
     def _check(call: BackgroundCall, done: int) -> None:
         if not done:
@@ -224,7 +239,8 @@ def _call(row: Mapping[str, Any], request: bytes) -> BackgroundCall:
     record = record_from(row["id"], orjson.loads(row["facts_text"]))
     record.request = request
     record.lineage = lineage_from(row["lineage_text"])
-    limits = {
-        name: int(amount or 1) for name, _, amount in (x.partition(" ") for x in row["limits"])
-    }
-    return record_of(BackgroundCall, row, record=record, limits=limits)
+    return record_of(BackgroundCall, row, record=record, limits=_limits(row))
+
+
+def _limits(row: Mapping[str, Any]) -> dict[str, int]:
+    return {name: int(amount or 1) for name, _, amount in (x.partition(" ") for x in row["limits"])}

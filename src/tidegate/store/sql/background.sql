@@ -76,6 +76,12 @@ WHERE dialect = $1 AND kind = $2 AND resource_id = $3 AND state = 'running'
 -- How many calls go on at each upstream without a client.
 SELECT upstream, count(*) AS calls FROM background_calls WHERE state <> 'ended' GROUP BY upstream
 
+-- name: counted_background_calls
+-- What counts in the limiters of all calls that go on, and for how long at most.
+SELECT upstream, limits, permit,
+    greatest(0, ceil(extract(epoch FROM deadline_at - now()) * 1000))::bigint AS left_ms
+FROM background_calls WHERE state <> 'ended'
+
 -- name: is_on_record
 -- Whether call $1 is on record already, as one whose process died.
 SELECT EXISTS (SELECT 1 FROM audit WHERE id = $1)
