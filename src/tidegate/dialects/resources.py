@@ -224,13 +224,14 @@ def _everything(_: JsonObject) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PageQuery:
-    """What a list is asked for. whole: the body of the answer, of what is shown by ids and of
-    whether there is more. shows: whether one is asked for. only: ids to which it is restricted."""
+    """What a list is asked for. whole: the body of the answer, of what is shown by ids, of whether
+    there is more, and of the id where the next page goes on. shows: whether one is asked for. only:
+    ids to which it is restricted."""
 
     limit: int
     after: str | None
     newest_first: bool
-    whole: Callable[[Listed, bool], JsonObject]
+    whole: Callable[[Listed, bool, str | None], JsonObject]
     shows: Callable[[JsonObject], bool] = _everything
     only: tuple[str, ...] | None = None
 
@@ -260,7 +261,7 @@ def openai_page(kind: str, query: str) -> PageQuery:
         said = said if isinstance(said, dict) else {}
         return all(said.get(name) == value for name, value in metadata.items())
 
-    def whole(shown: Listed, has_more: bool) -> JsonObject:
+    def whole(shown: Listed, has_more: bool, _last: str | None) -> JsonObject:
         return {
             "object": "list",
             "data": [one for _, one in shown],
@@ -290,8 +291,7 @@ def anthropic_page(_kind: str, query: str) -> PageQuery:
         allowed = f"at most {_MOST_IDS} ids"
         raise InvalidRequest("ids", "ids are too many", allowed=allowed)
 
-    def whole(shown: Listed, has_more: bool) -> JsonObject:
-        last = shown[-1][0] if shown else None
+    def whole(shown: Listed, has_more: bool, last: str | None) -> JsonObject:
         return {
             "data": [one for _, one in shown],
             "has_more": has_more,
@@ -319,10 +319,10 @@ def gemini_page(kind: str, query: str) -> PageQuery:
     named = _named(query)
     field, usual, most = _GEMINI_LISTS[kind]
 
-    def whole(shown: Listed, has_more: bool) -> JsonObject:
+    def whole(shown: Listed, has_more: bool, last: str | None) -> JsonObject:
         found = [_without_answers(one) if kind == "batch" else one for _, one in shown]
         body: JsonObject = {field: found} if shown else {}
-        return body | ({"nextPageToken": shown[-1][0]} if has_more and shown else {})
+        return body | ({"nextPageToken": last} if has_more and last else {})
 
     limit = page_limit(named.get("pageSize"), "pageSize", usual, most, least=0)
     limit = limit or usual  # 0 means none is named

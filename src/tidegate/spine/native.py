@@ -86,7 +86,7 @@ from tidegate.spine.models import (
     targets_for,
 )
 from tidegate.spine.out import AttendedOut, Out
-from tidegate.spine.resources import BackgroundHandOver, Keeping, Resources
+from tidegate.spine.resources import BackgroundHandOver, Keeping, Resources, is_absent
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import (
     CallFailed,
@@ -625,7 +625,7 @@ class NativeExchange:
                     failed = await refusal_of(exchange, at, self.dialect)
                     # Google answers 403 for what does not exist; a dead key's 403 is another.
                     if exchange.status == 403 and isinstance(failed.error, UpstreamRejected):
-                        return None
+                        return None if is_absent(failed.body) else {}
                     raise failed
                 return parsed(await exchange.read(_LONGEST_LISTED_BYTES))
             finally:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,8 +64,15 @@ _READ_AGAIN = frozenset(("response", "interaction", "cached_content"))
 _CONTINUED = frozenset(("previous_response_id", "previous_interaction_id"))
 _MOST_A_PAGE = 100  # each is a request to its provider
 _MOST_READ = 300  # of which a filter may leave out any number
+_ROWS_AT_ONCE = 100
+# For so long a provider does not know a thing before its row goes: what stands before a provider
+# that is out may answer 404 too. Meanwhile no list asks for it again.
+GONE_AFTER_S = 60.0
+_MOST_MISSING = 20_000
 
+# What a provider shows of a thing: nothing of one that is not to be seen, None where it has none.
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
+_Place = tuple[str, str, str]  # dialect, kind and id
 
 
 def account_of(upstream: Upstream, dialect: str) -> bytes:
@@ -99,6 +107,7 @@ class Resources:
         self._bodies = bodies
         self.background = background
         self._targets = targets
+        self._missing: dict[_Place, float] = {}  # since when a provider has none
 
     # Results that are here
 
@@ -264,12 +273,13 @@ class Resources:
     ) -> bytes:
         """A page of the caller's own, in the dialect's form, by the rows that say so: each is read
         where it lives, and shown as it is there, but for what lived at an upstream that is not
-        configured any more. Raises InvalidRequest."""
+        configured any more. Raises InvalidRequest and StoreUnavailable."""
         asked = DIALECTS[dialect].page(use.kind, query)
         if asked.only is not None:
             chosen = await self._chosen(caller, dialect, use, asked.only, read)
-            return orjson.dumps(asked.whole(chosen, False))
-        found: list[tuple[str, dict[str, Any]]] = []
+            last = chosen[-1][0] if chosen else None
+            return orjson.dumps(asked.whole(chosen, False, last))
+        found, gone = list[tuple[str, dict[str, Any]]](), list[str]()
         most = min(asked.limit, _MOST_A_PAGE)
         after, seen, has_more = asked.after, 0, True
         while has_more and len(found) <= most and seen < _MOST_READ:
@@ -279,20 +289,51 @@ class Resources:
                 use.kind,
                 newest_first=asked.newest_first,
                 after=after,
-                limit=most + 1,
+                limit=_ROWS_AT_ONCE + 1,
             )
-            has_more = len(rows) > most
-            for resource_id, owner in rows:
-                after, seen = resource_id, seen + 1
-                home = self._home_of(owner, dialect)
-                one = None if home is None else await read(Target(home, ""), resource_id)
-                if one is not None and asked.shows(one):
-                    found.append((resource_id, one))
-                if len(found) > most:
+            has_more = len(rows) > _ROWS_AT_ONCE
+            for resource_id, owner in rows[:_ROWS_AT_ONCE]:
+                if len(found) > most or seen == _MOST_READ:
+                    has_more = True
                     break
+                after, place = resource_id, (dialect, use.kind, resource_id)
+                home = self._home_of(owner, dialect)
+                if home is None or self._is_missing(place):
+                    continue
+                seen += 1
+                one = await read(Target(home, ""), resource_id)
+                if one is not None:
+                    self._missing.pop(place, None)
+                    found += [(resource_id, one)] if one and asked.shows(one) else []
+                elif self._has_none(place, is_same=account_of(home, dialect) == owner.account):
+                    gone.append(resource_id)
         shown = found[:most]
         has_more = most > 0 and (len(found) > most or has_more)
-        return orjson.dumps(asked.whole(shown, has_more))
+        last = shown[-1][0] if shown else None
+        if has_more and len(found) <= most:
+            last = after  # of those that are not shown
+        for resource_id in gone:  # or a list would read those of years before what is there
+            if resource_id != last:
+                await self.forget(caller, dialect, use.kind, resource_id)
+        return orjson.dumps(asked.whole(shown, has_more, last))
+
+    def _is_missing(self, place: _Place) -> bool:
+        """Whether its provider had none when it was asked a moment ago."""
+        since = self._missing.get(place)
+        return since is not None and time.monotonic() - since < GONE_AFTER_S
+
+    def _has_none(self, place: _Place, *, is_same: bool) -> bool:
+        """Note that a provider has none; whether that is so for good, as its account has not known
+        it for a while."""
+        if self._is_missing(place):  # another list has asked for it meanwhile
+            return False
+        if place in self._missing and is_same:
+            del self._missing[place]
+            return True
+        if len(self._missing) >= _MOST_MISSING:
+            self._missing.clear()
+        self._missing[place] = time.monotonic()
+        return False
 
     async def _chosen(
         self, caller: Caller, dialect: Dialect, use: ResourceUse, ids: Sequence[str], read: Read
@@ -305,7 +346,7 @@ class Resources:
             if owner is None or owner.tenant_id != caller.tenant_id:
                 continue
             home = self._home_of(owner, dialect)
-            if home is not None and (shown := await read(Target(home, ""), one)) is not None:
+            if home is not None and (shown := await read(Target(home, ""), one)):
                 found.append((one, shown))
         return found
 
@@ -319,6 +360,14 @@ def missing(kind: str, resource_id: str) -> str:
         return f"Response with id '{resource_id}' not found."
     name = kind.replace("_", " ").capitalize()
     return f"{name} with id '{resource_id}' not found."
+
+
+_ABSENT = re.compile(rb"not found|may not exist", re.IGNORECASE)
+
+
+def is_absent(refusal: bytes) -> bool:
+    """Whether Google's 403 says that there may be no such thing."""
+    return _ABSENT.search(refusal) is not None
 
 
 def made_in(answer: bytes, making: Making) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from tests.integration.native.test_upstreams import WriteFile, policy, second
 from tests.integration.tenants.asking import key_of
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator
+from tidegate.spine import resources
 
 __all__ = ["policy", "second"]
 
@@ -201,7 +202,9 @@ async def test_files(tenants: Tenants) -> None:
     assert await asyncio.gather(*map(refused, [mine.files.get(name=names[1])])) == [404]
 
 
-async def test_a_list_leaves_out_what_is_gone_and_fails_with_a_dead_key(tenants: Tenants) -> None:
+async def test_a_list_leaves_out_what_is_gone_and_fails_with_a_dead_key(
+    tenants: Tenants, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await tenants.second.control.set_behaviour(file_processing_ms=0)
     made = [
         await tenants.mine.files.upload(file=io.BytesIO(b"x" * size), config=TEXT)
@@ -211,7 +214,11 @@ async def test_a_list_leaves_out_what_is_gone_and_fails_with_a_dead_key(tenants:
     gone = f"{tenants.second.url}/v1beta/{made[0].name}"
     async with tenants.gateway.http.delete(gone, headers=headers) as deleted:
         assert deleted.status == 200, "at the provider itself"
-    assert [file.name async for file in await tenants.mine.files.list()] == [made[1].name]
+    owned = sorted(one.name.removeprefix("files/") for one in made)
+    for left in (owned, [made[1].name.removeprefix("files/")]):
+        assert [file.name async for file in await tenants.mine.files.list()] == [made[1].name]
+        assert sorted(row["resource_id"] for row in await tenants.rows()) == left
+        monkeypatch.setattr(resources, "GONE_AFTER_S", 0.0)
     await tenants.second.control.set_fault("forbidden", kind="other")
     assert await refused(tenants.mine.files.list()) in (502, 503)
 

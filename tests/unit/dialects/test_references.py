@@ -110,11 +110,11 @@ def test_pages_are_read_in_each_dialect_s_words() -> None:
     shown = [("a", {"id": "a"}), ("b", {"id": "b"})]
     gemini = DIALECTS[Dialect.GEMINI].page("file", "pageSize=2&pageToken=z")
     assert (gemini.limit, gemini.after, gemini.newest_first) == (2, "z", False)
-    assert gemini.whole(shown, True)["nextPageToken"] == "b"
-    assert gemini.whole([], False) == {}
+    assert gemini.whole(shown, True, "b")["nextPageToken"] == "b"
+    assert gemini.whole([], False, None) == {}
     anthropic = DIALECTS[Dialect.ANTHROPIC].page("file", "limit=2&page=page_z")
     assert (anthropic.limit, anthropic.after, anthropic.newest_first) == (2, "z", True)
-    assert anthropic.whole(shown, False)["next_page"] is None
+    assert anthropic.whole(shown, False, "b")["next_page"] is None
     openai = DIALECTS[Dialect.OPENAI].page("file", "limit=10000&purpose=vision")
     assert (openai.limit, openai.newest_first) == (100, True)
     assert not openai.shows({"purpose": "evals"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,10 +22,16 @@ def resources_with(ids: list[str], monkeypatch: pytest.MonkeyPatch) -> Resources
         *_: object, after: str | None, limit: int, newest_first: bool
     ) -> list[tuple[str, object]]:
         first = 0 if after is None else ids.index(after) + 1
-        return [(one, SimpleNamespace(upstream="u")) for one in ids[first : first + limit]]
+        owner = SimpleNamespace(upstream="u", account=b"the same")
+        return [(one, owner) for one in ids[first : first + limit]]
 
+    monkeypatch.setattr(module, "account_of", lambda *_: b"the same")
     monkeypatch.setattr(module.Resources, "_home_of", lambda *_: SimpleNamespace(name="u"))
-    store: Any = SimpleNamespace(of_tenant=of_tenant)
+
+    async def forget(_tenant: str, _dialect: str, _kind: str, resource_id: str) -> None:
+        ids.remove(resource_id)
+
+    store: Any = SimpleNamespace(of_tenant=of_tenant, forget=forget)
     return Resources(store, cast("Any", None), cast("Any", None), cast("Any", None))
 
 
@@ -52,3 +59,67 @@ async def test_a_page_asks_the_provider_for_a_hundred_things_at_most(
     assert [one["id"] for one in page[field]] == ids[:100]
     assert page[more]
     assert reads == ids[:101]
+
+
+LISTS = [
+    (Dialect.ANTHROPIC, "file", "data", lambda page: f"after_id={page['last_id']}"),
+    (Dialect.GEMINI, "cached_content", "cachedContents", lambda page: _token(page)),
+]
+
+
+def _token(page: dict[str, Any]) -> str:
+    return f"pageToken={page['nextPageToken']}"
+
+
+@pytest.mark.parametrize(("dialect", "kind", "field", "onward"), LISTS)
+async def test_what_is_gone_hides_nothing_that_comes_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+    dialect: Dialect,
+    kind: str,
+    field: str,
+    onward: Callable[[dict[str, Any]], str],
+) -> None:
+    """A list of caches that end within an hour was empty for ever, once there had been 300."""
+    ids = [f"id-{number:04}" for number in range(400)]
+    resources, use = resources_with(ids, monkeypatch), cast("Any", SimpleNamespace(kind=kind))
+
+    async def read(_target: object, resource_id: str) -> dict[str, Any] | None:
+        return {"id": resource_id} if resource_id >= "id-0390" else None
+
+    async def page(query: str) -> dict[str, Any]:
+        found: dict[str, Any] = orjson.loads(
+            await resources.page(Caller("acme"), dialect, use, query, read)
+        )
+        return found
+
+    first = await page("")
+    assert field not in first or not first[field]
+    following = await page(onward(first))
+    assert [one["id"] for one in following[field]] == ids[390:]
+
+
+@pytest.mark.parametrize("account", [b"the same", b"another"])
+async def test_the_row_of_what_is_gone_for_a_while_goes_too(
+    monkeypatch: pytest.MonkeyPatch, account: bytes
+) -> None:
+    ids = [f"id-{number:04}" for number in range(700)]
+    resources, use = resources_with(ids, monkeypatch), cast("Any", SimpleNamespace(kind="file"))
+    monkeypatch.setattr(module, "account_of", lambda *_: account)
+    reads = list[str]()
+
+    async def read(_target: object, resource_id: str) -> dict[str, Any] | None:
+        reads.append(resource_id)
+        return {"id": resource_id} if resource_id >= "id-0690" else None
+
+    async def shown() -> list[str]:
+        page = await resources.page(Caller("acme"), Dialect.OPENAI, use, "", read)
+        return [one["id"] for one in orjson.loads(page)["data"]]
+
+    assert await shown() == await shown() == []
+    assert await shown() == [f"id-{number:04}" for number in range(690, 700)]
+    assert len(reads) == len(set(reads)) == 700, "asked for once in a while"
+    monkeypatch.setattr(module, "GONE_AFTER_S", 0.0)
+    for _ in range(4):
+        await shown()
+    kept = 700 if account == b"another" else 10
+    assert len(ids) == kept, "what another account does not know may still be there"
