@@ -437,7 +437,7 @@ def _end_of(made: dict[str, Any] | None) -> datetime | None:
 
 
 _MOST_EVENTS = 8  # before the one that names what a stream makes
-_HEAD_BYTES = 262_144  # of a stream, whose first event names what it makes
+_HEAD_BYTES = 262_144  # of what names several
 
 
 # How long it stays counted after its longest time: until a worker has cancelled it.
@@ -683,16 +683,20 @@ class Keeping:
         self, exchange: Exchange, first: bytes, record: CallRecord
     ) -> tuple[bytes, dict[str, Any] | None]:
         """The beginning of an answer, as far as it takes to see what it makes, and that: all of an
-        object, of a stream its first events. None where nothing is named."""
+        object, of a stream its first events, which may repeat long instructions. None where nothing
+        is named."""
         assert self.making is not None
         # What names several is short, unless it holds answers and no files.
-        is_short = record.streamed or self.making.each is not None
-        coding, most = coding_of(exchange.headers), _HEAD_BYTES if is_short else KEPT_BYTES
+        coding, most = coding_of(exchange.headers), _HEAD_BYTES if self.making.each else KEPT_BYTES
+        pieces, size_bytes, is_news = [first], len(first), True
         while True:
-            seen = decoded(first, coding) if coding else first
-            is_whole = exchange.at_end or len(first) > most
-            if is_whole or record.streamed:
+            is_whole = exchange.at_end or size_bytes > most
+            if is_whole or (record.streamed and is_news):
+                pieces = [first := b"".join(pieces)]
+                seen = decoded(first, coding) if coding else first
                 found = await aside(len(seen), partial(made_in, seen, self.making))
                 if is_whole or found is not None or _names_nothing(seen, self.making):
                     return first, found
-            first += await exchange.next()
+            pieces.append(await exchange.next())
+            size_bytes += len(pieces[-1])
+            is_news = bool(coding) or b"\n" in pieces[-1]  # an event may have come to its end

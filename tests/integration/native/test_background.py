@@ -158,10 +158,12 @@ async def test_a_cancelled_one_pays_for_what_it_continues(stage: Stage) -> None:
     assert row["input_tokens"] >= before.usage.input_tokens > 10_000
 
 
-async def test_a_stream_may_be_left_and_is_seen_to_its_end(stage: Stage) -> None:
+@pytest.mark.parametrize("instructions", ["Briefly.", "Briefly. " * 60_000], ids=["", "long"])
+async def test_a_stream_may_be_left_and_is_seen_to_its_end(stage: Stage, instructions: str) -> None:
+    """Whatever its first event repeats."""
     await stage.gateway.upstream.set_behaviour(**SLOW)
     stream = await stage.sdk.responses.create(
-        model=MODEL, input="Think", background=True, stream=True
+        model=MODEL, input="Think", instructions=instructions, background=True, stream=True
     )
     first = await anext(aiter(stream))
     await stream.close()
@@ -170,7 +172,7 @@ async def test_a_stream_may_be_left_and_is_seen_to_its_end(stage: Stage) -> None
     again = await stage.sdk.responses.retrieve(response_id, stream=True, starting_after=0)
     events = [event.type async for event in again]
     assert events[-1] == "response.completed"
-    row = await stage.ended(response_id)
+    row = await stage.gateway.audit(stream.response.headers["x-tidegate-request-id"])
     assert (row["status"], row["usage_state"]) == ("succeeded", "told")
 
 

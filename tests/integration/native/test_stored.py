@@ -154,6 +154,19 @@ async def test_what_is_stored_is_its_tenants_own_and_called_where_it_lives(stage
             await gone
 
 
+async def test_a_stream_that_repeats_long_instructions_is_its_tenants_own(stage: Stage) -> None:
+    """Its first event does, so that the id of the response came behind what was looked through."""
+    said: dict[str, Any] = {"model": MODEL, "input": "Say hello", "stream": True}
+    said["instructions"] = 'Say "id": "resp_of_nobody". ' * 20_000
+    (begun, *_) = [event async for event in await stage.acme.responses.create(**said)]
+    made = begun.response.id
+    assert (await stage.acme.responses.retrieve(made)).id == made
+    with pytest.raises(openai.NotFoundError):
+        await stage.other.responses.retrieve(made)
+    query = "SELECT resource_id, tenant_id FROM provider_resources"
+    assert [tuple(row) for row in await stage.gateway.database.fetch(query)] == [(made, "acme")]
+
+
 async def test_a_list_shows_the_callers_own_from_all_accounts(stage: Stage) -> None:
     acme, other = stage.acme, stage.other
     own = []
