@@ -33,7 +33,7 @@ from tidegate.dialects.answers import (
     with_searches,
 )
 from tidegate.dialects.resources import RESOURCE_ID, Making
-from tidegate.dialects.spec import AnswerFacts, JsonObject, RequestFacts
+from tidegate.dialects.spec import AnswerFacts, JsonObject, RequestFacts, whole_in
 from tidegate.errors import InvalidRequest
 
 _INLINE = ("inlinedResponses", "inlinedEmbedContentResponses")
@@ -219,6 +219,7 @@ def named_in_batch(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 _BOUNDS = ("maxOutputTokens", "max_output_tokens")
+_COUNTS_OF_ANSWERS = ("candidateCount", "candidate_count")
 
 
 def batch_request(facts: RequestFacts, body: Mapping[str, Any], *, embeds: bool) -> RequestFacts:
@@ -240,12 +241,13 @@ def batch_request(facts: RequestFacts, body: Mapping[str, Any], *, embeds: bool)
 
 def _bound(request: JsonObject) -> int | None:
     """Of all answers to a request; None where the model alone bounds them."""
-    settings = part_of(request, "generationConfig") or part_of(request, "generation_config")
-    named = [value for name in _BOUNDS if type(value := settings.get(name)) is int]
-    answers = [settings.get(name) for name in ("candidateCount", "candidate_count")]
-    count = max((one for one in answers if type(one) is int and one > 0), default=1)
-    bound = max(named, default=0)
-    return bound * count if bound > 0 else None
+    both = [part_of(request, name) for name in ("generationConfig", "generation_config")]
+    given = [value for one in both for name in _BOUNDS if (value := one.get(name)) is not None]
+    named = [bound for value in given if (bound := whole_in(value)) is not None]
+    counts = [whole_in(one.get(name)) or 1 for one in both for name in _COUNTS_OF_ANSWERS]
+    if len(named) < len(given) or max(named, default=0) < 1:
+        return None
+    return max(named) * max(1, *counts)
 
 
 class BatchTally:

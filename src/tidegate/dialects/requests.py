@@ -49,6 +49,7 @@ from tidegate.dialects.spec import (
     JsonObject,
     Operation,
     RequestFacts,
+    whole_in,
 )
 from tidegate.errors import InvalidRequest, PayloadTooLarge
 from tidegate.prices.rates import STANDARD_TIERS
@@ -727,7 +728,7 @@ def _images(
 ) -> int:
     """How many images the answer holds; 0 where none is requested."""
     if endpoint.operation is Operation.IMAGES:
-        return _whole(body.get("n"), 1)
+        return min(_answers(body.get("n")), _MOST_IMAGES)
     if endpoint.operation is not Operation.INFER:
         return 0
     wanted = settings.get(
@@ -744,19 +745,19 @@ def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
     if _BOUNDS_NAMES.isdisjoint(settings):
         return None
     # Of several names the greatest: which of them counts is the upstream's choice.
-    named = [value for name in _OUTPUT_BOUNDS if type(value := settings.get(name)) is int]
-    bound = max(named, default=0)
-    return bound * max(_answers(settings.get(name)) for name in _ANSWERS) if bound > 0 else None
+    given = [value for name in _OUTPUT_BOUNDS if (value := settings.get(name)) is not None]
+    named = [bound for value in given if (bound := whole_in(value)) is not None]
+    if len(named) < len(given) or max(named, default=0) < 1:
+        return None
+    return max(named) * max(_answers(settings.get(name)) for name in _ANSWERS)
 
 
 def _answers(value: object) -> int:
     """How many answers are made, by the value of a field."""
-    return value if type(value) is int and value > 0 else 1
+    return max(1, whole_in(value) or 1)
 
 
-def _whole(value: object, usual: int) -> int:
-    sound = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 100
-    return value if sound and isinstance(value, int) else usual
+_MOST_IMAGES = 10_000
 
 
 LARGE_BYTES = 262_144

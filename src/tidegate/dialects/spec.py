@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from math import ceil
 from typing import Any, Literal, Protocol
 
 from tidegate.admission.charges import CacheWrite
@@ -426,3 +427,21 @@ class DialectSpec:
     ends_whole: Callable[[bytes], bool] = _ends_with_event
     error_frame: Callable[[JsonObject], bytes] | None = None
     usage_in: Callable[[Headers], Usage] | None = None
+
+
+_MOST_STATED, _LONGEST_NUMBER = 10**12, 40
+
+
+def whole_in(value: object) -> int | None:
+    """A number as the most lenient server reads it, such as Google's: in a text too, and with a
+    point; None for what is none."""
+    text = value.strip().lstrip("0+")[:_LONGEST_NUMBER] or "0" if type(value) is str else value
+    if type(text) not in (int, float, str):
+        return None
+    try:
+        number = float(text)  # type: ignore[arg-type]
+    except ValueError:
+        return None
+    except OverflowError:
+        number = _MOST_STATED
+    return None if number != number else ceil(max(-1, min(number, _MOST_STATED)))

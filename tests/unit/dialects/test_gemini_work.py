@@ -123,6 +123,9 @@ def test_a_batch_counts_all_of_its_requests() -> None:
     assert (facts.calls, facts.max_output_tokens, facts.tier) == (2, 25, "batch")
     facts = GEMINI.request_facts(BATCH, batch(asked("Hi"), both[1]))
     assert (facts.calls, facts.max_output_tokens) == (2, None), "one has no bound"
+    texts = asked("Hi", maxOutputTokens="10", candidateCount="4")
+    spelt = asked("Hi", maxOutputTokens=1) | {"generation_config": {"max_output_tokens": 30}}
+    assert GEMINI.request_facts(BATCH, batch(texts, spelt)).max_output_tokens == 70
     facts = GEMINI.request_facts(BATCH, {"batch": {"inputConfig": {"fileName": "files/a"}}})
     assert facts.calls == 0
     for wrong in ({}, batch(), {"batch": {"inputConfig": {"requests": {"requests": "x"}}}}):
