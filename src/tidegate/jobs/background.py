@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class BackgroundRunner:
         self._due = store.notifications.due
         self._relay, self._spine = relay, relay.spine
         self._in_hand: dict[UUID, asyncio.Task[None]] = {}
+        self._looks_at = Counter[str]()  # of these, by upstream
         self._missed: dict[UUID, float] = {}  # since when the provider does not know them
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -120,15 +122,27 @@ class BackgroundRunner:
 
     async def _see_to_all(self) -> None:
         while len(self._in_hand) < _AT_ONCE:
-            call = await self._calls.take(self._in_hand)
+            call = await self._calls.take(self._in_hand, self._filled())
             if call is None:
                 return
             task = asyncio.create_task(self._guarded(call))
             self._in_hand[call.id] = task
-            task.add_done_callback(partial(self._looked, call.id))
+            self._looks_at[call.upstream] += 1
+            task.add_done_callback(partial(self._looked, call))
 
-    def _looked(self, request_id: UUID, _: asyncio.Task[None]) -> None:
-        self._in_hand.pop(request_id, None)
+    def _filled(self) -> list[str]:
+        """Upstreams that have half of the places which the others leave: one that hangs keeps its
+        looks for as long as its first byte may take, and holds up no other."""
+        total = len(self._in_hand)
+        return [
+            name for name, count in self._looks_at.items() if 2 * count >= _AT_ONCE - total + count
+        ]
+
+    def _looked(self, call: BackgroundCall, _: asyncio.Task[None]) -> None:
+        self._in_hand.pop(call.id, None)
+        self._looks_at[call.upstream] -= 1
+        if not self._looks_at[call.upstream]:
+            del self._looks_at[call.upstream]
 
     async def _guarded(self, call: BackgroundCall) -> None:
         """The top of a look's task."""

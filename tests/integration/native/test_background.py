@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from os import urandom
 from pathlib import Path
@@ -263,9 +263,9 @@ async def test_what_is_refused_is_neither_counted_nor_kept(stage: Stage) -> None
         await stage.sdk.responses.create(model="gpt-none", input="Think", background=True)
     await stage.counts(0)
     assert await stage.gateway.database.fetchval("SELECT count(*) FROM background_calls") == 0
-    for field in ({"deferred": True}, {"background": "yes"}):
+    for wrong in ({"deferred": True}, {"background": "yes"}):
         with pytest.raises(openai.BadRequestError):
-            await stage.sdk.responses.create(model=MODEL, input="Think", extra_body=field)
+            await stage.sdk.responses.create(model=MODEL, input="Think", extra_body=wrong)
 
 
 async def test_an_interaction_is_counted_until_it_has_ended_and_charged_once(stage: Stage) -> None:
@@ -386,11 +386,18 @@ class Forgetful:
     url: str = ""
     reads: int = 0
     found_after: int = 10**6
+    made: int = 0
+    hanging: int = 0
+    goes_on: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def answer(self, request: web.BaseRequest) -> web.Response:
         await request.read()
         if request.method == "POST":
-            return web.json_response(MADE)
+            self.made += 1
+            return web.json_response(MADE | {"id": f"resp_{self.made}"})
+        if "hanging" in request.path:
+            self.hanging += 1
+            await self.goes_on.wait()
         self.reads += 1
         if self.reads <= self.found_after:
             return web.json_response({"error": {"message": "not found"}}, status=404)
@@ -405,6 +412,7 @@ async def forgetful() -> AsyncIterator[Forgetful]:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     provider.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
     yield provider
+    provider.goes_on.set()
     await runner.cleanup()
 
 
@@ -431,3 +439,46 @@ async def test_a_response_is_lost_once_its_provider_has_not_known_it_for_a_while
     else:
         assert (row["status"], row["failure"]["code"]) == ("failed", "background_lost")
         assert row["usage_state"] == "estimated"
+
+
+HANGS = """
+[upstreams.forgetful]
+base_url = "{url}/v1"
+dialect = "openai"
+models = ["gpt-*"]
+[upstreams.hanging]
+base_url = "{url}/hanging/v1"
+dialect = "openai"
+models = ["slow-*"]
+"""
+
+
+async def test_an_upstream_that_hangs_holds_up_the_looks_at_no_other(
+    open_gateway: Opener, forgetful: Forgetful, tmp_path: Path
+) -> None:
+    """Looks at it had all places until the first byte had taken too long, ten minutes as usual."""
+    policy = tmp_path / "tidegate.toml"
+    policy.write_text(HANGS.format(url=forgetful.url))
+    forgetful.found_after = 0
+    given: Any = {"tidegate_policy": policy, "background_poll_ms": 100}
+    gateway = await open_gateway(
+        **given, rate_limits={"text_only": 50}, first_byte_timeout_ms=60_000
+    )
+
+    async def begun(model: str) -> str:
+        body = {"model": model, "input": "Think", "background": True}
+        async with gateway.http.post(f"{gateway.url}/v1/responses", json=body) as response:
+            assert response.status == 200
+            return response.headers["x-tidegate-request-id"]
+
+    await asyncio.gather(*(begun("slow-1") for _ in range(20)))
+    await wait_until(lambda: forgetful.hanging >= 8, 20, "looks that hang")
+    row = await gateway.audit(await begun(MODEL))
+    assert (row["status"], row["usage_state"]) == ("succeeded", "told")
+    forgetful.goes_on.set()
+    query = "SELECT count(*) FROM audit WHERE status = 'succeeded'"
+
+    async def all_ended() -> bool:
+        return bool(await gateway.database.fetchval(query) == 21)
+
+    await wait_until(all_ended, 20, "the end of all")

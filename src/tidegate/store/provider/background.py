@@ -157,15 +157,18 @@ class BackgroundCalls:
 
     # Of workers
 
-    async def take(self, in_hand: Collection[UUID]) -> BackgroundCall | None:
-        """A call that is due, if there is any but those that are `in_hand` here: also one that a
-        dead worker had."""
+    async def take(
+        self, in_hand: Collection[UUID], but_at: Collection[str] = ()
+    ) -> BackgroundCall | None:
+        """A call that is due, if there is any but those that are `in_hand` here or `but_at` these
+        upstreams: also one that a dead worker had."""
         row = await self._connections.row(
             "take_background_call",
             self._instance_id,
             list(in_hand),
             self._queue.may_judge,
             self._lease_ms,
+            list(but_at),
         )
         if row is None:
             return None

@@ -28,11 +28,12 @@ UPDATE budget_holds SET instance = 'provider batches' WHERE id = $1 AND estimate
 DELETE FROM background_calls WHERE id = $1 AND state = 'sending'
 
 -- name: take_background_call
--- Take a call that is due for worker $1, but none of $2; of workers not seen for $4 ms only if $3.
+-- Take a call that is due for worker $1, but none of $2, nor at an upstream of $5; of workers not seen
+-- for $4 ms only if $3.
 UPDATE background_calls SET claim = claim + 1, claimed_by = $1, looks = looks + 1
 WHERE id = (
     SELECT b.id FROM background_calls b LEFT JOIN workers w ON w.instance_id = b.claimed_by
-    WHERE b.due_at <= now() AND b.id <> ALL($2::uuid[])
+    WHERE b.due_at <= now() AND b.id <> ALL($2::uuid[]) AND b.upstream <> ALL($5::text[])
         AND (b.claimed_by IS NULL OR b.claimed_by = $1 OR $3::boolean AND
             greatest(w.seen_at, pg_postmaster_start_time())
                 < now() - $4::double precision * interval '1 millisecond')
