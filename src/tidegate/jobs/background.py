@@ -152,6 +152,9 @@ class BackgroundRunner:
             return
         except StoreUnavailable as away:  # it is due, and taken again
             log.debug(Log.STORE_AWAY, detail=away.message)
+        except LimiterUnavailable:  # said once, by the limiter itself
+            with suppress(ClaimLost, StoreUnavailable):
+                await self._calls.put_off(call, _TROUBLE_WAIT_MS)
         except Exception:  # the top of a task: logged, and the call is looked at again
             log.exception(Log.WORKER_LOOP_FAILED, request_id=str(call.id))
             with suppress(ClaimLost, StoreUnavailable):

@@ -21,12 +21,15 @@ from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener, gateway
 from tests.integration.tenants.asking import key_of
+from tests.loglines import Lines, lines
 from tests.waiting import wait_until
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.jobs import background
 from tidegate.policy.format import edit
 from tidegate.prices.budgets import Budget
 from tidegate.store.retention import Whose
+
+__all__ = ["lines"]
 
 MODEL = "gpt-5-mini"
 SLOW = {"first_byte_ms": 1_500}
@@ -482,3 +485,41 @@ async def test_an_upstream_that_hangs_holds_up_the_looks_at_no_other(
         return bool(await gateway.database.fetchval(query) == 21)
 
     await wait_until(all_ended, 20, "the end of all")
+
+
+async def test_what_ends_while_valkey_is_away_fills_no_log_with_traces(
+    open_gateway: Opener,
+    forgetful: Forgetful,
+    own_valkey: ValkeyServer,
+    lines: Lines,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One for each call that had ended, every ten seconds."""
+    monkeypatch.setattr(background, "_GONE_AFTER_MS", 100.0)
+    monkeypatch.setattr(background, "_TROUBLE_WAIT_MS", 100.0)
+    policy = tmp_path / "tidegate.toml"
+    policy.write_text(HANGS.format(url=forgetful.url))
+    forgetful.found_after = 0
+    given: Any = {"tidegate_policy": policy, "background_poll_ms": 100}
+    gateway = await open_gateway(**given, redis_url=own_valkey.url)
+    body = {"model": "slow-1", "input": "Think", "background": True}
+    async with gateway.http.post(f"{gateway.url}/v1/responses", json=body) as response:
+        assert response.status == 200
+    await wait_until(lambda: forgetful.hanging, 20, "a look")
+    own_valkey.stop()
+    forgetful.goes_on.set()
+
+    async def looked_again() -> bool:
+        query = "SELECT looks FROM background_calls WHERE state = 'ended'"
+        return bool((await gateway.database.fetchval(query) or 0) >= 3)
+
+    await wait_until(looked_again, 20, "looks at what has ended")
+    own_valkey.start()
+
+    async def forgotten() -> bool:
+        query = "SELECT count(*) FROM background_calls"
+        return bool(await gateway.database.fetchval(query) == 0)
+
+    await wait_until(forgotten, 20, "its end")
+    assert [line for line in lines() if line["event"] == "worker_loop_failed"] == []
