@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -207,6 +208,32 @@ def may_name(raw: bytes, *names: bytes) -> bool:
     if any(name in raw for name in names):
         return True
     return has_escaped_key(raw)
+
+
+# Answers
+
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["{}\[\],:]', re.DOTALL)
+_OPENS, _CLOSES = (b"{", b"["), (b"}", b"]")
+
+
+def early_text(beginning: bytes, name: str) -> str | None:
+    """The text of a field of an object whose end is missing; None where the field is, too."""
+    depth, key, is_value = 0, b"", False
+    for found in _TOKEN.finditer(beginning):
+        token = found[0]
+        if token == b'"':  # a text that does not end
+            return None
+        depth += (token in _OPENS) - (token in _CLOSES)
+        if depth != 1:
+            continue
+        if token in (b":", b","):
+            is_value = token == b":"
+        elif token[:1] == b'"':
+            if is_value and key == b'"%b"' % name.encode():
+                with suppress(ValueError):  # it is no text that JSON allows
+                    return str(json.loads(token))
+            key = b"" if is_value else token
+    return None
 
 
 # Pages of lists

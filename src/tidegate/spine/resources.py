@@ -30,7 +30,14 @@ import orjson
 from tidegate.admission.demand import CallDemand
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
-from tidegate.dialects.resources import LONGEST_ID, Act, Making, Reference, ResourceUse
+from tidegate.dialects.resources import (
+    LONGEST_ID,
+    Act,
+    Making,
+    Reference,
+    ResourceUse,
+    early_text,
+)
 from tidegate.dialects.spec import Dialect, OngoingWork
 from tidegate.errors import (
     InvalidRequest,
@@ -371,13 +378,14 @@ def is_absent(refusal: bytes) -> bool:
 
 
 def made_in(answer: bytes, making: Making) -> dict[str, Any] | None:
-    """What an answer makes: its object, or that in the first event of its stream that has an id;
-    None where nothing has."""
+    """What an answer makes: its object, or the id alone where its end is missing, or that in the
+    first event of its stream that has an id; None where nothing has."""
     if answer.lstrip()[:1] == b"{":
         try:
             whole = orjson.loads(answer)
-        except orjson.JSONDecodeError:
-            return None
+        except orjson.JSONDecodeError:  # too long to be kept whole, as with pictures
+            found = early_text(answer, making.name)
+            return {making.name: found} if found else None
         inner = None if making.within is None else whole.get(making.within)
         return next((one for one in (inner, whole) if _id_of(one, making) is not None), None)
     for line in answer.splitlines():

@@ -11,11 +11,13 @@ from typing import Any
 import openai
 import orjson
 import pytest
+from aiohttp import web
 from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import key_of
 from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.record import KEPT_BYTES
 from tidegate.store.retention import Whose
 
 FILE = """
@@ -291,3 +293,29 @@ async def test_what_an_erased_subject_owns_is_nobodys(stage: Stage) -> None:
     with pytest.raises(openai.NotFoundError):
         await stage.acme.responses.retrieve(made.id)
     assert (await stage.acme.responses.retrieve(kept.id)).id == kept.id
+
+
+async def test_an_answer_that_is_too_long_to_be_kept_is_its_tenants_own(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    """As one with several pictures: its id stands before them."""
+    picture = {"type": "image_generation_call", "id": "ig_1", "result": "A" * 2 * KEPT_BYTES}
+    usage = {"input_tokens": 7, "output_tokens": 9}
+    made = {"error": None, "id": "resp_1", "status": "completed", "output": [picture]}
+
+    async def answer(_: web.BaseRequest) -> web.Response:
+        return web.json_response(made | {"object": "response", "model": MODEL, "usage": usage})
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    path = tmp_path / "policy.toml"
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    path.write_text(f'[upstreams.pictures]\ndialects = {{ openai = "{url}/v1" }}\n')
+    gateway = await open_gateway(worker=False, tidegate_policy=path)
+    asked = {"model": MODEL, "input": "Draw it"}
+    async with gateway.http.post(f"{gateway.url}/v1/responses", json=asked) as response:
+        assert (await response.json())["id"] == "resp_1"
+    rows = await gateway.database.fetch("SELECT kind, resource_id FROM provider_resources")
+    assert [tuple(row) for row in rows] == [("response", "resp_1")]
+    await runner.cleanup()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tidegate.dialects import DIALECTS
+from tidegate.dialects.resources import early_text
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import InvalidRequest, NotFound
 
@@ -160,3 +161,20 @@ def test_a_conversation_has_one_id_that_no_server_reads_otherwise() -> None:
 def test_an_interaction_is_continued_under_either_form_of_the_name(field: str) -> None:
     body = {"model": "m", "input": "more", field: "v1_abc"}
     assert named(Dialect.GEMINI, body) == [("interaction", "v1_abc")]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "found"),
+    [
+        (b'{"error": null, "id" : "r\\u0031", "output": [{"id": "x", "result": "AAA', "r1"),
+        (b'{"a": {"id": "no"}, "b": ["id", "no"], "c": "id", "id": "yes", "d": ', "yes"),
+        (b'{"said": "say \\"id\\": \\"no\\", ', None),
+        (b'{"output": [{"id": "no"}], "id": 5, "x": "id"', None),
+        (b'{"id": "\xff", ', None),
+        (b'{"id": "cut', None),
+        (b'{"id"', None),
+        (b"{", None),
+    ],
+)
+def test_an_object_whose_end_is_missing_names_itself(beginning: bytes, found: str | None) -> None:
+    assert early_text(beginning, "id") == found
