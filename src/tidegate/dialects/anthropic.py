@@ -311,7 +311,7 @@ ANTHROPIC = DialectSpec(
     calls=_CALLS,
     endpoint_of=endpoint_of,
     is_spoken=_is_spoken,
-    models=ModelList("/v1/models?limit=1000", "data", "id", _listed_models),
+    models=ModelList("/v1/models", "data", "id", _listed_models, query="limit=1000"),
     # Without a version Anthropic refuses a call; its SDKs all send this one.
     headers=((b"anthropic-version", b"2023-06-01"),),
     rules_of=rules_of,

@@ -665,11 +665,12 @@ GEMINI = DialectSpec(
     endpoint_of=endpoint_of,
     is_spoken=_is_spoken,
     models=ModelList(
-        "/v1beta/models?pageSize=1000",
+        "/v1beta/models",
         "models",
         "name",
         lambda models: {"models": models},
         prefix="models/",
+        query="pageSize=1000",
     ),
     rules_of=rules_of,
     request_facts=request_facts,

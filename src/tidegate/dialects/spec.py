@@ -345,14 +345,16 @@ class ErrorAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ModelList:
-    """List of models. path: where it is, below the base URL; key: of the list; id_key: of a
-    model's name, which begins with `prefix`. whole: the body of an answer with these models."""
+    """List of models. path: where it is, below the base URL, with `query`; key: of the list;
+    id_key: of a model's name, which begins with `prefix`. whole: the body of an answer with these
+    models."""
 
     path: str
     key: str
     id_key: str
     whole: Callable[[list[JsonObject]], JsonObject]
     prefix: str = ""
+    query: str = ""
 
 
 def wait_comment(shown: bytes) -> bytes:

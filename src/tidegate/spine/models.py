@@ -388,7 +388,7 @@ class Models:
         own = [*given, *to_send([])]
         try:
             exchange = await self._wire.open(
-                "GET", self._wire.place(access.url(shape.path), access), own, None
+                "GET", self._wire.place(access.url(shape.path, shape.query), access), own, None
             )
             try:
                 if exchange.status >= 300:

@@ -519,7 +519,7 @@ async def tested(wire: RelayWire, upstream: Upstream, dialect: str) -> UpstreamT
     provider or the network does."""
     spec, access = DIALECTS[dialect], upstream.access(dialect)
     headers = [*spec.headers, (b"accept-encoding", b"identity")]
-    url, status, problem = access.url(spec.models.path), None, ""
+    url, status, problem = access.url(spec.models.path, spec.models.query), None, ""
     models: tuple[str, ...] = ()
     began = time.perf_counter()
     try:
@@ -552,7 +552,7 @@ async def ask_for_models(wire: RelayWire, upstream: Upstream, dialect: str) -> P
     spec, access = DIALECTS[dialect], upstream.access(dialect)
     headers = [*spec.headers, (b"accept-encoding", b"identity")]
     try:
-        place = wire.place(access.url(spec.models.path), access)
+        place = wire.place(access.url(spec.models.path, spec.models.query), access)
         exchange = await wire.open("GET", place, headers, None)
         exchange.close()
         await asyncio.sleep(0)
