@@ -189,7 +189,9 @@ class _Account:
         on_sent: Callable[[], None] | None = None,
     ) -> Exchange:
         """An exchange with a good answer; `path` is below the base URL, or the base URL with it."""
-        url = path if path.startswith(f"{self._base}/") else self._access.url(path)
+        below, _, query = path.partition("?")
+        is_whole = path.startswith(f"{self._base}/")
+        url = path if is_whole else self._access.url(below, query)
         sent = [*self._headers, *(headers or [])]
         exchange = await self._wire.open(
             method,

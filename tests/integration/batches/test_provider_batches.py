@@ -43,6 +43,11 @@ from tidegate.upstream.batch_api import (
 from tidegate.upstream.fetch import ImageFetcher, refused
 
 HOUR_MS = 3_600_000
+CREATIONS = {
+    "openai": "POST /v1/batches",
+    "anthropic": "POST /v1/messages/batches",
+    "gemini": ":batchGenerateContent",
+}
 
 
 @pytest.fixture
@@ -246,17 +251,28 @@ async def test_a_creation_whose_answer_was_lost_is_found_and_not_repeated(
     open_gateway: Opener, settings: dict[str, Any], provider: Emulator, dialect: str
 ) -> None:
     gateway = await opened(open_gateway, settings)
-    creation = {
-        "openai": "POST /v1/batches",
-        "anthropic": "POST /v1/messages/batches",
-        "gemini": ":batchGenerateContent",
-    }[dialect]
-    await provider.control.set_fault("answer_lost", kind="other", match=creation, count=1)
+    match = CREATIONS[dialect]
+    await provider.control.set_fault("answer_lost", kind="other", match=match, count=1)
     ids = await submitted(gateway, *(wrapped(dialect, f"Say word {n}") for n in range(5)))
     gateway.start_worker()
     assert {(await gateway.end_of(one))["status"] for one in ids} == {"succeeded"}
     expected = {(f"Say word {n}", "batch"): 1 for n in range(5)}
     assert await asked(provider.control) == expected
+
+
+@pytest.mark.parametrize("dialect", MODELS)
+async def test_a_lost_creation_is_found_beside_the_query_of_an_upstream(
+    open_gateway: Opener, settings: dict[str, Any], provider: Emulator, dialect: str
+) -> None:
+    policy = settings["tidegate_policy"]
+    policy.write_text(policy.read_text().replace("models =", 'query = { region = "eu" }\nmodels ='))
+    gateway = await opened(open_gateway, settings)
+    match = CREATIONS[dialect]
+    await provider.control.set_fault("answer_lost", kind="other", match=match, count=1)
+    (job,) = await submitted(gateway, wrapped(dialect, "Say hello"))
+    gateway.start_worker()
+    assert (await gateway.end_of(job))["status"] == "succeeded"
+    assert await asked(provider.control) == {("Say hello", "batch"): 1}
 
 
 async def test_a_batch_is_created_once_though_its_report_is_not_understood(
