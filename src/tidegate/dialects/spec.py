@@ -356,6 +356,19 @@ class ModelList:
     prefix: str = ""
     query: str = ""
 
+    def read(self, body: Any) -> list[JsonObject]:
+        """The models of an answer, as the dialect has them: Together's answer is the list itself,
+        Vertex names each below its publisher, and Google's servers leave out a list of none.
+        Raises KeyError, TypeError and AttributeError for what is no list of models."""
+        if isinstance(body, dict) and (not body or _PUBLISHED in body):
+            names = (one["name"].rpartition("/")[2] for one in body.get(_PUBLISHED, ()))
+            return [{self.id_key: f"{self.prefix}{name}"} for name in names]
+        found = body if isinstance(body, list) else body[self.key]
+        return [one for one in found if isinstance(one[self.id_key], str)]
+
+
+_PUBLISHED = "publisherModels"
+
 
 def wait_comment(shown: bytes) -> bytes:
     """The comment in server-sent events that shows the place of a call."""

@@ -118,6 +118,7 @@ class Access:
     authentication: Authentication | None = None
     paths: Paths = Paths.PLAIN
     prefix: str = ""
+    dialect: str = ""
 
     def url(self, path: str, query: str = "", *, model: str = "", streams: bool = False) -> str:
         """The URL of a path of the dialect. model, streams: of a call, for paths that say so."""
@@ -138,10 +139,11 @@ class Access:
             return f"/v1{self.prefix}/publishers/anthropic/models/count-tokens:rawPredict"
         if (found := _MODELS.fullmatch(path)) is None:
             return path
+        publisher = "anthropic" if self.dialect == "anthropic" else "google"
+        if ":" not in (below := found["below"]):  # models belong to their publisher, calls to us
+            return f"/v1beta1/publishers/{publisher}/models{below}"
         version = "v1" if found["version"] == "v1" else "v1beta1"
-        # The list is of the publisher's models, which belong to no project.
-        prefix = self.prefix if found["below"] else ""
-        return f"/{version}{prefix}/publishers/google/models{found['below']}"
+        return f"/{version}{self.prefix}/publishers/{publisher}/models{below}"
 
     def _with_own(self, query: str) -> str:
         pairs = parse_qsl(query, keep_blank_values=True)
@@ -200,6 +202,7 @@ class AccessOptions:
             renewed,
             self.paths.get(dialect, Paths.PLAIN),
             self.prefix,
+            dialect,
         )
 
 

@@ -157,6 +157,8 @@ PROVIDERS: Mapping[str, Provider] = {
     "lmstudio": _own(1234),
 }
 
+# Whose list of models has another form than their dialect's.
+LISTED_OTHERWISE = frozenset(("together", "vertex"))
 # Of a table, beside the URLs and the key.
 HEADER_KEYS = ("headers", "query", "organization")
 ACCESS_KEYS = (

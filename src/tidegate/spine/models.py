@@ -47,6 +47,7 @@ from tidegate.errors import (
 from tidegate.policy.access import Access
 from tidegate.policy.deployment import Upstream
 from tidegate.policy.format import plain_model
+from tidegate.policy.providers import LISTED_OTHERWISE
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, refusal_of
 from tidegate.upstream.transport import RelayWire
@@ -394,22 +395,22 @@ class Models:
                 if exchange.status >= 300:
                     failed = await refusal_of(exchange, target, dialect)
                     raise failed.named(0.0)
-                body = orjson.loads(await exchange.read(_LONGEST_BYTES))
-                models = [one for one in body[shape.key] if isinstance(one[shape.id_key], str)]
+                models = shape.read(orjson.loads(await exchange.read(_LONGEST_BYTES)))
             finally:
                 exchange.close()
         except UpstreamError as error:
             raise CallFailed(error, target) from None
-        except (orjson.JSONDecodeError, KeyError, TypeError):
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise CallFailed(UpstreamGarbled("the list of models is not one"), target) from None
         return models
 
 
 def is_plain(caller: Caller, upstreams: list[Upstream], routes: Mapping[str, Target]) -> bool:
-    """Whether the only upstream's own list says it all."""
+    """Whether the only upstream's own list says it all, as clients of the dialect read it."""
     only = upstreams[0]
-    alone = len(upstreams) == 1 and not routes
-    return alone and caller.models is None and only.models == ("*",) and not only.aliases
+    if len(upstreams) > 1 or routes or only.provider in LISTED_OTHERWISE:
+        return False
+    return caller.models is None and only.models == ("*",) and not only.aliases
 
 
 def _shown(

@@ -531,7 +531,7 @@ async def tested(wire: RelayWire, upstream: Upstream, dialect: str) -> UpstreamT
             exchange.close()
         if status == 200:
             shape = spec.models
-            listed = (str(one[shape.id_key]) for one in orjson.loads(body)[shape.key])
+            listed = (one[shape.id_key] for one in shape.read(orjson.loads(body)))
             models = tuple(one.removeprefix(shape.prefix) for one in listed)
         elif status in _REFUSED:
             problem = f"it refuses the credentials with {status}"
@@ -539,7 +539,7 @@ async def tested(wire: RelayWire, upstream: Upstream, dialect: str) -> UpstreamT
             problem = f"it answers {status}"
     except UpstreamError as failed:
         problem = failed.message
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         problem = "its answer is no list of models"
     took_ms = round((time.perf_counter() - began) * 1000, 1)
     load = str(await server_load(wire, upstream)) if upstream.is_own and status else ""

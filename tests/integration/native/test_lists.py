@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener
+from tidegate.settings import GOOGLE_URL
 
 
 @dataclass
@@ -76,3 +78,48 @@ async def test_the_query_of_an_upstream_goes_beside_that_of_a_list(
         "/v1/models?limit=1000&region=eu",
         "/v1beta/models?pageSize=1000&region=eu",
     ]
+
+
+VERTEX = """
+dialects = {{ gemini = "{url}", anthropic = "{url}" }}
+provider = "vertex"
+project = "p-1"
+auth = "bearer"
+key = "VERTEX_TOKEN"
+models = {models}
+"""
+
+
+async def test_models_below_a_publisher_are_listed_as_the_dialects_have_them(
+    open_gateway: Opener, tmp_path: Path, lists: Lists, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VERTEX_TOKEN", "token-of-vertex")
+    for publisher, model in (("google", "gemini-v"), ("anthropic", "claude-v")):
+        name = f"publishers/{publisher}/models/{model}"
+        body = {"publisherModels": [{"name": name, "versionId": "1"}]}
+        lists.bodies[f"/v1beta1/publishers/{publisher}/models"] = body
+    table = VERTEX.format(url=lists.url, models='["*"]')
+    gateway = await opened(open_gateway, tmp_path, table)
+    found = await tried(gateway)
+    assert (found["gemini"]["models"], found["gemini"]["problem"]) == (["gemini-v"], "")
+    assert (found["anthropic"]["models"], found["anthropic"]["problem"]) == (["claude-v"], "")
+    assert (await gateway.get("/v1beta/models"))[1]["models"][-1] == {"name": "models/gemini-v"}
+    headers = {"anthropic-version": "2023-06-01"}
+    async with gateway.http.get(f"{gateway.url}/v1/models", headers=headers) as answer:
+        assert [one["id"] for one in (await answer.json())["data"]] == ["claude-v"]
+
+
+async def test_a_list_without_an_object_around_it_is_read_and_given_as_openais(
+    open_gateway: Opener, tmp_path: Path, lists: Lists, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Together answers: https://docs.together.ai/reference/models-1."""
+    monkeypatch.setenv("TOGETHER_API_KEY", "key-of-together")
+    lists.bodies = {"/v1/models": [{"id": "org/a", "type": "chat"}, {"id": "org/b"}]}
+    path = tmp_path / "policy.toml"
+    path.write_text(f'[upstreams.one]\nprovider = "together"\nbase_url = "{lists.url}/v1"\n')
+    nothing = {"gemini_api_key": None, "gemini_base_url": GOOGLE_URL}
+    gateway = await open_gateway(worker=False, tidegate_policy=path, **nothing)
+    (found,) = (await tried(gateway)).values()
+    assert (found["models"], found["problem"]) == (["org/a", "org/b"], "")
+    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="of-a-client") as client:
+        assert [one.id async for one in client.models.list()] == ["org/a", "org/b"]

@@ -153,6 +153,8 @@ def test_azure_has_its_models_in_the_path_of_deployments() -> None:
             "v1beta1/P/google/models/g-1:generateContent",
         ),
         ("/v1/models/g-1:countTokens", False, "v1/P/google/models/g-1:countTokens"),
+        ("/v1beta/models", False, "v1beta1/publishers/google/models"),
+        ("/v1/models/g-1", False, "v1beta1/publishers/google/models/g-1"),
         ("/v1/messages", False, "v1/P/anthropic/models/m@1:rawPredict"),
         ("/v1/messages", True, "v1/P/anthropic/models/m@1:streamRawPredict"),
         ("/v1/messages/count_tokens", False, "v1/P/anthropic/models/count-tokens:rawPredict"),
