@@ -179,6 +179,11 @@ class Upstream:
         preset = PROVIDERS.get(self.provider or "")
         return preset is not None and preset.is_own
 
+    @property
+    def named(self) -> list[str]:
+        """The models that it serves by their names, not by a pattern."""
+        return [one for one in self.models if not set(one) & set("*?[")]
+
     def fit(self, model: str) -> int:
         """How closely it names `model`: 0 not at all, more for more than `*`."""
         if model in self.aliases:

@@ -50,6 +50,7 @@ from tidegate.policy.format import plain_model
 from tidegate.policy.providers import LISTED_OTHERWISE
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, refusal_of
+from tidegate.upstream.fetch import NO_LIST
 from tidegate.upstream.transport import RelayWire
 
 _MOST_VALUES = 100_000
@@ -392,6 +393,8 @@ class Models:
                 "GET", self._wire.place(access.url(shape.path, shape.query), access), own, None
             )
             try:
+                if exchange.status in NO_LIST and (upstream.named or upstream.aliases):
+                    return []
                 if exchange.status >= 300:
                     failed = await refusal_of(exchange, target, dialect)
                     raise failed.named(0.0)
@@ -416,12 +419,14 @@ def is_plain(caller: Caller, upstreams: list[Upstream], routes: Mapping[str, Tar
 def _shown(
     shape: ModelList, upstream: Upstream, models: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Those that may be requested by their own name, and the aliases."""
+    """Those that may be requested by their own name, the aliases, and what the upstream's table
+    names and its list has not: Azure lists base models, where deployments are called."""
     found = [one for one in models if upstream.fit(one[shape.id_key].removeprefix(shape.prefix))]
     by_name = {one[shape.id_key].removeprefix(shape.prefix): one for one in models}
     for alias, name in upstream.aliases.items():
         found.append(_as(shape, alias, by_name.get(name, {})))
-    return found
+    unlisted = (name for name in upstream.named if name not in by_name)
+    return [*found, *(_as(shape, name, {}) for name in unlisted)]
 
 
 def _as(shape: ModelList, name: str, model: Mapping[str, Any]) -> dict[str, Any]:

@@ -510,7 +510,7 @@ class UpstreamTest:
 
 
 _MODELS_BYTES = 4_000_000
-_NO_LIST = (404, 405)  # of a server that has none: its credentials are not tested
+NO_LIST = (404, 405)  # of a server that has none: its credentials are not tested
 _REFUSED = (401, 403)
 
 
@@ -535,7 +535,7 @@ async def tested(wire: RelayWire, upstream: Upstream, dialect: str) -> UpstreamT
             models = tuple(one.removeprefix(shape.prefix) for one in listed)
         elif status in _REFUSED:
             problem = f"it refuses the credentials with {status}"
-        elif status not in _NO_LIST:
+        elif status not in NO_LIST:
             problem = f"it answers {status}"
     except UpstreamError as failed:
         problem = failed.message

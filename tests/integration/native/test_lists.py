@@ -123,3 +123,42 @@ async def test_a_list_without_an_object_around_it_is_read_and_given_as_openais(
     assert (found["models"], found["problem"]) == (["org/a", "org/b"], "")
     async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="of-a-client") as client:
         assert [one.id async for one in client.models.list()] == ["org/a", "org/b"]
+
+
+NAMED = """
+provider = "azure"
+base_url = "{url}"
+dialects = {{ anthropic = "{url}/none" }}
+models = ["gpt-eu", "claude-eu", "other-*"]
+aliases = {{ fast = "gpt-eu" }}
+"""
+
+
+async def test_models_that_are_named_are_listed_whatever_the_provider_lists(
+    open_gateway: Opener, tmp_path: Path, lists: Lists, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Azure lists base models, not deployments; others have no list at all."""
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "key-of-azure")
+    lists.bodies = {"/openai/v1/models": {"data": [{"id": "gpt-5"}, {"id": "other-1"}]}}
+    gateway = await opened(open_gateway, tmp_path, NAMED.format(url=lists.url))
+    names = [one["id"] for one in (await gateway.get("/v1/models"))[1]["data"]]
+    assert names[-4:] == ["other-1", "fast", "gpt-eu", "claude-eu"]
+    assert "gpt-5" not in names, "no call may name it"
+    headers = {"anthropic-version": "2023-06-01"}
+    async with gateway.http.get(f"{gateway.url}/v1/models", headers=headers) as answer:
+        listed = [one["id"] for one in (await answer.json())["data"]]
+    assert listed == ["fast", "gpt-eu", "claude-eu"]
+    found = await tried(gateway)
+    assert [one["unlisted"] for one in found.values()] == [[], []], "deployments are no base models"
+
+
+async def test_a_model_is_missing_only_where_no_dialect_lists_it(
+    open_gateway: Opener, tmp_path: Path, lists: Lists
+) -> None:
+    lists.bodies = {
+        "/a/v1/models": {"data": [{"id": "m-1"}]},
+        "/b/v1/models": {"data": [{"id": "m-2"}]},
+    }
+    table = f'dialects = {{ openai = "{lists.url}/a/v1", anthropic = "{lists.url}/b" }}\n'
+    gateway = await opened(open_gateway, tmp_path, table + 'models = ["m-1", "m-2", "m-3"]\n')
+    assert [one["unlisted"] for one in (await tried(gateway)).values()] == [["m-3"], ["m-3"]]
