@@ -159,6 +159,8 @@ PROVIDERS: Mapping[str, Provider] = {
 
 # Whose list of models has another form than their dialect's.
 LISTED_OTHERWISE = frozenset(("together", "vertex"))
+# Whose list has base models, where calls name deployments.
+LIST_BASE_MODELS = frozenset(("azure",))
 # Of a table, beside the URLs and the key.
 HEADER_KEYS = ("headers", "query", "organization")
 ACCESS_KEYS = (

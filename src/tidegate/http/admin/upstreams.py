@@ -22,6 +22,7 @@ from tidegate.http.services import Services, services_of
 from tidegate.http.views import view_of
 from tidegate.metrics.process import Note
 from tidegate.metrics.verdict import found_by
+from tidegate.policy.deployment import Upstream
 from tidegate.policy.live import (
     LiveEdit,
     added,
@@ -34,7 +35,7 @@ from tidegate.policy.live import (
     shown,
     with_keys,
 )
-from tidegate.policy.providers import PROVIDERS
+from tidegate.policy.providers import LIST_BASE_MODELS, PROVIDERS
 from tidegate.spine.upstreams import UpstreamChange, check_tested
 from tidegate.store.provider.upstreams import UpstreamProcess
 from tidegate.upstream.fetch import UpstreamTest
@@ -112,7 +113,7 @@ class UpstreamTestView(BaseModel):
     took_ms: float
     models: list[str] = Field(description="The first 20")
     model_count: int
-    unlisted: list[str] = Field(description="Models that the upstream names and the list has not")
+    unlisted: list[str] = Field(description="Models that the upstream names and no list has")
     problem: str = Field(description="Empty where it is as it should be")
     load: str = Field(description="What a server of one's own reports of itself, such as its slots")
 
@@ -281,7 +282,7 @@ async def add(request: Request, name: UpstreamName) -> ChangeView:
         if new.test:
             found = await live.test(candidate)
             check_tested(found)
-            tests = _tests(found, candidate.models, candidate.aliases)
+            tests = _tests(found, candidate)
     done = await _changed(request, f"add {name}", edit, new)
     keeper = services.keepers.get(name)
     if not new.dry_run and keeper is not None:
@@ -322,7 +323,7 @@ async def test(request: Request, name: UpstreamName) -> list[UpstreamTestView]:
     if upstream is None:
         raise NotFound(f"there is no upstream {name}", field="name")
     await services_of(request).store.tenants.actions.note("upstream.test", name)
-    return _tests(await live.test(upstream), upstream.models, upstream.aliases)
+    return _tests(await live.test(upstream), upstream)
 
 
 @router.post(
@@ -426,8 +427,11 @@ def _values(done: UpstreamChange) -> dict[str, Any]:
     return asdict(done) | {"dry_run": done.is_dry_run}
 
 
-def _tests(found: list[UpstreamTest], models: Any, aliases: Any) -> list[UpstreamTestView]:
-    named = [one for one in (*models, *aliases.values()) if not set("*?[") & set(one)]
+def _tests(found: list[UpstreamTest], upstream: Upstream) -> list[UpstreamTestView]:
+    listed = {model for one in found for model in one.models}  # each dialect has models of its own
+    named = [name for name in (*upstream.named, *upstream.aliases.values()) if name not in listed]
+    if upstream.provider in LIST_BASE_MODELS:
+        named = []
     return [
         view_of(
             UpstreamTestView,
@@ -435,7 +439,7 @@ def _tests(found: list[UpstreamTest], models: Any, aliases: Any) -> list[Upstrea
             took_ms=one.took_ms,
             models=list(one.models[:_MOST_MODELS]),
             model_count=len(one.models),
-            unlisted=[name for name in named if one.models and name not in one.models],
+            unlisted=named if one.models else [],
         )
         for one in found
     ]
