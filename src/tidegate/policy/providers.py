@@ -58,10 +58,12 @@ class Provider:
 
 
 def _own(port: int, *others: str, abandoned: Abandoned = "release") -> Provider:
-    """A server of one's own, which also has the dialects `others`."""
+    """A server of one's own, which also has the dialects `others`. A key is a bearer in all of
+    them: vLLM knows no other header."""
     origin = f"http://127.0.0.1:{port}"
     return Provider(
         {"openai": f"{origin}/v1", **dict.fromkeys(others, origin)},
+        others=dict.fromkeys(others, "bearer"),
         is_own=True,
         is_rebased=True,
         abandoned=abandoned,
@@ -148,6 +150,7 @@ PROVIDERS: Mapping[str, Provider] = {
         },
         "MOONSHOT_API_KEY",
         ("kimi-*", "moonshot-v1-*"),
+        others={"anthropic": "bearer"},
     ),
     "ollama": _own(11434, "anthropic"),
     "vllm": _own(8000, "anthropic"),

@@ -65,12 +65,27 @@ CHAT = "/chat/completions"
         ('provider = "cerebras"', "openai", CHAT, "https://api.cerebras.ai/v1", "bearer"),
         ('provider = "perplexity"', "openai", CHAT, "https://api.perplexity.ai", "bearer"),
         ('provider = "moonshot"', "openai", CHAT, "https://api.moonshot.ai/v1", "bearer"),
+        (
+            'provider = "moonshot"',
+            *("anthropic", "/v1/messages", "https://api.moonshot.ai/anthropic", "bearer"),
+        ),
         ('provider = "ollama"', "openai", CHAT, "http://127.0.0.1:11434/v1", ""),
         ('provider = "ollama"', "anthropic", "/v1/messages", "http://127.0.0.1:11434", ""),
         ('provider = "vllm"\nkey = "KEY"', "openai", CHAT, "http://127.0.0.1:8000/v1", "bearer"),
         (
             'provider = "vllm"\nbase_url = "http://gpu:9000/v1"',
             *("anthropic", "/v1/messages", "http://gpu:9000", ""),
+        ),
+        *(
+            (
+                f'provider = "{name}"\nkey = "KEY"',
+                *("anthropic", "/v1/messages", f"http://127.0.0.1:{port}", "bearer"),
+            )
+            for name, port in {"vllm": 8000, "ollama": 11434, "llama.cpp": 8080}.items()
+        ),
+        (
+            'provider = "vllm"\nkey = "KEY"\nauth = "key"',
+            *("anthropic", "/v1/messages", "http://127.0.0.1:8000", "x-api-key"),
         ),
         ('provider = "sglang"', "openai", CHAT, "http://127.0.0.1:30000/v1", ""),
         ('provider = "tgi"', "openai", CHAT, "http://127.0.0.1:3000/v1", ""),
