@@ -59,7 +59,7 @@ class Provider:
 
 def _own(port: int, *others: str, abandoned: Abandoned = "release") -> Provider:
     """A server of one's own, which also has the dialects `others`. A key is a bearer in all of
-    them: vLLM knows no other header."""
+    them: vLLM and SGLang know no other header."""
     origin = f"http://127.0.0.1:{port}"
     return Provider(
         {"openai": f"{origin}/v1", **dict.fromkeys(others, origin)},
@@ -136,9 +136,20 @@ PROVIDERS: Mapping[str, Provider] = {
         "DEEPSEEK_API_KEY",
         ("deepseek-*",),
     ),
-    "openrouter": Provider({"openai": "https://openrouter.ai/api/v1"}, "OPENROUTER_API_KEY"),
+    "openrouter": Provider(
+        {"openai": "https://openrouter.ai/api/v1", "anthropic": "https://openrouter.ai/api"},
+        "OPENROUTER_API_KEY",
+        others={"anthropic": "bearer"},
+    ),
     "together": Provider({"openai": "https://api.together.xyz/v1"}, "TOGETHER_API_KEY"),
-    "fireworks": Provider({"openai": "https://api.fireworks.ai/inference/v1"}, "FIREWORKS_API_KEY"),
+    "fireworks": Provider(
+        {
+            "openai": "https://api.fireworks.ai/inference/v1",
+            "anthropic": "https://api.fireworks.ai/inference",
+        },
+        "FIREWORKS_API_KEY",
+        others={"anthropic": "bearer"},
+    ),
     "cerebras": Provider({"openai": "https://api.cerebras.ai/v1"}, "CEREBRAS_API_KEY"),
     "perplexity": Provider(
         {"openai": "https://api.perplexity.ai"}, "PERPLEXITY_API_KEY", ("sonar*",)
@@ -154,10 +165,10 @@ PROVIDERS: Mapping[str, Provider] = {
     ),
     "ollama": _own(11434, "anthropic"),
     "vllm": _own(8000, "anthropic"),
-    "sglang": _own(30000),
+    "sglang": _own(30000, "anthropic"),
     "tgi": _own(3000),
     "llama.cpp": _own(8080, "anthropic", abandoned="wait"),
-    "lmstudio": _own(1234),
+    "lmstudio": _own(1234, "anthropic"),
 }
 
 # Whose list of models has another form than their dialect's.

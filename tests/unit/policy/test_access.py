@@ -62,6 +62,14 @@ CHAT = "/chat/completions"
             'provider = "fireworks"',
             *("openai", CHAT, "https://api.fireworks.ai/inference/v1", "bearer"),
         ),
+        (
+            'provider = "fireworks"',
+            *("anthropic", "/v1/messages", "https://api.fireworks.ai/inference", "bearer"),
+        ),
+        (
+            'provider = "openrouter"',
+            *("anthropic", "/v1/messages", "https://openrouter.ai/api", "bearer"),
+        ),
         ('provider = "cerebras"', "openai", CHAT, "https://api.cerebras.ai/v1", "bearer"),
         ('provider = "perplexity"', "openai", CHAT, "https://api.perplexity.ai", "bearer"),
         ('provider = "moonshot"', "openai", CHAT, "https://api.moonshot.ai/v1", "bearer"),
@@ -81,7 +89,10 @@ CHAT = "/chat/completions"
                 f'provider = "{name}"\nkey = "KEY"',
                 *("anthropic", "/v1/messages", f"http://127.0.0.1:{port}", "bearer"),
             )
-            for name, port in {"vllm": 8000, "ollama": 11434, "llama.cpp": 8080}.items()
+            for name, port in {
+                **{"vllm": 8000, "ollama": 11434, "llama.cpp": 8080},
+                **{"sglang": 30000, "lmstudio": 1234},
+            }.items()
         ),
         (
             'provider = "vllm"\nkey = "KEY"\nauth = "key"',
