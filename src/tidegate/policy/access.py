@@ -27,10 +27,12 @@ ReadSecret = Callable[[str], str]
 
 
 class Paths(StrEnum):
-    """How an upstream's paths are made. PLAIN: as the dialect has them; DEPLOYMENTS: Azure's, with
-    the model in the path; VERTEX: below a project, a location and a publisher."""
+    """How an upstream's paths are made. PLAIN: as the dialect has them; PERPLEXITY: some of them
+    below a version; DEPLOYMENTS: Azure's, with the model in the path; VERTEX: below a project, a
+    location and a publisher."""
 
     PLAIN = "plain"
+    PERPLEXITY = "perplexity"
     DEPLOYMENTS = "deployments"
     VERTEX = "vertex"
 
@@ -129,6 +131,8 @@ class Access:
         return f"{self.base}{path}?{query}" if query else f"{self.base}{path}"
 
     def _path(self, path: str, model: str, streams: bool) -> str:
+        if self.paths is Paths.PERPLEXITY:
+            return path if _BELOW_VERSION.fullmatch(path) is None else f"/v1{path}"
         if self.paths is Paths.DEPLOYMENTS:
             named = model and path in OF_DEPLOYMENTS
             return f"/deployments/{quote(model, safe='')}{path}" if named else path
@@ -167,6 +171,8 @@ OF_DEPLOYMENTS = frozenset(
         *("/audio/translations", "/audio/speech", "/images/generations", "/images/edits"),
     )
 )
+# At Perplexity, where chat completions and searches are not.
+_BELOW_VERSION = re.compile(r"/(?:models|embeddings|responses)(?:/.*)?")
 _MODELS = re.compile(r"/(?P<version>v1(?:alpha|beta)?)/models(?P<below>(?:/.+)?)")
 
 

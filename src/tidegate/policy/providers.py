@@ -152,7 +152,11 @@ PROVIDERS: Mapping[str, Provider] = {
     ),
     "cerebras": Provider({"openai": "https://api.cerebras.ai/v1"}, "CEREBRAS_API_KEY"),
     "perplexity": Provider(
-        {"openai": "https://api.perplexity.ai"}, "PERPLEXITY_API_KEY", ("sonar*",)
+        {"openai": "https://api.perplexity.ai"},
+        "PERPLEXITY_API_KEY",
+        ("sonar*", "pplx-*"),
+        is_rebased=True,
+        paths={"openai": Paths.PERPLEXITY},
     ),
     "moonshot": Provider(
         {

@@ -90,8 +90,11 @@ CHAT = "/chat/completions"
                 *("anthropic", "/v1/messages", f"http://127.0.0.1:{port}", "bearer"),
             )
             for name, port in {
-                **{"vllm": 8000, "ollama": 11434, "llama.cpp": 8080},
-                **{"sglang": 30000, "lmstudio": 1234},
+                "vllm": 8000,
+                "ollama": 11434,
+                "llama.cpp": 8080,
+                "sglang": 30000,
+                "lmstudio": 1234,
             }.items()
         ),
         (
@@ -146,6 +149,22 @@ def test_a_preset_knows_where_and_under_which_header(
     assert access.url(path).endswith(path)
     assert access.headers == ((expected[header],) if header else ())
     assert bool(found.key) == bool(header)
+
+
+def test_some_paths_of_perplexity_have_a_version() -> None:
+    """docs.perplexity.ai, "OpenAI SDK Compatibility" of Sonar and of the Agent API."""
+    for base in (
+        "",
+        'base_url = "https://api.perplexity.ai"',
+        'base_url = "https://api.perplexity.ai/v1"',
+    ):
+        access = upstream(f'provider = "perplexity"\n{base}').access("openai")
+        host = "https://api.perplexity.ai"
+        assert access.url(CHAT) == f"{host}/chat/completions"
+        for path in ("/models", "/embeddings", "/responses", "/responses/resp_1"):
+            assert access.url(path, "a=b") == f"{host}/v1{path}?a=b"
+        assert access.url("/search") == f"{host}/search"
+    assert upstream("", name="perplexity").fit("pplx-embed-v1-4b")
 
 
 def test_a_name_of_a_provider_is_its_preset() -> None:
