@@ -492,8 +492,8 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
     if "models" in table:
         found["models"] = _texts(f"{path}.models", table["models"])
     if "aliases" in table:
-        aliases = table_at(f"{path}.aliases", table["aliases"])
-        _texts(f"{path}.aliases", list(aliases.values()))
+        if aliases := table_at(f"{path}.aliases", table["aliases"]):
+            _texts(f"{path}.aliases", list(aliases.values()))
         found["aliases"] = dict(aliases)
     if "weight" in table:
         weight = table["weight"]

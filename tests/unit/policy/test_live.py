@@ -179,6 +179,13 @@ def test_routes_lead_to_what_is_left() -> None:
     assert route.targets == (("openai", None),)
 
 
+def test_the_last_alias_can_be_taken_away() -> None:
+    edits = (set_keys("openai", {"aliases.fast": "m"}), set_keys("openai", {}, ["aliases.fast"]))
+    found = deployment(made(*edits), deployment(NO_CHANGES)).upstream("openai")
+    assert found is not None
+    assert found.aliases == {}
+
+
 def test_geminis_own_account_changes_as_others_do() -> None:
     live = made(set_keys("gemini", {"weight": 7}), base={"gemini": {}})
     found = deployment_of({}, CONFIG, lambda _: "", live).upstream("gemini")
