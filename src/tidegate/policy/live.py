@@ -179,12 +179,14 @@ def _inner(value: Any) -> Mapping[str, Any]:
 
 
 def as_deployed(name: str) -> LiveEdit:
-    """Have an upstream as the file says it. Raises ConfigError."""
+    """Have an upstream as the file says it; one that is drained stays so, since the file says
+    nothing of that. Raises ConfigError."""
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         if name not in base:
             raise ConfigError("name", name, "must be an upstream of the file or the environment")
-        return _with(changes, name, LiveUpstream(reads=changes.of(name).reads))
+        live = changes.of(name)
+        return _with(changes, name, LiveUpstream(is_drained=live.is_drained, reads=live.reads))
 
     return edit
 

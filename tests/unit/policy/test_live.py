@@ -55,6 +55,11 @@ def test_a_key_that_was_set_live_stays_and_the_others_are_the_files() -> None:
     assert other.differing(later) == ["openai.weight: the file says 3, 5 is kept"]
 
 
+def test_an_upstream_that_is_put_back_to_the_file_stays_drained() -> None:
+    edits = (drained("openai"), set_keys("openai", {"weight": 5}), as_deployed("openai"))
+    assert made(*edits) == made(drained("openai"))
+
+
 def test_what_says_the_same_as_the_file_is_no_change() -> None:
     assert made(set_keys("openai", {"weight": 2})) == NO_CHANGES
     assert made(set_keys("openai", {"weight": 5}), set_keys("openai", {"weight": 2})) == NO_CHANGES
