@@ -446,7 +446,10 @@ def _key(
     return value
 
 
-OWN_SECRETS = ("DATABASE_URL", "REDIS_URL", "ADMIN_TOKEN", "WEBHOOK_SECRET")
+OWN_SECRETS = (
+    *("DATABASE_URL", "REDIS_URL", "ADMIN_TOKEN", "WEBHOOK_SECRET"),
+    *("OIDC_CLIENT_SECRET", "ALERT_WEBHOOK_URL"),
+)
 _STAYS_HERE = "must be another: it is a secret of this gateway's own, which goes to no provider"
 
 

@@ -523,6 +523,8 @@ async def test_no_secret_of_the_gateways_own_becomes_an_upstreams_key(
     mounted.write_text("mounted-secret-0001")
     monkeypatch.setenv("WEBHOOK_SECRET_FILE", str(mounted))
     monkeypatch.setenv("DATABASE_URL", "postgresql://user:password-0001@db/x")
+    monkeypatch.setenv("OIDC_CLIENT_SECRET", "client-secret-0001")
+    monkeypatch.setenv("ALERT_WEBHOOK_URL", "https://chat.example.com/may-post-0001")
     own = table(second)
     headers = {"x-a": "env:DATABASE_URL"}
     files = [gateway.config.data_dir / "operator.key", mounted]
@@ -532,6 +534,8 @@ async def test_no_secret_of_the_gateways_own_becomes_an_upstreams_key(
         *({"key_file": str(one), "key": None} for one in files),
         {"key_file": f"{gateway.config.data_dir}/embedded/../operator.key", "key": None},
         {"key": None, "headers": headers, "auth": "none"},
+        {"key": "OIDC_CLIENT_SECRET"},
+        {"query": {"a": "env:ALERT_WEBHOOK_URL"}},
     )
     for more in tried:
         asked = {name: one for name, one in (own | more).items() if one is not None}
