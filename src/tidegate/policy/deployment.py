@@ -46,6 +46,7 @@ from tidegate.policy.providers import (
     Abandoned,
     access_options_of,
     filled,
+    may_ask_usage,
     own_models,
     urls_of,
 )
@@ -374,6 +375,7 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
         options.setdefault("abandoned", PROVIDERS[provider].abandoned)
     _check_preempt(path, options)
     urls = _urls(path, provider, table)
+    options.setdefault("asks_usage", may_ask_usage(provider, urls.values()))
     access = access_options_of(path, provider, table, urls, secret)
     key = _key(path, provider, table, access, secret)
     return Upstream(name, urls, key, provider=provider, access_options=access, **options)

@@ -8,7 +8,7 @@ says all of it. Pure.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from tidegate.policy.access import (
     readable_file,
 )
 from tidegate.policy.format import MEASURES, table_at
+from tidegate.prices.rates import provider_of
 
 Abandoned = Literal["release", "wait"]
 ABANDONED = ("release", "wait")
@@ -175,6 +176,8 @@ PROVIDERS: Mapping[str, Provider] = {
     "lmstudio": _own(1234, "anthropic"),
 }
 
+# Which report the usage of streams unasked, and refuse `stream_options` with 422.
+_REPORT_USAGE = frozenset(("mistral",))
 # Whose list of models has another form than their dialect's.
 LISTED_OTHERWISE = frozenset(("together", "vertex"))
 # Whose list has base models, where calls name deployments.
@@ -364,6 +367,11 @@ def _paths(
     if stated == Paths.DEPLOYMENTS and "openai" not in urls:
         raise ConfigError(f"{path}.paths", stated, "needs an upstream of OpenAI's dialect")
     return {"openai": Paths(stated)}
+
+
+def may_ask_usage(provider: str | None, urls: Iterable[str]) -> bool:
+    """Whether a stream may be asked for its usage at an upstream of this provider, or at `urls`."""
+    return _REPORT_USAGE.isdisjoint({provider} if provider else map(provider_of, urls))
 
 
 def own_models(name: str) -> Sequence[str]:

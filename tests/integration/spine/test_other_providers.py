@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,44 @@ async def test_a_server_of_ones_own_needs_an_address_and_no_key(
     (path, headers), _ = seen
     assert path == "/v1/chat/completions"
     assert not headers & {"authorization", "x-api-key", "api-key"}
+
+
+async def _mistral(request: web.BaseRequest) -> web.StreamResponse:
+    """Streams as Mistral does, and refuses a field that it does not know."""
+    body = await request.json()
+    if "stream_options" in body:
+        refused = {"type": "extra_forbidden", "loc": ["body", "stream_options", "include_usage"]}
+        return web.json_response({"object": "error", "message": {"detail": [refused]}}, status=422)
+    choice = {"index": 0, "delta": {"role": "assistant", "content": "Bonjour"}}
+    last = {"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": body["model"]}
+    events = (chunk | {"choices": [choice]}, chunk | {"choices": [last], "usage": usage})
+    lines = [f"data: {json.dumps(event)}\n\n" for event in events]
+    return web.Response(
+        text="".join((*lines, "data: [DONE]\n\n")), content_type="text/event-stream"
+    )
+
+
+async def test_streams_of_mistral_are_not_asked_for_the_usage_that_they_report(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MISTRAL_API_KEY", "key-of-mistral")
+    runner = web.ServerRunner(web.Server(_mistral))
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    path = tmp_path / "mistral.toml"
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    path.write_text(f'[upstreams.mistral]\nprovider = "mistral"\nbase_url = "{url}"\n')
+    gateway = await open_gateway(worker=False, tidegate_policy=path, **NO_GEMINI)
+    model = "mistral-small-latest"
+    body = CHAT | {"model": model, "stream": True}
+    async with gateway.http.post(f"{gateway.url}/v1/chat/completions", json=body) as answer:
+        assert (answer.status, "Bonjour" in await answer.text()) == (200, True)
+        row = await gateway.audit(answer.headers["x-tidegate-request-id"])
+    streamed = await gateway.stream(text="Say hello", model=model)
+    assert streamed.names[-1] == "done"
+    for found in (row, await gateway.audit(streamed.request_id)):
+        assert (found["input_tokens"], found["output_tokens"]) == (7, 3)
+    await runner.cleanup()

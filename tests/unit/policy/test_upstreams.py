@@ -311,3 +311,20 @@ def test_the_prices_of_the_first_account_are_read_without_its_key(tmp_path: Path
     assert config.gemini_api_key is None
     (found,) = stated_by(config).upstreams_without_access()
     assert found.price("m") == Price(input=3, output=5)
+
+
+@pytest.mark.parametrize(
+    ("table", "asks"),
+    [
+        ('base_url = "https://api.mistral.ai/v1"', False),
+        ('base_url = "https://api.mistral.ai/v1"\nasks_usage = true', True),
+        ('base_url = "https://proxy/v1"\nprovider = "mistral"\nkey = "OPENAI_API_KEY"', False),
+        ('base_url = "https://api.groq.com/openai/v1"', True),
+        ('base_url = "http://gpu:8000"', True),
+    ],
+)
+def test_which_upstreams_are_asked_for_the_usage_of_streams(table: str, asks: bool) -> None:
+    stated = tomllib.loads(f"[upstreams.one]\n{table}")
+    found = deployment_of(stated, CONFIG, lambda _: "sk-1").upstream("one")
+    assert found is not None
+    assert found.asks_usage is asks
