@@ -797,8 +797,7 @@ class RelayWire:
         return connected
 
     async def _tunnel(self, connected: socket.socket, origin: UpstreamOrigin, proxy: Proxy) -> None:
-        """Have the proxy connect to the upstream. Raises UpstreamUnavailable and OSError; the
-        socket is closed then."""
+        """Have the proxy connect, or close the socket: UpstreamUnavailable and OSError."""
         try:
             host = f"[{origin.host}]" if ":" in origin.host else origin.host
             named = f"{host}:{origin.port}".encode("ascii")
@@ -811,9 +810,10 @@ class RelayWire:
                 if not piece or len(answer) > _PROXY_BYTES:
                     raise _no_tunnel(proxy, "it closed the connection or answered too much")
             found = _PROXY_ANSWER.match(answer)
-            if found is None or not answer.endswith(b"\r\n\r\n"):
+            is_good = found is not None and found[1].startswith(b"2")
+            if found is None or (is_good and not answer.endswith(b"\r\n\r\n")):
                 raise _no_tunnel(proxy, "its answer is not HTTP")
-            if not found[1].startswith(b"2"):
+            if not is_good:
                 raise _no_tunnel(proxy, f"it answered {found[1].decode()}")
         except BaseException:  # a cancellation too
             connected.close()

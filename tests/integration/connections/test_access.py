@@ -170,6 +170,7 @@ async def test_without_a_certificate_or_the_root_there_is_no_connection(
     [
         (b"", "it answered 407"),
         (b"HTTP/1.1 502 Bad Gateway\r\n\r\n", "it answered 502"),
+        (b"HTTP/1.1 403 Forbidden\r\ncontent-length: 8\r\n\r\n<p>no</p>", "it answered 403"),
         (b"SSH-2.0-x\r\n\r\n", "its answer is not HTTP"),
         (b"HTTP/1.1 200 OK\r\n\r\nmore", "its answer is not HTTP"),
         (b"x" * 40_000, "it closed the connection or answered too much"),
