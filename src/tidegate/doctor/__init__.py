@@ -22,6 +22,7 @@ from tidegate.doctor.checks import Finding, State, fail, ok, skipped, warn
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable, TidegateError
 from tidegate.limiter import PoolPolicy, Snapshot
 from tidegate.policy.deployment import Upstream, deployed, deployed_upstreams, emulates, stated_by
+from tidegate.policy.format import of_plain
 from tidegate.policy.live import changes_of
 from tidegate.settings import Config, load
 from tidegate.store.provider.upstreams import UpstreamProcess, UpstreamRevision
@@ -77,7 +78,9 @@ async def examine(*, online: bool = True) -> list[Finding]:
     if seen.live is not None:
         stated, live = stated_by(config), changes_of(seen.live.upstreams)
         others = stated.deployment(live)
+        added = {pool: one for pool, one in others.policies.items() if pool not in policies}
         policies |= others.policies
+        found += await _added_live(config, added, seen)
         found += deployment.judge_live(seen.live.revision, others, stated.tables(), seen.processes)
         if seen.ready is not None:
             found.append(deployment.judge_workers(seen.processes, seen.ready))
@@ -88,6 +91,9 @@ async def examine(*, online: bool = True) -> list[Finding]:
     if online:
         found += await asyncio.gather(*(_provider(one, config) for one in others.upstreams))
         own = [one for one in others.upstreams if one.is_own]
+        for one in own:
+            if records := seen.records.get(one.pool):
+                policies[one.pool] = of_plain(records[0].policy)
         found += await asyncio.gather(*(_server(one, policies[one.pool]) for one in own))
         found += await _bucket(config)
     rooms = list(dict.fromkeys(one.room for one in found))
@@ -131,6 +137,26 @@ async def _valkey(
     return found
 
 
+async def _added_live(
+    config: Config, policies: dict[str, PoolPolicy], seen: _Seen
+) -> list[Finding]:
+    """Findings on the pools of upstreams that were added while running."""
+    from tidegate.limiter import examine as look
+
+    found: list[Finding] = []
+    assert config.redis_url is not None
+    for pool, policy in policies.items():
+        try:
+            report = await look(config.redis_url.get_secret_value(), pool)
+        except (LimiterUnavailable, ConfigError):
+            return found  # which has a finding of its own
+        if report.snapshot is not None:
+            seen.snapshots[pool] = report.snapshot
+            records = seen.records.get(pool)
+            found += deployment.judge_pool(pool, policy, report.snapshot, records)
+    return found
+
+
 async def _postgresql(
     config: Config, policies: dict[str, PoolPolicy], seen: _Seen
 ) -> list[Finding]:
@@ -163,7 +189,12 @@ async def _read_record(
 
     connections = Connections(url, size=1)
     try:
-        for pool in policies:
+        if revision >= "0023":
+            upstreams = UpstreamRevisions(connections)
+            seen.live, seen.processes = await upstreams.newest(), await upstreams.processes()
+            seen.ready = (await stuck_counts(connections)).ready
+        live = () if seen.live is None else seen.live.upstreams
+        for pool in dict.fromkeys((*policies, *live)):
             seen.records[pool] = await Policies(connections).history(pool, _RECORDS)
         tenants = Tenants(connections)
         seen.any_key = await tenants.any_key()
@@ -173,10 +204,6 @@ async def _read_record(
             today = datetime.now(UTC).date()
             since = today - deployment.PRICES_OVER
             seen.called = await UsageTotals(connections).totals(("model",), since, today)
-        if revision >= "0023":
-            upstreams = UpstreamRevisions(connections)
-            seen.live, seen.processes = await upstreams.newest(), await upstreams.processes()
-            seen.ready = (await stuck_counts(connections)).ready
     except StoreUnavailable:
         return  # the rights or the schema are wrong, which has a finding of its own
     finally:

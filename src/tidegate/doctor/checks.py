@@ -155,13 +155,14 @@ def judge_server(name: str, policy: PoolPolicy, load: ServerLoad) -> Finding:
             check,
             f"{said}, and it computes {load.slots} at a time: what is more waits there, where no "
             "tenant has its share",
-            f'set "{_ALL_CALLS}" = {load.slots} of [upstreams.{name}.limits]',
+            f"tidegate limits set --pool {name} {_ALL_CALLS}={load.slots}",
         )
     if load.waiting:
         return warn(
             check,
             f"{load}: these wait there, where no tenant has its share",
-            f'lower "{_ALL_CALLS}" of [upstreams.{name}.limits], unless others call it too',
+            f"tidegate limits set --pool {name} {_ALL_CALLS}=N with a lower N, unless others call "
+            "it too",
         )
     tokens = any(isinstance(one, Concurrency) and one.by_tokens for one in policy.limits.values())
     if load.kv_tokens is not None and not tokens:

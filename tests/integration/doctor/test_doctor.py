@@ -10,6 +10,7 @@ from typing import Any
 from tests.commands import Done, tidegate
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
+from tidegate.emulator.server import run_emulator
 from tidegate.policy.format import edit
 
 
@@ -76,6 +77,28 @@ async def test_what_is_wrong_around_it_is_found_at_once(
     assert "by ann" in found["pool.gemini.policy"]["found"]
     assert states["pool.gemini.limits"] == "warn"
     assert "kind:multi_modal is paused by bob" in found["pool.gemini.limits"]["found"]
+
+
+async def test_an_upstream_that_was_added_while_running_is_examined_as_it_is_by_now(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    async with run_emulator() as server:
+        await server.control.set_behaviour(gpu={"slots": 4})
+        table = {"provider": "llama.cpp", "base_url": server.url, "limits": {"pool:total": 8}}
+        url = f"{gateway.url}/admin/upstreams/gpu"
+        async with gateway.http.put(url, json={"table": table}) as added:
+            assert added.status == 200, await added.text()
+        keeper = gateway.services.keepers["gpu"]
+        await wait_until(keeper.settled.is_set, 20, "the policy on record")
+        _, found = await examined(gateway)
+        assert found["server.gpu"]["mend"] == "tidegate limits set --pool gpu pool:total=4"
+        await keeper.change(edit({"pool:total": 4}), set_by="ann", reason="its slots")
+        await gateway.services.limiters["gpu"].penalise("pool:total", for_ms=60_000, by="bob")
+        _, found = await examined(gateway)
+    assert found["server.gpu"]["state"] == "ok", found["server.gpu"]
+    assert "pool:total is paused by bob" in found["pool.gpu.limits"]["found"]
+    assert found["pool.gpu.policy"]["state"] == "ok"
 
 
 async def test_servers_and_settings_that_are_not_there_are_told(open_gateway: Opener) -> None:
