@@ -160,11 +160,23 @@ async def run_worker(
         if config.reconcile:
             beside_jobs.append(asyncio.create_task(_reconciliation(config, services.store).run()))
         try:
+            await _known(services.upstreams, stop)
             await worker.run(stop)
         finally:
             for task in beside_jobs:
                 task.cancel()
             await asyncio.gather(*beside_jobs, return_exceptions=True)
+
+
+async def _known(upstreams: LiveUpstreams, stop: asyncio.Event) -> None:
+    """Return once the live changes to upstreams are known, or `stop` is set: before, jobs would be
+    failed whose upstream was added while running, and called where an operator has drained."""
+    waits = [asyncio.create_task(one.wait()) for one in (upstreams.is_known, stop)]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 async def run_worker_of(

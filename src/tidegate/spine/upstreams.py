@@ -320,6 +320,9 @@ class LiveUpstreams:
         self.deployment = deployment
         self.record = record
         self.revision = start.revision
+        self.is_known = asyncio.Event()  # what was changed before this process started
+        if start.revision >= 0:
+            self.is_known.set()
         self._config = config
         self._process = process
         self.pools = pools
@@ -419,6 +422,7 @@ class LiveUpstreams:
             await self.record.see(self._state())
         elif not seen.proposed:
             await self._discard()
+        self.is_known.set()
         await self._close_left()
 
     @property

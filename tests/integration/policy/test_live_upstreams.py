@@ -15,12 +15,15 @@ from typing import Any
 
 import orjson
 import pytest
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from tests.gateway import Gateway, Opener, open_gateway
 from tests.integration.native.clouds import PROJECT, Clouds, run_clouds
+from tests.integration.store.lossy import lossy
 from tests.markdown import blocks
 from tests.waiting import promised_s, wait_until, work_for
+from tidegate.app import run_worker
 from tidegate.cli import app
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.server import Emulator, run_emulator
@@ -513,6 +516,30 @@ async def test_jobs_wait_for_a_drained_upstream_and_no_attempt_is_used_up(
     assert (await admin(gateway, "POST", "/second/resume"))[0] == 200
     ended = await gateway.end_of(request_id)
     assert (ended["status"], ended["attempts"]) == ("succeeded", 1)
+
+
+async def test_a_worker_that_starts_in_an_outage_works_once_it_knows_what_was_changed(
+    open_gateway: Opener, second: Emulator, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of an upstream that was added while running is not failed as one that nobody serves."""
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    status, done = await admin(gateway, "PUT", "/second", table=table(second, models=[ONLY]))
+    assert status == 200, done
+    jobs = [await gateway.submit(data="Say hello", type="text_only", model=ONLY) for _ in range(3)]
+    assert gateway.config.database_url is not None
+    async with lossy(gateway.config.database_url.get_secret_value()) as proxy:
+        proxy.is_away = True
+        ready = asyncio.Event()
+        config = gateway.config.model_copy(update={"database_url": SecretStr(proxy.url)})
+        stop = asyncio.Event()
+        working = asyncio.create_task(run_worker(config, stop, on_ready=ready.set))
+        gateway.workers.append((stop, working))
+        await wait_until(ready.is_set, 20, "a worker that started without PostgreSQL")
+        proxy.is_away = False
+        ended = [await gateway.end_of(one) for one in jobs]
+        assert [one["status"] for one in ended] == ["succeeded"] * 3
+        await gateway.stop_worker()
 
 
 async def test_no_secret_of_the_gateways_own_becomes_an_upstreams_key(

@@ -15,12 +15,14 @@ _READY = b"Z\x00\x00\x00\x05"  # how each reply of the server ends
 
 
 class LossyProxy:
-    """`url`: the way to the database through here. `lost`: how many replies were not forwarded."""
+    """`url`: the way to the database through here. `lost`: how many replies were not forwarded.
+    `is_away`: nobody gets through."""
 
     def __init__(self, database_url: str) -> None:
         self._there = urlsplit(database_url)
         self.url = ""
         self.lost = 0
+        self.is_away = False
         self._marks: list[bytes] = []
 
     def lose_commit_of(self, statement: str) -> None:
@@ -28,6 +30,9 @@ class LossyProxy:
         self._marks.append(statement.strip().encode())
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.is_away:
+            writer.transport.abort()
+            return
         there, back = await asyncio.open_connection(self._there.hostname, self._there.port)
         cutting = asyncio.Event()
         replies = asyncio.create_task(self._replies(there, writer, cutting))
