@@ -43,7 +43,14 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
 )
-from tidegate.jobs.calls import Feeder, LastTries, is_of_upstream, retry_wait_ms, targets_of
+from tidegate.jobs.calls import (
+    LACKING_MS,
+    Feeder,
+    LastTries,
+    is_of_upstream,
+    retry_wait_ms,
+    targets_of,
+)
 from tidegate.jobs.outages import Held, Key, Look, Turn
 from tidegate.limiter import Permit
 from tidegate.record import RETRIED, CallRecord, Failure
@@ -55,6 +62,7 @@ from tidegate.spine.detached import (
     endpoint_named,
     wrapped_facts,
 )
+from tidegate.spine.models import is_lacking
 from tidegate.spine.native import Relay
 from tidegate.spine.run import CallFailed
 from tidegate.store.batches import (
@@ -183,8 +191,14 @@ class LineCaller:
         await self._until_done(partial(self._store.batch_lines.release, lines, waits_ms=waits_ms))
 
     def _targets_of(self, line: BatchLine) -> tuple[Key, ...]:
-        model = orjson.loads(line.body).get("model") or ""  # checked when the batch came
-        return targets_of(self._relay, line.endpoint, str(model))
+        return targets_of(self._relay, line.endpoint, _model_of(line))
+
+    def _is_lacking(self, line: BatchLine) -> bool:
+        """Whether only an upstream takes it that this process can't make."""
+        targets = self._relay.spine.targets
+        if not targets.deployment.missing:
+            return False
+        return is_lacking(targets, _model_of(line)) and not self._targets_of(line)
 
     async def leave_held_up(self) -> None:
         """Give up what waits of batches whose tenants may spend no more: it is called later."""
@@ -243,6 +257,11 @@ class LineCaller:
 
     async def _call(self, one: _ActiveLine) -> None:
         line, record = one.line, one.record
+        if self._is_lacking(line):  # a worker that has the key takes it
+            release, later = self._store.batch_lines.release, {line.id: LACKING_MS}
+            counted = {line.id: 0}
+            await self._until_done(partial(release, [line], waits_ms=later, counted=counted))
+            return
         error: TidegateError | None = None
         words: CallFailed | None = None
         try:
@@ -470,6 +489,10 @@ class Check:
 
     def _wrong(self, code: str, line: int | None, message: str, param: str | None) -> None:
         self.errors.append({"code": code, "line": line, "message": message, "param": param})
+
+
+def _model_of(line: BatchLine) -> str:
+    return str(orjson.loads(line.body).get("model") or "")  # checked when the batch came
 
 
 _UNTOUCHED = {

@@ -111,6 +111,10 @@ def log_end(
         log.info(Log.JOB_RETRY, retry_in_ms=wait_ms, **fields)
 
 
+# For how long a process leaves what it lacks the upstream of to others.
+LACKING_MS = 1_000
+
+
 def internal() -> TidegateError:
     return TidegateError("an internal error; it has been logged")
 

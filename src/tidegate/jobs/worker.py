@@ -36,6 +36,7 @@ from tidegate.errors import (
 from tidegate.jobs.background import BackgroundRunner
 from tidegate.jobs.batches import BatchRunner
 from tidegate.jobs.calls import (
+    LACKING_MS,
     NOT_THE_JOBS_FAULT,
     Feeder,
     LastTries,
@@ -60,6 +61,7 @@ from tidegate.jobs.tiers import TierOffers
 from tidegate.limiter import Concurrency, Limiter, Permit, PoolPolicy
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
+from tidegate.spine.models import is_lacking
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls, files_known
 from tidegate.spine.routing import Target
@@ -559,6 +561,10 @@ class Worker:
             job, self._spine.tracing.trail(job.request_id, parent_of(job.traceparent))
         )
         model = record.model = job.model or self._config.model_for(kind)
+        if is_lacking(self._spine.targets, model) and not self._places_of(job):
+            waits_ms = {job.request_id: LACKING_MS}  # a worker that has its key takes it
+            await self._fenced(lambda: self._store.queue.release([job], waits_ms))
+            return
         run = _JobRun(self, job, kind, record, model)
         failure: TidegateError | None = None
         try:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, NamedTuple
 
 import orjson
@@ -47,7 +49,7 @@ from tidegate.errors import (
 from tidegate.policy.access import Access
 from tidegate.policy.deployment import Upstream
 from tidegate.policy.format import plain_model
-from tidegate.policy.providers import LISTED_OTHERWISE
+from tidegate.policy.providers import ALL_MODELS, LISTED_OTHERWISE, PROVIDERS, own_models
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, refusal_of
 from tidegate.upstream.fetch import NO_LIST
@@ -117,6 +119,24 @@ def targets_for_prompt(
         if found:
             return found
     return [_bound_target(targets, upstream, model)]
+
+
+def is_lacking(targets: Targets, model: str) -> bool:
+    """Whether an upstream serves a model that this process can't make, such as for want of its key.
+    Others may."""
+    now, plain = targets.deployment, plain_model(model)
+    if not now.missing:
+        return False
+    emptied = (one.model for one in now.routes if not one.targets)
+    of_tables = (_patterns(name, now.tables[name]) for name in now.missing)
+    return any(fnmatchcase(plain, one) for one in chain(emptied, *of_tables))
+
+
+def _patterns(name: str, table: Mapping[str, Any]) -> Iterator[str]:
+    """What the table of an upstream says that it serves, also where it can't be made."""
+    is_preset = name in PROVIDERS and not {"provider", "base_url", "dialects"} & table.keys()
+    yield from table.get("models") or (own_models(name) if is_preset else ALL_MODELS)
+    yield from table.get("aliases", {})
 
 
 def _bound_upstream(targets: Targets, bound: str) -> Upstream:

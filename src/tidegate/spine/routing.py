@@ -624,7 +624,7 @@ class Targets:
         """Have these upstreams and routes from now on. Raises ConfigError, and changes nothing."""
         check_passthrough(deployment.upstreams)
         self.upstreams = {one.name: one for one in deployment.upstreams}
-        self.drained = deployment.drained
+        self.drained, self.deployment = deployment.drained, deployment
         self._routes = deployment.routes
         # The targets of a model, and whether their order is drawn.
         self._known: dict[tuple[Dialect, str], tuple[list[Target], bool]] = {}

@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 import pytest
+from openai import AsyncOpenAI
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
@@ -540,6 +541,47 @@ async def test_a_worker_that_starts_in_an_outage_works_once_it_knows_what_was_ch
         ended = [await gateway.end_of(one) for one in jobs]
         assert [one["status"] for one in ended] == ["succeeded"] * 3
         await gateway.stop_worker()
+
+
+async def test_a_worker_without_the_key_leaves_jobs_and_lines_to_others(
+    open_gateway: Opener, second: Emulator, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    status, done = await admin(gateway, "PUT", "/second", table=table(second, models=[ONLY]))
+    assert status == 200, done
+    monkeypatch.delenv("SECOND_KEY")
+    await gateway.start_ready_worker()
+    job = await gateway.submit(data="Say hello", type="text_only", model=ONLY)
+    body = {"model": ONLY, "messages": BODY["messages"]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="of-a-client") as client:
+        file = await client.files.create(file=("a", orjson.dumps(line)), purpose="batch")
+        batch = await client.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+
+        async def are_left() -> bool:
+            row = await gateway.database.fetchrow(
+                "SELECT (SELECT not_before FROM requests WHERE id = $1::uuid) IS NOT NULL AND"
+                " (SELECT not_before FROM batch_lines) IS NOT NULL AS left_both",
+                job,
+            )
+            return bool(row and row["left_both"])
+
+        await wait_until(are_left, 20, "the job and the line are left to others")
+        monkeypatch.setenv("SECOND_KEY", KEY)
+        gateway.start_worker()
+        ended = await gateway.end_of(job)
+        assert (ended["status"], ended["attempts"]) == ("succeeded", 1)
+
+        async def is_over() -> bool:
+            return bool((await client.batches.retrieve(batch.id)).status == "completed")
+
+        await wait_until(is_over, 20, "the batch")
+        counts = (await client.batches.retrieve(batch.id)).request_counts
+        assert counts is not None
+        assert (counts.completed, counts.failed) == (1, 0)
 
 
 async def test_no_secret_of_the_gateways_own_becomes_an_upstreams_key(
