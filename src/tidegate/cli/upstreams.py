@@ -75,7 +75,7 @@ def list_(json: Json = False) -> None:
                 _count(one["in_progress"]),
                 _count(one["waiting"]),
                 _shortened(one["table"].get("models", ["*"])),
-                _key(one["table"]),
+                str(one.get("key", "")),
                 one["source"],
                 one.get("load", ""),
                 _remark(one),
@@ -105,10 +105,6 @@ def _count(value: int | None) -> str:
 def _shortened(texts: Sequence[str]) -> str:
     more = len(texts) - _MOST_SHOWN
     return ", ".join(texts[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _key(table: dict[str, Any]) -> str:
-    return str(table.get("key") or table.get("key_file") or table.get("auth") or "")
 
 
 @app.command()

@@ -69,7 +69,7 @@ def test_the_list_of_upstreams_says_why_one_is_out(monkeypatch: pytest.MonkeyPat
         "upstreams": [
             upstream("broke", "out", "You exceeded your current quota."),
             upstream("well", "in service", "an old fault"),
-            upstream("keyless", "missing", "", api="GROQ must be set"),
+            upstream("keyless", "missing", "", api="GROQ must be set") | {"key": "GROQ_API_KEY"},
         ],
     }
     monkeypatch.setattr("tidegate.cli.upstreams._call", lambda *_: found)
@@ -78,6 +78,7 @@ def test_the_list_of_upstreams_says_why_one_is_out(monkeypatch: pytest.MonkeyPat
     rows = {line.split()[0]: line for line in said.splitlines() if line.strip()}
     assert rows["broke"].endswith("You exceeded your current quota.")
     assert rows["keyless"].endswith("api: GROQ must be set")
+    assert "GROQ_API_KEY" in rows["keyless"], "that of its preset, which its table does not name"
     assert "an old fault" not in said
 
 
