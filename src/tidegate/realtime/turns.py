@@ -165,7 +165,7 @@ class Turns:
             if spent.ends_turn:
                 await self._close(spent.usage)
             else:
-                self._add(spent)
+                await self._add(spent)
         if reported.ends_turn and not reported.spent and self._begun:
             turn = self._begun.pop(0)  # it was cancelled, or has failed
             await self._end(turn, self._cut_charge(turn))
@@ -282,13 +282,18 @@ class Turns:
     def _rates(self) -> Rates | None:
         return self._lane.demands.prices.at_least(self._target.model, "")
 
-    def _add(self, spent: Spent) -> None:
-        """What another model has used, such as for a transcript: it is part of the session's cost,
-        and of what budgets are charged for its next turn to end."""
+    async def _add(self, spent: Spent) -> None:
+        """What another model has used, such as for a transcript: it is part of the session's cost.
+        Budgets are charged for it with the turn that is open, else now; raises as `take`."""
         rates = self._lane.demands.prices.at_least(spent.model or self._target.model, "")
         charge = charge_of(rates, spent.usage, None, whole=True)
         self.charge = _both(self.charge, charge)
         self._beside = _both(self._beside, charge)
+        if self._ahead is not None:  # what is reserved for the next turn has none to wait for
+            ahead, self._ahead = self._ahead, None
+            beside, self._beside = self._beside, NO_CHARGE
+            self._budgets.settle(ahead, beside)
+            self._ahead = await self._reserve()
 
     def _audio_demand(self) -> CallDemand:
         """The next seconds of the client's sound, on the limits that count them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from socket import AF_INET, SOCK_STREAM
 from typing import Any
@@ -32,6 +33,7 @@ _PRICES = """
 "gemini-*" = { input = 1, output = 2, input_audio = 5 }
 "whisper-x" = { audio_minute = 0.6 }
 """
+_TRANSCRIPT = "conversation.item.input_audio_transcription"
 WITH_KEYS = {"auth": "on", "admin_token": ADMIN_TOKEN, "worker": False}
 KEYS = {"Authorization": "Bearer of-a-client"}
 
@@ -69,12 +71,12 @@ async def unread(gateway: Gateway) -> AsyncIterator[ClientConnection]:
         yield socket
 
 
-async def until(socket: ClientConnection, kind: str) -> dict[str, Any]:
-    """The next event of a type."""
+async def until(socket: ClientConnection, *kinds: str) -> dict[str, Any]:
+    """The next event of one of these types."""
     async with asyncio.timeout(10):
         while True:
             event: dict[str, Any] = orjson.loads(await socket.recv())
-            if event["type"] == kind:
+            if event["type"] in kinds:
                 return event
 
 
@@ -316,6 +318,51 @@ async def test_a_transcript_behind_a_refused_turn_is_charged_to_budgets_too(
     await store.budgets.flush()
     (book,) = await store.budgets.records.books("all")
     assert (book.spent, book.held) == (row["cost_micros"], 0)
+
+
+async def read_into(seen: list[dict[str, Any]], socket: ClientConnection) -> None:
+    """All events to the end of a session."""
+    with suppress(ConnectionClosed):
+        while True:
+            seen.append(orjson.loads(await socket.recv()))
+
+
+def transcripts_or_end(seen: list[dict[str, Any]], count: int) -> bool:
+    kinds = [event["type"] for event in seen]
+    return "error" in kinds or kinds.count(f"{_TRANSCRIPT}.completed") >= count
+
+
+async def test_transcripts_without_a_turn_end_a_session_whose_budget_is_spent(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(_PRICES)
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    store = gateway.services.store
+    limit = Budget("all", "usd", 55_000, "day", doubt="estimate")
+    await store.budgets.records.set(limit, by="test")
+    await store.budgets.refresh()
+    audio = {"input": {"transcription": {"model": "whisper-x"}, "turn_detection": None}}
+    async with talk(gateway) as socket:
+        await send(socket, type="session.update", session={"type": "realtime", "audio": audio})
+        seen: list[dict[str, Any]] = []
+        reading = asyncio.create_task(read_into(seen, socket))
+        with suppress(ConnectionClosed):
+            for second in range(1, 10):  # of a cent each
+                await send(socket, type="input_audio_buffer.append", audio="A" * 64_000)
+                await send(socket, type="input_audio_buffer.commit")
+                come = partial(transcripts_or_end, seen, second)
+                await wait_until(come, 10, "a transcript, or the end")
+                await store.budgets.flush()
+        await reading
+        error = seen[-1]["error"]
+        assert (error["code"], error["limit"]) == ("insufficient_quota", "all")
+        assert (await closed(socket))[0] == 1008
+    (row,) = await rows(gateway, 1)
+    await store.budgets.flush()
+    (book,) = await store.budgets.records.books("all")
+    assert (book.spent, book.held) == (row["cost_micros"], 0)
+    assert 60_000 <= book.spent <= 70_000
 
 
 async def test_keys_and_models_hold_for_the_whole_session(open_gateway: Opener) -> None:

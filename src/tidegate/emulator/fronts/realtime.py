@@ -42,6 +42,7 @@ class Talk:
     text: str = ""
     text_tokens: int = 0
     sound_chars: int = 0
+    committed_chars: int = 0  # of it
     context_sound_tokens: int = 0
     total_input: int = 0
     total_output: int = 0
@@ -75,8 +76,14 @@ class Talk:
         self.total_input += turn.input_tokens
         self.total_output += output
         self.turns += 1
-        self.text, self.text_tokens, self.sound_chars = "", 0, 0
+        self.text, self.text_tokens = "", 0
+        self.sound_chars = self.committed_chars = 0
         return turn
+
+    def commit(self) -> int:
+        """How much sound came since the last time."""
+        came, self.committed_chars = self.sound_chars - self.committed_chars, self.sound_chars
+        return came
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +265,7 @@ class _OpenAISession:
         return (audio.get("input") or {}).get("turn_detection") is not None
 
     async def _commit(self) -> None:
-        item_id, sound = f"item_{uuid4().hex[:21]}", self._session.talk.sound_chars
+        item_id, sound = f"item_{uuid4().hex[:21]}", self._session.talk.commit()
         await self._send("input_audio_buffer.committed", item_id=item_id, previous_item_id=None)
         audio = (self._facts.get("audio") or {}).get("input") or {}
         if audio.get("transcription"):
