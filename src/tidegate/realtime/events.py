@@ -36,6 +36,7 @@ _TEXT_CHARS = 4
 # Bytes of a second of sound: of 16-bit PCM at 24 kHz, which OpenAI takes unless the session says
 # otherwise, and of telephones. Of Gemini each piece says its rate, 16 kHz unless it does.
 _PCM_BYTES, _TELEPHONE_BYTES = 48_000, 8_000
+_MOST_REQUESTED = 64
 _TELEPHONE = re.compile(r"g711|pcm[ua]", re.IGNORECASE)
 _RATE = re.compile(r"rate\s*=\s*(\d{1,6})", re.IGNORECASE)
 _USUAL_RATE, _MOST_RATE = 16_000, 48_000
@@ -283,10 +284,11 @@ class OpenAIEvents:
         self._model = model
         self._transcribes: str | None = None
         self._second_bytes = _PCM_BYTES
+        self._requested: list[tuple[Any, int]] = []  # forms of sound, not answered yet
 
     def asked(self, message: Message) -> Asked:
         if isinstance(message, str) and self._is_audio(message):
-            seconds = _longest(message.split('"')) * 3 / 4 / self._second_bytes
+            seconds = _longest(message.split('"')) * 3 / 4 / self._least_second_bytes
             return Asked(message, False, len(message) / _IN_CHARS, seconds)
         event = read(message)
         kind = event.get("type")
@@ -296,10 +298,9 @@ class OpenAIEvents:
             dumped = orjson.dumps(event)
             message = dumped.decode() if isinstance(message, str) else dumped
         about = len(message) / (_IN_CHARS if kind.startswith("input_audio") else _TEXT_CHARS)
-        contents = _table(event.get("item")).get("content")
-        said = [event, *(contents if type(contents) is list else ())]
-        chars = sum(_longest([_table(one).get("audio")]) for one in said)
-        seconds = chars * 3 / 4 / self._second_bytes
+        if kind == "session.update":
+            self._note_request(event)
+        seconds = _sound_chars(event) * 3 / 4 / self._least_second_bytes
         return Asked(message, kind == "response.create", about, seconds)
 
     @staticmethod
@@ -312,14 +313,31 @@ class OpenAIEvents:
             and _APPEND.search(message) is not None
         )
 
+    @property
+    def _least_second_bytes(self) -> int:
+        """Of the form that the provider has, and of those it may have by the time of a message."""
+        return min([self._second_bytes, *(one for _, one in self._requested)])
+
+    def _note_request(self, event: Facts) -> None:
+        """A form that the client requests, with its own id of that message."""
+        form = _form_of(_table(event.get("session")))
+        if form:
+            self._requested.append((event.get("event_id"), _second_bytes_of(form)))
+            if len(self._requested) > _MOST_REQUESTED:
+                oldest = self._requested[:2]
+                self._requested[:2] = [min(oldest, key=lambda one: one[1])]
+
     def _note_form(self, session: Facts) -> None:
         """In which form the provider takes the client's sound, as it says itself."""
-        given = _table(_table(session.get("audio")).get("input")).get("format")
-        given = given or session.get("input_audio_format")
-        name = str(given.get("type")) if type(given) is dict else str(given)
-        rate = _count(given, "rate") or _PCM_BYTES // 2
-        is_telephone = _TELEPHONE.search(name) is not None
-        self._second_bytes = _TELEPHONE_BYTES if is_telephone else rate * 2
+        self._second_bytes = _second_bytes_of(_form_of(session))
+        forms = [one for _, one in self._requested]
+        if self._second_bytes in forms:  # it answers in order
+            del self._requested[: forms.index(self._second_bytes) + 1]
+
+    def _note_refusal(self, event: Facts) -> None:
+        about = _table(event.get("error")).get("event_id")
+        if about is not None:
+            self._requested = [one for one in self._requested if one[0] != about]
 
     def _check(self, event: Facts) -> bool:
         """Check the models that an event names; whether one of them was replaced in it."""
@@ -364,6 +382,7 @@ class OpenAIEvents:
                 used = Spent(usage, self._transcribes or "unknown", ends_turn=False)
                 return Reported(spent=[used])
             case "error":
+                self._note_refusal(event)
                 return Reported(refuses=True)
             case "session.created" | "session.updated":
                 session = _table(event.get("session"))
@@ -371,6 +390,28 @@ class OpenAIEvents:
                 model = session.get("model")
                 return Reported(model=model if type(model) is str else None)
         return NOTHING
+
+
+def _form_of(session: Facts) -> Any:
+    """The form of the client's sound that a session names, as GA or beta has it."""
+    given = _table(_table(session.get("audio")).get("input")).get("format")
+    return given or session.get("input_audio_format")
+
+
+def _second_bytes_of(form: Any) -> int:
+    """Bytes of a second of sound in a form; of PCM where none is named."""
+    name = str(form.get("type")) if type(form) is dict else str(form)
+    if _TELEPHONE.search(name) is not None:
+        return _TELEPHONE_BYTES
+    return 2 * (_count(form, "rate") or _PCM_BYTES // 2)
+
+
+def _sound_chars(event: Facts) -> int:
+    """Of base64 that a message has: beside its type, in its item, or in the input of a response
+    that has a context of its own."""
+    items = [event.get("item"), *_rows(_table(event.get("response")).get("input"))]
+    parts = [part for item in items for part in _rows(_table(item).get("content"))]
+    return sum(_longest([_table(one).get("audio")]) for one in (event, *parts))
 
 
 def _models_in(event: Facts) -> Iterator[tuple[str, Facts, str]]:
@@ -391,9 +432,39 @@ def _models_in(event: Facts) -> Iterator[tuple[str, Facts, str]]:
                 below.append((where, value))
 
 
+def _rows(value: Any) -> list[Any]:
+    return value if type(value) is list else []
+
+
 def _longest(texts: Sequence[Any]) -> int:
     """The length of the longest text, which is base64 where there is any."""
     return max((len(one) for one in texts if type(one) is str), default=0)
+
+
+_OF_TOOLS = ("response", "args")  # what a tool gave or takes, in words of its own
+
+
+def _is_audio(mime: str) -> bool:
+    return mime.lstrip().lower().startswith("audio/")
+
+
+def _gemini_sound(value: Facts) -> float:
+    """Seconds of all pieces of sound below a value: of what is heard, of parts of contents, and of
+    what tools gave. A piece that is named `audio` needs no type."""
+    below: list[tuple[bool, Any]] = [(False, value)]
+    seconds = 0.0
+    while below:
+        is_sound, one = below.pop()
+        if type(one) is list:
+            below.extend((False, inner) for inner in one)
+        elif type(one) is dict:
+            mimes = [one[name] for name in ("mimeType", "mime_type") if type(one.get(name)) is str]
+            mimes = [mime for mime in mimes if _is_audio(mime)] or ([""] if is_sound else [])
+            chars = _longest([one.get("data")])
+            seconds += max((_gemini_seconds(chars, mime) for mime in mimes), default=0.0)
+            named = ((name, inner) for name, inner in one.items() if name not in _OF_TOOLS)
+            below.extend((name == "audio", inner) for name, inner in named)
+    return seconds
 
 
 def _gemini_seconds(chars: int, mime: str) -> float:
@@ -455,9 +526,10 @@ class GeminiEvents:
     def asked(self, message: Message) -> Asked:
         if isinstance(message, str) and self._is_input(message):
             parts = message.split('"')
-            mime = next((one for one in parts if one.lower().startswith("audio/")), "")
-            is_sound = mime or "audio" in parts
-            seconds = _gemini_seconds(_longest(parts), mime) if is_sound else 0.0
+            mimes = [one for one in parts if _is_audio(one)]
+            if not mimes and "audio" in parts:
+                mimes = [""]
+            seconds = max((_gemini_seconds(_longest(parts), one) for one in mimes), default=0.0)
             return Asked(message, False, len(message) / _IN_CHARS, seconds)
         event = read(message)
         names = [_SNAKE.get(name, name) for name in event]
@@ -467,18 +539,11 @@ class GeminiEvents:
             raise InvalidRequest("message", f"a message has {shown or 'nothing'}", allowed=allowed)
         value, about = _table(next(iter(event.values()))), len(message) / _TEXT_CHARS
         if names[0] == "toolResponse":
-            return Asked(message, begins_turn=True, about_tokens=about)
+            return Asked(message, True, about, _gemini_sound(value))
         if names[0] == "clientContent":
             ends = value.get("turnComplete", value.get("turn_complete"))
-            return Asked(message, begins_turn=ends is True, about_tokens=about)
-        chunks = value.get("mediaChunks", value.get("media_chunks"))
-        seconds = 0.0
-        for one in (value.get("audio"), *(chunks if type(chunks) is list else ())):
-            blob = _table(one)
-            mime = str(blob.get("mimeType", blob.get("mime_type", "")))
-            if one is value.get("audio") or mime.lower().startswith("audio/"):
-                seconds += _gemini_seconds(_longest([blob.get("data")]), mime)
-        return Asked(message, False, len(message) / _IN_CHARS, seconds)
+            return Asked(message, ends is True, about, _gemini_sound(value))
+        return Asked(message, False, len(message) / _IN_CHARS, _gemini_sound(value))
 
     @staticmethod
     def _is_input(message: str) -> bool:

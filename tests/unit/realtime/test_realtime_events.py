@@ -61,6 +61,62 @@ def test_seconds_of_sound_are_counted_in_the_form_that_the_provider_says() -> No
     assert heard.asked(append).audio_seconds == pytest.approx(1)
 
 
+def test_seconds_of_sound_in_the_input_of_a_response_are_counted() -> None:
+    said = {"type": "message", "content": [{"type": "input_audio", "audio": "A" * 64_000}] * 2}
+    response = {"conversation": "none", "input": [said, {"type": "item_reference", "id": "a"}]}
+    asked = events().asked(text({"type": "response.create", "response": response}))
+    assert asked.begins_turn
+    assert asked.audio_seconds == pytest.approx(2)
+
+
+def test_seconds_of_sound_count_in_the_longest_form_until_a_requested_one_is_answered() -> None:
+    heard, pcm = events(), {"audio": {"input": {"format": {"type": "audio/pcm", "rate": 24_000}}}}
+    append = text({"type": "input_audio_buffer.append", "audio": "A" * 64_000})
+    phone = {"input_audio_format": "g711_ulaw"}
+
+    def seconds() -> float:
+        return round(heard.asked(append).audio_seconds, 3)
+
+    heard.asked(text({"type": "session.update", "event_id": "a", "session": phone}))
+    assert seconds() == 6, "it may be in force by then"
+    heard.asked(text({"type": "session.update", "event_id": "b", "session": pcm}))
+    assert seconds() == 6
+    for _ in range(100):
+        heard.asked(text({"type": "session.update", "session": pcm}))
+    assert seconds() == 6
+    heard.reported(text({"type": "error", "error": {"event_id": "other"}}))
+    heard.reported(text({"type": "session.updated", "session": phone}))
+    heard.reported(text({"type": "session.updated", "session": pcm}))
+    assert seconds() == 1
+    heard.asked(text({"type": "session.update", "event_id": "c", "session": phone}))
+    heard.reported(text({"type": "error", "error": {"event_id": "c", "message": "no"}}))
+    assert seconds() == 1
+
+
+_SOUND = {"mimeType": "audio/pcm;rate=16000", "data": "A" * 64_000}
+_TOOL = {"id": "1", "name": "a", "response": {"audio": _SOUND}}
+
+
+@pytest.mark.parametrize(
+    ("message", "seconds"),
+    [
+        ({"clientContent": {"turns": [{"parts": [{"inlineData": _SOUND}] * 2}]}}, 3),
+        ({"client_content": {"turns": [{"parts": [{"inline_data": _SOUND}]}]}}, 1.5),
+        ({"toolResponse": {"functionResponses": [{"parts": [{"inlineData": _SOUND}]}]}}, 1.5),
+        ({"toolResponse": {"functionResponses": [_TOOL]}}, 0),
+        ({"clientContent": {"turns": [{"parts": [{"text": "A" * 64_000}]}]}}, 0),
+    ],
+)
+def test_seconds_of_sound_in_contents_for_gemini_are_counted(message: Any, seconds: float) -> None:
+    assert GeminiEvents().asked(text(message)).audio_seconds == pytest.approx(seconds)
+
+
+def test_of_two_types_of_a_piece_the_longer_one_counts() -> None:
+    blob = f'"mimeType":"audio/pcm;rate=48000","mimeType":"audio/pcm","data":"{"A" * 64_000}"'
+    raw = '{"realtimeInput":{"audio":{' + blob + "}}}"
+    assert GeminiEvents().asked(raw).audio_seconds == pytest.approx(1.5)
+
+
 @pytest.mark.parametrize(
     ("given", "seconds"),
     [
