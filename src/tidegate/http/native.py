@@ -315,7 +315,7 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     path, method = scope["path"], scope["method"]
     endpoint, dialect = endpoint_in(method, path, headers, scope["query_string"])
     if endpoint is None and method != _ECHO:
-        found = services.spine.targets.passthrough(path)
+        found = services.spine.targets.passthrough(path, dialect)
         if found is not None:
             endpoint, dialect = found, found.dialect
     front = _Front(services, scope, receive, send, dialect)

@@ -632,9 +632,8 @@ class Targets:
         ordered = sorted(deployment.upstreams, key=lambda one: one.name in self.drained)
         self._passthrough = [(pattern, one) for one in ordered for pattern in one.passthrough]
 
-    def passthrough(self, path: str) -> Endpoint | None:
-        """The endpoint of a path that `passthrough` of upstreams names, in the dialect of the first
-        of them; None for any other."""
+    def passthrough(self, path: str, spoken: Dialect) -> Endpoint | None:
+        """The endpoint of a path that `passthrough` names, by its caller's dialect where two do."""
         if not self._passthrough or _PLAIN_PATH.fullmatch(path) is None or is_known(path):
             return None
         found = []
@@ -644,8 +643,9 @@ class Targets:
                 found.append(upstream)
         if not found:
             return None
-        dialect = _first_dialect(found[0])
-        names = [one.name for one in found if _first_dialect(one) is dialect]
+        dialects = [_first_dialect(one) for one in found]
+        dialect = spoken if spoken in dialects else dialects[0]
+        names = [one.name for one, its in zip(found, dialects, strict=True) if its is dialect]
         below = path.removeprefix("/v1") if dialect is Dialect.OPENAI else path
         return Endpoint(dialect, Operation.OTHER, below, upstreams=tuple(dict.fromkeys(names)))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
+from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
@@ -27,6 +28,13 @@ passthrough = ["/v1/new-thing", "/v1/evals/*"]
 base_url = "{url}/v1"
 passthrough = ["/v1/closed/*"]
 passthrough_tenants = ["acme", "b"]
+[upstreams.first]
+base_url = "{url}/v1"
+passthrough = ["/v1/skills/*"]
+[upstreams.second]
+base_url = "{url}"
+dialect = "anthropic"
+passthrough = ["/v1/skills/*"]
 """
 ANSWER = {"id": "x", "usage": {"input_tokens": 30, "output_tokens": 5, "total_tokens": 35}}
 Seen = list[tuple[str, str, bytes]]
@@ -88,6 +96,20 @@ async def test_a_named_path_is_relayed_by_any_method_with_what_its_answer_tells(
         ("PATCH", "/v1/evals/e-1/runs", b"no JSON"),
         ("GET", "/v1/closed/c-1", b""),
     ]
+
+
+async def test_a_path_that_two_providers_have_goes_to_the_one_whose_sdk_calls_it(
+    passing: Gateway, seen: Seen
+) -> None:
+    from anthropic import AsyncAnthropic  # 3,000 modules
+
+    async with AsyncOpenAI(base_url=f"{passing.url}/v1", api_key="k") as openai:
+        answer = await openai.skills.with_raw_response.list()
+    assert answer.headers["x-tidegate-upstream"] == "first"
+    async with AsyncAnthropic(base_url=passing.url, api_key="k") as anthropic:
+        other = await anthropic.beta.skills.with_raw_response.list()
+    assert other.headers["x-tidegate-upstream"] == "second"
+    assert [path.partition("?")[0] for _, path, _ in seen] == ["/v1/skills"] * 2
 
 
 async def test_a_method_whose_answer_repeats_the_key_is_not_relayed(

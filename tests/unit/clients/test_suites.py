@@ -12,6 +12,7 @@ import pytest
 
 from clients.suites import anthropic, openai
 from clients.suites.runs import Comparison, Outcome, Suite, SuiteFailed, compare, served
+from tidegate.dialects.spec import Dialect
 from tidegate.policy.deployment import Deployment, Upstream
 from tidegate.spine.routing import Targets
 
@@ -121,4 +122,4 @@ def test_the_paths_that_a_suite_opens_are_those_of_the_documents(suite: ModuleTy
     text = GATEWAY.read_text(encoding="utf-8")
     for pattern in suite.PASSTHROUGH:
         assert f'"{pattern}"' in text
-        assert found.passthrough(pattern.replace("*", "an-id")) is not None
+        assert found.passthrough(pattern.replace("*", "an-id"), Dialect.OPENAI) is not None

@@ -273,9 +273,9 @@ def passing(*patterns: str) -> Targets:
     ],
 )
 def test_a_path_that_an_upstream_passes_through_goes_there(path: str, below: str | None) -> None:
-    found = passing("/v1/new-thing", "/v1/evals/*").passthrough(path)
+    found = passing("/v1/new-thing", "/v1/evals/*").passthrough(path, Dialect.OPENAI)
     assert (found and (found.path, found.upstreams)) == (below and (below, ("new",)))
-    assert targets().passthrough(path) is None
+    assert targets().passthrough(path, Dialect.OPENAI) is None
 
 
 def test_of_upstreams_that_pass_a_path_each_tenant_has_the_first_that_is_open_to_it() -> None:
@@ -286,12 +286,16 @@ def test_of_upstreams_that_pass_a_path_each_tenant_has_the_first_that_is_open_to
 
     of_a, of_claude = account("one", "a", "b"), account("three", "c", dialect="anthropic")
     found = Targets(Deployment((of_a, account("two", "b", "d"), of_claude)), Random(1))
-    endpoint = found.passthrough("/v1/evals/e")
+    endpoint = found.passthrough("/v1/evals/e", Dialect.OPENAI)
     assert endpoint is not None
     given = {tenant: found.passing(endpoint, tenant).name for tenant in "abd"}
     assert given == {"a": "one", "b": "one", "d": "two"}
     with pytest.raises(Forbidden, match="not open to the tenant c"):
         found.passing(endpoint, "c")
+    spoken = {dialect: found.passthrough("/v1/evals/e", dialect) for dialect in Dialect}
+    names = {dialect: one.upstreams for dialect, one in spoken.items() if one is not None}
+    assert names.pop(Dialect.ANTHROPIC) == ("three",)
+    assert set(names.values()) == {("one", "two")}
 
 
 @pytest.mark.parametrize(
