@@ -446,11 +446,11 @@ class NativeExchange:
         )
 
     def suspect(self) -> Suspect:
-        endpoint, caller = self._call.endpoint, self.terms.caller
-        call = self._call
+        call, caller = self._call, self.terms.caller
+        endpoint, tenant = call.endpoint, None if caller.key_id is None else caller.tenant_id
         body = identity_of(call.body) if call.form is None else call.form.identity
         request = hash((endpoint.path, endpoint.model, call.query, body))
-        return Suspect(None if caller.key_id is None else caller.tenant_id, request)
+        return Suspect(tenant, request, endpoint.operation is Operation.OTHER)
 
     def settle(
         self,

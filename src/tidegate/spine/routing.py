@@ -125,10 +125,12 @@ RETRIES_AT_ONCE = 10.0
 @dataclass(frozen=True, slots=True)
 class Suspect:
     """A request that may have brought its fault upon itself. tenant: None where clients show no
-    keys, and are indistinguishable. request: the same for the same request."""
+    keys. request: the same for the same request. is_other: of a path that only an upstream names,
+    whose fault says nothing of other paths."""
 
     tenant: str | None
     request: int
+    is_other: bool = False
 
 
 def can_be_provoked(error: UpstreamError) -> bool:
@@ -452,10 +454,11 @@ class Gate:
         if error.is_answer or isinstance(error, UpstreamThrottled):
             await self.worked_but(model, tried=tried)
             return
-        if not tried and isinstance(error, UpstreamTimeout) and error.phase != "connect":
+        is_slow = isinstance(error, UpstreamTimeout) and error.phase != "connect"
+        if not tried and (is_slow or suspect.is_other):
             error.in_outage = self._is_in_outage()
             return  # we had no more patience: others may be answered sooner
-        dead = isinstance(error, UpstreamUnauthorized) and error.of_key
+        dead = isinstance(error, UpstreamUnauthorized) and error.of_key and not suspect.is_other
         self._said = error.message, _in_short(error)
         is_new = self._faults.add(suspect if can_be_provoked(error) else None)
         if dead or (is_new if tried else self._faults.are_enough):
@@ -650,8 +653,7 @@ class Targets:
         return Endpoint(dialect, Operation.OTHER, below, upstreams=tuple(dict.fromkeys(names)))
 
     def passing(self, endpoint: Endpoint, tenant_id: str) -> Upstream:
-        """Where a tenant's call of such a path goes. Raises Forbidden where it is open to others
-        alone, and NotFound where its upstreams were removed meanwhile."""
+        """Where a tenant's call of such a path goes. Raises Forbidden and NotFound."""
         left = [self.upstreams[name] for name in endpoint.upstreams if name in self.upstreams]
         if not left:
             raise NotFound("the upstream of this path is not configured any more")
@@ -801,11 +803,8 @@ class Targets:
     def _best(self, model: str, upstreams: Iterable[Upstream]) -> list[Target]:
         """Those that name the model; those that take any only where nobody does."""
         fits = [(one.fit(model), one) for one in upstreams]
-        named = [one for fit, one in fits if fit > 1]
-        return [
-            Target(one, one.aliases.get(model, model))
-            for one in named or [one for fit, one in fits if fit]
-        ]
+        named = [one for fit, one in fits if fit > 1] or [one for fit, one in fits if fit]
+        return [Target(one, one.aliases.get(model, model)) for one in named]
 
     def _drawn(self, targets: Sequence[Target]) -> list[Target]:
         """By lot, each place by weight among those that are left."""

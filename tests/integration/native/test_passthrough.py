@@ -46,11 +46,19 @@ async def seen() -> Seen:
 
 
 @pytest.fixture
-async def provider(seen: Seen) -> AsyncIterator[str]:
+async def faults() -> dict[str, int]:
+    """The status that a path answers, where it is not 200."""
+    return {}
+
+
+@pytest.fixture
+async def provider(seen: Seen, faults: dict[str, int]) -> AsyncIterator[str]:
     """A server that has any path."""
 
     async def answer(request: web.BaseRequest) -> web.Response:
         seen.append((request.method, request.path_qs, await request.read()))
+        if (status := faults.get(request.path, 200)) != 200:
+            return web.json_response({"error": {"message": "not here"}}, status=status)
         return web.json_response(ANSWER)
 
     runner = web.ServerRunner(web.Server(answer))
@@ -110,6 +118,23 @@ async def test_a_path_that_two_providers_have_goes_to_the_one_whose_sdk_calls_it
         other = await anthropic.beta.skills.with_raw_response.list()
     assert other.headers["x-tidegate-upstream"] == "second"
     assert [path.partition("?")[0] for _, path, _ in seen] == ["/v1/skills"] * 2
+
+
+@pytest.mark.parametrize("status", [401, 500, 503])
+async def test_a_path_that_fails_puts_no_upstream_out_for_other_paths(
+    passing: Gateway, seen: Seen, faults: dict[str, int], status: int
+) -> None:
+    faults["/v1/evals/e-1"] = status
+    for number in range(25):
+        body = {"a": number}
+        async with passing.http.post(f"{passing.url}/v1/evals/e-1", json=body) as response:
+            assert response.status == {401: 502}.get(status, status)
+    assert len(seen) == 25, "each is sent"
+    assert passing.services.spine.health["new"].state == "ok"
+    named = {"model": "new-1", "messages": [{"role": "user", "content": "hello"}]}
+    url, headers = f"{passing.url}/v1/chat/completions", {"x-tidegate-upstream": "new"}
+    async with passing.http.post(url, json=named, headers=headers) as response:
+        assert response.status == 200
 
 
 async def test_a_method_whose_answer_repeats_the_key_is_not_relayed(
