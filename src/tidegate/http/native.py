@@ -176,6 +176,8 @@ def call_of(
     terms = Terms(request_id, caller, received_s, wait_ms, priority, trail)
     terms.subject, terms.conversation = subject, conversation
     terms.has_own_deadline = has_deadline
+    if endpoint.operation is Operation.OTHER and scope["method"] in _NOT_REPEATED:
+        terms.most_tries = 1
     return NativeCall(
         terms,
         endpoint,
@@ -302,6 +304,8 @@ def _session_in(headers: Headers) -> str | None:
 
 _REQUEST_ID, _LOST = REQUEST_ID_HEADER.encode(), LOST_HEADER.encode()
 _TYPE = b"content-type"
+# At a path of which nothing is known: a second one could make a second thing.
+_NOT_REPEATED = ("POST", "PATCH")
 # Its answer repeats the request, with the upstream's key in it.
 _ECHO = "TRACE"
 _CODED = "the body is compressed, which is not taken here: send it as it is"

@@ -137,6 +137,16 @@ async def test_a_path_that_fails_puts_no_upstream_out_for_other_paths(
         assert response.status == 200
 
 
+async def test_what_may_have_made_something_is_sent_once(
+    passing: Gateway, seen: Seen, faults: dict[str, int]
+) -> None:
+    faults["/v1/evals"] = 500
+    for method, count in (("POST", 1), ("PATCH", 1), ("GET", 4), ("DELETE", 4)):
+        seen.clear()
+        async with passing.http.request(method, f"{passing.url}/v1/evals") as response:
+            assert (response.status, len(seen)) == (500, count), method
+
+
 async def test_a_method_whose_answer_repeats_the_key_is_not_relayed(
     passing: Gateway, seen: Seen
 ) -> None:
