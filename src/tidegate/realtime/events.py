@@ -273,6 +273,7 @@ def _modalities(table: Facts, name: str) -> dict[str, int]:
 
 _APPEND = re.compile(r'"type"\s*:\s*"input_audio_buffer\.append"')
 _DELTA = ".delta"
+_TRANSCRIPT = "conversation.item.input_audio_transcription."
 
 
 class OpenAIEvents:
@@ -360,6 +361,8 @@ class OpenAIEvents:
     def reported(self, message: Message) -> Reported:
         head = message[:400]
         if _has(head, _DELTA):
+            if _has(head, _TRANSCRIPT):
+                return NOTHING  # it is part of no turn
             audio = _has(head, "audio.delta")
             about = len(message) / _OUT_CHARS if audio else max(1.0, len(message) / 200)
             return Reported(about_tokens=about)

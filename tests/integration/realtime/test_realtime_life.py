@@ -295,6 +295,23 @@ async def test_transcripts_are_part_of_what_a_session_costs(
     assert (book.spent, book.held) == (row["cost_micros"], 0)
 
 
+async def test_words_of_a_transcript_begin_no_turn(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False)
+    await gateway.services.keeper.change(edit({"kind:realtime": 5, "rpm:total": 9}), set_by="test")
+    audio = {"input": {"transcription": {"model": "whisper-x"}, "turn_detection": None}}
+    async with talk(gateway) as socket:
+        await send(socket, type="session.update", session={"type": "realtime", "audio": audio})
+        await send(socket, type="input_audio_buffer.append", audio="A" * 64_000)
+        await send(socket, type="input_audio_buffer.commit")
+        await until(socket, f"{_TRANSCRIPT}.completed")
+        usage = (await turn(socket, "hello"))["response"]["usage"]
+    (row,) = await rows(gateway, 1)
+    tokens = usage["input_tokens"], usage["output_tokens"]
+    assert (row["input_tokens"], row["output_tokens"]) == tokens
+    snapshot = await gateway.services.limiter.snapshot()
+    assert snapshot.limits["rpm:total"].used == 1
+
+
 async def test_a_transcript_behind_a_refused_turn_is_charged_to_budgets_too(
     open_gateway: Opener, tmp_path: Path
 ) -> None:

@@ -270,13 +270,10 @@ class _OpenAISession:
         audio = (self._facts.get("audio") or {}).get("input") or {}
         if audio.get("transcription"):
             usage = {"type": "duration", "seconds": sound / _SECOND_CHARS}
-            await self._send(
-                "conversation.item.input_audio_transcription.completed",
-                item_id=item_id,
-                content_index=0,
-                transcript="as it was said",
-                usage=usage,
-            )
+            kind, said = "conversation.item.input_audio_transcription", "as it was said"
+            place = {"item_id": item_id, "content_index": 0}
+            await self._send(f"{kind}.delta", delta=said, **place)
+            await self._send(f"{kind}.completed", transcript=said, usage=usage, **place)
 
     async def _answer(self, asked: Json) -> None:
         session, asked_for = self._session, asked.get("output_modalities")
