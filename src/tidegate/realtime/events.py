@@ -277,9 +277,14 @@ _TRANSCRIPT = "conversation.item.input_audio_transcription."
 
 
 class OpenAIEvents:
-    """OpenAI's. `named`: the model as the client names it, `model` as its upstream does."""
+    """OpenAI's. `named`: the model as the client names it, `model` as its upstream does.
+    transcribes: the session does nothing else; its model is that of its transcripts, each of which
+    is a turn."""
 
-    def __init__(self, caller: Caller, named: str, model: str) -> None:
+    def __init__(
+        self, caller: Caller, named: str, model: str, *, transcribes: bool = False
+    ) -> None:
+        self._only_transcribes = transcribes
         self._caller = caller
         self._named = named
         self._model = model
@@ -302,7 +307,8 @@ class OpenAIEvents:
         if kind == "session.update":
             self._note_request(event)
         seconds = _sound_chars(event) * 3 / 4 / self._least_second_bytes
-        return Asked(message, kind == "response.create", about, seconds)
+        begins = "input_audio_buffer.commit" if self._only_transcribes else "response.create"
+        return Asked(message, kind == begins, about, seconds)
 
     @staticmethod
     def _is_audio(message: str) -> bool:
@@ -342,9 +348,9 @@ class OpenAIEvents:
 
     def _check(self, event: Facts) -> bool:
         """Check the models that an event names; whether one of them was replaced in it."""
-        changed = False
+        changed = self._only_transcribes and self._name_model(event)
         for place, table, model in _models_in(event):
-            if place.endswith("transcription.model"):
+            if place.endswith("transcription.model") and not self._only_transcribes:
                 if not self._caller.may_ask(model):
                     allowed = ", ".join(self._caller.models or ())
                     said = f"this tenant is not allowed to use {model[:200]}"
@@ -358,10 +364,19 @@ class OpenAIEvents:
                 changed = True
         return changed
 
+    def _name_model(self, event: Facts) -> bool:
+        """Name the model of transcripts where a client leaves it to the provider."""
+        session, changed = _table(event.get("session")), False
+        inner = _table(_table(session.get("audio")).get("input")).get("transcription")
+        for one in (inner, session.get("input_audio_transcription")):
+            if type(one) is dict and one.get("model") is None:
+                one["model"], changed = self._model, True
+        return changed
+
     def reported(self, message: Message) -> Reported:
         head = message[:400]
         if _has(head, _DELTA):
-            if _has(head, _TRANSCRIPT):
+            if _has(head, _TRANSCRIPT) and not self._only_transcribes:
                 return NOTHING  # it is part of no turn
             audio = _has(head, "audio.delta")
             about = len(message) / _OUT_CHARS if audio else max(1.0, len(message) / 200)
@@ -380,10 +395,16 @@ class OpenAIEvents:
                 return Reported(ends_turn=True, spent=spent)
             case "conversation.item.input_audio_transcription.completed":
                 usage = openai_usage(event.get("usage"))
+                if self._only_transcribes:
+                    told = [] if usage is None else [Spent(usage)]
+                    return Reported(ends_turn=True, spent=told, about_tokens=1)
                 if usage is None:
                     return NOTHING
                 used = Spent(usage, self._transcribes or "unknown", ends_turn=False)
                 return Reported(spent=[used])
+            case "conversation.item.input_audio_transcription.failed":
+                is_turn = self._only_transcribes
+                return Reported(ends_turn=True, about_tokens=1) if is_turn else NOTHING
             case "error":
                 self._note_refusal(event)
                 return Reported(refuses=True)
@@ -521,6 +542,13 @@ class Setup:
         """As it goes to an upstream that calls the model so."""
         setup = {**self.body["setup"], "model": f"models/{model}"}
         return orjson.dumps({"setup": setup}).decode()
+
+
+def transcribing(model: str) -> str:
+    """The message that chooses the model of a session that only transcribes."""
+    audio = {"input": {"transcription": {"model": model}}}
+    update = {"type": "session.update", "session": {"type": "transcription", "audio": audio}}
+    return orjson.dumps(update).decode()
 
 
 class GeminiEvents:

@@ -110,7 +110,7 @@ class RealtimeBounds:
 class Wanted:
     """What a client wants: a session with `model`, by a request to `path` below a base URL, whose
     query may name the upstream's model. first: the message that opens it at a provider, by that
-    name; None where the query does."""
+    name; None where the query does. transcribes: it only makes transcripts."""
 
     dialect: Dialect
     model: str
@@ -118,6 +118,7 @@ class Wanted:
     query: Callable[[str], str]
     headers: Headers
     first: Callable[[str], str] | None = None
+    transcribes: bool = False
 
 
 class RealtimeExchange:
@@ -281,7 +282,10 @@ class RealtimeExchange:
     ) -> End:
         events: Events = GeminiEvents()
         if self._wanted.dialect is Dialect.OPENAI:
-            events = OpenAIEvents(self.terms.caller, self._wanted.model, target.model)
+            only = self._wanted.transcribes
+            events = OpenAIEvents(
+                self.terms.caller, self._wanted.model, target.model, transcribes=only
+            )
         self._said_at = self._loop.time()
         work: tuple[Coroutine[Any, Any, End], ...] = (
             self._up(client, upstream, events),

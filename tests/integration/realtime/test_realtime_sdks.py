@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import orjson
 from google.genai import Client
 from openai import AsyncOpenAI
 
-from tests.gateway import Gateway
+from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
+from tidegate.policy.format import edit
 
 MODEL = "gemini-2.5-flash"
+_PRICES = """
+[upstreams.gemini]
+aliases = { fast = "whisper-x" }
+[upstreams.gemini.prices]
+"whisper-x" = { audio_minute = 0.6 }
+"""
 
 
 async def the_record(gateway: Gateway) -> dict[str, Any]:
@@ -59,6 +67,52 @@ async def test_turns_of_openais_sdk_and_their_record(
     (call,) = await gateway.calls()
     assert (call.dialect, call.kind, call.outcome) == ("openai", "realtime", "finished")
     assert (call.input_tokens, call.output_tokens) == (row["input_tokens"], row["output_tokens"])
+
+
+async def test_transcripts_alone_by_openais_sdk_are_turns_of_their_model(
+    open_gateway: Opener, openai: Callable[..., AsyncOpenAI], tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(_PRICES)
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    limits = {"kind:realtime": 5, "rpm:total": 9}
+    await gateway.services.keeper.change(edit(limits), set_by="test")
+    query = {"intent": "transcription"}
+
+    async def until(session: Any, kind: str) -> Any:
+        async for event in session:
+            if event.type == kind:
+                return event
+        raise AssertionError(f"no {kind}")
+
+    async with openai(gateway).realtime.connect(model="fast", extra_query=query) as session:
+        updated = await until(session, "session.updated")
+        assert updated.session.type == "transcription"
+        assert updated.session.audio.input.transcription.model == "whisper-x"
+        for named in ({"language": "en"}, {"model": "fast"}):
+            audio = {"input": {"transcription": named, "turn_detection": None}}
+            await session.session.update(session={"type": "transcription", "audio": audio})
+            updated = await until(session, "session.updated")
+            assert updated.session.audio.input.transcription.model == "whisper-x", named
+        other = {"input": {"transcription": {"model": "another"}}}
+        await session.session.update(session={"type": "transcription", "audio": other})
+        assert "can't be changed" in (await until(session, "error")).error.message
+        for _ in range(2):
+            await session.input_audio_buffer.append(audio="A" * 64_000)
+            await session.input_audio_buffer.commit()
+            done = await until(session, "conversation.item.input_audio_transcription.completed")
+            assert done.usage.seconds == 1
+    row = await the_record(gateway)
+    assert (row["status"], row["model"], row["cost_micros"]) == ("succeeded", "whisper-x", 20_000)
+    assert orjson.loads(row["response"])["turns"] == 2
+    snapshot = await gateway.services.limiter.snapshot()
+    assert snapshot.limits["rpm:total"].used == 2
+    url = f"{gateway.url}/v1/realtime?intent=transcription"
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    upgrade["Sec-WebSocket-Key"] = "dGhlIHNhbXBsZSBub25jZQ=="
+    async with gateway.http.get(url, headers=upgrade) as response:
+        said = (await response.json())["error"]["message"]
+        assert (response.status, "intent=transcription&model=" in said) == (400, True)
 
 
 async def test_turns_of_googles_sdk_and_their_record(

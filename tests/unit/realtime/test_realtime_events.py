@@ -161,6 +161,28 @@ def test_a_transcript_is_made_by_a_model_that_the_tenant_may_use() -> None:
     assert spent.usage.details == UsageDetails(input_audio_seconds=3)
 
 
+def test_each_transcript_of_a_session_that_only_transcribes_is_a_turn_of_its_model() -> None:
+    some = OpenAIEvents(Caller("acme", models=("fast",)), "fast", "whisper-x", transcribes=True)
+    assert some.asked('{"type":"input_audio_buffer.commit"}').begins_turn
+    assert not some.asked('{"type":"response.create"}').begins_turn
+    for model in ("fast", None):
+        named = {"input_audio_transcription": {"model": model}}
+        message = some.asked(text({"type": "transcription_session.update", "session": named}))
+        told = orjson.loads(message.message)["session"]["input_audio_transcription"]
+        assert told == {"model": "whisper-x"}
+    for wrong in ("gpt-4o-transcribe", 5):
+        other = {"input_audio_transcription": {"model": wrong}}
+        with pytest.raises(InvalidRequest):
+            some.asked(text({"type": "session.update", "session": other}))
+    kind = "conversation.item.input_audio_transcription"
+    assert some.reported(text({"type": f"{kind}.delta", "delta": "a"})).about_tokens
+    failed = some.reported(text({"type": f"{kind}.failed", "error": {}}))
+    assert (failed.ends_turn, failed.spent) == (True, [])
+    usage = {"type": "tokens", "input_tokens": 3, "output_tokens": 2, "total_tokens": 5}
+    (spent,) = some.reported(text({"type": f"{kind}.completed", "usage": usage})).spent
+    assert (spent.model, spent.ends_turn, spent.usage.input_tokens) == (None, True, 3)
+
+
 def test_names_of_tools_and_their_arguments_choose_no_model() -> None:
     tool = {"name": "order", "parameters": {"properties": {"model": {"type": "string"}}}}
     update = text({"type": "session.update", "session": {"tools": [tool]}})

@@ -180,10 +180,13 @@ async def _openai(served: Served) -> web.StreamResponse:
     """`GET /v1/realtime?model=`. Raises Refused."""
     if not served.request.headers.get("Authorization", "").startswith("Bearer "):
         raise Refused(401, "Missing bearer or basic authentication in header")
-    model = served.request.query.get("model", "")
-    if not model:
-        raise missing("model")
-    check_model(model, served.behaviour)
+    model, transcribes = served.request.query.get("model", ""), _transcribes(served.request)
+    if transcribes and model:
+        raise Refused(400, "You must not provide a model parameter for transcription sessions.")
+    if not transcribes:
+        if not model:
+            raise missing("model")
+        check_model(model, served.behaviour)
     if not _is_upgrade(served.request):
         raise Refused(400, "You must use the WebSocket protocol.", param=None)
     with served.state.serving(
@@ -209,13 +212,19 @@ async def _openai(served: Served) -> web.StreamResponse:
         return socket
 
 
+def _transcribes(request: web.BaseRequest) -> bool:
+    return request.query.get("intent") == "transcription"
+
+
 class _OpenAISession:
     def __init__(self, session: _Session) -> None:
         self._session = session
         self._socket = session.socket
+        self._transcribes = _transcribes(session.served.request)
+        kind = "transcription" if self._transcribes else "realtime"
         self._facts: Json = {
-            "type": "realtime",
-            "object": "realtime.session",
+            "type": kind,
+            "object": f"realtime.{kind}_session" if self._transcribes else "realtime.session",
             "id": f"sess_{uuid4().hex[:21]}",
             "model": session.model,
             "output_modalities": ["audio"],
@@ -250,9 +259,14 @@ class _OpenAISession:
                 talk.sound_chars += len(event.get("audio", ""))
                 if self._detects() and talk.sound_chars >= _SECOND_CHARS:
                     await self._commit()
-                    await self._answer({})
+                    if self._transcribes:
+                        talk.sound_chars = talk.committed_chars = 0
+                    else:
+                        await self._answer({})
             case "input_audio_buffer.commit":
                 await self._commit()
+            case "response.create" if self._transcribes:
+                await self._error("A transcription session makes no response.", event, "type")
             case "response.create":
                 await self._answer(event.get("response") or {})
             case "response.cancel":

@@ -44,7 +44,7 @@ from tidegate.http.services import NATIVE, Opening, Services, count_answer, log_
 from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import UPGRADE_EXTENSION
 from tidegate.realtime import sockets
-from tidegate.realtime.events import Message, Setup
+from tidegate.realtime.events import Message, Setup, transcribing
 from tidegate.realtime.exchange import (
     End,
     RealtimeBounds,
@@ -68,7 +68,8 @@ _SLASHES = re.compile(r"/{2,}")
 _KEY_PROTOCOL = "openai-insecure-api-key."
 _SUBPROTOCOL = "realtime"
 _PROTOCOLS = b"sec-websocket-protocol"
-_ALLOWED_QUERY = "model"
+_ALLOWED_QUERY = "model and intent"
+_TRANSCRIBES = ("intent", "transcription")
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 _LOST = 1006
 
@@ -112,6 +113,7 @@ class _SessionFront:
         self._caller: Caller = ANYBODY
         self._headers = _with_key_of_protocol(scope["headers"])
         self._handshake: sockets.Handshake | None = None
+        self._transcribes = False
         self._exchange: RealtimeExchange | None = None
         self._client: sockets.ClientSocket | None = None
         self._presence: Presence | None = None
@@ -220,6 +222,8 @@ class _SessionFront:
         path = "/realtime"
         query: Callable[[str], str] = _openai_query
         first: Callable[[str], str] | None = None
+        if self._transcribes:  # the provider takes no model in the query then
+            query, first = _transcription_query, transcribing
         if self._dialect is Dialect.GEMINI:
             setup = await self._setup()
             record.model, first = setup.model, setup.message
@@ -231,7 +235,7 @@ class _SessionFront:
             services.spine,
             services.relay.wire,
             call.terms,
-            Wanted(self._dialect, model, path, query, call.headers, first),
+            Wanted(self._dialect, model, path, query, call.headers, first, self._transcribes),
             record,
             self._bounds(call.terms.wait_ms),
             answer=self._accept,
@@ -265,13 +269,17 @@ class _SessionFront:
             for pair in parse_qsl(query, keep_blank_values=True)
             if pair[0].lower() not in ("key", "api_key", "api-key")
         ]
+        self._transcribes = _TRANSCRIBES in found
+        if self._transcribes:
+            found = [pair for pair in found if pair != _TRANSCRIBES]
         for name, _ in found:
             if name != "model":
                 said = f"{name[:64]!a} is not passed on: it may choose what is not checked here"
                 raise InvalidRequest(name[:64], said, allowed=_ALLOWED_QUERY)
         models: set[str] = {value for _, value in found}
         if len(models) != 1 or not (model := models.pop()) or not model.isprintable():
-            said = "a realtime session names one model, as /v1/realtime?model=<model>"
+            intent = "intent=transcription&" if self._transcribes else ""
+            said = f"a realtime session names one model, as /v1/realtime?{intent}model=<model>"
             raise InvalidRequest("model", said, allowed="a model's name")
         return model
 
@@ -414,6 +422,10 @@ def _endpoint(dialect: Dialect) -> Endpoint:
 
 def _openai_query(model: str) -> str:
     return urlencode({"model": model})
+
+
+def _transcription_query(_model: str) -> str:
+    return urlencode([_TRANSCRIBES])
 
 
 def _no_query(_model: str) -> str:
