@@ -53,7 +53,7 @@ from tidegate.http.body import (
 from tidegate.http.guards import MARK, PASS, admit_upload, own_urls, upload_secret, upload_upstream
 from tidegate.http.idempotency import HEADER as IDEMPOTENCY_HEADER
 from tidegate.http.idempotency import LOST_HEADER, Once, has_key, idempotency_in
-from tidegate.http.problems import REQUEST_ID_HEADER, error_event, not_relayed, refusal
+from tidegate.http.problems import REQUEST_ID_HEADER, error_event, is_far, not_relayed, refusal
 from tidegate.http.services import (
     CACHEABLE,
     NATIVE,
@@ -705,8 +705,11 @@ class _Front:
         after_ms = failed.paused_ms or failed.error.retry_after_ms
         if after_ms and not any(name == b"retry-after" for name, _ in headers):
             headers.append((b"retry-after", str(-(-after_ms // 1000)).encode()))
-        if failed.status == 429 and isinstance(failed.error, UpstreamRejected):
-            headers += DIALECTS[self._dialect].no_retry  # it is too large for any time
+        never = failed.status == 429 and isinstance(failed.error, UpstreamRejected)  # too large
+        if never or is_far(failed.error.retry_after_ms or after_ms):
+            no_retry = DIALECTS[self._dialect].no_retry  # whatever the provider says of it
+            named = {name for name, _ in no_retry}
+            headers = [*(one for one in headers if one[0] not in named), *no_retry]
         self._record.keep(failed.body)
         await self.whole(failed.status, headers, failed.body)
 

@@ -486,6 +486,11 @@ def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.Tide
     return errors.NotFound(said + (_WEBSOCKET if path.startswith("/v1/realtime") else _ELSE))
 
 
+def is_far(after_ms: int | None) -> bool:
+    """Whether an SDK would sleep for longer than its user has patience, or than it obeys."""
+    return (after_ms or 0) > _SDK_WAITS_MS
+
+
 def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers, bytes]:
     """Status, headers and body of an answer that says `error`."""
     spec = DIALECTS[dialect]
@@ -499,8 +504,7 @@ def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers
     headers: Headers = [(b"content-type", b"application/json")]
     if after_ms is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(after_ms / 1000))).encode()))
-    far = (after_ms or 0) > _SDK_WAITS_MS
-    if far or isinstance(error, errors.BudgetExceeded | errors.BudgetUnbounded):
+    if is_far(after_ms) or isinstance(error, errors.BudgetExceeded | errors.BudgetUnbounded):
         headers += spec.no_retry
     if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):
         headers.append((b"connection", b"close"))

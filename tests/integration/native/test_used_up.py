@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import orjson
 import pytest
+from aiohttp import web
 from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener
@@ -70,9 +71,11 @@ def chain(policy: Path, second: Emulator, monkeypatch: pytest.MonkeyPatch) -> Pa
     return policy
 
 
-async def ask(gateway: Gateway, call: tuple[str, dict[str, Any]] = GEMINI) -> Answer:
+async def ask(
+    gateway: Gateway, call: tuple[str, dict[str, Any]] = GEMINI, within_ms: int = 3_600_000
+) -> Answer:
     async with asyncio.timeout(60):  # a call waits for an hour where it is not refused
-        headers = {"x-tidegate-deadline-ms": "3600000"}
+        headers = {"x-tidegate-deadline-ms": str(within_ms)}
         path, body = call
         async with gateway.http.post(gateway.url + path, json=body, headers=headers) as response:
             named = {name.lower(): value for name, value in response.headers.items()}
@@ -214,3 +217,42 @@ async def test_behind_a_long_queue_a_call_is_refused_by_an_estimate(
         assert error["message"].endswith(", which is an estimate.")
         for one in waiting:
             one.cancel()
+
+
+_OF_PROVIDERS = """
+[upstreams.one]
+dialects = {{ openai = "{url}/v1", anthropic = "{url}" }}
+models = ["gpt-*", "claude-*"]
+"""
+
+
+@pytest.fixture
+async def exhausted() -> AsyncIterator[str]:
+    """A provider that has nothing left for an hour, and says that to repeat the call is right."""
+
+    async def refuse(_: web.BaseRequest) -> web.Response:
+        body = {"type": "error", "error": {"type": "rate_limit_error", "message": "Come later."}}
+        headers = {"retry-after": "3600", "x-should-retry": "true"}
+        return web.json_response(body, status=429, headers=headers)
+
+    runner = web.ServerRunner(web.Server(refuse))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await runner.cleanup()
+
+
+async def test_no_sdk_sleeps_until_the_end_of_a_provider_s_own_refusal(
+    open_gateway: Opener, tmp_path: Path, exhausted: str
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(_OF_PROVIDERS.format(url=exhausted))
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    said: Any = [{"role": "user", "content": "Say hello"}]
+    for path, model in (("/v1/messages", "claude-x"), ("/v1/chat/completions", "gpt-x")):
+        call = {"model": model, "messages": said, "max_tokens": 9}
+        status, headers, body = await ask(gateway, (path, call), 3_000)
+        assert (status, body["error"]["message"]) == (429, "Come later."), "in its own words"
+        assert (headers["retry-after"], headers["x-should-retry"]) == ("3600", "false")
+        status, headers, _ = await ask(gateway, (path, call), 3_000)  # its limit is paused by now
+        assert (status, headers["x-should-retry"]) == (429, "false")
