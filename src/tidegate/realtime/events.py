@@ -45,12 +45,14 @@ _USUAL_RATE, _MOST_RATE = 16_000, 48_000
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a client's message asks for. begins_turn: the provider answers it with a turn.
-    about_tokens: of its input. audio_seconds: of sound in it. message: as it goes on."""
+    about_tokens: of its input. audio_seconds: of sound in it. message: as it goes on. joins: what
+    comes before the turn has begun is answered by the same one."""
 
     message: Message
     begins_turn: bool = False
     about_tokens: float = 0.0
     audio_seconds: float = 0.0
+    joins: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -502,7 +504,8 @@ _REALTIME_INPUT = re.compile(r'\s*\{\s*"(?:realtimeInput|realtime_input)"\s*:')
 _NO_INPUT = frozenset(
     (
         *("clientcontent", "client_content", "toolresponse", "tool_response", "setup"),
-        *("realtimeinput", "realtime_input"),
+        *("realtimeinput", "realtime_input", "text"),
+        *("activitystart", "activity_start", "activityend", "activity_end"),
     )
 )
 _LONGEST_NAME = 20
@@ -554,6 +557,9 @@ def transcribing(model: str) -> str:
 class GeminiEvents:
     """Gemini Live's, after the setup."""
 
+    def __init__(self) -> None:
+        self._is_active = False  # the client says itself when its part begins and ends
+
     def asked(self, message: Message) -> Asked:
         if isinstance(message, str) and self._is_input(message):
             parts = message.split('"')
@@ -574,17 +580,27 @@ class GeminiEvents:
         if names[0] == "clientContent":
             ends = value.get("turnComplete", value.get("turn_complete"))
             return Asked(message, ends is True, about, _gemini_sound(value))
-        return Asked(message, False, len(message) / _IN_CHARS, _gemini_sound(value))
+        sound, about = _gemini_sound(value), len(message) / _IN_CHARS
+        return Asked(message, self._is_said(value), about, sound, joins=True)
+
+    def _is_said(self, value: Facts) -> bool:
+        """Whether the model answers now: to words, or to the end of the client's part."""
+        if any(value.get(name) is not None for name in ("activityEnd", "activity_end")):
+            self._is_active = False
+            return True
+        if any(value.get(name) is not None for name in ("activityStart", "activity_start")):
+            self._is_active = True
+        return type(value.get("text")) is str and not self._is_active
 
     @staticmethod
     def _is_input(message: str) -> bool:
-        """Whether it is one piece of sound or of pictures, or words."""
+        """Whether it is one piece of sound or of pictures, which is not read."""
         first = _REALTIME_INPUT.match(message)
         if first is None or "\\" in message or message.count('"') > 16:
             return False
         texts = message[first.end() :].split('"')
         names = [one.lower() for one in texts if len(one) <= _LONGEST_NAME]
-        return names.count("data") <= 1 and _NO_INPUT.isdisjoint(names)
+        return names.count("data") == 1 and _NO_INPUT.isdisjoint(names)
 
     def reported(self, message: Message) -> Reported:
         has_usage = _has(message, '"usageMetadata"')

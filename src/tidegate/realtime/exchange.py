@@ -327,7 +327,7 @@ class RealtimeExchange:
             if asked.begins_turn:
                 try:
                     with _unless_lost(client):
-                        await turns.ask()
+                        await turns.ask(joins=asked.joins)
                 except _ClientLost:
                     return _lost(client)
                 except TidegateError as error:

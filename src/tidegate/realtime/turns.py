@@ -107,9 +107,11 @@ class Turns:
         await self._budgets.known()
         self._ahead = await self._reserve()
 
-    async def ask(self) -> None:
+    async def ask(self, *, joins: bool = False) -> None:
         """The client begins a turn: returns once the limits have it. Raises AdmissionError and what
-        a budget raises; then the turn is not to begin."""
+        a budget raises; then the turn is not to begin. joins: not if one is to begin already."""
+        if joins and self._asked:
+            return
         turn = await self._new()
         try:
             await asyncio.shield(turn.admitted)

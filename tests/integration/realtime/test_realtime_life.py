@@ -424,6 +424,32 @@ async def test_turns_are_counted_by_the_rates(open_gateway: Opener) -> None:
     assert snapshot.limits[f"tpm:{MODEL}"].used >= 1_800
 
 
+async def test_words_to_gemini_wait_for_the_limits_before_they_are_sent(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    limits = {"kind:realtime": 5, "rpm:total": 2}
+    await gateway.services.keeper.change(edit(limits), set_by="test")
+    turns = 0
+    async with talk(gateway, LIVE, {**KEYS, "x-tidegate-deadline-ms": "300"}) as socket:
+        as_text = {"responseModalities": ["TEXT"]}
+        await send(socket, setup={"model": f"models/{MODEL}", "generationConfig": as_text})
+        assert "setupComplete" in orjson.loads(await socket.recv())
+        with suppress(ConnectionClosed):
+            while turns < 9:
+                await send(socket, realtimeInput={"text": "hello"})
+                while b"turnComplete" not in await socket.recv():
+                    pass
+                turns += 1
+        assert (await closed(socket))[0] == 1013
+    assert turns == 2
+    (row,) = await rows(gateway, 1)
+    (call,) = await gateway.calls()
+    assert row["input_tokens"] == call.input_tokens
+    snapshot = await gateway.services.limiter.snapshot()
+    assert snapshot.limits["rpm:total"].used == 2
+
+
 async def test_a_client_that_leaves_while_its_turn_waits_begins_none(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     limits = {"kind:realtime": 5, f"tpm:{MODEL}": 1_000}

@@ -285,6 +285,23 @@ def test_geminis_messages_are_one_of_three_after_the_setup() -> None:
         live.asked('{"realtimeInput":{},"Setup":{}}')
 
 
+def test_words_and_the_end_of_the_client_s_part_begin_a_turn_of_gemini() -> None:
+    some = GeminiEvents()
+
+    def begins(**given: Any) -> bool:
+        asked = some.asked(text({"realtimeInput": given}))
+        assert asked.joins or not asked.begins_turn
+        return asked.begins_turn
+
+    assert begins(text="hello")
+    assert not begins(audio={"data": "A" * 64, "mimeType": "audio/pcm"})
+    assert not begins(audioStreamEnd=True)
+    assert not begins(activityStart={})
+    assert not begins(text="and")
+    assert begins(activityEnd={})
+    assert begins(text="then")
+
+
 def test_a_setup_names_the_model_first_and_resumes_nobodys_session() -> None:
     setup = Setup.of(text({"setup": {"model": "models/fast", "tools": []}}))
     assert setup.model == "fast"
