@@ -99,3 +99,20 @@ async def more_than_a_page_into_an_empty_list(page: Page) -> None:
     await page.get_by_role("button", name="Older requests").click()
     await expect(ids).to_have_count(51)
     await page.unroute("**/admin/requests?*", pages)
+
+
+async def a_row_says_whose_it_is_what_it_asks_and_costs(stage: Stage, page: Page) -> None:
+    """The key, how the prompt begins, as text, and the cost; in a narrow window too."""
+    said = "<b>tide</b> \u202eebb\u202c of Oostende"
+    await stage.gateway.end_of(await stage.gateway.submit(data=said, type="text_only"))
+    found = page.locator(".list-card tbody tr", has_text="Oostende")
+    for width in (1360, 400):
+        await page.set_viewport_size({"width": width, "height": 900})
+        await expect(found).to_have_count(1)
+        for text in (f"tg_{stage.key.removeprefix('tg_')[:10]}", said, "default", "gemini"):
+            await expect(found.get_by_text(text).locator("visible=true").first).to_be_visible()
+        await expect(found.get_by_text("$0.0").locator("visible=true")).to_have_count(1)
+    cells = await found.evaluate(
+        "(row) => [...row.cells].map((one) => one.scrollWidth > one.clientWidth)"
+    )
+    assert not any(cells)

@@ -25,6 +25,7 @@ from redis.asyncio import Redis
 
 from tests.batching import begin, completed, content
 from tests.browser.lists import (
+    a_row_says_whose_it_is_what_it_asks_and_costs,
     more_than_a_page_into_an_empty_list,
     row,
     those_that_end_later_come_into_the_list,
@@ -664,6 +665,11 @@ async def test_a_call_that_ends_after_later_ones_comes_into_the_list(stage: Stag
         await expect(seen.page.get_by_text("No request matches")).to_be_visible()
         await those_that_end_later_come_into_the_list(seen.page, "")
         await those_that_end_later_come_into_the_list(seen.page, "words")
+
+
+async def test_a_row_of_the_list_has_key_prompt_and_cost(stage: Stage) -> None:
+    async with opened(stage, "/requests") as seen:
+        await a_row_says_whose_it_is_what_it_asks_and_costs(stage, seen.page)
 
 
 async def test_an_answer_that_breaks_is_reported_and_asked_again(

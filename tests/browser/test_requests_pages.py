@@ -640,6 +640,7 @@ async def test_what_the_filters_find_is_written_into_a_file(stage: Stage, tmp_pa
         assert rows[0][:4] == ["request_id", "submitted_at", "finished_at", "status"]
         assert {row[3] for row in rows[1:]} == {"succeeded"}
         assert {row[rows[0].index("upstream")] for row in rows[1:]} == {"gemini"}
+        assert {row[rows[0].index("key")] for row in rows[1:]} == {stage.key[3:13]}
         await expect(page.locator(".toast")).to_contain_text(f"{len(rows) - 1} requests written")
         async with page.expect_download() as lines:
             await page.get_by_role("button", name="Export JSONL").click()
@@ -648,6 +649,7 @@ async def test_what_the_filters_find_is_written_into_a_file(stage: Stage, tmp_pa
             orjson.loads(line) for line in (tmp_path / "found.jsonl").read_bytes().splitlines()
         ]
         assert [one["request_id"] for one in found] == [row[0] for row in rows[1:]]
+        assert not any("prompt" in one for one in found)
         await ten_thousand_rows_are_all(page)
         written = await page.evaluate(
             "async () => (await import(new URL('static/export.js', document.baseURI)))"

@@ -30,7 +30,7 @@ from tidegate.call import (
     made_at,
 )
 from tidegate.errors import InvalidRequest, NotFound
-from tidegate.record import Failure, Lineage
+from tidegate.record import PROMPT_HEAD_CHARS, Failure, Lineage
 from tidegate.store import database as partitions
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs
@@ -158,7 +158,8 @@ class SearchFilter:
 
 @dataclass(frozen=True, slots=True)
 class FoundRequest:
-    """A request in short, and whose it is. `endpoint` is the path of a native call."""
+    """A request in short, and whose it is. `endpoint` is the path of a native call, `cost_micros`
+    and `prompt_head` are None where they are not known (yet)."""
 
     listed: Listed
     tenant_id: str
@@ -167,6 +168,9 @@ class FoundRequest:
     endpoint: str | None
     conversation: str | None
     upstream: str | None
+    key_id: str | None
+    cost_micros: int | None
+    prompt_head: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,21 +474,16 @@ class Requests:
         if first >= past:
             return FoundPage((), None)
 
-        async def read(
-            connection: asyncpg.Connection,
-        ) -> tuple[list[asyncpg.Record], UUID | None]:
+        async def read(connection: asyncpg.Connection) -> FoundPage:
             look = (first, past, limit + 1, MOST_LOOKED_AT)
             found = await connection.fetch(sql("search_requests"), *look, *_filters_of(wanted))
+            items = await _with_jobs(connection, found[:limit])
             if len(found) > limit:
-                return found, None
+                return FoundPage(items, items[-1].listed.request_id)
             reach = await connection.fetchval(sql("search_reach"), first, past, MOST_LOOKED_AT)
-            return found, reach
+            return FoundPage(items, None if reach is None else rows.uuid_of(reach))
 
-        found, reach = await self._connections.run(read)
-        items = tuple(record_of(FoundRequest, row, listed=_listed(row)) for row in found[:limit])
-        if len(found) > limit:
-            return FoundPage(items, items[-1].listed.request_id)
-        return FoundPage(items, None if reach is None else rows.uuid_of(reach))
+        return await self._connections.run(read)
 
     async def _search_words(self, wanted: SearchFilter, limit: int, before: UUID) -> FoundPage:
         """Common words are found among what ended last, others by their index: of a day, of a week
@@ -696,7 +695,7 @@ def _query_of(wanted: SearchFilter) -> str:
     return " & ".join(f"'{rows.cleaned(word)}'{where}" for word in words if word)
 
 
-def _listed(row: asyncpg.Record) -> Listed:
+def _listed(row: Mapping[str, Any]) -> Listed:
     """A row with the columns of `list_requests`."""
     return record_of(
         Listed,
@@ -705,6 +704,22 @@ def _listed(row: asyncpg.Record) -> Listed:
         status=Status(row["status"]),
         kind=rows.kind_of(row),
     )
+
+
+async def _with_jobs(
+    connection: asyncpg.Connection, found: list[asyncpg.Record]
+) -> tuple[FoundRequest, ...]:
+    """Rows of `search_requests`; what a job or a stream cost that has ended is in the audit."""
+    jobs = [row for row in found if row["source"] in ("job", "stream")]
+    ends = [row["finished_at"] for row in jobs if row["finished_at"] is not None] or [_EPOCH]
+    within = (min(ends) - _RECORDED_WITHIN, max(ends) + _RECORDED_WITHIN)
+    ids = [row["id"] for row in jobs]
+    of_jobs = (
+        await connection.fetch(sql("search_jobs"), ids, *within, PROMPT_HEAD_CHARS) if ids else []
+    )
+    more = {row["id"]: dict(row) for row in of_jobs}
+    items = ({**row, **more.get(row["id"], {})} for row in found)
+    return tuple(record_of(FoundRequest, item, listed=_listed(item)) for item in items)
 
 
 def _call_of(row: asyncpg.Record) -> ConversationCall:

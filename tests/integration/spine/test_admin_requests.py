@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import orjson
 import pytest
+from openai import AsyncOpenAI
 
+from tests.batching import begin, jsonl, line
 from tests.gateway import PNG, Gateway, Opener
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of, submitted
 from tests.loglines import Lines, lines
 from tests.waiting import wait_until
+from tidegate.call import Scope
 
 __all__ = ["lines"]
 
@@ -80,6 +84,51 @@ async def test_a_tenants_key_opens_nothing_here_and_admins_see_all_tenants(
         gateway, "GET", f"/admin/requests/{native['request_id']}/request", AS_ADMIN
     )
     assert (status, raw) == (200, CHAT)
+
+
+async def test_a_list_has_the_key_the_cost_and_how_the_prompt_begins(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    policy = tmp_path / "tidegate.toml"
+    policy.write_text('[upstreams.gemini.prices]\n"*" = { input = 0.30, output = 2.50 }\n')
+    gateway = await open_gateway(auth="on", admin_token=ADMIN_TOKEN, tidegate_policy=policy)
+    acme = await key_of(gateway, "acme")
+    _, made = await gateway.services.store.tenants.create_key("acme", scopes=[Scope.VIEWER])
+    viewer = {"Authorization": f"Bearer {made.text}"}
+    said = "Explain the tide of Oostende " * 40
+    await ended(gateway, await submitted(gateway, acme, data=said))
+    await ended(gateway, await submitted(gateway, acme, endpoint="/v1/chat/completions", body=CHAT))
+    assert (await ask(gateway, "POST", "/v1/chat/completions", acme, CHAT))[0] == 200
+    key = acme["Authorization"].removeprefix("Bearer ")
+    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=key) as client:
+        await begin(client, jsonl([line("a", "Say hello")]))
+
+    async def shown(query: str = "") -> list[dict[str, Any]] | None:
+        items = await listed(gateway, query)
+        return items if len(items) == 4 and all("finished_at" in one for one in items) else None
+
+    items = await wait_until(shown, 20, "all on the record")
+    assert [(one["source"], one.get("prompt")) for one in items] == [
+        *(("batch", "Say hello"), ("relay", "Say hello"), ("job", "Say hello")),
+        ("job", said[:500]),
+    ]
+    assert {one["key"] for one in items} == {key.removeprefix("tg_")[:10]}
+    for one in items:
+        found = (await life(gateway, one["request_id"]))["request"]
+        assert one["cost_micros"] == found["cost_micros"] > 0
+    by_words = await listed(gateway, "?text=oostende")
+    assert [(one["prompt"], one["cost_micros"]) for one in by_words] == [
+        (said[:500], items[-1]["cost_micros"])
+    ]
+    status, page = await ask(gateway, "GET", "/admin/requests", viewer)
+    assert (status, [one.get("prompt") for one in page["items"]]) == (200, [None] * 4)
+    assert all(one["cost_micros"] > 0 for one in page["items"])
+    await ask(gateway, "POST", "/admin/limits/kind:text_only/pause", AS_ADMIN, {"by": "ann"})
+    await submitted(gateway, acme, data="Not yet", type="text_only")
+    newest = (await listed(gateway))[0]
+    assert newest["prompt"] == "Not yet"
+    assert "cost_micros" not in newest
+    await ask(gateway, "POST", "/admin/limits/kind:text_only/resume", AS_ADMIN, {})
 
 
 async def test_one_that_waits_says_for_what_and_is_cancelled(

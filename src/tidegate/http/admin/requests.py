@@ -292,6 +292,8 @@ class AdminItem(BaseModel):
     model: str | None = None
     endpoint: str | None = Field(default=None, description="The native path that was called")
     subject: str | None = None
+    key: str | None = Field(default=None, description="The prefix of the API key that was shown")
+    prompt: str | None = Field(default=None, description="How it begins, as `text` searches it")
     conversation: str | None = Field(
         default=None,
         description="See `/admin/conversations`; of calls without a name made of "
@@ -306,9 +308,8 @@ class AdminItem(BaseModel):
     queue_ms: float | None = None
     upstream_ms: float | None = None
     total_tokens: int | None = None
-    error_code: str | None = Field(
-        default=None, description="Why it failed, or why its last attempt did"
-    )
+    cost_micros: int | None = Field(default=None, description="As of one request")
+    error_code: str | None = Field(default=None, description="Of its end, or of its last attempt")
 
 
 class AdminPage(BaseModel):
@@ -419,20 +420,19 @@ class RequestView(BaseModel):
     now: datetime = Field(description="The clock of this process, against which its times are")
 
 
-def admin_item(found: FoundRequest) -> AdminItem:
-    listed = found.listed
+def admin_item(found: FoundRequest, *, reads_prompts: bool) -> AdminItem:
+    listed, same = found.listed, ("pool", "endpoint", "subject", "conversation", "upstream")
     return view_of(
         AdminItem,
         listed,
         tenant=found.tenant_id,
-        pool=found.pool,
+        key=found.key_id,
+        prompt=found.prompt_head or None if reads_prompts else None,
+        cost_micros=found.cost_micros,
         type=listed.kind,
-        endpoint=found.endpoint,
-        subject=found.subject,
-        conversation=found.conversation,
-        upstream=found.upstream,
         submitted_at=listed.created_at,
         error_code=listed.failure_code,
+        **{name: getattr(found, name) for name in same},
     )
 
 
@@ -590,11 +590,11 @@ async def found(request: Request, query: Annotated[SearchQuery, FromQuery()]) ->
     that have ended. Go on with `cursor` until there is no `next_cursor`: each page looks at 20,000
     requests at most, so it may hold fewer than `limit`, even none, while there are more."""
     requests = services_of(request).store.requests
-    in_prompts = reads_bodies(request, await operator_of(request))
-    wanted = query.wanted(in_prompts=in_prompts)
+    reads = reads_bodies(request, await operator_of(request))
+    wanted = query.wanted(in_prompts=reads)
     page = await requests.search(wanted, query.limit, query.cursor or END)
     return AdminPage(
-        items=[admin_item(item) for item in page.items],
+        items=[admin_item(item, reads_prompts=reads) for item in page.items],
         next_cursor=None if page.before is None else str(page.before),
     )
 

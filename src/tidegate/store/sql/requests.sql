@@ -259,11 +259,12 @@ LIMIT 5000
 -- Requests with ids in [$1, $2), newest first: $3 that match the rest of $4 looked at.
 SELECT id, tenant_id, pool, source, status, kind, model, priority, attempts, created_at,
     admitted_at, finished_at, queue_ms, upstream_ms, total_tokens, failure_code, subject, endpoint,
-    conversation, upstream
+    conversation, upstream, key_id, cost_micros, prompt_head
 FROM (
     (SELECT id, tenant_id, pool, source, status, kind, coalesce(used_model, model) AS model,
         priority, attempts, created_at, admitted_at, finished_at, queue_ms, upstream_ms,
-        total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation, upstream
+        total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation, upstream,
+        key_id, NULL::bigint AS cost_micros, NULL AS prompt_head
     FROM requests
     WHERE id >= $1 AND id < $2
     ORDER BY id DESC
@@ -275,7 +276,8 @@ FROM (
             ('x0000' || translate(left(id::text, 13), '-', ''))::bit(64)::bigint / 1000.0)
             ELSE submitted_at END,
         admitted_at, finished_at, queue_ms, upstream_ms,
-        total_tokens, failure ->> 'code', subject, endpoint, conversation, upstream
+        total_tokens, failure ->> 'code', subject, endpoint, conversation, upstream, key_id,
+        cost_micros, prompt_head
     FROM audit
     WHERE id >= $1 AND id < $2
     ORDER BY id DESC
@@ -285,7 +287,7 @@ FROM (
         CASE l.state WHEN 'calling' THEN 'running' ELSE 'queued' END, NULL, NULL, -100,
         l.attempts, to_timestamp(
             ('x0000' || translate(left(l.id::text, 13), '-', ''))::bit(64)::bigint / 1000.0),
-        NULL, NULL, NULL, NULL, NULL, NULL, NULL, b.endpoint, NULL, l.upstream
+        NULL, NULL, NULL, NULL, NULL, NULL, NULL, b.endpoint, NULL, l.upstream, b.key_id, NULL, NULL
     FROM batch_lines l JOIN batches b ON b.id = l.batch_id
     WHERE l.state IN ('claimed', 'calling') AND l.id >= $1 AND l.id < $2
     ORDER BY l.id DESC
@@ -301,6 +303,18 @@ WHERE source IS NOT NULL
     AND created_at >= $13 AND created_at < $14 AND ($15::text IS NULL OR upstream = $15)
 ORDER BY id DESC
 LIMIT $3
+
+-- name: search_jobs
+-- How the prompts of jobs and streams $1 begin, and what those cost that ended: recorded in [$2, $3).
+-- The prompt of one that wraps a native call is its body: how that begins is known at its end.
+SELECT r.id, a.cost_micros, CASE WHEN r.status IN ('queued', 'running') AND r.endpoint IS NULL
+    THEN left(r.prompt, $4) ELSE a.prompt_head END AS prompt_head
+FROM requests r LEFT JOIN (
+    SELECT DISTINCT ON (request_id) request_id, cost_micros, prompt_head FROM audit
+    WHERE request_id = ANY($1::uuid[]) AND created_at >= $2 AND created_at < $3
+    ORDER BY request_id, created_at DESC
+) AS a ON a.request_id = r.id AND r.status NOT IN ('queued', 'running')
+WHERE r.id = ANY($1::uuid[])
 
 -- name: search_reach
 -- The last of the $3 that `search_requests` looks at, where there are that many.
@@ -409,7 +423,8 @@ OFFSET 0
 -- Of those {among}, the $5 that ended last and match the rest; from row $17 on.
 SELECT id AS place, request_id AS id, tenant_id, pool, source, status, kind, model, priority,
     attempts, submitted_at AS created_at, admitted_at, finished_at, queue_ms, upstream_ms,
-    total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation, upstream
+    total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation, upstream,
+    key_id, cost_micros, prompt_head
 FROM ({among}) AS found
 WHERE ($6::text[] IS NULL OR status = ANY($6)) AND ($7::text IS NULL OR tenant_id = $7)
     AND ($8::text IS NULL OR model = $8) AND ($9::text IS NULL OR kind = $9)

@@ -2,7 +2,7 @@
 
 import { get, Problem } from "../api.js";
 import { fill, h, keyed, mark, say } from "../dom.js";
-import { count, time } from "../format.js";
+import { count, money, NOTHING, time } from "../format.js";
 import { note } from "../router.js";
 import { empty, failed, loading, said } from "../ui.js";
 import { talkLink } from "./conversation.js";
@@ -282,6 +282,9 @@ function left(item, page, isByWords) {
   return item.request_id >= end ? { ...item, left: true } : item;
 }
 
+/** As the page of keys names one; a token of a service by what it says of itself. */
+const keyOf = ({ key }) => (key && !key.includes(":") ? `tg_${key}` : (key ?? ""));
+
 const byId = (one, other) => (one.request_id < other.request_id ? 1 : -1);
 
 function tableOf(body) {
@@ -289,17 +292,18 @@ function tableOf(body) {
     ["Request", "c-id"],
     ["Status", "c-status"],
     ["Submitted", "c-time wide"],
-    ["Tenant", "c-tenant wide"],
-    ["What", "c-what wide"],
+    ["Tenant, key", "c-tenant wide"],
+    ["What, prompt", "c-what wide"],
     ["Waited", "c-number number wide"],
     ["Call", "c-number number wide"],
     ["Tokens", "c-number number wide"],
+    ["Cost", "c-cost number wide"],
     ["Tries", "c-tries number wide"],
     ["Part of", "c-talk wide"],
   ];
   return h(
     "table",
-    { class: "table requests" },
+    { class: "table requests found" },
     h("thead", {}, h("tr", {}, heads.map(([words, look]) => h("th", { scope: "col", class: look }, words)))),
     body,
   );
@@ -308,7 +312,10 @@ function tableOf(body) {
 function rowOf(first) {
   const cell = (look, ...inner) => h("td", { class: look }, inner);
   const badge = h("span");
-  const [what, waited, call, tokens, tries] = [0, 1, 2, 3, 4].map(() => h("span"));
+  const [what, waited, call, tokens, cost, tries] = [0, 1, 2, 3, 4, 5].map(() => h("span"));
+  // Its own paragraph, so that signs of writing from right to left turn nothing else around.
+  const [said, saidBriefly] = [0, 1].map(() => h("span", { class: "below quiet-text", dir: "auto" }));
+  const key = h("span", { class: "below quiet-text mono", title: first.key }, keyOf(first));
   const wrong = h("span", { class: "badge bad wrong-code" });
   const code = h("span", { class: "badge bad wrong-code" });
   const briefly = h("span");
@@ -316,18 +323,19 @@ function rowOf(first) {
   const talk = () =>
     first.conversation &&
     h("a", { class: "talk-link", href: talkLink(first.tenant, first.conversation) }, "Conversation");
-  const brief = h("span", { class: "narrow quiet-text" }, code, briefly, " ", talk());
+  const brief = h("span", { class: "narrow quiet-text" }, code, briefly, " ", talk(), saidBriefly);
   const element = h(
     "tr",
     {},
     cell("c-id", linkTo(first.request_id, undefined, { class: "mono" }), brief),
     cell("c-status", badge),
     cell("c-time wide", time(first.submitted_at)),
-    cell("c-tenant wide", first.tenant),
-    cell("c-what wide", wrong, what),
+    cell("c-tenant wide", h("span", { title: first.tenant }, first.tenant), key),
+    cell("c-what wide", wrong, what, said),
     cell("c-number number wide", waited),
     cell("c-number number wide", call),
     cell("c-number number wide", tokens),
+    cell("c-cost number wide", cost),
     cell("c-tries number wide", tries),
     cell("c-talk wide", talk()),
   );
@@ -335,11 +343,15 @@ function rowOf(first) {
   function update(item) {
     if (item.status !== status) fill(badge, statusBadge(item.status));
     status = item.status;
-    const of = [SOURCES[item.source], kindOf(item), item.model, item.upstream, item.endpoint];
+    const of = [item.model, item.upstream, SOURCES[item.source], kindOf(item), item.endpoint];
     const words = of.filter(Boolean).join(" · ");
     say(what, words);
     mark(what, "title", words);
-    say(briefly, `${time(item.submitted_at)} · ${item.tenant} · ${words}`);
+    const spent = item.cost_micros === undefined ? "" : money(item.cost_micros / 1e6);
+    say(briefly, [time(item.submitted_at), item.tenant, keyOf(item), words, spent].filter(Boolean).join(" · "));
+    for (const one of [said, saidBriefly]) say(one, item.prompt ?? "");
+    mark(said, "title", item.prompt ?? null);
+    say(cost, spent || NOTHING);
     goesOn(waited, item.queue_ms, item.status === "queued" && item.submitted_at);
     goesOn(call, item.upstream_ms, item.status === "running" && item.admitted_at);
     say(tokens, count(item.total_tokens));

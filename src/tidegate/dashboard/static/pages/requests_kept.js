@@ -13,8 +13,8 @@ const PAGE = 200;
 const NAME = "tidegate.filters";
 const MOST_KEPT = 20;
 const COLUMNS = [
-  ...["request_id", "submitted_at", "finished_at", "status", "tenant", "source", "type", "model", "endpoint"],
-  ...["pool", "upstream", "queue_ms", "upstream_ms", "total_tokens", "attempts", "error_code", "subject", "conversation"],
+  ...["request_id", "submitted_at", "finished_at", "status", "tenant", "key", "source", "type", "model", "endpoint", "pool"],
+  ...["upstream", "queue_ms", "upstream_ms", "total_tokens", "cost_usd", "attempts", "error_code", "subject", "conversation"],
 ];
 
 /** Buttons that write what the filters find into a file; the newest `MOST` at most. */
@@ -27,7 +27,7 @@ export function exporting(values, signal) {
       buttons.forEach((one) => (one.disabled = true));
       try {
         const found = await gathered(values(), (read) => say(told, `${count(read)} read`), signal);
-        const rows = found.slice(0, MOST);
+        const rows = found.slice(0, MOST).map(exported);
         save("requests", kind, kind === "csv" ? csv(COLUMNS, rows) : jsonLines(rows));
         const cut = found.length > MOST ? `: the newest ${count(MOST)}` : "";
         toast(`${counted(rows.length, "request")} written${cut}.`);
@@ -41,6 +41,11 @@ export function exporting(values, signal) {
     return button;
   });
   return [told, ...buttons];
+}
+
+/** A row of a file: what it cost in dollars, as in the files of Usage, and nothing of its prompt. */
+function exported({ prompt: _, cost_micros: micros, ...row }) {
+  return micros === undefined ? row : { ...row, cost_usd: (micros / 1e6).toFixed(6) };
 }
 
 /** Up to a page beyond `MOST`, which shows that there are more. */
