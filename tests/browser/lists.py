@@ -1,4 +1,4 @@
-"""What a list of requests does with more rows, and more saved filters, than it takes."""
+"""What lists show in a row, and do with more rows, and more saved filters, than they take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from playwright.async_api import Page, Route, expect
 
-from tests.browser.stage import Stage
+from tests.browser.stage import Seen, Stage
 
 FILTERS = """() => localStorage.setItem("tidegate.filters", JSON.stringify(
     Object.fromEntries(Array.from({ length: 20 }, (_, at) => [`Number ${at}`, {}]))))"""
@@ -116,3 +116,26 @@ async def a_row_says_whose_it_is_what_it_asks_and_costs(stage: Stage, page: Page
         "(row) => [...row.cells].map((one) => one.scrollWidth > one.clientWidth)"
     )
     assert not any(cells)
+
+
+async def bars_of_what_is_spent(seen: Seen) -> None:
+    """Of each budget of a tenant; in a narrow window there is room for what acts on it too."""
+    row = seen.page.locator("[data-tenant='team-bar']")
+    day, tokens, month = (row.locator(".spent-of").nth(place) for place in range(3))
+    for budget, words, share in (
+        (day, "$1.50 of $2.00", 75),
+        (tokens, "912k tokens of 2m tokens", 46),
+        (month, "$1.50 of $1.50", 100),
+    ):
+        bar = budget.get_by_role("meter")
+        await expect(bar).to_have_attribute("aria-valuetext", words)
+        await expect(bar).to_have_attribute("aria-valuenow", str(share))
+        assert (await budget.get_attribute("data-full") is not None) == (share == 100)
+    for part in (day, tokens, month, row.get_by_role("button", name="Change")):
+        box = await part.bounding_box()
+        assert box is not None
+        assert box["x"] + box["width"] <= 400
+    await seen.is_accessible()
+    assert await seen.is_within()
+    await seen.page.set_viewport_size({"width": 1360, "height": 900})
+    await expect(row).to_contain_text("tenant:team-bar")

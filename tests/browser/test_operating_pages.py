@@ -26,6 +26,7 @@ from redis.asyncio import Redis
 from tests.batching import begin, completed, content
 from tests.browser.lists import (
     a_row_says_whose_it_is_what_it_asks_and_costs,
+    bars_of_what_is_spent,
     more_than_a_page_into_an_empty_list,
     row,
     those_that_end_later_come_into_the_list,
@@ -269,6 +270,19 @@ async def test_an_amount_that_is_no_number_is_refused_and_changes_nothing(stage:
         actions = seen.page.locator("[data-action]").filter(has_text="team/green")
         await expect(actions.first).to_contain_text("budget_day_money: 1250.5 → none")
     async with running.http.delete(url) as gone:
+        assert gone.status == 200
+
+
+async def test_a_tenants_budgets_have_bars_of_what_is_spent(stage: Stage) -> None:
+    running = stage.gateway
+    await used(stage, datetime.now(UTC).date(), "team-bar", "gpt-5-mini", 1_500_000)
+    caps = {"budget_day_money": 2, "budget_month_money": 1.5, "budget_day_tokens": 2_000_000}
+    caps |= {"limits": {"tenant:team-bar": 5}}
+    async with running.http.put(f"{running.url}/admin/tenants/team-bar", json=caps) as made:
+        assert made.status == 200, await made.text()
+    async with opened(stage, "/tenants?tenant=team-bar", width=400) as seen:
+        await bars_of_what_is_spent(seen)
+    async with running.http.delete(f"{running.url}/admin/tenants/team-bar") as gone:
         assert gone.status == 200
 
 

@@ -2,7 +2,7 @@
 
 import { allKeys, get, post, Problem, put, remove } from "../api.js";
 import { fill, h } from "../dom.js";
-import { ago, count, money, NOTHING, time } from "../format.js";
+import { ago, brief, count, money, NOTHING, percent, time } from "../format.js";
 import { listed } from "../listed.js";
 import { link, note } from "../router.js";
 import * as scope from "../scope.js";
@@ -25,7 +25,7 @@ export async function open(main, { query, signal }) {
   const { pools } = await get("dashboard/session", { signal });
   scope.among(pools, query.get("pool"));
   let pool = scope.chosen() || pools[0]; // weights and limits are of one upstream
-  const state = { tenants: [], keys: [] };
+  const state = { tenants: [], keys: [], books: new Map() };
   const upstream = h(
     "select",
     { class: "scope", "aria-label": "Upstream", title: "Whose weights and limits are shown", hidden: pools.length < 2 },
@@ -40,7 +40,7 @@ export async function open(main, { query, signal }) {
       toast(said(error), "bad");
     });
   });
-  const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, (one) => tenantRow(one, pool, again), {
+  const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, (one) => tenantRow(one, pool, again, state.books), {
     none: ["No tenants yet", "A tenant is who is limited, billed and audited: a team, a service, a customer."],
     acts: [upstream, action("New tenant", () => changeTenant(null, pool, again))],
   });
@@ -54,7 +54,9 @@ export async function open(main, { query, signal }) {
     looking = new AbortController();
     const within = AbortSignal.any([signal, looking.signal]);
     try {
-      [state.tenants, state.keys] = await Promise.all([get("admin/tenants", { query: { pool }, signal: within }), allKeys(within)]);
+      const read = [get("admin/tenants", { query: { pool }, signal: within }), allKeys(within), get("admin/budgets", { signal: within })];
+      const [found, made, budgets] = await Promise.all(read);
+      Object.assign(state, { tenants: found, keys: made, books: new Map(budgets.map((one) => [one.name, one.most_used])) });
     } catch (error) {
       if (within.aborted) return;
       throw error;
@@ -83,12 +85,12 @@ const KEY_HEADS = [
 ];
 const TENANT_HEADS = [
   ["Tenant", ""],
-  ["Weight", "number"],
+  ["Weight", "number wide"],
   ["Keys", "number wide"],
-  ["Budget a day", "number wide"],
+  ["Budget a day", "number"],
   ["Budget a month", "number"],
   ["Own limits", "number wide"],
-  ["State", ""],
+  ["State", "wide"],
   ["", "actions"],
 ];
 
@@ -111,10 +113,38 @@ function keyRow(one, again) {
   );
 }
 
-const allowed = (dollars, tokens) =>
-  [dollars === null ? "" : money(dollars), tokens === null ? "" : `${count(tokens)} tokens`].filter(Boolean).join(", ") || NOTHING;
+/** What a tenant may spend in a period, and how much of it is spent; `books` are by their budgets. */
+function budgetCell(one, period, books) {
+  const of = [
+    [`budget_${period}_money`, money, 1e6],
+    [`budget_${period}_tokens`, (value) => `${brief(value)} tokens`, 1],
+  ].filter(([name]) => one[name] !== null);
+  const bars = of.map(([name, words, unit]) => budgetBar(`${one.tenant}, ${period}`, one[name], words, books.get(`${one.tenant}/${name}`), unit));
+  return h("td", { class: "number" }, bars.length ? bars : NOTHING);
+}
 
-function tenantRow(one, pool, again) {
+/** `$0.83 of $5.00`; without a book nothing was spent in the period, or others are used more. */
+function budgetBar(label, most, words, book, unit) {
+  const text = book ? `${words(book.spent / unit)} of ${words(most)}` : words(most);
+  const shareOf = (amount) => Math.min(1, amount / unit / Math.max(most, 1e-6));
+  const [spent, held] = [shareOf(book?.spent ?? 0), shareOf((book?.spent ?? 0) + (book?.held ?? 0))];
+  const parts = [spent, held - spent].map((share, at) => {
+    const part = h("i", { class: at ? "held" : null });
+    part.style.width = `${share * 100}%`;
+    return part;
+  });
+  const looks = { role: "meter", "aria-label": `Budget of ${label}`, "aria-valuemin": 0, "aria-valuemax": 100 };
+  const now = { "aria-valuenow": Math.round(spent * 100), "aria-valuetext": text, title: `${percent(spent)} spent` };
+  return h("div", { class: "spent-of", data: (book?.spent ?? 0) / unit >= most ? { full: "" } : {} }, h("span", {}, text), h("div", { class: "spent-bar", ...looks, ...now }, parts));
+}
+
+/** Its own limits by their names; what they are stands at the overview. */
+function limitsCell({ limits }) {
+  const names = Object.keys(limits);
+  return h("td", { class: "number wide", title: names.join(", ") }, names.length > 2 ? count(names.length) : names.join(", ") || NOTHING);
+}
+
+function tenantRow(one, pool, again, books) {
   const change = h("button", { class: "button quiet small", type: "button", needs: "admin", "aria-label": `Change ${one.tenant}` }, "Change");
   const flip = h("button", { class: "button quiet small", type: "button", needs: "admin", "aria-label": `${one.disabled ? "Enable" : "Disable"} ${one.tenant}` }, one.disabled ? "Enable" : "Disable");
   change.addEventListener("click", () => changeTenant(one, pool, again));
@@ -123,12 +153,12 @@ function tenantRow(one, pool, again) {
     "tr",
     { data: { tenant: one.tenant } },
     h("th", { scope: "row", class: "name" }, h("a", { href: link("/requests", { tenant: one.tenant }), title: `Requests of ${one.tenant}` }, one.tenant)),
-    h("td", { class: "number" }, count(one.weight)),
+    h("td", { class: "number wide" }, count(one.weight)),
     h("td", { class: "number wide" }, count(one.keys)),
-    h("td", { class: "number wide" }, allowed(one.budget_day_money, one.budget_day_tokens)),
-    h("td", { class: "number" }, allowed(one.budget_month_money, one.budget_month_tokens)),
-    h("td", { class: "number wide", title: Object.keys(one.limits).join(", ") }, count(Object.keys(one.limits).length)),
-    h("td", {}, h("span", { class: `badge ${one.disabled ? "bad" : "good"}` }, one.disabled ? "disabled" : "open")),
+    budgetCell(one, "day", books),
+    budgetCell(one, "month", books),
+    limitsCell(one),
+    h("td", { class: "wide" }, h("span", { class: `badge ${one.disabled ? "bad" : "good"}` }, one.disabled ? "disabled" : "open")),
     h("td", { class: "actions" }, change, flip),
   );
 }
