@@ -6,7 +6,7 @@ import re
 from itertools import count
 from typing import Any
 
-from playwright.async_api import Page, Route, expect
+from playwright.async_api import Locator, Page, Route, expect
 
 from tests.browser.stage import Seen, Stage
 
@@ -139,3 +139,18 @@ async def bars_of_what_is_spent(seen: Seen) -> None:
     assert await seen.is_within()
     await seen.page.set_viewport_size({"width": 1360, "height": 900})
     await expect(row).to_contain_text("tenant:team-bar")
+
+
+async def another_operator_sets_the_weight(stage: Stage, seen: Seen, dialog: Locator) -> None:
+    """What was set while the dialog was open is not overwritten; opened again, it has that."""
+    url = f"{stage.gateway.url}/admin/tenants/default"
+    async with stage.gateway.http.put(url, json={"weight": 3}) as answer:
+        assert answer.status == 200, await answer.text()
+    await dialog.get_by_label("Weight").fill("7")
+    seen.expected = ("409",)
+    await dialog.get_by_role("button", name="Change the weight").click()
+    await expect(dialog).to_contain_text("somebody else has changed it")
+    await dialog.get_by_role("button", name="Cancel").click()
+    assert stage.gateway.services.limiter.policy.weights == {"default": 3}
+    await expect(seen.page.locator("[data-tenant='default'] td").nth(2)).to_have_text("3")
+    await seen.page.get_by_role("button", name="Change the weight of default").click()

@@ -20,6 +20,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Route, async_playwright, expect
 
+from tests.browser.lists import another_operator_sets_the_weight
 from tests.browser.pictures import WEIGHTS, under_traffic
 from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, TEXT, Colours, Seen, Stage, opened
 from tests.gateway import gateway
@@ -620,6 +621,7 @@ async def test_a_tenants_weight_is_changed_where_its_queue_is_seen(stage: Stage)
         ids = await stage.submit(3)
         await seen.page.get_by_role("button", name="Change the weight of default").click()
         dialog = seen.page.get_by_role("dialog")
+        await another_operator_sets_the_weight(stage, seen, dialog)
         await dialog.get_by_label("Weight").fill("7")
         await dialog.get_by_role("button", name="Change the weight").click()
         await expect(seen.page.locator("[data-tenant='default'] td").nth(2)).to_have_text("7")

@@ -163,7 +163,8 @@ function changeWeight(pool, one) {
     act: async (values) => {
       await put(
         `admin/tenants/${encodeURIComponent(one.tenant)}`,
-        { weight: values.weight, by: "dashboard" },
+        // Another operator may have changed it since the dialog opened.
+        { weight: values.weight, expected: { weight: one.weight }, by: "dashboard" },
         { query: { pool } },
       );
       toast(`${one.tenant} weighs ${count(values.weight)} from now on.`);
