@@ -154,3 +154,25 @@ async def another_operator_sets_the_weight(stage: Stage, seen: Seen, dialog: Loc
     assert stage.gateway.services.limiter.policy.weights == {"default": 3}
     await expect(seen.page.locator("[data-tenant='default'] td").nth(2)).to_have_text("3")
     await seen.page.get_by_role("button", name="Change the weight of default").click()
+
+
+async def a_body_poses_as_no_request(stage: Stage, seen: Seen) -> None:
+    """A link to what a tenant has sent shows it as no request, whose actions would be the tenant's
+    choice: its webhook would be delivered again by a new key."""
+    at = "2026-11-29T12:00:00Z"
+    hook = {"id": "../keys?", "state": "given_up", "url": "https://example.com", "tries": 9}
+    request = row(1) | {"type": "text_only", "files": [], "images": []}
+    shown: dict[str, Any] = {"request": request, "actions": ["cancel"], "now": at}
+    step = {"what": "submitted", "words": "submitted", "at": at, "goes_on": False}
+    shown |= {"timeline": [step], "attempts": [], "bodies": [], "webhooks": [hook]}
+    asked = {"model": "gemini-2.5-flash", "messages": [{"role": "user", "content": "Pose"}]}
+    url = f"{stage.gateway.url}/v1/chat/completions"
+    async with stage.gateway.http.post(url, json=asked | shown) as answer:
+        assert answer.status == 200, await answer.text()
+        request_id = answer.headers["x-tidegate-request-id"]
+    await stage.gateway.audit(request_id)
+    body = f"{request_id}%2Frequest"
+    for address in (f"#/requests/{body}", f"#/requests?open={body}"):
+        await seen.page.evaluate("(one) => { location.hash = one; }", address)
+        await expect(seen.page.get_by_text(f"{request_id}/request is no id")).to_be_visible()
+        await expect(seen.page.get_by_role("button", name="Redeliver")).to_have_count(0)

@@ -25,6 +25,7 @@ from redis.asyncio import Redis
 
 from tests.batching import begin, completed, content
 from tests.browser.lists import (
+    a_body_poses_as_no_request,
     a_row_says_whose_it_is_what_it_asks_and_costs,
     bars_of_what_is_spent,
     more_than_a_page_into_an_empty_list,
@@ -276,7 +277,11 @@ async def test_an_amount_that_is_no_number_is_refused_and_changes_nothing(stage:
 async def test_a_tenants_budgets_have_bars_of_what_is_spent(stage: Stage) -> None:
     running = stage.gateway
     await used(stage, datetime.now(UTC).date(), "team-bar", "gpt-5-mini", 1_500_000)
-    caps = {"budget_day_money": 2, "budget_month_money": 1.5, "budget_day_tokens": 2_000_000}
+    caps: dict[str, Any] = {
+        "budget_day_money": 2,
+        "budget_month_money": 1.5,
+        "budget_day_tokens": 2_000_000,
+    }
     caps |= {"limits": {"tenant:team-bar": 5}}
     async with running.http.put(f"{running.url}/admin/tenants/team-bar", json=caps) as made:
         assert made.status == 200, await made.text()
@@ -684,6 +689,11 @@ async def test_a_call_that_ends_after_later_ones_comes_into_the_list(stage: Stag
 async def test_a_row_of_the_list_has_key_prompt_and_cost(stage: Stage) -> None:
     async with opened(stage, "/requests") as seen:
         await a_row_says_whose_it_is_what_it_asks_and_costs(stage, seen.page)
+
+
+async def test_what_a_tenant_has_sent_is_shown_as_no_request(stage: Stage) -> None:
+    async with opened(stage, "/settings") as seen:
+        await a_body_poses_as_no_request(stage, seen)
 
 
 async def test_an_answer_that_breaks_is_reported_and_asked_again(

@@ -11,6 +11,9 @@ import { answer, attempts, bodies, facts, prompt, webhooks } from "./request_par
 import { isOpen, linkTo, ordinal, statusBadge } from "./request_words.js";
 import { timeline } from "./timeline.js";
 
+// An address may name anything: with a slash in it, also the body that a tenant has sent, to be
+// shown in the place of what is on record.
+const IS_ID = /^[\w-]+$/;
 const OPEN_MS = 1_000;
 const QUIET_MS = 10_000; // of one that has ended: a webhook may still be on its way
 
@@ -200,6 +203,7 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
   }
 
   async function load() {
+    if (!IS_ID.test(id)) throw new Problem({ status: 404, detail: `${id} is no id of a request.` });
     const mine = ++asked;
     const found = await get(`admin/requests/${id}`, { signal });
     if (mine < painted) return; // a later one was answered before
