@@ -405,6 +405,7 @@ class StreamedAnswer(Response):
             priority=self._priority,
             tenant_id=self._caller.tenant_id,
             subject=submission.subject,
+            key_id=self._caller.key_id,
             conversation=submission.conversation,
             traceparent=None if parent is None else parent.text,
         )

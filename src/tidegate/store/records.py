@@ -402,6 +402,7 @@ def lost_stream(record: CallRecord) -> Json:
         priority=record.priority,
         tenant_id=record.tenant_id,
         subject=record.subject,
+        key_id=record.key_id,
         conversation=record.lineage.conversation,
     )
     record.fence = record.fence or (0, 0)
@@ -555,7 +556,7 @@ def audit_row(
     columns = (
         *("tenant_id", "pool", "source", "status", "kind", "classified_by", "classified_reason"),
         *("priority", "attempts", "lapses", "admitted_at", "finished_at", "queue_ms"),
-        *("upstream_ms", "first_byte_ms", "finish_reason", "subject"),
+        *("upstream_ms", "first_byte_ms", "finish_reason", "key_id", "subject"),
     )
     # What was never answered for was never sent, but where workers died over it.
     lost = bool(attempt) or ended["status"] == Status.DEAD

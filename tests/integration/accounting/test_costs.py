@@ -117,6 +117,31 @@ async def test_jobs_and_streams_cost_too(open_gateway: Opener, priced: Path) -> 
     assert [replace(one, upstream=None) for one in logged] == await usage.totals(by, *span)
 
 
+async def test_jobs_and_streams_are_on_record_by_their_key(
+    open_gateway: Opener, priced: Path
+) -> None:
+    gateway = await open_gateway(tidegate_policy=priced, auth="on", admin_token=ADMIN_TOKEN)
+    key = (await key_of(gateway, "acme"))["Authorization"].removeprefix("Bearer ")
+    gateway.http.headers["x-api-key"] = key
+    prefix, ends = key[3:13], []
+    ends.append(await gateway.submit(data="Why is the sky blue?", type="text_only", model="m"))
+    ends.append((await gateway.stream(data="And red?", type="text_only", model="m")).request_id)
+    ends.append(await gateway.submit(endpoint=fronts("x")[2][0], body=fronts("x")[2][1]))
+    ends.append(await gateway.submit(data="?", type="text_only", model="m", deadline_ms=1))
+    for request_id in ends:
+        await gateway.end_of(request_id)
+    rows = [await gateway.audit(request_id) for request_id in ends]
+    assert [row["key_id"] for row in rows] == [prefix] * 4
+    spent = sum(row["cost_micros"] for row in rows)
+    assert spent > 0
+    _, usage = await ask(gateway, "GET", "/admin/usage?by=key", AS_ADMIN)
+    assert [(row["key"], row["cost_micros"]) for row in usage["rows"]] == [(prefix, spent)]
+    # A budget of the key begins with what the key has spent.
+    budget = {"usd": 5, "key": prefix}
+    status, made = await ask(gateway, "PUT", "/admin/budgets/of-a-key", AS_ADMIN, budget)
+    assert (status, made["most_used"]["spent"]) == (200, spent)
+
+
 async def test_totals_are_shown_to_their_tenant_and_to_the_operator(
     open_gateway: Opener, priced: Path
 ) -> None:

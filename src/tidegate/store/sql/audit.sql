@@ -52,7 +52,7 @@ RETURNING r.id, r.tenant_id, r.pool, r.source, r.status, r.kind, r.classified_by
     r.attempts, r.lapses, r.attempt_id, r.attempt_at, r.created_at, r.admitted_at, r.finished_at,
     r.queue_ms, r.upstream_ms, r.first_byte_ms, r.input_tokens, r.output_tokens, r.thoughts_tokens,
     r.cached_tokens, r.total_tokens, r.finish_reason, r.subject, r.conversation, r.traceparent,
-    r.webhook_url
+    r.webhook_url, r.key_id
 
 -- name: retry_requests
 -- Put claimed jobs back into the queue, not before a given time; `uncounted` attempts may be made again.
@@ -149,12 +149,12 @@ INSERT INTO requests AS r (id, tenant_id, pool, source, status, kind, classified
     prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
     finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, first_byte_ms,
-    conversation, traceparent, upstream)
+    conversation, traceparent, upstream, key_id)
 SELECT id, tenant_id, pool, 'stream', status, kind, classified_by, classified_reason,
     prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
     finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, first_byte_ms,
-    conversation, traceparent, upstream
+    conversation, traceparent, upstream, key_id
 FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, status text,
     kind text, classified_by text, classified_reason text, prompt text, image_uri text, model text,
     used_model text, priority integer, created_at timestamptz, deadline_at timestamptz,
@@ -162,28 +162,28 @@ FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, sta
     upstream_ms double precision, result text, input_tokens bigint, output_tokens bigint,
     thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint, finish_reason text,
     failure jsonb, subject text, first_byte_ms double precision,
-    conversation text, traceparent text, upstream text)
+    conversation text, traceparent text, upstream text, key_id text)
 ON CONFLICT (id) DO NOTHING
 RETURNING r.id, r.tenant_id, r.pool, r.source, r.status, r.kind, r.classified_by, r.classified_reason,
     left(r.prompt, 500) AS prompt, r.endpoint, r.model, r.used_model, r.upstream, r.priority, r.claim,
     r.attempts, r.lapses, r.attempt_id, r.attempt_at, r.created_at, r.admitted_at, r.finished_at,
     r.queue_ms, r.upstream_ms, r.first_byte_ms, r.input_tokens, r.output_tokens, r.thoughts_tokens,
     r.cached_tokens, r.total_tokens, r.finish_reason, r.subject, r.conversation, r.traceparent,
-    r.webhook_url
+    r.webhook_url, r.key_id
 
 -- name: add_audit
 -- Append one audit row per ended request.
 INSERT INTO audit (id, request_id, tenant_id, pool, source, status, kind, classified_by,
     classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
-    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
-    cost_micros, images, first_byte_ms, usage_details,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, key_id, subject,
+    usage_state, cost_micros, images, first_byte_ms, usage_details,
     upstream, conversation, opening, parent_id, trace_id, parent_span, prompt_head)
 SELECT id, request_id, tenant_id, pool, source, status, kind, classified_by,
     classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
-    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, subject, usage_state,
-    cost_micros, images, first_byte_ms, usage_details,
+    thoughts_tokens, cached_tokens, total_tokens, finish_reason, failure, key_id, subject,
+    usage_state, cost_micros, images, first_byte_ms, usage_details,
     upstream, conversation, opening, parent_id, trace_id, parent_span, prompt_head
 FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id text, pool text,
     source text, status text, kind text, classified_by text, classified_reason text,
@@ -191,6 +191,6 @@ FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id tex
     lapses integer, instance_id text, submitted_at timestamptz, admitted_at timestamptz,
     finished_at timestamptz, queue_ms double precision, upstream_ms double precision,
     input_tokens bigint, output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint,
-    total_tokens bigint, finish_reason text, failure jsonb, subject text, usage_state text,
+    total_tokens bigint, finish_reason text, failure jsonb, key_id text, subject text, usage_state text,
     cost_micros bigint, images integer, first_byte_ms double precision, usage_details jsonb, upstream text,
     conversation text, opening text, parent_id uuid, trace_id text, parent_span text, prompt_head text)
