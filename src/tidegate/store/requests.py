@@ -46,6 +46,7 @@ _READS_AT_ONCE = 4
 _WORDS_TIMEOUT_MS = 1_200
 _SEARCHED_FIRST = (timedelta(days=1), timedelta(days=7))
 _RECENT = 500  # are looked at for a text before its index is asked
+_KEY = re.compile(r"^tg_([a-z0-9]{1,10})(?:_\w*)?\W*$")  # is searched by its prefix
 _BEGINS_AN_ID = re.compile(r"[0-9a-f]{6,32}")
 _FIRST = datetime(1, 1, 1, tzinfo=UTC)
 _LAST = datetime(9999, 12, 31, tzinfo=UTC)
@@ -691,7 +692,8 @@ def _query_of(wanted: SearchFilter) -> str:
     """A text as PostgreSQL's query for all its words, each by its beginning; A are the words of
     subjects and keys."""
     where = ":*" if wanted.in_prompts else ":*A"
-    words = (re.sub(r"[\\'\0]", " ", word).strip() for word in wanted.text.split())
+    words = (_KEY.sub(r"\1", word) for word in wanted.text.split())
+    words = (re.sub(r"[\\'\0]", " ", word).strip() for word in words)
     return " & ".join(f"'{rows.cleaned(word)}'{where}" for word in words if word)
 
 

@@ -120,6 +120,10 @@ async def test_a_list_has_the_key_the_cost_and_how_the_prompt_begins(
     assert [(one["prompt"], one["cost_micros"]) for one in by_words] == [
         (said[:500], items[-1]["cost_micros"])
     ]
+    named = key[:13]  # as pages and logs name it, the former with a sign that there is more
+    for text in (named, named[3:], named[:9], f"{named}…", key):
+        assert await listed(gateway, f"?text={text}") == await listed(gateway, f"?text={named[3:]}")
+        assert len(await listed(gateway, f"?text={text}")) == 4, text
     status, page = await ask(gateway, "GET", "/admin/requests", viewer)
     assert (status, [one.get("prompt") for one in page["items"]]) == (200, [None] * 4)
     assert all(one["cost_micros"] > 0 for one in page["items"])
