@@ -194,7 +194,8 @@ _LENGTH = _NONCE_BYTES + _END_BYTES + _MAC_BYTES
 
 PERSON_S = 3600
 READ_AGAIN_S = 2.0
-_MOST_COOKIE_CHARS = 3_000
+_MOST_COOKIE_CHARS = 3_500
+_MOST_NAME_CHARS = 100
 
 Use = Literal["code", "session", "state"]
 
@@ -362,8 +363,7 @@ class SignIn:
             raise SignInRefused("refused")
         role = role_by(self._rules, claims)
         subject = _plain(claims["sub"])
-        named = (claims.get(name) for name in ("email", "preferred_username", "name", "sub"))
-        name = next((text for one in named if (text := _plain(one))), "")
+        name = _named(claims, subject)
         if role is None or not subject:
             log.warning(Log.SIGN_IN_REFUSED, by=name, detail="no rule of OIDC_ROLES fits")
             raise SignInRefused("role")
@@ -404,6 +404,17 @@ class SignIn:
     def _mac(self, told: bytes) -> bytes:
         message = b"tidegate sign-in person 1:" + self._trust + told
         return hmac.digest(self._key.encode(), message, sha256)
+
+
+def _named(claims: Mapping[str, Any], subject: str) -> str:
+    """What a person is called on record: by the address that the issuer has verified, else by the
+    subject. A name that they may have chosen is beside it: alone it could be another person's, or
+    what the record calls the operator's key."""
+    if claims.get("email_verified") in (True, "true") and (email := _plain(claims.get("email"))):
+        return email
+    chosen = (_plain(claims.get(one)) for one in ("email", "preferred_username", "name"))
+    name = next((one for one in chosen if one), subject)
+    return subject if name == subject else f"{name[:_MOST_NAME_CHARS]} ({subject})"
 
 
 def _plain(value: object) -> str:

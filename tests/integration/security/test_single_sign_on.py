@@ -141,6 +141,28 @@ async def test_who_has_no_role_or_no_verified_address_gets_none(place: Place) ->
             assert (status, session.get("role")) == ((200, role) if role else (401, None))
 
 
+async def test_nobody_is_on_record_by_a_name_of_their_own_choice_alone(place: Place) -> None:
+    letters = "\U0001f30a" * 255
+    for claims, name in (
+        ({"email": "ann@example.com", "email_verified": "true"}, "ann@example.com"),
+        ({"email": "ann@example.com"}, "ann@example.com (u-9)"),
+        ({"email": "ann@example.com", "email_verified": False}, "ann@example.com (u-9)"),
+        ({"preferred_username": "the operator's key"}, "the operator's key (u-9)"),
+        ({"name": "ann@example.com", "preferred_username": "a\u202eb"}, "ann@example.com (u-9)"),
+        ({}, "u-9"),
+        ({"name": "u-9"}, "u-9"),
+        ({"name": letters, "sub": letters}, letters),
+        ({"name": letters, "sub": letters[1:]}, f"{letters[:100]} ({letters[1:]})"),
+    ):
+        place.issuer.user = {"sub": "u-9", "groups": "oncall"} | claims
+        async with place.browser() as browser:
+            assert await place.ended(browser, await place.begun(browser)) == "./", claims
+            status, session = await place.session(browser)
+            assert (status, session.get("operator")) == (200, name)
+    who = await place.gateway.database.fetch("SELECT operator FROM operator_actions")
+    assert {row["operator"] for row in who} >= {"ann@example.com", "the operator's key (u-9)"}
+
+
 async def replayed(place: Place, why: str) -> None:
     """The same address again, with all that the browser had, does not count."""
     async with place.browser() as browser:
