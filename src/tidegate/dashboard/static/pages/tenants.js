@@ -54,9 +54,9 @@ export async function open(main, { query, signal }) {
     looking = new AbortController();
     const within = AbortSignal.any([signal, looking.signal]);
     try {
-      const read = [get("admin/tenants", { query: { pool }, signal: within }), allKeys(within), get("admin/budgets", { signal: within })];
-      const [found, made, budgets] = await Promise.all(read);
-      Object.assign(state, { tenants: found, keys: made, books: new Map(budgets.map((one) => [one.name, one.most_used])) });
+      const read = [get("admin/tenants", { query: { pool }, signal: within }), allKeys(within), get("admin/budgets/books", { signal: within })];
+      const [found, made, books] = await Promise.all(read);
+      Object.assign(state, { tenants: found, keys: made, books: new Map(books.map((one) => [one.budget, one])) });
     } catch (error) {
       if (within.aborted) return;
       throw error;
