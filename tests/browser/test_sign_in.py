@@ -68,6 +68,49 @@ async def test_the_address_of_the_start_up_page_signs_in_once_and_is_signed_out(
             await browser.close()
 
 
+async def test_a_dialog_is_left_with_its_page_and_its_person(product: Product) -> None:
+    refusal = {"status": 401, "code": "unauthenticated", "detail": "The key was revoked."}
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        try:
+            page = await browser.new_page()
+            page.set_default_timeout(PATIENCE_MS)
+            expect.set_options(timeout=PATIENCE_MS)
+            await page.goto(f"{product.base_url}/dashboard/")
+            await page.get_by_label("Key").fill(product.operator_key)
+            await page.keyboard.press("Enter")
+            for name in ("Usage", "Keys and tenants"):
+                await page.get_by_role("link", name=name).click()
+            dialogs = page.locator("dialog[open]")
+            await page.get_by_role("button", name="Disable default").click()
+            await expect(dialogs).to_have_count(1)
+            await page.go_back()
+            await expect(page.get_by_role("heading", name="Usage")).to_be_visible()
+            await expect(dialogs).to_have_count(0)
+            await page.go_forward()
+            # A key that is shown once is not lost with its page.
+            await page.get_by_role("button", name="Let a colleague in").click()
+            await page.get_by_label("Who").fill("ann")
+            await page.get_by_role("button", name="Create the key").click()
+            made = page.get_by_role("dialog", name="The new key")
+            await expect(made).to_be_visible()
+            await page.go_back()
+            await expect(page.get_by_text("By tenant")).to_be_visible()
+            await expect(made).to_be_visible()
+            await made.get_by_role("button", name="Done").click()
+            await page.go_forward()
+            await page.get_by_role("button", name="Disable default").click()
+            await page.route(
+                "**/admin/tenants/*", lambda route: route.fulfill(json=refusal, status=401)
+            )
+            await dialogs.get_by_role("button", name="Disable").click()
+            await expect(page.get_by_text("The key was revoked.")).to_have_count(1)
+            await expect(dialogs).to_have_count(0)
+            await expect(page.get_by_label("Key")).to_be_focused()
+        finally:
+            await browser.close()
+
+
 async def test_a_person_signs_in_by_an_issuer_and_sees_what_their_role_may(
     open_gateway: Opener,
 ) -> None:

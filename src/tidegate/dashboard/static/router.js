@@ -5,7 +5,7 @@ import { fill, h } from "./dom.js";
 import * as keyboard from "./keyboard.js";
 import { PAGES } from "./pages/table.js";
 import * as stuck from "./stuck.js";
-import { empty, failed, loading } from "./ui.js";
+import { empty, failed, leaveDialogs, loading } from "./ui.js";
 
 let leaving = new AbortController();
 let inside = new AbortController();
@@ -73,11 +73,13 @@ export function stop() {
   window.removeEventListener("hashchange", show);
   leaving.abort();
   inside.abort();
+  leaveDialogs();
   fill(document.getElementById("nav"));
 }
 
 async function show() {
   leaving.abort();
+  leaveDialogs();
   leaving = new AbortController();
   const { signal } = leaving;
   const { path, query } = target();

@@ -70,8 +70,8 @@ export async function copied(text, place = null) {
  *
  * `more` stands below the text, `below` below the fields. `fields` are from `field()`; `act(values)` is called with their values by name. While it runs the
  * dialog stays; a Problem of it is shown in the dialog, at its field where it names one. Resolves
- * with what `act` returned, or null when the person thought better of it. A dialog that is closed
- * while `act` runs stops nothing: it resolves once that has ended, and a Problem is a toast then.
+ * with what `act` returned, or null when the person thought better of it, or left the page. A dialog
+ * that is closed while `act` runs stops nothing: it resolves once that has ended, and a Problem is a toast then.
  */
 export function confirm({ title, text = "", more = [], fields = [], below = null, action, danger = false, act }) {
   const id = `dialog-${++dialogs}`;
@@ -89,7 +89,7 @@ export function confirm({ title, text = "", more = [], fields = [], below = null
     wrong,
     h("div", { class: "actions" }, cancel, go),
   );
-  const dialog = h("dialog", { "aria-labelledby": id }, form);
+  const dialog = h("dialog", { "aria-labelledby": id, data: { confirms: "" } }, form);
   document.body.append(dialog);
   return new Promise((resolve) => {
     let result = null;
@@ -114,7 +114,7 @@ export function confirm({ title, text = "", more = [], fields = [], below = null
       } catch (error) {
         if (!(error instanceof Problem)) throw error;
         if (dialog.open) complain(error, fields, wrong);
-        else toast(`${title} ${said(error)}`, "bad");
+        else if (error.status !== 401) toast(`${title} ${said(error)}`, "bad");
       } finally {
         go.disabled = false;
         fill(cancel, "Cancel");
@@ -125,6 +125,9 @@ export function confirm({ title, text = "", more = [], fields = [], below = null
     (fields[0]?.input ?? cancel).focus();
   });
 }
+
+/** Close what asks before something is done: its page was left, or its person is signed out. */
+export const leaveDialogs = () => document.querySelectorAll("dialog[data-confirms]").forEach((one) => one.close());
 
 function valuesOf(fields) {
   const values = Object.fromEntries(fields.map((one) => [one.name, one.value()]));
