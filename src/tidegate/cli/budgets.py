@@ -65,49 +65,73 @@ def list_(
     json: Json = False,
 ) -> None:
     """Show all budgets with what is spent, or the books of one."""
-    from tidegate.prices.budgets import plain_budget, scope_values, whom, window
-    from tidegate.store.budgets import plain_book
+    from tidegate.prices.budgets import plain_budget
+    from tidegate.store.budgets import MOST_BOOKS, plain_book
 
     async def read(records: BudgetRecords) -> tuple[list[Budget], list[BudgetBook]]:
         _, found = await records.all()
-        return found, await records.books(name)
+        books = await records.books(name)
+        if name is None and len(books) >= MOST_BOOKS:
+            seen = {book.budget for book in books}
+            for one in found:
+                books += await records.books(one.name) if one.name not in seen else []
+        return found, books
 
     budgets, books = with_budgets(read)
     if name is not None and name not in {one.name for one in budgets}:
         raise ConfigError("BUDGET", name, "the name of a budget; `tidegate budgets list` has all")
+    budgets = [one for one in budgets if name in (None, one.name)]
     if json:
         show_json(
             [
                 plain_budget(one)
                 | {"books": [plain_book(book) for book in books if book.budget == one.name]}
                 for one in budgets
-                if name in (None, one.name)
             ]
         )
         return
-    by_name = {one.name: one for one in budgets}
-    rows: list[tuple[str, ...]] = []
+    _show_books(budgets, books, MOST_BOOKS if name else _SHOWN)
+
+
+def _show_books(budgets: list[Budget], books: list[BudgetBook], most: int) -> None:
+    """Of each budget its books, up to `most`, and all budgets that have none yet."""
+    of_budget: dict[str, list[BudgetBook]] = {}
     for book in books:
-        budget = by_name.get(book.budget)
-        if budget is None:
-            continue
-        whose = [*whom(budget), *(one or "none" for one in scope_values(book.scope))]
-        state = "paused" if book.paused_since else ""
-        if not state and book.spent >= book.amount:
-            state = "spent"
-        rows.append(
-            (
-                budget.name,
-                ", ".join(whose) or "all",
-                budget.shown(book.spent),
-                budget.shown(book.held),
-                budget.shown(book.amount),
-                window(budget),
-                state or (f"{book.reset_at:%Y-%m-%d %H:%M}Z" if book.reset_at else ""),
-            )
-        )
-    columns = ("budget", "binds", "spent", "held", "of", "in", "resets")
-    show_table("", columns, rows if name else rows[:_SHOWN])
+        of_budget.setdefault(book.budget, []).append(book)
+    by_name = {one.name: one for one in budgets}
+    rows = [
+        _row(by_name[name], book)
+        for name, found in of_budget.items()
+        if name in by_name
+        for book in found[:most]
+    ]
+    rows += [_row(one, None) for one in budgets if one.name not in of_budget]
+    show_table("", ("budget", "binds", "spent", "held", "of", "in", "resets"), rows)
+    for name, found in of_budget.items():
+        if len(found) > most:
+            more = f"{len(found) - most:,} more books, which are used less"
+            typer.echo(f"{name} has {more}: tidegate budgets list {name}", err=True)
+
+
+def _row(budget: Budget, book: BudgetBook | None) -> tuple[str, ...]:
+    from tidegate.prices.budgets import scope_values, whom, window
+
+    if book is None:
+        amounts = (budget.shown(0), budget.shown(0), budget.shown(budget.amount))
+        return (budget.name, ", ".join(whom(budget)) or "all", *amounts, window(budget), "")
+    whose = [*whom(budget), *(one or "none" for one in scope_values(book.scope))]
+    state = "paused" if book.paused_since else ""
+    if not state and book.spent >= book.amount:
+        state = "spent"
+    return (
+        budget.name,
+        ", ".join(whose) or "all",
+        budget.shown(book.spent),
+        budget.shown(book.held),
+        budget.shown(book.amount),
+        window(budget),
+        state or (f"{book.reset_at:%Y-%m-%d %H:%M}Z" if book.reset_at else ""),
+    )
 
 
 @app.command("set")

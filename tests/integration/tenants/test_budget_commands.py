@@ -153,6 +153,36 @@ async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
     assert (removed.code, removed.said) == (0, "day is removed\n")
 
 
+async def test_the_list_has_every_budget_and_says_of_which_it_leaves_books_out(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False, admin_token=ADMIN_TOKEN)
+    for number in range(24):
+        body = {"usd": 1, "tenant": f"team-{number}"}
+        path = f"/admin/budgets/team-{number}"
+        assert (await ask(gateway, "PUT", path, AS_ADMIN, body))[0] == 200
+    for name in ("idle", "people"):
+        each = {"usd": 2, "each": ["subject"]}
+        assert (await ask(gateway, "PUT", f"/admin/budgets/{name}", AS_ADMIN, each))[0] == 200
+    await gateway.database.execute(
+        "INSERT INTO budget_books (budget, scope, period, spent) SELECT name,"
+        " json_build_array('default', 'person-' || n)::text,"
+        " budget_period(period, zone, now()), n * 1000 FROM budgets, generate_series(1, 30) AS n"
+        " WHERE name = 'people'"
+    )
+    listed = await tidegate(gateway, "budgets", "list")
+    named = [line.split()[0] for line in listed.said.splitlines()[1:]]
+    assert [name for name in named if name.startswith("team-")] == [
+        *sorted(f"team-{number}" for number in range(24))
+    ]
+    assert (named.count("people"), named.count("idle")) == (20, 1)
+    assert listed.complained == (
+        "people has 10 more books, which are used less: tidegate budgets list people\n"
+    )
+    of_one = await tidegate(gateway, "budgets", "list", "people")
+    assert (of_one.said.count("person-"), of_one.complained) == (30, "")
+
+
 async def test_what_no_option_names_stays_as_it_is(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
 
