@@ -18,7 +18,6 @@ from tidegate.limiter.messages import Hint, format_unit
 from tidegate.limiter.policy import (
     CALL_USE,
     MAX_BOUND,
-    TENANT_NAME,
     UNKNOWN_USE,
     CallUse,
     Concurrency,
@@ -32,8 +31,8 @@ from tidegate.limiter.policy import (
     amount_in_flight,
     amount_of,
     amount_to_reserve,
+    check_tenant,
     implicit_limit,
-    refused_tenant,
     unknown_limit,
     use_by_cost,
     whole,
@@ -109,8 +108,7 @@ class Flow:
     def refresh(self, policy: PoolPolicy, pool: str = "") -> None:
         """Read what the policy says. Raises DemandImpossible for a limit that admits no call, and
         ConfigError for a name that a tenant can't have."""
-        if not TENANT_NAME.fullmatch(self.tenant):
-            raise refused_tenant(self.tenant)
+        check_tenant(self.tenant)
         rules: list[Limit] = []
         rated: dict[str, Rate | Quota] = {}
         self.unnamed = None

@@ -54,6 +54,7 @@ from tidegate.limiter.policy import (
     read_change,
     tokens_of,
     unknown_limit,
+    whole_ms,
 )
 from tidegate.limiter.queue import LocalQueue
 from tidegate.limiter.session import Clock, Observer, State
@@ -151,10 +152,12 @@ def deadline_of(timeout: float | timedelta | None, deadline_ms: int | None) -> i
     """The deadline of a call in ms, from seconds or a `timedelta`, or as it is given; `inf` is
     none."""
     if timeout is None:
-        return deadline_ms
+        return None if deadline_ms is None else whole_ms("deadline_ms", deadline_ms)
     if deadline_ms is not None:
         raise TypeError("give timeout (seconds) or deadline_ms, not both")
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if not isinstance(seconds, int | float):
+        raise TypeError(f"timeout is a number of seconds or a timedelta, not {timeout!r}")
     return None if seconds * 1000 > FOR_EVER_MS else ceil(max(seconds, 0.0) * 1000)
 
 
@@ -641,7 +644,7 @@ class Limiter:
         self,
         limit: str,
         *,
-        for_ms: int = FOR_EVER_MS,
+        for_ms: float = FOR_EVER_MS,
         reason: str = "",
         by: str = "",
         ramp_ms: int = RAMP_MS,
@@ -655,9 +658,9 @@ class Limiter:
         if self.policy.binding(limit) is None:
             raise DemandImpossible(unknown_limit(limit, self.policy, self.pool), limit=limit)
         said = f"{by}: {reason}" if reason else by
-        ramp_ms = max(1, ramp_ms)  # a pause without a ramp is a gate
+        ramp_ms = max(1, whole_ms("ramp_ms", ramp_ms))  # a pause without a ramp is a gate
         request = {"verb": "pause", "ramp_ms": ramp_ms}
-        return await self._pause(limit, for_ms, ramp_ms, said, request)
+        return await self._pause(limit, whole_ms("for_ms", for_ms), ramp_ms, said, request)
 
     async def _pause(
         self, limit: str, for_ms: int, ramp_ms: int, said: str, request: dict[str, Any]
@@ -797,6 +800,11 @@ class Limiter:
         """Put a policy with a higher revision in force for the whole pool, now or as soon as
         Valkey answers, which `in_force` waits for. Nothing is revoked: a limit that was lowered
         drains."""
+        if not isinstance(policy, PoolPolicy):
+            raise TypeError(
+                "set_policy takes a PoolPolicy of a higher revision, such as dataclasses.replace("
+                "limiter.policy, limits={...}, revision=limiter.policy.revision + 1)"
+            )
         if policy.revision <= self._session.policy.revision:
             raise TidegateError(f"revision {self._session.policy.revision} is in force already")
         if self._session.fatal is None:

@@ -9,7 +9,7 @@ returned.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -32,6 +32,7 @@ from tidegate.limiter.flow import Flow, Holding, Waiter
 from tidegate.limiter.messages import OUTCOMES, too_late
 from tidegate.limiter.policy import (
     DEFAULT_PRIORITY,
+    FOR_EVER_MS,
     NOTHING,
     CallUse,
     Concurrency,
@@ -40,6 +41,7 @@ from tidegate.limiter.policy import (
     Tokens,
     call_use,
     unknown_limit,
+    whole_ms,
 )
 from tidegate.limiter.queue import LocalQueue
 from tidegate.limiter.session import Clock, Session, Timer
@@ -50,6 +52,21 @@ Outcome = Literal["success", "ignored", "dropped"]
 _NOT_KNOWN = CallUse()
 # When a caller that a stopping process refused may ask another one.
 _RETRY_MS = 1000
+_NAMED = 'acquire("openai", tenant="acme")'
+
+
+def _is_time(amount: float) -> bool:
+    return type(amount) is int and amount <= FOR_EVER_MS
+
+
+def _each_once(limits: Iterable[str]) -> tuple[str, ...]:
+    """In their order. Raises TypeError for what are no names."""
+    if isinstance(limits, str):
+        raise TypeError(f"the limits of a Demand are a tuple: ({limits!r},)")
+    try:
+        return tuple(sorted(set(limits)))
+    except TypeError:
+        raise TypeError(f"a limit is a name, as in {_NAMED}") from None
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -99,8 +116,11 @@ class PermitIssuer:
         if len(limits) != 1:
             if not limits:
                 raise ValueError("acquire needs a limit")
-            limits = tuple(sorted(set(limits)))
-        flow = self._queue.flows.get((band, demand.tenant, limits))
+            limits = _each_once(limits)
+        try:
+            flow = self._queue.flows.get((band, demand.tenant, limits))
+        except TypeError:
+            raise TypeError(f"a limit or a tenant is a name, as in {_NAMED}") from None
         if flow is None:
             flow = self._queue.flow(band, demand.tenant, limits)
         if flow.revision != policy.revision:
@@ -127,13 +147,17 @@ class PermitIssuer:
             limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
             full = QueueFull("the queue is full", limit=limit, retry_after_ms=retry_ms)
             raise self._refused(full)
+        deadline_ms, hard_ms = demand.deadline_ms, demand.hard_ms
+        if deadline_ms is not None and not _is_time(deadline_ms):
+            deadline_ms = whole_ms("deadline_ms", deadline_ms)
+        if not _is_time(hard_ms):
+            hard_ms = whole_ms("hard_ms", hard_ms)
         at = self._clock.now_ms()
-        deadline_ms = demand.deadline_ms
         waiter = self._queue.ask(
             flow,
             amounts=self._amounts(flow, demand) if flow.sized else "",
             use=flow.use_of(demand) if flow.fair_by != "seconds" else 0,
-            hard_ms=max(1, demand.hard_ms),
+            hard_ms=max(1, hard_ms),
             now_ms=at,
             deadline_ms=inf if deadline_ms is None else at + deadline_ms,
             once=demand.once,

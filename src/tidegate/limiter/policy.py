@@ -72,8 +72,9 @@ LEAST_USE, MOST_USE, UNKNOWN_USE = 10, 1_000_000_000, 1_000
 ARRIVAL_SLACK_MS = 500
 # A limit of such a scope that no policy names has no bound: it is the place of a pause.
 IMPLICIT_SCOPES = ("model:", "upstream:")
-_LIMIT_ID = re.compile(r"[a-z_]+:[^\s|{}]{1,200}|[^\s|{}:]{1,200}")
-TENANT_NAME = re.compile(r"[^\s|{}]{1,200}")
+# Nor half a character beyond the BMP: what has one cannot be sent.
+_LIMIT_ID = re.compile(r"[a-z_]+:[^\s|{}\ud800-\udfff]{1,200}|[^\s|{}:\ud800-\udfff]{1,200}")
+TENANT_NAME = re.compile(r"[^\s|{}\ud800-\udfff]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,12 +414,9 @@ _UNBOUNDED = Concurrency(MAX_BOUND)
 
 def check_tenant(tenant: str) -> None:
     """Raises ConfigError for a name that a tenant can't have."""
-    if not TENANT_NAME.fullmatch(tenant):
-        raise refused_tenant(tenant)
-
-
-def refused_tenant(tenant: str) -> ConfigError:
-    return ConfigError("tenant", tenant, "1 to 200 characters without spaces, | { or }")
+    if not isinstance(tenant, str) or not TENANT_NAME.fullmatch(tenant):
+        shown = tenant if isinstance(tenant, str) and tenant.isprintable() else ascii(tenant)
+        raise ConfigError("tenant", shown, "1 to 200 characters without spaces, | { or }")
 
 
 def share_of(bound: int, sessions: int) -> int:
@@ -604,6 +602,17 @@ def tokens_of(tokens: int | Tokens) -> Tokens:
     for amount in (tokens.input, tokens.output, tokens.cached, tokens.cache_write):
         whole("tokens", amount)
     return tokens
+
+
+def whole_ms(name: str, amount: float) -> int:
+    """A time in whole ms, rounded up, and FOR_EVER_MS at most. Raises TypeError for what is no
+    number and ValueError for NaN: one time that the server could not read would hold up all calls
+    of the process."""
+    if not isinstance(amount, int | float):
+        raise TypeError(f"{name} is a number of milliseconds, not {amount!r}")
+    if amount != amount:
+        raise ValueError(f"{name} is a number of milliseconds, not {amount!r}")
+    return ceil(max(-FOR_EVER_MS, min(amount, FOR_EVER_MS)))
 
 
 def whole(unit: str, amount: int) -> int:

@@ -424,7 +424,7 @@ class SyncLimiter:
         self,
         limit: str,
         *,
-        for_ms: int = FOR_EVER_MS,
+        for_ms: float = FOR_EVER_MS,
         reason: str = "",
         by: str = "",
         ramp_ms: int = RAMP_MS,
