@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from tidegate.policy.learned import LearnedLimit
     from tidegate.policy.rollout import PolicyKeeper, Revision
     from tidegate.settings import Config
+    from tidegate.store.database import Connections
     from tidegate.store.records import PolicyRecord
     from tidegate.upstream.usage_api import ReportedLimits, UsageAccount, UsageProvider
 
@@ -417,8 +418,8 @@ def why(
     what: Annotated[
         str,
         typer.Argument(
-            help="The id of a request, or its beginning or end among the newest; the id of a "
-            "batch; or a ticket: process/ticket."
+            help="The id of a request or a batch, or its beginning or end among the newest; or a "
+            "ticket: process/ticket."
         ),
     ],
     json: Json = False,
@@ -478,18 +479,28 @@ _NEWEST = 1_000
 
 
 def _whole_id(what: str) -> str:
-    """A part of a request's id in full, all else as it is."""
+    """A part of the id of a request or a batch in full, all else as it is."""
     from uuid import UUID
 
-    from tidegate.store.statistics import newest_ids
+    from tidegate.policy.inspection import batch_id_of
     from tidegate.supervisor.services import with_record
 
     with suppress(ValueError):
         return str(UUID(what))
-    if not is_short_id(what):
+    if batch_id_of(what) is not None:
         return what
-    ids = with_record(command_config(), lambda record: newest_ids(record, _NEWEST))
-    return whole_id(what, map(str, ids), f"the newest {_NEWEST:,}")
+    part = what.removeprefix("msg")  # one batch, by whatever API it is seen
+    if not is_short_id(part.removeprefix("batch_")):
+        return what
+    return whole_id(part, with_record(command_config(), _newest), f"the newest {_NEWEST:,}")
+
+
+async def _newest(record: Connections) -> list[str]:
+    from tidegate.store.statistics import newest_batches, newest_ids
+
+    requests = await newest_ids(record, _NEWEST)
+    batches = await newest_batches(record, _NEWEST)
+    return [*map(str, requests), *(f"batch_{one.hex}" for one in batches)]
 
 
 @permits_app.command("list")

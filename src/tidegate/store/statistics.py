@@ -816,3 +816,9 @@ def _day_bounds(day: date) -> tuple[datetime, datetime]:
 async def newest_ids(connections: Connections, most: int) -> list[UUID]:
     """The ids of the last requests of all tenants, the newest first. Raises StoreUnavailable."""
     return [row["id"] for row in await connections.rows("list_newest_ids", most)]
+
+
+async def newest_batches(connections: Connections, most: int) -> list[UUID]:
+    """The ids of the last batches of all tenants, the newest first. Raises StoreUnavailable."""
+    rows = await connections.rows("list_all_batches", None, None, False, most)
+    return [row["id"] for row in rows]

@@ -48,9 +48,10 @@ async def test_a_batch_names_the_limit_that_its_lines_wait_for(
     assert "higher priority" not in reason["next_action"]
     assert [one["limits"] for one in reason["holders"]]
 
-    done = await tidegate(gateway, "why", batch.id)
-    assert (done.code, done.complained) == (0, "")
-    assert done.said.startswith(f"{batch.id} {reason['sentence'].partition(', held by')[0]}")
+    for what in (batch.id, batch.id[-8:], batch.id[:-4], f"msg{batch.id[:-4]}"):
+        done = await tidegate(gateway, "why", what)
+        assert (done.code, done.complained) == (0, ""), what
+        assert done.said.startswith(f"{batch.id} {reason['sentence'].partition(', held by')[0]}")
 
     await gateway.upstream.clear_faults()
     await client.batches.cancel(batch.id)
