@@ -101,6 +101,15 @@ class GatewayClient:
             found: dict[str, Any] = await answer.json()
             return found
 
+    async def check_key(self) -> None:
+        """Raises GatewayRefused for a key that the gateway does not know: what it shows to
+        everybody would pass for what the key's owner may see."""
+        try:
+            await self.get("/requests", limit="1")
+        except GatewayRefused as refused:
+            if self._headers and refused.status == 401:
+                raise
+
     async def send(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: str
     ) -> Any:

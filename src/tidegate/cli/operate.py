@@ -242,6 +242,8 @@ async def show_state(gateway: GatewayClient, json: bool) -> int:
     code."""
     found = await gateway.health()
     verdict = found.get("verdict")
+    if verdict is None:
+        await gateway.check_key()
     if json:
         show_json(verdict or found)
     elif verdict is None:

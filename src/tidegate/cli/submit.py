@@ -100,6 +100,10 @@ def submit(
 ) -> None:
     """Submit a request. Prints its id, or with --wait or --follow its answer."""
     text = _prompt_of_input() if text == "-" else text
+    if idempotency_key is not None and not (
+        idempotency_key.isascii() and idempotency_key.isprintable()
+    ):
+        raise ConfigError("--idempotency-key", ascii(idempotency_key), "must be printable ASCII")
     fields = given(
         data=text or None,
         image_uri=image_uri,
@@ -346,7 +350,7 @@ def requests(
     query = {name: str(value) for name, value in filters.items()}
     if running:
         if query or cursor is not None:
-            raise ConfigError("--running", "", "takes no other filter")
+            raise ConfigError("--running", None, "takes no other filter")
         show_running(limit, json)
         return
     items, after = with_gateway(partial(_listed, query, limit, cursor))

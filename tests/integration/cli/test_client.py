@@ -163,6 +163,9 @@ async def test_exit_codes_say_what_kind_of_failure_it_is(
     cases = [
         (("submit", "Hello"), {}, 3, "set TIDEGATE_API_KEY"),
         (("submit", "Hello"), {"TIDEGATE_API_KEY": "tg_aaaaaaaa_wrong"}, 3, "key"),
+        (("status",), {"TIDEGATE_API_KEY": "tg_aaaaaaaa_wrong"}, 3, "not an API key"),
+        (("status",), with_key, 0, "shows the rest"),
+        (("submit", "Hello", "--idempotency-key", "a\nb"), with_key, 2, "printable ASCII"),
         (("status", nobody), with_key, 1, "no request"),
         (("submit", "Hello", "--model", "a b"), with_key, 2, "allowed: "),
         (("submit", "--wait"), with_key, 2, "prompt is missing"),
