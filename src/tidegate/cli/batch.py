@@ -155,6 +155,9 @@ def list_(
     if json:
         show_json(found)
         return
+    if not found["items"]:
+        typer.echo("there is no batch" if is_all else "no batch goes on", err=True)
+        return
     heads = ("batch", "tenant", "state", "done", "failed", "left", "called now", "paused by")
     show_table("", heads, [_listed(one) for one in found["items"]])
     if found["next_after"] is not None:

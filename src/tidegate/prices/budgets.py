@@ -284,7 +284,8 @@ def check_same(before: Budget, after: Budget) -> None:
     for name in (*DIMENSIONS, "model", "each", "unit", "period", "zone", "window_s"):
         now = getattr(before, name)
         if getattr(after, name) != now:
-            allowed = f"{now}, as it is: remove the budget first, or choose another name"
+            shown = "not set" if now is None else now
+            allowed = f"{shown}, as it is: remove the budget first, or choose another name"
             raise ConfigError(name, str(getattr(after, name)), allowed)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tidegate.errors import ConfigError
@@ -10,6 +12,7 @@ from tidegate.prices.budgets import (
     Dimension,
     budget_alert,
     budget_of,
+    check_same,
     extra_of,
     with_changes,
 )
@@ -35,6 +38,12 @@ def test_less_than_a_micro_dollar_is_refused_and_not_rounded_to_nothing() -> Non
             made()
     assert extra_of("0.000001", 0) == (1, "usd")
     assert budget_of("a", {"usd": "1e9", **DAY}).amount == 10**15
+
+
+def test_what_a_budget_does_not_bind_yet_is_named_as_people_say_it() -> None:
+    before = Budget("a", "usd", 1, "day")
+    with pytest.raises(ConfigError, match="tenant=acme: not set, as it is: remove"):
+        check_same(before, replace(before, tenant="acme"))
 
 
 def test_too_many_tokens_are_refused_with_the_range() -> None:
