@@ -213,9 +213,11 @@ def retry_after_ms(answer: ErrorAnswer) -> int | None:
     span = _IN_MESSAGE.search(answer.message)
     if span and (ms := span_ms(span[1])) is not None:
         return bounded_ms(ms)
-    if re.fullmatch(_NUMBER, header := answer.headers.get("retry-after-ms", "").strip()):
-        return bounded_ms(float(header))
+    exact = answer.headers.get("retry-after-ms", "").strip()
     header = answer.headers.get("retry-after", "")
+    # Azure sends 0 milliseconds beside a Retry-After of whole seconds.
+    if re.fullmatch(_NUMBER, exact) and (float(exact) or not header):
+        return bounded_ms(float(exact))
     if found := _DURATION.match(header):
         return bounded_ms(float(found[1]) * 1000)
     try:

@@ -68,13 +68,13 @@ def outcome_of_error(error: BaseException, overload: tuple[type[Exception], ...]
 def retry_after_ms(headers: Mapping[str, str], now: datetime) -> int | None:
     """How long a 429 says to stay away: `retry-after-ms`, or `retry-after` in seconds or as a date.
 
-    A date is by the clock of the server, as its header Date has it; `now` where that is missing.
-    None where it does not say.
+    Azure sends 0 milliseconds beside whole seconds, which count. A date is by the clock of the
+    server, as its header Date has it; `now` where that is missing. None where it does not say.
     """
     exact = _number(headers.get("retry-after-ms"))
-    if exact is not None:
-        return _bounded(exact)
     value = headers.get("retry-after")
+    if exact or (exact is not None and not value):
+        return _bounded(exact)
     seconds = _number(value)
     if seconds is not None:
         return _bounded(seconds * 1000)

@@ -148,6 +148,7 @@ DAY_MS = 86_400_000
         ("Try again in a while", {"retry-after": "9"}, 9_000),
         ("", {"retry-after-ms": "250", "retry-after": "1"}, 250),
         ("", {"retry-after-ms": "0"}, 0),
+        ("", {"retry-after-ms": "0", "retry-after": "1"}, 1_000),
         ("", {"retry-after-ms": "-5", "retry-after": "2"}, 2_000),
         ("", {"retry-after-ms": "999999999"}, DAY_MS),
         ("", {"retry-after": "0"}, 0),

@@ -48,6 +48,8 @@ IN_20_S = "Tue, 24 Nov 2026 12:00:20 GMT"
         ({"retry-after": IN_20_S, "date": "Tue, 24 Nov 2026 12:10:00 GMT"}, None),
         ({"retry-after": IN_20_S, "date": "yesterday"}, 20_000),
         ({"retry-after-ms": "250", "retry-after": "30"}, 250),
+        ({"retry-after-ms": "0", "retry-after": "30"}, 30_000),
+        ({"retry-after-ms": "0"}, None),
     ],
 )
 def test_how_long_the_headers_say_to_stay_away(
