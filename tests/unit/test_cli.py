@@ -270,6 +270,27 @@ def test_check_asks_what_is_meant_by_a_name_that_is_nearly_a_setting(tmp_path: P
     assert json.loads(told.stdout)["doubtful"]["RATE_LIMIT"] == "RATE_LIMITS"
 
 
+def test_a_base_url_that_sdks_would_follow_and_a_key_alone_does_not_is_named(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / ".env").write_text("ANTHROPIC_BASE_URL=http://localhost:8/\n")
+    keys = {"OPENAI_API_KEY": "k", "ANTHROPIC_API_KEY": "k"}
+    urls = {"OPENAI_BASE_URL": "http://localhost:9/v1", "OPENAI_API_BASE": "https://api.openai.com"}
+    done = _run(tmp_path, "config", "check", **keys, **urls)
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "tidegate: the environment: OPENAI_BASE_URL is not a setting; calls of openai go to "
+        "https://api.openai.com/v1 unless base_url in [upstreams.openai] says otherwise",
+        "tidegate: .env: ANTHROPIC_BASE_URL is not a setting; calls of anthropic go to "
+        "https://api.anthropic.com unless base_url in [upstreams.anthropic] says otherwise",
+    ]
+    # Where the file states the upstream, where it goes is known; without a key there is none.
+    stated = '[upstreams.openai]\nprovider = "openai"\nbase_url = "http://localhost:9/v1"\n'
+    (tmp_path / "tidegate.toml").write_text(stated)
+    done = _run(tmp_path, "config", "check", OPENAI_API_KEY="k", **urls)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_import_of_one_of_two_accounts_names_the_option_that_it_has(tmp_path: Path) -> None:
     accounts = [f'[upstreams.{name}]\nprovider = "openai"\n' for name in ("one", "two")]
     (tmp_path / "tidegate.toml").write_text("".join(accounts))

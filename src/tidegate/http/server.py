@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidegate import __version__
 from tidegate.dialects import dialect_of, methods_at, native_path
-from tidegate.errors import Forbidden, TidegateError
+from tidegate.errors import ConfigError, Forbidden, TidegateError
 from tidegate.http import jobs, own_requests, problems, stream
 from tidegate.http.admin import all_batches
 from tidegate.http.admin import budgets as admin_budgets
@@ -299,6 +299,8 @@ def _stated(config: Config) -> tuple[list[StatedSetting], Path | None, list[str]
         doubts = [str(one) for one in doubtful(config)]
     except OSError as unreadable:
         doubts = [f"{file} can't be read any more: {unreadable.strerror}"]
+    except ConfigError as wrong:  # of a file that was changed since
+        doubts = [wrong.message]
     return stated, file, doubts
 
 

@@ -47,6 +47,7 @@ from tidegate.policy.providers import (
     access_options_of,
     filled,
     may_ask_usage,
+    other_urls,
     own_models,
     urls_of,
 )
@@ -783,31 +784,35 @@ _SAME_WORD = 0.5
 
 
 class Doubt(NamedTuple):
-    """A name that is no setting of ours and nearly one: where it stands, and the setting."""
+    """A name that may be meant as a setting: where it stands, the setting, and a word on it."""
 
     name: str
     place: str
     near: str
+    said: str = "is {near} meant?"
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.name} is not a setting; is {self.near} meant?"
+        return f"{self.place}: {self.name} is not a setting; {self.said.format(near=self.near)}"
 
 
 def misspelt(
     environ: Mapping[str, str] | None = None, dotenv: Path = Path(".env")
 ) -> tuple[Doubt, ...]:
     """Names in the environment and in `.env` that are nearly a setting's."""
-    written = from_dotenv(dotenv) if dotenv.is_file() else {}
-    given = os.environ if environ is None else environ
+    places = _places(os.environ if environ is None else environ, dotenv)
     names = [name.upper() for model in (Config, Client) for name in model.model_fields]
     known = dict.fromkeys([*names, *(f"{name}_FILE" for name in names if name in SECRETS)])
     theirs = {*_OF_COMMANDS, *(f"{name}_FILE" for name in _OF_COMMANDS)}
-    found = (
-        Doubt(name, "the environment" if name in given else str(dotenv), near)
-        for name in sorted((written.keys() | given.keys()) - known.keys() - theirs)
-        if (near := _nearly(name.upper(), known)) is not None
-    )
-    return tuple(found)
+    strange = sorted(places.keys() - known.keys() - theirs)
+    near = {name: found for name in strange if (found := _nearly(name.upper(), known))}
+    return tuple(Doubt(name, places[name][0], meant) for name, meant in near.items())
+
+
+def _places(environ: Mapping[str, str], dotenv: Path = Path(".env")) -> dict[str, tuple[str, str]]:
+    """Where each variable stands, and its value."""
+    written = from_dotenv(dotenv) if dotenv.is_file() else {}
+    found = {name: (str(dotenv), value) for name, value in written.items()}
+    return found | {name: ("the environment", value) for name, value in environ.items()}
 
 
 def _nearly(name: str, known: Iterable[str]) -> str | None:
@@ -825,11 +830,15 @@ def _nearly(name: str, known: Iterable[str]) -> str | None:
 
 
 def doubtful(config: Config) -> list[Doubt]:
-    """Names of variables that are nearly a setting's, unless the policy's file speaks of them: the
-    key of another account is no mistake. Raises ConfigError."""
-    path = policy_file(config)
+    """Names of variables that are nearly a setting's, unless the policy's file speaks of them (the
+    key of another account is no mistake), and base URLs of SDKs. Raises ConfigError."""
+    path, places = policy_file(config), _places(os.environ)
     spoken_of = "" if path is None else path.read_text(errors="replace")
-    return [one for one in misspelt() if one.name not in spoken_of]
+    tables = stated_by(config).tables()
+    usual = [name for name, table in tables.items() if not {"base_url", "dialects"} & table.keys()]
+    theirs = other_urls(usual, {name: value for name, (_, value) in places.items()})
+    urls = (Doubt(name, places[name][0], *said) for name, *said in theirs)
+    return [*(one for one in misspelt() if one.name not in spoken_of), *urls]
 
 
 HIDDEN = "(hidden)"

@@ -8,7 +8,7 @@ says all of it. Pure.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -220,6 +220,25 @@ def urls_of(path: str, provider: Provider, table: Mapping[str, Any]) -> dict[str
     if table.get("paths") == Paths.DEPLOYMENTS:
         urls = {dialect: url.removesuffix("/v1") for dialect, url in urls.items()}
     return urls
+
+
+# By which variables the providers' own SDKs call another server.
+_URLS_OF_SDKS = {
+    "openai": ("OPENAI_BASE_URL", "OPENAI_API_BASE"),
+    "anthropic": ("ANTHROPIC_BASE_URL",),
+}
+
+
+def other_urls(names: Sequence[str], environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Base URLs in the environment that SDKs follow and the upstreams `names`, which state none,
+    do not: the variable, the setting in its place, and where calls go instead."""
+    for name in names:
+        for variable in _URLS_OF_SDKS.get(name, ()):
+            (url,) = PROVIDERS[name].urls.values()
+            stated = environ.get(variable, "").strip().rstrip("/").removesuffix("/v1")
+            if stated and stated != url.removesuffix("/v1"):
+                said = f"calls of {name} go to {url} unless {{near}} says otherwise"
+                yield variable, f"base_url in [upstreams.{name}]", said
 
 
 def _rebased(base: str, urls: Mapping[str, str]) -> dict[str, str]:
