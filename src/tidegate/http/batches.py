@@ -508,6 +508,8 @@ async def relayed(
         record.end(status, None if status is Status.SUCCEEDED else failure)
         if on_record:
             services.store.audit.put(record)
+        else:
+            services.store.journal.leave(record)
     headers = {REQUEST_ID_HEADER: str(call.terms.request_id)}
     answer = Response(b"".join(out.pieces), out.status, headers, media_type="application/json")
     known = {name for name, _ in answer.raw_headers}

@@ -136,3 +136,13 @@ async def test_a_batch_of_a_file_that_lives_at_the_provider_is_made_of_a_copy(
         assert ended.request_counts.completed == 1
     calls = [await one.control.calls(contains="Of a copy") for one in stage.accounts.values()]
     assert sum(map(len, calls)) == 2, "its lines are called under the limits here"
+
+
+async def test_a_list_of_files_is_never_taken_for_a_call_that_its_process_lost(
+    stage: Stage,
+) -> None:
+    assert [one.id async for one in stage.acme.files.list()] == []
+    store = stage.gateway.services.store
+    store.journal.close()
+    left = list((stage.gateway.config.data_dir / "spill").glob("*.calls"))
+    assert left == [], "calls that the next process puts on record as lost"
