@@ -221,6 +221,14 @@ class CallRecord:
         self.finished_at = self.finished_at or datetime.now(UTC)
 
     @property
+    def waited_ms(self) -> float:
+        """Its wait for admission; of one that has ended without, its wait until then."""
+        if self.queue_ms is not None or self.admitted_at is not None or self.finished_at is None:
+            return self.queue_ms or 0.0
+        since = self.waits_since or self.received_at
+        return max(0.0, (self.finished_at - since).total_seconds() * 1000)
+
+    @property
     def was_admitted(self) -> bool:
         """Whether it had a permit, in its last admission at least."""
         return self.admitted_at is not None and self.fence is not None

@@ -741,7 +741,7 @@ class _Front:
         if log_request.is_text:
             fields |= {
                 "model": self._record.model,
-                "queue_ms": round(self._record.queue_ms or 0, 1),
+                "queue_ms": round(self._record.waited_ms, 1),
             }
         log_request(fields)
 

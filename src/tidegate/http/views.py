@@ -219,7 +219,8 @@ class StatusView(Classified):
     retry_at: datetime | None = Field(default=None, description="When a queued retry may start")
     queue_ms: float | None = Field(
         default=None,
-        description="From submission to admission; of a retry, from its being taken up again",
+        description="From submission to admission, or to an end without it; of a retry, from its "
+        "being taken up again",
     )
     upstream_ms: float | None = Field(
         default=None, description="Length of the call to the provider"

@@ -429,7 +429,7 @@ def result_row(record: CallRecord) -> Json:
         "model": record.model or "",
         "admitted_at": record.admitted_at,
         "finished_at": record.finished_at,
-        "queue_ms": record.queue_ms or 0.0,
+        "queue_ms": record.waited_ms,
         "upstream": record.upstream,
         "upstream_ms": record.upstream_ms or 0.0,
         "first_byte_ms": answer.first_byte_ms,

@@ -107,7 +107,9 @@ async def test_a_wait_that_is_too_long_is_told_with_a_time(open_gateway: Opener)
         assert int(response.headers["Retry-After"]) >= 1
         request_id = response.headers["x-tidegate-request-id"]
     assert any(one["@type"].endswith("RetryInfo") for one in body["error"]["details"])
-    assert (await gateway.audit(request_id))["status"] == "expired"
+    row = await gateway.audit(request_id)
+    assert row["status"] == "expired"
+    assert row["queue_ms"] >= 50, "all of its wait, though it was never admitted"
     holding.cancel()
 
 
