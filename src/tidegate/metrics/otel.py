@@ -24,7 +24,7 @@ from opentelemetry.sdk.metrics.export import (
     PeriodicExportingMetricReader,
 )
 from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation, View
-from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.sampling import Decision
@@ -104,10 +104,12 @@ class Collector:
     def __init__(self, service: str, instance_id: str) -> None:
         # They would say so again and again of a collector that is away.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        # The environment names the service, but no process: several have the same variables.
         resource = Resource.create(
             {
                 "service.name": service,
                 "service.version": __version__,
+                **OTELResourceDetector().detect().attributes,
                 "service.instance.id": instance_id,
             }
         )

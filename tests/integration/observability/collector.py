@@ -26,6 +26,7 @@ class Received:
         self.url = ""
         self.spans: list[Span] = []
         self.services: set[str] = set()
+        self.resources: list[dict[str, str]] = []
         self.metrics: dict[str, Any] = {}
 
     def named(self, start: str) -> list[Span]:
@@ -34,11 +35,9 @@ class Received:
     async def take_traces(self, request: web.Request) -> web.Response:
         sent = ExportTraceServiceRequest.FromString(await _body(request))
         for resource in sent.resource_spans:
-            self.services |= {
-                one.value.string_value
-                for one in resource.resource.attributes
-                if one.key == "service.name"
-            }
+            said = {one.key: one.value.string_value for one in resource.resource.attributes}
+            self.resources.append(said)
+            self.services.add(said["service.name"])
             for scope in resource.scope_spans:
                 self.spans.extend(scope.spans)
         return _answer(ExportTraceServiceResponse())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from datetime import UTC, datetime
@@ -193,3 +194,22 @@ def test_a_collector_that_hangs_holds_up_the_end_of_a_process_for_a_moment_only(
         began = time.monotonic()
         collector.close()
         assert time.monotonic() - began < 5
+
+
+async def test_the_environment_names_the_service_and_each_process_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with collecting() as received:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", received.url)
+        monkeypatch.setenv("OTEL_SERVICE_NAME", "my gateway")
+        monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "team=a,service.instance.id=of-all")
+        collector = Collector("tidegate-api", "api-1")
+        request_id = uuid4()
+        trail = Tracing(collector.samples).trail(request_id, None)
+        ended = CallRecord("relay", "acme", datetime.now(UTC), request_id, trail=trail)
+        ended.end("succeeded")
+        collector.take([ended])
+        await asyncio.to_thread(collector.close)
+    (said,) = received.resources
+    assert (said["service.name"], said["team"]) == ("my gateway", "a")
+    assert said["service.instance.id"] == "api-1"
