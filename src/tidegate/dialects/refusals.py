@@ -319,9 +319,9 @@ def error_object(value: JsonObject) -> JsonObject | None:
     if value.get("type") == "response.failed" and isinstance(value.get("response"), dict):
         value = value["response"]
     error = value.get("error")
-    if isinstance(error, str):
+    if isinstance(error, str) and error:
         return {"message": error}
-    if isinstance(error, dict):
+    if isinstance(error, dict) and any(error.values()):  # else of a server that writes zeros too
         return error
     # Flat, of Mistral and vLLM, by its `object`.
     return value if "error" in (value.get("type"), value.get("object")) else None

@@ -47,6 +47,9 @@ NO_ERRORS = {
     "a tool's argument": b'data: {"choices":[{"args":{"error":{"code":503}}}]}\n\n',
     "an object in an argument": b'data: {"choices":[{"args":{"object":"error"}}]}\n\n',
     "a code and a choice": b'{"code":"x","choices":[{"args":{"error":"no"}}]}',
+    "an empty word": b'data: {"choices":[{"delta":{"content":"x"}}],"error":""}\n\n',
+    "an empty object": b'data: {"choices":[{"delta":{"content":"x"}}],"error":{}}\n\n',
+    "zeros": b'data: {"choices":[{"delta":{}}],"error":{"code":0,"message":"","type":""}}\n\n',
     "nothing": b"",
 }
 
