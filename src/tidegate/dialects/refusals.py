@@ -323,13 +323,38 @@ def error_object(value: JsonObject) -> JsonObject | None:
         return {"message": error}
     if isinstance(error, dict) and any(error.values()):  # else of a server that writes zeros too
         return error
+    if (error := _error_of_choices(value)) is not None:
+        return error
     # Flat, of Mistral and vLLM, by its `object`.
     return value if "error" in (value.get("type"), value.get("object")) else None
 
 
+def _error_of_choices(event: JsonObject) -> JsonObject | None:
+    """As OpenRouter tells one that ends an answer: in the choice that it ends."""
+    choices = event.get("choices")
+    if type(choices) is not list or len(choices) != 1 or type(choices[0]) is not dict:
+        return None
+    error = choices[0].get("error")
+    return error if type(error) is dict and any(error.values()) else None
+
+
+def error_without_output(answer: bytes) -> JsonObject | None:
+    """A whole answer that has nothing but an error in its only choice."""
+    if len(answer) > LONGEST_BYTES or b'"choices"' not in answer or b'"error"' not in answer:
+        return None
+    try:
+        value = orjson.loads(answer)
+    except orjson.JSONDecodeError:
+        return None
+    if type(value) is not dict or _error_of_choices(value) is None:
+        return None
+    message = _object(value["choices"][0].get("message"))
+    return None if any(said for name, said in message.items() if name != "role") else value
+
+
 def error_body(event: JsonObject) -> JsonObject:
     """The body of an answer that is this error from the start, as clients read it."""
-    if event.get("type") == "response.failed":
+    if event.get("type") == "response.failed" or not (event.get("error") or "message" in event):
         return {"error": error_object(event)}
     return event
 

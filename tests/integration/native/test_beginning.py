@@ -95,6 +95,13 @@ FAILING: dict[str, tuple[Called, tuple[bytes, ...]]] = {
             event(id="g", error={"code": 502, "message": "no"}, choices=[{"delta": {}}]),
         ),
     ),
+    "an error in the choice that it ends": (
+        CHAT,
+        (
+            ROLE,
+            event(choices=[{"delta": {"content": ""}, "error": {"code": 502, "message": "no"}}]),
+        ),
+    ),
 }
 
 
@@ -152,6 +159,9 @@ async def test_an_error_behind_what_has_no_output_goes_to_the_next_upstream(
 
 
 PAGE = b"<!DOCTYPE html><html><body>Sign in to the network</body></html>"
+NOTHING = {"role": "assistant", "content": ""}
+CHOICE = {"message": NOTHING, "finish_reason": "error", "error": {"code": 502, "message": "no"}}
+FAILED = json.dumps({"id": "gen-1", "model": "m", "choices": [CHOICE]}).encode()
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
 JSON, EVENTS, HTML = b"application/json", b"text/event-stream", b"text/html; charset=utf-8"
 
@@ -164,6 +174,7 @@ async def test_a_200_without_an_answer_goes_to_the_next_upstream(
         (False, HEAD % (JSON, 0)),
         (False, HEAD % (JSON, 2) + b"\n\n"),
         (False, HEAD % (HTML, len(PAGE)) + PAGE),
+        (False, HEAD % (JSON, len(FAILED)) + FAILED),
         (True, HEAD % (HTML, len(PAGE)) + PAGE),
         (True, HEAD % (EVENTS, 0)),
     ):

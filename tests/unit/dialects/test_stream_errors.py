@@ -73,6 +73,30 @@ def test_an_error_is_seen_that_is_no_event_of_its_stream(end: bytes) -> None:
         assert found == json.loads(GEMINI)
 
 
+def test_an_error_of_the_only_choice_is_seen() -> None:
+    error = {"code": 502, "message": "The model is down"}
+    choice = {"index": 0, "delta": {"content": ""}, "finish_reason": "error", "error": error}
+    chunk = {"id": "gen-1", "object": "chat.completion.chunk", "choices": [choice]}
+    data = b"data: " + json.dumps(chunk).encode() + b"\n\ndata: [DONE]\n\n"
+    assert refusals.error_event_in(b'data: {"choices":[]}\n\n' * 9 + data) == chunk
+    assert refusals.error_body(chunk) == {"error": error}
+    assert refusals.status_of(refusals.error_object(chunk) or {}) == 502
+    for other in (dict(choice, error={}), dict(choice, error=None), {"delta": {"error": error}}):
+        assert refusals.error_object({"choices": [other]}) is None
+    assert refusals.error_object({"choices": [choice, {"delta": {"content": "x"}}]}) is None
+
+
+def test_a_whole_answer_with_nothing_but_an_error_in_its_choice_is_one() -> None:
+    def whole(**message: object) -> bytes:
+        choice = {"error": {"code": 502, "message": "no"}, "message": {"role": "a", **message}}
+        return json.dumps({"id": "gen-1", "choices": [choice]}).encode()
+
+    for empty in (whole(), whole(content=""), whole(content=None, tool_calls=[])):
+        assert refusals.error_without_output(empty) == json.loads(empty)
+    for other in (whole(content="so"), whole(tool_calls=[{}]), whole()[:-1], b'{"error":{}}'):
+        assert refusals.error_without_output(other) is None
+
+
 def test_an_error_that_ends_a_list_is_seen() -> None:
     item = b'{"candidates":[{"content":{"parts":[{"text":"x"}]}}]}'
     assert refusals.error_event_in(b"[" + item + b"\n,\r\n" + GEMINI + b"\n]") == json.loads(GEMINI)
