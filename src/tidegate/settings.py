@@ -189,15 +189,14 @@ class Client(BaseModel):
         return self.tidegate_url or f"http://localhost:{self.port}"
 
 
+_ORIGIN = re.compile(
+    r"(?:http(?!:.*:80$)|https(?!:.*:443$))://(?:[a-z\d_.-]+|\[[\da-f:.]+\])(?::\d{1,5})?", re.ASCII
+)
+
+
 def _is_origin(text: str) -> bool:
-    """Whether it is the address of a page as a browser says it in Origin."""
-    url = split_url(text)
-    return (
-        url.scheme in ("http", "https")
-        and text == f"{url.scheme}://{url.netloc}"
-        and bool(url.hostname)
-        and "@" not in url.netloc
-    )
+    """Whether it is the address of a page as a browser says it in Origin: never a pattern."""
+    return _ORIGIN.fullmatch(text) is not None
 
 
 NEEDED_IN_THE_OPEN = ("DATABASE_URL", "REDIS_URL")

@@ -49,7 +49,11 @@ WRONG = {
         "https:// URL",
     ),
     "CORS_ORIGINS": (
-        ["chat.example", "https://a.example/", "*", "ftp://a.example", "https://u@a.example"],
+        [
+            *("chat.example", "https://a.example/", "*", "ftp://a.example", "https://u@a.example"),
+            *("https://*.a.example", "https://a.example:443", "http://a:80"),
+            *("https://a.exämple", "https://", "https://a.example:", "https://a b"),
+        ],
         "https://host",
     ),
     "ALLOWED_HOSTS": (["a b", "https://gate.example", "gate.example:443", "*"], "without ports"),
