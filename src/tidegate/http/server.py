@@ -383,7 +383,7 @@ _CORS: dict[str, Any] = {
     "allow_methods": ["GET", "HEAD", "POST", "PUT", "DELETE"],
     "allow_headers": ["*"],
     "expose_headers": [
-        *("retry-after", "x-request-id", "request-id"),
+        *("retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id"),
         *("x-tidegate-request-id", "x-tidegate-queue-ms", "x-tidegate-upstream"),
         *("x-tidegate-remaining", "x-tidegate-type", "x-tidegate-omitted-bytes"),
         *(REPLAYED_HEADER, LOST_HEADER),

@@ -45,6 +45,7 @@ async def test_it_is_answered_and_may_read_what_it_is_told(gateway: Gateway, str
         exposed = answer.headers["access-control-expose-headers"]
         assert "x-tidegate-request-id" in exposed
         assert {"idempotency-replayed", "idempotency-lost"} <= {*exposed.split(", ")}
+        assert {"x-should-retry", "retry-after-ms"} <= {*exposed.split(", ")}, "SDKs obey them"
         assert await answer.read()
     data = {"data": "Say hello", "type": "text_only"}
     async with gateway.http.post(f"{gateway.url}/submit", json=data, headers=of_page()) as answer:
