@@ -669,6 +669,8 @@ class ProviderBatchRunner:
         """A line has an answer, good or not."""
         record = self._record(batch, line)
         error: TidegateError | None = result.error
+        if result.is_unread:
+            record.charge = UNKNOWN_CHARGE
         if result.answer is not None:
             endpoint, target = self._endpoint(batch, line.job), self._target_of(batch)
             kind = line.job.classification.kind if line.job.endpoint is None else None

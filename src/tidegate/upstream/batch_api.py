@@ -11,8 +11,8 @@ Gemini in its display name; Anthropic has neither, so that only the results of a
 is.
 
 Invariants: a batch is created by one request on a new connection, which is never sent again here;
-what is created can be found again; a line of results is read within `MOST_LINE_BYTES`; the key
-goes to the upstream's own base URL only.
+what is created can be found again; a line of results that is longer than `MOST_LINE_BYTES` or no
+JSON holds up no other one; the key goes to the upstream's own base URL only.
 """
 
 from __future__ import annotations
@@ -101,11 +101,13 @@ class BatchProgress:
 @dataclass(frozen=True, slots=True)
 class LineResult:
     """What became of a line. answer: the body of a good answer. error: of one that the provider
-    refused, or failed at. Without either the line was not processed, and costs nothing."""
+    refused, or failed at. Without either the line was not processed, and costs nothing. is_unread:
+    the error is that its result can't be read, and what it costs is not known."""
 
     line: int
     answer: bytes | None = None
     error: UpstreamError | None = None
+    is_unread: bool = False
 
 
 class BatchApi(Protocol):
@@ -237,22 +239,25 @@ class _Account:
             raise UpstreamGarbled("the batch API did not answer with an object")
         return value
 
-    async def objects(self, path: str) -> AsyncGenerator[Json]:
-        """The lines of a file, each an object."""
+    async def rows(self, path: str) -> AsyncGenerator[_ResultRow]:
+        """The lines of a file of results."""
         exchange = await self.open("GET", path)
-        rest = b""
+        held, size_bytes = list[bytes](), 0  # of the line that has not ended
         try:
             while piece := await exchange.next():
-                *lines, rest = (rest + piece).split(b"\n")
-                for line in lines:
-                    if line.strip():
-                        yield _object_in(line)
-                if len(rest) > MOST_LINE_BYTES:
-                    raise UpstreamGarbled(f"a line of results is over {MOST_LINE_BYTES} bytes")
+                for number, part in enumerate(piece.split(b"\n")):
+                    if number:  # a line ended before it
+                        if line := b"".join(held).strip():
+                            yield _ResultRow.of(line, is_too_long=size_bytes > MOST_LINE_BYTES)
+                        held, size_bytes = [], 0
+                    if size_bytes > MOST_LINE_BYTES:  # its ends say whose it is
+                        held = [held[0], held[-1]]
+                    held.append(part)
+                    size_bytes += len(part)
         finally:
             exchange.close()
-        if rest.strip():
-            yield _object_in(rest)
+        if line := b"".join(held).strip():
+            yield _ResultRow.of(line, is_too_long=size_bytes > MOST_LINE_BYTES)
 
     async def upload_to(self, headers: Headers, base: str) -> str:
         """Where an upload goes on, which must be at the same server."""
@@ -312,10 +317,45 @@ def _object_in(text: bytes) -> Json:
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:
-        raise UpstreamGarbled("a line of the batch's results is not JSON") from None
+        raise UpstreamGarbled("the batch API did not answer with JSON") from None
     if not isinstance(value, dict):
-        raise UpstreamGarbled("a line of the batch's results is not an object")
+        raise UpstreamGarbled("the batch API did not answer with an object")
     return value
+
+
+@dataclass(frozen=True, slots=True)
+class _ResultRow:
+    """A line of a file of results. problem: why it can't be read; then `shown` has no more than
+    whose it is, where that is found in it."""
+
+    shown: Json
+    problem: str = ""
+
+    @classmethod
+    def of(cls, line: bytes, *, is_too_long: bool) -> _ResultRow:
+        if is_too_long:
+            return cls(_named_in(line), f"it is longer than {MOST_LINE_BYTES} bytes")
+        try:
+            value = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            return cls(_named_in(line), "it is not JSON")
+        return cls(value) if isinstance(value, dict) else cls({}, "it is not an object")
+
+    def unread(self, line: int) -> LineResult | None:
+        """The result of a line that can't be read; None for any other."""
+        if not self.problem:
+            return None
+        why = UpstreamGarbled(f"the result of the provider's batch can't be read: {self.problem}")
+        return LineResult(line, error=why, is_unread=True)
+
+
+# Within an answer, of which it may stand before or behind, the quotes would be escaped.
+_NAMED = re.compile(rb'"(?:custom_id|key)"\s*:\s*"([0-9a-f]{32}-\d{1,9})"')
+
+
+def _named_in(line: bytes) -> Json:
+    found = _NAMED.search(line)
+    return {} if found is None else dict.fromkeys(("custom_id", "key"), found[1].decode())
 
 
 def _part(value: object, name: str) -> Json:
@@ -421,10 +461,10 @@ class OpenAIBatches:
 
     async def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
         for file_id in ended.files:
-            async for row in self._account.objects(f"/files/{_quoted(file_id)}/content"):
-                line = line_of(batch.id, row.get("custom_id"))
+            async for row in self._account.rows(f"/files/{_quoted(file_id)}/content"):
+                line = line_of(batch.id, row.shown.get("custom_id"))
                 if line is not None:
-                    yield self._result(line, row)
+                    yield row.unread(line) or self._result(line, row.shown)
 
     def _result(self, line: int, row: Json) -> LineResult:
         answer = _part(row, "response")
@@ -504,10 +544,10 @@ class AnthropicBatches:
         raise UpstreamGarbled(f"the list of batches has more than {_MOST_PAGES} pages")
 
     async def _is_of(self, batch: BatchOutline, ended: BatchProgress) -> bool:
-        results = self._account.objects(self._results_path(ended.provider_id))
+        results = self._account.rows(self._results_path(ended.provider_id))
         try:
             async for row in results:
-                return line_of(batch.id, row.get("custom_id")) is not None
+                return line_of(batch.id, row.shown.get("custom_id")) is not None
         finally:
             await results.aclose()
         return False
@@ -529,10 +569,10 @@ class AnthropicBatches:
         return f"/v1/messages/batches/{_quoted(provider_id)}/results"
 
     async def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
-        async for row in self._account.objects(self._results_path(ended.provider_id)):
-            line = line_of(batch.id, row.get("custom_id"))
+        async for row in self._account.rows(self._results_path(ended.provider_id)):
+            line = line_of(batch.id, row.shown.get("custom_id"))
             if line is not None:
-                yield self._result(line, _part(row, "result"))
+                yield row.unread(line) or self._result(line, _part(row.shown, "result"))
 
     def _result(self, line: int, result: Json) -> LineResult:
         message = result.get("message")
@@ -618,15 +658,15 @@ class GeminiBatches:
         await _cancel(self._account, f"/v1beta/{_named(provider_id)}:cancel")
 
     async def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
-        for row in ended.inline:
-            line = line_of(batch.id, _part(row, "metadata").get("key"))
+        for shown in ended.inline:
+            line = line_of(batch.id, _part(shown, "metadata").get("key"))
             if line is not None:
-                yield self._result(line, row)
+                yield self._result(line, shown)
         for file in ended.files:
-            async for row in self._account.objects(f"/v1beta/{_named(file)}:download?alt=media"):
-                line = line_of(batch.id, row.get("key"))
+            async for row in self._account.rows(f"/v1beta/{_named(file)}:download?alt=media"):
+                line = line_of(batch.id, row.shown.get("key"))
                 if line is not None:
-                    yield self._result(line, row)
+                    yield row.unread(line) or self._result(line, row.shown)
 
     def _result(self, line: int, row: Json) -> LineResult:
         answer, error = row.get("response"), row.get("error")
