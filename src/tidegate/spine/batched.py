@@ -167,8 +167,6 @@ class BatchedCalls:
         """Fill the record with a good answer; `kind`: of a prompt, None for a native call. Raises
         UpstreamGarbled, and for a prompt EmptyAnswer and PromptBlocked: it is charged all the same.
         """
-        if len(answer) > KEPT_BYTES:
-            raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
         spec = DIALECTS[endpoint.dialect]
         facts = spec.answer_facts(answer)
         record.http_status = 200
@@ -177,6 +175,8 @@ class BatchedCalls:
         said.response_id, said.model_version = facts.response_id, facts.model_version
         images = spec.image_count(answer) or None
         record.charge = self._charge(target, said.usage, said.model_version, images)
+        if len(answer) > KEPT_BYTES:
+            raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
         if kind is None:
             record.keep(answer)
         elif endpoint.dialect is Dialect.GEMINI:

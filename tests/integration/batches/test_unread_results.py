@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -20,6 +21,7 @@ from tests.integration.batches.provider import (
     wrapped,
 )
 from tidegate.emulator.server import Emulator, run_emulator
+from tidegate.prices.budgets import budget_of
 from tidegate.upstream import batch_api
 
 RESULTS = ("/content", "/results", ":download")
@@ -119,3 +121,23 @@ async def test_a_result_that_cannot_be_read_holds_up_no_other_line(
     if distort is not no_object:  # which does not say whose it is
         first, *_ = await gateway.attempts(ids[0])
         assert "upstream_garbled" in first["failure"]
+
+
+async def test_an_answer_that_is_too_long_to_be_kept_is_charged(
+    gateway: Gateway, provider: Distorting
+) -> None:
+    budget = budget_of("all", {"usd": "10", "period": "month"})
+    await gateway.services.store.budgets.records.set(budget, by="test")
+    provider.distort = lambda line: line.replace(b"distorted", b"distorted" + b" " * 16_000_000)
+    job = await gateway.submit(**wrapped("openai", "Say distorted"))
+    await put_into_batch(gateway, job)
+    gateway.start_worker()
+    end: dict[str, Any] = await gateway.end_of(job)
+    assert (end["status"], end["error"]["code"]) == ("failed", "upstream_garbled")
+    row = await gateway.audit(job)
+    micros = (row["input_tokens"] * 0.15 + row["output_tokens"] * 0.60) / 2
+    assert (row["usage_state"], row["cost_micros"]) == ("told", pytest.approx(micros, abs=1))
+    assert row["cost_micros"] > 0
+    await gateway.services.store.budgets.flush()
+    (book,) = await gateway.services.store.budgets.records.books("all")
+    assert book.spent == row["cost_micros"]
