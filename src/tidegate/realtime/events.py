@@ -5,9 +5,9 @@ one known place of it: `response.usage` of `response.done`, `usage` of a complet
 `usageMetadata` beside Gemini's content. Per turn it covers the whole context, so that the sum over
 the turns is what a session used.
 
-Invariants: usage is never read from what a client sent; a client's message that two servers could
-read differently (a name twice, or in another case) is refused; the model of a session never
-changes. Pure.
+Invariants: usage is never read from what a client sent, and a count that is too large is none; a
+client's message that two servers could read differently (a name twice, or in another case) is
+refused; the model of a session never changes. Pure.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import orjson
 
 from tidegate.call import Caller, Usage, UsageDetails
+from tidegate.dialects.answers import MOST_TOKENS
 from tidegate.errors import Forbidden, InvalidRequest
 
 Message = str | bytes
@@ -148,7 +149,7 @@ def _has(message: Message, *names: str) -> bool:
 
 
 def _whole(value: Any) -> int | None:
-    return value if type(value) is int and 0 <= value < 2**53 else None
+    return value if type(value) is int and 0 <= value <= MOST_TOKENS else None
 
 
 def _count(table: Any, name: str) -> int | None:

@@ -1,0 +1,47 @@
+"""What a provider of realtime sessions may say harms no other call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import orjson
+from websockets.asyncio.server import ServerConnection, serve
+
+from tests.gateway import Opener
+from tests.integration.realtime.test_realtime_life import rows, talk
+
+_TURNS = 40
+_POLICY = """
+[upstreams.hostile]
+base_url = "http://127.0.0.1:{port}/v1"
+dialect = "openai"
+models = ["hostile"]
+[upstreams.hostile.prices]
+"hostile" = {{ input = 30, output = 30 }}
+"""
+
+
+async def boasts(socket: ServerConnection) -> None:
+    """Turns that nobody asked for, of more tokens than there are."""
+    session = {"type": "realtime", "model": "hostile"}
+    await socket.send(orjson.dumps({"type": "session.created", "session": session}).decode())
+    usage = {"input_tokens": 2**53 - 1, "output_tokens": 2**53 - 1}
+    for number in range(_TURNS):
+        for kind in ("response.created", "response.done"):
+            response = {"id": f"resp_{number}", "status": "completed", "usage": usage}
+            await socket.send(orjson.dumps({"type": kind, "response": response}).decode())
+
+
+async def test_usage_beyond_all_counts_is_taken_for_none(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    async with serve(boasts, "127.0.0.1", 0, compression=None) as server:
+        policy = tmp_path / "policy.toml"
+        policy.write_text(_POLICY.format(port=server.sockets[0].getsockname()[1]))
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        async with talk(gateway, "/v1/realtime?model=hostile") as socket:
+            async for _ in socket:
+                pass
+        (row,) = await rows(gateway, 1)
+        assert (row["status"], row["usage_state"]) == ("succeeded", "estimated")
+        assert row["cost_micros"] < 10**6
