@@ -706,7 +706,7 @@ GEMINI = DialectSpec(
             gemini_work.end_of,
             results=gemini_work.results_path,
             files=gemini_work.files_of,
-            tally=lambda shown, _: gemini_work.BatchTally(shown, usage_of),
+            tally=lambda shown, request: gemini_work.BatchTally(shown, request, usage_of),
             longest_ms=gemini_work.LONGEST_BATCH_MS,
         ),
     },

@@ -33,7 +33,7 @@ from tidegate.dialects.answers import (
     with_searches,
 )
 from tidegate.dialects.resources import RESOURCE_ID, Making
-from tidegate.dialects.spec import AnswerFacts, JsonObject, RequestFacts, whole_in
+from tidegate.dialects.spec import NO_FACTS, AnswerFacts, JsonObject, RequestFacts, whole_in
 from tidegate.errors import InvalidRequest
 
 _INLINE = ("inlinedResponses", "inlinedEmbedContentResponses")
@@ -170,12 +170,19 @@ class VideoTally:
 
     shown: JsonObject
     request: bytes
+    is_unread: bool = False
 
     def add(self, row: JsonObject) -> None:
         """An operation of videos has no file of answers."""
 
+    def skim(self, text: bytes, *, is_last: bool) -> int:
+        self.is_unread = True
+        return len(text)
+
     def facts(self) -> AnswerFacts:
         """Facts of all videos; of none, that nothing was used."""
+        if self.is_unread:
+            return NO_FACTS
         videos = sum(1 for _ in _videos(part_of(self.shown, "response")))
         if not videos:
             return AnswerFacts(Usage(input_tokens=0, output_tokens=0))
@@ -253,9 +260,12 @@ def _bound(request: JsonObject) -> int | None:
 class BatchTally:
     """Sum of what the answers of a batch report. `usage_of` reads that of one."""
 
-    def __init__(self, shown: JsonObject, usage_of: Callable[[JsonObject], Usage]) -> None:
+    def __init__(
+        self, shown: JsonObject, request: bytes, usage_of: Callable[[JsonObject], Usage]
+    ) -> None:
         self._usage_of = usage_of
-        self._shown = shown
+        self._shown, self._request = shown, request
+        self._skimmed: list[JsonObject] = []
         self._sums: dict[str, int] = {}
         self._details: dict[str, int] = {}
         self._versions: set[str] = set()
@@ -288,6 +298,35 @@ class BatchTally:
                 more = getattr(usage.details, name) or 0
                 self._details[name] = self._details.get(name, 0) + more
 
+    def skim(self, text: bytes, *, is_last: bool) -> int:
+        """By the usage beside each answer; within one the quotes of its name would be escaped."""
+        end = len(text) if is_last else max(0, len(text) - _LONGEST_USAGE_BYTES)
+        at = 0
+        while (found := _TOLD.search(text, at)) is not None and found.start() < end:
+            at = found.end()
+            if found["tokens"] is not None:
+                self._skimmed.append({"tokenCount": found["tokens"].decode()})
+                continue
+            told = text[at - 1 : at + _LONGEST_USAGE_BYTES].decode("utf-8", "replace")
+            with suppress(ValueError, RecursionError):  # then what follows counts by itself
+                usage, length = _DECODER.raw_decode(told)
+                self._skimmed.append({"usageMetadata": usage})
+                at += length - 1
+        if is_last:
+            for answer in self._once():
+                self.add({"response": answer})
+            self._silent = self._silent or not self._answers
+        return max(at, end)
+
+    def _once(self) -> list[JsonObject]:
+        """What was skimmed; an operation shows its answers twice, as its result and its output."""
+        found, half = self._skimmed, len(self._skimmed) // 2
+        with suppress(orjson.JSONDecodeError, InvalidRequest):
+            asked = len(requests_in(object_of(orjson.loads(self._request))) or ())
+            if len(found) > asked and found[:half] == found[half:]:
+                return found[:half]
+        return found
+
     def facts(self) -> AnswerFacts:
         """Facts of all: unknown where an answer reports no usage, or where a batch has none, but
         counts some that succeeded."""
@@ -307,6 +346,9 @@ class BatchTally:
         return AnswerFacts(Usage(**sums, details=details), state, model_version=version)
 
 
+_LONGEST_USAGE_BYTES = 16_384
+_TOLD = re.compile(rb'"usageMetadata"\s*:\s*\{|"tokenCount"\s*:\s*"?(?P<tokens>\d{1,12})')
+_DECODER = json.JSONDecoder()
 _COUNTS = (
     *("input_audio_tokens", "input_image_tokens", "input_video_tokens"),
     *("output_audio_tokens", "output_image_tokens", "output_video_tokens", "searches"),

@@ -248,6 +248,10 @@ class WorkTally(Protocol):
     def add(self, row: JsonObject) -> None:
         """Count one more answer, of a file of them."""
 
+    def skim(self, text: bytes, *, is_last: bool) -> int:
+        """Count the answers in a part of an object that is too long to be parsed. How many bytes of
+        it have been read: the rest, and what follows it, is the next part."""
+
     def facts(self) -> AnswerFacts:
         """Facts of all."""
 

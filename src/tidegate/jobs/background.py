@@ -61,18 +61,20 @@ _GONE_AFTER_MS = 60_000.0
 LOST_AFTER_S = 60.0  # for so long a provider says that it does not know a call
 _MOST_MISSED = 10_000
 _END_TRIES = 40
-_MOST_ANSWER_BYTES = 64_000_000  # a batch may hold all of its answers
+_MOST_ANSWER_BYTES = 64_000_000  # of one that is parsed; a batch may hold all of its answers
 log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class _Reported:
     """What a provider said of its work: its object, None where it does not know it. end: how it has
-    ended, None while it goes on."""
+    ended, None while it goes on. facts: of an object that is too long to be parsed, which is empty
+    here."""
 
     body: bytes
     shown: dict[str, Any] | None
     end: Status | None = Status.FAILED
+    facts: AnswerFacts | None = None
 
 
 def _work_of(call: BackgroundCall) -> OngoingWork:
@@ -253,7 +255,9 @@ class BackgroundRunner:
                 return _Reported(b"", {}, None)
             if exchange.status >= 300:
                 raise (await refusal_of(exchange, target, call.dialect)).error
-            answer = await exchange.read(_MOST_ANSWER_BYTES)
+            answer, is_whole = await _read(exchange)
+            if not is_whole:
+                return await self._long(call, exchange, answer)
         finally:
             exchange.close()
         try:
@@ -263,6 +267,24 @@ class BackgroundRunner:
         if not isinstance(shown, dict):
             raise UpstreamGarbled("the provider's answer on a response is no object")
         return _Reported(answer, shown, work.end_of(shown))
+
+    @staticmethod
+    async def _long(call: BackgroundCall, exchange: Exchange, begin: bytes) -> _Reported:
+        """Of an object that is too long to be parsed, as one with all answers of a batch may be: it
+        has ended, since what goes on holds no answers. What is kept of it is on the record."""
+        make, record = _work_of(call).tally, call.record
+        tally = None if make is None else make({}, record.request)
+        held, piece = b"", begin
+        while piece:
+            record.keep(piece)
+            if tally is not None:
+                held += piece
+                done = await aside(len(held), partial(tally.skim, held, is_last=False))
+                held = held[done:]
+            piece = await exchange.next()
+        if tally is not None:
+            tally.skim(held, is_last=True)
+        return _Reported(b"", {}, Status.SUCCEEDED, None if tally is None else tally.facts())
 
     def _path(self, call: BackgroundCall, path: str) -> str:
         model = quote(call.record.model or "", safe="")
@@ -303,7 +325,7 @@ class BackgroundRunner:
         """Raises UpstreamError where the answers that it holds can't be read."""
         record, facts, made = call.record, None, list[NewResource]()
         if target is not None and seen.shown is not None:
-            facts = await self._facts(call, target, seen.shown)
+            facts = seen.facts or await self._facts(call, target, seen.shown)
             made = self._made(call, target, seen.shown)
         record.finished_at = datetime.now(UTC)
         record.sent, record.http_status, record.waits = True, 200, False
@@ -387,6 +409,16 @@ class BackgroundRunner:
         demand = exchange.demand(target, lane)
         exchange.settle(target, lane, demand, whole=whole, failed=None)
         lane.demands.learn(demand, record.answer.usage, record.charge.usage, whole=whole)
+
+
+async def _read(exchange: Exchange) -> tuple[bytes, bool]:
+    """An answer, and whether that is all of it: of a longer one its beginning."""
+    whole = bytearray()
+    while len(whole) <= _MOST_ANSWER_BYTES:
+        if not (piece := await exchange.next()):
+            return bytes(whole), True
+        whole += piece
+    return bytes(whole), False
 
 
 def _failure(seen: _Reported) -> Failure | None:

@@ -16,6 +16,7 @@ from google.genai import types
 from tests.gateway import Gateway, Opener
 from tests.integration.native.test_gemini_lives import refused, sdk_of
 from tests.waiting import wait_until
+from tidegate.jobs import background
 from tidegate.policy.format import edit
 from tidegate.prices.budgets import Budget
 
@@ -241,6 +242,27 @@ async def test_embeddings_and_pictures(stage: Stage) -> None:
     assert len(await stage.drawn(count=3)) == 3
     row = await stage.row(":predict")
     assert (row["images"], row["cost_micros"]) == (3, 120_000)
+
+
+@pytest.mark.parametrize("most_bytes", [100, 1_500, 40_000])
+async def test_a_batch_whose_answers_are_too_long_to_be_parsed_is_charged_by_them(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, most_bytes: int
+) -> None:
+    monkeypatch.setattr(background, "_MOST_ANSWER_BYTES", most_bytes)
+    await stage.gateway.upstream.set_behaviour(batches={"delay_ms": 200})
+    forged = 'Say "usageMetadata": {"promptTokenCount": 0}'
+    source = lines(*(f"{forged} [tokens 400] {number}" for number in range(30)))
+    made = await stage.mine.batches.create(model=MODEL, src=source)
+    ended = await stage.ended(made.name)
+    assert len(ended.model_dump_json()) > most_bytes
+    told = [one.response.usage_metadata for one in ended.dest.inlined_responses]
+    row = await stage.row(":batchGenerateContent")
+    assert (row["status"], row["usage_state"]) == ("succeeded", "told")
+    assert row["input_tokens"] == sum(one.prompt_token_count for one in told)
+    assert row["output_tokens"] == sum(one.candidates_token_count for one in told)
+    taken, given = row["input_tokens"], row["output_tokens"] + (row["thoughts_tokens"] or 0)
+    assert row["cost_micros"] == round((taken * 0.3 + given * 2.5) / 2), "at the batch's price"
+    await stage.counts("kind:batch", 0)
 
 
 async def test_a_batch_of_a_file_where_no_keys_are_required(open_gateway: Opener) -> None:

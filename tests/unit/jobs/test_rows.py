@@ -39,7 +39,7 @@ async def test_a_line_that_can_not_be_read_is_an_answer_of_unknown_usage() -> No
     long = b'{"response": {"text": "' + b"x" * 200 + b'"}}'
     whole = await read(b"\n".join([GOOD, b"", GOOD, b""]), 100)
     assert len(whole) == 2
-    tally = BatchTally({}, usage_of)
+    tally = BatchTally({}, b"", usage_of)
     for row in whole:
         tally.add(row)
     assert tally.facts().usage.input_tokens == 6
@@ -47,7 +47,7 @@ async def test_a_line_that_can_not_be_read_is_an_answer_of_unknown_usage() -> No
         for lines in ([GOOD, odd, GOOD], [GOOD, odd], [odd, GOOD, b""]):
             rows = await read(b"\n".join(lines), 100)
             assert len(rows) == len([line for line in lines if line]), odd
-            tally = BatchTally({}, usage_of)
+            tally = BatchTally({}, b"", usage_of)
             for row in rows:
                 tally.add(row)
             assert tally.facts().usage.input_tokens is None, odd
