@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from tidegate.errors import (
     UpstreamError,
     UpstreamGarbled,
 )
+from tidegate.jobs.calls import crowded
 from tidegate.record import CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.bodies import aside
@@ -90,7 +90,6 @@ class BackgroundRunner:
         self._due = store.notifications.due
         self._relay, self._spine = relay, relay.spine
         self._in_hand: dict[UUID, asyncio.Task[None]] = {}
-        self._looks_at = Counter[str]()  # of these, by upstream
         self._missed: dict[UUID, float] = {}  # since when the provider does not know them
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -124,27 +123,16 @@ class BackgroundRunner:
 
     async def _see_to_all(self) -> None:
         while len(self._in_hand) < _AT_ONCE:
-            call = await self._calls.take(self._in_hand, self._filled())
+            full = crowded(self._in_hand.values(), _AT_ONCE)
+            call = await self._calls.take(self._in_hand, full)
             if call is None:
                 return
-            task = asyncio.create_task(self._guarded(call))
+            task = asyncio.create_task(self._guarded(call), name=call.upstream)
             self._in_hand[call.id] = task
-            self._looks_at[call.upstream] += 1
-            task.add_done_callback(partial(self._looked, call))
+            task.add_done_callback(partial(self._looked, call.id))
 
-    def _filled(self) -> list[str]:
-        """Upstreams that have half of the places which the others leave: one that hangs keeps its
-        looks for as long as its first byte may take, and holds up no other."""
-        total = len(self._in_hand)
-        return [
-            name for name, count in self._looks_at.items() if 2 * count >= _AT_ONCE - total + count
-        ]
-
-    def _looked(self, call: BackgroundCall, _: asyncio.Task[None]) -> None:
-        self._in_hand.pop(call.id, None)
-        self._looks_at[call.upstream] -= 1
-        if not self._looks_at[call.upstream]:
-            del self._looks_at[call.upstream]
+    def _looked(self, request_id: UUID, _: asyncio.Task[None]) -> None:
+        self._in_hand.pop(request_id, None)
 
     async def _guarded(self, call: BackgroundCall) -> None:
         """The top of a look's task."""

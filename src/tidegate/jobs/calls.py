@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -272,6 +273,14 @@ _OUT_WAIT_S = 0.25
 _REST_OF_CLAIM, _LONGEST_REST_S = 3, 0.02
 _LONGEST_CLAIM_S = 120.0  # each of its statements has a deadline: what takes longer never ends
 _LAST_TRY_WAITS_MS = 1_000, 10_000
+
+
+def crowded(at_work: Iterable[asyncio.Task[None]], at_once: int) -> list[str]:
+    """The upstreams that may have no more of `at_once` places, by the names of the tasks that have
+    some: at most as many as are free. So one that does not answer leaves room for each other."""
+    counts = Counter(task.get_name() for task in at_work)
+    free = at_once - counts.total()
+    return [upstream for upstream, count in counts.items() if count >= free]
 
 
 class Claimed(Protocol):

@@ -51,6 +51,7 @@ from tidegate.errors import (
 from tidegate.jobs.calls import (
     ask_of,
     caller_of,
+    crowded,
     is_of_upstream,
     kept,
     log_end,
@@ -90,7 +91,8 @@ MOST_LINES = 2_000
 MOST_BYTES = 16_000_000
 PARKED_S = 6 * 3600.0
 _LOOK_EVERY_S = 0.25
-_AT_ONCE = 4
+_AT_ONCE = 10
+_BEGUN_AT_ONCE = 8  # whose bodies are in memory
 _POLLS = 60
 _CHUNK = 100
 _PRUNE_EVERY_S = 3600.0
@@ -243,7 +245,8 @@ class ProviderBatchRunner:
         if not await self._store.open_batches.theirs():
             return
         while len(self._in_hand) < _AT_ONCE:
-            batch = await self._batches.take({*self._in_hand, *self._making})
+            full = crowded(self._in_hand.values(), _AT_ONCE)
+            batch = await self._batches.take({*self._in_hand, *self._making}, full)
             if batch is None:
                 return
             self._go_on(batch)
@@ -348,7 +351,7 @@ class ProviderBatchRunner:
         try:
             begun = await self._batches.begin(batch, joining)
             # What is beyond that is taken when it is due, and its bodies are read again.
-            if begun.batch is not None and len(self._in_hand) < 2 * _AT_ONCE:
+            if begun.batch is not None and len(self._in_hand) < _BEGUN_AT_ONCE:
                 bodies = {line: one.call.body for line, one in enumerate(group)}
                 self._go_on(begun.batch, bodies)
         finally:
@@ -373,7 +376,7 @@ class ProviderBatchRunner:
         )
 
     def _go_on(self, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None = None) -> None:
-        task = asyncio.create_task(self._guarded(batch, bodies))
+        task = asyncio.create_task(self._guarded(batch, bodies), name=batch.upstream)
         self._in_hand[batch.id] = task
         task.add_done_callback(lambda _: self._in_hand.pop(batch.id, None))
 

@@ -609,6 +609,27 @@ async def test_the_lines_of_a_few_batches_are_in_memory_however_many_begin(
     assert {(await gateway.end_of(one))["status"] for one in ids} == {"succeeded"}
 
 
+async def test_an_upstream_that_does_not_answer_leaves_room_for_the_batches_of_others(
+    open_gateway: Opener,
+    settings: dict[str, Any],
+    provider: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(provider_batches, "MOST_LINES", 1)
+    await provider.control.set_fault("hang", kind="other", match="POST /v1/files", count=100)
+    gateway = await opened(open_gateway, settings)
+    await submitted(gateway, *(wrapped("openai", f"Say word {n}") for n in range(16)))
+    gateway.start_worker()
+
+    async def all_hang() -> bool:
+        calls = await provider.control.calls()
+        return sum(call.fault == "hang" for call in calls) >= 4
+
+    await wait_until(all_hang)
+    (other,) = await submitted(gateway, wrapped("anthropic", "Say hello"))
+    assert (await gateway.end_of(other))["status"] == "succeeded"
+
+
 async def test_a_line_that_cannot_be_made_again_leaves_its_batch_to_the_others(
     open_gateway: Opener,
     settings: dict[str, Any],

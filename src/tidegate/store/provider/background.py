@@ -158,17 +158,17 @@ class BackgroundCalls:
     # Of workers
 
     async def take(
-        self, in_hand: Collection[UUID], but_at: Collection[str] = ()
+        self, in_hand: Collection[UUID], crowded: Collection[str]
     ) -> BackgroundCall | None:
-        """A call that is due, if there is any but those that are `in_hand` here or `but_at` these
-        upstreams: also one that a dead worker had."""
+        """A call that is due, if there is any but those that are `in_hand` here or at an
+        upstream of `crowded`: also one that a dead worker had."""
         row = await self._connections.row(
             "take_background_call",
             self._instance_id,
             list(in_hand),
             self._queue.may_judge,
             self._lease_ms,
-            list(but_at),
+            list(crowded),
         )
         if row is None:
             return None

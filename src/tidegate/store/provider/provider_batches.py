@@ -253,15 +253,16 @@ class ProviderBatches:
         assert row is not None
         return row
 
-    async def take(self, in_hand: Iterable[UUID]) -> UpstreamBatch | None:
-        """A batch that is due, if there is any but those that are `in_hand` here: also one that a
-        dead worker had."""
+    async def take(self, in_hand: Iterable[UUID], crowded: Iterable[str]) -> UpstreamBatch | None:
+        """A batch that is due, if there is any but those that are `in_hand` here, and at another
+        upstream than the `crowded` ones: also one that a dead worker had."""
         row = await self._connections.row(
             "take_provider_batch",
             self._instance_id,
             list(in_hand),
             self._queue.may_judge,
             self._lease_ms,
+            list(crowded),
         )
         return None if row is None else _batch(row)
 

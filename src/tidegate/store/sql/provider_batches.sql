@@ -29,11 +29,12 @@ WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'running'
 SELECT line, request_id FROM provider_batch_lines WHERE batch_id = $1
 
 -- name: take_provider_batch
--- Take a batch that is due for worker $1, but none of $2; of workers not seen for $4 ms only if $3.
+-- Take a batch that is due for worker $1, but none of $2 nor of the upstreams $5; of workers not seen for $4 ms only if $3.
 UPDATE provider_batches SET claim = claim + 1, claimed_by = $1
 WHERE id = (
     SELECT b.id FROM provider_batches b LEFT JOIN workers w ON w.instance_id = b.claimed_by
     WHERE b.state <> 'done' AND b.due_at <= now() AND b.id <> ALL($2::uuid[])
+        AND b.upstream <> ALL($5::text[])
         AND (b.claimed_by IS NULL OR b.claimed_by = $1 OR $3::boolean AND
             greatest(w.seen_at, pg_postmaster_start_time())
                 < now() - $4::double precision * interval '1 millisecond')
