@@ -18,6 +18,7 @@ checksums: a message whose checksum is wrong is not read, and what follows it is
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
 import zlib
 from base64 import b64decode
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 import orjson
@@ -44,10 +45,38 @@ TAIL_BYTES = 65_536
 MOST_DECODED_BYTES = 16_000_000
 _MOST_CODED_BYTES = 4_000_000
 _MOST_CHARS = 200
+_DEEPEST, _LEVELS_AROUND = 200, 40
 _NOTIFY_AFTER_S = 0.1
 _MOST_WAITING = 500
 
 log = get_logger()
+
+
+def dumped(value: Any) -> bytes:
+    """A value as JSON, also where it nests deeper than orjson writes, as what it reads may."""
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def answer_within(text: str) -> Any:
+    """A recorded answer as it can stand within JSON of ours: as text where it is no JSON, or nests
+    so deep that it could not be written there."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return text
+    if text.count("{") + text.count("[") <= _DEEPEST:
+        return value
+    around = value
+    for _ in range(_LEVELS_AROUND):
+        around = [around]
+    try:
+        orjson.dumps(around)
+    except orjson.JSONEncodeError:
+        return text
+    return value
 
 
 @dataclass(frozen=True, slots=True)

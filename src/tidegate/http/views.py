@@ -9,14 +9,13 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 from uuid import UUID
 
-import orjson
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Status, Tier, Usage
 from tidegate.errors import NotFound
-from tidegate.record import Failure
+from tidegate.record import Failure, answer_within
 from tidegate.store.blobs import Blobs
 from tidegate.store.records import (
     USAGE_COLUMNS,
@@ -231,7 +230,9 @@ class StatusView(Classified):
     )
     text: str | None = None
     answer: Any = Field(
-        default=None, description="Of a job with an `endpoint`: the provider's answer, verbatim"
+        default=None,
+        description="Of a job with an `endpoint`: the provider's answer, verbatim; as text where "
+        "it is no JSON, or may nest over 200 levels deep",
     )
     images: list[FileView] = []
     files: list[FileView] = Field(default=[], description="What was uploaded")
@@ -325,10 +326,7 @@ _SAME_IN_STATUS = (
 def _answer(record: RequestRecord) -> Any:
     if record.endpoint is None or not record.text:
         return None
-    try:
-        return orjson.loads(record.text)
-    except orjson.JSONDecodeError:
-        return record.text
+    return answer_within(record.text)
 
 
 def item_view(listed: Listed, prefix: str) -> RequestItem:

@@ -24,6 +24,7 @@ from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.metrics.verdict import Cause, CauseKind, DeploymentSeen, Standing, causes_of
 from tidegate.policy.tenants import webhook_keys
 from tidegate.prices.budgets import budget_alert
+from tidegate.record import answer_within
 from tidegate.settings import Config
 from tidegate.store.outbox import AlertDelivery, AlertOutbox, Delivery
 from tidegate.store.records import RequestRecord, usage_columns
@@ -202,10 +203,7 @@ def _said(record: RequestRecord) -> dict[str, Any]:
         return {}
     if record.endpoint is None:
         return {"text": text}
-    try:
-        return {"answer": orjson.loads(text)}
-    except orjson.JSONDecodeError:
-        return {"answer": text}
+    return {"answer": answer_within(text)}
 
 
 _ALERTS_AT_ONCE = 8

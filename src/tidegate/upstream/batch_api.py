@@ -32,6 +32,7 @@ from tidegate.dialects import DIALECTS, refusals
 from tidegate.dialects.spec import Dialect, Endpoint, Headers
 from tidegate.errors import UpstreamError, UpstreamGarbled, UpstreamRejected, UpstreamThrottled
 from tidegate.policy.deployment import Upstream
+from tidegate.record import dumped
 from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
 
 MOST_LINE_BYTES = 64_000_000
@@ -472,8 +473,8 @@ class OpenAIBatches:
         if not isinstance(status, int):  # it expired, or was cancelled
             return LineResult(line)
         if status < 300 and isinstance(body, dict):
-            return LineResult(line, orjson.dumps(body))
-        text = orjson.dumps(body)
+            return LineResult(line, dumped(body))
+        text = dumped(body)
         error = self._account.error(status, refusals.error_of_refusal_in(text))
         return LineResult(line, error=error)
 
@@ -577,7 +578,7 @@ class AnthropicBatches:
     def _result(self, line: int, result: Json) -> LineResult:
         message = result.get("message")
         if result.get("type") == "succeeded" and isinstance(message, dict):
-            return LineResult(line, orjson.dumps(message))
+            return LineResult(line, dumped(message))
         if result.get("type") != "errored":
             return LineResult(line)
         error = _part(result, "error")
@@ -671,7 +672,7 @@ class GeminiBatches:
     def _result(self, line: int, row: Json) -> LineResult:
         answer, error = row.get("response"), row.get("error")
         if isinstance(answer, dict):
-            return LineResult(line, orjson.dumps(answer))
+            return LineResult(line, dumped(answer))
         if not isinstance(error, dict):
             return LineResult(line)
         code = error.get("code")

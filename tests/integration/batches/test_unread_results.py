@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,6 +122,24 @@ async def test_a_result_that_cannot_be_read_holds_up_no_other_line(
     if distort is not no_object:  # which does not say whose it is
         first, *_ = await gateway.attempts(ids[0])
         assert "upstream_garbled" in first["failure"]
+
+
+@pytest.mark.parametrize("dialect", MODELS)
+async def test_a_result_that_nests_deep_is_an_answer_and_holds_up_no_other_line(
+    gateway: Gateway, provider: Distorting, dialect: str
+) -> None:
+    within = {"openai": b'"body"', "anthropic": b'"message"', "gemini": b'"response"'}[dialect]
+    begins = re.compile(rb"(%b:\s*\{)" % within)
+    nested = b'{"a":' * 400 + b"1" + b"}" * 400
+    provider.distort = lambda line: begins.sub(rb'\1"deep":%b,' % nested, line, count=1)
+    texts = ["Say distorted", "Say word"]
+    ids = [await gateway.submit(**wrapped(dialect, text)) for text in texts]
+    await put_into_batch(gateway, *ids)
+    gateway.start_worker()
+    ends = [await gateway.end_of(one) for one in ids]
+    assert {end["status"] for end in ends} == {"succeeded"}
+    assert nested in ends[0]["answer"].encode()
+    assert await asked(provider.emulator.control, "Say") == {(text, "batch"): 1 for text in texts}
 
 
 async def test_an_answer_that_is_too_long_to_be_kept_is_charged(

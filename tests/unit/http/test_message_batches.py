@@ -147,3 +147,11 @@ def test_a_line_is_shown_as_a_result(response: Any, error: Any, result: Any) -> 
         inner = {"type": kind, "message": message}
         result = {"type": "errored", "error": {"type": "error", "error": inner}}
     assert orjson.loads(result_line(orjson.dumps(line))) == {"custom_id": "a", "result": result}
+
+
+@pytest.mark.parametrize("depth", [252, 1_020])
+def test_an_answer_that_nests_deep_is_a_result(depth: int) -> None:
+    body = b'{"a":' * depth + b"1" + b"}" * depth
+    line = b'{"custom_id":"a","response":{"status_code":200,"body":%b},"error":null}' % body
+    told = b'{"custom_id":"a","result":{"type":"succeeded","message":%b}}\n'
+    assert result_line(line) == told % body

@@ -48,7 +48,7 @@ from tidegate.http.views import (
     view_of,
 )
 from tidegate.policy.inspection import Reason
-from tidegate.record import Failure
+from tidegate.record import Failure, dumped
 from tidegate.spine.detached import endpoint_named, plain_path, wrapped_facts
 from tidegate.spine.models import targets_for, targets_for_prompt
 from tidegate.store.jobs import (
@@ -754,7 +754,7 @@ async def _wrapped(endpoint: Endpoint, path: str, body: Body) -> dict[str, str |
     for name in ("stream", "stream_options"):
         found.pop(name, None)
     model = wrapped_facts(endpoint, found).model
-    return {"endpoint": path, "body": orjson.dumps(found).decode(), "model": model or None}
+    return {"endpoint": path, "body": dumped(found).decode(), "model": model or None}
 
 
 def _without_text(view: RequestView) -> RequestView:

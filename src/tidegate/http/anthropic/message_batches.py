@@ -14,6 +14,7 @@ disk as it arrives, and one request of it is parsed at a time.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ from tidegate.http.guards import own_origin
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
 from tidegate.http.problems import not_relayed, refusal, status_of_code
 from tidegate.http.views import streamed
+from tidegate.record import dumped
 from tidegate.spine.detached import LONGEST_BYTES, endpoint_named, wrapped_facts
 from tidegate.store.batches import INPUT, MOST_LINES, Batch, BatchFile
 from tidegate.store.blobs import Blobs, new_key
@@ -525,7 +527,10 @@ _CUT_SHORT = {"batch_cancelled": "canceled", "batch_expired": "expired"}
 
 def result_line(line: bytes) -> bytes:
     """A line of the files of a batch as a result of Anthropic's."""
-    told = orjson.loads(line)
+    try:
+        told = orjson.loads(line)
+    except orjson.JSONDecodeError:  # its answer nests as deep as orjson reads
+        told = json.loads(line)
     response, error = told["response"], told["error"]
     result: dict[str, Any]
     if response is not None and response["status_code"] == 200:
@@ -537,7 +542,7 @@ def result_line(line: bytes) -> bytes:
     else:
         kind = error_type(status_of_code(error["code"]))
         result = {"type": "errored", "error": _wrapped(kind, error["message"])}
-    return orjson.dumps({"custom_id": told["custom_id"], "result": result}) + b"\n"
+    return dumped({"custom_id": told["custom_id"], "result": result}) + b"\n"
 
 
 def _error(status: int, body: Any) -> Any:
