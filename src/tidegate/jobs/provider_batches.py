@@ -294,8 +294,10 @@ class ProviderBatchRunner:
             raise
         except TidegateError as wrong:
             log.info(Log.PROVIDER_BATCH_LEFT, request_id=str(job.request_id), reason=wrong.message)
-            await self._batches.turn_away([job])
-            return None
+        except Exception:  # an unforeseen error: logged, and the job holds up no other
+            log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
+        await self._batches.turn_away([job])
+        return None
 
     async def _line(self, job: ClaimedJob, endpoint: Endpoint, target: Target) -> BatchableCall:
         """Raises StoreUnavailable, NotFound and what a call raises that can't be made."""
@@ -671,6 +673,19 @@ class ProviderBatchRunner:
     async def _end_line(self, batch: UpstreamBatch, line: OpenLine, result: LineResult) -> None:
         """A line has an answer, good or not."""
         record = self._record(batch, line)
+        try:
+            await self._end_by(batch, line, result, record)
+        except StoreUnavailable:
+            raise
+        except Exception:  # an unforeseen error: logged, and the line holds up no other
+            log.exception(Log.INTERNAL_ERROR, request_id=str(line.job.request_id))
+            record = self._record(batch, line)
+            record.charge = UNKNOWN_CHARGE
+            await self._finish(line, record, TidegateError("an internal error; it has been logged"))
+
+    async def _end_by(
+        self, batch: UpstreamBatch, line: OpenLine, result: LineResult, record: CallRecord
+    ) -> None:
         error: TidegateError | None = result.error
         if result.is_unread:
             record.charge = UNKNOWN_CHARGE

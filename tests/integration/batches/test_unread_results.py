@@ -23,6 +23,7 @@ from tests.integration.batches.provider import (
 )
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.prices.budgets import budget_of
+from tidegate.spine.batched import BatchedCalls
 from tidegate.upstream import batch_api
 
 RESULTS = ("/content", "/results", ":download")
@@ -140,6 +141,35 @@ async def test_a_result_that_nests_deep_is_an_answer_and_holds_up_no_other_line(
     assert {end["status"] for end in ends} == {"succeeded"}
     assert nested in ends[0]["answer"].encode()
     assert await asked(provider.emulator.control, "Say") == {(text, "batch"): 1 for text in texts}
+
+
+@pytest.mark.parametrize("step", ["of_native", "read"])
+async def test_an_unforeseen_error_at_one_line_holds_up_no_other(
+    gateway: Gateway, provider: Distorting, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Nobody knows an answer that makes one, or it would be foreseen."""
+    works = getattr(BatchedCalls, step)
+
+    def fails(calls: BatchedCalls, *given: Any) -> Any:
+        if "distorted" in str(given):
+            raise ValueError("what nobody has thought of")
+        return works(calls, *given)
+
+    monkeypatch.setattr(BatchedCalls, step, fails)
+    texts = ["Say distorted", *(f"Say word {number}" for number in range(3))]
+    ids = [await gateway.submit(**wrapped("openai", text)) for text in texts]
+    await put_into_batch(gateway, *ids)
+    gateway.start_worker()
+    first, *others = [await gateway.end_of(one) for one in ids]
+    assert {end["status"] for end in others} == {"succeeded"}
+    assert await asked(provider.emulator.control, "Say word") == {
+        (text, "batch"): 1 for text in texts[1:]
+    }
+    if step == "read":  # it was called, and nobody knows what that cost
+        assert (first["status"], first["error"]["code"]) == ("failed", "internal")
+        assert (await gateway.audit(ids[0]))["usage_state"] == "unknown"
+    else:
+        assert first["status"] == "succeeded"
 
 
 async def test_an_answer_that_is_too_long_to_be_kept_is_charged(
