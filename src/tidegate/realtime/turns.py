@@ -36,7 +36,7 @@ from tidegate.call import (
     seconds_of,
     tokens_of,
 )
-from tidegate.errors import BudgetReserved, LimiterUnavailable, TidegateError
+from tidegate.errors import BudgetReserved, LimiterUnavailable, TidegateError, UpstreamGarbled
 from tidegate.limiter import Limit, Quota, Rate
 from tidegate.prices.budgets import Binding
 from tidegate.prices.rates import Rates
@@ -46,6 +46,8 @@ from tidegate.spine.run import Lane, Terms
 from tidegate.store.budgets import Budgets
 
 _AUDIO_STEP_S = 5
+# Of one session: each waits for the limits, or is held in memory, until it has ended.
+_MOST_LATE, _MOST_BEGUN = 16, 100
 _UNSEEN = "a turn has the whole conversation, with its audio, for its input"
 
 
@@ -155,7 +157,7 @@ class Turns:
 
     async def take(self, reported: Reported) -> None:
         """Note what a message reports. Raises what a budget raises that has no room for another
-        turn."""
+        turn, and UpstreamGarbled for more turns at a time than a session has."""
         if reported.refuses and self._asked:
             await self._end(self._asked.pop(0), None)
         if reported.begins_turn:
@@ -173,6 +175,8 @@ class Turns:
             await self._end(turn, self._cut_charge(turn))
 
     async def _begin(self) -> RealtimeTurn:
+        if len(self._late) >= _MOST_LATE or len(self._begun) >= _MOST_BEGUN:
+            raise UpstreamGarbled("the provider begins one turn after another and ends none")
         if self._asked:
             turn = self._asked.pop(0)
         else:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import orjson
+import pytest
 from websockets.asyncio.server import ServerConnection, serve
 
 from tests.gateway import Opener
-from tests.integration.realtime.test_realtime_life import rows, talk
+from tests.integration.realtime.test_realtime_life import closed, nothing_held, rows, talk
+from tidegate.policy.format import edit
 
 _TURNS = 40
 _POLICY = """
@@ -30,6 +32,33 @@ async def boasts(socket: ServerConnection) -> None:
         for kind in ("response.created", "response.done"):
             response = {"id": f"resp_{number}", "status": "completed", "usage": usage}
             await socket.send(orjson.dumps({"type": kind, "response": response}).decode())
+
+
+async def begins(socket: ServerConnection) -> None:
+    """Turns without an end."""
+    session = {"type": "realtime", "model": "hostile"}
+    await socket.send(orjson.dumps({"type": "session.created", "session": session}).decode())
+    for number in range(2_000):
+        response = {"id": f"resp_{number}", "status": "in_progress"}
+        event = {"type": "response.created", "response": response}
+        await socket.send(orjson.dumps(event).decode())
+    await socket.wait_closed()
+
+
+@pytest.mark.parametrize("limits", [{}, {"tpm:hostile": 1}])
+async def test_turns_that_a_provider_never_ends_end_the_session(
+    open_gateway: Opener, tmp_path: Path, limits: dict[str, int]
+) -> None:
+    async with serve(begins, "127.0.0.1", 0, compression=None) as server:
+        policy = tmp_path / "policy.toml"
+        policy.write_text(_POLICY.format(port=server.sockets[0].getsockname()[1]))
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        await gateway.services.keepers["hostile"].change(edit(limits), set_by="test")
+        async with talk(gateway, "/v1/realtime?model=hostile") as socket:
+            code, reason = await closed(socket)
+        assert (code, reason) == (1011, "the provider begins one turn after another and ends none")
+        await nothing_held(gateway)
+        assert len(await rows(gateway, 1)) == 1
 
 
 async def test_usage_beyond_all_counts_is_taken_for_none(
