@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -160,9 +160,8 @@ class BackgroundRunner:
 
     async def _look_at_running(self, call: BackgroundCall) -> None:
         upstream = self._spine.targets.upstreams.get(call.upstream)
-        left = call.deadline_at - datetime.now(UTC)
-        is_over = left <= timedelta(0)
-        await self._counted(call, left)
+        is_over = call.left_ms <= 0
+        await self._counted(call)
         if upstream is None or call.dialect not in upstream.base_urls:
             if is_over:
                 await self._end(call, _Reported(b"", None), None)
@@ -188,7 +187,7 @@ class BackgroundRunner:
                 await self._end(call, seen, target)
                 return
         except UpstreamError as error:
-            if left <= timedelta(milliseconds=-GRACE_MS):
+            if call.left_ms <= -GRACE_MS:
                 await self._end(call, _Reported(b"", None), target)
             else:
                 after_ms = error.retry_after_ms or 0
@@ -206,16 +205,16 @@ class BackgroundRunner:
 
     def _wait_ms(self, call: BackgroundCall) -> float:
         """The longer it has taken, the longer it probably still takes."""
-        age_ms = (datetime.now(UTC) - call.created_at).total_seconds() * 1000
-        longest_ms = max(_LONGEST_WAIT_MS, float(self._config.background_poll_ms))
-        return min(longest_ms, max(float(self._config.background_poll_ms), age_ms * _SHARE_OF_AGE))
+        shortest_ms = float(self._config.background_poll_ms)
+        longest_ms = max(_LONGEST_WAIT_MS, shortest_ms)
+        return min(longest_ms, max(shortest_ms, call.age_ms * _SHARE_OF_AGE))
 
-    async def _counted(self, call: BackgroundCall, left: timedelta) -> None:
+    async def _counted(self, call: BackgroundCall) -> None:
         """Count it, in case Valkey has lost its data."""
         limiter = self._limiter(call)
         if limiter is None or not call.limits:
             return
-        left_ms = max(0, round(left.total_seconds() * 1000)) + GRACE_MS
+        left_ms = max(0, round(call.left_ms)) + GRACE_MS
         with suppress(LimiterUnavailable):  # the next look repeats it
             await limiter.hold(call.permit, call.limits, left_ms)
 

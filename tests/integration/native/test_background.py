@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, tzinfo
 from functools import partial
 from os import urandom
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import openai
 import orjson
@@ -523,3 +524,18 @@ async def test_what_ends_while_valkey_is_away_fills_no_log_with_traces(
 
     await wait_until(forgotten, 20, "its end")
     assert [line for line in lines() if line["event"] == "worker_loop_failed"] == []
+
+
+async def test_a_worker_whose_clock_was_set_ends_no_call_before_its_time(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Set(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) + timedelta(days=2)
+
+    monkeypatch.setattr(background, "datetime", Set)
+    await stage.gateway.upstream.set_behaviour(**SLOW)
+    made = await stage.sdk.responses.create(model=MODEL, input="Think", background=True)
+    row = await stage.ended(made.id)
+    assert (row["status"], row["usage_state"]) == ("succeeded", "told")

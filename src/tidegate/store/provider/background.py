@@ -41,7 +41,8 @@ _TIMEOUT_MS = 5_000
 class BackgroundCall:
     """One call. kind, resource_id: what it makes. permit: the name under which the limiter counts
     it, of the upstream's pool. limits: with what it takes of each. looks: how often it was looked
-    at. cancelled_at: since when it is to end at the provider."""
+    at. cancelled_at: since when it is to end at the provider. age_ms, left_ms: since it began, and
+    until its longest time is over, by PostgreSQL's clock alone."""
 
     id: UUID
     state: str
@@ -57,8 +58,8 @@ class BackgroundCall:
     record: CallRecord
     looks: int
     cancelled_at: datetime | None
-    created_at: datetime
-    deadline_at: datetime
+    age_ms: float
+    left_ms: float
     claim: int
 
 

@@ -39,7 +39,9 @@ WHERE id = (
                 < now() - $4::double precision * interval '1 millisecond')
     ORDER BY b.due_at LIMIT 1 FOR UPDATE OF b SKIP LOCKED
 )
-RETURNING *, facts::text AS facts_text, lineage::text AS lineage_text
+RETURNING *, facts::text AS facts_text, lineage::text AS lineage_text,
+    (extract(epoch FROM now() - created_at) * 1000)::double precision AS age_ms,
+    (extract(epoch FROM deadline_at - now()) * 1000)::double precision AS left_ms
 
 -- name: put_off_background_call
 -- Worker has looked at call $1 under claim $2: due again after $3 ms; cancelled at the provider if $4.
