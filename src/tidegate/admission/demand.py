@@ -167,6 +167,13 @@ class Reach:
         return tuple(found)
 
 
+def _counts_use(limit: Limit | None) -> bool:
+    """Whether it counts tokens or money, not calls."""
+    if isinstance(limit, Concurrency):
+        return limit.by_tokens
+    return isinstance(limit, Rate | Quota) and (limit.unit in USUAL_WEIGHTS or limit.unit == "usd")
+
+
 def _counts_cache(limit: Limit) -> bool:
     """Whether input that the provider has in its cache counts less."""
     if not isinstance(limit, Rate | Quota) or limit.unit not in USUAL_WEIGHTS:
@@ -365,13 +372,19 @@ class Demands:
         estimates_all: bool = False,
         conversation: Callable[[], ConversationKey | None] = _no_conversation,
         measured: UsageDetails | None = None,
+        runs_model: bool = True,
     ) -> CallDemand:
-        """The demand of a request in a provider's own dialect; its limits may be none. Where no
+        """The demand of a request in a provider's own dialect; its limits may be none. One that
+        runs no model takes nothing of a model's limits, and no tokens or money. Where no
         limit counts tokens only some calls are estimated, unless `estimates_all`, so that the
         estimator goes on learning: it costs as much as all the rest. `conversation` is called where
         a limit counts cached input less. `measured`: what the request shows of its usage beside
         tokens."""
         audio_seconds = 0 if measured is None else measured.input_audio_seconds or 0
+        if not runs_model:
+            all_of = self.limits(policy, kind, "", tenant, 0, 0, tags)
+            calls = tuple(one for one in all_of if not _counts_use(policy.limit(one)))
+            return CallDemand(calls, tenant, self._reach.band(priority), 0)
         limits = self.limits(policy, kind, model, tenant, images, audio_seconds, tags)
         reach = self._reach
         self._turn = (self._turn + 1) % _LEARN_FROM_ONE_IN

@@ -51,8 +51,9 @@ class Operation(StrEnum):
     INFER requests text or images of a model, EMBED vectors, IMAGES images alone, TRANSCRIBE the
     text of a recording, SPEAK a recording of a text, MODERATE a judgement on one, RERANK the order
     of some, CACHE the keeping of an input, VIDEO videos, BATCH many calls of a model. COUNT,
-    MODELS, FILES, RESOURCE and UPLOAD run no model, and take a limit only where there is one for
-    `kind:other`; so does OTHER, a path that an upstream's `passthrough` names.
+    MODELS, FILES, RESOURCE and UPLOAD run no model: their kind has a limit only where there is one
+    for `kind:other`, and they take none of a model's and no tokens. OTHER, a path that an
+    upstream's `passthrough` names, is of that kind too, and may run one.
     RESOURCE is all that concerns something which lives at a provider.
     """
 
@@ -77,6 +78,11 @@ class Operation(StrEnum):
     def is_counted(self) -> bool:
         """Whether it runs a model."""
         return self in _COUNTED
+
+    @property
+    def may_run_model(self) -> bool:
+        """Whether the limits of its model bind it."""
+        return self in _COUNTED or self is Operation.OTHER
 
     @property
     def has_body(self) -> bool:

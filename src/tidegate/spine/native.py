@@ -399,9 +399,9 @@ class NativeExchange:
             max_output_tokens=asked.max_output_tokens if counted and asked else 1,
             conversation=self._conversation,
             measured=asked.measured if counted and asked else None,
+            runs_model=endpoint.operation.may_run_model,
         )
-        follows = endpoint.resource is not None and endpoint.is_follow_up
-        return lane.gate.bind(demand, target.model, follows=follows)
+        return lane.gate.bind(demand, target.model, follows=endpoint.is_follow_up)
 
     def _conversation(self) -> ConversationKey | None:
         if self._asked is None:

@@ -71,6 +71,12 @@ def chain(policy: Path, second: Emulator, monkeypatch: pytest.MonkeyPatch) -> Pa
     return policy
 
 
+@pytest.fixture
+def tokens(policy: Path) -> Path:
+    policy.write_text(f'{ONE_A_DAY}"tpm:{MODEL}" = 300\n"itpm:total" = 300\n"rpm:total" = 9\n')
+    return policy
+
+
 async def ask(
     gateway: Gateway, call: tuple[str, dict[str, Any]] = GEMINI, within_ms: int = 3_600_000
 ) -> Answer:
@@ -140,6 +146,27 @@ async def test_the_sdks_tell_the_true_time_without_a_second_call(
             await two.messages.create(model=MODEL, messages=said, max_tokens=9)
     assert len(tried) == 2
     assert time.monotonic() - began < 30, "nothing slept for the hours until then"
+
+
+async def test_what_runs_no_model_takes_nothing_of_its_limits_and_no_tokens(
+    open_gateway: Opener, tokens: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tokens)
+    text = "tide and moon " * 300
+    long: dict[str, Any] = {"contents": [{"parts": [{"text": text}]}]}
+    counted = {"model": MODEL, "input": text}
+    for call in (
+        (f"/v1beta/models/{MODEL}:countTokens", long),
+        (f"/v1beta/models/{MODEL}:countTokens", long),
+        ("/v1/responses/input_tokens", counted),
+    ):
+        assert (await ask(gateway, call))[0] == 200
+    async with gateway.http.get(f"{gateway.url}/v1beta/models/{MODEL}") as answer:
+        assert answer.status == 200
+    limits = (await gateway.services.limiter.snapshot()).limits
+    assert [limits[one].used for one in (LIMIT, f"tpm:{MODEL}", "itpm:total")] == [0, 0, 0]
+    assert limits["rpm:total"].used == 4, "which is of all calls"
+    assert (await ask(gateway))[0] == 200
 
 
 async def test_a_stream_of_ours_and_a_job_with_a_deadline_hear_it_too(
