@@ -49,6 +49,7 @@ from tidegate.policy.providers import (
     may_ask_usage,
     other_urls,
     own_models,
+    texts_of,
     urls_of,
 )
 from tidegate.prices.rates import Price, price_of
@@ -475,14 +476,11 @@ def _key_in_file(path: str, table: Table) -> str:
     name = readable_file(f"{path}.key_file", table["key_file"])
     with Path(name).open("rb") as file:
         value = file.read(_LONGEST_KEY_BYTES + 1).strip()
-    if not value or len(value) > _LONGEST_KEY_BYTES or not (value.isascii() and _prints(value)):
+    is_plain = value.isascii() and value.decode("ascii").isprintable()
+    if not value or len(value) > _LONGEST_KEY_BYTES or not is_plain:
         allowed = f"must have a key in it, in printable ASCII of at most {_LONGEST_KEY_BYTES} bytes"
         raise ConfigError(f"{path}.key_file", name[:200], allowed)
     return value.decode()
-
-
-def _prints(value: bytes) -> bool:
-    return value.decode("ascii", "replace").isprintable()
 
 
 def _rooted(dialect: str, url: str) -> str:
@@ -496,10 +494,10 @@ def _rooted(dialect: str, url: str) -> str:
 def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "models" in table:
-        found["models"] = _texts(f"{path}.models", table["models"])
+        found["models"] = texts_of(f"{path}.models", table["models"])
     if "aliases" in table:
         if aliases := table_at(f"{path}.aliases", table["aliases"]):
-            _texts(f"{path}.aliases", list(aliases.values()))
+            texts_of(f"{path}.aliases", list(aliases.values()))
         found["aliases"] = dict(aliases)
     if "weight" in table:
         weight = table["weight"]
@@ -527,7 +525,7 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
     if "preempt" in table:
         found["preempt"] = preempt_of(f"{path}.preempt", table["preempt"])
     if "passthrough" in table:
-        found["passthrough"] = _texts(f"{path}.passthrough", table["passthrough"])
+        found["passthrough"] = texts_of(f"{path}.passthrough", table["passthrough"])
         for one in found["passthrough"]:
             if _PASSTHROUGH.fullmatch(one) is None:
                 allowed = "must be a path such as /v1/new-thing, or /v1/new/* for all below"
@@ -535,7 +533,7 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
     if "adopt" in table:
         found["adopt"] = _tenant(f"{path}.adopt", table["adopt"])
     if "passthrough_tenants" in table:
-        named = _texts(where := f"{path}.passthrough_tenants", table["passthrough_tenants"])
+        named = texts_of(where := f"{path}.passthrough_tenants", table["passthrough_tenants"])
         if "passthrough" not in found:
             raise ConfigError(where, None, "needs passthrough, which is not set")
         found["passthrough_tenants"] = tuple(_tenant(where, one) for one in named)
@@ -628,9 +626,9 @@ def _routes(value: object, names: set[str]) -> tuple[Route, ...]:
         table = table_at(path, item)
         if set(table) != {"model", "try"}:
             raise ConfigError(path, ", ".join(table), "must have `model` and `try`")
-        (model,) = _texts(f"{path}.model", [table["model"]])
+        (model,) = texts_of(f"{path}.model", [table["model"]])
         targets = []
-        for target in _texts(f"{path}.try", table["try"]):
+        for target in texts_of(f"{path}.try", table["try"]):
             upstream, _, of_it = target.partition("/")
             if upstream not in names:
                 allowed = (
@@ -650,15 +648,6 @@ def _base_url(path: str, dialect: str, url: object) -> str:
             path, "(hidden)", "must be an http:// or https:// URL without a user, query or blank"
         )
     return url.rstrip("/")
-
-
-def _texts(path: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
-        raise ConfigError(path, str(value)[:100], "must be a list of texts, not empty")
-    for one in value:
-        if not 1 <= len(one) <= 200:
-            raise ConfigError(path, one[:100], "each must have 1 to 200 characters")
-    return tuple(value)
 
 
 USUAL_FILE = Path("tidegate.toml")

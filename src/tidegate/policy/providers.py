@@ -462,3 +462,13 @@ def _filled(preset: Mapping[str, Mapping[str, Any]], limit_id: str, value: Any, 
         table = {**table, "bound": bound and max(1, bound * checked_ms // window_ms)}
         counting["window_ms"] = checked_ms
     return {**counting, **table} if counting else value
+
+
+def texts_of(path: str, value: object) -> tuple[str, ...]:
+    """A list of names in a file. Raises ConfigError."""
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+        raise ConfigError(path, str(value)[:100], "must be a list of texts, not empty")
+    for one in value:
+        if not 1 <= len(one) <= 200:
+            raise ConfigError(path, one[:100], "each must have 1 to 200 characters")
+    return tuple(value)
