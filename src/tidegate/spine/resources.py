@@ -144,6 +144,8 @@ class Resources:
     async def note(self, made: Sequence[NewResource]) -> None:
         """Return when it is durable who owns these."""
         await self._store.note(made)
+        for one in made:  # a name that a client has chosen again
+            self._missing.pop((one.dialect, one.kind, one.resource_id), None)
 
     def made(
         self,

@@ -13,6 +13,7 @@ from tidegate.call import Caller
 from tidegate.dialects.spec import Dialect
 from tidegate.spine import resources as module
 from tidegate.spine.resources import Resources
+from tidegate.store.provider.resources import NewResource, ResourceOwner
 
 
 def resources_with(ids: list[str], monkeypatch: pytest.MonkeyPatch) -> Resources:
@@ -31,7 +32,10 @@ def resources_with(ids: list[str], monkeypatch: pytest.MonkeyPatch) -> Resources
     async def forget(_tenant: str, _dialect: str, _kind: str, resource_id: str) -> None:
         ids.remove(resource_id)
 
-    store: Any = SimpleNamespace(of_tenant=of_tenant, forget=forget)
+    async def note(_made: object) -> None:
+        pass
+
+    store: Any = SimpleNamespace(of_tenant=of_tenant, forget=forget, note=note)
     return Resources(store, cast("Any", None), cast("Any", None), cast("Any", None))
 
 
@@ -123,3 +127,24 @@ async def test_the_row_of_what_is_gone_for_a_while_goes_too(
         await shown()
     kept = 700 if account == b"another" else 10
     assert len(ids) == kept, "what another account does not know may still be there"
+
+
+async def test_a_name_that_is_chosen_again_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    resources, use = (
+        resources_with(["id-1"], monkeypatch),
+        cast("Any", SimpleNamespace(kind="file")),
+    )
+    there = list[str]()
+
+    async def read(_target: object, resource_id: str) -> dict[str, Any] | None:
+        return {"name": resource_id} if resource_id in there else None
+
+    async def shown() -> list[dict[str, Any]]:
+        page = await resources.page(Caller("acme"), Dialect.GEMINI, use, "", read)
+        return list(orjson.loads(page).get("files", ()))
+
+    assert await shown() == []
+    there.append("id-1")
+    owner = ResourceOwner("acme", "u", b"the same")
+    await resources.note([NewResource("gemini", "file", "id-1", owner)])
+    assert await shown() == [{"name": "id-1"}]
