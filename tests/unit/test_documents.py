@@ -248,10 +248,11 @@ def test_every_setting_that_is_named_is_there() -> None:
 
 
 # What is written like a setting: statuses of Gemini's, a secret in general, providers' admin
-# keys, those of compose.yaml.
+# keys, base URLs of their SDKs, those of compose.yaml.
 NOT_OURS = {
     *("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "NOT_FOUND", "DEADLINE_EXCEEDED", "NAME"),
     *("OPENAI_ADMIN_KEY", "ANTHROPIC_ADMIN_KEY", "ANTHROPIC_CUSTOM_HEADERS"),
+    *("OPENAI_BASE_URL", "OPENAI_API_BASE", "ANTHROPIC_BASE_URL"),
     *("HTTP_PROXY", "ALL_PROXY", "NO_PROXY"),
     *("TIDEGATE_PORT", "TIDEGATE_IMAGE", "TIDEGATE_MODEL_STEPS", "TIDEGATE_MODEL_SEED"),
 }

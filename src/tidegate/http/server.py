@@ -373,7 +373,8 @@ _DESCRIPTION = """
 A gateway in front of large language models. It never lets a fleet of services exceed what the
 provider allows, wastes none of it, and remembers every request.
 
-Every path works with and without the prefix `/llm`. Errors are problem JSON (RFC 9457).
+Every path but those of the providers' SDKs works with and without the prefix `/llm`. Errors are
+problem JSON (RFC 9457), and on the paths of an SDK in its own form.
 """
 
 

@@ -28,8 +28,7 @@ UPDATE budget_holds SET instance = 'provider batches' WHERE id = $1 AND estimate
 DELETE FROM background_calls WHERE id = $1 AND state = 'sending'
 
 -- name: take_background_call
--- Take a call that is due for worker $1, but none of $2, nor at an upstream of $5; of workers not seen
--- for $4 ms only if $3.
+-- Take a due call for worker $1, none of $2 or at upstreams $5; of workers unseen for $4 ms only if $3.
 UPDATE background_calls SET claim = claim + 1, claimed_by = $1, looks = looks + 1
 WHERE id = (
     SELECT b.id FROM background_calls b LEFT JOIN workers w ON w.instance_id = b.claimed_by
