@@ -447,6 +447,9 @@ def goes_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
     if body.get("background") is True and endpoint.path in paths:
         refuse_to_go_on(body, "deferred")
         return True
+    if endpoint.path in paths and type(body.get("background")) not in (bool, type(None)):
+        wrong = "background is neither true nor false"
+        raise InvalidRequest("background", wrong, allowed="true or false")
     if body.get("deferred") is True and (endpoint.dialect, endpoint.path) == _DEFERRED:
         refuse_to_go_on(body, "background")
         if body.get("stream") not in (None, False):
