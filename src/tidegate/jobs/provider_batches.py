@@ -438,7 +438,7 @@ class ProviderBatchRunner:
         if problem != batch.problem:
             log.warning(Log.PROVIDER_BATCH_HELD, **_about(batch), reason=problem)
         since = batch.created_at or batch.creating_at
-        if since is not None and datetime.now(UTC) - since > _LOST_AFTER:
+        if since is not None and _passed(batch, since) > _LOST_AFTER:
             await self._give_back_all(batch, "lost", charge=UNKNOWN_CHARGE)
             return
         saved, held_ms = replace(batch, problem=problem), max(self._poll_ms, wait_ms or 0)
@@ -593,7 +593,7 @@ class ProviderBatchRunner:
             return
         assert batch.creating_at is not None
         settled_ms = _SETTLED_AFTER_LEASES * self._config.claim_lease_ms
-        passed_ms = (datetime.now(UTC) - batch.creating_at).total_seconds() * 1000
+        passed_ms = _passed(batch, batch.creating_at).total_seconds() * 1000
         if passed_ms < settled_ms:
             await self._batches.save(batch, settled_ms - passed_ms)
             return
@@ -824,6 +824,11 @@ def _parked_until(revisit_at: datetime | None) -> datetime:
 def _until(at: datetime | None) -> float:
     """In ms; infinite where it is never."""
     return inf if at is None else max(0.0, (at - datetime.now(UTC)).total_seconds() * 1000)
+
+
+def _passed(batch: UpstreamBatch, since: datetime) -> timedelta:
+    """Until a batch was read, both by PostgreSQL's clock: a worker's own may be wrong."""
+    return timedelta(0) if batch.read_at is None else batch.read_at - since
 
 
 def _outline(batch: UpstreamBatch) -> BatchOutline:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, tzinfo
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from uuid import UUID
 
 import pytest
@@ -691,6 +691,36 @@ async def test_a_job_that_may_wait_is_put_into_a_batch(
     assert "batch costs 50%" in later["tier_why"]
     expected = {("Say it tomorrow", "batch"): 1, ("Say it now", ""): 1}
     assert await asked(provider.control) == expected
+
+
+async def test_a_worker_whose_clock_was_set_creates_no_batch_again_too_soon(
+    open_gateway: Opener,
+    settings: dict[str, Any],
+    provider: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The request of a worker that was lost may still be under way."""
+
+    class Set(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) + timedelta(hours=1)
+
+    gateway = await opened(open_gateway, settings | {"claim_lease_ms": 60_000})
+    await provider.control.set_fault("hang", kind="other", match="POST /v1/batches", count=1)
+    await submitted(gateway, wrapped("openai", "Say hello"))
+    gateway.start_worker()
+    await wait_until(partial(is_in, gateway, "creating"))
+    await gateway.stop_worker()
+    monkeypatch.setattr(provider_batches, "datetime", Set)
+    gateway.start_worker()
+
+    async def waits() -> bool:
+        query = "SELECT due_at > now() + interval '1 minute' FROM provider_batches"
+        return bool(await gateway.database.fetchval(query))
+
+    await wait_until(waits)
+    assert await is_in(gateway, "creating")
 
 
 async def test_a_batch_of_another_consumer_is_not_taken_for_ours(

@@ -42,7 +42,8 @@ _HOLDER = "provider batches"  # of what lines hold of budgets, whatever process 
 @dataclass(frozen=True, slots=True)
 class UpstreamBatch:
     """A batch at an upstream. endpoint: the native path of its lines, with `{model}`; model: as the
-    provider names it. lines: how many it began with. problem: why it stands still."""
+    provider names it. lines: how many it began with. problem: why it stands still. read_at: by
+    PostgreSQL's clock, as all its times."""
 
     id: UUID
     pool: str
@@ -61,6 +62,7 @@ class UpstreamBatch:
     made_at: datetime | None = None
     creating_at: datetime | None = None
     created_at: datetime | None = None
+    read_at: datetime | None = None
     claim: int = 0
 
 

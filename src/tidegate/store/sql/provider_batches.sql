@@ -40,7 +40,7 @@ WHERE id = (
                 < now() - $4::double precision * interval '1 millisecond')
     ORDER BY b.due_at LIMIT 1 FOR UPDATE OF b SKIP LOCKED
 )
-RETURNING *
+RETURNING *, now() AS read_at
 
 -- name: set_provider_batch
 -- Bring batch $1 under claim $2 to a state, with $10 lines; it is due again after $8 ms, and free if $9.
@@ -52,7 +52,7 @@ UPDATE provider_batches SET state = $3, file_id = $4, provider_id = $5, provider
     due_at = now() + $8::double precision * interval '1 millisecond',
     claimed_by = CASE WHEN $9::boolean THEN NULL ELSE claimed_by END
 WHERE id = $1 AND claim = $2
-RETURNING *
+RETURNING *, now() AS read_at
 
 -- name: put_off_provider_batch
 -- Batch $1 under claim $2 is due again after $3 ms, and free; its state stays as it is.
