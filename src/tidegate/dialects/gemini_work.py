@@ -270,7 +270,7 @@ class BatchTally:
         self._details: dict[str, int] = {}
         self._versions: set[str] = set()
         self._answers = 0
-        self._silent = False
+        self._silent = self._lacks_input = False
         output = part_of(shown, "response") or part_of(part_of(shown, "metadata"), "output")
         for name in _INLINE:
             for row in objects_in(part_of(output, name).get("inlinedResponses")):
@@ -287,9 +287,10 @@ class BatchTally:
         raw = part_of(answer, "usageMetadata")
         tokens = None if raw else _whole(answer.get("tokenCount"))
         usage = Usage(tokens, 0) if tokens is not None else self._usage_of(raw)
-        if usage.input_tokens is None or usage.output_tokens is None:
+        if usage.output_tokens is None:
             self._silent = True
             return
+        self._lacks_input = self._lacks_input or usage.input_tokens is None
         usage = with_searches(usage, _searches(answer))
         for name in ("input_tokens", "output_tokens", "thoughts_tokens", "cached_tokens"):
             self._sums[name] = self._sums.get(name, 0) + (getattr(usage, name) or 0)
@@ -328,8 +329,8 @@ class BatchTally:
         return found
 
     def facts(self) -> AnswerFacts:
-        """Facts of all: unknown where an answer reports no usage, or where a batch has none, but
-        counts some that succeeded."""
+        """Facts of all: without the input where an answer reports none; unknown where one reports
+        no usage, or where a batch has none, but counts some that succeeded."""
         stats = part_of(part_of(self._shown, "metadata"), "batchStats")
         succeeded = str(stats.get("successfulRequestCount", "0"))
         version = self._versions.pop() if len(self._versions) == 1 else None
@@ -341,6 +342,9 @@ class BatchTally:
         for name in ("thoughts_tokens", "cached_tokens"):
             sums[name] = self._sums.get(name) or None
         counts: dict[str, Any] = {name: count or None for name, count in self._details.items()}
+        if self._lacks_input:  # then its parts say nothing either
+            sums["input_tokens"] = sums["cached_tokens"] = None
+            counts = {name: n for name, n in counts.items() if not name.startswith("input_")}
         details = UsageDetails(**counts, tier=_BATCH_TIER)
         state = short_text(part_of(self._shown, "metadata").get("state"))
         return AnswerFacts(Usage(**sums, details=details), state, model_version=version)

@@ -211,6 +211,26 @@ async def test_a_batch_is_counted_by_itself_and_charged_by_its_answers(stage: St
     await stage.counts("kind:batch", 0)
 
 
+async def test_an_answer_without_its_input_leaves_what_the_others_used_charged(
+    stage: Stage,
+) -> None:
+    """Google reports none where a file is named by its address."""
+    await stage.gateway.upstream.set_behaviour(batches={"delay_ms": 200})
+    picture = {"file_data": {"file_uri": "https://example.com/a.png", "mime_type": "image/png"}}
+    source = lines(*(f"Think hard [tokens 300] {number}" for number in range(4)))
+    source[0]["contents"][0]["parts"].append(picture)
+    made = await stage.mine.batches.create(model=MODEL, src=source)
+    ended = await stage.ended(made.name)
+    told = [one.response.usage_metadata for one in ended.dest.inlined_responses]
+    assert [one.prompt_token_count is None for one in told] == [True, False, False, False]
+    row = await stage.row(":batchGenerateContent")
+    assert (row["status"], row["usage_state"]) == ("succeeded", "estimated")
+    assert row["output_tokens"] == sum(one.candidates_token_count for one in told)
+    assert row["thoughts_tokens"] == sum(one.thoughts_token_count for one in told) > 0
+    given = row["output_tokens"] + row["thoughts_tokens"]
+    assert row["cost_micros"] == round((row["input_tokens"] * 0.3 + given * 2.5) / 2)
+
+
 async def test_a_batch_names_nothing_but_its_own(stage: Stage) -> None:
     mine, theirs = stage.mine, stage.theirs
     await stage.gateway.upstream.set_behaviour(file_processing_ms=0)
