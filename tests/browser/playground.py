@@ -230,3 +230,17 @@ async def a_broken_answer_is_reported(page: Page, folder: Path) -> None:
     await page.get_by_role("button", name="Remove gone.txt").click()
     await send.click()
     await expect(state).to_contain_text("Done")
+
+
+async def the_operators_key_calls_no_model(page: Page, operator_key: str, key: str) -> None:
+    """What opens the page alone is said to, beside the field for a tenant's key."""
+    await page.evaluate("(one) => sessionStorage.setItem('tidegate.key', one)", operator_key)
+    await page.get_by_role("button", name="Send").click()
+    await expect(page.locator(".try-state")).to_contain_text("opens the dashboard alone")
+    field = page.get_by_label("API key")
+    await expect(field).to_have_attribute("aria-invalid", "true")
+    await field.fill("tg_none")  # Options are unfolded
+    await page.get_by_role("button", name="Send").click()
+    await expect(page.locator(".try-state")).to_contain_text("no API key of this gateway")
+    await field.fill(key)
+    await page.get_by_role("button", name="Send").click()

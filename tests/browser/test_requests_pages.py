@@ -37,6 +37,7 @@ from tests.browser.playground import (
     an_upstream_is_named,
     code_runs,
     more_dialects,
+    the_operators_key_calls_no_model,
     what_a_call_has_cost_comes_late,
     what_is_written_meanwhile_is_kept,
 )
@@ -523,9 +524,7 @@ async def test_a_key_that_opens_the_page_alone_needs_another_one_to_try_with(
         await page.get_by_label("Prompt").fill("Explain the tide")
         await page.get_by_role("button", name="Send").click()
         await expect(page.locator(".try-state")).to_contain_text("lacks the scope infer")
-        await page.get_by_text("Options").click()
-        await page.get_by_label("API key").fill(caller.text)
-        await page.get_by_role("button", name="Send").click()
+        await the_operators_key_calls_no_model(page, stage.gateway.operator_key, caller.text)
         await expect(page.locator(".try-state")).to_contain_text("Done")
         await page.get_by_role("link", name="View details").click()
         await expect(page.locator("h1")).to_contain_text("Request")

@@ -106,8 +106,11 @@ export async function open(main, { signal }) {
     // Of a native call an option is a header: `X-Tidegate-Deadline-Ms`.
     const name = problem.field?.toLowerCase().replace(/^x-tidegate-/, "").replaceAll("-", "_");
     const at = names[name] ?? [...target.fields, ...more.fields].find((one) => one.name === name);
-    if (at) at.complain(said(problem));
-    else {
+    if (at) {
+      at.complain(said(problem));
+      const folded = at.element.closest("details");
+      if (folded) folded.open = true;
+    } else {
       wrong.hidden = false;
       fill(wrong, said(problem));
     }

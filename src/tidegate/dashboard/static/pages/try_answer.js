@@ -142,6 +142,9 @@ function payload(asked, { api, body, files }, headers) {
   return form;
 }
 
+const NO_KEY = "This is no API key of this gateway, or it has ended.";
+const NEEDS_KEY = "Calls need a tenant's API key: enter one under Options. What you signed in with opens the dashboard alone.";
+
 /** As `ask` of the API's client does, with a key of its own; a refusal signs nobody out. */
 async function asking(asked, call, accept, signal) {
   const headers = { Accept: accept, ...APIS[call.api].headers, ...call.headers };
@@ -157,6 +160,7 @@ async function asking(asked, call, accept, signal) {
     throw new Problem({ detail: "The gateway does not answer.", code: "away" });
   }
   if (response.ok) return response;
+  if (response.status === 401) throw new Problem({ status: 401, field: "key", detail: asked.options.key ? NO_KEY : NEEDS_KEY });
   const told = await response.json().catch(() => ({}));
   const inner = told.error ?? (Array.isArray(told) ? told[0]?.error : null) ?? {};
   const detail = told.detail ?? inner.message ?? told.message ?? `The answer was ${response.status}.`;
