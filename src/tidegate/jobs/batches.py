@@ -44,8 +44,8 @@ from tidegate.errors import (
     TidegateError,
 )
 from tidegate.jobs.calls import (
-    LACKING_MS,
     Feeder,
+    Lacking,
     LastTries,
     is_of_upstream,
     retry_wait_ms,
@@ -142,6 +142,7 @@ class LineCaller:
         self._relay = relay
         self._strays_released_at = time.monotonic()
         look = Look(a_s=_PUT_OFF_A_S, at_once=_PUT_OFF_AT_ONCE)
+        self._lacking = Lacking()
         self._feeder = Feeder(
             store.notifications,
             BATCHES,
@@ -167,6 +168,7 @@ class LineCaller:
     async def _claim(self, most: int) -> list[_ActiveLine]:
         if not await self._store.open_batches.ours():
             return []
+        await self._lacking.yield_claim()
         await self.leave_held_up()
         now = time.monotonic()
         if now - self._strays_released_at > _STRAYS_EVERY_S:
@@ -258,7 +260,7 @@ class LineCaller:
     async def _call(self, one: _ActiveLine) -> None:
         line, record = one.line, one.record
         if self._is_lacking(line):  # a worker that has the key takes it
-            release, later = self._store.batch_lines.release, {line.id: LACKING_MS}
+            release, later = self._store.batch_lines.release, {line.id: self._lacking.leave_ms()}
             counted = {line.id: 0}
             await self._until_done(partial(release, [line], waits_ms=later, counted=counted))
             return

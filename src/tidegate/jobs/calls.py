@@ -112,8 +112,25 @@ def log_end(
         log.info(Log.JOB_RETRY, retry_in_ms=wait_ms, **fields)
 
 
-# For how long a process leaves what it lacks the upstream of to others.
-LACKING_MS = 1_000
+_LACKING_MS = (1_000, 2_000)
+_YIELDS_FOR_S, _YIELD_S = 10.0, 0.3
+
+
+class Lacking:
+    """What a process leaves to others, since it can't make the upstream that serves it. For a while
+    it lets others claim first: else it could be the first to claim the same again."""
+
+    def __init__(self) -> None:
+        self._until = float("-inf")
+
+    def leave_ms(self) -> int:
+        """For how long it is put off."""
+        self._until = time.monotonic() + _YIELDS_FOR_S
+        return random.randint(*_LACKING_MS)
+
+    async def yield_claim(self) -> None:
+        if time.monotonic() < self._until:
+            await asyncio.sleep(_YIELD_S)
 
 
 def internal() -> TidegateError:

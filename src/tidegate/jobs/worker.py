@@ -36,9 +36,9 @@ from tidegate.errors import (
 from tidegate.jobs.background import BackgroundRunner
 from tidegate.jobs.batches import BatchRunner
 from tidegate.jobs.calls import (
-    LACKING_MS,
     NOT_THE_JOBS_FAULT,
     Feeder,
+    Lacking,
     LastTries,
     ask_of,
     caller_of,
@@ -305,6 +305,7 @@ class Worker:
         self._outages = outages = Outages(self._spine.health)
         self._put_off = PutOff(store, Held(outages, self._spine.health), self._targets_of)
         self.last_tries = LastTries()
+        self._lacking = Lacking()
         batches = BatchRunner(config, store, blobs, relay, self._put_off.held, self.last_tries)
         background = BackgroundRunner(config, store, relay)
         beside = (batches.run, self._provider_batches.run, background.run)
@@ -325,7 +326,7 @@ class Worker:
                 self._put_off.held,
                 Look(),
                 partial(self._window, kind),
-                claim=partial(store.queue.claim, pool, kind),
+                claim=partial(self._claim, kind),
                 waits_ms=self._put_off.waits_ms,
                 release=self._put_off.release,
                 work=self._classify if kind is None else self._work,
@@ -333,6 +334,10 @@ class Worker:
             )
             for kind in (None, *Kind)
         ]
+
+    async def _claim(self, kind: Kind | None, most: int) -> list[ClaimedJob]:
+        await self._lacking.yield_claim()
+        return await self._store.queue.claim(self._pool, kind, most)
 
     def _window(self, kind: Kind | None) -> int:
         if kind is None:
@@ -562,7 +567,8 @@ class Worker:
         )
         model = record.model = job.model or self._config.model_for(kind)
         if is_lacking(self._spine.targets, model) and not self._places_of(job):
-            waits_ms = {job.request_id: LACKING_MS}  # a worker that has its key takes it
+            # A worker that has its key takes it.
+            waits_ms = {job.request_id: self._lacking.leave_ms()}
             await self._fenced(lambda: self._store.queue.release([job], waits_ms))
             return
         run = _JobRun(self, job, kind, record, model)
