@@ -208,7 +208,10 @@ async def test_the_state_of_the_deployment_in_a_sentence_with_its_causes(
     assert "▲ Degraded: 1 problem, nothing waits." in degraded.said
     assert "kind:text_only is paused for" in degraded.said
     assert "-> tidegate limits resume kind:text_only --pool gemini" in degraded.said
-    stranger = await run(gateway, "status", TIDEGATE_API_KEY="tg_nobody")
+    unknown = await run(gateway, "status", TIDEGATE_API_KEY="tg_nobody")
+    assert (unknown.code, unknown.said) == (3, "")
+    key = {"TIDEGATE_API_KEY": (await key_of(gateway, "acme"))["Authorization"][7:]}
+    stranger = await run(gateway, "status", **key)
     assert (stranger.code, "postgresql  ok" in stranger.said) == (0, True)
     assert "causes" not in stranger.said
     assert "The operator's key" in stranger.complained
