@@ -10,11 +10,13 @@ from tidegate.cli.terminal import (
     Json,
     confirm,
     given,
+    legible,
     show_json,
     show_table,
     tell,
     who,
     with_budgets,
+    with_tenants,
 )
 from tidegate.errors import ConfigError
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     from tidegate.prices.budgets import Budget
     from tidegate.store.budgets import BudgetBook, BudgetRecords
+    from tidegate.store.tenants import Tenants
 
 app = typer.Typer(help="See and change what may be spent.", no_args_is_help=True)
 BudgetName = Annotated[str, typer.Argument(help="The name of a budget.", metavar="BUDGET")]
@@ -183,10 +186,28 @@ def set_(
         return with_changes(before, name, values | bound | _end(pause, fallback, before))
 
     budget, is_new = with_budgets(lambda records: records.change(name, edit, by=who()))
+    if is_new and (budget.tenant or budget.key):
+        _note_nobody(budget)
     binds = ", ".join(whom(budget)) or "all calls"
     verb = "is set" if is_new else "is changed"
     text = f"{name} {verb}: {budget.shown(budget.amount)} {window(budget)} for {binds}"
     tell(json, plain_budget(budget), text)
+
+
+def _note_nobody(budget: Budget) -> None:
+    """Note that a budget binds nobody yet: with a misspelt name it never would."""
+
+    async def missing(tenants: Tenants) -> list[str]:
+        found = []
+        if budget.tenant and not await tenants.knows(budget.tenant):
+            found.append(f"tenant {budget.tenant}")
+        if budget.key and not (await tenants.find([budget.key]))[1]:
+            found.append(f"key {budget.key}")
+        return found
+
+    for one in with_tenants(missing):
+        said = f"tidegate: note: there is no {one}, so {budget.name} binds nobody yet"
+        typer.echo(legible(said), err=True)
 
 
 def _binding(dimensions: dict[str, str], before: Sequence[str]) -> dict[str, Any]:

@@ -153,6 +153,25 @@ async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
     assert (removed.code, removed.said) == (0, "day is removed\n")
 
 
+async def test_a_budget_of_a_tenant_or_key_that_is_not_there_is_set_with_a_note(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False, admin_token=ADMIN_TOKEN)
+    whom = ("--tenant", "acmee", "--key", "abcdefghij")
+    made = await tidegate(gateway, "budgets", "set", "cap", "--usd", "5", *whom)
+    assert (made.code, made.said) == (
+        0,
+        "cap is set: $5.00 a month for tenant acmee, key abcdefghij\n",
+    )
+    assert made.complained == (
+        "tidegate: note: there is no tenant acmee, so cap binds nobody yet\n"
+        "tidegate: note: there is no key abcdefghij, so cap binds nobody yet\n"
+    )
+    assert (await tidegate(gateway, "tenants", "set", "acme")).code == 0
+    made = await tidegate(gateway, "budgets", "set", "other", "--usd", "5", "--tenant", "acme")
+    assert (made.code, made.complained) == (0, "")
+
+
 async def test_the_list_has_every_budget_and_says_of_which_it_leaves_books_out(
     open_gateway: Opener,
 ) -> None:
@@ -185,6 +204,7 @@ async def test_the_list_has_every_budget_and_says_of_which_it_leaves_books_out(
 
 async def test_what_no_option_names_stays_as_it_is(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
+    assert (await tidegate(gateway, "tenants", "set", "acme")).code == 0
 
     async def put(*options: str) -> tuple[Any, ...]:
         done = await tidegate(gateway, "budgets", "set", *options, "--json")
