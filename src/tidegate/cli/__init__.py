@@ -26,7 +26,7 @@ from tidegate.cli import (
     tenants,
     upstreams,
 )
-from tidegate.cli.operate import load_to_run
+from tidegate.cli.operate import check_daily, load_to_run
 from tidegate.cli.terminal import (
     EPILOGUE,
     FAILED,
@@ -152,10 +152,12 @@ def up(
     workers: Annotated[int, typer.Option(min=0, max=256, help="Processes that do jobs.")] = 1,
 ) -> None:
     """Start everything; Ctrl-C stops it."""
+    config = load_to_run(with_jobs=workers > 0)
+    check_daily(config)
     with _without(_OF_REDIS):
         from tidegate.supervisor.up import up as run
 
-    raise typer.Exit(run(load_to_run(with_jobs=workers > 0), api, workers))
+    raise typer.Exit(run(config, api, workers))
 
 
 @app.command(rich_help_panel=_RUN)

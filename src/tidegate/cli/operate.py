@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -329,6 +330,13 @@ def load_to_run(*, with_jobs: bool = True) -> Config:
     if not is_child():
         say_doubtful(config)
     return config
+
+
+def check_daily(config: Config) -> None:
+    """Raises ConfigError for what `tidegate up` is to do once a day and could not."""
+    if config.record_export == "parquet" and find_spec("pyarrow") is None:
+        allowed = "needs pyarrow: pip install 'tidegate[export]', or use jsonl"
+        raise ConfigError("RECORD_EXPORT", "parquet", allowed)
 
 
 def say_doubtful(config: Config) -> None:

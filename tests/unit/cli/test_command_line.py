@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextvars import copy_context
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -48,6 +49,20 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_verification(
     monkeypatch.setattr("tidegate.verify.run.verify", verify)
     with pytest.raises(ConfigError, match="must be a file that can be written"):
         invoke("verify", "--markdown", str(tmp_path / place))
+
+
+def test_an_export_that_each_night_would_fail_is_refused_before_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def up(*_: object) -> None:
+        raise AssertionError("it was begun")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tidegate.supervisor.up.up", up)
+    monkeypatch.setenv("RECORD_EXPORT", "parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match="RECORD_EXPORT=parquet: needs pyarrow"):
+        invoke("up")
 
 
 def test_a_drain_has_no_end_so_that_its_time_needs_wait(monkeypatch: pytest.MonkeyPatch) -> None:
