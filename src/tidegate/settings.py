@@ -62,7 +62,7 @@ ALLOWED = {
     "redis_url": "a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or "
     "redis+cluster://, # in a password %23",
     "data_dir": "the path of a folder, or of one to be made",
-    "blob_url": "empty, or a URL that starts with s3://, gs:// or az:// and holds no password",
+    "blob_url": "empty, or s3://, gs:// or az:// with the name of a bucket and no password",
     "host": "an IP address or a host name",
     "allowed_hosts": "host names or addresses without ports, with commas between",
     "oidc_roles": 'a JSON object such as {"groups=oncall": "operator"}',
@@ -602,7 +602,7 @@ class Config(BaseModel):
     def _bucket(cls, value: str) -> str:
         url = split_url(value)
         bucket = url.scheme in ("s3", "gs", "az") and not (url.username or url.query)
-        return _checked("blob_url", value, bucket or not value)
+        return _checked("blob_url", value, (bucket and url.netloc != "") or not value)
 
     @field_validator("gemini_base_url")
     @classmethod
@@ -774,7 +774,7 @@ def origins(
     environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")
 ) -> dict[str, str]:
     """Where the value of each setting that is given comes from, in words, by its name."""
-    written = from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
+    written = from_dotenv(dotenv)
     given = os.environ if environ is None else environ
     found: dict[str, str] = {}
     for field in Config.model_fields:
@@ -791,8 +791,7 @@ def origins(
 def _loaded(
     model: type[Settings], environ: Mapping[str, str] | None, dotenv: Path | None
 ) -> Settings:
-    found = from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
-    found |= os.environ if environ is None else environ
+    found = {**from_dotenv(dotenv), **(os.environ if environ is None else environ)}
     values: dict[str, str] = {}
     for field in model.model_fields:
         name = field.upper()
@@ -808,8 +807,7 @@ def _loaded(
 def secret(name: str, dotenv: Path | None = Path(".env")) -> str:
     """A secret whose variable the policy's file names: from the environment over `.env`, or from
     the file that `<name>_FILE` names; empty where there is none. Raises ConfigError."""
-    found = from_dotenv(dotenv) if dotenv is not None and dotenv.is_file() else {}
-    return _secret(name, found | os.environ).strip()
+    return _secret(name, {**from_dotenv(dotenv), **os.environ}).strip()
 
 
 def allowed(field: str) -> str:
@@ -838,8 +836,10 @@ def _number(what: str, metadata: list[object]) -> str:
     return f"{what} from {bounds['ge']}" + (f" to {bounds['le']}" if "le" in bounds else " up")
 
 
-def from_dotenv(path: Path) -> dict[str, str]:
-    """What a file like `.env` says. Raises ConfigError where it can't be read."""
+def from_dotenv(path: Path | None) -> dict[str, str]:
+    """What a file like `.env` says, if it is there. Raises ConfigError where it can't be read."""
+    if path is None or not path.exists():  # a folder, as of a mount, is there
+        return {}
     try:
         for line in parse_stream(StringIO(path.read_text(encoding="utf-8-sig"))):
             if line.error:  # a setting that is left out would have its default

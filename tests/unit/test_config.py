@@ -17,6 +17,8 @@ from tidegate.settings import (
     Config,
     allowed,
     load,
+    load_client,
+    origins,
 )
 from tidegate.upstream.usage_api import ADMIN_KEYS
 from tidegate.usual_models import EMULATORS_KEY
@@ -35,7 +37,7 @@ WRONG = {
         "redis://",
     ),
     "DATA_DIR": ([__file__, "~nosuchuser/x"], "folder"),
-    "BLOB_URL": (["ftp://bucket", "bucket", "s3://key:word@bucket"], "s3://"),
+    "BLOB_URL": (["ftp://bucket", "bucket", "s3://", "gs:///x", "s3://key:word@bucket"], "s3://"),
     "HOST": (["a b", "http://localhost", "-x", "1.2.3.4:80"], "IP address"),
     "PORT": (["abc", "-1", "65536", "80.5"], "from 0 to 65535"),
     "TIDEGATE_DEMO": (["perhaps", "2"], "1 or 0"),
@@ -206,6 +208,14 @@ def test_a_wrong_value_gives_one_line_with_variable_value_and_what_is_allowed(
         assert value not in line.partition(": ")[0]
     elif ":" not in value:
         assert line.startswith(f"{name}={value}: ")
+
+
+def test_an_env_that_is_a_folder_is_a_mistake(tmp_path: Path) -> None:
+    """Such as Docker makes of a mount whose file is missing: all settings would be left out."""
+    (tmp_path / ".env").mkdir()
+    for read in (load, load_client, origins):
+        with pytest.raises(ConfigError, match=r"\.env=\(file\): must be a readable file"):
+            read({}, tmp_path / ".env")
 
 
 def test_the_table_of_wrong_values_leaves_no_setting_out() -> None:

@@ -799,8 +799,7 @@ def misspelt(
 
 def _places(environ: Mapping[str, str], dotenv: Path = Path(".env")) -> dict[str, tuple[str, str]]:
     """Where each variable stands, and its value."""
-    written = from_dotenv(dotenv) if dotenv.is_file() else {}
-    found = {name: (str(dotenv), value) for name, value in written.items()}
+    found = {name: (str(dotenv), value) for name, value in from_dotenv(dotenv).items()}
     return found | {name: ("the environment", value) for name, value in environ.items()}
 
 

@@ -182,7 +182,7 @@ _LONGEST_SHOWN = 200
 def collector_variables(dotenv: Path = Path(".env")) -> dict[str, str]:
     """OpenTelemetry's variables: of the environment, and of `.env` where they are not there. Raises
     ConfigError."""
-    written = from_dotenv(dotenv) if dotenv.is_file() else {}
+    written = from_dotenv(dotenv)
     return {
         name: value for name, value in {**written, **os.environ}.items() if name.startswith(_OTEL)
     }
