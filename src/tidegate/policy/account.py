@@ -334,7 +334,8 @@ class AccountUse:
         are remembered for the looks that count them."""
         while self._kept and self._kept[0].at <= now - self.span_s - MOST_LATE_S:
             self._kept.popleft()
-        return sum(one.amount for one in self._kept if one.at > now - self.span_s)
+        since = now - self.span_s
+        return sum([one.amount for one in self._kept if one.at > since])
 
     def inherit(self, before: OthersUse, now: float) -> None:
         """Go on with what an earlier leader has charged, evenly, since all of it was in the last
@@ -403,7 +404,7 @@ class AccountUse:
             ours = lately - self._charged_since(self._refused_from - SENT_LATE_S, now)
             self._reckon(now, self._refused_from, (bound - ours) / max(1, lower))
         lasts_from = now - self.span_s + RENEWED_S
-        lasting = sum(one.amount for one in self._kept if one.at > lasts_from)
+        lasting = sum([one.amount for one in self._kept if one.at > lasts_from])
         # What the account has left for us may be more than the limit in force allows.
         for_others = 0.0
         if self.acts:
@@ -580,7 +581,7 @@ class AccountUse:
     def _charged_since(self, since: float, at: float) -> int:
         """What was charged here of what the pool counted then."""
         since = max(since, at - self.span_s)  # what was before counted no more
-        return sum(one.amount for one in self._kept if one.at > since and one.made_at < at)
+        return sum([one.amount for one in self._kept if one.at > since and one.made_at < at])
 
     def _reckon(self, now: float, began_at: float, taken: float) -> None:
         """Take it that others go on as in a window that had no room left at a refusal. taken: as a
@@ -600,8 +601,8 @@ class AccountUse:
         if self._last is not None:
             told_at = min(told_at, self._last.at)
         for look in self._looks:
-            is_same = look.since is not None and abs(look.since - since) < SENT_LATE_S / 2
-            if look.at >= told_at and is_same and look.lately is not None:
+            of = look.since if look.at >= told_at and look.lately is not None else None
+            if of is not None and abs(of - since) < SENT_LATE_S / 2:
                 return look
         return self._looks[-1]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 from typing import Any
 
 from tidegate.policy.account import AccountUse
@@ -38,7 +37,8 @@ class WindowAccount:
         self.pool: deque[tuple[float, int]] = deque()
         self.total = 0
         self.use = AccountUse(60.0, 60.5, refills=False)
-        self.answers: deque[tuple[float, HeaderReading]] = deque()
+        # When each comes, of which bound, what remains as of when, and when it begins again.
+        self.answers: deque[tuple[float, int, int, float, float]] = deque()
         self.refused = self.others_refused = 0
         self._others_due, self._held_until = 0.0, 0.0
         self.ahead_s = 0.0  # the clock of the process that hears the answers
@@ -79,12 +79,17 @@ class WindowAccount:
                     reset_s = self.ends_at - self.now if self.tells_resets else None
                     self.use.refuse(self.now, reset_s)
                 self.answers.clear()  # older ones are passed over
-            self.answers.append((self.now + self.late_s * fits, self._answer()))
+            comes_at, reset_ms = self.now + self.late_s * fits, (self.ends_at - self.now) * 1000
+            left = self.bound - self.used
+            self.answers.append((comes_at, self.bound, left, self.now, reset_ms))
         while not self.now % 1 and self.answers and self.answers[0][0] <= self.now:
-            reading, by_s = self.answers.popleft()[1], self.ahead_s
+            _, bound, left, at, reset_ms = self.answers.popleft()
             if not self.has_headers:
                 continue
-            self.use.read(replace(reading, at=reading.at + by_s, heard_at=self.now + by_s))
+            at, heard_at = at + self.ahead_s, self.now + self.ahead_s
+            self.use.read(
+                HeaderReading("m", "tpm", bound, left, at, reset_ms=reset_ms, heard_at=heard_at)
+            )
         since = self.use.since
         lately = None if since is None else self.counted(since)
         due = self.use.due(self.now, counted, self.bound, self.bound, lately=lately)
@@ -96,10 +101,6 @@ class WindowAccount:
         fits = self.used + amount <= self.bound
         self.used += amount if fits else 0
         return fits
-
-    def _answer(self) -> HeaderReading:
-        left, reset_ms = self.bound - self.used, (self.ends_at - self.now) * 1000
-        return HeaderReading("m", "tpm", self.bound, left, self.now, reset_ms=reset_ms)
 
     def run(self, minutes: int, wanted: int, others: float) -> tuple[int, int]:
         """How many calls were refused meanwhile: of ours and of others."""
