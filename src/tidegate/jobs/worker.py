@@ -566,7 +566,8 @@ class Worker:
             job, self._spine.tracing.trail(job.request_id, parent_of(job.traceparent))
         )
         model = record.model = job.model or self._config.model_for(kind)
-        if is_lacking(self._spine.targets, model) and not self._places_of(job):
+        targets = self._spine.targets
+        if targets.deployment.missing and is_lacking(targets, model) and not self._places_of(job):
             # A worker that has its key takes it.
             waits_ms = {job.request_id: self._lacking.leave_ms()}
             await self._fenced(lambda: self._store.queue.release([job], waits_ms))

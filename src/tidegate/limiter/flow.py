@@ -18,6 +18,7 @@ from tidegate.limiter.messages import Hint, format_unit
 from tidegate.limiter.policy import (
     CALL_USE,
     MAX_BOUND,
+    TENANT_NAME,
     UNKNOWN_USE,
     CallUse,
     Concurrency,
@@ -108,7 +109,8 @@ class Flow:
     def refresh(self, policy: PoolPolicy, pool: str = "") -> None:
         """Read what the policy says. Raises DemandImpossible for a limit that admits no call, and
         ConfigError for a name that a tenant can't have."""
-        check_tenant(self.tenant)
+        if not isinstance(self.tenant, str) or not TENANT_NAME.fullmatch(self.tenant):
+            check_tenant(self.tenant)
         rules: list[Limit] = []
         rated: dict[str, Rate | Quota] = {}
         self.unnamed = None

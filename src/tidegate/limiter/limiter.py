@@ -152,7 +152,8 @@ def deadline_of(timeout: float | timedelta | None, deadline_ms: int | None) -> i
     """The deadline of a call in ms, from seconds or a `timedelta`, or as it is given; `inf` is
     none."""
     if timeout is None:
-        return None if deadline_ms is None else whole_ms("deadline_ms", deadline_ms)
+        is_usual = deadline_ms is None or type(deadline_ms) is int
+        return deadline_ms if is_usual else whole_ms("deadline_ms", deadline_ms or 0)
     if deadline_ms is not None:
         raise TypeError("give timeout (seconds) or deadline_ms, not both")
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout

@@ -124,9 +124,10 @@ def targets_for_prompt(
 def is_lacking(targets: Targets, model: str) -> bool:
     """Whether an upstream serves a model that this process can't make, such as for want of its key.
     Others may."""
-    now, plain = targets.deployment, plain_model(model)
+    now = targets.deployment
     if not now.missing:
         return False
+    plain = plain_model(model)
     emptied = (one.model for one in now.routes if not one.targets)
     of_tables = (_patterns(name, now.tables[name]) for name in now.missing)
     return any(fnmatchcase(plain, one) for one in chain(emptied, *of_tables))

@@ -381,8 +381,7 @@ class NativeExchange:
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         terms, asked, policy = self.terms, self._asked, lane.limiter.policy
-        tenant, priority = terms.caller.tenant_id, terms.priority
-        endpoint = self._call.endpoint
+        tenant, priority, endpoint = terms.caller.tenant_id, terms.priority, self._call.endpoint
         if endpoint.operation is Operation.BATCH:
             demand = lane.demands.of_batch(policy, tenant=tenant, priority=priority)
             return lane.gate.bind(demand, target.model)
@@ -399,9 +398,10 @@ class NativeExchange:
             max_output_tokens=asked.max_output_tokens if counted and asked else 1,
             conversation=self._conversation,
             measured=asked.measured if counted and asked else None,
-            runs_model=endpoint.operation.may_run_model,
+            runs_model=counted or endpoint.operation.may_run_model,
         )
-        return lane.gate.bind(demand, target.model, follows=endpoint.is_follow_up)
+        follows = endpoint.resource is not None and endpoint.is_follow_up
+        return lane.gate.bind(demand, target.model, follows=follows)
 
     def _conversation(self) -> ConversationKey | None:
         if self._asked is None:

@@ -475,7 +475,7 @@ class AuditLog:
             *(response_id, record.earlier_attempts + record.attempts),
             *(record.lapses, self._instance_id, record.received_at),
             *(record.admitted_at, record.finished_at),
-            *(record.waited_ms, record.upstream_ms or 0.0),
+            *(record.queue_ms or record.waited_ms, record.upstream_ms or 0.0),
             *(*counts, finish_reason),
             None if failure is None else orjson.dumps(failure).decode(),
             *(record.endpoint, record.http_status, record.streamed, record.key_id),
