@@ -519,14 +519,22 @@ async def test_jobs_wait_for_a_drained_upstream_and_no_attempt_is_used_up(
     assert (ended["status"], ended["attempts"]) == ("succeeded", 1)
 
 
-async def test_a_worker_that_starts_in_an_outage_works_once_it_knows_what_was_changed(
+async def with_second(
     open_gateway: Opener, second: Emulator, policy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A job of an upstream that was added while running is not failed as one that nobody serves."""
+) -> Gateway:
+    """A gateway without a worker, to which an upstream was added while it ran."""
     gateway = await open_gateway(worker=False, tidegate_policy=policy)
     monkeypatch.setenv("SECOND_KEY", KEY)
     status, done = await admin(gateway, "PUT", "/second", table=table(second, models=[ONLY]))
     assert status == 200, done
+    return gateway
+
+
+async def test_a_worker_that_starts_in_an_outage_works_once_it_knows_what_was_changed(
+    open_gateway: Opener, second: Emulator, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of an upstream that was added while running is not failed as one that nobody serves."""
+    gateway = await with_second(open_gateway, second, policy, monkeypatch)
     jobs = [await gateway.submit(data="Say hello", type="text_only", model=ONLY) for _ in range(3)]
     assert gateway.config.database_url is not None
     async with lossy(gateway.config.database_url.get_secret_value()) as proxy:
@@ -546,10 +554,7 @@ async def test_a_worker_that_starts_in_an_outage_works_once_it_knows_what_was_ch
 async def test_a_worker_without_the_key_leaves_jobs_and_lines_to_others(
     open_gateway: Opener, second: Emulator, policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gateway = await open_gateway(worker=False, tidegate_policy=policy)
-    monkeypatch.setenv("SECOND_KEY", KEY)
-    status, done = await admin(gateway, "PUT", "/second", table=table(second, models=[ONLY]))
-    assert status == 200, done
+    gateway = await with_second(open_gateway, second, policy, monkeypatch)
     monkeypatch.delenv("SECOND_KEY")
     await gateway.start_ready_worker()
     job = await gateway.submit(data="Say hello", type="text_only", model=ONLY)

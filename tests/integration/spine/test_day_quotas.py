@@ -56,6 +56,10 @@ async def test_a_days_quota_counts_what_is_on_record_after_a_loss_of_all(
                 answered = await running.stream(text=f"Explain {number}", **user)
                 assert answered.names[-1] == "done", answered.problem
             assert (await running.stream(text="Generate an image of a fox")).names[-1] == "done"
+            count = f"{running.url}/v1beta/models/{MODEL}:countTokens"
+            parts = {"contents": [{"parts": [{"text": "Explain"}]}]}
+            async with running.http.post(count, json=parts) as answer:
+                assert answer.status == 200, "it runs no model"
             await wait_until(lambda: running.services.limiter.permits_held == 0, 20)
 
             async def settled() -> bool:

@@ -180,14 +180,15 @@ GROUP BY lane, trunc(50 * log(greatest(1, extract(epoch FROM deadline_at - now()
 -- name: day_uses
 -- What admitted calls of pool $1 used from $2 on, by what limits name.
 -- Keys, people and conversations are apart where they are in $3, $4 and $5. Calls of a provider's batch
--- had no permit.
+-- had no permit, and what runs no model counts under none.
 SELECT kind, model, tenant_id, key_id, subject, conversation, count(*) AS requests,
     sum(input_tokens)::bigint AS input_tokens, sum(output_tokens)::bigint AS output_tokens,
     sum(least(cached_tokens, input_tokens))::bigint AS cached_tokens,
     sum(cache_write_tokens)::bigint AS cache_write_tokens, sum(images)::bigint AS images,
     sum(audio_seconds)::bigint AS audio_seconds, sum(cost_micros)::bigint AS cost_micros
 FROM (
-    SELECT coalesce(kind, '') AS kind, coalesce(model, '') AS model, tenant_id,
+    SELECT coalesce(kind, '') AS kind, tenant_id,
+        CASE WHEN kind IS NULL AND usage_state = 'none' THEN '' ELSE coalesce(model, '') END AS model,
         CASE WHEN key_id = ANY($3::text[]) THEN key_id END AS key_id,
         CASE WHEN subject = ANY($4::text[]) THEN subject END AS subject,
         CASE WHEN conversation = ANY($5::text[]) THEN conversation END AS conversation,
