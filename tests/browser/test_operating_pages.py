@@ -289,7 +289,6 @@ async def test_a_tenants_budgets_have_bars_of_what_is_spent(stage: Stage) -> Non
         await bars_of_what_is_spent(seen)
     async with running.http.delete(f"{running.url}/admin/tenants/team-bar") as gone:
         assert gone.status == 200
-    # Others add up what everybody has spent today.
     await running.database.execute("DELETE FROM usage_days WHERE tenant_id = 'team-bar'")
 
 
