@@ -304,6 +304,12 @@ def _listed_models(models: list[JsonObject]) -> JsonObject:
     return {"data": models, "has_more": False, "first_id": first, "last_id": last}
 
 
+def _required(name: str, _owner: str) -> JsonObject:
+    """Anthropic documents the beginning of 1970 for a release date that is not known."""
+    never = "1970-01-01T00:00:00Z"
+    return {"type": "model", "display_name": name, "created_at": never, "lifecycle": "active"}
+
+
 ANTHROPIC = DialectSpec(
     name=Dialect.ANTHROPIC,
     example="POST /v1/messages",
@@ -311,7 +317,9 @@ ANTHROPIC = DialectSpec(
     calls=_CALLS,
     endpoint_of=endpoint_of,
     is_spoken=_is_spoken,
-    models=ModelList("/v1/models", "data", "id", _listed_models, query="limit=1000"),
+    models=ModelList(
+        "/v1/models", "data", "id", _listed_models, query="limit=1000", required=_required
+    ),
     # Without a version Anthropic refuses a call; its SDKs all send this one.
     headers=((b"anthropic-version", b"2023-06-01"),),
     rules_of=rules_of,

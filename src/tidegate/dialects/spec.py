@@ -357,7 +357,8 @@ class ErrorAnswer:
 class ModelList:
     """List of models. path: where it is, below the base URL, with `query`; key: of the list;
     id_key: of a model's name, which begins with `prefix`. whole: the body of an answer with these
-    models."""
+    models. required: what clients of the dialect need of a model besides, by its name and owner,
+    where nothing more is known of it."""
 
     path: str
     key: str
@@ -365,6 +366,13 @@ class ModelList:
     whole: Callable[[list[JsonObject]], JsonObject]
     prefix: str = ""
     query: str = ""
+    required: Callable[[str, str], JsonObject] = lambda _name, _owner: {}
+
+    def entry(self, name: str, owner: str, known: Mapping[str, Any]) -> JsonObject:
+        """A model by this name, with what is known of it, in the form that clients expect."""
+        return {**known, self.id_key: f"{self.prefix}{name}"} | {
+            key: value for key, value in self.required(name, owner).items() if key not in known
+        }
 
     def read(self, body: Any) -> list[JsonObject]:
         """The models of an answer, as the dialect has them: Together's answer is the list itself,

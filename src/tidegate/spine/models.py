@@ -386,7 +386,7 @@ class Models:
             raise failure
         for name, target in routes.items():
             known = models.get(f"{shape.prefix}{target.model}", {})
-            models[f"{shape.prefix}{name}"] = _as(shape, name, known)
+            models[f"{shape.prefix}{name}"] = shape.entry(name, target.upstream.name, known)
         allowed = [one for name, one in models.items() if caller.may_ask(name)]
         return orjson.dumps(shape.whole(allowed))
 
@@ -442,14 +442,8 @@ def _shown(
 ) -> list[dict[str, Any]]:
     """Those that may be requested by their own name, the aliases, and what the upstream's table
     names and its list has not: Azure lists base models, where deployments are called."""
-    found = [one for one in models if upstream.fit(one[shape.id_key].removeprefix(shape.prefix))]
     by_name = {one[shape.id_key].removeprefix(shape.prefix): one for one in models}
-    for alias, name in upstream.aliases.items():
-        found.append(_as(shape, alias, by_name.get(name, {})))
-    unlisted = (name for name in upstream.named if name not in by_name)
-    return [*found, *(_as(shape, name, {}) for name in unlisted)]
-
-
-def _as(shape: ModelList, name: str, model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model by another name."""
-    return {**model, shape.id_key: f"{shape.prefix}{name}"}
+    found = {name: one for name, one in by_name.items() if upstream.fit(name)}
+    found |= {alias: by_name.get(name, {}) for alias, name in upstream.aliases.items()}
+    found |= {name: {} for name in upstream.named if name not in by_name}
+    return [shape.entry(name, upstream.name, known) for name, known in found.items()]

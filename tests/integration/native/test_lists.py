@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener
@@ -150,6 +151,26 @@ async def test_models_that_are_named_are_listed_whatever_the_provider_lists(
     assert listed == ["fast", "gpt-eu", "claude-eu"]
     found = await tried(gateway)
     assert [one["unlisted"] for one in found.values()] == [[], []], "deployments are no base models"
+
+
+async def test_models_that_no_list_describes_have_what_the_sdks_demand(
+    open_gateway: Opener, tmp_path: Path, lists: Lists, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named in the upstream's table, by an alias or a route, or by a list of names alone."""
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "key-of-azure")
+    lists.bodies = {"/openai/v1/models": {"data": [{"id": "other-1"}]}}
+    table = NAMED.format(url=lists.url) + '\n[[routes]]\nmodel = "main"\ntry = ["one/gpt-eu"]\n'
+    gateway = await opened(open_gateway, tmp_path, table)
+    names = {"other-1", "fast", "gpt-eu", "claude-eu", "main"}
+    strict = {"api_key": "of-a-client", "_strict_response_validation": True}
+    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", **strict) as client:
+        seen = {one.id: one async for one in client.models.list()}
+        assert seen.keys() >= names
+        assert {(seen[name].object, seen[name].owned_by) for name in names} == {("model", "one")}
+    async with AsyncAnthropic(base_url=gateway.url, **strict) as other:
+        described = {one.id: one async for one in other.models.list()}
+        assert described.keys() >= names - {"other-1", "main"}
+        assert described["fast"].display_name == "fast"
 
 
 async def test_a_model_is_missing_only_where_no_dialect_lists_it(
