@@ -12,6 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
@@ -40,6 +41,9 @@ from tidegate.errors import (
     UpstreamError,
 )
 from tidegate.jobs.outages import Held, Key, Look
+from tidegate.limiter import Limiter
+from tidegate.policy.format import CallerName
+from tidegate.policy.format import caller_of as caller_named
 from tidegate.record import CallRecord, Failure, Lineage, OutputFile
 from tidegate.spine.detached import collected, detached_call, endpoint_named
 from tidegate.spine.models import targets_for
@@ -50,7 +54,7 @@ from tidegate.spine.run import CallFailed, OnAdmitted
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.notifications import PULSED_MS, Notifications
-from tidegate.store.queue import MAX_LAPSES
+from tidegate.store.queue import MAX_LAPSES, Callers
 from tidegate.store.records import ClaimedJob, log_job
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail
@@ -254,6 +258,52 @@ def retry_wait_ms(
     return round(directed + (jitter if not directed else jitter / 4))
 
 
+class OwnLimits:
+    """One per worker: the keys, users and conversations whose own limits hold up calls of this
+    process. limiters: of all upstreams in use."""
+
+    def __init__(self, limiters: Callable[[], Iterable[Limiter]]) -> None:
+        self._limiters = limiters
+        self._held: frozenset[CallerName] = frozenset()
+
+    def __repr__(self) -> str:
+        return f"<OwnLimits {sorted(self._held)}>"
+
+    def __bool__(self) -> bool:
+        return bool(self._held)
+
+    async def look(self) -> None:
+        """Ask the pools. Of one that does not answer nothing is known."""
+        held: set[CallerName] = set()
+        for limiter in self._limiters():
+            if limiter.waiters and any(caller_named(one) for one in limiter.policy.limits):
+                with suppress(LimiterUnavailable):
+                    queues = (await limiter.snapshot()).queues
+                    mine = (one.held_up_by for one in queues if one.sid == limiter.session)
+                    held |= {whom for one in mine if one and (whom := caller_named(one))}
+        self._held = frozenset(held)
+
+    def of(self, job: ClaimedJob) -> tuple[CallerName, ...]:
+        """Those of a job."""
+        user, talk = job.subject or "", job.conversation or ""
+        own: tuple[CallerName, ...] = (
+            ("key", job.key_id or ""),
+            ("user", job.tenant_id, user),
+            ("conversation", job.tenant_id, talk),
+        )
+        return tuple(one for one in own if one in self._held)
+
+    def filling(self, jobs: Iterable[ClaimedJob], window: int) -> dict[str, Callers]:
+        """Of which callers, by tenant, no more is to be claimed, as so many of their `jobs` wait:
+        each has its share of half of a window at least."""
+        count = Counter((job.tenant_id, one) for job in jobs for one in self.of(job))
+        found: dict[str, Callers] = {}
+        for (tenant, whom), waiting in count.items():
+            if 2 * waiting * len(count) >= window:
+                found[tenant] = found.get(tenant, frozenset()) | {(whom[0], whom[-1])}
+        return found
+
+
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 4.0
 
 
@@ -343,7 +393,8 @@ class Feeder(Generic[ClaimedT]):
 
     claim: at most so many. waits_ms: of those that nothing can be called for, when each is to be
     looked at again; release: return claims to the queue, those in its second argument for so long.
-    idle_ms: the longest wait for a notification.
+    idle_ms: the longest wait for a notification. passes_over: whether the last claim has left some
+    that may soon be claimed.
     """
 
     notifications: Notifications
@@ -356,6 +407,7 @@ class Feeder(Generic[ClaimedT]):
     release: Callable[[Sequence[ClaimedT], Mapping[UUID, int]], Awaitable[None]]
     work: Callable[[ClaimedT], Coroutine[Any, Any, None]]
     idle_ms: int
+    passes_over: Callable[[], bool] = lambda: False
     tasks: dict[asyncio.Task[None], ClaimedT] = field(default_factory=dict)
     _slot_freed: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: asyncio.Event = field(default_factory=asyncio.Event)
@@ -414,6 +466,8 @@ class Feeder(Generic[ClaimedT]):
                     rest_s = min(_REST_OF_CLAIM * took_s, _LONGEST_REST_S)
                     await self._unless_closed(asyncio.sleep(rest_s))
                 idle_ms = self.idle_ms if claimed else PULSED_MS
+                if self.passes_over():
+                    idle_ms = round(_FULL_WAIT_S * 1000)
                 await self._unless_closed(self.notifications.wait_work(idle_ms, mark, self.lane))
 
     async def _kept(

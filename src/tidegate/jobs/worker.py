@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -40,6 +40,7 @@ from tidegate.jobs.calls import (
     Feeder,
     Lacking,
     LastTries,
+    OwnLimits,
     ask_of,
     caller_of,
     internal,
@@ -69,6 +70,7 @@ from tidegate.spine.run import MOST_TRIES, Terms
 from tidegate.store.blobs import Blobs
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.notifications import UNSURE, Sign, next_beat_s
+from tidegate.store.queue import Callers
 from tidegate.store.records import ClaimedJob, FailedTry
 from tidegate.store.statistics import OpenJobs
 from tidegate.store.store import Store
@@ -191,6 +193,7 @@ class CallBodies:
             yield body
 
 
+_LANES: tuple[Kind | None, ...] = (None, *Kind)
 _UNSURE_WINDOW, _LARGEST_WINDOW = 16, 256
 _IN_USE_S = 60.0
 _STORE_POLL_S = 0.25
@@ -205,18 +208,22 @@ log = get_logger()
 
 
 def of_the_largest(
-    own: Tasks, count: Counter[str], most: int
+    own: Tasks,
+    count: Counter[Hashable],
+    most: int,
+    whose: Callable[[ClaimedJob], Hashable] = lambda job: job.tenant_id,
 ) -> Iterator[tuple[asyncio.Task[None], ClaimedJob]]:
-    """At most so many of these that wait, of the tenants with the most jobs, which are counted
-    down: the lowest priority first, then what is due last, then the newest."""
+    """At most so many of these that wait, of the tenants, or of `whose` they are, with the most
+    jobs, which are counted down: the lowest priority first, then what is due last, then the
+    newest."""
     newest = list(own.items())[::-1]
     left = dict(sorted(newest, key=lambda one: _urgency(one[1]), reverse=True))
     while left and most > 0:
-        tenants = {job.tenant_id for job in left.values()}
-        tenant = max((one for one in count if one in tenants), key=count.__getitem__)
-        task, job = next((task, job) for task, job in left.items() if job.tenant_id == tenant)
+        owners = set(map(whose, left.values()))
+        owner = max((one for one in count if one in owners), key=count.__getitem__)
+        task, job = next((task, job) for task, job in left.items() if whose(job) == owner)
         del left[task]
-        count[tenant] -= 1
+        count[owner] -= 1
         most -= 1
         yield task, job
 
@@ -306,6 +313,7 @@ class Worker:
         self._put_off = PutOff(store, Held(outages, self._spine.health), self._targets_of)
         self.last_tries = LastTries()
         self._lacking = Lacking()
+        self._own_limits = OwnLimits(self._limiters)
         batches = BatchRunner(config, store, blobs, relay, self._put_off.held, self.last_tries)
         background = BackgroundRunner(config, store, relay)
         beside = (batches.run, self._provider_batches.run, background.run)
@@ -331,15 +339,40 @@ class Worker:
                 release=self._put_off.release,
                 work=self._classify if kind is None else self._work,
                 idle_ms=_IDLE_WAIT_MS,
+                passes_over=partial(self._passes_over, kind),
             )
-            for kind in (None, *Kind)
+            for kind in _LANES
         ]
 
     async def _claim(self, kind: Kind | None, most: int) -> list[ClaimedJob]:
         await self._lacking.yield_claim()
-        return await self._store.queue.claim(self._pool, kind, most)
+        return await self._store.queue.claim(self._pool, kind, most, self._full_of(kind))
+
+    def _limiters(self) -> set[Limiter]:
+        return {self._limiter, *(gate.limiter for gate in self._spine.health.values())}
+
+    def _held_by_own(self, kind: Kind | None) -> Tasks:
+        """Jobs of the type that wait for limits of their own keys, users or conversations."""
+        if kind is None or not self._own_limits:
+            return {}
+        waiting, tasks = self._stages.at(Stage.WAITING), self._feeders[_LANES.index(kind)].tasks
+        return {
+            task: job for task, job in tasks.items() if task in waiting and self._own_limits.of(job)
+        }
+
+    def _full_of(self, kind: Kind | None) -> dict[str, Callers]:
+        held = self._held_by_own(kind)
+        return self._own_limits.filling(held.values(), self._usual_window(kind)) if held else {}
+
+    def _passes_over(self, kind: Kind | None) -> bool:
+        return bool(self._full_of(kind))
 
     def _window(self, kind: Kind | None) -> int:
+        """Beside jobs that wait for limits of their own there is room for as many others."""
+        usual = self._usual_window(kind)
+        return usual + min(usual, len(self._held_by_own(kind)))
+
+    def _usual_window(self, kind: Kind | None) -> int:
         if kind is None:
             return _UNSURE_WINDOW
         limit, now = self._limiter.policy.limit(kind.limit), time.monotonic()
@@ -449,16 +482,23 @@ class Worker:
     async def _share_windows(self) -> None:
         """Where jobs that wait fill the window of a type, as for a limit of their own tenant, and a
         tenant has none in it: the newest of those with the most go back to the queue for a while,
-        as many as have to for the next claim."""
+        as many as have to for the next claim. So do those that wait for limits of their own keys,
+        users or conversations where there are more of them than the window has."""
+        if self._own_limits or any(feeder.needs_room() for feeder in self._feeders[1:]):
+            await self._own_limits.look()
         waiting = self._stages.at(Stage.WAITING)
         for kind, feeder in zip(Kind, self._feeders[1:], strict=True):
-            count = Counter(job.tenant_id for job in feeder.tasks.values())
-            over = feeder.needs_room()
-            if over and self._store.queue.has_others(self._pool, kind, count):
+            tenants = [job.tenant_id for job in feeder.tasks.values()]
+            count: Counter[Hashable] = Counter(tenants)
+            over, given = feeder.needs_room(), Tasks()
+            if over and self._store.queue.has_others(self._pool, kind, tenants):
                 own = {task: job for task, job in feeder.tasks.items() if task in waiting}
                 given = dict(of_the_largest(own, count, over))
-                waits_ms = {job.request_id: _MADE_ROOM_MS for job in given.values()}
-                await self._give_up(given, waits_ms, self._store.queue.release)
+            elif over and len(held := self._held_by_own(kind)) > self._usual_window(kind):
+                count = Counter(map(self._own_limits.of, held.values()))
+                given = dict(of_the_largest(held, count, over, self._own_limits.of))
+            waits_ms = {job.request_id: _MADE_ROOM_MS for job in given.values()}
+            await self._give_up(given, waits_ms, self._store.queue.release)
 
     async def _give_up(
         self,

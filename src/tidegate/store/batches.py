@@ -31,8 +31,8 @@ from tidegate.store import records as rows
 from tidegate.store.audit import AuditLog, Prepared
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.idempotency import KeyState, end_key, known_key, take_key
-from tidegate.store.notifications import BATCHES, PULSED_MS, Notifications, until_quick
-from tidegate.store.queue import MAX_LAPSES, Lookback
+from tidegate.store.notifications import BATCHES, PULSED_MS, Lookback, Notifications, until_quick
+from tidegate.store.queue import MAX_LAPSES
 from tidegate.store.records import Idempotency, Json, done_once, recorded
 from tidegate.telemetry.logging import Log, get_logger
 

@@ -3,7 +3,8 @@
 NOTIFY is sent coalesced and outside its transaction, because it takes an instance-wide lock at
 commit. Once a second one statement on the connection that listens, the pulse, looks for what all
 loops of the process wait for. It shows that the connection works, so that an idle loop needs no
-statement of its own: only while there is no pulse does each of them look for itself.
+statement of its own: only while there is no pulse does each of them look for itself. `Lookback`
+says how far back such a search goes.
 
 Invariants: a notification is a hint: a change is seen within `POLL_MS`, work within two seconds
 without it; waiters are bounded, and one query polls for all.
@@ -17,6 +18,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID
 from weakref import WeakValueDictionary
@@ -411,3 +413,48 @@ async def until_quick(ask: Callable[[], Awaitable[object]], lease_ms: int) -> No
         if Steadiness.clock() - asked_at < lease_ms / 3000:
             return
     raise StoreUnavailable("PostgreSQL answers too slowly for the lease of a claim")
+
+
+MARGIN_S = 15.0  # longer than any transaction of ours, and than clocks differ
+ALL_S = 1e9
+AT_ONCE = 500  # what one search finds at most
+_WHOLE_EVERY_S = 1.0
+_SHARE = 50
+_HURRIED_S = 0.005
+_UNKNOWN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """One search, which goes back `back_s` seconds."""
+
+    back_s: float
+    began: float
+    is_whole: bool
+
+
+class Lookback:
+    """One for each kind of search in a process; several may be under way."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._done: float | None = None
+        self._whole_at = 0.0  # when the last one from the beginning was begun
+        self._whole_took_s = 0.0
+
+    def begin(self, *, hurried: bool = False) -> Scan:
+        """A `hurried` search begins at the very beginning only where that was quick last time."""
+        now = self._clock()
+        due = now - self._whole_at >= max(_WHOLE_EVERY_S, _SHARE * self._whole_took_s)
+        if self._done is None or (due and not (hurried and self._whole_took_s > _HURRIED_S)):
+            # Until it has ended well it counts as long: one that fails is not retried immediately.
+            self._whole_at, self._whole_took_s = now, _UNKNOWN_S
+            return Scan(ALL_S, now, True)
+        return Scan(now - self._done + MARGIN_S, now, False)
+
+    def end(self, look: Scan, *, complete: bool) -> None:
+        """It ended well; `complete` if there was no more to find than it took."""
+        if look.is_whole:
+            self._whole_took_s = self._clock() - look.began
+        if complete and (self._done is None or look.began > self._done):
+            self._done = look.began

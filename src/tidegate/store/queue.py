@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_right, insort
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NoReturn
@@ -32,7 +32,14 @@ from tidegate.store import records as rows
 from tidegate.store.audit import AuditLog, audit_unanswered, of_row
 from tidegate.store.database import Connections, GroupWriter, Steadiness, count_in, sql
 from tidegate.store.jobs import CANCELLED_FAILURE
-from tidegate.store.notifications import UNSURE, Notifications, until_quick
+from tidegate.store.notifications import (
+    AT_ONCE,
+    UNSURE,
+    Lookback,
+    Notifications,
+    Scan,
+    until_quick,
+)
 from tidegate.store.records import ClaimedJob, FailedTry, Json
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -40,7 +47,12 @@ _ALL = 2**62  # after every transaction
 _MOST_EARLY = 256
 _QUICK_S = 0.05
 
+_FIRST = UUID(int=0)
+_SEARCHED = 5_000  # jobs of callers that are passed over, in one search
+
 Key = tuple[str, int]  # tenant and priority
+# Of one tenant: API keys, users and conversations, `("key", PREFIX)`.
+Callers = frozenset[tuple[str, str]]
 Row = Mapping[str, Any]
 
 
@@ -52,6 +64,7 @@ class QueueTurn:
     key: Key
     since: datetime | None
     early: tuple[UUID, ...]
+    is_part: bool = False  # some callers' jobs are passed over
 
     def row(self) -> Json:
         tenant_id, priority = self.key
@@ -64,14 +77,19 @@ class _Queue:
     """`since`: when its first ready job was made, but for the early ones; None: no others.
 
     Early ones are claimed by their ids. So a job that comes back after long does not have the
-    search begin with it, among all that have left since.
+    search begin with it, among all that have left since. `past`: where a search begins that passes
+    over the jobs of `past_of`.
     """
 
     since: datetime | None = None
     early: dict[UUID, datetime] = field(default_factory=dict)
+    past: tuple[datetime, UUID] | None = None
+    past_of: Callers = frozenset()
 
     def add(self, jobs: int, named: Sequence[tuple[datetime, UUID]]) -> None:
         """`jobs` became ready; `named` are the oldest of them, in their order."""
+        if self.past is not None:
+            self.past = min(self.past, named[0])
         if jobs > len(named):
             self._begin(named[-1][0])
         for made_at, request_id in named:
@@ -84,6 +102,15 @@ class _Queue:
 
     def _begin(self, made_at: datetime) -> None:
         self.since = made_at if self.since is None else min(self.since, made_at)
+        if self.past is not None:
+            self.past = min(self.past, (made_at, _FIRST))
+
+    def search_past(self, callers: Callers) -> tuple[datetime | None, UUID]:
+        """Where a search begins for the jobs of others than `callers`."""
+        begin = None if self.since is None else (self.since, _FIRST)
+        known = self.past if self.past_of <= callers else None
+        self.past, self.past_of = begin and max(begin, known or begin), callers
+        return self.past or (None, _FIRST)
 
     def turn(self, n: int, key: Key, limit: int) -> QueueTurn:
         """The oldest first. While there are many early ones, what is not early waits."""
@@ -185,6 +212,10 @@ class Ready:
             for priority, queue in self._queues.get(tenant, {}).items()
         ]
 
+    def queue(self, key: Key) -> _Queue:
+        """One of those that `turns` has named."""
+        return self._queues[key[0]][key[1]]
+
     def settle(self, turn: QueueTurn, since: datetime | None, early: Iterable[UUID]) -> None:
         """After the claim's commit: where the queue begins now, and the early ones that are left.
 
@@ -195,7 +226,7 @@ class Ready:
         queue = queues.get(priority)
         if queue is None:
             return
-        if queue.since == turn.since:
+        if queue.since == turn.since and not turn.is_part:
             queue.since = since
         left = set(early)
         for request_id in turn.early:
@@ -206,51 +237,6 @@ class Ready:
             if not queues:
                 del self._queues[tenant]
                 self._tenants.pop(bisect_right(self._tenants, tenant) - 1)
-
-
-MARGIN_S = 15.0  # longer than any transaction of ours, and than clocks differ
-ALL_S = 1e9
-AT_ONCE = 500  # what one search finds at most
-_WHOLE_EVERY_S = 1.0
-_SHARE = 50
-_HURRIED_S = 0.005
-_UNKNOWN_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Scan:
-    """One search, which goes back `back_s` seconds."""
-
-    back_s: float
-    began: float
-    is_whole: bool
-
-
-class Lookback:
-    """One for each kind of search in a process; several may be under way."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._done: float | None = None
-        self._whole_at = 0.0  # when the last one from the beginning was begun
-        self._whole_took_s = 0.0
-
-    def begin(self, *, hurried: bool = False) -> Scan:
-        """A `hurried` search begins at the very beginning only where that was quick last time."""
-        now = self._clock()
-        due = now - self._whole_at >= max(_WHOLE_EVERY_S, _SHARE * self._whole_took_s)
-        if self._done is None or (due and not (hurried and self._whole_took_s > _HURRIED_S)):
-            # Until it has ended well it counts as long: one that fails is not retried immediately.
-            self._whole_at, self._whole_took_s = now, _UNKNOWN_S
-            return Scan(ALL_S, now, True)
-        return Scan(now - self._done + MARGIN_S, now, False)
-
-    def end(self, look: Scan, *, complete: bool) -> None:
-        """It ended well; `complete` if there was no more to find than it took."""
-        if look.is_whole:
-            self._whole_took_s = self._clock() - look.began
-        if complete and (self._done is None or look.began > self._done):
-            self._done = look.began
 
 
 _TENANTS_AT_ONCE = 32
@@ -271,6 +257,7 @@ class _Known:
 
     ready: Ready
     last_tenant: str = ""
+    passes_over: Mapping[str, Callers] = field(default_factory=dict)
     is_first: bool = True
     read_at: float = 0.0
     swept_at: float = 0.0
@@ -293,12 +280,13 @@ class ReadyQueues:
         # It may be another server, and may have lost what the old one had seen.
         connections.on_back.append(self.lanes.clear)
 
-    async def claim(self, lane: Lane, limit: int) -> list[ClaimedJob]:
-        """Claim up to `limit` jobs, the caller holding `lock`.
-
-        Raises StoreUnavailable, after which some may be claimed.
-        """
+    async def claim(
+        self, lane: Lane, limit: int, without: Mapping[str, Callers]
+    ) -> list[ClaimedJob]:
+        """Claim up to `limit` jobs, the caller holding `lock`; of tenants in `without` none of
+        these callers. Raises StoreUnavailable, after which some may be claimed."""
         known = self.lanes.setdefault(lane, _Known(Ready()))
+        known.passes_over = without
         if known.is_first:
             await self._sweep(lane, known, _MOST_SWEEP_S)
             known.is_first = False
@@ -380,10 +368,14 @@ class ReadyQueues:
         turns = known.ready.turns(tenants, limit)
         if not turns:
             return [], [], []
+        for place, turn in enumerate(turns):
+            if callers := known.passes_over.get(turn.key[0]):
+                queue = known.ready.queue(turn.key)
+                turns[place] = await _of_others(connection, lane, queue, turn, callers, limit)
         queues = rows.dumps([turn.row() for turn in turns])
         found = await connection.fetch(sql("claim"), *lane, limit, self._instance_id, queues)
         taken = [row for row in found if row["id"] is not None]
-        return turns, found, await with_files(connection, taken)
+        return turns, found, await rows.with_files(connection, taken)
 
     def _settle(
         self,
@@ -454,15 +446,24 @@ async def _came(
     return found
 
 
-async def with_files(
-    connection: asyncpg.Connection, taken: list[asyncpg.Record]
-) -> list[ClaimedJob]:
-    files: dict[object, list[asyncpg.Record]] = {row["id"]: [] for row in taken}
-    with_files = [row["id"] for row in taken if row["has_files"]]
-    if with_files:
-        for file in await connection.fetch(sql("get_input_files"), with_files):
-            files[file["request_id"]].append(file)
-    return [rows.claimed_job(row, files[row["id"]]) for row in taken]
+async def _of_others(
+    connection: asyncpg.Connection,
+    lane: Lane,
+    queue: _Queue,
+    turn: QueueTurn,
+    callers: Callers,
+    limit: int,
+) -> QueueTurn:
+    """The turn without the jobs of `callers`, as far as one search shows others."""
+    names = [
+        [name for what, name in callers if what == each] for each in ("key", "user", "conversation")
+    ]
+    bounds = *queue.search_past(callers), list(queue.early), *names, limit, _SEARCHED
+    found = await connection.fetchrow(sql("find_others"), *lane, *turn.key, *bounds)
+    if found["next_at"] is not None:
+        queue.past = found["next_at"], rows.uuid_of(found["next_id"])
+    ids = tuple(map(rows.uuid_of, found["ids"]))
+    return replace(turn, since=None, early=ids, is_part=True)
 
 
 class ExpiredClaims:
@@ -564,15 +565,20 @@ class JobQueue:
         self._steadiness.missed()
         self._held.clear()
 
-    async def claim(self, pool: str, kind: Kind | None, limit: int) -> list[ClaimedJob]:
-        """Up to `limit` queued jobs of the kind, None for those still unsure; tenants in turn.
-
-        A cancelled caller's claims are released by the next heartbeat.
-        """
+    async def claim(
+        self,
+        pool: str,
+        kind: Kind | None,
+        limit: int,
+        without: Mapping[str, Callers] | None = None,
+    ) -> list[ClaimedJob]:
+        """Up to `limit` queued jobs of the kind, None for those still unsure; tenants in turn, and
+        of those in `without` no jobs of these callers. A cancelled caller's claims are released by
+        the next heartbeat."""
         if limit <= 0:
             return []
         await self._ready_to_claim()
-        return await self._delivered(self._claim(pool, kind, limit))
+        return await self._delivered(self._claim((pool, kind or UNSURE), limit, without or {}))
 
     def has_others(self, pool: str, kind: Kind, present: Collection[str]) -> bool:
         """Whether tenants but these may have ready jobs of the kind."""
@@ -585,7 +591,7 @@ class JobQueue:
 
         async def claim(connection: asyncpg.Connection) -> list[ClaimedJob]:
             found = await connection.fetch(sql("claim_batched"), pool, self._instance_id, *bounds)
-            return await with_files(connection, found)
+            return await rows.with_files(connection, found)
 
         async def claimed() -> list[ClaimedJob]:
             async with self._queues.lock:
@@ -711,7 +717,7 @@ class JobQueue:
 
         async def release(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             returned: list[asyncpg.Record] = await connection.fetch(sql("release_claims"), claims)
-            await _mark_ambiguous(connection, returned)
+            await rows.mark_ambiguous(connection, returned)
             return returned
 
         returned = await self._connections.run(release)
@@ -770,7 +776,7 @@ class JobQueue:
             retaken: list[asyncpg.Record] = await connection.fetch(
                 sql("retake"), locked, MAX_LAPSES, orjson.dumps(failure).decode()
             )
-            await _mark_ambiguous(connection, retaken)
+            await rows.mark_ambiguous(connection, retaken)
             dead = [row for row in retaken if row["status"] == Status.DEAD]
             await audit_unanswered(connection, dead, failure, self._instance_id)
             return retaken
@@ -816,9 +822,11 @@ class JobQueue:
         self.settled(job)
         raise ClaimLost(f"another worker has {job.request_id} now")
 
-    async def _claim(self, pool: str, kind: Kind | None, limit: int) -> list[ClaimedJob]:
+    async def _claim(
+        self, lane: Lane, limit: int, without: Mapping[str, Callers]
+    ) -> list[ClaimedJob]:
         async with self._queues.lock:
-            jobs = await self._queues.claim((pool, kind or UNSURE), limit)
+            jobs = await self._queues.claim(lane, limit, without)
             self._held |= {job.request_id: job.claim for job in jobs}
         return jobs
 
@@ -886,14 +894,3 @@ class JobQueue:
             None if row["id"] in begun else ClaimLost(f"another worker has {row['id']} now")
             for row in batch
         ]
-
-
-async def _mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg.Record]) -> None:
-    """The attempts of jobs that were running: what the provider did is unknown."""
-    attempts = [
-        {"id": row["attempt_id"], "created_at": row["attempt_at"], "outcome": "ambiguous"}
-        for row in returned
-        if row["old_status"] == Status.RUNNING and row["attempt_id"] is not None
-    ]
-    if attempts:
-        await connection.execute(sql("end_attempts"), *rows.ends_of(attempts))

@@ -813,6 +813,28 @@ def recorded(name: str, *values: Any, what: What, target: object) -> Work[asyncp
     return done_once(work)
 
 
+async def with_files(
+    connection: asyncpg.Connection, taken: list[asyncpg.Record]
+) -> list[ClaimedJob]:
+    files: dict[object, list[asyncpg.Record]] = {row["id"]: [] for row in taken}
+    with_files = [row["id"] for row in taken if row["has_files"]]
+    if with_files:
+        for file in await connection.fetch(sql("get_input_files"), with_files):
+            files[file["request_id"]].append(file)
+    return [claimed_job(row, files[row["id"]]) for row in taken]
+
+
+async def mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg.Record]) -> None:
+    """The attempts of jobs that were running: what the provider did is unknown."""
+    attempts = [
+        {"id": row["attempt_id"], "created_at": row["attempt_at"], "outcome": "ambiguous"}
+        for row in returned
+        if row["old_status"] == Status.RUNNING and row["attempt_id"] is not None
+    ]
+    if attempts:
+        await connection.execute(sql("end_attempts"), *ends_of(attempts))
+
+
 def done_once(work: Work[T | None]) -> Work[T | None]:
     """`work` that finds nothing to do once it is done, and may be repeated: a repeat after the
     reply to the COMMIT was lost returns what the try before did, not that nothing was found."""

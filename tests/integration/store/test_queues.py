@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -21,7 +21,9 @@ from tests.integration.store.jobs import TEXT, UNSURE, new_job, now, plan, plan_
 from tests.integration.store.test_claims import FILL
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.store import queue
 from tidegate.store.database import PREPARED, sql
+from tidegate.store.queue import Callers
 from tidegate.store.records import ClaimedJob, NewJob
 from tidegate.store.store import Store
 
@@ -30,8 +32,10 @@ WAITS = "SELECT not_before IS NOT NULL FROM requests WHERE id = $1"
 DEAD = "UPDATE requests SET status = 'dead', claimed_by = NULL, finished_at = now() WHERE id = $1"
 
 
-async def claim(store: Store, limit: int = 10) -> list[ClaimedJob]:
-    return await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=limit)
+async def claim(
+    store: Store, limit: int = 10, without: Mapping[str, Callers] | None = None
+) -> list[ClaimedJob]:
+    return await store.queue.claim(DEFAULT_POOL, Kind.TEXT_ONLY, limit, without)
 
 
 async def ids(store: Store, limit: int = 10) -> list[UUID]:
@@ -213,25 +217,70 @@ async def test_what_a_worker_has_overlooked_is_found_when_it_looks_again(store: 
     assert await ids(store) == [other.request_id]
 
 
-async def test_random_moves_of_three_workers_strand_no_job(
-    make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+async def test_a_claim_passes_over_some_callers_however_many_jobs_they_have(
+    make_store: MakeStore, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(queue, "_SEARCHED", 9)
+    one, other = [await make_store(database_url, claim_lease_ms=60_000) for _ in range(2)]
+    passed: list[NewJob] = []
+    for given in ({"key_id": "k"}, {"subject": "ann"}, {"conversation": "talk"}):
+        for _ in range(100):
+            passed.append(new_job(tenant_id="acme", **given))
+            await one.jobs.submit(passed[-1])
+    wanted = [
+        await one.jobs.submit(new_job(tenant_id="acme", **given))
+        for given in ({}, {"key_id": "l"}, {"subject": "bob", "key_id": "l"})
+    ]
+    callers = frozenset({("key", "k"), ("user", "ann"), ("conversation", "talk")})
+    found: list[UUID] = []
+
+    async def all_found() -> bool:
+        found.extend(job.request_id for job in await claim(one, 10, {"acme": callers}))
+        return len(found) >= len(wanted)
+
+    await wait_until(all_found, 20, "the jobs behind them")
+    assert len(found) == len(wanted)
+    assert await claim(one, 10, {"acme": callers}) == []
+    (back,) = await claim(other, 1)
+    assert back.request_id == passed[0].request_id
+    assert len(await claim(one, 400)) == len(passed) - 1
+    assert await claim(other, 10) == []
+
+
+async def test_random_moves_of_three_workers_strand_no_job(
+    make_store: MakeStore,
+    database_url: str,
+    peek: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(queue, "_SEARCHED", 3)
     dice = random.Random(7)
     stores = [await make_store(database_url, claim_lease_ms=60_000) for _ in range(3)]
     held: list[tuple[Store, ClaimedJob]] = []
     ended: list[UUID] = []
     submitted = 0
-    for _ in range(120):
+    for _ in range(240):
         store, move = dice.choice(stores), dice.random()
         if move < 0.35:
             tenant, priority = dice.choice("abc"), dice.choice([0, 0, 5])
             made_at = now() - timedelta(seconds=dice.choice([0, 0, 60]))
             await store.jobs.submit(
-                new_job(tenant_id=tenant, priority=priority, created_at=made_at)
+                new_job(
+                    tenant_id=tenant,
+                    priority=priority,
+                    created_at=made_at,
+                    key_id=dice.choice("xyz"),
+                )
             )
             submitted += 1
-        elif move < 0.65:
+        elif move < 0.5:
             held += [(store, job) for job in await claim(store, dice.randint(1, 4))]
+        elif move < 0.65:
+            keys = {"a": {dice.choice("xyz")}, "b": {"x", "y"}}
+            without = {one: frozenset(("key", key) for key in own) for one, own in keys.items()}
+            taken = await claim(store, dice.randint(1, 4), without)
+            assert not any(job.key_id in keys.get(job.tenant_id, ()) for job in taken)
+            held += [(store, job) for job in taken]
         elif held:
             holder, job = held.pop(dice.randrange(len(held)))
             if move < 0.8:
@@ -270,11 +319,12 @@ async def test_nothing_hot_walks_past_what_an_old_snapshot_keeps(
     await peek.execute(FILL, "a", 1)
     job = await peek.fetchrow("SELECT id, ready_xid FROM requests WHERE status = 'queued'")
     one = orjson.dumps([{"id": str(job["id"]), "claim": 0, "status": "queued"}]).decode()
-    queue = {"n": 0, "tenant_id": "a", "priority": 0, "since": now(), "early": [str(job["id"])]}
+    turn = {"n": 0, "tenant_id": "a", "priority": 0, "since": now(), "early": [str(job["id"])]}
     lane = ["gemini", "text_only"]
     hot: dict[str, list[object]] = {
         "came": [*lane, job["ready_xid"], 2**62, [1, 2], 20.0],
-        "claim": [*lane, 16, "w", orjson.dumps([queue]).decode()],
+        "claim": [*lane, 16, "w", orjson.dumps([turn]).decode()],
+        "find_others": [*lane, "a", 0, now(), UUID(int=0), [job["id"]], ["k"], [], [], 16, 5_000],
         "ripen": [20.0],
         "expire_due": ["{}", 20.0],
         "set_classified": [job["id"], 0, "text_only", "rules", ""],

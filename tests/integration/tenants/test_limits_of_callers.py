@@ -218,3 +218,35 @@ async def test_a_person_sets_and_sees_them_and_a_removed_tenant_takes_them_along
     _, page = await ask(gateway, "GET", "/admin/limits", AS_ADMIN)
     left = [one["limit"] for one in page["limits"] if "kind:" not in one["limit"]]
     assert left == [of_other]
+
+
+@pytest.mark.parametrize("names", [[""], ["ann"], ["ann", "bob"]])
+async def test_many_jobs_at_a_callers_own_limit_leave_room_for_its_tenants_others(
+    open_gateway: Opener, names: list[str]
+) -> None:
+    """Of a key, or of users with it. A worker has twice the limit of a type, and two, and has as
+    many beside where all of them wait."""
+    gateway = await open_gateway(worker=False, **WITH_KEYS)
+    one, other = await key_of(gateway, "acme"), await key_of(gateway, "acme")
+    own = [f"user/acme/{name}" if name else f"key/{prefix_of(one)}" for name in names]
+    await set_limits(gateway, {"kind:text_only": 2} | {f"rpm:{which}": 1 for which in own})
+    texts = {"data": "Explain", "type": "text_only"}
+    for name in names:
+        more = {"subject": name} if name else {}
+        for _ in range(20):
+            await submitted(gateway, one, **texts, **more)
+    gateway.start_worker()
+
+    async def waiting() -> int:
+        snapshot = await gateway.services.limiter.snapshot()
+        return sum(queue.waiting for queue in snapshot.queues)
+
+    async def is_full() -> bool:
+        return len(await gateway.calls()) == len(names) and await waiting() >= 6
+
+    await wait_until(is_full, 20, "as many that wait as a worker takes")
+    free = [await submitted(gateway, other, **texts) for _ in range(4)]
+    for request_id in free:
+        assert await ended(gateway, other, request_id) == "succeeded"
+    assert len(await gateway.calls()) == len(names) + len(free)
+    assert await waiting() <= 12

@@ -6,7 +6,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from tidegate.store.queue import ALL_S, MARGIN_S, Lookback, Ready
+from tidegate.store.notifications import ALL_S, MARGIN_S, Lookback
+from tidegate.store.queue import Ready
 
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -30,7 +30,7 @@ from tidegate.store import records as rows
 from tidegate.store.budgets import Budgets, Settlement, settle_holds
 from tidegate.store.database import Connections, sql
 from tidegate.store.notifications import Notifications
-from tidegate.store.queue import JobQueue, with_files
+from tidegate.store.queue import JobQueue
 from tidegate.store.records import ClaimedJob, Json
 
 BatchPhase = Literal["made", "creating", "created", "cancelling", "done"]
@@ -332,7 +332,7 @@ class ProviderBatches:
             found = await connection.fetch(
                 sql("open_provider_lines"), batch.id, after, chosen, limit
             )
-            jobs = await with_files(connection, found)
+            jobs = await rows.with_files(connection, found)
             return [_line(row, job) for row, job in zip(found, jobs, strict=True)]
 
         return await self._connections.run(read)

@@ -320,6 +320,41 @@ SELECT pg_snapshot_xmax(seen.snapshot)::text::bigint AS xmax,
     ) AS is_ripening, queues.*
 FROM (SELECT pg_current_snapshot() AS snapshot) AS seen LEFT JOIN queues ON true
 
+-- name: find_others
+-- Ready jobs of pool $1, lane $2, tenant $3, priority $4, up to $11, without those of some callers.
+-- These have a key of $8, a user of $9 or a conversation of $10. Looked at are $7, and the next $12 from
+-- the job made at $5 with id $6. The next search begins at the first that is found among the latter, or
+-- else where this one has ended.
+WITH next AS MATERIALIZED (
+    SELECT created_at, id, key_id, subject, conversation FROM requests
+    WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
+        AND pool || '/' || lane || '/' || tenant_id = $1 || '/' || $2 || '/' || $3
+        AND priority = $4 AND (created_at, id) >= ($5::timestamptz, $6::uuid)
+    ORDER BY created_at, id LIMIT $12
+), named AS MATERIALIZED (
+    SELECT created_at, id, key_id, subject, conversation FROM requests
+    WHERE id = ANY($7::uuid[])
+        AND coalesce(not_before IS NULL AND claimed_by IS NULL AND status = 'queued', false)
+), others AS MATERIALIZED (
+    SELECT created_at, id, is_next FROM (
+        SELECT *, true AS is_next FROM next
+        UNION ALL
+        SELECT *, false FROM named WHERE NOT coalesce((created_at, id) >= ($5, $6), false)
+    ) AS seen
+    WHERE NOT coalesce(key_id = ANY($8::text[]), false)
+        AND NOT coalesce(subject = ANY($9::text[]), false)
+        AND NOT coalesce(conversation = ANY($10::text[]), false)
+    ORDER BY created_at, id LIMIT $11
+)
+SELECT ARRAY(SELECT id FROM others ORDER BY created_at, id) AS ids,
+    begins.created_at AS next_at, begins.id AS next_id
+FROM (SELECT) AS one LEFT JOIN LATERAL (
+    (SELECT created_at, id, 1 AS choice FROM others WHERE is_next ORDER BY created_at, id LIMIT 1)
+    UNION ALL
+    (SELECT created_at, id, 2 FROM next ORDER BY created_at DESC, id DESC LIMIT 1)
+    ORDER BY choice LIMIT 1
+) AS begins ON true
+
 -- name: claim
 -- Claim up to $3 ready jobs of pool $1, lane $2 for $4 from the queues $5, tenants in turn.
 WITH queues AS MATERIALIZED (
