@@ -299,7 +299,7 @@ async def submit(request: Request) -> Response:
     """Takes text, files and image prompts, as JSON or multipart. The answer means that the
     request is stored for good; follow it at `status_url`."""
     services = services_of(request)
-    received = datetime.now(UTC)
+    received = services.clock.now()
     key = key_of(request)
     caller = await caller_of(request)
     # What is known under a key may be returned to a tenant whose budget is spent.

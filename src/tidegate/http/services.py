@@ -53,6 +53,7 @@ from tidegate.spine.run import Spine
 from tidegate.spine.upstreams import LiveUpstreams
 from tidegate.store.blobs import Blobs
 from tidegate.store.budgets import Budgets
+from tidegate.store.notifications import ServerClock
 from tidegate.store.requests import Whereabouts
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
@@ -229,6 +230,11 @@ class Services:
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
     followers: set[asyncio.Task[Any]] = field(default_factory=set)
+
+    @property
+    def clock(self) -> ServerClock:
+        """Of what is stored: deadlines go by it in all processes."""
+        return self.store.notifications.clock
 
     @property
     def usual_pool(self) -> str:

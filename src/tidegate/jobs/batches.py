@@ -310,7 +310,7 @@ class LineCaller:
             record = one.record
             await self._store.batch_lines.begin(line, record.upstream, record.model)
 
-        left_ms = round((line.expires_at - datetime.now(UTC)).total_seconds() * 1000)
+        left = line.expires_at - self._store.notifications.clock.now()
         try:
             call = detached_call(
                 request_id=line.id,
@@ -318,7 +318,7 @@ class LineCaller:
                 body=line.body.encode(),
                 caller=Caller(line.tenant_id, line.key_id, line.models),
                 priority=PRIORITY,
-                deadline_ms=left_ms,
+                deadline_ms=round(left.total_seconds() * 1000),
                 trail=one.record.trail,
                 most_tries=self._config.max_attempts - line.attempts,
                 preempted=line.preemptions,

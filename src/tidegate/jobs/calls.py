@@ -53,7 +53,7 @@ from tidegate.spine.routing import Target
 from tidegate.spine.run import CallFailed, OnAdmitted
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.jobs import CANCELLED
-from tidegate.store.notifications import PULSED_MS, Notifications
+from tidegate.store.notifications import PULSED_MS, Notifications, ServerClock
 from tidegate.store.queue import MAX_LAPSES, Callers
 from tidegate.store.records import ClaimedJob, log_job
 from tidegate.telemetry.logging import Log, get_logger
@@ -141,11 +141,11 @@ def internal() -> TidegateError:
     return TidegateError("an internal error; it has been logged")
 
 
-def time_left_ms(job: ClaimedJob) -> int | None:
+def time_left_ms(job: ClaimedJob, clock: ServerClock) -> int | None:
     """Until the job's deadline, negative when it has passed; None without one."""
     if job.deadline_at is None:
         return None
-    return round((job.deadline_at - datetime.now(UTC)).total_seconds() * 1000)
+    return round((job.deadline_at - clock.now()).total_seconds() * 1000)
 
 
 def places_of(relay: Relay, path: str, model: str, bound: str | None = None) -> list[Target]:
@@ -189,11 +189,12 @@ async def run_wrapped(
     caller: Caller,
     max_attempts: int,
     left: Callable[[], bool],
+    left_ms: int | None,
 ) -> None:
     """Make the call that a job wraps, with its `body`, on the budget of its `caller`, in its tier.
-    left: as in `Terms`. Raises UpstreamError, and what `Relay.run` raises else."""
+    left: as in `Terms`; left_ms: until its deadline. Raises UpstreamError, and what `Relay.run`
+    raises else."""
     assert job.endpoint is not None
-    left_ms = time_left_ms(job)
     call = detached_call(
         request_id=job.request_id,
         path=job.endpoint,

@@ -140,7 +140,7 @@ class ProviderBatchRunner:
         """leaves_at: when a batch must be cancelled for its jobs that are due at a time."""
         self._leaves_at = leaves_at
         self._config = config
-        self._store = store
+        self._store, self._clock = store, store.notifications.clock
         self._batches = store.provider_batches
         self._blobs = blobs
         self._relay, self._prompts = relay, prompts
@@ -160,7 +160,7 @@ class ProviderBatchRunner:
     async def put(self, job: ClaimedJob, choice: TierChoice) -> None:
         """Park a claimed job for the next batch. Raises StoreUnavailable."""
         revisit_at = choice.revisit_at
-        until = _parked_until(revisit_at)
+        until = self._parked_until(revisit_at)
         await self._store.queue.park([job], until, why=choice.why, revisit_at=revisit_at)
         self._store.open_batches.changed()
 
@@ -367,7 +367,7 @@ class ProviderBatchRunner:
         if getattr(error, "fallback", None) is not None:
             await self._batches.turn_away([job])  # the usual tier falls back
             return
-        until = _parked_until(job.revisit_at)
+        until = self._parked_until(job.revisit_at)
         wait_ms = uncounted_wait_ms(error) or 0
         await self._store.queue.park(
             [job],
@@ -447,7 +447,7 @@ class ProviderBatchRunner:
                 now_s, held = time.monotonic(), self._not_before_s.items()
                 self._not_before_s = {one: at_s for one, at_s in held if at_s > now_s}
                 self._not_before_s[batch.id] = now_s + wait_ms / 1000
-            left_ms = _until((await self._batches.open_lines(batch)).leave_at)
+            left_ms = self._until((await self._batches.open_lines(batch)).leave_at)
             held_ms = self._poll_ms
         else:
             left_ms = await self._without_the_late(batch)
@@ -456,13 +456,13 @@ class ProviderBatchRunner:
     async def _without_the_late(self, batch: UpstreamBatch) -> float:
         """Return the lines to the queue that have to be in a faster tier by now, though their batch
         can't be cancelled: the provider may charge them too. Until the next one has to, in ms."""
-        leave_at, now = (await self._batches.open_lines(batch)).leave_at, datetime.now(UTC)
+        leave_at, now = (await self._batches.open_lines(batch)).leave_at, self._clock.now()
         if leave_at is not None and leave_at <= now:
             for one in await self._all_lines(batch):
                 if one.leave_at is not None and one.leave_at <= now:
                     await self._without_answer(batch, one, "no answer", UNKNOWN_CHARGE)
             leave_at = (await self._batches.open_lines(batch)).leave_at
-        return _until(leave_at)
+        return self._until(leave_at)
 
     async def _create(
         self, api: BatchApi, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None
@@ -517,7 +517,7 @@ class ProviderBatchRunner:
     ) -> list[OpenLine]:
         """What is to be in a batch that is not created yet: without what its owner has cancelled,
         and what has to be in a faster tier by now."""
-        now, stay = datetime.now(UTC), []
+        now, stay = self._clock.now(), []
         for one in lines:
             if one.is_cancelled or (one.leave_at is not None and one.leave_at <= now):
                 await self._without_answer(batch, one, "left", NO_CHARGE)
@@ -611,7 +611,7 @@ class ProviderBatchRunner:
         if progress.has_ended:
             await self._end(api, batch, progress)
             return
-        sums, now = await self._batches.open_lines(batch), datetime.now(UTC)
+        sums, now = await self._batches.open_lines(batch), self._clock.now()
         leave_at = await self._to_leave_at(batch, sums)
         leaves = leave_at is not None and leave_at <= now
         state = batch.state
@@ -793,7 +793,7 @@ class ProviderBatchRunner:
     ) -> None:
         record.end(RETRIED, failure)
         self._settle(line, record)
-        not_before = datetime.now(UTC) + timedelta(milliseconds=wait_ms) if wait_ms else None
+        not_before = self._clock.now() + timedelta(milliseconds=wait_ms) if wait_ms else None
         audit = self._store.audit
         await self._written(audit.retry_job(job, record, not_before, is_counted=is_counted))
         log_end(job, record, failure, wait_ms)
@@ -801,6 +801,14 @@ class ProviderBatchRunner:
     def _settle(self, line: OpenLine, record: CallRecord) -> None:
         if line.hold_id is not None:
             self._store.budgets.settle(line.hold_id, record.charge, line.job.request_id)
+
+    def _parked_until(self, revisit_at: datetime | None) -> datetime:
+        latest = self._clock.now() + timedelta(seconds=PARKED_S)
+        return latest if revisit_at is None else min(latest, revisit_at)
+
+    def _until(self, at: datetime | None) -> float:
+        """In ms; infinite where it is never."""
+        return inf if at is None else max(0.0, (at - self._clock.now()).total_seconds() * 1000)
 
     @staticmethod
     async def _written(write: Awaitable[bool]) -> None:
@@ -814,16 +822,6 @@ def _without_batch(job: ClaimedJob) -> ClaimedJob:
     """The job, which is put into no batch any more."""
     allowed = tuple(one for one in job.tiers_allowed if one is not Tier.BATCH)
     return replace(job, tier=Tier.LIVE, tiers_allowed=allowed)
-
-
-def _parked_until(revisit_at: datetime | None) -> datetime:
-    latest = datetime.now(UTC) + timedelta(seconds=PARKED_S)
-    return latest if revisit_at is None else min(latest, revisit_at)
-
-
-def _until(at: datetime | None) -> float:
-    """In ms; infinite where it is never."""
-    return inf if at is None else max(0.0, (at - datetime.now(UTC)).total_seconds() * 1000)
 
 
 def _passed(batch: UpstreamBatch, since: datetime) -> timedelta:

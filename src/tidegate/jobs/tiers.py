@@ -67,7 +67,9 @@ class TierOffers:
         takes: Callable[[ClaimedJob], bool],
         usual_batches: UsualBatches,
         clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        self._now = now
         self._ahead = ahead
         self._targets_of = targets_of
         self._lane_of = lane_of
@@ -98,7 +100,7 @@ class TierOffers:
         if offers and targets:
             tags = (job.key_id, job.subject, job.conversation)
             room = await self._room(kind, targets[0], job.tenant_id, job.deadline_at, tags)
-        return choose(offers, room, now=datetime.now(UTC), due=job.deadline_at, times=self._times)
+        return choose(offers, room, now=self._now(), due=job.deadline_at, times=self._times)
 
     async def _offer(
         self, job: ClaimedJob, tier: Tier, targets: Sequence[Target]
@@ -128,7 +130,7 @@ class TierOffers:
         then, as many as are open now; None where nothing could be called in its stead, in time.
         Raises StoreUnavailable."""
         room = await self._room(kind, target, DEFAULT_TENANT, due)
-        if room.is_late((due - datetime.now(UTC)).total_seconds() * 1000):
+        if room.is_late((due - self._now()).total_seconds() * 1000):
             return None
         needs_ms = room.reserve_ms + self._times.cancel_ms
         return None if needs_ms == inf else due - timedelta(milliseconds=needs_ms)

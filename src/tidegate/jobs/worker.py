@@ -69,7 +69,7 @@ from tidegate.spine.routing import Target
 from tidegate.spine.run import MOST_TRIES, Terms
 from tidegate.store.blobs import Blobs
 from tidegate.store.jobs import CANCELLED
-from tidegate.store.notifications import UNSURE, Sign, next_beat_s
+from tidegate.store.notifications import UNSURE, ServerClock, Sign, next_beat_s
 from tidegate.store.queue import Callers
 from tidegate.store.records import ClaimedJob, FailedTry
 from tidegate.store.statistics import OpenJobs
@@ -165,8 +165,8 @@ class Room:
 class CallBodies:
     """Of all wrapped calls that a worker makes."""
 
-    def __init__(self, blobs: Blobs, most_bytes: int) -> None:
-        self._blobs = blobs
+    def __init__(self, blobs: Blobs, most_bytes: int, clock: ServerClock) -> None:
+        self._blobs, self._clock = blobs, clock
         # Each its own: the calls of one type may be held up for long.
         self._rooms = {kind: Room(most_bytes // len(Kind)) for kind in Kind}
 
@@ -178,7 +178,7 @@ class CallBodies:
             yield job.prompt.encode()
             return
         (kept,) = job.attachments
-        left_ms = time_left_ms(job)
+        left_ms = time_left_ms(job, self._clock)
         async with AsyncExitStack() as held:
             try:
                 async with asyncio.timeout(None if left_ms is None else left_ms / 1000):
@@ -297,7 +297,7 @@ class Worker:
         pool: str = DEFAULT_POOL,
     ) -> None:
         self._relay, self._spine = relay, relay.spine
-        self._pool = pool
+        self._pool, self._clock = pool, store.notifications.clock
         self._provider_batches = ProviderBatchRunner(
             config, store, blobs, relay, prompts, lambda *of: self._offers.leaves_at(*of)
         )
@@ -308,6 +308,7 @@ class Worker:
             self._spine.lane,
             takes=self._provider_batches.takes,
             usual_batches=store.provider_batches.usual_ms,
+            now=self._clock.now,
         )
         self._outages = outages = Outages(self._spine.health)
         self._put_off = PutOff(store, Held(outages, self._spine.health), self._targets_of)
@@ -321,7 +322,7 @@ class Worker:
         self._config = config
         self._store = store
         self._blobs = blobs
-        self._bodies = CallBodies(blobs, config.max_held_bytes)
+        self._bodies = CallBodies(blobs, config.max_held_bytes, self._clock)
         self._limiter, self._prompts = limiter, prompts
         self._stages = Stages(self._tasks)
         # When an upstream was last called for jobs of a kind.
@@ -543,7 +544,8 @@ class Worker:
                 await self._fenced(lambda: self._put_off.release([job], waits_ms))
                 return
             try:
-                decided = await self._prompts.decide(ask_of(job), within_ms=time_left_ms(job))
+                left_ms = time_left_ms(job, self._clock)
+                decided = await self._prompts.decide(ask_of(job), within_ms=left_ms)
             finally:
                 self._outages.left(turn)
 
@@ -651,7 +653,7 @@ class Worker:
             await self._make(run, left_ms)
             return
         until = run.job.revisit_at
-        left_s = None if until is None else max(0.0, (until - datetime.now(UTC)).total_seconds())
+        left_s = None if until is None else max(0.0, (until - self._clock.now()).total_seconds())
         try:
             async with asyncio.timeout(left_s) as bound:
                 await self._make(run, left_ms)
@@ -666,7 +668,8 @@ class Worker:
         if job.endpoint is not None:
             async with self._bodies.of(job, kind) as body:
                 wrapped = partial(run_wrapped, self._relay, job, record, run.admitted, body=body)
-                await wrapped(caller=caller, max_attempts=self._config.max_attempts, left=left)
+                most, left_ms = self._config.max_attempts, time_left_ms(job, self._clock)
+                await wrapped(caller=caller, max_attempts=most, left=left, left_ms=left_ms)
             return
         if kind is Kind.IMAGE_GENERATION and self._blobs.away:
             await self._blobs.ping()  # a picture with nowhere to go would be paid for in vain
@@ -720,7 +723,7 @@ class Worker:
     ) -> None:
         """Run the call; while PostgreSQL is away the permit goes back and is asked for again."""
         while True:
-            left_ms = None if job.deadline_at is None else time_left_ms(job)
+            left_ms = time_left_ms(job, self._clock)
             if left_ms is not None and left_ms <= 0:
                 raise DeadlineExceeded("the deadline passed while the job waited", limit=kind.limit)
             try:
@@ -788,7 +791,7 @@ class Worker:
     ) -> None:
         """Record the end of an attempt: the job's, or with `wait_ms` until the next attempt."""
         if wait_ms is not None:
-            at = datetime.now(UTC) + timedelta(milliseconds=wait_ms) if wait_ms else None
+            at = self._clock.now() + timedelta(milliseconds=wait_ms) if wait_ms else None
             record.end(RETRIED, failure)
             await self._fenced(lambda: self._store.queue.retry(job, record, at, is_counted))
         else:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -207,7 +207,7 @@ def _outcome(job: NewJob, found: _Keyed) -> Outcome:
     return Earlier(rows.uuid_of(row["id"]), Status(row["status"]), rows.classification_of(row))
 
 
-async def copy_of(dossier: RequestDetail, blobs: Blobs) -> NewJob:
+async def copy_of(dossier: RequestDetail, blobs: Blobs, now: datetime) -> NewJob:
     """A new job that is not submitted yet; the blobs of its files are there.
 
     Raises InvalidRequest for what was no job, NotEnded, NotFound where the bytes of a file are
@@ -219,7 +219,6 @@ async def copy_of(dossier: RequestDetail, blobs: Blobs) -> NewJob:
         raise InvalidRequest("request_id", why, allowed="a job")
     if not record.status.is_end:
         raise NotEnded(f"the request has not ended yet: {record.status}")
-    now = datetime.now(UTC)
     inputs = [file for file in record.files if file.role == "input"]
     return NewJob(
         request_id=new_id(),
@@ -246,6 +245,7 @@ async def replay_of(
     dossier: RequestDetail,
     blobs: Blobs,
     upstream: str,
+    now: datetime,
     *,
     endpoint: str | None = None,
     body: str | None = None,
@@ -258,7 +258,7 @@ async def replay_of(
     """
     record, row = dossier.record, dossier.request
     if record.source == "job":
-        copy = await copy_of(dossier, blobs)
+        copy = await copy_of(dossier, blobs, now)
         # The answer is for the person who makes it again: now, and for nobody's webhook.
         copy = replace(copy, webhook_url=None, tiers_allowed=())
         return replace(copy, repeats=record.request_id, bound_upstream=upstream)
@@ -269,7 +269,7 @@ async def replay_of(
         raise InvalidRequest("request_id", "there is nothing on record to send", allowed=allowed)
     return NewJob(
         request_id=new_id(),
-        created_at=datetime.now(UTC),
+        created_at=now,
         prompt=row["prompt"] if body is None else body,
         classification=record.classification,
         image_uri=None if body is not None else row.get("image_uri"),

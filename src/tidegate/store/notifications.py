@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 from uuid import UUID
 from weakref import WeakValueDictionary
@@ -66,11 +67,39 @@ def next_beat_s(every_s: float) -> float:
     return left_s if left_s > every_s / 10 else left_s + every_s
 
 
+class ServerClock:
+    """PostgreSQL's clock, as the pulse and a worker's heartbeats have read it last: a process's own
+    may be wrong, or be set while it runs."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._read: tuple[float, datetime] | None = None
+
+    def __repr__(self) -> str:
+        return f"<ServerClock {self.now()}>"
+
+    def begin(self) -> float:
+        """For `read`, before PostgreSQL is asked."""
+        return self._clock()
+
+    def read(self, begun: float, at: datetime) -> None:
+        """PostgreSQL has answered that it was `at`: at the middle of the time since then."""
+        self._read = (begun + self._clock()) / 2, at
+
+    def now(self) -> datetime:
+        """By this process's own clock until PostgreSQL's was read."""
+        if self._read is None:
+            return datetime.now(UTC)
+        read_at, at = self._read
+        return at + timedelta(seconds=self._clock() - read_at)
+
+
 class Notifications:
     """One per process: sends to all processes, listens once something here waits."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
+        self.clock = ServerClock()
         # To be sent.
         self._work: set[str] = set()
         self._changed: set[UUID] = set()
@@ -296,12 +325,14 @@ class Notifications:
 
     async def _pulse(self, connection: DatabaseSession) -> None:
         given = (self.pool, self._seen_transaction, sorted(LANES), self._under_way)
+        begun = self.clock.begin()
         try:
             async with asyncio.timeout(_LISTEN_TIMEOUT_MS / 1000):
                 row = await row_alone(connection, "pulse", *given, timeout_ms=_LISTEN_TIMEOUT_MS)
         except asyncpg.PostgresError:  # of a schema without its tables, for one
             await connection.execute("ROLLBACK")
             return
+        self.clock.read(begun, row["server_time"])
         self._seen_transaction, self._pulsed_at = row["seen"], time.monotonic()
         self._under_way = row["under_way"]
         self._shown = frozenset(sign for sign in _SIGNS if row[sign])

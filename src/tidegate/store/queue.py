@@ -546,11 +546,11 @@ class JobQueue:
 
     async def heartbeat(self) -> None:
         """Report that this worker lives, every third of the claim lease."""
-        sent_at = self._steadiness.clock()
+        sent_at, clock = self._steadiness.clock(), self._notifications.clock
+        begun, most_ms = clock.begin(), max(self._lease_ms // 3, 100)
         try:
-            await self._connections.execute(
-                "beat", self._instance_id, timeout_ms=max(self._lease_ms // 3, 100)
-            )
+            (row,) = await self._connections.rows("beat", self._instance_id, timeout_ms=most_ms)
+            clock.read(begun, row["server_time"])
         except StoreUnavailable:
             self._steadiness.missed()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import openai
@@ -23,6 +24,7 @@ from tests.batching import (
 from tests.gateway import Opener
 from tests.integration.batches.conftest import MakeSdk
 from tests.waiting import promised_s, wait_until
+from tests.zones import set_clock
 from tidegate.call import Scope
 from tidegate.jobs.batches import Check, Sound
 from tidegate.store.database import sql
@@ -323,3 +325,12 @@ async def test_the_lines_count_for_the_caps_on_the_queue(
     left = await database.fetchrow(count, "acme")
     assert (whole["jobs"], left["jobs"]) == (5, 2)
     assert left["size_bytes"] / whole["size_bytes"] == pytest.approx(2 / 5, rel=0.05)
+
+
+async def test_lines_are_called_by_a_worker_whose_clock_is_ahead_of_their_deadline(
+    open_gateway: Opener, sdk: MakeSdk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_clock(monkeypatch, timedelta(hours=25))
+    gateway = await open_gateway()
+    client = sdk(gateway)
+    await assert_all_succeeded(client, await end_of(client, await begin(client, content(2))), 2)

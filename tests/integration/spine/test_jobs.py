@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
+from tests.zones import OF_ALL, OF_WORKERS, set_clock
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.spine.native import NativeExchange
 from tidegate.spine.prompt import PromptCalls, PromptExchange
@@ -309,3 +312,28 @@ async def test_a_job_whose_lease_is_found_lost_after_its_whole_answer_is_not_cal
     assert lost.is_set()
     assert (record["status"], record["attempts"]) == ("succeeded", 1)
     assert len(await gateway.calls()) == 1
+
+
+@pytest.mark.parametrize(("hours", "of"), [(-25, OF_ALL), (25, OF_ALL), (25, OF_WORKERS)])
+@pytest.mark.parametrize("wrapped", [False, True])
+async def test_a_deadline_goes_by_the_clock_of_postgresql(
+    open_gateway: Opener,
+    monkeypatch: pytest.MonkeyPatch,
+    hours: int,
+    of: tuple[ModuleType, ...],
+    wrapped: bool,
+) -> None:
+    """Whatever that of the process is that takes the job, and that of its worker."""
+    set_clock(monkeypatch, timedelta(hours=hours), of)
+    gateway = await open_gateway()
+    clock = gateway.services.store.notifications
+    await wait_until(clock.is_sure, 20, "PostgreSQL's clock was read")
+    await gateway.upstream.set_fault("unavailable", count=1)
+    given: dict[str, Any] = {"data": "Explain the tide"}
+    if wrapped:
+        body = {"model": "gemini-2.5-flash", "messages": [{"role": "user", "content": "Explain"}]}
+        given = {"endpoint": "/v1/chat/completions", "body": body}
+    record = await gateway.end_of(await gateway.submit(**given, deadline_ms=60_000))
+    assert record["status"] == "succeeded", record
+    late = await gateway.submit(data="Explain the tide", deadline_ms=1)
+    assert (await gateway.end_of(late))["status"] == "expired"

@@ -682,10 +682,10 @@ async def retry(request: Request, request_id: UUID) -> Accepted:
     it, but do not refuse it. The first job stays as it is."""
     signed = await read_json(request, Signed)
     services = services_of(request)
-    job = await copy_of(await services.store.requests.detail(request_id), services.blobs)
+    detail, now = await services.store.requests.detail(request_id), services.clock.now()
+    job = await copy_of(detail, services.blobs, now)
     after = {"retried_as": str(job.request_id), "reason": signed.reason}
-    actions = services.store.tenants.actions
-    await actions.write("job.retry", str(request_id), after=after)
+    await services.store.tenants.actions.write("job.retry", str(request_id), after=after)
     await services.store.jobs.submit(job)
     _log(Log.REQUEST_RETRIED, request_id, signed, retried_as=str(job.request_id))
     return accepted(job, prefix_of(request))
@@ -731,7 +731,7 @@ async def replay(request: Request, request_id: UUID) -> Accepted:
             wrapped = await _wrapped(endpoint, plain_path(path), body)
             model = wrapped["model"] or ""
         targets_for(targets, bound, endpoint.dialect, endpoint.model or model)
-    job = await replay_of(detail, services.blobs, bound, **wrapped)
+    job = await replay_of(detail, services.blobs, bound, services.clock.now(), **wrapped)
     after = {"retried_as": str(job.request_id), "upstream": bound, "reason": signed.reason}
     await services.store.tenants.actions.write("job.retry", str(request_id), after=after)
     if record.source != "job":

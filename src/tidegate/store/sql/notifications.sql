@@ -7,7 +7,8 @@ SELECT id, version FROM requests WHERE id = ANY($1::uuid[])
 -- name: pulse
 -- What loops wait for: changes of budgets; for a worker of pool $1 jobs since $2 in lanes $3, and what is due.
 -- $4: the transactions before $2 that were under way when $2 was read.
-SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS seen,
+SELECT clock_timestamp() AS server_time,
+    pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS seen,
     ARRAY(SELECT xid::text::bigint FROM pg_snapshot_xip(pg_current_snapshot()) AS xid) AS under_way,
     (SELECT revision FROM budget_revision) AS budgets,
     $1::text IS NOT NULL AND EXISTS (SELECT 1 FROM requests

@@ -6,7 +6,7 @@
 -- name: beat
 -- Say that this worker is alive.
 INSERT INTO workers (instance_id, seen_at) VALUES ($1, now())
-ON CONFLICT (instance_id) DO UPDATE SET seen_at = now()
+ON CONFLICT (instance_id) DO UPDATE SET seen_at = now() RETURNING clock_timestamp() AS server_time
 
 -- name: get_input_files
 -- The uploads of many claimed jobs, in their order.
