@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -98,6 +98,9 @@ _CHUNK = 100
 _PRUNE_EVERY_S = 3600.0
 # How long a request to create a batch may be under way after its process was killed.
 _SETTLED_AFTER_LEASES = 2
+_GONE = (404, 410)
+_MISSED = "the provider does not know it any more"
+_NO_RESULTS = "the provider does not have its results any more"
 _LOST_AFTER = timedelta(hours=50)  # longer than any provider's window
 
 log = get_logger()
@@ -344,7 +347,7 @@ class ProviderBatchRunner:
             dialect=endpoint.dialect,
             endpoint=endpoint.path,
             model=target.model,
-            key_digest=sha256(target.upstream.key.encode()).digest(),
+            key_digest=_digest(target.upstream),
             lines=len(group),
             size_bytes=sum(len(one.call.body) for one in group),
         )
@@ -422,7 +425,10 @@ class ProviderBatchRunner:
                 case _:
                     await self._look(api, batch)
         except UpstreamError as error:
-            await self._hold(batch, error.message, error.retry_after_ms)
+            if error.status in _GONE and batch.state in ("created", "cancelling"):
+                await self._missed(api, batch, upstream)
+            else:
+                await self._hold(batch, error.message, error.retry_after_ms)
 
     @property
     def _poll_ms(self) -> float:
@@ -577,6 +583,26 @@ class ProviderBatchRunner:
         else:
             await self._hold(batch, error.message, error.retry_after_ms)
 
+    async def _missed(self, api: BatchApi, batch: UpstreamBatch, upstream: Upstream) -> None:
+        """The provider does not know a batch that it has created: it was deleted there, unless the
+        account is another one. The next look that finds the same ends it."""
+        if batch.problem != _MISSED or batch.key_digest != _digest(upstream):
+            await self._hold(batch, _MISSED)
+            return
+        others = await self._batches.known_ids(batch.upstream) - {batch.provider_id or ""}
+        try:
+            found = await api.find(_outline(batch), others)
+        except UpstreamError as error:  # nor can it say which batches there are
+            found = None
+            log.info(Log.PROVIDER_BATCH_HELD, **_about(batch), reason=error.message)
+        if found is None or batch.provider_id in found:
+            await self._hold(batch, _MISSED)
+        elif found:
+            again = replace(batch, provider_id=found[0], problem=None)
+            await self._batches.save(again, self._poll_ms)
+        else:
+            await self._give_back_all(batch, "deleted", is_refused=True, charge=UNKNOWN_CHARGE)
+
     async def _resolve(self, api: BatchApi, batch: UpstreamBatch) -> None:
         """Whether a batch was created whose creation had no answer."""
         outline = _outline(batch)
@@ -642,11 +668,32 @@ class ProviderBatchRunner:
 
     async def _end(self, api: BatchApi, batch: UpstreamBatch, ended: BatchProgress) -> None:
         """Read the results of a batch, which end its lines; what has none goes back."""
+        last_problem = batch.problem
         batch = await self._batches.save(
             replace(batch, provider_state=ended.word, problem=ended.problem)
         )
-        outline, chunk, size_bytes = _outline(batch), dict[int, LineResult](), 0
-        async for result in api.results(outline, ended):
+        outline = _outline(batch)
+        # Gemini may have charged for what it had done of a batch that did not come to its end.
+        is_unsure = batch.dialect == Dialect.GEMINI and not ended.files and not ended.inline
+        try:
+            await self._read_results(batch, api.results(outline, ended))
+        except UpstreamError as error:
+            if error.status not in _GONE:
+                raise
+            if last_problem != _NO_RESULTS:  # the next look that finds the same ends it
+                await self._hold(batch, _NO_RESULTS)
+                return
+            is_unsure = True
+        charge = UNKNOWN_CHARGE if is_unsure else NO_CHARGE
+        # What no batch has done in all its time is not put into one again.
+        is_refused = batch.state != "cancelling"
+        await self._give_back_all(batch, ended.word, is_refused=is_refused, charge=charge)
+        with suppress(UpstreamError):
+            await api.forget(outline, batch.file_id, ended)
+
+    async def _read_results(self, batch: UpstreamBatch, results: AsyncIterator[LineResult]) -> None:
+        chunk, size_bytes = dict[int, LineResult](), 0
+        async for result in results:
             if result.answer is None and result.error is None:
                 continue
             chunk[result.line] = result
@@ -655,14 +702,6 @@ class ProviderBatchRunner:
                 await self._answered(batch, chunk)
                 chunk, size_bytes = {}, 0
         await self._answered(batch, chunk)
-        # Gemini may have charged for what it had done of a batch that did not come to its end.
-        is_unsure = batch.dialect == Dialect.GEMINI and not ended.files and not ended.inline
-        charge = UNKNOWN_CHARGE if is_unsure else NO_CHARGE
-        # What no batch has done in all its time is not put into one again.
-        is_refused = batch.state != "cancelling"
-        await self._give_back_all(batch, ended.word, is_refused=is_refused, charge=charge)
-        with suppress(UpstreamError):
-            await api.forget(outline, batch.file_id, ended)
 
     async def _answered(self, batch: UpstreamBatch, chunk: Mapping[int, LineResult]) -> None:
         if not chunk:
@@ -822,6 +861,11 @@ def _without_batch(job: ClaimedJob) -> ClaimedJob:
     """The job, which is put into no batch any more."""
     allowed = tuple(one for one in job.tiers_allowed if one is not Tier.BATCH)
     return replace(job, tier=Tier.LIVE, tiers_allowed=allowed)
+
+
+def _digest(upstream: Upstream) -> bytes:
+    """Of its key."""
+    return sha256(upstream.key.encode()).digest()
 
 
 def _passed(batch: UpstreamBatch, since: datetime) -> timedelta:

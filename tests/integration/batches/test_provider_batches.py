@@ -26,6 +26,7 @@ from tests.integration.batches.provider import (
 )
 from tests.waiting import wait_until
 from tidegate.call import Media
+from tidegate.emulator.batches import BatchStore
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.jobs import provider_batches
 from tidegate.jobs.provider_batches import MOST_BYTES
@@ -759,3 +760,86 @@ async def test_a_batch_of_another_consumer_is_not_taken_for_ours(
     assert batch["provider_id"] != other
     asked_for = await asked(provider.control, "Say")
     assert asked_for == {("Say another's", "batch"): 1, ("Say ours", "batch"): 1}
+
+
+@pytest.mark.parametrize("dialect", MODELS)
+async def test_a_batch_that_is_deleted_at_the_provider_returns_its_lines(
+    open_gateway: Opener,
+    settings: dict[str, Any],
+    provider: Emulator,
+    dialect: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    await provider.control.set_behaviour(batches={"delay_ms": HOUR_MS})
+    ids = await submitted(gateway, *(wrapped(dialect, f"Say word {n}") for n in range(3)))
+    gateway.start_worker()
+    await wait_until(partial(is_in, gateway, "created"))
+    find = BatchStore.find
+
+    def deleted(store: BatchStore, *named: str) -> Any:
+        for batch in store.newest(dialect):
+            store.delete(batch)
+        return find(store, *named)
+
+    monkeypatch.setattr(BatchStore, "find", deleted)
+    ends = [await gateway.end_of(one) for one in ids]
+    assert {end["status"] for end in ends} == {"succeeded"}
+    assert await asked(provider.control) == {(f"Say word {n}", ""): 1 for n in range(3)}
+    assert [row["outcome"] for row in await gateway.attempts(ids[0])] == ["failed", "succeeded"]
+
+
+async def test_results_that_are_deleted_at_the_provider_return_their_lines(
+    open_gateway: Opener,
+    settings: dict[str, Any],
+    provider: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gateway = await opened(open_gateway, settings)
+    file, looks = BatchStore.file, list[str]()
+
+    def without_results(store: BatchStore, file_id: str) -> Any:
+        found = file(store, file_id)
+        if found is not None and found.purpose == "batch_output":
+            looks.append(file_id)
+            return None
+        return found
+
+    monkeypatch.setattr(BatchStore, "file", without_results)
+    (job,) = await submitted(gateway, wrapped("openai", "Say hello"))
+    gateway.start_worker()
+    assert (await gateway.end_of(job))["status"] == "succeeded"
+    assert len(looks) >= 2, "the first time it was looked for once more"
+    assert await asked(provider.control) == {("Say hello", "batch"): 1, ("Say hello", ""): 1}
+
+
+@pytest.mark.parametrize("changed", ["key", "list"])
+async def test_a_batch_that_may_be_elsewhere_or_is_still_listed_is_waited_for(
+    open_gateway: Opener,
+    settings: dict[str, Any],
+    provider: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: str,
+) -> None:
+    """Another key may be that of another account, whose batches are not known there."""
+    gateway = await opened(open_gateway, settings)
+    await provider.control.set_behaviour(batches={"delay_ms": 1_500})
+    (job,) = await submitted(gateway, wrapped("openai", "Say hello"))
+    gateway.start_worker()
+    await wait_until(partial(is_in, gateway, "created"))
+    if changed == "key":
+        await gateway.database.execute("UPDATE provider_batches SET key_digest = sha256('other')")
+    looks = 0
+    find = BatchStore.find
+
+    def missing(store: BatchStore, batch_id: str, dialect: str, words: str) -> Any:
+        nonlocal looks
+        looks += 1
+        return find(store, "another", dialect, words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchStore, "find", missing)
+        await wait_until(lambda: looks >= 5, 20, "looks at it")
+        assert await is_held(gateway)
+    assert (await gateway.end_of(job))["status"] == "succeeded"
+    assert await asked(provider.control) == {("Say hello", "batch"): 1}
