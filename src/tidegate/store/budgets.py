@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -98,6 +98,14 @@ class BudgetBook:
     held: int
     reset_at: datetime | None
     paused_since: datetime | None
+
+
+# Of a value that is out of range, for one: the next try would fail in the same way.
+_UNWRITABLE = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    orjson.JSONEncodeError,
+)
 
 
 class Settlement(NamedTuple):
@@ -674,27 +682,51 @@ class Budgets:
         await settle_holds(connection, found)
 
     async def flush(self, after_s: float = 0.0) -> None:
-        """Write what has waited for so long. Raises StoreUnavailable."""
+        """Write what has waited for so long; where one can't be written, each by itself. Raises
+        StoreUnavailable."""
         now = self._clock()
         due = [one for found in self._pending.values() for at, one in found if now - at >= after_s]
         if not due:
             return
         overdue = self._overdue.intersection(one.hold for one in due)
 
-        async def write(connection: asyncpg.Connection) -> None:
-            await settle_holds(connection, due)
+        async def write(connection: asyncpg.Connection, given: Sequence[Settlement]) -> None:
+            await settle_holds(connection, given)
             if overdue:  # what others know to be spent may be room again
                 await connection.execute(sql("count_budget_change"))
 
-        await self._connections.run(write)
+        unwritten = await self._each_or_all(due, write)
         self._overdue -= overdue
         for one in due:
-            self._open.pop(one.hold, None)
+            if one.hold not in unwritten:  # else it stays charged, and is no stray
+                self._open.pop(one.hold, None)
             # Another flush may have written it meanwhile, which changes nothing.
             pending = self._pending.pop(one.request_id, ())
             if left := [(at, other) for at, other in pending if other is not one]:
                 self._pending[one.request_id] = left
         self.wake()
+
+    async def _each_or_all(
+        self,
+        given: Sequence[Settlement],
+        write: Callable[[asyncpg.Connection, Sequence[Settlement]], Awaitable[None]],
+    ) -> set[UUID]:
+        """Write all of these in one transaction; where a value keeps that from being written, each
+        by itself: the one with that value as an estimate, of what it holds. The holds of those
+        that can't be written so either. Raises StoreUnavailable."""
+        try:
+            await self._connections.run(lambda connection: write(connection, given))
+        except _UNWRITABLE as failed:
+            if len(given) > 1:
+                alone = [await self._each_or_all([one], write) for one in given]
+                return set().union(*alone)
+            (one,) = given
+            log.error(Log.BUDGET_UNWRITABLE, hold=str(one.hold), detail=str(failed))
+            if one.micros is None and one.tokens is None:
+                return {one.hold}
+            held = Settlement(one.hold, one.request_id, None, None, True)
+            return await self._each_or_all([held], write)
+        return set()
 
     def _look_back(self, but: Collection[UUID] = ()) -> None:
         """Note what is held, but for some, where others have heard nothing of this process for so
@@ -785,7 +817,7 @@ class Budgets:
         )
         strays = [Settlement(row["id"], None, 0, 0, False) for row in rows]
         if strays:
-            await self._connections.run(lambda connection: settle_holds(connection, strays))
+            await self._each_or_all(strays, settle_holds)
 
     async def charge_orphans(self) -> int:
         """Charge what dead processes hold, as estimates; how much was found. Raises
@@ -793,7 +825,7 @@ class Budgets:
         rows = await self._connections.rows("orphaned_budget_holds", DEAD_AFTER_S, _MOST_ORPHANS)
         orphans = [Settlement(row["id"], None, None, None, True) for row in rows]
         if orphans:
-            await self._connections.run(lambda connection: settle_holds(connection, orphans))
+            await self._each_or_all(orphans, settle_holds)
             log.warning(Log.BUDGET_ESTIMATED, holds=len(orphans))
         return len(orphans)
 

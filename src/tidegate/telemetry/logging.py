@@ -106,6 +106,7 @@ class Log(StrEnum):
     TENANT_CHANGED = "tenant_changed"
     BUDGET_CHANGED = "budget_changed"
     BUDGET_ESTIMATED = "budget_estimated"
+    BUDGET_UNWRITABLE = "budget_unwritable"
     BUDGETS_NOT_KEPT = "budgets_not_kept"
     KEY_MADE = "key_made"
     KEY_REVOKED = "key_revoked"

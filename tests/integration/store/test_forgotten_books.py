@@ -1,4 +1,4 @@
-"""Books of budgets that nobody needs any more, and those that nothing was ever entered in."""
+"""Books of budgets that nobody needs any more, and what can't be entered in any."""
 
 from __future__ import annotations
 
@@ -104,3 +104,54 @@ async def test_people_who_have_spent_nothing_leave_no_books(
     books = {(one.budget, one.scope): (one.spent, one.held) for one in found}
     of_free = {(name, '["acme", "free"]'): (1, 0) for name in ("days", "hours")}
     assert books.items() >= (of_free | dict.fromkeys(left, (2, 0))).items()
+
+
+DAY = Budget("day", "usd", 1_000, "day", tenant="acme")
+
+
+async def held(database_url: str) -> int:
+    """How many calls hold something that is not charged yet."""
+    connection = await asyncpg.connect(database_url)
+    try:
+        query = "SELECT count(*) FROM budget_holds WHERE estimated_at IS NULL"
+        return int(await connection.fetchval(query))
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("much", [2**63, 2**70])
+async def test_a_charge_that_cannot_be_written_holds_up_no_other(
+    budgets: Budgets, database_url: str, much: int
+) -> None:
+    """It is charged what it holds, as an estimate."""
+    await with_budgets(budgets, DAY)
+    bound = budgets.binding(ACME, "m")
+    holds = [await budgets.reserve(bound, new_id(), cost(100)) for _ in range(3)]
+    for hold, micros in zip(holds, (10, much, 20), strict=True):
+        budgets.settle(hold, told(micros))
+    await budgets.flush()
+    (book,) = await budgets.records.books("day")
+    assert (book.spent, book.estimated, book.held) == (130, 100, 0)
+    assert await held(database_url) == 0
+
+
+async def test_a_hold_of_a_dead_process_that_cannot_be_charged_holds_up_no_other(
+    budgets: Budgets, database_url: str
+) -> None:
+    """Its book has room for no more in its column."""
+    await with_budgets(budgets, DAY, Budget("full", "usd", 1_000, "day", tenant="other"))
+    for caller in (Caller("other", "k2"), ACME):
+        await budgets.reserve(budgets.binding(caller, "m"), new_id(), cost(100))
+    connection = await asyncpg.connect(database_url)
+    try:
+        for change in (
+            "budget_books SET spent = 2::numeric ^ 63 - 1 WHERE budget = 'full'",
+            "budget_holds SET held_at = now() - interval '1 day'",
+            "budget_instances SET seen_at = now() - interval '1 day'",
+        ):
+            await connection.execute(f"UPDATE {change}")
+    finally:
+        await connection.close()
+    assert await budgets.charge_orphans() == 2
+    (book,) = await budgets.records.books("day")
+    assert (book.spent, book.estimated, book.held) == (100, 100, 0)
