@@ -139,6 +139,7 @@ class JsonLinesFile:
     purpose: str
     data: bytes
     created_ns: int
+    expires_after_s: int | None = None
 
 
 Record = Callable[[ProviderBatchLine, str], None]  # a succeeded line and its dialect

@@ -16,10 +16,11 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -77,9 +78,12 @@ _ROWS_AT_ONCE = 100
 GONE_AFTER_S = 60.0
 _MOST_MISSING = 20_000
 
+_READ_AT_ONCE = 8
+
 # What a provider shows of a thing: nothing of one that is not to be seen, None where it has none.
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
 _Place = tuple[str, str, str]  # dialect, kind and id
+_Listed = tuple[str, ResourceOwner, Upstream]  # of an id whose it is, and where it is read
 
 
 def account_of(upstream: Upstream, dialect: str) -> bytes:
@@ -301,21 +305,27 @@ class Resources:
                 limit=_ROWS_AT_ONCE + 1,
             )
             has_more = len(rows) > _ROWS_AT_ONCE
-            for resource_id, owner in rows[:_ROWS_AT_ONCE]:
+            left = deque(rows[:_ROWS_AT_ONCE])
+            while left:
                 if len(found) > most or seen == _MOST_READ:
                     has_more = True
                     break
-                after, place = resource_id, (dialect, use.kind, resource_id)
-                home = self._home_of(owner, dialect)
-                if home is None or self._is_missing(place):
-                    continue
-                seen += 1
-                one = await read(Target(home, ""), resource_id)
-                if one is not None:
-                    self._missing.pop(place, None)
-                    found += [(resource_id, one)] if one and asked.shows(one) else []
-                elif self._has_none(place, is_same=account_of(home, dialect) == owner.account):
-                    gone.append(resource_id)
+                wanted, some = min(most + 1 - len(found), _MOST_READ - seen), list[_Listed]()
+                while left and len(some) < min(wanted, _READ_AT_ONCE):
+                    after, owner = left.popleft()
+                    home = self._home_of(owner, dialect)
+                    if home is not None and not self._is_missing((dialect, use.kind, after)):
+                        some.append((after, owner, home))
+                seen += len(some)
+                for (one_id, owner, home), one in zip(
+                    some, await _read_all(some, read), strict=True
+                ):
+                    place = (dialect, use.kind, one_id)
+                    if one is not None:
+                        self._missing.pop(place, None)
+                        found += [(one_id, one)] if one and asked.shows(one) else []
+                    elif self._has_none(place, is_same=account_of(home, dialect) == owner.account):
+                        gone.append(one_id)
         shown = found[:most]
         has_more = most > 0 and (len(found) > most or has_more)
         last = shown[-1][0] if shown else None
@@ -349,15 +359,30 @@ class Resources:
     ) -> list[tuple[str, dict[str, Any]]]:
         """Those of the ids that are the caller's own, with the same exception."""
         owners = await self._store.owners(dialect, use.kind, ids)
-        found = []
+        own, found = list[_Listed](), list[tuple[str, dict[str, Any]]]()
         for one in ids:
             owner = owners.get(one)
             if owner is None or owner.tenant_id != caller.tenant_id:
                 continue
-            home = self._home_of(owner, dialect)
-            if home is not None and (shown := await read(Target(home, ""), one)):
-                found.append((one, shown))
+            if (home := self._home_of(owner, dialect)) is not None:
+                own.append((one, owner, home))
+        for start in range(0, len(own), _READ_AT_ONCE):
+            some = own[start : start + _READ_AT_ONCE]
+            all_shown = zip(some, await _read_all(some, read), strict=True)
+            found += [(one, shown) for (one, _, _), shown in all_shown if shown]
         return found
+
+
+async def _read_all(some: Sequence[_Listed], read: Read) -> list[dict[str, Any] | None]:
+    """What the providers show of some, read together. Raises what the first one raises that fails;
+    then the others are not read to their ends."""
+    reads = [asyncio.ensure_future(read(Target(home, ""), one)) for one, _, home in some]
+    try:
+        return [await one for one in reads]
+    finally:
+        for one in reads:
+            one.cancel()
+        await asyncio.gather(*reads, return_exceptions=True)
 
 
 # Answers
@@ -431,12 +456,18 @@ def _id_of(value: Any, making: Making) -> str | None:
     return found
 
 
+_FILE_MARGIN, _MOST_UNIX = timedelta(days=1), 2**40
 _IN_BACKGROUND = re.compile(rb'"background"\s*:\s*true')
 
 
 def _end_of(made: dict[str, Any] | None) -> datetime | None:
-    """When a file of Gemini's ends, whose name a client may choose again from then on."""
-    said = None if made is None else made.get("expirationTime")
+    """When a file of Gemini's ends, whose name a client may choose again from then on; or a while
+    after one of OpenAI's, whose id names nothing else."""
+    if made is None:
+        return None
+    said, ends_at = made.get("expirationTime"), made.get("expires_at")
+    if made.get("object") == "file" and isinstance(ends_at, int) and 0 < ends_at < _MOST_UNIX:
+        return datetime.fromtimestamp(ends_at, UTC) + _FILE_MARGIN
     if not isinstance(said, str):
         return None
     try:

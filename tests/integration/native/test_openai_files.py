@@ -146,3 +146,32 @@ async def test_a_list_of_files_is_never_taken_for_a_call_that_its_process_lost(
     store.journal.close()
     left = list((stage.gateway.config.data_dir / "spill").glob("*.calls"))
     assert left == [], "calls that the next process puts on record as lost"
+
+
+async def test_the_row_of_a_file_goes_once_its_provider_has_deleted_it(stage: Stage) -> None:
+    """A day after it said that it would, and no sooner."""
+    soon: Any = {"anchor": "created_at", "seconds": 3_600}
+    given: Any = {"file": ("a.pdf", b"x"), "purpose": "user_data"}
+    ends = await stage.acme.files.create(**given, expires_after=soon)
+    stays = await stage.acme.files.create(**given)
+    database, retention = stage.gateway.database, stage.gateway.services.store.retention
+
+    async def kept() -> list[str]:
+        rows = await database.fetch("SELECT resource_id FROM provider_resources")
+        return sorted(row["resource_id"] for row in rows)
+
+    at = await database.fetchval(
+        "SELECT extract(epoch FROM expires_at)::float FROM provider_resources"
+        " WHERE resource_id = $1",
+        ends.id,
+    )
+    assert ends.expires_at is not None
+    assert at == ends.expires_at + 86_400
+    await retention.prune(30)
+    assert await kept() == sorted([ends.id, stays.id])
+    later = "UPDATE provider_resources SET expires_at = expires_at - interval '50 hours'"
+    await database.execute(later)
+    await retention.prune(30)
+    assert await kept() == [stays.id]
+    with pytest.raises(openai.NotFoundError):
+        await stage.other.files.retrieve(ends.id)

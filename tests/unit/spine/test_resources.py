@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,6 +12,7 @@ import pytest
 
 from tidegate.call import Caller
 from tidegate.dialects.spec import Dialect
+from tidegate.errors import UpstreamUnavailable
 from tidegate.spine import resources as module
 from tidegate.spine.resources import Resources
 from tidegate.store.provider.resources import NewResource, ResourceOwner
@@ -148,3 +150,45 @@ async def test_a_name_that_is_chosen_again_is_listed(monkeypatch: pytest.MonkeyP
     owner = ResourceOwner("acme", "u", b"the same")
     await resources.note([NewResource("gemini", "file", "id-1", owner)])
     assert await shown() == [{"name": "id-1"}]
+
+
+async def test_a_list_reads_a_few_things_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first eight are asked for before any of them is answered, and shown in their order."""
+    ids = [f"id-{number:04}" for number in range(20)]
+    resources, use = resources_with(ids, monkeypatch), cast("Any", SimpleNamespace(kind="file"))
+    under_way, most, enough = 0, 0, asyncio.Event()
+
+    async def read(_target: object, resource_id: str) -> dict[str, Any]:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        if most == 8:
+            enough.set()
+        await enough.wait()
+        under_way -= 1
+        return {"id": resource_id}
+
+    async with asyncio.timeout(20):
+        page = await resources.page(Caller("acme"), Dialect.OPENAI, use, "", read)
+    assert [one["id"] for one in orjson.loads(page)["data"]] == ids
+    assert most == 8
+
+
+async def test_a_read_that_fails_ends_the_others_of_its_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resources = resources_with(["a", "b", "c"], monkeypatch)
+    use, ended = cast("Any", SimpleNamespace(kind="file")), list[str]()
+
+    async def read(_target: object, resource_id: str) -> dict[str, Any]:
+        if resource_id == "a":
+            raise UpstreamUnavailable("not now")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(resource_id)
+        return {}
+
+    with pytest.raises(UpstreamUnavailable):
+        await resources.page(Caller("acme"), Dialect.OPENAI, use, "", read)
+    assert ended == ["b", "c"], "none goes on"

@@ -86,8 +86,14 @@ async def _upload(served: Served) -> web.Response:
     if len(data) > MOST_BYTES:
         raise Refused(400, "The file is larger than 200 MB.", param="file")
     batches = served.state.batches
+    after_s = form.get("expires_after[seconds]")
     kept = JsonLinesFile(
-        f"file-{token_hex(12)}", file.filename, str(purpose), data, batches.now_ns()
+        f"file-{token_hex(12)}",
+        file.filename,
+        str(purpose),
+        data,
+        batches.now_ns(),
+        int(after_s) if isinstance(after_s, str) and after_s.isdigit() else None,
     )
     batches.keep(kept)
     return json_response(200, _file(kept))
@@ -151,9 +157,14 @@ def _file(file: JsonLinesFile) -> Json:
         "filename": file.filename,
         "purpose": file.purpose,
         "status": "processed",
-        "expires_at": None,
+        "expires_at": _expires_at(file),
         "status_details": None,
     }
+
+
+def _expires_at(file: JsonLinesFile) -> int | None:
+    after_s = file.expires_after_s
+    return None if after_s is None else file.created_ns // _S + after_s
 
 
 def _found_file(served: Served, file_id: str) -> JsonLinesFile:
