@@ -436,24 +436,24 @@ async def rows_of(
     while piece := await exchange.next():
         for number, part in enumerate(piece.split(b"\n")):
             if number:  # a line ended before it
-                row = _row(b"".join(held), size_bytes > most_bytes)
+                row = await _row(b"".join(held), size_bytes > most_bytes)
                 held, size_bytes = [], 0
                 if row is not None:
                     yield row
             size_bytes += len(part)
             if size_bytes <= most_bytes:
                 held.append(part)
-    if (last := _row(b"".join(held), size_bytes > most_bytes)) is not None:
+    if (last := await _row(b"".join(held), size_bytes > most_bytes)) is not None:
         yield last
 
 
-def _row(line: bytes, is_too_long: bool) -> dict[str, Any] | None:
+async def _row(line: bytes, is_too_long: bool) -> dict[str, Any] | None:
     if is_too_long:
         return _UNREAD
     if not line.strip():
         return None
     try:
-        row = orjson.loads(line)
+        row = await aside(len(line), partial(orjson.loads, line))
     except orjson.JSONDecodeError:
         return _UNREAD
     return row if isinstance(row, dict) else _UNREAD

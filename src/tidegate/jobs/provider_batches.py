@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from hashlib import sha256
 from math import inf
 from uuid import UUID
@@ -65,6 +66,7 @@ from tidegate.prices.budgets import Binding, needs_of, refused_by
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.batched import BatchableCall, BatchedCalls, prompt_endpoint
+from tidegate.spine.bodies import aside
 from tidegate.spine.detached import detached_call, endpoint_named
 from tidegate.spine.native import NativeCall, Relay
 from tidegate.spine.prompt import PromptCalls, files_known
@@ -732,7 +734,8 @@ class ProviderBatchRunner:
             endpoint, target = self._endpoint(batch, line.job), self._target_of(batch)
             kind = line.job.classification.kind if line.job.endpoint is None else None
             try:
-                self._calls.read(record, endpoint, target, result.answer, kind)
+                read = partial(self._calls.read, record, endpoint, target, result.answer, kind)
+                await aside(len(result.answer), read)
                 record.files = await kept(self._blobs, record.answer.pictures)
                 if line.job.endpoint is not None and self._calls.lacks_usage(record):
                     with suppress(NotFound):  # its body is gone

@@ -17,18 +17,21 @@ JSON holds up no other one; the key goes to the upstream's own base URL only.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote, urlencode
 from uuid import UUID
 
 import orjson
 
 from tidegate.dialects import DIALECTS, refusals
+from tidegate.dialects.requests import LARGE_BYTES
 from tidegate.dialects.spec import Dialect, Endpoint, Headers
 from tidegate.errors import UpstreamError, UpstreamGarbled, UpstreamRejected, UpstreamThrottled
 from tidegate.policy.deployment import Upstream
@@ -49,6 +52,7 @@ _GENERATE = re.compile(r"(/v1(?:beta)?/models/)\{model\}:generateContent")
 _RPC_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 400, 13: 500, 14: 503, 16: 401}
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 def takes(endpoint: Endpoint) -> bool:
@@ -233,7 +237,7 @@ class _Account:
         finally:
             exchange.close()
         try:
-            value = orjson.loads(text or b"{}")
+            value = await _aside(len(text), partial(orjson.loads, text or b"{}"))
         except orjson.JSONDecodeError:
             raise UpstreamGarbled("the batch API did not answer with JSON") from None
         if not isinstance(value, dict):
@@ -249,7 +253,7 @@ class _Account:
                 for number, part in enumerate(piece.split(b"\n")):
                     if number:  # a line ended before it
                         if line := b"".join(held).strip():
-                            yield _ResultRow.of(line, is_too_long=size_bytes > MOST_LINE_BYTES)
+                            yield await _row_of(line, size_bytes)
                         held, size_bytes = [], 0
                     if size_bytes > MOST_LINE_BYTES:  # its ends say whose it is
                         held = [held[0], held[-1]]
@@ -258,7 +262,7 @@ class _Account:
         finally:
             exchange.close()
         if line := b"".join(held).strip():
-            yield _ResultRow.of(line, is_too_long=size_bytes > MOST_LINE_BYTES)
+            yield await _row_of(line, size_bytes)
 
     async def upload_to(self, headers: Headers, base: str) -> str:
         """Where an upload goes on, which must be at the same server."""
@@ -324,6 +328,16 @@ def _object_in(text: bytes) -> Json:
     return value
 
 
+async def _aside(size_bytes: int, work: Callable[[], T]) -> T:
+    """The result of work on so much, which holds up the loop for a moment at most."""
+    return work() if size_bytes <= LARGE_BYTES else await asyncio.to_thread(work)
+
+
+async def _row_of(line: bytes, size_bytes: int) -> _ResultRow:
+    read = partial(_ResultRow.of, line, is_too_long=size_bytes > MOST_LINE_BYTES)
+    return await _aside(len(line), read)
+
+
 @dataclass(frozen=True, slots=True)
 class _ResultRow:
     """A line of a file of results. problem: why it can't be read; then `shown` has no more than
@@ -331,6 +345,7 @@ class _ResultRow:
 
     shown: Json
     problem: str = ""
+    size_bytes: int = 0
 
     @classmethod
     def of(cls, line: bytes, *, is_too_long: bool) -> _ResultRow:
@@ -340,7 +355,13 @@ class _ResultRow:
             value = orjson.loads(line)
         except orjson.JSONDecodeError:
             return cls(_named_in(line), "it is not JSON")
-        return cls(value) if isinstance(value, dict) else cls({}, "it is not an object")
+        if not isinstance(value, dict):
+            return cls({}, "it is not an object")
+        return cls(value, size_bytes=len(line))
+
+    async def aside(self, read: Callable[[], LineResult]) -> LineResult:
+        """The result that `read` makes of it."""
+        return await _aside(self.size_bytes, read)
 
     def unread(self, line: int) -> LineResult | None:
         """The result of a line that can't be read; None for any other."""
@@ -465,7 +486,8 @@ class OpenAIBatches:
             async for row in self._account.rows(f"/files/{_quoted(file_id)}/content"):
                 line = line_of(batch.id, row.shown.get("custom_id"))
                 if line is not None:
-                    yield row.unread(line) or self._result(line, row.shown)
+                    read = partial(self._result, line, row.shown)
+                    yield row.unread(line) or await row.aside(read)
 
     def _result(self, line: int, row: Json) -> LineResult:
         answer = _part(row, "response")
@@ -573,7 +595,8 @@ class AnthropicBatches:
         async for row in self._account.rows(self._results_path(ended.provider_id)):
             line = line_of(batch.id, row.shown.get("custom_id"))
             if line is not None:
-                yield row.unread(line) or self._result(line, _part(row.shown, "result"))
+                read = partial(self._result, line, _part(row.shown, "result"))
+                yield row.unread(line) or await row.aside(read)
 
     def _result(self, line: int, result: Json) -> LineResult:
         message = result.get("message")
@@ -667,7 +690,8 @@ class GeminiBatches:
             async for row in self._account.rows(f"/v1beta/{_named(file)}:download?alt=media"):
                 line = line_of(batch.id, row.shown.get("key"))
                 if line is not None:
-                    yield row.unread(line) or self._result(line, row.shown)
+                    read = partial(self._result, line, row.shown)
+                    yield row.unread(line) or await row.aside(read)
 
     def _result(self, line: int, row: Json) -> LineResult:
         answer, error = row.get("response"), row.get("error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,3 +191,32 @@ async def test_an_answer_that_is_too_long_to_be_kept_is_charged(
     await gateway.services.store.budgets.flush()
     (book,) = await gateway.services.store.budgets.records.books("all")
     assert book.spent == row["cost_micros"]
+
+
+@pytest.mark.parametrize("dialect", MODELS)
+async def test_a_long_result_is_read_beside_the_loop(
+    gateway: Gateway, provider: Distorting, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tens of megabytes take a second, in which no heartbeat would be sent."""
+    long, places = b"distorted " + b"x" * 600_000, set[tuple[str, bool]]()
+
+    def noted(whose: Any, name: str) -> None:
+        work = getattr(whose, name)
+
+        def note(*given: Any, **named: Any) -> Any:
+            if b"x" * 1_000 in repr((given, named)).encode():
+                places.add((name, threading.current_thread() is threading.main_thread()))
+            return work(*given, **named)
+
+        monkeypatch.setattr(whose, name, note)
+
+    noted(batch_api._ResultRow, "of")
+    noted(BatchedCalls, "read")
+    for api in (batch_api.OpenAIBatches, batch_api.AnthropicBatches, batch_api.GeminiBatches):
+        noted(api, "_result")
+    provider.distort = lambda line: line.replace(b"distorted", long)
+    job = await gateway.submit(**wrapped(dialect, "Say distorted"))
+    await put_into_batch(gateway, job)
+    gateway.start_worker()
+    assert (await gateway.end_of(job))["status"] == "succeeded"
+    assert places == {("of", False), ("_result", False), ("read", False)}
