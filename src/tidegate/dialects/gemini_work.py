@@ -258,7 +258,8 @@ def _bound(request: JsonObject) -> int | None:
 
 
 class BatchTally:
-    """Sum of what the answers of a batch report. `usage_of` reads that of one."""
+    """Sum of what the answers of a batch report. `usage_of` reads that of one. What an answer does
+    not report is taken to be as much as the largest of the others."""
 
     def __init__(
         self, shown: JsonObject, request: bytes, usage_of: Callable[[JsonObject], Usage]
@@ -270,7 +271,8 @@ class BatchTally:
         self._details: dict[str, int] = {}
         self._versions: set[str] = set()
         self._answers = 0
-        self._silent = self._lacks_input = False
+        self._silent = self._lacking_input = 0  # of the answers
+        self._largest = {"input_tokens": 0, "output_tokens": 0}
         output = part_of(shown, "response") or part_of(part_of(shown, "metadata"), "output")
         for name in _INLINE:
             for row in objects_in(part_of(output, name).get("inlinedResponses")):
@@ -288,12 +290,15 @@ class BatchTally:
         tokens = None if raw else _whole(answer.get("tokenCount"))
         usage = Usage(tokens, 0) if tokens is not None else self._usage_of(raw)
         if usage.output_tokens is None:
-            self._silent = True
+            self._silent += 1
             return
-        self._lacks_input = self._lacks_input or usage.input_tokens is None
+        self._lacking_input += usage.input_tokens is None
         usage = with_searches(usage, _searches(answer))
         for name in ("input_tokens", "output_tokens", "thoughts_tokens", "cached_tokens"):
             self._sums[name] = self._sums.get(name, 0) + (getattr(usage, name) or 0)
+        most, given = self._largest, (usage.output_tokens or 0) + (usage.thoughts_tokens or 0)
+        most["input_tokens"] = max(most["input_tokens"], usage.input_tokens or 0)
+        most["output_tokens"] = max(most["output_tokens"], given)
         if usage.details is not None:
             for name in _COUNTS:
                 more = getattr(usage.details, name) or 0
@@ -316,7 +321,7 @@ class BatchTally:
         if is_last:
             for answer in self._once():
                 self.add({"response": answer})
-            self._silent = self._silent or not self._answers
+            self._silent += not self._answers
         return max(at, end)
 
     def _once(self) -> list[JsonObject]:
@@ -329,25 +334,31 @@ class BatchTally:
         return found
 
     def facts(self) -> AnswerFacts:
-        """Facts of all: without the input where an answer reports none; unknown where one reports
-        no usage, or where a batch has none, but counts some that succeeded."""
+        """Facts of all: without the input where no answer reports any; unknown where none reports
+        its usage, or where a batch has none, but counts some that succeeded."""
         stats = part_of(part_of(self._shown, "metadata"), "batchStats")
         succeeded = str(stats.get("successfulRequestCount", "0"))
         version = self._versions.pop() if len(self._versions) == 1 else None
-        if self._silent or (not self._answers and succeeded not in ("0", "")):
+        told = self._answers - self._silent
+        if (self._silent or succeeded not in ("0", "")) and told <= 0:
             unknown = Usage(details=UsageDetails(tier=_BATCH_TIER))
             return AnswerFacts(unknown, model_version=version)
         sums: dict[str, Any] = {name: self._sums.get(name, 0) for name in ("input_tokens",)}
         sums["output_tokens"] = self._sums.get("output_tokens", 0)
+        lacking = dict.fromkeys(self._largest, self._silent)
+        lacking["input_tokens"] += self._lacking_input
+        for name, answers in lacking.items():
+            sums[name] += answers * self._largest[name]
         for name in ("thoughts_tokens", "cached_tokens"):
             sums[name] = self._sums.get(name) or None
         counts: dict[str, Any] = {name: count or None for name, count in self._details.items()}
-        if self._lacks_input:  # then its parts say nothing either
+        if told and self._lacking_input == told:  # then its parts say nothing either
             sums["input_tokens"] = sums["cached_tokens"] = None
             counts = {name: n for name, n in counts.items() if not name.startswith("input_")}
         details = UsageDetails(**counts, tier=_BATCH_TIER)
         state = short_text(part_of(self._shown, "metadata").get("state"))
-        return AnswerFacts(Usage(**sums, details=details), state, model_version=version)
+        usage, is_estimate = Usage(**sums, details=details), any(lacking.values())
+        return AnswerFacts(usage, state, model_version=version, is_estimate=is_estimate)
 
 
 _LONGEST_USAGE_BYTES = 16_384

@@ -237,12 +237,14 @@ class RequestFacts:
 @dataclass(slots=True, unsafe_hash=True)
 class AnswerFacts:
     """Facts that an answer reports. model_version: of the model that answered, which may differ
-    from the requested one."""
+    from the requested one. is_estimate: some of several answers do not report their part of the
+    usage, which is estimated."""
 
     usage: Usage
     finish_reason: str | None = None
     response_id: str | None = None
     model_version: str | None = None
+    is_estimate: bool = False
 
 
 NO_FACTS = AnswerFacts(UNKNOWN_USAGE)

@@ -15,7 +15,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from uuid import UUID
 import orjson
 
 from tidegate.admission.estimator import with_kept
-from tidegate.call import Caller, Status
+from tidegate.call import Caller, Status, UsageState
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.spec import AnswerFacts, Dialect, Endpoint, OngoingWork
 from tidegate.errors import (
@@ -395,6 +395,9 @@ class BackgroundRunner:
         lane = self._spine.lane(target)
         demand = exchange.demand(target, lane)
         exchange.settle(target, lane, demand, whole=whole, failed=None)
+        if facts is not None and facts.is_estimate and record.charge.state is UsageState.TOLD:
+            record.charge = replace(record.charge, state=UsageState.ESTIMATED)
+            return
         lane.demands.learn(demand, record.answer.usage, record.charge.usage, whole=whole)
 
 

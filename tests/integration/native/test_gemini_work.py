@@ -225,6 +225,8 @@ async def test_an_answer_without_its_input_leaves_what_the_others_used_charged(
     assert [one.prompt_token_count is None for one in told] == [True, False, False, False]
     row = await stage.row(":batchGenerateContent")
     assert (row["status"], row["usage_state"]) == ("succeeded", "estimated")
+    others = [one.prompt_token_count for one in told if one.prompt_token_count is not None]
+    assert row["input_tokens"] == sum(others) + max(others), "that one's alone is an estimate"
     assert row["output_tokens"] == sum(one.candidates_token_count for one in told)
     assert row["thoughts_tokens"] == sum(one.thoughts_token_count for one in told) > 0
     given = row["output_tokens"] + row["thoughts_tokens"]

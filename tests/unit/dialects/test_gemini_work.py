@@ -167,7 +167,7 @@ def test_a_batch_has_used_what_its_answers_report() -> None:
 @pytest.mark.parametrize(
     ("rows", "stats"),
     [
-        ([row(1, 2), {"response": {"candidates": []}}], {}),
+        ([{"response": {"candidates": []}}], {}),
         ([], {"successfulRequestCount": "2"}),
         ([{"response": {"embedding": {}, "tokenCount": "-4"}}], {}),
     ],
@@ -177,6 +177,29 @@ def test_what_a_batch_does_not_report_is_unknown(
 ) -> None:
     usage = tally(rows, batchStats=stats).facts().usage
     assert (usage.input_tokens, usage.output_tokens) == (None, None)
+
+
+SILENT: dict[str, Any] = {"response": {"candidates": []}}
+NO_INPUT: dict[str, Any] = {"response": {"usageMetadata": {"candidatesTokenCount": 5}}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "used"),
+    [
+        ([row(10, 2), row(3, 20), SILENT], (10 + 3 + 10, 2 + 20 + 20)),
+        ([row(1, 2, thoughtsTokenCount=7), SILENT], (1 + 1, 2 + 9)),
+        ([row(10, 2), NO_INPUT], (10 + 10, 2 + 5)),
+        ([row(10, 2), NO_INPUT, SILENT], (10 + 10 + 10, 2 + 5 + 5)),
+        ([NO_INPUT, SILENT], (None, 5 + 5)),
+    ],
+)
+def test_an_answer_without_usage_is_taken_for_as_large_as_the_largest(
+    rows: list[dict[str, Any]], used: tuple[int | None, int]
+) -> None:
+    facts = tally(rows).facts()
+    assert (facts.usage.input_tokens, facts.usage.output_tokens) == used
+    assert facts.is_estimate
+    assert not tally([row(10, 2)]).facts().is_estimate
 
 
 def test_a_batch_of_which_nothing_ran_has_used_nothing() -> None:
