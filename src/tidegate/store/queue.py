@@ -301,7 +301,8 @@ class ReadyQueues:
             if len(jobs) >= limit:
                 break
             # Others may have locked the candidates that we saw while more wait behind them.
-            tenants = known.ready.tenants_after(known.last_tenant)
+            again = known.ready.tenants_after(known.last_tenant)
+            tenants = [one for one in again if one not in without]
         return jobs
 
     async def maintain(self) -> bool:

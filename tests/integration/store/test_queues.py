@@ -240,7 +240,17 @@ async def test_a_claim_passes_over_some_callers_however_many_jobs_they_have(
 
     await wait_until(all_found, 20, "the jobs behind them")
     assert len(found) == len(wanted)
-    assert await claim(one, 10, {"acme": callers}) == []
+    searches, find = 0, queue._of_others
+
+    async def counted(*given: Any) -> Any:
+        nonlocal searches
+        searches += 1
+        return await find(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "_of_others", counted)
+        assert await claim(one, 10, {"acme": callers}) == []
+    assert searches == 1, "nothing is searched again that was passed over a moment ago"
     (back,) = await claim(other, 1)
     assert back.request_id == passed[0].request_id
     assert len(await claim(one, 400)) == len(passed) - 1
