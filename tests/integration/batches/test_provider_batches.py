@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import partial
 from pathlib import Path
+from secrets import token_bytes
 from typing import Any, Self
 from uuid import UUID
 
@@ -825,20 +826,19 @@ async def test_a_batch_that_may_be_elsewhere_or_is_still_listed_is_waited_for(
     gateway = await opened(open_gateway, settings)
     await provider.control.set_behaviour(batches={"delay_ms": 1_500})
     (job,) = await submitted(gateway, wrapped("openai", "Say hello"))
-    gateway.start_worker()
-    await wait_until(partial(is_in, gateway, "created"))
-    if changed == "key":
-        await gateway.database.execute("UPDATE provider_batches SET key_digest = sha256('other')")
-    looks = 0
-    find = BatchStore.find
+    looks, find = 0, BatchStore.find
 
-    def missing(store: BatchStore, batch_id: str, dialect: str, words: str) -> Any:
+    def missing(store: BatchStore, _batch_id: str, dialect: str, words: str) -> Any:
         nonlocal looks
         looks += 1
         return find(store, "another", dialect, words)
 
     with monkeypatch.context() as patch:
         patch.setattr(BatchStore, "find", missing)
+        if changed == "key":
+            patch.setattr(BatchStore, "newest", lambda *_: [])
+            patch.setattr(provider_batches, "_digest", lambda _: token_bytes(32))
+        gateway.start_worker()
         await wait_until(lambda: looks >= 5, 20, "looks at it")
         assert await is_held(gateway)
     assert (await gateway.end_of(job))["status"] == "succeeded"
