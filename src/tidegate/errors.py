@@ -74,6 +74,7 @@ class TidegateError(Exception):
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
+    at_upstream: str | None = None  # where the call failed, for a header of its answer
 
     def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
         super().__init__(message)
@@ -548,7 +549,9 @@ class UpstreamUnauthorized(UpstreamError):
     def for_clients(self) -> UpstreamUnauthorized:
         """The same without the provider's words, which a client would take for words about its own
         key."""
-        return type(self)(self.in_short)
+        found = type(self)(self.in_short)
+        found.retry_after_ms, found.at_upstream = self.retry_after_ms, self.at_upstream
+        return found
 
     @property
     def of_upstream(self) -> bool:
@@ -566,9 +569,6 @@ class UpstreamUnpaid(UpstreamUnauthorized):
     ) -> None:
         super().__init__(message, status=status)
         self.retry_after_ms = retry_after_ms
-
-    def for_clients(self) -> UpstreamUnpaid:
-        return UpstreamUnpaid(self.in_short, retry_after_ms=self.retry_after_ms)
 
 
 class UpstreamGarbled(UpstreamError):

@@ -686,8 +686,12 @@ class _Front:
         await self._direct.whole(status, self._with_id(headers), body)
 
     async def refuse(self, error: TidegateError) -> None:
-        """Answer with an error of ours."""
-        status, headers, body = refusal(self._dialect, error)
+        """Answer with an error of ours; it names the upstream where the call was sent to one."""
+        record = self._record
+        sent_to = record.upstream if record.sent else None
+        status, headers, body = refusal(self._dialect, error, sent_to)
+        if record.queue_ms is not None and (error.at_upstream or sent_to):
+            headers.append((b"x-tidegate-queue-ms", b"%.1f" % record.queue_ms))
         await self.whole(status, headers, body)
 
     async def _tell_failed(self, failed: CallFailed) -> None:

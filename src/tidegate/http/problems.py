@@ -491,8 +491,11 @@ def is_far(after_ms: int | None) -> bool:
     return (after_ms or 0) > _SDK_WAITS_MS
 
 
-def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers, bytes]:
-    """Status, headers and body of an answer that says `error`."""
+def refusal(
+    dialect: Dialect, error: errors.TidegateError, sent_to: str | None = None
+) -> tuple[int, Headers, bytes]:
+    """Status, headers and body of an answer that says `error`. `sent_to`: the upstream that has
+    the call, where the error is not about it."""
     spec = DIALECTS[dialect]
     status, after_ms = native_status_of(error), error.retry_after_ms
     if isinstance(error, errors.BudgetPaused):
@@ -512,6 +515,8 @@ def refusal(dialect: Dialect, error: errors.TidegateError) -> tuple[int, Headers
         headers.append((b"accept-encoding", b"identity"))  # RFC 9110, 12.5.3
     if isinstance(error, errors.MethodNotAllowed):
         headers.append((b"allow", allow(error.methods).encode()))
+    if (upstream := error.at_upstream or sent_to) is not None:
+        headers.append((b"x-tidegate-upstream", upstream.encode()))
     body = orjson.dumps(spec.problem(error, status, after_ms))
     headers.append((b"content-length", str(len(body)).encode()))
     return status, headers, body

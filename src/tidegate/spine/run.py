@@ -97,8 +97,7 @@ class CallFailed(Exception):
     """An upstream's refusal or fault, with its own words where it had any.
 
     status 0: it gave no answer. paused_ms: for how long it paused a limit of the call. told: the
-    client has received it already, inside of an answer that is at its end.
-    """
+    client has received it already, inside of an answer that is at its end."""
 
     def __init__(
         self,
@@ -111,6 +110,7 @@ class CallFailed(Exception):
         told: bool = False,
     ) -> None:
         super().__init__(error.message)
+        error.at_upstream = target.upstream.name
         self.error = error
         self.target = target
         self.status = status

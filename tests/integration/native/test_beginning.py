@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from tests.gateway import Gateway, Opener
-from tests.integration.security.hostile import Hostile, hostile, one_try
+from tests.integration.security.hostile import Answer, Hostile, hostile, one_try
 from tests.waiting import promised_s
 from tidegate.dialects import refusals
 from tidegate.dialects.spec import Operation
@@ -309,6 +309,34 @@ async def test_a_refusal_says_which_upstream_it_is_from(
     ours, headers, _ = await read(gateway, ("/v1/nothing", {}))
     assert ours == 404
     assert "x-tidegate-upstream" not in headers
+
+
+async def _silent(_writer: asyncio.StreamWriter) -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (b"HTTP/1.1 302 Found\r\ncontent-length: 0\r\n\r\n", "upstream_garbled"),
+        (b"HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n", "upstream_unauthorized"),
+        (b"x: y\r\n\r\n", "upstream_garbled"),
+        (_silent, "upstream_timeout"),
+        (None, "upstream_unavailable"),
+    ],
+)
+async def test_an_error_of_ours_says_at_which_upstream_the_call_failed(
+    open_gateway: Opener, hostile: Hostile, one_try: None, answer: Answer | bytes | None, code: str
+) -> None:
+    url = "http://127.0.0.1:9" if answer is None else hostile.url
+    gateway = await open_gateway(
+        worker=False, gemini_base_url=url, first_byte_timeout_ms=500, connect_timeout_ms=500
+    )
+    hostile.answer = answer or b""
+    _, headers, body = await read(gateway, CHAT)
+    assert orjson.loads(body)["error"]["code"] == code
+    assert headers["x-tidegate-upstream"] == "gemini"
+    assert float(headers["x-tidegate-queue-ms"]) >= 0
 
 
 async def test_a_refusal_that_no_time_helps_asks_for_no_retry(

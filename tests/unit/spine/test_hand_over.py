@@ -12,9 +12,11 @@ import pytest
 from tests.waiting import wait_until
 from tidegate.call import new_id
 from tidegate.errors import StoreUnavailable, UpstreamRejected
+from tidegate.policy.deployment import Upstream
 from tidegate.record import CallRecord
 from tidegate.spine.out import undisturbed
 from tidegate.spine.resources import BackgroundHandOver, count_again
+from tidegate.spine.routing import Target
 from tidegate.spine.run import CallFailed
 from tidegate.store.provider.background import CountedCall
 
@@ -105,7 +107,7 @@ async def test_a_client_that_leaves_while_a_refusal_is_noted_leaves_nothing_coun
     store = _Store("drop")
 
     async def refused() -> None:
-        target: Any = None
+        target = Target(Upstream("one", {}, ""), "m")
         raise CallFailed(UpstreamRejected("no", status=400), target, status=400)
 
     await cancelled_at(_Call(store).begun(refused), store, "drop")
