@@ -110,7 +110,7 @@ class Access:
     """How one upstream is reached in one dialect; compared by identity. base: its URL without a
     slash at its end. headers: of its own, the key among them; replaced: the names of those that a
     client may send too. query: of its own, by name. authentication: where its credentials are
-    renewed."""
+    renewed. connect_ms: how long connecting to it may take; None where it is as for all."""
 
     base: str
     headers: Pairs = field(default=(), repr=False)
@@ -121,6 +121,7 @@ class Access:
     paths: Paths = Paths.PLAIN
     prefix: str = ""
     dialect: str = ""
+    connect_ms: int | None = None
 
     def url(self, path: str, query: str = "", *, model: str = "", streams: bool = False) -> str:
         """The URL of a path of the dialect. model, streams: of a call, for paths that say so."""
@@ -190,7 +191,7 @@ class AccessOptions:
     prefix: str = ""
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
-    def access(self, dialect: str, base: str, key: str) -> Access:
+    def access(self, dialect: str, base: str, key: str, connect_ms: int | None = None) -> Access:
         """The access in one dialect. `key`: empty where there is none."""
         authentication = self.of_dialects.get(dialect, self.authentication)
         own = dict(self.headers)
@@ -209,6 +210,7 @@ class AccessOptions:
             self.paths.get(dialect, Paths.PLAIN),
             self.prefix,
             dialect,
+            connect_ms,
         )
 
 

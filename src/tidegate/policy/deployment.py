@@ -75,7 +75,8 @@ USUAL_AT_ONCE = 64
 # What becomes of limits that headers of answers report: a proposal, or in force where none is set.
 Learn = Literal["propose", "apply"]
 _LEARN: tuple[Learn, ...] = get_args(Learn)
-TIMEOUTS = ("first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
+CONNECT_TIMEOUT = "connect_timeout_ms"
+TIMEOUTS = (CONNECT_TIMEOUT, "first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
 _OWN_KEYS = (
     *("models", "aliases", "weight", "prices", "asks_usage", "learn", "preempt", "passthrough"),
     *("passthrough_tenants", "adopt", "abandoned", *TIMEOUTS),
@@ -149,8 +150,8 @@ class Upstream:
         """How it is reached in one of its dialects."""
         found = self._accesses.get(dialect)
         if found is None:
-            base = self.base_urls[dialect]
-            found = self.access_options.access(dialect, base, self.key)
+            base, connect_ms = self.base_urls[dialect], self.timeouts.get(CONNECT_TIMEOUT)
+            found = self.access_options.access(dialect, base, self.key, connect_ms)
             self._accesses[dialect] = found
         return found
 

@@ -58,7 +58,7 @@ from tidegate.errors import (
     UpstreamUnauthorized,
 )
 from tidegate.limiter import Limiter, Permit, PoolPolicy
-from tidegate.policy.deployment import Preempt, Upstream
+from tidegate.policy.deployment import CONNECT_TIMEOUT, Preempt, Upstream
 from tidegate.prices.budgets import Binding
 from tidegate.record import CallRecord, PieceDecoder, coding_of, decoded
 from tidegate.settings import Config
@@ -892,7 +892,7 @@ def _place(target: Target | None) -> tuple[str, str] | None:
 def timeouts_of(config: Config, upstream: Upstream) -> Timeouts:
     """How long an upstream may take: as it is set for itself, else as for all."""
     return Timeouts(
-        connect_ms=config.connect_timeout_ms,
+        connect_ms=upstream.timeouts.get(CONNECT_TIMEOUT, config.connect_timeout_ms),
         first_byte_ms=upstream.timeouts.get("first_byte_timeout_ms", config.first_byte_timeout_ms),
         idle_ms=upstream.timeouts.get("idle_timeout_ms", config.idle_timeout_ms),
         total_ms=upstream.timeouts.get("total_timeout_ms", config.total_timeout_ms),

@@ -38,7 +38,7 @@ from tidegate.errors import (
     UpstreamUnfit,
 )
 from tidegate.limiter import CallUse, Limiter, Observer, PoolPolicy, Quota, Tokens, amount_of
-from tidegate.policy.deployment import Deployment, Stated, Upstream, check_adopted
+from tidegate.policy.deployment import CONNECT_TIMEOUT, Deployment, Stated, Upstream, check_adopted
 from tidegate.policy.format import caller_of
 from tidegate.policy.live import LiveChanges, LiveEdit, as_at, changed_lines, changes_of
 from tidegate.policy.rollout import PolicyKeeper, open_pool
@@ -702,8 +702,9 @@ class LiveUpstreams:
     async def test(self, upstream: Upstream) -> list[UpstreamTest]:
         """Request its models from here, in each of its dialects, with its credentials and by its
         network. Never raises for what the provider does."""
-        connect_ms = min(TEST_MS, self._config.connect_timeout_ms)
+        connect_ms = min(TEST_MS, timeouts_of(self._config, upstream).connect_ms)
         timeouts = Timeouts(connect_ms, TEST_MS, TEST_MS, TEST_MS)
+        upstream = replace(upstream, timeouts={CONNECT_TIMEOUT: connect_ms})
         async with open_wire(timeouts, [upstream]) as wire:
             return [await tested(wire, upstream, dialect) for dialect in upstream.base_urls]
 

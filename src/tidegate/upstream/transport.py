@@ -399,10 +399,6 @@ class Timeouts:
     idle_ms: int
     total_ms: int
 
-    def ran_out(self, phase: str) -> UpstreamTimeout:
-        """The error for the end of `connect`, `first_byte`, `idle` or `total`."""
-        return out_of_time(phase, getattr(self, f"{phase}_ms"))
-
 
 def out_of_time(phase: str, limit_ms: int) -> UpstreamTimeout:
     return UpstreamTimeout(f"the provider took longer than {limit_ms} ms ({phase})", phase=phase)
@@ -600,7 +596,7 @@ class Exchange:
         return "idle" if now > self._wait_until else None
 
     def cut(self, phase: str) -> None:
-        self._answer.fail(self._timeouts.ran_out(phase))
+        self._answer.fail(out_of_time(phase, getattr(self._timeouts, f"{phase}_ms")))
         self._connection.drop()
 
 
@@ -674,7 +670,8 @@ class RelayWire:
     ) -> Exchange:
         """Send a request and wait for the head of its answer. Raises UpstreamError.
 
-        `timeouts`: other ones than those of all calls, but for connecting. `on_sent` is called when
+        `timeouts`: other ones than those of all calls, but for connecting, of which the upstream
+        may have its own by `place.access`. `on_sent` is called when
         there is a connection, before the first byte goes out; `opened` with each exchange that
         begins to wait for its answer. `once`: on a new connection, so that it can't have to be sent
         again.
@@ -694,7 +691,7 @@ class RelayWire:
         origin = place.origin
         again = not once and (body is None or isinstance(body, _REPEATABLE))
         kept = self._idle_one(origin) if again else None
-        connection = kept or await self._connect(origin)
+        connection = kept or await self._connect(place)
         if on_sent is not None:
             on_sent()
         while True:
@@ -717,7 +714,7 @@ class RelayWire:
                 await asyncio.sleep(0)
                 if not crossed:
                     raise
-            connection = await self._connect(origin)
+            connection = await self._connect(place)
 
     def _signer_of(self, authentication: Authentication) -> Signer:
         signer = self.signers.get(authentication)
@@ -741,8 +738,9 @@ class RelayWire:
                 return connection
         return None
 
-    async def _connect(self, origin: UpstreamOrigin) -> Connection:
-        async with self._connecting(origin):
+    async def _connect(self, place: RequestPlace) -> Connection:
+        origin = place.origin
+        async with self._connecting(place):
             connected = await self._socket(origin, tunnels=origin.secure)
             _, connection = await self._loop.create_connection(
                 lambda: Connection(self._loop, self.connections.discard),
@@ -762,22 +760,24 @@ class RelayWire:
             if access.authentication is not None:
                 signer = self._signer_of(access.authentication)
                 headers = signer.sign("GET", place, headers, None)
-        async with self._connecting(origin):
+        async with self._connecting(place):
             connected = await self._socket(origin, tunnels=True)
         return BareConnection(
             connected, self._tls_for(origin.network) if origin.secure else None, headers
         )
 
     @asynccontextmanager
-    async def _connecting(self, origin: UpstreamOrigin) -> AsyncIterator[None]:
+    async def _connecting(self, place: RequestPlace) -> AsyncIterator[None]:
         """Bounds the time, and says in our words why there is no connection."""
+        own = None if place.access is None else place.access.connect_ms
+        limit_ms = self._timeouts.connect_ms if own is None else own
         try:
-            async with asyncio.timeout(self._timeouts.connect_ms / 1000):
+            async with asyncio.timeout(limit_ms / 1000):
                 yield
         except (OSError, UnicodeError) as failed:
-            self._names.pop(_server_of(origin), None)  # it may have moved
+            self._names.pop(_server_of(place.origin), None)  # it may have moved
             if isinstance(failed, TimeoutError):
-                raise self._timeouts.ran_out("connect") from None
+                raise out_of_time("connect", limit_ms) from None
             message = "could not connect to the provider"
             if isinstance(failed, ssl.SSLError):
                 why = failed.reason or type(failed).__name__

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from tests.gateway import Gateway, Opener, open_gateway
 from tests.integration.native.clouds import PROJECT, Clouds, run_clouds
+from tests.integration.security.hostile import one_try
 from tests.integration.store.lossy import lossy
 from tests.markdown import blocks
 from tests.waiting import promised_s, wait_until, work_for
@@ -32,7 +33,7 @@ from tidegate.errors import UpstreamDrained
 from tidegate.spine.routing import Target
 from tidegate.store.provider.upstreams import Seen, UpstreamProcess
 
-__all__ = ["open_gateway"]
+__all__ = ["one_try", "open_gateway"]
 
 KEY = "key-of-the-second"
 BODY = {"model": "gemini-2.5-flash", "messages": [{"role": "user", "content": "Say hello"}]}
@@ -312,6 +313,40 @@ async def test_a_call_that_waits_for_a_drained_upstream_goes_elsewhere(
     begun = [one for one in await second.control.calls() if one.model == ONLY]
     assert len(begun) == 1, "only what was in progress"
     assert len(await gateway.calls()) == 2, "the account that takes any model has the others"
+
+
+async def test_an_upstream_has_the_time_to_connect_that_it_is_given_while_running(
+    open_gateway: Opener, one_try: None
+) -> None:
+    """Calls, its test and realtime sessions; all others have that of the settings."""
+    gateway = await open_gateway(worker=False, connect_timeout_ms=60_000)
+    leaving = asyncio.Event()
+
+    async def silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await leaving.wait()  # no handshake of TLS ever ends here
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    late = "the provider took longer than 150 ms (connect)"
+    far = {"dialects": {"openai": f"{url}/v1", "gemini": url}, "auth": "none", "models": [ONLY]}
+    try:
+        status, done = await admin(gateway, "PUT", "/far", table=far, test=False)
+        assert status == 200, done
+        said: dict[str, Any] = {"connect_timeout_ms": 150}
+        assert (await admin(gateway, "PATCH", "/far", set=said))[0] == 200
+        status, body = await chat(gateway, ONLY)
+        assert (status, body["error"]["message"]) == (504, late)
+        tests: Any = (await admin(gateway, "POST", "/far/test"))[1]
+        assert {one["problem"] for one in tests} == {late}
+        socket = f"{gateway.url}/v1/realtime?model={ONLY}"
+        upgrade = {"upgrade": "websocket", "connection": "Upgrade", "sec-websocket-version": "13"}
+        key = {"sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ=="}
+        async with gateway.http.get(socket, headers={**upgrade, **key}) as answer:
+            assert b"no connection to the provider within 150 ms" in await answer.read()
+    finally:
+        leaving.set()
+        server.close()
 
 
 async def test_a_call_that_waits_with_an_earlier_key_learns_of_a_drain_too(

@@ -24,6 +24,7 @@ key = "OPENAI_API_KEY"
 models = ["gpt-*"]
 aliases = { fast = "gpt-mini" }
 weight = 2
+connect_timeout_ms = 20_000
 idle_timeout_ms = 5_000
 [upstreams.openai.limits]
 "pool:total" = 7
@@ -71,7 +72,9 @@ def test_all_that_can_be_said() -> None:
     found = deployment(WHOLE)
     _, openai, local = found.upstreams
     assert (openai.key, openai.weight, openai.fit("fast")) == ("sk-1", 2, 1000)
-    assert openai.timeouts == {"idle_timeout_ms": 5_000}
+    assert openai.timeouts == {"connect_timeout_ms": 20_000, "idle_timeout_ms": 5_000}
+    assert openai.access("openai").connect_ms == 20_000
+    assert local.access("openai").connect_ms is None
     assert openai.price("gpt-mini") == Price(0.25, 2, 0.025)
     assert openai.price("gpt-x") == Price(1.25, 10)
     assert openai.price("o9") is None
