@@ -14,6 +14,7 @@ TidegateError
 ├── Unauthenticated             no credential, or a wrong one
 ├── Forbidden                   not for this caller, whatever it shows
 ├── NotFound                    no such request, file or limit
+│   └── UpstreamMissing         an upstream of the model can't be made here, as for want of its key
 ├── MethodNotAllowed            the path is known, by other methods
 ├── IdempotencyConflict         the idempotency key was used before, for something else
 ├── AlreadyEnded                too late to cancel it
@@ -200,6 +201,18 @@ class NotFound(TidegateError):
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
         self.field = field
+
+
+class UpstreamMissing(NotFound):
+    """`lacking`: what this process lacks of each upstream that the call could go to, such as the
+    variable of its key. Another process may have it."""
+
+    code = "upstream_missing"
+    retryable = True
+
+    def __init__(self, of: str, lacking: Mapping[str, str]) -> None:
+        lacks = "; ".join(f"{name} lacks {what}" for name, what in lacking.items())
+        super().__init__(f"this process can't reach the upstream of {of}: {lacks}")
 
 
 class MethodNotAllowed(TidegateError):

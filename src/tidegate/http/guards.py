@@ -25,7 +25,13 @@ from starlette.requests import Request
 
 from tidegate.call import Caller, Classification, Kind, OperatorRole, Scope
 from tidegate.dialects.prompts import Files
-from tidegate.errors import Forbidden, InvalidRequest, TidegateError, Unauthenticated
+from tidegate.errors import (
+    Forbidden,
+    InvalidRequest,
+    TidegateError,
+    Unauthenticated,
+    UpstreamMissing,
+)
 from tidegate.http.auth import Authenticator, in_headers, shown_in
 from tidegate.http.browsers import checked, cookie_name
 from tidegate.http.problems import problem_responses
@@ -73,9 +79,11 @@ def check_prompt(
     classification: Classification,
     config: Config,
     files: Files,
+    *,
+    is_queued: bool = False,
 ) -> None:
     """Raise InvalidRequest where no answer can come of a prompt, whatever kind it turns out to be
-    of."""
+    of; UpstreamMissing where none can come from this process, unless it is queued."""
     wrong: list[InvalidRequest] = []
     models = _models(model, classification, config)
     for one, kind in models:
@@ -83,6 +91,9 @@ def check_prompt(
             targets.of_prompt(one, kind, files)
         except InvalidRequest as refused:
             wrong.append(refused)
+        except UpstreamMissing:
+            if not is_queued:  # else a worker takes it that can reach the upstream
+                raise
     if len(wrong) == len(models):
         raise wrong[0]
 

@@ -38,6 +38,7 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
     TooManyFollowers,
+    UpstreamMissing,
 )
 from tidegate.http.guards import Reader, caller_of, check_models, check_prompt
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
@@ -341,11 +342,13 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
             if job.endpoint is None:
                 targets = services.spine.targets
                 files = files_known(job.attachments, job.image_uri)
-                check_prompt(targets, job.model, job.classification, services.config, files)
+                known = job.classification
+                check_prompt(targets, job.model, known, services.config, files, is_queued=True)
             budgets, model = services.budgets, job.model or ""
             await budgets.check(caller, model, job.subject, job.conversation)
             if budgets.any:
-                await _check_bounded(job, services, caller)
+                with suppress(UpstreamMissing):
+                    await _check_bounded(job, services, caller)
             async with services.store.queue_caps.room(caller, jobs=1, size_bytes=_size_of(job)):
                 job = await body_apart(job, services.blobs)
                 earlier = await services.store.jobs.submit(job)
@@ -433,7 +436,8 @@ def _classified(submission: Submission, services: Services, caller: Caller) -> C
     if submission.endpoint is None:
         return services.prompts.first_look(ask_of(submission, caller))
     dialect = dialect_of(submission.endpoint, frozenset(), b"")
-    services.spine.targets.of(dialect, submission.model or "")
+    with suppress(UpstreamMissing):  # a worker takes it that can reach the upstream
+        services.spine.targets.of(dialect, submission.model or "")
     return Classification(submission.kind, ClassifiedBy.BODY, submission.endpoint)
 
 

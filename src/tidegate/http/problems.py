@@ -144,6 +144,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.QueueFull: 503,
     errors.LimiterUnavailable: 503,
     errors.LeaseLost: 503,
+    errors.UpstreamMissing: 503,
     errors.UpstreamError: 502,
     errors.UpstreamThrottled: 503,
     errors.UpstreamTierBusy: 503,
@@ -380,6 +381,8 @@ ADVICE: dict[str, str] = {
     "upstreams_changed": "The upstreams changed meanwhile: reload them, and apply the change.",
     "upstream_unfit": "The upstream failed its test: the response says at what.",
     "upstream_in_use": "Work under way needs the upstream: wait for its end, or force the removal.",
+    "upstream_missing": "One process lacks what an upstream needs: `tidegate doctor` names both. "
+    "Retry it: another process may have it.",
     "upstream_drained": "An operator drained the upstream: resume it, or name another one.",
     "already_ended": "It had ended before.",
     "not_ended": "It has not ended yet.",

@@ -41,6 +41,7 @@ from tidegate.errors import (
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
+    UpstreamMissing,
 )
 from tidegate.http.body import BodyBudget
 from tidegate.http.guards import caller_of, check_models, check_prompt
@@ -201,14 +202,14 @@ class StreamedAnswer(Response):
 
     async def check_models(self) -> None:
         """Raises Forbidden for a model that the caller may not ask, InvalidRequest for one of
-        which no upstream can take the prompt."""
+        which no upstream can take the prompt, UpstreamMissing for one out of reach here."""
         try:
             config = self._services.config
             model = self._submission.model
             check_models(self._caller, model, self._classification, config)
             targets = self._services.spine.targets
             check_prompt(targets, model, self._classification, config, self._ask.files)
-        except (Forbidden, InvalidRequest):
+        except (Forbidden, InvalidRequest, UpstreamMissing):
             await discard(self._submission, self._services.blobs)
             raise
 

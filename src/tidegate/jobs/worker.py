@@ -402,7 +402,7 @@ class Worker:
             files = files_known(job.attachments, job.image_uri)
             model = job.model or self._config.model_for(kind)
             return self._prompts.targets(model, kind, files, job.bound_upstream)
-        except InvalidRequest:
+        except (InvalidRequest, NotFound):
             return []
 
     async def run(self, stop: asyncio.Event) -> None:

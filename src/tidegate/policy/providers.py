@@ -8,8 +8,9 @@ says all of it. Pure.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -396,6 +397,25 @@ def may_ask_usage(provider: str | None, urls: Iterable[str]) -> bool:
 def own_models(name: str) -> Sequence[str]:
     """The models that a provider is known by; `*` where it hosts those of others."""
     return PROVIDERS[name].models
+
+
+def serving(
+    model: str, tables: Mapping[str, Mapping[str, Any]], names: Iterable[str], others: Sized = ()
+) -> list[str]:
+    """Which of the upstreams of these names serve a model, by their tables: they need not be made.
+    Where `others` serve it too, only those that name it by more than `*`."""
+    found = []
+    for name in names:
+        fits = [one for one in _patterns(name, tables[name]) if fnmatchcase(model, one)]
+        if any(one != "*" for one in fits) or (fits and not others):
+            found.append(name)
+    return found
+
+
+def _patterns(name: str, table: Mapping[str, Any]) -> Iterator[str]:
+    is_preset = name in PROVIDERS and not {"provider", "base_url", "dialects"} & table.keys()
+    yield from table.get("models") or (own_models(name) if is_preset else ALL_MODELS)
+    yield from table.get("aliases", {})
 
 
 _REFILLS = {"shape": "bucket"}

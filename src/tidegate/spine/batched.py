@@ -94,7 +94,7 @@ class BatchedCalls:
         """The same of a prompt, with the endpoint that it calls there."""
         try:
             targets = self._spine.targets.of_prompt(model, kind, files)
-        except InvalidRequest:
+        except (InvalidRequest, NotFound):
             return None
         for target in targets:
             endpoint = prompt_endpoint(dialect_at(target, kind, files), kind, model)

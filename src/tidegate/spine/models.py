@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import chain
 from typing import Any, NamedTuple
 
 import orjson
@@ -49,7 +48,7 @@ from tidegate.errors import (
 from tidegate.policy.access import Access
 from tidegate.policy.deployment import Upstream
 from tidegate.policy.format import plain_model
-from tidegate.policy.providers import ALL_MODELS, LISTED_OTHERWISE, PROVIDERS, own_models
+from tidegate.policy.providers import LISTED_OTHERWISE, serving
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, refusal_of
 from tidegate.upstream.fetch import NO_LIST
@@ -114,7 +113,7 @@ def targets_for_prompt(
     if dialect is None and why is not None:
         said = f"the upstream {bound!r} {why.reason}"
         raise InvalidRequest("upstream", said, allowed=why.allowed)
-    with suppress(InvalidRequest):
+    with suppress(InvalidRequest, NotFound):
         found = [one for one in targets.of_prompt(model, kind, files) if one.upstream is upstream]
         if found:
             return found
@@ -128,16 +127,8 @@ def is_lacking(targets: Targets, model: str) -> bool:
     if not now.missing:
         return False
     plain = plain_model(model)
-    emptied = (one.model for one in now.routes if not one.targets)
-    of_tables = (_patterns(name, now.tables[name]) for name in now.missing)
-    return any(fnmatchcase(plain, one) for one in chain(emptied, *of_tables))
-
-
-def _patterns(name: str, table: Mapping[str, Any]) -> Iterator[str]:
-    """What the table of an upstream says that it serves, also where it can't be made."""
-    is_preset = name in PROVIDERS and not {"provider", "base_url", "dialects"} & table.keys()
-    yield from table.get("models") or (own_models(name) if is_preset else ALL_MODELS)
-    yield from table.get("aliases", {})
+    emptied = any(fnmatchcase(plain, one.model) for one in now.routes if not one.targets)
+    return emptied or bool(serving(plain, now.tables, now.missing))
 
 
 def _bound_upstream(targets: Targets, bound: str) -> Upstream:

@@ -47,6 +47,7 @@ from tidegate.errors import (
     NotFound,
     StoreUnavailable,
     UpstreamGarbled,
+    UpstreamMissing,
 )
 from tidegate.limiter import Limiter, Permit
 from tidegate.policy.deployment import Upstream
@@ -194,6 +195,9 @@ class Resources:
     ) -> Upstream:
         if (found := self._home_of(owner, dialect)) is not None:
             return found
+        if (lacking := self._targets.deployment.missing.get(owner.upstream)) is not None:
+            of = f"{kind} {resource_id}"
+            raise UpstreamMissing(of, {owner.upstream: lacking.variable})
         said = f"{missing(kind, resource_id)} The upstream {owner.upstream!r}, where it lives, "
         raise NotFound(f"{said}is not configured any more.", field=field)
 

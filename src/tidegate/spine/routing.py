@@ -48,6 +48,7 @@ from tidegate.errors import (
     TidegateError,
     UpstreamDrained,
     UpstreamError,
+    UpstreamMissing,
     UpstreamOut,
     UpstreamThrottled,
     UpstreamTimeout,
@@ -57,6 +58,7 @@ from tidegate.errors import (
 from tidegate.limiter import MAX_BOUND, Acquisition, Concurrency, Limiter, Permit, limit_paused
 from tidegate.policy.deployment import Deployment, Upstream
 from tidegate.policy.format import plain_model
+from tidegate.policy.providers import serving
 from tidegate.settings import Config
 from tidegate.spine.learning import Announced
 from tidegate.store.requests import Whereabouts
@@ -131,11 +133,6 @@ class Suspect:
     tenant: str | None
     request: int
     is_other: bool = False
-
-
-def can_be_provoked(error: UpstreamError) -> bool:
-    """Whether a request could be the cause of this fault."""
-    return not error.of_upstream
 
 
 @dataclass(slots=True)
@@ -386,11 +383,6 @@ class Gate:
         last = max(demand.limits, key=lambda one: self.limiter.paused_ms((one,)))
         return limit_paused(last, paused_ms)
 
-    def check(self, demand: CallDemand, left_ms: float) -> None:
-        """Raises what `late` finds."""
-        if (late := self.late(demand, left_ms)) is not None:
-            raise late
-
     def out(self) -> UpstreamOut | None:
         """The error of a call that cannot be made since the upstream is out; None if it is not."""
         if self.drained:
@@ -460,7 +452,7 @@ class Gate:
             return  # we had no more patience: others may be answered sooner
         dead = isinstance(error, UpstreamUnauthorized) and error.of_key and not suspect.is_other
         self._said = error.message, _in_short(error)
-        is_new = self._faults.add(suspect if can_be_provoked(error) else None)
+        is_new = self._faults.add(None if error.of_upstream else suspect)
         if dead or (is_new if tried else self._faults.are_enough):
             await self._close(error, dead=dead, tried=tried)
         error.in_outage = self._is_in_outage() or dead  # it may be open again by now
@@ -663,7 +655,7 @@ class Targets:
         raise Forbidden(f"this path is not open to the tenant {tenant_id}")
 
     def of(self, dialect: Dialect, model: str) -> list[Target]:
-        """The chain for a model. Raises NotFound where nobody serves it in that dialect."""
+        """The chain for a model. Raises NotFound where nobody serves it so, and UpstreamMissing."""
         known = self._known.get((dialect, model))
         if known is None:
             plain = model.removeprefix("models/")
@@ -676,6 +668,7 @@ class Targets:
                 known = (serving or self._best(plain, self.speaking(dialect)), True)
             else:
                 known = (self._without_model(dialect), True)
+            self._check_there(plain, known[0])
             if not known[0]:
                 raise NotFound(self._unserved(dialect, plain), field="model")
             if len(self._known) >= _MODELS_KEPT:  # clients think of names without end
@@ -683,6 +676,16 @@ class Targets:
             self._known[dialect, model] = known
         found, by_lot = known
         return self._drawn(found) if by_lot else list(found)
+
+    def _check_there(self, model: str, found: Sequence[Target]) -> None:
+        """Raises UpstreamMissing for a model of upstreams that this process can't make."""
+        now = self.deployment
+        if now.missing and not any(one.upstream.fit(model) > 1 for one in found):
+            route = next((one for one in now.routes if fnmatchcase(model, one.model)), None)
+            names = now.missing if route else serving(model, now.tables, now.missing, found)
+            if names and not (route and found):
+                of = f"the model {model!r}"
+                raise UpstreamMissing(of, {one: now.missing[one].variable for one in names})
 
     def _unserved(self, dialect: Dialect, model: str) -> str:
         if not model:
@@ -726,14 +729,14 @@ class Targets:
 
     def of_prompt(self, model: str, kind: Kind | None = None, files: Files = ()) -> list[Target]:
         """The chain for a prompt, which is of no dialect: those that can take it in one of theirs.
-        Raises InvalidRequest where none can."""
+        Raises InvalidRequest where none can, and UpstreamMissing."""
         known = self._for_prompts.get(model)
         if known is None:
             plain = model.removeprefix("models/")
             routed = self._routed(plain)
-            known = (self._any(plain), True)
-            if routed is not None:
-                known = (self._undrained(routed), False)
+            found = self._any(plain) if routed is None else self._undrained(routed)
+            known = (found, routed is None)
+            self._check_there(plain, known[0])
             if known[0] and len(self._for_prompts) < _MODELS_KEPT:
                 self._for_prompts[model] = known
         found, by_lot = known
@@ -824,10 +827,8 @@ def _first_dialect(upstream: Upstream) -> Dialect:
 
 def _served(upstreams: Iterable[Upstream]) -> str:
     """Which models there are, for people."""
-    return "; ".join(
-        f"{one.name}: {', '.join(one.models[:_MOST_NAMED])}"
-        for one in list(upstreams)[:_MOST_NAMED]
-    )
+    first = list(upstreams)[:_MOST_NAMED]
+    return "; ".join(f"{one.name}: {', '.join(one.models[:_MOST_NAMED])}" for one in first)
 
 
 class NotWorthWaiting(Exception):

@@ -624,6 +624,38 @@ async def test_a_worker_without_the_key_leaves_jobs_and_lines_to_others(
         assert (counts.completed, counts.failed) == (1, 0)
 
 
+async def test_a_process_without_the_key_says_so_while_another_one_serves(
+    open_gateway: Opener, second: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    having = await open_gateway(worker=False)
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    new = table(second, models=[ONLY], aliases={"quick": ONLY})
+    assert (await admin(having, "PUT", "/second", table=new))[0] == 200
+    stored = f"{having.url}/v1/responses"
+    async with having.http.post(stored, json={"model": ONLY, "input": "Say hello"}) as response:
+        kept = (await response.json())["id"]
+    monkeypatch.delenv("SECOND_KEY")
+    lacking = await open_gateway(worker=False, gemini_base_url=having.config.gemini_base_url)
+    for model in (ONLY, "quick"):
+        status, body = await chat(lacking, model)
+        assert (status, body["error"]["code"]) == (503, "upstream_missing"), body
+        assert f"the model '{model}': second lacks SECOND_KEY" in body["error"]["message"]
+    assert (await chat(lacking, "gemini-2.5-flash"))[0] == 200, "what others serve is called"
+    form = {"data": "Say hello", "type": "text_only", "model": ONLY}
+    async with lacking.http.post(f"{lacking.url}/stream", data=form) as response:
+        assert (response.status, (await response.json())["code"]) == (503, "upstream_missing")
+    async with lacking.http.get(f"{lacking.url}/v1/responses/{kept}") as response:
+        assert response.status == 503, "what lives there is not gone"
+        assert "second lacks SECOND_KEY" in await response.text()
+    assert (await chat(having, ONLY))[0] == 200
+    job = await lacking.submit(data="Say hello", type="text_only", model=ONLY)
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    await having.start_ready_worker()
+    assert (await having.end_of(job))["status"] == "succeeded", "a worker that has the key takes it"
+    called = [one.model for one in await having.calls()]
+    assert called == [BODY["model"]], "nothing of it went to who takes any model"
+
+
 async def test_no_secret_of_the_gateways_own_becomes_an_upstreams_key(
     open_gateway: Opener, second: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

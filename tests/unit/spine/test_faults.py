@@ -31,7 +31,6 @@ from tidegate.spine.routing import (
     Gate,
     RetryBudget,
     Suspect,
-    can_be_provoked,
 )
 
 
@@ -105,7 +104,7 @@ def test_what_is_known_of_suspects_is_bounded() -> None:
     ],
 )
 def test_what_a_request_can_bring_upon_itself(error: UpstreamError, provoked: bool) -> None:
-    assert can_be_provoked(error) is provoked
+    assert error.of_upstream is not provoked
     assert error.of_upstream is not provoked
 
 
