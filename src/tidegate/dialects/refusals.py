@@ -244,10 +244,10 @@ _HEAD_BYTES = 160
 _TAIL_BYTES = 16_384
 _ENOUGH_BYTES, _MOST_TAIL_BYTES = 2_048, 4_000_000
 # The start of an event with content, and a mark of all that report an error.
-_EVENT = re.compile(rb"(?:^|\n)data:(?!\s*\[DONE\])")
+_EVENT, _DATA = re.compile(rb"(?:^|\n)data:(?!\s*\[DONE\])"), re.compile(rb"(?:^|\n)data:")
 _MAY_REPORT = re.compile(
     rb'"error"\s*:\s*(?:data:\s*)?[{"]|"type"\s*:\s*"(?:error|response\.failed)"|'
-    rb'"object"\s*:\s*"error"'
+    rb'"object"\s*:\s*"error"|"finish_reason"\s*:\s*"error"'
 )
 _BETWEEN_EVENTS = re.compile(rb"\r?\n\r?\n")
 _IN_LIST = re.compile(rb'[\[,]\s*(?=\{\s*"error"\s*:\s*\{)')
@@ -330,26 +330,47 @@ def error_object(value: JsonObject) -> JsonObject | None:
 
 
 def _error_of_choices(event: JsonObject) -> JsonObject | None:
-    """As OpenRouter tells one that ends an answer: in the choice that it ends."""
+    """As OpenRouter tells one that ends an answer: in the choice that it ends. It and Mistral have
+    a reason for that end too (`finish_reason` of their descriptions of chat completions)."""
     choices = event.get("choices")
     if type(choices) is not list or len(choices) != 1 or type(choices[0]) is not dict:
         return None
     error = choices[0].get("error")
-    return error if type(error) is dict and any(error.values()) else None
+    if type(error) is dict and any(error.values()):
+        return error
+    return dict(_ENDED) if choices[0].get("finish_reason") == "error" else None
+
+
+_ENDED = {"code": 502, "message": "the answer ended with an error, of which nothing else is said"}
+_NO_EVENT = {"error": {"code": 502, "message": "the stream ended without an event"}}
 
 
 def error_without_output(answer: bytes) -> JsonObject | None:
     """A whole answer that has nothing but an error in its only choice."""
-    if len(answer) > LONGEST_BYTES or b'"choices"' not in answer or b'"error"' not in answer:
+    value = error_of_choice(answer)
+    choice = {} if value is None else value["choices"][0]
+    said = [part for name, part in _object(choice.get("message")).items() if name != "role"]
+    return None if choice.get("text") or any(said) else value
+
+
+def error_of_choice(answer: bytes) -> JsonObject | None:
+    """A whole answer that ends with an error in its only choice, after some output or none."""
+    if b'"choices"' not in answer or b'"error"' not in answer:
         return None
     try:
         value = orjson.loads(answer)
     except orjson.JSONDecodeError:
         return None
-    if type(value) is not dict or _error_of_choices(value) is None:
-        return None
-    message = _object(value["choices"][0].get("message"))
-    return None if any(said for name, said in message.items() if name != "role") else value
+    return value if type(value) is dict and _error_of_choices(value) is not None else None
+
+
+def error_at_end(pieces: list[bytes]) -> JsonObject | None:
+    """The object that reports an error at the end of a stream; one of ours where it has nothing but
+    comments."""
+    tail = tail_of(pieces)
+    if tail.startswith(b":") and _DATA.search(tail) is None:
+        return _NO_EVENT
+    return error_event_in(tail)
 
 
 def error_body(event: JsonObject) -> JsonObject:
@@ -426,13 +447,14 @@ _BEGUN = frozenset(
 
 class Prelude:
     """The events of a stream before any output. `error` is the one that tells an error; `is_events`
-    is false for what is no stream of events."""
+    is false for what is no stream of events. One that ends after comments alone is an error too."""
 
-    __slots__ = ("_rest", "error", "is_events")
+    __slots__ = ("_has_data", "_rest", "error", "is_events")
 
     def __init__(self) -> None:
         self.error: dict[str, Any] | None = None
         self.is_events = True
+        self._has_data = False
         self._rest = b""
 
     def holds(self, piece: bytes, *, at_end: bool) -> bool:
@@ -444,6 +466,8 @@ class Prelude:
                 return False
             start = end + 1
         self._rest = data[start:]
+        if at_end and not self._has_data:
+            self.error = _NO_EVENT
         return True
 
     def _is_without_output(self, line: bytes) -> bool:
@@ -452,6 +476,7 @@ class Prelude:
                 self.is_events = False
                 return False
             return True
+        self._has_data = True
         try:
             value = orjson.loads(line[5:])
         except orjson.JSONDecodeError:  # the end, or nobody's protocol

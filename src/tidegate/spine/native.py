@@ -588,10 +588,12 @@ class NativeExchange:
         else:
             await out.start(exchange.status, headers)
             await self._pieces(exchange, first, without)
-        if not record.streamed:
-            return
-        pieces = [record.text] if record.coding else record.pieces
-        if (value := refusals.error_event_in(refusals.tail_of(pieces))) is not None:
+        pieces, value = [record.text] if record.coding else record.pieces, None
+        if record.streamed:
+            value = refusals.error_at_end(pieces)
+        elif record.answer_bytes <= LARGE_BYTES and b'"error"' in (text := b"".join(pieces)):
+            value = refusals.error_of_choice(text) if self._call.endpoint.is_counted else None
+        if value is not None:
             raise CallFailed(self._stream_error(value, exchange, target), target, told=True)
 
     def _begun_with(self, value: dict[str, Any], exchange: Exchange, target: Target) -> CallFailed:
@@ -761,12 +763,9 @@ class NativeExchange:
 
     def _region(self) -> str:
         """Where Anthropic is to keep a call, which costs more; empty for anywhere."""
-        region = self._body.get("inference_geo")
-        return (
-            region
-            if type(region) is str and 0 < len(region) <= LONGEST_TIER and region != "global"
-            else ""
-        )
+        region = self._body.get("inference_geo", "")
+        is_one = type(region) is str and len(region) <= LONGEST_TIER and region != "global"
+        return region if is_one else ""
 
     def _estimate(
         self, demands: Demands, demand: CallDemand, asked: RequestFacts, model: str

@@ -7,15 +7,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import openai
+import orjson
 import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.integration.connections.scripted import Upstream, request, upstream
-from tests.integration.security.hostile import Hostile, hostile
+from tests.integration.security.hostile import Hostile, hostile, one_try
 from tests.waiting import promised_s, wait_until
 from tidegate.emulator.server import Emulator, run_emulator
 
-__all__ = ["hostile", "upstream"]
+__all__ = ["hostile", "one_try", "upstream"]
 
 BODY = {"contents": [{"parts": [{"text": "Say hello"}]}]}
 STREAM = "/v1beta/models/gemini-2.5-flash:streamGenerateContent"
@@ -72,8 +73,8 @@ async def test_an_error_before_any_output_is_an_answer_with_its_status(
     gateway: Gateway, hostile: Hostile, answer: bytes
 ) -> None:
     hostile.answer = answer
-    one_try = {"x-tidegate-deadline-ms": "10000"}
-    status, headers, body = await read(gateway, f"{STREAM}?alt=sse", **one_try)
+    soon = {"x-tidegate-deadline-ms": "10000"}
+    status, headers, body = await read(gateway, f"{STREAM}?alt=sse", **soon)
     assert (status, body) == (429, FOR_LONG)
     assert headers["content-type"] == "application/json"
     assert int(headers["retry-after"]) >= 1
@@ -125,6 +126,51 @@ async def test_an_error_in_mid_stream_passes_as_it_came_and_is_on_record(
     assert row["failure"]["code"] == "upstream_unavailable"
     assert len(hostile.seen) == 1
     assert gateway.services.spine.health["gemini"].faults == 1
+    assert gateway.held == 0
+
+
+CHAT = "/v1/chat/completions"
+ASKED = {"model": "m", "messages": [{"role": "user", "content": "Say hello"}]}
+USED = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+JSON = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+
+
+async def chat(gateway: Gateway, **more: object) -> tuple[int, dict[str, str], bytes]:
+    async with gateway.http.post(f"{gateway.url}{CHAT}", json=ASKED | more) as response:
+        body = await response.read()
+        return response.status, {k.lower(): v for k, v in response.headers.items()}, body
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"finish_reason": "error", "error": {"code": 502, "message": "it broke off"}},
+        {"finish_reason": "error"},
+    ],
+)
+async def test_a_whole_answer_that_ends_with_an_error_passes_and_has_failed(
+    gateway: Gateway, hostile: Hostile, choice: dict[str, object]
+) -> None:
+    message = {"role": "assistant", "content": "Hello, I"}
+    said = orjson.dumps({"choices": [{"message": message, **choice}], "usage": USED})
+    hostile.answer = JSON % len(said) + said
+    status, headers, body = await chat(gateway)
+    assert (status, body) == (200, said), "byte for byte"
+    row = await gateway.audit(headers["x-tidegate-request-id"])
+    assert (row["status"], row["failure"]["code"]) == ("failed", "upstream_unavailable")
+    assert (row["input_tokens"], row["output_tokens"]) == (7, 2), "what it used is charged"
+    assert len(hostile.seen) == 1, "the client has an answer"
+    assert gateway.held == 0
+
+
+async def test_a_stream_of_comments_alone_is_no_answer(
+    gateway: Gateway, hostile: Hostile, one_try: None
+) -> None:
+    hostile.answer = SSE + chunked(b": PROCESSING\n\n", b": PROCESSING\n\n")
+    status, headers, body = await chat(gateway, stream=True)
+    assert (status, b"without an event" in body) == (502, True), body
+    row = await gateway.audit(headers["x-tidegate-request-id"])
+    assert (row["status"], row["failure"]["code"]) == ("failed", "upstream_unavailable")
     assert gateway.held == 0
 
 

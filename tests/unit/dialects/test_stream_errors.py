@@ -81,7 +81,8 @@ def test_an_error_of_the_only_choice_is_seen() -> None:
     assert refusals.error_event_in(b'data: {"choices":[]}\n\n' * 9 + data) == chunk
     assert refusals.error_body(chunk) == {"error": error}
     assert refusals.status_of(refusals.error_object(chunk) or {}) == 502
-    for other in (dict(choice, error={}), dict(choice, error=None), {"delta": {"error": error}}):
+    ends = dict(choice, finish_reason="stop")
+    for other in (dict(ends, error={}), dict(ends, error=None), {"delta": {"error": error}}):
         assert refusals.error_object({"choices": [other]}) is None
     assert refusals.error_object({"choices": [choice, {"delta": {"content": "x"}}]}) is None
 
@@ -95,6 +96,34 @@ def test_a_whole_answer_with_nothing_but_an_error_in_its_choice_is_one() -> None
         assert refusals.error_without_output(empty) == json.loads(empty)
     for other in (whole(content="so"), whole(tool_calls=[{}]), whole()[:-1], b'{"error":{}}'):
         assert refusals.error_without_output(other) is None
+    some = whole(content="so")
+    assert refusals.error_of_choice(some) == json.loads(some)
+
+
+def test_a_reason_that_is_an_error_is_one_without_more_words() -> None:
+    ended = b'{"choices":[{"message":{"content":"so"},"finish_reason":"error"}]}'
+    assert refusals.error_of_choice(ended) == json.loads(ended)
+    assert refusals.error_without_output(ended) is None
+    assert refusals.error_without_output(ended.replace(b'"so"', b"null")) is not None
+    assert (
+        refusals.error_without_output(ended.replace(b'{"content":"so"}', b'{},"text":"a"')) is None
+    )
+    assert refusals.status_of(refusals.error_object(json.loads(ended)) or {}) == 502
+    for fine in (b'"stop"', b"null", b'"errors"'):
+        assert refusals.error_of_choice(ended.replace(b'"error"', fine)) is None
+    event = b'data: {"choices":[{"delta":{},"finish_reason":"error"}]}\n\ndata: [DONE]\n\n'
+    assert refusals.error_at_end([b'data: {"choices":[]}\n\n', event]) is not None
+
+
+def test_comments_alone_are_no_answer() -> None:
+    comment = b": OPENROUTER PROCESSING\n\n"
+    assert refusals.error_at_end([comment, comment]) is not None
+    assert refusals.error_at_end([comment, b"data: [DONE]\n\n"]) is None
+    prelude = refusals.Prelude()
+    assert prelude.holds(comment, at_end=False)
+    assert prelude.error is None
+    prelude.holds(b"", at_end=True)
+    assert prelude.error is not None
 
 
 def test_an_error_that_ends_a_list_is_seen() -> None:
