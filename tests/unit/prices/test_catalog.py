@@ -70,6 +70,14 @@ def cost(provider: str, model: str, usage: Usage, tier: str = "", day: date = TO
         ("openai", "gpt-image-2.5-flare", "", Usage(1_000, 4_160, details=UsageDetails(
             input_image_tokens=900)), 500 + 7_200 + 124_800),
         ("openai", "gpt-image-2-2026-04-21", "", Usage(100, 272), 500 + 8_160),
+        ("openai", "gpt-image-1.5-2025-12-16", "", Usage(1_000, 4_160, details=UsageDetails(
+            input_image_tokens=900)), 500 + 7_200 + 133_120),  # $0.133 for a high one
+        ("openai", "gpt-4o-transcribe", "", Usage(1_000, 100), 2_500 + 1_000),
+        # a minute of sound
+        ("openai", "gpt-transcribe", "", Usage(0, 0, details=UsageDetails(
+            input_audio_seconds=60)), 4_500),
+        ("openai", "gpt-live-transcribe", "", Usage(0, 0, details=UsageDetails(
+            input_audio_seconds=60)), 17_000),
         ("azure", "gpt-5", "", Usage(1, 1, details=UsageDetails(file_searches=1)), None),
         ("openrouter", "anthropic/claude-sonnet-4.5", "", Usage(200_001, 0), 1_200_006),
         # A search of a provider whose price for it is not known makes the cost unknown.
