@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from urllib.parse import parse_qsl, urlencode
 
 from fastapi import APIRouter, Depends
+from pydantic import SecretStr
 from starlette.requests import Request
 
 from tidegate.call import Caller, Classification, Kind, OperatorRole, Scope
@@ -371,9 +372,12 @@ def own_urls(scope: Any, path: str, secret: str) -> Callable[[str], str]:
     return passed
 
 
-def upload_secret(upstreams: Iterable[Upstream]) -> str:
-    """What signs the URLs of uploads that go to one of these: a key, where one of them has any."""
-    return next((one.key for one in upstreams if one.key), "")
+def upload_secret(upstreams: Iterable[Upstream], operator_key: SecretStr) -> str:
+    """What signs the URLs of uploads that go to one of these: a key of theirs, which all processes
+    have; where none has any, what follows from the operator's key."""
+    own = operator_key.get_secret_value().encode()
+    keys = (one.key for one in upstreams if one.key)
+    return next(keys, None) or hmac.digest(own, b"tidegate uploads 1", sha256).hex()
 
 
 def upload_upstream(query: bytes, secret: str, *, has_pass: bool = False) -> str:
@@ -411,7 +415,7 @@ async def admit_upload(gate: Authenticator, scope: Any, secret: str) -> Caller |
 
 
 def _signature(query: str, digest: bytes, secret: str) -> str:
-    """By the key's digest and the upstream's key together: neither a copy of the database nor a
+    """By the key's digest and the secret of uploads together: neither a copy of the database nor a
     guess at the other is enough."""
     message = b"an upload\0" + query.encode()
     return hmac.digest(digest + secret.encode(), message, sha256).hex()

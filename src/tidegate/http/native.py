@@ -525,7 +525,8 @@ class _Front:
         return await gate.identify(self._scope["headers"], self._scope["query_string"])
 
     def _upload_secret(self, endpoint: Endpoint) -> str:
-        return upload_secret(self._services.spine.targets.speaking(endpoint.dialect))
+        speaking = self._services.spine.targets.speaking(endpoint.dialect)
+        return upload_secret(speaking, self._services.operator_key)
 
     async def _opening(self, call: NativeCall) -> Opening | None:
         """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from pydantic import SecretStr
 
 from tidegate.dialects import endpoint_of
 from tidegate.dialects.spec import Dialect
@@ -105,7 +106,11 @@ def test_an_upload_goes_on_where_its_url_says_that_it_has_begun() -> None:
     assert upload_upstream(query, "another") == ""
 
 
-def test_no_upload_is_signed_by_nothing_where_an_upstream_has_a_key() -> None:
+def test_no_upload_is_signed_by_nothing() -> None:
     own = Upstream("own", {"gemini": "http://own"}, "", ())
-    assert upload_secret([own, replace(own, name="paid", key="k")]) == "k"
-    assert upload_secret([own]) == ""
+    operators = SecretStr("tgop_1")
+    assert upload_secret([own, replace(own, name="paid", key="k")], operators) == "k"
+    secret = upload_secret([own], operators)
+    assert len(secret) == 64, "never an empty one, which a client knows too"
+    assert secret == upload_secret([], operators)
+    assert secret != upload_secret([own], SecretStr("tgop_2"))
