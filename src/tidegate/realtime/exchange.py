@@ -354,10 +354,14 @@ class RealtimeExchange:
             self._said_at = self._loop.time()
             reported = events.reported(message)
             over: TidegateError | None = None
+            charged = turns.charge
             try:
                 await turns.take(reported)
             except TidegateError as error:
                 over = error
+            if turns.charge is not charged:  # on record even if this process is killed
+                self._record.charge = replace(turns.charge, usage=turns.usage)
+                self._spine.journal.note(self._record)
             if reported.model is not None and not self._may_speak(reported.model, target):
                 said = f"the provider changed the model to {reported.model[:200]}"
                 return _ended_by(Forbidden(said, field="session.model"))

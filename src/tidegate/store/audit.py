@@ -26,7 +26,7 @@ from uuid import UUID
 import asyncpg
 import orjson
 
-from tidegate.call import UNKNOWN_CHARGE, Status, new_id
+from tidegate.call import Status, new_id
 from tidegate.errors import CallPreempted, ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure, Source
 from tidegate.store import records as rows
@@ -616,10 +616,9 @@ class AuditLog:
                 log.error(Log.INTERNAL_ERROR, component="replay", error=repr(failed))
 
     async def _record_lost(self, records: list[CallRecord]) -> None:
-        """Write calls of a process that has died: what they used is unknown. One that is on record
-        already is left as it is. Raises StoreUnavailable."""
+        """Write calls of a process that has died: what they used is unknown, but for what sessions
+        had noted. One that is on record already is left as it is. Raises StoreUnavailable."""
         for record in records:
-            record.charge = UNKNOWN_CHARGE
             record.finished_at = record.admitted_at or record.received_at
             record.end(Status.FAILED, _LOST)
             is_stream = record.source == "stream"

@@ -19,7 +19,7 @@ import zlib
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from operator import attrgetter
 from pathlib import Path
@@ -28,7 +28,7 @@ from uuid import UUID
 
 import orjson
 
-from tidegate.call import new_id
+from tidegate.call import UNKNOWN_CHARGE, Charge, Usage, UsageDetails, UsageState, new_id
 from tidegate.errors import StoreUnavailable
 from tidegate.record import NO_LINEAGE, CallRecord, Lineage
 from tidegate.store.records import Json
@@ -187,6 +187,9 @@ _SLOT = struct.Struct("<16sH")  # after the byte that says that it is taken: id,
 _LINEAGE = struct.Struct("<BBH")
 _LINEAGE_MARK = (0, 1)
 _TAKEN, _FREE = 1, 0
+# At the end of the slot, behind its text: what a session was charged for so far.
+_CHARGE = struct.Struct("<IHBB")  # CRC-32 and length of the text
+_CHARGE_MARK = (0, 2)
 
 
 class CallJournal:
@@ -244,6 +247,7 @@ class CallJournal:
         place = record.slot * _SLOT_BYTES
         memory[place] = _FREE
         assert record.request_id is not None
+        _CHARGE.pack_into(memory, place + _SLOT_BYTES - _CHARGE.size, 0, 0, 0, 0)
         _SLOT.pack_into(memory, place + 1, record.request_id.bytes, len(facts))
         begin = place + 1 + _SLOT.size
         memory[begin : begin + len(facts)] = facts
@@ -253,6 +257,18 @@ class CallJournal:
             begin += _LINEAGE.size
             memory[begin : begin + len(lineage)] = lineage
         memory[place] = _TAKEN  # last: half of it is nothing
+
+    def note(self, record: CallRecord) -> None:
+        """Note what a call that goes on, such as a realtime session, was charged for so far, where
+        there is room for it. Without I/O."""
+        if record.slot is None or self._memory is None:
+            return
+        memory, place, text = self._memory, record.slot * _SLOT_BYTES, _charge_text(record.charge)
+        begin = place + _SLOT_BYTES - _CHARGE.size - len(text)
+        if begin < _end_of_text(memory, place):
+            return
+        memory[begin : begin + len(text)] = text
+        _CHARGE.pack_into(memory, begin + len(text), zlib.crc32(text), len(text), *_CHARGE_MARK)
 
     def leave(self, record: CallRecord) -> None:
         """The call is on record, or never will be."""
@@ -316,6 +332,38 @@ def lineage_from(text: str | bytes | None) -> Lineage:
     return Lineage(**values | {"parent_id": UUID(parent_id) if parent_id else None})
 
 
+def _charge_text(charge: Charge) -> bytes:
+    usage = {name: value for name, value in _stated(charge.usage).items() if name != "details"}
+    return orjson.dumps([usage, _stated(charge.usage.details), charge.cost_micros])
+
+
+def _stated(of: Usage | UsageDetails | None) -> dict[str, Any]:
+    """What is known of it, by name."""
+    named = () if of is None else ((one.name, getattr(of, one.name)) for one in fields(of))
+    return {name: value for name, value in named if value is not None}
+
+
+def _charge_in(data: bytes, place: int) -> Charge:
+    """What the call of a slot was charged for, for at least; unknown where that was not noted, or
+    half of it."""
+    end = place + _SLOT_BYTES - _CHARGE.size
+    crc, length, *mark = _CHARGE.unpack_from(data, end)
+    text = data[end - length : end]
+    if tuple(mark) != _CHARGE_MARK or length > _SLOT_BYTES or zlib.crc32(text) != crc:
+        return UNKNOWN_CHARGE
+    usage, details, cost_micros = orjson.loads(text)
+    told = Usage(**usage, details=UsageDetails(**details) if details else None)
+    return Charge(UsageState.PARTIAL, told, None, cost_micros)
+
+
+def _end_of_text(data: bytes | mmap.mmap, place: int) -> int:
+    """Where the facts of a slot end, with its lineage."""
+    end = place + 1 + _SLOT.size + int(_SLOT.unpack_from(data, place + 1)[1])
+    if end + _LINEAGE.size <= place + _SLOT_BYTES:
+        end += _LINEAGE.size + int(_LINEAGE.unpack_from(data, end)[2])
+    return end
+
+
 def _lineage_in(data: bytes, begin: int) -> Lineage:
     """That of a slot, whose facts end there."""
     if begin % _SLOT_BYTES + _LINEAGE.size > _SLOT_BYTES or begin % _SLOT_BYTES == 0:
@@ -336,6 +384,8 @@ def _calls_in(path: Path) -> list[CallRecord]:
         facts = orjson.loads(data[begin : begin + length])
         calls.append(record_from(UUID(bytes=request_id), facts))
         calls[-1].lineage = _lineage_in(data, begin + length)
+        calls[-1].charge = _charge_in(data, place)
+        calls[-1].answer.usage = calls[-1].charge.usage
     return calls
 
 

@@ -73,6 +73,9 @@ async def test_permits_are_exact_through_kills(tmp_path: Path) -> None:
         await two.close()
         assert (await fleet.control.stats())["realtime"].max_in_flight == 2
         database = await asyncpg.connect(fleet.postgres.url())
-        query = "SELECT count(*) FROM audit WHERE kind = 'realtime' AND failure ->> 'code' = $1"
-        await wait_until(lambda: database.fetchval(query, "process_died"), 20, "its rows")
+        query = (
+            "SELECT count(*) = 2 FROM audit WHERE kind = 'realtime' AND failure ->> 'code' = $1"
+            " AND usage_state = 'partial' AND output_tokens > 0"
+        )
+        await wait_until(lambda: database.fetchval(query, "process_died"), 20, "its rows and turns")
         await database.close()

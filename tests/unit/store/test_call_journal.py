@@ -7,15 +7,24 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
+import orjson
 import pytest
 
-from tidegate.call import new_id
+from tidegate.call import (
+    UNKNOWN_CHARGE,
+    Charge,
+    Usage,
+    UsageDetails,
+    UsageState,
+    new_id,
+)
 from tidegate.record import NO_LINEAGE, CallRecord, Lineage
-from tidegate.store.spill import CallJournal
+from tidegate.store.spill import CallJournal, facts_of
 
 AT = datetime(2026, 11, 28, 1, 2, 3, 456_789, UTC)
 
@@ -86,6 +95,44 @@ async def test_the_lineage_of_a_call_is_found_where_it_was_written(tmp_path: Pat
         data[begin : (slot + 1) * 1_024] = (b'"rest"]' * 200)[: (slot + 1) * 1_024 - begin]
     path.write_bytes(data)
     assert [one.lineage for one in await lost_in(tmp_path)] == [NO_LINEAGE] * 3
+
+
+async def test_what_a_session_was_charged_for_so_far_is_found(tmp_path: Path) -> None:
+    journal = CallJournal(tmp_path)
+    journal.open()
+    told = Usage(120, 30, total_tokens=150, details=UsageDetails(input_audio_seconds=7))
+    whole = Charge(UsageState.TOLD, told, None, 42)
+    talk, torn, none, long = a_call(lineage=Lineage("talk")), a_call(), a_call(), a_call()
+    long.model = "m" * (950 - len(orjson.dumps(facts_of(long))))
+    for record in (talk, torn, none, long):
+        journal.enter(record)
+    for record in (talk, torn, long):
+        for charge in (Charge(UsageState.TOLD, Usage(1, 1), None, 1), whole):
+            record.charge = charge
+            journal.note(record)
+    path = tmp_path / os.listdir(tmp_path)[0]
+    data = bytearray(path.read_bytes())
+    data[2 * 1_024 - 12] ^= 1  # killed while it was written
+    journal.close()
+    path.write_bytes(data)
+    found = await lost_in(tmp_path)
+    assert found[0].charge == replace(whole, state=UsageState.PARTIAL)
+    assert (found[0].answer.usage, found[0].lineage.conversation) == (told, "talk")
+    assert [one.charge for one in found[1:]] == [UNKNOWN_CHARGE] * 3
+    assert found[3].model == long.model, "only its charge found no room"
+
+
+async def test_another_call_in_the_same_place_has_none_of_it(tmp_path: Path) -> None:
+    journal = CallJournal(tmp_path)
+    journal.open()
+    first = a_call(charge=Charge(UsageState.TOLD, Usage(1, 1), None, 1))
+    journal.enter(first)
+    journal.note(first)
+    journal.leave(first)
+    journal.note(first)  # it is on record already
+    journal.enter(a_call())
+    journal.close()
+    assert [one.charge for one in await lost_in(tmp_path)] == [UNKNOWN_CHARGE]
 
 
 async def test_what_is_not_kept_is_found_again(tmp_path: Path) -> None:
