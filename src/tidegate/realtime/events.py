@@ -46,14 +46,16 @@ _USUAL_RATE, _MOST_RATE = 16_000, 48_000
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a client's message asks for. begins_turn: the provider answers it with a turn.
-    about_tokens: of its input. audio_seconds: of sound in it. message: as it goes on. joins: what
-    comes before the turn has begun is answered by the same one."""
+    about_tokens: of its input. audio_seconds: of sound in it. message: as it goes on. joins: it may
+    be answered together with what came before the turn began. event_id: the client's own, if any.
+    """
 
     message: Message
     begins_turn: bool = False
     about_tokens: float = 0.0
     audio_seconds: float = 0.0
     joins: bool = False
+    event_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,12 @@ class Spent:
 
 @dataclass(slots=True)
 class Reported:
-    """What a provider's message reports."""
+    """What a provider's message reports. refuses: a client's message, of which no turn follows, by
+    the client's own id `about`, if it has one."""
 
     begins_turn: bool = False
-    refuses: bool = False  # a client's message: no turn follows from it
+    refuses: bool = False
+    about: str | None = None
     ends_turn: bool = False
     spent: list[Spent] = field(default_factory=list)
     about_tokens: float = 0.0  # of its output
@@ -311,7 +315,9 @@ class OpenAIEvents:
             self._note_request(event)
         seconds = _sound_chars(event) * 3 / 4 / self._least_second_bytes
         begins = "input_audio_buffer.commit" if self._only_transcribes else "response.create"
-        return Asked(message, kind == begins, about, seconds)
+        named = event.get("event_id")
+        event_id = named if type(named) is str else None
+        return Asked(message, kind == begins, about, seconds, event_id=event_id)
 
     @staticmethod
     def _is_audio(message: str) -> bool:
@@ -410,7 +416,8 @@ class OpenAIEvents:
                 return Reported(ends_turn=True, about_tokens=1) if is_turn else NOTHING
             case "error":
                 self._note_refusal(event)
-                return Reported(refuses=True)
+                named = _table(event.get("error")).get("event_id")
+                return Reported(refuses=True, about=named if type(named) is str else None)
             case "session.created" | "session.updated":
                 session = _table(event.get("session"))
                 self._note_form(session)

@@ -327,7 +327,7 @@ class RealtimeExchange:
             if asked.begins_turn:
                 try:
                     with _unless_lost(client):
-                        await turns.ask(joins=asked.joins)
+                        await turns.ask(joins=asked.joins, event_id=asked.event_id)
                 except _ClientLost:
                     return _lost(client)
                 except TidegateError as error:

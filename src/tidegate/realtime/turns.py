@@ -59,7 +59,8 @@ def is_rate(lane: Lane, limit_id: str) -> bool:
 @dataclass(eq=False, slots=True)
 class RealtimeTurn:
     """One turn. `admitted` is done once the limits have it, or refuse it; `ended` has what it used,
-    as reported and as charged, None where there was no turn.
+    as reported and as charged, None where there was no turn. event_id: of the client's message that
+    asks for it. joins: another may be answered with it; after: so many had begun before.
     """
 
     demand: CallDemand | None
@@ -68,6 +69,9 @@ class RealtimeTurn:
     ended: asyncio.Future[tuple[Usage, Charge] | None]
     task: asyncio.Task[None] | None = None
     came_tokens: float = 0.0
+    event_id: str | None = None
+    joins: bool = False
+    after: int = 0
 
     @property
     def is_admitted(self) -> bool:
@@ -96,6 +100,7 @@ class Turns:
         self._wait_ms = wait_ms
         self._ahead: UUID | None = None  # what is reserved for the next turn
         self._beside = NO_CHARGE  # of other models, and not charged to a budget yet
+        self._begins = 0
         self._context_tokens = 0  # of the conversation, as the last turn reported it
         self._sent_tokens = 0.0  # about, by the client since then
         self._asked: list[RealtimeTurn] = []  # by the client, and not begun yet
@@ -109,18 +114,25 @@ class Turns:
         await self._budgets.known()
         self._ahead = await self._reserve()
 
-    async def ask(self, *, joins: bool = False) -> None:
+    async def ask(self, *, joins: bool = False, event_id: str | None = None) -> None:
         """The client begins a turn: returns once the limits have it. Raises AdmissionError and what
-        a budget raises; then the turn is not to begin. joins: not if one is to begin already."""
-        if joins and self._asked:
+        a budget raises; then the turn is not to begin. joins: it takes the place of one that was
+        answered together with another."""
+        if joins and (left := self._answered_together()) is not None:
+            left.after = self._begins
             return
         turn = await self._new()
+        turn.event_id, turn.joins, turn.after = event_id, joins, self._begins
         try:
             await asyncio.shield(turn.admitted)
         except BaseException:  # whatever ends the wait, its place is returned
             await self._end(turn, None)
             raise
         self._asked.append(turn)
+
+    def _answered_together(self) -> RealtimeTurn | None:
+        """One that was asked for before the last turn began, which seems to have answered it."""
+        return next((one for one in self._asked if one.joins and one.after < self._begins), None)
 
     async def may_go_on(self) -> None:
         """Wait until the limits have what the provider has begun by itself. Raises as `ask`."""
@@ -158,8 +170,9 @@ class Turns:
     async def take(self, reported: Reported) -> None:
         """Note what a message reports. Raises what a budget raises that has no room for another
         turn, and UpstreamGarbled for more turns at a time than a session has."""
-        if reported.refuses and self._asked:
-            await self._end(self._asked.pop(0), None)
+        if reported.refuses and (turn := self._refused(reported.about)) is not None:
+            self._asked.remove(turn)
+            await self._end(turn, None)
         if reported.begins_turn:
             await self._begin()
         if reported.about_tokens:
@@ -174,9 +187,14 @@ class Turns:
             turn = self._begun.pop(0)  # it was cancelled, or has failed
             await self._end(turn, self._cut_charge(turn))
 
+    def _refused(self, event_id: str | None) -> RealtimeTurn | None:
+        """The turn of a message that the provider refuses: another message may have the id."""
+        return next((one for one in self._asked if one.event_id == event_id), None)
+
     async def _begin(self) -> RealtimeTurn:
         if len(self._late) >= _MOST_LATE or len(self._begun) >= _MOST_BEGUN:
             raise UpstreamGarbled("the provider begins one turn after another and ends none")
+        self._begins += 1
         if self._asked:
             turn = self._asked.pop(0)
         else:
@@ -199,6 +217,9 @@ class Turns:
         """End what is open: turns that were begun are charged for what came of them."""
         for turn in self._begun:
             await self._end(turn, self._cut_charge(turn))
+        while (left := self._answered_together()) is not None:
+            self._asked.remove(left)
+            await self._end(left, None)
         for turn in self._asked:
             await self._end(turn, self._cut_charge(turn))  # it may have begun
         self._begun, self._asked = [], []

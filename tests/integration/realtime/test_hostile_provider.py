@@ -9,7 +9,15 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 
 from tests.gateway import Opener
-from tests.integration.realtime.test_realtime_life import closed, nothing_held, rows, talk
+from tests.integration.realtime.test_realtime_life import (
+    KEYS,
+    closed,
+    nothing_held,
+    rows,
+    send,
+    talk,
+    until,
+)
 from tidegate.policy.format import edit
 
 _TURNS = 40
@@ -59,6 +67,41 @@ async def test_turns_that_a_provider_never_ends_end_the_session(
         assert (code, reason) == (1011, "the provider begins one turn after another and ends none")
         await nothing_held(gateway)
         assert len(await rows(gateway, 1)) == 1
+
+
+@pytest.mark.parametrize(("about", "then"), [("other", "error"), ("a", "response.done")])
+async def test_an_error_frees_the_turn_of_the_message_that_it_is_about(
+    open_gateway: Opener, tmp_path: Path, about: str, then: str
+) -> None:
+    asked: list[str] = []
+
+    async def refuses_first(socket: ServerConnection) -> None:
+        session = {"type": "realtime", "model": "hostile"}
+        await socket.send(orjson.dumps({"type": "session.created", "session": session}).decode())
+        async for message in socket:
+            asked.append(orjson.loads(message)["event_id"])
+            event: dict[str, object] = {"type": "error", "error": {"event_id": about}}
+            if len(asked) > 1:
+                usage = {"input_tokens": 1, "output_tokens": 1}
+                event = {"type": "response.done", "response": {"id": "r", "usage": usage}}
+            await socket.send(orjson.dumps(event).decode())
+
+    async with serve(refuses_first, "127.0.0.1", 0, compression=None) as server:
+        policy = tmp_path / "policy.toml"
+        policy.write_text(_POLICY.format(port=server.sockets[0].getsockname()[1]))
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        await gateway.services.keepers["hostile"].change(edit({"tpm:hostile": 1}), set_by="test")
+        soon = {**KEYS, "x-tidegate-deadline-ms": "300"}
+        async with talk(gateway, "/v1/realtime?model=hostile", soon) as socket:
+            await send(socket, type="response.create", event_id="a")
+            assert (await until(socket, "error"))["error"]["event_id"] == about
+            await send(socket, type="response.create", event_id="b")
+            found = await until(socket, "error", "response.done")
+        assert found["type"] == then, found
+        assert asked == (["a"] if then == "error" else ["a", "b"])
+        if then == "error":
+            assert found["error"]["event_id"] == "b", "the first turn may still begin"
+        await nothing_held(gateway)
 
 
 async def test_usage_beyond_all_counts_is_taken_for_none(

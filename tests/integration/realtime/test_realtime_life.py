@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.gateway import KEY, Gateway, Opener, small_receive_buffer
@@ -448,6 +449,62 @@ async def test_words_to_gemini_wait_for_the_limits_before_they_are_sent(
     assert row["input_tokens"] == call.input_tokens
     snapshot = await gateway.services.limiter.snapshot()
     assert snapshot.limits["rpm:total"].used == 2
+
+
+async def test_each_of_several_texts_to_gemini_waits_for_the_limits(open_gateway: Opener) -> None:
+    """They are sent before the first of them is answered."""
+    gateway = await open_gateway(worker=False)
+    limits = {"kind:realtime": 5, "rpm:total": 2}
+    await gateway.services.keeper.change(edit(limits), set_by="test")
+    await gateway.upstream.set_behaviour(first_byte_ms=100)
+    async with talk(gateway, LIVE, {**KEYS, "x-tidegate-deadline-ms": "1000"}) as socket:
+        as_text = {"responseModalities": ["TEXT"]}
+        await send(socket, setup={"model": f"models/{MODEL}", "generationConfig": as_text})
+        for text in ("one", "two", "three"):
+            await send(socket, realtimeInput={"text": text})
+        assert (await closed(socket))[0] == 1013
+    await nothing_held(gateway)
+    (row,) = await rows(gateway, 1)
+    response = await gateway.http.get(f"{gateway.url}/requests/{row['request_id']}/response")
+    assert (await response.json())["turns"] == 2, "the third one was not sent"
+    snapshot = await gateway.services.limiter.snapshot()
+    assert snapshot.limits["rpm:total"].used == 2
+
+
+async def test_texts_that_are_answered_together_hold_no_permits_for_good(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    asked: list[bytes | str] = []
+
+    async def answers_the_third(socket: ServerConnection) -> None:
+        async for message in socket:
+            asked.append(message)
+            said: dict[str, object] = {"setupComplete": {}}
+            if len(asked) > 1:
+                usage = {"promptTokenCount": 1, "responseTokenCount": 1, "totalTokenCount": 2}
+                said = {"serverContent": {"turnComplete": True}, "usageMetadata": usage}
+            if len(asked) not in (2, 3):
+                await socket.send(orjson.dumps(said))
+
+    async with serve(answers_the_third, "127.0.0.1", 0, compression=None) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        policy = tmp_path / "policy.toml"
+        table = f'base_url = "{url}"\ndialect = "gemini"\nmodels = ["merging"]\nauth = "none"\n'
+        policy.write_text(f"[upstreams.merging]\n{table}")
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        await gateway.services.keepers["merging"].change(edit({"rpm:total": 3}), set_by="test")
+        async with talk(gateway, LIVE, {**KEYS, "x-tidegate-deadline-ms": "300"}) as socket:
+            await send(socket, setup={"model": "models/merging"})
+            await socket.recv()
+            for text in ("one", "two", "three"):
+                await send(socket, realtimeInput={"text": text})
+            await socket.recv()
+            for text in ("four", "five"):  # two of the three have not been answered by themselves
+                await send(socket, realtimeInput={"text": text})
+                await socket.recv()
+        await nothing_held(gateway)
+        (row,) = await rows(gateway, 1)
+        assert (row["input_tokens"], row["output_tokens"]) == (3, 3), "none is charged twice"
 
 
 async def test_a_client_that_leaves_while_its_turn_waits_begins_none(open_gateway: Opener) -> None:
