@@ -190,6 +190,7 @@ _SUMMED = (
     "output_audio_tokens",
     "output_image_tokens",
     "output_video_tokens",
+    "searches",
     "input_audio_seconds",
 )
 
@@ -567,6 +568,7 @@ class GeminiEvents:
 
     def __init__(self) -> None:
         self._is_active = False  # the client says itself when its part begins and ends
+        self._queries: set[str] = set()  # searches of the web in the present turn
 
     def asked(self, message: Message) -> Asked:
         if isinstance(message, str) and self._is_input(message):
@@ -611,12 +613,26 @@ class GeminiEvents:
         return names.count("data") == 1 and _NO_INPUT.isdisjoint(names)
 
     def reported(self, message: Message) -> Reported:
-        has_usage = _has(message, '"usageMetadata"')
+        has_usage = _has(message, '"usageMetadata"', '"webSearchQueries"')
         ends = _has(message, '"turnComplete"', '"toolCall"')
         if not has_usage and not ends:
             audio = _has(message[:400], '"inlineData"')
             about = len(message) / _OUT_CHARS if audio else len(message) / 100
             return Reported(about_tokens=about) if _has(message, '"modelTurn"') else NOTHING
         event = _of_provider(message)
-        usage = gemini_usage(event.get("usageMetadata"))
-        return Reported(spent=[] if usage is None else [Spent(usage)])
+        spent, usage = self._searched(event), gemini_usage(event.get("usageMetadata"))
+        if usage is not None:
+            spent.append(Spent(usage))
+        return Reported(spent=spent)
+
+    def _searched(self, event: Facts) -> list[Spent]:
+        """The searches of a turn, each once: a message may repeat those of an earlier one."""
+        content = _table(event.get("serverContent"))
+        named = _rows(_table(content.get("groundingMetadata")).get("webSearchQueries"))
+        new = {one for one in named if type(one) is str and one} - self._queries
+        self._queries |= new
+        if content.get("turnComplete") is True:
+            self._queries = set()
+        if not new:
+            return []
+        return [Spent(Usage(0, 0, details=UsageDetails(searches=len(new))), ends_turn=False)]

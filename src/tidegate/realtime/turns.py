@@ -293,11 +293,14 @@ class Turns:
             turn.task.cancel()
             await asyncio.wait({turn.task})
         used = turn.ended.result() if turn.ended.done() else None
-        if turn.demand is None or turn.is_admitted or used is None:
-            return
+        if turn.demand is not None and not turn.is_admitted and used is not None:
+            await self._count(turn.demand.limits, used[1])
+
+    async def _count(self, limits: tuple[str, ...], charge: Charge) -> None:
+        """Count of the rates what they have not admitted."""
         limiter = self._lane.limiter
-        for limit_id in turn.demand.limits:
-            amount = _amount(limiter.policy.limit(limit_id), used[1])
+        for limit_id in limits:
+            amount = _amount(limiter.policy.limit(limit_id), charge)
             if amount:
                 with suppress(LimiterUnavailable):  # it counts nothing while it is away
                     await limiter.charge(limit_id, amount)
@@ -310,10 +313,13 @@ class Turns:
         return self._lane.demands.prices.at_least(self._target.model, "")
 
     async def _add(self, spent: Spent) -> None:
-        """What another model has used, such as for a transcript: it is part of the session's cost.
-        Budgets are charged for it with the turn that is open, else now; raises as `take`."""
+        """What was used beside the turns, by another model such as for a transcript, whose rates it
+        counts for, or by searches: it is part of the session's cost. Budgets are charged for it
+        with the turn that is open, else now; raises as `take`."""
         rates = self._lane.demands.prices.at_least(spent.model or self._target.model, "")
         charge = charge_of(rates, spent.usage, None, whole=True)
+        if spent.model is not None:
+            await self._count(self._rates_of(spent.model), charge)
         self.charge = _both(self.charge, charge)
         self._beside = _both(self._beside, charge)
         if self._ahead is not None:  # what is reserved for the next turn has none to wait for
@@ -321,6 +327,15 @@ class Turns:
             beside, self._beside = self._beside, NO_CHARGE
             self._budgets.settle(ahead, beside)
             self._ahead = await self._reserve()
+
+    def _rates_of(self, model: str) -> tuple[str, ...]:
+        """The rates that another model's transcripts count for: as requests of that model alone,
+        since they are no turns."""
+        other, own, policy = self._demand(model), self._demand(), self._lane.limiter.policy
+        known = () if own is None else own.limits
+        limits = () if other is None else other.limits
+        of_turns = {one for one in known if getattr(policy.limit(one), "unit", "") == "requests"}
+        return tuple(one for one in limits if one not in of_turns)
 
     def _audio_demand(self) -> CallDemand:
         """The next seconds of the client's sound, on the limits that count them."""
@@ -342,11 +357,12 @@ class Turns:
 
     # What a turn may take
 
-    def _demand(self) -> CallDemand | None:
-        """What the rates count of the next turn; None where no rate binds it."""
-        lane, terms, model = self._lane, self._terms, self._target.model
+    def _demand(self, model: str = "") -> CallDemand | None:
+        """What the rates count of the next turn, or of a transcript by another model; None where no
+        rate binds it."""
+        lane, terms = self._lane, self._terms
         demand = lane.demands.of_native(
-            model,
+            model or self._target.model,
             REALTIME_KIND,
             pieces_of(""),
             lane.limiter.policy,

@@ -298,7 +298,8 @@ async def test_transcripts_are_part_of_what_a_session_costs(
 
 async def test_words_of_a_transcript_begin_no_turn(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
-    await gateway.services.keeper.change(edit({"kind:realtime": 5, "rpm:total": 9}), set_by="test")
+    limits = {"kind:realtime": 5, "rpm:total": 9, "rpm:whisper-x": 9}
+    await gateway.services.keeper.change(edit(limits), set_by="test")
     audio = {"input": {"transcription": {"model": "whisper-x"}, "turn_detection": None}}
     async with talk(gateway) as socket:
         await send(socket, type="session.update", session={"type": "realtime", "audio": audio})
@@ -311,6 +312,7 @@ async def test_words_of_a_transcript_begin_no_turn(open_gateway: Opener) -> None
     assert (row["input_tokens"], row["output_tokens"]) == tokens
     snapshot = await gateway.services.limiter.snapshot()
     assert snapshot.limits["rpm:total"].used == 1
+    assert snapshot.limits["rpm:whisper-x"].used == 1, "but a request of its model"
 
 
 async def test_a_transcript_behind_a_refused_turn_is_charged_to_budgets_too(
@@ -505,6 +507,41 @@ async def test_texts_that_are_answered_together_hold_no_permits_for_good(
         await nothing_held(gateway)
         (row,) = await rows(gateway, 1)
         assert (row["input_tokens"], row["output_tokens"]) == (3, 3), "none is charged twice"
+
+
+async def test_searches_of_gemini_are_part_of_what_a_session_costs(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    async def searches(socket: ServerConnection) -> None:
+        await socket.recv()
+        await socket.send(orjson.dumps({"setupComplete": {}}))
+        async for _ in socket:
+            for queries in (["ebb"], ["ebb", "flood", ""]):
+                content = {"groundingMetadata": {"webSearchQueries": queries}}
+                await socket.send(orjson.dumps({"serverContent": content}))
+            usage = {"promptTokenCount": 10, "responseTokenCount": 5, "totalTokenCount": 15}
+            said = {"serverContent": {"turnComplete": True}, "usageMetadata": usage}
+            await socket.send(orjson.dumps(said))
+
+    async with serve(searches, "127.0.0.1", 0, compression=None) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        policy = tmp_path / "policy.toml"
+        table = f'base_url = "{url}"\ndialect = "gemini"\nmodels = ["m"]\nauth = "none"\n'
+        prices = "[upstreams.own.prices]\nm = { input = 1, output = 2, search = 14 }\n"
+        policy.write_text(f"[upstreams.own]\n{table}{prices}")
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        async with talk(gateway, LIVE) as socket:
+            await send(socket, setup={"model": "models/m"})
+            await socket.recv()
+            for _ in range(2):
+                await send(socket, realtimeInput={"text": "What do tides do?"})
+                while b"turnComplete" not in await socket.recv():
+                    pass
+        (row,) = await rows(gateway, 1)
+        assert (row["input_tokens"], row["output_tokens"]) == (20, 10)
+        assert orjson.loads(row["usage_details"])["searches"] == 4, "each once in its turn"
+        assert row["cost_micros"] == 20 + 2 * 10 + 4 * 14_000
+        assert row["usage_state"] == "told"
 
 
 async def test_a_client_that_leaves_while_its_turn_waits_begins_none(open_gateway: Opener) -> None:
