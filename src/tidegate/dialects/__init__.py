@@ -24,7 +24,7 @@ DIALECTS: dict[str, DialectSpec] = {
     spec.name: spec for spec in (BEDROCK, GEMINI, ANTHROPIC, OPENAI)
 }
 _POSTED = {path: call for spec in DIALECTS.values() for path, call in spec.calls.items()}
-_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _SLASHES = re.compile(r"/{2,}")
 _ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/", "/download/")
 # Paths of clients whose base URL is one step off: with a version too many, with one of another
@@ -168,4 +168,4 @@ def check_passthrough(upstreams: Iterable[Upstream]) -> None:
 
 def methods_at(path: str, dialect: Dialect) -> tuple[str, ...]:
     """By which methods a path is relayed; none where it is not known."""
-    return tuple(one for one in _METHODS if endpoint_of(one, path, dialect) is not None)
+    return tuple(one for one in METHODS if endpoint_of(one, path, dialect) is not None)

@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate.call import ANYBODY, Caller, Status, new_id
-from tidegate.dialects import DIALECTS, endpoint_in, methods_at
+from tidegate.dialects import DIALECTS, METHODS, endpoint_in, methods_at
 from tidegate.dialects.forms import is_form
 from tidegate.dialects.headers import content_type_in, kept_private, to_send
 from tidegate.dialects.requests import LARGE_BYTES, skimmed
@@ -318,14 +318,16 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     path, method = scope["path"], scope["method"]
     endpoint, dialect = endpoint_in(method, path, headers, scope["query_string"])
-    if endpoint is None and method != _ECHO:
+    methods: tuple[str, ...] = ()
+    if endpoint is None:
         found = services.spine.targets.passthrough(path, dialect)
-        if found is not None:
+        methods = methods_at(path, dialect) if found is None else METHODS
+        if found is not None and method != _ECHO:
             endpoint, dialect = found, found.dialect
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:
-            await front.refuse_unheard(not_relayed(method, path, methods_at(path, dialect)), None)
+            await front.refuse_unheard(not_relayed(method, path, methods), None)
         else:
             await front.answer(endpoint)
     except Exception:  # the top of a request's task: logged here, and nowhere else

@@ -33,7 +33,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidegate import __version__
-from tidegate.dialects import dialect_of, methods_at, native_path
+from tidegate.dialects import METHODS, dialect_of, methods_at, native_path
 from tidegate.errors import ConfigError, Forbidden, TidegateError
 from tidegate.http import jobs, own_requests, problems, stream
 from tidegate.http.admin import all_batches
@@ -381,7 +381,7 @@ problem JSON (RFC 9457), and on the paths of an SDK in its own form.
 _PREFIX = "/llm"
 _OF_OPERATORS = ("/admin", "/dashboard", "/metrics", "/llm/admin", "/llm/dashboard", "/llm/metrics")
 _CORS: dict[str, Any] = {
-    "allow_methods": ["GET", "HEAD", "POST", "PUT", "DELETE"],
+    "allow_methods": ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
     "allow_headers": ["*"],
     "expose_headers": [
         *("retry-after", "retry-after-ms", "x-should-retry", "x-request-id", "request-id"),
@@ -420,8 +420,8 @@ class Gateway(FastAPI):
         elif UPGRADE_EXTENSION in scope["extensions"] and is_realtime(scope["path"]):
             await self._realtime(scope, receive, send)
         elif self._is_of_page(scope):
-            if self._pages is None:
-                origins = self.state.services.config.cors_origins
+            origins = self.state.services.config.cors_origins
+            if self._pages is None or self._pages.allow_origins != origins:
                 self._pages = CORSMiddleware(self._answer, allow_origins=origins, **_CORS)
             await self._pages({**scope, "extensions": {}}, receive, send)
         else:
@@ -481,7 +481,9 @@ class Gateway(FastAPI):
         if native_at.startswith(message_batches.PATH):
             return message_batches.message_batch_methods(native_at)
         names = {name for name, _ in scope["headers"]}
-        return methods_at(native_at, dialect_of(native_at, names, scope["query_string"]))
+        dialect = dialect_of(native_at, names, scope["query_string"])
+        passing = self.state.services.spine.targets.passthrough(native_at, dialect)
+        return methods_at(native_at, dialect) if passing is None else METHODS
 
     def openapi(self) -> dict[str, Any]:
         if not self.openapi_schema:

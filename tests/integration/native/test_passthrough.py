@@ -106,6 +106,40 @@ async def test_a_named_path_is_relayed_by_any_method_with_what_its_answer_tells(
     ]
 
 
+async def test_a_named_path_of_an_upstream_added_live_is_one_of_ours_at_the_edges(
+    open_gateway: Opener, provider: str, seen: Seen, faults: dict[str, int]
+) -> None:
+    page = {"origin": "https://app.example", "sec-fetch-mode": "cors"}
+    gateway = await open_gateway(worker=False, cors_origins=page["origin"])
+    new = {"base_url": f"{provider}/v1", "auth": "none", "models": ["new-*"]}
+    table = {"table": {**new, "passthrough": ["/v1/new/*"]}, "test": False}
+    async with gateway.http.put(f"{gateway.url}/admin/upstreams/new", json=table) as response:
+        assert response.status == 200, await response.text()
+    url, may_read = f"{gateway.url}/v1/new/thing", "access-control-allow-origin"
+    async with gateway.http.options(url) as response:
+        allowed = {*response.headers["allow"].split(", ")}
+        assert (response.status, {"GET", "HEAD", "PATCH"} <= allowed) == (204, True)
+    asks = {**page, "access-control-request-method": "PATCH"}
+    for at in (url, f"{gateway.url}/v1beta/cachedContents/c-1"):
+        async with gateway.http.options(at, headers=asks) as response:
+            assert (response.status, response.headers.get(may_read)) == (200, page["origin"])
+    async with gateway.http.request("TRACE", url) as response:
+        assert (response.status, "PATCH" in response.headers["allow"]) == (405, True)
+    for at in ("/v1/new", "/v1/newer/thing"):
+        async with gateway.http.get(f"{gateway.url}{at}", headers=page) as response:
+            named = response.headers.get("x-tidegate-upstream")
+            assert (response.status, named) == ((200, "new") if at == "/v1/new" else (404, None))
+            assert response.headers[may_read] == page["origin"]
+    async with gateway.http.head(url) as response:
+        assert (response.status, await response.read()) == (200, b"")
+    faults["/v1/new/thing"] = 503
+    async with gateway.http.patch(url, data=b"{}", headers=page) as response:
+        assert (response.status, response.headers[may_read]) == (503, page["origin"])
+        assert response.headers["x-tidegate-upstream"] == "new"
+        assert "x-tidegate-upstream" in response.headers["access-control-expose-headers"]
+    assert [method for method, _, _ in seen] == ["GET", "GET", "PATCH"]
+
+
 async def test_a_path_that_two_providers_have_goes_to_the_one_whose_sdk_calls_it(
     passing: Gateway, seen: Seen
 ) -> None:
@@ -151,7 +185,7 @@ async def test_a_method_whose_answer_repeats_the_key_is_not_relayed(
     passing: Gateway, seen: Seen
 ) -> None:
     async with passing.http.request("TRACE", f"{passing.url}/v1/evals/e-1") as response:
-        assert response.status == 404
+        assert response.status == 405
         assert "TRACE /v1/evals/e-1" in await response.text()
     assert not seen
 
