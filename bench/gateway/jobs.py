@@ -159,7 +159,7 @@ def _asked(
 
 
 def submit(product: Product, body: Path, count: int) -> Figures:
-    """Hand in so many jobs, as fast as they are taken. Raises NotDone."""
+    """Submit so many jobs at full speed. Raises NotDone."""
     load = Load(
         product.port, "/submit", body, requests=count, connections=AT_ONCE, seconds=GIVE_UP_S
     )

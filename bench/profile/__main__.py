@@ -24,7 +24,7 @@ from bench.profile.samples import BETWEEN, Sampler, Samples
 
 TURNS = (False, True, False, True)
 SMALL = 0.005
-HEADERS = ("room", "own us", "share", "with what it has others do, us")
+HEADERS = ("room", "self us", "share", "total us, with what it calls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Stage:
 LOADS: dict[str, tuple[str, Callable[[Stage], float], tuple[str, ...]]] = {
     "call": ("a relayed call, 64 connections", Stage.call, ("serve",)),
     "stream": ("a stream of 50 events, 8 concurrently", Stage.stream, ("serve",)),
-    "job": ("a job, as fast as they are taken", Stage.job, ("serve", "worker")),
+    "job": ("a job, submitted at full speed", Stage.job, ("serve", "worker")),
 }
 
 
