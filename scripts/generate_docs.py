@@ -42,20 +42,20 @@ scripts/generate_docs.py.)"""
 DOC_HEAD = """\
 # Configuration
 
-Every setting is an environment variable, or a line of a file `.env` in the folder that the
-product is started from ([.env.example](../.env.example) has them all). The environment wins over
-`.env`; an empty value is the same as none. A wrong value stops the start with one line that names
-the variable, its value and what is allowed. Secrets are never shown.
+Every setting is an environment variable, or a line of the file `.env` in the working directory
+([.env.example](../.env.example) has them all). The environment takes precedence over `.env`; an
+empty value counts as not set. A wrong value stops the start with one line that names the variable,
+its value and the allowed values. Secrets are never shown.
 
 The secrets are SECRETS. Each may also be given
 as the path of a file that holds it, under its name with `_FILE`, such as
 `GEMINI_API_KEY_FILE=/run/secrets/gemini`.
 
-**Never by mistake.** Without `DATABASE_URL` and `REDIS_URL` the bundled servers start, and without
-`GEMINI_API_KEY` the built-in emulator answers as Gemini. Both happen only while `HOST` is a
-loopback address. On any other address both URLs and one upstream, of any provider, must be there,
-unless `TIDEGATE_DEMO=1` says that this is a demonstration. One of the two URLs without the other
-always stops the start.
+**Bundled servers and emulator.** Without `DATABASE_URL` and `REDIS_URL` the bundled servers start,
+and without `GEMINI_API_KEY` the built-in emulator answers as Gemini. Both happen only if `HOST` is
+a loopback address. On any other address both URLs and at least one upstream are required, unless
+`TIDEGATE_DEMO=1` is set for a demonstration. One of the two URLs without the other always stops the
+start.
 
 <!-- Written by scripts/generate_docs.py: change tidegate/settings.py instead. -->
 """
@@ -63,46 +63,46 @@ always stops the start.
 ERRORS_HEAD = """\
 # Errors
 
-What goes wrong is answered as problem JSON ([RFC 9457](https://www.rfc-editor.org/rfc/rfc9457)),
-with `Content-Type: application/problem+json`. `code` is the stable name to test for; the same names
-stand in `error` of a request's status. [http-api.md](http-api.md#when-it-goes-wrong) has examples.
+Errors are problem JSON ([RFC 9457](https://www.rfc-editor.org/rfc/rfc9457)),
+with `Content-Type: application/problem+json`. `code` is the stable name to test for; the same codes
+are in `error` of a request's status. [http-api.md](http-api.md#when-it-goes-wrong) has examples.
 
-The *native* status is that on the paths of the providers' own SDKs, where the body is in their
-dialect: [gateway.md](gateway.md#errors) says in which words. What the provider itself refuses goes
-through there as it came.
+*Native* is the status on the paths of the providers' SDKs, where the body has the format of their
+dialect ([gateway.md](gateway.md#errors)). Errors of the provider itself are forwarded there
+unchanged.
 
-*Again* says whether the same request may succeed later. `Retry-After` (and `retry_after_ms`) says
-when: it comes with every 503 and 504, and wherever else the time is known.
+*Retry* tells whether the same request may succeed later. `Retry-After` (and `retry_after_ms`) has
+the time: in every 503 and 504, and in other errors if the time is known.
 
 <!-- Written by scripts/generate_docs.py from tidegate/errors.py and tidegate/http/problems.py. -->
 
-| code | status | native | means | again |
+| code | status | native | meaning | retry |
 |---|---|---|---|---|
 """
 METRICS_HEAD = """\
 # Metrics
 
-All that `GET /metrics` tells; [observability.md](observability.md#metrics) says how to have it
-scraped and what is behind it. A histogram has `_bucket`, `_sum` and `_count` after its name.
+The metrics of `GET /metrics`; [observability.md](observability.md#metrics) describes how to scrape
+them. The series of a histogram end in `_bucket`, `_sum` and `_count`.
 
 <!-- Written by scripts/generate_docs.py from tidegate/metrics/instruments.py. -->
 """
 OF_PROCESSES = """
-## What processes have seen
+## Metrics of processes
 
-Of the process that is asked, and under `tidegate up` of all its siblings. Add them up over all that
-are scraped.
+They cover the process that answers, and under `tidegate up` all of its sibling processes. Sum them
+over all scraped instances.
 
-| metric | sort | labels | what it tells |
+| metric | type | labels | meaning |
 |---|---|---|---|
 """
 OF_ALL = """
-## What is true of the whole deployment
+## Metrics of the whole deployment
 
-Read from Valkey and PostgreSQL when somebody asks, so each process tells the same: take the maximum
-over `instance`, not the sum. What a store that is away would have told is not there.
+They are read from Valkey and PostgreSQL at each scrape, so every process reports the same values:
+take the maximum over `instance`, not the sum. Metrics of an unavailable store are missing.
 
-| metric | sort | labels | what it tells |
+| metric | type | labels | meaning |
 |---|---|---|---|
 """
 # They never reach a client: they stop a start, are settled between processes, or are its own.
@@ -167,7 +167,7 @@ def errors_reference() -> str:
     """A row for each error of the tree in `tidegate.errors` that a client may get."""
     meanings = dict(_LEAF.findall(errors.__doc__ or ""))
     rows = []
-    meanings["TidegateError"] = "a fault of ours: the log has it"
+    meanings["TidegateError"] = "a bug in Tidegate; the log has the details"
     for name, means in meanings.items():
         kind: type[errors.TidegateError] = getattr(errors, name)
         if kind in INSIDE | ROOTS:

@@ -2,62 +2,61 @@
 
 TidegateError
 ├── ConfigError                 a setting is wrong; stops the start with one line
-│   └── PolicyConflict          a program's policy is not the one that its pool has in force
+│   └── PolicyConflict          a program's policy is not the one in force in its pool
 ├── InvalidRequest              the caller's input is wrong; names the field and what is allowed
 │   ├── PayloadTooLarge         a body, file or prompt is over its limit
 │   │   └── FilesFull           a tenant has reached its limit on batch files
-│   ├── UnsupportedMedia        a content type or file type that we do not take
-│   └── FetchRefused            an `image_uri` that we will not, or could not, fetch
+│   ├── UnsupportedMedia        a content type or file type that is not supported
+│   └── FetchRefused            an `image_uri` that must not, or could not, be fetched
 ├── RequestTimeout              the client was too slow in sending its request
-├── RealtimeIdle                neither side of a realtime session said anything for too long
-├── RealtimeStalled             the client of a realtime session takes nothing of what it is sent
-├── Unauthenticated             no credential, or a wrong one
-├── Forbidden                   not for this caller, whatever it shows
+├── RealtimeIdle                a realtime session was silent on both sides for too long
+├── RealtimeStalled             the client of a realtime session does not read
+├── Unauthenticated             the API key is missing or unknown
+├── Forbidden                   the caller may not do this
 ├── NotFound                    no such request, file or limit
-│   └── UpstreamMissing         an upstream of the model can't be made here, as for want of its key
-├── MethodNotAllowed            the path is known, by other methods
-├── IdempotencyConflict         the idempotency key was used before, for something else
-├── AlreadyEnded                too late to cancel it
-├── PolicyChanged               somebody else has changed what was to be changed
-├── NotEnded                    too early to try it again
-├── UpstreamsChanged            another change to the upstreams came first
-├── UpstreamUnfit               an upstream fails its test, or a process can't have it
-├── UpstreamInUse               an upstream can't be removed while something needs it
-├── RequestCancelled            its owner cancelled it: why it failed, on record
-├── TooManyFollowers            this process streams the status of enough requests already
-├── QuotaExceeded               a tenant has reached one of its caps; names it
+├── MethodNotAllowed            the path exists, but not with this method
+├── IdempotencyConflict         the idempotency key was used for a different request
+├── AlreadyEnded                the request has ended already
+├── PolicyChanged               another change came first
+├── NotEnded                    the request has not ended yet
+├── UpstreamsChanged            another change of the upstreams came first
+├── UpstreamUnfit               an upstream fails its test, or a process lacks its key
+├── UpstreamInUse               an upstream is still in use and cannot be removed
+├── RequestCancelled            the owner cancelled the request
+├── TooManyFollowers            the process has its maximum of status streams
+├── QuotaExceeded               a tenant has reached one of its caps; names the cap
 │   ├── BudgetExceeded          a budget has no room for the call in its period
-│   │   └── BudgetPaused        it is paused until a person resumes it
-│   ├── BudgetReserved          what is left of a budget is reserved for calls in progress
-│   └── BudgetUnbounded         a budget binds a call whose most possible cost is not known
-├── AdmissionError              the limiter said no
-│   ├── DeadlineExceeded        still waiting when the deadline came
+│   │   └── BudgetPaused        the budget is paused until a person resumes it
+│   ├── BudgetReserved          the rest of a budget is reserved for running calls
+│   └── BudgetUnbounded         the maximum cost of a call under a budget is unknown
+├── AdmissionError              a call was not admitted
+│   ├── DeadlineExceeded        the call was not admitted before its deadline
 │   │   ├── LimitPaused         a limit is paused for longer than the call may wait
 │   │   └── LimitUsedUp         a limit has no room before the deadline
-│   ├── DemandImpossible        no amount of waiting would help; says which limit
+│   ├── DemandImpossible        the call can never be admitted; names the limit
 │   ├── QueueFull               the queue is full
 │   └── LimiterUnavailable      Valkey is unavailable and the policy is `closed`
-├── LeaseLost                   the session that held the permit is gone; results may not be stored
-├── CallPreempted               the call gave way to one of a higher band, and is made again later
-├── LastTryWaits                another call that may be deadly to its worker is under way
-├── UpstreamError               the provider failed us; `of_upstream` says whose fault it is
-│   ├── UpstreamThrottled       429; for how long, and whether a day's quota is gone
+├── LeaseLost                   the session of the permit has expired; results are not stored
+├── CallPreempted               the call was preempted by a higher band, and is made again later
+├── LastTryWaits                another last attempt of a job is running in this worker
+├── UpstreamError               the call failed at the provider; `of_upstream`: by its own fault
+│   ├── UpstreamThrottled       429, with the time, and whether a day's quota is used up
 │   ├── UpstreamTierBusy        the requested processing tier has no capacity at the moment
 │   ├── UpstreamUnavailable     5xx, refused or broken connection
-│   │   └── UpstreamOut         not asked: it failed too often and is tried now and then
-│   │       └── UpstreamDrained     an operator has drained it, and nothing else serves
-│   ├── UpstreamTimeout         connect, first byte, idle or total time ran out
-│   ├── UpstreamRejected        another 4xx: the same call would fail again
-│   ├── UpstreamUnauthorized    401/403: the key is dead
-│   │   └── UpstreamUnpaid      the account has no money left, or has spent what it may
-│   ├── UpstreamGarbled         the answer is not what the protocol says
-│   ├── PromptBlocked           the provider's safety filter refused the prompt
-│   └── EmptyAnswer             an answer without content; carries the finish reason
+│   │   └── UpstreamOut         out of service after repeated failures; it is being probed
+│   │       └── UpstreamDrained     an operator has drained it, and no other serves the model
+│   ├── UpstreamTimeout         the connect, first-byte, idle or total timeout was reached
+│   ├── UpstreamRejected        another 4xx: a retry would fail too
+│   ├── UpstreamUnauthorized    401 or 403: the API key is rejected
+│   │   └── UpstreamUnpaid      the account has no credit, or has reached its spend limit
+│   ├── UpstreamGarbled         the answer is malformed
+│   ├── PromptBlocked           the provider's safety filter blocked the prompt
+│   └── EmptyAnswer             the answer has no content; has the finish reason
 ├── StoreUnavailable            PostgreSQL is unavailable
-├── IssuerUnavailable           the issuer of tokens or sign-ins is, and its keys are not known
-├── ClaimLost                   another worker has the job now; our result may not be stored
-├── GatewayRefused              a Tidegate that a command called said no; has its status and code
-├── GatewayUnreachable          a Tidegate that a command called does not answer
+├── IssuerUnavailable           the token issuer is unavailable, and its keys are unknown
+├── ClaimLost                   another worker has the job now; this result is not stored
+├── GatewayRefused              a gateway rejected a command; has its status and code
+├── GatewayUnreachable          a gateway that a command called does not answer
 └── ShuttingDown                this process is stopping
 
 HTTP statuses are assigned in one table, `http/problems.py`. `code` is the stable name of the

@@ -280,22 +280,24 @@ class Config(BaseModel):
     oidc_issuer: Annotated[str, AfterValidator(_issuer)] = setting(
         "", "An OpenID Connect issuer by which people sign in to the dashboard: docs/access.md."
     )
-    oidc_client_id: str = setting("", "The name of this gateway at that issuer.")
-    oidc_client_secret: SecretStr | None = setting(None, "Its secret there, if it has one.")
+    oidc_client_id: str = setting("", "The client id of this gateway at that issuer.")
+    oidc_client_secret: SecretStr | None = setting(
+        None, "The client secret at that issuer, if any."
+    )
     oidc_roles: Annotated[RoleRules, BeforeValidator(role_rules)] = setting(
-        {}, 'Who has which role, by claim, such as {"groups=oncall": "operator"}.'
+        {}, 'Roles by claim, such as {"groups=oncall": "operator"}.'
     )
     allowed_hosts: tuple[str, ...] = setting(
         (),
-        "Further names of this gateway, with commas, as clients write them in Host. While callers "
-        "show no API key, only requests to these, to HOST and to loopback addresses are answered "
-        "(where HOST is no loopback address, also those to addresses and to names without a dot), "
-        "so that no web page reaches it under a name of its own.",
+        "Further host names of this gateway, separated by commas. If no API key is required, only "
+        "requests with these in Host, HOST or a loopback address are answered (if HOST is not a "
+        "loopback address, also IP addresses and names without a dot), so that no web page can "
+        "reach it under its own name (DNS rebinding).",
     )
     cors_origins: tuple[str, ...] = setting(
         (),
-        "Web pages that may call this gateway from a browser, as their Origin says it, with "
-        "commas; all paths but the operator's. Without API keys any visitor of such a page spends.",
+        "Origins of web pages that may call this gateway from a browser, separated by commas; not "
+        "the operator's paths. Without API keys every visitor of such a page can make calls.",
     )
     auth: Literal["auto", "on", "off"] = setting(
         "auto",
@@ -332,10 +334,12 @@ class Config(BaseModel):
     gemini_base_url: str = setting(
         GOOGLE_URL, "Where the Gemini API is, for a proxy or an emulator in its place."
     )
-    text_model: str = setting(GEMINI[0], "For text alone; without GEMINI_API_KEY: docs/gateway.md.")
+    text_model: str = setting(
+        GEMINI[0], "The model for text; without GEMINI_API_KEY: docs/gateway.md."
+    )
     multi_modal_model: str = setting(GEMINI[1], "The model for requests with files.")
     image_model: str = setting(GEMINI[2], "The model that makes images.")
-    classifier_model: str = setting(GEMINI[3], "Says whether a request wants an image.")
+    classifier_model: str = setting(GEMINI[3], "The model that decides whether an image is wanted.")
     connect_timeout_ms: Milliseconds = setting(
         5_000, "How long connecting to the provider may take."
     )
@@ -366,8 +370,8 @@ class Config(BaseModel):
     )
     semaphore_timeout: Annotated[float, Field(ge=0.2, le=3600)] = setting(
         3.0,
-        "The lease in seconds: how soon what a crashed process held is free again. Calls may run "
-        "for much longer; a living process renews its lease.",
+        "The lease in seconds: how soon the permits of a crashed process are released. Calls may "
+        "run for much longer, since a running process renews its lease.",
     )
     when_valkey_away: Literal["closed", "local"] = setting(
         "closed",
@@ -387,104 +391,100 @@ class Config(BaseModel):
 
     classifier: ClassifierMode = setting(
         ClassifierMode.AUTO,
-        "Who decides whether a request wants an image: llm asks a model every time, auto only "
-        "when the rules are unsure, keywords never.",
+        "What decides whether a request wants an image: llm always calls a model, auto only if the "
+        "rules are unsure, keywords never.",
     )
     classifier_timeout_ms: Milliseconds = setting(
         2_000,
-        "How long the model may take to decide, before keywords do; at most half of the time that "
-        "the request has left.",
+        "How long the model may take before keywords decide; at most half of the time that the "
+        "request has left.",
     )
     classifier_limit: Annotated[int, Field(ge=1, le=10_000)] = setting(
-        2, "How many such questions may run concurrently, outside RATE_LIMITS."
+        2, "How many calls of the classifier may run concurrently, outside RATE_LIMITS."
     )
 
-    max_prompt_chars: Positive = setting(
-        200_000, "The longest prompt that is taken, in characters."
-    )
-    max_file_bytes: Positive = setting(50_000_000, "The largest single file that is taken.")
+    max_prompt_chars: Positive = setting(200_000, "The longest accepted prompt, in characters.")
+    max_file_bytes: Positive = setting(50_000_000, "The largest accepted file.")
     max_files: Annotated[int, Field(ge=0, le=1000)] = setting(
-        10, "How many files one request may carry."
+        10, "The maximum number of files in a request."
     )
-    max_body_bytes: Positive = setting(
-        100_000_000, "The largest request that is taken, files included."
-    )
+    max_body_bytes: Positive = setting(100_000_000, "The largest accepted request, files included.")
     max_held_bytes: Positive = setting(
         250_000_000,
-        "How much of the bodies of requests one process holds in memory, those of up to "
-        "64 KB aside: native calls, prompts and files of /stream until they end, all others while "
-        "they arrive; more are refused with 429. A process takes about twice as much memory. "
-        "MAX_BODY_BYTES where that is more. A tenant with keys may have half of what the others "
-        "leave of it. Jobs count until they are stored (503 where there is no room); of large "
-        "wrapped calls a worker holds a third of it for each type of job, and the others wait.",
+        "How many bytes of request bodies over 64 KB a process holds in memory: those of native "
+        "calls and /stream until they end, all others while they arrive; further ones get 429. "
+        "A process needs about twice this memory. At least MAX_BODY_BYTES. A tenant with keys may "
+        "use half of what the others leave. Jobs count until they are stored (503 if there is no "
+        "room). A worker holds a third of it for large wrapped calls of each type of job; further "
+        "ones wait.",
     )
     max_batch_files_bytes: Positive = setting(
         10_000_000_000,
-        "How much one tenant may keep in the files that it uploads for batches, until it deletes "
-        "them or RETENTION_DAYS are over. More is refused: see docs/batches.md.",
+        "How many bytes of batch files a tenant may store, until it deletes them or RETENTION_DAYS "
+        "are over. Further uploads are rejected: see docs/batches.md.",
     )
     receive_timeout_ms: Milliseconds = setting(
         15_000, "The longest silence of a client while it sends its request."
     )
     stream_wait_ms: Milliseconds = setting(
         30_000,
-        "How long a stream or a native call waits for its turn before it is refused, where the "
-        "request gives no deadline.",
+        "How long a stream or a native call waits for admission before it is rejected, if the "
+        "request has no deadline.",
     )
     cache_wait_us_per_token: Annotated[int, Field(ge=0, le=60_000)] = setting(
         200,
-        "How long a conversation's calls wait together for the upstream whose prompt cache has its "
-        "beginning, at most, in microseconds for each cached token. 0: not at all.",
+        "The longest time that all calls of a conversation together wait for the upstream with its "
+        "prompt cache, in microseconds per cached token. 0: they do not wait.",
     )
     keep_alive_after_ms: Annotated[int, Field(ge=0, le=3_600_000)] = setting(
         0,
-        "While a native stream waits longer than this, comments keep its connection alive; from "
-        "then on a refusal is an event in a 200. 0: never.",
+        "After this time, comments keep the connection of a waiting native stream alive; a "
+        "rejection after the first one is an event in a 200. 0: never.",
     )
     stalled_reader_ms: Milliseconds = setting(
-        30_000, "How long a client may stop reading before it is cut off."
+        30_000, "How long a client may stop reading before it is disconnected."
     )
 
     max_attempts: Annotated[int, Field(ge=1, le=100)] = setting(
         5,
-        "How many attempts a job has. A fault of the upstream itself (no connection, 429, 502, "
-        "503, a refused key) uses up none.",
+        "How many attempts a job has. Failures of the upstream itself (no connection, 429, 502, "
+        "503, a rejected key) do not count.",
     )
     claim_lease_ms: Milliseconds = setting(
-        15_000, "How soon another worker takes over a dead worker's jobs."
+        15_000, "How soon another worker takes over the jobs of a dead worker."
     )
     provider_batch_gather_ms: Milliseconds = setting(
         60_000, "How long a job of the tier `batch` waits for others to share a provider's batch."
     )
     provider_batch_poll_ms: Milliseconds = setting(
-        60_000, "How often a provider is asked how far a batch is; with many of them less often."
+        60_000, "How often a provider's batch is polled; less often with many batches."
     )
-    background_poll_ms: Milliseconds = setting(2_000, "Least wait between looks in the background.")
+    background_poll_ms: Milliseconds = setting(2_000, "Least interval of polls of background work.")
     job_deadline_ms: Annotated[int | None, Field(ge=1, le=31_536_000_000)] = setting(
-        None, "How long a job waits before it expires, without a deadline_ms. Not set: for ever."
+        None, "How long a job without deadline_ms waits before it expires. Not set: no limit."
     )
     flex_within_ms: Milliseconds = setting(
         900_000,
-        "How long a call in a provider's flex tier may take. A job goes there only where so much "
-        "time is left before it must be called in the usual tier (see docs/jobs.md).",
+        "How long a call in a provider's flex tier may take. A job uses flex only if so much time "
+        "is left before its latest start in the usual tier (see docs/jobs.md).",
     )
     provider_batch_window_ms: Milliseconds = setting(
         86_400_000,
-        "How long a provider's own batch may take, while it is not known how long its batches "
-        "take: a job goes there where half of it is left.",
+        "How long a provider's batch may take, before the duration of its batches was measured: a "
+        "job uses a batch if half of it is left.",
     )
     provider_batch_cancel_ms: Milliseconds = setting(
         600_000, "How long a provider's batch may take to end once it is cancelled."
     )
     webhook_secret: SecretStr | None = setting(
         None,
-        "Signs webhooks (see docs/jobs.md), as whsec_ and random bytes in base64. Without one no "
-        "webhook_url is taken.",
+        "Signs webhooks (see docs/jobs.md): whsec_ and random bytes in base64. Without it a "
+        "webhook_url is rejected.",
     )
     webhook_allow_private: bool = setting(
         False,
-        "Send webhooks to private, loopback and link-local addresses too. Only where every client "
-        "who may submit may also reach what is there.",
+        "Send webhooks to private, loopback and link-local addresses too. Set it only if every "
+        "client that may submit may also reach these.",
     )
     webhook_timeout_ms: Milliseconds = setting(
         15_000, "How long the receiver of a webhook may take to answer."
@@ -496,56 +496,55 @@ class Config(BaseModel):
     alert_format: Literal["standard", "slack"] = setting(
         "standard",
         "Body of an alert: standard is signed by WEBHOOK_SECRET, as webhooks are; slack is a text "
-        "as Slack and compatible services take it, signed too where there is a secret.",
+        "for Slack and compatible services, also signed if there is a secret.",
     )
-    retention_days: Days = setting(30, "How long requests and answers stay (tidegate prune).")
+    retention_days: Days = setting(30, "How long requests and answers are kept (tidegate prune).")
     operator_log_days: Annotated[int, Field(ge=30, le=36_500)] = setting(
-        365, "How long it is kept what operators did: see docs/access.md."
+        365, "How long actions of operators are kept: see docs/access.md."
     )
     reconcile: tuple[str, ...] = setting(
         (),
-        "Providers whose usage and cost of the day before are compared with the record each night, "
-        "with commas: openai, anthropic. Needs OPENAI_ADMIN_KEY or ANTHROPIC_ADMIN_KEY: see "
-        "docs/money.md.",
+        "Providers whose usage and cost of the previous day are compared with the record each "
+        "night, separated by commas: openai, anthropic. Needs OPENAI_ADMIN_KEY or "
+        "ANTHROPIC_ADMIN_KEY: see docs/money.md.",
     )
     record_export: Literal["off", "jsonl", "parquet"] = setting(
         "off", "Format in which `tidegate up`, or a timer, exports the record: docs/operating.md."
     )
     spill_max_bytes: Annotated[int, Field(ge=0)] = setting(
-        256_000_000, "How much may be kept on disk of what PostgreSQL could not take."
+        256_000_000, "How much may be kept on disk while PostgreSQL is unavailable."
     )
     audit_full: Literal["block", "drop"] = setting(
         "block",
-        "When the record cannot keep up: block lets requests wait for it, drop leaves records out "
-        "and counts them.",
+        "If the record cannot keep up: block makes requests wait for it, drop omits records and "
+        "counts them.",
     )
     leave_ms: Annotated[int, Field(ge=0, le=3_600_000)] = setting(
         1_000,
-        "How long a process that gets SIGTERM goes on taking requests, while it says on "
-        "/health/ready and on every answer that it leaves, so that balancers and clients with "
-        "kept connections go elsewhere. Ctrl-C does not wait for it.",
+        "How long a process continues to accept requests after SIGTERM, while /health/ready fails "
+        "and every answer closes its connection, so that balancers and clients with kept "
+        "connections move elsewhere. Ctrl-C skips it.",
     )
     shutdown_grace_ms: Milliseconds = setting(
-        20_000, "How long running calls may go on after that."
+        20_000, "How long running calls may continue after that."
     )
     migrate_at_start: bool = setting(
         True,
-        "Whether serve and worker bring the database's schema up to date before they begin. Where "
-        "`tidegate migrate` does it, 0 lets them start immediately and become ready when the "
-        "schema fits.",
+        "Whether serve and worker migrate the database before they start. If `tidegate migrate` "
+        "does it, 0 lets them start immediately and become ready when the schema is current.",
     )
 
     log_format: Literal["auto", "console", "json"] = setting(
-        "auto", "The look of the log: auto is console on a terminal, else json."
+        "auto", "Format of the log: auto is console on a terminal, otherwise json."
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting(
-        "info", "The least serious lines that are logged."
+        "info", "The lowest level that is logged."
     )
     worker_port: Annotated[int | None, Field(ge=0, le=65_535)] = setting(
         None,
-        "Where a worker that runs by itself (tidegate worker) is asked how it is, on HOST: "
-        "/health/live and /health/ready for probes, /metrics, /admin/process; 0 takes any free "
-        "port. Not set: nowhere. Those of tidegate up are seen at its API.",
+        "Port of a separate worker (tidegate worker) on HOST for /health/live and /health/ready, "
+        "/metrics and /admin/process; 0 takes any free port. Not set: none. Workers of tidegate up "
+        "are visible at its API.",
     )
 
     tidegate_url: Url = None

@@ -43,7 +43,7 @@ def test_an_error_that_comes_with_a_time_may_succeed_later(generator: ModuleType
     )
     assert len(rows) > 10
     assert [code for code, again in rows if again == "no"] == []
-    too_early = re.findall(r"^\|.*\| too early .*\| (\w+) \|$", generator.errors_reference(), re.M)
+    too_early = re.findall(r"^\| `not_ended` .*\| (\w+) \|$", generator.errors_reference(), re.M)
     assert too_early == ["yes"]
 
 

@@ -148,8 +148,10 @@ def _root(
 
 @app.command(rich_help_panel=_RUN)
 def up(
-    api: Annotated[int, typer.Option(min=1, max=256, help="Processes that serve HTTP.")] = 1,
-    workers: Annotated[int, typer.Option(min=0, max=256, help="Processes that do jobs.")] = 1,
+    api: Annotated[int, typer.Option(min=1, max=256, help="API processes, which serve HTTP.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=0, max=256, help="Worker processes, which run jobs.")
+    ] = 1,
 ) -> None:
     """Start everything; Ctrl-C stops it."""
     config = load_to_run(with_jobs=workers > 0)
@@ -166,7 +168,7 @@ def serve(
         int | None, typer.Option(min=0, help="A listening socket that was inherited.")
     ] = None,
 ) -> None:
-    """Serve HTTP in this process alone."""
+    """Serve HTTP in this process only."""
     with _without(_OF_REDIS, _OF_STRUCTLOG):
         from tidegate.supervisor.roles import serve as run
 
@@ -176,7 +178,7 @@ def serve(
 
 @app.command(rich_help_panel=_RUN)
 def worker() -> None:
-    """Process jobs in this process alone."""
+    """Run jobs in this process only."""
     with _without(_OF_REDIS, _OF_STRUCTLOG):
         from tidegate.supervisor.roles import work
 
@@ -189,13 +191,13 @@ def worker() -> None:
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def emulator(context: typer.Context) -> None:
-    """Run the emulated provider alone (-- --help shows its options)."""
+    """Run only the emulated provider (-- --help shows its options)."""
     program = (sys.executable, "-P", "-m", "tidegate.emulator", *context.args)
     os.execv(program[0], program)
 
 
 def migrate(json: Json = False) -> None:
-    """Bring the database's schema up to date."""
+    """Migrate the database to the current schema."""
     from tidegate.store.database import HEAD
     from tidegate.supervisor.services import migrate as run
     from tidegate.supervisor.services import prepared
@@ -212,11 +214,14 @@ def migrate(json: Json = False) -> None:
 
 def prune(
     days: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help="Instead of RETENTION_DAYS.")
+        int | None,
+        typer.Option(
+            min=1, max=100_000, help="The number of days to keep, instead of RETENTION_DAYS."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Delete requests, answers and files that ended too long ago."""
+    """Delete requests, answers and files that are older than RETENTION_DAYS."""
     from tidegate.supervisor.maintenance import prune as run
 
     report = run(command_config("prune", "warning"), days)

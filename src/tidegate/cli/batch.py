@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 app = typer.Typer(
-    help="Work through a file of prompts; see, pause, resume and cancel batches of all tenants.",
+    help="Process a file of prompts; list, pause, resume and cancel batches of all tenants.",
     no_args_is_help=True,
 )
 
@@ -82,33 +82,34 @@ def run(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Where results go; beside FILE, as NAME.results.jsonl, if not given."),
+        typer.Option(help="The file of results. Default: NAME.results.jsonl beside FILE."),
     ] = None,
     column: Annotated[
         str | None, typer.Option(help="The column of prompts in a CSV file, if not `prompt`.")
     ] = None,
     type_: Annotated[
-        Kind | None, typer.Option("--type", help="For lines that name no type.")
+        Kind | None, typer.Option("--type", help="The type of lines that name none.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="For lines that name no model.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model of lines that name none.")] = None,
     priority: Annotated[
-        int, typer.Option(min=-100, max=100, help="The lowest lets all others go first.")
+        int, typer.Option(min=-100, max=100, help="-100 lets all other calls go first.")
     ] = -100,
     deadline: Annotated[
-        str | None, typer.Option(help="Let a line expire that has waited 10m, 2h, 1d.")
+        str | None, typer.Option(help="Lines that wait longer than this expire: 10m, 2h, 1d.")
     ] = None,
     tiers: LineTiers = None,
     window: Annotated[
-        int, typer.Option(min=1, max=1_000, help="How many are submitted at a time.")
+        int, typer.Option(min=1, max=1_000, help="The number of lines submitted concurrently.")
     ] = 64,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Ask again what failed in an earlier run.")
+        bool,
+        typer.Option("--retry-failed", help="Submit lines again that failed in an earlier run."),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Ask every prompt of a file, and write each answer down as it comes.
+    """Submit every prompt of a file, and write each answer to a file as it arrives.
 
-    Stopped, killed or cut off, the same command goes on where it was. Exit code 1 means that some
+    After an interruption, run the same command again: it resumes where it stopped. Exit code 1 if
     lines have failed.
     """
     deadline_ms = None if deadline is None else span_ms("--deadline", deadline)
@@ -140,11 +141,11 @@ BatchId = Annotated[
 
 @app.command("list")
 def list_(
-    is_all: Annotated[bool, typer.Option("--all", help="Those that have ended, too.")] = False,
-    tenant: Annotated[str | None, typer.Option(help="Only those of a tenant.")] = None,
+    is_all: Annotated[bool, typer.Option("--all", help="Include batches that have ended.")] = False,
+    tenant: Annotated[str | None, typer.Option(help="Only batches of this tenant.")] = None,
     json: Json = False,
 ) -> None:
-    """List the batches of all tenants that go on, the newest first; an operator may."""
+    """List the running batches of all tenants, newest first. For operators."""
     query = "" if is_all else "&open=true"
     query += "" if tenant is None else f"&tenant={quote(tenant, safe='')}"
 
@@ -175,21 +176,21 @@ def _listed(one: dict[str, Any]) -> tuple[str, ...]:
 
 @app.command()
 def pause(batch: BatchId, reason: Reason = "", json: Json = False) -> None:
-    """Let no more lines of a batch begin; those that are called end, and its 24 hours go on."""
+    """Pause a batch: no more lines start, running lines finish; its 24 hours continue to run."""
     done = _act(batch, "pause", reason)
     tell(json, done, f"{done['id']} is paused: `tidegate batch resume` ends that")
 
 
 @app.command()
 def resume(batch: BatchId, reason: Reason = "", json: Json = False) -> None:
-    """Let the lines of a paused batch begin again."""
+    """Resume a paused batch."""
     done = _act(batch, "resume", reason)
     tell(json, done, f"{done['id']} goes on")
 
 
 @app.command()
 def cancel(batch: BatchId, reason: Reason = "", json: Json = False) -> None:
-    """End a batch for good; the lines that have ended are in its files."""
+    """Cancel a batch; its result files have the lines that have ended."""
     done = _act(batch, "cancel", reason)
     tell(json, done, f"{done['id']} is cancelled")
 

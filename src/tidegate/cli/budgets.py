@@ -27,34 +27,34 @@ if TYPE_CHECKING:
     from tidegate.store.budgets import BudgetBook, BudgetRecords
     from tidegate.store.tenants import Tenants
 
-app = typer.Typer(help="See and change what may be spent.", no_args_is_help=True)
+app = typer.Typer(help="List and change budgets.", no_args_is_help=True)
 BudgetName = Annotated[str, typer.Argument(help="The name of a budget.", metavar="BUDGET")]
 Period = Annotated[
     str | None,
     typer.Option(
-        help="day, week, month, or a rolling time such as 5h; month for a new one.",
+        help="day, week, month, or a rolling period such as 5h. Default of a new one: month.",
         metavar="PERIOD",
     ),
 ]
 Fallback = Annotated[
     str | None,
     typer.Option(
-        help="A cheaper model that is called at its end; none removes it.",
+        help="A cheaper model for calls that do not fit; none removes it.",
         metavar="MODEL|none",
     ),
 ]
 Doubt = Annotated[
     str | None,
     typer.Option(
-        help="bound: refuse calls of unknown price or bound, charge cut calls their bound. "
-        "estimate: charge both what is estimated. bound for a new one.",
+        help="bound: reject calls of unknown price or bound, and charge calls that are cut off "
+        "their bound. estimate: charge both an estimate. Default of a new one: bound.",
         metavar="bound|estimate",
     ),
 ]
 Alerts = Annotated[
     list[str] | None,
     typer.Option(
-        help="A share in percent at which to alert, instead of those before; none for no alerts.",
+        help="A share in percent at which to alert; replaces earlier shares. none: no alerts.",
         metavar="SHARE|none",
     ),
 ]
@@ -64,10 +64,12 @@ _NONE = "none"
 
 @app.command("list")
 def list_(
-    name: Annotated[str | None, typer.Argument(help="One budget, with its books.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Only this budget, with each of its amounts.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Show all budgets with what is spent, or the books of one."""
+    """List all budgets with what is spent, or one with each of its amounts."""
     from tidegate.prices.budgets import plain_budget
     from tidegate.store.budgets import MOST_BOOKS, plain_book
 
@@ -144,14 +146,19 @@ def set_(
     tokens: Annotated[int | None, typer.Option(min=0, help="The amount in tokens.")] = None,
     period: Period = None,
     zone: Annotated[
-        str | None, typer.Option(help="Time zone of the calendar; UTC for a new one.")
+        str | None,
+        typer.Option(help="Time zone of day, week and month. Default of a new one: UTC."),
     ] = None,
-    tenant: Annotated[str | None, typer.Option(help="Binds one tenant, or each.")] = None,
-    key: Annotated[str | None, typer.Option(help="Binds one API key, or each: a prefix.")] = None,
-    model: Annotated[str | None, typer.Option(help="Binds models by a pattern.")] = None,
-    subject: Annotated[str | None, typer.Option(help="Binds one user, or each.")] = None,
+    tenant: Annotated[str | None, typer.Option(help="Applies to one tenant, or to each.")] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Applies to one API key, by its prefix, or to each.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Applies to models that match this pattern.")
+    ] = None,
+    subject: Annotated[str | None, typer.Option(help="Applies to one user, or to each.")] = None,
     conversation: Annotated[
-        str | None, typer.Option(help="Binds one conversation, or each.")
+        str | None, typer.Option(help="Applies to one conversation, or to each.")
     ] = None,
     pause: Annotated[
         bool | None,
@@ -164,11 +171,11 @@ def set_(
     alert: Alerts = None,
     json: Json = False,
 ) -> None:
-    """Create a budget, or change its amount, end, doubt and alerts.
+    """Create a budget, or change its amount, its end, its doubt and its alerts.
 
-    Of a budget that is there all stays as it is that no option names. `each` as a value gives every
-    tenant, key, user or conversation the whole amount for itself. A new budget begins with what its
-    period has on record. In force everywhere within a second.
+    Options that are not given keep the values of an existing budget. `each` gives every tenant,
+    key, user or conversation the whole amount. A new budget starts with the recorded spend of its
+    period. Takes effect everywhere within a second.
     """
     from tidegate.prices.budgets import plain_budget, whom, window, with_changes
 
@@ -254,10 +261,10 @@ def _period(period: str) -> dict[str, Any]:
 @app.command()
 def remove(
     name: BudgetName,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     json: Json = False,
 ) -> None:
-    """Remove a budget with its books."""
+    """Remove a budget with its recorded spend."""
     if not yes:
         confirm(f"Remove the budget {name} and what it has counted?")
     with_budgets(lambda records: records.remove(name, by=who()))
@@ -270,17 +277,17 @@ def resume(
     of: Annotated[
         list[str] | None,
         typer.Option(
-            help="Of whom: the values of `each`, in their order, '' for none; all if not given."
+            help="Only for these values of `each`, in their order; '' is no value. Default: all."
         ),
     ] = None,
     extra_usd: Annotated[
         str,
-        typer.Option(help="Allow so much more in this period, or for the length of a rolling one."),
+        typer.Option(help="Extra USD for the current period, or for the length of a rolling one."),
     ] = "0",
-    extra_tokens: Annotated[int, typer.Option(min=0, help="The same in tokens.")] = 0,
+    extra_tokens: Annotated[int, typer.Option(min=0, help="Extra tokens, in the same way.")] = 0,
     json: Json = False,
 ) -> None:
-    """Resume a paused budget, or allow more in its current period."""
+    """Resume a paused budget, or allow more spend in its current period."""
     from tidegate.prices.budgets import extra_of, scope_text, scope_values
 
     extra, unit = extra_of(extra_usd, extra_tokens)

@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     from tidegate.store.records import PolicyRecord
     from tidegate.upstream.usage_api import ReportedLimits, UsageAccount, UsageProvider
 
-app = typer.Typer(help="See and change the limits of the running deployment.", no_args_is_help=True)
+app = typer.Typer(
+    help="Show and change the limits of the running deployment.", no_args_is_help=True
+)
 
 _IN_FORCE_WITHIN_S = 5.0
 LimitId = Annotated[str, typer.Argument(help="A limit's id, such as kind:text_only.")]
@@ -57,7 +59,7 @@ LimitId = Annotated[str, typer.Argument(help="A limit's id, such as kind:text_on
 
 @app.command()
 def show(json: Json = False) -> None:
-    """Show all limits with who uses and who waits for them."""
+    """Show all limits with their usage and their waiting calls."""
     overview = in_pool(lambda control: control.overview(without_us=True))
     if json:
         show_json(overview)
@@ -187,12 +189,13 @@ def _remark(one: Any, overview: Overview) -> str:
 @app.command()
 def accept(
     limits: Annotated[
-        list[str] | None, typer.Argument(help="Ids; all that differ if absent.", metavar="[ID]...")
+        list[str] | None,
+        typer.Argument(help="Ids of limits. Default: all that differ.", metavar="[ID]..."),
     ] = None,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Put limits in force as the provider's answers report them."""
+    """Apply limits that the provider's answers report."""
     from tidegate.policy.format import Plain, to_plain
     from tidegate.policy.rollout import differences
 
@@ -228,14 +231,14 @@ def set_(
         bool,
         typer.Option(
             "--deployed",
-            help="Put what the file and the environment say in force. Tenants keep weights and "
+            help="Apply the policy of the file and the environment. Tenants keep weights and "
             "limits that these do not name.",
         ),
     ] = False,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Change limits, for all processes and for good."""
+    """Change limits in all processes, permanently."""
     from tidegate.policy.format import Plain, edit, to_plain
     from tidegate.policy.rollout import differences
 
@@ -300,12 +303,12 @@ def pause(
     limit: LimitId,
     for_: Annotated[
         str | None,
-        typer.Option("--for", help="How long: 30s, 10m, 2h, 1d. Without it until it is resumed."),
+        typer.Option("--for", help="Duration: 30s, 10m, 2h, 1d. Default: until it is resumed."),
     ] = None,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Pause a limit: it admits no call; running calls go on."""
+    """Pause a limit: it admits no call; running calls continue."""
     from tidegate.policy.inspection import LONGEST_PAUSE_MS
 
     for_ms = None if for_ is None else span_ms("--for", for_)
@@ -321,7 +324,7 @@ def pause(
 
 @app.command()
 def resume(limit: LimitId, json: Json = False) -> None:
-    """End a pause."""
+    """End the pause of a limit."""
     resumed = in_pool(lambda control: control.resume(limit, by=who()))
     text = f"{limit} is resumed" if resumed else f"{limit} was not paused"
     tell(json, {"limit": limit, "done": resumed}, text)
@@ -329,10 +332,10 @@ def resume(limit: LimitId, json: Json = False) -> None:
 
 @app.command()
 def history(
-    most: Annotated[int, typer.Option(min=1, max=1_000, help="How many, the newest first.")] = 20,
+    most: Annotated[int, typer.Option(min=1, max=1_000, help="Maximum number, newest first.")] = 20,
     json: Json = False,
 ) -> None:
-    """Show which policies were in force since when, who set them, and why."""
+    """List the revisions of the policy: when, by whom and why each was set."""
     # One more, against which the oldest that is shown has its changes.
     records = with_keeper(lambda keeper: keeper.history(most + 1))
     if json:
@@ -411,7 +414,7 @@ def span_ms(option: str, text: str) -> int:
     return max(1, round(found))
 
 
-permits_app = typer.Typer(help="Look at the permits in use.", no_args_is_help=True)
+permits_app = typer.Typer(help="List and revoke permits in use.", no_args_is_help=True)
 
 
 def why(
@@ -505,7 +508,7 @@ async def _newest(record: Connections) -> list[str]:
 
 @permits_app.command("list")
 def list_(json: Json = False) -> None:
-    """Show every permit in use, by process."""
+    """List every permit in use, by process."""
     permits = in_pool(lambda control: control.permits())
     if json:
         show_json(permits)
@@ -517,14 +520,16 @@ def list_(json: Json = False) -> None:
 
 @permits_app.command()
 def revoke(
-    process: Annotated[str, typer.Argument(help="Its name or its session, as `list` shows it.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    process: Annotated[
+        str, typer.Argument(help="The process's name or session, as `list` shows it.")
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     json: Json = False,
 ) -> None:
-    """Release all permits of a process whose death is certain.
+    """Release all permits of a process that is certainly dead.
 
-    One that lives cancels its calls when it finds out, and until then the provider may see more
-    calls than allowed.
+    A process that is still alive cancels its calls when it notices; until then the provider may
+    get more calls than the limits allow.
     """
     if not yes:
         confirm(f"Is {process} certainly dead?")
@@ -558,42 +563,42 @@ _KEPT_SHOWN = 50
 def import_(
     provider: Annotated[str, typer.Argument(help="openai or anthropic.")],
     apply: Annotated[
-        bool, typer.Option("--apply", help="Put them in force; else only show what would change.")
+        bool, typer.Option("--apply", help="Apply them; otherwise only show what would change.")
     ] = False,
     replace: Annotated[
         bool, typer.Option("--replace", help="Also replace limits that a person has set.")
     ] = False,
     project: Annotated[
-        str | None, typer.Option(help="Of OpenAI; the account's only one if absent.")
+        str | None, typer.Option(help="OpenAI's project. Default: the account's only one.")
     ] = None,
     workspace: Annotated[
-        str | None, typer.Option(help="Of Anthropic; the whole organization if absent.")
+        str | None, typer.Option(help="Anthropic's workspace. Default: the whole organization.")
     ] = None,
     shared: Annotated[
         list[str] | None,
         typer.Option(
             help="A pattern of models that share their limits, such as 'gpt-5*': OpenAI's API does "
-            "not tell which do.",
+            "not report it.",
             metavar="PATTERN",
         ),
     ] = None,
     key: Annotated[
         str | None,
         typer.Option(
-            help="The variable that has the admin key: OPENAI_ADMIN_KEY or ANTHROPIC_ADMIN_KEY if "
-            "absent.",
+            help="The variable with the admin key. Default: OPENAI_ADMIN_KEY or "
+            "ANTHROPIC_ADMIN_KEY.",
             metavar="VARIABLE",
         ),
     ] = None,
     url: Annotated[
-        str | None, typer.Option(help="Of the API; the upstream's own base URL if absent.")
+        str | None, typer.Option(help="Base URL of the API. Default: the upstream's.")
     ] = None,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Read an account's limits from its provider, and put them in force with --apply.
+    """Read an account's limits from its provider; --apply puts them in force.
 
-    Needs an admin key, which is only read with. Limits that a person has set are kept.
+    Needs an admin key, which is only used to read. Limits that a person has set are kept.
     """
     from tidegate.jobs.reconciliation import usage_provider
 

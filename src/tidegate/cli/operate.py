@@ -50,7 +50,7 @@ File = Annotated[Path, typer.Argument(help="A dump in PostgreSQL's custom format
 
 
 def backup(file: File, json: Json = False) -> None:
-    """Write the record (requests, answers, tenants, keys, limits) into a new file.
+    """Back up the database (requests, answers, tenants, keys, limits) to a new file.
 
     Files that were uploaded or generated are not in it: copy DATA_DIR/blobs, or the bucket, after.
     """
@@ -63,7 +63,7 @@ def backup(file: File, json: Json = False) -> None:
 
 
 def restore(file: File, json: Json = False) -> None:
-    """Fill an empty database from a file that `tidegate backup` or pg_dump has written."""
+    """Restore a file of `tidegate backup` or pg_dump into an empty database."""
     from tidegate.settings import load
     from tidegate.supervisor.maintenance import restore as run
 
@@ -74,19 +74,19 @@ def restore(file: File, json: Json = False) -> None:
 
 def reconcile(
     provider: Annotated[str, typer.Argument(help="openai or anthropic.")],
-    day: Annotated[str, typer.Option(help="A day of UTC that is over.")] = "yesterday",
+    day: Annotated[str, typer.Option(help="A past day (UTC).")] = "yesterday",
     upstream: Annotated[
-        str | None, typer.Option(help="Its name, where several are of the provider.")
+        str | None, typer.Option(help="The upstream's name, if the provider has several.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only compare: correct and keep nothing.")
+        bool, typer.Option("--dry-run", help="Only compare; correct and store nothing.")
     ] = False,
     json: Json = False,
 ) -> None:
     """Compare a day's charges with the provider's own usage and costs.
 
-    Estimated charges are corrected where calls on record explain the difference. Needs an admin key
-    of the account: OPENAI_ADMIN_KEY or ANTHROPIC_ADMIN_KEY.
+    Estimated charges are corrected if recorded calls explain the difference. Needs an admin key of
+    the account: OPENAI_ADMIN_KEY or ANTHROPIC_ADMIN_KEY.
     """
     from tidegate.supervisor.maintenance import reconcile as run
 
@@ -179,7 +179,7 @@ def _show_reconciled(report: ReconcileReport, *, dry_run: bool) -> None:
         typer.echo(f"{report.corrected} charges corrected")
 
 
-export_app = typer.Typer(help="Write files for a warehouse.", no_args_is_help=True)
+export_app = typer.Typer(help="Export data to files for a data warehouse.", no_args_is_help=True)
 
 
 @export_app.callback()
@@ -190,19 +190,19 @@ def _export() -> None:
 @export_app.command("record")
 def export_record(
     first: Annotated[
-        str | None, typer.Option("--from", help="The first day of UTC, such as 2026-11-01.")
+        str | None, typer.Option("--from", help="The first day (UTC), such as 2026-11-01.")
     ] = None,
     last: Annotated[
-        str | None, typer.Option("--to", help="The last day of UTC; else yesterday.")
+        str | None, typer.Option("--to", help="The last day (UTC). Default: yesterday.")
     ] = None,
     file_format: Annotated[
         FileFormat | None,
         typer.Option(
-            "--format", help="jsonl (with gzip), or parquet; else RECORD_EXPORT, else jsonl."
+            "--format", help="jsonl (with gzip) or parquet. Default: RECORD_EXPORT, or jsonl."
         ),
     ] = None,
     bodies: Annotated[
-        bool, typer.Option("--bodies", help="With what was asked and answered, as it is kept.")
+        bool, typer.Option("--bodies", help="Include the recorded prompts and answers.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -290,7 +290,7 @@ def _show_verdict(verdict: dict[str, Any]) -> None:
     show(table)
 
 
-app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
+app = typer.Typer(help="Check and show the settings.", no_args_is_help=True)
 
 
 @app.callback()
@@ -365,11 +365,11 @@ def say_doubtful(config: Config) -> None:
 @app.command()
 def check(
     defaults: Annotated[
-        bool, typer.Option("--defaults", help="Show settings that are not given, too.")
+        bool, typer.Option("--defaults", help="Include settings that have their default.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Say whether the settings are sound, what they come to, and where each comes from."""
+    """Check the settings, and show the value of each and where it comes from."""
     from tidegate.policy.deployment import (
         deployed,
         deployed_upstreams,
@@ -471,13 +471,14 @@ _SKIPPED = ("-", "bright_black")
 
 def doctor(
     offline: Annotated[
-        bool, typer.Option("--offline", help="Ask neither providers nor the bucket.")
+        bool, typer.Option("--offline", help="Do not call providers or the bucket.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Check everything that could be wrong, and say how to fix it; change nothing.
+    """Diagnose the installation, and suggest a fix for each problem. Changes nothing.
 
-    Exit code 1 if a check fails. Each provider is asked once for its models, to test the key.
+    Exit code 1 if a check fails. Requests the list of models of each provider once, to test the
+    key.
     """
     from tidegate.doctor import examine
     from tidegate.doctor.checks import State
@@ -530,31 +531,33 @@ _STYLES = {"kept": "green", "BROKEN": "bold red", "skipped": "dim"}
 
 
 def verify(
-    quick: Annotated[bool, typer.Option("--quick", help="15 s instead of a minute.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Run for 15 s instead of a minute.")
+    ] = False,
     provider_limit: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Concurrent calls that the emulated provider allows. Lower than the pool's limit "
-            "it shows what a broken promise looks like.",
+            help="Concurrent calls that the emulated provider allows. A value below the pool's "
+            "limit shows what a broken promise looks like.",
         ),
     ] = None,
     restart_command: Annotated[
         str | None,
         typer.Option(
-            help="Restarts Valkey without its data, for all who use it; without one that promise "
-            "is skipped.",
+            help="A shell command that restarts Valkey without its data, for all of its clients. "
+            "Default: that promise is skipped.",
         ),
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Write the report there, for a runbook.")
+        Path | None, typer.Option(help="Write the report to this file, for a runbook.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check the promises against this installation, with the emulator for a provider.
+    """Test the guarantees on this installation, with the emulator as the provider.
 
-    In pools and of a tenant that are made for it and removed after it. Ends with 1 if a promise is
-    broken.
+    It uses pools and a tenant of its own, which are removed afterwards. Exit code 1 if a guarantee
+    is broken.
     """
     from tidegate.verify.run import Wishes, markdown_of
     from tidegate.verify.run import verify as run

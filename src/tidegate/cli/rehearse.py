@@ -29,59 +29,71 @@ _LONGEST_BYTES = 500_000_000
 
 LoadFile = Annotated[
     str | None,
-    typer.Argument(help="A described load (.toml), or a trace (CSV, JSON lines); - is stdin."),
+    typer.Argument(
+        help="A description of a load (.toml), or a trace (CSV, JSON lines); - is stdin."
+    ),
 ]
 FromRecord = Annotated[
     str | None,
     typer.Option(
-        help="Instead of a file the calls on record of the last 30m, 1h, 1d, or of a day (UTC), "
+        help="Instead of a file: recorded calls of the last 30m, 1h or 1d, of a day (UTC), "
         "such as 2026-11-24, or of hours of it: 2026-11-24T09-17.",
         metavar="SPAN|DAY",
     ),
 ]
 PolicyFile = Annotated[
-    Path | None, typer.Option("--policy", help="A tidegate.toml. Usual: the deployment's own.")
+    Path | None, typer.Option("--policy", help="A tidegate.toml. Default: the deployment's own.")
 ]
 InForce = Annotated[
-    bool, typer.Option("--in-force", help="The policy that the running pool has now.")
+    bool, typer.Option("--in-force", help="Use the policy in force in the running pool.")
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Compare with changed limits: KEY=VALUE as `limits set` takes it, several with ; "
-        "between, with budgets: budgets.NAME.usd=5, or with preempt=true. Again for one more.",
+        help="Compare with changes: KEY=VALUE as in `limits set`, separated by ;, also "
+        "budgets.NAME.usd=5 or preempt=true. Repeat it for another comparison.",
         metavar="CHANGES",
     ),
 ]
 Times = Annotated[
-    float, typer.Option(min=0.001, max=1000, help="So many times as many calls in the same time.")
+    float,
+    typer.Option(
+        min=0.001, max=1000, help="Multiply the number of calls in the same time by this."
+    ),
 ]
-Processes = Annotated[int, typer.Option(min=1, max=64, help="How many share the load.")]
+Processes = Annotated[
+    int, typer.Option(min=1, max=64, help="The number of processes that share the load.")
+]
 Plays = Annotated[
     int,
     typer.Option(
         min=1,
         max=100,
-        help="Play it so often, each call moved a little: how far apart the waits come out.",
+        help="Repeat the simulation with small random shifts of each call, to show how waits vary.",
     ),
 ]
-RoundTrip = Annotated[float, typer.Option(min=0.01, max=1000, help="Of one question to Valkey.")]
+RoundTrip = Annotated[
+    float, typer.Option(min=0.01, max=1000, help="Round trip of one request to Valkey.")
+]
 HoldMs = Annotated[
-    float, typer.Option(min=0, help="How much longer than it is open a call holds its permit.")
+    float,
+    typer.Option(min=0, help="Time for which a call holds its permit beyond its own duration."),
 ]
 FlexTimes = Annotated[
-    float, typer.Option(min=0.1, max=1000, help="So many times as long a job takes in flex.")
+    float, typer.Option(min=0.1, max=1000, help="Factor by which a job takes longer in flex.")
 ]
 FlexRefused = Annotated[
-    float, typer.Option(min=0, max=1, help="The part of calls that flex has no capacity for.")
+    float, typer.Option(min=0, max=1, help="Share of calls for which flex has no capacity.")
 ]
 BatchTime = Annotated[
-    str, typer.Option(help="After which a provider's batch ends, such as 30m.", metavar="SPAN")
+    str, typer.Option(help="Duration of a provider's batch, such as 30m.", metavar="SPAN")
 ]
-TokensPerSecond = Annotated[float, typer.Option(min=0.1, help="For traces that know no durations.")]
+TokensPerSecond = Annotated[
+    float, typer.Option(min=0.1, help="Speed of answers, for traces without durations.")
+]
 TraceFile = Annotated[
-    Path | None, typer.Option(help="Write the calls that were played there, as CSV.")
+    Path | None, typer.Option(help="Write the simulated calls to this file, as CSV.")
 ]
 
 
@@ -94,24 +106,28 @@ def rehearse(
     times: Times = 1.0,
     processes: Processes = 2,
     plays: Plays = 1,
-    seed: Annotated[int, typer.Option(help="Of the chance in a load, and in plays.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 1,
     round_trip_ms: RoundTrip = 0.6,
     hold_ms: HoldMs = 1.0,
     flex_times: FlexTimes = 2.0,
     flex_refused: FlexRefused = 0.0,
     batch_time: BatchTime = "1h",
     tokens_per_second: TokensPerSecond = 150.0,
-    first_token_ms: Annotated[float, typer.Option(min=0, help="Likewise.")] = 400.0,
-    svg: Annotated[Path | None, typer.Option(help="Write the picture there.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with picture and tables.")] = None,
+    first_token_ms: Annotated[
+        float, typer.Option(min=0, help="Time to the first token, for traces without durations.")
+    ] = 400.0,
+    svg: Annotated[Path | None, typer.Option(help="Write the chart to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with chart and tables to this file.")
+    ] = None,
     trace: TraceFile = None,
     json: Json = False,
     pool: AnyPool = None,
 ) -> None:
-    """Simulate what a policy does to a load: waits, shares, refusals, and which limit binds; and
-    what budgets refuse or pause, and when.
+    """Simulate a load under a policy: waits, shares, rejections, the bottleneck, and what budgets
+    reject or pause, and when.
 
-    Touches nothing: what is simulated is the limiter's executable specification.
+    Changes nothing: the simulation runs the limiter's executable specification.
     """
     from tidegate.rehearse import cost_at, variants
     from tidegate.rehearse.budgets import priced

@@ -47,24 +47,34 @@ if TYPE_CHECKING:
 
 Output = Annotated[
     Path | None,
-    typer.Option(help="Save pictures here: a folder, or the name of one picture."),
+    typer.Option(help="Save images here: a folder, or the file name of a single image."),
 ]
 Files = Annotated[
     list[Path] | None,
     typer.Option(
-        help="A file that goes with it; as often as needed.",
+        help="A file to send with the prompt; may be repeated.",
         exists=True,
         dir_okay=False,
         readable=True,
     ),
 ]
-Conversation = Annotated[str | None, typer.Option(help="Of which it is part, for its budgets.")]
-OnceKey = Annotated[
-    str | None, typer.Option(help="Submitting again under the same key changes nothing.")
+ImageUri = Annotated[str | None, typer.Option(help="URL of a public image that Tidegate fetches.")]
+Type = Annotated[
+    Kind | None, typer.Option("--type", help="The type of the request; skips classification.")
 ]
-Wait = Annotated[bool, typer.Option("--wait", help="Print the answer when it is there.")]
+Deadline = Annotated[
+    str | None,
+    typer.Option(help="Expire if it is not admitted within this time: 30s, 10m, 2h."),
+]
+Conversation = Annotated[
+    str | None, typer.Option(help="The conversation that it belongs to, for budgets and limits.")
+]
+OnceKey = Annotated[
+    str | None, typer.Option(help="Submitting again with the same key creates no second job.")
+]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait for the answer and print it.")]
 FollowIt = Annotated[
-    bool, typer.Option("--follow", help="The same, and show each state meanwhile.")
+    bool, typer.Option("--follow", help="As --wait, and print each change of state.")
 ]
 
 
@@ -73,25 +83,25 @@ def submit(
         str, typer.Argument(help="The prompt; - reads it from standard input.", show_default=False)
     ] = "",
     file: Files = None,
-    image_uri: Annotated[
-        str | None, typer.Option(help="A public picture that Tidegate fetches.")
+    image_uri: ImageUri = None,
+    type_: Type = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model, instead of the one configured for the type.")
     ] = None,
-    type_: Annotated[
-        Kind | None, typer.Option("--type", help="What is asked for, instead of having it found.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Instead of the type's own model.")] = None,
     priority: Annotated[
-        int | None, typer.Option(min=-100, max=100, help="Higher goes first; 0 is usual.")
+        int | None, typer.Option(min=-100, max=100, help="Higher goes first. Default: 0.")
     ] = None,
-    deadline: Annotated[
-        str | None, typer.Option(help="Let it expire if its turn has not come in 30s, 10m, 2h.")
-    ] = None,
+    deadline: Deadline = None,
     tiers: Annotated[
         str | None, typer.Option(help="Processing tiers that it may use: live,flex,batch.")
     ] = None,
     idempotency_key: OnceKey = None,
-    webhook_url: Annotated[str | None, typer.Option(help="Gets a webhook at the end.")] = None,
-    subject: Annotated[str | None, typer.Option(help="Whom it is about, to erase it by.")] = None,
+    webhook_url: Annotated[
+        str | None, typer.Option(help="URL that receives a signed webhook when the job ends.")
+    ] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="The person that it is about, by which it can be erased.")
+    ] = None,
     conversation: Conversation = None,
     wait_: Wait = False,
     follow_: FollowIt = False,
@@ -145,15 +155,16 @@ def status(
         ),
     ] = None,
     follow_: Annotated[
-        bool, typer.Option("--follow", help="Show each state until it has ended.")
+        bool,
+        typer.Option("--follow", help="Print each change of state until the request has ended."),
     ] = False,
     output: Output = None,
     json: Json = False,
 ) -> None:
-    """Show whether all is well, what waits and why; or the status of one request, and its answer.
+    """Show the state of the deployment and its problems; or the status and answer of one request.
 
-    The exit code is 1 if the request has failed, or if the deployment is degraded or
-    down, or its blob store does not answer.
+    Exit code 1 if the request has failed, if the deployment is degraded or down, or if its blob
+    store does not answer.
     """
     if request_id is None:
         if follow_ or output is not None:
@@ -308,34 +319,45 @@ class Source(StrEnum):
     RELAY = "relay"
 
 
+Since = Annotated[
+    str | None,
+    typer.Option(
+        help="Submitted at or after this time: 2026-01-31T12:00, or 2h for two hours ago."
+    ),
+]
+Until = Annotated[str | None, typer.Option(help="Submitted before this time, in the same format.")]
+
+
 def requests(
-    status: Annotated[Status | None, typer.Option(help="Only in this state.")] = None,
-    type_: Annotated[Kind | None, typer.Option("--type", help="Only of this type.")] = None,
-    model: Annotated[str | None, typer.Option(help="Only by this model.")] = None,
-    source: Annotated[Source | None, typer.Option(help="Only that came this way.")] = None,
-    conversation: Annotated[str | None, typer.Option(help="Only of this conversation.")] = None,
-    upstream: Annotated[str | None, typer.Option(help="Only by this upstream.")] = None,
-    since: Annotated[
-        str | None,
-        typer.Option(help="From this time on: 2026-01-31T12:00, or 2h for the last two hours."),
+    status: Annotated[Status | None, typer.Option(help="Only requests in this state.")] = None,
+    type_: Annotated[
+        Kind | None, typer.Option("--type", help="Only requests of this type.")
     ] = None,
-    until: Annotated[str | None, typer.Option(help="Before this time, in the same way.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="How many at most.")] = 20,
+    model: Annotated[str | None, typer.Option(help="Only requests to this model.")] = None,
+    source: Annotated[
+        Source | None, typer.Option(help="Only jobs, streams (/stream) or native calls (relay).")
+    ] = None,
+    conversation: Annotated[
+        str | None, typer.Option(help="Only requests of this conversation.")
+    ] = None,
+    upstream: Annotated[str | None, typer.Option(help="Only requests to this upstream.")] = None,
+    since: Since = None,
+    until: Until = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="Maximum number.")] = 20,
     cursor: Annotated[
-        str | None, typer.Option(help="Go on after the last page, which printed it.")
+        str | None, typer.Option(help="Continue after a page, with the cursor that it printed.")
     ] = None,
     running: Annotated[
         bool,
         typer.Option(
             "--running",
-            help="What is under way now, the oldest first: streams and native calls that wait or "
-            "run, which come into the list once they have ended, and jobs that run. Takes no "
-            "other filter.",
+            help="Requests in progress, oldest first: streams and native calls that wait or run, "
+            "and running jobs. Takes no other filter.",
         ),
     ] = False,
     json: Json = False,
 ) -> None:
-    """List your requests, the newest first."""
+    """List your requests, newest first."""
     first, last = _between(since, until)
     filters = given(
         status=status,
@@ -432,27 +454,30 @@ class Ended(StrEnum):
 def requeue(
     since: Annotated[
         str,
-        typer.Option(help="Those that ended from this time on: 2026-01-31T12:00, or 2h ago: 2h."),
+        typer.Option(
+            help="Ended at or after this time: 2026-01-31T12:00, or 2h for two hours ago."
+        ),
     ],
     until: Annotated[
-        str | None, typer.Option(help="Those that ended before this time, in the same way.")
+        str | None, typer.Option(help="Ended before this time, in the same format.")
     ] = None,
     status: Annotated[
-        list[Ended] | None, typer.Option(help="In this state; may be given twice.")
+        list[Ended] | None, typer.Option(help="Jobs in this state; may be repeated.")
     ] = None,
     error_code: Annotated[
-        str | None, typer.Option(help="Only with this error, such as upstream_unavailable.")
+        str | None,
+        typer.Option(help="Only jobs with this error code, such as upstream_unavailable."),
     ] = None,
-    tenant: Annotated[str | None, typer.Option(help="Only of this tenant.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many at most.")] = 1_000,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    tenant: Annotated[str | None, typer.Option(help="Only those of this tenant.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number.")] = 1_000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     json: Json = False,
 ) -> None:
-    """Queue failed jobs again, under their own ids; their webhooks are sent again.
+    """Queue failed jobs again, with the same ids; their webhooks are sent again.
 
-    They get all their attempts and as long a deadline as they had. A repeat changes nothing for
-    jobs that are queued already.
+    They start with all of their attempts and their whole deadline. Jobs that are queued already are
+    not changed.
     """
     from tidegate.store.jobs import Requeue
     from tidegate.supervisor.maintenance import requeue as run

@@ -33,15 +33,22 @@ if TYPE_CHECKING:
     from tidegate.store.operator_actions import OperatorAction
     from tidegate.store.tenants import Tenants
 
-app = typer.Typer(help="See and change tenants of the running deployment.", no_args_is_help=True)
+app = typer.Typer(help="Show and change tenants of the running deployment.", no_args_is_help=True)
 
 _NONE = "none"
 TenantName = Annotated[str, typer.Argument(help="A tenant's name, such as acme.")]
+PriorityCap = Annotated[
+    int | None,
+    typer.Option(
+        min=-100,
+        max=100,
+        help="The highest priority of its requests; higher ones are lowered to it.",
+    ),
+]
 TenantTiers = Annotated[
     str | None,
     typer.Option(
-        help="Processing tiers of its jobs, where they name none: live,flex,batch; none is live "
-        "alone.",
+        help="Processing tiers of jobs that name none: live,flex,batch. none: only live.",
         metavar="TIERS|none",
     ),
 ]
@@ -65,7 +72,7 @@ def _cap(help_: str) -> Any:
 
 @app.command("list")
 def list_(json: Json = False) -> None:
-    """Show all tenants."""
+    """List all tenants."""
     from tidegate.policy.tenants import list_tenants, plain_tenant
 
     found = in_pool(list_tenants)
@@ -110,41 +117,40 @@ def show(tenant: TenantName, json: Json = False) -> None:
 def set_(
     tenant: TenantName,
     weight: Annotated[
-        int | None, typer.Option(min=1, max=1_000, help="Its share against other tenants.")
+        int | None,
+        typer.Option(
+            min=1, max=1_000, help="Its share under contention, relative to other tenants."
+        ),
     ] = None,
     limit: Annotated[
         list[str] | None,
         typer.Option(
-            help="A limit of its own, such as tenant:acme=5 or rpm:tenant/acme=60; none as the "
-            "value takes it away.",
+            help="A limit of its own: tenant:acme=5, rpm:tenant/acme=60; =none removes it.",
             metavar="KEY=VALUE",
         ),
     ] = None,
-    priority_cap: Annotated[
-        int | None,
-        typer.Option(min=-100, max=100, help="A higher priority is lowered to it."),
-    ] = None,
+    priority_cap: PriorityCap = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help="A model or pattern that it may ask; these replace those before."),
+        typer.Option(help="An allowed model or pattern; replaces all that were set before."),
     ] = None,
-    all_models: Annotated[bool, typer.Option("--all-models", help="It may ask any.")] = False,
-    queued_jobs: Annotated[str | None, _cap("Most jobs in the queue")] = None,
-    queued_bytes: Annotated[str | None, _cap("Most bytes of queued prompts and files")] = None,
-    streams: Annotated[str | None, _cap("Most streams open in each process")] = None,
-    long_polls: Annotated[str | None, _cap("Most long polls open in each process")] = None,
-    day_money: Annotated[str | None, _cap("Budget a day in money")] = None,
-    month_money: Annotated[str | None, _cap("Budget a month in money")] = None,
-    day_tokens: Annotated[str | None, _cap("Budget a day in tokens")] = None,
-    month_tokens: Annotated[str | None, _cap("Budget a month in tokens")] = None,
+    all_models: Annotated[bool, typer.Option("--all-models", help="Allow all models.")] = False,
+    queued_jobs: Annotated[str | None, _cap("Maximum of jobs in the queue")] = None,
+    queued_bytes: Annotated[str | None, _cap("Maximum bytes of queued prompts and files")] = None,
+    streams: Annotated[str | None, _cap("Maximum of open streams in each process")] = None,
+    long_polls: Annotated[str | None, _cap("Maximum of open long polls in each process")] = None,
+    day_money: Annotated[str | None, _cap("Budget per day, in USD")] = None,
+    month_money: Annotated[str | None, _cap("Budget per month, in USD")] = None,
+    day_tokens: Annotated[str | None, _cap("Budget per day, in tokens")] = None,
+    month_tokens: Annotated[str | None, _cap("Budget per month, in tokens")] = None,
     retention_days: Annotated[str | None, _cap("Days that its requests are kept")] = None,
     tiers: TenantTiers = None,
-    disable: Annotated[bool, typer.Option("--disable", help="Its keys open nothing.")] = False,
-    enable: Annotated[bool, typer.Option("--enable", help="Its keys work again.")] = False,
+    disable: Annotated[bool, typer.Option("--disable", help="Reject all of its keys.")] = False,
+    enable: Annotated[bool, typer.Option("--enable", help="Accept its keys again.")] = False,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Create a tenant, or change the named fields; in force everywhere within a second."""
+    """Create a tenant, or change the given fields; takes effect everywhere within a second."""
     bounds = (
         *(queued_jobs, queued_bytes, streams, long_polls),
         *(day_money, month_money, day_tokens, month_tokens, retention_days),
@@ -182,7 +188,7 @@ def _note_unbound(changes: list[str]) -> None:
 @app.command()
 def remove(
     tenant: TenantName,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
@@ -302,17 +308,19 @@ def _one_of(option: str, is_given: bool, other: str, other_is_given: bool) -> No
         raise ConfigError(option, None, f"must not be given together with {other}")
 
 
-keys_app = typer.Typer(help="Make, list, keep and revoke API keys.", no_args_is_help=True)
+keys_app = typer.Typer(help="Create, list, keep and revoke API keys.", no_args_is_help=True)
 UNKNOWN_MAKER = "unknown"
 
 
 @keys_app.command()
 def create(
-    tenant: Annotated[str, typer.Option(help="Whose key it is.")] = DEFAULT_TENANT,
-    name: Annotated[str, typer.Option(help="What it is for.")] = "",
+    tenant: Annotated[
+        str, typer.Option(help="The tenant that the key belongs to.")
+    ] = DEFAULT_TENANT,
+    name: Annotated[str, typer.Option(help="A name that says what the key is for.")] = "",
     scope: Annotated[
         list[Scope] | None,
-        typer.Option(help="What it opens; infer and read if neither this nor --role is given."),
+        typer.Option(help="What the key allows. Default without --role: infer and read."),
     ] = None,
     role: Annotated[
         OperatorRole | None,
@@ -322,11 +330,11 @@ def create(
         ),
     ] = None,
     expires: Annotated[
-        str | None, typer.Option(help="When it stops working: in 30d, 12h. Without it never.")
+        str | None, typer.Option(help="When the key expires: 30d, 12h. Default: never.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Make a key. It goes to standard output, this once: only its digest is kept."""
+    """Create a key and print it, only this once: Tidegate stores only its digest."""
     from tidegate.policy.tenants import check_new_name, plain_key
     from tidegate.store.tenants import scopes_of
 
@@ -357,10 +365,10 @@ def create(
 @keys_app.command("list")
 def list_keys(
     tenant: Annotated[str | None, typer.Option(help="Only those of this tenant.")] = None,
-    prefix: Annotated[str, typer.Option(help="How the prefix begins.")] = "",
+    prefix: Annotated[str, typer.Option(help="Only keys whose prefix begins like this.")] = "",
     json: Json = False,
 ) -> None:
-    """Show keys by their prefixes, the oldest first, never the keys themselves."""
+    """List keys by their prefixes, oldest first; the keys themselves are never shown."""
     from tidegate.policy.tenants import check_name, plain_key
 
     start = prefix.removeprefix("tg_").partition("_")[0]
@@ -401,7 +409,7 @@ def keep(
     prefix: Annotated[str, typer.Argument(help="The key's prefix, or the key itself.")],
     json: Json = False,
 ) -> None:
-    """Answer for a key of which nobody knows who made it: `doctor` then lists it no more."""
+    """Confirm a key without a recorded creator, so that `doctor` no longer lists it."""
     from tidegate.policy.tenants import plain_key
 
     meant = _prefix(prefix)
@@ -414,7 +422,7 @@ def revoke(
     prefix: Annotated[str, typer.Argument(help="The key's prefix, or the key itself.")],
     json: Json = False,
 ) -> None:
-    """End a key for good; it is refused everywhere within a second."""
+    """Revoke a key permanently; it is rejected everywhere within a second."""
     from tidegate.policy.tenants import plain_key
 
     meant = _prefix(prefix)
@@ -440,14 +448,14 @@ def _minute(at: datetime | None) -> str:
 
 def actions(
     operator: Annotated[
-        str | None, typer.Option(help="Only of this operator, as the list names them.")
+        str | None, typer.Option(help="Only actions of this operator, as the list names it.")
     ] = None,
-    what: Annotated[str | None, typer.Option(help="Only this, such as key.create.")] = None,
-    target: Annotated[str | None, typer.Option(help="Only what was done to this.")] = None,
-    most: Annotated[int, typer.Option(min=1, max=1_000, help="How many at most.")] = 50,
+    what: Annotated[str | None, typer.Option(help="Only this action, such as key.create.")] = None,
+    target: Annotated[str | None, typer.Option(help="Only actions on this target.")] = None,
+    most: Annotated[int, typer.Option(min=1, max=1_000, help="Maximum number.")] = 50,
     json: Json = False,
 ) -> None:
-    """Show what operators did: who, what, on what, from where, the newest first."""
+    """List actions of operators, newest first: who, what, on what, from where."""
     from dataclasses import asdict
 
     found = with_tenants(
@@ -488,14 +496,13 @@ def _change_of(one: OperatorAction) -> str:
 
 
 def erase(
-    subject: Annotated[
-        str | None, typer.Option(help="Whom requests are about, as they named it.")
-    ] = None,
+    subject: Annotated[str | None, typer.Option(help="The subject that requests named.")] = None,
     tenant: Annotated[
-        str | None, typer.Option(help="Only of this tenant; without --subject all of it.")
+        str | None,
+        typer.Option(help="Only requests of this tenant; without --subject all of them."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     json: Json = False,
 ) -> None:
     """Erase requests, answers, files and bodies of a subject or a tenant; totals stay."""

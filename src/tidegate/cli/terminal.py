@@ -115,16 +115,16 @@ T = TypeVar("T")
 _chosen: ContextVar[str | None] = ContextVar("tidegate_pool", default=None)
 
 PLAIN_WIDTH = 160
-Json = Annotated[bool, typer.Option("--json", help="Show it as JSON.")]
-Reason = Annotated[str, typer.Option(help="Why; it goes on record.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Reason = Annotated[str, typer.Option(help="The reason, which is recorded.")]
 
 
 AnyPool = Annotated[
     str | None,
     typer.Option(
         "--pool",
-        help="Whose limits: the name of an upstream; gemini, or the first of all where that has no "
-        "account.",
+        help="The upstream whose limits are meant. Default: gemini, or the first upstream if "
+        "gemini has no account.",
     ),
 ]
 
@@ -323,14 +323,13 @@ class Exit(NamedTuple):
 
 
 EXITS = (
-    Exit(DONE, "all is done"),
+    Exit(DONE, "success"),
     Exit(
-        FAILED,
-        "it failed: the request, lines of a batch, a check of doctor; or there is no such thing",
+        FAILED, "failure: of the request, of lines of a batch, of a check of doctor; or not found"
     ),
-    Exit(WRONG, "an argument, a setting or a file of yours is wrong"),
-    Exit(REFUSED, "refused: no key or a wrong one, or a cap or budget is reached"),
-    Exit(AWAY, "Tidegate, Valkey or PostgreSQL can't be reached"),
+    Exit(WRONG, "an argument, a setting or an input file is wrong"),
+    Exit(REFUSED, "rejected: no key or a wrong one, or a cap or budget is reached"),
+    Exit(AWAY, "Tidegate, Valkey or PostgreSQL is unreachable"),
     Exit(INTERRUPTED, "interrupted by Ctrl-C"),
 )
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tidegate.cli.client import GatewayClient
 
 app = typer.Typer(
-    help="See, add, change, test, drain and remove upstreams of the running deployment.",
+    help="List, add, change, test, drain and remove upstreams of the running deployment.",
     no_args_is_help=True,
 )
 
@@ -40,7 +40,7 @@ Name = Annotated[str, typer.Argument(help="An upstream's name, such as groq.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")]
 Expect = Annotated[
     int | None,
-    typer.Option(help="The revision that must be in force, or nothing is changed.", metavar="REV"),
+    typer.Option(help="Change nothing unless this revision is in force.", metavar="REV"),
 ]
 Keys = Annotated[
     list[str] | None,
@@ -54,7 +54,7 @@ Keys = Annotated[
 
 @app.command("list")
 def list_(json: Json = False) -> None:
-    """Show all upstreams, their state, and where each comes from."""
+    """List all upstreams with their state and where each is defined."""
     found = _call("GET")
     if json:
         show_json(found)
@@ -111,35 +111,43 @@ def _shortened(texts: Sequence[str]) -> str:
 def add(
     name: Name,
     keys: Keys = None,
-    provider: Annotated[str | None, typer.Option(help="Its preset, such as groq.")] = None,
-    base_url: Annotated[str | None, typer.Option(help="Where it is.", metavar="URL")] = None,
+    provider: Annotated[
+        str | None, typer.Option(help="The provider's preset, such as groq.")
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="Its base URL.", metavar="URL")] = None,
     key: Annotated[
         str | None,
-        typer.Option(help="The variable that has its key in every process.", metavar="VARIABLE"),
+        typer.Option(
+            help="The environment variable with its API key, in every process.", metavar="VARIABLE"
+        ),
     ] = None,
     key_file: Annotated[
         str | None,
-        typer.Option(help="Or the file that has it in every process.", metavar="PATH"),
+        typer.Option(
+            help="Instead of --key: a file with its API key, for every process.", metavar="PATH"
+        ),
     ] = None,
     model: Annotated[
         list[str] | None, typer.Option(help="A pattern of models that it serves.")
     ] = None,
-    weight: Annotated[int | None, typer.Option(help="Its share among those alike.")] = None,
+    weight: Annotated[
+        int | None, typer.Option(help="Its share among upstreams of the same model.")
+    ] = None,
     limit: Annotated[
         list[str] | None,
-        typer.Option(help="A limit, such as rpm:total=60; the preset's if none.", metavar="ID=N"),
+        typer.Option(help="A limit, such as rpm:total=60. Default: the preset's.", metavar="ID=N"),
     ] = None,
     no_test: Annotated[
-        bool, typer.Option("--no-test", help="Do not ask it for its models first.")
+        bool, typer.Option("--no-test", help="Do not request its models first.")
     ] = False,
     dry_run: DryRun = False,
     expect: Expect = None,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Add an upstream, in all processes and for good; it is tested first.
+    """Add an upstream in all processes, permanently, after a test of it.
 
-    Every process must have its key: else nothing is changed, and the process is named.
+    Every process must have its key; otherwise nothing changes, and the message names the process.
     """
     table = parsed(keys or [], "upstreams add")
     table |= given(
@@ -161,21 +169,23 @@ def set_(
     name: Name,
     keys: Keys = None,
     remove: Annotated[
-        list[str] | None, typer.Option(help="A key to take away.", metavar="KEY")
+        list[str] | None, typer.Option(help="A key to remove.", metavar="KEY")
     ] = None,
     deployed: Annotated[
-        bool, typer.Option("--deployed", help="Put it back to what the file says.")
+        bool, typer.Option("--deployed", help="Restore the settings of the file.")
     ] = False,
     read_again: Annotated[
         bool,
-        typer.Option("--read-again", help="Have its key and files read again, as for a new key."),
+        typer.Option(
+            "--read-again", help="Read its API key and files again, for example after a rotation."
+        ),
     ] = False,
     dry_run: DryRun = False,
     expect: Expect = None,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Change an upstream, in all processes and for good. Calls in progress go on as they began."""
+    """Change an upstream in all processes, permanently. Running calls are not affected."""
     values = parsed(keys or [], "upstreams set")
     if bool(values or remove) + deployed + read_again != 1:
         wrong = "needs changes such as weight=3, or --remove, or --deployed, or --read-again"
@@ -191,7 +201,7 @@ def set_(
 
 @app.command("test")
 def ask(name: Name, json: Json = False) -> None:
-    """Ask an upstream for its models, from an API process, with its key and by its proxy."""
+    """Request an upstream's models from an API process, with its key and through its proxy."""
     found = _call("POST", f"/{_quoted(name)}/test")
     if json:
         show_json(found)
@@ -222,17 +232,17 @@ def _show_tests(tests: list[dict[str, Any]]) -> None:
 def drain(
     name: Name,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Return when no call is left there.")
+        bool, typer.Option("--wait", help="Wait until no call is in progress there.")
     ] = False,
     for_: Annotated[
         str | None,
-        typer.Option("--for", help="How long --wait lasts at most: 30s, 10m, 2h; not without it."),
+        typer.Option("--for", help="Maximum time of --wait: 30s, 10m, 2h."),
     ] = None,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Have an upstream take no new calls; those in progress end, and what lives there can be
-    reached."""
+    """Stop sending new calls to an upstream; running calls finish, and objects that are stored
+    there stay reachable."""
     if for_ is not None and not wait:
         why = "needs --wait, whose length it is: an upstream stays drained until it is resumed"
         raise ConfigError("--for", for_, why)
@@ -273,7 +283,7 @@ def _is_empty(done: dict[str, Any]) -> bool:
 
 @app.command()
 def resume(name: Name, dry_run: DryRun = False, reason: Reason = "", json: Json = False) -> None:
-    """Have a drained upstream take calls again."""
+    """Send calls to a drained upstream again."""
     path = f"{_quoted(name)}/resume"
     _change("POST", path, {}, dry_run=dry_run, expect=None, reason=reason, json=json)
 
@@ -283,14 +293,14 @@ def remove(
     name: Name,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Also while calls go on there, or something lives there."),
+        typer.Option("--force", help="Even if calls are in progress or objects are stored there."),
     ] = False,
     dry_run: DryRun = False,
     expect: Expect = None,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Remove a drained upstream, in all processes and for good."""
+    """Remove a drained upstream in all processes, permanently."""
     query: dict[str, str] = {"by": who(), "reason": reason, "force": str(force).lower()}
     query |= {"dry_run": str(dry_run).lower()}
     query |= {} if expect is None else {"expected": str(expect)}
@@ -299,10 +309,10 @@ def remove(
 
 @app.command()
 def history(
-    most: Annotated[int, typer.Option(min=1, max=1_000, help="How many, the newest first.")] = 20,
+    most: Annotated[int, typer.Option(min=1, max=1_000, help="Maximum number, newest first.")] = 20,
     json: Json = False,
 ) -> None:
-    """Show what was changed when, who changed it, and why."""
+    """List the changes of upstreams: when, by whom and why."""
     found = _call("GET", "/history", query={"most": str(most)})
     if json:
         show_json(found)
@@ -325,13 +335,15 @@ def history(
 
 @app.command()
 def rollback(
-    revision: Annotated[int, typer.Argument(min=0, help="A revision; 0 is the file alone.")],
+    revision: Annotated[
+        int, typer.Argument(min=0, help="A revision; 0 is the file without live changes.")
+    ],
     dry_run: DryRun = False,
     expect: Expect = None,
     reason: Reason = "",
     json: Json = False,
 ) -> None:
-    """Put the upstreams of an earlier revision in force, as a new revision."""
+    """Apply the upstreams of an earlier revision, as a new revision."""
     body = {"revision": revision}
     _change("POST", "rollback", body, dry_run=dry_run, expect=expect, reason=reason, json=json)
 

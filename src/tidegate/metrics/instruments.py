@@ -102,84 +102,88 @@ class Metric:
     CALLS = _counter(
         "tidegate_calls_total",
         "Calls that have ended. status: succeeded, failed, cancelled, expired, dead, refused, or "
-        "retried for an attempt that goes back into its queue. source: relay, stream, job, batch, "
-        "or judge for a question of the classifier, which is no request",
+        "retried for an attempt that returns to its queue. source: relay, stream, job, batch, or "
+        "judge for a call of the classifier, which is not a request",
         "source kind pool model status",
     )
     FAILURES = _counter(
         "tidegate_failures_total",
-        "Calls that did not succeed, by the code of the error",
+        "Calls that failed, by error code",
         "source pool code",
     )
     TENANT_CALLS = _counter(
         "tidegate_tenant_calls_total", "Calls that have ended, by tenant", "tenant status"
     )
     TENANT_TOKENS = _counter(
-        "tidegate_tenant_tokens_total", "tokens charged, by tenant", "tenant type"
+        "tidegate_tenant_tokens_total", "Charged tokens, by tenant", "tenant type"
     )
     TENANT_COST = _counter("tidegate_tenant_cost_total", "Cost in US dollars, by tenant", "tenant")
     TENANT_QUEUE = _counter(
         "tidegate_tenant_queue_seconds_total",
-        "Time that admitted calls have waited for admission, by tenant",
+        "Time in the queue, of admitted calls, by tenant",
         "tenant",
     )
     TOKENS = _counter(
         "tidegate_tokens_total",
-        "tokens charged, and those of the classifier's questions. cached is a part of input, "
-        "thoughts comes beside output",
+        "Charged tokens, and those of the classifier's calls. cached is a part of input, "
+        "thoughts is not a part of output",
         "pool model type",
     )
     COST = _counter(
         "tidegate_cost_total",
-        "Cost in US dollars, the classifier's questions included",
+        "Cost in US dollars, the classifier's calls included",
         "pool model",
     )
-    ATTEMPTS = _counter("tidegate_attempts_total", "Calls made upstream", "source pool")
+    ATTEMPTS = _counter(
+        "tidegate_attempts_total", "Calls to upstreams, retries included", "source pool"
+    )
     THROTTLED = _counter(
-        "tidegate_throttled_total", "Calls upstream that were answered with 429", "source pool"
+        "tidegate_throttled_total", "Calls to upstreams that were answered with 429", "source pool"
     )
     PREEMPTED = _counter(
         "tidegate_preempted_total",
-        "Calls of jobs and batch lines that gave way to a higher band, and are made again",
+        "Calls of jobs and batch lines that were preempted by a higher band, and are made again",
         "source pool",
     )
     RETRIES = _counter(
-        "tidegate_retries_total", "Calls upstream after the first of a request", "source pool"
+        "tidegate_retries_total",
+        "Retries: calls to upstreams after the first of a request",
+        "source pool",
     )
     QUEUE = _histogram(
         "tidegate_queue_seconds",
-        "From receipt to admission, of admitted calls",
+        "Time from receipt to admission, of admitted calls",
         _WAITS_S,
         "source kind pool",
     )
     FIRST_BYTE = _histogram(
         "tidegate_first_byte_seconds",
-        "From sending a call to the first bytes of its answer, of calls that succeeded",
+        "Time from sending a call to the first byte of its answer, of calls that succeeded",
         CALL_BUCKETS_S,
         "source pool",
     )
     GEN_AI_DURATION = _histogram(
         "gen_ai_client_operation_duration_seconds",
-        "Length of the last call upstream; gen_ai.client.operation.duration of OpenTelemetry",
+        "Duration of a request's last call upstream; gen_ai.client.operation.duration",
         CALL_BUCKETS_S,
         f"{_GEN_AI} error_type pool",
     )
     GEN_AI_TOKENS = _histogram(
         "gen_ai_client_token_usage",
-        "tokens of a call; gen_ai.client.token.usage of OpenTelemetry",
+        "Tokens of a call; gen_ai.client.token.usage of OpenTelemetry",
         TOKEN_BUCKETS,
         f"{_GEN_AI} gen_ai_token_type",
     )
     GEN_AI_FIRST_CHUNK = _histogram(
         "gen_ai_client_operation_time_to_first_chunk_seconds",
-        "To the first chunk of a stream; gen_ai.client.operation.time_to_first_chunk",
+        "Time to the first chunk of a stream; gen_ai.client.operation.time_to_first_chunk",
         CALL_BUCKETS_S,
         _GEN_AI,
     )
     HTTP = _counter("tidegate_http_requests_total", "Answered HTTP requests", "route status")
     HTTP_SECONDS = _counter(
         "tidegate_http_request_seconds_total",
-        "Time from receipt to the end of the answer, summed up",
+        "Time from receipt to the end of the answer, in total",
         "route",
     )
     SYNC = _histogram(
@@ -190,144 +194,156 @@ class Metric:
     )
     ENTRIES = _counter(
         "tidegate_limiter_entries_total",
-        "Entries (a release, a wish to wait, a cancellation) that those round trips carried",
+        "Entries (a release, a new waiter, a cancellation) that those round trips carried",
         "pool",
     )
-    REFUSALS = _counter("tidegate_limiter_refusals_total", "Waiters told no", "pool limit code")
+    REFUSALS = _counter(
+        "tidegate_limiter_refusals_total", "Waiters that were rejected", "pool limit code"
+    )
     FENCED = _counter(
         "tidegate_limiter_fenced_permits_total",
-        "Running calls cancelled because this process had lost its session",
+        "Running calls that were cancelled because this process had lost its session",
         "pool",
     )
     STATE_CHANGES = _counter(
-        "tidegate_limiter_state_changes_total", "Changes into a state", "pool state"
+        "tidegate_limiter_state_changes_total",
+        "Transitions of a limiter into a state",
+        "pool state",
     )
     STATE = _own(
         "tidegate_limiter_processes", "Processes by the state of their limiter", "pool state"
     )
-    HELD = _own("tidegate_permits_held", "Permits that processes hold now", "pool process")
-    WAITERS = _own("tidegate_waiters", "Calls that wait for admission now", "pool process")
+    HELD = _own("tidegate_permits_held", "Permits in use, by process", "pool process")
+    WAITERS = _own("tidegate_waiters", "Calls that wait for admission, by process", "pool process")
     UPSTREAM_OUT = _own(
-        "tidegate_upstream_out", "Processes that leave an upstream out after faults", "upstream"
+        "tidegate_upstream_out",
+        "Processes for which an upstream is out of service after failures",
+        "upstream",
     )
     KEY_REFUSED = _own(
         "tidegate_upstream_key_refused",
-        "Processes whose key an upstream has refused, or whose account there has no money left",
+        "Processes whose key an upstream has rejected, or whose account there has no credit",
         "upstream",
     )
     ANNOUNCED_BOUND = _own(
         "tidegate_upstream_announced_limit",
-        "What an upstream's last answer said that its own rate limit is",
+        "The upstream's own rate limit, as its last answer reported it",
         _ANNOUNCED,
         merge="livemostrecent",
     )
     ANNOUNCED_LEFT = _own(
         "tidegate_upstream_announced_remaining",
-        "What it said remains of it, at that time",
+        "The remainder of that limit, as the last answer reported it",
         _ANNOUNCED,
         merge="livemostrecent",
     )
     ANNOUNCED_RESET = _own(
         "tidegate_upstream_announced_reset_timestamp_seconds",
-        "When it said that the limit begins again, since 1970",
+        "When that limit resets, as the last answer reported it; Unix time",
         _ANNOUNCED,
         merge="livemostrecent",
     )
-    POSTGRES_AWAY = _own("tidegate_postgres_away", "Processes for which PostgreSQL is away")
-    BLOBS_AWAY = _own("tidegate_blobs_away", "Processes for which the blob store is away")
+    POSTGRES_AWAY = _own("tidegate_postgres_away", "Processes for which PostgreSQL is unavailable")
+    BLOBS_AWAY = _own("tidegate_blobs_away", "Processes for which the blob store is unavailable")
     PROBLEMS = _counter(
         "tidegate_problems_total",
-        "Lines of the log from the level warning on, by event; those of other libraries are other",
+        "Log lines of level warning or higher, by event; those of other libraries are `other`",
         "event",
     )
     SPILL = _own(
-        "tidegate_spill_bytes", "On the disk because PostgreSQL could not take it", merge="livemax"
+        "tidegate_spill_bytes", "Records on disk that PostgreSQL could not accept", merge="livemax"
     )
     UNWRITTEN = _own(
-        "tidegate_record_waiting", "Records of native calls that are not written yet", "process"
+        "tidegate_record_waiting", "Records of native calls that are not yet written", "process"
     )
     DROPPED = _counter(
-        "tidegate_record_dropped_total", "Records left out because the buffer was full"
+        "tidegate_record_dropped_total", "Records dropped because the buffer was full"
     )
     LOOP_LAG = _histogram(
         "tidegate_event_loop_lag_seconds",
-        "How late a timer of the event loop comes; it is looked at four times a second",
+        "Delay of a timer of the event loop, measured four times a second",
         _QUICK_S,
         "process",
     )
-    MEMORY = _own("tidegate_process_resident_memory_bytes", "Memory in use", "process")
-    CPU = _counter("tidegate_process_cpu_seconds_total", "Processor time used", "process")
+    MEMORY = _own("tidegate_process_resident_memory_bytes", "Resident memory", "process")
+    CPU = _counter("tidegate_process_cpu_seconds_total", "CPU time used", "process")
     STARTED = _own(
-        "tidegate_process_start_time_seconds", "When a process started, since 1970", "process"
+        "tidegate_process_start_time_seconds", "Start of a process; Unix time", "process"
     )
 
-    BUILD = _of_all("tidegate_build_info", "1, with the version", "version")
+    BUILD = _of_all("tidegate_build_info", "1, with the version as a label", "version")
     VALKEY_UP = _of_all("tidegate_valkey_up", "1 if Valkey has answered for the pool", "pool")
     POSTGRES_UP = _of_all("tidegate_postgres_up", "1 if PostgreSQL has answered")
-    BOUND = _of_all("tidegate_limit_bound", "The bound in force", "pool limit")
+    BOUND = _of_all("tidegate_limit_bound", "Bound of a limit in force", "pool limit")
     CURRENT = _of_all(
         "tidegate_limit_current",
-        "The bound that an adaptive limit has found; of others the bound",
+        "Current bound of an adaptive limit; of other limits the bound",
         "pool limit",
     )
     USED = _of_all(
         "tidegate_limit_used",
-        "Permits in use, or what of a rate is reserved and spent in its window",
+        "Permits in use; of a rate, the reserved and used amount in its window",
         "pool limit",
     )
-    WAITING = _of_all("tidegate_limit_waiting", "Calls that a limit holds up", "pool limit")
+    WAITING = _of_all("tidegate_limit_waiting", "Calls that wait for a limit", "pool limit")
     LAPSING = _of_all(
-        "tidegate_limit_lapsing", "Of those in use: of processes that are gone", "pool limit"
+        "tidegate_limit_lapsing", "Permits in use that belong to expired sessions", "pool limit"
     )
     PAUSED = _of_all(
         "tidegate_limit_paused_seconds",
-        "For how long no call is admitted; 0: not paused",
+        "Remaining time of a pause; 0: not paused",
         "pool limit",
     )
     LEARNED = _of_all(
         "tidegate_limit_learned_bound",
-        "Bound of a limit as the provider's answers report it",
+        "Bound of a limit, as the provider's answers report it",
         "pool limit",
     )
     DRIFT = _of_all(
         "tidegate_limit_drift",
-        "By how much that is above the bound in force; 0 where none is set",
+        "Reported bound less the bound in force; 0 if no limit is set",
         "pool limit",
     )
     OTHERS = _of_all(
         "tidegate_limit_others_ratio",
-        "Share of a limit that others on the same account take",
+        "Share of a limit that others on the same account use",
         "pool limit",
     )
     SESSIONS = _of_all("tidegate_sessions", "Processes in the pool", "pool")
-    BLOCKED = _of_all("tidegate_sessions_blocked", "Of those: paused or out of reach", "pool")
+    BLOCKED = _of_all(
+        "tidegate_sessions_blocked", "Processes in the pool that are paused or unreachable", "pool"
+    )
     RECOVERING = _of_all(
         "tidegate_pool_recovering_seconds",
-        "Quiet time that is left after Valkey lost its data; no call is admitted",
+        "Remaining quiet time after Valkey lost its data, in which no call is admitted",
         "pool",
     )
-    EPOCH = _of_all("tidegate_pool_epoch", "Grows when Valkey has lost its data", "pool")
-    REVISION = _of_all("tidegate_policy_revision", "The policy in force", "pool")
+    EPOCH = _of_all(
+        "tidegate_pool_epoch", "Epoch of the pool; it grows when Valkey has lost its data", "pool"
+    )
+    REVISION = _of_all("tidegate_policy_revision", "Revision of the policy in force", "pool")
     TENANT_WAITING = _of_all(
         "tidegate_tenant_waiting", "Calls that wait for admission, by tenant", "pool tenant"
     )
     QUEUED = _of_all(
         "tidegate_queue_jobs",
-        "Jobs ready to be taken up, at most 10,000 of a queue. lane: their kind, or unsure",
+        "Jobs ready to be claimed, at most 10,000 of a queue. lane: their type, or unsure",
         "pool lane tenant",
     )
-    OLDEST = _of_all("tidegate_queue_oldest_seconds", "Age of the oldest of them", "pool lane")
-    RETRYING = _of_all("tidegate_jobs_retrying", "Jobs that wait for their next try, up to 10,000")
+    OLDEST = _of_all(
+        "tidegate_queue_oldest_seconds",
+        "Age of the oldest job that is ready to be claimed",
+        "pool lane",
+    )
+    RETRYING = _of_all("tidegate_jobs_retrying", "Jobs that wait for a retry, up to 10,000")
     CLAIMED = _of_all(
-        "tidegate_jobs_claimed", "Jobs that wait for admission in workers, up to 10,000"
+        "tidegate_jobs_claimed", "Claimed jobs that wait for admission in workers, up to 10,000"
     )
-    RUNNING = _of_all("tidegate_jobs_running", "Jobs that workers run, up to 10,000")
-    DEAD = _of_all("tidegate_jobs_dead", "Dead jobs that nobody has looked after, up to 10,000")
-    WEBHOOKS = _of_all(
-        "tidegate_webhooks_pending", "Webhooks that are to be delivered, up to 10,000"
-    )
+    RUNNING = _of_all("tidegate_jobs_running", "Running jobs, up to 10,000")
+    DEAD = _of_all("tidegate_jobs_dead", "Dead jobs that need an operator, up to 10,000")
+    WEBHOOKS = _of_all("tidegate_webhooks_pending", "Webhooks that wait for delivery, up to 10,000")
     WEBHOOKS_OLDEST = _of_all(
-        "tidegate_webhooks_oldest_seconds", "For how long the oldest of them has been due"
+        "tidegate_webhooks_oldest_seconds", "Time since the oldest waiting webhook was due"
     )
     WORKERS = _of_all("tidegate_workers", "Workers heard of within a minute")
     BUDGET_USED = _of_all(
