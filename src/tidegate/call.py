@@ -85,7 +85,7 @@ class Tier(StrEnum):
 
 
 class ClassifiedBy(StrEnum):
-    """Who decided the kind of a request."""
+    """What decided the type of a request."""
 
     CALLER = "caller"
     RULES = "rules"
@@ -140,7 +140,7 @@ class Call:
 
 
 class Scope(StrEnum):
-    """What an API key may be used for."""
+    """A permission of an API key."""
 
     INFER = "infer"  # call models: live, streamed, or as jobs
     READ = "read"  # see its tenant's own requests, answers and files

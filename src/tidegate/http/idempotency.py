@@ -45,8 +45,9 @@ PARAMETER: dict[str, Any] = {
     "in": "header",
     "required": False,
     "schema": {"type": "string", "minLength": 1, "maxLength": MOST_CHARS},
-    "description": "The same key with the same request gives the same `request_id` again, and "
-    "one job; with a different request it is refused with 409. Kept as long as the request.",
+    "description": "A repeated request with the same key returns the same `request_id` and "
+    "creates no second job; a different request with the same key is rejected with "
+    "409. The key is kept as long as the request.",
 }
 
 

@@ -297,8 +297,8 @@ router = APIRouter(tags=["jobs"])
     summary="Submit a request; a worker answers it",
 )
 async def submit(request: Request) -> Response:
-    """Takes text, files and image prompts, as JSON or multipart. The answer means that the
-    request is stored for good; follow it at `status_url`."""
+    """Accepts text, files and image prompts, as JSON or multipart. The response means that the
+    request is stored durably; follow it at `status_url`."""
     services = services_of(request)
     received = services.clock.now()
     key = key_of(request)
@@ -457,9 +457,9 @@ async def status(
         Query(ge=0, le=_MAX_WAIT_S, description="Seconds to wait for the status to change"),
     ] = 0,
 ) -> StatusView | Response:
-    """With `wait`, answers as soon as the status changes or the time is up. A request that has
-    ended answers immediately. With `Accept: text/event-stream` every change is an event `status`,
-    and the last event is `done`; `Last-Event-ID` goes on where a connection was lost."""
+    """With `wait` the response comes when the status changes or the time is up, immediately if the
+    request has ended. With `Accept: text/event-stream` each change is an event `status`, and the
+    last event is `done`; `Last-Event-ID` resumes a lost connection."""
     services = services_of(request)
     record = await services.store.requests.get(request_id, caller.tenant_id)
     if wants_events(request):
@@ -479,7 +479,7 @@ async def status(
     summary="A generated picture or an uploaded file",
 )
 async def file(request: Request, file_id: UUID, caller: Reader) -> Response:
-    """Pictures may be shown in a page; everything else is offered for download."""
+    """Images can be displayed inline; all other files are sent as a download."""
     services = services_of(request)
     return await file_response(
         await services.store.requests.file(file_id, caller.tenant_id), services.blobs

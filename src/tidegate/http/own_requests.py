@@ -58,23 +58,23 @@ class ListQuery(BaseModel):
 
     status: Status | None = None
     type: Kind | None = None
-    model: str | None = Field(default=None, min_length=1, max_length=128, description="Its name")
+    model: str | None = Field(
+        default=None, min_length=1, max_length=128, description="Only requests to this model"
+    )
     source: Literal["job", "stream", "relay"] | None = None
     conversation: str | None = Field(
-        default=None, min_length=1, max_length=200, description="Only its calls"
+        default=None, min_length=1, max_length=200, description="Only calls of this conversation"
     )
     upstream: str | None = Field(
         default=None, min_length=1, max_length=128, description="Of the last call"
     )
     since: datetime | None = Field(
-        default=None, description="The earliest time of submission; without a zone it is in UTC"
+        default=None, description="Submitted at or after this time; UTC without a time zone"
     )
-    until: datetime | None = Field(
-        default=None, description="The first time of submission that is too late"
-    )
+    until: datetime | None = Field(default=None, description="Submitted before this time")
     limit: int = Field(default=50, ge=1, le=200)
     cursor: str | None = Field(
-        default=None, max_length=100, description="`next_cursor` of the page before"
+        default=None, max_length=100, description="`next_cursor` of the previous page"
     )
 
     def filter(self) -> Filter:
@@ -99,10 +99,10 @@ class ListQuery(BaseModel):
 async def listed(
     request: Request, caller: RecordReader, query: Annotated[ListQuery, FromQuery()]
 ) -> RequestPage:
-    """Jobs, and streams and native calls that have ended (those under way are at
-    `/requests/running`), without their texts. Go on with `cursor` until there is
-    no `next_cursor`: a page may hold fewer than `limit`, even none, while there are more. What is
-    submitted meanwhile does not move the pages."""
+    """Jobs, and streams and native calls that have ended (running ones are at `/requests/running`),
+    without their texts. Continue with `cursor` until there is no `next_cursor`: a page may have
+    fewer than `limit` requests, or none, while there are more. New submissions do not shift the
+    pages."""
     place = START if query.cursor is None else _place_of(query.cursor)
     page = await services_of(request).store.requests.page(
         caller.tenant_id, query.filter(), query.limit, place
@@ -129,8 +129,9 @@ async def listed(
     summary="Cancel a request that is queued or running",
 )
 async def cancel(request: Request, request_id: UUID) -> Response:
-    """A queued request ends immediately; of a running one the call to the provider is closed, and
-    what had come is kept. Cancelling again changes nothing. What has ended otherwise is 409."""
+    """A queued request ends immediately. The call of a running request is aborted, and its partial
+    output is kept. Cancelling again changes nothing. A request that has ended otherwise returns
+    409."""
     caller = await caller_of(request)
     return await ended_by(request, request_id, caller.tenant_id)
 
@@ -202,8 +203,8 @@ BODY_RESPONSES: dict[int | str, dict[str, Any]] = {
     summary="Recorded request body",
 )
 async def asked(request: Request, request_id: UUID, caller: RecordReader) -> Response:
-    """Of a native call, the body as it travelled; of a job or a stream, what the record has of it,
-    as JSON. 404 where it is not (yet) kept, or was erased."""
+    """The body of a native call as it was sent; of a job or a stream the recorded fields, as JSON.
+    404 if it is not kept, not yet recorded, or erased."""
     return await _body(request, request_id, caller.tenant_id, "request")
 
 
@@ -214,7 +215,7 @@ async def asked(request: Request, request_id: UUID, caller: RecordReader) -> Res
     summary="Recorded response body",
 )
 async def answered(request: Request, request_id: UUID, caller: RecordReader) -> Response:
-    """As for `/request`. Of a stream that was cut, what had come."""
+    """As for `/request`. Of a stream that was cut off, the part that was received."""
     return await _body(request, request_id, caller.tenant_id, "response")
 
 
@@ -237,27 +238,28 @@ async def body_response(body: Body, request_id: UUID, role: Role) -> Response:
 
 
 class WhyView(BaseModel):
-    """What a request waits for, in words and as values."""
+    """What a request waits for, as a sentence and as values."""
 
     request_id: str
     status: Status
-    sentence: str = Field(description="Reads well after the request's name")
+    sentence: str = Field(description="A sentence whose subject is the request")
     place: int | None = Field(default=None, description="Place in the queue, 1 is next")
     limit: str | None = Field(default=None, description="The limit that it waits for")
-    used: int | None = Field(default=None, description="Of that limit, by all its users together")
+    used: int | None = Field(default=None, description="Usage of that limit by all of its callers")
     bound: int | None = None
-    paused_ms: int | None = Field(default=None, description="How long that limit stays paused")
-    retry_in_ms: int | None = Field(default=None, description="Until it is tried again")
+    paused_ms: int | None = Field(default=None, description="Remaining time of that limit's pause")
+    retry_in_ms: int | None = Field(default=None, description="Time until it is retried")
     ahead: int | None = Field(
-        default=None, description="Calls of all tenants that are admitted before it, about"
+        default=None,
+        description="Approximate number of calls of all tenants that are admitted before it",
     )
     wait_ms: int | None = Field(
-        default=None, description="Estimated time until it is admitted, where it is known"
+        default=None, description="Estimated time until admission, if known"
     )
     is_certain: bool = Field(
         default=False,
-        description="Whether `wait_ms` is the time of a window, a quota or a pause, and not an "
-        "estimate from how fast the limit admits calls",
+        description="True if `wait_ms` is the end of a window, a quota or a pause; false for an "
+        "estimate by the limit's throughput",
     )
 
 
@@ -269,8 +271,8 @@ class WhyView(BaseModel):
     summary="What a request waits for",
 )
 async def why(request: Request, request_id: UUID, caller: Reader) -> WhyView:
-    """The limit that holds it up, as it was within the last half second. Streams and native calls
-    are on record only once they have ended: `/requests/running` says what they wait for."""
+    """The limit that the request waits for, at most half a second old. Streams and native calls are
+    recorded once they have ended: `/requests/running` shows what they wait for."""
     services = services_of(request)
     record = await services.store.requests.get(request_id, caller.tenant_id)
     found = await services.store.running_calls.whereabouts(request_id)
@@ -291,56 +293,57 @@ class RunningItem(BaseModel):
     request_id: str
     source: Literal["stream", "relay"]
     status: Literal["queued", "running"] = Field(
-        description="queued: it waits, for its first try or for another one"
+        description="queued: it waits for its first attempt or for a retry"
     )
     type: Kind | None = None
     model: str | None = None
-    endpoint: str | None = Field(default=None, description="The native path that was called")
+    endpoint: str | None = Field(default=None, description="The native path of the call")
     submitted_at: datetime
     admitted_at: datetime | None = None
     waits_for: str | None = Field(
         default=None,
-        description="The limit that holds its queue up, where one does; `budget:` and the name of "
-        "a budget of which calls in progress hold what is left",
+        description="The limit that it waits for, if any; or `budget:` and the name of a budget "
+        "whose rest is reserved for running calls",
     )
 
 
 class AdminRunningItem(RunningItem):
-    """One of any tenant, and where it is."""
+    """A request in progress, of any tenant."""
 
     tenant: str
-    process: str = Field(description="Which process has it open")
-    pool: str = Field(description="Empty while no upstream was chosen for it")
+    process: str = Field(description="The process that handles it")
+    pool: str = Field(description="Empty until an upstream was chosen")
     upstream: str | None = None
 
 
 class RunningPage(BaseModel):
-    """Those of yours, the oldest first."""
+    """Your requests in progress, oldest first."""
 
     items: list[RunningItem]
     complete: bool = Field(
-        description="Whether these are all. The 500 oldest are listed, and of each process its 200 "
-        "oldest; while Valkey is away, only the one that answers tells of its own"
+        description="Whether these are all. At most the 500 oldest are listed, and of each "
+        "process its 200 oldest; while Valkey is unavailable only those of the "
+        "process that answers"
     )
 
 
 class AdminRunningPage(BaseModel):
-    """Those of all tenants, the oldest first."""
+    """Requests in progress of all tenants, oldest first."""
 
     items: list[AdminRunningItem]
-    complete: bool = Field(description="As for /requests/running")
-    under_way: int = Field(description="How many there are, told or not")
+    complete: bool = Field(description="As in /requests/running")
+    under_way: int = Field(description="Total number, listed or not")
 
 
 @router.get(
     "/requests/running",
     response_model_exclude_none=True,
     responses=problem_responses(401, 403, 503),
-    summary="Your streams and native calls that are under way",
+    summary="Your streams and native calls in progress",
 )
 async def running(request: Request, caller: RecordReader) -> RunningPage:
-    """They come into `/requests` once they have ended. As of a second or two ago; jobs are in
-    `/requests` from the beginning."""
+    """They are in `/requests` once they have ended. The list is a second or two old. Jobs are in
+    `/requests` from their submission on."""
     services = services_of(request)
     notes = await services.board.notes()
     items = await _items(services, notes, caller.tenant_id)
@@ -353,11 +356,11 @@ async def running(request: Request, caller: RecordReader) -> RunningPage:
 @admin_running.get(
     "/requests/running",
     response_model_exclude_none=True,
-    summary="Streams and native calls of all tenants that are under way",
+    summary="Streams and native calls of all tenants in progress",
 )
 async def all_running(request: Request) -> AdminRunningPage:
-    """They come into `/admin/requests` once they have ended. As of a second or two ago; jobs are
-    there from the beginning."""
+    """They are in `/admin/requests` once they have ended. The list is a second or two old. Jobs are
+    there from their submission on."""
     services = services_of(request)
     notes = await services.board.notes()
     items = await _items(services, notes, None)
@@ -428,12 +431,14 @@ By = Annotated[
     str,
     Query(
         max_length=100,
-        description="What to tell apart, with commas: tenant, model, day; key, upstream: at most "
+        description="Group by, separated by commas: tenant, model, day; key or upstream: at most "
         f"{_MOST_LOGGED_DAYS} days, from the request log, as far back as it is kept",
     ),
 ]
-Since = Annotated[date | None, Query(description="The first day, of UTC; else the month's first")]
-Until = Annotated[date | None, Query(description="The last day, of UTC; else today")]
+Since = Annotated[
+    date | None, Query(description="The first day (UTC). Default: the first of the month")
+]
+Until = Annotated[date | None, Query(description="The last day (UTC). Default: today")]
 _COMPARED_DAYS = 31
 ComparedSince = Annotated[
     date | None,
@@ -442,39 +447,46 @@ ComparedSince = Annotated[
 
 
 class Amounts(BaseModel):
-    """Requests that ended, with what they used. Tokens that nobody knows add nothing."""
+    """Requests that ended, with their usage. Unknown usage counts as 0."""
 
     requests: int
-    input_tokens: int = Field(description="The cached ones included")
-    output_tokens: int = Field(description="Without the thoughts")
+    input_tokens: int = Field(description="Including cached tokens")
+    output_tokens: int = Field(description="Without thinking tokens")
     cached_tokens: int
     thoughts_tokens: int
-    images: int = Field(description="Pictures made, where they were counted")
+    images: int = Field(description="Generated images, if they were counted")
     cost_micros: int = Field(description="In millionths of a dollar")
-    unpriced: int = Field(description="Requests without a price; they add nothing to the cost")
-    partial: int = Field(description="Requests that were cut, charged as far as the provider told")
-    estimated: int = Field(description="Requests that were cut, charged for what came")
-    unknown: int = Field(description="Requests of which nothing is known; they add nothing")
-    cache_write_tokens: int = Field(description="Of the input: written to the provider's cache")
-    input_audio_tokens: int = Field(description="This and what follows: where it was reported")
+    unpriced: int = Field(description="Requests without a price, which count as 0 in the cost")
+    partial: int = Field(
+        description="Requests that were cut off, charged by the usage reported until then"
+    )
+    estimated: int = Field(
+        description="Requests that were cut off, charged by an estimate of the received output"
+    )
+    unknown: int = Field(description="Requests of unknown usage, which count as 0")
+    cache_write_tokens: int = Field(
+        description="Input tokens that were written to the provider's cache"
+    )
+    input_audio_tokens: int = Field(description="This and the fields below: if reported")
     input_image_tokens: int
     input_video_tokens: int
     output_audio_tokens: int
     output_image_tokens: int
     output_video_tokens: int
-    searches: int = Field(description="Of the web, by the provider")
+    searches: int = Field(description="Web searches by the provider")
     provider_cost_micros: int = Field(
-        description="What providers themselves charged, as far as they report it, in millionths of "
-        "a dollar"
+        description="Charges that providers reported themselves, in millionths of a dollar"
     )
 
 
 class UsageRow(Amounts):
     tenant: str | None = None
-    model: str | None = Field(default=None, description="Empty: no upstream was chosen for it")
+    model: str | None = Field(default=None, description="Empty if no upstream was chosen")
     day: date | None = None
-    key: str | None = Field(default=None, description="How the API key begins; empty: none shown")
-    upstream: str | None = Field(default=None, description="Where it was called")
+    key: str | None = Field(
+        default=None, description="The prefix of the API key; empty if there was none"
+    )
+    upstream: str | None = Field(default=None, description="Upstream of the calls")
 
 
 class TotalsView(BaseModel):
@@ -483,15 +495,15 @@ class TotalsView(BaseModel):
     since: date
     until: date
     rows: list[UsageRow]
-    total: Amounts = Field(description="Of the rows that are shown")
-    cut: bool = Field(description=f"There are more than the {MOST_TOTALS} rows that are shown")
+    total: Amounts = Field(description="Total of the rows that are shown")
+    cut: bool = Field(description=f"Whether more than {MOST_TOTALS} rows exist")
 
 
 @usage_router.get(
     "/usage",
     response_model=TotalsView,
     responses=problem_responses(400, 401, 403, 503),
-    summary="What you used, and what it cost",
+    summary="Your usage and its cost",
 )
 async def own_usage(
     request: Request,
@@ -500,7 +512,7 @@ async def own_usage(
     since: Since = None,
     until: Until = None,
 ) -> Response:
-    """Requests count on the day of UTC on which they ended, once they are on record."""
+    """Requests count on the day (UTC) on which they ended, once they are recorded."""
     return await _view(request, by, since, until, caller.tenant_id)
 
 
@@ -509,7 +521,7 @@ async def own_usage(
     dependencies=[Depends(admit_admin)],
     response_model=TotalsView,
     responses=problem_responses(400, 401, 403, 503),
-    summary="What all tenants used, and what it cost",
+    summary="Usage of all tenants and its cost",
 )
 async def usage(
     request: Request,
@@ -532,7 +544,7 @@ class Percentiles(BaseModel):
 
 
 class LatencyPartView(BaseModel):
-    """What some requests of an hour have in common, and what they spent there in all."""
+    """Requests of an hour with a common value, such as a tenant, and their times in total."""
 
     of: Literal["tenant", "model", "upstream", "type", "error"]
     name: str
@@ -545,19 +557,21 @@ class LatencyHour(BaseModel):
     """The requests that were submitted in an hour and have ended. Lines of batches are left out.
     Counts and sums of a sample are estimates of the whole."""
 
-    at: datetime = Field(description="When the hour begins")
-    sampled: int = Field(description="Requests that were read; all of them where `one_in` is 1")
+    at: datetime = Field(description="Start of the hour")
+    sampled: int = Field(description="Requests in the sample; all of them if `one_in` is 1")
     requests: int
-    failed: int = Field(description="Of them: failed, expired or dead")
-    waited_ms: Percentiles = Field(description="For admission; what was never admitted, to its end")
-    called_ms: Percentiles = Field(description="At upstreams")
-    took_ms: Percentiles = Field(description="From their submission to their end")
+    failed: int = Field(description="Requests that failed, expired or are dead")
+    waited_ms: Percentiles = Field(
+        description="Wait for admission; without admission until the end"
+    )
+    called_ms: Percentiles = Field(description="Time at upstreams")
+    took_ms: Percentiles = Field(description="Time from submission to end")
     waited_sum_ms: float
     called_sum_ms: float
-    between_sum_ms: float = Field(description="Neither waiting nor called: before retries")
-    parts: list[LatencyPartView] = Field(
-        description=f"Of each sort, the {MOST_PARTS} that took longest"
+    between_sum_ms: float = Field(
+        description="Time neither waiting nor at an upstream: before retries"
     )
+    parts: list[LatencyPartView] = Field(description=f"The {MOST_PARTS} slowest of each dimension")
 
 
 class LatencyView(BaseModel):
@@ -566,7 +580,8 @@ class LatencyView(BaseModel):
     since: datetime
     until: datetime
     one_in: int = Field(
-        description="1: of all requests; more: of a sample, one page of the request log in so many"
+        description="1 for all requests; n if a sample of one in n pages of the request log was "
+        "read"
     )
     hours: list[LatencyHour]
 
@@ -575,22 +590,24 @@ class LatencyView(BaseModel):
     "/admin/latency",
     dependencies=[Depends(admit_admin)],
     responses=problem_responses(400, 401, 403, 503),
-    summary="How long requests waited and took, by the hour, and where",
+    summary="Latency by the hour: waits and durations, by tenant, upstream, model and type",
 )
 async def latency(
     request: Request,
     since: Annotated[
         datetime | None,
-        Query(description="When the first hour begins, else 24 hours ago; without a zone in UTC"),
+        Query(
+            description="Start of the first hour. Default: 24 hours ago; UTC without a time zone"
+        ),
     ] = None,
     until: Annotated[
-        datetime | None, Query(description="When the last hour ends, else a day after `since`")
+        datetime | None, Query(description="End of the last hour. Default: a day after `since`")
     ] = None,
     tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
 ) -> LatencyView:
-    """From the request log, as far back as it is kept; of 49 hours at most. What ended more than a
-    day after `until` is not counted. Of more than some ten thousand a sample is read, evenly spread
-    over the time."""
+    """From the request log, as far back as it is kept; at most 49 hours. Requests that ended more
+    than a day after `until` are not counted. Of more than some ten thousand requests a sample is
+    read, evenly spread over the time."""
     now = datetime.now(UTC)
     first = in_utc("since", since) or now - timedelta(days=1)
     try:
@@ -629,12 +646,14 @@ class ExplainingCall(BaseModel):
 
     request_id: UUID
     state: str
-    charged_micros: int | None = Field(description="Before it was corrected; null: no cost")
-    cost_micros: int = Field(description="By the provider's count")
+    charged_micros: int | None = Field(
+        description="Charge before the correction; null if it had no cost"
+    )
+    cost_micros: int = Field(description="Cost by the provider's usage")
 
 
 class ReconciliationView(BaseModel):
-    """What the last comparison of a day with a provider found of one model. Amounts are in
+    """Result of the last comparison of a day with a provider, for one model. Amounts are in
     millionths of a dollar."""
 
     upstream: str
@@ -646,7 +665,9 @@ class ReconciliationView(BaseModel):
     difference_micros: int
     verdict: Literal["equal", "explained", "unexplained"]
     reason: str
-    calls: list[ExplainingCall] = Field(description="Those that explain it, the first hundred")
+    calls: list[ExplainingCall] = Field(
+        description="The first hundred calls that explain the difference"
+    )
     reconciled_at: datetime
 
 
@@ -658,12 +679,12 @@ class ReconciliationList(BaseModel):
     "/admin/reconciliations",
     dependencies=[Depends(admit_admin)],
     responses=problem_responses(400, 401, 403, 503),
-    summary="How the record compares with the providers' own usage and costs",
+    summary="Comparisons of the record with the providers' own usage and costs",
 )
 async def reconciliations(
     request: Request, since: ComparedSince = None, until: Until = None
 ) -> ReconciliationList:
-    """Of the days that `tidegate reconcile` or RECONCILE has compared, the newest first."""
+    """For the days that `tidegate reconcile` or RECONCILE has compared, newest first."""
     # A day is compared after it is over: that of the last day of a month in the next one.
     begin = (until or datetime.now(UTC).date()) - timedelta(days=_COMPARED_DAYS)
     first, last = _span(since or begin, until)

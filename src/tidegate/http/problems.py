@@ -197,15 +197,17 @@ class Problem(BaseModel):
     status: int
     detail: str
     code: str
-    field: str | None = Field(default=None, description="The input that was wrong")
-    allowed: str | None = Field(default=None, description="What would have been right")
+    field: str | None = Field(default=None, description="The field of the wrong input")
+    allowed: str | None = Field(default=None, description="The allowed values")
     limit: str | None = Field(
-        default=None, description="The limit that refused, such as kind:text_only or most_streams"
+        default=None,
+        description="The limit that rejected the request, such as kind:text_only or most_streams",
     )
     retry_after_ms: int | None = None
     is_estimate: bool | None = Field(
         default=None,
-        description="True where `retry_after_ms` is an estimate: it depends on how calls end",
+        description="True if `retry_after_ms` is an estimate, which depends on when running calls "
+        "end",
     )
 
 

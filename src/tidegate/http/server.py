@@ -115,10 +115,11 @@ class Dependencies(BaseModel):
     blobs: Dependency
     limiter: str
     upstreams: dict[str, UpstreamHealth] | None = Field(
-        default=None, description="Only for who shows the operator's key or a key of any role"
+        default=None, description="Only with the operator's key or a key of any role"
     )
     verdict: DeploymentVerdict | None = Field(
-        default=None, description="On the whole deployment; for whom upstreams are shown to"
+        default=None,
+        description="Verdict on the whole deployment; with the same keys as `upstreams`",
     )
 
 
@@ -138,7 +139,7 @@ async def hello() -> dict[str, str]:
     response_model=Readiness,
     response_model_exclude_none=True,
     responses={503: {"model": Readiness}},
-    summary="The process takes traffic",
+    summary="The process accepts traffic",
 )
 async def ready(request: Request) -> JSONResponse:
     services = services_of(request)
@@ -162,7 +163,7 @@ def readiness(reason: str | None) -> JSONResponse:
     "/health/dependencies",
     response_model=Dependencies,
     responses={503: {"model": Dependencies}},
-    summary="Valkey, PostgreSQL and the store of files, asked now, with a deadline",
+    summary="State of Valkey, PostgreSQL and the blob store, checked now, with a deadline",
 )
 async def dependencies(request: Request) -> JSONResponse:
     services, is_operator = services_of(request), await is_admitted(request)
@@ -237,17 +238,17 @@ async def probe(ping: Awaitable[None], deadline_ms: int = _DEADLINE_MS) -> Depen
     summary="Metrics for Prometheus",
 )
 async def metrics(request: Request) -> Response:
-    """What this process and its siblings under one supervisor have seen, and the state of all
-    limits and queues. Opens as `/admin` does: show ADMIN_TOKEN or a key of any role."""
+    """Metrics of this process and its siblings under one supervisor, and the state of all limits
+    and queues. Requires ADMIN_TOKEN or a key of any role, like `/admin`."""
     exposition = services_of(request).exposition
     body, media_type = await exposition.text(request.headers.get("accept", ""))
     return Response(body, media_type=media_type)
 
 
-@process_router.get("/process", summary="What the process that answers is at")
+@process_router.get("/process", summary="State of the process that answers")
 async def process(request: Request) -> dict[str, Any]:
-    """Its permits and waiters, its sessions, its tasks and memory, what went wrong lately. Asks
-    neither Valkey nor PostgreSQL. SIGQUIT puts the same into the log of a process."""
+    """Its permits, waiters, sessions, tasks, memory and recent failures. Reads neither Valkey nor
+    PostgreSQL. SIGQUIT writes the same to the log of a process."""
     services = services_of(request)
     return {"draining": services.draining.is_set(), **services.state.shown()}
 
@@ -256,14 +257,14 @@ class SettingView(BaseModel):
     """A setting, as `tidegate config check --defaults` shows it."""
 
     name: str
-    value: str | None = Field(description="(hidden) where it is a secret; null: not set")
-    origin: str | None = Field(description="Where it comes from; null: it is the default")
+    value: str | None = Field(description="(hidden) for a secret; null if not set")
+    origin: str | None = Field(description="Source of the value; null for the default")
     section: str
-    text: str = Field(description="What it is for")
+    text: str = Field(description="Description of the setting")
 
 
 class SettingsView(BaseModel):
-    """What the process that answers runs with, and what may be a mistake in it."""
+    """Settings of the process that answers, and possible mistakes in them."""
 
     process: str
     policy_file: str | None
@@ -271,9 +272,9 @@ class SettingsView(BaseModel):
     doubts: list[str]
 
 
-@process_router.get("/settings", summary="The settings of the process that answers")
+@process_router.get("/settings", summary="Settings of the process that answers")
 async def settings(request: Request) -> SettingsView:
-    """As of its start. No secret is shown."""
+    """As they were at its start. Secrets are not shown."""
     services = services_of(request)
     stated, file, doubts = await to_thread.run_sync(_stated, services.config)
     section, views = "", list[SettingView]()
@@ -370,11 +371,11 @@ async def _refuse(why: Forbidden, scope: Scope, receive: Receive, send: Send) ->
 _LAST_WORDS_S = 5.0
 _STATIC = Path(__file__).parent / "static"
 _DESCRIPTION = """
-A gateway in front of large language models. It never lets a fleet of services exceed what the
-provider allows, wastes none of it, and remembers every request.
+A self-hosted LLM gateway, compatible with the OpenAI, Anthropic and Gemini APIs. It enforces the
+providers' rate limits over all processes with one fair queue, and records every request.
 
-Every path but those of the providers' SDKs works with and without the prefix `/llm`. Errors are
-problem JSON (RFC 9457), and on the paths of an SDK in its own form.
+All paths but those of the providers' SDKs work with and without the prefix `/llm`. Errors are
+problem JSON (RFC 9457); on the paths of an SDK they have its provider's format.
 """
 
 

@@ -90,12 +90,12 @@ router = APIRouter(tags=["streams"])
             },
         }
     },
-    summary="Ask, and have the answer streamed",
+    summary="Submit a prompt and stream the answer",
 )
 async def stream(request: Request) -> Response:
-    """Waits for admission (30 s unless `deadline_ms` says otherwise), then streams the answer as
-    it comes: server-sent events, or plain text for `Accept: text/plain`. The header
-    `x-tidegate-request-id` names the record, which `/status` shows once the stream has ended."""
+    """Waits for admission (30 s unless `deadline_ms` is set), then streams the answer: server-sent
+    events, or plain text for `Accept: text/plain`. The header `x-tidegate-request-id` has the id,
+    by which `/status` shows the record once the stream has ended."""
     services = services_of(request)
     received, received_at = time.monotonic(), datetime.now(UTC)
     caller = await caller_of(request)

@@ -48,14 +48,14 @@ class Classified(BaseModel):
     """What kind of request it is, who decided that, and why."""
 
     type: Kind | None = Field(
-        default=None, description="Null, or not there, while it is not certain yet"
+        default=None, description="Null or absent until the request is classified"
     )
     classified_by: ClassifiedBy | None = None
     classified_why: str | None = None
 
 
 class Accepted(Classified):
-    """The request is durable: it will be worked on, whatever fails."""
+    """The request is stored durably and will be processed."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -85,7 +85,7 @@ class FileView(BaseModel):
 
 
 class UsageView(BaseModel):
-    """tokens as the provider reported them; what is null or not there is unknown, not zero."""
+    """Usage as the provider reported it. Null or absent means unknown, not zero."""
 
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -93,10 +93,14 @@ class UsageView(BaseModel):
     cached_tokens: int | None = None
     total_tokens: int | None = None
     cache_write_tokens: int | None = Field(
-        default=None, description="Of the input: written to the provider's cache"
+        default=None, description="Input tokens that were written to the provider's cache"
     )
-    cache_write_5m_tokens: int | None = Field(default=None, description="Of these: for 5 minutes")
-    cache_write_1h_tokens: int | None = Field(default=None, description="Of these: for an hour")
+    cache_write_5m_tokens: int | None = Field(
+        default=None, description="The part that was written for 5 minutes"
+    )
+    cache_write_1h_tokens: int | None = Field(
+        default=None, description="The part that was written for an hour"
+    )
     input_audio_tokens: int | None = None
     input_image_tokens: int | None = None
     input_video_tokens: int | None = None
@@ -105,24 +109,27 @@ class UsageView(BaseModel):
     output_video_tokens: int | None = None
     searches: int | None = Field(
         default=None,
-        description="Of the web, by the provider; where it counts sources, these",
+        description="Web searches by the provider, or sources if it counts those",
     )
-    file_searches: int | None = Field(default=None, description="Of stored files, by the provider")
+    file_searches: int | None = Field(
+        default=None, description="Searches of stored files by the provider"
+    )
     input_audio_seconds: int | None = Field(
-        default=None, description="Length of the input's audio, where the provider charges by it"
+        default=None, description="Length of the input's audio, if the provider charges by it"
     )
     input_characters: int | None = Field(
-        default=None, description="Length of a text that was spoken"
+        default=None, description="Characters of a text that was converted to speech"
     )
     output_video_seconds: int | None = Field(
         default=None, description="Length of the videos in the output"
     )
     provider_cost_micros: int | None = Field(
-        default=None, description="What the provider itself charged, in millionths of a dollar"
+        default=None,
+        description="Charge that the provider reported itself, in millionths of a dollar",
     )
 
     tier: str | None = Field(
-        default=None, description="Processing tier that served it, where it was not the usual one"
+        default=None, description="Processing tier of the call, if it was not the usual one"
     )
 
     def of_event(self) -> dict[str, int | str | None]:
@@ -146,18 +153,18 @@ class ErrorView(BaseModel):
 
 
 class WebhookView(BaseModel):
-    """What became of telling your `webhook_url` that the request has ended."""
+    """State of the webhook that reports the request's end."""
 
-    id: str | None = Field(default=None, description="As in the header `webhook-id`")
+    id: str | None = Field(default=None, description="The id in the header `webhook-id`")
     state: Literal["waiting", "pending", "delivered", "given_up"]
     tries: int
     next_try_at: datetime | None = None
-    answer_status: int | None = Field(default=None, description="Of the last answer")
+    answer_status: int | None = Field(default=None, description="HTTP status of the last answer")
     problem: str | None = None
 
 
 class StatusView(Classified):
-    """A request's whole life so far."""
+    """Status of a request."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -190,23 +197,23 @@ class StatusView(Classified):
     status: Status
     place: int | None = Field(
         default=None,
-        description="Place in the queue, 1 is next; only while queued, where it is known",
+        description="Place in the queue, 1 is next; only while queued, if known",
     )
     waits_for: str | None = Field(
-        default=None, description="The limit that a queued request waits for, where it is one"
+        default=None, description="The limit that a queued request waits for, if any"
     )
     ahead: int | None = Field(
-        default=None, description="Calls of all tenants that are admitted before it, about"
+        default=None,
+        description="Approximate number of calls of all tenants that are admitted before it",
     )
     wait_ms: int | None = Field(
         default=None,
-        description="Estimated time until it is admitted; only while queued, where it is known",
+        description="Estimated time until admission; only while queued, if known",
     )
     model: str | None = None
     tier: Tier | None = Field(
         default=None,
-        description="Processing tier that the job was put into last, where it may be put into "
-        "several",
+        description="The job's current processing tier, if it may use several",
     )
     tier_why: str | None = Field(default=None, description="Why that tier was chosen")
     priority: int
@@ -218,29 +225,29 @@ class StatusView(Classified):
     retry_at: datetime | None = Field(default=None, description="When a queued retry may start")
     queue_ms: float | None = Field(
         default=None,
-        description="From submission to admission, or to an end without it; of a retry, from its "
-        "being taken up again",
+        description="Time from submission to admission, or to an end without admission; for a "
+        "retry from its claim on",
     )
     upstream_ms: float | None = Field(
-        default=None, description="Length of the call to the provider"
+        default=None, description="Duration of the call to the provider"
     )
     first_byte_ms: float | None = Field(
         default=None,
-        description="Of it, from sending the call to the first bytes of its answer's body",
+        description="Time from sending the call to the first byte of its answer's body",
     )
     text: str | None = None
     answer: Any = Field(
         default=None,
-        description="Of a job with an `endpoint`: the provider's answer, verbatim; as text where "
-        "it is no JSON, or may nest over 200 levels deep",
+        description="The provider's answer to a job with an `endpoint`, verbatim; as text if it "
+        "is not JSON, or may be nested more than 200 levels",
     )
     images: list[FileView] = []
-    files: list[FileView] = Field(default=[], description="What was uploaded")
+    files: list[FileView] = Field(default=[], description="Uploaded files")
     usage: UsageView | None = None
     cost_micros: int | None = Field(
         default=None,
-        description="What it cost in micro-dollars, once it has ended and where prices and "
-        "usage are known: see docs/accounting.md",
+        description="Cost in micro-dollars, once it has ended, if price and usage are known: see "
+        "docs/accounting.md",
     )
     finish_reason: str | None = None
     error: ErrorView | None = None
@@ -274,7 +281,7 @@ class RequestPage(BaseModel):
 
     items: list[RequestItem]
     next_cursor: str | None = Field(
-        default=None, description="Give it as `cursor` for the next page; not there on the last"
+        default=None, description="Pass it as `cursor` for the next page; absent on the last page"
     )
 
 

@@ -87,7 +87,7 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentVerdict:
-    """The state in a word and a sentence. more: causes beyond those that are named."""
+    """The state in a word and a sentence. more: number of causes that are not listed."""
 
     health: Health
     sentence: str

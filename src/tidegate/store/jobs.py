@@ -517,7 +517,7 @@ class StuckCounts:
 
 @dataclass(frozen=True, slots=True)
 class DeadJob:
-    """A job whose workers died under it so often that it is not tried again."""
+    """A job whose workers died so often that it is not retried."""
 
     request_id: UUID
     tenant: str
@@ -533,7 +533,7 @@ class DeadJob:
 
 @dataclass(frozen=True, slots=True)
 class GivenUpWebhook:
-    """A webhook that no try has delivered. `answer_status` and `problem` are of the last try."""
+    """A webhook whose deliveries all failed. `answer_status`, `problem`: of the last attempt."""
 
     webhook_id: UUID
     request_id: UUID

@@ -36,7 +36,7 @@ BatchId = Annotated[str, Path(description="As in the list: batch_... or msgbatch
 
 
 class BatchPause(BaseModel):
-    """No line begins until it is resumed."""
+    """A pause: no line starts until the batch is resumed."""
 
     at: datetime
     by: str
@@ -44,45 +44,47 @@ class BatchPause(BaseModel):
 
 
 class BatchOverview(BaseModel):
-    """A batch, with what has become of its lines."""
+    """A batch with the progress of its lines."""
 
     id: str
     tenant: str
-    key: str | None = Field(description="How the API key begins that created it")
+    key: str | None = Field(description="The prefix of the API key that created it")
     form: Literal["openai", "anthropic"]
     endpoint: str
     status: str
     pause: BatchPause | None
-    is_disabled: bool = Field(description="Its tenant is: no line begins")
-    total: int = Field(description="Of lines; of the file's until they are counted")
+    is_disabled: bool = Field(description="Its tenant is disabled: no line starts")
+    total: int = Field(description="Number of lines; of the file's lines until they are counted")
     completed: int
     failed: int
-    claimed: int = Field(description="Lines that wait in a worker for their turn")
-    calling: int = Field(description="Lines that are called now")
+    claimed: int = Field(description="Lines that wait for admission in a worker")
+    calling: int = Field(description="Running lines")
     created_at: datetime
     in_progress_at: datetime | None
     expires_at: datetime
     ended_at: datetime | None
     metadata: dict[str, str] | None
-    errors: list[str] = Field(description="Why its file was refused: the first five")
-    has_output: bool = Field(description="There is a file of the lines that succeeded")
-    has_errors: bool = Field(description="There is a file of the others")
+    errors: list[str] = Field(description="Why its file was rejected: the first five errors")
+    has_output: bool = Field(description="Whether there is a file of successful lines")
+    has_errors: bool = Field(description="Whether there is a file of the other lines")
 
 
 class BatchPage(BaseModel):
     items: list[BatchOverview]
-    next_after: str | None = Field(description="For the next page; null: this is the last one")
+    next_after: str | None = Field(
+        description="Pass it as `after` for the next page; null on the last page"
+    )
 
 
 @router.get("/batches", summary="Batches of all tenants")
 async def list_all(
     request: Request,
     tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
-    is_open: Annotated[bool, Query(alias="open", description="Only those that go on")] = False,
+    is_open: Annotated[bool, Query(alias="open", description="Only running batches")] = False,
     after: Annotated[str | None, Query(max_length=80, description="An id")] = None,
     limit: Annotated[int, Query(ge=1, le=_MOST)] = 50,
 ) -> BatchPage:
-    """The newest first."""
+    """Newest first."""
     found = await services_of(request).store.batches.of_all(
         after=None if after is None else _after(after),
         tenant_id=None if tenant is None else tenant.replace("\0", ""),
@@ -97,10 +99,11 @@ async def list_all(
     "/batches/{batch_id}/pause",
     responses=problem_responses(404, 409),
     openapi_extra=described(Signed),
-    summary="Let no more lines of a batch begin",
+    summary="Pause a batch",
 )
 async def pause(request: Request, batch_id: BatchId) -> BatchOverview:
-    """In all processes within two seconds. Lines that are called end, and its 24 hours go on."""
+    """Within two seconds no more lines start in any process. Running lines finish; the 24 hours
+    continue to run."""
     signed, store = await read_json(request, Signed), services_of(request).store
     done = await store.batches.pause(_id(batch_id), by=signed.by, reason=signed.reason)
     found = await store.batches.any(_id(batch_id))
@@ -117,7 +120,7 @@ async def pause(request: Request, batch_id: BatchId) -> BatchOverview:
     summary="End the pause of a batch",
 )
 async def resume(request: Request, batch_id: BatchId) -> BatchOverview:
-    """One that is not paused stays as it is."""
+    """A batch that is not paused is not changed."""
     signed, store = await read_json(request, Signed), services_of(request).store
     if await store.batches.resume(_id(batch_id)):
         _note(Log.BATCH_RESUMED, batch_id, signed)
@@ -131,7 +134,7 @@ async def resume(request: Request, batch_id: BatchId) -> BatchOverview:
     summary="Cancel a batch of any tenant",
 )
 async def cancel(request: Request, batch_id: BatchId) -> BatchOverview:
-    """Lines that are called end, no other begins, and the results so far can be fetched."""
+    """Running lines finish, no other starts, and the results so far can be fetched."""
     signed, store = await read_json(request, Signed), services_of(request).store
     found = await store.batches.any(_id(batch_id))
     _, done = await store.batches.cancel(found.batch.batch_id, found.batch.tenant_id)

@@ -122,21 +122,23 @@ class NewBudget(BaseModel):
 
 
 class BookView(BaseModel):
-    """What was spent of a budget in the current period. Amounts are micro-dollars or tokens."""
+    """Spend of a budget in its current period. Amounts are micro-dollars or tokens."""
 
     budget: str
     scope: list[str | None] = Field(description="The values of `each`")
     unit: Literal["usd", "tokens"]
     amount: int
     spent: int
-    estimated: int = Field(description="Of `spent`: charged as an estimate, until it is reconciled")
-    held: int = Field(description="Reserved for calls in progress")
-    reset_at: datetime | None = Field(description="null: of a rolling period")
+    estimated: int = Field(
+        description="The part of `spent` that is an estimate until it is reconciled"
+    )
+    held: int = Field(description="Reserved for running calls")
+    reset_at: datetime | None = Field(description="Null for a rolling period")
     paused_since: datetime | None
 
 
 class BudgetView(BaseModel):
-    """A budget, with the book that is used most."""
+    """A budget with its most used amount."""
 
     name: str
     unit: Literal["usd", "tokens"]
@@ -173,23 +175,25 @@ class ResumeBudget(BaseModel):
 
 
 class Resumed(BaseModel):
-    scopes: list[list[str | None]] = Field(description="Those that were paused, or may spend more")
+    scopes: list[list[str | None]] = Field(
+        description="Values of `each` that were resumed or may spend more"
+    )
 
 
 class BudgetRemoved(BaseModel):
     removed: bool = True
 
 
-@router.get("/budgets", summary="All budgets, each with the book that is used most")
+@router.get("/budgets", summary="All budgets, each with its most used amount")
 async def list_budgets(request: Request) -> list[BudgetView]:
     return await _views(request)
 
 
-@router.get("/budgets/books", summary="What was spent, those that are used most first")
+@router.get("/budgets/books", summary="Spend of budgets in their current periods, most used first")
 async def list_books(
     request: Request, budget: Annotated[str | None, Query(max_length=200)] = None
 ) -> list[BookView]:
-    """Up to 1,000 books of the current periods."""
+    """Up to 1,000 rows; with `each` a budget has one row per value."""
     books = await services_of(request).budgets.records.books(budget)
     return [_book(one) for one in books]
 
@@ -201,7 +205,7 @@ async def list_books(
     summary="Create a budget, or change its amount, end, doubt and alerts",
 )
 async def set_budget(request: Request, name: BudgetName) -> BudgetView:
-    """A new budget begins with what the record has of its period. In force everywhere within a
+    """A new budget starts with the recorded spend of its period. Takes effect everywhere within a
     second."""
     new, budgets = await read_json(request, NewBudget), services_of(request).budgets
     with config_errors_refused():
@@ -216,10 +220,10 @@ async def set_budget(request: Request, name: BudgetName) -> BudgetView:
     "/budgets/{name:text}/resume",
     responses=problem_responses(404),
     openapi_extra=described(ResumeBudget),
-    summary="Resume a paused budget, or allow more in its current period",
+    summary="Resume a paused budget, or allow more spend in its current period",
 )
 async def resume_budget(request: Request, name: BudgetName) -> Resumed:
-    """Without `scope` all its books go on."""
+    """Without `scope`, for all values of `each`."""
     new, budgets = await read_json(request, ResumeBudget), services_of(request).budgets
     scope = None if new.scope is None else scope_text(new.scope)
     with config_errors_refused():
@@ -232,7 +236,7 @@ async def resume_budget(request: Request, name: BudgetName) -> Resumed:
 @router.delete(
     "/budgets/{name:text}",
     responses=problem_responses(404),
-    summary="Remove a budget with its books",
+    summary="Remove a budget with its recorded spend",
 )
 async def remove_budget(request: Request, name: BudgetName, by: By = "admin") -> BudgetRemoved:
     budgets = services_of(request).budgets
@@ -272,13 +276,15 @@ _MOST_ALERTS = 100
 class AlertChannel(BaseModel):
     """Where alerts are posted."""
 
-    place: str | None = Field(description="The scheme and host of ALERT_WEBHOOK_URL; null: not set")
+    place: str | None = Field(
+        description="Scheme and host of ALERT_WEBHOOK_URL; null if it is not set"
+    )
     format: Literal["standard", "slack"]
     is_signed: bool
 
 
 class AlertCause(BaseModel):
-    """Something that an operator has to look at now, as in `tidegate status`."""
+    """A current problem, as in `tidegate status`."""
 
     kind: str
     level: Literal["healthy", "degraded", "down"]
@@ -288,7 +294,7 @@ class AlertCause(BaseModel):
 
 
 class AlertView(BaseModel):
-    """An alert that was raised, and what has become of it."""
+    """An alert that was raised, and the state of its delivery."""
 
     id: UUID
     kind: str
@@ -296,18 +302,18 @@ class AlertView(BaseModel):
     created_at: datetime
     state: Literal["pending", "delivered", "given_up"]
     tries: int
-    due_at: datetime | None = Field(description="Of the next try; null: there is none")
-    problem: str | None = Field(description="How the last try failed")
+    due_at: datetime | None = Field(description="Time of the next attempt; null if there is none")
+    problem: str | None = Field(description="The error of the last attempt")
 
 
 class AlertsView(BaseModel):
     channel: AlertChannel
     health: Literal["healthy", "degraded", "down"]
-    causes: list[AlertCause] = Field(description="What holds now, the worst first")
-    items: list[AlertView] = Field(description="The last 100, of 30 days at most")
+    causes: list[AlertCause] = Field(description="Current problems, the worst first")
+    items: list[AlertView] = Field(description="The last 100 alerts, of at most 30 days")
 
 
-@router.get("/alerts", summary="What an operator has to look at, and the alerts that were raised")
+@router.get("/alerts", summary="Current problems, and the alerts that were raised")
 async def alerts(request: Request) -> AlertsView:
     services = services_of(request)
     verdict = await services.standing.verdict()
@@ -324,10 +330,10 @@ async def alerts(request: Request) -> AlertsView:
     "/alerts/test",
     status_code=202,
     openapi_extra=described(Signed),
-    summary="Have a test alert posted",
+    summary="Post a test alert",
 )
 async def test_alert(request: Request) -> AlertChannel:
-    """By a worker, as every alert."""
+    """A worker posts it, like every alert."""
     signed, services = await read_json(request, Signed), services_of(request)
     channel = _channel(services.config)
     if channel.place is None:

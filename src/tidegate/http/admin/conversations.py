@@ -156,7 +156,9 @@ class CallView(BaseModel):
     endpoint: str | None = None
     model: str | None = None
     upstream: str | None = None
-    conversation: str | None = Field(default=None, description="Of a trace, which may have several")
+    conversation: str | None = Field(
+        default=None, description="For a trace, which may have several conversations"
+    )
     attempts: int
     submitted_at: datetime
     finished_at: datetime
@@ -164,7 +166,9 @@ class CallView(BaseModel):
     upstream_ms: float | None = None
     first_byte_ms: float | None = None
     input_tokens: int | None = None
-    cached_tokens: int | None = Field(default=None, description="Of the input, from a cache")
+    cached_tokens: int | None = Field(
+        default=None, description="Input tokens that were read from a cache"
+    )
     output_tokens: int | None = None
     usage_state: str | None = Field(
         default=None, description="told, partial, estimated, unknown or none"
@@ -174,26 +178,26 @@ class CallView(BaseModel):
 
 
 class ThreadView(BaseModel):
-    """Calls that begin alike, or that continue one another, in the order of their receipt."""
+    """Calls with the same beginning, or that continue one another, in order of receipt."""
 
     opening: str | None = Field(
         default=None, description="Digest of the tools, the system prompt and the first message"
     )
-    under: str | None = Field(default=None, description="The call that it came of")
+    under: str | None = Field(default=None, description="The call from which the thread originated")
     by: Why | None = Field(
         default=None,
-        description="How that is known: it continues the `answer`, is a child in the `trace`, or "
-        "lies in the `time` between that call and the next one of its thread",
+        description="Evidence: it continues the `answer`, is a child in the `trace`, or lies in "
+        "`time` between that call and the next one of its thread",
     )
     calls: list[CallView]
 
 
 class SumsView(BaseModel):
-    """What all calls come to, in tokens, milliseconds and micro-dollars."""
+    """Totals of all calls in tokens, milliseconds and micro-dollars."""
 
     calls: int
-    failed: int = Field(description="Those that did not succeed")
-    unpriced: int = Field(description="Calls whose cost is not known")
+    failed: int = Field(description="Calls that did not succeed")
+    unpriced: int = Field(description="Calls of unknown cost")
     began_at: datetime
     ended_at: datetime
     queue_ms: float
@@ -201,7 +205,7 @@ class SumsView(BaseModel):
     input_tokens: int
     cached_tokens: int
     cached_share: float | None = Field(
-        default=None, description="Of the input of those calls that report what a cache had"
+        default=None, description="Cached share of the input, of calls that report it"
     )
     output_tokens: int
     cost_micros: int
@@ -214,8 +218,8 @@ class ConversationView(BaseModel):
     conversation: str | None = None
     trace: str | None = None
     sums: SumsView
-    complete: bool = Field(description="Whether these are all calls, or the 2,000 last ones")
-    threads: list[ThreadView] = Field(description="In the order of their first calls")
+    complete: bool = Field(description="Whether these are all calls; otherwise the last 2,000")
+    threads: list[ThreadView] = Field(description="Ordered by their first calls")
 
 
 class ConversationQuery(BaseModel):
@@ -228,8 +232,8 @@ class ConversationQuery(BaseModel):
         default=None,
         min_length=1,
         max_length=200,
-        description="Its name by a header, by `prompt_cache_key` or at the provider; "
-        "`opening-` and a digest where it has none",
+        description="The conversation's name from a header, `prompt_cache_key` or the provider; "
+        "`opening-` and a digest if it has none",
     )
     trace: str | None = Field(default=None, pattern="^[0-9a-f]{32}$", description="Its id")
 
@@ -292,7 +296,7 @@ router = admin_router(400, 503)
 async def conversation(
     request: Request, query: Annotated[ConversationQuery, FromQuery()]
 ) -> Response:
-    """Those that have ended, with what they used and cost."""
+    """Calls that have ended, with their usage and cost."""
     name, is_trace = query.named()
     requests = services_of(request).store.requests
     found = await requests.conversation(query.tenant, name, is_trace=is_trace)

@@ -139,7 +139,8 @@ async def in_pool(
     pool: Annotated[
         str | None,
         Query(
-            description="Whose limits: the name of an upstream; `gemini`, or the first, if absent"
+            description="The upstream whose limits are meant. Default: `gemini`, or the first "
+            "upstream"
         ),
     ] = None,
 ) -> None:
@@ -298,7 +299,7 @@ async def change_limits(request: Request) -> InForceNow:
     return await _changed(request, changes, edit(changes.set, changes.remove, changes.expected))
 
 
-@router.get("/limits/history", summary="What policy was in force since when, and who set it")
+@router.get("/limits/history", summary="Revisions of the policy: when each was set, and by whom")
 async def history(
     request: Request, most: Annotated[int, Query(ge=1, le=1_000)] = 50
 ) -> list[PolicyRecord]:
@@ -309,7 +310,7 @@ async def history(
     "/limits/accept",
     responses=problem_responses(404),
     openapi_extra=described(AcceptedLimits),
-    summary="Put limits in force as the provider's answers report them",
+    summary="Apply limits that the provider's answers report",
 )
 async def accept_learned(request: Request) -> InForceNow:
     chosen = await read_json(request, AcceptedLimits)
@@ -323,11 +324,12 @@ async def accept_learned(request: Request) -> InForceNow:
     responses=problem_responses(429),
     response_model=Comparison,
     openapi_extra=described(WantedRehearsal),
-    summary="Rehearse changes of limits on calls on record; changes nothing",
+    summary="Simulate changes of limits on recorded calls; changes nothing",
 )
 async def rehearse(request: Request) -> Response:
-    """One runs at a time in a process, and ends when its client leaves. `cases` has the limits as
-    they are, then with the changes; it is empty where no call is on record."""
+    """A process runs one simulation at a time, and ends it when its client disconnects. `cases` has
+    the result under the limits as they are, then with the changes; it is empty if there are no
+    recorded calls."""
     wanted = await read_json(request, WantedRehearsal)
     services, pool = services_of(request), request.state.pool
     assert services.config.database_url is not None
@@ -370,7 +372,7 @@ async def _while_present(request: Request, rehearsal: RecordRehearsal) -> bytes:
     "/limits/{limit_id:path}",
     responses=problem_responses(404),
     openapi_extra=described(NewLimit),
-    summary="Set one limit; in force everywhere immediately",
+    summary="Set one limit; takes effect everywhere immediately",
 )
 async def set_limit(request: Request, limit_id: LimitId) -> InForceNow:
     new = await read_json(request, NewLimit)
@@ -396,7 +398,7 @@ async def remove_limit(
     summary="Pause a limit for a time: it admits no call",
 )
 async def pause(request: Request, limit_id: LimitId) -> Done:
-    """`done` is false where a pause that lasts longer stays."""
+    """`done` is false if a longer pause is in force, which stays."""
     new = await read_json(request, NewPause)
     done = await control_of(request).pause(limit_id, new.for_ms, by=new.by, reason=new.reason)
     return Done(done=done)
@@ -409,12 +411,12 @@ async def pause(request: Request, limit_id: LimitId) -> Done:
     summary="End a pause",
 )
 async def resume(request: Request, limit_id: LimitId) -> Done:
-    """`done` is false where there was no pause."""
+    """`done` is false if there was no pause."""
     signed = await read_json(request, Signed)
     return Done(done=await control_of(request).resume(limit_id, by=signed.by))
 
 
-@router.get("/permits", summary="Every permit in use, by process")
+@router.get("/permits", summary="All permits in use, by process")
 async def permits(request: Request) -> list[ShownPermit]:
     return await control_of(request).permits()
 
@@ -426,11 +428,11 @@ async def permits(request: Request) -> list[ShownPermit]:
 )
 async def revoke(
     request: Request,
-    process: Annotated[str, Path(description="Its name or its session")],
+    process: Annotated[str, Path(description="The process's name or session")],
     by: By = "admin",
 ) -> Revoked:
-    """Only for a process whose death is certain: one that lives cancels its calls when it finds
-    out, and until then the provider may see more calls than allowed."""
+    """Only for a process that is certainly dead: a running process cancels its calls when it
+    notices, and until then the provider may get more calls than the limits allow."""
     return Revoked(sessions=await control_of(request).revoke(process, by=by))
 
 
@@ -451,7 +453,7 @@ async def why_it_waits(
     return await why_of(services_of(request), request_id)
 
 
-@router.get("/estimates", summary="How good the estimates of tokens of this process are")
+@router.get("/estimates", summary="Quality of this process's token estimates")
 async def estimates(request: Request) -> list[Learned]:
     return list(services_of(request).spine.estimates())
 

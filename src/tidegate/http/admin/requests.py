@@ -80,21 +80,21 @@ What = Literal[
 
 @dataclass(frozen=True, slots=True)
 class StepView:
-    """A moment of a request's life, or a time from `at` to `until`."""
+    """A step of a request: at one time, or from `at` to `until`."""
 
     what: What
     words: Annotated[str, Field(description="The step in a sentence")]
     at: datetime
     until: datetime | None = None
-    goes_on: Annotated[bool, Field(description="It has not ended")] = False
-    attempt: Annotated[int | None, Field(description="Which try it belongs to, from 1")] = None
+    goes_on: Annotated[bool, Field(description="Whether the step is still in progress")] = False
+    attempt: Annotated[int | None, Field(description="Number of its attempt, from 1")] = None
     first_byte_ms: Annotated[
         float | None,
-        Field(description="Of a call: until the first byte of the answer, where known"),
+        Field(description="For a call: time to the first byte of the answer, if known"),
     ] = None
     outcome: str | None = None
-    code: Annotated[str | None, Field(description="Of the error that it ended with")] = None
-    process: Annotated[str | None, Field(description="The process that did it")] = None
+    code: Annotated[str | None, Field(description="Code of the error that ended it")] = None
+    process: Annotated[str | None, Field(description="The process that performed it")] = None
     webhook_id: str | None = None
 
 
@@ -281,25 +281,24 @@ Action = Literal["cancel", "retry", "replay", "requeue", "discard"]
 
 
 class AdminItem(BaseModel):
-    """A request in short, and whose it is."""
+    """A request in short, with its tenant."""
 
     request_id: str
     tenant: str
-    pool: str = Field(description="Empty while no upstream was chosen for it")
+    pool: str = Field(description="Empty until an upstream was chosen")
     source: Source
     status: Status
     type: Kind | None = None
     model: str | None = None
-    endpoint: str | None = Field(default=None, description="The native path that was called")
+    endpoint: str | None = Field(default=None, description="The native path of the call")
     subject: str | None = None
-    key: str | None = Field(default=None, description="The prefix of the API key that was shown")
-    prompt: str | None = Field(default=None, description="How it begins, as `text` searches it")
+    key: str | None = Field(default=None, description="The prefix of the API key")
+    prompt: str | None = Field(default=None, description="Its beginning, which `text` searches")
     conversation: str | None = Field(
         default=None,
-        description="See `/admin/conversations`; of calls without a name made of "
-        "what they begin with",
+        description="See `/admin/conversations`; without a name, of the call's beginning",
     )
-    upstream: str | None = Field(default=None, description="Of the last call, once it has begun")
+    upstream: str | None = Field(default=None, description="The upstream of the last call")
     priority: int
     attempts: int
     submitted_at: datetime
@@ -308,8 +307,8 @@ class AdminItem(BaseModel):
     queue_ms: float | None = None
     upstream_ms: float | None = None
     total_tokens: int | None = None
-    cost_micros: int | None = Field(default=None, description="As of one request")
-    error_code: str | None = Field(default=None, description="Of its end, or of its last attempt")
+    cost_micros: int | None = Field(default=None, description="Cost, as for a single request")
+    error_code: str | None = Field(default=None, description="Of its end or of its last attempt")
 
 
 class AdminPage(BaseModel):
@@ -317,17 +316,17 @@ class AdminPage(BaseModel):
 
     items: list[AdminItem]
     next_cursor: str | None = Field(
-        default=None, description="Give it as `cursor` for the next page; not there on the last"
+        default=None, description="Pass it as `cursor` for the next page; absent on the last page"
     )
 
 
 class AttemptView(BaseModel):
-    """One try upstream."""
+    """One attempt at an upstream."""
 
     number: int
     outcome: str = Field(
-        description="running, failed, preempted (it gave way to a call of a higher band), or what "
-        "the request became; running for ever where the worker was lost"
+        description="running, failed, preempted (by a call of a higher band), or the final status "
+        "of the request; stays running if its worker died"
     )
     process: str
     model: str
@@ -339,12 +338,12 @@ class AttemptView(BaseModel):
     first_byte_ms: float | None = None
     usage: UsageView | None = None
     finish_reason: str | None = None
-    response_id: str | None = Field(default=None, description="As the provider names its answer")
+    response_id: str | None = Field(default=None, description="The provider's id of the answer")
     error: ErrorView | None = None
 
 
 class DeliveryView(BaseModel):
-    """A webhook that tells of the request's end."""
+    """A webhook that reports the request's end."""
 
     id: str
     event: str
@@ -359,45 +358,45 @@ class DeliveryView(BaseModel):
 
 
 class BodyView(BaseModel):
-    """A body in the record, at `/admin/requests/{request_id}/<role>`."""
+    """A recorded body, at `/admin/requests/{request_id}/<role>`."""
 
     role: Literal["request", "response"]
     size_bytes: int
     content_type: str
-    omitted_bytes: int = Field(description="How much of the middle of a long one is not kept")
+    omitted_bytes: int = Field(description="Bytes in the middle of a long body that are not kept")
 
 
 class AdminStatus(StatusView):
-    """What its owner sees of it, and whose it is."""
+    """The status as its owner sees it, with its tenant."""
 
     model_config = ConfigDict(json_schema_extra=None)
 
     source: Source  # type: ignore[assignment]
     tenant: str
-    pool: str = Field(description="Of a job that whose queue it was in")
-    upstream: str | None = Field(default=None, description="Of the last call, once it has begun")
+    pool: str = Field(description="The pool of the call; for a job the pool of its queue")
+    upstream: str | None = Field(default=None, description="The upstream of the last call")
     endpoint: str | None = None
     streamed: bool | None = None
-    http_status: int | None = Field(default=None, description="Of the answer to a native call")
+    http_status: int | None = Field(default=None, description="Status of a native call's answer")
     subject: str | None = None
-    key: str | None = Field(default=None, description="The prefix of the API key that was shown")
-    process: str | None = Field(default=None, description="That has it, or had it last")
+    key: str | None = Field(default=None, description="The prefix of the API key")
+    process: str | None = Field(default=None, description="Process that handles it, or did last")
     conversation: str | None = None
-    trace_id: str | None = Field(default=None, description="Of the trace that it is part of")
-    lapses: int = Field(default=0, description="How often its workers died over it")
+    trace_id: str | None = Field(default=None, description="Id of its trace")
+    lapses: int = Field(default=0, description="How often a worker died while running it")
     repeats: str | None = Field(default=None, description="The request that it replays")
-    bound_upstream: str | None = Field(default=None, description="Where alone it may be called")
-    asked_model: str | None = Field(default=None, description="The model that its caller named")
+    bound_upstream: str | None = Field(default=None, description="Only this upstream is used")
+    asked_model: str | None = Field(default=None, description="The model that the client requested")
     model_version: str | None = Field(
         default=None, description="The model that answered, as the provider names it"
     )
     prompt: str | None = None
     prompt_chars: int | None = Field(
-        default=None, description=f"Of the whole prompt; at most {MOST_CHARS} of them are shown"
+        default=None, description=f"Of the whole prompt; at most {MOST_CHARS} are shown"
     )
     image_uri: str | None = None
     cost_micros: int | None = Field(
-        default=None, description="In millionths of the currency of the prices; once it has ended"
+        default=None, description="Cost in millionths of the prices' currency, once it has ended"
     )
     usage_state: str | None = Field(
         default=None, description="told, partial, estimated, unknown or none"
@@ -405,19 +404,19 @@ class AdminStatus(StatusView):
 
 
 class RequestView(BaseModel):
-    """All that is on record of one request, and what it waits for now."""
+    """The whole record of one request, and what it waits for now."""
 
     request: AdminStatus
     timeline: list[StepView]
     attempts: list[AttemptView]
     webhooks: list[DeliveryView]
     bodies: list[BodyView]
-    waiting: Reason | None = Field(default=None, description="While it has not ended")
-    advice: str | None = Field(default=None, description="What can be done about its failure")
+    waiting: Reason | None = Field(default=None, description="Only until the request has ended")
+    advice: str | None = Field(default=None, description="Advice for its failure")
     actions: list[Action] = Field(
-        description="What can be done with it now; requeue and discard at `/admin/dead`"
+        description="Possible actions; requeue and discard are at `/admin/dead`"
     )
-    now: datetime = Field(description="The clock of this process, against which its times are")
+    now: datetime = Field(description="Current time of this process, to compare times with")
 
 
 def admin_item(found: FoundRequest, *, reads_prompts: bool) -> AdminItem:
@@ -530,9 +529,9 @@ class SearchQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    status: list[Status] = Field(default=[], max_length=10, description="One or several")
+    status: list[Status] = Field(default=[], max_length=10, description="One or several states")
     tenant: str | None = _TEXT
-    model: str | None = Field(default=None, min_length=1, max_length=128, description="Its name")
+    model: str | None = Field(default=None, min_length=1, max_length=128, description="The model")
     type: Kind | None = None
     source: Source | None = None
     error_code: str | None = Field(default=None, min_length=1, max_length=100)
@@ -542,24 +541,22 @@ class SearchQuery(BaseModel):
         default=None, min_length=1, max_length=128, description="Of the last call"
     )
     id: str | None = Field(
-        default=None, max_length=36, description="How its id begins, with dashes or without"
+        default=None, max_length=36, description="The beginning of an id, with or without dashes"
     )
     text: str | None = Field(
         default=None,
         min_length=2,
         max_length=200,
-        description="How the words begin of the subject, the key and the first 500 characters of "
-        "what the user asked last, of requests that have ended; or the id. Viewers who read no "
-        "prompts search none",
+        description="Beginnings of words in the subject, the key and the first 500 characters of "
+        "the last user message, for requests that have ended; or an id. Viewers who "
+        "may not read prompts cannot search them",
     )
     since: datetime | None = Field(
-        default=None, description="The earliest time of submission; without a zone it is in UTC"
+        default=None, description="Submitted at or after this time; UTC without a time zone"
     )
-    until: datetime | None = Field(
-        default=None, description="The first time of submission that is too late"
-    )
+    until: datetime | None = Field(default=None, description="Submitted before this time")
     limit: int = Field(default=50, ge=1, le=200)
-    cursor: UUID | None = Field(default=None, description="`next_cursor` of the page before")
+    cursor: UUID | None = Field(default=None, description="`next_cursor` of the previous page")
 
     def wanted(self, *, in_prompts: bool) -> SearchFilter:
         return SearchFilter(
@@ -586,9 +583,9 @@ class SearchQuery(BaseModel):
     summary="Requests of all tenants, newest first",
 )
 async def found(request: Request, query: Annotated[SearchQuery, FromQuery()]) -> AdminPage:
-    """Jobs, streams and native calls that have ended, and lines of batches that a worker has now or
-    that have ended. Go on with `cursor` until there is no `next_cursor`: each page looks at 20,000
-    requests at most, so it may hold fewer than `limit`, even none, while there are more."""
+    """Jobs, streams and native calls that have ended, and batch lines that are claimed or have
+    ended. Continue with `cursor` until there is no `next_cursor`: a page scans at most 20,000
+    requests, so it may have fewer than `limit`, or none, while there are more."""
     requests = services_of(request).store.requests
     reads = reads_bodies(request, await operator_of(request))
     wanted = query.wanted(in_prompts=reads)
@@ -603,11 +600,11 @@ async def found(request: Request, query: Annotated[SearchQuery, FromQuery()]) ->
     "/requests/{request_id}",
     response_model_exclude_none=True,
     responses=problem_responses(404),
-    summary="All that is on record of one request, and what it waits for",
+    summary="The whole record of one request, and what it waits for",
 )
 async def one(request: Request, request_id: UUID) -> RequestView:
-    """Its life as a timeline, with each attempt and webhook. `waiting` says why it has not ended;
-    it is not there while Valkey is away."""
+    """A timeline with each attempt and webhook. `waiting` shows why the request has not ended; it
+    is absent while Valkey is unavailable."""
     services = services_of(request)
     detail = await services.store.requests.detail(request_id)
     waiting = await _waiting(services, detail)
@@ -642,10 +639,10 @@ async def answered(request: Request, request_id: UUID) -> Response:
     response_class=StreamingResponse,
     responses=problem_responses(404)
     | {200: {"content": {"image/png": {}}, "description": "The file's bytes"}},
-    summary="A picture or file of a request",
+    summary="An image or file of a request",
 )
 async def file(request: Request, request_id: UUID, file_id: UUID) -> Response:
-    """Pictures may be shown in a page; everything else is offered for download."""
+    """Images can be displayed inline; all other files are sent as a download."""
     services = services_of(request)
     return await file_response(
         await services.store.requests.file_of_any(request_id, file_id), services.blobs
@@ -662,7 +659,7 @@ async def file(request: Request, request_id: UUID, file_id: UUID) -> Response:
     summary="Cancel a job of any tenant",
 )
 async def cancel(request: Request, request_id: UUID) -> Response:
-    """As its owner may, by `DELETE /requests/{request_id}`."""
+    """Like `DELETE /requests/{request_id}` by its owner."""
     signed = await read_json(request, Signed)
     detail = await services_of(request).store.requests.detail(request_id)
     answer = await ended_by(request, request_id, detail.record.tenant_id)
@@ -678,8 +675,8 @@ async def cancel(request: Request, request_id: UUID) -> Response:
     summary="Submit a job that has ended again, as a new job",
 )
 async def retry(request: Request, request_id: UUID) -> Accepted:
-    """The same prompt and files, for the same tenant, whatever its caps and budgets are: they count
-    it, but do not refuse it. The first job stays as it is."""
+    """The same prompt and files, for the same tenant. Its caps and budgets count the new job but do
+    not reject it. The first job is not changed."""
     signed = await read_json(request, Signed)
     services = services_of(request)
     detail, now = await services.store.requests.detail(request_id), services.clock.now()
@@ -696,7 +693,7 @@ class NewReplay(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    upstream: str = Field(min_length=1, max_length=128, description="Its name")
+    upstream: str = Field(min_length=1, max_length=128, description="The upstream's name")
     by: str = Field(default="admin", min_length=1, max_length=100)
     reason: str = Field(default="", max_length=500)
 
@@ -706,11 +703,11 @@ class NewReplay(BaseModel):
     status_code=202,
     responses=problem_responses(404, 408, 409, 413, 415),
     openapi_extra=described(NewReplay),
-    summary="Make what a request that has ended asked for again, at an upstream of one's choice",
+    summary="Repeat a request that has ended, at a chosen upstream",
 )
 async def replay(request: Request, request_id: UUID) -> Accepted:
-    """A new job of the same tenant, called there alone, whatever its source was; streams become
-    whole answers. Caps and budgets count it as for `retry`; no webhook is sent."""
+    """A new job of the same tenant that only uses this upstream, for a request of any source.
+    Streams become whole answers. Caps and budgets count it as for `retry`; no webhook is sent."""
     signed = await read_json(request, NewReplay)
     services, bound = services_of(request), signed.upstream
     detail = await services.store.requests.detail(request_id)
@@ -805,7 +802,7 @@ async def dead(request: Request, most: Most = 100) -> list[DeadJob]:
 @router.post(
     "/dead/{request_id}/requeue",
     responses=problem_responses(404),
-    summary="Give a dead job a fresh start",
+    summary="Queue a dead job again, with all its attempts",
 )
 async def requeue(request: Request, request_id: UUID) -> Done:
     await services_of(request).store.stuck.requeue(request_id)
@@ -816,7 +813,7 @@ async def requeue(request: Request, request_id: UUID) -> Done:
 @router.post(
     "/dead/{request_id}/discard",
     responses=problem_responses(404),
-    summary="Cancel a dead job, for good",
+    summary="Cancel a dead job permanently",
 )
 async def discard(request: Request, request_id: UUID) -> Done:
     await services_of(request).store.stuck.discard(request_id)
@@ -824,19 +821,19 @@ async def discard(request: Request, request_id: UUID) -> Done:
     return Done(done=True)
 
 
-@router.get("/webhooks", summary="Webhooks that were given up, of all tenants")
+@router.get("/webhooks", summary="Webhooks of all tenants whose delivery failed")
 async def given_up(request: Request, most: Most = 100) -> list[GivenUpWebhook]:
-    """`POST /admin/webhooks/{webhook_id}/redeliver` has one delivered again."""
+    """`POST /admin/webhooks/{webhook_id}/redeliver` delivers one again."""
     return await services_of(request).store.stuck.given_up(most)
 
 
 @router.post(
     "/webhooks/{webhook_id}/redeliver",
     responses=problem_responses(404),
-    summary="Deliver a webhook again, whatever became of it",
+    summary="Deliver a webhook again, whatever its state",
 )
 async def redeliver(request: Request, webhook_id: UUID) -> Done:
-    """Its id is in the request's status; it is tried immediately, and as often as a new one."""
+    """Its id is in the request's status. It is sent immediately, with all of its retries."""
     await services_of(request).store.outbox.redeliver(webhook_id)
     return Done(done=True)
 
@@ -852,7 +849,7 @@ class NewRequeue(Signed):
     )
     tenant: str | None = _TEXT
     limit: int = Field(default=1_000, ge=1, le=MOST_REQUEUED)
-    dry_run: bool = Field(default=True, description="Only count")
+    dry_run: bool = Field(default=True, description="Only count, change nothing")
 
     def order(self) -> Requeue:
         now = datetime.now(UTC)
@@ -878,9 +875,9 @@ class NewRequeue(Signed):
     summary="Queue failed jobs again, under their own ids",
 )
 async def requeue_failed(request: Request) -> RequeueReport:
-    """Jobs that match, those that ended first, with all their attempts and as long a deadline as
-    they had. Their webhooks are sent again when they end. While `has_more` is true, repeat it; a
-    repeat changes nothing for jobs that are queued already."""
+    """Queues matching jobs, in the order in which they ended, with all their attempts and their
+    whole deadline. Their webhooks are sent again when they end. Repeat the request while `has_more`
+    is true; jobs that are queued already are not changed."""
     asked = await read_json(request, NewRequeue)
     stuck = services_of(request).store.stuck
     if asked.dry_run:

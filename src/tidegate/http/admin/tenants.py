@@ -58,7 +58,9 @@ class ActionQuery(BaseModel):
     operator: str | None = Field(default=None, min_length=1, max_length=300)
     what: str | None = Field(default=None, min_length=1, max_length=100, examples=["key.create"])
     target: str | None = Field(default=None, min_length=1, max_length=500)
-    since: datetime | None = Field(default=None, description="Without a zone it is in UTC")
+    since: datetime | None = Field(
+        default=None, description="At or after this time; UTC without a time zone"
+    )
     until: datetime | None = None
     limit: int = Field(default=100, ge=1, le=500)
     cursor: int | None = Field(default=None, ge=0, le=2**62)
@@ -132,11 +134,11 @@ class AdminTenant(BaseModel):
     disabled: bool
     created_at: datetime
     disabled_at: datetime | None = None
-    keys: int = Field(description="Those that work")
+    keys: int = Field(description="Number of valid keys")
     webhook_secret: str | None = Field(
         default=None,
-        description="Signs this tenant's webhooks. Only where one tenant is shown, to the role "
-        "admin; null while WEBHOOK_SECRET is not set",
+        description="Signs this tenant's webhooks. Only for a single tenant and the role admin; "
+        "null if WEBHOOK_SECRET is not set",
     )
 
 
@@ -144,7 +146,7 @@ class NewKey(Signed):
     """A key to be made."""
 
     tenant: str = Field(default=DEFAULT_TENANT, min_length=1, max_length=200)
-    name: str = Field(default="", max_length=200, description="What it is for")
+    name: str = Field(default="", max_length=200, description="Description of the setting")
     scopes: list[Literal["infer", "read", "viewer", "operator", "admin"]] | None = Field(
         default=None,
         min_length=1,
@@ -157,35 +159,35 @@ class NewKey(Signed):
 
 
 class KeyView(BaseModel):
-    """A key as lists show it: never the key itself."""
+    """An API key as lists show it, without the key itself."""
 
     prefix: str
     tenant: str
     name: str
     scopes: list[Scope]
-    role: OperatorRole | None = Field(
-        description="Of who operates with it: the highest of its scopes"
-    )
+    role: OperatorRole | None = Field(description="The highest operator role among its scopes")
     state: str = Field(description="works, revoked or expired")
     created_at: datetime
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
-    last_used_at: datetime | None = Field(default=None, description="Within a minute or so")
+    last_used_at: datetime | None = Field(default=None, description="To within about a minute")
     made_by: str | None = Field(
-        description="By what its maker was admitted; null: nobody was asked for a key when it was "
-        "made, or it was made before that was recorded"
+        description="Credential of its creator; null if none was required, or if the key was "
+        "created before this was recorded"
     )
 
 
 class MadeKey(KeyView):
-    key: str = Field(description="The key itself. It is shown this once: only its digest is kept.")
+    key: str = Field(
+        description="The key itself, shown only this once: Tidegate stores only its digest."
+    )
 
 
 class Removed(BaseModel):
     removed: bool = True
 
 
-@router.get("/tenants", summary="All tenants, with what they may do")
+@router.get("/tenants", summary="All tenants with their limits and caps")
 async def list_tenants(request: Request) -> list[AdminTenant]:
     return [_view(one) for one in await tenants.list_tenants(control_of(request))]
 
@@ -243,14 +245,15 @@ async def remove_tenant(request: Request, tenant_id: TenantId, by: By = "admin")
 @router.get(
     "/keys",
     responses=problem_responses(404),
-    summary="API keys, the oldest first; `after` the last one of a full page is the next page",
+    summary="API keys, oldest first; for the next page pass the last key's prefix as `after`",
 )
 async def list_keys(
     request: Request,
     tenant: Annotated[str | None, Query(max_length=200)] = None,
-    prefix: Annotated[str, Query(max_length=100, description="How a key's prefix begins")] = "",
+    prefix: Annotated[str, Query(max_length=100, description="The beginning of the prefix")] = "",
     after: Annotated[
-        str | None, Query(max_length=100, description="Keys made after the one of this prefix")
+        str | None,
+        Query(max_length=100, description="Only keys created after the one with this prefix"),
     ] = None,
     limit: Annotated[int, Query(ge=1, le=MOST_KEYS)] = MOST_KEYS,
 ) -> list[KeyView]:
@@ -268,7 +271,7 @@ async def list_keys(
     status_code=201,
     responses=problem_responses(404),
     openapi_extra=described(NewKey),
-    summary="Create an API key; it is shown this once",
+    summary="Create an API key; it is shown only this once",
 )
 async def make_key(request: Request, response: Response) -> MadeKey:
     new = await read_json(request, NewKey)
@@ -294,7 +297,7 @@ async def make_key(request: Request, response: Response) -> MadeKey:
 @router.delete(
     "/keys/{prefix}",
     responses=problem_responses(404),
-    summary="Revoke an API key, for good",
+    summary="Revoke an API key permanently",
 )
 async def revoke_key(
     request: Request,
@@ -316,32 +319,34 @@ def _view(shown: ShownTenant) -> AdminTenant:
 
 
 class ActionView(BaseModel):
-    """What an operator did."""
+    """An action of an operator."""
 
-    number: int = Field(description="Grows with time")
+    number: int = Field(description="Increases with each action")
     at: datetime
-    operator: str = Field(description="By what they were admitted: a key, a person, a command")
+    operator: str = Field(description="The key, the person or the command that acted")
     role: str
-    address: str = Field(description="From where; what a proxy says of it is not proven")
+    address: str = Field(
+        description="Address of the client; a proxy's statement of it is not verified"
+    )
     what: str
-    target: str = Field(description="On what; of a person who was erased a digest")
+    target: str = Field(description="The object of the action; for an erased person a digest")
     before: dict[str, Any] | None = None
     after: dict[str, Any] | None = None
     revision: int | None = Field(
-        default=None, description="Of the history of limits or upstreams that has the change"
+        default=None, description="The revision of the limits or upstreams that has the change"
     )
 
 
 class ActionPage(BaseModel):
-    """`next_cursor` is that of the page behind it, where there is one."""
+    """One page of actions. `next_cursor` is absent on the last page."""
 
     items: list[ActionView]
     next_cursor: int | None = None
 
 
-@actions_router.get("/actions", response_model_exclude_none=True, summary="What operators did")
+@actions_router.get("/actions", response_model_exclude_none=True, summary="Actions of operators")
 async def list_actions(request: Request, query: Annotated[ActionQuery, FromQuery()]) -> ActionPage:
-    """The newest first. Kept for `OPERATOR_LOG_DAYS`."""
+    """Newest first. Kept for `OPERATOR_LOG_DAYS`."""
     found = await services_of(request).store.tenants.actions.page(
         operator=query.operator,
         what=query.what,
@@ -360,16 +365,16 @@ _WITHIN_S = 20.0
 
 
 @subjects_router.delete(
-    "/subjects/{subject:path}", summary="Erase all that is on record about a subject"
+    "/subjects/{subject:path}", summary="Erase everything recorded about a subject"
 )
 async def erase_subject(
     request: Request,
-    subject: Annotated[str, Path(description="As requests named it")],
+    subject: Annotated[str, Path(description="The subject as requests named it")],
     tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
-    dry_run: Annotated[bool, Query(description="Only count")] = False,
+    dry_run: Annotated[bool, Query(description="Only count, erase nothing")] = False,
 ) -> EraseReport:
-    """Rows, bodies, files and answers, also those that wait on this host's disk; totals stay.
-    Takes up to 20 s: while `done` is false, ask again. It can't be undone."""
+    """Erases rows, bodies, files and answers, also those that wait on this host's disk; totals
+    stay. A request takes up to 20 s: repeat it while `done` is false. It cannot be undone."""
     for field, text in (("subject", subject), ("tenant", tenant or "-")):
         if not 1 <= len(text) <= MAX_TAG_CHARS or not text.isprintable():
             allowed = f"1 to {MAX_TAG_CHARS} printable characters"

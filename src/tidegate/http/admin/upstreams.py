@@ -92,81 +92,95 @@ class RollBack(SignedChange):
 
 
 class ChangeView(BaseModel):
-    """What a change has done."""
+    """The effect of a change."""
 
-    revision: int = Field(description="In force")
+    revision: int = Field(description="The revision in force")
     changes: list[str]
     took_ms: float
-    in_force_ms: float = Field(description="From the decision until every process had it")
+    in_force_ms: float = Field(
+        description="Time from the decision until every process had applied it"
+    )
     processes: int
-    unreached: list[str] = Field(description="Processes that do not have it in force yet")
+    unreached: list[str] = Field(description="Processes that have not applied it yet")
     dry_run: bool
     tests: list[UpstreamTestView] = Field(default_factory=list)
 
 
 class UpstreamTestView(BaseModel):
-    """What an upstream answers to a request for its models, in one dialect."""
+    """An upstream's response to a request for its models, in one dialect."""
 
     dialect: str
     url: str
-    status: int | None = Field(description="null: no answer")
+    status: int | None = Field(description="HTTP status; null if there was no response")
     took_ms: float
-    models: list[str] = Field(description="The first 20")
+    models: list[str] = Field(description="The first 20 models")
     model_count: int
-    unlisted: list[str] = Field(description="Models that the upstream names and no list has")
-    problem: str = Field(description="Empty where it is as it should be")
-    load: str = Field(description="What a server of one's own reports of itself, such as its slots")
+    unlisted: list[str] = Field(description="Configured models that are not in the upstream's list")
+    problem: str = Field(description="Empty if the test passed")
+    load: str = Field(description="Load that a self-hosted server reports, such as its slots")
 
 
 class UpstreamView(BaseModel):
-    """An upstream as it is in force."""
+    """An upstream with its settings in force."""
 
     name: str
     state: State
-    source: str = Field(description="deployment (file or environment), live, or both with keys")
-    table: dict[str, Any] = Field(description="Its keys in force, values of headers hidden")
+    source: str = Field(
+        description="deployment (file or environment), live, or both: the keys that were set live"
+    )
+    table: dict[str, Any] = Field(
+        description="Its settings in force, with values of headers hidden"
+    )
     base_urls: dict[str, str]
-    in_progress: int | None = Field(description="Permits in use; null while Valkey is away")
+    in_progress: int | None = Field(description="Permits in use; null while Valkey is unavailable")
     waiting: int | None
-    problems: dict[str, str] = Field(description="Processes that can't make it, and why")
-    load: str = Field(description="What a server of one's own reports of itself, such as its slots")
-    provider: str = Field(description="Its preset; empty: none")
-    models: list[str] = Field(description="Patterns of what it serves")
-    key: str = Field(description="Where its key is from: a variable, a file, or how it signs in")
-    limits: int | None = Field(description="How many it has; null while it can't be made")
+    problems: dict[str, str] = Field(description="Processes that cannot use it, and why")
+    load: str = Field(description="Load that a self-hosted server reports, such as its slots")
+    provider: str = Field(description="The preset of its provider; empty if none")
+    models: list[str] = Field(description="Patterns of the models that it serves")
+    key: str = Field(description="Source of its key: a variable, a file, or its authentication")
+    limits: int | None = Field(description="Number of its limits; null while it cannot be used")
     health: UpstreamHealthView
 
 
 class UpstreamHealthView(BaseModel):
-    """As the process finds it that finds it worst."""
+    """Health of an upstream in the process that reports the worst state."""
 
-    state: Literal["ok", "out", "trying"] | None = Field(description="null: no process has it")
-    key_refused: bool = Field(description="Or, where it is unpaid, the account has no money left")
+    state: Literal["ok", "out", "trying"] | None = Field(
+        description="Null if no process has the upstream"
+    )
+    key_refused: bool = Field(
+        description="Whether the key was rejected or, if unpaid, the account has no credit"
+    )
     unpaid: bool
-    detail: str = Field(description="The last fault")
-    out_in: int = Field(description="Processes that do not find it well")
+    detail: str = Field(description="The last failure")
+    out_in: int = Field(description="Processes for which it is out of service")
     processes: int
 
 
 class ProviderView(BaseModel):
-    """What is known of a provider, so that a table of it needs little."""
+    """A provider's preset: the options that a table need not set."""
 
     name: str
     dialects: list[str]
-    base_url: str = Field(description="Of its first dialect; {names} are options")
-    key: str | None = Field(description="The variable of its key where a table names no other")
+    base_url: str = Field(description="Base URL of its first dialect; {names} are options")
+    key: str | None = Field(description="Default variable of its key")
     models: list[str]
-    options: dict[str, str | None] = Field(description="What must be named; null: no default")
-    is_own: bool = Field(description="A server of one's own, which needs no key")
+    options: dict[str, str | None] = Field(
+        description="Required options with their defaults; null if there is none"
+    )
+    is_own: bool = Field(description="A self-hosted server, which needs no key")
 
 
 class UpstreamsView(BaseModel):
     """All upstreams."""
 
-    revision: int = Field(description="Of the live changes; 0: there was none")
+    revision: int = Field(description="Revision of the live changes; 0 if there was none")
     processes: list[ProcessView]
     upstreams: list[UpstreamView]
-    differing: list[str] = Field(description="Where the file has changed under a live change")
+    differing: list[str] = Field(
+        description="Settings that the file has changed after they were set live"
+    )
 
 
 class ProcessView(BaseModel):
@@ -176,9 +190,9 @@ class ProcessView(BaseModel):
 
 
 class DrainView(ChangeView):
-    in_progress: int | None = Field(description="Permits in use; null while Valkey is away")
-    background: int = Field(description="Calls that go on in the background")
-    batches: int = Field(description="Batches of the provider's that are open")
+    in_progress: int | None = Field(description="Permits in use; null while Valkey is unavailable")
+    background: int = Field(description="Background calls in progress")
+    batches: int = Field(description="Open batches at the provider")
 
 
 class RevisionView(BaseModel):
@@ -196,7 +210,7 @@ UpstreamsView.model_rebuild()
 DrainView.model_rebuild()
 
 
-@router.get("/upstreams", summary="All upstreams, where each comes from, and its state")
+@router.get("/upstreams", summary="All upstreams with their source and state")
 async def list_upstreams(request: Request) -> UpstreamsView:
     services = services_of(request)
     live, base = services.upstreams, services.upstreams.stated.tables()
@@ -219,7 +233,7 @@ async def list_upstreams(request: Request) -> UpstreamsView:
     )
 
 
-@router.get("/upstreams/providers", summary="The providers that are known by name")
+@router.get("/upstreams/providers", summary="The presets of providers")
 async def providers() -> list[ProviderView]:
     return [
         ProviderView(
@@ -235,7 +249,7 @@ async def providers() -> list[ProviderView]:
     ]
 
 
-@router.get("/upstreams/history", summary="What was changed when, and who changed it")
+@router.get("/upstreams/history", summary="Changes of upstreams: when, and by whom")
 async def history(
     request: Request, most: Annotated[int, Query(ge=1, le=1_000)] = 50
 ) -> list[RevisionView]:
@@ -251,7 +265,7 @@ async def history(
     "/upstreams/rollback",
     responses=problem_responses(404, 409),
     openapi_extra=described(RollBack),
-    summary="Put the upstreams of an earlier revision in force",
+    summary="Apply the upstreams of an earlier revision",
 )
 async def roll_back(request: Request) -> ChangeView:
     wanted = await read_json(request, RollBack)
@@ -273,8 +287,8 @@ async def roll_back(request: Request) -> ChangeView:
     summary="Add an upstream, in all processes",
 )
 async def add(request: Request, name: UpstreamName) -> ChangeView:
-    """It is tested from the process that is asked, and put in force once every process has its key
-    and its files."""
+    """The process that answers tests it first. It takes effect if every process has its key and
+    files."""
     new, services = await read_json(request, NewUpstream), services_of(request)
     live, edit, tests = services.upstreams, added(name, new.table), list[UpstreamTestView]()
     with config_errors_refused():
@@ -298,7 +312,7 @@ async def add(request: Request, name: UpstreamName) -> ChangeView:
     summary="Change keys of an upstream, in all processes",
 )
 async def set_keys(request: Request, name: UpstreamName) -> ChangeView:
-    """Calls in progress go on as they began."""
+    """Running calls are not affected."""
     keys = await read_json(request, UpstreamKeys)
     edit = with_keys(name, keys.set, keys.remove)
     named = [one for one in ("deployed", "read_again") if getattr(keys, one)]
@@ -330,11 +344,12 @@ async def test(request: Request, name: UpstreamName) -> list[UpstreamTestView]:
     "/upstreams/{name}/drain",
     responses=problem_responses(409),
     openapi_extra=described(SignedChange),
-    summary="Have an upstream take no new calls",
+    summary="Stop sending new calls to an upstream",
 )
 async def drain(request: Request, name: UpstreamName) -> DrainView:
-    """Calls that wait for it go elsewhere, those in progress end; what lives there can be reached.
-    The answer says how many are left; repeat the request to know how many still are."""
+    """Waiting calls move to other upstreams, running calls finish, and objects that are stored
+    there stay reachable. The response has the number of calls left; repeat the request to get it
+    again."""
     signed = await read_json(request, SignedChange)
     done = await _changed(request, f"drain {name}", drained(name), signed, prepares=False)
     services = services_of(request)
@@ -352,7 +367,7 @@ async def drain(request: Request, name: UpstreamName) -> DrainView:
     "/upstreams/{name}/resume",
     responses=problem_responses(409),
     openapi_extra=described(SignedChange),
-    summary="Have a drained upstream take calls again",
+    summary="Send calls to a drained upstream again",
 )
 async def resume(request: Request, name: UpstreamName) -> ChangeView:
     signed = await read_json(request, SignedChange)
@@ -371,12 +386,12 @@ async def remove(
     by: By = "admin",
     reason: Annotated[str, Query(max_length=500)] = "",
     force: Annotated[
-        bool, Query(description="Also while calls go on there, or something lives there")
+        bool, Query(description="Even if calls are in progress or objects are stored there")
     ] = False,
     expected: Expected = None,
     dry_run: bool = False,
 ) -> ChangeView:
-    """Calls in progress end as they began. What lives there can't be reached any more."""
+    """Running calls finish. Objects that are stored there are no longer reachable."""
     services = services_of(request)
     if not force and name in {one.name for one in services.upstreams.deployment.upstreams}:
         await _check_unused(services, name)
