@@ -1,4 +1,4 @@
-"""Internal types of requests and calls: no I/O, no words of a provider or of HTTP. Pure.
+"""Internal types of requests and calls, independent of providers and of HTTP. Pure.
 
 A `Call` is what somebody wants from a model. A provider answers it with `Event`s, pushed one by
 one into a sink, and ends by returning an `Answer`.

@@ -1,4 +1,4 @@
-"""Models of prompts where none are set: of the first account that there is a key of. Pure.
+"""Default models of prompts: those of the first account whose key is set. Pure.
 
 Small and current ones, which docs/gateway.md lists; a deployment sets its own.
 """

@@ -1,5 +1,4 @@
-"""Charges of a call: the cost of its usage by what its upstream costs, and the choice of the
-processing tier that is the cheapest of those in time. Pure but for the clock.
+"""Charges of a call by its upstream's prices, and the cheapest tier that is in time.
 
 Invariants: unknown usage or an unknown price makes the cost unknown, never zero; an answer that
 was cut, or reported no usage, is charged for its input and for what came of it at least.

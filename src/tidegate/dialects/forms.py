@@ -1,4 +1,4 @@
-"""Forms: what a multipart body says for admission, read part by part. Pure.
+"""Forms: fields of a multipart body that admission needs, read part by part. Pure.
 
     --boundary                      one delimiter, which stands nowhere else
     Content-Disposition: ...        `name` once, plain; a `filename` makes it a file

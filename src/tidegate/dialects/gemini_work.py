@@ -1,4 +1,4 @@
-"""Work that goes on at Gemini after its answer: videos, batches, and what they make. Pure.
+"""Background work at Gemini: videos, batches, and their results. Pure.
 
 A video is an operation below its model, a batch one of its own; both report `done`. An operation
 that has ended names its results: files at the provider, or the answers themselves.

@@ -1,4 +1,4 @@
-"""Headers: which pass to an upstream and back, the limits and waits in them, and redirects.
+"""Headers: which are forwarded each way, limits and waits in them, and redirects.
 
 Known rate limits are OpenAI's with those of compatible providers (Azure, Groq, Mistral, Cerebras,
 Together, OpenRouter) and Anthropic's; Google sends none. A value that is no number is skipped,

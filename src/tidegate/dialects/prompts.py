@@ -1,4 +1,4 @@
-"""Prompts with files in OpenAI's and Anthropic's dialect: calls made of them, and answers read.
+"""Prompts in OpenAI's and Anthropic's dialect: requests with files, and their answers.
 
 A prompt is no one's dialect: it becomes a chat completion or a message of the upstream that it is
 called at, an image an images call. In Gemini's dialect it goes by Google's SDK

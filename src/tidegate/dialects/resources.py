@@ -1,4 +1,4 @@
-"""Resources at a provider: how paths and bodies name them, and pages of their lists. Pure.
+"""Resources at a provider: their names in paths and bodies, and pages of their lists. Pure.
 
 A dialect has a table of `ResourcePath`s and two functions: which resources of which kinds a body
 refers to, and what an answer makes. The rest follows from them: whose a resource is, where its

@@ -1,4 +1,4 @@
-"""Account with a provider: its profile, limits and prompt cache, its other consumers, its book.
+"""Account at an emulated provider: profile, limits, prompt cache, other consumers, ledger.
 
 What an account limits, how each provider counts it and which headers it sends is in
 `docs/decisions/0018-how-providers-count.md`, with the sources.

@@ -1,4 +1,4 @@
-"""Interface of an emulated API: limits, injected faults, and how it words refusals and lists.
+"""Interface of an emulated API: limits, injected faults, error bodies and lists.
 
 A refused call carries facts; the API that serves it turns them into status, headers and body.
 

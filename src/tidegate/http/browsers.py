@@ -1,4 +1,4 @@
-"""Browsers: whether a request may come from a web page that is not ours, and the sign-in.
+"""Browsers: requests from web pages of other origins, and the sign-in.
 
 A browser sends requests for any page that its user opens, from this machine and to loopback
 addresses too. Two things tell such a page: the browser says for whom it asks (Origin,

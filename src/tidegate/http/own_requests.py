@@ -1,5 +1,4 @@
-"""Routes `/requests` and `/usage`: a tenant's own requests, their bodies, state and cost; for
-operators the cost and latency of all.
+"""Routes `/requests` and `/usage`: own requests; for operators usage and latency of all.
 
 Invariants: a caller sees and cancels its own requests only; bodies are sent as data, so that no
 browser renders one as a page; amounts are whole micro-dollars.

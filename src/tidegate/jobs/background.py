@@ -1,4 +1,4 @@
-"""Work in the background: responses, interactions, videos, batches; polled until it has ended.
+"""Background work at providers: responses, interactions, videos, batches; polled to its end.
 
     taken by the provider ──► looked at, again and again ──► ended: on record, charged, not counted
 

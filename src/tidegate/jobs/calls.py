@@ -1,5 +1,4 @@
-"""Work on jobs that all kinds of them share: the feeder that claims it, and their calls: who pays,
-where they can go, their record, and when they are tried again.
+"""Calls of jobs of all kinds: claims, payer, upstreams, record and retries.
 
 Invariants: a claim for which nothing can be called returns to its queue and takes no slot of the
 feeder's window; none is lost while PostgreSQL is unavailable, as what can't be returned is started.

@@ -1,4 +1,4 @@
-"""Outages of upstreams as the jobs and batch lines of this process see them. Pure.
+"""Outages of upstreams as jobs and batch lines of this process see them. Pure.
 
     WORKING -- `FAULTS` consecutive faults, or one that is conclusive --> OUT
     OUT -- its time is over and one call takes the turn --> PROBED

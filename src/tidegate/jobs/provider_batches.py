@@ -1,4 +1,4 @@
-"""Jobs in the batches of the providers' own batch APIs: gathered, sent, polled, read.
+"""Jobs in the providers' batch APIs: gathered, sent, polled, read.
 
     put ──► parked ── gathered with others ──► in a batch ── results ──► ended, each by itself
               ▲                                    │

@@ -1,4 +1,4 @@
-"""Processing tiers of jobs: which are offered, and the choice of the cheapest that is in time.
+"""Processing tiers of jobs: which are available, and the cheapest that meets a deadline.
 
     batch ── its end comes near to the deadline ──► flex ── only live is safe ──► live
 

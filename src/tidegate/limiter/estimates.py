@@ -1,4 +1,4 @@
-"""Estimates of waits at a limit, from a line of waiters as Valkey describes it. Pure.
+"""Estimates of waits at a limit, from its queue as Valkey describes it. Pure.
 
 Under concurrent calls it is distance over speed: that of virtual time to the waiter's place, and
 that of the band lately. Under a rate the next admissions are gone through one by one. An estimate

@@ -1,4 +1,4 @@
-"""Flows of a process: their waiters and permits, and what a request carries of them. Pure.
+"""Flows of a process: their waiters and permits, and the fields of a request. Pure.
 
 A flow is a band, a tenant and a set of limits: its waiters are interchangeable but for their
 deadlines.

@@ -1,4 +1,4 @@
-"""Use of an account's limits by others, from what answers tell of it and what the pool counts.
+"""Other programs on an account: their use of its limits, measured from answers and counts.
 
 Pure. Invariant: what others take is kept free by charges that end with the window of their limit.
 """

@@ -1,5 +1,4 @@
-"""Import of a provider's account limits: classes of models, ids of limits, the change of a policy;
-and the change that accepts limits which answers have told.
+"""Import of a provider's account limits, and acceptance of learned ones, as policy changes.
 
 A class of models with common limits becomes one limit of each sort: by a pattern such as
 `claude-opus-4*` where one fits the class and no other model of the account, else by its names with

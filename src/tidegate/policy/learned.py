@@ -1,4 +1,4 @@
-"""Limits learned from the headers of answers, beside those in force.
+"""Limits learned from headers of answers, beside those in force.
 
 A reading is what the last answer for a model reported of one rate. Processes share their readings
 by notes; that of one of them, the leader, also has what others take that use the same account.

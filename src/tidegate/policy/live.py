@@ -1,4 +1,4 @@
-"""Live changes to upstreams: set, added, drained and removed while the gateway runs. Pure.
+"""Live changes of upstreams: set, added, drained and removed at run time. Pure.
 
     tables of the file and the environment ──► live changes over them ──► upstreams in force
 

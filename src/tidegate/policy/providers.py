@@ -1,4 +1,4 @@
-"""Providers by name: where they are, how they authenticate, and how they count what limits name.
+"""Presets of providers: addresses, authentication, and how they count limits.
 
 `docs/decisions/0021-upstreams-are-data.md` and `0018-how-providers-count.md` have the facts with
 their sources. A preset of counting fills in what a limit does not say itself; the policy on record

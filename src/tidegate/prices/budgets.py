@@ -1,4 +1,4 @@
-"""Budgets: what may be spent, by whom and in which period, and why a call is refused. Pure.
+"""Budgets: amounts, scopes and periods, and why a call is rejected. Pure.
 
 A budget binds the calls that match all that it names; each value of the dimensions in its `each`
 has the whole amount for itself. The books are kept in `store/budgets.py`.

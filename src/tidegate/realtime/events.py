@@ -1,4 +1,4 @@
-"""Events of realtime sessions: what a client's message asks for, and what a provider's reports.
+"""Events of realtime sessions: what client messages request, and what providers report.
 
 OpenAI's Realtime API and Gemini Live have one JSON object a message; a provider's usage stands at
 one known place of it: `response.usage` of `response.done`, `usage` of a completed transcription,

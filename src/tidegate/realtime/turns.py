@@ -1,4 +1,4 @@
-"""Turns of one realtime session: what they take of rates and budgets, and what they cost together.
+"""Turns of a realtime session: their use of rates and budgets, and their cost in total.
 
     budgets: reserved ahead of each turn ─► settled by what the provider reports of it
     rates:   a permit for each turn, asked for where the client begins one, held to its end

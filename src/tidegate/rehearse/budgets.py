@@ -1,5 +1,4 @@
-"""Budgets of a rehearsal: what they refuse, pause or send to a cheaper model, and when; and the
-processing tiers in which jobs cost less. Pure.
+"""Budgets and processing tiers of a rehearsal: what budgets reject or pause, and when. Pure.
 
 A call reserves what it costs: what it could have cost at most is in no trace, so that a budget
 whose calls are bounded far above their costs refuses somewhat earlier in reality. Each budget

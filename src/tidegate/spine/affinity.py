@@ -1,4 +1,4 @@
-"""Affinity of conversations to the upstream whose prompt cache holds their beginning.
+"""Affinity of conversations to the upstream that has their beginning in its prompt cache.
 
 Upstreams that serve a model alike are chosen by lot, except for conversations: a provider's prompt
 cache belongs to one account. A conversation is known by its name, by

@@ -1,4 +1,4 @@
-"""Lines of providers' batches: made of a job's call, and their answers read into its record.
+"""Lines of providers' batches: requests built from jobs, and answers read into their records.
 
 A line is what the call would be if it were made: a native body with the upstream's name for the
 model, or a prompt as a body of its upstream's dialect. It costs what the provider's tier `batch`

@@ -1,4 +1,4 @@
-"""Bodies of native calls as they go out: JSON, and forms that may be on disk.
+"""Request bodies of native calls: JSON, and forms that may be on disk.
 
 Invariants: all bytes go out as they came but for the model's name, where a route or an alias gives
 another, what Vertex has in its place, and the request for a stream's usage; a form can be sent as

@@ -1,4 +1,4 @@
-"""Detached calls: native ones of jobs and batch lines, made for nobody who waits.
+"""Detached calls: native calls of jobs and batch lines, without a waiting client.
 
 A call of this kind is JSON that was checked when it was taken, and is made later, by any worker;
 its answer is kept in its `CallRecord`.

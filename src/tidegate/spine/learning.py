@@ -1,4 +1,4 @@
-"""Learning of limits from answers, and of others on the same account.
+"""Learning of limits from answers, and detection of other programs on the same account.
 
     headers, and bounds that refusals state
        └──► readings ──► notes of the pool's sessions ──► shown: limits show, page, metrics

@@ -1,4 +1,4 @@
-"""Models: those that a caller may request, also within a body, and the list of models.
+"""Models: which a caller may request, also within a body, and the list of models.
 
 Invariant: a caller can use only the models that it may use, also for tools and fallbacks.
 """

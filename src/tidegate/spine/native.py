@@ -1,4 +1,4 @@
-"""Native calls: bytes of a provider's dialect, passed on as they are.
+"""Native calls: requests and answers in a provider's dialect, relayed byte for byte.
 
 Bodies pass through unchanged except for the model's name; uploads and files are streamed. Output
 is held back for at most `HELD_S` and `HELD_BYTES` until it has content, because a provider can

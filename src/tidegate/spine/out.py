@@ -1,4 +1,4 @@
-"""Ways back to clients: where an answer goes, and what becomes of it when its client leaves.
+"""Delivery of answers to clients, and what happens to a call whose client disconnects.
 
 Most servers stop when a connection is closed. Some go on computing, as llama.cpp does with a plain
 call: there the answer is read to its end, and the permit held, so that nobody is admitted to a slot

@@ -1,4 +1,4 @@
-"""Preemption: calls of jobs and batch lines without an answer yet give way to higher bands.
+"""Preemption: calls of jobs and batch lines without an answer give way to higher bands.
 
     call without an answer ──► snapshot: a higher band waits ──► claim of the ticket ──► cancelled
                                      too long, at a full limit                          ──► queued

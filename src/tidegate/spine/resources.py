@@ -1,4 +1,4 @@
-"""Resources of callers: what lives at a provider after a call, whose it is, and where it lives.
+"""Resources of tenants at providers: their owner, their account, and access to them.
 
     answer with a new id ──► noted (durable) ──► client      id in a request ──► owner ──► upstream
 

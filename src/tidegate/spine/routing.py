@@ -1,4 +1,4 @@
-"""Routing: the upstreams of a request in the order of tries, and their health.
+"""Routing: the upstreams of a request in the order of attempts, and their health.
 
     OPEN -- `FAULTS` consecutive faults --> CLOSED
     CLOSED -- `FIRST_MS` later one call of all processes tries -- success --> OPEN,

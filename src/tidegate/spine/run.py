@@ -1,4 +1,4 @@
-"""Spine: the one way of every call upstream, in whatever form it is made.
+"""Spine: the path of every call upstream, whatever its exchange.
 
     targets ──► admission ──► budgets ──► exchange ──► settle, charge ──► release
        ▲                                    │

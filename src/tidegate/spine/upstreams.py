@@ -1,4 +1,4 @@
-"""Upstreams of a process while it runs: opened, changed, drained and removed between calls.
+"""Upstreams of a running process: opened, changed, drained and removed between calls.
 
     proposed ──► prepared: made, pool entered, credentials read ──► in force: swapped ──► old closed
                      └── a problem, reported to the proposer

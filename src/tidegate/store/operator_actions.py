@@ -1,4 +1,4 @@
-"""Actions of operators on record: who changed what, from where, and what it was before and after.
+"""Actions of operators on record: who changed what, from where, before and after.
 
     the guard of a route, or a command ── acting() ──► a change ── record_action() ──► one row
 

@@ -1,5 +1,4 @@
-"""Records of the store and their rows, and the record of what operators do. No I/O but on a
-connection that is given.
+"""Records of the store and their rows, and operators' actions. I/O only on a given connection.
 
 Times are aware datetimes in UTC, durations milliseconds.
 

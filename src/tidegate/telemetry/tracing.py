@@ -1,5 +1,4 @@
-"""Trace context of a call: its parent, and the span ids of its attempts upstream; the collector's
-settings, which are OpenTelemetry's own variables.
+"""Trace context of a call: its parent, the span ids of its attempts, and the collector.
 
 W3C Trace Context, https://www.w3.org/TR/trace-context/. A `Trail` collects while the call runs;
 `tidegate.metrics.otel` makes the spans after its end.

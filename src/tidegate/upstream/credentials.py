@@ -1,4 +1,4 @@
-"""Credentials of upstreams that are renewed: tokens of Google and Microsoft, signatures of AWS.
+"""Credentials that are renewed: tokens of Google and Microsoft, signatures of AWS.
 
 A task each renews them ahead of their end; a thread does the reading. Importing a library takes a
 while, and two are extras: only those of an authentication in use are imported.

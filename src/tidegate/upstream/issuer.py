@@ -1,4 +1,4 @@
-"""Issuer of OpenID Connect: its metadata, its public keys, and what it signs.
+"""OpenID Connect issuer: its metadata, public keys, and the tokens that it signs.
 
 Keys are read when the first token asks for one, again for the first token after 10 minutes, so that
 one that was withdrawn does not count however seldom tokens come, and when a token names a key that

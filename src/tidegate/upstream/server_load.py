@@ -1,4 +1,4 @@
-"""Load of servers of one's own, as their own pages report it: who computes, who waits, on what.
+"""Load of self-hosted servers, from their own pages: running and waiting requests, slots.
 
 vLLM, SGLang, TGI and llama.cpp have `/metrics`; llama.cpp also names its slots in `/props`. They
 are read only when somebody looks, and every few seconds at most: llama.cpp looks for clients that

@@ -1,4 +1,4 @@
-"""Transport of calls: an HTTP/1.1 client, bytes out, bytes back; llhttp parses the answers.
+"""Transport of calls: an HTTP/1.1 client for requests and streams; llhttp parses answers.
 
 Connections are tried by RFC 8305 ("happy eyeballs").
 

@@ -1,5 +1,4 @@
-"""GPU server of one's own, emulated: slots, KV cache, a silent queue, the words of llama.cpp and
-others; here its specification: its size, its pace, whose words it uses.
+"""Emulated GPU server: slots, KV cache and queue; here its size, its speed and its API's variant.
 
 The pace is that of llama.cpp's server with a model of 37 million parameters on one core of a
 processor, as measured: with four slots a prompt of 1,022 tokens takes 1.0 s to read, one of 4,022

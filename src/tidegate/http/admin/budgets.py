@@ -1,5 +1,4 @@
-"""Routes `/admin/budgets` and `/admin/alerts`: what may be spent, by whom, and what operators were
-notified of.
+"""Routes `/admin/budgets` and `/admin/alerts`: budgets with their spend, and raised alerts.
 
 Invariants: every route requires an admin; a change is in force in this process when it is answered,
 in all others within a second. Amounts of money are in USD, decimal in requests and micro-dollars

@@ -1,4 +1,4 @@
-"""Outlook of waiting calls: when there will be room for them, and which come before.
+"""Outlook of waiting calls: the estimated time of admission, and the calls ahead.
 
 Invariant: a call is refused early only if no order of events could still admit it in time.
 """

@@ -1,4 +1,4 @@
-"""Pump of a pool: admits waiters in their order, and says who may pass permits on.
+"""Pump of a pool: admits waiters in order, and decides which processes may pass permits on.
 
 Invariant: within a band no waiter is admitted before one whose turn comes earlier at a limit that
 both need.

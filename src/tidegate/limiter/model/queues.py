@@ -1,4 +1,4 @@
-"""Queues and permits of a pool: who waits where, by start-time fair queueing, and who holds what.
+"""Queues and permits of a pool: waiters by start-time fair queueing, and holders.
 
 Goyal, Vin and Cheng, "Start-time fair queueing" (SIGCOMM 1996): a tenant's turn comes by the
 virtual time at which its service starts; its use, divided by its weight, moves its next start

@@ -1,4 +1,4 @@
-"""Calls in the background on record: what goes on at a provider when its client has its answer.
+"""Background calls on record: work at a provider that continues after its first answer.
 
     sending ──► running ──► ended ──► gone
        └── not taken by the provider ──► gone

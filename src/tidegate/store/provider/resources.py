@@ -1,4 +1,4 @@
-"""Resources at providers: whose each is, and at which account it lives.
+"""Resources at providers on record: the tenant and the account of each.
 
 A row is durable before its id reaches a client, outlives the record of the call that made it, and
 goes with its tenant. While PostgreSQL is unavailable new ones wait on the disk, and only what this

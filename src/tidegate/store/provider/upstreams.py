@@ -1,4 +1,4 @@
-"""Upstreams on record: revisions of what was changed while running, and who follows them.
+"""Live changes of upstreams on record: their revisions, and the processes that apply them.
 
     proposed ──► every process prepares it ──► in force ──► every process has it
         └── one can't: refused, with the reason
