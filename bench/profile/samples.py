@@ -30,7 +30,6 @@ _RUNNERS = ("tidegate/supervisor", "tidegate/cli", "tidegate/__main__")
 _HEAD = struct.Struct("8Q")
 _WRITTEN_S = 10.0
 _SOURCES = ROOT / "src" / "tidegate"
-_STDLIB_FOLDER = sysconfig.get_paths()["stdlib"]
 
 
 @dataclass(slots=True)

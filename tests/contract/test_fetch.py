@@ -124,6 +124,7 @@ async def test_nothing_of_ours_is_sent_along(
     site.handler = handler
     await fetcher.fetch(site.url("/first"))
     expected = {"Host", "Accept", "Accept-Encoding", "Connection", "User-Agent"}
+    assert [request.path for request in site.requests] == ["/first", "/second"]
     for request in site.requests:
         assert set(request.headers) == expected
         assert request.headers["Accept-Encoding"] == "identity"

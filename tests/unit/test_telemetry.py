@@ -231,7 +231,7 @@ async def test_what_a_terminal_would_obey_is_shown_as_an_escape(
     configure_logging(style, "info", process="test")
     frequent = FrequentLog(Log.REQUEST_DONE)
     for text in OBEYED:
-        get_logger().info(Log.REQUEST_FAILED, path=f"/a{text}b", inner={"x": [text]})
+        get_logger().info(Log.REQUEST_DONE, path=f"/a{text}b", inner={"x": [text]})
         logging.getLogger("uvicorn.error").warning("said %s", f"a{text}b")
         frequent({"path": f"/a{text}b"})
         try:
@@ -258,7 +258,7 @@ def test_no_line_of_another_librarys_message_passes_for_one_of_the_log(
     configure_logging("console", "info", process="test")
     forged = "2026-01-01T00:00:00Z [info     ] request_done"
     logging.getLogger("other").warning("failed:\n%s", forged)
-    get_logger().warning(Log.REQUEST_FAILED, detail=f"a\n{forged}")
+    get_logger().warning(Log.REQUEST_DONE, detail=f"a\n{forged}")
     out = capsys.readouterr()
     assert [line for line in (out.err + out.out).splitlines() if line.startswith(forged)] == []
 

@@ -37,7 +37,6 @@ class Log(StrEnum):
     STOPPED = "stopped"
     DEMO_MODE = "demo_mode"
     REQUEST_DONE = "request_done"
-    REQUEST_FAILED = "request_failed"
     JOB_DONE = "job_done"
     JOB_RETRY = "job_retry"
     JOB_DEAD = "job_dead"

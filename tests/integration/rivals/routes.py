@@ -70,7 +70,6 @@ def _post(path: str, kind: str = "text_only", **body: Any) -> Route:
 
 _EMBED = {"content": {"parts": [{"text": "Say hello"}]}}
 _LONG = {"contents": [{"role": "user", "parts": [{"text": "Say hello. " * 2_000}]}]}
-_AS_GEMINI = {"x-goog-api-key": "of-a-client"}
 _AS_ANTHROPIC = {"anthropic-version": "2023-06-01"}
 _START = {"X-Goog-Upload-Protocol": "resumable", "X-Goog-Upload-Command": "start"}
 _START |= {"X-Goog-Upload-Header-Content-Length": "5", "X-Goog-Upload-Header-Content-Type": "a/b"}
