@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 PYTEST_ARGS ?=
 ARGS ?=
-# Whatever ends it, nothing that it started lives on.
+# Ends everything that a command has started, however the command ends.
 WATCHED := .venv/bin/python -S tests/watcher.py .venv/bin/python
 
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ test: ## Run the checks and the whole test suite (PYTEST_ARGS="tests/unit -k wor
 suite:
 	@.venv/bin/python scripts/suite.py $(PYTEST_ARGS)
 
-unit: ## Run the tests that need no server and no minute (PYTEST_ARGS="-k words")
+unit: ## Run the fast tests that need no server (PYTEST_ARGS="-k words")
 	@scripts/bootstrap.sh dev
 	@scripts/setup_system.sh
 	@.venv/bin/python -m pytest tests/unit tests/property -n2 --dist worksteal -m "not (valkey or postgres or browser or slow)" $(PYTEST_ARGS)
@@ -35,7 +35,7 @@ check: ## Lint, format, types and import contracts
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports
 
-chaos: ## Kill, pause and cut off parts at full size, and count what really arrived
+chaos: ## Fault injection at full size: kills, pauses and network cuts, checked at the provider
 	@scripts/bootstrap.sh dev
 	@$(WATCHED) -m chaos.limiter --seconds 60
 	@TIDEGATE_MODEL_STEPS=200000 TIDEGATE_MODEL_SEED=$$(date +%s) .venv/bin/python -m pytest tests/property -n0 -s
@@ -44,7 +44,7 @@ chaos: ## Kill, pause and cut off parts at full size, and count what really arri
 	@.venv/bin/python -m pytest chaos -n0 -s $(PYTEST_ARGS)
 	@$(WATCHED) -m chaos.soak --minutes 5
 
-profile: ## Where the microseconds of a call, a stream and a job go, by room (ARGS="--only call --functions 30")
+profile: ## CPU time of a call, a stream and a job, by package (ARGS="--only call --functions 30")
 	@scripts/bootstrap.sh dev
 	@$(WATCHED) -m bench.profile $(ARGS)
 
@@ -52,16 +52,16 @@ bench: ## Measure, and print the figures with the machine that they come from
 	@scripts/bootstrap.sh dev
 	@$(WATCHED) -m bench
 
-bench-limiter: ## The limiter against its peers, in one run (ARGS="--only ours --scenario load-50-20")
+bench-limiter: ## Measure the limiter beside its peers, in one run (ARGS="--only ours --scenario load-50-20")
 	@scripts/bootstrap.sh dev
 	@$(WATCHED) -m bench.limiter $(ARGS)
 
-bench-gateway: ## Our relay and job path beside other gateways, in one run (ARGS="--quick --only tidegate")
+bench-gateway: ## Measure the relay and the job path beside other gateways, in one run (ARGS="--quick --only tidegate")
 	@scripts/bootstrap.sh dev
 	@scripts/setup_system.sh bench
 	@$(WATCHED) -m bench.gateway $(ARGS)
 
-bench-limits: ## Limits against providers that count as the real ones do (ARGS="--only openai --window 10")
+bench-limits: ## Measure limits against emulated providers that count as the real ones do (ARGS="--only openai --window 10")
 	@scripts/bootstrap.sh dev
 	@$(WATCHED) -m bench.limits $(ARGS)
 
@@ -75,18 +75,18 @@ suites: ## Run the SDKs' own tests through the gateway, on mocks of their APIs (
 		.venv/bin/python -m clients.suites $(or $(ARGS),$$suite) || exit; \
 	done
 
-audit: ## Look up every pinned version in the database of known vulnerabilities (needs a network)
+audit: ## Check all pinned versions for known vulnerabilities (needs a network)
 	@scripts/bootstrap.sh dev
 	@.venv/bin/python scripts/audit.py
 
-canary: ## Run the contract tests on the newest release of the packages whose internals we use
+canary: ## Run the contract tests on the newest releases of packages whose internals are used
 	@scripts/bootstrap.sh dev
 	@scripts/canary.sh $(PYTEST_ARGS)
 
-setup-system: ## Install what the tests need from the system's packages, or say what is missing
+setup-system: ## Install the system packages that the tests need, or name the missing ones
 	@scripts/setup_system.sh
 
-lock: ## Write uv.lock and requirements.txt anew after a change of pyproject.toml
+lock: ## Update uv.lock and requirements.txt after a change of pyproject.toml
 	@scripts/bootstrap.sh dev
 	@.venv/bin/uv lock --quiet
 	@.venv/bin/uv export --quiet --frozen --all-extras --no-extra export --no-dev --no-hashes --no-header --output-file requirements.txt

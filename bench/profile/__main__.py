@@ -1,8 +1,8 @@
 """`make profile`, or `python -m bench.profile --only call --functions 40`.
 
-Where the microseconds of a relayed call, of a stream of 50 events and of a job go, by room of
-`src/tidegate`, with limits and record on. Each load runs four times, with the sampler off, on, off
-and on: what one costs is what it costs without the sampler, and the samples say how that is shared.
+CPU time of a relayed call, of a stream of 50 events and of a job, by package of `src/tidegate`,
+with limits and record on. Each load runs four times, with the sampler off, on, off and on: the cost
+is measured without the sampler, and the samples distribute it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bench.profile.samples import BETWEEN, Sampler, Samples
 
 TURNS = (False, True, False, True)
 SMALL = 0.005
-HEADERS = ("room", "self us", "share", "total us, with what it calls")
+HEADERS = ("package", "self us", "share", "total us, with what it calls")
 
 
 @dataclass(frozen=True, slots=True)
