@@ -31,20 +31,22 @@ from tidegate.cli.terminal import (
     EPILOGUE,
     FAILED,
     INTERRUPTED,
+    CommandGroup,
     Json,
-    choose_pool,
     code_of,
     command_config,
     legible,
     show_flags_without_type,
     tell,
     with_pool_option,
+    with_url_option,
 )
 from tidegate.embedded.servers import ServerFailed
 from tidegate.errors import ConfigError, TidegateError
 
 app = typer.Typer(
     name="tidegate",
+    cls=CommandGroup,
     help="LLM gateway with distributed rate limits and fair queueing. Settings come from the "
     "environment and from .env: see .env.example.",
     no_args_is_help=True,
@@ -234,9 +236,8 @@ def prune(
 
 
 # In the order of the help.
-app.command(rich_help_panel=_USE)(submit.submit)
-app.command(rich_help_panel=_USE)(submit.status)
-app.command(rich_help_panel=_USE)(submit.requests)
+for _of_a_gateway in (submit.submit, submit.status, submit.requests):
+    app.command(rich_help_panel=_USE)(with_url_option(_of_a_gateway))
 app.add_typer(batch.app, name="batch", rich_help_panel=_USE)
 app.add_typer(operate.app, name="config", rich_help_panel=_OPERATE)
 app.command(rich_help_panel=_OPERATE)(operate.doctor)
@@ -258,8 +259,12 @@ app.command(rich_help_panel=_OPERATE)(operate.restore)
 app.command(rich_help_panel=_OPERATE)(prune)
 app.command(rich_help_panel=_OPERATE)(tenants.erase)
 app.command(rich_help_panel=_OPERATE)(tenants.actions)
-for _of_a_pool in (limits.app, limits.permits_app, tenants.app):
-    _of_a_pool.callback()(choose_pool)
-    for _registered in _of_a_pool.registered_commands:
+for _groups, _with_option in (
+    ((limits.app, limits.permits_app, tenants.app), with_pool_option),
+    ((batch.app, upstreams.app), with_url_option),
+):
+    for _registered in (one for group in _groups for one in group.registered_commands):
         assert _registered.callback is not None
-        _registered.callback = with_pool_option(_registered.callback)
+        _registered.callback = _with_option(_registered.callback)
+for _group in app.registered_groups:
+    _group.cls = CommandGroup

@@ -1,9 +1,9 @@
 """Client of a running Tidegate for the commands of its users, and the live view of one request.
 
 Errors: GatewayRefused with the server's message, GatewayUnreachable. TIDEGATE_API_KEY is sent to
-TIDEGATE_URL only; without it the operator's key is sent, to loopback addresses only. Standard
-output has the answer (or JSON) alone, standard error has the progress. Ctrl-C stops the view,
-never the request.
+TIDEGATE_URL, or what `--url` names, only; without it the operator's key is sent, to loopback
+addresses only. Standard output has the answer (or JSON) alone, standard error has the progress.
+Ctrl-C stops the view, never the request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import typer
 
 from tidegate.call import Status
-from tidegate.cli.terminal import DONE, FAILED, legible
+from tidegate.cli.terminal import DONE, FAILED, called_url, legible
 from tidegate.errors import ConfigError, GatewayRefused, GatewayUnreachable
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_URL = "TIDEGATE_URL"
 ENDS = tuple(status.value for status in Status if status.is_end)
 CONNECT_S = 10.0
 ANSWER_S = 90.0  # of silence: a long poll may take a minute, and a large file as long as it takes
@@ -61,9 +62,8 @@ class GatewayClient:
 
     def __init__(self, settings: Client) -> None:
         self.url = settings.url
-        self._named = (
-            f"{settings.url} ({'TIDEGATE_URL' if settings.tidegate_url else 'the default'})"
-        )
+        origin = _URL if settings.tidegate_url else "the default"
+        self._named = f"{settings.url} ({origin if called_url.get() is None else '--url'})"
         key = settings.tidegate_api_key
         self._has_key = key is not None
         self._headers = {} if key is None else {"x-api-key": key.get_secret_value()}
@@ -223,13 +223,25 @@ def _operator_key(settings: Client) -> SecretStr | None:
 def with_gateway(work: Callable[[GatewayClient], Coroutine[Any, Any, T]]) -> T:
     """Run a command's work on the gateway of the settings; Ctrl-C cancels it and raises
     KeyboardInterrupt."""
-    from tidegate.settings import load_client
+    settings = _settings()
 
     async def run() -> T:
-        async with GatewayClient(load_client()) as gateway:
+        async with GatewayClient(settings) as gateway:
             return await work(gateway)
 
     return asyncio.run(run())
+
+
+def _settings() -> Client:
+    from tidegate.settings import load_client
+
+    if (url := called_url.get()) is None:
+        return load_client()
+    try:
+        return load_client({**os.environ, _URL: url})
+    except ConfigError as wrong:
+        option = "--url" if wrong.variable == _URL else wrong.variable
+        raise ConfigError(option, wrong.value, wrong.allowed) from None
 
 
 def is_passing(error: GatewayRefused | GatewayUnreachable) -> bool:

@@ -18,7 +18,7 @@ from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import typer
-from typer.core import TyperOption
+from typer.core import TyperGroup, TyperOption
 
 from tidegate.errors import (
     ConfigError,
@@ -129,25 +129,83 @@ AnyPool = Annotated[
 ]
 
 
-def choose_pool(pool: AnyPool = None) -> None:
-    """What `--pool` before a command does."""
+def choose_pool(pool: str | None = None) -> None:
+    """Make a pool the one that the command is about."""
     _chosen.set(pool)
 
 
 def with_pool_option(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that takes `--pool` too, behind its name as well as before it."""
+    """A command that takes `--pool` too."""
+    return _with_option(command, "pool", AnyPool, _chosen)
+
+
+AnyUrl = Annotated[
+    str | None, typer.Option("--url", help="The gateway to ask, instead of TIDEGATE_URL.")
+]
+called_url: ContextVar[str | None] = ContextVar("tidegate_url", default=None)
+
+
+def with_url_option(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that asks a running gateway takes `--url` too."""
+    return _with_option(command, "url", AnyUrl, called_url)
+
+
+def _with_option(
+    command: Callable[..., None], name: str, kind: object, chosen: ContextVar[str | None]
+) -> Callable[..., None]:
+    """A command with one option more, whose value goes into `chosen`."""
 
     @wraps(command)
-    def run(*arguments: object, pool: str | None = None, **options: object) -> None:
-        if pool is not None:
-            _chosen.set(pool)
+    def run(*arguments: object, **options: Any) -> None:
+        if (value := options.pop(name, None)) is not None:
+            chosen.set(value)
         command(*arguments, **options)
 
-    behind = Parameter("pool", Parameter.KEYWORD_ONLY, default=None, annotation=AnyPool)
-    parameters = [*signature(command, eval_str=True).parameters.values(), behind]
+    added = Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    parameters = [*signature(command, eval_str=True).parameters.values(), added]
     run.__annotations__ = {one.name: one.annotation for one in parameters}
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     return run
+
+
+class CommandGroup(TyperGroup):
+    """Commands whose options may also stand before their names: `tidegate --json limits show`.
+
+    An option takes a value in all commands that have it, or in none of them.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self._in_order(ctx, args))
+
+    def _in_order(self, ctx: Any, arguments: list[str]) -> list[str]:
+        """The group's own options, the name of the command, then the options that were before it;
+        unchanged where one of them is unknown."""
+        own, moved, rest = list[str](), list[str](), list(arguments)
+        names = {name for one in self.get_params(ctx) for name in one.opts}
+        known = _options_of(self) if rest and rest[0].startswith("-") else {}
+        while rest and rest[0].startswith("-"):
+            option, is_whole, _ = rest[0].partition("=")
+            if option in names:
+                own.append(rest.pop(0))
+            elif option in known:
+                count = 1 if is_whole or not known[option] else 2
+                moved += rest[:count]
+                del rest[:count]
+            else:
+                return arguments
+        return [*own, rest[0], *moved, *rest[1:]] if rest else arguments
+
+
+def _options_of(command: Any) -> dict[str, bool]:
+    """All options of a command and of those in it, by name, with whether they take a value."""
+    found: dict[str, bool] = {}
+    for one in command.params:
+        if one.param_type_name == "option":
+            takes_value = not (one.is_flag or one.count)
+            found |= dict.fromkeys((*one.opts, *one.secondary_opts), takes_value)
+    for inner in getattr(command, "commands", {}).values():
+        found |= _options_of(inner)
+    return found
 
 
 def chosen_pool(config: Config) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import defaultdict
 from contextvars import copy_context
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -15,7 +17,8 @@ from typer.main import get_command
 
 from tests.unit.invoked import invoke
 from tidegate.cli import app, command_line, main
-from tidegate.errors import ConfigError
+from tidegate.cli.terminal import chosen_pool_or
+from tidegate.errors import ConfigError, GatewayUnreachable
 from tidegate.telemetry.logging import Log, configure_logging, get_logger
 
 
@@ -37,6 +40,66 @@ def test_a_command_is_built_alone_and_as_in_the_whole_command_line() -> None:
 def test_what_names_no_command_gets_the_whole_command_line() -> None:
     for arguments in ([], ["--help"], ["--version"], ["serv"], ["Usage"]):
         assert command_line(arguments) is app
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "limits show --json --pool other",
+        "--json --pool other limits show",
+        "--pool=other limits --json show",
+        "limits --pool other show --json",
+    ],
+)
+def test_options_may_stand_before_a_command(
+    arguments: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(_work: object) -> dict[str, object]:
+        return {"pool": chosen_pool_or(None)}
+
+    monkeypatch.setattr("tidegate.cli.limits.in_pool", ask)
+    code, said = invoke(*arguments.split())
+    assert (code, json.loads(said)) == (0, {"pool": "other"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        ("--colour limits show", "--colour"),
+        ("--json limit show", "limit"),
+        ("--url http://localhost:1 limits show", "--url"),
+        ("--url", "--url"),
+    ],
+)
+def test_what_is_no_command_and_no_option_is_named(arguments: str, wrong: str) -> None:
+    code, said = invoke(*arguments.split())
+    assert code == 2
+    assert f"No such {'option' if wrong.startswith('-') else 'command'}" in said
+    assert wrong in said
+
+
+def test_an_option_takes_a_value_wherever_it_is_one() -> None:
+    """Else one before a command could not be told from the command's name."""
+    takes: dict[str, set[bool]] = defaultdict(set)
+
+    def look(command: Any) -> None:
+        for one in command.params:
+            for name in (*one.opts, *one.secondary_opts):
+                takes[name].add(one.is_flag if one.param_type_name == "option" else False)
+        for inner in getattr(command, "commands", {}).values():
+            look(inner)
+
+    look(get_command(app))
+    assert [name for name, kinds in takes.items() if len(kinds) > 1] == []
+
+
+def test_the_url_of_an_option_is_called_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEGATE_URL", "http://localhost:2")
+    for arguments in ("--url http://localhost:1 status", "status --url http://localhost:1"):
+        with pytest.raises(GatewayUnreachable, match=r"http://localhost:1 \(--url\) does not"):
+            invoke(*arguments.split())
+    with pytest.raises(ConfigError, match="--url=nonsense: must be an http:// or https:// URL"):
+        invoke("--url", "nonsense", "upstreams", "list")
 
 
 @pytest.mark.parametrize("place", ["missing/report.md", "."])
