@@ -622,19 +622,11 @@ def import_(
 
 
 def _upstream_of(config: Config, provider: UsageProvider) -> Upstream:
-    """The upstream of the chosen pool, else the only one of the provider. Raises ConfigError."""
+    """That of the chosen pool, else the only one of the provider. Raises as `upstream_of`."""
     from tidegate.jobs.reconciliation import upstream_of
     from tidegate.policy.deployment import deployed_upstreams
 
-    deployment = deployed_upstreams(config)
-    pool = chosen_pool_or(None)
-    if pool is None:
-        return upstream_of(deployment, provider, None, "--pool")
-    for one in deployment.upstreams:
-        if one.pool == pool:
-            return one
-    names = ", ".join(one.pool for one in deployment.upstreams)
-    raise ConfigError("--pool", pool, f"must be one of {names}")
+    return upstream_of(deployed_upstreams(config), provider, chosen_pool_or(None), "--pool")
 
 
 def _account_of(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 
 from tidegate.admission.charges import Prices, provider_of_upstream
-from tidegate.errors import ConfigError, StoreUnavailable, UpstreamError
+from tidegate.errors import ConfigError, NotFound, StoreUnavailable, UpstreamError
 from tidegate.policy.deployment import Deployment, Upstream
 from tidegate.prices.reconciliation import ModelFinding, Verdict, compared
 from tidegate.store.statistics import Reconciliations
@@ -75,18 +75,23 @@ def upstream_of(
     name: str | None,
     option: str = "--upstream",
 ) -> Upstream:
-    """The upstream of a provider. Raises ConfigError where there is none, or more than one and no
-    name, which `option` gives."""
-    found = [one for one in deployment.upstreams if provider_of_upstream(one) == provider]
-    if name is not None:
-        found = [one for one in found if one.name == name]
+    """The upstream of a provider by its name, which `option` gives, or the only one.
+
+    Raises NotFound for a name that no upstream has, and ConfigError where it is no account of the
+    provider, there is none, or more than one and no name."""
+    of_provider = [one for one in deployment.upstreams if provider_of_upstream(one) == provider]
+    found = [one for one in of_provider if name in (None, one.name)]
     if len(found) == 1:
         return found[0]
-    names = ", ".join(one.name for one in found)
-    if found:
-        raise ConfigError(option, name or "(not set)", f"must be one of {names}")
-    allowed = f"must be the provider of an upstream{'' if name is None else ' of that name'}"
-    raise ConfigError("PROVIDER", provider, allowed)
+    if name is not None and name not in (known := [one.name for one in deployment.upstreams]):
+        raise NotFound(f"there is no upstream {name}; known: {', '.join(known)}")
+    if not of_provider:
+        raise ConfigError("PROVIDER", provider, "must be the provider of an upstream")
+    names = ", ".join(one.name for one in of_provider)
+    allowed = f"must be one of {names}"
+    if name is not None:
+        allowed = f"is no account of {provider}; {names} {'is' if len(of_provider) == 1 else 'are'}"
+    raise ConfigError(option, name or "(not set)", allowed)
 
 
 def account_of(

@@ -143,7 +143,9 @@ async def test_classes_workspaces_and_what_a_person_has_set(
         (["openai", "--key", "OTHER"], {"OTHER": "sk-plain-secret"}, 1, "OTHER must be an admin"),
         (["openai", "--project", "none"], {}, 2, "--project"),
         (["anthropic", "--workspace", "none"], {}, 2, "--workspace"),
-        (["openai", "--pool", "none"], {}, 2, "--pool"),
+        (["openai", "--pool", "none"], {}, 1, "there is no upstream none; known: "),
+        (["openai", "--pool", "ant"], {}, 2, "--pool=ant: is no account of openai; oai is"),
+        (["anthropic", "--pool", "oai"], {}, 2, "--pool=oai: is no account of anthropic; ant is"),
         (["openai", "--shared", "none-*"], {}, 2, "--shared"),
     ],
 )
