@@ -24,7 +24,7 @@ from tidegate.cli.terminal import (
     who,
     with_tenants,
 )
-from tidegate.errors import ConfigError
+from tidegate.errors import ConfigError, NotFound
 
 if TYPE_CHECKING:
     from tidegate.policy.inspection import Control
@@ -215,17 +215,20 @@ def _set(
     disabled: bool | None,
     reason: str,
 ) -> ShownTenant:
+    from tidegate.policy.format import is_of
     from tidegate.policy.tenants import TenantChange, set_tenant
 
     given = parsed(limits, "--limit")
-    wanted = TenantChange(
-        changes=changes,
-        weight=weight,
-        limits={name: None if value == _NONE else value for name, value in given.items()},
-        disabled=disabled,
-    )
+    values = {name: None if value == _NONE else value for name, value in given.items()}
+    wanted = TenantChange(changes=changes, weight=weight, limits=values, disabled=disabled)
+
+    gone = [name for name, value in values.items() if value is None]
 
     async def work(control: Control) -> ShownTenant:
+        there = control.limiter.policy.limits
+        for name in gone:
+            if is_of(name, tenant) and name not in there:
+                raise NotFound(f"there is no limit {name}")
         shown = await set_tenant(control, tenant, wanted, by=who(), reason=reason)
         await in_force(control.limiter)
         return shown

@@ -150,18 +150,23 @@ def add(
     Every process must have its key; otherwise nothing changes, and the message names the process.
     """
     table = parsed(keys or [], "upstreams add")
-    table |= given(
+    options = given(
         provider=provider,
         base_url=base_url,
         key=key,
         key_file=key_file,
         models=model,
         weight=weight,
+        limits=parsed(limit, "--limit") if limit else None,
     )
-    if limit:
-        table["limits"] = parsed(limit, "--limit")
-    body = {"table": table, "test": not no_test}
+    body = {"table": _with_options(table, options), "test": not no_test}
     _change("PUT", name, body, dry_run=dry_run, expect=expect, reason=reason, json=json)
+
+
+def _with_options(table: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    for twice in table.keys() & options.keys():
+        raise ConfigError("upstreams add", None, f"must name {twice} once, by KEY=VALUE or option")
+    return table | options
 
 
 @app.command("set")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -635,13 +635,22 @@ def edit(
     """The change that sets and removes keys, of a policy that has the `expected` values of some.
 
     Called on a policy it raises PolicyChanged where one has another value, NotFound for a key to
-    remove that is not there, and ConfigError for a key that can't be, or the limit of a kind, which
-    every call needs. Whether the values are sound is seen when the policy is read. A limit that was
-    imported or learned is the person's from then on, unless the change gives it another source.
+    remove that is not there, and ConfigError for a key that can't be or is named twice, or the
+    limit of a kind, which every call needs. Whether the values are sound is seen when the policy is
+    read. A limit that was imported or learned is the person's from then on, unless the change gives
+    it another source.
     """
     removed = list(remove)
 
     def change(plain: Plain) -> Plain:
+        named = Counter(
+            key if key == "bands" else ".".join(_place(key)) for key in (*set_, *removed)
+        )
+        for key, times in named.items():
+            if times > 1:
+                raise ConfigError(
+                    key, None, "must be named once: it is set to one value, or removed"
+                )
         _check(plain, expected or {})
         changed = deepcopy(plain)
         for key in removed:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tidegate.errors import ConfigError
+from tidegate.errors import ConfigError, NotFound
 from tidegate.policy.access import CREDENTIALS
 
 Table = Mapping[str, Any]
@@ -144,10 +144,11 @@ def added(name: str, table: Table) -> LiveEdit:
 
 def with_keys(name: str, values: Mapping[str, Any], remove: Sequence[str] = ()) -> LiveEdit:
     """Set keys of an upstream, and take others away; `aliases.fast` is one entry of a table.
-    Raises ConfigError."""
+    Raises ConfigError, and NotFound for a key to take away that is not there."""
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         table = _table(changes, base, name)
+        _check_removed(name, table, values, remove)
         live = changes.of(name)
         new = dict(live.set)
         for key, value in (*values.items(), *((one, None) for one in remove)):
@@ -174,6 +175,18 @@ def with_keys(name: str, values: Mapping[str, Any], remove: Sequence[str] = ()) 
     return edit
 
 
+def _check_removed(
+    name: str, table: Table, values: Mapping[str, Any], remove: Sequence[str]
+) -> None:
+    for key in remove:
+        if key in values:
+            raise ConfigError(f"upstreams.{name}.{key}", None, "can't be both set and taken away")
+        stem, _, entry = key.partition(".")
+        is_there = entry in _inner(table.get(stem)) if entry and stem in _TABLES else key in table
+        if not is_there and stem not in POLICY_KEYS:
+            raise NotFound(f"upstream {name} has no {key} of its own", field="remove")
+
+
 def _inner(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
@@ -192,7 +205,7 @@ def as_deployed(name: str) -> LiveEdit:
 
 
 def read_again(name: str) -> LiveEdit:
-    """Have every process read the secrets and files of an upstream again. Raises ConfigError."""
+    """Have every process read the secrets and files of an upstream again. Raises NotFound."""
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         _table(changes, base, name)
@@ -203,7 +216,7 @@ def read_again(name: str) -> LiveEdit:
 
 
 def drained(name: str, is_drained: bool = True) -> LiveEdit:
-    """Have an upstream take no new calls, or take them again. Raises ConfigError."""
+    """Have an upstream take no new calls, or take them again. Raises NotFound."""
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         _table(changes, base, name)
@@ -213,7 +226,7 @@ def drained(name: str, is_drained: bool = True) -> LiveEdit:
 
 
 def removed(name: str) -> LiveEdit:
-    """Have an upstream no more. Raises ConfigError."""
+    """Have an upstream no more. Raises NotFound, and ConfigError for the last one."""
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         _table(changes, base, name)
@@ -246,7 +259,7 @@ def _table(changes: LiveChanges, base: Tables, name: str) -> Table:
     tables = changes.over(base)
     if name not in tables:
         known = ", ".join(sorted(tables))
-        raise ConfigError("name", name[:100], f"must be an upstream; known: {known}")
+        raise NotFound(f"there is no upstream {name[:100]}; known: {known}", field="name")
     return tables[name]
 
 

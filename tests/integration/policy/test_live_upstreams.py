@@ -228,7 +228,7 @@ async def test_a_drain_that_waits_does_not_drain_again_what_another_operator_res
     call.cancel()
     words[2] = "nope"
     unknown = await asyncio.to_thread(lambda: CliRunner().invoke(app, words, env=env))
-    known = "name must be an upstream; known: gemini, second"
+    known = "there is no upstream nope; known: gemini, second"
     assert str(unknown.exception) == known, "and not once more as what is allowed"
 
 

@@ -135,6 +135,19 @@ def test_a_drain_has_no_end_so_that_its_time_needs_wait(monkeypatch: pytest.Monk
     assert "stays drained until it is resumed" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ("weight=3 --weight 4", "weight"),
+        ("key=A --key A", "key"),
+        ("limits={} --limit rpm:total=6", "limits"),
+    ],
+)
+def test_an_upstream_is_not_added_with_two_values_of_one_key(arguments: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"upstreams add must name {key} once"):
+        invoke("upstreams", "add", "groq", *arguments.split())
+
+
 def test_the_list_of_upstreams_says_why_one_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def upstream(name: str, state: str, detail: str, **problems: str) -> dict[str, Any]:
         shown = {"name": name, "state": state, "in_progress": 0, "waiting": 0, "table": {}}

@@ -74,6 +74,20 @@ def test_what_is_not_there_cannot_be_removed() -> None:
             edit({}, [key])(BEFORE)
 
 
+@pytest.mark.parametrize(
+    ("changes", "removed"),
+    [
+        ({"rpm:m": 6}, ["rpm:m"]),
+        ({"limits.rpm:m": 6}, ["rpm:m"]),
+        ({"rpm:m": 6, "limits.rpm:m": 7}, []),
+        ({}, ["weights.acme", "weights.acme"]),
+    ],
+)
+def test_a_key_that_is_named_twice_is_refused(changes: dict[str, Any], removed: list[str]) -> None:
+    with pytest.raises(ConfigError, match="must be named once"):
+        edit(changes, removed)(BEFORE)
+
+
 def test_the_limit_of_a_kind_cannot_be_removed() -> None:
     for key in ("kind:text_only", "limits.kind:text_only"):
         with pytest.raises(ConfigError, match="0 admits no calls"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.unit.policy.test_upstreams import CONFIG, with_keys
-from tidegate.errors import ConfigError
+from tidegate.errors import ConfigError, NotFound
 from tidegate.policy.deployment import Deployment, deployment_of
 from tidegate.policy.live import (
     NO_CHANGES,
@@ -55,6 +55,23 @@ def test_a_key_that_was_set_live_stays_and_the_others_are_the_files() -> None:
     assert other.differing(later) == ["openai.weight: the file says 3, 5 is kept"]
 
 
+@pytest.mark.parametrize("key", ["weigth", "aliases.fast", "headers"])
+def test_a_key_that_is_not_there_cannot_be_taken_away(key: str) -> None:
+    with pytest.raises(NotFound, match=f"upstream openai has no {key} of its own"):
+        made(set_keys("openai", {}, [key]))
+
+
+def test_a_key_is_not_both_set_and_taken_away() -> None:
+    with pytest.raises(ConfigError, match=r"upstreams.openai.weight can't be both"):
+        made(set_keys("openai", {"weight": 3}, ["weight"]))
+
+
+def test_an_upstream_that_is_not_there_is_not_found() -> None:
+    for edit in (set_keys("no", {"weight": 3}), drained("no"), removed("no"), read_again("no")):
+        with pytest.raises(NotFound, match="there is no upstream no; known: local, openai"):
+            made(edit)
+
+
 def test_an_upstream_that_is_put_back_to_the_file_stays_drained() -> None:
     edits = (drained("openai"), set_keys("openai", {"weight": 5}), as_deployed("openai"))
     assert made(*edits) == made(drained("openai"))
@@ -94,7 +111,6 @@ def test_what_was_set_on_an_upstream_that_the_file_lost_has_no_effect() -> None:
     [
         (added("openai", {}), "must be new"),
         (added("Open AI", {}), "lower-case letters"),
-        (set_keys("gone", {"weight": 1}), "known: local, openai"),
         (set_keys("openai", {"limits.rpm:total": 5}), "limits set --pool openai"),
         (set_keys("openai", {"headers.x-api-key": "sk-1"}), "env:VARIABLE"),
         (added("new", {"headers": {"x-secret": "s"}}), "env:VARIABLE"),

@@ -307,7 +307,7 @@ async def add(request: Request, name: UpstreamName) -> ChangeView:
 
 @router.patch(
     "/upstreams/{name}",
-    responses=problem_responses(409),
+    responses=problem_responses(404, 409),
     openapi_extra=described(UpstreamKeys),
     summary="Change keys of an upstream, in all processes",
 )
@@ -342,7 +342,7 @@ async def test(request: Request, name: UpstreamName) -> list[UpstreamTestView]:
 
 @router.post(
     "/upstreams/{name}/drain",
-    responses=problem_responses(409),
+    responses=problem_responses(404, 409),
     openapi_extra=described(SignedChange),
     summary="Stop sending new calls to an upstream",
 )
@@ -365,7 +365,7 @@ async def drain(request: Request, name: UpstreamName) -> DrainView:
 
 @router.post(
     "/upstreams/{name}/resume",
-    responses=problem_responses(409),
+    responses=problem_responses(404, 409),
     openapi_extra=described(SignedChange),
     summary="Send calls to a drained upstream again",
 )
@@ -377,7 +377,7 @@ async def resume(request: Request, name: UpstreamName) -> ChangeView:
 
 @router.delete(
     "/upstreams/{name}",
-    responses=problem_responses(409),
+    responses=problem_responses(404, 409),
     summary="Remove an upstream, in all processes",
 )
 async def remove(
