@@ -18,7 +18,7 @@ from tidegate.cli.terminal import (
     with_budgets,
     with_tenants,
 )
-from tidegate.errors import ConfigError
+from tidegate.errors import ConfigError, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +84,7 @@ def list_(
 
     budgets, books = with_budgets(read)
     if name is not None and name not in {one.name for one in budgets}:
-        raise ConfigError("BUDGET", name, "the name of a budget; `tidegate budgets list` has all")
+        raise NotFound(f"there is no budget {name}: `tidegate budgets list` has all")
     budgets = [one for one in budgets if name in (None, one.name)]
     if json:
         show_json(

@@ -139,6 +139,7 @@ def rehearse(
     pool = chosen_pool(config := load_config())
     pace = TokenPace(first_token_ms, tokens_per_second)
     usual = Usual({kind: config.model_for(kind) for kind in config.rate_limits}, pace)
+    kept = _policy(config, policy, in_force=in_force, pool=pool)
     upstream = _upstream_in(config, pool)
     cost = cost_at(upstream)
     terms = _terms(config, upstream, flex_times, flex_refused, batch_time)
@@ -146,7 +147,6 @@ def rehearse(
     if in_force:
         budgets = _budgets_in_force(config)
     arrivals = priced(multiplied(drawn, times, seed), cost)
-    kept = _policy(config, policy, in_force=in_force, pool=pool)
     preempt = None if upstream is None else upstream.preempt
     made = variants(kept, budgets, preempt, _changes(set_))
     is_further = pool != DEFAULT_POOL

@@ -26,6 +26,7 @@ from tidegate.errors import (
     GatewayUnreachable,
     InvalidRequest,
     LimiterUnavailable,
+    NotFound,
     StoreUnavailable,
     TidegateError,
 )
@@ -100,13 +101,14 @@ def is_short_id(text: str) -> bool:
 
 
 def whole_id(text: str, known: Iterable[str], among: str) -> str:
-    """The only one of the `known` ids that begins or ends with `text`. Raises ConfigError."""
+    """The only one of the `known` ids that begins or ends with `text`. Raises NotFound, and
+    ConfigError where it fits several."""
     wanted = text.lower()
     found = [one for one in known if one.startswith(wanted) or one.endswith(wanted)]
     if len(found) == 1:
         return found[0]
     if not found:
-        raise ConfigError(text, None, f"is neither the beginning nor the end of an id of {among}")
+        raise NotFound(f"{text} is neither the beginning nor the end of an id of {among}")
     some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
     raise ConfigError(text, None, f"fits several of {among}: {some}")
 

@@ -40,7 +40,7 @@ from pydantic import SecretStr
 
 from tidegate.call import DEFAULT_POOL
 from tidegate.embedded.lease import ServersLease, ServiceName, ensure
-from tidegate.errors import ConfigError, StoreUnavailable
+from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.limiter import PoolPolicy
 from tidegate.policy.deployment import deployed, emulates, stated_by
 from tidegate.policy.live import NO_CHANGES, LiveChanges, changes_of
@@ -342,7 +342,8 @@ async def _places_of(
 
 
 def policy_of(config: Config, pool: str = DEFAULT_POOL) -> PoolPolicy:
-    """What this deployment asks for in a pool. Raises ConfigError, as for one that is unknown."""
+    """What this deployment asks for in a pool. Raises ConfigError, and NotFound for one that is
+    unknown."""
     return pool_of(config, pool)[0]
 
 
@@ -353,7 +354,7 @@ def pool_of(config: Config, pool: str, live: LiveChanges = NO_CHANGES) -> tuple[
     stated = stated_by(config)
     if (found := stated.pool(pool, live)) is None:
         names = ", ".join(dict.fromkeys((DEFAULT_POOL, *stated.tables())))
-        raise ConfigError("--pool", pool, f"must be one of {names}")
+        raise NotFound(f"there is no upstream {pool}; known: {names}")
     return found
 
 

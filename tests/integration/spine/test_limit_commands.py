@@ -120,7 +120,7 @@ async def test_a_paused_limit_is_explained_and_resumed(open_gateway: Opener) -> 
         said = (await tidegate(gateway, "why", part)).said
         assert said.startswith(f"{request_id} waits for kind:text_only, which is paused by ")
     unknown = await tidegate(gateway, "why", "ffff0000")
-    assert (unknown.code, "neither the beginning" in unknown.complained) == (2, True)
+    assert (unknown.code, "neither the beginning" in unknown.complained) == (1, True)
     ticket = (await tidegate(gateway, "limits", "show", "--json")).json["queues"][0]
     place = f"{ticket['process']}/{ticket['first_ticket']}"
     assert "it is ill" in (await tidegate(gateway, "why", place, "--json")).json["sentence"]
