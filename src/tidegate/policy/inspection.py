@@ -191,7 +191,7 @@ class Control:
         pause that lasts longer stays. Raises NotFound."""
         await self._check_there(limit)
         length = {} if for_ms is None else {"for_ms": for_ms}
-        after = {"for_ms": for_ms, "reason": reason, "pool": self.limiter.pool}
+        after = {"for_ms": for_ms, "reason": reason, "pool": self.limiter.pool, "by": by}
         await self.tenants.actions.note("limit.pause", limit, after=after)
         paused = await self.limiter.penalise(limit, reason=reason, by=by, **length)
         if paused:

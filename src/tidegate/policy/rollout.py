@@ -363,6 +363,7 @@ class PolicyKeeper:
         self._policies = policies
         self._set_by = set_by
         self.provider = provider
+        self._has_pauses = False
 
     async def run(self) -> None:
         """Put this deployment's policy in force if it is new; then watch, for ever.
@@ -375,10 +376,13 @@ class PolicyKeeper:
             pause_s = _WATCH_S
             try:
                 await settle()
+                await self.restore_pauses()
                 settle = self._watch
                 self.settled.set()
             except StoreUnavailable as away:
                 log.debug(Log.STORE_AWAY, detail=away.message)
+                pause_s = _RETRY_S
+            except LimiterUnavailable:  # which the limiter itself reports
                 pause_s = _RETRY_S
             except ConfigError as unreadable:
                 log.warning(
@@ -434,6 +438,26 @@ class PolicyKeeper:
     async def history(self, most: int) -> list[PolicyRecord]:
         """What was in force, the newest first. Raises StoreUnavailable."""
         return await self._policies.history(self.limiter.pool, most)
+
+    async def restore_pauses(self) -> None:
+        """Pause once more, when this process starts, what people have paused: Valkey may have lost
+        it while no process ran. Does nothing while Valkey is away. Raises StoreUnavailable and
+        LimiterUnavailable, after which it is due again."""
+        limiter = self.limiter
+        if self._has_pauses or limiter.state == "away":
+            return
+        on_record = await self._policies.pauses(limiter.pool)
+        paused = [one for one in on_record if limiter.policy.binding(one.limit) is not None]
+        for one in paused:
+            await limiter.penalise(one.limit, for_ms=one.left_ms, reason=one.reason, by=one.by)
+        # A person may have resumed one before it was paused here.
+        still = (
+            {one.limit for one in await self._policies.pauses(limiter.pool)} if paused else set()
+        )
+        for one in paused:
+            if one.limit not in still:
+                await limiter.resume(one.limit, by=self._set_by)
+        self._has_pauses = True
 
     async def _start(self) -> None:
         found, wanted = await self._found(), to_plain(self.wanted)

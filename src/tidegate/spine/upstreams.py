@@ -115,17 +115,18 @@ class Pools:
             )
             keeper = await stack.enter_async_context(opening)
             stack.callback(asyncio.create_task(keeper.run()).cancel)
-            await self._count_days(keeper.limiter, stack)
+            await self._count_days(keeper, stack)
             known = self._open[pool] = keeper, stack
         self.keepers[pool], self.limiters[pool] = known[0], known[0].limiter
         return known[0].limiter
 
-    async def _count_days(self, limiter: Limiter, stack: AsyncExitStack) -> None:
-        """From the record, before a call is admitted; later where a server is unavailable, or the
-        record of the day is so long that the start would take too long."""
-        days = RecordedDays(limiter, self._connections)
+    async def _count_days(self, keeper: PolicyKeeper, stack: AsyncExitStack) -> None:
+        """From the record, before a call is admitted, as the pauses of people; later where a server
+        is unavailable, or the record of the day is so long that the start would take too long."""
+        days = RecordedDays(keeper.limiter, self._connections)
         with suppress(LimiterUnavailable, StoreUnavailable, TimeoutError):
             async with asyncio.timeout(_DAYS_WITHIN_S):
+                await keeper.restore_pauses()
                 await days.count()
         stack.callback(asyncio.create_task(days.run()).cancel)
 

@@ -207,6 +207,16 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PauseRecord:
+    """A pause of a limit by a person. left_ms: infinite where it lasts until it is resumed."""
+
+    limit: str
+    by: str
+    reason: str
+    left_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyRecord:
     """A pool's policy as it was in force from `created_at` on, until the next revision.
 

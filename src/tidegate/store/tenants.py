@@ -31,6 +31,7 @@ from tidegate.store.budgets import drop_books, set_budget
 from tidegate.store.database import Connections, sql
 from tidegate.store.operator_actions import OperatorActions
 from tidegate.store.records import (
+    PauseRecord,
     PolicyRecord,
     What,
     changed_once,
@@ -589,6 +590,12 @@ class Policies:
         """The policy in force as far as is on record, of every pool that ever was there."""
         rows = await self._connections.rows("policies_in_force", timeout_ms=_TIMEOUT_MS)
         return {row["pool"]: orjson.loads(row["policy"]) for row in rows}
+
+    async def pauses(self, pool: str) -> list[PauseRecord]:
+        """The pauses of limits that people began and that have not ended, as far as is on
+        record."""
+        rows = await self._connections.rows("paused_by_people", pool, timeout_ms=_TIMEOUT_MS)
+        return [record_of(PauseRecord, row) for row in rows]
 
     async def decide(self, pool: str, digest: str, decide: Decide) -> None:
         """Put on record what `decide` returns, while no other process can do so.

@@ -15,10 +15,14 @@ from tests.integration.policy.conftest import Member, Start
 from tests.waiting import wait_until
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import ConfigError, StoreUnavailable
-from tidegate.limiter import PoolPolicy
+from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.policy import rollout as keeping
 from tidegate.policy.format import Plain, share_edit
+from tidegate.policy.inspection import Control
 from tidegate.store import tenants
+from tidegate.store.records import ACTING, Acting
+from tidegate.store.requests import ActiveRequests
+from tidegate.store.tenants import Tenants
 from tidegate.telemetry.logging import Log
 
 
@@ -166,6 +170,72 @@ async def test_an_empty_valkey_does_not_forget_what_was_set_live(
     again = await start(5, url=own_valkey.url)
     assert again.limit == 3
     await recorded(again, (1, "deployment", 5), (2, "live", 3))
+
+
+def control_of(member: Member) -> Control:
+    ACTING.set(Acting("someone", "admin", "a test"))
+    connections = member.policies._connections
+    return Control(member.keeper, ActiveRequests(connections), Tenants(connections))
+
+
+async def paused(member: Member) -> dict[str, str]:
+    views = (await member.limiter.snapshot()).limits
+    return {name: one.paused_by for name, one in views.items() if one.paused_ms}
+
+
+async def test_a_pause_by_a_person_goes_on_in_an_empty_valkey_until_it_is_over_or_resumed(
+    start: Start, own_valkey: ValkeyServer
+) -> None:
+    names = ("model:for-ever", "model:an-hour", "model:over", "model:resumed", "model:shortened")
+    member = await start(5, url=own_valkey.url, more=dict.fromkeys(names, 1))
+    await recorded(member, (1, "deployment", 5))
+    control = control_of(member)
+    for name, for_ms in zip(names, (None, 3_600_000, 1, None, 3_600_000), strict=True):
+        assert await control.pause(name, for_ms, by="ann", reason=name[6:])
+    assert not await control.pause("model:shortened", 60_000, by="bob")
+    assert await control.resume("model:resumed", by="bob")
+    assert await control.pause("upstream:gone", None, by="ann", reason="of none")
+    await member.limiter.penalise("kind:text_only", reason="a 429 of the provider")
+    member.keeping.cancel()
+    await member.limiter.aclose()
+    own_valkey.kill()
+    own_valkey.start()
+
+    again = await start(5, url=own_valkey.url, more=dict.fromkeys(names, 1))
+    await asyncio.wait_for(again.keeper.settled.wait(), 20)
+    told = {
+        "model:for-ever": "ann: for-ever",
+        "model:an-hour": "ann: an-hour",
+        "model:shortened": "ann: shortened",
+        "upstream:gone": "ann: of none",
+    }
+    assert await paused(again) == told
+    left = (await again.limiter.snapshot()).limits
+    assert 3_000_000 < left["model:shortened"].paused_ms <= 3_600_000
+    assert left["model:for-ever"].paused_ms > 366 * 86_400_000
+    assert await control_of(again).resume("model:for-ever", by="bob")
+    same = await start(5, url=own_valkey.url, more=dict.fromkeys(names, 1))
+    await asyncio.wait_for(same.keeper.settled.wait(), 20)
+    del told["model:for-ever"]
+    assert await paused(same) == told
+
+
+async def test_a_pause_that_is_resumed_while_it_is_restored_does_not_come_back(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = await start(5)
+    await recorded(member, (1, "deployment", 5))
+    control, penalise = control_of(member), Limiter.penalise
+    await control.pause("kind:text_only", None, by="ann")
+
+    async def late(limiter: Limiter, limit: str, **how: Any) -> bool:
+        await control.resume(limit, by="bob")
+        return await penalise(limiter, limit, **how)
+
+    monkeypatch.setattr(Limiter, "penalise", late)
+    again = await start(5)
+    await asyncio.wait_for(again.keeper.settled.wait(), 20)
+    assert await paused(again) == {}
 
 
 async def test_a_change_that_changes_nothing_or_is_not_sound_leaves_no_trace(start: Start) -> None:

@@ -16,6 +16,25 @@ WHERE ($1::text IS NULL OR operator = $1) AND ($2::text IS NULL OR what = $2)
     AND ($5::timestamptz IS NULL OR at < $5) AND ($6::bigint IS NULL OR number < $6)
 ORDER BY number DESC LIMIT $7
 
+-- name: paused_by_people
+-- The longest pause of each limit of pool $1 that a person began and nobody has ended.
+WITH known AS (
+    SELECT number, what, target, operator, is_now,
+        at + (is_now->>'for_ms')::float8 * interval '1 millisecond' AS until
+    FROM operator_actions
+    WHERE what IN ('limit.pause', 'limit.resume') AND is_now->>'pool' = $1
+)
+SELECT DISTINCT ON (target) target AS "limit", coalesce(is_now->>'by', operator) AS by,
+    coalesce(is_now->>'reason', '') AS reason,
+    coalesce(extract(epoch FROM until - clock_timestamp())::float8 * 1000, 'infinity') AS left_ms
+FROM known
+WHERE what = 'limit.pause' AND (until IS NULL OR until > clock_timestamp())
+    AND number > ALL (
+        SELECT number FROM known AS resumed
+        WHERE resumed.target = known.target AND resumed.what = 'limit.resume'
+    )
+ORDER BY target, until DESC NULLS FIRST
+
 -- name: prune_actions
 -- Forget actions from before $1.
 DELETE FROM operator_actions WHERE at < $1
