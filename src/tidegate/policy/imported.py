@@ -216,7 +216,7 @@ def _with_learned(limits: Plain, found: Iterable[LearnedLimit], provider: str) -
             changed[one.limit] = {**now, "bound": one.bound}
         elif now is not None:
             changed[one.limit] = one.bound
-        else:
+        elif one.in_force is None:  # else it was removed meanwhile
             spans = AZURE_SPANS if provider == "azure" and one.limit.startswith("rpm:") else 1
             value = {"bound": one.bound * spans, "source": "learned"}
             changed |= filled({one.limit: value}, provider)

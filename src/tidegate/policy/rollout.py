@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -438,6 +438,11 @@ class PolicyKeeper:
     async def history(self, most: int) -> list[PolicyRecord]:
         """What was in force, the newest first. Raises StoreUnavailable."""
         return await self._policies.history(self.limiter.pool, most)
+
+    async def removed_by_people(self, limits: Collection[str]) -> set[str]:
+        """Which of these limits are not there because a person removed them. Raises
+        StoreUnavailable."""
+        return await self._policies.removed_by_people(self.limiter.pool, limits)
 
     async def restore_pauses(self) -> None:
         """Pause once more, when this process starts, what people have paused: Valkey may have lost

@@ -498,6 +498,7 @@ class LimitLearner:
         self._changed_at: dict[str, float] = {}  # the bounds of limits, as seen here
         self._epoch = 0  # of the pool, in which the charges were made
         self._confirmations = Confirmations(STABLE_S)
+        self._removed: dict[str, tuple[int, bool]] = {}  # as of a revision, whether by a person
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -816,14 +817,25 @@ class LimitLearner:
                 use.take_back(amount)
 
     async def _apply(self, found: list[LearnedLimit]) -> None:
-        """Put in force what answers have confirmed after some seconds and no person has set."""
+        """Put in force what answers have confirmed after some seconds and no person has set or
+        removed."""
         now = self._clock()
         sure = [one for one in found if self._confirmations.take(one, now)]
-        names = [
+        new = [one.limit for one in sure if one.drift == "new"]
+        names = [name for name in new if not await self._is_removed(name)]
+        names += [
             one.limit
             for one in sure
-            if one.drift == "new" or (one.drift != "same" and one.model and one.source != "set")
+            if one.drift not in ("new", "same") and one.model and one.source != "set"
         ]
         if names:
             change = acceptance(found, names, self._keeper.provider)
             await self._keeper.change(change, set_by=_SET_BY, reason=_REASON)
+
+    async def _is_removed(self, name: str) -> bool:
+        """Whether a person removed a limit that is not in force. Once for each revision."""
+        revision = self._limiter.policy.revision
+        if self._removed.get(name, (0, False))[0] != revision:
+            removed = await self._keeper.removed_by_people([name])
+            self._removed[name] = revision, name in removed
+        return self._removed[name][1]

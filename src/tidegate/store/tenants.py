@@ -14,7 +14,7 @@ import hmac
 import re
 import secrets
 import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -590,6 +590,13 @@ class Policies:
         """The policy in force as far as is on record, of every pool that ever was there."""
         rows = await self._connections.rows("policies_in_force", timeout_ms=_TIMEOUT_MS)
         return {row["pool"]: orjson.loads(row["policy"]) for row in rows}
+
+    async def removed_by_people(self, pool: str, limits: Collection[str]) -> set[str]:
+        """Which of these limits a person removed last, as far as the history goes."""
+        rows = await self._connections.rows(
+            "removed_by_people", pool, list(limits), timeout_ms=_TIMEOUT_MS
+        )
+        return {row["name"] for row in rows}
 
     async def pauses(self, pool: str) -> list[PauseRecord]:
         """The pauses of limits that people began and that have not ended, as far as is on

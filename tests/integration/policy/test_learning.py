@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -271,7 +271,7 @@ async def test_what_remains_is_as_of_the_call_that_was_counted_last(
 
 @pytest.mark.slow
 async def test_what_nobody_set_is_in_force_by_itself_where_it_may_be(
-    open_gateway: Opener, tmp_path: Path
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with run_emulator() as provider:
         await provider.control.set_account(provider="openai", limits=LIMITS)
@@ -310,6 +310,31 @@ async def test_what_nobody_set_is_in_force_by_itself_where_it_may_be(
 
         await wait_until(less_room, 20, "room that is kept free")
         assert keeper.limiter.policy.bound("rpm:gpt-5") == 500
+
+        # What a person removes is a proposal from then on, which is applied no more.
+        removed = await command(gateway, "set", "--remove", "tpm:gpt-5")
+        assert removed.code == 0, removed.complained
+        looked: set[str] = set()
+        ask = keeper.removed_by_people
+
+        async def asked(names: Collection[str]) -> set[str]:
+            looked.update(names)
+            return await ask(names)
+
+        monkeypatch.setattr(keeper, "removed_by_people", asked)
+
+        async def was_due() -> bool:
+            await call_each_second()
+            return "tpm:gpt-5" in looked
+
+        await wait_until(was_due, 30, "the time at which it would be applied")
+        assert await ask(["tpm:gpt-5", "rpm:gpt-5", "rpm:other"]) == {"tpm:gpt-5"}
+        assert "tpm:gpt-5" not in keeper.limiter.policy.limits
+        assert (await learned(gateway))["tpm:gpt-5"].drift == "new"
+        accepted = await command(gateway, "accept", "tpm:gpt-5")
+        assert accepted.code == 0, accepted.complained
+        assert await ask(["tpm:gpt-5"]) == set()
+        assert keeper.limiter.policy.bound("tpm:gpt-5") == 30_000
 
 
 async def test_others_on_a_days_bound_are_noticed_and_it_is_learned(

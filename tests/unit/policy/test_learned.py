@@ -153,6 +153,11 @@ def test_an_acceptance_changes_the_bound_and_nothing_else_that_was_set() -> None
     assert limits == {"tpm:gpt-5": told}
 
 
+def test_a_limit_that_was_removed_meanwhile_does_not_come_back() -> None:
+    rose = learned(of_plain({"limits": {"tpm:gpt-5": 30_000}}), READ)["tpm:gpt-5"]
+    assert accepted({}, [], rose) == {}
+
+
 def test_nothing_is_accepted_that_is_not_learned_or_does_not_differ() -> None:
     (new,) = learned(policy(), READ).values()
     with pytest.raises(NotFound, match="nothing is learned of a limit rpm:gpt-5"):

@@ -23,6 +23,18 @@ FROM policies WHERE pool = $1 AND origin = 'deployment' AND digest = $2 ORDER BY
 SELECT DISTINCT digest FROM policies
 WHERE pool = $1 AND origin = 'deployment' AND digest = ANY($2::text[])
 
+-- name: removed_by_people
+-- Which of the limits $2 of pool $1 were there before, and were last removed by a person.
+SELECT name FROM unnest($2::text[]) AS name
+WHERE EXISTS (
+    SELECT FROM operator_actions
+    WHERE what = 'limits.change' AND target = $1 AND revision = (
+        SELECT min(revision) FROM policies WHERE pool = $1 AND revision > (
+            SELECT max(revision) FROM policies WHERE pool = $1 AND policy->'limits' ? name
+        )
+    )
+)
+
 -- name: add_policy
 -- Put a revision of the policy of pool $1 on record; one that is there already is left.
 INSERT INTO policies (pool, revision, origin, digest, policy, set_by, reason)
