@@ -448,9 +448,7 @@ class LiveRoom:
 
     @property
     def wait_ms(self) -> float:
-        """Until the job is admitted."""
-        if not self.ahead:
-            return 0.0
+        """Until the job is admitted; infinite at a limit of 0, also for the first job."""
         return inf if self.per_second <= 0 else 1_000 * self.ahead / self.per_second
 
     @property
@@ -529,6 +527,8 @@ def _order(offer: TierOffer, room: LiveRoom) -> tuple[float, bool]:
 def _why_live(late: Sequence[str], left_ms: float, room: LiveRoom) -> str:
     if not late:
         return "no cheaper tier is allowed and offered for its model"
+    if room.wait_ms == inf:
+        return "a limit of 0 admits none of its calls, in any tier"
     needs = f"live needs {spoken(room.reserve_ms)}"
     return f"{spoken(left_ms)} are left, of which {needs}: {' and '.join(late)}"
 
@@ -671,6 +671,8 @@ def admitted_per_second(
     known what a call takes of it."""
     if limit is None or limit.shadow:
         return inf
+    if not limit.bound:
+        return 0.0
     if isinstance(limit, Concurrency):
         size = size_of("tokens") if limit.by_tokens else 1
         return limit.bound * 1_000 / max(1.0, call_ms) / size if size else inf

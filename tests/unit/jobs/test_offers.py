@@ -106,6 +106,8 @@ SIZES = {"requests": 1.0, "input_tokens": 200.0}
         (Rate(120, 60_000), 2.0),
         (Rate(60_000, 60_000, "input_tokens"), 5.0),
         (Rate(60_000, 60_000, "output_tokens"), inf),
+        (Rate(0, 60_000, "output_tokens"), 0.0),
+        (Quota(0, unit="images"), 0.0),
         (Quota(86_400), 1.0),
     ],
 )

@@ -98,8 +98,17 @@ def test_all_jobs_before_it_are_counted() -> None:
     many = LiveRoom(ahead=36_000, per_second=10, call_ms=2_000)
     assert chosen(FLEX, in_s=HOUR_S, room=many).tier is Tier.LIVE
     assert chosen(FLEX, in_s=10 * HOUR_S, room=many).tier is Tier.FLEX
-    closed = LiveRoom(ahead=1, per_second=0)
-    assert chosen(FLEX, BATCH, in_s=DAY_S, room=closed).tier is Tier.LIVE
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("in_s", [None, 60.0, DAY_S])
+def test_a_limit_of_0_lets_not_even_the_first_job_into_another_tier(
+    ahead: int, in_s: float | None
+) -> None:
+    closed = LiveRoom(ahead=ahead, per_second=0)
+    choice = chosen(FLEX, BATCH, in_s=in_s, room=closed)
+    assert (choice.tier, choice.revisit_at) == (Tier.LIVE, None)
+    assert choice.why == "a limit of 0 admits none of its calls, in any tier"
 
 
 def test_a_batch_is_chosen_where_the_usual_tier_would_be_late() -> None:
