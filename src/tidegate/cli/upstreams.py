@@ -128,7 +128,12 @@ def add(
         ),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="A pattern of models that it serves.")
+        list[str] | None,
+        typer.Option(
+            help="A pattern of models that it serves; without one those of its preset, else *: "
+            "every model that no upstream names.",
+            metavar="PATTERN",
+        ),
     ] = None,
     weight: Annotated[
         int | None, typer.Option(help="Its share among upstreams of the same model.")

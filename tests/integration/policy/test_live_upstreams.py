@@ -295,6 +295,27 @@ async def test_what_lives_at_a_drained_upstream_can_be_reached_until_it_is_remov
     assert usual == 64, "not that of the one that was removed"
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("second", {}, "second.models: * (none are stated: every model that no upstream names)"),
+        ("openai", {}, "openai.models: gpt-"),
+        ("second", {"models": ["a-*"]}, 'second.models: ["a-*"]'),
+    ],
+)
+async def test_an_upstream_that_is_added_says_which_models_it_serves(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch, name: str, more: Any, said: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    gateway = await open_gateway(worker=False)
+    new = {"key": "OPENAI_API_KEY", **more}
+    new |= {"base_url": "http://127.0.0.1:9/v1"} if name == "second" else {}
+    for dry_run in (True, False):
+        done = (await admin(gateway, "PUT", f"/{name}", table=new, test=False, dry_run=dry_run))[1]
+        (models,) = (line for line in done["changes"] if line.startswith(f"{name}.models"))
+        assert models.startswith(said)
+
+
 async def test_a_call_that_waits_for_a_drained_upstream_goes_elsewhere(
     open_gateway: Opener, second: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -298,6 +298,10 @@ async def add(request: Request, name: UpstreamName) -> ChangeView:
             check_tested(found)
             tests = _tests(found, candidate)
     done = await _changed(request, f"add {name}", edit, new)
+    if "models" not in new.table:
+        models = ", ".join(candidate.models)
+        whose = "every model that no upstream names" if models == "*" else "those of its preset"
+        done["changes"].append(f"{name}.models: {models} (none are stated: {whose})")
     keeper = services.keepers.get(name)
     if not new.dry_run and keeper is not None:
         # A pool of that name may have limits of an upstream that was removed.
