@@ -199,6 +199,25 @@ def test_a_full_disk_is_told_in_one_line(arguments: tuple[str, ...], tmp_path: P
     assert done.stderr == "tidegate: output or files cannot be written: No space left on device\n"
 
 
+@pytest.mark.parametrize("command", [("limits", "show"), ("keys", "list")], ids=" ".join)
+def test_a_command_begins_no_empty_deployment_where_none_is(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = _run(tmp_path, *command, HOST="127.0.0.1")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith("tidegate: no deployment is in data (DATA_DIR): `tidegate up` ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gateway_that_does_not_answer_is_told_with_the_ways_out(tmp_path: Path) -> None:
+    here = _run(tmp_path, "status", PORT="1")
+    assert here.returncode == 4
+    assert here.stderr == (
+        "tidegate: http://localhost:1 (the default) does not answer: Connection refused; "
+        "`tidegate up` starts one here, and TIDEGATE_URL or --url says where one runs\n"
+    )
+
+
 def test_the_version_is_shown(tmp_path: Path) -> None:
     done = _run(tmp_path, "--version")
     assert (done.returncode, done.stdout) == (0, f"tidegate {__version__}\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.unit.invoked import invoke
@@ -24,3 +26,18 @@ def test_a_share_that_is_no_number_is_refused_by_its_option() -> None:
         with pytest.raises(ConfigError) as refused:
             invoke("budgets", "set", "b", *options)
         assert refused.value.variable == "--alert"
+
+
+def test_an_amount_is_one_of_two() -> None:
+    with pytest.raises(ConfigError, match="--usd=1: must not be given together with --tokens"):
+        invoke("budgets", "set", "b", "--usd", "1", "--tokens", "2")
+
+
+def test_a_new_budget_needs_an_amount(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Records:
+        def change(self, name: str, edit: Any, *, by: str) -> None:
+            edit(None)
+
+    monkeypatch.setattr("tidegate.cli.budgets.with_budgets", lambda work: work(Records()))
+    with pytest.raises(ConfigError, match="b is a new budget: it needs --usd or --tokens"):
+        invoke("budgets", "set", "b", "--period", "day")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from tests.unit.invoked import invoke
 from tidegate.errors import ConfigError
+from tidegate.store.operator_actions import OperatorAction
 
 
 class Asked(Exception):
@@ -79,3 +81,13 @@ def test_options_of_the_wrong_kind_are_refused_by_name(arguments: list[str]) -> 
     code, said = invoke(*arguments)
     assert code == 2
     assert arguments[-2] in said
+
+
+def test_what_was_changed_by_an_operator_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = ("ann", "admin", "a terminal", "tenant.set", "acme")
+    before = {"tiers": None, "streams": 5, "weight": 1}
+    after = {"tiers": ["live", "flex"], "streams": None, "weight": 1, "note": None}
+    action = OperatorAction(1, datetime.now(UTC), *done, before, after, None)
+    monkeypatch.setattr("tidegate.cli.tenants.with_tenants", lambda _work: [action])
+    _, said = invoke("actions")
+    assert "tiers: none -> live flex, streams: 5 -> none" in " ".join(said.split())

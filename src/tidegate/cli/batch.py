@@ -355,6 +355,8 @@ def read(path: Path, column: str | None, options: dict[str, Any]) -> Prompts:
         why = getattr(wrong, "strerror", None) or "not UTF-8 text"
         raise ConfigError("FILE", str(path), f"must be a readable file: {why}") from None
     is_table = path.suffix.lower() in (".csv", ".tsv")
+    if column is not None and not is_table:
+        raise ConfigError("--column", column, f"needs a file .csv or .tsv, which {path} is not")
     found = _of_table(path, text, column, options) if is_table else _of_lines(path, text, options)
     lines = tuple(found)
     _check(path, lines)

@@ -181,6 +181,8 @@ def set_(
 
     if pause and fallback is not None:
         raise ConfigError("--pause", "(set)", "not with --fallback")
+    if usd is not None and tokens is not None:
+        raise ConfigError("--usd", usd, "must not be given together with --tokens")
     if doubt not in (None, "bound", "estimate"):
         raise ConfigError("--doubt", doubt, "bound or estimate")
     values = given(usd=usd, tokens=tokens, model=model, doubt=doubt, zone=zone)
@@ -189,6 +191,8 @@ def set_(
     dimensions = given(tenant=tenant, key=key, subject=subject, conversation=conversation)
 
     def edit(before: Budget | None) -> Budget:
+        if before is None and usd is None and tokens is None:
+            raise ConfigError(name, None, "is a new budget: it needs --usd or --tokens")
         bound = _binding(dimensions, () if before is None else before.each)
         return with_changes(before, name, values | bound | _end(pause, fallback, before))
 

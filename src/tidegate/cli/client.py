@@ -64,10 +64,12 @@ class GatewayClient:
         self.url = settings.url
         origin = _URL if settings.tidegate_url else "the default"
         self._named = f"{settings.url} ({origin if called_url.get() is None else '--url'})"
+        self._is_here = settings.is_on_this_machine
         key = settings.tidegate_api_key
-        self._has_key = key is not None
+        self._shows = "" if key is None else "TIDEGATE_API_KEY"
         self._headers = {} if key is None else {"x-api-key": key.get_secret_value()}
         if key is None and (own := _operator_key(settings)) is not None:
+            self._shows = "the operator's key (ADMIN_TOKEN, or operator.key in DATA_DIR)"
             self._headers = {"Authorization": f"Bearer {own.get_secret_value()}"}
         self._http: aiohttp.ClientSession
 
@@ -182,9 +184,15 @@ class GatewayClient:
                     raise await self._refusal(answer)
                 yield answer
         except aiohttp.ClientError as failed:
-            raise GatewayUnreachable(f"{self._named} does not answer: {_words(failed)}") from failed
+            why = f"{self._named} does not answer: {_words(failed)}{self._way_out}"
+            raise GatewayUnreachable(why) from failed
         except TimeoutError as late:
             raise GatewayUnreachable(f"{self._named} does not answer in time") from late
+
+    @property
+    def _way_out(self) -> str:
+        start = "`tidegate up` starts one here, and " if self._is_here else ""
+        return f"; {start}{_URL} or --url says where one runs"
 
     async def _refusal(self, answer: aiohttp.ClientResponse) -> GatewayRefused | GatewayUnreachable:
         """What a status other than 2xx means, in the server's words."""
@@ -197,13 +205,27 @@ class GatewayClient:
             return GatewayUnreachable(
                 f"{self._named} answers {answer.status} and is not a Tidegate gateway"
             )
-        if "allowed" in problem and not said.endswith(str(problem["allowed"])):
+        if answer.status == 401:
+            said = self._unknown_key(said)
+        elif answer.status == 403 and "field" not in problem and "allowed" in problem:
+            said += f" (it has: {problem['allowed']}); `tidegate keys create` makes another"
+        elif "allowed" in problem and not said.endswith(str(problem["allowed"])):
             said += f" (allowed: {problem['allowed']})"
-        if answer.status in (401, 403) and not self._has_key:
-            said += "; set TIDEGATE_API_KEY"
         retry_after_ms = problem.get("retry_after_ms")
         return GatewayRefused(
             said, status=answer.status, problem=code, retry_after_ms=retry_after_ms
+        )
+
+    def _unknown_key(self, said: str) -> str:
+        """What is wrong with the key, without how programs send one."""
+        if not self._shows:
+            return (
+                f"{self._named} asks for a key: set TIDEGATE_API_KEY, or run the command with the "
+                "DATA_DIR of the deployment"
+            )
+        why = said.partition(": send one as")[0].partition("; or send ")[0]
+        return (
+            f"{self._shows}: {why}; set TIDEGATE_API_KEY to one that `tidegate keys create` makes"
         )
 
 

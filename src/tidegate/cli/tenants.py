@@ -492,10 +492,18 @@ def _change_of(one: OperatorAction) -> str:
         return f"revision {one.revision}"
     before, after = one.before or {}, one.after or {}
     return ", ".join(
-        f"{name}: {before[name]} -> {value}" if name in before else f"{name}: {value}"
+        f"{name}: {_said(before[name])} -> {_said(value)}"
+        if name in before
+        else f"{name}: {_said(value)}"
         for name, value in after.items()
-        if value is not None and (name not in before or before[name] != value)
+        if (before[name] != value if name in before else value is not None)
     )
+
+
+def _said(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def erase(

@@ -308,7 +308,7 @@ def confirm(question: str) -> None:
         typer.echo(f"{question} [y/N]: ", nl=False, err=True)
         answer = sys.stdin.readline()
         if not answer:
-            typer.echo(err=True)
+            typer.echo("\nNo answer can be typed here: --yes goes on without one.", err=True)
         match answer.strip().lower():
             case "y" | "yes":
                 return

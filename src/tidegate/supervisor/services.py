@@ -204,6 +204,16 @@ def is_child() -> bool:
 
 T = TypeVar("T")
 
+
+def _check_there(config: Config) -> None:
+    """Raises StoreUnavailable where a command would begin an empty deployment to look at."""
+    if config.embedded and not (config.data_dir / "embedded").exists():
+        raise StoreUnavailable(
+            f"no deployment is in {config.data_dir} (DATA_DIR): `tidegate up` begins one; run the "
+            "command in the folder of one that is there, or with its DATA_DIR"
+        )
+
+
 _ANSWER_WITHIN_MS = 2_000
 # A command waits for a slow PostgreSQL, where a process that serves would go on without it.
 _PATIENCE_MS = 5_000
@@ -222,6 +232,7 @@ def with_record(config: Config, work: Callable[[Connections], Awaitable[T]]) -> 
         finally:
             await connections.aclose()
 
+    _check_there(config)
     with prepared(config, only={"postgres"}) as ground:
         return asyncio.run(run(database_url_of(ground.config)))
 
@@ -294,6 +305,7 @@ def _with_servers(config: Config, work: Callable[[Config, Connections], Awaitabl
         finally:
             await connections.aclose()
 
+    _check_there(config)
     with prepared(config, only={"postgres", "valkey"}) as ground:
         return asyncio.run(run(ground.config))
 

@@ -163,7 +163,14 @@ async def test_exit_codes_say_what_kind_of_failure_it_is(
     cases = [
         (("submit", "Hello"), {}, 3, "set TIDEGATE_API_KEY"),
         (("submit", "Hello"), {"TIDEGATE_API_KEY": "tg_aaaaaaaa_wrong"}, 3, "key"),
-        (("status",), {"TIDEGATE_API_KEY": "tg_aaaaaaaa_wrong"}, 3, "not an API key"),
+        (
+            ("status",),
+            {"TIDEGATE_API_KEY": "tg_aaaaaaaa_wrong"},
+            3,
+            "not an API key of this gateway;",
+        ),
+        (("requests",), {}, 3, "set TIDEGATE_API_KEY to one that `tidegate keys create` makes\n"),
+        (("batch", "list"), with_key, 3, "; `tidegate keys create` makes another\n"),
         (("status",), with_key, 0, "shows the rest"),
         (("submit", "Hello", "--idempotency-key", "a\nb"), with_key, 2, "printable ASCII"),
         (("status", nobody), with_key, 1, "no request"),

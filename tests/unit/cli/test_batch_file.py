@@ -78,6 +78,8 @@ def test_tables_have_a_column_of_prompts(tmp_path: Path) -> None:
     )
     tabs = lines_of(tmp_path, "question\nWhy?\n", "p.tsv", column="question")
     assert tabs == (Line(1, "1", {"data": "Why?"}),)
+    with pytest.raises(ConfigError, match=r"--column=question: needs a file \.csv"):
+        lines_of(tmp_path, "question\nWhy?\n", "p.txt", column="question")
     for column in (None, "nothing"):
         with pytest.raises(ConfigError, match="--column"):
             lines_of(tmp_path, "question\nWhy?\n", "p.csv", column=column)

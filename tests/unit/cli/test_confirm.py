@@ -38,6 +38,15 @@ def test_nothing_but_yes_goes_on(typed: str, monkeypatch: pytest.MonkeyPatch) ->
         confirm("Remove it?")
 
 
+def test_where_no_answer_can_be_typed_the_option_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", StringIO(""))
+    with pytest.raises(typer.Abort):
+        confirm("Remove it?")
+    assert "--yes goes on without one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("terminal", "code"), [(Interrupted(), 130), (StringIO(""), 1)])
 @pytest.mark.parametrize(
     "command", ["budgets remove x", "tenants remove x", "permits revoke x", "erase --tenant x"]
