@@ -33,6 +33,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         (["set", "kind:text_only"], "must be KEY=VALUE"),
         (["set", "=5"], "must be KEY=VALUE"),
         (["set", "kind:x=5", " kind:x=7"], "must name kind:x once"),
+        (["set", "bands=[{name = high}]"], "in a shell it stands in single quotes"),
+        (["set", "rpm:x={bound = }"], "rpm:x={bound = }: is no TOML"),
         (["pause", "kind:text_only", "--for", "soon"], "such as 10m"),
         (["pause", "kind:text_only", "--for", "0s"], "such as 10m"),
         (["pause", "kind:text_only", "--for", "10"], "such as 10m"),

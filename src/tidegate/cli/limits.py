@@ -390,7 +390,8 @@ def parsed(changes: Iterable[str], command: str = "limits set") -> dict[str, Any
 
 
 def _parsed(change: str, command: str) -> tuple[str, Any]:
-    """`KEY=VALUE`, the value as TOML; what is no TOML is a text."""
+    """`KEY=VALUE`, the value as TOML; what is no TOML is a text, unless it begins as a list, a
+    table or a quoted text does. Raises ConfigError."""
     import tomllib
 
     key, is_there, value = change.partition("=")
@@ -399,6 +400,9 @@ def _parsed(change: str, command: str) -> tuple[str, Any]:
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
+        if value.lstrip().startswith(("[", "{", '"')):  # most likely a shell took the quotes away
+            allowed = "is no TOML; in a shell it stands in single quotes: 'models=[\"llama-*\"]'"
+            raise ConfigError(command, change, allowed) from None
         return key.strip(), value.strip()
 
 
