@@ -42,7 +42,7 @@ from tidegate.cli.terminal import (
     with_url_option,
 )
 from tidegate.embedded.servers import ServerFailed
-from tidegate.errors import ConfigError, TidegateError
+from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable, TidegateError
 
 app = typer.Typer(
     name="tidegate",
@@ -68,7 +68,7 @@ def main() -> None:
         _check_text(sys.argv[1:])
         command_line(sys.argv[1:])()
     except TidegateError as failed:
-        _leave(str(failed), code_of(failed))
+        _leave(_with_way_out(failed), code_of(failed))
     except ServerFailed as failed:
         _leave(str(failed), FAILED)
     except KeyboardInterrupt:
@@ -105,6 +105,14 @@ def command_line(arguments: Sequence[str]) -> typer.Typer:
 def _name_of(command: CommandInfo) -> str:
     assert command.callback is not None
     return command.name or get_command_name(command.callback.__name__)
+
+
+def _with_way_out(failed: TidegateError) -> str:
+    """The message, with what to do about a server that is away where it does not say that."""
+    text = str(failed)
+    if isinstance(failed, StoreUnavailable | LimiterUnavailable) and "`tidegate" not in text:
+        return f"{text.rstrip('.')}; `tidegate doctor` looks at both servers"
+    return text
 
 
 def _leave(message: str, code: int) -> None:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tidegate.call import DEFAULT_POOL
-from tidegate.cli.terminal import AnyPool, Json, choose_pool, chosen_pool, in_pool, show_json
+from tidegate.cli.terminal import (
+    AnyPool,
+    Json,
+    choose_pool,
+    chosen_pool,
+    command_config,
+    in_pool,
+    show_json,
+)
 from tidegate.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -133,10 +141,9 @@ def rehearse(
     from tidegate.rehearse.budgets import priced
     from tidegate.rehearse.load import TokenPace, Usual, multiplied, write_trace
     from tidegate.rehearse.simulation import Setting
-    from tidegate.settings import load as load_config
 
     choose_pool(pool)
-    pool = chosen_pool(config := load_config())
+    pool = chosen_pool(config := command_config("rehearse"))
     pace = TokenPace(first_token_ms, tokens_per_second)
     usual = Usual({kind: config.model_for(kind) for kind in config.rate_limits}, pace)
     kept = _policy(config, policy, in_force=in_force, pool=pool)

@@ -18,7 +18,7 @@ from typer.main import get_command
 from tests.unit.invoked import invoke
 from tidegate.cli import app, command_line, main
 from tidegate.cli.terminal import chosen_pool_or
-from tidegate.errors import ConfigError, GatewayUnreachable
+from tidegate.errors import ConfigError, GatewayUnreachable, StoreUnavailable
 from tidegate.telemetry.logging import Log, configure_logging, get_logger
 
 
@@ -178,6 +178,31 @@ def run_main(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
     with pytest.raises(SystemExit) as ended:
         copy_context().run(main)
     return ended.value.code
+
+
+@pytest.mark.parametrize("command", ["keys list", "rehearse --from-record 1h"])
+@pytest.mark.parametrize(
+    ("why", "said"),
+    [
+        ("PostgreSQL is away.", "PostgreSQL is away; `tidegate doctor` looks at both servers"),
+        ("it is old; `tidegate migrate` helps", "it is old; `tidegate migrate` helps"),
+    ],
+)
+def test_a_server_that_is_away_leaves_standard_output_to_the_data(
+    command: str,
+    why: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def away(*_: object) -> None:
+        get_logger().warning(Log.STORE_AWAY, reason="as a connection logs it")
+        raise StoreUnavailable(why)
+
+    monkeypatch.setattr("tidegate.supervisor.services.with_record", away)
+    assert run_main(command.split(), monkeypatch) == 4
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"tidegate: {said}\n")
 
 
 def test_an_output_that_cannot_show_a_character_gets_its_escape(
