@@ -195,6 +195,8 @@ async def test_a_pause_by_a_person_goes_on_in_an_empty_valkey_until_it_is_over_o
     assert not await control.pause("model:shortened", 60_000, by="bob")
     assert await control.resume("model:resumed", by="bob")
     assert await control.pause("upstream:gone", None, by="ann", reason="of none")
+    of_old = {"for_ms": None, "reason": "", "pool": member.limiter.pool}  # as before `by` was kept
+    await control.tenants.actions.write("limit.pause", "kind:text_only", after=of_old)
     await member.limiter.penalise("kind:text_only", reason="a 429 of the provider")
     member.keeping.cancel()
     await member.limiter.aclose()

@@ -17,18 +17,18 @@ WHERE ($1::text IS NULL OR operator = $1) AND ($2::text IS NULL OR what = $2)
 ORDER BY number DESC LIMIT $7
 
 -- name: paused_by_people
--- The longest pause of each limit of pool $1 that a person began and nobody has ended.
+-- The longest pause of each limit of pool $1 that a person began and nobody has ended; without those by versions that did not put `by` on record, whose pauses ended with Valkey.
 WITH known AS (
-    SELECT number, what, target, operator, is_now,
+    SELECT number, what, target, is_now,
         at + (is_now->>'for_ms')::float8 * interval '1 millisecond' AS until
     FROM operator_actions
     WHERE what IN ('limit.pause', 'limit.resume') AND is_now->>'pool' = $1
 )
-SELECT DISTINCT ON (target) target AS "limit", coalesce(is_now->>'by', operator) AS by,
+SELECT DISTINCT ON (target) target AS "limit", is_now->>'by' AS by,
     coalesce(is_now->>'reason', '') AS reason,
     coalesce(extract(epoch FROM until - clock_timestamp())::float8 * 1000, 'infinity') AS left_ms
 FROM known
-WHERE what = 'limit.pause' AND (until IS NULL OR until > clock_timestamp())
+WHERE what = 'limit.pause' AND is_now ? 'by' AND (until IS NULL OR until > clock_timestamp())
     AND number > ALL (
         SELECT number FROM known AS resumed
         WHERE resumed.target = known.target AND resumed.what = 'limit.resume'
