@@ -14,7 +14,7 @@ TidegateError
 ├── Unauthenticated             the API key is missing or unknown
 ├── Forbidden                   the caller may not do this
 ├── NotFound                    no such request, file or limit
-│   └── UpstreamMissing         this process cannot use an upstream of the model, for instance without its key
+│   └── UpstreamMissing         the process cannot use an upstream of the model, as without its key
 ├── MethodNotAllowed            the path exists, but not with this method
 ├── IdempotencyConflict         the idempotency key was used for a different request
 ├── AlreadyEnded                the request has ended already
