@@ -84,7 +84,7 @@ _FILL_REST = (
     """INSERT INTO usage_days (tenant_id, day, model, pool, requests, input_tokens, output_tokens,
             cached_tokens, thoughts_tokens, images, cost_micros, unpriced, partial, estimated,
             unknown, cache_write_tokens)
-        SELECT tenant_id, (finished_at AT TIME ZONE 'UTC')::date, model, pool, count(*),
+        SELECT tenant_id, (finished_at AT TIME ZONE 'UTC')::date, model, upstream, count(*),
             sum(input_tokens), sum(output_tokens), sum(cached_tokens), 0, 0, sum(cost_micros), 0, 0,
             count(*) FILTER (WHERE usage_state = 'estimated'), 0,
             coalesce(sum((usage_details ->> 'cache_write_tokens')::bigint), 0)
@@ -174,7 +174,11 @@ def pages(since: str, until: str, request: str) -> dict[str, str]:
         "Usage by upstream": f"/admin/usage?by=upstream&{month}",
         "Usage by upstream and day": f"/admin/usage?by=upstream,day&{month}",
         "Usage of a tenant by key": f"/admin/usage?by=key,day&tenant=t1&{month}",
+        "Usage of an upstream by tenant": f"/admin/usage?by=tenant&upstream=upstream-1&{month}",
+        "Usage of an upstream by model": f"/admin/usage?by=model&upstream=upstream-1&{month}",
+        "Usage of an upstream by key": f"/admin/usage?by=key&upstream=upstream-1&{month}",
         "Overview, first picture": "/dashboard/feed",
+        "Overview of an upstream": "/dashboard/feed?pool=gemini",
         "Overview, 24 hours": "/dashboard/feed?span=24h",
         "Limits": "/dashboard/limits",
         "Limits, searched": "/dashboard/limits?search=t499",

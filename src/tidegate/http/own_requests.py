@@ -528,8 +528,9 @@ async def usage(
     since: Since = None,
     until: Until = None,
     tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+    upstream: CalledAt = None,
 ) -> Response:
-    return await _view(request, by, since, until, tenant)
+    return await _view(request, by, since, until, tenant, upstream)
 
 
 _MOST_LATENCY = timedelta(hours=49)  # a day in every zone, that of the long night included
@@ -603,6 +604,7 @@ async def latency(
         datetime | None, Query(description="End of the last hour. Default: a day after `since`")
     ] = None,
     tenant: Annotated[str | None, Query(min_length=1, max_length=200)] = None,
+    upstream: CalledAt = None,
 ) -> LatencyView:
     """From the request log, as far back as it is kept; at most 49 hours. Requests that ended more
     than a day after `until` are not counted. Of more than some ten thousand requests a sample is
@@ -616,9 +618,9 @@ async def latency(
     if not first < last <= most:
         allowed = "a time after since, by 49 hours at most"
         raise InvalidRequest("until", "until does not fit since", allowed=allowed)
-    if tenant is not None and "\0" in tenant:
-        raise InvalidRequest("tenant", "tenant has a NUL character")
-    found = await latency_by_hour(services_of(request).store.connections, first, last, tenant)
+    _check_no_nul(tenant=tenant, upstream=upstream)
+    connections = services_of(request).store.connections
+    found = await latency_by_hour(connections, first, last, tenant, upstream)
     hours = [
         view_of(
             LatencyHour,
@@ -634,6 +636,13 @@ async def latency(
     ]
     one_in = max((one.one_in for one in found), default=1)
     return LatencyView(since=first, until=last, one_in=one_in, hours=hours)
+
+
+def _check_no_nul(**given: str | None) -> None:
+    """Raises InvalidRequest: PostgreSQL can't hold one."""
+    for name, value in given.items():
+        if value is not None and "\0" in value:
+            raise InvalidRequest(name, f"{name} has a NUL character")
 
 
 def _percentiles(pair: Sequence[float]) -> Percentiles:
@@ -681,15 +690,19 @@ class ReconciliationList(BaseModel):
     summary="Comparisons of the record with the providers' own usage and costs",
 )
 async def reconciliations(
-    request: Request, since: ComparedSince = None, until: Until = None
+    request: Request,
+    since: ComparedSince = None,
+    until: Until = None,
+    upstream: CalledAt = None,
 ) -> ReconciliationList:
     """For the days that `tidegate reconcile` or RECONCILE has compared, newest first."""
     # A day is compared after it is over: that of the last day of a month in the next one.
     begin = (until or datetime.now(UTC).date()) - timedelta(days=_COMPARED_DAYS)
     first, last = _span(since or begin, until)
     found = await services_of(request).store.reconciliations.found(first, last)
+    shown = [one for one in found if upstream in (None, one.upstream)]
     return ReconciliationList(
-        items=[ReconciliationView.model_validate(one, from_attributes=True) for one in found]
+        items=[ReconciliationView.model_validate(one, from_attributes=True) for one in shown]
     )
 
 
@@ -703,7 +716,12 @@ def _span(since: date | None, until: date | None) -> tuple[date, date]:
 
 
 async def _view(
-    request: Request, by: str, since: date | None, until: date | None, tenant: str | None
+    request: Request,
+    by: str,
+    since: date | None,
+    until: date | None,
+    tenant: str | None,
+    upstream: str | None = None,
 ) -> Response:
     """A `TotalsView`, written without its model: that takes 300 ms for 10,000 rows."""
     apart = [name.strip() for name in by.split(",") if name.strip()]
@@ -715,9 +733,8 @@ async def _view(
     if _LOGGED.intersection(apart) and (last - first).days >= _MOST_LOGGED_DAYS:
         allowed = f"a day from {last - timedelta(days=_MOST_LOGGED_DAYS - 1)} on"
         raise InvalidRequest("since", "by key or upstream is of too many days", allowed=allowed)
-    if tenant is not None and "\0" in tenant:
-        raise InvalidRequest("tenant", "tenant has a NUL character")
-    totals = await services_of(request).store.usage.totals(apart, first, last, tenant)
+    _check_no_nul(tenant=tenant, upstream=upstream)
+    totals = await services_of(request).store.usage.totals(apart, first, last, tenant, upstream)
     names = (*COUNTS, *dict.fromkeys(apart))
     values = [attrgetter(*names)(one) for one in totals]
     sums = [sum(column) for column in islice(zip(*values, strict=True), len(COUNTS))]

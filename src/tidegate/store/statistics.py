@@ -480,13 +480,14 @@ async def latency_by_hour(
     since: datetime,
     until: datetime,
     tenant_id: str | None,
+    upstream: str | None = None,
     *,
     most_pages: int = MOST_PAGES,
 ) -> list[LatencyOfHour]:
     """Of what was submitted from `since` on and before `until` and ended within a day after that,
-    without lines of batches; hours without any are left out. Reads about `most_pages` pages of the
-    request log, for one tenant ten times as many, and all where there are no more. Raises
-    StoreUnavailable."""
+    without lines of batches; of one tenant and what was called at one upstream, or of all; hours
+    without any are left out. Reads about `most_pages` pages of the request log, for one tenant ten
+    times as many, and all where there are no more. Raises StoreUnavailable."""
     hours = await connections.rows(
         "latency_of_hours",
         since,
@@ -494,6 +495,7 @@ async def latency_by_hour(
         tenant_id,
         MOST_PARTS,
         most_pages if tenant_id is None else _TIMES_FOR_ONE * most_pages,
+        upstream,
         timeout_ms=_LATENCY_TIMEOUT_MS,
     )
     return [
@@ -511,7 +513,7 @@ _DOUBTFUL = frozenset((UsageState.PARTIAL.value, UsageState.ESTIMATED.value, _UN
 # What `summed` reads of a row of the audit.
 READ = (
     *("tenant_id", "pool", "model", "finished_at", *_SUMMED, "cost_micros", "usage_state"),
-    "usage_details",
+    *("usage_details", "upstream"),
 )
 
 
@@ -556,7 +558,7 @@ _LEVELS = {"model": {"model"}, "tenant": {"tenant"}}
 _LEVELS_OF_LOG = {
     "key": {"tenant", "key"},
     "upstream": {"upstream"},
-    "tenant_upstream": {"tenant", "upstream"},
+    "tenant_upstream": {"tenant", "key", "upstream"},
 }
 _SUM_A_DAY = (
     *("take_changes", "forget_sums", "sum_usage_day", "sum_logged_day", "note_summed_day"),
@@ -572,25 +574,34 @@ class UsageTotals:
         self._connections = connections
 
     async def totals(
-        self, by: Iterable[str], since: date, until: date, tenant_id: str | None = None
+        self,
+        by: Iterable[str],
+        since: date,
+        until: date,
+        tenant_id: str | None = None,
+        upstream: str | None = None,
     ) -> list[Total]:
-        """Sums of the days from `since` to `until`, both included, apart `by` tenant, model, day;
-        the first `MOST_TOTALS` in their order. Apart by key or upstream too they are those of the
-        request log, as far back as it is kept. Days that are summed up are read by their sums,
-        where these tell apart what is wanted."""
+        """Sums of the days from `since` to `until`, both included, apart `by` tenant, model, day,
+        of one tenant and of what was called at one upstream, or of all; the first `MOST_TOTALS` in
+        their order. Apart by key or upstream too they are those of the request log, as far back as
+        it is kept. Days that are summed up are read by their sums, where these tell apart what is
+        wanted."""
         apart = set(by)
         wanted = [name in apart for name in _TOTALLED]
         given = (*wanted, since, until, tenant_id, MOST_TOTALS)
         logged = [name in apart for name in _LOGGED]
-        told = apart | ({"tenant"} if tenant_id is not None else set())
+        named = {"tenant": tenant_id, "upstream": upstream}
+        told = apart | {name for name, one in named.items() if one is not None}
         if any(logged):
-            values = (*given, *logged, _level_of(told, _LEVELS_OF_LOG))
+            level = _level_of(told, _LEVELS_OF_LOG)
+            needs_keys = level == "tenant_upstream" and "key" in told
+            values = (*given, *logged, level, upstream, needs_keys)
             sums = await self._connections.rows(
                 "get_logged_usage", *values, timeout_ms=_LOGGED_TIMEOUT_MS
             )
         else:
             level = _level_of(told, _LEVELS)
-            sums = await self._connections.rows("get_usage", *given, level)
+            sums = await self._connections.rows("get_usage", *given, level, upstream)
         return [Total(**row) for row in sums]
 
     async def sum_days(self) -> int:
@@ -637,7 +648,9 @@ def summed(audit: Iterable[Mapping[str, Any]]) -> list[Json]:
     """The rows of the totals that rows of the audit come to."""
     sums: dict[tuple[str, date, str, str], dict[str, int]] = {}
     for row in audit:
-        key = (row["tenant_id"], day_of(row["finished_at"]), row["model"] or "", row["pool"])
+        # Of what called no upstream it is the pool in whose queue it was.
+        called = row.get("upstream") or row["pool"]
+        key = (row["tenant_id"], day_of(row["finished_at"]), row["model"] or "", called)
         total = sums.get(key)
         if total is None:
             total = sums[key] = dict.fromkeys(COUNTS, 0)
@@ -790,7 +803,7 @@ async def _correct_charges(connection: asyncpg.Connection, day: date, finding: M
         if row is None:
             continue
         corrected += 1
-        key = (row["tenant_id"], row["day"], row["model"], row["pool"])
+        key = (row["tenant_id"], row["day"], row["model"], row["upstream"], row["pool"])
         await connection.execute(sql("correct_usage"), *key, one.delta_micros)
         await correct_holds(connection, one.call.request_id, micros=one.cost_micros)
     return corrected

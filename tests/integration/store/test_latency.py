@@ -64,9 +64,11 @@ async def filled(store: Store, peek: asyncpg.Connection) -> Store:
     return store
 
 
-async def read(store: Store, tenant: str | None = None, **more: int) -> dict[int, LatencyOfHour]:
+async def read(
+    store: Store, tenant: str | None = None, upstream: str | None = None, **more: int
+) -> dict[int, LatencyOfHour]:
     until = START + timedelta(hours=HOURS)
-    hours = await latency_by_hour(store.connections, START, until, tenant, **more)
+    hours = await latency_by_hour(store.connections, START, until, tenant, upstream, **more)
     return {(one.at - START) // timedelta(hours=1): one for one in hours}
 
 
@@ -92,6 +94,8 @@ async def test_what_is_small_is_counted_whole(filled: Store) -> None:
         assert counts[("type", "text_only")] == counts[("upstream", "gemini")] == count
     own = await read(filled, "acme")
     assert [one.requests for one in own.values()] == [requests_of(n) // 10 for n in range(HOURS)]
+    assert (await read(filled, None, "gemini")).keys() == hours.keys()
+    assert await read(filled, None, "other") == {}
 
 
 async def test_a_sample_of_what_is_large_tells_each_hour(filled: Store) -> None:

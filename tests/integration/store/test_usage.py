@@ -49,7 +49,7 @@ CHARGES = (
 )
 SUMS = f"""
     SELECT tenant_id, (finished_at AT TIME ZONE 'UTC')::date AS day, coalesce(model, '') AS model,
-        pool, count(*) AS requests,
+        coalesce(upstream, pool) AS pool, count(*) AS requests,
         coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
         coalesce(sum(output_tokens), 0)::bigint AS output_tokens,
         coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
@@ -123,6 +123,21 @@ async def test_a_batch_that_comes_twice_counts_once(store: Store, peek: asyncpg.
     assert await totals_are_the_sums(peek) == 21
 
 
+async def test_a_correction_is_of_the_upstream_or_of_what_an_earlier_version_counted(
+    peek: asyncpg.Connection,
+) -> None:
+    """Which counted all jobs for the pool in whose queue they were."""
+    day = now().date()
+    add = "INSERT INTO usage_days (tenant_id, day, model, pool) VALUES ('t', $1, 'm', $2)"
+    costs = "SELECT cost_micros FROM usage_days ORDER BY pool"
+    corrected: list[list[int]] = []
+    for pool in ("gemini", "oai"):
+        await peek.execute(add, day, pool)
+        await peek.execute(partitions.sql("correct_usage"), "t", day, "m", "oai", "gemini", 5)
+        corrected.append([row["cost_micros"] for row in await peek.fetch(costs)])
+    assert corrected == [[5], [5, 5]]
+
+
 async def test_totals_are_exact_though_connections_are_cut_in_the_middle(
     database_url: str, make_store: MakeStore, peek: asyncpg.Connection
 ) -> None:
@@ -166,7 +181,7 @@ PER_DAY = """
         coalesce(sum((usage_details->>'searches')::bigint), 0)::bigint AS searches
     FROM audit GROUP BY 1, 2, 3, 4, 5
 """
-TOTALS = "SELECT *, tenant_id AS tenant FROM usage_days"
+TOTALS = "SELECT *, tenant_id AS tenant, pool AS upstream FROM usage_days"
 OF_LOG = ("key", "upstream", "tenant,upstream,day", "key,day", "upstream,day", "key,model")
 OF_TOTALS = ("day", "tenant", "model,day", "tenant,model")
 COUNTED = ("requests", "input_tokens", "cost_micros", "estimated", "searches")
@@ -200,16 +215,17 @@ async def test_sums_by_key_and_upstream_are_those_of_the_log_whatever_changes_it
     async def written(count: int) -> None:
         await wait_until(lambda: peek.fetchval(f"SELECT count(*) = {count} FROM audit"), 20)
 
-    async def sums_of(by: str, tenant: str | None) -> dict[tuple[Any, ...], list[int]]:
-        found = await store.usage.totals(by.split(","), today - timedelta(days=9), today, tenant)
-        return summed([asdict(one) for one in found], by, None)
+    async def sums_of(by: str, *whose: str | None) -> dict[tuple[Any, ...], list[int]]:
+        days = today - timedelta(days=9), today
+        found = await store.usage.totals(by.split(","), *days, *whose)
+        return summed([asdict(one) for one in found], by, None, None)
 
     def summed(
-        rows: Iterable[Mapping[str, Any]], by: str, tenant: str | None
+        rows: Iterable[Mapping[str, Any]], by: str, tenant: str | None, upstream: str | None
     ) -> dict[tuple[Any, ...], list[int]]:
         sums: dict[tuple[Any, ...], list[int]] = {}
         for row in rows:
-            if tenant in (None, row["tenant"]):
+            if tenant in (None, row["tenant"]) and upstream in (None, row["upstream"]):
                 one = sums.setdefault(
                     tuple(row[name] for name in by.split(",")), [0] * len(COUNTED)
                 )
@@ -220,8 +236,8 @@ async def test_sums_by_key_and_upstream_are_those_of_the_log_whatever_changes_it
         log, totals = await peek.fetch(PER_DAY), await peek.fetch(TOTALS)
         for rows, groups in ((log, OF_LOG), (totals, OF_TOTALS)):
             for by in groups:
-                for tenant in (None, "t1"):
-                    assert await sums_of(by, tenant) == summed(rows, by, tenant), (by, tenant)
+                for whose in ((None, None), ("t1", None), (None, "up1"), ("t1", "up0")):
+                    assert await sums_of(by, *whose) == summed(rows, by, *whose), (by, whose)
 
     for number in range(80):
         store.audit.put(old(number))
@@ -235,7 +251,12 @@ async def test_sums_by_key_and_upstream_are_those_of_the_log_whatever_changes_it
     for by in ("upstream", "key", "tenant", "day"):
         (first, *_) = await store.usage.totals([by], today - timedelta(days=9), today)
         assert first.images > 1000, by
+    (keyed, *_) = await store.usage.totals(["key"], today - timedelta(days=9), today, None, "up1")
+    assert keyed.images > 1000
     await peek.execute("UPDATE usage_sums SET images = images - 1000")
+    # As an earlier version summed them up, which told no keys apart by upstream.
+    await peek.execute("UPDATE usage_sums SET key_id = '' WHERE level = 'tenant_upstream'")
+    await are_those_of_the_log()
 
     # A transaction that is open while its day is summed up.
     other = await asyncpg.connect(database_url)

@@ -35,12 +35,16 @@ ORDER BY finished_at, request_id LIMIT $4
 UPDATE audit SET cost_micros = coalesce(cost_micros, 0) + $4
 WHERE request_id = $1 AND created_at >= $2::timestamptz - interval '31 days' AND created_at < $3
     AND finished_at >= $2 AND finished_at < $3 AND coalesce(cost_micros, 0) = $5
-RETURNING tenant_id, coalesce(model, '') AS model, pool, (finished_at AT TIME ZONE 'UTC')::date AS day
+RETURNING tenant_id, coalesce(model, '') AS model, pool, coalesce(nullif(upstream, ''), pool) AS upstream, (finished_at AT TIME ZONE 'UTC')::date AS day
 
 -- name: correct_usage
--- Add $5 micro-dollars to the total of tenant $1 on day $2 for model $3 in pool $4.
-UPDATE usage_days SET cost_micros = cost_micros + $5
-WHERE tenant_id = $1 AND day = $2 AND model = $3 AND pool = $4
+-- Add $6 micro-dollars to the total of tenant $1 on day $2 for model $3 at upstream $4.
+-- What an earlier version counted of jobs is that of pool $5, in whose queue they were.
+UPDATE usage_days SET cost_micros = cost_micros + $6
+WHERE tenant_id = $1 AND day = $2 AND model = $3 AND pool = (
+    SELECT pool FROM usage_days
+    WHERE tenant_id = $1 AND day = $2 AND model = $3 AND pool IN ($4, $5)
+    ORDER BY pool = $4 DESC LIMIT 1)
 
 -- name: put_reconciliation
 -- Keep what a comparison found of a model, instead of what an earlier one did.

@@ -45,7 +45,7 @@ WHERE coalesce(nullif(upstream, ''), pool) = $1
 ORDER BY submitted_at DESC LIMIT $4
 
 -- name: latency_of_hours
--- How long requests of tenant $3, or of all, waited, were called and took, by the hour from $1 to $2.
+-- How long requests of tenant $3 and upstream $6, or of all, waited, were called and took, by the hour from $1 to $2.
 -- With the $4 names of tenants, models, upstreams, types and errors that took longest in each hour.
 -- Lines of batches, which may take a day, are left out, and what ended later than a day after $2.
 -- Where the log has more than $5 pages of these days, one page in `one_in` is read, evenly spread, so
@@ -73,6 +73,7 @@ WITH size AS (
             AND created_at >= $1 AND created_at < $2 + interval '1 day'
             AND submitted_at >= $1 AND submitted_at < $2 AND source <> 'batch'
             AND ($3::text IS NULL OR tenant_id = $3)
+            AND ($6::text IS NULL OR coalesce(nullif(upstream, ''), pool) = $6)
         OFFSET 0
     ) AS logged
 ), hours AS (

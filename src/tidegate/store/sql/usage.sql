@@ -43,7 +43,7 @@ ON CONFLICT (tenant_id, day, model, pool) DO UPDATE SET
     provider_cost_micros = kept.provider_cost_micros + excluded.provider_cost_micros
 
 -- name: get_usage
--- Totals from day $4 to day $5, of tenant $6 or of all, apart by tenant, model and day as $1 to $3 say: of days that are summed up, of level $8, by their sums.
+-- Totals from day $4 to day $5, of tenant $6 and upstream $9 or of all, apart by tenant, model and day as $1 to $3 say: of days that are summed up, of level $8, by their sums.
 WITH summed AS MATERIALIZED (
     SELECT s.day FROM summed_days s
     WHERE $8::text IS NOT NULL AND s.day BETWEEN $4 AND $5
@@ -57,6 +57,7 @@ WITH summed AS MATERIALIZED (
         output_image_tokens, output_video_tokens, searches, provider_cost_micros
     FROM usage_days
     WHERE $8::text IS NULL AND day BETWEEN $4 AND $5 AND ($6::text IS NULL OR tenant_id = $6)
+        AND ($9::text IS NULL OR pool = $9)
     UNION ALL
     SELECT CASE WHEN $1::boolean THEN tenant_id END, CASE WHEN $2::boolean THEN model END,
         CASE WHEN $3::boolean THEN day END,
@@ -97,11 +98,14 @@ SELECT tenant, model, day,
 FROM sums GROUP BY 1, 2, 3 ORDER BY 3, 1, 2 LIMIT $7
 
 -- name: get_logged_usage
--- The same of the request log, apart by key and upstream too as $8 and $9 say: of days that are summed up, of level $10, by their sums.
+-- The same of the request log, of upstream $11 or of all, apart by key and upstream too as $8 and $9 say: of days that are summed up, of level $10, by their sums.
+-- Where $12, only of those whose sums of the level tell keys apart, which an earlier version's do not.
 WITH summed AS MATERIALIZED (
     SELECT s.day FROM summed_days s
     WHERE $10::text IS NOT NULL AND s.day BETWEEN $4::date - 31 AND $5
         AND NOT EXISTS (SELECT FROM changed_days c WHERE c.day = s.day)
+        AND (NOT $12::boolean OR EXISTS (
+            SELECT FROM usage_sums u WHERE u.day = s.day AND u.level = $10 AND u.key_id <> ''))
 ), logged AS MATERIALIZED (
     SELECT d::date AS day FROM generate_series($4::date - 31, $5::date, interval '1 day') AS d
     WHERE d::date NOT IN (SELECT day FROM summed)
@@ -137,6 +141,7 @@ WITH summed AS MATERIALIZED (
             AND finished_at >= $4::date::timestamp AT TIME ZONE 'UTC'
             AND finished_at < ($5::date + 1)::timestamp AT TIME ZONE 'UTC'
             AND ($6::text IS NULL OR tenant_id = $6)
+            AND ($11::text IS NULL OR coalesce(upstream, pool) = $11)
         OFFSET 0
     ) AS a ON true
     GROUP BY 1, 2, 3, 4, 5
@@ -152,8 +157,9 @@ WITH summed AS MATERIALIZED (
         sum(u.input_video_tokens)::bigint, sum(u.output_audio_tokens)::bigint,
         sum(u.output_image_tokens)::bigint, sum(u.output_video_tokens)::bigint,
         sum(u.searches)::bigint, sum(u.provider_cost_micros)::bigint
-    FROM usage_sums u JOIN summed s ON s.day = u.day
-    WHERE u.level = $10 AND u.ended_day BETWEEN $4 AND $5 AND ($6::text IS NULL OR u.tenant_id = $6)
+    FROM usage_sums u
+    WHERE u.day = ANY (ARRAY(SELECT s.day FROM summed s)) AND u.level = $10 AND u.ended_day BETWEEN $4 AND $5
+        AND ($6::text IS NULL OR u.tenant_id = $6) AND ($11::text IS NULL OR u.upstream = $11)
     GROUP BY 1, 2, 3, 4, 5
 )
 SELECT tenant, model, day, key, upstream,
@@ -205,8 +211,8 @@ INSERT INTO usage_sums (day, level, ended_day, tenant_id, key_id, upstream,
     unpriced, partial, estimated, unknown, cache_write_tokens, input_audio_tokens,
     input_image_tokens, input_video_tokens, output_audio_tokens, output_image_tokens,
     output_video_tokens, searches, provider_cost_micros)
-SELECT $1::date, CASE WHEN grouping(key_id) = 0 THEN 'key' WHEN grouping(tenant_id) = 0
-        THEN 'tenant_upstream' ELSE 'upstream' END, ended_day, coalesce(tenant_id, ''),
+SELECT $1::date, CASE WHEN grouping(tenant_id) = 1 THEN 'upstream' WHEN grouping(upstream) = 1
+        THEN 'key' ELSE 'tenant_upstream' END, ended_day, coalesce(tenant_id, ''),
     coalesce(key_id, ''), coalesce(upstream, ''),
     count(*), coalesce(sum(input_tokens), 0)::bigint, coalesce(sum(output_tokens), 0)::bigint,
     coalesce(sum(cached_tokens), 0)::bigint, coalesce(sum(thoughts_tokens), 0)::bigint,
@@ -234,7 +240,7 @@ FROM (
         AND created_at < ($1::date + 1)::timestamp AT TIME ZONE 'UTC'
 ) AS calls
 GROUP BY GROUPING SETS ((ended_day, tenant_id, key_id), (ended_day, upstream),
-    (ended_day, tenant_id, upstream))
+    (ended_day, tenant_id, key_id, upstream))
 
 -- name: sum_usage_day
 -- Sum up the totals of the day $1.
