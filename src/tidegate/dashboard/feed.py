@@ -494,6 +494,8 @@ class Past:
         self._trends: dict[str, Trend] = {}
         self._due_at: dict[str, float] = {}
         self._told: set[Viewing] = set()
+        self._records: dict[str, Frame] = {}  # by the pool whose spend they have, or `ALL`
+        self._told_record: set[Viewing] = set()
 
     async def due(
         self, wanted: Set[Viewing]
@@ -529,10 +531,16 @@ class Past:
             events = await self._events()
             self._put_off("events", EVENTS_EVERY_S)
             yield "events", None, events
-        if self._is_due("record", RECORD_EVERY_S):
-            frame = await self._record()
-            self._put_off("record", RECORD_EVERY_S)
-            yield "record", None, frame
+        self._told_record &= wanted
+        for pool in sorted({one.pool for one in wanted}):
+            looked = self._is_due(f"record {pool}", RECORD_EVERY_S)
+            if looked:
+                self._records[pool] = await self._record(pool)
+                self._put_off(f"record {pool}", RECORD_EVERY_S)
+            for one in wanted:
+                if one.pool == pool and (looked or one not in self._told_record):
+                    self._told_record.add(one)
+                    yield "record", one, self._records[pool]
 
     def _is_due(self, name: str, every_s: float) -> bool:
         return time.monotonic() >= self._due_at.get(name, 0.0)
@@ -561,14 +569,15 @@ class Past:
         books = await records.books() if found else []
         return budgets_frame(found, books)
 
-    async def _record(self) -> Frame:
-        """What was spent, by the record, and how much waits for a person."""
+    async def _record(self, pool: str) -> Frame:
+        """What was spent at the upstream of a pool, or at `ALL`, by the record, and how much waits
+        for a person."""
         store, today = self._services.store, datetime.now(UTC).date()
         spans = {"day": today, "month": today.replace(day=1)}
         spent: dict[str, Any] = {}
         for span, since in spans.items():
-            tenants = await store.usage.totals(["tenant"], since, today)
-            models = await store.usage.totals(["model"], since, today)
+            tenants = await store.usage.totals(["tenant"], since, today, upstream=pool or None)
+            models = await store.usage.totals(["model"], since, today, upstream=pool or None)
             spent[span] = {
                 "since": since,
                 "tenants": _largest_span(tenants, "tenant"),
@@ -576,7 +585,12 @@ class Past:
                 "total": _sum(tenants),
             }
         stuck = await store.stuck.counts()
-        return {"spent": spent, "dead_jobs": stuck.jobs, "webhooks_given_up": stuck.webhooks}
+        return {
+            "pool": pool,
+            "spent": spent,
+            "dead_jobs": stuck.jobs,
+            "webhooks_given_up": stuck.webhooks,
+        }
 
 
 def revisions_page(records: Sequence[PolicyRecord]) -> list[Frame]:

@@ -258,6 +258,31 @@ class Services:
         places = self.spine.targets.places_of(found, self.config)
         return [one for one in places if one.pool in self.limiters] or [found]
 
+    def may_call(self, found: FoundRequest, upstream: str | None) -> bool:
+        """Whether an upstream was the last that a request was called at, or, while it waits for its
+        first call, whether it may be that; None: any is."""
+        if upstream in (None, found.upstream):
+            return True
+        if found.upstream is not None or found.listed.source != "job":
+            return False
+        one = found.listed
+        place = Whereabouts(
+            request_id=one.request_id,
+            tenant_id=found.tenant_id,
+            pool=found.pool,
+            status=one.status,
+            kind=one.kind,
+            model=one.model,
+            claimed_by=None,
+            attempts=one.attempts,
+            created_at=one.created_at,
+            not_before=None,
+            admitted_at=one.admitted_at,
+            finished_at=one.finished_at,
+            failure_code=one.failure_code,
+        )
+        return any(each.pool == upstream for each in self.places_of(place))
+
     async def _waiting_at(self, found: Whereabouts, now: datetime) -> Waiting:
         limiter = self.limiters.get(found.pool)
         if limiter is None:

@@ -129,6 +129,39 @@ async def test_a_call_that_has_ended_is_in_the_trend_and_in_the_record(
         assert total["output_tokens"] == totals["output_tokens"] > 0
 
 
+async def test_spend_is_that_of_the_upstream_that_was_chosen(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of jobs too, which are all in the queue of one pool; a viewer who chooses is told at the
+    next look, not when the record is due for all."""
+    monkeypatch.setenv("SPARE_KEY", "sk-spare")
+    gateway = await open_gateway()
+    table: dict[str, Any] = {"provider": "vllm", "base_url": f"{gateway.upstream.url}/v1"}
+    body = {"table": table | {"models": ["spare-*"], "key": "SPARE_KEY"}, "test": False}
+    async with gateway.http.put(f"{gateway.url}/admin/upstreams/spare", json=body) as answer:
+        assert answer.status == 200, await answer.text()
+    for model in ("gemini-2.5-flash", "spare-1", "spare-1"):
+        job = await gateway.submit(data="Explain tides", type="text_only", model=model)
+        assert (await gateway.end_of(job))["status"] == "succeeded"
+    spent = {"gemini": ["gemini-2.5-flash"], "spare": ["spare-1"]}
+    spent[""] = spent["gemini"] + spent["spare"]
+    requests = {"": 3, "gemini": 1, "spare": 2}
+    async with watching(gateway) as whole:
+        for pool, models in spent.items():
+            async with watching(gateway, f"?pool={pool}") as page:
+                record = await page.next("record")
+                assert record["pool"] == pool
+                for span in ("day", "month"):
+                    found = record["spent"][span]
+                    assert found["total"]["requests"] == requests[pool]
+                    assert {one["name"] for one in found["models"]} == set(models)
+                    assert [one["requests"] for one in found["tenants"]] == [requests[pool]]
+        assert (await whole.next("record"))["pool"] == ""
+        for pool in spent:
+            path = f"/admin/usage?by=model{pool and f'&upstream={pool}'}"
+            assert (await gateway.get(path))[1]["total"]["requests"] == requests[pool]
+
+
 async def test_a_span_that_is_chosen_again_is_read_again(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:

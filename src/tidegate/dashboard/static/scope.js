@@ -1,16 +1,25 @@
 // The upstream that all pages are about, or all of them: one choice, kept for the tab.
 
+import { fill, h, mark } from "./dom.js";
+
 const NAME = "tidegate.scope";
 
 /** The value that means all upstreams. */
 export const ALL = "";
 
 let pools = [];
+let gone = null; // an upstream that the address names, and that is on record alone
 
 /** Have these pools to choose from; `asked` is what the address says, if anything. */
 export function among(found, asked = null) {
-  pools = found;
+  [pools, gone] = [found, null];
   if (asked !== null) choose(asked);
+}
+
+/** The same of a page of what is on record, where an upstream may be named that is there no more. */
+export function amongRecorded(found, asked = null) {
+  among(found, asked);
+  if (asked && !found.includes(asked)) gone = asked;
 }
 
 export function chosen() {
@@ -19,15 +28,42 @@ export function chosen() {
   return pools.includes(kept) ? kept : ALL;
 }
 
+/** By which upstream what is on record is narrowed; `ALL` also where there is only one. */
+export function narrowed() {
+  if (gone !== null) return gone;
+  return pools.length === 1 ? ALL : chosen();
+}
+
 export function choose(pool) {
+  gone = null;
   sessionStorage.setItem(NAME, pool);
 }
 
-/** The options of the switch: all first. */
-export const options = () => ({
-  [ALL]: "All upstreams",
-  ...Object.fromEntries(pools.map((one) => [one, one])),
-});
+/**
+ * The switch, all first: hidden where there is nothing to choose. `changed(upstream)` is called once
+ * another was chosen; `show()` has it say what was chosen elsewhere.
+ */
+export function scopeSwitch(changed) {
+  const select = h("select", { class: "scope", "aria-label": "Upstream" });
+  function show() {
+    const named = gone === null ? pools : [...pools, gone];
+    fill(
+      select,
+      h("option", { value: ALL }, "All upstreams"),
+      named.map((one) => h("option", { value: one }, one === gone ? `${one} (removed)` : one)),
+    );
+    select.hidden = named.length < 2 && gone === null;
+    select.value = gone ?? chosen();
+    mark(select, "data-narrowed", narrowed() === ALL ? null : "");
+  }
+  select.addEventListener("change", () => {
+    choose(select.value);
+    show();
+    changed(select.value);
+  });
+  show();
+  return { element: select, show };
+}
 
 /** What the live frame says of the scope as one pool; null where nothing is known of it. */
 export function within(live, pool) {

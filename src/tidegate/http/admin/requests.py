@@ -105,8 +105,7 @@ def timeline(detail: RequestDetail, now: datetime) -> tuple[StepView, ...]:
     if record.classification.kind is not None:
         steps.append(_classified(detail))
     steps += _tries(detail, now) if detail.attempts else _of_row(detail)
-    asked_at = detail.of("cancel_asked_at")
-    if asked_at is not None:
+    if (asked_at := detail.of("cancel_asked_at")) is not None:
         steps.append(StepView("cancelling", "asked to be cancelled", asked_at))
     if record.status.is_end and record.finished_at is not None:
         steps.append(_ended(detail, record.finished_at))
@@ -175,15 +174,15 @@ def _of_row(detail: RequestDetail) -> list[StepView]:
         words = "waits for admission" if goes_on else "waited, and was never admitted"
         until = None if goes_on else record.finished_at
         return [StepView("waiting", words, record.created_at, until, goes_on=goes_on)]
-    tries = f" in {record.attempts} tries" if record.attempts > 1 else ""
     at = f" at {upstream}" if (upstream := detail.of("upstream")) else ""
+    at += f" in {record.attempts} tries" if record.attempts > 1 else ""
     waited = timedelta(milliseconds=record.queue_ms or 0)
     waiting_at = max(record.admitted_at - waited, record.created_at)
     return [
         _waited(waiting_at, record.admitted_at, None),
         StepView(
             "calling",
-            f"called {record.model or 'the provider'}{at}{tries}",
+            f"called {record.model or 'the provider'}{at}",
             record.admitted_at,
             record.finished_at,
             goes_on=not record.status.is_end,
@@ -210,8 +209,8 @@ def _waited(at: datetime, until: datetime, number: int | None) -> StepView:
 
 def _called(attempt: AttemptRecord, *, goes_on: bool) -> StepView:
     is_lost = attempt.outcome == "running" and not goes_on
-    at = f" at {attempt.upstream}" if attempt.upstream else ""
-    words = f"{'calls' if goes_on else 'called'} {attempt.model}{at}"
+    words = f"{'calls' if goes_on else 'called'} {attempt.model}"
+    words += f" at {attempt.upstream}" if attempt.upstream else ""
     if is_lost:
         words += "; its worker was lost over it, and whether it was answered is not known"
     return StepView(
@@ -232,9 +231,8 @@ def _now_queued(
     not_before: datetime | None, free_at: datetime | None, failure: Failure | None, now: datetime
 ) -> list[StepView]:
     """It is in the queue again: left alone until its time, then waiting."""
-    after = f" after {failure.code}" if failure is not None else ""
     if not_before is not None and free_at is not None:
-        words = f"waiting for retry{after}"
+        words = "waiting for retry" + ("" if failure is None else f" after {failure.code}")
         parked = StepView("parked", words, free_at, not_before, goes_on=not_before > now)
         if parked.goes_on:
             return [parked]
@@ -245,12 +243,12 @@ def _now_queued(
 def _ended(detail: RequestDetail, at: datetime) -> StepView:
     record = detail.record
     code = None if record.failure is None else record.failure.code
-    words = record.status.value
+    words = outcome = record.status.value
     if record.status is Status.SUCCEEDED and record.finish_reason:
         words += f" ({record.finish_reason})"
-    elif code and code != record.status.value:
+    elif code and code != outcome:
         words += f": {code}"
-    return StepView("ended", words, at, outcome=record.status.value, code=code)
+    return StepView("ended", words, at, outcome=outcome, code=code)
 
 
 def _delivery_step(one: DeliveryRecord) -> StepView:
@@ -538,7 +536,7 @@ class SearchQuery(BaseModel):
     subject: str | None = _TEXT
     conversation: str | None = _TEXT
     upstream: str | None = Field(
-        default=None, min_length=1, max_length=128, description="Of the last call"
+        default=None, min_length=1, max_length=128, description="Of the last call, or a job's next"
     )
     id: str | None = Field(
         default=None, max_length=36, description="The beginning of an id, with or without dashes"
@@ -589,9 +587,10 @@ async def found(request: Request, query: Annotated[SearchQuery, FromQuery()]) ->
     requests = services_of(request).store.requests
     reads = reads_bodies(request, await operator_of(request))
     wanted = query.wanted(in_prompts=reads)
-    page = await requests.search(wanted, query.limit, query.cursor or END)
+    page = await services.store.requests.search(wanted, query.limit, query.cursor or END)
+    items = [one for one in page.items if services.may_call(one, query.upstream)]
     return AdminPage(
-        items=[admin_item(item, reads_prompts=reads) for item in page.items],
+        items=[admin_item(item, reads_prompts=reads) for item in items],
         next_cursor=None if page.before is None else str(page.before),
     )
 

@@ -257,6 +257,7 @@ LIMIT 5000
 
 -- name: search_requests
 -- Requests with ids in [$1, $2), newest first: $3 that match the rest of $4 looked at.
+-- What waits for its first call matches every upstream: where it can go is not on record.
 SELECT id, tenant_id, pool, source, status, kind, model, priority, attempts, created_at,
     admitted_at, finished_at, queue_ms, upstream_ms, total_tokens, failure_code, subject, endpoint,
     conversation, upstream, key_id, cost_micros, prompt_head
@@ -300,7 +301,8 @@ WHERE source IS NOT NULL
     AND ($7::text IS NULL OR model = $7) AND ($8::text IS NULL OR kind = $8)
     AND ($9::text IS NULL OR source = $9) AND ($10::text IS NULL OR failure_code = $10)
     AND ($11::text IS NULL OR subject = $11) AND ($12::text IS NULL OR conversation = $12)
-    AND created_at >= $13 AND created_at < $14 AND ($15::text IS NULL OR upstream = $15)
+    AND created_at >= $13 AND created_at < $14 AND ($15::text IS NULL OR upstream = $15
+        OR upstream IS NULL AND status IN ('queued', 'running'))
 ORDER BY id DESC
 LIMIT $3
 

@@ -30,15 +30,15 @@ export async function open(main, { signal }) {
     heads: HOOK_HEADS,
     textOf: (one) => `${one.request_id} ${one.tenant} ${one.event} ${one.url} ${one.problem}`,
     row: hookRow,
-    none: "None",
+    none: "No failed webhooks",
   });
   const unexplained = list(
     "Unexplained costs",
-    ["Of the last 31 days, where the provider's own differ from the record. ", h("a", { href: link("/usage", { range: "30" }) }, "All books")],
+    () => ["Of the last 31 days, where the provider's own differ from the record. ", h("a", { href: link("/usage", { range: "30" }) }, "All books")],
     "admin/reconciliations",
     signal,
     again,
-    { heads: BOOK_HEADS, textOf: bookText, row: bookRow, none: "None", isShown: (one) => one.verdict === "unexplained" },
+    { heads: BOOK_HEADS, textOf: bookText, row: bookRow, none: "No unexplained costs", isShown: (one) => one.verdict === "unexplained" },
   );
   main.append(
     h("div", { class: "page-head" }, h("h1", {}, "Attention")),
@@ -63,14 +63,15 @@ const card = (title, words, body) =>
     body,
   );
 
-/** A table that is searched and turned by pages; `look()` reads it again. */
-function list(title, words, path, signal, again, { heads, textOf, row, none, note = "", isShown = () => true }) {
+/** A table that is searched and turned by pages; `look()` reads it again. `given`: words, or a function that makes them for each place. */
+function list(title, given, path, signal, again, { heads, textOf, row, none, note = "", isShown = () => true }) {
+  const words = () => (typeof given === "function" ? given() : given);
   const table = listed(title, heads, textOf, (one) => row(one, again), {
     none: [none],
     note,
-    above: h("p", { class: "quiet-text card-body" }, words),
+    above: h("p", { class: "quiet-text card-body" }, words()),
   });
-  const place = h("div", {}, card(title, words, loading(2)));
+  const place = h("div", {}, card(title, words(), loading(2)));
   return {
     element: place,
     async look() {
@@ -81,7 +82,7 @@ function list(title, words, path, signal, again, { heads, textOf, row, none, not
       } catch (problem) {
         if (problem.name === "AbortError") return;
         if (problem.status === undefined) throw problem;
-        fill(place, card(title, words, failed(problem, again)));
+        fill(place, card(title, words(), failed(problem, again)));
       }
     },
   };

@@ -5,6 +5,7 @@ import { dayColumns } from "../days.js";
 import { fill, h, mark } from "../dom.js";
 import { count, length, percent, time } from "../format.js";
 import { link, note } from "../router.js";
+import * as scope from "../scope.js";
 import { may } from "../session.js";
 import { choice, empty, failed, loading } from "../ui.js";
 import { requestsIn } from "./request_filters.js";
@@ -24,16 +25,19 @@ const SPENT = {
 };
 
 export async function open(main, { query, signal }) {
-  const view = { day: /^\d{4}-\d\d-\d\d$/.test(query.get("day")) ? query.get("day") : localDay(-1) };
+  const { pools } = await get("dashboard/session", { signal });
+  scope.amongRecorded(pools, query.get("upstream"));
+  const upstreams = scope.scopeSwitch((upstream) => change({ upstream })).element;
+  const view = { upstream: scope.narrowed(), day: /^\d{4}-\d\d-\d\d$/.test(query.get("day")) ? query.get("day") : localDay(-1) };
   const body = h("div", { class: "usage overview" });
   const other = h("input", { type: "date", "aria-label": "Another day", max: localDay(0) });
   const buttons = Object.fromEntries(Array.from({ length: DAYS }, (_, at) => localDay(at + 1 - DAYS)).map((day) => [day, weekday(day)]));
-  const days = choice("Day", buttons, view.day, (day) => change(day));
+  const days = choice("Day", buttons, view.day, (day) => change({ day }));
   let round = new AbortController();
 
-  other.addEventListener("change", () => other.value && change(other.value));
-  function change(day) {
-    view.day = day;
+  other.addEventListener("change", () => other.value && change({ day: other.value }));
+  function change(values) {
+    Object.assign(view, values);
     note(view);
     return again();
   }
@@ -48,7 +52,7 @@ export async function open(main, { query, signal }) {
     try {
       const { since, until } = spanOf(view.day);
       const [found, actions] = await Promise.all([
-        get("admin/latency", { query: { since: spanOf(shifted(view.day, -1)).since, until }, signal: within }),
+        get("admin/latency", { query: { since: spanOf(shifted(view.day, -1)).since, until, upstream: view.upstream }, signal: within }),
         may("admin") ? get("admin/actions", { query: { since, until, limit: MOST_ACTIONS }, signal: within }) : { items: [] },
       ]);
       draw(body, view.day, found, actions.items);
@@ -60,10 +64,11 @@ export async function open(main, { query, signal }) {
     mark(body, "aria-busy", null);
   }
 
+  if (view.upstream) note(view); // as chosen elsewhere
   fill(body, loading());
   main.append(
     h("a", { class: "back", href: link("/") }, "← Overview"),
-    h("div", { class: "page-head" }, h("h1", {}, "Latency"), h("div", { class: "usage-span end" }, days, other)),
+    h("div", { class: "page-head" }, h("h1", {}, "Latency"), upstreams, h("div", { class: "usage-span end" }, days, other)),
     body,
   );
   await again();

@@ -34,7 +34,7 @@ export async function open(main, { query, signal }) {
 
   function choose(what) {
     Object.assign(chosen, what);
-    if (what.pool !== undefined) scope.choose(what.pool);
+    view.narrow(chosen.pool !== scope.ALL && pools.length > 1);
     note(chosen);
     round?.abort();
     round = new AbortController();
@@ -45,14 +45,7 @@ export async function open(main, { query, signal }) {
     });
   }
 
-  const upstreams = h(
-    "select",
-    { class: "scope", "aria-label": "Upstream", hidden: pools.length < 2 },
-    Object.entries(scope.options()).map(([value, words]) =>
-      h("option", { value, selected: value === chosen.pool }, words),
-    ),
-  );
-  upstreams.addEventListener("change", () => choose({ pool: upstreams.value }));
+  const upstreams = scope.scopeSwitch((pool) => choose({ pool })).element;
   view.upstreamsChoice = upstreams;
   main.append(
     h(
@@ -86,7 +79,7 @@ function parts(chosen, signal) {
     tenants: tenantsCard(pool, (limit) => view.limits.find(limit)),
     faults: faultsCard(),
     spend: spendCard(),
-    upstreams: upstreamsCard(),
+    upstreams: upstreamsCard(pool),
     processes: processesCard(),
     notices: h("div", { class: "notices", role: "alert" }),
   };
@@ -103,6 +96,10 @@ function parts(chosen, signal) {
     h("div", { class: "columns" }, spend.element, upstreams.element),
     processes.element,
   );
+  /** What is of all upstreams by its nature says so where one was chosen. */
+  view.narrow = (isNarrowed) => {
+    for (const one of [verdict, view.budgets]) one.ofAll.hidden = !isNarrowed;
+  };
   return view;
 }
 
@@ -115,9 +112,10 @@ function show(view, chosen, event, data) {
     view.budgets.update(data);
   }
   else if (event === "record") {
+    stuck.told(data);
+    if (data.pool !== chosen.pool) return; // of what was chosen before
     view.figures.record(data);
     view.spend.record(data);
-    stuck.told(data);
   } else if (event === "trend" && data.pool === chosen.pool && data.range === chosen.span) {
     const frame = { ...data, words: WORDS[data.range] };
     for (const part of [view.charts, view.limits, view.tenants, view.faults, view.spend, view.upstreams]) {

@@ -2,6 +2,7 @@
 
 import { h, mark } from "../dom.js";
 import { link } from "../router.js";
+import * as scope from "../scope.js";
 import { field } from "../ui.js";
 import { KINDS, SOURCES, STATUSES } from "./request_words.js";
 
@@ -44,7 +45,6 @@ const between = () => [
 const more = () => [
   field("type", "Kind", { options: { "": "Any", ...KINDS } }),
   field("model", "Model", { type: "search", spellcheck: "false" }),
-  field("upstream", "Upstream", { type: "search", spellcheck: "false" }),
   field("error", "Error code", {
     type: "search",
     spellcheck: "false",
@@ -55,10 +55,12 @@ const more = () => [
 ];
 
 /**
- * `{ element, values(), any(), clear(), complain(problem) }`; `changed()` is called once a filter
- * has been chosen, or typed and left alone for a moment.
+ * `{ element, upstreams, values(), any(), clear(), complain(problem) }`; `changed()` is called once a
+ * filter has been chosen, or typed and left alone for a moment. The upstream is that of the switch,
+ * `upstreams`.
  */
 export function filters(query, changed) {
+  const upstreams = scope.scopeSwitch(() => tell());
   const [first, times, rest] = [always(), between(), more()];
   const fields = [...first, ...times, ...rest];
   const set = (one) => one.input.value !== "";
@@ -101,7 +103,7 @@ export function filters(query, changed) {
   const values = () => {
     const found = Object.fromEntries(fields.map((one) => [one.name, moments.get(one)?.value() ?? one.value()]));
     if (found.time !== "between") found.since = found.until = "";
-    return found;
+    return { ...found, upstream: scope.narrowed() };
   };
   let typing = 0;
   let told = JSON.stringify(values());
@@ -126,10 +128,13 @@ export function filters(query, changed) {
   });
   return {
     element,
+    upstreams: upstreams.element,
     values,
     any: () => Object.values(values()).some((value) => value !== ""),
     clear: () => {
       for (const one of fields) one.input.value = "";
+      scope.choose(scope.ALL);
+      upstreams.show();
       tell();
     },
     complain: (problem, text) => {

@@ -4,6 +4,7 @@ import { get, Problem } from "../api.js";
 import { fill, h, keyed, mark, say } from "../dom.js";
 import { count, money, NOTHING, time } from "../format.js";
 import { note } from "../router.js";
+import * as scope from "../scope.js";
 import { empty, failed, loading, said } from "../ui.js";
 import { talkLink } from "./conversation.js";
 import { asked, filters } from "./request_filters.js";
@@ -21,11 +22,15 @@ const LOOKS = 60; // of 20,000 requests each, before the person is asked whether
 const NEAR_TOP_PX = 120;
 
 export async function open(main, { query, signal }) {
+  const { pools } = await get("dashboard/session", { signal });
+  scope.amongRecorded(pools, query.get("upstream"));
   const list = listOf(signal, () => beside.mark());
   const keep = () => note({ ...bar.values(), open: beside.shown() });
   const beside = panel(list.element, signal, keep);
+  const running = runningCard(signal);
   const bar = filters(query, () => {
     keep();
+    running.show();
     list.search(bar);
   });
   const live = h("button", { class: "button small", type: "button", "aria-pressed": "true" }, "● Live");
@@ -39,14 +44,16 @@ export async function open(main, { query, signal }) {
       "div",
       { class: "page-head" },
       h("h1", {}, "Requests"),
+      bar.upstreams,
       saved(bar.values),
       h("div", { class: "end" }, list.state, exporting(bar.values, signal), live),
     ),
     bar.element,
-    runningCard(signal),
+    running.element,
     h("div", { class: "list-and-panel" }, list.element, beside.element),
   );
   beside.open(query.get("open") ?? "");
+  if (scope.narrowed() !== scope.ALL) keep(); // what was chosen elsewhere is in the address too
   await list.search(bar);
   list.follow();
 }

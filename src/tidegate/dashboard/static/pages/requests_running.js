@@ -3,13 +3,14 @@
 import { get, Problem } from "../api.js";
 import { h, keyed, mark, say } from "../dom.js";
 import { count, time } from "../format.js";
+import * as scope from "../scope.js";
 import { said } from "../ui.js";
 import { goesOn, kindOf, shortId, SOURCES, statusBadge } from "./request_words.js";
 
 const EVERY_MS = 3_000;
 const OPEN = "tidegate.running";
 
-/** The card, which looks again by itself; folded, it says how many there are. */
+/** The card, which looks again by itself; folded, it says how many there are, of the upstream that was chosen. `show()` once another was. */
 export function runningCard(signal) {
   const summary = h("span", { class: "quiet-text", role: "status" }, "…");
   const note = h("p", { class: "quiet-text running-note" });
@@ -38,7 +39,16 @@ export function runningCard(signal) {
   element.addEventListener("toggle", () => localStorage.setItem(OPEN, element.open ? "yes" : "no"));
   const draw = keyed(body, rowOf);
 
-  function show({ items, under_way, complete }) {
+  let latest = null;
+
+  function show() {
+    if (latest === null) return;
+    const of = scope.narrowed();
+    const isOf = (item) => of === scope.ALL || (item.upstream || item.pool) === of;
+    const { complete } = latest;
+    const items = latest.items.filter(isOf);
+    // Of those that no process lists it is not known where they are.
+    const under_way = of === scope.ALL ? latest.under_way : items.length;
     draw(items, (item) => item.request_id);
     const waiting = items.filter((item) => item.status === "queued").length;
     const told = [
@@ -56,7 +66,8 @@ export function runningCard(signal) {
   async function look() {
     if (document.hidden) return;
     try {
-      show(await get("admin/requests/running", { signal }));
+      latest = await get("admin/requests/running", { signal });
+      show();
     } catch (error) {
       if (error.name === "AbortError") return;
       if (!(error instanceof Problem)) throw error;
@@ -71,7 +82,7 @@ export function runningCard(signal) {
     document.removeEventListener("visibilitychange", look);
   });
   look();
-  return element;
+  return { element, show };
 }
 
 function rowOf(first) {

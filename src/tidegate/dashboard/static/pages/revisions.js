@@ -1,29 +1,39 @@
-// Changes of an upstream's limits: what, when, who and why, and each undone by a click.
+// Changes of the limits of an upstream, or of all: what, when, who and why, and each undone by a click.
 
-import { get, patch } from "../api.js";
+import { get, patch, Problem } from "../api.js";
 import { fill, h } from "../dom.js";
 import { count, time } from "../format.js";
-import { link } from "../router.js";
+import { link, note } from "../router.js";
 import * as scope from "../scope.js";
-import { confirm, empty, field, toast } from "../ui.js";
+import { confirm, empty, failed, field, toast } from "../ui.js";
+
+const MOST = 20;
 
 export async function open(main, { query, signal }) {
   const { pools } = await get("dashboard/session", { signal });
   scope.among(pools, query.get("pool"));
-  const pool = scope.chosen() || pools[0];
   const place = h("div", { class: "revisions" });
-  const chooser = h(
-    "select",
-    { class: "scope", "aria-label": "Upstream", hidden: pools.length < 2 },
-    pools.map((one) => h("option", { value: one, selected: one === pool }, one)),
-  );
-  chooser.addEventListener("change", () => {
-    location.hash = link("/limits/history", { pool: chooser.value });
-  });
-  const again = async () => {
+  const chooser = scope.scopeSwitch(async (pool) => {
+    note({ pool });
+    try {
+      await again();
+    } catch (error) {
+      if (signal.aborted) return;
+      if (!(error instanceof Problem)) throw error;
+      fill(place, failed(error, again));
+    }
+  }).element;
+  const of = async (pool) => {
     const found = await get("dashboard/revisions", { query: { pool }, signal });
+    return found.map((one) => ({ ...one, pool }));
+  };
+  const again = async () => {
+    const pool = scope.chosen();
+    const all = await Promise.all((pool === scope.ALL ? pools : [pool]).map(of));
+    if (pool !== scope.chosen()) return; // another was chosen meanwhile
+    const found = all.flat().toSorted((a, b) => (a.at < b.at ? 1 : -1)).slice(0, MOST);
     const none = empty("Nothing was changed yet", "A change of a limit or weight, by a person or a deployment, appears here.");
-    fill(place, found.length ? found.map((one) => revision(one, pool, again)) : none);
+    fill(place, found.length ? found.map((one) => revision(one, pool === scope.ALL, again)) : none);
   };
   await again();
   main.append(
@@ -40,9 +50,10 @@ function shown(value) {
   return typeof value === "string" ? value : JSON.stringify(value);
 }
 
-function revision(one, pool, again) {
-  const undo = h("button", { class: "button small", type: "button", needs: "operator", "aria-label": `Undo revision ${one.revision}` }, "Undo");
-  undo.addEventListener("click", () => undone(one, pool, again));
+function revision(one, isOfAll, again) {
+  const whose = isOfAll ? ` of ${one.pool}` : "";
+  const undo = h("button", { class: "button small", type: "button", needs: "operator", "aria-label": `Undo revision ${one.revision}${whose}` }, "Undo");
+  undo.addEventListener("click", () => undone(one, one.pool, again));
   const rows = one.changes.map(({ key, before, after }) =>
     h("li", {}, h("code", {}, key.replace(/^limits\./, "")), " ", h("del", {}, shown(before)), " → ", h("ins", {}, shown(after))),
   );
@@ -53,12 +64,12 @@ function revision(one, pool, again) {
     h(
       "div",
       { class: "revision-head" },
-      h("h2", {}, `Revision ${one.revision}`),
+      h("h2", {}, `Revision ${one.revision}${whose}`),
       h("span", { class: "quiet-text" }, `${time(one.at)}, ${one.set_by}${one.reason ? `: ${one.reason}` : ""}`),
       h("span", { class: "end" }, canUndo && undo),
     ),
     h("ul", { class: "changes" }, rows),
-    one.more > 0 && h("p", { class: "quiet-text" }, `and ${count(one.more)} more: tidegate limits history --pool ${pool}`),
+    one.more > 0 && h("p", { class: "quiet-text" }, `and ${count(one.more)} more: tidegate limits history --pool ${one.pool}`),
   );
 }
 

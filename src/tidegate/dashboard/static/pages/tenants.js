@@ -28,7 +28,7 @@ export async function open(main, { query, signal }) {
   const state = { tenants: [], keys: [], books: new Map() };
   const upstream = h(
     "select",
-    { class: "scope", "aria-label": "Upstream", title: "Whose weights and limits are shown", hidden: pools.length < 2 },
+    { class: "scope", "aria-label": "Upstream", title: "Whose weights and limits are shown" },
     pools.map((one) => h("option", { value: one, selected: one === pool }, one)),
   );
   upstream.addEventListener("change", () => {
@@ -42,7 +42,7 @@ export async function open(main, { query, signal }) {
   });
   const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, (one) => tenantRow(one, pool, again, state.books), {
     none: ["No tenants yet", "A tenant is who is limited, billed and audited: a team, a service, a customer."],
-    acts: [upstream, action("New tenant", () => changeTenant(null, pool, again))],
+    acts: [h("label", { class: "scope-of quiet-text", hidden: pools.length < 2 }, "Weights and limits at", upstream), action("New tenant", () => changeTenant(null, pool, again))],
   });
   const keys = listed("API keys", KEY_HEADS, (one) => `${one.prefix} ${one.name} ${one.tenant}`, (one) => keyRow(one, again), {
     none: ["No API keys yet", "Callers show a key where keys are required; it says which tenant they are of."],

@@ -8,6 +8,7 @@ import { csv, save } from "../export.js";
 import { brief, count, counted, money, percent } from "../format.js";
 import { listed } from "../listed.js";
 import { link, note } from "../router.js";
+import * as scope from "../scope.js";
 import { choice, failed, toast } from "../ui.js";
 import { requestsIn } from "./request_filters.js";
 
@@ -31,7 +32,10 @@ const AMOUNTS = {
 };
 
 export async function open(main, { query, signal }) {
+  const { pools } = await get("dashboard/session", { signal });
+  scope.amongRecorded(pools, query.get("upstream"));
   const view = viewOf(query);
+  const upstreams = scope.scopeSwitch((upstream) => change({ upstream }));
   const place = h("div", { class: "card-place" });
   const total = h("p", { class: "usage-total", role: "status" });
   const columns = dayColumns((day) => change({ range: "own", since: day, until: day }));
@@ -46,9 +50,11 @@ export async function open(main, { query, signal }) {
   let round = new AbortController();
 
   function change(values) {
+    if (values.upstream !== undefined) scope.amongRecorded(pools, values.upstream);
     Object.assign(view, values);
     note({ ...view });
     controls.show();
+    upstreams.show();
     return again();
   }
 
@@ -59,7 +65,7 @@ export async function open(main, { query, signal }) {
     mark(body, "aria-busy", "true");
     try {
       const span = spanOf(view);
-      const [found, compared] = await Promise.all([read(view, span, within), get("admin/reconciliations", { query: span, signal: within })]);
+      const [found, compared] = await Promise.all([read(view, span, within), get("admin/reconciliations", { query: { ...span, upstream: view.upstream }, signal: within })]);
       [columns.element.hidden, books.element.hidden] = [false, false];
       draw(found, span);
       books.show(compared.items);
@@ -88,7 +94,8 @@ export async function open(main, { query, signal }) {
     fill(place, table.element);
   }
 
-  main.append(h("div", { class: "page-head" }, h("h1", {}, "Usage"), controls.element), total, body);
+  main.append(h("div", { class: "page-head" }, h("h1", {}, "Usage"), upstreams.element, controls.element), total, body);
+  if (view.upstream) note({ ...view }); // as chosen elsewhere
   await again();
 }
 
@@ -99,6 +106,7 @@ function viewOf(query) {
     range: among("range", RANGES, "30"),
     measure: among("measure", MEASURES, "cost"),
     tenant: query.get("tenant") ?? "",
+    upstream: scope.narrowed(),
     since: query.get("since") ?? "",
     until: query.get("until") ?? "",
   };
@@ -151,7 +159,7 @@ function controlsOf(view, change) {
 
 /** The sums by group, and by day and group; where there are too many of those, by day alone. */
 async function read(view, span, signal) {
-  const of = (by) => get("admin/usage", { query: { by, ...span, tenant: view.tenant }, signal });
+  const of = (by) => get("admin/usage", { query: { by, ...span, tenant: view.tenant, upstream: view.upstream }, signal });
   const [names, groups, all] = await Promise.all([
     view.by === "key" ? keyNames(signal) : null,
     view.by === "day" ? null : of(view.by),
@@ -258,10 +266,10 @@ function row(one, view, change) {
 function nameIn(one, view, change) {
   if (view.by === "model" && one.model) {
     const { since, until } = spanOf(view);
-    const href = requestsIn(startOf(since), startOf(later(until, 1)), { model: one.model, tenant: view.tenant });
+    const href = requestsIn(startOf(since), startOf(later(until, 1)), { model: one.model, tenant: view.tenant, upstream: view.upstream });
     return h("a", { href, title: "Its requests" }, one.name);
   }
-  const next = { tenant: { tenant: one.tenant, by: "model" }, day: { range: "own", since: one.day, until: one.day, by: "tenant" } }[view.by];
+  const next = { tenant: { tenant: one.tenant, by: "model" }, upstream: one.upstream && { upstream: one.upstream, by: "model" }, day: { range: "own", since: one.day, until: one.day, by: "tenant" } }[view.by];
   if (!next) return one.name;
   const to = h("a", { href: link("/usage", { ...view, ...next }) }, view.by === "day" ? `${dayWords(one.day)}` : one.name);
   to.addEventListener("click", (event) => {

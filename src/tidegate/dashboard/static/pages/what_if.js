@@ -33,8 +33,10 @@ const TEACHES = [
 
 export async function open(main, { query, signal }) {
   const { pools } = await get("dashboard/session", { signal });
-  scope.among(pools, query.get("pool"));
-  const view = { pool: scope.chosen() || pools[0], from: Number(query.get("from") ?? 0), until: Number(query.get("until") ?? 24) };
+  scope.among(pools);
+  // It is of one upstream, whatever was chosen for the other pages.
+  const asked = query.get("pool");
+  const view = { pool: pools.includes(asked) ? asked : scope.chosen() || pools[0], from: Number(query.get("from") ?? 0), until: Number(query.get("until") ?? 24) };
   const days = await recordedDays(signal);
   view.day = query.get("day") || days[0]?.day || today();
   const limits = limitsToChange(view.pool, written(query.get("set") ?? ""), noted, signal);
@@ -112,6 +114,7 @@ export async function open(main, { query, signal }) {
     pools.map((one) => h("option", { value: one, selected: one === view.pool }, one)),
   );
   chooser.addEventListener("change", () => {
+    scope.choose(chooser.value);
     location.hash = link("/what-if", { pool: chooser.value, day: view.day });
   });
   const form = h(

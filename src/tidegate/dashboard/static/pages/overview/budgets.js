@@ -12,11 +12,12 @@ export function budgetsCard() {
   const list = h("ul", { class: "limits budgets" });
   const draw = keyed(list, row);
   const note = h("span", { class: "quiet-text" });
+  const ofAll = h("span", { class: "quiet-text", hidden: true }, "of all upstreams");
   const more = h("p", { class: "quiet-text card-body", hidden: true });
   const element = h(
     "section",
     { class: "card", "aria-label": "Budgets", hidden: true },
-    h("div", { class: "card-head" }, h("h2", {}, "Budgets"), note),
+    h("div", { class: "card-head" }, h("h2", {}, "Budgets"), ofAll, note),
     h(
       "div",
       { class: "limit budget limit-heads", "aria-hidden": "true" },
@@ -27,6 +28,7 @@ export function budgetsCard() {
   );
   return {
     element,
+    ofAll,
     update(frame) {
       element.hidden = !frame.budgets.length;
       draw(frame.budgets, (one) => JSON.stringify([one.name, one.scope]));

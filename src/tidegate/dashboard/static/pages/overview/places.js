@@ -3,6 +3,7 @@
 import { h, keyed, mark, say } from "../../dom.js";
 import { NOTHING, brief, count, length } from "../../format.js";
 import { link } from "../../router.js";
+import { ALL } from "../../scope.js";
 
 /** `api-host-4711-1a2b3c4d` as its role, and the rest. */
 function parted(process) {
@@ -69,7 +70,8 @@ const STATES = {
   trying: ["warn", "On trial"],
 };
 
-export function upstreamsCard() {
+/** `pool()` is the scope. */
+export function upstreamsCard(pool) {
   const list = h("ul", { class: "upstreams" });
   let past = new Map();
   const draw = keyed(list, (first) => {
@@ -114,7 +116,7 @@ export function upstreamsCard() {
       h("p", { class: "quiet-text card-body" }, "The worst state that any process reports."),
     ),
     live(frame) {
-      draw(frame.upstreams, (one) => one.upstream);
+      draw(frame.upstreams.filter((one) => [ALL, one.upstream].includes(pool())), (one) => one.upstream);
     },
     trend(frame) {
       say(span, `calls of the last ${frame.words}`);

@@ -16,22 +16,24 @@ export function verdictCard(latest) {
   const sign = h("span", { class: "verdict-sign", "aria-hidden": "true" });
   const word = h("b", { class: "verdict-word" }, "Looking");
   const words = h("span", { class: "verdict-words" });
+  const ofAll = h("span", { class: "quiet-text", hidden: true }, "Of all upstreams");
   const list = h("ul", { class: "causes", "aria-label": "What needs a look", hidden: true });
   const more = h("p", { class: "quiet-text causes-more", hidden: true });
   const draw = keyed(list, (first) => causeRow(first, latest));
   const element = h(
     "section",
     { class: "card verdict", "aria-label": "State", data: { health: "unknown" } },
-    h("p", { class: "verdict-head", role: "status" }, sign, word, words),
+    h("p", { class: "verdict-head", role: "status" }, sign, word, words, ofAll),
     list,
     more,
   );
   return {
     element,
+    ofAll,
     live({ verdict }) {
       mark(element, "data-health", verdict.health);
       say(sign, SIGNS[verdict.health]);
-      say(word, WORDS[verdict.health]);
+      say(word, `${WORDS[verdict.health]}:`);
       say(words, verdict.sentence.slice(WORDS[verdict.health].length + 2));
       list.hidden = !verdict.causes.length;
       draw(verdict.causes, keyOf);

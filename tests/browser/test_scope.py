@@ -1,0 +1,222 @@
+"""One choice of the upstream, which every page follows that is about one; others are of all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import Page, async_playwright, expect
+
+from tests.browser.stage import ARGUMENTS, CHROMIUM, Stage, opened
+from tests.gateway import gateway
+from tests.waiting import wait_until
+from tidegate.call import Scope
+from tidegate.dashboard import feed
+from tidegate.embedded.servers import PostgresServer, ValkeyServer
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+PRESSED = ("aria-pressed", "true")
+OF_GEMINI, OF_SPARE = "gemini-2.5-flash", "spare-1"
+POLICY = """
+[upstreams.gemini.prices]
+"*" = { input = 0.30, output = 2.50, tiers = { flex = { share = 0.5 } } }
+"""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stage(
+    stores: tuple[ValkeyServer, PostgresServer], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Stage]:
+    """A gateway with the upstreams gemini and spare, which one provider stands behind: three
+    calls of spare have ended, two of gemini, one of each a job."""
+    valkey, postgres = stores
+    folder = tmp_path_factory.mktemp("scope")
+    (folder / "tidegate.toml").write_text(POLICY)
+    settings: dict[str, Any] = {"redis_url": valkey.url, "database_url": postgres.url()}
+    settings |= {"auth": "on", "tidegate_policy": folder / "tidegate.toml"}
+    settings |= {"first_byte_timeout_ms": 60_000, "idle_timeout_ms": 60_000}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed, "LIVE_EVERY_S", 0.1)
+        patch.setattr(feed, "PAST_EVERY_S", 0.1)
+        patch.setattr(feed, "RECORD_EVERY_S", 0.2)
+        patch.setattr(feed, "BUDGETS_EVERY_S", 0.2)
+        patch.setenv("SPARE_KEY", "sk-spare")
+        async with (
+            gateway(folder / "data", **settings) as running,
+            async_playwright() as playwright,
+        ):
+            _, made = await running.services.store.tenants.create_key("default", scopes=list(Scope))
+            running.http.headers["x-api-key"] = made.text
+            chromium = await playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+            found = Stage(running, valkey, postgres, chromium, made.text)
+            await add_spare(found)
+            for model in (OF_GEMINI, OF_SPARE):
+                assert await called(found, model) == 200
+                job = await running.submit(data=f"Ask {model}", type="text_only", model=model)
+                assert (await running.end_of(job))["status"] == "succeeded"
+            assert await called(found, OF_SPARE) == 200
+            count = "SELECT count(*) = 5 FROM audit"
+            await wait_until(lambda: running.database.fetchval(count), 20)
+            yield found
+            await chromium.close()
+
+
+async def add_spare(stage: Stage) -> None:
+    running = stage.gateway
+    table: dict[str, Any] = {"provider": "vllm", "base_url": f"{running.upstream.url}/v1"}
+    table |= {"models": ["spare-*"], "key": "SPARE_KEY", "limits": {"pool:total": 1}}
+    table |= {"prices": {"*": {"input": 1.0, "output": 4.0}}}
+    url = f"{running.url}/admin/upstreams/spare"
+    async with running.http.put(url, json={"table": table, "test": False}) as answer:
+        assert answer.status == 200, await answer.text()
+
+
+async def called(stage: Stage, model: str) -> int:
+    url = f"{stage.gateway.url}/v1/chat/completions"
+    body = {"model": model, "messages": [{"role": "user", "content": "Why?"}]}
+    async with stage.gateway.http.post(url, json=body) as response:
+        await response.read()
+        return response.status
+
+
+async def choose(page: Page, upstream: str) -> None:
+    await page.get_by_label("Upstream", exact=True).select_option(upstream)
+
+
+async def go(page: Page, name: str) -> None:
+    await page.get_by_role("navigation", name="Pages").get_by_role("link", name=name).click()
+    await expect(page.get_by_role("heading", level=1)).to_have_text(name)
+
+
+async def ended(stage: Stage, upstream: str) -> int:
+    """How many requests count for an upstream, or for all."""
+    count = "SELECT count(*) FROM audit WHERE $1 IN ('', coalesce(upstream, pool))"
+    return int(await stage.gateway.database.fetchval(count, upstream))
+
+
+async def test_the_record_is_narrowed_by_the_upstream_that_was_chosen(stage: Stage) -> None:
+    said = {one: f"{await ended(stage, one)} requests" for one in ("", "gemini", "spare")}
+    assert len(set(said.values())) > 1
+    async with opened(stage) as seen:
+        page = seen.page
+        spend = page.get_by_role("region", name="Spend")
+        await expect(spend).to_contain_text(said[""])
+        state = page.get_by_role("region", name="State")
+        await expect(state.get_by_text("Of all upstreams")).to_be_hidden()
+        await choose(page, "spare")
+        await expect(spend).to_contain_text(said["spare"])
+        await expect(spend).not_to_contain_text(OF_GEMINI)
+        await expect(spend).to_contain_text(OF_SPARE)
+        await expect(state.get_by_text("Of all upstreams")).to_be_visible()
+        await expect(page.locator("[data-upstream]")).to_have_count(1)
+
+        await go(page, "Requests")
+        rows = page.locator(".list-card tbody tr")
+        of_gemini, of_spare = (rows.filter(has_text=one) for one in (OF_GEMINI, OF_SPARE))
+        await expect(of_spare).not_to_have_count(0)
+        await expect(of_gemini).to_have_count(0)
+        assert "upstream=spare" in await page.evaluate("location.hash")
+        await choose(page, "")
+        await expect(rows).to_have_count(await ended(stage, ""))
+        await choose(page, "gemini")
+        await expect(of_spare).to_have_count(0)
+        await expect(of_gemini).not_to_have_count(0)
+        await seen.is_accessible()
+
+        await go(page, "Usage")
+        total = page.locator(".usage-total")
+        await expect(total).to_contain_text(said["gemini"])
+        assert "upstream=gemini" in await page.evaluate("location.hash")
+        by = page.get_by_role("group", name="Group by")
+        for group in ("Model", "Key", "Upstream", "Day"):
+            await by.get_by_role("button", name=group).click()
+            await expect(by.get_by_role("button", name=group)).to_have_attribute(*PRESSED)
+            await expect(page.locator(".usage[aria-busy]")).to_have_count(0)
+            await expect(total).to_contain_text(said["gemini"])
+        await choose(page, "")
+        await expect(total).to_contain_text(said[""])
+        await by.get_by_role("button", name="Upstream").click()
+        await page.get_by_role("link", name="spare").click()
+        await expect(total).to_contain_text(said["spare"])
+        await expect(page.get_by_label("Upstream", exact=True)).to_have_value("spare")
+
+        await page.goto(f"{stage.gateway.url}/dashboard/#/latency?upstream=gemini")
+        await expect(page.get_by_role("heading", level=1)).to_have_text("Latency")
+        today = page.get_by_role("group", name="Day").get_by_role("button").last
+        async with page.expect_request(re.compile(r"/admin/latency\?.*upstream=gemini")):
+            await today.click()
+        await expect(page.locator(".usage[aria-busy]")).to_have_count(0)
+        await seen.is_accessible()
+
+
+async def test_what_waits_for_its_first_call_is_of_the_upstreams_that_it_may_go_to(
+    stage: Stage,
+) -> None:
+    running = stage.gateway
+    await running.upstream.set_fault("hang", match="hold it")
+    holder = await running.submit(data="hold it", type="text_only", model=OF_SPARE)
+
+    async def holds() -> bool:
+        return bool((await running.status(holder))["status"] == "running")
+
+    await wait_until(holds, 20, "the job that holds the permit")
+    waiter = await running.submit(data="Wait for it", type="text_only", model=OF_SPARE)
+    try:
+        async with opened(stage, "/requests?status=open&upstream=spare") as seen:
+            waiting = seen.page.get_by_role("link", name=waiter[:18])
+            await expect(waiting).to_be_visible()
+            await choose(seen.page, "gemini")
+            await expect(seen.page.get_by_text("No request matches")).to_be_visible()
+            await seen.page.get_by_role("button", name="Clear all filters").click()
+            await expect(seen.page.get_by_label("Upstream", exact=True)).to_have_value("")
+            await expect(waiting).to_be_visible()
+    finally:
+        for job in (waiter, holder):
+            async with running.http.delete(f"{running.url}/requests/{job}") as answer:
+                assert answer.status in (200, 202)
+            await running.end_of(job)
+        await running.upstream.clear_faults()
+
+
+async def test_an_upstream_that_is_gone_is_found_by_its_address_and_then_left(stage: Stage) -> None:
+    async with opened(stage, "/usage?upstream=gone") as seen:
+        choice = seen.page.get_by_label("Upstream", exact=True)
+        await expect(choice.locator("option:checked")).to_have_text("gone (removed)")
+        await expect(seen.page.get_by_text("Nothing was used in these days")).to_be_visible()
+        await go(seen.page, "Overview")
+        await expect(choice).to_have_value("")
+
+
+async def test_changes_of_limits_are_those_of_one_upstream_or_of_all(stage: Stage) -> None:
+    running = stage.gateway
+    for pool, limit in (("gemini", "kind:text_only"), ("spare", "rpm:total")):
+        url = f"{running.url}/admin/limits/{limit}?pool={pool}"
+        async with running.http.put(url, json={"limit": 900, "by": "ann"}) as answer:
+            assert answer.status == 200, await answer.text()
+    async with opened(stage, "/limits/history") as seen:
+        page = seen.page
+        revisions = page.locator("[data-revision]")
+        await expect(revisions.filter(has_text="of spare")).to_contain_text("rpm:total")
+        await expect(revisions.filter(has_text="of gemini")).to_contain_text("kind:text_only")
+        await choose(page, "spare")
+        await expect(revisions.filter(has_text="kind:text_only")).to_have_count(0)
+        await expect(revisions.filter(has_text="rpm:total")).to_have_count(1)
+        assert "pool=spare" in await page.evaluate("location.hash")
+        # What if is of one upstream: a look at another one chooses nothing for the other pages.
+        await page.goto(f"{running.url}/dashboard/#/what-if?pool=gemini")
+        await expect(page.get_by_label("Upstream", exact=True)).to_have_value("gemini")
+        await go(page, "Overview")
+        await expect(page.get_by_label("Upstream", exact=True)).to_have_value("spare")
+
+
+async def test_what_needs_a_person_is_of_all_upstreams_and_leads_to_the_books(stage: Stage) -> None:
+    async with opened(stage, "/attention") as seen:
+        await expect(seen.page.get_by_label("Upstream", exact=True)).to_have_count(0)
+        costs = seen.page.get_by_role("region", name="Unexplained costs")
+        await expect(costs).to_contain_text("No unexplained costs")
+        await costs.get_by_role("link", name="All books").click()
+        await expect(seen.page.get_by_role("heading", level=1)).to_have_text("Usage")
