@@ -213,6 +213,27 @@ async def test_changes_of_limits_are_those_of_one_upstream_or_of_all(stage: Stag
         await expect(page.get_by_label("Upstream", exact=True)).to_have_value("spare")
 
 
+async def test_a_job_shows_the_tier_that_it_was_sent_in_and_why(stage: Stage) -> None:
+    running = stage.gateway
+    await running.services.store.tenants.set("default", {"tiers": ["live", "flex"]}, by="ann")
+    try:
+        asked = {"data": "Explain the tide", "type": "text_only", "model": OF_GEMINI}
+        job = await running.submit(**asked, tiers=["flex"])
+        assert (await running.end_of(job))["tier"] == "flex"
+        async with opened(stage, f"/requests?upstream=gemini&open={job}") as seen:
+            page = seen.page
+            row = page.locator(".list-card tbody tr", has_text=job[:18])
+            await expect(row.get_by_text("Flex tier").locator("visible=true")).to_be_visible()
+            facts = page.locator(".part-facts")
+            await expect(facts).to_contain_text("Flex tier: flex costs 50% of the usual price")
+            await expect(facts).to_contain_text("at the price of the tier flex")
+            await seen.is_accessible()
+            await go(page, "Keys and tenants")
+            await expect(page.locator("[data-tenant='default']")).to_contain_text("live, flex")
+    finally:
+        await running.services.store.tenants.set("default", {"tiers": None}, by="ann")
+
+
 async def test_what_needs_a_person_is_of_all_upstreams_and_leads_to_the_books(stage: Stage) -> None:
     async with opened(stage, "/attention") as seen:
         await expect(seen.page.get_by_label("Upstream", exact=True)).to_have_count(0)

@@ -160,7 +160,8 @@ class SearchFilter:
 @dataclass(frozen=True, slots=True)
 class FoundRequest:
     """A request in short, and whose it is. `endpoint` is the path of a native call, `cost_micros`
-    and `prompt_head` are None where they are not known (yet)."""
+    and `prompt_head` are None where they are not known (yet). tier: that a job was put into last;
+    of other requests the one that served it, where it was not the usual one."""
 
     listed: Listed
     tenant_id: str
@@ -172,6 +173,7 @@ class FoundRequest:
     key_id: str | None
     cost_micros: int | None
     prompt_head: str | None
+    tier: str | None
 
 
 @dataclass(frozen=True, slots=True)

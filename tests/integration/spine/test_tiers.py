@@ -80,6 +80,8 @@ async def test_a_wrapped_call_and_a_prompt_cost_half_in_flex(
     path = f"/admin/requests/{record['request_id']}"
     _, detail = await gateway.get(path)
     assert detail["request"]["tier"] == "flex"
+    listed = (await gateway.get("/admin/requests"))[1]["items"]
+    assert [one.get("tier") for one in listed] == ["flex", None, "flex", None]
     async with gateway.http.post(f"{gateway.url}{path}/retry", json={}) as answer:
         again = await gateway.end_of((await answer.json())["request_id"])
     assert again["tier"] == "flex", "what is submitted again costs what it was to cost"

@@ -418,7 +418,7 @@ class RequestView(BaseModel):
 
 
 def admin_item(found: FoundRequest, *, reads_prompts: bool) -> AdminItem:
-    listed, same = found.listed, ("pool", "endpoint", "subject", "conversation", "upstream")
+    listed, same = found.listed, ("pool", "endpoint", "subject", "conversation", "upstream", "tier")
     return view_of(
         AdminItem,
         listed,

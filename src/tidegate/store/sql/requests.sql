@@ -260,12 +260,12 @@ LIMIT 5000
 -- What waits for its first call matches every upstream: where it can go is not on record.
 SELECT id, tenant_id, pool, source, status, kind, model, priority, attempts, created_at,
     admitted_at, finished_at, queue_ms, upstream_ms, total_tokens, failure_code, subject, endpoint,
-    conversation, upstream, key_id, cost_micros, prompt_head
+    conversation, upstream, key_id, cost_micros, prompt_head, tier
 FROM (
     (SELECT id, tenant_id, pool, source, status, kind, coalesce(used_model, model) AS model,
         priority, attempts, created_at, admitted_at, finished_at, queue_ms, upstream_ms,
         total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation, upstream,
-        key_id, NULL::bigint AS cost_micros, NULL AS prompt_head
+        key_id, NULL::bigint AS cost_micros, NULL AS prompt_head, tier
     FROM requests
     WHERE id >= $1 AND id < $2
     ORDER BY id DESC
@@ -278,7 +278,7 @@ FROM (
             ELSE submitted_at END,
         admitted_at, finished_at, queue_ms, upstream_ms,
         total_tokens, failure ->> 'code', subject, endpoint, conversation, upstream, key_id,
-        cost_micros, prompt_head
+        cost_micros, prompt_head, usage_details ->> 'tier'
     FROM audit
     WHERE id >= $1 AND id < $2
     ORDER BY id DESC
@@ -288,7 +288,7 @@ FROM (
         CASE l.state WHEN 'calling' THEN 'running' ELSE 'queued' END, NULL, NULL, -100,
         l.attempts, to_timestamp(
             ('x0000' || translate(left(l.id::text, 13), '-', ''))::bit(64)::bigint / 1000.0),
-        NULL, NULL, NULL, NULL, NULL, NULL, NULL, b.endpoint, NULL, l.upstream, b.key_id, NULL, NULL
+        NULL, NULL, NULL, NULL, NULL, NULL, NULL, b.endpoint, NULL, l.upstream, b.key_id, NULL, NULL, NULL
     FROM batch_lines l JOIN batches b ON b.id = l.batch_id
     WHERE l.state IN ('claimed', 'calling') AND l.id >= $1 AND l.id < $2
     ORDER BY l.id DESC
@@ -426,7 +426,7 @@ OFFSET 0
 SELECT id AS place, request_id AS id, tenant_id, pool, source, status, kind, model, priority,
     attempts, submitted_at AS created_at, admitted_at, finished_at, queue_ms, upstream_ms,
     total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation, upstream,
-    key_id, cost_micros, prompt_head
+    key_id, cost_micros, prompt_head, usage_details ->> 'tier' AS tier
 FROM ({among}) AS found
 WHERE ($6::text[] IS NULL OR status = ANY($6)) AND ($7::text IS NULL OR tenant_id = $7)
     AND ($8::text IS NULL OR model = $8) AND ($9::text IS NULL OR kind = $9)

@@ -7,7 +7,7 @@ import * as session from "../session.js";
 import { said, toast } from "../ui.js";
 import { nameOf, talkLink, traceLink } from "./conversation.js";
 import { gallery, save } from "./request_files.js";
-import { charsOf, isCut, isOpen, kindOf, linkTo, SOURCES } from "./request_words.js";
+import { charsOf, isCut, isOpen, kindOf, linkTo, SOURCES, tierOf } from "./request_words.js";
 
 const LONG_CHARS = 1_200;
 const MOST_SHOWN_BYTES = 256 * 1024;
@@ -80,6 +80,8 @@ export function facts(request) {
     ["Model", request.model],
     ["Asked for", request.asked_model !== request.model ? request.asked_model : null],
     ["Answered by", request.model_version !== request.model ? request.model_version : null],
+    ["Tier", tier(request)],
+    ["Served in", request.usage?.tier && request.usage.tier !== request.tier && tierOf(request.usage.tier)],
     ["Path", request.endpoint && h("code", {}, request.endpoint)],
     ["HTTP status", request.http_status],
     ["Priority", request.priority],
@@ -120,6 +122,12 @@ export function facts(request) {
   return h("dl", { class: "facts" }, given.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
 }
 
+/** In which a job was sent last, and why: what it costs there is part of that. */
+function tier(request) {
+  if (!request.tier) return null;
+  return [h("b", {}, tierOf(request.tier)), request.tier_why && `: ${request.tier_why}`];
+}
+
 const talk = ({ tenant, conversation }) => h("a", { href: talkLink(tenant, conversation) }, nameOf(conversation));
 
 const trace = ({ tenant, trace_id }) => h("a", { class: "mono", href: traceLink(tenant, trace_id) }, trace_id);
@@ -148,7 +156,8 @@ function decided(request) {
 function cost(request) {
   if (request.cost_micros === undefined) return request.usage_state === "told" ? "No price is set" : null;
   const how = { partial: " (of what came)", estimated: " (estimated)" }[request.usage_state] ?? "";
-  return `${money(request.cost_micros / 1e6)}${how}`;
+  const at = request.usage?.tier ? `, at the price of the tier ${request.usage.tier}` : "";
+  return `${money(request.cost_micros / 1e6)}${how}${at}`;
 }
 
 export function attempts(list) {
@@ -156,8 +165,8 @@ export function attempts(list) {
   const hasFirst = list.some((one) => one.first_byte_ms !== undefined);
   const first = hasFirst ? ["First byte"] : [];
   const hasUpstream = list.some((one) => one.upstream !== undefined);
-  const heads = ["Try", "Outcome", ...(hasUpstream ? ["Upstream"] : []), "Waited", ...first, "Call", "tokens", "Process"];
-  const numbers = new Set(["Waited", "First byte", "Call", "tokens"]);
+  const heads = ["Try", "Outcome", ...(hasUpstream ? ["Upstream"] : []), "Waited", ...first, "Call", "Tokens", "Process"];
+  const numbers = new Set(["Waited", "First byte", "Call", "Tokens"]);
   const row = (one) =>
     h(
       "tr",

@@ -25,6 +25,11 @@ export const SOURCES = {
   batch: "Line of a batch",
 };
 
+const TIERS = { live: "Live tier", flex: "Flex tier", batch: "Provider's batch" };
+
+/** The processing tier of a request; others than those of jobs as the provider names them. */
+export const tierOf = (tier) => (tier ? (TIERS[tier] ?? `Tier ${tier}`) : "");
+
 export function statusBadge(status) {
   const [words, look] = STATUSES[status] ?? [status, ""];
   return h("span", { class: `badge ${look}` }, words);

@@ -9,7 +9,7 @@ import { empty, failed, loading, said } from "../ui.js";
 import { talkLink } from "./conversation.js";
 import { asked, filters } from "./request_filters.js";
 import { panel } from "./request_panel.js";
-import { goesOn, isOpen, kindOf, linkTo, SOURCES, statusBadge, timeOfId } from "./request_words.js";
+import { goesOn, isOpen, kindOf, linkTo, SOURCES, statusBadge, tierOf, timeOfId } from "./request_words.js";
 import { exporting, saved } from "./requests_kept.js";
 import { runningCard } from "./requests_running.js";
 
@@ -350,7 +350,7 @@ function rowOf(first) {
   function update(item) {
     if (item.status !== status) fill(badge, statusBadge(item.status));
     status = item.status;
-    const of = [item.model, item.upstream, SOURCES[item.source], kindOf(item), item.endpoint];
+    const of = [item.model, item.upstream, tierOf(item.tier), SOURCES[item.source], kindOf(item), item.endpoint];
     const words = of.filter(Boolean).join(" · ");
     say(what, words);
     mark(what, "title", words);

@@ -14,7 +14,7 @@ const NAME = "tidegate.filters";
 const MOST_KEPT = 20;
 const COLUMNS = [
   ...["request_id", "submitted_at", "finished_at", "status", "tenant", "key", "source", "type", "model", "endpoint", "pool"],
-  ...["upstream", "queue_ms", "upstream_ms", "total_tokens", "cost_usd", "attempts", "error_code", "subject", "conversation"],
+  ...["upstream", "tier", "queue_ms", "upstream_ms", "total_tokens", "cost_usd", "attempts", "error_code", "subject", "conversation"],
 ];
 
 /** Buttons that write what the filters find into a file; the newest `MOST` at most. */

@@ -90,6 +90,7 @@ const TENANT_HEADS = [
   ["Budget a day", "number"],
   ["Budget a month", "number"],
   ["Own limits", "number wide"],
+  ["Job tiers", "wide"],
   ["State", "wide"],
   ["", "actions"],
 ];
@@ -158,6 +159,7 @@ function tenantRow(one, pool, again, books) {
     budgetCell(one, "day", books),
     budgetCell(one, "month", books),
     limitsCell(one),
+    h("td", { class: "wide", title: one.tiers ? "Its jobs that name no tiers go to the cheapest of these that is in time" : "Its jobs are made in the usual tier, unless they name others" }, one.tiers ? one.tiers.join(", ") : NOTHING),
     h("td", { class: "wide" }, h("span", { class: `badge ${one.disabled ? "bad" : "good"}` }, one.disabled ? "disabled" : "open")),
     h("td", { class: "actions" }, change, flip),
   );
