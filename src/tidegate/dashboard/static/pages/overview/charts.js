@@ -13,7 +13,11 @@ const PERCENTILES = [
   ["p95", "--chart-2"],
 ];
 const perMinute = (dollars) => (dollars === 0 ? "$0.00" : money(dollars));
+// Whole calls at the marks of the axis: averages lie between them.
+const CALLS = [1, 2, 5].flatMap((first) => Array.from({ length: 7 }, (_, zeros) => first * 10 ** zeros));
 const waiting = (value) => (value < 10 ? String(Math.round(value * 10) / 10) : brief(Math.round(value)));
+
+waiting.steps = CALLS.toSorted((a, b) => a - b);
 
 export function charts(signal) {
   let step = 60;

@@ -80,7 +80,7 @@ function table(label, rows, total) {
       isPriced && h("td", { class: "number" }, cost),
     );
   });
-  const heads = ["Requests", "tokens", isPriced && "Cost"].filter(Boolean);
+  const heads = ["Requests", "Tokens", isPriced && "Cost"].filter(Boolean);
   return h(
     "div",
     { class: "scroll", tabindex: "0", role: "group", "aria-label": `Spend by ${label}, a table` },
