@@ -20,6 +20,8 @@ from tidegate.embedded.servers import PostgresServer, ValkeyServer
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PRESSED = ("aria-pressed", "true")
+CUT = """(row) => [...row.cells].filter((one) => one.scrollWidth > one.clientWidth)
+    .map((one) => one.textContent)"""
 OF_GEMINI, OF_SPARE = "gemini-2.5-flash", "spare-1"
 POLICY = """
 [upstreams.gemini.prices]
@@ -228,6 +230,11 @@ async def test_a_job_shows_the_tier_that_it_was_sent_in_and_why(stage: Stage) ->
             await expect(facts).to_contain_text("Flex tier: flex costs 50% of the usual price")
             await expect(facts).to_contain_text("at the price of the tier flex")
             await seen.is_accessible()
+            await page.get_by_role("button", name="Close").click()
+            await page.set_viewport_size({"width": 1280, "height": 900})
+            what = row.locator(".c-what")
+            await expect(what).to_contain_text("Flex tier · Job · Text")
+            assert await row.evaluate(CUT) == []
             await go(page, "Keys and tenants")
             await expect(page.locator("[data-tenant='default']")).to_contain_text("live, flex")
     finally:
@@ -241,3 +248,19 @@ async def test_what_needs_a_person_is_of_all_upstreams_and_leads_to_the_books(st
         await expect(costs).to_contain_text("No unexplained costs")
         await costs.get_by_role("link", name="All books").click()
         await expect(seen.page.get_by_role("heading", level=1)).to_have_text("Usage")
+
+
+WAITS = """async () => {
+    const { marked } = await import(new URL("static/ui.js", document.baseURI));
+    const said = marked("raise it (`tidegate limits set`) or wait");
+    return said.map((part) => part.outerHTML ?? part);
+}"""
+
+
+async def test_a_laptop_names_all_pages_beside_the_state_of_the_feed(stage: Stage) -> None:
+    async with opened(stage, width=1280) as seen:
+        await expect(seen.page.locator("#live")).to_have_text("Live")
+        nav = seen.page.locator("#nav")
+        assert await nav.evaluate("(one) => one.scrollWidth <= one.clientWidth")
+        command = "<code>tidegate limits set</code>"
+        assert await seen.page.evaluate(WAITS) == ["raise it (", command, ") or wait"]

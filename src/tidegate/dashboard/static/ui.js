@@ -38,6 +38,9 @@ export function said(problem) {
   return allowed ? `${problem.message} Allowed: ${problem.allowed}.` : problem.message;
 }
 
+/** Text whose commands stand between backticks. */
+export const marked = (text) => text.split("`").map((part, at) => (at % 2 ? h("code", {}, part) : part));
+
 /** A line that stays for a while; `kind` is "good" or "bad". */
 export function toast(text, kind = "good") {
   const close = h(

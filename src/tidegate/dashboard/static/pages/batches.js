@@ -7,7 +7,7 @@ import { ago, brief, count, time } from "../format.js";
 import { repeat } from "../poll.js";
 import { link, note } from "../router.js";
 import * as session from "../session.js";
-import { choice, confirm, empty, field, said, toast } from "../ui.js";
+import { choice, confirm, empty, field, marked, said, toast } from "../ui.js";
 
 const EVERY_MS = 2_000;
 const TYPED_MS = 300;
@@ -183,7 +183,7 @@ function row(first, again) {
       say(counts, `${count(one.completed)} of ${count(one.total)} done`);
       say(wrong, one.failed ? `${count(one.failed)} failed` : "");
       say(left, leftOf(one, pace));
-      say(why, whyOf(one));
+      if (why.textContent !== whyOf(one).replaceAll("`", "")) fill(why, marked(whyOf(one)));
       why.hidden = !whyOf(one);
       const canPause = one.status === "in_progress" || one.status === "validating";
       pause.hidden = !canPause || one.pause !== null;

@@ -4,7 +4,7 @@ import { get, post, Problem } from "../api.js";
 import { fill, h, say } from "../dom.js";
 import { length, time } from "../format.js";
 import { link } from "../router.js";
-import { confirm, copied, field, said, toast } from "../ui.js";
+import { confirm, copied, field, marked, said, toast } from "../ui.js";
 import { curlButton } from "./request_curl.js";
 import { Files } from "./request_files.js";
 import { answer, attempts, bodies, facts, prompt, webhooks } from "./request_parts.js";
@@ -260,11 +260,6 @@ function waits({ request, waiting }) {
     limit && h("a", { href: "#/" }, "See the limits"),
     holders(waiting),
   );
-}
-
-/** Text whose commands stand between backticks. */
-function marked(text) {
-  return text.split("`").map((part, at) => (at % 2 ? h("code", {}, part) : part));
 }
 
 /** A sentence of `why` as its beginning, which names the limit, and its rest. */

@@ -109,7 +109,7 @@ export function facts(request) {
     ["Cost", cost(request)],
     ["Provider's own cost", dollars(usage.provider_cost_micros)],
     ["Upstream", request.upstream],
-    ["Pool", request.pool !== request.upstream && request.pool],
+    ["Pool", request.source !== "job" && request.pool !== request.upstream && request.pool],
     ["Process", request.process],
     ["API key", request.key && h("code", {}, request.key.startsWith("jwt:") ? request.key : `tg_${request.key}_…`)],
     ["Conversation", request.conversation && talk(request)],
