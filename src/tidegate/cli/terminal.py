@@ -386,8 +386,8 @@ EXITS = (
     Exit(DONE, "success"),
     Exit(
         FAILED,
-        "failure: of the request, of lines of a batch, of a check of doctor; or not found: a limit, "
-        "tenant, key, upstream (or pool), budget, request, batch, process or revision",
+        "failure: of the request, of lines of a batch, of a check of doctor; or not found: a "
+        "limit, tenant, key, upstream (or pool), budget, request, batch, process or revision",
     ),
     Exit(WRONG, "an argument, a setting or an input file is wrong"),
     Exit(REFUSED, "rejected: no key or a wrong one, or a cap or budget is reached"),

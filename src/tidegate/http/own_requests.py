@@ -434,6 +434,10 @@ By = Annotated[
         f"{_MOST_LOGGED_DAYS} days, from the request log, as far back as it is kept",
     ),
 ]
+CalledAt = Annotated[
+    str | None,
+    Query(min_length=1, max_length=128, description="The upstream that was called; all if absent"),
+]
 Since = Annotated[
     date | None, Query(description="The first day (UTC). Default: the first of the month")
 ]

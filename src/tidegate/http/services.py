@@ -54,7 +54,7 @@ from tidegate.spine.upstreams import LiveUpstreams
 from tidegate.store.blobs import Blobs
 from tidegate.store.budgets import Budgets
 from tidegate.store.notifications import ServerClock
-from tidegate.store.requests import Whereabouts
+from tidegate.store.requests import FoundRequest, Whereabouts
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
 

@@ -297,6 +297,7 @@ class AdminItem(BaseModel):
         description="See `/admin/conversations`; without a name, of the call's beginning",
     )
     upstream: str | None = Field(default=None, description="The upstream of the last call")
+    tier: str | None = Field(default=None, description="A job's last tier, otherwise the one used")
     priority: int
     attempts: int
     submitted_at: datetime
@@ -584,7 +585,7 @@ async def found(request: Request, query: Annotated[SearchQuery, FromQuery()]) ->
     """Jobs, streams and native calls that have ended, and batch lines that are claimed or have
     ended. Continue with `cursor` until there is no `next_cursor`: a page scans at most 20,000
     requests, so it may have fewer than `limit`, or none, while there are more."""
-    requests = services_of(request).store.requests
+    services = services_of(request)
     reads = reads_bodies(request, await operator_of(request))
     wanted = query.wanted(in_prompts=reads)
     page = await services.store.requests.search(wanted, query.limit, query.cursor or END)
