@@ -36,6 +36,9 @@ Period = Annotated[
         metavar="PERIOD",
     ),
 ]
+Zone = Annotated[
+    str | None, typer.Option(help="Time zone of day, week and month. Default of a new one: UTC.")
+]
 Fallback = Annotated[
     str | None,
     typer.Option(
@@ -145,17 +148,12 @@ def set_(
     usd: Annotated[str | None, typer.Option(help="The amount in USD, such as 250.")] = None,
     tokens: Annotated[int | None, typer.Option(min=0, help="The amount in tokens.")] = None,
     period: Period = None,
-    zone: Annotated[
-        str | None,
-        typer.Option(help="Time zone of day, week and month. Default of a new one: UTC."),
-    ] = None,
+    zone: Zone = None,
     tenant: Annotated[str | None, typer.Option(help="Applies to one tenant, or to each.")] = None,
     key: Annotated[
         str | None, typer.Option(help="Applies to one API key, by its prefix, or to each.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Applies to models that match this pattern.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Applies to models of this pattern.")] = None,
     subject: Annotated[str | None, typer.Option(help="Applies to one user, or to each.")] = None,
     conversation: Annotated[
         str | None, typer.Option(help="Applies to one conversation, or to each.")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener
@@ -157,6 +156,8 @@ async def test_models_that_no_list_describes_have_what_the_sdks_demand(
     open_gateway: Opener, tmp_path: Path, lists: Lists, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Named in the upstream's table, by an alias or a route, or by a list of names alone."""
+    from anthropic import AsyncAnthropic
+
     monkeypatch.setenv("AZURE_OPENAI_API_KEY", "key-of-azure")
     lists.bodies = {"/openai/v1/models": {"data": [{"id": "other-1"}]}}
     table = NAMED.format(url=lists.url) + '\n[[routes]]\nmodel = "main"\ntry = ["one/gpt-eu"]\n'
