@@ -159,13 +159,11 @@ class Connections:
     a burst opens no more than it keeps busy. All but one of those that nothing has used for ten
     seconds are closed: each is a process of PostgreSQL."""
 
-    def __init__(
-        self, url: str, *, size: int = 10, probe_timeout_ms: int = PROBE_TIMEOUT_MS
-    ) -> None:
-        """probe_timeout_ms: in which a new connection must answer once another one is slow, else
-        PostgreSQL is taken for unavailable."""
+    def __init__(self, url: str, *, size: int = 10, patience_ms: int = 0) -> None:
+        """patience_ms: the least time that any work has, and that a new connection has to answer
+        once another one is slow, else PostgreSQL is taken for unavailable."""
         self._url = url
-        self._probe_timeout_ms = probe_timeout_ms
+        self._patience_ms = patience_ms
         self._slots = asyncio.Semaphore(size)
         self._idle: list[DatabaseSession] = []  # the one that was used last is taken next
         self._least_idle = 0  # since the last look at them
@@ -229,7 +227,9 @@ class Connections:
             raise StoreUnavailable("the store is closed")
         if self._away is not None:
             raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
-        task = asyncio.create_task(self._run(work, timeout_ms, repeatable, begin))
+        task = asyncio.create_task(
+            self._run(work, max(timeout_ms, self._patience_ms), repeatable, begin)
+        )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -484,7 +484,7 @@ class Connections:
         try:
             while True:
                 try:
-                    self._free(await self._answered(self._probe_timeout_ms / 1000))
+                    self._free(await self._answered((self._patience_ms or PROBE_TIMEOUT_MS) / 1000))
                     break
                 except (*_TRANSIENT, *_UNFIT) as failed:
                     if _is_full(failed):

@@ -214,9 +214,9 @@ def _check_there(config: Config) -> None:
         )
 
 
-_ANSWER_WITHIN_MS = 2_000
-# A command waits for a slow PostgreSQL, where a process that serves would go on without it.
-_PATIENCE_MS = 5_000
+# A command waits for a slow server, where a process that serves would go on without it: a machine
+# that is busy is what it may be asked about.
+_PATIENCE_MS = 10_000
 
 
 def with_record(config: Config, work: Callable[[Connections], Awaitable[T]]) -> T:
@@ -225,7 +225,7 @@ def with_record(config: Config, work: Callable[[Connections], Awaitable[T]]) -> 
     from tidegate.store.database import Connections
 
     async def run(url: str) -> T:
-        connections = Connections(url, probe_timeout_ms=_PATIENCE_MS)
+        connections = Connections(url, patience_ms=_PATIENCE_MS)
         connections.start()
         try:
             return await work(connections)
@@ -287,7 +287,7 @@ async def _open_keepers(
             wanted, provider = pool_of(config, pool, live)
             opening = open_pool(whole, Policies(connections), name, wanted, pool, provider=provider)
             keeper = await stack.enter_async_context(opening)
-            await keeper.limiter.ping(_ANSWER_WITHIN_MS)
+            await keeper.limiter.ping(_PATIENCE_MS)
             await keeper.limiter.joined()
             keepers.append(keeper)
         yield keepers
@@ -298,7 +298,7 @@ def _with_servers(config: Config, work: Callable[[Config, Connections], Awaitabl
     from tidegate.store.database import Connections
 
     async def run(whole: Config) -> T:
-        connections = Connections(database_url_of(whole), probe_timeout_ms=_PATIENCE_MS)
+        connections = Connections(database_url_of(whole), patience_ms=_PATIENCE_MS)
         connections.start()
         try:
             return await work(whole, connections)

@@ -77,7 +77,7 @@ async def test_a_command_waits_for_a_slow_server_where_a_process_goes_on_without
     postgres_server: PostgresServer, empty_database_url: str
 ) -> None:
     usual = Connections(empty_database_url)
-    patient = Connections(empty_database_url, probe_timeout_ms=20_000)
+    patient = Connections(empty_database_url, patience_ms=20_000)
     other = await asyncpg.connect(empty_database_url)
     await other.execute("SELECT pg_advisory_lock(7)")
 
@@ -100,6 +100,30 @@ async def test_a_command_waits_for_a_slow_server_where_a_process_goes_on_without
             postgres_server.resume()
         await other.execute("SELECT pg_advisory_unlock(7)")
         assert await second == 1
+        await other.close()
+
+
+async def test_a_command_gives_work_longer_than_a_process_that_serves(
+    empty_database_url: str,
+) -> None:
+    usual = Connections(empty_database_url)
+    patient = Connections(empty_database_url, patience_ms=60_000)
+    other = await asyncpg.connect(empty_database_url)
+    await other.execute("SELECT pg_advisory_lock(7)")
+
+    async def held(connection: asyncpg.Connection) -> int:
+        await connection.execute("SELECT pg_advisory_xact_lock_shared(7)")
+        return 1
+
+    async with AsyncExitStack() as stack:
+        for connections in (usual, patient):
+            stack.push_async_callback(connections.aclose)
+            await connections.run(lambda connection: connection.execute("SELECT 1"))
+        waiting = asyncio.create_task(patient.run(held, timeout_ms=50))
+        with pytest.raises(StoreUnavailable, match="no answer within 50 ms"):
+            await usual.run(held, timeout_ms=50)
+        await other.execute("SELECT pg_advisory_unlock(7)")
+        assert await waiting == 1
         await other.close()
 
 
