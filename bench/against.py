@@ -215,7 +215,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=0, help="gateways in turns, so many loads")
     parser.add_argument("--json", type=Path, help="put the ratio of each figure into this file")
     arguments = parser.parse_args()
-    scenarios = arguments.scenario or SCENARIOS
+    known = (*FIGURES, *UNITS) if arguments.same_benchmarks else FIGURES
+    scenarios = arguments.scenario or {figure.scenario for figure in known}
     wanted = [figure for figure in (*FIGURES, *UNITS) if figure.scenario in scenarios]
     resolved = ["git", "rev-parse", "--short=12", arguments.commit]
     commit = subprocess.check_output(resolved, cwd=ROOT, text=True).strip()
