@@ -1,7 +1,7 @@
-"""Charges of a call by its upstream's prices, and the cheapest tier that is in time.
+"""Charges of a call by its upstream's prices, and the choice of the cheapest tier in time.
 
-Invariants: unknown usage or an unknown price makes the cost unknown, never zero; an answer that
-was cut, or reported no usage, is charged for its input and for what came of it at least.
+Invariants: unknown usage or an unknown price makes the cost unknown, never zero. An answer that
+was cut off or reported no usage is charged for its input and at least for the output received.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _MODELS_KEPT = 1_000
 _HOUR_S, _DAY_HOURS = 3_600, 24
 _EPOCH = date(1970, 1, 1).toordinal()
 _MICRO = 10**6  # picos in a micro-dollar
-# What a provider adds to any call, and to one with a client's tools: Anthropic's own prompt for
-# them has up to 800 tokens (platform.claude.com/docs/en/agents-and-tools/tool-use/overview).
+# Tokens that a provider adds to any call, and to a call with a client's tools: Anthropic's tool use
+# system prompt has up to 800 (platform.claude.com/docs/en/agents-and-tools/tool-use/overview).
 _CALL_TOKENS = 50
 _TOOLS_TOKENS = 1_000
 
@@ -55,8 +55,10 @@ CacheWrite = Literal["5m", "1h"]
 
 
 class Prices:
-    """Those of one upstream: its own, or else the public ones of its provider. Of each model, tier
-    and hour they are looked for once."""
+    """The prices of one upstream: its own, or else the public prices of its provider.
+
+    The rates of each model, tier and hour are looked up once, then cached.
+    """
 
     def __init__(
         self,
@@ -70,23 +72,28 @@ class Prices:
         self._now = now
         self._provider = None if upstream is None else provider_of_upstream(upstream)
         if self._provider is not None:
-            self._public.rows(self._provider)  # read now, and not during the first call
+            self._public.rows(self._provider)  # load the table now, not during the first call
         self._on = lru_cache(_MODELS_KEPT)(self._rates_on)
 
     def of(self, model: str, tier: str = "") -> Rates | None:
-        """Rates of this hour, of UTC; None where no price is known."""
+        """Return the rates in force this hour (UTC), or None if the price is unknown."""
         return self._on(model, tier, self._hour, dearest=False)
 
     def bound(self, model: str, tier: str) -> Rates | None:
-        """Rates that a call which requests `tier` does not exceed, into whichever hours it goes on;
-        None where that tier may have a price which is not known."""
+        """Return rates that a call requesting `tier` cannot exceed, however many hours it runs.
+
+        None if that tier may have a price that is unknown.
+        """
         if self.of(model, tier) is None:
             return None
         return self.at_least(model, tier, dearest=True)
 
     def at_least(self, model: str, tier: str, *, dearest: bool = False) -> Rates | None:
-        """Rates of a call of which no tier was reported: those of the requested tier only where
-        they are the dearer ones, since the client has chosen it. dearest: in the dearest hour."""
+        """Return the rates of a call whose answer reports no tier.
+
+        The requested tier's rates apply only if they are dearer than the usual ones, because the
+        client chose that tier. `dearest`: use the rates of the dearest hour.
+        """
         usual = self._on(model, "", self._hour, dearest=dearest)
         asked = self._on(model, tier, self._hour, dearest=dearest) if tier else None
         if usual is None or asked is None or _dearness(asked) < _dearness(usual):
@@ -94,8 +101,10 @@ class Prices:
         return asked
 
     def share(self, model: str, tier: str) -> float | None:
-        """What a processing tier costs over the usual one, at most; None where the price of one of
-        the two is not stated, so that the model may not be offered there at all."""
+        """Return the highest ratio of the rates of `tier` to the usual ones, for input and output.
+
+        None if either price is not stated; the provider may then not offer the model in that tier.
+        """
         own = None if self._upstream is None else self._upstream.price(model)
         if own is not None and own.of_tier(tier) is None:
             return None
@@ -107,8 +116,10 @@ class Prices:
         return max(shares, default=None)
 
     def most(self, model: str) -> tuple[int | None, int | None]:
-        """The most tokens that a model takes in and gives out together, and that it gives out; None
-        where that is not known."""
+        """Return the context window of a model and its maximum output, in tokens.
+
+        The context window covers input and output together. None for either that is unknown.
+        """
         provider = None if self._upstream is None else self._upstream.provider
         if provider is None:
             return None, None
@@ -117,8 +128,10 @@ class Prices:
 
     @property
     def unasked_write(self) -> CacheWrite | None:
-        """To which cache the provider writes the input of any call: OpenAI's models since GPT-5.6,
-        which have a price for it (learn.microsoft.com/azure/foundry/openai/how-to/prompt-caching).
+        """The cache to which the provider writes the input of every call without being asked.
+
+        OpenAI's models do so since GPT-5.6, and have a price for it
+        (learn.microsoft.com/azure/foundry/openai/how-to/prompt-caching).
         """
         return "5m" if self._provider in ("openai", "azure") else None
 
@@ -139,7 +152,10 @@ class Prices:
 
 
 def _dearness(rates: Rates) -> tuple[int, ...]:
-    """To compare tiers by the first rate that differs: not all models are charged by output."""
+    """Return a sort key that compares tiers by the first rate that differs.
+
+    Not all models are charged by output, so all rates are part of the key.
+    """
     one = rates
     others = (one.image, one.video_second, one.audio_second, one.character)
     return tuple(rate or 0 for rate in (one.output, one.input, *others))
@@ -150,15 +166,21 @@ def _day_of(hour: int) -> date:
 
 
 def provider_of_upstream(upstream: Upstream) -> str | None:
-    """The one that it names, else that of its hosts; None for a server of one's own."""
+    """Return the provider that the upstream names, else the provider of its hosts.
+
+    None for a self-hosted server.
+    """
     urls = upstream.base_urls.values()
     return upstream.provider or next(filter(None, map(provider_of, urls)), None)
 
 
 def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: bool) -> Charge:
-    """Charge for the usage that the provider reported. `whole`: the answer came to its end."""
+    """Return the charge for the usage that the provider reported.
+
+    `whole`: the answer came to its end.
+    """
     if is_unknown(usage):
-        # Some providers charge images alone, and report no tokens.
+        # Some providers charge images alone and report no tokens.
         cost = None
         if whole and images and rates is not None and rates.image is not None:
             cost = micros_of(images * rates.image)
@@ -179,13 +201,15 @@ def estimated_charge(
     writes: CacheWrite | None = None,
     measured: UsageDetails | None = None,
 ) -> Charge:
-    """For a request that went out, and `came` tokens of an answer without reported usage,
-    but for `details` such as the provider's own cost: they are on record, and change no charge.
-    `writes`: to which cache the request has its input written. `measured`: what the request
-    shows of its usage beside tokens; it is charged and on record.
+    """Return the estimated charge for a request that was sent and whose answer reported no usage.
 
-    The input is never below the first guess of it, and the output is what came, whatever was
-    reserved: what has been learned from earlier calls lowers no charge.
+    `came`: output tokens received. `details`: what the provider did report, such as its own cost;
+    it is recorded and changes no charge. `writes`: the cache to which the request has its input
+    written. `measured`: usage other than tokens that the request itself shows; it is charged and
+    recorded.
+
+    The input is never below its first guess, and the output is what was received, whatever was
+    reserved: nothing learned from earlier calls lowers a charge.
     """
     usage = Usage(
         input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
@@ -207,7 +231,7 @@ def foreseen(
     images: int = 0,
     measured: UsageDetails | None = None,
 ) -> tuple[int, int]:
-    """Expected cost of a call: micro-dollars, 0 without a price, and tokens."""
+    """Return the expected cost of a call in micro-dollars (0 without a price), and its tokens."""
     usage = Usage(
         input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
         output_tokens=max(estimate.expected_output_tokens, estimate.guessed_output_tokens),
@@ -232,13 +256,15 @@ def call_cost(
     unbounded: str = "",
     measured: UsageDetails | None = None,
 ) -> CallCost:
-    """What a call may cost, before it is made: at most, where that can be proven, and about.
+    """Return the cost of a call before it is made: an upper bound, if provable, and an estimate.
 
-    A tokenizer makes no more tokens of a text than it has bytes, and those of the JSON around it
-    cover what a provider puts around each message. unseen: why the input is bounded by the context
-    of the model alone, `context_tokens`. max_output_tokens: of all answers together. draws_alone:
-    it makes `images` and nothing else. unbounded: why nothing bounds it. measured: what the request
-    shows of its usage beside tokens, of which characters and seconds of video are exact.
+    A text never has more tokens than bytes, and the bytes of the JSON around a message cover the
+    tokens that a provider adds to it.
+
+    unseen: the reason why only the model's context window, `context_tokens`, bounds the input.
+    max_output_tokens: the bound on all answers together. draws_alone: the call generates `images`
+    and nothing else. unbounded: the reason why nothing bounds the cost. measured: usage other than
+    tokens that the request shows; its characters and seconds of video are exact.
     """
     likely_micros, likely_tokens = foreseen(rates, estimate, images, measured)
     if measured is not None and (measured.input_characters or measured.output_video_seconds):
@@ -280,13 +306,13 @@ def _most_micros(
     writes: CacheWrite | None,
     has_files: bool,
 ) -> int | None:
-    """At the dearest rates, rounded up; None where one that it needs is not known."""
+    """Return the cost at the dearest rates, rounded up; None if a rate that applies is unknown."""
     if rates is None:
         return None
     if rates.input is None:
         if not images or rates.image is None or rates.output is not None:
             return None
-        taken = 0  # the pictures are all that its model is charged by
+        taken = 0  # this model charges for images alone
     all_rates = [rates]
     if rates.above is not None and rates.long is not None and taken > rates.above:
         all_rates.append(rates.long)
@@ -320,11 +346,13 @@ def cut_charge(
     *,
     whole: bool = False,
 ) -> Charge:
-    """Charge for an answer that was cut, with some usage reported before its end, or for a `whole`
-    one whose usage is not complete: what it lacks is estimated.
+    """Return the charge for an answer that was cut off after it reported some usage.
 
-    A figure of the provider's stands where it is about what came; where it is less than half of
-    that, it was reported earlier (Anthropic's at the start of a stream), and what came counts.
+    With `whole`, for a complete answer whose usage is incomplete. What is missing is estimated.
+
+    The provider's output count is used unless it is less than half of what was received: then it
+    was reported earlier in the stream (Anthropic reports one at the start), and the output received
+    counts.
     """
     taken, given = tokens_of(told)
     usage = told
@@ -343,8 +371,11 @@ def cut_charge(
 def answer_charge(
     rates: Rates | None, answer: Answer, estimate: Estimate | None, *, whole: bool
 ) -> Charge:
-    """For a call by a provider's SDK that was sent: by the usage reported with a whole answer,
-    else by what came of it at least, and the input."""
+    """Return the charge for a call that a provider's SDK sent.
+
+    It is based on the usage reported with a whole answer, else on the input and at least the output
+    received.
+    """
     images = len(answer.pictures)
     is_told = not is_unknown(answer.usage)
     if whole and is_told and (estimate is None or is_complete(answer.usage)):
@@ -358,21 +389,25 @@ def answer_charge(
 
 
 def came_tokens(text: str, *, images: int = 0, scale: float = 1.0) -> int:
-    """About how many tokens an answer has, as far as it came. `scale`: `text` is of that part
-    of it."""
+    """Return the approximate number of tokens of an answer, as far as it was received.
+
+    `scale`: the ratio of the whole answer to the part of it in `text`.
+    """
     return ceil(sum(pieces_of_text(text).values()) * scale + images * PICTURE_TOKENS)
 
 
 def never_sent(error: UpstreamError) -> bool:
-    """Whether there was no connection to send a request on."""
+    """Return whether the request was never sent, because no connection was established."""
     if isinstance(error, UpstreamTimeout):
         return error.phase == "connect"
     return isinstance(error, UpstreamUnavailable) and error.broke == "connecting"
 
 
 def is_measured(usage: Usage) -> bool:
-    """Whether seconds of audio or video or searches are reported, by which some models are
-    charged."""
+    """Return whether seconds of audio or video, or searches, are reported.
+
+    Some models are charged by these.
+    """
     details = usage.details
     if details is None:
         return False
@@ -380,8 +415,11 @@ def is_measured(usage: Usage) -> bool:
 
 
 def is_complete(usage: Usage) -> bool:
-    """Whether it is all that a whole answer is charged by: input and output, or no tokens but what
-    is measured. Google leaves out the input of some requests that name a file by its URI."""
+    """Return whether the usage has all that a whole answer is charged by.
+
+    That is input and output, or no tokens but measured units. Google leaves out the input of some
+    requests that name a file by its URI.
+    """
     if usage.input_tokens is not None and usage.output_tokens is not None:
         return True
     return is_measured(usage) if is_unknown(usage) else None not in tokens_of(usage)
@@ -391,11 +429,11 @@ def is_unknown(usage: Usage) -> bool:
     return usage.input_tokens is usage.output_tokens is usage.total_tokens is None
 
 
-MARGIN = 1.5  # over what a tier usually takes
-RESERVE = 1.25  # over what the usual tier takes at our limits
-SLACK_MS = 5_000.0  # from the moment of a move to the next call: claims, marks, the queue
-UNKNOWN_SHARE = 0.5  # of a batch's window that must fit where nothing is known of it
-# Waits of our own limits above this send a job to a batch at the same price.
+MARGIN = 1.5  # factor on the usual duration of a tier
+RESERVE = 1.25  # factor on what the usual tier needs at the configured limits
+SLACK_MS = 5_000.0  # from a change of tier to the next call: claims, updates, the queue
+UNKNOWN_SHARE = 0.5  # share of a batch's window that must remain if no batch was seen yet
+# If the configured limits make a job wait longer than this, it moves to a batch at the same price.
 FREE_WITHIN_MS = 60_000.0
 LEAST_SEEN = 5
 _MOST_SEEN = 100
@@ -407,8 +445,11 @@ _LONGEST_MS = 400 * 86_400_000.0
 
 @dataclass(frozen=True, slots=True)
 class TierTimes:
-    """What the providers announce of their tiers. batch_ms: the window of a batch; cancel_ms: how
-    long a batch takes to end once it is cancelled; flex_ms: how long an answer of flex may take."""
+    """Durations that providers announce for their tiers.
+
+    batch_ms: the window of a batch. cancel_ms: how long a cancelled batch takes to end. flex_ms:
+    how long an answer in the flex tier may take.
+    """
 
     batch_ms: float = 86_400_000.0
     cancel_ms: float = 600_000.0
@@ -425,10 +466,13 @@ class TierTimes:
 
 @dataclass(frozen=True, slots=True)
 class TierOffer:
-    """A cheaper tier as it is offered for a job. share: its price over the usual one. usual_ms:
-    within which nearly all calls, or batches, have ended lately; None where too few were seen.
-    busy_ms: for how long it is not to be asked again, since it had no capacity. keeps_results:
-    whether a batch that is cancelled gives the answers that it has by then."""
+    """A cheaper tier that is available to a job.
+
+    share: its price relative to the usual tier. usual_ms: the time within which nearly all recent
+    calls or batches ended; None if too few were seen. busy_ms: how long the tier is to be avoided
+    because it lacked capacity. keeps_results: whether a cancelled batch returns the answers that it
+    has by then.
+    """
 
     tier: Tier
     share: float
@@ -439,8 +483,11 @@ class TierOffer:
 
 @dataclass(frozen=True, slots=True)
 class LiveRoom:
-    """What the usual tier takes at our limits. ahead: jobs of the same need that come before;
-    per_second: how many our limits admit; call_ms: how long one call takes."""
+    """The capacity of the usual tier under the configured limits.
+
+    ahead: the number of jobs with the same needs that come first. per_second: how many calls the
+    limits admit. call_ms: how long one call takes.
+    """
 
     ahead: int = 0
     per_second: float = inf
@@ -448,24 +495,30 @@ class LiveRoom:
 
     @property
     def wait_ms(self) -> float:
-        """Until the job is admitted; infinite at a limit of 0, also for the first job."""
+        """Time until the job is admitted; infinite at a limit of 0, even for the first job."""
         return inf if self.per_second <= 0 else 1_000 * self.ahead / self.per_second
 
     @property
     def reserve_ms(self) -> float:
-        """Before a deadline, by when the job must be in the usual tier."""
+        """Time before the deadline at which the job must be in the usual tier."""
         return RESERVE * (self.wait_ms + self.call_ms) + SLACK_MS
 
     def is_late(self, left_ms: float) -> bool:
-        """Whether the usual tier answers later than in so long: then there is none to leave a
-        slower one for. A limit of 0 is a person's: nothing passes by it."""
+        """Return whether the usual tier would answer later than in `left_ms`.
+
+        There is then no reason to leave a slower tier for it. False at a limit of 0: a person sets
+        that, and no job may bypass it.
+        """
         return left_ms < self.wait_ms + self.call_ms < inf
 
 
 @dataclass(frozen=True, slots=True)
 class TierChoice:
-    """revisit_at: until when the choice stands; by then the job is in a faster tier. None: for as
-    long as it takes. why: a sentence for the caller."""
+    """The tier of a job, until when, and why.
+
+    revisit_at: by then the job moves to a faster tier; None if it never has to. why: a sentence for
+    the caller.
+    """
 
     tier: Tier
     revisit_at: datetime | None
@@ -480,7 +533,7 @@ def choose(
     due: datetime | None,
     times: TierTimes,
 ) -> TierChoice:
-    """The cheapest of the usual tier and the `offers` in which the job makes its deadline."""
+    """Return the cheapest of `offers` and the usual tier in which the job meets its deadline."""
     left_ms = inf if due is None else (due - now).total_seconds() * 1_000
     live_is_late = room.is_late(left_ms)
     safe: list[tuple[TierOffer, float]] = []
@@ -508,10 +561,10 @@ def choose(
 
 
 def _takes_ms(offer: TierOffer, room: LiveRoom, times: TierTimes) -> float:
-    """Within which the tier answers, for all that is known."""
+    """Return the time within which the tier answers, as far as is known."""
     if offer.tier is Tier.BATCH:
         if offer.usual_ms is None:
-            # Its answers would be paid for and lost where it has to be cancelled.
+            # A batch that must be cancelled may lose answers that were paid for.
             return (UNKNOWN_SHARE if offer.keeps_results else 1) * times.batch_ms
         return min(MARGIN * offer.usual_ms, times.batch_ms)
     usual_ms = times.flex_ms if offer.usual_ms is None else MARGIN * offer.usual_ms
@@ -519,7 +572,11 @@ def _takes_ms(offer: TierOffer, room: LiveRoom, times: TierTimes) -> float:
 
 
 def _order(offer: TierOffer, room: LiveRoom) -> tuple[float, bool]:
-    """By price; at the same price flex, which answers sooner, where our limits have room for it."""
+    """Return a sort key: price, then speed.
+
+    At the same price flex comes first, since it answers sooner, if the configured limits have
+    capacity for it.
+    """
     prefers_flex = room.wait_ms <= FREE_WITHIN_MS and not offer.busy_ms
     return offer.share, (offer.tier is Tier.FLEX) is not prefers_flex
 
@@ -541,7 +598,7 @@ _UNITS = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1_000, "s"))
 
 
 def spoken(ms: float) -> str:
-    """A time as people read it, to a tenth of its unit."""
+    """Return a duration for people to read, to a tenth of its unit."""
     if ms == inf:
         return "any time"
     for unit_ms, name in _UNITS:
@@ -552,12 +609,12 @@ def spoken(ms: float) -> str:
 
 @dataclass(slots=True)
 class SeenTimes:
-    """How long the last calls of one sort took."""
+    """Durations of the last calls of one sort."""
 
     last_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_MOST_SEEN))
 
     def usual_ms(self, least: int = LEAST_SEEN) -> float | None:
-        """What 95 % of them did not exceed; None while fewer than `least` were seen."""
+        """Return the 95th percentile; None while fewer than `least` calls were seen."""
         if len(self.last_ms) < least:
             return None
         return sorted(self.last_ms)[ceil(_USUAL * len(self.last_ms)) - 1]
@@ -568,15 +625,17 @@ class SeenTimes:
 
 @dataclass(slots=True)
 class _Busy:
-    """Refusals of flex in a row, for want of capacity, and until when it is not asked again."""
+    """Consecutive refusals of flex for lack of capacity, and when it may be tried again."""
 
     refusals: int = 0
     until: float = 0.0
 
 
 class FlexCalls:
-    """What this process has seen of flex, by upstream and model; and of which jobs it was refused
-    for themselves. The clock is that of the event loop."""
+    """Flex calls of this process by upstream and model, and the jobs that flex has refused.
+
+    The clock is that of the event loop.
+    """
 
     def __init__(self, clock: Callable[[], float], most_kept: int = _MOST_KEPT) -> None:
         self._clock = clock
@@ -593,7 +652,7 @@ class FlexCalls:
         return None if seen is None else seen.usual_ms()
 
     def busy_ms(self, key: tuple[str, str]) -> float:
-        """Until it may be asked again; 0: now."""
+        """Return how long flex must not be tried again; 0 if it may be tried now."""
         busy = self._busy.get(key)
         return 0.0 if busy is None else max(0.0, (busy.until - self._clock()) * 1_000)
 
@@ -604,16 +663,19 @@ class FlexCalls:
         _bound(self._times, self._most_kept)
 
     def was_busy(self, key: tuple[str, str], told_ms: int | None) -> None:
-        """It was refused for want of capacity: twice as long each time, or as the provider says."""
+        """Record a refusal for lack of capacity.
+
+        Flex is paused twice as long each time, or as long as the provider says if that is longer.
+        """
         busy = self._busy.setdefault(key, _Busy())
-        if busy.until <= self._clock():  # others that were under way count with the first
+        if busy.until <= self._clock():  # refusals of concurrent calls count as one
             pause_ms = min(_LONGEST_BUSY_MS, _FIRST_BUSY_MS * 2.0**busy.refusals)
             busy.refusals = min(busy.refusals + 1, 10)
             busy.until = self._clock() + max(pause_ms, told_ms or 0) / 1_000
         _bound(self._busy, self._most_kept)
 
     def refuse(self, job: UUID) -> None:
-        """Flex has refused the job itself: it is made in the usual tier, which decides."""
+        """Record that flex refused the job itself; the job then uses the usual tier."""
         self._never[job] = None
         _bound(self._never, self._most_kept)
 
@@ -633,7 +695,7 @@ _SMOOTHING = 0.1
 
 @dataclass(slots=True)
 class CallSizes:
-    """Average LLM tokens of the calls of a kind; None until there was one."""
+    """Moving averages of the tokens of one kind of call; None before the first call."""
 
     input_tokens: float | None = None
     output_tokens: float | None = None
@@ -644,7 +706,7 @@ class CallSizes:
         self.output_tokens = _moved(self.output_tokens, given)
 
     def of(self, unit: str) -> float | None:
-        """What a call counts in a unit, about; None where that is not known."""
+        """Return about how much of `unit` a call uses; None if that is unknown."""
         taken, given = self.input_tokens, self.output_tokens
         match unit:
             case "requests" | "images":
@@ -667,8 +729,10 @@ def _moved(average: float | None, value: int | None) -> float | None:
 def admitted_per_second(
     limit: Limit | None, call_ms: float, size_of: Callable[[str], float | None]
 ) -> float:
-    """How many calls a limit admits, where nothing else holds them up; infinite where it is not
-    known what a call takes of it."""
+    """Return how many calls per second a limit admits if nothing else delays them.
+
+    Infinite if it is unknown how much of the limit a call uses.
+    """
     if limit is None or limit.shadow:
         return inf
     if not limit.bound:
@@ -685,13 +749,13 @@ def admitted_per_second(
 
 @dataclass(slots=True)
 class SeenCalls:
-    """What the last calls of a kind in the usual tier took, and their sizes in any tier."""
+    """Durations of the last calls of a kind in the usual tier, and their sizes in any tier."""
 
     times: SeenTimes = field(default_factory=SeenTimes)
     sizes: CallSizes = field(default_factory=CallSizes)
 
     def room(self, limits: Iterable[Limit | None], ahead: int) -> LiveRoom:
-        """What the usual tier takes at these limits, with so many jobs before."""
+        """Return the capacity of the usual tier under these limits, with `ahead` jobs in front."""
         mean_ms = self.times.mean_ms() or _UNKNOWN_CALL_MS
         rates = (admitted_per_second(one, mean_ms, self.sizes.of) for one in limits)
         usual_ms = self.times.usual_ms(least=1) or _UNKNOWN_CALL_MS

@@ -1,21 +1,22 @@
 """Demand of a call on the limiter: its limits, its tokens, its priority. Pure: clocks are passed.
 
-`Demands` builds the demand of a call before admission and its correction after the call. A call
-takes the limit of its kind, and of the other scopes the limits that the policy has. A 429 pauses
-a limit of the requested model, or of the account if the provider names the account; never the
-kind of the call, and never for longer than the next midnight (day quotas) or ten minutes (all
-else).
+`Demands` builds the demand of a call before admission and corrects it after the call. A call falls
+under the limit of its kind, and under the limits of other scopes that the policy contains. A 429
+pauses a limit of the requested model, or the limit of the account if the provider names the
+account; never the limit of the call's kind. The pause ends at midnight at the latest for a day
+quota, and after ten minutes at the latest for any other limit.
 
-`Conversations` predicts the input that a provider's prompt cache has of a call. A conversation is
-known by its tools, its system prompt and its first message. Its next call sends what the last one
-sent and a little more; the cache holds what the last one read and wrote. The first call of another
-conversation with the same tools and system prompt finds what the first calls of others found, and
-no less of its input than nearly all first calls lately. What is predicted of a conversation is
-scaled by how it has come true lately, for each tenant and model.
+`Conversations` predicts how much of a call's input is in the provider's prompt cache. A
+conversation is identified by its tools, its system prompt and its first message. Each call of a
+conversation sends the input of the previous call and a little more; the cache contains what the
+previous call read from it and wrote to it. The first call of another conversation with the same
+tools and system prompt finds what earlier first calls found, and at least the share of its input
+that nearly all recent first calls found. Predictions are scaled by their recent accuracy for the
+tenant and model.
 
-Invariants: the settled usage is never less than the usage that is known; nothing is predicted
-before predictions have come true; what a tenant's calls teach changes nothing for another; the
-memory is bounded.
+Invariants: the settled usage is never less than the known usage; nothing is predicted before
+earlier predictions have proved right; the calls of one tenant never change the predictions of
+another; memory is bounded.
 """
 
 from __future__ import annotations
@@ -73,19 +74,19 @@ from tidegate.policy.format import (
 )
 
 MOST_PRIORITY = 100
-# Of the calls whose limits were looked for: models and tenants are named by clients.
+# Bounds the cache of limits by call, because clients choose the names of models and tenants.
 _MOST_KEPT = 1_000
-_UNLIMITED_KINDS = (OTHER_KIND, BATCH_KIND, REALTIME_KIND)  # where no limit names them
+_UNLIMITED_KINDS = (OTHER_KIND, BATCH_KIND, REALTIME_KIND)  # bound only by limits that name them
 
 
-# Whose a call is beside its tenant's, None where it does not say: the prefix of its API key, the
-# names of its user and of its conversation. A bare tuple: each call makes one.
+# The API key's prefix, the user and the conversation of a call, each None if the call names none.
+# A bare tuple, since each call makes one.
 CallTags = tuple[str | None, str | None, str | None]
 NO_TAGS: CallTags = (None, None, None)
 
 
 class Reach:
-    """The limits of one policy by the scope they apply to; one for each policy."""
+    """The limits of one policy, indexed by the scope that they apply to."""
 
     def __init__(self, policy: PoolPolicy, *, kinds_optional: bool = False) -> None:
         self.policy = policy
@@ -124,8 +125,10 @@ class Reach:
         self.names_callers = bool(callers)
 
     def named(self, tenant: str, tags: CallTags) -> tuple[CallerName, ...]:
-        """The key, user and conversation of a call, as far as the policy names them: what it does
-        not name is kept nowhere."""
+        """Return those of the call's key, user and conversation that the policy names.
+
+        Names that the policy does not contain are not stored anywhere.
+        """
         key, user, conversation = tags
         own: tuple[CallerName, ...] = (
             ("key", key or ""),
@@ -143,10 +146,10 @@ class Reach:
         has_audio: bool = False,
         named: tuple[CallerName, ...] = (),
     ) -> tuple[str, ...]:
-        """The ids of all limits that a call falls under, that of its kind first.
+        """Return the ids of all limits that a call falls under, the limit of its kind first.
 
-        Without `makes_images` limits on images are none of its own, and without `has_audio` limits
-        on seconds of audio. `named`: its key, user and conversation that the policy names.
+        Limits on images apply only with `makes_images`, limits on seconds of audio only with
+        `has_audio`. `named`: the call's key, user and conversation that the policy names.
         """
         media = {"", "images" if makes_images else "", "audio_seconds" if has_audio else ""}
         first = f"kind:{kind}"
@@ -154,7 +157,7 @@ class Reach:
         found = [first] if required or first in self.policy.limits else []
         name = plain_model(model)
         models = [one for one in self._patterns if is_in_group(name, one)]
-        if name not in models and is_of_models(name):  # a client may call its model as a pattern is
+        if name not in models and is_of_models(name):  # a client may name it like a pattern
             models.insert(0, name)
         all_of: tuple[str | CallerName, ...] = (*models, f"tenant/{tenant}", *named, TOTAL)
         for whom in (f"kind/{kind}", *all_of):
@@ -168,14 +171,14 @@ class Reach:
 
 
 def _counts_use(limit: Limit | None) -> bool:
-    """Whether it counts tokens or money, not calls."""
+    """Return whether the limit counts tokens or money instead of calls."""
     if isinstance(limit, Concurrency):
         return limit.by_tokens
     return isinstance(limit, Rate | Quota) and (limit.unit in USUAL_WEIGHTS or limit.unit == "usd")
 
 
 def _counts_cache(limit: Limit) -> bool:
-    """Whether input that the provider has in its cache counts less."""
+    """Return whether input in the provider's cache counts less under the limit."""
     if not isinstance(limit, Rate | Quota) or limit.unit not in USUAL_WEIGHTS:
         return False
     weights = limit.weights or USUAL_WEIGHTS[limit.unit]
@@ -183,15 +186,18 @@ def _counts_cache(limit: Limit) -> bool:
 
 
 def _counts_media(limit: Limit | None) -> str:
-    """The unit of a limit on images or seconds of audio; empty of any other."""
+    """Return the unit of a limit on images or seconds of audio; "" for any other limit."""
     if isinstance(limit, Rate | Quota) and limit.unit in ("images", "audio_seconds"):
         return limit.unit
     return ""
 
 
 def band_of(priority: int, bands: tuple[Band, ...]) -> str:
-    """The band of a request's priority from -100 to 100: 0 is `normal`, or the middle one, and
-    the rest is spread evenly over the bands above and below."""
+    """Return the band for a request's priority from -100 to 100.
+
+    Priority 0 is `normal`, or the middle band if none has that name. The other priorities are
+    spread evenly over the bands above and below.
+    """
     names = [band.name for band in bands]
     usual = names.index(DEFAULT_PRIORITY) if DEFAULT_PRIORITY in names else len(names) // 2
     steps = min(abs(priority), MOST_PRIORITY)
@@ -208,7 +214,7 @@ def _usual_order(limit_id: str) -> tuple[bool, str]:
 
 _CLASSIFIER = CLASSIFIER_LIMIT.partition(":")[2]
 _BATCHES = f"kind:{BATCH_KIND}"
-# The judge's instruction and schema, which come on top of each prompt.
+# Length of the judge's instruction and schema, which are added to each prompt.
 _JUDGE_CHARS = 1_200
 _LEARN_FROM_ONE_IN = 16
 _NO_USAGE = Usage()
@@ -222,15 +228,16 @@ def _no_conversation() -> ConversationKey | None:
     return None
 
 
-# Not frozen, as all else of its kind: each call would pay for that.
+# Not frozen, unlike similar classes: one is created per call, and frozen ones cost more.
 @dataclass(slots=True)
 class CallDemand:
-    """All limits of a call, or none; never changed. `priority` is the name of a band.
+    """The demand of one call: it is admitted under all of `limits`, or not at all.
 
-    audio_seconds: of its input. max_output_tokens: the call's own bound. cost_micros: what it will
-    probably cost, where a limit or shares count money; None without a price. conversation,
-    expected: where a limit counts cached input less. is_follow_up: it concerns what lives at an
-    upstream, which it may reach there also once that is drained.
+    priority: the name of a band. audio_seconds: those of the input. max_output_tokens: the bound
+    that the call sets. cost_micros: the expected cost in micro-dollars, if a limit or the shares
+    count money; None without a price. conversation, expected: set if a limit counts cached input
+    less. is_follow_up: the call concerns an object that exists at an upstream, and may reach it
+    there even while that upstream is drained.
     """
 
     limits: tuple[str, ...]
@@ -247,9 +254,11 @@ class CallDemand:
 
     @property
     def tokens(self) -> Tokens | None:
-        """tokens to reserve: rarely less than it will use, and never less than the first guess,
-        so that a tenant can't teach its own reservations away. None: it was not estimated, since
-        no limit counts it."""
+        """Tokens to reserve; None if no limit counts them, so that they were not estimated.
+
+        The call rarely uses more. Never less than the first guess, so that a tenant cannot train
+        the estimator to reserve nothing.
+        """
         one = self.estimate
         if one is None:
             return None
@@ -270,7 +279,7 @@ class CallDemand:
         by_estimate: bool = False,
         has_usual_deadline: bool = False,
     ) -> Demand:
-        """The request to the limiter; see its `Demand`."""
+        """Return the request for the limiter; its class `Demand` describes the arguments."""
         tokens, most, larger_tokens = self.tokens, None, None
         if tokens is not None and self.estimate is not None:
             larger_tokens = self.estimate.guessed_input_tokens
@@ -296,9 +305,12 @@ class CallDemand:
         )
 
     def used(self, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:
-        """tokens to settle, None where nothing is known. `whole`: the answer came to its end;
-        of one that was cut the provider may have made more than it reported. `charged`: what the
-        call is charged for, which is what came of it at least; it can be more than was reserved."""
+        """Return the tokens to settle; None if nothing is known.
+
+        `whole`: the answer came to its end; of an answer that was cut off the provider may have
+        generated more than it reported. `charged`: the usage that the call is charged for, at least
+        what was received; it can exceed the reservation.
+        """
         reserved = self.tokens
         if reserved is None:
             return None
@@ -317,13 +329,13 @@ class CallDemand:
 
 
 def tokens_read(told: Usage, charged: Usage) -> Tokens:
-    """What a provider read of a call, where no limit counts tokens."""
+    """Return the input tokens that a provider processed for a call, if no limit counts tokens."""
     read = told.input_tokens or charged.input_tokens or 0
     return Tokens(read, 0, min(told.cached_tokens or 0, read))
 
 
 class Demands:
-    """One per process and upstream, with what the upstream charges."""
+    """Builder of demands, one per process and upstream, with the upstream's prices."""
 
     def __init__(
         self,
@@ -333,18 +345,19 @@ class Demands:
         prices: Prices | None = None,
         now_ms: Callable[[], float] = _now_ms,
     ) -> None:
-        """`kinds_optional`: a kind without a limit in the policy is not bound by one. `now_ms`: a
-        clock that only goes forward."""
+        """`kinds_optional`: the policy need not contain a limit for each kind. `now_ms`: a
+        monotonic clock.
+        """
         self._now_ms = now_ms
         self._conversations = Conversations(now_ms)
         self.estimator = estimator or Estimator()
         self.prices = prices or Prices()
         self._kinds_optional = kinds_optional
         self._reach = Reach(PoolPolicy({}))
-        self._turn = -1  # the first call is one to learn from
+        self._turn = -1  # so that the first call is estimated and learned from
 
     def of(self, call: Call, policy: PoolPolicy, tags: CallTags = NO_TAGS) -> CallDemand:
-        """The demand of a call under the policy in force."""
+        """Return the demand of a call under the policy in force."""
         return self.of_native(
             call.model,
             call.kind.value,
@@ -374,12 +387,14 @@ class Demands:
         measured: UsageDetails | None = None,
         runs_model: bool = True,
     ) -> CallDemand:
-        """The demand of a request in a provider's own dialect; its limits may be none. One that
-        runs no model takes nothing of a model's limits, and no tokens or money. Where no
-        limit counts tokens only some calls are estimated, unless `estimates_all`, so that the
-        estimator goes on learning: it costs as much as all the rest. `conversation` is called where
-        a limit counts cached input less. `measured`: what the request shows of its usage beside
-        tokens."""
+        """Return the demand of a request in a provider's own dialect; it may have no limits.
+
+        A request that runs no model takes nothing of limits of models, tokens or money. If no
+        limit counts tokens, only one call in 16 is estimated, for the estimator to learn from,
+        since an estimate costs as much as all other steps; `estimates_all` estimates each.
+        `conversation` is called if a limit counts cached input less. `measured`: usage other than
+        tokens that the request shows.
+        """
         audio_seconds = 0 if measured is None else measured.input_audio_seconds or 0
         if not runs_model:
             all_of = self.limits(policy, kind, "", tenant, 0, 0, tags)
@@ -413,8 +428,10 @@ class Demands:
         return demand
 
     def of_batch(self, policy: PoolPolicy, *, tenant: str, priority: int) -> CallDemand:
-        """The demand of a batch at the provider, whose requests the provider counts apart from all
-        other calls: on the limits of its kind alone."""
+        """Return the demand of a batch at the provider: on the limits of its kind alone.
+
+        The provider counts the requests of batches apart from all other calls.
+        """
         found = self.limits(policy, BATCH_KIND, "", "", 0)
         mine = tuple(
             one for one in found if one == _BATCHES or whom_it_binds(one) == f"kind/{BATCH_KIND}"
@@ -430,10 +447,10 @@ class Demands:
         max_output_tokens: int,
         tenant: str = DEFAULT_TENANT,
     ) -> CallDemand:
-        """The demand of the classifier's question: on its own limit, and on those of the model.
+        """Return the demand of the classifier's question: on its own limit and the model's limits.
 
-        It queues as its tenant, but takes nothing of the limits of the tenant, its keys and users:
-        the question is ours.
+        It queues as its tenant, but takes nothing of the limits of the tenant, its keys and users,
+        because the gateway asks the question, not the tenant.
         """
         return CallDemand(
             limits=self.limits(policy, _CLASSIFIER, model, DEFAULT_TENANT, 0),
@@ -452,8 +469,11 @@ class Demands:
     def learn(
         self, demand: CallDemand, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool
     ) -> None:
-        """Learn from what a call used. An answer that was cut teaches its input alone, unless more
-        came of it than was reserved."""
+        """Learn from the usage of a finished call.
+
+        An answer that was cut off teaches only its input, unless the output received exceeds the
+        reservation.
+        """
         estimate = demand.estimate
         if estimate is None:
             return
@@ -492,18 +512,22 @@ class Demands:
 
 
 LONGEST_MS = 600_000
-# Of a rate's window, a refusal without a time: what others took of it is seldom free sooner.
+# Share of a rate's window after a 429 without a time: capacity used by others is rarely free
+# sooner.
 _FIRST_PAUSE = 1 / 30
 USUAL_RAMP_MS, LONGEST_RAMP_MS = 10_000, 60_000
 _PROVIDERS_ZONE = "America/Los_Angeles"
-# Clients name models: a name that is not plain is written as a digest.
+# Clients name models: a name that does not match is replaced by a digest.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/@+-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
 class LimitPause:
-    """After `for_ms` calls come back one by one, over `ramp_ms`. 0: for an unknown time, of a rate
-    for `first_ms` at least. of_rate: whether the limit is a rate."""
+    """A pause of a limit for `for_ms`, after which calls resume gradually over `ramp_ms`.
+
+    for_ms is 0 if the provider gives no time; then a rate is paused for at least `first_ms`.
+    of_rate: whether the limit is a rate.
+    """
 
     limit: str
     for_ms: int
@@ -521,10 +545,10 @@ def pause_after(
     *,
     account: str | None = None,
 ) -> LimitPause | None:
-    """The pause that a 429 requires; None where it concerns no model.
+    """Return the pause that a 429 requires; None if it concerns no model.
 
-    `limits`: those of the call. `now` is aware of its zone. `account`: the limit that stands for
-    the whole account, where the 429 names that.
+    `limits`: those of the call. `now`: aware of its time zone. `account`: the limit that represents
+    the whole account, if the 429 names the account.
     """
     limit_id = account or _blamed(error, limits, plain_model(model), policy)
     if limit_id is None:
@@ -536,25 +560,27 @@ def pause_after(
     else:
         for_ms = min(LONGEST_MS, error.retry_after_ms or 0)
     if not error.day_quota and isinstance(rate := policy.limit(limit_id), Rate):
-        # As its bucket refills: the told time is until there is room for one call.
+        # As the bucket refills: the provider's time is until there is capacity for a single call.
         ramp_ms = min(LONGEST_RAMP_MS, rate.window_ms)
         first_ms = 0 if for_ms else round(rate.window_ms * _FIRST_PAUSE)
         return LimitPause(limit_id, for_ms, ramp_ms, of_rate=True, first_ms=first_ms)
-    # A wait of 0 is no wait that is known.
+    # A wait of 0 means that the time is unknown.
     return LimitPause(limit_id, for_ms, min(USUAL_RAMP_MS, for_ms))
 
 
 def _blamed(
     error: UpstreamThrottled, limits: tuple[str, ...], model: str, policy: PoolPolicy
 ) -> str | None:
-    """The model's own rate of that unit, else its limit on concurrent calls, which need not be in
-    the policy; None for a call without a model."""
+    """Return the model's own rate of the exceeded unit, else its limit on concurrent calls.
+
+    The latter need not be in the policy. None for a call without a model.
+    """
     if not model:
         return None
     of_model = [limit_id for limit_id in limits if _is_of_model(limit_id, model)]
     window = Quota if error.per_day else Rate
     unit = error.unit or "requests"
-    # A limit on all tokens counts those of the input too, and not the other way round.
+    # A limit on all tokens counts input tokens too, but not the other way round.
     alike = {"input_tokens": ("input_tokens", "uncached_input_tokens", "tokens")}
     wanted = alike.get(unit, (unit, "tokens") if unit.endswith("_tokens") else (unit,))
     for each in wanted:
@@ -566,12 +592,12 @@ def _blamed(
 
 
 def _is_of_model(limit_id: str, model: str) -> bool:
-    """Whether a limit binds the model by its name, or as one of a group."""
+    """Return whether a limit applies to the model, by its name or by a group."""
     return binds_model(whom_it_binds(limit_id), model)
 
 
 def model_limit(model: str) -> str:
-    """The limit on a model's concurrent calls, which has no bound where no policy names it."""
+    """Return the id of a model's limit on concurrent calls; unbounded if not in the policy."""
     name = plain_model(model)
     if _PLAIN_NAME.fullmatch(name) is None:
         name = f"~{sha256(name.encode('utf-8', 'replace')).hexdigest()[:16]}"
@@ -581,26 +607,28 @@ def model_limit(model: str) -> str:
 def _to_midnight_ms(now: datetime, zone: ZoneInfo) -> int:
     local = now.astimezone(zone)
     midnight = datetime.combine(local.date() + timedelta(days=1), time(), zone)
-    # As points in time: a day on which the clocks change has 23 or 25 hours.
+    # In timestamps, since a day on which the clocks change has 23 or 25 hours.
     return max(1, round((midnight.timestamp() - now.timestamp()) * 1000))
 
 
-# Providers keep what is cached for five minutes at least since its last use.
+# Providers keep cached input for at least five minutes after its last use.
 CACHE_MS = 300_000
 MOST_CALLS = 4_096
 MOST_OF_A_TENANT = 512
 _REMEMBERED, _ENOUGH = 64, 4
-# One prediction in so many may have been too high.
+# One in this many predictions may be too high.
 _ONE_IN = 20
-# First calls of conversations that are known before their share of cached input is relied on.
+# Number of first calls of conversations from which their cached share is used.
 _ENOUGH_FIRST = 20
-# On what a conversation has grown by, which is guessed from its letters.
+# Added to the growth of a conversation since its last call, which is estimated from its length.
 _MARGIN, _MARGIN_TOKENS = 1.3, 64
 
 
 class ConversationKey(NamedTuple):
-    """Digests of what a conversation's calls have in common: its tools and system prompt, and these
-    with its first message."""
+    """Digests of what all calls of a conversation have in common.
+
+    opening: its tools and system prompt. conversation: these and its first message.
+    """
 
     opening: int
     conversation: int
@@ -608,8 +636,11 @@ class ConversationKey(NamedTuple):
 
 @dataclass(slots=True)
 class LastCall:
-    """What the last call of a conversation used, in tokens; `guessed` is what its letters came to.
-    `cached`: what the provider read from its cache and wrote to it."""
+    """Usage of the last call of a conversation, in tokens.
+
+    guessed: the first guess of the input. cached: what the provider read from its cache and wrote
+    to it.
+    """
 
     at_ms: float
     guessed: int
@@ -619,22 +650,24 @@ class LastCall:
 
 @dataclass(slots=True)
 class _ModelRatios:
-    """What calls of one tenant and model have shown. ratios: how predictions came true, actual over
-    predicted, at most 1. first: input that was not in the cache over its letters' guess, of first
-    calls of conversations."""
+    """Prediction accuracy for one tenant and model.
+
+    ratios: actual over predicted cached input, at most 1. first: uncached input over the first
+    guess, of first calls of conversations.
+    """
 
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     first: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     first_at_ms: float = -CACHE_MS
 
     def factor(self) -> float:
-        """What is kept of a prediction."""
+        """Return the factor by which predictions are reduced."""
         if len(self.ratios) < _ENOUGH:
             return 0.0
         return sorted(self.ratios)[len(self.ratios) // _ONE_IN]
 
     def first_uncached(self, guessed: int, now_ms: float) -> int | None:
-        """Uncached input of a conversation's first call; None while too little is known."""
+        """Return the uncached input of a conversation's first call; None if too little is known."""
         if len(self.first) < _ENOUGH_FIRST or now_ms - self.first_at_ms > CACHE_MS:
             return None
         rarely_more = sorted(self.first)[-1 - len(self.first) // _ONE_IN]
@@ -642,15 +675,18 @@ class _ModelRatios:
 
 
 class ExpectedInput(NamedTuple):
-    """Of a call. `uncached`: input tokens that the cache will not have; `cached`: those that it
-    would have if all came true."""
+    """Expected input of a call, in tokens.
+
+    uncached: what the cache will not contain. cached: what it would contain if the prediction
+    proved entirely right.
+    """
 
     uncached: int
     cached: int
 
 
 class Conversations:
-    """One per process and upstream."""
+    """Predictor of cached input, one per process and upstream."""
 
     def __init__(self, now_ms: Callable[[], float]) -> None:
         self._now_ms = now_ms
@@ -661,7 +697,10 @@ class Conversations:
     def expect(
         self, tenant: str, model: str, key: ConversationKey, guessed: int, input_tokens: int
     ) -> ExpectedInput:
-        """For a call whose letters come to `guessed` and that will have `input_tokens` at most."""
+        """Return the expected input of a call.
+
+        `guessed`: the first guess of its input. `input_tokens`: the most that its input will have.
+        """
         known = self._models.get((tenant, model))
         last = self._last(tenant, model, key.conversation)
         first = None
@@ -687,7 +726,7 @@ class Conversations:
         call: LastCall,
         read: int,
     ) -> None:
-        """From a finished call, of whose input the provider `read` so much from its cache."""
+        """Learn from a finished call; `read`: input tokens that came from the provider's cache."""
         known = self._models.setdefault((tenant, model), _ModelRatios())
         self._models.move_to_end((tenant, model))
         if len(self._models) > MOST_CALLS:

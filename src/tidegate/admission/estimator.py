@@ -1,10 +1,10 @@
 """Estimator of the tokens of a call, which learns from the usage of earlier calls. Pure.
 
 A first guess comes from the pieces of a call: texts by script, files by the rules of its dialect.
-Tracks correct it: per tenant and model for input, per tenant, model and kind for output. A track is
-a diagonal Kalman filter in logarithms (Kalman, "A New Approach to Linear Filtering and Prediction
-Problems", 1960); the reservation is a quantile of its last errors among calls of a similar size
-(Vovk, "Conditional Validity of Inductive Conformal Predictors", 2012).
+Tracks correct it: one per tenant and model for input, one per tenant, model and kind for output. A
+track is a diagonal Kalman filter in logarithms (Kalman, "A New Approach to Linear Filtering and
+Prediction Problems", 1960). The reservation is a quantile of the track's recent errors among calls
+of a similar size (Vovk, "Conditional Validity of Inductive Conformal Predictors", 2012).
 
 Invariants: an estimate is a whole number of at least 1; the number of tracks and their size are
 bounded; calls of one tenant never change the estimates of another; a media resolution that the
@@ -25,13 +25,13 @@ from math import ceil, exp, inf, log, sqrt
 from tidegate.call import DEFAULT_TENANT, Media, Usage, tokens_of
 
 _MOST_SEGMENTS = 200
-# Start-of-frame markers of JPEG that carry the size; C4, C8 and CC stand between them.
+# JPEG's start-of-frame markers, which contain the size; C4, C8 and CC in their range are others.
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
 def dimensions(data: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels of a PNG, JPEG, GIF or WebP."""
+    """Return the width and height in pixels of a PNG, JPEG, GIF or WebP, or None."""
     try:
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
             return _pixels(*struct.unpack_from(">II", data, 16))
@@ -42,7 +42,7 @@ def dimensions(data: bytes) -> tuple[int, int] | None:
         if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
             return _webp(data)
     except (struct.error, IndexError):
-        return None  # cut short within its head
+        return None  # the header is cut off
     return None
 
 
@@ -78,7 +78,7 @@ def _webp(data: bytes) -> tuple[int, int] | None:
 
 
 def duration_s(data: bytes) -> float | None:
-    """How long an MP4 or QuickTime film lasts, by its head; None without one."""
+    """Return the duration of an MP4 or QuickTime file by its header, or None without one."""
     at = data.find(b"mvhd") + 4
     try:
         if at < 4 or data[at] > 1:
@@ -94,15 +94,16 @@ def _pixels(width: int, height: int) -> tuple[int, int] | None:
     return (width, height) if width and height else None
 
 
-Size = tuple[int, int] | None  # width and height in pixels, where they are known
+Size = tuple[int, int] | None  # width and height in pixels, None if unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Token counts of files and calls at one provider, or in one family of its models.
+    """Token counts of files and calls at one provider, or for one family of its models.
 
-    picture: the tokens of a picture. page: of a page of a document. audio_second, video_second.
-    call: what the provider puts around any call; tools: its own prompt for a client's tools.
+    picture: a function from a picture's size to its tokens. page: tokens of a page of a document.
+    audio_second, video_second: tokens of a second. call: tokens that the provider adds to each
+    call. tools: tokens of its own prompt for a client's tools.
     """
 
     picture: Callable[[Size], float]
@@ -114,7 +115,7 @@ class Rules:
 
 
 def _usual_tiles(size: Size) -> float:
-    """A picture of up to 384 pixels is one tile of 258, a larger one is cut into tiles of 768."""
+    """Return Gemini's count: 258 for up to 384 pixels, else 258 for each tile of 768 pixels."""
     if size is None:
         return 4 * 258.0
     if max(size) <= 384:
@@ -122,13 +123,15 @@ def _usual_tiles(size: Size) -> float:
     return 258.0 * min(64, ceil(size[0] / 768) * ceil(size[1] / 768))
 
 
-# Gemini's; other providers change what they count in another way.
+# Gemini's rules; other dialects replace the parts that differ.
 USUAL_RULES = Rules(_usual_tiles, page=258, audio_second=32, video_second=295, call=2, tools=10)
 
 
 class Modality(StrEnum):
-    """Modalities, each estimated and learned apart. Text has three: scripts differ in tokens a
-    letter."""
+    """Kinds of content, each estimated and learned separately.
+
+    Text has three kinds, since scripts differ in tokens per letter.
+    """
 
     LATIN = "latin"  # one byte a letter in UTF-8
     LETTERS = "letters"  # two: accents, Greek, Cyrillic, Hebrew, Arabic
@@ -137,25 +140,25 @@ class Modality(StrEnum):
     AUDIO = "audio"
     VIDEO = "video"
     DOCUMENT = "document"
-    ANSWER = "answer"  # what comes back as text
-    PICTURE = "picture"  # what comes back as an image
-    # Tokens that no text or file of the request measures.
-    CALL = "call"  # what the provider puts around every call
-    TOOLS = "tools"  # its own prompt for the client's tools
-    HOSTED = "hosted"  # what its own tools read for the model
-    STATE = "state"  # what it keeps of earlier calls: a response, a conversation, cached content
-    KEPT = "kept"  # the same, as the record of those calls has it
+    ANSWER = "answer"  # text of the answer
+    PICTURE = "picture"  # images of the answer
+    # Tokens that neither text nor files of the request show:
+    CALL = "call"  # what the provider adds to every call
+    TOOLS = "tools"  # the provider's own prompt for the client's tools
+    HOSTED = "hosted"  # what the provider's own tools read for the model
+    STATE = "state"  # what the provider keeps: a response, a conversation, cached content
+    KEPT = "kept"  # the same, with its size taken from the record of those calls
 
-    # An enumeration's own is a call of Python, and there are dozens of them for each request.
+    # Enum's own __hash__ is a Python call, made dozens of times for each request.
     __hash__ = str.__hash__
 
 
 class Learning(StrEnum):
-    """Which calls are learned from together, apart from all others."""
+    """Groups of calls; the estimator learns from each group separately."""
 
     TEXT = ""
-    HOSTED = "hosted"  # with tools that the provider runs
-    STATE = "state"  # with something that the provider keeps
+    HOSTED = "hosted"  # calls with tools that the provider runs
+    STATE = "state"  # calls that refer to something the provider keeps
     FILES = "files"
 
 
@@ -164,10 +167,10 @@ _NOTHING: Pieces = {}
 
 
 class InputPieces(dict[Modality, float]):
-    """The pieces of a request: its texts and files. Made by `input_pieces`.
+    """The pieces of a request: its texts and files. Built by `input_pieces`.
 
-    whole: the same with what the provider adds. learning: the calls that it is learned with.
-    tools: equal for two calls whose tools may be the same; 0 without any.
+    whole: these pieces and what the provider adds. learning: the group of calls it is learned with.
+    tools: an identifier that is equal for two calls whose tools may be the same; 0 without tools.
     """
 
     __slots__ = ("learning", "tools", "whole")
@@ -179,7 +182,7 @@ class InputPieces(dict[Modality, float]):
 def input_pieces(
     content: Pieces, added: Pieces = _NOTHING, learning: Learning = Learning.TEXT, tools: int = 0
 ) -> InputPieces:
-    """Those of a request's content, and of what its provider adds."""
+    """Return the pieces of a request's content together with what its provider adds."""
     pieces = InputPieces(content)
     pieces.whole = {**content, **added} if added else content
     pieces.learning = learning
@@ -188,7 +191,7 @@ def input_pieces(
 
 
 def with_kept(pieces: InputPieces, tokens: int) -> InputPieces:
-    """Those of a request to which the provider adds so many tokens of earlier calls."""
+    """Return the pieces of a request to which the provider adds `tokens` of earlier calls."""
     kept = {Modality.KEPT: float(tokens)}
     whole = {**pieces.whole, **kept}
     whole.pop(Modality.STATE, None)
@@ -198,7 +201,7 @@ def with_kept(pieces: InputPieces, tokens: int) -> InputPieces:
 
 _TOKENS_A_LETTER = {Modality.LATIN: 0.25, Modality.LETTERS: 0.4, Modality.WIDE: 0.7}
 _LATIN, _LATIN_TOKENS = Modality.LATIN, _TOKENS_A_LETTER[Modality.LATIN]
-# Typical of a compressed recording, for a file without a duration.
+# Typical of compressed recordings, for files whose duration is unknown.
 _BYTES_A_SECOND = {Modality.AUDIO: 16_000, Modality.VIDEO: 250_000}
 _MOST_TIMES_USUAL = 20
 _BYTES_A_PAGE = 50_000
@@ -207,9 +210,9 @@ _TEXT_TYPES = re.compile(r"text/|application/(?:json|xml|yaml|toml|javascript|x-
 _SAMPLE_BYTES = 65_536
 _SEARCHED_BYTES = 1_000_000
 _USUAL_FILE_BYTES = 200_000
-_USUAL_DOCUMENT_TOKENS = 4 * 258.0  # of one that is not seen: a page of Claude's, four of Gemini's
-# Of base64 and the like a token has 4 letters in 3, and not 4. It is looked for where words are
-# long, and only in parts of a long text.
+_USUAL_DOCUMENT_TOKENS = 4 * 258.0  # of an unseen document: a page of Claude's, four of Gemini's
+# Base64 and similar text has a token per 4/3 letters, other text one per 4. The scan for such runs
+# is limited to texts with long words, and to samples of long texts.
 _DENSE_TOKENS_A_LETTER = 0.75
 _SHORTEST_RUN = 64
 _DENSE = re.compile(rf"[A-Za-z0-9+/_=-]{{{_SHORTEST_RUN},}}")
@@ -223,7 +226,7 @@ PICTURE_TOKENS = 1_290.0
 
 
 def pieces_of(prompt: str, media: Iterable[Media] = ()) -> dict[Modality, float]:
-    """The pieces of a prompt with its files; never empty."""
+    """Return the pieces of a prompt with its files; never empty."""
     found = pieces_of_text(prompt)
     for file in media:
         for modality, tokens in pieces_of_file(file.mime_type, file.data, len(file.data)).items():
@@ -232,26 +235,26 @@ def pieces_of(prompt: str, media: Iterable[Media] = ()) -> dict[Modality, float]
 
 
 def answer_of(images: int) -> dict[Modality, float]:
-    """The pieces of an answer: text, or so many images with a word to them."""
+    """Return the pieces of an answer: text, or `images` images."""
     if images:
         return {Modality.PICTURE: images * PICTURE_TOKENS}
     return {Modality.ANSWER: ANSWER_TOKENS}
 
 
 def pieces_of_text(text: str) -> dict[Modality, float]:
-    """The pieces of a text; none of an empty one."""
+    """Return the pieces of a text; an empty dict for an empty text."""
     return pieces_of_texts((text,))
 
 
 def pieces_of_texts(texts: Sequence[str]) -> dict[Modality, float]:
-    """Those of several together."""
+    """Return the pieces of several texts together."""
     text = "".join(texts)
     letters = len(text)
     dense = _dense_letters(text, texts) if letters >= _SHORTEST_RUN else 0.0
     dense *= _DENSE_TOKENS_A_LETTER - _LATIN_TOKENS
     if text.isascii():
         return {_LATIN: max(1.0, letters * _LATIN_TOKENS) + dense} if letters else {}
-    # Four lengths tell how many letters take one, two and more bytes, without a loop.
+    # Four encoded lengths give the number of letters of one, two and more bytes without a loop.
     latin = len(text.encode("ascii", "ignore"))
     four = len(text.encode("utf-16-le", "surrogatepass")) // 2 - letters
     rest_bytes = len(text.encode("utf-8", "surrogatepass")) - latin - 4 * four
@@ -273,8 +276,11 @@ def pieces_of_texts(texts: Sequence[str]) -> dict[Modality, float]:
 
 
 def _dense_letters(text: str, texts: Sequence[str]) -> float:
-    """About how many letters are in long runs of small and capital letters and digits, without a
-    blank between them. `texts`: what `text` is made of."""
+    """Return about how many letters are in long unbroken runs of mixed letters and digits.
+
+    A run has small and capital letters and digits without blanks between. `texts`: the texts that
+    `text` consists of.
+    """
     letters = len(text)
     looked_at, scale = text, 1.0
     if letters > _PLACES * _LOOKED_AT_CHARS:
@@ -286,7 +292,7 @@ def _dense_letters(text: str, texts: Sequence[str]) -> float:
         return 0.0
     if _LONG_RUN not in looked_at.encode("ascii", "replace").translate(_MARKED):
         return 0.0
-    if scale == 1.0 and len(texts) > 1:  # no run goes on from one text to the next
+    if scale == 1.0 and len(texts) > 1:  # separate the texts: no run spans two of them
         looked_at = " ".join(texts)
     return scale * sum(len(run) for run in _DENSE.findall(looked_at) if _is_mixed(run))
 
@@ -298,7 +304,7 @@ def _is_mixed(run: str) -> bool:
 def pieces_of_file(
     mime_type: str, data: bytes, size_bytes: int, rules: Rules = USUAL_RULES
 ) -> dict[Modality, float]:
-    """The pieces of a file of `size_bytes`, of which `data` is all or the beginning."""
+    """Return the pieces of a file of `size_bytes`; `data` is all of it or its beginning."""
     family = mime_type.partition("/")[0]
     if family == "image":
         return {Modality.IMAGE: rules.picture(dimensions(data))}
@@ -307,7 +313,7 @@ def pieces_of_file(
         return {Modality.AUDIO: max(1.0, seconds) * rules.audio_second}
     if family == "video":
         seconds = size_bytes / _BYTES_A_SECOND[Modality.VIDEO]
-        if (said := duration_s(data)) is not None:  # a shorter duration is wrong
+        if (said := duration_s(data)) is not None:  # a much shorter duration is wrong
             seconds = max(said, seconds / _MOST_TIMES_USUAL)
         return {Modality.VIDEO: max(1.0, seconds) * rules.video_second}
     if _TEXT_TYPES.match(mime_type):
@@ -316,7 +322,7 @@ def pieces_of_file(
 
 
 def unseen_file(mime_type: str, rules: Rules = USUAL_RULES) -> dict[Modality, float]:
-    """The pieces of a file that is somewhere else: as of one of a usual size."""
+    """Return the pieces of a file that is stored elsewhere, assuming a usual size."""
     found = pieces_of_file(mime_type, b"", _USUAL_FILE_BYTES, rules)
     if Modality.DOCUMENT in found:
         found[Modality.DOCUMENT] = max(_USUAL_DOCUMENT_TOKENS, rules.page)
@@ -324,7 +330,7 @@ def unseen_file(mime_type: str, rules: Rules = USUAL_RULES) -> dict[Modality, fl
 
 
 def _audio_bytes_a_second(data: bytes) -> float:
-    """Bytes a second by a WAV's head, else what is typical."""
+    """Return the byte rate in a WAV's header, else a typical one."""
     if data.startswith(b"RIFF") and data[8:16] == b"WAVEfmt ":
         said = int.from_bytes(data[28:32], "little")
         if said >= 1_000:
@@ -333,7 +339,7 @@ def _audio_bytes_a_second(data: bytes) -> float:
 
 
 def _text_file(data: bytes, size_bytes: int) -> dict[Modality, float]:
-    """As text; of a long file its beginning speaks for the rest."""
+    """Return the pieces of a text file; those of a long one are scaled from its beginning."""
     sample = data[:_SAMPLE_BYTES]
     scale = size_bytes / max(1, len(sample))
     return {
@@ -343,7 +349,7 @@ def _text_file(data: bytes, size_bytes: int) -> dict[Modality, float]:
 
 
 def _pages(data: bytes, size_bytes: int) -> int:
-    """Pages of a PDF that names them in the clear, else by its size."""
+    """Return the number of pages of a PDF if it lists them uncompressed, else guess by size."""
     named = len(_PAGE.findall(data, 0, _SEARCHED_BYTES)) if data.startswith(b"%PDF") else 0
     if named:
         searched_bytes = min(len(data), _SEARCHED_BYTES)
@@ -376,7 +382,7 @@ class Window:
         insort(by_size, figure)
 
     def upper(self, share: float) -> float:
-        """The quantile `share` of all figures, estimated from these; of few, the largest."""
+        """Return the quantile `share`, estimated; the largest figure if they are few."""
         by_size = self._by_size
         above = (1 - share) * (len(by_size) + 1)
         whole = max(1, int(above))
@@ -386,38 +392,38 @@ class Window:
 
 MOST_OFF = 1_000.0
 MOST_TOOL_SETS = 64
-# At most 5 % of calls may use more than is reserved. Calls that follow are not quite as those that
-# are remembered, so that one percent is kept for what changes.
+# At most 5 % of calls may use more than is reserved. Later calls differ somewhat from those
+# remembered, so one percent is kept as a margin.
 QUANTILE = 0.96
-# Before anything is known a guess may well be off by 2, and what a provider adds by 3: the upper
-# estimate of a text is about 3 times its guess.
+# Before anything is learned a guess may be off by a factor of 2, and what a provider adds by 3: the
+# upper estimate of a text is about 3 times its guess.
 _CONSTANTS = frozenset((Modality.CALL, Modality.TOOLS, Modality.HOSTED, Modality.STATE))
 _UNKNOWN_VARIANCE = log(2.0) ** 2
 _UNKNOWN_CONSTANT = log(3.0) ** 2
 _NOISE = 0.04
 _NOISE_OF_OTHERS = 1.0  # of calls whose content is not in the request
-_NOISE_TOKENS = 4.0  # a call of few tokens teaches little of a ratio
-_GAIN = 0.1  # of a surprise, once a ratio is known: what drifts is followed within about 25 calls
+_NOISE_TOKENS = 4.0  # a call of few tokens says little about a ratio
+_GAIN = 0.1  # of a surprise, once a ratio is known: drift is followed within about 25 calls
 _DRIFT = _GAIN * _GAIN * _NOISE / (1 - _GAIN)
-_KNOWN = 0.1  # the variance of a middle that is known; the errors cover it
-_DOUBTED = 0.2  # that of one whose errors do not count yet
+_KNOWN = 0.1  # variance at which the middle counts as known; the errors cover it
+_DOUBTED = 0.2  # variance above which errors do not count yet
 _DEVIATIONS = 1.645  # of the 95th percentile
-_DEVIATIONS_BESIDE = 1.2  # beside the quantile of errors, which covers a part of the same doubt
+_DEVIATIONS_BESIDE = 1.2  # beside the quantile of errors, which covers part of the same doubt
 _LARGEST_STEP = log(4.0)
-# Enough errors for a quantile of them; until ten calls are known what is reserved untaught fades.
+# Errors needed for their quantile. The reservation for an unlearned call fades over ten calls.
 _ENOUGH = 20
 _FEW_CALLS = 10
 _EARLY_ERROR = 8.0
 _SIZES = 4  # below 128 tokens, 2,048, 32,768, and above
-# Of a set of tools: half a call stands for what is usual, and a tenth of a surprise is taken in
-# after so many.
+# For the tokens of a set of tools: the prior weighs as much as half a call, and after this many
+# calls each new surprise counts for a tenth.
 _USUAL_CALLS = 0.5
 _STEADY_AFTER = 10
 _LARGEST_CONSTANT = 2_000.0
 
 
 class Ratio:
-    """Actual over guessed, and the variance of what we know of its logarithm."""
+    """Actual tokens over guessed ones, and the variance of the logarithm's estimate."""
 
     __slots__ = ("log_ratio", "ratio", "variance")
 
@@ -429,7 +435,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """`expected` is the middle, `upper` is rarely exceeded; both in tokens."""
+    """Predicted tokens of a call: `expected` is the middle, `upper` is rarely exceeded."""
 
     expected: float
     upper: float
@@ -442,7 +448,7 @@ _UNKNOWN = {
 
 
 class Track:
-    """One sort of figure, such as the input tokens of one model."""
+    """A filter for one figure, such as the input tokens of one model."""
 
     def __init__(self, *, is_told_little: bool = False) -> None:
         """`is_told_little`: the request alone predicts its tokens poorly."""
@@ -450,39 +456,38 @@ class Track:
         self.ratios: dict[Modality, Ratio] = {}
         self._noise = _NOISE_OF_OTHERS if is_told_little else _NOISE
         self._doubted = inf if is_told_little else _DOUBTED
-        self._usual = 0.0  # the middle of the last calls
-        # actual / expected of the last calls, and whether the reserved tokens were too few.
+        self._usual = 0.0  # moving average of the middle
+        # actual / expected of the last calls, and whether they used more than was reserved.
         self._surprises: deque[float] = deque(maxlen=REMEMBERED)
         self._short: deque[bool] = deque(maxlen=REMEMBERED)
-        # (actual - middle) / root of the middle: of the last calls, and of those of each size.
+        # (actual - middle) / sqrt(middle): of the last calls, and of those of each size.
         self._errors = Window()
-        self._errors_by_size: dict[int, Window] = {}  # of the only size: the same object
-        self._early_error = 0.0  # the largest while the middle was doubted
-        # Calls with a set of tools, and what they used over the middle.
+        self._errors_by_size: dict[int, Window] = {}  # while there is one size: the same object
+        self._early_error = 0.0  # the largest error before the middle was known
+        # By set of tools: the number of calls, and the tokens they used above the middle.
         self._tool_sets: OrderedDict[int, tuple[int, float]] = OrderedDict()
 
     @property
     def margin(self) -> float:
-        """Factor on the middle for the upper estimate of a usual call of known
-        pieces."""
+        """Factor on the middle that gives the upper estimate of a usual call with known pieces."""
         if not self._errors:
             return 1.0
         return 1.0 + max(0.0, self._errors.upper(QUANTILE)) / sqrt(self._usual)
 
     @property
     def error(self) -> float | None:
-        """Mean absolute error of the middle in parts of the actual; None before any is known."""
+        """Mean absolute error of the middle relative to the actual tokens; None if unknown."""
         if not self._surprises:
             return None
         return sum(abs(1 / surprise - 1) for surprise in self._surprises) / len(self._surprises)
 
     @property
     def short(self) -> float | None:
-        """The share of the last calls that used more than was reserved."""
+        """Share of the last calls that used more than was reserved."""
         return sum(self._short) / len(self._short) if self._short else None
 
     def predict(self, pieces: Pieces, tools: int = 0) -> Prediction:
-        """`tools`: those of the call, as `InputPieces` has them."""
+        """Return the predicted tokens; `tools` as in `InputPieces`."""
         middle, doubt = self._middle(pieces, self.ratios)
         upper = middle * exp(_DEVIATIONS_BESIDE * sqrt(max(0.0, doubt - _KNOWN)))
         constant = self._constant(tools)
@@ -501,7 +506,7 @@ class Track:
     def learn(
         self, pieces: Pieces, actual_tokens: int, reserved_tokens: float, tools: int = 0
     ) -> None:
-        """Learn from one call. A figure of 0 or less teaches nothing: no call is free of tokens."""
+        """Learn from one call. A figure of 0 or less is ignored, since every call has tokens."""
         if actual_tokens <= 0:
             return
         middle, doubt = self._middle(pieces, self.ratios)
@@ -527,24 +532,24 @@ class Track:
             gain = known.variance * share
             known.log_ratio = _bounded(known.log_ratio + gain * step)
             known.ratio = exp(known.log_ratio)
-            # Only what was seen can have drifted.
+            # Only the ratios of this call's pieces can have drifted.
             known.variance += share * (share * _DRIFT - gain * known.variance / spread)
 
     @staticmethod
     def _middle(pieces: Pieces, ratios: Mapping[Modality, Ratio]) -> tuple[float, float]:
-        """The middle without the constant of its tools, and the variance of its logarithm."""
+        """Return the middle without the tools' constant, and the variance of its logarithm."""
         middle = doubt = 0.0
         for modality, tokens in pieces.items():
             known = ratios.get(modality) or _UNKNOWN[modality]
             part = tokens * known.ratio
             middle += part
             doubt += known.variance * part * part
-        if not middle:  # of a request without a body; no call is free of tokens
+        if not middle:  # a request without a body; every call has tokens
             return 1.0, 0.0
         return middle, doubt / (middle * middle)
 
     def _error(self, middle: float) -> float:
-        """The quantile of the errors of calls of this size."""
+        """Return the quantile of the errors of calls of this size."""
         own = self._errors_by_size.get(_size(middle))
         if own is not None and len(own) >= _ENOUGH:
             return own.upper(QUANTILE)
@@ -566,8 +571,10 @@ class Track:
             own.add(error)
 
     def _constant(self, tools: int) -> float:
-        """Tokens that calls with the same tools use over the middle; two thirds of them after the
-        first."""
+        """Return the tokens that calls with the same tools use above the middle.
+
+        After the first call, two thirds of its excess.
+        """
         calls, over = self._tool_sets.get(tools, (0, 0.0))
         return over / (calls + _USUAL_CALLS)
 
@@ -584,7 +591,7 @@ class Track:
 
 
 def _unlearned(pieces: Pieces) -> float:
-    """The reservation before anything is known."""
+    """Return the reservation before anything is learned."""
     middle, doubt = Track._middle(pieces, _UNKNOWN)
     return middle * exp(_DEVIATIONS * sqrt(doubt)) + _EARLY_ERROR * sqrt(middle)
 
@@ -607,9 +614,12 @@ _NO_TRACKS: Mapping[tuple[str, str], Track] = {}
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The tokens of one call: `input_tokens` and `output_tokens` are what to reserve, rarely too
-    few; the `expected` ones are the middle. The `guessed` ones are by the request alone, with
-    nothing learned: its first guess, and of the output no more than its own bound."""
+    """The estimated tokens of one call.
+
+    input_tokens, output_tokens: to be reserved; rarely exceeded. expected_*: the middle. guessed_*:
+    the first guess by the request alone, with nothing learned; of the output at most the call's own
+    bound.
+    """
 
     model: str
     kind: str
@@ -626,15 +636,15 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """How good the estimates of one track are.
+    """The accuracy of the estimates of one track.
 
-    tenant: its calls taught the track, and it alone uses it.
+    tenant: the tenant whose calls trained the track; only its calls use it.
     part: `input`, `input:hosted`, `input:state`, `input:files`, or `output:<kind>`.
-    calls: how many calls it has learned from.
-    error: mean absolute error of the middle over the last calls, in parts of the actual tokens;
-        None before it can be said.
+    calls: the number of calls it has learned from.
+    error: mean absolute error of the middle over the last calls, relative to the actual tokens;
+        None before the first.
     short: the share of the last calls that used more than was reserved for them.
-    margin: what is reserved over the middle.
+    margin: the reservation over the middle.
     ratios: modality -> actual tokens over first guess.
     """
 
@@ -649,7 +659,7 @@ class Learned:
 
 
 class Estimator:
-    """One per process. No I/O."""
+    """All tracks of a process. No I/O."""
 
     def __init__(self) -> None:
         self._tracks: OrderedDict[str, OrderedDict[tuple[str, str], Track]] = OrderedDict()
@@ -665,7 +675,10 @@ class Estimator:
         max_output_tokens: int | None = None,
         tenant: str = DEFAULT_TENANT,
     ) -> Estimate:
-        """`images`: how many the answer will hold. `max_output_tokens`: the call's own bound."""
+        """Return the estimate of a call.
+
+        `images`: the number of images in the answer. `max_output_tokens`: the call's own bound.
+        """
         output_pieces = answer_of(images)
         own = self._tracks.get(tenant) or _NO_TRACKS
         part, whole, tools = _input(input_pieces)
@@ -687,8 +700,11 @@ class Estimator:
         )
 
     def learn(self, estimate: Estimate, usage: Usage) -> None:
-        """Learn from what a finished call used. One that was cut teaches its input alone: leave its
-        output figures out."""
+        """Learn from the usage of a finished call.
+
+        For an answer that was cut off, `usage` must contain no output figures: such a call teaches
+        its input alone.
+        """
         input_tokens, output_tokens = tokens_of(usage)
         if input_tokens is not None:
             part, whole, tools = _input(estimate.input_pieces)
@@ -699,7 +715,7 @@ class Estimator:
             track.learn(estimate.output_pieces, output_tokens, estimate.output_tokens)
 
     def error(self) -> tuple[Learned, ...]:
-        """How good the estimates are, for each track, the last used one first."""
+        """Return the accuracy of each track, the last used first."""
         return tuple(
             Learned(
                 tenant=tenant,
@@ -742,7 +758,7 @@ def _predict(
 
 
 def _input(pieces: Pieces) -> tuple[str, Pieces, int]:
-    """The track of an input, its pieces with what the provider adds, and its tools."""
+    """Return the track of an input, its pieces with what the provider adds, and its tools."""
     if type(pieces) is not InputPieces:
         return _INPUT, pieces, 0
     learning = pieces.learning
@@ -750,7 +766,7 @@ def _input(pieces: Pieces) -> tuple[str, Pieces, int]:
 
 
 def _whole(tokens: float) -> int:
-    # An excess over a whole number by rounding alone is not one token more.
+    # An excess over a whole number by rounding errors alone is not one more token.
     return ceil(tokens * (1 - 1e-9))
 
 
