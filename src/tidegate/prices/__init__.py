@@ -1,1 +1,1 @@
-"""Prices: what models cost, by day and tier, and the cost of a usage. No I/O but its own data."""
+"""Prices of models by day and tier, and the cost of a usage. Reads no files but its own data."""

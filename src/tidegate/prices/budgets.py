@@ -1,7 +1,7 @@
-"""Budgets: amounts, scopes and periods, and why a call is rejected. Pure.
+"""Budgets: amounts, scopes and periods, and the reason for rejecting a call. Pure.
 
-A budget binds the calls that match all that it names; each value of the dimensions in its `each`
-has the whole amount for itself. The books are kept in `store/budgets.py`.
+A budget applies to the calls that match all dimensions it names. Each value of the dimensions in
+its `each` has a book of its own with the whole amount. The books are stored by `store/budgets.py`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What may be spent in a period, by the calls that it binds.
+    """An amount that the calls it applies to may spend in a period.
 
-    tenant, key, subject, conversation: the one that it binds, None for all; `model` is a pattern of
-    the models' names at their provider. Each value of the dimensions in `each` has the whole amount
-    for itself; calls without such a value share one. amount: in micro-dollars or tokens. zone:
-    of the calendar; window_s: of a rolling period. at_end: what happens to a call that does not
-    fit; with `fall_back` the model `fallback` is called. doubt: whether a call of unknown price or
-    bound is refused and one that was cut is charged its bound, or both are charged what is
-    estimated. alerts: shares in percent at which an alert is raised.
+    tenant, key, subject, conversation: the one that it applies to, None for all. model: a pattern
+    for the provider's model names. each: every value of these dimensions has the whole amount for
+    itself; calls without such a value share one. amount: in micro-dollars or tokens. zone: the time
+    zone of calendar periods. window_s: the length of a rolling period. at_end: what happens to a
+    call that does not fit; `fall_back` calls the model `fallback` instead. doubt: `bound` rejects a
+    call whose price or upper bound is unknown and charges a call that was cut off its bound;
+    `estimate` charges both their estimated cost. alerts: percentages of the amount at which an
+    alert is raised.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Budget:
 
     @property
     def limit(self) -> str:
-        """The name in errors: of a tenant's own budget that of its setting."""
+        """The name in errors: for a tenant's own budget the name of the tenant's setting."""
         short = _SHORT_NAME.fullmatch(self.name)
         return self.name if short is None else short["name"]
 
@@ -84,14 +85,17 @@ class Budget:
         return shown_amount(self.unit, amount)
 
     def binds(self, tenant: str, key: str | None, model: str) -> bool:
-        """Whether it may bind a call, as far as those three decide it."""
+        """Return whether the budget may apply to a call, as far as tenant, key and model decide."""
         return self.tenant in (None, tenant) and self.key in (None, key) and self.is_of_model(model)
 
     def is_of_model(self, model: str) -> bool:
         return self.model is None or fnmatchcase(model.removeprefix("models/"), self.model)
 
     def need(self, cost: CallCost) -> int:
-        """What a call takes of it at most, or about. Raises BudgetUnbounded."""
+        """Return the amount that a call takes at most, or an estimate.
+
+        Raises BudgetUnbounded if the bound is unknown and `doubt` requires one.
+        """
         bound, about = (
             (cost.most_micros, cost.likely_micros)
             if self.unit == "usd"
@@ -110,14 +114,17 @@ class Budget:
 
 
 class Binding(NamedTuple):
-    """A budget that binds a call, and whose book of it the call is charged to."""
+    """A budget that applies to a call, and the scope of the book that the call is charged to."""
 
     budget: Budget
     scope: str
 
 
 class Refusal(NamedTuple):
-    """A book that had no room. until: on our clock, for how long that is certain."""
+    """A book without enough left for a call.
+
+    until: a time of this process's clock until which the refusal certainly holds.
+    """
 
     binding: Binding
     why: str
@@ -129,24 +136,27 @@ class Refusal(NamedTuple):
 
 
 def shown_amount(unit: Unit, amount: int) -> str:
-    """An amount as people read it: `$0.79`, or `1200 tokens`."""
+    """Return an amount for people to read: `$0.79`, or `1200 tokens`."""
     return dollars(amount) if unit == "usd" else f"{amount} tokens"
 
 
 def _needed(unit: Unit, amount: int) -> str:
-    """The same rounded up to what is shown: as it is written it is never less than it is."""
+    """Return the amount rounded up to the digits shown, so that the text never understates it."""
     cents = -(-amount // 10_000) * 10_000 if unit == "usd" and amount >= 10_000 else amount
     return shown_amount(unit, cents)
 
 
 def is_used_up(spent: int, amount: int) -> bool:
-    """Whether a budget that pauses does so for all: a hundredth of it is left, or less. A call that
-    needs more than what is left before then is refused alone. As `reserve_budgets` has it."""
+    """Return whether a budget that pauses does so for all calls: at most 1 % of it is left.
+
+    Before that, a call that needs more than what is left is rejected alone. The SQL function
+    `reserve_budgets` applies the same rule.
+    """
     return spent * 100 >= amount * 99
 
 
 def check_budget(budget: Budget) -> None:
-    """Raises ConfigError for a value that a budget can't have, by the name of its field."""
+    """Raise ConfigError, which names the field, for a value that a budget cannot have."""
     if not _NAME.fullmatch(budget.name):
         raise ConfigError("name", budget.name, "1 to 200 letters, digits and _ . : / @ + -")
     if not 0 <= budget.amount <= MOST_AMOUNT:
@@ -168,8 +178,10 @@ def check_budget(budget: Budget) -> None:
 
 
 def budget_of(name: str, values: Mapping[str, Any], before: Budget | None = None) -> Budget:
-    """The budget that a person states: its fields, the amount as `usd` or `tokens`. before: the one
-    of that name. Raises ConfigError."""
+    """Return the budget with these fields, the amount as `usd` or `tokens`.
+
+    `before`: the existing budget of that name. Raises ConfigError.
+    """
     fields = dict(values)
     usd, tokens = fields.pop("usd", None), fields.pop("tokens", None)
     if (usd is None) == (tokens is None):
@@ -186,21 +198,23 @@ def budget_of(name: str, values: Mapping[str, Any], before: Budget | None = None
 
 
 def _by_tenant(budget: Budget) -> Budget:
-    """With a book for each tenant where it has one for each person or conversation: their names are
-    a tenant's own, and two tenants may have the same."""
+    """Return the budget with one book per tenant if it has one per subject or conversation.
+
+    Names of subjects and conversations belong to a tenant; two tenants may use the same name.
+    """
     is_of_people = "subject" in budget.each or "conversation" in budget.each
     is_of_all = budget.tenant is budget.key is None and "tenant" not in budget.each
     return replace(budget, each=("tenant", *budget.each)) if is_of_people and is_of_all else budget
 
 
 def _micros_of(field: str, usd: Decimal | str) -> int:
-    """An amount of USD in micro-dollars. Raises ConfigError, naming the field."""
+    """Return an amount of USD in micro-dollars. Raises ConfigError, which names the field."""
     most = MOST_AMOUNT // 10**6
     try:
         amount = Decimal(usd)
     except InvalidOperation:
         raise ConfigError(field, str(usd), "an amount in USD, such as 250 or 0.79") from None
-    # Before it is an integer: of 1e999999999 that takes all memory.
+    # Checked before the conversion: int() of 1e999999999 would exhaust memory.
     if not amount.is_finite() or not 0 <= amount <= most:
         raise ConfigError(field, str(usd), f"an amount in USD from 0 to {most}")
     micros = amount * 10**6
@@ -213,8 +227,11 @@ _CHANGEABLE = ("at_end", "fallback", "doubt", "alerts")
 
 
 def with_changes(before: Budget | None, name: str, values: Mapping[str, Any]) -> Budget:
-    """The budget that a person states as in `budget_of`, of a month where it is new and no period
-    is given; of one that is there what `values` does not name stays. Raises ConfigError."""
+    """Return the budget with changed fields, stated as for `budget_of`.
+
+    A new budget without a period has `month`. An existing one keeps the fields that `values` does
+    not contain. Raises ConfigError.
+    """
     if before is None:
         return budget_of(name, {"period": "month", **values})
     kept = plain_budget(before)
@@ -231,12 +248,15 @@ def with_changes(before: Budget | None, name: str, values: Mapping[str, Any]) ->
 
 
 def with_end_of(before: Budget, budget: Budget) -> Budget:
-    """`budget` with the end, doubt and alerts of the one that is there."""
+    """Return `budget` with the `at_end`, `fallback`, `doubt` and `alerts` of `before`."""
     return replace(budget, **{name: getattr(before, name) for name in _CHANGEABLE})
 
 
 def extra_of(usd: Decimal | str, tokens: int) -> tuple[int, Unit | None]:
-    """How much more a person allows, and of what; None for nothing. Raises ConfigError."""
+    """Return an additional allowance and its unit; the unit is None for no allowance.
+
+    Raises ConfigError.
+    """
     micros = _micros_of("extra_usd", usd)
     if not 0 <= tokens <= MOST_AMOUNT or (micros and tokens):
         allowed = f"up to {MOST_AMOUNT}, and not with extra_usd"
@@ -245,14 +265,14 @@ def extra_of(usd: Decimal | str, tokens: int) -> tuple[int, Unit | None]:
 
 
 def check_extra(budget: str, unit: Unit, extra: Unit | None) -> None:
-    """Raises ConfigError where what is allowed more is of another unit than the budget."""
+    """Raise ConfigError if an additional allowance has another unit than the budget."""
     if extra not in (None, unit):
         why = f"does not fit the budget {budget}, which is in {unit}: use extra_{unit}"
         raise ConfigError(f"extra_{extra}", None, why)
 
 
 def plain_budget(budget: Budget) -> Json:
-    """A budget as JSON shows it."""
+    """Return the budget as a JSON object."""
     return asdict(budget) | {"each": list(budget.each), "alerts": list(budget.alerts)}
 
 
@@ -262,12 +282,14 @@ def scope_values(scope: str) -> list[str | None]:
 
 
 def scope_text(values: Sequence[str | None]) -> str:
-    """As PostgreSQL writes such an array: ', ' between the values; empty without any."""
+    """Return the text that PostgreSQL writes for such a JSON array, ', ' between values; "" if
+    empty.
+    """
     return f"[{', '.join(orjson.dumps(one).decode() for one in values)}]" if values else ""
 
 
 def tenants_budget(tenant: str, setting: str, amount: int) -> Budget:
-    """The budget that a tenant's setting such as `budget_day_money` stands for."""
+    """Return the budget that a tenant's setting such as `budget_day_money` defines."""
     _, period, unit = setting.split("_")
     return Budget(
         name=f"{tenant}/{setting}",
@@ -280,7 +302,9 @@ def tenants_budget(tenant: str, setting: str, amount: int) -> Budget:
 
 
 def check_same(before: Budget, after: Budget) -> None:
-    """Raises ConfigError where a change would have a budget bind or count something else."""
+    """Raise ConfigError if a change would alter which calls a budget applies to or what it
+    counts.
+    """
     for name in (*DIMENSIONS, "model", "each", "unit", "period", "zone", "window_s"):
         now = getattr(before, name)
         if getattr(after, name) != now:
@@ -298,7 +322,10 @@ def scope_of(budget: Budget, values: Mapping[str, str | None]) -> str:
 
 
 def refused_by(refusal: Refusal, need: int | None) -> QuotaExceeded:
-    """need: what the call takes at most; None before it is known, where nothing is left."""
+    """Return the error for a refusal.
+
+    `need`: the most that the call takes; None before it is known, if nothing is left at all.
+    """
     budget, scope = refusal.binding
     named = zip(budget.each, scope_values(scope), strict=False)
     whose = ", ".join(f"no {name}" if value is None else value for name, value in named)
@@ -348,7 +375,7 @@ def refused_by(refusal: Refusal, need: int | None) -> QuotaExceeded:
 
 
 def whom(budget: Budget) -> list[str]:
-    """Whom a budget binds, in words."""
+    """Return in words which calls a budget applies to."""
     named = [
         f"{dimension} {value}"
         for dimension in ("tenant", "key", "model", "subject", "conversation")
@@ -358,14 +385,14 @@ def whom(budget: Budget) -> list[str]:
 
 
 def window(budget: Budget) -> str:
-    """Its period, in words."""
+    """Return the budget's period in words."""
     if budget.period == "rolling":
         return f"in {_span(budget.window_s or 0)}"
     return f"a {budget.period}" + ("" if budget.zone == "UTC" else f" of {budget.zone}")
 
 
 def _span(seconds: int) -> str:
-    """`5 h`, `90 s`: in the largest unit that it is whole numbers of."""
+    """Return `5 h` or `90 s`: in the largest unit that divides the time evenly."""
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds and seconds % size == 0:
             return f"{seconds // size} {unit}"
@@ -373,7 +400,7 @@ def _span(seconds: int) -> str:
 
 
 def budget_alert(kind: str, data: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
-    """What an alert of a budget says, with its text; `data` as it is kept."""
+    """Return the body of an alert with its text; `data` as stored."""
     found = {**data, "scope": scope_values(data["scope"]), "unit": unit}
     return found | {"text": _alert_text(kind, found)}
 

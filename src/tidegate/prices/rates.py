@@ -1,17 +1,17 @@
 """Prices of models, and the cost of a usage: whole micro-dollars, rounded once per call.
 
-A `Price` is stated in USD as providers publish it: for a million tokens, a picture, a thousand
-searches, a minute of audio. `Rates` are the same in whole picos, which makes sums exact. What has
-no price of its own costs as the input or the output that it is a part of.
+A `Price` is stated in USD as providers publish it: per million tokens, per picture, per thousand
+searches, per minute of audio. `Rates` are the same in whole picos, which makes sums exact. A part
+of the input or output without a price of its own costs as much as the input or output.
 
-Public prices are in one TOML file per provider in `data/`. Each of its rows names its source and
-date, and is what models cost from one day on; several rows of a model are its history, and a call
-costs what its day says. A file is read once, when its provider is first asked for; after the first
-time a lookup is one of a dictionary.
+Public prices are in one TOML file per provider in `data/`. Each row names its source and date, and
+states what models cost from one day on. Several rows of a model are its price history; a call is
+charged by the row of its day. A file is read when its provider is first needed; later lookups are
+cached in a dictionary.
 
-Invariants: a cost is never negative; the parts of an input or an output never come to more tokens
-than it has; unknown usage or an unknown price makes the cost unknown, never zero; a model or a
-day that no row covers has no price, never that of another.
+Invariants: a cost is never negative; the parts of an input or output never add up to more tokens
+than it has; unknown usage or an unknown price makes the cost unknown, never zero; a model or day
+that no row covers has no price, never the price of another.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PICOS = 10**12  # of a dollar
 _MICRO = 10**6  # picos in a micro-dollar
 _MOST_USD = 1_000_000
 _SEARCHES = 1_000
-# What providers call their usual tier, in their answers and in requests.
+# Names of the usual tier in providers' requests and answers.
 STANDARD_TIERS = frozenset(
     {"", "standard", "default", "auto", "on_demand", "standard_only", "unspecified"}
 )
@@ -42,32 +42,34 @@ STANDARD_TIERS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class PeakHours:
-    """When a price is `share` times the usual one: on which days of the week, 1 is Monday, from
-    which hour of UTC until which."""
+    """Hours in which a price is `share` times the usual one.
+
+    days: days of the week, 1 is Monday. hours: spans of hours in UTC, each without its end.
+    """
 
     share: float
     hours: tuple[tuple[int, int], ...]
     days: frozenset[int]
 
     def holds(self, hour: int) -> bool:
-        """In an hour, counted from the beginning of 1970, which was a Thursday."""
+        """Return whether an hour is a peak hour; hours count from the start of 1970, a Thursday."""
         day, of_day = divmod(hour, 24)
         return (day + 3) % 7 + 1 in self.days and any(a <= of_day < b for a, b in self.hours)
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """In USD per million tokens; `image` per picture, `search` and `file_search` per thousand
-    searches of the web and of stored files. None: not known.
+    """A price in USD per million tokens; None where unknown.
 
-    cache_write, cache_write_1h: input that is written to a cache, for an hour in the latter.
-    input_audio to output_image: of the tokens of input and output that are audio or images.
-    audio_minute: of a minute of audio in the input, where the provider reports its length; its
-    tokens then cost nothing. characters: of a million characters that are spoken. video_second: of
-    a second of video in the output.
-    above, long: what an input of more than so many tokens costs, for all of the call.
-    tiers: the price in other processing tiers than the usual one, such as `flex`.
-    peak: the hours in which it is dearer.
+    image: per picture. search, file_search: per thousand searches of the web and of stored files.
+    cache_write, cache_write_1h: for input written to a cache, in the latter for an hour.
+    input_audio to output_image: for audio and image tokens of the input and output.
+    audio_minute: per minute of input audio, if the provider reports its length; its tokens are then
+    free. characters: per million characters of synthesized speech. video_second: per second of
+    generated video.
+    above, long: `long` applies to a whole call whose input has more than `above` tokens.
+    tiers: prices in other processing tiers, such as `flex`.
+    peak: hours in which the price is higher.
     """
 
     input: float | None = None
@@ -91,19 +93,22 @@ class Price:
     peak: PeakHours | None = None
 
     def times(self, share: float) -> Price:
-        """The same with every price but those of searches multiplied, also for long inputs."""
+        """Return the price multiplied by `share`, long inputs included; searches keep their
+        price.
+        """
         scaled: dict[str, Any] = {name: _product(getattr(self, name), share) for name in _SCALED}
         return replace(self, **scaled, long=self.long and self.long.times(share), tiers={})
 
     def in_hour(self, hour: int | None) -> Price:
-        """The price in an hour, as `PeakHours.holds` counts it; None: in the dearest one."""
+        """Return the price in an hour, counted as by `PeakHours.holds`; None: in the dearest
+        hour.
+        """
         if self.peak is None or not (hour is None or self.peak.holds(hour)):
             return self
         return self.times(max(1.0, self.peak.share) if hour is None else self.peak.share)
 
     def of_tier(self, name: str) -> Price | None:
-        """The price in a tier; None where the tier is known to have one of its own, but not
-        which."""
+        """Return the price in a tier; None if the tier's own price is unknown."""
         if name in STANDARD_TIERS:
             return self
         return self.tiers.get(name)
@@ -118,8 +123,10 @@ PRICE_KEYS = (*AMOUNTS, _LONG, _TIERS, _PEAK)
 
 
 def price_of(path: str, table: Mapping[str, Any]) -> Price:
-    """The price that a table states: its amounts, `long_context`, `tiers` and `peak`. Raises
-    ConfigError, which names the key below `path`."""
+    """Return the price that a table states: amounts, `long_context`, `tiers` and `peak`.
+
+    Raises ConfigError, which names the key below `path`.
+    """
     _check(path, table, PRICE_KEYS)
     price = Price(**_amounts(path, table), peak=_peak(path, table))
     if (long := _table(path, table, _LONG)) is not None:
@@ -164,7 +171,7 @@ def _with_long(path: str, price: Price, table: Mapping[str, Any]) -> Price:
 
 
 def _tier(path: str, price: Price, table: object) -> Price:
-    """By a `share` of the usual price, or with prices of its own."""
+    """Return a tier's price: a `share` of the usual price, or prices of its own."""
     if not isinstance(table, Mapping):
         raise ConfigError(path, str(table)[:100], "must be a table, such as { share = 0.5 }")
     if _SHARE in table:
@@ -207,16 +214,16 @@ def _amount(path: str, amount: object) -> float:
 
 
 def _product(amount: float | None, share: float) -> float | None:
-    # By their decimal digits: 0.1 means a tenth.
+    # By decimal digits: 0.1 means exactly a tenth.
     return None if amount is None else float(Decimal(repr(amount)) * Decimal(repr(share)))
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """A price in picos (10^-12) of a dollar for one token, picture, search, character or second of
-    audio or video.
+    """A price in picos (10^-12) of a dollar per unit.
 
-    above, long: for all of a call whose input has more tokens than that.
+    The unit is one token, picture, search, character, or second of audio or video. above, long:
+    `long` applies to a whole call whose input has more than `above` tokens.
     """
 
     input: int | None
@@ -239,8 +246,11 @@ class Rates:
 
     @classmethod
     def of(cls, price: Price, *, is_public: bool = False) -> Rates:
-        """A price that states none for searches leaves them out; of a public one, whose call may
-        cost more for them, the cost of such a call is then unknown."""
+        """Return the rates of a price.
+
+        Searches without a stated price are free, except in a public price: there they may cost
+        more, so the cost of a call with searches is unknown.
+        """
         search, files = price.search, price.file_search
         if not is_public:
             search, files = search or 0, files or 0
@@ -267,8 +277,11 @@ class Rates:
 
 
 def micros_by_measure(rates: Rates, details: UsageDetails | None) -> int | None:
-    """The cost of a usage by a model that is not charged by tokens: by the characters that it
-    speaks, the seconds that it hears or films, or the searches that it ranks. None by any other."""
+    """Return the cost for a model that is not charged by tokens; None for any other model.
+
+    Such a model is charged by characters spoken, seconds of audio heard, seconds of video made, or
+    searches ranked.
+    """
     if details is None or rates.input is not None or rates.output is not None:
         return None
     for count, rate in (
@@ -283,8 +296,10 @@ def micros_by_measure(rates: Rates, details: UsageDetails | None) -> int | None:
 
 
 def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | None:
-    """Whole micro-dollars; None where a price or the usage is not known. Pictures that have a price
-    of their own are not charged as output once more."""
+    """Return the cost in whole micro-dollars; None if a price or the usage is unknown.
+
+    Pictures with a price of their own are not charged as output too.
+    """
     if rates is None:
         return None
     if (micros := micros_by_measure(rates, usage.details)) is not None:
@@ -324,9 +339,11 @@ def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | 
 def _of_input(
     rates: Rates, usage: Usage, details: UsageDetails, taken: int
 ) -> Iterator[tuple[int, int | None]]:
-    """The parts of the input: together never more, nor fewer, tokens than `taken`. What was
-    written to a cache comes first, since it is the dearest; what is not reported as for an
-    hour is for 5 minutes."""
+    """Yield the parts of the input, as counts and rates; the tokens add up to `taken`.
+
+    Tokens written to a cache come first because they are the dearest; those not reported as
+    cached for an hour are cached for 5 minutes.
+    """
     written = min(details.cache_write_tokens or 0, taken)
     for_an_hour = min(details.cache_write_1h_tokens or 0, written)
     yield for_an_hour, rates.cache_write_1h
@@ -353,12 +370,12 @@ def _of_output(rates: Rates, details: UsageDetails, given: int) -> Iterator[tupl
 
 
 def micros_of(picos: int) -> int:
-    """Whole micro-dollars, rounded half up."""
+    """Return whole micro-dollars, rounded half up."""
     return (picos + _MICRO // 2) // _MICRO
 
 
 def dollars(micros: int | None) -> str:
-    """USD as people read it: `$0.79`, with more digits below a cent; `unknown` without a cost."""
+    """Return USD for people to read: `$0.79`, more digits below a cent, `unknown` for None."""
     if micros is None:
         return "unknown"
     sign, amount = ("-" if micros < 0 else ""), abs(micros)
@@ -378,7 +395,7 @@ def _per_token(price: float | None) -> int | None:
 
 
 def _picos(price: float | None, one: int | Decimal) -> int | None:
-    # By its decimal digits: 0.1 means a tenth.
+    # By decimal digits: 0.1 means exactly a tenth.
     return None if price is None else round(Decimal(repr(price)) * one)
 
 
@@ -387,20 +404,19 @@ Evidence = Literal["provider", "maps", "map"]
 _MODELS_KEPT = 2_000
 _FACTS = ("models", "from", "until", "checked", "evidence", "context", "most_output", "note")
 _KEYS = (*_FACTS, "source", *PRICE_KEYS)
-_OF_ALL = ("source", "tiers", "search", "file_search", "peak")  # of all rows of a file
+_OF_ALL = ("source", "tiers", "search", "file_search", "peak")  # defaults for all rows of a file
 _FILE_KEYS = ("hosts", "model", *_OF_ALL)
 _FIRST_DAY, _LAST_DAY = date(2000, 1, 1), date(9999, 12, 31)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPrice:
-    """A row: the price of `models` (patterns) at a provider on the days from `first_day` to
-    `last_day`.
+    """A row: the price of `models` (patterns) at a provider from `first_day` to `last_day`.
 
-    source: the page it is from, read on `checked`. evidence: `provider` where that page itself was
-    read, `maps` where two public maps of prices agree, `map` where there is one alone.
-    context_tokens: the most of input and output together; most_output_tokens: of an output. None:
-    not known.
+    source: the page that it comes from, read on the day `checked`. evidence: `provider` if that
+    page is the provider's, `maps` if two public price lists agree, `map` if only one has it.
+    context_tokens: the maximum of input and output together. most_output_tokens: the maximum of an
+    output. None: unknown.
     """
 
     provider: str
@@ -416,16 +432,16 @@ class ModelPrice:
     note: str = ""
 
     def fit(self, model: str) -> int:
-        """How closely its patterns name `model`: 0 not at all."""
+        """Return how closely the patterns match `model`; 0 if none does."""
         fits = (len(one) + 1_000 * (one == model) for one in self.models if fnmatchcase(model, one))
         return max(fits, default=0)
 
 
 class Catalog:
-    """Rows of all providers. Immutable once read."""
+    """The rows of all providers. Immutable once read."""
 
     def __init__(self, folder: Any = None) -> None:
-        """`folder`: with a file for each provider; that of the package by default."""
+        """`folder`: contains a file per provider; by default the package's own."""
         self._folder = folder or resources.files(__package__).joinpath("data")
         self._file = cache(self._read)
         self._rows = cache(self._rows_of)
@@ -438,21 +454,23 @@ class Catalog:
         return tuple(sorted(name[:-5] for name in names if name.endswith(".toml")))
 
     def rows(self, provider: str) -> tuple[ModelPrice, ...]:
-        """All of one provider, in the order of its file; none of an unknown one."""
+        """Return all rows of a provider in the order of its file; none for an unknown provider."""
         return self._rows(provider) if provider in self.providers else ()
 
     def hosts(self, provider: str) -> tuple[str, ...]:
-        """Patterns of the hosts at which the provider is called."""
+        """Return patterns of the provider's host names."""
         return tuple(self._file(provider).get("hosts", ()))
 
     def _find(self, provider: str, model: str, day: date, tier: str = "") -> Price | None:
-        """The price of a model in a processing tier on a day of UTC; None where it is not known."""
+        """Return a model's price in a processing tier on a day (UTC); None if unknown."""
         row = self.row(provider, model, day)
         return None if row is None else row.price.of_tier(tier)
 
     def _row(self, provider: str, model: str, day: date) -> ModelPrice | None:
-        """The row of the pattern that names `model` most closely, and of them the last that has
-        begun on `day`."""
+        """Return the row whose pattern matches `model` most closely.
+
+        Of several such rows, the last that began by `day`.
+        """
         plain = model.removeprefix("models/")
         rows = [(row.fit(plain), row) for row in self.rows(provider)]
         closest = max((fit for fit, _ in rows), default=0)
@@ -467,7 +485,7 @@ class Catalog:
         return tomllib.loads(self._folder.joinpath(path).read_text(encoding="utf-8"))
 
     def _rows_of(self, provider: str) -> tuple[ModelPrice, ...]:
-        """Raises ConfigError, which names the row and the key."""
+        """Return a provider's rows. Raises ConfigError, which names the row and the key."""
         path, stated = f"{provider}.toml", self._file(provider)
         for key in stated:
             if key not in _FILE_KEYS:
@@ -510,14 +528,13 @@ def _model_price(path: str, provider: str, row: Mapping[str, Any]) -> ModelPrice
 
 @cache
 def catalog() -> Catalog:
-    """The catalog of this package. One per process."""
+    """Return this package's catalog, one per process."""
     return Catalog()
 
 
 @cache
 def provider_of(url: str) -> str | None:
-    """The provider whose hosts that of `url` is among; None for another, such as a server of one's
-    own."""
+    """Return the provider to which the host of `url` belongs; None for a self-hosted server."""
     host = urlsplit(url).hostname or ""
     return next((name for name, pattern in _hosts() if fnmatchcase(host, pattern)), None)
 

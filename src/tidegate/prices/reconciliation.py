@@ -1,11 +1,12 @@
 """Reconciliation of a day: our record against the provider's usage and cost, by model. Pure.
 
-Whole answers have the provider's own count of tokens, so what it counts beyond them is of the calls
-whose usage is doubtful: cut, estimated, unknown, or made again after a process died. A difference
-is explained where such calls account for it; their charges then become the provider's.
+Complete answers carry the provider's own token counts. Whatever the provider counts beyond them
+therefore belongs to calls of doubtful usage: cut off, estimated, unknown, or repeated after a
+process died. A difference is explained if such calls account for it; their charges are then
+corrected to the provider's.
 
-Invariants: after the corrections of an explained difference our cost is the provider's to the
-micro-dollar; a charge is corrected only where the difference is explained.
+Invariants: after the corrections of an explained difference our cost equals the provider's to the
+micro-dollar; a charge is corrected only if the difference is explained.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ _FEWER = "the provider counts fewer {} than whole answers had"
 _COST_ALONE = "the provider states a cost alone, which is not that of the calls"
 _OTHERS = "{} of the provider's count are of no call on record: other consumers of the account"
 _NAMELESS = "the provider has no call of this name, and by others some that are not on record"
-# What a dated version has after the name of its model, such as -2025-08-07, -20250929 and -0125.
+# The suffix of a dated version of a model, such as -2025-08-07, -20250929 and -0125.
 _DATE = re.compile(r"[-@](?:20\d\d-\d\d-\d\d|20\d{6}|\d{4})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class UsageSum:
-    """Of one model on one day. input_tokens: all of the input, cached and written ones included;
-    output_tokens: with the thoughts. requests: None where they are not counted; is_counted: whether
-    anything is but the cost."""
+    """The usage of one model on one day.
+
+    input_tokens: all of the input, cached and cache-writing tokens included. output_tokens: with
+    thoughts. requests: None if not counted. is_counted: whether there are counts besides the cost.
+    """
 
     requests: int | None = 0
     input_tokens: int = 0
@@ -53,7 +56,7 @@ class UsageSum:
         return UsageSum(requests=requests, **sums)
 
     def minus(self, other: UsageSum) -> UsageSum:
-        """What is in this sum beyond `other`; negative where that has more."""
+        """Return this sum less `other`; negative where `other` has more."""
         negated = {name: -getattr(other, name) for name in _SUMMED}
         requests = None if other.requests is None else -other.requests
         return self.plus(UsageSum(requests=requests, **negated))
@@ -66,9 +69,12 @@ NOTHING = UsageSum()
 
 @dataclass(frozen=True, slots=True)
 class DoubtfulCall:
-    """A call whose usage the provider has not reported whole. state: as it is on record, or
-    `repeated` for one that a process had begun before and died, which may have cost too: it is
-    charged nothing for that, and `cost_micros` is 0."""
+    """A call whose usage the provider did not fully report.
+
+    state: the usage state on record, or `repeated` for a call that another process had begun before
+    it died. That first attempt may have cost something too, but is charged nothing: its
+    `cost_micros` is 0.
+    """
 
     request_id: UUID
     state: str
@@ -84,8 +90,10 @@ class DoubtfulCall:
 
 @dataclass(frozen=True, slots=True)
 class ModelDay:
-    """Our record of one model on one day. told: of whole answers. unpriced: of these, without a
-    cost."""
+    """Our record of one model on one day.
+
+    told: usage of complete answers. unpriced: how many of these have no cost.
+    """
 
     told: UsageSum = NOTHING
     doubtful: tuple[DoubtfulCall, ...] = ()
@@ -117,8 +125,11 @@ class Correction:
 
 @dataclass(frozen=True, slots=True)
 class ModelFinding:
-    """Of one model. reason: a sentence, empty where all is equal. corrections: the calls that
-    explain the difference; empty where it is not explained, or by rounding."""
+    """The result for one model.
+
+    reason: a sentence, empty if all is equal. corrections: the calls that explain the difference;
+    empty if it is unexplained, or explained by rounding.
+    """
 
     model: str
     ours: ModelDay
@@ -133,7 +144,7 @@ class ModelFinding:
 
     @property
     def difference_micros(self) -> int:
-        """What the provider charges beyond our charges."""
+        """How much more the provider charges than we did."""
         return self.theirs.cost_micros - self.ours_micros
 
 
@@ -143,8 +154,10 @@ def compared(
     rates: Mapping[str, Rates | None],
     contexts: Mapping[str, int | None] | None = None,
 ) -> list[ModelFinding]:
-    """A finding for each model of either side, in the order of their names. `rates`: those in force
-    by the model's name there; `contexts`: the most tokens of one call."""
+    """Return a finding for each model of either side, ordered by name.
+
+    `rates`: those in force, by the provider's model names. `contexts`: the most tokens of one call.
+    """
     most = contexts or {}
     named: defaultdict[str, ModelDay] = defaultdict(ModelDay)
     for model, day in ours.items():
@@ -161,7 +174,7 @@ def compared(
 
 
 def _has_others(ours: ModelDay, theirs: UsageSum) -> bool:
-    """Whether the provider counts what no call on record by that name can account for."""
+    """Return whether the provider counts more than the recorded calls by that name explain."""
     left = theirs.minus(ours.told)
     if not theirs.is_counted:
         return False
@@ -170,8 +183,11 @@ def _has_others(ours: ModelDay, theirs: UsageSum) -> bool:
 
 
 def _name_there(model: str, theirs: Mapping[str, UsageSum]) -> str:
-    """The provider's name of a model: a call without an answer is on record by the alias that was
-    requested, of which the provider counts the dated version."""
+    """Return the provider's name of a model.
+
+    A call without an answer is recorded under the requested alias; the provider counts its dated
+    version.
+    """
     if model in theirs:
         return model
     cut = len(model)
@@ -187,7 +203,7 @@ def _finding(
     finding = ModelFinding(model, ours, theirs, "unexplained")
     if not theirs.is_counted:
         return _of_cost_alone(finding, left.cost_micros)
-    # What was corrected before is equal in its cost, not in the tokens of its calls.
+    # After an earlier correction the costs are equal, but the calls' tokens still differ.
     if same and (ours.doubtful or not any(getattr(left, name) for name in _COUNTED)):
         return replace(finding, verdict="equal")
     fewer = [name for name in _COUNTED if getattr(left, name) < 0]
@@ -240,7 +256,9 @@ def _rounded(finding: ModelFinding) -> ModelFinding:
 
 
 def _most_tries(call: DoubtfulCall) -> int:
-    """How often it was called at most: a job's third worker that dies is its last."""
+    """Return how often the call was made at most: a job is not repeated after its third worker
+    dies.
+    """
     return 3 if call.state == "repeated" else 1
 
 
@@ -251,8 +269,10 @@ def _unmatched(left: UsageSum) -> str:
 
 
 def _costs(rates: Rates | None, total: UsageSum) -> list[int]:
-    """What a sum of calls may cost: it does not say which of their inputs were long, nor for how
-    long what they wrote to a cache is kept. Empty without a price."""
+    """Return the possible costs of a sum of calls; empty without a price.
+
+    The sum does not show which inputs were long, nor how long written input stays in a cache.
+    """
     if rates is None:
         return []
     usual, usage = replace(rates, above=None, long=None), _usage(total)
@@ -277,10 +297,9 @@ def _usage(total: UsageSum) -> Usage:
 
 
 def _shared(calls: Sequence[DoubtfulCall], micros: int) -> tuple[Correction, ...]:
-    """`micros` divided among the calls by their weight; of one call it is exact, of several the sum
-    is."""
+    """Return `micros` divided among the calls by weight; their sum is exact."""
     micros = max(0, micros)
-    weights = [max(1, call.weight) for call in calls]  # what is unknown has some share too
+    weights = [max(1, call.weight) for call in calls]  # a call of unknown weight has a share too
     total = sum(weights)
     shares = [micros * weight // total for weight in weights]
     for place in range(micros - sum(shares)):
