@@ -1,4 +1,4 @@
-"""Plan, report and clean-up of a verification. Bounded in time and load."""
+"""Plan, report and clean-up of a verification, which is bounded in time and load."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from tidegate.settings import Config
 KIND = "text_only"
 LIMIT = f"kind:{KIND}"
 WEIGHTS = {"light": 1, "heavy": 3}
-# Of the measurement of how soon a freed permit reaches a waiter of another process.
+# Measures how soon a released permit reaches a waiter in another process.
 BATON = "kind:classifier"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Size of a verification.
+    """The size of a verification.
 
-    probes: processes that request permits, `tasks` of each tenant in each. limit: permits; each is
-    held for a call of `call_ms`. load_s: how long shares and use are measured; fair: how far off
-    shares may be in so short a time. rounds: of each latency. jobs: how many are submitted.
-    workers: that run them. kills_worker: whether one is killed, which takes a claim lease.
+    probes: processes that request permits, each with `tasks` per tenant. limit: the number of
+    permits; each is held for a call of `call_ms`. load_s: how long shares and use are measured.
+    fair: the tolerance of shares in so short a time. rounds: measurements of each latency. jobs:
+    how many are submitted. workers: processes that run them. kills_worker: whether one is killed,
+    which takes as long as a claim lease.
     """
 
     probes: int
@@ -48,11 +49,11 @@ class Plan:
 
     @property
     def calls_per_s(self) -> float:
-        """The most calls a second, all of them to the emulator."""
+        """The most calls per second, all to the emulator."""
         return self.limit * 1000 / self.call_ms
 
     def policy(self, config: Config) -> PoolPolicy:
-        """The deployment's settings for failures, with limits of the verification."""
+        """Return a policy with the verification's limits and the deployment's failure settings."""
         return PoolPolicy(
             {LIMIT: self.limit, BATON: 1},
             lease_ms=self.lease_ms,
@@ -65,7 +66,7 @@ class Plan:
 
 
 def plan_of(config: Config, *, quick: bool) -> Plan:
-    """About 15 s, or about a minute."""
+    """Return a plan that takes about 15 s if `quick`, else about a minute."""
     if quick:
         return Plan(
             probes=2,
@@ -97,7 +98,7 @@ def plan_of(config: Config, *, quick: bool) -> Plan:
     )
 
 
-# Called with the step that begins.
+# Called at the start of each step.
 Say = Callable[[str], None]
 
 
@@ -105,14 +106,15 @@ class Verdict(StrEnum):
     KEPT = "kept"
     BROKEN = "broken"
     SKIPPED = "skipped"
-    MEASURED = "measured"  # a figure that nothing is promised of
+    MEASURED = "measured"  # a figure without a promise
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One promise. `why` is the reason of a skipped one, the observation of a broken one.
+    """The result of one promise.
 
-    `lasting`: a busy machine can't explain the observation.
+    why: the reason if skipped, the observation if broken. lasting: a busy machine cannot explain
+    the observation.
     """
 
     promise: str
@@ -125,9 +127,9 @@ class Result:
 
 @dataclass(slots=True)
 class Report:
-    """All results in order. `about` are the circumstances: versions, load, duration.
+    """All results in order.
 
-    `left` names what could not be removed.
+    about: the circumstances, such as versions, load and duration. left: what could not be removed.
     """
 
     about: dict[str, str] = field(default_factory=dict)
@@ -144,18 +146,18 @@ class Report:
         *,
         lasting: bool = False,
     ) -> None:
-        """Note a promise that was tested."""
+        """Record a promise that was tested."""
         verdict = Verdict.KEPT if is_kept else Verdict.BROKEN
         result = Result(promise, bar, measured, verdict, "" if is_kept else why, lasting)
         self.results.append(result)
 
     def within(self, promise: str, took_s: float | None, bar_s: float) -> None:
-        """Note a promise of a time; None where it was not seen to happen."""
+        """Record a promise about a duration; `took_s` is None if the event was not seen."""
         is_kept = took_s is not None and took_s <= bar_s
         self.kept(promise, f"<= {bar_s:.1f} s", seconds(took_s), is_kept)
 
     def median(self, promise: str, took_ms: Iterable[float], bar_ms: float) -> None:
-        """Note a promise of a median latency."""
+        """Record a promise about a median latency."""
         waits = waits_of(took_ms)
         assert waits.p50_ms is not None
         told = f"p50 / p99 {milliseconds(waits)}"
@@ -173,13 +175,16 @@ class Report:
 
     @property
     def in_doubt(self) -> list[Result]:
-        """Broken ones that a busy machine may have broken: they are tested once more."""
+        """Broken promises that load on the machine may explain; these are tested again."""
         return [one for one in self.broken if not one.lasting]
 
     def repeated(self, again: Report) -> Report:
-        """The report after a second run: of what was in doubt, or not reached in the first run, the
-        second result, of everything else the first one, unless the second run broke it in a way
-        that no load explains."""
+        """Return the report after a second run.
+
+        For promises that were in doubt, or not reached in the first run, the second result counts;
+        for all others the first, unless the second run broke them in a way that load cannot
+        explain.
+        """
         doubtful = {one.promise for one in self.in_doubt}
         second = {one.promise: one for one in again.results}
         lasting = {one.promise for one in again.broken if one.lasting}
@@ -197,13 +202,13 @@ class Report:
 
     @property
     def is_sound(self) -> bool:
-        """Whether nothing is broken, and nothing left behind."""
+        """Whether no promise is broken and nothing is left behind."""
         return not (self.broken or self.left)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedPool:
-    """A pool that is made for the verification: its policy, its provider, and the report on it."""
+    """A pool created for the verification: its policy, its provider and its report."""
 
     name: str
     policy: PoolPolicy
@@ -218,7 +223,7 @@ def seconds(took_s: float | None) -> str:
 
 
 def milliseconds(waits: Waits) -> str:
-    """Median and 99th percentile."""
+    """Return the median and the 99th percentile as text."""
     shown = ("-" if one is None else f"{one:.1f}" for one in (waits.p50_ms, waits.p99_ms))
     return " / ".join(shown) + " ms"
 
@@ -228,7 +233,7 @@ _PAUSE_S = 0.2
 
 
 async def finish(work: Coroutine[Any, Any, object]) -> None:
-    """Await it to its end; a cancellation meanwhile is raised after it."""
+    """Run `work` to its end; a cancellation in the meantime is raised afterwards."""
     task = asyncio.create_task(work)
     try:
         await asyncio.shield(task)
@@ -238,7 +243,7 @@ async def finish(work: Coroutine[Any, Any, object]) -> None:
 
 
 async def clean_pool(remove: Callable[[], Awaitable[object]], pool: str, report: Report) -> None:
-    """Call `remove` until it works, for 15 s; then the report names what is left."""
+    """Call `remove` until it succeeds, for at most 15 s; then report what is left."""
     end_s = time.monotonic() + _WITHIN_S
     while True:
         try:
@@ -255,7 +260,7 @@ _POLL_S = 0.02
 
 
 async def until(condition: Callable[[], bool | Awaitable[bool]], within_s: float) -> bool:
-    """Whether the condition came to hold in time."""
+    """Return whether the condition came true within `within_s`."""
     end_s = time.monotonic() + within_s
     while True:
         holds = condition()

@@ -2,12 +2,12 @@
 
     python -m tidegate.verify.processes probe|worker
 
-Orders come as one line of JSON on stdin, because they hold URLs with passwords. The probe prints
-one line per event, immediately, so that a kill loses nothing: MONOTONIC_NS WHAT CALL TENANT EPOCH,
-where WHAT is ask, begin, end, leave, lost (a lease), over (refused by the provider) or failed, and
-EPOCH is that of the permit at its begin. The worker is the product's, in a pool of the
-verification; it claims no job of another pool and no batch, and sends no webhook. SIGTERM or the
-end of stdin ends either in order.
+Orders come as one line of JSON on stdin, because they contain URLs with passwords. The probe prints
+one line per event without buffering, so that a kill loses nothing:
+MONOTONIC_NS WHAT CALL TENANT EPOCH. WHAT is ask, begin, end, leave, lost (a lease), over (rejected
+by the provider) or failed; EPOCH is the permit's when the call begins. The worker is the product's
+own, in a pool of the verification; it claims no job of another pool and no batch, and sends no
+webhook. SIGTERM or the end of stdin ends either in order.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ _WHATS = set(get_args(What))
 
 
 class ProcessFamily:
-    """`async with ProcessFamily("probe") as family`: processes of one program of this module.
+    """A context manager for processes that run one program of this module.
 
-    `events` are in order of time; `seen` counts the other words, by process and word.
+    `events` are ordered by time. `seen` counts all other words that were printed, by process and
+    word.
     """
 
     def __init__(self, program: str, module: str = "tidegate.verify.processes") -> None:
@@ -58,7 +59,7 @@ class ProcessFamily:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # To the end: the keys that are removed next are theirs.
+        # Run to the end: the keys that are removed next belong to these processes.
         await finish(self._end_all())
 
     @property
@@ -66,7 +67,7 @@ class ProcessFamily:
         return list(self._processes)
 
     async def start(self, name: str, orders: Mapping[str, Any], env: Mapping[str, str]) -> None:
-        """Start in a session of its own, out of reach of Ctrl-C."""
+        """Start a process in a session of its own, so that Ctrl-C does not reach it."""
         process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
@@ -84,23 +85,23 @@ class ProcessFamily:
         self._processes[name].send_signal(how)
 
     async def kill(self, name: str) -> int:
-        """kill -9; the moment at which its connections were closed, in monotonic ns."""
+        """Send SIGKILL; return when its connections were closed, in monotonic ns."""
         process = self._processes[name]
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
         at_ns = time.monotonic_ns()
         await asyncio.shield(self._reading[name])
-        # Only now: where this was cancelled before, the end of the block does it again.
+        # Removed last: if this is cancelled earlier, leaving the context kills the process again.
         del self._processes[name], self._reading[name]
         self._gone(name, at_ns)
         return at_ns
 
     async def end(self, name: str) -> int | None:
-        """SIGTERM; its exit status, None where it had to be killed."""
+        """Send SIGTERM; return the exit status, or None if the process had to be killed."""
         process = self._processes[name]
         for how in (signal.SIGCONT, signal.SIGTERM):
-            with suppress(ProcessLookupError):  # it has ended by itself
+            with suppress(ProcessLookupError):  # the process has already ended
                 process.send_signal(how)
         try:
             async with asyncio.timeout(_END_S):
@@ -114,19 +115,19 @@ class ProcessFamily:
         await asyncio.gather(*(self.end(name) for name in self.names))
 
     def ended(self) -> list[str]:
-        """Names of processes that ended by themselves."""
+        """Return the names of processes that ended by themselves."""
         return [name for name, one in self._processes.items() if one.returncode is not None]
 
     def events(self) -> list[Event]:
-        """All events up to now."""
+        """Return all events so far."""
         return sorted(self._events, key=lambda event: event.at_ns)
 
     def has_told(self, name: str) -> bool:
-        """Whether a process has begun its work."""
+        """Return whether a process has begun its work."""
         return any(event.worker == name for event in self._events)
 
     def told(self, what: str, name: str = "") -> int:
-        """How often a word was printed, by one process or by all."""
+        """Return how often a word was printed, by one process or by all."""
         return sum(n for (who, word), n in self.seen.items() if word == what and name in ("", who))
 
     async def _hear(self, name: str, process: asyncio.subprocess.Process) -> None:
@@ -152,7 +153,7 @@ class ProcessFamily:
                 self._open.pop((name, event.call), None)
 
     def _gone(self, name: str, at_ns: int) -> None:
-        """End its open calls, and let its waiters leave."""
+        """End the process's open calls, and remove its waiters."""
         for key, event in [one for one in self._open.items() if one[0][0] == name]:
             what: What = "end" if event.what == "begin" else "leave"
             self._events.append(event._replace(at_ns=at_ns, what=what))
@@ -164,7 +165,7 @@ _AT_ONCE = 65_536
 
 
 def read_orders() -> dict[str, Any]:
-    """The first line of stdin, and nothing after it."""
+    """Read the first line of stdin and nothing after it."""
     line = b""
     while not line.endswith(b"\n"):
         byte = os.read(_STDIN, 1)
@@ -176,7 +177,7 @@ def read_orders() -> dict[str, Any]:
 
 
 def on_end(stop: Callable[[], object]) -> None:
-    """Call `stop` on SIGTERM, and when stdin ends."""
+    """Call `stop` on SIGTERM and at the end of stdin."""
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop)
 
@@ -188,14 +189,17 @@ def on_end(stop: Callable[[], object]) -> None:
     loop.add_reader(_STDIN, look)
 
 
-# A refusal is quick: the permit is held for about as long as a call takes, so that the load stays
-# as announced.
+# A rejection is quick, so the permit is held about as long as a call takes: this keeps the load as
+# announced.
 _REFUSED_S = 0.12
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeOrders:
-    """`policy` is as in a file; `tasks` of each tenant. mark: in every prompt."""
+    """Orders of a probe.
+
+    policy: as in a file. tasks: per tenant. mark: text that every prompt contains.
+    """
 
     url: str
     pool: str
@@ -218,7 +222,7 @@ class Probe:
         self._numbers = count(1)
 
     async def want(self, tenant: str) -> None:
-        """One call after the other, without end."""
+        """Make one call after another without end."""
         while True:
             number = next(self._numbers)
             tell("ask", number, tenant)
@@ -270,7 +274,7 @@ async def run_probe(orders: ProbeOrders) -> None:
 
 
 async def run_worker(pool: str, name: str, policy: dict[str, object]) -> None:
-    """A worker of `pool`, with the settings of its environment."""
+    """Run a worker of `pool` with the settings of its environment."""
     from tidegate.app import run_worker_of
 
     stop = asyncio.Event()
@@ -281,7 +285,7 @@ async def run_worker(pool: str, name: str, policy: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    atexit.register(gc.freeze)  # to look for garbage at the end takes half as long as the start
+    atexit.register(gc.freeze)  # garbage collection at exit takes half as long as the start
     if sys.argv[1] == "probe":
         asyncio.run(run_probe(ProbeOrders(**read_orders())))
     else:

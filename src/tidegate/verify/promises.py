@@ -1,11 +1,12 @@
 """Promises under verification: of the limiter under load and faults, and of the job path.
 
-Of the limiter: load, fairness, kill, pause, data loss, live change, latency. Of jobs: submitted,
-processed, recorded once, whatever dies; a call is repeated only where its worker was killed before
-the result was recorded.
+Of the limiter: load, fairness, kill, pause, data loss, live change, latency. Of jobs: each is
+submitted, processed and recorded once, whichever process dies; a call is repeated only if its
+worker was killed before the result was recorded.
 
-Invariants: excess is counted by the emulator, never by us; the bars for latency are round trips
-of this network; all rows belong to a tenant and a pool of this run, and are removed at its end.
+Invariants: the emulator counts excess calls, not this program; bars for latencies are multiples of
+this network's round trip; all rows belong to a tenant and a pool of this run and are removed at its
+end.
 """
 
 from __future__ import annotations
@@ -51,15 +52,17 @@ from tidegate.verify.plan import (
 )
 from tidegate.verify.processes import ProbeOrders, ProcessFamily
 
-# Added to a round trip by a busy machine; and how long a freed permit is kept for the next call of
-# its own process.
+# Time that a busy machine adds to a round trip; and how long a process keeps a released permit for
+# its own next call.
 _OURS_MS, _KEPT_MS = 10.0, SPARE_MS
 _NO_LONGER_SPARE_S = 1.2 * SPARE_MS / 1000
 
 
 async def measure(here: Limiter, there: Limiter, rounds: int, report: Report) -> None:
-    """`here` and `there` are two sessions of one pool. Round trips are timed between what they are
-    the bar of, so that work of others on the machine slows down both."""
+    """Measure the latencies between two sessions of one pool, `here` and `there`.
+
+    Round trips are timed in between, since they set the bars: other load slows down both.
+    """
     trips, granted, handed_over = [], [], []
     for number in range(rounds):
         trips.append(await _timed(here.ping(2_000)))
@@ -83,7 +86,10 @@ async def measure(here: Limiter, there: Limiter, rounds: int, report: Report) ->
 
 
 async def _admission(here: Limiter, number: int) -> float:
-    """Latency in ms of a permit that no process has just released, so that Valkey must grant it."""
+    """Return the latency in ms of a permit that Valkey must grant.
+
+    The wait afterwards makes sure that no process keeps the released permit.
+    """
     began = time.perf_counter()
     async with here.acquire(LIMIT, tenant=list(WEIGHTS)[number % len(WEIGHTS)]):
         took_ms = (time.perf_counter() - began) * 1000
@@ -92,14 +98,16 @@ async def _admission(here: Limiter, number: int) -> float:
 
 
 async def _timed(work: Awaitable[object]) -> float:
-    """How long it took, in ms."""
+    """Return how long the work took, in ms."""
     began = time.perf_counter()
     await work
     return (time.perf_counter() - began) * 1000
 
 
 async def _handed_over(here: Limiter, there: Limiter) -> float:
-    """From the release of a permit here to its grant to a waiter there, in ms."""
+    """Return the time in ms from a permit's release in `here` to its grant to a waiter in
+    `there`.
+    """
     waits = asyncio.Event()
     freed = 0.0
 
@@ -112,7 +120,7 @@ async def _handed_over(here: Limiter, there: Limiter) -> float:
         waiter = asyncio.create_task(wait())
         await waits.wait()
         await until(lambda: there.local_state().waiting[BATON] > 0, 1.0)
-        # The ticket is in the queue once its process has heard so.
+        # By then the ticket is in the queue, and its process knows it.
         await asyncio.sleep(_NO_LONGER_SPARE_S)
         freed = time.perf_counter()
     return (await waiter - freed) * 1000
@@ -120,14 +128,17 @@ async def _handed_over(here: Limiter, there: Limiter) -> float:
 
 MARK = "tidegate-verify"
 _START_S = 30.0
-# For how long, and in which part, permits must be in use again.
+# Permits count as used again if this share is in use for this long.
 _AGAIN_NS, _AGAIN_SHARE = NS // 2, 0.8
 _SLACK_S = 1.0
 _USED = 0.9
 
 
 class LimiterVerification:
-    """One run. `url` of Valkey; `restart_command` restarts it without its data."""
+    """One run of the limiter's promises.
+
+    `url`: of Valkey. `restart_command`: restarts it without its data.
+    """
 
     def __init__(self, pool: VerifiedPool, url: str, restart_command: str | None = None) -> None:
         self._url = url
@@ -138,13 +149,13 @@ class LimiterVerification:
         self._report = pool.report
         self._say = pool.say
         self._restart_command = restart_command
-        # Set when the latencies, which load would spoil, have been measured.
+        # Set once the latencies have been measured, which load would distort.
         self.measured = asyncio.Event()
         self._sids: set[str] = set()
         self._frozen: list[Interruption] = []
 
     async def run(self) -> None:
-        """All of it; raises LimiterUnavailable where Valkey does not answer."""
+        """Run all steps. Raises LimiterUnavailable if Valkey does not answer."""
         self._limiter = self._member("verify")
         try:
             async with self._limiter:
@@ -160,7 +171,7 @@ class LimiterVerification:
                         await self._under_load()
                         await self._drain()
                 finally:
-                    with suppress(LimiterUnavailable):  # then `_forget` reports the rest
+                    with suppress(LimiterUnavailable):  # `_forget` then reports what is left
                         await finish(self._note())
         finally:
             self.measured.set()
@@ -214,7 +225,7 @@ class LimiterVerification:
         await self._launch(f"{name}b")
 
     async def _pause(self, name: str) -> None:
-        """SIGSTOP for two leases, then SIGCONT."""
+        """Send SIGSTOP, wait for two leases, then send SIGCONT."""
         self._say(f"{name} stands still")
         since_ns, span_s = time.monotonic_ns(), 2 * self._plan.lease_ms / 1000
         self._family.signal(name, signal.SIGSTOP)
@@ -258,7 +269,7 @@ class LimiterVerification:
             self._report.kept("a raised limit is used", "<= 5 s", "not used", False)
 
     async def _lose(self) -> None:
-        """Remove all keys of this pool, as an empty restart would; none of others'."""
+        """Remove all keys of this pool, as an empty restart would; keep those of other pools."""
         self._say("Valkey loses the pool")
         await self._note()
         await self._judge_loss("after a loss of the pool's keys permits are granted again",
@@ -290,7 +301,7 @@ class LimiterVerification:
             self._report.kept("and all of them are used again", "<= 5 s", "not all", False)
 
     async def _restart(self) -> None:
-        """Restart by the operator's own command, and wait until Valkey answers."""
+        """Run the operator's restart command and wait until Valkey answers."""
         assert self._restart_command is not None
         process = await asyncio.create_subprocess_shell(self._restart_command)
         status = await process.wait()
@@ -356,7 +367,7 @@ class LimiterVerification:
             mark=MARK,
         )
         await self._family.start(name, asdict(orders), {})
-        # A signal before its handler is installed would not end it in order.
+        # A signal that arrives before its handler is installed would not end the probe in order.
         if not await until(lambda: self._family.has_told(name), _START_S):
             self._report.left.append(f"{name} has not come up in {_START_S:.0f} s")
 
@@ -370,7 +381,7 @@ class LimiterVerification:
         return snapshot.sessions == 1 and not (view.used or view.waiting)
 
     def _busiest(self) -> str:
-        """The process that began most calls lately."""
+        """Return the process with the most recent begins of calls."""
         begun = Counter(e.worker for e in self._family.events()[-200:] if e.what == "begin")
         return max(self._family.names, key=lambda name: begun[name])
 
@@ -381,7 +392,7 @@ class LimiterVerification:
         )
 
     async def _used_again(self, since_ns: int, within_s: float) -> float | None:
-        """Seconds from then until all permits were in use, and stayed so."""
+        """Return the seconds from `since_ns` until all permits were in use again and stayed so."""
         found: int | None = None
 
         def again() -> bool:
@@ -422,9 +433,12 @@ class LimiterVerification:
 
 @dataclass(frozen=True, slots=True)
 class Repeats:
-    """Calls beyond the first of each job. of_killed: after an attempt of the killed worker that
-    came to no result. others: after one of another worker, such as one that stood still for longer
-    than its lease. unexplained: of `others`, those after no such attempt at all."""
+    """Calls beyond the first of each job.
+
+    of_killed: after an attempt of the killed worker that had no result. others: after an attempt of
+    another worker, such as one that was suspended for longer than its lease. unexplained: those of
+    `others` without any such attempt before.
+    """
 
     of_killed: int
     others: int
@@ -432,8 +446,11 @@ class Repeats:
 
 
 def repeats(calls: Sequence[int], cut_short: Sequence[Mapping[str, int]], killed: str) -> Repeats:
-    """`calls`: how often each job called the provider; `cut_short`: how many attempts at it came to
-    no result, by worker."""
+    """Return the repeated calls.
+
+    `calls`: how often each job called the provider. `cut_short`: attempts without a result, by
+    worker.
+    """
     of_killed = others = unexplained = 0
     for made, by_worker in zip(calls, cut_short, strict=True):
         repeated = max(0, made - 1)
@@ -447,9 +464,12 @@ def repeats(calls: Sequence[int], cut_short: Sequence[Mapping[str, int]], killed
 def in_a_call(
     workers: Sequence[str], held: Iterable[tuple[str, int]], finished: int, in_flight: int
 ) -> list[str]:
-    """The workers that call, by the permits on record and what the emulator sees. First calls take
-    long to begin: a worker is to be in the middle of its work. On a busy machine not all permits
-    are in use at most times, and one worker may have all jobs."""
+    """Return the workers that hold a permit while calls are in flight at the emulator.
+
+    Empty until some calls have finished, since the first calls start slowly and a worker is to be
+    killed in the middle of its work. On a busy machine some permits are usually unused, and one
+    worker may have all jobs.
+    """
     if finished < 2 * AT_ONCE or not in_flight:
         return []
     having = {instance for instance, _ in held}
@@ -464,7 +484,10 @@ _OPEN = (Status.QUEUED, Status.RUNNING)
 
 
 class JobVerification:
-    """One run. `ground` has this deployment's settings; the pool's name is the tenant's too."""
+    """One run of the job path's promises.
+
+    `ground` has this deployment's settings; the pool's name is also the tenant's.
+    """
 
     def __init__(self, pool: VerifiedPool, ground: Ground) -> None:
         self._ground = ground
@@ -479,7 +502,7 @@ class JobVerification:
         self._killed = ""
 
     async def run(self) -> None:
-        """Raises StoreUnavailable where PostgreSQL does not answer."""
+        """Run all steps. Raises StoreUnavailable if PostgreSQL does not answer."""
         url = self._ground.config.database_url
         assert url is not None
         connections = Connections(url.get_secret_value())
@@ -517,7 +540,7 @@ class JobVerification:
             await store.aclose()
 
     def _config(self, folder: Path) -> Config:
-        """This deployment's, pointed at the emulator, with nothing of its disk."""
+        """Return this deployment's settings, pointed at the emulator and at a temporary folder."""
         from pydantic import SecretStr
 
         no_policy = folder / "tidegate.toml"
@@ -526,7 +549,7 @@ class JobVerification:
             update={
                 "gemini_base_url": self._upstream.url,
                 "gemini_api_key": SecretStr("of-the-emulator"),
-                # No other upstream of the deployment is asked, whatever serves its TEXT_MODEL.
+                # No other upstream of the deployment is called, even if it serves TEXT_MODEL.
                 "text_model": GEMINI[0],
                 "data_dir": folder,
                 "blob_url": None,
@@ -567,7 +590,7 @@ class JobVerification:
         self._report.median("a submit returns when it is committed", took_ms, _SUBMIT_MS)
 
     async def _kill(self, store: Store, family: ProcessFamily) -> int | None:
-        """kill -9 of a worker while it calls; the wall clock's ns then, None if none ever did."""
+        """Kill a worker during a call; return the wall clock in ns, or None if no worker called."""
         calling: list[str] = []
 
         async def one_calls() -> bool:
@@ -588,7 +611,7 @@ class JobVerification:
         return in_a_call(workers, held, seen[KIND].finished, seen.in_flight)
 
     async def _all_end(self, store: Store) -> None:
-        """Wait until all jobs have ended, or time is over: then the report shows it."""
+        """Wait until all jobs have ended or time is up; the report shows which."""
 
         async def ended() -> bool:
             states = await self._states(store)
@@ -632,7 +655,9 @@ class JobVerification:
     def _judge_repeats(
         self, calls: Mapping[str, int], cut_short: Mapping[UUID, Mapping[str, int]]
     ) -> None:
-        """The emulator counts the calls; the record says whose attempts came to no result."""
+        """Judge repeated calls: the emulator counts calls, the record names attempts without
+        result.
+        """
         asked = [calls.get(self._prompt(number), 0) for number in range(len(self._ids))]
         seen = repeats(asked, [cut_short.get(one, {}) for one in self._ids], self._killed)
         self._report.kept(
@@ -649,7 +674,7 @@ class JobVerification:
         return f"{self._pool} job {number}."
 
     async def _recorded(self) -> Mapping[UUID, int]:
-        """Audit rows by request; they are written behind the results."""
+        """Return the number of audit rows by request; they are written after the results."""
         found: Mapping[UUID, int] = {}
 
         async def all_there() -> bool:
@@ -668,13 +693,13 @@ class JobVerification:
         await clean_pool(self._forget_keys, self._pool, self._report)
 
     async def _forget_keys(self) -> None:
-        """Raises LimiterUnavailable."""
+        """Remove the pool's keys. Raises LimiterUnavailable."""
         redis = self._ground.config.redis_url
         assert redis is not None
         url = redis.get_secret_value()
         opened = Limiter.from_url(url, pool=self._pool, policy=self._policy, on_conflict="keep")
         async with opened as looking:
-            # Otherwise its own joining, still under way, would come after the removal.
+            # A join still in progress would otherwise create keys after the removal.
             try:
                 async with asyncio.timeout(_JOIN_S):
                     await looking.joined()

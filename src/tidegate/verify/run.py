@@ -1,9 +1,9 @@
 """Verification of the promises on this installation: its Valkey, PostgreSQL and network.
 
-Runs in pools and for a tenant of its own; the provider is the emulator on loopback.
+It uses pools and a tenant of its own; the provider is the emulator on loopback.
 
-Invariant: when it returns or is interrupted, its processes have ended and its keys and rows are
-gone; what could not be removed is named in the report.
+Invariant: when `verify` returns or is interrupted, its processes have ended and its keys and rows
+are gone; the report names what could not be removed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Wishes:
     """Options of the operator.
 
     provider_limit: concurrent calls that the emulated provider allows, by default the pool's limit.
-    restart_command: restarts Valkey without its data.
+    restart_command: a command that restarts Valkey without its data.
     """
 
     quick: bool = False
@@ -53,10 +53,10 @@ class Wishes:
 
 
 def verify(config: Config, wishes: Wishes, say: Say) -> Report:
-    """Check the promises against the servers that `config` names, or the bundled ones. A promise
-    that is broken, perhaps by a busy machine, is tested once more.
+    """Check the promises against the servers in `config`, or against bundled ones.
 
-    `say` is called with each step. Raises TidegateError where Valkey or PostgreSQL is unavailable.
+    A promise that a busy machine may have broken is tested again. `say` is called with each step.
+    Raises TidegateError if Valkey or PostgreSQL is unavailable.
     """
     plan = plan_of(config, quick=wishes.quick)
     with prepared(config, only={"postgres", "valkey"}) as ground:
@@ -122,7 +122,7 @@ async def _both(limiting: LimiterVerification, working: JobVerification) -> None
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            if not task.cancelling():  # a second time it would not clean up
+            if not task.cancelling():  # a second cancellation would interrupt its clean-up
                 task.cancel()
         for ended in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(ended, Exception) and not isinstance(ended, TidegateError):
@@ -140,14 +140,14 @@ _COLUMNS = ("promise", "bar", "measured", "")
 
 
 def table_of(report: Report) -> Table:
-    """Table of the results, broken ones first."""
+    """Return the table of results, broken promises first."""
     order = [Verdict.BROKEN, Verdict.KEPT, Verdict.MEASURED, Verdict.SKIPPED]
     results = sorted(report.results, key=lambda one: order.index(one.verdict))
     return Table("", _COLUMNS, [_row(one) for one in results], right_from=len(_COLUMNS))
 
 
 def sentence_of(report: Report) -> str:
-    """Summary in one sentence."""
+    """Return a summary in one sentence."""
     counts = dict.fromkeys(Verdict, 0)
     for one in report.results:
         counts[one.verdict] += 1
@@ -164,7 +164,7 @@ def sentence_of(report: Report) -> str:
 
 
 def markdown_of(report: Report) -> str:
-    """A section for a runbook."""
+    """Return a section for a runbook."""
     lines = ["# Tidegate: promises verified", "", sentence_of(report), ""]
     lines += [f"- {name}: {text}" for name, text in report.about.items()]
     lines += ["", f"| {' | '.join(_COLUMNS)} |", "|---|---|---|---|"]
