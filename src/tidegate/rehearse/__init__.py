@@ -1,7 +1,7 @@
 """Rehearsal: a load under a policy, simulated in virtual time.
 
-The command and the route of operators read the record, vary the policy and compare by the same
-functions. A gateway rehearses in a child process, because a simulation takes seconds of a core.
+The command and the operators' route use the same functions to read the record, vary the policy and
+compare. A gateway rehearses in a child process, because a simulation takes seconds of CPU time.
 
 Invariants: one rehearsal runs at a time in a gateway's process; its child does not outlive it.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 AS_IT_IS = "as it is"
 _PREEMPT = "preempt"
-# Of a gateway's process; the command takes as many as the record gives.
+# The bound for a gateway's process; the command takes as many calls as the record has.
 MOST_RECORDED_CALLS = 50_000
 _RETRY_AFTER_MS = 2_000
 _PROGRAM = "from tidegate.rehearse import answer; answer()"
@@ -42,7 +42,7 @@ _PROGRAM = "from tidegate.rehearse import answer; answer()"
 
 @dataclass(frozen=True, slots=True)
 class ChartCurve:
-    """Values at the moments of a drawing."""
+    """A named curve: its values at the moments of a drawing."""
 
     name: str
     values: Sequence[float]
@@ -50,8 +50,7 @@ class ChartCurve:
 
 @dataclass(frozen=True, slots=True)
 class TierCase:
-    """The jobs made in a processing tier, those of them that were answered after they were due, and
-    what they cost."""
+    """The jobs that ran in a processing tier, how many were answered late, and their cost."""
 
     tier: str
     jobs: int
@@ -61,10 +60,12 @@ class TierCase:
 
 @dataclass(frozen=True, slots=True)
 class RehearsedCase:
-    """One policy for a page: its figures, and its curves at `at_ms` from the first arrival.
-    `waiting` has calls by tenant, `used` parts of limits, as a Drawing. `refused`: reason -> how
-    many. `gave_way`: how often calls gave way to calls of a higher band. `tiers`: of the jobs that
-    were allowed some."""
+    """The results of one policy, for a page.
+
+    at_ms: moments of the curves, from the first arrival. waiting: calls by tenant. used: fractions
+    of limits, as in a Drawing. refused: reason -> count. gave_way: how often calls gave way to
+    calls of a higher band. tiers: of the jobs that allowed tiers.
+    """
 
     name: str
     queued: int
@@ -91,7 +92,7 @@ class TenantCase:
 
 @dataclass(frozen=True, slots=True)
 class ComparedTenant:
-    """One tenant, or all, whose name is empty: the waits on record, then those of each policy."""
+    """One tenant, or all (with an empty name): recorded waits, then the waits under each policy."""
 
     tenant: str
     calls: int
@@ -102,11 +103,11 @@ class ComparedTenant:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Calls on record under a policy as it is and with changes, for a page.
+    """Recorded calls under a policy as it is and with changes, for a page.
 
     sentence: what the change would have done. since: when the first call was submitted. end_ms:
-    when the last one had ended in any case. tenants: all together, then those that wait longest;
-    more_tenants: the others. `cases` is empty where no call is on record.
+    when the last call of any case had ended. tenants: all together, then those that wait longest.
+    more_tenants: how many others there are. cases: empty if no call is on record.
     """
 
     calls: int
@@ -120,7 +121,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class RecordedLoad:
-    """Calls on record as arrivals, when the first was submitted, and how long each waited then."""
+    """Recorded calls as arrivals, the time of the first, and each call's recorded wait."""
 
     arrivals: list[Arrival]
     since: datetime
@@ -135,10 +136,10 @@ async def recorded_load(
     terms: TierTerms,
     most: int | None = None,
 ) -> RecordedLoad | None:
-    """The calls of a pool that were submitted in a span; None where there is none. Jobs that were
-    made in a cheaper tier are as `terms` has them in the usual one.
+    """Return the calls of a pool that were submitted in a span; None if there are none.
 
-    Raises StoreUnavailable, and ConfigError naming `record` where there are more than `most`.
+    Jobs that ran in a cheaper tier are converted to the usual tier by `terms`. Raises
+    StoreUnavailable, and ConfigError, which names `record`, if there are more than `most`.
     """
     from tidegate.rehearse.load import from_zero
     from tidegate.store.statistics import MOST_CALLS, past_calls
@@ -159,8 +160,10 @@ async def recorded_load(
 
 
 def _row_of(call: PastCall, since: datetime, terms: TierTerms) -> dict[str, Any]:
-    """A call on record as one of a trace, which are of the usual tier. How long one would have been
-    open that was in a provider's batch follows from its tokens."""
+    """Return a recorded call as a row of a trace, whose calls are all of the usual tier.
+
+    The duration of a call that was in a provider's batch is derived from its tokens.
+    """
     from tidegate.call import Tier
     from tidegate.rehearse.load import MOST_MS
 
@@ -195,7 +198,7 @@ def _row_of(call: PastCall, since: datetime, terms: TierTerms) -> dict[str, Any]
 
 
 def terms_at(upstream: Upstream | None, times: TierTimes) -> TierTerms:
-    """What processing tiers are like at an upstream: by its prices."""
+    """Return the terms of an upstream's processing tiers, by its prices."""
     from tidegate.admission.charges import Prices
     from tidegate.rehearse.budgets import TierTerms
 
@@ -203,7 +206,7 @@ def terms_at(upstream: Upstream | None, times: TierTimes) -> TierTerms:
 
 
 def cost_at(upstream: Upstream | None) -> Callable[[Arrival, str], int | None]:
-    """What calls cost at an upstream: as the trace has it, or by its prices."""
+    """Return a function for the cost of calls at an upstream: as in the trace, or by its prices."""
     from tidegate.admission.charges import Prices
     from tidegate.call import Usage, UsageDetails
     from tidegate.prices.rates import cost_micros
@@ -224,7 +227,7 @@ def cost_at(upstream: Upstream | None) -> Callable[[Arrival, str], int | None]:
 
 
 def name_of(changes: Mapping[str, Any]) -> str:
-    """Changes as `limits set` writes them: `kind:text_only=8; weights.acme=4`."""
+    """Return changes as `limits set` writes them: `kind:text_only=8; weights.acme=4`."""
     return "; ".join(f"{key}={_shown(value)}" for key, value in changes.items())
 
 
@@ -235,7 +238,7 @@ def _shown(value: object) -> str:
 
 
 class Variants(NamedTuple):
-    """What is compared, by the names of the changes."""
+    """The variants to compare, each by the name of its changes."""
 
     policies: dict[str, PoolPolicy]
     budgets: dict[str, tuple[Budget, ...]]
@@ -244,7 +247,9 @@ class Variants(NamedTuple):
     def compare(
         self, arrivals: Sequence[Arrival], setting: Setting, *, plays: int = 1, seed: int = 1
     ) -> list[Findings]:
-        """What each does to a trace; arguments as of `simulation.rehearse`."""
+        """Return the findings of each variant for a trace; arguments as of
+        `simulation.rehearse`.
+        """
         from tidegate.rehearse.simulation import compare
 
         return compare(
@@ -264,8 +269,10 @@ def variants(
     preempt: Preempt | None,
     changes: Mapping[str, Mapping[str, Any]],
 ) -> Variants:
-    """The policy, the budgets and when calls give way as they are, then with each set of changes.
-    Raises ConfigError, naming the key."""
+    """Return the policy, budgets and preemption rule as they are, then with each set of changes.
+
+    Raises ConfigError, which names the key.
+    """
     from tidegate.policy.format import edit, of_plain, to_plain
     from tidegate.rehearse.budgets import PREFIX, changed
 
@@ -279,7 +286,10 @@ def variants(
 
 
 def _preempt_changed(rule: Preempt | None, changes: Mapping[str, Any]) -> Preempt | None:
-    """By `preempt`, true, false or a table, or by its parts, such as `preempt.after_ms`."""
+    """Return the rule changed by `preempt` (true, false or a table) or by its parts.
+
+    A part is a key such as `preempt.after_ms`.
+    """
     from tidegate.policy.deployment import Preempt, preempt_of
 
     value = changes.get(_PREEMPT, rule is not None)
@@ -297,11 +307,11 @@ def _preempt_changed(rule: Preempt | None, changes: Mapping[str, Any]) -> Preemp
 
 @dataclass(frozen=True, slots=True)
 class RecordRehearsal:
-    """What a process of its own rehearses: the calls of `record`, a span or a day as
-    `--from-record` takes it, under a pool's `policy` as it is and with `changes`.
+    """A rehearsal for a child process: recorded calls under a policy as it is and with `changes`.
 
-    models: of calls whose model is not on record, by kind. upstream: for its prices and when calls
-    give way there, without key. tier_times: what the gateway reckons with for tiers.
+    record: a span or a day as `--from-record` takes it. models: by kind, for calls whose model is
+    not on record. upstream: without its key, for its prices and its preemption rule. tier_times:
+    the durations of tiers that the gateway assumes.
     """
 
     database_url: str
@@ -316,7 +326,7 @@ class RecordRehearsal:
     most: int = MOST_RECORDED_CALLS
 
     async def run(self, now: datetime) -> Comparison:
-        """Raises ConfigError, naming the field, and StoreUnavailable."""
+        """Run the rehearsal. Raises ConfigError, which names the field, and StoreUnavailable."""
         from tidegate.policy.format import of_plain
         from tidegate.rehearse.budgets import priced
         from tidegate.rehearse.charts import comparison_of
@@ -364,7 +374,7 @@ def _of_limits(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Rehearsals:
-    """Rehearsals of one process of a gateway: one runs, one more waits for it."""
+    """The rehearsals of a gateway's process: one runs and one more may wait."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
@@ -372,13 +382,13 @@ class Rehearsals:
 
     @property
     def waiting(self) -> int:
-        """How many wait for the one that runs."""
+        """How many rehearsals wait for the running one."""
         return max(0, self._there - 1)
 
     async def run(self, wanted: RecordRehearsal) -> bytes:
-        """A Comparison as JSON. Cancelled, it ends the process that simulates.
+        """Return a Comparison as JSON. A cancellation ends the child process.
 
-        Raises QuotaExceeded where one waits already, ConfigError and StoreUnavailable.
+        Raises QuotaExceeded if another rehearsal already waits, ConfigError and StoreUnavailable.
         """
         if self._there > 1:
             raise QuotaExceeded(
@@ -396,7 +406,7 @@ class Rehearsals:
 
 
 async def _answered(wanted: RecordRehearsal) -> bytes:
-    # -P: the working directory is not searched for modules.
+    # -P: do not search the working directory for modules.
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         "-P",
@@ -422,14 +432,16 @@ async def _answered(wanted: RecordRehearsal) -> bytes:
 
 
 def answer() -> None:
-    """Entry point of the child: a RecordRehearsal from its parent to a line that says how it ended,
-    and what it found. Its parent ends it, not the terminal."""
+    """Run the child: read a RecordRehearsal from stdin, write the outcome and the result.
+
+    The first line of the output names the outcome. The parent ends the process, not the terminal.
+    """
     import os
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "nice"):
-        os.nice(10)  # after the calls of the gateway
+        os.nice(10)  # so that the gateway's calls come first
     wanted: RecordRehearsal = pickle.loads(sys.stdin.buffer.read())
     try:
         said = b"found\n" + orjson.dumps(asyncio.run(wanted.run(datetime.now(UTC))))

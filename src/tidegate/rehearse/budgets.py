@@ -1,9 +1,9 @@
 """Budgets and processing tiers of a rehearsal: what budgets reject or pause, and when. Pure.
 
-A call reserves what it costs: what it could have cost at most is in no trace, so that a budget
-whose calls are bounded far above their costs refuses somewhat earlier in reality. Each budget
-begins with nothing spent. The tier of a job is chosen by the gateway's own code; how long flex and
-batches take is assumed.
+A call reserves its actual cost, since a trace does not contain the upper bound that the gateway
+reserves; a budget whose calls have high bounds therefore rejects somewhat earlier in reality. Each
+budget begins with nothing spent. The gateway's own code chooses the tier of a job; the durations of
+flex and batches are assumed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from tidegate.prices.budgets import (
 from tidegate.rehearse.load import Arrival
 
 Cost = Callable[[Arrival, str], int | None]
-"""What a call costs with a model, in micro-dollars; None where that is not known."""
+"""Returns the cost of a call with a model, in micro-dollars; None if unknown."""
 
 PREFIX = "budgets."
-_EPOCH = datetime(2025, 1, 1, tzinfo=UTC)  # of deadlines of jobs, which are apart from calendars
+_EPOCH = datetime(2025, 1, 1, tzinfo=UTC)  # base for deadlines of jobs, unrelated to calendars
 _TEXTS = ("period", "zone", "at_end", "fallback", "doubt", "model", *DIMENSIONS)
 _LISTS = ("each", "alerts")
 _FIELDS = ("usd", "tokens", *_TEXTS, *_LISTS, "window_s")
@@ -51,13 +51,15 @@ _CHOICES = {
 
 
 def cost_in_trace(arrival: Arrival, model: str) -> int | None:
-    """As the trace has it, and nothing of another model than the call's own."""
+    """Return the cost in the trace; None for any model but the call's own."""
     return arrival.use.cost_micros if model == arrival.model else None
 
 
 def budget_in(name: str, table: Mapping[str, Any], before: Budget | None = None) -> Budget:
-    """The budget that a table of TOML states; `period` may be a time such as `5h`. before: the one
-    of that name. Raises ConfigError with the path of the key."""
+    """Return the budget that a TOML table states; `period` may be a time such as `5h`.
+
+    `before`: the existing budget of that name. Raises ConfigError with the path of the key.
+    """
     values = dict(table)
     for key, value in values.items():
         path = f"{PREFIX}{name}.{key}"
@@ -92,8 +94,11 @@ def budget_in(name: str, table: Mapping[str, Any], before: Budget | None = None)
 
 
 def changed(budgets: Sequence[Budget], changes: Mapping[str, Any]) -> tuple[Budget, ...]:
-    """With changes such as `budgets.acme.usd`, or `budgets.acme` for a whole table, or for "none",
-    which takes away a budget, or an optional field of one. Raises ConfigError."""
+    """Return the budgets with changes.
+
+    A key is a field such as `budgets.acme.usd`, or `budgets.acme` for a whole table. The value
+    "none" removes a budget, or an optional field of one. Raises ConfigError.
+    """
     tables = {one.name: _table_of(one) for one in budgets}
     for key, value in changes.items():
         path = key.removeprefix(PREFIX)
@@ -115,8 +120,10 @@ def changed(budgets: Sequence[Budget], changes: Mapping[str, Any]) -> tuple[Budg
 
 
 def _change(table: dict[str, Any], part: str, value: Any, stated: Container[str]) -> None:
-    """Sets one field, "none" for without, and those that depend on it where no change states them,
-    as `budgets set` does."""
+    """Set one field, or remove it for "none".
+
+    Fields that depend on it are adjusted unless a change states them, as `budgets set` does.
+    """
     is_none = value == "none" and part in _OPTIONAL
     implied: dict[str, Any] = {}
     if part in ("usd", "tokens"):
@@ -147,9 +154,12 @@ def _table_of(budget: Budget) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class BudgetOutcome:
-    """What became of one budget. Amounts are micro-dollars or tokens; moments are ms from the
-    begin, None where it did not come to that. spent: over all its periods and books; fullest: the
-    most of one book. fell_back: calls that went to its cheaper model."""
+    """The outcome of one budget.
+
+    Amounts are micro-dollars or tokens. Times are ms from the start, None if the event did not
+    occur. spent: over all its periods and books. fullest: the most in one book. fell_back: calls
+    that used the cheaper model.
+    """
 
     budget: str
     words: str
@@ -165,7 +175,7 @@ class BudgetOutcome:
 
 
 class BudgetRefusal(NamedTuple):
-    """Of a call: by which budget, with the code of the error."""
+    """A refusal of a call: the budget and the code of the error."""
 
     budget: str
     code: str
@@ -173,7 +183,10 @@ class BudgetRefusal(NamedTuple):
 
 @dataclass(slots=True)
 class _RehearsedBook:
-    """Of one budget and scope, in one period. spans: what was spent by spans of a rolling one."""
+    """The book of one budget and scope in one period.
+
+    spans: amounts spent, by spans of a rolling period.
+    """
 
     scope: str
     spent: int = 0
@@ -181,7 +194,7 @@ class _RehearsedBook:
 
 
 class RehearsedBudgets:
-    """The budgets of one play. Moments are ms from its begin, which is `starts_at`."""
+    """The budgets of one play. Times are ms from its start, which is `starts_at`."""
 
     def __init__(self, budgets: Sequence[Budget], starts_at: datetime, cost: Cost) -> None:
         self._budgets = budgets
@@ -196,8 +209,10 @@ class RehearsedBudgets:
         }
 
     def decide(self, arrival: Arrival, at_ms: float, *, spends: bool) -> BudgetRefusal | str:
-        """With which model a call is made, or its refusal: at its arrival or, where it `spends`, at
-        its admission."""
+        """Return the model with which a call is made, or its refusal.
+
+        Called on arrival, and again with `spends` on admission.
+        """
         if not self._budgets:
             return arrival.model
         model, tried = arrival.model, set[str]()
@@ -227,7 +242,7 @@ class RehearsedBudgets:
         return model
 
     def as_made(self, arrival: Arrival, model: str) -> Arrival:
-        """The call with another model than it asks for, at the cost of that."""
+        """Return the call with another model, at that model's cost."""
         if model == arrival.model:
             return arrival
         return replace(arrival, model=model, cost_usd=(self._cost(arrival, model) or 0) / 10**6)
@@ -253,7 +268,7 @@ class RehearsedBudgets:
         return BudgetRefusal(budget.name, "budget_paused")
 
     def _has_room(self, budget: Budget, book: _RehearsedBook, need: int | None) -> bool:
-        # A pause outlasts the period: a person ends it, and nobody does in a rehearsal.
+        # A pause outlasts the period: only a person ends it, and a rehearsal has none.
         is_paused = (budget.name, book.scope) in self._paused
         return need is not None and not is_paused and book.spent + need <= budget.amount
 
@@ -294,13 +309,13 @@ class RehearsedBudgets:
         return f"{at:%Y-%m}" if budget.period == "month" else "rolling"
 
     def _span(self, window_s: int, at_ms: float) -> int:
-        """By sixtieths of the window, as the books count."""
+        """Return the span of a moment: a sixtieth of the window, as in the gateway's books."""
         at = self._starts_at.astimezone(UTC).timestamp() + at_ms / 1000
         return int(at // max(1, window_s // 60))
 
 
 def priced(arrivals: Sequence[Arrival], cost: Cost) -> list[Arrival]:
-    """With the costs that a trace does not have, where a price is known."""
+    """Return the calls with costs added where the trace has none and a price is known."""
     return [
         one
         if one.cost_usd or not (micros := cost(one, one.model))
@@ -315,10 +330,12 @@ def _no_share(_model: str, _tier: Tier) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class TierTerms:
-    """What processing tiers are like. share: the price of a model in a tier over its usual one,
-    None where it is not stated, so that the tier is not offered. flex_times: as long as usual a
-    call takes in flex; flex_refused: the part of calls that find no capacity there. batch_ms: after
-    which a provider's batch ends, as is known from the begin. times: what the gateway reckons with.
+    """Assumptions about processing tiers.
+
+    share: a model's price in a tier over its usual price; None if not stated, so that the tier is
+    not offered. flex_times: the duration of a call in flex over its usual one. flex_refused: the
+    fraction of calls for which flex has no capacity. batch_ms: the duration of a provider's batch,
+    known from the start. times: the durations that the gateway assumes.
     """
 
     share: Callable[[str, Tier], float | None] = _no_share
@@ -329,7 +346,7 @@ class TierTerms:
 
 
 class RehearsedTiers:
-    """The tiers of one play. Moments are ms of its clock."""
+    """The tiers of one play. Times are ms of its clock."""
 
     def __init__(self, terms: TierTerms, clock: Callable[[], float]) -> None:
         self.terms = terms
@@ -337,14 +354,14 @@ class RehearsedTiers:
         self._flex = FlexCalls(lambda: clock() / 1000)
         self._chance = Random("flex")
         self._seen: defaultdict[str, SeenCalls] = defaultdict(SeenCalls)
-        # By kind: how many jobs wait at our limits, and when those in batches are due.
+        # By kind: how many jobs wait under the configured limits, and when jobs in batches are due.
         self._waiting: Counter[str] = Counter()
         self._dues: defaultdict[str, list[float]] = defaultdict(list)
 
     def choose(
         self, arrival: Arrival, limits: Iterable[Limit | None], due_ms: float | None
     ) -> tuple[Tier, float | None]:
-        """The tier of a job now, and when it leaves that for a faster one."""
+        """Return the tier of a job now, and when it leaves that tier for a faster one."""
         offers = [
             offer
             for tier in map(Tier, arrival.tiers.split(","))
@@ -370,7 +387,7 @@ class RehearsedTiers:
         return TierOffer(tier, share, self.terms.batch_ms)
 
     def as_made(self, arrival: Arrival, tier: Tier | None) -> Arrival:
-        """A job as it is in a tier: at the price of that, and for as long as that takes."""
+        """Return a job as it runs in a tier: with the tier's price and duration."""
         if tier in (None, Tier.LIVE):
             return arrival
         assert tier is not None
@@ -381,31 +398,31 @@ class RehearsedTiers:
         return replace(arrival, cost_usd=cost_usd, duration_ms=takes_ms)
 
     def lacks_capacity(self, model: str) -> bool:
-        """Whether flex refuses a call of a model now."""
+        """Return whether flex refuses a call of a model now."""
         refused = self._chance.random() < self.terms.flex_refused
         if refused:
             self._flex.was_busy(("", model), None)
         return refused
 
     def put_off_ms(self, model: str) -> float:
-        """For how long a job waits for capacity of flex, and a little."""
+        """Return how long a job waits for flex to have capacity, with jitter."""
         return self._flex.busy_ms(("", model)) * self._chance.uniform(1, 1.5)
 
     def wait(self, kind: str, jobs: int) -> None:
-        """So many jobs more, or less, wait at our limits."""
+        """Change the number of jobs that wait under the configured limits by `jobs`."""
         self._waiting[kind] += jobs
 
     def put(self, kind: str, due_ms: float | None) -> None:
-        """A job is in a batch."""
+        """Note that a job has joined a batch."""
         insort(self._dues[kind], inf if due_ms is None else due_ms)
 
     def take_out(self, kind: str, due_ms: float | None) -> None:
-        """The batch of a job has ended."""
+        """Note that the batch of a job has ended."""
         dues = self._dues[kind]
         del dues[bisect_left(dues, inf if due_ms is None else due_ms)]
 
     def ended(self, arrival: Arrival, tier: Tier, took_ms: float) -> None:
-        """A job was answered under our limits."""
+        """Note that a job was answered under the configured limits."""
         seen = self._seen[arrival.kind]
         seen.sizes.add(Usage(arrival.input_tokens, arrival.output_tokens))
         if tier is Tier.FLEX:

@@ -1,4 +1,4 @@
-"""Charts of a rehearsal: curves, SVG, text and an HTML page that loads nothing. Pure."""
+"""Charts of a rehearsal: curves, SVG, text and an HTML page that loads no other files. Pure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tidegate.rehearse.report import (
 
 OTHERS = "all others"
 MOST_CURVES = 5
-# Of a page: moments of a curve, and tenants.
+# Maximum moments of a curve, and maximum tenants, on a page.
 _MOST_MOMENTS = 240
 _MOST_COMPARED = 50
 _STEPS = (1.0, 2.0, 5.0, 10.0)
@@ -45,7 +45,10 @@ _TIME_STEPS_MS = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One policy: its moments in ms, waiters by tenant, and the use of limits as parts of 1."""
+    """The curves of one policy.
+
+    moments: in ms. waiting: waiters by tenant. used: use of limits as fractions.
+    """
 
     name: str
     moments: Sequence[float]
@@ -62,7 +65,10 @@ class Drawing:
 
 
 def drawing_of(found: Findings) -> Drawing:
-    """The tenants that wait most, and the limits that matter most, apart; the rest together."""
+    """Return the curves of the tenants that wait most and of the limits that matter most.
+
+    The remaining tenants share one curve.
+    """
     samples = found.samples
     return Drawing(
         found.name, [sample.at_ms for sample in samples], _waiting(samples), _used(found, samples)
@@ -104,7 +110,7 @@ def _curve(name: str, samples: Sequence[Sample], value: Callable[[Sample], float
 def comparison_of(
     found: Sequence[Findings], recorded: Sequence[tuple[str, float]], since: datetime
 ) -> Comparison:
-    """`recorded`: the tenant and the wait in ms of each call on record."""
+    """Return the comparison; `recorded`: tenant and wait in ms of each recorded call."""
     if not found:
         return Comparison(0, since, 0.0, "No call is on record then.", [], [], 0)
     sentence = sentence_of(found[0]) if len(found) == 1 else difference_of(found[0], found[1])
@@ -148,7 +154,7 @@ def _compared(
 
 
 def _case(found: Findings) -> RehearsedCase:
-    """With the most of so many neighbouring moments, so that no peak is lost."""
+    """Return the case for a page, with the maximum of neighbouring moments so that peaks remain."""
     drawing = drawing_of(found)
     together = -(-len(drawing.moments) // _MOST_MOMENTS)
 
@@ -174,7 +180,7 @@ def _case(found: Findings) -> RehearsedCase:
 
 
 def round_up(value: float) -> float:
-    """The least of 1, 2 and 5 times a power of ten that is no less."""
+    """Return the least of 1, 2 and 5 times a power of ten that is not below `value`."""
     if value <= 1:
         return 1.0
     power = 10.0 ** int(log10(value))
@@ -182,7 +188,7 @@ def round_up(value: float) -> float:
 
 
 def time_ticks_ms(end_ms: float, most: int) -> list[float]:
-    """Moments from 0 on, evenly apart and easy to read, at most so many and one more."""
+    """Return evenly spaced round moments from 0 on, at most `most` and one more."""
     step_ms = next((one for one in _TIME_STEPS_MS if end_ms / one <= most), None)
     if step_ms is None:
         step_ms = ceil(end_ms / most / 604_800_000) * 604_800_000.0
@@ -190,7 +196,7 @@ def time_ticks_ms(end_ms: float, most: int) -> list[float]:
 
 
 def moment_in_words(at_ms: float) -> str:
-    """`0`, `500 ms`, `45 s`, `10 min`, `1 h 30`, `2 d`."""
+    """Return a moment as `0`, `500 ms`, `45 s`, `10 min`, `1 h 30` or `2 d`."""
     if at_ms < 1000:
         return f"{at_ms:.0f} ms" if at_ms else "0"
     if at_ms < 120_000:
@@ -206,7 +212,7 @@ def moment_in_words(at_ms: float) -> str:
 
 _WIDTH, _PANEL_HEIGHT = 960, 220
 _LEFT, _RIGHT, _TOP, _GAP, _LEGEND = 64, 24, 78, 72, 24
-# A line with more points than this is a thicket.
+# More points than this make a line unreadable.
 _MOST_POINTS = 120
 # Distinguishable with colour blindness (Okabe and Ito).
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9")
@@ -223,8 +229,11 @@ _STYLE = """
 
 
 def svg_of(title: str, drawings: Sequence[Drawing]) -> str:
-    """Waiters, and the use of limits: one above the other for one policy, for several side by side,
-    a row for each; all on the same scales."""
+    """Return an SVG of waiters and of the use of limits, all on the same scales.
+
+    For one policy the two panels are above each other; several policies have a row each, with the
+    panels side by side.
+    """
     end_ms = max((one.moments[-1] for one in drawings), default=0.0) or 1.0
     top = round_up(max((max(one.waiting_at_once) for one in drawings), default=0.0))
     alone = len(drawings) == 1
@@ -275,11 +284,11 @@ class _Frame:
         return self.left + at_ms / self.end_ms * self.width
 
     def y(self, value: float) -> float:
-        # A use above the limit would leave the panel.
+        # A use above the limit is cut off so that it stays within the panel.
         return self.bottom - min(1.08, value / self.most) * (_PANEL_HEIGHT - 8)
 
     def panel(self, name: str, form: str) -> Iterable[str]:
-        """Its name, grid and axes."""
+        """Yield the panel's name, grid and axes."""
         y = self.top - 26
         yield f'<text class="name" x="{self.left:.0f}" y="{y:.0f}">{escape(name)}</text>'
         for part in (0, 0.25, 0.5, 0.75, 1.0):
@@ -304,7 +313,7 @@ class _Frame:
             )
 
     def stacked(self, curves: Sequence[ChartCurve]) -> Iterable[str]:
-        """One area on the other."""
+        """Yield areas stacked on one another."""
         below = [0.0] * len(self.moments)
         for number, curve in enumerate(curves):
             above = [one + more for one, more in zip(below, curve.values, strict=True)]
@@ -319,7 +328,7 @@ class _Frame:
         yield from self._legend(curves)
 
     def lines(self, curves: Sequence[ChartCurve]) -> Iterable[str]:
-        """The one that matters most is drawn last, over the others; means of neighbours."""
+        """Yield lines of averaged values, the most important one last so that it is on top."""
         for number, curve in reversed(list(enumerate(curves))):
             points = " ".join(
                 f"{self.x(at):.1f},{self.y(v):.1f}" for at, v in _thinned(self._at(curve.values))
@@ -368,8 +377,11 @@ NARROWEST, WIDEST = 40, 110
 
 
 def chart_of(drawings: Sequence[Drawing], width: int) -> str:
-    """How many wait; for one policy below it the use of the limit that holds up most, for several
-    each with a chart of its own, all on one scale. `width` is in letters."""
+    """Return a text chart of waiters, `width` characters wide.
+
+    For one policy the use of the limit that blocks most is below it. Several policies have a chart
+    each, all on one scale.
+    """
     width = max(NARROWEST, min(width, WIDEST)) - _LABEL - 2
     end_ms = max((one.moments[-1] for one in drawings), default=0.0)
     top = round_up(max((max(one.waiting_at_once) for one in drawings), default=0.0))
@@ -398,7 +410,7 @@ def _area(
     width: int,
 ) -> list[str]:
     shown = _columns(drawing, values, end_ms, width)
-    # The least value above 0 is drawn.
+    # Any value above 0 is visible.
     levels = [max(int(value > 0), round(min(1.0, value / top) * _HEIGHT * 8)) for value in shown]
     lines = []
     for row in range(_HEIGHT - 1, -1, -1):
@@ -409,7 +421,7 @@ def _area(
 
 
 def _columns(drawing: Drawing, values: Sequence[float], end_ms: float, width: int) -> list[float]:
-    """The greatest value of each column; one without a moment of its own continues the last."""
+    """Return the maximum of each column; a column without a moment repeats the one before."""
     columns: list[float | None] = [None] * width
     for at_ms, value in zip(drawing.moments, values, strict=True):
         place = min(width - 1, int(at_ms / end_ms * width)) if end_ms else 0
@@ -449,7 +461,7 @@ th,td{border-color:#33373d}}
 
 
 def page_of(title: str, sentence: str, svg: str, tables: Sequence[Table]) -> str:
-    """HTML."""
+    """Return an HTML page."""
     parts = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         f"<title>{escape(title)}</title>",

@@ -17,17 +17,17 @@ A described load (TOML):
     every = "60s"
     duration_ms = 500
 
-A trace (CSV with a head, or JSON lines):
+A trace (CSV with a header line, or JSON lines):
 
     time_ms,tenant,kind,model,duration_ms,input_tokens,output_tokens,priority,deadline_ms
     0,acme,text_only,gemini-2.5-flash,830,1200,300,0,30000
 
-and `images`, `cached_tokens` and `cache_write_tokens` (of the input), `max_output_tokens`,
-`cost_usd`, whom limits and budgets bind: `key`, `subject`, `conversation`, `gives_way`: true or
-false, and `tiers` of a job: `flex,batch`.
+Further columns: `images`, `cached_tokens` and `cache_write_tokens` (parts of the input),
+`max_output_tokens`, `cost_usd`, `key`, `subject` and `conversation` (for limits and budgets),
+`gives_way` (true or false), and `tiers` of a job (`flex,batch`).
 
 An amount is a number, `{ median, p95 }`, `{ lognormal = [median, sigma] }`, `{ uniform = [a, b]
-}` or `{ percentiles = { 50 = 800, 90 = 2000 } }`, interpolated between its points.
+}` or `{ percentiles = { 50 = 800, 90 = 2000 } }`, which is interpolated between its points.
 
 Invariants: the same description and seed give the same trace; a trace is ordered by time from 0.
 """
@@ -64,12 +64,14 @@ _KNOWN = (
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One call. `duration_ms` is how long the provider takes; `deadline_ms` bounds its wait, None
-    for as long as needed; `images` are those that it makes. `cached_tokens` and
-    `cache_write_tokens` are parts of the input, `max_output_tokens` is the call's own bound.
-    `gives_way`: to a call of a higher band, where that is set, as jobs and lines of batches do.
-    `tiers`: those of a job beside the usual one, such as `flex,batch`; `deadline_ms` is when that
-    is due."""
+    """One call of a load.
+
+    duration_ms: how long the provider takes. deadline_ms: the longest wait, None for any; of a job
+    with `tiers`, when it is due. images: those that the call generates. cached_tokens,
+    cache_write_tokens: parts of the input. max_output_tokens: the call's own bound. gives_way: the
+    call gives way to a higher band if preemption is configured, as jobs and batch lines do. tiers:
+    a job's tiers besides the usual one, such as `flex,batch`.
+    """
 
     time_ms: float
     tenant: str = DEFAULT_TENANT
@@ -93,7 +95,7 @@ class Arrival:
 
     @property
     def use(self) -> CallUse:
-        """What it uses of limits."""
+        """What the call uses of limits."""
         cached = min(self.cached_tokens, self.input_tokens)
         written = min(self.cache_write_tokens, self.input_tokens - cached)
         tokens = Tokens(self.input_tokens, self.output_tokens, cached, written)
@@ -102,7 +104,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class TokenPace:
-    """Duration of a call of which only the tokens are known."""
+    """The pace that gives the duration of a call of which only the tokens are known."""
 
     first_ms: float = 400.0
     tokens_per_s: float = 150.0
@@ -119,7 +121,7 @@ class Usual:
     pace: TokenPace
 
     def arrival(self, place: str, row: Mapping[str, Any]) -> Arrival:
-        """One row. Raises ConfigError that names `place` and the field."""
+        """Return the call of one row. Raises ConfigError, which names `place` and the field."""
         unknown = [key for key in row if key not in _KNOWN]
         if unknown:
             raise ConfigError(
@@ -204,10 +206,10 @@ class _Row:
 
 
 def read_trace(name: str, text: str, usual: Usual) -> list[Arrival]:
-    """The arrivals of a file called `name`, in order of time, the first at 0.
+    """Return the arrivals in a file called `name`, ordered by time, the first at 0.
 
-    JSON lines where the text begins with `{`, else CSV. Raises ConfigError with the file, the line
-    and the field.
+    The text is JSON lines if it begins with `{`, else CSV. Raises ConfigError with the file, the
+    line and the field.
     """
     rows = _json_rows(name, text) if text.lstrip().startswith("{") else _csv_rows(text)
     found: list[Arrival] = []
@@ -221,16 +223,18 @@ def read_trace(name: str, text: str, usual: Usual) -> list[Arrival]:
 
 
 def from_zero(arrivals: Iterable[Arrival]) -> list[Arrival]:
-    """In order of time, the first one at 0."""
+    """Return the arrivals ordered by time, the first at 0."""
     found = sorted(arrivals, key=lambda arrival: arrival.time_ms)
     first_ms = found[0].time_ms if found else 0.0
     return [replace(arrival, time_ms=arrival.time_ms - first_ms) for arrival in found]
 
 
 def multiplied(arrivals: Sequence[Arrival], times: float, seed: int) -> list[Arrival]:
-    """So many times as many calls in the same time, each copy of a call on the way to its tenant's
-    next one; of a part of a call by a chance that `seed` decides. Raises ConfigError where that is
-    more than MOST_CALLS."""
+    """Return `times` as many calls in the same time.
+
+    Copies of a call are spread evenly up to its tenant's next call; a fraction of a copy is made by
+    chance, by `seed`. Raises ConfigError for more than MOST_CALLS.
+    """
     if times == 1.0:
         return list(arrivals)
     if len(arrivals) * times > MOST_CALLS:
@@ -251,14 +255,14 @@ def multiplied(arrivals: Sequence[Arrival], times: float, seed: int) -> list[Arr
 
 
 def write_trace(arrivals: Iterable[Arrival]) -> str:
-    """As CSV that `read_trace` reads."""
+    """Return the arrivals as CSV that `read_trace` accepts."""
     text = StringIO()
     names = [one.name for one in fields(Arrival)]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     for arrival in arrivals:
         values = [getattr(arrival, name) for name in names]
-        places = (9 if name == "cost_usd" else 3 for name in names)  # a call costs part of a cent
+        places = (9 if name == "cost_usd" else 3 for name in names)  # calls cost fractions of cents
         writer.writerow(
             f"{value:.{digits}f}" if isinstance(value, float) else value
             for value, digits in zip(values, places, strict=True)
@@ -286,7 +290,7 @@ def _json_rows(name: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 MOST = 1e9
-# Of a normal distribution: so many sigmas lie below 95 of 100.
+# The 95th percentile of a normal distribution, in standard deviations.
 _P95_SIGMAS = 1.6448536269514722
 _ALLOWED = (
     "must be a number, { median = .., p95 = .. }, { lognormal = [median, sigma] }, "
@@ -296,14 +300,17 @@ _ALLOWED = (
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """`points`: of a constant the value, of `lognormal` median and sigma, of `uniform` its ends, of
-    `percentiles` shares from 0 to 1 and values, in turn."""
+    """A distribution of an amount.
+
+    points: the value of a constant; median and sigma of `lognormal`; both ends of `uniform`; of
+    `percentiles` alternating shares from 0 to 1 and values.
+    """
 
     shape: Literal["constant", "lognormal", "uniform", "percentiles"]
     points: tuple[float, ...]
 
     def draw(self, chance: Random) -> float:
-        """One amount, never below 0."""
+        """Draw one amount, never below 0."""
         if self.shape == "constant":
             return self.points[0]
         if self.shape == "lognormal":
@@ -317,7 +324,7 @@ class Amount:
         shares, values = self.points[::2], self.points[1::2]
         at = bisect_left(shares, share)
         if at == 0:
-            # Below the lowest that is known: from 0 up to it.
+            # Below the lowest known percentile, interpolate from 0.
             return values[0] * share / shares[0] if shares[0] else values[0]
         if at == len(shares):
             return values[-1]
@@ -330,7 +337,7 @@ def constant(value: float) -> Amount:
 
 
 def amount_of(path: str, value: Any) -> Amount:
-    """The amount that a TOML value describes. Raises ConfigError with `path`."""
+    """Return the amount that a TOML value describes. Raises ConfigError with `path`."""
     if _is_number(value):
         return constant(_number(path, value))
     if not isinstance(value, Mapping):
@@ -390,7 +397,7 @@ _PATTERNS = ("poisson", "constant", "bursts")
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One table of a load: moments of arrival, constant fields, and fields drawn for each call."""
+    """One table of a load: times of arrival, constant fields, and fields drawn for each call."""
 
     moments: Callable[[Random], Iterator[float]]
     same: Mapping[str, Any]
@@ -403,7 +410,7 @@ class Load:
     streams: tuple[Stream, ...]
 
     def draw(self, usual: Usual, seed: int) -> list[Arrival]:
-        """A trace. Raises ConfigError for a call that can't be."""
+        """Draw a trace. Raises ConfigError for an invalid call."""
         found: list[Arrival] = []
         for number, stream in enumerate(self.streams):
             room = MOST_CALLS - len(found)
@@ -421,7 +428,7 @@ class Load:
 
 
 def load_of(described: Mapping[str, Any]) -> Load:
-    """The load that TOML describes. Raises ConfigError with the path of the key."""
+    """Return the load that TOML describes. Raises ConfigError with the path of the key."""
     _check_keys("", described, ("lasts", "arrivals", "budgets"))
     lasts_ms = span_ms("lasts", described.get("lasts", "10m"))
     tables = described.get("arrivals")
@@ -432,7 +439,7 @@ def load_of(described: Mapping[str, Any]) -> Load:
 
 
 def span_ms(path: str, text: object) -> float:
-    """`30s`, `10m`, `2h` in ms; a bare number is seconds. Raises ConfigError."""
+    """Return `30s`, `10m` or `2h` in ms; a bare number is in seconds. Raises ConfigError."""
     if isinstance(text, int | float) and not isinstance(text, bool):
         text = f"{text}s"
     found_ms = ms_of(text) if isinstance(text, str) else None
@@ -445,8 +452,11 @@ _DAY = re.compile(r"(\d{4}-\d{2}-\d{2})(?:T(\d{1,2})(?:-(\d{1,2}))?)?", re.ASCII
 
 
 def record_span(path: str, text: str, now: datetime) -> tuple[datetime, datetime]:
-    """`1h`: from an hour before `now` on; `2026-11-24`: that day, UTC; `2026-11-24T09` an hour of
-    it, `2026-11-24T09-17` from nine to five. Raises ConfigError."""
+    """Return the span that a text names.
+
+    `1h`: the hour before `now`. `2026-11-24`: that day, UTC. `2026-11-24T09`: an hour of that day.
+    `2026-11-24T09-17`: from nine to five. Raises ConfigError.
+    """
     found = _DAY.fullmatch(text)
     if found is None:
         return now - timedelta(milliseconds=span_ms(path, text)), now

@@ -1,6 +1,6 @@
 """Report of a rehearsal: waits, shares, refusals, utilisation, the binding limit. Pure.
 
-Invariant: each call counts once in its group; a figure without a basis is None, never 0.
+Invariant: each call counts once in its group; a figure without data is None, never 0.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ T = TypeVar("T")
 
 
 class LostRun(NamedTuple):
-    """From when a call asked and began to when it ended without an answer: for one of a higher
-    band, since flex had no capacity, or since it took too long there."""
+    """A run of a call that ended without an answer.
+
+    why: the call gave way to a higher band, flex had no capacity (`busy`), or flex took too long.
+    """
 
     asked_ms: float
     began_ms: float
@@ -38,11 +40,14 @@ class LostRun(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class LoadCall:
-    """One call. `refused` is the code of the refusal, `at` the limit that blocked it then.
-    `arrival` has the model that it is made with, `wanted` the one that it asked for. due_ms: by
-    when it is to be admitted, or due as a job. lost: its runs without an answer. tier: of a job
-    that named some. made: as it costs in the usual tier, once the budgets have it. What
-    else is here is of its last time."""
+    """One call of a load.
+
+    wanted: the call as it arrived. arrival: the call with the model that it is made with. refused:
+    the code of the refusal. at: the limit that blocked it then. due_ms: the latest admission, for a
+    job its due time. lost: its runs without an answer. tier: of a job that allows tiers. made: the
+    call at the cost of the usual tier, once the budgets admitted it. All other fields describe its
+    last run.
+    """
 
     wanted: Arrival
     arrival: Arrival
@@ -71,13 +76,13 @@ class LoadCall:
 
     @property
     def queued(self) -> bool:
-        """Whether it found no room at its arrival."""
+        """Whether the call was not admitted on arrival."""
         return self.waiter is not None and self.waiter.stamp > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One moment: the use of each limit, and the waiters by tenant and by the limit that blocks."""
+    """The pool at one moment: use by limit, and waiters by tenant and by blocking limit."""
 
     at_ms: float
     used: Mapping[str, int]
@@ -87,8 +92,10 @@ class Sample:
 
 @dataclass(slots=True)
 class Use:
-    """Use of one limit: `area` is open calls (or their tokens) times ms, or the amount used of a
-    rate, while the load lasted."""
+    """Utilisation of one limit while the load lasted.
+
+    area: open calls (or their tokens) times ms, or the amount used of a rate.
+    """
 
     open: int = 0
     peak: int = 0
@@ -97,7 +104,7 @@ class Use:
 
 
 def _in_flight(limit: Concurrency, name: str, call: LoadCall) -> int:
-    """What a call takes of a concurrency while it is open."""
+    """Return how much of a concurrency limit a call takes while it is open."""
     if not limit.by_tokens or not call.amounts:
         return 1
     return int(call.amounts.split(",")[sorted(call.limits).index(name)])
@@ -161,7 +168,7 @@ class LoadTally:
         cut: CallUse,
         why: Literal["gave way", "busy", "given up"],
     ) -> None:
-        """A call ends without an answer and waits again. cut: what it has used of limits."""
+        """Record a run that ended without an answer; `cut`: what it used of limits."""
         assert call.began_ms is not None
         use_of_whole, began_ms = call.arrival.use, call.began_ms
         self.ended(call, now_ms)
@@ -176,7 +183,7 @@ class LoadTally:
         call.began_ms = call.ended_ms = call.waiter = None
 
     def left(self, call: LoadCall, now_ms: float) -> None:
-        """A job leaves the queue for flex, where it has not begun in time."""
+        """Record that a job left the queue for flex before it began."""
         at_ms = now_ms - self.since_ms
         asked_ms = call.lost[-1].ended_ms if call.lost else call.asked_ms
         call.lost.append(LostRun(asked_ms, at_ms, at_ms, "given up"))
@@ -200,7 +207,7 @@ class LoadTally:
         self.samples.append(Sample(now_ms - self.since_ms, used, waiting, held_up))
 
     def _to(self, use: Use, at_ms: float) -> None:
-        """Count open calls up to a moment, as far as the load lasts."""
+        """Add open calls up to `at_ms`, or to the end of the load if that is earlier."""
         until_ms = min(at_ms, self.span_ms)
         if until_ms > use.since_ms:
             use.area += use.open * (until_ms - use.since_ms)
@@ -208,12 +215,12 @@ class LoadTally:
 
 
 DAY_MS = 86_400_000
-# A limit that binds blocks at least this part of all waiting.
+# A limit binds if it blocks at least this share of all waiting.
 BINDS = 0.05
-# Shares are reported of at least so much time in which all tenants wait.
+# Shares are reported only if all tenants waited together for at least this long.
 _TOGETHER_S = 1.0
 _MOST_TENANTS = 40
-# A longer wait of one tenant counts from this difference on.
+# A longer wait of one tenant is mentioned from this difference on.
 _NOTICED_MS = 100
 _REASONS = {
     "deadline_exceeded": "deadline",
@@ -228,8 +235,11 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """From arrival to admission, in ms, of the admitted calls; None where none was. Of a call that
-    gave way to its last admission; none of a job in a provider's batch, which takes no permit."""
+    """Waits from arrival to admission of the admitted calls, in ms; None if there were none.
+
+    A call that gave way counts up to its last admission. A job in a provider's batch takes no
+    permit and does not count.
+    """
 
     mean_ms: float | None
     p50_ms: float | None
@@ -240,9 +250,11 @@ class Waits:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The calls of one tenant, or of one kind. `refused`: reason -> how many. `share` is the part
-    that it had of the scarcest limit while all tenants wanted more, `ideal` that by its weight.
-    `gave_way`: how often its calls did."""
+    """The calls of one tenant or of one kind.
+
+    refused: reason -> count. share: the tenant's share of the scarcest limit while all tenants
+    wanted more. ideal: the share by its weight. gave_way: how often its calls gave way.
+    """
 
     name: str
     calls: int
@@ -266,8 +278,10 @@ class PlayRange:
 
 @dataclass(frozen=True, slots=True)
 class GroupSpread:
-    """Of the calls of one tenant, or of all, whose name is empty. Waits are in ms; None where in
-    some play no call was admitted."""
+    """The spread over plays for one tenant, or for all calls (with an empty name).
+
+    Waits are in ms; None if no call was admitted in some play.
+    """
 
     name: str
     mean_ms: PlayRange | None
@@ -277,8 +291,11 @@ class GroupSpread:
 
 @dataclass(frozen=True, slots=True)
 class LimitUse:
-    """used: the part of it that was used while the load lasted. peak: the most at one moment.
-    held_up: its part of all waiting. refused: calls that were refused while it held them up."""
+    """Utilisation of one limit.
+
+    used: the fraction used while the load lasted. peak: the most at one moment. held_up: its share
+    of all waiting. refused: calls that were refused while it blocked them.
+    """
 
     limit: str
     words: str
@@ -295,9 +312,11 @@ class LimitUse:
 
 @dataclass(frozen=True, slots=True)
 class TierUse:
-    """The jobs that were made in a tier. late: answered after they were due. took: from submission
-    to answer. busy: how often flex had no capacity for one; given_up: how often a job left flex,
-    which was too slow for its deadline."""
+    """The jobs that ran in a tier.
+
+    late: answered after they were due. took: from submission to answer. busy: how often flex had no
+    capacity. given_up: how often a job left flex because it was too slow for the deadline.
+    """
 
     tier: str
     jobs: int
@@ -310,18 +329,18 @@ class TierUse:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """One policy under one load.
+    """The results of one policy under one load.
 
     span_ms: from the first arrival to the last. end_ms: when the last call had ended.
-    queued: calls that found no room and were admitted later, each an avoided 429.
+    queued: calls that were admitted later than on arrival, each an avoided 429.
     shares_of: the concurrency limit whose shares are reported, the one that blocks most; None
-        where the tenants hardly ever waited together.
-    cost_micros: of the calls that were made, as the trace has it, and of those that a budget sent
-        to a cheaper model with that. budgets: what became of each.
-    gave_way: how often calls gave way to others; lost_ms: how long these were open until then.
-    tiers: of the jobs that named some.
-    samples: used and waiting over time. plays: how often it was played; spreads: over all plays,
-        of all calls and then of each tenant's, where there was more than one.
+        if the tenants hardly ever waited together.
+    cost_micros: the cost of the calls that were made, as in the trace, or at the price of the
+        cheaper model that a budget chose. budgets: the outcome of each.
+    gave_way: how often calls gave way to others. lost_ms: how long these calls ran until then.
+    tiers: of the jobs that allowed tiers.
+    samples: use and waiters over time. plays: the number of plays. spreads: over all plays, of all
+        calls, then of each tenant, if there was more than one play.
     """
 
     name: str
@@ -347,7 +366,7 @@ class Findings:
 
     @property
     def binding(self) -> list[str]:
-        """The limits that bind, the one that blocks most first, and the budgets that refuse."""
+        """The limits that bind, the one that blocks most first, then the budgets that refuse."""
         found = [one for one in self.limits if one.binds]
         found.sort(key=lambda one: (-one.held_up, -one.refused, one.limit))
         refusing = [f"budget {one.budget}" for one in self.budgets if one.refused]
@@ -355,7 +374,7 @@ class Findings:
 
 
 def findings_of(name: str, tally: LoadTally) -> Findings:
-    """Findings of a tally."""
+    """Return the findings of a tally."""
     calls, policy = tally.calls, tally.policy
     whole = _group("", calls)
     limits = _uses(tally)
@@ -390,7 +409,7 @@ def findings_of(name: str, tally: LoadTally) -> Findings:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """By the nearest rank, of values in order."""
+    """Return a percentile of sorted values, by the nearest rank."""
     rank = -(-len(ordered) * percent // 100)
     return ordered[max(0, int(rank) - 1)]
 
@@ -453,7 +472,7 @@ def _group(name: str, calls: Sequence[LoadCall], part: tuple[float, float] | Non
 def _shares(
     calls: Sequence[LoadCall], policy: PoolPolicy, limits: Sequence[LimitUse]
 ) -> tuple[str | None, dict[str, tuple[float, float]]]:
-    """Which limit, and tenant -> (share, ideal)."""
+    """Return the scarcest concurrency limit, and tenant -> (share, ideal)."""
     at_once = [one for one in limits if isinstance(policy.limit(one.limit), Concurrency)]
     scarce = max(at_once, key=lambda one: one.held_up, default=None)
     if scarce is None or not scarce.held_up:
@@ -471,7 +490,7 @@ def _shares(
 
 
 def _events(calls: Sequence[LoadCall]) -> list[Event]:
-    """Events as an upstream would log them that also sees waiters."""
+    """Return the events as an upstream would log them if it also saw waiters."""
     found, numbers = [], count()
     for call in calls:
         asked_ms = call.lost[-1].ended_ms if call.lost else call.asked_ms
@@ -483,7 +502,7 @@ def _events(calls: Sequence[LoadCall]) -> list[Event]:
                 if at_ms is not None:
                     tenant, kind = call.arrival.tenant, cast(What, what)
                     found.append(Event(round(at_ms * 1e6), kind, "", number, tenant))
-    # Events of one moment keep their order: the sort is stable.
+    # The sort is stable: events of one moment keep their order.
     return sorted(found, key=lambda one: one.at_ns)
 
 
@@ -508,7 +527,7 @@ def _uses(tally: LoadTally) -> list[LimitUse]:
 
 
 def _used(policy: PoolPolicy, name: str, use: Use, span_ms: float) -> float:
-    """The used part of the limit's capacity in that time."""
+    """Return the fraction of the limit's capacity that was used during the load."""
     limit = policy.limit(name)
     assert limit is not None
     if limit.bound == 0:
@@ -518,8 +537,8 @@ def _used(policy: PoolPolicy, name: str, use: Use, span_ms: float) -> float:
     window_ms = limit.window_ms if isinstance(limit, Rate) else DAY_MS
     windows = span_ms / window_ms
     if isinstance(limit, Rate) and limit.shape == "bucket":
-        return use.area / (limit.bound * (1 + windows))  # it is full at first
-    # A load shorter than its window may use the capacity of a whole one.
+        return use.area / (limit.bound * (1 + windows))  # the bucket is full at first
+    # A load shorter than the window may use a whole window's capacity.
     return use.area / (limit.bound * max(1.0, windows))
 
 
@@ -534,7 +553,7 @@ class Table:
     right_from: int | None = None
 
     def holds_figures(self, number: int) -> bool:
-        """Whether a column is best set to the right; `right_from` says so of all from there on."""
+        """Return whether a column is to be right-aligned; all are from `right_from` on."""
         if self.right_from is not None:
             return number >= self.right_from
         cells = [row[number] for row in self.rows]
@@ -542,7 +561,7 @@ class Table:
 
 
 def tables_of(found: Sequence[Findings]) -> list[Table]:
-    """Tables of one policy, or the differences of several."""
+    """Return the tables of one policy, or the differences of several."""
     if len(found) == 1:
         [one] = found
         return [
@@ -557,7 +576,7 @@ def tables_of(found: Sequence[Findings]) -> list[Table]:
 
 
 def sentence_of(found: Findings) -> str:
-    """Summary in one sentence."""
+    """Return a summary in one sentence."""
     said = [title_of(found)]
     if found.refused:
         refused = sum(found.refused.values())
@@ -585,7 +604,7 @@ def sentence_of(found: Findings) -> str:
 
 
 def difference_of(now: Findings, changed: Findings) -> str:
-    """What a change would have done, in a sentence or two."""
+    """Return in one or two sentences what a change would have done."""
     calls = f"{changed.queued:,} of {changed.calls:,} calls would have waited"
     said = [
         f"With {changed.name}, {calls}{_before(changed.queued, now.queued, '{:,}'.format)}",
@@ -610,7 +629,7 @@ def difference_of(now: Findings, changed: Findings) -> str:
 
 
 def _by_tier(found: Findings) -> str:
-    """`7 in flex, 13 in batch, of which 2 late`"""
+    """Return text such as `7 in flex, 13 in batch, of which 2 late`."""
     each = ", ".join(f"{one.jobs:,} in {one.tier}" for one in found.tiers if one.jobs)
     late = sum(one.late for one in found.tiers)
     return (each or "none") + (f", of which {late:,} late" if late else "")
@@ -625,7 +644,7 @@ def _before(value: T, before: T, told: Callable[[T], str]) -> str:
 
 
 def _worse_off(now: Findings, changed: Findings) -> str | None:
-    """The tenant that loses most by a change, where one waits noticeably longer for it."""
+    """Return a text about the tenant that a change delays most, if noticeably."""
     before = {one.name: one.waits.p99_ms or 0 for one in now.tenants}
     longer = [
         ((one.waits.p99_ms or 0) - before[one.name], one.name, one.waits.p99_ms or 0)
@@ -642,12 +661,12 @@ def _worse_off(now: Findings, changed: Findings) -> str | None:
 
 
 def title_of(found: Findings) -> str:
-    """Title: the size of the load."""
+    """Return a title: the size of the load."""
     return f"{found.calls:,} calls in {format_span(found.span_ms)}"
 
 
 def milliseconds(value: float | None) -> str:
-    """`0`, `12 ms`, `3.4 s`, `2 min 5 s`."""
+    """Return a duration as `0`, `12 ms`, `3.4 s` or `2 min 5 s`."""
     if value is None:
         return "-"
     if 1000 <= value < 60_000:
@@ -690,7 +709,7 @@ def _tier_table(found: Findings) -> Table:
 
 
 def _became(use: BudgetOutcome) -> str:
-    """`budget acme is spent after 3 h 5 min`"""
+    """Return text such as `budget acme is spent after 3 h 5 min`."""
     at_ms = use.first_ms if use.paused_ms is None else use.paused_ms
     how = "paused" if use.paused else "spent"
     return f"budget {use.budget} is {how} after {format_span(at_ms or 0)}"

@@ -1,8 +1,8 @@
 """Simulation of a load under a policy: the executable model of the limiter in virtual time.
 
-Nothing is measured or contacted: the specification that the property tests hold the scripts to is
-driven by the product's own sessions and queues. A trace can be played several times with each
-call moved a little, because the order of simultaneous arrivals decides who waits.
+Nothing is measured or contacted. The product's own sessions and queues drive the same model that
+the property tests check the scripts against. A trace can be played several times with each call
+moved a little, because the order of simultaneous arrivals decides which of them wait.
 
 Invariants: the same arrivals, policy and setting give the same result; a process sends what the
 exchange loop would send, at the same moments.
@@ -75,14 +75,14 @@ from tidegate.rehearse.report import (
 )
 
 _PULSE_MS = MAX_LEASE_MS / 3
-_TICK_MS = 50.0  # how often a process looks whether it is time to read a pool for calls to give way
-# A call that gave way is put back in a queue of PostgreSQL: it never has the permit that it left.
+_TICK_MS = 50.0  # granularity at which a process schedules its reads of a pool for preemption
+# A preempted call returns to a queue in PostgreSQL, so it never reuses the permit that it released.
 _AGAIN_MS = 100.0
 _NOTHING = CallUse(Tokens(), 0, 0, 0)
 
 
 class _Told(asyncio.Future[Holding]):
-    """Outcome of a wait, reported immediately: no task awaits it."""
+    """The future of a wait; it reports its outcome immediately, since no task awaits it."""
 
     def __init__(self, process: Process, call: LoadCall) -> None:
         super().__init__(loop=process.stage.loop)
@@ -102,7 +102,7 @@ class _Told(asyncio.Future[Holding]):
 
 @dataclass(slots=True, eq=False)
 class OpenCall:
-    """A call, under a permit where a limit binds it, until its timer ends it."""
+    """A running call until its timer ends it, with a permit if a limit applies to it."""
 
     call: LoadCall
     holding: Holding | None
@@ -117,8 +117,10 @@ class OpenCall:
 
 
 class RehearsedWatch:
-    """The calls of a process that may give way, the oldest first. It reads the pool as often as
-    the gateway does, while there are any."""
+    """The calls of a process that may give way, oldest first.
+
+    While there are any, it reads the pool as often as the gateway does.
+    """
 
     def __init__(self, process: Process, rule: Preempt) -> None:
         self._process = process
@@ -131,7 +133,7 @@ class RehearsedWatch:
         self._reads = False
 
     def enter(self, one: OpenCall) -> None:
-        """A call has begun."""
+        """Add a call that has begun, unless it has given way as often as allowed."""
         if one.call.gave_way >= self._rule.times:
             return
         self._calls[one] = None
@@ -142,7 +144,7 @@ class RehearsedWatch:
             stage.after(max(0.0, self._due_ms - stage.now_ms), self._read)
 
     def leave(self, call: LoadCall) -> None:
-        """A call has ended, if it is here."""
+        """Remove a call that has ended, if present."""
         if (one := self._open.pop(call, None)) is not None:
             del self._calls[one]
 
@@ -165,7 +167,7 @@ class RehearsedWatch:
 
 
 class Process:
-    """See the module."""
+    """A simulated gateway process: its local queue, its session and its open calls."""
 
     def __init__(self, stage: Playback, name: str) -> None:
         self.stage = stage
@@ -187,7 +189,7 @@ class Process:
             wake=self._kick,
             alarm=self._alarm,
         )
-        self.session.sid = name  # by which ties are broken: the same in every run
+        self.session.sid = name  # sids break ties: keep them equal in all runs
         self._issuer = PermitIssuer(self.queue, self.session, MAX_WAITERS, Clock(), self._kick)
         self._runs: dict[LoadCall, OpenCall] = {}
         self._waiting_jobs: set[LoadCall] = set()
@@ -197,7 +199,7 @@ class Process:
         stage.after(_PULSE_MS, self._pulse)
 
     def ask(self, arrival: Arrival) -> None:
-        """A call arrives. What a job costs is known with its tier."""
+        """Admit or queue an arriving call. The cost of a job is known once its tier is chosen."""
         decided: BudgetRefusal | str = arrival.model
         if not arrival.tiers:
             decided = self.stage.decide(arrival, spends=False)
@@ -216,7 +218,7 @@ class Process:
         self._place(call, demand)
 
     def _place(self, call: LoadCall, demand: CallDemand) -> None:
-        """A call queues; a job in the tier that it chooses now."""
+        """Queue a call; a job first chooses its tier."""
         wanted, stage = call.wanted, self.stage
         if not wanted.tiers:
             self._wait(call, demand)
@@ -239,7 +241,7 @@ class Process:
         self._wait(call, demand)
 
     def _put_in_batch(self, call: LoadCall) -> None:
-        """A job leaves for a provider's batch: no limit of ours binds it there."""
+        """Move a job to a provider's batch, where none of the configured limits applies."""
         stage, kind = self.stage, call.wanted.kind
         if not self._spend(call):
             return
@@ -255,7 +257,7 @@ class Process:
         stage.after(call.arrival.duration_ms, ended)
 
     def _leave_flex(self, call: LoadCall, demand: CallDemand) -> None:
-        """A job that flex has not answered chooses again: its deadline comes near."""
+        """Let a job whose deadline approaches, and that flex has not answered, choose again."""
         if (run := self._runs.get(call)) is not None:
             self._lose(run, "given up")
         elif call.waiter is not None:
@@ -271,13 +273,13 @@ class Process:
             self.stage.tiers.wait(call.wanted.kind, -1)
 
     def _keeps_tier(self, call: LoadCall) -> None:
-        """A job has ended in its tier, or chooses again."""
+        """Cancel the timer by which a job leaves its tier: it has ended or chooses again."""
         if (leaves := self._revisits.pop(call, None)) is not None:
             leaves.cancel()
 
     def _wait(self, call: LoadCall, demand: CallDemand) -> None:
-        """A call queues for its permit."""
-        if not demand.limits:  # nothing binds it
+        """Queue a call for its permit."""
+        if not demand.limits:
             self._begin(call, None, demand)
             return
         wanted = Demand(demand.limits, demand.tenant, demand.priority)
@@ -334,7 +336,7 @@ class Process:
         )
         use = arrival.use
         if use.tokens is not None and use.tokens.cached:
-            # Of a conversation the prediction is taken for a good one: nothing of it is on record.
+            # The trace has no predictions of cached input, so assume that they were right.
             cached = use.tokens.cached
             demand.expected = ExpectedInput(use.tokens.input - cached, cached)
         demand.cost_micros = use.cost_micros
@@ -361,7 +363,9 @@ class Process:
             self._watch.enter(run)
 
     def _spend(self, call: LoadCall) -> bool:
-        """Whether the budgets have a call. They keep what it reserved where it begins again."""
+        """Return whether the budgets admit a call; a call that begins again keeps its
+        reservation.
+        """
         budgets, tiers = self.stage.budgets, self.stage.tiers
         if call.made is None:
             wanted = tiers.as_made(call.wanted, call.tier)
@@ -369,13 +373,13 @@ class Process:
             if isinstance(decided, BudgetRefusal):
                 self.stage.refuse(call, decided)
                 return False
-            # What it waited for stays: the permits of the model that it asked at its arrival.
+            # Its permits stay those of the model that it requested on arrival.
             call.made = budgets.as_made(call.wanted, decided)
         call.arrival = tiers.as_made(call.made, call.tier)
         return True
 
     def _find_flex_busy(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
-        """A job chooses again after a while: flex has refused it for want of capacity."""
+        """Let a job choose again after a pause: flex refused it for lack of capacity."""
         stage = self.stage
         self._keeps_tier(call)
         stage.tally.began(call, stage.now_ms)
@@ -386,7 +390,7 @@ class Process:
         stage.after(wait_ms, lambda: self._place(call, demand))
 
     def give_way(self, run: OpenCall) -> None:
-        """A call is cancelled, and waits again."""
+        """Cancel a call and queue it again."""
         call, demand = run.call, run.call.demand
         assert demand is not None
         self._keeps_tier(call)
@@ -394,7 +398,7 @@ class Process:
         self.stage.after(_AGAIN_MS, lambda: self._place(call, demand))
 
     def _lose(self, run: OpenCall, why: Literal["gave way", "given up"]) -> None:
-        """Cancel a call: what was sent of it has been used."""
+        """Cancel a call; the input that was sent counts as used."""
         call, tokens = run.call, run.call.arrival.use.tokens
         assert tokens is not None
         self._close(call)
@@ -410,7 +414,7 @@ class Process:
             self._watch.leave(call)
 
     def _cut(self, holding: Holding, used: CallUse) -> None:
-        """Return a permit of a call without an answer."""
+        """Release the permit of a call that has no answer."""
         self.queue.release(
             holding.ticket,
             outcome="ignored",
@@ -517,10 +521,10 @@ class Process:
         self.stage.after(_PULSE_MS, self._pulse)
 
 
-# The rehearsal begins at this moment: midnight in Los Angeles, when most day quotas restart.
+# The rehearsal begins at midnight in Los Angeles, when most day quotas reset.
 START_MS = 1_735_718_400_000
 _STARTS_AT = datetime.fromtimestamp(START_MS / 1000, UTC)
-# The server has been up for long: no earlier session can still hold a permit.
+# The server has been up so long that no earlier session can still hold a permit.
 _UPTIME_MS = 10 * MAX_LEASE_MS
 _RUN = "rehearsal"
 _SETTLES_MS = 1000
@@ -530,13 +534,13 @@ _MOST_SAMPLES = 4 * _SAMPLES
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Deployment of a rehearsal: all that is neither load nor policy.
+    """The deployment of a rehearsal: everything that is neither load nor policy.
 
-    processes: to which calls are dealt in turn. round_trip_ms: of one script call.
-    hold_ms: how much longer than a call is open its permit is held.
-    kinds_optional: a kind without a limit is not bound by one, as in pools of other upstreams.
-    starts_at: when its load begins, which decides when budgets reset. cost: of its calls.
-    preempt: when calls give way; None: never. tiers: what those are like that jobs may choose.
+    processes: calls are distributed among them in turn. round_trip_ms: of one script call.
+    hold_ms: how much longer a permit is held than its call is open.
+    kinds_optional: the policy need not limit each kind, as in pools of other upstreams.
+    starts_at: when the load begins, which decides when budgets reset. cost: the cost of its calls.
+    preempt: when calls give way; None: never. tiers: terms of the tiers that jobs may choose.
     """
 
     processes: int = 2
@@ -550,7 +554,7 @@ class Setting:
 
 
 class VirtualTimer:
-    """A call that is due at a moment. Cancelled, it does nothing."""
+    """A callback due at a virtual time; a cancelled one does nothing."""
 
     __slots__ = ("call",)
 
@@ -562,7 +566,10 @@ class VirtualTimer:
 
 
 class Playback:
-    """See the module. Times are ms from the start."""
+    """One play of a trace: the virtual clock, the model of the pool and its processes.
+
+    Times are ms from the start.
+    """
 
     def __init__(
         self, policy: PoolPolicy, setting: Setting, budgets: Sequence[Budget] = ()
@@ -574,7 +581,7 @@ class Playback:
         self.now_ms = 0.0
         self.tally = LoadTally(self.policy)
         self.model = PoolModel()
-        # Futures need a loop; nothing runs on it.
+        # Futures need a loop, but nothing runs on it.
         self.loop = asyncio.new_event_loop()
         self._due: list[tuple[float, int, VirtualTimer]] = []
         self._numbers = count()
@@ -583,7 +590,7 @@ class Playback:
         self._claims: dict[str, float] = {}
 
     def after(self, in_ms: float, call: Callable[[], None]) -> VirtualTimer:
-        """Call in so many ms; calls due at one moment run in the order of their registration."""
+        """Schedule a callback; those due at the same time run in order of registration."""
         timer = VirtualTimer(call)
         heappush(self._due, (self.now_ms + in_ms, next(self._numbers), timer))
         return timer
@@ -603,7 +610,7 @@ class Playback:
         return self.tally
 
     def decide(self, arrival: Arrival, *, spends: bool) -> BudgetRefusal | str:
-        """With which model the budgets have a call made now, or their refusal."""
+        """Return the model with which the budgets admit a call now, or their refusal."""
         at_ms = self.now_ms - self.tally.since_ms
         return self.budgets.decide(arrival, at_ms, spends=spends)
 
@@ -613,16 +620,16 @@ class Playback:
         self.over(call)
 
     def over(self, call: LoadCall) -> None:
-        """A call has ended or was refused."""
+        """Note that a call has ended or was refused."""
         self._alive -= 1
 
     def snapshot(self) -> Snapshot:
-        """The pool with the queues that calls may give way to."""
+        """Return a snapshot of the pool with the queues that calls may give way to."""
         wall_ms = START_MS + int(self.now_ms)
         return snapshot_of(self.model, wall_ms, len(self.policy.bands) - 1)
 
     def claim(self, name: str, keep_ms: float) -> bool:
-        """Whether nobody has claimed this within the time that it is kept."""
+        """Return whether no process has claimed this name within the last `keep_ms`."""
         is_first = self._claims.get(name, 0.0) <= self.now_ms
         if is_first:
             self._claims = {one: at for one, at in self._claims.items() if at > self.now_ms}
@@ -632,7 +639,7 @@ class Playback:
     def exchange(
         self, request: SyncRequest, *, tend: bool, answered: Callable[[SyncReply], None]
     ) -> None:
-        """Carry a request to the pool and its answer back."""
+        """Deliver a request to the pool and its reply to the process."""
         half_ms = self.setting.round_trip_ms / 2
 
         def arrived() -> None:
@@ -648,17 +655,17 @@ class Playback:
 
     @property
     def run(self) -> tuple[str, int]:
-        """The run and the uptime that the server reports."""
+        """The run id and uptime that the simulated server reports."""
         return _RUN, _UPTIME_MS + int(self.now_ms)
 
     def held_up_by(self, sid: str, flow: str) -> str | None:
-        """The limit at which a process's waiters of a flow stand."""
+        """Return the limit that blocks a process's waiters of a flow."""
         session = self.model.pool.sessions.get(sid)
         queue = session.queues.get(flow) if session else None
         return queue.at if queue else None
 
     def _enter(self) -> None:
-        """All processes in the pool, and known to each other."""
+        """Let all processes join the pool and learn of each other."""
         for number in range(self.setting.processes):
             process = Process(self, f"process-{number + 1}")
             self._processes[process.session.sid] = process
@@ -669,7 +676,7 @@ class Playback:
         self._settle()
 
     def _settle(self) -> None:
-        """Time begins when the sessions have exchanged all their messages."""
+        """Run until the sessions have exchanged all messages, then start the clock."""
         while self._due and self._due[0][0] < self.now_ms + _SETTLES_MS:
             self._step()
         self.tally.since_ms = self.now_ms
@@ -681,7 +688,7 @@ class Playback:
             timer.call()
 
     def _arrive(self, arrivals: Sequence[Arrival]) -> None:
-        """One arrival after another, so that only one is in the heap."""
+        """Schedule one arrival after another, so that the heap contains only one."""
         in_turn = cycle(self._processes.values())
         coming, began_ms = iter(arrivals), self.now_ms
 
@@ -703,14 +710,14 @@ class Playback:
 
         def look() -> None:
             self.tally.look(self.now_ms, self.model, START_MS + int(self.now_ms))
-            # Beyond the load only its end is still to come, which may take days for a quota.
+            # After the load only the last calls end, which may take days under a quota.
             if len(self.tally.samples) < _MOST_SAMPLES:
                 self.after(every_ms, look)
 
         look()
 
 
-# As far as a network and a busy machine move a call between two runs.
+# How far a network and a busy machine move a call between two runs.
 LATER_MS = 5.0
 LONGER = 0.01
 
@@ -725,10 +732,10 @@ def rehearse(
     plays: int = 1,
     seed: int = 1,
 ) -> Findings:
-    """Findings of a trace under a policy; with several `plays` also their spread.
+    """Return the findings of a trace under a policy; with several `plays` also their spread.
 
-    The first play is of the trace as it is, each other one of its calls moved by a chance that
-    `seed` decides: up to LATER_MS later, and by LONGER longer or shorter.
+    The first play uses the trace as it is. Each other play moves its calls at random, by `seed`: up
+    to LATER_MS later, and up to the fraction LONGER longer or shorter.
     """
     first = findings_of(name, Playback(policy, setting, budgets).play(arrivals))
     if plays == 1:
@@ -751,8 +758,11 @@ def compare(
     plays: int = 1,
     seed: int = 1,
 ) -> list[Findings]:
-    """The same trace, in the same order, under each policy with the budgets of the same name, and
-    the rule by which calls give way; arguments as of `rehearse`."""
+    """Return the findings of the same trace under each policy.
+
+    Each policy is played with the budgets and the preemption rule of its name; other arguments as
+    of `rehearse`.
+    """
     bound, rules = budgets or {}, preempts or {}
     return [
         rehearse(
