@@ -1,6 +1,6 @@
 """Access to an upstream: its paths, its authentication, its headers and query, its network.
 
-Invariants: a secret is the value of a variable, never of the file, and is in no message and no
+Invariants: a secret is the value of a variable, never part of the file, and is in no message and no
 `repr`; what the operator sets for an upstream replaces what a client sends under the same name.
 """
 
@@ -27,9 +27,11 @@ ReadSecret = Callable[[str], str]
 
 
 class Paths(StrEnum):
-    """How an upstream's paths are made. PLAIN: as the dialect has them; PERPLEXITY: some of them
-    below a version; DEPLOYMENTS: Azure's, with the model in the path; VERTEX: below a project, a
-    location and a publisher."""
+    """How an upstream's paths are built.
+
+    PLAIN: as in the dialect. PERPLEXITY: some of them below a version. DEPLOYMENTS: Azure's, with
+    the model in the path. VERTEX: below a project, a location and a publisher.
+    """
 
     PLAIN = "plain"
     PERPLEXITY = "perplexity"
@@ -52,8 +54,10 @@ class Proxy:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """How connections are made where it is not the usual way. ca_file: the only roots that are
-    trusted; certificate and certificate_key: the client's."""
+    """How connections are made, if not in the usual way.
+
+    ca_file: the only trusted root certificates. certificate, certificate_key: the client's.
+    """
 
     proxy: Proxy | None = None
     ca_file: str = ""
@@ -61,7 +65,7 @@ class Network:
     certificate_key: str = ""
 
     def tls_context(self) -> ssl.SSLContext:
-        """Raises OSError and ssl.SSLError for files that can't be used."""
+        """Return a TLS context. Raises OSError and ssl.SSLError for unusable files."""
         context = ssl.create_default_context(cafile=self.ca_file or None)
         context.set_alpn_protocols(["http/1.1"])
         if self.certificate:
@@ -71,10 +75,12 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Authentication:
-    """How requests authenticate. kind: `none`, `key` (in the dialect's header), `bearer`, `header`,
-    or by credentials that are renewed: `google`, `entra`, `aws`. header: its name, for `header`.
-    options: of the credentials, such as a file or a region. content: of that file, as a digest.
-    network: by which they are requested."""
+    """How requests authenticate.
+
+    kind: `none`, `key` (in the dialect's header), `bearer`, `header`, or by renewed credentials:
+    `google`, `entra`, `aws`. header: its name, for `header`. options: of the credentials, such as
+    a file or a region. content: a digest of that file. network: used to request credentials.
+    """
 
     kind: str = "key"
     header: str = ""
@@ -87,30 +93,32 @@ class Authentication:
         return self.kind in RENEWED
 
     def option(self, name: str) -> str:
-        """Its value; empty where it is not set."""
+        """Return an option's value; "" if it is not set."""
         return dict(self.options).get(name, "")
 
 
 RENEWED = ("google", "entra", "aws")
 NETWORK_KEYS = ("proxy", "ca_file", "client_certificate", "client_key")
 KINDS = ("none", "key", "bearer", "header:NAME", *RENEWED)
-# The header of a key in each dialect, and what precedes the key.
+# The header of a key in each dialect, and the text before the key.
 KEY_HEADERS: Mapping[str, tuple[bytes, bytes]] = {
     "openai": (b"authorization", b"Bearer "),
     "gemini": (b"x-goog-api-key", b""),
     "anthropic": (b"x-api-key", b""),
     "bedrock": (b"authorization", b"Bearer "),
 }
-# What no request of a client has any more once it comes here.
+# Headers that are removed from every client's request.
 CREDENTIALS = frozenset((b"authorization", b"x-api-key", b"x-goog-api-key", b"api-key"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Access:
-    """How one upstream is reached in one dialect; compared by identity. base: its URL without a
-    slash at its end. headers: of its own, the key among them; replaced: the names of those that a
-    client may send too. query: of its own, by name. authentication: where its credentials are
-    renewed. connect_ms: how long connecting to it may take; None where it is as for all."""
+    """How one upstream is reached in one dialect; compared by identity.
+
+    base: its URL without a trailing slash. headers: its own, the key among them. replaced: names of
+    these that a client may send too. query: its own parameters. authentication: set if credentials
+    are renewed. connect_ms: the connect timeout; None for the usual one.
+    """
 
     base: str
     headers: Pairs = field(default=(), repr=False)
@@ -124,7 +132,9 @@ class Access:
     connect_ms: int | None = None
 
     def url(self, path: str, query: str = "", *, model: str = "", streams: bool = False) -> str:
-        """The URL of a path of the dialect. model, streams: of a call, for paths that say so."""
+        """Return the URL of a path of the dialect; some paths depend on the call's model and
+        `streams`.
+        """
         if self.paths is not Paths.PLAIN:
             path = self._path(path, model, streams)
         if self.query:
@@ -145,7 +155,7 @@ class Access:
         if (found := _MODELS.fullmatch(path)) is None:
             return path
         publisher = "anthropic" if self.dialect == "anthropic" else "google"
-        if ":" not in (below := found["below"]):  # models belong to their publisher, calls to us
+        if ":" not in (below := found["below"]):  # models are the publisher's, calls the project's
             return f"/v1beta1/publishers/{publisher}/models{below}"
         version = "v1" if found["version"] == "v1" else "v1beta1"
         return f"/{version}{self.prefix}/publishers/{publisher}/models{below}"
@@ -159,28 +169,32 @@ class Access:
         return f"{urlencode(kept)}&{own}" if kept else own
 
     def dressed(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-        """`headers` in lower case with the upstream's own, which replace those of the same name."""
+        """Return `headers`, in lower case, with the upstream's own in place of those of the same
+        name.
+        """
         if self.replaced:
             headers = [pair for pair in headers if pair[0] not in self.replaced]
         return [*headers, *self.headers]
 
 
-# Those of the SDK of OpenAI for Azure: what it asks beside them is not below a deployment.
+# Paths of OpenAI's SDK for Azure that are below a deployment; its other paths are not.
 OF_DEPLOYMENTS = frozenset(
     (
         *("/completions", "/chat/completions", "/embeddings", "/audio/transcriptions"),
         *("/audio/translations", "/audio/speech", "/images/generations", "/images/edits"),
     )
 )
-# At Perplexity, where chat completions and searches are not.
+# Paths at Perplexity below a version; chat completions and searches are not.
 _BELOW_VERSION = re.compile(r"/(?:models|embeddings|responses)(?:/.*)?")
 _MODELS = re.compile(r"/(?P<version>v1(?:alpha|beta)?)/models(?P<below>(?:/.+)?)")
 
 
 @dataclass(frozen=True, slots=True)
 class AccessOptions:
-    """What the table of an upstream says about access to it. paths: of dialects that have their
-    own; prefix: the part of Vertex's paths with project and location."""
+    """What the table of an upstream states about access.
+
+    paths: of dialects that have their own. prefix: the project and location in Vertex's paths.
+    """
 
     authentication: Authentication = Authentication()
     of_dialects: Mapping[str, Authentication] = field(default_factory=dict)
@@ -192,7 +206,7 @@ class AccessOptions:
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
     def access(self, dialect: str, base: str, key: str, connect_ms: int | None = None) -> Access:
-        """The access in one dialect. `key`: empty where there is none."""
+        """Return the access in one dialect. `key`: empty if there is none."""
         authentication = self.of_dialects.get(dialect, self.authentication)
         own = dict(self.headers)
         if key and (header := _key_header(authentication, dialect)) is not None:
@@ -225,14 +239,14 @@ def _key_header(authentication: Authentication, dialect: str) -> tuple[bytes, by
     return None
 
 
-# -- what the policy's file says
+# -- the policy file
 
 _HEADER_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]{1,100}")
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]{0,4000}")
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 _FROM_VARIABLE = "env:"
 _MOST = 50
-# Set by the connection, or by how the upstream authenticates.
+# Headers that the connection or the authentication sets.
 _NOT_SET_BY_HAND = frozenset(
     (
         *("host", "content-length", "transfer-encoding", "connection", "accept-encoding", "te"),
@@ -242,7 +256,9 @@ _NOT_SET_BY_HAND = frozenset(
 
 
 def authentication_of(path: str, text: object, options: Mapping[str, str]) -> Authentication:
-    """From a word of the file; `options` of the credentials. Raises ConfigError."""
+    """Return the authentication that the file names; `options`: of credentials. Raises
+    ConfigError.
+    """
     allowed = f"must be one of {', '.join(KINDS)}"
     if not isinstance(text, str):
         raise ConfigError(path, str(text)[:100], allowed)
@@ -262,8 +278,10 @@ def authentication_of(path: str, text: object, options: Mapping[str, str]) -> Au
 
 
 def value_of(path: str, value: object, secret: ReadSecret) -> tuple[str, bool]:
-    """A text, or the value of the variable that `env:NAME` names, and whether that is a secret.
-    Raises ConfigError."""
+    """Return a text and whether it is a secret; `env:NAME` reads a variable, which is.
+
+    Raises ConfigError.
+    """
     if not isinstance(value, str):
         raise ConfigError(path, str(value)[:100], "must be a text, or env:VARIABLE")
     if not value.startswith(_FROM_VARIABLE):
@@ -278,7 +296,7 @@ def value_of(path: str, value: object, secret: ReadSecret) -> tuple[str, bool]:
 
 
 def headers_of(path: str, table: Mapping[str, Any], secret: ReadSecret) -> tuple[Pairs, list[str]]:
-    """The headers of a table, and the secrets among their values. Raises ConfigError."""
+    """Return the headers of a table, and the secrets among their values. Raises ConfigError."""
     pairs, secrets = [], []
     if len(table) > _MOST:
         raise ConfigError(path, f"({len(table)} headers)", f"must be at most {_MOST} headers")
@@ -300,7 +318,7 @@ def headers_of(path: str, table: Mapping[str, Any], secret: ReadSecret) -> tuple
 def query_of(
     path: str, table: Mapping[str, Any], secret: ReadSecret
 ) -> tuple[dict[str, str], list[str]]:
-    """The query of a table, and the secrets among its values. Raises ConfigError."""
+    """Return the query of a table, and the secrets among its values. Raises ConfigError."""
     found, secrets = {}, []
     if len(table) > _MOST:
         raise ConfigError(path, f"({len(table)} names)", f"must be at most {_MOST} names")
@@ -312,7 +330,7 @@ def query_of(
 
 
 def network_of(path: str, table: Mapping[str, Any], url: str, secret: ReadSecret) -> Network | None:
-    """The network of an upstream at `url`; None for the usual one. Raises ConfigError."""
+    """Return the network for an upstream at `url`; None for the usual one. Raises ConfigError."""
     files = {
         name: _file(f"{path}.{name}", table[name])
         for name in ("ca_file", "client_certificate", "client_key")
@@ -341,7 +359,7 @@ def _check_tls(path: str, network: Network) -> None:
     ):
         try:
             tried.tls_context()
-        except OSError as wrong:  # of TLS too
+        except OSError as wrong:  # includes ssl.SSLError
             reason = wrong.strerror or type(wrong).__name__
             allowed = f"must be a file of certificates in PEM form: {reason}"
             raise ConfigError(f"{path}.{name}", getattr(network, _FIELDS[name]), allowed) from None
@@ -365,7 +383,7 @@ readable_file = _file
 
 
 def _proxy(path: str, table: Mapping[str, Any], url: str, secret: ReadSecret) -> Proxy | None:
-    """The one that the table names; else the environment's, which never applies to loopback."""
+    """Return the table's proxy, else the environment's, which never applies to loopback."""
     if "proxy" in table:
         if table["proxy"] == "none":
             return None

@@ -1,6 +1,6 @@
-"""Other programs on an account: their use of its limits, measured from answers and counts.
+"""Other programs on an account: their use of its limits, measured from answers and counts. Pure.
 
-Pure. Invariant: what others take is kept free by charges that end with the window of their limit.
+Invariant: what others use is kept free by charges that end with the window of their limit.
 """
 
 from __future__ import annotations
@@ -12,65 +12,68 @@ from typing import NamedTuple
 
 from tidegate.policy.learned import HeaderReading, OthersUse
 
-# Shares of a bound: others are noticed from the first on, and gone below the second; the third is
-# kept free beside what they take, since they come in bursts.
+# Fractions of a bound: others' use is acted on from NOTICED on until it falls below GONE. MARGIN is
+# kept free in addition to their use, since it comes in bursts.
 NOTICED, GONE, MARGIN = 0.05, 0.02, 0.03
-# Levels of two buckets that are closer than such a share of the bound are the same.
+# Levels of two buckets that differ by less than this fraction of the bound count as equal.
 LEVEL_APART = 0.01
-# From one look to the next, about.
+# Approximate time between two observations of the pool.
 LOOK_S = 1.5
-# How much of the difference one look makes up for: single readings are late or rounded.
+# Fraction of a difference that one observation corrects: single readings are late or rounded.
 _STEP = 0.4
-# While there are others, or a bound fell, more is kept free for as long as less than the first
-# remains: a part of the bound that grows each second, up to the last, and ends slowly.
+# While others use the account, or after its bound fell: once less than SPARE of the bound remains,
+# an additional fraction is kept free that grows by GROWS with each observation up to MOST_MORE, and
+# shrinks by ENDS afterwards.
 SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
-# A refusal shows that our count lacks something, however little answers told of it. For the first,
-# in windows, others are taken into account below `NOTICED` too, with the second beside them; the
-# third is kept free beside all of that, and ends evenly over so many windows.
+# A refusal shows that our count misses something, even if answers report little. For
+# CAREFUL_WINDOWS windows after it, others' use counts below NOTICED too, with CAREFUL_MARGIN of the
+# bound in addition. CUT of the bound is kept free besides, and declines evenly to 0 over
+# CUT_WINDOWS windows.
 CAREFUL_WINDOWS, CAREFUL_MARGIN = 10.0, 0.01
 CUT, CUT_WINDOWS = 0.1, 3.0
-# The same where no answer tells of the limit, so that refusals alone show what others take; and the
-# most that they keep free, which is `MOST_MORE` elsewhere. All of it ends `CAREFUL_WINDOWS` after
-# the last refusal.
+# The same for a limit that no answer reports, so that only refusals show others' use.
+# MOST_UNTOLD_CUT is the most that is kept free, instead of MOST_MORE. All of it ends
+# CAREFUL_WINDOWS windows after the last refusal.
 UNTOLD_CUT, UNTOLD_CUT_WINDOWS, MOST_UNTOLD_CUT = 0.2, 10.0, 0.9
-# A refusal of a window that tells when that begins again shows what others took of it: as much a
-# window is kept free, and the first beside it. Since they may have taken it in a burst, it is no
-# more than was taken, and the second.
+# A refusal that states when the window ends shows what others used of it. That use, extrapolated to
+# a whole window, is kept free, plus REFUSED_MORE. Since it may have been a burst, the extrapolation
+# is limited to what was used plus REFUSED_MOST.
 REFUSED_MORE, REFUSED_MOST = 0.1, 0.2
-# For so many windows after a refusal calls come evenly, where so large a share of the bound is
-# used: a window frees together what came together, and all of that may be refused together. Where
-# refusals alone show others, they do for as long as one counts, since the next one will follow.
+# For EVEN_WINDOWS windows after a refusal calls are admitted evenly while NEARLY_FULL of the bound
+# is used: a window frees at one moment what was used at one moment, and all of that may be refused.
+# Where only refusals show others, this lasts as long as a refusal counts, since the next will
+# follow.
 EVEN_WINDOWS, NEARLY_FULL = 2.0, 0.9
-# For how long a bound that a refusal stated is kept to: who does so is not refused, and would never
-# hear that it rose.
+# How long a bound that a refusal stated is kept: below it no call is refused, so no refusal would
+# report that it rose.
 STATED_S = 3_600.0
-# Refusals within such a part of a window are one, since calls under way are refused too.
+# Refusals within this fraction of a window count as one, since calls in progress are refused too.
 ONE_REFUSAL = 1 / 12
-# How much later than the pool the headers of answers tell of a call, at most: under bursts what it
-# used would else be taken for a use of others.
+# How much later than the pool the headers of answers report a call, at most. Without this allowance
+# a burst of our own calls would count as others' use.
 READ_LATE_S = 5.0
-# How long a call takes at most whose headers tell of the account: what was ours is remembered.
+# The longest call whose headers are used; our own counts are kept for that long.
 MOST_LATE_S = 60.0
-# In how many windows a bucket is full again at most; what resets later is no bucket of that window.
+# A bucket is full again within this many windows; a later reset is not of a bucket of that window.
 _MOST_WINDOWS = 2.0
 # How long before the provider a pool counts a call, at most.
 SENT_LATE_S = 1.0
-# A charge that keeps so large a share of the bound free beside what is kept free already counts as
-# if spent evenly over the last window: it ends in so many parts, and so do those of an earlier
-# leader. Ending at one moment it would free room for many calls, and all of them may be refused.
+# A charge of more than EVENLY_FROM of the bound is spread evenly over the last window, in _PARTS
+# parts, and so are the charges of an earlier leader. If it ended at one moment, many calls would be
+# admitted together, and all of them might be refused.
 EVENLY_FROM, _PARTS = 0.02, 60
-# So long before it ends a charge is renewed, else there would be room for a moment.
+# A charge is renewed this long before it ends, so that no capacity is free in between.
 RENEWED_S = 2.5
 _DAY_MS = 86_400_000
-# How near a day the window of a bucket that refills in one must be, as its header implies it.
+# Factor by which the window that a header implies may differ from a day, for a daily bucket.
 NEAR = 1.2
-# Limits of a shorter window are over before anything is noticed.
+# Limits of a shorter window reset before others' use would be noticed.
 LEAST_WINDOW_S = 4 * RENEWED_S
 
 
 @dataclass(slots=True)
 class _Window:
-    """Of a limit that begins again, as its answers tell. Times are in seconds since 1970."""
+    """A window of a limit that resets, as answers report it. Times are in seconds since 1970."""
 
     began_at: float
     ends_at: float
@@ -78,7 +81,10 @@ class _Window:
 
 
 class _Charge(NamedTuple):
-    """at: as of when it counts; made_at: when it was made. Times are in seconds since 1970."""
+    """An amount that keeps capacity free. Times are in seconds since 1970.
+
+    at: from when it counts in the window. made_at: when it was charged.
+    """
 
     at: float
     amount: int
@@ -87,9 +93,12 @@ class _Charge(NamedTuple):
 
 @dataclass(slots=True)
 class _Look:
-    """What the pool counted at one moment. ours: in the window, without what was charged here;
-    lately: since the provider's windows began, as known then; level: of a bucket, before and after
-    what was charged at this look."""
+    """An observation of the pool's counts.
+
+    ours: our use in the window, without charges. since: when the provider's windows began, as known
+    then. lately: the pool's count since that time, charges included. level: the level of a bucket
+    before the charge of this observation. charged: that charge.
+    """
 
     at: float
     ours: int
@@ -101,8 +110,11 @@ class _Look:
 
 @dataclass(slots=True)
 class _DayBound:
-    """usual: what goes with the bound in force. at: as of when it is `now`; fell_at: when it was
-    more last; both in seconds since 1970."""
+    """A bound on a day's calls that answers report. Times are in seconds since 1970.
+
+    usual: the value that corresponds to the bound in force. now: the latest value. at: when it was
+    reported. fell_at: when it last fell.
+    """
 
     usual: int
     now: int
@@ -116,25 +128,27 @@ class _DayBound:
             self.now, self.at = reading.bound, reading.at
 
     def overdrawn_until(self, window_s: float) -> float:
-        """For how long what was used before it fell may leave nothing of a bucket."""
+        """Return until when use from before the bound fell may leave a bucket empty."""
         windows = min(self.usual / self.now - 1, CAREFUL_WINDOWS)
         return self.fell_at + max(0.0, windows) * window_s
 
 
 @dataclass(slots=True)
 class AccountUse:
-    """Use of one limit of an account in the last window: by all, as headers tell it, and by us.
+    """Use of one limit of an account in the last window, by all as headers report it, and by us.
 
-    What remained at two answers of a bucket, and what has refilled between, is what all have used;
-    in a window that begins again it is what does not remain. What the pool counts in that time is
-    ours, and the rest is of others. Where our count is above the provider's there are no others;
-    where it is below, the difference is kept free, whatever its cause. Headers are as of a call's
-    beginning, and come with its answer: they are compared with what the pool counted then. After a
-    refusal more is kept free in a window, since answers may tell of too little.
-    refills: whether the limit is a bucket, where its readings do not show that it begins again.
-    A limit of which no answer tells can have the same calls as a day's bound, of which each does:
-    then that shows what others take, but not what remains; and a tier that changes, since that
-    changes all bounds of a model, in about the same proportion.
+    For a bucket, total use is what remained at one answer less what remained at the next, plus the
+    refill between them; for a window that resets, it is what does not remain. The pool counts our
+    use, and the rest is others'. If our count is above the provider's there are no others; if it is
+    below, the difference is kept free, whatever its cause. Headers are as of the start of a call
+    but arrive with its answer, so they are compared with what the pool counted at that time. After
+    a refusal more of a window is kept free, since answers may report too little.
+
+    refills: the limit is a bucket, unless its readings show that it resets.
+
+    If no answer reports the limit, answers may report a day's bound on the same calls. That shows
+    what others use but not what remains. It also shows a change of the account's tier, which
+    changes all bounds of a model in about the same proportion.
     """
 
     window_s: float
@@ -144,29 +158,31 @@ class AccountUse:
     acts: bool = False
     _more: float = 0.0
     _last: HeaderReading | None = None
-    _last_of_day: HeaderReading | None = None  # where there is no other
+    _last_of_day: HeaderReading | None = None  # used if there is no other reading
     _day_bound: _DayBound | None = None
-    # Of when two answers were, and what was used between them.
+    # Times of two consecutive answers, and what was used between them.
     _used: deque[tuple[float, float, float]] = field(default_factory=deque)
     _windows: deque[_Window] = field(default_factory=deque)
-    _apart: deque[tuple[float, float]] = field(default_factory=deque)  # of windows: all but ours
-    _is_new: bool = False  # a reading of a window, not compared yet
+    _apart: deque[tuple[float, float]] = field(default_factory=deque)  # time, others' use
+    _is_new: bool = False  # whether a reading of a window is not compared yet
     _looks: deque[_Look] = field(default_factory=deque)
     _kept: deque[_Charge] = field(default_factory=deque)
-    evenly: bool = False  # whether the last charge is to count evenly over the last window
-    _counted: int = 0  # as the pool counted after the last look
+    evenly: bool = False  # whether the last charge counts evenly over the last window
+    _counted: int = 0  # the pool's count after the last observation and its charge
     _has_lost: bool = False
     _refused_at: float = -inf
-    _cut: float = 0.0  # a part of the bound, as of the last refusal
-    _known_until: float = -inf  # what others take at least
-    _stated: tuple[int, float] = (0, -inf)  # a bound that an answer told alone, and as of when
+    _cut: float = 0.0  # fraction of the bound kept free, as of the last refusal
+    _known_until: float = -inf  # others' use is not lowered before
+    _stated: tuple[int, float] = (0, -inf)  # a bound that a refusal stated, and when
     _cut_before: float = 0.0
-    # When the window of the last refusal began, until what others took of it is known.
+    # When the window of the last refusal began; None once others' use of it is known.
     _refused_from: float | None = None
 
     def read(self, reading: HeaderReading) -> None:
-        """Take a reading; one that is not newer than the last is passed over, and one of a call
-        that took too long."""
+        """Take a reading.
+
+        It is ignored if it is not newer than the last, or if its call took longer than MOST_LATE_S.
+        """
         last = self._last
         if reading.remaining is None or (last is not None and reading.at <= last.at):
             return
@@ -191,8 +207,10 @@ class AccountUse:
         self._used.append((last.at, reading.at, used))
 
     def read_day(self, reading: HeaderReading | None) -> None:
-        """The same of a day's bound that refills evenly, where no answer tells of the limit; None
-        where none tells of the day either."""
+        """Take a reading of a day's bound that refills evenly, for a limit that no answer reports.
+
+        None: no answer reports the day's bound either.
+        """
         last = self._last_of_day
         if reading is not None and self._day_bound is None:
             self._day_bound = _DayBound(reading.bound, reading.bound, reading.at)
@@ -215,9 +233,12 @@ class AccountUse:
             self._used.append((last.at, reading.at, used))
 
     def refuse(self, at: float, reset_s: float | None = None) -> None:
-        """Take a refusal of a call that fits our own count. Others who take little before a backlog
-        of ours takes the rest are hardly seen in answers, and not at all where no header tells.
-        reset_s: in how many seconds the limit's window begins again, as the refusal tells."""
+        """Take a refusal of a call that fits our own count.
+
+        Others that use little before a backlog of ours takes the rest hardly show in answers, and
+        not at all if no header reports the limit. `reset_s`: seconds until the limit's window
+        resets, as the refusal states.
+        """
         day = self._day_bound
         if day is not None and not self.is_told and at <= day.overdrawn_until(self.window_s):
             return
@@ -230,8 +251,11 @@ class AccountUse:
                 self._refused_from = at + reset_s - self.window_s
 
     def take_stated(self, bound: int, in_force: int, at: float) -> None:
-        """Take a bound that an answer tells without what remains. Where it is lower than was known,
-        that is why calls were refused at that time: nothing is kept free for others beside it."""
+        """Take a bound that an answer states without what remains.
+
+        A bound that is lower than known explains the refusals at that time; they
+        no longer keep capacity free for others.
+        """
         known, known_at = self._stated
         if at - known_at > STATED_S:
             known = in_force
@@ -240,7 +264,10 @@ class AccountUse:
         self._stated = bound, at
 
     def forgive(self) -> None:
-        """The bound in force was changed: refusals were of before, and it goes with the day's."""
+        """Note that the bound in force changed.
+
+        Earlier refusals no longer count, and the bound corresponds to the day's latest value.
+        """
         self._forget_refusals()
         if self._day_bound is not None:
             self._day_bound.usual = self._day_bound.now
@@ -249,8 +276,10 @@ class AccountUse:
         self._refused_at, self._cut, self._stated = -inf, 0.0, (0, -inf)
 
     def by_day(self, in_force: int) -> int:
-        """The account's bound of a limit of which no answer tells: as much less or more than in
-        force as the day's bound is than before."""
+        """Return the account's bound of a limit that no answer reports.
+
+        It differs from the bound in force in proportion to the change of the day's bound.
+        """
         day = self._day_bound
         if self.is_told or day is None:
             return in_force
@@ -258,7 +287,7 @@ class AccountUse:
 
     @property
     def is_told(self) -> bool:
-        """Whether an answer has told of the limit."""
+        """Whether an answer has reported the limit."""
         return self._last is not None
 
     @property
@@ -266,14 +295,16 @@ class AccountUse:
         return self._last_of_day if self._last is None else self._last
 
     def is_careful(self, now: float) -> bool:
-        """Whether a refusal is so near that what others take counts however little it is."""
+        """Return whether a refusal is so recent that others' use counts however little it is."""
         return now < self._refused_at + CAREFUL_WINDOWS * self.window_s
 
     def ramp_ms(self, now: float, used: int, in_force: int, waiting: int = 0) -> int | None:
-        """Of a limit that is a window: in which time as much as the bound is to be admitted,
-        evenly; None where calls may come as they fit. waiting: calls that wait for it. What a
-        window takes together it frees together, and answers would tell of others once a window.
-        Nobody ends what was begun, so that it is no longer than a refusal counts."""
+        """Return over what time the bound of a window is to be admitted evenly; None for no ramp.
+
+        `waiting`: calls that wait for the limit. What a window takes together it frees together,
+        and answers would show others only once a window. No one ends a ramp that was begun, so it
+        lasts no longer than a refusal counts.
+        """
         for_s = (EVEN_WINDOWS if self.is_told else CAREFUL_WINDOWS) * self.window_s
         is_near = now < self._refused_at + for_s
         is_backlog = waiting > 0 and self._newest is not None
@@ -283,7 +314,7 @@ class AccountUse:
         return round(self.window_s * 1000 * windows)
 
     def _cut_at(self, now: float) -> float:
-        """The share of the bound that is kept free after refusals."""
+        """Return the fraction of the bound that is kept free after refusals."""
         return self._cut_left(now) if self.is_careful(now) else 0.0
 
     def _cut_left(self, now: float) -> float:
@@ -294,9 +325,11 @@ class AccountUse:
         return max(0.0, self._cut - cut * passed)
 
     def _read_window(self, reading: HeaderReading, used: int) -> None:
-        """Of concurrent calls an answer that comes later may tell of less: in a window the most
-        that any answer tells of is used. One that ends by more than half of its length later is the
-        next one."""
+        """Take a reading of a window that resets.
+
+        With concurrent calls a later answer may report less use, so the highest report of a window
+        counts. A window that ends later by more than half its length is the next one.
+        """
         length_s = self.window_s
         if reading.window_ms:
             length_s = min(length_s, reading.window_ms / 1000)
@@ -319,45 +352,57 @@ class AccountUse:
 
     @property
     def _margin(self) -> float:
-        """The share of a bound that is kept free beside what others take until the next look."""
+        """The fraction of a bound kept free besides others' use until the next observation."""
         return max(MARGIN, LOOK_S / self.window_s)
 
     @property
     def since(self) -> float | None:
-        """From when on the pool's own count is needed to compare windows that begin again, in
-        seconds since 1970; None where it is not."""
+        """From when the pool's count is needed to compare windows that reset; None if it is not.
+
+        In seconds since 1970.
+        """
         began_at = self._windows[0].began_at if self._windows else self._refused_from
         return None if began_at is None else began_at - SENT_LATE_S
 
     def kept(self, now: float) -> int:
-        """How much is kept free by what was charged in the last window. Charges of the one before
-        are remembered for the looks that count them."""
+        """Return how much the charges of the last window keep free.
+
+        Charges of the window before are kept for the observations that count them.
+        """
         while self._kept and self._kept[0].at <= now - self.span_s - MOST_LATE_S:
             self._kept.popleft()
         since = now - self.span_s
         return sum([one.amount for one in self._kept if one.at > since])
 
     def inherit(self, before: OthersUse, now: float) -> None:
-        """Go on with what an earlier leader has charged, evenly, since all of it was in the last
-        window, and is charged again as it ends; and with what it knew of others, until answers tell
-        of a whole window."""
+        """Continue with the charges and the knowledge of an earlier leader.
+
+        Its charges are spread evenly: all were made in the last window, and are renewed as they
+        end. Its figure for others holds until answers cover a whole window.
+        """
         self._remember_evenly(before.kept, now, made_at=-inf)
         self.others, self.acts = float(before.amount), before.amount > 0
         self._known_until = now + self.span_s
 
     def inherit_day(self, bound: int, in_force: int, day: HeaderReading) -> None:
-        """Go on with the account's bound as an earlier leader had it by the day's."""
+        """Continue with the account's bound that an earlier leader derived from the day's bound."""
         usual = max(1, round(day.bound * in_force / bound))
         self._day_bound = _DayBound(usual, day.bound, day.at)
 
     def inherit_refusals(self, before: OthersUse, bound: int, now: float) -> None:
-        """The same of a limit of which refusals alone show others: the last of them is now."""
+        """Continue with an earlier leader's state of a limit that only refusals show.
+
+        The last refusal counts as of now.
+        """
         self._remember_evenly(before.kept, now, made_at=-inf)
         self._refused_at, self._cut = now, min(before.amount / max(1, bound), MOST_UNTOLD_CUT)
 
     def taken_by_others(self, now: float, bound: int) -> int:
-        """In a window, as far as it is known: 0 where it is too little to act on. Where no answer
-        tells of it, or what others got before our backlog took the rest, refusals tell more."""
+        """Return others' known use in a window; 0 if it is too little to act on.
+
+        Refusals count too, if no answer reports the limit, or as a minimum for windows, since
+        answers show little of others if our backlog takes the rest.
+        """
         others, refused = self.others if self.acts else 0.0, self._cut_at(now) * bound
         if not self.is_told:
             others += refused
@@ -373,8 +418,11 @@ class AccountUse:
                 self._kept.append(_Charge(now - part_s * (_PARTS - part), amount, made_at))
 
     def lose(self) -> None:
-        """Valkey has lost its data. Processes report again what they have seen of it: what is
-        missing at the next look is taken for what was charged here, so that it is charged again."""
+        """Note that Valkey has lost its data.
+
+        Processes report again what they have counted. What is missing at the next observation must
+        be charges, which are then charged again.
+        """
         self._has_lost = True
 
     def _recount(self, now: float, counted: int) -> None:
@@ -392,10 +440,11 @@ class AccountUse:
     def due(
         self, now: float, counted: int, in_force: int, bound: int, *, lately: int | None = None
     ) -> int:
-        """How much to charge now so that room is left for others, and for a bound that fell.
+        """Return how much to charge now to keep room for others and for a bound that fell.
 
-        counted: what the pool counts in the window, with all that was charged here; lately: the
-        same from `since` on."""
+        `counted`: the pool's count in the window, charges included. `lately`: the same from `since`
+        on.
+        """
         lower = min(in_force, bound)
         self._recount(now, counted)
         self._look(_Look(now, counted - self.kept(now), self.since, lately))
@@ -405,7 +454,7 @@ class AccountUse:
             self._reckon(now, self._refused_from, (bound - ours) / max(1, lower))
         lasts_from = now - self.span_s + RENEWED_S
         lasting = sum([one.amount for one in self._kept if one.at > lasts_from])
-        # What the account has left for us may be more than the limit in force allows.
+        # What the account leaves for us may be more than the limit in force allows.
         for_others = 0.0
         if self.acts:
             for_others = self.others + self._margin * lower
@@ -419,16 +468,17 @@ class AccountUse:
         return self._keep(now, counted, max(0, target - lasting), evenly=evenly)
 
     def level_due(self, now: float, taken: int, level: int, in_force: int, bound: int) -> int:
-        """As `due`, of a limit that refills as the account's does: by how much its level is lower
-        than the account's. taken: what the pool counts in the window.
+        """Return how much to charge now to a bucket: by how much its level is below the account's.
 
-        Where little remains, a margin is for what others take until the next look, and for what
-        refills here and not at the account: once there, it costs nothing, since all that refills
-        may be used. Others can't be distinguished from our own calls by then, since an account that
-        is full refuses the rest. An answer is as old as a look and a share of notes: what has
-        refilled meanwhile, others and we have taken too. Where it is older, as after a long call or
-        a pause, what others took since then is as before, what we took is known, and after a pause
-        a backlog takes the rest in a moment.
+        `taken`: the pool's count in the window.
+
+        If little remains, a margin covers what others take until the next observation, and what
+        refills here but not at the account; once present it costs nothing, since all that refills
+        may be used. At that point others cannot be distinguished from our own calls, since a full
+        account refuses the rest. An answer is as old as the interval of observations and of shared
+        notes: others and we have used some of the refill since then. For an older answer, after a
+        long call or a pause, others' use since then is assumed to be as before and ours is known;
+        after a pause, a backlog takes the rest in a moment.
         """
         lower, last, remaining = min(in_force, bound), self._last, float(bound)
         self._recount(now, taken)
@@ -446,8 +496,10 @@ class AccountUse:
         return self._keep(now, taken, amount if amount > LEVEL_APART * lower else 0)
 
     def _left_now(self, reading: HeaderReading, remaining: int, in_force: int) -> float:
-        """What remains at the last look, with others going on and what we took since the reading;
-        what we took before the first look that is remembered is not known."""
+        """Return what remains at the last observation, assuming that others continue.
+
+        Our use since the reading is subtracted; before the first observation it is unknown.
+        """
         left, from_s = self._left_at(reading, remaining), reading.at + RENEWED_S
         refills, before = in_force / self.window_s, None
         for look in self._looks:
@@ -463,7 +515,7 @@ class AccountUse:
         return left
 
     def _refilled(self, left: float, bound: int, passed_s: float) -> float:
-        """What remains after so long, with others going on; nobody takes what is overdrawn."""
+        """Return what remains after `passed_s` with others' use; none is taken while overdrawn."""
         per_s = bound / self.window_s
         if left < 0:
             overdrawn_s = min(passed_s, -left / per_s)
@@ -472,15 +524,17 @@ class AccountUse:
         return min(bound, left + max(0.0, per_s - by_others) * passed_s)
 
     def _left_at(self, reading: HeaderReading, remaining: int) -> float:
-        """Below nothing where a bound fell below what was used: then a bucket is full again later
-        than a window after."""
+        """Return what a reading leaves; negative if the bound fell below what was used.
+
+        Such a bucket is full again later than one window afterwards.
+        """
         if remaining or reading.window_ms is None:
             return remaining
         windows = reading.window_ms / 1000 / self.window_s
         return reading.bound * (1 - max(1.0, min(windows, _MOST_WINDOWS)))
 
     def _keep(self, now: float, counted: int, amount: int, *, evenly: bool = False) -> int:
-        """Note what is charged now, and what the pool counts with it."""
+        """Record a charge, and the pool's count after it."""
         self.evenly = evenly
         if amount:
             if evenly:
@@ -492,7 +546,7 @@ class AccountUse:
         return amount
 
     def take_back(self, amount: int) -> None:
-        """The last charge could not be made."""
+        """Undo the last charge, which could not be made."""
         made_at = self._kept[-1].made_at
         while self._kept and self._kept[-1].made_at == made_at:
             self._kept.pop()
@@ -500,8 +554,10 @@ class AccountUse:
         self._counted -= amount
 
     def lower(self, by: int, now: float) -> None:
-        """The bound in force is lower by `by`: the pool counts as much less of what was charged
-        here in the last window, of each charge alike, since it was for the difference."""
+        """Note that the bound in force fell by `by`, so that charges for the difference end.
+
+        The pool counts as much less of the last window's charges, of each in proportion.
+        """
         total, passed, gone, kept = self.kept(now), 0, 0, deque[_Charge]()
         by = min(by, total)
         for one in self._kept:
@@ -522,7 +578,7 @@ class AccountUse:
             self._looks.popleft()
 
     def _start_over(self, now: float) -> None:
-        """The clock was set back: what is remembered is of times that are yet to come."""
+        """Handle a clock that was set back: everything remembered is of future times."""
         kept, self._last, self._last_of_day = self.kept(self._looks[-1].at), None, None
         self._forget_refusals()
         if self._day_bound is not None:
@@ -532,8 +588,10 @@ class AccountUse:
         self._remember_evenly(kept, now, made_at=-inf)
 
     def _notice(self, now: float, lower: int) -> None:
-        """Compare what all have used in the last window that answers tell of with what is ours of
-        it. Without answers, as in a pause, others are taken to go on for as long as it may last."""
+        """Update others' use: total use in the last window that answers report, less ours.
+
+        Without answers, as in a pause, others are assumed to continue for as long as it may last.
+        """
         last = self._newest
         if last is None and not self.acts:  # there is nothing to compare
             return
@@ -553,12 +611,12 @@ class AccountUse:
         self.acts = self.others > (GONE if self.acts else NOTICED) * lower
 
     def _in_bucket(self, until: float) -> float | None:
-        """None where it is not remembered what was ours then."""
+        """Return others' use; None if our own count of that time is no longer known."""
         since = until - self.span_s
         while self._used and self._used[0][1] <= since:
             self._used.popleft()
         by_all = sum(used for _, _, used in self._used)
-        if self._used:  # the first may have begun before the window
+        if self._used:  # the first interval may have begun before the window
             last, at, used = self._used[0]
             by_all -= used * max(0.0, since - last) / (at - last)
         begin, end = until - READ_LATE_S, until + LOOK_S
@@ -566,9 +624,11 @@ class AccountUse:
         return None if ours is None else by_all - ours
 
     def _in_windows(self, now: float, since: float) -> float:
-        """The most that the answers of two windows' time have told of, beyond what the pool had
-        counted since the provider's windows began: one shows all of its use at its end, and at its
-        beginning the one before counts."""
+        """Return the most that answers in the last two windows' time report beyond our count.
+
+        Our count is of the time since the provider's windows began. A window shows all its use only
+        at its end, so at its start the previous one counts.
+        """
         look = self._look_after(since)
         if self._is_new and look.lately is not None:
             self._is_new = False
@@ -579,13 +639,15 @@ class AccountUse:
         return max((apart for _, apart in self._apart), default=0.0)
 
     def _charged_since(self, since: float, at: float) -> int:
-        """What was charged here of what the pool counted then."""
-        since = max(since, at - self.span_s)  # what was before counted no more
+        """Return the charges contained in the pool's count at `at`."""
+        since = max(since, at - self.span_s)  # earlier charges no longer counted
         return sum([one.amount for one in self._kept if one.at > since and one.made_at < at])
 
     def _reckon(self, now: float, began_at: float, taken: float) -> None:
-        """Take it that others go on as in a window that had no room left at a refusal. taken: as a
-        part of the bound, what we did not take of it."""
+        """Assume that others continue as in a window that was full at a refusal.
+
+        `taken`: what we did not use of that window, as a fraction of the bound.
+        """
         self._refused_from = None
         if now >= began_at + self.window_s:
             return
@@ -594,9 +656,11 @@ class AccountUse:
         self._cut = min(max(found, self._cut_before) + REFUSED_MORE, MOST_UNTOLD_CUT)
 
     def _look_after(self, since: float) -> _Look:
-        """The first look after the last reading that knows what was taken since then; else the
-        last one, which counts what is ours since the reading too. By the clock of another process
-        a reading may be of a time that is yet to come."""
+        """Return the first observation after the last reading with the count since `since`.
+
+        Otherwise the last observation, whose count also includes our use since the reading. By the
+        clock of another process a reading may be in the future.
+        """
         told_at = self._looks[-1].at
         if self._last is not None:
             told_at = min(told_at, self._last.at)
@@ -607,8 +671,11 @@ class AccountUse:
         return self._looks[-1]
 
     def _short(self, now: float, lower: int, bound: int) -> float:
-        """How much more is to be kept free, since hardly anything remains: of a window, less than
-        others take until it ends, from when the header of a long call is of."""
+        """Return how much more is to be kept free because hardly anything remains.
+
+        For a window: if less remains than others use until its end, counted from the start of the
+        call for the header of a long call.
+        """
         left, least = None if self._last is None else self._last.remaining, SPARE * bound
         if self._windows:
             window = self._windows[-1]
@@ -624,10 +691,10 @@ class AccountUse:
 
 @dataclass(slots=True)
 class DayUse:
-    """What others take of a day's bound: as much as the provider has less of the day than the pool.
+    """Others' use of a day's bound: what the provider has less of the day than the pool.
 
-    Charges last until the pool's day ends, so that they are for what is sure: what remained at the
-    last answer, and all that refills until then.
+    Charges last until the end of the pool's day, so they cover only what is certain: what
+    remained at the last answer plus all refill until then.
     """
 
     kept: int = 0
@@ -635,8 +702,10 @@ class DayUse:
     def due(
         self, reading: HeaderReading, counted: int, in_force: int, left_ms: float, now: float
     ) -> int:
-        """How much to charge now. counted: what the pool counts in its day, with all that was
-        charged here; left_ms: until its day ends."""
+        """Return how much to charge now.
+
+        `counted`: the pool's count of its day, charges included. `left_ms`: until its day ends.
+        """
         self.kept = min(self.kept, counted)  # another day may have begun
         given = day_room(reading, left_ms, now)
         if given is None:
@@ -648,18 +717,20 @@ class DayUse:
         return beyond
 
     def take_back(self, amount: int) -> None:
-        """The last charge could not be made."""
+        """Undo the last charge, which could not be made."""
         self.kept -= amount
 
     def lower(self, by: int) -> None:
-        """As of an `AccountUse`."""
+        """Note that the bound in force fell by `by`, as `AccountUse.lower` does."""
         self.kept = max(0, self.kept - by)
 
 
 def day_room(reading: HeaderReading, left_ms: float, now: float) -> float | None:
-    """How much of a day's bound the provider gives in the next `left_ms`, if nobody else takes any;
-    None where no header tells. A bound that begins again does so when its header says; any other,
-    or one that does not say, refills evenly."""
+    """Return how much of a day's bound is available in the next `left_ms` without others' use.
+
+    None if no header reports it. A bound that resets does so when its header says; any other
+    refills evenly, as does one whose header does not say.
+    """
     if reading.remaining is None:
         return None
     age_ms = (now - reading.at) * 1000
@@ -672,12 +743,12 @@ def day_room(reading: HeaderReading, left_ms: float, now: float) -> float | None
 
 
 def _refills_in_a_day(reading: HeaderReading) -> bool:
-    """Whether its header implies so."""
+    """Return whether the header implies a bucket that refills in a day."""
     is_bucket = reading.reset_ms is None and reading.remaining is not None
     return is_bucket and 1 / NEAR < (reading.window_ms or 0.0) / _DAY_MS < NEAR
 
 
 def _refilled_to(reading: HeaderReading, before: float, window_ms: float, passed_s: float) -> float:
-    """How much of a bucket has refilled until a reading. before: what remained then."""
+    """Return how much of a bucket refilled until a reading; `before`: what remained at first."""
     refilled = reading.bound * passed_s * 1000 / window_ms
     return min(refilled, max(0.0, reading.bound - before))

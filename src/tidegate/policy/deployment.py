@@ -1,7 +1,7 @@
 """Deployment policy: `tidegate.toml` over the environment over the defaults; upstreams and routes.
 
 Upstreams come from `[upstreams.NAME]` and `[[routes]]`; GEMINI_API_KEY, OPENAI_API_KEY and
-ANTHROPIC_API_KEY each make one. Each upstream is a pool of the limiter.
+ANTHROPIC_API_KEY each define one. Each upstream is a pool of the limiter.
 
 Invariants: a mistake is one ConfigError that names the file and the key; the file names the
 variable of a key, never the key itself.
@@ -65,14 +65,14 @@ from tidegate.settings import (
 )
 from tidegate.usual_models import OUR_KEY
 
-# An environment with its key makes an upstream of it.
+# Each of these keys in the environment defines an upstream.
 _KEY_OF = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 _EMULATED_MODELS = (
     *("gemini-*", "gemma-*", "imagen-*", "veo-*", "embedding-001", "text-embedding-0*"),
 )
 _GOOGLE = PROVIDERS["gemini"].urls["gemini"]
 USUAL_AT_ONCE = 64
-# What becomes of limits that headers of answers report: a proposal, or in force where none is set.
+# How limits in headers of answers are used: as proposals, or put in force if none is set.
 Learn = Literal["propose", "apply"]
 _LEARN: tuple[Learn, ...] = get_args(Learn)
 CONNECT_TIMEOUT = "connect_timeout_ms"
@@ -92,7 +92,7 @@ _LONGEST_KEY_BYTES = 8_192
 _MOST_TIMES = 100
 
 _IS_FROM_IT = "has its key from it"
-# How an upstream is reached: what its calls cost does not depend on it.
+# Keys about reaching an upstream; the cost of calls does not depend on them.
 _OF_ACCESS = {
     *("key", "key_file", "credentials_file", "aws_profile", "aws_service", "scope"),
     *(*HEADER_KEYS, *NETWORK_KEYS),
@@ -103,8 +103,8 @@ ReadSecret = Callable[[str], str]
 
 @dataclass(frozen=True, slots=True)
 class Preempt:
-    """When a job's or batch line's call without a byte of an answer gives way: a call of a higher
-    band has waited for `after_ms`. times: how often one job or line may."""
+    """A rule by which a call of a job or batch line without any answer yet gives way: if a call of
+    a higher band has waited for `after_ms`. times: how often one job or line may give way."""
 
     after_ms: int = 1_000
     times: int = 3
@@ -112,18 +112,18 @@ class Preempt:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class Upstream:
-    """One account. base_urls: dialect -> URL without a slash at its end. key: empty where none is
-    needed. models: patterns of what it serves. aliases: a client's name for a model -> the
-    provider's. weight: its share where several serve a model. prices: pattern -> price, before the
-    public ones of `provider`, or where it names none of the provider of its hosts. asks_usage:
-    whether a stream may be asked for its usage by `stream_options`. timeouts: those of `TIMEOUTS`
-    that differ from the settings. learn: what becomes of limits in headers of its answers. preempt:
-    None where no call gives way. passthrough: paths that it has and Tidegate does not know, such as
-    `/v1/new-thing`, or `/v1/new/*` for all below. passthrough_tenants: which may call
-    these; all where empty. adopt: the tenant that may use what lives there
-    and no call through here has made; None for nobody. abandoned: what becomes of a call whose
-    client left: `release` its permit, or `wait` for the end of its answer, where a server goes on
-    with it. access_options: how it is reached, beside its key."""
+    """One account at a provider. base_urls: by dialect, without a trailing slash. key: empty if
+    none is needed. models: patterns of the models it serves. aliases: a client's name of a
+    model -> the provider's. weight: its share if several upstreams serve a model. prices:
+    pattern -> price; they precede the public prices of `provider`, or of the provider of its
+    hosts. asks_usage: whether streams are asked for usage by `stream_options`. timeouts:
+    those of `TIMEOUTS` that differ from the settings. learn: how limits in headers of its
+    answers are used. preempt: None if no call gives way. passthrough: paths that it has and
+    Tidegate does not know, such as `/v1/new-thing`, or `/v1/new/*` for all below.
+    passthrough_tenants: tenants that may call these, all if empty. adopt: the tenant that may
+    use objects there that no call through this gateway created; None for none. abandoned:
+    what happens to the permit of a call whose client left: `release` it, or `wait` for the
+    end of the answer if the server continues. access_options: how it is reached."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -147,7 +147,7 @@ class Upstream:
     )
 
     def access(self, dialect: str) -> Access:
-        """How it is reached in one of its dialects."""
+        """Return how the upstream is reached in one of its dialects."""
         found = self._accesses.get(dialect)
         if found is None:
             base, connect_ms = self.base_urls[dialect], self.timeouts.get(CONNECT_TIMEOUT)
@@ -157,12 +157,12 @@ class Upstream:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What no client may read in an answer."""
+        """Secrets that no answer to a client may contain."""
         return (self.key, *self.access_options.secrets)
 
     def identity(self, dialect: str | None = None) -> str:
-        """What tells its account from others at the same URL: its key, else the credentials that
-        are renewed for it and its other secrets. Itself a secret. dialect: None for all."""
+        """Return what distinguishes its account from others at the same URL, itself a secret: its
+        key, else its renewed credentials and other secrets. `dialect`: None for all."""
         if self.key:
             return self.key
         options = self.access_options
@@ -179,32 +179,32 @@ class Upstream:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is a server of one's own, as its provider says."""
+        """Whether it is a self-hosted server, as its provider's preset says."""
         preset = PROVIDERS.get(self.provider or "")
         return preset is not None and preset.is_own
 
     @property
     def named(self) -> list[str]:
-        """The models that it serves by their names, not by a pattern."""
+        """The models that it serves by name, not by a pattern."""
         return [one for one in self.models if not set(one) & set("*?[")]
 
     def fit(self, model: str) -> int:
-        """How closely it names `model`: 0 not at all, more for more than `*`."""
+        """Return how closely it names `model`: 0 not at all, more for anything more than `*`."""
         if model in self.aliases:
             return 1_000
         fits = [len(one) + (one != "*") for one in self.models if fnmatchcase(model, one)]
         return max(fits, default=0)
 
     def price(self, model: str) -> Price | None:
-        """Of the pattern that names `model` most closely."""
+        """Return the price whose pattern names `model` most closely."""
         fits = [one for one in self.prices if fnmatchcase(model, one)]
         return self.prices[max(fits, key=lambda one: (one == model, len(one)))] if fits else None
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A chain for the models that fit `model`: each target `(upstream, its model or None)` is
-    tried when those before it are throttled or out."""
+    """A chain for the models that match `model`: each target `(upstream, its model or None)` is
+    tried if those before it are throttled or unavailable."""
 
     model: str
     targets: tuple[tuple[str, str | None], ...]
@@ -212,9 +212,9 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """All that a policy's file says beside the limits of the pool `gemini`, with what was changed
-    while running. drained: upstreams that take no new calls. missing: those that this process can't
-    make, and why. tables: of all, as `live` leaves them."""
+    """What a policy file states besides the limits of the pool `gemini`, with live changes.
+    drained: upstreams that take no new calls. missing: upstreams that this process cannot create,
+    and why. tables: the tables of all upstreams, with the changes of `live`."""
 
     upstreams: tuple[Upstream, ...]
     routes: tuple[Route, ...] = ()
@@ -235,9 +235,9 @@ def deployment_of(
     live: LiveChanges = NO_CHANGES,
     before: Deployment | None = None,
 ) -> Deployment:
-    """`secret` gives the value of a variable, empty where it is not set. before: what was in force
-    with other changes; upstreams that do not differ are the same objects. Raises ConfigError, but
-    not for what `live` has changed."""
+    """Return the deployment. `secret`: returns the value of a variable, "" if not set. `before`:
+    the deployment in force with other changes, whose unchanged upstreams are reused as
+    objects. Raises ConfigError, but not for what `live` has changed."""
     base = base_tables(stated, config)
     keys = {variable: _key_in(config, variable) for variable in _KEY_OF.values()}
     tables = live.over(base)
@@ -289,7 +289,7 @@ def _stated_tables(stated: Mapping[str, Any]) -> dict[str, Table]:
 
 
 def base_tables(stated: Mapping[str, Any], config: Config) -> dict[str, Table]:
-    """The tables of upstreams by the file and the environment. Raises ConfigError."""
+    """Return the upstreams' tables by the file and the environment. Raises ConfigError."""
     tables = _stated_tables(stated)
     own = tables.pop(DEFAULT_POOL, None)
     keys = {variable: _key_in(config, variable) for variable in _KEY_OF.values()}
@@ -305,7 +305,7 @@ def base_tables(stated: Mapping[str, Any], config: Config) -> dict[str, Table]:
 
 
 def _kept(name: str, table: Table, live: LiveChanges, before: Deployment | None) -> Upstream | None:
-    """The upstream as it was made before, where nothing of it has changed since."""
+    """Return the upstream of the earlier deployment, if nothing of it has changed since."""
     if before is None or before.tables.get(name) != table:
         return None
     return before.upstream(name) if before.live.of(name).reads == live.of(name).reads else None
@@ -321,7 +321,7 @@ def _key_in(config: Config, variable: str) -> str:
 
 
 def _of_keys(tables: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str]) -> list[str]:
-    """The upstreams that keys in the environment make, where the file has none that uses them."""
+    """Return the upstreams that keys in the environment define, unless the file uses those keys."""
     found = []
     for name, variable in _KEY_OF.items():
         is_used = name in tables or any(
@@ -335,9 +335,9 @@ def _of_keys(tables: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str]) -
 def _of_environment(
     table: Mapping[str, Any], config: Config, others: Sequence[Upstream], secret: ReadSecret
 ) -> Upstream:
-    """The account of GEMINI_API_KEY; its limits are those at the top of the file. Beside others the
-    emulator serves only what is named as models of Gemini are, and models of prompts that no other
-    upstream serves."""
+    """Return the account of GEMINI_API_KEY, whose limits are those at the top of the file. Beside
+    other upstreams, the emulator serves only names like Gemini's models, and models of prompts that
+    no other upstream serves."""
     path = _path(DEFAULT_POOL)
     for key in table:
         if key not in _OF_GEMINI:
@@ -349,7 +349,7 @@ def _of_environment(
     key = config.gemini_api_key.get_secret_value() if config.gemini_api_key else ""
     urls = {"gemini": base, "openai": f"{base}/v1beta/openai"}
     if config.emulated or not config.gemini_base_url.startswith(_GOOGLE):
-        urls |= {"anthropic": base, "bedrock": base}  # the emulator speaks them too
+        urls |= {"anthropic": base, "bedrock": base}  # the emulator has these dialects too
     options = _options(path, table)
     if config.is_made_up and others:
         ours = (config.text_model, config.multi_modal_model, config.image_model)
@@ -385,14 +385,14 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
 
 
 def _provider_of(name: str, table: Table) -> Any:
-    """The provider that a table names, or is named as."""
+    """Return the provider that a table names, by `provider` or by its own name."""
     is_named = name in PROVIDERS and not {"provider", "base_url", "dialects"} & table.keys()
     return name if is_named else table.get("provider")
 
 
 def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str, str]:
-    """Where it is, by dialect: a `base_url` of its own takes the place of the provider's, so that
-    the key goes nowhere else."""
+    """Return the base URLs by dialect: the table's `base_url` replaces the provider's, so that the
+    key is sent nowhere else."""
     urls = {}
     preset = PROVIDERS.get(provider or "")
     rebases = preset is not None and preset.is_rebased and "dialect" not in table
@@ -423,7 +423,7 @@ def _key(
     access: AccessOptions,
     secret: ReadSecret,
 ) -> str:
-    """Its value: of the variable that is named, else of the provider's usual one; empty for a
+    """Return the key: the value of the named variable, else of the provider's usual one; "" for a
     server that needs none."""
     authentication = access.authentication
     if authentication.kind == "none" or authentication.is_renewed:
@@ -446,7 +446,7 @@ def _key(
     value = secret(variable)
     if not value:
         raise ConfigError(variable, "(not set)", f"must be set: {path} {_IS_FROM_IT}")
-    if not (value.isascii() and value.isprintable()):  # it could not be sent
+    if not (value.isascii() and value.isprintable()):  # no header can carry it
         raise ConfigError(variable, "(hidden)", "must be printable ASCII")
     return value
 
@@ -459,8 +459,8 @@ _STAYS_HERE = "must be another: it is a secret of this gateway's own, which goes
 
 
 def _check_key_file(path: str, table: Table, config: Config, secret: ReadSecret) -> None:
-    """Raises ConfigError for a file of this gateway's own secrets: who may change upstreams is not
-    to read those."""
+    """Raise ConfigError for a file with this gateway's own secrets: permission to change upstreams
+    must not include reading these."""
     named = table.get("key_file")
     if not isinstance(named, str):
         return
@@ -485,8 +485,8 @@ def _key_in_file(path: str, table: Table) -> str:
 
 
 def _rooted(dialect: str, url: str) -> str:
-    """The URL from where the relay's paths go on: of OpenAI's dialect with a version, of others
-    without."""
+    """Return the URL that the relay's paths are appended to: with a version in OpenAI's dialect,
+    without one in the others."""
     if dialect != "openai":
         return re.sub(r"/v1(?:beta)?$", "", url)
     return url if split_url(url).path else f"{url}/v1"
@@ -562,7 +562,7 @@ def _tenant(path: str, value: object) -> str:
 
 
 def check_adopted(upstreams: Sequence[Upstream]) -> None:
-    """Raises ConfigError where it is not clear at which account a tenant's unknown ids live."""
+    """Raise ConfigError if it is ambiguous at which account a tenant's unknown ids exist."""
     first: dict[tuple[str, str], str] = {}
     for one in upstreams:
         for dialect in one.base_urls if one.adopt is not None else ():
@@ -573,7 +573,7 @@ def check_adopted(upstreams: Sequence[Upstream]) -> None:
 
 
 def _check_preempt(path: str, options: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a call that gave way would go on."""
+    """Raise ConfigError if a call that gave way would continue at the server."""
     if options.get("preempt") and options.get("abandoned") == "wait":
         allowed = 'is for a server that stops when it is left: then set abandoned = "release" too'
         raise ConfigError(f"{path}.preempt", "(set)", allowed)
@@ -608,7 +608,7 @@ def _policy(
     plain = {key: table[key] for key in POLICY_KEYS if key in table}
     plain.setdefault("limits", {"pool:total": USUAL_AT_ONCE})
     plain["limits"] = filled(table_at(f"{path}.limits", plain["limits"]), provider)
-    for key in ("weights", "bands"):  # who gets how much is said once for all
+    for key in ("weights", "bands"):  # stated once for all pools
         if key in stated:
             plain.setdefault(key, stated[key])
     try:
@@ -661,18 +661,19 @@ _ANY_ONE = (
 
 
 def deployed(config: Config) -> PoolPolicy:
-    """What this deployment asks for in the pool `gemini`, as revision 1. Raises ConfigError."""
+    """Return the policy that this deployment requests for the pool `gemini`, as revision 1. Raises
+    ConfigError."""
     path = policy_file(config)
     return of_plain(_filled({}, config)) if path is None else from_file(path, config)
 
 
 def from_file(path: Path, config: Config) -> PoolPolicy:
-    """The policy of a file; `config` fills in what it does not say. Raises ConfigError."""
+    """Return the policy of a file, completed from `config`. Raises ConfigError."""
     read = _read(path)
     stated = {key: value for key, value in read.items() if key not in _NOT_OF_THE_POOL}
     try:
         check_keys("", read, (*SECTIONS, *_NOT_OF_THE_POOL))
-        of_plain(stated)  # on its own first: what is wrong is then the file's
+        of_plain(stated)  # checked alone first, so that errors are attributed to the file
         check_tenants(stated.get("limits", {}))
         return of_plain(_filled(stated, config))
     except ConfigError as wrong:
@@ -681,7 +682,7 @@ def from_file(path: Path, config: Config) -> PoolPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """What the file says, read once: what is changed in it later is for the next start."""
+    """The contents of the policy file, read once: later edits take effect at the next start."""
 
     contents: Mapping[str, Any]
     path: Path | None
@@ -690,13 +691,13 @@ class Stated:
     def deployment(
         self, live: LiveChanges = NO_CHANGES, before: Deployment | None = None
     ) -> Deployment:
-        """As `deployment_of`."""
+        """Return the deployment, as `deployment_of`."""
         with self._named():
             return deployment_of(self.contents, self.config, secret, live, before)
 
     def upstreams_without_access(self) -> tuple[Upstream, ...]:
-        """Those of the file and the environment, for their prices: no key and no file that they are
-        reached with has to be here. Raises ConfigError."""
+        """Return the upstreams of the file and the environment, for their prices: the keys and
+        files to reach them need not be present. Raises ConfigError."""
         with self._named():
             tables = {
                 name: {key: value for key, value in table.items() if key not in _OF_ACCESS}
@@ -710,8 +711,8 @@ class Stated:
             return deployment_of(contents, config, secret).upstreams
 
     def pool(self, name: str, live: LiveChanges) -> tuple[PoolPolicy, str] | None:
-        """The policy of the pool of a live upstream, and its provider or nothing, whether or not
-        this process has its key. None where there is no such upstream. Raises ConfigError."""
+        """Return the pool policy of a live upstream, and its provider or "", whether or not this
+        process has its key. None if there is no such upstream. Raises ConfigError."""
         table = live.over(self.tables()).get(name)
         if table is None:
             return None
@@ -720,7 +721,7 @@ class Stated:
             return _policy(_path(name), table, self.contents, provider), provider
 
     def tables(self) -> dict[str, Table]:
-        """As `base_tables`."""
+        """Return the tables, as `base_tables`."""
         with self._named():
             return base_tables(self.contents, self.config)
 
@@ -736,13 +737,13 @@ class Stated:
 
 
 def stated_by(config: Config) -> Stated:
-    """Raises ConfigError for a file that can't be read."""
+    """Return what the policy file states. Raises ConfigError for an unreadable file."""
     path = policy_file(config)
     return Stated({} if path is None else _read(path), path, config)
 
 
 def deployed_upstreams(config: Config, live: LiveChanges = NO_CHANGES) -> Deployment:
-    """The upstreams of this deployment, with their policies. Raises ConfigError."""
+    """Return this deployment's upstreams with their policies. Raises ConfigError."""
     found = stated_by(config).deployment(live)
     if not found.upstreams:
         raise ConfigError("GEMINI_API_KEY", "(not set)", _ANY_ONE.format(host=config.host))
@@ -750,16 +751,15 @@ def deployed_upstreams(config: Config, live: LiveChanges = NO_CHANGES) -> Deploy
 
 
 def emulates(config: Config) -> bool:
-    """Whether the built-in emulator is to answer as Gemini: without its key, on loopback or in a
-    demonstration; beside other upstreams only where the bundled servers are in use too. Raises
-    ConfigError."""
+    """Return whether the built-in emulator acts as Gemini: without Gemini's key, on loopback or in
+    a demonstration; beside other upstreams only with the bundled servers. Raises ConfigError."""
     names = {one.name for one in deployed_upstreams(config).upstreams} if config.emulated else ()
     return DEFAULT_POOL in names
 
 
 def default_pool(config: Config) -> str:
-    """The pool that a command is about which names none: Gemini's, or the first upstream's where
-    there is no account of Gemini."""
+    """Return the pool of a command that names none: Gemini's, or the first upstream's without an
+    account of Gemini."""
     try:
         names = list(stated_by(config).tables())
     except ConfigError:
@@ -767,14 +767,14 @@ def default_pool(config: Config) -> str:
     return DEFAULT_POOL if DEFAULT_POOL in names or not names else names[0]
 
 
-# Admin keys of providers, which the commands read that need them.
+# Admin keys of providers, read by the commands that need them.
 _OF_COMMANDS = ("OPENAI_ADMIN_KEY", "ANTHROPIC_ADMIN_KEY")
-_NEAR = 0.82  # a letter too few or two that changed places, not another account's key
+_NEAR = 0.82  # a missing letter or two swapped ones, not another account's key
 _SAME_WORD = 0.5
 
 
 class Doubt(NamedTuple):
-    """A name that may be meant as a setting: where it stands, the setting, and a word on it."""
+    """A name that may be a misspelt setting: where it is set, the likely setting, and a remark."""
 
     name: str
     place: str
@@ -788,7 +788,7 @@ class Doubt(NamedTuple):
 def misspelt(
     environ: Mapping[str, str] | None = None, dotenv: Path = Path(".env")
 ) -> tuple[Doubt, ...]:
-    """Names in the environment and in `.env` that are nearly a setting's."""
+    """Return names in the environment and in `.env` that resemble a setting's."""
     places = _places(os.environ if environ is None else environ, dotenv)
     names = [name.upper() for model in (Config, Client) for name in model.model_fields]
     known = dict.fromkeys([*names, *(f"{name}_FILE" for name in names if name in SECRETS)])
@@ -799,14 +799,14 @@ def misspelt(
 
 
 def _places(environ: Mapping[str, str], dotenv: Path = Path(".env")) -> dict[str, tuple[str, str]]:
-    """Where each variable stands, and its value."""
+    """Return where each variable is set, and its value."""
     found = {name: (str(dotenv), value) for name, value in from_dotenv(dotenv).items()}
     return found | {name: ("the environment", value) for name, value in environ.items()}
 
 
 def _nearly(name: str, known: Iterable[str]) -> str | None:
-    """A setting that `name` may mean, by its letters: not where a word of it is another one
-    (OPENAI_API_BASE), nor where there is a word before it (AZURE_OPENAI_API_KEY)."""
+    """Return the setting that `name` may mean, by its letters. Not if one of its words is another
+    (OPENAI_API_BASE), or if a word precedes it (AZURE_OPENAI_API_KEY)."""
     for near in get_close_matches(name, known, n=3, cutoff=_NEAR):
         pairs = [*zip(name.split("_"), near.split("_"), strict=False)]
         is_as_long = name.count("_") == near.count("_")
@@ -819,8 +819,8 @@ def _nearly(name: str, known: Iterable[str]) -> str | None:
 
 
 def doubtful(config: Config) -> list[Doubt]:
-    """Names of variables that are nearly a setting's, unless the policy's file speaks of them (the
-    key of another account is no mistake), and base URLs of SDKs. Raises ConfigError."""
+    """Return variables that resemble a setting's name, and base URLs of SDKs. Variables that the
+    policy file mentions are left out: another account's key is no mistake. Raises ConfigError."""
     path, places = policy_file(config), _places(os.environ)
     spoken_of = "" if path is None else path.read_text(errors="replace")
     tables = stated_by(config).tables()
@@ -835,8 +835,8 @@ HIDDEN = "(hidden)"
 
 @dataclass(frozen=True, slots=True)
 class StatedSetting:
-    """A setting as it may be shown: never a secret. value: None where it is not set. origin: where
-    it comes from, in words; None: it is the default."""
+    """A setting for display, never a secret. value: None if it is not set. origin: where it comes
+    from, in words; None for the default."""
 
     name: str
     value: str | None
@@ -844,7 +844,7 @@ class StatedSetting:
 
 
 def stated_settings(config: Config) -> list[StatedSetting]:
-    """All settings, in the order of the documentation."""
+    """Return all settings in the order of the documentation."""
     given, found = origins(), list[StatedSetting]()
     for field_name, value in config:
         name, text = field_name.upper(), None
@@ -857,10 +857,10 @@ def stated_settings(config: Config) -> list[StatedSetting]:
 
 
 def policy_file(config: Config) -> Path | None:
-    """The file that states the policy, or None."""
+    """Return the file that states the policy, or None."""
     if config.tidegate_policy is not None:
         return config.tidegate_policy
-    # What is no file, such as a folder that a container's mount has made, is not left out either.
+    # A path that is no file, such as a folder made by a container's mount, is an error, not absent.
     return USUAL_FILE if USUAL_FILE.exists() else None
 
 
@@ -870,7 +870,7 @@ def _read(path: Path) -> dict[str, Any]:
         if len(data) > _LONGEST_BYTES:
             allowed = f"must be a file of at most {_LONGEST_BYTES} bytes"
             raise ConfigError(str(path), f"({len(data)} bytes)", allowed)
-        return tomllib.loads(data.decode("utf-8-sig"))  # some editors of Windows write a mark first
+        return tomllib.loads(data.decode("utf-8-sig"))  # editors on Windows may write a BOM
     except OSError as unreadable:
         allowed = f"must be a readable file: {unreadable.strerror}"
         raise ConfigError(str(path), "(file)", allowed) from None
@@ -881,7 +881,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _filled(stated: dict[str, Any], config: Config) -> dict[str, Any]:
-    """`stated` with what the environment says of the rest."""
+    """Return `stated`, completed from the environment."""
     kinds = {Kind(kind).limit: limit for kind, limit in config.rate_limits.items()}
     pool = {
         "lease_ms": config.lease_ms,

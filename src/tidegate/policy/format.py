@@ -5,17 +5,17 @@
     tif:llama-3.3-70b  tif:total                                            tokens in flight
     rpm:gemini-2.5-flash  tpm:total  rpd:kind/text_only  ipm:tenant/acme   a rate or a day's quota
 
-The scope of a rate says what it counts (`r` requests, `t` tokens, `it` input tokens, `uit`
-those that the provider did not read from its cache, `ot` output tokens, `i` images, `as` seconds
-of audio, `usd` dollars) and for how long (`ps` second, `pm` minute, `ph` hour, `pd` day, which ends
-at midnight). Its name is a model, a pattern such as `claude-opus-4*` or several with commas between
-(`gpt-4o,gpt-4o-2*`) whose models share the limit, `total`, `kind/<kind>`, `tenant/<tenant>`,
+The scope of a rate combines what it counts (`r` requests, `t` tokens, `it` input tokens, `uit`
+input tokens that the provider did not read from its cache, `ot` output tokens, `i` images, `as`
+seconds of audio, `usd` dollars) and its window (`ps` second, `pm` minute, `ph` hour, `pd` day,
+which ends at midnight). Its name is a model, a pattern such as `claude-opus-4*`, or several with
+commas (`gpt-4o,gpt-4o-2*`) whose models share the limit, `total`, `kind/<kind>`, `tenant/<tenant>`,
 `key/<prefix>`, `user/<tenant>/<user>` or `conversation/<tenant>/<conversation>`. Users and
-conversations are a tenant's own. What an id can't have is escaped as in URLs: in names of keys,
-users and conversations a space, | { } * , and %, in that of their tenant / too.
+conversations belong to a tenant. Characters that an id can't have are escaped as in URLs: in names
+of keys, users and conversations a space, | { } * , and %, and in their tenant's name / too.
 
 Invariants: `of_plain(to_plain(policy))` is the policy; defaults are left out; a change for one
-tenant touches nothing of another's.
+tenant does not affect another's.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from tidegate.limiter import (
     format_window,
 )
 
-# What they name: a key's prefix, or a tenant and a name of its own.
+# Limits on callers, with the form of their names.
 _CALLERS = {
     "key": "<prefix>",
     "user": "<tenant>/<user>",
@@ -94,15 +94,14 @@ _DAY = "pd"
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What a scope counts; `window_ms` is None for a day of the calendar and for what is in
-    flight."""
+    """What a scope counts. `window_ms` is None for a calendar day and for tokens in flight."""
 
     unit: Unit | UnitInFlight
     window_ms: int | None
 
     @property
     def sort(self) -> str:
-        """The sort of its limits."""
+        """The type of its limits."""
         if self.unit == "tokens_in_flight":
             return "concurrency"
         return "quota" if self.window_ms is None else "rate"
@@ -116,8 +115,9 @@ MEASURES = {
 
 
 def whom_it_binds(limit_id: str) -> str | None:
-    """A model, `kind/<kind>`, `tenant/<tenant>`, `key/<prefix>`, `user/<tenant>/<user>`,
-    `conversation/<tenant>/<conversation>` or `total`; None for what no call falls under."""
+    """Return what a limit applies to: a model, `kind/<kind>`, `tenant/<tenant>`, `key/<prefix>`,
+    `user/<tenant>/<user>`, `conversation/<tenant>/<conversation>` or `total`; None if to no call.
+    """
     scope, _, name = limit_id.partition(":")
     if scope in MEASURES or scope == "model":
         return ",".join(map(plain_model, name.split(",")))
@@ -127,8 +127,8 @@ def whom_it_binds(limit_id: str) -> str | None:
 
 
 def is_of_models(whom: str) -> bool:
-    """Whether `whom` is a model or several: not all calls, those of a type or those of a tenant,
-    key, user or conversation. A client may call its model as one of these is."""
+    """Return whether `whom` is a model or several, rather than all calls, or those of a type,
+    tenant, key, user or conversation. A client may name its model like one of these."""
     return whom != TOTAL and not whom.startswith(_NO_MODELS)
 
 
@@ -138,8 +138,8 @@ CallerName = tuple[str, ...]
 
 
 def caller_of(limit_id: str) -> CallerName | None:
-    """Of a limit on a key `("key", prefix)`, of one on a user or conversation `("user", tenant,
-    name)`, unescaped; None of all others."""
+    """Return `("key", prefix)`, `("user", tenant, name)` or `("conversation", tenant, name)` for a
+    limit on a key, user or conversation, unescaped; None for any other."""
     scope, _, name = limit_id.partition(":")
     what, _, which = (name if scope in MEASURES else f"{scope}/{name}").partition("/")
     if what not in _CALLERS:
@@ -151,24 +151,24 @@ def caller_of(limit_id: str) -> CallerName | None:
 
 
 def is_pattern(whom: str) -> bool:
-    """Whether a limit binds a group of models together: those that match `whom`."""
+    """Return whether a limit applies to a group of models: all that match `whom`."""
     return ("*" in whom or "," in whom) and is_of_models(whom)
 
 
 def binds_model(whom: str | None, model: str) -> bool:
-    """Whether a limit that binds `whom` binds a model, by its name or as one of a group."""
+    """Return whether a limit on `whom` applies to a model, by its name or as one of a group."""
     if whom is None or not is_of_models(whom):
         return False
     return whom == model or (is_pattern(whom) and is_in_group(model, whom))
 
 
 def is_in_group(model: str, whom: str) -> bool:
-    """Whether a model matches a pattern, or one of several with commas between."""
+    """Return whether a model matches a pattern, or one of several separated by commas."""
     return any(fnmatchcase(model, one) for one in whom.split(","))
 
 
 def can_be_limited(model: str) -> bool:
-    """Whether the id of a limit can name this model alone: ids have no spaces, | { or }."""
+    """Return whether a limit's id can name this model alone: ids have no spaces, | { or }."""
     is_one = is_of_models(model) and not is_pattern(model)
     return is_one and _NO_LIMITS.binding(f"model:{model}") is not None
 
@@ -177,12 +177,12 @@ _NO_LIMITS = PoolPolicy({})
 
 
 def plain_model(model: str) -> str:
-    """A model's name without the folder that Gemini's API lists it in."""
+    """Return a model's name without the prefix under which Gemini's API lists it."""
     return model.removeprefix("models/")
 
 
 def check_id(limit_id: str) -> None:
-    """Raises ConfigError for an id that no call of the product can fall under."""
+    """Raise ConfigError for an id that no call of the product can fall under."""
     scope, _, name = limit_id.partition(":")
     if scope in MEASURES:
         _check_rate_name(limit_id, name)
@@ -222,7 +222,7 @@ _ESCAPED = re.compile(r"[\s|{},*]")
 
 
 def _check_caller(limit_id: str, what: str, name: str, mark: str) -> None:
-    """Raises ConfigError for a name that is not one key, user or conversation."""
+    """Raise ConfigError for a name that is not one key, user or conversation."""
     path, (tenant, _, own) = f"limits.{limit_id}", name.partition("/")
     if what == "key" and name.startswith("tg_"):
         raise ConfigError(path, None, "must name a key by its prefix alone, without tg_")
@@ -237,8 +237,9 @@ def _check_caller(limit_id: str, what: str, name: str, mark: str) -> None:
 
 
 def check_tenants(limits: Iterable[str]) -> None:
-    """Raises ConfigError for a limit of a file or a person's change that names several tenants,
-    which would bind one that is called so. What such a tenant has by itself is no mistake."""
+    """Raise ConfigError for a limit, of a file or a person's change, that names several tenants: it
+    would apply to one tenant of that literal name. Such a tenant's existing limits are no mistake.
+    """
     for limit_id in limits:
         scope, _, name = limit_id.partition(":")
         tenant = name if scope == "tenant" else name.removeprefix("tenant/")
@@ -301,7 +302,7 @@ _WORDS = {int: "a whole number", bool: "true or false", str: "a text", dict: "a 
 
 
 def to_plain(policy: PoolPolicy) -> Plain:
-    """The policy without its revision."""
+    """Return the policy as plain values, without its revision."""
     found: Plain = {
         "limits": {name: plain_limit(name, policy.rules[name]) for name in sorted(policy.rules)}
     }
@@ -318,11 +319,10 @@ def to_plain(policy: PoolPolicy) -> Plain:
 
 
 def of_plain(plain: Mapping[str, Any], *, revision: int = 1, strict: bool = True) -> PoolPolicy:
-    """The policy that `plain` describes.
+    """Return the policy that `plain` describes.
 
-    `strict` refuses unknown keys, and limits that no call can fall under; without it they are left
-    out or kept: a record may be of a later version. Raises ConfigError with the path of the key.
-    """
+    `strict` rejects unknown keys and limits that no call can fall under; otherwise such keys are
+    ignored and such limits kept, since a record may be of a later version. Raises ConfigError."""
     if strict:
         check_keys("", plain, SECTIONS)
     limits = {
@@ -342,13 +342,13 @@ def of_plain(plain: Mapping[str, Any], *, revision: int = 1, strict: bool = True
 
 
 def digest(plain: Mapping[str, Any]) -> str:
-    """The same for the same policy, whatever its order and revision."""
+    """Return a digest that is equal for equal policies, whatever their order and revision."""
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def plain_limit(limit_id: str, limit: int | Limit) -> int | float | Plain:
-    """A limit as a number where the rest is as its scope says, else as a table."""
+    """Return a limit as a number if its scope implies all else, otherwise as a table."""
     if isinstance(limit, int):
         limit = Concurrency(limit)
     measure = MEASURES.get(limit_id.partition(":")[0])
@@ -407,7 +407,8 @@ def _plain_counting(limit: Rate | Quota) -> Plain:
 
 
 def limit_of(limit_id: str, value: object, *, strict: bool = True) -> int | Limit:
-    """The inverse of `plain_limit`. Raises ConfigError with the path of the key."""
+    """Return the limit: the inverse of `plain_limit`. Raises ConfigError with the path of the
+    key."""
     path = f"limits.{limit_id}"
     if strict:
         check_id(limit_id)
@@ -475,7 +476,7 @@ def _limit(sort: str, limit_id: str, given: Plain, strict: bool) -> Limit:
 
 
 def _unit_in_flight(limit_id: str) -> UnitInFlight:
-    """What a concurrency counts where it does not say so itself."""
+    """Return what a concurrency limit counts if it does not state that itself."""
     unit = _unit_of(limit_id)
     return unit if unit == "tokens_in_flight" else UNITS_IN_FLIGHT[0]
 
@@ -486,7 +487,7 @@ def _unit_of(limit_id: str) -> Unit | UnitInFlight | None:
 
 
 def _micros(path: str, value: object) -> int:
-    """Dollars as whole millionths."""
+    """Return dollars as whole millionths."""
     sound = isinstance(value, int | float) and not isinstance(value, bool)
     if not sound or not 0 <= value <= _MOST_USD:  # type: ignore[operator]
         allowed = f"must be a number of dollars from 0 to {_MOST_USD}"
@@ -500,7 +501,7 @@ def _dollars(micros: int) -> int | float:
 
 
 def _weights(path: str, unit: str, table: Plain, strict: bool) -> Weights | None:
-    """The weights of a unit, with those that `table` changes."""
+    """Return the weights of a unit as changed by `table`; None if they are the usual ones."""
     usual = USUAL_WEIGHTS.get(unit)
     if usual is None:
         raise ConfigError(path, unit, f"only where `unit` is one of {', '.join(USUAL_WEIGHTS)}")
@@ -577,7 +578,7 @@ def _pool(table: Mapping[str, Any], strict: bool) -> Plain:
 
 
 def _built(**named: Any) -> PoolPolicy:
-    """A PoolPolicy; its own complaints get the path that they have in the file."""
+    """Return a PoolPolicy; its errors get the path of the key in the file."""
     make: Callable[..., PoolPolicy] = PoolPolicy
     try:
         return make(**named)
@@ -591,14 +592,14 @@ def _built(**named: Any) -> PoolPolicy:
 
 
 def table_at(path: str, value: object) -> Mapping[str, Any]:
-    """`value`, which must be a table. Raises ConfigError with its path."""
+    """Return `value`, which must be a table. Raises ConfigError with its path."""
     if not isinstance(value, Mapping):
         raise ConfigError(path, _shown(value), "must be a table")
     return value
 
 
 def check_keys(path: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Raises ConfigError, naming all that are known, for a key that is not."""
+    """Raise ConfigError, which lists the known keys, for a key that is not among them."""
     for key in table:
         if key not in known:
             where = f"{path}.{key}" if path else str(key)
@@ -606,7 +607,7 @@ def check_keys(path: str, table: Mapping[str, Any], known: tuple[str, ...]) -> N
 
 
 def unknown(name: str, known: Collection[str]) -> str:
-    """The end of an error of a name that is not `known`: the closest one, then all of them."""
+    """Return the end of an error about an unknown name: the closest known one, then all of them."""
     close = get_close_matches(name, known, n=1)
     meant = f"did you mean {close[0]}? " if close else ""
     return f"is unknown; {meant}known: {', '.join(known)}"
@@ -632,14 +633,12 @@ Edit = Callable[[Plain], Plain]
 def edit(
     set_: Mapping[str, Any], remove: Iterable[str] = (), expected: Mapping[str, Any] | None = None
 ) -> Edit:
-    """The change that sets and removes keys, of a policy that has the `expected` values of some.
+    """Return a change that sets and removes keys, if the policy has the `expected` values.
 
-    Called on a policy it raises PolicyChanged where one has another value, NotFound for a key to
-    remove that is not there, and ConfigError for a key that can't be or is named twice, or the
-    limit of a kind, which every call needs. Whether the values are sound is seen when the policy is
-    read. A limit that was imported or learned is the person's from then on, unless the change gives
-    it another source.
-    """
+    Called on a policy, it raises PolicyChanged if an expected value differs, NotFound for a key to
+    remove that does not exist, and ConfigError for an invalid key, one named twice, or the removal
+    of a kind's limit, which every call needs. Values are validated when the policy is read. An
+    imported or learned limit becomes the person's, unless the change gives it another source."""
     removed = list(remove)
 
     def change(plain: Plain) -> Plain:
@@ -676,7 +675,7 @@ def edit(
 
 
 def _of_a_person(value: Any, before: object) -> Any:
-    """`value` without the source that it only repeats of the limit `before`, which it changes."""
+    """Return `value` without its source if that only repeats the source of the limit `before`."""
     if not isinstance(value, Mapping) or not isinstance(before, Mapping) or value == before:
         return value
     if value.get("source") != before.get("source"):
@@ -692,7 +691,7 @@ def _check(plain: Plain, expected: Mapping[str, Any]) -> None:
 
 
 def _place(key: str) -> tuple[str, str]:
-    """The section and the name in it."""
+    """Return the section of a key and the name in it."""
     if ":" in key.partition(".")[0]:
         return "limits", key
     section, _, name = key.partition(".")
@@ -709,7 +708,7 @@ _UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
 def in_words(limit: int | Limit) -> str:
-    """`5 concurrent`, `60 requests a minute`, `1000000 input tokens a day (UTC)`."""
+    """Return a text such as `60 requests a minute` or `1000000 input tokens a day (UTC)`."""
     limit = as_limit(limit)
     if isinstance(limit, Concurrency) and limit.by_tokens:
         said = format_amount(limit, limit.bound)
@@ -753,7 +752,7 @@ def _counting_in_words(limit: Rate | Quota) -> Iterator[str]:
 
 
 def ms_of(text: str) -> float | None:
-    """`500ms`, `30s`, `10m`, `2h` or `1d` in milliseconds; None for anything else."""
+    """Return `500ms`, `30s`, `10m`, `2h` or `1d` in milliseconds; None for anything else."""
     found = _SPAN.fullmatch(text.strip())
     return None if found is None else float(found["number"]) * _UNITS_MS[found["unit"]]
 
@@ -763,7 +762,7 @@ MOST_WEIGHT = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A tenant's part of the policy. `weight` 1 is what tenants have that are not named."""
+    """A tenant's part of the policy. Tenants that the policy does not name have `weight` 1."""
 
     weight: int
     limits: dict[str, Any]
@@ -776,7 +775,7 @@ def share_of(plain: Mapping[str, Any], tenant: str) -> Share:
 
 
 def shares_of(plain: Mapping[str, Any]) -> Callable[[str], Share]:
-    """`share_of` this policy for many tenants, by one walk over its limits."""
+    """Return `share_of` this policy for many tenants, with one pass over its limits."""
     own: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for limit_id, value in plain.get("limits", {}).items():
         scope, _, name = limit_id.partition(":")
@@ -789,19 +788,20 @@ def shares_of(plain: Mapping[str, Any]) -> Callable[[str], Share]:
 
 
 def is_of(limit_id: str, tenant: str) -> bool:
-    """Whether a limit binds this tenant: `tenant:acme`, or a rate such as `rpm:tenant/acme`."""
+    """Return whether a limit is this tenant's: `tenant:acme`, or a rate such as
+    `rpm:tenant/acme`."""
     scope, _, name = limit_id.partition(":")
     return limit_id == f"tenant:{tenant}" or (scope in MEASURES and name == f"tenant/{tenant}")
 
 
 def source_of(value: object) -> str:
-    """Of a limit in a policy: `set` by a person, `imported` or `learned`."""
+    """Return the source of a limit: `set` by a person, `imported` or `learned`."""
     return str(value.get("source", SOURCES[0])) if isinstance(value, Mapping) else SOURCES[0]
 
 
 def apart_from_tenants(plain: Plain) -> Plain:
-    """A policy without weights, without limits that bind one tenant, key, user or conversation
-    alone, and without those that no person set."""
+    """Return a policy without weights, without limits on one tenant, key, user or conversation, and
+    without limits that no person set."""
     limits = {
         name: one
         for name, one in plain.get("limits", {}).items()
@@ -811,8 +811,9 @@ def apart_from_tenants(plain: Plain) -> Plain:
 
 
 def with_tenants(wanted: Plain, now: Plain, before: Plain | None = None) -> Plain:
-    """`wanted`, and what it does not name of what tenants have now, was imported or learned.
-    before: what the deployment in force asks for; what is as it says was given by nobody else."""
+    """Return `wanted` with tenants' limits and weights, and imported or learned limits, from `now`
+    that it does not name. `before`: the deployment in force; what equals it was set by no one else.
+    """
     known = (before or {}).get("limits", {})
     own = {
         name: one
@@ -828,8 +829,8 @@ def with_tenants(wanted: Plain, now: Plain, before: Plain | None = None) -> Plai
 
 
 def _is_beside_deployment(limit_id: str, value: object) -> bool:
-    """Whether a limit stays while deployments change: that of a tenant, key, user or conversation,
-    or one that no person set."""
+    """Return whether a limit is independent of deployments: one on a tenant, key, user or
+    conversation, or one that no person set."""
     if source_of(value) != SOURCES[0]:
         return True
     scope, _, name = limit_id.partition(":")
@@ -844,11 +845,10 @@ def share_edit(
     limits: Mapping[str, Any] | None = None,
     remove: Iterable[str] = (),
 ) -> Edit | None:
-    """The change of what is given, None where nothing is; a limit of None is removed.
+    """Return the change that these arguments describe, None for none; a limit of None is removed.
 
-    A limit that is removed need not be there. Raises ConfigError for a limit that is not of this
-    tenant; whether its value is sound is seen when the policy is read.
-    """
+    A limit to remove need not exist. Raises ConfigError for a limit that is not this tenant's;
+    values are validated when the policy is read."""
     set_ = {name: value for name, value in (limits or {}).items() if value is not None}
     gone = [*remove, *(name for name, value in (limits or {}).items() if value is None)]
     for name in (*set_, *gone):
@@ -872,8 +872,8 @@ def share_edit(
 
 
 def is_within(limit_id: str, tenant: str, keys: Collection[str] = ()) -> bool:
-    """Whether a limit binds this tenant, one of its `keys`, or one of its users or conversations
-    alone."""
+    """Return whether a limit applies to this tenant alone, or to one of its `keys`, users or
+    conversations."""
     match caller_of(limit_id):
         case "key", prefix:
             return prefix in keys
@@ -883,7 +883,7 @@ def is_within(limit_id: str, tenant: str, keys: Collection[str] = ()) -> bool:
 
 
 def without(tenant: str, keys: Collection[str] = ()) -> Edit:
-    """The change that takes all of a tenant away, with that of its `keys`."""
+    """Return the change that removes all limits and weights of a tenant and its `keys`."""
 
     def change(plain: Plain) -> Plain:
         limits = plain.get("limits", {})

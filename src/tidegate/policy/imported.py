@@ -1,9 +1,9 @@
 """Import of a provider's account limits, and acceptance of learned ones, as policy changes.
 
-A class of models with common limits becomes one limit of each sort: by a pattern such as
-`claude-opus-4*` where one fits the class and no other model of the account, else by its names with
-commas between. What a person has set is kept, unless it is to be replaced; limits of an earlier
-import that the account has no more are removed.
+A class of models with common limits becomes one limit per scope. Its name is a pattern such as
+`claude-opus-4*` if one matches the class and no other model of the account, else the names of the
+models separated by commas. Limits that a person set are kept unless they are to be replaced; limits
+of an earlier import that the account no longer has are removed.
 
 Pure. Invariant: two imports of the same limits make the same change, whatever their order.
 """
@@ -33,16 +33,18 @@ from tidegate.policy.providers import filled
 _LONGEST_NAME = 200
 # The date of a snapshot: gpt-4o-2024-08-06, claude-haiku-4-5-20251001.
 _DATE = re.compile(r"-2\d{3}-?\d\d-?\d\d$")
-# A pattern names a family at least, such as claude-opus.
+# A pattern must name at least a family, such as claude-opus.
 _LEAST_PARTS = 2
 _ALIKE: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelClass:
-    """Models of an account with common limits. bounds: by the scope of a limit, such as `rpm`.
-    units: of scopes that count another unit than usual. pattern: what names the class; empty where
-    that is to be found."""
+    """Models of an account with common limits.
+
+    bounds: by the scope of a limit, such as `rpm`. units: of scopes that count an unusual unit.
+    pattern: the name of the class; "" if it is to be derived.
+    """
 
     models: tuple[str, ...]
     bounds: Mapping[str, int]
@@ -52,8 +54,10 @@ class ModelClass:
 
 @dataclass(frozen=True, slots=True)
 class LimitImport:
-    """What an import changes. kept: limits that a person set, with the bound that the provider
-    names."""
+    """The changes of an import.
+
+    kept: limits that a person set, with the bound that the provider reports.
+    """
 
     set: Mapping[str, Plain]
     remove: tuple[str, ...]
@@ -73,9 +77,12 @@ class LimitImport:
 
 
 def one_class_each(classes: Iterable[ModelClass], shared: Sequence[str]) -> list[ModelClass]:
-    """`classes` where snapshots with equal limits are one class with their model, and so are all
-    models that match one of the patterns `shared`: with the lowest bound of each sort. Raises
-    ConfigError for a pattern that no model matches."""
+    """Return `classes` with those joined that share limits.
+
+    Snapshots with equal limits join their model. All models that match one of the patterns `shared`
+    are one class, with the lowest bound of each scope. Raises ConfigError for a pattern without
+    models.
+    """
     found: dict[tuple[str, Any], ModelClass] = {}
     matched: set[str] = set()
     for one in classes:
@@ -108,9 +115,11 @@ def _joined(one: ModelClass, other: ModelClass) -> ModelClass:
 
 
 def limits_of(classes: Sequence[ModelClass], provider: str) -> dict[str, Plain]:
-    """Limits by id as the provider counts them; none of a class without bounds, whose models no
-    pattern of another class matches. Raises ConfigError for a class with more names than an id can
-    have."""
+    """Return limits by id, as the provider counts them.
+
+    Classes without bounds have none; their models are matched by no pattern of another class.
+    Raises ConfigError for a class with more names than an id can have.
+    """
     everything = {model for one in classes for model in one.models}
     found: dict[str, Any] = {}
     for one in (each for each in classes if each.bounds):
@@ -126,8 +135,7 @@ def limits_of(classes: Sequence[ModelClass], provider: str) -> dict[str, Plain]:
 
 
 def class_name(models: Sequence[str], others: Iterable[str]) -> str:
-    """A model, a pattern of all `models` that no other matches, or their names with commas
-    between."""
+    """Return a model, a pattern of all `models` that no other matches, or comma-separated names."""
     others = tuple(others)
     if len(models) == 1:
         return models[0]
@@ -148,7 +156,7 @@ def class_name(models: Sequence[str], others: Iterable[str]) -> str:
 
 
 def _common_pattern(models: Sequence[str]) -> str:
-    """By the parts between hyphens that the names begin with; empty where these are too few."""
+    """Return a pattern of the hyphenated parts that all names begin with; "" if too few."""
     parts = [model.split("-") for model in models]
     common = []
     for at in zip(*parts, strict=False):
@@ -165,8 +173,10 @@ def _common_pattern(models: Sequence[str]) -> str:
 def import_of(
     told: Mapping[str, Plain], now: Mapping[str, Any], *, replace: bool = False
 ) -> LimitImport:
-    """The change of the limits `now` to those that the provider reported. `replace`: also of what
-    a person has set."""
+    """Return the change from the limits `now` to those that the provider reported.
+
+    `replace`: replace limits that a person set too.
+    """
     of_people = {_measured(name): name for name, value in now.items() if source_of(value) == "set"}
     set_: dict[str, Plain] = {}
     kept, remove = {}, []
@@ -186,7 +196,7 @@ def import_of(
 
 
 def _measured(limit_id: str) -> tuple[str | None, str, int | None]:
-    """Whom a limit binds, what it counts and for how long: input is input, cached or not."""
+    """Return whom a limit applies to, what it counts and for how long; cached input is input."""
     measure = MEASURES.get(limit_id.partition(":")[0])
     if measure is None:
         return limit_id, "", None
@@ -194,9 +204,11 @@ def _measured(limit_id: str) -> tuple[str | None, str, int | None]:
 
 
 def acceptance(found: Iterable[LearnedLimit], names: Collection[str], provider: str) -> Edit:
-    """The change that puts learned bounds in force: of these limits, or of all that differ where
-    none is named. What else a limit in force says stays. Raises NotFound for one that was not
-    learned, and where nothing differs."""
+    """Return the change that puts learned bounds in force.
+
+    It is of the limits `names`, or of all that differ if there are none. The other options of a
+    limit in force stay. Raises NotFound for a limit that was not learned, and if none differs.
+    """
     known = {one.limit: one for one in found}
     for name in names:
         if name not in known:

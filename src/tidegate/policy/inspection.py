@@ -1,10 +1,10 @@
 """Inspection of a running pool: overview, changes by people, and why a request waits.
 
-An owner learns what its request waits for without processes, other tenants' calls or who paused a
-limit; an operator learns these too. A job beyond the workers' windows waits for the limit at
-which jobs of the same tenant, type and model stand.
+The owner of a request sees what it waits for, but not processes, other tenants' calls or who paused
+a limit; an operator sees these too. A job that no worker has taken yet waits for the limit that
+blocks jobs of the same tenant, type and model.
 
-Invariants: an overview is complete also while PostgreSQL is unavailable, and says so; asking
+Invariants: an overview is complete even while PostgreSQL is unavailable, and says so; reading
 changes nothing; every action logs who did it and why.
 """
 
@@ -63,12 +63,12 @@ log = get_logger()
 
 _ANSWER_WITHIN_MS = 2_000
 LONGEST_PAUSE_MS = 366 * 86_400_000
-_MOST_NAMED = 3  # tenants that hold a limit, in a sentence
+_MOST_NAMED = 3  # tenants named in a sentence as holders of a limit
 
 
 @dataclass(frozen=True, slots=True)
 class InForce:
-    """The revision in force. Who, why and since when are None while the record is not there."""
+    """The revision in force. The other fields are None while its record is unavailable."""
 
     revision: int
     origin: str | None = None
@@ -79,8 +79,8 @@ class InForce:
 
 @dataclass(frozen=True, slots=True)
 class ShownLimit:
-    """A limit with what it comes to in words. For the other fields see `LimitView`; `bound` is
-    that of the policy in force, `current` what an adaptive limit has found. Amounts of the unit
+    """A limit with a description in words. For the other fields see `LimitView`. bound: that of
+    the policy in force. current: the bound that an adaptive limit has found. Amounts of the unit
     `usd` are in millionths of a dollar. source: `set` by a person, `imported` or `learned`."""
 
     limit: str
@@ -101,8 +101,8 @@ class ShownLimit:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """A pool. `recovering_ms`: no call is admitted for so long, after Valkey lost its data.
-    learned: limits as the provider's answers report them, beside those in force."""
+    """A pool. recovering_ms: how long no call is admitted after Valkey lost its data. learned:
+    limits as the provider's answers report them, beside those in force."""
 
     pool: str
     in_force: InForce
@@ -117,7 +117,7 @@ class Overview:
 
 @dataclass(frozen=True, slots=True)
 class ShownPermit:
-    """A permit in use. Request and time of admission are known of jobs; None else."""
+    """A permit in use. request_id, since: known only for jobs, else None."""
 
     process: str
     session: str
@@ -130,10 +130,10 @@ class ShownPermit:
 
 
 class Control:
-    """One pool, through this process's limiter. Raises LimiterUnavailable while Valkey is away.
+    """Inspection and changes of one pool, through this process's limiter. Its methods raise
+    LimiterUnavailable while Valkey is unavailable.
 
-    `tenants` are those on record; what they weigh and their limits are part of the pool's policy.
-    """
+    `tenants`: those on record; their weights and limits are part of the pool's policy."""
 
     def __init__(self, keeper: PolicyKeeper, running: ActiveRequests, tenants: Tenants) -> None:
         self.keeper = keeper
@@ -142,7 +142,7 @@ class Control:
         self.tenants = tenants
 
     async def overview(self, *, without_us: bool = False) -> Overview:
-        """`without_us`: this process is only there to look."""
+        """Return the pool's overview; `without_us` leaves out this process."""
         snapshot = await self.limiter.snapshot()
         policy = self.limiter.policy
         return Overview(
@@ -162,24 +162,23 @@ class Control:
         )
 
     async def learned(self) -> list[LearnedLimit]:
-        """The limits that headers of answers report, and what others on the account take."""
+        """Return the limits that headers of answers report, and others' use of the account."""
         return await shared_limits(self.limiter, self.keeper.provider)
 
     async def accept(self, limits: Collection[str], *, by: str, reason: str = "") -> Revision:
-        """Put learned bounds in force: of these limits, or of all that differ where none is named.
-        Raises NotFound where nothing is learned of one, or nothing differs, and StoreUnavailable.
-        """
+        """Put learned bounds in force: of these limits, or of all that differ if none is named.
+        Raises NotFound if nothing is learned of one, or nothing differs, and StoreUnavailable."""
         change = acceptance(await self.learned(), limits, self.keeper.provider)
         why = reason or "learned from the headers of answers"
         return await self.keeper.change(change, set_by=by, reason=why)
 
     async def permits(self) -> list[ShownPermit]:
-        """Every permit in use."""
+        """Return every permit in use."""
         held = await self.limiter.permits()
         return shown_permits(held, await self.calls())
 
     async def calls(self) -> Mapping[tuple[str, int], RunningCall]:
-        """Whose the permits are, as far as the record knows; nothing while it is away."""
+        """Return the recorded calls by permit; empty while PostgreSQL is unavailable."""
         try:
             return await self.running.calls(self.limiter.pool)
         except StoreUnavailable as away:
@@ -187,8 +186,8 @@ class Control:
             return {}
 
     async def pause(self, limit: str, for_ms: int | None, *, by: str, reason: str = "") -> bool:
-        """Pause a limit, which then admits no call, for a time or until it is resumed. False if a
-        pause that lasts longer stays. Raises NotFound."""
+        """Pause a limit, which then admits no call, for a time or until it is resumed. Return False
+        if a longer pause is already in force. Raises NotFound."""
         await self._check_there(limit)
         length = {} if for_ms is None else {"for_ms": for_ms}
         after = {"for_ms": for_ms, "reason": reason, "pool": self.limiter.pool, "by": by}
@@ -199,7 +198,7 @@ class Control:
         return paused
 
     async def resume(self, limit: str, *, by: str) -> bool:
-        """End a pause; False if there was none. Raises NotFound."""
+        """End a pause; return False if there was none. Raises NotFound."""
         await self._check_there(limit)
         pool = {"pool": self.limiter.pool}
         await self.tenants.actions.note("limit.resume", limit, after=pool)
@@ -209,7 +208,7 @@ class Control:
         return resumed
 
     async def revoke(self, process: str, *, by: str) -> int:
-        """Release all permits of a process whose death is certain. Raises NotFound."""
+        """Release all permits of a process that is certainly dead. Raises NotFound."""
         sessions = (await self.limiter.snapshot()).processes
         is_there = any(process in (one.sid, one.name) for one in sessions)
         pool = {"pool": self.limiter.pool}
@@ -218,7 +217,7 @@ class Control:
         ended = await self.limiter.revoke(process)
         if not ended:
             raise NotFound(f"no process {process} is in the pool")
-        if not is_there:  # a session that has ended, which no snapshot shows, may have had permits
+        if not is_there:  # an ended session, which snapshots do not show, may have had permits
             await self.tenants.actions.note("permits.revoke", process, after=pool)
         log.warning(Log.SESSION_REVOKED, session=process, by=by)
         return ended
@@ -248,14 +247,15 @@ class Control:
         return ShownLimit(**told, **same)
 
     async def _check_there(self, limit: str) -> None:
-        """Raise what the change would raise, before it is put on record as done."""
+        """Raise the errors of a change before the change is recorded."""
         if self.limiter.policy.binding(limit) is None:
             raise NotFound(f"there is no limit {limit}")
         await self.limiter.ping(_ANSWER_WITHIN_MS)
 
 
 def words_of(view: LimitView, limit: Limit | None) -> str:
-    """A limit in words; one that is there to be paused, as an upstream's gate, has none."""
+    """Return a limit in words; a limit that only carries pauses, such as an upstream's, has
+    none."""
     if limit is not None:
         return in_words(limit)
     return f"{view.bound}" if view.bound < MAX_BOUND else "no limit of its own"
@@ -283,46 +283,46 @@ def shown_permits(
 
 
 def binding_limit(found: Whereabouts, snapshot: Snapshot) -> LimitView | None:
-    """The limit that a queued job waits for; None where it seems to wait for none."""
+    """Return the limit that a queued job waits for; None if none is evident."""
     queues = [one for one in alike(found, snapshot) if one.held_up_by]
     own = [one for one in queues if one.tenant == found.tenant_id]
     if not own and found.claimed_by is None:
         own = [one for one in queues if _binds(one.held_up_by or "", found, any_model=True)]
     if own:
-        # Several processes may have some waiting: the one that has this job speaks first.
+        # Of several processes with such waiters, the one that has this job is preferred.
         queue = max(own, key=lambda one: (one.process == found.claimed_by, one.waiting))
         return snapshot.limits.get(queue.held_up_by or "")
     views = [one for one in snapshot.limits.values() if _binds(one.limit, found)]
     held = [one for one in views if one.paused_ms or one.waiting or is_full(one)]
-    if found.claimed_by is not None:  # it is not in the queue of another limit than its type's
+    if found.claimed_by is not None:  # it waits in no other queue than its type's
         held = [one for one in held if one.limit == _kind_limit(found)]
     return max(held, key=lambda one: (one.paused_ms, one.room_in_ms, one.waiting), default=None)
 
 
 def is_put_back(found: Whereabouts) -> bool:
-    """Whether a job waits for a time: of several pools it then waits for none that is open."""
+    """Return whether a job waits for a time; among several pools it then waits for no open one."""
     return found.not_before is not None and _left_ms(found.not_before) > 0
 
 
 def _shut_gate(found: Whereabouts, snapshot: Snapshot) -> LimitView | None:
-    """The pause of its upstream, by a person or by how it answers; None where it is open."""
+    """Return the pause of its upstream, by a person or by its outages; None if there is none."""
     view = snapshot.limits.get(f"upstream:{found.pool}")
     return view if view is not None and view.paused_ms else None
 
 
 def is_full(view: LimitView) -> bool:
-    """Whether it admits no call: one in shadow admits all."""
+    """Return whether a limit admits no call; one in shadow mode admits all."""
     return not view.shadow and view.used >= (view.current if view.sort == "c" else view.bound)
 
 
 def adapted_from(view: LimitView) -> int | None:
-    """The bound of an adaptive limit that has found a lower one; None of others."""
+    """Return the configured bound of an adaptive limit that has found a lower one, else None."""
     return view.bound if view.sort == "c" and view.current < view.bound else None
 
 
 def admitted_per_s(view: LimitView, limit: Limit | None) -> float | None:
-    """How many calls a second a full limit admits: by how long its last calls took, or by its
-    window. None while nobody knows, and of limits that count something else than calls."""
+    """Return how many calls a second a full limit admits, by its calls' durations or its window.
+    None if that is unknown, and for limits that do not count calls."""
     if view.paused_ms:
         return None
     if isinstance(limit, Concurrency) and not limit.by_tokens and view.cost_ms:
@@ -333,13 +333,13 @@ def admitted_per_s(view: LimitView, limit: Limit | None) -> float | None:
 
 
 def _kind_limit(found: Whereabouts) -> str:
-    # While its kind is not known it is the classifier's answer that it waits for.
+    # A job of unknown kind waits for the classifier.
     return CLASSIFIER_LIMIT if found.kind is None else f"kind:{found.kind}"
 
 
 def alike(found: Whereabouts, snapshot: Snapshot) -> Iterator[QueueView]:
-    """What waits of the same type, where the pool has limits on types, of no other model as far as
-    that is known, and under no limit of another key, user or conversation."""
+    """Yield queues of the job's type (if the pool limits types), of no other model as far as that
+    is known, and under no limit of another key, user or conversation."""
     kind_limit = _kind_limit(found)
     for queue in snapshot.queues:
         kinds = [one for one in queue.limits if one.startswith("kind:")]
@@ -351,8 +351,8 @@ def alike(found: Whereabouts, snapshot: Snapshot) -> Iterator[QueueView]:
 
 
 def _binds(limit_id: str, found: Whereabouts, *, any_model: bool = False) -> bool:
-    """Whether a job falls under a limit. `any_model`: of a job whose model is not known yet, also
-    where it is one on a model."""
+    """Return whether a job falls under a limit. `any_model`: if the job's model is not known yet,
+    count limits on models too."""
     whom = _models_of(limit_id)
     if whom is not None:
         return any_model if found.model is None else _is_one_of(found.model, whom)
@@ -365,7 +365,7 @@ def _binds(limit_id: str, found: Whereabouts, *, any_model: bool = False) -> boo
 
 
 def _is_of_caller(limit_id: str, found: Whereabouts) -> bool:
-    """Whether a limit is on no other key, user or conversation than the job's."""
+    """Return whether a limit is on no key, user or conversation other than the job's."""
     match caller_of(limit_id):
         case "key", key:
             return found.key_id == key
@@ -381,7 +381,7 @@ def _is_one_of(model: str, whom: str) -> bool:
 
 
 def _models_of(limit_id: str) -> str | None:
-    """The model, or the models by a pattern, that a limit is on; None of others."""
+    """Return the model or pattern that a limit is on; None for other limits."""
     scope, whom = limit_id.partition(":")[0], whom_it_binds(limit_id)
     is_one = whom is not None and (scope == "model" or scope in MEASURES) and is_of_models(whom)
     return whom if is_one else None
@@ -393,12 +393,11 @@ Lines = Callable[[str, int, str], Awaitable[WaitingLine]]
 async def estimate_of(
     lines: Lines, found: Whereabouts, snapshot: Snapshot, ahead: JobsAhead | None
 ) -> WaitEstimate | None:
-    """How long a queued job still waits, also where no worker has it yet; None where it seems to
-    wait for no limit, or where counting the jobs before it took too long.
+    """Return how long a queued job still waits, even if no worker has it yet. None if it waits
+    for no evident limit, or if counting the jobs before it took too long.
 
-    A job that no worker has comes after all that its tenant has waiting for the same limit. Of the
-    jobs that a worker has, some may wait for other limits.
-    """
+    A job without a worker comes after all that its tenant has waiting for the same limit. Some jobs
+    that workers have may wait for other limits."""
     view = binding_limit(found, snapshot)
     if view is None or ahead is None:
         return None
@@ -414,7 +413,7 @@ async def estimate_of(
 
 
 def _how_long(told: WaitEstimate | None) -> str:
-    """`; 12 calls are ahead, admission in about 47 s`."""
+    """Return text such as `; 12 calls are ahead, admission in about 47 s`."""
     if told is None:
         return ""
     calls = "1 call is" if told.ahead == 1 else f"{told.ahead} calls are"
@@ -428,13 +427,13 @@ def _how_long(told: WaitEstimate | None) -> str:
 class Reason:
     """What a request or ticket waits for.
 
-    sentence: the answer in words. status: of a request. process: that has it. held_up_by: the
-    limit that it waits for. ahead: tickets of its tenant before it, or requests before a job that
-    no worker has taken yet; ahead_of_all: calls of all tenants that are admitted before it, about;
-    wait_ms: an estimate of the time left; all None where they are not known. is_certain: that time
-    is a window's, a quota's or a pause's. limit, holders: that limit, and who has permits of it.
-    adapted_from: the bound of that limit, where it has adapted itself to less. rate_per_s: how many
-    calls a second it admits, where that is known. next_action: what shortens the wait.
+    sentence: the answer in words. status: of a request. process: the process that has it.
+    held_up_by: the limit that it waits for. ahead: tickets of its tenant before it, or requests
+    before a job that no worker has taken yet. ahead_of_all: approximate number of calls of all
+    tenants that are admitted before it. wait_ms: the estimated time left. These three are None if
+    unknown. is_certain: wait_ms is that of a window, a quota or a pause. limit, holders: that limit
+    and the permits of it. adapted_from: its configured bound, if it has adapted to less.
+    rate_per_s: how many calls a second it admits, if known. next_action: how to shorten the wait.
     """
 
     what: str
@@ -454,12 +453,12 @@ class Reason:
 
     @property
     def is_of_the_pool(self) -> bool:
-        """Whether the pool that was looked at knows of it."""
+        """Whether the inspected pool knows the request or ticket."""
         return self.held_up_by is not None or bool(self.holders)
 
 
 def request_id_of(what: str) -> UUID | None:
-    """The id of a request; None of a ticket."""
+    """Return the id of a request; None for a ticket."""
     try:
         return UUID(what)
     except ValueError:
@@ -470,13 +469,13 @@ _BATCH = re.compile(r"(?:msg)?batch_([0-9a-f]{32})")
 
 
 def batch_id_of(what: str) -> UUID | None:
-    """The id of a batch as its clients have it; None of anything else."""
+    """Return the id of a batch in its clients' form; None for anything else."""
     found = _BATCH.fullmatch(what)
     return None if found is None else UUID(found[1])
 
 
 def of_batch(what: str, stand: BatchStand) -> Reason:
-    """Of a batch of which no line waits for a limit."""
+    """Return the reason of a batch without a line that waits for a limit."""
     if stand.finished_at is not None:
         said = f"waits for nothing: {stand.status}, {_ago(stand.finished_at)} ago"
     elif stand.paused_by is not None and stand.status in ("validating", "in_progress"):
@@ -495,7 +494,7 @@ def of_batch(what: str, stand: BatchStand) -> Reason:
 
 
 async def why_batch(control: Control, what: str, stand: BatchStand, line: Whereabouts) -> Reason:
-    """What the lines of a batch wait for, by the one that is called next. Raises as `why`."""
+    """Return what the lines of a batch wait for, by the next one to be called. Raises as `why`."""
     reason = await _why_queued(control, line)
     left = f"has {stand.waiting} of {_lines(stand.total)} left to call; the next"
     return replace(reason, what=what, sentence=f"{left} {reason.sentence}", status=stand.status)
@@ -506,11 +505,10 @@ def _lines(count: int) -> str:
 
 
 async def why(control: Control, what: str, found: Whereabouts | None = None) -> Reason:
-    """Of a request by its id, or of a ticket as `process/ticket`. `found`: a request's whereabouts,
-    with the pool and the model by whose limits it is called.
+    """Return why a request, by its id, or a ticket, as `process/ticket`, waits. `found`: a
+    request's whereabouts, with the pool and the model whose limits apply.
 
-    Raises NotFound, InvalidRequest for what is neither, LimiterUnavailable, StoreUnavailable.
-    """
+    Raises NotFound, InvalidRequest for any other text, LimiterUnavailable, StoreUnavailable."""
     if found is None:
         request_id = request_id_of(what)
         if request_id is None:
@@ -573,7 +571,7 @@ _GATHERED = "waits to be put into a batch of its provider, with others"
 
 
 async def _why_queued(control: Control, found: Whereabouts) -> Reason:
-    """A job that waits: for its time, for a worker, or in a worker for a limit."""
+    """Return what a queued job waits for: its time, a worker, or in a worker a limit."""
     what, status = str(found.request_id), found.status.value
     if found.not_before is not None and (left := _left_ms(found.not_before)) > 0:
         if (spent := _spent_budget(found)) is not None:
@@ -601,7 +599,7 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     ]
     if not queues:
         return Reason(what, f"is being prepared by {found.claimed_by}", status, found.claimed_by)
-    # One process may have waiting of it in several bands: the fullest speaks for all.
+    # A process may have its waiters in several bands: the longest queue is reported.
     queue = max(queues, key=lambda one: one.waiting)
     view = snapshot.limits.get(queue.held_up_by or "")
     about = await _of_limit(control, snapshot, queue.held_up_by)
@@ -624,7 +622,7 @@ async def _estimate(
 
 
 def _of_estimate(told: WaitEstimate | None) -> dict[str, Any]:
-    """The fields of a Reason that are about its time."""
+    """Return the fields of a Reason about its time."""
     if told is None:
         return {}
     return {
@@ -635,7 +633,7 @@ def _of_estimate(told: WaitEstimate | None) -> dict[str, Any]:
 
 
 async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
-    """No worker has it: those that were claimed before it fill the workers' windows."""
+    """Return the reason of a job that no worker has claimed: earlier jobs occupy the workers."""
     snapshot = await control.limiter.snapshot(permits=True)
     view = binding_limit(found, snapshot)
     what, status = str(found.request_id), found.status.value
@@ -672,7 +670,7 @@ async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
 
 
 def _held_by(holders: Sequence[ShownPermit]) -> str:
-    """`, held by acme (4) and beta (1)`: the tenants with most permits first."""
+    """Return text such as `, held by acme (4) and beta (1)`, most permits first."""
     counts = Counter(one.tenant for one in holders).most_common(_MOST_NAMED + 1)
     if not counts:
         return ""
@@ -685,14 +683,14 @@ def _held_by(holders: Sequence[ShownPermit]) -> str:
 def _next_action(
     held_up_by: str | None, view: LimitView | None, pool: str, of_batch: bool = False
 ) -> str:
-    """What an operator can do about the wait."""
+    """Return what an operator can do about the wait."""
     of_pool = "" if pool == DEFAULT_POOL else f" --pool {pool}"
     if held_up_by is None:
         return "`tidegate limits show` lists the processes: resume or restart that one"
     if view is not None and view.paused_ms:
         return f"`tidegate limits resume {quote(held_up_by)}{of_pool}` ends the pause"
     priority = "give the request a higher priority"
-    if of_batch:  # whose lines all have the lowest
+    if of_batch:  # all lines of batches have the lowest priority
         priority = "send what is urgent as calls of its own"
     if held_up_by.startswith("upstream:") or (view is not None and view.bound >= MAX_BOUND):
         return "It goes on as calls of that upstream end"
@@ -708,7 +706,7 @@ def _next_action(
 
 
 async def _of_limit(control: Control, snapshot: Snapshot, limit: str | None) -> dict[str, Any]:
-    """The fields of a Reason that are about the limit that is waited for."""
+    """Return the fields of a Reason about the limit that is waited for."""
     view = snapshot.limits.get(limit or "")
     held = tuple(permit for permit in snapshot.permits if limit in permit.limits)
     in_force = None if view is None else control.limiter.policy.limit(view.limit)
@@ -739,7 +737,7 @@ def _sentence(held_up_by: str | None, view: LimitView | None) -> str:
 
 
 def _state(view: LimitView) -> str:
-    """A limit, and how much of it is used or who paused it."""
+    """Return a limit, and how much of it is used or who paused it."""
     if view.paused_ms:
         return f"{view.limit} is {_pause(view)}"
     before = adapted_from(view)
@@ -747,13 +745,13 @@ def _state(view: LimitView) -> str:
 
 
 def _pause(view: LimitView) -> str:
-    """`paused by ann, for 10 min more`."""
+    """Return text such as `paused by ann, for 10 min more`."""
     by = f" by {view.paused_by}," if view.paused_by else ""
     return f"paused{by} {_lasting(view)}"
 
 
 def _lasting(view: LimitView) -> str:
-    """`for 10 min more`. A pause whose time has passed lasts until a probe is answered."""
+    """Return text such as `for 10 min more`; an expired pause lasts until a probe is answered."""
     is_over = view.paused_ms <= 1
     return "until a call there is answered" if is_over else format_pause(view.paused_ms)
 
@@ -778,7 +776,8 @@ _UNTIL_A_PERSON_ACTS = ("budget_paused", "budget_unbounded")
 
 
 def _spent_budget(found: Whereabouts) -> str | None:
-    """`waits for a budget: ...`, of a request that a budget has refused when it was tried last."""
+    """Return `waits for a budget: ...` if a budget refused the request's last attempt, else
+    None."""
     if found.failure_code not in _BUDGET_ACTIONS:
         return None
     return f"waits for a budget: {found.failure_message}"
@@ -802,10 +801,10 @@ def _left_ms(at: datetime) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """`sentence` says it in words; `limit` is the id of the limit that is waited for, if it is one,
-    of whose `bound` so much is `used`. `retry_in_ms`: until it is tried again, after a failure.
-    `ahead`: calls of all tenants that are admitted before it, about; `wait_ms`: an estimate of the
-    time left, or with `is_certain` the time of a window, a quota or a pause."""
+    """What a request waits for, for its owner. limit: the id of the limit that it waits for, if
+    any, with its `bound` and how much is `used`. retry_in_ms: time until the next attempt after a
+    failure. ahead: approximate number of calls of all tenants that come first. wait_ms: the
+    estimated time left; with `is_certain` that of a window, a quota or a pause."""
 
     sentence: str
     limit: str | None = None
@@ -824,7 +823,8 @@ def waiting(
     now: datetime,
     told: WaitEstimate | None = None,
 ) -> Waiting:
-    """`snapshot` is of the request's pool; None while Valkey is away. `told`: see `estimate_of`."""
+    """Return what a request waits for. `snapshot`: of the request's pool, None while Valkey is
+    unavailable. `told`: see `estimate_of`."""
     if found.status is Status.RUNNING:
         return Waiting("is in a provider's batch" if found.is_for_batch else "is running")
     if found.status is not Status.QUEUED:

@@ -1,10 +1,10 @@
 """Limits learned from headers of answers, beside those in force.
 
 A reading is what the last answer for a model reported of one rate. Processes share their readings
-by notes; that of one of them, the leader, also has what others take that use the same account.
-What is learned is a proposal: it changes no limit of a person.
+as notes; the note of one process, the leader, also contains what others use of the same account.
+Learned limits are proposals: they change no limit that a person set.
 
-Pure but for `shared_limits`. Invariant: of a limit the newest reading counts, whichever process
+Pure except for `shared_limits`. Invariant: the newest reading of a limit counts, whichever process
 has it.
 """
 
@@ -28,10 +28,10 @@ from tidegate.policy.format import (
 )
 
 MOST_READERS = 100
-# Answers that come so soon after a refusal were made before it, maybe under another bound.
+# Answers this soon after a refusal began before it, maybe under another bound.
 REFUSED_S = 1.0
 _ALIKE: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
-# Azure's header of requests is of 10 s; a limit of a minute has six times as many.
+# Azure's request header covers 10 s; a limit per minute is six times as much.
 AZURE_SPANS, _AZURE_MS = 6, 10_000
 
 Drift = Literal["new", "rose", "fell", "same"]
@@ -39,10 +39,13 @@ Drift = Literal["new", "rose", "fell", "same"]
 
 @dataclass(frozen=True, slots=True)
 class HeaderReading:
-    """One rate of a model as headers report it. scope: such as `tpm`. at: as of when, in seconds
-    since 1970; heard_at: when the answer came, where that is later. window_ms: as the time until
-    the rate is unused implies it, where that is known; reset_ms: of one that is known to begin
-    again, when it does, and window_ms then from one to the next."""
+    """One rate of a model, as headers report it.
+
+    scope: such as `tpm`. at: the time that it describes, in seconds since 1970. heard_at: when the
+    answer arrived, if later. window_ms: the window that the time until the rate is unused implies,
+    if known. reset_ms: for a rate known to reset, the time until then; window_ms is then the time
+    from one reset to the next.
+    """
 
     model: str
     scope: str
@@ -60,9 +63,11 @@ class HeaderReading:
 
 @dataclass(frozen=True, slots=True)
 class OthersUse:
-    """What others on the account take of a limit a window, and how much of it is kept free. Where
-    no answer tells of the limit, they are taken to use what is kept free after refusals; bound: the
-    account's, as the day's bound of the same calls implies it, where that has changed."""
+    """Others' use of a limit per window, and how much of the limit is kept free.
+
+    If no answer reports the limit, they are assumed to use what is kept free after refusals. bound:
+    the account's bound as the day's bound of the same calls implies it, if that has changed.
+    """
 
     limit: str
     amount: int
@@ -72,8 +77,10 @@ class OthersUse:
 
 @dataclass(frozen=True, slots=True)
 class RefusedLimit:
-    """A limit in force for which the provider refused a call. at: in seconds since 1970; reset_s:
-    in how many seconds there is room, as it told."""
+    """A limit in force for which the provider refused a call.
+
+    at: in seconds since 1970. reset_s: seconds until there is room, as the refusal stated.
+    """
 
     limit: str
     at: float
@@ -82,7 +89,9 @@ class RefusedLimit:
 
 @dataclass(frozen=True, slots=True)
 class LearnedNote:
-    """What a process shares. `others` are the leader's; `refusals` are the last of each limit."""
+    """What a process shares. `others` come from the leader; `refusals` has the last of each
+    limit.
+    """
 
     readings: tuple[HeaderReading, ...] = ()
     others: tuple[OthersUse, ...] = ()
@@ -91,10 +100,12 @@ class LearnedNote:
 
 @dataclass(frozen=True, slots=True)
 class LearnedLimit:
-    """A limit as the provider reports it. bound: in the window of the limit in force, if there is
-    one; in_force: its bound. others_share: of the bound, what others on the account take. model:
-    empty where no answer tells of the limit itself; then the bound is the one in force, or follows
-    a change of the day's."""
+    """A limit as the provider reports it.
+
+    bound: in the window of the limit in force, if there is one. in_force: the bound in force.
+    others_share: others' use as a fraction of the bound. model: empty if no answer reports the
+    limit itself; the bound is then the one in force, or follows a change of the day's bound.
+    """
 
     limit: str
     model: str
@@ -110,8 +121,10 @@ _Part = TypeVar("_Part", HeaderReading, OthersUse, RefusedLimit)
 
 
 def unpacked_note(raw: bytes) -> LearnedNote:
-    """Of a process that shares something else too, or that alone: then an empty one. What another
-    version has added is passed over."""
+    """Return a process's note; an empty one if it shares only other things.
+
+    Fields that another version has added are ignored.
+    """
     told = orjson.loads(raw)
     if "readings" not in told:
         return LearnedNote()
@@ -128,7 +141,7 @@ def _unpacked(kind: type[_Part], told: Iterable[Mapping[str, Any]]) -> tuple[_Pa
 
 
 class LimitMatch:
-    """The limits of one policy that readings are about."""
+    """A match of readings to the limits of one policy."""
 
     def __init__(self, policy: PoolPolicy, provider: str) -> None:
         self.policy = policy
@@ -136,9 +149,11 @@ class LimitMatch:
         self._found: dict[tuple[str, str], str | None] = {}
 
     def of(self, reading: HeaderReading) -> str | None:
-        """The limit in force that a reading is about; None where none is. Of several it is one
-        that the provider reported, which a person's own cap beside it is not; then the one that
-        names the model most narrowly, then one of the same window, then the lowest."""
+        """Return the limit in force that a reading is about, or None.
+
+        Of several: first one that the provider reported rather than a cap that a person set, then
+        the one that names the model most narrowly, then one of the same window, then the lowest.
+        """
         key = reading.model, reading.scope
         if key not in self._found:
             self._found[key] = self._nearest(*key)
@@ -160,8 +175,10 @@ class LimitMatch:
         return min(found)[1] if found else None
 
     def bound_for(self, reading: HeaderReading, name: str) -> int | None:
-        """The bound of a reading in the window of the limit in force; None where that is not sure:
-        a header seldom names its window."""
+        """Return the bound of a reading in the window of the limit in force.
+
+        None if that is uncertain: headers seldom name their window.
+        """
         limit = self.policy.limit(name)
         usual_ms = MEASURES[reading.scope].window_ms
         if self._provider == "azure" and reading.scope == "rpm":
@@ -177,8 +194,10 @@ class LimitMatch:
 
 
 def _width(whom: str, model: str) -> tuple[int, int]:
-    """How widely a limit that binds a model names it: alone, in a list of names, or by a pattern,
-    of which the longest is the narrowest."""
+    """Return a sort key for how widely a limit names a model: alone, in a list, or by a pattern.
+
+    Of patterns the longest is the narrowest.
+    """
     names = whom.split(",")
     if model in names:
         return int(len(names) > 1), len(names)
@@ -186,8 +205,10 @@ def _width(whom: str, model: str) -> tuple[int, int]:
 
 
 def newest(notes: Iterable[LearnedNote], match: LimitMatch) -> dict[str, HeaderReading]:
-    """The newest reading of each limit: by the id of the one in force, else by that of a new one.
-    One of which nothing remains stands for `REFUSED_S`."""
+    """Return the newest reading of each limit, by the id of the limit in force, else of a new one.
+
+    A reading with nothing remaining takes precedence for `REFUSED_S`.
+    """
     found: dict[str, HeaderReading] = {}
     for note in notes:
         for one in note.readings:
@@ -202,9 +223,11 @@ def newest(notes: Iterable[LearnedNote], match: LimitMatch) -> dict[str, HeaderR
 def readings_of_days(
     notes: Iterable[LearnedNote], match: LimitMatch, told: Container[str]
 ) -> dict[str, HeaderReading]:
-    """The newest reading of a day's requests, by the rate of requests in force that has the same
-    calls; without the rates that answers have `told` of themselves. Of a rate of several models
-    that answers tell of there is none: their days may be one or several."""
+    """Return the newest reading of daily requests, by the rate in force on the same calls.
+
+    Rates that answers have `told` themselves are left out. So are rates of several reported models:
+    these may have one day's bound or several.
+    """
     found: dict[str, dict[str, HeaderReading]] = {}
     for note in notes:
         for one in note.readings:
@@ -224,7 +247,7 @@ def _stands_until(reading: HeaderReading) -> float:
 
 
 def learned_limits(notes: Collection[LearnedNote], match: LimitMatch) -> list[LearnedLimit]:
-    """Of all processes, beside the policy in force."""
+    """Return the limits that all processes have learned, beside the policy in force."""
     others = {one.limit: one for note in notes for one in note.others}
     found, readings = _untold_limits(notes, match), newest(notes, match)
     for name, reading in sorted(readings.items()):
@@ -243,7 +266,7 @@ def learned_limits(notes: Collection[LearnedNote], match: LimitMatch) -> list[Le
 
 
 def _untold_limits(notes: Collection[LearnedNote], match: LimitMatch) -> dict[str, LearnedLimit]:
-    """Those in force of which no answer tells, but refusals or the day's bound show others."""
+    """Return the limits in force for which only refusals or the day's bound show others."""
     refusals = sorted((one for note in notes for one in note.refusals), key=lambda one: one.at)
     days = readings_of_days(notes, match, ())
     last = {name: one.at for name, one in days.items()} | {one.limit: one.at for one in refusals}
@@ -271,7 +294,7 @@ def _said_at(at: float) -> str:
 
 
 async def shared_limits(limiter: Limiter, provider: str) -> list[LearnedLimit]:
-    """What all processes of a pool have learned. Raises LimiterUnavailable."""
+    """Return what all processes of a pool have learned. Raises LimiterUnavailable."""
     notes = [unpacked_note(raw) for raw in (await limiter.told(MOST_READERS)).values()]
     return learned_limits(notes, LimitMatch(limiter.policy, provider))
 

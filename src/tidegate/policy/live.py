@@ -3,15 +3,15 @@
     tables of the file and the environment ──► live changes over them ──► upstreams in force
 
 The rules, in order:
-- a key that was set live stays, whatever the file says of it later, until it is set again or the
-  upstream is put back to the file;
+- a key that was set live stays, whatever the file says later, until it is set again or the upstream
+  is reset to the file;
 - every other key is the file's, as of the start of a process;
-- an upstream that was removed live stays removed; one that was added live stays, also where the
-  file names it later;
+- an upstream that was removed live stays removed; one that was added live stays, even if the file
+  names it later;
 - what was set live on an upstream that the file no longer names has no effect.
 
-Invariants: a change makes a new value, and never a value in place; no secret is in a change: it
-names a variable, or a file.
+Invariants: a change returns a new value and never modifies one; a change contains no secret, only
+the name of a variable or of a file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tidegate.policy.access import CREDENTIALS
 Table = Mapping[str, Any]
 Tables = Mapping[str, Table]
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
-# Keys of a table that make the policy of a pool, whose revisions are its own.
+# Keys of a table that form the policy of a pool, which has revisions of its own.
 POLICY_KEYS = ("limits", "weights", "bands", "pool")
 _TABLES = ("aliases", "headers", "query", "prices", "dialects", "preempt")
 _FROM_VARIABLE = "env:"
@@ -39,8 +39,11 @@ _LONGEST_SHOWN = 200
 
 @dataclass(frozen=True, slots=True)
 class LiveUpstream:
-    """Changes to one upstream. set: keys with their values, None for one that was taken away. over:
-    what the file said of these keys then. reads: how often secrets were asked to be read again."""
+    """Changes to one upstream.
+
+    set: keys with their values, None for a removed key. over: the file's values of these keys at
+    that time. reads: how often its secrets were to be read again.
+    """
 
     set: Table = field(default_factory=dict)
     over: Table = field(default_factory=dict)
@@ -50,7 +53,7 @@ class LiveUpstream:
     reads: int = 0
 
     def plain(self) -> dict[str, Any]:
-        """As it is on record: without what is as usual."""
+        """Return the changes for the record, without defaults."""
         usual = LiveUpstream()
         names = ("set", "over", "is_added", "is_drained", "is_removed", "reads")
         return {
@@ -68,7 +71,7 @@ class LiveChanges:
         return self.upstreams.get(name, _UNCHANGED)
 
     def over(self, base: Tables) -> dict[str, dict[str, Any]]:
-        """The tables that are in force, those of `base` first."""
+        """Return the tables in force, those of `base` first."""
         found = {}
         for name in (*base, *(one for one in self.upstreams if one not in base)):
             live = self.of(name)
@@ -80,11 +83,11 @@ class LiveChanges:
 
     @property
     def drained(self) -> frozenset[str]:
-        """Upstreams that take no new call."""
+        """Upstreams that take no new calls."""
         return frozenset(name for name, one in self.upstreams.items() if one.is_drained)
 
     def differing(self, base: Tables) -> list[str]:
-        """Where the file has changed since a key was set live, which stays: a line each."""
+        """Return a line for each live key whose value in the file has changed since it was set."""
         lines = []
         for name, live in sorted(self.upstreams.items()):
             for key in live.set:
@@ -95,7 +98,7 @@ class LiveChanges:
         return lines
 
     def source(self, name: str, base: Tables) -> str:
-        """Where an upstream comes from, in words."""
+        """Return in words where an upstream comes from."""
         live = self.of(name)
         if name not in base:
             return "live"
@@ -111,7 +114,7 @@ NO_CHANGES = LiveChanges()
 
 
 def changes_of(plain: Mapping[str, Any]) -> LiveChanges:
-    """From the record; what a later version has put there is passed over."""
+    """Return the changes on record; fields of later versions are ignored."""
     names = ("set", "over", "is_added", "is_drained", "is_removed", "reads")
     return LiveChanges(
         {
@@ -121,13 +124,13 @@ def changes_of(plain: Mapping[str, Any]) -> LiveChanges:
     )
 
 
-# -- edits: each makes changes of those that there are, over the tables of the deployment
+# -- edits: each returns new changes, from the current ones and the tables of the deployment
 
 LiveEdit = Callable[[LiveChanges, Tables], LiveChanges]
 
 
 def added(name: str, table: Table) -> LiveEdit:
-    """Add an upstream, or bring one back that was removed. Raises ConfigError."""
+    """Return an edit that adds an upstream, or restores a removed one. It raises ConfigError."""
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         if NAME.fullmatch(name) is None:
@@ -143,8 +146,11 @@ def added(name: str, table: Table) -> LiveEdit:
 
 
 def with_keys(name: str, values: Mapping[str, Any], remove: Sequence[str] = ()) -> LiveEdit:
-    """Set keys of an upstream, and take others away; `aliases.fast` is one entry of a table.
-    Raises ConfigError, and NotFound for a key to take away that is not there."""
+    """Return an edit that sets and removes keys of an upstream.
+
+    `aliases.fast` is one entry of a table. The edit raises ConfigError, and NotFound for a key to
+    remove that does not exist.
+    """
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         table = _table(changes, base, name)
@@ -163,10 +169,10 @@ def with_keys(name: str, values: Mapping[str, Any], remove: Sequence[str] = ()) 
             new[stem] = {one: kept for one, kept in inner.items() if kept is not None}
         _check(name, new)
         known = base.get(name, {})
-        again = {key.partition(".")[0] for key in (*values, *remove)}  # over what it says by now
+        again = {key.partition(".")[0] for key in (*values, *remove)}  # compared with the file now
         before = {key: one for key, one in live.over.items() if key not in again}
         over = {**_said(known, new), **before}
-        # What says the same as the file, or takes away what is not there, is the file's.
+        # A value equal to the file's, or the removal of a missing key, is no change.
         new = {key: one for key, one in new.items() if key not in known or one != known[key]}
         new = {key: one for key, one in new.items() if one is not None or key in known}
         over = {key: one for key, one in over.items() if key in new}
@@ -192,8 +198,10 @@ def _inner(value: Any) -> Mapping[str, Any]:
 
 
 def as_deployed(name: str) -> LiveEdit:
-    """Have an upstream as the file says it; one that is drained stays so, since the file says
-    nothing of that. Raises ConfigError."""
+    """Return an edit that resets an upstream to the file. It raises ConfigError.
+
+    A drained upstream stays drained, since the file does not say whether it is.
+    """
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         if name not in base:
@@ -205,7 +213,10 @@ def as_deployed(name: str) -> LiveEdit:
 
 
 def read_again(name: str) -> LiveEdit:
-    """Have every process read the secrets and files of an upstream again. Raises NotFound."""
+    """Return an edit that has every process read an upstream's secrets and files again.
+
+    It raises NotFound.
+    """
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         _table(changes, base, name)
@@ -216,7 +227,7 @@ def read_again(name: str) -> LiveEdit:
 
 
 def drained(name: str, is_drained: bool = True) -> LiveEdit:
-    """Have an upstream take no new calls, or take them again. Raises NotFound."""
+    """Return an edit that drains an upstream, or ends that. It raises NotFound."""
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         _table(changes, base, name)
@@ -226,7 +237,10 @@ def drained(name: str, is_drained: bool = True) -> LiveEdit:
 
 
 def removed(name: str) -> LiveEdit:
-    """Have an upstream no more. Raises NotFound, and ConfigError for the last one."""
+    """Return an edit that removes an upstream.
+
+    It raises NotFound, and ConfigError for the last upstream.
+    """
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         _table(changes, base, name)
@@ -239,7 +253,10 @@ def removed(name: str) -> LiveEdit:
 
 
 def as_at(plain: Mapping[str, Any]) -> LiveEdit:
-    """The changes of an earlier revision. Raises ConfigError where no upstream would be left."""
+    """Return an edit to the changes of an earlier revision.
+
+    It raises ConfigError if no upstream would be left.
+    """
 
     def edit(changes: LiveChanges, base: Tables) -> LiveChanges:
         then = changes_of(plain)
@@ -268,7 +285,7 @@ def _said(table: Table, keys: Table) -> dict[str, Any]:
 
 
 def _check(name: str, table: Table) -> None:
-    """What is on record has no secret in it. Raises ConfigError."""
+    """Raise ConfigError for a secret: a recorded change must not contain one."""
     path = f"upstreams.{name}"
     for header, value in _inner(table.get("headers")).items():
         is_secret = header.lower().encode() in CREDENTIALS or _SECRET_HEADER.search(header)
@@ -285,11 +302,11 @@ def _check(name: str, table: Table) -> None:
         raise ConfigError(f"{path}.proxy", _HIDDEN, allowed)
 
 
-# -- for people
+# -- texts
 
 
 def shown(table: Table) -> dict[str, Any]:
-    """A table without what may be a secret of the file's."""
+    """Return a table without values that may be secrets in the file."""
     found = dict(table)
     for key in ("headers", "query"):
         if key in found:
@@ -312,7 +329,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def changed_lines(before: LiveChanges, after: LiveChanges) -> list[str]:
-    """What changes from one to the other, a line each: `openai.weight: 1 -> 3`."""
+    """Return the differences, a line each: `openai.weight: 1 -> 3`."""
     lines = []
     for name in sorted(before.upstreams.keys() | after.upstreams.keys()):
         old, new = before.of(name), after.of(name)

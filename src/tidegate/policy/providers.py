@@ -1,8 +1,8 @@
-"""Presets of providers: addresses, authentication, and how they count limits.
+"""Presets of providers: addresses, authentication, and how they count limits. Pure.
 
-`docs/decisions/0021-upstreams-are-data.md` and `0018-how-providers-count.md` have the facts with
-their sources. A preset of counting fills in what a limit does not say itself; the policy on record
-says all of it. Pure.
+`docs/decisions/0021-upstreams-are-data.md` and `0018-how-providers-count.md` contain the facts and
+their sources. A counting preset fills in what a limit does not state; the recorded policy states
+everything.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ ALL_MODELS = ("*",)
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """Preset of a provider. urls: by dialect, with `{name}` where an option of the table stands.
-    key: the usual variable. models: its own, by their names. auth: as in the policy's file; others:
-    of single dialects. is_own: a server of one's own, which needs no key. is_rebased: a `base_url`
-    is its origin, and its paths stay. paths: by dialect, where they are not the dialect's. options:
-    what the table must name, with what applies where it does not, None for nothing. abandoned: as
-    of an upstream."""
+    """The preset of a provider.
+
+    urls: by dialect, with `{name}` in place of an option of the table. key: the usual variable.
+    models: its own models by name. auth: as in the policy file. others: `auth` of single dialects.
+    is_own: a self-hosted server, which needs no key. is_rebased: `base_url` replaces only the
+    origin; the paths stay. paths: by dialect, where they differ from the dialect's. options: those
+    that the table must contain, with their defaults, None for none. abandoned: as of an upstream.
+    """
 
     urls: Mapping[str, str]
     key: str | None = None
@@ -60,8 +62,10 @@ class Provider:
 
 
 def _own(port: int, *others: str, abandoned: Abandoned = "release") -> Provider:
-    """A server of one's own, which also has the dialects `others`. A key is a bearer in all of
-    them: vLLM and SGLang know no other header."""
+    """Return the preset of a self-hosted server, which also has the dialects `others`.
+
+    In all of them the key is a bearer token: vLLM and SGLang accept no other header.
+    """
     origin = f"http://127.0.0.1:{port}"
     return Provider(
         {"openai": f"{origin}/v1", **dict.fromkeys(others, origin)},
@@ -177,35 +181,37 @@ PROVIDERS: Mapping[str, Provider] = {
     "lmstudio": _own(1234, "anthropic"),
 }
 
-# Which report the usage of streams unasked, and refuse `stream_options` with 422.
+# Providers that report the usage of streams unasked, and reject `stream_options` with 422.
 _REPORT_USAGE = frozenset(("mistral",))
-# Whose list of models has another form than their dialect's.
+# Providers whose list of models has another form than their dialect's.
 LISTED_OTHERWISE = frozenset(("together", "vertex"))
-# Whose list has base models, where calls name deployments.
+# Providers whose list has base models, while calls name deployments.
 LIST_BASE_MODELS = frozenset(("azure",))
-# Of a table, beside the URLs and the key.
+# Keys of a table besides the URLs and the key.
 HEADER_KEYS = ("headers", "query", "organization")
 ACCESS_KEYS = (
     *("auth", "paths", "project", "location", "region", "resource", "credentials_file"),
     *("aws_profile", "aws_service", "scope", *HEADER_KEYS, *NETWORK_KEYS),
 )
 _NAMED = re.compile(r"[A-Za-z0-9][\w.:-]{0,99}", re.ASCII)
-# Of credentials that are renewed: which options they take.
+# Options of credentials that are renewed.
 _CREDENTIAL_OPTIONS = {
     "google": ("credentials_file",),
     "entra": ("scope",),
     "aws": ("region", "aws_profile", "aws_service"),
 }
 _ENTRA_SCOPE = "https://cognitiveservices.azure.com/.default"
-# By the dialect that an endpoint of Bedrock speaks: which service a signature names.
+# The service that a signature names, by the dialect of a Bedrock endpoint.
 _AWS_SERVICES = {"openai": "bedrock", "anthropic": "bedrock-mantle", "bedrock": "bedrock"}
-# The last general version of Azure's paths by deployment.
+# The last general version of Azure's deployment paths.
 _API_VERSION = "2024-10-21"
 
 
 def urls_of(path: str, provider: Provider, table: Mapping[str, Any]) -> dict[str, str]:
-    """The base URLs of a preset, by dialect; empty where the table lacks one of its options but
-    has `dialects` of its own. Raises ConfigError."""
+    """Return the base URLs of a preset by dialect.
+
+    Empty if the table lacks one of its options but has `dialects` of its own. Raises ConfigError.
+    """
     stated = {name: _option(path, table, name) for name in provider.options if name in table}
     values = {name: stated.get(name, usual) or "" for name, usual in provider.options.items()}
     base = table.get("base_url")
@@ -223,7 +229,7 @@ def urls_of(path: str, provider: Provider, table: Mapping[str, Any]) -> dict[str
     return urls
 
 
-# By which variables the providers' own SDKs call another server.
+# Variables that point the providers' own SDKs at another server.
 _URLS_OF_SDKS = {
     "openai": ("OPENAI_BASE_URL", "OPENAI_API_BASE"),
     "anthropic": ("ANTHROPIC_BASE_URL",),
@@ -231,8 +237,11 @@ _URLS_OF_SDKS = {
 
 
 def other_urls(names: Sequence[str], environ: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Base URLs in the environment that SDKs follow and the upstreams `names`, which state none,
-    do not: the variable, the setting in its place, and where calls go instead."""
+    """Yield base URLs in the environment that SDKs use but upstreams do not.
+
+    These are upstreams `names` without a base URL of their own. Each item has the variable, the
+    setting that replaces it, and where calls go instead.
+    """
     for name in names:
         for variable in _URLS_OF_SDKS.get(name, ()):
             (url,) = PROVIDERS[name].urls.values()
@@ -243,7 +252,7 @@ def other_urls(names: Sequence[str], environ: Mapping[str, str]) -> Iterator[tup
 
 
 def _rebased(base: str, urls: Mapping[str, str]) -> dict[str, str]:
-    """The same paths at another origin; `base` may already have one of them."""
+    """Return the same paths at another origin; `base` may already end with one of them."""
     paths = {dialect: urlsplit(url).path for dialect, url in urls.items()}
     origin = base.rstrip("/")
     for known in sorted((*paths.values(), "/openai", "/v1"), key=len, reverse=True):
@@ -276,7 +285,7 @@ def access_options_of(
     urls: Mapping[str, str],
     secret: ReadSecret,
 ) -> AccessOptions:
-    """How the upstream of a table is reached; `name` is its provider's. Raises ConfigError."""
+    """Return how the upstream of a table is reached; `name`: its provider. Raises ConfigError."""
     provider = PROVIDERS.get(name or "")
     authentication, of_dialects = _authentications(path, provider, table)
     headers, secrets = headers_of(
@@ -316,7 +325,7 @@ def access_options_of(
 def _authentications(
     path: str, provider: Provider | None, table: Mapping[str, Any]
 ) -> tuple[Authentication, dict[str, Authentication]]:
-    """That of the upstream, and those of dialects that have their own."""
+    """Return the upstream's authentication, and that of dialects with their own."""
     stated = table.get("auth", provider.auth if provider else "key")
     kind = stated if isinstance(stated, str) else ""
     _check_installed(f"{path}.auth", kind)
@@ -347,7 +356,7 @@ def _authentications(
     return found, of_dialects
 
 
-# What reads credentials, and the extra that installs it.
+# Libraries that read credentials, and the extras that install them.
 _LIBRARIES = {"aws": "botocore", "entra": "azure.identity"}
 _EXTRAS = {"aws": "aws", "entra": "azure"}
 
@@ -356,7 +365,7 @@ def _check_installed(path: str, kind: str) -> None:
     library = _LIBRARIES.get(kind)
     try:
         is_there = library is None or find_spec(library) is not None
-    except ModuleNotFoundError:  # of the package that it is in
+    except ModuleNotFoundError:  # the parent package is missing
         is_there = False
     if not is_there:
         allowed = f"needs {library}: pip install 'tidegate[{_EXTRAS[kind]}]'"
@@ -390,20 +399,22 @@ def _paths(
 
 
 def may_ask_usage(provider: str | None, urls: Iterable[str]) -> bool:
-    """Whether a stream may be asked for its usage at an upstream of this provider, or at `urls`."""
+    """Return whether streams may be asked for usage at this provider, or at `urls`."""
     return _REPORT_USAGE.isdisjoint({provider} if provider else map(provider_of, urls))
 
 
 def own_models(name: str) -> Sequence[str]:
-    """The models that a provider is known by; `*` where it hosts those of others."""
+    """Return the models that a provider is known by; `*` if it hosts those of others."""
     return PROVIDERS[name].models
 
 
 def serving(
     model: str, tables: Mapping[str, Mapping[str, Any]], names: Iterable[str], others: Sized = ()
 ) -> list[str]:
-    """Which of the upstreams of these names serve a model, by their tables: they need not be made.
-    Where `others` serve it too, only those that name it by more than `*`."""
+    """Return which of the upstreams `names` serve a model, by their tables alone.
+
+    If `others` serve it too, only those that name it by more than `*`.
+    """
     found = []
     for name in names:
         fits = [one for one in _patterns(name, tables[name]) if fnmatchcase(model, one)]
@@ -419,15 +430,14 @@ def _patterns(name: str, table: Mapping[str, Any]) -> Iterator[str]:
 
 
 _REFILLS = {"shape": "bucket"}
-# Of a minute. Short spans are checked too: 60 a minute may be 10 in 10 s, and one a second after
-# these.
+# For a minute. Providers check short spans too: 60 a minute may be 10 in 10 s, then one a second.
 _SMOOTHED = {**_REFILLS, "pace_ms": 10_000}
 # A window of its own: 60 a minute are at most 10 in any 10 s.
 _CHECKED_MS = 10_000
 _MINUTE_MS = 60_000
 _AT_THE_START = {"reserve": "larger", "settles": False}
 
-# By what a limit's scope counts.
+# By the unit that a limit's scope counts.
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "openai": {"requests": _SMOOTHED, "tokens": {**_AT_THE_START, **_REFILLS}},
     "azure": {"requests": {"window_ms": _CHECKED_MS}, "tokens": _AT_THE_START},
@@ -445,9 +455,12 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 def filled(
     limits: Mapping[str, Any], provider: str, before: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """`limits` by id, with what the preset of `provider` says of each that is new or changed since
-    `before`. One that names its unit says itself how it counts, and so does one that was a plain
-    number. Of a table that changes what the preset says, and it did not, stays as it was."""
+    """Return `limits` by id, with the provider's preset applied to those new or changed.
+
+    Changed means different from `before`. A limit that names its unit, or that was a plain number,
+    states itself how it counts and is left alone. In a changed table, options of the preset that it
+    did not have before stay unset.
+    """
     preset, old = PRESETS.get(provider, {}), before or {}
     return {
         name: value
@@ -472,7 +485,7 @@ def _filled(preset: Mapping[str, Mapping[str, Any]], limit_id: str, value: Any, 
     of_rates = ("pace_ms", "window_ms", "shape")
     counting = {key: one for key, one in usual.items() if key not in of_rates}
     if not isinstance(window_ms, int) or not isinstance(bound, int):
-        return {**counting, **table} if counting else value  # such as a day of the calendar
+        return {**counting, **table} if counting else value  # such as a calendar day
     if "shape" in usual:
         counting["shape"] = usual["shape"]
     if "pace_ms" in usual:
@@ -485,7 +498,7 @@ def _filled(preset: Mapping[str, Mapping[str, Any]], limit_id: str, value: Any, 
 
 
 def texts_of(path: str, value: object) -> tuple[str, ...]:
-    """A list of names in a file. Raises ConfigError."""
+    """Return a list of names in a file. Raises ConfigError."""
     if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
         raise ConfigError(path, str(value)[:100], "must be a list of texts, not empty")
     for one in value:

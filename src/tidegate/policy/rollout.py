@@ -2,12 +2,11 @@
 
 A policy comes from a deployment (its file and environment) or was set live by a person. The
 rules, in order:
-- what is in force without being on record is recorded;
+- a policy that is in force but not on record is recorded;
 - a live policy stays until another is set: it is kept over a deployment that was in force before
-it; a
-  new deployment that differs is a conflict;
+  it; a new deployment that differs is a conflict;
 - a deployment's policy that was never in force becomes the next revision;
-- one that was in force and was replaced is an older deployment's: a conflict, nothing more;
+- one that was in force and was replaced belongs to an older deployment: a conflict without effect;
 - changes for single tenants leave a deployment's policy the deployment's.
 
 Invariants: a change is on record before it is in force; revisions only grow; two policies of one
@@ -51,8 +50,11 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True)
 class Revision:
-    """One policy as it is on record, or is to be put there. asked: the digest of what its
-    deployment asks for, where tenants were given more since; else empty."""
+    """A policy that is on record or to be recorded.
+
+    asked: the digest of the policy that its deployment requests, if tenants were given more since;
+    else empty.
+    """
 
     number: int
     origin: Origin
@@ -71,12 +73,14 @@ class Revision:
 
     @cached_property
     def pool_policy(self) -> PoolPolicy:
-        """Raises ConfigError for a record of a later version that can't be read."""
+        """The policy as a PoolPolicy. Raises ConfigError for an unreadable record of a later
+        version.
+        """
         return of_plain(self.policy, revision=self.number, strict=False)
 
 
 class Conflict(StrEnum):
-    """Why a deployment's policy is not in force. `KEPT` is no fault: what was set live goes on."""
+    """Why a deployment's policy is not in force. `KEPT` is no error: live changes stay."""
 
     KEPT = "the limits that were set live are kept"
     LIVE = "the policy in force was set live"
@@ -85,7 +89,7 @@ class Conflict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`new` are to be put on record, in order; `force` is to be in force after that."""
+    """Revisions to record in order, `new`, and the one to put in force afterwards, `force`."""
 
     force: Revision
     new: tuple[Revision, ...] = ()
@@ -94,7 +98,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Found:
-    """What the limiter has in force, and who put it there as far as it knows."""
+    """The policy that the limiter has in force, and who set it, if known."""
 
     policy: PoolPolicy
     set_by: str = ""
@@ -116,10 +120,10 @@ def start(
     set_by: str,
     before: Plain | None = None,
 ) -> Decision:
-    """What a process that starts with the policy `wanted` does.
+    """Decide what a process does that starts with the policy `wanted`.
 
-    `head`: the newest on record. `seen`: whether `wanted` was a deployment's at any time. `before`:
-    what the deployment of `head` asks for, where that is on record.
+    `head`: the newest on record. `seen`: whether `wanted` ever was a deployment's policy. `before`:
+    what the deployment of `head` requests, if that is on record.
     """
     ours = Revision(found.number, Origin.DEPLOYMENT, wanted, set_by)
     if head is None and found.plain == wanted:
@@ -146,8 +150,11 @@ def start(
 
 
 def _with_given(deployed: Revision, policy: Plain) -> tuple[Revision, ...]:
-    """What a deployment asks for, and after it the policy with what was given live beside it: by
-    the first the next deployment tells what this one said from what was given."""
+    """Return a deployment's policy, then the policy with live additions for tenants.
+
+    The first revision lets the next deployment distinguish what the deployment stated from
+    additions.
+    """
     if policy == deployed.policy:
         return (deployed,)
     number, asked = deployed.number + 1, deployed.digest
@@ -156,7 +163,7 @@ def _with_given(deployed: Revision, policy: Plain) -> tuple[Revision, ...]:
 
 
 def watch(head: Revision | None, found: Found) -> Decision:
-    """What a process does now and then: the record and the limiter have the same in force."""
+    """Decide what a process does periodically: keep the record and the limiter the same."""
     adopted = adopt(head, found)
     now = adopted or head
     assert now is not None
@@ -173,10 +180,10 @@ def change(
     origin: Origin = Origin.LIVE,
     deployed: Plain | None = None,
 ) -> Decision:
-    """What a person's change does; nothing where it changes nothing. `deployed`: what a deployment
-    asks for, where the change puts that in force.
+    """Decide what a person's change does; nothing if it changes nothing.
 
-    Raises what `edit` raises, and ConfigError for a policy that is not sound.
+    `deployed`: what a deployment requests, if the change puts that in force. Raises what `edit`
+    raises, and ConfigError for an invalid policy.
     """
     decided = watch(head, found)
     now = decided.force
@@ -196,15 +203,18 @@ def change(
 
 
 def asked_before(records: Sequence[PolicyRecord]) -> Plain | None:
-    """What the deployment of the newest of these records asks for, where they have it."""
+    """Return what the deployment of the newest record requests, if the records contain it."""
     asked = records[0].digest if records else ""
     found = (one.policy for one in reversed(records) if one.digest == asked)
     return next((policy for policy in found if digest(policy) == asked), None)
 
 
 def adopt(head: Revision | None, found: Found) -> Revision | None:
-    """What is in force but not on record. It was set live, unless there is no record at all: then
-    it is from before there were records, and a deployment's."""
+    """Return a revision for a policy that is in force but not on record; None if it is recorded.
+
+    It was set live, unless there is no record at all: then it is a deployment's from before records
+    began.
+    """
     if head is None:
         reason = "in force before there was a record"
         return Revision(found.number, Origin.DEPLOYMENT, found.plain, _who(found), reason)
@@ -223,9 +233,12 @@ def _who(found: Found) -> str:
 def _enforced(
     now: Revision, new: tuple[Revision, ...], found: Found, conflict: Conflict | None
 ) -> Decision:
-    """`now` as it is to be in force: with a higher number, where the limiter has another one."""
+    """Return the decision to put `now` in force.
+
+    It gets a higher number if the limiter has another policy under the same one.
+    """
     is_other = now.number == found.number and found.plain != now.policy
-    # As this version reads the record: a later one may have put more into it.
+    # Compared as this version reads the record: a later version may have added to it.
     if is_other and found.plain != to_plain(now.pool_policy):
         reason = f"revision {now.number} had another meaning in the limiter"
         now = replace(now, number=now.number + 1, reason=reason)
@@ -234,7 +247,7 @@ def _enforced(
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What changes from one to the other, a line for each key: `limits.kind:text_only: 5 -> 2`."""
+    """Return a line for each key that differs: `limits.kind:text_only: 5 -> 2`."""
     return [
         f"{key}: {_written(old)} -> {_written(new)}"
         for key, old, new in changed_keys(before, after)
@@ -242,7 +255,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 
 def _written(value: object, *, inner: bool = False) -> str:
-    """A value as a command takes it: tables and lists as TOML's."""
+    """Return a value as a command accepts it: tables and lists as in TOML."""
     if isinstance(value, Mapping):
         pairs = [f"{name}={_written(one, inner=True)}" for name, one in value.items()]
         return f"{{{', '.join(pairs)}}}"
@@ -258,14 +271,14 @@ def _written(value: object, *, inner: bool = False) -> str:
 def changed_keys(
     before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> list[tuple[str, object, object]]:
-    """Each key that differs, with its value in both; None where it is not there."""
+    """Return each key that differs with its two values, None where it is missing."""
     old, new = _flat(before), _flat(after)
     keys = sorted(old.keys() | new.keys())
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
 def _flat(plain: Mapping[str, Any]) -> dict[str, object]:
-    """Each limit, weight, band and option of the pool under its path."""
+    """Return each limit, weight, band and option of the pool by its path."""
     found: dict[str, object] = {}
     for section in ("limits", "weights", "pool"):
         found |= {f"{section}.{key}": value for key, value in plain.get(section, {}).items()}
@@ -283,9 +296,9 @@ log = get_logger()
 
 
 async def policy_to_start_with(policies: Policies, pool: str, wanted: PoolPolicy) -> PoolPolicy:
-    """What is on record as in force; `wanted` while nothing is, or it can't be read.
+    """Return the recorded policy in force; `wanted` if there is none or it cannot be read.
 
-    A Valkey that has just lost everything thus starts with the limits that were in force.
+    A Valkey that has just lost its data thus starts with the limits that were in force.
     """
     try:
         record = await policies.newest(pool)
@@ -301,8 +314,10 @@ async def policy_to_start_with(policies: Policies, pool: str, wanted: PoolPolicy
 async def edit_record(
     policies: Policies, pool: str, edit: Callable[[Plain], Plain], *, set_by: str, reason: str
 ) -> None:
-    """Change the policy on record of a pool that has no upstream: in force if one comes back.
-    Raises StoreUnavailable."""
+    """Change the recorded policy of a pool without an upstream, for when one returns.
+
+    Raises StoreUnavailable.
+    """
 
     def edited(records: Sequence[PolicyRecord], _seen: bool) -> Sequence[PolicyRecord]:
         head = revision_of(records[0])
@@ -326,8 +341,10 @@ async def open_pool(
     observer: Observer | None = None,
     provider: str | None = None,
 ) -> AsyncIterator[PolicyKeeper]:
-    """The keeper of a pool's policy, with its limiter, and what is on record in force. `provider`:
-    whose preset fills in what is set live."""
+    """Open a pool's limiter with the recorded policy, and yield the keeper of its policy.
+
+    `provider`: the provider whose preset completes live changes.
+    """
     assert config.redis_url is not None
     limiter = Limiter.from_url(
         config.redis_url.get_secret_value(),
@@ -335,7 +352,7 @@ async def open_pool(
         policy=await policy_to_start_with(policies, pool, wanted),
         instance_id=instance_id,
         observer=observer,
-        on_conflict="keep",  # the keeper decides, by what is on record
+        on_conflict="keep",  # the keeper decides by the record
     )
     async with AsyncExitStack() as stack:
         with lines_with(pool=pool):
@@ -346,7 +363,10 @@ async def open_pool(
 
 
 class PolicyKeeper:
-    """One per process, beside its limiter. `wanted` is what this deployment asks for."""
+    """The keeper of a pool's policy, one per process beside its limiter.
+
+    `wanted` is the policy that this deployment requests.
+    """
 
     def __init__(
         self,
@@ -358,7 +378,7 @@ class PolicyKeeper:
         provider: str = "",
     ) -> None:
         self.wanted = wanted
-        self.settled = asyncio.Event()  # what becomes of this deployment's policy is decided
+        self.settled = asyncio.Event()  # set once this deployment's policy has been decided on
         self.limiter = limiter
         self._policies = policies
         self._set_by = set_by
@@ -366,9 +386,9 @@ class PolicyKeeper:
         self._has_pauses = False
 
     async def run(self) -> None:
-        """Put this deployment's policy in force if it is new; then watch, for ever.
+        """Put this deployment's policy in force if it is new, then watch for ever.
 
-        Waits for Valkey and PostgreSQL where they are away.
+        Waits while Valkey or PostgreSQL is unavailable.
         """
         await self.limiter.joined()
         settle = self._start
@@ -382,13 +402,13 @@ class PolicyKeeper:
             except StoreUnavailable as away:
                 log.debug(Log.STORE_AWAY, detail=away.message)
                 pause_s = _RETRY_S
-            except LimiterUnavailable:  # which the limiter itself reports
+            except LimiterUnavailable:  # the limiter itself reports it
                 pause_s = _RETRY_S
             except ConfigError as unreadable:
                 log.warning(
                     Log.LIMITS_CONFLICT, reason=f"the record can't be read: {unreadable.message}"
                 )
-            except Exception:  # the top of a task: logged, and it goes on
+            except Exception:  # top of a task: log and continue
                 log.exception(Log.INTERNAL_ERROR)
             await asyncio.sleep(pause_s)
 
@@ -401,11 +421,11 @@ class PolicyKeeper:
         origin: Origin = Origin.LIVE,
         deployed: Plain | None = None,
     ) -> Revision:
-        """Put what `edit` makes of the policy on record and in force; returns what is in force.
+        """Record the policy that `edit` returns, put it in force, and return what is in force.
 
-        In force everywhere as soon as Valkey knows it. Raises what `edit` raises, ConfigError for
-        a policy that is not sound, and StoreUnavailable, after which it may be on record
-        nevertheless: the processes then put it in force within some seconds.
+        It is in force everywhere as soon as Valkey has it. Raises what `edit` raises, ConfigError
+        for an invalid policy, and StoreUnavailable; after the latter the change may be on record
+        nevertheless, and the processes then put it in force within seconds.
         """
         found = await self._found()
 
@@ -424,8 +444,10 @@ class PolicyKeeper:
         )
 
     async def adopt_wanted(self, *, set_by: str, reason: str = "") -> Revision:
-        """Put this deployment's own policy in force, whatever was set live; but what tenants were
-        given, and it does not name, stays. As `change` else."""
+        """Put this deployment's own policy in force, whatever was set live.
+
+        Weights and limits of tenants that it does not name stay. Otherwise as `change`.
+        """
         wanted = to_plain(self.wanted)
         return await self.change(
             partial(with_tenants, wanted),
@@ -436,18 +458,22 @@ class PolicyKeeper:
         )
 
     async def history(self, most: int) -> list[PolicyRecord]:
-        """What was in force, the newest first. Raises StoreUnavailable."""
+        """Return the policies that were in force, newest first. Raises StoreUnavailable."""
         return await self._policies.history(self.limiter.pool, most)
 
     async def removed_by_people(self, limits: Collection[str]) -> set[str]:
-        """Which of these limits are not there because a person removed them. Raises
-        StoreUnavailable."""
+        """Return which of these limits are missing because a person removed them.
+
+        Raises StoreUnavailable.
+        """
         return await self._policies.removed_by_people(self.limiter.pool, limits)
 
     async def restore_pauses(self) -> None:
-        """Pause once more, when this process starts, what people have paused: Valkey may have lost
-        it while no process ran. Does nothing while Valkey is away. Raises StoreUnavailable and
-        LimiterUnavailable, after which it is due again."""
+        """Restore people's pauses once after the start of this process.
+
+        Valkey may have lost them while no process ran. Does nothing while Valkey is unavailable.
+        After StoreUnavailable and LimiterUnavailable, which it raises, it is due again.
+        """
         limiter = self.limiter
         if self._has_pauses or limiter.state == "away":
             return
@@ -455,7 +481,7 @@ class PolicyKeeper:
         paused = [one for one in on_record if limiter.policy.binding(one.limit) is not None]
         for one in paused:
             await limiter.penalise(one.limit, for_ms=one.left_ms, reason=one.reason, by=one.by)
-        # A person may have resumed one before it was paused here.
+        # A person may have resumed a limit before it was paused here.
         still = (
             {one.limit for one in await self._policies.pauses(limiter.pool)} if paused else set()
         )
@@ -478,7 +504,7 @@ class PolicyKeeper:
             await self._decided("", lambda head, *_: watch(head, found))
 
     async def _found(self) -> Found:
-        """What the limiter has in force, with who put it there where Valkey can say so."""
+        """Return what the limiter has in force, and who set it, if Valkey knows."""
         try:
             changes = await self.limiter.history()
         except LimiterUnavailable:
@@ -517,7 +543,7 @@ class PolicyKeeper:
             self._tell(decision.conflict, force)
 
     def _tell(self, conflict: Conflict, force: Revision) -> None:
-        """That this deployment's policy is not in force. What was set live is expected to stay."""
+        """Log that this deployment's policy is not in force; keeping live changes is expected."""
         wanted = to_plain(self.wanted)
         about = {"revision": force.number, "set_by": force.set_by, "reason": conflict.value}
         if conflict is Conflict.KEPT:

@@ -1,7 +1,7 @@
 """Tenants as people see and change them: their record and their part of the policy.
 
-Invariant: a change is checked before any of it is made. It is two steps, first the policy's, then
-the record's; one that was cut short between them is made whole by repeating it.
+Invariant: a change is checked before any of it is made. It has two steps, first the policy's, then
+the record's; repeating a change that was interrupted between them completes it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tidegate.policy.rollout import PolicyKeeper, edit_record
 from tidegate.store.tenants import Key, Tenant, Tenants, check_changes
 
 _WEBHOOK_PREFIX = "whsec_"
-_OF_SHARE = ("weight", "limits")  # what the policy has of a tenant
+_OF_SHARE = ("weight", "limits")  # the parts of a tenant that are in the policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ class ShownTenant:
 
 @dataclass(frozen=True, slots=True)
 class TenantChange:
-    """A change of a tenant; None leaves a thing as it is. `changes`: see `store.tenants.SETTABLE`.
+    """A change of a tenant; None leaves a field unchanged. `changes`: see `store.tenants.SETTABLE`.
 
-    limits: by id; one that is None is taken away. expected: what some of them must be now, so that
-    nobody overwrites a change that they have not seen.
+    limits: by id; None removes one. expected: values that must be in force now, so that no one
+    overwrites a change that they have not seen.
     """
 
     changes: Mapping[str, Any]
@@ -58,7 +58,7 @@ class TenantChange:
 
 
 async def list_tenants(control: Control) -> list[ShownTenant]:
-    """Raises StoreUnavailable."""
+    """Return all tenants. Raises StoreUnavailable."""
     share = shares_of(to_plain(control.limiter.policy))
     found = await control.tenants.list_tenants()
     shares = [share(one.tenant_id) for one in found]
@@ -69,7 +69,7 @@ async def list_tenants(control: Control) -> list[ShownTenant]:
 
 
 async def show_tenant(control: Control, tenant_id: str) -> ShownTenant:
-    """Raises ConfigError for a name that can't be, NotFound and StoreUnavailable."""
+    """Return a tenant. Raises ConfigError for an invalid name, NotFound and StoreUnavailable."""
     check_name(tenant_id)
     return _shown(await control.tenants.get(tenant_id), to_plain(control.limiter.policy))
 
@@ -77,11 +77,11 @@ async def show_tenant(control: Control, tenant_id: str) -> ShownTenant:
 async def set_tenant(
     control: Control, tenant_id: str, wanted: TenantChange, *, by: str, reason: str = ""
 ) -> ShownTenant:
-    """Make a tenant or change it. Raises ConfigError, PolicyChanged and StoreUnavailable."""
+    """Create or change a tenant. Raises ConfigError, PolicyChanged and StoreUnavailable."""
     check_name(tenant_id)
     try:
         check_new_name(tenant_id)
-    except ConfigError:  # one that was made before such names were refused stays changeable
+    except ConfigError:  # tenants from before this check stay changeable
         if not await control.tenants.knows(tenant_id):
             raise
     check_changes(wanted.changes)
@@ -96,7 +96,7 @@ async def set_tenant(
 
     if edit is None:
         checked(to_plain(control.limiter.policy))
-    else:  # what is on record counts: this process may not have it in force yet
+    else:  # the record counts: this process may not have it in force yet
         await control.keeper.change(checked, set_by=by, reason=reason or f"tenant {tenant_id}")
     tenant = await control.tenants.set(
         tenant_id, wanted.changes, by=by, disabled=wanted.disabled, expected=expected
@@ -112,11 +112,12 @@ async def remove_tenant(
     by: str,
     reason: str = "",
 ) -> None:
-    """Take a tenant, its keys, and its weight and its limits in all pools away, those of its keys,
-    users and conversations too, also in pools whose upstream was removed; its requests stay on
-    record. `keepers`: of all pools that have one.
+    """Remove a tenant, its keys, and its weight and limits in all pools.
 
-    Raises ConfigError for a name that can't be, NotFound where there was none of it, and
+    That includes limits of its keys, users and conversations, and pools whose upstream was removed.
+    Its requests stay on record. `keepers`: of all pools that have one.
+
+    Raises ConfigError for an invalid name, NotFound if there was nothing to remove, and
     StoreUnavailable.
     """
     check_name(tenant_id)
@@ -145,28 +146,32 @@ def _is_named(tenant_id: str, keys: Collection[str], plain: Plain) -> bool:
 
 
 def check_name(tenant_id: str) -> None:
-    """Raises ConfigError for a name that a tenant can't have."""
+    """Raise ConfigError for a name that a tenant cannot have."""
     check_tenant(tenant_id)
     if not tenant_id.isprintable():
         raise ConfigError("tenant", ascii(tenant_id), "must be printable")
 
 
 def check_new_name(tenant_id: str) -> None:
-    """The same, and for one whose path in the API a client would shorten."""
+    """Raise ConfigError as `check_name`, and for a name whose API path clients would shorten."""
     check_name(tenant_id)
     if {".", ".."} & set(tenant_id.split("/")):
         raise ConfigError("tenant", tenant_id, "must have no part that is . or ..")
 
 
 def webhook_secret_of(deployments: str, tenant_id: str) -> str:
-    """The secret that signs a tenant's webhooks, as `whsec_` and base64: of two the new one."""
+    """Return the secret that signs a tenant's webhooks, as `whsec_` and base64; of two the
+    newer.
+    """
     return f"{_WEBHOOK_PREFIX}{b64encode(webhook_keys(deployments, tenant_id)[0]).decode()}"
 
 
 def webhook_keys(deployments: str, tenant_id: str | None = None) -> list[bytes]:
-    """What signs a tenant's webhooks, derived from the secrets of the deployment (WEBHOOK_SECRET,
-    the new one first): a receiver that can verify its own webhooks cannot sign others'. Those of
-    the deployment itself without a tenant."""
+    """Return the keys that sign a tenant's webhooks; without a tenant, the deployment's own.
+
+    They are derived from the deployment's secrets (WEBHOOK_SECRET, the newest first), so that a
+    receiver that can verify its own webhooks cannot sign those of other tenants.
+    """
     texts = (one.strip().removeprefix(_WEBHOOK_PREFIX) for one in deployments.split(","))
     keys = [b64decode(one) for one in texts]
     if tenant_id is None:
@@ -181,14 +186,14 @@ def _shown(tenant: Tenant, plain: Plain) -> ShownTenant:
 
 
 def plain_tenant(shown: ShownTenant) -> dict[str, Any]:
-    """A tenant as plain values, by the names that the API and `--json` have."""
+    """Return a tenant as plain values, by the names in the API and in `--json`."""
     values = asdict(shown.tenant)
     name = values.pop("tenant_id")
     return {"tenant": name, "weight": shown.weight, "limits": shown.limits, **values}
 
 
 def plain_key(key: Key) -> dict[str, Any]:
-    """A key likewise, never the key itself."""
+    """Return an API key as plain values, without the key itself."""
     values = asdict(key)
     role = OperatorRole.of(key.scopes)
     return {"tenant": values.pop("tenant_id"), **values, "role": role, "state": key.state}
