@@ -9,21 +9,21 @@ from tidegate.limiter.model.rates import DAY_MS, span_of
 from tidegate.limiter.model.state import LimitState, PoolState, read_member
 from tidegate.limiter.policy import Concurrency, Quota, Rate
 
-# A limit without a bound comes back after a pause as one of this bound does.
+# The bound by which a limit without a bound resumes after a pause.
 RAMP_BOUND = 64
 
-# While a higher band uses a rate, lower ones leave one part in so many of it free.
+# While a higher band uses a rate, lower bands leave 1/LEFT_FREE of it free.
 LEFT_FREE = 20
 
 
 @dataclass(eq=False, repr=False)
 class Capacity:
-    """Room under each limit of a pool. Lua: `limits`, `capacity`, `pauses` and `rates`."""
+    """The room under each limit of a pool. Lua: `limits`, `capacity`, `pauses` and `rates`."""
 
     pool: PoolState
 
     def cap(self, limit: LimitState, band: int) -> int:
-        """How many calls, or tokens in flight, a band may have under a concurrency."""
+        """Return how many calls, or tokens in flight, a band may have under a concurrency limit."""
         bound = limit.adapted() // 1000 if limit.minimum else limit.limit.bound
         passing, passed = limit.passing
         above = self.pool.band_rule(passed if band == passing else band)[1]
@@ -54,7 +54,7 @@ class Capacity:
         return False
 
     def is_full(self, limit: LimitState, band: int, amount: int) -> bool:
-        """True if `amount` does not fit; where only time frees, `retry_at` says when it will."""
+        """Return True if `amount` does not fit; if only time frees it, set `retry_at`."""
         if not self.is_let_by_pause(limit):
             return True
         if isinstance(limit.limit, Concurrency):
@@ -82,8 +82,9 @@ class Capacity:
         return True
 
     def is_used_up(self, limit: LimitState, amount: int) -> bool:
-        """Whether a demand without room lacks what calls have used, and not the next moment of an
-        even flow alone."""
+        """Return whether a demand lacks what calls have used, not only the next moment of an
+        even flow.
+        """
         assert isinstance(limit.limit, Rate)
         spent, bound, amount = self.spent(limit), limit.limit.bound, limit.clamped(amount)
         if not bound or not self._paced_at(limit, amount) or spent + amount > bound:
@@ -91,7 +92,7 @@ class Capacity:
         return limit.spending.grows_too_fast(limit.limit, amount, self.pool.now)
 
     def free_at(self, limit: LimitState, amount: int) -> int:
-        """When time alone will have made room for `amount`; 0 where there is some, or never any."""
+        """Return when time alone makes room for `amount`; 0 if there is room, or never any."""
         spent, bound, amount = self.spent(limit), limit.limit.bound, limit.clamped(amount)
         if amount == 0 or bound == 0:
             return 0
@@ -107,8 +108,11 @@ class Capacity:
         )
 
     def free_after(self, limit: LimitState, before: int, amount: int) -> int:
-        """As `free_at`, behind calls that take `before` together, which may be negative: what is
-        expected to be returned. Never later than that can be, if nobody leaves."""
+        """Return as `free_at`, after calls that take `before` together.
+
+        `before` may be negative: the amount expected to be returned. Never later than the actual
+        time if no waiter leaves.
+        """
         spent, bound, amount = self.spent(limit), limit.limit.bound, limit.clamped(amount)
         total = before + amount
         if amount == 0 or bound == 0 or total <= 0:
@@ -132,7 +136,7 @@ class Capacity:
         return max(at, room_at)
 
     def has_room(self, limit: LimitState, band: int, amount: int) -> bool:
-        """One in shadow only counts what it would delay, but a pause of it holds."""
+        """Return whether `amount` fits; a limit in shadow mode delays only by a pause."""
         if limit.limit.shadow:
             return self.is_let_by_pause(limit)
         return not self.is_full(limit, band, amount)
@@ -141,22 +145,24 @@ class Capacity:
         return self.pool.band_rule(number)[0] if number > 1 else 0
 
     def _lasts_us(self, limit: LimitState, number: int, amount: int) -> int:
-        """How long a share takes to give so much."""
+        """Return how long the band's share takes to give `amount`."""
         assert isinstance(limit.limit, Rate)
         bound, span_ms = limit.limit.bound, span_of(limit.limit)
         return floor(amount / bound * span_ms * 1_000_000 / self.share(number)) if bound else 0
 
     def wanted(self, limit: LimitState, number: int) -> int:
-        """How much the first ticket of a band takes."""
+        """Return how much the first ticket of a band takes."""
         band = limit.band(number)
         _, queue = band.line_front(band.front()[1])
         member = read_member(queue.first()[0])
         return limit.clamped(member.amount(queue.flow.lane.index(limit.name)))
 
     def _kept_for(self, limit: LimitState, number: int) -> int:
-        """The part of what its first ticket takes that is kept free for a band: as much as it is
-        owed, where a window's share is enough for the ticket; for a greater one nothing until the
-        last window before all of it is owed, and then more and more."""
+        """Return how much of its first ticket's amount is kept free for a band.
+
+        As much as it is owed, if a window's share is enough for the ticket. For a larger ticket
+        nothing until the last window before all of it is owed, then increasingly more.
+        """
         assert isinstance(limit.limit, Rate)
         band = limit.band(number)
         if not band.lines or band.passed_us <= band.from_us or not self.share(number):
@@ -176,8 +182,10 @@ class Capacity:
         return band.passed_us - band.from_us >= self._lasts_us(limit, number, amount)
 
     def _kept_beside(self, limit: LimitState, number: int, amount: int) -> tuple[int, int]:
-        """What has to stay free beside a demand, and the moment before which there is no room for
-        it. Never so much that it could not be met at all."""
+        """Return what must stay free beside a demand, and the time before which it has no room.
+
+        Never so much that the demand could not be met at all.
+        """
         if not isinstance(limit.limit, Rate):
             return 0, 0
         bound, span_ms = limit.limit.bound, span_of(limit.limit)
@@ -192,8 +200,10 @@ class Capacity:
         return min(kept, bound - amount), 0
 
     def count_shares(self, limit: LimitState, number: int, amount: int) -> None:
-        """A call of a band took something of a rate: those that wait below are passed, and its own
-        share was used."""
+        """Record that a call of a band took something of a rate.
+
+        Waiting lower bands are passed by it, and it uses the band's own share.
+        """
         if not isinstance(limit.limit, Rate) or amount == 0:
             return
         now_us, window_us = self.pool.now * 1000, span_of(limit.limit) * 1000

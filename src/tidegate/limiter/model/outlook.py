@@ -1,6 +1,6 @@
 """Outlook of waiting calls: the estimated time of admission, and the calls ahead.
 
-Invariant: a call is refused early only if no order of events could still admit it in time.
+Invariant: a call is refused as certain only if no order of events could still admit it in time.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ from tidegate.limiter.policy import CALL_USE, Quota, Rate
 # A sample is (ms, virtual time, cost_ms).
 Sample = tuple[int, int, int]
 APART_MS, MOST_SAMPLES = 900, 60
-# How long a speed is measured at least.
+# The shortest time over which a speed is measured.
 MEASURED_MS = 3000
-# Of one position: so many queues are counted, tenants looked at, amounts read (of all, of its own
-# tenant, of another), and steps in which a rate gets back what was spent.
+# Bounds of one position: queues counted, tenants read, and steps in which a rate gets back what was
+# spent; amounts read of all tenants, of its own tenant, and of another one.
 MOST_QUEUES, MOST_TENANTS, MOST_STEPS = 300, 500, 120
 MOST_AMOUNTS, MOST_OWN, MOST_OF_RIVAL = 1000, 500, 100
-# Of so many queues and tenants it is looked whether they come before a new ticket.
+# The most queues and tenants that are checked for coming before a new ticket.
 MOST_BEFORE = 50
 
 
 class Earliest(NamedTuple):
-    """When there will be room if nothing is returned, 0 where a call that ends makes it or nobody
-    knows; what is used, -1 of a limit that is paused; whether `at` is certain for every call."""
+    """When there is room if nothing is returned.
+
+    at: 0 if ending calls make room or it is unknown. used: -1 for a paused limit. firm: whether
+    `at` is certain for every call.
+    """
 
     at: int
     used: int
@@ -49,8 +52,11 @@ class Earliest(NamedTuple):
 
 
 class Before(NamedTuple):
-    """How many calls come before one: of those that wait, certainly and likely; and about, if who
-    waits now goes on asking. `start`: in virtual time."""
+    """How many calls come before one.
+
+    certain, likely: of those that wait. expected: approximate, if current waiters continue to call.
+    start: in virtual time.
+    """
 
     certain: int
     likely: int
@@ -58,12 +64,12 @@ class Before(NamedTuple):
     start: int
 
     def elsewhere(self) -> Before:
-        """At the other limits of its lane."""
+        """Return the figures for the other limits of its lane."""
         return self._replace(likely=0, expected=self.certain)
 
 
 class Late(NamedTuple):
-    """When a limit has room for a ticket, which is too late for it."""
+    """The time at which a limit has room for a ticket, which is too late."""
 
     at: int
     limit: str
@@ -73,26 +79,29 @@ class Late(NamedTuple):
 
 
 def line_of(band: BandState, tenant: str) -> list[SessionQueue]:
-    """The queues of a tenant by the age of their first tickets."""
+    """Return the queues of a tenant by the age of their first tickets."""
     queues = (queue for queue in band.lines.get(tenant, {}).values() if queue.tickets)
     return sorted(queues, key=lambda queue: (queue.first()[1], queue.id))
 
 
 def parked_at(band: BandState) -> list[str]:
-    """Waiting tenants in the order of their turns."""
+    """Return the waiting tenants in the order of their turns."""
     return sorted(band.lines, key=lambda name: (band.tags[name], name))
 
 
 def is_close(wait_ms: int, left_ms: int) -> bool:
-    """Whether an estimated wait is too close to what is left to refuse a call by it."""
+    """Return whether an estimated wait is too close to the time left to refuse a call by it."""
     return 2 * wait_ms <= 3 * left_ms + 2000
 
 
 @dataclass(eq=False, repr=False)
 class Outlooks:
-    """When there will be room. Lua: `outlook` and `progress`. `waited`: queues of which a session
-    may want to know what they wait for, by the number of their flow. progress: by limit and band,
-    samples of what was admitted while calls waited; all other fields are of one call."""
+    """When there will be room. Lua: `outlook` and `progress`.
+
+    waited: queues whose session may want to know what they wait for, by the number of their flow.
+    progress: by limit and band, samples of admissions while calls waited. All other fields belong
+    to one call.
+    """
 
     pool: PoolState
     capacity: Capacity
@@ -105,8 +114,10 @@ class Outlooks:
     )
 
     def _is_firm(self, limit: LimitState) -> bool:
-        """Nothing is returned where requests are counted; else a call may have reserved more than
-        it uses."""
+        """Return whether nothing is returned: true for requests.
+
+        Under other units a call may have reserved more than it uses.
+        """
         exact = isinstance(limit.limit, Rate) and limit.limit.exact
         return exact or (limit.is_rate and limit.name in self.firm)
 
@@ -132,9 +143,11 @@ class Outlooks:
         place: LimitState,
         stamp: float,
     ) -> bool:
-        """Refuse a ticket that would wait at `place` with a stamp, and can't be admitted within
-        `left_ms` behind those that come before it; True if that is so. Where `left_ms` is negative
-        no estimate refuses it."""
+        """Refuse a ticket that cannot be admitted within `left_ms`; return True if so.
+
+        It would wait at `place` with this stamp, behind the tickets that come before it. With a
+        negative `left_ms` no estimate refuses it.
+        """
         latest = self.pool.now + abs(left_ms) - 1
         before = self._before(flow, place, member.use, stamp)
         found = [
@@ -155,8 +168,11 @@ class Outlooks:
         return True
 
     def _before(self, flow: FlowName, place: LimitState, use: int, stamp: float) -> Before:
-        """Of the calls that wait where a ticket would: those of its own flow, in whatever process,
-        are admitted in their order. The others that come first in fair order are likely to."""
+        """Return the waiting calls that come before a ticket.
+
+        Calls of the same flow, in any process, are certain: they are admitted in order. Others that
+        come first in fair order are likely.
+        """
         band, certain, likely = place.band(flow.band), 0, 0
         for queue in line_of(band, flow.tenant)[:MOST_BEFORE]:
             waits = sum(one < stamp for one in queue.tickets.values())
@@ -178,7 +194,7 @@ class Outlooks:
         return Before(certain, likely, expected, start)
 
     def _late(self, limit: LimitState, amount: int, before: Before, latest: int) -> list[Late]:
-        """A limit that is certain to have no room until then, if nobody leaves."""
+        """Return when a limit has room, if that is certainly too late unless waiters leave."""
         returned = not limit.under and not any(self.permits.owed.values())
         settled = limit.is_rate and (self._is_firm(limit) or returned)
         if not settled and not self.pool.pause_of(limit):
@@ -205,9 +221,11 @@ class Outlooks:
         before: Before,
         latest: int,
     ) -> list[Late]:
-        """By a clear margin: a third of the calls that are only likely to come first may not, half
-        of what was reserved of a rate may be returned, and calls may take two thirds of the time
-        that they took lately, less a second."""
+        """Return when a limit has room, if that is too late by a clear margin.
+
+        A third of the calls that are likely to come first may not; half of what was reserved of a
+        rate may be returned; calls may take two thirds of their recent time, less a second.
+        """
         count = before.certain + before.likely
         if not count or place.limit.shadow or self.pool.pause_of(place):
             return []
@@ -231,9 +249,11 @@ class Outlooks:
     def _late_by_time(
         self, limit: LimitState, number: int, before: Before, left_ms: int, size: int
     ) -> list[Late]:
-        """By the time that calls took, the last ones and over the last minute. Behind higher bands
-        its turn comes as fast as its own has moved on, and no slower than by its least share of the
-        admissions. `size`: what each call takes of the limit."""
+        """Return when a limit has room by the durations of calls, the last and over a minute.
+
+        Behind higher bands a band advances as fast as it has recently, and no slower than by its
+        least share of the admissions. `size`: what each call takes of the limit.
+        """
         cap, count = self.capacity.cap(limit, number), before.certain + before.likely
         if cap <= 0 or not limit.cost_ms:
             return []
@@ -261,7 +281,7 @@ class Outlooks:
         return [Late(self.pool.now + wait_ms, limit.name, limit.used, before.expected, 1)]
 
     def outlook(self) -> list[Outlook]:
-        """What each of `waited` waits for now."""
+        """Return what each of `waited` waits for now."""
         found = []
         for number, queue in sorted(self.waited.items()):
             if queue.at is not None and queue.at != BLOCKED:
@@ -275,7 +295,7 @@ class Outlooks:
         return found
 
     def note_progress(self, limit: LimitState, number: int) -> None:
-        """Take a sample while calls wait, not too soon after the last."""
+        """Take a sample while calls wait, at most one in `APART_MS`."""
         now, band = self.pool.now, limit.band(number)
         samples = self.progress[limit.name, number]
         at, virtual, _ = samples[-1] if samples else (None, 0, 0)
@@ -287,7 +307,7 @@ class Outlooks:
         del samples[:-MOST_SAMPLES]
 
     def progress_of(self, limit: LimitState, number: int) -> list[Sample]:
-        """Samples of the time in which calls have waited without a break."""
+        """Return the samples since calls have waited without interruption."""
         found, later = list[Sample](), self.pool.now
         for sample in reversed(self.progress[limit.name, number]):
             if later - sample[0] > 1500 + self.pool.lease_ms:
@@ -301,7 +321,7 @@ class Outlooks:
 class Positions:
     """Positions of waiting tickets, and what decides when their turn comes. Lua: `position`.
 
-    queues_left, amounts_left: so many are still read for one position.
+    queues_left, amounts_left: how many may still be read for one position.
     """
 
     pool: PoolState
@@ -311,7 +331,7 @@ class Positions:
     amounts_left: int = 0
 
     def of(self, sid: str, ticket: int) -> list[Any]:
-        """The reply of `position` on a ticket: [0] where it does not wait."""
+        """Return the reply of `position` on a ticket; [0] if it does not wait."""
         self.queues_left, self.amounts_left = MOST_QUEUES, MOST_AMOUNTS
         session = self.pool.sessions.get(sid)
         for queue in session.queues.values() if session else ():
@@ -342,8 +362,8 @@ class Positions:
         before: float | None = None,
         use: int = CALL_USE,
     ) -> list[Any]:
-        """See the header of the script. `before`: only what has a smaller stamp is the tenant's;
-        `use`: what a call probably uses."""
+        """Return the line as in the script's header. `before`: only tickets with smaller stamps
+        count as the tenant's. `use`: the probable use of a call."""
         pool, band = self.pool, limit.band(number)
         own = self._amounts(limit, band, tenant, before, MOST_OWN)
         rivals = [
@@ -395,9 +415,11 @@ class Positions:
         ]
 
     def _share(self, limit: LimitState, number: int, tenant: str) -> int:
-        """The least share of a band in what a limit gives. Of tokens in flight it is another one
-        than that of the admissions, where its calls take more or less than those of the highest
-        band that waits."""
+        """Return a band's least share of what a limit gives.
+
+        Under tokens in flight it differs from the share of admissions, if its calls take more or
+        less than those of the highest waiting band.
+        """
         share = self.pool.band_rule(number)[0]
         above = [one for other, one in sorted(limit.bands.items()) if other < number and one.lines]
         if not limit.by_tokens or not above:
@@ -446,7 +468,7 @@ class Positions:
     def _free(self, limit: LimitState) -> list[list[int]]:
         spending = limit.spending
         if isinstance(limit.limit, Quota):
-            day = replace(spending)  # nothing is changed by a look
+            day = replace(spending)  # a copy, since `look` changes it
             day.look(limit.limit, self.pool.now, 0)
             return [[day.reset_at, day.used]]
         self.capacity.spent(limit)

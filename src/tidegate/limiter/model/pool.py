@@ -4,8 +4,8 @@ The property tests step it beside the real Lua and compare every reply, every pu
 Where the Lua counts, the model derives: usage of a limit *is* the permits under it, waiters *are*
 the queues.
 
-Invariants: the server's clock never goes back within an epoch; after a loss nobody is admitted
-for a lease; an overtaken request does nothing; what a process reports to hold counts, even above
+Invariants: the server's clock never goes back within an epoch; after a loss no call is admitted
+for a lease; an overtaken request has no effect; what a process reports as held counts, even above
 the limit, which then drains; the highest revision of the policy wins; a reported spent amount is
 never less than the true one.
 """
@@ -51,21 +51,20 @@ from tidegate.limiter.model.state import (
 )
 from tidegate.limiter.policy import Limit, PoolPolicy, Quota, Rate
 
-# Beyond so many sessions a newcomer is not announced, or nobody is named.
+# Above so many sessions newcomers are not announced; above MOST_ON_ROSTER none is named.
 MOST_TO_ANNOUNCE = 64
-# So many newcomers are looked at by one call.
+# The most newcomers that one call checks.
 MOST_AT_ONCE = 64
 MOST_ON_ROSTER = 256
 
 
 @dataclass(eq=False, repr=False)
 class Roster:
-    """Sessions of a pool, and which of them know of which others. Lua: `roster`.
+    """The sessions of a pool, and which of them know which others. Lua: `roster`.
 
-    version: grows with every session that comes or goes. seen: the version that each session
-    knows. expected: sessions that are to come back. empty: the server knew nothing. vouched: a
-    session has named those that were there.
-    """
+    version: grows with every session that comes or goes. seen: the version that each session has.
+    expected: sessions that are expected to return. empty: the server had no data. vouched: a
+    session has named the sessions of the time before."""
 
     pool: PoolState
     pump: Pump
@@ -77,12 +76,12 @@ class Roster:
     began: int = 0
 
     def forget_roster(self, *, empty: bool) -> None:
-        """Another epoch."""
+        """Begin another epoch."""
         self.seen, self.pump.fresh, self.expected = {}, {}, set()
         self.empty, self.vouched = empty, False
 
     def call_up(self, sid: str) -> None:
-        """A message without grants: compare everything."""
+        """Push a message without grants, so that the session compares everything."""
         session = self.pool.sessions.get(sid)
         if session and session.expiry > self.pool.now and sid in self.pool.subscribed:
             pool = self.pool
@@ -101,8 +100,8 @@ class Roster:
     def enter_roster(
         self, sid: str, session: SessionState, before: SessionState | None, *, is_news: bool
     ) -> None:
-        """One that was there joins again only to say something new; `is_news`: with a policy that
-        others don't know."""
+        """Add a session. A known session only joins again to report something new; `is_news`: it
+        brought a policy that others do not have."""
         if before is not None:
             session.since = before.since
             if is_news:
@@ -120,7 +119,7 @@ class Roster:
         self.pump.fresh.pop(sid, None)
 
     def acknowledge(self, q: SyncRequest) -> None:
-        """What a session knows, and who is known to all by that."""
+        """Record which version a session has, and which newcomers all sessions know by now."""
         self.seen[q.sid] = max(self.seen[q.sid], q.roster)
         least = min(self.seen.values())
         eldest = sorted(self.pump.fresh.items(), key=lambda each: (each[1], each[0]))
@@ -131,7 +130,7 @@ class Roster:
                     self.call_up(sid)
 
     def vouch(self, q: SyncRequest) -> None:
-        """A session that comes back after an empty restart names those that were there."""
+        """Take the names of earlier sessions from a session that returns after an empty restart."""
         assert q.join is not None
         if not self.empty or not self.pool.quiet():
             return
@@ -144,13 +143,13 @@ class Roster:
             self.call_up_others(q.sid)
 
     def roster(self, q: SyncRequest) -> tuple[int, list[str] | None]:
-        """Its version, and who is there, for a session that does not know it yet."""
+        """Return the version, and the sessions if the requester does not have that version."""
         if len(self.pool.sessions) > MOST_ON_ROSTER:
             return 0, []
         return self.version, None if q.roster == self.version else list(self.pool.sessions)
 
 
-# What a gate is taken for whose record was lost.
+# Interval of a gate whose record was lost.
 GATE_MS = 1000
 
 
@@ -158,8 +157,7 @@ GATE_MS = 1000
 class Joins:
     """Epochs, and sessions that join or end. Lua: `join` and `recover`.
 
-    spending: limit -> the number of its last change, and what was spent then.
-    """
+    spending: limit -> the number of its last change, and the amount spent then."""
 
     pool: PoolState
     capacity: Capacity
@@ -176,7 +174,7 @@ class Joins:
         return self.pool.policy is not None and self.pool.policy.on_expiry == "hold"
 
     def forget_stamps(self, returning: Set[str] = frozenset()) -> None:
-        """When a tenant's queues are empty its stamps may begin again; not of those `returning`."""
+        """Reset the stamps of tenants whose queues are empty, except those `returning`."""
         for tenant in self.pool.left - returning:
             if not self.pool.queues_of[tenant]:
                 self.pool.stamps.pop(tenant, None)
@@ -184,7 +182,7 @@ class Joins:
         self.pool.left &= returning
 
     def note_spenders(self) -> None:
-        """Each change of what is spent has a number."""
+        """Number each change of a spent amount."""
         for name, limit in sorted(self.pool.limits.items()):
             if limit.spending.changed:
                 limit.spending.changed = False
@@ -200,15 +198,15 @@ class Joins:
         self.roster.forget_roster(empty=self.pool.epoch == 0)
         quiet_ms = max(self.pool.lease_ms, q.lease_ms)
         if not known:
-            # No session knows of this pool: those that might have seen it on an earlier run of the
-            # server have had since its start to come back.
+            # No session knows this pool: sessions that saw it in an earlier run of the server have
+            # had the time since its start to return.
             quiet_ms = max(0, quiet_ms - q.uptime_ms)
         self.pool.epoch = max(self.pool.now, self.pool.epoch + 1, q.epoch + 1)
         self.roster.began, self.pool.recover_until = self.pool.now, self.pool.now + quiet_ms
 
     def reap(self, sid: str, *, hold: bool, comes_back: bool = False) -> None:
-        """End a session. With `hold` its permits stay counted until the hard deadline of their
-        calls; with `comes_back` what it is still to tell of calls that ended stays known."""
+        """End a session. With `hold`, its permits count until the hard deadline of their calls;
+        with `comes_back`, the usage that it still has to report of ended calls is kept."""
         session = self.pool.sessions.get(sid)
         if session is not None:
             for ticket, held in session.held.items():
@@ -227,7 +225,7 @@ class Joins:
             self.roster.leave_roster(sid)
 
     def join(self, q: SyncRequest) -> Status:
-        """The session begins again with what it says that it holds."""
+        """Begin the session again with what it reports to hold."""
         assert q.join is not None
         before = self.pool.sessions.get(q.sid)
         if before is not None and q.batch <= before.batch:
@@ -258,7 +256,7 @@ class Joins:
                 known = self.permits.spend_lane(flow, member, self.permits.in_flight)
             self.permits.count(flow.lane, q.sid, ticket, known)
             session.held[ticket] = HeldPermit(seq, self.pool.now + hard_ms, use, known, key)
-        # What else was held over for it is free: it says itself what it holds.
+        # Other permits held over for it are free, since it reports all that it holds.
         for permit in [permit for permit in self.permits.lapsing if permit.sid == q.sid]:
             self.permits.free_lapsing(permit)
         if lost:
@@ -266,7 +264,7 @@ class Joins:
         return "ok"
 
     def _remember(self, q: SyncRequest) -> None:
-        """What the server lost and the session has seen."""
+        """Restore what the server lost and the session has seen."""
         assert q.join is not None
         for member, left_ms, charges in q.join.lapsing:
             ticket, sid, lane = member.split("|", 2)
@@ -294,8 +292,7 @@ class Joins:
             self.pump.look_again(limit.name, until)
 
     def _assert_spent(self, name: str, seen: int, since: int) -> None:
-        """Rates after a loss: the most that anybody had seen spent, and what each has admitted
-        since."""
+        """Restore a rate: the highest amount that any session saw, and what each admitted since."""
         limit = self.pool.limit(name)
         if not limit.is_rate:
             return
@@ -306,8 +303,8 @@ class Joins:
         limit.asserted = max(base, seen, 1)
 
     def _merge(self, policy: PoolPolicy, returning: Set[str]) -> bool:
-        """The highest revision wins; a start-up never overwrites a newer one. Whether it is news
-        for others."""
+        """Adopt a policy with a higher revision; a start-up never overwrites a newer one. Return
+        whether it is new for others."""
         before, revision = self.pool.policy, self.pool.revision
         if policy.revision == revision and before and policy.pack() != before.pack():
             self.conflict = 1
@@ -350,7 +347,7 @@ class Joins:
         same = before is not None and band_shares(before.bands) == band_shares(policy.bands)
         concerned = changed if same else policy.limits
         self.pool.touched |= {name for name in concerned if self.pool.limit(name).waits}
-        # In a new record nothing was counted in any way.
+        # In a new record nothing was counted under another policy.
         for limit in map(self.pool.limit, changed if before else ()):
             if limit.is_rate:
                 self.capacity.spent(limit)
@@ -360,8 +357,8 @@ class Joins:
         return before is not None
 
     def _end_charges(self, limit: LimitState, new: Limit | None) -> None:
-        """What was charged for a difference to a bound ends with the difference. Once the limit
-        counts in another way it is not known what was charged."""
+        """End charges for a difference to a bound with that difference. If the limit counts in
+        another way from now on, it is unknown what was charged."""
         old, spending = limit.limit, limit.spending
         if isinstance(old, Rate) and isinstance(new, Rate):
             is_comparable = old.window_ms == new.window_ms
@@ -375,8 +372,8 @@ class Joins:
             spending.charged = {}
 
     def _restart_shares(self) -> None:
-        """Shares are measured in something else from now on: nothing of before is compared with
-        what comes. Who waits keeps its place among its tenant's."""
+        """Restart shares after a change of their measure, since uses in different measures
+        cannot be compared. Waiters keep their order within their tenant."""
         for name, limit in self.pool.limits.items():
             self.queues.restart(limit)
             for number in limit.bands:
@@ -386,14 +383,14 @@ class Joins:
                 held.use = 0
 
 
-# When a pause ends that lasts until it is ended.
+# The end of a pause without an end.
 FOR_EVER = 9007199254740991
 Place = tuple[str, int]
 
 
 @dataclass(eq=False, repr=False)
 class Reports:
-    """What a session that compares reads, page by page. Lua: `comparison`."""
+    """What a comparing session reads, page by page. Lua: `comparison`."""
 
     pool: PoolState
     capacity: Capacity
@@ -439,7 +436,7 @@ class Reports:
         )
 
     def paused(self) -> dict[str, int]:
-        """When nothing is left of each pause."""
+        """Return when each pause is over, its ramp included."""
         pauses = {name: limit.pause for name, limit in self.pool.limits.items() if limit.pause}
         return {
             name: FOR_EVER if pause.gate else pause.until + pause.ramp_ms
@@ -454,8 +451,8 @@ class Reports:
         return [name for _, name in page], rest
 
     def _spent_since(self, q: SyncRequest) -> tuple[list[tuple[str, int]], int, Place | None]:
-        """What is spent of the rates that changed after `told`, as of then; with the first page, of
-        those that did not for the longest time as of now, unless this call has more to do."""
+        """Return the rates that changed after `told`, as of then. The first page adds, as of
+        now, those unchanged for the longest time, unless this call has more to do."""
         order = sorted((number, name) for name, (number, _) in self.joining.spending.items())
         most = self.pool.paces.on_page
         news = [(number, name) for number, name in order if number > q.told][:most]
@@ -473,7 +470,8 @@ class Reports:
     def _page(
         self, rows: list[tuple[int, str]], place: Place | None
     ) -> tuple[list[tuple[int, str]], Place | None]:
-        """The rows that begin at a place, (score, how many of it were read), and the next place."""
+        """Return the rows from a place on, (score, how many of it were read), and the next
+        place."""
         score, passed = place or ("", 0)
         first = passed + (sum(at < int(score) for at, _ in rows) if place else 0)
         page = sorted(rows)[first : first + self.pool.paces.on_page]
@@ -505,7 +503,7 @@ class PoolModel:
         self.reap_at = 0
 
     def flush(self) -> None:
-        """FLUSHALL, or a restart without data."""
+        """Forget everything: FLUSHALL, or a restart without data."""
         pool = self.pool
         vars(self).update(vars(PoolModel(pool.paces)))
         self.pool.subscribed, self.pool.pushed = pool.subscribed, pool.pushed
@@ -529,8 +527,8 @@ class PoolModel:
         self.joining.note_spenders()
 
     def sync(self, q: SyncRequest, wall: int) -> SyncReply:
-        """What a process has to say in passing. Declines, changing nothing, where there is more to
-        do than that: the caller asks again by `tend`."""
+        """Process an ordinary request. Declines, without any change, if more is to be done: the
+        caller repeats the request by `tend`."""
         self._begin(q)
         self.pool.now = max(wall, self.clock)
         session = self.pool.sessions.get(q.sid)
@@ -544,7 +542,7 @@ class PoolModel:
         return self._finish(q, status, session)
 
     def tend(self, q: SyncRequest, wall: int) -> SyncReply:
-        """The same, and all that is out of the ordinary."""
+        """Process any request, and do the upkeep of the pool."""
         self._begin(q)
         self._recover(q, wall)
         self._reap_expired(q.sid)
@@ -561,7 +559,7 @@ class PoolModel:
         return self._finish(q, status, session, tending=True)
 
     def renew(self, q: Renewal, wall: int) -> RenewReply:
-        """Keeps a session alive; never brings one back that is gone."""
+        """Keep a session alive; a session that is gone stays gone."""
         now, session = max(wall, self.clock), self.pool.sessions.get(q.sid)
         status: Status = "ok"
         set_back = self.clock - wall > self.pool.lease_ms / 2
@@ -577,7 +575,7 @@ class PoolModel:
         return RenewReply(status, self.pool.epoch, self.pool.lease_ms, quiet_ms, self.pool.revision)
 
     def position(self, sid: str, ticket: int, wall: int) -> list[Any]:
-        """Where a waiting ticket stands; changes nothing."""
+        """Return the position of a waiting ticket, without any change."""
         self.pool.now, self.pool.resets = max(wall, self.clock), {}
         return self.positions.of(sid, ticket)
 
@@ -597,8 +595,8 @@ class PoolModel:
     def close(
         self, name: str, for_ms: int, most_ms: int, said: str, *, tried: bool, run: str, wall: int
     ) -> int:
-        """Admit nobody under a limit until it is opened, but one call at a time that tries: after
-        `for_ms`, and for as long as tries fail after twice the last time, up to `most_ms`."""
+        """Admit no call under a limit until it is opened, except one probe at a time: after
+        `for_ms`, and while probes fail after twice the last time, up to `most_ms`."""
         in_doubt = self._begin_act(run, wall)
         limit, until = self.pool.limit(name), self.pool.now + for_ms
         pause = self.pool.pause_of(limit)
@@ -622,7 +620,7 @@ class PoolModel:
         return done
 
     def open(self, name: str, ramp_ms: int, *, run: str, wall: int) -> int:
-        """End what `close` began; calls come back over `ramp_ms`."""
+        """Open a gate that `close` closed; calls resume over `ramp_ms`."""
         in_doubt = self._begin_act(run, wall)
         limit, done = self.pool.limit(name), 0
         pause = self.pool.pause_of(limit)
@@ -662,9 +660,9 @@ class PoolModel:
         run: str,
         wall: int,
     ) -> int:
-        """Count what others outside of the pool have used of a rate or quota as spent now, or
-        `evenly` over the last window. bound: the one that it is charged beside. recorded: all that
-        is on record of a day, of which a part may be counted already."""
+        """Count use of a rate or quota by others outside of the pool as spent now, or `evenly`
+        over the last window. bound: the bound that the amount is charged beside. recorded:
+        the amount is the recorded total of a day, part of which may be counted already."""
         in_doubt = self._begin_act(run, wall)
         limit, done, now = self.pool.limit(name), 0, self.pool.now
         fits = limit.is_rate and (isinstance(limit.limit, Quota) or not recorded)
@@ -710,7 +708,7 @@ class PoolModel:
         return int(not in_doubt)
 
     def revoke(self, who: str, *, run: str, wall: int) -> int:
-        """Take back all that a session holds, or held when it died; `who` is its id or its name."""
+        """Release all that a session holds, or held when it died; `who` is its id or its name."""
         in_doubt = self._begin_act(run, wall)
         done = 0
         for sid, session in list(self.pool.sessions.items()):
@@ -727,7 +725,8 @@ class PoolModel:
         return done
 
     def _begin_act(self, run: str, wall: int) -> bool:
-        """Where the past may be lost no call is admitted, and `tend` is to find it out."""
+        """Begin an operator's request. If the past may be lost no call is admitted; `tend` will
+        check."""
         self._begin(None)
         in_doubt = self._in_doubt(run, wall)
         set_back = self.clock - wall > self.pool.lease_ms / 2
@@ -765,7 +764,7 @@ class PoolModel:
     def _finish(
         self, q: SyncRequest, status: Status, session: SessionState | None, *, tending: bool = False
     ) -> SyncReply:
-        """Frees first, admits last."""
+        """Release first, then admit."""
         stamps: list[float] = []
         refused: list[int] = []
         if status == "ok":
@@ -829,9 +828,10 @@ class PoolModel:
         return any(session.expiry <= wall for session in self.pool.sessions.values())
 
     def _recover(self, q: SyncRequest, wall: int) -> None:
-        """The past is lost when the server is another one or empty; when its clock was set back; or
-        when nobody spoke to it for half a lease and a session ran out meanwhile: then the server or
-        its clock was away, not the session, and everybody may still be running what he held."""
+        """Begin an epoch if the past is lost: another or empty server, a clock that was set
+        back, or half a lease without any request in which a session expired. In that last
+        case the server or its clock stood still, not the session, so every session may still
+        be running what it held."""
         jump_ms = max(self.pool.lease_ms, 1) / 2
         set_back = self.clock - wall > jump_ms
         self.pool.now = wall if set_back else max(wall, self.clock)
@@ -846,7 +846,8 @@ class PoolModel:
                 self._rewind(by_ms)
 
     def _rewind(self, by_ms: int) -> None:
-        """The clock was set back: what is remembered by its time is as old as before."""
+        """Move all remembered times back after the clock was set back, so that ages stay the
+        same."""
         named = self.pool.policy.limits if self.pool.policy else ()
         for limit in self.pool.limits.values():
             pause = self.pool.pause_of(limit)
@@ -861,8 +862,8 @@ class PoolModel:
         self.permits.lapsing = {permit: until - by_ms for permit, until in lapsing.items()}
 
     def _reap_expired(self, own: str) -> None:
-        """Sessions and permits held over end some in a call; each session whole, and the one that
-        calls first."""
+        """End some expired sessions and permits held over per call; each session as a whole, and
+        that of the caller first."""
         now, most, ended = self.pool.now, self.pool.paces.ended_at_once, 0
         dead = [(sid != own, s.expiry, sid) for sid, s in self.pool.sessions.items()]
         for is_other, _, sid in sorted(one for one in dead if one[1] <= now):
@@ -880,8 +881,7 @@ class PoolModel:
             self.permits.free_lapsing(permit)
 
     def _reap_closed(self, but: str) -> None:
-        """Where the policy says so, a process whose connection was closed is taken for dead when
-        it has not come back within the grace."""
+        """End sessions whose connection was closed for longer than the policy's grace period."""
         grace_ms = self.pool.policy.reap_closed_ms if self.pool.policy else 0
         if grace_ms == 0 or self.pool.quiet():
             return

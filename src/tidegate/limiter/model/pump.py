@@ -1,7 +1,7 @@
 """Pump of a pool: admits waiters in order, and decides which processes may pass permits on.
 
-Invariant: within a band no waiter is admitted before one whose turn comes earlier at a limit that
-both need.
+Invariant: within a band no waiter is admitted before one with an earlier turn at a limit that both
+need.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from tidegate.limiter.model.state import (
 )
 from tidegate.limiter.policy import Concurrency, Rate
 
-# Grants that a session may have without having acknowledged one.
+# Grants that a session may have without having acknowledged any.
 ACK_WINDOW = 8
-# How long waiters of a rate keep their turn while their session has so many.
+# How long waiters of a rate keep their turn while their session has that many.
 ACK_WITHIN_MS = 100
 MOST_STARVING = 8
 
@@ -38,9 +38,9 @@ Grant = tuple[int, int]
 
 @dataclass(eq=False, repr=False)
 class Pump:
-    """See the module. Lua: `apply`, `pump`, `starving`, `timers`, `blocked` and `hints`.
+    """The pump. Lua: `apply`, `pump`, `starving`, `timers`, `blocked` and `hints`.
 
-    timed: limit -> when it is looked at again. own: the session whose request it is.
+    timed: limit -> when it is checked again. own: the session that made the request.
     """
 
     pool: PoolState
@@ -49,9 +49,9 @@ class Pump:
     permits: Permits
     outlooks: Outlooks
     timed: dict[str, int] = field(default_factory=dict)
-    # Sessions that not all others know yet, and until when they are to wait for that.
+    # Sessions that not all others know yet, and until when they wait for that.
     fresh: dict[str, int] = field(default_factory=dict)
-    # of one call
+    # These belong to one call.
     own: str | None = None
     budget: int = 0
     served: bool = False
@@ -60,7 +60,7 @@ class Pump:
     given_to: defaultdict[str, list[Grant]] = field(default_factory=lambda: defaultdict(list))
 
     def _deliverable(self, sid: str) -> bool:
-        """A killed process must not swallow grants, nor a paused one more than a few."""
+        """Return whether a session may get grants: a dead one none, a paused one only a few."""
         session, known = self.pool.sessions.get(sid), sid not in self.fresh
         if known and sid == self.own:
             return True
@@ -72,8 +72,11 @@ class Pump:
         return False
 
     def _acknowledges_soon(self, sid: str, limit: LimitState) -> bool:
-        """Whether the turn of another session's waiters is kept until it has acknowledged grants:
-        under a rate they would wait for another window if others passed them."""
+        """Return whether the turn of another session's waiters is kept until it acknowledges
+        grants.
+
+        Under a rate they would wait for another window if others passed them.
+        """
         session, now = self.pool.sessions.get(sid), self.pool.now
         if sid == self.own or sid in self.fresh or sid not in self.pool.subscribed:
             return False
@@ -113,9 +116,9 @@ class Pump:
             )
 
     def ask(self, q: SyncRequest, session: SessionState) -> tuple[list[float], list[int]]:
-        """Stamps of those that queue up, 0 for the others, and the tickets that were refused.
+        """Return the stamps of the new waiters, 0 for other tickets, and the refused tickets.
 
-        A batch that is said again (`full`) may name tickets that are there: they keep their place.
+        A repeated batch (`full`) may name tickets that are queued already: they keep their place.
         """
         stamps: list[float] = []
         refused: list[int] = []
@@ -147,8 +150,10 @@ class Pump:
         due_ms: int,
         former: float,
     ) -> float:
-        """The stamp of a new ticket, or its `former` one; 0 if it went straight in or its deadline
-        comes too early, -1 if it is refused."""
+        """Return the stamp of a new ticket, or its `former` one.
+
+        0 if it was admitted immediately or its deadline comes too early, -1 if it is refused.
+        """
         flow, queue = read_flow(key), session.queues.get(key)
         limit: LimitState | None = self.pool.limit(flow.lane[0])
         if queue is None and not self.pool.quiet() and sid not in self.fresh:
@@ -181,9 +186,11 @@ class Pump:
         return stamp
 
     def _between(self, flow: FlowName, due_ms: int) -> float | None:
-        """The stamp of a new ticket that is due before others of its tenant and band; None if it is
-        the last. One without a deadline is due after a time, so that it does not wait for ever.
-        Lua: `deadlines`."""
+        """Return the stamp of a ticket that is due before others of its tenant and band, else None.
+
+        A ticket without a deadline is due after a time, so that it does not wait for ever. Lua:
+        `deadlines`.
+        """
         pool, tenant = self.pool, flow.tenant
         order = pool.orders.get(tenant, {}).get(flow.band)
         if order is None and due_ms:
@@ -191,7 +198,7 @@ class Pump:
         return order.before(pool.now + (due_ms or pool.paces.due_after_ms)) if order else None
 
     def _first_order(self, tenant: str) -> DueOrder:
-        """As the first deadline finds it: calls that wait without one count as having come now."""
+        """Return the order for the first deadline: other waiters count as having come now."""
         pool = self.pool
         order = DueOrder(pool.now)
         if pool.waiting(tenant):
@@ -211,12 +218,12 @@ class Pump:
         return stamp
 
     def _at(self, queue: SessionQueue) -> LimitState | None:
-        """The limit that holds a queue up."""
+        """Return the limit that blocks a queue, or None."""
         at = queue.at
         return self.pool.limit(at) if at is not None and at != BLOCKED else None
 
     def _let_in(self, queue: SessionQueue, limit: LimitState) -> None:
-        """The first ticket of a queue that stands at `limit`."""
+        """Admit the first ticket of a queue that waits at `limit`."""
         text, _ = queue.first()
         member, flow = read_member(text), queue.flow
         del queue.tickets[text]
@@ -234,7 +241,7 @@ class Pump:
         self.queues.leave_line(queue)
 
     def _step(self, limit: LimitState, number: int, bands: list[int]) -> bool:
-        """Look at the queue whose turn it is in a band; True if there may be more to do here."""
+        """Process the queue whose turn it is in a band; return True if there may be more to do."""
         band = limit.band(number)
         queue = band.line_front(band.front()[1])[1]
         self.budget -= 1
@@ -265,8 +272,10 @@ class Pump:
         return True
 
     def serve_starving(self) -> None:
-        """What is free is kept for tickets that were sent to and fro too often, in their order:
-        where what they lack is returned by calls that end."""
+        """Keep free capacity for tickets that were moved too often, in their order.
+
+        Only if what they lack is returned by calls that end.
+        """
         if self.served or self.pool.quiet() or not self.queues.starved:
             return
         self.served = True
@@ -287,7 +296,7 @@ class Pump:
                     limit.reserved += member.amount(position) if limit.by_tokens else 1
 
     def _is_given_back(self, limit: LimitState, band: int) -> bool:
-        """Whether calls that end make room under a limit."""
+        """Return whether ending calls make room under a limit."""
         return (
             not limit.is_rate
             and not self.pool.pause_of(limit)
@@ -313,7 +322,7 @@ class Pump:
         self._set_timers()
 
     def _touch_due(self) -> None:
-        """Of many timers that are due one call handles some; the next one continues."""
+        """Process some due timers; the next call continues."""
         most = self.pool.paces.due_at_once
         due = sorted((at, name) for name, at in self.timed.items() if at <= self.pool.now)[:most]
         if len(due) == most:
@@ -324,7 +333,7 @@ class Pump:
             self._end_implicit(self.pool.limit(name))
 
     def _end_implicit(self, limit: LimitState) -> None:
-        """Of a pause that has passed nothing is kept where no policy names the limit."""
+        """Forget the ended pause of a limit that is not in the policy."""
         pause = limit.pause
         if not limit.is_implicit or pause is None or pause.gate:
             return
@@ -346,9 +355,11 @@ class Pump:
             self.pool.touched.add(limit.name)
 
     def _turn(self, limit: LimitState) -> tuple[int, list[int]]:
-        """The band whose turn it is, 0 for none, and all that could go. Strictly the highest, but
-        a lower one that has saved up for a turn has it. What is kept free of it under a concurrency
-        is used by the higher ones while they wait."""
+        """Return the band whose turn it is, 0 for none, and all bands that could be served.
+
+        It is the highest, unless a lower one has saved up for a turn. The capacity of a concurrency
+        limit that is kept free of a lower band is used by higher ones while they wait.
+        """
         bands, has_turns = list[int](), isinstance(limit.limit, Concurrency)
         for number in limit.waiting_bands():
             has_room = self.capacity.has_room(limit, number, 0)
@@ -359,11 +370,11 @@ class Pump:
             if owed and self._fits_head(limit, number):
                 return number, bands
             if owed and isinstance(limit.limit, Rate):
-                break  # nor does a band below it go before
+                break  # lower bands do not go before it either
         return (bands[0] if bands else 0), bands
 
     def _pay_turn(self, limit: LimitState, chosen: int, bands: list[int]) -> None:
-        """Every admission gives each lower band that waits its least share of a turn."""
+        """Credit each lower waiting band with its least share of a turn."""
         if isinstance(limit.limit, Rate):
             return
         for number in bands[1:]:
@@ -374,7 +385,7 @@ class Pump:
                     band.credit = max(0, band.credit - 1000)
 
     def _is_owed(self, limit: LimitState, number: int) -> bool:
-        """Whether a lower band has saved up for its first ticket."""
+        """Return whether a lower band has saved up for its first ticket."""
         band = limit.band(number)
         if not isinstance(limit.limit, Rate):
             return band.credit >= 1000
@@ -391,14 +402,13 @@ class Pump:
         self.timed[name] = min(self.timed.get(name, at), at)
 
     def _set_timers(self) -> None:
-        """A limit that only time frees has a moment at which somebody looks again."""
+        """Set a time at which each limit that only time frees is checked again."""
         for limit in self.pool.limits.values():
             if limit.retry_at is not None and limit.waits:
                 self.look_again(limit.name, limit.retry_at)
 
     def unblock(self, session: SessionState) -> None:
-        """It takes grants again: its queues stand where they stood, by the age of their tickets;
-        some in one call."""
+        """Restore some queues of a session that takes grants again, by the age of their tickets."""
         most = self.pool.paces.unblocked_at_once
         stalled = [queue for queue in session.queues.values() if queue.at == BLOCKED]
         for queue in sorted(stalled, key=lambda queue: queue.id)[:most]:
@@ -408,11 +418,13 @@ class Pump:
             self.queues.park(queue, limit)
             self.pool.touched.add(limit.name)
         session.blocked = len(stalled) >= most
-        # Of a fresh session they are blocked again: it comes back in its own time.
+        # A fresh session's queues are blocked again; it returns on its own.
         self.more |= session.blocked and self.own not in self.fresh
 
     def _may_pass_on(self, queue: SessionQueue) -> bool:
-        """Where nobody else waits for the same limits, and none has to hear how each call went."""
+        """Return whether permits may be passed on: no other band waits for the same limits, and no
+        limit must learn how each call ended.
+        """
         for limit in self.pool.lane(queue.flow):
             if limit.is_rate or self.pool.pause_of(limit) or limit.minimum or limit.by_tokens:
                 return False
@@ -424,7 +436,7 @@ class Pump:
         return True
 
     def hints(self, q: SyncRequest) -> list[Hint]:
-        """Which of its own waiters a session may admit by permits that it frees itself."""
+        """Return which of its waiters a session may admit by permits that it frees itself."""
         allowed = self.pool.policy.hand_off if self.pool.policy else True
         if self.own is None or not allowed or self.queues.starved or self.pool.quiet():
             return []
@@ -445,7 +457,9 @@ class Pump:
         ]
 
     def _passes_others(self, queue: SessionQueue) -> bool:
-        """Whether the next ticket of its tenant goes before others for its deadline."""
+        """Return whether the next ticket of the tenant goes before others because of its
+        deadline.
+        """
         assert queue.at is not None
         band = self.pool.limit(queue.at).band(queue.flow.band)
         return band.line_front(queue.flow.tenant)[0] % 1 > 0
@@ -453,9 +467,12 @@ class Pump:
     def _hint(
         self, queue: SessionQueue, number: int, cost_ms: int, use: int, tickets: list[int]
     ) -> Hint:
-        """All tenants come so far in virtual time, so that none is at its end long before the
-        others. `tickets` are those of the tenants that are asked for, relative to each other; what
-        the others have is taken to be as much as these do on average."""
+        """Return a hint with which all tenants advance equally far in virtual time.
+
+        Otherwise one of them would reach its end long before the others. `tickets`: those of the
+        requested tenants, relative to each other; the remaining tenants are assumed to have as many
+        on average.
+        """
         assert queue.at is not None
         flow: FlowName = queue.flow
         limit = self.pool.limit(queue.at)

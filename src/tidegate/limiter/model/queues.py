@@ -1,11 +1,12 @@
 """Queues and permits of a pool: waiters by start-time fair queueing, and holders.
 
-Goyal, Vin and Cheng, "Start-time fair queueing" (SIGCOMM 1996): a tenant's turn comes by the
-virtual time at which its service starts; its use, divided by its weight, moves its next start
-forward; the limit's own time is the start of what is served, so an idle tenant saves nothing.
+Goyal, Vin and Cheng, "Start-time fair queueing" (SIGCOMM 1996): tenants are served in the order of
+the virtual time at which their service starts. The use of a call, divided by the tenant's weight,
+moves its next start forward. The limit's own time is the start of what is being served, so that an
+idle tenant saves nothing.
 
-Invariants: all limits of a call or none; a queue that is not empty stands at the one limit that
-blocks it; a repeated message has no second effect.
+Invariants: all limits of a call or none; a queue that is not empty is at the one limit that blocks
+it; a repeated message has no second effect.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ from tidegate.limiter.model.state import (
     read_member,
 )
 
-# How far behind a band's time the tag of a tenant that waits no more is still known: its calls may
-# be under way, and what they used is added to it. An hour of one permit of weight 1.
+# How far behind a band's time the tag of a tenant without waiters is kept: its calls may be in
+# progress, and their use is added to it. An hour of one permit of weight 1.
 BEHIND = 3_600_000 * VIRTUAL_UNITS
 
 
 @dataclass(eq=False, repr=False)
 class Queues:
-    """Order of the queues at each limit. Lua: `queues` and `blocked`."""
+    """The order of the queues at each limit. Lua: `queues` and `blocked`."""
 
     pool: PoolState
     capacity: Capacity
     starved: set[SessionQueue] = field(default_factory=set)
 
     def starving(self) -> list[SessionQueue]:
-        """Those for whom something is kept free, in their order."""
+        """Return the queues for which capacity is kept free, in order."""
         return sorted(self.starved, key=lambda queue: (queue.starving, queue.id))
 
     def park(self, queue: SessionQueue, limit: LimitState) -> None:
@@ -57,8 +58,11 @@ class Queues:
         queue.at = limit.name
 
     def unpark(self, queue: SessionQueue) -> None:
-        """A tenant that goes takes no credit along, and stays charged for what its calls under way
-        may use."""
+        """Remove a queue from its limit.
+
+        A tenant that leaves loses its credit, and stays charged for the probable use of its calls
+        in progress.
+        """
         assert queue.at is not None
         band, tenant = self.pool.limit(queue.at).band(queue.flow.band), queue.flow.tenant
         del band.lines[tenant][queue.id]
@@ -68,19 +72,19 @@ class Queues:
                 del band.tags[tenant]
         if not band.lines:
             band.credit = 0
-            if band.passed_us:  # what was kept for it is free
+            if band.passed_us:  # what was kept free for it is free now
                 self.pool.touched.add(queue.at)
             band.passed_us = 0
 
     def forget_starving(self, queue: SessionQueue) -> None:
-        """What was kept free for it is anybody's."""
+        """Keep no more capacity free for a queue."""
         if queue in self.starved:
             self.starved.discard(queue)
             self.pool.touched.update(queue.flow.lane)
         queue.bounces, queue.bounced = 0, 0
 
     def vacate(self, queue: SessionQueue) -> None:
-        """The queue is empty or its session gone."""
+        """Remove a queue that is empty or whose session is gone."""
         if queue.at != BLOCKED:
             self.unpark(queue)
         self.forget_starving(queue)
@@ -90,7 +94,7 @@ class Queues:
         del self.pool.sessions[queue.sid].queues[queue.key]
 
     def move(self, queue: SessionQueue, limit: LimitState) -> None:
-        """Another limit holds it up. One that is sent to and fro goes first at last."""
+        """Move a queue to another limit that blocks it; after too many moves it goes first."""
         stamp = queue.first()[1]
         self.unpark(queue)
         if queue.bounced != stamp:
@@ -102,8 +106,11 @@ class Queues:
         self.park(queue, limit)
 
     def leave_line(self, queue: SessionQueue) -> None:
-        """A queue whose new head takes nothing of the rate in whose line it stands waits where it
-        takes something: others who lack that rate are not before it."""
+        """Move a queue whose new head takes nothing of the rate at which it waits.
+
+        It waits at a limit of which the head takes something, so that waiters for the rate are not
+        ahead of it.
+        """
         assert queue.at is not None
         if not self.pool.limit(queue.at).is_rate:
             return
@@ -115,35 +122,38 @@ class Queues:
             self.pool.touched.add(takes[0])
 
     def block(self, queue: SessionQueue) -> None:
-        """Its session takes no grants."""
+        """Block a queue, because its session takes no grants."""
         self.unpark(queue)
         self.forget_starving(queue)
         queue.at = BLOCKED
 
     def charge(self, limit: LimitState, flow: FlowName, step: int) -> int:
-        """Move a tenant's start on; returns where it stood."""
+        """Move a tenant's start forward; return the start before."""
         band = limit.band(flow.band)
         tag = band.tag(flow.tenant)
         band.tags[flow.tenant] = tag + step
         return tag
 
     def advance(self, band: BandState, tag: int) -> None:
-        """Move the time of a band on to `tag`."""
+        """Advance the time of a band to `tag`."""
         band.virtual = max(band.virtual, tag)
         if band.virtual > self.pool.paces.longest:
             band.tags = {name: tag - band.virtual for name, tag in band.tags.items()}
             band.virtual = 0
 
     def restart(self, limit: LimitState) -> None:
-        """Shares are measured in something else: all tenants that wait start equal, and nothing is
-        kept of what the others used."""
+        """Restart shares in another measure: waiting tenants start equal, other tags are
+        forgotten.
+        """
         for band in limit.bands.values():
             band.tags = dict.fromkeys(band.lines, band.virtual)
 
     def correct(self, limit: LimitState, flow: FlowName, step: int) -> None:
-        """Add what a tenant's calls used beyond what it was charged for them. One that waits gets
-        back what it was charged too much, even if that is more than it lies ahead; one that does
-        not wait starts no earlier than the band's time."""
+        """Add what a tenant's calls used beyond what it was charged.
+
+        A waiting tenant gets back excess charges, even if that is more than it is ahead; any other
+        starts no earlier than the band's time.
+        """
         band, tenant = limit.band(flow.band), flow.tenant
         if tenant in band.lines:
             band.tags[tenant] += step
@@ -152,8 +162,11 @@ class Queues:
             band.tags[tenant] = max(earliest, band.tags.get(tenant, earliest)) + step
 
     def _its_turn(self, queue: SessionQueue, limit: LimitState, stamp: float) -> bool:
-        """Not past a higher band, nor past a tenant whose turn comes before, nor past an older
-        ticket of its own tenant."""
+        """Return whether a ticket may be admitted now at a limit where it does not wait.
+
+        It must not pass a higher band, a tenant with an earlier turn, or an older ticket of its own
+        tenant.
+        """
         if any(limit.parked(higher) for higher in range(1, queue.flow.band)):
             return False
         band, tenant = limit.band(queue.flow.band), queue.flow.tenant
@@ -166,19 +179,19 @@ class Queues:
     def blocker(
         self, queue: SessionQueue, member: Member, stamp: float
     ) -> tuple[LimitState | None, bool]:
-        """The limit that holds the first ticket of a queue up, and whether it is full."""
+        """Return the limit that blocks the first ticket of a queue, and whether it is full."""
         for position, limit in enumerate(self.pool.lane(queue.flow)):
             amount = member.amount(position)
             if not self.capacity.has_room(limit, queue.flow.band, amount):
                 return limit, True
-            # What takes nothing of a rate does not stand in its line.
+            # A ticket that takes nothing of a rate does not wait in its line.
             elsewhere = amount > 0 and limit.name != queue.at
             if elsewhere and not self._its_turn(queue, limit, stamp):
                 return limit, False
         return None, False
 
     def blocker_of_new(self, flow: FlowName, member: Member) -> LimitState | None:
-        """The limit at which a newcomer has to wait: it passes no ticket that waits already."""
+        """Return the limit at which a new ticket must wait; it passes no waiting ticket."""
         for position, limit in enumerate(self.pool.lane(flow)):
             amount = member.amount(position)
             if (amount > 0 and limit.waits) or not self.capacity.has_room(limit, flow.band, amount):
@@ -188,7 +201,9 @@ class Queues:
 
 @dataclass(slots=True)
 class Reheaded:
-    """A queue that lost tickets without their turn having come, and what they will use."""
+    """A queue that lost tickets out of turn; `handed`: their probable use if permits were passed
+    on.
+    """
 
     queue: SessionQueue
     handed: int | None = None
@@ -196,8 +211,11 @@ class Reheaded:
 
 @dataclass(eq=False, repr=False)
 class Permits:
-    """Permits in use, and their release. `carried` are the charges of `lapsing`. `owed` is what
-    sessions have still to report of calls that ended. Lua: `permits` and `releases`."""
+    """Permits in use, and their release. Lua: `permits` and `releases`.
+
+    carried: the charges of `lapsing`. owed: usage that sessions have still to report of ended
+    calls.
+    """
 
     pool: PoolState
     capacity: Capacity
@@ -207,11 +225,11 @@ class Permits:
     owed: dict[str, dict[int, tuple[dict[int, Charge], FlowName]]] = field(default_factory=dict)
     _reheaded: dict[str, Reheaded] = field(default_factory=dict)
     _differs: dict[str, int] = field(default_factory=dict)
-    # Who is being admitted.
+    # The session and ticket being admitted.
     taker: tuple[str, int] = ("", 0)
 
     def next_seq(self) -> int:
-        """A thousand apart: a permit that is passed on inside a process takes the next ones."""
+        """Return the next sequence; a permit passed on inside a process uses those in between."""
         self.pool.seq += 1000
         return self.pool.seq
 
@@ -230,7 +248,7 @@ class Permits:
                 self.pool.touched.add(name)
 
     def admission(self, limit: LimitState, band: int, amount: int) -> Charge | None:
-        """One call gets in under one limit. Returns what a settlement needs of a rate."""
+        """Count an admission under one limit; return what its settlement needs, for a rate."""
         if limit.limit.shadow and self.capacity.is_full(limit, band, amount):
             limit.shadowed += 1
         pause = self.pool.pause_of(limit)
@@ -254,7 +272,7 @@ class Permits:
     def settle_charges(
         self, charges: dict[int, Charge], flow: FlowName, actual: list[int | None]
     ) -> None:
-        """Correct what was reserved by what was used; what is not known stays as it is."""
+        """Correct reservations by actual usage; reservations of unknown usage stay."""
         for position, charge in charges.items():
             used = actual[position] if position < len(actual) else None
             limit = self.pool.limit(flow.lane[position])
@@ -265,14 +283,18 @@ class Permits:
                 self.pool.touched.add(limit.name)
 
     def _used(self, key: str, charged: int, use: int) -> None:
-        """A call of a flow used so much, and its tenant was charged `charged` for it: 0 for one
-        that was admitted while none waited."""
+        """Record the use of a call of a flow, and what its tenant was charged for it.
+
+        `charged` is 0 for a call that was admitted while none waited.
+        """
         if charged:
             self._differs[key] = self._differs.get(key, 0) + use - charged
 
     def _use_of(self, q: SyncRequest, ticket: int, held: HeldPermit, took_ms: int) -> int:
-        """What a call that ended used, in what shares are measured in. A call counts as one
-        whatever it took, and what its cost is not known keeps what it was charged."""
+        """Return the use of an ended call in the measure of shares.
+
+        In shares by calls every call counts the same; a call of unknown cost keeps its charge.
+        """
         if self.pool.fair_by == "seconds":
             return took_ms
         return dict(q.uses).get(ticket, held.use) if self.pool.fair_by == "cost" else held.use
@@ -292,7 +314,7 @@ class Permits:
         return True
 
     def say_back(self, q: SyncRequest, session: SessionState) -> None:
-        """All entries of a request that release or abandon."""
+        """Process all entries of a request that release or abandon."""
         self._reheaded = {}
         for transfer in q.transfers:
             self._transfer(q, session, *transfer)
@@ -308,7 +330,7 @@ class Permits:
         self._charge_handed()
         filling = {q.flows[number - 1] for number, _ in q.enqueues}
         for key, each in list(self._reheaded.items()):
-            # Empty for this moment, it would lose its turn to those behind it.
+            # While empty, the queue would lose its turn to those behind it.
             if (
                 key not in filling
                 or each.queue.bounces >= self.pool.paces.starves
@@ -318,18 +340,18 @@ class Permits:
                 del self._reheaded[key]
 
     def inserted(self, queue: SessionQueue) -> None:
-        """A ticket came that goes before others of its queue."""
+        """Note a ticket that goes before others of its queue."""
         self._reheaded.setdefault(queue.key, Reheaded(queue))
         if queue.at is not None and queue.at != BLOCKED:
             self.pool.touched.add(queue.at)
 
     def rehead_filled(self) -> None:
-        """Queues that lost tickets and that new ones came to."""
+        """Update queues that lost tickets and got new ones."""
         for each in self._reheaded.values():
             self._rehead(each.queue)
 
     def bound_owed(self, sid: str) -> None:
-        """Of more calls than so many whose usage is still to come the eldest are forgotten."""
+        """Forget the oldest calls whose usage is still expected, beyond the maximum."""
         owed = self.owed.get(sid, {})
         for ticket in sorted(owed)[: max(0, len(owed) - self.pool.paces.most_owed)]:
             del owed[ticket]
@@ -354,10 +376,10 @@ class Permits:
         outcome: int,
         took_ms: int,
     ) -> None:
-        """The permit was passed on inside the process already: `to` is held whatever we find.
+        """Record that the process passed a permit on: `to` is held in any case.
 
-        Where it has been granted meanwhile it is one permit too many, and the old one is free.
-        Where neither is there this was said before and `to` has ended: its release follows.
+        If `to` has been granted meanwhile, there is one permit too many, and the old one is free.
+        If neither is found, this is a repeat and `to` has ended: its release follows.
         """
         key = q.flows[flow_number - 1]
         flow, use = read_flow(key), 0
@@ -388,7 +410,7 @@ class Permits:
     def spend_lane(
         self, flow: FlowName, member: Member, spend: Callable[[LimitState, int], Charge | None]
     ) -> dict[int, Charge]:
-        """What one call takes of each limit of its lane, by position."""
+        """Return what one call takes of each limit of its lane, by position."""
         found = (
             (position, spend(limit, member.amount(position)))
             for position, limit in enumerate(self.pool.lane(flow))
@@ -401,8 +423,10 @@ class Permits:
                 limit.learn(took_ms)
 
     def _charge_handed(self) -> None:
-        """Tenants are charged for what was passed on out of order: the time of their band comes to
-        where its front stands then."""
+        """Charge tenants for permits that were passed on out of order.
+
+        The time of their band advances to its new front.
+        """
         bands: dict[tuple[str, int], BandState] = {}
         for each in self._reheaded.values():
             flow, at = each.queue.flow, each.queue.at
@@ -418,7 +442,7 @@ class Permits:
         return at is not None and at != BLOCKED and self.pool.limit(at).is_rate
 
     def _rehead(self, queue: SessionQueue) -> None:
-        """A queue stands by its new head, which may take less of a rate."""
+        """Update a queue for its new head, which may take less of a rate."""
         if queue.at is not None and queue.at != BLOCKED and self.pool.limit(queue.at).is_rate:
             self.pool.touched.add(queue.at)
         if not queue.tickets:
@@ -466,7 +490,7 @@ class Permits:
     def _cancel(
         self, q: SyncRequest, session: SessionState, ticket: int, flow_number: int, member: str
     ) -> None:
-        """A grant that crossed it is returned, unused."""
+        """Remove a ticket; a grant that crossed the message is returned unused."""
         key = q.flows[flow_number - 1] if flow_number else ""
         if self._unqueue(session, key, member):
             return

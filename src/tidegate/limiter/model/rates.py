@@ -1,7 +1,7 @@
 """Spending of a rate or a day quota, counted in one of three ways.
 
-Invariant: what was admitted counts until the whole window has passed since, never shorter. Times
-are ms of the server's clock; amounts are in the limit's unit.
+Invariant: an admission counts until a whole window has passed, never for less. Times are ms of the
+server's clock; amounts are in the limit's unit.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from math import ceil, floor
 from tidegate.limiter.policy import MAX_BOUND, Limit, Quota, Rate
 
 DAY_MS = 86_400_000
-# A day that ends so much later is another one, also where the clocks are changed.
+# A day that ends this much later is another day, even when clocks change.
 NEXT_DAY_MS = 22 * 3_600_000
 MINUTE_MS = 60_000
 
-# One charge: how much was taken, and the end of the bucket or day that it was taken from.
+# A charge: the amount taken, and the end of the bucket or day that it was taken from.
 Charge = tuple[int, int]
 
 
 def span_of(rate: Rate) -> int:
-    """How long an admission counts: a call may arrive later than it was admitted."""
+    """Return how long an admission counts; the call may arrive later than it was admitted."""
     return rate.window_ms + rate.slack + 1
 
 
@@ -30,12 +30,12 @@ def span_of(rate: Rate) -> int:
 class Pacing:
     """State of a rate with a pace or a ramp. Lua: `pacing`.
 
-    An even flow has made up at `even_us` for all that was taken: a call is admitted when it lies no
-    more than the pace ahead, the call's own part among it (GCRA, ITU-T I.371). Under a ramp a
-    window takes at most `level` and so many percent of it for each minute since `since`. The first
-    call after a minute makes the level what was taken in the last window, the ramp's start at
-    least; `since` is 0 before the first call of all. `even_us` is a window ahead at
-    most: neither what was taken in shadow nor a longer window of before delays calls for longer.
+    By `even_us` an even flow has caught up with all that was taken. A call is admitted if, with its
+    own part, it is at most the pace ahead (GCRA, ITU-T I.371). Under a ramp a window may take at
+    most `level`, plus the ramp's percentage of it for each minute since `since`. The first call
+    after a minute sets the level to what was taken in the last window, at least the ramp's start;
+    `since` is 0 before the first call of all. `even_us` is at most a window ahead, so that neither
+    what was taken in shadow nor an earlier, longer window delays calls for longer.
     """
 
     even_us: int = 0
@@ -47,7 +47,7 @@ class Pacing:
         return ceil(amount * span_of(limit) * 1000 / max(1, limit.bound))
 
     def bound(self, limit: Rate, now: int) -> int:
-        """What a window may take now."""
+        """Return what a window may take now."""
         if limit.ramp is None or self.since == 0:
             return limit.bound
         percent = limit.ramp.percent_per_minute
@@ -55,7 +55,7 @@ class Pacing:
         return min(limit.bound, self.level + floor(more))
 
     def room_at(self, limit: Rate, amount: int, spent: int, now: int) -> int:
-        """When there is room for `amount` beside what is `spent`; 0 where there is some now."""
+        """Return when `amount` fits beside what is `spent`; 0 if it fits now."""
         at = 0
         if limit.pace_ms is not None:
             own_us = self._lasts_us(limit, amount)
@@ -71,7 +71,7 @@ class Pacing:
         return at
 
     def even_after(self, limit: Rate, before: int, amount: int, now: int) -> int:
-        """When an even flow has room for `amount` behind `before`, if nothing is returned."""
+        """Return when an even flow has room for `amount` after `before`, if nothing is returned."""
         if limit.pace_ms is None:
             return 0
         even_us = self.even_us
@@ -81,7 +81,7 @@ class Pacing:
         return ceil(earliest_us / 1000) if earliest_us > now * 1000 else 0
 
     def take(self, limit: Rate, amount: int, spent: int, now: int) -> None:
-        """Count an admission. `spent` has `amount` in it already."""
+        """Count an admission. `spent` already includes `amount`."""
         if limit.pace_ms is not None:
             self.even_us = max(self.even_us, now * 1000) + self._lasts_us(limit, amount)
             self.bring_near(limit, now)
@@ -89,7 +89,7 @@ class Pacing:
             self.level, self.since = max(limit.ramp.start, spent), now
 
     def give_back(self, limit: Rate, amount: int, now: int) -> None:
-        """What was reserved too much, or, if negative, used on top."""
+        """Return what was reserved in excess, or, if negative, take what was used in addition."""
         if limit.pace_ms is None or amount == 0:
             return
         if amount > 0:
@@ -104,15 +104,17 @@ class Pacing:
 
 @dataclass(slots=True)
 class Bucket:
-    """Level of a rate that refills evenly. Lua: `bucket`.
+    """Level of a token bucket that refills evenly. Lua: `bucket`.
 
-    In units of which one of the limit's amount is as many as its window has ms, so that `bound` of
-    them refill in a ms. The level at a time is the largest of what was taken since an earlier time,
-    less what has refilled since: computed from the parts of a window, so that what a call
-    returns counts as never taken. A part counts as taken when the last of its calls may reach the
-    provider, and refills from then on. `units`: the level at the part that ends at `end`; those
-    before are folded into it. Until `until` it refilled by `before` units a ms. More than twice the
-    bound is never due: no call waits for longer than a window.
+    One unit of the limit's amount is as many units here as its window has ms, so that `bound` units
+    refill per ms. The level is the maximum over earlier times of what was taken since, less what
+    has refilled since. It is computed from the parts of a window, so that what a call returns
+    counts as never taken. A part counts as taken when the last of its calls may reach the provider,
+    and refills from then on.
+
+    units: the level at the part that ends at `end`, which includes all earlier parts. before: until
+    `until`, the bucket refilled by this many units per ms. The level is at most twice the bound, so
+    that no call waits for longer than a window.
     """
 
     units: int
@@ -135,8 +137,9 @@ class Bucket:
         return (part - start) * self.before + (end - part) * self.bound
 
     def _fold_change(self, lag: int, buckets: dict[int, int]) -> None:
-        """Of an earlier change of the bound: what was taken before it is folded into the level at
-        that time."""
+        """Fold what was taken before an earlier change of the bound into the level at that
+        change.
+        """
         at = self.end + lag
         if self.until <= at:
             return
@@ -151,18 +154,18 @@ class Bucket:
         self.end = self.until - lag
 
     def _take_over(self, limit: Rate, buckets: dict[int, int], now: int) -> None:
-        """The bound or the window is another one: what has refilled until now stays refilled."""
+        """Apply a new bound or window; what has refilled until now stays refilled."""
         lag = span_of(limit) - limit.window_ms
         self._fold_change(lag, buckets)
         before = self.bound * limit.window_ms // self.window
         units = -(-self.units * limit.window_ms // self.window)
         refilled_ms = max(0, now - self.end - lag)
-        # More than is due under the new bound is due no more.
+        # A level above the maximum of the new bound is reduced to it.
         self.units = min(units, self._capped(limit, units) + refilled_ms * before)
         self.window, self.bound, self.before, self.until = limit.window_ms, limit.bound, before, now
 
     def fold(self, limit: Rate, buckets: dict[int, int], now: int) -> None:
-        """Forget the parts of before the last window, but for the level that they led to."""
+        """Forget parts from before the last window, except for the level that they led to."""
         if (self.window, self.bound) != (limit.window_ms, limit.bound):
             self._take_over(limit, buckets, now)
         lag = span_of(limit) - limit.window_ms
@@ -173,8 +176,10 @@ class Bucket:
                 self.end = end
 
     def _with(self, limit: Rate, units: int, at: int, moment: int, taken: int) -> int:
-        """The level at a moment, of `units` at an earlier time, with what was taken then. What is
-        due at a change of the bound is due for two windows at most from then on."""
+        """Return the level at `moment`, from `units` at an earlier time, plus what was taken then.
+
+        The level at a change of the bound is at most two windows' worth from then on.
+        """
         if self.until < moment:
             at, units = self._changed(limit, at, units)
             highest = limit.bound
@@ -184,7 +189,7 @@ class Bucket:
         return min(most, max(0, units - self._refilled(at, moment)) + taken)
 
     def _changed(self, limit: Rate, at: int, units: int) -> tuple[int, int]:
-        """The level at the change of the bound, where that is later."""
+        """Return the time and level at the change of the bound, if that is later."""
         if at > self.until:
             return at, units
         left = max(0, units - self._refilled(at, self.until))
@@ -193,7 +198,7 @@ class Bucket:
     def _level(
         self, limit: Rate, buckets: dict[int, int], now: int
     ) -> tuple[int, list[tuple[int, int]]]:
-        """The level, and on top of it what does not refill yet: from when on, and how much."""
+        """Return the level, and what does not refill yet: from when on, and how much."""
         lag = span_of(limit) - limit.window_ms
         units, at, fresh = self.units, self.end + lag, list[tuple[int, int]]()
         for end in sorted(end for end in buckets if end > self.end):
@@ -212,7 +217,7 @@ class Bucket:
         return self._capped(limit, level + sum(units for _, units in fresh))
 
     def room_at(self, limit: Rate, buckets: dict[int, int], amount: int, now: int) -> int:
-        """When `amount` will fit, nothing being returned."""
+        """Return when `amount` fits if nothing is returned."""
         level, fresh = self._level(limit, buckets, now)
         most, at = (limit.bound - amount) * limit.window_ms, now
         for position, (moment, units) in enumerate(fresh):
@@ -228,12 +233,13 @@ class Bucket:
 
 @dataclass(slots=True)
 class RateSpending:
-    """All that was counted for one limit. A limit that is made one of another sort finds here what
-    it had counted before. `log`: the moment of each admission. `buckets`: end in ms -> amount.
-    `used` until `reset_at`: of the day. `pacing`: of a rate with a pace or a ramp. `bucket`: of one
-    that refills evenly, since something was taken of it. `charged`: what of it was charged beside a
-    bound, by the part of a window or the day that it counts in. `changed`: something was spent or
-    returned in this call."""
+    """All that was counted for one limit, also while it was of another type.
+
+    log: the time of each admission. buckets: end in ms -> amount. used, reset_at: of the day.
+    pacing: of a rate with a pace or a ramp. bucket: of a token bucket, once something was taken.
+    charged: amounts charged beside a bound, by the part of a window or the day in which they count.
+    changed: something was spent or returned in this call.
+    """
 
     log: list[int] = field(default_factory=list)
     buckets: dict[int, int] = field(default_factory=dict)
@@ -245,11 +251,13 @@ class RateSpending:
     bucket: Bucket | None = None
 
     def look(self, limit: Limit, now: int, reset_at: int) -> int:
-        """What is spent. Forgets what counts no more; `reset_at` is the day's end as a process
-        says it, 0 if it does not."""
+        """Return what is spent, and forget what no longer counts.
+
+        `reset_at`: the end of the day as reported by a process, 0 if not reported.
+        """
         if isinstance(limit, Quota):
             is_over = self.reset_at <= now
-            # A process that reckons this day as over, a moment before its end, says the next one's.
+            # A process that considers the day over a moment early reports the next day's end.
             is_this_day = is_over or reset_at - self.reset_at < NEXT_DAY_MS
             if is_over:
                 self.used, self.reset_at = 0, now + DAY_MS
@@ -271,15 +279,20 @@ class RateSpending:
         return sum(self.buckets.values())
 
     def taken(self, limit: Limit, now: int) -> int:
-        """What was taken in the last window, which may be more than is spent of a rate that
-        refills. Call it after `look`."""
+        """Return what was taken in the last window, for a bucket possibly more than is spent.
+
+        Call it after `look`.
+        """
         if isinstance(limit, Rate) and limit.shape == "bucket":
             return sum(self.buckets.values())
         return self.look(limit, now, 0)
 
     def taken_since(self, limit: Limit, at: int) -> int:
-        """The same after a moment, with the part of a window that it lies in; of a day all. Call it
-        after `look`."""
+        """Return what was taken after a time, including the whole part of a window that contains
+        it.
+
+        Of a day, all. Call it after `look`.
+        """
         if isinstance(limit, Quota):
             return self.used
         if isinstance(limit, Rate) and limit.exact:
@@ -287,7 +300,7 @@ class RateSpending:
         return sum(amount for end, amount in self.buckets.items() if end > at)
 
     def _is_due(self, limit: Rate, now: int) -> bool:
-        """Whether the level has something to take in: parts, or another bound or window."""
+        """Return whether the level must be updated: by parts, or by another bound or window."""
         if limit.shape != "bucket":
             return False
         found = self.bucket
@@ -306,11 +319,11 @@ class RateSpending:
         return bucket.units_at(limit, self.buckets, now)
 
     def level_us(self, limit: Rate, now: int) -> int:
-        """In how long all will have refilled. Call it after `look`."""
+        """Return the time until all has refilled. Call it after `look`."""
         return -(-self._units(limit, now) * 1000 // limit.bound) if limit.bound else 0
 
     def room_at(self, limit: Limit, amount: int, now: int) -> int:
-        """When `amount` will fit, nothing being returned. Call it after `look`."""
+        """Return when `amount` fits if nothing is returned. Call it after `look`."""
         if limit.bound == 0:
             return now + DAY_MS
         if isinstance(limit, Quota):
@@ -345,14 +358,14 @@ class RateSpending:
                 self._opened(limit)
 
     def room_after(self, limit: Rate, total: int, now: int) -> int:
-        """When calls that take `total` of a rate that refills have fitted, one after the other."""
+        """Return when calls that take `total` of a bucket, one after the other, have fitted."""
         if total <= limit.bound:
             return self.room_at(limit, total, now)
         over = self._units(limit, now) + (total - limit.bound) * limit.window_ms
         return now + -(-over // limit.bound)
 
     def take(self, limit: Limit, amount: int, now: int) -> Charge | None:
-        """Count an admission. Returns what its settlement needs. Call it after `look`."""
+        """Count an admission; return what its settlement needs. Call it after `look`."""
         if amount == 0:
             return None
         if not limit.shadow:
@@ -371,7 +384,7 @@ class RateSpending:
 
     @staticmethod
     def is_paced(limit: Limit) -> bool:
-        """Whether a limit has a pace or a ramp."""
+        """Return whether a limit has a pace or a ramp."""
         return isinstance(limit, Rate) and (limit.pace_ms is not None or limit.ramp is not None)
 
     def _paced(self) -> Pacing:
@@ -380,27 +393,30 @@ class RateSpending:
         return self.pacing
 
     def paced_at(self, limit: Limit, amount: int, spent: int, now: int) -> int:
-        """When an even flow and the ramp have room for `amount`; 0 where they have now."""
+        """Return when an even flow and the ramp have room for `amount`; 0 for now."""
         if not isinstance(limit, Rate) or not self.is_paced(limit):
             return 0
         return (self.pacing or Pacing()).room_at(limit, amount, spent, now)
 
     def grows_too_fast(self, limit: Rate, amount: int, now: int) -> bool:
-        """Whether a ramp has no room for `amount` beside what was taken. Call it after `look`."""
+        """Return whether a ramp has no room for `amount` beside what was taken.
+
+        Call it after `look`.
+        """
         taken, pacing = self.taken(limit, now), self.pacing or Pacing()
         return taken > 0 and pacing.bound(limit, now) < taken + amount
 
     def paced_after(self, limit: Limit, before: int, amount: int, now: int) -> int:
-        """As `paced_at`, behind calls that take `before`; a ramp may have room sooner."""
+        """Return as `paced_at`, after calls that take `before`; a ramp may have room sooner."""
         if not isinstance(limit, Rate) or not self.is_paced(limit):
             return 0
         return (self.pacing or Pacing()).even_after(limit, before, amount, now)
 
     def settle(self, limit: Limit, charge: Charge, actual: int, now: int) -> bool:
-        """Correct a reservation; True if something was returned. Call it after `look`.
+        """Correct a reservation; return True if something was returned. Call it after `look`.
 
-        What was reserved too much goes back to where it was taken from, while that still counts:
-        never into a window or a day that has begun since. What was used on top counts from now.
+        Excess is returned to the part it was taken from while that still counts, never to a window
+        or day that has begun since. Additional use counts from now.
         """
         reserved, end = charge
         extra = actual - reserved
@@ -422,8 +438,10 @@ class RateSpending:
         return is_bucket and self.bucket is not None and end <= self.bucket.end
 
     def add(self, limit: Limit, amount: int, now: int, most: int | None = None) -> None:
-        """Count what was spent elsewhere or before as spent now: in a log `most` of it, where it is
-        given, else its bound. Call it after `look`."""
+        """Count an amount spent elsewhere or before as spent now. Call it after `look`.
+
+        A log counts at most `most`, if given, else at most its bound.
+        """
         if amount <= 0:
             return
         if isinstance(limit, Rate) and limit.exact:
@@ -434,8 +452,10 @@ class RateSpending:
             self._spend(limit, self._end_now(limit, now), amount)
 
     def add_evenly(self, limit: Limit, amount: int, now: int) -> None:
-        """As `add`, but as if spent evenly over the last window: it ceases to count as evenly. What
-        refills does so evenly anyway. Call it after `look`."""
+        """Count as `add`, but as if spent evenly over the last window. Call it after `look`.
+
+        The amount then also expires evenly. A bucket refills evenly anyway.
+        """
         if amount <= 0:
             return
         if not isinstance(limit, Rate) or limit.shape == "bucket":
@@ -454,7 +474,7 @@ class RateSpending:
                     self._spend(limit, last - (parts - part) * width, own)
 
     def _counted(self, limit: Limit) -> Counter[int]:
-        """What counts, by the part of a window or the day."""
+        """Return what counts, by the part of a window or the day."""
         if isinstance(limit, Quota):
             return Counter({self.reset_at: self.used})
         assert isinstance(limit, Rate)
@@ -463,17 +483,21 @@ class RateSpending:
         return Counter(self.buckets)
 
     def charge(self, limit: Limit, amount: int, now: int, *, evenly: bool) -> None:
-        """As `add` or `add_evenly`, for what an account has less than the bound in force: a lower
-        one ends as much of it. Call it after `look`."""
+        """Count an amount that an account has less than the bound in force. Call it after `look`.
+
+        Counted as by `add` or `add_evenly`; a lower bound ends as much of it.
+        """
         before, span = self._counted(limit), span_of(limit) if isinstance(limit, Rate) else 0
         (self.add_evenly if evenly else self.add)(limit, amount, now)
         known = Counter({end: n for end, n in self.charged.items() if end + span > now})
         self.charged = dict(known + (self._counted(limit) - before))
 
     def end_charges(self, limit: Limit, by: int, now: int) -> None:
-        """The bound will be lower by `by`: as much of what was charged beside this one counts no
-        more, of each part alike, so that the rest ends as evenly as before. In a log, calls of a
-        part count on until it has ended for each. Call it after `look`."""
+        """Reduce charges because the bound will be lower by `by`. Call it after `look`.
+
+        Each part is reduced in proportion, so that the rest expires as evenly as before. In a log,
+        calls of a part continue to count until the part has expired for all of them.
+        """
         counted, passed, gone = self._counted(limit), 0, 0
         ends = [end for end in sorted(self.charged) if not self._is_ending(limit, end, now)]
         parts = {end: min(self.charged[end], counted[end]) for end in ends}
@@ -489,13 +513,13 @@ class RateSpending:
         self.charged = {end: amount for end, amount in self.charged.items() if amount}
 
     def _is_ending(self, limit: Limit, end: int, now: int) -> bool:
-        """Whether some of a part of a log may have ended, or all of one of a bucket is folded."""
+        """Return whether part of a log's part may have expired, or a bucket's part is folded."""
         if isinstance(limit, Rate) and limit.exact:
             return self._end_now(limit, now - span_of(limit)) >= end
         return self._is_folded(limit, end)
 
     def _uncount(self, limit: Limit, end: int, amount: int) -> None:
-        """The first of a part of a log: what stays was admitted no earlier than any call of it."""
+        """Remove the first entries of a part of a log: what stays was admitted no earlier."""
         if isinstance(limit, Rate) and limit.exact:
             first = next(i for i, at in enumerate(self.log) if self._end_now(limit, at) == end)
             del self.log[first : first + amount]
@@ -504,7 +528,7 @@ class RateSpending:
             self._spend(limit, end, -amount)
 
     def rewind(self, by_ms: int) -> None:
-        """The clock was set back: what was counted is as old as before."""
+        """Move times back after the clock was set back."""
         self.charged = {}
         self.log = [at - by_ms for at in self.log]
         self.buckets = {end - by_ms: amount for end, amount in self.buckets.items()}
@@ -516,9 +540,11 @@ class RateSpending:
             self.pacing.since = max(0, self.pacing.since - by_ms)
 
     def take_along(self, limit: Limit, now: int, bound_before: int) -> None:
-        """What was counted in another way, before the policy said this one, is taken for spent
-        now: above a bound that is lower now too, so that it counts once the bound is raised again.
-        Call it after `look`."""
+        """Count what was counted in another way, before a change of the policy, as spent now.
+
+        It may exceed a bound that was lowered too, so that it counts once the bound is raised
+        again. Call it after `look`.
+        """
         span, amount = (span_of(limit) if isinstance(limit, Rate) else DAY_MS), 0
         exact = isinstance(limit, Rate) and limit.exact
         if not exact:
@@ -531,7 +557,7 @@ class RateSpending:
             amount += self.used if self.reset_at > now else 0
             self.used = self.reset_at = 0
         if isinstance(limit, Rate) and limit.shape == "bucket" and self.bucket is None:
-            # It is as full as what was taken in its last window.
+            # The bucket is as full as what was taken in its last window.
             units = limit.bound * limit.window_ms
             self.bucket = Bucket(units, now - span, limit.window_ms, limit.bound)
         if isinstance(limit, Rate) and self.pacing is not None:

@@ -1,6 +1,6 @@
 """State of a pool in the model: its limits, sessions, queues and permits as plain records.
 
-Invariant: nothing is counted that can be derived: what a limit has in use is the permits under it,
+Invariant: nothing is counted that can be derived: the use of a limit is the permits under it, the
 waiters are the tickets of the queues.
 """
 
@@ -26,20 +26,20 @@ from tidegate.limiter.policy import (
     implicit_limit,
 )
 
-# Where a queue stands whose session takes no grants.
+# The place of a queue whose session takes no grants.
 BLOCKED = "!"
-# What a limit is that no policy names: nobody gets in.
+# A limit that is not in the policy admits no call.
 NO_LIMIT = Concurrency(0)
 
 _RATES = (Rate, Quota)
 
 ADAPT_PAUSE_MS = 1000
-# One more in so many calls, at the most.
+# The limit rises by at most one per this many calls.
 ADAPT_CALLS = 25
 
 
 class FlowName(NamedTuple):
-    """What waiters have in common that stand in one queue. Bands count from 1, the highest."""
+    """What the waiters of one queue have in common. Bands count from 1, the highest."""
 
     band: int
     tenant: str
@@ -53,8 +53,11 @@ def read_flow(key: str) -> FlowName:
 
 
 class Member(NamedTuple):
-    """A ticket as it stands in its queue. `use` is what it will probably use, in what shares are
-    measured in. `amounts` are in the order of the lane; where there is none it takes 1."""
+    """A ticket in its queue.
+
+    use: its probable use, in the measure of shares. amounts: in the order of the lane; a missing
+    one is 1.
+    """
 
     ticket: int
     hard_ms: int
@@ -73,13 +76,15 @@ def read_member(text: str) -> Member:
 
 
 def read_actual(text: str) -> list[int | None]:
-    """What a call really used, by position in its lane; None where that is not known."""
+    """Return what a call used, by position in its lane; None where unknown."""
     amounts = text.split(",") if text else []
     return [int(amount) if amount.isdigit() else None for amount in amounts]
 
 
 def read_charges(text: str) -> dict[int, Charge]:
-    """Charges as the scripts write them: position=amount@bucket, the first position being 1."""
+    """Return charges from the scripts' format: position=amount@bucket, positions counting from
+    1.
+    """
     found: dict[int, Charge] = {}
     for one in text.split(",") if text else ():
         position, _, charge = one.partition("=")
@@ -89,14 +94,17 @@ def read_charges(text: str) -> dict[int, Charge]:
 
 
 def write_charges(charges: Mapping[int, Charge]) -> str:
-    """The inverse of `read_charges`."""
+    """Return charges in the scripts' format: the inverse of `read_charges`."""
     return ",".join(f"{i + 1}={amount}@{end}" for i, (amount, end) in charges.items())
 
 
 @dataclass(slots=True)
 class HeldPermit:
-    """A permit. `use` is what its tenant was charged for it: 0 for one that was admitted while
-    none waited. `charges`: position in the lane -> what it took of that rate."""
+    """A permit in use.
+
+    use: what its tenant was charged for it, 0 if it was admitted while no call waited. charges:
+    position in the lane -> what it took of that rate.
+    """
 
     seq: int
     until: int
@@ -107,10 +115,10 @@ class HeldPermit:
 
 @dataclass(slots=True, eq=False)
 class SessionQueue:
-    """What one session has waiting of one flow: member -> stamp, in the order of the stamps.
+    """The waiters of one flow in one session: member -> stamp, in the order of the stamps.
 
-    at: the limit that holds it up, or `BLOCKED`. bounces: how often the ticket of stamp `bounced`
-    was sent from limit to limit. starving: the sequence at which that became too often.
+    at: the limit that blocks it, or `BLOCKED`. bounces: how often the ticket of stamp `bounced`
+    was moved from limit to limit. starving: the sequence at which that became too often.
     """
 
     sid: str
@@ -131,16 +139,19 @@ class SessionQueue:
 
     def add(self, member: str, stamp: float) -> None:
         self.tickets[member] = stamp
-        if stamp % 1:  # before others
+        if stamp % 1:  # a fractional stamp goes before others
             in_order = sorted(self.tickets.items(), key=lambda one: (one[1], one[0]))
             self.tickets = dict(in_order)
 
 
 @dataclass(slots=True)
 class SessionState:
-    """A process's liveness. `queues` by flow: those that are not empty. `since`: the version of the
-    roster at which it came. `full`: since when, and at which rate, its waiters keep their turn
-    until it acknowledges grants. `revision`: of the policy that it knows."""
+    """A process's session.
+
+    queues: by flow, those that are not empty. since: the version of the roster at which it came.
+    full: since when, and at which rate, its waiters keep their turn until it acknowledges grants.
+    revision: of the policy that it has.
+    """
 
     gen: int
     batch: int
@@ -159,8 +170,11 @@ class SessionState:
 
 @dataclass(slots=True)
 class PauseGate:
-    """What makes a pause last until it is opened: one call at a time may try. taker: the session
-    and ticket of the last one. every_ms: the least time between two. rounds: how many failed."""
+    """What makes a pause last until it is opened: one call at a time may probe.
+
+    taker: the session and ticket of the last probe. every_ms: the least time between two. rounds:
+    how many failed.
+    """
 
     every_ms: int
     most_ms: int
@@ -170,8 +184,10 @@ class PauseGate:
 
 @dataclass(slots=True)
 class Pause:
-    """Nobody is admitted until `until`, and then one by one over `ramp_ms`; `passed` is how much
-    has been."""
+    """A pause until `until`, after which calls resume one by one over `ramp_ms`.
+
+    `passed`: how much was admitted during the ramp.
+    """
 
     until: int
     ramp_ms: int
@@ -190,13 +206,14 @@ class Lapsing(NamedTuple):
 
 @dataclass(slots=True)
 class BandState:
-    """What waits under a limit in one band, and whose turn it is.
+    """The waiters of one band under a limit, and their order.
 
-    lines: tenant -> its queues here, by id. tags: tenant -> virtual start, also of those gone
+    lines: tenant -> its queues here, by id. tags: tenant -> virtual start, including former tenants
     that are ahead of `virtual`, the band's time. credit: thousandths of a turn that it has saved.
-    Under a rate it is owed what its least share gives from `from_us` to `passed_us`, when a higher
-    band took something last; `from_us` lies ahead where it had more than its share. `held_at` is
-    when it found no room last, `used_at` when it took something.
+
+    Under a rate the band is owed what its least share gives from `from_us` to `passed_us`, the last
+    time that a higher band took something; `from_us` is in the future if it had more than its
+    share. held_at: when it last found no room. used_at: when it last took something.
     """
 
     lines: dict[str, dict[str, SessionQueue]] = field(default_factory=dict)
@@ -218,11 +235,11 @@ class BandState:
         return max(self.virtual, self.tags.get(tenant, 0))
 
     def front(self) -> tuple[int, str]:
-        """Whose turn it is: the least tag, and the tenant."""
+        """Return the least tag and its tenant, whose turn it is."""
         return min(zip(map(self.tags.__getitem__, self.lines), self.lines, strict=True))
 
     def line_front(self, tenant: str) -> tuple[float, SessionQueue]:
-        """The oldest first ticket of a tenant's queues here, and the queue."""
+        """Return the oldest first ticket of a tenant's queues here, and its queue."""
         heads = ((queue.first()[1], queue.id) for queue in self.lines[tenant].values())
         stamp, queue_id = min(heads)
         return stamp, self.lines[tenant][queue_id]
@@ -233,7 +250,10 @@ LATENCY_PART = 16
 
 
 def prompt_class(tokens: int) -> int:
-    """The class of a prompt by the tokens that had to be read: two for each doubling from 16 on."""
+    """Return the class of a prompt by the tokens that had to be read.
+
+    There are two classes for each doubling from 16 on.
+    """
     found, start = 0, 16
     while tokens >= 2 * start:
         found, start = found + 2, 2 * start
@@ -242,11 +262,11 @@ def prompt_class(tokens: int) -> int:
 
 @dataclass(slots=True)
 class LatencySeen:
-    """What times to first tokens say of the calls that wait within a server. Lua: `latency`.
+    """What times to first tokens show of the calls that queue within a server. Lua: `latency`.
 
-    Of this round: `calls` that ended, the time that they `took` and `waited`, the sum of the calls
-    in `used` then. now, before: the shortest times by class of prompt, of this window of rounds and
-    of the last one. starting: it has not been full yet.
+    Of this round: `calls` that ended, the time that they `took` and `waited`, and in `used` the sum
+    of the calls in use at each end. now, before: the shortest times by class of prompt, in this
+    window of rounds and the one before. starting: the server has not been full yet.
     """
 
     starting: bool = True
@@ -259,7 +279,10 @@ class LatencySeen:
     before: dict[int, int] = field(default_factory=dict)
 
     def note(self, took_ms: int, first_ms: int, tokens: int, used: int) -> None:
-        """A call ended. A longer prompt is read no faster: its time bounds the shorter ones'."""
+        """Record a call that ended.
+
+        A longer prompt is read no faster, so its time is an upper bound for shorter ones.
+        """
         one = prompt_class(tokens)
         self.now[one] = min(self.now.get(one, first_ms), first_ms)
         seen = (*self.now.items(), *self.before.items())
@@ -268,8 +291,11 @@ class LatencySeen:
         self.waited += min(took_ms, max(0, first_ms - least))
 
     def next_level(self, current: int, paces: Paces) -> int:
-        """What a limit is after this round, in thousandths. By Little's law as many calls wait on
-        average as are in flight, times the part of their time that they wait."""
+        """Return the limit after this round, in thousandths.
+
+        By Little's law, the average number of queued calls is the number in flight times the
+        fraction of their time that they wait.
+        """
         if self.calls < max(paces.latency_calls, current // 1000):
             return current
         queued = self.used * 1000 // self.calls * self.waited // max(1, self.took)
@@ -283,12 +309,12 @@ class LatencySeen:
             current += current if self.starting else max(1000, current // LATENCY_PART)
         if self.rounds >= paces.latency_rounds:
             self.rounds, self.before, self.now, self.starting = 0, self.now, {}, False
-            current -= most if full else 0  # so that the next shortest times have no queue in them
+            current -= most if full else 0  # measure the next shortest times without a queue
         self.calls = self.took = self.waited = self.used = 0
         return current
 
     def write(self) -> str:
-        """As the scripts keep it."""
+        """Return the state in the scripts' format."""
         figures = (int(self.starting), self.rounds, self.calls, self.took, self.waited, self.used)
         lists = (
             ",".join(f"{one}={first}" for one, first in sorted(seen.items()))
@@ -299,10 +325,13 @@ class LatencySeen:
 
 @dataclass(slots=True)
 class LimitState:
-    """One limit. `under` are the permits that count under it, (session, ticket), with what each
-    was charged: tokens in flight are the sum. `current` is what
-    an adaptive one has found out, in thousandths. `retry_at`, `reserved` and `passing` are of one
-    call; the last: a band whose turn it is before a higher one, and that one."""
+    """One limit.
+
+    under: the permits that count under it, (session, ticket), with what each was charged; tokens in
+    flight are the sum. current: the bound that an adaptive limit has found, in thousandths.
+    retry_at, reserved and passing belong to one call; passing is a band whose turn precedes that of
+    a higher one, and that higher band.
+    """
 
     name: str
     limit: Limit = NO_LIMIT
@@ -321,21 +350,22 @@ class LimitState:
     cost_ms: int = 0
 
     def room_again(self, at: int) -> None:
-        """Room at `at`, unless something is returned before; of several calls of this, the first
-        counts."""
+        """Note that there is room at `at` unless something is returned before; the earliest
+        counts.
+        """
         self.retry_at = at if self.retry_at is None else min(self.retry_at, at)
 
     def clamped(self, amount: int) -> int:
-        """What one call takes of a rate: more than it can ever give is all of it."""
+        """Return what one call takes of a rate, at most all that the rate can ever give."""
         exact = isinstance(self.limit, Rate) and self.limit.exact
         return min(amount, 1 if exact else self.limit.bound)
 
     def usual_ms(self, cost_ms: int) -> int:
-        """How long a call probably takes."""
+        """Return the probable duration of a call."""
         return self.cost_ms or cost_ms
 
     def learn(self, took_ms: int) -> None:
-        """A call took so long."""
+        """Update the duration of calls by one that took `took_ms`."""
         more = (took_ms - self.cost_ms) // 8 if self.cost_ms else took_ms
         self.cost_ms = max(1, self.cost_ms + more)
 
@@ -350,12 +380,12 @@ class LimitState:
 
     @property
     def is_implicit(self) -> bool:
-        """Whether no policy names it, and it has no bound."""
+        """Whether the policy does not contain it and it has no bound."""
         return self.limit is implicit_limit(self.name)
 
     @property
     def is_named(self) -> bool:
-        """Whether the policy names it."""
+        """Whether the policy contains it."""
         return self.limit is not NO_LIMIT and not self.is_implicit
 
     @property
@@ -368,12 +398,12 @@ class LimitState:
 
     @property
     def settles(self) -> bool:
-        """Whether usage is corrected after a call: an exact log counts admissions."""
+        """Whether usage is corrected after a call; an exact log only counts admissions."""
         return self.is_rate and not (isinstance(self.limit, Rate) and self.limit.exact)
 
     @property
     def minimum(self) -> int:
-        """The least that an adaptive limit goes down to; 0 where it does not adapt."""
+        """The least bound of an adaptive limit; 0 if it does not adapt."""
         if isinstance(self.limit, Concurrency) and self.limit.adaptive and self.limit.bound:
             return self.limit.adaptive.minimum
         return 0
@@ -392,7 +422,7 @@ class LimitState:
 
     @property
     def by_latency(self) -> bool:
-        """Whether times to first tokens tell how many calls it admits."""
+        """Whether times to first tokens decide how many calls it admits."""
         return self.minimum > 0 and isinstance(self.limit, Concurrency) and self.limit.by_latency
 
     def adapted(self) -> int:
@@ -402,7 +432,7 @@ class LimitState:
         return 1000 * (min(bound, max(self.minimum, LATENCY_FIRST)) if self.by_latency else bound)
 
     def rewind(self, by_ms: int) -> None:
-        """The clock was set back."""
+        """Move times back after the clock was set back."""
         self.dropped_at = max(0, self.dropped_at - by_ms)
         for band in self.bands.values():
             band.held_at, band.used_at = max(0, band.held_at - by_ms), max(0, band.used_at - by_ms)
@@ -410,15 +440,18 @@ class LimitState:
             band.passed_us = max(0, band.passed_us - by_ms * 1000)
 
     def adapt_by_latency(self, took_ms: int, first_ms: int, tokens: int, paces: Paces) -> None:
-        """A call ended whose time to the first token is known."""
+        """Adapt to a call that ended and whose time to the first token is known."""
         seen = self.latency = self.latency or LatencySeen()
         seen.note(took_ms, first_ms, tokens, self.used)
         level = seen.next_level(self.adapted(), paces)
         self.current = max(self.minimum * 1000, min(self.limit.bound * 1000, level))
 
     def adapt(self, outcome: int, now: int) -> None:
-        """One more for a round of successes while it is used up; one less for each call that was
-        dropped then, else less at most once a second."""
+        """Adapt to the outcome of a call.
+
+        The limit rises by one for a round of successes while it is used up. It falls by one for
+        each call that was dropped then; for other dropped calls it falls at most once a second.
+        """
         most, full = self.limit.bound * 1000, self.used >= self.adapted() // 1000
         if outcome == 0 and full:
             step = 1_000_000 // max(self.adapted(), ADAPT_CALLS * 1000)
@@ -433,7 +466,7 @@ class LimitState:
 
 
 def read_bands(bands: tuple[Band, ...]) -> list[tuple[int, int]]:
-    """Per band, in thousandths: its least share, and what is kept free for the bands above."""
+    """Return per band, in thousandths: its least share, and what is kept free for higher bands."""
     found, above = [], 0
     for band in bands:
         found.append((round(band.min_share * 1000), above))
@@ -441,34 +474,37 @@ def read_bands(bands: tuple[Band, ...]) -> list[tuple[int, int]]:
     return found
 
 
-# Of virtual time in a ms (or a micro-dollar) of use by a tenant of weight 1: what is rounded off is
-# less than a fifth of a percent from 5 ms on, at any weight.
+# Units of virtual time for one ms (or micro-dollar) of use by a tenant of weight 1: the rounding
+# error is below a fifth of a percent from 5 ms on, at any weight.
 VIRTUAL_UNITS = 100_000
 # Tickets of a tenant of weight 1 whose calls cost a micro-dollar.
 TICKET_UNITS = 10_000_000
 
 
-# Deadlines closer than this may be served in the order of arrival.
+# Deadlines closer together than this may be served in the order of arrival.
 DUE_APART_MS = 250
 DUE_STEPS = 1 << 30
 
 
 @dataclass(slots=True)
 class DueOrder:
-    """When tickets of a tenant and band are due that came last when they came: (due, stamp), in
-    order, and when the `last` is. One that is due before such is stamped between two of them."""
+    """Deadlines of one tenant and band: (due, stamp) of tickets that were the last when they came.
+
+    `last`: the latest of these deadlines. A ticket that is due before some of them gets a stamp
+    between two of theirs.
+    """
 
     last: int
     steps: list[tuple[int, int]] = field(default_factory=list)
 
     def note(self, due: int, stamp: int, now: int) -> None:
-        """A ticket came last. None that comes is due before now."""
+        """Record a ticket at the end of the queue. No later ticket is due before `now`."""
         if due >= self.last + DUE_APART_MS:
             self.last = due
             self.steps = [*(step for step in self.steps if step[0] > now), (due, stamp)]
 
     def before(self, due: int) -> float | None:
-        """The stamp of a ticket that is due before others; None where it is not."""
+        """Return the stamp of a ticket that is due before others; None if it is not."""
         if due >= self.last - DUE_APART_MS:
             return None
         for at, stamp in self.steps:
@@ -479,22 +515,22 @@ class DueOrder:
 
 @dataclass(frozen=True, slots=True)
 class Paces:
-    """Figures of the scripts that tests set lower, since all seldom come to pass as they are.
+    """Constants of the scripts, which tests set lower to reach all cases.
 
-    at_once: steps of one call. due_at_once, unblocked_at_once: timers that are due, and queues of a
-    session that takes grants again, of one call. ended_at_once: permits and queues of sessions that
-    end in one call. starves: a ticket that was sent from limit to limit so often gets what it needs
-    kept free. longest: virtual time begins again before it. on_page: what one call reports of each
-    list, and looked_at of how many rates it sees what is spent now. most_owed: of how many calls of
-    a session usage is still expected. ahead_ms: only waiters whose turn comes so soon anyway are
-    admitted by a permit passed on in their process. due_after_ms: a call without a deadline is due
-    so long after it came. latency_calls, latency_rounds: a round of a limit by latency has so many
-    calls at least, and a window of shortest times so many rounds.
+    at_once: steps of one call. due_at_once: due timers that one call processes. unblocked_at_once:
+    queues per call of a session that takes grants again. ended_at_once: permits and queues of ended
+    sessions per call. starves: the number of moves from limit to limit after which capacity is kept
+    free for a ticket. longest: virtual time restarts before this value. on_page: how many entries
+    of each list one call reports. looked_at: for how many rates it updates the spent amount.
+    most_owed: for how many calls of a session usage is still expected. ahead_ms: only waiters whose
+    turn comes this soon anyway are admitted by permits passed on in their process. due_after_ms:
+    when a call without a deadline is due. latency_calls: the least calls of a round of a limit by
+    latency. latency_rounds: the rounds of a window of shortest times.
     """
 
     at_once: int = 30
     starves: int = 8
-    # A double counts whole numbers up to 2^53.
+    # A double represents whole numbers exactly up to 2^53.
     longest: int = 1 << 51
     on_page: int = 100
     looked_at: int = 50
@@ -510,12 +546,12 @@ class Paces:
 
 @dataclass(eq=False, repr=False)
 class PoolState:
-    """What all parts of the model share.
+    """The state that all parts of the model share.
 
     orders: tenant -> band -> the order of its deadlines, if any of its waiters has had one.
-    touched: limits at which somebody may be admitted now. left: tenants that left a queue and whose
-    stamps may be forgotten. subscribed: sessions whose channel has a listener. pushed: what was
-    published to them. noted_sessions: how many there were as of the last `tend` that was answered.
+    touched: limits under which a call may be admitted now. left: tenants that left a queue and
+    whose stamps may be reset. subscribed: sessions whose channel has a subscriber. pushed: messages
+    published to them. noted_sessions: the number of sessions as of the last answered `tend`.
     """
 
     paces: Paces
@@ -530,7 +566,7 @@ class PoolState:
     left: set[str] = field(default_factory=set)
     seq: int = 0
     recover_until: int = 0
-    # Of one call.
+    # These belong to one call.
     now: int = 0
     resets: Mapping[str, int] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)
@@ -538,7 +574,7 @@ class PoolState:
     subscribed: set[str] = field(default_factory=set)
     pushed: list[tuple[str, Push]] = field(default_factory=list)
     noted_sessions: int = 0
-    # As of the policy that was read last.
+    # As of the policy read last.
     _ruled_by: PoolPolicy | None = None
     _rules: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
 
@@ -549,18 +585,18 @@ class PoolState:
         return limit
 
     def pause_of(self, limit: LimitState) -> Pause | None:
-        """Its pause, the time included over which calls come back after it."""
+        """Return the limit's pause, its ramp included, or None."""
         pause = limit.pause
         goes_on = pause and (pause.gate or self.now < pause.until + pause.ramp_ms)
         return pause if goes_on else None
 
     def is_tried(self, gate: PauseGate) -> bool:
-        """Whether the call that a gate let try is still under way."""
+        """Return whether the call that probes a gate is still in progress."""
         sid, ticket = gate.taker or ("", 0)
         return sid in self.sessions and ticket in self.sessions[sid].held
 
     def forget_unnamed(self) -> None:
-        """Nothing is kept of the order at a limit that no policy names and nobody waits at."""
+        """Forget the order at limits that are not in the policy and have no waiters."""
         for limit in self.limits.values():
             if not limit.is_named and not limit.waits:
                 limit.bands.clear()
@@ -573,34 +609,36 @@ class PoolState:
 
     @property
     def fair_by(self) -> FairBy:
-        """What shares are measured in."""
+        """The measure of shares."""
         return self.policy.fair_by if self.policy else "seconds"
 
     def probable_use(self, limit: LimitState, use: int) -> int:
-        """What a call is charged until it has ended; `use` is what its process takes it to be."""
+        """Return what a call is charged until it ends; `use`: the estimate of its process."""
         if self.fair_by == "calls":
             return CALL_USE
         return use if self.fair_by == "cost" else limit.usual_ms(use)
 
     def tickets(self, use: int, tenant: str) -> int:
-        """How many calls of a tenant take a time of a band, relative to other tenants: by weight,
-        and where calls differ in what they count, the fewer the more that is."""
+        """Return how many of a tenant's calls take one unit of its band's time, relative to others.
+
+        That is its weight; in shares by cost, divided by the use of its calls.
+        """
         weight = self.weight(tenant)
         return max(1, weight * TICKET_UNITS // use) if self.fair_by == "cost" else weight
 
     def step(self, use: int, tenant: str) -> int:
-        """What so much use adds to a tenant's virtual time."""
+        """Return what this use adds to a tenant's virtual time."""
         return use * VIRTUAL_UNITS // self.weight(tenant)
 
     def band_rule(self, band: int) -> tuple[int, int]:
-        """Least share and what is kept free above, in thousandths."""
+        """Return a band's least share and what is kept free above it, in thousandths."""
         if self._ruled_by is not self.policy:
             self._ruled_by = self.policy
             self._rules = read_bands(self.policy.bands) if self.policy else [(0, 0)]
         return self._rules[min(band, len(self._rules)) - 1]
 
     def quiet(self) -> bool:
-        """The past was lost a moment ago: first all sessions are to report what they hold."""
+        """Return whether the past was just lost, so that all sessions must first report."""
         return self.now < self.recover_until
 
     def waiting(self, tenant: str) -> int:
