@@ -1,15 +1,15 @@
 """Limiter: distributed concurrency and rate limits in Valkey, without polling, excess or leaks.
 
-Knows nothing of language models, HTTP or PostgreSQL, and can be used alone:
+It knows nothing of language models, HTTP or PostgreSQL, and can be used alone:
 
     policy = PoolPolicy({"kind:text_only": 5})
     async with Limiter.from_url("redis://localhost", pool="demo", policy=policy) as limiter:
         async with limiter.acquire("kind:text_only", deadline_ms=30_000) as permit:
             ...
 
-All else of this package is private to it, but for `simulation`, the engine without its I/O.
-`session.py` draws the states; `lua/` is what runs in Valkey; `model/` is the specification that
-the tests step beside it.
+The names exported here are public; all else in this package is private, except for `simulation`,
+the engine without its I/O. `session.py` draws the states of a session; `lua/` contains the scripts
+that run in Valkey; `model/` is their executable specification, which the tests step beside them.
 """
 
 from tidegate.errors import (

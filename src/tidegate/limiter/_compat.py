@@ -9,6 +9,8 @@ from redis.asyncio.connection import AbstractConnection
 
 
 def close_now(connection: AbstractConnection) -> None:
-    """Close a connection without an await, as a cancelled task must; its public `disconnect`
-    waits for the transport."""
+    """Close a connection without an await, so that a cancelled task can do it.
+
+    The public `disconnect` waits for the transport.
+    """
     connection._close()  # type: ignore[no-untyped-call]

@@ -1,11 +1,11 @@
 """Connections of the limiter: commands, subscription, heartbeat and the exchange loop. All its I/O.
 
-While one exchange is in progress the next batch collects. The heartbeat renews the session from a
-thread, so that a busy event loop loses no lease, and stops when the loop has stalled.
+While an exchange is in progress the next batch accumulates. The heartbeat renews the session from a
+thread, so that a busy event loop does not lose the lease, and stops when the loop has stalled.
 
 Invariants: a connection on which anything failed, cancellation included, is discarded, so that a
-late answer is never taken for another; one exchange at a time; a notification is a hint: what is
-lost is found by the next full sync.
+late answer is never taken for another; one exchange runs at a time; a notification is only a hint:
+a lost one is found by the next full sync.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from tidegate.limiter.topology import MIN_CONNECT_S, Server
 
 logger = logging.getLogger("tidegate.limiter")
 
-# What a connection raises that is lost. uvloop answers a write to a transport that was reset while
-# nobody looked with a plain RuntimeError, "unable to perform operation on <TCPTransport ...>".
+# Errors of a lost connection. uvloop raises a plain RuntimeError, "unable to perform operation on
+# <TCPTransport ...>", for a write to a transport that was reset unnoticed.
 LOST = (OSError, TimeoutError, RedisError, RuntimeError)
 
 
 class LinkDown(Exception):
-    """Valkey did not answer in time, or not at all; whether it heard us is not known."""
+    """Valkey did not answer in time or at all; whether it received the request is unknown."""
 
 
 def _words_of(error: Exception) -> str:
@@ -65,14 +65,18 @@ def _words_of(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a server says of itself. `run` differs after every restart and on every replica."""
+    """What a server reports about itself. `run` differs after every restart and on every
+    replica.
+    """
 
     run: str
     uptime_ms: int
 
 
 def read_facts(info: bytes) -> ServerFacts:
-    """Facts from the answer to INFO. Raises ConfigError for a server that may evict our keys."""
+    """Return the facts in an INFO reply. Raises ConfigError for a server that may evict our
+    keys.
+    """
     lines = (line.partition(":") for line in info.decode().splitlines())
     values = {name: value for name, colon, value in lines if colon}
     policy, memory = values.get("maxmemory_policy", "noeviction"), values.get("maxmemory", "0")
@@ -84,19 +88,21 @@ def read_facts(info: bytes) -> ServerFacts:
 
 
 class Link:
-    """See the module. Calls wait for each other; `server` is set while connected."""
+    """A connection for commands, one at a time. `server` is set while connected."""
 
     def __init__(self, url: str, key: str) -> None:
         self._servers = Server(url, key)
         self._connection: AbstractConnection | None = None
         self._lock = asyncio.Lock()
-        self._unfit: str | None = None  # why not to use the server; None before one has served us
+        self._unfit: str | None = None  # why the server is unusable; None before the first use
         self.server: ServerFacts | None = None
 
     async def connect(self, deadline_s: float) -> ServerFacts:
-        """Connect if we are not, and return who the server is. Raises LinkDown, and ConfigError for
-        a server that may evict our keys: LinkDown where one that does not has served us before,
-        since an operator can fix it while we run."""
+        """Connect if necessary, and return who the server is.
+
+        Raises LinkDown, and ConfigError for a server that may evict our keys. Once a suitable
+        server has served us it raises LinkDown instead, since an operator can fix that meanwhile.
+        """
         async with self._lock:
             return await self._connect(deadline_s)
 
@@ -115,7 +121,7 @@ class Link:
             self._drop(self._connection)
             if self._unfit is None:
                 raise
-            if error.message != self._unfit:  # not at each try
+            if error.message != self._unfit:  # log once, not at each try
                 logger.error("limiter: %s", error.message)
             self._unfit = error.message
             raise LinkDown(error.message) from error
@@ -125,7 +131,7 @@ class Link:
     async def run(
         self, script: Script, keys: tuple[str, ...], packed: bytes, deadline_s: float
     ) -> bytes:
-        """Run a script; its reply as packed by it. Raises LinkDown, ConfigError."""
+        """Run a script and return its packed reply. Raises LinkDown, ConfigError."""
         async with self._lock:
             await self._connect(deadline_s)
             arguments = (len(keys), *keys, packed)
@@ -136,13 +142,13 @@ class Link:
         return bytes(answer)
 
     async def command(self, command: tuple[Any, ...], deadline_s: float) -> Any:
-        """One plain command. Raises LinkDown, ConfigError."""
+        """Run one command. Raises LinkDown, ConfigError."""
         async with self._lock:
             await self._connect(deadline_s)
             return await self._exchange(command, deadline_s)
 
     async def ping(self, deadline_s: float) -> None:
-        """Raises LinkDown unless the server answers in time, waiting for our turn included."""
+        """Raise LinkDown unless the server answers in time, including the wait for other calls."""
         try:
             async with asyncio.timeout(deadline_s), self._lock:
                 await self._connect(deadline_s)
@@ -174,7 +180,7 @@ class Link:
         return answer
 
     def _drop(self, connection: AbstractConnection) -> None:
-        """Forget a connection without waiting for anybody."""
+        """Discard a connection without waiting."""
         self._connection = None
         self.server = None
         close_now(connection)
@@ -187,11 +193,11 @@ class Link:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Listener:
-    """Keeps one connection subscribed to `channel` until its task is cancelled.
+    """A subscription to `channel` that is kept until its task is cancelled.
 
-    `spoken_to` says which server the link is connected to, None when to none. `compare` has the
-    session compare all with the server: pushes may be lost, or the server itself. While this
-    process is idle, no push is missed: a silent connection is tested once a lease then.
+    `spoken_to` returns the server of the link, or None. `compare` has the session compare with the
+    server, since pushes or the server itself may be lost. An idle process misses no push, so a
+    silent connection is then tested only once per lease.
     """
 
     url: InitVar[str]
@@ -210,7 +216,7 @@ class Listener:
         self._server = Server(url, self._channel)
 
     async def run(self) -> None:
-        """Listen for ever, subscribing again after every fault."""
+        """Listen for ever, and subscribe again after every failure."""
         retry_s = 0.0
         while True:
             connection: AbstractConnection | None = None
@@ -243,12 +249,12 @@ class Listener:
     def _check_place(self) -> None:
         spoken_to = self._spoken_to()
         if spoken_to is not None and spoken_to.run != self.run_id:
-            # The link sees that its server is gone only when it speaks.
+            # The link notices the loss of its server only when it sends.
             self._compare()
             raise ConnectionError("subscribed at another server than the one we speak to")
 
     async def _listen(self, connection: AbstractConnection) -> None:
-        """Read until something breaks; a silent connection is tested by a ping."""
+        """Read until a failure; test a silent connection by a ping."""
         reading: asyncio.Task[Any] | None = None
         pinged = False
         try:
@@ -277,14 +283,17 @@ class Listener:
 
 
 STALLED_S = 30.0
-# The event loop compares once in a third of a lease, which renews it too. A little later the thread
-# renews instead; and one time in some although it need not, so that its connection works.
+# The event loop compares once in a third of a lease, which renews it too. If it is a little late,
+# the thread renews instead, and also once in a while without need, to keep its connection working.
 _OVERDUE_SHARE = 1.1
 _MOST_LEFT_OUT = 4
 
 
 class Heartbeat:
-    """`tell_changed` and `tell_paused` are called from the thread and must be safe for that."""
+    """A thread that renews the lease.
+
+    `tell_changed` and `tell_paused` are called from the thread and must be thread-safe.
+    """
 
     def __init__(
         self,
@@ -312,18 +321,18 @@ class Heartbeat:
         self._connection: ConnectionInterface | None = None
         self._server: ServerFacts | None = None
         self._thread = threading.Thread(target=self._run, name="tidegate-heartbeat", daemon=True)
-        self._left_out = 0  # renewals, one after the other
+        self._left_out = 0  # consecutive renewals left out
         self.renewals = 0
 
     def start(self) -> None:
         self._thread.start()
 
     def loop_is_alive(self) -> None:
-        """The loop says so, at least once a lease."""
+        """Record that the event loop runs; to be called at least once per lease."""
         self._loop_seen_ms = self._clock.now_ms()
 
     def stop(self) -> None:
-        """Ask the thread to end; it does within one call's deadline."""
+        """Ask the thread to end, which it does within one call's deadline."""
         self._stop.set()
 
     def join(self, timeout_s: float) -> None:
@@ -345,12 +354,12 @@ class Heartbeat:
         self._disconnect()
 
     def _wait_s(self) -> float:
-        """Until a renewal is overdue; of one that failed, the usual time for the next try."""
+        """Return the time until a renewal is overdue, or after a failed one the usual interval."""
         left_s = _OVERDUE_SHARE * self._lease.deadline_s() - self._lease.silent_ms() / 1000
         return left_s if left_s > 0 else self._lease.deadline_s()
 
     def _is_renewed(self) -> bool:
-        """Whether the event loop has renewed the lease since the thread began to wait."""
+        """Return whether the event loop has renewed the lease while the thread waited."""
         is_renewed = self._lease.silent_ms() < _OVERDUE_SHARE * self._lease.deadline_s() * 1000
         self._left_out = self._left_out + 1 if is_renewed else 0
         if self._left_out > _MOST_LEFT_OUT:
@@ -369,7 +378,7 @@ class Heartbeat:
         if reply.status == "ok":
             self._lease.renewed(sent_ms, reply.lease_ms)
             return
-        # Perhaps the pool lives elsewhere by now, and only this connection does not know.
+        # The pool may have moved to another server, unnoticed by this connection.
         self._disconnect()
         if self._lease.identity == identity:
             self._tell_changed()
@@ -399,19 +408,19 @@ class Heartbeat:
 
 
 def tell_loop(loop: asyncio.AbstractEventLoop, call: object) -> None:
-    """Call on the loop from the thread; a loop that has been closed needs no news."""
+    """Call on the loop from a thread; does nothing if the loop is closed."""
     assert callable(call)
     if not loop.is_closed():
         loop.call_soon_threadsafe(call)
 
 
-# Packed without lists of their own: a script takes longer to unpack many small ones.
+# Flattened into one list: scripts take longer to unpack many small ones.
 FLAT = ("transfers", "releases", "enqueues", "uses", "firsts")
 _SYNC_FIELDS = tuple(f.name for f in fields(SyncRequest))
 
 
 def pack_request(request: SyncRequest) -> bytes:
-    """A request as the scripts read it: fields that are empty are left out."""
+    """Return a request as the scripts read it, without empty fields."""
     packed: dict[str, Any] = {}
     for name in _SYNC_FIELDS:
         if value := getattr(request, name):
@@ -422,8 +431,11 @@ def pack_request(request: SyncRequest) -> bytes:
 
 
 def unpack_reply(raw: bytes) -> SyncReply:
-    """The reply of `sync` or `tend`. Lua has one type for lists and maps: an empty one may arrive
-    as either. A later version may say more in each row."""
+    """Return the reply of `sync` or `tend`.
+
+    Lua has one type for lists and maps, so an empty one may arrive as either. Rows of later
+    versions may have more columns.
+    """
     values = msgpack.unpackb(raw, raw=True, use_list=False)
     whole = values[15]
     return SyncReply._make(
@@ -464,18 +476,18 @@ def _unpack_whole(values: Any) -> Whole:
     )
 
 
-# How long a message waits for others that may join it: usually, where nobody waits in the pool, and
-# where the answer may refuse a call that a client waits for.
+# How long a message waits for others to join it: usually, if no call waits in the pool, and if the
+# answer may refuse a call that a client waits for.
 LINGER_S = 0.03
 LINGER_IDLE_S = SPARE_MS / 1000
 LINGER_HURRIED_S = 0.002
 
 
 class ExchangeLoop:
-    """The exchange loop: sends what the local queue has, and has the session interpret replies.
+    """The exchange loop: sends what the local queue has, and passes replies to the session.
 
     joined: set once the pool has answered, with the written policy in force unless what is in
-    force is to be kept; or when it never will.
+    force is to be kept; or once it never will.
     """
 
     def __init__(
@@ -493,7 +505,7 @@ class ExchangeLoop:
         self._link = link
         self._keys = (keys.meta, keys.layout)
         self._history = f"{keys.prefix}history"
-        # Until this process has joined for the first time with it.
+        # Set until this process has joined with it for the first time.
         self._written = None if written.on_conflict == "keep" else written
         self._sync = load("sync", clock=clock.server_time)
         self._tend = load("tend", clock=clock.server_time)
@@ -515,7 +527,7 @@ class ExchangeLoop:
             self.session.policy_by = WRITTEN_BY
 
     def wake(self) -> None:
-        """There is something to send: now if it is urgent, else once others had time to join."""
+        """Send what is pending: now if it is urgent, otherwise after a short wait for more."""
         if self._wake.is_set():
             return
         if self.session.something_urgent():
@@ -536,7 +548,7 @@ class ExchangeLoop:
         self._wake.set()
 
     async def run(self) -> None:
-        """Until cancelled, the session has left, or a fault that no retry fixes."""
+        """Exchange until cancelled, the session has left, or an error that no retry fixes."""
         session, retry_s = self.session, 0.0
         while session.fatal is None:
             await self._wake.wait()
@@ -553,7 +565,7 @@ class ExchangeLoop:
                 session.failed(str(error))
                 retry_s = min(max(retry_s * 2, 0.01), session.lease.lease_ms / 6000)
             except Exception as fault:
-                # A bug of ours: logged, and tried again, as waiters depend on it.
+                # A bug of ours: log and retry, since waiters depend on this loop.
                 logger.exception("limiter: internal error")
                 session.failed(f"{type(fault).__name__}: {fault}")
                 retry_s = session.lease.lease_ms / 6000
@@ -564,7 +576,7 @@ class ExchangeLoop:
             self._queue.refuse(waiter, copy(session.fatal), session.lease.now_ms())
 
     async def _exchange(self) -> bool:
-        """One call, if there is something to send; true if it ended the session."""
+        """Make one call if there is something to send; return True if it ended the session."""
         session = self.session
         if not session.something_to_say():
             return False
@@ -581,14 +593,14 @@ class ExchangeLoop:
         sent_ms = session.lease.now_ms()
         try:
             raw = await self._link.run(script, self._keys, pack_request(request), deadline_s)
-        except BaseException:  # cancellation too: Valkey may have applied the batch
+        except BaseException:  # on cancellation too, Valkey may have applied the batch
             session.unanswered(batch)
             raise
         left = session.answered(batch, request, unpack_reply(raw), sent_ms)
         if not self.joined.is_set():
             self._check_joined()
         if not left and self._queue.pending:
-            self.wake()  # what was kept back has its time
+            self.wake()  # schedule what was kept back
         return left
 
     def _check_joined(self) -> None:
@@ -599,11 +611,11 @@ class ExchangeLoop:
             self._written = None
             self.joined.set()
         else:
-            # Another process was faster: decide against what it brought, and join again.
+            # Another process was faster: decide against its policy, and join again.
             session.set_policy(session.policy, session.policy_by)
 
     def _set_alarm(self, name: str, in_ms: float) -> None:
-        """Come back when a lease, a hold, a rate or the quiet time after a loss runs out."""
+        """Compare when a lease, a hold, a rate or the quiet time after a loss ends."""
         old = self._timers.get(name)
         if old is not None:
             old.cancel()

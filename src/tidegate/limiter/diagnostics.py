@@ -1,7 +1,7 @@
 """Diagnostics of a pool's server, and the removal of a pool.
 
-The check-up joins no pool and writes nothing. `forget` removes all keys of a pool, as an empty
-restart would; living processes join again. Keys are named, not searched for.
+`examine` joins no pool and writes nothing. `forget_pool` removes all keys of a pool, as an empty
+restart would; living processes join again. It computes the names of the keys instead of scanning.
 """
 
 from __future__ import annotations
@@ -33,17 +33,20 @@ from tidegate.limiter.views import Snapshot, read_pool
 _ANSWER_S = 2.0
 _PINGS = 21
 _LOOK_AGAIN_S = 0.05
-# Said by the connections themselves, and not by scripts.
+# Commands that connections send themselves, outside of scripts.
 _OWN = ("client|setinfo", "ping", "info", "ssubscribe")
 _CALL = re.compile(r"\bp?call\(\s*'(\w+)'(?:,\s*'(SHARDNUMSUB)')?")
 
 
 @dataclass(frozen=True, slots=True)
 class ServerReport:
-    """facts: what INFO says. round_trip_ms: the median of some. clock_ahead_ms: of the server's
-    clock before ours, as far as a round trip can tell. denied: commands that the limiter needs and
-    this user may not run. pushes: whether sharded publish and subscribe work, else why not.
-    snapshot: the pool, or None with the reason in `unread` where scripts don't run."""
+    """What a check of a pool's server found.
+
+    facts: fields of INFO. round_trip_ms: a median. clock_ahead_ms: how far the server's clock is
+    ahead of ours, to the precision of a round trip. denied: commands that the limiter needs and
+    this user may not run. pushes: "" if sharded publish and subscribe work, else the reason.
+    snapshot: the pool, or None if scripts do not run, with the reason in `unread`.
+    """
 
     facts: dict[str, str]
     round_trip_ms: float
@@ -56,7 +59,7 @@ class ServerReport:
 
 @cache
 def commands() -> tuple[str, ...]:
-    """Every command that the limiter runs, as `command` or `command|subcommand`."""
+    """Return every command that the limiter runs, as `command` or `command|subcommand`."""
     found = set(_OWN)
     scripts = files("tidegate.limiter").joinpath("lua")
     for part in (*scripts.iterdir(), *scripts.joinpath("lib").iterdir()):
@@ -68,7 +71,7 @@ def commands() -> tuple[str, ...]:
 
 
 def check_server_url(variable: str, url: str) -> None:
-    """Raises ConfigError, which names `variable`, for a URL that can't be right, without I/O."""
+    """Raise ConfigError, which names `variable`, for an invalid URL. Does no I/O."""
     try:
         Server(url, Keyspace("check").meta)
     except ConfigError as wrong:
@@ -76,8 +79,11 @@ def check_server_url(variable: str, url: str) -> None:
 
 
 async def examine(url: str, pool: str) -> ServerReport:
-    """Look at the server of `pool`. Raises LimiterUnavailable where it does not answer, and
-    ConfigError for a URL that can't be right or a server that may evict permits."""
+    """Check the server of `pool`.
+
+    Raises LimiterUnavailable if it does not answer, and ConfigError for an invalid URL or a server
+    that may evict permits.
+    """
     keys = Keyspace(pool)
     link = Link(url, keys.meta)
     try:
@@ -103,8 +109,10 @@ async def examine(url: str, pool: str) -> ServerReport:
 async def look_until(
     url: str, pool: str, seen: Callable[[Snapshot], bool], within_s: float
 ) -> Snapshot:
-    """The pool as soon as it is as `seen` says, and after `within_s` as it is then. Raises
-    LimiterUnavailable where it could not be read at all, and ConfigError as `examine`."""
+    """Return the pool as soon as `seen` returns True for it, or its state after `within_s`.
+
+    Raises LimiterUnavailable if it could not be read at all, and ConfigError as `examine`.
+    """
     keys, until = Keyspace(pool), time.monotonic() + within_s
     link, found = Link(url, keys.meta), None
     try:
@@ -124,7 +132,7 @@ async def look_until(
 
 
 def _inspecting(link: Link, keys: Keyspace, within_s: float) -> Callable[[bytes], Awaitable[bytes]]:
-    """Runs `inspect` at a link."""
+    """Return a function that runs `inspect` over a link."""
 
     async def run(request: bytes) -> bytes:
         return await link.run(load("inspect"), (keys.meta, keys.layout), request, within_s)
@@ -138,13 +146,13 @@ def _facts(info: bytes) -> dict[str, str]:
 
 
 async def _clocks(link: Link) -> tuple[float, float]:
-    """The median round trip, and how far the server's clock is ahead, both in ms."""
+    """Return the median round trip and how far the server's clock is ahead, both in ms."""
     trips, offsets = [], []
     for _ in range(_PINGS):
         began, began_at = time.perf_counter(), time.time()
         await link.command(("PING",), _ANSWER_S)
         trips.append((time.perf_counter() - began) * 1000)
-        with suppress(LinkDown):  # told with the other rights
+        with suppress(LinkDown):  # reported with the other denied commands
             began_at = time.time()
             seconds, micros = await link.command(("TIME",), _ANSWER_S)
             middle = (began_at + time.time()) / 2
@@ -153,7 +161,7 @@ async def _clocks(link: Link) -> tuple[float, float]:
 
 
 async def _scripts(link: Link, keys: Keyspace) -> tuple[tuple[str, ...], str, Snapshot | None]:
-    """What the user may not run, why the pool can't be read, and the pool."""
+    """Return denied commands, the reason why the pool cannot be read, and the pool."""
     try:
         packed = pack({"commands": list(commands())})
         answer = await link.run(load("acl"), (keys.meta,), packed, _ANSWER_S)
@@ -167,7 +175,7 @@ async def _scripts(link: Link, keys: Keyspace) -> tuple[tuple[str, ...], str, Sn
 
 
 async def _pushes(url: str, link: Link, keys: Keyspace) -> str:
-    """Empty where a message of ours comes back to us, by the way that grants take; else why not."""
+    """Return "" if a message published to our channel arrives, as grants do; else the reason."""
     channel = keys.channel(f"doctor-{uuid4().hex}")
     try:
         connection = await Server(url, channel).connect(_ANSWER_S)
@@ -192,8 +200,11 @@ _DEADLINE_S = 2.0
 async def forget_pool(
     url: str, pool: str, policy: PoolPolicy, *, sids: Iterable[str], tenants: Iterable[str]
 ) -> int:
-    """Remove every key of a pool whose waiters need one limit each: those of its limits, and of
-    these sessions and tenants. Returns how many there were. Raises LimiterUnavailable."""
+    """Remove every key of a pool whose waiters need one limit each; return how many there were.
+
+    These are the keys of its limits, and of the given sessions and tenants. Raises
+    LimiterUnavailable.
+    """
     keys = Keyspace(pool)
     link = Link(url, keys.meta)
     names = sorted(_names(keys, policy, list(sids), list(tenants)))
@@ -206,7 +217,7 @@ async def forget_pool(
 
 
 def _names(keys: Keyspace, policy: PoolPolicy, sids: list[str], tenants: list[str]) -> set[str]:
-    """All names that the shapes of `keys.py` can take."""
+    """Return all key names that the shapes in `messages.py` can take."""
     bands = range(1, len(policy.bands) + 1)
     of_band = [f"{limit}|{band}" for limit, band in product(policy.limits, bands)]
     flows = [flow_of(band, tenant, (limit,))

@@ -1,8 +1,8 @@
 """Estimates of waits at a limit, from its queue as Valkey describes it. Pure.
 
-Under concurrent calls it is distance over speed: that of virtual time to the waiter's place, and
-that of the band lately. Under a rate the next admissions are gone through one by one. An estimate
-decides nothing.
+Under a concurrency limit an estimate is distance over speed: the distance in virtual time to the
+waiter's place, and the recent speed of the band. Under a rate the next admissions are simulated one
+by one. No decision depends on an estimate.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from typing import Any, NamedTuple
 
 from tidegate.limiter.policy import CALL_USE
 
-# A rate is measured over this time at most and at least; it counts alone from the third on.
+# The longest and shortest time over which a speed is measured; from the third on, the measurement
+# alone counts.
 MEASURED_MS, LEAST_MEASURED_MS, TRUSTED_MS = 30_000, 3_000, 20_000
-_UNITS = 100_000  # of virtual time in a ms of use by a tenant of weight 1
+_UNITS = 100_000  # units of virtual time for one ms of use by a tenant of weight 1
 _DAY_MS = 86_400_000
-# So many admissions are looked at one by one, some ms of work.
+# The most admissions that are simulated one by one, which takes some ms.
 _MOST_SIMULATED = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class WaitEstimate:
-    """How long the next admission of a waiter takes, about.
+    """An estimate of the time to a waiter's admission.
 
-    wait_ms: None where nothing is known. ahead: calls of all tenants that come before, about.
-    rate_per_s: how many calls a second the limit has admitted lately, or admits by the time that
-    its calls take; None of rates. is_certain: the time is that of a window, a quota or a pause, and
-    not an estimate from the time that calls take.
+    wait_ms: None if unknown. ahead: the approximate number of calls of all tenants that come
+    before. rate_per_s: how many calls a second the limit has admitted recently, or admits by the
+    duration of its calls; None for rates. is_certain: the time follows from a window, a quota or a
+    pause, not from the duration of calls.
     """
 
     wait_ms: int | None
@@ -41,9 +42,12 @@ class WaitEstimate:
 
 
 class Rival(NamedTuple):
-    """Another tenant of the same band: where its next call starts in virtual time, its weight, how
-    many calls it has waiting, whether it comes first where both start together, and what each of
-    its first calls takes of a rate."""
+    """Another tenant of the same band.
+
+    tag: the virtual start of its next call. weight: its weight. waiting: its waiting calls.
+    is_first: whether it precedes at equal starts. amounts: what each of its first calls takes of a
+    rate.
+    """
 
     tag: int
     weight: int
@@ -54,17 +58,16 @@ class Rival(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WaitingLine:
-    """The waiters of one tenant and band at a limit, and what decides when they are admitted.
+    """The waiters of one tenant and band at a limit, and what decides their admission.
 
-    Virtual time is that of start-time fair queueing (`lua/lib/queues.lua`): `tag` is where the
-    tenant's next call starts, `virtual` where the band is. samples: (ms, virtual time, cost_ms) of
-    the time in which calls have waited without a break. above: calls that wait in higher bands.
-    free: when a rate gets back how much. even, pace: of a smoothed rate, in microseconds; of one
-    that refills (sort `b`) when all has refilled, and its window. amount:
-    what a call takes on average; amounts: what each of the first calls takes, of those before the
-    one that is asked about. width: of the buckets in which a rate is counted, 0 where each
-    admission is. use: what shares count of a call, 0 where that is the time that it takes. share:
-    the least of the band in what the limit gives, in thousandths.
+    Virtual time is that of start-time fair queueing (`lua/lib/queues.lua`): `tag` is the start of
+    the tenant's next call, `virtual` the time of the band. samples: (ms, virtual time, cost_ms)
+    while calls have waited without interruption. above: calls waiting in higher bands. free: when a
+    rate gets back how much. even, pace: of a smoothed rate, in microseconds; for a bucket (sort
+    `b`) when it is full again, and its window. amount: the average that a call takes. amounts: what
+    each of the first calls before this one takes. width: of the buckets in which a rate is counted,
+    0 if each admission is logged. use: what a call counts in shares, 0 if that is its duration.
+    share: the band's least share of what the limit gives, in thousandths.
     """
 
     now_ms: int
@@ -90,8 +93,11 @@ class WaitingLine:
     use: int = 0
 
     def estimate(self, ahead: int, cost_ms: float = 0, amount: int | None = None) -> WaitEstimate:
-        """For a call with `ahead` calls of its own tenant before it. cost_ms: how long calls take,
-        where the limit does not know; amount: what it takes of a rate."""
+        """Return an estimate for a call with `ahead` calls of its own tenant before it.
+
+        cost_ms: the duration of calls, if the limit has none on record. amount: what the call takes
+        of a rate.
+        """
         if self.sort != "c":
             return self._of_rate(ahead, cost_ms, self.amount if amount is None else amount)
         usual_ms = self._usual_ms() or cost_ms
@@ -116,7 +122,10 @@ class WaitingLine:
         return WaitEstimate(round(self._with_pause(waits_ms, usual_ms)), before, rate)
 
     def _behind_others(self, before: int, usual_ms: float) -> WaitEstimate:
-        """Behind higher bands, not measured yet: after them, or by the band's least share."""
+        """Return an estimate behind higher bands without a measurement.
+
+        The call comes after them, or sooner by the band's least share.
+        """
         rate = self.bound * 1000 / usual_ms
         first = before + self.above + 1
         slots = min(first, (before + 1) * 1000 / self.share) if self.share else first
@@ -125,25 +134,29 @@ class WaitingLine:
         return WaitEstimate(round(total_ms), before + self.above, rate)
 
     def _with_pause(self, wait_ms: float, usual_ms: float) -> float:
-        """A wait goes on after a pause, within which calls that are open end."""
+        """Return a wait that continues after a pause, during which open calls end."""
         return self.paused_ms + max(0.0, wait_ms - min(usual_ms, self.paused_ms))
 
     def _least(self, speed: float) -> float:
-        """What a band's least share is, of the speed that it would have alone. Of calls that cost
-        more or less than others' it is not known how fast virtual time goes by them."""
+        """Return the part of `speed`, the band's speed if alone, that its least share guarantees.
+
+        0 if unknown: among rivals whose calls cost more or less, virtual time has no known pace.
+        """
         is_by_cost = self.use not in (0, CALL_USE)
         if not self.above or (is_by_cost and self.rivals):
             return 0.0
         return speed * self.share / 1000
 
     def _usual_ms(self) -> float:
-        """How long calls take: the mean over the samples moves less than the last value."""
+        """Return the duration of calls: the mean over the samples, which varies less than the
+        last.
+        """
         recent = [cost for at, _, cost in self.samples if self.now_ms - at <= 2 * MEASURED_MS]
         known = [cost for cost in recent if cost > 0]
         return sum(known) / len(known) if known else self.cost_ms
 
     def _speed(self, longest_ms: float) -> tuple[float, float] | None:
-        """Virtual time per ms of late, and over how many ms; None where it was not measured."""
+        """Return the recent virtual time per ms, and over how many ms; None if not measured."""
         aged = ((self.now_ms - at, virtual) for at, virtual, _ in self.samples)
         usable = [one for one in aged if LEAST_MEASURED_MS <= one[0] <= longest_ms]
         if not usable:
@@ -152,8 +165,10 @@ class WaitingLine:
         return ((self.virtual - virtual) / age_ms, age_ms) if self.virtual > virtual else None
 
     def _before(self, distance: float, rival: Rival, use: float) -> int:
-        """How many calls of another tenant are admitted before ours. One that has several waiting
-        goes on asking; a single call may have been the only one."""
+        """Return how many calls of another tenant are admitted before ours.
+
+        A tenant with several waiting calls is assumed to continue; a single one may be its only.
+        """
         gap = distance - (rival.tag - self.virtual)
         if gap < 0 or not rival.waiting:
             return 0
@@ -163,7 +178,7 @@ class WaitingLine:
         return min(count, rival.waiting) if rival.waiting == 1 else count
 
     def _of_rate(self, ahead: int, cost_ms: float, amount: int) -> WaitEstimate:
-        """By the window, the pace and the reset of a rate or a day quota."""
+        """Return an estimate by the window, pace and reset of a rate or day quota."""
         is_certain = not self.rivals and not self.above
         if self.above or self.bound <= 0 or ahead > _MOST_SIMULATED:
             use = self.use or self._usual_ms() or cost_ms
@@ -176,7 +191,7 @@ class WaitingLine:
         return WaitEstimate(round(max(0.0, wait_ms, self.paused_ms)), before, None, is_certain)
 
     def _by_total(self, before: int, amount: int) -> float:
-        """Where the order of the calls before is not known: when there is room for all of them."""
+        """Return when there is room for all calls before, if their order is unknown."""
         total = before * self.amount + amount
         if self.above and self.share:
             total = min(total, round((total - self.above * self.amount) * 1000 / self.share))
@@ -187,8 +202,11 @@ class WaitingLine:
         return at
 
     def _window_ms(self, total: int) -> float:
-        """When so much more fits. What is admitted into a part of the window that became free
-        becomes free again a window later. A rate that refills is an even flow, see `pace`."""
+        """Return the time until `total` more fits.
+
+        What is admitted into a freed part of the window is freed again a window later. A bucket is
+        an even flow: see `pace`.
+        """
         if self.sort == "b":
             return 0.0
         if self.bound <= 0:
@@ -203,13 +221,15 @@ class WaitingLine:
             over -= amount
             if over <= 0:
                 return at - self.now_ms + windows * self.span
-        # The rest was free before: it is spent now, and becomes free a window from now.
+        # The rest was free already: it is spent now, and freed a window from now.
         return (windows + 1) * self.span
 
 
 @dataclass(slots=True)
 class _TenantCalls:
-    """Calls of one tenant in a `_RateQueue`. goes_on: each one that ends is followed by another."""
+    """Calls of one tenant in a `_RateQueue`. goes_on: each call that ends is followed by
+    another.
+    """
 
     tag: float
     step: float
@@ -220,18 +240,18 @@ class _TenantCalls:
     goes_on: bool
 
     def take(self) -> int:
-        """The amount of its next call, which it has no more."""
+        """Remove its next call, and return its amount."""
         self.waiting -= 1
         self.tag += self.step
         return self.amounts.popleft() if self.amounts else self.usual
 
 
 class _RateQueue:
-    """Admissions of a rate from now until a call's own, one by one.
+    """A simulation of the admissions of a rate, one by one, up to a call's own.
 
-    Room comes back in steps as large as a burst: a call that is one place too late waits for
-    another window, so that no average tells its time. A tenant with several calls waiting asks
-    again when one has ended; what calls really last moves later turns a little.
+    Capacity returns in steps as large as a burst: a call one place too late waits for another
+    window, which no average shows. A tenant with several waiting calls makes another when one has
+    ended; actual durations of calls shift later turns a little.
     """
 
     def __init__(self, line: WaitingLine, ahead: int, cost_ms: float, amount: int) -> None:
@@ -256,7 +276,7 @@ class _RateQueue:
         return _TenantCalls(rival.tag, step, order, rival.waiting, amounts, usual, goes_on)
 
     def run(self) -> tuple[float, int]:
-        """The time to the call's admission, and how many come before it."""
+        """Return the time to the call's admission, and how many calls come before it."""
         line, virtual, count = self._line, float(self._line.virtual), 0
         at = float(line.now_ms + line.paused_ms)
         turns = [(one.tag, one.order, n) for n, one in enumerate(self._queues) if one.waiting]
@@ -296,7 +316,7 @@ class _RateQueue:
         queue.waiting += 1
 
     def _room_at(self, at: float, amount: int) -> float:
-        """When there may be room: at `at`, or when some more is free."""
+        """Return when there may be room: at `at`, or when more is free."""
         while self._free and self._free[0][0] <= at:
             self._used -= self._free.popleft()[1]
         if self._line.pace > 0:
@@ -321,6 +341,6 @@ class _RateQueue:
 
 
 def read_line(values: list[Any]) -> WaitingLine:
-    """The line in an answer of `position`."""
+    """Return the line in a reply of `position`."""
     line = WaitingLine(*values[:21])
     return replace(line, rivals=[Rival(*row[:5]) for row in line.rivals])

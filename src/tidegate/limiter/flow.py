@@ -1,6 +1,6 @@
 """Flows of a process: their waiters and permits, and the fields of a request. Pure.
 
-A flow is a band, a tenant and a set of limits: its waiters are interchangeable but for their
+A flow is a band, a tenant and a set of limits: its waiters are interchangeable except for their
 deadlines.
 """
 
@@ -40,41 +40,45 @@ from tidegate.limiter.policy import (
 )
 
 _UNKNOWN = CallUse()
-# What a call is taken to last before the first one of its flow has ended.
+# Assumed duration of a call before the first one of its flow has ended.
 FIRST_COST_MS = 1000.0
 _LEARN = 1 / 8
-# Of virtual time in a ms (or a micro-dollar) of use by a tenant of weight 1.
+# Units of virtual time for one ms (or micro-dollar) of use by a tenant of weight 1.
 VIRTUAL_UNITS = 100_000
-# A call without a deadline is due so long after it came.
+# A call without a deadline is due this long after it came.
 DUE_AFTER_MS = 600_000
 
 
 def flow_of(band: int, tenant: str, limits: tuple[str, ...]) -> str:
-    """The name of a flow; `band` counts from 1, the highest."""
+    """Return the name of a flow; `band` counts from 1, the highest."""
     return f"{band}|{tenant}|{' '.join(limits)}"
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class Flow:
-    """See the module. Read from the policy by `refresh`:
+    """A flow: its waiters, its permits and what is known of its calls.
 
-    quotas: (limit, zone). rates: whether any limit is more than a concurrency. sized: whether calls
-    differ in what they take of any. by_latency: whether any adapts by latency. plain: whether its
+    Set from the policy by `refresh`:
+
+    quotas: (limit, zone). rates: whether any limit is not a concurrency limit. sized: whether calls
+    take different amounts of any. by_latency: whether any adapts by latency. plain: whether its
     permits may be passed on in the process. slack_ms: how much later than admitted its calls may be
-    sent. firm: limits that get nothing back when calls end, where the server does not know.
-    unnamed: the first limit that the policy does not name. fair_by: what shares are measured in.
+    sent. firm: limits that get nothing back when calls end, unless the server knows that itself.
+    unnamed: the first limit that is not in the policy. fair_by: the measure of shares.
 
-    Learned from calls and replies: cost_ms, how long its calls last; cost, what they cost in
-    micro-dollars, where shares are in that; rest_ms, what was rounded off the last one; held_up_by,
-    the limit that it waits for, of which so much is `used`; room_at_ms, when there is room for its
-    first waiter, 0 while not known; hint, which permits may be passed on to it.
+    Learned from calls and replies:
+
+    cost_ms: the duration of its calls. cost: their cost in micro-dollars, if shares are in cost.
+    rest_ms: the rounding error of the last duration. held_up_by: the limit that it waits for, of
+    which `used` is used. room_at_ms: when there is room for its first waiter, 0 if unknown. hint:
+    which permits may be passed on to it.
     """
 
     band: int
     tenant: str
     limits: tuple[str, ...]
     key: str = field(init=False)
-    # Permits may be passed on between flows of one lane and band.
+    # Permits may be passed on between flows of the same lane.
     lane: tuple[int, tuple[str, ...]] = field(init=False)
     waiting: dict[int, Waiter] = field(default_factory=dict)
     held: int = 0
@@ -107,8 +111,11 @@ class Flow:
         return f"<Flow {self.key} waiting={len(self.waiting)} held={self.held}>"
 
     def refresh(self, policy: PoolPolicy, pool: str = "") -> None:
-        """Read what the policy says. Raises DemandImpossible for a limit that admits no call, and
-        ConfigError for a name that a tenant can't have."""
+        """Read the policy.
+
+        Raises DemandImpossible for a limit that admits no call, and ConfigError for an invalid
+        tenant name.
+        """
         if not isinstance(self.tenant, str) or not TENANT_NAME.fullmatch(self.tenant):
             check_tenant(self.tenant)
         rules: list[Limit] = []
@@ -149,11 +156,11 @@ class Flow:
         self.revision = policy.revision
 
     def amounts(self, demand: Demand) -> str:
-        """What one call takes of each limit, as the wire says it: empty where it is 1 of each.
+        """Return what one call takes of each limit, in the wire format: "" for 1 of each.
 
-        Clamped to what a rate can ever give, in shadow to what the greatest could: clients name
-        their bounds, and Lua counts exactly up to 2^53. Raises ValueError where a limit counts
-        something and the demand does not say how much, TypeError where that is no whole number, and
+        Amounts are clamped to the bound of the limit, in shadow mode to the largest possible bound:
+        clients choose their bounds, and Lua counts exactly only up to 2^53. Raises ValueError if a
+        limit counts something that the demand does not state, TypeError if that is not whole, and
         DemandImpossible for more tokens than may ever be in flight.
         """
         if not self.sized:
@@ -175,18 +182,21 @@ class Flow:
         return ",".join(parts)
 
     def check_amounts(self, amounts: str) -> None:
-        """Raises DemandImpossible where a ticket takes more than may ever be in flight."""
+        """Raise DemandImpossible if a ticket takes more than may ever be in flight."""
         for name, limit, amount in self.taken(amounts):
             if isinstance(limit, Concurrency):
                 _check_in_flight(name, limit, amount)
 
     def amount_under(self, name: str, amounts: str) -> int:
-        """What a ticket takes of a limit."""
+        """Return what a ticket takes of a limit."""
         return next((amount for one, _, amount in self.taken(amounts) if one == name), 1)
 
     def taken(self, amounts: str) -> list[tuple[str, Limit, int]]:
-        """What a ticket takes of each limit. Asked for before its limits counted so, it may say
-        nothing of amounts, or more: 1 of each, as the server takes it."""
+        """Return what a ticket takes of each limit.
+
+        A ticket from before a change of the policy may have no amounts, or amounts where the limits
+        now count calls: it takes 1 of each then, as on the server.
+        """
         said = [int(amount) for amount in amounts.split(",")] if amounts else [1] * len(self.rules)
         return [
             (name, limit, 1 if isinstance(limit, Concurrency) and not limit.by_tokens else amount)
@@ -194,8 +204,9 @@ class Flow:
         ]
 
     def actual(self, used: CallUse) -> str:
-        """What a call really used, `-` where it is not known or is not settled: empty where
-        nothing is to be said."""
+        """Return what a call used, `-` where unknown or not settled; "" if there is nothing to
+        say.
+        """
         if not self.rates or used == _UNKNOWN:
             return ""
         parts = []
@@ -207,15 +218,17 @@ class Flow:
         return ",".join(parts)
 
     def first_of(self, used: CallUse) -> tuple[int, int] | None:
-        """The time to the first token of a call that ended, and the tokens that had to be read for
-        it; None where the time is not known or no limit adapts by it."""
+        """Return the time to a call's first token, and the tokens that had to be read for it.
+
+        None if the time is unknown or no limit adapts by it.
+        """
         if not self.by_latency or used.first_ms is None:
             return None
         tokens = used.tokens or Tokens()
         return max(1, round(used.first_ms)), max(0, tokens.input - tokens.cached)
 
     def spends(self, amounts: str) -> Mapping[str, int]:
-        """What an admission takes of the limits that are not concurrencies."""
+        """Return what an admission takes of the limits that are not concurrency limits."""
         if not self.rates:
             return {}
         taken = self.taken(amounts)
@@ -223,13 +236,13 @@ class Flow:
 
     @property
     def usual_use(self) -> int:
-        """What one of its calls will probably use, in what shares are measured in."""
+        """The probable use of one of its calls, in the measure of shares."""
         if self.fair_by == "seconds":
             return round(self.cost_ms)
         return CALL_USE if self.fair_by == "calls" else round(self.cost)
 
     def use_of(self, demand: Demand) -> int:
-        """What a call will probably use."""
+        """Return the probable use of a call."""
         if self.fair_by == "cost":
             use = use_by_cost(demand) or UNKNOWN_USE
             self.cost += (use - self.cost) * _LEARN
@@ -237,46 +250,48 @@ class Flow:
         return self.usual_use
 
     def cost_of(self, used: CallUse) -> int | None:
-        """What a call cost, where shares are measured in that; None where it is not known."""
+        """Return the cost of a call, if shares are measured in it; None if unknown."""
         return use_by_cost(used) if self.fair_by == "cost" else None
 
     def learn(self, took_ms: float) -> None:
-        """A call of this flow lasted so long."""
+        """Update the duration of calls by one that took `took_ms`."""
         if self.cost_ms == FIRST_COST_MS:
             self.cost_ms = max(1.0, took_ms)
         else:
             self.cost_ms += (max(1.0, took_ms) - self.cost_ms) * _LEARN
 
     def whole_ms(self, took_ms: float) -> int:
-        """How long a call lasted, in whole ms: what is rounded off counts for the next one."""
+        """Return a duration in whole ms; the rounding error is carried over to the next one."""
         exact_ms = took_ms + self.rest_ms
         whole_ms = max(1, round(exact_ms))
         self.rest_ms = max(-1.0, exact_ms - whole_ms)
         return whole_ms
 
     def first(self) -> Waiter | None:
-        """The first waiter whose task has not been cancelled in this very moment."""
+        """Return the first waiter whose task is not being cancelled at this moment."""
         for waiter in self.waiting.values():
             if not waiter.future.done():
                 return waiter
         return None
 
     def first_due(self) -> Waiter | None:
-        """As `first`, by deadline, where the server says nothing of the order."""
+        """Return the first waiter by deadline, for use without an order from the server."""
         if not self.dues:
             return self.first()
         waiting = (one for one in self.waiting.values() if not one.future.done())
         return min(waiting, key=lambda one: one.due_at_ms, default=None)
 
     def next_ones(self, most: int) -> Iterable[Waiter]:
-        """The first waiters, as the server has stamped them."""
+        """Return the first waiters in the order of the server's stamps."""
         waiting = self.waiting.values()
         return nsmallest(most, waiting, key=_stamp_of) if self.dues else islice(waiting, most)
 
     def next_by_hint(self) -> tuple[float, Waiter | None] | None:
-        """The virtual start of the first waiter, and the waiter if a permit of ours may admit it:
-        not one that comes too late for that. None where there is no hint, or the place of the
-        waiter is not known yet: its tenant keeps its own, and is asked again when it is."""
+        """Return the virtual start of the first waiter, and the waiter if the hint allows it.
+
+        None without a hint, or if the waiter has no stamp yet; no permit is then passed to the
+        flow.
+        """
         hint = self.hint
         waiter = None if hint is None else self.first()
         if hint is None or waiter is None or waiter.stamp == 0:
@@ -287,11 +302,13 @@ class Flow:
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """A ticket in the queue. `use` is what it will probably use; `deadline_ms` and `asked_ms` are
-    of the lease's clock; `member` is the ticket as the server keeps it; `stamp` its place there, 0
-    while unknown. `once`: it takes the first answer for its last. `by_estimate`: it is refused
-    early where an estimate says that it would not be admitted before its deadline, by a clear
-    margin. `due`: its deadline puts it before others of its tenant."""
+    """A ticket in the queue.
+
+    use: its probable use. deadline_ms, asked_ms: by the lease's clock. member: the ticket as the
+    server stores it. stamp: its place there, 0 while unknown. once: it takes the first answer as
+    final. by_estimate: it is refused early if an estimate says by a clear margin that it would not
+    be admitted before its deadline. due: its deadline puts it before others of its tenant.
+    """
 
     ticket: int
     flow: Flow
@@ -309,7 +326,7 @@ class Waiter:
 
     @property
     def due_at_ms(self) -> float:
-        """Waiters of a flow go in this order."""
+        """The sort key of a flow's waiters."""
         return self.deadline_ms if self.due else self.asked_ms + DUE_AFTER_MS
 
     @property
@@ -330,9 +347,12 @@ def _stamp_of(waiter: Waiter) -> float:
 
 @dataclass(slots=True, eq=False)
 class Holding:
-    """A permit in use. `use` is what it will probably use, 0 if that was measured in something
-    else than shares are now. `amounts`: what it takes of each limit, empty for 1. `admitted_ms` is
-    when the server admitted it, at the earliest; `on_fence` cancels the body that uses it."""
+    """A permit in use.
+
+    use: its probable use, 0 if that is in another measure than shares are now. amounts: what it
+    takes of each limit, "" for 1. admitted_ms: when the server admitted it, at the earliest.
+    on_fence: cancels the body that uses it.
+    """
 
     ticket: int
     flow: Flow
@@ -353,9 +373,12 @@ class Holding:
 
 @dataclass(slots=True)
 class Release:
-    """A permit released. `use` is what the call cost, where shares are measured in that and it is
-    known; `first`: the time to its first token, and the tokens that had to be read, where a limit
-    adapts by that. `sent` once it has been in a batch, which may have arrived."""
+    """A released permit.
+
+    use: the cost of the call, if known and the measure of shares. first: the time to its first
+    token, and the tokens that had to be read, if a limit adapts by it. sent: it has been in a
+    batch, which may have arrived.
+    """
 
     ticket: int
     flow: Flow
@@ -369,11 +392,13 @@ class Release:
     first: tuple[int, int] | None = None
 
 
-# Not frozen, as all else of its kind: each call would pay for that.
+# Not frozen, unlike similar classes: one is created per call, and frozen ones cost more.
 @dataclass(slots=True)
 class Transfer:
-    """A permit passed on inside the process: what the server counts under `source` is `heir`'s.
-    The call before ended by `outcome` after `took_ms`, and used `use`. Nobody changes it."""
+    """A permit passed on inside the process: from the ticket `source` to `heir`. Never changed.
+
+    The call before ended by `outcome` after `took_ms`, and used `use`.
+    """
 
     source: int
     heir: Holding
@@ -385,7 +410,7 @@ class Transfer:
 
 @dataclass(slots=True)
 class MessageBatch:
-    """What one call of the script carries; kept until it is known to have arrived."""
+    """The messages of one call of the script, kept until they are known to have arrived."""
 
     joining: bool = False
     held: list[Holding] = field(default_factory=list)
@@ -400,27 +425,29 @@ class MessageBatch:
         return said + len(self.cancels) + len(self.enqueues)
 
     def uses(self) -> list[tuple[int, int]]:
-        """What the calls that ended cost, as far as that is known."""
+        """Return the known costs of the calls that ended."""
         passed = [(one.source, one.use) for one in self.transfers if one.use is not None]
         return passed + [(one.ticket, one.use) for one in self.releases if one.use is not None]
 
     def firsts(self) -> list[tuple[int, int, int]]:
-        """Times to first tokens of the calls that ended, as far as they are known."""
+        """Return the known times to first tokens of the calls that ended."""
         return [(one.ticket, *one.first) for one in self.releases if one.first is not None]
 
     def dues(self, at_ms: float) -> list[int]:
-        """By enqueue, for how long it is to its deadline, 0 without one; nothing where all are."""
+        """Return the time to each enqueue's deadline, 0 without one; empty if all are 0."""
         dues = [max(1, ceil(w.deadline_ms - at_ms)) if w.due else 0 for w in self.enqueues]
         return dues if any(dues) else []
 
     def stamps(self) -> list[float]:
-        """By enqueue, the place that it had before the session joined again, 0 for none."""
+        """Return each enqueue's stamp from before the session joined again; empty if all are 0."""
         stamps = [w.stamp for w in self.enqueues]
         return stamps if any(stamps) else []
 
     def lefts(self, at_ms: float, *, pauses: bool) -> list[int]:
-        """By enqueue, for how long it may wait, where time alone may keep it from its turn, or an
-        estimate may refuse it, which is not to where it is negative; nothing where all are 0."""
+        """Return how long each enqueue may wait; empty if all are 0.
+
+        Set if time alone may delay its turn, or if an estimate may refuse it; negative if none may.
+        """
         lefts = [
             max(1, ceil(w.deadline_ms - at_ms)) * (1 if w.by_estimate else -1)
             if (w.flow.rates or pauses or w.by_estimate) and w.deadline_ms != inf and not w.once

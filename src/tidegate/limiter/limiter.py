@@ -1,7 +1,7 @@
 """Limiter: permits of a pool that all processes share through Valkey.
 
-Owns the tasks, the thread and the three connections of one process in one pool. Errors:
-LimiterUnavailable if Valkey does not answer within a third of the lease.
+It owns the tasks, the thread and the three connections of one process in one pool. Its methods
+raise LimiterUnavailable if Valkey does not answer within a third of the lease.
 
 Invariants: an admitted call is counted in the pool until its body ends; every waiter gets a
 permit or an error, once; a permit is returned without an await.
@@ -71,7 +71,7 @@ from tidegate.limiter.views import (
 )
 
 RAMP_MS = 10_000
-# For how long the server knows a request of an operator again: longer than its repeat may take.
+# How long the server remembers an operator's request: longer than a repeat may take.
 KEEP_ONCE_MS = 1_000
 
 
@@ -99,10 +99,9 @@ class AcquireOptions(AttemptOptions, total=False):
 class LimiterOptions(TypedDict, total=False):
     """The keywords of `Limiter.from_url`.
 
-    policy: or a mapping of limits. instance_id: only names the process for people; every start is
-        a new session, which takes over nothing of an earlier one. on_conflict: what is done where
-        the pool has another policy in force. clock: for tests.
-    """
+    policy: or a mapping of limits. instance_id: a name of the process for people; every start is
+        a new session, which inherits nothing from an earlier one. on_conflict: what happens if
+        the pool has another policy in force. clock: for tests."""
 
     pool: str
     policy: Required[PoolPolicy | Mapping[str, int | Limit]]
@@ -115,12 +114,11 @@ class LimiterOptions(TypedDict, total=False):
 def limited(
     limiter: Limiter, *limits: str, **options: Unpack[AcquireOptions]
 ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
-    """Decorate a coroutine function: each call of it waits for a permit and runs while it holds it.
+    """Decorate a coroutine function: each call waits for a permit and runs while it holds one.
 
-    Takes what `Limiter.acquire` takes; its errors leave the call, and when the permit is lost the
+    Takes the options of `Limiter.acquire`, whose errors the call raises. If the permit is lost, the
     function is cancelled and the call raises LeaseLost. Raises TypeError for anything but a
-    coroutine function: what a plain function or a generator returns would outlive the permit.
-    """
+    coroutine function: the result of a plain function or a generator would outlive the permit."""
 
     def decorate(
         function: Callable[P, Coroutine[Any, Any, R]],
@@ -140,7 +138,7 @@ def limited(
 
 
 def check_names(limits: tuple[object, ...]) -> None:
-    """Raises TypeError for a decorator that was written without its limits."""
+    """Raise TypeError for a decorator without limits."""
     if not limits or callable(limits[0]):
         raise TypeError('name the limits: @limiter.limited("openai", timeout=30)')
 
@@ -149,8 +147,7 @@ logger = logging.getLogger("tidegate.limiter")
 
 
 def deadline_of(timeout: float | timedelta | None, deadline_ms: int | None) -> int | None:
-    """The deadline of a call in ms, from seconds or a `timedelta`, or as it is given; `inf` is
-    none."""
+    """Return a deadline in ms, from seconds, a `timedelta` or ms; None for `inf`."""
     if timeout is None:
         is_usual = deadline_ms is None or type(deadline_ms) is int
         return deadline_ms if is_usual else whole_ms("deadline_ms", deadline_ms or 0)
@@ -174,7 +171,7 @@ def _unavailable() -> Iterator[None]:
 
 
 def guarded(observer: Observer) -> Observer:
-    """An observer whose faults are logged: a permit or a wait must not be lost by one."""
+    """Return an observer whose errors are logged, so that they cost no permit and no wait."""
     if type(observer) is Observer:
         return observer
     made = Observer()
@@ -187,20 +184,20 @@ def _logged(call: Callable[..., None]) -> Callable[..., None]:
     def report(*args: object) -> None:
         try:
             call(*args)
-        except Exception:  # a user's code, on which no permit may depend
+        except Exception:  # the user's code must not affect permits
             logger.exception("limiter: an observer failed")
 
     return report
 
 
 MAX_WAITERS = 100_000
-# With `reap_closed_ms`: how often a process looks whose connection is closed, at most.
+# With `reap_closed_ms`: the shortest interval at which a process looks for closed connections.
 MIN_LOOK_MS = 25
 # How long a closing limiter waits for bodies that it has cancelled.
 CLOSE_BODIES_S = 1.0
-# How long it tries to tell the server, so that nothing waits for its lease: at least.
+# How long it tries at least to end the session, so that no waiter waits for its lease.
 GOODBYE_S = 1.0
-# How often the pool is looked at while a new policy reaches its processes.
+# How often the pool is inspected while a new policy reaches its processes.
 _KNOWN_FIRST_S, _KNOWN_EVERY_S = 0.05, 0.5
 
 
@@ -249,8 +246,8 @@ class Limiter:
 
     @classmethod
     def from_url(cls, url: str, **options: Unpack[LimiterOptions]) -> Self:
-        """A limiter of `pool` at `url` (`redis://`, `rediss://` or `unix://`), or in the memory of
-        this process alone, for unit tests (`memory://`)."""
+        """Return a limiter of `pool` at `url` (`redis://`, `rediss://` or `unix://`), or in the
+        memory of this process alone, for unit tests (`memory://`)."""
         return cls(url, **options)
 
     def __repr__(self) -> str:
@@ -263,8 +260,8 @@ class Limiter:
 
     @property
     def epoch(self) -> int:
-        """Of the pool, as far as this process knows: a higher one begins when Valkey has lost its
-        data. 0 before the pool has answered."""
+        """The pool's epoch as known here, 0 before the pool has answered: a new one begins each
+        time Valkey has lost its data."""
         return self._session.lease.identity.epoch
 
     @property
@@ -291,17 +288,16 @@ class Limiter:
         """Never reached: without it Python would not call `__enter__`."""
 
     async def start(self) -> None:
-        """Enter the pool. Starts in the state `away` when Valkey does not answer.
+        """Join the pool. Starts in the state `away` if Valkey does not answer.
 
-        Raises PolicyConflict, and ConfigError for a server that may evict our keys, or a pool
-        that a process of another layout uses; RuntimeError where it was started or closed before.
-        """
+        Raises PolicyConflict; ConfigError for a server that may evict our keys, or a pool in use by
+        another layout; RuntimeError if the limiter was started or closed before."""
         if self._issuer.loop is not None or self._issuer.closing:
             raise RuntimeError("a Limiter is opened once: make another one")
         loop = self._issuer.loop = asyncio.get_running_loop()
         exchanges, session = self._exchanges, self._session
         if os.getpid() != self._made_in_pid:
-            session.sid = token_hex(8)  # others that were forked from the same one have theirs
+            session.sid = token_hex(8)  # forks of one process would share theirs
         self._heartbeat = Heartbeat(
             self._url,
             session.sid,
@@ -342,13 +338,13 @@ class Limiter:
             raise session.fatal
 
     async def _pulse(self) -> None:
-        """Shows the heartbeat that the loop lives, compares all with Valkey, watches the lease."""
+        """Signal the heartbeat that the loop runs, compare with Valkey, and watch the lease."""
         lease, compared_ms = self._session.lease, self._clock.now_ms()
         while True:
             every_ms = lease.lease_ms / 3
             if self.policy.reap_closed_ms:
                 every_ms = min(every_ms, max(MIN_LOOK_MS, self.policy.reap_closed_ms / 4))
-            # With nothing to fence or to admit there is no lapse to see before the next comparison.
+            # If idle there is nothing to fence or admit, so no lapse to detect between comparisons.
             steps = 1 if self._is_idle() and self.state == "up" else 4
             await self._clock.sleep(min(lease.lease_ms / (3 * steps), every_ms) / 1000)
             if self._heartbeat is not None:
@@ -377,17 +373,18 @@ class Limiter:
         Entering waits for all of `limits` together, at most `timeout` seconds, or `deadline_ms`,
         and confirms the permit; leaving releases it without a round trip. With 0 or less it takes
         what is free in the server's next answer, and waits for no other call. `tenant` is whose
-        share it is; `priority` the name of a band; `tokens` and `images` an estimate for limits
-        that count them. `hard_ms` is the longest that the call can last: with `on_expiry = "hold"`
-        the permit of a dead process counts for that long (10 minutes if not given).
+        share the call counts in; `priority` the name of a band; `tokens` and `images` an estimate
+        for limits that count them. `hard_ms` is the longest that the call can last: with
+        `on_expiry = "hold"` a dead process's permit counts for that long (10 minutes by default).
 
-        Raises on entering: DeadlineExceeded, LimiterUnavailable (Valkey is away at the deadline),
-        DemandImpossible (an unknown limit, or one of 0), QueueFull, ShuttingDown; ConfigError for
-        an unknown priority or a tenant's name that can't be one; ValueError for a limit of tokens
-        without `tokens`. Cancelling the wait takes the ticket out; a permit that was granted in
-        that moment is returned.
-        Raises on leaving: LeaseLost, when the session was lost while the body ran; the body is
-        cancelled then.
+        Raises on entering: DeadlineExceeded, LimiterUnavailable (Valkey unavailable at the
+        deadline), DemandImpossible (an unknown limit, or one of 0), QueueFull, ShuttingDown;
+        ConfigError for an unknown priority or an invalid tenant name; ValueError for a limit of
+        tokens without `tokens`. Cancelling the wait removes the ticket; a permit granted at that
+        moment is returned.
+
+        Raises on leaving: LeaseLost, if the session was lost while the body ran, which is then
+        cancelled.
         """
         wanted, hard_ms = None if tokens is None else tokens_of(tokens), hard_ms or DEFAULT_HARD_MS
         within_ms = deadline_of(timeout, deadline_ms)
@@ -397,8 +394,7 @@ class Limiter:
         return Acquisition(self._issuer, demand, True)
 
     def acquire_for(self, demand: Demand) -> Acquisition:
-        """As `acquire`, for a demand that is there already, and whose permit is confirmed by its
-        user."""
+        """Return an acquisition for an existing demand; its user confirms the permit."""
         return Acquisition(self._issuer, demand)
 
     def try_acquire(
@@ -410,17 +406,17 @@ class Limiter:
         images: int = 0,
         hard_ms: int | None = None,
     ) -> TryAcquisition:
-        """`async with limiter.try_acquire("kind:x") as permit:` where `permit` is None if it can't
-        be had now, which takes no longer than the server's next answer: also while Valkey is
-        away, and where the queue is full. Otherwise as `acquire`."""
+        """`async with limiter.try_acquire("kind:x") as permit:` where `permit` is None if none is
+        available now, also while Valkey is unavailable and if the queue is full. It waits only for
+        the server's next answer. Otherwise as `acquire`."""
         wanted = None if tokens is None else tokens_of(tokens)
         bound_ms = hard_ms or DEFAULT_HARD_MS
         demand = Demand(limits, tenant, priority, wanted, images, None, bound_ms, once=True)
         return TryAcquisition(Acquisition(self._issuer, self._soon(demand), True))
 
     def try_acquire_for(self, demand: Demand) -> TryAcquisition:
-        """As `try_acquire`, for a demand that is there already: one that takes the first answer,
-        and whose permit is confirmed by its user."""
+        """Return an attempt for an existing demand, which must take the first answer; its user
+        confirms the permit."""
         return TryAcquisition(self.acquire_for(self._soon(demand)))
 
     def _soon(self, demand: Demand) -> Demand:
@@ -432,15 +428,15 @@ class Limiter:
     def limited(
         self, *limits: str, **options: Unpack[AcquireOptions]
     ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Callable[P, Coroutine[Any, Any, R]]]:
-        """A decorator: each call of the coroutine function runs under a permit. Options as
-        `acquire` takes them."""
+        """Return a decorator: each call of the coroutine function runs under a permit. Options
+        as of `acquire`."""
         return limited(self, *limits, **options)
 
-    # -- what can be seen
+    # -- state
 
     @property
     def state(self) -> State:
-        """Whether Valkey answers this process."""
+        """Whether Valkey answers this process: `up`, `away`, or `recovering` after a loss."""
         return self._session.state
 
     @property
@@ -457,7 +453,7 @@ class Limiter:
         return len(self._queue.waiting)
 
     def local_state(self) -> LocalState:
-        """This process's part, without I/O. The cost grows with the limits that are in use here;
+        """Return this process's state, without I/O. The cost grows with the limits in use here;
         `state`, `permits_held` and `waiters` cost nothing."""
         return LocalState(
             state=self._session.state,
@@ -472,11 +468,11 @@ class Limiter:
 
     @property
     def last_error(self) -> str:
-        """Why Valkey was last found to be away."""
+        """Why Valkey was last considered unavailable."""
         return self._session.last_error or "no answer yet"
 
     def local_permits(self, most: int) -> list[LocalPermit]:
-        """The permits of this process, the oldest first, without I/O."""
+        """Return the permits of this process, the oldest first, without I/O."""
         at = self._session.lease.now_ms()
         oldest = islice(self._queue.held.values(), most)  # in the order of their grants
         return [
@@ -492,7 +488,7 @@ class Limiter:
         ]
 
     def local_queues(self, most: int) -> list[LocalQueueView]:
-        """The waiters of this process by flow, the longest queues first, without I/O."""
+        """Return the waiters of this process by flow, the longest queues first, without I/O."""
         at = self._session.lease.now_ms()
         return [
             LocalQueueView(
@@ -506,21 +502,22 @@ class Limiter:
         ]
 
     async def joined(self) -> None:
-        """Return once the pool has answered for the first time; while Valkey is away, wait."""
+        """Return once the pool has answered for the first time; wait while Valkey is
+        unavailable."""
         await self._exchanges.joined.wait()
 
     async def in_force(self) -> None:
-        """Return once Valkey has the policy that was set last, or a newer one; while Valkey is
-        unavailable, wait. Raises ConfigError where that has ended the session."""
+        """Return once Valkey has the policy that was set last, or a newer one; wait while Valkey is
+        unavailable. Raises ConfigError if that has ended the session."""
         await self._exchanges.joined.wait()
         if self._session.fatal is not None:
             raise copy(self._session.fatal)
 
     async def known_everywhere(self) -> None:
-        """Return once every process of the pool knows the policy that was set last, or a newer one,
-        so that a call which is made afterwards is bound by it. One that is paused or cut off is
-        waited for until its lease has ended; one of a version that does not report what it knows
-        is not. Raises as `in_force`, and LimiterUnavailable."""
+        """Return once every process of the pool has the policy that was set last, or a newer
+        one, so that it applies to all later calls. A paused or disconnected process is waited
+        for until its lease ends; one of a version that does not report its revision is not
+        waited for. Raises as `in_force`, and LimiterUnavailable."""
         await self.in_force()
         wait_s = _KNOWN_FIRST_S
         while True:
@@ -531,7 +528,7 @@ class Limiter:
             wait_s = min(2 * wait_s, _KNOWN_EVERY_S)
 
     async def _known_revisions(self) -> list[int]:
-        """The revision of the policy that each living process knows."""
+        """Return the policy revision that each living process has."""
         request, known = {"permits": False, "of": "sessions"}, []
         while True:
             reply = InspectReply.unpack(await self._run("inspect", request))
@@ -545,8 +542,8 @@ class Limiter:
     async def _run(
         self, name: ScriptName, request: dict[str, Any] | bytes, tries: int = 2
     ) -> bytes:
-        """Twice, since the connection may have been closed while it was not used: all that is
-        asked here may be asked again, also where the first reply alone was lost."""
+        """Run a script, twice if the first try fails: an idle connection may have been closed. All
+        requests here may be repeated, even if only the first reply was lost."""
         self._issuer.check_open()
         keys = (self._keys.meta, self._keys.layout)
         deadline_s = self._session.lease.deadline_s()
@@ -559,8 +556,8 @@ class Limiter:
             return await self._link.run(script, keys, packed, deadline_s)
 
     async def _act(self, request: dict[str, Any]) -> int:
-        """Carries the run that we know of: on another server, whose past may be lost, nobody is let
-        in by this."""
+        """Run an operator's request. It carries the server's run as known here, so that no call is
+        admitted by it on another server, whose past may be lost."""
         server = self._link.server
         request = {**request, "run": server.run if server else "", "once": token_hex(8)}
         request["keep_ms"] = 2 * self._session.lease.lease_ms + KEEP_ONCE_MS
@@ -573,10 +570,10 @@ class Limiter:
         limits: Sequence[str] | None = None,
         since_ms: Mapping[str, int] | None = None,
     ) -> Snapshot:
-        """The pool as Valkey sees it; with each permit in use if asked for. With `limits` nothing
-        but what is used of these, which takes no work at the others. A large pool is read in parts,
-        each of its own moment. since_ms: how long ago the time of `LimitView.lately` began, by
-        limit; the part of the window that this moment lies in is counted whole."""
+        """Return the pool as Valkey has it, with each permit in use if `permits`. With `limits`,
+        only the use of these, which is cheap whatever the number of others. A large pool is
+        read in parts, each of its own moment. since_ms: by limit, how long ago the period of
+        `LimitView.lately` began; the bucket that contains this moment is counted whole."""
         run, state = self._inspect, self._session.state
         return await read_pool(run, state, permits=permits, limits=limits, since_ms=since_ms)
 
@@ -584,18 +581,18 @@ class Limiter:
         return await self._run("inspect", request)
 
     async def permits(self) -> tuple[PermitView, ...]:
-        """Every permit in use, by process."""
+        """Return every permit in use, by process."""
         return (await self.snapshot(permits=True)).permits
 
     async def tell(self, note: bytes, keep_ms: int) -> None:
-        """Leave a note for the other processes of the pool, in the place of the last one; it is
-        forgotten after `keep_ms`."""
+        """Leave a note for the other processes of the pool in place of the last one; it expires
+        after `keep_ms`."""
         request = {"note": note, "keep_ms": keep_ms, "most": 0, "claim": ""}
-        # Once: it is sent again soon, and what waits behind it is more urgent.
+        # One try: the note is sent again soon, and requests behind it are more urgent.
         await self._run("notes", request | {"sid": self._session.sid}, tries=1)
 
     async def told(self, most: int) -> dict[str, bytes]:
-        """The notes of the processes of the pool, by session: of `most` of them at most."""
+        """Return the notes of at most `most` processes of the pool, by session."""
         request = {"sid": "", "note": b"", "keep_ms": 0, "most": most, "claim": ""}
         rows = msgpack.unpackb(await self._run("notes", request), raw=True)
         return {sid.decode(): note for sid, note in rows}
@@ -603,34 +600,33 @@ class Limiter:
     async def claim(self, name: str, keep_ms: int) -> bool:
         """Claim a name among the processes of the pool: True for the first one within `keep_ms`."""
         request = {"sid": self._session.sid, "note": b"", "most": 0}
-        # Once: a repeat after a lost reply would find its own claim.
+        # One try: a repeat after a lost reply would find its own claim.
         packed = await self._run("notes", request | {"claim": name, "keep_ms": keep_ms}, tries=1)
         return bool(msgpack.unpackb(packed)[0])
 
     async def place(self, session: str, ticket: int) -> Place | None:
-        """How far from its turn a ticket of a session is; None if it does not wait."""
+        """Return how far a session's ticket is from its admission; None if it does not wait."""
         request = {"sid": session, "ticket": str(ticket), "limit": "", "band": 0, "tenant": ""}
         return read_place(msgpack.unpackb(await self._run("position", request)))
 
     async def place_of(self, tenant: str, limits: Sequence[str], waited_ms: float) -> Place | None:
-        """The place of a call of this process that has waited for these limits for `waited_ms` at
-        most: that of the first such call. None where none waits."""
+        """Return the place of this process's first call that has waited for these limits for at
+        most `waited_ms`, or None."""
         asked_ms = self._session.lease.now_ms() - waited_ms
         waiter = self._queue.first_since(tenant, tuple(limits), asked_ms)
         return None if waiter is None else await self.place(self.session, waiter.ticket)
 
     async def line(self, limit: str, band: int, tenant: str) -> WaitingLine:
-        """The waiters of a tenant and band at a limit, as a call that does not wait there yet finds
-        them. `band` counts from 1, the highest."""
+        """Return the waiters of a tenant and band at a limit, as a new call would find them. `band`
+        counts from 1, the highest."""
         request = {"sid": "", "ticket": "", "limit": limit, "band": band, "tenant": tenant}
         raw = await self._run("position", request)
         return read_line(msgpack.unpackb(raw)[7])
 
     async def why(self, session: str, ticket: int) -> Why | None:
-        """Why a ticket waits: which limit holds it up, and who has it; None if it does not wait.
+        """Return why a ticket waits: the blocking limit and who holds it; None if it does not wait.
 
-        `session` is a session or the `instance_id` of its process.
-        """
+        `session` is a session or the `instance_id` of its process."""
         snapshot = await self.snapshot(permits=True)
         sids = [p.sid for p in snapshot.processes if session in (p.sid, p.name)]
         for sid in sids:
@@ -652,14 +648,13 @@ class Limiter:
     ) -> bool:
         """Admit no call under `limit` for a time, in all processes.
 
-        Afterwards calls come back over `ramp_ms`, all together with 0. A pause that would end later
-        stays: False then. Raises DemandImpossible for a limit that the policy does not name, and
-        LimiterUnavailable.
-        """
+        Afterwards calls resume over `ramp_ms`, all together with 0. Returns False if a pause that
+        ends later is in force, which stays. Raises DemandImpossible for a limit that the policy
+        does not name, and LimiterUnavailable."""
         if self.policy.binding(limit) is None:
             raise DemandImpossible(unknown_limit(limit, self.policy, self.pool), limit=limit)
         said = f"{by}: {reason}" if reason else by
-        ramp_ms = max(1, whole_ms("ramp_ms", ramp_ms))  # a pause without a ramp is a gate
+        ramp_ms = max(1, whole_ms("ramp_ms", ramp_ms))  # 0 would make it a gate
         request = {"verb": "pause", "ramp_ms": ramp_ms}
         return await self._pause(limit, whole_ms("for_ms", for_ms), ramp_ms, said, request)
 
@@ -678,15 +673,15 @@ class Limiter:
     async def close_gate(
         self, limit: str, *, for_ms: int, most_ms: int, tried: bool, reason: str = "", by: str = ""
     ) -> bool:
-        """Admit nobody under `limit`, in all processes, until `open_gate`, but one call at a time
-        that tries it: after `for_ms`, and after each that failed (`tried`) twice as long, up to
-        `most_ms`. Only a try makes it last longer; False where it stays as it was."""
+        """Admit no call under `limit` in all processes until `open_gate`, except for one probe at a
+        time: after `for_ms`, and after each failed probe (`tried`) twice as long, up to `most_ms`.
+        Only a probe extends a closed gate; returns False if it stays as it was."""
         said = f"{by}: {reason}" if reason else by
         request = {"verb": "close", "most_ms": max(1, most_ms), "tried": tried}
         return await self._pause(limit, for_ms, 0, said, request)
 
     async def open_gate(self, limit: str, *, ramp_ms: int = RAMP_MS) -> bool:
-        """End what `close_gate` began; calls come back over `ramp_ms`. False if it was open."""
+        """Open a closed gate; calls resume over `ramp_ms`. Returns False if it was open."""
         ramp_ms = max(1, ramp_ms)
         request = {"verb": "open", "limit": limit, "ramp_ms": ramp_ms}
         done = bool(await self._act(request))
@@ -696,36 +691,36 @@ class Limiter:
 
     @property
     def has_pauses(self) -> bool:
-        """Whether anything is paused, or comes back from a pause."""
+        """Whether any limit is paused or resumes from a pause."""
         return bool(self._session.remembered.pauses)
 
     def paused_of(self, limits: Sequence[str]) -> tuple[str, ...]:
-        """Those of these limits that are paused or come back from a pause, as this process last
-        heard. Without I/O."""
+        """Return those of these limits that are paused or resume from a pause, as last heard here.
+        Does no I/O."""
         remembered = self._session.remembered
         return (
             remembered.paused_of(limits, self._session.lease.now_ms()) if remembered.pauses else ()
         )
 
     def gate(self, limit: str) -> tuple[int, str] | None:
-        """None where a gate is open, as this process last heard; else for how many ms still
-        nobody may try, and what was said when it was closed. Without I/O."""
+        """Return None for an open gate, as last heard here; else the ms until a probe is
+        allowed, and the reason given on closing. Does no I/O."""
         remembered = self._session.remembered
         return remembered.gate(limit, self._session.lease.now_ms()) if remembered.pauses else None
 
     def pauses(self) -> Mapping[str, int]:
-        """All limits that are paused, as this process last heard, with the ms that are left."""
+        """Return all paused limits with the ms that are left, as last heard here."""
         at = self._session.lease.now_ms()
         remembered = self._session.remembered
         return {name: max(0, ms) for name, ms, _, _ in remembered.paused(at)}
 
     def paused_ms(self, limits: Sequence[str]) -> int:
-        """For how long still no call is admitted under one of these limits, as this process last
-        heard, some seconds ago at most; 0 where none is paused. Without I/O."""
+        """Return how long no call is admitted under one of these limits, as last heard here, at
+        most some seconds ago; 0 if none is paused. Does no I/O."""
         return self._session.remembered.paused_ms(limits, self._session.lease.now_ms())
 
     def tell_of_pauses(self, told: Callable[[], None]) -> None:
-        """Call `told` whenever this process hears of pauses, or hears again that they go on, until
+        """Call `told` whenever this process hears of pauses, or again that they continue, until
         `tell_no_more`. It must neither block nor raise."""
         self._session.remembered.watchers.add(told)
 
@@ -733,12 +728,12 @@ class Limiter:
         self._session.remembered.watchers.discard(told)
 
     def tell_all(self) -> None:
-        """Call what `tell_of_pauses` was given: the user of the limiter holds calls up itself."""
+        """Call all callbacks of `tell_of_pauses`, for a user that delays calls itself."""
         for told in tuple(self._session.remembered.watchers):
             told()
 
     async def resume(self, limit: str, *, by: str = "") -> bool:
-        """End a pause now, without a ramp. False if there was none."""
+        """End a pause now, without a ramp. Returns False if there was none."""
         request = {"verb": "resume", "limit": limit, "said": by}
         done = bool(await self._act(request))
         self._session.remembered.pauses.pop(limit, None)
@@ -754,37 +749,37 @@ class Limiter:
         bound: int | None = None,
         recorded: bool = False,
     ) -> bool:
-        """Count `amount` of a rate or day quota as spent now, without a call: what others have used
-        that share the limit outside of the pool. It may exceed the bound. evenly: as if spent
-        evenly over the rate's last window, so that it ceases to count evenly, and not at one
-        moment. bound: what is charged is the difference from this bound to what an account has
-        left. Nothing is charged once another one is in force, and when a lower one is put in force
-        as much of the charge ends as it is lower. recorded: the amount is all that is on record of
-        a day quota's day; what is counted already is a part of it. False if nothing is charged, or
-        there is no such limit, or while Valkey may have lost data."""
+        """Count `amount` of a rate or day quota as spent now without a call: use of the limit by
+        others outside of the pool. It may exceed the bound. evenly: as if spent evenly over
+        the rate's last window, so that it expires evenly instead of at one moment. bound: the
+        amount is the difference from this bound to what the account has left. Nothing is
+        charged if another bound is in force by now; if a lower one is put in force later, as
+        much of the charge ends. recorded: the amount is the recorded total of a day quota's
+        day; what is counted already is part of it. Returns False if nothing is charged: no
+        such limit, or Valkey may have lost data."""
         how = {"evenly": evenly, "bound": bound, "recorded": recorded}
         request = {"verb": "charge", "limit": limit, "amount": amount, **how}
         return bool(await self._act(request))
 
     async def hold(self, name: str, limits: Mapping[str, int], for_ms: int) -> None:
-        """Count a call that outlives its process under these limits, with what it takes of each,
-        even above them, until `revoke(name)`, for `for_ms` at most. A repeat only extends that
-        time. `name` must be no session's. Raises LimiterUnavailable, also while Valkey may have
+        """Count a call that outlives its process under these limits, with its amount of each, even
+        beyond their bounds, until `revoke(name)`, for at most `for_ms`. A repeat only extends the
+        time. `name` must not be a session's. Raises LimiterUnavailable, also while Valkey may have
         lost data."""
         lane = sorted(limits)
         request = {"verb": "hold", "sid": name, "lane": " ".join(lane), "for_ms": for_ms}
         if not await self._act({**request, "amounts": [max(1, limits[one]) for one in lane]}):
             raise LimiterUnavailable("Valkey has lost data", limit="", retry_after_ms=1000)
-        self._session.refresh()  # it is remembered here, in case Valkey loses it
+        self._session.refresh()  # so that it is remembered here in case Valkey loses it
 
     async def revoke(self, session: str) -> int:
-        """Take back all that a process holds whose death is certain, named by its session or its
-        `instance_id`. If it lives it finds its session gone, and cancels its calls. Returns how
-        many sessions were ended."""
+        """Release everything held by a process that is certainly dead, named by its session or its
+        `instance_id`. If it lives after all, it finds its session gone and cancels its calls.
+        Returns how many sessions were ended."""
         return await self._act({"verb": "revoke", "sid": session})
 
     async def history(self) -> list[Change]:
-        """The last policies, the newest first."""
+        """Return the last policies, newest first."""
         self._issuer.check_open()
         command = ("LRANGE", f"{self._keys.prefix}history", "0", "-1")
         with _unavailable():
@@ -792,15 +787,15 @@ class Limiter:
         return [read_change(row) for row in rows]
 
     async def ping(self, timeout_ms: int) -> None:
-        """Raises LimiterUnavailable unless Valkey answers within `timeout_ms`."""
+        """Raise LimiterUnavailable unless Valkey answers within `timeout_ms`."""
         self._issuer.check_open()
         with _unavailable():
             await self._link.ping(timeout_ms / 1000)
 
     async def set_policy(self, policy: PoolPolicy, *, by: str = "") -> None:
-        """Put a policy with a higher revision in force for the whole pool, now or as soon as
-        Valkey answers, which `in_force` waits for. Nothing is revoked: a limit that was lowered
-        drains."""
+        """Put a policy with a higher revision in force for the whole pool, now or once Valkey
+        answers, which `in_force` waits for. No permit is revoked: under a lowered limit
+        running calls drain."""
         if not isinstance(policy, PoolPolicy):
             raise TypeError(
                 "set_policy takes a PoolPolicy of a higher revision, such as dataclasses.replace("
@@ -812,15 +807,15 @@ class Limiter:
             self._exchanges.joined.clear()
         self._session.set_policy(policy, by)
 
-    # -- the end
+    # -- closing
 
     def turn_away(self) -> None:
-        """Refuse with ShuttingDown what waits, and what asks from now on; bodies run on."""
+        """Reject waiting and future calls with ShuttingDown; running bodies continue."""
         self._issuer.turn_away()
 
     async def aclose(self, grace_ms: int = 0) -> None:
-        """End the session, so that what it held is free. Waiters get ShuttingDown; bodies may end
-        within `grace_ms`, then they are cancelled with LeaseLost and given one second more."""
+        """End the session and free what it held. Waiters get ShuttingDown. Bodies may end within
+        `grace_ms`; then they are cancelled with LeaseLost and get one more second."""
         if self._issuer.closing:
             return
         self._issuer.closing = True
@@ -834,7 +829,7 @@ class Limiter:
             await self._stop()
 
     async def _wait_idle(self, timeout_s: float) -> bool:
-        """True once nothing is held."""
+        """Return True once nothing is held, False after `timeout_s`."""
         idle = self._issuer.idle
         idle.clear()
         self._issuer.check_idle()
@@ -850,7 +845,7 @@ class Limiter:
     async def _say_goodbye(self) -> None:
         if self._exchanging is None:
             return
-        # Perhaps it is away only because we stood still and missed its last answer.
+        # It may seem unavailable only because we were suspended and missed its last answer.
         calls = 1 if self._session.state == "away" else 2
         self._session.leave()
         timeout_s = max(calls * self._session.lease.deadline_s(), GOODBYE_S)
@@ -870,8 +865,8 @@ class Limiter:
 
 
 async def _end(tasks: list[asyncio.Task[None]]) -> None:
-    """Cancel until all have ended: a cancellation that meets a deadline inside a client library
-    can be taken for the deadline."""
+    """Cancel until all tasks have ended: a client library may take a cancellation that coincides
+    with a deadline for the deadline."""
     pending = set(tasks)
     while pending:
         for task in pending:

@@ -1,9 +1,9 @@
 """Messages between a process and its pool: requests, replies, keys, and the scripts' assembly.
 
-Invariants: the fields of each type, in order, are those of the script's header; within a layout,
-fields are only added at the end and unknown ones ignored, so that two versions work side by side;
-all keys of a pool share one hash tag; a refusal names the limit that the call waits for and when
-there is room.
+Invariants: the fields of each type, in order, are those of the script's header; within a layout
+fields are only added at the end and unknown ones are ignored, so that two versions work side by
+side; all keys of a pool share one hash tag; a refusal names the limit that the call waits for and
+the time at which it has room.
 """
 
 from __future__ import annotations
@@ -42,9 +42,12 @@ _UNITS = {
 
 
 class Barred(NamedTuple):
-    """A ticket that could not be admitted before its deadline. `room_ms` is when there is room
-    under `limit`, of which so much is `used`; -1 where it is paused. `ahead`: calls that wait there
-    and come before it; `is_estimate`: that they do, or how long they take, is not certain."""
+    """A ticket that could not be admitted before its deadline.
+
+    room_ms: the time until `limit`, of which `used` is used, has room; `used` is -1 if it is
+    paused. ahead: calls waiting there that come before it. is_estimate: it is uncertain whether
+    they do, or how long they take.
+    """
 
     ticket: int
     limit: str
@@ -55,8 +58,11 @@ class Barred(NamedTuple):
 
 
 class Outlook(NamedTuple):
-    """What `flow` waits for. `room_ms` is when there is room for its first ticket if nothing is
-    returned, 0 where that is not known; `firm`: for none of its tickets there is any before."""
+    """What `flow` waits for.
+
+    room_ms: the time until there is room for its first ticket if nothing is returned, 0 if unknown.
+    firm: there is certainly no room for any of its tickets before.
+    """
 
     flow: int
     limit: str
@@ -75,8 +81,10 @@ def too_early(
     ahead: int = 0,
     is_estimate: bool = False,
 ) -> DeadlineExceeded:
-    """There is room under a limit only after the deadline; `used` is -1 where it is paused. `ahead`
-    calls come before; `is_estimate`: `room_ms` is not certain."""
+    """Return the error for a limit that has room only after the deadline.
+
+    `used` is -1 if it is paused. `ahead` calls come before. `is_estimate`: `room_ms` is uncertain.
+    """
     after_ms = max(1, round(room_ms))
     if used < 0 or limit is None:
         return limit_paused(name, after_ms)
@@ -98,7 +106,7 @@ def too_early(
 
 
 def _fullness(limit: Limit, used: int, amount: int) -> str:
-    """`is used up (60 of 60 requests a minute)`."""
+    """Return text such as `is used up (60 of 60 requests a minute)`."""
     bound = limit.bound
     if isinstance(limit, Concurrency) and not limit.by_tokens:
         return f"is in use ({used} of {bound} calls)"
@@ -112,7 +120,7 @@ def _fullness(limit: Limit, used: int, amount: int) -> str:
 
 
 def limit_paused(name: str, for_ms: int) -> LimitPaused:
-    """A limit is paused for longer than a call may wait."""
+    """Return the error for a limit that is paused for longer than a call may wait."""
     said = f"Limit {name} is paused {format_pause(for_ms)}, longer than this call may wait."
     return LimitPaused(said, limit=name, retry_after_ms=for_ms)
 
@@ -120,7 +128,7 @@ def limit_paused(name: str, for_ms: int) -> LimitPaused:
 def too_late(
     name: str, limit: Limit | None, retry_ms: int, room_ms: float, used: int, amount: int = 1
 ) -> DeadlineExceeded:
-    """The deadline came while a call waited for a limit."""
+    """Return the error for a deadline that came while a call waited for a limit."""
     if room_ms >= 1:
         return too_early(name, limit, room_ms, used, amount)
     said = f"Limit {name} had no room for this call before its deadline."
@@ -135,7 +143,7 @@ def format_unit(limit: Limit) -> str:
 
 
 def format_amount(limit: Limit, amount: int) -> str:
-    """`200 requests`, `$0.79`."""
+    """Return text such as `200 requests` or `$0.79`."""
     if limit.unit == "usd":
         return _figure(limit, amount)
     return f"{amount} {format_unit(limit)}"
@@ -149,7 +157,7 @@ def _figure(limit: Limit, amount: int) -> str:
 
 
 def format_window(limit: Limit) -> str:
-    """`a minute`, `in 90 s`; `at a time` where none counts."""
+    """Return text such as `a minute` or `in 90 s`; `at a time` without a window."""
     if isinstance(limit, Concurrency):
         return "at a time"
     if isinstance(limit, Quota):
@@ -158,7 +166,7 @@ def format_window(limit: Limit) -> str:
 
 
 def format_span(span_ms: float) -> str:
-    """`850 ms`, `47 s`, `3 min 5 s`, `2 h 10 min`, `3 days`."""
+    """Return a duration as `850 ms`, `47 s`, `3 min 5 s`, `2 h 10 min` or `3 days`."""
     if span_ms < 1_000:
         return f"{round(span_ms)} ms"
     seconds = round(span_ms / 1000)
@@ -174,31 +182,34 @@ def format_span(span_ms: float) -> str:
 
 
 def format_pause(left_ms: float) -> str:
-    """`for 47 s more`, or `until it is resumed` where nobody meant an end."""
+    """Return `for 47 s more`, or `until it is resumed` for a pause without an end."""
     if left_ms > _FOR_EVER_MS:
         return "until it is resumed"
     return f"for {format_span(left_ms)} more"
 
 
-# ok; ask again by `tend`; the pool began a new epoch; the session is not there; a later batch
-# overtook this one; a process of another layout has the pool.
+# In order: processed; repeat by `tend`; the pool has another epoch; the session does not exist; a
+# later batch overtook this one; a process of another layout uses the pool.
 Status = Literal["ok", "tend", "epoch", "gone", "stale", "layout"]
 
-# Added to an outcome: the usage will be reported after the release.
+# Added to an outcome if the usage is reported after the release.
 USAGE_LATER = 10
 OUTCOMES = {"success": 0, "ignored": 1, "dropped": 2}
 
 
 def pack(value: object) -> bytes:
-    """As Lua's cmsgpack reads it: it knows no `bin` type."""
+    """Return a value packed for Lua's cmsgpack, which has no `bin` type."""
     return cast(bytes, msgpack.packb(value, use_bin_type=False))
 
 
 def definition(limit: int | Limit) -> str:
-    """A limit as the scripts read it: sort|bound|shadow and three numbers of the sort's own. Those
-    of a concurrency are its least bound, 1 where it counts tokens in flight, and 1 where it adapts
-    by latency. A rate with a pace or a ramp, or that refills, has three more: pace_ms,
-    percent_per_minute and start, 0 for none; and one that refills has a `b` after these."""
+    """Return a limit as the scripts read it: sort|bound|shadow and three numbers.
+
+    The numbers of a concurrency limit are its least bound, 1 if it counts tokens in flight, and 1
+    if it adapts by latency; those of a rate its window, its slack and 1 if it is exact. A rate with
+    a pace or a ramp, or a bucket, has three more: pace_ms, percent_per_minute and start, 0 for
+    none. A bucket has a `b` after these.
+    """
     if isinstance(limit, int):
         return f"c|{limit}|0|0|0|0"
     shadow = int(limit.shadow)
@@ -218,7 +229,7 @@ def definition(limit: int | Limit) -> str:
 
 
 def band_shares(bands: tuple[Band, ...]) -> str:
-    """Per band, in thousandths: its least share, and what is kept free for the bands above it."""
+    """Return per band, in thousandths: its least share, and what is kept free for higher bands."""
     parts, above = [], 0
     for band in bands:
         parts.append(f"{round(band.min_share * 1000)}:{above}")
@@ -227,20 +238,20 @@ def band_shares(bands: tuple[Band, ...]) -> str:
 
 
 def lane_of(flow: str) -> str:
-    """The limits of a flow, as one string."""
+    """Return the limits of a flow as one string."""
     return flow.split("|", 2)[2]
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """What a process says when it enters a pool, for the first time or again.
+    """What a process reports when it joins a pool, for the first time or again.
 
-    policy: the newest policy it knows, and who made it. name: the process, for people. held:
-    (ticket, flow, seq, hard_ms, use, amounts) of every call that it holds open. lapsing: (member,
-    left_ms, charges) of permits held over for dead sessions, as last seen. spent: (limit, spent
-    as last seen, admitted here since). pauses: (limit, left_ms, ramp_ms, said). roster: the
-    sessions that were there, if we can vouch for that. base: the policy that was in force before,
-    if known.
+    policy: the newest policy that it knows; by: its author. name: the process, for people. held:
+    (ticket, flow, seq, hard_ms, use, amounts) of every open call. lapsing: (member, left_ms,
+    charges) of permits held over for dead sessions, as last seen. spent: (limit, amount as last
+    seen, amount admitted here since). pauses: (limit, left_ms, ramp_ms, reason). roster: the
+    sessions of the pool, if this process can vouch for them. base: the policy that was in force
+    before, if known.
     """
 
     policy: PoolPolicy
@@ -257,7 +268,7 @@ class Join:
         blob = self.policy.pack()
         policy = {
             "revision": self.policy.revision,
-            # Packed once more: only a server that does not have this revision reads them.
+            # Packed on their own: only a server without this revision unpacks them.
             "limits": _flat(self.policy.rules),
             "weights": pack(dict(self.policy.weights)),
             "digest": _digest(blob),
@@ -286,7 +297,7 @@ class Join:
 
 
 def _by_tokens(policy: PoolPolicy) -> str:
-    """The limits that count tokens in flight, with a space after each."""
+    """Return the limits that count tokens in flight, with a space after each."""
     limits = policy.rules.items()
     names = sorted(name for name, one in limits if one.unit == "tokens_in_flight")
     return "".join(f"{name} " for name in names)
@@ -297,13 +308,13 @@ def _digest(blob: bytes) -> str:
 
 
 def _flat(limits: Mapping[str, int | Limit]) -> bytes:
-    """Field of the record, definition, and so on."""
+    """Return fields of the record and definitions, alternating."""
     fields = ((f"d:{name}", definition(limit)) for name, limit in limits.items())
     return cast(bytes, msgpack.packb(list(chain.from_iterable(fields)), use_bin_type=False))
 
 
 def _changes(base: PoolPolicy, policy: PoolPolicy) -> bytes:
-    """The limits and the weights that a policy has otherwise than another one, False if no more."""
+    """Return the limits and weights that differ from `base`; False for those removed."""
     limits: dict[str, str | Literal[False]] = {
         n: False for n in base.rules if n not in policy.rules
     }
@@ -332,22 +343,25 @@ class Renewal:
 
 @dataclass(frozen=True, slots=True)
 class SyncRequest:
-    """Request of `sync` and `tend`. Entries are lists in the order that the fragments' comments
-    give; `flows` names the flows that they speak of, counted from 1, 0 for none.
+    """Request of `sync` and `tend`. The comments of the Lua fragments describe the order of
+    entries.
+
+    `flows` contains the flows that entries refer to by number, from 1; 0 is none.
 
     transfers: from, to, seq, hard_ms, flow, member, outcome, took_ms. releases: ticket, flow,
     outcome, took_ms, actual amounts. settles: ticket, actual amounts. cancels: ticket, flow,
     member. enqueues: flow, member. wants: flow, cost_ms, use. A member is
-    ticket|hard_ms|use|amounts. looks: flows under whose limits somebody might be admitted.
-    told, pages: what of `Whole` was read before. asks: tickets that may have been admitted. lefts:
-    ms that each enqueue may wait, 0 where not known, negative where no estimate is to refuse it
+    ticket|hard_ms|use|amounts. looks: flows under whose limits a call might be admitted.
+    told, pages: which parts of `Whole` were read before. asks: tickets that may have been admitted.
+    lefts: ms that each enqueue may wait, 0 if unknown, negative if no estimate may refuse it
     before. firm: limits of which nothing is returned. uses: ticket, micro-dollars, of ended calls
-    where shares are in cost and theirs is known. dues: ms to the deadline that puts each enqueue
-    before others of its tenant, 0 for none. firsts: ticket, ms to the first token, tokens that had
-    to be read for it, of ended calls under a limit that adapts by latency. stamps: that each
+    of known cost, if shares are in cost. dues: ms to the deadline that puts each enqueue before
+    others of its tenant, 0 for none. firsts: ticket, ms to the first token, tokens that had to be
+    read for it, of ended calls under a limit that adapts by latency. stamps: the stamp that each
     enqueue had before its session joined again, 0 for a new one.
 
-    `use` is in what shares are measured in: ms, micro-dollars, or CALL_USE."""
+    `use` is in the measure of shares: ms, micro-dollars, or CALL_USE.
+    """
 
     sid: str
     gen: int
@@ -383,12 +397,14 @@ class SyncRequest:
 
 
 class Whole(NamedTuple):
-    """What a `full` request gets on top. `held` holds (ticket, seq, until_ms: when its hard limit
-    ends by the server's clock) of those asked after, `lapsing` (member, left_ms, charges),
-    `spent` (limit, spent), `pauses` (limit, left_ms, ramp_ms, said); `policy` is None where ours is
-    in force; `roster` is the version of the list of sessions, and the list where we do not have it.
-    `spent` is of what changed after the change `told` of the request, up to this one; `pages` are
-    the places at which the lists go on that are not whole."""
+    """The additional reply to a `full` request.
+
+    held: (ticket, seq, end of the hard limit by the server's clock) of tickets asked after.
+    lapsing: (member, left_ms, charges). spent: (limit, amount), of changes after the request's
+    `told` up to this `told`. pauses: (limit, left_ms, ramp_ms, reason). policy: None if the process
+    has the one in force. roster: the version of the list of sessions, and the list if the process
+    does not have it. pages: where incomplete lists continue.
+    """
 
     now_ms: int
     held: list[tuple[int, int, int]]
@@ -404,8 +420,10 @@ class Whole(NamedTuple):
 
 
 class Hint(NamedTuple):
-    """Waiters of `flow` up to the stamp `horizon` may be admitted by permits that we free; one of
-    stamp s has the virtual start `tag + (s - head) * step`."""
+    """A permission to admit waiters of `flow` up to the stamp `horizon` by permits freed here.
+
+    A waiter of stamp s has the virtual start `tag + (s - head) * step`.
+    """
 
     flow: int
     horizon: int
@@ -415,8 +433,11 @@ class Hint(NamedTuple):
 
 
 class SyncReply(NamedTuple):
-    """Reply of `sync` and `tend`. `stamps` belong to the enqueues, 0 for those admitted or refused;
-    `timed_ms` is when something may go that only time frees, 0 for never."""
+    """Reply of `sync` and `tend`.
+
+    stamps: of the enqueues, 0 for those admitted or refused. timed_ms: time until something may be
+    admitted that only time frees, 0 for never.
+    """
 
     status: Status
     epoch: int
@@ -453,8 +474,10 @@ class RenewReply(NamedTuple):
 
 
 class Push(NamedTuple):
-    """A message on a session's channel. `sent` counts the grants pushed to it up to this one;
-    `at_ms` is the server's time."""
+    """A message on a session's channel.
+
+    sent: the number of grants pushed to the session up to this message. at_ms: the server's time.
+    """
 
     epoch: int
     gen: int
@@ -469,8 +492,10 @@ class Push(NamedTuple):
 
 
 class InspectReply(NamedTuple):
-    """Reply of `inspect`, a part of the pool: see its header for the rows of the lists. `place` is
-    where the next part begins, None after the last one."""
+    """Reply of `inspect`, a part of the pool; the script's header describes the rows of the lists.
+
+    place: where the next part begins, None after the last.
+    """
 
     now_ms: int
     epoch: int
@@ -498,7 +523,7 @@ LAYOUT = 2
 
 @dataclass(frozen=True, slots=True)
 class KeyShape:
-    """One kind of key. `ttl` says how long it lives, or why it has no end."""
+    """One kind of key. `ttl` says how long it lives, or why it does not expire."""
 
     name: str
     type: Literal["string", "hash", "zset", "list"]
@@ -580,7 +605,7 @@ SHAPES = (
 
 @dataclass(frozen=True, slots=True)
 class Keyspace:
-    """Names the keys of one pool."""
+    """The key names of one pool."""
 
     pool: str
 
@@ -594,14 +619,14 @@ class Keyspace:
 
     @property
     def layout(self) -> str:
-        """The one name that is the same in every layout."""
+        """The one key name that is the same in every layout."""
         return f"tg:{{{self.pool}}}:layout"
 
     def channel(self, sid: str) -> str:
         return f"{self.prefix}grants:{sid}"
 
     def shape_of(self, key: str) -> KeyShape | None:
-        """The declared shape of a key of this pool, or None if nobody declared it."""
+        """Return the declared shape of a key of this pool, or None if it is not declared."""
         if key == self.layout:
             return next(shape for shape in SHAPES if shape.name == "layout")
         if not key.startswith(self.prefix):
@@ -615,11 +640,11 @@ class Keyspace:
 
 ScriptName = Literal["sync", "tend", "renew", "inspect", "position", "admin", "acl", "notes"]
 
-# Releases must work when the server's memory is full: a permit may not leak for want of a byte.
+# Releases must work when the server is out of memory, so that no permit leaks.
 _FLAGS = "#!lua flags=allow-oom\n"
 
-# Making a function costs more than calling it: those which an ordinary request can do without are
-# made when the first of them is asked for.
+# Creating a function costs more than calling it, so functions that ordinary requests do not need
+# are created when the first of them is used.
 _LATER = """T.later = { %s }
 setmetatable(T, { __index = function(_, name)
   while #T.later > 0 do
@@ -642,14 +667,14 @@ class Script:
 
 @cache
 def fragment(name: str) -> str:
-    """The text of a script in `lua/`, or of one of its parts in `lua/lib/`."""
+    """Return the text of a script in `lua/`, or of one of its parts in `lua/lib/`."""
     scripts = files(__package__).joinpath("lua")
     folder = scripts if name in get_args(ScriptName) else scripts.joinpath("lib")
     return folder.joinpath(f"{name}.lua").read_text(encoding="utf-8")
 
 
 def read_header(source: str) -> dict[str, str]:
-    """The `-- word: text` lines at the top of a fragment."""
+    """Return the `-- word: text` lines at the top of a fragment."""
     header: dict[str, str] = {}
     for line in source.splitlines():
         word, colon, text = line.removeprefix("-- ").partition(":")
@@ -660,7 +685,7 @@ def read_header(source: str) -> dict[str, str]:
 
 
 def load(name: ScriptName, *, clock: str | None = None) -> Script:
-    """Assemble a script. `clock` replaces the clock fragment: tests pass one that reads a key."""
+    """Return an assembled script. `clock` replaces the clock fragment, for tests."""
     main = fragment(name)
     header = read_header(main)
     parts = [

@@ -1,9 +1,9 @@
 """Permit: the right to make one upstream call, tied to a task, or detached in a task of its own.
 
 Invariants: a permit is returned once, without an await, so that no cancellation can come between;
-if the session is lost, the task is cancelled and LeaseLost leaves the `async with`, told apart
-from other cancellations by `Task.uncancel`; a detached permit stops its use before it is
-returned.
+if the session is lost, the task is cancelled and LeaseLost leaves the `async with`, which
+`Task.uncancel` distinguishes from other cancellations; the use of a detached permit is stopped
+before the permit is returned.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Outcome = Literal["success", "ignored", "dropped"]
 
 
 _NOT_KNOWN = CallUse()
-# When a caller that a stopping process refused may ask another one.
+# When a caller that a stopping process rejected may try another process.
 _RETRY_MS = 1000
 _NAMED = 'acquire("openai", tenant="acme")'
 
@@ -60,7 +60,7 @@ def _is_time(amount: float) -> bool:
 
 
 def _each_once(limits: Iterable[str]) -> tuple[str, ...]:
-    """In their order. Raises TypeError for what are no names."""
+    """Return the limits without duplicates, sorted. Raises TypeError unless they are names."""
     if isinstance(limits, str):
         raise TypeError(f"the limits of a Demand are a tuple: ({limits!r},)")
     try:
@@ -73,10 +73,9 @@ def _each_once(limits: Iterable[str]) -> tuple[str, ...]:
 class PermitIssuer:
     """Turns demands into waiters of the local queue, and waits into permits or errors.
 
-    closing: every demand is refused; `idle` is set when nothing is held then. closed: the session
-    has ended. loop: the only one that demands may come from; None before the start. check_lapse:
-    acts on a lease that has lapsed.
-    """
+    closing: every demand is rejected, and `idle` is set once nothing is held. closed: the session
+    has ended. loop: the only loop that demands may come from; None before the start. check_lapse:
+    reacts to a lapsed lease."""
 
     _queue: LocalQueue
     _session: Session
@@ -98,12 +97,13 @@ class PermitIssuer:
         self.check_lapse = self._session.check_lapse
 
     def is_late(self, holding: Holding) -> bool:
-        """True for a call that would arrive too late after its admission for its rates."""
+        """Return True if a call would arrive too late after its admission for its rates."""
         slack_ms = holding.flow.slack_ms
         return slack_ms != inf and self._clock.now_ms() - holding.admitted_ms > slack_ms
 
     def flow_of(self, demand: Demand) -> Flow:
-        """Raises DemandImpossible, ConfigError for a priority or tenant that cannot be."""
+        """Return the flow of a demand. Raises DemandImpossible, and ConfigError for an invalid
+        priority or tenant."""
         policy = self._session.policy
         if policy is not self._bands_of:
             self._bands_of = policy
@@ -131,11 +131,11 @@ class PermitIssuer:
         return flow
 
     def ask(self, demand: Demand) -> tuple[Waiter, Timer | None]:
-        """A waiter of the local queue, and the timer of its deadline."""
+        """Return a waiter in the local queue, and the timer of its deadline."""
         if self.closing or self._turning_away:
             raise self._stopping()
         if self._session.fatal is not None:
-            # Not itself: its traceback would grow with each call, and keep what the calls held.
+            # A copy: the traceback of one object would grow with each call and keep its frames.
             raise copy(self._session.fatal)
         if asyncio.get_running_loop() is not self.loop:
             raise self._elsewhere()
@@ -181,22 +181,22 @@ class PermitIssuer:
             raise self._refused(error) from None
 
     def turn_away(self) -> None:
-        """Refuse the calls that wait, and those that ask from now on."""
+        """Reject waiting and future calls."""
         self._turning_away = True
         for waiter in list(self._queue.waiting.values()):
             self._queue.refuse(waiter, self._stopping(), self._clock.now_ms())
         self._wake()
 
     def check_open(self) -> None:
-        """Raises LimiterUnavailable after the end, ShuttingDown before the start, and RuntimeError
-        on another loop."""
+        """Raise LimiterUnavailable after the end, ShuttingDown before the start, and
+        RuntimeError on another loop."""
         if self.closed:
             raise LimiterUnavailable("the limiter is closed", limit="", retry_after_ms=_RETRY_MS)
         if asyncio.get_running_loop() is not self.loop:
             raise self._elsewhere()
 
     def _elsewhere(self) -> Exception:
-        """Why a demand would wait for ever: what admits it does not run, or on another loop."""
+        """Return the error for a demand that would wait for ever: nothing admits on this loop."""
         if self.loop is None:
             return ShuttingDown("the limiter has not been started")
         return RuntimeError(
@@ -209,7 +209,7 @@ class PermitIssuer:
         return ShuttingDown(why, retry_after_ms=_RETRY_MS)
 
     def _expire(self, waiter: Waiter) -> None:
-        """The deadline came."""
+        """Refuse a waiter at its deadline."""
         if waiter.future.done():
             return
         flow = waiter.flow
@@ -234,9 +234,8 @@ class PermitIssuer:
         return error
 
     def _retry_after_ms(self, flow: Flow) -> int:
-        """Until there is room under the limit that it waits for; where that is not known, about as
-        long as waiters of that limit wait these days. At least a second, and not before the end of
-        a pause."""
+        """Return the time until there is room under the blocking limit, or if that is unknown,
+        about the recent wait for that limit. At least a second, and not before a pause ends."""
         at = self._clock.now_ms()
         wait_ms = round(flow.room_at_ms - at)
         if wait_ms <= 0:
@@ -244,16 +243,16 @@ class PermitIssuer:
         return max(1000, wait_ms, self._session.remembered.paused_ms(flow.limits, at))
 
     def abandon(self, waiter: Waiter) -> None:
-        """The waiting task was cancelled."""
+        """Remove a waiter whose task was cancelled."""
         self._queue.abandon(waiter.ticket, self._clock.now_ms())
         self._wake()
         self.check_idle()
 
     def admitted(self, holding: Holding) -> None:
-        """Learn how long calls wait for each limit."""
+        """Update the average waits by limit."""
         named = self._session.policy.limits
         for name in holding.flow.limits:
-            if name in named:  # the others are named by clients
+            if name in named:  # clients choose the names of all others
                 old = self.wait_ewma_ms.get(name, holding.waited_ms)
                 self.wait_ewma_ms[name] = old + (holding.waited_ms - old) / 16
         self._session.observer.admitted(holding.flow.limits[0], holding.waited_ms)
@@ -282,12 +281,12 @@ class PermitIssuer:
         self.check_idle()
 
     def report(self, holding: Holding, used: CallUse) -> None:
-        """The usage of a call whose permit was released before."""
+        """Report the usage of a call whose permit was released before."""
         self._queue.settle_later(holding.ticket, holding.flow.actual(used))
         self._wake()
 
     def check_idle(self) -> None:
-        """Sets `idle` if it is closing and nothing is held."""
+        """Set `idle` if the limiter is closing and nothing is held."""
         if self.closing and not self._queue.held:
             self.idle.set()
 
@@ -307,7 +306,7 @@ def _use_of(
     cost_micros: int | None,
     first_ms: float | None = None,
 ) -> CallUse:
-    """`call_use`, which is not asked about what is plainly counted, as the usual call's is."""
+    """Return the usage as `call_use` does, without its checks where the types need none."""
     counted = Tokens(tokens) if type(tokens) is int else tokens
     if counted is None or type(counted) is Tokens:
         of = counted or _NO_TOKENS
@@ -322,10 +321,9 @@ def _use_of(
 class Permit:
     """One call's permit. `fence` orders permits: (epoch, sequence), higher is younger.
 
-    lost: set when the session behind the permit is gone; the body is being cancelled then.
+    lost: set once the session behind the permit is gone, while the body is being cancelled.
     waited_ms: from the demand to the admission.
-    A permit taken from the local share while Valkey is unavailable has no sequence: 0.
-    """
+    A permit taken from the local share while Valkey is unavailable has sequence 0."""
 
     _holding: Holding
     _issuer: PermitIssuer
@@ -343,7 +341,7 @@ class Permit:
 
     @property
     def is_lost(self) -> bool:
-        """Whether `lost` is set, without making one: hardly any permit needs it."""
+        """Whether `lost` is set. Creates no Event, which few permits need."""
         return self._lost is not None and self._lost.is_set()
 
     @property
@@ -353,13 +351,13 @@ class Permit:
 
     @property
     def in_flight(self) -> Mapping[str, int]:
-        """What it takes of each of them that is a concurrency."""
+        """What it takes of each of its concurrency limits."""
         taken = self._holding.flow.taken(self._holding.amounts)
         return {name: amount for name, limit, amount in taken if isinstance(limit, Concurrency)}
 
     @property
     def adapts_by_latency(self) -> bool:
-        """Whether a limit that it counts under learns from the time to a first token."""
+        """Whether any of its limits adapts by the time to the first token."""
         return self._holding.flow.by_latency
 
     @property
@@ -368,7 +366,7 @@ class Permit:
 
     @property
     def band(self) -> int:
-        """Counts from 1, the highest."""
+        """The number of its band, from 1, the highest."""
         return self._holding.flow.band
 
     @property
@@ -380,18 +378,17 @@ class Permit:
         return self._holding.waited_ms
 
     def lose(self) -> None:
-        """The session behind it is gone."""
+        """Note that the session behind the permit is gone."""
         self.lost.set()
 
     async def confirm(self) -> None:
         """Await this right before what the permit is for.
 
-        A process that was suspended since its admission learns here that its lease is over, instead
-        of making one more call first: the body is cancelled, and LeaseLost leaves the `async with`.
-        Under a rate, a permit that was admitted longer ago than the rate's slack is returned and
-        asked for again, so that its call is not counted in a window that it does not belong to;
-        this raises what `acquire` raises. Otherwise it costs no round trip.
-        """
+        In a process that was suspended since the admission and whose lease is over, this prevents
+        one more call: the body is cancelled, and LeaseLost leaves the `async with`. Under a rate, a
+        permit admitted longer ago than the rate's slack is returned and requested again, so that
+        its call does not count in a window to which it does not belong; this raises what `acquire`
+        raises. Otherwise it costs no round trip."""
         self._issuer.check_lapse()
         if self.is_lost:
             await asyncio.sleep(0)  # the cancellation arrives here
@@ -410,28 +407,27 @@ class Permit:
     ) -> None:
         """Record how the call ended and what it used; the release sends it.
 
-        outcome: `success`, `ignored` (it says nothing of the provider) or `dropped` (throttled or
+        outcome: `success`, `ignored` (says nothing about the provider) or `dropped` (throttled or
         failed). first_ms: from the call's start to the first token of its answer, for limits that
-        adapt by that. The others are actual usage; None if unknown, then the reservation stands.
-        Raises ValueError for another outcome, TypeError for usage that is no whole number; what was
-        settled before stands then.
-        """
+        adapt by it. The others are actual usage; None if unknown, which keeps the reservation.
+        Raises ValueError for another outcome and TypeError for usage that is not whole; the earlier
+        settlement is then kept."""
         if outcome not in OUTCOMES:
             raise ValueError(f"an outcome is one of {', '.join(OUTCOMES)}, not {outcome!r}")
         self.used = _use_of(tokens, images, audio_seconds, cost_micros, first_ms)
         self.outcome = str(outcome)
 
     def settle_unused(self) -> None:
-        """Record that no call has been made."""
+        """Record that no call was made."""
         self.outcome, self.used = "ignored", NOTHING
 
     def usage_follows(self) -> None:
-        """Declare that `report_usage` follows after the permit was released."""
+        """Announce that `report_usage` follows after the release."""
         self.usage_later = True
 
     def hand_over(self) -> None:
-        """Return it before its call has ended: `Limiter.hold` counts the call from now on. What it
-        reserved of rates stands. It is nobody's in this process: it counts for a call that runs."""
+        """Return the permit before its call has ended, because `Limiter.hold` counts the call
+        from now on. Its reservations of rates remain. No waiter of this process gets it."""
         self._holding.fenced = True
         self._issuer.release(self._holding, "ignored", _NOT_KNOWN, usage_later=False)
 
@@ -453,7 +449,7 @@ class Permit:
 
 
 def misused(instead: str) -> NoReturn:
-    """Raises TypeError: a permit is released where its block ends, so it needs one."""
+    """Raise TypeError: a permit needs a block, at whose end it is released."""
     raise TypeError(f"use {instead}")
 
 
@@ -463,10 +459,9 @@ _TRY_INSTEAD = "`async with limiter.try_acquire(...) as permit:`"
 
 @dataclass(slots=True, eq=False, repr=False)
 class Acquisition:
-    """What `Limiter.acquire` returns: enter it to wait for the permit, leave it to release.
+    """The result of `Limiter.acquire`: enter it to wait for the permit, leave it to release.
 
-    _confirms: whether entering confirms the permit, for a call that follows immediately.
-    """
+    _confirms: whether entering confirms the permit, for a call that follows immediately."""
 
     _issuer: PermitIssuer
     _demand: Demand
@@ -478,7 +473,7 @@ class Acquisition:
 
     @property
     def ticket(self) -> int | None:
-        """The number of its ticket, while it waits: for `Limiter.place` and `Limiter.why`."""
+        """The number of its ticket while it waits, for `Limiter.place` and `Limiter.why`."""
         return None if self._waiter is None else self._waiter.ticket
 
     async def __aenter__(self) -> Permit:
@@ -507,7 +502,7 @@ class Acquisition:
         """Take the cancellation of a permit that was lost before its block began."""
         try:
             await asyncio.sleep(0)
-        except BaseException as error:  # the permit would stay held
+        except BaseException as error:  # otherwise the permit would stay held
             await self.__aexit__(type(error), error, error.__traceback__)
             raise
 
@@ -521,7 +516,7 @@ class Acquisition:
         """Never reached: without it Python would not call `__enter__`."""
 
     def leave(self, error: Exception) -> None:
-        """Leave the queue: entering raises `error`. Nothing where it does not wait."""
+        """Leave the queue with `error`, which entering raises. No effect if it does not wait."""
         waiter = self._waiter
         if waiter is not None and not waiter.future.done():
             waiter.future.set_exception(error)
@@ -530,7 +525,7 @@ class Acquisition:
         self._waiter = waiter
         try:
             return await waiter.future
-        except BaseException:  # cancellation too: the ticket is given up, or its permit returned
+        except BaseException:  # on cancellation too, remove the ticket or return its permit
             self._issuer.abandon(waiter)
             raise
         finally:
@@ -540,16 +535,16 @@ class Acquisition:
 
     def _hand_over(self, holding: Holding) -> None:
         holding.on_fence = self._fence
-        if holding.fenced:  # between the grant and our waking up
+        if holding.fenced:  # between the grant and the wake-up of the task
             self._fence()
         self._issuer.admitted(holding)
 
     async def _until_in_time(self) -> None:
-        """In a process that was suspended since the admission, ask again."""
+        """Request the permit again after a suspension since its admission."""
         try:
             while self._permit is not None and self._issuer.is_late(self._permit._holding):
                 await self._ask_again()
-        except BaseException:  # cancellation too: the permit would stay held
+        except BaseException:  # on cancellation too, the permit would stay held
             permit, self._permit = self._permit, None
             if permit is not None:
                 self._issuer.release(permit._holding, "ignored", NOTHING, usage_later=False)
@@ -588,10 +583,10 @@ class Acquisition:
         holding = permit._holding
         asked = permit.is_lost
         holding.on_fence = permit.lose
-        # A body that ends in the moment its process wakes up from a pause has lost its lease too.
+        # A body that ends just as its process resumes from a suspension has lost its lease too.
         self._issuer.check_lapse()
         self._issuer.release(holding, permit.outcome, permit.used, permit.usage_later)
-        # They hold one another: without this the garbage collector would have to find them.
+        # Break the reference cycle, so that no garbage collection is needed.
         holding.on_fence = None
         permit._ask_again = _over
         if not permit.is_lost:
@@ -604,8 +599,8 @@ class Acquisition:
 
 @dataclass(slots=True, eq=False, repr=False)
 class TryAcquisition:
-    """What `Limiter.try_acquire` returns: entering gives the permit, or None without waiting for
-    more than the server's answer."""
+    """The result of `Limiter.try_acquire`: entering returns the permit, or None, and waits only for
+    the server's answer."""
 
     _acquisition: Acquisition
     _entered: bool = False
@@ -641,12 +636,11 @@ class TryAcquisition:
 class DetachedPermit:
     """One permit in a task of its own: `take` waits for it, `release` or `finish` returns it.
 
-    _acquire: makes the acquisition; called on the loop, by `take`.
-    _stop: awaited when the permit is lost, overdue or dropped, before it is returned. It has to
-        end what the permit is for.
+    _acquire: creates the acquisition; called on the loop, by `take`.
+    _stop: awaited before the return of a permit that is lost, overdue or dropped. It must end
+        what the permit is used for.
     hard_ms: how long after its grant the permit is overdue; None is never.
-    failure: why the permit ended by itself, once it did.
-    """
+    failure: the reason, if the permit ended by itself."""
 
     _acquire: Callable[[], AbstractAsyncContextManager[Permit | None]]
     _stop: Callable[[], Awaitable[None]]
@@ -663,10 +657,9 @@ class DetachedPermit:
         return f"<DetachedPermit {self.permit!r} released={self._released.is_set()}>"
 
     async def take(self) -> Permit | None:
-        """Wait for the permit; None where the acquisition may not wait.
+        """Wait for the permit; return None if the acquisition may not wait.
 
-        Raises what the acquisition raises. Cancellation returns the ticket or the permit.
-        """
+        Raises what the acquisition raises. Cancellation returns the ticket or the permit."""
         if self._owner is not None:
             raise RuntimeError("a detached permit can be taken once")
         self._loop = asyncio.get_running_loop()
@@ -682,7 +675,7 @@ class DetachedPermit:
     async def _own(self, admitted: asyncio.Future[Permit | None]) -> None:
         async with self._acquire() as permit:
             self.permit = permit
-            if admitted.done():  # cancelled in the moment of the grant
+            if admitted.done():  # cancelled at the moment of the grant
                 return
             admitted.set_result(permit)
             if permit is not None:
@@ -719,7 +712,7 @@ class DetachedPermit:
             self._admitted.cancel()
 
     def _complain(self, error: BaseException) -> None:
-        """`_stop` has failed itself, and no caller waits for it."""
+        """Report a failure of `_stop` itself, for which no caller waits."""
         assert self._loop is not None
         context = {"message": "tidegate: a call could not be stopped", "exception": error}
         self._loop.call_exception_handler(context)
@@ -732,11 +725,11 @@ class DetachedPermit:
             raise LeaseLost(f"the session that held {self.permit!r} is gone")
 
     def release(self) -> None:
-        """Return the permit, soon. Repeating it does nothing."""
+        """Return the permit soon. Repeated calls have no effect."""
         self._released.set()
 
     def abandon(self) -> None:
-        """Return the ticket or the permit: the caller that waited is gone."""
+        """Return the ticket or the permit: the waiting caller is gone."""
         self._released.set()
         if self._owner is not None and self.permit is None:
             self._owner.cancel()
@@ -747,10 +740,10 @@ class DetachedPermit:
         return self._released.is_set()
 
     def drop(self) -> bool:
-        """Stop the use, then return the permit: it has no user any more. From any thread.
+        """Stop the use, then return the permit, which has no user any more. Callable from any
+        thread.
 
-        False if it has been released already.
-        """
+        Returns False if it has been released already."""
         if self._released.is_set() or self._owner is None or self._owner.done():
             return False
         assert self._loop is not None
@@ -765,12 +758,12 @@ class DetachedPermit:
         await self._released.wait()
 
     async def ended(self) -> None:
-        """Return once the permit is returned to the pool. Cancellation only ends the waiting."""
+        """Return once the permit is back in the pool. Cancellation only ends the wait."""
         assert self._owner is not None
         await asyncio.wait({self._owner})
 
     async def finish(self) -> None:
-        """Return the permit. Raises LeaseLost when it was lost before."""
+        """Return the permit. Raises LeaseLost if it was lost before."""
         self.release()
         await self.ended()
         if self.failure is not None:

@@ -1,10 +1,11 @@
-"""Policy of a pool: limits, weights, bands and lease, and the behaviour in an outage.
+"""Policy of a pool: limits, weights, bands and lease, and the behaviour in an outage. Pure.
 
-Before its first join a process compares the policy of its program with the one in force: an empty
-pool, or one with a lower revision, takes the program's; an equal policy runs under the revision
-in force; one that was never in force replaces one that a program wrote; all else is a conflict.
+Before its first join a process compares the policy of its program with the one in force. An empty
+pool, or one with a lower revision, takes the program's. An equal policy runs under the revision in
+force. A policy that was never in force replaces one that a program wrote. Anything else is a
+conflict.
 
-Pure. Invariant: a policy that exists is a valid one; two equal policies pack to the same bytes.
+Invariant: every policy that exists is valid; equal policies pack to the same bytes.
 """
 
 from __future__ import annotations
@@ -55,36 +56,35 @@ MOST_WEIGHT = 1_000.0
 MIN_LEASE_MS = 200
 MAX_LEASE_MS = 600_000
 MAX_BOUND = 10_000_000_000
-# A pause "until further notice" ends in a hundred years.
+# A pause without an end lasts a hundred years.
 FOR_EVER_MS = 100 * 365 * 86_400_000
-# In `hold`, a permit asked for without `hard_ms` counts for this long after its process died.
+# With `hold`, a permit without `hard_ms` counts for this long after its process died.
 DEFAULT_HARD_MS = 600_000
-# Above so many requests in a window the exact log of admissions gives way to buckets.
+# A window with more requests than this is counted in buckets instead of an exact log.
 MAX_LOG = 10_000
-# In how many parts a window is counted, of a rate that refills evenly and of any other. What is
-# taken counts to the end of its part, so that coarser ones leave more of a window unused.
+# Number of parts in which a window is counted, for a bucket and for any other rate. Use counts to
+# the end of its part, so coarser parts leave more of a window unused.
 BUCKETS, WINDOW_BUCKETS = 60, 120
-# Shares in calls: each counts as much as a second of use.
+# Use of a call if shares are measured in calls: as much as a second.
 CALL_USE = 1_000
-# Shares in cost, in micro-dollars: what a call counts at least, so that calls that cost nothing
-# keep nobody waiting for ever; at most; and where neither a price nor tokens are known.
+# Use of a call if shares are measured in cost, in micro-dollars: at least, so that free calls do
+# not starve others; at most; and if neither a price nor tokens are known.
 LEAST_USE, MOST_USE, UNKNOWN_USE = 10, 1_000_000_000, 1_000
 ARRIVAL_SLACK_MS = 500
-# A limit of such a scope that no policy names has no bound: it is the place of a pause.
+# A limit with such a scope that is not in the policy is unbounded: it only carries pauses.
 IMPLICIT_SCOPES = ("model:", "upstream:")
-# Nor half a character beyond the BMP: what has one cannot be sent.
+# Lone surrogates are excluded too, since they cannot be encoded.
 _LIMIT_ID = re.compile(r"[a-z_]+:[^\s|{}\ud800-\udfff]{1,200}|[^\s|{}:\ud800-\udfff]{1,200}")
 TENANT_NAME = re.compile(r"[^\s|{}\ud800-\udfff]{1,200}")
 
 
 @dataclass(frozen=True, slots=True)
 class Adaptive:
-    """A concurrency that finds its own way between `minimum` and the bound.
+    """Adaptation of a concurrency limit between `minimum` and its bound.
 
-    by: `refusals`: one more for each full round of successes while it is used up, one less for each
-    call that is dropped then. `latency`: where the times to first tokens are known they decide
-    instead of successes, so that few calls wait in a server that refuses none.
-    """
+    by: `refusals`: the limit rises by one for each full round of successes while it is used up, and
+    falls by one for each call that is dropped then. `latency`: times to first tokens, where known,
+    decide instead of successes, so that few calls queue in a server that rejects none."""
 
     minimum: int = 1
     by: AdaptsBy = "refusals"
@@ -92,12 +92,11 @@ class Adaptive:
 
 @dataclass(frozen=True, slots=True)
 class Concurrency:
-    """At most `bound` calls concurrently. In `shadow` it only counts what it would have held up.
+    """At most `bound` calls concurrently. In `shadow` it only counts what it would have delayed.
 
-    unit: `calls`, or `tokens_in_flight`: the tokens of all calls in flight, such as those that the
-    cache of a server has room for. reserve: what a call takes of it until it ends: its input and
-    what its answer probably has (`predicted`), or all that its answer may have (`bound`).
-    """
+    unit: `calls`, or `tokens_in_flight`: the tokens of all calls in flight, such as those that a
+    server's cache has room for. reserve: what a call takes until it ends: its input and its
+    probable output (`predicted`), or its input and all output that it may have (`bound`)."""
 
     bound: int
     shadow: bool = False
@@ -107,19 +106,21 @@ class Concurrency:
 
     @property
     def by_tokens(self) -> bool:
-        """Whether a call takes its tokens of it, instead of 1."""
+        """Whether a call takes its tokens instead of 1."""
         return self.unit == "tokens_in_flight"
 
     @property
     def by_latency(self) -> bool:
-        """Whether times to first tokens tell how many calls it admits."""
+        """Whether times to first tokens decide how many calls it admits."""
         return self.adaptive is not None and self.adaptive.by == "latency"
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What one LLM token of each part of a call counts. `cached` is input that the provider read
-    from its cache, `cache_write` input that it wrote to one, `input` the rest of the input."""
+    """How much one LLM token of each part of a call counts.
+
+    `cached`: input that the provider read from its cache. `cache_write`: input that it wrote to
+    one. `input`: the rest of the input."""
 
     input: float
     cached: float
@@ -137,15 +138,17 @@ USUAL_WEIGHTS: Mapping[str, Weights] = {
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
-    """How fast use may grow: what a window may take is at most `start`, or so many percent a minute
-    more than it took before. Some providers refuse a sharper rise within the limits."""
+    """How fast use may grow.
+
+    A window may take at most `start`, or the given percentage per minute more than it took before.
+    Some providers reject a steeper rise even within the limits."""
 
     percent_per_minute: int
     start: int
 
 
 class RateOptions(TypedDict, total=False):
-    """The keywords of `Rate` without its window."""
+    """The keywords of `Rate` except for its window."""
 
     unit: Unit
     slack_ms: int | None
@@ -161,22 +164,21 @@ class RateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """At most `bound` of `unit` in any sliding window of arrivals, or of a bucket that refills.
+    """At most `bound` of `unit` in any sliding window of arrivals, or a token bucket.
 
-    slack_ms: how much later than admitted a call may arrive at the provider, so that the window is
-    longer by it; by default 500 ms, or a twentieth of a window shorter than 10 s.
+    slack_ms: how much later than admitted a call may arrive at the provider; the window is longer
+    by it. By default 500 ms, or a twentieth of a window shorter than 10 s.
     weights: of the parts of a call, for a unit of tokens; `USUAL_WEIGHTS` by default.
     reserve: what a call takes at its admission. `predicted`: what it probably uses. `bound`: the
-    most that it may use. `max_tokens`: its input and its bound on the answer, each token of which
-    counts once whatever its weight, or what it probably uses if that is more. `larger`: the larger
-    of its input by characters and its bound on the answer.
-    settles: whether a call that has used less gives the rest back.
-    pace_ms: smoothing: no more is taken at one time than an even flow gives in so long, or one call
-    that is larger; the next ones wait until the flow has made up for it. None: as it comes.
-    source: who knows it: a person who set it, a provider's API, or headers of its answers.
-    shape: `window`, or `bucket`: at most `bound` at one time, all of which refills evenly in a
-    window, so that what is used is what has not refilled yet.
-    """
+    most that it may use. `max_tokens`: its input and its bound on the output, each token of which
+    counts once whatever its weight, or its probable use if that is more. `larger`: the larger of
+    its input by characters and its bound on the output.
+    settles: whether a call that used less returns the rest.
+    pace_ms: smoothing: a burst takes at most what an even flow gives in this time, or one larger
+    call; further calls wait until the flow has caught up. None: no smoothing.
+    source: where it comes from: a person (`set`), a provider's API, or headers of its answers.
+    shape: `window`, or `bucket`: at most `bound` in a burst, all of which refills evenly in a
+    window; its use is what has not refilled yet."""
 
     bound: int
     window_ms: int
@@ -193,22 +195,23 @@ class Rate:
 
     @classmethod
     def per_second(cls, bound: int, **options: Unpack[RateOptions]) -> Self:
-        """At most `bound` in any second; the keywords are those of `Rate`."""
+        """Return a rate of at most `bound` in any second; the keywords are those of `Rate`."""
         return cls(bound, 1_000, **options)
 
     @classmethod
     def per_minute(cls, bound: int, **options: Unpack[RateOptions]) -> Self:
-        """At most `bound` in any 60 s: `Rate.per_minute(60)`, or with `unit="tokens"`."""
+        """Return a rate of at most `bound` in any 60 s: `Rate.per_minute(60)`, or with
+        `unit="tokens"`."""
         return cls(bound, 60_000, **options)
 
     @classmethod
     def per_hour(cls, bound: int, **options: Unpack[RateOptions]) -> Self:
-        """At most `bound` in any 60 min."""
+        """Return a rate of at most `bound` in any 60 min."""
         return cls(bound, 3_600_000, **options)
 
     @classmethod
     def per_day(cls, bound: int, **options: Unpack[RateOptions]) -> Self:
-        """At most `bound` in any 24 h; a `Quota` begins again at midnight instead."""
+        """Return a rate of at most `bound` in any 24 h; a `Quota` resets at midnight instead."""
         return cls(bound, 86_400_000, **options)
 
     @property
@@ -219,19 +222,20 @@ class Rate:
 
     @property
     def buckets(self) -> int:
-        """In how many parts a window is counted, where not each admission is."""
+        """The number of parts in which a window is counted, unless each admission is logged."""
         return BUCKETS if self.shape == "bucket" else WINDOW_BUCKETS
 
     @property
     def exact(self) -> bool:
-        """True where each admission is logged; else buckets count."""
+        """True if each admission is logged, False if the window is counted in buckets."""
         return self.shape == "window" and self.unit == "requests" and self.bound <= MAX_LOG
 
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """At most `bound` of `unit` a calendar day, which begins at midnight in `zone`. The rest is as
-    of a `Rate`."""
+    """At most `bound` of `unit` per calendar day, which begins at midnight in `zone`.
+
+    The other fields are as of a `Rate`."""
 
     bound: int
     unit: Unit = "requests"
@@ -248,8 +252,11 @@ Limit = Concurrency | Rate | Quota
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """A priority. `min_share` of the admissions, or of what a rate gives, go to it while it waits,
-    whatever waits above. `headroom` of every concurrency is kept free of the bands below."""
+    """A priority.
+
+    min_share: the share of admissions, or of what a rate gives, that it gets while it waits,
+    whatever waits above. headroom: the share of every concurrency limit that is kept free of the
+    bands below."""
 
     name: str
     min_share: float = 0.0
@@ -268,22 +275,20 @@ class PoolPolicy:
         admits no call.
     weights: tenant -> its share against others, 1 to 1000; 1 for those not named.
     bands: priorities, highest first.
-    queue_per_tenant: waiters that one tenant may have over all processes.
-    lease_ms: how long a process may be silent before its permits are taken back.
-    when_away: what waiters get when Valkey is away for longer than the lease: `closed`
+    queue_per_tenant: the most waiters of one tenant over all processes.
+    lease_ms: how long a process may be silent before its permits are revoked.
+    when_away: what happens to waiters if Valkey is unavailable for longer than the lease: `closed`
         admits no call, `local` lets each process use limit / last known sessions (rounded down,
         which may be 0).
-    on_lost: what becomes of running calls when Valkey is away for longer than the lease.
+    on_lost: what happens to running calls if Valkey is unavailable for longer than the lease.
     on_expiry: whether the permits of a dead or paused process are reused when its lease is over,
         or held until the hard deadline of its calls.
-    reap_closed_ms: take back what a process held this soon after its connection closed, without
-        waiting for the lease; 0 never does. Safe only where a cut network is not to be feared.
-    hand_off: whether a process may pass a freed permit to its own next waiter when that one is
+    reap_closed_ms: revoke a process's permits this soon after its connection closed, without
+        waiting for the lease; 0 never does. Safe only without network partitions.
+    hand_off: whether a process may pass a freed permit to its own next waiter if that one is
         among the next in the pool's order; off makes the order of waiters exact.
-    fair_by: what the shares of tenants are measured in: the time of use of permits, admitted calls,
-        or what calls cost.
-    Raises ConfigError for a value that is out of range.
-    """
+    fair_by: the measure of tenants' shares: time of use of permits, admitted calls, or cost.
+    Raises ConfigError for a value that is out of range."""
 
     limits: Mapping[str, int | Limit]
     lease_ms: int = 3000
@@ -297,7 +302,7 @@ class PoolPolicy:
     reap_closed_ms: int = 0
     hand_off: bool = True
     fair_by: FairBy = "seconds"
-    # `limits` without numbers.
+    # `limits` with numbers converted to limits.
     rules: Mapping[str, Limit] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -324,25 +329,25 @@ class PoolPolicy:
             raise ConfigError("fair_by", str(self.fair_by), allowed)
 
     def limit(self, name: str) -> Limit | None:
-        """The limit of that id, or None where there is none."""
+        """Return the limit with that id, or None."""
         return self.rules.get(name)
 
     def binding(self, name: str) -> Limit | None:
-        """As `limit`, but one that is implicit where the policy does not name it."""
+        """Return the limit with that id, or an implicit one, or None."""
         return self.rules.get(name) or implicit_limit(name)
 
     def bound(self, name: str) -> int:
-        """Its bound; 0 where there is no such limit."""
+        """Return the bound of a limit; 0 if there is none."""
         found = self.rules.get(name)
         return 0 if found is None else found.bound
 
     def bound_in_force(self, name: str) -> int:
-        """As `bound`, with that of a limit that is implicit."""
+        """Return the bound of a limit, explicit or implicit; 0 if there is none."""
         limit = self.binding(name)
         return 0 if limit is None else limit.bound
 
     def band(self, priority: str) -> int:
-        """The number of a band, 0 for the highest. Raises ConfigError for an unknown one."""
+        """Return the number of a band, 0 for the highest. Raises ConfigError for an unknown one."""
         for number, band in enumerate(self.bands):
             if band.name == priority:
                 return number
@@ -350,7 +355,7 @@ class PoolPolicy:
         raise ConfigError("priority", priority, f"one of {names}")
 
     def pack(self) -> bytes:
-        """The same bytes for the same policy, whatever the order of its limits."""
+        """Return the policy as bytes, which are equal for equal policies."""
         fields: list[Any] = [
             self.revision,
             self.lease_ms,
@@ -369,7 +374,7 @@ class PoolPolicy:
 
     @classmethod
     def unpack(cls, blob: bytes) -> PoolPolicy:
-        """The inverse of `pack`. Fields that a later version added are ignored."""
+        """Return the packed policy. Fields that a later version added are ignored."""
         revision, lease_ms, when_away, on_lost, on_expiry, limits, *rest = msgpack.unpackb(blob)
         weights, bands, queue_per_tenant, reap_closed_ms, hand_off, *more = rest
         return cls(
@@ -389,7 +394,7 @@ class PoolPolicy:
 
 
 def as_policy(policy: PoolPolicy | Mapping[str, int | Limit]) -> PoolPolicy:
-    """A mapping is a policy of these limits. Raises TypeError for anything else."""
+    """Return a policy; a mapping is one of these limits. Raises TypeError for anything else."""
     if isinstance(policy, PoolPolicy):
         return policy
     if not isinstance(policy, Mapping):
@@ -398,13 +403,13 @@ def as_policy(policy: PoolPolicy | Mapping[str, int | Limit]) -> PoolPolicy:
 
 
 def as_limit(limit: int | Limit) -> Limit:
-    """A number is a concurrency."""
+    """Return a limit; a number is a concurrency limit."""
     return Concurrency(limit) if isinstance(limit, int) else limit
 
 
 @lru_cache(maxsize=1_000)
 def implicit_limit(name: str) -> Concurrency | None:
-    """What a limit is that no policy names: without a bound, or None where it must be named."""
+    """Return the unbounded limit of an implicit scope; None if the policy must name the limit."""
     implicit = name.startswith(IMPLICIT_SCOPES) and _LIMIT_ID.fullmatch(name) is not None
     return _UNBOUNDED if implicit else None
 
@@ -413,14 +418,14 @@ _UNBOUNDED = Concurrency(MAX_BOUND)
 
 
 def check_tenant(tenant: str) -> None:
-    """Raises ConfigError for a name that a tenant can't have."""
+    """Raise ConfigError for a name that a tenant can't have."""
     if not isinstance(tenant, str) or not TENANT_NAME.fullmatch(tenant):
         shown = tenant if isinstance(tenant, str) and tenant.isprintable() else ascii(tenant)
         raise ConfigError("tenant", shown, "1 to 200 characters without spaces, | { or }")
 
 
 def share_of(bound: int, sessions: int) -> int:
-    """What one of `sessions` processes may use alone: rounded down, so the sum never exceeds."""
+    """Return what each of `sessions` processes may use alone; rounded down, so the sum fits."""
     return bound // sessions if sessions > 0 else 0
 
 
@@ -512,7 +517,7 @@ def _pack_limit(limit: Limit) -> list[Any]:
         told: list[str] = [limit.unit, limit.reserve]
         told += [limit.adaptive.by] if limit.adaptive and limit.by_latency else []
         return own if told == ["calls", "predicted"] else [*own, *told]
-    # What is as usual is left out: the bytes are those of earlier versions.
+    # Usual values are left out, so that the bytes equal those of earlier versions.
     usual = limit.weights is None or limit.weights == USUAL_WEIGHTS[limit.unit]
     weights = None if usual else astuple(cast(Weights, limit.weights))
     counting = [weights, limit.reserve, limit.settles]
@@ -568,21 +573,23 @@ def _unpack_counting(packed: list[Any]) -> dict[str, Any]:
 
 
 def next_midnight_ms(zone: str, now_ms: float) -> int:
-    """The next midnight in a time zone, in ms since 1970."""
+    """Return the next midnight in a time zone, in ms since 1970."""
     local = datetime.fromtimestamp(now_ms / 1000, UTC).astimezone(ZoneInfo(zone))
     day = (local + timedelta(days=1)).date()
     midnight = datetime(day.year, day.month, day.day, tzinfo=ZoneInfo(zone))
     return int(midnight.timestamp() * 1000)
 
 
-# Of how many limits the names are shown to a caller who asks for one that is unknown.
+# How many limits an error about an unknown one names.
 _KNOWN_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokens of a call: an estimate before it, or what it used. `cached` and `cache_write` are
-    parts of the input: what the provider read from its cache, and what it wrote to one."""
+    """Tokens of a call: an estimate before it, or its usage.
+
+    Parts of the input: `cached`, which the provider read from its cache, and `cache_write`, which
+    it wrote to one."""
 
     input: int = 0
     output: int = 0
@@ -595,8 +602,9 @@ class Tokens:
 
 
 def tokens_of(tokens: int | Tokens) -> Tokens:
-    """A number is a total whose parts are not known: it counts as input. Raises TypeError for what
-    is no whole number."""
+    """Return tokens; a number is a total of unknown parts and counts as input.
+
+    Raises TypeError for numbers that are not whole."""
     if not isinstance(tokens, Tokens):
         return Tokens(whole("tokens", tokens))
     for amount in (tokens.input, tokens.output, tokens.cached, tokens.cache_write):
@@ -605,9 +613,10 @@ def tokens_of(tokens: int | Tokens) -> Tokens:
 
 
 def whole_ms(name: str, amount: float) -> int:
-    """A time in whole ms, rounded up, and FOR_EVER_MS at most. Raises TypeError for what is no
-    number and ValueError for NaN: one time that the server could not read would hold up all calls
-    of the process."""
+    """Return a time in whole ms, rounded up and at most FOR_EVER_MS.
+
+    Raises TypeError for anything but a number, and ValueError for NaN: a single time that the
+    server cannot read would block all calls of the process."""
     if not isinstance(amount, int | float):
         raise TypeError(f"{name} is a number of milliseconds, not {amount!r}")
     if amount != amount:
@@ -616,7 +625,8 @@ def whole_ms(name: str, amount: float) -> int:
 
 
 def whole(unit: str, amount: int) -> int:
-    """Raises TypeError for what is no whole number: the server could not count it."""
+    """Return a whole number. Raises TypeError for anything else, which the server could not
+    count."""
     try:
         return index(amount)
     except TypeError:
@@ -625,8 +635,9 @@ def whole(unit: str, amount: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class CallUse:
-    """What a call used, or may use. None where it is not known. `first_ms`: the time to the first
-    token of its answer."""
+    """What a call used or may use; None where unknown.
+
+    `first_ms`: the time to the first token of its answer."""
 
     tokens: Tokens | None = None
     images: int | None = None
@@ -642,8 +653,9 @@ def call_use(
     cost_micros: int | None,
     first_ms: float | None = None,
 ) -> CallUse:
-    """What a call used. Raises TypeError or ValueError for what the server could not count: where
-    the permit is returned it would be too late, as the permit would stay held."""
+    """Return what a call used. Raises TypeError or ValueError for what the server could not count.
+
+    An error on the release of the permit would come too late, since the permit would stay held."""
     counted = None if tokens is None else tokens_of(tokens)
     counts = (("images", images), ("audio_seconds", audio_seconds), ("cost_micros", cost_micros))
     for unit, amount in counts:
@@ -658,7 +670,7 @@ NOTHING = CallUse(Tokens(), 0, 0, 0)
 
 
 def amount_of(limit: Rate | Quota, amounts: CallUse | Demand) -> int | None:
-    """How much a call takes or used of what a limit counts; None where that is not known."""
+    """Return how much of what a limit counts a call takes or used; None if unknown."""
     unit = limit.unit
     if unit == "requests":
         return 1
@@ -673,8 +685,9 @@ def amount_of(limit: Rate | Quota, amounts: CallUse | Demand) -> int | None:
 
 
 def use_by_cost(use: CallUse | Demand) -> int | None:
-    """What a call counts where shares are measured in cost, in micro-dollars; None where that is
-    not known. A call without a price, or with one of 0, counts its tokens, at $1 per million."""
+    """Return a call's use, if shares are measured in cost, in micro-dollars; None if unknown.
+
+    A call without a price, or with a price of 0, counts its tokens at $1 per million."""
     tokens = use.tokens.total if use.tokens is not None else 0
     known = use.cost_micros or tokens
     if not known and (use.cost_micros is None or isinstance(use, Demand)):
@@ -683,7 +696,7 @@ def use_by_cost(use: CallUse | Demand) -> int | None:
 
 
 def amount_in_flight(limit: Concurrency, demand: Demand) -> int | None:
-    """How much a call takes of a concurrency until it ends; None where that is not known."""
+    """Return how much a call takes of a concurrency limit until it ends; None if unknown."""
     if not limit.by_tokens:
         return 1
     if demand.tokens is None:
@@ -695,7 +708,7 @@ def amount_in_flight(limit: Concurrency, demand: Demand) -> int | None:
 
 
 def amount_to_reserve(limit: Rate | Quota, demand: Demand) -> int | None:
-    """How much a call takes of a limit at its admission; None where that is not known."""
+    """Return how much a call takes of a limit at its admission; None if unknown."""
     amount = amount_of(limit, demand)
     if limit.reserve == "predicted" or amount is None or limit.unit not in USUAL_WEIGHTS:
         return amount
@@ -725,7 +738,7 @@ def _tokens_counted(limit: Rate | Quota, tokens: Tokens) -> int:
 
 
 def unknown_limit(name: str, policy: PoolPolicy, pool: str = "") -> str:
-    """What is wrong with a demand for a limit that a policy does not name."""
+    """Return the message about a demand for a limit that is not in the policy."""
     known = sorted(policy.limits)
     more = f" and {len(known) - _KNOWN_SHOWN} more" if len(known) > _KNOWN_SHOWN else ""
     names = ", ".join(known[:_KNOWN_SHOWN]) + more
@@ -733,21 +746,20 @@ def unknown_limit(name: str, policy: PoolPolicy, pool: str = "") -> str:
     return f"limit {name!r} is not in the policy{where} (known: {names})"
 
 
-# Not frozen, as all else of its kind: each call would pay for that.
+# Not frozen, unlike similar classes: one is created per call, and frozen ones cost more.
 @dataclass(slots=True)
 class Demand:
-    """All of `limits` or none; nobody changes it.
+    """A request for permits of all `limits` together. Never changed.
 
-    tenant: whose share it is. priority: the name of a band, None for the usual one. tokens, images,
-    audio_seconds, cost_micros: an estimate, for limits that count them. most, larger_tokens: for
-    limits that reserve so. deadline_ms: how long it may wait, None for as long as needed; among its
-    tenant's calls of a band the earliest deadline comes first, unless `has_usual_deadline`: it is a
-    default, and not the caller's own. hard_ms: the longest that the call can last. once: take the
-    first answer for the last. by_estimate: refuse it before its deadline also where that it would
-    not be admitted in time is an estimate, with a clear margin; else only where it is certain.
-    implicit: limits that the policy does not name are allowed where their scope is implicit; a
-    misspelt name would otherwise be a limit without a bound.
-    """
+    tenant: whose share the call counts in. priority: the name of a band, None for the usual one.
+    tokens, images, audio_seconds, cost_micros: an estimate, for limits that count them. most,
+    larger_tokens: for limits with such a `reserve`. deadline_ms: how long the call may wait, None
+    without bound. Among its tenant's calls of a band the earliest deadline comes first, unless
+    `has_usual_deadline`: then it is a default, not the caller's own. hard_ms: the longest that the
+    call can last. once: take the first answer as final. by_estimate: also reject the call before
+    its deadline if an estimate says by a clear margin that it would not be admitted in time;
+    otherwise only if that is certain. implicit: allow limits of implicit scopes that the policy
+    does not name; without this, so that a misspelt name is not an unbounded limit."""
 
     limits: tuple[str, ...]
     tenant: str = "default"
@@ -768,7 +780,7 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A policy that was in force, of the last hundred. `at_ms` since 1970."""
+    """A policy that was in force, one of the last hundred. `at_ms` since 1970."""
 
     revision: int
     at_ms: int
@@ -777,7 +789,7 @@ class Change:
 
 
 def read_change(row: bytes) -> Change:
-    """An entry of a pool's history."""
+    """Return an entry of a pool's history."""
     revision, at_ms, by, blob = msgpack.unpackb(row, raw=True)[:4]
     return Change(revision, at_ms, by.decode(), PoolPolicy.unpack(blob))
 
@@ -785,8 +797,8 @@ def read_change(row: bytes) -> Change:
 OnConflict = Literal["raise", "replace", "keep"]
 
 
-# Who a policy is by that a program brought when it joined; and that of one that keeps what is in
-# force, such as the gateway, whose limits no edit of a program's code replaces.
+# Authors of a policy that a process brings when it joins: a program, which may replace its own
+# policy; or a deployment that keeps what is in force, which no edit of a program's code replaces.
 WRITTEN_BY, DEPLOYED_BY = "code", "deployment"
 
 
@@ -801,19 +813,20 @@ _FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class WrittenPolicy:
-    """The policy in the code of a program, and what is done where it is not the one in force."""
+    """The policy in a program's code, and what happens if it differs from the one in force."""
 
     pool: str
     policy: PoolPolicy
     on_conflict: OnConflict
 
     def is_in(self, policy: PoolPolicy) -> bool:
-        """Whether a policy says the same, whatever its revision."""
+        """Return whether a policy has the same content, whatever its revision."""
         return _content(policy) == _content(self.policy)
 
     def among(self, history: Sequence[Change]) -> PoolPolicy:
-        """The policy to join with. `history`: what was in force, the newest first. Raises
-        PolicyConflict."""
+        """Return the policy to join with.
+
+        `history`: the policies that were in force, newest first. Raises PolicyConflict."""
         if not history or self.policy.revision > history[0].revision:
             return self.policy
         now = history[0]
@@ -847,7 +860,8 @@ def _content(policy: PoolPolicy) -> bytes:
 
 
 def _differences(held: PoolPolicy, asked: PoolPolicy) -> list[tuple[str, str, str]]:
-    """(name, value in force, value asked for) of each limit, weight and field that differs."""
+    """Return (name, value in force, requested value) for each limit, weight and field that
+    differs."""
     before, after = _written_out(held), _written_out(asked)
     names = [*after, *(name for name in before if name not in after)]
     pairs = [(name, before.get(name, "none"), after.get(name, "none")) for name in names]

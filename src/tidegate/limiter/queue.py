@@ -2,10 +2,10 @@
 
 Does no I/O. A flow is a band, a tenant and a set of limits: its waiters are interchangeable.
 
-Invariants: a ticket is waiting, held or gone, and is granted or abandoned once; a permit that
-passes from one call to the next within the process is never also returned; an unconfirmed batch
-is repeated in the same order before anything newer; every waiting flow has its turn in each round
-of comparison.
+Invariants: a ticket is waiting, held or gone, and is granted or abandoned once; a permit that is
+passed from one call to the next within the process is never also returned; an unconfirmed batch is
+repeated in the same order before anything newer; every waiting flow has its turn in each round of
+comparison.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tidegate.limiter.policy import Concurrency, Quota, Rate, share_of
 
 @dataclass(slots=True)
 class Counts:
-    """How often things happened since the start; the tests' and benchmarks' ground."""
+    """Counters of events since the start, for tests and benchmarks."""
 
     admitted: int = 0
     handed_on: int = 0
@@ -46,7 +46,7 @@ class Counts:
 
 @dataclass(slots=True)
 class Traffic:
-    """Counts since the start."""
+    """Counters of messages since the start."""
 
     syncs: int = 0
     failures: int = 0
@@ -55,16 +55,16 @@ class Traffic:
 
 
 MAX_ENTRIES = 500
-# Each flow costs the server a look at all of its limits. Of one call, whether it says of them that
-# calls ended, that others wait, or both.
+# Each flow has the server check all of its limits. The most flows of one request: for each sort of
+# entry, and in all.
 MAX_FLOWS = 15
 MAX_FLOWS_IN_ALL = 20
-# A permit that was freed while nobody waits is kept for the next one here no longer than this.
+# How long a permit that was freed while no call waits is kept for the next call of this process.
 SPARE_MS = 5.0
-# A hint is followed for no longer: callers of a higher band, or of other tenants, may have come
-# since. As far ahead the server looks (`T.AHEAD_MS` in Lua).
+# How long a hint is used: callers of a higher band or of other tenants may have arrived since. The
+# server plans this far ahead (`T.AHEAD_MS` in Lua).
 HINT_MS = 150.0
-# Fences of one permit that is passed on inside a process; the server's are this far apart.
+# Sequence numbers for a permit that is passed on inside a process; the server's are this far apart.
 CHAIN = 1000
 _FLOWS_KEPT = 10_000
 
@@ -73,7 +73,7 @@ E = TypeVar("E", Waiter, Release, Transfer)
 
 
 def _some(entries: Iterable[E], flow_of: Callable[[E], Flow], flows: set[Flow]) -> list[E]:
-    """As many as one request may carry, in their order; `flows` are those of the request."""
+    """Return as many entries as one request may carry, in order; `flows`: those of the request."""
     taken: list[E] = []
     own: set[Flow] = set()
     for entry in islice(entries, MAX_ENTRIES):
@@ -87,7 +87,7 @@ def _some(entries: Iterable[E], flow_of: Callable[[E], Flow], flows: set[Flow]) 
 
 
 def _next_flows(left: dict[str, Flow], most: int) -> list[Flow]:
-    """The next ones of a round, of those that still wait."""
+    """Take the next flows of a round, and return those that still wait."""
     if not left:
         return []
     taken = [left.pop(key) for key in list(islice(left, most))]
@@ -111,10 +111,10 @@ _DAY_MS = 86_400_000
 
 
 class LocalShare:
-    """What may be admitted without asking, and what of rates and quotas was."""
+    """The process's share of limits while Valkey is unavailable, and its use of rates."""
 
     def __init__(self) -> None:
-        # limit -> (ms, amount) of what was admitted here
+        # limit -> (ms, amount) of each admission here
         self._spent: dict[str, deque[tuple[float, int]]] = {}
 
     def allows(
@@ -124,8 +124,10 @@ class LocalShare:
         held: Callable[[str, Concurrency], int],
         at_ms: float,
     ) -> bool:
-        """Whether our share of every limit has room, beside what is `held` of it; what is taken of
-        rates is noted."""
+        """Return whether the local share of every limit has room, and record the use of rates.
+
+        `held`: returns the current use of a concurrency limit.
+        """
         taken = waiter.flow.taken(waiter.amounts)
         for name, limit, amount in taken:
             if limit.shadow:
@@ -150,27 +152,27 @@ class LocalShare:
 
 
 class LocalQueue:
-    """See the module.
+    """The local queue of a process.
 
-    recycling: a freed permit may be passed on in the process whatever the server says, since it
-    says nothing. idle: nobody waits in the whole pool. urgent: a pending message must not wait for
-    others; hurried: not for long, since a call may be refused by the answer. parting: tickets that
-    were abandoned, released or passed on, until the server has confirmed it. looks, asks: flows
-    still to come in two rounds, by their key. In one the server looks whether a call could be
-    admitted under the limits of a flow; in the other it says which of the first tickets of a flow
-    it has admitted already, since the news of that may have been lost.
+    recycling: a freed permit may be passed on without a hint, because the server cannot give any.
+    idle: no call waits in the whole pool. urgent: a pending message must not wait for others.
+    hurried: it must not wait long, since the answer may refuse a call. parting: tickets that were
+    abandoned, released or passed on, until the server has confirmed it. looks, asks: flows still to
+    come in two rounds, by key. In the first the server checks whether a call of a flow could be
+    admitted. In the second it reports which of the flow's first tickets it has admitted, in case
+    that push was lost.
     """
 
     def __init__(self, new_future: Callable[[], asyncio.Future[Holding]] = _new_future) -> None:
         self._new_future = new_future
         self.waiting: dict[int, Waiter] = {}
         self.held: dict[int, Holding] = {}
-        self.held_of: Counter[str] = Counter()  # by limit, without those that have none
+        self.held_of: Counter[str] = Counter()  # by limit; limits without permits are missing
         self.waiting_of: Counter[str] = Counter()
         self.spent_since: Counter[str] = Counter()
         self.counts = Counts()
         self.recycling = False
-        self.is_paused: Callable[[Sequence[str]], bool] = lambda _: False  # the session knows
+        self.is_paused: Callable[[Sequence[str]], bool] = lambda _: False  # set by the session
         self.idle = False
         self.urgent = False
         self.hurried = False
@@ -181,7 +183,7 @@ class LocalQueue:
         self.flows: dict[tuple[int, str, tuple[str, ...]], Flow] = {}
         self._lanes: dict[tuple[int, tuple[str, ...]], dict[str, Flow]] = {}
         self._local_tags: Counter[str] = Counter()
-        # Those that the last request asked hints for, and those that have one.
+        # The flows of the last request for hints, and those that have a hint.
         self._wanting, self._hinted = list[Flow](), list[Flow]()
         self._hinted_until_ms = 0.0
         # Pending messages.
@@ -190,8 +192,8 @@ class LocalQueue:
         self._settles: list[tuple[int, str]] = []
         self._releases: dict[int, Release] = {}
         self._transfers: list[Transfer] = []
-        # Permits that were just freed while nobody waited, and since when, by their flow's key: the
-        # next one who asks may have them.
+        # Permits freed while no call waited, with the time, by flow key: the next call of the flow
+        # may have them.
         self._spare: dict[str, dict[int, float]] = {}
 
     def __repr__(self) -> str:
@@ -200,19 +202,19 @@ class LocalQueue:
 
     @property
     def pending(self) -> int:
-        """How many messages are still to be sent."""
+        """The number of messages still to be sent."""
         ended = len(self._releases) + len(self._transfers) + len(self._settles)
         return len(self._enqueues) + len(self._cancels) + ended
 
     def amount_held(self, name: str, limit: Concurrency) -> int:
-        """What our permits take of a concurrency."""
+        """Return what this process's permits take of a concurrency limit."""
         if not limit.by_tokens:
             return self.held_of[name]
         holdings = (one for one in self.held.values() if name in one.flow.limits)
         return sum(one.flow.amount_under(name, one.amounts) for one in holdings)
 
     def flow(self, band: int, tenant: str, limits: tuple[str, ...]) -> Flow:
-        """The flow of that name, one object for all that ask for it."""
+        """Return the flow of that name, always the same object."""
         name = (band, tenant, limits)
         flow = self.flows.get(name)
         if flow is None:
@@ -222,13 +224,12 @@ class LocalQueue:
         return flow
 
     def longest_queues(self, most: int) -> list[Flow]:
-        """The flows with the most waiters here."""
+        """Return the flows with the most waiters here."""
         flows = (flow for lane in self._lanes.values() for flow in lane.values())
         return nlargest(most, flows, key=lambda flow: len(flow.waiting))
 
     def first_since(self, tenant: str, limits: tuple[str, ...], asked_ms: float) -> Waiter | None:
-        """The first waiter of a tenant for these limits, in any band, that asked at `asked_ms` or
-        later."""
+        """Return a tenant's first waiter for these limits, in any band, since `asked_ms`."""
         flows = (
             flow
             for (_, named), lane in self._lanes.items()
@@ -258,9 +259,11 @@ class LocalQueue:
         by_estimate: bool = False,
         due: bool = False,
     ) -> Waiter:
-        """A new waiter at the end of its flow; admitted immediately by a permit that is spare.
-        `use`: what it will probably use, if not as long as the last calls took; `due`: its deadline
-        puts it before others of its tenant."""
+        """Return a new waiter at the end of its flow; a spare permit admits it immediately.
+
+        `use`: its probable use; 0 for as long as the last calls took. `due`: its deadline puts it
+        before others of its tenant.
+        """
         ticket, use = next(self._tickets), use or round(flow.cost_ms)
         member = f"{ticket}|{hard_ms}|{use}|{amounts}"
         future = self._new_future()
@@ -284,7 +287,7 @@ class LocalQueue:
         return waiter
 
     def _take_spare(self, waiter: Waiter, now_ms: float) -> bool:
-        """A permit of this flow that was freed, which the server has not heard of."""
+        """Take a freed permit of this flow whose release the server has not received."""
         spare = self._spare.get(waiter.flow.key)
         if not spare:
             return False
@@ -297,7 +300,7 @@ class LocalQueue:
         return True
 
     def abandon(self, ticket: int, now_ms: float) -> None:
-        """The waiter gave up. A grant that reached it already, or crosses this, is returned."""
+        """Remove a ticket. A grant that already reached it, or that crosses this, is returned."""
         waiter = self._forget(ticket)
         if waiter is None:
             if ticket in self.held:
@@ -344,7 +347,7 @@ class LocalQueue:
         use: int | None = None,
         first: tuple[int, int] | None = None,
     ) -> None:
-        """Return a permit, or pass it on to the next waiter here where that is fair."""
+        """Return a permit, or pass it on to the next waiter here if that is fair."""
         holding = self.held.pop(ticket, None)
         if holding is None:
             return
@@ -368,12 +371,12 @@ class LocalQueue:
                 self._spare.setdefault(flow.key, {})[ticket] = now_ms
 
     def settle_later(self, ticket: int, actual: str) -> None:
-        """The usage of a call whose permit was released as `usage_later`."""
+        """Report the usage of a call whose permit was released as `usage_later`."""
         self._settles.append((ticket, actual))
 
     def _pass_on(self, release: Release, now_ms: float) -> bool:
         flow, heir = release.flow, None
-        if release.seq % CHAIN < CHAIN - 1:  # else its fence would be the next permit's
+        if release.seq % CHAIN < CHAIN - 1:  # otherwise its fence would be another permit's
             if self.recycling:
                 heir = self._next_anyhow(flow)
             elif flow.plain and now_ms <= self._hinted_until_ms:
@@ -381,7 +384,7 @@ class LocalQueue:
         if heir is None:
             return False
         holding = self._hold(heir, release.epoch, release.seq + 1, now_ms)
-        member = heir.member if heir.sent else ""  # in no queue yet
+        member = heir.member if heir.sent else ""  # not in the server's queue yet
         self._transfers.append(
             Transfer(release.ticket, holding, member, release.outcome, release.took_ms, release.use)
         )
@@ -389,13 +392,13 @@ class LocalQueue:
             self.counts.recycled += 1
         else:
             self.counts.handed_on += 1
-            # The last one that we know of: ask who comes next.
+            # The last waiter with a hint: request the next hints now.
             if self._next_by_hint(flow.lane) is None:
                 self.urgent = True
         return True
 
     def _next_by_hint(self, lane: tuple[int, tuple[str, ...]]) -> Waiter | None:
-        """The next waiter; none is passed over that only the server can admit."""
+        """Return the next waiter; waiters that only the server can admit are not overtaken."""
         best: tuple[float, Waiter | None] | None = None
         for flow in self._lanes.get(lane, {}).values():
             found = flow.next_by_hint()
@@ -404,7 +407,7 @@ class LocalQueue:
         return best[1] if best else None
 
     def _next_anyhow(self, flow: Flow) -> Waiter | None:
-        """Without a server to ask: the fair order among our own waiters for the same limits."""
+        """Return the next waiter in fair order among this process's own, without a server."""
         if flow.sized or self.is_paused(flow.limits):
             return None
         found = [
@@ -422,32 +425,32 @@ class LocalQueue:
         return waiter
 
     def recycle_unsent(self, now_ms: float) -> None:
-        """Valkey is unavailable: pass on what was freed but never sent."""
+        """Pass on permits that were freed but never sent, because Valkey is unavailable."""
         self._spare.clear()
         for release in [one for one in self._releases.values() if not one.sent]:
             if self._pass_on(release, now_ms):
                 del self._releases[release.ticket]
 
     def recycle_forgotten(self, now_ms: float) -> None:
-        """The server lost its past: what it may have heard of counts as never sent."""
+        """Treat all releases as never sent, because the server lost its data, and pass them on."""
         for release in self._releases.values():
             release.sent = False
         self.recycle_unsent(now_ms)
 
     def start_recycling(self) -> None:
-        """From now on the order of waiters is ours."""
+        """Begin to decide the order of waiters in this process."""
         if not self.recycling:
             self._local_tags.clear()
         self.recycling = True
 
     def note_idle(self, idle: bool) -> None:
-        """Whether a call waits anywhere in the pool, as the server says."""
+        """Record whether no call waits in the whole pool, as the server reports."""
         self.idle = idle
         if not idle:
             self._forget_spare()
 
     def _forget_spare(self) -> None:
-        """From now on what was freed stays released, and is sent without delay."""
+        """Keep no freed permits for later calls: send their releases now."""
         if self._spare:
             self._spare.clear()
             self.urgent = self.urgent or len(self._releases) > 0
@@ -455,7 +458,7 @@ class LocalQueue:
     # -- admission
 
     def admit_locally(self, allows: Callable[[Waiter], bool], epoch: int, now_ms: float) -> None:
-        """Valkey is unavailable for longer than the lease: admit the waiters that `allows`."""
+        """Admit the waiters that `allows`, after more than a lease without Valkey."""
         flows = [flow for lane in self._lanes.values() for flow in lane.values()]
         for flow in sorted(flows, key=lambda flow: flow.band):
             if self.is_paused(flow.limits):
@@ -467,8 +470,10 @@ class LocalQueue:
     def grant(
         self, ticket: int, epoch: int, seq: int, now_ms: float, admitted_ms: float | None = None
     ) -> None:
-        """The server admitted a ticket, not before `admitted_ms`. One that nobody waits for any
-        more is returned."""
+        """Take the server's admission of a ticket, which was not before `admitted_ms`.
+
+        A grant of a ticket that no longer waits is returned.
+        """
         waiter = self.waiting.get(ticket)
         if waiter is not None:
             self._hold(waiter, epoch, seq, now_ms, admitted_ms)
@@ -476,8 +481,8 @@ class LocalQueue:
         if ticket not in self.held and ticket not in self.parting:
             self.counts.strays += 1
             self._cancel(ticket, None, "")
-        # Else it was admitted here in the same moment: the server's permit is free when it hears
-        # so.
+        # Otherwise it was admitted here at the same moment: the server frees its own permit when it
+        # receives that message.
         self.urgent = True
 
     def _hold(
@@ -509,18 +514,21 @@ class LocalQueue:
         if flow.rates:
             self.spent_since.update(flow.spends(waiter.amounts))
         self.counts.admitted += 1
-        # A future that is done belongs to a task that is being cancelled: it will abandon.
+        # A finished future is that of a task that is being cancelled, which abandons the ticket.
         if not waiter.future.done():
             waiter.future.set_result(holding)
         return holding
 
     def forget_uses(self) -> None:
-        """Shares are measured in something else from now on."""
+        """Discard the use of held permits, because the measure of shares has changed."""
         for holding in self.held.values():
             holding.use = 0
 
     def fence(self) -> int:
-        """Our session is gone: cancel every body. They stay here until they have ended."""
+        """Cancel every body because the session is gone; return how many.
+
+        The permits stay here until their bodies have ended.
+        """
         fenced = [holding for holding in self.held.values() if not holding.fenced]
         for holding in fenced:
             holding.fenced = True
@@ -530,12 +538,14 @@ class LocalQueue:
         self._forget_spare()
         return len(fenced)
 
-    # -- what is to be sent
+    # -- messages
 
     def take(self, now_ms: float = inf) -> MessageBatch:
-        """The next batch to send, at most `MAX_ENTRIES` of each sort, of `MAX_FLOWS` flows. What
-        has been spare for less than `SPARE_MS` is kept back: many that call again in the same
-        moment would each find nothing else."""
+        """Return the next batch to send: `MAX_ENTRIES` of each sort and `MAX_FLOWS` flows at most.
+
+        Permits spare for less than `SPARE_MS` are kept back: many callers that call again at the
+        same moment would find none otherwise.
+        """
         kept = self._fresh(now_ms) if self._spare else frozenset[int]()
         flows: set[Flow] = set()
         transfers = _some(self._transfers, lambda one: one.heir.flow, flows)
@@ -550,14 +560,14 @@ class LocalQueue:
             enqueues=enqueues,
         )
         del self._transfers[: len(transfers)]
-        # A permit may only be released once the server has heard how it came to its holder.
+        # The server must learn how a permit came to its holder before its release.
         if self._releases and not self._transfers:
             ended = (one for one in self._releases.values() if one.ticket not in kept)
             batch.releases = _some(ended, lambda one: one.flow, flows)
         for release in batch.releases:
             release.sent = True
             del self._releases[release.ticket]
-        # The usage of a call may only be sent once the server has heard that it ended.
+        # The server must learn of the end of a call before its usage.
         if self._settles and len(self._releases) == len(kept):
             ready = [one for one in self._settles if one[0] not in kept]
             batch.settles = ready[:MAX_ENTRIES]
@@ -568,7 +578,7 @@ class LocalQueue:
         return batch
 
     def _fresh(self, now_ms: float) -> frozenset[int]:
-        """The permits that are still kept for the next one who asks; the others are no more."""
+        """Return the permits that are still kept for later calls, and forget the others."""
         self._spare = {
             key: fresh
             for key, spare in self._spare.items()
@@ -577,15 +587,15 @@ class LocalQueue:
         return frozenset(ticket for spare in self._spare.values() for ticket in spare)
 
     def forget_stamps(self) -> None:
-        """The server knows no order of our waiters any more."""
+        """Discard stamps, because the server no longer has an order of our waiters."""
         for waiter in self.waiting.values():
             waiter.stamp = 0
 
     def take_join(self) -> MessageBatch:
-        """The batch of a session that joins: all that we hold and wait for.
+        """Return the batch of a joining session: everything that it holds and waits for.
 
-        The server forgets what it had of this session, so cancels and transfers have no object
-        any more; releases still have: the permit may be held over.
+        The server forgets what it knew of this session, so cancels and transfers are obsolete.
+        Releases are not: the permit may be held over.
         """
         self.forget_hints()
         self.parting.difference_update(ticket for ticket, _, _ in self._cancels)
@@ -599,7 +609,7 @@ class LocalQueue:
         return batch
 
     def confirm(self, batch: MessageBatch, stamps: Iterable[float] = ()) -> None:
-        """The server has done what the batch said, and stamped its tickets so."""
+        """Record that the server has processed a batch, and the stamps of its tickets."""
         self.parting.difference_update(ticket for ticket, _, _ in batch.cancels)
         self.parting.difference_update(release.ticket for release in batch.releases)
         self.parting.difference_update(transfer.source for transfer in batch.transfers)
@@ -607,7 +617,7 @@ class LocalQueue:
             waiter.stamp = stamp
 
     def restore(self, batch: MessageBatch) -> None:
-        """The batch may or may not have arrived: send it again, before anything newer."""
+        """Queue a batch again that may not have arrived, before anything newer."""
         self._transfers[:0] = batch.transfers
         self._releases = {r.ticket: r for r in batch.releases} | self._releases
         self._settles[:0] = batch.settles
@@ -619,19 +629,21 @@ class LocalQueue:
     # -- hints and rounds
 
     def flows_to_hint(self, most: int) -> list[Flow]:
-        """Flows that wait for what this process holds permits of, of those that may hand on."""
+        """Return flows that wait for limits of held permits which may be passed on."""
         held = {holding.flow.lane for holding in self.held.values() if holding.flow.plain}
         lanes = (self._lanes[lane] for lane in held if lane in self._lanes)
         self._wanting = list(islice((flow for lane in lanes for flow in lane.values()), most))
         return self._wanting
 
     def forget_hints(self) -> None:
-        """Pass on nothing until the server allows it again."""
+        """Pass on no permit until the server allows it again."""
         self.take_hints({}, 0.0)
 
     def take_hints(self, hints: Mapping[str, Hint], asked_ms: float) -> None:
-        """What the server lets us pass on from now on, of what `flows_to_hint` named last, by the
-        key of the flow; nothing else. The server was asked no earlier than `asked_ms`."""
+        """Replace all hints by those for the flows of the last `flows_to_hint`, by flow key.
+
+        `asked_ms`: the earliest time of the request.
+        """
         self._hinted_until_ms = asked_ms + HINT_MS
         for flow in self._hinted:
             flow.hint = None
@@ -640,7 +652,7 @@ class LocalQueue:
             flow.hint = hints[flow.key]
 
     def begin_rounds(self) -> None:
-        """Another round of both."""
+        """Begin another round of both kinds."""
         for lane in self._lanes.values():
             self.looks |= lane
             self.asks |= lane
@@ -649,7 +661,7 @@ class LocalQueue:
         return _next_flows(self.looks, most)
 
     def tickets_to_ask_after(self, most: int) -> list[int]:
-        """The first tickets of the next flows: the fewer flows there are, the more of each."""
+        """Return the first tickets of the next flows: the fewer flows, the more of each."""
         each = max(1, most // max(1, len(self.asks)))
         return [
             waiter.ticket
@@ -666,9 +678,12 @@ class LocalQueue:
         here: Callable[[float], float],
         told: Collection[str] | None = None,
     ) -> None:
-        """Take what the server says we hold, of the tickets asked after: grants whose push was
-        lost, or is still to be read. `here` converts a moment of the server's to our clock, at the
-        earliest. What we spent until now is in what it told: of the limits `told`, or of all."""
+        """Take what the server reports as held, of the tickets asked after.
+
+        These are grants whose push was lost or is still to be read. `here` converts a time of the
+        server's to the earliest on our clock. Amounts spent here until now are included in what the
+        server reported: for the limits `told`, or for all.
+        """
         for ticket, seq, until_ms in held:
             if ticket in self.held or ticket in self.parting:
                 continue
@@ -676,6 +691,6 @@ class LocalQueue:
             admitted_ms = here(until_ms - waiter.hard_ms) if waiter else None
             self.grant(ticket, epoch, seq, now_ms, admitted_ms)
             if waiter is not None and waiter.flow.waiting:
-                self.asks[waiter.flow.key] = waiter.flow  # perhaps the next one too
+                self.asks[waiter.flow.key] = waiter.flow  # the next ticket may be granted too
         for name in list(self.spent_since) if told is None else told:
             self.spent_since.pop(name, None)

@@ -4,11 +4,11 @@
      ^                   │                      │
      └──── no answer ────┴──────────────────────┘
 
-Invariants: each request has a higher batch number, so an overtaken one does nothing; no grant is
-accepted after the lease has lapsed; no permit is passed on, nor one of a local share taken, under a
-limit that is known to be paused; the lease is measured from before the request was sent, by a
-clock that counts suspended time; a lapse without a failed call means that this process was
-suspended, and ends what runs here; while Valkey is unavailable the local shares of all known
+Invariants: each request has a higher batch number, so one that was overtaken has no effect; no
+grant is accepted after the lease has lapsed; under a limit that is known to be paused, no permit is
+passed on and none is taken from a local share; the lease counts from before the request was sent,
+by a clock that includes suspended time; a lapse without a failed call means that this process was
+suspended, and cancels what runs here; while Valkey is unavailable the local shares of all known
 sessions never exceed the limits.
 """
 
@@ -56,17 +56,16 @@ State = Literal["up", "away", "recovering"]
 
 
 class Observer:
-    """Callbacks on the event loop, which must not block: override those that you need. What they
-    raise is logged."""
+    """Callbacks on the event loop, to override. They must not block; errors are logged."""
 
     def state_changed(self, old: State, new: State) -> None:
-        """Valkey became unavailable or available, or is quiet for a lease after a loss."""
+        """Valkey became unavailable or available, or the quiet time after a loss began or ended."""
 
     def fenced(self, held: int) -> None:
-        """Our session is gone: `held` running calls were cancelled."""
+        """The session is gone: `held` running calls were cancelled."""
 
     def recovered(self, epoch: int) -> None:
-        """We joined a new epoch of the pool and reported what we hold."""
+        """This process joined a new epoch of the pool and reported what it holds."""
 
     def admitted(self, limit: str, waited_ms: float) -> None:
         """A waiter got its permit."""
@@ -78,9 +77,9 @@ class Observer:
         """One call of the script returned."""
 
 
-# A new session is admitted after half a lease at the latest, whether all others know of it or not.
+# A new session is admitted after half a lease at the latest, even if not all others know of it.
 VOUCH_SHARE = 0.4
-# How many comparisons tell how far ahead the server's clock is: about one and a third leases.
+# Comparisons from which the server's clock offset is taken: about one and a third leases.
 AHEAD_KEPT = 4
 
 
@@ -89,8 +88,10 @@ T = TypeVar("T")
 
 
 class _Reading(Generic[T]):
-    """A list that may come in several pages: `known` has all that was read to the end, and what is
-    being read now. `ended`: this comparison has read it to the end."""
+    """A list that may arrive in several pages.
+
+    known: the last complete list, plus the pages read since. ended: whether the current comparison
+    has read it to the end."""
 
     def __init__(self) -> None:
         self.known: dict[str, T] = {}
@@ -98,8 +99,10 @@ class _Reading(Generic[T]):
         self._coming: dict[str, T] = {}
 
     def take(self, page: dict[str, T], *, goes_on: bool) -> bool:
-        """True if the next page is to be read. While another list goes on the server tells this one
-        from its beginning again: two lists, each begun again by the other, would never end."""
+        """Take a page; return True if the next page is to be read.
+
+        While another list continues, the server sends this one from its beginning again. It is then
+        not read again: two lists that restart each other would never end."""
         if goes_on:
             self.known |= page
         if goes_on and self.ended:
@@ -111,27 +114,27 @@ class _Reading(Generic[T]):
 
 
 class Remembered:
-    """See the module. Ends are by the lease's clock."""
+    """What a process knows of the pool, to report it after a loss; ends by the lease's clock."""
 
     def __init__(self) -> None:
-        # Permits held over for dead sessions, with the end of each, and what it takes of limits.
+        # Permits held over for dead sessions: the end of each, and its charges.
         self._lapsing: _Reading[tuple[float, str]] = _Reading()
-        # limit -> spent as last seen, and when that counts no more
+        # limit -> amount spent as last seen, and when that expires
         self._spent: dict[str, tuple[int, float]] = {}
-        # limit -> end, ramp_ms (0 for a gate), said
+        # limit -> end, ramp_ms (0 for a gate), reason
         self._paused: _Reading[tuple[float, int, str]] = _Reading()
-        self.told = 0  # the last change of what is spent that we know of
-        self.pages: dict[str, tuple[str, int]] = {}  # where the lists go on that are not read yet
+        self.told = 0  # number of the last change of spent amounts that is known here
+        self.pages: dict[str, tuple[str, int]] = {}  # where unfinished lists continue
         self._midnights: dict[str, int] = {}
-        self._in_force: PoolPolicy | None = None  # when all was compared last
-        # Called when there is one.
+        self._in_force: PoolPolicy | None = None  # as of the last comparison
+        # Called when there are pauses.
         self.watchers: set[Callable[[], None]] = set()
-        # The sessions that are there, and the version of that list; when it was confirmed.
+        # The pool's sessions, the version of that list, and when it was confirmed.
         self.roster_version = 0
         self._roster: set[str] = set()
         self._confirmed_ms = float("-inf")
-        # By how much the server's clock is ahead of the lease's, at the most: as each of the last
-        # comparisons saw it, too much by the time that the question was under way.
+        # Upper bounds on how far the server's clock is ahead of the lease's, one per comparison;
+        # each is too high by the time that the request took to arrive.
         self._seen_ahead_ms: deque[float] = deque(maxlen=AHEAD_KEPT)
 
     @property
@@ -141,8 +144,10 @@ class Remembered:
     def learn(
         self, whole: Whole, policy: PoolPolicy, sent_ms: float, at_ms: float, *, recovering: bool
     ) -> bool:
-        """The server told what we asked for at `sent_ms`. True if it has not heard yet which
-        sessions we know now."""
+        """Take the server's answer to a comparison sent at `sent_ms`.
+
+        Returns True if the server does not know yet that this process has the current list of
+        sessions."""
         self._seen_ahead_ms.append(whole.now_ms - sent_ms)
         self.told, self.pages = whole.told, dict(whole.pages)
         self._in_force = policy
@@ -164,14 +169,14 @@ class Remembered:
         version, sids = whole.roster
         news = version != self.roster_version
         if sids is not None:
-            # While it recovers, those that were there before are still to come.
+            # While the pool recovers, earlier sessions are still to join: keep them.
             self._roster = self._roster | set(sids) if recovering else set(sids)
         self.roster_version = version
         self._confirmed_ms = at_ms
         return news
 
     def _counts_for(self, limit: Limit | None, server_ms: float) -> float:
-        """How long at most what is spent of a limit counts, in ms."""
+        """Return how long, in ms, an amount spent now counts at most."""
         if isinstance(limit, Rate):
             return (limit.window_ms + limit.slack + 1) * (1 + 1 / limit.buckets) + 1
         if isinstance(limit, Quota):
@@ -185,7 +190,7 @@ class Remembered:
         return known_ms
 
     def forget_version(self) -> None:
-        """Another epoch: its versions are others, and its clock may be."""
+        """Forget the versions and the clock offset of an earlier epoch."""
         self.roster_version = self.told = 0
         self.pages = {}
         self._begin()
@@ -195,8 +200,9 @@ class Remembered:
         self._lapsing.ended = self._paused.ended = False
 
     def places(self, *, begin: bool) -> dict[str, tuple[str, int]]:
-        """Where the next request reads on. `begin`: lists that were read to the end may have
-        changed, and are read once more."""
+        """Return where the next request continues reading.
+
+        `begin`: complete lists may have changed and are read again."""
         if begin:
             self._begin()
         return dict(self.pages)
@@ -206,18 +212,18 @@ class Remembered:
         return min(self._seen_ahead_ms, default=None)
 
     def roster(self, at_ms: float, lease_ms: int) -> list[str]:
-        """The sessions that were there; nobody if what we know may be too old to vouch for."""
+        """Return the known sessions; none if the list may be too old to vouch for."""
         if at_ms - self._confirmed_ms > lease_ms * VOUCH_SHARE:
             return []
         return sorted(self._roster)
 
     def here(self, server_ms: float) -> float:
-        """A moment of the server's by our clock, at the earliest; minus infinity if not known."""
+        """Return the earliest time on our clock of a moment of the server's; -inf if unknown."""
         ahead_ms = self._ahead_ms
         return float("-inf") if ahead_ms is None else server_ms - ahead_ms
 
     def lapsing(self, at_ms: float) -> list[tuple[str, int, str]]:
-        """(member, left_ms, charges) of the permits held over."""
+        """Return (member, left_ms, charges) of the permits held over."""
         found = self._lapsing.known.items()
         return [
             (member, int(end - at_ms), charges)
@@ -226,7 +232,7 @@ class Remembered:
         ]
 
     def spent(self, since: Mapping[str, int], at_ms: float) -> list[tuple[str, int, int]]:
-        """(limit, as last seen, admitted here `since`) of the rates and quotas."""
+        """Return (limit, amount last seen, amount admitted here `since`) of rates and quotas."""
         self._spent = {n: seen for n, seen in self._spent.items() if seen[1] > at_ms}
         names = sorted({*self._spent, *since})
         return [(name, self._spent.get(name, (0, 0))[0], since.get(name, 0)) for name in names]
@@ -236,7 +242,7 @@ class Remembered:
         self._tell()
 
     def opened(self, limit: str, at_ms: float, ramp_ms: int) -> None:
-        """A gate was opened."""
+        """Note that a gate was opened."""
         _, ramp, said = self.pauses.get(limit, (0.0, 1, ""))
         if ramp == 0:
             self.pauses[limit] = (at_ms, ramp_ms, said)
@@ -247,7 +253,7 @@ class Remembered:
                 told()
 
     def paused(self, at_ms: float) -> list[tuple[str, int, int, str]]:
-        """(limit, left_ms, ramp_ms, said) of the pauses that go on."""
+        """Return (limit, left_ms, ramp_ms, reason) of the pauses that continue."""
         return [
             (name, int(end - at_ms), ramp_ms, said)
             for name, (end, ramp_ms, said) in sorted(self.pauses.items())
@@ -255,52 +261,52 @@ class Remembered:
         ]
 
     def paused_of(self, limits: Sequence[str], at_ms: float) -> tuple[str, ...]:
-        """Those of these limits that are paused, the time included over which calls come back."""
+        """Return those of these limits that are paused or still in their ramp."""
         paused = ((name, self.pauses[name]) for name in limits if name in self.pauses)
         return tuple(
             name for name, (end, ramp_ms, _) in paused if ramp_ms == 0 or end + ramp_ms > at_ms
         )
 
     def gate(self, limit: str, at_ms: float) -> tuple[int, str] | None:
-        """For how long a gate admits no try, and its reason; None where it is open."""
+        """Return how long a closed gate admits no probe, and its reason; None if it is open."""
         end, ramp_ms, said = self.pauses.get(limit, (0.0, 1, ""))
         return None if ramp_ms else (max(0, int(end - at_ms)), said)
 
     def paused_ms(self, limits: Sequence[str], at_ms: float) -> int:
-        """For how long still one of these limits is paused; 0 where none is."""
+        """Return for how long one of these limits is still paused; 0 if none is."""
         if not self.pauses:
             return 0
         left = [int(self.pauses[one][0] - at_ms) for one in limits if one in self.pauses]
         return max(0, *left, 0)
 
     def resets(self, quotas: Mapping[str, str], at_ms: float) -> dict[str, int]:
-        """When each of these day quotas, limit -> zone, begins again, by the server's clock."""
+        """Return when each day quota (limit -> zone) resets, by the server's clock."""
         ahead_ms = self._ahead_ms
         now_ms = time.time() * 1000 if ahead_ms is None else at_ms + ahead_ms
         return {name: self._midnight_ms(zone, now_ms) for name, zone in quotas.items()}
 
     def base_of(self, policy: PoolPolicy) -> PoolPolicy | None:
-        """The policy that was in force before, where `policy` is newer."""
+        """Return the policy in force before `policy`, if `policy` is newer, else None."""
         before = self._in_force
         return before if before is not None and before.revision < policy.revision else None
 
 
 FENCE_SHARE = 0.8
-# More than FENCE_SHARE and what may lie between two renewals, 1.1 thirds of a lease.
+# FENCE_SHARE plus the longest time between two renewals, 1.1 thirds of a lease, and a margin.
 ALL_LAPSED_SHARE = 1.25
 
-# CLOCK_BOOTTIME goes on while the machine is suspended; elsewhere the platform's best.
+# CLOCK_BOOTTIME includes suspended time; other platforms use the best that they have.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def now_ms() -> float:
-    """Milliseconds of a clock that only measures durations and counts suspended time."""
+    """Return the time in ms of a clock for durations that includes suspended time."""
     return time.clock_gettime(_CLOCK) * 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who we are in the pool: an epoch of the pool and our generation in it."""
+    """Identity in the pool: an epoch of the pool and this session's generation in it."""
 
     epoch: int = 0
     gen: int = 0
@@ -318,25 +324,26 @@ class Lease:
         self._confirmed_ms = float("-inf")
 
     def renewed(self, sent_ms: float, lease_ms: int) -> None:
-        """The server confirmed a request that was sent at `sent_ms`."""
+        """Extend the lease: the server confirmed a request that was sent at `sent_ms`."""
         self.lease_ms = lease_ms
         self._confirmed_ms = max(self._confirmed_ms, sent_ms)
 
     def silent_ms(self) -> float:
-        """How long ago the last confirmed request was sent; infinite before the first."""
+        """Return how long ago the last confirmed request was sent; infinite before the first."""
         return self.now_ms() - self._confirmed_ms
 
     def lapsed(self) -> bool:
-        """True once we must no longer count on our session."""
+        """Return True once this process must no longer rely on its session."""
         return self.silent_ms() > self.lease_ms * FENCE_SHARE
 
     def all_lapsed(self) -> bool:
-        """True once the lease of every other session that was cut off with us has lapsed too: they
-        may have been confirmed later, by as much as lies between two renewals."""
+        """Return True once the leases of all other sessions cut off with us have lapsed too.
+
+        They may have been confirmed later than ours, by up to the time between two renewals."""
         return self.silent_ms() > self.lease_ms * ALL_LAPSED_SHARE
 
     def deadline_s(self) -> float:
-        """How long one call to the server may take, so that trouble shows within the lease."""
+        """Return the timeout of one call to the server, so that failures show within the lease."""
         return self.lease_ms / 3000
 
 
@@ -348,12 +355,12 @@ def compose(
     *,
     pauses: bool = False,
 ) -> dict[str, Any]:
-    """The fields of a `SyncRequest` that a batch fills; `wanting` are the flows to be hinted at,
-    `looking` those to be looked at; `pauses`: some limit is paused.
+    """Return the fields of a `SyncRequest` that a batch fills.
 
-    `held` is of the join; `quotas` are the zones of the day quotas that the flows need. The
-    answer's hints count flows in the order of `flows`, from 1.
-    """
+    `wanting`: flows for which hints are requested. `looking`: flows that the server is to look at.
+    `pauses`: some limit is paused. In the result, `held` belongs to the join and `quotas` has the
+    time zones of the day quotas that the flows need. The reply's hints count flows in the order of
+    `flows`, from 1."""
     numbers: dict[str, int] = {}
     quotas: dict[str, str] = {}
     firm: set[str] = set()
@@ -403,19 +410,21 @@ def compose(
 
 logger = logging.getLogger("tidegate.limiter")
 
-# How many grants may come by push before they are acknowledged without anything else to say:
-# half of the server's window (`ACK_WINDOW` in pump.lua).
+# How many pushed grants are acknowledged at the latest without anything else to send: half of the
+# server's window (`ACK_WINDOW` in pump.lua).
 ACK_EARLY = 4
-# How many flows one request asks to be hinted at.
+# Most flows for which one request asks for hints.
 MAX_WANTS = 16
-# At how many flows one request has the server look; one that compares besides, and asks after.
+# Most flows that the server looks at per request, or beside a comparison; most tickets asked after.
 MAX_LOOKS, LOOKS_BESIDE, MAX_ASKS = 20, 10, 200
 
 
 class Session:
-    """See the module. `wake` is called when there is something to send, `alarm(name, in_ms)` when
-    there will be. `accepted`: the last reply was, within the lease. `fatal` is set by a fault that
-    no retry fixes. `name` is the process, for people."""
+    """The session's state machine: makes requests and interprets replies.
+
+    wake: called when there is something to send. alarm(name, in_ms): called when there will be.
+    accepted: whether the last reply was accepted within the lease. fatal: an error that no retry
+    fixes. name: the process, for people."""
 
     def __init__(
         self,
@@ -438,7 +447,7 @@ class Session:
         self.accepted = False
         self.fatal: ConfigError | None = None
         self.sessions = 0
-        self.last_error = ""  # while there has been none
+        self.last_error = ""  # "" before the first error
         self.traffic = Traffic()
         self.remembered = Remembered()
         self._queue = queue
@@ -460,12 +469,13 @@ class Session:
         return self.remembered.paused_ms(limits, self.lease.now_ms()) > 0
 
     def refresh(self) -> None:
-        """Compare all with the server, soon."""
+        """Have the next request compare everything with the server."""
         self._full = True
         self._wake()
 
     def take_push(self, push: Push) -> None:
-        """Grants that others' releases made for us. A hint only: what is lost comes by `full`."""
+        """Accept pushed grants, made when other sessions released permits. A lost push is found by
+        the next comparison."""
         identity = self.lease.identity
         self.traffic.pushes += len(push.grants) > 0
         if self._must_join or (push.epoch, push.gen) != (identity.epoch, identity.gen):
@@ -483,7 +493,7 @@ class Session:
             self._wake()
 
     def check_lapse(self) -> bool:
-        """True if the lease has lapsed; acts on it the first time. Cheap: call it anywhere."""
+        """Return True if the lease has lapsed, and react the first time. Cheap."""
         if not self.lease.lapsed():
             return False
         if not self._lapse_seen:
@@ -507,13 +517,13 @@ class Session:
         self.refresh()
 
     def paused(self) -> None:
-        """The heartbeat saw that this process was suspended for longer than its lease."""
+        """React to the heartbeat's report that this process was suspended for over a lease."""
         if not self._lapse_seen:
             self._failing = False
         self.check_lapse()
 
     def stop_handing_on(self) -> None:
-        """A limit was paused here: the next permits are the server's to give."""
+        """Stop passing on permits because a limit was paused: the server grants the next ones."""
         self._forget_hints()
         self._full = True
 
@@ -522,7 +532,7 @@ class Session:
         self._queue.forget_hints()
 
     def admit_locally(self) -> None:
-        """Use our share once Valkey is unavailable for more than a lease, if the policy says so."""
+        """Use the local share after a lease without Valkey, if the policy allows it."""
         if self.policy.when_away == "local" and self._failing and self.lease.all_lapsed():
             at = self.lease.now_ms()
             sessions, held = self.sessions, self._queue.amount_held
@@ -533,7 +543,7 @@ class Session:
             )
 
     def has_share(self, limits: Sequence[str]) -> bool:
-        """Whether this process may use any of these limits alone, while Valkey is unavailable."""
+        """Return whether this process has a local share of all these limits."""
         return 0 < self.sessions <= min(self.policy.bound_in_force(name) for name in limits)
 
     def leave(self) -> None:
@@ -544,7 +554,7 @@ class Session:
     # -- requests
 
     def something_urgent(self) -> bool:
-        """True if a request must not wait for others to come along."""
+        """Return True if a request must be sent without waiting for further messages."""
         return (
             self._queue.urgent
             or self._full
@@ -557,12 +567,13 @@ class Session:
         )
 
     def something_to_say(self) -> bool:
-        """True if a request is due."""
+        """Return True if a request is due."""
         return self.something_urgent() or self._queue.pending > 0
 
     def prepare(self, run: str, uptime_ms: int) -> tuple[MessageBatch, SyncRequest]:
-        """The next request, for a server that says this of itself. Answer it by `answered`,
-        `unanswered` or `failed`."""
+        """Return the next request, for a server with this run and uptime.
+
+        Pass the outcome to `answered`, `unanswered` or `failed`."""
         joining = self._must_join or self.policy_due
         at = self.lease.now_ms()
         queue, remembered, self._batch = self._queue, self.remembered, self._batch + 1
@@ -618,15 +629,15 @@ class Session:
 
     @staticmethod
     def is_ordinary(request: SyncRequest) -> bool:
-        """True for what the quicker script can do."""
+        """Return True for a request that the quicker script can process."""
         return not (request.full or request.leave or request.join or request.looks)
 
-    # -- what a reply means
+    # -- replies
 
     def answered(
         self, batch: MessageBatch, request: SyncRequest, reply: SyncReply, sent_ms: float
     ) -> bool:
-        """The server's answer to a request that was sent at `sent_ms`. True if we have left."""
+        """Process a reply to a request sent at `sent_ms`; return True if the session ended."""
         self.accepted = False
         self.observer.synced(self.lease.now_ms() - sent_ms, len(batch))
         if reply.status == "ok":
@@ -637,7 +648,7 @@ class Session:
         return request.leave and reply.status != "stale"
 
     def unanswered(self, batch: MessageBatch) -> None:
-        """Whether the request arrived is not known."""
+        """Restore a batch of which it is unknown whether it arrived."""
         self._queue.restore(batch)
         self._full = True
 
@@ -652,7 +663,7 @@ class Session:
             self._joined(reply)
         queue, at = self._queue, self.lease.now_ms()
         if self.lease.lapsed():
-            # The answer is as old as the lease: we were suspended while it came.
+            # The answer arrived after the lease had lapsed: this process was suspended meanwhile.
             queue.confirm(batch, reply.stamps)
             self._lapse_seen = False
             self._failing = False
@@ -662,7 +673,7 @@ class Session:
         self._must_join = False
         self._failing = False
         self._lapse_seen = False
-        # A policy that came while a request was in progress is still to be sent.
+        # A policy that was set while the request was in progress is still to be sent.
         if request.join is not None and request.join.policy == self.policy:
             self.policy_due = False
         recovering = reply.recovering_ms > 0
@@ -683,7 +694,7 @@ class Session:
             self._compare(reply, reply.whole, sent_ms, at)
         queue.note_idle(not (reply.parked or reply.timed_ms or recovering))
         queue.take_hints({request.flows[h.flow - 1]: h for h in reply.hints}, sent_ms)
-        # Come back when the quiet time after a loss ends, or at a limit that only time frees.
+        # Return when the quiet time after a loss ends, or for a limit that only time frees.
         if recovering:
             self._alarm("recovered", reply.recovering_ms)
         if reply.timed_ms > 0 and queue.waiting:
@@ -693,11 +704,11 @@ class Session:
             self._wake()
 
     def _take_refusals(self, request: SyncRequest, reply: SyncReply, sent_ms: float) -> None:
-        """Tickets that the server did not take, and what the flows of others wait for."""
+        """Process tickets that the server rejected, and the limits that flows wait for."""
         waiting = self._queue.waiting
         for ticket in reply.refused:
             if (waiter := waiting.get(ticket)) is not None:
-                waiter.sent = False  # it is in no queue
+                waiter.sent = False  # the server has it in no queue
                 flow, most = waiter.flow, self.policy.queue_per_tenant
                 limit = flow.held_up_by or flow.limits[0]
                 said = f"{flow.tenant} has {most} waiters already"
@@ -712,7 +723,7 @@ class Session:
             self._foresee(flow, outlook, sent_ms)
 
     def _foresee(self, flow: Flow, outlook: Outlook, sent_ms: float) -> None:
-        """What a flow waits for. No call waits longer for what is certain to come too late."""
+        """Record what a flow waits for, and reject calls that are certain to be late."""
         if not flow.waiting:
             return
         room_ms = outlook.room_ms
@@ -720,7 +731,7 @@ class Session:
         flow.room_at_ms = self.lease.now_ms() + room_ms if room_ms else 0.0
         if room_ms and outlook.firm:
             for number, waiter in enumerate(list(flow.waiting.values())):
-                # Of one that was not sent yet the server knows better what is before it.
+                # For a ticket not yet sent, the server knows better what comes before it.
                 if waiter.sent and waiter.deadline_ms <= sent_ms + room_ms:
                     barred = Barred(waiter.ticket, outlook.limit, room_ms, outlook.used, 0, number)
                     self._refuse_early(waiter, barred)
@@ -740,7 +751,7 @@ class Session:
         self._refuse(waiter, error)
 
     def _refuse_impossible(self) -> None:
-        """The policy changed: some may wait for what no waiting will bring."""
+        """Reject waiters that a changed policy can never admit."""
         for waiter in list(self._queue.waiting.values()):
             try:
                 waiter.flow.refresh(self.policy)
@@ -762,7 +773,7 @@ class Session:
         told = [name for name, _ in whole.spent] if "spent" in whole.pages else None
         queue.reconcile(whole.held, reply.epoch, at, remembered.here, told)
         if news or remembered.pages or queue.asks:
-            # The others wait to hear that we know, or the server has more to report.
+            # Others wait for us to confirm the list of sessions, or the server has more to report.
             self._tend = True
             self._wake()
         if 0 < whole.next_event_ms < reply.lease_ms and queue.waiting:
@@ -780,7 +791,7 @@ class Session:
             self.observer.recovered(reply.epoch)
 
     def _rejected(self, reply: SyncReply) -> None:
-        """The server does not know us. Whose fault it was decides what becomes of what runs."""
+        """Handle a rejected request; the reason decides what happens to running calls."""
         if reply.status == "tend":
             self._tend = True
             self._wake()
@@ -792,7 +803,7 @@ class Session:
         if reply.status == "gone" and not self._failing:
             self._fence("the session was gone")
         if reply.status == "epoch" and not self._lapse_seen:
-            # Only what we assert will count: what was released is free, even if it was received.
+            # Only what we report again will count, so released permits are free, even if received.
             self._queue.start_recycling()
             self._queue.recycle_forgotten(self.lease.now_ms())
         self._must_join = True
@@ -800,11 +811,11 @@ class Session:
         self.refresh()
 
     def _adopt(self, whole: Whole) -> None:
-        """The pool's policy is the newest that any process brought."""
+        """Adopt the pool's policy, the newest that any process brought."""
         if whole.policy is None:
             return
         newest = PoolPolicy.unpack(whole.policy)
-        # Another version of us packs the same policy with more fields, or fewer.
+        # Another version packs the same policy with more or fewer fields.
         if newest.revision < self.policy.revision or newest.pack() == self.policy.pack():
             return
         if whole.conflict:
@@ -815,16 +826,16 @@ class Session:
         self.policy_due = False
         self._refuse_impossible()
         self._forget_hints()
-        self._queue.urgent = True  # the pool learns without delay that this process knows it
+        self._queue.urgent = True  # so that the pool learns now that this process has it
         logger.info("limiter: policy revision %d is in force", self.policy.revision)
 
     def failed(self, reason: str) -> None:
-        """A call did not succeed: Valkey is unavailable."""
+        """Handle a failed call: Valkey is unavailable."""
         self.traffic.failures += 1
         self.last_error = reason
         self._forget_hints()
         if not self._failing:
-            # Before anything failed: were we suspended?
+            # Nothing failed before, so a lapse now means that this process was suspended.
             self.check_lapse()
             self._failing = True
         if not self._lapse_seen:
@@ -838,7 +849,7 @@ class Session:
         self.observer.fenced(count)
 
     def fail(self, error: ConfigError) -> None:
-        """No retry fixes this."""
+        """Stop because of an error that no retry fixes."""
         self.fatal = error
         logger.error("limiter: stopped: %s", error)
 
@@ -857,18 +868,20 @@ class Session:
 
 
 class Timer(Protocol):
-    """A call that is to come."""
+    """A scheduled callback."""
 
     def cancel(self) -> None:
-        """It is not to come any more."""
+        """Cancel the callback."""
 
 
 class Clock:
-    """The machine's. `server_time` is Lua that defines `T.wall_clock_ms` in the place of the
-    server's clock; None in the product."""
+    """The machine's clock.
+
+    `server_time` is Lua that defines `T.wall_clock_ms` in place of the server's clock; None in
+    production."""
 
     server_time: str | None = None
-    # No method: it is called several times a request.
+    # Not a method, since it is called several times per request.
     now_ms = staticmethod(now_ms)
 
     async def sleep(self, seconds: float) -> None:
@@ -878,5 +891,5 @@ class Clock:
         return asyncio.get_running_loop().call_later(seconds, call, *arguments)
 
     def wait(self, event: threading.Event, seconds: float) -> bool:
-        """In a thread: True once the event is set, False after so long."""
+        """In a thread: wait for an event; return True once it is set, False after `seconds`."""
         return event.wait(seconds)

@@ -1,12 +1,12 @@
 """Engine of the limiter without a server: for rehearsals, benchmarks and tests.
 
-Holds the executable model of a pool, the session and the queue of a process, and the messages
-between them; and `MemoryConnection`, which a `memory://` URL leads to: the commands of a server,
-answered by the model in the memory of this process.
+It exports the executable model of a pool, the session and the queue of a process, and the messages
+between them. `MemoryConnection`, for `memory://` URLs, answers the commands of a server by the
+model, in the memory of this process.
 
-Invariants: the product itself imports this for a `memory://` URL only; a pool in memory lives as
-long as a limiter of it is open; what this exports may change with any version, unlike the names of
-`tidegate.limiter`.
+Invariants: the product itself imports this module only for a `memory://` URL; a pool in memory
+lives as long as a limiter of it is open; unlike the names of `tidegate.limiter`, what this module
+exports may change with any version.
 """
 
 from __future__ import annotations
@@ -130,20 +130,20 @@ __all__ = [
 ]
 
 
-# How many entries of FLAT make one row.
+# Number of entries of each name in FLAT per row.
 _WIDTHS = dict(zip(FLAT, (8, 5, 2, 2, 3), strict=True))
-# Fields of a request that are left out where they are 0.
+# Numeric fields of a request, which are left out if they are 0.
 _NUMBERS = ("gen", "epoch", "uptime_ms", "lease_ms", "revision", "batch")
-# Bytes were packed as text.
+# For bytes that were packed as text.
 _LOSSLESS = "surrogateescape"
 _HISTORY = 100
-# A server that has been up for long: no earlier session can still hold a permit.
+# The server has been up so long that no earlier session can still hold a permit.
 _UPTIME_S = 86_400
 _SCRIPTS = {load(name).sha: name for name in get_args(ScriptName)}
 
 
 def unpack_request(raw: bytes) -> SyncRequest:
-    """The inverse of `pack_request`."""
+    """Return a packed request: the inverse of `pack_request`."""
     values: dict[str, Any] = {**dict.fromkeys(_NUMBERS, 0), "run": ""}
     values |= msgpack.unpackb(raw, unicode_errors=_LOSSLESS)
     for name, width in _WIDTHS.items():
@@ -164,7 +164,7 @@ def unpack_request(raw: bytes) -> SyncRequest:
 
 
 def pack_reply(reply: SyncReply) -> bytes:
-    """The inverse of `unpack_reply`."""
+    """Return a reply as bytes: the inverse of `unpack_reply`."""
     whole = reply.whole
     if whole is not None:
         version, sids = whole.roster
@@ -174,7 +174,7 @@ def pack_reply(reply: SyncReply) -> bytes:
 
 
 class _MemoryPool:
-    """One pool: its model, its past policies, its notes, and who listens. Used under `lock`."""
+    """One pool: its model, past policies, notes and subscribers. Used under `lock`."""
 
     def __init__(self) -> None:
         self.lock = RLock()
@@ -186,7 +186,9 @@ class _MemoryPool:
         self._claims: dict[str, int] = {}
 
     def execute(self, script: str, packed: bytes) -> bytes:
-        """What a script answers. Raises ResponseError for a question that no model answers."""
+        """Return the reply of a script. Raises ResponseError for a request that no model
+        answers.
+        """
         wall = time.time_ns() // 1_000_000
         with self.lock:
             if script in ("sync", "tend"):
@@ -338,8 +340,9 @@ def _queue_row(queue: SessionQueue) -> list[Any]:
 
 
 def snapshot_of(model: PoolModel, wall: int, most_band: int) -> Snapshot:
-    """A pool's limits and its queues of bands up to `most_band`; the limits only where one of these
-    waits."""
+    """Return the queues of a pool in bands up to `most_band`, and its limits if any of these
+    waits.
+    """
     pool = model.pool
     queues = [
         queue
@@ -369,7 +372,7 @@ _POOLS_LOCK = RLock()
 
 
 def _pool_of(url: str, key: str) -> _MemoryPool:
-    """The pool that a key belongs to; a new one where no connection has it open."""
+    """Return the pool of a key; a new one if no connection has it open."""
     named = url, key.partition("}")[0]
     with _POOLS_LOCK:
         pool = _POOLS.get(named)
@@ -379,8 +382,10 @@ def _pool_of(url: str, key: str) -> _MemoryPool:
 
 
 class _Caller:
-    """One connection to the pool of `key` at a `memory://` URL. `deliver` gets answers and what is
-    published, from any thread."""
+    """One connection to the pool of `key` at a `memory://` URL.
+
+    `deliver` gets replies and published messages, from any thread.
+    """
 
     def __init__(self, url: str, key: str, deliver: Callable[[Any], None]) -> None:
         self._pool: _MemoryPool | None = _pool_of(url, key)
@@ -388,7 +393,7 @@ class _Caller:
         self.deliver = deliver
 
     def ask(self, command: list[bytes]) -> None:
-        """Carry out a command; the answer, or its error, is delivered."""
+        """Execute a command; its reply or error is delivered."""
         try:
             self.deliver(self._answer(command))
         except ResponseError as error:
@@ -421,7 +426,7 @@ class _Caller:
             self._pool.model.pool.subscribed.add(sid)
 
     def close(self) -> None:
-        """Leave the pool, which is forgotten with its last connection."""
+        """Leave the pool, which ends with its last connection."""
         pool, self._pool = self._pool, None
         if pool is None:
             return
@@ -462,7 +467,7 @@ class MemoryConnection:
 
 
 class MemoryThreadConnection:
-    """The same for a thread."""
+    """A connection in memory for a thread."""
 
     def __init__(self, url: str, key: str) -> None:
         self._answers: SimpleQueue[Any] = SimpleQueue()

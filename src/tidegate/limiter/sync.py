@@ -1,7 +1,7 @@
 """SyncLimiter: the limiter for threads, on an event loop in a thread of its own.
 
-Invariants: a permit is counted until its thread leaves the `with`, also if it was lost, because a
-thread can't be cancelled; nothing is submitted to a closed loop; a forked process never uses its
+Invariants: a permit counts until its thread leaves the `with`, even if it was lost, because a
+thread cannot be cancelled; nothing is submitted to a closed loop; a forked process never uses its
 parent's connections.
 """
 
@@ -38,7 +38,7 @@ PermitT = TypeVar("PermitT", bound="SyncPermit | None")
 class SyncPermit:
     """A thread's permit. `fence`, `limits` and `waited_ms` are those of `Permit`.
 
-    lost: set when the session behind the permit is gone: end what you do, its result may not count.
+    lost: set once the session behind the permit is gone; the result of further work may not count.
     """
 
     __slots__ = ("_confirm", "_permit", "lost")
@@ -79,7 +79,7 @@ class SyncPermit:
         cost_micros: int | None = None,
         first_ms: float | None = None,
     ) -> None:
-        """Remember how the call ended and what it used, as `Permit.settle`."""
+        """Record how the call ended and what it used, as `Permit.settle`."""
         self._permit.settle(
             outcome,
             tokens,
@@ -91,10 +91,10 @@ class SyncPermit:
 
 
 class ThreadPermit:
-    """A permit on its way through a thread: `enter` waits for it, `leave` returns it.
+    """A permit for use by a thread: `enter` waits for it, `leave` returns it.
 
-    close: called in a thread of ours when the permit is lost, or overdue (`hard_ms` after its
-        grant), or dropped: end the use if nobody is in it, and call `release` then.
+    close: called in a thread of the limiter if the permit is lost, overdue (`hard_ms` after its
+        grant) or dropped. It must end the use if no thread is in it, and then call `release`.
     """
 
     def __init__(
@@ -115,23 +115,23 @@ class ThreadPermit:
 
     @property
     def failure(self) -> TidegateError | None:
-        """Why the permit is no longer good; None while it is."""
+        """Why the permit is no longer valid; None while it is."""
         return None if self._hold is None else self._hold.failure
 
     def enter(self) -> SyncPermit | None:
-        """Wait for the permit. An exception that interrupts the waiting returns the ticket."""
+        """Wait for the permit. An exception that interrupts the wait returns the ticket."""
         if not self._entered.acquire(blocking=False):
             raise RuntimeError("an acquisition can be entered once: call acquire for each block")
         hold = self._hold = DetachedPermit(self._acquire, self._stop, hard_ms=self._hard_ms)
         try:
             permit = self._limiter.ask(hold.take)
-        except BaseException:  # an interrupt too: the ticket is returned
+        except BaseException:  # on an interrupt too, return the ticket
             self._limiter.tell(hold.abandon)
             raise
         return None if permit is None else SyncPermit(permit, self.lost, self._confirm)
 
     def leave(self) -> None:
-        """Return the permit. Raises LeaseLost when it was lost before."""
+        """Return the permit. Raises LeaseLost if it was lost before."""
         if self._hold is None or not self._limiter.ours():
             return
         try:
@@ -140,14 +140,14 @@ class ThreadPermit:
             raise LeaseLost("the limiter was closed while the permit was held") from None
 
     def release(self) -> None:
-        """Return the permit, soon."""
+        """Return the permit soon."""
         if self._hold is not None:
             self._limiter.tell(self._hold.release)
 
     def drop(self) -> bool:
-        """The permit has no user any more: have it closed. May be called by the garbage collector.
+        """Close a permit without a user; callable by the garbage collector.
 
-        False if it has been returned already.
+        Returns False if it has been returned already.
         """
         return self._hold is not None and self._limiter.ours() and self._hold.drop()
 
@@ -156,7 +156,7 @@ class ThreadPermit:
         self._limiter.ask(self._hold.confirm)
 
     async def _stop(self) -> None:
-        """On the limiter's loop: tell the thread, and wait until it has let go."""
+        """On the limiter's loop: set `lost`, close, and wait until the thread has released it."""
         assert self._hold is not None
         self.lost.set()
         if self._close is not None:
@@ -165,8 +165,10 @@ class ThreadPermit:
 
 
 class SyncAcquisition(Generic[PermitT]):
-    """What `SyncLimiter.acquire` and `try_acquire` return: enter it to wait for the permit, leave
-    it to release. Entering a try never waits, and may give None."""
+    """The result of `SyncLimiter.acquire` and `try_acquire`: enter it to wait for the permit.
+
+    Leaving releases the permit. Entering a try never waits, and may return None.
+    """
 
     __slots__ = ("_held", "_permit")
 
@@ -179,7 +181,7 @@ class SyncAcquisition(Generic[PermitT]):
         if permit is not None:
             try:
                 permit.confirm()
-            except BaseException:  # an interrupt too: the permit would stay held
+            except BaseException:  # on an interrupt too, the permit would stay held
                 self._held.release()
                 raise
         self._permit = permit
@@ -213,7 +215,7 @@ R = TypeVar("R")
 class SyncLimiter:
     """Permits of one pool for the threads of this process. Enter it, or call `start` and `close`.
 
-    Any number of threads may use it concurrently. Make one in each process: after a `fork` the
+    Any number of threads may use it concurrently. Create one in each process: after a `fork` the
     child has neither the thread nor the connections, and every use of it there raises RuntimeError.
     """
 
@@ -222,7 +224,7 @@ class SyncLimiter:
         self._limiter = Limiter(url, **options)
         self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="tidegate-limiter", daemon=True)
-        # Reentrant: a finalizer may submit in the middle of a submission.
+        # Reentrant, since a finalizer may submit during a submission.
         self._gate = threading.RLock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
@@ -233,7 +235,7 @@ class SyncLimiter:
 
     @classmethod
     def from_url(cls, url: str, **options: Unpack[LimiterOptions]) -> Self:
-        """A limiter of `pool` at `url`, as `Limiter.from_url`."""
+        """Return a limiter of `pool` at `url`, as `Limiter.from_url`."""
         return cls(url, **options)
 
     def __repr__(self) -> str:
@@ -258,20 +260,20 @@ class SyncLimiter:
         """Never reached: without it Python would not call `__aenter__`."""
 
     def start(self) -> None:
-        """Start the thread and enter the pool. Raises ConfigError as `Limiter.start`."""
+        """Start the thread and join the pool. Raises ConfigError as `Limiter.start`."""
         self._check_ours()
         self._thread.start()
         try:
             self._started.result()
-        except BaseException:  # an interrupt too: the thread must not run on
+        except BaseException:  # on an interrupt too, end the thread
             self.close()
             raise
 
     def close(self, grace_ms: int = 0) -> None:
-        """End the session and join the thread; as `Limiter.aclose`.
+        """End the session and join the thread, as `Limiter.aclose`.
 
-        Threads that wait get ShuttingDown. Those with a permit may leave within `grace_ms`; then
-        `permit.lost` is set, they have a second more, and leaving raises LeaseLost. In a forked
+        Waiting threads get ShuttingDown. Threads with a permit may leave within `grace_ms`; then
+        `permit.lost` is set, they have one more second, and leaving raises LeaseLost. In a forked
         process this does nothing: the session is its parent's.
         """
         if not self.ours():
@@ -287,7 +289,7 @@ class SyncLimiter:
         try:
             asyncio.run(self._serve())
         except BaseException as error:
-            # A start that failed is raised to its caller; later faults are the thread's.
+            # A failed start is raised to its caller; later errors are raised in this thread.
             if self._started.done():
                 raise
             self._started.set_exception(error)
@@ -298,7 +300,7 @@ class SyncLimiter:
         stop = asyncio.Event()
         with self._gate:
             self._loop, self._stop = asyncio.get_running_loop(), stop
-            if self._closing:  # before it was open
+            if self._closing:  # closed before the loop was open
                 stop.set()
         try:
             await self._limiter.start()
@@ -308,11 +310,11 @@ class SyncLimiter:
         finally:
             with self._gate:
                 self._ended.set()
-            # What was submitted before becomes tasks now, which `asyncio.run` ends.
+            # Earlier submissions become tasks now, which `asyncio.run` ends.
             await asyncio.sleep(0)
 
     def ours(self) -> bool:
-        """False in a process that was forked from the one that made this."""
+        """Return False in a process that was forked from the one that created this."""
         return os.getpid() == self._pid
 
     def _check_ours(self) -> None:
@@ -320,7 +322,7 @@ class SyncLimiter:
             raise RuntimeError("this SyncLimiter belongs to the process that was forked: make one")
 
     def submit(self, make: Callable[[], Coroutine[Any, Any, R]]) -> concurrent.futures.Future[R]:
-        """Run a coroutine on the limiter's loop. Raises ShuttingDown when that has ended."""
+        """Run a coroutine on the limiter's loop. Raises ShuttingDown if the loop has ended."""
         self._check_ours()
         with self._gate:
             if self._loop is None or self._ended.is_set():
@@ -328,8 +330,10 @@ class SyncLimiter:
             return asyncio.run_coroutine_threadsafe(make(), self._loop)
 
     def ask(self, make: Callable[[], Coroutine[Any, Any, R]]) -> R:
-        """Run a coroutine on the limiter's loop and wait for its result. Raises ShuttingDown when
-        the loop has ended, or ends meanwhile."""
+        """Run a coroutine on the limiter's loop and return its result.
+
+        Raises ShuttingDown if the loop has ended, or ends in the meantime.
+        """
         asked = self.submit(make)
         try:
             return asked.result()
@@ -337,7 +341,7 @@ class SyncLimiter:
             raise ShuttingDown("the limiter is closing") from None
 
     def tell(self, call: Callable[[], object]) -> None:
-        """Call on the limiter's loop; one that has ended needs no news."""
+        """Call on the limiter's loop; does nothing if the loop has ended."""
         if not self.ours():
             return
         with self._gate:
@@ -366,9 +370,9 @@ class SyncLimiter:
     def limited(
         self, *limits: str, **options: Unpack[AcquireOptions]
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Decorate a plain function: each call of it waits for a permit and runs while it has it.
+        """Decorate a plain function: each call waits for a permit and runs while it holds one.
 
-        Raises TypeError for a coroutine function or a generator: they would outlive the permit.
+        Raises TypeError for a coroutine function or a generator, which would outlive the permit.
         """
 
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -391,25 +395,25 @@ class SyncLimiter:
         return decorate
 
     def hold(self, demand: Demand, close: Callable[[], object]) -> ThreadPermit:
-        """A permit for a use whose end another object sees; see `ThreadPermit`.
+        """Return a permit for a use whose end another object sees; see `ThreadPermit`.
 
-        It is overdue when the `hard_ms` of the demand are over.
+        It is overdue after the `hard_ms` of the demand.
         """
         return ThreadPermit(
             self, lambda: self._limiter.acquire_for(demand), hard_ms=demand.hard_ms, close=close
         )
 
-    # -- what can be seen and changed
+    # -- state and changes
 
     def run(self, ask: Callable[[Limiter], Coroutine[Any, Any, R]]) -> R:
-        """Anything else that a `Limiter` can do: `limiter.run(lambda inner: inner.history())`.
+        """Run any other method of a `Limiter`: `limiter.run(lambda inner: inner.history())`.
 
-        Do not acquire by it: a permit belongs to the task that asked for it.
+        Do not use it to acquire: a permit belongs to the task that requested it.
         """
         return self.ask(lambda: ask(self._limiter))
 
     def local_state(self) -> LocalState:
-        """This process's part, without asking Valkey."""
+        """Return this process's state, without asking Valkey."""
 
         async def look() -> LocalState:
             return self._limiter.local_state()
@@ -417,7 +421,7 @@ class SyncLimiter:
         return self.ask(look)
 
     def snapshot(self) -> Snapshot:
-        """The pool as Valkey sees it. Raises LimiterUnavailable when it does not answer."""
+        """Return the pool as Valkey has it. Raises LimiterUnavailable if it does not answer."""
         return self.run(lambda limiter: limiter.snapshot())
 
     def penalise(

@@ -1,15 +1,16 @@
 """Topology: connections from a URL, for single servers, Sentinel, Cluster and TLS.
 
     redis://  rediss://  unix://           the server that the URL names
-    redis+sentinel://a:26379,b/service/0   the master that the sentinels name, if it says so too
-    redis+cluster://a:6379,b               the node that owns the pool's slot, if it says so too
+    redis+sentinel://a:26379,b/service/0   the master that the sentinels name, if it confirms that
+    redis+cluster://a:6379,b               the node that owns the pool's slot, if it confirms that
     memory://                              this process, for unit tests: `simulation.py`
 
-`rediss+...` is the same over TLS. Invariants: every connect asks again and begins with the next of
-the servers that may be asked, so that one that is wrong or hangs is not asked for ever; redis-py's
-retries are off, since they would hide an outage. Who is asked what is decided without I/O, by a
-generator that gets each answer or error sent in; the connection that answered last is the one
-sought.
+`rediss+...` is the same over TLS.
+
+Invariants: every connect searches again and begins with the next of the seeds, so that one that is
+wrong or hangs is not asked for ever; redis-py's retries are off, since they would hide an outage. A
+generator without I/O decides which server is asked what, and gets each answer or error sent in; the
+connection that answered last is the one sought.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from redis.exceptions import RedisError
 from tidegate.errors import ConfigError
 from tidegate.limiter._compat import close_now
 
-# Connecting takes several round trips; a lease of a few hundred ms must not make it impossible.
+# Connecting takes several round trips; a short lease must not make it impossible.
 MIN_CONNECT_S = 0.25
-# How often a node of a cluster may send us on to another.
+# How many redirections of a cluster are followed.
 MAX_HOPS = 4
 MAX_KNOWN_NODES = 64
 
@@ -47,7 +48,7 @@ _UNREADABLE = "cannot be read as a URL: in a password, # is %23, / is %2F, ? is 
 _MEMORY = "memory://"
 _SLOTS = ("CLUSTER", "SLOTS")
 _PORTS = {"": 0, "sentinel": 26379, "cluster": 6379}
-# Options of a connection that are ours to choose, whatever the URL says.
+# Connection options that the limiter sets, whatever the URL says.
 _OURS = {
     *("protocol", "decode_responses", "retry", "retry_on_timeout", "retry_on_error"),
     *("socket_timeout", "socket_connect_timeout", "health_check_interval", "max_connections"),
@@ -65,9 +66,9 @@ class Address(NamedTuple):
 
 
 class ServerQuestion(NamedTuple):
-    """Put `command` to the server at `address`; None is the one that the URL names.
+    """A command for the server at `address`; None is the one that the URL names.
 
-    `seed` is true for one who only says whom to ask: its connection can't be the one sought.
+    `seed`: the server is only asked where to connect, so its connection is not the one sought.
     """
 
     address: Address | None
@@ -79,7 +80,7 @@ Search = Generator[ServerQuestion, Any, None]
 
 
 class ServerUrl(NamedTuple):
-    """A URL taken apart. `finder` says whom the seeds are: nobody, sentinels or cluster nodes."""
+    """A parsed URL. `finder`: the kind of its seeds: "", "sentinel" or "cluster"."""
 
     finder: str
     seeds: tuple[Address, ...]
@@ -89,7 +90,7 @@ class ServerUrl(NamedTuple):
 
 
 def read_url(url: str) -> ServerUrl:
-    """Take a URL apart. Raises ConfigError, which never shows the password in it."""
+    """Return a parsed URL. Raises ConfigError, which never shows the password in the URL."""
     scheme, rest = _scheme_of(url), url.partition("://")[2]
     base, _, finder = scheme.partition("+")
     if finder not in _PORTS or base not in (_BASES[:2] if finder else _BASES):
@@ -119,20 +120,20 @@ def read_url(url: str) -> ServerUrl:
 
 
 def _check_database(scheme: str, text: str) -> None:
-    """redis-py would take database 0 in place of one that is no number."""
+    """Raise ConfigError unless the database is a number: redis-py would use database 0."""
     if text and "@" not in text and not (text.isascii() and text.isdigit()):
         raise _wrong(scheme, "its database, behind the /, must be a whole number")
 
 
 def _scheme_of(url: str) -> str:
-    """Empty where there is none: what stands in its place may hold a password."""
+    """Return the URL's scheme; "" without one, since any other text may contain a password."""
     scheme, found, _ = url.partition("://")
-    # redis-py speaks to Valkey, but does not know the schemes named after it.
+    # redis-py works with Valkey, but does not know the schemes named after it.
     return scheme.replace("valkey", "redis", 1) if found else ""
 
 
 def owner_of(slot: int, slots: Any, asked: Address) -> Address | None:
-    """The master of a slot in an answer to CLUSTER SLOTS that `asked` gave."""
+    """Return the master of a slot, from the reply to CLUSTER SLOTS of the node `asked`."""
     for first, last, master, *_ in slots:
         if first <= slot <= last:
             return _node(master, asked)
@@ -141,7 +142,7 @@ def owner_of(slot: int, slots: Any, asked: Address) -> Address | None:
 
 def _node(entry: Any, asked: Address) -> Address:
     host = entry[0]
-    # A node that does not know its own name means: the one under which you asked.
+    # A node that does not know its own name means the address at which it was asked.
     unknown = host is None or host in (b"", b"?")
     return Address(asked.host if unknown else host.decode(), int(entry[1]))
 
@@ -158,14 +159,14 @@ def _wrong(scheme: str, why: str) -> ConfigError:
 
 
 def _simulation() -> Any:
-    """Imported late: it imports this, and no deployment needs it."""
+    """Return the module, imported late: it imports this one, and no deployment needs it."""
     return import_module("tidegate.limiter.simulation")
 
 
 class Server:
-    """The server of one pool, found again at every connect. `key` is any key of the pool.
+    """The server of one pool, searched again at every connect. `key`: any key of the pool.
 
-    Raises ConfigError for a URL that can't be right. Not to be shared by threads.
+    Raises ConfigError for an invalid URL. Not thread-safe.
     """
 
     def __init__(self, url: str, key: str) -> None:
@@ -187,9 +188,9 @@ class Server:
             raise _wrong(scheme, str(error)) from error
 
     async def connect(self, deadline_s: float) -> AbstractConnection:
-        """A new connection, within `deadline_s` or MIN_CONNECT_S.
+        """Return a new connection, within `deadline_s` or MIN_CONNECT_S.
 
-        Raises OSError, TimeoutError or RedisError. Cancelling it closes what it had opened.
+        Raises OSError, TimeoutError or RedisError. Cancellation closes what was opened.
         """
         if self._in_memory is not None:
             return cast(AbstractConnection, _simulation().MemoryConnection(*self._in_memory))
@@ -203,7 +204,7 @@ class Server:
                     connection = self._make(ask)
                     left_s = (limit.when() or 0.0) - asyncio.get_running_loop().time()
                     answer = await _put(connection, ask, left_s)
-        except BaseException:  # cancellation too: the connection must not stay open
+        except BaseException:  # on cancellation too, close the connection
             if connection is not None:
                 close_now(connection)
             raise
@@ -211,8 +212,11 @@ class Server:
         return connection
 
     def connect_blocking(self, timeout_s: float) -> ConnectionInterface:
-        """The same for a thread: no question is begun after `timeout_s` or MIN_CONNECT_S; the last
-        one, and each later call on the connection, may take as long again."""
+        """Return a new connection, for a thread.
+
+        No question begins after `timeout_s` or MIN_CONNECT_S; the last question, and each later
+        call on the connection, may take as long again.
+        """
         if self._in_memory is not None:
             return cast(ConnectionInterface, _simulation().MemoryThreadConnection(*self._in_memory))
         timeout_s = max(timeout_s, MIN_CONNECT_S)
@@ -228,7 +232,7 @@ class Server:
                     raise TimeoutError("no server of the pool was found in time")
                 connection = self._make_blocking(ask, left_s / 2 if ask.seed else timeout_s)
                 answer = _put_blocking(connection, ask)
-        except BaseException:  # an interrupt too: the connection must not stay open
+        except BaseException:  # on an interrupt too, close the connection
             if connection is not None:
                 connection.disconnect()  # type: ignore[no-untyped-call]
             raise
@@ -238,7 +242,7 @@ class Server:
     def _make(self, ask: ServerQuestion) -> AbstractConnection:
         options: dict[str, Any] = dict(redis.asyncio.connection.parse_url(self._url(ask)))
         kind = options.pop("connection_class", redis.asyncio.connection.Connection)
-        # The deadlines are ours; redis-py's would cut off a subscription that has nothing to say.
+        # The limiter has its own deadlines; redis-py's would cut off a silent subscription.
         free = {"socket_timeout": None, "socket_connect_timeout": None}
         retry = redis.asyncio.retry.Retry(NoBackoff(), 0)
         connection: AbstractConnection = kind(**_ours(options, ask), **free, retry=retry)
@@ -266,7 +270,7 @@ class Server:
         return self._ask_nodes(seeds)
 
     def _ask_nodes(self, seeds: tuple[Address, ...]) -> Search:
-        """The owner of our slot, as it says itself; others only say whom to ask next."""
+        """Search the node that itself claims our slot; other nodes only say which to ask next."""
         problems: dict[Address, object] = {}
         for seed in seeds:
             node, answer = seed, (yield ServerQuestion(seed, _SLOTS, seed=True))
@@ -292,7 +296,7 @@ class Server:
         return owner
 
     def _learn(self, slots: Any, asked: Address) -> None:
-        """The nodes that the URL names may all go; those that we saw are asked as well."""
+        """Remember the nodes seen, since all nodes in the URL may disappear."""
         seen = [_node(entry, asked) for _, _, *nodes in slots for entry in nodes]
         known = dict.fromkeys((*self._target.seeds, *seen))
         self._seeds = tuple(known)[:MAX_KNOWN_NODES]
@@ -305,8 +309,10 @@ def _direct() -> Search:
 
 
 def _ask_sentinels(sentinels: tuple[Address, ...], service: str) -> Search:
-    """Who is master, from the first sentinel whose answer is borne out by the master itself: a
-    sentinel that was cut off names a server that has been replaced."""
+    """Search the master that a sentinel names and that confirms it.
+
+    A sentinel that was disconnected may name a server that has been replaced.
+    """
     problems: dict[Address, object] = {}
     for sentinel in sentinels:
         question = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
@@ -336,7 +342,7 @@ def _next(search: Search, answer: Any) -> ServerQuestion | None:
 
 
 def _ours(options: dict[str, Any], ask: ServerQuestion) -> dict[str, Any]:
-    """The URL's options for a connection, less those that it can't choose."""
+    """Return the URL's options for a connection, without those that the limiter sets."""
     kept = {name: value for name, value in options.items() if name not in _OURS}
     if ask.address is not None:
         kept |= {"host": ask.address.host, "port": ask.address.port}
@@ -344,7 +350,7 @@ def _ours(options: dict[str, Any], ask: ServerQuestion) -> dict[str, Any]:
 
 
 async def _put(connection: AbstractConnection, ask: ServerQuestion, left_s: float) -> Any:
-    """The answer, or the error; of several who may be asked one takes at most half the time."""
+    """Return the answer or the error; a server asked for others takes at most half the time."""
     try:
         async with asyncio.timeout(left_s / 2 if ask.command else left_s):
             await connection.connect()  # type: ignore[no-untyped-call]

@@ -1,7 +1,6 @@
-"""Views of a pool: snapshot of the whole pool, local state, and observer callbacks.
+"""Views of a pool: snapshot of the whole pool, local state, and which calls give way.
 
-A snapshot asks Valkey; the local state is read without I/O. Observers run on the event loop and
-must not block.
+A snapshot is read from Valkey by a function that is passed; the local state needs no I/O.
 """
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ from tidegate.limiter.session import State
 
 @dataclass(frozen=True, slots=True)
 class LimitView:
-    """One limit over all processes. `used` counts permits held, `lapsing` included, or what is
-    spent of a rate. `waiting` are the tickets that this limit holds up. `current` is the bound that
-    an adaptive limit has found. `room_in_ms`: when only time frees it, in how long. `reserved`: of
-    `used`, the estimates of calls that have not ended. `cost_ms`: how long its last calls took on
-    average, 0 while none has ended. `taken`: of a rate that refills, what was taken in its last
-    window, which may be more than is `used`; of another one the same. `shadow`: but for a pause it
-    holds no call up. `lately`: what was taken of a rate since the moment that was asked for; None
-    where none was."""
+    """One limit over all processes.
+
+    used: permits held, including `lapsing` ones, or what is spent of a rate. waiting: the tickets
+    that this limit blocks. current: the bound that an adaptive limit has found. room_in_ms: time
+    until there is room, if only time frees it. reserved: the estimates of calls that have not
+    ended, contained in `used`. cost_ms: the average duration of its last calls, 0 before the first
+    has ended. taken: of a bucket, what was taken in its last window, which may exceed `used`; of
+    any other rate the same as `used`. shadow: it delays no call except by a pause. lately: what was
+    taken of a rate since the requested time; None if none was requested.
+    """
 
     limit: str
     sort: str
@@ -48,8 +49,11 @@ class LimitView:
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
-    """A process in the pool. `blocked`: it takes no grants, being paused or unreachable. revision:
-    of the policy that it knows; 0 if that is not known, as of one of an older version."""
+    """A process in the pool.
+
+    blocked: it takes no grants, because it is paused or unreachable. revision: of the policy that
+    it has; 0 if unknown, as for one of an older version.
+    """
 
     sid: str
     name: str
@@ -82,8 +86,11 @@ class PermitView:
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """What one process has waiting of one flow, and the limit that holds its first ticket up; None
-    while the process takes no grants. A process numbers its tickets as they come."""
+    """The waiters of one flow in one process.
+
+    held_up_by: the limit that blocks the first ticket; None while the process takes no grants.
+    Tickets are numbered per process in order of arrival.
+    """
 
     sid: str
     process: str
@@ -98,7 +105,7 @@ class QueueView:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A pool as Valkey sees it. `recovering_ms` is the quiet time left after a loss."""
+    """A pool as Valkey has it. `recovering_ms`: the rest of the quiet time after a loss."""
 
     limits: Mapping[str, LimitView]
     sessions: int
@@ -114,13 +121,13 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How far from its turn a waiting ticket is.
+    """How far a waiting ticket is from its admission.
 
     held_up_by: the limit that it waits for; None while its process takes no grants. ahead: tickets
-    of its tenant before it; ahead_of_all: of all tenants, about. wait_ms: an estimate of the time
-    left, None where nothing is known; is_certain: it is that of a window, a quota or a pause.
-    rate_per_s: how many calls the limit admits, where that is known. paused_ms and paused_by: when
-    that limit is paused.
+    of its tenant before it. ahead_of_all: the approximate number of tickets of all tenants.
+    wait_ms: an estimate of the time left, None if unknown. is_certain: it is that of a window, a
+    quota or a pause. rate_per_s: how many calls the limit admits, if known. paused_ms, paused_by:
+    the pause of that limit.
     """
 
     tenant: str
@@ -138,7 +145,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Why:
-    """Why a ticket waits: its place, the limit that holds it up, and who has that limit."""
+    """Why a ticket waits: its place, the limit that blocks it, and the holders of that limit."""
 
     place: Place
     limit: LimitView | None
@@ -159,7 +166,7 @@ class LocalPermit:
 
 @dataclass(frozen=True, slots=True)
 class LocalQueueView:
-    """What of one flow waits in this process, and for how long its first."""
+    """The waiters of one flow in this process, and how long the first has waited."""
 
     band: int
     tenant: str
@@ -170,8 +177,11 @@ class LocalQueueView:
 
 @dataclass(frozen=True, slots=True)
 class LocalState:
-    """This process alone. `held` and `waiting` count by limit, and are 0 for one that has none.
-    `silent_ms` since Valkey last confirmed our session; inf for never."""
+    """The state of this process alone.
+
+    held, waiting: counts by limit, 0 for limits without any. silent_ms: time since Valkey last
+    confirmed the session; inf for never.
+    """
 
     state: State
     held: Counter[str]
@@ -191,7 +201,7 @@ async def read_pool(
     limits: Sequence[str] | None = None,
     since_ms: Mapping[str, int] | None = None,
 ) -> Snapshot:
-    """The pool by as many runs of `inspect` as it takes; only these `limits`, if so asked."""
+    """Return the pool, from as many runs of `inspect` as necessary; only `limits` if given."""
     request: dict[str, Any] = {"permits": permits, "of": "all" if limits is None else "limits"}
     if limits is not None:
         request["limits"] = list(limits)
@@ -205,7 +215,7 @@ async def read_pool(
 
 
 class SnapshotParts:
-    """What the parts of a pool show together. What a part repeats counts once."""
+    """Accumulates the parts of a pool. Repeated rows count once."""
 
     last: InspectReply
 
@@ -226,7 +236,7 @@ class SnapshotParts:
             known = self._counts.get(name, (0, 0, 0))
             self._counts[name] = [a + b for a, b in zip(known, numbers, strict=True)]
         for row in reply.limits:
-            # All that is counted has been read before.
+            # Counts of waiters and permits have been read completely before any limit.
             waiting, lapsing, reserved = self._counts.get(row[0], row[4:6] + row[11:12])
             figures = [*row[:4], waiting, lapsing, *row[6:11], reserved, *row[12:14]]
             lately = next((each for each in row[15:16] if each is not False), None)
@@ -272,7 +282,7 @@ def _permit(row: list[Any], names: Mapping[str, str]) -> PermitView:
 
 
 def read_place(values: list[Any]) -> Place | None:
-    """The answer of `position` on a ticket; None for one that does not wait."""
+    """Return the reply of `position` on a ticket; None if it does not wait."""
     found, *rest = values
     if not found:
         return None
@@ -282,7 +292,7 @@ def read_place(values: list[Any]) -> Place | None:
     if not at:
         return Place(tenant, band, limits, None, ahead, None, ahead_of_all=ahead)
     line = read_line(raw)
-    # What a call probably uses is a time where shares are in it, and no other figure.
+    # A call's probable use is its duration only if shares are measured in time.
     told = line.estimate(ahead, 0 if line.use else use, amount)
     return Place(
         tenant,
@@ -299,13 +309,15 @@ def read_place(values: list[Any]) -> Place | None:
     )
 
 
-_READS = 4  # of a pool, within the time after which calls give way
-_LEAST_CLAIM_MS = 500  # more than it takes from a release to the next admission
+_READS = 4  # of a pool, per the time after which calls give way
+_LEAST_CLAIM_MS = 500  # longer than from a release to the next admission
 
 
 class HigherWaits:
-    """How long the first tickets of a pool's queues have waited, as far as its snapshots show.
-    every_ms: how often one is read; claim_ms: for how long no other call gives way for a ticket."""
+    """How long the first tickets of a pool's queues have waited, from its snapshots.
+
+    every_ms: how often to read a snapshot. claim_ms: how long no other call gives way for a ticket.
+    """
 
     MOST_PER_READ = 4
 
@@ -313,12 +325,14 @@ class HigherWaits:
         self._after_ms = after_ms
         self.every_ms = after_ms / _READS
         self.claim_ms = round(max(_LEAST_CLAIM_MS, after_ms))
-        # Of each queue: when it was seen, and the last ticket that was there then.
+        # By queue: when it was seen, and its last ticket at that time.
         self._seen: dict[tuple[object, ...], deque[tuple[float, int]]] = {}
 
     def overdue(self, snapshot: Snapshot, now_ms: float) -> list[QueueView]:
-        """The queues whose first ticket has waited for longer than `after_ms` at least since it was
-        seen, the highest bands first. It need not have been the first one since then."""
+        """Return the queues whose first ticket was seen waiting for at least `after_ms`.
+
+        Highest bands first. The ticket need not have been the first one all that time.
+        """
         seen: dict[tuple[object, ...], deque[tuple[float, int]]] = {}
         found = []
         for queue in snapshot.queues:
@@ -343,7 +357,7 @@ class Preemptible(Protocol):
     def limits(self) -> tuple[str, ...]: ...
 
     def may_give_way(self, limit: str, band: int) -> bool:
-        """To a waiter of `band` at `limit`."""
+        """Return whether the call may give way to a waiter of `band` at `limit`."""
 
 
 PreemptibleT = TypeVar("PreemptibleT", bound=Preemptible)
@@ -352,12 +366,14 @@ PreemptibleT = TypeVar("PreemptibleT", bound=Preemptible)
 def newest_to_give_way(
     calls: Reversible[PreemptibleT], snapshot: Snapshot, queue: QueueView, policy: PoolPolicy
 ) -> PreemptibleT | None:
-    """Of calls from the oldest on the one whose end admits the first ticket of a queue; None where
-    there is no such call."""
+    """Return the newest of `calls` whose end would admit the first ticket of a queue, or None.
+
+    `calls` are ordered from the oldest.
+    """
     limit = snapshot.limits.get(str(queue.held_up_by))
     if limit is None or limit.sort != "c" or limit.paused_ms:
         return None
-    if limit.used != _cap(limit, queue.band, policy):  # of one that drains more would have to end
+    if limit.used != _cap(limit, queue.band, policy):  # above the cap, more calls would have to end
         return None
     for call in reversed(calls):
         if call.may_give_way(limit.limit, queue.band):
@@ -374,8 +390,10 @@ def _has_room(limit: LimitView, band: int, policy: PoolPolicy) -> bool:
 
 
 def _cap(limit: LimitView, band: int, policy: PoolPolicy) -> int:
-    """Up to how many calls in use the limit admits one of a band: the bands above keep their
-    headroom."""
+    """Return up to how many open calls the limit admits one of a band.
+
+    The headroom of higher bands is left out.
+    """
     above = sum(round(one.headroom * 1000) for one in policy.bands[: band - 1])
     if not above:
         return limit.current
