@@ -1,5 +1,5 @@
-"""Spine: the way of every call to a provider.
+"""Spine: the one path of every call to a provider.
 
-`faults` counts what goes wrong here, `routing` knows what is out or paused in all processes
-together, `patience` ends a wait that a pause makes pointless.
+`run` admits, makes, settles and records a call; `routing` selects its upstreams and knows which of
+them are out or paused for all processes; `native` and `prompt` are the exchanges with an upstream.
 """

@@ -1,18 +1,18 @@
 """Affinity of conversations to the upstream that has their beginning in its prompt cache.
 
-Upstreams that serve a model alike are chosen by lot, except for conversations: a provider's prompt
-cache belongs to one account. A conversation is known by its name, by
-`prompt_cache_key`, or else by its tools, its system prompt and its first message. Its first call
-goes by weighted rendezvous hashing (Thaler and Ravishankar, 1998; weights as -w / ln h), on which
-all processes agree without a message; later calls go where this process last saw its answers, and
-wait there for as long as the tokens that answers read from the cache are worth. That is how long
-all of them wait together, times a share that is drawn for each stay: a conversation moves once it
-has waited for about what the move costs, and of several that wait for one another one moves first
-(randomized ski rental; Karlin, Manasse, McGeoch, Owicki, "Competitive Randomized Algorithms for
-Nonuniform Problems", 1994). A move is notified to the other processes.
+Equal upstreams of a model are chosen at random, except for conversations: a provider's prompt cache
+belongs to one account. A conversation is identified by its name, by `prompt_cache_key`, or else by
+its tools, its system prompt and its first message. Its first call is placed by weighted rendezvous
+hashing (Thaler and Ravishankar, 1998; weights as -w / ln h), on which all processes agree without a
+message. Later calls go where this process last saw its answers, and wait there as long as the
+tokens that answers read from the cache are worth. That is the total wait of all its calls, times a
+random share drawn for each stay: a conversation moves once it has waited for about what the move
+costs, and of several conversations that wait for one another, one moves first (randomized ski
+rental; Karlin, Manasse, McGeoch, Owicki, "Competitive Randomized Algorithms for Nonuniform
+Problems", 1994). A move is notified to the other processes.
 
-Invariants: an upstream that is out or paused is not waited for; a conversation of one tenant moves
-no call of another's; the memory is bounded; a route's order stands.
+Invariants: no call waits for an upstream that is out or paused; a tenant's conversation moves no
+call of another tenant; memory is bounded; the order of a route is kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tidegate.spine.routing import Target
 from tidegate.store.provider.resources import ResourceOwner
 
 MOST_CONVERSATIONS = 4_096
-# A permit that another process's call has left is here within it: it is kept there for a next call.
+# A permit that another process has released, and keeps for a next call, arrives within this time.
 HANDOVER_MS = 4 * SPARE_MS
 _DIGEST_BYTES = 16
 _OPENING_BYTES = 12
@@ -43,9 +43,9 @@ _LONGEST_NAME = 200  # of a conversation
 
 
 class _Warm(NamedTuple):
-    """Where a conversation was answered last. cached_tokens: read from the cache, or written to
-    it. waited_ms: what its calls have waited there since it moved there; patience: the share of
-    what its cache is worth that they wait."""
+    """The upstream that last answered a conversation. cached_tokens: read from its cache, or
+    written to it. waited_ms: total wait of its calls since the conversation moved there; patience:
+    the share of the cache's worth that they wait."""
 
     upstream: str
     cached_tokens: int
@@ -56,8 +56,9 @@ class _Warm(NamedTuple):
 
 @dataclass(slots=True)
 class Home:
-    """The upstream of one conversation. is_known: it has answered there lately. wait_ms: how long
-    its cache is worth waiting for; waited_ms: how long its calls have waited for that."""
+    """The preferred upstream of one conversation. is_known: it has answered lately. wait_ms: how
+    long its cache is worth waiting for; waited_ms: how long the conversation's calls have waited
+    for it."""
 
     key: bytes
     target: Target
@@ -67,7 +68,8 @@ class Home:
     patience: float | None = None
 
     def places(self, targets: Sequence[Target]) -> Iterator[int]:
-        """The places of targets: its own first, then in the order in which it moves."""
+        """Yield the indexes of targets in order of preference: the home first, then by rendezvous
+        rank."""
         own = next((at for at, one in enumerate(targets) if one == self.target), None)
         if own is not None:
             yield own
@@ -76,7 +78,7 @@ class Home:
 
 
 class Affinity:
-    """Where conversations were answered last. One per process."""
+    """Upstreams that last answered each conversation. One per process."""
 
     def __init__(
         self,
@@ -88,11 +90,12 @@ class Affinity:
         self._wait_ms_per_token = wait_us_per_token / 1000
         self._now_ms = now_ms
         self._warm: OrderedDict[bytes, _Warm] = OrderedDict()
-        # Called with a conversation's key, its new upstream and the tokens that are cached there.
+        # Called with a conversation's key, its new upstream and the number of tokens cached there.
         self.on_move: Callable[[bytes, str, int], None] | None = None
 
     def home(self, key: bytes | None, targets: Sequence[Target]) -> Home | None:
-        """Where a conversation goes first, of two targets or more; None for a call of none."""
+        """Return the home of a conversation, among two or more targets; None without a
+        conversation."""
         if key is None:
             return None
         warm = self._warm.get(key)
@@ -106,11 +109,12 @@ class Affinity:
         return Home(key, first, wait_ms=HANDOVER_MS if self._wait_ms_per_token else 0.0)
 
     def note(self, home: Home, target: Target, usage: Usage) -> None:
-        """Remember where a call of the conversation was answered, and what its cache has."""
+        """Record the upstream that answered a call of the conversation, and the tokens in its
+        cache."""
         read, details = usage.cached_tokens or 0, usage.details
         written = 0 if details is None else details.cache_write_tokens or 0
         name, tokens, warm = target.upstream.name, read + written, self._warm.get(home.key)
-        # A move may have been notified since the call began.
+        # A notification of a move may have arrived since the call began.
         has_moved = name != (home.target.upstream.name if warm is None else warm.upstream)
         waited_ms, patience = (0.0, None) if has_moved else (home.waited_ms, home.patience)
         self._keep(home.key, name, tokens, waited_ms, patience)
@@ -118,7 +122,7 @@ class Affinity:
             self.on_move(home.key, name, tokens)
 
     def moved(self, key: bytes, upstream: str, cached_tokens: int) -> None:
-        """A process has notified a move: of all that learn of two, the later one counts."""
+        """Record a move that another process notified; the later of two moves counts."""
         warm = self._warm.get(key)
         if warm is None or warm.upstream != upstream:
             self._keep(key, upstream, cached_tokens, 0.0, None)
@@ -141,7 +145,7 @@ def _rank(key: bytes, target: Target) -> float:
 
 
 def conversation_key(model: str, tenant: str, conversation: str | None) -> bytes | None:
-    """The same for all calls of one conversation, in every process; None where none is known."""
+    """Return a digest, equal for all calls of a conversation in every process; None without one."""
     if conversation is None:
         return None
     whose = f"{model}\0{tenant}\0{conversation}".encode("utf-8", "replace")
@@ -151,8 +155,8 @@ def conversation_key(model: str, tenant: str, conversation: str | None) -> bytes
 def lineage_in(
     body: Mapping[str, Any], told: Lineage, before: ResourceOwner | None = None
 ) -> Lineage:
-    """Where a call stands, by its body and by what its headers have `told`. before: of the answer
-    that it continues."""
+    """Return the lineage of a call from its body and its headers (`told`). before: the owner of the
+    answer that the call continues."""
     digest = _digest_of(opening) if (opening := opening_of(body)) else None
     name = told.conversation or _name_in(body) or (before and before.conversation)
     if not name and digest is not None:
@@ -161,8 +165,8 @@ def lineage_in(
     return Lineage(name or None, digest, parent_id, told.trace_id, told.parent_span)
 
 
-# Of long openings, which an agent sends with each of its calls: by their length and hash, which no
-# client can choose, as it depends on a secret of the process.
+# Digests of long openings, which agents repeat in each call: by length and hash. A client cannot
+# choose the hash, which depends on a secret of the process.
 _DIGESTS: dict[tuple[int, int], str] = {}
 _LONG_OPENING_BYTES = 2_048
 _MOST_DIGESTS = 4_096
@@ -185,7 +189,7 @@ _NAMING = frozenset(("conversation", "prompt_cache_key"))
 
 
 def _name_in(body: Mapping[str, Any]) -> str | None:
-    """The name that a request's body gives to its conversation: one at the provider, or a key of
+    """Return the name of the conversation in a request's body: one at the provider, or the key of
     its prompt cache."""
     if _NAMING.isdisjoint(body):
         return None

@@ -1,10 +1,10 @@
 """Lines of providers' batches: requests built from jobs, and answers read into their records.
 
-A line is what the call would be if it were made: a native body with the upstream's name for the
-model, or a prompt as a body of its upstream's dialect. It costs what the provider's tier `batch`
-costs, under none of our limits of calls.
+A line is the request that the call would send: a native body with the upstream's name for the
+model, or a prompt as a body of its upstream's dialect. A line costs the price of the provider's
+tier `batch`, and takes none of the gateway's limits on calls.
 
-Invariant: a call is a line only where the batch price of its model is known.
+Invariant: a call becomes a line only if the batch price of its model is known.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms
 from tidegate.upstream.batch_api import takes
 
-MOST_MEDIA_BYTES = 12_000_000  # of a prompt's files, which go inline
+MOST_MEDIA_BYTES = 12_000_000  # of a prompt's files, which are sent inline
 _TIER = Tier.BATCH.value
 _MOST_WORD = 100
 PROMPTS = "/v1beta/models/{model}:generateContent"
@@ -59,7 +59,7 @@ PROMPTS = "/v1beta/models/{model}:generateContent"
 
 @dataclass(frozen=True, slots=True)
 class BatchableCall:
-    """A call as a line. cost: what it may cost, None where no budget binds anything."""
+    """A call as a line of a batch. cost: None if there are no budgets."""
 
     target: Target
     body: bytes
@@ -67,21 +67,21 @@ class BatchableCall:
 
 
 def prompt_endpoint(dialect: Dialect, kind: Kind, model: str) -> Endpoint:
-    """The native endpoint that a prompt calls."""
+    """Return the native endpoint that a prompt calls."""
     if dialect is Dialect.GEMINI:
         return Endpoint(dialect, Operation.INFER, PROMPTS, model=model)
     return endpoint_for(dialect, draws=kind is Kind.IMAGE_GENERATION)
 
 
 class BatchedCalls:
-    """Of one process."""
+    """Builds lines and reads their answers. One per process."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
         self._spine = relay.spine
 
     def target(self, endpoint: Endpoint, model: str) -> Target | None:
-        """The upstream whose batches take a call; None where there is none."""
+        """Return the upstream whose batches take a call; None if there is none."""
         if not takes(endpoint):
             return None
         try:
@@ -91,7 +91,8 @@ class BatchedCalls:
         return next((one for one in targets if self._takes_part(one)), None)
 
     def prompt_target(self, model: str, kind: Kind, files: Files) -> tuple[Endpoint, Target] | None:
-        """The same of a prompt, with the endpoint that it calls there."""
+        """Return the endpoint and the upstream whose batches take a prompt; None if there is
+        none."""
         try:
             targets = self._spine.targets.of_prompt(model, kind, files)
         except (InvalidRequest, NotFound):
@@ -103,7 +104,7 @@ class BatchedCalls:
         return None
 
     def _takes_part(self, target: Target) -> bool:
-        """Whether it has a known price for batches, and takes new calls."""
+        """Whether a target has a known batch price and takes new calls."""
         is_drained = self._spine.lane(target).gate.drained
         return not is_drained and self._rates(target, target.model) is not None
 
@@ -111,7 +112,7 @@ class BatchedCalls:
         return self._spine.lane(target).demands.prices.of(model, _TIER)
 
     def of_native(self, call: NativeCall, target: Target, record: CallRecord) -> BatchableCall:
-        """Raises InvalidRequest and PayloadTooLarge."""
+        """Return a native call as a line. Raises InvalidRequest and PayloadTooLarge."""
         read, asked = _read(call)
         spec = DIALECTS[call.endpoint.dialect]
         check_said_once(read.raw, read.body)
@@ -119,7 +120,7 @@ class BatchedCalls:
             said = f"{references[0].field} names what only a call of its own may reach"
             raise InvalidRequest(references[0].field, said)
         body = body_for(call.body, call.endpoint, read.body, target, ask_usage=False) or b"{}"
-        if b"\n" in body:  # it is one line of a file
+        if b"\n" in body:  # a line of a file must not contain a line end
             body = orjson.dumps(orjson.loads(body))
         cost = None
         if self._spine.budgets.any:
@@ -133,7 +134,7 @@ class BatchedCalls:
     def of_prompt(
         self, call: Call, terms: Terms, target: Target, record: CallRecord
     ) -> BatchableCall:
-        """Raises InvalidRequest for files that are too large for a line."""
+        """Return a prompt as a line. Raises InvalidRequest for files that are too large."""
         if sum(len(one.data) for one in call.media) > MOST_MEDIA_BYTES:
             raise InvalidRequest(
                 "files",
@@ -164,9 +165,9 @@ class BatchedCalls:
         answer: bytes,
         kind: Kind | None,
     ) -> None:
-        """Fill the record with a good answer; `kind`: of a prompt, None for a native call. Raises
-        UpstreamGarbled, and for a prompt EmptyAnswer and PromptBlocked: it is charged all the same.
-        """
+        """Read a successful answer into the record, with its charge. `kind`: of a prompt, None for
+        a native call. Raises UpstreamGarbled, and for a prompt EmptyAnswer and PromptBlocked, which
+        are charged too."""
         spec = DIALECTS[endpoint.dialect]
         facts = spec.answer_facts(answer)
         record.http_status = 200
@@ -187,14 +188,14 @@ class BatchedCalls:
             reading.finish()
 
     def lacks_usage(self, record: CallRecord) -> bool:
-        """Whether a good answer told a part of its usage alone."""
+        """Whether an answer reported only a part of its usage."""
         usage = record.answer.usage
         return not (is_unknown(usage) or is_complete(usage) or record.charge.images)
 
     def estimate_usage(
         self, record: CallRecord, call: NativeCall, target: Target, answer: bytes
     ) -> None:
-        """Charge such an answer with an estimate of what is missing, as one outside of a batch."""
+        """Charge such an answer, with an estimate of the missing usage as outside of a batch."""
         _, asked = _read(call)
         spec, said = DIALECTS[call.endpoint.dialect], record.answer
         estimate = self._spine.lane(target).demands.estimator.of_pieces(
@@ -226,12 +227,12 @@ def _read(call: NativeCall) -> tuple[Skimmed, RequestFacts]:
 
 
 def _in_batch(usage: Usage) -> Usage:
-    """Usage of the tier `batch`, which not every answer names."""
+    """Return usage in the tier `batch`, which not every answer names."""
     return replace(usage, details=replace(usage.details or UsageDetails(), tier=_TIER))
 
 
 def _generate(call: Call) -> dict[str, Any]:
-    """A prompt as a body of Gemini's."""
+    """Return a prompt as a body in Gemini's dialect."""
     parts: list[dict[str, Any]] = [_inline(one) for one in call.media]
     if call.prompt:
         parts.append({"text": call.prompt})
@@ -247,7 +248,7 @@ def _inline(media: Media) -> dict[str, Any]:
 
 
 def _read_prompt(record: CallRecord, raw: bytes, kind: Kind) -> None:
-    """Text and pictures of Gemini's answer, as `AnswerReader` reads them in a stream."""
+    """Read text and images of Gemini's answer, as `AnswerReader` reads those of a stream."""
     value = orjson.loads(raw)
     candidates = value.get("candidates")
     first = candidates[0] if isinstance(candidates, list) and candidates else {}
@@ -275,7 +276,7 @@ def _why(record: CallRecord) -> str | None:
 
 
 def _parts(candidate: Any) -> Iterator[dict[str, Any]]:
-    """Without thoughts."""
+    """Yield the parts of an answer except its thoughts."""
     content = candidate.get("content") if isinstance(candidate, dict) else None
     parts = content.get("parts") if isinstance(content, dict) else None
     for part in parts if isinstance(parts, list) else ():

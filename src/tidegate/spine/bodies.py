@@ -1,9 +1,10 @@
 """Request bodies of native calls: JSON, and forms that may be on disk.
 
-Invariants: all bytes go out as they came but for the model's name, where a route or an alias gives
-another, what Vertex has in its place, and the request for a stream's usage; a form can be sent as
-often as it has to be, and its announced length is the length that is sent; of one on disk memory
-holds a piece at a time; a body of more than `LARGE_BYTES` is read and copied beside the event loop.
+Invariants: bytes are sent as they were received, except for the model's name if a route or an alias
+changes it, the fields that Vertex has instead, and the request for a stream's usage. A form can be
+sent repeatedly, and its announced length is the length that is sent; of a form on disk, memory
+holds one piece at a time. A body of more than `LARGE_BYTES` is read and copied beside the event
+loop.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from tidegate.spine.routing import Target
 from tidegate.upstream.transport import RepeatableBody
 
 _Result = TypeVar("_Result")
-# One thread, so one body at a time: its values take several times its size in memory.
+# One thread, so one body at a time: parsed values take several times the body's memory.
 _READER = ThreadPoolExecutor(1, "large-bodies")
 
 
 async def aside(size_bytes: int, work: Callable[[], _Result]) -> _Result:
-    """The result of `work` on a body of that size: of a large one in a thread, in turn. Work that
-    has begun goes on when the caller is cancelled."""
+    """Return the result of `work` on a body of this size: a large one's in a thread, one after
+    another. Work that has begun continues after a cancellation."""
     if size_bytes <= LARGE_BYTES:
         return work()
     return await asyncio.get_running_loop().run_in_executor(_READER, work)
 
 
 async def read_to_its_end(size_bytes: int, work: Callable[[], _Result]) -> _Result:
-    """As `aside`, of an answer that has gone out or that is given up: a cancellation meanwhile, as
-    of a client that has all it wanted, ends nothing any more, and is forgotten."""
+    """Return as `aside` for an answer that is relayed or given up. A cancellation meanwhile, such
+    as of a client that has received everything, is dropped: there is nothing left to end."""
     if size_bytes <= LARGE_BYTES:
         return work()
     reading = asyncio.get_running_loop().run_in_executor(_READER, work)
@@ -58,14 +59,14 @@ async def read_to_its_end(size_bytes: int, work: Callable[[], _Result]) -> _Resu
 
 _END_BYTES = 65_536
 _TEXT = re.compile(rb'\s*("(?:[^"\\]|\\.)*")')
-# Below other objects there may be more models, such as a tool's parameter of that name.
+# Nested objects may contain more, such as a tool's parameter named `model`.
 _MOST_MODELS = 8
-# Whose bodies name the model of the path again, which must be the same.
+# Operations whose bodies repeat the model of the path, which must be equal.
 _NAMES_IT_AGAIN = (Operation.EMBED, Operation.COUNT, Operation.BATCH)
 
 
 def identity_of(raw: bytes) -> int:
-    """The same for the same request sent again; of a large body by its length and its ends."""
+    """Return a hash, equal for equal bodies; a large body's is of its length and its ends."""
     if len(raw) > LARGE_BYTES:
         return hash((len(raw), raw[:_END_BYTES], raw[-_END_BYTES:]))
     return hash(raw)
@@ -74,14 +75,14 @@ def identity_of(raw: bytes) -> int:
 def body_for(
     raw: bytes, endpoint: Endpoint, body: dict[str, Any], target: Target, *, ask_usage: bool
 ) -> bytes | None:
-    """The bytes of the client, which were parsed to `body`, but with the upstream's name for the
-    model, and asking a stream for its usage. None for a request without a body. Raises
+    """Return the client's bytes, which were parsed to `body`, with the upstream's name for the
+    model and a request for a stream's usage. None for a request without a body. Raises
     InvalidRequest."""
     if not raw:
         return None
     try:
         return _changed(raw, endpoint, body, target, ask_usage)
-    except orjson.JSONEncodeError:  # what can be read can be nested deeper than what can be written
+    except orjson.JSONEncodeError:  # the parser accepts deeper nesting than the writer
         allowed = "at most 250 levels"
         raise InvalidRequest("body", "the body is nested too deeply", allowed=allowed) from None
 
@@ -93,7 +94,7 @@ def _changed(
     if named is not None and endpoint.model_in_path:
         again = endpoint.operation in _NAMES_IT_AGAIN and named != target.model
         return _model_named_again(raw, named, target.model) if again else raw
-    if "agent" in body and endpoint.path.endswith("/interactions"):  # in place of a model
+    if "agent" in body and endpoint.path.endswith("/interactions"):  # instead of a model
         same = target.model in ("", body["agent"])
         return raw if same else _rewritten(raw, "agent", target.model)
     if endpoint.operation is Operation.CACHE:
@@ -112,8 +113,8 @@ def _changed(
 
 
 def _with_model(raw: bytes, model: str) -> bytes | None:
-    """The same with another value of the outermost `model`; None where it is not found. There is
-    one such field, and its value is a text."""
+    """Return the body with another value of the outermost `model`, a string that occurs once; None
+    if it is not found."""
     found = [one.end() for one in NAMES_MODEL.finditer(raw)]
     if len(found) > _MOST_MODELS:
         return None
@@ -127,14 +128,15 @@ def _with_model(raw: bytes, model: str) -> bytes | None:
     return None
 
 
-# Vertex has the model in the path, and in the body the version that elsewhere is a header.
+# At Vertex the path contains the model, and the body the version that is a header elsewhere.
 _VERSION = "anthropic_version"
 _VERTEX_VERSION = b'"anthropic_version":"vertex-2023-10-16"'
 _NAMES_VERSION = re.compile(rb'"anthropic_version"\s*:')
 
 
 def _for_vertex(raw: bytes, endpoint: Endpoint, body: dict[str, Any], model: str) -> bytes:
-    """A body of Anthropic's own API as Vertex has it. Counting names the model in both."""
+    """Return a body of Anthropic's own API in Vertex's form. Token counting names the model in
+    both."""
     if endpoint.operation is Operation.COUNT:
         if body.get("model") != model:
             raw = _with_model(raw, model) or _rewritten(raw, "model", model)
@@ -150,7 +152,7 @@ def _for_vertex(raw: bytes, endpoint: Endpoint, body: dict[str, Any], model: str
 
 
 def _from_vertex(raw: bytes, body: dict[str, Any], model: str) -> tuple[bytes, dict[str, Any]]:
-    """A body of Vertex's as Anthropic's own API has it, and as it reads."""
+    """Return a body of Vertex's in the form of Anthropic's own API, as bytes and parsed."""
     without = {name: value for name, value in body.items() if name != _VERSION}
     if "model" not in body and model:
         member = b'"model":%b' % orjson.dumps(model)
@@ -161,8 +163,8 @@ def _from_vertex(raw: bytes, body: dict[str, Any], model: str) -> tuple[bytes, d
 
 
 def _with_member(raw: bytes, names: re.Pattern[bytes], member: bytes) -> bytes | None:
-    """The same with `member` in the place of the only one that `names` finds; None where there are
-    several, or none whose value is a text."""
+    """Return the body with `member` instead of the only one that `names` finds; None if it finds
+    several, or one whose value is not a string."""
     found = list(names.finditer(raw))
     if len(found) != 1 or (text := _TEXT.match(raw, found[0].end())) is None:
         return None
@@ -175,12 +177,13 @@ def _beginning_with(raw: bytes, member: bytes) -> bytes:
 
 
 def _rewritten(raw: bytes, name: str, value: Any) -> bytes:
-    """With another value of a field: from the bytes, since a large body is parsed without files."""
+    """Return the body with another value of a field. Parses `raw`, since `body` lacks large
+    files."""
     return orjson.dumps({**orjson.loads(raw), name: value})
 
 
 def _naming_model(raw: bytes, model: str) -> bytes:
-    """The same with a model that it did not name."""
+    """Return the body with a model, which it did not name."""
     return _beginning_with(raw, b'"model":%b' % orjson.dumps(model))
 
 
@@ -191,7 +194,7 @@ def _model_named_again(raw: bytes, named: str, model: str) -> bytes:
 
 
 def has_several_answers(body: dict[str, Any]) -> bool:
-    """Whether several answers are requested, each as long as the model gives out."""
+    """Whether several answers are requested, each with the full output length."""
     settings = body.get("generationConfig") or body.get("generation_config")
     found = settings if type(settings) is dict else body
     names = ("n", "best_of", "candidateCount", "candidate_count")
@@ -204,8 +207,8 @@ _MODEL_PART = b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r
 
 @dataclass(frozen=True, slots=True)
 class FormBody:
-    """A form that has been read: its bytes are `data`, or else in the file `path`, which stays
-    there until the call has ended."""
+    """A form that was read: its bytes are in `data`, or in the file `path` until the call has
+    ended."""
 
     form: MediaForm
     data: bytes = b""
@@ -213,12 +216,12 @@ class FormBody:
 
     @property
     def identity(self) -> int:
-        """The same for the same request sent again."""
+        """A hash, equal for equal forms."""
         files = tuple((file.field, file.size_bytes, file.head) for file in self.form.files)
         return hash((repr(self.form.fields), files))
 
     def for_model(self, model: str) -> bytes | RepeatableBody:
-        """The body with this name for the model; as it came where that is empty or the same."""
+        """Return the body with this model name; unchanged if it is empty or the same."""
         spans = self._spans(model)
         if self.path is None:
             return b"".join(
@@ -228,7 +231,7 @@ class FormBody:
         return RepeatableBody(size_bytes, partial(_pieces, self.path, spans))
 
     def _spans(self, model: str) -> list[bytes | tuple[int, int]]:
-        """What goes out: bytes, and spans of the body."""
+        """Return the parts to send: bytes, and spans of the received body."""
         form = self.form
         if not model or form.fields.get("model") == model:
             return [(0, form.size_bytes)]
@@ -238,7 +241,7 @@ class FormBody:
         return [(0, start), model.encode(), (end, form.size_bytes)]
 
     async def beginning(self, most_bytes: int) -> bytes:
-        """The body as it came, or its first bytes. Raises StoreUnavailable."""
+        """Return the received body, or its first bytes. Raises StoreUnavailable."""
         if self.path is None:
             return self.data[:most_bytes]
         try:

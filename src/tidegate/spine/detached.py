@@ -1,9 +1,9 @@
 """Detached calls: native calls of jobs and batch lines, without a waiting client.
 
-A call of this kind is JSON that was checked when it was taken, and is made later, by any worker;
-its answer is kept in its `CallRecord`.
+A detached call is JSON that is checked at submission and sent later, by any worker; the answer is
+kept in its `CallRecord`.
 
-Invariant: what is made later is one call of a model, whose answer comes in one piece and is text.
+Invariant: a detached call is one call of a model, whose answer is text and is not streamed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tidegate.store.batches import BatchStand
 from tidegate.store.requests import Whereabouts
 from tidegate.telemetry.tracing import Trail
 
-# Of the JSON that holds one: a line of a batch, or what is submitted as a job.
+# Of the JSON of one call: a line of a batch, or a job.
 LONGEST_BYTES = 20_000_000
 _JSON = (b"content-type", b"application/json")
 _ALLOWED = (
@@ -42,7 +42,7 @@ _ALLOWED = (
 
 
 def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
-    """The endpoint of a path, which must ask a model for something, in one piece. Raises
+    """Return the endpoint of a path, which must call a model without streaming. Raises
     InvalidRequest."""
     endpoint = None
     if isinstance(path, str):
@@ -54,19 +54,19 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
     if endpoint.operation in GOING_ON:
         said = "jobs and batches do not hold work that goes on after its answer"
         raise InvalidRequest(field, said, allowed=_ALLOWED)
-    if endpoint.operation is Operation.SPEAK:  # a result is kept as text
+    if endpoint.operation is Operation.SPEAK:  # results are kept as text
         raise InvalidRequest(field, "jobs and batches do not keep audio", allowed=_ALLOWED)
     return endpoint
 
 
 def plain_path(path: str) -> str:
-    """The path of a native call whose answer comes in one piece, where it was a stream."""
+    """Return the path of the same call without streaming."""
     return path.replace(":streamGenerateContent", ":generateContent")
 
 
 def wrapped_facts(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
-    """What a body asks for. Raises InvalidRequest, for a stream too, and for a model that can't be
-    put on record."""
+    """Return the facts of a body. Raises InvalidRequest, also for a stream, and for a model name
+    that cannot be stored."""
     if body.get("stream"):
         raise InvalidRequest(
             "body.stream", "jobs and batches do not support streaming", allowed="false"
@@ -74,7 +74,7 @@ def wrapped_facts(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
     asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body)
     if asked.goes_on:
         refuse_to_go_on(body)
-    if not asked.model.isprintable():  # neither NUL nor half of a surrogate pair is
+    if not asked.model.isprintable():  # PostgreSQL stores neither NUL nor a lone surrogate
         raise InvalidRequest("body.model", "invalid model name", allowed="a name")
     return asked
 
@@ -94,9 +94,9 @@ def detached_call(
     has_own_deadline: bool = False,
     headers: Mapping[str, str] | None = None,
 ) -> NativeCall:
-    """The call as if a client made it now. `deadline_ms`: from now to admission; `preempted` as in
-    `Terms`; `headers` beside the dialect's usual, or in their place. Raises NotFound for a path
-    that another version took in."""
+    """Return the call as if a client sent it now. `deadline_ms`: from now, the other options as in
+    `Terms`; `headers` add to the dialect's usual ones or replace them. Raises NotFound for a path
+    that only another version accepts."""
     if endpoint is None:
         try:
             endpoint = endpoint_named(path)
@@ -120,7 +120,7 @@ def detached_call(
 
 
 def next_line(stand: BatchStand) -> Whereabouts | None:
-    """The line of a batch that is called next, as a job that waits; None where none waits, or it is
+    """Return the next line of a batch as a waiting job; None if no line waits, or the batch is
     paused."""
     if stand.body is None or stand.status != "in_progress":
         return None
@@ -150,9 +150,8 @@ def next_line(stand: BatchStand) -> Whereabouts | None:
 async def collected(
     relay: Relay, call: NativeCall, record: CallRecord, admitted: OnAdmitted
 ) -> None:
-    """Make the call; `record.text` is then the whole answer. Raises what `Relay.run` raises, and
-    UpstreamGarbled for an answer that is too long to keep, or compressed so that nobody reads it.
-    """
+    """Make the call and collect the whole answer in `record.text`. Raises what `Relay.run` raises,
+    and UpstreamGarbled for an answer that is too long to keep or in an unreadable compression."""
     await relay.run(call, NothingOut(), record, admitted)
     if record.answer_bytes > KEPT_BYTES:
         raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
@@ -161,8 +160,8 @@ async def collected(
 
 
 async def check_bounded(relay: Relay, call: NativeCall) -> None:
-    """Raises BudgetUnbounded where making the call could raise nothing else; NotFound where no
-    upstream serves it, InvalidRequest for a body that is none of its dialect."""
+    """Raises BudgetUnbounded if making the call could only do so; NotFound if no upstream serves
+    it, InvalidRequest for a body that is invalid in its dialect."""
     spine, endpoint = relay.spine, call.endpoint
     body, asked = await aside(len(call.body), partial(unchecked_facts, endpoint, call.body))
     record = CallRecord("job", call.terms.caller.tenant_id, call.received_at)

@@ -4,16 +4,16 @@
        └──► readings ──► notes of the pool's sessions ──► shown: limits show, page, metrics
                                      │
                                      ▼ the leader, once a second
-                    what all used - what the pool counts = others ──► charge of the limit
+                    account's usage - usage that the pool counts = others ──► charge of the limit
 
-Each process reads the last headers of each model once a second, never at a call, and shares them;
-those of a provider without such headers are the bounds that its refusals state.
-The leader is the process whose session is the first by name of those that share; it charges limits
-with what others take, so that what is left fits the account. Where `learn` is `apply` it puts in
-force what nobody has set.
+Each process reads the last headers of each model once a second, never during a call, and shares
+them with the pool. If a provider sends no such headers, the bounds that its refusals state are
+read. The leader is the process whose session has the first name among those that share readings. It
+charges limits with the usage of other programs, so that the remaining capacity fits the account. If
+`learn` is `apply`, the leader also puts in force limits that no person has set.
 
-Invariants: a call pays nothing for it; what a person has set stays in force; a charge ends with the
-window of its limit, and with the difference to the bound in force that it is for.
+Invariants: a call pays nothing for learning; limits that a person has set stay in force; a charge
+ends with the window of its limit, and shrinks with the difference to the bound in force.
 """
 
 from __future__ import annotations
@@ -75,23 +75,23 @@ _UNITS = {
     "images": "i",
 }
 _WINDOWS = {"second": "ps", "minute": "pm", "hour": "ph", "day": "pd"}
-# Of providers whose headers leave it out, where it is no minute.
+# Windows of providers whose headers name none, where it is not a minute.
 _UNNAMED: Mapping[tuple[str, str], str] = {
     ("groq", "requests"): "day",
     ("together", "requests"): "second",
 }
 _LENGTHS_S = {"minute": 60.0, "hour": 3_600.0, "day": 86_400.0}
-# Where the days of limits begin.
+# Time zones in which the days of limits begin.
 _ZONES = ("UTC", "America/Los_Angeles")
-# How late headers arrive, and how far their times are rounded.
+# Tolerance for the delay of headers and the rounding of their times.
 _LATE_S = 1.5
-# How many pairs of answers show whether a limit is a bucket, and how many are remembered.
+# Pairs of answers that decide whether a limit is a bucket, and the most that are remembered.
 _SURE, _MOST_VOTES = 2, 6
-# Of a header; a limit has six times as much where its window is six times as long, as at Azure.
+# The greatest bound in a header; a limit with six times the window, as at Azure, is six times it.
 _MOST_BOUND = MAX_BOUND // 6
-# Providers whose limits are windows that begin again; others are buckets.
+# Providers whose limits are fixed windows; those of others are token buckets.
 _BEGIN_AGAIN = ("azure",)
-# Those whose refusals tell when they do; the others', when there is room for a call.
+# Providers whose refusals state when the window ends; those of others state when a call fits.
 _TELL_RESETS = ("gemini",)
 
 log = get_logger()
@@ -107,8 +107,8 @@ _Kept = TypeVar("_Kept")
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """Of one model. at: as of when, in seconds since 1970; `reset_ms` of each limit counts from
-    then. heard_at: when the answer came that announced it."""
+    """The limits that one model's headers announce. at: their time in seconds since 1970, from
+    which each `reset_ms` counts. heard_at: when the answer arrived."""
 
     model: str
     at: float
@@ -116,7 +116,7 @@ class Announcement:
     heard_at: float
 
     def shown(self) -> dict[str, Any]:
-        """As plain values, without what was not announced."""
+        """Return the announcement as plain values, without absent fields."""
         limits = [
             {name: value for name, value in asdict(one).items() if value is not None}
             for one in self.limits
@@ -126,7 +126,7 @@ class Announcement:
 
 
 class AnswerHead(Protocol):
-    """Of an answer. sent_s: when its call was sent, of `perf_counter`."""
+    """The head of an answer. sent_s: when its call was sent, by `perf_counter`."""
 
     status: int
     sent_s: float
@@ -136,7 +136,7 @@ class AnswerHead(Protocol):
 
 
 class _Head(NamedTuple):
-    """As of when, and when it came, both in seconds since 1970."""
+    """Headers of an answer, their time and their arrival, in seconds since 1970."""
 
     headers: RawHeaders
     at: float
@@ -144,35 +144,36 @@ class _Head(NamedTuple):
 
 
 class Announced:
-    """Of one upstream, as this process has heard it.
+    """The limits that one upstream has announced to this process.
 
-    Headers are as of when the provider counted the call, as recordings show: of an account that
-    is not used otherwise they leave one request less than the limit, and the time in which one
-    refills, however long the answer took. Those that name what the call has cost, output included,
-    are as of the answer.
+    Headers show the account at the time when the provider counted the call, as recordings show: on
+    an otherwise unused account, one request less than the limit remains, and the reset is the time
+    in which one request refills, however long the answer took. Headers that state the cost of the
+    call, output included, show the time of the answer.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._heads: dict[str, _Head] = {}
-        self._refused: dict[str, float] = {}  # until when those of a refusal stand
-        self._served: set[str] = set()  # of these, the models that it has answered for
+        self._refused: dict[str, float] = {}  # model: until when the headers of its refusal stand
+        self._served: set[str] = set()  # the models among them that were answered
         self._read: dict[str, tuple[_Head, Announcement | None]] = {}
         self._limits_refused: dict[str, RefusedLimit] = {}
-        self._stated: dict[tuple[str, str, str], Announcement] = {}  # by refusals
+        self._stated: dict[tuple[str, str, str], Announcement] = {}  # from refusals
 
     def __contains__(self, model: str) -> bool:
-        """Whether it has answered for the model lately: then it is no invention of a client."""
+        """Whether the upstream has lately answered for the model, so that the name is real."""
         return model in self._served
 
     def hear(self, model: str, answer: AnswerHead) -> None:
-        """See `note`. Nobody changes the headers."""
+        """Keep the headers of an answer, as `note` does. The headers must not be changed
+        afterwards."""
         self.note(model, answer.headers, answer.status, perf_counter() - answer.sent_s)
 
     def note(self, model: str, headers: RawHeaders, status: int = 200, took_s: float = 0.0) -> None:
-        """Keep the headers of an answer to a call that was sent `took_s` before, unless later ones
-        are known. Those of a 429 stand for `REFUSED_S`. Where there are too many, those of models
-        that were refused alone are the first to go."""
+        """Keep the headers of an answer to a call that was sent `took_s` before, unless newer ones
+        are known. Headers of a 429 stand for `REFUSED_S`. If there are too many models, those that
+        were only refused are dropped first."""
         heads, heard_at = self._heads, self._clock()
         at = heard_at - took_s
         if model not in heads and len(heads) >= MOST_MODELS:
@@ -190,7 +191,7 @@ class Announced:
             self._refused[model] = at + REFUSED_S
             if not _tells_limits(headers) and model in heads:
                 return
-        # Where the clock was set back what is known is of a time that is yet to come.
+        # A refusal after a clock that was set back lies in the future, and does not stand.
         elif at < self._refused.get(model, 0.0) <= heard_at + REFUSED_S:
             return
         known = heads.get(model)
@@ -204,28 +205,28 @@ class Announced:
         stated: Sequence[StatedBound] = (),
         reset_ms: int | None = None,
     ) -> None:
-        """Note that the provider has refused a call of a model, for a limit in force unless that is
-        empty; the bounds that it stated, and in how many ms there is room, as it told. One that
-        states no bound may have another cause than a limit that is used up."""
+        """Record that the provider refused a call of a model: `limit` in force, empty for none; the
+        bounds that the refusal stated; and the time until there is room, if it stated one. A
+        refusal without a bound may have another cause than an exhausted limit."""
         now = self._clock()
         if limit:
             reset_s = reset_ms / 1000 if reset_ms and stated else None
             _keep_last(self._limits_refused, limit, RefusedLimit(limit, now, reset_s))
-        for one in sorted(stated, key=lambda each: -each.bound):  # the call was over each of a unit
+        for one in sorted(stated, key=lambda each: -each.bound):  # it exceeded each bound of a unit
             said = Announcement(model, now, (RateStatus(*one),), now)
             _keep_last(self._stated, (model, one.unit, one.window), said)
 
     def refusals(self) -> tuple[RefusedLimit, ...]:
-        """The last of each limit."""
+        """Return the last refusal of each limit."""
         return tuple(self._limits_refused.values())
 
     def all(self) -> list[Announcement]:
-        """The latest of each model whose headers announced any limit."""
+        """Return the latest announcement of each model whose headers named a limit."""
         self._read = {model: self._of(model, head) for model, head in self._heads.items()}
         return [found for _, found in self._read.values() if found is not None]
 
     def stated(self) -> list[Announcement]:
-        """The latest of each limit that refusals stated, one limit each."""
+        """Return the latest announcement of each limit that refusals stated, one limit each."""
         return list(self._stated.values())
 
     def _of(self, model: str, head: _Head) -> tuple[_Head, Announcement | None]:
@@ -240,7 +241,7 @@ class Announced:
 
 
 def _keep_last(known: dict[_Name, _Kept], name: _Name, value: _Kept) -> None:
-    """As the newest of `MOST_MODELS` at most."""
+    """Store a value as the newest of at most `MOST_MODELS`."""
     known.pop(name, None)
     if len(known) >= MOST_MODELS:
         del known[next(iter(known))]
@@ -248,7 +249,8 @@ def _keep_last(known: dict[_Name, _Kept], name: _Name, value: _Kept) -> None:
 
 
 def _limits_in(head: _Head) -> tuple[RateStatus, ...]:
-    """One of each unit and window: the one of which least remains."""
+    """Return the limits in the headers, for each unit and window the one with the least
+    remaining."""
     named = [(name.lower(), value) for name, value in head.headers]
     said = {
         name.decode("latin-1"): value.decode("latin-1")
@@ -274,7 +276,7 @@ def _left(status: RateStatus) -> float:
 
 
 class _Reset(NamedTuple):
-    """When a limit resets, as one answer reports it; of a moment in seconds since 1970."""
+    """The reset of a limit as one answer reports it: at a time, in so many seconds since then."""
 
     at: float
     in_s: float
@@ -288,7 +290,7 @@ class _Reset(NamedTuple):
 
     @property
     def rounded_by(self) -> float:
-        """By how much `used` may be off: Anthropic rounds what remains of tokens to thousands."""
+        """The possible error of `used`: Anthropic rounds the remaining tokens to thousands."""
         is_rounded = self.remaining is not None and not (self.bound % 1000 or self.remaining % 1000)
         return 500.0 if is_rounded else 0.0
 
@@ -302,22 +304,22 @@ _NO_RESET = _Reset(float("-inf"), 0.0)
 
 
 class ResetEvidence:
-    """Which window the resets of one limit allow, where its headers do not name it.
+    """Evidence for the length of a limit's window, from its resets, if its headers do not name it.
 
-    A window that begins again, or slides, resets within its length; one that begins again at an
-    instant that stands until then. A bucket resets later with each unit taken: after as much of its
-    window as is used of its bound. So the longest reset bounds the window from below, and a bucket
-    of a longer window, of which little is used, shows in answers of which later ones reset later.
-    Of one answer that resets within a minute the window is a minute, unless it may well be longer:
-    then it is not known yet.
+    A fixed or sliding window resets within its length, and a fixed window at an instant that does
+    not change until then. A token bucket resets later with each unit taken: after the same part of
+    its window as is used of its bound. So the longest reset is a lower bound of the window. A
+    bucket with a longer window and little use is recognised by answers whose resets move. After a
+    single answer that resets within a minute the window is taken for a minute, unless a longer one
+    is plausible; then it is unknown.
     """
 
     def __init__(self) -> None:
         self._last = self._first = _NO_RESET
         self._longest_s = 0.0
-        self._crossed = False  # a reset lay behind, and the longest was still the longest
-        self._jump_s = inf  # the shortest time from a reset to that of a later window
-        self._votes = 0  # for a bucket, or against it
+        self._crossed = False  # a reset has passed, and no longer one followed
+        self._jump_s = inf  # the shortest time from one window's reset to a later one's
+        self._votes = 0  # positive for a bucket, negative for a fixed window
 
     @property
     def begins_again(self) -> bool:
@@ -325,32 +327,33 @@ class ResetEvidence:
 
     @property
     def length_ms(self) -> float | None:
-        """Of a window that begins again, once two of them that follow on each other were seen."""
+        """The length of a fixed window, once two consecutive ones were seen, else None."""
         is_next = self._longest_s > self._jump_s / 2 + _LATE_S
         return self._jump_s * 1000 if is_next else None
 
     def take(self, reset: _Reset) -> None:
-        """Compare an answer with those before; one that is not newer is passed over, and one whose
-        time is all rounded."""
+        """Add an answer's reset as evidence. Ignores an answer that is not newer than the last, and
+        a reset that is not longer than its rounding."""
         last = self._last
         if reset.at <= last.at or reset.in_s <= reset.cut_s:
             return
         self._last = reset
-        # What remains may be below nothing: then a bucket resets later than after its window.
+        # Less than nothing may remain: a bucket then resets later than after its window.
         in_s = reset.in_s / 2 if reset.remaining == 0 else reset.in_s
         if in_s > self._longest_s + _LATE_S:
             self._crossed = False
         elif last.in_s and reset.at > last.at + last.in_s + _LATE_S:
             self._crossed = True
         self._longest_s = max(self._longest_s, in_s)
-        least_s = max(self._longest_s - _LATE_S, 2 * _LATE_S)  # a window lasts no less
+        least_s = max(self._longest_s - _LATE_S, 2 * _LATE_S)  # a window lasts at least this long
         jump_s = reset.at + reset.in_s - last.at - last.in_s
         jumps = [each for each in (self._jump_s, jump_s) if each >= least_s]
         self._jump_s = min(jumps, default=inf)
         self._compare(reset)
 
     def _compare(self, reset: _Reset) -> None:
-        """Judge by this answer and an earlier one, within the time that one named."""
+        """Vote for or against a bucket by this answer and an earlier one, before the earlier's
+        reset."""
         first, vote = self._first, 0
         ends = first.at + first.in_s
         if first.used > 0 and reset.used > 0 and first.bound == reset.bound:
@@ -361,8 +364,8 @@ class ResetEvidence:
             most_s += first.cut_s * max(1.0, ratio) + reset.cut_s
             fits = off_s <= most_s and moved_s >= unit_s - _LATE_S
             is_within = reset.at < ends - _LATE_S
-            # A bucket that is used as fast as it refills resets later by the time that passes; of
-            # one that has nothing left it isn't known how much more is used.
+            # A bucket that is used as fast as it refills resets later by the time that passes; if
+            # nothing remains, the actual usage is unknown.
             is_apart = reset.at - first.at > 2 * _LATE_S
             tells = is_apart and 0 not in (first.remaining, reset.remaining)
             if fits and is_within and min(moved_s, later_s) > _LATE_S:
@@ -374,14 +377,14 @@ class ResetEvidence:
             self._first = reset
 
     def window(self) -> str | None:
-        """None while it is not known."""
+        """Return the name of the window; None while it is unknown."""
         last = self._last
         fitting = (name for name, each in _LENGTHS_S.items() if self._longest_s <= each + _LATE_S)
         least = next(fitting, None)
         if least is None or not last.in_s:
             return least
         if last.used > 0 and not self.begins_again:
-            # Of what is used a part of the last unit may have refilled.
+            # A part of the last unit used may have refilled.
             shortest_s = (last.in_s - last.cut_s) * last.bound / last.used
             longest_s = (last.in_s + last.cut_s) * last.bound / max(last.used - 1, 1)
             for name, length_s in _LENGTHS_S.items():
@@ -394,15 +397,15 @@ class ResetEvidence:
 
 
 class HeaderReader:
-    """Reads limits from headers of answers as a policy counts them; of one upstream."""
+    """Reads the limits of one upstream from headers, in the units and windows of policies."""
 
     def __init__(self, provider: str) -> None:
         self._provider = provider
         self._resets: dict[tuple[str, str], ResetEvidence] = {}
 
     def read(self, announcements: Iterable[Announcement]) -> list[HeaderReading]:
-        """The latest of each model; without those of a window that is not known yet, and of what a
-        client calls a model but no limit of one can name."""
+        """Return the latest reading of each limit and model. Leaves out limits whose window is
+        unknown, and models whose names no limit can have."""
         known, self._resets, found = self._resets, {}, []
         for announced in announcements:
             model = plain_model(announced.model)
@@ -410,7 +413,7 @@ class HeaderReader:
                 continue
             units = {one.unit for one in announced.limits}
             for one in announced.limits:
-                # Anthropic's `tokens` are those of input and output together.
+                # Anthropic's `tokens` are the sum of input and output.
                 if one.unit == "tokens" and {"input_tokens", "output_tokens"} <= units:
                     continue
                 key = announced.model, f"{one.unit} {one.window}"
@@ -445,7 +448,8 @@ class HeaderReader:
 
 
 def _implied_ms(one: RateStatus) -> float | None:
-    """The window of a bucket: until it is full, over the part of it that is used."""
+    """Return the window of a bucket: the time until it is full, divided by the part that is
+    used."""
     if not one.limit or one.remaining is None or not one.reset_ms:
         return None
     used = one.limit - one.remaining
@@ -453,15 +457,15 @@ def _implied_ms(one: RateStatus) -> float | None:
 
 
 class Confirmations:
-    """Since when each limit is reported with one bound, beside one bound in force."""
+    """Since when each limit is reported with the same bound, for the same bound in force."""
 
     def __init__(self, for_s: float) -> None:
         self._for_s = for_s
         self._seen: dict[str, tuple[int, int | None, float]] = {}
 
     def take(self, one: LearnedLimit, now: float) -> bool:
-        """Whether an answer of `for_s` or more after a bound was first seen still reports it. What
-        answers of before a change of the limit in force report is no reason to change it back."""
+        """Whether an answer at least `for_s` after the first with a bound still reports that bound.
+        Answers from before a change of the limit in force are no reason to change it back."""
         at = datetime.fromisoformat(one.at).timestamp()
         bound, in_force, since = self._seen.get(one.limit, (0, None, now))
         if (bound, in_force) != (one.bound, one.in_force):
@@ -471,7 +475,7 @@ class Confirmations:
 
 
 class LimitLearner:
-    """One per process and upstream."""
+    """Learns the limits of one upstream in one process."""
 
     def __init__(
         self,
@@ -481,7 +485,8 @@ class LimitLearner:
         clock: Callable[[], float] = time.time,
         share: Callable[[dict[str, Any]], Awaitable[None]] | None = None,
     ) -> None:
-        """`share`: puts the note of this process into the pool, where it says more than this."""
+        """`share`: writes the process's note into the pool, for a note with more than learned
+        limits."""
         self._keeper = keeper
         self._share = share or self._tell
         self._limiter = keeper.limiter
@@ -489,19 +494,19 @@ class LimitLearner:
         self._reader = HeaderReader(keeper.provider)
         self._learn = learn
         self._clock = clock
-        self._others: tuple[OthersUse, ...] = ()  # of the leader
+        self._others: tuple[OthersUse, ...] = ()  # usage of others, while this process leads
         self._shares = False
-        self._heard: tuple[Mapping[str, OthersUse], float] = ({}, 0.0)  # of another, and when
+        self._heard: tuple[Mapping[str, OthersUse], float] = ({}, 0.0)  # the leader's, and when
         self._match: LimitMatch | None = None
         self._uses: dict[str, AccountUse] = {}
         self._days: dict[str, DayUse] = {}
-        self._changed_at: dict[str, float] = {}  # the bounds of limits, as seen here
-        self._epoch = 0  # of the pool, in which the charges were made
+        self._changed_at: dict[str, float] = {}  # when this process saw each bound change
+        self._epoch = 0  # the pool's epoch in which the charges were made
         self._confirmations = Confirmations(STABLE_S)
         self._removed: dict[str, tuple[int, bool]] = {}  # as of a revision, whether by a person
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Share readings, and as the leader act on them, once a second until cancelled."""
         while True:
             await asyncio.sleep(next_beat_s(EVERY_S))
             try:
@@ -510,14 +515,14 @@ class LimitLearner:
                 log.debug(Log.STORE_AWAY, detail=away.message)
             except ConfigError as wrong:
                 log.warning(Log.LIMITS_CONFLICT, reason=f"not learned: {wrong.message}")
-            except Exception:  # the top of a task: logged, and it goes on
+            except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR, component="learning")
 
     async def look(self) -> None:
-        """Share what this process has read, and as the leader act on what all have.
+        """Share the readings of this process, and as the leader act on those of all processes.
 
-        Does nothing while no answer has told of a limit and no call was refused for one. Raises
-        LimiterUnavailable and, where a limit is to be put in force, StoreUnavailable.
+        Does nothing while no answer has announced a limit and no call was refused for one. Raises
+        LimiterUnavailable and, when a limit is to be put in force, StoreUnavailable.
         """
         limiter, announced = self._limiter, self._announced
         if limiter.state == "away":
@@ -548,8 +553,8 @@ class LimitLearner:
             self._days.clear()
 
     def _heard_lately(self) -> Mapping[str, OthersUse]:
-        """What another process knew of others as the leader, at the last look: its note ends with
-        its session, before this one leads."""
+        """Return the usage of others that the previous leader last shared. Its note ends with its
+        session, before this process leads."""
         others, at = self._heard
         return others if abs(self._clock() - at) * 1000 < KEEP_NOTE_MS else {}
 
@@ -572,7 +577,7 @@ class LimitLearner:
         return match
 
     def _end_charges(self, name: str, by: int, now: float) -> None:
-        """As the pool does with those of a limit that is lower by `by`."""
+        """Reduce the charges of a limit whose bound fell by `by`, as the pool does."""
         if by > 0 and name in self._uses:
             self._uses[name].lower(by, now)
         elif by > 0 and name in self._days:
@@ -584,7 +589,8 @@ class LimitLearner:
         match: LimitMatch,
         before: Mapping[str, OthersUse],
     ) -> None:
-        """before: what others knew, as this process has heard."""
+        """Compare the account's usage with the pool's, and charge the difference to the limits.
+        before: the usage of others that the previous leader shared."""
         readings = newest(notes.values(), match)
         self._read(readings, match, before)
         days = readings_of_days(notes.values(), match, readings)
@@ -604,7 +610,7 @@ class LimitLearner:
         if snapshot.epoch != self._epoch:
             self._epoch = snapshot.epoch
             self._lose_charges()
-        if snapshot.recovering_ms:  # not all processes have reported what they have used
+        if snapshot.recovering_ms:  # some processes have not reported their usage yet
             return
         found = []
         untold = [name for name, use in self._uses.items() if not use.is_told]
@@ -618,7 +624,8 @@ class LimitLearner:
             await self._apply(learned_limits(list(notes.values()), match))
 
     def _lose_charges(self) -> None:
-        """With Valkey's data, as a new epoch shows, but for what processes report again."""
+        """Forget charges that Valkey lost with its data, except those that processes report
+        again."""
         self._others = ()
         self._days.clear()
         for use in self._uses.values():
@@ -630,7 +637,7 @@ class LimitLearner:
         match: LimitMatch,
         before: Mapping[str, OthersUse],
     ) -> None:
-        """Take what is new of each rate."""
+        """Add new readings to each rate's usage."""
         for name, reading in readings.items():
             if self._is_old(reading, name):
                 continue
@@ -648,8 +655,9 @@ class LimitLearner:
         before: Mapping[str, OthersUse],
         reading: HeaderReading | None,
     ) -> AccountUse | None:
-        """None where nothing is compared. Where no reading tells what remains, what an earlier
-        leader knew of others is what refusals had shown."""
+        """Return the usage of a rate at the account; None for a limit that is not compared. For a
+        limit without readings of the remaining amount, an earlier leader's knowledge came from
+        refusals."""
         limit = match.policy.limit(name)
         if not isinstance(limit, Rate) or limit.shadow:
             return None
@@ -676,8 +684,9 @@ class LimitLearner:
         before: Mapping[str, OthersUse],
         readings: Mapping[str, HeaderReading],
     ) -> None:
-        """Those of before a change of the bound may have its cause. One of a time that is yet to
-        come is of before the clock was set back."""
+        """Add refusals to their limits' usage. Left out: a refusal from before a change of the
+        bound, which may have caused it, and one in the future, from before the clock was set
+        back."""
         latest = self._clock() + READ_LATE_S
         for one in sorted(refusals, key=lambda each: each.at):
             if self._changed_at.get(one.limit, 0.0) < one.at <= latest:
@@ -690,9 +699,9 @@ class LimitLearner:
     def _tells_reset(
         self, refused: RefusedLimit, reading: HeaderReading | None, match: LimitMatch
     ) -> bool:
-        """Whether a refusal stated the bound of the limit in force itself, so that the time that it
-        told is when that limit's window begins again. One of another unit or window, which is put
-        down to the nearest limit in force, shows nothing of what is left of that."""
+        """Whether a refusal stated the bound of the limit in force itself, so that its retry time
+        is the end of that limit's window. A refusal of another unit or window is assigned to the
+        nearest limit in force, and says nothing about what remains of it."""
         if self._keeper.provider not in _TELL_RESETS or reading is None:
             return False
         is_stated = reading.remaining is None and reading.at >= refused.at
@@ -701,7 +710,8 @@ class LimitLearner:
     def _recent(
         self, refusals: Iterable[RefusedLimit], match: LimitMatch
     ) -> tuple[RefusedLimit, ...]:
-        """Those that still count. Who leads next may know nothing of a change of the bound."""
+        """Return the refusals that still count. The next leader may not know that a bound was
+        changed."""
         now, found = self._clock(), []
         for one in refusals:
             limit = match.policy.limit(one.limit)
@@ -711,17 +721,19 @@ class LimitLearner:
         return tuple(found)
 
     def _is_old(self, reading: HeaderReading, name: str) -> bool:
-        """Whether it is of before a change of the bound: the account may have more since."""
+        """Whether a reading is older than the limit's last change: the account may have more
+        now."""
         return self._is_before_change(reading.at, name)
 
     def _is_before_change(self, at: float, name: str) -> bool:
-        """A change that is yet to come was made before the clock was set back."""
+        """Whether `at` is before the limit's change. A change in the future was made before the
+        clock was set back."""
         return at < self._changed_at.get(name, 0.0) <= self._clock()
 
     def _is_over(self, reading: HeaderReading, match: LimitMatch) -> bool:
-        """Whether it tells another bound alone than is in force, and is no longer kept to, since
-        nobody would hear that it is wrong: after an hour, and of before a change of the limit, of
-        which who leads next may know nothing."""
+        """Whether a reading that only states a bound, other than the one in force, has expired:
+        after an hour, since no answer would correct a wrong one, or after a change of the limit, of
+        which the next leader may not know."""
         if reading.remaining is not None:
             return False
         name = match.of(reading)
@@ -742,9 +754,9 @@ class LimitLearner:
         view: LimitView | None,
         before: Mapping[str, OthersUse],
     ) -> OthersUse | None:
-        """Charge a limit in force with what others take of it; None where they take nothing, and
-        after a change of its bound until there is a newer answer, and until the pool and this
-        process have the same bound."""
+        """Charge a limit in force with the usage of others, and return it. None if there is none,
+        if the bound was changed after the last answer, and while the pool and this process have
+        different bounds."""
         limit = match.policy.limit(name)
         if limit is None or limit.shadow or view is None or view.bound != limit.bound:
             return None
@@ -768,7 +780,7 @@ class LimitLearner:
             amount = use.due(now, view.taken, limit.bound, bound, lately=view.lately)
             ramp_ms = use.ramp_ms(now, view.used, limit.bound, view.waiting)
         await self._charge(name, amount, use, limit.bound)
-        if ramp_ms is not None:  # begun again at each look, so that no room adds up
+        if ramp_ms is not None:  # renewed every second, so that unused capacity does not add up
             await self._limiter.penalise(name, for_ms=1, ramp_ms=ramp_ms, by=_SET_BY)
         kept = use.kept(now)
         others = use.taken_by_others(now, min(limit.bound, bound))
@@ -778,9 +790,9 @@ class LimitLearner:
     def _bound(
         self, name: str, limit: Rate, reading: HeaderReading | None, match: LimitMatch
     ) -> int | None:
-        """The account's, as far as it is known; None where a reading is of an unknown window. Of
-        one that tells a bound alone, mostly of a refusal, and is old, or is of an unknown window,
-        the bound in force is it: then refusals tell what they can."""
+        """Return the account's bound; None if the window of the reading is unknown. If the reading
+        only states a bound, as a refusal does, and is old or of an unknown window, the bound in
+        force is used, and later refusals correct it."""
         if reading is None:
             return limit.bound
         bound = match.bound_for(reading, name)
@@ -792,7 +804,7 @@ class LimitLearner:
     async def _of_day(
         self, limit: Quota, reading: HeaderReading, view: LimitView, before: Mapping[str, OthersUse]
     ) -> OthersUse | None:
-        """The same of a day's bound."""
+        """Charge a day quota with the usage of others, and return it; None for none."""
         name, now = view.limit, self._clock()
         if view.sort != "q":
             return None
@@ -806,7 +818,7 @@ class LimitLearner:
     async def _charge(
         self, name: str, amount: int, use: AccountUse | DayUse, in_force: int
     ) -> None:
-        """Charge what is due; what could not be charged is due again at the next look."""
+        """Charge an amount; if that fails, the amount is due again a second later."""
         is_charged = not amount
         try:
             evenly = isinstance(use, AccountUse) and use.evenly
@@ -817,8 +829,8 @@ class LimitLearner:
                 use.take_back(amount)
 
     async def _apply(self, found: list[LearnedLimit]) -> None:
-        """Put in force what answers have confirmed after some seconds and no person has set or
-        removed."""
+        """Put limits in force that answers have confirmed for some seconds, and that no person has
+        set or removed."""
         now = self._clock()
         sure = [one for one in found if self._confirmations.take(one, now)]
         new = [one.limit for one in sure if one.drift == "new"]
@@ -833,7 +845,7 @@ class LimitLearner:
             await self._keeper.change(change, set_by=_SET_BY, reason=_REASON)
 
     async def _is_removed(self, name: str) -> bool:
-        """Whether a person removed a limit that is not in force. Once for each revision."""
+        """Whether a person removed a limit that is not in force. Read once per revision."""
         revision = self._limiter.policy.revision
         if self._removed.get(name, (0, False))[0] != revision:
             removed = await self._keeper.removed_by_people([name])

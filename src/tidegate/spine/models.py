@@ -1,6 +1,6 @@
 """Models: which a caller may request, also within a body, and the list of models.
 
-Invariant: a caller can use only the models that it may use, also for tools and fallbacks.
+Invariant: a caller can use only the models that its tenant allows, also for tools and fallbacks.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ from tidegate.upstream.fetch import NO_LIST
 from tidegate.upstream.transport import RelayWire
 
 _MOST_VALUES = 100_000
-# Fields that name models; so does any that ends in `_model`.
+# Fields that name models, beside any that ends in `_model`.
 _NAMES = frozenset(
     (
         *("model", "models", "modelname", "model_name", "fallbacks", "fallback_models"),
         *("allowed_models", "fallbackmodels", "allowedmodels"),
     )
 )
-# What a model reads or writes, where `model` is a word like any other; schemas name fields so.
+# Fields of content, within which `model` is an ordinary word or a field name of a schema.
 _CONTENT = frozenset(
     (
         *("messages", "input", "contents", "content", "parts", "prompt", "metadata", "system"),
@@ -72,7 +72,7 @@ _CONTENT = frozenset(
         *("functiondeclarations", "function_declarations", "labels"),
     )
 )
-# Of tools that a provider runs, where a request names none.
+# Models of tools that a provider runs, when a request names none.
 _DEFAULT_MODELS = {"image_generation": "gpt-image-1"}
 _OF_CLIENTS = ("function", "custom")  # tools that the client runs itself
 _MAYBE_NAME = re.compile(rb"model|fallbacks", re.IGNORECASE)
@@ -81,8 +81,9 @@ _TOOLS = re.compile(r"(?:.*\.)?tools")
 
 
 def targets_for(targets: Targets, bound: str | None, dialect: Dialect, model: str) -> list[Target]:
-    """Where a call in a dialect can go: the upstreams of the model, or the one that it is `bound`
-    to. Raises NotFound where none serves it, and InvalidRequest where that one does not."""
+    """Return the targets of a call in a dialect: the upstreams of the model, or the one that the
+    call is `bound` to. Raises NotFound if none serves the model, and InvalidRequest if the bound
+    one does not."""
     if bound is None:
         return targets.of(dialect, model)
     upstream = _bound_upstream(targets, bound)
@@ -103,7 +104,8 @@ def targets_for_prompt(
     kind: Kind | None = None,
     files: Files = (),
 ) -> list[Target]:
-    """The same for a prompt, which is of no dialect. Raises InvalidRequest where none serves it."""
+    """Return the targets of a prompt, which has no dialect. Raises InvalidRequest if there are
+    none."""
     if bound is None:
         return targets.of_prompt(model, kind, files)
     upstream = _bound_upstream(targets, bound)
@@ -121,8 +123,8 @@ def targets_for_prompt(
 
 
 def is_lacking(targets: Targets, model: str) -> bool:
-    """Whether an upstream serves a model that this process can't make, such as for want of its key.
-    Others may."""
+    """Whether an upstream that this process could not set up, such as without its key, serves a
+    model. Other processes may have the key."""
     now = targets.deployment
     if not now.missing:
         return False
@@ -153,7 +155,7 @@ def _names(upstreams: Iterable[Upstream]) -> str:
 
 
 def check_model(caller: Caller, model: str, field: str = "model") -> None:
-    """Raises Forbidden for a model that is not among those of the caller's tenant."""
+    """Raises Forbidden for a model that the caller's tenant may not use."""
     if not caller.may_ask(model):
         allowed = ", ".join(caller.models or ()) or "no model"
         asked = f"the model {model[:200]}" if model else "without naming a model"
@@ -165,8 +167,8 @@ def check_model(caller: Caller, model: str, field: str = "model") -> None:
 
 
 def check_body(caller: Caller, endpoint: Endpoint, body: Mapping[str, Any]) -> None:
-    """Raises Forbidden for a model within a body that the caller may not ask, and InvalidRequest
-    where a body of Gemini's dialect names another model than its path."""
+    """Raises Forbidden for a model within a body that the caller may not use, and InvalidRequest if
+    a body in Gemini's dialect names a different model than its path."""
     if endpoint.operation is Operation.BATCH:
         _check_batch(caller, body)
     if endpoint.model_in_path:
@@ -184,8 +186,8 @@ def check_body(caller: Caller, endpoint: Endpoint, body: Mapping[str, Any]) -> N
 
 
 def _check_batch(caller: Caller, body: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest for a batch whose requests are in a file, where tenants are apart: what
-    the file names is seen by nobody, such as another tenant's files."""
+    """Raises InvalidRequest for a batch with its requests in a file, if tenants have keys: the file
+    is not read here, and might name another tenant's files."""
     if caller.key_id is not None and requests_in(body) is None:
         field = "batch.inputConfig.fileName"
         said = "requests in a file are not read here, so that they could name another tenant's"
@@ -194,8 +196,8 @@ def _check_batch(caller: Caller, body: Mapping[str, Any]) -> None:
 
 
 def check_names(caller: Caller, raw: bytes) -> None:
-    """Raises InvalidRequest where an object of a body names models twice in one field: parsers do
-    not agree on which of them is meant, so that another one could be asked than was checked."""
+    """Raises InvalidRequest if an object of a body has a field for models twice: parsers disagree
+    on which one counts, so that the provider might use a model that was not checked."""
     if caller.models is None or (not _ESCAPE.search(raw) and len(_MAYBE_NAME.findall(raw)) < 2):
         return
 
@@ -217,7 +219,7 @@ def _names_models(folded: str) -> bool:
 
 
 def _named_again(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Where bodies of Gemini's dialect name the model of the path once more."""
+    """Yield the models in bodies of Gemini's dialect that repeat the path's model."""
     if type(named := body.get("model")) is str:
         yield "model", named
     for name in ("generateContentRequest", "generate_content_request"):
@@ -233,8 +235,8 @@ def _named_again(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _models_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every model that a body names, with its field; without recursion, since how deep a body is
-    is its client's choice. Raises InvalidRequest for one that is too large for that."""
+    """Yield every model that a body names, with its field. Not recursive, since a client controls
+    the depth of its body. Raises InvalidRequest for a body with too many values."""
     left: list[tuple[str, Any]] = [("", body)]
     for _ in range(_MOST_VALUES):
         if not left:
@@ -264,14 +266,14 @@ def _models_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _is_of_client(path: str, value: Mapping[str, Any]) -> bool:
-    """Whether this is a tool that the client runs. Elsewhere, such as beside `model` itself, a
-    `type` says nothing of the sort."""
+    """Whether an object is a tool that the client runs. Outside of `tools` the same `type` has
+    another meaning."""
     return value.get("type") in _OF_CLIENTS and _TOOLS.fullmatch(path) is not None
 
 
 class ReadBody(NamedTuple):
-    """What a counted call's body holds: its fields, what admission has to know of it, what it
-    refers to, and what the provider is to keep of it."""
+    """A counted call's body: its fields, facts for admission, references to resources, and the
+    resource that the provider is to keep."""
 
     body: dict[str, Any]
     asked: RequestFacts
@@ -280,7 +282,7 @@ class ReadBody(NamedTuple):
 
 
 def read_body(caller: Caller, endpoint: Endpoint, given: bytes) -> ReadBody:
-    """Reads a body; takes a tenth of a second for 20 MB of text. Raises InvalidRequest,
+    """Parse and check a body; 20 MB of text take a tenth of a second. Raises InvalidRequest,
     PayloadTooLarge and Forbidden."""
     raw, body, whole = skimmed(given)
     spec = DIALECTS[endpoint.dialect]
@@ -296,7 +298,8 @@ def read_body(caller: Caller, endpoint: Endpoint, given: bytes) -> ReadBody:
 
 
 def unchecked_facts(endpoint: Endpoint, given: bytes) -> tuple[dict[str, Any], RequestFacts]:
-    """The fields and facts of a body that was checked before. Raises as `read_body`."""
+    """Return the fields and facts of a body that was checked before. Raises what `read_body`
+    raises."""
     raw, body, whole = skimmed(given)
     asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body, whole)
     asked.cache_write = cache_write_of(raw, body)
@@ -304,12 +307,12 @@ def unchecked_facts(endpoint: Endpoint, given: bytes) -> tuple[dict[str, Any], R
 
 
 def model_of_other(caller: Caller, endpoint: Endpoint, raw: bytes) -> str:
-    """The model that a body names which is known in no other respect; empty without one. Raises
-    Forbidden for one that the caller may not ask, or for none where it may ask only some, and
-    InvalidRequest where servers could read another one."""
+    """Return the model in the body of a `passthrough` path; empty for none. Raises Forbidden for a
+    model that the caller may not use, or for none if it may use only some, and InvalidRequest if
+    servers could read a different one."""
     body: dict[str, Any] = {}
     model = ""
-    with suppress(InvalidRequest):  # it need not be JSON
+    with suppress(InvalidRequest):  # the body may be anything but JSON
         body = skimmed(raw).body if raw else {}
     if body:
         check_spelling(body)
@@ -324,7 +327,8 @@ def model_of_other(caller: Caller, endpoint: Endpoint, raw: bytes) -> str:
 
 
 def facts_of_form(form: MediaForm, endpoint: Endpoint, caller: Caller) -> RequestFacts:
-    """Facts of a form that the caller may send. Raises InvalidRequest and Forbidden."""
+    """Return the facts of a form after its models are checked. Raises InvalidRequest and
+    Forbidden."""
     spec = DIALECTS[endpoint.dialect]
     asked = spec.request_facts(endpoint, form.fields)
     if caller.models is not None:
@@ -345,7 +349,7 @@ class _Listed:
 
 
 class Models:
-    """One per process; each upstream's list is kept for a minute."""
+    """Lists of models, one object per process; each upstream's list is cached for a minute."""
 
     def __init__(self, wire: RelayWire) -> None:
         self._wire = wire
@@ -359,8 +363,8 @@ class Models:
         upstreams: list[Upstream],
         routes: Mapping[str, Target],
     ) -> bytes:
-        """The body of the answer; `routes` are the names that routes give, and whom each leads to.
-        Raises CallFailed where no upstream gave a list."""
+        """Return the body of a list of models. `routes`: the names that only routes define, with
+        their first targets. Raises CallFailed if no upstream returned a list."""
         shape = DIALECTS[dialect].models
         found = await asyncio.gather(
             *(self._of(dialect, headers, one) for one in upstreams), return_exceptions=True
@@ -421,7 +425,7 @@ class Models:
 
 
 def is_plain(caller: Caller, upstreams: list[Upstream], routes: Mapping[str, Target]) -> bool:
-    """Whether the only upstream's own list says it all, as clients of the dialect read it."""
+    """Whether the list of the only upstream can be relayed unchanged to clients of the dialect."""
     only = upstreams[0]
     if len(upstreams) > 1 or routes or only.provider in LISTED_OTHERWISE:
         return False
@@ -431,8 +435,9 @@ def is_plain(caller: Caller, upstreams: list[Upstream], routes: Mapping[str, Tar
 def _shown(
     shape: ModelList, upstream: Upstream, models: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Those that may be requested by their own name, the aliases, and what the upstream's table
-    names and its list has not: Azure lists base models, where deployments are called."""
+    """Return the models that may be requested by their own name, the aliases, and those that the
+    upstream's table names but its list lacks: Azure lists base models, while calls name
+    deployments."""
     by_name = {one[shape.id_key].removeprefix(shape.prefix): one for one in models}
     found = {name: one for name, one in by_name.items() if upstream.fit(name)}
     found |= {alias: by_name.get(name, {}) for alias, name in upstream.aliases.items()}

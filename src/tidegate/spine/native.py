@@ -1,12 +1,12 @@
 """Native calls: requests and answers in a provider's dialect, relayed byte for byte.
 
-Bodies pass through unchanged except for the model's name; uploads and files are streamed. Output
-is held back for at most `HELD_S` and `HELD_BYTES` until it has content, because a provider can
-answer 200 and fail before the first output: such a call is retried or moves to the next upstream.
+Bodies pass through unchanged except for the model's name; uploads and files are streamed. Output is
+held back for at most `HELD_S` and `HELD_BYTES` until it has content, because a provider can answer
+200 and fail before the first output: such a call is retried or moves to the next upstream.
 
-Invariants: the provider's usage of a whole answer stands, every other charge is at least the
-estimated input and the visible output; redirects are followed within the upstream's base URL only;
-an upload URL with a key never reaches a client.
+Invariants: the usage that the provider reports in a complete answer is charged as it is; any other
+charge is at least the estimated input and the visible output. Redirects are followed within the
+upstream's base URL only. An upload URL that contains a key never reaches a client.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ from tidegate.upstream.transport import (
 
 @dataclass(slots=True)
 class NativeCall:
-    """A request in a provider's dialect. headers: those that may go on to an upstream. query:
-    without its `?` and without a key. shows_wait: whether the client asks for comments on its place
-    while it waits. has_key: whether it shows an idempotency key. form: the body, where that is one;
-    `body` is then empty."""
+    """A request in a provider's dialect. headers: those that may be sent to an upstream. query:
+    without its `?` and without a key. shows_wait: the client asked for comments on its place in the
+    queue. has_key: it sent an idempotency key. form: the body if that is a form; `body` is then
+    empty."""
 
     terms: Terms
     endpoint: Endpoint
@@ -128,7 +128,7 @@ class NativeCall:
 
     @property
     def body_bytes(self) -> int:
-        """The length of the body."""
+        """Length of the body."""
         return len(self.body) if self.form is None else self.form.form.size_bytes
 
 
@@ -148,10 +148,10 @@ class Relay:
         record: CallRecord,
         on_admitted: OnAdmitted | None = None,
     ) -> None:
-        """Make the call; its answer goes to `out` as it comes, and `record` is filled.
+        """Make the call, relay its answer to `out` as it arrives, and fill `record`.
 
         Raises InvalidRequest, Forbidden, NotFound and what `Spine.run` raises; after `out.started`
-        a client can only learn that it failed. Cancellation leaves no waiter and no open call.
+        the client can only see a failure. Cancellation leaves no waiter and no open call.
         """
         endpoint, caller, raw = call.endpoint, call.terms.caller, call.body
         is_large = len(raw) > LARGE_BYTES
@@ -207,8 +207,8 @@ class Relay:
         references: Sequence[Reference],
         targets: Sequence[Target],
     ) -> list[Target]:
-        """The targets where all lives that the call refers to, whose tokens are part of it. Raises
-        NotFound and InvalidRequest."""
+        """Return the targets where all resources that the call refers to live, and add those
+        resources' tokens to its input. Raises NotFound and InvalidRequest."""
         caller, dialect = call.terms.caller, call.endpoint.dialect
         left = await self.resources.among(caller, dialect, references, targets)
         if asked is not None and call.endpoint.is_counted:
@@ -220,7 +220,7 @@ class Relay:
     def _hand_over(
         self, exchange: NativeExchange, record: CallRecord, making: Making
     ) -> OnAdmitted:
-        """Have a call in the background handed over to the workers."""
+        """Set up the hand-over of a background call to the workers; return its `on_admitted`."""
         calls, journal = self.resources.background, self.spine.journal
         work = DIALECTS[exchange.dialect].works[making.kind]
         hand_over = BackgroundHandOver(calls, record, journal, making.kind, work.longest_ms)
@@ -231,14 +231,14 @@ class Relay:
     def _home(
         self, call: NativeCall, model: str, record: CallRecord, targets: list[Target]
     ) -> Home | None:
-        """Where the call's conversation has its prompt cache, among targets that are alike."""
+        """Return the home of the call's conversation if its targets are equal ones, else None."""
         if not self.spine.targets.are_alike(call.endpoint.dialect, model):
             return None
         key = conversation_key(model, call.terms.caller.tenant_id, record.lineage.conversation)
         return self.spine.affinity.home(key, targets)
 
     async def _answered_here(self, call: NativeCall, out: Out, record: CallRecord) -> bool:
-        """Answer without an upstream where that can be; False where it can't."""
+        """Answer a call that needs no upstream; False if it needs one."""
         endpoint = call.endpoint
         if endpoint.operation is Operation.MODELS:
             return await self._listed(call, out, record)
@@ -254,7 +254,7 @@ class Relay:
         return True
 
     async def _listed(self, call: NativeCall, out: Out, record: CallRecord) -> bool:
-        """Answer for the list of models, where it is not the only upstream's own."""
+        """Answer a list of models that combines several upstreams; False for one upstream's own."""
         targets, dialect = self.spine.targets, call.endpoint.dialect
         upstreams = targets.in_service(dialect)
         if not call.endpoint.path.endswith("/models") or not upstreams:
@@ -270,7 +270,7 @@ class Relay:
         return True
 
     def _targets(self, call: NativeCall, asked: RequestFacts | None, other: str) -> list[Target]:
-        """`other`: the model of a path that is known by its name alone."""
+        """Return the targets of a call. `other`: the model in the body of a `passthrough` path."""
         dialect, name = call.endpoint.dialect, call.endpoint.model
         if call.endpoint.upstreams:
             upstream = self.spine.targets.passing(call.endpoint, call.terms.caller.tenant_id)
@@ -293,8 +293,8 @@ class Relay:
         record: CallRecord,
         at: str = "",
     ) -> None:
-        """Pass on one request of an upload; `own` gives the URL by which the client reaches us, of
-        its query. at: the upstream where it has begun, by name. Raises as `run`."""
+        """Relay one request of an upload. `own` returns the gateway's upload URL for a query. at:
+        the name of the upstream where the upload has begun. Raises what `run` raises."""
         use, dialect = call.endpoint.resource, call.endpoint.dialect
         assert use is not None
         begun = None if use.resource_id else self.spine.targets.upstreams.get(at)
@@ -329,7 +329,7 @@ class Relay:
 
 
 class NativeExchange:
-    """A `CallExchange` by bytes. `body` is as it was parsed; `asked` None where it has none."""
+    """A `CallExchange` of bytes. `body`: parsed; `asked`: its facts, None without any."""
 
     def __init__(
         self,
@@ -352,16 +352,14 @@ class NativeExchange:
         self._out = out
         self._record = record
         self._served: str | None = None
-        self._told_usage = UNKNOWN_USAGE  # by headers, where the answer itself tells none
+        self._told_usage = UNKNOWN_USAGE  # in headers, for an answer that reports none
         self._sent: Exchange | None = None
         self.ended_alone = False
-        self.keeping: Keeping | None = None  # of what lives on at the provider
-        self.hand_over: BackgroundHandOver | None = None  # of what goes on there
-        self.told: AnswerFacts | None = None  # where they are not in the answer alone
-        self._read: answers.ReadAnswer | None = (
-            None  # of a large answer, read beside the event loop
-        )
-        self.refers = False  # to what lives at one upstream
+        self.keeping: Keeping | None = None  # of a resource that is made or used
+        self.hand_over: BackgroundHandOver | None = None  # of a call in the background
+        self.told: AnswerFacts | None = None  # facts that are not in the answer alone
+        self._read: answers.ReadAnswer | None = None  # of a large answer, read in a thread
+        self.refers = False  # to resources at one upstream
 
     @property
     def started(self) -> bool:
@@ -414,7 +412,7 @@ class NativeExchange:
         if asked is None or not endpoint.is_counted:
             return _COST_OF_OTHER if self.bills else CallCost(0, 0)
         prices, is_batch = lane.demands.prices, endpoint.operation is Operation.BATCH
-        # Chosen here, or by the client; of a batch there is no other.
+        # Exact if the gateway chose the tier, and for a batch; a client's tier gives a bound.
         rates_of = prices.of if tier or is_batch else prices.bound
         rates = rates_of(target.model, tier or self._requested_tier())
         context_tokens, most_output = prices.most(target.model)
@@ -484,7 +482,7 @@ class NativeExchange:
         return self._see_through(making)
 
     async def _see_through(self, making: Callable[[], Awaitable[None]]) -> None:
-        """At a server that may go on when its client leaves."""
+        """Make a call at a server that may continue when its client disconnects."""
         out, record = self._out, self._record
         if not isinstance(out, AttendedOut):
             self._out = out = AttendedOut(out, self.terms.left, record)
@@ -532,19 +530,19 @@ class NativeExchange:
                     first, value = await beginning_of(exchange, operation, streams=record.streamed)
                     if value is not None:
                         raise self._begun_with(value, exchange, target)
-                else:  # such as a file, which may say anything
+                else:  # such as a file, whose bytes may look like an error
                     first = await exchange.next()
                 if is_try or lane.gate.has_doubts:
                     await lane.gate.worked(target.model, tried=is_try)
                 await self._pass_on(exchange, first, target, lane, demand, hides)
                 if record.answer_bytes > LARGE_BYTES:
                     await self._read_aside(whole=True)
-            except BaseException:  # cancellation too: what has come is charged
+            except BaseException:  # cancellation too: the partial answer is charged
                 await self._read_aside(whole=False)
                 raise
             finally:
                 record.answer.first_byte_ms = exchange.first_byte_ms
-                if not exchange.close():  # it is closed in the loop's next round
+                if not exchange.close():  # the transport closes in the loop's next round
                     await asyncio.sleep(0)
         except UpstreamError as error:
             raise CallFailed(error, target) from None
@@ -597,7 +595,7 @@ class NativeExchange:
             raise CallFailed(self._stream_error(value, exchange, target), target, told=True)
 
     def _begun_with(self, value: dict[str, Any], exchange: Exchange, target: Target) -> CallFailed:
-        """Of an answer whose first bytes report an error: the client has nothing of it yet."""
+        """Return the failure of an answer that begins with an error, before anything was sent."""
         headers = to_return(exchange.headers, target.upstream.key, same_length=False)
         return self._with_headers(
             CallFailed(
@@ -610,7 +608,7 @@ class NativeExchange:
         )
 
     async def _list(self, target: Target) -> None:
-        """Answer for a list with what is the caller's own."""
+        """Answer a list of resources with those of the caller's tenant."""
         assert self.keeping is not None
         call, record = self._call, self._record
 
@@ -625,7 +623,7 @@ class NativeExchange:
                     return None
                 if exchange.status >= 300:
                     failed = await refusal_of(exchange, at, self.dialect)
-                    # Google answers 403 for what does not exist; a dead key's 403 is another.
+                    # Google answers 403 for what does not exist; a refused key is a different 403.
                     if exchange.status == 403 and isinstance(failed.error, UpstreamRejected):
                         return None if is_absent(failed.body) else {}
                     raise failed
@@ -671,7 +669,7 @@ class NativeExchange:
         await out.body(without.rest(), False)
 
     def _read_answer(self, whole: bool) -> None:
-        """Find in the answer what it says of itself. `whole`: it came to its end."""
+        """Read usage, finish reason and ids from the answer. `whole`: the answer was completed."""
         record, answer = self._record, self._record.answer
         omitted, dialect = record.omitted_bytes > 0, DIALECTS[self.dialect]
         facts = self.told or (self._read.facts if self._read is not None else None)
@@ -687,7 +685,7 @@ class NativeExchange:
         answer.response_id, answer.model_version = facts.response_id, facts.model_version
 
     async def _read_aside(self, *, whole: bool) -> None:
-        """Read a large answer before it is settled, which is one step of the event loop."""
+        """Parse a large answer in a thread before `settle`, which must not block the event loop."""
         if (record := self._record).answer_bytes > LARGE_BYTES:
             asked, dialect = self._asked, DIALECTS[self.dialect]
             counted, images = self._call.endpoint.is_counted, bool(asked and asked.images)
@@ -708,8 +706,8 @@ class NativeExchange:
     def _charge(
         self, target: Target, demands: Demands, demand: CallDemand, whole: bool, images: int | None
     ) -> Charge:
-        """Of a call that an upstream has begun to answer, or may have. `images`: None where they
-        were not counted."""
+        """Return the charge of a call that an upstream may have begun to answer. `images`: None if
+        they were not counted."""
         asked, record, endpoint = self._asked, self._record, self._call.endpoint
         if endpoint.operation is Operation.OTHER and not is_unknown(record.answer.usage):
             rates = self._rates(demands.prices, target.model, whole)
@@ -723,7 +721,7 @@ class NativeExchange:
         if whole and (is_complete(usage) or (images and is_unknown(usage))):
             return charge_of(rates, usage, images, whole=True)
         came = self._came()
-        if asked.characters:  # audio, which shows none of its tokens
+        if asked.characters:  # speech, whose tokens are not visible
             came.tokens = ceil(asked.characters * _SPOKEN_TOKENS_A_CHARACTER)
         estimate = self._estimate(demands, demand, asked, target.model)
         if is_unknown(usage):
@@ -740,9 +738,9 @@ class NativeExchange:
         return cut_charge(rates, usage, estimate, came.tokens, images, whole=whole)
 
     def _rates(self, prices: Prices, model: str, whole: bool) -> Rates | None:
-        """By the tier that the answer reports, and the name that it gives the model where the
-        requested one has no price, such as that of a deployment. An answer that was cut may have
-        been served in the tier that was requested."""
+        """Return the prices of the tier that the answer reports, under the model's requested name
+        or, if that has no price (such as a deployment's name), the reported one. An answer that was
+        cut off may have been served in the requested tier."""
         answer = self._record.answer
         details = answer.usage.details
         names = (model, answer.model_version or "")
@@ -752,7 +750,7 @@ class NativeExchange:
         return prices.at_least(names[0], tier) or prices.at_least(names[1], tier)
 
     def _requested_tier(self) -> str:
-        """OpenAI's, Anthropic's or Gemini's word for it, and with it what else has its price."""
+        """Return the tier that the client requested, with what else changes its price."""
         body = self._body
         named = (self._asked.tier if self._asked else "") or requested_tier(body)
         if body.get("speed") == "fast":
@@ -762,7 +760,7 @@ class NativeExchange:
         return named
 
     def _region(self) -> str:
-        """Where Anthropic is to keep a call, which costs more; empty for anywhere."""
+        """Return Anthropic's `inference_geo`, a region with its own price; empty for global."""
         region = self._body.get("inference_geo", "")
         is_one = type(region) is str and len(region) <= LONGEST_TIER and region != "global"
         return region if is_one else ""
@@ -783,8 +781,8 @@ class NativeExchange:
 
 
 def _serving(targets: Targets, endpoint: Endpoint, model: str) -> list[Target]:
-    """Those that serve a model, of work that goes on those where it can be read again by its id: at
-    Vertex by no path of Gemini's own API. Raises NotFound."""
+    """Return the targets of a model. Work that continues after its answer must be readable by its
+    id, which no path of Vertex's allows, so Vertex is left out. Raises NotFound."""
     found, dialect = targets.of(endpoint.dialect, model), endpoint.dialect
     if endpoint.operation in GOING_ON:
         found = [one for one in found if one.upstream.access(dialect).paths is not Paths.VERTEX]
@@ -793,18 +791,18 @@ def _serving(targets: Targets, endpoint: Endpoint, model: str) -> list[Target]:
     return found
 
 
-# A budget that takes estimates lets it pass while anything is left.
+# A budget that accepts estimates admits it while it is not spent.
 _COST_OF_OTHER = CallCost(None, None, 1, 1, "what a path costs that is known by its name alone")
 
 
 def _may_cost(call: NativeCall) -> bool:
-    """Whether a call of a path that only `passthrough` names may run a model: what reads and what
-    deletes does not."""
+    """Whether a call of a `passthrough` path may run a model, so that it may cost something: any
+    method but those that read or delete."""
     is_other = call.endpoint.operation is Operation.OTHER
     return is_other and call.method not in ("GET", "HEAD", "OPTIONS", "DELETE")
 
 
-# 20 tokens and about 15 characters are a second of speech: a page of the provider's gives both.
+# The provider's documentation: a second of speech is 20 tokens, and about 15 characters.
 _SPOKEN_TOKENS_A_CHARACTER = 4 / 3
 _UNSEEN = {
     Learning.FILES: "its files are not counted beforehand",
@@ -813,7 +811,7 @@ _UNSEEN = {
 
 
 def _tells_pictures(endpoint: Endpoint) -> bool:
-    """Whether the pictures of a whole stream can be counted: others come in parts."""
+    """Whether the images of a whole stream can be counted: other dialects send parts of images."""
     return endpoint.dialect is Dialect.GEMINI or endpoint.path == "/responses"
 
 
@@ -859,14 +857,14 @@ async def _open(
 
 @lru_cache(2_000)
 def _place(access: Access, path: str, query: str, model: str, streams: bool) -> RequestPlace:
-    """Where a call goes: nearly all go to one of a few places."""
+    """Return the address of a call. Cached, since nearly all calls go to a few addresses."""
     return RelayWire.place(access.url(path, query, model=model, streams=streams), access)
 
 
 _REDIRECT_BYTES = 65_536
 MOST_REDIRECTS = 3
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
-_LONGEST_LISTED_BYTES = 64_000_000  # a batch of Gemini's holds its answers
+_LONGEST_LISTED_BYTES = 64_000_000  # a batch of Gemini's contains its answers
 
 
 def _is_events(exchange: Exchange) -> bool:
@@ -879,8 +877,8 @@ def _is_events(exchange: Exchange) -> bool:
 _JSON = (b"content-type", b"application/json")
 
 
-AT_UPSTREAM = "tidegate_upstream"  # in the URL of an upload that has begun: where it goes on
-_UPLOADED_BYTES = 1_000_000  # of the answer to an upload, which describes the file
+AT_UPSTREAM = "tidegate_upstream"  # in an upload URL: the upstream where the upload continues
+_UPLOADED_BYTES = 1_000_000  # of an upload's answer, which describes the file
 MAX_BYTES = 2 * 1024**3  # https://ai.google.dev/gemini-api/docs/files
 _URLS = (b"x-goog-upload-url", b"x-goog-upload-control-url")
 
@@ -893,6 +891,6 @@ def _own(headers: Headers, own: Callable[[str], str]) -> Headers:
 
 
 def _query_of(theirs: str) -> str:
-    """Of the upstream's URL, without its key."""
+    """Return the query of an upstream's URL without its key."""
     pairs = parse_qsl(urlsplit(theirs).query, keep_blank_values=True)
     return urlencode([pair for pair in pairs if pair[0] != "key"])

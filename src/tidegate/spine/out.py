@@ -1,12 +1,12 @@
 """Delivery of answers to clients, and what happens to a call whose client disconnects.
 
-Most servers stop when a connection is closed. Some go on computing, as llama.cpp does with a plain
-call: there the answer is read to its end, and the permit held, so that nobody is admitted to a slot
-that is not free. A stream is closed once it has begun, since such a server notices then. Who calls
-a job off leaves it, too.
+Most servers stop when a connection is closed. Some continue to compute, as llama.cpp does with a
+call that does not stream: there the answer is read to its end and the permit is kept, so that no
+call is admitted to a slot that is not free. A stream is closed once it has begun, since such a
+server then notices. Cancelling a job counts as a disconnected client.
 
-Invariants: a call is seen to its end only because its client left, for at most its upstream's own
-timeouts; a second cancellation, such as that of a process that stops, closes it.
+Invariants: a call is only completed after its client left, and for at most its upstream's own
+timeouts; a second cancellation, such as at shutdown, closes it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from tidegate.record import CallRecord, Failure
 
 
 class Out(Protocol):
-    """The way back to the client. `started` is true once the head of an answer has gone out."""
+    """The response to the client. `started`: the head of an answer was sent."""
 
     started: bool
 
     async def start(self, status: int, headers: Headers) -> None:
-        """Send the head of an answer; names are in lower case."""
+        """Send the head of an answer, with header names in lower case."""
 
     def body(self, piece: bytes, more: bool) -> Awaitable[None]:
-        """Send a piece of it, the last one without `more` after it."""
+        """Send a piece of the body; without `more` it is the last."""
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        """Send all of it."""
+        """Send a complete answer."""
 
 
 class NothingOut:
-    """Passes nothing on: the answer is kept in the call's `CallRecord`."""
+    """Discards the answer, which stays in the call's `CallRecord`."""
 
     started = False
 
@@ -51,10 +51,10 @@ class NothingOut:
 
 
 class AttendedOut:
-    """Passes all on to another until its client has left, and nothing from then on.
+    """Relays an answer until its client has left, and discards the rest.
 
-    left: whether who asked for the call has left it, or called it off. record: notes how long it
-    was seen on then. ended_alone: its answer came to its end meanwhile.
+    left: whether the client has disconnected or cancelled. record: stores how long the call
+    continued afterwards. ended_alone: the answer was completed without the client.
     """
 
     def __init__(self, out: Out, left: Callable[[], bool], record: CallRecord) -> None:
@@ -71,7 +71,7 @@ class AttendedOut:
 
     @property
     def started(self) -> bool:
-        """No other try may follow once the client has left, either."""
+        """Also true once the client has left: then there is no retry either."""
         return self._out.started or self.is_alone
 
     @started.setter
@@ -93,8 +93,8 @@ class AttendedOut:
             await self._out.whole(status, headers, body)
 
     async def see_through(self, make: Callable[[], Awaitable[None]], *, streams: bool) -> None:
-        """Make a call, and see it to its end where its client leaves: a stream to its beginning.
-        Raises what `make` raises, and the cancellation at the end."""
+        """Make a call, and complete it if its client leaves; a stream only until it begins. Raises
+        what `make` raises, and finally the cancellation."""
         self._streams = streams
         making = self._making = asyncio.ensure_future(_task_of(make))
         try:
@@ -120,14 +120,14 @@ async def _task_of(make: Callable[[], Awaitable[None]]) -> None:
 
 
 async def ended(making: asyncio.Future[None]) -> None:
-    """Cancel it, unless it is over, and wait until its connection is closed."""
+    """Cancel a task unless it has ended, and wait until its connection is closed."""
     if not making.done():
         making.cancel()
         await asyncio.wait({making})
 
 
 async def undisturbed(work: Coroutine[Any, Any, None]) -> None:
-    """Do `work` to its end however often the caller is cancelled, then let that go on."""
+    """Complete `work` however often the caller is cancelled, and then raise the cancellation."""
     doing, cancelled = asyncio.ensure_future(work), None
     while not doing.done():
         try:
@@ -140,7 +140,7 @@ async def undisturbed(work: Coroutine[Any, Any, None]) -> None:
 
 
 def client_left(record: CallRecord) -> Failure:
-    """Why a call was cancelled whose client left it."""
+    """Return the failure of a call whose client left."""
     said = "the client went away"
     if record.went_on_ms is not None:
         said += f"; its upstream's work was over {record.went_on_ms:.0f} ms later"

@@ -3,15 +3,15 @@
     call without an answer ──► snapshot: a higher band waits ──► claim of the ticket ──► cancelled
                                      too long, at a full limit                          ──► queued
 
-For upstreams that are set so. A worker reads the snapshot of a pool while it has calls there that
-may give way, four times within `after_ms`. For the first ticket of a queue of a higher band that
-has waited so long, one process claims the right to cancel a call: its newest, of which the least is
-lost. That call ends as each cancelled one does: its connection is closed, it is charged by estimate
-if it was sent, then its permit is released.
+Only for upstreams with `preempt`. While a worker has preemptible calls in a pool, it reads the
+pool's snapshot four times within `after_ms`. For the first ticket of a higher band's queue that has
+waited that long, one process claims the right to cancel a call: its newest, which loses the least
+work. The call ends as any cancelled one: its connection is closed, it is charged by estimate if it
+was sent, then its permit is released.
 
-Invariants: for a waiting ticket one call at most gives way within the time of a claim, over all
-processes; none of which the head of an answer has come; none whose permit the ticket does not need.
-A cancellation by others in the same moment stands.
+Invariants: at most one call is preempted for a waiting ticket within the time of a claim, over all
+processes; never a call whose answer has begun, nor one whose permit does not help the ticket. A
+simultaneous cancellation for another reason takes precedence.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ log = get_logger()
 
 
 class Hearing(Protocol):
-    """An exchange with an upstream, as far as it matters here."""
+    """An exchange that shows whether the answer may have begun."""
 
     @property
     def is_heard(self) -> bool: ...
 
 
 class PreemptibleCall:
-    """A call that may give way inside of the `with`, which raises CallPreempted where it did."""
+    """A call that can be preempted within the `with` block, which then raises CallPreempted."""
 
     def __init__(
         self, watch: PoolWatch, exchange: Hearing, permit: Permit, request_id: UUID
@@ -68,7 +68,7 @@ class PreemptibleCall:
         return self.permit.limits
 
     def may_give_way(self, limit: str, band: int) -> bool:
-        """To a waiter of `band` at `limit`."""
+        """Whether the call can be preempted for a waiter of `band` at `limit`."""
         return (
             self._gave_way_at is None
             and band < self.permit.band
@@ -77,7 +77,7 @@ class PreemptibleCall:
         )
 
     def give_way(self, limit: str, band: int) -> None:
-        """Cancel it, as it waits for its answer."""
+        """Cancel the call, which waits for its answer."""
         self._gave_way_at = limit
         log.info(
             Log.CALL_PREEMPTED,
@@ -108,7 +108,7 @@ class PreemptibleCall:
 
 
 class PoolWatch:
-    """The calls of this process in one pool that may give way, the oldest first."""
+    """The preemptible calls of this process in one pool, oldest first."""
 
     def __init__(self, limiter: Limiter, rule: Preempt) -> None:
         self.limiter = limiter
@@ -117,7 +117,7 @@ class PoolWatch:
         self._due_ms = 0.0
 
     async def read(self, now_ms: float) -> None:
-        """Have calls give way, if it is time to read the pool. Raises LimiterUnavailable."""
+        """Preempt calls, if the pool is due to be read. Raises LimiterUnavailable."""
         if now_ms < self._due_ms:
             return
         self._due_ms = now_ms + self._waits.every_ms
@@ -128,7 +128,7 @@ class PoolWatch:
                 continue
             ticket = f"{queue.sid}|{queue.first_ticket}"
             is_ours = await self.limiter.claim(ticket, self._waits.claim_ms)
-            # The answer that it waited for may have come meanwhile.
+            # Its answer may have begun meanwhile.
             if is_ours and (call := self._newest(snapshot, queue)) is not None:
                 call.give_way(str(queue.held_up_by), queue.band)
                 given += 1
@@ -138,7 +138,7 @@ class PoolWatch:
 
 
 class Preemption:
-    """All such calls of one process."""
+    """All preemptible calls of one process."""
 
     def __init__(self) -> None:
         self._watches: dict[tuple[Limiter, Preempt], PoolWatch] = {}
@@ -147,10 +147,10 @@ class Preemption:
     def of(
         self, limiter: Limiter, rule: Preempt, exchange: Hearing, permit: Permit, request_id: UUID
     ) -> PreemptibleCall:
-        """A call of the current task, under `permit`. While `run` does not run it keeps its
-        permit."""
+        """Return a context for a call of the current task under `permit`. Calls are only preempted
+        while `run` runs."""
         watch = self._watches.get((limiter, rule))
-        if watch is None:  # both may have been changed live; calls keep the rule they began with
+        if watch is None:  # both can be changed live; calls keep the rule they began with
             watch = PoolWatch(limiter, rule)
             used = {key: one for key, one in self._watches.items() if one.calls}
             self._watches = {**used, (limiter, rule): watch}
@@ -158,7 +158,7 @@ class Preemption:
         return PreemptibleCall(watch, exchange, permit, request_id)
 
     async def run(self) -> None:
-        """Have calls give way, for ever."""
+        """Preempt calls, until cancelled."""
         while True:
             await self._entered.wait()
             self._entered.clear()

@@ -1,11 +1,11 @@
 """Prompts of `/stream` and of jobs: classified, then called through the spine.
 
-A prompt is of no dialect: an upstream of Gemini's is called by Google's SDK, another by a native
-call that is made of the prompt (`dialects/prompts.py`), with the demand, the cost and the charge of
-one.
+A prompt has no dialect. At an upstream with Gemini's dialect, Google's SDK makes the call; at any
+other, a native call is built from the prompt (`dialects/prompts.py`), with that call's demand, cost
+and charge.
 
 Invariant: `run` is a coroutine that pushes events into a sink; when it returns, fails or is
-cancelled, the upstream call is closed and its permit is on its way back.
+cancelled, the upstream call is closed and its permit is being released.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ from tidegate.upstream.transport import RelayWire, Timeouts
 
 _JUDGEMENTS_CACHED = 10_000
 _LIMITERS_WORD_MS = 20
-# Whose chat completions have the newer names of fields.
+# Providers whose chat completions use the newer field names.
 _OWN_NAMES = ("openai", "azure")
-_JUDGE_BYTES = 4_000  # of the classifier's instructions and schema, and some
+_JUDGE_BYTES = 4_000  # an upper bound of the classifier's instructions and schema
 
 _NO_REQUEST = UUID(int=0)
 
@@ -106,7 +106,7 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a caller wants, before its kind is settled and its files are loaded."""
+    """A prompt as submitted, before its kind is decided and its files are loaded."""
 
     prompt: str
     attachments: tuple[Attachment, ...] = ()
@@ -124,13 +124,14 @@ class Ask:
 
 
 def files_known(attachments: Sequence[Attachment], image_uri: str | None) -> Files:
-    """Files of a request before they are loaded: of an `image_uri` that it is an image."""
+    """Return type and size of a request's files before they are loaded; an `image_uri` is an
+    image."""
     uri = [] if image_uri is None else [(ANY_IMAGE, 0)]
     return [*((one.mime_type, one.size_bytes) for one in attachments), *uri]
 
 
 def files_of(media: Sequence[Media]) -> Files:
-    """The same once they are loaded."""
+    """Return type and size of loaded files."""
     return [(one.mime_type, len(one.data)) for one in media]
 
 
@@ -147,7 +148,7 @@ class PromptCalls:
         fetcher: ImageFetcher,
         listeners: CallListeners,
     ) -> None:
-        """`processors`: of each upstream of Gemini's dialect, by its name."""
+        """`processors`: by name, for each upstream with Gemini's dialect."""
         self._config = config
         self._spine = relay.spine
         self._ways = PromptWays(processors, relay.wire, relay.spine.timeouts)
@@ -159,7 +160,7 @@ class PromptCalls:
         self._questions: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
-        """Close the questions that nobody waits for any more."""
+        """Cancel classifier calls that no request waits for any more."""
         for question in self._questions:
             question.cancel()
         await asyncio.gather(*self._questions, return_exceptions=True)
@@ -167,12 +168,12 @@ class PromptCalls:
     def targets(
         self, model: str, kind: Kind | None = None, files: Files = (), bound: str | None = None
     ) -> list[Target]:
-        """The upstreams for a prompt, or the one that it is bound to. Raises InvalidRequest where
+        """Return the targets for a prompt, or the one that it is bound to. Raises InvalidRequest if
         none can take it."""
         return targets_for_prompt(self._spine.targets, bound, model, kind, files)
 
     def first_look(self, ask: Ask) -> Classification:
-        """The kind as far as it is known without asking anybody; `kind` is None while unsure."""
+        """Return the classification without a call; its `kind` is None if the rules are unsure."""
         if ask.kind is not None:
             return Classification(ask.kind, ClassifiedBy.CALLER, "the request names its type")
         has_uri = ask.image_uri is not None
@@ -184,11 +185,11 @@ class PromptCalls:
         return ruled
 
     async def decide(self, ask: Ask, *, within_ms: float | None = None) -> Classification:
-        """The kind for certain: by the first look, else by the LLM, else by keywords.
+        """Return a certain classification: by the rules, else by the LLM, else by keywords.
 
-        Takes at most `classifier_timeout_ms`, or half of `within_ms` where that is less: the other
-        half is the request's own, to wait for its permit. Raises none of our errors; cancellation
-        closes the LLM's call.
+        Takes at most `classifier_timeout_ms`, or half of `within_ms` if that is less: the other
+        half remains for the request's own wait. Raises no TidegateError. Cancellation closes the
+        LLM's call.
         """
         first = self.first_look(ask)
         if first.kind is not None:
@@ -200,7 +201,7 @@ class PromptCalls:
         asking = asyncio.Event()
         try:
             async with asyncio.timeout(patience_ms / 1000) as patience:
-                # One question at a time about the same content: the others find its answer.
+                # One question at a time about the same content: the others read its cached answer.
                 lock = self._judging.setdefault(key, asyncio.Lock())
                 async with lock:
                     if (known := self._judgements.get(key)) is None:
@@ -223,12 +224,12 @@ class PromptCalls:
         self._judgements[key] = judged
 
     async def _judge(self, ask: Ask, asking: asyncio.Event, until: float) -> Classification:
-        """Ask the LLM under its own limit; `asking` is set once it is admitted.
+        """Ask the LLM under its own limit; `asking` is set once the call is admitted.
 
-        `until` is the loop's time at which the caller gives up. The question is counted, and is
-        charged to budgets of its tenant, or of all. Cancellation closes it; at a server that would
-        go on (`abandoned = "wait"`) it is read to its end, under its permit, while the caller goes
-        on.
+        `until`: the loop's time at which the caller stops waiting. The call is counted, and charged
+        to the budgets of its tenant and of all. Cancellation closes it; at a server that would
+        continue (`abandoned = "wait"`) it is read to its end under its permit, without delaying the
+        caller.
         """
         model = self._config.classifier_model
         targets = self.targets(model)
@@ -237,11 +238,11 @@ class PromptCalls:
         now = datetime.now(UTC)
         record = CallRecord(JUDGE, ask.tenant_id, now, kind="classifier")
         terms = Terms(
-            # Nobody's request: it is not on record.
+            # No request's id: the call is not stored.
             request_id=_NO_REQUEST,
             caller=Caller(ask.tenant_id),
             received=time.monotonic(),
-            # A little earlier than the caller: the limiter knows why it was not admitted.
+            # A little before the caller's own timeout, so that the limiter's reason arrives.
             wait_ms=max(1, round(left_ms) - _LIMITERS_WORD_MS),
             repeats=False,
         )
@@ -255,19 +256,19 @@ class PromptCalls:
         await self._attended(self._asked(question, record, targets, admitted), terms)
         kind, reason = question.judgement
         if types and kind is Kind.TEXT_ONLY:
-            kind = Kind.MULTI_MODAL  # the LLM is asked about pictures; files decide the rest
+            kind = Kind.MULTI_MODAL  # the LLM judges images; files decide the rest
         if not types and kind is Kind.MULTI_MODAL:
             kind = Kind.TEXT_ONLY
         return Classification(kind, ClassifiedBy.LLM, reason)
 
     async def _attended(self, asking: Coroutine[Any, Any, None], terms: Terms) -> None:
-        """Wait for a question, in a task of its own; cancelled, until it is closed or goes on
-        alone."""
+        """Wait for a classifier call in its own task; if cancelled, until the call is closed or
+        continues alone."""
         is_given_up, goes_on = False, asyncio.Event()
 
         def left() -> bool:
             if is_given_up:
-                goes_on.set()  # it is asked where a call goes on because its client has left
+                goes_on.set()  # read where a call continues because its client has left
             return is_given_up
 
         terms.left = left
@@ -287,7 +288,7 @@ class PromptCalls:
     def _has_ended(self, question: asyncio.Task[None]) -> None:
         self._questions.discard(question)
         if not question.cancelled():
-            question.exception()  # who still waits for it has it too
+            question.exception()  # a waiter receives the exception too
 
     async def _asked(
         self,
@@ -318,9 +319,9 @@ class PromptCalls:
     async def media(
         self, ask: Ask, arrived: Callable[[int], None] | None = None
     ) -> tuple[Media, ...]:
-        """Load the files and fetch the `image_uri`, of which `arrived` counts the bytes so far.
+        """Load the files and fetch the `image_uri`; `arrived` is called with the bytes read so far.
 
-        Raises FetchRefused, StoreUnavailable, or NotFound for a file whose bytes are gone.
+        Raises FetchRefused, StoreUnavailable, or NotFound for a file that was deleted.
         """
         loaded = []
         for stored in ask.attachments:
@@ -334,8 +335,8 @@ class PromptCalls:
         return tuple(loaded)
 
     def check_bounded(self, call: Call, terms: Terms) -> None:
-        """Raises BudgetUnbounded where `run` could do nothing else; files of a call are not looked
-        at."""
+        """Raises BudgetUnbounded if `run` could only do so; the files of a call are not
+        considered."""
         record = CallRecord("job", call.tenant_id, datetime.now(UTC))
         exchange = PromptExchange(terms, self._ways, call, record)
         self._spine.check_bounded(exchange, self.targets(call.model, call.kind))
@@ -348,10 +349,10 @@ class PromptCalls:
         sink: Sink | None,
         on_admitted: OnAdmitted | None = None,
     ) -> None:
-        """Make the call and fill `record`; events go to `sink`, where one is there.
+        """Make the call and fill `record`; events go to `sink`, if there is one.
 
-        `on_admitted` is called before each try, under its permit. Raises InvalidRequest for a model
-        of which no upstream can take the prompt, UpstreamError, and the rest of `Spine.run`.
+        `on_admitted` is called before each attempt, under its permit. Raises InvalidRequest for a
+        model that no upstream serves for this prompt, UpstreamError, and the rest of `Spine.run`.
         Cancellation leaves neither a waiter nor an open upstream call.
         """
         exchange = PromptExchange(terms, self._ways, call, record, sink)
@@ -366,14 +367,14 @@ class PromptCalls:
 
 @dataclass(frozen=True, slots=True)
 class PromptWays:
-    """How prompts are called: by an SDK at the upstreams of `processors`, else over the wire."""
+    """How prompts are sent: by an SDK at the upstreams of `processors`, else over the wire."""
 
     processors: Mapping[str, GeminiProcessor]
     wire: RelayWire
     timeouts: Mapping[str, Timeouts]
 
     async def open(self, targets: Sequence[Target]) -> None:
-        """Import the SDK, where it is needed: no permit is held meanwhile."""
+        """Import the SDK if it is needed, while no permit is held."""
         for target in targets:
             if (processor := self.processors.get(target.upstream.name)) is not None:
                 await processor.start()
@@ -381,7 +382,7 @@ class PromptWays:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A prompt as a native call of one target. body: as it was parsed."""
+    """A prompt as a native call at one target. body: parsed."""
 
     call: NativeCall
     body: dict[str, Any]
@@ -389,10 +390,10 @@ class _Plan:
 
 
 class PromptExchange:
-    """A `CallExchange` by a prompt, or by the classifier's question about one.
+    """A `CallExchange` of a prompt, or of the classifier's question about one.
 
-    Events of an answer go to `sink`, where one is there. `types`: of the files that a question is
-    about, None for a prompt; `judgement` is the answer to a question.
+    Events of the answer go to `sink`, if there is one. `types`: MIME types of the files that a
+    question is about, None for a prompt; `judgement`: the answer to a question.
     """
 
     bills = True
@@ -415,8 +416,8 @@ class PromptExchange:
         self._sink = sink
         self._types = types
         self._plans: dict[tuple[str, str], _Plan] = {}
-        self._native: tuple[NativeExchange, CallRecord] | None = None  # of the present try
-        self._shows = False  # something of an answer went to `sink`
+        self._native: tuple[NativeExchange, CallRecord] | None = None  # of this attempt
+        self._shows = False  # a part of the answer went to `sink`
 
     @property
     def started(self) -> bool:
@@ -424,12 +425,12 @@ class PromptExchange:
 
     @property
     def is_heard(self) -> bool:
-        """Of what an SDK has received so far nothing is known here."""
+        """Whether an answer may have begun; the SDK does not show that, so True for its calls."""
         return self._native is None or self._native[0].is_heard
 
     async def plan(self, targets: Sequence[Target], spine: Spine) -> None:
-        """Make the calls of these targets beside the event loop where files are large, since their
-        demands are asked for in one step. Raises InvalidRequest."""
+        """Build the calls of these targets in a thread if files are large, since `demand` is called
+        in the event loop. Raises InvalidRequest."""
         size_bytes = sum(len(one.data) for one in self._call.media)
         if size_bytes > LARGE_BYTES:
             for target in targets:
@@ -459,7 +460,7 @@ class PromptExchange:
         return lane.gate.bind(asked, target.model)
 
     def cost(self, target: Target, lane: Lane, demand: CallDemand, *, tier: str = "") -> CallCost:
-        """`tier`: that the gateway itself has chosen."""
+        """Return the cost. `tier`: chosen by the gateway."""
         if (native := self._native_at(target, lane)) is not None:
             return native.cost(target, lane, demand, tier=tier)
         if demand.estimate is None:
@@ -533,7 +534,8 @@ class PromptExchange:
     async def _relayed(
         self, plan: _Plan, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool
     ) -> None:
-        """By a native call, whose record is its own: what it says goes into ours in `settle`."""
+        """Make a native call with a record of its own; `settle` copies the result into the call's
+        record."""
         record, endpoint = self._record, plan.call.endpoint
         streams = plan.asked.streams
         of_call = CallRecord(record.source, record.tenant_id, record.received_at, streamed=streams)
@@ -555,7 +557,7 @@ class PromptExchange:
         finally:
             answer.first_byte_ms = of_call.answer.first_byte_ms
             self.ended_alone, record.went_on_ms = exchange.ended_alone, of_call.went_on_ms
-        if of_call.coding:  # the pieces were not read as they came
+        if of_call.coding:  # compressed pieces were not read as they arrived
             await self._pass_on(reading.take(of_call.text))
         await self._pass_on(reading.finish())
         if self._types is not None:
@@ -603,7 +605,7 @@ class PromptExchange:
     # As a native call
 
     def _native_at(self, target: Target, lane: Lane) -> NativeExchange | None:
-        """For what a call takes and costs there; None where an SDK makes it."""
+        """Return the exchange for demand and cost at a target; None if an SDK makes the call."""
         plan = self._plan(target, lane)
         return None if plan is None else self._exchange(plan, NothingOut(), self._record)
 
@@ -612,7 +614,7 @@ class PromptExchange:
         return NativeExchange(wire, timeouts, plan.call, plan.body, plan.asked, out, record)
 
     def _plan(self, target: Target, lane: Lane) -> _Plan | None:
-        """The call at a target, made once: None where it is an SDK's."""
+        """Return the call at a target, built once; None if an SDK makes it."""
         place = target.upstream.name, target.model
         if (known := self._plans.get(place)) is not None:
             return known
@@ -634,9 +636,10 @@ class PromptExchange:
 
 
 def dialect_at(target: Target, kind: Kind | None, files: Files) -> Dialect:
-    """In which a target takes a prompt. Raises InvalidRequest where it can't."""
+    """Return the dialect in which a target takes a prompt. Raises InvalidRequest if it takes
+    none."""
     if Dialect.GEMINI in target.upstream.base_urls and "claude" not in target.model.lower():
-        return Dialect.GEMINI  # as most do: it takes every prompt
+        return Dialect.GEMINI  # this dialect takes every prompt
     dialect, why = dialect_for(target.upstream.base_urls, target.model, kind, files)
     if dialect is None:
         assert why is not None
@@ -664,19 +667,19 @@ def _planned(made: PromptCall, terms: Terms, call: Call) -> _Plan:
     if made.asked is not None:
         return _Plan(native, {"model": made.asked.model}, made.asked)
     body, asked = unchecked_facts(made.endpoint, made.body)
-    # Files of text are files too, though the body has them as text.
+    # Text files are files too, though the body contains them as text.
     asked.kind, asked.images = call.kind, int(call.kind is Kind.IMAGE_GENERATION)
     return _Plan(native, body, asked)
 
 
 def _is_refused(error: UpstreamError, answer: Answer) -> bool:
-    """Whether the provider has refused a call before it answered anything."""
+    """Whether the provider refused a call before it answered anything."""
     has_begun = bool(answer.text or answer.pictures) or not is_unknown(answer.usage)
     return (error.status or 0) >= 400 and not has_begun
 
 
 class _ReadingOut:
-    """Reads the answer as it comes, and passes its events on."""
+    """Parses an answer as it arrives, and passes its events on."""
 
     def __init__(
         self,
@@ -702,7 +705,7 @@ class _ReadingOut:
 
 
 def _began(trail: Trail | None, target: Target) -> str | None:
-    """The traceparent of a try."""
+    """Begin an attempt's span and return its traceparent."""
     if trail is None:
         return None
     address = address_of(target.upstream.base_urls[Dialect.GEMINI])

@@ -2,10 +2,10 @@
 
     answer with a new id ──► noted (durable) ──► client      id in a request ──► owner ──► upstream
 
-What a request names must be its tenant's own, else it is not found, in the same words whether
-another tenant has it or nobody. What nobody has is the tenant's that an upstream's `adopt` names,
-and lives there. Whatever names a resource is called where the resource lives, and
-nowhere else: no failover leads to another account.
+A request may only name resources of its own tenant. Any other is not found, with the same message
+whether another tenant owns it or nobody does. A resource without an owner belongs to the tenant
+that an upstream's `adopt` names, and lives at that upstream. A request that names a resource is
+only sent where the resource lives: no failover leads to another account.
 
 Invariants: no id reaches a client before its owner is durable; an id that has an owner keeps it,
 whatever an upstream answers to others.
@@ -65,31 +65,31 @@ from tidegate.upstream.transport import Exchange
 if TYPE_CHECKING:
     from tidegate.spine.native import NativeCall
 
-# What people also make at the provider itself: everybody's, where no keys are required.
+# Kinds that are also made at the provider itself; without API keys, every caller may use them.
 _MADE_ELSEWHERE = frozenset(("file", "cached_content", "message_batch", "file_search_store"))
-# What jobs of all tenants may be in, while no row says so.
+# Kinds that jobs of all tenants may use before a row names the owner.
 _OF_JOBS = frozenset(("file", "batch", "message_batch"))
 _READ_AGAIN = frozenset(("response", "interaction", "cached_content"))
 _CONTINUED = frozenset(("previous_response_id", "previous_interaction_id"))
 _MOST_A_PAGE = 100  # each is a request to its provider
-_MOST_READ = 300  # of which a filter may leave out any number
+_MOST_READ = 300  # a filter may leave out any number of them
 _ROWS_AT_ONCE = 100
-# For so long a provider does not know a thing before its row goes: what stands before a provider
-# that is out may answer 404 too. Meanwhile no list asks for it again.
+# A row is deleted once its provider has not known the resource for this long: a proxy before a
+# provider in an outage may answer 404 too. Meanwhile no list requests the resource again.
 GONE_AFTER_S = 60.0
 _MOST_MISSING = 20_000
 
 _READ_AT_ONCE = 8
 
-# What a provider shows of a thing: nothing of one that is not to be seen, None where it has none.
+# Reads a resource at its provider: empty for one that cannot be shown, None if there is none.
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
 _Place = tuple[str, str, str]  # dialect, kind and id
-_Listed = tuple[str, ResourceOwner, Upstream]  # of an id whose it is, and where it is read
+_Listed = tuple[str, ResourceOwner, Upstream]  # id, owner, and the upstream to read it from
 
 
 def account_of(upstream: Upstream, dialect: str) -> bytes:
-    """A digest by which an account is known again, of its base URL and its key, or of what it has
-    instead of one."""
+    """Return a digest that identifies an account: of its base URL, and its key or the credentials
+    that replace the key."""
     base, identity = upstream.base_urls[Dialect(dialect)], upstream.identity(dialect)
     return sha256(f"{base}\n{identity}".encode()).digest()
 
@@ -106,7 +106,8 @@ class MadeBy:
 
 
 class Resources:
-    """Of one process. Every method that asks for an owner raises StoreUnavailable."""
+    """The resources of all tenants, one object per process. Every method that looks up an owner
+    raises StoreUnavailable."""
 
     def __init__(
         self,
@@ -119,16 +120,16 @@ class Resources:
         self._bodies = bodies
         self.background = background
         self._targets = targets
-        self._missing: dict[_Place, float] = {}  # since when a provider has none
+        self._missing: dict[_Place, float] = {}  # since when a provider does not have it
 
-    # Results that are here
+    # Stored results
 
     async def result(
         self, caller: Caller, dialect: Dialect, use: ResourceUse
     ) -> tuple[int, bytes] | None:
-        """The status and the body of an answer for work of the caller's own whose result its
-        provider gives out once, to a worker; None for any other. Raises NotFound where it has
-        failed, or is not kept any more."""
+        """Return the status and the body of an answer for the caller's own work whose result its
+        provider delivers only once, to a worker; None for any other work. Raises NotFound for a
+        result that is not kept, or work that has failed."""
         work = DIALECTS[dialect].works.get(use.kind)
         if work is None or not work.is_read_once or use.resource_id is None:
             return None
@@ -144,12 +145,12 @@ class Resources:
             raise NotFound("the result is longer than what is kept")
         return 200, b"".join([piece async for piece in body.pieces])
 
-    # Whose it is, and where it lives
+    # Owners and accounts
 
     async def note(self, made: Sequence[NewResource]) -> None:
-        """Return when it is durable who owns these."""
+        """Record the owners of new resources; return once they are durable."""
         await self._store.note(made)
-        for one in made:  # a name that a client has chosen again
+        for one in made:  # a client may reuse a name
             self._missing.pop((one.dialect, one.kind, one.resource_id), None)
 
     def made(
@@ -160,7 +161,7 @@ class Resources:
         ids: Iterable[str],
         expires_at: datetime | None = None,
     ) -> list[NewResource]:
-        """Rows that say that the caller owns these, at the target's account."""
+        """Return rows that make the caller the owner of these ids at the target's account."""
         upstream = target.upstream
         account = account_of(upstream, call.dialect)
         owner = ResourceOwner(
@@ -173,9 +174,9 @@ class Resources:
     async def _place(
         self, caller: Caller, dialect: str, kind: str, resource_id: str, field: str | None = None
     ) -> Upstream | None:
-        """The upstream where a resource lives; None for one that no tenant here has made and that
-        may be everybody's. Raises NotFound for any other that is not the caller's own, and where
-        the account of one that is the caller's is not configured any more."""
+        """Return the upstream where a resource lives; None for one without an owner that any caller
+        may use. Raises NotFound for any other that is not the caller's own, and for the caller's
+        own if its account is no longer configured."""
         found = await self._store.owners(dialect, kind, [resource_id])
         owner = found.get(resource_id)
         if owner is not None and owner.tenant_id == caller.tenant_id:
@@ -202,8 +203,8 @@ class Resources:
         raise NotFound(f"{said}is not configured any more.", field=field)
 
     def _home_of(self, owner: ResourceOwner, dialect: str) -> Upstream | None:
-        """The account itself, whatever its name is by now; else the upstream of that name, whose
-        key may have been renewed; None where both are gone."""
+        """Return the upstream with the resource's account, whatever its name is now; else the one
+        with the recorded name, whose key may have been renewed; None if neither exists."""
         speaking = self._targets.speaking(Dialect(dialect))
         for one in speaking:
             if account_of(one, dialect) == owner.account:
@@ -211,15 +212,15 @@ class Resources:
         return next((one for one in speaking if one.name == owner.upstream), None)
 
     async def forget(self, caller: Caller, dialect: str, kind: str, resource_id: str) -> None:
-        """The caller has deleted a resource of its own."""
+        """Delete the row of a resource that the caller has deleted at the provider."""
         await self._store.forget(caller.tenant_id, dialect, kind, resource_id)
 
-    # Where calls go
+    # Targets of calls
 
     async def target_of(self, caller: Caller, dialect: Dialect, use: ResourceUse) -> Target:
-        """Where a request on a resource goes. What names none is made at the dialect's own provider
-        where that is an upstream, else at the one that speaks the fewest others. Raises NotFound.
-        """
+        """Return the target of a request on a resource. A request that names none goes to the
+        dialect's own provider if that is an upstream, else to the upstream with the fewest
+        dialects. Raises NotFound."""
         if use.resource_id is not None:
             upstream = await self._place(caller, dialect, use.kind, use.resource_id)
             if upstream is not None:
@@ -237,8 +238,8 @@ class Resources:
         references: Sequence[Reference],
         targets: Sequence[Target],
     ) -> list[Target]:
-        """Those of the targets where all that a call refers to lives. Raises NotFound for what is
-        not the caller's own, InvalidRequest where no target is left."""
+        """Return the targets where all resources that a call refers to live. Raises NotFound for a
+        resource that is not the caller's own, InvalidRequest if no target is left."""
         left = list(targets)
         for one in references:
             upstream = await self._place(caller, dialect, one.kind, one.resource_id, one.field)
@@ -255,7 +256,8 @@ class Resources:
     async def continued(
         self, dialect: Dialect, references: Sequence[Reference]
     ) -> ResourceOwner | None:
-        """The row of the answer that a call continues, whose references `among` has let pass."""
+        """Return the row of the answer that a call continues. The references have passed
+        `among`."""
         before = None
         for one in references:
             if one.field in _CONTINUED:
@@ -266,8 +268,8 @@ class Resources:
     async def kept_tokens(
         self, caller: Caller, dialect: Dialect, references: Sequence[Reference]
     ) -> int:
-        """About how many tokens of earlier calls the provider adds to one that refers to these,
-        which `among` has let pass: 0 while that is not known."""
+        """Return about how many tokens of earlier calls the provider adds to a call with these
+        references, which have passed `among`; 0 if unknown."""
         made_by, conversations = [], []
         for one in references:
             if one.kind == "conversation":
@@ -288,9 +290,9 @@ class Resources:
     async def page(
         self, caller: Caller, dialect: Dialect, use: ResourceUse, query: str, read: Read
     ) -> bytes:
-        """A page of the caller's own, in the dialect's form, by the rows that say so: each is read
-        where it lives, and shown as it is there, but for what lived at an upstream that is not
-        configured any more. Raises InvalidRequest and StoreUnavailable."""
+        """Return a page of the caller's own resources, in the dialect's form: rows give the ids,
+        each is read where it lives and shown as it is there. Resources of upstreams that are no
+        longer configured are left out. Raises InvalidRequest and StoreUnavailable."""
         asked = DIALECTS[dialect].page(use.kind, query)
         if asked.only is not None:
             chosen = await self._chosen(caller, dialect, use, asked.only, read)
@@ -334,21 +336,21 @@ class Resources:
         has_more = most > 0 and (len(found) > most or has_more)
         last = shown[-1][0] if shown else None
         if has_more and len(found) <= most:
-            last = after  # of those that are not shown
-        for resource_id in gone:  # or a list would read those of years before what is there
+            last = after  # which is not shown
+        for resource_id in gone:  # so that no later list reads years of absent resources first
             if resource_id != last:
                 await self.forget(caller, dialect, use.kind, resource_id)
         return orjson.dumps(asked.whole(shown, has_more, last))
 
     def _is_missing(self, place: _Place) -> bool:
-        """Whether its provider had none when it was asked a moment ago."""
+        """Whether the provider did not have the resource a moment ago."""
         since = self._missing.get(place)
         return since is not None and time.monotonic() - since < GONE_AFTER_S
 
     def _has_none(self, place: _Place, *, is_same: bool) -> bool:
-        """Note that a provider has none; whether that is so for good, as its account has not known
-        it for a while."""
-        if self._is_missing(place):  # another list has asked for it meanwhile
+        """Record that a provider does not have a resource. Return whether that is final: the same
+        account has not known it for a while."""
+        if self._is_missing(place):  # another list has just read it
             return False
         if place in self._missing and is_same:
             del self._missing[place]
@@ -361,7 +363,7 @@ class Resources:
     async def _chosen(
         self, caller: Caller, dialect: Dialect, use: ResourceUse, ids: Sequence[str], read: Read
     ) -> list[tuple[str, dict[str, Any]]]:
-        """Those of the ids that are the caller's own, with the same exception."""
+        """Return those of the ids that are the caller's own, with the same exception as `page`."""
         owners = await self._store.owners(dialect, use.kind, ids)
         own, found = list[_Listed](), list[tuple[str, dict[str, Any]]]()
         for one in ids:
@@ -378,8 +380,8 @@ class Resources:
 
 
 async def _read_all(some: Sequence[_Listed], read: Read) -> list[dict[str, Any] | None]:
-    """What the providers show of some, read together. Raises what the first one raises that fails;
-    then the others are not read to their ends."""
+    """Read resources from their providers, concurrently. Raises the first error; the other reads
+    are then cancelled."""
     reads = [asyncio.ensure_future(read(Target(home, ""), one)) for one, _, home in some]
     try:
         return [await one for one in reads]
@@ -393,7 +395,7 @@ async def _read_all(some: Sequence[_Listed], read: Read) -> list[dict[str, Any] 
 
 
 def missing(kind: str, resource_id: str) -> str:
-    """That there is no such resource, as OpenAI says it."""
+    """Return OpenAI's message for a resource that does not exist."""
     if kind == "response":
         return f"Response with id '{resource_id}' not found."
     name = kind.replace("_", " ").capitalize()
@@ -404,17 +406,17 @@ _ABSENT = re.compile(rb"not found|may not exist", re.IGNORECASE)
 
 
 def is_absent(refusal: bytes) -> bool:
-    """Whether Google's 403 says that there may be no such thing."""
+    """Whether Google's 403 means that the resource may not exist."""
     return _ABSENT.search(refusal) is not None
 
 
 def made_in(answer: bytes, making: Making) -> dict[str, Any] | None:
-    """What an answer makes: its object, or the id alone where its end is missing, or that in the
-    first event of its stream that has an id; None where nothing has."""
+    """Return the object that an answer makes, None for none: from JSON, or its id alone if the JSON
+    is cut off; from a stream, the object in the first event that has an id."""
     if answer.lstrip()[:1] == b"{":
         try:
             whole = orjson.loads(answer)
-        except orjson.JSONDecodeError:  # too long to be kept whole, as with pictures
+        except orjson.JSONDecodeError:  # too long to be kept in full, such as images
             found = early_text(answer, making.name)
             return {making.name: found} if found else None
         inner = None if making.within is None else whole.get(making.within)
@@ -424,7 +426,7 @@ def made_in(answer: bytes, making: Making) -> dict[str, Any] | None:
             continue
         try:
             event = orjson.loads(line[5:])
-        except orjson.JSONDecodeError:  # the last one, of which more is to come
+        except orjson.JSONDecodeError:  # an incomplete last event
             continue
         if not isinstance(event, dict):
             continue
@@ -435,7 +437,8 @@ def made_in(answer: bytes, making: Making) -> dict[str, Any] | None:
 
 
 def _names_nothing(stream: bytes, making: Making) -> bool:
-    """Whether the event of a stream that would name what it makes has come, or enough others."""
+    """Whether a stream can no longer name what it makes: the event for that has passed, or enough
+    others."""
     count = 0
     for line in stream.splitlines():
         if line.startswith(b"data:"):
@@ -465,8 +468,8 @@ _IN_BACKGROUND = re.compile(rb'"background"\s*:\s*true')
 
 
 def _end_of(made: dict[str, Any] | None) -> datetime | None:
-    """When a file of Gemini's ends, whose name a client may choose again from then on; or a while
-    after one of OpenAI's, whose id names nothing else."""
+    """Return when a file expires: at Gemini, whose client may then reuse its name; at OpenAI, whose
+    ids are never reused, with a margin. None for no end."""
     if made is None:
         return None
     said, ends_at = made.get("expirationTime"), made.get("expires_at")
@@ -481,11 +484,11 @@ def _end_of(made: dict[str, Any] | None) -> datetime | None:
     return end if end.tzinfo is not None else end.replace(tzinfo=UTC)
 
 
-_MOST_EVENTS = 8  # before the one that names what a stream makes
-_HEAD_BYTES = 262_144  # of what names several
+_MOST_EVENTS = 8  # before the event that names what a stream makes
+_HEAD_BYTES = 262_144  # of an answer that names several resources
 
 
-# How long it stays counted after its longest time: until a worker has cancelled it.
+# How long a call stays counted after its longest time, so that a worker can cancel it.
 GRACE_MS = 300_000
 FIRST_LOOK_MS = 1_000
 _START_TRIES = 20
@@ -493,17 +496,17 @@ _RETRY_S = 0.5
 
 
 class BackgroundHandOver:
-    """Of one call: from the process that makes it to the workers.
+    """Hands a background call over from the process that makes it to the workers.
 
         permit ──► on record, counted under a name ──► request ──► id on record ──► permit returned
                                                           │
                                                           └── refused: neither counted nor on record
 
-    From before its request goes out until the provider says that it has ended, a call is counted in
-    the limiter under a name of its own, which no process holds: whatever dies, it stays counted,
-    for its longest time at most. While its request is under way it counts twice, never less than
-    once. A client that leaves does not end the hand-over; a second cancellation, such as that of a
-    process that stops, closes the call, which then stays counted where it was sent.
+    From before its request is sent until the provider reports its end, a call is counted in the
+    limiter under a name of its own that no process holds: if a process dies, the call stays
+    counted, for its longest time at most. During its request it counts twice, and never less than
+    once. A client that disconnects does not end the hand-over. A second cancellation, such as at
+    shutdown, closes the request, and the call stays counted if it was sent.
     """
 
     def __init__(
@@ -514,7 +517,7 @@ class BackgroundHandOver:
         kind: str,
         longest_ms: int,
     ) -> None:
-        """longest_ms: how long it may go on, where that is longer than any other call may."""
+        """longest_ms: how long the work may continue, if longer than any other call."""
         self._calls = calls
         self._record = record
         self._journal = journal
@@ -525,14 +528,14 @@ class BackgroundHandOver:
         self._decided = asyncio.Event()
 
     async def admitted(self, permit: Permit | None) -> None:
-        """The permit of the try that follows."""
+        """Take the permit of the next attempt."""
         self._permit = permit
 
     async def make(
         self, target: Target, lane: Lane, demand: CallDemand, call: Callable[[], Awaitable[None]]
     ) -> None:
-        """Make the call, and see it to its hand-over if the client leaves. Raises what it raises,
-        StoreUnavailable and LimiterUnavailable."""
+        """Make the call, and complete its hand-over even if the client leaves. Raises what the call
+        raises, StoreUnavailable and LimiterUnavailable."""
         self._decided.clear()
         try:
             await self._begin(lane, demand)
@@ -555,8 +558,8 @@ class BackgroundHandOver:
                 await self.not_taken()
 
     def _is_not_taken(self, making: asyncio.Future[None]) -> bool:
-        """Whether the provider has refused it, or never heard of it. Without an answer it may go
-        on: then it stays counted."""
+        """Whether the provider refused the call or never received it. A call without an answer may
+        continue there, so it stays counted."""
         if self._decided.is_set() or not making.done():
             return False
         error = None if making.cancelled() else making.exception()
@@ -575,8 +578,9 @@ class BackgroundHandOver:
             await lane.limiter.hold(name, limits, within_ms + GRACE_MS)
 
     async def taken(self, made: Sequence[NewResource]) -> None:
-        """Raises StoreUnavailable where that can't be written within some seconds: the call stays
-        counted, for its longest time. A cancellation meanwhile comes after it."""
+        """Complete the hand-over of a call that the provider accepted. Raises StoreUnavailable if
+        that cannot be written within some seconds; the call then stays counted for its longest
+        time. A cancellation takes effect afterwards."""
         await undisturbed(self._hand_over(made))
 
     async def _hand_over(self, made: Sequence[NewResource]) -> None:
@@ -595,8 +599,8 @@ class BackgroundHandOver:
         self._decided.set()
 
     async def not_taken(self) -> None:
-        """What can't be withdrawn now ends with its longest time. A cancellation meanwhile comes
-        after it."""
+        """Withdraw a call that the provider did not accept; what cannot be withdrawn now ends with
+        its longest time. A cancellation takes effect afterwards."""
         await undisturbed(self._withdraw())
 
     async def _withdraw(self) -> None:
@@ -610,9 +614,8 @@ class BackgroundHandOver:
 
 
 async def count_again(calls: BackgroundCalls, spine: Spine) -> None:
-    """Count all work in the background, in case Valkey has lost its data while no process lived
-    that knew of it; what has ended meanwhile is not counted. Raises StoreUnavailable and
-    LimiterUnavailable."""
+    """Count all background work again, in case Valkey lost its data while no process ran. Work that
+    ended meanwhile is not counted. Raises StoreUnavailable and LimiterUnavailable."""
     counted = dict[str, Limiter]()
     for one in await calls.counted():
         upstream = spine.targets.upstreams.get(one.upstream)
@@ -626,8 +629,8 @@ async def count_again(calls: BackgroundCalls, spine: Spine) -> None:
 
 
 class Keeping:
-    """Of one call. making: what its answer makes, where it is not a request on a resource.
-    hand_over: to whom it is handed where it goes on."""
+    """Records the resources that one call makes, uses or deletes. making: what its answer makes,
+    for a call that is not a request on a resource. hand_over: for a call in the background."""
 
     def __init__(
         self,
@@ -649,7 +652,7 @@ class Keeping:
         return self._use is not None and self._use.act is Act.LIST
 
     async def page(self, read: Read) -> bytes:
-        """The page of a list."""
+        """Return the page of a list."""
         assert self._use is not None
         call = self._call
         return await self._resources.page(
@@ -659,8 +662,8 @@ class Keeping:
     async def kept(
         self, exchange: Exchange, first: bytes, target: Target, record: CallRecord
     ) -> bytes:
-        """The beginning of a good answer, once it is durable what it leaves behind. Raises
-        UpstreamError and StoreUnavailable."""
+        """Return the beginning of a successful answer once the resources that it makes or deletes
+        are durable. Raises UpstreamError and StoreUnavailable."""
         use, caller = self._use, self._call.terms.caller
         if use is not None and use.act is Act.DELETE and use.resource_id is not None:
             dialect = self._call.endpoint.dialect
@@ -682,7 +685,7 @@ class Keeping:
         await self._resources.note(rows)
         ongoing = None if use is None else self._works.get(use.kind)
         if ongoing is not None and made is not None and ongoing.end_of(made) is not None:
-            await self.hasten()  # perhaps no worker has seen it yet
+            await self.hasten()  # a worker may not have noticed the end yet
         return first
 
     @property
@@ -690,7 +693,7 @@ class Keeping:
         return DIALECTS[self._call.endpoint.dialect].works
 
     async def note(self, answer: bytes, target: Target) -> None:
-        """Have it durable what a whole answer makes. Raises StoreUnavailable."""
+        """Make the resources of a complete answer durable. Raises StoreUnavailable."""
         if self.making is not None:
             await self._resources.note(self._rows(made_in(answer, self.making), target))
 
@@ -710,13 +713,13 @@ class Keeping:
         return self._resources.made(by, target, self.making.kind, ids, _end_of(made))
 
     async def hasten(self) -> None:
-        """Have a worker look soon at the call that makes what this request is about."""
+        """Have a worker soon poll the background call that this request concerns."""
         use, dialect = self._use, self._call.endpoint.dialect
         if use is not None and use.resource_id is not None:
             await self._resources.background.hasten(dialect, use.kind, use.resource_id)
 
     async def check(self) -> None:
-        """Raises NotEnded for what may not be deleted yet."""
+        """Raises NotEnded for a resource that is still being made and must not be deleted."""
         use, dialect = self._use, self._call.endpoint.dialect
         if use is None or use.act is not Act.DELETE or use.resource_id is None:
             return
@@ -727,11 +730,10 @@ class Keeping:
     async def named(
         self, exchange: Exchange, first: bytes, record: CallRecord
     ) -> tuple[bytes, dict[str, Any] | None]:
-        """The beginning of an answer, as far as it takes to see what it makes, and that: all of an
-        object, of a stream its first events, which may repeat long instructions. None where nothing
-        is named."""
+        """Return the beginning of an answer and the object that it makes, None for none. An object
+        is read in full; of a stream only the first events, which may repeat long instructions."""
         assert self.making is not None
-        # What names several is short, unless it holds answers and no files.
+        # An answer that names several is short, unless it contains answers and no files.
         coding, most = coding_of(exchange.headers), _HEAD_BYTES if self.making.each else KEPT_BYTES
         pieces, size_bytes, is_news = [first], len(first), True
         while True:
@@ -744,4 +746,4 @@ class Keeping:
                     return first, found
             pieces.append(await exchange.next())
             size_bytes += len(pieces[-1])
-            is_news = bool(coding) or b"\n" in pieces[-1]  # an event may have come to its end
+            is_news = bool(coding) or b"\n" in pieces[-1]  # an event may be complete

@@ -1,20 +1,20 @@
 """Routing: the upstreams of a request in the order of attempts, and their health.
 
     OPEN -- `FAULTS` consecutive faults --> CLOSED
-    CLOSED -- `FIRST_MS` later one call of all processes tries -- success --> OPEN,
+    CLOSED -- `FIRST_MS` later one call of all processes probes -- success --> OPEN,
         else CLOSED for twice as long, up to `LONGEST_MS`; for `DEAD_KEY_MS` after a refused key
 
-A drained upstream is out as well, until an operator resumes or removes it: it takes no new call,
-those that wait for it go elsewhere, and what lives there can be reached.
+A drained upstream is out of service too, until an operator resumes or removes it: it takes no new
+call, waiting calls move to other upstreams, and resources that live there stay reachable.
 
-The gate is a pause of the limit `upstream:NAME` in the pool (`Limiter.close_gate`): calls wait at
-it within their deadlines, one at a time is admitted as a try. A 429 is no fault, nor is a timeout
-of ours. Faults that a request may have provoked count once per request and at most `MOST_OF_ONE`
-per tenant.
+The gate, a circuit breaker, is a pause of the limit `upstream:NAME` in the pool
+(`Limiter.close_gate`): calls wait at it within their deadlines, and one at a time is admitted as a
+probe. A 429 is no fault, nor is a timeout of the gateway's own. Faults that a request may have
+provoked count once per request and at most `MOST_OF_ONE` per tenant.
 
-Invariants: the same request has the same targets in every process, equals in random order by
-weight; an upstream is out for all processes or for none; one request never puts an upstream out
-or keeps it out.
+Invariants: the same request has the same targets in every process, equal ones in random order by
+weight; an upstream is out for all processes or for none; one request never puts an upstream out or
+keeps it out.
 """
 
 from __future__ import annotations
@@ -65,24 +65,24 @@ from tidegate.store.requests import Whereabouts
 from tidegate.telemetry.logging import Log, get_logger
 
 _REMAINING_FRESH_S = 1.0
-# Of so many limits that calls have come under lately.
+# The number and the age of the limits in use whose capacity is read.
 _MOST_REMEMBERED, _REMEMBERED_S = 500, 60.0
 
 
 class RemainingCapacity:
-    """Remaining capacity of one pool's limits, a second old at most, as a header names it. Read of
-    the limits that calls came under in the last minute, however many the pool has."""
+    """Remaining capacity of one pool's limits for the response header, at most a second old. Only
+    limits that calls used in the last minute are read, however many the pool has."""
 
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
         self._left: dict[str, int] = {}
-        self._asked: dict[str, float] = {}  # the last one at the end
+        self._asked: dict[str, float] = {}  # least recently used first
         self._texts: dict[tuple[str, ...], bytes] = {}
         self._read_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
 
     def of(self, limits: tuple[str, ...]) -> bytes:
-        """`kind:text_only=3, rpm:m=57`, as far as is known; empty while nothing is."""
+        """Return `kind:text_only=3, rpm:m=57`: the limits whose value is known; empty for none."""
         now = time.monotonic()
         for name in limits:
             self._asked.pop(name, None)
@@ -109,7 +109,7 @@ class RemainingCapacity:
             self._left = {
                 name: max(0, view.current - view.used)
                 for name, view in snapshot.limits.items()
-                if view.bound < MAX_BOUND  # one that no policy names has none
+                if view.bound < MAX_BOUND  # a limit that no policy names has no bound
             }
         finally:
             self._texts = {}
@@ -119,16 +119,16 @@ class RemainingCapacity:
 FAULTS = 5
 MOST_OF_ONE = FAULTS - 1
 FAULTS_OF_ONE = 20
-# Of the traffic may be tried again, and so many in a burst after a quiet time.
+# The part of calls that may be retried, and the retries that may accumulate.
 RETRY_SHARE = 0.2
 RETRIES_AT_ONCE = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A request that may have brought its fault upon itself. tenant: None where clients show no
-    keys. request: the same for the same request. is_other: of a path that only an upstream names,
-    whose fault says nothing of other paths."""
+    """A request that may itself have caused a fault. tenant: None without API keys. request: a
+    hash, equal for equal requests. is_other: a path known only by `passthrough`, whose faults say
+    nothing about other paths."""
 
     tenant: str | None
     request: int
@@ -137,20 +137,20 @@ class Suspect:
 
 @dataclass(slots=True)
 class Faults:
-    """The faults in a row that this process has seen of one upstream."""
+    """The consecutive faults of one upstream that this process has seen."""
 
     count: int = 0
-    _plain: int = field(default=0)  # faults that no request can have provoked
+    _plain: int = field(default=0)  # faults that no request can have caused
     _suspects: set[Suspect] = field(default_factory=set)
 
     def clear(self) -> None:
-        """It answered as it should."""
+        """Reset the faults after a successful call."""
         self.count = self._plain = 0
         self._suspects.clear()
 
     def add(self, suspect: Suspect | None) -> bool:
-        """Note a real fault, or one that may be the doing of `suspect`; True if it is another one
-        than those before in this row."""
+        """Count a fault, which `suspect` may have caused, None if no request can have. Return False
+        if the same request is already counted."""
         self.count += 1
         if suspect is None:
             self._plain += 1
@@ -164,7 +164,7 @@ class Faults:
 
     @property
     def are_enough(self) -> bool:
-        """Whether the upstream is to be out."""
+        """Whether the faults suffice to put the upstream out of service."""
         if len(self._suspects) >= FAULTS_OF_ONE:
             return True
         of_each = Counter(one.tenant for one in self._suspects)
@@ -177,7 +177,7 @@ class Faults:
 
 @dataclass(slots=True)
 class RetryBudget:
-    """A bucket that each request fills by a share of a retry."""
+    """A token bucket of retries, refilled by a share of a retry per call."""
 
     saved: float = RETRIES_AT_ONCE
 
@@ -185,7 +185,7 @@ class RetryBudget:
         self.saved = min(RETRIES_AT_ONCE, self.saved + RETRY_SHARE)
 
     def spend(self) -> bool:
-        """Whether one more may be tried again."""
+        """Take a retry from the budget; False if it is empty."""
         if self.saved < 1:
             return False
         self.saved -= 1
@@ -193,23 +193,22 @@ class RetryBudget:
 
 
 FIRST_MS = 1_000
-# Short, as one request is all that it costs to see that an upstream is back; a key that was refused
-# is replaced by a person.
+# Short, as a probe costs only one request; a refused key must be replaced by a person.
 LONGEST_MS = 8_000
 DEAD_KEY_MS = 60_000
-PROBE_S = 30.0  # a try without an answer for longer has another one beside it
-# Models that are paused without a limit in the policy; as many more of those that have answered.
+PROBE_S = 30.0  # a probe without an answer after this time no longer blocks the next
+# Paused models that no limit of the policy names; twice as many for models that have answered.
 MOST_PAUSED = 100
-# The pauses of a model whose 429 does not say for how long, and the shortest of a rate: each is
-# twice as long as the last, until a minute passes without one.
+# Pauses of a model whose 429 states no time, and the shortest pause of a rate: each is twice as
+# long as the last, until a minute passes without one.
 FIRST_PAUSE_MS, LONGEST_PAUSE_MS, FORGOTTEN_S = 500, 8_000, 60.0
 _MOST_STRIKES = 12
-_LATER_MS = 50  # between two looks at the clock
-# When a client or a job asks again that needs a drained upstream.
+_LATER_MS = 50  # tolerance between two readings of the clock
+# The retry time of a client or a job that needs a drained upstream.
 DRAINED_MS = 10_000
 DRAINED = "an operator has drained it"
-# For how long a fault that a request can bring upon itself is none of its own while its upstream is
-# out. There may be nothing else left to try it with, and then it must end at some time.
+# While an upstream is out, a fault that a request may have caused is not blamed on the request, for
+# this long at most: if there is no other upstream to try it at, the request must end at some time.
 LONGEST_DOUBT_S = 86_400.0
 _REASON_CHARS = 200
 _KEY = re.compile(r"\bkey ([0-9a-f]{8}): ")
@@ -220,7 +219,7 @@ log = get_logger()
 
 
 class Gate:
-    """What this process knows of one upstream, and does to it for all processes."""
+    """One upstream's health and circuit breaker, as this process sees and sets them."""
 
     def __init__(
         self,
@@ -229,7 +228,7 @@ class Gate:
         key: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`key` is the upstream's: a gate that another key closed does not bind this process."""
+        """`key`: the upstream's API key. A gate that was closed for another key is ignored."""
         self.upstream = upstream
         self.limiter = limiter
         self.limit = f"upstream:{upstream}"
@@ -238,44 +237,44 @@ class Gate:
         self._faults = Faults()
         self.announced = Announced()
         self._closed_since: float | None = None
-        self._said = ("", "")  # by the provider, for operators; and in short
-        self._strikes: dict[str, tuple[int, float]] = {}  # how many, and until when the last lasts
+        self._said = ("", "")  # the fault, in full for operators; and in short
+        self._strikes: dict[str, tuple[int, float]] = {}  # how many in a row, and their end
         self._opening: asyncio.Task[None] | None = None
-        self._opened = 0  # how often a try of this process was answered
+        self._opened = 0  # successful probes of this process
         self._drained = False
         self._successor: Gate | None = None
 
     def has_same_key(self, other: Gate) -> bool:
-        """Whether what closed one binds the other."""
+        """Whether a gate that is closed for one's key is closed for the other's."""
         return self._digest == other._digest
 
     @property
     def drained(self) -> bool:
-        """Whether it takes no new call."""
+        """Whether the upstream takes no new call."""
         return self._drained or (self._successor is not None and self._successor.drained)
 
     def renewed(self, successor: Gate) -> Gate:
-        """The gate from now on: this one where the key is the same. Calls that wait at one with an
-        earlier key are drained with the new one."""
+        """Return the gate to use from now on: this one if the key is unchanged. Otherwise calls
+        that wait at this gate follow the drain state of `successor`."""
         if self.has_same_key(successor):
             return self
         self._successor, successor.announced = successor, self.announced
         return successor
 
     def drain(self, drained: bool) -> None:
-        """Take no new call from now on, or take calls again. Waiting calls learn of it."""
+        """Take no new calls, or take them again, and notify the waiting calls."""
         if drained is not self._drained:
             self._drained = drained
             self.limiter.tell_all()
 
-    # -- what is known, without I/O
+    # -- state, without I/O
 
     def closed(self) -> tuple[int, str] | None:
-        """None while it is open; else for how many ms nobody may try, and why."""
+        """Return None while calls may pass, else the ms until a call may probe, and the reason."""
         return (DRAINED_MS, DRAINED) if self.drained else self._shut()
 
     def _shut(self) -> tuple[int, str] | None:
-        """As `closed`, by faults alone."""
+        """Return the same for faults only, without drains."""
         found = self.limiter.gate(self.limit)
         if found is None:
             return None
@@ -287,7 +286,7 @@ class Gate:
 
     @property
     def faults(self) -> int:
-        """Those in a row that this process has seen."""
+        """Consecutive faults that this process has seen."""
         return self._faults.count
 
     @property
@@ -299,40 +298,40 @@ class Gate:
 
     @property
     def key_dead(self) -> bool:
-        """Whether the provider refuses the key, or there is no money left."""
+        """Whether the provider refuses the key, or the account has no credit."""
         found = self.closed()
         return found is not None and _KEY.search(found[1]) is not None
 
     @property
     def unpaid(self) -> bool:
-        """Whether `key_dead` is for want of money: the key is sound."""
+        """Whether the account has no credit while its key is valid."""
         return self.key_dead and self.in_short == UpstreamUnpaid.in_short
 
     @property
     def why(self) -> str:
-        """The last fault, or what closed the gate, for operators; in the provider's words where
-        this process heard that one. Empty where there was none."""
+        """The last fault, or why the gate was closed, for operators; in the provider's words if
+        this process received that fault. Empty without a fault."""
         (words, of), short = self._said, self.in_short
         return words if words and (not short or of.endswith(short)) else short
 
     @property
     def in_short(self) -> str:
-        """The same without the provider's words, which may be about one tenant's request."""
+        """The reason without the provider's words, which may quote one tenant's request."""
         found = self.closed()
         return "" if found is None else found[1].rpartition(": ")[2]
 
     @property
     def may_hold(self) -> bool:
-        """Whether a call may be held up, or refused, beside the limits of the policy."""
+        """Whether anything beside the limits of the policy may delay or reject a call."""
         return self.drained or self.limiter.has_pauses
 
     @property
     def has_doubts(self) -> bool:
-        """Whether a good answer would be news."""
+        """Whether a success would change the state: there are faults or recent pauses."""
         return bool(self._faults.count or self._strikes)
 
     def ready_in_ms(self, model: str | None = None, limits: Iterable[str] = ()) -> int:
-        """0 where a call may be asked for now, else when: of `model`, and under `limits`."""
+        """Return the ms until a call of `model` under `limits` may be made, 0 for now."""
         found = self.closed()
         back_ms = 0 if found is None else found[0]
         if not self.limiter.has_pauses:
@@ -343,8 +342,8 @@ class Gate:
         return max(back_ms, self.limiter.paused_ms(names))
 
     def binding(self, model: str) -> tuple[str, ...]:
-        """The limits beside those of the policy that bind a call of `model` now: nearly always
-        none."""
+        """Return the paused limits that apply to a call of `model` beside those of the policy,
+        usually none."""
         if not self.limiter.has_pauses:
             return ()
         names = self.limiter.paused_of((self.limit, model_limit(model)))
@@ -353,7 +352,7 @@ class Gate:
         return names
 
     def bind(self, demand: CallDemand, model: str, *, follows: bool = False) -> CallDemand:
-        """The demand with what binds it now. follows: it concerns what lives at the upstream."""
+        """Return the demand with the pauses of now. follows: the call is about a resource there."""
         if follows and self.drained:
             demand = replace(demand, is_follow_up=True)
         if not self.limiter.has_pauses or not (more := self.binding(model)):
@@ -362,17 +361,17 @@ class Gate:
         return replace(demand, limits=demand.limits + missing) if missing else demand
 
     def binds_more(self, demand: CallDemand, model: str) -> bool:
-        """Whether something was paused since the demand was made: it must be asked for again."""
+        """Whether a pause or drain began after the demand was made: the demand is out of date."""
         if self.drained and not demand.is_follow_up:
             return True
         return self.limiter.has_pauses and self.bind(demand, model) is not demand
 
     def is_try(self, demand: CallDemand) -> bool:
-        """Whether a call that was admitted for this demand tries whether the upstream is back."""
+        """Whether a call that was admitted with this demand is the upstream's probe."""
         return self.limit in demand.limits and self._shut() is not None
 
     def late(self, demand: CallDemand, left_ms: float) -> DeadlineExceeded | UpstreamOut | None:
-        """Why a call that may wait for `left_ms` is not to wait at all; None where it is."""
+        """Return why a call that may wait for `left_ms` should not do so; None if it should."""
         if self.drained and not demand.is_follow_up:
             return self.out()
         paused_ms = self.limiter.paused_ms(demand.limits)
@@ -384,7 +383,7 @@ class Gate:
         return limit_paused(last, paused_ms)
 
     def out(self) -> UpstreamOut | None:
-        """The error of a call that cannot be made since the upstream is out; None if it is not."""
+        """Return the error of a call to an upstream that is out of service; None if it is not."""
         if self.drained:
             said = f"no upstream can be asked now: {DRAINED}"
             return UpstreamDrained(said, retry_after_ms=DRAINED_MS)
@@ -394,14 +393,14 @@ class Gate:
         said = f"no upstream can be asked now; the last fault: {self.in_short}"
         return UpstreamOut(said, retry_after_ms=max(FIRST_MS, found[0]))
 
-    # -- what became of a call
+    # -- outcomes of calls
 
     async def worked(self, model: str, *, tried: bool) -> None:
-        """It answered as it should. `tried`: the call was a try."""
+        """Record a success. `tried`: the call was a probe, so the gate opens."""
         if self._faults.count:
             self._faults.clear()
             self._said, self._closed_since = ("", ""), None
-        if self._strikes:  # those of the account too: it has room
+        if self._strikes:  # and the pauses of the account, which has capacity
             self._strikes.pop(model_limit(model), None)
             self._strikes.pop(self.limit, None)
         if tried:
@@ -409,8 +408,8 @@ class Gate:
 
     @contextmanager
     def trying(self) -> Iterator[None]:
-        """Of a try: after `PROBE_S` without an answer it holds up no other. One that is answered
-        may last for longer, and has no part in an outage after that."""
+        """Context of a probe: after `PROBE_S` without an answer the next one may pass. A probe that
+        is answered may last longer, and no longer affects the gate."""
         passing_on = asyncio.create_task(self._pass_on(self._opened))
         try:
             yield
@@ -427,7 +426,7 @@ class Gate:
             await asyncio.sleep(ms / 1000)
 
     async def open(self) -> None:
-        """Let all calls pass again."""
+        """Open the gate for all calls of all processes."""
         self._opened += 1
         self._faults.clear()
         self._said, self._closed_since = ("", ""), None
@@ -442,23 +441,23 @@ class Gate:
     async def failed(
         self, error: UpstreamError, model: str, *, suspect: Suspect, tried: bool
     ) -> None:
-        """Note what a failure says of the upstream, before its permit is released."""
+        """Count a failure in the upstream's health, before the call's permit is released."""
         if error.is_answer or isinstance(error, UpstreamThrottled):
             await self.worked_but(model, tried=tried)
             return
         is_slow = isinstance(error, UpstreamTimeout) and error.phase != "connect"
         if not tried and (is_slow or suspect.is_other):
             error.in_outage = self._is_in_outage()
-            return  # we had no more patience: others may be answered sooner
+            return  # the gateway's own timeout: other calls may be answered sooner
         dead = isinstance(error, UpstreamUnauthorized) and error.of_key and not suspect.is_other
         self._said = error.message, _in_short(error)
         is_new = self._faults.add(None if error.of_upstream else suspect)
         if dead or (is_new if tried else self._faults.are_enough):
             await self._close(error, dead=dead, tried=tried)
-        error.in_outage = self._is_in_outage() or dead  # it may be open again by now
+        error.in_outage = self._is_in_outage() or dead  # the gate may be open again by now
 
     def _is_in_outage(self) -> bool:
-        """Whether a fault is laid to the upstream whatever it is, as others fail there too."""
+        """Whether the upstream is out: a call's fault is then blamed on it, not on the request."""
         if self.closed() is None:
             self._closed_since = None
             return False
@@ -487,14 +486,14 @@ class Gate:
             log.error(event, upstream=self.upstream, detail=error.message)
 
     async def worked_but(self, model: str, *, tried: bool) -> None:
-        """It refused one call, and works: strikes of the model stay."""
+        """Record a working upstream that refused one call: the pauses of the model still count."""
         strikes, self._strikes = self._strikes, {}
         await self.worked(model, tried=tried)
         self._strikes = strikes
 
     async def throttled(self, error: UpstreamThrottled, model: str, demand: CallDemand) -> int:
-        """Pause what a 429 speaks of for all processes, before the call's own permit is released.
-        Returns for how many ms, 0 where nothing was paused."""
+        """Pause the limit that a 429 concerns, in all processes, before the call's permit is
+        released. Return for how many ms, 0 if nothing was paused."""
         limiter = self.limiter
         whole = self.limit if error.of_account else None
         pause = pause_after(
@@ -527,18 +526,18 @@ class Gate:
         return for_ms
 
     def _has_learned(self, demand: CallDemand) -> bool:
-        """Whether a refusal without a time has lowered a limit of the call, which finds its own
-        way: a pause as well, of a provider that answers others, would leave it unused."""
+        """Whether an adaptive limit of the call has learned from a refusal that states no time. A
+        pause as well would leave the limit unused while the provider answers other calls."""
         limits = (self.limiter.policy.limits.get(one) for one in demand.limits)
         return any(isinstance(one, Concurrency) and one.adaptive is not None for one in limits)
 
     def _strike(self, limit: str, told_ms: int, first_ms: int) -> int:
-        """How long a pause is that the provider did not put a time to, or a short one. Calls that
-        were under way when it began make it no longer."""
+        """Return the length of a pause for which the provider stated no time, or a short one: it
+        doubles each time. Refused calls that were in flight when it began do not prolong it."""
         count, until = self._strikes.pop(limit, (0, 0.0))
         now = self._clock()
         count = 0 if now > until + FORGOTTEN_S else count
-        # Several are refused in one moment, before the limiter has said that the first paused it.
+        # Several calls are refused together, before the limiter reports the first one's pause.
         left_ms = max(self.limiter.paused_ms((limit,)), round((until - now) * 1000))
         if left_ms > 0:
             if count:
@@ -551,7 +550,7 @@ class Gate:
         return for_ms
 
     def _is_too_much(self, limit: str, model: str) -> bool:
-        """Clients name models: a pool's record does not grow with what they think of."""
+        """Whether a pause would exceed the bound on paused models, whose names clients choose."""
         pauses, named = self.limiter.pauses(), {self.limit, *self.limiter.policy.limits}
         most = 2 * MOST_PAUSED if model in self.announced else MOST_PAUSED
         is_one_more = limit not in pauses and limit not in named
@@ -567,17 +566,17 @@ class Gate:
 
 
 class Gates(dict[str, Gate]):
-    """The gates of all upstreams, by name. One per process."""
+    """The gates of all upstreams of a process, by name."""
 
     def ready_in_ms(
         self, upstreams: Iterable[str], *, model: str | None = None, limits: Iterable[str] = ()
     ) -> int:
-        """0 where one of these upstreams may be asked now, else the ms until the first may be.
+        """Return the ms until the first of these upstreams may be called, 0 for now.
 
-        Cheap and without I/O: what this process last heard, which is a moment old. `model` and
-        `limits` (such as `kind:text_only`) are asked about too: a pause of them counts as well.
-        While an upstream is out this is the time until the next try is due; then one call of all
-        processes is admitted, and the others wait at the gate.
+        Without I/O, from the state that this process last received, moments ago. Pauses of `model`
+        and of `limits` (such as `kind:text_only`) count too. While an upstream is out of service
+        this is the time until the next probe; then one call of all processes is admitted, and the
+        others wait at the gate.
         """
         names = list(limits)
         found = (self[one].ready_in_ms(model, names) for one in upstreams)
@@ -585,15 +584,15 @@ class Gates(dict[str, Gate]):
 
 
 def _in_short(error: UpstreamError) -> str:
-    """What others may hear: the provider's words can be about one tenant's request, or our key."""
+    """Return the fault without the provider's words, which may quote a request or the key."""
     if isinstance(error, UpstreamUnauthorized) and error.of_key:
         return error.in_short
     return error.message if error.status is None else f"the provider answered {error.status}"
 
 
 _MODELS_KEPT = 1_000
-_PATTERN = frozenset("*?[")  # as fnmatch reads them
-_MOST_NAMED = 8  # upstreams, and patterns of each, in a refusal
+_PATTERN = frozenset("*?[")  # the wildcards of fnmatch
+_MOST_NAMED = 8  # upstreams, and patterns per upstream, in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -604,31 +603,31 @@ class Target:
     model: str
 
 
-# Each part begins with a letter, a digit or an underscore: none leads elsewhere.
+# Each part begins with a letter, a digit or an underscore, so that none is `.` or `..`.
 _PLAIN_PATH = re.compile(r"(?:/\w[\w.:@-]*)+", re.ASCII)
 
 
 class Targets:
-    """One per process. A drained upstream is a target only where no other one would be."""
+    """Targets of models, one object per process. Drained upstreams are a last resort."""
 
     def __init__(self, deployment: Deployment, random: Random | None = None) -> None:
         self._random = random or Random()
         self.replace(deployment)
 
     def replace(self, deployment: Deployment) -> None:
-        """Have these upstreams and routes from now on. Raises ConfigError, and changes nothing."""
+        """Use these upstreams and routes from now on. Raises ConfigError, changing nothing."""
         check_passthrough(deployment.upstreams)
         self.upstreams = {one.name: one for one in deployment.upstreams}
         self.drained, self.deployment = deployment.drained, deployment
         self._routes = deployment.routes
-        # The targets of a model, and whether their order is drawn.
+        # The targets of each model, and whether they are drawn by weight.
         self._known: dict[tuple[Dialect, str], tuple[list[Target], bool]] = {}
         self._for_prompts: dict[str, tuple[list[Target], bool]] = {}
         ordered = sorted(deployment.upstreams, key=lambda one: one.name in self.drained)
         self._passthrough = [(pattern, one) for one in ordered for pattern in one.passthrough]
 
     def passthrough(self, path: str, spoken: Dialect) -> Endpoint | None:
-        """The endpoint of a path that `passthrough` names, by its caller's dialect where two do."""
+        """Return the endpoint of a `passthrough` path; of several dialects the caller's own."""
         if not self._passthrough or _PLAIN_PATH.fullmatch(path) is None or is_known(path):
             return None
         found = []
@@ -645,7 +644,7 @@ class Targets:
         return Endpoint(dialect, Operation.OTHER, below, upstreams=tuple(dict.fromkeys(names)))
 
     def passing(self, endpoint: Endpoint, tenant_id: str) -> Upstream:
-        """Where a tenant's call of such a path goes. Raises Forbidden and NotFound."""
+        """Return the upstream of a tenant's `passthrough` call. Raises Forbidden and NotFound."""
         left = [self.upstreams[name] for name in endpoint.upstreams if name in self.upstreams]
         if not left:
             raise NotFound("the upstream of this path is not configured any more")
@@ -655,7 +654,7 @@ class Targets:
         raise Forbidden(f"this path is not open to the tenant {tenant_id}")
 
     def of(self, dialect: Dialect, model: str) -> list[Target]:
-        """The chain for a model. Raises NotFound where nobody serves it so, and UpstreamMissing."""
+        """Return the targets of a model in order. Raises NotFound and UpstreamMissing."""
         known = self._known.get((dialect, model))
         if known is None:
             plain = model.removeprefix("models/")
@@ -671,14 +670,14 @@ class Targets:
             self._check_there(plain, known[0])
             if not known[0]:
                 raise NotFound(self._unserved(dialect, plain), field="model")
-            if len(self._known) >= _MODELS_KEPT:  # clients think of names without end
+            if len(self._known) >= _MODELS_KEPT:  # clients may send any number of names
                 del self._known[next(iter(self._known))]
             self._known[dialect, model] = known
         found, by_lot = known
         return self._drawn(found) if by_lot else list(found)
 
     def _check_there(self, model: str, found: Sequence[Target]) -> None:
-        """Raises UpstreamMissing for a model of upstreams that this process can't make."""
+        """Raises UpstreamMissing if this process could not set up the model's upstreams."""
         now = self.deployment
         if now.missing and not any(one.upstream.fit(model) > 1 for one in found):
             route = next((one for one in now.routes if fnmatchcase(model, one.model)), None)
@@ -696,28 +695,28 @@ class Targets:
         return f"no upstream serves the model {model!r} in the {dialect} dialect{but}"
 
     def are_alike(self, dialect: Dialect, model: str) -> bool:
-        """Whether the order of the targets that `of` has found for a model is drawn by lot."""
+        """Whether the targets of a model are equal ones, drawn by weight."""
         known = self._known.get((dialect, model))
         return known is not None and known[1]
 
     def speaking(self, dialect: Dialect) -> list[Upstream]:
-        """All upstreams of a dialect, in the order of the file."""
+        """Return all upstreams of a dialect, in the order of the file."""
         return [one for one in self.upstreams.values() if dialect in one.base_urls]
 
     def in_service(self, dialect: Dialect) -> list[Upstream]:
-        """Those of a dialect that take new calls; all where none does."""
+        """Return the upstreams of a dialect that are not drained; all if each one is."""
         speaking = self.speaking(dialect)
         return [one for one in speaking if one.name not in self.drained] or speaking
 
     def _undrained(self, targets: list[Target]) -> list[Target]:
-        """Those that take new calls; all where none does."""
+        """Return the targets that are not drained; all if each one is."""
         if not self.drained:
             return targets
         return [one for one in targets if one.upstream.name not in self.drained] or targets
 
     def named_by_routes(self, dialect: Dialect) -> dict[str, Target]:
-        """The models that have a name by a route alone, and who is asked first for each. Routes
-        that are patterns name none."""
+        """Return the models that only exist as names of routes, each with its first target. Routes
+        with wildcards are left out."""
         found: dict[str, Target] = {}
         for route in self._routes:
             if not _PATTERN.intersection(route.model):
@@ -728,8 +727,8 @@ class Targets:
         return found
 
     def of_prompt(self, model: str, kind: Kind | None = None, files: Files = ()) -> list[Target]:
-        """The chain for a prompt, which is of no dialect: those that can take it in one of theirs.
-        Raises InvalidRequest where none can, and UpstreamMissing."""
+        """Return the targets that take a prompt in one of their dialects, in order. Raises
+        InvalidRequest if there is none, and UpstreamMissing."""
         known = self._for_prompts.get(model)
         if known is None:
             plain = model.removeprefix("models/")
@@ -757,8 +756,8 @@ class Targets:
         raise InvalidRequest(why.field, said, allowed=why.allowed)
 
     def _any(self, model: str) -> list[Target]:
-        """Those that name a model; where nobody does, those that take any, and of these the ones of
-        Gemini's dialect, where there are some: the usual models of prompts are Gemini's."""
+        """Return the upstreams that name a model; if there are none, those that take any model, and
+        among these only those with Gemini's dialect, if any: default prompt models are Gemini's."""
         serving = [one for one in self.upstreams.values() if one.name not in self.drained]
         found = self._best(model, serving) or self._best(model, self.upstreams.values())
         if any(one.upstream.fit(model) > 1 for one in found):
@@ -766,7 +765,7 @@ class Targets:
         return [one for one in found if Dialect.GEMINI in one.upstream.base_urls] or found
 
     def pools_for(self, model: str) -> list[str]:
-        """The pools whose limits a model meets, by its name at the provider."""
+        """Return the pools whose limits apply to a model, by its name at the provider."""
         found = {one.upstream.pool for one in self._best(model, self.upstreams.values())}
         for route in self._routes:
             of_route = (route.model,) if not _PATTERN.intersection(route.model) else ()
@@ -776,8 +775,8 @@ class Targets:
         return [one.pool for one in self.upstreams.values() if one.pool in found]
 
     def places_of(self, job: Whereabouts, config: Config) -> list[Whereabouts]:
-        """A job with each pool and model by whose limits it is called, or was last: jobs of all
-        models are in the queue of one pool."""
+        """Return a job once for each pool and model whose limits apply to it, or to its current
+        call: the jobs of all models wait in the queue of one pool."""
         if job.status is Status.RUNNING and job.upstream is not None:
             return [replace(job, pool=job.upstream)]
         model = job.model or config.model_for(job.kind or "")
@@ -797,20 +796,20 @@ class Targets:
         return None
 
     def _without_model(self, dialect: Dialect) -> list[Target]:
-        """For a call that leaves its model to the provider: those whose own dialect it is, and that
-        take any model, come first."""
+        """Return the targets of a call that names no model, so that the provider decides: upstreams
+        whose first dialect it is and that take any model are preferred."""
         speaking = self.in_service(dialect)
         own = [one for one in speaking if _first_dialect(one) is dialect] or speaking
         return [Target(one, "") for one in [one for one in own if one.fit("")] or own]
 
     def _best(self, model: str, upstreams: Iterable[Upstream]) -> list[Target]:
-        """Those that name the model; those that take any only where nobody does."""
+        """Return the upstreams that name the model; if there are none, those that take any."""
         fits = [(one.fit(model), one) for one in upstreams]
         named = [one for fit, one in fits if fit > 1] or [one for fit, one in fits if fit]
         return [Target(one, one.aliases.get(model, model)) for one in named]
 
     def _drawn(self, targets: Sequence[Target]) -> list[Target]:
-        """By lot, each place by weight among those that are left."""
+        """Return the targets in random order, each place drawn by weight."""
         if len(targets) < 2:
             return list(targets)
         # Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006.
@@ -826,26 +825,27 @@ def _first_dialect(upstream: Upstream) -> Dialect:
 
 
 def _served(upstreams: Iterable[Upstream]) -> str:
-    """Which models there are, for people."""
+    """Describe the available models in an error."""
     first = list(upstreams)[:_MOST_NAMED]
     return "; ".join(f"{one.name}: {', '.join(one.models[:_MOST_NAMED])}" for one in first)
 
 
 class NotWorthWaiting(Exception):
-    """What the call needs was paused while it waited: for longer than it may wait, or so that it
-    must be asked for again."""
+    """A limit of the waiting call was paused: for longer than the call may wait, or so that the
+    call needs a new demand."""
 
 
 WatchBudgets = Callable[[Callable[[QuotaExceeded], None]], Callable[[], None]]
 
 
 class PatientAdmission:
-    """An admission that is left as soon as a pause outlasts the call's deadline, or a budget that
-    binds it is spent.
+    """An admission that ends once a pause outlasts the call's deadline or a budget of the call is
+    spent.
 
-    Entering it raises NotWorthWaiting or BudgetExceeded then, beside what the admission raises; and
-    NotWorthWaiting also where the call was admitted after something else that binds it was paused:
-    the permit has spent nothing. Cancelled, it leaves the queue, as the admission does.
+    Entering it then raises NotWorthWaiting or BudgetExceeded, otherwise what the admission raises.
+    It also raises NotWorthWaiting if another limit of the call was paused just before the
+    admission; the permit has then spent nothing. If cancelled, it leaves the queue, as the
+    admission does.
     """
 
     __slots__ = ("_admission", "_demand", "_gate", "_model", "_until", "_watch")
@@ -859,7 +859,7 @@ class PatientAdmission:
         left_ms: float,
         watch: WatchBudgets | None = None,
     ) -> None:
-        """watch: of the budgets that bind the call, where any do."""
+        """watch: observes the call's budgets; None if it has none."""
         self._admission = admission
         self._gate = gate
         self._demand = demand

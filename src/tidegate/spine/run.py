@@ -2,17 +2,17 @@
 
     targets ──► admission ──► budgets ──► exchange ──► settle, charge ──► release
        ▲                                    │
-       └── another try, at the same or the next upstream, while the client has nothing of an answer
+       └── retry, at the same or the next upstream, while nothing was sent to the client
 
-Native calls, `/stream`, jobs, batch lines, the classifier and realtime sessions differ in their
-`CallExchange` alone: bytes of a provider's dialect (`spine/native.py`), a prompt
-(`spine/prompt.py`) or two WebSockets (`realtime/exchange.py`).
-The spine fills the call's `CallRecord`; the front that made the call ends and stores it.
+Native calls, `/stream`, jobs, batch lines, the classifier and realtime sessions differ only in
+their `CallExchange`: bytes in a provider's dialect (`spine/native.py`), a prompt
+(`spine/prompt.py`) or two WebSockets (`realtime/exchange.py`). The spine fills the call's
+`CallRecord`; the front that made the call ends and stores the record.
 
-Invariants: a permit is held exactly while its upstream call is open, for a server that goes on
-without its client until it has ended (`spine/out.py`); another try or upstream is
-taken only before anything was sent to the client, within the deadline and the retry budget; what
-an upstream's failure says of it is noted before the permit is released.
+Invariants: a permit is held exactly while its upstream call is open; at a server that continues
+without its client, until that server has finished (`spine/out.py`). A retry or a failover happens
+only before anything was sent to the client, within the deadline and the retry budget. An upstream's
+failure is counted in its health before the permit is released.
 """
 
 from __future__ import annotations
@@ -83,21 +83,21 @@ from tidegate.upstream.transport import Exchange, Timeouts
 
 MOST_TRIES = 4
 _REFUSAL_BYTES = 1_000_000
-_SHORTEST_SECRET_BYTES = 8  # a shorter key, such as `none`, opens nothing
-_HARD_MARGIN_MS = 5_000  # closing and recording, after the call's own total time
+_SHORTEST_SECRET_BYTES = 8  # a shorter key, such as `none`, is no secret
+_HARD_MARGIN_MS = 5_000  # to close and record the call after its own total timeout
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 8.0
-_ROOM_WITHIN_MS = 60_000  # a call without a deadline looks again for room in its budget
-_LAST_TRY_MS = 100  # before its deadline: a later one would end in the name of a limit
+_ROOM_WITHIN_MS = 60_000  # a call without a deadline checks its budget again after this time
+_LAST_TRY_MS = 100  # a retry later than this before the deadline would fail at a limit
 
 OnAdmitted = Callable[[Permit | None], Awaitable[None]]
 
 
 class CallFailed(Exception):
-    """An upstream's refusal or fault, with its own words where it had any.
+    """A call that failed: the upstream's refusal or fault, with its own error body if it sent one.
 
-    status 0: it gave no answer. paused_ms: for how long it paused a limit of the call. told: the
-    client has received it already, inside of an answer that is at its end."""
+    status: 0 if the upstream did not answer. paused_ms: how long this failure paused a limit of the
+    call. told: the client has already received the error, in the answer's body."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class CallFailed(Exception):
         self.told = told
 
     def named(self, queue_ms: float) -> CallFailed:
-        """The same with the headers that name its upstream."""
+        """Add the response headers that name the upstream, and return this exception."""
         self.headers += of_answer(self.target.upstream.name, queue_ms)
         return self
 
@@ -128,8 +128,8 @@ class CallFailed(Exception):
 async def refusal_of(
     exchange: Exchange, target: Target, dialect: str, tier: str = ""
 ) -> CallFailed:
-    """An answer that is not a success, as far as it came; `tier` was requested. Raises
-    UpstreamGarbled for one that is no refusal either."""
+    """Return the failure that an unsuccessful answer reports, from its body as far as it arrived.
+    `tier`: the requested one. Raises UpstreamGarbled for a status below 400."""
     body = await exchange.read_refusal(_REFUSAL_BYTES)
     status = exchange.status
     if status < 400:
@@ -137,7 +137,7 @@ async def refusal_of(
     headers = exchange.headers
     coding = coding_of(headers)
     text = decoded(body, coding) if coding else body
-    if coding and (not exchange.at_end or masked(text, target) != text):  # goes on decoded
+    if coding and (not exchange.at_end or masked(text, target) != text):  # relayed decoded
         body, headers = text, [pair for pair in headers if pair[0].lower() != b"content-encoding"]
     said = refusals.error_of_refusal_in(text)
     named = {
@@ -169,9 +169,9 @@ HELD_BYTES = 65_536
 async def beginning_of(
     exchange: Exchange, operation: Operation, *, streams: bool
 ) -> tuple[bytes, dict[str, Any] | None]:
-    """The first bytes of an answer, up to its first output where it `streams`, and the object that
-    tells an error where there was one before that; what is compressed is read decoded. Raises
-    UpstreamError. Cancelling leaves the exchange open."""
+    """Return the first bytes of an answer, up to its first output if it `streams`, and the error
+    object that it reports before any output, or None. Compressed bytes are decoded to be inspected.
+    Raises UpstreamError. Cancellation leaves the exchange open."""
     coding = coding_of(exchange.headers)
     reader = PieceDecoder(coding) if coding else None
     first = await exchange.next()
@@ -196,7 +196,7 @@ async def beginning_of(
             holds = prelude.holds(plain, at_end=exchange.at_end)
         if prelude.is_events:
             return first, prelude.error
-    # Half a line is of no use to anybody, nor is the head of what is compressed.
+    # Neither half a line nor the head of compressed data can be inspected.
     while (
         (streams and refusals.is_too_short(text))
         or (reader is not None and reader.reads and not text)
@@ -217,7 +217,7 @@ async def beginning_of(
 
 
 def masked(body: bytes, target: Target) -> bytes:
-    """A body without the upstream's key."""
+    """Return a body with the upstream's keys replaced by `***`."""
     for secret in target.upstream.secrets:
         key = secret.encode()
         if len(key) >= _SHORTEST_SECRET_BYTES:
@@ -231,16 +231,16 @@ def _is_there() -> bool:
 
 @dataclass(slots=True)
 class Terms:
-    """On what terms a call is made.
+    """Terms of a call: who makes it, how long it may wait, and how often it may be tried.
 
-    received: on the monotonic clock; wait_ms: from then to admission, None without a deadline.
-    has_own_deadline: the caller gave it, so that it decides the order among its tenant's calls.
-    left: whether who asked for the call has left it, or called it off. subject: whom it is about.
-    repeats: whether an upstream that failed is called again by itself, and whether an estimate may
-    refuse the call before its deadline; where not, a queue does that. most_tries: of all upstreams
-    together. waits_out: whether a pause that outlasts the deadline is waited for, since it may be
-    ended. preempted: how often the call has given way to one of a higher band; None where it never
-    does. upstream: the only one that it may be made at, where it is bound to one.
+    received: on the monotonic clock; wait_ms: from then until admission, None without a deadline.
+    has_own_deadline: the caller set it; it then decides the order among its tenant's calls. left:
+    whether the client has disconnected or cancelled. subject: the end user the call is about.
+    repeats: whether a failed call is retried in here, and whether an estimated wait may reject it
+    before its deadline; if not, a queue does both. most_tries: over all upstreams. waits_out: wait
+    for a pause that outlasts the deadline, since the pause may be ended early. preempted: how often
+    the call has been preempted; None if it must not be. upstream: the only one it may go to, if it
+    is bound to one.
     """
 
     request_id: UUID
@@ -260,7 +260,7 @@ class Terms:
     upstream: str | None = None
 
     def left_ms(self) -> float:
-        """Until its deadline for admission; negative when it has passed, infinite without one."""
+        """Return the time until the admission deadline: negative after it, infinite without one."""
         if self.wait_ms is None:
             return inf
         return round(self.wait_ms - (time.monotonic() - self.received) * 1000)
@@ -268,7 +268,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Lane:
-    """What this process has of one upstream. hard_ms: when a call of it has hung."""
+    """An upstream's gate, limiter and demands in this process. hard_ms: when a call has hung."""
 
     gate: Gate
     limiter: Limiter
@@ -278,38 +278,38 @@ class Lane:
 
 
 class CallExchange(Protocol):
-    """How a call is made at an upstream; the spine says at which, when, and how often."""
+    """A call's exchange with an upstream; the spine decides where, when and how often."""
 
     terms: Terms
-    bills: bool  # whether it costs something, and budgets may bind it
+    bills: bool  # whether the call costs money, so that budgets apply to it
 
-    ended_alone: bool  # its answer came to its end when its client had left
+    ended_alone: bool  # whether the answer was completed after the client had left
 
     @property
     def started(self) -> bool:
-        """Whether something of an answer has gone to the client: no other try may follow."""
+        """Whether a part of the answer was sent to the client: then there is no retry."""
 
     @property
     def is_heard(self) -> bool:
-        """Whether something of an answer may have come from the upstream, in the present try."""
+        """Whether a part of the answer may have arrived from the upstream in this attempt."""
 
     def serving(self, targets: Targets, model: str) -> list[Target]:
-        """Where it can be made of another model. Raises NotFound and InvalidRequest."""
+        """Return the targets for another model. Raises NotFound and InvalidRequest."""
 
     def elsewhere(self, targets: Targets) -> list[Target]:
-        """Where it can be made as the upstreams are by now; nowhere where it is bound to those that
-        it has. Raises NotFound and InvalidRequest."""
+        """Return the targets among today's upstreams; none for a call that is bound to those it
+        has. Raises NotFound and InvalidRequest."""
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
-        """What the call takes of which limits there."""
+        """Return which limits the call takes at a target, and how much of each."""
 
     def cost(self, target: Target, lane: Lane, demand: CallDemand) -> CallCost:
-        """What it may cost there, at most and about."""
+        """Return the call's expected and its greatest possible cost at a target."""
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
-        """Make the call and pass its answer on. `is_try`: it tries whether the upstream is back.
+        """Make the call and relay its answer. `is_try`: the call is the upstream's probe.
 
-        Raises CallFailed, and what the client's side raises. Cancellation closes the upstream call.
+        Raises CallFailed, and errors of the client's side. Cancellation closes the upstream call.
         """
 
     def settle(
@@ -321,15 +321,15 @@ class CallExchange(Protocol):
         whole: bool,
         failed: CallFailed | None,
     ) -> int | None:
-        """Read what the answer says of itself into the record, and set its charge; return the
-        pictures that it counts for, None where that is not known. `whole`: it came to its end."""
+        """Read the answer's usage and facts into the record, and set its charge. Return the number
+        of images to count, None if that is unknown. `whole`: the answer was completed."""
 
     def suspect(self) -> Suspect:
-        """Who may have provoked a fault of the upstream."""
+        """Return the request that may itself have caused a fault of the upstream."""
 
 
 class Spine:
-    """The calls of one process, over the limiters of all pools."""
+    """Makes the calls of one process, over the limiters of all pools."""
 
     def __init__(
         self,
@@ -359,7 +359,7 @@ class Spine:
                 self.timeouts[upstream.name] = timeouts_of(config, upstream)
 
     def install(self, upstream: Upstream, limiter: Limiter) -> None:
-        """Have an upstream, or have it as it is now; what was learned of it stays."""
+        """Add an upstream, or replace it by its new version; what was learned of it is kept."""
         name = upstream.name
         before = self._lanes.get(name)
         if before is not None and before.limiter is not limiter:
@@ -383,12 +383,12 @@ class Spine:
         gate.drain(name in self.targets.drained)
 
     def withdraw(self, name: str) -> None:
-        """Have an upstream no more, but for calls that have begun."""
+        """Remove an upstream for new calls; calls that have begun keep it."""
         if (gate := self.health.pop(name, None)) is not None:
             gate.drain(True)
 
     def forget(self, name: str) -> None:
-        """No call of a withdrawn upstream holds a permit or waits for one any more."""
+        """Drop a withdrawn upstream for which no call holds a permit or waits any more."""
         if name not in self.health:
             self._lanes.pop(name, None)
             self.timeouts.pop(name, None)
@@ -401,32 +401,32 @@ class Spine:
         on_admitted: OnAdmitted | None = None,
         home: Home | None = None,
     ) -> Coroutine[Any, Any, None]:
-        """Make the call at one of the targets, the first that has room, and fill `record`.
+        """Make the call at the first of the targets that admits it, and fill `record`.
 
-        home: of its conversation, if it has one. `on_admitted` is called before each try, under its
-        permit; what it raises ends the call, and nothing was sent. Raises CallFailed for what the
-        last upstream said, AdmissionError, BudgetExceeded, CallPreempted, LeaseLost and
+        home: of its conversation, if any. `on_admitted` is called before each attempt, under its
+        permit; if it raises, the call ends and nothing was sent. Raises CallFailed with the last
+        upstream's error, AdmissionError, BudgetExceeded, CallPreempted, LeaseLost and
         StoreUnavailable. Cancellation leaves neither a waiter nor an open upstream call.
         """
         self.retries.earn()
         return _Run(self, exchange, record, on_admitted, home).until_answered(targets)
 
     def lane(self, target: Target) -> Lane:
-        """Raises UpstreamDrained for an upstream that is forgotten."""
+        """Return the lane of a target's upstream. Raises UpstreamDrained if that was removed."""
         if (lane := self._lanes.get(target.upstream.name)) is None:
             raise UpstreamDrained("the upstream of the call was removed while it waited")
         return lane
 
     def first_of(self, dialect: Dialect) -> Target:
-        """For what concerns no model. Raises NotFound where no upstream speaks the dialect."""
+        """Return the dialect's first upstream, for a call without a model. Raises NotFound."""
         speaking = self.targets.in_service(dialect)
         if not speaking:
             raise NotFound(f"no upstream speaks the {dialect} dialect")
         return Target(speaking[0], "")
 
     def check_bounded(self, exchange: CallExchange, targets: Sequence[Target]) -> None:
-        """Raises BudgetUnbounded for a call that a budget would refuse at each of its targets: its
-        most possible cost is not known there."""
+        """Raises BudgetUnbounded for a call whose greatest possible cost is unknown at each of its
+        targets, so that a budget would reject it at all of them."""
         terms, budgets, error = exchange.terms, self.budgets, None
         for target in targets:
             bound = budgets.binding(terms.caller, target.model, terms.subject, terms.conversation)
@@ -442,8 +442,8 @@ class Spine:
             raise error
 
     def usable(self, targets: list[Target]) -> list[Target]:
-        """Those that may be called now; where all are out, all, the first to be back first. One
-        that is forgotten only where there is no other."""
+        """Return the targets that are not out; if all are out, all of them, the first to be back
+        first. A removed upstream is returned only if there is no other."""
         targets = [one for one in targets if one.upstream.name in self._lanes] or targets[:1]
         if len(targets) == 1:
             return targets
@@ -451,12 +451,12 @@ class Spine:
         return found or sorted(targets, key=lambda one: self.lane(one).gate.ready_in_ms())
 
     def policy(self, target: Target) -> PoolPolicy | None:
-        """What is in force at an upstream; None for one that is forgotten."""
+        """Return the limits in force at an upstream; None for one that was removed."""
         lane = self._lanes.get(target.upstream.name)
         return None if lane is None else lane.limiter.policy
 
     def estimates(self) -> tuple[Learned, ...]:
-        """How good this process's estimates of tokens are, at the account of GEMINI_API_KEY."""
+        """Return the errors of this process's token estimates, at the account of GEMINI_API_KEY."""
         lane = self._lanes.get(DEFAULT_POOL)
         return () if lane is None else lane.demands.estimator.error()
 
@@ -465,7 +465,7 @@ _Never = dict[int, DemandImpossible | DeadlineExceeded | QueueFull]
 
 
 class _Run:
-    """One call, until it is answered."""
+    """One call: its attempts, until it is answered or has failed."""
 
     def __init__(
         self,
@@ -483,7 +483,7 @@ class _Run:
         self._on_admitted = on_admitted
         self._budgets = spine.budgets if exchange.bills and spine.budgets.any else None
         self._trying: Target | None = None
-        self._is_answered = False  # the whole answer has come, and gone to its client
+        self._is_answered = False  # the answer is complete and was sent to the client
         self._refusals: dict[tuple[str, str] | None, QuotaExceeded] = {}
 
     async def until_answered(self, targets: list[Target]) -> None:
@@ -500,12 +500,12 @@ class _Run:
                 return
             except LeaseLost:
                 if self._is_answered:
-                    return  # nothing is done under the permit any more: the call has succeeded
+                    return  # the call has succeeded; the permit is not needed any more
                 if self._record.attempts > tries or not terms.repeats:
                     raise
-                self._record.begin_again()  # its permit was lost before it was made
+                self._record.begin_again()  # its permit was lost before the call was made
             except DemandImpossible:
-                # A limit was taken away while it waited: it requests what binds it now.
+                # A limit was removed while the call waited: it requests those now in force.
                 now = map(spine.policy, left)
                 if all(one is other for one, other in zip(policies, now, strict=True)):
                     raise
@@ -514,7 +514,7 @@ class _Run:
                 if not left:
                     raise
             except BudgetReserved as reserved:
-                if terms.left_ms() <= 0 or not terms.repeats:  # a queue repeats it
+                if terms.left_ms() <= 0 or not terms.repeats:  # a queue retries it
                     raise
                 self._record.wait_for_budget(str(reserved.limit), began)
                 room_ms = min(terms.left_ms(), _ROOM_WITHIN_MS)
@@ -546,7 +546,7 @@ class _Run:
                 self._record.begin_again()
 
     def _elsewhere(self) -> list[Target]:
-        """Where a call goes whose upstream was drained while it waited, or that waits for long."""
+        """Return new targets for a call whose upstream was drained, or that waits for a budget."""
         found: list[Target] = []
         with suppress(NotFound, InvalidRequest):
             if self._terms.upstream is None:
@@ -557,8 +557,8 @@ class _Run:
         return [one for one in left if not self._spine.lane(one).gate.drained]
 
     def _affordable(self, targets: list[Target]) -> list[Target]:
-        """Those that no budget has refused, or is known to refuse: an upstream may be cheaper than
-        the ones before it."""
+        """Return the targets that no budget has refused or is known to refuse: a later upstream may
+        be cheaper than an earlier one."""
         assert self._budgets is not None
         found = []
         for target in targets:
@@ -566,15 +566,15 @@ class _Run:
                 continue
             lane = self._spine.lane(target)
             cost = self._exchange.cost(target, lane, self._exchange.demand(target, lane))
-            with suppress(BudgetUnbounded):  # it says so where it is tried
+            with suppress(BudgetUnbounded):  # the attempt there raises it
                 if self._budgets.refusal(self._binding(target), cost) is not None:
                     continue
             found.append(target)
         return found
 
     def _instead(self, spent: QuotaExceeded) -> list[Target]:
-        """Where the cheaper model of a spent budget is called; none where there is no such model,
-        the caller may not ask for it, or it has been refused itself."""
+        """Return the targets of a spent budget's cheaper model. Empty if there is no such model,
+        the caller may not request it, or a budget has refused it too."""
         refusals = [spent, *self._refusals.values()]
         models = (one.fallback for one in refusals if isinstance(one, BudgetExceeded))
         for model in filter(None, models):
@@ -587,7 +587,7 @@ class _Run:
         return []
 
     def _binding(self, target: Target) -> tuple[Binding, ...]:
-        """The budgets that bind the call there, nearly always none."""
+        """Return the budgets that apply to the call at a target, usually none."""
         assert self._budgets is not None
         terms = self._terms
         return self._budgets.binding(terms.caller, target.model, terms.subject, terms.conversation)
@@ -596,14 +596,14 @@ class _Run:
         if self._exchange.started or self._terms.left_ms() <= 0:
             return False
         if failed.error.is_busy and failed.paused_ms:
-            return True  # until its deadline: the pauses spare the server
+            return True  # retry until the deadline: the pauses protect the server
         again = failed.error.retryable or isinstance(failed.error, UpstreamUnauthorized)
         again = again and self._record.attempts < self._terms.most_tries
         return again and self._spine.retries.spend()
 
     async def _pause(self, failed: CallFailed) -> bool:
-        """Before the same upstream is called again; False where the deadline would come first.
-        Where it has paused a limit, the call waits in the limit's queue."""
+        """Back off before a retry at the same upstream; False if the deadline would come first. If
+        the upstream's 429 paused a limit, the call waits in that limit's queue instead."""
         left_ms = self._terms.left_ms()
         if failed.paused_ms:
             return failed.paused_ms < left_ms
@@ -613,11 +613,11 @@ class _Run:
         if pause_s * 1000 >= left_ms:
             return False
         await asyncio.sleep(pause_s)
-        return self._terms.left_ms() > 0  # it may have slept for longer
+        return self._terms.left_ms() > 0  # the sleep may have taken longer
 
     async def _by_one_of(self, targets: list[Target]) -> None:
-        """By the first that has room immediately; where none has, by the first in order that is not
-        paused for longer than the call may wait. A conversation's own is the first."""
+        """Make the call at the first target with free capacity; else wait at the first in order
+        whose pause ends before the deadline. A conversation's home is the first in order."""
         home = self._home
         if home is not None and home.is_known:
             targets = [targets[place] for place in home.places(targets)]
@@ -659,7 +659,7 @@ class _Run:
                     await self._admitted(permit, target, lane, demand)
                     return
             except NotWorthWaiting:
-                continue  # in another queue, if there is one that is
+                continue  # in another queue, if one is worth waiting in
             except (LimitUsedUp, LimitPaused, QueueFull) as early:
                 if not self._record.waits or self._terms.left_ms() <= 0:
                     raise
@@ -669,12 +669,12 @@ class _Run:
                 raise out or late from None
 
     async def _waited_at_home(self, home: Home) -> bool:
-        """Wait where the conversation's beginning is in the cache, for as long as that is worth;
-        False where the call was not admitted there meanwhile, nor would be by an estimate."""
+        """Wait at the upstream that caches the conversation, for as long as its cache is worth.
+        False if the call was not admitted within that time, or an estimate says it would not be."""
         record, began, target = self._record, datetime.now(UTC), home.target
         lane = self._spine.lane(target)
         demand, self._trying = self._exchange.demand(target, lane), target
-        wait_ms, home.wait_ms = home.wait_ms, 0.0  # once
+        wait_ms, home.wait_ms = home.wait_ms, 0.0  # wait only one time
         if lane.gate.late(demand, wait_ms) is not None:
             return False
         record.waits_for = lane.limiter.pool, demand.limits
@@ -688,7 +688,7 @@ class _Run:
             if not record.waits or self._terms.left_ms() <= 0:
                 raise
         except NotWorthWaiting:
-            pass  # something there was paused meanwhile
+            pass  # a limit there was paused meanwhile
         record.waits_since = record.waits_since or began
         return False
 
@@ -696,8 +696,8 @@ class _Run:
         return [self._exchange.demand(target, self._spine.lane(target)) for target in targets]
 
     def _to_wait_for(self, targets: list[Target], demands: list[CallDemand], never: _Never) -> int:
-        """The place of the first whose queue is worth waiting in. Raises DeadlineExceeded where all
-        have room after the deadline only, DemandImpossible where none could ever admit it."""
+        """Return the index of the first target whose queue is worth waiting in. Raises the error
+        that can be retried first, DemandImpossible if no target could ever admit the call."""
         left_ms = inf if self._terms.waits_out else max(0, self._terms.left_ms())
         late: list[TidegateError] = [x for x in never.values() if x.retry_after_ms]
         for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
@@ -744,8 +744,8 @@ class _Run:
     def _watch(
         self, budgets: Budgets, target: Target, lane: Lane, demand: CallDemand
     ) -> WatchBudgets | None:
-        """What has the call leave its queue once a budget that binds it is spent. Raises what a
-        budget that is known to be spent raises."""
+        """Return a watcher that takes the call out of its queue once a budget of the call is spent.
+        Raises the budget's error if it is known to be spent already."""
         bindings = self._binding(target)
         if not bindings:
             return None
@@ -757,7 +757,7 @@ class _Run:
     def _admitted(
         self, permit: Permit | None, target: Target, lane: Lane, demand: CallDemand
     ) -> Coroutine[Any, Any, None]:
-        """The call under its permit, and under the budgets that bind it, if any."""
+        """Return the call, made under its permit and under its budgets, if it has any."""
         if self._budgets is not None and (bindings := self._binding(target)):
             return self._under_budgets(self._budgets, bindings, permit, target, lane, demand)
         return self._under(permit, target, lane, demand)
@@ -772,7 +772,7 @@ class _Run:
         demand: CallDemand,
     ) -> None:
         if permit is not None:
-            permit.settle_unused()  # if a budget refuses it
+            permit.settle_unused()  # in case a budget refuses the call
         cost = self._exchange.cost(target, lane, demand)
         hold = await budgets.reserve(bindings, self._terms.request_id, cost)
         try:
@@ -784,14 +784,14 @@ class _Run:
     async def _under(
         self, permit: Permit | None, target: Target, lane: Lane, demand: CallDemand
     ) -> None:
-        """The call itself, under its permit."""
+        """Make the call under its permit, then settle, learn from and record its usage."""
         record, trail = self._record, self._terms.trail
         self._note_admission(permit, target, lane)
         is_try = lane.gate.is_try(demand)
         if self._on_admitted is not None:
             await self._on_admitted(permit)
         if permit is not None:
-            await permit.confirm()  # last: a slow `on_admitted` must not make the call a late one
+            await permit.confirm()  # last: `on_admitted` may be slow, and the permit lost
         record.attempts += 1
         if record.source in ("relay", "stream"):  # the rest is in PostgreSQL before it is called
             self._spine.journal.enter(record)
@@ -843,8 +843,8 @@ class _Run:
     def _giving_way(
         self, rule: Preempt | None, permit: Permit | None, lane: Lane, is_try: bool
     ) -> AbstractContextManager[object]:
-        """What has the call give way, where its upstream is set so and its terms allow it; the try
-        of an upstream that was out gives way to another try alone."""
+        """Return a context in which the call can be preempted, if its upstream and its terms allow
+        it. A probe gives way only to another probe."""
         times = self._terms.preempted
         if is_try:
             return lane.gate.trying()
@@ -869,12 +869,12 @@ class _Run:
             else:
                 record.queue_ms = 0.0 if permit is None else permit.waited_ms
         if permit is not None:
-            permit.settle_unused()  # until there has been a call
+            permit.settle_unused()  # until a call was made
 
     async def _note_failure(
         self, failed: CallFailed, lane: Lane, demand: CallDemand, is_try: bool
     ) -> None:
-        """Pause what a 429 speaks of, and count what is the upstream's fault."""
+        """Pause the limit that a 429 concerns, and count the failure in the upstream's health."""
         record, error, model = self._record, failed.error, failed.target.model
         record.failed = error
         if isinstance(error, UpstreamThrottled):
@@ -890,7 +890,7 @@ def _place(target: Target | None) -> tuple[str, str] | None:
 
 
 def timeouts_of(config: Config, upstream: Upstream) -> Timeouts:
-    """How long an upstream may take: as it is set for itself, else as for all."""
+    """Return an upstream's timeouts: its own where set, else those of the settings."""
     return Timeouts(
         connect_ms=upstream.timeouts.get(CONNECT_TIMEOUT, config.connect_timeout_ms),
         first_byte_ms=upstream.timeouts.get("first_byte_timeout_ms", config.first_byte_timeout_ms),

@@ -3,14 +3,13 @@
     proposed ──► prepared: made, pool entered, credentials read ──► in force: swapped ──► old closed
                      └── a problem, reported to the proposer
 
-Every process follows the revisions on record: by a notification, and every two seconds without
-one. A change is proposed by the process that an operator asked, and put in force once every
-process that lives has prepared it. A drain or a removal needs no preparation, so that no process
-can hold it up.
+Every process follows the revisions on record, by notifications and by polling every two seconds.
+The process that received an operator's change proposes it, and puts it in force once every live
+process has prepared it. A drain or a removal needs no preparation, so that no process can delay it.
 
-Invariants: a call keeps the upstream that it began with; the swap is one step, without a wait;
-what a process can't make it does not call, and reports; what is removed is closed after its last
-call.
+Invariants: a call keeps the upstream that it began with; the swap is one step without a wait; a
+process reports an upstream that it cannot set up, and does not call it; a removed upstream is
+closed after its last call.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ PREPARED_WITHIN_S = 20.0
 KNOWN_WITHIN_S = 5.0
 TEST_MS = 10_000
 _LOOK_EVERY_S = 0.03
-_CLOSE_AFTER_S = 60.0  # longer than a call takes from the choice of its upstream to its permit
+_CLOSE_AFTER_S = 60.0  # longer than from the choice of an upstream to its permit
 _START_WITHIN_S = 2.0
 _DAYS_WITHIN_S, _DAYS_EVERY_S = 10.0, 2.0
 
@@ -77,8 +76,8 @@ Share = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class Pools:
-    """Limiters of this process and the keepers of their policies, by pool. `limiters` and `keepers`
-    are always those in use; who is given one sees it change."""
+    """This process's limiters and the keepers of their policies, by pool. `limiters` and `keepers`
+    hold those in use, and change in place."""
 
     def __init__(
         self,
@@ -98,7 +97,7 @@ class Pools:
         self._open: dict[str, tuple[PolicyKeeper, AsyncExitStack]] = {}
 
     async def enter(self, pool: str, policy: PoolPolicy, provider: str | None) -> Limiter:
-        """Enter a pool, or come back to it, with its policy at work. Raises ConfigError."""
+        """Enter a pool, or return to it, with its policy in force. Raises ConfigError."""
         known = self._open.get(pool)
         if known is not None:
             known[0].wanted, known[0].provider = policy, provider or ""
@@ -121,8 +120,8 @@ class Pools:
         return known[0].limiter
 
     async def _count_days(self, keeper: PolicyKeeper, stack: AsyncExitStack) -> None:
-        """From the record, before a call is admitted, as the pauses of people; later where a server
-        is unavailable, or the record of the day is so long that the start would take too long."""
+        """Restore paused limits and charge day quotas from the record before a call is admitted. If
+        a server is unavailable, or the day's record takes too long to read, that follows later."""
         days = RecordedDays(keeper.limiter, self._connections)
         with suppress(LimiterUnavailable, StoreUnavailable, TimeoutError):
             async with asyncio.timeout(_DAYS_WITHIN_S):
@@ -131,17 +130,17 @@ class Pools:
         stack.callback(asyncio.create_task(days.run()).cancel)
 
     def leave(self, pool: str) -> None:
-        """Show a pool no more; calls that have begun keep its limiter."""
+        """Remove a pool from those in use; calls that have begun keep its limiter."""
         self.keepers.pop(pool, None)
         self.limiters.pop(pool, None)
 
     def is_idle(self, pool: str) -> bool:
-        """Whether no call of this process holds a permit of it, or waits for one."""
+        """Whether no call of this process holds a permit of the pool or waits for one."""
         known = self._open.get(pool)
         return known is None or not (known[0].limiter.permits_held or known[0].limiter.waiters)
 
     async def close(self, pool: str) -> None:
-        """Close one that was left."""
+        """Close a pool that `leave` has removed."""
         if pool not in self.limiters and (known := self._open.pop(pool, None)) is not None:
             await known[1].aclose()
 
@@ -152,11 +151,11 @@ class Pools:
 
 
 class RecordedDays:
-    """Day quotas of one pool, counted from the record after Valkey has lost its data while no
-    process ran: those that run report again what they have seen used. One per process.
+    """Charges the day quotas of one pool from the record, after Valkey lost its data while no
+    process ran. Running processes report their own usage again. One per process.
 
-    What calls of the day used, as the record has it, is charged before this process admits any;
-    what is counted already is a part of it, however often it is charged. clock: seconds since 1970.
+    The recorded usage of the day is charged before this process admits a call. It includes what is
+    already counted, so repeated charges do not add up. clock: seconds since 1970.
     """
 
     def __init__(
@@ -165,25 +164,25 @@ class RecordedDays:
         self._limiter = limiter
         self._connections = connections
         self._clock = clock
-        self._epoch = 0  # that was looked at
+        self._epoch = 0  # the epoch that was charged
         self._is_start = True
 
     async def run(self) -> None:
-        """Count what is due, for ever: in each new epoch, and where a server was unavailable."""
+        """Charge in each new epoch, and again after a server was unavailable, until cancelled."""
         while True:
             try:
                 await self.count()
             except (LimiterUnavailable, StoreUnavailable) as away:
                 log.debug(Log.STORE_AWAY, detail=away.message)
-            except Exception:  # the top of a task: logged, and it goes on
+            except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR, component="day_quotas")
             await asyncio.sleep(_DAYS_EVERY_S)
 
     async def count(self) -> None:
-        """Charge the day quotas in force with what is on record of their day, in an epoch that was
-        not looked at; at the start only those of which nothing is counted. Does nothing while
-        Valkey is away. Raises LimiterUnavailable or StoreUnavailable, after which it is due again.
-        Where it is cancelled some may be charged."""
+        """Charge the day quotas in force with the recorded usage of their day, in an epoch that was
+        not charged yet; at the start only quotas with nothing counted. Does nothing while Valkey is
+        unavailable. Raises LimiterUnavailable or StoreUnavailable; it is then due again.
+        Cancellation may leave some quotas charged."""
         limiter, epoch = self._limiter, self._limiter.epoch
         is_start, self._is_start = self._is_start, False
         if epoch == self._epoch or limiter.state == "away":
@@ -220,7 +219,7 @@ def _quotas_of(limiter: Limiter) -> dict[str, Quota]:
 
 
 def _midnight(zone: str, now: float) -> datetime:
-    """When the day began in a time zone."""
+    """Return when the current day began in a time zone."""
     day = datetime.fromtimestamp(now, ZoneInfo(zone)).date()
     return datetime(day.year, day.month, day.day, tzinfo=ZoneInfo(zone)).astimezone(UTC)
 
@@ -228,7 +227,7 @@ def _midnight(zone: str, now: float) -> datetime:
 def _amounts(
     reach: Reach, quotas: Mapping[str, Quota], uses: Iterable[RecordedUse]
 ) -> dict[str, int]:
-    """What is on record of each quota."""
+    """Return the recorded usage of each quota, in the quota's unit."""
     found: defaultdict[str, int] = defaultdict(int)
     for use in uses:
         tags = use.key_id, use.subject, use.conversation
@@ -251,7 +250,7 @@ def _amount(quota: Quota, use: RecordedUse) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """What a process has of one upstream beside its pool."""
+    """An upstream with its open clients, in this process."""
 
     upstream: Upstream
     processor: GeminiProcessor | None
@@ -260,7 +259,7 @@ class _Opened:
 
 @dataclass(slots=True)
 class _Prepared:
-    """A revision that could be put in force. opened: what is new in it."""
+    """A revision that is ready to be put in force. opened: its new or changed upstreams."""
 
     number: int
     deployment: Deployment
@@ -269,7 +268,7 @@ class _Prepared:
 
 @dataclass(slots=True)
 class _Left:
-    """What no new call uses. is_removed: its pool too."""
+    """An upstream's clients that no new call uses. is_removed: its pool is closed too."""
 
     opened: _Opened
     since: float
@@ -278,7 +277,7 @@ class _Left:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamChange:
-    """What a change has done. unreached: processes that do not have it in force yet."""
+    """Result of a change. unreached: processes where it is not in force yet."""
 
     revision: int
     changes: list[str]
@@ -290,7 +289,8 @@ class UpstreamChange:
 
 
 async def revision_to_start_with(record: UpstreamRevisions) -> UpstreamRevision:
-    """The one in force; number -1 while PostgreSQL does not tell, and the file alone counts."""
+    """Return the revision in force; number -1, with the file alone, while PostgreSQL is
+    unavailable."""
     try:
         async with asyncio.timeout(_START_WITHIN_S):
             return await record.newest()
@@ -316,12 +316,12 @@ class LiveUpstreams:
         signers: Signers,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """deployment: as of the revision `start`. process: its id and its role."""
+        """deployment: at the revision `start`. process: this process's id and role."""
         self.stated = stated
         self.deployment = deployment
         self.record = record
         self.revision = start.revision
-        self.is_known = asyncio.Event()  # what was changed before this process started
+        self.is_known = asyncio.Event()  # set once changes from before this start are known
         if start.revision >= 0:
             self.is_known.set()
         self._config = config
@@ -329,7 +329,7 @@ class LiveUpstreams:
         self.pools = pools
         self.relay = relay
         self.loads = ServerLoads(relay.wire, lambda: self.deployment.upstreams)
-        # Of prompts, by upstream; kept up to date.
+        # For prompts, by upstream; changed in place.
         self.processors: dict[str, GeminiProcessor] = {}
         self._spine = relay.spine
         self._signers = signers
@@ -341,11 +341,11 @@ class LiveUpstreams:
         self._left: list[_Left] = []
         self._woken = asyncio.Event()
 
-    # -- what this process has
+    # -- state of this process
 
     async def open(self, share: Share) -> None:
-        """Open what the deployment has, whose pools and lanes are there. share: puts notes of this
-        process into the default pool."""
+        """Open the upstreams of the deployment, whose pools and lanes exist. share: writes this
+        process's notes into the default pool."""
         self._share = share
         for upstream in self.deployment.upstreams:
             self._enter(upstream, await self._open(upstream))
@@ -365,7 +365,7 @@ class LiveUpstreams:
         return _Opened(upstream, processor, timeouts)
 
     def _enter(self, upstream: Upstream, opened: _Opened) -> None:
-        """Have calls use it from now on."""
+        """Have new calls use an upstream's clients."""
         name = upstream.name
         self._opened[name] = opened
         if opened.processor is None:
@@ -382,7 +382,7 @@ class LiveUpstreams:
             self._learners[name] = asyncio.create_task(learning.run())
 
     async def aclose(self) -> None:
-        """Close all; note on record that this process has ended."""
+        """Close all clients, and record that this process has ended."""
         with suppress(StoreUnavailable):
             await self.record.leave(self._process.instance_id)
         for learner in self._learners.values():
@@ -394,25 +394,25 @@ class LiveUpstreams:
             await _close(one)
 
     def wake(self) -> None:
-        """Look at the record soon."""
+        """Have the record read soon."""
         self._woken.set()
 
     async def run(self) -> None:
-        """Follow the record, for ever."""
+        """Follow the record until cancelled."""
         while True:
             self._woken.clear()
             try:
                 await self.look()
             except StoreUnavailable as away:
                 log.debug(Log.STORE_AWAY, detail=away.message)
-            except Exception:  # the top of a task: logged, and it goes on
+            except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR, component="upstreams")
             with suppress(TimeoutError):
                 async with asyncio.timeout(next_beat_s(SEEN_EVERY_MS / 1000)):
                     await self._woken.wait()
 
     async def look(self) -> None:
-        """Take up what is in force, prepare what is proposed, close what is left. Raises
+        """Apply the revision in force, prepare a proposed one, close unused clients. Raises
         StoreUnavailable."""
         seen = await self.record.see(self._state())
         if seen.in_force != self.revision:
@@ -447,7 +447,7 @@ class LiveUpstreams:
             self._prepared = await self._made(number, changes_of(revision.upstreams))
 
     async def _made(self, number: int, live: LiveChanges) -> _Prepared:
-        """All that a revision needs, opened; what can't be is missing."""
+        """Open all that a revision needs; an upstream that fails is listed as missing."""
         deployment = self.stated.deployment(live, self.deployment)
         missing, policies = dict(deployment.missing), deployment.policies
         found = _Prepared(number, deployment)
@@ -470,7 +470,7 @@ class LiveUpstreams:
         return upstream.name in self._opened and self.deployment.upstream(upstream.name) is upstream
 
     async def _discard(self) -> None:
-        """What was prepared is not to be in force."""
+        """Close what was prepared for a revision that will not be in force."""
         prepared, self._prepared = self._prepared, None
         if prepared is None:
             return
@@ -478,19 +478,19 @@ class LiveUpstreams:
             if self.deployment.upstream(name) is None:
                 self.pools.leave(name)
                 ending = {one.opened.upstream.name for one in self._left if one.is_removed}
-                if name not in ending:  # else it is closed after the last of its calls
+                if name not in ending:  # else closed after the last of its calls
                     await self.pools.close(name)
             await _close(opened)
         self._keep_credentials()
 
     def _keep_credentials(self) -> None:
-        """Renew those of what is in force, prepared, or left with calls that go on."""
+        """Renew the credentials of upstreams in force, prepared, or still used by calls."""
         prepared = () if self._prepared is None else self._prepared.deployment.upstreams
         left = (one.opened.upstream for one in self._left)
         self._signers.keep((*self.deployment.upstreams, *prepared, *left))
 
     async def _take_up(self, number: int) -> None:
-        """Put a revision in force here."""
+        """Put a revision in force in this process."""
         revision = await self.record.get(number) if number else UpstreamRevision(0, {})
         if revision is None:
             return
@@ -511,7 +511,7 @@ class LiveUpstreams:
         self._tell_problems()
 
     def _swap(self, prepared: _Prepared) -> None:
-        """Without a wait: no call sees half of it."""
+        """Swap without awaiting, so that no call sees half of the change."""
         before, now = self.deployment, prepared.deployment
         self._spine.targets.replace(now)
         self.deployment, self.revision = now, prepared.number
@@ -538,7 +538,7 @@ class LiveUpstreams:
             self._left.append(_Left(opened, self._clock(), is_removed=True))
 
     async def _close_left(self) -> None:
-        """Close what no call can use any more."""
+        """Close the clients that no call can use any more."""
         due = [one for one in self._left if self._clock() - one.since >= _CLOSE_AFTER_S]
         for one in due:
             name, processor = one.opened.upstream.name, one.opened.processor
@@ -575,10 +575,10 @@ class LiveUpstreams:
         is_dry_run: bool = False,
         needs_preparation: bool = True,
     ) -> UpstreamChange:
-        """Put what `edit` makes of the live changes in force, in all processes.
+        """Put the result of `edit` in force in all processes.
 
-        expected: the revision that must be in force. Raises ConfigError for what can't be,
-        UpstreamsChanged, UpstreamUnfit where a process can't follow, and StoreUnavailable.
+        expected: the revision that must be in force. Raises ConfigError for an invalid change,
+        UpstreamsChanged, UpstreamUnfit if a process cannot apply it, and StoreUnavailable.
         """
         began = time.perf_counter()
         base = self.stated.tables()
@@ -623,7 +623,7 @@ class LiveUpstreams:
         )
 
     def _check(self, new: LiveChanges, live: LiveChanges) -> None:
-        """Raises ConfigError for what this process itself could not make."""
+        """Raises ConfigError for a change that this process itself cannot apply."""
         deployment = self.stated.deployment(new, self.deployment)
         for name, wrong in deployment.missing.items():
             if new.of(name) != live.of(name):
@@ -632,8 +632,8 @@ class LiveUpstreams:
         check_adopted(deployment.upstreams)
 
     async def _have_prepared(self, number: int) -> None:
-        """Return once every process that lives has prepared it. Raises UpstreamUnfit where one
-        can't, or does not say so in time."""
+        """Return once every live process has prepared the revision. Raises UpstreamUnfit if one
+        cannot, or does not report in time."""
         before = self.deployment.missing
         late = await self._wait_for(
             lambda one: max(one.prepared, one.revision) >= number, PREPARED_WITHIN_S
@@ -653,7 +653,7 @@ class LiveUpstreams:
             raise UpstreamUnfit(said)
 
     async def _have_known(self, number: int) -> tuple[int, list[str]]:
-        """How many processes there are, and those that do not have it in force after a while."""
+        """Return the number of processes, and those where the revision is not in force in time."""
         late = await self._wait_for(lambda one: one.revision >= number, KNOWN_WITHIN_S)
         return len(await self.record.processes()), late
 
@@ -673,8 +673,8 @@ class LiveUpstreams:
     async def roll_back(
         self, number: int, *, by: str, reason: str, expected: int | None, is_dry_run: bool
     ) -> UpstreamChange:
-        """Put the changes of an earlier revision in force, 0 for none. Raises NotFound for one that
-        was never in force, and as `change`."""
+        """Put the changes of an earlier revision in force, 0 for none. Raises NotFound for a
+        revision that was never in force, and what `change` raises."""
         then = UpstreamRevision(0, {}) if number == 0 else await self.record.get(number)
         if then is None or (number and then.in_force_at is None):
             raise NotFound(f"revision {number} was not in force, or is forgotten", field="revision")
@@ -687,10 +687,10 @@ class LiveUpstreams:
             is_dry_run=is_dry_run,
         )
 
-    # -- a test of one
+    # -- tests of an upstream
 
     def candidate(self, edit: LiveEdit, name: str) -> Upstream:
-        """An upstream as `edit` would make it. Raises ConfigError."""
+        """Return the upstream that `edit` would make. Raises ConfigError."""
         live = edit(self.deployment.live, self.stated.tables())
         deployment = self.stated.deployment(live, self.deployment)
         if (wrong := deployment.missing.get(name)) is not None:
@@ -701,8 +701,8 @@ class LiveUpstreams:
         return found
 
     async def test(self, upstream: Upstream) -> list[UpstreamTest]:
-        """Request its models from here, in each of its dialects, with its credentials and by its
-        network. Never raises for what the provider does."""
+        """List an upstream's models from this process, in each dialect, with its credentials and
+        over its network. Never raises an error of the provider."""
         connect_ms = min(TEST_MS, timeouts_of(self._config, upstream).connect_ms)
         timeouts = Timeouts(connect_ms, TEST_MS, TEST_MS, TEST_MS)
         upstream = replace(upstream, timeouts={CONNECT_TIMEOUT: connect_ms})
@@ -711,7 +711,7 @@ class LiveUpstreams:
 
 
 def check_tested(tests: Sequence[UpstreamTest]) -> None:
-    """Raises UpstreamUnfit where one failed."""
+    """Raises UpstreamUnfit if a test failed."""
     failed = [f"{one.dialect} at {one.url}: {one.problem}" for one in tests if one.problem]
     if failed:
         raise UpstreamUnfit("the test failed: " + "; ".join(failed))
@@ -728,8 +728,8 @@ async def _close(opened: _Opened) -> None:
 
 @asynccontextmanager
 async def following(upstreams: LiveUpstreams, notifications: Notifications) -> AsyncIterator[None]:
-    """The upstreams at work: inside of the block they follow the record, and conversations follow
-    their moves in other processes."""
+    """Context in which the upstreams follow the record, and conversations follow their moves in
+    other processes."""
     wakers, affinity = notifications.on_upstreams, upstreams.relay.spine.affinity
     wakers.append(upstreams.wake)
     affinity.on_move = notifications.moved
