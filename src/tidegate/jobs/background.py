@@ -1,12 +1,12 @@
 """Background work at providers: responses, interactions, videos, batches; polled to its end.
 
-    taken by the provider ──► looked at, again and again ──► ended: on record, charged, not counted
+    accepted by the provider ──► polled repeatedly ──► ended: on record, charged, not counted
 
-Each look is claimed and can be repeated by another worker. A call that takes longer than its
-upstream's `total_timeout_ms` is cancelled at the provider, and looked at until it has ended there.
+Each poll is claimed and can be repeated by another worker. A call that takes longer than its
+upstream's `total_timeout_ms` is cancelled at the provider, and polled until it has ended there.
 
-Invariants: a call counts in the limiter until the provider has said that it has ended, or does not
-know it any more; it is put on record and charged once, by what the provider reports.
+Invariants: a call counts in the limiter until the provider reports its end or does not know it any
+more; it is recorded and charged once, by what the provider reports.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ from tidegate.upstream.transport import Exchange
 _LOOK_EVERY_S = 0.5
 _AT_ONCE = 16
 _LONGEST_WAIT_MS = 30_000.0
-_SHARE_OF_AGE = 0.1  # of how long it has taken, between two looks
+_SHARE_OF_AGE = 0.1  # of the call's age: the time between two polls
 _TROUBLE_WAIT_MS = 10_000.0
 _GONE_AFTER_MS = 60_000.0
-LOST_AFTER_S = 60.0  # for so long a provider says that it does not know a call
+LOST_AFTER_S = 60.0  # for how long a provider must not know a call
 _MOST_MISSED = 10_000
 _END_TRIES = 40
-_MOST_ANSWER_BYTES = 64_000_000  # of one that is parsed; a batch may hold all of its answers
+_MOST_ANSWER_BYTES = 64_000_000  # of a parsed answer; a batch may contain all of its answers
 log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class _Reported:
-    """What a provider said of its work: its object, None where it does not know it. end: how it has
-    ended, None while it goes on. facts: of an object that is too long to be parsed, which is empty
-    here."""
+    """A provider's report on its work: its object, None if the provider does not know the work.
+    end: its final status, None while it continues. facts: of an object that is too long to be
+    parsed, and is empty here."""
 
     body: bytes
     shown: dict[str, Any] | None
@@ -93,7 +93,7 @@ class BackgroundRunner:
         self._missed: dict[UUID, float] = {}  # since when the provider does not know them
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set; a look that has begun has the grace to end."""
+        """Work until `stop` is set; a poll in progress may end within the grace period."""
         loop = asyncio.create_task(self._forever(self._see_to_all))
         try:
             await stop.wait()
@@ -108,7 +108,7 @@ class BackgroundRunner:
             await asyncio.gather(*looks, return_exceptions=True)
             try:
                 await self._calls.leave()
-            except StoreUnavailable as away:  # others wait for the lease
+            except StoreUnavailable as away:  # other processes wait for the lease to expire
                 log.debug(Log.STORE_AWAY, detail=away.message)
 
     async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
@@ -135,17 +135,17 @@ class BackgroundRunner:
         self._in_hand.pop(request_id, None)
 
     async def _guarded(self, call: BackgroundCall) -> None:
-        """The top of a look's task."""
+        """Run one poll."""
         try:
             await self._look(call)
         except ClaimLost:
             return
         except StoreUnavailable as away:  # it is due, and taken again
             log.debug(Log.STORE_AWAY, detail=away.message)
-        except LimiterUnavailable:  # said once, by the limiter itself
+        except LimiterUnavailable:  # which the limiter logs
             with suppress(ClaimLost, StoreUnavailable):
                 await self._calls.put_off(call, _TROUBLE_WAIT_MS)
-        except Exception:  # the top of a task: logged, and the call is looked at again
+        except Exception:  # the top of a task: logged, and the call is polled again
             log.exception(Log.WORKER_LOOP_FAILED, request_id=str(call.id))
             with suppress(ClaimLost, StoreUnavailable):
                 await self._calls.put_off(call, _TROUBLE_WAIT_MS)
@@ -154,7 +154,7 @@ class BackgroundRunner:
         if call.state == "running":
             await self._look_at_running(call)
             return
-        # It has ended, or nobody knows whether it was ever taken: its time is over.
+        # It has ended, or may never have been accepted, and its time has passed.
         await self._no_longer_counted(call)
         await self._calls.forget(call)
 
@@ -196,30 +196,30 @@ class BackgroundRunner:
         await self._calls.put_off(call, self._wait_ms(call))
 
     def _is_lost(self, call: BackgroundCall) -> bool:
-        """Whether the provider has not known it for long enough: what stands before a provider that
-        is out may answer 404 too."""
+        """Whether the provider has not known the call for long enough: a proxy before a provider in
+        an outage may answer 404 too."""
         now = time.monotonic()
         if len(self._missed) >= _MOST_MISSED:
             self._missed.clear()
         return now - self._missed.setdefault(call.id, now) >= LOST_AFTER_S
 
     def _wait_ms(self, call: BackgroundCall) -> float:
-        """The longer it has taken, the longer it probably still takes."""
+        """Return the time until the next poll, which grows with the call's age."""
         shortest_ms = float(self._config.background_poll_ms)
         longest_ms = max(_LONGEST_WAIT_MS, shortest_ms)
         return min(longest_ms, max(shortest_ms, call.age_ms * _SHARE_OF_AGE))
 
     async def _counted(self, call: BackgroundCall) -> None:
-        """Count it, in case Valkey has lost its data."""
+        """Count the call again, in case Valkey has lost its data."""
         limiter = self._limiter(call)
         if limiter is None or not call.limits:
             return
         left_ms = max(0, round(call.left_ms)) + GRACE_MS
-        with suppress(LimiterUnavailable):  # the next look repeats it
+        with suppress(LimiterUnavailable):  # the next poll repeats it
             await limiter.hold(call.permit, call.limits, left_ms)
 
     async def _no_longer_counted(self, call: BackgroundCall) -> None:
-        """Raises LimiterUnavailable."""
+        """Stop counting the call. Raises LimiterUnavailable."""
         limiter = self._limiter(call)
         if limiter is not None and call.limits:
             await limiter.revoke(call.permit)
@@ -231,7 +231,7 @@ class BackgroundRunner:
     # At the provider
 
     async def _ask(self, call: BackgroundCall, target: Target, method: str) -> _Reported:
-        """Read the work, or by POST cancel it. Raises UpstreamError."""
+        """Read the work, or with POST cancel it. Raises UpstreamError."""
         work = _work_of(call)
         path = self._path(call, work.cancel if method == "POST" else work.read)
         exchange = await self._open(call, target, method, path)
@@ -257,8 +257,9 @@ class BackgroundRunner:
 
     @staticmethod
     async def _long(call: BackgroundCall, exchange: Exchange, begin: bytes) -> _Reported:
-        """Of an object that is too long to be parsed, as one with all answers of a batch may be: it
-        has ended, since what goes on holds no answers. What is kept of it is on the record."""
+        """Return the report of an object that is too long to be parsed, such as a batch with all
+        its answers. It has ended, since work in progress contains no answers. A bounded part of it
+        is kept in the record."""
         make, record = _work_of(call).tally, call.record
         tally = None if make is None else make({}, record.request)
         held, piece = b"", begin
@@ -289,8 +290,8 @@ class BackgroundRunner:
     async def _facts(
         self, call: BackgroundCall, target: Target, shown: dict[str, Any]
     ) -> AnswerFacts | None:
-        """What all the answers that the work holds report; None where it is one itself. Raises
-        UpstreamError."""
+        """Return the facts of all the answers within the work; None if the work is one answer.
+        Raises UpstreamError."""
         work = _work_of(call)
         if work.tally is None:
             return None
@@ -306,10 +307,11 @@ class BackgroundRunner:
                 exchange.close()
         return tally.facts()
 
-    # Its end
+    # The end of a call
 
     async def _end(self, call: BackgroundCall, seen: _Reported, target: Target | None) -> None:
-        """Raises UpstreamError where the answers that it holds can't be read."""
+        """End a call: charge it and record it. Raises UpstreamError if its answers cannot be
+        read."""
         record, facts, made = call.record, None, list[NewResource]()
         if target is not None and seen.shown is not None:
             facts = seen.facts or await self._facts(call, target, seen.shown)
@@ -338,12 +340,12 @@ class BackgroundRunner:
             state=status.value,
             looks=call.looks,
         )
-        with suppress(LimiterUnavailable):  # the last look repeats it
+        with suppress(LimiterUnavailable):  # the last poll repeats it
             await self._no_longer_counted(call)
 
     async def _ended(self, call: BackgroundCall, record: CallRecord) -> None:
-        """Put it on record. What the provider does not give out again is kept for some seconds
-        while PostgreSQL is unavailable. Raises StoreUnavailable and ClaimLost."""
+        """Write a call's end. A result that the provider delivers only once is retried for some
+        seconds while PostgreSQL is unavailable. Raises StoreUnavailable and ClaimLost."""
         for left in reversed(range(_END_TRIES if _work_of(call).is_read_once else 1)):
             try:
                 await self._calls.end(call, record, _GONE_AFTER_MS)
@@ -356,7 +358,7 @@ class BackgroundRunner:
     def _made(
         self, call: BackgroundCall, target: Target, shown: dict[str, Any]
     ) -> list[NewResource]:
-        """The files that it has made, which are its caller's."""
+        """Return the files that the work made, which belong to its caller."""
         caller = Caller(call.tenant_id, call.record.key_id)
         by = MadeBy(caller, Dialect(call.dialect), call.id, call.record.subject)
         return self._relay.resources.made(by, target, "file", _work_of(call).files(shown))
@@ -370,8 +372,8 @@ class BackgroundRunner:
         *,
         whole: bool,
     ) -> None:
-        """By what the answer says of itself, as of a call that was made here; by `facts` of all
-        that it holds where there are any, whether it has succeeded or not."""
+        """Charge a call by the usage in its answer, as a call that was made directly; or by
+        `facts`, of all answers within it, whether it succeeded or not."""
         caller, work = Caller(call.tenant_id, record.key_id), _work_of(call)
         model = (record.model or None) if "{model}" in work.path else None
         native = detached_call(
@@ -402,7 +404,7 @@ class BackgroundRunner:
 
 
 async def _read(exchange: Exchange) -> tuple[bytes, bool]:
-    """An answer, and whether that is all of it: of a longer one its beginning."""
+    """Return an answer, and whether it is complete: of a longer one the beginning."""
     whole = bytearray()
     while len(whole) <= _MOST_ANSWER_BYTES:
         if not (piece := await exchange.next()):
@@ -419,26 +421,26 @@ def _failure(seen: _Reported) -> Failure | None:
     if seen.shown is None:
         return Failure("background_lost", "the provider does not know the response any more")
     error = seen.shown.get("error")
-    errors = seen.shown.get("errors")  # an interaction's
+    errors = seen.shown.get("errors")  # of an interaction
     error = errors[0] if isinstance(errors, list) and errors else error
     said = error.get("message") if isinstance(error, dict) else None
     return Failure("upstream_failed", str(said or "the provider failed to make it")[:2_000])
 
 
-# As a tally reads an answer that reports no usage: then it is not known what the whole has used.
+# Read as an answer without usage, so that the usage of the whole is unknown.
 _UNREAD: dict[str, Any] = {"response": {"unread": True}}
 
 
 async def rows_of(
     exchange: Exchange, most_bytes: int = _MOST_ANSWER_BYTES
 ) -> AsyncIterator[dict[str, Any]]:
-    """The objects of a file with one in each line; a line that is longer or no JSON stands for an
-    answer of unknown usage: it would be the same whenever it is read."""
-    held: list[bytes] = []  # of the line that has not ended
+    """Yield the objects of a JSON Lines file. A line that is too long or no JSON counts as an
+    answer of unknown usage, since it would be the same whenever it is read."""
+    held: list[bytes] = []  # of an incomplete line
     size_bytes = 0
     while piece := await exchange.next():
         for number, part in enumerate(piece.split(b"\n")):
-            if number:  # a line ended before it
+            if number:  # each part but the first begins a line
                 row = await _row(b"".join(held), size_bytes > most_bytes)
                 held, size_bytes = [], 0
                 if row is not None:

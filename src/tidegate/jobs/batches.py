@@ -1,8 +1,8 @@
 """Batches in a worker: validation of the input, calls of the lines, assembly of the output.
 
 Invariants: each step is claimed and can be repeated by another worker; a line is marked in
-PostgreSQL before its call and ended after it, both fenced by its claim; at most a few lines are
-in memory; a valid line has a unique custom_id, names a model and requests no stream.
+PostgreSQL before its call and ended after it, both fenced by its claim; only a few lines are in
+memory; a valid line has a unique custom_id, names a model and requests no stream.
 """
 
 from __future__ import annotations
@@ -82,15 +82,15 @@ from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail
 
 WINDOW = 128
-MOST_BYTES = 32_000_000  # of the bodies that are claimed at a time
+MOST_BYTES = 32_000_000  # of the bodies in one claim
 _STRAYS_EVERY_S = 5.0
 _AWAY_S = 0.25
 _IDLE_MS = 500
 _PUT_OFF_A_S, _PUT_OFF_AT_ONCE = 200.0, 1_000.0
 _AGAIN_MS = 500.0
-_SPENT_MS = 2_000.0  # a batch whose budget is spent is looked at again
+_SPENT_MS = 2_000.0  # before a batch with a spent budget is called again
 _LAST_RECORDS_S = 8.0
-# Says nothing of the line: it can be called later.
+# Errors that do not concern the line: it can be called later.
 _LATER = (
     LimiterUnavailable,
     QueueFull,
@@ -98,14 +98,14 @@ _LATER = (
     LeaseLost,
     ShuttingDown,
     DeadlineExceeded,  # the batch expires as a whole
-    BudgetExceeded,  # the batch stands still
+    BudgetExceeded,  # the whole batch waits
     BudgetReserved,
 )
 
 
 @dataclass(slots=True)
 class _ActiveLine:
-    """A line of a task, which waits for its turn, is called, then writes how it ended."""
+    """A line with its task: it waits for admission, is called, then its end is written."""
 
     line: BatchLine
     record: CallRecord
@@ -130,7 +130,7 @@ class _ActiveLine:
 
 
 class LineCaller:
-    """One process's share of all lines."""
+    """Calls one process's share of the lines of all batches."""
 
     def __init__(
         self, config: Config, store: Store, relay: Relay, held: Held, last_tries: LastTries
@@ -158,11 +158,11 @@ class LineCaller:
 
     @property
     def any(self) -> bool:
-        """Whether this process has lines."""
+        """Whether this process has claimed lines."""
         return bool(self._feeder.tasks)
 
     async def feed(self) -> None:
-        """Claim lines and begin them, for ever."""
+        """Claim lines and call them, until cancelled."""
         await self._feeder.run()
 
     async def _claim(self, most: int) -> list[_ActiveLine]:
@@ -183,7 +183,7 @@ class LineCaller:
         return self._relay.spine.tracing.trail(line.id, None)
 
     def _waits_ms(self, claimed: Iterable[_ActiveLine], before: int = 0) -> dict[UUID, int]:
-        """Of those that nothing can be called for."""
+        """Return when to claim again those lines that no upstream can take."""
         return self._held.waits_ms(
             ((one.request_id, self._targets_of(one.line)) for one in claimed), before
         )
@@ -196,31 +196,31 @@ class LineCaller:
         return targets_of(self._relay, line.endpoint, _model_of(line))
 
     def _is_lacking(self, line: BatchLine) -> bool:
-        """Whether only an upstream takes it that this process can't make."""
+        """Whether only upstreams that this process could not set up serve the line."""
         targets = self._relay.spine.targets
         if not targets.deployment.missing:
             return False
         return is_lacking(targets, _model_of(line)) and not self._targets_of(line)
 
     async def leave_held_up(self) -> None:
-        """Give up what waits of batches whose tenants may spend no more: it is called later."""
+        """Return waiting lines of batches whose tenant's budget is spent: they are called later."""
         over = await self._store.batch_lines.held_up()
         if over:
             await self._give_up(lambda one: one.waits and one.line.batch_id in over)
 
     async def leave_held(self) -> None:
-        """Give up what waits for what cannot be called now: it would take the places of others."""
+        """Return waiting lines that no upstream can take: they would occupy slots of others."""
         waits_ms = self._waits_ms(one for one in self._feeder.tasks.values() if one.waits)
         await self._give_up(lambda one: one.waits and one.line.id in waits_ms, waits_ms)
 
     async def leave_ended(self) -> None:
-        """Give up what waits of batches that take no more calls: its turn may be far away."""
+        """Return waiting lines of batches that take no more calls: admission may take long."""
         ids = {one.line.batch_id for one in self._feeder.tasks.values() if one.waits}
         if ids and (over := await self._store.batch_lines.over(ids)):
             await self._give_up(lambda one: one.waits and one.line.batch_id in over)
 
     async def drain(self) -> None:
-        """Return what waits; what is called has the grace to end."""
+        """Return waiting lines; those being called may end within the grace period."""
         await self._give_up(lambda one: one.waits)
         if self._feeder.tasks:
             await asyncio.wait(
@@ -247,7 +247,7 @@ class LineCaller:
             log.debug(Log.STORE_AWAY, detail=away.message)
 
     async def _guarded(self, one: _ActiveLine) -> None:
-        """The top of a line's task: it must not stay claimed."""
+        """Run a line's task; the line must not stay claimed once the task has ended."""
         try:
             await self._call(one)
         except Exception:  # the top of a task: logged, and the line ends as failed
@@ -259,7 +259,7 @@ class LineCaller:
 
     async def _call(self, one: _ActiveLine) -> None:
         line, record = one.line, one.record
-        if self._is_lacking(line):  # a worker that has the key takes it
+        if self._is_lacking(line):  # a worker that has the upstream's key takes it
             release, later = self._store.batch_lines.release, {line.id: self._lacking.leave_ms()}
             counted = {line.id: 0}
             await self._until_done(partial(release, [line], waits_ms=later, counted=counted))
@@ -269,7 +269,8 @@ class LineCaller:
         try:
             await self._collect(one)
         except ClaimLost:
-            # Another worker has it, which this changes nothing of; or its batch is being cancelled.
+            # Another worker has claimed it, which `release` does not affect, or its batch is being
+            # cancelled.
             self._outages.left(one.turn)
             await self._until_done(lambda: self._store.batch_lines.release([line]))
             return
@@ -332,7 +333,7 @@ class LineCaller:
             one.is_over = True
 
     def _wait_ms(self, line: BatchLine, record: CallRecord, error: TidegateError) -> float | None:
-        """Until the line is called again; None where it has failed."""
+        """Return the time until the line is called again; None if it has failed."""
         if isinstance(error, BudgetExceeded):
             return min(_SPENT_MS, error.retry_after_ms or _SPENT_MS)
         if isinstance(error, CallPreempted):
@@ -403,7 +404,7 @@ _LONGEST_ID = 512
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """A line that passes. body: as JSON, of ASCII and escapes or UTF-8, without line ends."""
+    """A valid line. body: JSON in ASCII with escapes or UTF-8, without line ends."""
 
     line: int
     custom_id: str
@@ -412,7 +413,7 @@ class Sound:
 
 @dataclass(slots=True)
 class Check:
-    """One file. `errors` has the first hundred; `lines` counts those that are not blank."""
+    """Validates one file. `errors`: the first hundred; `lines`: those that are not blank."""
 
     endpoint: str
     lines: int = 0
@@ -421,11 +422,11 @@ class Check:
 
     @property
     def is_over(self) -> bool:
-        """Whether to read on is of no use."""
+        """Whether reading further lines is pointless."""
         return len(self.errors) >= MOST_ERRORS or self.lines > MOST_LINES
 
     def take(self, number: int, raw: bytes) -> Sound | None:
-        """Check line `number`, counted from 1; a byte order mark before that is passed over."""
+        """Check line `number`, counted from 1; a byte order mark in line 1 is skipped."""
         if number == 1:
             raw = raw.removeprefix(BOM_UTF8)
         if not raw.strip():
@@ -449,7 +450,7 @@ class Check:
         return self._sound(number, value)
 
     def end(self) -> None:
-        """The file has no more lines."""
+        """Complete the check at the end of the file."""
         if not self.lines:
             self._wrong("empty_file", None, "the input file has no lines", None)
 
@@ -494,7 +495,7 @@ class Check:
 
 
 def _model_of(line: BatchLine) -> str:
-    return str(orjson.loads(line.body).get("model") or "")  # checked when the batch came
+    return str(orjson.loads(line.body).get("model") or "")  # validated when the batch was submitted
 
 
 _UNTOUCHED = {
@@ -504,9 +505,9 @@ _UNTOUCHED = {
 
 
 def output_line(row: Any, ends_as: str) -> tuple[bool, bytes]:
-    """Whether a line succeeded, and what the batch says of it."""
+    """Return whether a line succeeded, and its line in the batch's output."""
     response = error = None
-    # Of a line that waits it says what for.
+    # A waiting line's failure is only what it waits for.
     failure = orjson.loads(row["failure"]) if row["failure"] and row["state"] == "failed" else None
     request_id = UUID(int=row["id"].int).hex
     if row["answer"] is not None:
@@ -532,7 +533,7 @@ def output_line(row: Any, ends_as: str) -> tuple[bool, bytes]:
 
 
 def _body(answer: str) -> Any:
-    """Verbatim but for line ends between its values; what is not JSON as a text."""
+    """Return JSON verbatim except for line ends between values, anything else as a string."""
     try:
         orjson.loads(answer)
     except orjson.JSONDecodeError:
@@ -541,7 +542,7 @@ def _body(answer: str) -> Any:
 
 
 class OutputWriter:
-    """`with OutputWriter(folder) as file`: write, then keep."""
+    """A temporary file of output lines: in its `with` block, `write` and then `keep`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -563,7 +564,7 @@ class OutputWriter:
             self._path.unlink(missing_ok=True)
 
     async def write(self, lines: list[bytes]) -> None:
-        """Raises StoreUnavailable when the disk does not take it."""
+        """Append lines. Raises StoreUnavailable if the disk is full."""
         if lines:
             self._lines += len(lines)
             try:
@@ -572,7 +573,7 @@ class OutputWriter:
                 raise StoreUnavailable(f"no room for a batch's file: {failed.strerror}") from failed
 
     async def keep(self, batch: Batch, what: str, blobs: Blobs) -> BatchFile | None:
-        """Put it into the blob store; None where nothing was written."""
+        """Store the file in the blob store; None if nothing was written."""
         if self._file is None:
             return None
         size_bytes = await asyncio.to_thread(self._flushed)
@@ -621,7 +622,7 @@ class BatchRunner:
         self._lines = LineCaller(config, store, relay, held, last_tries)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set; then finish what is called within the grace."""
+        """Work until `stop` is set; then finish the lines being called within the grace."""
         loops = (self._lines.feed, self._conduct)
         tasks = [asyncio.create_task(self._forever(loop)) for loop in loops]
         try:
@@ -643,7 +644,7 @@ class BatchRunner:
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _conduct(self) -> None:
-        """See to the batches as wholes, one after the other."""
+        """Process whole batches, one after another: expiry, validation, assembly."""
         while True:
             mark = self._store.notifications.work_mark(BATCHES)
             idle_ms = PULSED_MS
@@ -676,7 +677,7 @@ class BatchRunner:
                 await self._store.batches.free(batch)
 
     async def _forget_input(self, batch: Batch) -> None:
-        """Delete the bytes of a file whose owner deleted it while the batch had yet to read it."""
+        """Delete an input file whose owner deleted it before the batch had read it."""
         if not await self._store.batches.needs_blob(batch.input_blob):
             await self._blobs.delete([batch.input_blob])
 
@@ -688,7 +689,7 @@ class BatchRunner:
             await self._store.batches.begin(batch, check.lines)
 
     async def _read(self, batch: Batch) -> Check:
-        """Check the input, and add its lines as far as it is sound."""
+        """Validate the input, and add its lines while it has no errors."""
         check = Check(batch.endpoint)
         ready: list[Json] = []
         size_bytes = number = 0
@@ -724,7 +725,7 @@ class BatchRunner:
 
     async def _assemble(self, batch: Batch) -> None:
         if "in_progress_at" not in batch.times:
-            await self._read(batch)  # cut short before: its results name each line all the same
+            await self._read(batch)  # validation was interrupted: the results must name every line
         with OutputWriter(self._folder) as output, OutputWriter(self._folder) as errors:
             last = 0
             while rows := await self._store.batches.lines_after(batch, last, _CHUNK_LINES):
@@ -744,7 +745,7 @@ class BatchRunner:
 
 
 async def lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The lines of a file that comes in pieces; one that is too long ends as a broken one."""
+    """Yield the lines of a file that is read in pieces; a line that is too long is cut off."""
     begun: list[bytes] = []
     room_bytes = LONGEST_BYTES
     async for piece in pieces:

@@ -1,7 +1,8 @@
 """Calls of jobs of all kinds: claims, payer, upstreams, record and retries.
 
-Invariants: a claim for which nothing can be called returns to its queue and takes no slot of the
-feeder's window; none is lost while PostgreSQL is unavailable, as what can't be returned is started.
+Invariants: a claimed job that no upstream can take returns to its queue and takes no slot of the
+feeder's window; no claim is lost while PostgreSQL is unavailable: a job that cannot be returned is
+started.
 """
 
 from __future__ import annotations
@@ -61,13 +62,13 @@ from tidegate.telemetry.tracing import Trail
 log = get_logger()
 _OTHER_ENDS = {
     CANCELLED.code: Status.CANCELLED,
-    # When its turn was asked for again, after its mark.
+    # The deadline passed at a limit after the job was marked.
     **dict.fromkeys(
         (DeadlineExceeded.code, LimitPaused.code, LimitUsedUp.code),
         Status.EXPIRED,
     ),
 }
-# Says nothing of the job: somebody, perhaps another worker, can do it later.
+# Errors that do not concern the job: this or another worker can call it later.
 NOT_THE_JOBS_FAULT = (
     LimiterUnavailable,
     QueueFull,
@@ -89,7 +90,7 @@ def ask_of(job: ClaimedJob) -> Ask:
 
 
 def caller_of(job: ClaimedJob) -> Caller:
-    """Who has submitted a job, whose budgets bind it."""
+    """Return the tenant and key that submitted a job, whose budgets apply to it."""
     return Caller(job.tenant_id, job.key_id)
 
 
@@ -120,14 +121,14 @@ _YIELDS_FOR_S, _YIELD_S = 10.0, 0.3
 
 
 class Lacking:
-    """What a process leaves to others, since it can't make the upstream that serves it. For a while
-    it lets others claim first: else it could be the first to claim the same again."""
+    """Leaves jobs to other processes whose upstream this process could not set up. It delays its
+    own claims for a while, since it could be the first to claim the same jobs again."""
 
     def __init__(self) -> None:
         self._until = float("-inf")
 
     def leave_ms(self) -> int:
-        """For how long it is put off."""
+        """Return how long to put a job off."""
         self._until = time.monotonic() + _YIELDS_FOR_S
         return random.randint(*_LACKING_MS)
 
@@ -141,15 +142,15 @@ def internal() -> TidegateError:
 
 
 def time_left_ms(job: ClaimedJob, clock: ServerClock) -> int | None:
-    """Until the job's deadline, negative when it has passed; None without one."""
+    """Return the time until the job's deadline, negative after it; None without one."""
     if job.deadline_at is None:
         return None
     return round((job.deadline_at - clock.now()).total_seconds() * 1000)
 
 
 def places_of(relay: Relay, path: str, model: str, bound: str | None = None) -> list[Target]:
-    """Where a call can go, or the one upstream that it is bound to; nowhere where another version
-    took it in."""
+    """Return the targets of a call, or the one upstream that it is bound to; empty for a path that
+    only another version accepts."""
     try:
         endpoint = endpoint_named(path)
         targets, model = relay.spine.targets, endpoint.model or model
@@ -159,7 +160,7 @@ def places_of(relay: Relay, path: str, model: str, bound: str | None = None) -> 
 
 
 def targets_of(relay: Relay, path: str, model: str) -> tuple[Key, ...]:
-    """The upstreams and models that a call can go to."""
+    """Return the upstreams and models that a call may go to."""
     return tuple(map(key_of, places_of(relay, path, model)))
 
 
@@ -168,12 +169,12 @@ def key_of(target: Target) -> Key:
 
 
 def record_of(job: ClaimedJob, trail: Trail | None = None) -> CallRecord:
-    """The record of a job's next call."""
+    """Return the record of a job's next call."""
     record = CallRecord("job", job.tenant_id, job.created_at, job.request_id)
     record.pool, record.kind, record.model = job.pool, job.classification.kind, job.model
     record.priority, record.trail, record.subject = job.priority, trail, job.subject
     record.lineage = Lineage.of(job.conversation, trail)
-    # A call that follows another one has not waited since the job was submitted.
+    # A repeated call has not waited since the job was submitted.
     record.waits_since = datetime.now(UTC) if job.was_called else job.created_at
     return record
 
@@ -190,9 +191,9 @@ async def run_wrapped(
     left: Callable[[], bool],
     left_ms: int | None,
 ) -> None:
-    """Make the call that a job wraps, with its `body`, on the budget of its `caller`, in its tier.
-    left: as in `Terms`; left_ms: until its deadline. Raises UpstreamError, and what `Relay.run`
-    raises else."""
+    """Make the call that a job wraps, with its `body`, on the budget of `caller`, in the job's
+    tier. left: as in `Terms`; left_ms: until the deadline. Raises UpstreamError, and what else
+    `Relay.run` raises."""
     assert job.endpoint is not None
     call = detached_call(
         request_id=job.request_id,
@@ -218,17 +219,19 @@ async def run_wrapped(
 
 
 def is_of_upstream(error: TidegateError | None) -> bool:
-    """Whether a fault is the upstream's: it uses up no attempt, and `Outages` says when to ask
-    again."""
+    """Whether a fault is the upstream's: it uses up no attempt, and `Outages` sets the next one."""
     return isinstance(error, UpstreamError) and error.of_upstream
 
 
 def uncounted_wait_ms(error: TidegateError | None, rng: random.Random | None = None) -> int | None:
-    """Milliseconds until a job is looked at again whose call gave way to another, which it is
-    immediately, or that a budget refuses: when the next period begins, and every minute or so
-    before, since a budget can be raised; soon where calls in progress hold what is left. One whose
-    cost has no known bound is looked at each minute too: a person can name a price, have the budget
-    take estimates, or cancel it. A last try waits for another one. None for other errors."""
+    """Return the milliseconds until the next attempt after an error that uses up no attempt, else
+    None.
+
+    A preempted call is retried immediately. A call that a budget rejected waits for the next
+    period, but at most about a minute, since a budget can be raised; a second or less if calls in
+    progress hold the rest of the budget. A call of unknown cost waits about a minute too: an
+    operator may set a price, allow estimates, or cancel it. A last attempt waits for another one.
+    """
     if isinstance(error, CallPreempted):
         return 0
     if isinstance(error, LastTryWaits):
@@ -244,11 +247,12 @@ def uncounted_wait_ms(error: TidegateError | None, rng: random.Random | None = N
 def retry_wait_ms(
     error: TidegateError, attempts: int, max_attempts: int, rng: random.Random | None = None
 ) -> int | None:
-    """Milliseconds until the next attempt, or None when there is to be none.
+    """Return the milliseconds until the next attempt, None for no further attempt.
 
-    `attempts` counts those made, this one included. Exponential backoff with full jitter (Brooker,
-    "Exponential Backoff And Jitter", AWS Architecture Blog, 2015); what the server directs is the
-    least, and its jitter is only added, since coming earlier would be refused again.
+    `attempts` counts all made so far, including this one. Exponential backoff with full jitter
+    (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015). A server's
+    `Retry-After` is the minimum, and jitter is only added to it, since an earlier call would be
+    refused again.
     """
     if not error.retryable or attempts >= max_attempts:
         return None
@@ -259,8 +263,8 @@ def retry_wait_ms(
 
 
 class OwnLimits:
-    """One per worker: the keys, users and conversations whose own limits hold up calls of this
-    process. limiters: of all upstreams in use."""
+    """Keys, users and conversations whose own limits delay calls of this process. One per worker.
+    limiters: of all upstreams in use."""
 
     def __init__(self, limiters: Callable[[], Iterable[Limiter]]) -> None:
         self._limiters = limiters
@@ -273,7 +277,7 @@ class OwnLimits:
         return bool(self._held)
 
     async def look(self) -> None:
-        """Ask the pools. Of one that does not answer nothing is known."""
+        """Read which limits delay this process's calls; a pool without an answer counts as none."""
         held: set[CallerName] = set()
         for limiter in self._limiters():
             if limiter.waiters and any(caller_named(one) for one in limiter.policy.limits):
@@ -284,7 +288,7 @@ class OwnLimits:
         self._held = frozenset(held)
 
     def of(self, job: ClaimedJob) -> tuple[CallerName, ...]:
-        """Those of a job."""
+        """Return those of a job's key, user and conversation whose limits delay calls."""
         user, talk = job.subject or "", job.conversation or ""
         own: tuple[CallerName, ...] = (
             ("key", job.key_id or ""),
@@ -294,8 +298,8 @@ class OwnLimits:
         return tuple(one for one in own if one in self._held)
 
     def filling(self, jobs: Iterable[ClaimedJob], window: int) -> dict[str, Callers]:
-        """Of which callers, by tenant, no more is to be claimed, as so many of their `jobs` wait:
-        each has its share of half of a window at least."""
+        """Return, by tenant, the callers of which no more should be claimed, since so many of their
+        `jobs` wait: each gets at least its share of half the window."""
         count = Counter((job.tenant_id, one) for job in jobs for one in self.of(job))
         found: dict[str, Callers] = {}
         for (tenant, whom), waiting in count.items():
@@ -308,8 +312,8 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 4.0
 
 
 async def kept(blobs: Blobs, pictures: Iterable[Media]) -> tuple[OutputFile, ...]:
-    """Pictures as the files of a record. Raises StoreUnavailable when the blob store stays away for
-    long."""
+    """Store images as the files of a record. Raises StoreUnavailable if the blob store is
+    unavailable for long."""
     files = []
     for picture in pictures:
         key = await _put(blobs, picture.data)
@@ -335,24 +339,25 @@ async def _put(blobs: Blobs, data: bytes) -> str:
 _AWAY_WAIT_S = 0.25
 _FULL_WAIT_S = 0.25
 _OUT_WAIT_S = 0.25
-# A claim costs PostgreSQL the same for one as for a hundred, and planning it the most: where they
-# come one upon another, it is made for more of them, and takes at most a quarter of the time.
+# A claim costs PostgreSQL the same for one job as for a hundred, mostly for planning. Frequent
+# claims wait to claim more together, and take at most a quarter of the time.
 _REST_OF_CLAIM, _LONGEST_REST_S = 3, 0.02
-_LONGEST_CLAIM_S = 120.0  # each of its statements has a deadline: what takes longer never ends
+_LONGEST_CLAIM_S = 120.0  # each statement has a deadline: a longer claim never ends
 _LAST_TRY_WAITS_MS = 1_000, 10_000
 
 
 def crowded(at_work: Iterable[asyncio.Task[None]], at_once: int) -> list[str]:
-    """The upstreams that may have no more of `at_once` places, by the names of the tasks that have
-    some: at most as many as are free. So one that does not answer leaves room for each other."""
+    """Return the upstreams that may get no more of `at_once` slots: those with at least as many
+    tasks (by task name) as there are free slots. So an unresponsive upstream leaves slots for the
+    others."""
     counts = Counter(task.get_name() for task in at_work)
     free = at_once - counts.total()
     return [upstream for upstream, count in counts.items() if count >= free]
 
 
 class Claimed(Protocol):
-    """A job or a line of a batch that this process has claimed. lapses: workers that died while
-    they called it."""
+    """A job or batch line that this process has claimed. lapses: workers that died while calling
+    it."""
 
     @property
     def request_id(self) -> UUID: ...
@@ -365,14 +370,14 @@ ClaimedT = TypeVar("ClaimedT", bound=Claimed)
 
 
 class LastTries:
-    """One per process. Of jobs and lines that are given up if one more worker dies, one is called
-    at a time: those that were only under way beside a deadly one must not die with it again."""
+    """Calls one at a time the jobs and lines that fail for good if one more worker dies: a call
+    that only ran beside a deadly one must not die with it again. One per process."""
 
     def __init__(self) -> None:
         self._under_way: UUID | None = None
 
     def begin(self, one: Claimed) -> None:
-        """Call it before a call is on record as one that may be made; ended by `over`. Raises
+        """Begin a last attempt before the call is marked as possibly made; `over` ends it. Raises
         LastTryWaits."""
         if one.lapses < MAX_LAPSES - 1 or self._under_way == one.request_id:
             return
@@ -382,19 +387,19 @@ class LastTries:
         self._under_way = one.request_id
 
     def over(self, one: Claimed) -> None:
-        """How its call ended is on record, or it was not made."""
+        """End an attempt: its result is recorded, or it was not made."""
         if self._under_way == one.request_id:
             self._under_way = None
 
 
 @dataclass(eq=False, repr=False)
 class Feeder(Generic[ClaimedT]):
-    """Claims of one lane, at most `window` at a time; `tasks` are those that work on them.
+    """Claims jobs or lines of one lane, at most `window` at a time; `tasks` work on them.
 
-    claim: at most so many. waits_ms: of those that nothing can be called for, when each is to be
-    looked at again; release: return claims to the queue, those in its second argument for so long.
-    idle_ms: the longest wait for a notification. passes_over: whether the last claim has left some
-    that may soon be claimed.
+    claim: claims up to a number. waits_ms: when to claim again those that no upstream can take;
+    release: returns claims to the queue, those in its second argument for so long. idle_ms: the
+    longest wait for a notification. passes_over: whether the last claim skipped some that may soon
+    be claimed.
     """
 
     notifications: Notifications
@@ -416,25 +421,25 @@ class Feeder(Generic[ClaimedT]):
         return f"<Feeder {self.lane}: {len(self.tasks)} of {self.window()}>"
 
     def needs_room(self) -> int:
-        """How many tasks must end before more is claimed."""
+        """Return how many tasks must end before the next claim."""
         window = self.window()
         return max(0, len(self.tasks) + max(1, window // 4) - window)
 
     def close(self) -> None:
-        """Claim no more. A claim that is under way still comes in, and its tasks are started."""
+        """Stop claiming. A claim in progress is completed, and its tasks are started."""
         self._closing.set()
 
     async def run(self) -> None:
-        """Claim and start tasks until closed; those already started go on.
+        """Claim and start tasks until closed; tasks in progress continue.
 
-        Cancelled in the middle of a claim, it leaves that claim to what releases strays. Raises
-        TimeoutError where a claim does not end: the heartbeat would hide that none is made.
+        A claim that is cancelled midway is released later as a stray. Raises TimeoutError for a
+        claim that does not end, since heartbeats would hide that nothing is claimed.
         """
         while not self._closing.is_set():
             free = self.window() - len(self.tasks)
             if self.needs_room():
                 self._slot_freed.clear()
-                # Or the window has grown: the limit was raised.
+                # Or the window has grown with a raised limit.
                 await self._unless_closed(self._slot_freed.wait(), _FULL_WAIT_S)
                 continue
             if not (free := self.held.may_claim(free)):
@@ -459,7 +464,7 @@ class Feeder(Generic[ClaimedT]):
                 self._start(one)
             if rest_s:
                 await self._unless_closed(asyncio.sleep(rest_s))
-            # A claim is bounded in bytes too: one that is nearly full may have left some.
+            # A claim is bounded in bytes too: a nearly full one may have left some.
             elif len(claimed) < max(1, most // 2):
                 if len(claimed) > 1:
                     took_s = time.monotonic() - began
@@ -473,13 +478,13 @@ class Feeder(Generic[ClaimedT]):
     async def _kept(
         self, claimed: list[ClaimedT], chosen: list[ClaimedT], waits_ms: Mapping[UUID, int]
     ) -> list[ClaimedT]:
-        """Return to the queue what is held, and what a wide look has brought beyond the window."""
+        """Return to the queue what is held, and what a wider claim brought beyond the window."""
         if len(chosen) < len(claimed):
             ids = {one.request_id for one in chosen}
             try:
                 await self.release([one for one in claimed if one.request_id not in ids], waits_ms)
             except StoreUnavailable:
-                return claimed  # none is lost: their tasks wait until PostgreSQL is there
+                return claimed  # none is lost: their tasks wait for PostgreSQL
         return chosen
 
     async def _unless_closed(

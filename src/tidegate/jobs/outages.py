@@ -1,18 +1,18 @@
 """Outages of upstreams as jobs and batch lines of this process see them. Pure.
 
     WORKING -- `FAULTS` consecutive faults, or one that is conclusive --> OUT
-    OUT -- its time is over and one call takes the turn --> PROBED
+    OUT -- its time has passed and one call takes the turn --> PROBED
     PROBED -- an answer --> WORKING, else OUT
 
 A fault of the upstream is no fault of a job: the job returns to the queue, and nothing that needs
-the upstream is called until one probe, the next real call, is answered. A 429 concerns one model;
-a refused key concerns the upstream; any other fault may concern either, so the model is held for
+the upstream is called until one probe, the next real call, is answered. A 429 concerns one model; a
+refused key concerns the upstream; any other fault may concern either, so the model is held for
 `HEAD_START_S` longer and the next probe is of another model if one waits.
 
-Invariants: an upstream that is out gets at most one call per `FIRST_S`, and is probed at the
-latest `LONGEST_S + HEAD_START_S` after the last probe (`DEAD_KEY_S` for a refused key); a held
-job takes no slot in a window; at most `_MOST_KNOWN` held jobs are kept here, the others return by
-their time.
+Invariants: an upstream that is out gets at most one call per `FIRST_S`, and is probed at the latest
+`LONGEST_S + HEAD_START_S` after the last probe (`DEAD_KEY_S` for a refused key); a held job takes
+no slot in a window; at most `_MOST_KNOWN` held jobs are remembered, the others return when their
+time has passed.
 """
 
 from __future__ import annotations
@@ -43,20 +43,18 @@ HEAD_START_S = 2.0
 DEAD_KEY_S = 60.0
 LONGEST_SPREAD_S = 20.0
 _FIRST_SPREAD_S = 1.0
-_PROBE_S = 30.0  # a probe that takes longer has another one beside it
+_PROBE_S = 30.0  # a probe without an answer after this time no longer blocks the next
 _CANDIDATE_S = 5.0
 _UNDER_WAY_MS = 1_000.0
-_GRACE_MS = (
-    250  # the gate of all processes has chosen this call as its try, and counts its own time
-)
-_MOST = 1_000  # models are named by callers
+_GRACE_MS = 250  # the gate has chosen this call as its probe, and keeps its own time
+_MOST = 1_000  # callers name the models
 
-Key = tuple[str, str]  # upstream and model; "" for all models of it
+Key = tuple[str, str]  # upstream and model; "" for all its models
 
 
 @dataclass(eq=False, slots=True)
 class Turn:
-    """One call to one of several targets. `probes`: the outages that it looks for the end of."""
+    """One call to one of several targets. `probes`: the outages that the call probes."""
 
     targets: Sequence[Key]
     probes: list[Key] = field(default_factory=list)
@@ -64,7 +62,7 @@ class Turn:
 
 @dataclass(slots=True)
 class _Outage:
-    """Of one upstream or one model of it. `faults` are those in a row."""
+    """The outage of an upstream or one of its models. `faults`: consecutive ones."""
 
     since: float
     faults: int = 0
@@ -74,7 +72,7 @@ class _Outage:
     probe_until: float = 0.0
 
     def held_ms(self, now: float) -> float:
-        """Until a call may be made; 0: now."""
+        """Return the ms until a call may be made, 0 for now."""
         if not self.rounds:
             return 0.0
         if now < self.until:
@@ -83,7 +81,7 @@ class _Outage:
 
 
 class Outages:
-    """One per process. upstreams: all that its jobs could use, as they are at any time."""
+    """Outages that one process knows. upstreams: all that its jobs could use at the time."""
 
     def __init__(
         self,
@@ -102,11 +100,12 @@ class Outages:
 
     @property
     def is_any(self) -> bool:
-        """Whether anything is to be looked at. False as long as all upstreams work."""
+        """Whether there is any outage or fault."""
         return bool(self._outages)
 
     def held_ms(self, targets: Iterable[Key]) -> float:
-        """Until a call to one of `targets` may be made; 0: now, or there are no targets."""
+        """Return the ms until a call to one of `targets` may be made; 0 for now, or for no
+        targets."""
         now = self._clock()
         return min((self._held_ms(key, now) for key in targets), default=0.0)
 
@@ -115,7 +114,7 @@ class Outages:
         return max((one.held_ms(now) for one in of_it if one is not None), default=0.0)
 
     def enter(self, targets: Sequence[Key]) -> Turn:
-        """Take the turn to call one of `targets`; ended by `ended` or `left`. Raises
+        """Take the turn to call one of `targets`; `ended` or `left` returns it. Raises
         UpstreamUnavailable."""
         now = self._clock()
         turn = Turn(targets)
@@ -133,7 +132,7 @@ class Outages:
         return turn
 
     def ended(self, turn: Turn, upstream: str | None, error: BaseException | None) -> None:
-        """A turn is over. upstream: the last one that was called, None where none was."""
+        """Return a turn with its result. upstream: the last one that was called, None for none."""
         called = next((key for key in turn.targets if key[0] == upstream), None)
         if isinstance(error, UpstreamUnavailable) and not error.asked:
             called = None
@@ -142,13 +141,13 @@ class Outages:
         elif called is not None and _is_answer(error):
             for key in (called, (called[0], "")):
                 outage = self._outages.get(key)
-                # What was called before an outage began says nothing of its end.
+                # A call from before the outage says nothing about its end.
                 if outage is not None and (not outage.rounds or key in turn.probes):
                     del self._outages[key]
         self.left(turn)
 
     def left(self, turn: Turn | None) -> None:
-        """A turn is over, and says nothing of its upstream."""
+        """Return a turn that says nothing about its upstream."""
         for key in turn.probes if turn is not None else ():
             outage = self._outages.get(key)
             if outage is not None and outage.probe is turn:
@@ -156,14 +155,14 @@ class Outages:
                 outage.until = self._clock() + FIRST_S
 
     def _failed(self, turn: Turn, called: Key | None, error: UpstreamError) -> None:
-        """A fault of the upstream. called: None where all of the turn's targets are known to be
+        """Count a fault of the upstream. called: None if all of the turn's targets are known to be
         out."""
         for key in turn.probes:
             if (outage := self._outages.get(key)) is not None and outage.probe is turn:
                 outage.probe = None
         told_s = (error.retry_after_ms or 0) / 1000
         if called is None:
-            # What `enter` refused is known here already, and may be out for one model alone.
+            # Targets that `enter` refused are known already, and may be out for one model only.
             for name, _ in turn.targets if isinstance(error, UpstreamOut) else ():
                 self._hold((name, ""), told_s, is_told=True)
         elif isinstance(error, UpstreamThrottled):
@@ -190,10 +189,10 @@ class Outages:
         outage = self._outages.setdefault(key, _Outage(now))
         outage.faults += 1
         if outage.held_ms(now):
-            return  # by a call that was under way when it began, or one that was held up by it
+            return  # an earlier call, or one that the outage delayed
         pause_s = min(LONGEST_S, FIRST_S * 2**outage.rounds)
         told_s = min(told_s, DEAD_KEY_S)  # an operator or the provider may end it sooner
-        if is_told:  # by what keeps count of the outage itself
+        if is_told:  # by the gate, which measures the outage
             pause_s = max(told_s, FIRST_S / 4)
         elif not enough and not outage.rounds and outage.faults < FAULTS:
             return
@@ -201,13 +200,13 @@ class Outages:
         outage.until = now + max(pause_s, told_s) + more_s
 
     def due(self, upstream: str) -> None:
-        """It may be asked now, whatever is known here; whether it works a probe will say."""
+        """Allow a probe of an upstream now, whatever this process knows of it."""
         if (outage := self._outages.get((upstream, ""))) is not None:
             outage.until = min(outage.until, self._clock())
 
     def wait_ms(self, targets: Sequence[Key]) -> int:
-        """For how long a job stays in the queue that was not called, or whose call failed by the
-        upstream: until the next probe and a little, so that not all return in the same moment."""
+        """Return the wait of a job that was not called, or whose call the upstream failed: until
+        the next probe, plus a random time, so that jobs do not all return together."""
         now = self._clock()
         spread_s = _FIRST_SPREAD_S
         for target in targets:
@@ -218,8 +217,8 @@ class Outages:
         return round(self.held_ms(targets) + self._random.uniform(0.2, 1) * spread_s * 1000)
 
     def may_claim(self, most: int) -> int:
-        """How many jobs to claim: `most` while an upstream works, else the one that becomes the
-        next probe, and none before that is due. Ended by `enter` or `unclaimed`."""
+        """Return how many jobs to claim: `most` while an upstream works, else the one for the next
+        probe once it is due. `enter` or `unclaimed` ends such a claim."""
         if not self._outages or not self._upstreams:
             return most
         now = self._clock()
@@ -233,7 +232,7 @@ class Outages:
         return 1
 
     def unclaimed(self) -> None:
-        """The claim that `may_claim` allowed has brought no job to probe with."""
+        """Report that a claim for a probe brought no job."""
         self._candidate_until = 0.0
 
 
@@ -241,7 +240,7 @@ def _is_answer(error: BaseException | None) -> bool:
     return error is None or (isinstance(error, UpstreamError) and error.is_answer)
 
 
-_SHORT_MS = 400  # not worth a way through the queue
+_SHORT_MS = 400  # too short to return a job to the queue for
 _LONGEST_WAIT_MS = 60_000
 APART_MS, MOST_APART_MS = 25, 20_000
 _WIDEST_LOOK = 1_000
@@ -249,7 +248,8 @@ _PUT_OFF_A_S, _PUT_OFF_AT_ONCE = 1_000.0, 2_000.0
 
 
 class Held:
-    """One per process. gates: of the upstreams that its jobs and lines could use, by name."""
+    """Outages and closed gates together. One per process. gates: by name, of all upstreams in
+    use."""
 
     def __init__(self, outages: Outages, gates: Mapping[str, Gate]) -> None:
         self.outages = outages
@@ -260,20 +260,21 @@ class Held:
         return f"<Held {self.outages!r}>"
 
     def ended(self, turn: Turn, upstream: str | None, error: BaseException | None) -> None:
-        """As `Outages.ended`. A gate that was closed when the call failed may have been opened
-        before it is looked at here."""
+        """Return a turn as `Outages.ended` does, and remember that the gate was closed: it may have
+        been opened before it is read here."""
         self.outages.ended(turn, upstream, error)
         if upstream is not None and isinstance(error, UpstreamError) and error.in_outage:
             self._closed.add(upstream)
 
     @property
     def _is_any(self) -> bool:
-        """False as long as all works, and there is nothing to ask for."""
+        """Whether anything is held; cheap while all upstreams work."""
         gates = self._gates.values()
         return self.outages.is_any or any(one.closed() or one.limiter.has_pauses for one in gates)
 
     def ms(self, targets: Sequence[Key]) -> float:
-        """Until a call to one of `targets` may be made; 0: now or soon, or there are no targets."""
+        """Return the ms until a call to one of `targets` may be made; 0 for now or soon, or no
+        targets."""
         return min((self._ms(key) for key in targets), default=0.0)
 
     def _ms(self, key: Key) -> float:
@@ -286,8 +287,8 @@ class Held:
         return max(here_ms, ready_in_ms if ready_in_ms > _SHORT_MS else 0.0)
 
     def _closed_ms(self, gate: Gate) -> int:
-        """Until its next try is due; 0 while it is open. A gate that was opened, by a person or by
-        the answer that another process had, is news for the outages of this process."""
+        """Return the ms until the gate's next probe, 0 while it is open. A gate that was opened, by
+        a person or another process's answer, ends the outage's wait in this process."""
         if (found := gate.closed()) is not None:
             self._closed.add(gate.upstream)
             return found[0]
@@ -297,7 +298,7 @@ class Held:
         return 0
 
     def may_claim(self, most: int) -> int:
-        """How many to claim: as `Outages.may_claim`, and none while all upstreams are out."""
+        """Return how many to claim: as `Outages.may_claim`, and 0 while all upstreams are out."""
         gates = self._gates.values()
         closed_ms = [self._closed_ms(one) for one in gates]
         if closed_ms and min(closed_ms) > _SHORT_MS:
@@ -312,8 +313,8 @@ class Held:
         apart_ms: int = APART_MS,
         most_apart_ms: int = MOST_APART_MS,
     ) -> dict[UUID, int]:
-        """Those that are held, and when each is to be looked at again. before: how many were put
-        off just before these."""
+        """Return those that are held, and when each is to be claimed again. before: how many were
+        put off just before."""
         if not self._is_any:
             return {}
         known: dict[tuple[Key, ...], float] = {}
@@ -328,7 +329,7 @@ class Held:
         return {one: self._wait_ms(keys, spread_ms) for one, keys in held.items()}
 
     def wait_ms(self, targets: Sequence[Key]) -> int:
-        """For how long one stays in the queue whose call failed by the upstream."""
+        """Return the wait in the queue after the upstream failed a call to these targets."""
         return self._wait_ms(targets, 0)
 
     def _wait_ms(self, targets: Sequence[Key], spread_ms: int) -> int:
@@ -337,9 +338,8 @@ class Held:
 
 
 class Look:
-    """How one queue is looked through for what can be called: further each time that only what is
-    held was found, and not faster than PostgreSQL bears, as each that is put off is written twice.
-    """
+    """The depth of claims from one queue. Each claim that brings only held jobs makes the next one
+    deeper, at a rate that PostgreSQL can bear, as each job that is put off is written twice."""
 
     def __init__(
         self,
@@ -348,23 +348,23 @@ class Look:
         a_s: float = _PUT_OFF_A_S,
         at_once: float = _PUT_OFF_AT_ONCE,
     ) -> None:
-        """It puts off `a_s` in a second, after `at_once` at first."""
+        """a_s: jobs put off per second, after `at_once` in the beginning."""
         self._clock = clock
         self._a_s, self._at_once = a_s, at_once
         self._in_vain = 0
         self._left = at_once
         self._since = clock()
-        self.put_off = 0  # in a row
+        self.put_off = 0  # consecutively
 
     def __repr__(self) -> str:
         return f"<Look in_vain={self._in_vain} put_off={self.put_off}>"
 
     def at(self, most: int) -> int:
-        """How many to look at where `most` could be called."""
+        """Return how many to claim if `most` could be called."""
         return look_at(most, self._in_vain)
 
     def found(self, *, held: int, free: int) -> float:
-        """Note what the last look has found; returns for how many seconds to rest."""
+        """Record what the last claim brought; return for how many seconds to rest."""
         self._in_vain = self._in_vain + 1 if held and not free else self._in_vain // 2
         self.put_off = self.put_off + held if held else 0
         now = self._clock()
@@ -374,26 +374,26 @@ class Look:
 
 
 def look_at(most: int, in_vain: int) -> int:
-    """How many to look at where `most` could be called, after so many looks found only what is
-    held: or all that can be called would wait behind what a single paused model holds."""
+    """Return how many to claim if `most` could be called, after `in_vain` claims of held jobs only:
+    else all jobs that can be called would wait behind those of a single paused model."""
     return max(most, min(_WIDEST_LOOK, most << min(in_vain, 10)))
 
 
 _FIRST_BACK, _MOST_BACK, _MOST_KNOWN = 12, 1_000, 20_000
 _COUNT_EVERY_S = 15.0
-_APART_MS, _MOST_APART_MS = 250, 600_000  # far, as they are brought back sooner
+_APART_MS, _MOST_APART_MS = 250, 600_000  # long, since `bring_back` returns them sooner
 
 
 @dataclass(slots=True)
 class _Group:
-    """What waits for the same: the claim by which each was put off, and until when."""
+    """Jobs that wait for the same targets: the claim by which each was put off, and until when."""
 
     ids: dict[UUID, tuple[int, float]] = field(default_factory=dict)
     at_once: int = _FIRST_BACK
 
 
 class PutOff:
-    """One per worker. targets_of: what may be called for a job, upstreams each with its model."""
+    """Jobs that one worker has put off. targets_of: the upstreams and models of a job."""
 
     def __init__(
         self,
@@ -414,13 +414,13 @@ class PutOff:
         return f"<PutOff {self._known} for {len(self._groups)} targets>"
 
     def waits_ms(self, jobs: Iterable[ClaimedJob]) -> dict[UUID, int]:
-        """As `Held.waits_ms`, of these jobs."""
+        """Return what `Held.waits_ms` returns for these jobs."""
         each = ((job.request_id, self._targets_of(job)) for job in jobs)
         apart = {"apart_ms": _APART_MS, "most_apart_ms": _MOST_APART_MS}
         return self.held.waits_ms(each, self._known, **apart)
 
     def wait_ms(self, job: ClaimedJob) -> int:
-        """For how long it stays in the queue, since its call failed by the upstream."""
+        """Return the job's wait in the queue after the upstream failed its call."""
         return self.held.wait_ms(self._targets_of(job))
 
     async def release(
@@ -429,28 +429,28 @@ class PutOff:
         waits_ms: Mapping[UUID, int] | None = None,
         failure: Failure | None = None,
     ) -> None:
-        """As `JobQueue.release`; those in `waits_ms` are put off."""
+        """Return claims as `JobQueue.release` does; those in `waits_ms` are put off."""
         await self._store.queue.release(jobs, waits_ms, failure)
         for job in jobs:
             if (wait_ms := (waits_ms or {}).get(job.request_id)) is not None:
                 self.note(job, wait_ms)
 
     def note(self, job: ClaimedJob, wait_ms: int) -> None:
-        """It went back to the queue for so long."""
+        """Remember a job that was put off for so long."""
         group = self._groups.setdefault(tuple(self._targets_of(job)), _Group())
         is_new = job.request_id not in group.ids
         if self._known < _MOST_KNOWN or not is_new:
             self._known += is_new
-            # Its claim was released, by which the number of that grew.
+            # Its release has incremented the claim.
             group.ids[job.request_id] = job.claim + 1, self._clock() + wait_ms / 1000
 
     async def bring_back(self) -> None:
-        """Let those be claimed that nothing holds any more. To be called every second; raises
-        StoreUnavailable, after which they come back in their time."""
+        """Make jobs claimable that nothing holds any more. Called every second; raises
+        StoreUnavailable, after which they return when their time has passed."""
         await self._store.queue.bring_back(self._back())
 
     async def bring_all_back(self) -> None:
-        """Leave what is known here to other processes; raises StoreUnavailable."""
+        """Make all remembered jobs claimable for other processes; raises StoreUnavailable."""
         groups, self._groups, self._known = self._groups, {}, 0
         claims = {one: what[0] for group in groups.values() for one, what in group.ids.items()}
         while claims:
@@ -478,7 +478,7 @@ class PutOff:
         return found
 
     def _forget_past(self, now: float) -> None:
-        """Those that have come back by themselves."""
+        """Forget jobs that have returned by themselves."""
         for targets, group in list(self._groups.items()):
             group.ids = {one: what for one, what in group.ids.items() if what[1] > now}
             if not group.ids:

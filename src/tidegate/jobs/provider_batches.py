@@ -4,14 +4,14 @@
               ▲                                    │
               └──────── no answer, or a faster tier ┘
 
-Each step of a batch is claimed and can be repeated by another worker. The jobs of a batch are
-written down before anything is sent, and that it is being created before the request for that: if
-its reply is lost, the provider's list is asked, and nothing is created again before that has said
-no.
+Each step of a batch is claimed and can be repeated by another worker. A batch and its jobs are
+recorded before anything is sent, and its creation is recorded before the request that creates it.
+If the reply is lost, the provider's list of batches is read; the batch is only created again once
+that list shows that it was not.
 
-Invariants: what a provider's outage or a full queue there holds up fails no job; a line ends once,
-with its record; only a line without an answer goes back to the queue; a batch is polled at most
-once in `provider_batch_poll_ms`, and all of an upstream `_POLLS` times.
+Invariants: no job fails because of a provider's outage or a full queue there; a line ends once,
+with its record; only a line without an answer returns to the queue; a batch is polled at most once
+in `provider_batch_poll_ms`, and all batches of an upstream `_POLLS` times.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ MOST_BYTES = 16_000_000
 PARKED_S = 6 * 3600.0
 _LOOK_EVERY_S = 0.25
 _AT_ONCE = 10
-_BEGUN_AT_ONCE = 8  # whose bodies are in memory
+_BEGUN_AT_ONCE = 8  # their bodies are in memory
 _POLLS = 60
 _CHUNK = 100
 _PRUNE_EVERY_S = 3600.0
-# How long a request to create a batch may be under way after its process was killed.
+# How long a request to create a batch may be in progress after its process was killed.
 _SETTLED_AFTER_LEASES = 2
 _GONE = (404, 410)
 _MISSED = "the provider does not know it any more"
@@ -113,8 +113,8 @@ _GroupKey = tuple[str, str, str, str]  # upstream, dialect, path and model
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """A claimed job with its call, and what it needs of budgets. key: what all lines of a batch
-    have in common."""
+    """A claimed job with its call, and what it reserves of budgets. key: equal for all lines of a
+    batch."""
 
     job: ClaimedJob
     endpoint: Endpoint
@@ -142,7 +142,7 @@ class ProviderBatchRunner:
         prompts: PromptCalls,
         leaves_at: LeavesAt,
     ) -> None:
-        """leaves_at: when a batch must be cancelled for its jobs that are due at a time."""
+        """leaves_at: when to cancel a batch so that jobs with a deadline can still be called."""
         self._leaves_at = leaves_at
         self._config = config
         self._store, self._clock = store, store.notifications.clock
@@ -153,13 +153,13 @@ class ProviderBatchRunner:
         self._apis: dict[tuple[str, str], tuple[Upstream, BatchApi]] = {}
         self._in_hand: dict[UUID, asyncio.Task[None]] = {}
         self._making: set[UUID] = set()
-        # Until when the providers want no request for these: seconds of `time.monotonic`.
+        # Until when providers asked for no request about a batch, in seconds of `time.monotonic`.
         self._not_before_s: dict[UUID, float] = {}
 
-    # What a worker asks of it
+    # For the worker
 
     def takes(self, job: ClaimedJob) -> bool:
-        """Whether there is a batch API for a job's call, at a price that is known."""
+        """Whether a batch API takes the job's call at a known price."""
         return self._target(job) is not None
 
     async def put(self, job: ClaimedJob, choice: TierChoice) -> None:
@@ -184,10 +184,10 @@ class ProviderBatchRunner:
         target = self._calls.target(endpoint, endpoint.model or job.model or "")
         return None if target is None else (endpoint, target)
 
-    # Its loops
+    # Loops
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set; a step that has begun has the grace to end."""
+        """Work until `stop` is set; a step in progress may end within the grace period."""
         loops = (self._gather_all, self._see_to_all, self._prune_all)
         tasks = [asyncio.create_task(self._forever(loop)) for loop in loops]
         try:
@@ -204,7 +204,7 @@ class ProviderBatchRunner:
             await asyncio.gather(*steps, return_exceptions=True)
             try:
                 await self._batches.leave()
-            except StoreUnavailable as away:  # others wait for the lease
+            except StoreUnavailable as away:  # other processes wait for the lease to expire
                 log.debug(Log.STORE_AWAY, detail=away.message)
 
     async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
@@ -232,7 +232,7 @@ class ProviderBatchRunner:
         await asyncio.sleep(_PRUNE_EVERY_S)
 
     async def _gather_all(self) -> None:
-        """Make batches of the jobs that have waited long enough, as long as there are any."""
+        """Make batches of the jobs that have waited long enough, while there are any."""
         gather_ms = self._config.provider_batch_gather_ms
         if not await self._store.open_batches.theirs():
             return
@@ -241,12 +241,12 @@ class ProviderBatchRunner:
         ):
             try:
                 await self._gather(jobs)
-            finally:  # what this process forgets is free again with its next heartbeat
+            finally:  # claims that this process forgets become free with its next heartbeat
                 for job in jobs:
                     self._store.queue.settled(job)
 
     async def _see_to_all(self) -> None:
-        """Take the batches that are due, a few at a time."""
+        """Take the batches that are due, up to a few at a time."""
         if not await self._store.open_batches.theirs():
             return
         while len(self._in_hand) < _AT_ONCE:
@@ -265,15 +265,15 @@ class ProviderBatchRunner:
         for job in jobs:
             if job.image_uri is None and (ready := await self._ready(job)) is not None:
                 there.append(ready)
-            await asyncio.sleep(0)  # thousands together would keep the event loop busy for long
+            await asyncio.sleep(0)  # thousands of jobs in a row would block the event loop
         await self._begin_all(there)
-        # A server of a caller's choice may be slow: no other job waits for its pictures.
+        # A caller's server may be slow: no other job waits while an image is fetched.
         came = await asyncio.gather(*map(self._ready, fetched))
         await self._begin_all([one for one in came if one is not None])
 
     async def _begin_all(self, jobs: Iterable[_Ready]) -> None:
-        """Those of one key in one batch, or in several where they have become larger than claimed:
-        pictures that were fetched, files in base64."""
+        """Begin a batch for the jobs of each key, or several if they have become larger than
+        claimed, by fetched images or files in base64."""
         groups: defaultdict[_GroupKey, list[_Ready]] = defaultdict(list)
         sizes: Counter[_GroupKey] = Counter()
         for one in jobs:
@@ -287,7 +287,7 @@ class ProviderBatchRunner:
             await self._begin(group)
 
     async def _ready(self, job: ClaimedJob) -> _Ready | None:
-        """The job's call as a line; None where it is none: the usual tier says why."""
+        """Return the job's call as a line; None if it cannot be one: the live tier reports why."""
         try:
             found = self._target(job)
             if found is None:
@@ -299,13 +299,13 @@ class ProviderBatchRunner:
             raise
         except TidegateError as wrong:
             log.info(Log.PROVIDER_BATCH_LEFT, request_id=str(job.request_id), reason=wrong.message)
-        except Exception:  # an unforeseen error: logged, and the job holds up no other
+        except Exception:  # an unforeseen error: logged, and no other job is delayed
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
         await self._batches.turn_away([job])
         return None
 
     async def _line(self, job: ClaimedJob, endpoint: Endpoint, target: Target) -> BatchableCall:
-        """Raises StoreUnavailable, NotFound and what a call raises that can't be made."""
+        """Return a job's call. Raises StoreUnavailable, NotFound and errors of invalid calls."""
         record, caller = record_of(job), caller_of(job)
         kind = job.classification.kind
         if job.endpoint is None:
@@ -319,7 +319,7 @@ class ProviderBatchRunner:
 
     async def _native(self, job: ClaimedJob, path: str) -> NativeCall:
         body = job.prompt.encode()
-        for attachment in job.attachments:  # the body, where it is a large one
+        for attachment in job.attachments:  # a large body
             body = await self._blobs.get(attachment.blob_key)
         return detached_call(
             request_id=job.request_id,
@@ -331,7 +331,7 @@ class ProviderBatchRunner:
         )
 
     def _needs(self, job: ClaimedJob, call: BatchableCall) -> tuple[tuple[Binding, int], ...]:
-        """Of the budgets that bind the job. Raises BudgetUnbounded."""
+        """Return what the job reserves of its budgets. Raises BudgetUnbounded."""
         if call.cost is None:
             return ()
         model = call.target.model
@@ -340,7 +340,7 @@ class ProviderBatchRunner:
         return needs_of(bindings, call.cost)
 
     async def _begin(self, group: Sequence[_Ready]) -> None:
-        """Write down a batch with its jobs, and go on with it."""
+        """Record a batch with its jobs, and send it."""
         target, endpoint = group[0].call.target, group[0].endpoint
         batch = UpstreamBatch(
             id=new_id(),
@@ -354,10 +354,10 @@ class ProviderBatchRunner:
             size_bytes=sum(len(one.call.body) for one in group),
         )
         joining = [JoiningJob(one.job, one.needs, one.job.revisit_at) for one in group]
-        self._making.add(batch.id)  # this task goes on with it
+        self._making.add(batch.id)  # this task continues with it
         try:
             begun = await self._batches.begin(batch, joining)
-            # What is beyond that is taken when it is due, and its bodies are read again.
+            # Further batches are taken when they are due, and their bodies are read again.
             if begun.batch is not None and len(self._in_hand) < _BEGUN_AT_ONCE:
                 bodies = {line: one.call.body for line, one in enumerate(group)}
                 self._go_on(begun.batch, bodies)
@@ -370,7 +370,7 @@ class ProviderBatchRunner:
 
     async def _wait_for_budget(self, job: ClaimedJob, error: QuotaExceeded) -> None:
         if getattr(error, "fallback", None) is not None:
-            await self._batches.turn_away([job])  # the usual tier falls back
+            await self._batches.turn_away([job])  # the live tier uses the fallback model
             return
         until = self._parked_until(job.revisit_at)
         wait_ms = uncounted_wait_ms(error) or 0
@@ -390,16 +390,16 @@ class ProviderBatchRunner:
     # From a batch to the provider
 
     async def _guarded(self, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None) -> None:
-        """The top of a step's task."""
+        """Run one step of a batch."""
         try:
             await self._step(batch, bodies)
         except ClaimLost:
             return
         except StoreUnavailable as away:  # it is due, and taken again
             log.debug(Log.STORE_AWAY, detail=away.message)
-        except Exception:  # the top of a task: logged, and the batch is looked at again
+        except Exception:  # the top of a task: logged, and the batch is taken again
             log.exception(Log.WORKER_LOOP_FAILED, batch=str(batch.id))
-            with suppress(StoreUnavailable):  # the step may have saved it: it stays as it is then
+            with suppress(StoreUnavailable):  # a batch that the step saved stays so
                 await self._batches.put_off(batch, self._poll_ms)
 
     async def _step(self, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None) -> None:
@@ -407,14 +407,14 @@ class ProviderBatchRunner:
         drained = self._relay.spine.targets.drained
         is_gone = upstream is None or batch.dialect not in upstream.base_urls
         if batch.state == "made" and (is_gone or batch.upstream in drained):
-            await self._give_back_all(batch, "left")  # nothing of it was sent
+            await self._give_back_all(batch, "left")  # nothing was sent
             return
         if upstream is None or is_gone:
             await self._hold(batch, "its upstream is not configured any more")
             return
         place = (batch.upstream, batch.dialect)
         known = self._apis.get(place)
-        if known is None or known[0] is not upstream:  # it was changed
+        if known is None or known[0] is not upstream:  # the upstream was changed
             api = batch_api(self._relay.wire, upstream, Dialect(batch.dialect))
             known = self._apis[place] = upstream, api
         api = known[1]
@@ -437,12 +437,12 @@ class ProviderBatchRunner:
         return float(self._config.provider_batch_poll_ms)
 
     async def _pace_ms(self, batch: UpstreamBatch) -> float:
-        """Until the next look at a batch: with many of them a longer time."""
+        """Return the ms until the next poll of a batch; more batches are polled less often."""
         count = (await self._batches.under_way()).get(batch.upstream, 1)
         return max(self._poll_ms, self._poll_ms * count / _POLLS)
 
     async def _hold(self, batch: UpstreamBatch, problem: str, wait_ms: int | None = None) -> None:
-        """Nothing can be done about a batch now, and no job fails over it."""
+        """Postpone a batch that cannot proceed; no job fails for it."""
         if problem != batch.problem:
             log.warning(Log.PROVIDER_BATCH_HELD, **_about(batch), reason=problem)
         since = batch.created_at or batch.creating_at
@@ -450,7 +450,7 @@ class ProviderBatchRunner:
             await self._give_back_all(batch, "lost", charge=UNKNOWN_CHARGE)
             return
         saved, held_ms = replace(batch, problem=problem), max(self._poll_ms, wait_ms or 0)
-        if batch.state == "made":  # who leaves it is looked for at the usual pace: see `_create`
+        if batch.state == "made":  # lines still leave it at the usual pace: see `_create`
             if wait_ms:
                 now_s, held = time.monotonic(), self._not_before_s.items()
                 self._not_before_s = {one: at_s for one, at_s in held if at_s > now_s}
@@ -462,8 +462,8 @@ class ProviderBatchRunner:
         await self._batches.save(saved, min(held_ms, left_ms))
 
     async def _without_the_late(self, batch: UpstreamBatch) -> float:
-        """Return the lines to the queue that have to be in a faster tier by now, though their batch
-        can't be cancelled: the provider may charge them too. Until the next one has to, in ms."""
+        """Requeue lines that must be called in a faster tier now, though their batch cannot be
+        cancelled: the provider may charge them too. Return the ms until the next such line."""
         leave_at, now = (await self._batches.open_lines(batch)).leave_at, self._clock.now()
         if leave_at is not None and leave_at <= now:
             for one in await self._all_lines(batch):
@@ -506,8 +506,8 @@ class ProviderBatchRunner:
         await self._batches.save(_known(batch, progress), self._poll_ms)
 
     async def _marked(self, batch: UpstreamBatch) -> UpstreamBatch:
-        """On record as one that may be created from now on. A process that stood still until it
-        read the reply marks it again: another worker may have the batch by then."""
+        """Record that the batch may be created from now on. A process that stalled before it read
+        the reply records that again: another worker may have taken the batch."""
         found = replace(batch, state="creating")
 
         async def mark() -> None:
@@ -523,8 +523,8 @@ class ProviderBatchRunner:
     async def _leaving_aside(
         self, batch: UpstreamBatch, lines: Sequence[OpenLine]
     ) -> list[OpenLine]:
-        """What is to be in a batch that is not created yet: without what its owner has cancelled,
-        and what has to be in a faster tier by now."""
+        """Return the lines for a batch that is not created yet, without cancelled jobs and those
+        that must be called in a faster tier now."""
         now, stay = self._clock.now(), []
         for one in lines:
             if one.is_cancelled or (one.leave_at is not None and one.leave_at <= now):
@@ -539,8 +539,8 @@ class ProviderBatchRunner:
         lines: Sequence[OpenLine],
         bodies: Mapping[int, bytes] | None,
     ) -> list[BatchedCall]:
-        """The lines as they are sent. One that can't be made any more, since its picture or file is
-        gone, leaves the batch: the usual tier says why."""
+        """Return the lines as they are sent. A line that cannot be made any more, as its image or
+        file was deleted, leaves the batch: the live tier reports why."""
         calls = []
         for one in lines:
             try:
@@ -571,7 +571,7 @@ class ProviderBatchRunner:
         return Target(self._relay.spine.targets.upstreams[batch.upstream], batch.model)
 
     async def _not_created(self, batch: UpstreamBatch, error: UpstreamError, is_sent: bool) -> None:
-        """The request to create a batch has failed: it was not created for certain, or may be."""
+        """Handle a failed request to create a batch: certainly not created, or possibly created."""
         is_certain = not is_sent or 400 <= (error.status or 0) < 500
         if not is_certain:
             log.warning(Log.PROVIDER_BATCH_HELD, **_about(batch), reason=error.message)
@@ -579,22 +579,22 @@ class ProviderBatchRunner:
             return
         batch = await self._batches.save(replace(batch, state="made", file_id=batch.file_id))
         if error.is_answer:
-            # Nothing would be different next time: the usual tier makes the calls.
+            # Another attempt would fail too: the live tier makes the calls.
             log.warning(Log.PROVIDER_BATCH_HELD, **_about(batch), reason=error.message)
             await self._give_back_all(batch, "refused", is_refused=True)
         else:
             await self._hold(batch, error.message, error.retry_after_ms)
 
     async def _missed(self, api: BatchApi, batch: UpstreamBatch, upstream: Upstream) -> None:
-        """The provider does not know a batch that it has created: it was deleted there, unless the
-        account is another one. The next look that finds the same ends it."""
+        """Handle a created batch that the provider does not know: it was deleted there, or the
+        account has changed. If the next poll finds the same, the batch ends."""
         if batch.problem != _MISSED or batch.key_digest != _digest(upstream):
             await self._hold(batch, _MISSED)
             return
         others = await self._batches.known_ids(batch.upstream) - {batch.provider_id or ""}
         try:
             found = await api.find(_outline(batch), others)
-        except UpstreamError as error:  # nor can it say which batches there are
+        except UpstreamError as error:  # the list of batches failed too
             found = None
             log.info(Log.PROVIDER_BATCH_HELD, **_about(batch), reason=error.message)
         if found is None or batch.provider_id in found:
@@ -606,7 +606,7 @@ class ProviderBatchRunner:
             await self._give_back_all(batch, "deleted", is_refused=True, charge=UNKNOWN_CHARGE)
 
     async def _resolve(self, api: BatchApi, batch: UpstreamBatch) -> None:
-        """Whether a batch was created whose creation had no answer."""
+        """Find out whether a batch was created whose creation had no answer."""
         outline = _outline(batch)
         found = await api.find(outline, await self._batches.known_ids(batch.upstream))
         if found is None:
@@ -628,7 +628,7 @@ class ProviderBatchRunner:
         await self._batches.save(replace(batch, state="made"), 0.0)
 
     async def _look(self, api: BatchApi, batch: UpstreamBatch) -> None:
-        """See how far a batch is, and end it here where it has ended there."""
+        """Poll a batch, and end it if the provider has ended it."""
         assert batch.provider_id is not None
         progress = await api.poll(batch.provider_id)
         if progress.has_ended and progress.is_full:
@@ -659,8 +659,8 @@ class ProviderBatchRunner:
         return timedelta(milliseconds=self._config.provider_batch_cancel_ms)
 
     async def _to_leave_at(self, batch: UpstreamBatch, sums: OpenLines) -> datetime | None:
-        """When the first line is to leave a batch: sooner than it was to where more jobs have come
-        that would be called before it."""
+        """Return when the first line must leave a batch: earlier than planned if more jobs have
+        arrived that would be called before it."""
         if sums.leave_at is None or sums.due_at is None or sums.kind not in set(Kind):
             return sums.leave_at
         now = await self._leaves_at(Kind(sums.kind), self._target_of(batch), sums.due_at)
@@ -669,25 +669,25 @@ class ProviderBatchRunner:
     # From the provider to the jobs
 
     async def _end(self, api: BatchApi, batch: UpstreamBatch, ended: BatchProgress) -> None:
-        """Read the results of a batch, which end its lines; what has none goes back."""
+        """Read the results of a batch, which end its lines; requeue lines without a result."""
         last_problem = batch.problem
         batch = await self._batches.save(
             replace(batch, provider_state=ended.word, problem=ended.problem)
         )
         outline = _outline(batch)
-        # Gemini may have charged for what it had done of a batch that did not come to its end.
+        # Gemini may have charged for the finished part of an incomplete batch.
         is_unsure = batch.dialect == Dialect.GEMINI and not ended.files and not ended.inline
         try:
             await self._read_results(batch, api.results(outline, ended))
         except UpstreamError as error:
             if error.status not in _GONE:
                 raise
-            if last_problem != _NO_RESULTS:  # the next look that finds the same ends it
+            if last_problem != _NO_RESULTS:  # if the next poll finds the same, the batch ends
                 await self._hold(batch, _NO_RESULTS)
                 return
             is_unsure = True
         charge = UNKNOWN_CHARGE if is_unsure else NO_CHARGE
-        # What no batch has done in all its time is not put into one again.
+        # Lines that a batch did not answer in its full time are not put into another one.
         is_refused = batch.state != "cancelling"
         await self._give_back_all(batch, ended.word, is_refused=is_refused, charge=charge)
         with suppress(UpstreamError):
@@ -712,13 +712,13 @@ class ProviderBatchRunner:
         await asyncio.gather(*(self._end_line(batch, one, chunk[one.line]) for one in lines))
 
     async def _end_line(self, batch: UpstreamBatch, line: OpenLine, result: LineResult) -> None:
-        """A line has an answer, good or not."""
+        """End a line with its answer or error."""
         record = self._record(batch, line)
         try:
             await self._end_by(batch, line, result, record)
         except StoreUnavailable:
             raise
-        except Exception:  # an unforeseen error: logged, and the line holds up no other
+        except Exception:  # an unforeseen error: logged, and no other line is delayed
             log.exception(Log.INTERNAL_ERROR, request_id=str(line.job.request_id))
             record = self._record(batch, line)
             record.charge = UNKNOWN_CHARGE
@@ -738,7 +738,7 @@ class ProviderBatchRunner:
                 await aside(len(result.answer), read)
                 record.files = await kept(self._blobs, record.answer.pictures)
                 if line.job.endpoint is not None and self._calls.lacks_usage(record):
-                    with suppress(NotFound):  # its body is gone
+                    with suppress(NotFound):  # its body was deleted
                         native = await self._native(line.job, line.job.endpoint)
                         self._calls.estimate_usage(record, native, target, result.answer)
             except UpstreamError as wrong:
@@ -751,7 +751,7 @@ class ProviderBatchRunner:
             await self._finish(line, record, error)
 
     async def _failed(self, line: OpenLine, record: CallRecord, error: TidegateError) -> None:
-        """The provider has refused a line, or failed at it: the usual tier decides, soon."""
+        """Retry a line that the provider refused or failed in the live tier, or end it."""
         job = line.job
         is_counted = error.retryable and not is_of_upstream(error)
         wait_ms: int | None = 0
@@ -771,7 +771,7 @@ class ProviderBatchRunner:
         is_refused: bool = False,
         charge: Charge = NO_CHARGE,
     ) -> None:
-        """Return all open lines to the queue; the batch is done then."""
+        """Return all open lines to the queue, and end the batch."""
         while lines := await self._batches.lines(batch, limit=_CHUNK):
             for one in lines:
                 await self._without_answer(batch, one, word, charge, is_refused=is_refused)
@@ -800,7 +800,7 @@ class ProviderBatchRunner:
         await self._requeue(line, back, record, failure, 0, is_counted=False)
 
     def _record(self, batch: UpstreamBatch, line: OpenLine) -> CallRecord:
-        """Of a line's call, up to its answer."""
+        """Return the record of a line's call, before its answer."""
         job, spine, now = line.job, self._relay.spine, datetime.now(UTC)
         record = record_of(job, spine.tracing.trail(job.request_id, parent_of(job.traceparent)))
         endpoint = self._endpoint(batch, job)
@@ -849,30 +849,31 @@ class ProviderBatchRunner:
         return latest if revisit_at is None else min(latest, revisit_at)
 
     def _until(self, at: datetime | None) -> float:
-        """In ms; infinite where it is never."""
+        """Return the ms until a time; infinite for None."""
         return inf if at is None else max(0.0, (at - self._clock.now()).total_seconds() * 1000)
 
     @staticmethod
     async def _written(write: Awaitable[bool]) -> None:
-        """Raises StoreUnavailable where it is not in PostgreSQL yet: the line still looks open."""
-        with suppress(ClaimLost):  # it has ended meanwhile
+        """Raises StoreUnavailable for a write that is not in PostgreSQL: the line looks open."""
+        with suppress(ClaimLost):  # the line has ended meanwhile
             if not await write:
                 raise StoreUnavailable("the end of a line is kept on disk")
 
 
 def _without_batch(job: ClaimedJob) -> ClaimedJob:
-    """The job, which is put into no batch any more."""
+    """Return the job without the batch tier."""
     allowed = tuple(one for one in job.tiers_allowed if one is not Tier.BATCH)
     return replace(job, tier=Tier.LIVE, tiers_allowed=allowed)
 
 
 def _digest(upstream: Upstream) -> bytes:
-    """Of its key."""
+    """Return a digest of an upstream's key."""
     return sha256(upstream.key.encode()).digest()
 
 
 def _passed(batch: UpstreamBatch, since: datetime) -> timedelta:
-    """Until a batch was read, both by PostgreSQL's clock: a worker's own may be wrong."""
+    """Return the time from `since` to a batch's reading, by PostgreSQL's clock: others may be
+    wrong."""
     return timedelta(0) if batch.read_at is None else batch.read_at - since
 
 

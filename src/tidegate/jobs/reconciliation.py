@@ -1,10 +1,10 @@
 """Reconciliation of a day with a provider, by a command or each night by the workers.
 
-A day is read from the provider's usage API and from the record, compared by model, and kept;
+A day is read from the provider's usage API and from the record, compared by model, and stored;
 charges that the comparison explains are corrected. Running it again changes nothing more.
 
 Invariants: each night the day before is compared; two workers that compare the same day correct a
-charge once; the admin key is read from the environment and stays here.
+charge once; the admin key is read from the environment and never stored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tidegate.upstream.usage_api import (
     usage_of_day,
 )
 
-NIGHTLY_AT = time(5, 0)  # of UTC: the providers' own figures of a day come some hours later
+NIGHTLY_AT = time(5, 0)  # UTC: providers publish the figures of a day some hours later
 _LOOK_EVERY_S = 900.0
 
 log = get_logger()
@@ -38,7 +38,7 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class ReconcileReport:
-    """Of one upstream and day. corrected: how many charges were; 0 of a dry run."""
+    """Result for one upstream and day. corrected: the number of charges; 0 for a dry run."""
 
     upstream: str
     provider: str
@@ -62,7 +62,7 @@ class ReconcileReport:
 
 
 def usage_provider(name: str) -> UsageProvider:
-    """Raises ConfigError for a provider without a usage API that is read here."""
+    """Return a provider with a usage API by its name. Raises ConfigError for any other."""
     for provider in USAGE_PROVIDERS:
         if provider == name:
             return provider
@@ -75,10 +75,10 @@ def upstream_of(
     name: str | None,
     option: str = "--upstream",
 ) -> Upstream:
-    """The upstream of a provider by its name, which `option` gives, or the only one.
+    """Return the provider's upstream with this name, which `option` states, or its only one.
 
-    Raises NotFound for a name that no upstream has, and ConfigError where it is no account of the
-    provider, there is none, or more than one and no name."""
+    Raises NotFound for an unknown name, and ConfigError if the upstream is no account of the
+    provider, there is none, or there are several and no name."""
     of_provider = [one for one in deployment.upstreams if provider_of_upstream(one) == provider]
     found = [one for one in of_provider if name in (None, one.name)]
     if len(found) == 1:
@@ -97,7 +97,8 @@ def upstream_of(
 def account_of(
     upstream: Upstream, provider: UsageProvider, secret: Callable[[str], str]
 ) -> UsageAccount:
-    """Raises ConfigError where the admin key is not set."""
+    """Return an upstream's account for the usage API. Raises ConfigError if the admin key is not
+    set."""
     variable = ADMIN_KEYS[provider]
     key = secret(variable)
     if not key:
@@ -109,7 +110,8 @@ def account_of(
 def nightly_accounts(
     deployment: Deployment, providers: Sequence[str], secret: Callable[[str], str]
 ) -> list[tuple[Upstream, UsageAccount]]:
-    """Raises ConfigError for an unknown provider, one without an upstream, or without a key."""
+    """Return the accounts to compare each night. Raises ConfigError for an unknown provider, or one
+    without an upstream or a key."""
     accounts = []
     for name in providers:
         provider = usage_provider(name)
@@ -129,9 +131,9 @@ async def reconcile(
     *,
     dry_run: bool = False,
 ) -> ReconcileReport:
-    """Compare a day, correct what is explained and keep what was found; with `dry_run` only
-    compare. Of a day that is not over, both sides are as far as they have come. Raises
-    UpstreamError and StoreUnavailable."""
+    """Compare a day, correct explained charges and store the findings; with `dry_run` only compare.
+    Of a day that has not ended, both sides are incomplete. Raises UpstreamError and
+    StoreUnavailable."""
     theirs = await usage_of_day(wire, account, day)
     ours = await record.ours(upstream.name, day)
     noon = datetime.combine(day, time(12), UTC).timestamp()
@@ -146,7 +148,7 @@ async def reconcile(
 
 
 class NightlyReconciliation:
-    """Compares yesterday with the providers that are set, once a day."""
+    """Compares yesterday with the configured providers, once a day."""
 
     def __init__(
         self,
@@ -157,14 +159,14 @@ class NightlyReconciliation:
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Raises ConfigError for an unknown provider, one without an upstream, or without a key."""
+        """Raises ConfigError for an unknown provider, or one without an upstream or a key."""
         self._record = record
         self._now = now
-        self._done: dict[str, date] = {}  # also of days without a model, of which nothing is kept
+        self._done: dict[str, date] = {}  # including days without usage, of which nothing is stored
         self._accounts = nightly_accounts(deployment, providers, secret)
 
     async def run(self) -> None:
-        """Until cancelled. What fails is logged and tried again later."""
+        """Run until cancelled. A failure is logged and tried again later."""
         while True:
             now = self._now()
             if now.time() >= NIGHTLY_AT:

@@ -2,15 +2,16 @@
 
     batch ── its end comes near to the deadline ──► flex ── only live is safe ──► live
 
-A job waits in a cheaper tier only as long as the usual tier still makes its deadline at our limits,
-with all jobs of the same need before it. What is not known counts for the worst that the provider
-announces: a batch is tried without knowledge only where half of its window fits before that moment.
+A job waits in a cheaper tier only as long as the live tier would still meet the deadline at the
+limits in force, after all earlier jobs of the same kind. Unknown times count as the longest that
+the provider announces: a batch without known times is only tried if half of its window fits before
+that moment.
 
-Invariants: a tier that is not allowed, has no known price, or costs more than the usual one is
-never chosen; where no cheaper tier is safe the usual one is; a tier is offered only where every
-upstream that the job may go to states a price for it. What the usual tier takes is counted at the
-limits of the job's first upstream, with all open jobs of its kind that come before it
-(`store/statistics.py`, `OpenJobs`). The choice itself is `choose` of `admission/charges.py`.
+Invariants: a tier that is not allowed, has no known price, or costs more than the live tier is
+never chosen; if no cheaper tier is safe, the live tier is; a tier is offered only if every upstream
+that the job may go to has a price for it. The live tier's time is estimated at the limits of the
+job's first upstream, with all open jobs of its kind that come before it (`store/statistics.py`,
+`OpenJobs`). `choose` of `admission/charges.py` makes the choice.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ _BATCHES_FRESH_S = 10.0
 _MOST_MODELS = 1_000
 
 
-# Of an upstream's batches of a model: within how many ms nearly all have ended, and how many there
-# were; None where there was none.
+# Of an upstream's batches of a model: the ms within which nearly all have ended, and their number;
+# None for no batch.
 UsualBatches = Callable[[str, str], Awaitable[tuple[float, int] | None]]
 
 
 class TierOffers:
-    """One per worker. targets_of: where a job may go; lane_of: what this process has of one.
-    takes: whether a provider's batch can take a job."""
+    """Offers processing tiers to the jobs of one worker. targets_of: the targets of a job; lane_of:
+    the lane of a target. takes: whether a provider's batch can take a job."""
 
     def __init__(
         self,
@@ -87,8 +88,8 @@ class TierOffers:
     async def choice(
         self, job: ClaimedJob, kind: Kind, tried: Collection[Tier] = ()
     ) -> TierChoice | None:
-        """The tier of a job now, None where it is allowed the usual one alone. tried: those that
-        have refused it. Raises StoreUnavailable."""
+        """Return the tier of a job now, None if only the live tier is allowed. tried: tiers that
+        have refused the job. Raises StoreUnavailable."""
         if not job.tiers_allowed:
             return None
         targets = self._targets_of(job)
@@ -126,9 +127,9 @@ class TierOffers:
         return TierOffer(tier, max(known), slowest, keeps_results=_keeps_results(job))
 
     async def leaves_at(self, kind: Kind, target: Target, due: datetime) -> datetime | None:
-        """When a batch at a provider must be cancelled for those of its jobs that are due
-        then, as many as are open now; None where nothing could be called in its stead, in time.
-        Raises StoreUnavailable."""
+        """Return when a batch at a provider must be cancelled so that its jobs with this deadline
+        are called in time, with as many jobs as are open now; None if they could not be. Raises
+        StoreUnavailable."""
         room = await self._room(kind, target, DEFAULT_TENANT, due)
         if room.is_late((due - self._now()).total_seconds() * 1000):
             return None
@@ -136,7 +137,7 @@ class TierOffers:
         return None if needs_ms == inf else due - timedelta(milliseconds=needs_ms)
 
     async def _usual_batch_ms(self, key: Key) -> float | None:
-        """Within which the batches of a model end; None where too few did."""
+        """Return within which time a model's batches end; None after too few."""
         now = self._clock()
         until, usual_ms = self._batch_times.get(key, (now, None))
         if until <= now:
@@ -163,8 +164,8 @@ class TierOffers:
         return self._seen[kind].room(map(policy.binding, limits), ahead)
 
     def ended(self, job: ClaimedJob, record: CallRecord, error: TidegateError | None) -> int | None:
-        """A job was called in its tier. Returns for how many ms it waits where the tier, and not
-        the call, has refused it, which uses up no attempt; else None."""
+        """Record the end of a job's call in its tier. Return the ms to wait if the tier, and not
+        the call, refused it, which uses up no attempt; else None."""
         key, kind = (record.upstream or "", record.model or ""), job.classification.kind
         took_ms = record.upstream_ms or 0.0
         if error is None and kind is not None:
@@ -174,7 +175,7 @@ class TierOffers:
             else:
                 self._seen[kind].times.last_ms.append(took_ms)
         elif isinstance(error, UpstreamTierBusy):
-            if error.status is not None:  # else the job gave it up by itself
+            if error.status is not None:  # without a status, the job has left the tier by itself
                 self.flex.was_busy(key, error.retry_after_ms)
             return self.put_off_ms(key)
         elif job.tier is Tier.FLEX and isinstance(error, UpstreamRejected | UpstreamTimeout):
@@ -183,13 +184,14 @@ class TierOffers:
         return None
 
     def put_off_ms(self, *keys: Key) -> int:
-        """For how long a job waits for capacity of flex: until it is asked again, and a little."""
+        """Return how long a job waits for flex capacity: until the next call there, plus a random
+        time."""
         busy_ms = min(map(self.flex.busy_ms, keys), default=0.0)
         return round(busy_ms * uniform(1, 1.5))
 
 
 def _keeps_results(job: ClaimedJob) -> bool:
-    """Gemini gives no answers of a batch that was cancelled, and a prompt may go there."""
+    """Whether a cancelled batch returns the answers it has: not Gemini's, where a prompt may go."""
     if job.endpoint is None:
         return False
     return endpoint_named(job.endpoint).dialect is not Dialect.GEMINI

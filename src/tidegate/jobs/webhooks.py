@@ -1,9 +1,9 @@
 """Webhooks: signed notifications of finished requests, and alerts for operators.
 
-Invariant: whatever a receiver does, it costs us a bounded time and no more; a webhook leaves the
-outbox only when it was answered with 2xx, refused with 410, or tried for the last time.
+Invariant: a receiver costs a bounded time, whatever it does; a webhook leaves the outbox only once
+it was answered with 2xx, refused with 410, or tried for the last time.
 
-The convention of Standard Webhooks: https://github.com/standard-webhooks/standard-webhooks
+Follows Standard Webhooks: https://github.com/standard-webhooks/standard-webhooks
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LOOK_EVERY_S = 0.5
 _LAST_ANSWERS_S = 1.0
 _LEASE_FACTOR = 2
 _GONE = 410
-# After each try to deliver a webhook but the last.
+# Waits after each attempt but the last.
 _WAITS_MS = (5_000, 30_000, 120_000, 600_000, 3_600_000, 21_600_000)
 _JITTER = 0.2
 
@@ -46,7 +46,7 @@ log = get_logger()
 
 
 class WebhookSender:
-    """Delivers what is due, from one worker; any number of them share the outbox."""
+    """Delivers due webhooks, from one worker; any number of workers share the outbox."""
 
     def __init__(self, config: Config, store: Store) -> None:
         assert config.webhook_secret is not None
@@ -58,17 +58,17 @@ class WebhookSender:
             timeout_ms=config.webhook_timeout_ms,
             is_allowed=lambda address: private or is_public(address),
         )
-        self._tasks: dict[asyncio.Task[None], str] = {}  # and whose webhook it delivers
+        self._tasks: dict[asyncio.Task[None], str] = {}  # the tenant of each delivery
 
     async def run(self) -> None:
-        """Deliver until cancelled; what is under way then has a second to be answered."""
+        """Deliver until cancelled; deliveries in progress then have a second to be answered."""
         try:
             while True:
                 try:
                     await self._look()
                 except StoreUnavailable:
                     pass  # the store logs its change of state
-                except Exception:  # the top of a task: logged, and it goes on
+                except Exception:  # the top of a task: logged, and the loop continues
                     log.exception(Log.WORKER_LOOP_FAILED)
                 await asyncio.sleep(_LOOK_EVERY_S)
         finally:
@@ -78,13 +78,14 @@ class WebhookSender:
                 task.cancel()
 
     async def _look(self) -> None:
-        """Claim and start what is due, as long as there is more and room for it. A tenant may have
-        half of what the others leave: no receiver that never answers holds up another tenant's."""
+        """Claim and start due deliveries while there are more and slots are free. A tenant gets at
+        most half of the slots that others leave, so that an unresponsive receiver delays no other
+        tenant."""
         while (free := MOST_AT_ONCE - len(self._tasks)) > 0:
             own = Counter(self._tasks.values())
             left = {tenant: (free + count + 1) // 2 - count for tenant, count in own.items()}
             full = [tenant for tenant, room in left.items() if room <= 0]
-            # As much as each may have: one claim may be all of one tenant's.
+            # The smallest share, since one claim may consist of one tenant's deliveries.
             most = min([(free + 1) // 2, *(room for room in left.values() if room > 0)])
             due = await self._store.outbox.claim(most, self._lease_ms, but_of=full)
             for delivery in due:
@@ -95,7 +96,7 @@ class WebhookSender:
                 return
 
     async def _deliver(self, delivery: Delivery) -> None:
-        # Whatever goes wrong here, the webhook is due again when its claim is over.
+        # After any failure here, the webhook is due again when its claim expires.
         try:
             record = await self._store.requests.get(delivery.request_id, delivery.tenant_id)
             last = None if record.webhook is None else record.webhook.webhook_id
@@ -145,14 +146,15 @@ class WebhookSender:
 
 
 def signature(keys: Sequence[bytes], webhook_id: str, sent_at: int, body: bytes) -> str:
-    """The value of `webhook-signature`: HMAC-SHA256 of `id.timestamp.body`, by each of the keys."""
+    """Return the value of `webhook-signature`: HMAC-SHA256 of `id.timestamp.body`, by each of the
+    keys."""
     signed = b"%b.%d.%b" % (webhook_id.encode(), sent_at, body)
     digests = (b64encode(hmac.digest(key, signed, sha256)).decode() for key in keys)
     return " ".join(f"v1,{one}" for one in digests)
 
 
 def payload(delivery: Delivery, record: RequestRecord) -> bytes:
-    """The body: what happened, and the request as it ended, without pictures and long texts."""
+    """Return the body: the event, and the request as it ended, without images and long texts."""
     failure = record.failure
     data: dict[str, Any] = {
         "request_id": record.request_id,
@@ -179,9 +181,9 @@ def payload(delivery: Delivery, record: RequestRecord) -> bytes:
 
 
 def webhook_wait_ms(tries: int, rng: random.Random | None = None) -> int | None:
-    """Milliseconds until a webhook is tried again, or None when it is given up.
+    """Return the milliseconds until the next attempt, None for no further one.
 
-    `tries` counts those made. Jitter spreads those that a receiver's outage has gathered.
+    `tries` counts the attempts made. Jitter spreads the webhooks that accumulated in an outage.
     """
     if tries > len(_WAITS_MS):
         return None
@@ -190,14 +192,14 @@ def webhook_wait_ms(tries: int, rng: random.Random | None = None) -> int | None:
 
 
 def _wait_ms(tries: int, answer: Posted) -> int | None:
-    """The same after such an answer: not before the time that the receiver names in `Retry-After`,
-    but within the longest of our own waits."""
+    """Return the wait after an answer: at least the receiver's `Retry-After`, up to the longest of
+    the configured waits."""
     wait_ms = None if answer.status == _GONE else webhook_wait_ms(tries)
     return None if wait_ms is None else max(wait_ms, min(answer.retry_after_ms, _WAITS_MS[-1]))
 
 
 def _said(record: RequestRecord) -> dict[str, Any]:
-    """The answer as its status shows it; a long one is left to that."""
+    """Return the answer as the status shows it; nothing for a long one, which the status has."""
     text = record.text
     if text is None or len(text) > MOST_TEXT_CHARS:
         return {}
@@ -211,10 +213,11 @@ _ALERTS_EVERY_S = 1.0
 
 
 class AlertSender:
-    """Posts alerts to the operators' webhook, from one worker; any number of them share the outbox.
+    """Posts alerts to the operators' webhook, from one worker; any number of workers share the
+    outbox.
 
-    An alert is signed as a webhook is, by the deployment's own secret. What is not answered with
-    2xx is tried again as webhooks are.
+    An alert is signed as a webhook, with the deployment's own secret, and retried as webhooks are
+    until it is answered with 2xx.
     """
 
     def __init__(self, config: Config, store: Store) -> None:
@@ -241,7 +244,7 @@ class AlertSender:
                 await asyncio.gather(*(self._deliver(one) for one in due))
             except StoreUnavailable:
                 due = []  # the store logs its change of state
-            except Exception:  # the top of a task: logged, and it goes on
+            except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.WORKER_LOOP_FAILED)
                 due = []
             if not due:
@@ -283,20 +286,20 @@ class AlertSender:
         return headers
 
 
-# Causes of the verdict of which an alert is posted; those of budgets are raised with their books.
+# Causes of the verdict that raise an alert; budget alerts are raised with the charges.
 _ALERTED: frozenset[CauseKind] = frozenset(
     ("upstreams_out", "upstream_out", "key_refused", "limit_paused", "drift")
 )
 _CAUSES_EVERY_S = 5.0
-_HELD_S = 10.0  # what heals, or is put in force, by itself within that is no alert
+_HELD_S = 10.0  # a problem that ends within this time is no alert
 _FORGOTTEN_S = 60.0
 _GONE_S = 600.0
 
 
 class CauseAlerts:
     """Raises alerts of upstreams that are out or refuse their key, of paused limits and of drift:
-    each once it has held for some seconds, and again only once it was gone for ten minutes. Any
-    number of workers look."""
+    each after it has lasted some seconds, and again only after it was gone for ten minutes. Any
+    number of workers may run."""
 
     def __init__(
         self,
@@ -310,7 +313,7 @@ class CauseAlerts:
         self._seen: dict[tuple[str, str | None, str | None], tuple[float, float]] = {}
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Check the causes until cancelled."""
         while True:
             try:
                 lasting = self.lasting(alerted(await self._standing.look()))
@@ -319,13 +322,13 @@ class CauseAlerts:
                     await self._outbox.hold(data, _GONE_S)
             except StoreUnavailable:
                 pass  # the store logs its change of state
-            except Exception:  # the top of a task: logged, and it goes on
+            except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.WORKER_LOOP_FAILED)
             await asyncio.sleep(_CAUSES_EVERY_S)
 
     def lasting(self, causes: Iterable[Cause]) -> list[Cause]:
-        """Those of the causes now that were first seen a while ago. One that comes and goes, as of
-        an upstream that is tried again, counts as the same."""
+        """Return the causes that were first seen some seconds ago. A cause that comes and goes,
+        such as of an upstream that is probed, counts as one."""
         now, found = self._clock(), []
         for one in causes:
             key = one.kind, one.pool, one.subject
@@ -342,8 +345,8 @@ class CauseAlerts:
 
 
 def alerted(seen: DeploymentSeen) -> Iterator[Cause]:
-    """The causes of which an alert is posted: not that a person has drained an upstream, nor a
-    limit that was learned and had no bound before."""
+    """Yield the causes that raise an alert: no drain by a person, and no learned limit that had no
+    bound before."""
     new = {
         (pool.pool, one.limit) for pool in seen.pools for one in pool.learned if one.drift == "new"
     }
@@ -356,17 +359,17 @@ def alerted(seen: DeploymentSeen) -> Iterator[Cause]:
 
 
 def _cause_data(cause: Cause) -> dict[str, Any]:
-    """Without its detail, which has what the provider wrote and whose calls wait."""
+    """Return the alert without its detail, which quotes the provider and names callers."""
     text = f"{cause.words} Next: {cause.command}" if cause.command else cause.words
     return {"text": text, "pool": cause.pool, "subject": cause.subject, "command": cause.command}
 
 
 def alert_payload(delivery: AlertDelivery, form: Literal["standard", "slack"]) -> bytes:
-    """The body of an alert."""
+    """Return the body of an alert."""
     data = orjson.loads(delivery.data)
     if "budget" in data:
         data = budget_alert(delivery.kind, data, delivery.unit or "usd")
-    data.pop("held_at", None)  # for the next look alone
+    data.pop("held_at", None)  # only for the next `AlertOutbox.hold`
     if form == "slack":
         return orjson.dumps({"text": _slack_text(data["text"])})
     event = {"type": delivery.kind, "timestamp": delivery.created_at, "data": data}
@@ -374,6 +377,6 @@ def alert_payload(delivery: AlertDelivery, form: Literal["standard", "slack"]) -
 
 
 def _slack_text(text: str) -> str:
-    """As Slack shows it literally: names that a caller chose, such as a subject, are in it, and in
-    `<...>` they would be links and mentions (docs.slack.dev, "Formatting message text")."""
+    """Escape text for Slack: it contains names that callers chose, such as a subject, which within
+    `<...>` would be links and mentions (docs.slack.dev, "Formatting message text")."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,11 +1,11 @@
 """Worker: claims jobs, runs each through the spine, records its end.
 
-A bounded window of claimed jobs for each kind, so that a full limit of one kind holds up no
-other. Large bodies of wrapped calls are read when they are called, a bounded amount for each
-kind. Images of an answer go to the blob store before the end is recorded.
+Each kind has its own bounded window of claimed jobs, so that a full limit of one kind does not
+delay another. Large bodies of wrapped calls are read when they are called, a bounded number of
+bytes per kind. Images of an answer are written to the blob store before the end is recorded.
 
-Invariants: every write about a job is fenced by its claim; a job that this process can't finish
-is returned to the queue, never dropped; a cancellation counts only while the call is open.
+Invariants: every write about a job is fenced by its claim; a job that this process cannot finish is
+returned to the queue, never dropped; a cancellation is only effective while the call is open.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import parent_of
 
-# Loops that began together would go on together, each on a connection of its own.
+# Delay between the starts of the loops, so that they do not all query at the same moment.
 _APART_S = 0.015
 _IDLE_WAIT_MS = 1_000
 
@@ -86,15 +86,16 @@ Tasks = dict[asyncio.Task[None], ClaimedJob]
 
 
 class Stage(Enum):
-    """How far a job has come in this process; it decides what a stop or a cancel does to it."""
+    """The progress of a job in this process, which decides what a stop or a cancellation does to
+    it."""
 
-    WAITING = auto()  # returned immediately
-    CALLING = auto()  # admitted: has the grace to end
-    RECORDING = auto()  # its call is over: must not be repeated, and takes only a moment
+    WAITING = auto()  # returned to the queue immediately
+    CALLING = auto()  # admitted: may end within the grace period
+    RECORDING = auto()  # the call has ended: must not be repeated, and takes only a moment
 
 
 class Stages:
-    """Of the jobs whose tasks `tasks` gives; one that it knows nothing of is waiting."""
+    """The stages of the jobs in `tasks`; a job without an entry is waiting."""
 
     def __init__(self, tasks: Callable[[], Tasks]) -> None:
         self.tasks = tasks
@@ -105,7 +106,7 @@ class Stages:
         self._stages[_key(job)] = stage
 
     def leave(self, job: ClaimedJob) -> None:
-        """It waits again, or this process is done with it."""
+        """Forget the job's stage: it waits again, or this process has finished it."""
         self._stages.pop(_key(job), None)
         self._called_off.discard(_key(job))
 
@@ -117,7 +118,7 @@ class Stages:
         }
 
     def call_off(self, task: asyncio.Task[None], job: ClaimedJob) -> None:
-        """Cancel the call of a job that is at CALLING, for its owner."""
+        """Cancel the call of a job in stage CALLING, as its owner requested."""
         if _key(job) not in self._called_off:
             self._called_off.add(_key(job))
             task.cancel()
@@ -131,15 +132,15 @@ def _key(job: ClaimedJob) -> tuple[object, int]:
 
 
 def end_cancelling() -> None:
-    """The current task was cancelled to end its call, and goes on."""
+    """Clear the cancellation that ended the current task's call; the task continues."""
     task = asyncio.current_task()
     assert task is not None
     task.uncancel()
 
 
 class Room:
-    """For `most_bytes` at a time. What is larger by itself is admitted alone; all in their
-    order."""
+    """A budget of `most_bytes`, granted in order of arrival. A larger request is granted when it is
+    alone."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
@@ -149,7 +150,7 @@ class Room:
 
     @asynccontextmanager
     async def of(self, size_bytes: int) -> AsyncIterator[None]:
-        """Wait for so much of it, and have it inside of the block. Cancelling is safe."""
+        """Wait for so many bytes, and hold them within the block. Safe to cancel."""
         async with self._turn:
             while self._held_bytes and self._held_bytes + size_bytes > self._most_bytes:
                 self._freed.clear()
@@ -163,17 +164,17 @@ class Room:
 
 
 class CallBodies:
-    """Of all wrapped calls that a worker makes."""
+    """Bodies of the wrapped calls that a worker makes."""
 
     def __init__(self, blobs: Blobs, most_bytes: int, clock: ServerClock) -> None:
         self._blobs, self._clock = blobs, clock
-        # Each its own: the calls of one type may be held up for long.
+        # One budget per kind, since the calls of one kind may wait for long.
         self._rooms = {kind: Room(most_bytes // len(Kind)) for kind in Kind}
 
     @asynccontextmanager
     async def of(self, job: ClaimedJob, kind: Kind) -> AsyncIterator[bytes]:
-        """The body, for as long as the block lasts. Raises DeadlineExceeded, StoreUnavailable, and
-        NotFound where its bytes are gone."""
+        """Context with the body of a call. Raises DeadlineExceeded, StoreUnavailable, and NotFound
+        if its bytes were deleted."""
         if not job.attachments:
             yield job.prompt.encode()
             return
@@ -213,9 +214,9 @@ def of_the_largest(
     most: int,
     whose: Callable[[ClaimedJob], Hashable] = lambda job: job.tenant_id,
 ) -> Iterator[tuple[asyncio.Task[None], ClaimedJob]]:
-    """At most so many of these that wait, of the tenants, or of `whose` they are, with the most
-    jobs, which are counted down: the lowest priority first, then what is due last, then the
-    newest."""
+    """Yield at most `most` of these waiting jobs, each time of the owner (`whose`, by default the
+    tenant) with the highest `count`, which is decremented: the lowest priority first, then the
+    latest deadline, then the newest."""
     newest = list(own.items())[::-1]
     left = dict(sorted(newest, key=lambda one: _urgency(one[1]), reverse=True))
     while left and most > 0:
@@ -233,7 +234,7 @@ def _urgency(job: ClaimedJob) -> tuple[int, datetime]:
 
 
 def _room_of(policy: PoolPolicy) -> int:
-    """How many calls an upstream takes at a time at most, as far as its limits say it."""
+    """Return the greatest number of concurrent calls that an upstream's limits allow."""
     limits = [Concurrency(one) if isinstance(one, int) else one for one in policy.limits.values()]
     return max(
         (
@@ -246,10 +247,10 @@ def _room_of(policy: PoolPolicy) -> int:
 
 
 class _JobRun:
-    """One call of a job, over all its tries. `turn`: taken while an upstream is out. `is_marked`:
-    its call is on record, as one that may be made. `failed`: the try before, until that is on
-    record too. `counted_tries`: those before the last, of other upstreams, that use up an attempt
-    of the job."""
+    """One call of a job, over all its attempts. `turn`: held while an upstream is out.
+    `is_marked`: the call is recorded as possibly made. `failed`: the previous attempt, until it
+    is recorded too. `counted_tries`: attempts at other upstreams before the last that use up an
+    attempt of the job."""
 
     def __init__(
         self, worker: Worker, job: ClaimedJob, kind: Kind, record: CallRecord, model: str
@@ -263,12 +264,12 @@ class _JobRun:
 
     async def admitted(self, permit: Permit | None) -> None:
         """Mark the call before it is made. Raises ClaimLost, StoreUnavailable, LastTryWaits, and
-        UpstreamUnavailable where another call tries whether the upstream is back."""
+        UpstreamUnavailable while another call probes the upstream."""
         record = self.record
         self._worker.last_tries.begin(self.job)
         if self.turn is None:
             self.turn = self._worker.turn_of(self.job)
-        if (error := record.failed) is not None:  # it moves to another upstream
+        if (error := record.failed) is not None:  # the call moves to another upstream
             record.failed = None
             self.failed = FailedTry(
                 next_id=new_id(),
@@ -325,7 +326,7 @@ class Worker:
         self._bodies = CallBodies(blobs, config.max_held_bytes, self._clock)
         self._limiter, self._prompts = limiter, prompts
         self._stages = Stages(self._tasks)
-        # When an upstream was last called for jobs of a kind.
+        # When each upstream was last called for jobs of a kind.
         self._called_at: dict[Kind, dict[str, float]] = {kind: {} for kind in Kind}
         self._beating = asyncio.Lock()
         self._feeders = [
@@ -353,7 +354,8 @@ class Worker:
         return {self._limiter, *(gate.limiter for gate in self._spine.health.values())}
 
     def _held_by_own(self, kind: Kind | None) -> Tasks:
-        """Jobs of the type that wait for limits of their own keys, users or conversations."""
+        """Return the jobs of a kind that wait for limits of their own keys, users or
+        conversations."""
         if kind is None or not self._own_limits:
             return {}
         waiting, tasks = self._stages.at(Stage.WAITING), self._feeders[_LANES.index(kind)].tasks
@@ -369,7 +371,7 @@ class Worker:
         return bool(self._full_of(kind))
 
     def _window(self, kind: Kind | None) -> int:
-        """Beside jobs that wait for limits of their own there is room for as many others."""
+        """Return the window of a kind, enlarged by the jobs that wait for limits of their own."""
         usual = self._usual_window(kind)
         return usual + min(usual, len(self._held_by_own(kind)))
 
@@ -385,11 +387,11 @@ class Worker:
             elsewhere = gate is not None and gate.limiter is not self._limiter
             if gate is not None and elsewhere and now - called_at < _IN_USE_S:
                 bound += _room_of(gate.limiter.policy)
-        # Twice the limits in force keeps them full even if every other worker is gone.
+        # Twice the limits in force, so that they stay full even if all other workers are gone.
         return min(_LARGEST_WINDOW, 2 * bound + 2)
 
     def _targets_of(self, job: ClaimedJob) -> tuple[Key, ...]:
-        """What may be called for a job: upstreams, each with its model."""
+        """Return the upstreams that a job may call, each with its model."""
         return tuple(map(key_of, self._places_of(job)))
 
     def _places_of(self, job: ClaimedJob) -> list[Target]:
@@ -406,7 +408,8 @@ class Worker:
             return []
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set; then finish what runs within the grace, return the rest."""
+        """Work until `stop` is set; then finish running jobs within the grace, and return the
+        rest."""
         beat_s = self._config.claim_lease_ms / 3000
         store = self._store
         await self._store_tolerant(store.queue.heartbeat)
@@ -429,17 +432,17 @@ class Worker:
             asyncio.create_task(self._forever(loop, number * _APART_S))
             for number, loop in enumerate(loops)
         ]
-        # From the first claim on: what is cancelled before it listens waits for its permit.
+        # Starts with the first claim: a job cancelled earlier would keep waiting for its permit.
         tasks.append(asyncio.create_task(self._forever(self._watch_cancels, 0)))
         beside = [asyncio.create_task(run(stop)) for run in self._beside]
         try:
             await stop.wait()
         finally:
-            # The heartbeat goes on while the last jobs finish, or their claims would lapse.
+            # Heartbeats continue until the last jobs have finished: else their claims would expire.
             await self._close_feeders(tasks[: len(self._feeders)])
             await self._drain()
             await asyncio.gather(*beside)
-            # A heartbeat that is cut off may reach the record after the word that this one left.
+            # An interrupted heartbeat could reach the record after `leave` below.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_CLAIM_S):
                     await self._beating.acquire()
@@ -454,7 +457,7 @@ class Worker:
             await self._store.queue.heartbeat()
 
     async def _close_feeders(self, running: list[asyncio.Task[None]]) -> None:
-        """Not by cancelling, if it can be helped: jobs just claimed are returned immediately."""
+        """Stop claiming without cancelling, so that jobs just claimed are returned immediately."""
         for feeder in self._feeders:
             feeder.close()
         await asyncio.wait(running, timeout=_LAST_CLAIM_S)
@@ -462,7 +465,8 @@ class Worker:
             task.cancel()
 
     async def _drain(self) -> None:
-        """Return what has not been admitted, then wait for the rest until the grace is over."""
+        """Return jobs that were not admitted, then wait for the others until the grace period
+        ends."""
         await self._give_up(self._stages.at(Stage.WAITING))
         if running := list(self._tasks()):
             await asyncio.wait(running, timeout=self._config.shutdown_grace_ms / 1000)
@@ -481,10 +485,10 @@ class Worker:
         )
 
     async def _share_windows(self) -> None:
-        """Where jobs that wait fill the window of a type, as for a limit of their own tenant, and a
-        tenant has none in it: the newest of those with the most go back to the queue for a while,
-        as many as have to for the next claim. So do those that wait for limits of their own keys,
-        users or conversations where there are more of them than the window has."""
+        """Return jobs to the queue for a while, if waiting jobs fill the window of a kind, such as
+        at a limit of their own tenant, and another tenant has none in it: the newest of the tenants
+        with the most jobs, as many as the next claim needs. Likewise if more jobs wait for limits
+        of their own keys, users or conversations than the window holds."""
         if self._own_limits or any(feeder.needs_room() for feeder in self._feeders[1:]):
             await self._own_limits.look()
         waiting = self._stages.at(Stage.WAITING)
@@ -512,12 +516,12 @@ class Worker:
         for task in given:
             task.cancel()
         await asyncio.wait(given)
-        # A task that ended by itself meanwhile has moved its job on: the fence skips it.
+        # A job whose task has ended meanwhile is skipped, since its claim has changed.
         back = release or self._put_off.release
         await self._store_tolerant(lambda: back([*given.values()], waits_ms))
 
     async def _watch_cancels(self) -> None:
-        """Give up, at the latest after a second, what its owners do not want any more."""
+        """End jobs that their owners have cancelled, within a second."""
         while True:
             timeout_ms = next_beat_s(_CANCELS_EVERY_S) * 1000
             notified = await self._store.notifications.wait_cancels(timeout_ms)
@@ -534,7 +538,7 @@ class Worker:
         await self._give_up({task: job for task, job in waiting if job.request_id in asked})
 
     async def _classify(self, job: ClaimedJob) -> None:
-        """Settle the kind of a job that the rules were unsure of; it then queues under it."""
+        """Classify a job of unknown kind and queue it under the decided kind."""
 
         async def classify() -> None:
             try:
@@ -561,7 +565,7 @@ class Worker:
         await self._guarded(job, lambda: self._run_and_record(job))
 
     async def _guarded(self, job: ClaimedJob, work: Callable[[], Awaitable[None]]) -> None:
-        """The top of a job's task: a job must not stay claimed by a worker that is done with it."""
+        """Run a job's task; the job must not stay claimed once the task has ended."""
         try:
             await work()
         except Exception:  # the top of a task: logged, and the job ends as failed
@@ -572,7 +576,8 @@ class Worker:
             self.last_tries.over(job)
 
     async def _placed(self, job: ClaimedJob, kind: Kind) -> ClaimedJob | None:
-        """The job in its tier; None where it went back to the queue for it."""
+        """Return the job with its processing tier; None if it returned to the queue for the
+        tier."""
         if not job.tiers_allowed and job.tier is None:
             return job
         while True:
@@ -610,7 +615,7 @@ class Worker:
         model = record.model = job.model or self._config.model_for(kind)
         targets = self._spine.targets
         if targets.deployment.missing and is_lacking(targets, model) and not self._places_of(job):
-            # A worker that has its key takes it.
+            # A worker that has the upstream's key claims it.
             waits_ms = {job.request_id: self._lacking.leave_ms()}
             await self._fenced(lambda: self._store.queue.release([job], waits_ms))
             return
@@ -623,7 +628,7 @@ class Worker:
             return
         except TidegateError as error:
             failure = error
-            if record.went_on_ms is not None:  # it was called off before it failed
+            if record.went_on_ms is not None:  # it was cancelled before it failed
                 end_cancelling()
                 failure = CANCELLED
         except asyncio.CancelledError:
@@ -632,7 +637,7 @@ class Worker:
                 raise
             end_cancelling()
             failure = CANCELLED
-        except Exception:  # an unforeseen error: logged, and what the attempt brought is recorded
+        except Exception:  # an unforeseen error: logged, and the attempt's result is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
             failure = internal()
         if isinstance(failure, CallPreempted):
@@ -640,15 +645,15 @@ class Worker:
         elif run.turn is not None or (failure is not None and is_of_upstream(failure)):
             turn = run.turn or Turn(self._targets_of(job))
             self._put_off.held.ended(turn, record.upstream, failure)
-        # A job is called off where PostgreSQL has it as running, if that is not known here yet.
+        # PostgreSQL may have the job as running before this process knows.
         if run.is_marked or failure is CANCELLED:
             self._stages.enter(job, Stage.RECORDING)
         else:
-            record.admitted_at = None  # nothing was called
+            record.admitted_at = None  # no call was made
         await self._record(job, record, failure, run.counted_tries)
 
     async def _call(self, run: _JobRun, left_ms: int | None) -> None:
-        """In the tier of the job; in flex only as long as that stands."""
+        """Make the call in the job's tier; in flex only until the tier has to be reviewed."""
         if run.job.tier is not Tier.FLEX:
             await self._make(run, left_ms)
             return
@@ -672,7 +677,7 @@ class Worker:
                 await wrapped(caller=caller, max_attempts=most, left=left, left_ms=left_ms)
             return
         if kind is Kind.IMAGE_GENERATION and self._blobs.away:
-            await self._blobs.ping()  # a picture with nowhere to go would be paid for in vain
+            await self._blobs.ping()  # an image that cannot be stored would be paid for in vain
         media, model = await self._prompts.media(ask_of(job)), run.model
         call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
         if job.tier is Tier.FLEX:
@@ -696,7 +701,7 @@ class Worker:
         await self._prompts.run(call, terms, record, None, run.admitted)
 
     def turn_of(self, job: ClaimedJob) -> Turn | None:
-        """The turn of a job's call while an upstream is out. Raises UpstreamUnavailable."""
+        """Take a turn for a job's call while an upstream is out. Raises UpstreamUnavailable."""
         return self._outages.enter(self._targets_of(job)) if self._outages.is_any else None
 
     async def mark(self, job: ClaimedJob, record: CallRecord, failed: FailedTry | None) -> None:
@@ -721,7 +726,7 @@ class Worker:
         kind: Kind,
         run: _JobRun,
     ) -> None:
-        """Run the call; while PostgreSQL is away the permit goes back and is asked for again."""
+        """Run the call; while PostgreSQL is unavailable, release the permit and wait."""
         while True:
             left_ms = time_left_ms(job, self._clock)
             if left_ms is not None and left_ms <= 0:
@@ -739,7 +744,7 @@ class Worker:
     async def _record(
         self, job: ClaimedJob, record: CallRecord, error: TidegateError | None, counted: int
     ) -> None:
-        """`counted`: tries before the last that use up an attempt of the job."""
+        """Record the result of a call. `counted`: earlier attempts that use up one of the job's."""
         if record.answer.pictures:
             try:
                 record.files = await kept(self._blobs, record.answer.pictures)
@@ -789,7 +794,7 @@ class Worker:
         wait_ms: int | None,
         is_counted: bool,
     ) -> None:
-        """Record the end of an attempt: the job's, or with `wait_ms` until the next attempt."""
+        """Record the end of an attempt: of the job, or with `wait_ms` until its next attempt."""
         if wait_ms is not None:
             at = self._clock.now() + timedelta(milliseconds=wait_ms) if wait_ms else None
             record.end(RETRIED, failure)
@@ -799,7 +804,7 @@ class Worker:
             await self._fenced(lambda: self._store.queue.finish(job, record))
 
     async def _fenced(self, write: Callable[[], Awaitable[None]]) -> None:
-        """Make a fenced write, waiting for PostgreSQL if need be; a lost claim ends it quietly."""
+        """Make a fenced write, waiting for PostgreSQL if necessary; ignore a lost claim."""
         while True:
             try:
                 await write()
@@ -817,7 +822,8 @@ class Worker:
                 return
 
     async def _store_tolerant(self, call: Callable[[], Awaitable[object]]) -> None:
-        """Do what can be left out while PostgreSQL is away: it is repeated, or lapses by itself."""
+        """Make a write that may be skipped while PostgreSQL is unavailable: a later one repeats
+        it."""
         try:
             await call()
         except StoreUnavailable as away:
@@ -836,7 +842,8 @@ class Worker:
     def _when_due(
         self, sign: Sign, call: Callable[[], Awaitable[object]]
     ) -> Callable[[], Awaitable[None]]:
-        """`call` says by True that it has more to do."""
+        """Return a loop that runs `call` when `sign` is due; True from `call` means there is
+        more."""
 
         async def loop() -> None:
             while True:
@@ -850,7 +857,7 @@ class Worker:
         return loop
 
     async def _forever(self, loop: Callable[[], Awaitable[None]], after_s: float) -> None:
-        """Keep a loop alive, until its own end, through errors that nobody foresaw; all logged."""
+        """Restart a loop after unforeseen errors, which are logged, until it ends by itself."""
         await asyncio.sleep(after_s)
         while True:
             try:
