@@ -1,14 +1,15 @@
 """Classifier of prompts by keywords and grammar: text, text about files, or an image. Pure.
 
-Files decide between text and multi-modal. A prompt asks for an image if it requests one and has
-no file, or has an image among its files. Its words are labelled by `vocabulary`; the governing verb
-of a clause and the head of its object decide; the verdict weighs all clauses.
+Files decide between text and multi-modal. A prompt asks for an image if it requests one and has no
+file, or has an image among its files. `vocabulary` labels its words; in each clause the governing
+verb and the head of its object decide; the verdict weighs all clauses.
 
-An LLM may be asked instead; the question and its answer are here too.
+The question for an LLM, which may be asked instead, and the parser of its answer are here too.
 
 Invariants: the same prompt gives the same result; the work is bounded whatever the length of the
-prompt; every pattern is linear; the prompt goes into a question as data inside JSON, where it can't
-end the message or pose as another one; an answer that names no kind which the files allow is none.
+prompt; every pattern is linear; the prompt goes into a question as data inside JSON, where it
+cannot end the message or pose as another one; an answer is only accepted if it names a kind that
+the files allow.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ class Lean(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """Request of one clause; `strong` when it is explicit."""
+    """The request of one clause; `strong`: it is explicit."""
 
     lean: Lean
     reason: str
     strong: bool = False
-    covers: bool = False  # the clauses after it are material, not a further wish
+    covers: bool = False  # the clauses after it are material, no further request
     negated: bool = False
 
 
@@ -104,7 +105,8 @@ class Clause:
 
 
 def ends_of(marks: tuple[Word, ...]) -> tuple[Word, ...]:
-    """The ends of a clause of hundreds of known words, which is no sentence."""
+    """Return the first and last marks of a clause with hundreds of known words, which is no
+    sentence."""
     if len(marks) <= CLAUSE_MARKS:
         return marks
     half = CLAUSE_MARKS // 2
@@ -116,7 +118,7 @@ def opens(clause: Clause, mark: Word) -> bool:
 
 
 def commands(clause: Clause, mark: Word) -> bool:
-    """Whether a verb may be a command: in English, nouns and other people's verbs look alike."""
+    """Whether a verb may be a command: English nouns and verbs in the third person look alike."""
     asks = mark.has(Label.ASK, Label.COVER) and not mark.has(Label.TEXT)
     if asks or not clause.syntax(mark).strict:
         return True
@@ -131,12 +133,13 @@ def commands(clause: Clause, mark: Word) -> bool:
 
 
 def wished(clause: Clause, verb: Word) -> bool:
-    """ "I want to draw a cat": a wish for a picture, or for help with one."""
+    """Whether the writer wishes to do it ("I want to draw a cat"): a wish for an image, or for
+    help."""
     return any(m.has(Label.WISH) and verb.start - m.end <= 1 for m in clause.before(verb))
 
 
 def negated_verb(clause: Clause, mark: Word) -> bool:
-    """A negation up to two words before the verb, or after it where verbs come last."""
+    """Whether a negation is up to two words before the verb, or after it where verbs come last."""
     syntax = clause.syntax(mark)
     for other in clause.marks:
         if not other.has(Label.NEGATION):
@@ -155,7 +158,7 @@ def negated_verb(clause: Clause, mark: Word) -> bool:
 
 
 def object_of(clause: Clause, verb: Word) -> tuple[Word | None, list[Word]]:
-    """The head of the object of a verb, and all marks of the object."""
+    """Return the head of a verb's object, and all marks of the object."""
     syntax = clause.syntax(verb)
     if syntax.verb_last:
         marks = clause.before(verb)
@@ -171,9 +174,9 @@ def object_of(clause: Clause, verb: Word) -> tuple[Word | None, list[Word]]:
 
 
 def _head(clause: Clause, verb: Word, marks: Sequence[Word]) -> Word | None:
-    """The last noun of the noun phrase that ends at its first preposition.
+    """Return the last noun of the noun phrase, which ends at its first preposition.
 
-    "Draw for me a table": a preposition directly after the verb ends nothing.
+    A preposition directly after the verb does not end it: "Draw for me a table".
     """
     head: Word | None = None
     for mark in marks:
@@ -187,21 +190,21 @@ def _head(clause: Clause, verb: Word, marks: Sequence[Word]) -> Word | None:
 
 
 def _phrase_ended(clause: Clause, head: Word, mark: Word) -> bool:
-    """Whether a noun phrase with a head ends before the mark: at a colon, or a next verb."""
+    """Whether a noun phrase with a head ends before the mark: at a colon, or at the next verb."""
     if CLOSED.search(clause.between(head.end, mark.start)):
         return True
     return mark.has(*VERBS) and commands(clause, mark)
 
 
 def asks_ability(clause: Clause, verb: Word, head: Word | None) -> bool:
-    """ "Can you generate images?" asks about an ability; an article would make it a wish."""
+    """Whether "Can you generate images?" asks about an ability; with an article it is a request."""
     rest = clause.between((head or verb).end, clause.span.end)
     opened = clause.between(clause.span.start, verb.start).strip(' "¿').split()
     return clause.span.question and 0 < len(opened) <= 2 and not rest.strip(' ?!"')
 
 
 def participles(marked: Marked) -> int:
-    """English words in -ing that are in no list: "an elephant balancing on a ball"."""
+    """Count unlisted English words in -ing, up to two: "an elephant balancing on a ball"."""
     if any(m.has(Label.PERSON) for m in marked.marks):
         return 0
     known = {mark.start for mark in marked.marks}
@@ -210,7 +213,8 @@ def participles(marked: Marked) -> int:
 
 
 def scene_points(marks: Sequence[Word]) -> float:
-    """How much the words describe a picture: its style, its things, and no story."""
+    """Return how much the words describe an image: style and things count for it, a story
+    against."""
     points = 0.0
     for mark in marks:
         if mark.has(Label.STYLE):
@@ -275,7 +279,8 @@ def _read_verb_first(clause: Clause, verbs: Sequence[Word]) -> Intent:
 
 
 def _later_wish(clause: Clause, ask: Word, verbs: Sequence[Word]) -> Intent | None:
-    """ "Write a haiku, and then generate an image of it": a second command, with its picture."""
+    """Return a second command with its own image: "Write a haiku, and then generate an image of
+    it"."""
     for verb in verbs:
         before = [mark for mark in clause.before(verb) if mark.start > ask.end]
         if verb.has(Label.MAKE, Label.DRAW) and before and before[-1].has(Label.JOIN):
@@ -332,7 +337,7 @@ def _read_command(clause: Clause, verb: Word) -> Intent:
 
 
 def _read_turn(clause: Clause, verb: Word, marks: Sequence[Word]) -> Intent:
-    """No image is there: "turn this poem into a painting"."""
+    """Read "turn this poem into a painting", without an image in the request."""
     into = next((m for m in marks if m.has(Label.PREP)), verb)
     head = next((m for m in marks if m.start >= into.end and m.has(*HEADS)), None)
     if head is not None and head.has(Label.PICTURE):
@@ -341,7 +346,7 @@ def _read_turn(clause: Clause, verb: Word, marks: Sequence[Word]) -> Intent:
 
 
 def _wants_you_to(clause: Clause, verb: Word) -> bool:
-    """ "I want you to": the request is the next verb."""
+    """Whether the request is the next verb: "I want you to"."""
     following = next((m for m in clause.marks if m.start >= verb.end), None)
     if following is None or not following.has(Label.LEAD):
         return False
@@ -349,14 +354,14 @@ def _wants_you_to(clause: Clause, verb: Word) -> bool:
 
 
 def _read_idiom(marks: Sequence[Word]) -> Intent:
-    """ "Paint a picture of" life in 1900 with words, of a fox with paint."""
+    """Read "paint a picture of": life in 1900 is painted with words, a fox with paint."""
     if any(m.has(Label.ABSTRACT, Label.ASK, Label.TEXT, Label.FIGURATIVE) for m in marks):
         return Intent(Lean.TEXT, "paints its picture in words")
     return Intent(Lean.IMAGE, "asks to paint a picture", strong=True)
 
 
 def _read_change(clause: Clause, verb: Word, head: Word | None, marks: Sequence[Word]) -> Intent:
-    """A verb about an attached image: a change of it, or a text out of it."""
+    """Read a verb about an attached image: a change of the image, or a text from it."""
     if verb.has(Label.TURN):
         into = next((m for m in marks if m.has(Label.PREP)), None)
         if into is not None:
@@ -377,7 +382,8 @@ def _read_change(clause: Clause, verb: Word, head: Word | None, marks: Sequence[
 
 
 def _read_phrase(clause: Clause) -> Intent:
-    """No verb: "logo for a coffee shop" names a picture, "logo design tips" a text."""
+    """Read a clause without a verb: "logo for a coffee shop" names an image, "logo design tips" a
+    text."""
     marks = clause.marks
     if any(m.has(Label.NEGATION) for m in marks[:1]):
         pictures = [m for m in marks[1:3] if m.has(Label.PICTURE)]
@@ -421,7 +427,7 @@ SURE_IMAGE_CHARS = 500
 SURE_TEXT_CHARS = 2500
 CHANGED_POINTS = 1.0  # with an image
 DESCRIBED_POINTS = 1.2  # for a prompt that opens with an article
-SCENE_POINTS = 1.6  # for any other that only describes
+SCENE_POINTS = 1.6  # for any other description
 SURE_POINTS = 3.0
 
 # Parameters that only image generators have: "--ar 16:9", "/imagine", "<lora:x:0.8>".
@@ -437,7 +443,7 @@ _OPTICS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Ruling:
-    """`sure` is set only where the rules may decide without asking a model."""
+    """A verdict; `sure` only if the rules may decide without asking a model."""
 
     wants_image: bool
     sure: bool
@@ -445,7 +451,7 @@ class Ruling:
 
 
 def judge(prompt: str, *, with_image: bool) -> Ruling:
-    """Whether the prompt asks for a picture to be made (or, `with_image`, to be changed)."""
+    """Return whether the prompt asks to make an image (or, `with_image`, to change one)."""
     text = normalise(prompt)
     if not text:
         return Ruling(False, True, "there is no prompt")
@@ -532,7 +538,7 @@ def _sure_image(marked: Marked, readings: list[Intent]) -> bool:
 
 
 def _text(marked: Marked, readings: list[Intent], reason: str, with_image: bool) -> Ruling:
-    """A text; sure when words are requested and no word is pictorial."""
+    """Return a verdict for text; sure if words are requested and no word is pictorial."""
     asked = bool(readings) and readings[0].lean is Lean.TEXT and readings[0].strong
     short = len(marked.text) <= SURE_TEXT_CHARS
     if asked and _opens_with_question(marked) and all(r.lean is not Lean.IMAGE for r in readings):
@@ -561,7 +567,7 @@ def _opens_with_question(marked: Marked) -> bool:
 
 
 def by_rules(prompt: str, mime_types: Sequence[str], *, image_uri: bool = False) -> Classification:
-    """Decides only when sure; otherwise `kind` is None, with the reason."""
+    """Classify a prompt if the rules are sure; otherwise `kind` is None, with the reason."""
     kind, sure, reason = _decide(prompt, mime_types, image_uri)
     if not sure:
         return Classification(None, ClassifiedBy.RULES, f"not sure: {reason}")
@@ -571,7 +577,7 @@ def by_rules(prompt: str, mime_types: Sequence[str], *, image_uri: bool = False)
 def by_keywords(
     prompt: str, mime_types: Sequence[str], *, image_uri: bool = False
 ) -> Classification:
-    """Always decides: the likelier kind."""
+    """Classify a prompt as the likelier kind."""
     kind, _, reason = _decide(prompt, mime_types, image_uri)
     return Classification(kind, ClassifiedBy.KEYWORDS, reason)
 
@@ -590,7 +596,7 @@ def _decide(prompt: str, mime_types: Sequence[str], image_uri: bool) -> tuple[Ki
 
 
 MAX_ASKED_CHARS = 4_000  # of the prompt, in a question to an LLM
-MAX_ANSWER_TOKENS = 512  # room for the object and for a little thinking, which counts as output
+MAX_ANSWER_TOKENS = 512  # for the object and some thinking, which counts as output
 _MAX_REASON_CHARS = 200
 _MAX_TYPES = 20
 
@@ -607,24 +613,24 @@ an image), descriptions or analyses of attached files.
 
 
 def judge_instruction(mime_types: Sequence[str]) -> str:
-    """The system instruction of the question to an LLM."""
+    """Return the system instruction of the question to an LLM."""
     return _INSTRUCTION.format(other=_kind_unless_image(mime_types).value)
 
 
 def judge_texts(prompt: str, mime_types: Sequence[str]) -> list[str]:
-    """The texts of the user's message."""
+    """Return the texts of the user message."""
     attached = {"attached": list(mime_types)[:_MAX_TYPES]}
     wanted = {"request": prompt[:MAX_ASKED_CHARS]}
     return [json.dumps(data, ensure_ascii=False) for data in (attached, wanted)]
 
 
 def judge_kinds(mime_types: Sequence[str]) -> list[str]:
-    """The kinds that an answer can name."""
+    """Return the kinds that an answer may name."""
     return [_kind_unless_image(mime_types).value, Kind.IMAGE_GENERATION.value]
 
 
 def judgement(text: str, mime_types: Sequence[str]) -> tuple[Kind, str]:
-    """The kind and the reason of an answer. Raises UpstreamGarbled for what is none."""
+    """Parse an answer into a kind and a reason. Raises UpstreamGarbled for an invalid one."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,10 +1,10 @@
 """Vocabulary of the classifier: the words of a prompt, labelled in 18 languages. Pure.
 
 The text is clipped, normalised and split into clauses; `languages/` holds one file of labelled
-words a language.
+words per language.
 
 Invariants: the work is bounded whatever the length of the prompt; every pattern is linear; a word
-that differs in meaning between languages counts only for the languages of the text.
+whose meaning differs between languages only counts for the languages of the text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 HEAD_CHARS = 1600
 TAIL_CHARS = 1000
 MAX_WORDS = 420
-NORMAL_CHARS = 3000  # compatibility forms may grow to many characters
+NORMAL_CHARS = 3000  # compatibility forms may expand to many characters
 
 _INVISIBLE = dict.fromkeys(
     [0x00AD, 0x0640, 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFE0E, 0xFE0F, 0xFEFF]
@@ -33,7 +33,7 @@ _ALIKE = str.maketrans(
 )
 _LATIN_MARKS = re.compile("[\u0300-\u036f\u064b-\u065f\u0670]+")
 
-# Scripts that write no spaces between words (or glue endings on): matched inside, not word by word.
+# Scripts without spaces between words, or with attached endings: searched within the text.
 UNSPACED = "\u0e00-\u0e7f\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _TOKEN = re.compile(f"(?:[^\\W_{UNSPACED}]|[\u0900-\u0dff])+")
 _UNSPACED_RUN = re.compile(f"[{UNSPACED}]")
@@ -51,7 +51,7 @@ _SINGLE_QUOTE = re.compile(r"(?<![^\s(:,])'(?=\S)[^'\n]{2,400}'(?![^\W_])")
 
 
 class Token(NamedTuple):
-    """A word at `start:end` of the normalised text: with its accents, and without."""
+    """A word at `start:end` of the normalised text, with and without its accents."""
 
     kept: str
     plain: str
@@ -68,14 +68,14 @@ class Bounds(NamedTuple):
 
 
 def clip(prompt: str) -> str:
-    """The beginning and the end, which hold the instruction; the middle is material."""
+    """Return the beginning and the end, which contain the instruction; the middle is material."""
     if len(prompt) <= HEAD_CHARS + TAIL_CHARS:
         return prompt
     return prompt[:HEAD_CHARS] + "\n" + prompt[-TAIL_CHARS:]
 
 
 def normalise(prompt: str) -> str:
-    """Clipped, NFKC, case-folded, without invisible characters; accents are still there."""
+    """Return the text clipped, in NFKC, case-folded, without invisible characters, with accents."""
     clipped = clip(prompt)
     if clipped.isascii():  # no step below would change it
         return clipped.casefold().strip()
@@ -86,7 +86,7 @@ def normalise(prompt: str) -> str:
 
 
 def plain(word: str) -> str:
-    """The word without the accents that people leave out; Indic vowel signs are no accents."""
+    """Return the word without the accents that writers omit; Indic vowel signs are no accents."""
     if word.isascii():
         return word.replace("`", "'")
     marks_off = _LATIN_MARKS.sub("", unicodedata.normalize("NFKD", word))
@@ -94,7 +94,7 @@ def plain(word: str) -> str:
 
 
 def without_quotations(text: str) -> tuple[str, str]:
-    """The text with quoted words and code blocks blanked, and their contents."""
+    """Return the text with quoted words and code blocks blanked, and the quoted contents."""
     if _QUOTED.search(text) is None:
         return text, ""
     text = _unwrapped(text)
@@ -110,7 +110,7 @@ def without_quotations(text: str) -> tuple[str, str]:
 
 
 def _unwrapped(text: str) -> str:
-    """Quotation marks around the whole prompt quote nothing."""
+    """Remove quotation marks around the whole prompt."""
     for start, end in ('""', "''", "“”", "«»", "「」", "„“"):
         body = text[1:-1]
         if text[:1] == start and text[-1:] == end and start not in body and end not in body:
@@ -119,7 +119,7 @@ def _unwrapped(text: str) -> str:
 
 
 def tokens(text: str) -> list[Token]:
-    """The words in order; of a text of single letters only the first and last ones."""
+    """Return the words in order; of more than `MAX_WORDS`, only the first and last ones."""
     matches = list(_TOKEN.finditer(text))
     if len(matches) > MAX_WORDS:
         matches = matches[: MAX_WORDS // 2] + matches[-MAX_WORDS // 2 :]
@@ -132,7 +132,7 @@ def has_unspaced(text: str) -> bool:
 
 
 def clauses(text: str) -> list[Bounds]:
-    """Sentences and lines, in order, without empty ones."""
+    """Return the non-empty sentences and lines, in order."""
     spans: list[Bounds] = []
     start = 0
     for match in _CLAUSE_END.finditer(text):
@@ -210,7 +210,7 @@ class Entry:
 
 
 class Word(NamedTuple):
-    """A stretch of the text with its possible labels."""
+    """A part of the text with its possible labels."""
 
     start: int
     end: int
@@ -241,7 +241,7 @@ class _Hit(NamedTuple):
 
 @cache
 def vocabulary() -> _Table:
-    """All languages, read when the first text is classified: many processes never classify one."""
+    """Return all languages, read at the first classification: many processes never classify."""
     table = _Table()
     for path in sorted(files("tidegate.classify").joinpath("languages").iterdir(), key=str):
         if path.name.endswith(".toml"):
@@ -284,7 +284,8 @@ def _add_word(table: _Table, flags: set[str], language: str, label: Label, word:
 
 
 def _misspellings(word: str) -> Iterator[str]:
-    """One letter lost, doubled or swapped with its neighbour; the first letter is usually right."""
+    """Yield the word with one letter missing, doubled or swapped; the first letter is usually
+    right."""
     for at in range(1, len(word)):
         yield word[:at] + word[at + 1 :]
         yield word[:at] + word[at] + word[at:]
@@ -303,7 +304,7 @@ class Marked:
 
 
 def label_words(text: str) -> Marked:
-    """Label the known words; the longest phrase wins where several begin."""
+    """Label the known words; of several phrases at one place the longest wins."""
     words = tokens(text)
     hits = list(_word_hits(text, words))
     if has_unspaced(text):
@@ -317,7 +318,7 @@ def label_words(text: str) -> Marked:
 
 def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
     for at, token in enumerate(words):
-        # Only words of an ordinary length are remembered: a stranger chooses them.
+        # Only words of ordinary length are cached: a client chooses them.
         find = _entries if len(token.kept) <= MAX_STEM_CHARS else _entries.__wrapped__
         for entry in find(token.plain, token.kept):
             width = entry.width
@@ -329,7 +330,8 @@ def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
 
 @lru_cache(maxsize=20_000)
 def _entries(plain_word: str, kept: str) -> tuple[Entry, ...]:
-    """Entries that begin with this word, its misspelling corrected when there are none."""
+    """Return entries that begin with this word, or with its corrected spelling if there are
+    none."""
     entries = tuple(
         entry
         for shape, keeps_accents in _shapes(plain_word, kept)
@@ -364,7 +366,7 @@ def _keys(word: str) -> Iterator[str]:
 
 
 def _follows(text: str, words: list[Token], at: int, entry: Entry) -> bool:
-    """Whether the rest of a phrase comes after its first word, with no pause between."""
+    """Whether the rest of a phrase follows its first word without a pause."""
     parts, end = entry.parts, at + entry.width
     if end > len(words):
         return False
@@ -387,9 +389,9 @@ def _unspaced_hits(text: str) -> Iterator[_Hit]:
 
 
 def _scores(hits: list[_Hit]) -> Counter[str]:
-    """How many places of the text each language explains; a long phrase counts for three."""
+    """Return how many places of the text each language explains; a long phrase counts as three."""
     seen = ((hit.entry.language, hit.start + at) for hit in hits for at in range(min(hit.width, 3)))
-    # In order of the text, which decides between languages that explain as much.
+    # In order of the text, which breaks ties between languages.
     return Counter(language for language, _ in dict.fromkeys(seen))
 
 
