@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
-# New objects before a collection, which stops the event loop for as long as it looks at them.
+# New objects before a garbage collection, which blocks the event loop.
 _GC_THRESHOLD = 20_000
 _POLL_S, _LONGEST_POLL_S = 0.02, 2.0
 _COUNTED_WITHIN_S = 2.0
@@ -64,13 +64,12 @@ _COUNTED_WITHIN_S = 2.0
 def create_app(
     config: Config | Callable[[], Config] | None = None, *, warm_within_ms: int = 0
 ) -> FastAPI:
-    """The web application of one API process: `uvicorn tidegate.app:create_app --factory`.
+    """Return the web application of one API process: `uvicorn tidegate.app:create_app --factory`.
 
-    `config` must be whole: URLs and key filled in, where they are the bundled servers' too; what
-    gives one is asked at each start. It starts when the stores have answered, or after
-    `warm_within_ms`.
+    `config` must be complete, with URLs and key also for bundled servers; a function is called at
+    each start. The application starts once the stores have answered, or after `warm_within_ms`.
     """
-    # A worker does without them: together they take a quarter of its start.
+    # Not imported by workers: together they take a quarter of the start.
     from tidegate.dashboard import routes as dashboard
     from tidegate.http.server import build
 
@@ -89,8 +88,8 @@ def create_app(
 
 
 async def _answered(services: Services, within_ms: int, counted: asyncio.Task[None]) -> None:
-    """Return when Valkey and PostgreSQL have answered once, and work in the background is counted;
-    in time, whether or not that is so."""
+    """Return once Valkey and PostgreSQL have answered and background work is counted, or after
+    `within_ms`."""
     if not within_ms:
         return
     with suppress(TimeoutError):
@@ -105,8 +104,8 @@ async def _answered(services: Services, within_ms: int, counted: asyncio.Task[No
 
 @asynccontextmanager
 async def _counting(services: Services) -> AsyncIterator[asyncio.Task[None]]:
-    """A task that ends once all work in the background is counted, which it was not where Valkey
-    has lost its data and no process was left."""
+    """Context with a task that ends once all background work is counted again, which is necessary
+    if Valkey lost its data while no process ran."""
     task = asyncio.create_task(_count_background(services))
     try:
         yield task
@@ -118,7 +117,7 @@ async def _counting(services: Services) -> AsyncIterator[asyncio.Task[None]]:
 async def _count_background(services: Services) -> None:
     wait_s = _POLL_S
     while True:
-        with suppress(StoreUnavailable, LimiterUnavailable):  # it is tried again
+        with suppress(StoreUnavailable, LimiterUnavailable):  # tried again below
             if await services.store.schema_fits():
                 await count_again(services.store.background, services.spine)
                 return
@@ -132,8 +131,8 @@ async def run_worker(
     on_ready: Callable[[], None] = lambda: None,
     beside: Callable[[Services], AbstractAsyncContextManager[None]] | None = None,
 ) -> None:
-    """Work on jobs until `stop` is set, then drain within `shutdown_grace_ms`; inside of what
-    `beside` makes."""
+    """Work on jobs until `stop` is set, then drain within `shutdown_grace_ms`; all within the
+    context that `beside` returns."""
     async with AsyncExitStack() as stack:
         services = await stack.enter_async_context(open_services(config, "worker"))
         if beside is not None:
@@ -169,8 +168,8 @@ async def run_worker(
 
 
 async def _known(upstreams: LiveUpstreams, stop: asyncio.Event) -> None:
-    """Return once the live changes to upstreams are known, or `stop` is set: before, jobs would be
-    failed whose upstream was added while running, and called where an operator has drained."""
+    """Return once the live changes to upstreams are known, or `stop` is set. Earlier, jobs of an
+    added upstream would fail, and a drained upstream would be called."""
     waits = [asyncio.create_task(one.wait()) for one in (upstreams.is_known, stop)]
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -182,8 +181,8 @@ async def _known(upstreams: LiveUpstreams, stop: asyncio.Event) -> None:
 async def run_worker_of(
     pool: str, policy: PoolPolicy, config: Config, instance_id: str, stop: asyncio.Event
 ) -> None:
-    """Work on the jobs of another pool than the deployment's own, under a policy that is nowhere
-    on record, until `stop` is set; on no batch, and sending no webhook."""
+    """Work on the jobs of a pool other than the deployment's, under a policy that is not on record,
+    until `stop` is set; without batches and webhooks."""
     assert config.redis_url is not None
     async with AsyncExitStack() as stack:
         blobs = Blobs.from_url(config.blob_url, config.data_dir)
@@ -214,7 +213,7 @@ async def run_worker_of(
 
 
 def _reconciliation(config: Config, store: Store) -> NightlyReconciliation:
-    """Raises ConfigError."""
+    """Return the nightly reconciliation. Raises ConfigError."""
     deployment = deployed_upstreams(config)
     return NightlyReconciliation(store.reconciliations, deployment, config.reconcile, secret)
 
@@ -226,9 +225,9 @@ async def _send_webhooks(config: Config, store: Store) -> None:
 
 @asynccontextmanager
 async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
-    """Open everything in order of dependence; close it in the opposite order. Starts even when
-    Valkey or PostgreSQL is away: they are reconnected to."""
-    deployed_upstreams(config)  # what is wrong in the file is an error, whatever was changed
+    """Open all services in order of dependence, and close them in reverse. Starts even if Valkey or
+    PostgreSQL is unavailable, and reconnects."""
+    deployed_upstreams(config)  # an error in the file is reported whatever was changed live
     instance_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
         blobs = Blobs.from_url(config.blob_url, config.data_dir)
@@ -287,14 +286,14 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
 
 
 def _sign_in(config: Config) -> SignIn | None:
-    """How people sign in by an issuer, where one is named."""
+    """Return the sign-in by an issuer, None if there is no issuer."""
     if not config.oidc_issuer:
         return None
     return SignIn(config, operator_key(config).get_secret_value())
 
 
 def _gate_of(config: Config, store: Store) -> Authenticator:
-    """Of API keys, and of tokens where their issuer is named."""
+    """Return the authenticator of API keys, and of tokens if their issuer is set."""
     tokens = None
     if config.jwt_issuer:
         issuer = Issuer(config.jwt_issuer)
@@ -309,7 +308,7 @@ def _log_start(role: str, instance_id: str, limiter: Limiter) -> None:
 
 
 def _counted(listeners: CallListeners, instruments: Instruments, state: State) -> State:
-    """Have calls that end counted for scrapes, and those that fail remembered in `state`."""
+    """Have ended calls counted for scrapes, and failed ones remembered in `state`."""
     listeners.listen(Calls(instruments.tally).take)
     listeners.listen(state.take)
     return state
@@ -317,18 +316,18 @@ def _counted(listeners: CallListeners, instruments: Instruments, state: State) -
 
 @cache
 def _collect_rarely() -> None:
-    """Keep the garbage collector from walking what lives as long as the process, once in it: a full
-    collection of what the imports made would stop the event loop for a tenth of a second, again
-    and again. There is none now either: it would be a tenth of the start."""
+    """Exclude objects that live as long as the process from garbage collection, once per process: a
+    full collection of imported modules would repeatedly block the event loop for a tenth of a
+    second. No collection runs first: it would take a tenth of the start."""
     gc.freeze()
-    # Hardly anything here is part of a cycle: looking for them after every 700 new objects, as
-    # is usual, costs each request several microseconds.
+    # Objects here are rarely part of a cycle. The default threshold of 700 new objects would cost
+    # each request several microseconds.
     gc.set_threshold(_GC_THRESHOLD, 20, 20)
 
 
 async def _look_at(blobs: Blobs, every_s: float = 30) -> None:
-    """Log at the start what the first upload would find out, and each outage that a write meets
-    later; ping for ever while there is one."""
+    """Log blob store outages: at the start, before the first upload finds out, and later ones that
+    a write meets. Ping while an outage lasts."""
     is_logged, is_due = False, True
     while True:
         if is_due:
@@ -347,7 +346,7 @@ async def _look_at(blobs: Blobs, every_s: float = 30) -> None:
 async def _open_store(
     config: Config, blobs: Blobs, instance_id: str
 ) -> AsyncIterator[tuple[Store, Rollup]]:
-    """The store at work, and the calls of this process counted."""
+    """Context with a started store that counts this process's calls."""
     store = _store_of(config, blobs, instance_id)
     await store.start()
     try:
@@ -366,7 +365,7 @@ async def _open_upstreams(
     tally: Tally,
     tracing: Tracing,
 ) -> AsyncIterator[LiveUpstreams]:
-    """The upstreams that are in force, with their pools, and the relay to them."""
+    """Context with the upstreams in force, their pools, and the relay to them."""
     store, rollup = recording
     wanted, stated = deployed(config), stated_by(config)
     start = await revision_to_start_with(store.upstreams)
@@ -401,7 +400,7 @@ async def _open_pools(
     others: Deployment,
     tally: Tally,
 ) -> AsyncIterator[Pools]:
-    """The pools of this process, with the keepers of their policies at work."""
+    """Context with this process's pools, whose policies are kept in force."""
     providers = {one.pool: one.provider for one in others.upstreams}
     pools = Pools(
         config, store.policies, instance_id, lambda pool: Limiting(tally, pool), store.connections
@@ -439,9 +438,10 @@ async def _open_relay(
 
 @asynccontextmanager
 async def _tracing(listeners: CallListeners, role: str, instance_id: str) -> AsyncIterator[Tracing]:
-    """Spans and metrics to a collector, where the environment or `.env` names one."""
+    """Context with tracing: spans and metrics go to a collector if the environment or `.env` names
+    one."""
     given = collector_variables()
-    os.environ.update(given)  # where the SDK reads them
+    os.environ.update(given)  # the SDK reads them there
     if not names_collector(given):
         yield Tracing()
         return
@@ -475,8 +475,8 @@ def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
 
 @asynccontextmanager
 async def _open_prompts(config: Config, relay: Relay, store: Store) -> AsyncIterator[PromptCalls]:
-    """Google's SDK at work for each upstream of Gemini's dialect, and the relay for the others, of
-    a process whose upstreams do not change."""
+    """Context with Google's SDK for each upstream with Gemini's dialect, and the relay for the
+    others, in a process whose upstreams do not change."""
     spine = relay.spine
     async with AsyncExitStack() as stack:
         processors = {}

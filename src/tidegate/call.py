@@ -1,7 +1,7 @@
 """Internal types of requests and calls, independent of providers and of HTTP. Pure.
 
-A `Call` is what somebody wants from a model. A provider answers it with `Event`s, pushed one by
-one into a sink, and ends by returning an `Answer`.
+A `Call` is one request to a model. The answer is a series of `Event`s, pushed one by one into a
+sink, and at the end an `Answer`.
 
 The states of a request:
 
@@ -15,8 +15,9 @@ The states of a request:
                      └─► dead  ◄─── its workers died 3 times ─────────────┴─► cancelled
 
 A stream is recorded once, when it ends, in one of the right-hand states.
-Invariant: an end state never changes, save that a person may requeue a dead job, or discard it:
-it is cancelled then.
+
+Invariant: an end state never changes, except that a person may requeue a dead job, or discard it;
+it is then cancelled.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ class Kind(StrEnum):
 
 
 CLASSIFIER_LIMIT = "kind:classifier"
-# What asks no model for anything, such as the list of models: limited only where a limit says so.
+# A call that runs no model, such as the list of models: only limited by limits that name this kind.
 OTHER_KIND = "other"
-# A batch at a provider, for as long as it goes on there: limited only where a limit says so.
+# A provider's batch, while it runs there: only limited by limits that name this kind.
 BATCH_KIND = "batch"
-# A realtime session, for as long as it is open: limited only where a limit says so.
+# An open realtime session: only limited by limits that name this kind.
 REALTIME_KIND = "realtime"
 
 
@@ -75,8 +76,8 @@ class Status(StrEnum):
 class Tier(StrEnum):
     """Processing tier of a job, the fastest first.
 
-    LIVE is the provider's usual tier, under our limits; FLEX is slower, cheaper, and refused while
-    the provider is short of capacity; BATCH is the provider's own batch API.
+    LIVE is the provider's standard tier, under the gateway's limits; FLEX is slower, cheaper, and
+    refused while the provider is short of capacity; BATCH is the provider's own batch API.
     """
 
     LIVE = "live"
@@ -85,18 +86,18 @@ class Tier(StrEnum):
 
 
 class ClassifiedBy(StrEnum):
-    """What decided the type of a request."""
+    """What decided the kind of a request."""
 
     CALLER = "caller"
     RULES = "rules"
     LLM = "llm"
     KEYWORDS = "keywords"
-    BODY = "body"  # a native request says it itself
+    BODY = "body"  # the body of a native request
 
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """`kind` is None while unsure; `reason` is a short sentence for the record."""
+    """A kind, None while unsure, with a short sentence as the reason for the record."""
 
     kind: Kind | None
     by: ClassifiedBy
@@ -116,7 +117,7 @@ class Attachment:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """Bytes of one file or picture, in memory."""
+    """Bytes of one file or image, in memory."""
 
     mime_type: str
     data: bytes
@@ -125,8 +126,8 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request to a model, as the spine sees it. `media` are the loaded attachments. `tier`:
-    LIVE, or FLEX, which is then requested."""
+    """One request to a model, as the spine sees it. `media`: the loaded attachments. `tier`: LIVE,
+    or FLEX, which is then requested from the provider."""
 
     request_id: UUID
     prompt: str
@@ -135,7 +136,7 @@ class Call:
     media: tuple[Media, ...] = ()
     tenant_id: str = DEFAULT_TENANT
     priority: int = 0  # from -100 to 100, higher first
-    traceparent: str | None = None  # sent with it, where it is part of a trace
+    traceparent: str | None = None  # sent with it, if it is part of a trace
     tier: Tier = Tier.LIVE
 
 
@@ -143,14 +144,14 @@ class Scope(StrEnum):
     """A permission of an API key."""
 
     INFER = "infer"  # call models: live, streamed, or as jobs
-    READ = "read"  # see its tenant's own requests, answers and files
-    VIEWER = "viewer"  # /admin, the page and metrics by the role of that name, of all tenants
-    OPERATOR = "operator"  # likewise
-    ADMIN = "admin"  # all of /admin, whatever tenant the key is of
+    READ = "read"  # read its tenant's own requests, answers and files
+    VIEWER = "viewer"  # /admin, dashboard and metrics of all tenants, as OperatorRole.VIEWER
+    OPERATOR = "operator"  # likewise, as OperatorRole.OPERATOR
+    ADMIN = "admin"  # all of /admin, whatever the key's tenant
 
 
 class OperatorRole(StrEnum):
-    """What a person who operates may do; each role includes those before it.
+    """What an operator may do; each role includes those before it.
 
     viewer: read. operator: change limits, pause, requeue, cancel, drain. admin: keys, tenants,
     upstreams and their credentials, erasure, roles.
@@ -165,7 +166,8 @@ class OperatorRole(StrEnum):
 
     @staticmethod
     def of(scopes: Collection[str]) -> OperatorRole | None:
-        """The highest of a key's roles, which are scopes of the same names; None without one."""
+        """Return the highest role among a key's scopes, which have the same names; None without
+        one."""
         return next((role for role in reversed(_RANKS) if role in scopes), None)
 
 
@@ -174,8 +176,9 @@ RoleRules = Mapping[str, OperatorRole]
 
 
 def role_rules(value: object) -> object:
-    """Rules such as `{"groups=oncall": "operator"}`, from JSON too: a claim, and a pattern that one
-    of its values fits, to a role. Raises ValueError, which says what is allowed."""
+    """Parse rules such as `{"groups=oncall": "operator"}`, a mapping or JSON: a claim, and a
+    pattern that one of its values must match, to a role. Raises ValueError, which states what is
+    allowed."""
     allowed = 'must be a JSON object such as {"groups=oncall": "operator"}, of roles '
     if isinstance(value, str):
         try:
@@ -189,13 +192,13 @@ def role_rules(value: object) -> object:
     return {rule: OperatorRole(role) for rule, role in value.items()}
 
 
-# Not `str.lower`, by which another letter, as the Kelvin sign, becomes one of ASCII.
+# Unlike `str.lower`, which maps some other letters to ASCII, such as the Kelvin sign.
 _LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
 
 
 def role_by(rules: RoleRules, claims: Mapping[str, Any]) -> OperatorRole | None:
-    """The highest role that the claims of a person give; None without one. An address of e-mail
-    counts only where its issuer has verified it."""
+    """Return the highest role that a person's claims give; None without one. An e-mail address only
+    counts if its issuer has verified it."""
     fitting = {role for rule, role in rules.items() if _fits(rule, claims)}
     return OperatorRole.of(fitting)
 
@@ -217,9 +220,9 @@ def _fits(rule: str, claims: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Caps:
-    """How much of this service one tenant may hold. None means without a bound.
+    """Bounds on one tenant's use of the gateway. None means no bound.
 
-    Jobs and bytes are counted over all processes, streams and long polls in each by itself.
+    Jobs and bytes are counted over all processes, streams and long polls in each process.
     """
 
     most_queued_jobs: int | None = None
@@ -237,11 +240,11 @@ NO_CAPS = Caps()
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, as far as the front needs to know.
+    """The caller of a request, with its tenant and what it may use.
 
-    key_id: of the API key that was shown; None without one. models: patterns of the models that
-    may be asked (`gemini-*`); None means all. most_priority: a higher one is lowered to it. tiers:
-    those that its jobs may be put into beside the usual one, unless they say so themselves.
+    key_id: of the API key in use; None without one. models: patterns of allowed models
+    (`gemini-*`); None means all. most_priority: a higher priority is lowered to it. tiers: the
+    default tiers of its jobs beside the live one.
     """
 
     tenant_id: str = DEFAULT_TENANT
@@ -252,7 +255,7 @@ class Caller:
     tiers: tuple[Tier, ...] = ()
 
     def may_ask(self, model: str) -> bool:
-        """Whether a model is among those allowed, with or without Gemini's `models/` before it."""
+        """Whether a model is allowed, with or without Gemini's prefix `models/`."""
         if self.models is None:
             return True
         plain = model.removeprefix("models/")
@@ -264,9 +267,9 @@ ANYBODY = Caller()
 
 @dataclass(frozen=True, slots=True)
 class CallCost:
-    """What a call may cost, before it is made. most_micros, most_tokens: what it can cost at most,
-    in micro-dollars and in LLM tokens, None where that can't be proven. likely_micros,
-    likely_tokens: about what it will; 0 without a price. unknown: why the most is not known."""
+    """Cost of a call before it is made. most_micros, most_tokens: the greatest possible cost, in
+    micro-dollars and in LLM tokens, None if there is no proven bound. likely_micros, likely_tokens:
+    the expected cost; 0 without a price. unknown: why the greatest cost is unknown."""
 
     most_micros: int | None
     most_tokens: int | None
@@ -277,12 +280,12 @@ class CallCost:
 
 @dataclass(frozen=True, slots=True)
 class UsageDetails:
-    """What a provider reports of a call beside its tokens. None: not reported, or 0.
+    """Usage that a provider reports beside the tokens. None: not reported, or 0.
 
-    The tokens are parts of the input or the output. The two parts of `cache_write_tokens` are those
-    written for 5 minutes and for an hour. provider_cost_micros: what the provider itself charges,
-    in millionths of a dollar; never what the call is charged here. tier: in which processing tier
-    it was served, None in the usual one.
+    These tokens are parts of the input or the output. `cache_write_tokens` has two parts: written
+    for 5 minutes and for an hour. provider_cost_micros: what the provider itself charges, in
+    micro-dollars; never the gateway's charge. tier: the processing tier that served the call, None
+    for the standard one.
     """
 
     cache_write_tokens: int | None = None
@@ -305,7 +308,7 @@ class UsageDetails:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """tokens that a call used. None means that the provider did not say: never zero."""
+    """LLM tokens that a call used. None means that the provider did not report them: never zero."""
 
     input_tokens: int | None = None
     output_tokens: int | None = None
@@ -319,24 +322,24 @@ UNKNOWN_USAGE = Usage()
 
 
 def seconds_of(usage: Usage) -> int | None:
-    """How many seconds of audio its input had; None where that is not reported."""
+    """Return the seconds of audio in the input; None if they are not reported."""
     return None if usage.details is None else usage.details.input_audio_seconds
 
 
 class UsageState(StrEnum):
-    """How far it is known what a call used."""
+    """How the usage of a call is known."""
 
-    NONE = "none"  # no model has worked for it: never sent, or refused by the provider
-    TOLD = "told"  # by the provider, of a whole answer
-    PARTIAL = "partial"  # by the provider, of an answer that was cut: for what came at least
-    ESTIMATED = "estimated"  # by us: the input as it was estimated, the output from what came
+    NONE = "none"  # no model ran: never sent, or refused by the provider
+    TOLD = "told"  # reported by the provider, of a complete answer
+    PARTIAL = "partial"  # reported by the provider, of an answer that was cut off: a lower bound
+    ESTIMATED = "estimated"  # by the gateway: the estimated input, and the output that arrived
     UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What a call is charged for. `cost_micros` is in micro-dollars; None where the price or
-    the usage is not known. `images` are those that came, None where they were not counted."""
+    """What a call is charged. `cost_micros`: in micro-dollars; None if the price or the usage is
+    unknown. `images`: the number that arrived, None if they were not counted."""
 
     state: UsageState = UsageState.NONE
     usage: Usage = UNKNOWN_USAGE
@@ -345,7 +348,7 @@ class Charge:
 
     @property
     def tokens(self) -> int:
-        """tokens that count against a budget: what is unknown counts as nothing."""
+        """LLM tokens that count against a budget; unknown ones count as zero."""
         usage = self.usage
         if usage.output_tokens is None and usage.total_tokens is not None:
             return usage.total_tokens
@@ -360,7 +363,7 @@ UNKNOWN_CHARGE = Charge(UsageState.UNKNOWN, cost_micros=None)
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The limiter has admitted the call; `waited_ms` is the time from request to admission."""
+    """The limiter has admitted the call; `waited_ms`: the time from request to admission."""
 
     waited_ms: float
 
@@ -388,7 +391,7 @@ Sink = Callable[[Event], Awaitable[None]]
 
 @dataclass(slots=True)
 class Answer:
-    """What came back. A provider fills it while it streams, so that a partial one can be kept."""
+    """An answer, filled while it streams, so that a partial one is kept too."""
 
     text: list[str] = field(default_factory=list)
     pictures: list[Media] = field(default_factory=list)
@@ -403,7 +406,7 @@ class Answer:
         return "".join(self.text)
 
     def clear(self) -> None:
-        """Forget what came: another try follows."""
+        """Discard the answer before a retry."""
         self.text, self.pictures, self.usage = [], [], UNKNOWN_USAGE
         self.finish_reason = self.model_version = self.response_id = self.first_byte_ms = None
 
@@ -412,29 +415,29 @@ class Outcome(StrEnum):
     """How a permit's call ended, as reported to the limiter."""
 
     SUCCESS = "success"
-    IGNORED = "ignored"  # cancelled or refused for reasons that say nothing of the provider
+    IGNORED = "ignored"  # cancelled, or refused for reasons unrelated to the provider's load
     DROPPED = "dropped"  # throttled or failed upstream
 
 
-# Of a UUID's last 80 bits: the version and the variant, and those that are random.
+# A UUIDv7's version and variant, and its random bits, among the last 80.
 _V7 = 0x7 << 76 | 0x2 << 62
 _RANDOM = (1 << 80) - 1 & ~(0xF << 76 | 0x3 << 62)
 
 
 def new_id() -> UUID:
-    """A UUIDv7 (RFC 9562): milliseconds since the epoch, then random bits; sorts by time."""
+    """Return a UUIDv7 (RFC 9562): milliseconds since the epoch, then random bits; sorts by time."""
     ms = time.time_ns() // 1_000_000
     value = (ms & 0xFFFF_FFFF_FFFF) << 80 | int.from_bytes(urandom(10), "big") & _RANDOM | _V7
     return UUID(int=value)
 
 
 def made_at(one: UUID) -> datetime:
-    """When `new_id` made it."""
+    """Return when `new_id` made an id."""
     return datetime.fromtimestamp((one.int >> 80) / 1000, UTC)
 
 
 def tokens_of(usage: Usage) -> tuple[int | None, int | None]:
-    """The input and output tokens of a call, thinking counted as output; None where unknown."""
+    """Return the input and output tokens of a call, with thinking as output; None if unknown."""
     output_tokens = usage.output_tokens
     if output_tokens is not None:
         output_tokens += usage.thoughts_tokens or 0

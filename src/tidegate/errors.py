@@ -71,11 +71,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 
 class TidegateError(Exception):
-    """Root of the tree. `str(error)` is safe to show to a client: never a secret."""
+    """Root of the tree. `str(error)` is safe to show to a client: it never contains a secret."""
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
-    at_upstream: str | None = None  # where the call failed, for a header of its answer
+    at_upstream: str | None = None  # where the call failed, for a response header
 
     def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
         super().__init__(message)
@@ -83,13 +83,13 @@ class TidegateError(Exception):
         self.retry_after_ms = retry_after_ms
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled and copied by what it holds: queues of tasks and pools of processes send errors
-        to their callers so, and would call `__init__` with the message alone."""
+        """Pickle and copy by attributes: task queues and process pools send errors to their callers
+        pickled, and the default would call `__init__` with the message alone."""
         return _restored, (type(self), self.args), self.__dict__
 
     @property
     def message_with_allowed(self) -> str:
-        """The message with what is allowed instead, for bodies without a field for that."""
+        """The message with what is allowed, for bodies without a field for that."""
         allowed = getattr(self, "allowed", None)
         if not allowed or allowed in self.message:
             return self.message
@@ -116,7 +116,7 @@ class ConfigError(TidegateError):
 
 
 class PolicyConflict(ConfigError):
-    """The policy of a program is not in force in `pool`, and may not replace the one that is.
+    """The policy of a program differs from the one in force in `pool`, and may not replace it.
     `limit` is the first limit or field that differs, with both of its values."""
 
     code = "policy_conflict"
@@ -132,7 +132,7 @@ class PolicyConflict(ConfigError):
 
 
 class InvalidRequest(TidegateError):
-    """The caller's input is wrong. `field` names the input, `allowed` says what would be right."""
+    """The caller's input is wrong. `field` names the input, `allowed` states valid values."""
 
     code = "invalid_request"
 
@@ -147,7 +147,7 @@ class PayloadTooLarge(InvalidRequest):
 
 
 class FilesFull(PayloadTooLarge):
-    """Waiting does not help: something must be deleted, or its time be over."""
+    """A tenant has reached its limit on batch files: one must be deleted or expire."""
 
     code = "files_full"
 
@@ -165,13 +165,13 @@ class RequestTimeout(TidegateError):
 
 
 class RealtimeIdle(TidegateError):
-    """Neither side of a realtime session has said anything for too long."""
+    """A realtime session was silent on both sides for too long."""
 
     code = "realtime_idle"
 
 
 class RealtimeStalled(TidegateError):
-    """The client of a realtime session takes nothing of what it is sent."""
+    """The client of a realtime session does not read."""
 
     code = "client_stalled"
 
@@ -181,7 +181,8 @@ class Unauthenticated(TidegateError):
 
 
 class Forbidden(TidegateError):
-    """`field` and `allowed` are as those of InvalidRequest, where an input is what is refused."""
+    """The caller may not do this. `field` and `allowed`: as of InvalidRequest, if an input is
+    refused."""
 
     code = "forbidden"
 
@@ -194,7 +195,7 @@ class Forbidden(TidegateError):
 
 
 class NotFound(TidegateError):
-    """`field` names the input that required it, where there was one."""
+    """No such request, file or limit. `field` names the input that required it, if any."""
 
     code = "not_found"
 
@@ -204,8 +205,8 @@ class NotFound(TidegateError):
 
 
 class UpstreamMissing(NotFound):
-    """`lacking`: what this process lacks of each upstream that the call could go to, such as the
-    variable of its key. Another process may have it."""
+    """This process cannot use an upstream of the model. `lacking`: what each possible upstream
+    lacks, such as the variable of its key. Another process may have it."""
 
     code = "upstream_missing"
     retryable = True
@@ -216,7 +217,7 @@ class UpstreamMissing(NotFound):
 
 
 class MethodNotAllowed(TidegateError):
-    """The path is known, by other methods: `methods`."""
+    """The path exists, but only with other methods: `methods`."""
 
     code = "method_not_allowed"
 
@@ -226,7 +227,7 @@ class MethodNotAllowed(TidegateError):
 
 
 class IdempotencyConflict(TidegateError):
-    """The key stands for an earlier request, for something else."""
+    """The idempotency key was used for a different request."""
 
     code = "idempotency_conflict"
     field = "Idempotency-Key"
@@ -238,7 +239,7 @@ class AlreadyEnded(TidegateError):
 
 
 class PolicyChanged(TidegateError):
-    """What a change was made on is not in force any more."""
+    """Another change came first: the value that a change expects is not in force any more."""
 
     code = "policy_changed"
 
@@ -250,7 +251,8 @@ class PolicyChanged(TidegateError):
 
     @classmethod
     def check(cls, now: Mapping[str, object], expected: Mapping[str, object]) -> None:
-        """Raises it where a value is not the expected one, ConfigError for a name that has none."""
+        """Raises PolicyChanged if a value is not the expected one, ConfigError for an unknown
+        name."""
         for name, value in expected.items():
             if name not in now:
                 raise ConfigError(f"expected.{name}", None, f"is unknown; known: {', '.join(now)}")
@@ -284,7 +286,8 @@ class TooManyFollowers(TidegateError):
 
 
 class QuotaExceeded(TidegateError):
-    """`limit` is the name of the tenant's cap, e.g. `most_queued_jobs`; `allowed` in words."""
+    """A tenant has reached one of its caps. `limit` is the cap's name, e.g. `most_queued_jobs`;
+    `allowed`: the cap in words."""
 
     code = "quota_exceeded"
     retryable = True
@@ -298,9 +301,8 @@ class QuotaExceeded(TidegateError):
 
 
 class BudgetExceeded(QuotaExceeded):
-    """`limit` is the name of the budget, e.g. `budget_day_tokens`. Waiting helps, until its period
-    ends; an immediate retry does not. fallback: the model that is called instead, if there is one.
-    """
+    """A budget has no room. `limit` is its name, e.g. `budget_day_tokens`. A retry helps once its
+    period ends, not earlier. fallback: the model that is called instead, if there is one."""
 
     code = "budget_exceeded"
 
@@ -318,27 +320,28 @@ class BudgetExceeded(QuotaExceeded):
 
 
 class BudgetPaused(BudgetExceeded):
-    """No time is known after which it goes on: a person must resume the budget."""
+    """The budget is paused for an unknown time: a person must resume it."""
 
     code = "budget_paused"
 
 
 class BudgetReserved(QuotaExceeded):
-    """What is left of the budget named `limit` may be spent by calls that are in progress."""
+    """The rest of the budget `limit` is reserved for calls in progress."""
 
     code = "budget_reserved"
 
 
 class BudgetUnbounded(QuotaExceeded):
-    """The budget named `limit` binds a call whose most possible cost is not known: it is refused,
-    since the budget could not be kept. The same call fails again."""
+    """The budget `limit` applies to a call whose greatest possible cost is unknown: it is rejected,
+    since the budget could be exceeded. The same call fails again."""
 
     code = "budget_unbounded"
     retryable = False
 
 
 class AdmissionError(TidegateError):
-    """The limiter said no. `limit` is the id of the limit that refused, e.g. `kind:text_only`."""
+    """The limiter did not admit a call. `limit` is the id of the refusing limit, e.g.
+    `kind:text_only`."""
 
     code = "admission"
 
@@ -348,21 +351,23 @@ class AdmissionError(TidegateError):
 
 
 class DeadlineExceeded(AdmissionError):
-    """`is_estimate`: `retry_after_ms` is an estimate, since it depends on how long calls take or
-    whose turn comes first. Else it is the time of a window, a quota or a pause."""
+    """A call was not admitted before its deadline. `is_estimate`: `retry_after_ms` is an estimate,
+    since it depends on the duration of calls or on the order of waiters. Otherwise it is the end of
+    a window, a quota or a pause."""
 
     code = "deadline_exceeded"
     is_estimate = False
 
 
 class LimitPaused(DeadlineExceeded):
-    """Waiting within the deadline would be in vain; `retry_after_ms` is the end of the pause."""
+    """A limit is paused for longer than the call may wait; `retry_after_ms` is the end of the
+    pause."""
 
     code = "limit_paused"
 
 
 class LimitUsedUp(DeadlineExceeded):
-    """As LimitPaused, where a limit has no room in time; `retry_after_ms` is when it has."""
+    """A limit has no room before the deadline; `retry_after_ms` is when it has."""
 
     code = "limit_used_up"
 
@@ -386,33 +391,33 @@ class LeaseLost(TidegateError):
 
 
 class CallPreempted(TidegateError):
-    """A call without a byte of an answer was given up, so that one of a higher band is admitted. It
-    uses up no attempt: its job or line is queued again. Never raised to a client."""
+    """A call whose answer had not begun was cancelled to admit one of a higher band. It uses up no
+    attempt: its job or line is queued again. Never raised to a client."""
 
     code = "preempted"
     retryable = True
 
 
 class LastTryWaits(TidegateError):
-    """A job or line under which all workers but one may die have died is called alone among such
-    ones, and another is under way. It uses up no attempt. Never raised to a client."""
+    """A job or line that fails for good if one more worker dies is called alone, and another such
+    call is in progress. It uses up no attempt. Never raised to a client."""
 
     code = "last_try_waits"
     retryable = True
 
 
-# Statuses by which a server says that it is not itself. 504 is not among them: Gemini says it of a
-# prompt that is too long for it, https://ai.google.dev/gemini-api/docs/troubleshooting
+# Statuses of a server or proxy in trouble. Not 504, which Gemini answers to a prompt that is too
+# long for it, https://ai.google.dev/gemini-api/docs/troubleshooting
 OF_THE_SERVER = (502, 503, 529)
 
 
 class UpstreamError(TidegateError):
-    """The provider failed us. `status` is its HTTP status where there was one. `in_outage` is set
-    once it is known that other requests fail at that upstream as well; `is_busy` where a server of
-    one's own has no room yet, or loads its model."""
+    """A call failed at the provider. `status`: its HTTP status, if any. `in_outage`: set once other
+    requests are known to fail at that upstream too. `is_busy`: a self-hosted server has no free
+    slot yet, or loads its model."""
 
     code = "upstream"
-    # Whether the upstream works, and this is its answer to this one request.
+    # Whether the upstream works, and this is its answer to this request.
     is_answer: ClassVar[bool] = False
     in_outage = False
     is_busy = False
@@ -425,9 +430,8 @@ class UpstreamError(TidegateError):
 
     @property
     def of_upstream(self) -> bool:
-        """Whether it is about the upstream, and every other request would meet it now too. Such an
-        error uses up none of a job's attempts. False where the request may have brought it about.
-        """
+        """Whether the fault is the upstream's, so that any other request would fail too. Such an
+        error uses up none of a job's attempts. False if the request may have caused the error."""
         return self.in_outage
 
 
@@ -440,14 +444,14 @@ class StatedBound(NamedTuple):
 
 
 class UpstreamThrottled(UpstreamError):
-    """429. `day_quota` is true when a quota per day is gone and a short wait won't help.
+    """A 429. `day_quota`: a day's quota is used up, so that a short wait does not help.
 
-    unit: what there was too much of, `requests`, `tokens`, `input_tokens`, `output_tokens` or
-        `images`; None where the provider did not say.
-    per_day: whether it was too much for a day, whenever that begins.
-    of_account: whether it binds the whole account, and not only the requested model.
-    stated: the limits that it names with their bounds.
-    `lowered_limit` is set where an adaptive limit was lowered for it, and nothing was paused.
+    unit: what was exceeded: `requests`, `tokens`, `input_tokens`, `output_tokens` or `images`;
+        None if the provider did not state it.
+    per_day: whether the limit is one per day, whenever the day begins.
+    of_account: whether the limit is the account's, and not only the requested model's.
+    stated: the limits that the refusal states with their bounds.
+    lowered_limit: set if an adaptive limit was lowered for it, and nothing was paused.
     """
 
     code = "upstream_throttled"
@@ -479,8 +483,8 @@ class UpstreamThrottled(UpstreamError):
 
 
 class UpstreamTierBusy(UpstreamError):
-    """The requested processing tier, such as `flex`, has no capacity at the moment. It says nothing
-    of the model or the account in their usual tier, and nothing is charged."""
+    """The requested processing tier, such as `flex`, has no capacity at the moment. The model and
+    the account may still be usable in the standard tier, and nothing is charged."""
 
     code = "upstream_tier_busy"
     retryable = True
@@ -488,8 +492,9 @@ class UpstreamTierBusy(UpstreamError):
 
 
 class UpstreamUnavailable(UpstreamError):
-    """`broke` says when the connection did, where that is known: while it was made, or before a
-    byte of an answer. `asked` is false where the call was not made, because the upstream is out."""
+    """A 5xx, or a refused or broken connection. `broke`: when the connection broke, if known: while
+    it was made, or before a byte of an answer. `asked`: false if the call was not made, because the
+    upstream is out."""
 
     code = "upstream_unavailable"
     retryable = True
@@ -514,7 +519,8 @@ class UpstreamUnavailable(UpstreamError):
 
 
 class UpstreamOut(UpstreamUnavailable):
-    """The call was not made: the upstream failed too often, and is tried by one call at a time."""
+    """The call was not made: the upstream is out of service after repeated failures, and is
+    probed."""
 
     code = "upstream_out"
 
@@ -523,13 +529,14 @@ class UpstreamOut(UpstreamUnavailable):
 
 
 class UpstreamDrained(UpstreamOut):
-    """The call was not made: an operator has drained the upstream, and no other one serves it."""
+    """The call was not made: an operator has drained the upstream, and no other one serves the
+    model."""
 
     code = "upstream_drained"
 
 
 class UpstreamTimeout(UpstreamError):
-    """`phase` is `connect`, `first_byte`, `idle` or `total`."""
+    """A timeout. `phase` is `connect`, `first_byte`, `idle` or `total`."""
 
     code = "upstream_timeout"
     retryable = True
@@ -549,8 +556,8 @@ class UpstreamRejected(UpstreamError):
 
 
 class UpstreamUnauthorized(UpstreamError):
-    """`of_key` is false where the provider's words may be about this call alone. `in_short` is what
-    every client may read."""
+    """A 401 or 403. `of_key`: false if the refusal may concern this call only. `in_short`: a
+    message that every client may read."""
 
     code = "upstream_unauthorized"
     in_short: ClassVar[str] = "the provider refuses this gateway's own key"
@@ -560,8 +567,8 @@ class UpstreamUnauthorized(UpstreamError):
         self.of_key = of_key
 
     def for_clients(self) -> UpstreamUnauthorized:
-        """The same without the provider's words, which a client would take for words about its own
-        key."""
+        """Return the error without the provider's words, which a client could take as being about
+        its own key."""
         found = type(self)(self.in_short)
         found.retry_after_ms, found.at_upstream = self.retry_after_ms, self.at_upstream
         return found
@@ -572,7 +579,8 @@ class UpstreamUnauthorized(UpstreamError):
 
 
 class UpstreamUnpaid(UpstreamUnauthorized):
-    """`retry_after_ms`: until the account may spend again, where the provider says when."""
+    """The account has no credit. `retry_after_ms`: until it may spend again, if the provider states
+    it."""
 
     code = "upstream_unpaid"
     in_short = "the account at the provider has no money left"
@@ -590,7 +598,8 @@ class UpstreamGarbled(UpstreamError):
 
 
 class PromptBlocked(UpstreamError):
-    """`reason` is the provider's own word, such as `SAFETY`."""
+    """The provider's safety filter blocked the prompt. `reason`: the provider's word, such as
+    `SAFETY`."""
 
     code = "prompt_blocked"
     is_answer = True
@@ -601,7 +610,7 @@ class PromptBlocked(UpstreamError):
 
 
 class EmptyAnswer(UpstreamError):
-    """`finish_reason` is the provider's own word, or None where it gave none."""
+    """The answer has no content. `finish_reason`: the provider's word, None if it gave none."""
 
     code = "empty_answer"
     is_answer = True
@@ -626,8 +635,7 @@ class ClaimLost(TidegateError):
 
 
 class GatewayRefused(TidegateError):
-    """A Tidegate that was called said no. `problem` is the code in its answer, such as
-    `not_found`."""
+    """A gateway rejected a command. `problem`: the code in its answer, such as `not_found`."""
 
     code = "gateway_refused"
 
@@ -640,7 +648,7 @@ class GatewayRefused(TidegateError):
 
 
 class GatewayUnreachable(TidegateError):
-    """A Tidegate that was called does not answer, or not as one."""
+    """A gateway that a command called does not answer, or not as a gateway."""
 
     code = "gateway_unreachable"
     retryable = True

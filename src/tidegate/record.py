@@ -3,14 +3,14 @@
     front creates it ─► spine fills it ─► store writes it ─► listeners count it
 
 Native calls, streams, jobs, batch lines and the classifier's questions have the same record. It is
-nobody's copy: the front that creates it, the spine and the store share one object, which nobody
-changes once `CallListeners` have it.
+never copied: the front that creates it, the spine and the store share one object, which must not be
+changed once `CallListeners` have it.
 
-Invariants: a listener can neither fail nor delay a call, because ends are delivered in batches,
-by a timer or by what writes the record behind; an error of a listener is logged and goes no
-further. An answer that an upstream compressed unasked is read in a decoded copy of at most
-`MOST_DECODED_BYTES`; so is a stream in AWS's framing, whose messages are binary, each with two
-checksums: a message whose checksum is wrong is not read, and what follows it is found again.
+Invariants: a listener can neither fail nor delay a call, because ends are delivered in batches, by
+a timer or by the record's write-behind; an error of a listener is logged and not propagated. An
+answer that an upstream compressed without a request is read from a decoded copy of at most
+`MOST_DECODED_BYTES`. So is a stream in AWS's framing, whose messages are binary, each with two
+checksums: a message with a wrong checksum is skipped, and the next one is searched for.
 
     https://smithy.io/2.0/aws/amazon-eventstream.html
 """
@@ -53,7 +53,8 @@ log = get_logger()
 
 
 def dumped(value: Any) -> bytes:
-    """A value as JSON, also where it nests deeper than orjson writes, as what it reads may."""
+    """Return a value as JSON, also if it nests deeper than orjson can write, as parsed values
+    may."""
     try:
         return orjson.dumps(value)
     except orjson.JSONEncodeError:
@@ -61,8 +62,8 @@ def dumped(value: Any) -> bytes:
 
 
 def answer_within(text: str) -> Any:
-    """A recorded answer as it can stand within JSON of ours: as text where it is no JSON, or nests
-    so deep that it could not be written there."""
+    """Return a recorded answer as a value within JSON; as text if it is no JSON, or nests too
+    deeply to be written within JSON."""
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -102,7 +103,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A generated picture whose bytes are already in the blob store."""
+    """A generated image whose bytes are already in the blob store."""
 
     file_id: UUID
     mime_type: str
@@ -112,12 +113,12 @@ class OutputFile:
 
 
 class Lineage(NamedTuple):
-    """Where a call stands among others of its tenant. None is what nothing says.
+    """A call's relation to other calls of its tenant. None means unknown.
 
-    conversation: its name by a header, by `prompt_cache_key` or the provider's own, or that of the
-    call that it continues; else made of `opening`, a digest of what its calls begin with: tools,
-    system prompt and first message. parent_id: the call whose answer it continues. trace_id,
-    parent_span: of the client's own trace.
+    conversation: its name in a header, in `prompt_cache_key`, at the provider, or of the call that
+    it continues; else derived from `opening`, a digest of the beginning of its calls: tools, system
+    prompt and first message. parent_id: the call whose answer it continues. trace_id, parent_span:
+    of the client's own trace.
     """
 
     conversation: str | None = None
@@ -128,7 +129,7 @@ class Lineage(NamedTuple):
 
     @classmethod
     def of(cls, conversation: str | None, trail: Trail | None) -> Lineage:
-        """Of a call, as far as its headers say."""
+        """Return the lineage that a call's headers state."""
         parent = None if trail is None else trail.parent
         if parent is None:
             return NO_LINEAGE if conversation is None else cls(conversation)
@@ -137,42 +138,43 @@ class Lineage(NamedTuple):
 
 
 NO_LINEAGE = Lineage()
-PROMPT_HEAD_CHARS = 500  # of a prompt, by which it is found
+PROMPT_HEAD_CHARS = 500  # of a prompt, to search by
 
 
-# Compared by identity: it is one call, not a value.
+# Compared by identity: a record is one call, not a value.
 @dataclass(slots=True, eq=False)
 class CallRecord:
-    """One call, from its receipt to its end; with several tries upstream, of the last one.
+    """One call, from its receipt to its end; with several attempts upstream, of the last one.
 
-    What is None is not known, or was not reached. Identity: `source` is what made the call (`judge`
-    is the classifier, whose question is no request of the tenant's: of its budgets alone);
-    `endpoint` is the path that was requested; `operation` never has a name in it.
+    None means unknown or not reached. Identity: `source` is what made the call (`judge` is the
+    classifier, whose question is not a request of the tenant, but charged to its budgets);
+    `endpoint` is the requested path; `operation` never contains a name.
 
-    Admission: `waits` while no try is under way; `waits_for` is the pool and the limits of the
-    queue that it waits in, or waited in, or a budget. `waits_since`: a job or stream waits from
-    then on, others from their request of a permit to the limiter; `queue_ms` ends with admission.
-    `fence` is the permit's (epoch, sequence).
+    Admission: `waits` while no attempt is in progress; `waits_for` is the pool and the limits of
+    the queue that the call waits or waited in, or a budget. `waits_since`: the start of the wait of
+    a job or stream; other calls wait from their request to the limiter. `queue_ms` ends with
+    admission. `fence` is the permit's (epoch, sequence).
 
-    Tries: `attempts` counts those made upstream, of which `throttled` were answered with 429
+    Attempts: `attempts` counts those made upstream. `throttled` of them were answered with 429
     (`throttled_by`: by upstream and pool, of which the last may be another), and `faults` failed by
-    the upstream's own fault; `tries_elsewhere` counts, by pool, those made before it came to the
-    pool of the last; `failed` is the error of the last that failed; `earlier_attempts` were
-    made before this record began, for the same line of a batch, and under `lapses` of them their
-    process died. `sent`: its request began to go out. `upstream_ms` is the length of the last.
+    the upstream's own fault. `tries_elsewhere` counts, by pool, those before the call moved to the
+    pool of the last. `failed` is the error of the last failed attempt. `earlier_attempts` were made
+    before this record began, for the same line of a batch; in `lapses` of them their process died.
+    `sent`: the request began to be sent. `upstream_ms` is the duration of the last.
 
-    Answer: `http_status` is what the client received, 0 while nothing. `pieces` are the bytes of a
-    native answer as they came, up to `KEPT_BYTES` and the end of what is longer; `answer_bytes`
-    counts all. `coding`: in which coding, where the upstream compressed them unasked. `files` are
-    the pictures of a prompt's answer, as stored.
+    Answer: `http_status` is what the client received, 0 before that. `pieces` are the bytes of a
+    native answer as received, up to `KEPT_BYTES` and the end of a longer one; `answer_bytes` counts
+    all. `coding`: the content coding, if the upstream compressed them without a request. `files`
+    are the stored images of a prompt's answer.
 
-    `handed_over`: the call goes on, and a worker makes its record. `went_on_ms`: for how long it
-    was seen on when its client had left, None where it was not.
+    `handed_over`: the call continues, and a worker makes its record. `went_on_ms`: for how long it
+    continued after its client had left, None if it did not.
 
-    `slot`: its place in the journal of calls under way, while it has one.
+    `slot`: its place in the journal of calls in progress, while it has one.
 
     End: `status` is a `Status`, `retried` for an attempt after which a job or a line of a batch
-    returns to its queue, `refused` for what was turned away before there was anything to record.
+    returns to its queue, `refused` for a request that was rejected before there was a call to
+    record.
     """
 
     source: Source
@@ -189,7 +191,7 @@ class CallRecord:
     trail: Trail | None = None
     lineage: Lineage = NO_LINEAGE
     request_omitted_bytes: int = 0  # of a form that is kept in part
-    prompt_head: str = ""  # how the text begins that its user said last
+    prompt_head: str = ""  # the beginning of the user's last text
     request_type: str | None = None  # content types, as they were sent
     response_type: str | None = None
 
@@ -234,24 +236,24 @@ class CallRecord:
 
     @property
     def id(self) -> UUID:
-        """The request's, of a call that is on record."""
+        """The request's id, of a call that is on record."""
         assert self.request_id is not None
         return self.request_id
 
     @property
     def ended_at(self) -> datetime:
-        """The time of its end, of a call that has ended."""
+        """The end time of a call that has ended."""
         assert self.finished_at is not None
         return self.finished_at
 
     def end(self, status: str, failure: Failure | None = None) -> None:
-        """Set how it ended; the time too, where the last try has not set it."""
+        """Set the end of the call, with the current time if the last attempt has set none."""
         self.status, self.failure = str(status), failure
         self.finished_at = self.finished_at or datetime.now(UTC)
 
     @property
     def waited_ms(self) -> float:
-        """Its wait for admission; of one that has ended without, its wait until then."""
+        """The wait for admission, or for a call that ended without one, until its end."""
         if self.queue_ms is not None or self.admitted_at is not None or self.finished_at is None:
             return self.queue_ms or 0.0
         since = self.waits_since or self.received_at
@@ -259,48 +261,48 @@ class CallRecord:
 
     @property
     def was_admitted(self) -> bool:
-        """Whether it had a permit, in its last admission at least."""
+        """Whether the call had a permit, at least in its last admission."""
         return self.admitted_at is not None and self.fence is not None
 
     @property
     def code(self) -> str | None:
-        """Of the failure."""
+        """The failure's code."""
         return None if self.failure is None else self.failure.code
 
     def keep(self, piece: bytes) -> None:
-        """Take in a piece of a native answer."""
+        """Add a piece of a native answer."""
         if self.answer_bytes < KEPT_BYTES:
             self.pieces.append(piece)
-        else:  # only the end, where the usage is reported
+        else:  # keep only the end, where the usage is reported
             self.pieces[-1] = (self.pieces[-1] + piece)[-TAIL_BYTES:]
         self.answer_bytes += len(piece)
 
     @property
     def throttled(self) -> int:
-        """How many of its tries were answered with 429."""
+        """The number of attempts that were answered with 429."""
         return 0 if self.throttled_by is None else sum(self.throttled_by.values())
 
     def note_moving(self) -> None:
-        """The next try is made in another pool than the last."""
+        """Note that the next attempt is made in a different pool."""
         found = self.tries_elsewhere = self.tries_elsewhere or {}
         found[self.pool] = found.get(self.pool, 0) + self.attempts - sum(found.values())
 
     def note_throttled(self, upstream: str, pool: str) -> None:
-        """Count a try that an upstream answered with 429."""
+        """Count an attempt that an upstream answered with 429."""
         found = self.throttled_by = self.throttled_by or {}
         found[upstream, pool] = found.get((upstream, pool), 0) + 1
 
     @property
     def body(self) -> bytes:
-        """What was kept of a native answer, as it came."""
+        """The kept part of a native answer, as received."""
         if len(self.pieces) != 1:
             self.pieces = [b"".join(self.pieces)]
         return self.pieces[0]
 
     @property
     def text(self) -> bytes:
-        """The same as it is read: decoded where its upstream compressed it, and empty where that
-        can't be done."""
+        """The kept part of a native answer, decoded if the upstream compressed it; empty if it
+        cannot be decoded."""
         if not self.coding or not self.pieces:
             return self.body if self.pieces else b""
         if self._decoded[0] != self.answer_bytes:
@@ -309,12 +311,12 @@ class CallRecord:
 
     @property
     def result(self) -> str:
-        """The answer as a job's result: of a native answer its body."""
+        """The answer as a job's result: a native answer's body, else the text."""
         return self.text.decode("utf-8", "replace") if self.pieces else self.answer.whole_text
 
     @property
     def text_bytes(self) -> int:
-        """The length of all of it, with what was not kept."""
+        """The length of the whole answer, including bytes that were not kept."""
         return len(self.text) if self.coding else self.answer_bytes
 
     @property
@@ -326,38 +328,39 @@ class CallRecord:
 
     @property
     def omitted_bytes(self) -> int:
-        """How much of its middle was not kept."""
+        """The number of bytes of the answer's middle that were not kept."""
         if self.answer_bytes <= KEPT_BYTES:
             return 0
         return self.answer_bytes - sum(map(len, self.pieces))
 
     @property
     def size_bytes(self) -> int:
-        """About how much memory it holds."""
+        """The approximate memory of the record."""
         return 1_000 + len(self.request) + len(self.response)
 
     def wait_for_budget(self, budget: str, since: datetime) -> None:
-        """Calls in progress hold what is left of it: a permit that came before was returned."""
+        """Wait for a budget whose rest is reserved by calls in progress; an earlier permit was
+        released."""
         self.waits_for = self.waits_for[0], (f"{OF_BUDGETS}{budget}",)
         self.waits_since = self.waits_since or since
 
     def begin_again(self) -> None:
-        """Another try follows: what the last one brought is not the answer."""
+        """Discard the last attempt's answer before the next one."""
         self.waits, self.sent = True, False
         self.pieces, self.answer_bytes, self.coding = [], 0, b""
         self.answer.clear()
         self.charge = NO_CHARGE
 
 
-OF_BUDGETS = "budget:"  # before the name of a budget, where a call waits for room in it
+OF_BUDGETS = "budget:"  # prefix of a budget's name in `waits_for`
 
 _GZIP, _ZLIB, _RAW = 31, 15, -15
-# `deflate` is zlib's format by RFC 9110, and at some servers without its head.
+# `deflate` is zlib's format by RFC 9110; some servers omit its header.
 _WINDOWS = {b"gzip": (_GZIP,), b"x-gzip": (_GZIP,), b"deflate": (_ZLIB, _RAW)}
 
 
 def coding_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The Content-Encoding of an answer, or `FRAMED`; empty where it is sent as it is."""
+    """Return the Content-Encoding of an answer, or `FRAMED`; empty for an unencoded one."""
     framing = b""
     for raw_name, value in headers:
         name = raw_name.lower()
@@ -370,8 +373,9 @@ def coding_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def decoded(data: bytes, coding: bytes) -> bytes:
-    """The content of an answer, as far as it goes where it was cut; empty for another coding than
-    gzip and deflate, and for what is too long. Of AWS's framing its events, as text."""
+    """Return the content of an answer, up to where it was cut off. Empty for a coding other than
+    gzip and deflate, and for a body that is too long. Of AWS's framing, return the events as
+    text."""
     if len(data) > _MOST_CODED_BYTES:
         return b""
     if coding == FRAMED:
@@ -384,13 +388,13 @@ def decoded(data: bytes, coding: bytes) -> bytes:
     return b""
 
 
-# Of gzip several members may follow one another (RFC 1952); what is none ends them.
+# gzip may have several members in a row (RFC 1952); other bytes end them.
 _MOST_MEMBERS = 10_000
 _STEP_BYTES = 16_384  # what follows a member is copied
 
 
 def _unpacked(data: bytes, window: int) -> bytes:
-    """Empty for what is too long. Raises zlib.error."""
+    """Return decompressed data; empty if it is too long. Raises zlib.error."""
     reader, text, members = zlib.decompressobj(window), bytearray(), 1
     for start in range(0, len(data), _STEP_BYTES):
         piece = data[start : start + _STEP_BYTES]
@@ -417,8 +421,8 @@ _MOST_MEMBERS_OF_PIECE = 100
 
 
 class PieceDecoder:
-    """Decoder of an answer as it comes, for its beginning. `reads` is false for another coding than
-    gzip, deflate and AWS's framing, and from what can't be read on, or takes too much room."""
+    """Decoder of the beginning of an answer as it arrives. `reads` is false for a coding other than
+    gzip, deflate and AWS's framing, and once the data is invalid or takes too much memory."""
 
     __slots__ = ("_framed", "_is_gzip", "_read", "_reader", "_windows", "reads")
 
@@ -428,10 +432,10 @@ class PieceDecoder:
         self._framed = coding == FRAMED
         self._is_gzip = _GZIP in _WINDOWS.get(coding, ())
         self.reads = self._reader is not None or self._framed
-        self._read = b""  # while it may be read in another way, or a message is not whole
+        self._read = b""  # while the format is undecided, or a message incomplete
 
     def take(self, piece: bytes) -> bytes:
-        """What a piece holds; empty where nothing is read."""
+        """Return the content of a piece; empty if nothing can be read."""
         if self._framed:
             data = self._read + piece
             end = whole_frames(data)
@@ -447,7 +451,7 @@ class PieceDecoder:
         return text
 
     def _unpack(self, piece: bytes) -> bytes:
-        """What a piece holds of the present member."""
+        """Return the content of a piece of the current member."""
         if self._reader is None or not self.reads:
             return b""
         try:
@@ -471,13 +475,13 @@ _PRELUDE, _LENGTHS = struct.Struct(">III"), struct.Struct(">II")
 _WORD, _SHORT = struct.Struct(">I"), struct.Struct(">H")
 _LEAST_FRAME_BYTES, _MOST_FRAME_BYTES = 16, 16 * 1024 * 1024
 _TEXT = 7
-# What else a header holds, by its type: so many bytes.
+# Sizes of header values by type, except strings and bytes.
 _SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}
-_MOST_SOUGHT = 100_000  # bytes that are none of a message, before it is given up
+_MOST_SOUGHT = 100_000  # bytes to search for the next message
 
 
 def frame(headers: Mapping[str, str], payload: bytes) -> bytes:
-    """A message in AWS's framing, whose headers are short texts."""
+    """Return a message in AWS's framing with short string headers."""
     named = b""
     for name, value in headers.items():
         key, text = name.encode(), value.encode()
@@ -488,7 +492,8 @@ def frame(headers: Mapping[str, str], payload: bytes) -> bytes:
 
 
 def _frame_at(data: bytes, place: int) -> tuple[int, int]:
-    """The length of the message that begins there, and of its headers; 0 where none does."""
+    """Return the lengths of the message that begins at `place` and of its headers; 0 if none
+    does."""
     if len(data) - place < _PRELUDE.size:
         return 0, 0
     size_bytes, named_bytes, checksum = _PRELUDE.unpack_from(data, place)
@@ -499,7 +504,7 @@ def _frame_at(data: bytes, place: int) -> tuple[int, int]:
 
 
 def whole_frames(data: bytes) -> int:
-    """Up to where there are whole messages, one after the other."""
+    """Return where the consecutive complete messages end."""
     place = 0
     while size_bytes := _frame_at(data, place)[0]:
         if place + size_bytes > len(data):
@@ -509,7 +514,7 @@ def whole_frames(data: bytes) -> int:
 
 
 def framed_in(data: bytes) -> Iterator[tuple[dict[str, str], bytes]]:
-    """Headers and payload of each whole message, in order; what is broken is left out."""
+    """Yield headers and payload of each complete message, in order, without invalid ones."""
     place = sought = 0
     while place < len(data) and sought < _MOST_SOUGHT:
         size_bytes, named_bytes = _frame_at(data, place)
@@ -528,7 +533,7 @@ def framed_in(data: bytes) -> Iterator[tuple[dict[str, str], bytes]]:
 
 
 def _headers_in(data: bytes) -> dict[str, str]:
-    """The texts among them, as far as they have a known form."""
+    """Return the string headers, up to the first one of unknown form."""
     found: dict[str, str] = {}
     place = 0
     try:
@@ -548,8 +553,8 @@ def _headers_in(data: bytes) -> dict[str, str]:
 
 
 def _event(headers: Mapping[str, str], payload: bytes) -> bytes:
-    """A message as an event of text: under its name; a model's own event, which a `chunk` holds, as
-    it is; an exception as the body of the refusal that it would have been before the stream."""
+    """Return a message as a text event: under its type; the content of a `chunk`, a model's own
+    event, as it is; an exception as the body of the corresponding refusal."""
     kind = headers.get(":event-type", "")
     try:
         value = orjson.loads(payload or b"{}")
@@ -563,15 +568,15 @@ def _event(headers: Mapping[str, str], payload: bytes) -> bytes:
         else:
             value = {kind: value}
         return b"data: %b\n\n" % orjson.dumps(value)
-    except (ValueError, KeyError, TypeError, AttributeError):  # of no known form
+    except (ValueError, KeyError, TypeError, AttributeError):  # of unknown form
         return b""
 
 
 @dataclass(frozen=True, slots=True)
 class ActiveCall:
     """The state of a call in progress, as processes report it to one another. admitted_at: None
-    while it waits, for its first try or for another one. pool and limits: what it waits for or
-    holds, as far as it has come."""
+    while the call waits, for its first or another attempt. pool and limits: those it waits for or
+    holds, if known."""
 
     request_id: str
     tenant: str
@@ -605,7 +610,7 @@ class ActiveCall:
 
 
 class ActiveCalls:
-    """The calls in progress in this process, in the order of their receipt. One per process."""
+    """The calls in progress in this process, in order of receipt. One per process."""
 
     def __init__(self) -> None:
         self._calls: dict[CallRecord, None] = {}
@@ -623,12 +628,12 @@ class ActiveCalls:
         self._calls.pop(record, None)
 
     def oldest(self, most: int) -> list[ActiveCall]:
-        """At most so many, the oldest first."""
+        """Return at most so many calls, the oldest first."""
         return [ActiveCall.of(record) for record in islice(self._calls, most)]
 
 
 def _shortened(text: str | None) -> str | None:
-    """A text from a client, which may be as long as its body."""
+    """Shorten a client's text, which may be as long as its body."""
     return None if text is None else text[:_MOST_CHARS]
 
 
@@ -636,7 +641,7 @@ Listener = Callable[[Sequence[CallRecord]], None]
 
 
 class CallListeners:
-    """What counts and traces calls once they have ended. One per process.
+    """Counts and traces calls once they have ended. One per process.
 
     A listener is called in the event loop with batches of records: it must be quick, must not wait,
     and changes nothing.
@@ -655,7 +660,7 @@ class CallListeners:
         self._listeners.append(listener)
 
     def notify(self, batch: Sequence[CallRecord]) -> None:
-        """Deliver a batch immediately: for what is off the path of calls already."""
+        """Deliver a batch immediately, from outside the path of calls."""
         if not batch:
             return
         for listener in self._listeners:
@@ -665,7 +670,7 @@ class CallListeners:
                 log.exception(Log.INTERNAL_ERROR, component="call listener")
 
     def note(self, record: CallRecord) -> None:
-        """Deliver an end within a tenth of a second, together with others."""
+        """Deliver an ended call within a tenth of a second, together with others."""
         if not self._listeners:
             return
         self._waiting.append(record)
@@ -675,7 +680,7 @@ class CallListeners:
             self._timer = asyncio.get_running_loop().call_later(_NOTIFY_AFTER_S, self.flush)
 
     def flush(self) -> None:
-        """Deliver what is waiting; at the end of a process too."""
+        """Deliver the waiting records; also when the process ends."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
