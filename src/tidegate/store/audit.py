@@ -3,9 +3,9 @@
 Written behind, in batches, one transaction each; while PostgreSQL is unavailable entries wait on
 disk. Bodies are compressed, inline if small, else in the blob store.
 
-Invariants: an accepted entry is written exactly once, with its request, files, attempt and
-totals; a job's end is fenced by its claim; what a call holds of budgets is settled with its row; a
-record of an erased tenant or subject is not written after the erasure.
+Invariants: an accepted entry is written exactly once, with its request, files, attempt and totals;
+a job's end is fenced by its claim; a call's budget reservation is settled with its row; a record of
+an erased tenant or subject is not written after the erasure.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ log = get_logger()
 INLINE_BYTES = 8192
 ENCODING = "zlib"
 WORTH_A_THREAD_BYTES = 50_000
-_QUICK = 1  # a level of zlib: native bodies are compressed on the processor that relays
+_QUICK = 1  # zlib's level for native bodies, compressed on the CPU that relays
 _SAMPLED_BYTES, _SAMPLE_BYTES, _WORTH_IT = 262_144, 16_384, 0.7
-# A window that holds a small body whole, and tables to fit: by default zlib prepares 256 KB each
-# time, which for a small body is several times the work itself. The result is as small.
+# A window that fits a small body, with small tables: zlib's default prepares 256 KB each time,
+# several times the work of a small body, for the same size.
 _BODIES_SMALL_BYTES = 4096
 _SMALL_WINDOW_BITS = 12
 _SMALL_TABLES = 5
@@ -74,13 +74,13 @@ def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
         }
         for file in job.attachments
     ]
-    if job.endpoint is not None:  # of a large body the file alone: `prompt` is a piece of it
+    if job.endpoint is not None:  # of a large body only the file, since `prompt` is a part of it
         return {"endpoint": job.endpoint} | ({"files": files} if files else {"body": job.prompt})
     return {name: getattr(job, name) for name in _ASKED} | {"files": files}
 
 
 def body_of_answer(record: CallRecord, attempt: Json) -> dict[str, Any]:
-    """`attempt`: the columns of its end."""
+    """Return the body of an answer. `attempt`: the columns of its end."""
     files = [
         {
             "file_id": picture.file_id,
@@ -93,13 +93,13 @@ def body_of_answer(record: CallRecord, attempt: Json) -> dict[str, Any]:
 
 
 def inline_row(role: str, body: dict[str, Any]) -> Json:
-    """The row of a body, whatever its size, without its id and owner."""
+    """Return the row of a body of any size, inline, without its id and owner."""
     raw = orjson.dumps(cleaned(body))
     return _row(role, len(raw), _packed(raw), None)
 
 
 async def row_of(role: str, body: dict[str, Any], blobs: Blobs) -> Json:
-    """The row of a body that PostgreSQL can hold; a large one goes to the blobs first."""
+    """Return the row of a body without NUL; a large body is written to the blob store first."""
     raw = orjson.dumps(body)
     if len(raw) > WORTH_A_THREAD_BYTES:
         packed = await asyncio.to_thread(_packed, raw)
@@ -116,8 +116,8 @@ def _packed(raw: bytes) -> bytes:
 
 
 async def _placed(packed: bytes, blobs: Blobs) -> tuple[bytes | None, str | None]:
-    """The bytes for their row, or the key of the blob that large ones have become; inline too
-    while the blob store is unavailable."""
+    """Return the bytes for the row, or the key of their blob if they are large; inline too while
+    the blob store is unavailable."""
     if len(packed) > INLINE_BYTES:
         key = new_key(datetime.now(UTC))
         with suppress(StoreUnavailable, TimeoutError):
@@ -138,15 +138,15 @@ def _row(role: str, size_bytes: int, data: bytes | None, blob_key: str | None) -
 
 
 def as_kept(raw: bytes) -> tuple[str, bytes]:
-    """A native body in the encoding in which it is kept."""
+    """Return a native body in its stored encoding."""
     if len(raw) > _SAMPLED_BYTES and not _shrinks(raw):
         return "raw", raw
     return "zlib-raw", zlib.compress(raw, _QUICK)
 
 
 def _shrinks(raw: bytes) -> bool:
-    """Whether it is worth compressing, by a look at three places. A file in base64 would lose a
-    quarter, and take half a second of the processor for 20 MB."""
+    """Whether a body is worth compressing, by samples at three places. A file in base64 would only
+    shrink by a quarter, at half a second of CPU time for 20 MB."""
     step = len(raw) // 4
     samples = [raw[at : at + _SAMPLE_BYTES] for at in (step, 2 * step, 3 * step)]
     size = sum(len(zlib.compress(one, _QUICK)) for one in samples)
@@ -154,7 +154,7 @@ def _shrinks(raw: bytes) -> bool:
 
 
 def unpack(encoding: str, packed: bytes) -> Any:
-    """The JSON value of a stored body; a native one as the text that travelled."""
+    """Return the JSON value of a stored body; a native one as its text."""
     if encoding == "raw":
         return packed.decode("utf-8", "replace")
     if encoding == "zlib-raw":
@@ -165,7 +165,7 @@ def unpack(encoding: str, packed: bytes) -> Any:
 
 
 class Mark(NamedTuple):
-    """Whose a record is, and when the call was received."""
+    """The owner of a record, and when the call was received."""
 
     tenant_id: str
     subject: str | None
@@ -177,7 +177,7 @@ def digest_of(subject: str) -> bytes:
 
 
 async def erased_among(connection: asyncpg.Connection, marks: Sequence[Mark]) -> set[int]:
-    """The places of those that are not to be written."""
+    """Return the indexes of records that must not be written, since their owner was erased."""
     tenants = {mark.tenant_id for mark in marks}
     digests = {mark.subject: digest_of(mark.subject) for mark in marks if mark.subject is not None}
     found = await connection.fetch(sql("get_erased"), list(tenants), list(digests.values()))
@@ -185,8 +185,8 @@ async def erased_among(connection: asyncpg.Connection, marks: Sequence[Mark]) ->
 
 
 async def erased_entries(connection: asyncpg.Connection, entries: Sequence[Json]) -> list[Json]:
-    """Of the recorder's entries those whose tenant or subject was erased; of a job its request is
-    gone, which is enough."""
+    """Return the recorder's entries whose tenant or subject was erased. Entries of jobs are not
+    checked: the erased request's row does not exist any more."""
     whole = [entry for entry in entries if entry["op"] in ("stream", "relay", "answer", NOTED)]
     if not whole:
         return []
@@ -211,7 +211,7 @@ def _matching(
                 break
 
 
-_OTHER_OPS = (*KEY_OPS, NOTED)  # what is no call
+_OTHER_OPS = (*KEY_OPS, NOTED)  # entries that are no calls
 MAX_PENDING_STREAMS = 2_000
 MAX_PENDING_BYTES = 64_000_000
 _RETRY_MS = 200
@@ -222,7 +222,7 @@ MAX_WAITING_BYTES = 64_000_000
 _BATCH_ROWS = 200
 _AT_ONCE = 8
 _LINGER_S = 0.05
-_SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL compresses none either
+_SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL does not either
 _BLOB_TIMEOUT_S = 5.0
 _LOST = Failure("process_died", "the process that made this call died before its end")
 _USAGE = rows.USAGE_COLUMNS
@@ -245,9 +245,9 @@ _ASKED = ("prompt", "image_uri", "model")
 _BLOB_KEY = _BODY_COLUMNS.index("blob_key")
 
 
-@dataclass(slots=True, eq=False)  # not frozen: each record makes one
+@dataclass(slots=True, eq=False)  # not frozen, since frozen instances are slower to make
 class Prepared:
-    """A record as it is written: its row, and those of its bodies."""
+    """A record ready to be written: its row, and the rows of its bodies."""
 
     record: CallRecord
     audit: tuple[Any, ...]
@@ -256,7 +256,7 @@ class Prepared:
 
 @dataclass(slots=True)
 class _Overflow:
-    """Records left out while a buffer is full; logged when that begins and when it ends."""
+    """Counts records dropped while a buffer is full; logs when that begins and ends."""
 
     count: int = 0
     ever: int = 0
@@ -274,11 +274,11 @@ class _Overflow:
 
 
 class AuditLog:
-    """Writes calls that have ended. One per process: `start` it, `aclose` it at the end.
+    """Writes ended calls. One per process: `start` it, `aclose` it at the end.
 
-    Native calls are rows, written by COPY: `put` buffers them, `room` waits for room in the buffer;
-    what has to be written with something else goes through `prepare`, `add` and `noted`. Ends of
-    jobs, streams and answers under keys are entries, which wait on the disk while PostgreSQL is
+    Native calls are rows, written by COPY: `put` buffers them, `room` waits for room in the buffer.
+    Rows to be written within another transaction go through `prepare`, `add` and `noted`. Ends of
+    jobs, streams and answers under keys are entries, which wait on disk while PostgreSQL is
     unavailable; so does a row that could not be written.
     """
 
@@ -305,7 +305,7 @@ class AuditLog:
         self._instance_id = instance_id
         self._when_full = when_full
         self._room = asyncio.Event()  # set when either buffer has become shorter
-        self._waiting: deque[tuple[CallRecord, int]] = deque()  # with its size
+        self._waiting: deque[tuple[CallRecord, int]] = deque()  # each with its size
         self._waiting_bytes = 0
         self._more = asyncio.Event()
         self._rows_left_out = _Overflow()
@@ -326,8 +326,8 @@ class AuditLog:
         self._replayer = asyncio.create_task(self._replay())
 
     async def aclose(self, timeout_ms: int) -> None:
-        """Write what is pending within `timeout_ms`, rows within a third of that; entries that
-        can't be written are on the disk."""
+        """Write pending records within `timeout_ms`, rows within a third of it; entries that cannot
+        be written are on disk."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_ms / 3000):
                 while self._row_writer is not None and self._waiting_bytes:
@@ -343,12 +343,12 @@ class AuditLog:
 
     @property
     def dropped(self) -> int:
-        """How many records this process has left out since its start, for want of room."""
+        """The number of records dropped since this process's start, as a buffer was full."""
         return self._rows_left_out.ever + self._entries_left_out.ever
 
     @property
     def waiting(self) -> int:
-        """Rows that are not written yet."""
+        """The number of rows that are not written yet."""
         return len(self._waiting)
 
     @property
@@ -356,8 +356,8 @@ class AuditLog:
         return len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES
 
     async def room(self, wait_ms: float) -> None:
-        """Before a call: with `block`, wait while the record can't keep up, no longer than the call
-        may wait. Raises StoreUnavailable."""
+        """Wait before a call while the record cannot keep up, if `when_full` is `block`, at most as
+        long as the call may wait. Raises StoreUnavailable."""
         try:
             async with asyncio.timeout(max(0, wait_ms) / 1000):
                 while self._when_full == "block" and self.is_full:
@@ -367,7 +367,7 @@ class AuditLog:
             raise StoreUnavailable("the record cannot keep up") from None
 
     def put(self, record: CallRecord) -> None:
-        """Buffer the record of a native call that has ended; with `drop`, not while it is full."""
+        """Buffer the record of an ended native call; a full buffer with `drop` drops it."""
         if self._when_full == "drop" and self.is_full:
             self._rows_left_out.add()
             self._listeners.note(record)
@@ -384,7 +384,7 @@ class AuditLog:
     async def _write_rows(self) -> None:
         while True:
             await self._more.wait()
-            await asyncio.sleep(_LINGER_S)  # a batch costs as much as a row
+            await asyncio.sleep(_LINGER_S)  # a batch costs as much as one row
             self._more.clear()
             while self._waiting:
                 count = min(len(self._waiting), _BATCH_ROWS)
@@ -393,19 +393,19 @@ class AuditLog:
                 self._listeners.notify(batch)
                 try:
                     await self._write(batch)
-                except Exception:  # the top of a task: logged, and it goes on
+                except Exception:  # the top of a task: logged, and the loop continues
                     log.exception(Log.INTERNAL_ERROR, component="request log")
                 finally:
                     self._waiting_bytes -= sum(size_bytes for _, size_bytes in taken)
                     self._room.set()
 
     async def prepare(self, record: CallRecord) -> Prepared:
-        """The record as `add` takes it; a large body is in the blob store from now on."""
+        """Return the record for `add`; a large body is in the blob store then."""
         return Prepared(record, self._audit_values(record), await self._bodies(record))
 
     async def add(self, connection: asyncpg.Connection, given: list[Prepared]) -> list[Prepared]:
-        """Write records in a transaction of the caller's. Returns those that are left out, since
-        their tenant or subject was erased; `forget_bodies` is the caller's to call."""
+        """Write records in the caller's transaction. Return those that are left out, since their
+        tenant or subject was erased; the caller passes them to `forget_bodies`."""
         calls = [one.record for one in given]
         marks = [Mark(one.tenant_id, one.subject, one.received_at) for one in calls]
         gone = await erased_among(connection, marks)
@@ -418,7 +418,7 @@ class AuditLog:
         )
         bodies = [body for one in kept for body in one.bodies]
         await connection.copy_records_to_table("bodies", records=bodies, columns=_BODY_COLUMNS)
-        # A repeat after a commit whose reply was lost has failed by now, at the same ids.
+        # A repeat after a commit with a lost reply has failed above, at the same ids.
         await add_usage(
             connection, [dict(zip(READ, _read_by_usage(one.audit), strict=True)) for one in kept]
         )
@@ -426,7 +426,7 @@ class AuditLog:
         return [given[place] for place in gone]
 
     async def forget_bodies(self, given: Iterable[Prepared]) -> None:
-        """Delete the large bodies of records that are left out."""
+        """Delete the large bodies of records that were left out."""
         keys = [key for one in given for body in one.bodies if (key := body[_BLOB_KEY])]
         if keys:
             with suppress(StoreUnavailable):
@@ -506,11 +506,11 @@ class AuditLog:
         return bodies
 
     async def end_job(self, job: ClaimedJob, record: CallRecord, *, called: bool = True) -> bool:
-        """Record a job's end, or keep it on the disk while PostgreSQL is unavailable; True if
-        written. Listeners of calls are then notified.
+        """Record a job's end, or keep it on disk while PostgreSQL is unavailable; True if written.
+        Listeners of calls are then notified.
 
-        Raises ClaimLost, or StoreUnavailable when the spill is full too. A cancelled caller's end
-        is written or kept all the same.
+        Raises ClaimLost, or StoreUnavailable when the spill is full too. If the caller is
+        cancelled, the end is still written or kept.
         """
         return await self._record(_end_of(job, record, self._blobs, called=called), record)
 
@@ -521,8 +521,8 @@ class AuditLog:
         return await self._record(_retry_of(job, record, not_before, is_counted), record)
 
     async def record_stream(self, job: NewJob, record: CallRecord) -> None:
-        """Accept a finished stream, which is written soon; waits when the buffer is full and
-        `audit_full` is `block`. A cancelled caller has recorded it whole or not at all."""
+        """Accept a finished stream, to be written soon; wait while the buffer is full if
+        `audit_full` is `block`. A cancelled caller has recorded it in full or not at all."""
         self._listeners.note(record)
         await self._enqueue(await _stream_of(job, record, self._blobs), record)
 
@@ -536,10 +536,10 @@ class AuditLog:
             self._listeners.note(ended)
 
     async def _enqueue(self, entry: Json, record: CallRecord) -> None:
-        """Accept `entry` into the bounded buffer and return; `when_full` is what a full one does.
-        The journal's entry of `record` ends with it.
+        """Accept `entry` into the bounded buffer; `when_full` decides what a full buffer does. The
+        journal's entry of `record` ends with it.
 
-        A cancelled caller that was still waiting for room has recorded nothing.
+        A caller that is cancelled while it waits for room has recorded nothing.
         """
         size_bytes = rows.size_of(entry)
         while self._pending and (
@@ -566,8 +566,8 @@ class AuditLog:
         self._room.set()
 
     def keep(self, entry: Json | Awaitable[Json], *, patient: bool = False) -> asyncio.Task[bool]:
-        """Write an entry, True, or keep it on the disk until it can be written, False. While the
-        spill is full too, a `patient` one waits, others raise StoreUnavailable."""
+        """Write an entry (True), or keep it on disk until it can be written (False). While the
+        spill is full too, a `patient` entry waits; for others StoreUnavailable is raised."""
         task = asyncio.create_task(self._write_or_keep(entry, patient))
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -588,7 +588,7 @@ class AuditLog:
             except StoreUnavailable:
                 try:
                     await self._spill.keep(entry)
-                    # After a short outage nothing else notifies us of its end.
+                    # Nothing else notifies of the end of a short outage.
                     loop = asyncio.get_running_loop()
                     loop.call_later(_RETRY_MS / 1000, self._replay_soon.set)
                     return False
@@ -616,8 +616,8 @@ class AuditLog:
                 log.error(Log.INTERNAL_ERROR, component="replay", error=repr(failed))
 
     async def _record_lost(self, records: list[CallRecord]) -> None:
-        """Write calls of a process that has died: what they used is unknown, but for what sessions
-        had noted. One that is on record already is left as it is. Raises StoreUnavailable."""
+        """Record calls of a process that died: their usage is unknown, unless sessions have noted
+        it. A call that is on record already is left as it is. Raises StoreUnavailable."""
         for record in records:
             record.finished_at = record.admitted_at or record.received_at
             record.end(Status.FAILED, _LOST)
@@ -674,15 +674,15 @@ class AuditLog:
         ]
 
     async def _discard(self, entries: Sequence[Json]) -> None:
-        """Delete the blobs that were made for entries that will not be written."""
+        """Delete the blobs of entries that will not be written."""
         keys = [key for entry in entries for key in rows.blobs_of(entry)]
         if keys:
-            with suppress(StoreUnavailable):  # then they go with the other orphans
+            with suppress(StoreUnavailable):  # they are deleted with other orphans
                 await self._blobs.delete(keys)
 
 
 async def _end_of(job: ClaimedJob, record: CallRecord, blobs: Blobs, *, called: bool) -> Json:
-    """Of a job that was `called`, or ended before."""
+    """Return the entry of a job's end, `called` or not."""
     attempt, files = rows.result_row(record) if called else None, list[Json]()
     if attempt is not None:
         await rows.make_json(attempt)
@@ -739,9 +739,9 @@ async def _end_tasks(tasks: Iterable[asyncio.Task[Any] | None]) -> None:
 async def _write_entries(
     connection: asyncpg.Connection, entries: Sequence[Json], instance_id: str
 ) -> tuple[set[str], list[UUID], set[str]]:
-    """One batch in one transaction.
+    """Write one batch in one transaction.
 
-    Returns the ids that are written, now or before; those that changed; the pools with work.
+    Return the ids that are written, now or before; the ids that changed; the pools with new work.
     """
     ops: dict[str, dict[str, Json]] = {"end": {}, "retry": {}, "stream": {}, "relay": {}}
     for entry in sorted(entries, key=lambda entry: str(entry["row"]["id"])):
@@ -790,13 +790,13 @@ async def _rows(
     connection: asyncpg.Connection, name: str, entries: dict[str, Json]
 ) -> dict[str, asyncpg.Record]:
     given = dumps([entry["row"] for entry in entries.values()])
-    await asyncio.sleep(0)  # sending a large one takes as long again
+    await asyncio.sleep(0)  # sending a large batch blocks as long again
     found = await connection.fetch(sql(name), given)
     return {str(row["id"]): row for row in found}
 
 
 async def _add_relayed(connection: asyncpg.Connection, entries: list[Json]) -> list[Json]:
-    """Returns the rows that were not there before."""
+    """Write rows of native calls; return those that did not exist before."""
     added = await connection.fetch(sql("add_relayed"), dumps(entry["row"] for entry in entries))
     found = [body for entry in entries for body in entry["bodies"]]
     if found:
@@ -810,10 +810,10 @@ async def _end_attempts(
 ) -> None:
     ended, whole = [], []
     for entry, row in fresh:
-        # Without one it may have begun all the same: by a mark whose reply was lost.
+        # An attempt without a result may have begun too: by a mark whose reply was lost.
         attempt = entry["attempt"] or {"finished_at": row["finished_at"]}
         how = {"outcome": rows.outcome_of(entry), "failure": entry["row"]["failure"]}
-        common = {**attempt, **how, "result": None}  # the request's row alone has it
+        common = {**attempt, **how, "result": None}  # only the request's row has it
         if row["attempt_id"] is not None:
             ended.append({**common, "id": row["attempt_id"], "created_at": row["attempt_at"]})
         elif entry["attempt"] is not None:
@@ -832,10 +832,10 @@ async def add_audit(
     instance_id: str,
     relayed: Sequence[Json] = (),
 ) -> None:
-    """Append audit rows, their bodies and webhooks for requests that ended in this transaction,
-    and add them to the totals, with the `relayed` rows that it has appended.
+    """Append audit rows, bodies and webhooks for requests that ended in this transaction, and add
+    them to the totals, with the `relayed` rows that were appended before.
 
-    Each is (the row as it now stands, its last attempt, its failure, its bodies).
+    Each item of `ended` is (the row as it is now, its last attempt, its failure, its bodies).
     """
     audits, packed = [], []
     for row, attempt, failure, own_bodies in ended:
@@ -855,7 +855,7 @@ async def add_audit(
 async def audit_unanswered(
     connection: asyncpg.Connection, ended: list[asyncpg.Record], failure: Json, instance_id: str
 ) -> None:
-    """The same for requests that ended here in the database, without a worker's answer."""
+    """Append audit rows for requests that the database has ended, without a worker's answer."""
     files: dict[object, list[asyncpg.Record]] = {row["id"]: [] for row in ended}
     for file in await connection.fetch(sql("get_input_files"), list(files)):
         files[file["request_id"]].append(file)
@@ -869,7 +869,7 @@ async def audit_unanswered(
 
 
 def _entry(call: Prepared) -> Json:
-    """The same as an entry."""
+    """Return a prepared record as an entry."""
     row = dict(zip(_AUDIT_COLUMNS, call.audit, strict=True))
     if row["failure"] is not None:
         row["failure"] = orjson.loads(row["failure"])
@@ -885,7 +885,7 @@ def _entry(call: Prepared) -> Json:
 
 
 def of_row(row: Mapping[str, Any], failure: Json) -> CallRecord:
-    """The record of a job that ended in the database, from its row as it now stands."""
+    """Return the record of a job that ended in the database, from its row as it is now."""
     record = CallRecord("job", row["tenant_id"], row["created_at"])
     record.pool, record.kind, record.queue_ms = row["pool"], row["kind"], row["queue_ms"]
     record.model = row["used_model"] or row["model"]

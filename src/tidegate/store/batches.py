@@ -1,10 +1,10 @@
 """Batches and their lines: owners' views, claims, ends in group commits, abandoned lines.
 
 A batch is in OpenAI's form or in Anthropic's, a message batch. They differ in how they are
-submitted and shown. The input of a message batch is no file that its tenant has.
+submitted and shown. The input of a message batch is not listed as a file of its tenant.
 
-Invariants: everything is read by tenant; validation and assembly are fenced by a claim; a line
-has at most one valid claim, is marked before its call and ended once, in one transaction with its
+Invariants: everything is read by tenant; validation and assembly are fenced by a claim; a line has
+at most one valid claim, is marked before its call and ended once, in one transaction with its
 batch's count and its record.
 """
 
@@ -54,14 +54,14 @@ log = get_logger()
 
 
 def ambiguous_of(row: Mapping[str, Any], ended: str) -> Failure:
-    """Why a line that was called has no answer. ended: what became of its batch."""
+    """Return why a called line has no answer. ended: how its batch ended."""
     if row["lapses"]:
         return Failure(code=AMBIGUOUS, message=_MESSAGE.format(ended))
     return Failure(code=f"batch_{ended}", message=_CALLED.format(ended))
 
 
 def record_of(row: Mapping[str, Any], *, status: Status, failure: Failure) -> CallRecord:
-    """The record of a line that was called, from its row in PostgreSQL."""
+    """Return the record of a called line, from its row in PostgreSQL."""
     attempts = row["attempts"]
     record = CallRecord(
         "batch",
@@ -92,9 +92,9 @@ def _model_in(body: str) -> str | None:
 
 INPUT, OUTPUT = "batch", "batch_output"
 MOST_LINES, _BULK_TIMEOUT_MS = 50_000, 30_000
-# In `metadata`, of a message batch: its `call_headers`. What a client gives there is texts.
+# The key in a message batch's `metadata` for its `call_headers`. A client's values are strings.
 _MESSAGES = "messages"
-_LEAST_BYTES = 4_096  # that a file counts for: it also is a row, and a block on the disk
+_LEAST_BYTES = 4_096  # minimum size of a file in quotas: it also has a row, and a block on disk
 _TIMES = (
     "created_at",
     "in_progress_at",
@@ -112,7 +112,7 @@ _CUT_SHORT = {"cancelled": Status.CANCELLED, "expired": Status.EXPIRED}
 
 @dataclass(frozen=True, slots=True)
 class BatchFile:
-    """`purpose` is `batch` for what was uploaded, `batch_output` for what a batch made."""
+    """A file. `purpose`: `batch` for an upload, `batch_output` for the output of a batch."""
 
     file_id: UUID
     tenant_id: str
@@ -126,8 +126,8 @@ class BatchFile:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """`times` has those that have come, by name. `claim` fences what a worker does to it.
-    `call_headers`: what the calls of a message batch have besides the usual; None for others."""
+    """A batch. `times`: those that have passed, by name. `claim` fences a worker's writes.
+    `call_headers`: additional headers for the calls of a message batch; None for others."""
 
     batch_id: UUID
     tenant_id: str
@@ -155,14 +155,14 @@ class Batch:
 
     @property
     def is_of_messages(self) -> bool:
-        """Whether it is in Anthropic's form."""
+        """Whether the batch is in Anthropic's form."""
         return self.call_headers is not None
 
 
 @dataclass(frozen=True, slots=True)
 class BatchInList:
-    """A batch as operators see it. claimed: its lines that a worker has and that wait for their
-    turn; calling: those that are called."""
+    """A batch as operators see it. claimed: its lines that a worker has and that wait for
+    admission; calling: those being called."""
 
     batch: Batch
     is_disabled: bool
@@ -172,8 +172,8 @@ class BatchInList:
 
 @dataclass(frozen=True, slots=True)
 class BatchStand:
-    """Where a batch stands. waiting: its lines that have not been called. body and what follows: of
-    the line that is called next; None where none waits."""
+    """The state of a batch. waiting: lines that were not called. body and the following fields: of
+    the line that is called next; None if none waits."""
 
     batch_id: UUID
     tenant_id: str
@@ -192,12 +192,12 @@ class BatchStand:
     failure_message: str | None
     paused_by: str | None
     pause_reason: str | None
-    lacks_tenant: bool  # it is disabled or gone
+    lacks_tenant: bool  # the tenant is disabled or deleted
     key_id: str | None = None
 
 
 async def batch_stand(connections: Connections, batch_id: UUID) -> BatchStand:
-    """Of a batch of any tenant. Raises NotFound and StoreUnavailable."""
+    """Return the state of any tenant's batch. Raises NotFound and StoreUnavailable."""
     row = await connections.row("get_batch_stand", batch_id)
     if row is None:
         raise NotFound(f"there is no batch batch_{batch_id.hex}")
@@ -205,7 +205,7 @@ async def batch_stand(connections: Connections, batch_id: UUID) -> BatchStand:
 
 
 class Batches:
-    """Every method raises StoreUnavailable."""
+    """Batches and their files. Every method raises StoreUnavailable."""
 
     def __init__(
         self,
@@ -222,13 +222,13 @@ class Batches:
     # Files
 
     async def add_file(self, file: BatchFile, most_bytes: int) -> None:
-        """Keep an upload. Raises FilesFull where its tenant would have more than `most_bytes` in
-        uploads, whichever processes take them in."""
+        """Store an upload. Raises FilesFull if its tenant would have more than `most_bytes` in
+        uploads, over all processes."""
         tenant_id = file.tenant_id
 
         async def add(connection: asyncpg.Connection) -> int:
             await connection.execute(sql("lock_batch_files"), tenant_id)
-            # A statement of its own: it sees what the one before us under the lock has added.
+            # A separate statement, which sees rows that were committed under the lock before.
             kept = await connection.fetchval(
                 sql("kept_batch_files"), tenant_id, file.file_id, _LEAST_BYTES
             )
@@ -240,13 +240,13 @@ class Batches:
         _check_room(tenant_id, kept_bytes, file.size_bytes, most_bytes)
 
     async def check_room(self, tenant_id: str, size_bytes: int, most_bytes: int) -> None:
-        """Raises FilesFull where so much more is too much already now."""
+        """Raises FilesFull if so many more bytes are too many now."""
 
         (row,) = await self._connections.rows("kept_batch_files", tenant_id, None, _LEAST_BYTES)
         _check_room(tenant_id, row[0], size_bytes, most_bytes)
 
     async def file(self, file_id: UUID, tenant_id: str) -> BatchFile:
-        """Raises NotFound."""
+        """Return a file. Raises NotFound."""
         row = await self._connections.row("get_batch_file", file_id, tenant_id)
         if row is None:
             raise NotFound(f"there is no file file-{file_id.hex}")
@@ -260,7 +260,7 @@ class Batches:
         return [_file(row) for row in found]
 
     async def delete_file(self, file_id: UUID, tenant_id: str) -> str | None:
-        """Forget a file; its blob's key, or None while a batch has yet to read it. Raises
+        """Delete a file's row; return its blob's key, None while a batch has yet to read it. Raises
         NotFound."""
 
         async def delete(connection: asyncpg.Connection) -> tuple[str, bool] | None:
@@ -273,7 +273,7 @@ class Batches:
         return None if deleted[1] else deleted[0]
 
     async def needs_blob(self, key: str) -> bool:
-        """Whether a file is kept in the blob, or a batch has yet to read it."""
+        """Whether a file refers to the blob, or a batch has yet to read it."""
 
         async def read(connection: asyncpg.Connection) -> bool:
             names = ("names_batch_blob", "uses_batch_blob")
@@ -292,8 +292,8 @@ class Batches:
         metadata: Json | None,
         once: Idempotency | None = None,
     ) -> Batch:
-        """The new batch, or the one that was made before it under the same key, as it now stands.
-        Raises IdempotencyConflict where a different batch was submitted under the key."""
+        """Add a batch; return it, or the one submitted under the same key before, as it is now.
+        Raises IdempotencyConflict if that was a different batch."""
         return await self._add(batch_id, caller, file, endpoint, metadata, once, None)
 
     async def add_messages(
@@ -306,8 +306,8 @@ class Batches:
         once: Idempotency | None,
         most_bytes: int,
     ) -> Batch:
-        """The same for a message batch. `file` is its alone: it is not listed, counts for its
-        tenant until it has been read, and is then deleted. Raises FilesFull too."""
+        """Add a message batch. Its `file` is not listed, counts for its tenant until it was read,
+        and is then deleted. Raises what `add` raises, and FilesFull."""
         metadata = {_MESSAGES: call_headers}
         return await self._add(batch_id, caller, file, endpoint, metadata, once, most_bytes)
 
@@ -358,8 +358,8 @@ class Batches:
         return added
 
     async def earlier(self, tenant_id: str, once: Idempotency) -> Batch | None:
-        """The batch that was made under the key. Raises IdempotencyConflict where a
-        different batch was submitted under it."""
+        """Return the batch submitted under the key, if any. Raises IdempotencyConflict if that was
+        a different batch."""
 
         async def find(connection: asyncpg.Connection) -> asyncpg.Record | None:
             before = await known_key(connection, tenant_id, once.key)
@@ -371,13 +371,13 @@ class Batches:
         return None if row is None else _batch(row)
 
     async def get(self, batch_id: UUID, tenant_id: str) -> Batch:
-        """Raises NotFound."""
+        """Return a batch. Raises NotFound."""
         if (row := await self._connections.row("get_batch", batch_id, tenant_id)) is None:
             raise NotFound(f"there is no batch batch_{batch_id.hex}")
         return _batch(row)
 
     async def stand(self, batch_id: UUID) -> BatchStand:
-        """Of a batch of any tenant. Raises NotFound."""
+        """Return the state of any tenant's batch. Raises NotFound."""
         return await batch_stand(self._connections, batch_id)
 
     async def listed(self, tenant_id: str, *, after: UUID | None, limit: int) -> list[Batch]:
@@ -389,7 +389,7 @@ class Batches:
     async def listed_messages(
         self, tenant_id: str, *, after: UUID | None, before: UUID | None, limit: int
     ) -> list[Batch]:
-        """Message batches, newest first: those after one, just before one, or between two."""
+        """Return message batches, newest first: after one, just before one, or between two."""
         if before is None or after is not None:
             found = await self._connections.rows(
                 "list_message_batches", tenant_id, after, before, limit
@@ -400,7 +400,7 @@ class Batches:
         return [_batch(row) for row in found]
 
     async def delete(self, batch_id: UUID, tenant_id: str) -> list[str] | None:
-        """Forget a batch that has ended, and its results; their blobs' keys. None where it has not
+        """Delete an ended batch and its results; return their blobs' keys. None if it has not
         ended. Raises NotFound."""
 
         async def delete(connection: asyncpg.Connection) -> list[str] | None:
@@ -419,42 +419,42 @@ class Batches:
         return keys
 
     async def cancel(self, batch_id: UUID, tenant_id: str) -> tuple[Batch, bool]:
-        """The batch, and whether it could be cancelled now. Raises NotFound."""
+        """Cancel a batch; return it, and whether it could be cancelled. Raises NotFound."""
         work = recorded("cancel_batch", batch_id, tenant_id, what="batch.cancel", target=batch_id)
         is_done = await self._connections.run(work) is not None
         return await self.get(batch_id, tenant_id), is_done
 
-    # The operators' side
+    # For operators
 
     async def of_all(
         self, *, after: UUID | None, tenant_id: str | None, is_open: bool, limit: int
     ) -> list[BatchInList]:
-        """Batches of all tenants, or of one, the newest first."""
+        """Return batches of all tenants, or of one, newest first."""
         found = await self._connections.rows("list_all_batches", after, tenant_id, is_open, limit)
         return [rows.record_of(BatchInList, row, batch=_batch(row)) for row in found]
 
     async def any(self, batch_id: UUID) -> BatchInList:
-        """Whose ever it is, without what is under way of it. Raises NotFound."""
+        """Return any tenant's batch, without counts of lines in progress. Raises NotFound."""
         if (row := await self._connections.row("any_batch", batch_id)) is None:
             raise NotFound("there is no such batch")
         return rows.record_of(BatchInList, row, batch=_batch(row))
 
     async def pause(self, batch_id: UUID, *, by: str, reason: str) -> bool:
-        """Let no more lines begin until it is resumed: in all processes within two seconds. False
-        where it has ended, or is about to. Those that are called end; its time goes on."""
+        """Begin no lines until the batch is resumed, in all processes within two seconds. False if
+        it has ended or is about to. Lines being called end; its expiry is not postponed."""
         by, reason = rows.clean(by), rows.clean(reason)
         work = recorded("pause_batch", batch_id, by, reason, what="batch.pause", target=batch_id)
         return await self._connections.run(work) is not None
 
     async def resume(self, batch_id: UUID) -> bool:
-        """Whether it was paused."""
+        """Resume a batch; return whether it was paused."""
         work = recorded("resume_batch", batch_id, what="batch.resume", target=batch_id)
         return await self._connections.run(work) is not None
 
-    # The worker's side
+    # For workers
 
     async def take(self, but: Sequence[UUID] = ()) -> Batch | None:
-        """One batch that is to be validated or assembled, if there is any `but` these."""
+        """Claim one batch to validate or assemble, except those in `but`."""
         row = await self._connections.row("take_batch", self._instance_id, list(but))
         return None if row is None else _batch(row)
 
@@ -465,7 +465,7 @@ class Batches:
         await self._connections.row("expire_batches")
 
     async def add_lines(self, batch: Batch, lines: Sequence[Json]) -> None:
-        """Lines have `line`, `id`, `custom_id` and `body`, the last as JSON."""
+        """Add lines with `line`, `id`, `custom_id` and `body`, the last as JSON."""
         await self._connections.execute(
             "add_batch_lines",
             batch.batch_id,
@@ -492,7 +492,7 @@ class Batches:
         return await self._connections.rows("finished_batch_lines", batch.batch_id, line, limit)
 
     async def end(self, batch: Batch, output: BatchFile | None, error: BatchFile | None) -> None:
-        """Delete its lines too; those that were called without an answer are recorded.
+        """End a batch and delete its lines; lines that were called without an answer are recorded.
         Raises ClaimLost."""
         ids = [None if one is None else one.file_id for one in (output, error)]
         calls = [await self._audit.prepare(one) for one in await self._unanswered(batch)]
@@ -597,10 +597,10 @@ def _models(row: asyncpg.Record) -> tuple[str, ...] | None:
 
 
 class OpenBatches:
-    """Whether there are batches that are not over: asked once a second at most, however many loops
-    want to know. Where there are none, the loops have nothing else to look for.
+    """Whether there are open batches: read at most once a second, for all loops of a process, which
+    have nothing else to look for without one.
 
-    A batch of another process is seen when its notification comes, and after a second without it.
+    Another process's batch is noticed by its notification, or within a second without one.
     """
 
     def __init__(
@@ -618,18 +618,18 @@ class OpenBatches:
         self._ours = self._theirs = False
 
     async def ours(self) -> bool:
-        """Whether a batch that was submitted here is open. Raises StoreUnavailable."""
+        """Whether a batch submitted to this deployment is open. Raises StoreUnavailable."""
         await self._ask()
         return self._ours
 
     async def theirs(self) -> bool:
-        """Whether a batch at a provider is open, or a job waits to be put into one. Raises
+        """Whether a batch at a provider is open, or a job waits for one. Raises
         StoreUnavailable."""
         await self._ask()
         return self._theirs
 
     def changed(self) -> None:
-        """Have it asked again: there may be one now."""
+        """Have the state read again, as there may be a batch now."""
         self._asked_at = -math.inf
 
     async def _ask(self) -> None:
@@ -639,7 +639,7 @@ class OpenBatches:
             every_s = PULSED_MS / 1000 if is_idle else _OPEN_EVERY_S
             if mark == self._mark and now - self._asked_at < every_s:
                 return
-            self.changed()  # until it has been answered
+            self.changed()  # until the query has succeeded
             row = await self._connections.row("open_batches")
             assert row is not None
             self._ours, self._theirs = row["ours"], row["theirs"]
@@ -648,8 +648,8 @@ class OpenBatches:
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """A claimed line. `id` names it on the record; `attempts` are those begun before this claim,
-    and under `lapses` of them their worker died; `preemptions` counts its calls that gave way."""
+    """A claimed line. `id`: on the record; `attempts`: begun before this claim; `lapses`: those
+    whose worker died; `preemptions`: calls that were preempted."""
 
     batch_id: UUID
     line: int
@@ -674,7 +674,7 @@ class BatchLine:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How a line ended, and the record of its call."""
+    """A line's end, and the record of its call."""
 
     row: Json
     call: Prepared
@@ -685,8 +685,8 @@ class _End:
 
 
 class BatchLines:
-    """Every method raises StoreUnavailable. `may_judge`: whether this process's own
-    heartbeats arrive."""
+    """Lines of batches. Every method raises StoreUnavailable. `may_judge`: whether this process's
+    own heartbeats arrive."""
 
     def __init__(
         self,
@@ -702,7 +702,7 @@ class BatchLines:
         self._instance_id = instance_id
         self._lease_ms = lease_ms
         self._may_judge = may_judge
-        # What has left a queue or a worker stays in its index beside an old transaction.
+        # Entries that left a queue or a worker stay in its index beside an old transaction.
         self._claims, self._strays, self._lapses = Lookback(), Lookback(), Lookback()
         self._held_up: frozenset[UUID] = frozenset()
         self._held_up_at = float("-inf")
@@ -712,7 +712,8 @@ class BatchLines:
         self._ends: GroupWriter[_End, None] = GroupWriter(self._end)
 
     async def claim(self, limit: int, most_bytes: int) -> list[BatchLine]:
-        """Lines that come back are found at the latest by the next search from the beginning."""
+        """Claim lines; requeued ones are found by the next search from the beginning at the
+        latest."""
         look = self._claims.begin()
         since = {} if look.is_whole else {str(key): line for key, line in self._from.items()}
 
@@ -741,9 +742,8 @@ class BatchLines:
         return lines
 
     async def held_up(self) -> frozenset[UUID]:
-        """Batches in progress of which no line is to be claimed or begun for now: paused, or
-        their tenants are disabled or gone, looked for once a second at most; or a budget is spent.
-        """
+        """Return batches in progress of which no line may be claimed or begun now: paused, of a
+        disabled or deleted tenant (read at most once a second), or with a spent budget."""
         now = time.monotonic()
         if now - self._held_up_at >= _HELD_UP_EVERY_S:
             found = await self._connections.rows("batches_held_up")
@@ -752,7 +752,7 @@ class BatchLines:
         return self._now_held_up()
 
     def hold_up(self, batch_id: UUID, for_ms: float) -> None:
-        """Have this process claim no line of a batch for so long."""
+        """Claim no line of a batch in this process for so long."""
         self._put_off[batch_id] = time.monotonic() + for_ms / 1000
 
     def _now_held_up(self) -> frozenset[UUID]:
@@ -761,7 +761,7 @@ class BatchLines:
         return self._held_up.union(self._put_off)
 
     async def release_strays(self, held: Iterable[BatchLine]) -> None:
-        """Give up what this process has claimed and does not know of: the reply was lost."""
+        """Release claims of this process that it does not know of, since their reply was lost."""
         look = self._strays.begin()
         if not look.is_whole:
             return
@@ -770,12 +770,12 @@ class BatchLines:
         self._strays.end(look, complete=True)
 
     async def over(self, batch_ids: Iterable[UUID]) -> frozenset[UUID]:
-        """Those of these batches of which no more lines may begin."""
+        """Return those of these batches of which no more lines may begin."""
         found = await self._connections.rows("batches_over", list(batch_ids))
         return frozenset(rows.uuid_of(row["id"]) for row in found)
 
     async def begin(self, line: BatchLine, upstream: str | None, model: str | None) -> None:
-        """Mark a line as calling, as `JobQueue.running` does a job. Raises ClaimLost."""
+        """Mark a line as being called, as `JobQueue.running` does for jobs. Raises ClaimLost."""
         row = {**line.key, "upstream": upstream, "model": rows.cleaned(model)}
         await until_quick(partial(self._begins.write, row), self._lease_ms)
 
@@ -788,10 +788,10 @@ class BatchLines:
         answer: str | None,
         failure: Failure | None,
     ) -> None:
-        """Record how a line ended, and with it its call. An end of a claim that was lost changes
-        nothing: the line, or the end of its batch, then records the call.
+        """Record a line's end and its call. An end under a lost claim changes nothing: the line's
+        next claim, or the end of its batch, then records the call.
 
-        A failure that came with the provider's own words has both `answer` and `failure`.
+        A failure with the provider's own error body has both `answer` and `failure`.
         """
         row = {
             **line.key,
@@ -811,9 +811,9 @@ class BatchLines:
         gave_way: bool = False,
         failure: Failure | None = None,
     ) -> None:
-        """Release claims on lines, of those in `waits_ms` for so long. counted: how many attempts
-        the calls begun under these claims have used up, else one; gave_way: they did, to others;
-        failure: what they wait for."""
+        """Release claims on lines, those in `waits_ms` for so long. counted: attempts that the
+        calls begun under these claims use up, else one; gave_way: the calls were preempted;
+        failure: what the lines wait for."""
         waits, used = waits_ms or {}, counted or {}
         said = {"failure": rows.failure_row(failure), "gave_way": int(gave_way)}
         given = rows.dumps(
@@ -823,7 +823,7 @@ class BatchLines:
         await self._connections.execute("return_batch_lines", given)
 
     async def retake(self) -> None:
-        """Return what dead workers had."""
+        """Release claims of dead workers."""
         if not self._may_judge():
             return
         look = self._lapses.begin()
@@ -876,9 +876,9 @@ class BatchLines:
             self._audit.noted(one.call.record for one in batch)
         except (asyncpg.PostgresError, ValueError) as refused:
             if len(batch) > 1:
-                raise  # then each comes by itself
+                raise  # each row is then written alone
             log.error(Log.INTERNAL_ERROR, component="batch line record", error=repr(refused))
-            is_recorded = False  # by another way, or the line would never end
+            is_recorded = False  # recorded separately, or the line would never end
             await self._connections.run(end)
             self._audit.put(batch[0].call.record)
         return [None] * len(batch)

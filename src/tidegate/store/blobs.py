@@ -1,9 +1,9 @@
 """Blobs: uploads, generated images and large bodies, in a folder or an object store.
 
-Invariant: a blob is whole or absent: written beside its place and renamed. In the local folder it
-and its directory entry are on the disk before `put` returns, since a 202 relies on it; an object
-store's own promise serves elsewhere. Keys are `YYYY-MM-DD/<uuid>`, so that age can be read off;
-those of exports begin with `exports/`, and are nobody's but the operator's to delete.
+Invariant: a blob is complete or absent: it is written beside its place and renamed. In the local
+folder the blob and its directory entry are on disk before `put` returns, since a 202 relies on
+that; an object store guarantees it itself. Keys are `YYYY-MM-DD/<uuid>`, so that the age can be
+read from a key. Keys of exports begin with `exports/`; only the operator deletes those.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 from tidegate.call import new_id
 from tidegate.errors import NotFound, StoreUnavailable
 
-if TYPE_CHECKING:  # a process that meets no file does without its library
+if TYPE_CHECKING:  # imported on first use: many processes meet no file
     from obstore import GetOptions
     from obstore.store import ObjectStore
 
 _READ_BYTES = 256 * 1024
 _LEAVES_IN_S = 0.1
 _DELETE_AT_ONCE = 500
-# Of one request with all of its body, but for `stream`, which reads on with another one.
+# For one request with its body; `stream` continues after it with another request.
 _TIMEOUT_MS = 30_000
-# A larger file is sent in parts of this, so many together. They share the way to the bucket: each
-# has as many times as long, so that a slow one carries a large file as it carries a small one.
+# A larger file is sent in parts of this size, several concurrently. They share the bandwidth, so
+# each gets that many times the timeout.
 _PART_BYTES = 5_242_880
 _PARTS = 4
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
@@ -41,20 +41,20 @@ _STATUS = re.compile(r"status code: (\d{3})")
 
 @cache
 def _leave_time_for_threads() -> None:
-    """A thread of obstore that is still on its way out of reporting a result aborts a process whose
-    interpreter ends (before Python 3.14), as that of a command which last listed files."""
+    """Delay the exit of the interpreter. Before Python 3.14 a thread of obstore that is just
+    reporting a result aborts the process, for example after a command that listed files last."""
     atexit.register(time.sleep, _LEAVES_IN_S)
 
 
 def _options(timeout_ms: int) -> dict[str, Any]:
     return {
-        # An endpoint without TLS is used only where its URL names one.
+        # Plain HTTP is only used if the URL names it.
         "client_options": {
             "connect_timeout": "2s",
             "timeout": f"{timeout_ms}ms",
             "allow_http": True,
         },
-        # Without bounds of ours an outage would hold a submit for three minutes.
+        # obstore's own bounds would delay a submit for three minutes in an outage.
         "retry_config": {
             "max_retries": 2,
             "retry_timeout": timedelta(seconds=5),
@@ -68,14 +68,14 @@ def _options(timeout_ms: int) -> dict[str, Any]:
 
 
 def new_key(now: datetime) -> str:
-    """A fresh key; `now` in UTC."""
+    """Return a new key; `now` in UTC."""
     return f"{now:%Y-%m-%d}/{new_id()}"
 
 
 class Blobs:
-    """Every error is StoreUnavailable, or NotFound for a key that is not there to be read.
+    """The blob store. Every error is StoreUnavailable, or NotFound for a missing key to be read.
 
-    `away`: the last write has failed; see `ping`. is_silent: the last ping has.
+    `away`: the last write failed; see `ping`. is_silent: the last ping failed.
     """
 
     def __init__(
@@ -84,18 +84,18 @@ class Blobs:
         folder: Path | None,
         in_parts: Callable[[], ObjectStore] | None = None,
     ) -> None:
-        """`store`: None for the folder's own, which is opened with its first use. in_parts: opens
-        the one for files that are sent in parts."""
+        """`store`: None for the folder, which is opened on first use. in_parts: opens the store for
+        files that are sent in parts."""
         self._opened = store
         self._open_in_parts = in_parts
         self._in_parts: ObjectStore | None = None
-        self._folder = folder  # of the local store, whose writes we sync ourselves
+        self._folder = folder  # of the local store, whose writes are synced here
         self.away = False
         self.is_silent = False
 
     @classmethod
     def from_url(cls, blob_url: str, data_dir: Path) -> Blobs:
-        """`blob_url` is s3://, gs:// or az://, or empty for the folder `blobs` in `data_dir`."""
+        """Open `blob_url`, s3://, gs:// or az://; empty for the folder `blobs` in `data_dir`."""
         if blob_url:
             from obstore.store import from_url
 
@@ -159,8 +159,8 @@ class Blobs:
             raise _translated(failed, key) from failed
 
     async def stream(self, key: str) -> AsyncIterator[bytes]:
-        """The bytes in pieces; NotFound comes before the first of them. A slow reader, and an
-        answer that breaks, have it read on from there, as long as each request brings some."""
+        """Yield the bytes in pieces; NotFound is raised before the first. After a timeout or a
+        broken answer another request reads on, as long as each brings some bytes."""
         import obstore.exceptions
 
         read_bytes, size_bytes = 0, -1
@@ -179,7 +179,7 @@ class Blobs:
                     raise _translated(failed, key) from failed
 
     async def delete(self, keys: Iterable[str]) -> None:
-        """Delete what is there; a key that is not is no error."""
+        """Delete blobs; a missing key is no error."""
         import obstore.exceptions
 
         wanted = list(keys)
@@ -192,7 +192,7 @@ class Blobs:
                 raise _translated(failed, wanted[start]) from failed
 
     async def days(self) -> list[str]:
-        """The days (`YYYY-MM-DD`) that have blobs, in order."""
+        """Return the days (`YYYY-MM-DD`) that have blobs, in order."""
         import obstore.exceptions
 
         try:
@@ -203,7 +203,7 @@ class Blobs:
         return sorted(name for name in names if _DAY.fullmatch(name))
 
     async def written(self, folder: str) -> dict[str, datetime]:
-        """When each blob below a folder was written, by its key."""
+        """Return when each blob below a folder was written, by key."""
         import obstore.exceptions
 
         found: dict[str, datetime] = {}
@@ -215,7 +215,7 @@ class Blobs:
         return found
 
     async def keys_of(self, day: str) -> AsyncIterator[list[str]]:
-        """The keys of one day, in batches."""
+        """Yield the keys of one day, in batches."""
         import obstore.exceptions
 
         try:
@@ -236,8 +236,8 @@ class Blobs:
                 raise _translated(failed, key) from failed
 
     async def put(self, key: str, source: bytes | Path) -> None:
-        """Returns when the bytes, or those of the file, which is read in pieces, are durable. A
-        cancelled put may leave the whole blob."""
+        """Write bytes, or a file in pieces; return once they are durable. A cancelled put may leave
+        the complete blob."""
         import obstore.exceptions
 
         folder = self._folder
@@ -258,7 +258,8 @@ class Blobs:
 
 
 def _sync(folder: Path, key: str) -> None:
-    """obstore renames a finished file into place but does not wait for the disk."""
+    """Sync a blob and its folders: obstore renames a finished file into place without waiting for
+    the disk."""
     path = folder / key
     above = [parent for parent in path.parents if parent.is_relative_to(folder)]
     for target in (path, *above):
@@ -278,7 +279,7 @@ def _translated(failed: BaseException, key: str) -> NotFound | StoreUnavailable:
 
 
 def _unavailable(failed: BaseException) -> StoreUnavailable:
-    """The error without its text, which holds addresses and the server's answer."""
+    """Return the error without its text, which contains addresses and the server's answer."""
     import obstore.exceptions
 
     said = str(failed)

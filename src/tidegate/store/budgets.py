@@ -4,13 +4,13 @@
          │                              told: the charge; cut or unknown: the bound, as an estimate
          └── refused: spent, held by other calls, or paused
 
-PostgreSQL has the books. What a call may cost at most is held of all budgets that bind it, or of
-none, before it is sent; `reserve_budgets` and `settle_budgets` (migration r0036) decide
-under the locks of the books. Reservations that come while one commits are written by the next.
+PostgreSQL has the books. Before a call is sent, its greatest possible cost is reserved in all of
+its budgets, or in none; `reserve_budgets` and `settle_budgets` (migration r0036) decide under the
+locks of the books. Reservations that arrive during a commit are written together by the next one.
 
-Invariants: spent + held never exceeds the amount of a budget, but for calls whose cost turns out to
-be more than what is held of them; what a process holds when it dies stays charged, as an estimate;
-a call that no budget binds waits for nothing here.
+Invariants: spent + held never exceeds the amount of a budget, except for calls that cost more than
+they had reserved; reservations of a process that dies stay charged, as an estimate; a call without
+a budget waits for nothing here.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ _REVISION_EVERY_S = 0.7
 _EXTRAS_EVERY_S = 30.0
 _FORGET_EVERY_S = 600.0
 _PUSHED_REVISION_EVERY_S = 30.0
-_FLUSH_AFTER_S = 0.5  # what no audit row has settled by then is settled by itself
+_FLUSH_AFTER_S = 0.5  # a settlement that no audit row has written by then is written alone
 _SEEN_EVERY_S = 5.0
 DEAD_AFTER_S = 30.0
 _STRAYS_AFTER_S = 60.0
 _ROOM_EVERY_S = 0.25
 _REMEMBERED_S = 60.0
 _BRIEFLY_REMEMBERED_S = 1.0
-_MOST_REMEMBERED = 10_000  # subjects and conversations are named by clients
+_MOST_REMEMBERED = 10_000  # clients name subjects and conversations
 _SEED_TIMEOUT_MS = 60_000
 _READ_TIMEOUT_MS = 2_000
 _MOST_ORPHANS = 500
@@ -86,8 +86,8 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class BudgetBook:
-    """What was spent of a budget in the current period, for one scope: the values of its `each` as
-    a JSON array, empty without any. `estimated` is a part of `spent`; `held` is reserved."""
+    """The spending of a budget in the current period, for one scope: the values of its `each` as a
+    JSON array, empty without `each`. `estimated`: a part of `spent`; `held`: reserved."""
 
     budget: str
     scope: str
@@ -100,7 +100,7 @@ class BudgetBook:
     paused_since: datetime | None
 
 
-# Of a value that is out of range, for one: the next try would fail in the same way.
+# Such as of a value out of range: another attempt would fail too.
 _UNWRITABLE = (
     asyncpg.DataError,
     asyncpg.IntegrityConstraintViolationError,
@@ -109,7 +109,7 @@ _UNWRITABLE = (
 
 
 class Settlement(NamedTuple):
-    """The charge of what was held. micros, tokens: None where they are not known."""
+    """The charge of a reservation. micros, tokens: None if unknown."""
 
     hold: UUID
     request_id: UUID | None
@@ -123,7 +123,7 @@ class Settlement(NamedTuple):
 
 
 def plain_book(book: BudgetBook) -> Json:
-    """A book as JSON shows it."""
+    """Return a book as JSON shows it."""
     return asdict(book) | {"scope": scope_values(book.scope)}
 
 
@@ -131,8 +131,8 @@ _OF_PEOPLE = ("subject", "conversation")
 
 
 def _unnamed(dimension: str, value: str | None) -> str | None:
-    """As actions of operators have it, which no erasure reaches: of a person a digest, the one by
-    which the erasure itself is on record."""
+    """Return a value for actions of operators, which no erasure reaches: for a person a digest,
+    which the record of the erasure has too."""
     if value is None or dimension not in _OF_PEOPLE:
         return value
     return f"{dimension} {sha256(value.encode()).hexdigest()[:16]}"
@@ -147,7 +147,7 @@ def _told_scope(each: Sequence[str], scope: str) -> str:
 
 
 class BudgetRecords:
-    """Budgets on record, as people see and change them. Every method raises StoreUnavailable."""
+    """Budgets on record, to be read and changed. Every method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
@@ -157,7 +157,7 @@ class BudgetRecords:
         return 0 if row is None else int(row["revision"])
 
     async def all(self) -> tuple[int, list[Budget]]:
-        """The revision, and the budgets in force at it or at a later one."""
+        """Return the revision, and the budgets in force at this revision or a later one."""
 
         async def read(connection: asyncpg.Connection) -> tuple[int, list[asyncpg.Record]]:
             revision: int = await connection.fetchval(sql("budget_revision"))
@@ -167,9 +167,9 @@ class BudgetRecords:
         return revision, [_budget(row) for row in found]
 
     async def set(self, budget: Budget, *, by: str) -> bool:
-        """Make a budget, or change amount, end, doubt and alerts of the one of that name; what it
-        binds and counts stays as it is. A new one begins with what its period has on record.
-        Returns whether it is new. Raises ConfigError."""
+        """Add a budget, or change amount, end, doubt and alerts of the existing one; its scope,
+        unit and period cannot change. A new budget starts with the recorded spending of its period.
+        Return whether it is new. Raises ConfigError."""
         check_budget(budget)
         _, is_new = await self.change(budget.name, lambda _: budget, by=by)
         return is_new
@@ -177,9 +177,9 @@ class BudgetRecords:
     async def change(
         self, name: str, edit: Callable[[Budget | None], Budget], *, by: str
     ) -> tuple[Budget, bool]:
-        """As `set`, with what `edit` makes of the one of that name, None if there is none: nothing
-        changes between the two. Returns what is in force, and whether it is new. Raises what `edit`
-        raises, and ConfigError."""
+        """Set the budget that `edit` returns for the existing one, None if there is none; no other
+        change comes between. Return the budget, and whether it is new. Raises what `edit` raises,
+        and ConfigError."""
 
         async def write(connection: asyncpg.Connection) -> tuple[Budget, bool]:
             was = await connection.fetchrow(sql("get_budget"), name)
@@ -212,7 +212,7 @@ class BudgetRecords:
         self, name: str, *, scope: str | None, extra: int, unit: Unit | None = None, by: str
     ) -> list[str]:
         """End the pauses of a budget, and allow `extra` more in the current period, or for the
-        length of a rolling one. Returns the scopes that were paused or extended. Raises NotFound,
+        length of a rolling one. Return the scopes that were paused or extended. Raises NotFound,
         also for a scope without a book, and ConfigError for an `extra` of another unit."""
 
         async def write(connection: asyncpg.Connection) -> list[str] | None:
@@ -246,15 +246,15 @@ class BudgetRecords:
         return done
 
     async def correct(self, request_id: UUID, *, micros: int, tokens: int) -> int:
-        """Charge a request what it is known to have cost, where budgets are charged an estimate of
-        it; in how many books that changes something."""
+        """Charge a request its known cost instead of an estimate; return the number of changed
+        books."""
 
         return await self._connections.run(
             lambda connection: correct_holds(connection, request_id, micros=micros, tokens=tokens)
         )
 
     async def books(self, name: str | None = None, scope: str | None = None) -> list[BudgetBook]:
-        """Books of the current periods, those that are used most first, up to `MOST_BOOKS`."""
+        """Return books of the current periods, the most used first, up to `MOST_BOOKS`."""
         found = await self._connections.rows("budget_books", name, scope, MOST_BOOKS)
         return [record_of(BudgetBook, row) for row in found]
 
@@ -262,8 +262,8 @@ class BudgetRecords:
 async def set_budget(
     connection: asyncpg.Connection, budget: Budget, *, keeps_end: bool = False
 ) -> bool:
-    """Write a budget in a transaction of the caller's; whether it is new. keeps_end: end, doubt and
-    alerts of one that is there stay as they are. Raises ConfigError."""
+    """Write a budget in the caller's transaction; return whether it is new. keeps_end: keep end,
+    doubt and alerts of an existing one. Raises ConfigError."""
     before = await connection.fetchrow(sql("get_budget"), budget.name)
     if before is not None:
         check_same(_budget(before), budget)
@@ -281,7 +281,7 @@ async def set_budget(
 
 
 async def drop_books(connection: asyncpg.Connection, gone: Iterable[asyncpg.Record]) -> None:
-    """Remove what belongs to budgets that were removed in this transaction."""
+    """Remove the books of budgets that were removed in this transaction."""
     names = [row["name"] for row in gone]
     if names:
         await connection.execute(sql("drop_budget_books"), names)
@@ -295,7 +295,7 @@ async def _seed(connection: asyncpg.Connection, budget: Budget) -> None:
     by_days = by_days and budget.key is budget.subject is None and budget.each in ((), ("tenant",))
     name = "seed_budget_by_days" if by_days else "seed_budget_by_calls"
     models: list[str] = []
-    if budget.model is not None:  # by the rule by which it binds calls
+    if budget.model is not None:  # by the rule that selects the budgets of a call
         known = [row["model"] for row in await connection.fetch(sql("models_with_usage"))]
         models = [one for one in known if budget.is_of_model(one)]
     await connection.execute(sql(name), budget.name, models, timeout=_SEED_TIMEOUT_MS / 1000)
@@ -303,7 +303,7 @@ async def _seed(connection: asyncpg.Connection, budget: Budget) -> None:
 
 @dataclass(eq=False, slots=True)
 class _Ask:
-    """A reservation that waits to be written."""
+    """A reservation to be written."""
 
     hold: UUID
     request_id: UUID
@@ -312,14 +312,14 @@ class _Ask:
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
-    """A call in a queue, which leaves it once what it needs can't be had any more."""
+    """A call in a queue, which leaves it once its reservation cannot succeed any more."""
 
     needs: tuple[tuple[Binding, int], ...]
     notify: Callable[[QuotaExceeded], None]
 
 
 class Budgets:
-    """Budgets of one process: which bind a call, and what its calls hold of them."""
+    """Budgets of one process: which ones apply to a call, and what its calls have reserved."""
 
     def __init__(
         self,
@@ -329,9 +329,8 @@ class Budgets:
         folder: Path | None = None,
         clock: Callable[[], float] = Steadiness.clock,
     ) -> None:
-        """folder: for the budgets as they were last read, for a start in an outage. clock: counts
-        the time in which the machine was suspended, since others count this process as dead then.
-        """
+        """folder: stores the last budgets read, for a start in an outage. clock: includes time in
+        which the machine was suspended, since other processes then count this one as dead."""
         self._kept = None if folder is None else folder / "budgets.json"
         self.records = BudgetRecords(connections)
         self._connections = connections
@@ -341,35 +340,35 @@ class Budgets:
         self._rules: tuple[Budget, ...] = ()
         self._static = lru_cache(10_000)(self._bound_statically)
         self._asks: GroupWriter[_Ask, Refusal | None] = GroupWriter(self._reserve_all)
-        self._open: dict[UUID, UUID] = {}  # what is held, by whose request
-        self._overdue: set[UUID] = set()  # of it what may have been charged as a dead process's
-        self.is_pushed: Callable[[], bool] = lambda: False  # whether changes are notified of
+        self._open: dict[UUID, UUID] = {}  # reservations, with their requests
+        self._overdue: set[UUID] = set()  # those that may have been charged as a dead process's
+        self.is_pushed: Callable[[], bool] = lambda: False  # whether changes are notified
         self._pending: dict[UUID | None, list[tuple[float, Settlement]]] = {}
         self._refusals: dict[tuple[str, str], Refusal] = {}
         self._waiters: dict[int, _Waiter] = {}
         self._freed: deque[asyncio.Future[None]] = deque()
         self._seen_at = -math.inf
-        self._refuses = False  # whether the last reservations had one that was refused
+        self._refuses = False  # whether the last batch of reservations had a refused one
         self._steadiness = Steadiness(round(DEAD_AFTER_S * 1000))
         self._reading = asyncio.Lock()
         self._change = asyncio.Event()
 
     @property
     def any(self) -> bool:
-        """Whether a budget may bind a call, as far as this process knows; then `binding` is asked.
-        True also while they were never read."""
+        """Whether a budget may apply to a call, as far as this process knows; then `binding` tells.
+        Also true while the budgets were never read."""
         return bool(self._rules) or self._revision is None
 
     @property
     def held(self) -> int:
-        """How many calls of this process hold something."""
+        """The number of reservations of this process."""
         return len(self._open)
 
-    # Which budgets bind a call
+    # Which budgets apply to a call
 
     async def known(self) -> None:
-        """Wait until the budgets have been read once. While PostgreSQL is unavailable since before
-        the start those count that this host has read last. Raises StoreUnavailable."""
+        """Wait until the budgets have been read once. If PostgreSQL has been unavailable since
+        before the start, those that this host last read apply. Raises StoreUnavailable."""
         if self._revision is not None:
             return
         try:
@@ -381,7 +380,7 @@ class Budgets:
             self._static.cache_clear()
 
     async def refresh(self) -> None:
-        """Read what has changed. Raises StoreUnavailable."""
+        """Read the budgets if they have changed. Raises StoreUnavailable."""
         async with self._reading:
             if self._revision is not None and await self.records.revision() == self._revision:
                 return
@@ -402,7 +401,7 @@ class Budgets:
             new.touch(mode=0o600)
             new.write_bytes(orjson.dumps(rules))
             new.replace(self._kept)
-        except OSError as failed:  # only a start in an outage misses it
+        except OSError as failed:  # only a start in an outage needs the file
             log.warning(Log.BUDGETS_NOT_KEPT, detail=str(failed))
 
     def _read_kept(self) -> tuple[Budget, ...] | None:
@@ -413,7 +412,7 @@ class Budgets:
             return None
 
     def changed(self) -> None:
-        """Have the budgets read again soon: one of them may have changed."""
+        """Read the budgets soon, as one of them may have changed."""
         self._change.set()
 
     def binding(
@@ -423,7 +422,7 @@ class Budgets:
         subject: str | None = None,
         conversation: str | None = None,
     ) -> tuple[Binding, ...]:
-        """The budgets that bind a call, by what is known here; nearly always none."""
+        """Return the known budgets that apply to a call; usually none."""
         if not self._rules:
             return ()
         found = self._static(caller.tenant_id, caller.key_id, model)
@@ -447,7 +446,7 @@ class Budgets:
     # Before a call
 
     def refusal(self, bindings: Sequence[Binding], cost: CallCost) -> QuotaExceeded | None:
-        """Why a call can't be made, as far as this process knows for certain: without I/O. Raises
+        """Return why a call cannot be made, if this process knows for certain; without I/O. Raises
         BudgetUnbounded."""
         return self._known_refusal(needs_of(bindings, cost))
 
@@ -469,8 +468,8 @@ class Budgets:
         subject: str | None = None,
         conversation: str | None = None,
     ) -> None:
-        """Refuse early what is submitted while a budget that binds it has nothing left, or is
-        paused. One that is to be paused is so by the first call that it refuses, not here. Raises
+        """Reject a submission whose budget has nothing left, or is paused. A budget that pauses
+        when it is spent is paused by the first call that it refuses, not here. Raises
         BudgetExceeded, BudgetPaused and StoreUnavailable."""
         if not self.any:
             return
@@ -490,12 +489,12 @@ class Budgets:
                 raise refused_by(known, None)
 
     async def reserve(self, bindings: Sequence[Binding], request_id: UUID, cost: CallCost) -> UUID:
-        """Hold what a call may cost of all budgets that bind it, durably; `settle` must follow with
-        the id that is returned.
+        """Durably reserve a call's greatest cost in all of its budgets; `settle` must follow with
+        the returned id.
 
-        Raises BudgetExceeded and BudgetPaused where it does not fit, BudgetReserved where calls in
-        progress hold what is left, BudgetUnbounded, and StoreUnavailable. Cancelled, or where it
-        raises, nothing stays held.
+        Raises BudgetExceeded and BudgetPaused if it does not fit, BudgetReserved if calls in
+        progress have reserved the rest, BudgetUnbounded, and StoreUnavailable. If it is cancelled
+        or raises, nothing stays reserved.
         """
         needs = needs_of(bindings, cost)
         if (error := self._known_refusal(needs)) is not None:
@@ -513,7 +512,7 @@ class Budgets:
             order.add_done_callback(lambda _: self._void(hold, request_id, order))
             raise
         except BaseException:
-            # A commit whose reply was lost may hold it.
+            # A commit with a lost reply may hold the reservation.
             self.settle(hold, None)
             raise
         if refused is not None:
@@ -523,7 +522,7 @@ class Budgets:
         return hold
 
     def _void(self, hold: UUID, request_id: UUID, order: asyncio.Future[Refusal | None]) -> None:
-        """The caller was cancelled while the reservation was written."""
+        """Void a reservation whose caller was cancelled while it was written."""
         if order.cancelled() or order.exception() is not None or order.result() is None:
             self.settle(hold, None)
         else:
@@ -548,7 +547,7 @@ class Budgets:
         revision = self._revision
         self._look_back(but={ask.hold for ask in asks})
         rows = await self._written(asked)
-        is_newest = revision == self._revision  # else a change that is known here may allow it
+        is_newest = revision == self._revision  # else a known change of the budgets may allow it
         results: list[Refusal | Exception | None] = [None] * len(asks)
         for row in rows:
             refused = self._refused(bindings[row["book"]], row)
@@ -568,9 +567,9 @@ class Budgets:
         self._refusals[book] = refused
 
     async def _written(self, asked: bytes) -> list[asyncpg.Record]:
-        """Write what is asked for; a row for each that is refused. Where nothing was refused lately
-        that takes one round trip, and why something is refused takes a repeat, which changes
-        nothing of what is reserved."""
+        """Write reservations; return a row for each refused one. If none was refused lately, that
+        takes one round trip. The reasons of refusals take a repeat, which changes nothing that is
+        reserved."""
         sent_at = self._clock()
         is_seen = sent_at - self._seen_at < _SEEN_EVERY_S
         if is_seen and not self._refuses:
@@ -594,7 +593,8 @@ class Budgets:
 
     def _refused(self, binding: Binding, row: asyncpg.Record) -> Refusal:
         now, budget = self._clock(), binding.budget
-        # A budget with a pause begins it as it refuses a call that others have left no room.
+        # A budget with a pause begins it when it refuses a call for which the others have left no
+        # room.
         is_brief = budget.period == "rolling" or (row["why"], budget.at_end) == ("spent", "pause")
         for_s = _BRIEFLY_REMEMBERED_S if is_brief else _REMEMBERED_S
         if row["reset_at"] is not None:
@@ -615,8 +615,7 @@ class Budgets:
         cost: CallCost,
         notify: Callable[[QuotaExceeded], None],
     ) -> Callable[[], None]:
-        """Call `notify` once the call can't be made any more; the function that is returned ends
-        that."""
+        """Call `notify` once the call cannot be made any more; the returned function ends that."""
         waiter = _Waiter(needs_of(bindings, cost), notify)
         self._waiters[id(waiter)] = waiter
 
@@ -631,7 +630,8 @@ class Budgets:
                 waiter.notify(error)
 
     async def room(self, within_s: float) -> None:
-        """Wait until something that was held is settled here, or for a quarter of a second."""
+        """Wait until a reservation is settled in this process, for a quarter of a second at
+        most."""
         future = asyncio.get_running_loop().create_future()
         self._freed.append(future)
         try:
@@ -643,20 +643,20 @@ class Budgets:
                 self._freed.remove(future)
 
     def held_by(self, request_id: UUID) -> UUID | None:
-        """What the last try of a call of this process holds, if it holds something."""
+        """Return the reservation of the last attempt of a call of this process, if any."""
         held = reversed(self._open.items())
         return next((hold for hold, owner in held if owner == request_id), None)
 
     def give_away(self, hold: UUID) -> None:
-        """It is held for no process from now on: what is settled of it here changes nothing."""
+        """Detach a reservation from this process, which cannot settle it any more."""
         self._open.pop(hold, None)
         self._overdue.discard(hold)
 
-    # After it
+    # After a call
 
     def settle(self, hold: UUID, charge: Charge | None, request_id: UUID | None = None) -> None:
-        """A call that holds something has ended and is charged so; with None it was not made. It is
-        written with the call's audit row, or else within a second. request_id: of another's."""
+        """Charge the reservation of an ended call; None if the call was not made. Written with the
+        call's audit row, or else within a second. request_id: of a call of another process."""
         self._look_back()
         request_id = request_id or self._open.get(hold)
         if charge is None:
@@ -670,8 +670,8 @@ class Budgets:
     async def settle_in(
         self, connection: asyncpg.Connection, request_ids: Iterable[UUID | str]
     ) -> None:
-        """Write what these requests are charged in a transaction of the caller's. It is written
-        again within a second, which changes nothing, since that may not be committed."""
+        """Write the charges of these requests in the caller's transaction. They are written again
+        within a second, which changes nothing, since the transaction may not be committed."""
         if not self._pending:
             return
         found = [
@@ -682,8 +682,8 @@ class Budgets:
         await settle_holds(connection, found)
 
     async def flush(self, after_s: float = 0.0) -> None:
-        """Write what has waited for so long; where one can't be written, each by itself. Raises
-        StoreUnavailable."""
+        """Write charges that have waited for so long, one by one if they cannot be written
+        together. Raises StoreUnavailable."""
         now = self._clock()
         due = [one for found in self._pending.values() for at, one in found if now - at >= after_s]
         if not due:
@@ -692,7 +692,7 @@ class Budgets:
 
         async def write(connection: asyncpg.Connection, given: Sequence[Settlement]) -> None:
             await settle_holds(connection, given)
-            if overdue:  # what others know to be spent may be room again
+            if overdue:  # a budget that others know as spent may have room again
                 await connection.execute(sql("count_budget_change"))
 
         unwritten = await self._each_or_all(due, write)
@@ -700,7 +700,7 @@ class Budgets:
         for one in due:
             if one.hold not in unwritten:  # else it stays charged, and is no stray
                 self._open.pop(one.hold, None)
-            # Another flush may have written it meanwhile, which changes nothing.
+            # A concurrent flush may have written it, which changes nothing.
             pending = self._pending.pop(one.request_id, ())
             if left := [(at, other) for at, other in pending if other is not one]:
                 self._pending[one.request_id] = left
@@ -711,9 +711,9 @@ class Budgets:
         given: Sequence[Settlement],
         write: Callable[[asyncpg.Connection, Sequence[Settlement]], Awaitable[None]],
     ) -> set[UUID]:
-        """Write all of these in one transaction; where a value keeps that from being written, each
-        by itself: the one with that value as an estimate, of what it holds. The holds of those
-        that can't be written so either. Raises StoreUnavailable."""
+        """Write settlements in one transaction; if a value cannot be written, each alone, and the
+        one with that value as an estimate of its reservation. Return the reservations that cannot
+        be written even so. Raises StoreUnavailable."""
         try:
             await self._connections.run(lambda connection: write(connection, given))
         except _UNWRITABLE as failed:
@@ -729,22 +729,22 @@ class Budgets:
         return set()
 
     def _look_back(self, but: Collection[UUID] = ()) -> None:
-        """Note what is held, but for some, where others have heard nothing of this process for so
-        long that it counts as dead."""
+        """Note the reservations, except some, if this process was silent for so long that others
+        count it as dead."""
         if self._clock() - self._seen_at > DEAD_AFTER_S and self._open:
             self._overdue.update(self._open.keys() - but)
 
     def wake(self) -> None:
-        """Have calls that wait for room in a budget look again: something was settled."""
+        """Wake calls that wait for room in a budget, since something was settled."""
         while self._freed:
             future = self._freed.popleft()
             if not future.done():
                 future.set_result(None)
 
-    # What keeps it the newest
+    # Upkeep
 
     async def run(self) -> None:
-        """Look for changes, settle what is left over, and charge what dead processes hold."""
+        """Read changes, write pending settlements, and charge reservations of dead processes."""
         looked_at = beaten_at = ended_at = forgot_at = -math.inf
         while True:
             now = self._clock()
@@ -765,10 +765,10 @@ class Budgets:
                 if self._rules and now - forgot_at >= _FORGET_EVERY_S:
                     forgot_at = now
                     await self.forget_books()
-            except StoreUnavailable as away:  # what is held stays held
+            except StoreUnavailable as away:  # reservations stay as they are
                 self._steadiness.missed()
                 log.debug(Log.STORE_AWAY, detail=away.message)
-            except Exception:  # the top of a task: logged, and it goes on
+            except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR, where="budgets")
             with suppress(TimeoutError):
                 is_idle = self.is_pushed() and not self._pending
@@ -776,22 +776,22 @@ class Budgets:
                     await self._change.wait()
 
     async def end_extras(self) -> None:
-        """Take back what rolling budgets were allowed more once a window has passed since. Raises
+        """End the extra amounts of rolling budgets once a window has passed since. Raises
         StoreUnavailable."""
 
         async def write(connection: asyncpg.Connection) -> None:
             if await connection.fetch(sql("lock_ended_extras")):
-                await connection.execute(sql("end_extras"))  # as it is after the lock
+                await connection.execute(sql("end_extras"))  # as they are under the lock
 
         await self._connections.run(write)
 
     async def forget_books(self) -> None:
-        """Delete books of periods that are long over, and books without an entry, such as refused
-        calls leave. Raises StoreUnavailable."""
+        """Delete books of periods that ended long ago, and books without an entry, as of refused
+        calls. Raises StoreUnavailable."""
         await self._connections.execute("forget_budget_books")
 
     async def aclose(self) -> None:
-        """Settle what is pending; what can't be written stays charged."""
+        """Write pending settlements; those that cannot be written stay charged as reserved."""
         with suppress(StoreUnavailable):
             await self.flush()
 
@@ -810,7 +810,7 @@ class Budgets:
         await self.charge_orphans()
 
     async def _void_strays(self) -> None:
-        """Return what this process holds and does not know of: the reply was lost."""
+        """Void reservations that this process does not know of, since their reply was lost."""
         known = list(self._open)
         rows = await self._connections.rows(
             "stray_budget_holds", self._instance_id, known, _STRAYS_AFTER_S
@@ -820,7 +820,7 @@ class Budgets:
             await self._each_or_all(strays, settle_holds)
 
     async def charge_orphans(self) -> int:
-        """Charge what dead processes hold, as estimates; how much was found. Raises
+        """Charge reservations of dead processes, as estimates; return their number. Raises
         StoreUnavailable."""
         rows = await self._connections.rows("orphaned_budget_holds", DEAD_AFTER_S, _MOST_ORPHANS)
         orphans = [Settlement(row["id"], None, None, None, True) for row in rows]
@@ -833,14 +833,13 @@ class Budgets:
 async def correct_holds(
     connection: asyncpg.Connection, request_id: UUID, *, micros: int, tokens: int | None = None
 ) -> int:
-    """Charge a request what it has cost, where budgets are charged an estimate of it, in a
-    transaction of the caller's; in how many books that changes something. tokens: None where they
-    are not known."""
+    """Charge a request its known cost instead of an estimate, in the caller's transaction; return
+    the number of changed books. tokens: None if unknown."""
     holds = await connection.fetch(sql("estimated_holds_of"), [request_id])
     if not holds:
         return 0
     last, *before = sorted({uuid_of(row["id"]) for row in holds}, reverse=True)
-    # Whatever its tries before the last have cost is part of the whole.
+    # The cost of earlier attempts is part of the whole.
     known = [Settlement(hold, request_id, 0, 0, False) for hold in before]
     await settle_holds(connection, [Settlement(last, request_id, micros, tokens, False), *known])
     await connection.execute(sql("count_budget_change"))
@@ -848,7 +847,7 @@ async def correct_holds(
 
 
 async def settle_holds(connection: asyncpg.Connection, settlements: Sequence[Settlement]) -> None:
-    """Charge what was held, in a transaction of the caller's."""
+    """Charge reservations in the caller's transaction."""
     if settlements:
         await connection.execute(sql("settle_budgets"), dumps(one.row for one in settlements))
 

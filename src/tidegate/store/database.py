@@ -35,39 +35,39 @@ Begin = Literal["always", "if needed", "never"]
 
 CONNECT_TIMEOUT_MS = 1_500
 COMMAND_TIMEOUT_MS = 5_000
-SLOW_MS = 1_000  # after this the probe looks whether the server still answers
+SLOW_MS = 1_000  # after this time a probe tests whether the server still answers
 PROBE_TIMEOUT_MS = 1_000
 PROBE_EVERY_MS = 200
 _TRIES = 3
-_OPEN_AFTER_S = 0.01  # most transactions end sooner, and a new process of PostgreSQL costs more
+_OPEN_AFTER_S = 0.01  # most transactions end sooner, and a new backend costs more
 _TRIM_AFTER_S = 10.0
 _CLOSE_WITHIN_S, _STEP_S = 1.0, 0.01
-# One round trip. A frozen client must not hold locks for ever, nor a lost one its statement; and
-# since the statistics of a queue are always stale, no plan may come to scan it whole.
+# In one round trip. A frozen client must not hold locks, nor a lost client its statement, for ever.
+# The statistics of a queue are always stale, so no plan may fall back to a sequential scan.
 _LOCAL = (
     "SET LOCAL jit = off; SET LOCAL enable_seqscan = off; "
     "SET LOCAL statement_timeout = {timeout_ms}; "
     "SET LOCAL idle_in_transaction_session_timeout = 10000"
 )
 _BEGIN = f"BEGIN; {_LOCAL}"
-# The same, of a session whose statements are each a transaction by themselves.
+# For a session whose statements are each a transaction of its own.
 _SESSION = _LOCAL.replace("SET LOCAL", "SET").format(timeout_ms=COMMAND_TIMEOUT_MS)
 
-# Worth another try on another connection: the work itself was not at fault.
+# Retried on another connection: the work itself was not at fault.
 _TRANSIENT = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
-    # asyncpg's word for a connection whose end was announced between two statements.
+    # asyncpg raises it if the connection's end was announced between two statements.
     asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
-    asyncpg.OperatorInterventionError,  # shutdown, crash of a neighbour, starting up, cancelled
+    asyncpg.OperatorInterventionError,  # shutdown, crash of another backend, start-up, cancelled
     asyncpg.InsufficientResourcesError,  # too many connections, disk full
     asyncpg.TransactionRollbackError,  # deadlock
     asyncpg.IdleInTransactionSessionTimeoutError,
-    asyncpg.ReadOnlySQLTransactionError,  # a server that has been demoted
+    asyncpg.ReadOnlySQLTransactionError,  # a demoted server
 )
-# A connection that was cut: no evidence yet about the server.
+# The connection was cut: no evidence about the server yet.
 _CUT = (
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
@@ -75,7 +75,7 @@ _CUT = (
     asyncpg.AdminShutdownError,
     ConnectionResetError,
 )
-# The server is there but is not the one we need (yet).
+# The server is reachable but lacks our schema or rights (yet).
 _UNFIT = (
     asyncpg.UndefinedTableError,
     asyncpg.UndefinedColumnError,
@@ -86,7 +86,7 @@ _UNFIT = (
 
 
 _numbers = count(1)
-# A plan that was made on a schema of before, and a statement that another server has, or has not.
+# A plan for an earlier schema, and a statement that another server has, or lacks.
 _STALE = (
     asyncpg.InvalidCachedStatementError,
     asyncpg.InvalidSQLStatementNameError,
@@ -95,11 +95,11 @@ _STALE = (
 
 
 class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
-    """A connection that prepares the statements of `PREPARED` once. Any other is parsed twice and
-    planned each time, which costs PostgreSQL more than to run it for a few rows. Only with
-    PostgreSQL itself at the other end: a pooler's client has another server each time."""
+    """A connection that prepares the statements of `PREPARED` once. Other statements are parsed
+    twice and planned each time, which costs PostgreSQL more than running them for a few rows. Only
+    for direct connections: a pooler gives its client another server each time."""
 
-    shares_servers = False  # a pooler is there that names a server's process as its own
+    shares_servers = False  # a pooler reports a server's process as its own
     _is_direct: bool | None = None
     _is_set = False  # for statements outside a transaction
     _kept: Mapping[str, asyncpg.prepared_stmt.PreparedStatement] = {}
@@ -121,19 +121,19 @@ class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
         return kept.get_statusmsg()
 
     def forget(self) -> None:
-        """Have all statements prepared again."""
+        """Discard all prepared statements."""
         self._kept = {}
 
     async def runs_alone(self) -> bool:
         """Whether one statement may run without BEGIN and COMMIT, which are two more round trips:
-        only where the session is ours, which then has the settings of a transaction for good."""
+        only in a direct session, which then gets the settings of a transaction permanently."""
         if await self._has_server() and not self._is_set:
             await super().execute(_SESSION)
             self._is_set = True
         return await self._has_server()
 
     async def _has_server(self) -> bool:
-        if self._is_direct is None:  # a pooler gives its clients a number of its own
+        if self._is_direct is None:  # a pooler reports a process number of its own
             process = await super().fetchval("SELECT pg_backend_pid()")
             self._is_direct = process == self.get_server_pid()
         return self._is_direct and not DatabaseSession.shares_servers
@@ -148,32 +148,32 @@ class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
 
 
 class _Commit:
-    """State of one try. Once COMMIT is `sent` the transaction may be committed."""
+    """State of one attempt. Once COMMIT was `sent`, the transaction may be committed."""
 
     sent = False
 
 
 class Connections:
-    """At most `size` connections, one more opened at a time, and only for a caller that no busy one
-    came free for within `_OPEN_AFTER_S`: who waits takes the first that is free, so that a start or
-    a burst opens no more than it keeps busy. All but one of those that nothing has used for ten
-    seconds are closed: each is a process of PostgreSQL."""
+    """A pool of at most `size` connections. It opens one at a time, and only for a caller that has
+    waited for `_OPEN_AFTER_S` while all are busy: waiters take the first free connection, so that a
+    burst opens no more than it keeps busy. Connections unused for ten seconds are closed, except
+    one: each is a process of PostgreSQL."""
 
     def __init__(self, url: str, *, size: int = 10, patience_ms: int = 0) -> None:
         """patience_ms: the least time that any work has, and that a new connection has to answer
-        once another one is slow, else PostgreSQL is taken for unavailable."""
+        after another one was slow; otherwise PostgreSQL counts as unavailable."""
         self._url = url
         self._patience_ms = patience_ms
         self._slots = asyncio.Semaphore(size)
-        self._idle: list[DatabaseSession] = []  # the one that was used last is taken next
-        self._least_idle = 0  # since the last look at them
+        self._idle: list[DatabaseSession] = []  # the last one used is taken next
+        self._least_idle = 0  # the fewest idle since the last trim
         self._trimming: asyncio.TimerHandle | None = None
         self._busy: set[DatabaseSession] = set()
         self._tasks: set[asyncio.Task[object]] = set()
         self._probe: asyncio.Task[None] | None = None
         self._opening = False
         self._waiting: list[asyncio.Future[None]] = []
-        self._away: str | None = None  # why, while away
+        self._away: str | None = None  # the reason while away
         self._closed = False
         self.on_back: list[Callable[[], None]] = []
 
@@ -185,11 +185,11 @@ class Connections:
         return f"<Connections busy={len(self._busy)} idle={len(self._idle)} away={self._away!r}>"
 
     def start(self) -> None:
-        """Begin to connect in the background; PostgreSQL may come later."""
+        """Start connecting in the background; PostgreSQL may become available later."""
         self._suspect()
 
     async def aclose(self, timeout_ms: int = 2_000) -> None:
-        """Let work under way end within `timeout_ms`, then cut it off and close everything."""
+        """Wait for work in progress for `timeout_ms`, then cut it off and close everything."""
         self._closed = True
         if self._trimming is not None:
             self._trimming.cancel()
@@ -211,18 +211,17 @@ class Connections:
         repeatable: bool = True,
         begin: Begin = "always",
     ) -> T:
-        """Run `work` in a transaction and commit; repeats it when the connection was at fault.
+        """Run `work` in a transaction and commit; repeat it if the connection failed.
 
-        `repeatable`: whether a repeat is right where the first transaction was committed and the
-        reply was lost. Where it is not, such as for a claim that takes whatever is ready, the work
-        is repeated only as long as no COMMIT was sent. begin: "never" where the work is a
-        transaction by itself, "if needed" where it is one statement, which PostgreSQL makes one.
-        Raises StoreUnavailable, immediately while PostgreSQL is known to be unavailable;
-        unrepeatable work may be committed then. A cancelled caller returns immediately; the
-        transaction ends by itself within its deadline, either way.
+        `repeatable`: whether the work may run again after a commit whose reply was lost. If not,
+        such as for a claim of any ready rows, it is only repeated while no COMMIT was sent. begin:
+        "never" for work that is a transaction by itself, "if needed" for a single statement, which
+        PostgreSQL makes one. Raises StoreUnavailable, immediately while PostgreSQL is known to be
+        unavailable; unrepeatable work may then be committed. A cancelled caller returns
+        immediately; the transaction ends by itself within its deadline, either way.
         """
         if self._closed or self._away is not None:
-            await asyncio.sleep(0)  # a caller that tries in a loop must not starve the others
+            await asyncio.sleep(0)  # a caller that retries in a loop must not starve the others
         if self._closed:
             raise StoreUnavailable("the store is closed")
         if self._away is not None:
@@ -241,7 +240,7 @@ class Connections:
     async def rows(
         self, name: str, *values: Any, timeout_ms: int = COMMAND_TIMEOUT_MS, repeatable: bool = True
     ) -> list[asyncpg.Record]:
-        """All rows of the statement `name`, in a transaction of its own; raises as `run` does."""
+        """Return all rows of the statement `name`, in its own transaction; raises as `run` does."""
         return await self.run(
             lambda connection: connection.fetch(sql(name), *values),
             timeout_ms=timeout_ms,
@@ -252,22 +251,22 @@ class Connections:
     async def row(
         self, name: str, *values: Any, timeout_ms: int = COMMAND_TIMEOUT_MS
     ) -> asyncpg.Record | None:
-        """The first row of the statement `name`, in a transaction of its own."""
+        """Return the first row of the statement `name`, in its own transaction."""
         return await self.run(
             lambda one: one.fetchrow(sql(name), *values), timeout_ms=timeout_ms, begin="if needed"
         )
 
     async def execute(self, name: str, *values: Any, timeout_ms: int = COMMAND_TIMEOUT_MS) -> int:
-        """Run the statement `name` in a transaction of its own; how many rows it affected."""
+        """Run the statement `name` in its own transaction; return the number of affected rows."""
         done: str = await self.run(
             lambda one: one.execute(sql(name), *values), timeout_ms=timeout_ms, begin="if needed"
         )
         return count_in(done)
 
     async def run_message(self, statement: str, *, timeout_ms: int = COMMAND_TIMEOUT_MS) -> int:
-        """Run a statement, which has its values in its text, as one message: begun, run and
-        committed in one round trip. How many rows it affected; its rows are not read. It may be
-        repeated, and raises as `run` does."""
+        """Run a statement with its values in its text as one message, which begins, runs and
+        commits in one round trip. Return the number of affected rows; rows are not read. May be
+        repeated; raises what `run` raises."""
         message = f"{_LOCAL.format(timeout_ms=timeout_ms)}; {statement}"
         done: str = await self.run(
             lambda connection: connection.execute(message), timeout_ms=timeout_ms, begin="never"
@@ -275,7 +274,7 @@ class Connections:
         return count_in(done)
 
     async def ping(self, timeout_ms: int) -> None:
-        """One round trip on a connection of its own; raises StoreUnavailable."""
+        """Make one round trip on a new connection; raises StoreUnavailable."""
         try:
             connection = await self._answered(timeout_ms / 1000)
         except (*_TRANSIENT, *_UNFIT) as failed:
@@ -283,7 +282,7 @@ class Connections:
         connection.terminate()
 
     async def dedicated(self) -> DatabaseSession:
-        """A connection outside the pool, for LISTEN; the caller terminates it."""
+        """Return a connection outside the pool, for LISTEN; the caller terminates it."""
         if self._away is not None:
             raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
         try:
@@ -326,8 +325,8 @@ class Connections:
             await self._slots.acquire()
         try:
             connection = await self._take(deadline)
-            # Not by cancelling the query: asyncpg would then open a connection to cancel it,
-            # which a frozen server never closes.
+            # Without cancelling the query: asyncpg would open a connection for that, which a frozen
+            # server never closes.
             watchdog = loop.call_at(deadline, connection.terminate)
             doubt = loop.call_later(SLOW_MS / 1000, self._suspect)
             self._busy.add(connection)
@@ -346,7 +345,7 @@ class Connections:
                 cut_off = connection.is_closed()
                 connection.terminate()
                 if cut_off and isinstance(failed, AttributeError):
-                    # What asyncpg makes of an end between two steps of one statement.
+                    # asyncpg raises it if the connection ends within a statement.
                     raise asyncpg.InterfaceError("the connection was cut off") from failed
                 raise
             finally:
@@ -419,13 +418,13 @@ class Connections:
             get_logger().debug(Log.STORE_AWAY, detail=str(failed))
 
     def _look_again(self) -> None:
-        """Have all who wait for a connection look whether there is one, or open one."""
+        """Wake all waiters for a connection, to take or open one."""
         for waits in self._waiting:
             _wake(waits)
         self._waiting.clear()
 
     async def _opened(self, deadline: float) -> DatabaseSession | None:
-        """None where the server has no room for it: those that we have go on working."""
+        """Return a new connection; None if the server has no room for more than are open."""
         left = deadline - asyncio.get_running_loop().time()
         self._opening = True
         try:
@@ -449,10 +448,10 @@ class Connections:
         return session
 
     async def _answered(self, timeout_s: float) -> DatabaseSession:
-        """A new connection on which the server has answered, within `timeout_s` all in all.
+        """Return a new connection on which the server has answered, within `timeout_s` in total.
 
-        Raises what asyncpg raises, and TimeoutError. PgBouncer accepts its clients by itself
-        while the server behind it is gone: only the answer to a statement is the server's.
+        Raises what asyncpg raises, and TimeoutError. PgBouncer accepts clients by itself while its
+        server is unavailable: only the answer to a statement is the server's.
         """
         patience = _Patience(timeout_s)
         connection = await self._connect(patience)
@@ -504,21 +503,21 @@ class Connections:
 
 
 def _is_full(error: Exception) -> bool:
-    """Whether PostgreSQL, or PgBouncer, answers and has no room for one more connection."""
+    """Whether PostgreSQL, or PgBouncer, answers but has no room for another connection."""
     at_bouncer = isinstance(error, asyncpg.ProtocolViolationError) and "connections" in str(error)
     return at_bouncer or isinstance(error, asyncpg.TooManyConnectionsError)
 
 
 class _Patience:
-    """A time-out in which the time does not count for which the event loop is held, or gets no
-    processor: what the server answered meanwhile may be there, unread."""
+    """A timeout that does not count time in which the event loop is blocked or gets no CPU: the
+    server's answer may have arrived unread."""
 
     def __init__(self, timeout_s: float) -> None:
         self._steps = max(1, ceil(timeout_s / _STEP_S))
 
     async def wait(self, work: Awaitable[T], give_up: Callable[[], object] | None = None) -> T:
-        """What `work` returns, within the time that is left; else, and when a caller is cancelled,
-        `give_up` is called and `work` cancelled. Raises TimeoutError."""
+        """Return the result of `work` within the remaining time; otherwise, or if cancelled, call
+        `give_up` and cancel `work`. Raises TimeoutError."""
         task = asyncio.ensure_future(work)
         try:
             while not task.done() and self._steps > 0:
@@ -539,8 +538,8 @@ def _wake(waits: asyncio.Future[None]) -> None:
 
 
 def _abandoned(task: asyncio.Task[Any]) -> None:
-    """The caller was cancelled: an outage is of no interest any more, and any other error is logged
-    here, where asyncio would complain of an exception that was never retrieved."""
+    """Handle the result for a cancelled caller: ignore an outage, log any other error, which
+    asyncio would report as never retrieved."""
     error = None if task.cancelled() else task.exception()
     if error is not None and not isinstance(error, TidegateError):
         get_logger().error(Log.INTERNAL_ERROR, component="store", error=repr(error))
@@ -559,7 +558,7 @@ def _unfit_words(error: asyncpg.PostgresError) -> str:
 
 
 def _now() -> float:
-    # Counts the time that the machine was suspended, where the platform does.
+    # Includes time in which the machine was suspended, if the platform supports that.
     clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
     return time.clock_gettime(clock)
 
@@ -567,9 +566,9 @@ def _now() -> float:
 class Steadiness:
     """How long this process's heartbeats have reached PostgreSQL without a gap.
 
-    Invariant: only a process whose own heartbeats have done so for a whole lease may take over the
-    jobs of another. After an outage, when every worker looks dead, none may until all that live
-    have had a lease's time to report.
+    Invariant: only a process whose own heartbeats arrived for a whole lease may take over jobs of
+    others. After an outage, when every worker looks dead, none may until all live ones had a
+    lease's time to report.
     """
 
     def __init__(self, lease_ms: int) -> None:
@@ -578,7 +577,7 @@ class Steadiness:
         self._last: float | None = None
 
     def beaten(self, sent_at: float) -> None:
-        """A heartbeat sent at `sent_at` was committed."""
+        """Record that a heartbeat sent at `sent_at` was committed."""
         if self._last is None or sent_at - self._last > self._lease_s * 2 / 3:
             self._since = sent_at
         self._last = sent_at
@@ -627,7 +626,7 @@ QUERIES = {
 }
 
 
-# Run all the time, each with a plan for all values: where the partitions go by these, it locks all.
+# Frequent statements, with generic plans: such a plan locks all partitions if values select them.
 PREPARED = {
     QUERIES[name].sql: name
     for name in (
@@ -641,12 +640,12 @@ PREPARED = {
 
 
 def sql(name: str) -> str:
-    """The text of the statement `name`."""
+    """Return the text of the statement `name`."""
     return QUERIES[name].sql
 
 
 def count_in(done: str) -> int:
-    """The rows affected, from the command tag of a statement such as `DELETE 3`."""
+    """Return the number of affected rows from a command tag such as `DELETE 3`."""
     return int(done.rpartition(" ")[2])
 
 
@@ -659,8 +658,8 @@ MAX_WAITING = 20_000
 
 
 class GroupWriter(Generic[Row, Result]):
-    """Passes batches to `commit`, which returns one result, or one exception, per row. Batches are
-    bounded in rows, and in their bytes where these are given."""
+    """Passes batches to `commit`, which returns one result or exception per row. Batches are
+    bounded in rows, and in bytes if sizes are given."""
 
     def __init__(
         self, commit: Callable[[Sequence[Row]], Awaitable[Sequence[Result | Exception]]]
@@ -678,7 +677,7 @@ class GroupWriter(Generic[Row, Result]):
         return await self.put(row, size_bytes)
 
     def put(self, row: Row, size_bytes: int = 0) -> asyncio.Future[Result]:
-        """Have `row` written; done once it is committed. Raises StoreUnavailable."""
+        """Queue `row`; the future is done once the row is committed. Raises StoreUnavailable."""
         if len(self._waiting) >= MAX_WAITING:
             raise StoreUnavailable("too many writes are waiting for PostgreSQL")
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
@@ -688,7 +687,7 @@ class GroupWriter(Generic[Row, Result]):
         return future
 
     async def aclose(self) -> None:
-        """Wait for what is waiting; each batch has its own deadline."""
+        """Wait until all rows are written; each batch has its own deadline."""
         while self._task is not None:
             await asyncio.wait({self._task})
 
@@ -731,9 +730,9 @@ class GroupWriter(Generic[Row, Result]):
 
 TABLES = ("attempts", "audit", "bodies")
 DAYS_AHEAD = 7
-# An attempt's row grows once, when it ends: where its page has room for that, no index is touched.
+# An attempt's row grows once, at its end: with room in its page, no index is updated.
 _SETTINGS = {"attempts": "WITH (fillfactor = 40)"}
-PARTITIONS_LOCK = 7_423_001  # advisory lock of everyone who makes or drops partitions
+PARTITIONS_LOCK = 7_423_001  # advisory lock for making or dropping partitions
 
 
 def name_of(table: str, day: date) -> str:
@@ -741,7 +740,7 @@ def name_of(table: str, day: date) -> str:
 
 
 def day_of(name: str) -> date | None:
-    """The day of a partition's name; None for the default partition."""
+    """Return the day of a partition's name; None for the default partition."""
     stamp = name.rpartition("_")[2]
     if not stamp.isdigit():
         return None
@@ -749,9 +748,9 @@ def day_of(name: str) -> date | None:
 
 
 async def make_ahead(connection: asyncpg.Connection, today: date) -> list[str]:
-    """Make what is missing of today's and the next days' partitions; runs in a transaction.
+    """Make missing partitions of today and the next days; runs in a transaction.
 
-    Returns the names of those made. Raises LockNotAvailableError where a table is in use for long.
+    Return the names of those made. Raises LockNotAvailableError if a table is in use for long.
     """
     await connection.execute(sql("lock_partitions"), PARTITIONS_LOCK)
     days = [today + timedelta(days=ahead) for ahead in range(DAYS_AHEAD + 1)]
@@ -787,7 +786,7 @@ _CONNECT_TIMEOUT_S = 5.0
 
 
 async def revision_of(connection: asyncpg.Connection) -> str | None:
-    """The revision in the database, or None where no migration has run; runs in a transaction."""
+    """Return the revision of the database, None before any migration; runs in a transaction."""
     if await connection.fetchval("SELECT to_regclass('alembic_version') IS NULL"):
         return None
     revision: str | None = await connection.fetchval("SELECT version_num FROM alembic_version")
@@ -795,7 +794,7 @@ async def revision_of(connection: asyncpg.Connection) -> str | None:
 
 
 async def _revision_alone(connection: asyncpg.Connection) -> str | None:
-    # Outside a transaction PgBouncer may send a statement to one server and its run to another.
+    # Outside a transaction PgBouncer may parse a statement on one server and run it on another.
     async with connection.transaction():
         return await revision_of(connection)
 
@@ -803,7 +802,7 @@ async def _revision_alone(connection: asyncpg.Connection) -> str | None:
 async def _connected(url: str) -> asyncpg.Connection:
     try:
         return await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
-    except asyncpg.ClientConfigurationError as wrong:  # it is no outage, and does not pass
+    except asyncpg.ClientConfigurationError as wrong:  # not an outage, and does not pass
         raise ConfigError("DATABASE_URL", None, f"can't be used: {wrong.args[0]}") from None
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
         host = urlsplit(url).hostname
@@ -814,7 +813,7 @@ async def _connected(url: str) -> asyncpg.Connection:
 async def row_alone(
     connection: DatabaseSession, name: str, *values: object, timeout_ms: int
 ) -> asyncpg.Record:
-    """The row of a statement that has one, in a transaction of a connection outside the pool."""
+    """Return the one row of a statement, in a transaction on a connection outside the pool."""
     if await connection.runs_alone():
         row = await connection.fetchrow(sql(name), *values)
     else:
@@ -826,7 +825,7 @@ async def row_alone(
 
 
 async def revision_at(url: str) -> str | None:
-    """The revision of a database, None for one without a schema. Raises StoreUnavailable."""
+    """Return the revision of a database, None without a schema. Raises StoreUnavailable."""
     connection = await _connected(url)
     try:
         return await _revision_alone(connection)
@@ -835,7 +834,7 @@ async def revision_at(url: str) -> str | None:
 
 
 async def settle_restored(url: str) -> None:
-    """Fit restored rows to the server that they are in now. Raises StoreUnavailable."""
+    """Adapt restored rows to their new server. Raises StoreUnavailable."""
     connection = await _connected(url)
     try:
         await connection.execute(sql("settle_restored"))
@@ -845,7 +844,7 @@ async def settle_restored(url: str) -> None:
 
 
 def steps() -> Iterator[tuple[str, str]]:
-    """Each revision with the SQL that leads to it from the one before."""
+    """Yield each revision with the SQL that leads to it from the previous one."""
     folder = files("tidegate.store") / "migrations"
     found = (step for step in folder.iterdir() if step.name.endswith(".sql"))
     for step in sorted(found, key=lambda step: step.name):
@@ -869,9 +868,9 @@ async def upgrade(connection: asyncpg.Connection, until: str = HEAD) -> None:
 async def migrate(url: str) -> str | None:
     """Run the missing steps and make partitions ahead.
 
-    Returns the new revision, or None where there was nothing to do. Raises StoreUnavailable when
-    PostgreSQL can't be reached or others keep a table, ConfigError for a wrong URL, a database from
-    before the first release, or a user without the rights. What fails leaves all as it was.
+    Return the new revision, None if there was nothing to do. Raises StoreUnavailable if PostgreSQL
+    is unreachable or a table is in use, ConfigError for a wrong URL, a database from before the
+    first release, or a user without the rights. A failure leaves everything unchanged.
     """
     connection = await _connected(url)
     try:

@@ -1,7 +1,7 @@
 """Diagnostics of a database: check-up, and the rows of a trial.
 
-Invariants: a check-up writes nothing and is bounded in time; a trial's removal touches only its
-own rows.
+Invariants: a check-up writes nothing and is bounded in time; a trial's removal touches only its own
+rows.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class OldTransaction:
 
 @dataclass(frozen=True, slots=True)
 class DatabaseReport:
-    """facts: the columns of `look_at_server`. revision: of the schema, None where there is none or
-    it may not be read; `needed` is the code's. pooled: a pooler stands in between; `shares`: it
-    gives one server's connection to several clients in turn, as in transaction mode."""
+    """Result of a check-up. facts: the columns of `look_at_server`. revision: of the schema, None
+    if there is none or it may not be read; `needed`: the code's revision. pooled: there is a
+    connection pooler; `shares`: it serves several clients by one server connection, as in
+    transaction mode."""
 
     facts: dict[str, Any]
     revision: str | None
@@ -55,9 +56,9 @@ class DatabaseReport:
 
 
 async def examine(url: str, old_s: float = OLD_S) -> DatabaseReport:
-    """Look at the database; transactions count as old after `old_s` seconds.
+    """Examine the database; transactions count as old after `old_s` seconds.
 
-    Raises StoreUnavailable, which says why, where it can't be used at all.
+    Raises StoreUnavailable with the reason if the database cannot be used at all.
     """
     try:
         connection = await _connect(url)
@@ -72,7 +73,7 @@ async def examine(url: str, old_s: float = OLD_S) -> DatabaseReport:
 
 async def check_url(url: str) -> None:
     """Raises ConfigError for a URL that no server can accept, such as one with an unknown sslmode.
-    Whether a server answers is not tried: asyncpg reads the whole URL before it connects."""
+    Does not try whether a server answers: asyncpg parses the whole URL before it connects."""
     try:
         connection = await asyncpg.connect(url, timeout=0)
     except asyncpg.ClientConfigurationError as wrong:
@@ -106,7 +107,7 @@ async def _report(connection: asyncpg.Connection, url: str, old_s: float) -> Dat
         tables = await connection.fetch(sql("look_at_tables"))
         unusable = tuple(row["name"] for row in tables if not row["may_use"])
         revision = None if _REVISIONS in unusable else await revision_of(connection)
-    # A pooler hands out process numbers of its own.
+    # A pooler reports process numbers of its own.
     pooled = connection.get_server_pid() != facts["backend"]
     return DatabaseReport(
         facts=facts,
@@ -124,8 +125,8 @@ async def _report(connection: asyncpg.Connection, url: str, old_s: float) -> Dat
 
 
 async def _shares(connection: asyncpg.Connection, url: str) -> bool:
-    """Whether a second client gets the server's connection that ours has just used: a pooler in
-    transaction mode takes the one that was used last, one in session mode keeps it for us."""
+    """Whether a second client gets the server connection that this one has just used: a pooler in
+    transaction mode uses the last one again, one in session mode keeps it for its client."""
     other = await _connect(url)
     try:
         first = await _backend(connection)
@@ -144,19 +145,19 @@ _TIMEOUT_MS = 10_000
 
 
 class Trial:
-    """Every method raises StoreUnavailable."""
+    """Records and removal of a verification's requests. Every method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
 
     async def recorded(self, request_ids: Sequence[UUID]) -> dict[UUID, int]:
-        """How many records of its end each request has; those without one are left out."""
+        """Return how many records of its end each request has, without those that have none."""
         rows = await self._connections.rows("recorded_of", request_ids)
         return {uuid_of(row["request_id"]): row["records"] for row in rows}
 
     async def cut_short(self, request_ids: Sequence[UUID]) -> dict[UUID, dict[str, int]]:
-        """How many attempts at each request were cut short before their result was on record, by
-        the process that made them; requests without one are left out."""
+        """Return, for each request, the attempts whose result was never recorded, by the process
+        that made them; requests without one are left out."""
 
         found: dict[UUID, dict[str, int]] = {}
         for row in await self._connections.rows("cut_short", request_ids):
@@ -167,7 +168,7 @@ class Trial:
     async def remove(
         self, tenant_id: str, request_ids: Sequence[UUID], workers: Sequence[str]
     ) -> None:
-        """Everything: requests with attempts, records and bodies; sums; workers."""
+        """Delete the requests with attempts, records and bodies, their totals, and the workers."""
 
         async def delete(connection: asyncpg.Connection) -> None:
             rows = await connection.fetch(sql("audit_of"), request_ids)

@@ -1,15 +1,15 @@
 """Idempotency keys of native calls and batches, and the answers under them.
 
-Invariant: of all callers under one key at a time, one is answered by the provider. A process renews
-the keys of the calls that it answers; a key that nobody renews for a lease (its process was killed,
-or never learned that the key is its own) is free for the next caller, who learns which call was
-lost. Only a process whose own heartbeats arrived without a gap for a lease may free another's
-key, as with the claims of jobs, so that an outage of PostgreSQL frees none.
+Invariant: of all concurrent requests under one key, the provider answers one. A process renews the
+keys of its running calls. A key that is not renewed for a lease (its process was killed, or never
+learned that it has the key) becomes free for the next request, whose answer names the lost call.
+Only a process whose own heartbeats have arrived without a gap for a lease may free another's key,
+as with claims of jobs, so that an outage of PostgreSQL frees none.
 
-An answer that cannot be stored when its call ends is kept, in memory or on the disk, until it is;
-its key is renewed meanwhile. Above `MOST_PENDING_BYTES` of such answers the next is dropped, and
-its key lapses. The key of a batch is written in the batch's own transaction, and has no answer but
-the batch.
+An answer that cannot be stored when its call ends is kept in memory or on disk until it is stored;
+its key is renewed meanwhile. Above `MOST_PENDING_BYTES` of such answers the next one is dropped,
+and its key expires. The key of a batch is written in the batch's own transaction; its answer is the
+batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tidegate.telemetry.logging import Log, get_logger
 
 LONGEST_LEASE_MS = 10_000
 MOST_PENDING_BYTES = 64_000_000
-ANSWER, FREE = KEY_OPS = "answer", "free"  # of the entries that the recorder writes
+ANSWER, FREE = KEY_OPS = "answer", "free"  # operations of the recorder's entries
 _LARGE_BYTES = 100_000
 _TIMEOUT_MS = 2_000
 _LOOK_S = 0.1
@@ -42,9 +42,9 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class KeyState:
-    """What is known under a key. `answer` is None while the request is still being answered;
-    `lapsed`: its owner has not renewed the key for a lease. `lost`: the request before it under the
-    same key, whose answer was lost with its process."""
+    """The state of a key. `answer`: None while the request is being answered; `lapsed`: the owner
+    has not renewed the key for a lease. `lost`: the earlier request under the same key whose answer
+    was lost with its process."""
 
     digest: str
     request_id: UUID
@@ -57,7 +57,7 @@ class KeyState:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The key belongs to this request now; `lost` as in `Given`."""
+    """The key belongs to this request now; `lost` as in `KeyState`."""
 
     lost: UUID | None = None
 
@@ -83,9 +83,9 @@ class Owner:
 
 
 class NativeKeys:
-    """Keys that this process answers for. Methods that ask PostgreSQL raise StoreUnavailable.
+    """Keys of this process's calls. Methods that query PostgreSQL raise StoreUnavailable.
 
-    `keep` writes an entry, True, or keeps it on the disk until it can be written, False.
+    `keep` writes an entry (True), or keeps it on disk until it can be written (False).
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class NativeKeys:
         self._renewing: asyncio.Task[None] | None = None
 
     async def aclose(self) -> None:
-        """What is pending is the recorder's."""
+        """Stop renewing; the recorder writes pending entries."""
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.gather(self._renewing, return_exceptions=True)
@@ -113,8 +113,8 @@ class NativeKeys:
             looking.cancel()
 
     async def take(self, owner: Owner, wanted: Idempotency) -> Taken | KeyState:
-        """Take the key for `owner`, or return what is known under it. A cancelled caller has no
-        key: one that is taken all the same is freed."""
+        """Take the key for `owner`, or return its state. A cancelled caller has no key: if it is
+        taken all the same, it is freed."""
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew_often())
         lease_ms = self._judged_ms()
@@ -140,7 +140,7 @@ class NativeKeys:
             self.free(owner)
 
     async def known(self, tenant_id: str, key: str) -> KeyState | None:
-        """What is known under a key, which stays as it is."""
+        """Return the state of a key without changing it."""
         lease_ms = self._judged_ms()
         return await self._connections.run(
             lambda connection: known_key(connection, tenant_id, key, lease_ms=lease_ms),
@@ -148,11 +148,12 @@ class NativeKeys:
         )
 
     async def look(self, tenant_id: str, key: str) -> KeyState | None:
-        """The same, a moment later. All that wait for one key in this process share the look."""
+        """Return the state of a key a moment later. Waiters for one key in this process share the
+        query."""
         place = (tenant_id, key)
         looking = self._looking.get(place)
-        # One that has ended is there until its callbacks run. Awaiting it does not yield: a
-        # caller that looks in a loop would block the event loop.
+        # A finished task stays here until its callbacks run. Awaiting it does not yield: a caller
+        # that polls in a loop would block the event loop.
         if looking is None or looking.done():
             looking = self._looking[place] = asyncio.create_task(self._look(*place))
             looking.add_done_callback(partial(self._looked, place))
@@ -166,10 +167,10 @@ class NativeKeys:
         if self._looking.get(place) is looking:
             del self._looking[place]
         if not looking.cancelled():
-            looking.exception()  # retrieved: all that waited may have left
+            looking.exception()  # retrieved, since all waiters may have left
 
     def end(self, owner: Owner, http_status: int, content_type: str, answer: bytes) -> None:
-        """Keep the answer for later callers under the key; returns immediately."""
+        """Store the answer for later requests under the key; returns immediately."""
         if self._pending_bytes + len(answer) > MOST_PENDING_BYTES:
             self._owned.pop(owner.request_id, None)
             log.warning(Log.STORE_AWAY, detail="too many answers wait to be stored", dropped=1)
@@ -182,7 +183,7 @@ class NativeKeys:
         self._settle(owner, ANSWER, owner.row() | answered, len(answer))
 
     def free(self, owner: Owner) -> None:
-        """Let the next caller be answered under the key; returns immediately."""
+        """Free the key for the next request; returns immediately."""
         self._settle(owner, FREE, owner.row(), 0)
 
     def _settle(self, owner: Owner, op: str, row: Json, size_bytes: int) -> None:
@@ -196,7 +197,7 @@ class NativeKeys:
             log.warning(Log.STORE_AWAY, detail="an answer under a key was lost: the key lapses")
         if failed or writing.result():
             self._owned.pop(owner.request_id, None)
-        # Else it is on the disk: the key is renewed until a renewal finds that it has ended.
+        # Otherwise it is on disk: the key is renewed until a renewal finds that it was stored.
 
     # Liveness
 
@@ -210,7 +211,7 @@ class NativeKeys:
                 await self._renew()
             except StoreUnavailable:
                 self._steadiness.missed()
-                pause_s = min(pause_s, _RETRY_S)  # others count from the last one that succeeded
+                pause_s = min(pause_s, _RETRY_S)  # others count from the last successful one
             await asyncio.sleep(pause_s)
 
     async def _renew(self) -> None:
@@ -226,7 +227,7 @@ class NativeKeys:
         renewed = {row["request_id"].int for row in found}
         self._steadiness.beaten(sent_at)
         for owner in owned:
-            if owner.request_id.int not in renewed:  # ended, erased, or another's by now
+            if owner.request_id.int not in renewed:  # ended, erased, or taken by another request
                 self._owned.pop(owner.request_id, None)
 
 
@@ -238,9 +239,9 @@ async def take_key(
     *,
     lease_ms: int | None = None,
 ) -> Taken | KeyState:
-    """As `NativeKeys.take`, in the transaction of what the key is for. Another caller that takes
-    the key waits for the end of that transaction. lease_ms: how long a key may go without being
-    renewed; None leaves every owner its key."""
+    """Take a key as `NativeKeys.take` does, in the transaction of its purpose. A concurrent caller
+    waits for the end of that transaction. lease_ms: how long a key may go without a renewal; None
+    leaves every key with its owner."""
     row = await connection.fetchrow(
         sql("take_native_key"),
         tenant_id,
@@ -254,7 +255,7 @@ async def take_key(
     given = await known_key(connection, tenant_id, wanted.key)
     if given is None:  # it became a day old, or was freed, between the two statements
         return await take_key(connection, tenant_id, wanted, request_id, lease_ms=lease_ms)
-    if given.request_id == request_id:  # taken by a try whose reply was lost
+    if given.request_id == request_id:  # taken by an attempt whose reply was lost
         return Taken(given.lost)
     return given
 
@@ -262,7 +263,7 @@ async def take_key(
 async def known_key(
     connection: asyncpg.Connection, tenant_id: str, key: str, *, lease_ms: int | None = None
 ) -> KeyState | None:
-    """What is known under a key, which is left as it is."""
+    """Return the state of a key without changing it."""
     row = await connection.fetchrow(sql("get_native_key"), tenant_id, key, _seconds(lease_ms))
     if row is None:
         return None
@@ -279,7 +280,7 @@ async def known_key(
 async def end_key(
     connection: asyncpg.Connection, tenant_id: str, key: str, given: KeyState
 ) -> None:
-    """Keep the answer, in the transaction of what the key is for."""
+    """Store the answer, in the transaction of the key's purpose."""
     await connection.execute(
         sql("end_native_key"),
         tenant_id,
@@ -293,12 +294,12 @@ async def end_key(
 
 async def settle_keys(connection: asyncpg.Connection, entries: Sequence[Json]) -> None:
     """Write the entries of `NativeKeys`. Harmless to repeat: a key that another request has taken
-    meanwhile stays that one's. An answer is in base64 where it was on the disk."""
+    is left alone. An answer from disk is in base64."""
     ended: list[Json] = []
     for row in (entry["row"] for entry in entries if entry["op"] == ANSWER):
         answer = row["answer"]
         if isinstance(answer, bytes) and len(answer) > _LARGE_BYTES:
-            # By itself: base64 and JSON of it would block the event loop for 80 ms.
+            # Written alone: base64 and JSON of it would block the event loop for 80 ms.
             how = row["http_status"], row["content_type"], answer
             owner = row["tenant_id"], row["idempotency_key"], row["id"]
             await connection.execute(sql("end_native_key"), *owner, *how)

@@ -1,8 +1,8 @@
 """Jobs: submission in group commits, cancellation, copies, caps, and what is stuck.
 
 Invariants: an idempotency key names one request of its tenant; after `cancel` returns no new
-upstream call is made for the job; a copy shares nothing with its original; a cap is kept over all
-processes, and may refuse a job until the next count notices a free place; requeued jobs are failed
+upstream call is made for the job; a copy shares nothing with its original; a cap holds over all
+processes, and may reject a job until the next count notices a free place; requeued jobs are failed
 or dead ones, at most as many as requested, under their own ids.
 """
 
@@ -58,8 +58,7 @@ _Keyed = dict[tuple[str, str], asyncpg.Record]
 
 
 class Jobs:
-    """The submitter's side, and the cancellations that workers see. Methods that ask PostgreSQL
-    raise StoreUnavailable."""
+    """Submission and cancellation of jobs. Methods that query PostgreSQL raise StoreUnavailable."""
 
     def __init__(
         self,
@@ -76,12 +75,11 @@ class Jobs:
         self._writer: GroupWriter[NewJob, Earlier | None] = GroupWriter(self._insert)
 
     async def submit(self, job: NewJob) -> Earlier | None:
-        """Return when the job is committed; concurrent submits share one transaction.
+        """Return once the job is committed; concurrent submissions share one transaction.
 
-        None for a new job, else the one that was submitted under its key before; nothing of `job`
-        is recorded then. Raises IdempotencyConflict, or StoreUnavailable within about 2 s, whatever
-        PostgreSQL does. After a cancellation or StoreUnavailable the job may be there, whole, or
-        not at all.
+        Returns None for a new job, else the one submitted under its key before; nothing of `job` is
+        then recorded. Raises IdempotencyConflict, or StoreUnavailable within about 2 s in any case.
+        After a cancellation or StoreUnavailable the job may exist, complete or not at all.
         """
         try:
             async with asyncio.timeout(TIMEOUT_MS / 1000 + 0.5):
@@ -90,8 +88,8 @@ class Jobs:
             raise StoreUnavailable("PostgreSQL did not commit the job in time") from None
 
     async def earlier(self, job: NewJob) -> Earlier | None:
-        """The request that has the job's idempotency key already. Raises IdempotencyConflict where
-        that was a different request."""
+        """Return the request that has the job's idempotency key already, None for none. Raises
+        IdempotencyConflict if that was a different request."""
         if job.once is None:
             return None
         found = await self._connections.run(
@@ -103,7 +101,7 @@ class Jobs:
         return outcome
 
     async def cancel(self, request_id: UUID, tenant_id: str) -> Status:
-        """End a job, or have the worker that runs it end it; returns what the job was before.
+        """Cancel a job, or have its worker cancel it; return its status before.
 
         Raises NotFound, or AlreadyEnded unless it is cancelled already.
         """
@@ -139,9 +137,10 @@ class Jobs:
         return before
 
     async def to_cancel(self, notified: Iterable[UUID]) -> set[UUID]:
-        """The jobs that this worker must end; of its waiting ones only those in `notified`.
+        """Return the jobs that this worker must cancel; of its waiting ones only those in
+        `notified`.
 
-        Waiting ones hold no permit, and are ended at the latest when they are admitted.
+        Waiting jobs hold no permit, and are cancelled at admission at the latest.
         """
         jobs = await self._connections.rows(
             "cancelled_of_worker", self._instance_id, list(notified)
@@ -149,15 +148,14 @@ class Jobs:
         return {rows.uuid_of(job["id"]) for job in jobs}
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Outcome]:
-        # Two processes that insert the same keys wait for one another: in one order, so that they
-        # do not wait in a circle.
+        # Processes that insert the same keys wait for one another: one order prevents deadlocks.
         keyed = sorted((job for job in jobs if job.once is not None), key=_place)
         plain = [job for job in jobs if job.once is None]
         requests = rows.dumps([rows.job_row(job) for job in [*plain, *keyed]])
 
         async def insert(connection: asyncpg.Connection) -> _Keyed:
             await connection.execute(sql("submit_requests"), requests)
-            # A statement of its own: it sees what the other process has just committed.
+            # A separate statement, which sees what the other process has just committed.
             found = await _find(connection, keyed) if keyed else {}
             files = [file for job in jobs if _is_new(job, found) for file in rows.input_rows(job)]
             if files:
@@ -183,7 +181,7 @@ async def _find(connection: asyncpg.Connection, keyed: Sequence[NewJob]) -> _Key
 
 
 def _place(job: NewJob) -> tuple[str, str]:
-    """Where the unique index has the job's key."""
+    """Return the job's key in the unique index."""
     assert job.once is not None
     return rows.clean(job.tenant_id), rows.clean(job.once.key)
 
@@ -200,7 +198,7 @@ def _outcome(job: NewJob, found: _Keyed) -> Outcome:
         return None
     assert job.once is not None
     row = found.get(_place(job))
-    if row is None:  # the earlier one's time was up between the two statements
+    if row is None:  # the earlier one expired between the two statements
         return StoreUnavailable("the idempotency key was just released; retry")
     if row["digest"] != job.once.digest:
         return IdempotencyConflict("this idempotency key was used for a different request")
@@ -208,10 +206,10 @@ def _outcome(job: NewJob, found: _Keyed) -> Outcome:
 
 
 async def copy_of(dossier: RequestDetail, blobs: Blobs, now: datetime) -> NewJob:
-    """A new job that is not submitted yet; the blobs of its files are there.
+    """Return a new job, not submitted yet, with copies of its files' blobs.
 
-    Raises InvalidRequest for what was no job, NotEnded, NotFound where the bytes of a file are
-    gone, and StoreUnavailable. What is left behind by a failure goes with the other orphans.
+    Raises InvalidRequest for a request that was no job, NotEnded, NotFound for a file that was
+    deleted, and StoreUnavailable. Copies left after a failure are deleted with other orphans.
     """
     record, row = dossier.record, dossier.request
     if record.source != "job":
@@ -251,15 +249,15 @@ async def replay_of(
     body: str | None = None,
     model: str | None = None,
 ) -> NewJob:
-    """A job that makes what a request of any source asked for again, at one upstream; not submitted
-    yet. endpoint, body and model: of what was a native call, and no job.
+    """Return a job, not submitted yet, that repeats a request of any source at one upstream.
+    endpoint, body and model: of a native call.
 
-    Raises as `copy_of`, and InvalidRequest for a prompt that is not on record.
+    Raises what `copy_of` raises, and InvalidRequest for a prompt that is not on record.
     """
     record, row = dossier.record, dossier.request
     if record.source == "job":
         copy = await copy_of(dossier, blobs, now)
-        # The answer is for the person who makes it again: now, and for nobody's webhook.
+        # The answer is for the person who replays the request: immediately, and without a webhook.
         copy = replace(copy, webhook_url=None, tiers_allowed=())
         return replace(copy, repeats=record.request_id, bound_upstream=upstream)
     if not record.status.is_end:
@@ -308,7 +306,7 @@ def _deadline(row: Mapping[str, Any], now: datetime) -> datetime | None:
 
 _COUNT_EVERY_MS = 500
 _COUNT_SHARE = 20
-_COUNT_AFTER_MS = 3_600_000  # whatever it holds; a row that was just made is older
+_COUNT_AFTER_MS = 3_600_000  # regardless of its content; a new row is older
 _MOST_COUNTED = 1_000_000  # in each lane
 _UNKNOWN = -1
 _RETRY_AFTER_MS = 1_000
@@ -326,9 +324,9 @@ class _Arrival:
 
 @dataclass(slots=True)
 class _Room:
-    """What is queued, and how long ago and with what effort that was counted.
+    """The queued jobs of a tenant, and how long ago and in what time they were counted.
 
-    `size_bytes` is below zero while it is not known: it is counted only where a cap needs it.
+    `size_bytes`: negative while unknown; only counted if a cap needs it.
     """
 
     jobs: int
@@ -360,7 +358,7 @@ class _Room:
 
 
 class QueueCaps:
-    """Caps on the queued jobs of a tenant; costs nothing where a tenant has none."""
+    """Caps on the queued jobs of a tenant; costs nothing without a cap."""
 
     def __init__(self, connections: Connections, pool: str = DEFAULT_POOL) -> None:
         self._connections = connections
@@ -371,7 +369,7 @@ class QueueCaps:
 
     @asynccontextmanager
     async def room(self, caller: Caller, *, jobs: int, size_bytes: int) -> AsyncIterator[None]:
-        """Submit inside of the block. Raises QuotaExceeded and StoreUnavailable before it."""
+        """Submit within the block. Raises QuotaExceeded and StoreUnavailable before it."""
         if not caller.caps.on_queue:
             yield
             return
@@ -388,7 +386,7 @@ class QueueCaps:
                 del self._submitting[tenant], self._submitting_bytes[tenant]
 
     def _writer(self, tenant: str) -> GroupWriter[_Arrival, None]:
-        """One for each tenant: counting one's long queue does not block the others."""
+        """Return a tenant's own writer: counting a long queue does not block other tenants."""
         writer = self._writers.get(tenant)
         if writer is None:
             if len(self._writers) >= _MOST_WRITERS:
@@ -430,12 +428,11 @@ class QueueCaps:
     async def _count(
         self, connection: asyncpg.Connection, tenant: str, caps: Caps, room: _Room
     ) -> float:
-        """Set `room` to what is there now; returns how long that took."""
+        """Set `room` to the current counts; return how long the count took."""
         began = time.monotonic()
         name = "count_queued" if caps.most_queued_bytes is None else "count_queued_bytes"
         row = await connection.fetchrow(sql(name), tenant, self._pool, _LANES, _MOST_COUNTED)
-        # Those that this process is committing may be there already: they count twice then, until
-        # the next count.
+        # Jobs that this process is committing may be counted twice, until the next count.
         lines = await connection.fetchrow(sql("queued_of_batches"), tenant)
         batched = await connection.fetchrow(sql("count_batched"), tenant, self._pool)
         room.jobs = row["jobs"] + lines["jobs"] + batched["jobs"] + self._submitting[tenant]
@@ -472,7 +469,7 @@ _STEP, _WITHIN_S, _STUCK_TIMEOUT_MS = 500, 20.0, 3_000
 
 @dataclass(frozen=True, slots=True)
 class Requeue:
-    """Which jobs: those that ended in [since, until), of one tenant and error code where given."""
+    """Selects jobs to requeue: ended in [since, until), of one tenant and error code if set."""
 
     since: datetime
     until: datetime
@@ -488,8 +485,8 @@ class Requeue:
 
 @dataclass(frozen=True, slots=True)
 class RequeueReport:
-    """`matching`: jobs that an order means, by error code, those beyond its limit left out.
-    `requeued`: how many of them are queued again. `has_more`: the same order would find more."""
+    """Result of a requeue. `matching`: selected jobs, by error code, within the limit. `requeued`:
+    those queued again. `has_more`: the same order would select more."""
 
     matching: int
     requeued: int = 0
@@ -498,14 +495,14 @@ class RequeueReport:
 
 
 MOST_STUCK = 1_000
-_LEASE_MS = 60_000.0  # of workers, where that is not known
+_LEASE_MS = 60_000.0  # default lease of workers
 
 
 @dataclass(frozen=True, slots=True)
 class StuckCounts:
-    """Dead jobs, with the time when the first of them died, and webhooks given up. ready: jobs that
-    a worker could claim now. workers: those that have reported within the lease of their claims.
-    alerts: given up within a day, and raised since the last that was posted."""
+    """Dead jobs, since when, and undelivered webhooks. ready: jobs that a worker could claim now.
+    workers: those that reported within their claims' lease. alerts: given up within a day, since
+    the last one that was posted."""
 
     jobs: int
     dead_since: datetime | None
@@ -547,15 +544,15 @@ class GivenUpWebhook:
 
 
 async def stuck_counts(connections: Connections, lease_ms: float = _LEASE_MS) -> StuckCounts:
-    """Of each as far as `MOST_STUCK`. lease_ms: CLAIM_LEASE_MS, of which workers report three times
-    in each. Raises StoreUnavailable."""
+    """Return counts, each up to `MOST_STUCK`. lease_ms: CLAIM_LEASE_MS; workers report three times
+    per lease. Raises StoreUnavailable."""
     asked = (MOST_STUCK, float(lease_ms))
     (row,) = await connections.rows("count_stuck", *asked, timeout_ms=_STUCK_TIMEOUT_MS)
     return record_of(StuckCounts, row)
 
 
 class StuckWork:
-    """What an operator decides on: dead jobs, failed ones to requeue, webhooks given up. Every
+    """Work that needs an operator: dead jobs, failed jobs to requeue, undelivered webhooks. Every
     method raises StoreUnavailable."""
 
     def __init__(
@@ -569,14 +566,14 @@ class StuckWork:
         return await stuck_counts(self._connections, self._lease_ms)
 
     async def dead(self, most: int) -> list[DeadJob]:
-        """The jobs that died last, the newest first."""
+        """Return the last jobs that died, newest first."""
         return [
             record_of(DeadJob, row, type=None if row["type"] is None else Kind(row["type"]))
             for row in await self._connections.rows("list_dead", most, timeout_ms=_STUCK_TIMEOUT_MS)
         ]
 
     async def given_up(self, most: int) -> list[GivenUpWebhook]:
-        """The webhooks that were given up last, the newest first."""
+        """Return the last webhooks that were given up, newest first."""
         return [
             record_of(GivenUpWebhook, row)
             for row in await self._connections.rows(
@@ -585,14 +582,14 @@ class StuckWork:
         ]
 
     async def discard(self, request_id: UUID) -> None:
-        """Cancel a dead job for good. Raises NotFound where there is no such dead job."""
+        """Cancel a dead job permanently. Raises NotFound for any other."""
         work = recorded("discard_dead", request_id, what="job.discard", target=request_id)
         if await self._connections.run(work) is None:
             raise NotFound(f"no dead job {request_id}")
         self._notifications.changed([request_id])
 
     async def requeue(self, request_id: UUID) -> None:
-        """Queue a dead job again. Raises NotFound where there is no such dead job."""
+        """Queue a dead job again. Raises NotFound for any other."""
         work = recorded("requeue_dead", request_id, what="job.requeue", target=request_id)
         if (row := await self._connections.run(work)) is None:
             raise NotFound(f"no dead job {request_id}")
@@ -600,7 +597,7 @@ class StuckWork:
         self._notifications.work([row["pool"]])
 
     async def preview(self, order: Requeue) -> RequeueReport:
-        """What `requeue_all` would do."""
+        """Return what `requeue_all` would do."""
         found = await self._connections.rows(
             "count_requeues", *_requeued_by(order), order.limit + 1
         )
@@ -613,8 +610,8 @@ class StuckWork:
         )
 
     async def requeue_all(self, order: Requeue) -> RequeueReport:
-        """Queue the jobs again, step by step, for at most about 20 s. After StoreUnavailable a
-        part may be queued again: repeat the order."""
+        """Queue the jobs again in steps, for at most about 20 s. After StoreUnavailable, some may
+        be queued again: repeat the order."""
         before = await self.preview(order)
         await OperatorActions(self._connections).write("jobs.requeue", "", after=asdict(order))
         loop = asyncio.get_running_loop()
@@ -622,7 +619,7 @@ class StuckWork:
         requeued = 0
         while requeued < order.limit and loop.time() < until:
             step = min(_STEP, order.limit - requeued)
-            # A repeat would take other jobs, beyond the limit.
+            # A repeat would requeue other jobs, beyond the limit.
             found = await self._connections.rows(
                 "requeue_ended", *_requeued_by(order), step, repeatable=False
             )

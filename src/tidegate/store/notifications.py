@@ -1,13 +1,13 @@
 """Notifications between processes, and waits for them: LISTEN/NOTIFY with polling behind it.
 
 NOTIFY is sent coalesced and outside its transaction, because it takes an instance-wide lock at
-commit. Once a second one statement on the connection that listens, the pulse, looks for what all
-loops of the process wait for. It shows that the connection works, so that an idle loop needs no
-statement of its own: only while there is no pulse does each of them look for itself. `Lookback`
-says how far back such a search goes.
+commit. Once a second, one statement on the listening connection, the pulse, checks everything that
+the process's loops wait for. It proves that the connection works, so that an idle loop needs no
+query of its own; loops only poll while there is no pulse. `Lookback` limits how far back a search
+goes.
 
-Invariants: a notification is a hint: a change is seen within `POLL_MS`, work within two seconds
-without it; waiters are bounded, and one query polls for all.
+Invariants: a notification is a hint: without it a change is seen within `POLL_MS`, and work within
+two seconds; waiters are bounded, and one query polls for all.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tidegate.errors import StoreUnavailable
 from tidegate.store.database import Connections, DatabaseSession, Steadiness, row_alone
 from tidegate.store.records import dumps, uuid_of
 
-# What work is for, beside a kind of jobs: jobs whose kind is unsure, and batches.
+# Lanes of work beside the kinds of jobs: unclassified jobs, and batches.
 UNSURE = "unsure"
 BATCHES = "batches"
 LANES = frozenset({*Kind, UNSURE, BATCHES})
@@ -44,7 +44,7 @@ UPSTREAMS = "tidegate_upstreams"
 MOVED = "tidegate_moved"
 POLL_MS = 500
 WORK_POLL_MS = 1_000
-# The longest that a loop waits which the pulse would wake.
+# The longest wait of a loop that the pulse would wake.
 PULSED_MS = 10_000
 _PULSE_S = 1.0
 _SURE_S = 3.0
@@ -53,23 +53,23 @@ _SIGNS: tuple[Sign, ...] = ("ripe", "overdue", "cancelled", "background")
 MAX_WATCHERS = 10_000
 _IDS_PER_MESSAGE = 200  # 37 bytes each; a payload holds 8,000
 _MOVES_PER_MESSAGE, _MOST_MOVES = 50, 1_000  # of at most 130 bytes
-_PHASE_S = random.random()  # so that the processes of a machine do not all wake together
+_PHASE_S = random.random()  # so that the processes of a machine do not wake together
 _RECONNECT_MS = 500
 _LISTEN_TIMEOUT_MS = 2_000
-# The second is asyncpg's word for an end that was announced between two statements.
+# asyncpg raises the second if the connection's end was announced between two statements.
 _CUT = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 def next_beat_s(every_s: float) -> float:
-    """How long until this process's next beat of `every_s`, at most a tenth longer than that. Loops
-    that have little to do wait for beats: ten of them wake an idle process once, not ten times."""
+    """Return the time until this process's next beat of `every_s`, at most a tenth longer. Idle
+    loops wait for the same beats: ten of them wake a process once, not ten times."""
     left_s = every_s - (time.monotonic() - _PHASE_S) % every_s
     return left_s if left_s > every_s / 10 else left_s + every_s
 
 
 class ServerClock:
-    """PostgreSQL's clock, as the pulse and a worker's heartbeats have read it last: a process's own
-    may be wrong, or be set while it runs."""
+    """PostgreSQL's clock, as last read by the pulse and a worker's heartbeats: a process's own
+    clock may be wrong, or be set while it runs."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -79,15 +79,15 @@ class ServerClock:
         return f"<ServerClock {self.now()}>"
 
     def begin(self) -> float:
-        """For `read`, before PostgreSQL is asked."""
+        """Return the start time for `read`, before the query."""
         return self._clock()
 
     def read(self, begun: float, at: datetime) -> None:
-        """PostgreSQL has answered that it was `at`: at the middle of the time since then."""
+        """Set the time `at` that PostgreSQL returned, for the middle of the query's duration."""
         self._read = (begun + self._clock()) / 2, at
 
     def now(self) -> datetime:
-        """By this process's own clock until PostgreSQL's was read."""
+        """Return PostgreSQL's time, or this process's until it was read."""
         if self._read is None:
             return datetime.now(UTC)
         read_at, at = self._read
@@ -95,19 +95,19 @@ class ServerClock:
 
 
 class Notifications:
-    """One per process: sends to all processes, listens once something here waits."""
+    """Sends notifications to all processes, and listens once something waits. One per process."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
         self.clock = ServerClock()
-        # To be sent.
+        # Pending notifications.
         self._work: set[str] = set()
         self._changed: set[UUID] = set()
         self._cancelled: set[UUID] = set()
         self._moved: dict[str, str] = {}
         self._sending: asyncio.Task[None] | None = None
-        # Waiting: events by request, with the version that its watcher has seen; by lane, with how
-        # often it was notified; and the cancellations received, once a worker waits for them.
+        # Waiters: events by request, with the version that the watcher has seen; events and counts
+        # of notifications by lane; received cancellations, once a worker waits for them.
         self._watchers: dict[UUID, set[asyncio.Event]] = {}
         self._seen: dict[UUID, int] = {}
         self._idle: dict[str | None, asyncio.Event] = {}
@@ -120,10 +120,10 @@ class Notifications:
         self.on_moved: list[Callable[[bytes, str, int], None]] = []
         self.pool: str | None = None  # whose jobs this process works on
         self._due: dict[Sign, asyncio.Event] = {}
-        self._shown: frozenset[Sign] = frozenset()  # by the last pulse
+        self._shown: frozenset[Sign] = frozenset()  # in the last pulse
         self._pulsed_at = -math.inf
         self._seen_transaction: int | None = None
-        self._under_way: list[int] = []  # then, of those before it
+        self._under_way: list[int] = []  # transactions in progress at the last pulse
         self._budgets = -1
         self._line: asyncpg.Connection | None = None
         self._poller: asyncio.Task[None] | None = None
@@ -132,7 +132,7 @@ class Notifications:
         return sum(len(events) for events in self._watchers.values())
 
     async def aclose(self) -> None:
-        """Send what is pending; then stop listening."""
+        """Send pending notifications, then stop listening."""
         if self._sending is not None:
             await asyncio.wait({self._sending})
         tasks = [task for task in (self._poller, self._listening) if task is not None]
@@ -145,7 +145,7 @@ class Notifications:
     # Sending
 
     def work(self, pools: Iterable[str], lanes: Iterable[str] = ()) -> None:
-        """Notify that there may be work in these lanes of these pools; without any, in all."""
+        """Notify that these lanes of these pools may have work; all lanes if none is named."""
         ends = [f" {lane}" for lane in lanes] or [""]
         self._work.update(pool + end for pool in pools for end in ends)
         self._send_soon()
@@ -161,7 +161,7 @@ class Notifications:
         self._send_soon()
 
     def moved(self, key: bytes, upstream: str, cached_tokens: int) -> None:
-        """Notify that a conversation was answered elsewhere than other processes expect."""
+        """Notify that a conversation has moved to another upstream."""
         if len(self._moved) < _MOST_MOVES:
             self._moved[key.hex()] = f"{key.hex()} {cached_tokens} {upstream}"
             self._send_soon()
@@ -178,7 +178,7 @@ class Notifications:
                 )
                 await self._connections.execute("notify", messages)
         except StoreUnavailable:
-            self._messages()  # only hints are lost: every waiter polls as well
+            self._messages()  # hints may be lost: every waiter polls too
         finally:
             self._sending = None
 
@@ -202,7 +202,8 @@ class Notifications:
     # Waiting
 
     def watch(self, request_id: UUID) -> asyncio.Event | None:
-        """An event that is set when the request may have changed; None when there are too many."""
+        """Return an event that is set when the request may have changed; None for too many
+        watchers."""
         if len(self._watchers) >= MAX_WATCHERS:
             return None
         event = asyncio.Event()
@@ -220,22 +221,22 @@ class Notifications:
             self._seen.pop(request_id, None)
 
     def known(self, request_id: UUID, version: int) -> None:
-        """The watcher has seen `version`: only a different one wakes it."""
+        """Note that the watcher has seen `version`: only a different one wakes it."""
         if request_id in self._watchers:
             self._seen[request_id] = version
 
     def work_mark(self, lane: str | None = None) -> int:
-        """How often work was notified in the lane; None for any. Read before a claim and given to
-        `wait_work`: work that came in between then counts."""
+        """Return the count of notifications in a lane, None for any. Read before a claim and passed
+        to `wait_work`, so that work in between is noticed."""
         lanes = self._marks if lane is None else {lane, None}
         return sum(self._marks.get(one, 0) for one in lanes)
 
     async def wait_work(
         self, timeout_ms: int, since: int | None = None, lane: str | None = None
     ) -> None:
-        """Return when work may have come since the mark `since`, at the latest after `timeout_ms`,
-        and after one second where there is no pulse. A lane is a kind of jobs, `UNSURE` or
-        `BATCHES`; None stands for all."""
+        """Return when work may have arrived since the mark `since`, at the latest after
+        `timeout_ms`, and after one second without a pulse. A lane is a kind of jobs, `UNSURE` or
+        `BATCHES`; None for all."""
         self.listen()
         if since is not None and since != self.work_mark(lane):
             return
@@ -246,13 +247,12 @@ class Notifications:
                 await event.wait()
 
     def is_sure(self) -> bool:
-        """Whether the pulse has looked for work just now."""
+        """Whether the last pulse is recent."""
         return time.monotonic() - self._pulsed_at < _SURE_S
 
     async def due(self, sign: Sign, pace_s: float = 1.0) -> None:
-        """Return when there may be something of this sort to do: after `pace_s` while the pulse
-        shows some, or there is no pulse; else when it shows some, at the latest after
-        `PULSED_MS`."""
+        """Return when `sign` may need work: after `pace_s` while the pulse reports some, or without
+        a pulse; else once it reports some, at the latest after `PULSED_MS`."""
         if not self.is_sure() or sign in self._shown:
             await asyncio.sleep(pace_s)
             return
@@ -262,9 +262,9 @@ class Notifications:
                 await event.wait()
 
     async def wait_cancels(self, timeout_ms: float) -> set[UUID]:
-        """Return when a cancellation is notified, or after the time: the jobs notified of.
+        """Return the notified requests when a cancellation is notified, or after the timeout.
 
-        Only a hint, of all workers' jobs; `Jobs.to_cancel` knows.
+        These are hints, for all workers' jobs; `Jobs.to_cancel` has the facts.
         """
         if self._received is None:
             self._received = set()
@@ -277,19 +277,19 @@ class Notifications:
         return received
 
     def listen(self) -> None:
-        """Begin to listen, on a connection of its own; safe to call often."""
+        """Start listening, on a connection of its own; may be called often."""
         if self._listening is None:
             self._listening = asyncio.create_task(self._listen())
 
     def wake_all(self) -> None:
-        """Notifications may have been missed before this moment."""
+        """Wake all waiters, since notifications may have been missed."""
         self._work_came(None)
         self._wake(_SIGNS)
         self._requests_changed(list(self._watchers))
 
     async def _listen(self) -> None:
         while True:
-            # The pool reports an outage; this only reconnects when it has ended.
+            # The pool reports an outage; here only a reconnection is tried.
             with suppress(StoreUnavailable, OSError, asyncpg.PostgresError, *_CUT):
                 await self._listen_until_closed()
             await asyncio.sleep(_RECONNECT_MS / 1000)
@@ -314,14 +314,14 @@ class Notifications:
                     async with asyncio.timeout(next_beat_s(_PULSE_S)):
                         await closed.wait()
         except AttributeError as failed:
-            if connection.is_closed():  # between two steps of one statement
+            if connection.is_closed():  # within a statement
                 raise asyncpg.InterfaceError("the connection was cut off") from failed
             raise
         finally:
             watchdog.cancel()
             connection.terminate()
             self._pulsed_at, self._seen_transaction = -math.inf, None
-            self.wake_all()  # loops look for themselves now
+            self.wake_all()  # loops poll from now on
 
     async def _pulse(self, connection: DatabaseSession) -> None:
         given = (self.pool, self._seen_transaction, sorted(LANES), self._under_way)
@@ -329,7 +329,7 @@ class Notifications:
         try:
             async with asyncio.timeout(_LISTEN_TIMEOUT_MS / 1000):
                 row = await row_alone(connection, "pulse", *given, timeout_ms=_LISTEN_TIMEOUT_MS)
-        except asyncpg.PostgresError:  # of a schema without its tables, for one
+        except asyncpg.PostgresError:  # such as for a schema without its tables
             await connection.execute("ROLLBACK")
             return
         self.clock.read(begun, row["server_time"])
@@ -365,7 +365,7 @@ class Notifications:
             lane = str(payload).partition(" ")[2]
             self._work_came(lane if lane in LANES else None)
             return
-        # Parsed only where something waits: thousands a second pass by.
+        # Parsed only if something waits: thousands may arrive per second.
         ids = (UUID(word) for word in str(payload).split(",") if word)
         if channel == CHANGED:
             self._requests_changed(ids)
@@ -396,7 +396,7 @@ class Notifications:
                 except StoreUnavailable:
                     continue
                 now = {uuid_of(row["id"]): row["version"] for row in rows}
-                # One that is gone has changed too.
+                # A deleted request has changed too.
                 self._requests_changed(
                     request_id
                     for request_id in ids
@@ -407,8 +407,8 @@ class Notifications:
 
 
 class ReadTurns:
-    """A tenant's reads of single requests, `most` of them at a time in this process: however many
-    of its clients poll, the other connections are for everybody else."""
+    """Limits each tenant to `most` concurrent reads of single requests in this process: however
+    many clients poll, the other connections are left for other tenants."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -416,7 +416,7 @@ class ReadTurns:
 
     @asynccontextmanager
     async def turn(self, tenant_id: str, timeout_ms: int) -> AsyncIterator[None]:
-        """Wait for a turn, no longer than that. Raises StoreUnavailable."""
+        """Wait for a turn, at most `timeout_ms`. Raises StoreUnavailable."""
         turns = self._of.get(tenant_id)
         if turns is None:
             turns = self._of[tenant_id] = asyncio.Semaphore(self._most)
@@ -435,9 +435,8 @@ _MOST_ASKS = 3
 
 
 async def until_quick(ask: Callable[[], Awaitable[object]], lease_ms: int) -> None:
-    """Repeat `ask` until its reply is read within a third of a lease: another process may have the
-    claim of one that stood still meanwhile. Raises what `ask` raises, and StoreUnavailable after
-    three slow replies."""
+    """Repeat `ask` until its reply is read within a third of a lease: after a stall another process
+    may have the claim. Raises what `ask` raises, and StoreUnavailable after three slow replies."""
     for _ in range(_MOST_ASKS):
         asked_at = Steadiness.clock()
         await ask()
@@ -446,9 +445,9 @@ async def until_quick(ask: Callable[[], Awaitable[object]], lease_ms: int) -> No
     raise StoreUnavailable("PostgreSQL answers too slowly for the lease of a claim")
 
 
-MARGIN_S = 15.0  # longer than any transaction of ours, and than clocks differ
+MARGIN_S = 15.0  # longer than any transaction here and any difference of clocks
 ALL_S = 1e9
-AT_ONCE = 500  # what one search finds at most
+AT_ONCE = 500  # the most that one search finds
 _WHOLE_EVERY_S = 1.0
 _SHARE = 50
 _HURRIED_S = 0.005
@@ -457,7 +456,7 @@ _UNKNOWN_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """One search, which goes back `back_s` seconds."""
+    """One search, of the last `back_s` seconds."""
 
     back_s: float
     began: float
@@ -465,26 +464,27 @@ class Scan:
 
 
 class Lookback:
-    """One for each kind of search in a process; several may be under way."""
+    """Scan window for one kind of search in a process; searches may overlap."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._done: float | None = None
-        self._whole_at = 0.0  # when the last one from the beginning was begun
+        self._whole_at = 0.0  # when the last full search began
         self._whole_took_s = 0.0
 
     def begin(self, *, hurried: bool = False) -> Scan:
-        """A `hurried` search begins at the very beginning only where that was quick last time."""
+        """Begin a search; a `hurried` one is only full if the last full search was quick."""
         now = self._clock()
         due = now - self._whole_at >= max(_WHOLE_EVERY_S, _SHARE * self._whole_took_s)
         if self._done is None or (due and not (hurried and self._whole_took_s > _HURRIED_S)):
-            # Until it has ended well it counts as long: one that fails is not retried immediately.
+            # A full search counts as slow until it succeeds, so that a failure is not retried
+            # immediately.
             self._whole_at, self._whole_took_s = now, _UNKNOWN_S
             return Scan(ALL_S, now, True)
         return Scan(now - self._done + MARGIN_S, now, False)
 
     def end(self, look: Scan, *, complete: bool) -> None:
-        """It ended well; `complete` if there was no more to find than it took."""
+        """Record a successful search; `complete`: there was no more to find."""
         if look.is_whole:
             self._whole_took_s = self._clock() - look.began
         if complete and (self._done is None or look.began > self._done):

@@ -2,15 +2,16 @@
 
     the guard of a route, or a command ── acting() ──► a change ── record_action() ──► one row
 
-Both are in `records`, for all who write; here are the rows that are read, and those written for
-what is not in PostgreSQL.
+`acting` and `record_action` are in `records`, for all writers; this module reads the rows, and
+writes those for changes outside of PostgreSQL.
 
-A change in PostgreSQL is recorded in its own transaction, any other before it takes effect. What a
-process does by itself, such as putting its deployment's limits in force, is nobody's action.
-Changes of limits and upstreams have a history: the row has its revision and no copy of it.
+A change in PostgreSQL is recorded in its own transaction, any other before it takes effect. Changes
+that a process makes by itself, such as putting its deployment's limits in force, are not recorded.
+Limits and upstreams have a history of changes: the row has the revision and no copy of the change.
 
-Invariants: a row is never changed, and goes by `OPERATOR_LOG_DAYS` alone, which the table enforces
-by a trigger; no secret is in a row; work that outlives its request is not the operator's any more.
+Invariants: a row is never changed, and only deleted after `OPERATOR_LOG_DAYS`, which a trigger of
+the table enforces; no secret is in a row; work that outlives its request is not attributed to the
+operator.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class OperatorAction:
-    """A row. `number` grows with time; revision: of the history that has the change itself."""
+    """A recorded action. `number` grows with time; revision: in the history that has the change
+    itself."""
 
     number: int
     at: datetime
@@ -51,7 +53,7 @@ class OperatorAction:
 
 
 class OperatorActions:
-    """The table. Every method raises StoreUnavailable, but for `note`."""
+    """The recorded actions. Every method raises StoreUnavailable, except `note`."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
@@ -59,7 +61,7 @@ class OperatorActions:
     async def write(
         self, what: What, target: str, *, after: Mapping[str, Any] | None = None
     ) -> None:
-        """Put on record what is about to be done elsewhere than in this transaction."""
+        """Record an action before it takes effect outside of this transaction."""
         await self._connections.run(
             lambda connection: record_action(connection, what, target, after=after),
             timeout_ms=_TIMEOUT_MS,
@@ -68,7 +70,8 @@ class OperatorActions:
     async def note(
         self, what: What, target: str, *, after: Mapping[str, Any] | None = None
     ) -> None:
-        """The same for what must work while PostgreSQL is away: then the log alone has it."""
+        """Record an action that must work while PostgreSQL is unavailable: then only the log has
+        it."""
         try:
             await self.write(what, target, after=after)
         except StoreUnavailable as away:
@@ -88,7 +91,7 @@ class OperatorActions:
         before: int | None = None,
         limit: int = 100,
     ) -> list[OperatorAction]:
-        """The newest first, those below the number `before`."""
+        """Return actions, the newest first, below the number `before`."""
         rows = await self._connections.rows(
             "list_actions",
             operator and clean(operator),

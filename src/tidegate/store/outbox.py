@@ -1,8 +1,8 @@
 """Outbox of webhooks and alerts: written with what they report, claimed by senders.
 
-Invariant: a webhook is there exactly when its request's end is on record, and stays due until a
-sender has settled it: a sender that dies is followed by another once its claim is over. So each is
-delivered at least once, or given up; a receiver knows repeats by the webhook's id.
+Invariant: a webhook exists exactly if its request's end is on record, and stays due until a sender
+has settled it: if a sender dies, another one claims the webhook after the lease. So each is
+delivered at least once, or given up; a receiver recognises repeats by the webhook's id.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ WAITING = WebhookRecord("waiting")
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One try, under way. `tries` counts it, and fences what is recorded of it. created_at: when
-    the end was recorded that it is about."""
+    """One attempt to deliver, in progress. `tries` counts it, and fences its result. created_at:
+    when the reported end was recorded."""
 
     webhook_id: UUID
     request_id: UUID
@@ -46,12 +46,12 @@ class Delivery:
 
     @property
     def status(self) -> str:
-        """With which the request ended."""
+        """The status with which the request ended."""
         return self.event.partition(".")[2]
 
 
 class WebhookOutbox:
-    """The sender's and the operator's side. Every method raises StoreUnavailable."""
+    """Webhooks, for senders and operators. Every method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
@@ -59,14 +59,14 @@ class WebhookOutbox:
     async def claim(
         self, limit: int, lease_ms: int, *, but_of: Collection[str] = ()
     ) -> list[Delivery]:
-        """At most `limit` due webhooks, none of the tenants `but_of`; one that is not settled
-        within the lease is due again."""
+        """Claim at most `limit` due webhooks, none of the tenants `but_of`; a webhook that is not
+        settled within the lease is due again."""
         rows = await self._connections.rows("claim_webhooks", limit, float(lease_ms), list(but_of))
         return [record_of(Delivery, row) for row in rows]
 
     async def end_of(self, delivery: Delivery, now: RequestRecord) -> RequestRecord:
-        """A request that was queued again since, as it ended then; of an end that is on record no
-        more its status alone."""
+        """Return a request that was queued again, as it had ended before; only its status if that
+        end is no longer on record."""
         row = await self._connections.row(
             "get_webhook_end", delivery.request_id, delivery.status, delivery.created_at
         )
@@ -94,14 +94,14 @@ class WebhookOutbox:
         problem: str | None = None,
         due_in_ms: int = 0,
     ) -> None:
-        """Record how a try went; does nothing when another sender has the webhook by now."""
+        """Record an attempt's result; does nothing if another sender has claimed the webhook."""
         fence = (delivery.webhook_id, delivery.tries)
         await self._connections.execute(
             "settle_webhook", *fence, state, answer_status, problem, float(due_in_ms)
         )
 
     async def redeliver(self, webhook_id: UUID) -> None:
-        """Have a webhook delivered again, whatever became of it; raises NotFound."""
+        """Deliver a webhook again, whatever its state; raises NotFound."""
         work = recorded(
             "redeliver_webhook", webhook_id, what="webhook.redeliver", target=webhook_id
         )
@@ -111,8 +111,8 @@ class WebhookOutbox:
 
 @dataclass(frozen=True, slots=True)
 class AlertDelivery:
-    """One try to post an alert, in progress. `tries` counts it, and fences what is recorded of it.
-    unit: of the amounts of an alert of a budget, which may be gone."""
+    """One attempt to post an alert, in progress. `tries` counts it, and fences its result. unit: of
+    the amounts in a budget's alert; the budget may be deleted."""
 
     alert_id: UUID
     kind: str
@@ -124,7 +124,7 @@ class AlertDelivery:
 
 @dataclass(frozen=True, slots=True)
 class AlertRecord:
-    """An alert, and what has become of it; `due_at` is of the next try of one that is pending."""
+    """An alert and its state; `due_at`: the next attempt of a pending one."""
 
     alert_id: UUID
     kind: str
@@ -144,12 +144,12 @@ class AlertOutbox:
         self._connections = connections
 
     async def add(self, kind: str, data: Mapping[str, Any]) -> None:
-        """Have an alert posted; `data` has the key `text`, which says it in one sentence."""
+        """Add an alert; `data` has the key `text`, one sentence that describes it."""
         await self._connections.execute("add_alert", kind, orjson.dumps(data).decode())
 
     async def hold(self, causes: Iterable[tuple[str, Mapping[str, Any]]], gone_s: float) -> None:
-        """Have an alert posted of each cause, a kind with its `subject` and `pool`, unless the one
-        before holds still: until it was not seen to hold for `gone_s`."""
+        """Add an alert for each cause, a kind with its `subject` and `pool`, unless its last alert
+        still holds: until the cause was absent for `gone_s`."""
         given = orjson.dumps([{"kind": kind, "data": data} for kind, data in causes]).decode()
 
         async def write(connection: asyncpg.Connection) -> None:
@@ -159,17 +159,18 @@ class AlertOutbox:
         await self._connections.run(write)
 
     async def claim(self, limit: int, lease_ms: int) -> list[AlertDelivery]:
-        """At most `limit` due alerts; one that is not settled within the lease is due again."""
+        """Claim at most `limit` due alerts; an alert that is not settled within the lease is due
+        again."""
         rows = await self._connections.rows("claim_alerts", limit, float(lease_ms))
         return [record_of(AlertDelivery, row) for row in rows]
 
     async def newest(self, limit: int) -> list[AlertRecord]:
-        """The last alerts, the newest first."""
+        """Return the last alerts, newest first."""
         found = await self._connections.rows("list_alerts", limit)
         return [record_of(AlertRecord, row) for row in found]
 
     async def redeliver(self, alert_id: UUID) -> bool:
-        """Have an alert posted again; False where there is none, or it is to be posted anyway."""
+        """Post an alert again; False if there is none, or it is pending anyway."""
         work = recorded("redeliver_alert", alert_id, what="alert.redeliver", target=alert_id)
         return await self._connections.run(work) is not None
 
@@ -181,7 +182,7 @@ class AlertOutbox:
         problem: str | None = None,
         due_in_ms: int = 0,
     ) -> None:
-        """Record how a try went; does nothing when another sender has the alert by now."""
+        """Record an attempt's result; does nothing if another sender has claimed the alert."""
         await self._connections.execute(
             "settle_alert",
             delivery.alert_id,
@@ -193,7 +194,7 @@ class AlertOutbox:
 
 
 async def add_webhooks(connection: asyncpg.Connection, ended: Iterable[asyncpg.Record]) -> None:
-    """For those of these requests, ended in this transaction, that have a webhook."""
+    """Add the webhooks of requests that ended in this transaction."""
     rows = [
         {
             "id": str(new_id()),
@@ -213,7 +214,7 @@ async def add_webhooks(connection: asyncpg.Connection, ended: Iterable[asyncpg.R
 async def webhook_of(
     connection: asyncpg.Connection, request: asyncpg.Record
 ) -> WebhookRecord | None:
-    """What became of a request's webhook; None where it has none."""
+    """Return the state of a request's webhook; None if it has none."""
     if request["webhook_url"] is None:
         return None
     row = await connection.fetchrow(sql("get_webhook"), request["id"])

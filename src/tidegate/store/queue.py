@@ -1,13 +1,12 @@
 """Queue of ready jobs: claims in fair order, their release, and the jobs of silent workers.
 
 PostgreSQL keeps index entries of jobs that have left the queue until no transaction can see them,
-so a claim never searches from the start: it reads which jobs came since the last reading and
-starts in each queue (tenant and priority) at the first ready job. Sweeps from the start take at
+so a claim never searches from the start: it reads which jobs became ready since the last reading,
+and starts in each queue (tenant and priority) at the first ready job. Sweeps from the start take at
 most a fiftieth of the time.
 
-Invariants: a job has at most one valid claim, `requests.claim`; releasing it in any way raises
-that number; nothing that is ready stays unseen; a claim whose reply was lost is found by its
-claimant.
+Invariants: a job has at most one valid claim, `requests.claim`; every release increments that
+number; no ready job stays unseen; a claim whose reply was lost is found by its claimant.
 """
 
 from __future__ import annotations
@@ -48,23 +47,23 @@ _MOST_EARLY = 256
 _QUICK_S = 0.05
 
 _FIRST = UUID(int=0)
-_SEARCHED = 5_000  # jobs of callers that are passed over, in one search
+_SEARCHED = 5_000  # jobs of skipped callers, in one search
 
 Key = tuple[str, int]  # tenant and priority
-# Of one tenant: API keys, users and conversations, `("key", PREFIX)`.
+# API keys, users and conversations of one tenant, as `("key", PREFIX)`.
 Callers = frozenset[tuple[str, str]]
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class QueueTurn:
-    """A queue that a claim looks at: `n` is the tenant's turn."""
+    """A queue that a claim reads: `n` is the tenant's turn."""
 
     n: int
     key: Key
     since: datetime | None
     early: tuple[UUID, ...]
-    is_part: bool = False  # some callers' jobs are passed over
+    is_part: bool = False  # jobs of some callers are skipped
 
     def row(self) -> Json:
         tenant_id, priority = self.key
@@ -74,11 +73,12 @@ class QueueTurn:
 
 @dataclass(slots=True)
 class _Queue:
-    """`since`: when its first ready job was made, but for the early ones; None: no others.
+    """The start of a queue. `since`: when its first ready job was made, without the early ones;
+    None for no others.
 
-    Early ones are claimed by their ids. So a job that comes back after long does not have the
-    search begin with it, among all that have left since. `past`: where a search begins that passes
-    over the jobs of `past_of`.
+    Early jobs are claimed by id, so that a job that returns after a long time does not make the
+    search begin among all jobs that have left since. `past`: where a search begins that skips the
+    jobs of the callers `past_of`.
     """
 
     since: datetime | None = None
@@ -87,7 +87,7 @@ class _Queue:
     past_of: Callers = frozenset()
 
     def add(self, jobs: int, named: Sequence[tuple[datetime, UUID]]) -> None:
-        """`jobs` became ready; `named` are the oldest of them, in their order."""
+        """Note that `jobs` became ready; `named` are the oldest of them, in order."""
         if self.past is not None:
             self.past = min(self.past, named[0])
         if jobs > len(named):
@@ -106,14 +106,14 @@ class _Queue:
             self.past = min(self.past, (made_at, _FIRST))
 
     def search_past(self, callers: Callers) -> tuple[datetime | None, UUID]:
-        """Where a search begins for the jobs of others than `callers`."""
+        """Return where a search begins for jobs of callers other than `callers`."""
         begin = None if self.since is None else (self.since, _FIRST)
         known = self.past if self.past_of <= callers else None
         self.past, self.past_of = begin and max(begin, known or begin), callers
         return self.past or (None, _FIRST)
 
     def turn(self, n: int, key: Key, limit: int) -> QueueTurn:
-        """The oldest first. While there are many early ones, what is not early waits."""
+        """Return the turn, oldest first. With many early jobs, only these are claimed."""
         oldest = sorted(self.early, key=lambda one: (self.early[one], one))
         few = len(oldest) <= 2 * limit
         return QueueTurn(n, key, self.since if few else None, tuple(oldest[: 2 * limit]))
@@ -135,7 +135,7 @@ class Ready:
         queues = sum(len(queues) for queues in self._queues.values())
         return f"<Ready queues={queues} swept={self.is_swept}>"
 
-    # Reading on
+    # Reading new jobs
 
     @property
     def is_unread(self) -> bool:
@@ -143,33 +143,33 @@ class Ready:
 
     @property
     def unread(self) -> tuple[int, int, list[int]]:
-        """The transactions to read: from, before, and those that were under way."""
+        """The transactions to read: from, before, and those in progress at the last reading."""
         return (_ALL if self._xmax is None else self._xmax), _ALL, self._under_way
 
     def read(self, rows: Sequence[Row]) -> None:
-        """Take in what came; the snapshot of it is where the next reading begins."""
+        """Add new jobs; the next reading begins at the snapshot of this one."""
         xmax = rows[0]["xmax"]
         if self._xmax is None or xmax < self._xmax:
-            # The first reading; or another server, which has not come as far as the one before.
+            # The first reading, or a different server that is behind the previous one.
             self._xmax = xmax
             self.begin_sweep()
         self._xmax, self._under_way = xmax, rows[0]["under_way"]
         self._add(rows)
 
-    # Going through all that was there before
+    # Sweeping all earlier jobs
 
     @property
     def is_swept(self) -> bool:
         return not self.is_unread and self._swept_to >= self._sweep_end
 
     def begin_sweep(self) -> None:
-        """Look at all again, up to where was read, whatever is known."""
+        """Sweep everything up to the last reading again."""
         assert self._xmax is not None
         self._swept_to, self._sweep_end = 0, self._xmax
 
     @property
     def unswept(self) -> tuple[int, int, list[int]]:
-        """The next step, as `unread`."""
+        """The next step of the sweep, in the form of `unread`."""
         return self._swept_to, min(self._swept_to + self._step, self._sweep_end), []
 
     @property
@@ -177,13 +177,13 @@ class Ready:
         return self._step == 1
 
     def swept(self, before: int, rows: Sequence[Row], took_s: float) -> None:
-        """A step is done; a slow one is followed by a shorter one."""
+        """Complete a step; a slow step is followed by a shorter one."""
         self._add(rows)
         self._swept_to = before
         self._step = min(2 * self._step, _ALL) if took_s < _QUICK_S else max(1, self._step // 2)
 
     def not_swept(self) -> None:
-        """A step took too long."""
+        """Shorten a step that took too long."""
         self._step = max(1, min(self._step, self._sweep_end - self._swept_to) // 8)
 
     def _add(self, rows: Sequence[Row]) -> None:
@@ -200,12 +200,12 @@ class Ready:
     # Claiming
 
     def tenants_after(self, last: str) -> list[str]:
-        """All tenants that may have ready jobs, in turn from after `last`."""
+        """Return all tenants that may have ready jobs, in turn after `last`."""
         place = bisect_right(self._tenants, last)
         return self._tenants[place:] + self._tenants[:place]
 
     def turns(self, tenants: Iterable[str], limit: int) -> list[QueueTurn]:
-        """What a claim of at most `limit` jobs is to look at."""
+        """Return the queues that a claim of at most `limit` jobs reads."""
         return [
             queue.turn(n, (tenant, priority), limit)
             for n, tenant in enumerate(tenants)
@@ -213,13 +213,13 @@ class Ready:
         ]
 
     def queue(self, key: Key) -> _Queue:
-        """One of those that `turns` has named."""
+        """Return one of the queues that `turns` has named."""
         return self._queues[key[0]][key[1]]
 
     def settle(self, turn: QueueTurn, since: datetime | None, early: Iterable[UUID]) -> None:
-        """After the claim's commit: where the queue begins now, and the early ones that are left.
+        """Update a queue after a claim's commit: its start, and the remaining early jobs.
 
-        What was learnt meanwhile by sweeping stands.
+        What a concurrent sweep has found is kept.
         """
         tenant, priority = turn.key
         queues = self._queues.get(tenant, {})
@@ -253,7 +253,7 @@ Lane = tuple[str, str]  # pool and lane
 
 @dataclass(slots=True)
 class _Known:
-    """What is known of a lane, and when it was last read and swept."""
+    """State of a lane, and when it was last read and swept."""
 
     ready: Ready
     last_tenant: str = ""
@@ -265,7 +265,7 @@ class _Known:
 
 
 class ReadyQueues:
-    """`lock` is held while jobs are being claimed."""
+    """Ready jobs of all lanes; `lock` is held during a claim."""
 
     def __init__(
         self, connections: Connections, notifications: Notifications, *, instance_id: str
@@ -277,14 +277,14 @@ class ReadyQueues:
         self._sweeping = asyncio.Lock()
         self.lanes: dict[Lane, _Known] = {}
         self._ripening = Lookback()
-        # It may be another server, and may have lost what the old one had seen.
+        # It may be a different server, which may have lost what the old one had.
         connections.on_back.append(self.lanes.clear)
 
     async def claim(
         self, lane: Lane, limit: int, without: Mapping[str, Callers]
     ) -> list[ClaimedJob]:
-        """Claim up to `limit` jobs, the caller holding `lock`; of tenants in `without` none of
-        these callers. Raises StoreUnavailable, after which some may be claimed."""
+        """Claim up to `limit` jobs while the caller holds `lock`; none of the callers in `without`,
+        by tenant. Raises StoreUnavailable, after which some may be claimed."""
         known = self.lanes.setdefault(lane, _Known(Ready()))
         known.passes_over = without
         if known.is_first:
@@ -294,20 +294,20 @@ class ReadyQueues:
         at_once = _TENANTS_AT_ONCE
         for _ in range(_ROUNDS):
             while tenants and len(jobs) < limit:
-                # Others had been there first: the next step is a larger one.
+                # Other workers were faster: search more tenants in the next step.
                 at_once *= 2
                 some, tenants = tenants[:at_once], tenants[at_once:]
                 jobs += await self._take(lane, known, some, limit - len(jobs))
             if len(jobs) >= limit:
                 break
-            # Others may have locked the candidates that we saw while more wait behind them.
+            # Others may have locked these candidates while more jobs wait behind them.
             again = known.ready.tenants_after(known.last_tenant)
             tenants = [one for one in again if one not in without]
         return jobs
 
     async def maintain(self) -> bool:
-        """Keep up with lanes in which nothing is claimed just now, and look again at all of it;
-        whether more of it is left. Raises StoreUnavailable."""
+        """Read lanes without claims, and sweep; return whether there is more to sweep. Raises
+        StoreUnavailable."""
         await self._ripen_all()
         for lane, known in list(self.lanes.items()):
             if time.monotonic() - known.read_at > _READ_EVERY_S:
@@ -324,7 +324,7 @@ class ReadyQueues:
     async def _read_and_take(
         self, lane: Lane, known: _Known, limit: int
     ) -> tuple[list[str], list[ClaimedJob]]:
-        """The usual claim, in one transaction; returns also the tenants that were not looked at."""
+        """Read and claim in one transaction; return also the tenants that were not searched."""
         look = self._ripening.begin(hurried=True)
 
         async def work(
@@ -385,7 +385,7 @@ class ReadyQueues:
         found: list[asyncpg.Record],
         jobs: list[ClaimedJob],
     ) -> None:
-        """Once the claim is committed, and not before: till then others may have its jobs."""
+        """Apply a claim after its commit: before that, others may get its jobs."""
         after = {(row["of_n"], row["of_priority"]): row for row in found}
         for turn in turns:
             row = after[turn.n, turn.key[1]]
@@ -398,7 +398,7 @@ class ReadyQueues:
         known.read_at = time.monotonic()
 
     async def _sweep(self, lane: Lane, known: _Known, most_s: float) -> None:
-        """Look at all that was there before the last reading, as far as `most_s` reaches."""
+        """Sweep jobs from before the last reading, for at most `most_s`."""
         until = time.monotonic() + most_s
         async with self._sweeping:
             if known.ready.is_unread:
@@ -440,7 +440,7 @@ async def _came(
     transactions: tuple[int, int, list[int]],
     ripe_since_s: float = 0.0,
 ) -> list[asyncpg.Record]:
-    """What became ready in `transactions`."""
+    """Return the jobs that became ready in `transactions`."""
     found: list[asyncpg.Record] = await connection.fetch(
         sql("came"), *lane, *transactions, ripe_since_s
     )
@@ -455,7 +455,7 @@ async def _of_others(
     callers: Callers,
     limit: int,
 ) -> QueueTurn:
-    """The turn without the jobs of `callers`, as far as one search shows others."""
+    """Return the turn without the jobs of `callers`, as far as one search finds others."""
     names = [
         [name for what, name in callers if what == each] for each in ("key", "user", "conversation")
     ]
@@ -478,7 +478,7 @@ class ExpiredClaims:
         self._silent: dict[str, datetime] = {}
 
     async def holders(self, look: Scan) -> list[str]:
-        """Those whose claims are to be looked for. Raises StoreUnavailable."""
+        """Return workers whose claims are to be returned. Raises StoreUnavailable."""
         found = await self._connections.rows("silent_workers", self._lease_ms)
         self._silent = {row["instance_id"]: row["seen_at"] for row in found}
         names = [
@@ -498,7 +498,7 @@ class ExpiredClaims:
 
 
 _OF_ATTEMPT = ("model", "fence_epoch", "fence_sequence", "admitted_at", "upstream")
-MAX_LAPSES = 3  # workers that may die under a job before it counts as the killer
+MAX_LAPSES = 3  # workers that die while they call a job before the job counts as the cause
 _WORKER_DIED = Failure(
     code="worker_died",
     message=f"the workers that ran this died {MAX_LAPSES} times; it will not be tried again",
@@ -507,8 +507,8 @@ _EXPIRED = Failure(code="deadline_exceeded", message="its deadline came while it
 
 
 class JobQueue:
-    """The worker's side: claims of jobs, and what becomes of them. Every method that asks
-    PostgreSQL raises StoreUnavailable."""
+    """Claims of jobs and their results, for workers. Methods that query PostgreSQL raise
+    StoreUnavailable."""
 
     def __init__(
         self,
@@ -537,16 +537,16 @@ class JobQueue:
 
     @property
     def may_judge(self) -> bool:
-        """Whether this process may take back what others had."""
+        """Whether this process may return claims of others."""
         return self._steadiness.may_judge
 
     def settled(self, job: ClaimedJob) -> None:
-        """This process is done with the job's claim."""
+        """Forget the job's claim in this process."""
         if self._held.get(job.request_id) == job.claim:
             del self._held[job.request_id]
 
     async def heartbeat(self) -> None:
-        """Report that this worker lives, every third of the claim lease."""
+        """Send this worker's heartbeat, every third of the claim lease."""
         sent_at, clock = self._steadiness.clock(), self._notifications.clock
         begun, most_ms = clock.begin(), max(self._lease_ms // 3, 100)
         try:
@@ -560,7 +560,7 @@ class JobQueue:
             await self._look_for_strays()
 
     async def leave(self) -> None:
-        """Report that this worker is leaving; its queued claims are free immediately."""
+        """Report that this worker stops; its queued claims are free immediately."""
         freed = await self._connections.rows("leave", self._instance_id)
         self._notifications.work(row["pool"] for row in freed)
         self._steadiness.missed()
@@ -573,16 +573,16 @@ class JobQueue:
         limit: int,
         without: Mapping[str, Callers] | None = None,
     ) -> list[ClaimedJob]:
-        """Up to `limit` queued jobs of the kind, None for those still unsure; tenants in turn, and
-        of those in `without` no jobs of these callers. A cancelled caller's claims are released by
-        the next heartbeat."""
+        """Return up to `limit` queued jobs of the kind, None for unclassified ones; tenants in
+        turn, and no jobs of the callers in `without`. The next heartbeat releases a cancelled
+        caller's claims."""
         if limit <= 0:
             return []
         await self._ready_to_claim()
         return await self._delivered(self._claim((pool, kind or UNSURE), limit, without or {}))
 
     def has_others(self, pool: str, kind: Kind, present: Collection[str]) -> bool:
-        """Whether tenants but these may have ready jobs of the kind."""
+        """Whether other tenants may have ready jobs of the kind."""
         known = self._queues.lanes.get((pool, kind), _Known(Ready()))
         return any(one not in present for one in known.ready.tenants_after(""))
 
@@ -604,7 +604,7 @@ class JobQueue:
 
     async def _ready_to_claim(self) -> None:
         if not self._steadiness.fresh:
-            # Claims of a worker without a heartbeat on record would count as expired.
+            # Claims of a worker without a recorded heartbeat would count as expired.
             await self.heartbeat()
         if self._doubtful:
             await self._release_strays()
@@ -621,7 +621,7 @@ class JobQueue:
             raise
 
     async def maintain(self) -> bool:
-        """Keep up with what became ready; whether to go on with it within a second or so."""
+        """Read and sweep ready jobs; return whether to continue within about a second."""
         return await self._queues.maintain()
 
     async def classified(self, job: ClaimedJob, classification: Classification) -> None:
@@ -648,11 +648,11 @@ class JobQueue:
         queue_ms: float,
         failed: FailedTry | None = None,
     ) -> None:
-        """Record that the job is admitted, before its call; `failed`: another one before, under the
-        same claim. Raises ClaimLost, or StoreUnavailable, with which it may be recorded.
+        """Record that the job is admitted, before its call; `failed`: an earlier attempt under the
+        same claim. Raises ClaimLost, or StoreUnavailable, after which it may be recorded.
 
-        A process that stood still until it read the reply asks again: another worker may have the
-        job by then, and its call would be made twice.
+        A process that stalled before it read the reply repeats the request: another worker may have
+        the job by then, and the call would be made twice.
         """
         row = {
             "id": job.request_id,
@@ -677,16 +677,15 @@ class JobQueue:
             raise
 
     async def finish(self, job: ClaimedJob, record: CallRecord) -> None:
-        """Record a job's end, on disk while PostgreSQL is unavailable. Raises ClaimLost,
-        StoreUnavailable when the spill is full. A cancelled caller's end is recorded all the
-        same."""
+        """Record a job's end, on disk while PostgreSQL is unavailable. Raises ClaimLost, and
+        StoreUnavailable when the spill is full. A cancelled caller's end is recorded too."""
         if await self._audit.end_job(job, record):
             self.settled(job)
 
     async def retry(
         self, job: ClaimedJob, record: CallRecord, at: datetime | None, is_counted: bool = True
     ) -> None:
-        """Record a failed attempt and queue the job again, not before then; otherwise as
+        """Record a failed attempt and queue the job again, not before `at`; otherwise as
         `finish`."""
         if await self._audit.retry_job(job, record, at, is_counted=is_counted):
             self.settled(job)
@@ -702,7 +701,7 @@ class JobQueue:
         waits_ms: Mapping[UUID, int] | None = None,
         failure: Failure | None = None,
     ) -> None:
-        """Release claims, of jobs in `waits_ms` for so long, over `failure`."""
+        """Release claims; jobs in `waits_ms` wait for so long, because of `failure`."""
         if not jobs:
             return
         why, waits_ms = rows.failure_row(failure), waits_ms or {}
@@ -739,8 +738,8 @@ class JobQueue:
         batch_wait_ms: float = 0.0,
         failure: Failure | None = None,
     ) -> None:
-        """Release the claims of jobs for a provider's batch: no worker has them before then, and no
-        batch for `batch_wait_ms`. The choice stands until `revisit_at`."""
+        """Park jobs for a provider's batch: workers may claim them at `not_before`, a batch after
+        `batch_wait_ms`. The tier is reviewed at `revisit_at`."""
         if not jobs:
             return
         where: Json = {"tier": Tier.BATCH, "not_before": not_before, "tier_why": why}
@@ -753,16 +752,15 @@ class JobQueue:
         self._notifications.changed(rows.uuid_of(row["id"]) for row in found)
 
     async def bring_back(self, claims: Mapping[UUID, int]) -> None:
-        """Make jobs that were released for a time ready now, each unless it has been claimed since
-        it had that claim."""
+        """Make jobs that were put off ready now, each unless it was claimed after that claim."""
         if claims:
             put_off = rows.dumps({"id": one, "claim": claim} for one, claim in claims.items())
             back = await self._connections.rows("bring_back", put_off)
             self._notifications.work({row["pool"] for row in back})
 
     async def retake_expired(self) -> list[UUID]:
-        """Return dead workers' jobs to the queue, at most 500; returns their ids. Does nothing
-        until this process has had its own heartbeats answered for a whole lease."""
+        """Return dead workers' jobs to the queue, at most 500, and their ids. Does nothing until
+        this process's own heartbeats were answered for a whole lease."""
         if not self._steadiness.may_judge:
             return []
         failure = asdict(_WORKER_DIED)
@@ -796,14 +794,14 @@ class JobQueue:
         return ids
 
     async def expire_due(self) -> int:
-        """End queued jobs whose deadline has passed, at most 500; returns how many."""
+        """End queued jobs whose deadline has passed, at most 500; return how many."""
         look = self._expiring.begin()
         expired = await self._end_queued("expire_due", asdict(_EXPIRED), look.back_s)
         self._expiring.end(look, complete=expired < AT_ONCE)
         return expired
 
     async def cancel_returned(self) -> int:
-        """End jobs that are in the queue again though they were cancelled, at most 500."""
+        """End jobs that were cancelled and returned to the queue, at most 500."""
         return await self._end_queued("cancel_returned", CANCELLED_FAILURE)
 
     async def _end_queued(self, name: str, failure: Json, *values: float) -> int:
@@ -832,14 +830,14 @@ class JobQueue:
         return jobs
 
     def _undelivered(self, task: asyncio.Task[list[ClaimedJob]]) -> None:
-        """The caller was cancelled: no worker will run these."""
+        """Mark a cancelled caller's claims, which no worker runs, for release."""
         self._doubtful = True
         if not task.cancelled() and task.exception() is None:
             for job in task.result():
                 self.settled(job)
 
     async def _look_for_strays(self) -> None:
-        """With doubt now, without it as often as it is cheap."""
+        """Release stray claims if there may be any, otherwise when a search is due."""
         look = self._straying.begin()
         if self._doubtful or look.is_whole:
             await self._release_strays()
@@ -858,8 +856,8 @@ class JobQueue:
             self._notifications.work(row["pool"] for row in freed)
 
     async def _begin_another(self, row: Json, job: ClaimedJob, failed: FailedTry) -> bool:
-        """A running job's call has failed, and another one is about to be made; False where that
-        is on record by a try whose reply was lost, perhaps with another upstream."""
+        """Record the next attempt of a running job; False if an earlier try with a lost reply has
+        recorded it, perhaps for a different upstream."""
         ended = {"outcome": "failed", "finished_at": failed.finished_at}
         ended |= {"upstream_ms": failed.upstream_ms, "failure": rows.failure_row(failed.failure)}
 
@@ -880,7 +878,7 @@ class JobQueue:
                 int(failed.is_counted),
                 self._instance_id,
                 *map(row.get, _OF_ATTEMPT),
-                rows.attempts_since([row], 0),  # it has one under this claim
+                rows.attempts_since([row], 0),  # the attempt exists under this claim
             )
             return True
 

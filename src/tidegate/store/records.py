@@ -55,11 +55,10 @@ class Idempotency:
 class NewJob:
     """A submitted request, before it is durable. `classification.kind` is None while unsure.
 
-    endpoint: the native path that it wraps a call of; `prompt` is then the body, as JSON, or where
-    there is an attachment, which is the body, the head of it.
-    traceparent: of the caller, for the worker that will run it. trail: of a stream, which is
-    not on record. tiers_allowed: those that it may be put into beside the usual one. repeats: the
-    request that it replays; bound_upstream: the only one that it may be called at.
+    endpoint: the native path of a wrapped call; `prompt` is then its body, as JSON, or the
+    beginning of a body that is the only attachment. traceparent: the caller's, for the worker that
+    will run the job. trail: of a stream, not on record. tiers_allowed: tiers beside the live one.
+    repeats: the request that the job replays; bound_upstream: the only one that it may go to.
     """
 
     request_id: UUID
@@ -88,7 +87,7 @@ class NewJob:
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """The request that was submitted before under the same key, as it now stands."""
+    """The request that was submitted before under the same key, as it is now."""
 
     request_id: UUID
     status: Status
@@ -99,9 +98,9 @@ class Earlier:
 class ClaimedJob:
     """A job that this worker has claimed; every write to it is fenced by `claim`.
 
-    `attempts` counts the upstream attempts begun before this claim, `preemptions` the calls that
-    gave way to others, `lapses` those whose worker died; `was_called` covers those too that do not
-    count. tier: that it was put into last, None where none was chosen.
+    `attempts`: upstream attempts begun before this claim; `preemptions`: calls that were preempted;
+    `lapses`: calls whose worker died; `was_called`: also true after attempts that are not counted.
+    tier: the last one chosen, None for none.
     """
 
     request_id: UUID
@@ -134,7 +133,7 @@ class ClaimedJob:
 
 @dataclass(frozen=True, slots=True)
 class FailedTry:
-    """A call of a job that failed, while another upstream is tried under the same claim, as the
+    """A failed attempt of a job while another upstream is tried under the same claim, as the
     attempt `next_id`."""
 
     next_id: UUID
@@ -146,7 +145,7 @@ class FailedTry:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A stored file as its owner may fetch it: an upload (`input`) or a picture (`output`)."""
+    """A stored file as its owner may fetch it: an upload (`input`) or an image (`output`)."""
 
     file_id: UUID
     request_id: UUID
@@ -160,9 +159,9 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class WebhookRecord:
-    """What became of telling `webhook_url` of a request's end.
+    """State of the webhook that reports a request's end.
 
-    state: `waiting` for the end, then `pending`, and at last `delivered` or `given_up`.
+    state: `waiting` for the end, then `pending`, and finally `delivered` or `given_up`.
     """
 
     state: Literal["waiting", "pending", "delivered", "given_up"]
@@ -175,7 +174,7 @@ class WebhookRecord:
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """Everything that `GET /status/{id}` shows. `place` is 1 for the next in its queue."""
+    """Everything that `GET /status/{id}` shows. `place`: 1 for the next in its queue."""
 
     request_id: UUID
     tenant_id: str
@@ -198,17 +197,17 @@ class RequestRecord:
     finish_reason: str | None = None
     failure: Failure | None = None
     place: int | None = None
-    version: int = 1  # grows with every change; what a long poll waits for
+    version: int = 1  # incremented by every change; a long poll waits for it
     files: tuple[FileRecord, ...] = ()
     webhook: WebhookRecord | None = None
     endpoint: str | None = None  # of a job that wraps a native call; `text` is the answer's body
-    tier: Tier | None = None  # that a job was put into last; None where none was chosen
+    tier: Tier | None = None  # the last one chosen for a job; None for none
     tier_why: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PauseRecord:
-    """A pause of a limit by a person. left_ms: infinite where it lasts until it is resumed."""
+    """A person's pause of a limit. left_ms: infinite if it lasts until it is resumed."""
 
     limit: str
     by: str
@@ -218,9 +217,9 @@ class PauseRecord:
 
 @dataclass(frozen=True, slots=True)
 class PolicyRecord:
-    """A pool's policy as it was in force from `created_at` on, until the next revision.
+    """A pool's policy, in force from `created_at` until the next revision.
 
-    origin: `deployment` or `live`. `digest` is the same for the same policy.
+    origin: `deployment` or `live`. `digest`: equal for equal policies.
     """
 
     revision: int
@@ -262,31 +261,31 @@ _MOST_COUNTED = 10**13  # tokens or micro-dollars of one call
 
 
 def dumps(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The JSON array that a statement takes as $1."""
+    """Return the JSON array that a statement takes as $1."""
     return orjson.dumps(list(rows), default=str).decode()
 
 
 _NEVER = datetime(9999, 1, 1, tzinfo=UTC)
 
 
-# Each partition that a statement may touch is locked with its indexes, and PostgreSQL has room for
-# `max_locks_per_transaction` of them for each connection: a statement for jobs names their days.
+# PostgreSQL locks each partition that a statement may touch, with its indexes, and has room for
+# `max_locks_per_transaction` locks per connection: so statements name the days of their jobs.
 def ends_of(attempts: Sequence[Mapping[str, Any]]) -> tuple[str, datetime, datetime]:
-    """The values of `end_attempts`, for at least one attempt."""
+    """Return the values of `end_attempts`, for at least one attempt."""
     began = [attempt["created_at"] for attempt in attempts]
     return dumps(attempts), min(began), max(began)
 
 
 def attempts_since(jobs: Iterable[Mapping[str, Any]], claims: int = 1) -> datetime:
-    """When the first attempt of those jobs can have begun that were claimed more often than so. A
-    day is for the clocks: a job has the time of the process that accepted it, an attempt
-    PostgreSQL's."""
+    """Return the earliest possible start of a first attempt, among jobs that were claimed more
+    often than `claims`. A day earlier, since a job's time is that of the accepting process, an
+    attempt's that of PostgreSQL."""
     began = [job["created_at"] for job in jobs if job["claim"] > claims]
     return min(began, default=_NEVER) - timedelta(days=1)
 
 
 def clean(text: str) -> str:
-    """`text` as PostgreSQL can hold it."""
+    """Return `text` in a form that PostgreSQL can store."""
     if text.isascii() and "\x00" not in text:
         return text
     if "\x00" in text:
@@ -299,7 +298,7 @@ def clean(text: str) -> str:
 
 
 def texts_of(texts: Sequence[str | None]) -> Sequence[str | None]:
-    """The same of several columns, of which nearly all are in ASCII: one look at them together."""
+    """Return several columns in such a form; nearly all are ASCII and are checked together."""
     together = "".join(filter(None, texts))
     if together.isascii() and "\x00" not in together:
         return texts
@@ -307,7 +306,7 @@ def texts_of(texts: Sequence[str | None]) -> Sequence[str | None]:
 
 
 def cleaned(value: Any) -> Any:
-    """The same for every string within a row."""
+    """Return a row with every string in such a form."""
     if isinstance(value, str):
         return clean(str(value))
     if isinstance(value, dict):
@@ -318,7 +317,7 @@ def cleaned(value: Any) -> Any:
 
 
 def job_row(job: NewJob) -> Json:
-    """The columns that a job or stream has from the start."""
+    """Return the columns that a job or stream has from the start."""
     row = {
         "id": job.request_id,
         "tenant_id": job.tenant_id,
@@ -374,18 +373,19 @@ def entry_of(
     files: Sequence[Json] = (),
     bodies: Sequence[Json] = (),
 ) -> Json:
-    """What the audit writes, or keeps on the disk: the row that `op` is about, and what it has."""
+    """Return what the audit writes, or keeps on disk: the row that `op` is about, and what belongs
+    to it."""
     return {"op": op, "row": row, "attempt": attempt, "files": [*files], "bodies": [*bodies]}
 
 
 def blobs_of(entry: Json) -> list[str]:
-    """The blobs that go with an entry that is not written: nothing else names them."""
+    """Return the blobs to delete with an entry that is not written: only the entry names them."""
     named = (one["blob_key"] for one in (*entry["files"], *entry["bodies"]))
     return [key for key in named if key is not None]
 
 
 def stream_row(job: NewJob, record: CallRecord, attempt: Json | None) -> Json:
-    """The columns of a stream that has ended."""
+    """Return the columns of an ended stream."""
     return {
         **(attempt or {}),
         "used_model": None if attempt is None else attempt["model"],
@@ -399,7 +399,8 @@ def stream_row(job: NewJob, record: CallRecord, attempt: Json | None) -> Json:
 
 
 def lost_stream(record: CallRecord) -> Json:
-    """The entry of a stream whose process has died: its prompt and what had come are lost."""
+    """Return the entry of a stream whose process died: its prompt and its partial answer are
+    lost."""
     kind = None if record.kind is None else Kind(record.kind)
     why = "not kept: the process that made this call died before its end"
     job = NewJob(
@@ -420,7 +421,7 @@ def lost_stream(record: CallRecord) -> Json:
 
 
 def outcome_of(entry: Json) -> str:
-    """Of the attempt that an entry ends."""
+    """Return the outcome of the attempt that an entry ends."""
     if entry["op"] != "retry":
         return str(entry["row"]["status"])
     return CallPreempted.code if entry["row"].get("gave_way") else "failed"
@@ -431,7 +432,8 @@ def failure_row(failure: Failure | None) -> Json | None:
 
 
 def result_row(record: CallRecord) -> Json:
-    """The columns that an attempt's end gives to its request, its attempt and its audit row."""
+    """Return the columns that an attempt's end writes to its request, its attempt and its audit
+    row."""
     answer, charge = record.answer, record.charge
     assert record.fence is not None
     row = {
@@ -463,8 +465,8 @@ def result_row(record: CallRecord) -> Json:
 
 
 async def make_json(attempt: Json) -> None:
-    """Make JSON of a large result, once for all that has it, in pieces: for 20 MB the event loop
-    would stand still. `text_bytes` is its length then."""
+    """Convert a large result to JSON once for all rows, in pieces: 20 MB would block the event
+    loop. `text_bytes` is then its length."""
     text = attempt["result"]
     if text is None or len(text) <= _PIECE_CHARS:
         return
@@ -478,7 +480,7 @@ async def make_json(attempt: Json) -> None:
 
 
 def size_of(entry: Json) -> int:
-    """About how many bytes an entry takes in memory."""
+    """Return about how many bytes of memory an entry takes."""
     row = entry["row"]
     texts = (row.get(name) for name in ("result", "prompt", "answer"))
     size_bytes = sum(len(one) for one in texts if isinstance(one, str | bytes))
@@ -503,7 +505,7 @@ def lineage_row(lineage: Lineage) -> Json:
 
 
 def _prompt_head(ended: Mapping[str, Any], attempt: Mapping[str, Any]) -> str | None:
-    """Of a wrapped call, whose prompt is its body, as its last call has read it."""
+    """Return the beginning of the prompt; of a wrapped call as its last attempt has parsed it."""
     if ended["endpoint"] is None:
         return ended["prompt"][:PROMPT_HEAD_CHARS] or None
     head: str | None = attempt.get("prompt_head")
@@ -511,7 +513,7 @@ def _prompt_head(ended: Mapping[str, Any], attempt: Mapping[str, Any]) -> str | 
 
 
 def _lineage_at_end(ended: Mapping[str, Any], attempt: Mapping[str, Any]) -> Json:
-    """Of a request's last call, or as far as its submission says."""
+    """Return the lineage of a request's last call, else what its submission states."""
     if (found := attempt.get("lineage")) is not None:
         return {name: found.get(name) for name in LINEAGE_COLUMNS}
     if ended["traceparent"] is ended["conversation"] is None:
@@ -521,7 +523,7 @@ def _lineage_at_end(ended: Mapping[str, Any], attempt: Mapping[str, Any]) -> Jso
 
 
 def details_row(usage: Usage) -> dict[str, int | str] | None:
-    """What is on record of a usage beside its tokens; None where there is nothing."""
+    """Return the recorded details of a usage beside its tokens; None if there are none."""
     if (details := usage.details) is None:
         return None
     found: dict[str, int | str | None] = {
@@ -537,7 +539,7 @@ def details_text(usage: Usage) -> str | None:
 
 
 def details_of(raw: str | None) -> UsageDetails | None:
-    """The same from its column, as far as this version knows its names."""
+    """Return the details from their column, as far as this version knows their names."""
     if raw is None:
         return None
     found = orjson.loads(raw)
@@ -545,13 +547,13 @@ def details_of(raw: str | None) -> UsageDetails | None:
 
 
 def count_of(tokens: int | None) -> int | None:
-    """A provider's nonsense is as good as no word, and must not lose the answer; nor may sums of it
-    grow beyond what a column holds, which would lose those of others."""
+    """Return a provider's count, None for one out of range: it must not lose the answer, and sums
+    must fit into their columns."""
     return tokens if tokens is not None and 0 <= tokens <= _MOST_COUNTED else None
 
 
 def counts_of(amounts: Iterable[int | None]) -> list[int | None]:
-    """The same of several."""
+    """Return several counts, as `count_of` does."""
     return [
         amount if amount is not None and 0 <= amount <= _MOST_COUNTED else None
         for amount in amounts
@@ -561,13 +563,13 @@ def counts_of(amounts: Iterable[int | None]) -> list[int | None]:
 def audit_row(
     ended: Mapping[str, Any], attempt: Mapping[str, Any], instance_id: str, failure: Json | None
 ) -> Json:
-    """One audit row from the ended request as it now stands and what its last attempt said."""
+    """Return the audit row of an ended request, from its row as it is now and its last attempt."""
     columns = (
         *("tenant_id", "pool", "source", "status", "kind", "classified_by", "classified_reason"),
         *("priority", "attempts", "lapses", "admitted_at", "finished_at", "queue_ms"),
         *("upstream_ms", "first_byte_ms", "finish_reason", "key_id", "subject"),
     )
-    # What was never answered for was never sent, but where workers died over it.
+    # A request without an answer was never sent, unless workers died while calling it.
     lost = bool(attempt) or ended["status"] == Status.DEAD
     usual = UsageState.UNKNOWN if lost else UsageState.NONE
     charged = attempt.get("charged") or ended
@@ -593,8 +595,8 @@ def audit_row(
 
 
 def record_of(cls: type[Record], row: Mapping[str, Any], /, **values: Any) -> Record:
-    """A dataclass from a row: each field from `values`, else from the column of its name, else its
-    default. asyncpg's UUIDs become the standard library's."""
+    """Return a dataclass from a row: each field from `values`, else from the column of its name,
+    else its default. UUIDs are converted as `uuid_of` does."""
     for name in cls.__dataclass_fields__:
         if name not in values and name in row:
             value = row[name]
@@ -603,7 +605,7 @@ def record_of(cls: type[Record], row: Mapping[str, Any], /, **values: Any) -> Re
 
 
 def uuid_of(value: UUID) -> UUID:
-    """The standard library's UUID: orjson and msgpack do not know asyncpg's subclass."""
+    """Return the standard library's UUID: orjson and msgpack do not know asyncpg's subclass."""
     return UUID(int=value.int)
 
 
@@ -621,9 +623,9 @@ def usage_of(row: Mapping[str, Any]) -> Usage:
 
 
 def relayed_record(row: Mapping[str, Any]) -> RequestRecord:
-    """A native call, from its audit row; its answer is in its body."""
+    """Return a native call's record, from its audit row; its answer is in its body."""
     details = details_of(row["usage_details"])
-    # An estimate is for the bill: the provider has reported no tokens.
+    # An estimate is for the charge only: the provider has reported no tokens.
     estimated = row["usage_state"] == UsageState.ESTIMATED
     return record_of(
         RequestRecord,
@@ -653,12 +655,12 @@ def claimed_job(row: Mapping[str, Any], files: Iterable[Mapping[str, Any]]) -> C
 
 
 def tiers_of(row: Mapping[str, Any]) -> tuple[Tier, ...]:
-    """Those that a job may be put into beside the usual one."""
+    """Return the tiers of a job's row beside the live one."""
     return tuple(filter(None, map(tier_of, row["tiers_allowed"] or ())))
 
 
 def tier_of(name: str | None) -> Tier | None:
-    """From its column; None for one of a later version too."""
+    """Return the tier in a column; None for none, or one of a later version."""
     return Tier(name) if name in set(Tier) else None
 
 
@@ -690,7 +692,7 @@ def file_record(row: Mapping[str, Any]) -> FileRecord:
 
 
 def failure_of(raw: str | None) -> Failure | None:
-    """From its column."""
+    """Return the failure in a column."""
     return None if raw is None else Failure(**orjson.loads(raw))
 
 
@@ -698,7 +700,7 @@ log_job = FrequentLog(Log.JOB_DONE)
 
 
 def log_ended(ended: Iterable[Mapping[str, Any]], failure: Mapping[str, Any]) -> None:
-    """The line of each job that ended in the queue, from its row as it now stands."""
+    """Log each job that ended in the queue, from its row as it is now."""
     for row in ended:
         request_id, parent = uuid_of(row["id"]), parent_of(row["traceparent"])
         waited_ms = (row["finished_at"] - _queued_at(row)).total_seconds() * 1000
@@ -716,11 +718,11 @@ def log_ended(ended: Iterable[Mapping[str, Any]], failure: Mapping[str, Any]) ->
 
 
 def _queued_at(row: Mapping[str, Any]) -> datetime:
-    """When a job came into the queue the last time, as far as its row says."""
+    """Return when a job was last queued, according to its row."""
     times: list[datetime] = [row["created_at"]]
     if row["attempt_at"] is not None:
         times.append(row["attempt_at"] + timedelta(milliseconds=row["upstream_ms"] or 0.0))
-    if row["given_ms"] is not None:  # it was requeued, with as much time as it had
+    if row["given_ms"] is not None:  # it was requeued, with its original time to the deadline
         times.append(row["deadline_at"] - timedelta(milliseconds=row["given_ms"]))
     return max(times)
 
@@ -773,7 +775,7 @@ ACTING: ContextVar[Acting | None] = ContextVar("acting", default=None)
 
 @contextmanager
 def acting(operator: str, role: str, address: str) -> Iterator[None]:
-    """Have what is changed within the block recorded as this operator's."""
+    """Record changes within the block as this operator's."""
     now = Acting(operator, role, address)
     ACTING.set(now)
     try:
@@ -791,8 +793,8 @@ async def record_action(
     after: Mapping[str, Any] | None = None,
     revision: int | None = None,
 ) -> None:
-    """Put a change on record in its own transaction, where it is an operator's. A repeat of the
-    transaction finds it there."""
+    """Record a change in its own transaction, if an operator makes it. A repeat of the transaction
+    records it once."""
     now = ACTING.get()
     if now is None or now.is_over:
         return
@@ -811,7 +813,7 @@ async def record_action(
 
 
 def recorded(name: str, *values: Any, what: What, target: object) -> Work[asyncpg.Record | None]:
-    """The work of one statement; where it returns a row, it has changed something."""
+    """Return the work of one statement, which is recorded as an action if it returns a row."""
 
     async def work(connection: asyncpg.Connection) -> asyncpg.Record | None:
         row = await connection.fetchrow(sql(name), *values)
@@ -834,7 +836,7 @@ async def with_files(
 
 
 async def mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg.Record]) -> None:
-    """The attempts of jobs that were running: what the provider did is unknown."""
+    """End the attempts of jobs that were running: their result at the provider is unknown."""
     attempts = [
         {"id": row["attempt_id"], "created_at": row["attempt_at"], "outcome": "ambiguous"}
         for row in returned
@@ -845,8 +847,8 @@ async def mark_ambiguous(connection: asyncpg.Connection, returned: list[asyncpg.
 
 
 def done_once(work: Work[T | None]) -> Work[T | None]:
-    """`work` that finds nothing to do once it is done, and may be repeated: a repeat after the
-    reply to the COMMIT was lost returns what the try before did, not that nothing was found."""
+    """Return `work` so that it may be repeated, although it finds nothing to do once it is done:
+    after a COMMIT with a lost reply, the repeat returns the result of the attempt before."""
     done: T | None = None
 
     async def found(connection: asyncpg.Connection) -> T | None:
@@ -859,9 +861,9 @@ def done_once(work: Work[T | None]) -> Work[T | None]:
 
 
 def changed_once(work: Work[T]) -> Work[T]:
-    """`work` that raises PolicyChanged where something is not as its caller has seen it, and may be
-    repeated: a repeat after the reply to the COMMIT was lost finds its own change, and returns what
-    the try before did."""
+    """Return `work` so that it may be repeated, although it raises PolicyChanged after its own
+    change: after a COMMIT with a lost reply, the repeat returns the result of the attempt
+    before."""
     done: list[T] = []
 
     async def changed(connection: asyncpg.Connection) -> T:

@@ -1,8 +1,7 @@
 """Requests on record: lists, search, details, bodies, state.
 
-Invariants: a page reads at most `MOST_LOOKED_AT` rows, so it may hold fewer entries than
-requested while there are more; paging never shows a request twice; bodies are decompressed piece
-by piece.
+Invariants: a page reads at most `MOST_LOOKED_AT` rows, so it may hold fewer entries than requested
+while there are more; paging never shows a request twice; bodies are decompressed piece by piece.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ _DETAIL_TIMEOUT_MS = 3_000
 _READS_AT_ONCE = 4
 _WORDS_TIMEOUT_MS = 1_200
 _SEARCHED_FIRST = (timedelta(days=1), timedelta(days=7))
-_RECENT = 500  # are looked at for a text before its index is asked
-_KEY = re.compile(r"^tg_([a-z0-9]{1,10})(?:_\w*)?\W*$")  # is searched by its prefix
+_RECENT = 500  # searched for a text before its index
+_KEY = re.compile(r"^tg_([a-z0-9]{1,10})(?:_\w*)?\W*$")  # searched by its prefix
 _BEGINS_AN_ID = re.compile(r"[0-9a-f]{6,32}")
 _FIRST = datetime(1, 1, 1, tzinfo=UTC)
 _LAST = datetime(9999, 12, 31, tzinfo=UTC)
@@ -54,7 +53,7 @@ _LAST = datetime(9999, 12, 31, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class ListCursor:
-    """A place between two requests: after the one that was made at that time, and has that id."""
+    """A position between two requests: after the one with this time and id."""
 
     created_at: datetime
     request_id: UUID
@@ -65,7 +64,7 @@ START = ListCursor(_LAST, UUID(int=2**128 - 1))
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which requests; None means all. `since` is the earliest, `until` is past the last."""
+    """Selects requests; None means all. `since` is inclusive, `until` exclusive."""
 
     status: Status | None = None
     kind: Kind | None = None
@@ -78,14 +77,14 @@ class Filter:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether it may pass over requests within its time."""
+        """Whether it may exclude requests within its time."""
         of = (self.status, self.kind, self.model, self.source, self.conversation, self.upstream)
         return any(value is not None for value in of)
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A request in short: without its prompt and its answer. `model` is the one that was used."""
+    """A request without its prompt and its answer. `model`: the one that was used."""
 
     request_id: UUID
     source: str
@@ -105,7 +104,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class ListPage:
-    """`after` is where the next page starts; None on the last."""
+    """A page of a list. `after`: where the next page starts; None on the last."""
 
     items: tuple[Listed, ...]
     after: ListCursor | None
@@ -115,19 +114,19 @@ END = UUID(int=2**128 - 1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _HEX_DIGITS = 32
-# A request gets its id once it has been read, which may take a while after its receipt; and a
-# moment before, where the clock that names it is read first.
+# A request gets its id once it has been read, possibly long after its receipt, or a moment before
+# its receipt, if the clock for the id is read first.
 _ID_AFTER, _ID_BEFORE = timedelta(hours=1), timedelta(seconds=1)
 
 
 @dataclass(frozen=True, slots=True)
 class SearchFilter:
-    """Which requests; None, or nothing, means all.
+    """Selects requests; None, or an empty value, means all.
 
-    prefix: how their ids begin, as hexadecimal digits without dashes. since: the earliest time of
-    receipt; until: past the last. text: how words of their subject, key or, with `in_prompts`, of
-    their `prompt_head` begin, or their id; but for that only those that have ended are found, those
-    that ended last first, and none that was on record before revision 0028.
+    prefix: of their ids, as hexadecimal digits without dashes. since, until: times of receipt, the
+    latter exclusive. text: the beginnings of words in their subject, key or, with `in_prompts`,
+    their `prompt_head`, or of their id. Except by id, a text only finds requests that have ended
+    and were recorded by revision 0028 or later, the last to end first.
     """
 
     statuses: frozenset[Status] = frozenset()
@@ -146,7 +145,7 @@ class SearchFilter:
     in_prompts: bool = False
 
     def ids(self, before: UUID = END) -> tuple[UUID, UUID]:
-        """Within which ids they are, from the first to past the last, and before `before`."""
+        """Return the range of ids, from the first to past the last, before `before`."""
         first = UUID(self.prefix.ljust(_HEX_DIGITS, "0"))
         last = UUID(self.prefix.ljust(_HEX_DIGITS, "f"))
         past = END if last == END else UUID(int=last.int + 1)
@@ -159,9 +158,9 @@ class SearchFilter:
 
 @dataclass(frozen=True, slots=True)
 class FoundRequest:
-    """A request in short, and whose it is. `endpoint` is the path of a native call, `cost_micros`
-    and `prompt_head` are None where they are not known (yet). tier: that a job was put into last;
-    of other requests the one that served it, where it was not the usual one."""
+    """A request without prompt and answer, with its tenant. `endpoint`: the path of a native call.
+    `cost_micros`, `prompt_head`: None while unknown. tier: the last one chosen for a job; of other
+    requests the tier that served it, if it was not the standard one."""
 
     listed: Listed
     tenant_id: str
@@ -178,7 +177,7 @@ class FoundRequest:
 
 @dataclass(frozen=True, slots=True)
 class FoundPage:
-    """`before` is where the next page starts; None on the last."""
+    """A page of search results. `before`: where the next page starts; None on the last."""
 
     items: tuple[FoundRequest, ...]
     before: UUID | None
@@ -189,7 +188,7 @@ MOST_TOGETHER = 2_000
 
 @dataclass(frozen=True, slots=True)
 class ConversationCall:
-    """A call that has ended, among others. `cost_micros` is None where it is not known."""
+    """An ended call of a conversation. `cost_micros`: None if unknown."""
 
     request_id: UUID
     source: str
@@ -213,8 +212,8 @@ class ConversationCall:
 
 @dataclass(frozen=True, slots=True)
 class ConversationSums:
-    """What the calls come to. unpriced: calls whose cost is not known. cached_of: the input of the
-    calls of which it is known how much came from a cache."""
+    """Totals of calls. unpriced: calls of unknown cost. cached_of: input tokens of the calls that
+    report how much of it was cached."""
 
     calls: int
     failed: int
@@ -232,14 +231,14 @@ class ConversationSums:
 
 @dataclass(frozen=True, slots=True)
 class FoundConversation:
-    """In the order in which they were received; `sums` are of those too that are left out."""
+    """Calls in the order of receipt; `sums` also include those that are left out."""
 
     calls: tuple[ConversationCall, ...]
     sums: ConversationSums
 
 
 def _id_at(time: datetime, off: timedelta) -> UUID:
-    """The first id of that time and so much more; of the nearest that has any."""
+    """Return the first id at a time plus `off`, within the range of ids."""
     ms = (time - _EPOCH + off) // _MILLISECOND
     return UUID(int=min(max(ms, 0), 2**48 - 1) << 80)
 
@@ -259,13 +258,14 @@ class JobsAhead:
 
 
 class QueuePlaces:
-    """One in each process."""
+    """Counts places in queues; pauses after a slow count. One per process."""
 
     def __init__(self) -> None:
         self._not_before = 0.0
 
     async def of(self, connection: asyncpg.Connection, row: asyncpg.Record) -> int | None:
-        """1 is next. The last thing in its transaction: that is broken when it took too long."""
+        """Return the place, 1 is next. Must be the last query of its transaction, which a timeout
+        breaks."""
         if row["status"] != Status.QUEUED or time.monotonic() < self._not_before:
             return None
         await connection.execute(f"SET LOCAL statement_timeout = {_MOST_MS}")
@@ -282,7 +282,7 @@ class QueuePlaces:
             self._not_before = time.monotonic() + _SHARE * took_s
 
     async def ahead(self, connection: asyncpg.Connection, request_id: UUID) -> JobsAhead | None:
-        """As `of`: None where it takes too long to count, or the request is not queued."""
+        """Return the jobs ahead; None if counting takes too long, or the request is not queued."""
         if time.monotonic() < self._not_before:
             return None
         await connection.execute(f"SET LOCAL statement_timeout = {_MOST_MS}")
@@ -297,8 +297,8 @@ class QueuePlaces:
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
-    """One try upstream. `outcome` is `running` while it goes on, and for ever where its worker
-    died over it; else `failed`, `preempted`, or what the request became."""
+    """One attempt upstream. `outcome`: `running` while it runs, and permanently if its worker died;
+    otherwise `failed`, `preempted`, or the request's status."""
 
     number: int
     outcome: str
@@ -319,7 +319,7 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryRecord:
-    """A webhook. `ended_at` is when it was delivered or given up."""
+    """A webhook. `ended_at`: when it was delivered or given up."""
 
     webhook_id: UUID
     event: str
@@ -335,7 +335,7 @@ class DeliveryRecord:
 
 @dataclass(frozen=True, slots=True)
 class BodyRecord:
-    """Of a body that is kept: `omitted_bytes` of its middle are not."""
+    """A stored body: `omitted_bytes` of its middle are not stored."""
 
     role: str
     size_bytes: int
@@ -345,9 +345,9 @@ class BodyRecord:
 
 @dataclass(frozen=True, slots=True)
 class RequestDetail:
-    """A request. `asked_model` is the one that its caller named; `process` has it, or had it last.
+    """All of a request. `process`: the process that has the request, or had it last.
 
-    `request` and `ended` are its rows of `requests` and `audit`, where it has any.
+    `request`, `ended`: its rows of `requests` and `audit`, if any.
     """
 
     record: RequestRecord
@@ -360,7 +360,7 @@ class RequestDetail:
     ended: Mapping[str, Any]
 
     def of(self, column: str) -> Any:
-        """What either row has there, that of its end first; None where neither has it."""
+        """Return a column of either row, preferring the row of its end; None if neither has it."""
         value = self.ended.get(column)
         return self.request.get(column) if value is None else value
 
@@ -368,12 +368,12 @@ class RequestDetail:
 Role = Literal["request", "response"]
 
 _PIECE_BYTES = 64 * 1024
-_RECORDED_WITHIN = timedelta(days=1)  # of its end, though it was kept on a disk meanwhile
+_RECORDED_WITHIN = timedelta(days=1)  # of its end, even if it was kept on disk meanwhile
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """`omitted_bytes` of its middle are not in the record; `size_bytes` is what is."""
+    """A stored body. `size_bytes`: stored; `omitted_bytes`: of its middle, not stored."""
 
     content_type: str
     size_bytes: int
@@ -393,7 +393,7 @@ class Requests:
         self._places, self._turns = QueuePlaces(), ReadTurns(_READS_AT_ONCE)
 
     async def get(self, request_id: UUID, tenant_id: str) -> RequestRecord:
-        """The request as it now stands. Raises NotFound."""
+        """Return the request as it is now. Raises NotFound."""
 
         async def read(connection: asyncpg.Connection) -> RequestRecord | None:
             row = await connection.fetchrow(sql("get_request"), request_id, tenant_id)
@@ -412,10 +412,10 @@ class Requests:
     async def wait_change(
         self, request_id: UUID, tenant_id: str, version: int, timeout_ms: int
     ) -> RequestRecord:
-        """The request as soon as its version is not `version`, or after `timeout_ms`.
+        """Return the request once its version is not `version`, or after `timeout_ms`.
 
-        With too many watchers in this process it answers immediately. Cancellation leaves nothing.
-        Raises NotFound.
+        Returns immediately if this process has too many watchers. Cancellation leaves nothing
+        behind. Raises NotFound.
         """
         deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
         changed = self._notifications.watch(request_id)
@@ -439,7 +439,7 @@ class Requests:
     async def page(
         self, tenant_id: str, wanted: Filter, limit: int, place: ListCursor = START
     ) -> ListPage:
-        """At most `limit` requests of a tenant from `place` on."""
+        """Return at most `limit` requests of a tenant, starting at `place`."""
         most = MOST_LOOKED_AT if wanted.is_narrow else limit + 1
         within = (
             *(tenant_id, wanted.since or _FIRST, wanted.until or _LAST),
@@ -464,8 +464,8 @@ class Requests:
         return ListPage(items, end)
 
     async def search(self, wanted: SearchFilter, limit: int, before: UUID = END) -> FoundPage:
-        """At most `limit` requests of any tenant before `before`: an id, or where the page before
-        said so. Raises InvalidRequest for a text that too many have."""
+        """Return at most `limit` requests of any tenant before `before`, an id or the previous
+        page's value. Raises InvalidRequest for a text that too many requests contain."""
         if wanted.text:
             of_id = replace(wanted, text="", prefix=wanted.text.replace("-", "").lower())
             if _BEGINS_AN_ID.fullmatch(of_id.prefix):
@@ -489,8 +489,8 @@ class Requests:
         return await self._connections.run(read)
 
     async def _search_words(self, wanted: SearchFilter, limit: int, before: UUID) -> FoundPage:
-        """Common words are found among what ended last, others by their index: of a day, of a week
-        and of all, since it has to sort all that have a word."""
+        """Search for common words among the last ended requests, for others in their index: over a
+        day, a week and all time, since the index query sorts all requests that contain a word."""
         query = _query_of(wanted)
 
         async def read(connection: asyncpg.Connection) -> list[asyncpg.Record] | None:
@@ -523,8 +523,8 @@ class Requests:
     async def conversation(
         self, tenant_id: str, name: str, *, is_trace: bool = False
     ) -> FoundConversation:
-        """The calls of a conversation, or of a trace, that have ended: the latest
-        `MOST_TOGETHER`, and figures of all. Raises NotFound."""
+        """Return the ended calls of a conversation or of a trace: the latest `MOST_TOGETHER`, and
+        totals of all. Raises NotFound."""
         which = "trace" if is_trace else "conversation"
         column = "trace_id" if is_trace else "conversation"
 
@@ -544,7 +544,7 @@ class Requests:
         return FoundConversation(calls, record_of(ConversationSums, sums))
 
     async def detail(self, request_id: UUID) -> RequestDetail:
-        """All of one request, for an operator. Raises NotFound."""
+        """Return all of one request, for an operator. Raises NotFound."""
 
         async def read(connection: asyncpg.Connection) -> RequestDetail | None:
             request = await connection.fetchrow(sql("detail_request"), request_id)
@@ -561,7 +561,7 @@ class Requests:
         return found
 
     async def file(self, file_id: UUID, tenant_id: str) -> FileRecord:
-        """A stored file by its public id. Raises NotFound."""
+        """Return a stored file by its public id. Raises NotFound."""
         row = await self._connections.row(
             "get_file", file_id, tenant_id, timeout_ms=_READ_TIMEOUT_MS
         )
@@ -570,7 +570,7 @@ class Requests:
         return rows.file_record(row)
 
     async def file_of_any(self, request_id: UUID, file_id: UUID) -> FileRecord:
-        """A file of a request of any tenant, for an operator. Raises NotFound."""
+        """Return a file of any tenant's request, for an operator. Raises NotFound."""
         row = await self._connections.row(
             "detail_file", file_id, request_id, timeout_ms=_DETAIL_TIMEOUT_MS
         )
@@ -579,13 +579,13 @@ class Requests:
         return rows.file_record(row)
 
     async def body(self, request_id: UUID, tenant_id: str, role: Role) -> Body:
-        """Raises NotFound where none is kept, or not for this tenant; so may its pieces."""
+        """Return a body. Raises NotFound if none is stored for this tenant; so may its pieces."""
         since = _recorded_since(request_id)
         row = await self._connections.row("get_body", request_id, tenant_id, role, since)
         return self._body(request_id, role, row)
 
     async def body_of_any(self, request_id: UUID, role: Role) -> Body:
-        """The same of any tenant, for an operator."""
+        """Return a body of any tenant's request, for an operator."""
         since = _recorded_since(request_id)
         return self._body(
             request_id, role, await self._connections.row("detail_body", request_id, role, since)
@@ -594,8 +594,8 @@ class Requests:
     async def charged(
         self, request_id: UUID, tenant_id: str, ended_at: datetime
     ) -> tuple[int | None, UsageDetails | None]:
-        """What a request that has ended cost, in micro-dollars, and the details of its usage;
-        None where they are not known."""
+        """Return the cost of an ended request in micro-dollars, and the details of its usage; None
+        if unknown."""
         within = (ended_at - _RECORDED_WITHIN, ended_at + _RECORDED_WITHIN)
         row = await self._connections.row(
             "get_charged", request_id, tenant_id, *within, timeout_ms=_READ_TIMEOUT_MS
@@ -634,7 +634,7 @@ class Requests:
         if request is not None:
             record = await self._record(connection, request)
             if not record.status.is_end:
-                ended = None  # a dead job that was requeued: that was its end before
+                ended = None  # a dead job that was requeued: `ended` is its earlier end
         else:
             assert ended is not None
             record = rows.relayed_record(ended)
@@ -652,8 +652,9 @@ class Requests:
 
 
 def _recorded_since(request_id: UUID) -> datetime:
-    """From when on a request may be in the audit: its id has the time of its receipt. A statement
-    locks each partition that it may read, with its indexes, and PostgreSQL has room for so many."""
+    """Return the earliest time at which the audit may have a request, whose id contains its
+    receipt. A statement locks each partition that it may read, with its indexes, and the number of
+    locks is bounded."""
     if request_id.version != 7:
         return _EPOCH
     ms = min(request_id.int >> 80, (datetime.now(UTC) - _EPOCH) // _MILLISECOND)
@@ -661,8 +662,8 @@ def _recorded_since(request_id: UUID) -> datetime:
 
 
 def _scans_of(start: datetime, before: UUID) -> Iterator[tuple[str, datetime, UUID]]:
-    """What to search for words, one after the other until a page is full: the statement, from which
-    time, and from which id on; of these on it finds all, whenever their calls were received."""
+    """Yield the scans for words, one after the other until a page is full: the statement, the
+    earliest time, and the first id from which on the scan is complete."""
     nowhere = UUID(int=0)
     yield "recently_ended", start, nowhere
     last = (
@@ -691,8 +692,8 @@ def _filters_of(wanted: SearchFilter) -> tuple[object, ...]:
 
 
 def _query_of(wanted: SearchFilter) -> str:
-    """A text as PostgreSQL's query for all its words, each by its beginning; A are the words of
-    subjects and keys."""
+    """Return PostgreSQL's query for the beginnings of all words; weight A marks subjects and
+    keys."""
     where = ":*" if wanted.in_prompts else ":*A"
     words = (_KEY.sub(r"\1", word) for word in wanted.text.split())
     words = (re.sub(r"[\\'\0]", " ", word).strip() for word in words)
@@ -700,7 +701,7 @@ def _query_of(wanted: SearchFilter) -> str:
 
 
 def _listed(row: Mapping[str, Any]) -> Listed:
-    """A row with the columns of `list_requests`."""
+    """Return a request from a row with the columns of `list_requests`."""
     return record_of(
         Listed,
         row,
@@ -713,7 +714,7 @@ def _listed(row: Mapping[str, Any]) -> Listed:
 async def _with_jobs(
     connection: asyncpg.Connection, found: list[asyncpg.Record]
 ) -> tuple[FoundRequest, ...]:
-    """Rows of `search_requests`; what a job or a stream cost that has ended is in the audit."""
+    """Return rows of `search_requests`; the costs of ended jobs and streams are in the audit."""
     jobs = [row for row in found if row["source"] in ("job", "stream")]
     ends = [row["finished_at"] for row in jobs if row["finished_at"] is not None] or [_EPOCH]
     within = (min(ends) - _RECORDED_WITHIN, max(ends) + _RECORDED_WITHIN)
@@ -727,7 +728,7 @@ async def _with_jobs(
 
 
 def _call_of(row: asyncpg.Record) -> ConversationCall:
-    """A row of the audit, as far as a conversation shows it."""
+    """Return a call of a conversation from a row of the audit."""
     return record_of(
         ConversationCall,
         row,
@@ -749,7 +750,7 @@ def _attempt(row: asyncpg.Record) -> AttemptRecord:
 
 
 def _of_line(row: asyncpg.Record) -> RequestDetail:
-    """A line of a batch that has not ended: it has no row of its own anywhere else."""
+    """Return a line of a batch that has not ended: no other table has it."""
     record = RequestRecord(
         request_id=rows.uuid_of(row["id"]),
         tenant_id=row["tenant_id"],
@@ -771,7 +772,8 @@ async def _of(data: bytes) -> AsyncIterator[bytes]:
 
 
 async def _unpacked(packed: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """What zlib packed, in bounded pieces: a small one may unpack to a thousand times its size."""
+    """Yield decompressed data in bounded pieces: it may be a thousand times larger than its
+    input."""
     unpacker = zlib.decompressobj()
     async for piece in packed:
         left = piece
@@ -785,8 +787,8 @@ async def _unpacked(packed: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
-    """A request, or the next line of a batch (`is_line`). pool: whose queue it is in. batch: which
-    one of its provider it is in, and why that stands still. upstream: of its last call."""
+    """A request, or the next line of a batch (`is_line`). pool: whose queue has it. batch: the
+    provider's batch that it is in, and why that batch is held. upstream: of its last call."""
 
     request_id: UUID
     tenant_id: str
@@ -812,7 +814,7 @@ class Whereabouts:
 
     @property
     def is_for_batch(self) -> bool:
-        """Whether it is in a batch of its provider, or waits for one."""
+        """Whether it is in a provider's batch, or waits for one."""
         return self.tier == Tier.BATCH and self.claimed_by is None
 
 
@@ -825,14 +827,14 @@ class RunningCall:
 
 
 class ActiveRequests:
-    """Where requests are, for observers of a pool. Every method raises StoreUnavailable."""
+    """Locations of requests, for observers of a pool. Every method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
         self._places = QueuePlaces()
 
     async def whereabouts(self, request_id: UUID) -> Whereabouts:
-        """Raises NotFound: streams, too, are on record only once they have ended."""
+        """Return a request's location. Raises NotFound, also for a stream that has not ended."""
         row = await self._connections.row(
             "get_whereabouts", request_id, timeout_ms=_READ_TIMEOUT_MS
         )
@@ -841,7 +843,7 @@ class ActiveRequests:
         return record_of(Whereabouts, row, status=Status(row["status"]))
 
     async def place(self, request_id: UUID) -> int | None:
-        """The place of a queued job, 1 is next; None where that takes too long to count."""
+        """Return the place of a queued job, 1 is next; None if counting takes too long."""
 
         async def read(connection: asyncpg.Connection) -> int | None:
             row = await connection.fetchrow(sql("get_whereabouts"), request_id)
@@ -850,7 +852,7 @@ class ActiveRequests:
         return await self._connections.run(read, timeout_ms=_READ_TIMEOUT_MS)
 
     async def ahead(self, request_id: UUID) -> JobsAhead | None:
-        """The jobs of its tenant before a queued job; None where that takes too long to count."""
+        """Return the tenant's jobs before a queued job; None if counting takes too long."""
 
         async def read(connection: asyncpg.Connection) -> JobsAhead | None:
             return await self._places.ahead(connection, request_id)
@@ -858,7 +860,7 @@ class ActiveRequests:
         return await self._connections.run(read, timeout_ms=_READ_TIMEOUT_MS)
 
     async def calls(self, pool: str) -> dict[tuple[str, int], RunningCall]:
-        """The jobs that hold permits, by process and the sequence of the permit's fence."""
+        """Return the jobs that hold permits, by process and the sequence of the permit's fence."""
         found = await self._connections.rows("running_calls", pool, timeout_ms=_READ_TIMEOUT_MS)
         return {
             (row["instance_id"], row["fence_sequence"]): record_of(RunningCall, row)

@@ -2,7 +2,7 @@
 
 Invariants: unfinished requests are never touched; rows are kept for exactly their tenant's days;
 blobs are deleted before the rows that name them, so an interrupted run can be repeated; an erased
-subject is marked first, so that nothing of it is written later; sums stay.
+subject is marked first, so that nothing of it is written later; totals are kept.
 """
 
 from __future__ import annotations
@@ -43,23 +43,24 @@ _HOUSE_RETRY_S = 30
 
 @dataclass(frozen=True, slots=True)
 class Cutoffs:
-    """What ended before `day` expires; of the tenants in `own` what ended before their days."""
+    """Cutoffs of retention: requests that ended before `day` expire, those of tenants in `own`
+    before their own day."""
 
     day: date
     own: Mapping[str, date]
 
     @property
     def scopes(self) -> list[tuple[datetime, list[str], bool]]:
-        """Each cutoff with tenants, and whether it is theirs or that of all the others."""
+        """Return each cutoff with tenants, and whether it applies to them or to all others."""
         own = [(_start_of(day), [tenant], True) for tenant, day in self.own.items()]
         return [(_start_of(self.day), list(self.own), False), *own]
 
     def keepers(self, day: date) -> list[str]:
-        """Tenants that keep rows of a day that has expired for the others."""
+        """Return tenants that keep rows of a day that has expired for others."""
         return [tenant for tenant, first in self.own.items() if first <= day]
 
     def due(self, day: date) -> list[str]:
-        """Tenants for which a day has expired that others keep."""
+        """Return tenants for which a day has expired that others keep."""
         return [tenant for tenant, first in self.own.items() if first > day]
 
     def is_over(self, tenant: str, day: date) -> bool:
@@ -68,7 +69,7 @@ class Cutoffs:
 
     @property
     def last_due(self) -> date:
-        """Before this day rows of some tenant may have to go."""
+        """The day before which rows of some tenant may have to be deleted."""
         return max((self.day, *self.own.values()))
 
 
@@ -84,11 +85,11 @@ class PruneReport:
 
 @dataclass(slots=True)
 class EraseReport:
-    """What a run has erased, or would erase. requests: of our own API. calls: rows of the audit.
-    answers: kept under idempotency keys. batches: of a whole tenant, with their lines. spilled:
-    entries on this host's disk. held: files of entries that a running process has; it drops those
-    that are erased when it writes the rest. resources: things at providers that nobody owns any
-    more; they stay there. done: nothing is left that this host can reach."""
+    """What a run has erased, or would erase. requests: of the gateway's own API. calls: rows of the
+    audit. answers: under idempotency keys. batches: of a whole tenant, with their lines. spilled:
+    entries on this host's disk. held: files of a running process, which drops erased entries when
+    it writes them. resources: at providers, now without an owner; they stay there. done: nothing is
+    left that this host can reach."""
 
     requests: int = 0
     calls: int = 0
@@ -105,7 +106,7 @@ class EraseReport:
 
 @dataclass(frozen=True, slots=True)
 class Whose:
-    """A subject, of one tenant or of all; or without one a whole tenant. Raises ConfigError."""
+    """A subject, of one tenant or of all; without a subject a whole tenant. Raises ConfigError."""
 
     tenant_id: str | None = None
     subject: str | None = None
@@ -119,7 +120,7 @@ class Whose:
 
 
 def _named(whose: Whose) -> str:
-    """Who is erased, as it stays on record: of a subject a digest."""
+    """Return the name of the erased for the record: of a subject a digest."""
     digest = "" if whose.subject is None else f"subject {digest_of(whose.subject).hex()[:16]}"
     return " of ".join(one for one in (digest, whose.tenant_id) if one)
 
@@ -127,8 +128,9 @@ def _named(whose: Whose) -> str:
 async def mark_erased(
     connection: asyncpg.Connection, tenant_id: str | None, subject: str | None
 ) -> None:
-    """In a transaction of its own. Raises StoreUnavailable where another client, such as a backup,
-    has the table for long: every writer of records would wait behind us."""
+    """Mark a subject or tenant as erased, in a transaction of its own. Raises StoreUnavailable if
+    another client, such as a backup, locks the table for long: every writer of records would wait
+    behind it."""
     await connection.execute("SET LOCAL lock_timeout = '1500ms'")
     try:
         await connection.execute(sql("lock_erased"))
@@ -139,8 +141,8 @@ async def mark_erased(
 
 
 async def make_partitions(connections: Connections) -> None:
-    """Make partitions ahead for ever; a task of every process, cheap when there is nothing. Without
-    them rows go into the default one, which retention walks row by row."""
+    """Make partitions ahead, until cancelled; cheap if there is nothing to do. Every process does
+    so. Without a partition rows go into the default one, which retention walks row by row."""
     is_failing = False
     while True:
         try:
@@ -151,14 +153,14 @@ async def make_partitions(connections: Connections) -> None:
             pause_s, is_failing = _HOUSE_EVERY_S, False
         except (StoreUnavailable, asyncpg.PostgresError) as failed:
             pause_s = _HOUSE_RETRY_S
-            if not (is_failing or connections.away):  # an outage has its own line
+            if not (is_failing or connections.away):  # an outage is logged elsewhere
                 is_failing = True
                 get_logger().warning(Log.PARTITIONS_MISSING, detail=str(failed))
         await asyncio.sleep(pause_s)
 
 
 class Retention:
-    """Deletes what has expired, and what is to be erased. Every method raises StoreUnavailable."""
+    """Deletes expired rows, and rows to be erased. Every method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections, blobs: Blobs, spill_dir: Path) -> None:
         self._connections = connections
@@ -166,8 +168,8 @@ class Retention:
         self._spill_dir = spill_dir
 
     async def prune(self, retention_days: int, actions_days: int = 365) -> PruneReport:
-        """Delete what ended more than `retention_days` ago, or its tenant's own days, and what
-        operators did more than `actions_days` ago, in small steps; safe to interrupt."""
+        """Delete requests that ended more than `retention_days` ago, or their tenant's own days,
+        and operators' actions after `actions_days`, in small steps; safe to interrupt."""
         cutoffs = await self._cutoffs(retention_days, datetime.now(UTC).date())
         requests = blobs = 0
         for before, tenants, theirs in cutoffs.scopes:
@@ -192,7 +194,7 @@ class Retention:
     async def erase(
         self, whose: Whose, *, dry_run: bool = False, within_s: float = float("inf")
     ) -> EraseReport:
-        """Erase all of a subject or tenant, or with `dry_run` only count. After `within_s` it stops
+        """Erase all of a subject or tenant; with `dry_run` only count. Stops after `within_s`
         between two steps; the report then says that it is not done."""
         if not dry_run:
             await OperatorActions(self._connections).write("subject.erase", _named(whose))
@@ -205,7 +207,7 @@ class Retention:
         return await self._connections.run(work, timeout_ms=_TIMEOUT_MS)
 
     async def delete(self, *steps: tuple[str, Sequence[UUID]]) -> list[int]:
-        """In one transaction; returns how many rows each statement took."""
+        """Run statements in one transaction; return the number of rows that each affected."""
 
         async def delete(connection: asyncpg.Connection) -> list[int]:
             return [count_in(await connection.execute(sql(name), ids)) for name, ids in steps]
@@ -213,14 +215,14 @@ class Retention:
         return await self.run(delete)
 
     async def delete_blobs(self, name: str, ids: Sequence[UUID], *, dry_run: bool = False) -> int:
-        """Delete the blobs that the statement `name` finds; returns how many."""
+        """Delete the blobs that the statement `name` finds; return how many."""
         keys = [row["blob_key"] for row in await self.rows(name, ids)]
         if not dry_run:
             await self.blobs.delete(keys)
         return len(keys)
 
     async def delete_files(self, name: str, *values: object) -> int:
-        """Delete all files of batches that the statement `name` finds; returns how many."""
+        """Delete all files of batches that the statement `name` finds; return how many."""
         files = 0
         while found := await self.rows(name, *values):
             await self.blobs.delete([row["blob_key"] for row in found])
@@ -237,7 +239,7 @@ class Retention:
         query = "prune_candidates_of" if theirs else "prune_candidates"
         whose = tenants[0] if theirs else tenants
         requests = files = 0
-        since = () if theirs else (_start_of(date.min),)  # what others keep is passed once
+        since = () if theirs else (_start_of(date.min),)  # what others keep is passed only once
         while found := await self.rows(query, before, _BATCH, whose, *since):
             ids = [row["id"] for row in found]
             files += await self.delete_blobs("blobs_of_requests", ids)
@@ -247,7 +249,7 @@ class Retention:
         return requests, files
 
     async def _prune_batches(self, before: datetime, tenants: list[str], *, theirs: bool) -> int:
-        """Batches that have long ended, and files that no batch has yet to read; returns how many
+        """Delete expired batches, and files that no batch has yet to read; return the number of
         files."""
         scope = (before, _BATCH, tenants, theirs)
         while found := await self.rows("batches_ended_before", *scope):
@@ -285,8 +287,8 @@ class Retention:
     async def _delete_rows(
         self, name: str, tenants: Sequence[str], *, theirs: bool, before: datetime | None = None
     ) -> int:
-        """Delete the rows of these tenants from one partition, or of all but these; blobs of bodies
-        first. Returns how many blobs."""
+        """Delete the rows of these tenants from one partition, or of all others; blobs of bodies
+        first. Return the number of blobs."""
         last: UUID | None = _START
         blobs = 0
         while last is not None:
@@ -312,8 +314,8 @@ class Retention:
         return await self.run(lambda connection: connection.fetch(text, *values))
 
     async def _sweep_orphans(self, cutoff: date) -> int:
-        """Delete old blobs that nothing refers to: uploads whose submit was refused or cut
-        short."""
+        """Delete old blobs that nothing refers to: uploads whose submission was rejected or
+        interrupted."""
         count = 0
         for day in await self.blobs.days():
             if day >= cutoff.isoformat():
@@ -327,7 +329,7 @@ class Retention:
 
 
 def _cutoffs(found: Sequence[asyncpg.Record], days: int, today: date) -> Cutoffs:
-    # Days beyond the calendar's beginning are as good as for ever.
+    # A retention beyond the calendar's beginning is unlimited.
     most = (today - date.min).days
     own = {row["id"]: today - timedelta(days=min(row["retention_days"], most)) for row in found}
     return Cutoffs(today - timedelta(days=min(days, most)), own)
@@ -348,8 +350,8 @@ class _Erasure:
         self._report = EraseReport()
 
     async def _forget_books(self, connection: asyncpg.Connection) -> None:
-        """Those that name a person, of a tenant of all its people; what a running call holds of one
-        is gone too, so that its end does not write the book again."""
+        """Delete budget books that name an erased person, and their reservations, so that the end
+        of a running call does not write the book again."""
         whose = self._whose.tenant_id, self._whose.subject
         for name in ("lock_books_of_erased", "forget_books_of_erased"):
             await connection.execute(sql(name), *whose)
@@ -384,8 +386,8 @@ class _Erasure:
         return report
 
     async def _matching(self, scan: str) -> AsyncIterator[tuple[list[UUID], list[UUID]]]:
-        """The ids of all matching rows, and of their requests, a few at a time, in one walk over
-        the table."""
+        """Yield the ids of all matching rows, and of their requests, a few at a time, in one walk
+        over the table."""
         last: UUID | None = _START
         whose = (self._whose.tenant_id, self._whose.subject)
         while last is not None:
@@ -397,7 +399,7 @@ class _Erasure:
                 yield ids[some], requests[some]
 
     async def _resources(self) -> None:
-        """Forget whose things at providers are: nobody reaches them by us from then on."""
+        """Delete the owners of resources at providers: no request reaches them any more."""
         whose, retention = (self._whose.tenant_id, self._whose.subject), self._retention
         (row,) = await retention.rows("count_provider_resources", *whose)
         self._report.resources = row["resources"]
@@ -428,7 +430,7 @@ class _Erasure:
             self._report.answers += answers
 
     async def _batches(self, tenant_id: str) -> None:
-        """Batches with their lines, and the files that they were read from and written to."""
+        """Delete batches with their lines, and their input and output files."""
         retention, report = self._retention, self._report
         if self._dry_run:
             (row,) = await retention.rows("count_batches", tenant_id)
@@ -444,7 +446,7 @@ class _Erasure:
         self._report.blobs += await self._retention.delete_blobs(name, ids, dry_run=self._dry_run)
 
     async def _spilled(self, spill_dir: Path) -> None:
-        """Entries on this host's disk; first their blobs, which only they name."""
+        """Erase entries on this host's disk; first their blobs, which only the entries name."""
         report, keys = self._report, set[str]()
 
         def matches(entry: Json) -> bool:
@@ -461,8 +463,8 @@ class _Erasure:
         report.blobs += len(keys)
 
     def _matches(self, entry: Json) -> bool:
-        """Whether an entry that waits on the disk is meant. A job's end does not say whose it is,
-        but its request has been found."""
+        """Whether an entry on disk is to be erased. A job's end does not name its owner, but its
+        request was found before."""
         row, whose = entry["row"], self._whose
         if str(row["id"]) in self._gone:
             return True
@@ -473,12 +475,12 @@ class _Erasure:
 
 
 _EXPORT_TIMEOUT_MS = 60_000
-_PAGE, _PAGE_WITH_BODIES = 5_000, 20  # calls that are read together
+_PAGE, _PAGE_WITH_BODIES = 5_000, 20  # calls per query
 
 
 @dataclass(frozen=True, slots=True)
 class RecordDay:
-    """A day that is over: when it was last summed up, and whether it has changed since."""
+    """A past day: when it was last summed up, and whether it has changed since."""
 
     day: date
     summed_at: datetime | None
@@ -486,34 +488,34 @@ class RecordDay:
 
 
 class RecordByDay:
-    """The record by the day of UTC that calls came on record for. Raises StoreUnavailable."""
+    """The record by UTC day of a call's entry. Raises StoreUnavailable."""
 
     def __init__(self, connections: Connections, blobs: Blobs) -> None:
         self._connections, self._blobs = connections, blobs
 
     async def days(self) -> list[RecordDay]:
-        """Days that are over and on record, the oldest first."""
+        """Return past days on record, oldest first."""
         rows = await self._connections.rows("days_on_record", timeout_ms=_EXPORT_TIMEOUT_MS)
         return [RecordDay(**row) for row in rows]
 
     async def state(self, day: date) -> tuple[Any, ...]:
-        """What differs once a call of the day has come, was corrected or is gone."""
+        """Return a value that changes when a call of the day is added, corrected or deleted."""
         row = await self._connections.row("state_of_day", day, timeout_ms=_EXPORT_TIMEOUT_MS)
         assert row is not None
         return tuple(row)
 
     async def cutoffs(self, days: int) -> Cutoffs:
-        """What has expired today where calls are kept for `days`, or their tenant's own days."""
+        """Return today's cutoffs if calls are kept for `days`, or their tenant's own days."""
         found = await self._connections.rows("own_retention", days, timeout_ms=_EXPORT_TIMEOUT_MS)
         return _cutoffs(found, days, datetime.now(UTC).date())
 
     async def erasures(self) -> dict[str | None, int]:
-        """How often calls of each tenant were erased; of all of them under None."""
+        """Return the number of erasures of each tenant; of all tenants under None."""
         found = await self._connections.rows("count_erasures", timeout_ms=_EXPORT_TIMEOUT_MS)
         return {row["tenant_id"]: row["erasures"] for row in found}
 
     async def unerased(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of once exported calls that were not erased since."""
+        """Return those of exported calls that were not erased since."""
         marks = [Mark(one["tenant"], one["subject"], one["submitted_at"]) for one in calls]
         erased = await self._connections.run(
             lambda connection: erased_among(connection, marks), timeout_ms=_EXPORT_TIMEOUT_MS
@@ -523,7 +525,7 @@ class RecordByDay:
     async def calls(
         self, day: date, *, with_bodies: bool = False
     ) -> AsyncIterator[list[dict[str, Any]]]:
-        """The calls of a day, some at a time: their columns, details of usage and, if requested,
+        """Yield the calls of a day in pages: their columns, details of usage and, if requested,
         bodies."""
         within = (_start_of(day), _start_of(day + timedelta(days=1)))
         most = _PAGE_WITH_BODIES if with_bodies else _PAGE
@@ -563,7 +565,7 @@ def _exported(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def _older_than(connection: asyncpg.Connection, day: date) -> list[tuple[str, str]]:
-    """(table, partition) of every partition whose whole day is before `day`, oldest first."""
+    """Return (table, partition) of each partition whose whole day is before `day`, oldest first."""
     rows = await connection.fetch(sql("list_partitions"), list(partitions.TABLES))
     found = [
         (when, row["parent"], row["child"])
@@ -574,9 +576,9 @@ async def _older_than(connection: asyncpg.Connection, day: date) -> list[tuple[s
 
 
 async def _drop(connection: asyncpg.Connection, table: str, name: str) -> bool:
-    """Drop one partition in this transaction; False when others use it and it must wait.
+    """Drop one partition in this transaction; False if it is in use.
 
-    Waiting long for the lock would hold up every insert that queues behind it.
+    A long wait for the lock would block every insert that queues behind it.
     """
     await connection.execute(sql("lock_partitions"), partitions.PARTITIONS_LOCK)
     await connection.execute("SET LOCAL lock_timeout = '500ms'")

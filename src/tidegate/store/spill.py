@@ -1,11 +1,11 @@
 """Spill: finished work, kept on disk while PostgreSQL is unavailable.
 
-Invariant: what `keep` returned from is on the disk and will be replayed, in order, by this process
+Invariant: an entry is on disk once `keep` returns, and will be replayed, in order, by this process
 or by the next one with the same folder; never by two concurrently, since a file belongs to the
 holder of its lock. Replaying twice is harmless: every write is fenced or keyed.
 
 A file is lines of `<crc32 as 8 hex digits> <JSON>`; a torn last line was never acknowledged. Beside
-it `CallJournal` has the calls that are not finished.
+the files `CallJournal` has the calls that are not finished.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from tidegate.telemetry.logging import Log, get_logger
 REJECTED = "rejected.jsonl"
 _SUFFIX = ".spill"
 _CHUNK = 200
-_PIECE_BYTES = 196_608  # a multiple of three: base64 of pieces is that of the whole
+_PIECE_BYTES = 196_608  # a multiple of three, so that the pieces' base64 can be joined
 
 
 @dataclass(slots=True)
 class _File:
-    """A spill file whose lock we hold as long as the descriptor is open."""
+    """A spill file, locked as long as the descriptor is open."""
 
     path: Path
     descriptor: int
@@ -53,8 +53,8 @@ class _File:
 
 
 class Spill:
-    """At most `max_bytes` in `folder`, other processes' files included, and one write of each. What
-    they have is measured at each write and each replay."""
+    """At most `max_bytes` in `folder`, including other processes' files, plus one write of each
+    process. Other files are measured at each write and each replay."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
@@ -63,7 +63,7 @@ class Spill:
         self._active: _File | None = None
         self._sealed: list[_File] = []
         self._on_disk_bytes = self._measured()
-        self._pending_bytes = 0  # of what is queued
+        self._pending_bytes = 0  # of the queue
         self._queue: list[tuple[bytes, asyncio.Future[None]]] = []
         self._writing: asyncio.Task[None] | None = None
         self._replaying = asyncio.Lock()
@@ -73,7 +73,7 @@ class Spill:
         return self._on_disk_bytes + self._pending_bytes
 
     async def keep(self, entry: Json) -> None:
-        """Return when `entry` is on the disk; raises StoreUnavailable when there is no room."""
+        """Return once `entry` is on disk; raises StoreUnavailable if there is no room."""
         is_large = len(entry.get("row", {}).get("answer") or "") > _PIECE_BYTES
         line = await asyncio.to_thread(_line_of, entry) if is_large else _line_of(entry)
         if self.used_bytes + len(line) > self._max_bytes:
@@ -86,9 +86,10 @@ class Spill:
         await future
 
     async def replay(self, write: Callable[[list[Json]], Awaitable[None]]) -> int:
-        """Pass every entry to `write`, in chunks; a file is deleted when written. Returns how many.
+        """Pass every entry to `write`, in chunks; delete each file once it is written. Return the
+        number of entries.
 
-        `write` raises StoreUnavailable to stop; the file then stays for the next time.
+        `write` raises StoreUnavailable to stop; the file is then kept for the next replay.
         """
         async with self._replaying:
             if self._active is not None and self._writing is None:
@@ -110,12 +111,12 @@ class Spill:
             return count
 
     async def reject(self, entry: Json, reason: str) -> None:
-        """Put aside, for an operator, what PostgreSQL will never accept."""
+        """Store an entry that PostgreSQL will never accept in a file for operators."""
         line = orjson.dumps({"reason": reason, "entry": entry}, default=_in_base64) + b"\n"
         await asyncio.to_thread(_append_to, self._folder / REJECTED, line)
 
     def close(self) -> None:
-        """Give up the locks; what is left is for the next process."""
+        """Release the locks; the next process replays the files."""
         for file in [*self._sealed, *([self._active] if self._active else [])]:
             os.close(file.descriptor)
         self._sealed.clear()
@@ -143,7 +144,7 @@ class Spill:
             self._writing = None
 
     def _append(self, data: bytes) -> int:
-        """Returns how many bytes are in the folder now."""
+        """Append to this process's file; return the number of bytes in the folder."""
         if self._active is None:
             self._active = self._create()
             get_logger().warning(Log.SPILLED, path=str(self._active.path))
@@ -161,17 +162,17 @@ class Spill:
     def _measured(self) -> int:
         sizes = 0
         for path in self._folder.glob(f"*{_SUFFIX}"):
-            with suppress(FileNotFoundError):  # another process has replayed it just now
+            with suppress(FileNotFoundError):  # another process has just replayed it
                 sizes += path.stat().st_size
         return sizes
 
     def _create(self) -> _File:
-        # Locked before it has its name: another process would take an unlocked file for a dead
-        # one's and remove it under us.
+        # Locked before it gets its name: another process would adopt an unlocked file, and delete
+        # it.
         return _created(self._folder, _SUFFIX, os.O_APPEND)
 
     def _adopt(self) -> list[_File]:
-        """Lock the files whose process is gone, oldest first."""
+        """Lock the files of dead processes, oldest first."""
         mine = {file.path for file in self._sealed}
         if self._active is not None:
             mine.add(self._active.path)
@@ -181,23 +182,23 @@ class Spill:
 _CALLS_SUFFIX = ".calls"
 _SLOTS = 4_096
 _SLOT_BYTES = 1_024
-_SLOT = struct.Struct("<16sH")  # after the byte that says that it is taken: id, length of the rest
-# After that, from a version on: its lineage. Earlier ones leave zeros here, or an older text, which
-# has none; they read no further themselves.
+_SLOT = struct.Struct("<16sH")  # after the taken flag: id, length of the facts
+# Next in newer versions: the lineage. Older versions write zeros or an older text here, which have
+# no lineage, and do not read it.
 _LINEAGE = struct.Struct("<BBH")
 _LINEAGE_MARK = (0, 1)
 _TAKEN, _FREE = 1, 0
-# At the end of the slot, behind its text: what a session was charged for so far.
+# At the end of the slot, behind its text: a session's charge so far.
 _CHARGE = struct.Struct("<IHBB")  # CRC-32 and length of the text
 _CHARGE_MARK = (0, 2)
 
 
 class CallJournal:
-    """Native calls and streams that this process has begun upstream and not recorded yet, in a file
-    that outlives it: what a killed process was calling is put on record by another one.
+    """Native calls and streams that this process has sent upstream and not recorded yet, in a file
+    that outlives the process: if it is killed, another process records its calls.
 
-    Memory that the file is mapped into: a call writes to it without I/O. It survives the process,
-    not the machine. More calls than it has room for at the same time are not in it.
+    The file is mapped into memory: a call writes without I/O. It survives the process, not the
+    machine. Concurrent calls beyond its slots are not in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -210,7 +211,7 @@ class CallJournal:
         return f"<CallJournal open={self._memory is not None} free={len(self._free)}>"
 
     def open(self) -> None:
-        """Raises OSError where the folder can't be written."""
+        """Create the file. Raises OSError if the folder cannot be written."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._file = _created(self._folder, _CALLS_SUFFIX)
         os.ftruncate(self._file.descriptor, _SLOTS * _SLOT_BYTES)
@@ -218,7 +219,7 @@ class CallJournal:
         self._free = list(range(_SLOTS - 1, -1, -1))
 
     def close(self) -> None:
-        """Delete the file where nothing is in it; else another process puts on record what is."""
+        """Delete the file if it is empty; otherwise another process records its calls."""
         if self._memory is None or self._file is None:
             return
         self._memory.close()
@@ -230,8 +231,7 @@ class CallJournal:
         self._file = None
 
     def enter(self, record: CallRecord) -> None:
-        """Note a call whose request is about to go out; a further try of it takes the same place.
-        Without I/O."""
+        """Enter a call that is about to be sent; a retry uses the same slot. Without I/O."""
         memory = self._memory
         if memory is None or (record.slot is None and not self._free):
             return
@@ -256,11 +256,11 @@ class CallJournal:
             _LINEAGE.pack_into(memory, begin, *_LINEAGE_MARK, len(lineage))
             begin += _LINEAGE.size
             memory[begin : begin + len(lineage)] = lineage
-        memory[place] = _TAKEN  # last: half of it is nothing
+        memory[place] = _TAKEN  # set last, so that a partial slot is not taken
 
     def note(self, record: CallRecord) -> None:
-        """Note what a call that goes on, such as a realtime session, was charged for so far, where
-        there is room for it. Without I/O."""
+        """Store the charge so far of a continuing call, such as a realtime session, if it fits.
+        Without I/O."""
         if record.slot is None or self._memory is None:
             return
         memory, place, text = self._memory, record.slot * _SLOT_BYTES, _charge_text(record.charge)
@@ -271,7 +271,7 @@ class CallJournal:
         _CHARGE.pack_into(memory, begin + len(text), zlib.crc32(text), len(text), *_CHARGE_MARK)
 
     def leave(self, record: CallRecord) -> None:
-        """The call is on record, or never will be."""
+        """Free the slot of a call that is recorded, or never will be."""
         if record.slot is None or self._memory is None:
             return
         self._memory[record.slot * _SLOT_BYTES] = _FREE
@@ -279,7 +279,7 @@ class CallJournal:
         record.slot = None
 
     async def lost(self, keep: Callable[[list[CallRecord]], Awaitable[None]]) -> None:
-        """Pass the calls of processes that have died to `keep`, and forget them once it returns."""
+        """Pass calls of dead processes to `keep`, and delete their files once it returns."""
         mine = set() if self._file is None else {self._file.path}
         files, _ = await asyncio.to_thread(_adopted, self._folder, mine, _CALLS_SUFFIX)
         try:
@@ -290,11 +290,11 @@ class CallJournal:
                     get_logger().warning(Log.CALLS_LOST, calls=len(calls))
                 files.pop(0).drop()
         finally:
-            for file in files:  # for the next time
+            for file in files:  # left for the next run
                 os.close(file.descriptor)
 
 
-# Of a `CallRecord`; what is a time is one of ISO 8601.
+# Fields of a `CallRecord`; times are in ISO 8601.
 _TIMES = ("received_at", "admitted_at")
 _FACTS = (
     *("source", "tenant_id", *_TIMES, "endpoint", "dialect", "operation", "priority"),
@@ -306,12 +306,12 @@ _facts_of = attrgetter(*_FACTS)
 
 
 def facts_of(record: CallRecord) -> list[Any]:
-    """What is written down of a call that has not ended."""
+    """Return the journal's facts of a call that has not ended."""
     return list(_facts_of(record))
 
 
 def record_from(request_id: UUID, given: Sequence[Any]) -> CallRecord:
-    """The record of such a call."""
+    """Return the record of a call from its facts."""
     facts = dict(zip(_FACTS, given, strict=True))
     for name in _TIMES:
         facts[name] = facts[name] and datetime.fromisoformat(facts[name])
@@ -319,12 +319,12 @@ def record_from(request_id: UUID, given: Sequence[Any]) -> CallRecord:
 
 
 def lineage_text(lineage: Lineage) -> str | None:
-    """What is written down of it; None of none."""
+    """Return a lineage as text; None for an empty one."""
     return None if lineage == NO_LINEAGE else orjson.dumps([*lineage]).decode()
 
 
 def lineage_from(text: str | bytes | None) -> Lineage:
-    """From what was written down, as far as this version knows it."""
+    """Return a lineage from its text, with the fields that this version knows."""
     if not text:
         return NO_LINEAGE
     values = dict(zip(Lineage._fields, orjson.loads(text), strict=False))
@@ -338,14 +338,13 @@ def _charge_text(charge: Charge) -> bytes:
 
 
 def _stated(of: Usage | UsageDetails | None) -> dict[str, Any]:
-    """What is known of it, by name."""
+    """Return the known fields by name."""
     named = () if of is None else ((one.name, getattr(of, one.name)) for one in fields(of))
     return {name: value for name, value in named if value is not None}
 
 
 def _charge_in(data: bytes, place: int) -> Charge:
-    """What the call of a slot was charged for, for at least; unknown where that was not noted, or
-    half of it."""
+    """Return the charge in a slot as a lower bound; unknown if it is missing or torn."""
     end = place + _SLOT_BYTES - _CHARGE.size
     crc, length, *mark = _CHARGE.unpack_from(data, end)
     text = data[end - length : end]
@@ -357,7 +356,7 @@ def _charge_in(data: bytes, place: int) -> Charge:
 
 
 def _end_of_text(data: bytes | mmap.mmap, place: int) -> int:
-    """Where the facts of a slot end, with its lineage."""
+    """Return where a slot's facts and lineage end."""
     end = place + 1 + _SLOT.size + int(_SLOT.unpack_from(data, place + 1)[1])
     if end + _LINEAGE.size <= place + _SLOT_BYTES:
         end += _LINEAGE.size + int(_LINEAGE.unpack_from(data, end)[2])
@@ -365,7 +364,7 @@ def _end_of_text(data: bytes | mmap.mmap, place: int) -> int:
 
 
 def _lineage_in(data: bytes, begin: int) -> Lineage:
-    """That of a slot, whose facts end there."""
+    """Return the lineage of a slot, whose facts end at `begin`."""
     if begin % _SLOT_BYTES + _LINEAGE.size > _SLOT_BYTES or begin % _SLOT_BYTES == 0:
         return NO_LINEAGE
     *mark, length = _LINEAGE.unpack_from(data, begin)
@@ -392,9 +391,8 @@ def _calls_in(path: Path) -> list[CallRecord]:
 def scrub(
     folder: Path, matches: Callable[[Json], bool], *, dry_run: bool = False
 ) -> tuple[int, int]:
-    """Take the entries that match out of the files whose process is gone, and out of those that
-    were put aside. Returns how many, and how many files are held by a running process, which are
-    left to it."""
+    """Delete matching entries from the files of dead processes, and from the rejected ones. Return
+    how many, and the number of files that running processes hold, which are left alone."""
     scrubbed = 0
     files, held = _adopted(folder, set())
     for file in files:
@@ -426,7 +424,7 @@ def scrub(
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Another file takes the place, whole; an empty one leaves none."""
+    """Replace a file atomically; delete it if there is no data."""
     if not data:
         path.unlink(missing_ok=True)
         return
@@ -452,7 +450,8 @@ def _created(folder: Path, suffix: str, flags: int = 0) -> _File:
 
 
 def _adopted(folder: Path, mine: set[Path], suffix: str = _SUFFIX) -> tuple[list[_File], int]:
-    """The files whose process is gone, now locked, oldest first; and how many others hold."""
+    """Lock and return the files of dead processes, oldest first, and the number of files others
+    hold."""
     found, held = [], 0
     for path in sorted(folder.glob(f"*{suffix}")):
         if path in mine:
@@ -480,7 +479,7 @@ def _line_of(entry: Json) -> bytes:
 
 
 def _in_base64(value: object) -> orjson.Fragment:
-    if isinstance(value, bytes):  # in pieces: the event loop may go on between two of them
+    if isinstance(value, bytes):  # in pieces, between which the event loop may run
         places = range(0, len(value), _PIECE_BYTES)
         pieces = [b64encode(value[at : at + _PIECE_BYTES]) for at in places]
         return orjson.Fragment(b"".join((b'"', *pieces, b'"')))
@@ -501,7 +500,7 @@ def _chunks(path: Path) -> Iterator[list[Json]]:
         for line in lines:
             checksum, _, body = line.rstrip(b"\n").partition(b" ")
             if not line.endswith(b"\n") or b"%08x" % zlib.crc32(body) != checksum:
-                continue  # torn by a crash in the middle of a write
+                continue  # torn by a crash during a write
             chunk.append(orjson.loads(body))
             if len(chunk) == _CHUNK:
                 yield chunk

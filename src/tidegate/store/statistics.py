@@ -1,12 +1,12 @@
 """Statistics: usage and its reconciliation, history of calls, latencies, queue depth, past loads.
 
-Each process counts its own calls and rewrites a span when it changes; readers add the processes
-up. A histogram is one whole number with a 64-bit count for each of `LANES` classes, a quarter of
-an octave each, so that a percentile is off by less than a tenth.
+Each process counts its own calls and rewrites a span when it changes; readers add up the processes.
+A histogram is one integer with a 64-bit count for each of `LANES` classes, a quarter of an octave
+each, so that the error of a percentile is less than a tenth.
 
-Invariants: totals of usage are written in the transaction of the audit rows that they sum up; what
-is kept of the history is bounded by `KEPT_S`, `MOST_NAMES` and the number of processes; queue depth
-costs the database at most a fiftieth of one connection's time.
+Invariants: totals of usage are written in the transaction of the audit rows that they sum up; the
+history is bounded by `KEPT_S`, `MOST_NAMES` and the number of processes; reading queue depths costs
+the database at most a fiftieth of one connection's time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tidegate.store.budgets import correct_holds
 from tidegate.store.database import Connections, sql
 from tidegate.store.records import Json, dumps, record_of
 
-LANES = 90  # from 1 ms to over an hour; the first is below 1 ms, the last all that is above
+LANES = 90  # from 1 ms to over an hour; the first is below 1 ms, the last everything above
 _BITS = 64
 _PER_OCTAVE = 4
 _BYTES = LANES * _BITS // 8
@@ -50,19 +50,19 @@ _ONES = tuple(1 << (_BITS * lane) for lane in range(LANES))
 
 
 def one(length_ms: float) -> int:
-    """The histogram of a single length."""
+    """Return the histogram of a single duration."""
     return _ONES[lane_of(length_ms)]
 
 
 def lane_of(length_ms: float) -> int:
-    """The class of a length."""
+    """Return the class of a duration."""
     if length_ms < 1:
         return 0
     return min(LANES - 1, 1 + int(math.log2(length_ms) * _PER_OCTAVE))
 
 
 def pack(histogram: int) -> bytes:
-    """As few bytes as it takes."""
+    """Return a histogram in as few bytes as possible."""
     return histogram.to_bytes((histogram.bit_length() + 7) // 8, "little")
 
 
@@ -71,14 +71,15 @@ def unpack(raw: bytes) -> int:
 
 
 def counts(histogram: int) -> tuple[int, ...]:
-    """How many are in each class."""
+    """Return the count of each class."""
     return _COUNTS.unpack(histogram.to_bytes(_BYTES, "little"))
 
 
 def percentiles(histogram: int, shares: tuple[float, ...]) -> list[float | None]:
-    """The lengths, in ms, that these shares of all (0 to 1) do not exceed; None for an empty one.
+    """Return the durations, in ms, that these shares of all (0 to 1) do not exceed; None for an
+    empty histogram.
 
-    Within a class they are taken to lie evenly.
+    Within a class durations are assumed to be spread evenly.
     """
     in_class = counts(histogram)
     total = sum(in_class)
@@ -105,16 +106,16 @@ Dimension = Literal["tenant", "model", "upstream", "code", "limit"]
 KEPT_S = {10: 20 * 60, 60: 3 * 3600, 300: 48 * 3600}
 MOST_NAMES = 50
 MOST_ROWS = 100_000
-OTHERS = ""  # the name under which those beyond `MOST_NAMES` are counted together
+OTHERS = ""  # the name that counts all names beyond `MOST_NAMES`
 _LONGEST_NAME = 200
 _TIMEOUT_MS = 3_000
 
 
 @dataclass(slots=True)
 class CallCounts:
-    """What ended in a span. For the names in `counts` and `apart` see `dashboard.rollup`.
+    """Calls that ended in a span. For the names in `counts` and `apart` see `dashboard.rollup`.
 
-    waits and lengths are histograms: of the time to admission, and of calls upstream.
+    waits, lengths: histograms of the time to admission, and of the time upstream.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -134,7 +135,7 @@ class CallCounts:
         _add(names, name, amounts)
 
     def merge(self, other: CallCounts, most_names: int = MOST_NAMES) -> None:
-        """Add what another process, or another span, has counted; names beyond so many together."""
+        """Add the counts of another process or span; names beyond `most_names` are combined."""
         for name, amount in other.counts.items():
             self.count(name, amount)
         for dimension, theirs in other.apart.items():
@@ -156,7 +157,7 @@ def _add(names: dict[str, list[int]], name: str, amounts: Sequence[int]) -> None
     for place, amount in enumerate(amounts):
         if place < len(known):
             known[place] += amount
-        else:  # of a later version, which counts more
+        else:  # a later version counts more
             known.append(amount)
 
 
@@ -170,14 +171,14 @@ class TimeSpan:
 
 
 class History:
-    """Raises StoreUnavailable."""
+    """Counts of calls by span. Every method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections, instance_id: str) -> None:
         self._connections = connections
         self._instance_id = instance_id
 
     async def write(self, counted: Sequence[tuple[TimeSpan, CallCounts]]) -> None:
-        """What this process has counted so far in each of these spans."""
+        """Write this process's counts so far for each of these spans."""
         columns = (
             [span.step_s for span, _ in counted],
             [float(span.at) for span, _ in counted],
@@ -193,7 +194,8 @@ class History:
         )
 
     async def read(self, step_s: int, since: float) -> list[tuple[TimeSpan, CallCounts]]:
-        """Every process's count of every span from `since` on (seconds since 1970), by time."""
+        """Return every process's counts of every span from `since` on (seconds since 1970), by
+        time."""
         rows = await self._connections.rows(
             "read_history", step_s, since, MOST_ROWS, timeout_ms=_TIMEOUT_MS
         )
@@ -211,7 +213,7 @@ class History:
         ]
 
     async def forget(self, now: float) -> None:
-        """Delete what is older than `KEPT_S`."""
+        """Delete spans older than `KEPT_S`."""
         for step_s, kept_s in KEPT_S.items():
             await self._connections.execute(
                 "forget_history", step_s, now - kept_s, timeout_ms=_TIMEOUT_MS
@@ -228,7 +230,7 @@ _DEPTHS_TIMEOUT_MS = 1_000
 
 @dataclass(frozen=True, slots=True)
 class QueueDepth:
-    """Jobs that are ready in one queue: at most `MOST_COUNTED` are counted."""
+    """Ready jobs in one queue: at most `MOST_COUNTED` are counted."""
 
     pool: str
     lane: str
@@ -239,8 +241,8 @@ class QueueDepth:
 
 @dataclass(frozen=True, slots=True)
 class BudgetUse:
-    """What is spent and reserved of a budget, None of one with a book for each; and how many of its
-    books are paused."""
+    """Use of a budget, spent and reserved, None for a budget with a book per scope; `paused`: the
+    number of its paused books."""
 
     name: str
     used_ratio: float | None
@@ -249,7 +251,8 @@ class BudgetUse:
 
 @dataclass(frozen=True, slots=True)
 class Depths:
-    """All figures are of the same moment. webhooks_oldest_s: for how long one has been due."""
+    """Depths of all queues at the same moment. webhooks_oldest_s: for how long a webhook has been
+    due."""
 
     queues: tuple[QueueDepth, ...]
     retrying: int
@@ -271,7 +274,7 @@ class QueueDepths:
         self._next_at = float("-inf")
 
     async def depths(self) -> Depths:
-        """As they stood a moment ago. Raises StoreUnavailable."""
+        """Return the recent depths. Raises StoreUnavailable."""
         is_fresh = time.monotonic() < self._next_at and not self._connections.away
         if self._read is not None and is_fresh:
             return self._read
@@ -312,8 +315,8 @@ _MOST_AHEAD = 200_000
 
 @dataclass(frozen=True, slots=True)
 class _DueJobs:
-    """Open jobs of one lane that are due at about the same time, None without a deadline. waiting:
-    those of them that could be called now."""
+    """Open jobs of one lane with about the same deadline, None without one. waiting: those that
+    could be called now."""
 
     lane: str
     due_at: datetime | None
@@ -322,7 +325,7 @@ class _DueJobs:
 
 
 class OpenJobs:
-    """Open jobs of a pool by the time they are due, read at most every 2 s. One per worker."""
+    """Open jobs of a pool by deadline, read at most every 2 s. One per worker."""
 
     def __init__(self, connections: Connections, pool: str) -> None:
         self._connections = connections
@@ -331,8 +334,8 @@ class OpenJobs:
         self._next_at = float("-inf")
 
     async def of(self, lane: str, due: datetime | None) -> int:
-        """How many jobs of a lane come before one that is due then, itself among them: all that are
-        due sooner, and those that wait now. Raises StoreUnavailable."""
+        """Return how many jobs of a lane come before one with this deadline, including that job:
+        jobs with an earlier deadline, and ready ones. Raises StoreUnavailable."""
         began = time.monotonic()
         if began >= self._next_at:
             found = await self._connections.rows(
@@ -356,10 +359,10 @@ MOST_CALLS = 200_000
 
 @dataclass(frozen=True, slots=True)
 class PastCall:
-    """One admitted call. `kind` and `model` are None where the record does not have them.
-    `gives_way`: whether it is of a job or a batch line that could have given way. Of a job `tier`
-    is that in which it was made, `tiers` are those that it was allowed, and `due_ms` is from
-    submission to its deadline; None where its row is gone or has none."""
+    """One admitted call. `kind`, `model`: None if not on record. `gives_way`: whether it is a job
+    or a batch line, which can be preempted. Of a job, `tier`: the one that served it, `tiers`:
+    those that were allowed, `due_ms`: from submission to deadline; None if its row is deleted or
+    has none."""
 
     submitted_at: datetime
     tenant_id: str
@@ -390,8 +393,8 @@ async def past_calls(
     *,
     most: int = MOST_CALLS,
 ) -> list[PastCall]:
-    """What was submitted from `since` on and before `until`, in order of time; the newest
-    `most` where there was more. Raises StoreUnavailable."""
+    """Return calls submitted from `since` on and before `until`, in order of time; only the newest
+    `most`. Raises StoreUnavailable."""
     rows = await connections.rows(
         "past_calls", pool, since, until, most, timeout_ms=_PAST_CALLS_TIMEOUT_MS
     )
@@ -400,8 +403,8 @@ async def past_calls(
 
 @dataclass(frozen=True, slots=True)
 class RecordedUse:
-    """What the admitted calls of one kind, model and tenant used since a moment. key_id, subject,
-    conversation: where these were to be apart."""
+    """Usage of the admitted calls of one kind, model and tenant since a time. key_id, subject,
+    conversation: set if these were requested separately."""
 
     kind: str
     model: str
@@ -428,8 +431,8 @@ async def used_since(
     subjects: Sequence[str] = (),
     conversations: Sequence[str] = (),
 ) -> list[RecordedUse]:
-    """What calls of a pool that were admitted from `since` on used, those of these keys, people
-    and conversations apart. Raises StoreUnavailable."""
+    """Return the usage of calls of a pool that were admitted from `since` on, with separate entries
+    for these keys, subjects and conversations. Raises StoreUnavailable."""
     named = list(keys), list(subjects), list(conversations)
     rows = await connections.rows(
         "day_uses", pool, since, *named, timeout_ms=_PAST_CALLS_TIMEOUT_MS
@@ -439,13 +442,13 @@ async def used_since(
 
 MOST_PARTS = 5
 MOST_PAGES = 1_000  # of the request log, 8 kB each: about 14,000 requests
-_TIMES_FOR_ONE = 10  # as many for one tenant, who has few of the requests on them
+_TIMES_FOR_ONE = 10  # factor for one tenant, which has few of the requests per page
 _LATENCY_TIMEOUT_MS = 30_000
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyPart:
-    """What requests of an hour have in common: `of` is tenant, model, upstream, type or error."""
+    """A share of an hour's requests: `of` is tenant, model, upstream, type or error."""
 
     of: str
     name: str
@@ -456,10 +459,10 @@ class LatencyPart:
 
 @dataclass(frozen=True, slots=True)
 class LatencyOfHour:
-    """How long the requests took that were submitted in the hour from `at` on. waited_ms,
-    called_ms, took_ms: half and 95 % of them took no longer. between_sum_ms: neither waiting nor
-    called, as before a retry. parts: the `MOST_PARTS` that took longest of each. sampled: how many
-    requests were read. Where one page in `one_in` was read, counts and sums are estimates."""
+    """Latency of the requests that were submitted in the hour from `at` on. waited_ms, called_ms,
+    took_ms: the 50th and 95th percentiles. between_sum_ms: neither waiting nor called, as before a
+    retry. parts: the `MOST_PARTS` with the longest times for each dimension. sampled: the number of
+    requests read. If one page in `one_in` was read, counts and sums are estimates."""
 
     at: datetime
     one_in: int
@@ -484,10 +487,10 @@ async def latency_by_hour(
     *,
     most_pages: int = MOST_PAGES,
 ) -> list[LatencyOfHour]:
-    """Of what was submitted from `since` on and before `until` and ended within a day after that,
-    without lines of batches; of one tenant and what was called at one upstream, or of all; hours
-    without any are left out. Reads about `most_pages` pages of the request log, for one tenant ten
-    times as many, and all where there are no more. Raises StoreUnavailable."""
+    """Return latencies of requests that were submitted from `since` on and before `until` and ended
+    within a day after that, without lines of batches; of one tenant or all, and of one upstream or
+    all; without empty hours. Reads about `most_pages` pages of the request log, ten times as many
+    for one tenant, or all if there are fewer. Raises StoreUnavailable."""
     hours = await connections.rows(
         "latency_of_hours",
         since,
@@ -510,7 +513,7 @@ MOST_TOTALS = 10_000
 _SUMMED = ("input_tokens", "output_tokens", "cached_tokens", "thoughts_tokens", "images")
 _UNKNOWN = UsageState.UNKNOWN.value
 _DOUBTFUL = frozenset((UsageState.PARTIAL.value, UsageState.ESTIMATED.value, _UNKNOWN))
-# What `summed` reads of a row of the audit.
+# Columns of an audit row that `summed` reads.
 READ = (
     *("tenant_id", "pool", "model", "finished_at", *_SUMMED, "cost_micros", "usage_state"),
     *("usage_details", "upstream"),
@@ -519,9 +522,9 @@ READ = (
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """A sum. What is None was not requested apart. unpriced: requests whose tokens are known,
-    but no price for them; they add nothing to the cost. partial, estimated, unknown: how many
-    requests are charged so; the rest is as the provider reported it."""
+    """A total. Dimensions that were not requested are None. unpriced: requests with known tokens
+    but no price, which add nothing to the cost. partial, estimated, unknown: requests with such a
+    charge; the others are charged as the provider reported."""
 
     tenant: str | None
     model: str | None
@@ -553,7 +556,7 @@ class Total:
 _TOTALLED, _LOGGED = ("tenant", "model", "day"), ("key", "upstream")
 COUNTS = tuple(one.name for one in fields(Total) if one.name not in (*_TOTALLED, *_LOGGED))
 _LOGGED_TIMEOUT_MS = 30_000
-# What each level of `usage_sums` tells apart, beside the day.
+# Dimensions of each level of `usage_sums`, beside the day.
 _LEVELS = {"model": {"model"}, "tenant": {"tenant"}}
 _LEVELS_OF_LOG = {
     "key": {"tenant", "key"},
@@ -568,7 +571,7 @@ _SUM_TIMEOUT_MS = 300_000
 
 
 class UsageTotals:
-    """Sums on record. Raises StoreUnavailable."""
+    """Totals of usage on record. Every method raises StoreUnavailable."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
@@ -581,11 +584,11 @@ class UsageTotals:
         tenant_id: str | None = None,
         upstream: str | None = None,
     ) -> list[Total]:
-        """Sums of the days from `since` to `until`, both included, apart `by` tenant, model, day,
-        of one tenant and of what was called at one upstream, or of all; the first `MOST_TOTALS` in
-        their order. Apart by key or upstream too they are those of the request log, as far back as
-        it is kept. Days that are summed up are read by their sums, where these tell apart what is
-        wanted."""
+        """Return totals of the days from `since` to `until`, both inclusive, grouped `by`
+        tenant, model and day; of one tenant or all, and of one upstream or all; the first
+        `MOST_TOTALS` in order. Grouped by key or upstream, they are read from the request log,
+        as far back as it is kept. Days with stored sums are read from these, if the sums have
+        the requested dimensions."""
         apart = set(by)
         wanted = [name in apart for name in _TOTALLED]
         given = (*wanted, since, until, tenant_id, MOST_TOTALS)
@@ -605,14 +608,14 @@ class UsageTotals:
         return [Total(**row) for row in sums]
 
     async def sum_days(self) -> int:
-        """Sum up each day that is over and is not summed up as it now stands; how many days. A day
-        that another process sums up is left to it."""
+        """Sum up each past day whose sums are missing or out of date; return how many days. A day
+        that another process sums up is skipped."""
         days = [row["day"] for row in await self._connections.rows("days_to_sum")]
         return sum([await self._sum_day(day) for day in days])
 
     async def _sum_day(self, day: date) -> bool:
-        """In one transaction. What comes later than its first statement marks the day as changed
-        again."""
+        """Sum up a day in one transaction. Calls written after its first statement mark the day as
+        changed again."""
 
         async def work(connection: asyncpg.Connection) -> bool:
             if not await connection.fetchval(sql("lock_summed_day"), day):
@@ -624,7 +627,7 @@ class UsageTotals:
         return await self._connections.run(work, timeout_ms=_SUM_TIMEOUT_MS)
 
     async def run(self) -> None:
-        """Sum up for ever. Cancellation leaves the day under way as it was."""
+        """Sum up until cancelled, which leaves the current day unchanged."""
         while True:
             with suppress(StoreUnavailable):
                 await self.sum_days()
@@ -632,23 +635,23 @@ class UsageTotals:
 
 
 def _level_of(apart: set[str], levels: Mapping[str, set[str]]) -> str | None:
-    """Which sums tell these apart; None where only what they sum up does."""
+    """Return the level of sums with these dimensions; None if only the unsummed rows have them."""
     return next((level for level, told in levels.items() if apart <= told | {"day"}), None)
 
 
 async def add_usage(connection: asyncpg.Connection, audit: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows of the audit that this transaction inserts, `READ` of each. The last thing that it
-    does: the totals of a day are locked by it."""
+    """Add the totals of audit rows that this transaction inserts, given with the columns `READ`.
+    Must be the transaction's last statement, since it locks the totals of a day."""
     sums = summed(audit)
     if sums:
         await connection.execute(sql("add_usage"), dumps(sums))
 
 
 def summed(audit: Iterable[Mapping[str, Any]]) -> list[Json]:
-    """The rows of the totals that rows of the audit come to."""
+    """Return the rows of totals for these audit rows."""
     sums: dict[tuple[str, date, str, str], dict[str, int]] = {}
     for row in audit:
-        # Of what called no upstream it is the pool in whose queue it was.
+        # For a call that reached no upstream, the pool in whose queue it was.
         called = row.get("upstream") or row["pool"]
         key = (row["tenant_id"], day_of(row["finished_at"]), row["model"] or "", called)
         total = sums.get(key)
@@ -661,7 +664,7 @@ def summed(audit: Iterable[Mapping[str, Any]]) -> list[Json]:
         cost, state = row["cost_micros"], row["usage_state"]
         if cost:
             total["cost_micros"] += cost
-        # Not there in what an earlier version has spilled.
+        # Missing in entries that an earlier version has spilled.
         if details := row.get("usage_details"):
             _add_details(total, details)
         if state in _DOUBTFUL:
@@ -675,12 +678,12 @@ def summed(audit: Iterable[Mapping[str, Any]]) -> list[Json]:
 def _add_details(total: dict[str, int], details: str | Json) -> None:
     found = orjson.loads(details) if isinstance(details, str) else details
     for name, amount in found.items():
-        if name in total:  # the two parts of what was written to a cache are not summed apart
+        if name in total:  # the two parts of cache writes have no totals of their own
             total[name] += amount
 
 
 def day_of(at: datetime | str) -> date:
-    """The day of UTC of a time; a text is as it was spilled."""
+    """Return the UTC day of a time; spilled entries have text."""
     moment = moment_of(at)
     return moment.date() if moment.tzinfo is UTC else moment.astimezone(UTC).date()
 
@@ -691,13 +694,13 @@ def moment_of(at: datetime | str) -> datetime:
 
 MOST_DOUBTFUL = 10_000
 MOST_FOUND = 10_000
-_MOST_NAMED = 100  # calls that a finding keeps
+_MOST_NAMED = 100  # calls per finding
 
 
 @dataclass(frozen=True, slots=True)
 class Reconciled:
-    """What the last comparison of an upstream, day and model found. calls: of those that explain
-    a difference, the first hundred: id, state, and the cost before and after."""
+    """The last comparison of an upstream, day and model. calls: the first hundred that explain a
+    difference: id, state, and the cost before and after."""
 
     upstream: str
     day: date
@@ -716,18 +719,18 @@ class Reconciled:
 
 
 class Reconciliations:
-    """Our side of a day, its corrections, and what comparisons with providers found. Raises
-    StoreUnavailable.
+    """The record's side of a day, its corrections, and findings of comparisons with providers.
+    Every method raises StoreUnavailable.
 
-    A charge and the totals that hold it are corrected in one transaction, and only where the charge
-    is still the one that was compared.
+    A charge and the totals that contain it are corrected in one transaction, and only if the charge
+    is still the compared one.
     """
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
 
     async def ours(self, upstream: str, day: date) -> dict[str, ModelDay]:
-        """The record of a day of UTC by the model that answered, else the one requested."""
+        """Return the record of a UTC day by the model that answered, else the one requested."""
         begin, end = _day_bounds(day)
         told = await self._connections.rows("get_told_usage", upstream, begin, end)
         rows = await self._connections.rows(
@@ -750,8 +753,8 @@ class Reconciliations:
     async def keep(
         self, upstream: str, provider: str, day: date, findings: Sequence[ModelFinding]
     ) -> int:
-        """Correct the charges that the findings explain, and keep the findings; how many charges
-        were corrected."""
+        """Correct the charges that the findings explain, and store the findings; return the number
+        of corrected charges."""
 
         async def work(connection: asyncpg.Connection) -> int:
             corrected = 0
@@ -775,7 +778,7 @@ class Reconciliations:
         return await self._connections.run(work)
 
     async def found(self, first: date, last: date) -> list[Reconciled]:
-        """What was found for the days from `first` to `last`, both included, the newest first."""
+        """Return the findings for the days from `first` to `last`, both inclusive, newest first."""
         rows = await self._connections.rows("get_reconciliations", first, last, MOST_FOUND)
         return [Reconciled(**dict(row) | {"calls": orjson.loads(row["calls"])}) for row in rows]
 
@@ -790,12 +793,12 @@ async def _correct_charges(connection: asyncpg.Connection, day: date, finding: M
     right = finding.ours.doubtful if finding.verdict == "equal" else ()
     for one in finding.corrections or [Correction(call, call.charged_micros) for call in right]:
         if not one.delta_micros:
-            # Right on record, where budgets may still be charged the bound.
+            # The charge is right, but budgets may still be charged the bound.
             if one.call.cost_micros is not None:
                 await correct_holds(connection, one.call.request_id, micros=one.cost_micros)
             continue
         charged = one.call.charged_micros
-        # A call that was made again is charged for its last attempt already.
+        # A call that was repeated is charged for its last attempt already.
         before = one.call.weight if one.call.state == "repeated" else charged
         row = await connection.fetchrow(
             sql("correct_charge"), one.call.request_id, begin, end, one.delta_micros, before
@@ -827,11 +830,11 @@ def _day_bounds(day: date) -> tuple[datetime, datetime]:
 
 
 async def newest_ids(connections: Connections, most: int) -> list[UUID]:
-    """The ids of the last requests of all tenants, the newest first. Raises StoreUnavailable."""
+    """Return the ids of the last requests of all tenants, newest first. Raises StoreUnavailable."""
     return [row["id"] for row in await connections.rows("list_newest_ids", most)]
 
 
 async def newest_batches(connections: Connections, most: int) -> list[UUID]:
-    """The ids of the last batches of all tenants, the newest first. Raises StoreUnavailable."""
+    """Return the ids of the last batches of all tenants, newest first. Raises StoreUnavailable."""
     rows = await connections.rows("list_all_batches", None, None, False, most)
     return [row["id"] for row in rows]

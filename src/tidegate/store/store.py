@@ -1,7 +1,7 @@
 """Store: PostgreSQL as record and queue, and the blobs beside it; one collaborator for each noun.
 
-Invariants: nothing waits longer than its deadline; every write may be repeated; what was promised
-to be durable is on a disk.
+Invariants: nothing waits longer than its deadline; every write may be repeated; what was reported
+as durable is on a disk.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from tidegate.store.spill import CallJournal, Spill
 from tidegate.store.statistics import History, QueueDepths, Reconciliations, UsageTotals
 from tidegate.store.tenants import Policies, Tenants
 
-_SCHEMA_TIMEOUT_MS = 1_000  # less than the probes of deploy/ wait for
+_SCHEMA_TIMEOUT_MS = 1_000  # less than the timeout of the probes in deploy/
 _CLOSE_TIMEOUT_MS = 6_000
 
 
 class Store:
-    """One per process: `start()` it, `aclose()` it at the end. `instance_id` must be new with every
-    start of a process: claims depend on it."""
+    """All collaborators of a process's store: `start()` it, `aclose()` it at the end. `instance_id`
+    must be new for every start of a process, since claims depend on it."""
 
     _background: asyncio.Future[tuple[None, None, None]] | None = None
     _schema_fitted = False
@@ -104,7 +104,7 @@ class Store:
         self.retention = Retention(connections, blobs, spill_dir)
 
     async def start(self) -> None:
-        """Begin to connect in the background: PostgreSQL may come later."""
+        """Start connecting in the background: PostgreSQL may become available later."""
         self.connections.start()
         self.notifications.on_budgets.append(self.budgets.changed)
         self.budgets.is_pushed = self.notifications.is_sure
@@ -115,7 +115,7 @@ class Store:
         )
 
     async def aclose(self) -> None:
-        """Write what is pending, or leave it on the disk, within about 10 s; then disconnect."""
+        """Write what is pending, or leave it on disk, within about 10 s; then disconnect."""
         if self._background is not None:
             self._background.cancel()
             await asyncio.gather(self._background, return_exceptions=True)
@@ -128,9 +128,9 @@ class Store:
         await self.connections.aclose()
 
     async def schema_fits(self) -> bool:
-        """Whether the schema is the one that this code needs, or a later one.
+        """Whether the schema is at the revision that this code needs, or a later one.
 
-        While PostgreSQL is unavailable the last answer counts: an outage changes no schema.
+        While PostgreSQL is unavailable, the last answer counts: an outage changes no schema.
         """
         try:
             revision = await self.connections.run(revision_of, timeout_ms=_SCHEMA_TIMEOUT_MS)

@@ -1,11 +1,11 @@
-"""Tenants, API keys, used sign-in codes, turns to read, and policies on record.
+"""Tenants, API keys, used sign-in codes, and policies on record.
 
 A key is `tg_<prefix>_<secret>`. The prefix names it in lists and logs; the secret has 43 random
 letters and digits (256 bits), so one SHA-256 is a sufficient hash.
 
-Invariants: every change raises the one version number in the same transaction; only the digest of
-a key is kept; of any number of processes that spend a sign-in code, one succeeds; revisions of a
-pool's policy are written by one transaction at a time, each decided on what is on record then.
+Invariants: every change increments the one version number in the same transaction; only the digest
+of a key is stored; of several processes that spend a sign-in code, one succeeds; revisions of a
+pool's policy are written by one transaction at a time, each based on the record at that time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _NAMED = re.compile(r"(?:tg_)?(?P<prefix>[a-z0-9]{10})(?:_\w*)?")
 
 @dataclass(frozen=True, slots=True)
 class GeneratedKey:
-    """A key that was just made. `text` is to be shown once."""
+    """A newly generated key. `text` is shown only once."""
 
     prefix: str
     text: str = field(repr=False)
@@ -72,13 +72,14 @@ def digest_of(key: bytes) -> bytes:
 
 
 def prefix_of(key: bytes) -> str | None:
-    """The prefix of what is shaped like a key; None for anything else."""
+    """Return the prefix of bytes in the form of a key; None for anything else."""
     found = _KEY.fullmatch(key)
     return None if found is None else found["prefix"].decode()
 
 
 def prefix_in(text: str) -> str | None:
-    """The prefix that a person means: bare, with `tg_` before it, or with the secret after it."""
+    """Return the prefix in a person's input: bare, with `tg_` before it, or with the secret after
+    it."""
     found = _NAMED.fullmatch(text.strip())
     return None if found is None else found["prefix"]
 
@@ -104,18 +105,18 @@ log = get_logger()
 
 
 def scopes_of(given: Iterable[Scope], role: OperatorRole | None) -> list[Scope]:
-    """The scopes of a new key: those that are given, or the usual ones without a role."""
+    """Return the scopes of a new key: the given ones and its role, or the default ones."""
     scopes = [*given, *([] if role is None else [Scope(role.value)])]
     return scopes or list(USUAL_SCOPES)
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A tenant as far as the record has it: its weight and limits are part of the policy.
+    """A tenant on record; its weight and limits are part of the policy.
 
-    None means without a bound. `keys` counts those that work. Budgets of money are in USD; they are
-    rows of `budgets`, which a tenant may have more of. tiers: those that its jobs may be put into
-    unless they say so themselves; None is the usual one alone.
+    None means no bound. `keys`: the number of valid keys. Budgets of money are in USD, and rows of
+    `budgets`, of which a tenant may have more. tiers: the default tiers of its jobs; None for the
+    live tier only.
     """
 
     tenant_id: str
@@ -138,8 +139,8 @@ class Tenant:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An API key as it is shown in lists. `made_by` is None where no key was required when
-    it was made, or it was made before that was recorded."""
+    """An API key as lists show it. `made_by`: None if no key was required when it was made, or
+    makers were not recorded yet."""
 
     prefix: str
     tenant_id: str
@@ -162,7 +163,8 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class FoundKey:
-    """A key as the front checks it, with what its tenant may do. `expires_in_s` may be negative."""
+    """A key with the permissions of its tenant, for authentication. `expires_in_s` may be
+    negative."""
 
     digest: bytes
     caller: Caller
@@ -174,7 +176,7 @@ class FoundKey:
 
 @dataclass(frozen=True, slots=True)
 class FoundTenant:
-    """A tenant as the front knows it without a key of it."""
+    """A tenant, for authentication without one of its keys."""
 
     caller: Caller
     disabled: bool
@@ -200,11 +202,11 @@ class Tenants:
         self.policies = Policies(connections)
 
     async def version(self) -> int:
-        """Answers or raises within half a second."""
+        """Return the version number, or raise within half a second."""
         return await self._connections.run(_version, timeout_ms=_LOOK_TIMEOUT_MS)
 
     async def find(self, prefixes: Sequence[str]) -> tuple[int, dict[str, FoundKey]]:
-        """The keys with these prefixes, at the version that is returned or at a later one."""
+        """Return the keys with these prefixes, at the returned version or a later one."""
 
         async def read(connection: asyncpg.Connection) -> tuple[int, list[asyncpg.Record]]:
             version = await _version(connection)
@@ -214,7 +216,7 @@ class Tenants:
         return version, {row["prefix"]: _found(row) for row in rows}
 
     async def find_tenants(self, tenants: Sequence[str]) -> tuple[int, dict[str, FoundTenant]]:
-        """The tenants of these names, at the version that is returned or at a later one."""
+        """Return the tenants with these names, at the returned version or a later one."""
 
         async def read(connection: asyncpg.Connection) -> tuple[int, list[asyncpg.Record]]:
             version = await _version(connection)
@@ -229,7 +231,7 @@ class Tenants:
         return bool(row[0])
 
     async def used(self, at: Mapping[str, datetime]) -> None:
-        """Note when keys were last used."""
+        """Record when keys were last used."""
         keys = dumps({"prefix": key, "used_at": when} for key, when in at.items())
         await self._connections.execute("keys_used", keys, timeout_ms=_TIMEOUT_MS)
 
@@ -242,8 +244,8 @@ class Tenants:
         expires_at: datetime | None = None,
         made_by: str | None = None,
     ) -> tuple[Key, GeneratedKey]:
-        """The key on record, and the key itself, to be shown once. `made_by`: who has proven that
-        they may make keys. Raises NotFound."""
+        """Create a key; return its record, and the key itself, to be shown once. `made_by`: the
+        person who was authorised to create it. Raises NotFound."""
         made, given = make_key(), sorted({scope.value for scope in scopes})
         columns = (made.prefix, tenant_id, made.digest, clean(name), given, expires_at, made_by)
         after = {"tenant": tenant_id, "name": name, "scopes": given, "expires_at": expires_at}
@@ -251,13 +253,13 @@ class Tenants:
             row = await self._change("add_key", *columns, what="key.create", after=after)
         except asyncpg.ForeignKeyViolationError:
             raise NotFound(f"there is no tenant {tenant_id}") from None
-        if row is None:  # once in many lifetimes
+        if row is None:  # practically never
             raise StoreUnavailable("another key has the same prefix; try again")
         log.warning(Log.KEY_MADE, key_id=made.prefix, tenant=tenant_id, scopes=given)
         return _key(row), made
 
     async def revoke_key(self, prefix: str, *, by: str) -> Key:
-        """End a key; safe to repeat. Raises NotFound."""
+        """Revoke a key; may be repeated. Raises NotFound."""
 
         row = await self._change("revoke_key", prefix, what="key.revoke")
         if row is None:
@@ -276,7 +278,7 @@ class Tenants:
         return _key(row)
 
     async def unvouched_keys(self) -> list[Key]:
-        """Up to 1,000 keys that work and whose makers are unknown."""
+        """Return up to 1,000 valid keys whose makers are unknown."""
         found = await self._connections.rows("unvouched_keys", MOST_KEYS, timeout_ms=_TIMEOUT_MS)
         return [_key(row) for row in found]
 
@@ -288,8 +290,8 @@ class Tenants:
         after: str | None = None,
         limit: int = MOST_KEYS,
     ) -> list[Key]:
-        """A page, the oldest first, those that do not work any more included: of keys made after
-        `after`, the prefix of a key. Raises NotFound where there is no such key."""
+        """Return a page of keys, oldest first, including invalid ones: those made after the key
+        with the prefix `after`. Raises NotFound if there is no such key."""
         found = await self._connections.rows(
             "list_keys", tenant_id, prefix, after, limit, timeout_ms=_TIMEOUT_MS
         )
@@ -302,7 +304,7 @@ class Tenants:
         return [_key(row) for row in found]
 
     async def all_keys(self, tenant_id: str | None = None, prefix: str = "") -> list[Key]:
-        """All of them, read by pages, the oldest first."""
+        """Return all keys, read in pages, oldest first."""
         keys = page = await self.list_keys(tenant_id, prefix)
         while len(page) >= MOST_KEYS:
             page = await self.list_keys(tenant_id, prefix, after=page[-1].prefix)
@@ -310,15 +312,15 @@ class Tenants:
         return keys
 
     async def list_tenants(self) -> list[Tenant]:
-        """All tenants (10,000 at the utmost) by id; the tenant `default` is always there."""
+        """Return all tenants (10,000 at most) by id; the tenant `default` always exists."""
         return await self._read(None)
 
     async def knows(self, tenant_id: str) -> bool:
-        """Whether there is such a tenant."""
+        """Whether the tenant exists."""
         return bool(await self._read(tenant_id))
 
     async def get(self, tenant_id: str) -> Tenant:
-        """Raises NotFound."""
+        """Return a tenant. Raises NotFound."""
         found = await self._read(tenant_id)
         if not found:
             raise NotFound(f"there is no tenant {tenant_id}")
@@ -333,9 +335,9 @@ class Tenants:
         disabled: bool | None = None,
         expected: Mapping[str, Any] | None = None,
     ) -> Tenant:
-        """Make a tenant, or change what `changes` names (see SETTABLE) and leave the rest.
+        """Create a tenant, or change the settings in `changes` (see SETTABLE).
 
-        Raises ConfigError for a value that can't be, and PolicyChanged where something is not as
+        Raises ConfigError for an invalid value, and PolicyChanged if a setting is not as
         `expected`.
         """
         check_changes(changes)
@@ -371,7 +373,7 @@ class Tenants:
         return await self.get(tenant_id)
 
     async def check(self, tenant_id: str, expected: Mapping[str, Any]) -> None:
-        """Raises PolicyChanged where something of a tenant is not as expected."""
+        """Raises PolicyChanged if a tenant's setting is not as expected."""
         if not expected:
             return
         found = await self._read(tenant_id)
@@ -382,7 +384,7 @@ class Tenants:
         PolicyChanged.check(now | {"disabled": found[0].disabled_at is not None}, expected)
 
     async def remove(self, tenant_id: str, *, by: str) -> None:
-        """Forget a tenant and its keys; its requests stay on record. Raises NotFound."""
+        """Remove a tenant and its keys; its requests stay on record. Raises NotFound."""
         if tenant_id == DEFAULT_TENANT:
             raise ConfigError("tenant", tenant_id, "is always there; disable it instead")
 
@@ -401,8 +403,8 @@ class Tenants:
         log.warning(Log.TENANT_CHANGED, tenant=tenant_id, by=by, changes="removed")
 
     async def spend_code(self, nonce: bytes, ends_at: int, spender: bytes) -> bool:
-        """Whether a sign-in code of the dashboard counts, which it does for one `spender`. Expired
-        codes are deleted. `ends_at`: in Unix time."""
+        """Spend a sign-in code of the dashboard; return whether it is valid, which it is for one
+        `spender`. Expired codes are deleted. `ends_at`: in Unix time."""
 
         async def write(connection: asyncpg.Connection) -> bool:
             await connection.execute(sql("forget_codes"))
@@ -412,15 +414,15 @@ class Tenants:
         return await self._connections.run(write, timeout_ms=_TIMEOUT_MS)
 
     async def is_spent(self, nonce: bytes) -> bool:
-        """Whether `spend_code` was called for this. Answers or raises within half a second."""
+        """Whether `spend_code` was called for this code. Returns or raises within half a second."""
         (row,) = await self._connections.rows("is_spent", nonce, timeout_ms=_LOOK_TIMEOUT_MS)
         return bool(row[0])
 
     async def _change(
         self, name: str, *values: object, what: What, after: Mapping[str, Any] | None = None
     ) -> asyncpg.Record | None:
-        """Run a statement on the key whose prefix comes first, and raise the version; the row that
-        it returns."""
+        """Run a statement on the key with the prefix in `values`, and increment the version; return
+        the statement's row."""
 
         async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
             row = await connection.fetchrow(sql(name), *values)
@@ -440,7 +442,7 @@ class Tenants:
 
 
 async def _budget_now(connection: asyncpg.Connection, tenant_id: str, setting: str) -> float | None:
-    """The amount of the budget that a tenant's setting stands for; None where there is none."""
+    """Return the amount of the budget behind a tenant's setting; None if there is none."""
     row = await connection.fetchrow(sql("get_budget"), f"{tenant_id}/{setting}")
     if row is None:
         return None
@@ -451,7 +453,7 @@ async def _budget_now(connection: asyncpg.Connection, tenant_id: str, setting: s
 async def _set_budget(
     connection: asyncpg.Connection, tenant_id: str, setting: str, value: float | None
 ) -> None:
-    """Make, change or remove the budget that a tenant's setting stands for."""
+    """Create, change or remove the budget behind a tenant's setting."""
     if value is None:
         await drop_books(
             connection, await connection.fetch(sql("drop_budget"), f"{tenant_id}/{setting}")
@@ -462,7 +464,7 @@ async def _set_budget(
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a name or a value that a tenant can't have."""
+    """Raises ConfigError for an unknown setting or an invalid value."""
     for name, value in changes.items():
         if name not in SETTABLE:
             raise ConfigError(name, None, f"is unknown; known: {', '.join(SETTABLE)}")
@@ -531,7 +533,7 @@ def _found(row: asyncpg.Record) -> FoundKey:
     return FoundKey(
         digest=bytes(row["digest"]),
         caller=_caller(row, row["prefix"]),
-        # A scope that this version does not know permits nothing here.
+        # A scope of a later version permits nothing here.
         scopes=frozenset(Scope(one) for one in row["scopes"] if one in set(Scope)),
         revoked=row["revoked"],
         disabled=row["disabled"],
@@ -540,7 +542,7 @@ def _found(row: asyncpg.Record) -> FoundKey:
 
 
 def _tiers_of(row: Mapping[str, Any]) -> tuple[Tier, ...] | None:
-    """A tenant's processing tiers, without those of a later version."""
+    """Return a tenant's processing tiers, without those of a later version."""
     found = row["tiers"]
     return None if found is None else tuple(Tier(one) for one in found if one in set(Tier))
 
@@ -575,41 +577,40 @@ class Policies:
         self._connections = connections
 
     async def newest(self, pool: str) -> PolicyRecord | None:
-        """The revision in force as far as is on record."""
+        """Return the revision in force, according to the record."""
         found = await self.history(pool, 1)
         return found[0] if found else None
 
     async def history(self, pool: str, most: int) -> list[PolicyRecord]:
-        """The newest `most` revisions (1,000 at the utmost), the one in force first."""
+        """Return the newest `most` revisions (1,000 at most), the one in force first."""
         rows = await self._connections.rows(
             "get_policies", pool, min(most, MOST_SHOWN), timeout_ms=_TIMEOUT_MS
         )
         return [_policy(row) for row in rows]
 
     async def in_force(self) -> dict[str, dict[str, Any]]:
-        """The policy in force as far as is on record, of every pool that ever was there."""
+        """Return the recorded policy in force of every pool that ever existed."""
         rows = await self._connections.rows("policies_in_force", timeout_ms=_TIMEOUT_MS)
         return {row["pool"]: orjson.loads(row["policy"]) for row in rows}
 
     async def removed_by_people(self, pool: str, limits: Collection[str]) -> set[str]:
-        """Which of these limits a person removed last, as far as the history goes."""
+        """Return those of these limits that a person removed last, within the history."""
         rows = await self._connections.rows(
             "removed_by_people", pool, list(limits), timeout_ms=_TIMEOUT_MS
         )
         return {row["name"] for row in rows}
 
     async def pauses(self, pool: str) -> list[PauseRecord]:
-        """The pauses of limits that people began and that have not ended, as far as is on
-        record."""
+        """Return recorded pauses of limits by people that have not ended."""
         rows = await self._connections.rows("paused_by_people", pool, timeout_ms=_TIMEOUT_MS)
         return [record_of(PauseRecord, row) for row in rows]
 
     async def decide(self, pool: str, digest: str, decide: Decide) -> None:
-        """Put on record what `decide` returns, while no other process can do so.
+        """Record what `decide` returns, while no other process can do so.
 
         `decide` gets the newest revision, followed by the first of its deployment, and whether a
-        policy of `digest` was a deployment's at any time; it may be called again, when the reply of
-        a commit was lost, and must be pure.
+        deployment ever had a policy of `digest`. It must be pure: it may be called again after a
+        commit with a lost reply.
         """
 
         async def work(connection: asyncpg.Connection) -> None:

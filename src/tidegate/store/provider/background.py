@@ -3,10 +3,10 @@
     sending ──► running ──► ended ──► gone
        └── not taken by the provider ──► gone
 
-A call is written down before its request goes out, and is running, with the owner of what it makes
-and what it holds of budgets, before its answer goes to the client: from then on a worker has it.
+A call is recorded before its request is sent. It is `running`, with the owner of its resource and
+its budget reservation, before its answer reaches the client: from then on a worker polls it.
 
-Invariants: a call has at most one valid claim, which fences what a worker does to it; its record is
+Invariants: a call has at most one valid claim, which fences a worker's writes; its record is
 written with its end, in one transaction.
 """
 
@@ -39,10 +39,10 @@ _TIMEOUT_MS = 5_000
 
 @dataclass(frozen=True, slots=True)
 class BackgroundCall:
-    """One call. kind, resource_id: what it makes. permit: the name under which the limiter counts
-    it, of the upstream's pool. limits: with what it takes of each. looks: how often it was looked
-    at. cancelled_at: since when it is to end at the provider. age_ms, left_ms: since it began, and
-    until its longest time is over, by PostgreSQL's clock alone."""
+    """A background call. kind, resource_id: of the resource that it makes. permit: its name in the
+    limiter, in the upstream's pool. limits: with the amount that it takes of each. looks: the
+    number of polls. cancelled_at: when it was cancelled at the provider. age_ms, left_ms: since its
+    start, and until its longest time has passed, by PostgreSQL's clock only."""
 
     id: UUID
     state: str
@@ -65,7 +65,7 @@ class BackgroundCall:
 
 @dataclass(frozen=True, slots=True)
 class CountedCall:
-    """What counts in the limiter of one call: see BackgroundCall. left_ms: of its longest time."""
+    """What a call counts in the limiter, as in BackgroundCall. left_ms: of its longest time."""
 
     upstream: str
     permit: str
@@ -74,7 +74,8 @@ class CountedCall:
 
 
 class BackgroundCalls:
-    """Every method raises StoreUnavailable; those that are given a call raise ClaimLost."""
+    """Background calls on record. Every method raises StoreUnavailable; those with a call as
+    argument raise ClaimLost."""
 
     def __init__(
         self,
@@ -92,12 +93,12 @@ class BackgroundCalls:
         self._instance_id = instance_id
         self._lease_ms = lease_ms
 
-    # Of the process that makes the call
+    # For the process that makes the call
 
     async def begin(
         self, record: CallRecord, kind: str, limits: Mapping[str, int], permit: str, within_ms: int
     ) -> None:
-        """Write down a call that is about to be sent. within_ms: how long it may go on."""
+        """Record a call that is about to be sent. within_ms: its longest time."""
         packed = await _aside(record.request, partial(zlib.compress, level=1))
         await self._connections.execute(
             "add_background_call",
@@ -119,8 +120,8 @@ class BackgroundCalls:
     async def start(
         self, record: CallRecord, made: Sequence[NewResource], look_after_ms: float
     ) -> None:
-        """The provider has taken it, and makes this: workers have it from now on, with what it
-        holds of budgets."""
+        """Start a call that the provider has accepted, with the resources it makes: workers have it
+        from now on, with its budget reservation."""
         hold = self._budgets.held_by(record.id)
 
         async def work(connection: asyncpg.Connection) -> bool:
@@ -144,25 +145,25 @@ class BackgroundCalls:
             self._budgets.give_away(hold)
 
     async def drop(self, request_id: UUID) -> None:
-        """The provider has not taken it."""
+        """Delete a call that the provider has not accepted."""
         await self._connections.execute("drop_background_call", request_id)
 
     async def goes_on(self, dialect: str, kind: str, resource_id: str) -> bool:
-        """Whether the call that makes this has not ended."""
+        """Whether the call that makes this resource has not ended."""
         row = await self._connections.row("background_call_of", dialect, kind, resource_id)
         return row is not None
 
     async def hasten(self, dialect: str, kind: str, resource_id: str) -> None:
-        """Have a worker look soon: something may have happened."""
+        """Have a worker poll the call soon."""
         await self._connections.execute("hasten_background_call", dialect, kind, resource_id)
 
-    # Of workers
+    # For workers
 
     async def take(
         self, in_hand: Collection[UUID], crowded: Collection[str]
     ) -> BackgroundCall | None:
-        """A call that is due, if there is any but those that are `in_hand` here or at an
-        upstream of `crowded`: also one that a dead worker had."""
+        """Claim a due call, except those `in_hand` in this process or at a `crowded` upstream; also
+        one of a dead worker."""
         row = await self._connections.row(
             "take_background_call",
             self._instance_id,
@@ -179,14 +180,14 @@ class BackgroundCalls:
     async def put_off(
         self, call: BackgroundCall, after_ms: float, *, is_cancelled: bool = False
     ) -> None:
-        """It goes on, and is looked at again then, by any worker."""
+        """Release a call that continues, to be polled again by any worker."""
         done = await self._connections.execute(
             "put_off_background_call", call.id, call.claim, after_ms, is_cancelled
         )
         self._check(call, done)
 
     async def end(self, call: BackgroundCall, record: CallRecord, look_after_ms: float) -> None:
-        """It has ended: with its record, and what budgets are charged for it."""
+        """End a call: write its record, and settle its budgets."""
         if call.hold_id is not None:
             self._budgets.settle(call.hold_id, record.charge, call.id)
         prepared = await self._audit.prepare(record)
@@ -208,22 +209,22 @@ class BackgroundCalls:
         self._audit.noted([record])
 
     async def forget(self, call: BackgroundCall) -> None:
-        """Nothing is left to do."""
+        """Delete an ended call."""
         self._check(
             call, await self._connections.execute("forget_background_call", call.id, call.claim)
         )
 
     async def leave(self) -> None:
-        """This process is leaving: another one may take its calls."""
+        """Release this process's calls when it stops."""
         await self._connections.execute("free_background_calls", self._instance_id)
 
     async def under_way(self) -> dict[str, int]:
-        """How many go on at each upstream."""
+        """Return the number of running calls at each upstream."""
         found = await self._connections.rows("count_background_calls")
         return {row["upstream"]: row["calls"] for row in found}
 
     async def counted(self) -> list[CountedCall]:
-        """What counts in the limiters of all that go on."""
+        """Return what all running calls count in the limiters."""
         found = await self._connections.rows("counted_background_calls")
         return [record_of(CountedCall, row, limits=_limits(row)) for row in found]
 
@@ -234,7 +235,7 @@ class BackgroundCalls:
 
 
 async def _aside(body: bytes, work: Callable[[bytes], bytes]) -> bytes:
-    """What becomes of a body: of a large one in a thread, which then runs beside all others."""
+    """Return the result of `work` on a body: of a large one in a thread."""
     large = len(body) > WORTH_A_THREAD_BYTES
     return await asyncio.to_thread(work, body) if large else work(body)
 

@@ -4,12 +4,12 @@
       ▲         │             │                        ▲
       └─────────┴── refused ──┴── ended at the provider┘
 
-A batch is written, with the jobs in it, before anything is sent: `creating` before the request that
-creates it. Its jobs are running without a claimant then, each under the claim that its line names.
+A batch is recorded with its jobs before anything is sent, and as `creating` before the request that
+creates it. Its jobs are then running without a claimant, each under the claim that its line names.
 
 Invariants: a batch has at most one valid claim, which fences every write to it; a job is a line of
-at most one batch at a time; what a line holds of budgets is held with the batch and settled with
-the job's end; a batch is done once none of its lines is open.
+at most one batch at a time; a line's budget reservation is made with the batch and settled with the
+job's end; a batch is done once none of its lines is open.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from tidegate.store.records import ClaimedJob, Json
 BatchPhase = Literal["made", "creating", "created", "cancelling", "done"]
 _TIMEOUT_MS = 30_000
 _MOST_TIMES = 100
-_HOLDER = "provider batches"  # of what lines hold of budgets, whatever process dies
+_HOLDER = "provider batches"  # holder of lines' reservations, which outlive any process
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamBatch:
-    """A batch at an upstream. endpoint: the native path of its lines, with `{model}`; model: as the
-    provider names it. lines: how many it began with. problem: why it stands still. read_at: by
+    """A batch at an upstream. endpoint: the native path of its lines, with `{model}`; model: the
+    provider's name. lines: how many it began with. problem: why it is held. read_at: by
     PostgreSQL's clock, as all its times."""
 
     id: UUID
@@ -68,8 +68,8 @@ class UpstreamBatch:
 
 @dataclass(frozen=True, slots=True)
 class JoiningJob:
-    """A job that is to be a line. needs: of each budget that binds it. leave_at: when it is to move
-    to a faster tier, None for never."""
+    """A job that is to be a line. needs: its reservation in each budget. leave_at: when it must
+    move to a faster tier, None for never."""
 
     job: ClaimedJob
     needs: tuple[tuple[Binding, int], ...] = ()
@@ -78,7 +78,7 @@ class JoiningJob:
 
 @dataclass(frozen=True, slots=True)
 class OpenLine:
-    """A line whose job has not ended. is_cancelled: its owner does not want it any more."""
+    """A line whose job has not ended. is_cancelled: by the job's owner."""
 
     line: int
     job: ClaimedJob
@@ -91,8 +91,8 @@ class OpenLine:
 
 @dataclass(frozen=True, slots=True)
 class OpenLines:
-    """Of one batch: how many, how many of them are cancelled, and when the first of the others is
-    to leave it; when the first is due, and its kind or that of another."""
+    """Open lines of one batch: their number, and how many are cancelled; of the others, when the
+    first must leave the batch, when the first is due, and the kind of one of them."""
 
     open: int
     cancelled: int
@@ -103,15 +103,16 @@ class OpenLines:
 
 @dataclass(frozen=True, slots=True)
 class BegunBatch:
-    """A batch that was written, None where it has no lines; refused: jobs that a budget has no room
-    for. The others were lost: cancelled, or another worker's."""
+    """A batch that was recorded, None without lines; refused: jobs that a budget has no room for.
+    Other missing jobs were cancelled or claimed by other workers."""
 
     batch: UpstreamBatch | None
     refused: Mapping[UUID, Refusal]
 
 
 class ProviderBatches:
-    """Every method raises StoreUnavailable; those that are given a batch raise ClaimLost."""
+    """Batches at providers on record. Every method raises StoreUnavailable; those with a batch as
+    argument raise ClaimLost."""
 
     def __init__(
         self,
@@ -130,13 +131,13 @@ class ProviderBatches:
         self._lease_ms = lease_ms
 
     async def begin(self, batch: UpstreamBatch, joining: Sequence[JoiningJob]) -> BegunBatch:
-        """Write a batch and mark its jobs as running in it, in one transaction with what they hold
-        of budgets. Lines have the places of their jobs in `joining`."""
+        """Record a batch, and mark its jobs as running in it, in one transaction with their budget
+        reservations. Lines have the indexes of their jobs in `joining`."""
         holds = {one.job.request_id: new_id() for one in joining if one.needs}
 
         async def begin(connection: asyncpg.Connection) -> tuple[asyncpg.Record | None, set[UUID]]:
             before = await connection.fetchrow(sql("get_provider_batch"), batch.id)
-            if before is not None:  # by a try whose reply was lost
+            if before is not None:  # by an attempt whose reply was lost
                 of_it = await connection.fetch(sql("lines_of_provider_batch"), batch.id)
                 return before, {rows.uuid_of(row["request_id"]) for row in of_it}
             refused.clear()
@@ -167,7 +168,8 @@ class ProviderBatches:
         joining: Sequence[JoiningJob],
         holds: Mapping[UUID, UUID],
     ) -> dict[UUID, Refusal]:
-        """Hold what the lines may cost, for no process; which of them are refused."""
+        """Reserve the lines' greatest costs, independently of a process; return the refused
+        ones."""
         asking = [one for one in joining if one.needs]
         if not asking:
             return {}
@@ -256,8 +258,8 @@ class ProviderBatches:
         return row
 
     async def take(self, in_hand: Iterable[UUID], crowded: Iterable[str]) -> UpstreamBatch | None:
-        """A batch that is due, if there is any but those that are `in_hand` here, and at another
-        upstream than the `crowded` ones: also one that a dead worker had."""
+        """Claim a due batch, except those `in_hand` in this process, at an upstream that is not
+        `crowded`; also one of a dead worker."""
         row = await self._connections.row(
             "take_provider_batch",
             self._instance_id,
@@ -269,8 +271,8 @@ class ProviderBatches:
         return None if row is None else _batch(row)
 
     async def save(self, batch: UpstreamBatch, wait_ms: float | None = None) -> UpstreamBatch:
-        """Write the state of a batch, as it then is on record. wait_ms: it is given up, and due
-        again after that; without it this process goes on with it."""
+        """Write the state of a batch; return it as recorded. wait_ms: release its claim, and make
+        it due after this time; without it this process keeps the claim."""
         row = await self._connections.row(
             "set_provider_batch",
             batch.id,
@@ -289,11 +291,11 @@ class ProviderBatches:
         return _batch(row)
 
     async def put_off(self, batch: UpstreamBatch, wait_ms: float) -> None:
-        """Give up a batch in the state that is on record, whatever it was: due again after that."""
+        """Release a batch in its recorded state, to be due again after `wait_ms`."""
         await self._connections.execute("put_off_provider_batch", batch.id, batch.claim, wait_ms)
 
     async def end(self, batch: UpstreamBatch) -> None:
-        """A batch is done. What its lines still hold of budgets, since their jobs are gone, is
+        """End a batch. Reservations that its lines still have, since their jobs were deleted, are
         charged as an estimate."""
         await self._budgets.flush()
         await self.save(replace(batch, state="done"), 0.0)
@@ -306,7 +308,7 @@ class ProviderBatches:
         await self._connections.run(settle)
 
     async def turn_away(self, jobs: Sequence[ClaimedJob]) -> None:
-        """Release the claims of jobs that no batch takes: they are ready in the usual tier."""
+        """Release jobs that no batch takes: they are ready in the live tier."""
         claims = rows.dumps({"id": job.request_id, "claim": job.claim} for job in jobs)
         found = await self._connections.rows("turn_away", claims)
         for job in jobs:
@@ -314,7 +316,7 @@ class ProviderBatches:
         self._notifications.work({row["pool"] for row in found})
 
     async def leave(self) -> None:
-        """This process is leaving: another one may take its batches."""
+        """Release this process's batches when it stops."""
         await self._connections.execute("free_provider_batches", self._instance_id)
 
     async def lines(
@@ -325,7 +327,7 @@ class ProviderBatches:
         among: Iterable[int] | None = None,
         limit: int = 1_000,
     ) -> list[OpenLine]:
-        """Open lines in their order, after a number or among some."""
+        """Return open lines in order: those after a number, or those among some."""
 
         async def read(connection: asyncpg.Connection) -> list[OpenLine]:
             chosen = None if among is None else list(among)
@@ -343,24 +345,24 @@ class ProviderBatches:
         return rows.record_of(OpenLines, row)
 
     async def known_ids(self, upstream: str) -> set[str]:
-        """The provider's ids of the batches that are known to be ours."""
+        """Return the provider's ids of the batches that this gateway has created."""
         found = await self._connections.rows("known_provider_ids", upstream)
         return {row["provider_id"] for row in found}
 
     async def under_way(self) -> dict[str, int]:
-        """How many batches there are at each upstream."""
+        """Return the number of batches at each upstream."""
         found = await self._connections.rows("count_provider_batches")
         return {row["upstream"]: row["batches"] for row in found}
 
     async def usual_ms(self, upstream: str, model: str) -> tuple[float, int] | None:
-        """Within which 95 % of the last batches ended that ended well, and how many these are; None
-        where there are none."""
+        """Return the time within which 95 % of the last successful batches ended, and their number;
+        None without any."""
         row = await self._connections.row("provider_batch_times", upstream, model, _MOST_TIMES)
         assert row is not None
         return None if not row["batches"] else (row["usual_ms"], row["batches"])
 
     async def prune(self) -> None:
-        """Forget those that have been done for long."""
+        """Delete batches that were done long ago."""
         await self._connections.execute("prune_provider_batches")
 
 

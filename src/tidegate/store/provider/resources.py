@@ -1,11 +1,11 @@
 """Resources at providers on record: the tenant and the account of each.
 
 A row is durable before its id reaches a client, outlives the record of the call that made it, and
-goes with its tenant. While PostgreSQL is unavailable new ones wait on the disk, and only what this
-process has looked up within a minute is found.
+is deleted with its tenant. While PostgreSQL is unavailable new rows wait on disk, and only
+resources that this process has looked up within a minute are found.
 
-Invariant: a resource has one owner until its provider has deleted it, whatever the provider
-answers to others.
+Invariant: a resource has one owner until its provider has deleted it, whatever the provider answers
+to others.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tidegate.store.records import Json, cleaned, dumps, entry_of, uuid_of
 
 _TIMEOUT_MS = 2_000
 _MOST_KNOWN = 20_000
-_KNOWN_S = 60.0  # what is erased by another process is forgotten within that
-NOTED = "noted"  # of the entries that the recorder writes
+_KNOWN_S = 60.0  # after this time another process's erasure is noticed
+NOTED = "noted"  # an operation of the recorder's entries
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceOwner:
-    """Whose a resource is. account: a digest of the base URL and the key by which it was made.
-    request_id, conversation: of the call that made it, as far as they are known."""
+    """The owner of a resource. account: a digest of the base URL and the key that made it.
+    request_id, conversation: of the call that made it, if known."""
 
     tenant_id: str
     upstream: str
@@ -44,7 +44,7 @@ class ResourceOwner:
 
 @dataclass(frozen=True, slots=True)
 class NewResource:
-    """A resource that an answer names for the first time. expires_at: by when the provider has
+    """A resource that an answer names for the first time. expires_at: when the provider will have
     deleted it, None for never."""
 
     dialect: str
@@ -59,32 +59,32 @@ _Place = tuple[str, str, str]
 
 
 class ProviderResources:
-    """Owners of resources, with those that this process has seen last in memory. Every method
-    raises StoreUnavailable."""
+    """Owners of resources, with a cache of those used last. Every method raises
+    StoreUnavailable."""
 
     def __init__(
         self, connections: Connections, keep: Callable[[Json], asyncio.Task[bool]]
     ) -> None:
-        """`keep` writes an entry, or keeps it on the disk until it can be written."""
+        """`keep` writes an entry, or keeps it on disk until it can be written."""
         self._connections = connections
         self._keep = keep
         self._known: OrderedDict[_Place, tuple[float, ResourceOwner]] = OrderedDict()
-        self._tokens: OrderedDict[UUID, int] = OrderedDict()  # of calls that were answered
+        self._tokens: OrderedDict[UUID, int] = OrderedDict()  # of answered calls
 
     async def note(self, new: Sequence[NewResource]) -> None:
-        """Return when all of these are durable; one that has an owner already keeps it."""
+        """Return once all of these are durable; a resource that has an owner keeps it."""
         if new:
             await asyncio.shield(self._keep(_entry(new)))
 
     async def is_of_jobs(self, dialect: str, resource_id: str) -> bool:
-        """Whether a batch at a provider, or its file, is the gateway's own, made of jobs."""
+        """Whether a provider's batch, or its file, was made by the gateway for its jobs."""
         row = await self._connections.row(
             "provider_batch_named", dialect, resource_id, timeout_ms=_TIMEOUT_MS
         )
         return row is not None
 
     async def owners(self, dialect: str, kind: str, ids: Iterable[str]) -> dict[str, ResourceOwner]:
-        """The owners of those that have one."""
+        """Return the owners of those that have one."""
         found, unknown = dict[str, ResourceOwner](), list[str]()
         for one in ids:
             place = (dialect, kind, one)
@@ -111,8 +111,8 @@ class ProviderResources:
         after: str | None,
         limit: int,
     ) -> list[tuple[str, ResourceOwner]]:
-        """A tenant's resources in the order of their making, after one of them; none after one that
-        is not the tenant's."""
+        """Return a tenant's resources in the order of creation, after one of them; none after a
+        resource of another tenant."""
         rows = await self._connections.rows(
             "provider_resources_of",
             tenant_id,
@@ -128,8 +128,8 @@ class ProviderResources:
     async def tokens(
         self, tenant_id: str, requests: Sequence[UUID], conversations: Sequence[str]
     ) -> int:
-        """Tokens of a tenant's calls, by the record: of these requests together, and of the last
-        call of each conversation. What was read once is remembered: it does not change."""
+        """Return the recorded tokens of a tenant's calls: of these requests together, and of the
+        last call of each conversation. Those of a request do not change, and are cached."""
         known = [self._tokens[one] for one in requests if one in self._tokens]
         unknown = [one for one in requests if one not in self._tokens]
         if not unknown and not conversations:
@@ -146,7 +146,7 @@ class ProviderResources:
         return sum(known)
 
     async def forget(self, tenant_id: str, dialect: str, kind: str, resource_id: str) -> None:
-        """A resource of a tenant is deleted at its provider."""
+        """Delete the row of a resource that was deleted at its provider."""
         self._known.pop((dialect, kind, resource_id), None)
         await self._connections.execute(
             "forget_provider_resource",
@@ -167,7 +167,7 @@ class ProviderResources:
             row["conversation"],
         )
         known_s, expires_at = _KNOWN_S, row["expires_at"]
-        if expires_at is not None:  # its name may be another tenant's from then on
+        if expires_at is not None:  # another tenant may have its name from then on
             known_s = min(known_s, (expires_at - datetime.now(UTC)).total_seconds())
         self._known[dialect, kind, row["resource_id"]] = time.monotonic() + known_s, owner
         self._known.move_to_end((dialect, kind, row["resource_id"]))
@@ -177,7 +177,7 @@ class ProviderResources:
 
 
 def _entry(new: Sequence[NewResource]) -> Json:
-    """What the recorder writes; all are of one call."""
+    """Return the recorder's entry; all resources are of one call."""
     first = new[0]
     return entry_of(
         NOTED,
@@ -185,7 +185,8 @@ def _entry(new: Sequence[NewResource]) -> Json:
             "id": first.owner.request_id,
             "tenant_id": first.owner.tenant_id,
             "subject": first.subject,
-            # Of the call that made them: what it makes after an erasure is of before, too.
+            # Of the call that made them: a resource made after an erasure belongs to the erased
+            # call too.
             "submitted_at": made_at(first.owner.request_id or new_id()),
             "resources": [_row(one) for one in new],
         },
@@ -208,7 +209,7 @@ def _row(one: NewResource) -> Json:
 
 
 async def add_resources(connection: asyncpg.Connection, new: Sequence[NewResource]) -> None:
-    """Note whose resources are, in a transaction of the caller's."""
+    """Record the owners of resources, in the caller's transaction."""
     await connection.execute(sql("add_provider_resources"), dumps(map(_row, new)))
 
 

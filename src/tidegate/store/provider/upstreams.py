@@ -3,8 +3,8 @@
     proposed ──► every process prepares it ──► in force ──► every process has it
         └── one can't: refused, with the reason
 
-A process that was not seen for `GONE_AFTER_MS` is not waited for: it has ended, or will find out
-before it takes part again.
+A process that was not seen for `GONE_AFTER_MS` is not waited for: it has ended, or will read the
+changes before it takes part again.
 
 Invariants: a revision that is in force is never changed; one of two concurrent changes is refused,
 or made over the other; no secret is on record.
@@ -32,8 +32,8 @@ _TIMEOUT_MS = 2_000
 
 @dataclass(frozen=True, slots=True)
 class UpstreamRevision:
-    """Live changes to upstreams as of one revision. action: what was done, in words. in_force_at:
-    None while it is proposed, or where it was refused."""
+    """Live changes to upstreams at one revision. action: a description of the change. in_force_at:
+    None while it is proposed, or if it was refused."""
 
     revision: int
     upstreams: Mapping[str, Any]
@@ -50,8 +50,9 @@ NONE_YET = UpstreamRevision(0, {})
 
 @dataclass(frozen=True, slots=True)
 class UpstreamProcess:
-    """A process that follows the changes. revision: which it has in force. prepared: which it
-    could. problems, proposed_problems: why it can't make some upstreams of these, by name."""
+    """A process that follows the changes. revision: the one it has in force. prepared: the one it
+    has prepared. problems, proposed_problems: why it cannot set up some of their upstreams, by
+    name."""
 
     instance_id: str
     role: str
@@ -72,7 +73,7 @@ class AtUpstream:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The newest revisions; proposed is 0 where nothing is."""
+    """The newest revisions; `proposed` is 0 for none."""
 
     in_force: int
     proposed: int
@@ -88,7 +89,7 @@ class UpstreamRevisions:
         self._connections = connections
 
     async def see(self, process: UpstreamProcess) -> Seen:
-        """Note that a process lives, with what it has; read what is newest."""
+        """Record that a process lives, with its state; return the newest revisions."""
         row = await self._connections.row(
             "see_upstreams",
             process.instance_id,
@@ -104,7 +105,7 @@ class UpstreamRevisions:
         return Seen(in_force, proposed if proposed > in_force else 0)
 
     async def leave(self, instance_id: str) -> None:
-        """The process ends."""
+        """Record that a process ends."""
         await self._connections.execute("leave_upstreams", instance_id, timeout_ms=_TIMEOUT_MS)
 
     async def get(self, revision: int) -> UpstreamRevision | None:
@@ -114,12 +115,12 @@ class UpstreamRevisions:
         return _revision(rows[0]) if rows else None
 
     async def newest(self) -> UpstreamRevision:
-        """The one in force; number 0 while nothing was changed."""
+        """Return the revision in force; number 0 before any change."""
         found = await self.history(1)
         return found[0] if found else NONE_YET
 
     async def history(self, most: int) -> list[UpstreamRevision]:
-        """Those that were in force, the present one first."""
+        """Return revisions that were in force, the current one first."""
         rows = await self._connections.rows(
             "get_upstream_revisions", min(most, MOST_REVISIONS), timeout_ms=_TIMEOUT_MS
         )
@@ -128,11 +129,11 @@ class UpstreamRevisions:
     async def propose(
         self, action: str, propose: Propose, *, set_by: str, reason: str, in_force: bool
     ) -> UpstreamRevision:
-        """Put on record what `propose` makes of the newest revision, while no other process can do
-        so; return the newest itself where it makes nothing. in_force: without preparation.
+        """Record what `propose` makes of the newest revision, while no other process can do so;
+        return the newest itself if it makes nothing. in_force: without preparation.
 
-        `propose` may be called again, when the reply of a commit was lost, and must be pure. Raises
-        what it raises, and UpstreamsChanged while another change is being prepared.
+        `propose` must be pure: it may be called again after a commit with a lost reply. Raises what
+        it raises, and UpstreamsChanged while another change is being prepared.
         """
         found: list[UpstreamRevision] = []
 
@@ -172,7 +173,7 @@ class UpstreamRevisions:
         return found[0]
 
     async def decide(self, revision: int, refused: str | None = None) -> bool:
-        """Put a proposal in force, or refuse it; False where it was decided already."""
+        """Put a proposal in force, or refuse it; False if that was decided already."""
 
         async def work(connection: asyncpg.Connection) -> bool:
             await connection.execute(sql("lock_upstreams"))
@@ -187,7 +188,7 @@ class UpstreamRevisions:
         await self._connections.execute("notify_upstreams", timeout_ms=_TIMEOUT_MS)
 
     async def processes(self) -> list[UpstreamProcess]:
-        """Those that live."""
+        """Return the live processes."""
         rows = await self._connections.rows(
             "get_upstream_processes", GONE_AFTER_MS, timeout_ms=_TIMEOUT_MS
         )
@@ -202,7 +203,7 @@ class UpstreamRevisions:
         ]
 
     async def at(self, upstream: str) -> AtUpstream:
-        """What lives at an upstream."""
+        """Return what lives at an upstream."""
         rows = await self._connections.rows("count_at_upstream", upstream, timeout_ms=_TIMEOUT_MS)
         return record_of(AtUpstream, rows[0])
 
