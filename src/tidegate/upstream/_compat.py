@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 
 
 def make_requests_once(client: Client) -> None:
-    """Have the SDK make each request by a plain call. It retries nothing, since it is given no
-    options for that, by a loop of tenacity, which inspects the function that it calls each time: an
-    eighth of what a call costs. An SDK that is built otherwise stays as it is."""
+    """Replace the SDK's retry wrapper by a plain call.
+
+    The SDK gets no retry options, so that it retries nothing, but still runs each request through
+    tenacity, which inspects the wrapped function each time: an eighth of the cost of a call. An SDK
+    with another structure is left unchanged.
+    """
     api = client._api_client
     loop = getattr(api, "_async_retry", None)
     if getattr(getattr(loop, "stop", None), "max_attempt_number", None) == 1:

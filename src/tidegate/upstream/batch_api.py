@@ -6,13 +6,14 @@
 
     lines ──► upload (OpenAI, Gemini) ──► create ──► poll ──► results, line by line, in any order
 
-A line has the custom id `<id of the batch>-<number>`. OpenAI keeps the batch's id in the metadata,
-Gemini in its display name; Anthropic has neither, so that only the results of a batch say whose it
-is.
+Each line has the custom id `<batch id>-<number>`. A batch at OpenAI carries our batch id in its
+metadata, one at Gemini in its display name. One at Anthropic carries it nowhere, so that only its
+results identify it.
 
-Invariants: a batch is created by one request on a new connection, which is never sent again here;
-what is created can be found again; a line of results that is longer than `MOST_LINE_BYTES` or no
-JSON holds up no other one; the key goes to the upstream's own base URL only.
+Invariants: a batch is created by one request on a new connection, and this module never repeats
+that request; a created batch can be found again; a line of results that is longer than
+`MOST_LINE_BYTES` or not JSON does not block the other lines; the key is sent only to the upstream's
+own base URL.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ from tidegate.record import dumped
 from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
 
 MOST_LINE_BYTES = 64_000_000
-_JSON_BYTES = 64_000_000  # of one answer that is no file: Gemini's may have results in it
+_JSON_BYTES = 64_000_000  # bound of an answer that is not a file; Gemini's may contain results
 _REFUSAL_BYTES = 1_000_000
 _PAGE = 100
 _MOST_PAGES = 1_000
-# By how much a provider's clock may differ from ours.
+# The largest assumed difference between a provider's clock and ours.
 _CLOCKS = timedelta(minutes=10)
 TIMEOUTS = Timeouts(connect_ms=10_000, first_byte_ms=120_000, idle_ms=60_000, total_ms=900_000)
 _OPENAI_PATHS = ("/chat/completions", "/completions", "/embeddings", "/responses")
 _GENERATE = re.compile(r"(/v1(?:beta)?/models/)\{model\}:generateContent")
-# Numbers of google.rpc.Code, as HTTP statuses.
+# Codes of google.rpc.Code -> HTTP statuses.
 _RPC_STATUS = {1: 499, 3: 400, 4: 504, 5: 404, 7: 403, 8: 429, 9: 400, 13: 500, 14: 503, 16: 401}
 
 Json = dict[str, Any]
@@ -56,7 +57,7 @@ T = TypeVar("T")
 
 
 def takes(endpoint: Endpoint) -> bool:
-    """Whether calls of a native path can be lines of a batch."""
+    """Return whether calls of a native path can be lines of a batch."""
     match endpoint.dialect:
         case Dialect.OPENAI:
             return endpoint.path in _OPENAI_PATHS
@@ -64,13 +65,13 @@ def takes(endpoint: Endpoint) -> bool:
             return endpoint.path == "/v1/messages"
         case Dialect.GEMINI:
             return _GENERATE.fullmatch(endpoint.path) is not None
-        case Dialect.BEDROCK:  # whose batches are files in S3
+        case Dialect.BEDROCK:  # its batches are files in S3
             return False
 
 
 @dataclass(frozen=True, slots=True)
 class BatchedCall:
-    """One line before it is sent: its number, and the body of its call as JSON."""
+    """A line before it is sent: its number, and the body of its call as JSON."""
 
     line: int
     body: bytes
@@ -78,8 +79,11 @@ class BatchedCall:
 
 @dataclass(frozen=True, slots=True)
 class BatchOutline:
-    """A batch of ours. endpoint: the native path of all its lines; model: as the provider names it.
-    lines: how many. sent_at: when the request that creates it may have been sent first."""
+    """A batch of ours that is sent to a provider.
+
+    endpoint: the native path of all its lines. model: the provider's name of it. lines: their
+    number. sent_at: the earliest time at which the request that creates it may have been sent.
+    """
 
     id: UUID
     endpoint: str
@@ -90,9 +94,12 @@ class BatchOutline:
 
 @dataclass(frozen=True, slots=True)
 class BatchProgress:
-    """A batch as its provider reports it. word: the provider's name of its state. files: of the
-    results of one that has ended. inline: results within the report. is_full: it was refused, since
-    too much is queued already. problem: the provider's words where it has failed."""
+    """The state of a batch as its provider reports it.
+
+    word: the provider's name of the state. files: ids of the result files of an ended batch.
+    inline: results within the report. is_full: it was refused because too much is already queued.
+    problem: the provider's message if it failed.
+    """
 
     provider_id: str
     word: str
@@ -105,9 +112,12 @@ class BatchProgress:
 
 @dataclass(frozen=True, slots=True)
 class LineResult:
-    """What became of a line. answer: the body of a good answer. error: of one that the provider
-    refused, or failed at. Without either the line was not processed, and costs nothing. is_unread:
-    the error is that its result can't be read, and what it costs is not known."""
+    """The result of a line.
+
+    answer: the body of a successful answer. error: set if the provider refused the line or failed.
+    With neither, the line was not processed and costs nothing. is_unread: the error is that its
+    result cannot be read, and its cost is unknown.
+    """
 
     line: int
     answer: bytes | None = None
@@ -116,10 +126,10 @@ class LineResult:
 
 
 class BatchApi(Protocol):
-    """The batch API of one account. Every method raises UpstreamError."""
+    """The batch API of an account. Every method raises UpstreamError."""
 
     async def upload(self, batch: BatchOutline, calls: Sequence[BatchedCall]) -> str | None:
-        """Send the lines ahead; the file's id, None where they go with the creation."""
+        """Upload the lines and return the file's id; None if they are sent with the creation."""
 
     async def create(
         self,
@@ -128,28 +138,29 @@ class BatchApi(Protocol):
         calls: Sequence[BatchedCall],
         on_sent: Callable[[], None],
     ) -> BatchProgress:
-        """Create the batch. `on_sent` is called before the first byte goes out: where the call
-        fails after that, the batch may be there."""
+        """Create the batch. `on_sent` is called before the first byte is sent: if the call fails
+        after that, the batch may exist."""
 
     async def find(self, batch: BatchOutline, known: Iterable[str]) -> list[str] | None:
-        """The batches at the provider that were created for this one, but for ids in `known`; None
-        while that can't be known yet."""
+        """Return the ids of batches at the provider that were created for `batch`, without those in
+        `known`; None while this cannot be determined yet."""
 
     async def poll(self, provider_id: str) -> BatchProgress:
-        """How far it is."""
+        """Return the current state of a batch."""
 
     async def cancel(self, provider_id: str) -> None:
-        """Have it end. A batch that has ended is left as it is."""
+        """Request cancellation. A batch that has ended stays as it is."""
 
     def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
-        """The results of its lines, in any order; of lines that are not in it, none."""
+        """Yield the results of the batch's lines, in any order. Lines without a result are left
+        out."""
 
     async def forget(self, batch: BatchOutline, file_id: str | None, ended: BatchProgress) -> None:
-        """Delete its files at the provider."""
+        """Delete the batch's files at the provider."""
 
 
 def batch_api(wire: RelayWire, upstream: Upstream, dialect: Dialect) -> BatchApi:
-    """The batch API of an upstream."""
+    """Return the batch API of an upstream."""
     account = _Account(wire, upstream, dialect)
     match dialect:
         case Dialect.OPENAI:
@@ -167,7 +178,7 @@ def custom_id(batch: UUID, line: int) -> str:
 
 
 def line_of(batch: UUID, named: object) -> int | None:
-    """The number in a custom id; None where it is none of this batch's."""
+    """Return the line number in a custom id; None if it is not a custom id of this batch."""
     if not isinstance(named, str):
         return None
     head, _, number = named.partition("-")
@@ -175,7 +186,7 @@ def line_of(batch: UUID, named: object) -> int | None:
 
 
 class _Account:
-    """Requests to one upstream, in one dialect."""
+    """HTTP requests to an upstream's batch API, in one dialect."""
 
     def __init__(self, wire: RelayWire, upstream: Upstream, dialect: Dialect) -> None:
         self._wire = wire
@@ -195,7 +206,9 @@ class _Account:
         headers: Headers | None = None,
         on_sent: Callable[[], None] | None = None,
     ) -> Exchange:
-        """An exchange with a good answer; `path` is below the base URL, or the base URL with it."""
+        """Send a request and return its exchange once the status is below 300; raises the
+        provider's error otherwise. `path` is relative to the base URL, or a whole URL that begins
+        with it."""
         below, _, query = path.partition("?")
         is_whole = path.startswith(f"{self._base}/")
         url = path if is_whole else self._access.url(below, query)
@@ -226,7 +239,8 @@ class _Account:
         headers: Headers | None = None,
         on_sent: Callable[[], None] | None = None,
     ) -> Json:
-        """The object that is answered. `body`: an object, or what it is already as bytes."""
+        """Send a request and return the JSON object of its answer. body: an object, or its encoded
+        bytes."""
         sent, more = body, list(headers or [])
         if isinstance(body, dict):
             sent, more = orjson.dumps(body), [*more, (b"content-type", b"application/json")]
@@ -245,17 +259,17 @@ class _Account:
         return value
 
     async def rows(self, path: str) -> AsyncGenerator[_ResultRow]:
-        """The lines of a file of results."""
+        """Yield the lines of a result file."""
         exchange = await self.open("GET", path)
-        held, size_bytes = list[bytes](), 0  # of the line that has not ended
+        held, size_bytes = list[bytes](), 0  # of the current, incomplete line
         try:
             while piece := await exchange.next():
                 for number, part in enumerate(piece.split(b"\n")):
-                    if number:  # a line ended before it
+                    if number:  # the line before it is complete
                         if line := b"".join(held).strip():
                             yield await _row_of(line, size_bytes)
                         held, size_bytes = [], 0
-                    if size_bytes > MOST_LINE_BYTES:  # its ends say whose it is
+                    if size_bytes > MOST_LINE_BYTES:  # keep the ends: they may have the id
                         held = [held[0], held[-1]]
                     held.append(part)
                     size_bytes += len(part)
@@ -265,7 +279,8 @@ class _Account:
             yield await _row_of(line, size_bytes)
 
     async def upload_to(self, headers: Headers, base: str) -> str:
-        """Where an upload goes on, which must be at the same server."""
+        """Return the URL of an upload's second step. Raises UpstreamGarbled if it is at another
+        server."""
         for name, value in headers:
             if name.lower() == b"x-goog-upload-url":
                 url = value.decode("latin-1")
@@ -275,7 +290,7 @@ class _Account:
         raise UpstreamGarbled("the provider gave no address for an upload")
 
     async def send_file(self, path: str, name: str, data: bytes) -> Json:
-        """Upload by Google's protocol, in one piece."""
+        """Upload a file in one piece by Google's resumable protocol."""
         start: Headers = [
             (b"content-type", b"application/json"),
             (b"x-goog-upload-protocol", b"resumable"),
@@ -313,7 +328,7 @@ class _Account:
         )
 
     def words(self, error: object) -> str:
-        """A provider's text, without the key."""
+        """Return a provider's text with the key removed."""
         text = error if isinstance(error, str) else json.dumps(error)
         return refusals.clean(text, self._key)
 
@@ -329,7 +344,8 @@ def _object_in(text: bytes) -> Json:
 
 
 async def _aside(size_bytes: int, work: Callable[[], T]) -> T:
-    """The result of work on so much, which holds up the loop for a moment at most."""
+    """Run `work` and return its result; in a thread if it processes more than `LARGE_BYTES`, so
+    that it does not block the event loop."""
     return work() if size_bytes <= LARGE_BYTES else await asyncio.to_thread(work)
 
 
@@ -340,8 +356,10 @@ async def _row_of(line: bytes, size_bytes: int) -> _ResultRow:
 
 @dataclass(frozen=True, slots=True)
 class _ResultRow:
-    """A line of a file of results. problem: why it can't be read; then `shown` has no more than
-    whose it is, where that is found in it."""
+    """A line of a result file.
+
+    problem: why it cannot be read; `shown` then has only its custom id, if that was found in it.
+    """
 
     shown: Json
     problem: str = ""
@@ -360,18 +378,18 @@ class _ResultRow:
         return cls(value, size_bytes=len(line))
 
     async def aside(self, read: Callable[[], LineResult]) -> LineResult:
-        """The result that `read` makes of it."""
+        """Return the result that `read` makes of this row, in a thread if the row is large."""
         return await _aside(self.size_bytes, read)
 
     def unread(self, line: int) -> LineResult | None:
-        """The result of a line that can't be read; None for any other."""
+        """Return the error result of a row that cannot be read; None for any other row."""
         if not self.problem:
             return None
         why = UpstreamGarbled(f"the result of the provider's batch can't be read: {self.problem}")
         return LineResult(line, error=why, is_unread=True)
 
 
-# Within an answer, of which it may stand before or behind, the quotes would be escaped.
+# The id may precede or follow the answer; within the answer its quotes would be escaped.
 _NAMED = re.compile(rb'"(?:custom_id|key)"\s*:\s*"([0-9a-f]{32}-\d{1,9})"')
 
 
@@ -397,7 +415,8 @@ def _text(value: Json, name: str) -> str:
 
 
 class OpenAIBatches:
-    """Answers and errors in two files. A batch above the queue's bound is created, then fails."""
+    """OpenAI's batches. Answers and errors are in two files. A batch above the queue's bound is
+    created and then fails."""
 
     _ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 
@@ -492,7 +511,7 @@ class OpenAIBatches:
     def _result(self, line: int, row: Json) -> LineResult:
         answer = _part(row, "response")
         status, body = answer.get("status_code"), answer.get("body")
-        if not isinstance(status, int):  # it expired, or was cancelled
+        if not isinstance(status, int):  # the line expired or was cancelled
             return LineResult(line)
         if status < 300 and isinstance(body, dict):
             return LineResult(line, dumped(body))
@@ -506,7 +525,8 @@ class OpenAIBatches:
 
 
 class AnthropicBatches:
-    """Without metadata, and without a file: the custom ids of its results say whose a batch is."""
+    """Anthropic's batches. They have no metadata and no file: only the custom ids of the results
+    identify a batch."""
 
     def __init__(self, account: _Account) -> None:
         self._account = account
@@ -533,7 +553,8 @@ class AnthropicBatches:
         return self._progress(shown)
 
     async def find(self, batch: BatchOutline, known: Iterable[str]) -> list[str] | None:
-        """Among the batches of its size and time; of those that have not ended nobody can say."""
+        """Look among the batches of the same size and time. A batch that has not ended cannot be
+        identified yet."""
         assert batch.sent_at is not None
         since, passed = batch.sent_at - _CLOCKS, set(known)
         found: list[str] = []
@@ -588,7 +609,7 @@ class AnthropicBatches:
 
     @staticmethod
     def _results_path(provider_id: str) -> str:
-        # Not the address in the answer: the key goes to the upstream's own alone.
+        # Not the URL in the answer: the key is sent only to the upstream's own address.
         return f"/v1/messages/batches/{_quoted(provider_id)}/results"
 
     async def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
@@ -609,11 +630,12 @@ class AnthropicBatches:
         return LineResult(line, error=self._account.error(refusals.status_of(inner), inner))
 
     async def forget(self, batch: BatchOutline, file_id: str | None, ended: BatchProgress) -> None:
-        """There are no files."""
+        """Do nothing: there are no files."""
 
 
 class GeminiBatches:
-    """Lines and results in files. A batch that is cancelled, fails or expires has no results."""
+    """Gemini's batches. Lines and results are in files. A batch that is cancelled, fails or expires
+    has no results."""
 
     _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED")
 
@@ -729,7 +751,7 @@ def _quoted(name: str) -> str:
 
 
 def _named(name: str) -> str:
-    """A resource's name, such as `batches/b1`, of a provider's answer."""
+    """Return a resource's name in a provider's answer, such as `batches/b1`."""
     return quote(name.replace("..", ""), safe="/")
 
 

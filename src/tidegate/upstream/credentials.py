@@ -1,11 +1,11 @@
 """Credentials that are renewed: tokens of Google and Microsoft, signatures of AWS.
 
-A task each renews them ahead of their end; a thread does the reading. Importing a library takes a
-while, and two are extras: only those of an authentication in use are imported.
+Each is renewed ahead of its expiry by a task of its own; a thread does the reading. Importing the
+libraries is slow, and two are extras: only those of an authentication in use are imported.
 
-Invariants: a call never waits for a renewal; credentials are used until their end and not after it;
-where none are valid the call fails as under a refused key; reasons are logged, without secrets, and
-are in no error.
+Invariants: a call never waits for a renewal; credentials are used until they expire, never after;
+without valid credentials a call fails as with a rejected key; the reasons are logged, without
+secrets, and never appear in errors.
 """
 
 from __future__ import annotations
@@ -30,42 +30,43 @@ if TYPE_CHECKING:
 
 AHEAD_S = 300.0
 FIRST_RETRY_S, LONGEST_RETRY_S = 1.0, 60.0
-# How long a start waits for the first credentials; calls fail until they are there.
+# The longest time that a start waits for the first credentials; until they come, calls fail.
 FIRST_WITHIN_S = 10.0
 _REASON_CHARS = 200
 
 
 class CredentialsUnavailable(Exception):
-    """There are no credentials; the message has the reason, without a secret."""
+    """No credentials could be read; the message has the reason, without a secret."""
 
 
 class Valid(Protocol):
-    """Credentials that are valid until `expires_at`, by the calendar's clock."""
+    """Credentials that are valid until `expires_at`, in Unix time."""
 
     @property
     def expires_at(self) -> float: ...
 
     @property
     def renew_at(self) -> float | None:
-        """When to read them again, where that is sooner than ahead of their end."""
+        """Return when to read them again, if that is earlier than the usual time ahead of their
+        expiry."""
 
     def prove(
         self, method: str, place: RequestPlace, headers: RawHeaders, body: object
     ) -> RawHeaders:
-        """The headers that prove who sends a request. Raises UpstreamRejected for one that can't
-        be signed."""
+        """Return the headers that authenticate a request. Raises UpstreamRejected for a request
+        that cannot be signed."""
 
 
 class CredentialSource(Protocol):
-    """Where credentials come from."""
+    """A source of credentials."""
 
     def read(self) -> Valid:
-        """Read valid ones. Blocks. Raises CredentialsUnavailable."""
+        """Read valid credentials. Blocks. Raises CredentialsUnavailable."""
 
 
 @dataclass(frozen=True, slots=True)
 class BearerToken:
-    """An OAuth token."""
+    """An OAuth access token."""
 
     authorization: bytes
     expires_at: float
@@ -81,7 +82,7 @@ class BearerToken:
 
 
 class RenewedCredentials:
-    """A `Signer`: one per process and authentication."""
+    """A `Signer` that renews its credentials: one per process and authentication."""
 
     def __init__(
         self, source: CredentialSource, kind: str, clock: Callable[[], float] = time.time
@@ -90,9 +91,9 @@ class RenewedCredentials:
         self._kind = kind
         self._clock = clock
         self._valid: Valid | None = None
-        self._began_at = 0.0  # of the valid ones
+        self._began_at = 0.0  # when the valid ones were read
         self._failures = 0
-        self._wanted = asyncio.Event()  # sooner than planned
+        self._wanted = asyncio.Event()  # set to renew ahead of time
 
     def sign(
         self, method: str, place: RequestPlace, headers: RawHeaders, body: object
@@ -109,21 +110,21 @@ class RenewedCredentials:
 
     @property
     def has_ended(self) -> bool:
-        """Whether there are no valid ones."""
+        """Return whether there are no valid credentials."""
         return self._valid is None or self._clock() >= self._valid.expires_at
 
     async def run(self) -> None:
-        """Renew them until it is cancelled."""
+        """Renew the credentials until cancelled."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.wait_s()):
                     await self._wanted.wait()
-                await asyncio.sleep(FIRST_RETRY_S)  # one refusal seldom comes alone
+                await asyncio.sleep(FIRST_RETRY_S)  # rejections come in groups
             self._wanted.clear()
             await self.renew()
 
     async def renew(self) -> None:
-        """Read them once; what was valid stays so until its end."""
+        """Read the credentials once; on failure the previous ones stay in use until they expire."""
         try:
             self._valid = await asyncio.to_thread(self._source.read)
         except CredentialsUnavailable as failed:
@@ -134,7 +135,7 @@ class RenewedCredentials:
         self._began_at, self._failures = self._clock(), 0
 
     def wait_s(self) -> float:
-        """Until the next reading."""
+        """Return the time until the next read: with backoff after failures."""
         if self._failures:
             return float(min(FIRST_RETRY_S * 2 ** (self._failures - 1), LONGEST_RETRY_S))
         valid = self._valid
@@ -148,11 +149,11 @@ class RenewedCredentials:
 
 
 _SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
-_USUAL_S = 3_600.0  # where a token does not say when it ends
+_USUAL_S = 3_600.0  # lifetime of a token that does not state its own
 
 
 class GoogleSource:
-    """Reads tokens of a service account's file, or by the application default credentials."""
+    """Reads tokens of a service account file, or of the application default credentials."""
 
     def __init__(self, authentication: Authentication, network: Network | None) -> None:
         self._file = authentication.option("credentials_file")
@@ -160,7 +161,7 @@ class GoogleSource:
         self._credentials: Credentials | None = None
 
     def read(self) -> BearerToken:
-        """Raises CredentialsUnavailable."""
+        """Read an access token. Raises CredentialsUnavailable."""
         from google.auth.exceptions import GoogleAuthError
         from google.auth.transport.requests import Request
 
@@ -171,7 +172,7 @@ class GoogleSource:
                     self._credentials = self._found()
                 self._credentials.refresh(request)  # type: ignore[no-untyped-call]
         except (GoogleAuthError, OSError, ValueError) as failed:
-            # Its second argument is what was answered, of any length.
+            # The error's second argument is the answer, of any length.
             reason = str(failed.args[0]) if failed.args else ""
             message = f"{type(failed).__name__}: {reason}" if reason else type(failed).__name__
             raise CredentialsUnavailable(message) from None
@@ -195,8 +196,8 @@ class GoogleSource:
 
 
 def _session_by(network: Network | None) -> Session:
-    """A session by the network of an upstream; the environment's proxies apply where it has no
-    proxy of its own."""
+    """Return a session with an upstream's network options. The environment's proxies apply if the
+    upstream has no proxy."""
     import requests
 
     session = requests.Session()
@@ -213,7 +214,7 @@ def _session_by(network: Network | None) -> Session:
 
 
 class EntraSource:
-    """Reads tokens for one scope."""
+    """Reads tokens of Microsoft Entra for one scope."""
 
     def __init__(self, authentication: Authentication, network: Network | None) -> None:
         from azure.identity import DefaultAzureCredential
@@ -227,7 +228,7 @@ class EntraSource:
         self._credential = DefaultAzureCredential(**options)
 
     def read(self) -> BearerToken:
-        """Raises CredentialsUnavailable."""
+        """Read an access token. Raises CredentialsUnavailable."""
         from azure.core.exceptions import AzureError
 
         try:
@@ -238,7 +239,7 @@ class EntraSource:
         return BearerToken(b"Bearer " + token.token.encode(), float(token.expires_on))
 
 
-# botocore renews credentials itself when they are read within ten minutes of their end.
+# botocore renews credentials itself if they are read within ten minutes of their expiry.
 READ_EVERY_S = 60.0
 _GOOD_FOR_S = 600.0
 _PROOF = ("Authorization", "X-Amz-Date", "X-Amz-Security-Token")
@@ -246,7 +247,7 @@ _PROOF = ("Authorization", "X-Amz-Date", "X-Amz-Security-Token")
 
 @dataclass(frozen=True, slots=True)
 class SigningKey:
-    """Credentials with the region and the service that signatures name."""
+    """AWS credentials with the region and the service that signatures name."""
 
     credentials: Any = field(repr=False)
     region: str
@@ -257,7 +258,7 @@ class SigningKey:
     def prove(
         self, method: str, place: RequestPlace, headers: RawHeaders, body: object
     ) -> RawHeaders:
-        """Raises UpstreamRejected for a body that comes in pieces."""
+        """Return the headers of a signature. Raises UpstreamRejected for a body in pieces."""
         from botocore.auth import SigV4Auth
         from botocore.awsrequest import AWSRequest
 
@@ -277,7 +278,7 @@ class SigningKey:
 
 
 class AwsSource:
-    """Reads the credentials of one profile, or of the surroundings."""
+    """Reads the credentials of a profile, or by AWS's default chain."""
 
     def __init__(self, authentication: Authentication) -> None:
         self._profile = authentication.option("aws_profile") or None
@@ -286,7 +287,7 @@ class AwsSource:
         self._session: Any = None
 
     def read(self) -> SigningKey:
-        """Raises CredentialsUnavailable."""
+        """Read the credentials. Raises CredentialsUnavailable."""
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.session import Session
 
@@ -306,7 +307,8 @@ class AwsSource:
 
 
 def source_of(authentication: Authentication, network: Network | None) -> CredentialSource:
-    """`network`: of the upstream, by which the tokens are requested too."""
+    """Return the source of an authentication. network: that of the upstream, also used to request
+    tokens."""
     match authentication.kind:
         case "google":
             return GoogleSource(authentication, network)
@@ -316,9 +318,12 @@ def source_of(authentication: Authentication, network: Network | None) -> Creden
 
 
 class Signers(Mapping[Authentication, Signer]):
-    """The credentials of upstreams, kept valid until `close`. Those of an upstream that was
-    replaced sign until their end, for calls that have begun with it and wait; after it those sign
-    that are read by the same options, as from the same file once it was replaced."""
+    """The credentials of all upstreams, renewed until `close`.
+
+    The credentials of a replaced upstream are used until they expire, for waiting calls that began
+    with it; after that, credentials that are read by the same options are used, such as those of
+    the same file, if it was replaced.
+    """
 
     def __init__(self) -> None:
         self._signers: dict[Authentication, RenewedCredentials] = {}
@@ -340,8 +345,8 @@ class Signers(Mapping[Authentication, Signer]):
         return len(self._signers)
 
     async def open(self, upstreams: Iterable[Upstream]) -> None:
-        """Keep those of `upstreams` valid too, and wait for the first. Never raises for those that
-        can't be read: their calls fail, and it is logged."""
+        """Renew also the credentials of `upstreams`, and wait for the first. Never raises if they
+        cannot be read: that is logged, and their calls fail."""
         new: dict[Authentication, RenewedCredentials] = {}
         for authentication, network in _renewed(upstreams).items():
             if authentication not in self._tasks:
@@ -358,7 +363,7 @@ class Signers(Mapping[Authentication, Signer]):
                 self._tasks[authentication] = asyncio.create_task(one.run())
 
     def keep(self, upstreams: Iterable[Upstream]) -> None:
-        """Renew those of `upstreams` alone from now on."""
+        """Renew only the credentials of `upstreams` from now on."""
         needed = _renewed(upstreams)
         for authentication in [one for one in self._tasks if one not in needed]:
             self._tasks.pop(authentication).cancel()
@@ -367,13 +372,14 @@ class Signers(Mapping[Authentication, Signer]):
                 del self._signers[authentication]
 
     def close(self) -> None:
-        """Renew none any more, and have none left."""
+        """Stop all renewals and drop all credentials."""
         self.keep(())
         self._signers.clear()
 
 
 def _renewed(upstreams: Iterable[Upstream]) -> dict[Authentication, Network | None]:
-    """The authentications of upstreams whose credentials are renewed, with their networks."""
+    """Return the authentications of upstreams whose credentials are renewed, with their
+    networks."""
     found: dict[Authentication, Network | None] = {}
     for upstream in upstreams:
         for dialect in upstream.base_urls:
@@ -387,7 +393,7 @@ def _renewed(upstreams: Iterable[Upstream]) -> dict[Authentication, Network | No
 async def open_wire(
     timeouts: Timeouts, upstreams: Iterable[Upstream], signers: Signers | None = None
 ) -> AsyncIterator[RelayWire]:
-    """A wire to `upstreams`, with their credentials, which are put into `signers`."""
+    """Open a transport to `upstreams`, with their credentials, which are added to `signers`."""
     wire = RelayWire(timeouts)
     wire.signers = signers = Signers() if signers is None else signers
     try:

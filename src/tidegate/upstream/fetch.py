@@ -1,10 +1,10 @@
 """Fetches on a caller's behalf, guarded against server-side request forgery; provider probes.
 
-Invariants: a socket is opened only to an allowed address, checked on the address that is
-connected to, for every hop; nothing of ours is sent (no cookies, credentials, referrer or proxy);
-at most `max_bytes` are kept; a webhook follows no redirect; an image type is named only by a
-unique signature; look-ups of names that callers chose take no thread that other work needs, nor
-all of their own threads for one tenant.
+Invariants: a socket is opened only to an allowed address, checked on the address that is connected
+to, for every hop; no cookies, credentials, referrer or proxy of ours are used; at most `max_bytes`
+are kept; a webhook follows no redirect; an image type is recognised only by a unique signature;
+look-ups of names that callers chose use no thread that other work needs, and one tenant cannot use
+all of their threads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tidegate.policy.deployment import Upstream
 from tidegate.upstream.server_load import server_load
 from tidegate.upstream.transport import RelayWire
 
-if TYPE_CHECKING:  # most processes never fetch: it is imported with the first exchange
+if TYPE_CHECKING:  # most processes never fetch: aiohttp is imported by the first exchange
     import aiohttp
     from aiohttp.abc import AbstractResolver
 
@@ -47,7 +47,7 @@ ALLOWED = (
     f"without a user name or password, at most {MAX_URI_CHARS} characters"
 )
 
-# Own tables rather than `is_global`, whose answers have changed between Python's releases.
+# Own tables instead of `is_global`, whose results differ between Python's releases.
 _CLOSED_V4 = tuple(
     IPv4Network(network)
     for network in (
@@ -69,7 +69,7 @@ _CLOSED_V4 = tuple(
         "240.0.0.0/4",  # reserved, broadcast
     )
 )
-# Outside it lie loopback, unspecified, mapped, compatible, NAT64, ULA, link-local, multicast.
+# All else is loopback, unspecified, mapped, compatible, NAT64, ULA, link-local or multicast.
 _OPEN_V6 = IPv6Network("2000::/3")
 _CLOSED_V6 = tuple(
     IPv6Network(network)
@@ -85,15 +85,15 @@ _LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?!.{{254}}){_LABEL}(\.{_LABEL})*")
 _AUTHORITY = re.compile(r"[^/?#]*//([^/?#]*)")
 _UNSAFE = re.compile(r"[\x00-\x20\x7f-\x9f\\]")
-# How inet_aton reads a host: 2130706433, 0x7f.1, 0177.0.0.1, 127.1.
+# Forms of a host that inet_aton accepts: 2130706433, 0x7f.1, 0177.0.0.1, 127.1.
 _LOOKS_NUMERIC = re.compile(r"(.*\.)?(0[xX][0-9a-fA-F]*|[0-9]+)\.?")
 
 
 def is_public(address: Address) -> bool:
-    """Whether `address` may be connected to on a caller's behalf."""
+    """Return whether connections to `address` on a caller's behalf are allowed."""
     if isinstance(address, IPv4Address):
         return not any(address in network for network in _CLOSED_V4)
-    # ISATAP hides an IPv4 address in the lower half of an address of any network.
+    # ISATAP embeds an IPv4 address in the lower half of an address of any network.
     if int(address) >> 32 & 0xFDFF_FFFF == 0x0000_5EFE:
         return False
     return address in _OPEN_V6 and not any(address in network for network in _CLOSED_V6)
@@ -102,7 +102,7 @@ def is_public(address: Address) -> bool:
 def check_uri(
     uri: str, is_allowed: Callable[[Address], bool] = is_public, *, field: str = "image_uri"
 ) -> URL:
-    """Parse `uri`, refusing all that can be refused without asking DNS.
+    """Parse `uri` and refuse all that can be refused without DNS.
 
     Raises FetchRefused, which names `field`.
     """
@@ -127,7 +127,7 @@ def _checked(uri: str, is_allowed: Callable[[Address], bool]) -> URL:
     host = (url.raw_host or "").rstrip(".").lower()
     if not host:
         raise ValueError("names no host")
-    # Of the text itself: the parser drops an empty name, and brackets that hold no address.
+    # Checks the text itself: the parser drops an empty name, and brackets without an address.
     authority = found[1] if (found := _AUTHORITY.match(uri)) else ""
     if "@" in authority:
         raise ValueError("has a user name or password in it")
@@ -138,7 +138,8 @@ def _checked(uri: str, is_allowed: Callable[[Address], bool]) -> URL:
 
 
 def refused(problem: str, field: str = "image_uri") -> FetchRefused:
-    """The one error of this room; `problem` continues the sentence that begins with the field."""
+    """Return the error of this module; `problem` continues a sentence that begins with the
+    field."""
     return FetchRefused(field, f"{field} {problem}", allowed=ALLOWED)
 
 
@@ -159,19 +160,22 @@ def _check_host(host: str, is_allowed: Callable[[Address], bool], *, bracketed: 
 
 
 class AddressRefused(OSError):
-    """The name led to an address that may not be connected to."""
+    """The name resolved to an address to which no connection is allowed."""
 
 
-# A look-up can't be cancelled, and takes half a minute where a name server does not answer. The
-# event loop's few threads (4 of uvloop) look up the providers' names, and stay free for that.
+# A look-up cannot be cancelled, and takes half a minute if a name server does not answer. The event
+# loop's few threads (4 of uvloop) resolve the providers' names and must stay free for that.
 MOST_LOOK_UPS = 64
 Found = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]
 
 
 class LookUps:
-    """Threads that look up names that callers chose. A tenant may have half of what the others
-    leave, until its look-ups have really ended; more of its own wait: no tenant's name servers hold
-    up the look-ups of another."""
+    """A pool of threads that look up names chosen by callers.
+
+    A tenant may use half of the threads that the others leave. A look-up counts until it has really
+    ended; further look-ups of the tenant wait. So one tenant's slow name servers do not delay the
+    look-ups of another.
+    """
 
     def __init__(self, most: int = MOST_LOOK_UPS) -> None:
         self._most = most
@@ -181,7 +185,8 @@ class LookUps:
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     async def run(self, tenant_id: str, work: Callable[[], Found]) -> Found:
-        """Cancelled, the look-up goes on in its thread."""
+        """Run a look-up in a thread, and wait for its result. If this is cancelled, the look-up
+        continues in its thread."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._lock:
             self._waiting.setdefault(tenant_id, deque()).append(turn)
@@ -189,7 +194,7 @@ class LookUps:
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # its turn came in the same moment
+            if not turn.cancelled():  # granted and cancelled in the same iteration
                 self._end(tenant_id)
             raise
         looking = self._threads.submit(work)
@@ -204,7 +209,8 @@ class LookUps:
             self._grant()
 
     def _grant(self) -> None:
-        """Begin what there is room for. Under the lock, in any thread."""
+        """Start waiting look-ups as far as threads are free. Called with the lock held, in any
+        thread."""
         for tenant_id, turns in list(self._waiting.items()):
             while turns and (turns[0].cancelled() or self._has_room(tenant_id)):
                 turn = turns.popleft()
@@ -230,7 +236,7 @@ _LOOK_UPS = LookUps()
 
 
 def callers_resolver(tenant_id: str) -> AbstractResolver:
-    """Looks up names that a tenant's callers chose, in threads for such names."""
+    """Return a resolver for names that a tenant's callers chose, with threads of its own."""
     from aiohttp.abc import AbstractResolver, ResolveResult
 
     class CallersResolver(AbstractResolver):
@@ -253,7 +259,7 @@ def callers_resolver(tenant_id: str) -> AbstractResolver:
             ]
 
         async def close(self) -> None:
-            """Nothing is open."""
+            """Do nothing: there is nothing to close."""
 
     return CallersResolver()
 
@@ -263,13 +269,13 @@ def guarded_session(
     resolver: AbstractResolver | None,
     headers: Mapping[str, str],
 ) -> aiohttp.ClientSession:
-    """For one exchange: nothing is shared with another. The caller bounds the time. `resolver`: the
-    event loop's where there is none, which is for names that an operator chose."""
+    """Return a session for a single exchange, which shares nothing with others. The caller sets the
+    time limit. resolver: by default the event loop's, for names that an operator chose."""
     import aiohttp
     from aiohttp.resolver import ThreadedResolver
 
     def open_socket(info: aiohttp.AddrInfoType) -> socket.socket:
-        """Called with the very address that the connection is then made to."""
+        """Open a socket, called with the very address that the connection is made to."""
         family, kind, protocol, _, where = info
         if not is_allowed(ip_address(str(where[0]).split("%", 1)[0])):
             raise AddressRefused("the address is not public")
@@ -293,7 +299,8 @@ def guarded_session(
 
 
 def why_not_sent(failed: aiohttp.ClientError) -> str:
-    """In words that go on from what was to be reached: "...could not be connected to"."""
+    """Describe a failure in words that follow the name of the target: "...could not be connected
+    to"."""
     import aiohttp
 
     if isinstance(failed, aiohttp.ClientConnectorDNSError):
@@ -314,7 +321,7 @@ _HEIF_BRANDS = {b"mif1", b"msf1", b"mif2"}
 
 
 def picture_type(head: bytes) -> str | None:
-    """The MIME type of the picture that begins with `head` (32 bytes are enough), or None."""
+    """Return the MIME type of the picture that begins with `head` (32 bytes suffice), or None."""
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
     if head.startswith(b"\xff\xd8\xff"):
@@ -327,7 +334,8 @@ def picture_type(head: bytes) -> str | None:
 
 
 def iso_brands(head: bytes) -> list[bytes]:
-    """The brands of an ISO base media file (MP4, HEIF, ...), major first; empty for others."""
+    """Return the brands of an ISO base media file (MP4, HEIF, ...), major first; empty for
+    others."""
     if head[4:8] != b"ftyp" or len(head) < 12:
         return []
     end = min(int.from_bytes(head[:4], "big"), len(head), 256)
@@ -341,7 +349,7 @@ def _iso_picture(head: bytes) -> str | None:
     if brands[0] in _HEIC_BRANDS:
         return "image/heic"
     if brands[0] in _HEIF_BRANDS:
-        # AVIF files may lead with the general brand too, and we do not take those.
+        # AVIF files may begin with the general brand too, and are not accepted.
         return None if b"avif" in brands or b"avis" in brands else "image/heif"
     return None
 
@@ -353,16 +361,16 @@ _HEADERS = {
     "Accept-Encoding": "identity",
     "User-Agent": "tidegate",
 }
-# Types of servers that do not know it.
+# Content types of servers that do not know the type.
 _UNSAID = ("application/octet-stream", "binary/octet-stream")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFetcher:
-    """Fetches images of at most `max_bytes` within `timeout_ms` in all, name look-up included.
+    """Fetches images of at most `max_bytes` within `timeout_ms` in total, name look-up included.
 
-    `is_allowed` judges each address; `resolver` looks names up (the system's resolver by default).
-    Both are for tests: production uses the defaults.
+    `is_allowed` judges each address; `resolver` looks up names (by default the system's). Both are
+    for tests: production uses the defaults.
     """
 
     max_bytes: int
@@ -373,8 +381,8 @@ class ImageFetcher:
     async def fetch(
         self, uri: str, tenant_id: str = "", arrived: Callable[[int], None] | None = None
     ) -> Media:
-        """The picture at `uri`, for a tenant. `arrived` is called with its bytes in memory so far,
-        and may raise. Raises FetchRefused; cancelling closes the connection."""
+        """Fetch the picture at `uri` for a tenant. `arrived` is called with the number of bytes in
+        memory so far, and may raise. Raises FetchRefused. Cancelling closes the connection."""
         import aiohttp
 
         try:
@@ -439,8 +447,8 @@ _POST_HEADERS = {"User-Agent": "tidegate", "Accept": "*/*", "Accept-Encoding": "
 
 @dataclass(frozen=True, slots=True)
 class Posted:
-    """The status of the answer; None without one, and then why, in words. retry_after_ms: the wait
-    that its header requests."""
+    """The result of a POST: the answer's status, or None and the reason. retry_after_ms: from the
+    answer's header."""
 
     status: int | None = None
     problem: str | None = None
@@ -455,8 +463,8 @@ def _requested_wait_ms(answer: aiohttp.ClientResponse) -> int:
 
 @dataclass(frozen=True, slots=True)
 class GuardedPoster:
-    """Posts within `timeout_ms` in all; `is_allowed` judges each address. operators: an operator
-    chose the URL, not a caller: any port and any form of a URL will do."""
+    """Posts within `timeout_ms` in total; `is_allowed` judges each address. operators: an operator,
+    not a caller, chose the URL: any port and any form of URL is accepted."""
 
     timeout_ms: int
     is_allowed: Callable[[Address], bool] = is_public
@@ -465,7 +473,7 @@ class GuardedPoster:
     async def post(
         self, url: str, body: bytes, headers: Mapping[str, str], tenant_id: str = ""
     ) -> Posted:
-        """For a tenant. Cancelling closes the connection."""
+        """Post for a tenant. Cancelling closes the connection."""
         import aiohttp
 
         try:
@@ -496,9 +504,11 @@ class GuardedPoster:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamTest:
-    """What an upstream answers to a request for its models, in one dialect. status: None without an
-    answer. problem: empty where it is as it should be. load: that of a server of one's own, in
-    words, where it reports any."""
+    """The result of testing an upstream in one dialect, by requesting its models.
+
+    status: None without an answer. problem: empty on success. load: that of a self-hosted server,
+    in words, if it reports any.
+    """
 
     dialect: str
     url: str
@@ -510,13 +520,13 @@ class UpstreamTest:
 
 
 _MODELS_BYTES = 4_000_000
-NO_LIST = (404, 405)  # of a server that has none: its credentials are not tested
+NO_LIST = (404, 405)  # of a server without such a list: its credentials are not tested
 _REFUSED = (401, 403)
 
 
 async def tested(wire: RelayWire, upstream: Upstream, dialect: str) -> UpstreamTest:
-    """Request an upstream's models with its credentials, by its network. Never raises for what the
-    provider or the network does."""
+    """Test an upstream by requesting its models with its credentials and network. Never raises for
+    anything that the provider or the network does."""
     spec, access = DIALECTS[dialect], upstream.access(dialect)
     headers = [*spec.headers, (b"accept-encoding", b"identity")]
     url, status, problem = access.url(spec.models.path, spec.models.query), None, ""
@@ -547,8 +557,8 @@ async def tested(wire: RelayWire, upstream: Upstream, dialect: str) -> UpstreamT
 
 
 async def ask_for_models(wire: RelayWire, upstream: Upstream, dialect: str) -> Posted:
-    """Request a provider's list of models in `dialect`. Never raises for what the provider or the
-    network does."""
+    """Request a provider's list of models in `dialect`. Never raises for anything that the provider
+    or the network does."""
     spec, access = DIALECTS[dialect], upstream.access(dialect)
     headers = [*spec.headers, (b"accept-encoding", b"identity")]
     try:

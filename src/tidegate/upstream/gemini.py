@@ -1,14 +1,13 @@
 """GeminiProcessor: one call of Gemini by Google's `google-genai` SDK.
 
-The SDK's own loops (automatic function calling and continuation) are switched off: one request,
-one attempt. The request is given as light types, because the SDK's converters are slow on
-pydantic models.
+The SDK's own loops (automatic function calling and continuation) are switched off: one request, one
+attempt. The request is built of light types, because the SDK's converters are slow on pydantic
+models.
 
-Invariants: `run` ends only after its upstream responses are closed, so that a permit around it
-covers the whole call; only UpstreamErrors, the sink's own exception and cancellation come out; an
-answer holds a piece before its event is emitted; uploaded files are deleted whatever happens; the
-upload URL, which holds the key, is never logged. Importing the SDK is left to
-`GeminiProcessor.start`.
+Invariants: `run` ends only after its upstream responses are closed, so that a permit around `run`
+covers the whole call; it raises only UpstreamErrors, the sink's own exception and cancellation; a
+piece is part of `answer` before its event is emitted; uploaded files are always deleted; the upload
+URL, which contains the key, is never logged. Only `GeminiProcessor.start` imports the SDK.
 """
 
 from __future__ import annotations
@@ -75,9 +74,9 @@ if TYPE_CHECKING:
 
 
 class AnswerReader:
-    """Reads the chunks of one answer into `answer`.
+    """Reads the chunks of an answer into `answer`.
 
-    chunk  --take-->  events, in order       end of stream  --finish-->  fine, or an UpstreamError
+    chunk  --take-->  events, in order       end of stream  --finish-->  success, or an error
     """
 
     def __init__(self, kind: Kind, answer: Answer) -> None:
@@ -88,12 +87,13 @@ class AnswerReader:
         self._blanks = 0
         self._candidates = 0
         self._queries: set[str] = set()
-        self._reported: dict[str, Any] = {}  # figures that a chunk leaves out keep their last value
+        self._reported: dict[str, Any] = {}  # keeps fields that a later chunk lacks
 
     def take(self, chunk: GenerateContentResponse) -> list[Event]:
-        """The chunk's events: text and pictures, then the usage when it has changed."""
+        """Add a chunk to the answer. Return its events: text and pictures, then the usage if it
+        changed."""
         if not chunk.model_fields_set - {"sdk_http_response"}:
-            # JSON, but nothing of ours in it: the SDK reads `null`, text and lists like that.
+            # JSON without any known field: the SDK parses `null`, text and lists as that.
             self._blanks += 1
             return []
         self._chunks += 1
@@ -134,9 +134,11 @@ class AnswerReader:
         return events
 
     def finish(self) -> None:
-        """The stream has ended. Raises PromptBlocked, EmptyAnswer, UpstreamGarbled when nothing in
-        it was an answer, or UpstreamUnavailable when it was cut: an answer ends with a finish
-        reason, so content without one is only a part.
+        """Check the answer at the end of the stream.
+
+        Raises PromptBlocked, EmptyAnswer, UpstreamGarbled if nothing in the stream was an answer,
+        or UpstreamUnavailable if the stream was cut: an answer ends with a finish reason, so
+        content without one is incomplete.
         """
         answer = self._answer
         if self._blanks and not self._chunks:
@@ -170,13 +172,13 @@ def _event_of(part: Part) -> Delta | Picture | None:
 
 
 def _reported(said: GenerateContentResponseUsageMetadata) -> dict[str, Any]:
-    """A usage by the provider's names, without figures that are none."""
+    """Return a usage by the provider's names, without negative numbers."""
     raw = said.model_dump(mode="json", by_alias=True, exclude_none=True)
     return {name: one for name, one in raw.items() if not isinstance(one, int) or one >= 0}
 
 
 def word(reason: Any) -> str:
-    """The provider's own word, also where the SDK's enumeration does not know it."""
+    """Return the provider's name of an enumerated value, also one that the SDK does not know."""
     return str(getattr(reason, "value", reason))[:100]
 
 
@@ -190,14 +192,14 @@ _MODEL = re.compile(r"(?:(?:models|tunedModels)/)?[A-Za-z0-9][A-Za-z0-9._-]{0,12
 
 @lru_cache(_MODELS_KEPT)
 def model_path(model: str) -> str:
-    """`model` as it may stand in a URL. Raises UpstreamRejected for anything but a plain name."""
+    """Return `model` as part of a URL. Raises UpstreamRejected for anything but a plain name."""
     if not _MODEL.fullmatch(model) or ".." in model:
         raise UpstreamRejected("the model's name is not one that the provider could know")
     return model
 
 
 def settings_of(kind: Kind, tier: Tier = Tier.LIVE) -> dict[str, Any]:
-    """The generation settings of a call."""
+    """Return the generation settings of a call."""
     settings = dict(ONE_ATTEMPT)
     if kind is Kind.IMAGE_GENERATION:
         settings["response_modalities"] = ["TEXT", "IMAGE"]
@@ -207,7 +209,7 @@ def settings_of(kind: Kind, tier: Tier = Tier.LIVE) -> dict[str, Any]:
 
 
 def turn(prompt: str, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One user turn: the files' parts, then the prompt where there is one."""
+    """Return a user turn: the files, then the prompt if there is one."""
     text = [{"text": prompt}] if prompt else []
     return {"role": "user", "parts": [*parts, *text]}
 
@@ -217,7 +219,8 @@ def inline(media: Media) -> dict[str, Any]:
 
 
 def too_large_for_inline(media: Sequence[Media], inline_max_bytes: int) -> set[int]:
-    """Indexes of the files to upload beforehand: the largest, until the rest fits."""
+    """Return the indexes of the files to upload first: the largest ones, until the rest fits
+    inline."""
     if not media:
         return set()
     rest_bytes = sum(len(item.data) for item in media)
@@ -231,13 +234,14 @@ def too_large_for_inline(media: Sequence[Media], inline_max_bytes: int) -> set[i
 
 
 def judge_question(prompt: str, mime_types: Sequence[str]) -> list[dict[str, Any]]:
-    """The question as one user turn."""
+    """Return the classification question as a user turn."""
     parts = [{"text": text} for text in judge_texts(prompt, mime_types)]
     return [{"role": "user", "parts": parts}]
 
 
 def judge_settings(mime_types: Sequence[str]) -> dict[str, Any]:
-    """Structured output that can only name a kind which the attachments allow."""
+    """Return settings for structured output that can name only kinds which the attachments
+    allow."""
     return {
         **ONE_ATTEMPT,
         "system_instruction": judge_instruction(mime_types),
@@ -262,10 +266,10 @@ READY_WITHIN_MS = 120_000
 
 
 async def upload(client: AsyncClient, media: Media, names: list[str]) -> dict[str, Any]:
-    """Upload one file; its request part. Appends the file's name to `names`.
+    """Upload a file and return its request part; its name is appended to `names`.
 
-    Raises UpstreamRejected when the provider can't process it, UpstreamTimeout when it isn't
-    usable within 120 s, and whatever the SDK raises.
+    Raises UpstreamRejected if the provider cannot process the file, UpstreamTimeout if it is not
+    usable within 120 s, and the SDK's errors.
     """
     config: dict[str, Any] = {"mime_type": media.mime_type}
     if media.name:
@@ -301,14 +305,14 @@ async def _usable(client: AsyncClient, file: File, name: str) -> File:
 
 MAX_ANSWER_BYTES = 64_000_000
 API_VERSION = "v1beta"
-_NO_KEY = "none"  # the SDK insists on one; the connections send the upstream's own
+_NO_KEY = "none"  # the SDK requires a key; the transport sends the upstream's
 FORGET_WITHIN_MS = 10_000
 CLOSE_WITHIN_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Sdk:
-    """The SDK, once imported and connected to our transport."""
+    """The imported SDK, connected to this package's transport."""
 
     client: AsyncClient
     connections: SdkClient
@@ -317,8 +321,8 @@ class _Sdk:
 
 
 class GeminiProcessor:
-    """Calls Gemini. `start` imports the SDK (half a second of CPU, in a thread, and 25 MB); without
-    it the first call does. One processor per event loop; any number of concurrent calls.
+    """Calls Gemini. `start` imports the SDK (half a second of CPU, in a thread, and 25 MB);
+    otherwise the first call does. One processor per event loop, for any number of concurrent calls.
     """
 
     def __init__(
@@ -332,11 +336,10 @@ class GeminiProcessor:
         access: Access | None = None,
         signers: Mapping[Authentication, Signer] | None = None,
     ) -> None:
-        """`base_url` may have a path; the version (`v1beta`) is appended unless it ends with it.
-        Files go inline up to `inline_max_bytes` in all, beyond that through the Files API.
-        `access`: of the upstream, where it is more than an address and a key; `signers` have its
-        credentials.
-        """
+        """`base_url` may have a path; the version (`v1beta`) is appended unless the URL ends with
+        it. Files are sent inline up to `inline_max_bytes` in total, and uploaded through the Files
+        API above that. access: that of the upstream, if it has more than an address and a key.
+        signers: hold its credentials."""
         self._api_key = api_key
         self._base_url = base_url.rstrip("/").removesuffix(f"/{API_VERSION}")
         self._access = access or AccessOptions().access("gemini", self._base_url, api_key)
@@ -353,11 +356,11 @@ class GeminiProcessor:
 
     @property
     def open_calls(self) -> int:
-        """HTTP exchanges with the provider that are open now, housekeeping included."""
+        """Return the number of open HTTP exchanges with the provider, housekeeping included."""
         return len(self._sdk.connections.open_exchanges) if self._sdk is not None else 0
 
     async def aclose(self) -> None:
-        """Give deletions of uploaded files up to 2 s, then close every connection."""
+        """Wait up to 2 s for deletions of uploaded files, then close all connections."""
         if self._chores:
             _, late = await asyncio.wait(self._chores, timeout=CLOSE_WITHIN_S)
             for chore in late:
@@ -366,12 +369,13 @@ class GeminiProcessor:
             await self._sdk.connections.aclose()
 
     async def run(self, call: Call, answer: Answer, sink: Sink | None) -> None:
-        """Make the call, push Delta, Picture and UsageReport events into `sink` as they arrive and
-        fill `answer`, which keeps what was received also when this raises or is cancelled. Without
-        a sink the answer is read at its end, for a fraction of what many small events cost.
+        """Make the call and fill `answer`; push Delta, Picture and UsageReport events into `sink`
+        as they arrive. `answer` keeps what was received also if this raises or is cancelled.
+        Without a sink the answer is parsed once at its end, which costs a fraction of parsing many
+        small events.
 
-        Raises UpstreamError's subclasses, and whatever `sink` raises, unchanged. Cancellation at
-        any point closes the upstream connection before it comes out of here.
+        Raises subclasses of UpstreamError, and exceptions of `sink` unchanged. Cancellation at any
+        point closes the upstream connection before this returns.
         """
         from tidegate.upstream.gemini_transport import CallScope, turn_of
 
@@ -390,10 +394,11 @@ class GeminiProcessor:
                 reading = AnswerReader(call.kind, answer)
                 chunks = None
                 while True:
-                    # Round SDK awaits only: the sink's exceptions must come out as they are.
+                    # Only around the SDK's awaits: the sink's exceptions are raised unchanged.
                     try:
                         if chunks is None:
-                            # Images are streamed too: idle time is then seen, and text comes early.
+                            # Images are streamed too: idle time can then be measured, and text
+                            # arrives early.
                             chunks = await sdk.client.models.generate_content_stream(
                                 model=model,
                                 contents=turn_of(turn(call.prompt, parts)),
@@ -418,10 +423,9 @@ class GeminiProcessor:
     async def judge(
         self, prompt: str, mime_types: Sequence[str], *, model: str, answer: Answer
     ) -> tuple[Kind, str]:
-        """Classify the request by an LLM: its kind and a short reason. The prompt is data, cut
-        to 4,000 characters; `answer` is filled with what came. Raises UpstreamError's subclasses;
-        the caller bounds and cancels it.
-        """
+        """Classify the request by an LLM and return its kind and a short reason. The prompt is
+        passed as data, cut to 4,000 characters; `answer` is filled with the answer. Raises
+        subclasses of UpstreamError. The caller sets the time limit and cancels."""
         from tidegate.upstream.gemini_transport import CallScope
 
         sdk = await self.start()
@@ -466,13 +470,14 @@ class GeminiProcessor:
         try:
             reading.finish()
         except UpstreamError:
-            # The SDK sees an error object only when it is the first key of its chunk.
+            # The SDK recognises an error object only as the first key of its chunk.
             if (hidden := scope.error_in_answer(self._api_key)) is not None:
                 raise hidden from None
             raise
 
     def _forget_later(self, sdk: _Sdk, names: Sequence[str]) -> None:
-        """Deleting must not hold up the permit: a task of its own, awaited by `aclose`."""
+        """Delete files in a task of its own, so that the permit is not held meanwhile; `aclose`
+        awaits it."""
         chore = asyncio.create_task(self._forget(sdk, tuple(names)))
         self._chores.add(chore)
         chore.add_done_callback(self._chores.discard)
@@ -491,7 +496,7 @@ class GeminiProcessor:
                 )
 
     async def start(self) -> _Sdk:
-        """Import the SDK and build its client. Repeating it does nothing."""
+        """Import the SDK and build its client. Further calls do nothing."""
         if self._sdk is None:
             async with self._starting:
                 if self._sdk is None:
@@ -505,10 +510,10 @@ class GeminiProcessor:
 
         from tidegate.upstream.gemini_transport import SdkClient, Settings, tls_context
 
-        # These loggers' lines show whole URLs, and an upload's URL holds the key.
+        # These loggers log whole URLs, and an upload's URL contains the key.
         for name in ("httpx2", "httpcore2"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        # A finish reason that the SDK does not know yet is no reason for a warning in our log.
+        # An unknown finish reason must not put a warning into our log.
         warnings.filterwarnings("ignore", message=".* is not a valid [A-Z]", category=UserWarning)
         connections = SdkClient(
             self._timeouts, self._max_answer_bytes, (self._base_url, self._access), self._signers
@@ -520,15 +525,16 @@ class GeminiProcessor:
                 base_url=self._base_url,
                 api_version=API_VERSION,
                 httpx_async_client=connections,
-                # For its websockets, which nobody opens: else it reads certificates of its own.
+                # For websockets, which are not used: without it the SDK loads certificates again.
                 async_client_args={"ssl": tls_context()},
-                # Never used, but the SDK would build one, with certificates and proxies of its own.
+                # Never used; without it the SDK would build one, with its own certificates and
+                # proxies.
                 httpx_client=httpx2.Client(transport=httpx2.MockTransport(_no_sync_calls)),
             ),
         )
         make_requests_once(client)
         wire_faults = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError)
-        # The SDK fails with these on answers of a wrong shape.
+        # The SDK raises these on answers of an unexpected shape.
         shape_faults = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
         known_faults = (UpstreamError, errors.APIError, *wire_faults, *shape_faults)
         settings = {

@@ -1,15 +1,15 @@
 """Client of the SDK over connections of our own, and light types for its requests.
 
-httpx2 examines every connection of its pool for each request, which dominates a call's cost at a
-hundred concurrent calls. Events of a stream without a listener are merged before the SDK parses
-them. The SDK's converters look every field of a model up by `name in model`; a pydantic model has
-no such test, so that Python walks through all fields, finds nothing, and the SDK goes on to
-`getattr`: a third of what a call cost.
+httpx2 examines every connection of its pool for each request, which dominates the cost of a call at
+a hundred concurrent calls. Events of a stream without a listener are merged before the SDK parses
+them. The SDK's converters look up every field of a model by `name in model`. A pydantic model has
+no `__contains__`, so that Python iterates over all fields without a match, and the SDK falls back
+to `getattr`: a third of the cost of a call.
 
 Invariants: leaving a `CallScope` returns only after all its exchanges are closed; a phase's timeout
-runs only while waiting for the provider; answers are bounded; an answer that is not plain is left
-to the SDK as it came; the light types hold exactly what the dictionaries of a request say, and are
-never changed. Importing this module costs half a second (httpx2 and the SDK), so only
+runs only while waiting for the provider; answers are bounded; an answer with unknown fields is
+passed to the SDK unchanged; the light types hold exactly the content of a request's dictionaries,
+and are never changed. Importing this module costs half a second (httpx2 and the SDK), so only
 `GeminiProcessor.start` does, in a thread.
 """
 
@@ -59,22 +59,20 @@ from tidegate.upstream.transport import (
 )
 
 _EVENTS = b"text/event-stream"
-# The connection sends these itself, the key as the upstream wants it.
+# The transport sends these itself, with the key as the upstream expects it.
 _FRAMING = (
     *("host", "content-length", "connection", "transfer-encoding", "accept-encoding"),
     "x-goog-api-key",
 )
 _HEADS_KEPT = 64
-_WHOLE_BYTES = 65_536  # of a file that the SDK is given whole
-_FILE_PIECE_BYTES = 3 * 65_536  # a multiple of 3: no piece but the last is padded
+_WHOLE_BYTES = 65_536  # largest file that is passed to the SDK whole
+_FILE_PIECE_BYTES = 3 * 65_536  # a multiple of 3: only the last piece is padded
 _MARK_BYTES = 24
 
 
 class PlainRequest(httpx2.Request):
-    """A request as our connections take it; httpx2 would parse it, and we would join it again.
-
-    Of what it inherits only the type is used.
-    """
+    """A request in the form that the transport takes: httpx2 would parse it, and the transport
+    would join it again. Only the type of its base class is used."""
 
     def __init__(
         self, method: str, url: str, headers: Mapping[str, str], content: bytes | None
@@ -85,13 +83,13 @@ class PlainRequest(httpx2.Request):
         self.body = content
 
     def __repr__(self) -> str:
-        return f"<PlainRequest {self.method}>"  # the URL of an upload holds the key
+        return f"<PlainRequest {self.method}>"  # an upload's URL contains the key
 
 
 @lru_cache(_HEADS_KEPT)
 def _fields(headers: tuple[tuple[str, str], ...]) -> tuple[list[tuple[bytes, bytes]], bool]:
-    """As they are sent, and whether they belong to an upload; the SDK sends the same ones with
-    nearly every call."""
+    """Return the headers to send, and whether they belong to an upload. Cached: the SDK sends the
+    same ones with nearly every call."""
     said = {name.lower(): value for name, value in headers}
     sent = {name: value for name, value in said.items() if name not in _FRAMING}
     fields = [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent.items()]
@@ -101,8 +99,8 @@ def _fields(headers: tuple[tuple[str, str], ...]) -> tuple[list[tuple[bytes, byt
 _EVENT = frozenset(("candidates", "usageMetadata", "modelVersion", "responseId", "createTime"))
 _CANDIDATE = frozenset(("content", "finishReason", "index"))
 _CONTENT = frozenset(("parts", "role"))
-# Fields of a usage that the SDK would check and no caller reads are left out: so are modalities
-# where all is text.
+# Usage fields that the SDK would validate and no caller reads are left out; also modalities if all
+# of them are text.
 _USAGE = frozenset(
     (
         *("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount"),
@@ -123,15 +121,15 @@ _USUAL_TIERS = frozenset((b'"standard"', b'"ON_DEMAND"'))
 
 
 class _NotPlain(Exception):
-    """An event that must be read as it is."""
+    """An event with unknown fields, which the SDK must parse."""
 
 
 def gathered(stream: bytes) -> bytes | None:
-    """One event for all events of `stream`, of fields that are listed here; None unless all of them
-    are plain."""
+    """Merge all events of `stream` into one. Return None unless all of them have only the fields
+    that are listed here."""
     events = stream.replace(b"\r\n", b"\n").split(b"\n\n")
     if events.pop() or not events:
-        return None  # cut in mid-event, or there is nothing to gather
+        return None  # it was cut within an event, or has no event
     whole = _WholeAnswer()
     try:
         for event in events:
@@ -144,13 +142,13 @@ def gathered(stream: bytes) -> bytes | None:
 
 
 def whole_events(stream: bytes) -> bytes:
-    """The whole events of a stream that was cut."""
+    """Return the complete events of a stream that was cut."""
     ends = (stream.rfind(end) + len(end) for end in (b"\n\n", b"\r\n\r\n") if end in stream)
     return stream[: max(ends, default=0)]
 
 
 class _WholeAnswer:
-    """Content of the events so far. `add` raises _NotPlain."""
+    """Merges the content of events. `add` raises _NotPlain."""
 
     def __init__(self) -> None:
         self._said: dict[str, Any] = {}
@@ -241,19 +239,19 @@ def _gathered_fields(value: Any, known: frozenset[str]) -> dict[str, Any]:
 
 
 TAIL_BYTES = 65_536
-# A longer answer goes to the SDK as it comes.
+# A longer answer is passed to the SDK as it arrives.
 MOST_GATHERED_BYTES = 1_000_000
 
 _scope: ContextVar[CallScope | None] = ContextVar("tidegate_gemini_scope", default=None)
 
 
 class SdkExchange(httpx2.AsyncByteStream):
-    """One request, and the bytes of its response, with a bound on all.
+    """A request, and the bytes of its response, with a bound on their total.
 
-    Where it gathers, a stream's events come as one; a failure that cuts them off, a cancellation
-    too, is raised by the read after that one: until then it is `held`. The exchange is `whole` once
-    it is closed after the end of its answer: its connection is kept. It is `plain` where all of its
-    answer is one event without a field that the SDK does not know.
+    When gathering, a stream's events are returned as one. A failure or cancellation that cuts them
+    off is kept in `held`, and raised by the next read. `whole`: the exchange was closed after the
+    end of its answer, so that its connection is kept. `plain`: the whole answer is one event
+    without a field that the SDK does not know.
     """
 
     def __init__(self, client: SdkClient) -> None:
@@ -332,7 +330,8 @@ class SdkExchange(httpx2.AsyncByteStream):
 
 
 def _header(exchange: Exchange, name: bytes) -> bytes:
-    """The value of a header, `name` and it in lower case; empty without it."""
+    """Return the value of a header in lower case; empty if it is missing. `name` is in lower
+    case."""
     size = len(name)
     for known, value in exchange.headers:
         if len(known) == size and known.lower() == name:
@@ -341,7 +340,8 @@ def _header(exchange: Exchange, name: bytes) -> bytes:
 
 
 class _SdkResponse(httpx2.Response):
-    """Read straight from its exchange: httpx2 would put two generators in between."""
+    """A response that is read directly from its exchange: httpx2 would put two generators in
+    between."""
 
     stream: SdkExchange
 
@@ -351,18 +351,20 @@ class _SdkResponse(httpx2.Response):
 
 @cache
 def tls_context() -> ssl.SSLContext:
-    """Of all clients of the process: reading the certificates takes as long as the rest of one."""
+    """Return the context of all clients of the process: loading certificates takes as long as
+    creating the rest of a client."""
     context = httpx2.create_ssl_context()
     context.set_alpn_protocols(["http/1.1"])
     return context
 
 
 class SdkClient(httpx2.AsyncClient):
-    """HTTP/1.1 to the provider. Not bounded in connections: the limiter bounds the calls.
+    """The SDK's HTTP/1.1 client of the provider. Its connections are not bounded: the limiter
+    bounds the calls.
 
-    It does nothing that the SDK does not use (cookies, proxies, redirects, credentials, hooks),
-    which costs as much as sending a request. SSL_CERT_FILE and SSL_CERT_DIR are honoured. The first
-    request opens its connections: the client may be built outside of the event loop.
+    It leaves out all that the SDK does not use (cookies, proxies, redirects, credentials, hooks),
+    which would cost as much as sending a request. SSL_CERT_FILE and SSL_CERT_DIR are honoured.
+    Connections are opened by the first request: the client may be built outside of the event loop.
     """
 
     def __init__(
@@ -372,7 +374,8 @@ class SdkClient(httpx2.AsyncClient):
         reached: tuple[str, Access],
         signers: Mapping[Authentication, Signer],
     ) -> None:
-        """`reached`: the base URL that the SDK knows, and how the upstream is really reached."""
+        """reached: the base URL that the SDK knows, and the access by which the upstream is
+        reached."""
         super().__init__(transport=httpx2.MockTransport(_no_other_way), trust_env=False)
         self.max_answer_bytes = max_answer_bytes
         self.open_exchanges: set[SdkExchange] = set()
@@ -391,7 +394,8 @@ class SdkClient(httpx2.AsyncClient):
         timeout: Any = None,
         **other: Any,
     ) -> httpx2.Request:
-        """`content` is bytes or None. The time is ours: `timeout` is not looked at."""
+        """Build a request. `content` is bytes or None. `timeout` is ignored: the transport has its
+        own."""
         unknown = [name for name, value in other.items() if value]
         if unknown:
             raise TypeError(f"the SDK asks for what this client does not do: {unknown}")
@@ -412,13 +416,13 @@ class SdkClient(httpx2.AsyncClient):
             place = self._place(wire, request.whole_url)
             body = request.body if scope is None else scope.with_files(request.body)
             exchange = await wire.open(request.method, place, fields, body)
-        except BaseException:  # cancellation too: the exchange must not stay open
+        except BaseException:  # also for cancellation: the exchange must not stay open
             await call.aclose()
             raise
         response = call.answered(exchange, gathers=scope is not None and scope.gathers)
         response.request = request
         if request.is_upload:
-            # Without this header the SDK repeats an upload three times, sleeping in between.
+            # Without this header the SDK repeats an upload three times, with sleeps.
             response.headers.setdefault("x-goog-upload-status", "unknown")
         if _header(exchange, b"content-encoding") not in (b"", b"identity"):
             await uninterrupted(call.aclose())
@@ -439,7 +443,8 @@ class SdkClient(httpx2.AsyncClient):
         return self._wire
 
     def _place(self, wire: RelayWire, url: str) -> RequestPlace:
-        """Nothing of the upstream's goes to another address."""
+        """Return the place of a URL. A URL outside of the base URL gets no credentials of the
+        upstream."""
         below = url.removeprefix(self._base)
         if below == url or not below.startswith("/"):
             return wire.place(url)
@@ -448,10 +453,11 @@ class SdkClient(httpx2.AsyncClient):
 
 
 class CallScope:
-    """The exchanges of one call, and its total time. Leaving it closes what is still open, even
-    when cancelled; raises UpstreamTimeout when the time has run out. Where it `gathers`, the SDK
-    gets the events of a stream as one. `traceparent` goes with all its requests; `tier` is what
-    they request.
+    """The exchanges of a call, and its total time.
+
+    Leaving the scope closes its open exchanges, even if cancelled; raises UpstreamTimeout if the
+    time has passed. gathers: the SDK gets all events of a stream as one. traceparent: sent with all
+    requests. tier: the processing tier that they request.
     """
 
     def __init__(
@@ -469,22 +475,22 @@ class CallScope:
         self._total_ms = total_ms
         self._total = asyncio.timeout(total_ms / 1000)
         self._token: Token[CallScope | None] | None = None
-        self._files: dict[bytes, bytes] = {}  # by what stands for each in a body
+        self._files: dict[bytes, bytes] = {}  # by the placeholder of each in a body
 
     def stand_in(self, media: Media) -> Media:
-        """A file for the SDK, which would copy a large one five times in one step of the event
-        loop: something short, in whose place `with_files` puts the file."""
+        """Return a short placeholder for a large file, which `with_files` replaces by the file: the
+        SDK would copy the file five times in one step of the event loop."""
         if len(media.data) <= _WHOLE_BYTES:
             return media
-        mark = token_hex(_MARK_BYTES).encode()  # no client can write it
+        mark = token_hex(_MARK_BYTES).encode()  # random: no client can send it
         self._files[urlsafe_b64encode(mark)] = media.data
         return replace(media, data=mark)
 
     def with_files(self, body: bytes | None) -> bytes | RepeatableBody | None:
-        """A body of the SDK's, with its files."""
+        """Return a body of the SDK with its placeholders replaced by the files."""
         if not self._files or body is None:
             return body
-        spans: list[tuple[bytes, bytes]] = []  # what the SDK wrote, and the file behind that
+        spans: list[tuple[bytes, bytes]] = []  # the SDK's bytes, and the file that follows them
         size_bytes, rest = len(body), body
         for mark, data in self._files.items():
             before, found, behind = rest.partition(mark)
@@ -492,7 +498,7 @@ class CallScope:
                 rest = behind
                 spans.append((before, data))
                 size_bytes += 4 * ((len(data) + 2) // 3) - len(mark)
-        if not spans:  # such as an upload beside them
+        if not spans:  # for example an upload
             return body
         return RepeatableBody(size_bytes, partial(_in_base64, [*spans, (rest, b"")]))
 
@@ -511,12 +517,12 @@ class CallScope:
             _scope.reset(self._token)
         late: BaseException | None = None
         try:
-            # A task is dear; and what has ended well needs no closing.
+            # A task is expensive, and an exchange that has ended is closed already.
             if not all(exchange.whole for exchange in self.exchanges):
                 await uninterrupted(self._close())
                 for exchange in self.exchanges:
                     if isinstance(exchange.held, asyncio.CancelledError):
-                        raise exchange.held  # the SDK failed on what had come before it
+                        raise exchange.held  # the SDK failed on the events before the cancellation
         except BaseException as failed:  # noqa: BLE001 -- raised below
             kind, error = type(failed), (late := failed)
         try:
@@ -533,16 +539,17 @@ class CallScope:
 
     @property
     def first_byte_ms(self) -> float | None:
-        """Of the last exchange: from its sending to the first bytes of its answer's body."""
+        """Return the time from sending the last exchange's request to the first bytes of its
+        body."""
         last = self.exchanges[-1].exchange if self.exchanges else None
         return None if last is None else last.first_byte_ms
 
     def error_of(self, failure: Exception, secret: str) -> UpstreamError:
-        """The error for `failure`, raised by the SDK or its client in the last exchange. `secret`
-        is the API key, removed from every message.
+        """Return the error for `failure`, which the SDK or its client raised in the last exchange.
+        `secret` is the API key, which is removed from every message.
 
-        To be raised `from None`: texts of the SDK hold whole foreign bodies, and may hold the URL
-        of an upload.
+        Raise the error `from None`: texts of the SDK contain whole bodies of others, and possibly
+        the URL of an upload.
         """
         exchange = self.exchanges[-1].exchange if self.exchanges else None
         if exchange is not None and exchange.status != 200:
@@ -560,7 +567,8 @@ class CallScope:
         return _without_error_body(failure, sent=bool(self.exchanges))
 
     def error_in_answer(self, secret: str) -> UpstreamError | None:
-        """The error that the last answer reports under status 200; None where it reports none."""
+        """Return the error that the last answer reports under status 200; None if it reports
+        none."""
         exchange = self.exchanges[-1].exchange if self.exchanges else None
         if exchange is None or (event := refusals.error_event_in(self._tail())) is None:
             return None
@@ -570,7 +578,8 @@ class CallScope:
 
     @property
     def served_tier(self) -> str | None:
-        """The processing tier of the last answer, None for the usual one: the SDK drops it."""
+        """Return the processing tier of the last answer, which the SDK drops; None for the usual
+        tier."""
         exchange = self.exchanges[-1].exchange if self.exchanges else None
         if exchange is None:
             return None
@@ -578,7 +587,7 @@ class CallScope:
             return tier
         tail = self._tail()
         if _USUAL_TIERS.issuperset(_TIERS.findall(tail)):
-            return None  # as of most calls
+            return None  # the usual case
         return tier_at_end(tail)
 
     def _tail(self) -> bytes:
@@ -592,7 +601,7 @@ def _without_error_body(failure: Exception, *, sent: bool) -> UpstreamError:
     if isinstance(failure, httpx2.TimeoutException):
         return UpstreamTimeout("the provider was silent for too long", phase="idle")
     if isinstance(failure, httpx2.RemoteProtocolError):
-        # One class for two faults, which its text distinguishes.
+        # One class for two failures, which its text distinguishes.
         if "disconnected" in str(failure) or "peer closed" in str(failure):
             return UpstreamUnavailable("the provider closed the connection in mid-answer")
         return UpstreamGarbled("the provider's answer is not HTTP")
@@ -608,7 +617,8 @@ def _without_error_body(failure: Exception, *, sent: bool) -> UpstreamError:
 
 
 def is_plain() -> bool:
-    """Of the answer that the SDK is reading in this task."""
+    """Return whether the answer that the SDK is reading in this task is plain (see
+    `SdkExchange`)."""
     scope = _scope.get()
     return scope is not None and bool(scope.exchanges) and scope.exchanges[-1].plain
 
@@ -618,7 +628,7 @@ def _no_other_way(_request: httpx2.Request) -> httpx2.Response:
 
 
 async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
-    """Finish `work` even if the caller is cancelled meanwhile, then let the cancellation go on."""
+    """Finish `work` even if the caller is cancelled meanwhile; then raise the cancellation."""
     task = asyncio.ensure_future(work)
     interrupted: asyncio.CancelledError | None = None
     while not task.done():
@@ -631,12 +641,12 @@ async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
     task.result()
 
 
-# No name is in one of the light types. Answered in C: the SDK asks sixty times a call.
+# No name is in a light type. A C function, since the SDK tests sixty names for a call.
 _in_none = frozenset[object]().__contains__
 
 
 async def _in_base64(spans: Sequence[tuple[bytes, bytes]]) -> AsyncIterator[bytes]:
-    """The bytes of each span, and its file in base64, piece by piece."""
+    """Yield the bytes of each span and its file in base64, in pieces."""
     for written, data in spans:
         yield written
         for start in range(0, len(data), _FILE_PIECE_BYTES):
@@ -644,18 +654,18 @@ async def _in_base64(spans: Sequence[tuple[bytes, bytes]]) -> AsyncIterator[byte
 
 
 class Settings(types.GenerateContentConfig):
-    """Made once and used for any number of calls."""
+    """Generation settings that are built once and used for any number of calls."""
 
     __contains__ = _in_none
 
     @property
     def include_all_fields(self) -> bool:
-        """Read by the SDK for each chunk, which it else prunes of fields that it does not know:
-        half of the cost of reading one, and useless where there can be none."""
+        """The SDK reads this for each chunk, and otherwise removes unknown fields from the chunk:
+        half of the cost of reading one, and useless if there can be none."""
         return is_plain()
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A shallow copy: the SDK requests a deep one with every call, to be safe."""
+        """Return a shallow copy: the SDK requests a deep one with every call."""
         return super().model_copy(update=update)
 
 
@@ -667,13 +677,13 @@ class Piece(types.Part):
     __contains__ = _in_none
 
 
-# Copied: making one by its constructor checks every field that there is, absent ones too.
+# Copied: the constructor checks every field that exists, absent ones too.
 _TURN = UserTurn(role="user", parts=[])
 _PIECE = Piece(text="")
 
 
 def turn_of(content: Mapping[str, Any]) -> UserTurn:
-    """One turn of `request`. Raises ValueError where the SDK's types do not allow it."""
+    """Return a user turn of the light types. Raises ValueError if the SDK's types reject it."""
     parts: Sequence[Mapping[str, Any]] = content["parts"]
     return _TURN.model_copy(update={"parts": [_piece_of(part) for part in parts]})
 
@@ -681,5 +691,5 @@ def turn_of(content: Mapping[str, Any]) -> UserTurn:
 def _piece_of(part: Mapping[str, Any]) -> Piece:
     if part.keys() != {"text"}:
         return Piece(**part)
-    part["text"].encode()  # raises for what is no Unicode, as the constructor does
+    part["text"].encode()  # raises for text that is not Unicode, as the constructor does
     return _PIECE.model_copy(update=part)

@@ -1,13 +1,14 @@
-"""OpenID Connect issuer: its metadata, public keys, and the tokens that it signs.
+"""OpenID Connect issuer: its metadata, its public keys, and verification of the tokens that it
+signs.
 
-Keys are read when the first token asks for one, again for the first token after 10 minutes, so that
-one that was withdrawn does not count however seldom tokens come, and when a token names a key that
-is not known: at most once in 10 s, whatever tokens name. An outage of the issuer leaves the keys
-valid for a day; no token waits for one that is known to be away.
+The keys are read for the first token, for the first token that comes 10 minutes or more after the
+last read, and for a token that names an unknown key; at most once in 10 s in all cases. So a
+withdrawn key stops being accepted even where tokens are rare. While the issuer is unavailable, the
+last keys stay valid for a day, and no token waits for an issuer that is known to be unavailable.
 
-Invariants: a token counts only by a signature of an algorithm in `ALGORITHMS`, all asymmetric, by
-a key of the issuer's that is of the algorithm's kind; issuer, audience and expiry are always
-checked; nothing is sent but to the issuer's own addresses; no redirect is followed.
+Invariants: a token is accepted only with a signature by an algorithm in `ALGORITHMS` (all
+asymmetric) and by a key of the issuer whose type matches the algorithm; issuer, audience and expiry
+are always checked; requests go only to the issuer's own addresses; no redirect is followed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tidegate.errors import IssuerUnavailable, Unauthenticated
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.upstream.fetch import guarded_session, why_not_sent
 
-# Algorithm of a signature -> the kind of key that it needs, and of EC the curve.
+# Signature algorithm -> the key type that it needs, and for EC the curve.
 ALGORITHMS: Mapping[str, tuple[str, str | None]] = {
     **dict.fromkeys(("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"), ("RSA", None)),
     "ES256": ("EC", "P-256"),
@@ -52,8 +53,11 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class IssuerMetadata:
-    """What is needed of an issuer's discovery document. `posts_secret`: the client's secret goes
-    into the form, because the issuer does not take it in a header."""
+    """The fields of an issuer's discovery document that are used here.
+
+    posts_secret: the client secret is sent in the form, because the issuer does not accept it in a
+    header.
+    """
 
     authorization_endpoint: str
     token_endpoint: str
@@ -62,12 +66,12 @@ class IssuerMetadata:
 
 
 def looks_like_token(key: bytes) -> bool:
-    """Whether it has the shape of a signed JWT: three parts, the first a JSON object."""
+    """Return whether `key` has the shape of a signed JWT: three parts, the first a JSON object."""
     return key.startswith(b"eyJ") and key.count(b".") == 2
 
 
 class Issuer:
-    """One issuer, by its URL; shared by all that trust it in a process."""
+    """An issuer, identified by its URL. One object per process serves all callers that trust it."""
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.url = url
@@ -77,8 +81,8 @@ class Issuer:
         self._why_no_metadata = ""
         self._discovering = asyncio.Lock()
         self._keys: dict[str | None, dict[str, Any]] = {}
-        self._keys_at = float("-inf")  # when they were read
-        self._asked_at = float("-inf")  # when they were asked for, with an answer or without
+        self._keys_at = float("-inf")  # when they were last read
+        self._asked_at = float("-inf")  # when the last request for them began, successful or not
         self._asking: asyncio.Task[None] | None = None
         self._is_away = False
 
@@ -86,9 +90,9 @@ class Issuer:
         return f"<Issuer {self.url} keys={len(self._keys)} away={self._is_away}>"
 
     async def claims(self, token: bytes, audience: str) -> dict[str, Any]:
-        """What a token says, once it is proven to be the issuer's, for `audience`, and in force.
+        """Verify a token and return its claims: the issuer's signature, `audience` and expiry.
 
-        Raises Unauthenticated, which says what is wrong and repeats nothing of the token, and
+        Raises Unauthenticated, whose message states the fault and repeats no part of the token, and
         IssuerUnavailable.
         """
         import jwt
@@ -121,7 +125,8 @@ class Issuer:
         return claims
 
     async def metadata(self) -> IssuerMetadata:
-        """From the discovery document. Raises IssuerUnavailable."""
+        """Return the metadata of the discovery document, reading it if needed. Raises
+        IssuerUnavailable."""
         age_s = self._clock() - self._metadata_at
         if self._metadata is None or age_s >= METADATA_USABLE_S:
             await self._ask_for_metadata()
@@ -130,8 +135,8 @@ class Issuer:
         return self._metadata
 
     async def _ask_for_metadata(self) -> None:
-        """Read the discovery document, once in a second at most while that fails; concurrent
-        callers share one reading."""
+        """Read the discovery document; while that fails, at most once a second. Concurrent callers
+        share one request."""
         async with self._discovering:
             now = self._clock()
             if min(now - self._metadata_at, now - self._metadata_tried_at) < METADATA_TRIED_EVERY_S:
@@ -145,15 +150,15 @@ class Issuer:
     async def redeem(
         self, form: Mapping[str, str], client_id: str, secret: str | None
     ) -> dict[str, Any]:
-        """What the token endpoint answers to a code.
+        """Exchange an authorization code at the token endpoint and return the endpoint's answer.
 
-        Raises Unauthenticated where the code does not count, and IssuerUnavailable.
+        Raises Unauthenticated if the code is not accepted, and IssuerUnavailable.
         """
         metadata = await self.metadata()
         fields, headers = {**form, "client_id": client_id}, dict[str, str]()
         if secret is not None and metadata.posts_secret:
             fields["client_secret"] = secret
-        elif secret is not None:  # as RFC 6749, section 2.3.1 has it
+        elif secret is not None:  # as RFC 6749, section 2.3.1 requires
             pair = f"{quote_plus(client_id)}:{quote_plus(secret)}"
             headers["Authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
         status, answer = await self._exchange(metadata.token_endpoint, fields, headers)
@@ -165,7 +170,8 @@ class Issuer:
         return answer
 
     async def _key(self, key_id: str | None, algorithm: str) -> dict[str, Any]:
-        """The public key that a token names. Raises Unauthenticated and IssuerUnavailable."""
+        """Return the public key that a token names. Raises Unauthenticated and
+        IssuerUnavailable."""
         key, now = self._keys.get(key_id), self._clock()
         if key is None or now - self._keys_at >= KEYS_USABLE_S:
             await self._ask_for_keys()
@@ -176,7 +182,7 @@ class Issuer:
             await self._ask_for_keys()
             key = self._keys.get(key_id)
         elif now - self._keys_at >= KEYS_READ_EVERY_S and self._may_ask():
-            self._begin_asking()  # beside it: the old keys count meanwhile
+            self._begin_asking()  # concurrently: the old keys stay valid meanwhile
         if key is None and key_id is None and len(self._keys) == 1:
             key = next(iter(self._keys.values()))
         if key is None and self._is_away:
@@ -202,7 +208,8 @@ class Issuer:
         self._asking = None
 
     async def _ask_for_keys(self) -> None:
-        """Read the keys, unless that was tried a moment ago; concurrent callers share one."""
+        """Read the keys, unless a request began within `KEYS_ASKED_EVERY_S`. Concurrent callers
+        share one request."""
         if self._may_ask():
             self._begin_asking()
         if self._asking is not None:
@@ -239,7 +246,7 @@ class Issuer:
             authorization_endpoint=self._endpoint(found, "authorization_endpoint"),
             token_endpoint=self._endpoint(found, "token_endpoint"),
             jwks_uri=self._endpoint(found, "jwks_uri"),
-            # Where it names no methods it takes the header (RFC 8414, section 2).
+            # If the document names no methods, the default is the header (RFC 8414, section 2).
             posts_secret=isinstance(methods, list)
             and bool(methods)
             and "client_secret_basic" not in methods,
@@ -261,14 +268,15 @@ class Issuer:
         fields: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> tuple[int, dict[str, Any]]:
-        """The status of an answer and its JSON object. Raises IssuerUnavailable."""
+        """Send a request and return the status and the JSON object of its answer. Raises
+        IssuerUnavailable."""
         import aiohttp
 
         method = "GET" if fields is None else "POST"
         try:
             async with (
                 asyncio.timeout(_TIMEOUT_S),
-                # The operator's own choice, as an upstream is: it may be at a private address.
+                # The operator chose this address, as that of an upstream: it may be private.
                 guarded_session(lambda _: True, None, _HEADERS) as session,
                 session.request(
                     method, url, data=fields, headers=headers, allow_redirects=False
@@ -300,7 +308,7 @@ class Issuer:
 
 
 def _usable_keys(listed: list[Any]) -> dict[str | None, dict[str, Any]]:
-    """Public keys for signatures by their ids, without symmetric ones and those for encryption."""
+    """Return the public signature keys by their ids; symmetric and encryption keys are left out."""
     kinds = {kind for kind, _ in ALGORITHMS.values()}
     found: dict[str | None, dict[str, Any]] = {}
     for key in listed[:_MOST_KEYS]:
@@ -313,7 +321,7 @@ def _usable_keys(listed: list[Any]) -> dict[str | None, dict[str, Any]]:
 
 
 def _is_same_url(said: object, url: str) -> bool:
-    """Whether an issuer is the one of the setting, which may have lost a slash at its end."""
+    """Return whether an issuer's URL equals the configured one, apart from a slash at the end."""
     return isinstance(said, str) and said.rstrip("/") == url.rstrip("/")
 
 

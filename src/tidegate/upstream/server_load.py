@@ -1,11 +1,11 @@
 """Load of self-hosted servers, from their own pages: running and waiting requests, slots.
 
-vLLM, SGLang, TGI and llama.cpp have `/metrics`; llama.cpp also names its slots in `/props`. They
-are read only when somebody looks, and every few seconds at most: llama.cpp looks for clients that
-have left only after a second without any result, and such a page is one.
+vLLM, SGLang, TGI and llama.cpp have `/metrics`; llama.cpp also reports its slots in `/props`. The
+pages are read only on request, and every few seconds at most: llama.cpp checks for disconnected
+clients only after a second without any result, and such a page counts as a result.
 
-Invariants: requests go to the upstream's own origin, with its credentials, and are bounded in time
-and size; nothing that a server answers raises.
+Invariants: requests go to the upstream's own origin with its credentials, and are bounded in time
+and size; no answer of a server raises an exception.
 """
 
 from __future__ import annotations
@@ -44,15 +44,18 @@ _KV_USED = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:tok
 _KV_TOKENS = "sglang:max_total_num_tokens"
 _KV_BLOCKS = "vllm:cache_config_info"
 _NAMES = (*_RUNNING, *_WAITING, *_KV_USED, _KV_TOKENS, _KV_BLOCKS)
-# A count that is larger, negative or not finite says nothing of the server.
+# A negative, infinite, undefined or larger count is ignored.
 _MOST_COUNTED = 10**12
 _MOST_DIGITS = 12
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLoad:
-    """What a server reports; None where it does not. slots: how many requests it computes at a
-    time. kv_tokens: the room of its KV cache, kv_used: which part of it is taken."""
+    """The load that a server reports; None for what it does not report.
+
+    slots: the number of requests that it computes concurrently. kv_tokens: the capacity of its KV
+    cache. kv_used: the used fraction of that.
+    """
 
     running: int | None = None
     waiting: int | None = None
@@ -81,7 +84,7 @@ class ServerLoad:
 
 
 async def server_load(wire: RelayWire, upstream: Upstream) -> ServerLoad:
-    """Ask a server for its load. Never raises for what the server or the network does."""
+    """Read the load of a server. Never raises for anything that the server or the network does."""
     metrics = await _page(wire, upstream, "/metrics")
     load = load_in(metrics.decode("utf-8", "replace"))
     props = await _page(wire, upstream, "/props") if upstream.provider == "llama.cpp" else b""
@@ -91,7 +94,7 @@ async def server_load(wire: RelayWire, upstream: Upstream) -> ServerLoad:
 
 
 class ServerLoads:
-    """Loads of all servers of one's own that a process knows. One per process."""
+    """Loads of all self-hosted servers that a process knows. One object per process."""
 
     def __init__(self, wire: RelayWire, known: Callable[[], Iterable[Upstream]]) -> None:
         self._wire = wire
@@ -101,8 +104,8 @@ class ServerLoads:
         self._reading = asyncio.Lock()
 
     async def get(self) -> Mapping[str, ServerLoad]:
-        """By the upstream's name, as of some seconds ago at most; those that say nothing are left
-        out."""
+        """Return loads by the upstream's name, a few seconds old at most. Servers that report
+        nothing are left out."""
         async with self._reading:
             if time.monotonic() - self._read_at > _FRESH_S:
                 own = [one for one in self._known() if one.is_own]
@@ -121,7 +124,7 @@ class ServerLoads:
 
 
 async def _page(wire: RelayWire, upstream: Upstream, path: str) -> bytes:
-    """A page of the server itself, which is beside its API; empty where there is none."""
+    """Return a page at the server's own root, beside its API; empty if there is none."""
     dialect, base = next(iter(upstream.base_urls.items()))
     access, at = upstream.access(dialect), urlsplit(base)
     try:
@@ -137,11 +140,11 @@ async def _page(wire: RelayWire, upstream: Upstream, path: str) -> bytes:
 
 
 def load_in(metrics: str) -> ServerLoad:
-    """The load that a page of metrics in Prometheus' format reports; of several models or ranks
-    together, and of the KV cache the fullest."""
+    """Return the load in a page of metrics in Prometheus' format: the sum over models or ranks, and
+    for the KV cache the fullest one."""
     found: dict[str, list[Sample]] = {}
     for sample in _samples(metrics):
-        if 0 <= sample.value <= _MOST_COUNTED:  # not so: NaN
+        if 0 <= sample.value <= _MOST_COUNTED:  # false for NaN
             found.setdefault(sample.name, []).append(sample)
     used = [sample.value for name in _KV_USED for sample in found.get(name, ())]
     return ServerLoad(
@@ -153,11 +156,11 @@ def load_in(metrics: str) -> ServerLoad:
 
 
 def _samples(metrics: str) -> Iterator[Sample]:
-    """Of the metrics that are read here: pages are long, and a line that cannot be read hides no
-    other."""
+    """Yield the samples of the metrics that are read here. Pages are long, so other lines are not
+    parsed; a line that cannot be parsed is skipped."""
     for line in metrics.splitlines():
         if line.startswith(_NAMES):
-            with suppress(ValueError, KeyError, IndexError):  # no sample, or in another format
+            with suppress(ValueError, KeyError, IndexError):  # not a sample, or another format
                 for family in text_string_to_metric_families(line + "\n"):
                     yield from family.samples
 

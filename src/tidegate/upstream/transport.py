@@ -1,12 +1,11 @@
 """Transport of calls: an HTTP/1.1 client for requests and streams; llhttp parses answers.
 
-Connections are tried by RFC 8305 ("happy eyeballs").
+Connections are opened by RFC 8305 ("happy eyeballs"). A place may belong to an upstream's access:
+then the access determines headers, credentials, proxy and TLS.
 
-A place may belong to an upstream's access: then its headers, credentials, proxy and TLS apply.
-
-Invariants: one attempt, no redirect, no decompression; an answer ends where its own
-length says or has failed; unexpected bytes end the connection; an abandoned exchange is closed
-before its permit is returned; read-ahead and heads are bounded.
+Invariants: one attempt, no redirect, no decompression; an answer ends where its own framing says,
+or has failed; unexpected bytes end the connection; an abandoned exchange is closed before its
+permit is returned; read-ahead and heads are bounded.
 """
 
 from __future__ import annotations
@@ -46,21 +45,21 @@ RawHeaders = list[tuple[bytes, bytes]]
 
 MAX_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 200
-# How much of an answer may lie here unread before its connection is read no further.
+# Unread bytes of an answer above which reading from its connection is paused.
 READ_AHEAD_BYTES = 256 * 1024
-# A larger body is not copied to go out with its head.
+# A larger body is written separately, so that it is not copied to be joined with the head.
 _COPIED_BYTES = 64 * 1024
 _NO_BODY = (204, 304)
 _LENGTH, _CODING = b"content-length", b"transfer-encoding"
 
 
 class _Unusable(Exception):
-    """The bytes are no answer; the message has the reason."""
+    """The bytes are not a valid answer; the message has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class RepeatableBody:
-    """A body in pieces of a known length: each call of `pieces` begins it again."""
+    """A body in pieces of known length; each call of `pieces` starts it again."""
 
     size_bytes: int
     pieces: Callable[[], AsyncIterator[bytes]]
@@ -68,7 +67,7 @@ class RepeatableBody:
 
 @dataclass(frozen=True, slots=True)
 class SizedBody:
-    """A body in pieces of a known length that comes once, as its client sends it."""
+    """A body in pieces of known length that can be read once, as its client sends it."""
 
     size_bytes: int
     pieces: AsyncIterator[bytes]
@@ -79,8 +78,8 @@ _REPEATABLE = (bytes, RepeatableBody)
 
 
 class HttpAnswer:
-    """Answer to one request, as far as it came. `status` is 0 until its head is there; `ended` once
-    all of it is; `failure` is why no more will come."""
+    """The answer to a request, as far as received. `status` is 0 until the head is parsed; `ended`
+    is set at the end of the body; `failure` is the reason why no more will come."""
 
     __slots__ = (
         *("_loop", "_waiter", "ended", "failure", "headers", "pieces", "size_bytes", "status"),
@@ -91,10 +90,10 @@ class HttpAnswer:
         self.status = 0
         self.headers: RawHeaders = []
         self.pieces: list[bytes] = []
-        self.size_bytes = 0  # of the pieces
+        self.size_bytes = 0  # of the unread pieces
         self.ended = False
         self.failure: TidegateError | None = None
-        self.stirred = False  # something has come since the last check
+        self.stirred = False  # bytes have arrived since the last check
         self._loop = loop
         self._waiter: asyncio.Future[None] | None = None
 
@@ -103,7 +102,7 @@ class HttpAnswer:
         return self._waiter is not None and not self._waiter.done()
 
     def change(self) -> asyncio.Future[None]:
-        """Await this for more. One task at a time."""
+        """Return a future that is done when more has arrived. For one task at a time."""
         self._waiter = waiter = self._loop.create_future()
         return waiter
 
@@ -114,19 +113,19 @@ class HttpAnswer:
             waiter.set_result(None)
 
     def fail(self, failure: TidegateError) -> None:
-        """Unless it has ended already; the first reason stands."""
+        """Record a failure, unless the answer has ended; the first failure is kept."""
         if not self.ended and self.failure is None:
             self.failure = failure
             self.changed()
 
 
 class Connection(asyncio.Protocol):
-    """One connection; `when_lost` is called when it is gone."""
+    """An HTTP connection; `when_lost` is called when it is closed."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, when_lost: Callable[[Connection], None]
     ) -> None:
-        self.idle_since = 0.0  # set while it is kept
+        self.idle_since = 0.0  # set while it is kept idle
         self.lost = False
         self._loop = loop
         self._when_lost = when_lost
@@ -138,16 +137,16 @@ class Connection(asyncio.Protocol):
         self._until_close = False
         self._is_long = False
         self._reads = True
-        self._hinted: HttpAnswer | None = None  # something came before it, such as early hints
+        self._hinted: HttpAnswer | None = None  # preceded by a 1xx, such as early hints
         self._sending: asyncio.Task[None] | None = None
-        self._room: asyncio.Future[None] | None = None  # set while the upstream takes no more
-        self._taken = False  # the upstream has made room since the last check
+        self._room: asyncio.Future[None] | None = None  # set while the write buffer is full
+        self._taken = False  # the upstream has read more since the last check
 
     # -- one exchange
 
     def send(self, head: bytes, body: RequestBody) -> HttpAnswer:
-        """Send a request; `head` without the empty line at its end, and without a length where
-        the body comes in pieces."""
+        """Send a request. `head` ends before its empty line, and has no length if the body is in
+        pieces."""
         answer = self._answer = HttpAnswer(self._loop)
         self._may_stay = self._until_close = False
         self._is_long = body is not None and not (
@@ -189,21 +188,22 @@ class Connection(asyncio.Protocol):
                 await self._room
 
     def goes_out(self) -> bool:
-        """Whether a body in pieces is still being sent, and the upstream has taken some of it since
-        the last check, or takes what comes."""
+        """Return whether a body in pieces is still being sent and progresses: the upstream has read
+        some of it since the last check, or the write buffer has room."""
         taken, self._taken = self._taken, False
         sending = self._sending
         return sending is not None and not sending.done() and (taken or self._room is None)
 
     def read_on(self) -> None:
-        """There is room for more of the answer."""
+        """Resume reading: there is room for more of the answer."""
         if not self._reads:
             self._reads = True
             if not self.lost:
                 self._transport.resume_reading()
 
     def done(self) -> bool:
-        """The answer has been read; True if the connection can take the next request."""
+        """Finish an exchange whose answer is read. Return True if the connection can take another
+        request; otherwise it is closed."""
         sending = self._sending
         if (
             self.lost
@@ -217,8 +217,8 @@ class Connection(asyncio.Protocol):
         return not self._transport.is_closing()
 
     def _unsent_bytes(self) -> int:
-        """What the upstream has yet to take of the request: an answer may come before that, and the
-        next request would wait behind it. Under TLS only the kernel knows."""
+        """Return the request's bytes that the upstream has not received: an answer may come
+        earlier, and the next request would wait behind them. Under TLS only the kernel knows."""
         ours = self._transport.get_write_buffer_size()
         sock = self._transport.get_extra_info("socket")
         if ours or sys.platform != "linux" or sock is None or sock.fileno() < 0:
@@ -226,7 +226,7 @@ class Connection(asyncio.Protocol):
         return int.from_bytes(ioctl(sock.fileno(), TIOCOUTQ, b"\0\0\0\0"), sys.byteorder)
 
     def drop(self) -> None:
-        """End it in the event loop's next round."""
+        """Close the connection in the event loop's next iteration."""
         if self._sending is not None:
             self._sending.cancel()
             self._sending = None
@@ -265,7 +265,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _read_head(self, data: bytes) -> None:
-        """Feed it in pieces: the parser never receives more than the bound."""
+        """Parse the head in pieces, so that the parser never gets more than the bound."""
         while data:
             room = MAX_HEAD_BYTES - self._head_bytes if self._in_head else len(data)
             piece, data = (data, b"") if len(data) <= room else (data[:room], data[room:])
@@ -300,7 +300,7 @@ class Connection(asyncio.Protocol):
         if room is not None and not room.done():
             room.set_result(None)
 
-    # -- what the parser calls; an error raised here comes out of `feed_data`
+    # -- what the parser calls; `feed_data` raises an error that is raised here
 
     def _begin_head(self) -> None:
         self._in_head = True
@@ -316,11 +316,11 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
-            return  # a trailer: none is requested
+            return  # a trailer: none was requested
         headers = self._headers
         if len(headers) >= MAX_HEADERS:
             raise _Unusable(f"the provider's answer has more than {MAX_HEADERS} headers")
-        value = value.rstrip(b" ")  # the parser leaves what is none of it: RFC 9110, section 5.5
+        value = value.rstrip(b" ")  # the parser keeps trailing whitespace: RFC 9110, section 5.5
         headers.append((name, value))
         size = len(name)
         if size == 14 and name.lower() == _LENGTH:
@@ -332,10 +332,10 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if not 200 <= status < 600:
             if status < 100 or status == 101 or status >= 600:
-                # 101: no other protocol is spoken here.
+                # 101: no other protocol is supported here.
                 raise _Unusable(f"the provider answered {status}, which is no answer")
             if self._coding or self._length not in (None, b"0"):
-                # RFC 9112, section 6.3: it has none; but the parser would take what follows for it.
+                # RFC 9112, section 6.3: no body, but the parser would read the next bytes as one.
                 raise _Unusable(f"the provider answered {status} with a body")
             self._interim = True
             self._hinted = self._answer
@@ -377,7 +377,7 @@ class Connection(asyncio.Protocol):
 
 
 def _sent(answer: HttpAnswer, sending: asyncio.Task[None]) -> None:
-    """A body has been sent piece by piece, or its source has failed."""
+    """Record the failure of a body's source, once the task that sends the body has ended."""
     broken = None if sending.cancelled() else sending.exception()
     if isinstance(broken, TidegateError):
         answer.fail(broken)
@@ -388,11 +388,10 @@ def _sent(answer: HttpAnswer, sending: asyncio.Task[None]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Bounds of one upstream call. connect: until the request is sent (TLS included); first_byte:
-    from sending, of a body in pieces its last one that the upstream took, to the first byte of the
-    answer's body; idle: between two pieces of it; total: all of it, and the only one that counts
-    time spent waiting for a slow sink.
-    """
+    """Bounds of an upstream call. connect: until the connection is open, TLS included. first_byte:
+    from sending (for a body in pieces, from the last one that the upstream read) to the first byte
+    of the answer's body. idle: between two pieces of it. total: the whole call, and the only bound
+    that includes time spent on a slow sink."""
 
     connect_ms: int
     first_byte_ms: int
@@ -404,9 +403,9 @@ def out_of_time(phase: str, limit_ms: int) -> UpstreamTimeout:
     return UpstreamTimeout(f"the provider took longer than {limit_ms} ms ({phase})", phase=phase)
 
 
-_KEEPALIVE_S = 15.0  # most servers keep an idle connection for longer: we close first
-# A server that closed an idle connection as we sent reports it within a round trip. One that takes
-# longer had the request, and may have worked on it.
+_KEEPALIVE_S = 15.0  # shorter than most servers' timeout, so that this side closes first
+# A server that closed an idle connection while a request was sent reports that within a round trip.
+# An error that comes later means that the server had the request, and may have processed it.
 _CROSSED_S = 1.0
 _NAMES_S = 30.0
 _SWEEP_S = 0.25
@@ -420,8 +419,8 @@ _NOT_IN_LINE = re.compile(rb"[\x00-\x20\x7f-\xff]")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UpstreamOrigin:
-    """Where connections go: one object a place, by `origin_at`. network: how, where it is not the
-    usual way."""
+    """The server and network of connections; `origin_at` returns one object for equal values.
+    network: how connections are made, None for the usual way."""
 
     host: str
     port: int
@@ -432,14 +431,14 @@ class UpstreamOrigin:
         return f"{self.host}:{self.port}"
 
 
-# Compared by identity: each call asks for the connections that are kept of its own.
+# Compared by identity, which is fast: each call looks up its idle connections by origin.
 origin_at = lru_cache(_URLS_KEPT)(UpstreamOrigin)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestPlace:
-    """A URL, taken apart: `line` is the request's first line without its method, and the host.
-    access: of the upstream that it belongs to; None where a request is sent as it is."""
+    """A parsed URL. `line` is the request line without its method, and the host header. access:
+    that of the upstream; None for a request that is sent as it is."""
 
     origin: UpstreamOrigin
     line: bytes
@@ -447,21 +446,21 @@ class RequestPlace:
 
 
 class Signer(Protocol):
-    """Credentials that are renewed, of one upstream."""
+    """Renewed credentials of an upstream."""
 
     def sign(
         self, method: str, place: RequestPlace, headers: RawHeaders, body: object
     ) -> RawHeaders:
-        """`headers` with what proves who sends them. Raises UpstreamUnauthorized where there is
-        nothing valid."""
+        """Return `headers` with the credentials added. Raises UpstreamUnauthorized if none are
+        valid."""
 
     def refused(self) -> None:
-        """The upstream has refused what they prove: they are renewed ahead of their time."""
+        """Report that the upstream rejected the credentials, so that they are renewed early."""
 
 
 class BareConnection(NamedTuple):
-    """A connection on which nothing was sent yet. headers: of the first request on it. tls: the
-    context to use, None for none."""
+    """A connection on which nothing was sent yet. headers: those of its first request. tls: the
+    context to use, None for no TLS."""
 
     sock: socket.socket
     tls: ssl.SSLContext | None
@@ -469,9 +468,9 @@ class BareConnection(NamedTuple):
 
 
 class Exchange:
-    """One call and its answer. `status` and `headers` are there once it is opened; first_byte_ms:
-    from its sending, at `sent_s` of `perf_counter`, to the first bytes of its body; None until
-    there are some."""
+    """A request and its answer. `status` and `headers` are set once the exchange is opened.
+    first_byte_ms: from `sent_s` (by `perf_counter`) to the first bytes of the body; None before
+    them."""
 
     __slots__ = (
         *("_answer", "_began", "_connection", "_origin", "_sent_at", "_timeouts", "_whole"),
@@ -488,15 +487,15 @@ class Exchange:
     ) -> None:
         now = wire.time()
         self.status = 0
-        self.headers: RawHeaders = []  # as they came, names in any case
+        self.headers: RawHeaders = []  # as received, names in any case
         self.first_byte_ms: float | None = None
-        self.sent_s = perf_counter()  # the loop's clock is too coarse for it
+        self.sent_s = perf_counter()  # the event loop's clock is too coarse
         self._wire = wire
         self._origin = origin
         self._connection = connection
         self._answer = answer
         self._began = False  # the first bytes of its body have been read
-        self._whole: bool | None = None  # once closed
+        self._whole: bool | None = None  # set by `close`
         self._timeouts = timeouts
         self._sent_at = now
         self._wait_until = now + timeouts.first_byte_ms / 1000
@@ -514,7 +513,7 @@ class Exchange:
         answer.stirred = True
 
     async def next(self) -> bytes:
-        """The next bytes of the body as soon as there are some; empty at its end.
+        """Wait for the next bytes of the body and return them; empty at its end.
 
         Raises UpstreamError. Cancelling leaves the exchange open: `close` it.
         """
@@ -538,24 +537,24 @@ class Exchange:
 
     @property
     def is_heard(self) -> bool:
-        """Whether the head of an answer has come, read here or not, or none will come."""
+        """Return whether the head has arrived, read or not, or the exchange has failed."""
         return self._answer.status != 0 or self._answer.failure is not None
 
     @property
     def at_end(self) -> bool:
-        """Whether all of the body has been read."""
+        """Return whether all of the body has been read."""
         return self._answer.ended and not self._answer.pieces
 
     async def read(self, max_bytes: int) -> bytes:
-        """The whole body, or its first `max_bytes`."""
+        """Return the whole body, or its first `max_bytes`."""
         whole = bytearray()
         while len(whole) < max_bytes and (piece := await self.next()):
             whole += piece
         return bytes(whole[:max_bytes])
 
     async def read_refusal(self, max_bytes: int) -> bytes:
-        """As much as comes of the body of a refusal: that it breaks off makes it no other one.
-        Raises what the request's own body raised."""
+        """Return the body of a refusal as far as it arrives: a body that breaks off is still a
+        refusal. Raises the errors of the request's own body."""
         found = bytearray()
         with suppress(UpstreamError):
             while len(found) < max_bytes and (piece := await self.next()):
@@ -563,15 +562,15 @@ class Exchange:
         return bytes(found[:max_bytes])
 
     def has_crossed(self, failed: BaseException) -> bool:
-        """Whether the request met the end of a connection that the upstream had closed before it
-        saw any of it, as far as can be known here."""
+        """Return whether, as far as known here, the upstream had closed the connection before it
+        read any part of the request."""
         if not isinstance(failed, UpstreamUnavailable) or failed.broke != "unheard":
             return False
         return self._whole is None and self._wire.time() - self._sent_at <= _CROSSED_S
 
     def close(self) -> bool:
-        """End it: the connection is kept, and True returned, only when the answer has come to its
-        end. Else it is closed in the event loop's next round. Idempotent."""
+        """Close the exchange; return whether the answer has ended. If so, the connection is kept;
+        otherwise it closes in the event loop's next iteration. Idempotent."""
         if self._whole is None:
             self._wire.exchanges.discard(self)
             self._whole = self.at_end
@@ -582,7 +581,7 @@ class Exchange:
         return self._whole
 
     def overdue(self, now: float) -> str | None:
-        """The phase that has taken too long; None for none. Called periodically."""
+        """Return the phase whose timeout has passed, or None. Called periodically."""
         answer = self._answer
         if (now - self._sent_at) * 1000 > self._timeouts.total_ms:
             return "total"
@@ -601,10 +600,10 @@ class Exchange:
 
 
 class RelayWire:
-    """One per process. `start` before the first call, `aclose` at the end."""
+    """The HTTP client of a process. Call `start` before the first request, `aclose` at the end."""
 
     def __init__(self, timeouts: Timeouts, tls: ssl.SSLContext | None = None) -> None:
-        """`tls` is made from the system's certificates where none is given."""
+        """`tls` defaults to a context with the system's certificates."""
         self.exchanges: set[Exchange] = set()
         self._tls = tls
         self._loop = asyncio.get_running_loop()
@@ -614,7 +613,7 @@ class RelayWire:
         self.connections: set[Connection] = set()
         self._names: dict[tuple[str, int], tuple[float, list[Any]]] = {}
         self._sweeper: asyncio.Task[None] | None = None
-        self._used = asyncio.Event()  # since the sweeper has found nothing left to look at
+        self._used = asyncio.Event()  # set once there is work for the sweeper
         self._tls_of: dict[Network, ssl.SSLContext] = {}
         self.signers: Mapping[Authentication, Signer] = {}
 
@@ -634,9 +633,8 @@ class RelayWire:
     @staticmethod
     @lru_cache(_URLS_KEPT)
     def place(text: str, access: Access | None = None) -> RequestPlace:
-        """Parse a URL that is whole and quoted already; kept, since that is slow. Raises
-        UpstreamRejected. `access`: of the upstream, whose own headers and credentials go with the
-        request."""
+        """Parse a whole, quoted URL; cached, since parsing is slow. Raises UpstreamRejected.
+        access: that of the upstream whose headers and credentials the request carries."""
         try:
             url = URL(text, encoded=True)
             host, port = url.raw_host, url.port
@@ -670,15 +668,14 @@ class RelayWire:
     ) -> Exchange:
         """Send a request and wait for the head of its answer. Raises UpstreamError.
 
-        `timeouts`: other ones than those of all calls, but for connecting, of which the upstream
-        may have its own by `place.access`. `on_sent` is called when
-        there is a connection, before the first byte goes out; `opened` with each exchange that
-        begins to wait for its answer. `once`: on a new connection, so that it can't have to be sent
-        again.
+        `timeouts` replace those of this client, except connect, which `place.access` may set.
+        `on_sent` is called once there is a connection, before the first byte; `opened` for each
+        exchange that starts to wait. `once` uses a new connection, so that the request is never
+        repeated.
 
-        A body that comes in pieces is sent as it comes; what it raises of ours is raised here.
-        Where a kept connection was closed as we sent, the request is sent again, once, on a new
-        one; a body that can't be repeated always goes on a new one. Cancelling closes the
+        A body in pieces is sent as it arrives; a TidegateError of its source is raised here. If the
+        upstream closed a kept connection while the request was sent, the request is sent once more,
+        on a new one. A body that cannot be repeated always uses a new one. Cancelling closes the
         connection.
         """
         access = place.access
@@ -709,7 +706,7 @@ class RelayWire:
             except BaseException as failed:  # cancellation too: the exchange must not stay open
                 crossed = connection is kept and exchange.has_crossed(failed)
                 exchange.close()
-                # A connection is really closed in the loop's next round: its permit goes after
+                # The connection closes in the next iteration; its permit is to be returned after
                 # that.
                 await asyncio.sleep(0)
                 if not crossed:
@@ -726,7 +723,7 @@ class RelayWire:
     # -- connections
 
     def keep(self, origin: UpstreamOrigin, connection: Connection) -> None:
-        """It may take another request."""
+        """Keep a connection for the next request."""
         connection.idle_since = self.time()
         self._idle.setdefault(origin, []).append(connection)
 
@@ -752,8 +749,8 @@ class RelayWire:
         return connection
 
     async def bare(self, place: RequestPlace, headers: RawHeaders) -> BareConnection:
-        """A connection for another protocol than ours, by the way and with the credentials of the
-        upstream. Raises UpstreamError."""
+        """Open a connection for another protocol, with the upstream's network, proxy and
+        credentials. Raises UpstreamError."""
         access, origin = place.access, place.origin
         if access is not None:
             headers = access.dressed(headers)
@@ -768,14 +765,14 @@ class RelayWire:
 
     @asynccontextmanager
     async def _connecting(self, place: RequestPlace) -> AsyncIterator[None]:
-        """Bounds the time, and says in our words why there is no connection."""
+        """Apply the connect timeout, and translate the errors of connecting."""
         own = None if place.access is None else place.access.connect_ms
         limit_ms = self._timeouts.connect_ms if own is None else own
         try:
             async with asyncio.timeout(limit_ms / 1000):
                 yield
         except (OSError, UnicodeError) as failed:
-            self._names.pop(_server_of(place.origin), None)  # it may have moved
+            self._names.pop(_server_of(place.origin), None)  # its address may have changed
             if isinstance(failed, TimeoutError):
                 raise out_of_time("connect", limit_ms) from None
             message = "could not connect to the provider"
@@ -797,7 +794,8 @@ class RelayWire:
         return connected
 
     async def _tunnel(self, connected: socket.socket, origin: UpstreamOrigin, proxy: Proxy) -> None:
-        """Have the proxy connect, or close the socket: UpstreamUnavailable and OSError."""
+        """Request a tunnel from the proxy. Raises UpstreamUnavailable or OSError, with the socket
+        closed."""
         try:
             host = f"[{origin.host}]" if ":" in origin.host else origin.host
             named = f"{host}:{origin.port}".encode("ascii")
@@ -815,7 +813,7 @@ class RelayWire:
                 raise _no_tunnel(proxy, "its answer is not HTTP")
             if not is_good:
                 raise _no_tunnel(proxy, f"it answered {found[1].decode()}")
-        except BaseException:  # a cancellation too
+        except BaseException:  # also for cancellation
             connected.close()
             raise
 
@@ -845,7 +843,7 @@ class RelayWire:
         return context
 
     async def _sweep(self) -> None:
-        """One timer for all: a timeout of its own for each read would cost more than the read."""
+        """Check all timeouts by one timer: a timer for each read would cost more than the read."""
         while True:
             if not self.exchanges and not any(self._idle.values()):
                 self._used.clear()
@@ -871,7 +869,7 @@ def _head(
     body: object,
     signer: Signer | None,
 ) -> bytes:
-    """The head of a request, without the empty line at its end."""
+    """Return the head of a request, without the empty line at its end."""
     if (access := place.access) is not None:
         headers = access.dressed(headers) if access.replaced else [*headers, *access.headers]
         if signer is not None:

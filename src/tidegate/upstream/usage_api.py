@@ -1,18 +1,18 @@
-"""Admin APIs of the providers, OpenAI's and Anthropic's: usage and costs of a day, and rate limits.
+"""Admin APIs of OpenAI and Anthropic: usage and costs of a day, and rate limits.
 
-All need an admin key, which is no key for calls; a key that may only read is enough. Usage is
-grouped by model, costs by what they are for; costs of no model are kept under their own names,
-but for searches of the web, which are of the models that made them.
-OpenAI lists the limits of each model of a project by itself, although some share one; a limit of 0
-is none in that unit. Anthropic lists classes of models; a workspace lists only what it overrides.
+All need an admin key, which cannot make calls; a read-only key is enough. Usage is grouped by
+model. Costs are grouped by what they are charged for: a cost of no model is kept under its own
+name, except web searches, which are assigned to the models that made them. OpenAI lists the limits
+of each model of a project separately, although some models share one; a limit of 0 means no limit
+in that unit. Anthropic lists classes of models; a workspace lists only its overrides.
 
     https://platform.openai.com/docs/api-reference/usage
     https://platform.claude.com/docs/en/api/admin-api/usage-cost
     https://platform.openai.com/docs/api-reference/project-rate-limits
     https://platform.claude.com/docs/en/api/admin-api/rate-limits
 
-Invariants: an answer is followed page by page to its end, within `MOST_PAGES` of usage and
-`MOST_LIMIT_PAGES` of limits; the key goes to the given base URL only.
+Invariants: an answer is read page by page to its end, at most `MOST_PAGES` of usage and
+`MOST_LIMIT_PAGES` of limits; the key is sent only to the given base URL.
 """
 
 from __future__ import annotations
@@ -51,9 +51,12 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, repr=False)
 class UsageAccount:
-    """Whose usage is read. base_url: of the upstream, with OpenAI's version and without
-    Anthropic's. key_variable: that has the key, for errors; the usual one if empty. network: the
-    upstream's, such as its proxy."""
+    """The account whose usage and limits are read.
+
+    base_url: that of the upstream, with OpenAI's version segment and without Anthropic's.
+    key_variable: the variable that holds the key, for error messages; empty for the usual one.
+    network: that of the upstream, such as its proxy.
+    """
 
     provider: UsageProvider
     base_url: str
@@ -63,9 +66,9 @@ class UsageAccount:
 
 
 async def usage_of_day(wire: RelayWire, account: UsageAccount, day: date) -> dict[str, UsageSum]:
-    """What the provider counts and charges by model, on a day of UTC.
+    """Return the usage and costs that the provider reports for a UTC day, by model.
 
-    Raises UpstreamError: UpstreamUnauthorized where the key is refused.
+    Raises UpstreamError, and its subclass UpstreamUnauthorized if the key is rejected.
     """
     read = _Reader(wire, account, day)
     if account.provider == "openai":
@@ -95,7 +98,7 @@ async def _openai(read: _Reader) -> dict[str, UsageSum]:
     async for row in read.rows("/organization/costs", {**query, "group_by": "line_item"}):
         amount = row.get("amount")
         value = amount.get("value") if isinstance(amount, dict) else None
-        # Such as "gpt-5-2025-08-07, cached input".
+        # For example "gpt-5-2025-08-07, cached input".
         named = str(row.get("line_item") or "").partition(",")[0].strip()
         costs[named] += _decimal(value) * _MICROS_A_DOLLAR
     return _priced(sums, costs)
@@ -131,8 +134,11 @@ async def _anthropic(read: _Reader) -> dict[str, UsageSum]:
 
 
 def _whose(row: Json, sums: Mapping[str, UsageSum]) -> list[tuple[str, Decimal]]:
-    """Of which models a cost is, and what part of it. Searches of the web cost the same by all
-    models, and name none: they are of those that made them."""
+    """Return the models that a cost belongs to, and the fraction of it for each.
+
+    The price of a web search is the same for all models and its cost names none: it is divided
+    among the models by their numbers of searches.
+    """
     searches = sum(one.searches for one in sums.values())
     if row.get("model") or row.get("cost_type") != "web_search" or not searches:
         return [(str(row.get("model") or row.get("description") or ""), Decimal(1))]
@@ -143,8 +149,9 @@ _WRITES = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 
 
 def _priced(sums: Mapping[str, UsageSum], costs: Mapping[str, Decimal]) -> dict[str, UsageSum]:
-    """Sums with their costs, rounded once; a cost of no model stands alone, and so does that of one
-    which is counted in another API, as pictures and speech are."""
+    """Return the sums with their costs, each rounded once. A cost that belongs to no model gets an
+    entry of its own, and so does the cost of a model whose usage another API counts (images,
+    speech)."""
     found, alone = dict(sums), UsageSum(requests=None, is_counted=False)
     for name, micros in costs.items():
         whole = int(micros.to_integral_value(ROUND_HALF_UP))
@@ -160,7 +167,7 @@ class _Reader:
         self._account = account
 
     async def rows(self, path: str, query: Mapping[str, Any]) -> Any:
-        """The results of all buckets on all pages."""
+        """Yield the results of all buckets on all pages."""
         page: str | None = None
         for _ in range(MOST_PAGES):
             asked = query if page is None else {**query, "page": page}
@@ -179,8 +186,11 @@ class _Reader:
 async def read_admin_page(
     wire: RelayWire, account: UsageAccount, target: str, api: str = "usage API"
 ) -> Json:
-    """One page of an API that needs an admin key; `target` is its path with its query, `api` its
-    name in errors. Raises UpstreamError: UpstreamUnauthorized where the key is refused."""
+    """Return one page of an API that needs an admin key.
+
+    target: path and query. api: the API's name in error messages. Raises UpstreamError, and its
+    subclass UpstreamUnauthorized if the key is rejected.
+    """
     key = account.admin_key.encode()
     headers = [(b"accept", b"application/json")]
     if account.provider == "openai":
@@ -212,12 +222,13 @@ async def read_admin_page(
 
 
 def json_objects(value: object) -> Iterable[Json]:
-    """The objects of a list; nothing where it is none."""
+    """Return the objects in a list; empty if `value` is not a list."""
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _entries(answer: Json, api: str) -> Iterable[Json]:
-    """Those of a page, which is none without its list: what the list has no more is removed."""
+    """Return the entries of a page. Raises UpstreamGarbled if it has no list: limits that are
+    missing from the list are removed, so that a missing list must not read as an empty one."""
     if not isinstance(answer.get("data"), list):
         raise UpstreamGarbled(f"the {api} did not answer with a list")
     return json_objects(answer["data"])
@@ -234,7 +245,8 @@ def _count(row: Json, name: str) -> int:
 
 
 def _decimal(value: object) -> Decimal:
-    """An amount; OpenAI's costs are numbers or texts, Anthropic's are texts."""
+    """Return an amount as a Decimal: OpenAI's costs are numbers or strings, Anthropic's are
+    strings."""
     try:
         amount = Decimal(str(value if value is not None else 0))
     except InvalidOperation:
@@ -269,8 +281,10 @@ _OF_ANTHROPIC: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class ReportedLimits:
-    """The limits of an account; classes without bounds are of models that it does not limit.
-    skipped: names of those that no limit of a policy can be."""
+    """The rate limits of an account. A class without bounds has the models that are not limited.
+
+    skipped: names of the limits that a policy cannot express.
+    """
 
     classes: tuple[ModelClass, ...]
     skipped: tuple[str, ...]
@@ -283,10 +297,10 @@ async def reported_limits(
     project: str | None = None,
     workspace: str | None = None,
 ) -> ReportedLimits:
-    """All limits of an account. Of OpenAI those of a project, by default the only one.
+    """Return all limits of an account; at OpenAI those of a project, by default the only one.
 
-    Raises UpstreamError (UpstreamUnauthorized where the key is refused) and ConfigError where there
-    is no such project or workspace, or more than one project and none is named.
+    Raises UpstreamError (UpstreamUnauthorized if the key is rejected), and ConfigError if the
+    project or workspace does not exist, or if there are several projects and none is named.
     """
     if account.provider == "openai":
         return await _of_project(wire, account, project or await _only_project(wire, account))
@@ -343,7 +357,7 @@ _Group = tuple[tuple[str, ...], dict[str, int]]
 async def _of_organization(
     wire: RelayWire, account: UsageAccount, path: str, named: tuple[str, str] | None = None
 ) -> tuple[list[_Group], tuple[str, ...]]:
-    """Groups of models with their bounds by type, and what is skipped."""
+    """Return the groups of models with their bounds by type, and the names of skipped groups."""
     found: list[_Group] = []
     skipped: dict[str, None] = {}
     async for row in _rows(wire, account, path, {"limit": _PAGE}, named):
@@ -364,8 +378,8 @@ async def _of_organization(
 
 
 def _overridden(group: _Group, overrides: Iterable[_Group]) -> _Group:
-    """With the lower bounds of a workspace: a higher one is stored there and not enforced. A bound
-    of nothing is none, in either of them."""
+    """Return a group with a workspace's lower bounds. A higher bound is stored by the provider but
+    not enforced. A bound of 0 means no bound, in both."""
     models, bounds = group
     lower = {kind: bound for kind, bound in bounds.items() if bound}
     for others, stated in overrides:
@@ -376,8 +390,11 @@ def _overridden(group: _Group, overrides: Iterable[_Group]) -> _Group:
 
 
 def _class_of(models: tuple[str, ...], bounds: Mapping[str, int]) -> ModelClass:
-    """`itpm` is of input that was not cached by Anthropic's preset, and of all input where only
-    that has a bound; where both have one, `uitpm` is the first."""
+    """Return a class of models with its limits by unit.
+
+    Anthropic's preset counts `itpm` as uncached input. If only all input is limited, `itpm` counts
+    all input; if both are limited, `itpm` counts all input and `uitpm` the uncached part.
+    """
     known = {kind: bound for kind, bound in bounds.items() if bound}
     found = {_OF_ANTHROPIC[kind]: bound for kind, bound in known.items()}
     if _ALL_INPUT not in known:
@@ -394,7 +411,7 @@ async def _rows(
     query: Mapping[str, Any],
     named: tuple[str, str] | None,
 ) -> AsyncIterator[dict[str, Any]]:
-    """The entries of all pages. `named`: the option, and its value, that a 404 is about."""
+    """Yield the entries of all pages. named: the option and its value that a 404 refers to."""
     more: dict[str, Any] = {}
     for _ in range(MOST_LIMIT_PAGES):
         try:
@@ -407,7 +424,7 @@ async def _rows(
             raise
         for row in _entries(answer, _API):
             yield row
-        # Anthropic's cursor, and OpenAI's.
+        # The cursors of Anthropic and of OpenAI.
         if answer.get("next_page"):
             more = {"page": answer["next_page"]}
         elif not answer.get("has_more"):
@@ -434,7 +451,8 @@ def _models(row: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _bound(row: Mapping[str, Any], name: str) -> int:
-    """0 where there is none: some spell "no limit" as a number that no limit can have."""
+    """Return a bound; 0 for none. A number above `MAX_BOUND` means none: some APIs report "no
+    limit" so."""
     value = row.get(name, 0)
     if value is None:
         return 0
