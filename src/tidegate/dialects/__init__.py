@@ -1,9 +1,9 @@
-"""Dialects: what requests, answers and refusals of each provider mean.
+"""Dialects: the meaning of requests, answers and refusals of each provider.
 
 `DIALECTS` lists them. The functions here find the dialect and the endpoint of a path.
 
-Invariant: an unknown path is not relayed, so that nothing of an account is reachable but models,
-calls of models and files. Pure.
+Invariant: an unknown path is not relayed, so that only models, calls of models and files of an
+account can be reached. Pure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tidegate.dialects.spec import Dialect, DialectSpec, Endpoint
 from tidegate.errors import ConfigError
 from tidegate.policy.deployment import Upstream
 
-# In the order in which a path is tried; OpenAI's is spoken where no other is.
+# In the order in which they are tried for a path; OpenAI's is the default.
 DIALECTS: dict[str, DialectSpec] = {
     spec.name: spec for spec in (BEDROCK, GEMINI, ANTHROPIC, OPENAI)
 }
@@ -27,8 +27,8 @@ _POSTED = {path: call for spec in DIALECTS.values() for path, call in spec.calls
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _SLASHES = re.compile(r"/{2,}")
 _ROOTS = ("/v1/", "/v1beta/", "/v1alpha/", "/upload/", "/download/")
-# Paths of clients whose base URL is one step off: with a version too many, with one of another
-# gateway's or provider's, or without any.
+# Paths of clients whose base URL differs by one segment: with a version too many, with a segment of
+# another gateway or provider, or without any.
 _STEPS_OFF = (
     ("/v1beta/openai/v1/", "/v1/"),
     ("/v1beta/openai/", "/v1/"),
@@ -51,7 +51,7 @@ _WITHOUT_VERSION = re.compile(
 _GEMINI_WITHOUT_VERSION = re.compile(r"/(?:models|tunedModels)/[^/]{1,400}:\w{1,100}")
 
 
-# Paths of Azure's and Vertex's clients.
+# Paths of clients of Azure and Vertex.
 _CLOUDS = ("/openai/", "/v1/projects/", "/v1beta1/", "/v1/publishers/")
 _DEPLOYMENTS = "/openai/deployments/"
 _OF_BEDROCK = "/model/"
@@ -63,7 +63,7 @@ _VERTEX = re.compile(
 
 
 def _of_a_cloud(plain: str) -> str | None:
-    """The path that one of Azure's or Vertex's means; None where it is neither."""
+    """Return the path that a path of Azure's or Vertex's form means; None for any other."""
     if plain.startswith(_DEPLOYMENTS):
         return plain
     if plain.startswith("/openai/"):
@@ -79,7 +79,7 @@ def _of_a_cloud(plain: str) -> str | None:
 
 
 def native_path(path: str) -> str | None:
-    """The path of a native front that a request means, known or not; None where it means none."""
+    """Return the native path that a request means, known or not; None if it means none."""
     if path in _POSTED:
         return path
     plain = _SLASHES.sub("/", path)
@@ -100,9 +100,10 @@ def native_path(path: str) -> str | None:
 
 
 def dialect_of(path: str, headers: Set[bytes], query: bytes) -> Dialect:
-    """The likely dialect of a request: by its path, and where two share it by its key.
+    """Return the likely dialect of a request: by its path, or by its key if several dialects share
+    the path.
 
-    `headers`: the names that it has, in lower case.
+    headers: the names of its headers, in lower case.
     """
     for spec in DIALECTS.values():
         if spec.is_spoken(path, headers, query):
@@ -113,8 +114,8 @@ def dialect_of(path: str, headers: Set[bytes], query: bytes) -> Dialect:
 def endpoint_in(
     method: str, path: str, headers: Iterable[tuple[bytes, bytes]], query: bytes
 ) -> tuple[Endpoint | None, Dialect]:
-    """The endpoint of a request, None where it is none, and its dialect."""
-    endpoint = _POSTED.get(path) if method == "POST" else None  # the path alone decides
+    """Return the endpoint of a request, or None if there is none, and its dialect."""
+    endpoint = _POSTED.get(path) if method == "POST" else None  # these depend on the path alone
     if endpoint is None:
         hint = dialect_of(path, {name for name, _ in headers}, query)
         endpoint = endpoint_of(method, path, hint)
@@ -124,8 +125,8 @@ def endpoint_in(
 
 
 def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
-    """The endpoint of a request, or None where it is none. `dialect` is what `dialect_of` returns:
-    it decides where the path alone does not."""
+    """Return the endpoint of a request, or None if there is none. `dialect`, as `dialect_of`
+    returns it, decides where the path alone does not."""
     if method == "POST" and (endpoint := _POSTED.get(path)) is not None:
         return endpoint
     endpoint = DIALECTS[dialect].endpoint_of(method, path)
@@ -136,7 +137,7 @@ def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
     return endpoint
 
 
-# What no `passthrough` opens: an account's own administration, and what is known in parts.
+# Not open to `passthrough`: the administration of an account, and paths that are partly known.
 _KNOWN_ROOTS = (
     *("/v1/organization", "/v1/organizations", "/v1/models", "/v1/files", "/v1/batches"),
     "/v1/messages/batches",
@@ -146,8 +147,8 @@ _KNOWN_ROOTS = (
 
 
 def is_known(path: str) -> bool:
-    """Whether a path, or one below it, is relayed or refused as itself, so that an upstream's
-    `passthrough` may not name it. `path` may end with `/*`."""
+    """Return whether a path, or one below it, is relayed or rejected by its own rule, so that an
+    upstream's `passthrough` must not name it. `path` may end with `/*`."""
     stem = path.removesuffix("/*")
     if stem.startswith(tuple(f"{root}/" for root in _KNOWN_ROOTS)) or stem in _KNOWN_ROOTS:
         return True
@@ -158,7 +159,7 @@ def is_known(path: str) -> bool:
 
 
 def check_passthrough(upstreams: Iterable[Upstream]) -> None:
-    """Raises ConfigError for one that names a path which Tidegate knows itself."""
+    """Raise ConfigError if a `passthrough` names a path that Tidegate handles itself."""
     for one in upstreams:
         for pattern in one.passthrough:
             if is_known(pattern):
@@ -167,5 +168,5 @@ def check_passthrough(upstreams: Iterable[Upstream]) -> None:
 
 
 def methods_at(path: str, dialect: Dialect) -> tuple[str, ...]:
-    """By which methods a path is relayed; none where it is not known."""
+    """Return the methods by which a path is relayed; none if it is unknown."""
     return tuple(one for one in METHODS if endpoint_of(one, path, dialect) is not None)

@@ -5,8 +5,8 @@ answer that is too long to parse is read at its start and end. Visible output is
 answers that were cut; text that a stream repeats at its end counts once. The gateway requests usage
 events of chat completion streams; a client that has not requested one does not receive it.
 
-Invariants: unreported usage is unknown, never zero; text of a request or a model is never taken
-for usage, because quotes and line ends in it are escaped; parsing never raises; a figure that is no
+Invariants: unreported usage is unknown, never zero; text of a request or a model is never taken for
+usage, because quotes and line ends in it are escaped; parsing never raises; a figure that is not a
 whole number or is too large is skipped.
 """
 
@@ -29,33 +29,33 @@ from tidegate.dialects.spec import AnswerFacts, DialectSpec, JsonObject, OutputE
 from tidegate.prices.rates import STANDARD_TIERS
 from tidegate.record import TAIL_BYTES, CallRecord
 
-MOST_TOKENS = 10**12  # more is no count of one call, and no column could hold the sums
+MOST_TOKENS = 10**12  # a larger count is no plausible one, and its sums fit no column
 HEAD_BYTES = 4_096
 PARSED_BYTES = 262_144
 LONGEST_READ_BYTES = 2_000_000
 _LONGEST_TEXT = 200
 _LONGEST_TIER = 40
 _LONGEST_EVENT_BYTES = 65_536
-# The usage of a stream stands in one of its last events, if it is reported.
+# If a stream reports its usage, one of its last events has it.
 _LAST_EVENTS = 8
 _FIRST_EVENTS = 4
 _MOST_CANDIDATES = 64
 _DECODER = json.JSONDecoder()
-_BETWEEN = re.compile(r"[\s,]*")  # the objects of a list
+_BETWEEN = re.compile(r"[\s,]*")  # between the objects of a list
 
 
 def object_of(value: Any) -> JsonObject:
-    """`value` if it is an object, else an empty one."""
+    """Return `value` if it is an object, otherwise an empty one."""
     return value if type(value) is dict else {}
 
 
 def objects_in(value: Any) -> list[JsonObject]:
-    """The objects of a list; none of what is no list."""
+    """Return the objects of a list; empty if `value` is not a list."""
     return [one for one in value if type(one) is dict] if type(value) is list else []
 
 
 def part_of(raw: Any, *names: str) -> JsonObject:
-    """The first of these members that is an object; empty where there is none."""
+    """Return the first of these members that is an object; empty if none is."""
     if type(raw) is dict:
         for name in names:
             value = raw.get(name)
@@ -65,7 +65,7 @@ def part_of(raw: Any, *names: str) -> JsonObject:
 
 
 def count_of(raw: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these members that is a count."""
+    """Return the first of these members that is a count, or None."""
     for name in names:
         value = raw.get(name)
         if type(value) is int and 0 <= value <= MOST_TOKENS:
@@ -74,7 +74,7 @@ def count_of(raw: Mapping[str, Any], *names: str) -> int | None:
 
 
 def positive_of(raw: Mapping[str, Any], *names: str) -> int | None:
-    """The first of these members that is a count above 0."""
+    """Return the first of these members that is a count above 0, or None."""
     for name in names:
         value = raw.get(name)
         if type(value) is int and 0 < value <= MOST_TOKENS:
@@ -83,8 +83,10 @@ def positive_of(raw: Mapping[str, Any], *names: str) -> int | None:
 
 
 def with_searches(usage: Usage, searches: int, files: int = 0) -> Usage:
-    """The usage with the searches that its answer shows, where it reports fewer itself. files:
-    those of stored files, which no usage reports."""
+    """Return the usage with the searches that its answer shows, if they are more than it reports.
+
+    files: searches of stored files, which no usage reports.
+    """
     details = usage.details or UsageDetails()
     if searches <= (details.searches or 0) and not files:
         return usage
@@ -93,7 +95,7 @@ def with_searches(usage: Usage, searches: int, files: int = 0) -> Usage:
 
 
 def tier_of(raw: Mapping[str, Any]) -> str | None:
-    """The processing tier that an answer or its usage reports, None for the usual one."""
+    """Return the processing tier that an answer or its usage reports; None for the usual one."""
     tier = raw.get("service_tier")
     if type(tier) is not str or not 0 < len(tier) <= _LONGEST_TIER:
         return None
@@ -102,7 +104,7 @@ def tier_of(raw: Mapping[str, Any]) -> str | None:
 
 
 def with_tier(usage: Usage, tier: str | None) -> Usage:
-    """The usage with the tier that its answer reports elsewhere."""
+    """Return the usage with a tier that its answer reports elsewhere."""
     if tier is None:
         return usage
     return replace(usage, details=replace(usage.details or UsageDetails(), tier=tier))
@@ -110,17 +112,17 @@ def with_tier(usage: Usage, tier: str | None) -> Usage:
 
 @cache
 def value_pattern(name: str) -> re.Pattern[bytes]:
-    """Pattern of a short text in the member `name`."""
+    """Return the pattern of a short string in the member `name`."""
     return re.compile(rb'"%b"\s*:\s*"([^"\\]{1,200})"' % name.encode())
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerForm:
-    """Places of facts in the answers of one dialect.
+    """Places of facts in the answers of a dialect.
 
-    `usage`, `identity`, `version` and `finish` name members of an answer; the last one is in the
-    last of `choices` where these have a name. `usage_of` reads a usage, `event_usage` finds it in
-    an event. `begins_with_usage`: a stream reports some of it in the event that has its id.
+    `usage`, `identity`, `version` and `finish` name members of an answer; `finish` is one of the
+    last of `choices`, if that is set. `usage_of` parses a usage, `event_usage` finds it in an
+    event. `begins_with_usage`: a stream reports a part of it in the event with its id.
     """
 
     usage: str
@@ -134,7 +136,7 @@ class AnswerForm:
 
 
 def whole_object(answer: bytes) -> JsonObject | None:
-    """An answer that is an object of moderate size; None for any other."""
+    """Return an answer that is an object of moderate size; None for any other."""
     if len(answer) <= PARSED_BYTES and answer.startswith(b"{"):
         with suppress(orjson.JSONDecodeError):  # cut off
             return object_of(orjson.loads(answer))
@@ -142,7 +144,7 @@ def whole_object(answer: bytes) -> JsonObject | None:
 
 
 def object_facts(form: AnswerForm, whole: JsonObject) -> AnswerFacts:
-    """Facts of a whole answer."""
+    """Return the facts of a whole answer."""
     raw = whole.get(form.usage)
     usage = form.usage_of(raw) if type(raw) is dict else UNKNOWN_USAGE
     finish = None
@@ -160,7 +162,7 @@ def object_facts(form: AnswerForm, whole: JsonObject) -> AnswerFacts:
 
 
 def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) -> AnswerFacts:
-    """Facts of a stream, of a list, or of an object that is long or was cut."""
+    """Return the facts of a stream, of a list, or of an object that is long or was cut."""
     start = answer[:HEAD_BYTES].lstrip()[:1]
     begun = _first_event(answer, form.identity)
     if start == b"{":
@@ -172,7 +174,7 @@ def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) 
         if not raw and not omitted:
             raw = _list_usage(form, answer)
     else:
-        # `omitted`: the last `TAIL_BYTES` are in one piece.
+        # If `omitted`, the last `TAIL_BYTES` are contiguous.
         floor = max(0, answer.find(b"\n", len(answer) - TAIL_BYTES)) if omitted else 0
         usages = (form.event_usage(event) for event in last_events(answer, floor))
         raw = next(filter(None, usages), {})
@@ -191,8 +193,8 @@ def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) 
 
 
 def _tier_beside(answer: bytes) -> str | None:
-    """The tier that a long object reports, which has come to its end: of one that is too long to be
-    parsed, in its last bytes."""
+    """Return the tier that a complete, long object reports; from its last bytes if it is too long
+    to parse."""
     if len(answer) > LONGEST_READ_BYTES:
         return tier_of(outermost("service_tier", b'"', answer[-TAIL_BYTES:]))
     with suppress(orjson.JSONDecodeError):
@@ -201,11 +203,11 @@ def _tier_beside(answer: bytes) -> str | None:
 
 
 def outermost(name: str, opening: bytes, tail: bytes) -> JsonObject:
-    """What begins with member `name` of an object that has come to its end, of which these are the
-    last bytes. opening: of its value.
+    """Return the rest of a complete object from its outermost member `name` on, given its last
+    bytes. opening: the first byte of the member's value.
 
-    What follows a key closes as many objects and lists as the key is in. So only of a key of the
-    outermost object the rest is an object once more when a brace is put before it.
+    The text after a key closes as many objects and lists as the key is nested in. So the text from
+    a key on, with a brace put before it, is an object only if the key is outermost.
     """
     pattern = rb'"%b"\s*:\s*%b' % (name.encode(), re.escape(opening))
     places = [found.start() for found in re.finditer(pattern, tail)]
@@ -216,7 +218,7 @@ def outermost(name: str, opening: bytes, tail: bytes) -> JsonObject:
 
 
 def _list_usage(form: AnswerForm, answer: bytes) -> JsonObject:
-    """The last usage that a whole object of a list reports; the list may be cut."""
+    """Return the last usage that a complete object of a list reports; the list may be cut."""
     raw: JsonObject = {}
     if len(answer) > LONGEST_READ_BYTES:
         return raw
@@ -232,9 +234,10 @@ def _list_usage(form: AnswerForm, answer: bytes) -> JsonObject:
 
 
 def last_events(answer: bytes, floor: int = 0) -> Iterator[JsonObject]:
-    """The last events of a stream that hold a usage, each parsed, the last one first.
+    """Yield the last events of a stream that contain a usage, parsed, the last one first.
 
-    Inside of JSON line ends are escaped, so a line that begins with `data:` is one of the stream.
+    Line ends within JSON are escaped, so that a line that begins with `data:` is a line of the
+    stream.
     """
     end = len(answer)
     for _ in range(_LAST_EVENTS):
@@ -255,7 +258,7 @@ def last_events(answer: bytes, floor: int = 0) -> Iterator[JsonObject]:
 
 
 def _first_event(answer: bytes, identity: str) -> JsonObject:
-    """The message that a stream begins, or its first event with an id."""
+    """Return the message with which a stream begins, or its first event with an id."""
     place = 0
     for _ in range(_FIRST_EVENTS):
         start = place if answer.startswith(b"data:", place) else answer.find(b"\ndata:", place) + 1
@@ -275,7 +278,7 @@ def _first_event(answer: bytes, identity: str) -> JsonObject:
 
 
 def last_match(pattern: re.Pattern[bytes], answer: bytes) -> str | None:
-    """The last match in the end of an answer."""
+    """Return the last match in the end of an answer."""
     found = None
     for found in pattern.finditer(answer, max(0, len(answer) - TAIL_BYTES)):  # noqa: B007
         pass
@@ -283,7 +286,7 @@ def last_match(pattern: re.Pattern[bytes], answer: bytes) -> str | None:
 
 
 def _scanned(pattern: re.Pattern[bytes], answer: bytes) -> str | None:
-    """The first match in the start of an answer, else the last in its end."""
+    """Return the first match in the start of an answer, otherwise the last one in its end."""
     return matched_text(pattern.search(answer, 0, HEAD_BYTES)) or last_match(pattern, answer)
 
 
@@ -292,23 +295,24 @@ def matched_text(found: re.Match[bytes] | None) -> str | None:
 
 
 def short_text(value: Any) -> str | None:
-    """A short text; a number, as Google writes its enumerations on request, as one."""
+    """Return a short string, or None. A number becomes a string: Google writes enumerations as
+    numbers on request."""
     if type(value) is int:
         value = str(value)
     return value if type(value) is str and 0 < len(value) <= _LONGEST_TEXT else None
 
 
-# A longer stream is read in places spread evenly over it, and what they hold stands for the rest.
+# A longer stream is sampled at places spread evenly over it, and the result is extrapolated.
 _READ_BYTES = 2_000_000
 _READ_PLACES = 16
-# The fields of a model's text, thoughts and tool calls in all dialects, where an
-# answer cannot be parsed; a text that was cut goes up to where it was.
+# Fields of a model's text, thoughts and tool calls in all dialects, for answers that cannot be
+# parsed; a text that was cut extends to the cut.
 _OUTPUT = re.compile(
     rb'"(?:content|text|delta|thinking|reasoning|reasoning_content|refusal|arguments|partial_json'
     rb'|code)"\s*:\s*("(?:[^"\\]|\\.)*+"?)',
     re.DOTALL,
 )
-# How a stream of events begins, whatever its first line says.
+# The beginning of a stream of events, whatever its first line is.
 _EVENTS = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")
 _BYTES_A_TOKEN = 4
 _ARGUMENTS = re.compile(rb'"(?:input|args)"\s*:\s*(?=\{)')
@@ -317,21 +321,21 @@ _MOST_OBJECTS, _LONGEST_OBJECT_BYTES = 64, 65_536
 
 @dataclass(slots=True)
 class VisibleOutput:
-    """About how many tokens came, images among them, and how many images."""
+    """The estimated tokens received, images included, and the number of images."""
 
     tokens: int = 0
     images: int = 0
 
 
 def visible_output(dialect: DialectSpec, answer: bytes, answer_bytes: int) -> VisibleOutput:
-    """Output in an answer. `answer` is what was kept of `answer_bytes`."""
+    """Return the output in an answer. `answer` is the kept part of its `answer_bytes`."""
     if not answer:
         return VisibleOutput()
     if answer[:256].lstrip()[:1] in (b"{", b"["):
         images = dialect.image_count(answer)
         texts, scale = "".join(_texts_in(answer)), answer_bytes / len(answer)
         return VisibleOutput(came_tokens(texts, scale=scale, images=images), images)
-    if _EVENTS.match(answer) is None:  # in an unknown form: as much as it is
+    if _EVENTS.match(answer) is None:  # unknown form: estimated by its size
         return VisibleOutput(-(-answer_bytes // _BYTES_A_TOKEN))
     output, read_bytes = OutputEvents(), 0
     for part in _parts(answer):
@@ -340,7 +344,7 @@ def visible_output(dialect: DialectSpec, answer: bytes, answer_bytes: int) -> Vi
             if line.startswith(b"data:"):
                 try:
                     event = orjson.loads(line[5:])
-                except orjson.JSONDecodeError:  # cut off; or the end of the stream, without output
+                except orjson.JSONDecodeError:  # cut off; or the end marker of the stream
                     output.texts += _texts_in(line[5:])
                     continue
                 if type(event) is dict:
@@ -353,7 +357,7 @@ def visible_output(dialect: DialectSpec, answer: bytes, answer_bytes: int) -> Vi
 
 @dataclass(frozen=True, slots=True)
 class ReadAnswer:
-    """What an answer says. images, came: None where they were not looked for."""
+    """Contents of an answer. images, came: None if they were not read."""
 
     facts: AnswerFacts
     images: int | None
@@ -363,8 +367,8 @@ class ReadAnswer:
 def read_answer(
     dialect: DialectSpec, record: CallRecord, *, whole: bool, counted: bool, images: bool
 ) -> ReadAnswer:
-    """All that accounting looks for in the answer of a record, in one go: of a large one in a
-    thread of its own. `whole`: it came to its end; `counted`: a model has made it; `images`: some
+    """Read all that accounting needs from a record's answer in one function, which runs in a thread
+    if the answer is large. whole: the answer is complete. counted: a model made it. images: images
     were requested."""
     text = record.text
     facts = dialect.answer_facts(text, omitted=record.omitted_bytes > 0, cut=not whole)
@@ -377,7 +381,7 @@ def read_answer(
 
 
 def _parts(stream: bytes) -> Iterator[bytes]:
-    """The stream, or places of it that begin and end with whole lines."""
+    """Yield the stream, or samples of it that consist of whole lines."""
     if len(stream) <= _READ_BYTES:
         yield stream
         return
@@ -393,13 +397,13 @@ def _parts(stream: bytes) -> Iterator[bytes]:
 
 
 def _texts_in(data: bytes) -> list[str]:
-    """Texts of a model in an answer that is not read field by field."""
+    """Return a model's texts in an answer that is not parsed field by field."""
     texts: list[str] = []
     for found in _OUTPUT.finditer(data):
         text = found[1]
         try:
             texts.append(str(orjson.loads(text)))
-        except orjson.JSONDecodeError:  # cut, half of a surrogate pair, or of no known protocol
+        except orjson.JSONDecodeError:  # cut, half of a surrogate pair, or an unknown protocol
             texts.append(text.strip(b'"').decode("utf-8", "replace"))
     for found in islice(_ARGUMENTS.finditer(data), _MOST_OBJECTS):
         called = data[found.end() : found.end() + _LONGEST_OBJECT_BYTES].decode("utf-8", "replace")
@@ -411,47 +415,49 @@ def _texts_in(data: bytes) -> list[str]:
 
 
 def as_text(value: Any) -> str:
-    """JSON of a value that a model has written as an object."""
+    """Return the JSON of an object that a model has written."""
     try:
         return orjson.dumps(value).decode()
-    except orjson.JSONEncodeError:  # nested deeper than can be written
+    except orjson.JSONEncodeError:  # nested too deeply to serialize
         return repr(value)
 
 
-# An event ends with an empty line; providers write either kind of line.
+# An event ends with an empty line; both kinds of line end are in use.
 _END = re.compile(rb"\r?\n\r?\n")
 _ENDS = (b"\n\n", b"\r\n\r\n")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-# Null beside what has no choices either, such as the results of a requested moderation.
+# Not null: other events without choices have that, such as results of a requested moderation.
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
-# Where a usage event reports an error too, it is for the client.
+# A usage event that also reports an error is sent to the client.
 _ERROR = re.compile(rb'"error"\s*:\s*[{"]')
 _LONGEST_HELD_BYTES = 1_000_000
 
 
 def asking_for_usage(raw: bytes, body: JsonObject) -> bytes:
-    """The body with `stream_options.include_usage`; otherwise unchanged, where that is possible."""
+    """Return the body with `stream_options.include_usage` set, and its other bytes unchanged if
+    possible."""
     if "stream_options" not in body:
         start = raw.index(b"{") + 1
         return b'%b"stream_options":{"include_usage":true},%b' % (raw[:start], raw[start:])
     options = {**object_of(body["stream_options"]), "include_usage": True}
-    # From the bytes, since a large body is parsed without its files.
+    # Parsed from the bytes again: the parsed form of a large body lacks its files.
     return orjson.dumps({**orjson.loads(raw), "stream_options": options})
 
 
 class WithoutUsageEvent:
-    """Filter of a stream: takes it piece by piece and returns what is for the client."""
+    """Removes the usage event from a stream, piece by piece."""
 
     def __init__(self) -> None:
         self._held = b""
         self._through = False
 
     def take(self, piece: bytes) -> bytes:
-        """The whole events in it, and in what was held back before."""
+        """Return the complete events of this piece and of the kept bytes, without the usage
+        event."""
         if self._through:
             return piece
         if not self._held and piece.endswith(_ENDS) and not _is_usage(piece):
-            return piece  # nearly all: whole events, and nothing in them to remove
+            return piece  # the usual case: whole events, and none to remove
         data = self._held + piece
         ends = [found.end() for found in _END.finditer(data)]
         whole, self._held = (data[: ends[-1]], data[ends[-1] :]) if ends else (b"", data)
@@ -465,13 +471,13 @@ class WithoutUsageEvent:
         return b"".join(event for event in events if not _is_usage(event) or _ERROR.search(event))
 
     def rest(self) -> bytes:
-        """The rest of a stream that ended within an event."""
+        """Return the kept bytes of a stream that ended within an event."""
         held, self._held = self._held, b""
         return held
 
 
 def _is_usage(event: bytes) -> bool:
-    """Whether it is the usage event, or holds it."""
+    """Return whether the bytes contain the usage event."""
     if b'"usage"' not in event or _NO_CHOICES.search(event) is None:
         return False
     return _USAGE.search(event) is not None

@@ -64,7 +64,7 @@ def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
     return "/publishers/anthropic/" in path
 
 
-# As Vertex has them; its counting of tokens is read as `/v1/messages/count_tokens`.
+# Paths in Vertex's form; its token counting is read as `/v1/messages/count_tokens`.
 _PREDICT = re.compile(
     r"/v1/projects/[^/]{1,100}/locations/[^/]{1,100}/publishers/anthropic/models"
     r"/(?P<model>[\w\-][\w.\-@]{0,199}):(?P<do>rawPredict|streamRawPredict)",
@@ -78,7 +78,7 @@ _RESOURCES = (
     path_of("GET", "/v1/files/{id}", "file", Act.READ),
     path_of("GET", "/v1/files/{id}/content", "file", Act.READ),
     path_of("DELETE", "/v1/files/{id}", "file", Act.DELETE),
-    # Of batches that were made at the provider itself; the gateway's own are not relayed.
+    # Of batches created at the provider itself; the gateway's own are not relayed.
     path_of("GET", "/v1/messages/batches/{id}", "message_batch", Act.READ),
     path_of("GET", "/v1/messages/batches/{id}/results", "message_batch", Act.READ),
     path_of("POST", "/v1/messages/batches/{id}/cancel", "message_batch", Act.CANCEL),
@@ -105,14 +105,14 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
 
 
 _FILE_FIELDS = frozenset(("file_id",))
-# What a model calls a client's tool with, and what describes it.
+# Arguments of calls of a client's tool, and descriptions of tools.
 _OF_TOOLS = frozenset(("input", "input_schema"))
-# Of files that a tool of the provider's has made, in a conversation that is sent again.
+# Files that a tool of the provider has made, in a conversation that is sent again.
 _OUTPUTS = frozenset(("code_execution_output", "bash_code_execution_output", "file_citation"))
 
 
 def references(_body: Mapping[str, Any], raw: bytes) -> list[Reference]:
-    """The files that a request names, wherever they stand in it. Raises InvalidRequest."""
+    """Return the files that a request names, at any depth. Raises InvalidRequest."""
     if not may_name(raw, b'"file_id"'):
         return []
     named = named_values(raw, _FILE_FIELDS, _OF_TOOLS, _OUTPUTS)
@@ -120,24 +120,25 @@ def references(_body: Mapping[str, Any], raw: bytes) -> list[Reference]:
 
 
 def _picture(size: Size) -> float:
-    """A token for 750 pixels, once the longer side fits into 1,568; 1,600 at most."""
+    """Return the tokens of a picture: one for 750 pixels, after fitting its longer side into 1,568;
+    at most 1,600."""
     width, height = size or (1568, 1568)
     scale = min(1.0, 1568 / max(width, height))
     return max(1.0, min(1600.0, width * scale * height * scale / 750))
 
 
-# Of a page its text, 1,500 to 3,000, stands for its picture too. The prompt for tools has 159 to
+# The text of a page, 1,500 to 3,000 tokens, includes its picture. The prompt for tools has 159 to
 # 804 tokens, by model and choice of tool.
 _RULES = replace(USUAL_RULES, picture=_picture, page=2_250, call=8, tools=500)
 
 
 def rules_of(_model: str) -> Rules:
-    """Token counts of files; platform.claude.com/docs, pages "vision", "pdf-support" and
+    """Return the token counts of files; platform.claude.com/docs, pages "vision", "pdf-support" and
     "tool-use"."""
     return _RULES
 
 
-# Of the rounds of a call, `usage.iterations`, those that the figures beside them leave out.
+# Rounds of a call, `usage.iterations`, that the figures beside them do not include.
 _APART = ("compaction", "advisor_message")
 _COUNTS = (
     *("input_tokens", "output_tokens"),
@@ -148,7 +149,7 @@ _MOST_ROUNDS = 1_000
 
 
 def of_all_rounds(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The usage with the tokens of compactions and of an advisor, which are billed too."""
+    """Add the tokens of compactions and of an advisor to a usage: they are billed too."""
     if "iterations" not in raw:
         return raw
     rounds = objects_in(raw["iterations"])[:_MOST_ROUNDS]
@@ -163,7 +164,7 @@ def of_all_rounds(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def usage_of(raw: Mapping[str, Any]) -> Usage:
-    """The usage that an answer reports; its input is in three parts."""
+    """Return the usage that an answer reports; its input is in three parts."""
     raw = of_all_rounds(raw)
     fresh, given = count_of(raw, "input_tokens"), count_of(raw, "output_tokens")
     written = count_of(raw, "cache_creation_input_tokens") or 0
@@ -175,7 +176,7 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
         thoughts = min(thoughts, given)
         given -= thoughts
     usage = Usage(taken, given, thoughts, cached, total, _usage_details(raw, written))
-    # Fast mode is a price of its own, whatever the tier.
+    # Fast mode has its own price, whatever the tier.
     return with_tier(usage, "fast" if raw.get("speed") == "fast" else tier_of(raw))
 
 
@@ -209,14 +210,14 @@ _FORM = AnswerForm(
 
 
 def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
-    """Facts of a message, whole or as a stream."""
+    """Return the facts of a message, whole or as a stream."""
     if (whole := whole_object(answer)) is not None:
         return object_facts(_FORM, whole)
     return scanned_facts(_FORM, answer, omitted=omitted, cut=cut)
 
 
 def image_count(_answer: bytes) -> int:
-    """None: no model of this dialect generates images."""
+    """Return 0: no model of this dialect generates images."""
     return 0
 
 
@@ -231,7 +232,7 @@ def add_output(event: JsonObject, output: OutputEvents) -> None:
         output.texts.append(as_text(block["input"]))
 
 
-# From the first word on: a provider that repeats a client's text does so further on.
+# Anchored at the start: a provider that repeats a client's text does so later.
 _NO_MONEY = re.compile(
     r"your credit balance is too low|you have reached your specified (?:\w+ )?api usage limits",
     re.IGNORECASE,
@@ -245,7 +246,7 @@ _BY_NAME = re.compile(
 
 
 def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
-    """None where it is worded in no way of this dialect's own."""
+    """Classify a refusal; None if its wording is not of this dialect."""
     details = answer.error.get("details")
     code = details.get("error_code") if isinstance(details, dict) else None
     spent = code == "enforced_spend_limit_reached" or "billing_error" in answer.words
@@ -287,12 +288,12 @@ _ERROR_TYPES = {
 
 
 def error_type(status: int) -> str:
-    """The type of an error that comes with a status."""
+    """Return the error type that belongs to a status."""
     return _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
 
 
 def problem(error: TidegateError, status: int, _retry_after_ms: int | None) -> JsonObject:
-    """The body of an answer with an error of ours."""
+    """Return the body of an answer with an error of ours."""
     return {
         "type": "error",
         "error": {"type": error_type(status), "message": error.message_with_allowed},
@@ -305,7 +306,8 @@ def _listed_models(models: list[JsonObject]) -> JsonObject:
 
 
 def _required(name: str, _owner: str) -> JsonObject:
-    """Anthropic documents the beginning of 1970 for a release date that is not known."""
+    """Return required fields of a model: Anthropic documents the beginning of 1970 for an unknown
+    release date."""
     never = "1970-01-01T00:00:00Z"
     return {"type": "model", "display_name": name, "created_at": never, "lifecycle": "active"}
 
@@ -313,14 +315,14 @@ def _required(name: str, _owner: str) -> JsonObject:
 ANTHROPIC = DialectSpec(
     name=Dialect.ANTHROPIC,
     example="POST /v1/messages",
-    paused_status=429,  # Claude Code takes 403 for a failed sign-in
+    paused_status=429,  # Claude Code takes a 403 for a failed sign-in
     calls=_CALLS,
     endpoint_of=endpoint_of,
     is_spoken=_is_spoken,
     models=ModelList(
         "/v1/models", "data", "id", _listed_models, query="limit=1000", required=_required
     ),
-    # Without a version Anthropic refuses a call; its SDKs all send this one.
+    # Anthropic rejects a call without a version; its SDKs all send this one.
     headers=((b"anthropic-version", b"2023-06-01"),),
     rules_of=rules_of,
     request_facts=partial(request_facts, rules_of=rules_of),

@@ -2,11 +2,11 @@
 
     https://docs.aws.amazon.com/bedrock/latest/APIReference/API_Operations_Amazon_Bedrock_Runtime.html
 
-The model is in the path. Converse has one form for all models; InvokeModel has its maker's own,
-of which bounds and usage are read where any of them has it. A stream is in AWS's framing, which
-`record` reads as events of text; its bytes pass on as they came.
+The model is in the path. Converse has one form for all models; InvokeModel uses the form of the
+model's maker, whose bounds and usage are read where they are known. A stream has AWS's framing,
+which `record` reads as events of text; its bytes are forwarded unchanged.
 
-Invariant: the region, the account and the signature of a client go nowhere.
+Invariant: the region, the account and the signature of a client are never forwarded.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from tidegate.errors import TidegateError
 from tidegate.prices.rates import STANDARD_TIERS
 from tidegate.record import EVENT_STREAM, frame, whole_frames
 
-# A model's id, the ARN of one, of a profile or a prompt; none begins with a dot.
+# A model's id, or the ARN of a model, a profile or a prompt; none begins with a dot.
 _PATH = re.compile(
     r"/model/(?P<model>[A-Za-z0-9][\w.\-:/]{0,2047})"
     r"/(?P<do>converse|converse-stream|invoke|invoke-with-response-stream|count-tokens)",
@@ -75,7 +75,7 @@ def _is_spoken(path: str, _headers: Set[bytes], _query: bytes) -> bool:
 # -- requests
 
 _ANTHROPIC = re.compile(r"(?:^|[./])anthropic\.")
-# Where makers of models have the bound of their output, beside Converse's.
+# Fields in which makers of models bound the output, besides Converse's.
 _BOUNDS = (
     "max_tokens",
     "max_tokens_to_sample",
@@ -92,19 +92,19 @@ _FILES = {"image": "image", "document": "application", "video": "video", "audio"
 
 
 def rules_of(model: str) -> Rules:
-    """Token counts of files: Claude's are those of Anthropic."""
+    """Return the token counts of files: for Claude's models those of Anthropic."""
     return anthropic.rules_of(model) if _ANTHROPIC.search(model) else USUAL_RULES
 
 
 def facts_of(
     endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
 ) -> RequestFacts:
-    """Facts of a request. Raises InvalidRequest."""
+    """Return the facts of a request. Raises InvalidRequest."""
     is_converse = "/converse" in endpoint.path
     if endpoint.operation is Operation.COUNT:
         body, is_converse = part_of(part_of(body, "input"), "converse"), True
     seen = _as_others(body) if is_converse else dict(body)
-    seen.pop("stream", None)  # the path says so
+    seen.pop("stream", None)  # the path decides that
     asked = request_facts(
         endpoint,
         seen,
@@ -118,14 +118,14 @@ def facts_of(
 
 
 def _bound(body: Mapping[str, Any]) -> int:
-    """The greatest that a request names; 0 where it names none."""
+    """Return the largest bound that a request names; 0 if it names none."""
     places = [(body, _BOUNDS), *((part_of(body, one), names) for one, names in _BOUNDS_WITHIN)]
     named = [place.get(name) for place, names in places for name in names]
     return max((one for one in named if type(one) is int), default=0)
 
 
 def _as_others(body: Mapping[str, Any]) -> dict[str, Any]:
-    """A body of Converse with its files and tools where other dialects have them."""
+    """Return a body of Converse with its files and tools in the form of other dialects."""
     seen = dict(body)
     turns = seen.pop("messages", None)
     seen["messages"] = [
@@ -161,7 +161,7 @@ def _is_hosted(tool: JsonObject) -> bool:
 
 
 def _tier_of(raw: Mapping[str, Any]) -> str:
-    """The processing tier that a request or its answer names; empty for the usual one."""
+    """Return the processing tier that a request or its answer names; empty for the usual one."""
     tier = part_of(raw, "serviceTier").get("type")
     named = tier.lower() if type(tier) is str and len(tier) <= 40 else ""
     return "" if named in STANDARD_TIERS or named == "reserved" else named
@@ -185,7 +185,7 @@ _COUNTS = {
     *(*_INPUT, *_OUTPUT, *_READ, *_WRITTEN),
     *("cacheDetails", "cache_creation", "prompt_tokens_details"),
 }
-# Of an answer of InvokeModel, of whatever form.
+# Headers of InvokeModel's answers, in any form.
 _HEADERS = {
     b"x-amzn-bedrock-input-token-count": "inputTokenCount",
     b"x-amzn-bedrock-output-token-count": "outputTokenCount",
@@ -195,8 +195,8 @@ _HEADERS = {
 
 
 def usage_of(raw: Mapping[str, Any]) -> Usage:
-    """The usage that an answer reports; its input is in three parts. OpenAI's form, which some
-    models have, counts what is cached among the input."""
+    """Return the usage that an answer reports; its input is in three parts. OpenAI's form, which
+    some models use, includes cached tokens in the input."""
     fresh, made = count_of(raw, *_INPUT), count_of(raw, *_OUTPUT)
     cached, written = count_of(raw, *_READ), count_of(raw, *_WRITTEN) or 0
     if cached is None and "prompt_tokens" in raw:
@@ -218,7 +218,7 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
 
 
 def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
-    """Facts of an answer, whole or as a stream's events of text."""
+    """Return the facts of an answer, whole or as a stream's events of text."""
     if answer[:1] == b"{":
         whole = whole_object(answer)
         if whole is None and not (cut or omitted):
@@ -239,12 +239,13 @@ def _events(stream: bytes) -> Iterator[JsonObject]:
         if line.startswith(b"data:"):
             try:
                 yield object_of(orjson.loads(line[5:]))
-            except orjson.JSONDecodeError:  # no form of a model's
+            except orjson.JSONDecodeError:  # not a known form
                 continue
 
 
 def _facts_in(objects: Any) -> AnswerFacts:
-    """Of objects that together are an answer: what comes later replaces what came before."""
+    """Return the facts of an answer that consists of these objects: later values replace earlier
+    ones."""
     counts: JsonObject = {}
     facts, tier = AnswerFacts(UNKNOWN_USAGE), ""
     for one in objects:
@@ -270,7 +271,7 @@ def _facts_in(objects: Any) -> AnswerFacts:
 
 
 def usage_in(headers: Headers) -> Usage:
-    """The usage that the headers of an answer report."""
+    """Return the usage that the headers of an answer report."""
     counts = {
         _HEADERS[name]: int(value)
         for raw, value in headers
@@ -297,7 +298,7 @@ def add_output(event: JsonObject, output: OutputEvents) -> None:
 
 
 def image_count(_answer: bytes) -> int:
-    """None is counted: makers of models have forms of their own."""
+    """Return 0: images are not counted, since each maker of models has its own form."""
     return 0
 
 
@@ -334,19 +335,19 @@ _PLEASE_WAIT = re.compile(
 
 
 def error_name(answer: ErrorAnswer) -> str:
-    """The name of an exception; empty where the answer names none."""
+    """Return the name of an exception; empty if the answer names none."""
     named = answer.headers.get("x-amzn-errortype") or answer.error.get("__type") or ""
     return str(named).partition(":")[0].rpartition("#")[2]
 
 
 def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
-    """None where it is worded in no way of this dialect's own."""
+    """Classify a refusal; None if its wording is not of this dialect."""
     name = error_name(answer)
     if name in _OF_KEY:
         return RefusalFacts("key")
     if name == "AccessDeniedException" and _UNPAID.search(answer.message):
         return RefusalFacts("unpaid")
-    # In the dialects of others it has no name of an exception.
+    # Refusals in other dialects have no exception name.
     if name in _TOO_MUCH or (answer.status == 429 and _PLEASE_WAIT.search(answer.message)):
         unit = _UNIT.search(answer.message)
         return RefusalFacts(
@@ -371,13 +372,13 @@ _NAMES = {
 
 
 def problem(found: TidegateError, status: int, _retry_after_ms: int | None) -> JsonObject:
-    """The body of an answer with an error of ours."""
+    """Return the body of an answer with an error of ours."""
     usual = "InternalServerException" if status >= 500 else "ValidationException"
     return {"__type": _NAMES.get(status, usual), "message": found.message_with_allowed}
 
 
 def error_frame(body: JsonObject) -> bytes:
-    """The message in which a stream reports an error of ours."""
+    """Return the message in which a stream reports an error of ours."""
     name = str(body["__type"])
     headers = {
         ":exception-type": name[:1].lower() + name[1:],
@@ -387,7 +388,7 @@ def error_frame(body: JsonObject) -> bytes:
     return frame(headers, orjson.dumps({"message": body["message"]}))
 
 
-# Of an event that no SDK knows, and passes over.
+# An event that SDKs do not know, and ignore.
 _WAITING = {
     ":event-type": "waiting",
     ":content-type": "application/json",

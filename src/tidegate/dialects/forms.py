@@ -1,15 +1,15 @@
 """Forms: fields of a multipart body that admission needs, read part by part. Pure.
 
-    --boundary                      one delimiter, which stands nowhere else
+    --boundary                      one delimiter, which occurs nowhere else
     Content-Disposition: ...        `name` once, plain; a `filename` makes it a file
     Content-Type: ...               no multipart of its own, no other encoding
                                     content: a text is kept, of a file its beginning
 
-Servers differ in how they read a form that is not plain: which of two fields of a name counts, what
-a name with escapes means, whether a part is decoded. A form in which admission and the provider
-could read different values is refused; unknown fields and files pass as they are.
+Servers differ in reading a form that is not plain: which of two fields with one name counts, what a
+name with escapes means, whether a part is decoded. A form in which admission and the provider could
+read different values is rejected; unknown fields and files are forwarded unchanged.
 
-Invariants: what is kept of a form is bounded, whatever its size; a recording is never taken for
+Invariants: the kept part of a form is bounded, whatever its size; a recording never counts as
 shorter than its bytes allow.
 """
 
@@ -39,7 +39,7 @@ from tidegate.errors import InvalidRequest, PayloadTooLarge
 
 MOST_PARTS = 1_000
 MOST_TEXT_BYTES = 1_000_000  # of all text fields together
-_HEAD_BYTES = 65_536  # enough to find a picture's size in
+_HEAD_BYTES = 65_536  # enough to read a picture's size from
 _MOST_HEADS = 16
 # By RFC 2046, section 5.1.1.
 _FORM_TYPE = re.compile(
@@ -49,7 +49,7 @@ _FORM_TYPE = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _DISPOSITION = re.compile(rb"\s*form-data\s*((?:;.*)?)", re.IGNORECASE | re.DOTALL)
-# A backslash in quotes escapes to some servers, and is a letter to others.
+# A backslash in quotes is an escape for some servers, and a character for others.
 _OPTION = rb"\s*;\s*([\w*.-]+)\s*=\s*(?:%b|([^\s;\"]+))"
 _ESCAPING = re.compile(_OPTION % rb'"((?:[^"\\]|\\.)*)"', re.DOTALL | re.ASCII)
 _LITERAL = re.compile(_OPTION % rb'"([^"]*)"', re.DOTALL | re.ASCII)
@@ -61,8 +61,8 @@ _BOOLEANS = {"true": True, "false": False}
 
 @dataclass(frozen=True, slots=True)
 class FormFile:
-    """A file of a form: where its content is in the body, and how that begins. `seconds`: of a
-    recording; 0 where it is none."""
+    """A file in a form: where its content is in the body, and the beginning of it. `seconds`:
+    length of a recording; 0 for any other file."""
 
     field: str
     mime_type: str
@@ -78,9 +78,12 @@ class FormFile:
 
 @dataclass(frozen=True, slots=True)
 class MediaForm:
-    """A form as it was read. fields: its texts, of those that admission reads as JSON has them; a
-    list where a name came several times. model_at: where the model's name is in the body. digest:
-    of its parts, whatever the boundary; empty unless wanted."""
+    """The contents of a form.
+
+    fields: its texts; those that admission reads are converted as if from JSON, and a repeated name
+    has a list. model_at: where the model's name is in the body. digest: of the parts, independent
+    of the boundary; empty unless requested.
+    """
 
     fields: Mapping[str, Any]
     files: tuple[FormFile, ...]
@@ -91,13 +94,13 @@ class MediaForm:
 
 
 def is_form(content_type: bytes) -> bool:
-    """Whether a body is in parts, however well they are described."""
+    """Return whether a body is multipart, however correctly its type describes it."""
     return content_type[:100].lstrip().lower().startswith(b"multipart/")
 
 
 def boundary_in(content_type: bytes) -> bytes:
-    """The boundary that a Content-Type names. Raises InvalidRequest where servers could disagree
-    on it."""
+    """Return the boundary that a Content-Type names. Raises InvalidRequest if servers could
+    disagree on it."""
     found = _FORM_TYPE.fullmatch(content_type.strip())
     if found is None:
         raise InvalidRequest(
@@ -109,8 +112,8 @@ def boundary_in(content_type: bytes) -> bytes:
 
 
 class MediaFormReader:
-    """Reads the parts of one form in their order: `begin`, `data` as often as there is some, `end`;
-    then `form`. All raise InvalidRequest and PayloadTooLarge."""
+    """Reads the parts of a form in order: call `begin`, `data` for each piece, and `end` for each
+    part; then `form`. All raise InvalidRequest and PayloadTooLarge."""
 
     def __init__(self, boundary: bytes, *, digests: bool = False) -> None:
         self.held_bytes = 0
@@ -119,7 +122,7 @@ class MediaFormReader:
         self._part = sha256()
         self._count = 0
         self._name = ""
-        self._head = b""  # that describes the part
+        self._head = b""  # headers of the part, for the digest
         self._mime = b""
         self._is_file = False
         self._kept = bytearray()
@@ -129,7 +132,7 @@ class MediaFormReader:
         self._model: tuple[int, int] | None = None
 
     def begin(self, headers: Mapping[str, bytes]) -> None:
-        """A part with these headers, by lower-case name."""
+        """Begin a part with these headers, by lower-case name."""
         self._count += 1
         if self._count > MOST_PARTS:
             allowed = f"at most {MOST_PARTS} parts"
@@ -147,9 +150,10 @@ class MediaFormReader:
             self._head, self._part = disposition + b"\0" + self._mime, sha256()
 
     def _check_read(self, headers: Mapping[str, bytes]) -> None:
-        """Of a field that admission reads: plainly named, once, and a text."""
+        """Check a field that admission reads: it must be plainly named, occur once, and be a
+        text."""
         name = self._name
-        # As a server may read it that decodes names, or has lists and objects in them.
+        # Some servers decode names, or read lists and objects from them.
         known = admission_field(unquote(name).partition("[")[0].strip())
         if name == "_charset_":
             known = name
@@ -172,7 +176,7 @@ class MediaFormReader:
             raise InvalidRequest(name, said, allowed="a part without Content-Length")
 
     def data(self, piece: bytes) -> None:
-        """More of the part's content."""
+        """Add a piece of the part's content."""
         self._size_bytes += len(piece)
         if self._whole is not None:
             self._part.update(piece)
@@ -192,7 +196,7 @@ class MediaFormReader:
         self.held_bytes += len(piece)
 
     def end(self) -> None:
-        """The part has ended."""
+        """End the part."""
         name, place = self._name, self._count - 1
         if self._whole is not None:
             self._whole.update(b"%d\0%b\0" % (len(self._head), self._head) + self._part.digest())
@@ -213,8 +217,8 @@ class MediaFormReader:
             self._fields[name] = value
 
     def form(self, starts: list[int], size_bytes: int) -> MediaForm:
-        """The form, all of which has been read: where the content of each part begins in it, less
-        than 0 for a part without content."""
+        """Return the form after its last part. starts: where the content of each part begins in the
+        body, negative for a part without content."""
         model = None
         if self._model is not None:
             place, length = self._model
@@ -228,8 +232,8 @@ class MediaFormReader:
 
 
 def _named(disposition: bytes) -> tuple[str, bool]:
-    """The name of a part, and whether it is a file. Raises InvalidRequest where servers could read
-    another name."""
+    """Return the name of a part, and whether it is a file. Raises InvalidRequest if servers could
+    read another name."""
     found = _DISPOSITION.fullmatch(disposition)
     first = None if found is None else _options(_ESCAPING, found[1])
     second = None if found is None else _options(_LITERAL, found[1])
@@ -248,7 +252,8 @@ def _named(disposition: bytes) -> tuple[str, bool]:
 
 
 def _options(pattern: re.Pattern[bytes], text: bytes) -> dict[bytes, bytes] | None:
-    """The options of a Content-Disposition; None where they are not sound, or one comes twice."""
+    """Return the options of a Content-Disposition; None if they are malformed or one is
+    repeated."""
     found: dict[bytes, bytes] = {}
     place, end = 0, len(text.rstrip(b" \t;"))
     while place < end:
@@ -261,7 +266,7 @@ def _options(pattern: re.Pattern[bytes], text: bytes) -> dict[bytes, bytes] | No
 
 
 def _value(name: str, content: bytes) -> Any:
-    """A text as admission reads it: as a body in JSON would have it."""
+    """Return the value of a text field, converted for admission as if it came from JSON."""
     known = admission_field(name)
     try:
         text = content.decode()
@@ -282,8 +287,8 @@ def _value(name: str, content: bytes) -> Any:
 
 
 def is_prose(content_type: str | None) -> bool:
-    """Whether a transcript is its words and nothing else: they may be the client's own, and report
-    nothing."""
+    """Return whether a transcript is plain text: it may contain any text of the client, and reports
+    no usage."""
     if content_type is None:
         return False
     kind = content_type.partition(";")[0].lower()
@@ -293,7 +298,7 @@ def is_prose(content_type: str | None) -> bool:
 def with_files(
     asked: RequestFacts, form: MediaForm, endpoint: Endpoint, rules: Rules
 ) -> RequestFacts:
-    """The facts of a form's fields with those of its files."""
+    """Return the facts of a form's fields with those of its files added."""
     if not form.files:
         return asked
     pieces = dict(asked.pieces)
@@ -311,15 +316,15 @@ def with_files(
 def _pieces_of(file: FormFile, endpoint: Endpoint, rules: Rules) -> Mapping[Modality, float]:
     if file.seconds:
         return {Modality.AUDIO: file.seconds * rules.audio_second}
-    # Clients send pictures as application/octet-stream too.
+    # Clients also send pictures as application/octet-stream.
     mime = "image/*" if endpoint.operation is Operation.IMAGES else file.mime_type
     return pieces_of_file(mime or "application/octet-stream", file.head, file.size_bytes, rules)
 
 
-# Of a recording of which nothing more is known, such as a browser's in WebM: 32 kbit/s, low for
+# For a recording of unknown length, such as a browser's in WebM: 32 kbit/s, which is low for
 # speech.
 _USUAL_BYTES_A_SECOND = 4_000
-# The most that a second of it has: MP3 and Ogg; all else may be uncompressed, or hold a film.
+# The largest data rates: of MP3 and Ogg; any other file may be uncompressed, or a film.
 _MOST_COMPRESSED, _MOST_BYTES_A_SECOND = 64_000, 600_000
 _COMPRESSED = (b"ID3", b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2", b"OggS")
 _MOST_SECONDS = 86_400 * 7
@@ -335,8 +340,8 @@ _MOST_READS = 50_000
 
 
 class FileSection:
-    """A part of a file as a file of its own; reading it ends at a bound, whatever leads a parser
-    on. Blocks."""
+    """A part of a file as a file of its own. The number of reads is bounded, so that no content can
+    keep a parser busy. Blocks."""
 
     def __init__(self, file: _Readable, start: int, end: int) -> None:
         self._file = file
@@ -371,8 +376,8 @@ class FileSection:
 
 
 def recording_seconds(file: Any, start: int, end: int) -> int:
-    """How long a recording is that stands in a file: as its head says, but never less than its
-    bytes allow; by its size where nothing can be read. Blocks."""
+    """Return the length of a recording within a file: by its header, but at least what its bytes
+    allow; by its size if the header cannot be read. Blocks."""
     size_bytes = end - start
     section: Any = FileSection(file, start, end)
     head = section.read(12)
@@ -390,5 +395,5 @@ def _stated_seconds(section: BinaryIO) -> float | None:
         found = TinyTag.get(file_obj=section, tags=False).duration
     except (TinyTagException, ValueError):
         return None
-    # Neither NaN nor none at all.
+    # Excludes NaN and a missing duration.
     return found if found is not None and 0 < found < _MOST_SECONDS else None

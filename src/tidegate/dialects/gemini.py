@@ -1,6 +1,6 @@
 """Google's dialect: generateContent and its siblings, and interactions. Pure.
 
-Google also refuses in these words in the other dialects that it speaks.
+Google's refusals have this wording in the other dialects that it offers, too.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ from tidegate.dialects.spec import (
 )
 from tidegate.errors import NotFound, StatedBound, TidegateError
 
-# A method that is not named here is a future one: a call of a model.
+# A method that is not listed here is a future one: it counts as a call of a model.
 _OPERATIONS = {
     "countTokens": Operation.COUNT,
     "computeTokens": Operation.COUNT,
@@ -82,8 +82,8 @@ _OPERATIONS = {
     "batchGenerateContent": Operation.BATCH,
     "asyncBatchEmbedContent": Operation.BATCH,
 }
-# Vertex's way to read an operation, whosever it is; and all else that begins work which goes on
-# after the call, and can be neither admitted nor accounted.
+# Vertex's method to read any operation, whoever owns it; and all other methods that start work
+# which continues after the call, and can be neither admitted nor charged.
 _NOT_RELAYED = re.compile(r"^(?:fetchPredictOperation$|asyncBatch)|LongRunning$")
 _CALL = re.compile(
     r"(?P<folder>/v1(?:alpha|beta)?/(?:models|tunedModels)/)(?P<model>[\w\-@][\w.\-@]{0,199}):(?P<do>\w+)",
@@ -97,7 +97,7 @@ _ANY_MODEL = r"models/[\w\-@][\w.\-@]{0,199}"
 _DOWNLOAD = rf"(?:/download)?{_VERSION_ROOT}/files/{{id}}:download"
 _MADE_FILES = gemini_work.MADE_FILES
 _STORE = "file_search_store"
-_OF_STORE = "fileSearchStores/{id}"  # all below a store is its owner's
+_OF_STORE = "fileSearchStores/{id}"  # everything below a store belongs to the store's owner
 _RESOURCES = tuple(
     path_of(method, f"{_VERSION_ROOT}/{below}" if below else _DOWNLOAD, kind, act, makes)
     for method, below, kind, act, makes in (
@@ -156,7 +156,7 @@ def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
 
 
 def endpoint_of(method: str, path: str) -> Endpoint | None:
-    """The endpoint of a call, an upload, a file or a model."""
+    """Return the endpoint of a call, an upload, a file or a model."""
     if method == "POST" and (call := _CALL.fullmatch(path)) is not None:
         do = call["do"]
         if do not in _OPERATIONS and _NOT_RELAYED.search(do):
@@ -192,13 +192,13 @@ _REFERRING = (
     *(b"inputConfig", b"input_config", b"fileSearchStoreNames", b"file_search_store_names"),
 )
 _INPUTS = frozenset(("fileName", "file_name"))  # of a batch
-# Google reads the names of fields in either form.
+# Google accepts both spellings of a field.
 _PREVIOUS = ("previous_interaction_id", "previousInteractionId")
 _URIS = frozenset(("fileUri", "file_uri", "uri"))
 _CACHES = frozenset(("cachedContent", "cached_content"))
 _STORES = frozenset(("fileSearchStoreNames", "file_search_store_names"))
 _REFERENCES = _URIS | _CACHES | _STORES | frozenset(_PREVIOUS)
-# What a model has called a client's function with, and what that has returned.
+# Arguments of calls of a client's function, and its results.
 _OF_FUNCTIONS = frozenset(("args", "arguments"))
 _OWN_FILE = re.compile(
     rf"(?:https?://[^/?#\s]+/v1(?:alpha|beta|main)?/|/?(?:v1(?:alpha|beta|main)?/)?)"
@@ -210,8 +210,8 @@ _STORE_NAME = re.compile(rf"fileSearchStores/({RESOURCE_ID})", re.ASCII)
 
 
 def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
-    """The files, stores of files, the cached content and the interaction that a request names, each
-    where it stands. Raises InvalidRequest and NotFound."""
+    """Return the files, file stores, cached content and interaction that a request names, with the
+    field of each. Raises InvalidRequest and NotFound."""
     imports = not body and may_name(raw, b'"fileName"', b'"file_name"')
     if not imports and not may_name(raw, *_REFERRING, *map(str.encode, _PREVIOUS)):
         return []
@@ -238,8 +238,8 @@ def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
 
 
 def _file_named(field: str, uri: str) -> str | None:
-    """The id of the account's file that a URI names; None for what is somewhere else. Raises
-    NotFound for what is written in a way in which only Google might read it as one of its files."""
+    """Return the id of the account's file that a URI names; None for a file stored elsewhere.
+    Raises NotFound for a spelling that only Google might read as one of its files."""
     if (own := _OWN_FILE.fullmatch(uri)) is not None:
         return own[1]
     plain = unquote(uri).lower()
@@ -254,7 +254,7 @@ _CACHED_CONTENT = Making("cached_content", "name", prefix="cachedContents/")
 
 
 def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
-    """An interaction is stored unless the request says no."""
+    """Return what a call creates: an interaction is stored unless the request declines."""
     if path.endswith("/interactions"):
         is_kept = body.get("store") is not False or body.get("background") is True
         return _INTERACTION if is_kept else None
@@ -275,7 +275,7 @@ def _is_hosted(tool: JsonObject) -> bool:
 def request_facts(
     endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
 ) -> RequestFacts:
-    """Facts of a request. Raises InvalidRequest."""
+    """Return the facts of a request. Raises InvalidRequest."""
     if endpoint.path.endswith("/interactions"):
         return interactions.request_facts(endpoint, body, whole, rules_of)
     if endpoint.operation is Operation.VIDEO and endpoint.model is not None:
@@ -300,13 +300,13 @@ def request_facts(
     return facts
 
 
-_USUAL_DRAWN = 4  # of Imagen, where a request names no number
+_USUAL_DRAWN = 4  # of Imagen, if a request states no number
 
 
 def _drawing_facts(
     endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized]
 ) -> RequestFacts:
-    """Facts of a request for pictures of Imagen. Raises InvalidRequest."""
+    """Return the facts of a request for pictures of Imagen. Raises InvalidRequest."""
     settings = body.get("parameters")
     settings = settings if isinstance(settings, Mapping) else {}
     named = settings.get("sampleCount", settings.get("sample_count", _USUAL_DRAWN))
@@ -319,14 +319,14 @@ _VERSION = re.compile(r"gemini-(\d+)")
 
 @lru_cache(maxsize=512)
 def rules_of(model: str) -> Rules:
-    """Token counts of a model's files; ai.google.dev/gemini-api/docs, pages "tokens" and
+    """Return the token counts of a model's files; ai.google.dev/gemini-api/docs, pages "tokens" and
     "media-resolution"."""
     version = _VERSION.search(model)
     return _GEMINI_3_RULES if version and int(version[1]) >= 3 else USUAL_RULES
 
 
-# Places of audio, image and video, by their name, and by number where Google writes its
-# enumerations so.
+# The index of audio, image and video, by name, and by number where Google writes enumerations as
+# numbers.
 _MODALITIES = ("audio", "image", "video")
 _PLACES = {"AUDIO": 0, 4: 0, "IMAGE": 1, 2: 1, "VIDEO": 2, 3: 2}
 
@@ -334,7 +334,7 @@ _MOST_MODALITIES = 64
 _MOST_QUERIES = 10_000
 
 
-# cloud.google.com/vertex-ai/generative-ai/docs, "TrafficType"; on demand is the usual one.
+# cloud.google.com/vertex-ai/generative-ai/docs, "TrafficType"; ON_DEMAND is the usual one.
 _TRAFFIC = {
     "ON_DEMAND_FLEX": "flex",
     "ON_DEMAND_PRIORITY": "priority",
@@ -343,12 +343,12 @@ _TRAFFIC = {
 
 
 def usage_of(raw: Mapping[str, Any]) -> Usage:
-    """The usage that an answer reports, which leaves out what is 0."""
+    """Return the usage that an answer reports; counts of 0 are missing in it."""
     taken, total = count_of(raw, "promptTokenCount"), count_of(raw, "totalTokenCount")
     tools = count_of(raw, "toolUsePromptTokenCount")
     given, thoughts = count_of(raw, "candidatesTokenCount"), count_of(raw, "thoughtsTokenCount")
     if given is None and total is not None and taken is not None:
-        # It leaves out what is 0.
+        # A count of 0 is missing.
         given = max(0, total - taken - (thoughts or 0) - (tools or 0))
     usage = Usage(
         input_tokens=taken if taken is None or tools is None else taken + tools,
@@ -362,7 +362,7 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
 
 
 def _tier_of(raw: Mapping[str, Any]) -> str | None:
-    """The Gemini API reports a tier, Vertex the traffic that it counts a call as."""
+    """Return the processing tier. The Gemini API reports a tier, Vertex the type of traffic."""
     if "serviceTier" in raw:
         return tier_of({"service_tier": raw["serviceTier"]})
     traffic = raw.get("trafficType")
@@ -371,14 +371,14 @@ def _tier_of(raw: Mapping[str, Any]) -> str | None:
 
 def _usage_details(raw: Mapping[str, Any]) -> UsageDetails | None:
     taken, given = raw.get("promptTokensDetails"), raw.get("candidatesTokensDetails")
-    taken = raw.get("promptTokenDetails") if taken is None else taken  # so of an embedding
+    taken = raw.get("promptTokenDetails") if taken is None else taken  # of an embedding
     by_tools = raw.get("toolUsePromptTokensDetails")
     if not (taken or given or by_tools):
         return None
     if _is_text(taken) and not by_tools and (not given or _is_text(given)):
-        return None  # as of most calls
+        return None  # the usual case
     inputs = _by_modality([*_pairs(taken), *_pairs(by_tools)])
-    # What was read from a cache has one price: it is not counted by modality.
+    # Tokens read from a cache have one price: they are not counted by modality.
     cached = _by_modality(_pairs(raw.get("cacheTokensDetails")))
     fresh = [max(0, one - old) for one, old in zip(inputs, cached, strict=True)]
     parts = [tokens or None for tokens in (*fresh, *_by_modality(_pairs(given)))]
@@ -390,7 +390,7 @@ def _usage_details(raw: Mapping[str, Any]) -> UsageDetails | None:
 
 
 def _is_text(rows: Any) -> bool:
-    """Whether a list of tokens by modality has those of text alone."""
+    """Return whether a list of tokens by modality has only text."""
     if type(rows) is not list or len(rows) != 1:
         return False
     only = rows[0]
@@ -428,8 +428,8 @@ _TIERS = (b'"serviceTier"', b'"trafficType"')
 
 
 def tier_at_end(tail: bytes) -> str | None:
-    """The processing tier that an answer reports in its usage, read in its last bytes: whole
-    events, or the end of a longer one or of an object."""
+    """Return the processing tier in an answer's usage, from its last bytes: whole events, or the
+    end of a longer event or of an object."""
     if not any(name in tail for name in _TIERS):
         return None
     usage = next(filter(None, map(_event_usage, last_events(tail))), None)
@@ -443,13 +443,13 @@ _NUMBERED = re.compile(rb'"finishReason"\s*:\s*(\d{1,9})\b')
 
 
 def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
-    """Facts of an answer, whole, as a list, or as a stream."""
+    """Return the facts of an answer, whole, as a list, or as a stream."""
     if interactions.is_interaction(answer):
         return interactions.answer_facts(answer, omitted=omitted, cut=cut)
     if (whole := whole_object(answer)) is not None:
         facts = object_facts(_FORM, whole)
         if str(whole.get("name", "")).startswith("cachedContents/"):
-            # All that it counts is input, which a later call reads again.
+            # All of its tokens are input, which later calls read again.
             total = count_of(part_of(whole, "usageMetadata"), "totalTokenCount")
             facts.usage = Usage(input_tokens=total, output_tokens=0, total_tokens=total)
         if facts.finish_reason is None:
@@ -460,7 +460,7 @@ def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> 
             facts.finish_reason = last_match(_NUMBERED, answer) or last_match(_BLOCKED, answer)
     usage = facts.usage
     if usage.output_tokens is None and usage.input_tokens is not None and _EMBEDDED.match(answer):
-        facts.usage = replace(usage, output_tokens=0)  # it reports its input, and no total
+        facts.usage = replace(usage, output_tokens=0)  # it reports its input, but no total
     if _SEARCHED in answer:
         queries = _queries_in(answer) if whole is None else _queries_of(whole)
         facts.usage = with_searches(facts.usage, len(queries))
@@ -468,7 +468,7 @@ def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> 
 
 
 def _queries_in(answer: bytes) -> set[str]:
-    """Searches of the web in an answer; a later piece may repeat those of an earlier one."""
+    """Return the web searches in an answer; a later piece may repeat those of an earlier one."""
     if answer[:HEAD_BYTES].lstrip()[:1] in (b"[", b"{"):
         texts = [answer]
     else:
@@ -499,7 +499,7 @@ _INLINE = re.compile(rb'"inlineData"\s*:\s*\{|"bytesBase64Encoded"\s*:\s*"')
 
 
 def image_count(answer: bytes) -> int:
-    """How many images a whole answer holds."""
+    """Return how many images a whole answer holds."""
     if interactions.is_interaction(answer):
         return interactions.image_count(answer)
     return len(_INLINE.findall(answer))
@@ -517,11 +517,11 @@ def add_output(event: JsonObject, output: OutputEvents) -> None:
                     output.unnamed_images += not mime.startswith("audio/")
                 elif name == "text" and type(value) is str:
                     output.texts.append(value)
-                elif type(value) is dict:  # a function's call, code, what code gave
+                elif type(value) is dict:  # a function call, code, or the result of code
                     output.texts.append(as_text(value))
 
 
-# From the first word on: a provider that repeats a client's text does so further on.
+# Anchored at the start: a provider that repeats a client's text does so later.
 _DEAD_KEY = re.compile(
     r"\W*(?:your )?api key (?:not valid|not found|expired|has been)", re.IGNORECASE
 )
@@ -529,20 +529,20 @@ _NO_MONEY = re.compile(
     r"your (?:prepayment credits are depleted|project has exceeded its (?:\w+ )?spending cap)",
     re.IGNORECASE,
 )
-# A 403 on a requested resource, such as a file that is not there (Gemini's word for it) or a model
-# that the account may not use: it is not about the key, which serves other calls at this moment.
+# A 403 about a requested resource, such as a file that does not exist (Gemini's answer in that
+# case) or a model that the account may not use: the key is valid, and serves other calls.
 _ABOUT_A_THING = re.compile(r"\b(?:file|model|cached ?content)s?\b", re.IGNORECASE)
 
 
 def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
-    """None where it is worded in no way of this dialect's own."""
+    """Classify a refusal; None if its wording is not of this dialect."""
     if _NO_MONEY.match(answer.message):
         return RefusalFacts("unpaid")
     if answer.status == 403 and _ABOUT_A_THING.search(answer.message):
         return RefusalFacts("of_thing")
     if answer.status == 400 and _dead_key(answer):
         return RefusalFacts("key")
-    # https://ai.google.dev/gemini-api/docs/flex-inference: its capacity is shed first
+    # https://ai.google.dev/gemini-api/docs/flex-inference: flex capacity is shed first
     if answer.status == 503 and answer.tier == "flex":
         return RefusalFacts("tier_busy")
     if answer.status != 429:
@@ -572,8 +572,9 @@ def _unit_of(quotas: str) -> Literal["requests", "tokens", "input_tokens"] | Non
 
 
 def _quota_ids(details: list[JsonObject]) -> list[str]:
-    """The quotas that a call was over, such as generaterequestsperdayperprojectpermodel-freetier:
-    in lower case, since their spelling varies."""
+    """Return the ids of the exceeded quotas, such as
+    generaterequestsperdayperprojectpermodel-freetier: in lower case, since their spelling
+    varies."""
     return [str(one["quotaId"]).lower() for one in _violations(details)]
 
 
@@ -587,7 +588,7 @@ def _violations(details: list[JsonObject]) -> list[JsonObject]:
 
 
 def _stated_bounds(details: list[JsonObject]) -> Iterator[StatedBound]:
-    """Of the model's own quotas, a minute's and a day's."""
+    """Yield the bounds of the model's own quotas, by minute and by day."""
     for violation in _violations(details)[:_MOST_STATED]:
         quota, value = str(violation["quotaId"]).lower(), str(violation.get("quotaValue", ""))
         unit, is_of_day = _unit_of(quota), "perday" in quota
@@ -636,7 +637,7 @@ _ERROR_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
 
 
 def problem(error: TidegateError, status: int, retry_after_ms: int | None) -> JsonObject:
-    """The body of an answer with an error of ours."""
+    """Return the body of an answer with an error of ours."""
     domain = {"@type": _ERROR_INFO, "reason": error.code.upper(), "domain": "tidegate"}
     limit = getattr(error, "limit", None)
     metadata = {"limit": limit} if limit else {}
@@ -713,7 +714,7 @@ GEMINI = DialectSpec(
     statuses=_STATUSES,
     refusal=refusal,
     problem=problem,
-    # Google's SDK takes a comment for an answer that is not JSON, but passes over empty lines.
+    # Google's SDK fails on a comment, as on an answer that is not JSON, but ignores empty lines.
     keep_alive=b"\n\n",
     no_retry=(),
 )

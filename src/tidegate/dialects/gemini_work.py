@@ -1,14 +1,14 @@
 """Background work at Gemini: videos, batches, and their results. Pure.
 
-A video is an operation below its model, a batch one of its own; both report `done`. An operation
-that has ended names its results: files at the provider, or the answers themselves.
+A video is an operation below its model, a batch an operation of its own; both report `done`. An
+operation that has ended names its results: files at the provider, or the answers themselves.
 
     https://ai.google.dev/gemini-api/docs/video
     https://ai.google.dev/gemini-api/docs/batch-api
     https://ai.google.dev/api/batch-api
 
-Invariants: a batch names no model but that of its path; a length or a resolution that a body states
-twice counts by the dearer one.
+Invariants: a batch names no model but that of its path; if a body states a length or a resolution
+twice, the more expensive value counts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tidegate.errors import InvalidRequest
 _INLINE = ("inlinedResponses", "inlinedEmbedContentResponses")
 OPERATION = Making("operation", "name", prefix="/operations/")
 BATCH = Making("batch", "name", prefix="batches/")
-# A batch expires after 48 hours; an hour more for its end.
+# A batch expires after 48 hours; an hour is added for its end.
 LONGEST_BATCH_MS = 49 * 3_600_000
 _BATCH_TIER = "batch"
 _FILE = re.compile(rf"(?:^|/)files/({RESOURCE_ID})(?=[:?]|$)", re.ASCII)
@@ -52,7 +52,7 @@ _STATES = {
 
 
 def end_of(shown: JsonObject) -> Status | None:
-    """How an operation has ended; None while it goes on."""
+    """Return how an operation has ended; None while it runs."""
     state = str(part_of(shown, "metadata").get("state"))
     ended = next((end for name, end in _STATES.items() if state.endswith(f"_{name}")), None)
     if ended is not None:
@@ -65,12 +65,12 @@ def end_of(shown: JsonObject) -> Status | None:
     return Status.SUCCEEDED
 
 
-# What an operation makes
+# Results of operations
 
 
 def files_of(shown: Mapping[str, Any]) -> Sequence[str]:
-    """The ids of the files that an operation has made: only where Google puts its own, and not
-    where it repeats what a client has written."""
+    """Return the ids of the files that an operation has made. Only the fields in which Google puts
+    its own files are read, not those that repeat a client's text."""
     response = part_of(shown, "response")
     output = part_of(part_of(shown, "metadata"), "output")
     named = [one.get("responsesFile") for one in (response, output)]
@@ -89,7 +89,8 @@ def _videos(response: JsonObject) -> Iterator[JsonObject]:
 
 
 def results_path(shown: JsonObject) -> str:
-    """Where the file of a batch's answers is; empty where they are in the batch itself."""
+    """Return the path of the file with a batch's answers; empty if the batch itself contains
+    them."""
     response = part_of(shown, "response") or part_of(part_of(shown, "metadata"), "output")
     named = response.get("responsesFile")
     found = _FILE.search(named) if type(named) is str else None
@@ -106,7 +107,7 @@ _SIZE = re.compile(r"(\d{1,5})([pk])")
 
 
 def video_request(model: str, body: Mapping[str, Any]) -> RequestFacts:
-    """Facts of a request for videos. Raises InvalidRequest."""
+    """Return the facts of a request for videos. Raises InvalidRequest."""
     if not isinstance(body.get("instances"), list):
         allowed = "a list of objects, each with a prompt"
         raise InvalidRequest("instances", "instances is missing", allowed=allowed)
@@ -129,12 +130,13 @@ def video_request(model: str, body: Mapping[str, Any]) -> RequestFacts:
 
 
 def video_seconds(raw: bytes) -> int:
-    """How long each video is to be."""
+    """Return the requested length of each video, in seconds."""
     return _most(_SECONDS, raw) or _USUAL_SECONDS
 
 
 def resolution(raw: bytes) -> str:
-    """The resolution of the videos, which prices call a tier; empty for the usual one."""
+    """Return the resolution of the videos, which prices treat as a tier; empty for the usual
+    one."""
     texts = [one.lower() for one in _stated(frozenset(("resolution",)), raw) if type(one) is str]
     sizes = [(size[2] == "k", int(size[1])) for size in map(_SIZE.fullmatch, texts) if size]
     is_wide, lines = max(sizes, default=(False, 0))
@@ -143,44 +145,45 @@ def resolution(raw: bytes) -> str:
 
 
 def _most(names: frozenset[str], raw: bytes) -> int:
-    """The greatest whole number that is stated under one of these names."""
+    """Return the largest number stated under one of these names, rounded up; 0 for none."""
     most = 0
     for value in _stated(names, raw):
         if type(value) in (int, float, str):
-            with suppress(ValueError, OverflowError):  # it is no number
+            with suppress(ValueError, OverflowError):  # not a number
                 most = max(most, ceil(float(value)))
     return most
 
 
 def _stated(names: frozenset[str], raw: bytes) -> list[Any]:
-    """All values of these names in a body, also of one that stands twice in an object."""
+    """Return all values of these names in a body, including duplicates within an object."""
     found: list[Any] = []
 
     def note(pairs: list[tuple[str, Any]]) -> None:
         found.extend(value for name, value in pairs if name in names)
 
-    with suppress(ValueError, RecursionError):  # the provider does not read it either
+    with suppress(ValueError, RecursionError):  # the provider cannot parse it either
         json.loads(raw, object_pairs_hook=note)
     return found
 
 
 @dataclass(slots=True)
 class VideoTally:
-    """Seconds of the videos that came of a request: Google charges for no others."""
+    """Counts the seconds of the videos that a request has produced: Google charges for no
+    others."""
 
     shown: JsonObject
     request: bytes
     is_unread: bool = False
 
     def add(self, row: JsonObject) -> None:
-        """An operation of videos has no file of answers."""
+        """Do nothing: an operation of videos has no file of answers."""
 
     def skim(self, text: bytes, *, is_last: bool) -> int:
         self.is_unread = True
         return len(text)
 
     def facts(self) -> AnswerFacts:
-        """Facts of all videos; of none, that nothing was used."""
+        """Return the facts of all videos; without any, a usage of zero."""
         if self.is_unread:
             return NO_FACTS
         videos = sum(1 for _ in _videos(part_of(self.shown, "response")))
@@ -196,7 +199,7 @@ class VideoTally:
 
 
 def requests_in(body: Mapping[str, Any]) -> list[JsonObject] | None:
-    """The requests of a batch; None where they are in a file. Raises InvalidRequest."""
+    """Return the requests of a batch; None if they are in a file. Raises InvalidRequest."""
     batch = part_of(body, "batch")
     config = part_of(batch, "inputConfig") or part_of(batch, "input_config")
     inline = config.get("requests")
@@ -214,7 +217,7 @@ _MODEL_FIELD = "batch.inputConfig.requests.requests.request.model"
 
 
 def named_in_batch(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Where a batch names the model of its path once more."""
+    """Yield the fields in which a batch names a model again, with the names."""
     batch = part_of(body, "batch")
     if type(named := batch.get("model")) is str:
         yield "batch.model", named
@@ -230,7 +233,7 @@ _COUNTS_OF_ANSWERS = ("candidateCount", "candidate_count")
 
 
 def batch_request(facts: RequestFacts, body: Mapping[str, Any], *, embeds: bool) -> RequestFacts:
-    """Facts of a batch, of those of its whole body. Raises InvalidRequest."""
+    """Return the facts of a batch, given those of its whole body. Raises InvalidRequest."""
     found = requests_in(body)
     bounds = [_bound(one) for one in found or ()]
     known = bool(bounds) and None not in bounds
@@ -247,7 +250,8 @@ def batch_request(facts: RequestFacts, body: Mapping[str, Any], *, embeds: bool)
 
 
 def _bound(request: JsonObject) -> int | None:
-    """Of all answers to a request; None where the model alone bounds them."""
+    """Return the bound of all answers to a request, in tokens; None if only the model bounds
+    them."""
     both = [part_of(request, name) for name in ("generationConfig", "generation_config")]
     given = [value for one in both for name in _BOUNDS if (value := one.get(name)) is not None]
     named = [bound for value in given if (bound := whole_in(value)) is not None]
@@ -258,8 +262,8 @@ def _bound(request: JsonObject) -> int | None:
 
 
 class BatchTally:
-    """Sum of what the answers of a batch report. `usage_of` reads that of one. What an answer does
-    not report is taken to be as much as the largest of the others."""
+    """Sums the usage that the answers of a batch report. `usage_of` reads the usage of one answer.
+    An answer that does not report a figure counts as the largest one of the others."""
 
     def __init__(
         self, shown: JsonObject, request: bytes, usage_of: Callable[[JsonObject], Usage]
@@ -271,7 +275,7 @@ class BatchTally:
         self._details: dict[str, int] = {}
         self._versions: set[str] = set()
         self._answers = 0
-        self._silent = self._lacking_input = 0  # of the answers
+        self._silent = self._lacking_input = 0  # counts of answers
         self._largest = {"input_tokens": 0, "output_tokens": 0}
         output = part_of(shown, "response") or part_of(part_of(shown, "metadata"), "output")
         for name in _INLINE:
@@ -279,7 +283,7 @@ class BatchTally:
                 self.add(row)
 
     def add(self, row: JsonObject) -> None:
-        """Count one more answer; one that was refused used nothing."""
+        """Add an answer; one that was refused used nothing."""
         answer = part_of(row, "response")
         if not answer:
             return
@@ -305,7 +309,8 @@ class BatchTally:
                 self._details[name] = self._details.get(name, 0) + more
 
     def skim(self, text: bytes, *, is_last: bool) -> int:
-        """By the usage beside each answer; within one the quotes of its name would be escaped."""
+        """Add answers of a long text by the usage beside each. A match within an answer is
+        impossible: there the quotes of the field's name are escaped."""
         end = len(text) if is_last else max(0, len(text) - _LONGEST_USAGE_BYTES)
         at = 0
         while (found := _TOLD.search(text, at)) is not None and found.start() < end:
@@ -314,7 +319,7 @@ class BatchTally:
                 self._skimmed.append({"tokenCount": found["tokens"].decode()})
                 continue
             told = text[at - 1 : at + _LONGEST_USAGE_BYTES].decode("utf-8", "replace")
-            with suppress(ValueError, RecursionError):  # then what follows counts by itself
+            with suppress(ValueError, RecursionError):  # otherwise the next match counts by itself
                 usage, length = _DECODER.raw_decode(told)
                 self._skimmed.append({"usageMetadata": usage})
                 at += length - 1
@@ -325,7 +330,8 @@ class BatchTally:
         return max(at, end)
 
     def _once(self) -> list[JsonObject]:
-        """What was skimmed; an operation shows its answers twice, as its result and its output."""
+        """Return the skimmed answers without repetition: an operation may show them twice, as its
+        result and as its output."""
         found, half = self._skimmed, len(self._skimmed) // 2
         with suppress(orjson.JSONDecodeError, InvalidRequest):
             asked = len(requests_in(object_of(orjson.loads(self._request))) or ())
@@ -334,8 +340,9 @@ class BatchTally:
         return found
 
     def facts(self) -> AnswerFacts:
-        """Facts of all: without the input where no answer reports any; unknown where none reports
-        its usage, or where a batch has none, but counts some that succeeded."""
+        """Return the facts of all answers. The input is unknown if no answer reports any. The usage
+        is unknown if no answer reports one, or if a batch shows no answers but counts some as
+        successful."""
         stats = part_of(part_of(self._shown, "metadata"), "batchStats")
         succeeded = str(stats.get("successfulRequestCount", "0"))
         version = self._versions.pop() if len(self._versions) == 1 else None
@@ -352,7 +359,7 @@ class BatchTally:
         for name in ("thoughts_tokens", "cached_tokens"):
             sums[name] = self._sums.get(name) or None
         counts: dict[str, Any] = {name: count or None for name, count in self._details.items()}
-        if told and self._lacking_input == told:  # then its parts say nothing either
+        if told and self._lacking_input == told:  # then its details are unknown too
             sums["input_tokens"] = sums["cached_tokens"] = None
             counts = {name: n for name, n in counts.items() if not name.startswith("input_")}
         details = UsageDetails(**counts, tier=_BATCH_TIER)
@@ -371,7 +378,7 @@ _COUNTS = (
 
 
 def _whole(value: Any) -> int | None:
-    """A count, which Google may write as a text."""
+    """Return a count, which Google may write as a string; None for anything else."""
     if type(value) is str and value.isascii() and value.isdecimal():
         value = int(value[:12])
     return value if type(value) is int and value >= 0 else None

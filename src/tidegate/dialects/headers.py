@@ -1,11 +1,11 @@
 """Headers: which are forwarded each way, limits and waits in them, and redirects.
 
-Known rate limits are OpenAI's with those of compatible providers (Azure, Groq, Mistral, Cerebras,
-Together, OpenRouter) and Anthropic's; Google sends none. A value that is no number is skipped,
-never an error. Moments are read by the clock of the server that names them.
+Rate limits are read from the headers of OpenAI, compatible providers (Azure, Groq, Mistral,
+Cerebras, Together, OpenRouter) and Anthropic; Google sends none. A value that is not a number is
+skipped, never an error. Times are compared with the clock of the server that sent them.
 
-Invariants: headers of one connection, of the client's browser, of its address and of its key never
-pass; unknown headers do. A wait is within 0 to `MAX_RETRY_AFTER_MS`.
+Invariants: hop-by-hop headers, and those of the client's browser, address and key, are never
+forwarded; unknown headers are. A wait is within 0 to `MAX_RETRY_AFTER_MS`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tidegate.prices.rates import STANDARD_TIERS
 
 _LONGEST_TIER = 40
 
-# RFC 9110, section 7.6.1, and what Connection itself names.
+# RFC 9110, section 7.6.1; the headers that Connection names are added to these.
 _HOP_BY_HOP = frozenset(
     (
         *(b"connection", b"keep-alive", b"proxy-connection", b"proxy-authenticate"),
@@ -40,18 +40,18 @@ _NOT_SENT = _HOP_BY_HOP | frozenset(
         *(b"x-amz-date", b"x-amz-security-token", b"x-amz-content-sha256", b"x-amz-user-agent"),
         *(b"amz-sdk-invocation-id", b"amz-sdk-request"),
         *(b"forwarded", b"via", b"x-real-ip", b"origin", b"referer"),
-        # Some servers take these for the method or the path that is really meant.
+        # Some servers read the real method or path from these.
         *(b"x-http-method-override", b"x-http-method", b"x-method-override"),
         *(b"x-original-url", b"x-rewrite-url"),
-        # Some servers begin work for them that continues after their answer, under no permit.
+        # Some servers start work for these that continues after their answer, without a permit.
         *(b"prefer", b"x-dashscope-async"),
-        # Google leaves out what these do not name, such as the usage; and encodes the answer.
+        # These have Google leave out fields, such as the usage, or encode the answer.
         *(b"x-goog-fieldmask", b"x-goog-encode-response-if-executable"),
     )
 )
 _NOT_SENT_PREFIXES = (_OURS, b"x-forwarded-", b"sec-", b"proxy-")
 # Headers that control the client's browser, our origin or our connections, and those that our own
-# server sets. Of a redirect: a client that followed it to an upstream's address would send its key
+# server sets. Location: a client that followed it to an upstream's address would send its key
 # there.
 _NOT_RETURNED = _HOP_BY_HOP | frozenset(
     (
@@ -74,26 +74,26 @@ _NOT_RETURNED = _HOP_BY_HOP | frozenset(
         *(b"supports-loading-mode", b"no-vary-search", b"sourcemap", b"x-sourcemap"),
         *(b"nel", b"report-to", b"reporting-endpoints", b"timing-allow-origin", b"tk"),
         *(b"accept-ch", b"accept-ch-lifetime", b"critical-ch", b"use-as-dictionary"),
-        # What a proxy before us obeys: it would send a file or an inner address of its own, at
-        # another speed or in another charset, or keep the answer for others. That it is not to
-        # buffer a stream (x-accel-buffering) does pass.
+        # Instructions to a proxy in front of us: to send a file or an internal address of its own,
+        # to change the speed or the charset, or to cache the answer for others. Only
+        # x-accel-buffering, against the buffering of a stream, is forwarded.
         *(b"x-accel-redirect", b"x-accel-expires", b"x-accel-limit-rate", b"x-accel-charset"),
         *(b"x-sendfile", b"x-sendfile-temporary", b"x-lighttpd-send-file", b"x-sendfile2"),
         *(b"x-lighttpd-send-tempfile", b"x-reproxy-url", b"x-reproxy-file", b"edge-control"),
         *(b"surrogate-control", b"cdn-cache-control", b"cloudflare-cdn-cache-control"),
     )
 )
-# What every answer to a caller of its own is to a cache before us: no shared one keeps it.
+# Cache-Control of every answer to one caller: no shared cache in front of us keeps it.
 _PRIVATE = (b"private", b"no-store")
 _KEPT_BY_NOBODY_ELSE = (b"cache-control", b"private, no-cache")
 _NOT_RETURNED_PREFIXES = (_OURS, b"access-control-", b"cross-origin-", b"sec-", b"proxy-")
-_SHORTEST_SECRET_BYTES = 8  # a shorter one, such as `none`, opens nothing
+_SHORTEST_SECRET_BYTES = 8  # a shorter one, such as `none`, is not a secret
 _NO_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def to_send(given: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """The headers of a client that pass to the upstream. Names are in lower case, as ASGI has
-    them."""
+    """Return a client's headers that are forwarded to the upstream. Names are in lower case, as in
+    ASGI."""
     found, named = [], b""
     for pair in given:
         name = pair[0]
@@ -104,13 +104,13 @@ def to_send(given: Iterable[tuple[bytes, bytes]]) -> Headers:
             found.append(pair)
     if named and named not in (b"keep-alive", b"close"):
         found = _without_named(found, named)
-    # A compressed answer could not be read for its usage.
+    # The usage of a compressed answer could not be read.
     found.append((b"accept-encoding", b"identity"))
     return found
 
 
 def _without_named(headers: Headers, connection: bytes) -> Headers:
-    """`headers` without those that the value of Connection names."""
+    """Return `headers` without those that the value of Connection names."""
     dropped = {name.strip() for name in connection.split(b",")}
     return [pair for pair in headers if pair[0] not in dropped]
 
@@ -118,8 +118,8 @@ def _without_named(headers: Headers, connection: bytes) -> Headers:
 def to_return(
     given: Iterable[tuple[bytes, bytes]], key: str = "", *, same_length: bool = True
 ) -> Headers:
-    """The headers of an upstream's answer that pass to the client. Where they repeat the
-    upstream's `key` it is masked."""
+    """Return the headers of an upstream's answer that are forwarded to the client. The upstream's
+    `key` is masked in their values."""
     found, named = [], b""
     for raw_name, value in given:
         name = raw_name.lower()
@@ -140,8 +140,9 @@ def to_return(
 
 
 def kept_private(headers: Headers) -> Headers:
-    """The headers of an answer to GET, such that no cache gives it to another caller: one before us
-    knows nothing of `x-api-key` or `?key=`, and may keep what names no time."""
+    """Return the headers of an answer to GET, changed so that no cache serves it to another caller:
+    a cache in front of us does not vary by `x-api-key` or `?key=`, and may keep an answer that
+    states no expiry."""
     stated = b",".join([value.lower() for name, value in headers if name == b"cache-control"])
     if any(one in stated for one in _PRIVATE):
         return headers
@@ -150,7 +151,7 @@ def kept_private(headers: Headers) -> Headers:
 
 
 def content_type_in(headers: Headers) -> str | None:
-    """The value of Content-Type; None without one."""
+    """Return the value of Content-Type; None without one."""
     for name, value in headers:
         if name == b"content-type":
             return value.decode("latin-1")
@@ -161,12 +162,13 @@ _CONDITIONS = (b"if-none-match", b"if-modified-since")
 
 
 def is_unchanged(status: int, sent: Headers) -> bool:
-    """Whether an answer without a body is one: the client has what it would be."""
+    """Return whether an answer without a body is complete, because the client has the content
+    already."""
     return status == 304 and any(name in _CONDITIONS for name, _ in sent)
 
 
 def tier_in(headers: Headers) -> str | None:
-    """The processing tier by which Gemini has served a call, None for the usual one."""
+    """Return the processing tier that served a call at Gemini; None for the usual one."""
     for name, value in headers:
         if name.lower() == b"x-gemini-service-tier":
             tier = value.decode("latin-1").strip().lower()
@@ -175,8 +177,8 @@ def tier_in(headers: Headers) -> str | None:
 
 
 def of_answer(upstream: str, queue_ms: float) -> Headers:
-    """Headers of every answer of an upstream, refusals too: which upstream, and the wait of the
-    call for admission."""
+    """Return the headers of every answer of an upstream, refusals included: the upstream's name,
+    and the time that the call waited for admission."""
     return [
         (b"x-tidegate-queue-ms", b"%.1f" % queue_ms),
         (b"x-tidegate-upstream", upstream.encode()),
@@ -184,11 +186,11 @@ def of_answer(upstream: str, queue_ms: float) -> Headers:
 
 
 MAX_RETRY_AFTER_MS = 86_400_000
-# Of two clocks; Date is in whole seconds.
+# Tolerance between two clocks; Date is in whole seconds.
 _APART_S = 2.0
 _NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
 _DURATION = re.compile(r"^\s*(\d{1,9}(?:\.\d{1,9})?)\s*s?\s*$")
-# A span of time as Go writes it, and with it OpenAI: 17ms, 1.5s, 6m0s, 1h2m3s.
+# A duration in Go's format, which OpenAI uses too: 17ms, 1.5s, 6m0s, 1h2m3s.
 _SPAN = re.compile(
     rf"(?=\d)(?:({_NUMBER})d)?(?:({_NUMBER})h)?(?:({_NUMBER})m(?!s))?(?:({_NUMBER})s)?(?:({_NUMBER})ms)?"
 )
@@ -196,13 +198,13 @@ _SPANS_MS = (86_400_000, 3_600_000, 60_000, 1_000, 1)
 _IN_MESSAGE = re.compile(
     r"\b(?:retry|try again) (?:in|after)\s+([\d.]{1,20}\s?[dhms][\d.dhms]{0,60})", re.IGNORECASE
 )
-# Azure's wording, and Anthropic's of a month's limit.
+# Azure's wording, and Anthropic's for a monthly limit.
 _SECONDS = re.compile(r"\bretry after\s+(\d{1,6}) seconds?\b", re.IGNORECASE)
 _DAY = re.compile(r"\bregain access on\s+(\d{4}-\d\d-\d\d)(?:\s+at\s+(\d\d:\d\d))?", re.IGNORECASE)
 
 
 def retry_after_ms(answer: ErrorAnswer) -> int | None:
-    """The wait that a refusal requests; None where it names none."""
+    """Return the wait that a refusal requests; None if it states none."""
     for detail in answer.details:
         if str(detail.get("@type", "")).endswith("RetryInfo"):
             found = _DURATION.match(str(detail.get("retryDelay", "")))
@@ -229,8 +231,8 @@ def retry_after_ms(answer: ErrorAnswer) -> int | None:
 
 
 def answered_at(date: str, now: datetime) -> datetime:
-    """When an answer was made by the clock of its server, which the moments in it are of: by its
-    header Date where that is not nearly `now`."""
+    """Return when an answer was made by its server's clock, to which the times in it refer: the
+    header Date if it differs from `now` by more than `_APART_S`, otherwise `now`."""
     try:
         at = parsedate_to_datetime(date)
         at = at.replace(tzinfo=at.tzinfo or UTC)
@@ -241,7 +243,7 @@ def answered_at(date: str, now: datetime) -> datetime:
 
 
 def until_date_ms(message: str, now: datetime) -> int | None:
-    """Until the day from which the account may spend again, in a sentence."""
+    """Return the time until the day in a message on which the account may spend again."""
     found = _DAY.search(message[:4_000])
     if found is None:
         return None
@@ -249,7 +251,7 @@ def until_date_ms(message: str, now: datetime) -> int | None:
 
 
 def until_ms(moment: str, now: datetime) -> int | None:
-    """Until a moment as RFC 3339 writes it."""
+    """Return the time until a moment in RFC 3339 format."""
     try:
         at = datetime.fromisoformat(moment.strip())
     except ValueError:
@@ -259,7 +261,7 @@ def until_ms(moment: str, now: datetime) -> int | None:
 
 
 def span_ms(text: str) -> float | None:
-    """None where it is not a span of time; a bare number is one of seconds."""
+    """Return a duration in ms; None for anything else. A plain number is in seconds."""
     text = text.replace(" ", "").lower().rstrip(".")
     if re.fullmatch(_NUMBER, text):
         return float(text) * 1000
@@ -271,7 +273,7 @@ def span_ms(text: str) -> float | None:
 
 
 def bounded_ms(value: float) -> int:
-    """Whole, not below 0 and not over a day."""
+    """Return a whole number of ms, at least 0 and at most a day."""
     return min(max(0, round(value)), MAX_RETRY_AFTER_MS)
 
 
@@ -312,8 +314,8 @@ _EPOCH_S, _EPOCH_MS = 1e9, 1e12
 
 @dataclass(frozen=True, slots=True)
 class RateStatus:
-    """One rate limit. window: `second`, `minute`, `hour`, `day` or `month`; None where its headers
-    do not name it, mostly a minute."""
+    """A rate limit. window: `second`, `minute`, `hour`, `day` or `month`; None if its headers do
+    not name it, which is usually a minute."""
 
     unit: Unit
     window: str | None = None
@@ -323,7 +325,7 @@ class RateStatus:
 
 
 def rate_statuses(headers: Mapping[str, str], now: datetime) -> list[RateStatus]:
-    """The rate limits that headers report; names are in lower case."""
+    """Return the rate limits that headers report. Names are in lower case."""
     found: dict[tuple[int, str, str | None], dict[str, int]] = {}
     for name, value in headers.items():
         if "ratelimit" not in name:
@@ -344,8 +346,8 @@ def rate_statuses(headers: Mapping[str, str], now: datetime) -> list[RateStatus]
 
 
 def used_up(headers: Mapping[str, str], now: datetime) -> RateStatus | None:
-    """The narrowest limit of which nothing remains, with the time after which all of them begin
-    again; None where something remains of each."""
+    """Return the narrowest exhausted limit, with the time until all exhausted ones reset; None if
+    every limit has capacity left."""
     empty = [one for one in rate_statuses(headers, now) if one.remaining == 0]
     if not empty:
         return None
@@ -360,7 +362,7 @@ def _whole(value: str) -> int | None:
 
 
 def _reset_ms(value: str, now: datetime) -> int | None:
-    """From a span of time, a moment as RFC 3339 writes it, or seconds or ms since 1970."""
+    """Parse a duration, a moment in RFC 3339 format, or Unix time in seconds or ms."""
     if re.fullmatch(r"\d{1,15}(?:\.\d{1,9})?", value := value.strip()):
         number = float(value)
         if number >= _EPOCH_S:
@@ -372,13 +374,13 @@ def _reset_ms(value: str, now: datetime) -> int | None:
 
 
 _REDIRECT_LONGEST_BYTES = 8_000
-# Whatever a server could read as a step upwards, or in another way than it is read here.
+# Characters that could be read as a step upwards, or that servers may read differently.
 _UNSOUND = re.compile(rb"[\\\x00-\x20\x7f-\xff]|/\.|%2e|%5c|%00", re.IGNORECASE)
 
 
 def followed(headers: Iterable[tuple[bytes, bytes]], base: str) -> str | None:
-    """The URL to which a redirect leads that is to be followed, else None. `base`: that of the
-    upstream, without a slash at its end."""
+    """Return the URL of a redirect if it may be followed, otherwise None. `base`: that of the
+    upstream, without a trailing slash."""
     named = [value for name, value in headers if name.lower() == b"location"]
     if len(named) != 1 or len(named[0]) > _REDIRECT_LONGEST_BYTES or _UNSOUND.search(named[0]):
         return None

@@ -1,7 +1,7 @@
 """Interactions of Gemini's dialect: their requests, answers and events. Pure.
 
-An interaction has steps in place of messages, is named by a model or an agent, and reports its
-usage in its own words. Events of the earlier form, `content.delta`, are read as those of steps.
+An interaction has steps instead of messages, names a model or an agent, and reports its usage in
+its own form. Events of the earlier form, `content.delta`, are read like those of steps.
 
     https://ai.google.dev/gemini-api/docs/interactions
     google-genai 3.6.1, `google.genai.interactions`
@@ -43,7 +43,7 @@ from tidegate.dialects.spec import (
 )
 from tidegate.errors import InvalidRequest
 
-# Of an interaction that does not go on; `requires_action` waits for its client's function.
+# Final states of an interaction; `requires_action` waits for its client's function.
 _ENDS = {
     "completed": Status.SUCCEEDED,
     "incomplete": Status.SUCCEEDED,
@@ -56,7 +56,7 @@ _ENDS = {
 
 
 def end_of(shown: JsonObject) -> Status | None:
-    """How an interaction, or a response of OpenAI's, has ended; None while it goes on."""
+    """Return how an interaction, or a response of OpenAI's, has ended; None while it runs."""
     return _ENDS.get(str(shown.get("status")))
 
 
@@ -70,7 +70,8 @@ def request_facts(
     whole: Mapping[str, Sized],
     rules_of: Callable[[str], Rules],
 ) -> RequestFacts:
-    """Facts of a request. An agent counts as the model of that name. Raises InvalidRequest."""
+    """Return the facts of a request. An agent counts as the model of that name. Raises
+    InvalidRequest."""
     agent = body.get("agent")
     if agent is not None:
         if "model" in body:
@@ -92,8 +93,8 @@ def request_facts(
 
 
 def _check_environment(environment: Any) -> None:
-    """Raises InvalidRequest for an environment that is there already: it has what other calls of
-    the account left in it, and its id says nothing of whose it is."""
+    """Raise InvalidRequest for an existing environment: it contains data of other calls of the
+    account, and its id does not show its owner."""
     if isinstance(environment, str) or (
         isinstance(environment, Mapping) and environment.get("environment_id") is not None
     ):
@@ -102,7 +103,7 @@ def _check_environment(environment: Any) -> None:
 
 
 def _modalities(body: Mapping[str, Any]) -> list[Any]:
-    """What the answer is to hold, by either field that names it."""
+    """Return the requested modalities of the answer, from either field that names them."""
     named = body.get("response_modalities")
     found = list(named) if isinstance(named, list) else []
     formats = body.get("response_format")
@@ -113,7 +114,7 @@ def _modalities(body: Mapping[str, Any]) -> list[Any]:
 
 
 def usage_of(raw: Mapping[str, Any]) -> Usage:
-    """The usage that an interaction reports."""
+    """Return the usage that an interaction reports."""
     taken, tools = count_of(raw, "total_input_tokens"), count_of(raw, "total_tool_use_tokens")
     usage = Usage(
         input_tokens=taken if taken is None or tools is None else taken + tools,
@@ -136,7 +137,7 @@ def _details(raw: Mapping[str, Any]) -> UsageDetails | None:
     counts: dict[str, Any] = {}
     for one in _MODALITIES:
         taken = of(one, "input_tokens_by_modality", "tool_use_tokens_by_modality")
-        # What was read from a cache has one price: it is not counted by modality.
+        # Tokens read from a cache have one price: they are not counted by modality.
         fresh = max(0, taken - of(one, "cached_tokens_by_modality"))
         counts[f"input_{one}_tokens"] = fresh or None
         counts[f"output_{one}_tokens"] = of(one, "output_tokens_by_modality") or None
@@ -157,15 +158,15 @@ _FORM = AnswerForm(
     event_usage=_event_usage,
 )
 _OUTPUT_IMAGE = re.compile(rb'"type"\s*:\s*"image"')
-# The first field of an answer, or of its first event: a client has no influence on it.
+# The first field of an answer, or of its first event, which a client cannot influence.
 _FIRST_FIELD = re.compile(rb'(?:(?:event|id|retry):[^\n]*\n)*\s*(?:data:)?\s*\[?\s*\{\s*"(\w+)"')
 _OF_OTHERS = frozenset((b"candidates", b"promptFeedback", b"usageMetadata", b"error"))
 _OF_EVENTS = frozenset((b"interaction", b"event_type", b"event_id", b"interaction_id", b"index"))
 
 
 def is_interaction(answer: bytes) -> bool:
-    """Whether an answer is an interaction or its events. Not by a name anywhere in it: a model
-    writes the arguments of a client's functions as objects."""
+    """Return whether an answer is an interaction or its events. A name elsewhere in it proves
+    nothing: a model writes arguments of a client's functions as objects."""
     found = _FIRST_FIELD.match(answer, 0, HEAD_BYTES)
     if found is None or found[1] in _OF_OTHERS:
         return False
@@ -178,7 +179,7 @@ def is_interaction(answer: bytes) -> bool:
 
 
 def answer_facts(answer: bytes, *, omitted: bool, cut: bool) -> AnswerFacts:
-    """Facts of an interaction, whole or as a stream."""
+    """Return the facts of an interaction, whole or as a stream."""
     if (whole := whole_object(answer)) is not None:
         facts, tier = object_facts(_FORM, whole), tier_of(whole)
     else:
@@ -195,13 +196,13 @@ _ID = value_pattern("id")
 
 
 def created_id(stream: bytes) -> str | None:
-    """The id of the interaction whose events these are, as its first one names it."""
+    """Return the id of an interaction from the first event of its stream."""
     found = _ID.search(stream, 0, HEAD_BYTES)
     return None if found is None else found[1].decode("utf-8", "replace")
 
 
 def image_count(answer: bytes) -> int:
-    """How many images a whole interaction holds."""
+    """Return how many images a whole interaction holds."""
     return len(_OUTPUT_IMAGE.findall(answer))
 
 
@@ -230,7 +231,7 @@ _BEGUN = ("interaction.created", "interaction.start", "interaction.status_update
 
 
 def has_no_output(event: JsonObject) -> bool:
-    """Whether an event comes before any output, and reports no end either."""
+    """Return whether an event precedes all output, and is not an end either."""
     kind = event.get("event_type")
     if kind in _BEGUN:
         return event.get("status") in (None, "in_progress", "queued")

@@ -1,7 +1,7 @@
-"""OpenAI's dialect, with those of compatible providers: chat, responses, images, audio, ranks.
+"""OpenAI's dialect, with those of compatible providers: chat, responses, images, audio, reranking.
 
-Compatible are Azure, OpenRouter, xAI, Perplexity, Mistral, Groq, DeepSeek, Moonshot, Together,
-Alibaba and LiteLLM, where they name things in their own way. Pure.
+Fields that only Azure, OpenRouter, xAI, Perplexity, Mistral, Groq, DeepSeek, Moonshot, Together,
+Alibaba or LiteLLM use are read too. Pure.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ _CALLS = {
         ("/images/generations", Operation.IMAGES),
         ("/audio/speech", Operation.SPEAK),
         ("/moderations", Operation.MODERATE),
-        ("/rerank", Operation.RERANK),  # Cohere's, Jina's, vLLM's; OpenAI has none
+        ("/rerank", Operation.RERANK),  # that of Cohere, Jina and vLLM; OpenAI has none
     )
 } | {
     f"/v1{path}": Endpoint(Dialect.OPENAI, operation, path, takes_form=True)
@@ -104,8 +104,8 @@ _CALLS = {
         ("/audio/translations", Operation.TRANSCRIBE),
     )
 }
-# Whose model is optional: a response's is that of a saved prompt, or the provider says that it is
-# missing.
+# Calls whose model is optional: a response may take that of a saved prompt; otherwise the provider
+# rejects the call.
 _WITH_DEFAULT_MODEL = frozenset(
     (
         *("/images/generations", "/images/edits", "/images/variations"),
@@ -115,7 +115,7 @@ _WITH_DEFAULT_MODEL = frozenset(
 
 
 def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
-    return True  # where no other dialect is
+    return True  # the default, after all other dialects
 
 
 _RESOURCES = (
@@ -148,14 +148,14 @@ _RESOURCES = (
         "POST", "/v1/uploads/{id}/complete", "upload", Act.CHANGE, Making("file", within="file")
     ),
     path_of("POST", "/v1/uploads/{id}/cancel", "upload", Act.CANCEL),
-    # Made elsewhere: those of Tidegate's own batches are answered before, and tuned models are made
-    # by no call that is known.
+    # Created elsewhere: Tidegate's own batches are answered before, and no known call creates a
+    # tuned model.
     path_of("GET", "/v1/batches/{id}", "batch", Act.READ),
     path_of("POST", "/v1/batches/{id}/cancel", "batch", Act.CANCEL),
     path_of("DELETE", r"/v1/models/(?P<id>\w[\w.:\-]{0,199})", "model", Act.DELETE),
 )
-_STREAMED = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")  # by POST: a form of any length
-# Nothing below these names is a stored response's id.
+_STREAMED = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")  # POST with a form of any length
+# What follows here is not the id of a stored response.
 _NO_RESPONSES = ("/v1/responses/input_tokens", "/v1/responses/compact")
 _REFERRING = frozenset(("previous_response_id", "conversation"))
 _RESPONSE = Making("response", within="response")
@@ -164,11 +164,11 @@ _DEFERRED = Making("deferred", "request_id")
 
 
 def _completed(shown: JsonObject) -> Status | None:
-    """How a deferred completion of xAI's has ended; None while only its id is known."""
+    """Return how a deferred completion of xAI's has ended; None while only its id is known."""
     return Status.SUCCEEDED if "choices" in shown else None
 
 
-# As the SDK for Azure writes them: what is not of a deployment is read as `/v1/`.
+# Paths of the SDK for Azure; those without a deployment are read as `/v1/`.
 _DEPLOYMENT = re.compile(
     r"/openai/deployments/(?P<name>[\w\-][\w.\-]{0,199})(?P<below>/.+)", re.ASCII
 )
@@ -191,7 +191,8 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
 
 
 def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
-    """The response that a call continues, the conversation that it is added to, and its files."""
+    """Return the response that a call continues, the conversation that it is added to, and its
+    files."""
     found = _files_named(raw)
     if _REFERRING.isdisjoint(body):
         return found
@@ -212,8 +213,8 @@ def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
 
 
 def _id_of_conversation(raw: bytes) -> Any:
-    """Of the object that names it. Raises InvalidRequest for one that servers could read in two
-    ways."""
+    """Return the id in the object of a conversation. Raises InvalidRequest if servers could read
+    two ids."""
     try:
         named = dict(json.loads(raw, object_pairs_hook=list)).get("conversation")
     except (ValueError, RecursionError):
@@ -226,14 +227,14 @@ def _id_of_conversation(raw: bytes) -> Any:
 
 
 _FILE_FIELDS = frozenset(("file_id", "file_ids"))
-# What a model has cited or found, and what describes a function: neither has a file read.
+# Citations and results of a model, and descriptions of functions: no file is read for these.
 _NO_FILES = frozenset(("annotations", "results", "parameters", "metadata", "schema"))
 _CITATIONS = frozenset(("file_citation", "container_file_citation", "file_path"))
 
 
 def _files_named(raw: bytes) -> list[Reference]:
-    """The files that a body names, wherever they stand in it. Raises InvalidRequest."""
-    if b"file_id" not in raw and b"\\u00" not in raw:  # as of most requests
+    """Return the files that a body names, at any depth. Raises InvalidRequest."""
+    if b"file_id" not in raw and b"\\u00" not in raw:  # the usual case
         return []
     if not may_name(raw, b'"file_id"', b'"file_ids"'):
         return []
@@ -242,7 +243,8 @@ def _files_named(raw: bytes) -> list[Reference]:
 
 
 def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
-    """A response is stored unless the request says no, a chat completion where it says yes."""
+    """Return what a call creates: a response is stored unless the request declines, a chat
+    completion only if the request says so."""
     if path == "/responses":
         is_kept = body.get("store") is not False or body.get("background") is True
         return _RESPONSE if is_kept else None
@@ -254,7 +256,7 @@ def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
 def request_facts(
     endpoint: Endpoint, body: Mapping[str, Any], whole: Mapping[str, Sized] = NOTHING_SHORTENED
 ) -> RequestFacts:
-    """Facts of a request. Raises InvalidRequest."""
+    """Return the facts of a request. Raises InvalidRequest."""
     is_response = endpoint.path == "/responses"
     if endpoint.operation is Operation.SPEAK:
         body = _as_stream(body)
@@ -270,12 +272,14 @@ def request_facts(
 
 
 def _as_stream(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The body of a request for speech, whose own word for a stream of events this is."""
+    """Return the body of a request for speech with `stream` set, if it requests a stream by its own
+    field."""
     return {**body, "stream": True} if body.get("stream_format") == "sse" else body
 
 
 def _tiles(base: float, tile: float) -> Callable[[Size], float]:
-    """Fitted into 2,048 pixels, then its shorter side to 768; so much a tile of 512."""
+    """Return a function of the tokens of a picture, fitted into 2,048 pixels and its shorter side
+    to 768: `base`, plus `tile` for each 512-pixel tile."""
 
     def tokens(size: Size) -> float:
         width, height = size or (1024, 1024)
@@ -287,7 +291,8 @@ def _tiles(base: float, tile: float) -> Callable[[Size], float]:
 
 
 def _patches(each: float) -> Callable[[Size], float]:
-    """So much a patch of 32 pixels, of which there are 1,536 at most."""
+    """Return a function of the tokens of a picture: `each` for a 32-pixel patch, at most 1,536
+    patches."""
 
     def tokens(size: Size) -> float:
         width, height = size or (1024, 1024)
@@ -297,7 +302,7 @@ def _patches(each: float) -> Callable[[Size], float]:
 
 
 _RULES = replace(USUAL_RULES, picture=_tiles(85, 170), audio_second=10, call=8, tools=40)
-# The first that a model's name holds.
+# The first entry that a model's name contains applies.
 _RULES_OF_MODELS = (
     ("gpt-4o-mini", replace(_RULES, picture=_tiles(2833, 5667))),
     ("o4-mini", replace(_RULES, picture=_patches(1.72))),
@@ -305,22 +310,22 @@ _RULES_OF_MODELS = (
     ("gpt-5-mini", replace(_RULES, picture=_patches(1.62))),
     ("gpt-4.1-nano", replace(_RULES, picture=_patches(2.46))),
     ("gpt-5-nano", replace(_RULES, picture=_patches(2.46))),
-    # Of models with public weights, the words that their own templates put around each call and
-    # around its tools: github.com/openai/harmony; llama.com/docs, page "llama3_1"; on
-    # huggingface.co those of DeepSeek-V3.2, Qwen3 and GLM-4.6.
+    # Models with public weights: the tokens that their own templates add to each call and to its
+    # tools: github.com/openai/harmony; llama.com/docs, page "llama3_1"; on huggingface.co those of
+    # DeepSeek-V3.2, Qwen3 and GLM-4.6.
     ("gpt-oss", replace(_RULES, call=65, tools=50)),
     ("llama", replace(_RULES, call=36)),
     ("deepseek", replace(_RULES, tools=300)),
     ("qwen", replace(_RULES, tools=120)),
     ("glm", replace(_RULES, tools=120)),
 )
-# Models that count as in the dialect of their own provider, at any host.
+# Models that count as in their own provider's dialect, at any host.
 _OTHER_PROVIDERS = (("claude", rules_of_claude), ("gemini", rules_of_gemini))
 
 
 @lru_cache(maxsize=512)
 def rules_of(model: str) -> Rules:
-    """Token counts of a model's files and of what is put around its calls;
+    """Return the token counts of a model's files and of the overhead of its calls;
     platform.openai.com/docs/guides, pages "images-vision" and "audio"."""
     name = model.lower()
     for other, rules_of_other in _OTHER_PROVIDERS:
@@ -330,13 +335,13 @@ def rules_of(model: str) -> Rules:
 
 
 def _may_draw(tools: Any) -> bool:
-    """Whether the model of a response may call the tool that generates images."""
+    """Return whether a response's model may call the tool that generates images."""
     return any(one.get("type") == "image_generation" for one in objects_in(tools))
 
 
 def _hides_usage(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
-    """Whether a chat completion streams no usage unless it is requested. Options of a wrong type
-    are left to the provider."""
+    """Return whether a chat completion streams no usage unless it is requested. Options of a wrong
+    type are left to the provider."""
     if endpoint.path not in ("/chat/completions", "/completions"):
         return False
     options = body.get("stream_options")
@@ -351,7 +356,7 @@ _MICROS = 1_000_000
 _TICKS_A_MICRO = 10_000  # xAI's ticks: 10^10 are a dollar
 _MOST_DOLLARS = 1_000_000
 _MOST_TICKS = _MOST_DOLLARS * _MICROS * _TICKS_A_MICRO
-# Beside the tokens: requests for these are read further.
+# Fields beside the token counts: an answer with one of these is read further.
 _BESIDE_TOKENS = frozenset(
     (
         *("cost", "cost_in_usd_ticks", "server_tool_use", "server_tool_use_details"),
@@ -370,8 +375,9 @@ _PARTS = ("audio_tokens", "image_tokens", "video_tokens", *_CACHE_WRITES)
 
 
 def usage_of(raw: Mapping[str, Any]) -> Usage:
-    """The usage that an answer reports. Where it does not add up, its total counts."""
-    if raw.get("type") == "duration":  # of a transcription that is charged by the minute
+    """Return the usage that an answer reports. If its parts do not add up to its total, the total
+    counts."""
+    if raw.get("type") == "duration":  # a transcription that is charged by the minute
         return _of_duration(raw.get("seconds"))
     taken = count_of(raw, "prompt_tokens", "input_tokens")
     given = count_of(raw, "completion_tokens", "output_tokens")
@@ -386,27 +392,27 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
             raw, "prompt_tokens_details", "input_tokens_details", "input_token_details"
         )
         cached = count_of(of_taken, "cached_tokens") if of_taken else None
-    if cached is None:  # Moonshot's and Together's name, Mistral's, DeepSeek's
+    if cached is None:  # names of Moonshot and Together, Mistral, and DeepSeek
         cached = count_of(raw, "cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens")
     details = _usage_details(raw, of_taken, of_given)
     if seconds := positive_of(raw, "prompt_audio_seconds"):  # Mistral's
         details = replace(details or UsageDetails(), input_audio_seconds=seconds)
     if taken is not None and total is not None and total > taken + (given or 0):
         if given is not None and "prompt_audio_seconds" in raw:
-            # Mistral's input beside the text, which no count of its own reports.
+            # Mistral's audio input, which has no count of its own.
             audio = total - given - taken
             details = replace(details or UsageDetails(), input_audio_tokens=audio)
             taken = total - given
         else:
-            # An embedding's input is all; xAI leaves the thoughts out of the output, and Gemini
-            # reports none in OpenAI's dialect.
+            # All of an embedding's input; xAI excludes thoughts from the output, and Gemini reports
+            # none in OpenAI's dialect.
             if thoughts is None and given is not None:
                 thoughts = total - taken - given
             given = total - taken
     elif given is None and taken is not None and total is not None:
         given = 0
     if given is not None and thoughts is not None:
-        # They are in it; ours are apart.
+        # The output includes the thoughts; in `Usage` they are separate.
         thoughts = min(thoughts, given)
         given -= thoughts
     usage = Usage(taken, given, thoughts, cached, total, details)
@@ -414,17 +420,17 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
 
 
 def _of_duration(seconds: Any) -> Usage:
-    """The usage of a recording of so many seconds."""
+    """Return the usage of a recording of so many seconds."""
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         return UNKNOWN_USAGE
-    if not 0 < seconds <= _MOST_SECONDS:  # nor what is no number
+    if not 0 < seconds <= _MOST_SECONDS:  # also false for NaN
         return UNKNOWN_USAGE
     return Usage(details=UsageDetails(input_audio_seconds=ceil(seconds)))
 
 
 def _usage_of_object(usage: Usage, whole: JsonObject) -> Usage:
-    """The usage of a whole answer with what it reports in other places: the length of a
-    transcription, the searches of a rank."""
+    """Return the usage of a whole answer, with figures outside of its usage object: the length of a
+    transcription, the searches of a rerank."""
     if whole.get("object") is not None or "choices" in whole:
         return usage
     if usage == UNKNOWN_USAGE and type(whole.get("text")) is str and "duration" in whole:
@@ -432,7 +438,7 @@ def _usage_of_object(usage: Usage, whole: JsonObject) -> Usage:
     if type(whole.get("results")) is not list:
         return usage
     taken = usage.total_tokens if usage.input_tokens is None else usage.input_tokens
-    if taken is not None and usage.output_tokens is None:  # all of it is read
+    if taken is not None and usage.output_tokens is None:  # all of the tokens are input
         usage = replace(usage, input_tokens=taken, output_tokens=0)
     billed = part_of(part_of(whole, "meta"), "billed_units")  # Cohere's
     searches = positive_of(billed, "search_units") or positive_of(billed, "searches")
@@ -442,10 +448,11 @@ def _usage_of_object(usage: Usage, whole: JsonObject) -> Usage:
 def _usage_details(
     raw: Mapping[str, Any], taken: Mapping[str, Any], given: Mapping[str, Any]
 ) -> UsageDetails | None:
-    """`taken` and `given` are the details of input and output."""
+    """Return the details of a usage. `taken` and `given` are the details of its input and its
+    output."""
     has_more = not _BESIDE_TOKENS.isdisjoint(raw)
     if not (has_more or any(map(taken.get, _PARTS)) or any(map(given.get, _PARTS))):
-        return None  # as of most calls
+        return None  # the usual case
     written = positive_of(taken, *_CACHE_WRITES)
     parts = (*_by_modality(taken), *_by_modality(given))
     searches = cost = None
@@ -465,7 +472,7 @@ def _by_modality(side: Mapping[str, Any]) -> tuple[int | None, int | None, int |
 
 
 def _searches(raw: Mapping[str, Any]) -> int | None:
-    for name in ("server_tool_use", "server_tool_use_details"):  # LiteLLM's, OpenRouter's
+    for name in ("server_tool_use", "server_tool_use_details"):  # of LiteLLM, of OpenRouter
         if count := positive_of(part_of(raw, name), "web_search_requests"):
             return count
     used = part_of(raw, "server_side_tool_usage_details")  # xAI's
@@ -482,18 +489,18 @@ def _cost_micros(raw: Mapping[str, Any]) -> int | None:
         cost = cost.get("total_cost")
     if isinstance(cost, bool) or not isinstance(cost, int | float):
         return None
-    if not 0 <= cost <= _MOST_DOLLARS:  # nor what is no number
+    if not 0 <= cost <= _MOST_DOLLARS:  # also false for NaN
         return None
     return int(cost * _MICROS + 0.5)
 
 
 def _event_usage(event: JsonObject) -> JsonObject:
-    """The usage with the tier that stands beside it."""
+    """Return the usage of an event, with the tier that stands beside it."""
     response = part_of(event, "response")
     if found := part_of(event, "usage") or part_of(response, "usage"):
         tier = event.get("service_tier") or response.get("service_tier")
         return found if tier is None else {**found, "service_tier": tier}
-    choices = event.get("choices")  # Groq's place, and Moonshot's
+    choices = event.get("choices")  # places of Groq and of Moonshot
     last = choices[-1] if type(choices) is list and choices else None
     return part_of(part_of(event, "x_groq"), "usage") or part_of(last, "usage")
 
@@ -514,7 +521,7 @@ _RESPONSE_STATUS = re.compile(rb'"status"\s*:\s*"(completed|incomplete|failed|ca
 
 
 def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
-    """Facts of a chat completion or a response, whole or as a stream."""
+    """Return the facts of a chat completion or a response, whole or as a stream."""
     if (whole := whole_object(answer)) is not None:
         facts = object_facts(_FORM, whole)
         facts.usage = with_tier(_usage_of_object(facts.usage, whole), tier_of(whole))
@@ -524,7 +531,7 @@ def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> 
         return _response_facts(facts.usage, ended)
     if answer.startswith(b"{"):
         if _SEARCH_CALL in answer and len(answer) <= LONGEST_READ_BYTES:
-            # A response that is too long to be parsed for all facts, as with images.
+            # A response that is too long to parse for all facts, for example with images.
             with suppress(orjson.JSONDecodeError):  # cut off
                 facts.usage = _with_searches(facts.usage, orjson.loads(answer))
         if facts.finish_reason is None:
@@ -544,7 +551,7 @@ def _response_facts(usage: Usage, response: JsonObject) -> AnswerFacts:
 
 
 def _end_of_response(answer: bytes, omitted: bool) -> JsonObject | None:
-    """The response that the last event of its stream repeats."""
+    """Return the response that the last event of its stream repeats."""
     if b'"response.' not in answer[:HEAD_BYTES]:
         return None
     floor = max(0, answer.find(b"\n", len(answer) - TAIL_BYTES)) if omitted else 0
@@ -556,7 +563,7 @@ def _end_of_response(answer: bytes, omitted: bool) -> JsonObject | None:
 
 
 def _with_searches(usage: Usage, response: Mapping[str, Any]) -> Usage:
-    """With the searches of the web that a response reports, or else has among its items, and with
+    """Add to a usage the web searches that a response reports, or else shows among its items, and
     its searches of stored files."""
     reported = positive_of(part_of(part_of(response, "tool_usage"), "web_search"), "num_requests")
     items = response.get("output")
@@ -566,14 +573,14 @@ def _with_searches(usage: Usage, response: Mapping[str, Any]) -> Usage:
 
 
 def _is_search(item: Any) -> bool:
-    """Opening a page that was found, or looking into it, is no search of its own."""
+    """Return whether an item is a web search: opening a page, or searching in it, is none."""
     if type(item) is not dict or item.get("type") != "web_search_call":
         return False
     action = item.get("action")
     return type(action) is not dict or action.get("type") in (None, "search")
 
 
-# One that a response made by calling a tool; an event or two before repeat it.
+# An image that a response made by calling a tool; one or two earlier events repeat it.
 _CALLED_IMAGE = re.compile(
     rb'"id"\s*:\s*"([^"\\]{1,200})"\s*,\s*"type"\s*:\s*"image_generation_call"'
     rb'[^{}]{0,2000}?"result"\s*:\s*"[^"]'
@@ -582,7 +589,7 @@ _IMAGE = re.compile(rb'"b64_json"\s*:\s*"|"url"\s*:\s*"')
 
 
 def image_count(answer: bytes) -> int:
-    """How many images a whole answer holds."""
+    """Return how many images a whole answer holds."""
     if b'"image_generation_call"' in answer:
         return len(set(_CALLED_IMAGE.findall(answer)))
     return len(_IMAGE.findall(answer))
@@ -619,7 +626,7 @@ def _add_chat(event: JsonObject, output: OutputEvents) -> None:
         delta = object_of(choice.get("delta") or choice.get("message"))
         output.texts += _strings(delta.get("content"))
         output.texts += _strings(delta.get("refusal"))
-        # Some servers send the same under both names.
+        # Some servers send the same text under both names.
         output.texts += _strings(delta.get("reasoning_content")) or _strings(delta.get("reasoning"))
         calls = objects_in(delta.get("tool_calls"))
         for call in (*calls, {"function": delta.get("function_call")}):
@@ -636,7 +643,7 @@ def _add_chat(event: JsonObject, output: OutputEvents) -> None:
 
 
 def _strings(value: Any) -> list[str]:
-    """The texts of a value, which is one or, at some providers, a list of objects with some."""
+    """Return the texts of a value: a string, or at some providers a list of objects with texts."""
     if type(value) is str:
         return [value]
     found: list[str] = []
@@ -657,14 +664,14 @@ _UNPAID = frozenset(
         "billing_not_active",
     }
 )
-# From the first word on: a provider that repeats a client's text does so further on.
+# Anchored at the start: a provider that repeats a client's text does so later.
 _NO_CREDITS = re.compile(
     r"(?:your|the|this) [\w ]{0,60}doesn't have any credits|insufficient (?:credits|balance)|"
     r"your [\w ]{0,40}credits? (?:is|are|has been|have been) exhausted|"
     r"your team [\w -]{0,80}\b(?:has|have) (?:either )?used all available credits",
     re.IGNORECASE,
 )
-# DeepSeek's code is `invalid_request_error`: within a stream nothing says 402.
+# DeepSeek's code is `invalid_request_error`: within a stream nothing shows the 402.
 _NOTHING_ELSE = re.compile(r"\s*insufficient (?:credits|balance)[\s.!]*", re.IGNORECASE)
 _DEAD_KEY = re.compile(
     r"(?:incorrect|invalid) api key|access denied due to invalid subscription key", re.IGNORECASE
@@ -673,7 +680,7 @@ _TOO_LARGE = re.compile(r"\brequest too large\b", re.IGNORECASE)
 _LIMIT_AND_REQUESTED = re.compile(
     r"\bLimit:? (\d{1,12}), (?:Used:? \d{1,12}, )?Requested:? (\d{1,12})"
 )
-# By its type, by the name of the limit, and in Azure's words.
+# By the error's type, by the limit's name, and in Azure's wording.
 _UNITS = ("tokens", "requests")
 _BY_NAME = re.compile(r"\b(token|request)s? per (?:second|min|minute|hour|day)\b", re.IGNORECASE)
 _BY_RATE = re.compile(r"\b(token|request|call) rate limit\b", re.IGNORECASE)
@@ -685,7 +692,7 @@ _NO_FLEX = 498  # Groq's "flex tier capacity exceeded"; OpenAI's is a 429 "Resou
 
 
 def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
-    """None where it is worded in no way of this dialect's own."""
+    """Classify a refusal; None if its wording is not of this dialect."""
     no_credits = answer.status in (402, 403, 429) and _NO_CREDITS.match(answer.message)
     no_credits = no_credits or _NOTHING_ELSE.fullmatch(answer.message)
     if no_credits or answer.words & _UNPAID:
@@ -694,7 +701,7 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
         "invalid_api_key" in answer.words or _DEAD_KEY.match(answer.message)
     ):
         return RefusalFacts("key")
-    if answer.status == _NO_FLEX:  # also of calls that leave the tier to Groq
+    if answer.status == _NO_FLEX:  # also calls that leave the tier to Groq
         return RefusalFacts("tier_busy" if answer.tier == "flex" else "busy")
     if answer.status != 429:
         return None
@@ -711,7 +718,7 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
 
 
 def _unit_of(answer: ErrorAnswer) -> str | None:
-    """What there was too much of, by the refusal's words."""
+    """Return the unit of the exceeded limit, by the words of the refusal."""
     if unit := next((unit for unit in _UNITS if unit in answer.words), None):
         return unit
     found = _BY_NAME.search(answer.message) or _BY_RATE.search(answer.message)
@@ -721,7 +728,7 @@ def _unit_of(answer: ErrorAnswer) -> str | None:
 
 
 def _is_too_large(message: str) -> bool:
-    """Whether one request alone is more than the limit ever gives."""
+    """Return whether a single request exceeds the bound of the limit."""
     if _TOO_LARGE.search(message):
         return True
     found = _LIMIT_AND_REQUESTED.search(message)
@@ -747,15 +754,15 @@ _ERROR_TYPES = {
     409: "conflict_error",
     429: "rate_limit_error",
 }
-_SPENT = "insufficient_quota"  # both type and code, as of an account without money
-# As the account of a person with a plan says it: Codex waits for any other Retry-After without a
-# word, and with this one shows when the limit resets.
+_SPENT = "insufficient_quota"  # both type and code, as for an account without money
+# The error of an account on a plan: on any other Retry-After Codex waits without a message, on this
+# one it shows when the limit resets.
 _LIMIT_REACHED = "usage_limit_reached"
 _FAR_MS = 60_000
 
 
 def problem(error: TidegateError, status: int, retry_after_ms: int | None) -> JsonObject:
-    """The body of an answer with an error of ours."""
+    """Return the body of an answer with an error of ours."""
     kind = _ERROR_TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     code = error.code
     if isinstance(error, BudgetExceeded):

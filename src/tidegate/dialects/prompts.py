@@ -1,11 +1,12 @@
-"""Prompts in OpenAI's and Anthropic's dialect: requests with files, and their answers.
+"""Prompts in the dialects of OpenAI and Anthropic: requests with files, and their answers.
 
-A prompt is no one's dialect: it becomes a chat completion or a message of the upstream that it is
-called at, an image an images call. In Gemini's dialect it goes by Google's SDK
+A prompt belongs to no dialect: it becomes a chat completion or a message at the upstream that is
+called, or an images call if it requests an image. In Gemini's dialect it is sent by Google's SDK
 (`upstream/gemini.py`).
 
 Invariants: only text and images of the answer itself are read, never thoughts; an answer without
-its end is no answer; what a dialect can't take is refused before it is sent, by its name. Pure.
+its end is incomplete; files that a dialect does not accept are rejected before they are sent, with
+the name of the field. Pure.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ from tidegate.errors import (
     UpstreamUnavailable,
 )
 
-# Files as their types and sizes in bytes; a type may be a pattern while it is not known.
+# Types and sizes in bytes of files; a type may be a pattern while it is unknown.
 Files = Sequence[tuple[str, int]]
 
 ANY_IMAGE = "image/*"
 MOST_ANSWER_BYTES = 64_000_000
-# Anthropic requires a bound on the output: enough for a long answer, and within what every model
-# that is served gives out.
+# Anthropic requires a bound on the output: enough for a long answer, and within the limits of every
+# served model.
 USUAL_OUTPUT_TOKENS = 16_000
-# A model that thinks does so within this bound too.
+# A model's thoughts count towards this bound too.
 _JUDGE_OUTPUT_TOKENS = 4 * MAX_ANSWER_TOKENS
 
 _PNG, _JPEG, _WEBP, _GIF = "image/png", "image/jpeg", "image/webp", "image/gif"
 _PICTURES = frozenset((_PNG, _JPEG, _WEBP, _GIF))
-_EDITED = frozenset((_PNG, _JPEG, _WEBP))  # GPT image models take no GIF
+_EDITED = frozenset((_PNG, _JPEG, _WEBP))  # GPT image models accept no GIF
 _PDF = "application/pdf"
 _SOUNDS = {"audio/wav": "wav", "audio/mpeg": "mp3"}
 _TEXTUAL = frozenset(("application/json", "application/xml"))
@@ -64,13 +65,13 @@ _DRAWS = Endpoint(Dialect.OPENAI, Operation.IMAGES, "/images")
 _MESSAGES = Endpoint(Dialect.ANTHROPIC, Operation.INFER, "/v1/messages")
 _JSON = b"application/json"
 
-_BY_SDK = (Dialect.GEMINI,)  # which takes every file that a request may have
+_BY_SDK = (Dialect.GEMINI,)  # accepts every file that a request may have
 
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """What a dialect takes for one kind of prompt: types besides text, the most bytes of all files
-    together, all of it in words, and the most bytes of a picture, where that is less."""
+    """Files that a dialect accepts for one kind of prompt: types besides text, the largest total
+    size, the same in words, and the largest size of a picture, if that is smaller."""
 
     types: frozenset[str]
     most_bytes: int
@@ -104,7 +105,7 @@ _TAKEN: Mapping[tuple[Dialect, bool], _Taken] = {
 
 @dataclass(frozen=True, slots=True)
 class NotTaken:
-    """Why a dialect can't take a prompt. field: of the request. allowed: what it takes."""
+    """Why a dialect does not accept a prompt. field: of the request. allowed: what it accepts."""
 
     field: str
     reason: str
@@ -114,11 +115,12 @@ class NotTaken:
 def dialect_for(
     dialects: Iterable[str], model: str, kind: Kind | None, files: Files
 ) -> tuple[Dialect | None, NotTaken | None]:
-    """The dialect in which an upstream takes a prompt: Gemini's, else the first that can; None with
-    the reason where none can. model: its name there. `kind`: None while it is not settled."""
+    """Return the dialect in which an upstream takes a prompt: Gemini's, otherwise the first that
+    can; None with the reason if none can. model: the upstream's name of it. kind: None while it is
+    undecided."""
     spoken = [Dialect(one) for one in dialects]
     if Dialect.ANTHROPIC in spoken and "claude" in model.lower():
-        spoken = [Dialect.ANTHROPIC]  # Bedrock, Vertex and Foundry have these models in no other
+        spoken = [Dialect.ANTHROPIC]  # the only one for these at Bedrock, Vertex and Foundry
     refused = None
     for dialect in sorted(spoken, key=lambda one: one not in _BY_SDK):
         why = not_taken(dialect, kind, files)
@@ -129,7 +131,7 @@ def dialect_for(
 
 
 def not_taken(dialect: Dialect, kind: Kind | None, files: Files) -> NotTaken | None:
-    """Why a dialect can't take a prompt; None where it can."""
+    """Return why a dialect does not accept a prompt; None if it does."""
     if dialect in _BY_SDK:
         return None
     draws = kind is Kind.IMAGE_GENERATION
@@ -157,7 +159,7 @@ def is_text(mime_type: str) -> bool:
 
 
 def endpoint_for(dialect: Dialect, *, draws: bool) -> Endpoint:
-    """What a prompt without files calls."""
+    """Return the endpoint of a prompt without files."""
     if dialect is Dialect.ANTHROPIC:
         return _MESSAGES
     return _GENERATIONS if draws else _CHAT
@@ -165,8 +167,8 @@ def endpoint_for(dialect: Dialect, *, draws: bool) -> Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class PromptCall:
-    """A call in a dialect, and what it requests where its body is not JSON. model: as the body has
-    it."""
+    """A call in a dialect. asked: its facts, if the body is not JSON. The model's name is as the
+    body has it."""
 
     endpoint: Endpoint
     body: bytes
@@ -176,9 +178,9 @@ class PromptCall:
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
-    """How an upstream is asked. streams: its answer is read as it comes. asks_usage: it knows
-    `stream_options`. most_output_tokens: that its model gives out, where that is known. own: it is
-    OpenAI itself, whose names of fields have changed. provider: whose own fields it may have."""
+    """Options of an upstream. streams: the answer is read as a stream. asks_usage: it knows
+    `stream_options`. most_output_tokens: of its model, if known. own: it is OpenAI itself, whose
+    field names have changed. provider: whose own fields may be used."""
 
     streams: bool
     asks_usage: bool = True
@@ -188,7 +190,7 @@ class CallForm:
 
 
 def prompt_call(dialect: Dialect, call: Call, form: CallForm) -> PromptCall:
-    """The call of a prompt, whose model is the upstream's name for it."""
+    """Return the call of a prompt, whose model is the upstream's name for it."""
     if call.kind is Kind.IMAGE_GENERATION:
         return _images(call, form.provider)
     if dialect is Dialect.ANTHROPIC:
@@ -211,7 +213,7 @@ def prompt_call(dialect: Dialect, call: Call, form: CallForm) -> PromptCall:
 def question_call(
     dialect: Dialect, call: Call, mime_types: Sequence[str], form: CallForm
 ) -> PromptCall:
-    """The classifier's question about a prompt, answered by its schema."""
+    """Return the classifier's question about a prompt, to be answered by its schema."""
     texts = judge_texts(call.prompt, mime_types)
     content = [{"type": "text", "text": text} for text in texts]
     schema = {
@@ -259,7 +261,7 @@ def _text_blocks(prompt: str) -> list[dict[str, Any]]:
 
 
 def _part(media: Media) -> dict[str, Any]:
-    """A file in a chat completion, which takes those of text as text alone."""
+    """Return a file as a part of a chat completion; text files become plain text."""
     kind = media.mime_type
     if kind in _PICTURES:
         return {"type": "image_url", "image_url": {"url": _data_url(media)}}
@@ -273,7 +275,8 @@ def _part(media: Media) -> dict[str, Any]:
 
 
 def _part_at_mistral(media: Media) -> dict[str, Any]:
-    """The same at Mistral: docs.mistral.ai/api, "DocumentURLChunk" and "AudioChunk"."""
+    """Return a file as a part for Mistral: docs.mistral.ai/api, "DocumentURLChunk" and
+    "AudioChunk"."""
     if media.mime_type == _PDF:
         named = {"document_name": media.name} if media.name else {}
         return {"type": "document_url", "document_url": _data_url(media), **named}
@@ -283,7 +286,7 @@ def _part_at_mistral(media: Media) -> dict[str, Any]:
 
 
 def _block(media: Media) -> dict[str, Any]:
-    """A file in a message."""
+    """Return a file as a block of a message."""
     kind = media.mime_type
     if kind in _PICTURES or kind == _PDF:
         data = b64encode(media.data).decode()
@@ -319,8 +322,8 @@ def _generations(call: Call, provider: str | None) -> PromptCall:
 
 
 def _at_openrouter(call: Call) -> PromptCall:
-    """An images call of OpenRouter's, which draws and changes by one path, and gives the bytes:
-    openrouter.ai/blog/tutorials/image-generation."""
+    """Return an images call of OpenRouter's, which generates and edits by one path, and returns
+    bytes: openrouter.ai/blog/tutorials/image-generation."""
     body: dict[str, Any] = {"model": call.model, "prompt": call.prompt}
     if call.media:
         urls = map(_data_url, call.media)
@@ -329,13 +332,13 @@ def _at_openrouter(call: Call) -> PromptCall:
 
 
 def _gives_urls(model: str) -> bool:
-    """Whether an images model answers with URLs unless it is asked for the bytes: those of OpenAI
-    never do, and refuse the field."""
+    """Return whether an images model answers with URLs unless bytes are requested. OpenAI's never
+    do, and reject the field."""
     return "gpt-image" not in model and "chatgpt-image" not in model
 
 
 def _edits(call: Call) -> PromptCall:
-    """A change of images, as multipart (RFC 7578), the form that all servers but xAI's take."""
+    """Return an edit of images as multipart (RFC 7578), which all servers except xAI's accept."""
     fields = {"model": call.model, "prompt": call.prompt}
     if _gives_urls(call.model):
         fields["response_format"] = "b64_json"
@@ -356,7 +359,7 @@ def _edits(call: Call) -> PromptCall:
 
 
 def _edits_in_json(call: Call) -> PromptCall:
-    """The same in JSON: docs.x.ai/developers/rest-api-reference, "Image edits"."""
+    """Return an edit of images in JSON: docs.x.ai/developers/rest-api-reference, "Image edits"."""
     images = [{"type": "image_url", "url": _data_url(one)} for one in call.media]
     body = {"model": call.model, "prompt": call.prompt, "response_format": "b64_json"}
     named = {"images": images} if len(images) > 1 else {"image": images[0]}
@@ -371,27 +374,27 @@ def _asked_of_edits(call: Call) -> RequestFacts:
 # Answers
 
 _BLOCKED = frozenset(("content_filter", "refusal"))
-# Codes of refusals that are about the prompt: OpenAI's, and of Azure's filter.
+# Codes of refusals about the prompt: OpenAI's, and of Azure's filter.
 _BLOCKED_CODES = frozenset(
     (
         *("moderation_blocked", "content_filter", "content_policy_violation", "invalid_prompt"),
         *("image_content_policy_violation", "bio_policy", "misalignment_policy_violation"),
     )
 )
-# In words alone, from the first one on: Anthropic's, and xAI's with the check that failed.
+# By wording alone, anchored at the start: Anthropic's, and xAI's with the check that failed.
 _BLOCKED_WORDS = re.compile(
     r"Output blocked by (?P<filter>content filtering policy)|"
     r"Content violates usage guidelines(?:.*\b(?P<check>SAFETY_CHECK_TYPE_\w{1,60}))?",
     re.DOTALL,
 )
 _REFUSED_STATUSES = (400, 403)
-_DATA_URL = re.compile(r"data:image/[\w.+-]{1,62};base64,")  # with which xAI's begin
+_DATA_URL = re.compile(r"data:image/[\w.+-]{1,62};base64,")  # xAI's begin with it
 _PICTURE_TYPE = re.compile(r"image/[a-z0-9][a-z0-9.+-]{0,62}")
 _MAGIC = ((b"\x89PNG", _PNG), (b"\xff\xd8\xff", _JPEG), (b"GIF8", _GIF))
 
 
 def blocked_by(status: int, error: Mapping[str, Any]) -> PromptBlocked | None:
-    """What the error object of a refusal says of the prompt; None where it is about something
+    """Return the error of a refusal that is about the prompt; None if it is about something
     else."""
     if status not in _REFUSED_STATUSES:
         return None
@@ -412,7 +415,7 @@ def _blocked(reason: str) -> PromptBlocked:
 
 @dataclass(slots=True)
 class _Said:
-    """What one object of an answer, whole or an event, says."""
+    """The content of one object of an answer, whole or an event."""
 
     texts: list[str]
     pictures: list[Media]
@@ -424,7 +427,7 @@ class _Said:
 class PromptAnswer:
     """Reads the answer to a prompt into `answer`.
 
-    bytes  --take-->  events, in order       end  --finish-->  fine, or an UpstreamError
+    bytes  --take-->  events, in order       end  --finish-->  success, or an error
     """
 
     def __init__(self, dialect: Dialect, kind: Kind, answer: Answer, *, streams: bool) -> None:
@@ -439,10 +442,10 @@ class PromptAnswer:
         self._ended = False
 
     def take(self, piece: bytes) -> list[Event]:
-        """The events that came to their end in a piece; none of an answer that comes whole. Raises
-        UpstreamGarbled for one that is too long."""
+        """Return the events that a piece completes; none for an answer that is not a stream. Raises
+        UpstreamGarbled for an answer that is too long."""
         if not self._size_bytes and piece.lstrip()[:1] == b"{":
-            self._streams = False  # some servers know no streams
+            self._streams = False  # some servers do not support streams
         self._size_bytes += len(piece)
         if self._size_bytes > MOST_ANSWER_BYTES:
             raise UpstreamGarbled(f"the answer is longer than {MOST_ANSWER_BYTES} bytes")
@@ -455,8 +458,8 @@ class PromptAnswer:
         return list(self._events(whole.split(b"\n")))
 
     def finish(self) -> list[Event]:
-        """The last events. Raises PromptBlocked, EmptyAnswer, UpstreamGarbled when nothing in it
-        was an answer, or UpstreamUnavailable when it was cut."""
+        """Return the last events. Raises PromptBlocked, EmptyAnswer, UpstreamGarbled if nothing was
+        an answer, or UpstreamUnavailable if the answer was cut."""
         rest, self._rest = b"".join(self._rest), []
         events = list(self._events(rest.split(b"\n")) if self._streams else self._whole(rest))
         if (problem := self._problem()) is not None:
@@ -469,11 +472,11 @@ class PromptAnswer:
             if text == b"[DONE]":
                 self._ended = True
             elif text:
-                with suppress(orjson.JSONDecodeError):  # cut, which its missing end tells
+                with suppress(orjson.JSONDecodeError):  # cut, which the missing end shows
                     yield from self._take(self._read(object_of(orjson.loads(text))))
 
     def _whole(self, text: bytes) -> Iterator[Event]:
-        with suppress(orjson.JSONDecodeError):  # no object: it is no answer
+        with suppress(orjson.JSONDecodeError):  # not an object: not an answer
             value = orjson.loads(text)
             self._ended = True
             yield from self._take(self._read(_whole_of(object_of(value))))
@@ -515,7 +518,7 @@ class PromptAnswer:
 
 
 def _whole_of(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A whole answer without the last piece of a stream that Perplexity repeats in it."""
+    """Return a whole answer without the last piece of a stream, which Perplexity repeats in it."""
     if not isinstance(value.get("choices"), list):
         return value
     choices = [
@@ -526,13 +529,14 @@ def _whole_of(value: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _of_completion(value: Mapping[str, Any]) -> _Said | None:
-    """Of a chat completion or a chunk of one, or the answer of an images call."""
+    """Read a chat completion, a chunk of one, or the answer of an images call; None for anything
+    else."""
     if isinstance(value.get("data"), list):
         return _Said([], [*_pictures(value["data"])], ends=True)
     if not isinstance(value.get("choices"), list):
         return None
     choice = next(iter(objects_in(value["choices"])), {})
-    # In a stream Perplexity also repeats all that came before, as `message`.
+    # In a stream Perplexity also repeats all earlier text, as `message`.
     delta = choice.get("delta")
     message = object_of(choice.get("message") if delta is None else delta)
     refusal = message.get("refusal")
@@ -545,7 +549,7 @@ def _of_completion(value: Mapping[str, Any]) -> _Said | None:
 
 
 def _of_message(value: Mapping[str, Any]) -> _Said | None:
-    """Of a message, or an event of one."""
+    """Read a message, or an event of one; None for anything else."""
     kind = value.get("type")
     if kind == "message":
         texts = [text for one in objects_in(value.get("content")) for text in _block_text(one)]
@@ -566,7 +570,7 @@ def _block_text(block: Mapping[str, Any]) -> list[str]:
 
 
 def _texts(content: Any) -> list[str]:
-    """The texts of a content, which is one or, at some servers, a list of parts."""
+    """Return the texts of a content: a string, or at some servers a list of parts."""
     if isinstance(content, str):
         return [content] if content else []
     return [text for one in objects_in(content) for text in _block_text(one)]
@@ -581,20 +585,20 @@ def _pictures(data: list[Any]) -> Iterator[Media]:
         if isinstance(text := one.get("b64_json"), str):
             if (found := _DATA_URL.match(text)) is not None:
                 text = text[found.end() :]
-            with suppress(NotBase64, ValueError):  # no picture: the answer is empty
+            with suppress(NotBase64, ValueError):  # not a picture: the answer is empty
                 raw = b64decode(text, validate=True)
                 yield Media(_type_of(raw), raw)
 
 
 def picture_type_of(said: str, picture: bytes) -> str:
-    """The type of an answer's picture as its provider states it, without parameters; by its first
-    bytes where what is stated can't be the type of a file that is downloaded."""
+    """Return the type of an answer's picture as its provider states it, without parameters; by its
+    first bytes if the stated type is not one of an image file."""
     kind = said.partition(";")[0].strip().lower()
     return kind if _PICTURE_TYPE.fullmatch(kind) else _type_of(picture)
 
 
 def _type_of(picture: bytes) -> str:
-    """By its first bytes, since the answer does not always say it."""
+    """Return the type of a picture by its first bytes, since answers do not always state it."""
     if picture[:4] == b"RIFF" and picture[8:12] == b"WEBP":
         return _WEBP
     return next((kind for magic, kind in _MAGIC if picture.startswith(magic)), _PNG)

@@ -1,13 +1,14 @@
 """Errors of upstreams, classified: refusals, and errors within a stream of status 200.
 
-Each dialect reads its own error bodies first, then those of the others, because providers mix
-them; the HTTP status decides what no dialect knows. The source is what arrived on the wire, never
-an SDK's exception text, because SDKs raise TypeError on some error bodies.
+The refusal rules of the upstream's own dialect come first, then those of the other dialects,
+because providers mix them; the HTTP status decides what no dialect recognises. Errors are read from
+the bytes on the wire, never from an SDK's exception text, because SDKs raise TypeError on some
+error bodies.
 
-Invariants: a refusal is one of throttled, unpaid, invalid key, busy, never possible, or about
-this request alone; nothing that a client can provoke alone counts as a refusal of the key; no
-message holds the API key or a whole foreign page; a model's text cannot imitate an error event,
-because quotes and line ends in it are escaped.
+Invariants: a refusal is one of throttled, unpaid, invalid key, busy, never possible, or about this
+request only; nothing that a client alone can cause counts as a refusal of the key; no message
+contains the API key or a whole page of another server; a model's text cannot imitate an error
+event, because quotes and line ends in it are escaped.
 """
 
 from __future__ import annotations
@@ -43,24 +44,25 @@ from tidegate.errors import (
 )
 from tidegate.telemetry.logging import redact
 
-# Other 4xx that mean "not now" rather than "never": the same call may succeed later.
+# Other 4xx that are temporary: the same call may succeed later.
 TRANSIENT_CODES = (408, 425, 499)
 # HTTP statuses of errors by their type, code or status.
 _STATUSES = {word: status for spec in DIALECTS.values() for word, status in spec.statuses.items()}
 _IN_ORDER = tuple(DIALECTS[name] for name in ("gemini", "openai", "anthropic", "bedrock"))
-# A server of one's own that has all hands full: vLLM, SGLang, TGI, Ollama, llama.cpp.
+# A self-hosted server at capacity: vLLM, SGLang, TGI, Ollama, llama.cpp.
 _BUSY = re.compile(
     r"server (?:is )?busy|no slots? available|loading model|maximum pending requests|"
     r"queue (?:is )?full|too many (?:pending|waiting|concurrent) requests",
     re.IGNORECASE,
 )
-# What llama.cpp's server says with a 500 of a request that is wrong, tried at its build b10434: of
-# JSON that it can't read, tools and messages without a field, pictures for a model without eyes.
+# llama.cpp's server answers these invalid requests with a 500 (verified with its build b10434):
+# JSON that it cannot parse, tools and messages without a field, pictures for a model without
+# vision.
 _WRONG_REQUEST = re.compile(
     r"\[json\.exception\.|Failed to parse |\w+ input is not supported|Unknown reasoning format"
 )
-# A refusal of the key names it. Gemini also answers "The caller does not have permission" for a
-# private video, and some keys may do some things and not others.
+# A refusal of the key mentions it. Gemini also answers "The caller does not have permission" for a
+# private video, and some keys have only some permissions.
 _ABOUT_THE_KEY = re.compile(
     r"\b(?:api.?key|credential|consumer|project|account|organi[sz]ation|billing|suspended)",
     re.IGNORECASE,
@@ -78,9 +80,9 @@ def upstream_error(
     tier: str = "",
     is_own: bool = False,
 ) -> UpstreamError:
-    """The error for an HTTP status (or that of an error object) and an error object. `headers` are
-    in lower case; `secret` is the API key, removed from the message; `tier` was requested;
-    `is_own`: of a server of one's own."""
+    """Return the error for an error object and its HTTP status. `headers` are in lower case.
+    `secret`: the API key, which is removed from the message. `tier`: the requested one. `is_own`:
+    the server is self-hosted."""
     message = f"the provider answered {status}: {_reason(error, secret)}"
     at = answered_at(headers.get("date", ""), datetime.now(UTC))
     answer = ErrorAnswer(status, error, headers, at, tier.lower())
@@ -90,7 +92,7 @@ def upstream_error(
         refusal = _of_own_server(answer) or refusal
     if refusal is None:
         return _by_status(answer, message, wait_ms)
-    # Of a bucket the headers say when it is full again, which is long after one call fits.
+    # The headers of a bucket state when it is full again, long after one more call fits.
     is_told = refusal.reason == "throttled" and wait_ms
     if refusal.wait_ms is not None and not is_told:
         wait_ms = max(wait_ms or 0, refusal.wait_ms)
@@ -141,8 +143,9 @@ def _by_words(dialect: str, answer: ErrorAnswer) -> RefusalFacts | None:
 
 
 def _of_own_server(answer: ErrorAnswer) -> RefusalFacts | None:
-    """A server of one's own has no quota: it is busy, or loads its model, in whatever words. One
-    that says nothing is not it, but what stands before it."""
+    """Classify the refusal of a self-hosted server. Such a server has no quota: it is busy or
+    loads its model, whatever the wording. An answer without a message comes from a proxy in
+    front of it."""
     if answer.status in (429, 503) and answer.message:
         return RefusalFacts("busy")
     if answer.status == 500 and _WRONG_REQUEST.match(answer.message):
@@ -158,7 +161,7 @@ def _by_status(answer: ErrorAnswer, message: str, wait_ms: int | None) -> Upstre
         return UpstreamThrottled(message, retry_after_ms=wait_ms)
     if status in (401, 403):
         return UpstreamUnauthorized(message, status=status, of_key=_is_of_key(answer))
-    if status == 501:  # such as the cancelling of what can't be cancelled
+    if status == 501:  # for example a cancellation that is not supported
         return UpstreamRejected(message, status=status)
     if status >= 500 or status in TRANSIENT_CODES:
         return UpstreamUnavailable(message, status=status, retry_after_ms=wait_ms)
@@ -176,14 +179,14 @@ def _is_of_key(answer: ErrorAnswer) -> bool:
 
 
 MAX_MESSAGE_CHARS = 500
-# How OpenAI names a refused key: its first and its last letters.
+# OpenAI's form of a rejected key: its first and its last letters.
 _MASKED_KEY = re.compile(r"\S*\*{3,}\S*")
 _GOOGLE_KEY = re.compile(r"AIza[0-9A-Za-z_-]{20,}")
 
 
 def error_of_refusal_in(body: bytes) -> JsonObject:
-    """The error object of an answer that is known to be a refusal; all of the body where it is
-    flat, as Mistral's and vLLM's are; empty where it has none."""
+    """Return the error object of an answer that is known to be a refusal: the whole body if it is
+    flat, as at Mistral and vLLM; empty if it has none."""
     if (value := error_event_in(body)) is not None:
         return error_object(value) or {}
     try:
@@ -194,13 +197,13 @@ def error_of_refusal_in(body: bytes) -> JsonObject:
         return {}
     if "message" not in value and isinstance(value.get("detail"), str):
         return {"message": value["detail"]}
-    if isinstance(value.get("Message"), str):  # of AWS, before it comes to a service
+    if isinstance(value.get("Message"), str):  # AWS's, before the request reaches a service
         return {**value, "message": value["Message"]}
     return value if isinstance(value.get("message"), str) else {}
 
 
 def status_of(error: Mapping[str, Any]) -> int:
-    """The HTTP status that an error object would have had; 500 where it has none."""
+    """Return the HTTP status that belongs to an error object; 500 if it names none."""
     for word in (error.get("code"), error.get("type")):
         if (status := _STATUSES.get(str(word))) is not None:
             return status
@@ -221,29 +224,29 @@ def _reason(error: Mapping[str, Any], secret: str) -> str:
 
 
 def clean(message: str, secret: str) -> str:
-    """A provider's text on one line, cut to a bound, without keys."""
+    """Return a provider's text on one line, without keys, cut to a bound."""
     if secret:
         message = message.replace(secret, "***")
     message = " ".join(message.split())
-    if "***" in message:  # cut first: a word without end would be searched again and again
+    if "***" in message:  # cut first: on a very long word the search would be slow
         message = _MASKED_KEY.sub("***", message[: 4 * MAX_MESSAGE_CHARS])
     message = redact(_GOOGLE_KEY.sub("***", message))
     return message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}..."
 
 
-# The first that is no comment: an error, in an event, in a list or alone.
+# The first text after comments is an error: in an event, in a list or alone.
 _BEGINS = re.compile(
     rb"(?:\s+|:[^\n]*\n|(?:event|id|retry):[^\n]*\n)*(?:data:)?\s*\[?\s*\{\s*"
-    rb'(?:"(?:code|status)"\s*:\s*(?:"[^"\\]*"|\d+|null)\s*,\s*)*'  # of xAI's, before its text
+    rb'(?:"(?:code|status)"\s*:\s*(?:"[^"\\]*"|\d+|null)\s*,\s*)*'  # xAI's, before the message
     rb'(?:"error"\s*:\s*[{"]|"(?:type|object)"\s*:\s*"error"|"type"\s*:\s*"response\.failed")'
 )
-# A first piece that is shorter may be half of a line that reports one.
+# A shorter first piece may be half of a line that reports an error.
 SHORTEST_BYTES = 64
 LONGEST_BYTES = 65_536
 _HEAD_BYTES = 160
 _TAIL_BYTES = 16_384
 _ENOUGH_BYTES, _MOST_TAIL_BYTES = 2_048, 4_000_000
-# The start of an event with content, and a mark of all that report an error.
+# The start of an event with content, and text that every error event contains.
 _EVENT, _DATA = re.compile(rb"(?:^|\n)data:(?!\s*\[DONE\])"), re.compile(rb"(?:^|\n)data:")
 _MAY_REPORT = re.compile(
     rb'"error"\s*:\s*(?:data:\s*)?[{"]|"type"\s*:\s*"(?:error|response\.failed)"|'
@@ -255,17 +258,17 @@ _DECODER = json.JSONDecoder()
 
 
 def is_too_short(first: bytes) -> bool:
-    """Whether the first bytes of a stream may be half of a line that reports an error."""
+    """Return whether the first bytes of a stream may be half of a line that reports an error."""
     if len(first) >= SHORTEST_BYTES or first.endswith((b"\n\n", b"\r\n\r\n")):
         return False
     return not first.endswith(b"\n") or first.lstrip()[:6] in (b"", b"event:")
 
 
 def tail_of(pieces: list[bytes]) -> bytes:
-    """The last bytes of an answer, enough for an error: with the whole of its last event, which
+    """Return the last bytes of an answer, enough to find an error: with its whole last event, which
     repeats the request and may be long."""
     start, size_bytes = len(pieces), 0
-    is_whole = bool(pieces) and pieces[0].lstrip()[:1] in (b"[", b"{")  # no events
+    is_whole = bool(pieces) and pieces[0].lstrip()[:1] in (b"[", b"{")  # not a stream of events
     while start and (size_bytes < _ENOUGH_BYTES or not is_whole):
         start -= 1
         size_bytes += len(pieces[start])
@@ -274,21 +277,21 @@ def tail_of(pieces: list[bytes]) -> bytes:
 
 
 def may_begin_with_error(first: bytes) -> bool:
-    """Of the first bytes of an answer."""
-    head = first[:_HEAD_BYTES]  # nearly all are seen to be none at a glance
+    """Return whether the first bytes of an answer may begin an error."""
+    head = first[:_HEAD_BYTES]  # a quick check, which excludes nearly all
     if b"error" not in head and b"response.failed" not in head:
         return False
     return _BEGINS.match(first) is not None
 
 
 def error_event_in(data: bytes) -> JsonObject | None:
-    """The object that reports an error, in the first or the last bytes of an answer: a JSON body,
-    an item of a list, or an event, which may be the object alone."""
+    """Return the object that reports an error in the first or the last bytes of an answer: a JSON
+    body, an item of a list, or an event, also one without `data:`."""
     if _MAY_REPORT.search(data) is None:
         return None
     lines, apart = _data_lines(data), _BETWEEN_EVENTS.split(data)
-    events = [b"\n".join(_data_lines(event)) for event in apart]  # one may have several lines
-    bare = [text for text in apart if text.startswith(b"{")]  # as Google's SDKs expect it too
+    events = [b"\n".join(_data_lines(event)) for event in apart]  # an event may have several lines
+    bare = [text for text in apart if text.startswith(b"{")]  # Google's SDKs accept this form too
     for text in (*reversed(lines), *reversed(events), *reversed(bare), data):
         if _MAY_REPORT.search(text) and (event := _error_event(text)) is not None:
             return event
@@ -302,7 +305,8 @@ def _data_lines(data: bytes) -> list[bytes]:
 
 
 def _error_event(text: bytes, *, at_start: bool = False) -> JsonObject | None:
-    """`at_start`: something may follow the object."""
+    """Return the parsed text if it reports an error. `at_start`: other text may follow the
+    object."""
     decoded = text.decode("utf-8", "replace").strip()
     try:
         value = _DECODER.raw_decode(decoded)[0] if at_start else json.loads(decoded)
@@ -314,24 +318,25 @@ def _error_event(text: bytes, *, at_start: bool = False) -> JsonObject | None:
 
 
 def error_object(value: JsonObject) -> JsonObject | None:
-    """The error that an event of a stream, a body, or an item of a list reports; None where it
+    """Return the error that an event of a stream, a body, or an item of a list reports; None if it
     reports none."""
     if value.get("type") == "response.failed" and isinstance(value.get("response"), dict):
         value = value["response"]
     error = value.get("error")
     if isinstance(error, str) and error:
         return {"message": error}
-    if isinstance(error, dict) and any(error.values()):  # else of a server that writes zeros too
+    if isinstance(error, dict) and any(error.values()):  # or all empty, without a failure
         return error
     if (error := _error_of_choices(value)) is not None:
         return error
-    # Flat, of Mistral and vLLM, by its `object`.
+    # The flat form of Mistral and vLLM, marked by its `object`.
     return value if "error" in (value.get("type"), value.get("object")) else None
 
 
 def _error_of_choices(event: JsonObject) -> JsonObject | None:
-    """As OpenRouter tells one that ends an answer: in the choice that it ends. It and Mistral have
-    a reason for that end too (`finish_reason` of their descriptions of chat completions)."""
+    """Return the error in the only choice of an answer, which OpenRouter sends if an error ends the
+    answer. OpenRouter and Mistral also have a `finish_reason` for it (see their descriptions of
+    chat completions)."""
     choices = event.get("choices")
     if type(choices) is not list or len(choices) != 1 or type(choices[0]) is not dict:
         return None
@@ -346,7 +351,7 @@ _NO_EVENT = {"error": {"code": 502, "message": "the stream ended without an even
 
 
 def error_without_output(answer: bytes) -> JsonObject | None:
-    """A whole answer that has nothing but an error in its only choice."""
+    """Return a whole answer whose only choice has an error and no output; None for any other."""
     value = error_of_choice(answer)
     choice = {} if value is None else value["choices"][0]
     said = [part for name, part in _object(choice.get("message")).items() if name != "role"]
@@ -354,7 +359,8 @@ def error_without_output(answer: bytes) -> JsonObject | None:
 
 
 def error_of_choice(answer: bytes) -> JsonObject | None:
-    """A whole answer that ends with an error in its only choice, after some output or none."""
+    """Return a whole answer whose only choice ends with an error, with or without output; None for
+    any other."""
     if b'"choices"' not in answer or b'"error"' not in answer:
         return None
     try:
@@ -365,8 +371,8 @@ def error_of_choice(answer: bytes) -> JsonObject | None:
 
 
 def error_at_end(pieces: list[bytes]) -> JsonObject | None:
-    """The object that reports an error at the end of a stream; one of ours where it has nothing but
-    comments."""
+    """Return the object that reports an error at the end of a stream; an error of ours if the
+    stream has only comments."""
     tail = tail_of(pieces)
     if tail.startswith(b":") and _DATA.search(tail) is None:
         return _NO_EVENT
@@ -374,7 +380,7 @@ def error_at_end(pieces: list[bytes]) -> JsonObject | None:
 
 
 def error_body(event: JsonObject) -> JsonObject:
-    """The body of an answer that is this error from the start, as clients read it."""
+    """Return an error event as the body of an answer, in the form that clients parse."""
     if event.get("type") == "response.failed" or not (event.get("error") or "message" in event):
         return {"error": error_object(event)}
     return event
@@ -389,7 +395,7 @@ def stream_error(
     tier: str = "",
     is_own: bool = False,
 ) -> UpstreamError:
-    """The error for an event of a stream."""
+    """Return the error for an event of a stream."""
     error = error_object(event) or {}
     status = status_of(error)
     named = {
@@ -405,19 +411,21 @@ _WAITS = (b"retry-after", b"retry-after-ms")
 
 
 def without_wait(headers: Iterable[tuple[bytes, bytes]], status: int) -> Headers:
-    """The headers of a good answer for an error in it. Their wait is that of a limit, as Anthropic
-    names it in good answers too: no wait for another error."""
+    """Return the headers of a successful answer for an error in it. Without a 429 the wait is left
+    out: Anthropic states the wait of a limit in successful answers too, and it applies to no other
+    error."""
     if status == 429:
         return list(headers)
     return [pair for pair in headers if pair[0].lower() not in _WAITS]
 
 
-_MAYBE_EMPTY = frozenset((Operation.TRANSCRIBE,))  # a text of a recording without a word
+_MAYBE_EMPTY = frozenset((Operation.TRANSCRIBE,))  # the transcript of a recording without speech
 
 
 def no_answer(operation: Operation, headers: Headers, first: bytes, *, at_end: bool) -> str:
-    """Why a success of a call of a model is none: nothing in it, or a web page, such as of a proxy
-    between; else empty. `first` are its first bytes, and all of it `at_end`."""
+    """Return why a success of a model's call is not an answer, otherwise an empty string: it is
+    empty, or a web page, for example of a proxy. `first`: its first bytes, all of them if
+    `at_end`."""
     if at_end and not first.strip() and operation not in _MAYBE_EMPTY:
         return "an empty body"
     for name, value in headers:
@@ -427,7 +435,8 @@ def no_answer(operation: Operation, headers: Headers, first: bytes, *, at_end: b
 
 
 def own_headers(headers: Headers, event: JsonObject) -> Headers:
-    """Those of a good answer that the error of this event may bear as an answer of its own."""
+    """Return the headers of a successful answer that apply if the error in it becomes the
+    answer."""
     framing = (b"content-type", b"content-length", b"content-encoding", b"cache-control")
     left = without_wait(headers, status_of(error_object(event) or {}))
     kept = [pair for pair in left if pair[0] not in framing]
@@ -446,8 +455,11 @@ _BEGUN = frozenset(
 
 
 class Prelude:
-    """The events of a stream before any output. `error` is the one that tells an error; `is_events`
-    is false for what is no stream of events. One that ends after comments alone is an error too."""
+    """The events of a stream before any output.
+
+    `error` is set to an event that reports an error, or if the stream ends after comments only.
+    `is_events` becomes false for data that is not a stream of events.
+    """
 
     __slots__ = ("_has_data", "_rest", "error", "is_events")
 
@@ -458,7 +470,7 @@ class Prelude:
         self._rest = b""
 
     def holds(self, piece: bytes, *, at_end: bool) -> bool:
-        """Whether no output has come, this piece included; nor an error."""
+        """Return whether neither output nor an error has come so far, this piece included."""
         data, start = self._rest + piece, 0
         while (end := data.find(b"\n", start)) >= 0 or (at_end and start < len(data)):
             end = len(data) if end < 0 else end
@@ -479,7 +491,7 @@ class Prelude:
         self._has_data = True
         try:
             value = orjson.loads(line[5:])
-        except orjson.JSONDecodeError:  # the end, or nobody's protocol
+        except orjson.JSONDecodeError:  # the end marker, or an unknown protocol
             return False
         if type(value) is not dict:
             return False
@@ -502,7 +514,7 @@ def _has_no_output(event: dict[str, Any]) -> bool:
         return _object(event.get("item")).get("type") in ("message", "reasoning")
     if type(kind) is str:
         return kind in _BEGUN
-    if "usageMetadata" in event:  # Gemini's tokens of the prompt, before there is a candidate
+    if "usageMetadata" in event:  # Gemini's usage of the prompt, before there is a candidate
         return not event.get("candidates") and not event.get("promptFeedback")
     choices = event.get("choices")
     if type(choices) is not list or event.get("usage") is not None:

@@ -1,14 +1,14 @@
 """Request facts for admission: model, kind, input pieces and bounds of a native body. Pure.
 
 One walk over the parsed body serves all dialects: every string counts as text, and files are
-known by the few shapes that the dialects give them, only where a provider accepts files. Tools
-that a provider runs and state that it keeps select a separate track of the estimator. Bodies over
-256 KB are parsed without the contents of their files, because parsing 20 MB blocks the event loop
-for tens of milliseconds.
+recognised by the few shapes that the dialects use, only where a provider accepts files. Tools that
+a provider runs, and state that it keeps, select a separate track of the estimator. Bodies over 256
+KB are parsed without the contents of their files, because parsing 20 MB blocks the event loop for
+tens of milliseconds.
 
-Invariants: an unknown field never makes a request invalid; the body is forwarded as it came; a
-body that names an admission field twice, or in another case, is refused, because JSON parsers
-disagree on its meaning.
+Invariants: an unknown field never makes a request invalid; the body is forwarded unchanged; a body
+that names an admission field twice, or in another case, is rejected, because JSON parsers disagree
+on its meaning.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ from tidegate.record import PROMPT_HEAD_CHARS
 
 TOOLS = frozenset(("tools", "functions"))
 # A page that a tool finds has about 2,500 tokens (platform.claude.com/docs/en/agents-and-tools/
-# tool-use/web-fetch-tool); what is worth keeping at a provider has as many at least.
+# tool-use/web-fetch-tool); state that a provider keeps is assumed to have at least as many.
 ADDED_TOKENS = 2_500.0
 ADDED_BY = {Learning.HOSTED: Modality.HOSTED, Learning.STATE: Modality.STATE}
-_MOST_TOOLS = 1_000  # no provider takes as many
+_MOST_TOOLS = 1_000  # no provider accepts as many
 _OWN = frozenset(("function", "custom", "namespace"))
 _HOSTED = frozenset(
     ("web_search_options", "search_parameters", "search_settings", "plugins", "mcp_servers")
@@ -76,7 +76,7 @@ _TELLING = TOOLS | _HOSTED | _STATE | {"prompt"}
 
 
 def tools_in(body: Mapping[str, Any]) -> list[Any]:
-    """All tools that a request names."""
+    """Return all tools that a request names."""
     if TOOLS.isdisjoint(body):
         return []
     found: list[Any] = []
@@ -90,7 +90,7 @@ def tools_in(body: Mapping[str, Any]) -> list[Any]:
 def learning_of(
     body: Mapping[str, Any], tools: list[Any], is_hosted: Callable[[JsonObject], bool]
 ) -> Learning:
-    """The calls that a request is learned with, if it has no files."""
+    """Return the estimator's track of a request, if it has no files."""
     if _TELLING.isdisjoint(body):
         return Learning.TEXT
     for tool in islice(tools, _MOST_TOOLS):
@@ -100,36 +100,36 @@ def learning_of(
         return Learning.HOSTED
     if not _STATE.isdisjoint(body) and any(map(body.get, _STATE)):
         return Learning.STATE
-    # A prompt that is an object is one that the provider keeps.
+    # A prompt that is an object is stored at the provider.
     return Learning.STATE if type(body.get("prompt")) is dict else Learning.TEXT
 
 
 def is_hosted_tool(tool: JsonObject) -> bool:
-    """Whether the provider runs a tool, as OpenAI and Anthropic declare it."""
+    """Return whether the provider runs a tool, by the declarations of OpenAI and Anthropic."""
     kind = tool.get("type")
     return type(kind) is str and kind not in _OWN
 
 
-# Enough to find a picture's size in, and a multiple of 4 characters.
+# Enough to read a picture's size from, and a multiple of 4 characters.
 HEAD_CHARS = 65_536
 MOST_WALKED = 200_000
-# Names of fields are not counted, but for those of a schema's properties, which the model reads,
-# and those that would be a place to put a text.
+# Names of fields do not count, except the properties of a schema, which the model reads, and names
+# that are long enough to hide a text.
 _LONG_NAME_CHARS = 200
-_FEW_WORDS_CHARS = 200  # a file's type, its name, how closely to look
+_FEW_WORDS_CHARS = 200  # longest type, name or detail level of a file
 _DATA_URL = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?[^,]{0,100};base64,")
 _INLINE_MIME = ("mimeType", "mime_type", "media_type")
 _URI = ("fileUri", "file_uri", "file_id", "image_url", "url", "uri")
 _LINKED = ("image", "audio", "video", "document")  # contents of an interaction
 _OF_FILES = frozenset(("data", *_URI))
-# Where a file is given as a data URL; elsewhere what looks like one is a text.
+# Fields in which a file may be a data URL; elsewhere a data URL is plain text.
 _OF_URLS = frozenset(
     (
         *("url", "image_url", "video_url", "audio_url", "file_url", "document_url", "file_data"),
         *("data", "fileUri", "file_uri", "uri", "image", "images", "mask", "input_audio"),
     )
 )
-# Arguments and answers of functions, and schemas: a model reads all of them as text.
+# Arguments and results of functions, and schemas: a model reads all of them as text.
 _AS_TEXT = frozenset(
     (
         *("input", "args", "arguments", "response", "parameters", "parametersJsonSchema"),
@@ -137,11 +137,11 @@ _AS_TEXT = frozenset(
         *("responseSchema", "response_schema", "responseJsonSchema", "response_json_schema"),
     )
 )
-# Fields that a provider has sealed for itself: their letters are no text.
+# Fields that only the provider can read: their characters are not text.
 _SEALED = frozenset(("signature", "thoughtSignature", "thought_signature", "encrypted_content"))
-# Pictures in base64 and nothing beside, as Ollama takes them.
+# A list of pictures in base64, as Ollama takes them.
 _PICTURES = "images"
-# A sound in base64 or its URL, as Mistral takes it; OpenAI's is an object.
+# Audio as base64 or a URL, as Mistral takes it; OpenAI's is an object.
 _SOUND = "input_audio"
 _BESIDE_TEXTS = _OF_FILES | _SEALED | {_PICTURES, _SOUND}
 _LOOKED_AT = _BESIDE_TEXTS | _OF_URLS | _AS_TEXT | {"properties"}
@@ -149,7 +149,7 @@ _SEALED_TOKENS_A_LETTER = 0.25
 
 
 def _beside(value: Mapping[str, Any], key: str) -> list[Any]:
-    """Values of an object beside its file: input too, but for the few words on the file."""
+    """Return the values beside an object's file: input too, except short texts about the file."""
     return [
         one
         for name, one in value.items()
@@ -173,7 +173,7 @@ def _decoded(head: str) -> bytes:
 
 
 class Content:
-    """Finds the texts and files of a body, without recursion: its depth is the client's choice."""
+    """Collects the texts and files of a body, without recursion: the client chooses its depth."""
 
     def __init__(
         self, rules: Rules, is_hosted: Callable[[JsonObject], bool], whole: Mapping[str, Sized]
@@ -192,9 +192,9 @@ class Content:
         self._learning = Learning.TEXT
 
     def pieces(self, infers: bool) -> InputPieces:
-        """`infers`: a model runs, and the provider adds its own words to the request."""
+        """Return the pieces of the input. infers: a model runs, whose overhead is added."""
         found = pieces_of_texts(self._texts)
-        # An input that was cut into tokens by the client; what is sealed.
+        # Input that the client has tokenized; sealed fields.
         if more := self._numbers + self._sealed_chars * _SEALED_TOKENS_A_LETTER:
             found[Modality.LATIN] = found.get(Modality.LATIN, 0.0) + more
         for modality, tokens in self._pieces.items():
@@ -214,7 +214,7 @@ class Content:
 
     @property
     def audio_seconds(self) -> int:
-        """Of all recordings, about."""
+        """Return the estimated length of all recordings."""
         tokens = self._pieces.get(Modality.AUDIO) if self.files else None
         return ceil(tokens / self._rules.audio_second) if tokens else 0
 
@@ -231,7 +231,7 @@ class Content:
         self._over(list(body.values()))
 
     def _over(self, left: list[Any]) -> None:
-        """Count files too; then everything that is text in any form."""
+        """Count the files, then everything that is text in any form."""
         self._walk(left, self._object)
         self._walk(self._plain, self._values_of)
         self._plain = []
@@ -243,7 +243,7 @@ class Content:
                 self._values = seen
                 return
             value = left.pop()
-            sort = type(value)  # of a parsed body: no subclasses
+            sort = type(value)  # values of a parsed body are never subclasses
             if sort is str:
                 texts.append(str(self._whole.get(value, value)) if self._whole else value)
             elif sort is dict:
@@ -261,17 +261,17 @@ class Content:
                 else:
                     left += value
         self._values = MOST_WALKED
-        if left:  # more than a person writes: the rest counts as it would be written
+        if left:  # beyond any usual size: the rest counts as its JSON text
             texts.append(_written(left))
 
     def _values_of(self, value: JsonObject, left: list[Any]) -> None:
-        """Of an object that is text; the names in a schema are text too."""
+        """Collect the values of an object that is text, and the names in a schema."""
         if type(names := value.get("properties")) is dict:
             self._texts += names
         left += value.values()
 
     def _take_urls(self, value: JsonObject) -> None:
-        """Count the files that an object holds as data URLs, and take them out of it."""
+        """Count the files that an object holds as data URLs, and remove them from it."""
         for key in _OF_URLS.intersection(value):
             held = value[key]
             if type(held) is str:
@@ -281,7 +281,7 @@ class Content:
                 value[key] = [one for one in held if not self._is_file(one)]
 
     def _is_file(self, value: Any) -> bool:
-        """Whether it is a file in a data URL; if so it is counted."""
+        """Return whether a value is a file in a data URL, and count it if so."""
         if type(value) is not str or (url := _DATA_URL.match(value)) is None:
             return False
         self._file(url["mime"] or "application/octet-stream", value, url.end())
@@ -323,7 +323,7 @@ class Content:
         for key in _URI:
             uri = value.get(key)
             if key == "uri" and value.get("type") not in _LINKED:
-                continue  # of what is read, not of a file
+                continue  # a source that was read, not a file
             if isinstance(uri, str) and not uri.startswith("data:"):
                 self._linked(value)
                 left += _beside(value, key)
@@ -343,7 +343,7 @@ class Content:
             self._file("audio/*", sound, 0)
 
     def _are_pictures(self, values: Any) -> bool:
-        """Whether all begin as pictures do; if so they are counted."""
+        """Return whether all values begin as pictures do, and count them if so."""
         if type(values) is not list or not all(type(one) is str for one in values):
             return False
         if not all(dimensions(_decoded(one[:HEAD_CHARS])) for one in values):
@@ -359,7 +359,7 @@ class Content:
         self._add(pieces_of_file(mime, decoded, size_bytes, self._rules))
 
     def _linked(self, value: JsonObject) -> None:
-        """A file that is somewhere else: its sort is known, its size is not."""
+        """Count a file that is stored elsewhere: its type is known, its size is not."""
         self.files += 1
         mime = next((value[key] for key in _INLINE_MIME if isinstance(value.get(key), str)), None)
         is_picture = "image_url" in value or "url" in value
@@ -381,12 +381,12 @@ _READ = frozenset(
     )
 )
 _WRITTEN = {name: b'"%b"' % name.encode() for name in _READ}
-# Go's parser folds letters beyond ASCII too: a long s is an s to it.
+# Go's parser also folds letters beyond ASCII: a long s equals an s.
 _FOLDED = {name.casefold(): name for name in _READ}
 # Fields that request work which continues after the answer: OpenAI's, and xAI's.
 _GO_ON = ("background", "deferred")
 _GOING_ON = frozenset(_GO_ON)
-_BACKGROUNDS = ("transparent", "opaque", "auto")  # of a picture: the same word, another field
+_BACKGROUNDS = ("transparent", "opaque", "auto")  # a picture's: a field of the same name
 _DEFERRED = (Dialect.OPENAI, "/chat/completions")
 _IN_BACKGROUND = {
     Dialect.OPENAI: ("/responses",),
@@ -395,13 +395,12 @@ _IN_BACKGROUND = {
 
 
 def admission_field(name: str) -> str | None:
-    """The field of a body that admission reads and that `name` is in some spelling; None for any
-    other."""
+    """Return the admission field that `name` is in some spelling; None for any other name."""
     return _FOLDED.get(name.casefold())
 
 
 def check_spelling(body: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest where a field is written in another case."""
+    """Raise InvalidRequest if a field is written in another case."""
     for key in body:
         if key not in _READ and (name := _FOLDED.get(key.casefold())) is not None:
             said = f"{key[:64]!a} is {name} in another case, which servers read differently"
@@ -412,9 +411,9 @@ def check_spelling(body: Mapping[str, Any]) -> None:
 
 
 def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
-    """Raises InvalidRequest where the outermost object of `raw`, which was parsed to `body`, has a
-    field twice."""
-    # To look at each key is dear: nearly all bodies are done with some counts.
+    """Raise InvalidRequest if the outermost object of `raw`, parsed as `body`, has a field
+    twice."""
+    # Checking each key is slow: for nearly all bodies, counting their names is enough.
     counted = raw.count if len(raw) <= LARGE_BYTES else partial(count_in, raw)
     for key in body:
         if (needle := _WRITTEN.get(key)) is not None and counted(needle) > 1:
@@ -425,7 +424,7 @@ def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
     outermost: list[str] = []
 
     def note(pairs: list[tuple[str, Any]]) -> None:
-        outermost[:] = [name for name, _ in pairs]  # objects end from the inside out
+        outermost[:] = [name for name, _ in pairs]  # the outermost object ends last
 
     try:
         json.loads(raw, object_pairs_hook=note, parse_int=len, parse_float=len)
@@ -438,9 +437,9 @@ def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
 
 
 def goes_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
-    """Whether a response, an interaction or a completion of xAI's is to be made in the background,
-    which a worker then sees to. Raises InvalidRequest for other work that continues after its
-    answer: it would hold no permit and be charged to no tenant."""
+    """Return whether a response, an interaction or a completion of xAI's runs in the background,
+    where a worker follows it. Raises InvalidRequest for other work that continues after its answer:
+    it would hold no permit and be charged to no tenant."""
     if _GOING_ON.isdisjoint(body):
         return False
     paths = _IN_BACKGROUND.get(endpoint.dialect, ())
@@ -461,7 +460,7 @@ def goes_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
 
 
 def refuse_to_go_on(body: Mapping[str, Any], *names: str) -> None:
-    """Raises InvalidRequest where one of these fields, or of all that do, starts such work."""
+    """Raise InvalidRequest if one of these fields (by default of all) starts such work."""
     for name in names or _GO_ON:
         if body.get(name) not in (None, False):
             raise InvalidRequest(
@@ -472,30 +471,30 @@ def refuse_to_go_on(body: Mapping[str, Any], *names: str) -> None:
             )
 
 
-# Of objects, lists, keys and what stands in them: each costs many times its bytes once parsed, and
-# no other thread of Python runs meanwhile. Providers take fewer: the largest request that is not of
-# text, embeddings of tokens, holds 300,000.
+# Objects, lists, keys and values: each takes many times its bytes once parsed, and no other Python
+# thread runs meanwhile. Providers accept fewer: the largest request other than text, embeddings of
+# tokens, has 300,000.
 MOST_PARTS = 500_000
 _PARTS = (b",", b"[", b"{", b":")
-# Everything is taken for good: nothing is tried twice, nor remembered.
+# Possessive quantifiers: no backtracking, so that the search is linear.
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _WHOLE = re.compile(rb'(?:[^"]++|%b)*+' % _TEXT.pattern, re.DOTALL)
 _QUOTE, _BACKSLASH = b'"\\'
-# `"model":`, in whatever case and however escaped.
+# `"model":` in any case, with any escapes.
 NAMES_MODEL = re.compile(
     rb'"(?:m|\\u00[46]d)(?:o|\\u00[46]f)(?:d|\\u00[46]4)(?:e|\\u00[46]5)(?:l|\\u00[46]c)"\s*:',
     re.IGNORECASE,
 )
 _OUTPUT_BOUNDS = ("max_completion_tokens", "max_output_tokens", "max_tokens", "maxOutputTokens")
 _BOUNDS_NAMES = frozenset(_OUTPUT_BOUNDS)
-# Each is as long as the bound, and paid for; of `best_of` one is shown.
+# Each answer is as long as the bound and is charged; of `best_of` one is returned.
 _ANSWERS = ("n", "best_of", "candidateCount", "candidate_count")
 
 
 def count_in(body: bytes, *needles: bytes) -> int:
-    """How often these are in a body. A large one is searched in parts, since no other thread of
-    Python runs during a search."""
+    """Count the needles in a body. A large body is searched in parts, since no other Python thread
+    runs during a search."""
     if len(body) <= LARGE_BYTES:
         return sum(map(body.count, needles))
     return sum(
@@ -506,15 +505,15 @@ def count_in(body: bytes, *needles: bytes) -> int:
 
 
 def has_too_many_parts(body: bytes) -> bool:
-    """Whether JSON holds more than `MOST_PARTS` commas, lists, objects and keys, outside of its
+    """Return whether JSON has more than `MOST_PARTS` commas, lists, objects and keys outside of
     texts."""
     if len(body) <= MOST_PARTS or count_in(body, *_PARTS) <= MOST_PARTS:
         return False
     parts = place = 0
-    # In steps, as no other thread of Python runs during a search.
+    # In steps, since no other Python thread runs during a search.
     while place < len(body) and parts <= MOST_PARTS:
         end = min(len(body), place + LARGE_BYTES)
-        whole = _WHOLE.match(body, place, end)  # up to a text that goes on behind the step
+        whole = _WHOLE.match(body, place, end)  # up to a text that continues after the step
         stop = end if whole is None else whole.end()
         outside = _TEXT.sub(b"", body[place:stop])
         parts += sum(map(outside.count, _PARTS))
@@ -523,20 +522,20 @@ def has_too_many_parts(body: bytes) -> bool:
 
 
 def _behind_text(body: bytes, place: int) -> int:
-    """The place behind the text that `place` is in."""
+    """Return the place after the end of the text that contains `place`."""
     while place < len(body):
         inside = _INSIDE.match(body, place, place + LARGE_BYTES)
         place = place if inside is None else inside.end()
         found = body[place] if place < len(body) else _QUOTE
         if found == _QUOTE:
             return place + 1
-        if found == _BACKSLASH:  # what it escapes is behind the step
+        if found == _BACKSLASH:  # the escaped character is after the step
             place += 2
     return place
 
 
 def check_parts(body: bytes) -> None:
-    """Raises PayloadTooLarge for JSON that would become too much once it is parsed."""
+    """Raise PayloadTooLarge for JSON that would take too much memory once parsed."""
     if has_too_many_parts(body):
         allowed = f"at most {MOST_PARTS} values"
         raise PayloadTooLarge("body", "the body holds too many values", allowed=allowed)
@@ -546,12 +545,12 @@ _JSON_OR_FORM = "JSON; on paths of files multipart/form-data; boundary=... with 
 
 
 def parsed(body: bytes) -> JsonObject:
-    """The body as a JSON object; raises InvalidRequest and PayloadTooLarge."""
+    """Return the body as a JSON object. Raises InvalidRequest and PayloadTooLarge."""
     check_parts(body)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as broken:
-        if body.lstrip()[:2] == b"--":  # as the boundary of a form does
+        if body.lstrip()[:2] == b"--":  # the boundary of a form
             begins = (
                 "the body is not JSON: it begins as a form, for which its Content-Type is wrong"
             )
@@ -575,13 +574,13 @@ def request_facts(
     may_draw: bool = False,
     hides_usage: bool = False,
 ) -> RequestFacts:
-    """Facts of a request in any dialect.
+    """Return the facts of a request in any dialect.
 
-    rules_of: how the provider counts the files of a model. settings: the object of the body with
-    bounds and modalities, where that is not the body itself. has_default_model: the provider
-    chooses one if none is named. may_draw: the model has a tool that generates images.
-    hides_usage: a stream reports its usage only on request. Raises InvalidRequest for a request
-    that names no model, or that the limits cannot be applied to.
+    rules_of: token counts of a model's files. settings: the object with bounds and modalities, by
+    default the body itself. has_default_model: the provider chooses a model if none is named.
+    may_draw: the model has a tool that generates images. hides_usage: a stream reports its usage
+    only on request. Raises InvalidRequest for a request that names no model, or to which limits
+    cannot be applied.
     """
     check_spelling(body)
     in_background = goes_on(endpoint, body)
@@ -598,7 +597,7 @@ def request_facts(
     kind = Kind.MULTI_MODAL if content.files else Kind.TEXT_ONLY
     stream = body.get("stream")
     if stream is not None and type(stream) is not bool and not endpoint.model_in_path:
-        # Some servers take 1 or "yes" for true: they would stream what is not taken for a stream.
+        # Some servers take 1 or "yes" for true: they would stream an answer handled as whole.
         raise InvalidRequest("stream", "stream is neither true nor false", allowed="true or false")
     streams = endpoint.streams or stream is True
     return RequestFacts(
@@ -621,8 +620,8 @@ _PROMPTS = ("messages", "input", "contents", "prompt", "query")
 
 
 def prompt_head(body: Mapping[str, Any]) -> str:
-    """How the last text of its user begins, in any dialect: all calls of a conversation have those
-    before it. Empty where the last messages have none, as where tools have answered."""
+    """Return the beginning of the last text of the user, in any dialect. Empty if the last messages
+    have none, for example after results of tools."""
     for name in _PROMPTS:
         said = body.get(name)
         if type(said) is str:
@@ -636,7 +635,7 @@ def prompt_head(body: Mapping[str, Any]) -> str:
 
 
 def _head_of(turn: Any) -> str:
-    """Of a message, where it is the user's."""
+    """Return the beginning of a message's text, if it is the user's."""
     if type(turn) is str:
         return turn[:PROMPT_HEAD_CHARS]
     if type(turn) is not dict or turn.get("role", "user") != "user":
@@ -653,22 +652,22 @@ def _head_of(turn: Any) -> str:
 
 
 def _characters(body: Mapping[str, Any]) -> int:
-    """How many letters a request wants spoken."""
+    """Return the number of characters that a request wants spoken."""
     text = body.get("input")
     return len(text) if type(text) is str else 0
 
 
 def cache_write_of(raw: bytes, body: Mapping[str, Any]) -> CacheWrite | None:
-    """To which cache a request, which was parsed to `body`, asks its input to be written: who
-    leaves before the usage is reported has it written all the same."""
+    """Return the cache to which a request, parsed as `body`, has its input written, or None. The
+    write is charged also if the client disconnects before the usage is reported."""
     if len(raw) <= LARGE_BYTES:
         if b"cache_control" not in raw and b"cachePoint" not in raw and b"\\u00" not in raw:
             return None
     elif not count_in(raw, b"cache_control", b"cachePoint", b"\\u00"):
         return None
     try:
-        text = orjson.dumps(body)  # in which no name is escaped
-    except orjson.JSONEncodeError:  # nested deeper than can be written
+        text = orjson.dumps(body)  # without escapes in names
+    except orjson.JSONEncodeError:  # nested too deeply to serialize
         return "1h"
     if b'"cache_control":' not in text and b'"cachePoint":' not in text:
         return None
@@ -680,9 +679,9 @@ _TURNS = ("messages", "input", "contents")
 
 
 def conversation_of(body: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Digests, of this process, of what a conversation's calls have in common in any dialect: the
-    tools and the system prompt, and these with the first message of the user. None without
-    messages, and where these are nested too deeply to be written."""
+    """Return two digests of what a conversation's calls share, valid in this process: of the tools
+    and the system prompt, and of these with the first user message. None without messages, or if
+    they are nested too deeply to serialize."""
     if (parts := _opening(body)) is None:
         return None
     opening = hash(parts[0])
@@ -690,8 +689,8 @@ def conversation_of(body: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def opening_of(body: Mapping[str, Any]) -> bytes:
-    """What a conversation's calls begin with in any dialect, as text, the same in all processes;
-    empty without messages, and where they are nested too deeply to be written."""
+    """Return the beginning that a conversation's calls share, as text that is equal in all
+    processes; empty without messages, or if they are nested too deeply to serialize."""
     if (parts := _opening(body)) is not None:
         return b"\n".join(parts).replace(_MARK.encode(), b"")
     said = body.get("input")
@@ -718,7 +717,7 @@ def _opening(body: Mapping[str, Any]) -> tuple[bytes, bytes] | None:
         systems.append(turn)
     try:
         return orjson.dumps([*map(body.get, _OPENINGS), systems]), orjson.dumps(first)
-    except orjson.JSONEncodeError:  # nested more deeply than can be written
+    except orjson.JSONEncodeError:  # nested too deeply to serialize
         return None
 
 
@@ -729,7 +728,7 @@ def _images(
     settings: Mapping[str, Any],
     may_draw: bool,
 ) -> int:
-    """How many images the answer holds; 0 where none is requested."""
+    """Return how many images the answer holds; 0 if none is requested."""
     if endpoint.operation is Operation.IMAGES:
         return min(_answers(body.get("n")), _MOST_IMAGES)
     if endpoint.operation is not Operation.INFER:
@@ -747,7 +746,7 @@ def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
         return 1
     if _BOUNDS_NAMES.isdisjoint(settings):
         return None
-    # Of several names the greatest: which of them counts is the upstream's choice.
+    # Of several names the largest counts: the upstream chooses which one it reads.
     given = [value for name in _OUTPUT_BOUNDS if (value := settings.get(name)) is not None]
     named = [bound for value in given if (bound := whole_in(value)) is not None]
     if len(named) < len(given) or max(named, default=0) < 1:
@@ -756,7 +755,7 @@ def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
 
 
 def _answers(value: object) -> int:
-    """How many answers are made, by the value of a field."""
+    """Return the number of answers that a field requests."""
     return max(1, whole_in(value) or 1)
 
 
@@ -764,24 +763,24 @@ _MOST_IMAGES = 10_000
 
 
 LARGE_BYTES = 262_144
-# The start of a file's text that is kept: its type and enough to find a picture's size in.
+# The kept beginning of a file's text: its type, and enough to read a picture's size from.
 _KEPT_BYTES = 2 * HEAD_CHARS
 _LONGEST_TYPE_BYTES = 1_000
-_BYTES_A_TEXT = 4_096  # of a body with more texts than that, the first ones alone are looked at
+_BYTES_A_TEXT = 4_096  # in a body with more texts than that, only the first ones are checked
 _FIELDS = frozenset(
     (
         *(b'"url"', b'"image_url"', b'"document_url"', b'"data"', b'"file_data"', b'"bytes"'),
         b'"input_audio"',
     )
 )
-# Nothing that JSON forbids in a text, as far as one look finds it.
+# Characters that JSON forbids in a text, as far as one search finds them.
 _FORBIDDEN = (b"\\", b"\0", b"\t", b"\n", b"\r")
-_MARK = token_hex(16)  # of this process: no client can write what stands for a file
+_MARK = token_hex(16)  # random for this process: no client can send a placeholder
 
 
 class Skimmed(NamedTuple):
-    """`raw` is the body, or what it comes to without its files; `body` is that as an object.
-    `whole` has, for each text in it that stands for a longer one, that one."""
+    """A body without the contents of its files. `raw`: its bytes, with placeholders. `body`: the
+    same as an object. `whole`: the full text of each placeholder."""
 
     raw: bytes
     body: JsonObject
@@ -790,7 +789,7 @@ class Skimmed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FileText:
-    """The inside of a text of a body, from `start` to `end`, which is all in ASCII."""
+    """The content of a text in a body, from `start` to `end`, all in ASCII."""
 
     raw: bytes
     start: int
@@ -804,17 +803,17 @@ class FileText:
 
 
 def skimmed(raw: bytes) -> Skimmed:
-    """Raises InvalidRequest and PayloadTooLarge."""
+    """Parse a body, a large one without its files. Raises InvalidRequest and PayloadTooLarge."""
     if len(raw) > LARGE_BYTES and (found := _without_files(raw)) is not None:
         short, files = found
-        # Twice as many are walked, since the first of each list and object has no comma.
+        # Twice the count, since the first entry of each list and object has no comma.
         if 2 * count_in(short, b",", b"[", b"{") <= MOST_WALKED:
             return Skimmed(short, parsed(short), files)
     return Skimmed(raw, parsed(raw))
 
 
 def _without_files(raw: bytes) -> tuple[bytes, dict[str, FileText]] | None:
-    """The same with short texts for those of files; None where there is none to leave out."""
+    """Return the body with placeholders for the texts of files; None if there are none."""
     pieces: list[bytes] = []
     files: dict[str, FileText] = {}
     done = 0
@@ -830,7 +829,7 @@ def _without_files(raw: bytes) -> tuple[bytes, dict[str, FileText]] | None:
 
 
 def _files(raw: bytes) -> Iterator[tuple[int, int]]:
-    """Where the texts of files begin and end, as far as it looks."""
+    """Yield where the texts of files begin and end, as far as the search goes."""
     all_ascii = raw.isascii()
     place, key = 0, b""
     for _ in range(len(raw) // _BYTES_A_TEXT):
@@ -848,24 +847,24 @@ def _files(raw: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _end_of(raw: bytes, place: int) -> int:
-    """Where the text ends in which `place` is; -1 where it does not."""
+    """Return where the text that contains `place` ends; -1 if it does not end."""
     while (end := raw.find(b'"', place)) > place and raw[end - 1] == 0x5C:
         inside = raw[place:end]
         if (len(inside) - len(inside.rstrip(b"\\"))) % 2 == 0:
             return end
-        place = end + 1  # the quote is escaped
+        place = end + 1  # an escaped quote
     return end
 
 
 def _is_plain(raw: bytes, start: int, end: int, all_ascii: bool) -> bool:
-    """Whether any parser reads it as it is written."""
+    """Return whether all parsers read a text as it is written."""
     if any(raw.find(one, start, end) >= 0 for one in _FORBIDDEN):
         return False
     return all_ascii or raw[start:end].isascii()
 
 
 def _is_typed(raw: bytes, start: int) -> bool:
-    """Whether the type of a file's URL is in what is kept."""
+    """Return whether the type of a data URL is in the kept beginning."""
     if raw[start : start + 5] != b"data:":
         return True
     return raw.find(b",", start, start + _LONGEST_TYPE_BYTES) >= 0
@@ -876,7 +875,7 @@ LONGEST_TIER = 40
 
 
 def requested_tier(body: Mapping[str, Any]) -> str:
-    """OpenAI's, Anthropic's or Gemini's word for the processing tier of a call; empty for none."""
+    """Return the requested processing tier, by its name in any dialect; empty for none."""
     named = ""
     for name in _TIERS:
         if type(tier := body.get(name)) is str and len(tier) <= LONGEST_TIER:
@@ -885,12 +884,12 @@ def requested_tier(body: Mapping[str, Any]) -> str:
 
 
 def names_tier(body: Mapping[str, Any]) -> bool:
-    """Whether a body requests a processing tier other than the usual one."""
+    """Return whether a body requests a processing tier other than the usual one."""
     return requested_tier(body) not in STANDARD_TIERS
 
 
 def in_tier(body: bytes, dialect: Dialect, tier: str) -> bytes:
-    """The body of a call, requesting a processing tier."""
+    """Return the body of a call with a processing tier requested."""
     kept = {name: value for name, value in orjson.loads(body).items() if name not in _TIERS}
     if dialect is Dialect.BEDROCK:
         return orjson.dumps({**kept, "serviceTier": {"type": tier}})

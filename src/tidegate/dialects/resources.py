@@ -1,13 +1,13 @@
 """Resources at a provider: their names in paths and bodies, and pages of their lists. Pure.
 
-A dialect has a table of `ResourcePath`s and two functions: which resources of which kinds a body
-refers to, and what an answer makes. The rest follows from them: whose a resource is, where its
-calls go, and what a list shows. A list shows what is the caller's own, so its cursors are the ids
-of the gateway's own rows, in the dialect's form.
+A dialect has a table of `ResourcePath`s and two functions: the resources that a body refers to, and
+the resources that an answer creates. From these follow the owner of a resource, the account that
+its calls go to, and the content of a list. A list shows only the caller's own resources, so that
+its cursors are the ids of the gateway's rows, in the dialect's form.
 
-Invariants: a field that stands twice in an object is read both times, since parsers do not agree on
-which of them is meant; a name is the same however it is escaped; what a model or a client's own
-function wrote (`skipped`) refers to nothing.
+Invariants: both values of a duplicate field are read, since parsers disagree on which one counts; a
+name is recognised however it is escaped; text of a model or of a client's own function (`skipped`)
+refers to nothing.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from urllib.parse import parse_qs
 
 from tidegate.errors import InvalidRequest
 
-# No slash and no dot, which would lead elsewhere.
+# Without slashes and dots, which could lead to another path.
 RESOURCE_ID = r"[A-Za-z0-9_\-]{1,200}"
 LONGEST_ID = 400
 
 
 class Act(StrEnum):
-    """Act on a resource. CREATE makes one, which the answer names; LIST shows those of the caller;
-    DELETE ends it; CANCEL ends its work; READ and CHANGE are all others that name it."""
+    """An action on a resource. CREATE makes one, which the answer names; LIST shows those of the
+    caller; DELETE removes it; CANCEL stops its work; READ and CHANGE are all other requests that
+    name it."""
 
     CREATE = "create"
     LIST = "list"
@@ -42,10 +43,13 @@ class Act(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Making:
-    """What the answer to a call makes. name: the field that names it, in an answer or, within the
-    object `within` if there is one, in an event of its stream. prefix: of an id there, such as
-    `files/`, which is not kept, nor what precedes it. each: the ids of all that an object makes,
-    where that may be none or several."""
+    """How the answer to a call names the resource that it creates.
+
+    name: the field with the id, in an answer; or in an event of its stream, within the object
+    `within` if that is set. prefix: text before the id, such as `files/`; it is dropped with all
+    that precedes it. each: returns the ids of all resources that an object creates, if there may be
+    none or several.
+    """
 
     kind: str
     name: str = "id"
@@ -56,8 +60,8 @@ class Making:
 
 @dataclass(frozen=True, slots=True)
 class ResourcePath:
-    """A path of resources. pattern: the whole path, with a group `id` where it names one. makes:
-    what its answer makes."""
+    """A path of resources. pattern: of the whole path, with a group `id` if the path names one.
+    makes: how the answer names a new resource."""
 
     method: str
     pattern: re.Pattern[str]
@@ -68,7 +72,7 @@ class ResourcePath:
 
 @dataclass(frozen=True, slots=True)
 class ResourceUse:
-    """What a request does to which resource."""
+    """A request's action and the resource that it applies to."""
 
     path: ResourcePath
     resource_id: str | None = None
@@ -84,7 +88,7 @@ class ResourceUse:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A resource that the body of a call refers to, in this field."""
+    """A resource that the body of a call refers to, and the field that names it."""
 
     kind: str
     resource_id: str
@@ -94,8 +98,8 @@ class Reference:
 def path_of(
     method: str, pattern: str, kind: str, act: Act, makes: Making | None = None
 ) -> ResourcePath:
-    """A row of a table; `{id}` stands for the id, `{any}` for that of something below it. What
-    CREATE makes is of its own kind, unless `makes` says more."""
+    """Build a row of a table. In `pattern`, `{id}` is the resource's id, and `{any}` the id of
+    something below it. CREATE makes a resource of the same kind unless `makes` is given."""
     if makes is None and act is Act.CREATE:
         makes = Making(kind)
     named = pattern.replace("{id}", f"(?P<id>{RESOURCE_ID})").replace("{any}", RESOURCE_ID)
@@ -103,7 +107,7 @@ def path_of(
 
 
 def use_in(table: Sequence[ResourcePath], method: str, path: str) -> ResourceUse | None:
-    """What a request does to a resource, by the first row that its path matches."""
+    """Return the use of a resource by the first row that matches the path; None without a match."""
     for row in table:
         if row.method == method and (found := row.pattern.fullmatch(path)) is not None:
             return ResourceUse(row, found.groupdict().get("id"))
@@ -111,12 +115,12 @@ def use_in(table: Sequence[ResourcePath], method: str, path: str) -> ResourceUse
 
 
 def nothing_referred(body: Mapping[str, Any], raw: bytes) -> Sequence[Reference]:
-    """Of a dialect whose bodies refer to nothing."""
+    """Return no references: for a dialect whose bodies refer to nothing."""
     return ()
 
 
 def nothing_made(path: str, body: Mapping[str, Any]) -> Making | None:
-    """Of a dialect whose calls leave nothing behind."""
+    """Return None: for a dialect whose calls create nothing."""
     return None
 
 
@@ -125,7 +129,7 @@ def nothing_made(path: str, body: Mapping[str, Any]) -> Making | None:
 
 @dataclass(frozen=True, slots=True)
 class NamedValue:
-    """A text under a field that may refer to something."""
+    """A text in a field that may refer to a resource."""
 
     field: str
     value: str
@@ -137,8 +141,8 @@ def named_values(
     skipped: frozenset[str],
     passed_types: frozenset[str] = frozenset(),
 ) -> list[NamedValue]:
-    """The texts under fields of these `names`, also in lists of them, but not those below a field
-    that is `skipped`, nor of an object whose `type` is one of `passed_types`. Raises
+    """Return the texts in fields of these `names`, and in lists there. Fields in `skipped`, and
+    objects whose `type` is in `passed_types`, are left out with all below them. Raises
     InvalidRequest."""
 
     def gather(pairs: list[tuple[str, Any]]) -> _Found:
@@ -162,7 +166,7 @@ def named_values(
 
 
 class _Found(list[NamedValue]):
-    """What was found in an object, in its place."""
+    """The values found in an object; it replaces the parsed object."""
 
 
 def _texts(value: Any) -> Iterable[str]:
@@ -181,8 +185,9 @@ def _below(value: Any) -> Iterator[NamedValue]:
             yield from _below(one)
 
 
-# An escaped character of ASCII, which needs no escape; the next text that has one, with all that
-# is before it, and whether it is a key. Tried at one place alone, it is linear.
+# First: an escaped ASCII letter, which needs no escape. Second: everything up to the end of the
+# next text that has one, with a group for the colon if it is a key. Matched from one place only, so
+# that it is linear.
 _ESCAPED = re.compile(rb"\\u00[4-7][0-9A-Fa-f]")
 _PLAIN = rb'"(?:[^"\\]++|\\(?!u00[4-7][0-9A-Fa-f]).)*+'
 _ESCAPED_TEXT = re.compile(
@@ -192,7 +197,7 @@ _ESCAPED_TEXT = re.compile(
 
 
 def has_escaped_key(raw: bytes) -> bool:
-    """Whether a field's name in a body is written with an escape that it does not need."""
+    """Return whether the name of a field is written with an escape that it does not need."""
     if b"\\u00" not in raw or _ESCAPED.search(raw) is None:
         return False
     place = 0
@@ -204,7 +209,8 @@ def has_escaped_key(raw: bytes) -> bool:
 
 
 def may_name(raw: bytes, *names: bytes) -> bool:
-    """Whether a body may have one of these fields: a cheap check, since nearly all have none."""
+    """Return whether a body may have one of these fields: a cheap check, since nearly all have
+    none."""
     if any(name in raw for name in names):
         return True
     return has_escaped_key(raw)
@@ -217,11 +223,12 @@ _OPENS, _CLOSES = (b"{", b"["), (b"}", b"]")
 
 
 def early_text(beginning: bytes, name: str) -> str | None:
-    """The text of a field of an object whose end is missing; None where the field is, too."""
+    """Return the text of an object's field from the object's beginning; None if the field is not in
+    it."""
     depth, key, is_value = 0, b"", False
     for found in _TOKEN.finditer(beginning):
         token = found[0]
-        if token == b'"':  # a text that does not end
+        if token == b'"':  # a text without an end
             return None
         depth += (token in _OPENS) - (token in _CLOSES)
         if depth != 1:
@@ -230,7 +237,7 @@ def early_text(beginning: bytes, name: str) -> str | None:
             is_value = token == b":"
         elif token[:1] == b'"':
             if is_value and key == b'"%b"' % name.encode():
-                with suppress(ValueError):  # it is no text that JSON allows
+                with suppress(ValueError):  # not a valid JSON string
                     return str(json.loads(token))
             key = b"" if is_value else token
     return None
@@ -251,9 +258,12 @@ def _everything(_: JsonObject) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PageQuery:
-    """What a list is asked for. whole: the body of the answer, of what is shown by ids, of whether
-    there is more, and of the id where the next page goes on. shows: whether one is asked for. only:
-    ids to which it is restricted."""
+    """A request for a page of a list.
+
+    whole: builds the body of the answer from the entries by id, whether there are more, and the id
+    at which the next page begins. shows: whether an entry matches the filters. only: the ids to
+    which the list is restricted.
+    """
 
     limit: int
     after: str | None
@@ -263,11 +273,11 @@ class PageQuery:
     only: tuple[str, ...] | None = None
 
 
-_FILES_A_PAGE = 100  # each is read where it lives
+_FILES_A_PAGE = 100  # each is read at its provider
 
 
 def openai_page(kind: str, query: str) -> PageQuery:
-    """Raises InvalidRequest."""
+    """Return the query of an OpenAI list. Raises InvalidRequest."""
     named, of_files = _named(query), kind == "file"
     order = named.get("order", "desc" if of_files else "asc")
     if order not in ("asc", "desc"):
@@ -297,7 +307,7 @@ def openai_page(kind: str, query: str) -> PageQuery:
             "has_more": has_more,
         }
 
-    # OpenAI answers 0 with an empty page, but for files, of which it refuses none at all.
+    # OpenAI answers a limit of 0 with an empty page, except for files, where it rejects 0.
     usual, most = (_FILES_A_PAGE, 10_000) if of_files else (20, 100)
     limit = page_limit(named.get("limit"), "limit", usual, most, least=int(of_files))
     limit = min(limit, _FILES_A_PAGE)
@@ -305,7 +315,8 @@ def openai_page(kind: str, query: str) -> PageQuery:
 
 
 def anthropic_page(_kind: str, query: str) -> PageQuery:
-    """By either sort of cursor that the API has had. Raises InvalidRequest."""
+    """Return the query of an Anthropic list; both forms of cursor that the API has had are
+    accepted. Raises InvalidRequest."""
     named = _named(query)
     if named.get("before_id"):
         said = "a list is read forwards here"
@@ -331,7 +342,7 @@ def anthropic_page(_kind: str, query: str) -> PageQuery:
     return PageQuery(limit, after, True, whole, only=tuple(dict.fromkeys(ids)) or None)
 
 
-# Each batch and operation is read whole.
+# Each batch and operation is read as a whole.
 _GEMINI_LISTS = {
     "file": ("files", 10, 100),
     "cached_content": ("cachedContents", 50, 1_000),
@@ -342,7 +353,7 @@ _GEMINI_LISTS = {
 
 
 def gemini_page(kind: str, query: str) -> PageQuery:
-    """Raises InvalidRequest."""
+    """Return the query of a Gemini list. Raises InvalidRequest."""
     named = _named(query)
     field, usual, most = _GEMINI_LISTS[kind]
 
@@ -352,12 +363,12 @@ def gemini_page(kind: str, query: str) -> PageQuery:
         return body | ({"nextPageToken": last} if has_more and last else {})
 
     limit = page_limit(named.get("pageSize"), "pageSize", usual, most, least=0)
-    limit = limit or usual  # 0 means none is named
+    limit = limit or usual  # 0 means the default
     return PageQuery(limit, _cursor(named, "pageToken"), False, whole)
 
 
 def _without_answers(batch: JsonObject) -> JsonObject:
-    """A batch without the answers that it holds, which may be as long as any body."""
+    """Return a batch without the answers in it, which may be as long as any body."""
     metadata = batch.get("metadata")
     outputs = [batch.get("response"), metadata.get("output") if type(metadata) is dict else None]
     for output in outputs:
@@ -372,7 +383,7 @@ def _named(query: str) -> dict[str, str]:
 
 
 def page_limit(text: str | None, name: str, usual: int, most: int, *, least: int = 1) -> int:
-    """How many entries a page may have, from the parameter `name`. Raises InvalidRequest."""
+    """Return the number of entries of a page, from the parameter `name`. Raises InvalidRequest."""
     if text is None:
         return usual
     is_number = text.isascii() and text.isdecimal() and len(text) <= _LONGEST_NUMBER

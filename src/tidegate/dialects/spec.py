@@ -1,6 +1,6 @@
 """Dialect interface: what each provider's API defines, and the types of a request and its answer.
 
-A dialect is one module that fills one `DialectSpec`; `tidegate.dialects` lists them. Pure.
+A dialect is a module that fills one `DialectSpec`; `tidegate.dialects` lists them. Pure.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ NOTHING_SHORTENED: Mapping[str, Sized] = {}
 
 
 class Dialect(StrEnum):
-    """Names of the dialects, as settings and the record have them."""
+    """Names of the dialects, as in settings and in the record."""
 
     OPENAI = "openai"
     GEMINI = "gemini"
     ANTHROPIC = "anthropic"
     BEDROCK = "bedrock"
 
-    # An enumeration's own is a call of Python, and each request looks up several tables.
+    # The enumeration's own hash is a Python function, and each request looks up several tables.
     __hash__ = str.__hash__
 
 
 class Operation(StrEnum):
-    """Operation of a call, as admission and accounting distinguish them.
+    """The operation of a call, as admission and accounting distinguish them.
 
-    INFER requests text or images of a model, EMBED vectors, IMAGES images alone, TRANSCRIBE the
-    text of a recording, SPEAK a recording of a text, MODERATE a judgement on one, RERANK the order
-    of some, CACHE the keeping of an input, VIDEO videos, BATCH many calls of a model. COUNT,
-    MODELS, FILES, RESOURCE and UPLOAD run no model: their kind has a limit only where there is one
-    for `kind:other`, and they take none of a model's and no tokens. OTHER, a path that an
-    upstream's `passthrough` names, is of that kind too, and may run one.
-    RESOURCE is all that concerns something which lives at a provider.
+    INFER requests text or images of a model, EMBED vectors, IMAGES only images, TRANSCRIBE the text
+    of a recording, SPEAK a recording of a text, MODERATE a judgement of a text, RERANK an order of
+    texts, CACHE the caching of an input, VIDEO videos, BATCH many calls of a model. COUNT, MODELS,
+    FILES, RESOURCE and UPLOAD run no model: their kind has a limit only if there is one for
+    `kind:other`, and they use no limit of a model and no tokens. OTHER, a path that an upstream's
+    `passthrough` names, has that kind too, and may run a model. RESOURCE is every call about
+    something stored at a provider.
     """
 
     INFER = "infer"
@@ -76,18 +76,18 @@ class Operation(StrEnum):
 
     @property
     def is_counted(self) -> bool:
-        """Whether it runs a model."""
+        """Return whether the operation runs a model."""
         return self in _COUNTED
 
     @property
     def may_run_model(self) -> bool:
-        """Whether the limits of its model bind it."""
+        """Return whether the limits of its model apply."""
         return self in _COUNTED or self is Operation.OTHER
 
     @property
     def has_body(self) -> bool:
-        """Whether a body is part of the call. Google's SDK for JavaScript deletes a file with an
-        empty object, which means nothing."""
+        """Return whether a body is part of the call. Google's SDK for JavaScript deletes a file
+        with an empty object, which has no meaning."""
         return self not in (Operation.MODELS, Operation.FILES)
 
 
@@ -98,9 +98,9 @@ _COUNTED = frozenset(
         *(Operation.VIDEO, Operation.BATCH),
     }
 )
-# Whose work goes on after the answer.
+# Operations whose work continues after the answer.
 GOING_ON = frozenset({Operation.VIDEO, Operation.BATCH})
-# Whose answer holds no text of the model's own, and no image.
+# Operations whose answer has no text of a model and no image.
 WITHOUT_OUTPUT = frozenset(
     {
         *(Operation.EMBED, Operation.MODERATE, Operation.RERANK, Operation.CACHE),
@@ -129,12 +129,14 @@ _NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A native path. path: below the upstream's base URL, beginning with a slash, with `{model}`
-    where the model stands. model: as the client's path has it; None where the body names it. Where
-    `path` has no place for it, the body names it to the upstream. streams: the
-    path alone says that the answer is a stream. takes_form: a body may be multipart/form-data.
-    resource: what lives at a provider that it is about. upstreams: the only ones that have the
-    path, by their `passthrough`."""
+    """A native path.
+
+    path: below the upstream's base URL, beginning with a slash, with `{model}` in the model's
+    place. model: from the client's path; None if the body names it. If `path` has no place for the
+    model, the body names it to the upstream. streams: the path alone requests a stream. takes_form:
+    a body may be multipart/form-data. resource: the stored thing that it is about. upstreams: the
+    only ones that have the path, by their `passthrough`.
+    """
 
     dialect: Dialect
     operation: Operation
@@ -144,10 +146,10 @@ class Endpoint:
     takes_form: bool = False
     resource: ResourceUse | None = None
     upstreams: tuple[str, ...] = ()
-    # In the semantic conventions of telemetry; holds no model's name.
+    # For telemetry, by the semantic conventions; without a model's name.
     name: str = field(init=False, compare=False)
-    is_counted: bool = field(init=False, compare=False)  # as the operation's
-    model_in_path: bool = field(init=False, compare=False)  # of an upstream too
+    is_counted: bool = field(init=False, compare=False)  # that of the operation
+    model_in_path: bool = field(init=False, compare=False)  # in the upstream's path too
 
     def __post_init__(self) -> None:
         infers_at_gemini = (self.dialect, self.operation) == (Dialect.GEMINI, Operation.INFER)
@@ -159,33 +161,33 @@ class Endpoint:
 
     @property
     def is_follow_up(self) -> bool:
-        """Whether it concerns one thing that lives at a provider already."""
+        """Return whether the call is about a thing that is stored at a provider already."""
         return self.resource is not None and self.resource.resource_id is not None
 
     def path_for(self, model: str) -> str:
-        """The path of a call of `model`."""
+        """Return the path of a call of `model`."""
         if self.model is None:
             return self.path
         return self.path.replace("{model}", model.replace("/", "%2F"))
 
 
-# No name begins with a dot: ".." would lead elsewhere. It may hold slashes, as at OpenRouter and
-# vLLM.
+# A name never begins with a dot: ".." would lead to another path. It may contain slashes, as at
+# OpenRouter and vLLM.
 _MODELS = re.compile(
     r"/v1/models(?:/[\w\-@][\w.\-:@]{0,199}(?:/[\w\-@][\w.\-:@]{0,199}){0,3})?", re.ASCII
 )
 
 
 def listed_models(dialect: Dialect, path: str, root: str = "") -> Endpoint | None:
-    """The list of models, or one of them, in the dialects of OpenAI and Anthropic. `root`: what
-    of the path is in the base URL."""
+    """Return the endpoint of a list of models, or of one model, in the dialects of OpenAI and
+    Anthropic; None for any other path. `root`: the part of the path that is in the base URL."""
     if _MODELS.fullmatch(path) is None:
         return None
     return models_endpoint(dialect, path.removeprefix(root))
 
 
 def models_endpoint(dialect: Dialect, path: str) -> Endpoint:
-    """The list of models, or one of them."""
+    """Return the endpoint of a list of models, or of one model."""
     folder, below, model = path.partition("/models/")
     if not below:
         return Endpoint(dialect, Operation.MODELS, path)
@@ -194,15 +196,17 @@ def models_endpoint(dialect: Dialect, path: str) -> Endpoint:
 
 @dataclass(slots=True)
 class RequestFacts:
-    """Facts of a native request for admission. model: as the client names it; empty where it
-    leaves that to the provider. kind: which limits apply. images: how many it generates. pieces: of
-    its input, with a first estimate of their tokens. wants_usage: whether a stream reports its
-    usage only if the gateway requests it. audio_seconds: of recordings in its input, about.
-    characters: of a text that is to be spoken. video_seconds: of all videos that it makes together.
-    goes_on: the provider makes it in the background. calls: how many of the model it holds, 0 where
-    nobody knows. tier: the processing tier that is requested elsewhere than in a field of that
-    name. cache_write: to which cache its input is to be written. prompt_head: how the text begins
-    that its user said last."""
+    """Facts of a native request, for admission.
+
+    model: as the client names it; empty if it leaves the choice to the provider. kind: which limits
+    apply. images: number of images that it generates. pieces: of its input, with a first estimate
+    of their tokens. wants_usage: a stream reports its usage only if the gateway requests it.
+    audio_seconds: estimated length of recordings in its input. characters: of a text to be spoken.
+    video_seconds: of all videos that it makes. goes_on: the provider runs it in the background.
+    calls: number of model calls in it, 0 if unknown. tier: the processing tier, if another field
+    than the tier's requests it. cache_write: the cache that its input is written to. prompt_head:
+    the beginning of the user's last text.
+    """
 
     model: str
     kind: Kind
@@ -222,7 +226,8 @@ class RequestFacts:
 
     @property
     def measured(self) -> UsageDetails | None:
-        """What is known beforehand of the usage, beside tokens and images; None for nothing."""
+        """Return the part of the usage that is known beforehand, besides tokens and images; None
+        for nothing."""
         if not (self.audio_seconds or self.characters or self.video_seconds):
             return None
         return UsageDetails(
@@ -236,9 +241,11 @@ class RequestFacts:
 # Mutable, for speed: each call makes one.
 @dataclass(slots=True, unsafe_hash=True)
 class AnswerFacts:
-    """Facts that an answer reports. model_version: of the model that answered, which may differ
-    from the requested one. is_estimate: some of several answers do not report their part of the
-    usage, which is estimated."""
+    """Facts that an answer reports.
+
+    model_version: of the model that answered, which may differ from the requested one. is_estimate:
+    some of several answers do not report their usage, which is then estimated.
+    """
 
     usage: Usage
     finish_reason: str | None = None
@@ -251,30 +258,31 @@ NO_FACTS = AnswerFacts(UNKNOWN_USAGE)
 
 
 class WorkTally(Protocol):
-    """Sum of what a piece of work has used, over the answers that it holds."""
+    """The sum of the usage of background work, over all answers in it."""
 
     def add(self, row: JsonObject) -> None:
-        """Count one more answer, of a file of them."""
+        """Add an answer from a file of answers."""
 
     def skim(self, text: bytes, *, is_last: bool) -> int:
-        """Count the answers in a part of an object that is too long to be parsed. How many bytes of
-        it have been read: the rest, and what follows it, is the next part."""
+        """Add the answers in a part of an object that is too long to parse. Return how many bytes
+        were read: the next part begins with the remaining ones."""
 
     def facts(self) -> AnswerFacts:
-        """Facts of all."""
+        """Return the facts of all answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class OngoingWork:
-    """Work that goes on at a provider under an id.
+    """Work that continues at a provider under an id.
 
-    operation, path: of the call that makes it, below the base URL. read, cancel: the paths of
-    reading it and of ending it, with `{id}` and `{model}`; an empty one is none that the provider
-    has. end_of: how it has ended, by its object; None while it goes on. results: the path of the
-    file of its answers, if it has one. files: the ids of all files that it has made. tally: of its
-    object at its end and of the request; without it the object is an answer like any other.
-    longest_ms: how long it may take, where that is more than any other call may. is_read_once: the
-    provider gives its result out once, so that a worker takes it and clients have it from here.
+    operation, path: of the call that starts it, below the base URL. read, cancel: the paths that
+    read it and cancel it, with `{id}` and `{model}`; empty if the provider has none. end_of:
+    returns how it has ended, from its object; None while it runs. results: returns the path of the
+    file of its answers, if it has one. files: returns the ids of all files that it has made. tally:
+    makes the tally of its final object and its request; without it the object is an ordinary
+    answer. longest_ms: its longest duration, if that exceeds that of other calls. is_read_once: the
+    provider returns the result only once, so that a worker fetches it and clients get it from the
+    record.
     """
 
     operation: Operation
@@ -291,8 +299,8 @@ class OngoingWork:
 
 @dataclass(slots=True)
 class OutputEvents:
-    """Output in the events of a stream so far. `repeated`: texts that repeat earlier deltas as a
-    whole. `images`: ids of those that have one."""
+    """The output in the events of a stream so far. `repeated`: texts that repeat earlier deltas as
+    a whole. `images`: ids of the events that have an image."""
 
     texts: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
@@ -300,11 +308,11 @@ class OutputEvents:
     unnamed_images: int = 0
 
 
-# throttled: too much for now. unpaid: the account has no money left. key: the key is dead.
-# busy: a self-hosted server has no room at the moment, which is no fault. never: the same request
-# would be refused again. of_thing: about a resource that the request names. tier_busy: the
-# requested processing tier has no capacity at the moment, which others have. fault: the model has
-# failed, whatever the status says.
+# throttled: a limit is exceeded for now. unpaid: the account has no money left. key: the key is
+# invalid. busy: a self-hosted server has no capacity at the moment, which is not a failure. never:
+# the same request would be refused again. of_thing: about a resource that the request names.
+# tier_busy: the requested processing tier has no capacity at the moment, other tiers have. fault:
+# the model has failed, whatever the status is.
 RefusalReason = Literal[
     "throttled", "unpaid", "key", "busy", "never", "of_thing", "tier_busy", "fault"
 ]
@@ -312,10 +320,12 @@ RefusalReason = Literal[
 
 @dataclass(frozen=True, slots=True)
 class RefusalFacts:
-    """A classified refusal. unit: what there was too much of. wait_ms: a wait that only this
-    dialect reports. per_day: too much for a day. day_quota: for the day until midnight.
-    of_account: whether it applies to more than the requested model. stated: limits with their
-    bounds."""
+    """A classified refusal.
+
+    unit: of the exceeded limit. wait_ms: a wait that only this dialect reports. per_day: the limit
+    is one of a day. day_quota: it is the quota of the day until midnight. of_account: it applies to
+    more than the requested model. stated: limits that it states, with their bounds.
+    """
 
     reason: RefusalReason
     unit: str | None = None
@@ -328,9 +338,8 @@ class RefusalFacts:
 
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
-    """A provider's error as it came: the error object of the body, headers in lower case. now: by
-    the provider's clock. tier: the processing tier that was requested of it in the answering
-    dialect, if any."""
+    """A provider's error as received: the error object of the body, headers in lower case. now: by
+    the provider's clock. tier: the processing tier requested in the answering dialect, if any."""
 
     status: int
     error: Mapping[str, Any]
@@ -340,27 +349,30 @@ class ErrorAnswer:
 
     @property
     def message(self) -> str:
-        """Its text, cut to a bound."""
+        """Return the message, cut to a bound."""
         return str(self.error.get("message", ""))[:4_000]
 
     @property
     def words(self) -> frozenset[str]:
-        """Its type and code."""
+        """Return the type and the code."""
         return frozenset(str(self.error.get(name)) for name in ("type", "code"))
 
     @property
     def details(self) -> list[JsonObject]:
-        """Google's list; empty where the details are something else."""
+        """Return Google's list of details; empty if the details are anything else."""
         found = self.error.get("details")
         return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 @dataclass(frozen=True, slots=True)
 class ModelList:
-    """List of models. path: where it is, below the base URL, with `query`; key: of the list;
-    id_key: of a model's name, which begins with `prefix`. whole: the body of an answer with these
-    models. required: what clients of the dialect need of a model besides, by its name and owner,
-    where nothing more is known of it."""
+    """A list of models.
+
+    path: its path below the base URL, with `query`. key: the field of the list. id_key: the field
+    of a model's name, which begins with `prefix`. whole: returns the body of an answer with these
+    models. required: returns fields that clients of the dialect require, from a model's name and
+    owner, if nothing more is known of it.
+    """
 
     path: str
     key: str
@@ -371,15 +383,17 @@ class ModelList:
     required: Callable[[str, str], JsonObject] = lambda _name, _owner: {}
 
     def entry(self, name: str, owner: str, known: Mapping[str, Any]) -> JsonObject:
-        """A model by this name, with what is known of it, in the form that clients expect."""
+        """Return the entry of a model, with the known facts about it, in the form that clients
+        expect."""
         return {**known, self.id_key: f"{self.prefix}{name}"} | {
             key: value for key, value in self.required(name, owner).items() if key not in known
         }
 
     def read(self, body: Any) -> list[JsonObject]:
-        """The models of an answer, as the dialect has them: Together's answer is the list itself,
-        Vertex names each below its publisher, and Google's servers leave out a list of none.
-        Raises KeyError, TypeError and AttributeError for what is no list of models."""
+        """Return the models of an answer, in the dialect's form. Together's answer is the list
+        itself, Vertex names each model below its publisher, and Google's servers omit an empty
+        list. Raises KeyError, TypeError and AttributeError for anything else than a list of
+        models."""
         if isinstance(body, dict) and (not body or _PUBLISHED in body):
             names = (one["name"].rpartition("/")[2] for one in body.get(_PUBLISHED, ()))
             return [{self.id_key: f"{self.prefix}{name}"} for name in names]
@@ -391,7 +405,7 @@ _PUBLISHED = "publisherModels"
 
 
 def wait_comment(shown: bytes) -> bytes:
-    """The comment in server-sent events that shows the place of a call."""
+    """Return the comment in server-sent events that shows a call's place in the queue."""
     return b": wait %b\n\n" % shown
 
 
@@ -401,36 +415,34 @@ def _ends_with_event(piece: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DialectSpec:
-    """Functions and constants of one dialect.
+    """Functions and constants of a dialect.
 
-    Paths: `calls` are those that are matched as they are, by POST; `endpoint_of(method, path)`
-    reads the others, None for one that it does not have. `is_spoken(path, headers, query)` decides
-    whose a path is that several dialects have, by the names of the headers. `example` is a call.
+    Paths: `calls` are those that match exactly, by POST; `endpoint_of(method, path)` returns the
+    endpoint of any other, None for an unknown one. `is_spoken(path, headers, query)` decides
+    between dialects that share a path, by the names of the headers. `example` is a call.
 
-    Requests: `request_facts(endpoint, body, whole)`, where `whole` has the texts for which shorter
-    ones stand in the body, if there are any; raises InvalidRequest. `rules_of(model)` are the token
-    counts of files. `headers` are what a call needs that no client has made.
+    Requests: `request_facts(endpoint, body, whole)`, where `whole` has the full texts of
+    placeholders in the body; raises InvalidRequest. `rules_of(model)` returns the token counts of
+    files. `headers` are those that a call needs which no client has made.
 
-    Resources: `resource_paths` are those of what lives at a provider; `references(body, raw)` are
-    the resources that a call refers to, and `made_by(path, body)` is what its answer makes, if
-    anything; both are asked of each call. `page(kind, query)` reads what a list is asked for.
-    `works` is what goes on after its answer, by the kind of resource that it is.
+    Resources: `resource_paths` are the paths of stored things; `references(body, raw)` returns the
+    resources that a call refers to, and `made_by(path, body)` what its answer creates, if anything;
+    both are called for each call. `page(kind, query)` reads the query of a list. `works` is the
+    work that continues after its answer, by the kind of its resource.
 
-    Answers: `answer_facts(answer, omitted=False, cut=False)` reads what was kept of one, where
-    `omitted` says that its middle is missing, and `cut` that it may not have come to its end;
-    `add_output(event, output)` collects visible output; `image_count(answer)` counts the images of
-    a whole answer.
+    Answers: `answer_facts(answer, omitted=False, cut=False)` reads the kept bytes of an answer:
+    `omitted` if its middle is missing, `cut` if it may be incomplete. `add_output(event, output)`
+    collects visible output; `image_count(answer)` counts the images of a whole answer.
 
-    Errors: `statuses` are HTTP statuses of error objects by their type, code or status; `refusal`
-    classifies an upstream's error, None for one that is not in this dialect's words;
-    `problem(error, status, retry_after_ms)` is the body of one of ours, `error_event` begins the
-    event in which a stream reports it; or `error_frame(body)` is it. `no_retry` are headers that
-    stop the retries of its SDKs.
-    paused_status: of a call whose budget is paused until a person resumes it.
-    `keep_alive` is what a stream of `stream_type` sends while it waits, `wait_event(shown)` with
-    its place, which is JSON: what SDKs pass over. `ends_whole(piece)` says
-    whether an event can follow what was sent last. `usage_in(headers)` is what those of an answer
-    report.
+    Errors: `statuses` are HTTP statuses of error objects by their type, code or status. `refusal`
+    classifies an upstream's error, None if its wording is not of this dialect. `problem(error,
+    status, retry_after_ms)` is the body of an error of ours; `error_event` begins the event in
+    which a stream reports it, or `error_frame(body)` is that event. `no_retry` are headers that
+    stop the retries of its SDKs. paused_status: of a call whose budget is paused until a person
+    resumes it. `keep_alive` is sent in a stream of `stream_type` while it waits,
+    `wait_event(shown)` with its place as JSON: both are ignored by SDKs. `ends_whole(piece)`
+    returns whether an event may follow the bytes that were sent last. `usage_in(headers)` returns
+    the usage in the headers of an answer.
     """
 
     name: Dialect
@@ -468,8 +480,8 @@ _MOST_STATED, _LONGEST_NUMBER = 10**12, 40
 
 
 def whole_in(value: object) -> int | None:
-    """A number as the most lenient server reads it, such as Google's: in a text too, and with a
-    point; None for what is none."""
+    """Return a number as the most lenient server reads it, such as Google's: also from a string,
+    and with a decimal point; None for anything else."""
     text = value.strip().lstrip("0+")[:_LONGEST_NUMBER] or "0" if type(value) is str else value
     if type(text) not in (int, float, str):
         return None
