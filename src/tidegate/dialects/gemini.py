@@ -82,7 +82,7 @@ _OPERATIONS = {
     "batchGenerateContent": Operation.BATCH,
     "asyncBatchEmbedContent": Operation.BATCH,
 }
-# Vertex's method to read any operation, whoever owns it; and all other methods that start work
+# Vertex's method to read any operation, of any owner; and all other methods that start work
 # which continues after the call, and can be neither admitted nor charged.
 _NOT_RELAYED = re.compile(r"^(?:fetchPredictOperation$|asyncBatch)|LongRunning$")
 _CALL = re.compile(

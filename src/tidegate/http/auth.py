@@ -1,15 +1,15 @@
 """Authentication: from the API key or token of a request to its tenant and permissions.
 
-The hot path asks `known`, without I/O. For unknown keys `identify` asks PostgreSQL and caches the
-result. The version number of all tenants and keys is read every 0.4 s; a new number invalidates
-the cache.
+The hot path calls `known`, which does no I/O. For unknown keys `identify` reads PostgreSQL and
+caches the result. The version number of all tenants and keys is read every 0.4 s; a new number
+invalidates the cache.
 
-A token (a JWT of the issuer that a deployment trusts) is verified once in ten minutes at most, and
-its tenant read as that of a key is; `known` finds both by digest.
+A token (a JWT of the issuer that a deployment trusts) is verified at most once in ten minutes, and
+its tenant is read like that of a key; `known` finds both by digest.
 
-Invariants: a cached result counts only if it was current within the last 0.9 s, or, while
-PostgreSQL does not answer, within AUTH_OUTAGE_MS; so a revoked key is refused everywhere within a
-second. Keys are cached by digest and never logged.
+Invariants: a cached result is valid only if it was current within the last 0.9 s, or, while
+PostgreSQL does not answer, within AUTH_OUTAGE_MS; so a revoked key is rejected by every process
+within a second. Keys are cached by digest and never logged.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ _IN_QUERY = b"key="
 
 
 class Shown(NamedTuple):
-    """`several`: keys of ours that differ. `tenant` is empty where two names were given."""
+    """Credentials in a request. `several`: it has different keys of this gateway. `tenant` is empty
+    if two different names were given."""
 
     key: bytes | None
     tenant: bytes | None
@@ -63,7 +64,8 @@ class Shown(NamedTuple):
 
 
 def shown_in(headers: Iterable[tuple[bytes, bytes]], query: bytes) -> Shown:
-    """What is in the headers and the query; of credentials, one of ours goes before others'."""
+    """Return the credentials in headers and query; a key of this gateway takes precedence over
+    others."""
     key: bytes | None = None
     tenant: bytes | None = None
     several = False
@@ -84,7 +86,8 @@ def shown_in(headers: Iterable[tuple[bytes, bytes]], query: bytes) -> Shown:
 
 
 def in_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
-    """All credentials that headers hold, ours or not; none of a query, which ends up in logs."""
+    """Return all credentials in the headers, of this gateway or not. Those in a query are left out,
+    since a query ends up in logs."""
     return [
         found
         for name, value in headers
@@ -99,8 +102,8 @@ def _in_authorization(value: bytes) -> bytes:
 
 
 def _better(key: bytes | None, found: bytes, several: bool) -> tuple[bytes | None, bool]:
-    """A key of ours goes before a token, a token before what neither is; of two of one sort the
-    last counts, but for ours, of which the first does."""
+    """Return the credential to use of two: a key of this gateway over a token, a token over any
+    other. Of two of the same sort the last is used, but the first of two keys of this gateway."""
     if not found or found == key:
         return key, several
     if key is None or not key.startswith(_OURS):
@@ -134,7 +137,7 @@ Kept = TypeVar("Kept")
 
 @dataclass(frozen=True, slots=True)
 class _KnownKey:
-    """A key that works, until `ends_at` on our clock; read at `version` or later."""
+    """A valid key, until `ends_at` on the process's clock; read at `version` or later."""
 
     caller: Caller
     scopes: frozenset[Scope]
@@ -146,13 +149,13 @@ class _KnownKey:
 
     @property
     def name(self) -> str:
-        """In words, for a refusal."""
+        """Return how a refusal names it."""
         key_id = self.caller.key_id
         return f"the token {key_id}" if self.is_token else f"the key tg_{key_id}"
 
 
 class TokenTrust(NamedTuple):
-    """Whose tokens count as keys: those of one issuer for one audience. `tenant_claim` names the
+    """The issuer and audience whose tokens are accepted as keys. `tenant_claim` names the
     tenant."""
 
     issuer: Issuer
@@ -161,7 +164,7 @@ class TokenTrust(NamedTuple):
 
 
 class _Verified(NamedTuple):
-    """A token whose signature and claims are sound, until `ends_at` on our clock."""
+    """A token with a valid signature and claims, until `ends_at` on the process's clock."""
 
     tenant: str
     subject: str
@@ -169,7 +172,7 @@ class _Verified(NamedTuple):
 
 
 class Authenticator:
-    """One per API process. `on`: callers must show a key; else no key is needed."""
+    """Authenticates requests; one object per API process. `on`: callers must send a key."""
 
     def __init__(
         self,
@@ -191,7 +194,7 @@ class Authenticator:
         self._named: dict[bytes, Caller] = {}
         self._used: dict[str, float] = {}
         self._version = 0
-        self._newest_at = float("-inf")  # when what is known was the newest for certain
+        self._newest_at = float("-inf")  # when the cache was last known to be current
         self._away = False
         self._looking: asyncio.Task[None] | None = None
         self._finds: GroupWriter[str, tuple[int, FoundKey | None]] = GroupWriter(self._find)
@@ -202,13 +205,13 @@ class Authenticator:
     def __repr__(self) -> str:
         return f"<Authenticator on={self.on} known={len(self._known)} away={self._away}>"
 
-    # Asked for each request
+    # Called for each request
 
     def known(self, headers: Headers, query: bytes) -> Caller | None:
-        """The caller of a call to a model, where that is known here and now.
+        """Return the caller of a call to a model, if it is cached.
 
-        None says nothing: `identify` then finds out, or says what is wrong. `headers` have lower
-        case names, as ASGI gives them.
+        None means unknown: `identify` then returns the caller or raises the error. `headers` have
+        lower-case names, as in ASGI.
         """
         shown = shown_in(headers, query)
         if not self.on:
@@ -227,9 +230,9 @@ class Authenticator:
     async def identify(
         self, headers: Headers, query: bytes, scope: Scope | str = Scope.INFER
     ) -> Caller:
-        """The caller, who may do `scope`.
+        """Return the caller, if permitted `scope`.
 
-        Raises Unauthenticated, Forbidden, InvalidRequest for a tenant's name that can't be, and
+        Raises Unauthenticated, Forbidden, InvalidRequest for an impossible tenant name, and
         StoreUnavailable.
         """
         scope = Scope(scope)
@@ -247,7 +250,7 @@ class Authenticator:
         return one.caller
 
     async def operator(self, headers: Headers, query: bytes) -> tuple[Caller, OperatorRole]:
-        """The caller and the role of a key of who operates, also where callers show none.
+        """Return the caller and the role of an operator's key, also where callers need no key.
 
         Raises Unauthenticated, Forbidden and StoreUnavailable.
         """
@@ -281,14 +284,14 @@ class Authenticator:
             )
 
     def unasked(self, headers: Headers) -> Caller:
-        """The caller where nobody is asked for an API key. Raises InvalidRequest for a tenant's
-        name that can't be."""
+        """Return the caller where no API key is required. Raises InvalidRequest for an impossible
+        tenant name."""
         return self._unasked(shown_in(headers, b""))
 
     async def vouched(self, prefix: str, has_signed: Callable[[bytes], bool]) -> Caller:
-        """The caller of a request that does not show its key but bears its signature, which
-        `has_signed` tells by the key's digest. Raises Unauthenticated, Forbidden, StoreUnavailable.
-        """
+        """Return the caller of a request that is signed by a key instead of showing it.
+        `has_signed` checks the signature by the key's digest. Raises Unauthenticated, Forbidden,
+        StoreUnavailable."""
         _, found = await self._finds.write(prefix)
         if found is None or not has_signed(found.digest):
             raise Unauthenticated(f"unknown API key: {_HOW}")
@@ -299,7 +302,7 @@ class Authenticator:
         return found.caller
 
     def _unasked(self, shown: Shown) -> Caller:
-        """Nobody is asked for a key: the header alone says which tenant it is."""
+        """Return the caller where no key is required: the header alone names the tenant."""
         if shown.tenant is None:
             return ANYBODY
         caller = self._named.get(shown.tenant)
@@ -319,7 +322,7 @@ class Authenticator:
         if one is not None and self._may_trust(now):
             if now < one.ends_at:
                 return one
-            if not one.is_token:  # which is verified again, and then says itself what is wrong
+            if not one.is_token:  # a token is verified again, which reports its fault
                 self._refuse(digest, f"{one.name} has expired")
         refused = self._refused.get(digest)
         if refused is not None and now < refused[0]:
@@ -332,7 +335,7 @@ class Authenticator:
         for _ in range(_FIND_TRIES):
             asked_at = self._clock()
             version, found = await self._finds.write(prefix)
-            if version >= self._version:  # else the newest has come in while we asked
+            if version >= self._version:  # otherwise the cache was renewed during the read
                 return self._admitted(digest, found, asked_at, version)
         raise StoreUnavailable("API keys are being changed; try again")
 
@@ -348,7 +351,7 @@ class Authenticator:
         for _ in range(_FIND_TRIES):
             version, found = await self._tenant_finds.write(verified.tenant)
             if version < self._version:
-                continue  # the newest has come in while we asked
+                continue  # the cache was renewed during the read
             if found is None:
                 self._refuse(digest, f"the token's claim {trust.tenant_claim} names no tenant here")
             one = _KnownKey(
@@ -365,7 +368,8 @@ class Authenticator:
         raise StoreUnavailable("tenants are being changed; try again")
 
     def _checked(self, digest: bytes, claims: Mapping[str, Any], trust: TokenTrust) -> _Verified:
-        """Raises Unauthenticated where the token names no subject or no tenant."""
+        """Check the claims of a token. Raises Unauthenticated if it names no subject or no
+        tenant."""
         subject, tenant = claims["sub"], claims.get(trust.tenant_claim)
         if not isinstance(subject, str) or not 0 < len(subject) <= 255 or not subject.isprintable():
             self._refuse(digest, "the token's claim sub is no printable text of 255 characters")
@@ -378,7 +382,7 @@ class Authenticator:
         lasts_s = min(VERIFIED_FOR_S, int(claims["exp"]) + LEEWAY_S - time.time())
         return _Verified(tenant, subject, self._clock() + lasts_s)
 
-    # What is remembered
+    # The cache
 
     def _admitted(
         self, digest: bytes, found: FoundKey | None, asked_at: float, version: int
@@ -413,10 +417,10 @@ class Authenticator:
         version, found = await self._tenants.find_tenants(sorted(set(names)))
         return [(version, found.get(name)) for name in names]
 
-    # What keeps it the newest
+    # Updates of the cache
 
     async def run(self) -> None:
-        """Look for changes, for ever; where keys are asked for."""
+        """Look for changes until cancelled; returns immediately if no key is required."""
         told = False
         noted_at = self._clock()
         while self.on:
@@ -430,13 +434,13 @@ class Authenticator:
                     await self.note_uses()
             except StoreUnavailable as away:
                 log.debug(Log.STORE_AWAY, detail=away.message)
-            except Exception:  # the top of a task: logged, and it goes on
+            except Exception:  # the top of a task: logged, and the task continues
                 log.exception(Log.INTERNAL_ERROR)
             await asyncio.sleep(LOOK_EVERY_S)
 
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
-        """Keep what it knows the newest; at the end, put on record which keys were used."""
+        """Keep the cache current; at the end, record which keys were used."""
         watching = asyncio.create_task(self.run())
         try:
             yield
@@ -446,7 +450,7 @@ class Authenticator:
                 await self.note_uses()
 
     async def note_uses(self) -> None:
-        """Put on record when keys were last used. Raises StoreUnavailable."""
+        """Record when keys were last used. Raises StoreUnavailable."""
         used, self._used = self._used, {}
         if not used:
             return
@@ -455,13 +459,13 @@ class Authenticator:
         await self._tenants.used(at)
 
     async def refresh(self) -> None:
-        """Have a change that was just made in force here when this returns."""
-        if self._looking is not None:  # it may have begun before the change
+        """Make a change that was just committed effective in this process before returning."""
+        if self._looking is not None:  # that read may have begun before the change
             await self._look()
         await self._look()
 
     async def _look(self) -> None:
-        """Bring what is known up to date; all who ask meanwhile wait for the same answer."""
+        """Update the cache; concurrent callers share one read."""
         if self._looking is None:
             self._looking = asyncio.create_task(self._look_now())
             self._looking.add_done_callback(self._looked)
@@ -484,7 +488,7 @@ class Authenticator:
         self._newest_at = asked_at
 
     async def _read_anew(self, version: int) -> None:
-        """Replace all that is known by what it is at `version` or later."""
+        """Replace all cached keys by their state at `version` or later."""
         # Tokens are left out: their tenants are read again with the next request of each.
         old = [
             (digest, one)
@@ -501,7 +505,7 @@ class Authenticator:
                     self._known.pop(digest, None)
                 elif digest in self._known:
                     self._known[digest] = _known_of(now, asked_at, read_at)
-        # And those that were found at an older version while we read.
+        # Also drop entries that were read at an older version meanwhile.
         self._known = {digest: one for digest, one in self._known.items() if one.version >= version}
         self._refused.clear()
         self._version = version
@@ -513,14 +517,14 @@ class Authenticator:
 
 
 def _remember(known: dict[bytes, Kept], most: int, digest: bytes, value: Kept) -> None:
-    """Keep it in the place of the oldest, where there are too many."""
+    """Add an entry; if the cache is full, the oldest is dropped."""
     if len(known) >= most and digest not in known:
         known.pop(next(iter(known)))
     known[digest] = value
 
 
 def tenant_named(raw: bytes) -> str:
-    """The tenant that the header names. Raises InvalidRequest."""
+    """Return the tenant that the header names. Raises InvalidRequest."""
     try:
         name = raw.decode()
         check_tenant(name)
@@ -536,7 +540,7 @@ def tenant_named(raw: bytes) -> str:
 
 
 def _wrong_with(found: FoundKey | None, digest: bytes) -> str | None:
-    """Why a key does not work; what became of it only if the whole key was shown."""
+    """Return why a key is not valid, or None. Details appear only if the whole key was correct."""
     if found is None or not is_same(found.digest, digest):
         return "the API key is not the right one"
     if found.revoked:

@@ -1,12 +1,12 @@
 """Routes `/v1/files` and `/v1/batches` in OpenAI's shape.
 
-The input of a batch is a file of our own, and so are its results. A file of another purpose lives
-at a provider: its upload is sent on, and the list shows both sorts; all other requests that name
-one are native calls (`http/native.py`).
+The input of a batch is a file stored here, and so are its results. A file of another purpose is
+stored at a provider: its upload is forwarded, and the list shows both sorts; all other requests
+that name such a file are native calls (`http/native.py`).
 
-Invariants: everything belongs to the caller's tenant and does not exist for others; a batch that
-was answered is in PostgreSQL; errors are those that OpenAI's SDK knows; an upload goes to disk as
-it arrives, is bounded, and leaves nothing behind if its form is invalid.
+Invariants: everything belongs to the caller's tenant and does not exist for others; a batch in an
+answer is in PostgreSQL; errors have the form that OpenAI's SDK parses; an upload is written to disk
+as it arrives, is bounded, and leaves nothing behind if its form is invalid.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def batch_view(batch: Batch) -> dict[str, Any]:
 
 
 def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
-    """A list of at most `limit`, out of one more where there are more."""
+    """Return a list of at most `limit` entries; `found` has one more if there are more."""
     shown = found[:limit]
     return {
         "object": "list",
@@ -146,7 +146,7 @@ _FIELDS = ("purpose", "file", *_EXPIRY)
 
 @dataclass(slots=True)
 class Uploaded:
-    """`spool` has the file. `close` removes it."""
+    """An uploaded file in `spool`. `close` removes it."""
 
     spool: Spool
     name: str = ""
@@ -158,11 +158,11 @@ class Uploaded:
 
     @property
     def all_lines(self) -> int:
-        """With the last one, which may have no end."""
+        """Return the number of lines, with an incomplete last one."""
         return self.lines + self.ends_open
 
     async def take(self, data: bytes, hold: BodyBudget) -> None:
-        """Add to the file. Raises PayloadTooLarge and StoreUnavailable."""
+        """Append to the file. Raises PayloadTooLarge and StoreUnavailable."""
         if self.spool.size_bytes + len(data) > MOST_BYTES:
             raise PayloadTooLarge(
                 "file",
@@ -178,8 +178,8 @@ class Uploaded:
 async def read_upload(
     body: Incoming, content_types: list[str], uploaded: Uploaded, hold: BodyBudget
 ) -> None:
-    """Fill `uploaded`, and count in `hold` what of it is in memory. Raises InvalidRequest and its
-    kin, QueueFull and StoreUnavailable."""
+    """Read the form of an upload into `uploaded`, and count its bytes in memory in `hold`. Raises
+    InvalidRequest or a related error, QueueFull and StoreUnavailable."""
     if len(content_types) > 1:
         said = "there is more than one Content-Type"
         raise InvalidRequest("Content-Type", said, allowed="one Content-Type")
@@ -232,10 +232,10 @@ class _UploadReader:
             uploaded.values[name] = ""
 
 
-BATCH_PATHS = ("/v1/files", "/v1/batches")  # how those of ours begin
+BATCH_PATHS = ("/v1/files", "/v1/batches")  # beginnings of paths that are answered here
 _PATH = re.compile(r"/v1/(?P<room>files|batches)(?:/(?P<id>[\w-]{1,80})(?:/(?P<do>\w+))?)?/?")
-# Ours are UUIDv7. Azure's files are UUIDs too, of version 4; the batches of OpenAI are hexadecimal,
-# with an 8 in the place of their version.
+# Our ids are UUIDv7. Azure's files are UUIDs of version 4; the batches of OpenAI are hexadecimal,
+# with an 8 in the place of the version.
 _OUR_ID = "(?P<hex>[0-9a-f]{12}7[0-9a-f]{19})"
 _FILE_ID, _BATCH_ID = re.compile(f"file-{_OUR_ID}"), re.compile(f"batch_{_OUR_ID}")
 _WINDOW = "24h"
@@ -245,7 +245,7 @@ _MOST_METADATA, _LONGEST_KEY, _LONGEST_VALUE = 16, 64, 512
 
 
 class Asking(NamedTuple):
-    """One request, and who makes it."""
+    """A request and its caller."""
 
     request: Request
     services: Services
@@ -258,8 +258,8 @@ class Asking(NamedTuple):
 
 
 def is_batch_path(scope: Scope) -> bool:
-    """Whether a native path is one of ours. Gemini's files bear Google's key; a file or batch whose
-    id is not of our form lives at a provider."""
+    """Return whether a native path is answered here. Requests for Gemini's files carry Google's key
+    header; a file or batch whose id is not of our form is stored at a provider."""
     path = scope["path"]
     found = _PATH.fullmatch(path)
     if found is None:
@@ -272,7 +272,7 @@ def is_batch_path(scope: Scope) -> bool:
 
 
 def batch_methods(path: str) -> tuple[str, ...]:
-    """By which methods a path of ours is known."""
+    """Return the methods of a path."""
     if (found := _PATH.fullmatch(path)) is None:
         return ()
     place = (found["room"], found["id"] is not None, found["do"])
@@ -280,7 +280,7 @@ def batch_methods(path: str) -> tuple[str, ...]:
 
 
 async def batches(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request to one of our paths."""
+    """Answer a request to a path of files or batches."""
     await respond(_answer, _refused, scope, receive, send)
 
 
@@ -291,14 +291,14 @@ async def respond(
     receive: Receive,
     send: Send,
 ) -> None:
-    """Send the answer to a request, or the refusal of it, in the words of the API that it is of."""
+    """Send the answer to a request, or its error in the form of the API that it uses."""
     try:
         response = await answer(Request(scope, receive))
     except ClientDisconnect:
         return
     except TidegateError as error:
         response = refused(error)
-    except Exception:  # the top of a request's task: logged here, and nowhere else
+    except Exception:  # the top of a request's task: logged only here
         log.exception(Log.INTERNAL_ERROR, method=scope["method"], path=scope["path"])
         response = refused(TidegateError("an internal error; it has been logged"))
     await response(scope, receive, send)
@@ -316,7 +316,7 @@ async def _answer(request: Request) -> Response:
 
 
 async def asking_of(request: Request, named: str) -> Asking:
-    """A request for what is `named`, and who makes it. Raises as `caller_of` does, and
+    """Return a request for `named`, with its caller. Raises as `caller_of` does, and
     UnsupportedMedia for a compressed body."""
     caller = await caller_of(request, Right.READ if request.method == "GET" else Right.INFER)
     check_target(request.scope)
@@ -326,7 +326,7 @@ async def asking_of(request: Request, named: str) -> Asking:
 
 def _refused(error: TidegateError) -> Response:
     status, headers, body = refusal(Dialect.OPENAI, error)
-    if isinstance(error, NotFound):  # no model is meant here
+    if isinstance(error, NotFound):  # it is not about a model
         said = DIALECTS[Dialect.OPENAI].problem(error, status, None)
         said["error"]["code"] = error.code
         body = orjson.dumps(said)
@@ -361,7 +361,7 @@ async def _upload(asking: Asking) -> Response:
 
 
 async def _kept(asking: Asking, uploaded: Uploaded) -> BatchFile:
-    """Keep the input of a batch. Raises FilesFull and StoreUnavailable."""
+    """Store the input of a batch. Raises FilesFull and StoreUnavailable."""
     services = asking.services
     file = BatchFile(
         file_id=new_id(),
@@ -386,8 +386,8 @@ async def _kept(asking: Asking, uploaded: Uploaded) -> BatchFile:
 
 
 async def _copied(asking: Asking, file_id: str) -> BatchFile | Response:
-    """A copy of the caller's own file at the provider, so that its lines fall under the limits;
-    else the provider's refusal. Raises as `_upload`, and NotFound."""
+    """Copy the caller's own file from the provider, so that its lines are called under the limits;
+    return the provider's refusal if it fails. Raises as `_upload`, and NotFound."""
     services, path = asking.services, f"{_FILES_PATH}/{file_id}/content"
     endpoint = endpoint_of("GET", path, Dialect.OPENAI)
     if endpoint is None:
@@ -419,7 +419,7 @@ _FILES_PATH = "/v1/files"
 
 
 async def _send_on(asking: Asking, uploaded: Uploaded) -> Response:
-    """Upload a file to the provider where such files live. Raises as `_upload`."""
+    """Upload a file to the provider that stores such files. Raises as `_upload`."""
     purpose = uploaded.values.get("purpose", "")
     if not purpose or not purpose.isprintable() or len(purpose) > _MOST_PURPOSE_CHARS:
         raise InvalidRequest("purpose", "purpose is missing or wrong", allowed=_PURPOSES)
@@ -434,7 +434,7 @@ _PURPOSES = "batch, assistants, evals, fine-tune, user_data, vision"
 
 
 async def _form_of(uploaded: Uploaded, edge: str) -> AsyncIterator[bytes]:
-    """The form once more, from what was kept of it."""
+    """Yield the form composed from its stored content."""
     for name, value in uploaded.values.items():
         head = f'--{edge}\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
         yield head.encode()
@@ -458,7 +458,7 @@ async def _relayed(
     scope: Mapping[str, Any],
     pieces: AsyncIterator[bytes] | None = None,
 ) -> Response:
-    """The answer to a native call on files: an upload, which is on record, or else a list."""
+    """Return the answer to a native call on files: an upload, which is recorded, or a list."""
     endpoint = endpoint_of(scope["method"], _FILES_PATH, Dialect.OPENAI)
     assert endpoint is not None
     return await relayed(asking, endpoint, scope, pieces, on_record=pieces is not None)
@@ -473,8 +473,8 @@ async def relayed(
     on_record: bool,
     out: _Whole | None = None,
 ) -> Response:
-    """The whole answer to a native call, which is short, unless `out` has it. Raises what is ours
-    of TidegateError."""
+    """Make a native call and return its answer, which is short unless `out` takes it. Raises
+    TidegateErrors of our own."""
     services, received = asking.services, (time.monotonic(), datetime.now(UTC))
     call = call_of(
         scope,
@@ -518,7 +518,7 @@ async def relayed(
 
 
 def as_relayed(value: Any, answer: Response) -> Response:
-    """A relayed answer with another body."""
+    """Return a relayed answer with another body."""
     shown = as_json(value)
     known = {name for name, _ in shown.raw_headers}
     shown.raw_headers += [pair for pair in answer.raw_headers if pair[0] not in known]
@@ -526,7 +526,7 @@ def as_relayed(value: Any, answer: Response) -> Response:
 
 
 class _Whole:
-    """Keeps an answer, which is small; else `take` has its pieces."""
+    """Collects an answer, which is small, unless `take` is called with its pieces."""
 
     def __init__(self, take: Callable[[bytes], Awaitable[None]] | None = None) -> None:
         self.started = False
@@ -550,7 +550,7 @@ class _Whole:
 
 
 async def _check_room(asking: Asking) -> None:
-    """Before anything is read: whether a file as large as the form says could be kept. Raises
+    """Check before reading whether a file of the announced size could be stored. Raises
     FilesFull."""
     announced = int(asking.request.headers.get("content-length", "0"))
     least_bytes = max(0, announced - OVERHEAD_BYTES)
@@ -562,13 +562,13 @@ async def _check_room(asking: Asking) -> None:
 
 
 async def delete_blob(services: Services, key: str) -> None:
-    """Delete what nothing names any more."""
-    with suppress(StoreUnavailable):  # else it goes with the other orphans
+    """Delete a blob that nothing refers to."""
+    with suppress(StoreUnavailable):  # otherwise it is removed with other orphans
         await services.blobs.delete([key])
 
 
 async def _files(asking: Asking) -> Response:
-    """First those of batches, which are our own, then those at a provider."""
+    """List the files of batches, which are stored here, then those at a provider."""
     query = asking.request.query_params
     limit, purpose = page_limit(query.get("limit"), "limit", 1_000, 10_000), query.get("purpose")
     order, after = query.get("order", "desc"), query.get("after")
@@ -641,7 +641,7 @@ async def _create(asking: Asking) -> Response:
     order = _order(parsed(await body.whole()))
     once = None if key is None else Idempotency(key, order.digest)
     if once is not None:
-        # Before all that a repeat may be without: a budget, room in the queue, its file.
+        # First, since a repeat needs no budget, no room in the queue and no file.
         if (earlier := await batches.earlier(asking.tenant, once)) is not None:
             return _replayed(earlier)
         await services.budgets.check(asking.caller)
@@ -667,7 +667,7 @@ async def _create(asking: Asking) -> Response:
 
 
 def _replayed(batch: Batch) -> Response:
-    """Raises IdempotencyConflict."""
+    """Return the answer to a repeated request. Raises IdempotencyConflict."""
     if batch.is_of_messages:
         raise IdempotencyConflict("this idempotency key was used for a different request")
     answer = as_json(batch_view(batch))
@@ -676,7 +676,7 @@ def _replayed(batch: Batch) -> Response:
 
 
 class _Order(NamedTuple):
-    """The batch that is wanted."""
+    """The parameters of a new batch."""
 
     file_id: str
     endpoint: str
@@ -684,7 +684,8 @@ class _Order(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Of all that is asked for, however it was written. No native call has the same."""
+        """Return the digest of the parameters, independent of their form. No native call has the
+        same one."""
         asked = orjson.dumps(
             ["/v1/batches", self.file_id.removeprefix("file-"), self.endpoint, self.metadata],
             option=orjson.OPT_SORT_KEYS,
@@ -693,7 +694,7 @@ class _Order(NamedTuple):
 
 
 def _order(values: dict[str, Any]) -> _Order:
-    """Raises InvalidRequest."""
+    """Return the parameters of a body. Raises InvalidRequest."""
     for name in values:
         if name not in _CREATE_FIELDS:
             shown = ascii(name[:64])
@@ -717,7 +718,7 @@ async def _batches(asking: Asking) -> Response:
     query = asking.request.query_params
     limit, after = page_limit(query.get("limit"), "limit", 20, 100, least=0), query.get("after")
     if after is not None and _BATCH_ID.fullmatch(after) is None:
-        return as_json(page([], limit))  # nothing comes after what is not in the list
+        return as_json(page([], limit))  # a cursor that is not in the list has no successors
     found = await asking.services.store.batches.listed(
         asking.tenant, after=None if after is None else _id(after, _BATCH_ID), limit=limit + 1
     )
@@ -729,7 +730,7 @@ async def _batch(asking: Asking) -> Response:
 
 
 async def _found_batch(asking: Asking) -> Batch:
-    """Raises NotFound, for a batch in Anthropic's form too."""
+    """Return a batch. Raises NotFound, also for one in Anthropic's form."""
     found = await asking.services.store.batches.get(_id(asking.id, _BATCH_ID), asking.tenant)
     if found.is_of_messages:
         raise NotFound(f"there is no batch {asking.id}")
@@ -767,7 +768,7 @@ def _metadata(value: Any) -> dict[str, str] | None:
 
 
 def _id(text: str, shape: re.Pattern[str]) -> UUID:
-    """Raises NotFound: what can't be an id names nothing."""
+    """Return the UUID of an id. Raises NotFound for a text that is not an id."""
     found = shape.fullmatch(text)
     if found is None:
         raise NotFound(f"there is no {text[:64]!a}")

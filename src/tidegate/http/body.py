@@ -1,7 +1,7 @@
 """Request bodies while they arrive, bounded in size, silence and slowness.
 
-Invariants: nothing is read beyond a bound; only time spent waiting for the client counts; disk
-work happens in threads; after `close` nothing is left on disk, also if the caller was cancelled.
+Invariants: nothing is read beyond a bound; only time spent waiting for the client counts; disk I/O
+runs in threads; after `close` nothing is left on disk, also if the caller was cancelled.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ from tidegate.settings import Config
 
 WITH_ITS_HEAD_BYTES = 65_536
 _FREED_AT_ONCE = 16
-_COPIED_AT_ONCE_BYTES = 1_048_576  # from there on Python copies without its lock
+_COPIED_AT_ONCE_BYTES = 1_048_576  # from this size on Python copies without holding the GIL
 _RETRY_AFTER_MS = 1_000
 
 
 @dataclass(slots=True)
 class BodyMemory:
-    """Bytes of requests' bodies in the memory of this process, in all and by tenant.
+    """Bytes of request bodies in the memory of this process, in total and by tenant.
 
     Bodies of native calls, prompts and files of streams count from their arrival (files: from their
-    loading) to the end of their calls, since they wait in memory; jobs and uploads until they are
-    stored. A body of 64 KB or so that comes with its head does not count.
+    loading) to the end of their calls, since they wait in memory; jobs and uploads count until they
+    are stored. A body of up to 64 KB that arrives with its head does not count.
 
-    `turn` is taken to parse a large body of a job: the values take several times its size.
+    `turn` is held to parse a large body of a job: its values take several times its size.
     """
 
     held_bytes: int = 0
@@ -67,7 +67,7 @@ class BodyMemory:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def add(self, tenant_id: str, size_bytes: int) -> None:
-        """Add so many; subtract if negative."""
+        """Add a number of bytes; subtract it if negative."""
         self.held_bytes += size_bytes
         self.of_tenants[tenant_id] += size_bytes
         if not self.of_tenants[tenant_id]:
@@ -76,9 +76,9 @@ class BodyMemory:
 
 @dataclass(frozen=True, slots=True)
 class MemoryBound:
-    """Bound of a BodyMemory. `shared`: a tenant may have half of what the others leave, so that no
-    number of tenants can fill it; one body of the largest size always fits if no other tenant
-    holds any."""
+    """Bound of a BodyMemory. `shared`: a tenant may use half of what the others leave, so that no
+    number of tenants can fill it; one body of the largest size always fits if no other tenant has
+    any."""
 
     most_bytes: int
     largest_bytes: int
@@ -92,7 +92,7 @@ class MemoryBound:
 
 
 class BodyBudget:
-    """Part of `memory` that one request of a tenant occupies."""
+    """The part of `memory` that a request of a tenant uses."""
 
     __slots__ = ("_bound", "_memory", "_tenant_id", "held_bytes")
 
@@ -107,7 +107,7 @@ class BodyBudget:
         return self._memory.turn
 
     def reach(self, size_bytes: int) -> None:
-        """Occupy so much in all. Raises QueueFull if there is no room for it."""
+        """Set the used size. Raises QueueFull if it does not fit."""
         more_bytes, memory = size_bytes - self.held_bytes, self._memory
         own_bytes = memory.of_tenants.get(self._tenant_id, 0)
         others_bytes = memory.held_bytes - own_bytes
@@ -119,21 +119,21 @@ class BodyBudget:
         self.held_bytes = size_bytes
 
     def keep(self, size_bytes: int) -> None:
-        """Occupy at most so much from here on; nothing if so little could come with a head."""
+        """Lower the used size to at most `size_bytes`; to 0 if that could arrive with a head."""
         if (left := size_bytes if size_bytes > WITH_ITS_HEAD_BYTES else 0) < self.held_bytes:
             self._memory.add(self._tenant_id, left - self.held_bytes)
             self.held_bytes = left
 
     def occupy(self, size_bytes: int) -> None:
-        """Occupy so much from here on, nothing if that is little. Raises QueueFull if there is no
-        room for more."""
+        """Set the used size; to 0 if `size_bytes` could arrive with a head. Raises QueueFull if it
+        does not fit."""
         if size_bytes > max(self.held_bytes, WITH_ITS_HEAD_BYTES):
             self.reach(size_bytes)
         else:
             self.keep(size_bytes)
 
     def release(self) -> None:
-        """Release all of it. Idempotent."""
+        """Release all bytes. Idempotent."""
         if self.held_bytes:
             self._memory.add(self._tenant_id, -self.held_bytes)
         self.held_bytes = 0
@@ -141,9 +141,9 @@ class BodyBudget:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How slow a client may be with its body: silent for `silence_ms`, and slower than
-    `min_bytes_per_s` for `grace_ms` in all, however fast it was before. `whole_ms`: how long all of
-    a body may take that waits in memory."""
+    """Bounds on a client that sends a body slowly: `silence_ms` without any byte, and `grace_ms` in
+    total below `min_bytes_per_s`, however fast it was before. `whole_ms`: the longest time for a
+    whole body that waits in memory."""
 
     silence_ms: int
     grace_ms: int = 15_000
@@ -152,7 +152,7 @@ class Pace:
 
 
 class Patience:
-    """What is left of a `Pace`. Only the time spent waiting for the client counts."""
+    """The remaining time of a `Pace`. Only time spent waiting for the client counts."""
 
     __slots__ = ("_grace_s", "_pace", "_whole_s")
 
@@ -162,23 +162,23 @@ class Patience:
         self._whole_s = pace.whole_ms / 1000 if in_memory else math.inf
 
     def left_s(self) -> float:
-        """How long the next piece may take."""
+        """Return how long the next piece may take."""
         return max(0.0, min(self._pace.silence_ms / 1000, self._grace_s, self._whole_s))
 
     def waited(self, waited_s: float, size_bytes: int) -> None:
-        """For a piece of that size, which earns time; but never more than the grace."""
+        """Subtract the wait for a piece, and add the time that its size earns, up to the grace."""
         earned_s = size_bytes / self._pace.min_bytes_per_s
         self._grace_s = min(self._pace.grace_ms / 1000, self._grace_s - waited_s + earned_s)
         self._whole_s -= waited_s
 
 
 class Incoming:
-    """The body of one request: read it whole, or piece by piece, once.
+    """The body of a request: read whole, or piece by piece, once.
 
-    A client that is too slow has `task` cancelled, which must be the one that reads, or one that
+    If the client is too slow, `task` is cancelled, which must be the task that reads or one that
     waits for it; `is_slow` is true from then on. Reads raise PayloadTooLarge beyond `max_bytes`,
-    RequestTimeout (in `task` alone), or ClientDisconnect when the client has gone. Cancelling a
-    read is safe; the body cannot be read on afterwards.
+    RequestTimeout (in `task` only), or ClientDisconnect if the client has disconnected. Cancelling
+    a read is safe, but the body cannot be read further.
     """
 
     __slots__ = (
@@ -205,7 +205,7 @@ class Incoming:
         self._hold: BodyBudget | None = None
 
     async def next(self) -> bytes | None:
-        """The next piece, never an empty one; None at the end."""
+        """Return the next piece, never an empty one; None at the end."""
         while self._more:
             message = await self._message()
             self._more = message.get("more_body", False)
@@ -221,8 +221,8 @@ class Incoming:
             yield piece
 
     async def whole(self, hold: BodyBudget | None = None, *, free_bytes: int = 0) -> bytes:
-        """All of it. Counted in `hold` until `release` as soon as it is longer than `free_bytes`,
-        unless it came with its head. Raises QueueFull too."""
+        """Return the whole body. It counts in `hold` until `release` once it is longer than
+        `free_bytes`, unless it arrived with its head. Also raises QueueFull."""
         self._hold = hold
         piece = await self.next() or b""
         if not self._more and len(piece) <= WITH_ITS_HEAD_BYTES:
@@ -235,10 +235,10 @@ class Incoming:
             count_in(hold, size_bytes, free_bytes)
         if size_bytes <= _COPIED_AT_ONCE_BYTES:
             return b"".join(pieces)
-        return await to_thread.run_sync(_joined, pieces)  # which runs beside the event loop
+        return await to_thread.run_sync(_joined, pieces)  # outside of the event loop
 
     def release(self) -> None:
-        """Release what is counted in the budget, at the end of the call. Idempotent."""
+        """Release the bytes that count in the budget, at the end of the call. Idempotent."""
         if self._hold is not None:
             self._hold.release()
 
@@ -267,7 +267,7 @@ class Incoming:
 
 
 def _joined(pieces: list[bytes]) -> bytes:
-    """All pieces in one. Frees them, some at a time: other threads wait for each of these steps."""
+    """Join the pieces and free them in steps, since other threads wait during each step."""
     whole = b"".join(pieces)
     while pieces:
         del pieces[-_FREED_AT_ONCE:]
@@ -282,8 +282,8 @@ def incoming_of(
     pace: Pace | None = None,
     in_memory: bool = False,
 ) -> Incoming:
-    """The body of `request`, of MAX_BODY_BYTES at most unless `max_bytes` is given, to be read in
-    the present task. Raises PayloadTooLarge and InvalidRequest for its announced length."""
+    """Return the body of `request`, to be read in the current task. `max_bytes` defaults to
+    MAX_BODY_BYTES. Raises PayloadTooLarge and InvalidRequest for its announced length."""
     task = asyncio.current_task()
     assert task is not None
     most = config.max_body_bytes if max_bytes is None else max_bytes
@@ -296,8 +296,8 @@ _NUMBER = re.compile(rb"[0-9]{1,18}")
 
 
 def announced_bytes(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
-    """The body's length as the head announces it; None where it does not. Raises InvalidRequest for
-    a length that is no number."""
+    """Return the length that the head announces; None if it announces none. Raises InvalidRequest
+    for a length that is not a number."""
     for name, value in headers:
         if name == b"content-length":
             if not _NUMBER.fullmatch(value):
@@ -307,20 +307,20 @@ def announced_bytes(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
 
 
 def check_announced(headers: Iterable[tuple[bytes, bytes]], max_bytes: int) -> None:
-    """Check what the head announces, before anything is read. Raises PayloadTooLarge, and
-    InvalidRequest for a length that is no number."""
+    """Check the announced length before anything is read. Raises PayloadTooLarge, and
+    InvalidRequest for a length that is not a number."""
     check_size(announced_bytes(headers) or 0, max_bytes)
 
 
 def check_size(size_bytes: int, max_bytes: int) -> None:
-    """Raises PayloadTooLarge."""
+    """Raise PayloadTooLarge if a body is larger than `max_bytes`."""
     if size_bytes > max_bytes:
         allowed = f"at most {max_bytes} bytes"
         raise PayloadTooLarge("body", f"the body is larger than {max_bytes} bytes", allowed=allowed)
 
 
 def count_in(hold: BodyBudget | None, held_bytes: int, free_bytes: int) -> None:
-    """Count what a body occupies in memory once it is more than `free_bytes`. Raises QueueFull."""
+    """Count a body's bytes in memory once they exceed `free_bytes`. Raises QueueFull."""
     if hold is not None and held_bytes > max(free_bytes, hold.held_bytes):
         hold.reach(held_bytes)
 
@@ -329,10 +329,10 @@ SLICE_BYTES = 64 * 1024
 MAX_PART_HEADERS = 8
 MAX_PART_HEADER_BYTES = 4096
 _AS_IT_IS = frozenset((b"7bit", b"8bit", b"binary"))
-# A line ends at a lone LF to some servers, which would read a further header behind it.
+# For some servers a lone LF ends a line: they would read another header after it.
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
-# It warns of each malformed body, with the caller's bytes; our own error says it already.
+# The parser would log each malformed body, with the caller's bytes; the error reports it already.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
@@ -343,7 +343,7 @@ class PartHead:
     headers: Mapping[str, bytes]
 
     def disposition(self) -> tuple[bytes, dict[bytes, bytes]]:
-        """The kind of `Content-Disposition` and its options."""
+        """Return the type of `Content-Disposition` and its options."""
         return parse_options_header(self.headers.get("content-disposition"))
 
 
@@ -351,18 +351,18 @@ Part = PartHead | bytes | None  # the head of a part, some of its content, its e
 
 
 class Multipart:
-    """Parser of one multipart body, whose parts come in the order of the bytes."""
+    """Parser of a multipart body; parts are reported in the order of the bytes."""
 
     def __init__(self, content_type: str) -> None:
-        """Raises InvalidRequest for a Content-Type without a sound boundary."""
+        """Raises InvalidRequest for a Content-Type without a valid boundary."""
         self._parts: list[Part] = []
         self._headers: dict[str, bytes] = {}
         self._name = bytearray()
         self._value = bytearray()
         self._ended = False
         self._slice = b""
-        self._read_bytes = 0  # before this slice
-        self.starts: list[int] = []  # where each part's content begins; -1: it has none
+        self._read_bytes = 0  # before the current slice
+        self.starts: list[int] = []  # where each part's content begins; -1 for none
         boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
         if not boundary:
             raise InvalidRequest(
@@ -389,17 +389,17 @@ class Multipart:
             raise InvalidRequest("Content-Type", f"invalid boundary: {unfit}") from None
 
     async def read(self, body: Incoming, take: Callable[[Part], Awaitable[None]]) -> None:
-        """Give each part to `take`. Raises InvalidRequest, and what `body` and `take` raise."""
+        """Pass each part to `take`. Raises InvalidRequest, and the errors of `body` and `take`."""
         while (chunk := await body.next()) is not None:
             for at in range(0, len(chunk), SLICE_BYTES):
                 for part in self.feed(chunk[at : at + SLICE_BYTES]):
                     await take(part)
-            # A body that is all there already must not hold the loop to its end.
+            # A body that is complete already must not block the event loop to its end.
             await asyncio.sleep(0)
         self.check_ended()
 
     def feed(self, data: bytes) -> list[Part]:
-        """The parts that `data` holds or goes on with. Raises InvalidRequest."""
+        """Return the parts that begin, continue or end in `data`. Raises InvalidRequest."""
         self._slice = data
         try:
             self._parser.write(data)
@@ -410,7 +410,7 @@ class Multipart:
         return parts
 
     def check_ended(self) -> None:
-        """At the end of the body: raises InvalidRequest where it has not come to its own."""
+        """Raise InvalidRequest if the body ended before its last boundary."""
         if self._read_bytes == 0:
             raise InvalidRequest("body", "the body is empty")
         if not self._ended:
@@ -448,7 +448,7 @@ class Multipart:
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self.starts[-1] < 0:
-            # What could have been a boundary, and was none, is of the slices before.
+            # Bytes that could have begun a boundary, and did not, belong to earlier slices.
             begins = start if data is self._slice else -end
             self.starts[-1] = self._read_bytes + begins
         self._parts.append(data[start:end])
@@ -462,7 +462,7 @@ PREFIX = "upload-"
 
 
 def remove_leftovers(folder: Path, *, older_than_s: float = 86_400) -> int:
-    """Remove what killed processes left in `folder`; blocks. Returns how many files it was."""
+    """Remove files that killed processes left in `folder`, and return their number. Blocks."""
     removed = 0
     for path in folder.glob(f"{PREFIX}*"):
         with suppress(FileNotFoundError):  # another process was first
@@ -473,7 +473,8 @@ def remove_leftovers(folder: Path, *, older_than_s: float = 86_400) -> int:
 
 
 class Spool:
-    """Write, then `finish`, then read `path` (or `data` when None); `close` removes everything."""
+    """Temporary storage of a body: write, then `finish`, then read `path` (or `data` if that is
+    None); `close` removes it."""
 
     def __init__(self, folder: Path, *, memory_bytes: int = MEMORY_BYTES) -> None:
         self.size_bytes = 0
@@ -488,29 +489,30 @@ class Spool:
 
     @property
     def data(self) -> bytes:
-        """The whole content of a file that stayed in memory."""
+        """Return the whole content, if it stayed in memory."""
         assert self.path is None
         return bytes(self._buffer)
 
     @property
     def held_bytes(self) -> int:
-        """What of it is in memory."""
+        """Return how many bytes are in memory."""
         return len(self._buffer)
 
     async def write(self, data: bytes) -> None:
-        """Raises StoreUnavailable when the disk does not take it."""
+        """Append data. Raises StoreUnavailable if the disk fails."""
         self.size_bytes += len(data)
         self._buffer += data
         if len(self._buffer) > self._memory_bytes:
             await self._to_disk()
 
     async def finish(self) -> None:
-        """No more data will come. Raises StoreUnavailable when the disk does not take it."""
+        """End writing. Raises StoreUnavailable if the disk fails."""
         if self.path is not None:
             await self._to_disk(last=True)
 
     async def sha256(self) -> str:
-        """Of the finished content, hexadecimal. Raises StoreUnavailable when the disk fails."""
+        """Return the hexadecimal SHA-256 of the finished content. Raises StoreUnavailable if the
+        disk fails."""
         if self.path is None:
             return sha256(self._buffer).hexdigest()
         try:
@@ -519,7 +521,7 @@ class Spool:
             raise StoreUnavailable(f"an upload could not be read: {failed.strerror}") from failed
 
     async def close(self) -> None:
-        """Idempotent."""
+        """Remove the content. Idempotent."""
         self._buffer.clear()
         if not self._closed:
             await to_thread.run_sync(self._remove)
@@ -566,8 +568,8 @@ async def read_form(
     records: bool,
     digests: bool,
 ) -> MediaForm:
-    """A form, written to `spool` as it comes. records: its files are recordings. Raises
-    InvalidRequest, PayloadTooLarge and QueueFull, and what `pieces` and `spool` raise."""
+    """Read a form while writing it to `spool`. records: its files are recordings. Raises
+    InvalidRequest, PayloadTooLarge and QueueFull, and the errors of `pieces` and `spool`."""
     if len(content_types) > 1:
         said = "there is more than one Content-Type"
         raise InvalidRequest("Content-Type", said, allowed="one Content-Type")
@@ -603,14 +605,14 @@ async def read_form(
 
 
 class _Delimiters:
-    """Counts where a boundary begins a line, also behind a lone LF or CR, as some servers see it.
-    `are_ends`: whether the body begins with one, and has nothing behind the last."""
+    """Counts boundaries at the start of a line, also after a lone LF or CR, which some servers
+    accept. `are_ends`: the body begins with a boundary, and has nothing after the last one."""
 
     def __init__(self, boundary: bytes) -> None:
         self.count = 0
         self._sought = b"\n--" + boundary
         self._behind_cr = b"\r--" + boundary
-        self._before = b"\n"  # the first one begins the body
+        self._before = b"\n"  # the first boundary begins the body
         self._first = b""
         self._last = b""
 
@@ -628,7 +630,7 @@ class _Delimiters:
 
 
 def _heard(files: tuple[FormFile, ...], spool: Spool) -> tuple[FormFile, ...]:
-    """With the length of each recording."""
+    """Return the files with the length of each recording."""
     with BytesIO(spool.data) if spool.path is None else spool.path.open("rb") as body:
         return tuple(
             replace(one, seconds=recording_seconds(body, one.start, one.end)) for one in files

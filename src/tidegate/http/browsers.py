@@ -1,27 +1,28 @@
 """Browsers: requests from web pages of other origins, and the sign-in.
 
 A browser sends requests for any page that its user opens, from this machine and to loopback
-addresses too. Two things tell such a page: the browser says for whom it asks (Origin,
-Sec-Fetch-Site), and a name that was made to lead here (DNS rebinding) stands in Host. Programs send
-neither Origin nor Sec-Fetch-Site. Nothing here tells whether there is a proxy: no header can.
+addresses too. Two things identify such a page: the browser names the page's origin (Origin,
+Sec-Fetch-Site), and Host contains a name that was made to resolve to this address (DNS rebinding).
+Programs send neither Origin nor Sec-Fetch-Site. Whether there is a proxy cannot be determined: no
+header proves it.
 
-`tidegate up` prints an address with a one-time code, so that the operator's key is never shown to
-a browser. The code becomes a cookie:
+`tidegate up` prints an address with a one-time code, so that the operator's key is never shown to a
+browser. The code is exchanged for a cookie:
 
-    code      nonce . end . HMAC(key, "code", nonce, end)     ten minutes, spent once
+    code      nonce . end . HMAC(key, "code", nonce, end)     ten minutes, used once
     cookie    nonce . end . HMAC(key, "session", nonce, end)  twelve hours
 
-A person who signs in by an OpenID Connect issuer has a cookie too, for an hour: the role that the
-issuer's claims gave is in it, so that one that was taken away ends within that time.
+A person who signs in by an OpenID Connect issuer also gets a cookie, valid for an hour. It contains
+the role that the issuer's claims gave, so that a revoked role ends within that time.
 
-    state     as a code; the nonce and the PKCE verifier of the sign-in are derived from it
+    state     like a code; the nonce and the PKCE verifier of the sign-in are derived from it
     cookie    JSON . HMAC(key, "person", rules, JSON)
 
-All are derived from the key, so every process of a deployment can check them and none stores a
-session. That a code is spent or a session was signed out is on record in PostgreSQL, which all
-processes share. A new key ends every code and session, and changed OIDC settings every person's.
-Invariants: none tells anything of the key; a sign-in ends in the browser that began it, and leads
-to no address but ours.
+All are derived from the key, so that every process of a deployment can check them and none stores a
+session. Used codes and signed-out sessions are recorded in PostgreSQL, which all processes share. A
+new key ends every code and session, and changed OIDC settings end every person's session.
+Invariants: no code or cookie reveals anything about the key; a sign-in ends in the browser that
+began it, and redirects only to our own addresses.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _MOST_REMEMBERED = 200
 
 
 class Origins:
-    """What counts as ours, by HOST and ALLOWED_HOSTS; and which pages may call us besides, by
+    """Names of this gateway, by HOST and ALLOWED_HOSTS; and other pages that may call it, by
     CORS_ORIGINS."""
 
     def __init__(self, config: Config) -> None:
@@ -67,11 +68,11 @@ class Origins:
         self._known: set[bytes] = set()
 
     def refusal(self, headers: Headers, method: str) -> Forbidden | None:
-        """Why a request that shows no key is not answered; None where it is."""
+        """Return why a request without a key is rejected; None if it is accepted."""
         found = dict(headers)
         host = found.get(b"host")
         if len(found) != len(headers) and len({v for n, v in headers if n == b"host"}) > 1:
-            host = b""  # two names are no name
+            host = b""  # two different values are not a name
         if host is not None and host not in self._known and not self._is_ours(host):
             return Forbidden(
                 f"Host is {_shown(host)}, which is not a name of this gateway",
@@ -85,14 +86,14 @@ class Origins:
         return self.page_refusal(headers, method)
 
     def socket_refusal(self, headers: Headers) -> Forbidden | None:
-        """Why a WebSocket is not opened: no browser asks whether a page may read from one, so that
-        a page needs to be ours, or one of CORS_ORIGINS, with a key too."""
+        """Return why a WebSocket is rejected; None if it is accepted. Browsers do not enforce CORS
+        for WebSockets: the page must be ours or one of CORS_ORIGINS, even with a key."""
         if any(name == b"origin" and value in self._pages for name, value in headers):
             return None
         return self.page_refusal(headers, "GET")
 
     def page_refusal(self, headers: Headers, method: str) -> Forbidden | None:
-        """Why a request comes from a page that is not ours; None where it does not."""
+        """Return why a request is from a page of another site; None if it is not."""
         found = {name: value for name, value in headers if name in _NAMES}
         site = found.get(b"sec-fetch-site", b"none")
         if site not in _OWN_SITES and not _is_opening(found, method):
@@ -118,7 +119,7 @@ class Origins:
         elif self._loopback:
             ours = False
         else:
-            # A page's own name has a dot; an address is no name that could be made to lead here.
+            # The name of a foreign page has a dot; an address cannot be rebound.
             ours = _is_address(name) or (bool(name) and "." not in name)
         if ours and len(self._known) < _MOST_REMEMBERED:
             self._known.add(host)
@@ -144,7 +145,7 @@ _NAMES = frozenset((b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"
 
 
 def _is_opening(found: dict[bytes, bytes], method: str) -> bool:
-    """A link that a person follows: the page that has it sees nothing of the answer."""
+    """Return whether a person follows a link: the page with the link cannot read the answer."""
     return (
         method in ("GET", "HEAD")
         and found.get(b"sec-fetch-mode") == b"navigate"
@@ -153,10 +154,10 @@ def _is_opening(found: dict[bytes, bytes], method: str) -> bool:
 
 
 def _name_in(host: bytes) -> str:
-    """The host without its port and brackets; empty where it can't be read."""
+    """Return the host without port and brackets; empty if it cannot be parsed."""
     try:
         parts = urlsplit(f"//{host.decode('ascii')}")
-        _ = parts.port  # raises for a port that is no number
+        _ = parts.port  # raises for a port that is not a number
     except ValueError:
         return ""
     if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
@@ -201,24 +202,24 @@ Use = Literal["code", "session", "state"]
 
 
 class Pass(NamedTuple):
-    """A code or a session that is sound and not over."""
+    """A valid code or session."""
 
     nonce: bytes
     ends_at: int  # Unix time
 
 
 def make_code(key: str, now: float | None = None) -> str:
-    """For the address that the start-up page prints."""
+    """Return a code for the address that the start-up page prints."""
     return _made("code", key, CODE_S, now)
 
 
 def make_session(key: str, now: float | None = None) -> str:
-    """The value of the cookie."""
+    """Return the value of a session cookie."""
     return _made("session", key, SESSION_S, now)
 
 
 def checked(use: Use, key: str, text: str, now: float | None = None) -> Pass | None:
-    """What `text` is a sound code or session of; None where it is none, or is over."""
+    """Return the valid code or session in `text`; None if it is invalid or expired."""
     try:
         raw = urlsafe_b64decode(text.encode("ascii"))
     except ValueError:
@@ -235,35 +236,36 @@ def checked(use: Use, key: str, text: str, now: float | None = None) -> Pass | N
 
 
 def _is_whole(text: str, raw: bytes) -> bool:
-    """Whether `text` is the one spelling of `raw`: decoding skips what is no letter of base64, and
-    a session ends by its text."""
+    """Return whether `text` is the canonical encoding of `raw`: decoding ignores characters that
+    are not base64, and a session is ended by its text."""
     return urlsafe_b64encode(raw).decode() == text
 
 
 class Sessions:
-    """Which sessions were signed out before their end, in all processes. One per process."""
+    """Sessions that were signed out before their expiry, in all processes. One object per
+    process."""
 
     def __init__(self, tenants: Tenants, clock: Callable[[], float] = time.monotonic) -> None:
         self._tenants = tenants
         self._clock = clock
-        self._read: dict[bytes, tuple[float, bool]] = {}  # when, and whether it had ended
+        self._read: dict[bytes, tuple[float, bool]] = {}  # time of the read; had ended
 
     async def have_ended(self, cookie: str) -> bool:
-        """Whether a session has, as it was within the last `READ_AGAIN_S`; while PostgreSQL is
-        away, as it was when it was last read."""
+        """Return whether a session has ended, at most `READ_AGAIN_S` old; while PostgreSQL is
+        unavailable, the last known state."""
         session, now = _id_of(cookie), self._clock()
         read_at, ended = self._read.get(session, (-math.inf, False))
         if ended or now - read_at < READ_AGAIN_S:
             return ended
-        with suppress(StoreUnavailable):  # the keys that are known go on then, too
+        with suppress(StoreUnavailable):  # then cached keys stay valid too
             ended = await self._tenants.is_spent(session)
-        ended = ended or self._read.get(session, (now, False))[1]  # it ended here in the meantime
+        ended = ended or self._read.get(session, (now, False))[1]  # ended here meanwhile
         self._remember(session, now, ended)
         return ended
 
     async def end(self, cookie: str) -> None:
-        """End a sound session, here immediately and elsewhere within `READ_AGAIN_S`. Raises
-        StoreUnavailable: then it has ended here alone."""
+        """End a valid session, here immediately and in other processes within `READ_AGAIN_S`.
+        Raises StoreUnavailable: then it has ended in this process only."""
         session = _id_of(cookie)
         self._remember(session, self._clock(), True)
         await self._tenants.spend_code(session, int(time.time()) + SESSION_S, session)
@@ -279,12 +281,12 @@ def _id_of(cookie: str) -> bytes:
 
 
 def make_state(key: str, now: float | None = None) -> str:
-    """Of a sign-in that begins: it is sent to the issuer, and kept in a cookie."""
+    """Return the state of a new sign-in, which is sent to the issuer and kept in a cookie."""
     return _made("state", key, CODE_S, now)
 
 
 class Person(NamedTuple):
-    """Who signed in by an issuer. `name` is for people, `subject` the issuer's own."""
+    """A person who signed in by an issuer. `name` is for display, `subject` is the issuer's id."""
 
     name: str
     subject: str
@@ -292,7 +294,7 @@ class Person(NamedTuple):
 
 
 class SignInRefused(Exception):
-    """A sign-in by the issuer that does not count; `why` is for the page."""
+    """A rejected sign-in by the issuer; `why` selects the page's message."""
 
     def __init__(self, why: Literal["issuer", "refused", "role", "state"]) -> None:
         super().__init__(why)
@@ -312,7 +314,7 @@ class SignIn:
         self._trust = sha256(told).digest()
 
     async def begin(self, state: str, redirect_uri: str) -> str:
-        """The issuer's address to which the browser goes. Raises SignInRefused."""
+        """Return the issuer's address to which the browser is redirected. Raises SignInRefused."""
         try:
             metadata = await self._issuer.metadata()
         except IssuerUnavailable as away:
@@ -333,7 +335,8 @@ class SignIn:
         return f"{metadata.authorization_endpoint}{mark}{urlencode(query)}"
 
     async def finish(self, state: str, code: str, issuer: str | None, redirect_uri: str) -> Person:
-        """Who has signed in. The state must have been checked. Raises SignInRefused."""
+        """Return the person who has signed in. The state must have been checked. Raises
+        SignInRefused."""
         if issuer is not None and issuer.rstrip("/") != self._issuer.url.rstrip("/"):
             raise SignInRefused("state")  # an answer of another issuer (RFC 9207)
         form = {
@@ -371,13 +374,13 @@ class SignIn:
         return Person(name, subject, role)
 
     def cookie(self, person: Person, now: float | None = None) -> str:
-        """The value of a person's cookie."""
+        """Return the value of a person's cookie."""
         ends_at = int((time.time() if now is None else now) + PERSON_S)
         told = orjson.dumps([ends_at, secrets.token_hex(8), *person])
         return f"{urlsafe_b64encode(told).decode()}.{self._mac(told).hex()}"
 
     def person(self, cookie: str, now: float | None = None) -> Person | None:
-        """Who a sound cookie is of; None where it is not, or is over."""
+        """Return the person of a cookie; None if the cookie is invalid or expired."""
         coded, _, mac = cookie.partition(".")
         if len(cookie) > _MOST_COOKIE_CHARS:
             return None
@@ -407,9 +410,9 @@ class SignIn:
 
 
 def _named(claims: Mapping[str, Any], subject: str) -> str:
-    """What a person is called on record: by the address that the issuer has verified, else by the
-    subject. A name that they may have chosen is beside it: alone it could be another person's, or
-    what the record calls the operator's key."""
+    """Return a person's name for the record: the e-mail address that the issuer has verified,
+    otherwise the subject. A name that the person may have chosen only stands beside the subject:
+    alone it could be the name of another person, or the record's name of the operator's key."""
     if claims.get("email_verified") in (True, "true") and (email := _plain(claims.get("email"))):
         return email
     chosen = (_plain(claims.get(one)) for one in ("email", "preferred_username", "name"))
@@ -418,7 +421,7 @@ def _named(claims: Mapping[str, Any], subject: str) -> str:
 
 
 def _plain(value: object) -> str:
-    """A claim as text that may be shown and logged; empty where it is none."""
+    """Return a claim as text that may be displayed and logged; empty if it is not such text."""
     return value if isinstance(value, str) and value.isprintable() and len(value) <= 255 else ""
 
 
@@ -427,7 +430,8 @@ def state_cookie_name(key: str) -> str:
 
 
 def cookie_name(key: str) -> str:
-    """Differs from key to key: a browser keeps the cookies of all ports of a host together."""
+    """Return the cookie's name, which differs by key: a browser shares the cookies of all ports of
+    a host."""
     return f"tidegate_{_mac('session', key, b'name').hex()[:12]}"
 
 

@@ -1,7 +1,7 @@
 """File types: decided by a file's content, and compared with the type that the client declares.
 
-Invariants: at most HEAD_BYTES of a file are kept to decide it; content that contradicts the
-declared type is refused, never renamed.
+Invariants: at most HEAD_BYTES of a file are kept to decide its type; content that contradicts the
+declared type is rejected, never relabelled.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ _BINARY = {
     *("audio/mpeg", "audio/wav", "audio/ogg", "audio/flac", "audio/aac"),
     *("video/mp4", "video/quicktime", "video/webm", "video/mpeg"),
 }
-# Said of one container, borne out by another: tools mix these up, providers do not care.
+# Declared as one container, recognised as another: tools mix these up, and providers accept both.
 _ALSO = {
     "image/heic": {"image/heif"},
     "image/heif": {"image/heic"},
     "video/mp4": {"video/quicktime"},
     "video/quicktime": {"video/mp4"},
-    # An ID3 tag in front hides what follows it.
+    # An ID3 tag in front hides the actual format.
     "audio/aac": {"audio/mpeg"},
     "audio/flac": {"audio/mpeg"},
 }
@@ -73,7 +73,7 @@ _TEXT_TYPES = {
     "application/json",
     "application/xml",
 }
-# Other names for text that the provider knows only as plain text.
+# Other types of text that the provider accepts only as plain text.
 _TEXTUAL = re.compile(
     r"text/[a-z0-9.+_-]+|application/(x-)?(javascript|ecmascript|typescript|yaml|toml|sql|sh|shellscript|"
     r"python|python-code|httpd-php|ruby|perl|tex|latex|ndjson|jsonlines|jsonl|xhtml\+xml|"
@@ -88,7 +88,7 @@ _TEXT_NAMES = {
     ".json": "application/json",
     ".xml": "application/xml",
 }
-# What systems say of text files by their names alone: a spreadsheet's CSV, TypeScript as video.
+# Types that systems derive from the names of text files: CSV as a spreadsheet, TypeScript as video.
 _MISSAID = {
     ".csv": {"application/vnd.ms-excel"},
     ".ts": {"video/mp2t", "video/vnd.dlna.mpeg-tts", "text/vnd.trolltech.linguist"},
@@ -98,7 +98,8 @@ _NAME_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066
 
 
 def safe_name(raw: str) -> str:
-    """A file's name for records and messages: no folders, no control characters, <= 128 long."""
+    """Return a file's name for records and messages: no folders, no control characters, <= 128
+    long."""
     name = _NAME_CONTROL.sub("", raw.replace("\\", "/")).encode("utf-8", "replace").decode()
     name = name.rsplit("/", 1)[-1].strip()
     if name in ("", ".", ".."):
@@ -110,7 +111,7 @@ def safe_name(raw: str) -> str:
 
 
 def content_type_of(head: bytes) -> str | None:
-    """The supported binary type whose signature `head` bears, or None."""
+    """Return the supported binary type whose signature `head` has, or None."""
     if picture := picture_type(head):
         return picture
     if head.lstrip(b"\xef\xbb\xbf\r\n\t ").startswith(b"%PDF-"):
@@ -131,7 +132,7 @@ def content_type_of(head: bytes) -> str | None:
 def _iso_video(head: bytes) -> str | None:
     brands = iso_brands(head)
     if not brands:
-        # QuickTime of before 2001 has no brand.
+        # QuickTime files from before 2001 have no brand.
         old = head[4:8] in (b"moov", b"mdat", b"wide") and head[:2] == b"\x00\x00"
         return "video/quicktime" if old else None
     if brands[0] == b"qt  ":
@@ -152,7 +153,7 @@ def _mpeg_audio(head: bytes) -> str | None:
     layer, rate = head[1] >> 1 & 3, head[2] >> 2 & 3
     if layer == 0 and head[1] & 0xF0 == 0xF0:
         return "audio/aac" if head[2] >> 2 & 0xF <= 12 else None
-    # Layer I is left out: its first bytes are a UTF-16 byte order mark.
+    # Layer I is left out: its first bytes equal a UTF-16 byte order mark.
     version_is_known, bitrate_is_known = head[1] >> 3 & 3 != 1, head[2] >> 4 not in (0, 15)
     if layer in (1, 2) and version_is_known and rate != 3 and bitrate_is_known:
         return "audio/mpeg"
@@ -160,16 +161,17 @@ def _mpeg_audio(head: bytes) -> str | None:
 
 
 class TypeCheck:
-    """Checks one file while it arrives: `feed` each piece, then `finish` for its MIME type.
+    """Checks a file while it arrives: call `feed` with each piece, then `finish`, which returns its
+    MIME type.
 
-    Both raise UnsupportedMedia as soon as the content is known to be wrong, which for all but
-    text is after the first 4 KB.
+    Both raise UnsupportedMedia as soon as the content is known to be wrong: for all types but text,
+    after the first 4 KB.
     """
 
     __slots__ = ("_decided", "_decoder", "_field", "_head", "_name", "_said", "_size_bytes")
 
     def __init__(self, name: str, said: str | None, *, field: str = "file") -> None:
-        """`name` is a `safe_name`; `said` is the type that the client gave, if any."""
+        """`name` is a `safe_name`; `said` is the type that the client declared, if any."""
         said = (said or "").split(";")[0].strip().lower()
         self._name = name
         self._field = field
@@ -220,7 +222,7 @@ class TypeCheck:
         self._head.clear()
 
     def _text_type(self) -> str | None:
-        """The type that this file has if it is text; None if it is said to be something else."""
+        """Return the type of this file if it is text; None if another type was declared."""
         suffix = PurePosixPath(self._name).suffix.lower()
         if self._said in _UNSAID or self._said in _MISSAID.get(suffix, ()):
             return _TEXT_NAMES.get(suffix, "text/plain")
@@ -243,7 +245,7 @@ class TypeCheck:
         raise self._refusal(f"was sent as {self._said}, but {self._its_content(data)}")
 
     def _its_content(self, data: bytes = b"") -> str:
-        import puremagic  # with its tables, for refusals alone
+        import puremagic  # imported with its tables only for rejections
 
         try:
             best = puremagic.magic_string(bytes(self._head[:HEAD_BYTES]) or data[:HEAD_BYTES])[0]

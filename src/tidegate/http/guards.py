@@ -1,13 +1,12 @@
 """Access guards: the caller of a request, operators and their roles, and upload passes.
 
-An operator shows the operator's key, an API key that has a role, or the cookie of a signed-in
-browser. One of them is required on loopback too, because no header tells whether there is a
-proxy. Google's SDK sends the bytes of an upload without a key, so the upload URL has a signed
-pass.
+An operator sends the operator's key, an API key with a role, or the cookie of a signed-in browser.
+One of them is required on loopback too, because no header proves whether there is a proxy. Google's
+SDK sends the bytes of an upload without a key, so that the upload URL contains a signed pass.
 
-Invariants: no route of operators admits a role that `ROLES` does not name for it; no body is read
-before its caller is known; the cookie counts only for requests that no other site's page sent; a
-pass is valid for one upload, while its key works, and never goes upstream.
+Invariants: an operators' route admits only roles that `ROLES` names for it; no body is read before
+its caller is known; the cookie is accepted only in requests that no page of another site sent; a
+pass is valid for one upload, while its key is valid, and is never sent upstream.
 """
 
 from __future__ import annotations
@@ -47,7 +46,8 @@ from tidegate.store.tenants import digest_of, prefix_of
 
 
 async def caller_of(request: Request, scope: Scope = Scope.INFER) -> Caller:
-    """Who asks, whom the access log names as well. Raises what `Authenticator.identify` raises."""
+    """Return the caller of a request and set it for the access log. Raises the errors of
+    `Authenticator.identify`."""
     gate = services_of(request).gate
     headers, query = request.scope["headers"], request.scope["query_string"]
     caller = gate.known(headers, query) if scope is Scope.INFER else None
@@ -67,7 +67,8 @@ Reader = Annotated[Caller, Depends(_reader)]
 def check_models(
     caller: Caller, model: str | None, classification: Classification, config: Config
 ) -> None:
-    """The model that was named, else all those that the request may turn out to need."""
+    """Check that a caller may use the named model, or else every model that the request may turn
+    out to need."""
     if caller.models is None:
         return
     for one, _ in _models(model, classification, config):
@@ -83,8 +84,8 @@ def check_prompt(
     *,
     is_queued: bool = False,
 ) -> None:
-    """Raise InvalidRequest where no answer can come of a prompt, whatever kind it turns out to be
-    of; UpstreamMissing where none can come from this process, unless it is queued."""
+    """Raise InvalidRequest if no upstream can answer a prompt, whatever its kind turns out to be;
+    UpstreamMissing if none can from this process, unless it is queued."""
     wrong: list[InvalidRequest] = []
     models = _models(model, classification, config)
     for one, kind in models:
@@ -93,7 +94,7 @@ def check_prompt(
         except InvalidRequest as refused:
             wrong.append(refused)
         except UpstreamMissing:
-            if not is_queued:  # else a worker takes it that can reach the upstream
+            if not is_queued:  # otherwise a worker that can reach the upstream claims it
                 raise
     if len(wrong) == len(models):
         raise wrong[0]
@@ -102,7 +103,7 @@ def check_prompt(
 def _models(
     model: str | None, classification: Classification, config: Config
 ) -> list[tuple[str, Kind]]:
-    """Each model with the kind that it would be called for."""
+    """Return each model with the kind that it would be called for."""
     kinds = (classification.kind,) if classification.kind is not None else tuple(Kind)
     return [(model or config.model_for(kind), kind) for kind in kinds]
 
@@ -114,9 +115,9 @@ _HOW = (
 )
 _V, _O, _A = OperatorRole.VIEWER, OperatorRole.OPERATOR, OperatorRole.ADMIN
 
-# The least role for each route that operates or shows what is not one's own: all of them, which a
-# test holds. A route that is not here asks for admin. The first five only where callers show no
-# API key; with keys they show a tenant its own.
+# The least role for each route of operators, or that shows data of others: a test checks that the
+# table is complete. A route that is missing here requires admin. The first five are restricted only
+# where callers need no API key; with keys they show a tenant its own data.
 ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/requests": {"GET": _V},
     "/requests/running": {"GET": _V},
@@ -137,7 +138,7 @@ ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/admin/alerts": {"GET": _V},
     "/admin/alerts/test": {"POST": _O},
     "/admin/alerts/{alert_id}/redeliver": {"POST": _O},
-    "/admin/actions": {"GET": _A},  # has addresses of people
+    "/admin/actions": {"GET": _A},  # contains addresses of people
     "/admin/estimates": {"GET": _V},
     "/admin/why/{what:path}": {"GET": _V},
     "/admin/conversations": {"GET": _V},
@@ -156,7 +157,7 @@ ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/admin/budgets/{name:text}/resume": {"POST": _O},
     "/admin/requests": {"GET": _V},
     "/admin/requests/running": {"GET": _V},
-    "/admin/requests/requeue": {"POST": _V},  # counts; to do it asks for operator
+    "/admin/requests/requeue": {"POST": _V},  # counts only; a real run requires operator
     "/admin/requests/{request_id}": {"GET": _V},
     "/admin/requests/{request_id}/request": {"GET": _V},
     "/admin/requests/{request_id}/response": {"GET": _V},
@@ -188,7 +189,7 @@ ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/admin/keys/{prefix}": {"DELETE": _A},
     "/admin/subjects/{subject:path}": {"DELETE": _A},
 }
-# Prompts, answers and files: for viewers by VIEWERS_READ_BODIES alone.
+# Prompts, answers and files: open to viewers only with VIEWERS_READ_BODIES.
 BODY_ROUTES = frozenset(
     (
         "/requests/{request_id}/request",
@@ -203,13 +204,13 @@ BODY_ROUTES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """Who operates: by what they were admitted, in words, and what they may do."""
+    """An operator: a description of the credential, and the role."""
 
     name: str
     role: OperatorRole
 
     def check(self, needed: OperatorRole, why: str = "") -> None:
-        """Raises Forbidden, which names the role."""
+        """Raise Forbidden, which names the needed role, if the role does not include it."""
         if not self.role.includes(needed):
             has = f"{self.name} has the role {self.role}"
             raise Forbidden(
@@ -219,8 +220,8 @@ class Operator:
 
 
 async def admit_admin(request: Request) -> AsyncIterator[None]:
-    """A dependency of all routes of operators: admits those whose role the route asks for, and has
-    what they change recorded as theirs. Raises as `checked_operator`."""
+    """Admit operators with the role that the route requires, and record changes as theirs. A
+    dependency of all routes of operators. Raises as `checked_operator`."""
     operator = await checked_operator(request)
     if request.method == "GET":
         yield
@@ -230,15 +231,15 @@ async def admit_admin(request: Request) -> AsyncIterator[None]:
 
 
 def address_of(request: Request) -> str:
-    """Whence a request comes: the address that is connected, and what a proxy says of it."""
+    """Return the address of a request: that of the connection, and the one that a proxy reports."""
     peer = "" if request.client is None else request.client.host
     told = request.headers.get("x-forwarded-for", "")[:200]
     return f"{peer}, which says for {told}" if told.isprintable() and told else peer
 
 
 async def checked_operator(request: Request) -> Operator:
-    """Who operates, with a role that the route asks for. Raises Unauthenticated, Forbidden,
-    StoreUnavailable."""
+    """Return the operator, who has the role that the route requires. Raises Unauthenticated,
+    Forbidden, StoreUnavailable."""
     operator = await operator_of(request)
     path = getattr(request.scope.get("route"), "path", "")
     needed = ROLES.get(path, {}).get(request.method, OperatorRole.ADMIN)
@@ -249,14 +250,14 @@ async def checked_operator(request: Request) -> Operator:
 
 
 def reads_bodies(request: Request, operator: Operator) -> bool:
-    """Whether an operator may see prompts and answers of tenants."""
+    """Return whether an operator may see prompts and answers of tenants."""
     is_open = services_of(request).config.viewers_read_bodies
     return is_open or operator.role.includes(OperatorRole.OPERATOR)
 
 
 async def operator_of(request: Request) -> Operator:
-    """Who operates, whatever their role. Raises Unauthenticated, Forbidden for who has no role, and
-    StoreUnavailable."""
+    """Return the operator, with any role. Raises Unauthenticated, Forbidden for a key without a
+    role, and StoreUnavailable."""
     services = services_of(request)
     shown = in_headers(request.scope["headers"])
     if _shows_operator_key(services, shown):
@@ -276,7 +277,7 @@ async def operator_of(request: Request) -> Operator:
 
 
 def admin_router(*statuses: int, tag: str = "admin", depends: Sequence[Any] = ()) -> APIRouter:
-    """A router below `/admin` that admits operators alone. statuses: of its other answers."""
+    """Return a router below `/admin` that admits only operators. statuses: of its other answers."""
     return APIRouter(
         prefix="/admin",
         tags=[tag],
@@ -286,7 +287,7 @@ def admin_router(*statuses: int, tag: str = "admin", depends: Sequence[Any] = ()
 
 
 async def is_admitted(request: Request) -> bool:
-    """Whether a request may see what only operators see; never raises."""
+    """Return whether a request is an operator's. Never raises."""
     try:
         await operator_of(request)
     except TidegateError:
@@ -304,19 +305,19 @@ async def _reader_of_record(request: Request) -> Caller:
     return caller
 
 
-# Of what lists requests, or tells more of them than their status.
+# For lists of requests, and for details beyond their status.
 RecordReader = Annotated[Caller, Depends(_reader_of_record)]
 
 
 def _shows_operator_key(services: Services, shown: list[bytes]) -> bool:
-    # In time that says nothing of how much of it was right.
+    # In constant time, which does not reveal how much of a key was right.
     key = services.operator_key.get_secret_value().encode()
     return any(hmac.compare_digest(one, key) for one in shown)
 
 
 async def who_signed_in(request: Request, services: Services) -> Operator | None:
-    """Who the cookie of a browser is of; None without a session that still counts. Raises Forbidden
-    where another site's page sends it."""
+    """Return the operator of a browser's cookie; None without a valid session. Raises Forbidden if
+    a page of another site sent the request."""
     key = services.operator_key.get_secret_value()
     value = request.cookies.get(cookie_name(key), "")
     if not value:
@@ -342,18 +343,19 @@ _PASS = re.compile(r"([a-z0-9]{10})\.([0-9a-f]{64})", re.ASCII)
 
 
 def own_origin(scope: Any) -> str:
-    """The beginning of a URL by which the client of a request reaches us."""
+    """Return the origin by which the client of a request reaches us."""
     said = dict(scope["headers"])
     host = said.get(b"host", b"").decode("latin-1")
-    # A proxy that ends TLS says so. A client that says so falsely misleads only itself.
+    # A proxy that terminates TLS sets this header. A client that sends it falsely misleads only
+    # itself.
     scheme = "https" if said.get(b"x-forwarded-proto", b"").strip() == b"https" else scope["scheme"]
     return f"{scheme}://{host}"
 
 
 def own_urls(scope: Any, path: str, secret: str) -> Callable[[str], str]:
-    """From the query of an upload's URL to that URL, which has this path, as the client reaches us;
-    with a mark that the query is ours, and a pass of the key that the request in `scope` shows, if
-    it is one of ours."""
+    """Return a function from the query of an upload's URL to its whole URL with this path, as the
+    client reaches us. The URL has a mark that its query is ours and, if the request in `scope`
+    shows a key of ours, a pass of that key."""
 
     def marked(query: str) -> str:
         return f"{query}&{MARK}={_signature(_unmarked(query), b'', secret)}"
@@ -373,17 +375,17 @@ def own_urls(scope: Any, path: str, secret: str) -> Callable[[str], str]:
 
 
 def upload_secret(upstreams: Iterable[Upstream], operator_key: SecretStr) -> str:
-    """What signs the URLs of uploads that go to one of these: a key of theirs, which all processes
-    have; where none has any, what follows from the operator's key."""
+    """Return the secret that signs the URLs of uploads to one of these upstreams: a key of theirs,
+    which all processes have; without any, a value derived from the operator's key."""
     own = operator_key.get_secret_value().encode()
     keys = (one.key for one in upstreams if one.key)
     return next(keys, None) or hmac.digest(own, b"tidegate uploads 1", sha256).hex()
 
 
 def upload_upstream(query: bytes, secret: str, *, has_pass: bool = False) -> str:
-    """The upstream to which an upload goes on; empty for one that begins. A client chooses none: it
-    counts with the mark of the whole query alone, or where it `has_pass`, which is of the whole
-    query too: earlier versions gave no mark."""
+    """Return the upstream to which an upload continues; empty for a new one. A client cannot choose
+    it: the value is accepted only with the mark of the whole query, or with a pass (`has_pass`),
+    which covers the whole query too: earlier versions set no mark."""
     pairs = dict(parse_qsl(query.decode("latin-1"), keep_blank_values=True))
     if has_pass:
         return pairs.get(AT_UPSTREAM, "")
@@ -398,8 +400,8 @@ def _unmarked(query: str) -> str:
 
 
 async def admit_upload(gate: Authenticator, scope: Any, secret: str) -> Caller | None:
-    """Whose upload it is, by the pass in its URL; None where the request shows a key of its own, or
-    no pass. Raises Unauthenticated, Forbidden, StoreUnavailable."""
+    """Return the caller of an upload by the pass in its URL; None if the request shows a key, or
+    has no pass. Raises Unauthenticated, Forbidden, StoreUnavailable."""
     if shown_in(scope["headers"], scope["query_string"]).key is not None:
         return None
     pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
@@ -415,7 +417,7 @@ async def admit_upload(gate: Authenticator, scope: Any, secret: str) -> Caller |
 
 
 def _signature(query: str, digest: bytes, secret: str) -> str:
-    """By the key's digest and the secret of uploads together: neither a copy of the database nor a
-    guess at the other is enough."""
+    """Sign by the key's digest and the secret of uploads together: neither a copy of the database
+    nor a guess of the other is sufficient."""
     message = b"an upload\0" + query.encode()
     return hmac.digest(digest + secret.encode(), message, sha256).hex()

@@ -1,13 +1,13 @@
 """`Idempotency-Key`: one effect of a request, however often it is sent.
 
-On native paths a repeat (same path, query and body) gets the same answer, and waits if the first is
-still in progress. Failures and answers that are too long to keep are not kept: a repeat is a new
-call. What goes on in the background when its client has left is no failure. If the process of the
-first call was lost before the answer was stored, the provider may have been called; the header
-`idempotency-lost` of the new answer names that call.
+On native paths a repeat (same path, query and body) gets the same answer, and waits while the first
+one is in progress. Failures, and answers that are too long to keep, are not kept: a repeat is then
+a new call. A call that continues in the background after its client has disconnected is not a
+failure. If the process of the first call was lost before the answer was stored, the provider may
+have been called; the header `idempotency-lost` of the new answer names that call.
 
-Invariant: two requests have the same digest exactly if they ask for the same, whatever the
-encoding of their bodies.
+Invariant: two requests have the same digest exactly if they request the same, whatever the encoding
+of their bodies.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PARAMETER: dict[str, Any] = {
 
 
 def key_of(request: Request) -> str | None:
-    """The caller's key, None without one. Raises InvalidRequest."""
+    """Return the caller's key; None without one. Raises InvalidRequest."""
     return _key_in(request.scope["headers"])
 
 
@@ -69,7 +69,7 @@ def _key_in(headers: list[tuple[bytes, bytes]]) -> str | None:
 
 
 def idempotency_of(key: str | None, submission: Submission) -> Idempotency | None:
-    """`key` with the digest of the submission, whose own `digests` must be there."""
+    """Return `key` with the digest of the submission, which must contain its files' `digests`."""
     if key is None:
         return None
     asked = {
@@ -89,7 +89,7 @@ def idempotency_of(key: str | None, submission: Submission) -> Idempotency | Non
             for file, digest in zip(submission.attachments, submission.digests, strict=True)
         ],
     }
-    # Without what was not given: a field that comes later leaves older digests as they are.
+    # Absent fields are left out, so that a field added later does not change older digests.
     given = {name: value for name, value in asked.items() if value is not None}
     return Idempotency(key, sha256(orjson.dumps(given)).hexdigest())
 
@@ -100,14 +100,14 @@ log = get_logger()
 
 
 def has_key(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether a request has a key."""
+    """Return whether a request has a key."""
     return any(name == _NAME for name, _ in headers)
 
 
 async def idempotency_in(
     call: NativeCall, headers: list[tuple[bytes, bytes]]
 ) -> Idempotency | None:
-    """The key of a request with the digest of what it asks for; None without one. Raises
+    """Return the key of a request with the digest of its content; None without a key. Raises
     InvalidRequest."""
     key = _key_in(headers) if call.endpoint.is_counted else None
     if key is None:
@@ -119,7 +119,7 @@ async def idempotency_in(
 
 
 def _target_of(call: NativeCall) -> str:
-    """What is asked beside the body. In whatever order a query is written, it asks the same."""
+    """Return the requested target without the body. The order of query fields does not matter."""
     endpoint = call.endpoint
     path = endpoint.path_for(endpoint.model or "")
     if endpoint.model is not None and not endpoint.model_in_path:
@@ -131,7 +131,7 @@ def _target_of(call: NativeCall) -> str:
 
 
 class Once:
-    """One request under a key. `lost`: the request before it whose answer was lost, if any."""
+    """A request with a key. `lost`: an earlier request whose answer was lost, if any."""
 
     def __init__(self, keys: NativeKeys, call: NativeCall, wanted: Idempotency) -> None:
         self._keys = keys
@@ -147,9 +147,8 @@ class Once:
         )
 
     async def take(self) -> Taken | KeyState:
-        """Take the key for this request, or return the answer that was given under it. Raises
-        StoreUnavailable, and IdempotencyConflict, also where the first request is not answered
-        before our deadline."""
+        """Take the key for this request, or return its stored answer. Raises StoreUnavailable, and
+        IdempotencyConflict, also if the first request is not answered before our deadline."""
         call = self._call
         taken = await self._keys.take(self._owner, self._wanted)
         while isinstance(taken, KeyState):
@@ -174,10 +173,10 @@ class Once:
         return taken
 
     async def replay(self, given: KeyState, out: Out) -> None:
-        """Answer as was answered before."""
+        """Answer with a stored answer."""
         assert given.answer is not None
         answer, raw = given.answer, self._call.body
-        # A form has no JSON to read, and no field that asks for the usage of a stream.
+        # A form has no JSON, and no field that requests the usage of a stream.
         if raw and given.content_type.startswith("text/event-stream"):
             reading = partial(unchecked_facts, self._call.endpoint, raw)
             _, asked = await aside(len(raw), reading)
@@ -193,13 +192,13 @@ class Once:
         await out.body(answer, False)
 
     def ended(self, record: CallRecord, content_type: str) -> None:
-        """Keep the answer, once it has gone out, as it is to be read: nobody asks for a coding."""
+        """Keep the answer after it was sent, decoded: a repeat requests no encoding."""
         if record.answer_bytes > KEPT_BYTES or (record.coding and not record.text):
-            self.failed()  # only parts of it are there
+            self.failed()  # it is incomplete
         else:
             answer = record.body if record.coding == FRAMED else record.text
             self._keys.end(self._owner, record.http_status, content_type, answer)
 
     def failed(self) -> None:
-        """Let the next caller be answered."""
+        """Free the key, so that the next request with it makes a call."""
         self._keys.free(self._owner)

@@ -74,7 +74,7 @@ log = get_logger()
 
 
 async def charged_view(services: Services, record: RequestRecord, prefix: str) -> StatusView:
-    """The record as its owner sees it; one that has not ended has cost nothing so far."""
+    """Return the record as shown to its owner; a request that has not ended has no cost yet."""
     cost_micros = None
     if record.status is Status.QUEUED:
         return await _queued_view(services, status_view(record, prefix), record.request_id)
@@ -84,17 +84,17 @@ async def charged_view(services: Services, record: RequestRecord, prefix: str) -
                 record.request_id, record.tenant_id, record.finished_at
             )
             record = replace(record, usage=replace(record.usage, details=details))
-        except StoreUnavailable as away:  # an answer without its cost is better than none
+        except StoreUnavailable as away:  # an answer without the cost is better than none
             log.debug(Log.STORE_AWAY, detail=away.message)
     return status_view(record, prefix, cost_micros)
 
 
 async def _queued_view(services: Services, view: StatusView, request_id: UUID) -> StatusView:
-    """With what it waits for, and for how long about, where that is known."""
+    """Return the view with what the request waits for, and an estimate of how long, if known."""
     try:
         found = await services.store.running_calls.whereabouts(request_id)
         reason = await services.waiting_of(found, datetime.now(UTC))
-    except (NotFound, StoreUnavailable) as away:  # the status is true without it
+    except (NotFound, StoreUnavailable) as away:  # the status is valid without these
         log.debug(Log.STORE_AWAY, detail=away.message)
         return view
     seen = {"waits_for": reason.limit, "ahead": reason.ahead, "wait_ms": reason.wait_ms}
@@ -108,7 +108,7 @@ _PAUSE_S = 1.0
 _SEEN = re.compile(r"(?P<version>[0-9]{1,18})(?P<done>-done)?")
 
 
-# What the description says of it, beside the JSON.
+# The OpenAPI entries of the live status, besides JSON.
 LIVE: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The status; or events `status` at each change, and then `done`",
@@ -127,9 +127,9 @@ def wants_events(request: Request) -> bool:
 def live_status(
     request: Request, services: Services, record: RequestRecord, prefix: str, caller: Caller
 ) -> Response:
-    """The response that follows `record`. Raises InvalidRequest.
+    """Return the response that follows `record`. Raises InvalidRequest.
 
-    A client that has seen all of it gets 204: browsers reconnect until then.
+    A client that has received all events gets 204: browsers reconnect until then.
     """
     last = request.headers.get("last-event-id")
     seen = None if last is None else _SEEN.fullmatch(last)
@@ -144,7 +144,7 @@ def live_status(
 
 
 class LiveStatus(Response):
-    """Follows one request until it ends, its client leaves, or the process drains."""
+    """Follows a request until it ends, its client disconnects, or the process drains."""
 
     def __init__(
         self,
@@ -207,26 +207,28 @@ class LiveStatus(Response):
                 self._written_at = time.monotonic()
 
     async def _may_go_on(self) -> bool:
-        """Whether the key that was shown still opens it: it may have been revoked meanwhile."""
+        """Return whether the key of the request is still valid: it may have been revoked
+        meanwhile."""
         try:
             await caller_of(self._request, Right.READ)
-        except TidegateError:  # the client learns which one when it reconnects
+        except TidegateError:  # the client gets the error when it reconnects
             return False
         return True
 
     async def _changed(self, ends: Ends) -> bool:
-        """Wait for a change, though not for long; false if nobody is to be sent any more."""
+        """Wait for a change, at most until the next keep-alive. Return False if the stream is to
+        end."""
         record, began = self._record, time.monotonic()
         silent_s = began - self._written_at
         wait_ms = max(1, round((KEEP_ALIVE_S - silent_s) * 1000))
         try:
             self._record = await _next(self._services, record, wait_ms, ends)
         except NotFound:
-            return False  # its time was up, and it was deleted
+            return False  # it was deleted, since its retention is over
         except StoreUnavailable:
-            pass  # asked again below
+            pass  # read again in the next round
         if self._record.version == record.version and time.monotonic() - began < _PAUSE_S:
-            # The store is unavailable, or has too many that wait: it answered immediately.
+            # The store returned immediately: it is unavailable, or has too many waiters.
             await asyncio.wait(ends, timeout=_PAUSE_S, return_when=asyncio.FIRST_COMPLETED)
         return not any(each.done() for each in ends)
 
@@ -236,8 +238,8 @@ Ends = set[asyncio.Task[Any]]
 
 @asynccontextmanager
 async def _ends(services: Services, receive: Receive) -> AsyncIterator[Ends]:
-    """Tasks, one of which ends when waiting is to end: this process drains, or the client has
-    gone."""
+    """Yield tasks, one of which ends when the waiting is to end: the process drains, or the client
+    has disconnected."""
     ends: Ends = {
         asyncio.ensure_future(services.draining.wait()),
         asyncio.ensure_future(disconnected(receive)),
@@ -252,8 +254,8 @@ async def _ends(services: Services, receive: Receive) -> AsyncIterator[Ends]:
 async def _next(
     services: Services, record: RequestRecord, wait_ms: int, ends: Ends
 ) -> RequestRecord:
-    """The record at its next change, or as it is after `wait_ms` or one of `ends`. Raises NotFound
-    and StoreUnavailable."""
+    """Return the record at its next change, or unchanged after `wait_ms` or one of `ends`. Raises
+    NotFound and StoreUnavailable."""
     change: asyncio.Task[RequestRecord] = asyncio.ensure_future(
         services.store.requests.wait_change(
             record.request_id, record.tenant_id, record.version, wait_ms
@@ -269,10 +271,8 @@ async def _next(
 async def until_changed(
     request: Request, services: Services, record: RequestRecord, wait_s: float
 ) -> RequestRecord:
-    """Follow the record until its status differs or nobody should wait any longer.
-
-    That is when the time is up, this process drains, or the client has gone.
-    """
+    """Follow the record until its status changes, or the waiting is to end: the time is over, the
+    process drains, or the client has disconnected. Return the record."""
     until = time.monotonic() + wait_s
     first: Status = record.status
     async with _ends(services, request.receive) as ends:
@@ -303,7 +303,7 @@ async def submit(request: Request) -> Response:
     received = services.clock.now()
     key = key_of(request)
     caller = await caller_of(request)
-    # What is known under a key may be returned to a tenant whose budget is spent.
+    # A repeat of an earlier request is answered even if the tenant's budget is spent.
     if key is None:
         await services.budgets.check(caller)
     hold = services.hold(caller)
@@ -331,7 +331,7 @@ async def submit(request: Request) -> Response:
 
 
 async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob | Earlier:
-    """The job, once it is committed, or the one that was before it under the same key."""
+    """Commit a job and return it, or return the earlier one with the same idempotency key."""
     try:
         check_models(caller, job.model, job.classification, services.config)
         if caller.models is not None and job.endpoint is not None:
@@ -362,8 +362,8 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
 
 
 async def _check_bounded(job: NewJob, services: Services, caller: Caller) -> None:
-    """Raises BudgetUnbounded where a budget would refuse the job's call, as far as that is known:
-    not of a prompt with files, nor before its kind is settled. Such a job waits for a person."""
+    """Raise BudgetUnbounded if a budget would reject the job's call, as far as known: not for a
+    prompt with files, nor before its kind is decided. Such a job would wait for a person."""
     if job.endpoint is not None:
         wrapped = detached_call(
             request_id=job.request_id,
@@ -387,13 +387,13 @@ async def _check_bounded(job: NewJob, services: Services, caller: Caller) -> Non
 
 
 async def _forget(job: NewJob, services: Services) -> None:
-    # What is left behind while the blob store is away goes with the other orphans.
+    # Files left behind while the blob store is unavailable are removed with other orphans.
     with suppress(StoreUnavailable):
         await discard(job, services.blobs)
 
 
 def _size_of(job: NewJob) -> int:
-    """What a job adds to the bytes of a tenant's queue, as the store counts them."""
+    """Return the bytes that a job adds to a tenant's queue, as the store counts them."""
     files = sum(attachment.size_bytes for attachment in job.attachments)
     prompt = job.prompt
     chars = len(prompt) if prompt.isascii() else len(prompt.encode("utf-8", "replace"))
@@ -432,11 +432,11 @@ def _new_job(
 
 
 def _classified(submission: Submission, services: Services, caller: Caller) -> Classification:
-    """The kind as far as it is known. Raises NotFound where nobody serves a native call."""
+    """Return the kind as far as known. Raises NotFound if no upstream serves a native call."""
     if submission.endpoint is None:
         return services.prompts.first_look(ask_of(submission, caller))
     dialect = dialect_of(submission.endpoint, frozenset(), b"")
-    with suppress(UpstreamMissing):  # a worker takes it that can reach the upstream
+    with suppress(UpstreamMissing):  # a worker that can reach the upstream claims it
         services.spine.targets.of(dialect, submission.model or "")
     return Classification(submission.kind, ClassifiedBy.BODY, submission.endpoint)
 

@@ -1,8 +1,9 @@
 """Native routes: the paths of OpenAI, Gemini and Anthropic as one raw ASGI application.
 
-Invariants: bodies pass as bytes; errors are in the client's dialect; every authenticated call is
-on record; when the client disconnects, the upstream call is closed and its permit returned
-immediately; a wrong header value is named with what is allowed; a key never goes upstream.
+Invariants: bodies are forwarded as bytes; errors are in the client's dialect; every authenticated
+call is recorded; when the client disconnects, the upstream call is closed and its permit returned
+immediately; an invalid header value is reported with the allowed ones; a client's key is never sent
+upstream.
 """
 
 from __future__ import annotations
@@ -88,29 +89,31 @@ from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import HEADER, Tracing, parent_of
 from tidegate.upstream.transport import SizedBody
 
-# Credentials of clients; `%` since a name can be written in other ways.
+# Credentials of clients; `%` since a name can be percent-encoded.
 _KEYS_IN_QUERY = frozenset(
     ("key", "$key", "api_key", "api-key", "access_token", "oauth_token", PASS, MARK, AT_UPSTREAM)
 )
-# Google takes these for headers and for the method that are really meant, as clients on web pages
-# write them (`goog.net.rpc.HttpCors` of its Closure library): what stays here as a header would go.
+# Google reads headers and the method from these, which clients on web pages send
+# (`goog.net.rpc.HttpCors` of its Closure library): a header that is not forwarded could be passed
+# in them.
 _OVERRIDES_IN_QUERY = frozenset(("$httpheaders", "$httpmethod"))
 _NOT_SENT_IN_QUERY = _KEYS_IN_QUERY | _OVERRIDES_IN_QUERY
-# Azure's version of its paths; an upstream there has its own.
+# Azure's version of its paths; an upstream at Azure has its own.
 _VERSION_IN_QUERY = frozenset(("api-version",))
 _AZURE, _CLAUDE_AT_VERTEX = b"/openai/", b"/publishers/anthropic/"
-# Vertex's own, `vertex-2023-10-16`, is none of the dated ones.
+# Vertex's own value, `vertex-2023-10-16`, does not match this date format.
 _BODY_VERSION = re.compile(rb'"anthropic_version"\s*:\s*"(\d{4}-\d\d-\d\d)"')
 _END_BYTES = 4_096
 _MAYBE_NOT_SENT = re.compile(r"key|token|tidegate|\$http|%", re.IGNORECASE)
-# What Google takes for the form of its answer: one without a usage, or that is no JSON.
+# Parameters by which Google changes the form of its answer: to one without a usage, or to one that
+# is not JSON.
 _FORMS = ("fields", "callback", "alt")
 _MAYBE_FORM = re.compile(r"fields|callback|alt=(?!(?:sse|json)(?:&|$))|[%;]", re.IGNORECASE)
 _READ_FORMS = ("json", "sse")
 _MOST_WAIT_MS = 86_400_000
 _LONGEST_TAG = 200
-# Of Claude Code, of opencode (two), and of Codex, in three spellings. The first that a call has
-# names its conversation, where it has no `x-tidegate-conversation`.
+# Session headers of Claude Code, of opencode (two), and of Codex, in three spellings. The first of
+# these names the conversation of a call without `x-tidegate-conversation`.
 _SESSIONS = {
     name: rank
     for rank, name in enumerate(
@@ -121,7 +124,7 @@ _SESSIONS = {
     )
 }
 _SHOW_WAIT, _ONCE = SHOW_WAIT_HEADER.encode(), IDEMPOTENCY_HEADER.lower().encode()
-# What `call_of` reads; all else goes on as it is, or is left out.
+# Headers that `call_of` reads; all others are forwarded or dropped.
 _READ = frozenset(
     (
         *(b"x-tidegate-deadline-ms", b"x-tidegate-priority", b"x-tidegate-subject"),
@@ -141,7 +144,7 @@ def call_of(
     usual_wait_ms: int,
     tracing: Tracing,
 ) -> NativeCall:
-    """The call that a request asks for. `received`: on the monotonic clock and by the calendar.
+    """Return the call that a request makes. `received`: by the monotonic clock and by the calendar.
     Raises InvalidRequest."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     wait_ms, priority, subject, conversation = usual_wait_ms, 0, None, None
@@ -192,7 +195,7 @@ def call_of(
 
 
 def begin_record(record: CallRecord, call: NativeCall, scope: Mapping[str, Any]) -> None:
-    """Fill in what the request says, before its call is made."""
+    """Fill in the facts of the request before its call is made."""
     terms, endpoint = call.terms, call.endpoint
     caller = terms.caller
     record.request_id = terms.request_id
@@ -207,12 +210,12 @@ def begin_record(record: CallRecord, call: NativeCall, scope: Mapping[str, Any])
 
 
 def _without_parent(headers: Headers) -> Headers:
-    """The call says itself whose child it is."""
+    """Return the headers without the trace parent: the call sends its own."""
     return [pair for pair in headers if pair[0] != HEADER]
 
 
 def check_coding(headers: Headers) -> None:
-    """Raises UnsupportedMedia for a body that is compressed, or coded in another way."""
+    """Raise UnsupportedMedia for a compressed or otherwise encoded body."""
     if _is_coded(headers):
         raise UnsupportedMedia("Content-Encoding", _CODED, allowed="identity")
 
@@ -225,10 +228,10 @@ def _is_coded(headers: Headers) -> bool:
 
 
 def _sent_on(headers: Headers, came_at: bytes, body: bytes) -> Headers:
-    """The headers that go on. A client of Claude at Vertex has the version in the body."""
+    """Return the headers to forward. A client of Claude at Vertex sends the version in the body."""
     sent = to_send(headers)
     if _CLAUDE_AT_VERTEX in came_at and all(name != b"anthropic-version" for name, _ in sent):
-        # Of a large body its ends: no client has the version behind a file.
+        # Only the ends of a large body: no client puts the version after a file.
         ends = body
         if len(body) > LARGE_BYTES:
             ends = body[:_END_BYTES] + body[-_END_BYTES:]
@@ -239,7 +242,7 @@ def _sent_on(headers: Headers, came_at: bytes, body: bytes) -> Headers:
 
 
 def _query(endpoint: Endpoint, given: bytes, came_at: bytes) -> str:
-    """What goes on of a query. Raises InvalidRequest."""
+    """Return the query to forward. Raises InvalidRequest."""
     query = given.decode("latin-1")
     if _MAYBE_NOT_SENT.search(query) is not None:
         query = _without(_NOT_SENT_IN_QUERY, query)
@@ -251,7 +254,7 @@ def _query(endpoint: Endpoint, given: bytes, came_at: bytes) -> str:
 
 
 def _without(names: frozenset[str], query: str) -> str:
-    """A query without its fields of these names; the rest as it came, byte for byte."""
+    """Return a query without the fields of these names; the rest is unchanged, byte for byte."""
     fields = query.split("&")
     return "&".join(
         [one for one in fields if unquote_plus(one.partition("=")[0]).lower() not in names]
@@ -259,10 +262,10 @@ def _without(names: frozenset[str], query: str) -> str:
 
 
 def _check_form(query: str) -> None:
-    """Raises InvalidRequest for an answer that could not be read for its usage."""
+    """Raise InvalidRequest for a form of answer whose usage could not be read."""
     for name, value in parse_qsl(query.replace(";", "&"), keep_blank_values=True):
         plain = name.lower().removeprefix("$")
-        form = value.partition(";")[0]  # what follows says how enumerations are written
+        form = value.partition(";")[0]  # the rest selects how enumerations are written
         if plain not in _FORMS or (plain == "alt" and form in _READ_FORMS):
             continue
         said = f"{name[:64]!a} asks for an answer whose usage can't be read, which is not relayed"
@@ -281,8 +284,8 @@ def _whole(name: bytes, value: bytes, least: int, most: int) -> int:
 
 
 def _tag(name: bytes, value: bytes) -> str:
-    """A subject, which must be the same whether it came in a header or in JSON: most clients write
-    headers in UTF-8; what can't be that is in Latin-1."""
+    """Return a subject, which must be equal whether it came in a header or in JSON. Most clients
+    send headers in UTF-8; a value that is not UTF-8 is read as Latin-1."""
     try:
         text = value.decode().strip()
     except UnicodeDecodeError:
@@ -295,8 +298,8 @@ def _tag(name: bytes, value: bytes) -> str:
 
 
 def _session_in(headers: Headers) -> str | None:
-    """The name of a conversation that an agent gives by a header of its own; None where it is no
-    name, which is no mistake of the client's."""
+    """Return the name of a conversation from an agent's own header; None if it is not a valid name,
+    which is not the client's mistake."""
     named = [pair for pair in headers if pair[0] in _SESSIONS]
     text = min(named, key=lambda pair: _SESSIONS[pair[0]])[1].decode("utf-8", "replace").strip()
     return text if 1 <= len(text) <= _LONGEST_TAG and text.isprintable() else None
@@ -304,7 +307,7 @@ def _session_in(headers: Headers) -> str | None:
 
 _REQUEST_ID, _LOST = REQUEST_ID_HEADER.encode(), LOST_HEADER.encode()
 _TYPE = b"content-type"
-# At a path of which nothing is known: a second one could make a second thing.
+# At a path of unknown meaning: a second request could create a second object.
 _NOT_REPEATED = ("POST", "PATCH")
 # Its answer repeats the request, with the upstream's key in it.
 _ECHO = "TRACE"
@@ -314,7 +317,7 @@ log = get_logger()
 
 
 async def native(services: Services, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request to a native path; its line is in the log, whatever becomes of it."""
+    """Answer a request to a native path, and log it in any case."""
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     path, method = scope["path"], scope["method"]
     endpoint, dialect = endpoint_in(method, path, headers, scope["query_string"])
@@ -330,7 +333,7 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
             await front.refuse_unheard(not_relayed(method, path, methods), None)
         else:
             await front.answer(endpoint)
-    except Exception:  # the top of a request's task: logged here, and nowhere else
+    except Exception:  # the top of a request's task: logged only here
         log.exception(Log.INTERNAL_ERROR, method=method, path=path)
         await front.tell(TidegateError("an internal error; it has been logged"))
     finally:
@@ -338,7 +341,7 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
 
 
 class _Front:
-    """One request, until it is answered and recorded."""
+    """A request, until it is answered and recorded."""
 
     __slots__ = (
         *(
@@ -360,25 +363,25 @@ class _Front:
     def __init__(
         self, services: Services, scope: Scope, receive: Receive, send: Send, dialect: Dialect
     ) -> None:
-        self.started = False  # the head of an answer has gone out
+        self.started = False  # the head of an answer has been sent
         self._services = services
         self._scope = scope
         self._receive = receive
         self._send = send
         self._dialect = dialect
         self._request_id = new_id()
-        self._id_text = ""  # of the answer's head
+        self._id_text = ""  # as sent in the answer's head
         self._received = time.monotonic()
         self._received_at = datetime.now(UTC)
         self._record = CallRecord("relay", ANYBODY.tenant_id, self._received_at)
-        self._last = b""  # what went out last
+        self._last = b""  # the last bytes sent
         self._head_sent = False
         self._unpacking: PieceDecoder | None = None
         self._caller = ANYBODY
-        self._has_pass = False  # of an upload, by which its caller is known
-        self._is_replay = False  # of the answer to an earlier request, which is on record
+        self._has_pass = False  # an upload's pass, which identifies its caller
+        self._is_replay = False  # the answer repeats that of an earlier, recorded request
         self._headers: Headers = []  # of the answer
-        self._once: Once | None = None  # under an idempotency key
+        self._once: Once | None = None  # with an idempotency key
         task = asyncio.current_task()
         assert task is not None
         self._task: asyncio.Task[Any] = task
@@ -387,7 +390,7 @@ class _Front:
         self._hold: BodyBudget | None = None
         self._presence: Presence | None = None
         offered = scope.get("extensions", {}).get(DIRECT_EXTENSION)
-        # An answer to HEAD has no body, whatever its length says: uvicorn sees to that.
+        # An answer to HEAD has no body, whatever its length says; uvicorn handles that.
         direct = offered is not None and scope["method"] != "HEAD"
         self._direct: Direct | None = offered["answer"] if direct else None
 
@@ -473,7 +476,7 @@ class _Front:
         return await self._arriving(most_bytes, in_memory=True).whole(hold)
 
     async def _form(self, endpoint: Endpoint) -> FormBody | None:
-        """The form that is the body, once all of it is here; None where it is not one."""
+        """Return the form in the body, once it is complete; None if the body is not a form."""
         config, headers = self._services.config, self._scope["headers"]
         types = [value for name, value in headers if name == _TYPE]
         if not any(map(is_form, types)):
@@ -500,12 +503,11 @@ class _Front:
         return FormBody(form, path=self._spool.path)
 
     async def _keep_form(self, form: FormBody) -> None:
-        """Put the body on record; of a long one, or where the record can't keep up, its
-        beginning."""
+        """Record the body; only its beginning if it is long, or if the recording falls behind."""
         record, most_bytes = self._record, KEPT_BYTES
         if self._services.store.audit.is_full:
             most_bytes = TAIL_BYTES
-        with suppress(StoreUnavailable):  # the disk has failed: the call is on record all the same
+        with suppress(StoreUnavailable):  # the disk failed: recorded without a body
             record.request = await form.beginning(most_bytes)
         record.request_omitted_bytes = form.form.size_bytes - len(record.request)
 
@@ -517,7 +519,7 @@ class _Front:
         return self._incoming
 
     async def _identified(self, endpoint: Endpoint) -> Caller:
-        """Who asks, where that is not known here; nothing of the body is read before."""
+        """Return the caller if it is not cached; no byte of the body is read before."""
         gate, caller = self._services.gate, None
         if endpoint.operation is Operation.UPLOAD:
             caller = await admit_upload(gate, self._scope, self._upload_secret(endpoint))
@@ -531,7 +533,7 @@ class _Front:
         return upload_secret(speaking, self._services.operator_key)
 
     async def _opening(self, call: NativeCall) -> Opening | None:
-        """Count one more open stream of a tenant that may have only some. Raises QuotaExceeded."""
+        """Count another open stream of a tenant with a cap on streams. Raises QuotaExceeded."""
         if call.terms.caller.caps.most_streams is None:
             return None
         if not await aside(len(call.body), partial(_asks_for_stream, call)):
@@ -539,7 +541,7 @@ class _Front:
         return self._services.openings.stream(call.terms.caller)
 
     async def _run(self, call: NativeCall, presence: Presence) -> tuple[Status, Failure | None]:
-        """Make the call, and tell the client how it failed if it did."""
+        """Make the call, and report a failure to the client."""
         error: TidegateError
         try:
             if call.endpoint.operation is Operation.UPLOAD:
@@ -556,9 +558,9 @@ class _Front:
             status = Status.EXPIRED if expired else Status.FAILED
             error, telling = refused, self.tell(refused)
         except asyncio.CancelledError:
-            # Ours, because the client left; or the server's, which stops.
+            # Cancelled here, because the client disconnected; or by the server, which stops.
             self._task.uncancel()
-            # An upload is read by the one who sends it on.
+            # The body of an upload is read by the task that forwards it.
             is_slow = self._incoming is not None and self._incoming.is_slow
             if presence.gone and not is_slow:
                 return Status.CANCELLED, client_left(self._record)
@@ -566,20 +568,21 @@ class _Front:
             if is_slow:
                 error = RequestTimeout("the request's body arrives too slowly")
             telling = self.tell(error)
-        except Exception:  # an unforeseen error: logged here, and the call is on record
+        except Exception:  # an unforeseen error: logged here, and the call is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(self._request_id))
             status = Status.FAILED
             error = TidegateError("an internal error; it has been logged")
             telling = self.tell(error)
         try:
             await telling
-        except asyncio.CancelledError:  # it left meanwhile, or the server's grace is over
+        except asyncio.CancelledError:  # disconnected meanwhile, or the grace is over
             self._task.uncancel()
             abort(self._scope)
         return status, Failure.of(error)
 
     async def _run_once(self, call: NativeCall, wanted: Idempotency) -> None:
-        """Under an idempotency key. A new call where the one that it waited for has failed."""
+        """Make the call with an idempotency key: a new call only if the one that it waited for has
+        failed."""
         once = self._once = Once(self._services.store.native_keys, call, wanted)
         taken = await once.take()
         if isinstance(taken, KeyState):
@@ -590,7 +593,7 @@ class _Front:
             await self._services.relay.run(call, self, self._record)
         except BaseException:  # cancellation too: calls that wait for this one must not wait on
             record = self._record
-            if record.handed_over and not record.streamed:  # it goes on, and its answer is whole
+            if record.handed_over and not record.streamed:  # it continues; the answer is whole
                 once.ended(record, content_type_in(self._headers) or "")
             else:
                 once.failed()
@@ -601,14 +604,14 @@ class _Front:
         secret = self._upload_secret(endpoint)
         own = own_urls(self._scope, endpoint.path, secret)
         pieces = self._arriving(MAX_BYTES, in_memory=False).pieces()
-        size_bytes = announced_bytes(self._scope["headers"])  # to be announced to the provider too
+        size_bytes = announced_bytes(self._scope["headers"])  # the provider gets the same length
         body = pieces if size_bytes is None else SizedBody(size_bytes, pieces)
         at = upload_upstream(self._scope["query_string"], secret, has_pass=self._has_pass)
         await self._services.relay.upload(call, body, own, self, self._record, at)
 
     def _comforting(self, endpoint: Endpoint, *, shows: bool) -> asyncio.Task[None] | None:
-        """What keeps the connection of a stream alive while it waits, or shows its place, where
-        that is wanted."""
+        """Return a task that sends keep-alive bytes in a waiting stream, or its place in the queue;
+        None if neither is wanted."""
         after_ms = self._services.config.keep_alive_after_ms
         if not (after_ms or shows) or not endpoint.is_counted:
             return None
@@ -618,8 +621,8 @@ class _Front:
         return asyncio.create_task(self._comfort(every_s, shows=shows)) if events else None
 
     async def _comfort(self, every_s: float, *, shows: bool) -> None:
-        """Bytes that clients pass over. From the first one on the answer is a 200: what goes
-        wrong then is reported as an event."""
+        """Send bytes that clients ignore. From the first of them on the status is 200, and errors
+        are reported as events."""
         while True:
             await asyncio.sleep(every_s)
             if self._is_answering():
@@ -632,7 +635,7 @@ class _Front:
                 if self._is_answering():
                     return
             elif shows and not 0 < self._services.config.keep_alive_after_ms <= waited_ms:
-                continue  # it is admitted: a refusal of the provider is a real one
+                continue  # already admitted: a refusal of the provider must keep its status
             if not self._head_sent:
                 stream_type = DIALECTS[self._dialect].stream_type
                 headers = [(_TYPE, stream_type), (b"cache-control", b"no-store")]
@@ -640,7 +643,7 @@ class _Front:
             await self.body(piece, True)
 
     def _is_answering(self) -> bool:
-        """Whether an answer has begun, or the answer will be no stream."""
+        """Return whether an answer has begun, or the answer will not be a stream."""
         return self.started or not self._record.streamed
 
     def _with_id(self, headers: Headers) -> Headers:
@@ -656,7 +659,7 @@ class _Front:
         self.started, self._headers = True, headers
         if not self._head_sent:
             await self._send_head(status, headers)
-        elif _is_coded(headers):  # the head that has gone out doesn't say so
+        elif _is_coded(headers):  # the head that was sent does not announce it
             self._unpacking = PieceDecoder(coding_of(headers))
 
     async def _send_head(self, status: int, headers: Headers) -> None:
@@ -689,7 +692,7 @@ class _Front:
         await self._direct.whole(status, self._with_id(headers), body)
 
     async def refuse(self, error: TidegateError) -> None:
-        """Answer with an error of ours; it names the upstream where the call was sent to one."""
+        """Answer with an error of ours, which names the upstream if the call was sent to one."""
         record = self._record
         sent_to = record.upstream if record.sent else None
         status, headers, body = refusal(self._dialect, error, sent_to)
@@ -698,8 +701,8 @@ class _Front:
         await self.whole(status, headers, body)
 
     async def _tell_failed(self, failed: CallFailed) -> None:
-        """In the upstream's own words where it had any; but its word on our key is not for
-        clients, who would take it for theirs."""
+        """Report a failure with the upstream's own body if there is one. Its rejection of our key
+        is replaced: clients would take it for theirs."""
         if failed.told:
             return
         if self._head_sent or not failed.status:
@@ -714,15 +717,15 @@ class _Front:
             headers.append((b"retry-after", str(-(-after_ms // 1000)).encode()))
         never = failed.status == 429 and isinstance(failed.error, UpstreamRejected)  # too large
         if never or is_far(failed.error.retry_after_ms or after_ms):
-            no_retry = DIALECTS[self._dialect].no_retry  # whatever the provider says of it
+            no_retry = DIALECTS[self._dialect].no_retry  # replaces the provider's own
             named = {name for name, _ in no_retry}
             headers = [*(one for one in headers if one[0] not in named), *no_retry]
         self._record.keep(failed.body)
         await self.whole(failed.status, headers, failed.body)
 
     async def tell(self, error: TidegateError) -> None:
-        """What can still be reported: all, the last event of a stream, or a connection cut
-        short."""
+        """Report an error in the way that is still possible: as the whole answer, as the last event
+        of a stream, or by cutting the connection."""
         if not self._head_sent:
             await self.refuse(error)
         elif self._record.streamed and DIALECTS[self._dialect].ends_whole(self._last):
@@ -753,7 +756,7 @@ class _Front:
         log_request(fields)
 
     async def refuse_unheard(self, error: TidegateError, endpoint: Endpoint | None) -> None:
-        """Answer with an error of ours what does not come on the record."""
+        """Answer with an error of ours a request that is not recorded."""
         await self.refuse(error)
         record = self._record
         record.tenant_id, record.dialect = self._caller.tenant_id, str(self._dialect)
@@ -763,8 +766,8 @@ class _Front:
 
 
 def _asks_for_stream(call: NativeCall) -> bool:
-    """Whether the answer is to be a stream: by the path, the body, or the query, as of what reads a
-    response that is still being made."""
+    """Return whether the answer is to be a stream: by the path, the body, or the query, as in a
+    request that reads a response still being generated."""
     if call.endpoint.streams:
         return True
     stated = [value for name, value in parse_qsl(call.query) if name == "stream"]
@@ -772,7 +775,7 @@ def _asks_for_stream(call: NativeCall) -> bool:
         stated.append(str(call.form.form.fields.get("stream", "")))
     elif call.endpoint.is_counted or call.endpoint.operation is Operation.OTHER:
         body: dict[str, Any] = {}
-        with suppress(InvalidRequest):  # what it says is read where it is called
+        with suppress(InvalidRequest):  # reported when it is called
             body = skimmed(call.body).body if call.body else {}
         if body.get("stream") is True or body.get("stream_format") == "sse":
             return True
@@ -784,6 +787,6 @@ async def _in_one_piece(body: bytes) -> AsyncIterator[bytes]:
 
 
 async def _never() -> Message:
-    """Stands for `receive` where the body is still being read by somebody else."""
+    """Replacement of `receive` while another reader reads the body: never returns."""
     await asyncio.get_running_loop().create_future()
     raise AssertionError("nobody sets this future")

@@ -1,7 +1,7 @@
 """Routes `/requests` and `/usage`: own requests; for operators usage and latency of all.
 
-Invariants: a caller sees and cancels its own requests only; bodies are sent as data, so that no
-browser renders one as a page; amounts are whole micro-dollars.
+Invariants: a caller sees and cancels only its own requests; bodies are sent as downloads, so that
+no browser renders one as a page; amounts are whole micro-dollars.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ async def cancel(request: Request, request_id: UUID) -> Response:
 
 
 async def ended_by(request: Request, request_id: UUID, tenant_id: str) -> Response:
-    """Cancel it for its owner; the answer says how it stands then, 202 while it still ends."""
+    """Cancel a request of a tenant. The answer has its status: 202 if it has not ended yet."""
     services = services_of(request)
     before = await services.store.jobs.cancel(request_id, tenant_id)
     record = await services.store.requests.get(request_id, tenant_id)
@@ -154,7 +154,8 @@ async def ended_by(request: Request, request_id: UUID, tenant_id: str) -> Respon
 
 
 def in_utc(field: str, time: datetime | None) -> datetime | None:
-    """A time that came in `field`, one without a zone being in UTC. Raises InvalidRequest."""
+    """Return the time of `field` in UTC; a time without a zone counts as UTC. Raises
+    InvalidRequest."""
     if time is None or time.tzinfo is None:
         return None if time is None else time.replace(tzinfo=UTC)
     try:
@@ -183,7 +184,7 @@ OMITTED_HEADER = "X-Tidegate-Omitted-Bytes"
 BODY_RESPONSES: dict[int | str, dict[str, Any]] = {
     **problem_responses(400, 401, 403, 404, 503),
     200: {
-        "content": {"*/*": {}},  # whatever travelled
+        "content": {"*/*": {}},  # the recorded type
         "description": "The body, with the content type that it came with",
         "headers": {
             OMITTED_HEADER: {
@@ -224,7 +225,8 @@ async def _body(request: Request, request_id: UUID, tenant_id: str, role: Role) 
 
 
 async def body_response(body: Body, request_id: UUID, role: Role) -> Response:
-    """A body as data to be kept, whatever it says it is. Raises NotFound, StoreUnavailable."""
+    """Return a body as a download, whatever its declared type. Raises NotFound,
+    StoreUnavailable."""
     headers = {
         "Content-Type": body.content_type,
         "Content-Length": str(body.size_bytes),
@@ -374,8 +376,8 @@ _OWN = set(RunningItem.model_fields)
 
 
 async def _items(services: Services, notes: Notes, tenant_id: str | None) -> list[AdminRunningItem]:
-    """The oldest calls of a tenant, or of all, with what each waits for; one more than is shown,
-    where there is one."""
+    """Return the oldest calls of a tenant, or of all, with what each waits for; one more than is
+    shown, if there are more."""
     found = [
         (note.process, call)
         for note in notes.notes
@@ -409,7 +411,7 @@ _KINDS = {kind.value for kind in Kind}
 
 
 def _held_up_by(process: str, call: ActiveCall, look: Snapshot) -> str | None:
-    """The limit that holds up the queue in which the call stands."""
+    """Return the limit that holds up the queue of a call."""
     if not call.limits:
         return None
     if call.limits[0].startswith(OF_BUDGETS):
@@ -537,7 +539,7 @@ async def usage(
     return await _view(request, by, since, until, tenant, upstream)
 
 
-_MOST_LATENCY = timedelta(hours=49)  # a day in every zone, that of the long night included
+_MOST_LATENCY = timedelta(hours=49)  # a day in every zone, including the day that DST ends
 
 
 class Percentiles(BaseModel):
@@ -643,7 +645,7 @@ async def latency(
 
 
 def _check_no_nul(**given: str | None) -> None:
-    """Raises InvalidRequest: PostgreSQL can't hold one."""
+    """Raise InvalidRequest for a NUL, which PostgreSQL cannot store."""
     for name, value in given.items():
         if value is not None and "\0" in value:
             raise InvalidRequest(name, f"{name} has a NUL character")
@@ -700,7 +702,7 @@ async def reconciliations(
     upstream: CalledAt = None,
 ) -> ReconciliationList:
     """For the days that `tidegate reconcile` or RECONCILE has compared, newest first."""
-    # A day is compared after it is over: that of the last day of a month in the next one.
+    # A day is compared after its end: the last day of a month is compared in the next month.
     begin = (until or datetime.now(UTC).date()) - timedelta(days=_COMPARED_DAYS)
     first, last = _span(since or begin, until)
     found = await services_of(request).store.reconciliations.found(first, last)
@@ -711,7 +713,8 @@ async def reconciliations(
 
 
 def _span(since: date | None, until: date | None) -> tuple[date, date]:
-    """From the first of the month until today, unless they say otherwise. Raises InvalidRequest."""
+    """Return the days to show, by default from the first of the month until today. Raises
+    InvalidRequest."""
     last = until or datetime.now(UTC).date()
     first = since or last.replace(day=1)
     if first > last:
@@ -727,7 +730,7 @@ async def _view(
     tenant: str | None,
     upstream: str | None = None,
 ) -> Response:
-    """A `TotalsView`, written without its model: that takes 300 ms for 10,000 rows."""
+    """Return a `TotalsView` as JSON, without its model, which would take 300 ms for 10,000 rows."""
     apart = [name.strip() for name in by.split(",") if name.strip()]
     allowed = ", ".join(_APART)
     for name in apart:

@@ -1,8 +1,8 @@
 """Error responses: RFC 9457 problem JSON, the dialects' own shapes, and what to do about them.
 
-The only table from an error to an HTTP status. In a dialect the facts are the same in the
-provider's shape; "no room in time" is a 429 there, because SDKs decide by status and
-`Retry-After`. OPTIONS and 405 name the methods of a path (RFC 9110, 9.3.7 and 10.2.1).
+The only table from an error to an HTTP status. In a dialect the same facts have the provider's
+shape; a full queue is a 429 there, because SDKs decide by status and `Retry-After`. OPTIONS and 405
+name the methods of a path (RFC 9110, 9.3.7 and 10.2.1).
 
 Invariants: no client sees a stack trace; every error code has its advice.
 """
@@ -67,7 +67,7 @@ _BOUNDS = {
 
 
 def in_words(error: Mapping[str, Any]) -> tuple[str, str | None]:
-    """What is wrong, and what is allowed where that is known; `error` is one of Pydantic's."""
+    """Return what is wrong, and the allowed values if known; `error` is one of Pydantic's."""
     kind, context = error["type"], error.get("ctx", {})
     if kind in _KINDS:
         return _KINDS[kind]
@@ -79,18 +79,18 @@ def in_words(error: Mapping[str, Any]) -> tuple[str, str | None]:
 
 _ORDER = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _ASKED = ("GET", "POST", "PUT", "PATCH", "DELETE")
-_OF_FILES = ("GET",)  # of a folder of files, whose route takes every method
+_OF_FILES = ("GET",)  # of a folder of files, whose route matches every method
 
 
 def allow(methods: Iterable[str]) -> str:
-    """The value of `Allow`: HEAD is answered wherever GET is, OPTIONS everywhere."""
+    """Return the value of `Allow`: HEAD is supported wherever GET is, OPTIONS everywhere."""
     known = {*methods, "OPTIONS"}
     known |= {"HEAD"} if "GET" in known else set()
     return ", ".join(method for method in _ORDER if method in known)
 
 
 def methods_in(routes: Sequence[BaseRoute], scope: Scope) -> tuple[str, ...]:
-    """Of all routes that have this path; none where it has none."""
+    """Return the methods of all routes with this path; none if there is no such route."""
 
     def is_known(method: str) -> bool:
         asking = {**scope, "method": method}
@@ -106,7 +106,7 @@ def methods_in(routes: Sequence[BaseRoute], scope: Scope) -> tuple[str, ...]:
 async def answer_options(
     methods: tuple[str, ...], scope: Scope, receive: Receive, send: Send
 ) -> None:
-    """204: what can be asked, and nothing of what would be answered."""
+    """Answer 204 with the methods of a path."""
     await Response(status_code=204, headers={"Allow": allow(methods)})(scope, receive, send)
 
 
@@ -158,7 +158,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.IssuerUnavailable: 503,
     errors.ShuttingDown: 503,
 }
-# Where a provider would use another one, so that its SDK does what it does with the provider.
+# Where a provider uses another status, so that its SDK reacts as it does to the provider.
 NATIVE_STATUS: dict[type[errors.TidegateError], int] = {
     errors.DeadlineExceeded: 429,
     errors.LimitPaused: 429,
@@ -212,12 +212,12 @@ class Problem(BaseModel):
 
 
 def status_of(error: errors.TidegateError) -> int:
-    """The HTTP status of the nearest ancestor in the table."""
+    """Return the HTTP status of the nearest ancestor in the table."""
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
 
 
 def native_status_of(error: errors.TidegateError) -> int:
-    """The same for an answer in a provider's dialect."""
+    """Return the HTTP status of an error in a provider's dialect."""
     found = (NATIVE_STATUS.get(kind, STATUS.get(kind)) for kind in type(error).__mro__)
     return next(status for status in found if status is not None)
 
@@ -226,12 +226,12 @@ _STATUS_OF_CODE = {kind.code: status for kind, status in (STATUS | NATIVE_STATUS
 
 
 def status_of_code(code: str) -> int:
-    """The status in a provider's dialect of what failed with this code."""
+    """Return the HTTP status in a provider's dialect for the code of a failure."""
     return _STATUS_OF_CODE.get(code, 500)
 
 
 def problem(error: errors.TidegateError) -> Problem:
-    """The body for `error`."""
+    """Return the problem details of `error`."""
     status = status_of(error)
     retry_after_ms = error.retry_after_ms
     if retry_after_ms is None and status in (503, 504):
@@ -251,7 +251,7 @@ def problem(error: errors.TidegateError) -> Problem:
 
 
 def problem_response(error: errors.TidegateError, request_id: str | None = None) -> Response:
-    """`error` as a whole response, with Retry-After where waiting helps."""
+    """Return `error` as a response, with Retry-After if waiting helps."""
     body = problem(error)
     headers = {} if request_id is None else {REQUEST_ID_HEADER: request_id}
     if body.retry_after_ms is not None:
@@ -259,14 +259,14 @@ def problem_response(error: errors.TidegateError, request_id: str | None = None)
     if isinstance(error, errors.Unauthenticated):
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):
-        headers["Connection"] = "close"  # the rest of the body is still on its way
+        headers["Connection"] = "close"  # the rest of the body is still being sent
     return JSONResponse(
         body.model_dump(exclude_none=True), body.status, headers, media_type=MEDIA_TYPE
     )
 
 
 def install(app: FastAPI) -> None:
-    """Let every error that leaves a route of `app` become problem JSON."""
+    """Register handlers that turn every error of a route of `app` into problem JSON."""
     from fastapi.exceptions import RequestValidationError  # a worker needs no FastAPI
 
     app.add_exception_handler(errors.TidegateError, _on_own_error)
@@ -282,10 +282,10 @@ async def answered(
     send: Send,
     refused: Callable[[errors.TidegateError], None],
 ) -> None:
-    """Call a handler without a router; its errors become the same problems as a route's, and
-    `refused` gets each of them.
+    """Call a handler without a router; its errors become problem responses as for a route, and
+    `refused` is called with each of them.
 
-    Other errors, and those after the head of the response has gone out, are raised.
+    Other errors, and those after the head of the response was sent, are raised.
     """
     started = False
 
@@ -353,7 +353,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    return Response(status_code=499)  # nobody is there to read it
+    return Response(status_code=499)  # the client has disconnected
 
 
 _RETRY_IT = "Nothing is wrong with the request itself: retry it."
@@ -446,13 +446,13 @@ ADVICE: dict[str, str] = {
 
 
 def advice(code: str | None) -> str | None:
-    """One or two sentences; None for a code that we do not know."""
+    """Return one or two sentences of advice; None for an unknown code."""
     return None if code is None else ADVICE.get(code)
 
 
 _USUAL_RETRY_MS = 1_000
-# Beyond it, older SDKs of OpenAI and Anthropic try again sooner than the header says, and current
-# ones of Anthropic sleep for all of it: both in silence.
+# Above this, older SDKs of OpenAI and Anthropic retry earlier than the header says, and current
+# ones of Anthropic sleep for the whole time: both without a message.
 _SDK_WAITS_MS = 60_000
 
 
@@ -462,7 +462,7 @@ _SECRET = (
     "gateway in the subprotocol openai-insecure-api-key.<key>"
 )
 _OPENED = "; passthrough of an upstream opens it nevertheless"
-# Known, and not relayed on purpose.
+# Known paths that are deliberately not relayed.
 _PAST_LIMITS = (
     ("/v1/realtime/client_secrets", _SECRET + _OPENED),
     ("/v1/realtime/sessions", _SECRET + _OPENED),
@@ -478,8 +478,8 @@ _WEBSOCKET = ", which is a WebSocket: connect with Upgrade: websocket"
 
 
 def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.TidegateError:
-    """What is said of a path that no native front has, or has by other `methods` only, so that
-    nobody takes it for the provider's word."""
+    """Return the error for a path that no native route has, or that has other `methods` only; its
+    message names Tidegate, so that it is not taken for the provider's."""
     if methods:
         known = " and ".join(methods)
         said = f"Tidegate does not relay {method} {path[:200]}, but {known}"
@@ -492,21 +492,21 @@ def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.Tide
 
 
 def is_far(after_ms: int | None) -> bool:
-    """Whether an SDK would sleep for longer than its user has patience, or than it obeys."""
+    """Return whether a wait is so long that an SDK ignores it, or would sleep for too long."""
     return (after_ms or 0) > _SDK_WAITS_MS
 
 
 def refusal(
     dialect: Dialect, error: errors.TidegateError, sent_to: str | None = None
 ) -> tuple[int, Headers, bytes]:
-    """Status, headers and body of an answer that says `error`. `sent_to`: the upstream that has
-    the call, where the error is not about it."""
+    """Return status, headers and body of an answer with `error`. `sent_to`: the upstream that has
+    the call, if the error is not about the upstream."""
     spec = DIALECTS[dialect]
     status, after_ms = native_status_of(error), error.retry_after_ms
     if isinstance(error, errors.BudgetPaused):
-        status = spec.paused_status  # for how long is not known
+        status = spec.paused_status  # the time of its end is unknown
     elif isinstance(error, errors.BudgetExceeded):
-        pass  # without a time none helps
+        pass  # without a known time no wait helps
     elif after_ms is None and status in (429, 503, 504):
         after_ms = _USUAL_RETRY_MS
     headers: Headers = [(b"content-type", b"application/json")]
@@ -528,7 +528,7 @@ def refusal(
 
 
 def error_event(dialect: Dialect, error: errors.TidegateError) -> bytes:
-    """The last event of a stream that failed after it began."""
+    """Return the last event of a stream that failed after its beginning."""
     spec = DIALECTS[dialect]
     body = spec.problem(error, native_status_of(error), error.retry_after_ms)
     if spec.error_frame is not None:
@@ -537,7 +537,7 @@ def error_event(dialect: Dialect, error: errors.TidegateError) -> bytes:
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entry of problem JSON for each status, by a reference: FastAPI would check the
-    model itself for each status of each route, a tenth of the time that a start imports."""
+    """Return the OpenAPI entry of problem JSON for each status, by reference: FastAPI would check
+    the model for each status of each route, a tenth of the import time of a start."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"content": content} for status in statuses}

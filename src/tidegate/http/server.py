@@ -1,12 +1,12 @@
 """Web applications: routes, with those of health, OpenAPI description, middleware.
 
-Readiness of an API does not depend on Valkey or PostgreSQL: if it did, an outage of either would
-take every process out of the balancer, and none could answer 503 or use its local share. A worker
-serves metrics, state and health alone; it is ready only while the stores answer. While callers
-need no API key, requests of other sites' pages are refused before any route, except the two health
-probes.
+Readiness of an API does not depend on Valkey or PostgreSQL: otherwise an outage of either would
+take every process out of the load balancer, and none could answer 503 or use its local share. A
+worker serves only metrics, state and health; it is ready only while both stores answer. While
+callers need no API key, requests of other sites' pages are rejected before any route, except the
+two health probes.
 
-Invariant: the description names problem JSON as the only shape of an error.
+Invariant: the description names problem JSON as the only form of an error.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ async def live() -> Liveness:
 
 @health_router.get("/api/hello", include_in_schema=False)
 async def hello() -> dict[str, str]:
-    """What Claude Code's SDK asks of its server before the first call, without a key."""
+    """Answer the request that Claude Code's SDK sends before its first call, without a key."""
     return {"message": "hello"}
 
 
@@ -154,7 +154,7 @@ async def ready(request: Request) -> JSONResponse:
 
 
 def readiness(reason: str | None) -> JSONResponse:
-    """Ready, unless there is a reason why not."""
+    """Return the answer of a readiness probe: ready, unless there is a reason."""
     body = Readiness(status="not_ready" if reason else "ready", reason=reason)
     return JSONResponse(body.model_dump(exclude_none=True), 503 if reason else 200)
 
@@ -188,7 +188,8 @@ async def dependencies(request: Request) -> JSONResponse:
 
 
 async def _verdict(services: Services) -> DeploymentVerdict | None:
-    """None where it takes too long: an alarm answers in time."""
+    """Return the verdict on the deployment; None if it takes too long: a probe must be answered in
+    time."""
     try:
         async with asyncio.timeout(_DEADLINE_MS / 1000):
             return await services.standing.verdict()
@@ -210,7 +211,7 @@ def _upstreams(services: Services) -> dict[str, UpstreamHealth]:
 
 
 async def probe(ping: Awaitable[None], deadline_ms: int = _DEADLINE_MS) -> Dependency:
-    """Whether it answers in time, and what is wrong where it does not."""
+    """Return whether a dependency answers in time, and what is wrong if it does not."""
     started = time.monotonic()
     detail = None
     try:
@@ -300,7 +301,7 @@ def _stated(config: Config) -> tuple[list[StatedSetting], Path | None, list[str]
         doubts = [str(one) for one in doubtful(config)]
     except OSError as unreadable:
         doubts = [f"{file} can't be read any more: {unreadable.strerror}"]
-    except ConfigError as wrong:  # of a file that was changed since
+    except ConfigError as wrong:  # of a file that has changed since the start
         doubts = [wrong.message]
     return stated, file, doubts
 
@@ -315,7 +316,7 @@ _FOREIGN = ("HTTPValidationError", "ValidationError")
 
 
 def described(schema: dict[str, Any]) -> dict[str, Any]:
-    """`schema` with its error responses put right; changed in place."""
+    """Correct the error responses in `schema`, in place, and return it."""
     for path in schema["paths"].values():
         for operation in path.values():
             responses = operation["responses"]
@@ -331,7 +332,7 @@ def described(schema: dict[str, Any]) -> dict[str, Any]:
     schemas[Problem.__name__] = Problem.model_json_schema(mode="serialization")
     schema["components"]["schemas"] = dict(sorted(schemas.items()))
     schema["components"]["securitySchemes"] = _SCHEMES
-    # Where AUTH asks for keys; an empty entry says that it may not.
+    # Where AUTH requires keys; an empty entry means that it may not.
     schema["security"] = [*({name: []} for name in _SCHEMES), {}]
     return schema
 
@@ -340,14 +341,15 @@ _PROBES = ("/health/live", "/health/ready", "/llm/health/live", "/llm/health/rea
 
 
 def why_foreign(services: Services, scope: Scope) -> Forbidden | None:
-    """Why a request is not answered without a key; None if it is, or callers must show one."""
+    """Return why a request without a key is rejected; None if it is accepted, or if callers must
+    send keys."""
     if services.gate.on or scope["path"] in _PROBES:
         return None
     return services.origins.refusal(scope["headers"], scope["method"])
 
 
 class NoForeignPages:
-    """ASGI middleware, for an application whose requests all pass its middlewares."""
+    """ASGI middleware that rejects requests of other sites' pages."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -394,10 +396,10 @@ _CORS: dict[str, Any] = {
 
 
 class Gateway(FastAPI):
-    """FastAPI, but for the paths that carry the load: their handlers are called directly.
+    """FastAPI, except for the paths that carry the load, whose handlers are called directly.
 
-    FastAPI's and Starlette's layers cost as much CPU as all the work on a submitted job. The same
-    handlers are ordinary routes as well, for the documentation.
+    The layers of FastAPI and Starlette cost as much CPU as all the work on a submitted job. The
+    same handlers are also registered as routes, for the documentation.
     """
 
     def __init__(self, **named: Any) -> None:
@@ -437,7 +439,7 @@ class Gateway(FastAPI):
             await realtime(services, scope, receive, send)
 
     def _is_of_page(self, scope: Scope) -> bool:
-        """Whether a page may learn by `Access-Control-*` that it may read the answer."""
+        """Return whether the answer needs CORS headers for the page that requests it."""
         services: Services = self.state.services
         if not services.config.cors_origins or scope["path"].startswith(_OF_OPERATORS):
             return False
@@ -445,7 +447,7 @@ class Gateway(FastAPI):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         services: Services = self.state.services
-        if scope["method"] == "HEAD":  # the server leaves the body out
+        if scope["method"] == "HEAD":  # the server removes the body
             scope = {**scope, "method": "GET", "extensions": {}}
         path = scope["path"]
         if (native_at := native_path(path)) is not None:
@@ -474,7 +476,7 @@ class Gateway(FastAPI):
             await super().__call__(scope, receive, send)
 
     def _methods_at(self, scope: Scope, native_at: str | None) -> tuple[str, ...]:
-        """By which methods a path is known; none where it is not."""
+        """Return the methods of a path; none for an unknown one."""
         if native_at is None:
             return methods_in(self.routes, scope)
         if is_batch_path(scope):
@@ -501,7 +503,7 @@ class Gateway(FastAPI):
 
 
 def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) -> FastAPI:
-    """The application; `open_services` is entered when it starts and left when it stops."""
+    """Return the application; `open_services` is entered when it starts and left when it stops."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -520,7 +522,7 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         openapi_url=None,  # see `_serve_docs`
         redoc_url=None,
     )
-    # Their routes as they are: to include a router builds each of them again.
+    # The routes themselves: including a router would build each of them again.
     for router in (
         *(
             jobs.router,
@@ -546,7 +548,8 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
 
 
 async def _end_streams(services: Services) -> None:
-    """Let streams that were cut off tell their clients and be recorded, while that can be done."""
+    """Wait until streams that were cut off have notified their clients and are recorded, within a
+    bound."""
     if services.streams:
         await asyncio.wait(set(services.streams), timeout=_LAST_WORDS_S)
     for late in list(services.streams):
@@ -554,7 +557,8 @@ async def _end_streams(services: Services) -> None:
 
 
 def _headers_of(page: bytes) -> dict[str, str]:
-    """Let a page run its own inline scripts and files of ours, and let no other page frame it."""
+    """Return headers that allow a page its own inline scripts and files of ours, and forbid
+    framing."""
     scripts = [
         f"'sha256-{b64encode(sha256(script).digest()).decode()}'"
         for script in re.findall(rb"<script>(.*?)</script>", page, re.DOTALL)
@@ -579,12 +583,13 @@ def _headers_of(page: bytes) -> dict[str, str]:
 
 
 def _serve_docs(app: FastAPI) -> None:
-    """Swagger UI from our own files: no CDN, so that it works in a closed network."""
+    """Serve Swagger UI from our own files, without a CDN, so that it works in a closed network."""
     bundle = "/static/vendor/swagger-ui"
 
     @app.get("/openapi.json", include_in_schema=False)
     async def description(request: Request) -> JSONResponse:
-        """Made at the first request, which takes long enough for a probe to fail on the loop."""
+        """Return the description, built at the first request in a thread: on the event loop it
+        would take long enough for a probe to fail."""
         described_all = await to_thread.run_sync(app.openapi)
         if root := request.scope.get("root_path", "").rstrip("/"):
             described_all = described_all | {"servers": [{"url": root}]}
@@ -610,12 +615,12 @@ def _serve_docs(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def root(request: Request) -> RedirectResponse:
-        """People go to the dashboard, programs to the description of the API."""
+        """Redirect browsers to the dashboard, and programs to the description of the API."""
         is_browser = "text/html" in request.headers.get("accept", "")
         return RedirectResponse("dashboard/" if is_browser else "/docs")
 
 
-# Shorter than the timeouts of the probes (deploy/), so that they get the reason.
+# Shorter than the timeouts of the probes (deploy/), so that they receive the reason.
 DEADLINE_MS = 1_000
 
 worker_router = APIRouter()
@@ -627,7 +632,7 @@ async def worker_ready(request: Request) -> JSONResponse:
 
 
 async def _why_not(services: Services) -> str | None:
-    """Why this worker takes no jobs; None where it does."""
+    """Return why this worker claims no jobs; None if it does."""
     if services.leaving.is_set():
         return "draining"
     valkey, postgresql = await asyncio.gather(
@@ -642,9 +647,9 @@ async def _why_not(services: Services) -> str | None:
 
 
 def watched_app(services: Services) -> FastAPI:
-    """The application of a process that is open already."""
+    """Return the application of a process whose services are open already."""
     app = FastAPI(title="Tidegate: a worker", docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(worker_router)  # goes before the one of `health`, which is an API's
+    app.include_router(worker_router)  # before the route of `health`, which is an API's
     for router in (health_router, process_router):
         app.include_router(router)
     problems.install(app)

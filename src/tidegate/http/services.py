@@ -1,10 +1,10 @@
 """Services of the routes, quotas on open connections, the access log, counters of requests.
 
 Invariants: an open stream or long poll is counted from its admission to its close, once, however it
-ends; an exception that reaches the access log's middleware is logged once with its
-traceback, and the client gets a plain 500 or a closed connection; a request target that
-PostgreSQL can't store is refused before any route; a pool is inspected once per `FRESH_MS` and
-process, however many ask.
+ends; an exception that reaches the access log's middleware is logged once with its traceback, and
+the client gets a plain 500 or a closed connection; a request target that PostgreSQL cannot store is
+rejected before any route; a process reads a pool at most once per `FRESH_MS`, however many callers
+ask.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ _MOST_LINES = 1_000
 
 
 class Looks:
-    """The last look at each pool and each line of its waiters, shared by all who ask."""
+    """A cache of the last read of each pool and of each line of its waiters."""
 
     def __init__(self) -> None:
         self._pools: dict[str, Recent[Snapshot | None]] = {}
         self._lines: dict[tuple[str, str, int, str], Recent[WaitingLine]] = {}
 
     async def line(self, limiter: Limiter, limit: str, band: int, tenant: str) -> WaitingLine:
-        """As `Limiter.line`. Raises LimiterUnavailable."""
+        """Return a line of waiters as `Limiter.line` does. Raises LimiterUnavailable."""
         key = limiter.pool, limit, band, tenant
         if key not in self._lines:
             if len(self._lines) >= _MOST_LINES:
@@ -80,7 +80,7 @@ class Looks:
         return await self._lines[key].get()
 
     async def of(self, limiter: Limiter) -> Snapshot | None:
-        """None while Valkey is unavailable."""
+        """Return the snapshot of a pool; None while Valkey is unavailable."""
         if limiter.pool not in self._pools:
             self._pools[limiter.pool] = Recent(FRESH_MS / 1000, partial(_snapshot, limiter))
         return await self._pools[limiter.pool].get()
@@ -99,7 +99,7 @@ _RETRY_AFTER_MS = 1_000
 
 
 class Opening:
-    """One stream or long poll; `close` may be called often."""
+    """An open stream or long poll. `close` is idempotent."""
 
     __slots__ = ("_counter", "_tenant")
 
@@ -124,8 +124,9 @@ class Opening:
 
 
 class Openings:
-    """One per process. Of the long polls and of the followers of a process, a tenant with a key may
-    have half of what the others leave: no number of tenants can take them all."""
+    """Counts of open streams and long polls; one object per process. A tenant with a key may use
+    half of the long polls, and half of the followers, that the others leave: no number of tenants
+    can take them all."""
 
     def __init__(self) -> None:
         self._streams: Counter[str] = Counter()
@@ -137,19 +138,19 @@ class Openings:
         return f"<Openings streams={self._streams.total()} polls={polls}>"
 
     def stream(self, caller: Caller) -> Opening:
-        """Count one more open stream. Raises QuotaExceeded."""
+        """Count another open stream. Raises QuotaExceeded."""
         open_now = self._streams[caller.tenant_id]
         return _opened(self._streams, caller, open_now, caller.caps.most_streams, "streams")
 
     def long_poll(self, caller: Caller) -> Opening:
-        """Count one more long poll. Raises QuotaExceeded."""
+        """Count another long poll. Raises QuotaExceeded."""
         share = _share_of(self._long_polls, caller, MOST_LONG_POLLS)
         if self._long_polls[caller.tenant_id] >= share:
             raise _quota_exceeded(caller, share, "long polls")
         return self._capped_poll(self._long_polls, caller)
 
     def follower(self, caller: Caller) -> Opening:
-        """Count one more client that follows a request. Raises QuotaExceeded and
+        """Count another client that follows a request. Raises QuotaExceeded and
         TooManyFollowers."""
         if self._followers[caller.tenant_id] >= _share_of(self._followers, caller, MOST_FOLLOWERS):
             said = "too many clients follow requests here; poll, or ask again"
@@ -162,7 +163,8 @@ class Openings:
 
 
 def _share_of(counter: Counter[str], caller: Caller, most: int) -> int:
-    """Where a caller shows no key its tenant is what it says, and a share would bind nobody."""
+    """Return how many a caller's tenant may have. Without keys a caller chooses its tenant's name,
+    so that a share would have no effect."""
     left = most - counter.total() + counter[caller.tenant_id]
     return left if caller.key_id is None else (left + 1) // 2
 
@@ -186,17 +188,18 @@ def _quota_exceeded(caller: Caller, most: int, what: str) -> QuotaExceeded:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """`leaving` is set when the process is to stop: it is not ready any more. `draining` is set
-    when it takes no more requests: long polls then answer immediately.
+    """Services of the routes.
 
-    `limiters` and `keepers` are those of every pool; `limiter` and `keeper` of the pool `gemini`.
-    `streams` are the tasks that answer streams: they end, and are recorded, before the rest closes.
-    `followers` are those that stream the status of a request.
-    `listeners` are notified of every call that has ended, with whatever `listeners.listen` was
-    given. `board` has the streams and native calls of this process (`board.active_calls`), reports
-    them to the other processes, and theirs to this one. `standing` judges the whole deployment.
-    `tally` counts what is answered, `exposition` answers scrapes, and `state` says what this
-    process is at.
+    `leaving` is set when the process is to stop: it is no longer ready. `draining` is set when it
+    accepts no more requests: long polls then answer immediately.
+
+    `limiters` and `keepers` are those of every pool; `limiter` and `keeper` those of the pool
+    `gemini`. `streams` are the tasks that answer streams: they end, and are recorded, before the
+    services close. `followers` are the tasks that stream the status of a request. `listeners` are
+    notified of every call that has ended, with the values given to `listeners.listen`. `board` has
+    the streams and native calls of this process (`board.active_calls`), and exchanges them with the
+    other processes. `standing` judges the whole deployment. `tally` counts answers, `exposition`
+    answers scrapes, and `state` reports the state of this process.
     """
 
     config: Config
@@ -233,17 +236,17 @@ class Services:
 
     @property
     def clock(self) -> ServerClock:
-        """Of what is stored: deadlines go by it in all processes."""
+        """Return the clock of stored times, by which all processes judge deadlines."""
         return self.store.notifications.clock
 
     @property
     def usual_pool(self) -> str:
-        """The pool that a request is about which names none: Gemini's, or the first upstream's."""
+        """Return the pool of a request that names none: Gemini's, or the first upstream's."""
         upstreams = self.spine.targets.upstreams
         return DEFAULT_POOL if DEFAULT_POOL in upstreams else next(iter(upstreams))
 
     async def waiting_of(self, found: Whereabouts, now: datetime) -> Waiting:
-        """What a request waits for, and for how long about. Raises StoreUnavailable."""
+        """Return what a request waits for, and an estimate of how long. Raises StoreUnavailable."""
         if found.status is not Status.QUEUED:
             return waiting(found, None, now)
         reasons = []
@@ -254,13 +257,13 @@ class Services:
         return reasons[0]
 
     def places_of(self, found: Whereabouts) -> list[Whereabouts]:
-        """A job with each pool that it may be called by. See `Targets.places_of`."""
+        """Return a job once for each pool that may serve it. See `Targets.places_of`."""
         places = self.spine.targets.places_of(found, self.config)
         return [one for one in places if one.pool in self.limiters] or [found]
 
     def may_call(self, found: FoundRequest, upstream: str | None) -> bool:
-        """Whether an upstream was the last that a request was called at, or, while it waits for its
-        first call, whether it may be that; None: any is."""
+        """Return whether a request was last called at an upstream or, before its first call, may be
+        called there; with None always True."""
         if upstream in (None, found.upstream):
             return True
         if found.upstream is not None or found.listed.source != "job":
@@ -293,19 +296,19 @@ class Services:
             lines = partial(self.looks.line, limiter)
             try:
                 told = await estimate_of(lines, found, snapshot, ahead)
-            except LimiterUnavailable:  # the answer is true without an estimate
+            except LimiterUnavailable:  # the answer is valid without an estimate
                 told = None
         return waiting(found, snapshot, now, told)
 
     async def place_shown(self, record: CallRecord, waited_ms: float) -> bytes:
-        """JSON of the place of a call that waits, for its stream. `waited_ms`: since its request
+        """Return the JSON of a waiting call's place, for its stream. `waited_ms`: since its request
         was received."""
         pool, limits = record.waits_for
         limiter, place = self.limiters.get(pool), None
         if limiter is not None and limits:
             try:
                 place = await limiter.place_of(record.tenant_id, limits, waited_ms)
-            except LimiterUnavailable:  # the next comment may know it
+            except LimiterUnavailable:  # the next comment may have it
                 place = None
         shown: dict[str, object] = {"limit": None if place is None else place.held_up_by}
         if place is not None:
@@ -314,14 +317,14 @@ class Services:
         return orjson.dumps(shown)
 
     def turn_waiters_away(self) -> None:
-        """Answer calls that wait for a permit now, with 503, so that their clients ask another
-        process; those that have a permit go on."""
+        """Answer calls that wait for a permit with 503 now, so that their clients try another
+        process; calls with a permit continue."""
         for limiter in self.limiters.values():
             limiter.turn_away()
 
     def hold(self, caller: Caller) -> BodyBudget:
-        """For the body of one more request. Where a caller shows no key its tenant is what it says,
-        and a share would bind nobody."""
+        """Return the budget for the body of another request. Without keys a caller chooses its
+        tenant's name, so that a share per tenant would have no effect."""
         config = self.config
         most_bytes = max(config.max_held_bytes, config.max_body_bytes)
         bound = MemoryBound(most_bytes, config.max_body_bytes, shared=caller.key_id is not None)
@@ -340,7 +343,7 @@ _ALLOWED = "text in UTF-8 without NUL"
 
 
 class SoundTarget:
-    """ASGI middleware."""
+    """ASGI middleware that rejects request targets which PostgreSQL cannot store."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -356,7 +359,7 @@ class SoundTarget:
 
 
 def check_target(scope: Scope) -> None:
-    """Raises InvalidRequest that names the parameter, or the path."""
+    """Raise InvalidRequest, which names the parameter or the path."""
     query: bytes = scope["query_string"]
     if b"%" in query:
         for pair in query.split(b"&"):
@@ -366,7 +369,7 @@ def check_target(scope: Scope) -> None:
                 if "\0" in _text_of(part, shown):
                     raise InvalidRequest(shown, f"{shown} has a NUL character", allowed=_ALLOWED)
     raw: bytes = scope.get("raw_path") or b""
-    if b"%" in raw:  # NUL in it is for its route to refuse, which knows what it names
+    if b"%" in raw:  # its route rejects NUL in the path, with the right field
         _text_of(raw, "path")
 
 
@@ -377,13 +380,13 @@ def _text_of(raw: bytes, field: str) -> str:
         raise InvalidRequest(field, f"{field} is not text in UTF-8", allowed=_ALLOWED) from None
 
 
-# Asks for comments on the place of a call while it waits, in a stream.
+# The header that requests comments on the place of a waiting call in its stream.
 SHOW_WAIT_HEADER = "x-tidegate-show-wait"
 SHOW_WAIT_EVERY_S = 1.0
 
 
 def shows_wait(value: str) -> bool:
-    """What the header says. Raises InvalidRequest."""
+    """Return the value of the header. Raises InvalidRequest."""
     if value.strip() not in ("0", "1"):
         said = f"{SHOW_WAIT_HEADER} must be 0 or 1"
         raise InvalidRequest(SHOW_WAIT_HEADER, said, allowed="0 or 1")
@@ -391,7 +394,7 @@ def shows_wait(value: str) -> bool:
 
 
 NATIVE = "native"
-# The first part of a path, as a label: what a client makes up is none.
+# First segments of paths, as labels: a segment that a client makes up is not one.
 _ROUTES = {
     *("submit", "stream", "status", "files", "requests", "usage", "health", "admin", "dashboard"),
     *("metrics", "docs", "static"),
@@ -400,7 +403,7 @@ _BATCHES = ("/v1/batches", "/v1/files", "/v1/messages/batches")
 
 
 def route_of(path: str) -> str:
-    """The class of a path that is not a native call's."""
+    """Return the class of a path that is not a native call's."""
     if path.startswith(_BATCHES):
         return "batches"
     first = path.removeprefix("/llm").lstrip("/").partition("/")[0]
@@ -408,7 +411,7 @@ def route_of(path: str) -> str:
 
 
 def count_answer(tally: Tally, route: str, status: int, took_s: float) -> None:
-    """An HTTP request that has been answered; status 0: its client went before it was."""
+    """Count an answered HTTP request; status 0: its client disconnected before."""
     tally.add(Metric.HTTP, (route, str(status)))
     tally.add(Metric.HTTP_SECONDS, (route,), took_s)
 
@@ -418,20 +421,18 @@ _REDIRECT = 307
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
 CACHEABLE = ("GET", "HEAD")
 _CACHE = (b"cache-control", b"private, no-store")
-# What machines ask all the time: lines at the level `debug`.
+# Paths that machines request all the time: logged at the level `debug`.
 _ROUTINE = ("/health", "/llm/health", "/metrics", "/llm/metrics")
-TRACE_IN_SCOPE = "tidegate.trace"  # the id of the trace that a request is part of, as text
-CALLER_IN_SCOPE = "tidegate.caller"  # a Caller: set by what identifies the caller
+TRACE_IN_SCOPE = "tidegate.trace"  # the id of the request's trace, as text
+CALLER_IN_SCOPE = "tidegate.caller"  # a Caller: set where the caller is identified
 
 log = get_logger()
 log_request = FrequentLog(Log.REQUEST_DONE)
 
 
 async def _cut(scope: Scope, receive: Receive) -> None:
-    """End an answer that was begun, and wait until the server has seen that it is over.
-
-    It would write a line of its own about an answer that is not complete.
-    """
+    """Cut an answer that has begun, and wait until the server has seen its end: otherwise it would
+    log an incomplete answer."""
     abort(scope)
     try:
         async with asyncio.timeout(_CUT_WITHIN_S):
@@ -441,7 +442,7 @@ async def _cut(scope: Scope, receive: Receive) -> None:
 
 
 class AccessLog:
-    """ASGI middleware; health checks and scrapes are logged at debug level."""
+    """ASGI middleware that logs requests; health checks and scrapes at debug level."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -451,7 +452,7 @@ class AccessLog:
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
-        status = 0  # stays 0 where the client left before it could be answered
+        status = 0  # stays 0 if the client disconnected before an answer
         request_id: str | None = None
 
         async def watched(message: Message) -> None:
@@ -471,7 +472,7 @@ class AccessLog:
 
         try:
             await self._app(scope, receive, watched)
-        except Exception:  # the top of a request's task: logged here, and nowhere else
+        except Exception:  # the top of a request's task: logged only here
             log.exception(Log.INTERNAL_ERROR, method=scope["method"], path=scope["path"])
             if not status:
                 answer = problem_response(TidegateError("an internal error; it has been logged"))
@@ -491,13 +492,14 @@ class AccessLog:
                 **({"trace_id": scope[TRACE_IN_SCOPE]} if TRACE_IN_SCOPE in scope else {}),
                 **who(scope.get(CALLER_IN_SCOPE)),
             }
-            # After the answers that are ready to go out: in a burst they would wait for the lines.
+            # After the answers that are ready to be sent: in a burst they would wait for the log
+            # lines.
             asyncio.get_running_loop().call_soon(say_done, fields)
 
 
 def _here(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
-    """A slash too much is redirected to a whole URL: of http, where a proxy before us ends TLS, so
-    that a key would be sent in the clear. The path alone leads to the same place."""
+    """Return a Location with the path only. The redirect of a superfluous slash names a whole URL,
+    with http if a proxy in front of us terminates TLS, to which a key would be sent unencrypted."""
     name, value = header
     if name != b"location":
         return header
@@ -507,7 +509,7 @@ def _here(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
 
 
 def say_done(fields: dict[str, Any]) -> None:
-    """The line of a request that has been answered."""
+    """Log a request that has been answered."""
     if fields["path"].startswith(_ROUTINE):
         log.debug(Log.REQUEST_DONE, **fields)
     else:
@@ -515,7 +517,7 @@ def say_done(fields: dict[str, Any]) -> None:
 
 
 def who(caller: Caller | None) -> dict[str, str]:
-    """The tenant, and the key by its prefix, where a request named one."""
+    """Return the tenant, and the prefix of the key, if a request named one."""
     if caller is None or caller is ANYBODY:
         return {}
     key = {} if caller.key_id is None else {"key_id": caller.key_id}
@@ -523,7 +525,7 @@ def who(caller: Caller | None) -> dict[str, str]:
 
 
 def note_refused(scope: Scope, source: Source, error: TidegateError) -> None:
-    """Of a request to `/submit` or `/stream`."""
+    """Report a rejected request to `/submit` or `/stream` to the listeners."""
     caller: Caller = scope.get(CALLER_IN_SCOPE, ANYBODY)
     now = datetime.now(UTC)
     record = CallRecord(source, caller.tenant_id, now, streamed=source == "stream")

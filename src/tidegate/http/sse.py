@@ -1,7 +1,7 @@
 """Server-sent events: their wire format, and a writer that a stalled client cannot block.
 
-Server-sent events (`delta`, `image`, `usage`, `done`, `error`), or plain text for clients that
-ask for `text/plain`.
+Events are `delta`, `image`, `usage`, `done` and `error`; clients that request `text/plain` get
+plain text instead.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class ClientStalled(Exception):
 
 
 class EventWriter:
-    """Writes one stream to one client. `started` is true once the response's head is sent.
+    """Writes a stream to a client. `started` is true once the response's head is sent.
 
-    A write that takes longer than `stalled_ms` raises ClientStalled. To a client that has left,
-    writes do nothing.
+    A write that takes longer than `stalled_ms` raises ClientStalled. After the client has
+    disconnected, writes do nothing.
     """
 
     def __init__(self, send: Send, *, plain_text: bool, stalled_ms: int) -> None:
@@ -63,37 +63,38 @@ class EventWriter:
         await self._emit("usage", data, "")
 
     async def done(self, data: Mapping[str, Any]) -> None:
-        """The last event of a stream that succeeded; ends the response."""
+        """Send the last event of a successful stream, and end the response."""
         await self._emit("done", data, "")
         await self._body(b"", more=False)
 
     async def error(self, error: TidegateError, request_id: str) -> None:
-        """The last event of a stream that failed; the caller ends the response.
+        """Send the last event of a failed stream; the caller ends the response.
 
-        Plain text has no way to mark an error but its words and a connection cut short.
+        In plain text only the message and the cut connection mark an error.
         """
         data = problem(error).model_dump(exclude_none=True) | {"request_id": request_id}
         await self._emit("error", data, f"\n\n[{error.code}: {error.message}]\n")
 
     async def status(self, event: str, data: bytes, event_id: str) -> None:
-        """An event of a request's life; a client that reconnects with its id gets later ones."""
+        """Send an event of a request's life cycle; a client that reconnects with its id gets later
+        ones."""
         named = b"id: %b\nevent: %b\n" % (event_id.encode(), event.encode())
         await self._body(b"%bdata: %b\n\n" % (named, data), more=True)
 
     async def come_back(self, after_ms: int) -> None:
-        """How long the client should wait before it comes back, once the connection is gone."""
+        """Send how long the client should wait before it reconnects."""
         await self._body(b"retry: %d\n\n" % after_ms, more=True)
 
     async def keep_alive(self) -> None:
-        """A comment, for proxies that cut what is silent."""
+        """Send a comment, for proxies that close silent connections."""
         await self._body(b": keep-alive\n\n", more=True)
 
     async def comment(self, text: bytes) -> None:
-        """A whole comment, which clients pass over unless they look for it."""
+        """Send a comment, which clients ignore unless they look for it."""
         await self._body(text, more=True)
 
     async def encoded(self, events: bytes) -> None:
-        """Events that are encoded already, for many who get the same."""
+        """Send events that are encoded already, for several clients that get the same."""
         await self._body(events, more=True)
 
     async def end(self) -> None:
@@ -122,28 +123,28 @@ def _json(data: Mapping[str, Any]) -> bytes:
     try:
         return orjson.dumps(data)
     except TypeError:
-        # Half of a surrogate pair from the provider, which UTF-8 cannot hold.
+        # Half of a surrogate pair from the provider, which UTF-8 cannot represent.
         return json.dumps(data).encode()
 
 
 async def disconnected(receive: Receive) -> None:
-    """Return when the client's connection is closed. The request's body must have been read."""
+    """Return when the client has disconnected. The request's body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def abort(scope: Scope) -> None:
-    """Cut the client's connection immediately, if the server offers that."""
+    """Cut the client's connection immediately, if the server supports that."""
     offered = scope.get("extensions", {}).get(ABORT_EXTENSION)
     if offered is not None:
         offered["call"]()
 
 
 class Presence:
-    """Cancels a task when its client's connection is lost; `gone` is true then.
+    """Cancels a task when its client disconnects; `gone` is then true.
 
-    The request's body must have been read. A server that can tell costs nothing until it does; with
-    any other a task listens for it. `end` it when the answer is out.
+    The request's body must have been read. With a server that notifies of a disconnect this costs
+    nothing until then; with any other a task listens for it. Call `end` when the answer is sent.
     """
 
     __slots__ = ("_listening", "_over", "_task", "gone")
@@ -168,7 +169,7 @@ class Presence:
             self._task.cancel("the client has gone")
 
     async def end(self) -> None:
-        """Nothing is cancelled from now on; a cancellation that was still to come is taken."""
+        """Stop: nothing is cancelled from now on, and a pending cancellation is absorbed."""
         self._over = True
         if self._listening is not None:
             self._listening.cancel()

@@ -1,8 +1,9 @@
 """Route `POST /stream`: one request, answered while the client waits.
 
-The response's head goes out after admission, so that a refusal is a real 503 or 504. The call runs
-in a task of its own. Invariant: however a stream ends, its upstream call is closed and its permit
-on its way back first; then it is recorded, once; then the client, if it is connected, is answered.
+The response's head is sent after admission, so that a refusal is a real 503 or 504. The call runs
+in a task of its own. Invariant: however a stream ends, first its upstream call is closed and the
+release of its permit is on its way; then it is recorded, once; then the client, if connected, is
+answered.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ async def stream(request: Request) -> Response:
             show_wait=shows_wait(request.headers.get(SHOW_WAIT_HEADER, "0")),
         )
         await answer.check_models()
-    except BaseException:  # cancellation too: the places that it holds are returned
+    except BaseException:  # cancellation too: the resources that it holds are released
         opening.close()
         hold.release()
         raise
@@ -128,7 +129,7 @@ async def stream(request: Request) -> Response:
 
 @dataclass(frozen=True, slots=True)
 class _StreamEnd:
-    """How a stream ended. `error` is what a connected client receives."""
+    """How a stream ended. `error` is sent to a connected client."""
 
     status: Status
     failure: Failure | None = None
@@ -146,8 +147,8 @@ def _failed(error: TidegateError) -> _StreamEnd:
 
 
 class StreamedAnswer(Response):
-    """The response whose sending is the work itself. At its end it closes its `opening`, and gives
-    back its `hold`."""
+    """A response that makes the call while it is sent. At its end it closes its `opening` and
+    releases its `hold`."""
 
     def __init__(
         self,
@@ -201,8 +202,9 @@ class StreamedAnswer(Response):
         self._record.lineage = Lineage.of(submission.conversation, self._record.trail)
 
     async def check_models(self) -> None:
-        """Raises Forbidden for a model that the caller may not ask, InvalidRequest for one of
-        which no upstream can take the prompt, UpstreamMissing for one out of reach here."""
+        """Raise Forbidden for a model that the caller may not use, InvalidRequest for a model of
+        which no upstream accepts the prompt, UpstreamMissing for a model that this process cannot
+        reach."""
         try:
             config = self._services.config
             model = self._submission.model
@@ -214,7 +216,7 @@ class StreamedAnswer(Response):
             raise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Work until the end, or until the client has gone."""
+        """Make the call and send its answer, until its end or until the client disconnects."""
         task = asyncio.current_task()
         assert task is not None
         if self._record.trail is not None:
@@ -229,14 +231,14 @@ class StreamedAnswer(Response):
             end = await self._run(writer, gone, task)
             if shown is not None:
                 shown.cancel()
-            # Shielded, as the record must be kept though this process is stopping.
+            # Shielded: the record must be written even while the process is stopping.
             record = asyncio.create_task(self._store_record(end))
             self._services.streams.add(record)
             record.add_done_callback(self._services.streams.discard)
             await asyncio.shield(record)
             if await self._tell(end, writer, scope, receive, send):
                 abort(scope)
-                # Until the server has seen it too, or it would complain of an unfinished answer.
+                # Until the server has noticed too; otherwise it would log an unfinished answer.
                 await asyncio.wait({gone}, timeout=_ABORTED_WITHIN_S)
         finally:
             gone.cancel()
@@ -248,8 +250,9 @@ class StreamedAnswer(Response):
             self._hold.release()
 
     async def _wait_shown(self, writer: EventWriter) -> None:
-        """Comments on its place while it waits. From the first one on the answer is a 200."""
-        with suppress(ClientStalled):  # the answer finds out too, and ends with it
+        """Send comments on the place in the queue while it waits. From the first one on the status
+        is 200."""
+        with suppress(ClientStalled):  # the answer fails in the same way, and ends with it
             while True:
                 await asyncio.sleep(SHOW_WAIT_EVERY_S)
                 waited_ms = (time.monotonic() - self._received) * 1000
@@ -263,13 +266,13 @@ class StreamedAnswer(Response):
     async def _run(
         self, writer: EventWriter, gone: asyncio.Task[None], task: asyncio.Task[object]
     ) -> _StreamEnd:
-        """Make the call; returns when it is over, closed, and its permit released. Where the
-        upstream goes on when its client leaves, that is later."""
+        """Make the call and return how it ended, once it is closed and its permit released. If the
+        upstream continues after its client has disconnected, that is later."""
         work = asyncio.create_task(self._answer(writer))
         stopping = False
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:  # the server's grace is over; the client is to be notified
+        except asyncio.CancelledError:  # the grace period is over: notify the client
             stopping = True
             task.uncancel()
         finally:
@@ -279,7 +282,7 @@ class StreamedAnswer(Response):
                 work.cancel()
                 try:
                     await asyncio.wait({work})
-                except asyncio.CancelledError:  # the server's grace is over now
+                except asyncio.CancelledError:  # the server's grace period is over now
                     task.uncancel()
         error = None if work.cancelled() else work.exception()
         if stopping and (cut or error):
@@ -308,7 +311,7 @@ class StreamedAnswer(Response):
             (DEFAULT_POOL, ()),
         )
         if kind is Kind.IMAGE_GENERATION and self._services.blobs.away:
-            await self._services.blobs.ping()  # a picture with nowhere to go is not asked for
+            await self._services.blobs.ping()  # a picture that cannot be stored is not requested
         media = await self._media(kind)
         call = Call(
             request_id=self._request_id,
@@ -344,7 +347,7 @@ class StreamedAnswer(Response):
         await prompts.run(call, terms, self._record, sink, admitted)
 
     def _left_ms(self) -> int:
-        """Until the deadline, which is for admission; negative when it has passed."""
+        """Return the time left until the deadline of the admission; negative when it has passed."""
         wait_ms = self._submission.deadline_ms or self._services.config.stream_wait_ms
         return round(wait_ms - (time.monotonic() - self._received) * 1000)
 
@@ -417,7 +420,8 @@ class StreamedAnswer(Response):
     async def _tell(
         self, end: _StreamEnd, writer: EventWriter, scope: Scope, receive: Receive, send: Send
     ) -> bool:
-        """The last words to a client that is still there; true if it is to be cut off."""
+        """Send the end of the answer to a client that is still connected. Return True if the
+        connection is to be cut."""
         request_id = str(self._request_id)
         try:
             if end.error is not None and not writer.started:
@@ -435,9 +439,10 @@ class StreamedAnswer(Response):
         return end is _CLIENT_STALLED
 
     async def _until_recorded(self) -> None:
-        """Wait, though not for long, until `/status` and `/files` find what `done` speaks of.
+        """Wait, for a short time, until `/status` and `/files` find what `done` refers to.
 
-        The record is written behind, in batches; while PostgreSQL is away it comes later.
+        The record is written asynchronously, in batches; while PostgreSQL is unavailable it comes
+        later.
         """
         store, pause_s = self._services.store, _FIRST_LOOK_S
         try:

@@ -1,10 +1,10 @@
 """Submission: the checked fields and files of a request, from JSON, form or multipart.
 
-A job can wrap a native call (`endpoint` and `body`) that could be relayed immediately.
+A job can wrap a native call (`endpoint` and `body`) that could also be relayed immediately.
 
-Invariants: all or nothing: after an error or a cancellation neither a temporary file nor a blob
-is left; at most a small slice of a body is in memory beyond its texts; what passes can be stored
-in PostgreSQL (no NUL, no lone surrogates) and put in a provider's URL.
+Invariants: after an error or a cancellation neither a temporary file nor a blob remains; at most a
+small slice of a body is in memory besides its texts; accepted values can be stored in PostgreSQL
+(no NUL, no lone surrogates) and used in a provider's URL.
 """
 
 from __future__ import annotations
@@ -61,15 +61,15 @@ MAX_TAG_CHARS = 200
 T = TypeVar("T")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-_LISTS = ("tiers",)  # in a form with commas between their values
+_LISTS = ("tiers",)  # in a form: values separated by commas
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A request as its caller wants it. `prompt` may be empty if there is a file or an `image_uri`.
+    """A checked request. `prompt` may be empty if there is a file or an `image_uri`.
 
     digests: SHA-256 of each attachment, if requested. endpoint: of a native call; `prompt` is then
-    its body, as JSON. tiers: those allowed beside the usual one; None where nothing was said.
+    its body, as JSON. tiers: those allowed besides the usual one; None if unspecified.
     """
 
     prompt: str = ""
@@ -88,7 +88,7 @@ class Submission:
 
 
 def ask_of(submission: Submission, caller: Caller) -> Ask:
-    """The prompt of a submission, as its classification and its call need it."""
+    """Return the prompt of a submission in the form that its classification and its call need."""
     return Ask(
         prompt=submission.prompt,
         attachments=submission.attachments,
@@ -104,7 +104,8 @@ def read_fields(
     *,
     is_allowed: Callable[[Address], bool] = is_public,
 ) -> Submission:
-    """Check `values` by name. None counts as absent. Raises InvalidRequest naming the field."""
+    """Check `values` by name and return the submission. None counts as absent. Raises
+    InvalidRequest naming the field."""
     for name in values:
         check_known(name)
     given = {name: value for name, value in values.items() if value is not None}
@@ -129,8 +130,8 @@ def _optional(given: Mapping[str, Any], name: str, check: Callable[[Any], T]) ->
 
 
 def from_form(pairs: Mapping[str, str]) -> dict[str, Any]:
-    """A form's texts as the values that JSON would have: numbers and lists read, empty ones left
-    out."""
+    """Convert a form's texts to the values of JSON: numbers and lists are parsed, empty texts
+    dropped."""
     values: dict[str, Any] = {}
     for name, text in pairs.items():
         if name in PROMPT_FIELDS:
@@ -146,7 +147,7 @@ def from_form(pairs: Mapping[str, str]) -> dict[str, Any]:
 
 
 def check_known(name: str) -> None:
-    """Refuse a field that we do not know, by name."""
+    """Raise InvalidRequest for an unknown field."""
     if name in FIELDS:
         return
     shown = name if name.isprintable() and len(name) <= 64 else ascii(name[:64])
@@ -161,7 +162,7 @@ def check_known(name: str) -> None:
 
 
 def field_too_long(field: str, limit: int) -> PayloadTooLarge:
-    """The prompt in `field` is over its limit."""
+    """Return the error for a prompt in `field` that is over its limit."""
     return PayloadTooLarge(
         field,
         f"{field!r} is longer than {limit} characters",
@@ -252,7 +253,8 @@ def _tag(name: str, value: Any) -> str:
 
 
 def _tiers(value: Any) -> tuple[Tier, ...]:
-    """Those beside the usual one, which is always allowed, in their order from fast to slow."""
+    """Return the tiers besides the usual one, which is always allowed, in order from fast to
+    slow."""
     allowed = f"a list of {', '.join(Tier)}, such as {json.dumps([*Tier])}"
     if not isinstance(value, list) or not value:
         raise InvalidRequest("tiers", "'tiers' must be a list of processing tiers", allowed=allowed)
@@ -273,7 +275,7 @@ MAX_VALUE_BYTES = 8192
 
 @dataclass(slots=True)
 class Upload:
-    """One file of a form: `spool` holds its bytes."""
+    """A file of a form: `spool` holds its bytes."""
 
     name: str
     spool: Spool
@@ -290,7 +292,7 @@ class Form:
 
     @property
     def held_bytes(self) -> int:
-        """What of it is in memory."""
+        """Return how many bytes are in memory."""
         texts = sum(map(len, self.values.values()))
         return texts + sum(upload.spool.held_bytes for upload in self.uploads)
 
@@ -300,7 +302,7 @@ class Form:
 
 
 class FormReader:
-    """Takes the parts of one body into a `Form` that the caller closes, whatever happens."""
+    """Reads the parts of a body into a `Form` that the caller closes in any case."""
 
     def __init__(self, config: Config, form: Form, hold: BodyBudget | None) -> None:
         self._config = config
@@ -312,8 +314,8 @@ class FormReader:
         self._upload: Upload | None = None
 
     async def take(self, part: Part) -> None:
-        """Fill the form, and count in `hold` what of it is in memory. Raises InvalidRequest and its
-        kin at the first thing wrong, and QueueFull."""
+        """Add a part to the form, and count its bytes in memory in `hold`. Raises InvalidRequest or
+        a related error at the first fault, and QueueFull."""
         if isinstance(part, PartHead):
             self._begin(part)
         elif part is None:
@@ -356,7 +358,7 @@ class FormReader:
         check = TypeCheck(name or "file", declared, field=field)
         self._upload = Upload(name, Spool(self._config.data_dir / "tmp"), check)
         self._form.uploads.append(self._upload)
-        # A browser sends a nameless, empty part for a file that was not chosen.
+        # A browser sends a nameless, empty part for a file input without a file.
         if name and len(self._form.uploads) > self._config.max_files:
             raise self._too_many_files()
 
@@ -426,13 +428,13 @@ async def read_submission(
     digests: bool = False,
     hold: BodyBudget | None = None,
 ) -> Submission:
-    """Read, check and keep one request; what of it is in memory counts in `hold`, which the caller
-    releases.
+    """Read, check and store the content of a request; its bytes in memory count in `hold`, which
+    the caller releases.
 
-    `as_job`: it may have a webhook, and its JSON may wrap a native call. `digests`: take those of
-    its files.
+    `as_job`: it may have a webhook, and its JSON may wrap a native call. `digests`: compute those
+    of its files.
 
-    The files of the Submission are in `blobs`; a caller that does not go on to record it deletes
+    The files of the Submission are in `blobs`; a caller that does not record the submission deletes
     them. Raises InvalidRequest, PayloadTooLarge, UnsupportedMedia, FetchRefused, RequestTimeout,
     StoreUnavailable, QueueFull, or starlette's ClientDisconnect. A cancelled read leaves nothing
     behind.
@@ -489,19 +491,20 @@ async def _text_body(
 async def _from_large_json(
     raw: bytes, config: Config, is_allowed: Callable[[Address], bool], hold: BodyBudget
 ) -> Submission:
-    """Runs `_from_json` in a thread, one at a time: the values take several times its size."""
+    """Run `_from_json` in a thread, one at a time: the values take several times the size of the
+    JSON."""
     async with hold.turn:
         read = partial(_from_json, raw, config, is_allowed, wraps=True)
         submission = await asyncio.to_thread(read)
     if submission.endpoint is not None:
-        hold.reach(len(submission.prompt))  # what is held from here on
+        hold.reach(len(submission.prompt))  # from here on only the prompt is in memory
     return submission
 
 
 def _from_json(
     raw: bytes, config: Config, is_allowed: Callable[[Address], bool], *, wraps: bool
 ) -> Submission:
-    """A prompt, or, if `wraps`, the native call that the JSON names."""
+    """Return a prompt, or, if `wraps`, the native call that the JSON contains."""
     if wraps:
         check_parts(raw)
     values = _parse_json(raw)
@@ -544,7 +547,8 @@ def _encoding_of(content_type: str | None) -> str:
 
 
 def _text_body_bytes(config: Config) -> int:
-    """The longest body that can hold a prompt within its limit: \\ud83d\\ude00 is 12 for one."""
+    """Return the size of the longest body for a prompt within its limit: an escaped pair such as
+    \\ud83d\\ude00 takes 12 bytes for one character."""
     return min(config.max_body_bytes, config.max_prompt_chars * 12 + 65_536)
 
 
@@ -569,7 +573,7 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise InvalidRequest("body", "the JSON is nested too deeply") from None
     except ValueError as unfit:
-        # Python refuses to read numbers of more than 4300 digits.
+        # Python rejects numbers of more than 4300 digits.
         raise InvalidRequest("body", "invalid JSON: a number is too long") from unfit
     if not isinstance(value, dict):
         raise InvalidRequest("body", "the JSON must be an object", allowed='{"data": "..."}')
@@ -620,14 +624,14 @@ def _parse_pairs(raw: bytes) -> dict[str, str]:
 
 
 async def discard(submission: Submission | NewJob, blobs: Blobs) -> None:
-    """Delete the files of what will not be recorded. Not cut off by cancellation."""
+    """Delete the files of a submission that is not recorded, also if cancelled meanwhile."""
     keys = [attachment.blob_key for attachment in submission.attachments]
     if keys:
         await _to_the_end(blobs.delete(keys))
 
 
 async def _keep(uploads: list[Upload], blobs: Blobs) -> tuple[Attachment, ...]:
-    """Put every upload into the blob store, or none."""
+    """Put all uploads into the blob store, or none."""
     now = datetime.now(UTC)
     kept: list[Attachment] = []
     try:
@@ -640,9 +644,9 @@ async def _keep(uploads: list[Upload], blobs: Blobs) -> tuple[Attachment, ...]:
                 blob_key=new_key(now),
             )
             kept.append(attachment)
-            # A put that is cut off may still land: let it end, so that deleting comes after it.
+            # A cancelled put may still succeed: wait for it, so that the deletion comes after it.
             await _to_the_end(_put(attachment.blob_key, upload, blobs))
-    except BaseException as failed:  # cancellation too: no blob may stay without a request
+    except BaseException as failed:  # cancellation too: no blob may remain without a request
         try:
             await _to_the_end(blobs.delete([attachment.blob_key for attachment in kept]))
         except StoreUnavailable as left:
@@ -659,12 +663,12 @@ async def _put(key: str, upload: Upload, blobs: Blobs) -> None:
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
-    """Run `work` to its end though we are cancelled meanwhile, then pass the cancellation on."""
+    """Run `work` to its end even if cancelled meanwhile, then raise the cancellation."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        # A scope of anyio, such as starlette's, cancels again and again: hence the shield.
+        # A scope of anyio, such as starlette's, cancels repeatedly: hence the shield.
         with anyio.move_on_after(CLEAN_UP_S, shield=True):
             await asyncio.wait([task])
         if task.done() and not task.cancelled() and (failed := task.exception()):
@@ -679,7 +683,7 @@ _BESIDE = ("priority", "deadline_ms", "webhook_url", "subject", "conversation", 
 
 
 def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
-    """A native call as a job. Raises InvalidRequest."""
+    """Return the submission of a native call as a job. Raises InvalidRequest."""
     for name in values:
         if name not in (ENDPOINT, WRAPPED_BODY, *_BESIDE):
             raise InvalidRequest(
@@ -693,14 +697,14 @@ def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
         raise InvalidRequest(WRAPPED_BODY, "'body' must be an object", allowed=allowed)
     asked = wrapped_facts(endpoint_named(path), body)
     submission = read_fields({name: values.get(name) for name in _BESIDE}, config)
-    if names_tier(body):  # its own word counts, also against what its tenant allows
+    if names_tier(body):  # it takes precedence, also over the tenant's tiers
         if submission.tiers:
             why = "'tiers' does not go together with a processing tier in 'body'"
             raise InvalidRequest("tiers", why, allowed="'tiers', or service_tier in 'body'")
         submission = replace(submission, tiers=())
-    # Only ASCII: whatever a text holds, PostgreSQL can hold it.
+    # Only ASCII, so that PostgreSQL can store any text.
     prompt = json.dumps(body, separators=(",", ":"))
-    parsed(prompt.encode())  # as its worker will: Python reads more than JSON allows
+    parsed(prompt.encode())  # as the worker parses it: Python accepts more than JSON allows
     return replace(
         submission,
         prompt=prompt,
@@ -711,16 +715,16 @@ def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
 
 
 async def body_apart(job: NewJob, blobs: Blobs) -> NewJob:
-    """The job as it is stored: a large body of a call becomes its one file, and `prompt` the head
-    of it. Raises StoreUnavailable; what a failure leaves behind goes with the other orphans."""
+    """Return the job as it is stored: a large body of a call becomes its only file, and `prompt`
+    the body's beginning. Raises StoreUnavailable; the file is then removed with other orphans."""
     if job.endpoint is None or len(job.prompt) <= MOST_IN_ROW_BYTES:
         return job
     now = datetime.now(UTC)
     data = await aside(len(job.prompt), job.prompt.encode)
     kept = Attachment(new_id(), "body.json", "application/json", len(data), new_key(now))
     await blobs.put(kept.blob_key, data)
-    # What a person is shown. It must be no JSON: a worker of a version that knows of no such files
-    # takes it for the body, and is to fail over it instead of asking for something else.
+    # For display only. It must not be valid JSON: a worker of a version without such files takes it
+    # for the body, and has to fail instead of making another call.
     return replace(job, prompt=job.prompt[:_HEAD_CHARS], attachments=(kept,))
 
 

@@ -1,12 +1,12 @@
 """HTTP/1.1 protocol on uvicorn with bounds on what one connection may cost.
 
 Bounded are size, number and duration of request heads, chunk overhead, pipelined requests and
-clients that do not read. A refused body is neither read nor reset: the response goes out and the
+clients that do not read. A rejected body is neither read nor reset: the response is sent and the
 connection closes a little later. The relay's requests and answers bypass uvicorn's `receive` and
 `send`. Guarded by `tests/integration/http_input/test_uvicorn_internals.py`.
 
 Invariants: no connection stays open without progress beyond its timers; a head that two servers
-could read differently (RFC 9112) is refused.
+could read differently (RFC 9112) is rejected.
 """
 
 from __future__ import annotations
@@ -45,17 +45,18 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Direct:
-    """Of one request. Use it for the whole of an answer, or not at all."""
+    """Direct access to the connection of a request, past `receive` and `send`. Use it for a whole
+    answer, or not at all."""
 
     __slots__ = ("_cycle", "_flow", "_left_bytes")
 
     def __init__(self, cycle: RequestResponseCycle, flow: FlowControl) -> None:
         self._cycle = cycle
         self._flow = flow
-        self._left_bytes: int | None = None  # of the length that the head has told
+        self._left_bytes: int | None = None  # of the length that the head has announced
 
     def take_body(self) -> bytes | None:
-        """The request's body where all of it is there; None where it must be received."""
+        """Return the request's body if it is complete; None if it must be received."""
         cycle = self._cycle
         if cycle.more_body or cycle.disconnected or cycle.waiting_for_100_continue:
             return None
@@ -65,7 +66,7 @@ class Direct:
         return body
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        """All of an answer; a length among the headers is replaced by its own."""
+        """Send a whole answer; a length among the headers is replaced by the real one."""
         if self._must_look and await self._is_lost():
             return
         kept = [pair for pair in headers if pair[0] != b"content-length"]
@@ -77,7 +78,7 @@ class Direct:
         self._end()
 
     async def head(self, status: int, headers: Headers) -> None:
-        """The head of an answer that comes piece by piece."""
+        """Send the head of an answer in pieces."""
         if self._must_look and await self._is_lost():
             return
         length = next((value for name, value in headers if name == b"content-length"), None)
@@ -90,7 +91,8 @@ class Direct:
         self._cycle.transport.write(self._head_of(status, headers))
 
     async def piece(self, piece: bytes, more: bool) -> None:
-        """A part of the body. Raises ValueError if it is not as long as announced."""
+        """Send a piece of the body. Raises ValueError if the body does not have the announced
+        length."""
         if (self._flow.write_paused or self._cycle.disconnected) and await self._is_lost():
             return
         if self._left_bytes is None:
@@ -112,7 +114,7 @@ class Direct:
         return self._flow.write_paused or self._cycle.disconnected
 
     async def _is_lost(self) -> bool:
-        """Wait until the client takes more. True once it is gone."""
+        """Wait until the client reads again. Return True if it has disconnected."""
         if self._flow.write_paused and not self._cycle.disconnected:
             await self._flow.drain()
         return self._cycle.disconnected
@@ -138,7 +140,7 @@ class Direct:
 
 
 class Upgrade:
-    """Of one request that offers another protocol: hands its connection to that one."""
+    """Passes the connection of a request that offers another protocol to that protocol."""
 
     __slots__ = ("_cycle", "_switch")
 
@@ -151,35 +153,36 @@ class Upgrade:
         self._cycle = cycle
 
     def to(self, protocol: asyncio.Protocol) -> None:
-        """The connection is `protocol`'s from now on, which has to write the answer. It has a
-        method `shutdown`, which is called when the process stops, and removes itself from
-        `connections`, which is set, when it is lost."""
+        """Switch the connection to `protocol`, which has to send the answer. Its method `shutdown`
+        is called when the process stops; it must remove itself from `connections`, which is set
+        here, when the connection is lost."""
         self._switch(self._cycle, protocol)
 
 
-# Status, code and words of a refusal.
+# Status, code and text of a refusal.
 Refusal = tuple[int, str, str]
 
-# RFC 9110, section 7.2: a host and a port, with nothing about the user. An empty one is a host.
+# RFC 9110, section 7.2: a host and a port, without a user. An empty host is valid.
 _HOST = re.compile(
     rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2}){0,255})(?::\d{0,5})?"
 )
 _BAD = "bad_request"
 _END = b"\r\n"
-# Values that were found to be hosts: nearly all clients name the same few.
+# Values that were found valid: nearly all clients send the same few.
 _HOSTS: set[bytes] = set()
 _MOST_HOSTS = 200
 
 
-# The word of a Connection header by which a client offers another protocol.
+# The option of a Connection header by which a client offers another protocol.
 _OFFER = re.compile(rb"(\r\nconnection:[^\r\n]{0,200}?)upgrade\b", re.IGNORECASE)
 _HEAD_END = b"\r\n\r\n"
 
 
 def without_offer(piece: bytes) -> bytes:
-    """The next bytes of a head, and perhaps what follows it, without the offer of another protocol:
-    RFC 9110, section 7.8, lets a server pass over it, and the parser would read no body behind one.
-    As long as it was. The JDK's client makes one of each request on plain HTTP."""
+    """Return the next bytes of a connection with the offer of another protocol in a head
+    disabled, at the same length. RFC 9110, section 7.8, allows a server to ignore the offer, and
+    the parser would read no body after one. The JDK's client sends an offer with each request on
+    plain HTTP."""
     end = piece.find(_HEAD_END)
     head = piece if end < 0 else piece[:end]
     return _OFFER.sub(rb"\1xpgrade", head) + piece[len(head) :]
@@ -190,12 +193,12 @@ _LONGEST_OFFER_BYTES = 256
 
 
 def before_offer(piece: bytes) -> int:
-    """How many bytes of a head may be parsed before more of it comes: those before a Connection
-    header that is not whole, since that can still become the offer of another protocol."""
+    """Return how many bytes of a head may be parsed before more arrive: those before an incomplete
+    Connection header, which can still become the offer of another protocol."""
     if _HEAD_END in piece:
         return len(piece)
     if piece.endswith(b"\r"):
-        return len(piece) - (not piece.endswith(b"\r\n\r"))  # that may be the head's end
+        return len(piece) - (not piece.endswith(b"\r\n\r"))  # the last one may end the head
     start = piece.rfind(b"\r\n")
     line = piece[start:].lower()
     begins = line.startswith(_CONNECTION) or _CONNECTION.startswith(line)
@@ -203,37 +206,38 @@ def before_offer(piece: bytes) -> int:
 
 
 class RequestLine:
-    """The request line as it came, of which the parser returns only the parts."""
+    """The request line as received, of which the parser returns only the parts."""
 
     __slots__ = ("_is_known", "_is_second", "_kept", "_piece", "_seen")
 
     def __init__(self) -> None:
         self._kept = b""  # of a line that began in an earlier piece
         self._piece = b""
-        self._seen = 0  # how much of the piece lines before have used up
+        self._seen = 0  # how much of the piece earlier lines have used
         self._is_second = False  # another request ended in this piece
-        self._is_known = True  # where the line began
+        self._is_known = True  # the start of the line is known
 
     def take(self, piece: bytes) -> None:
-        """The next bytes of the connection, before the parser has them."""
+        """Set the next bytes of the connection, before they are parsed."""
         self._piece, self._seen, self._is_second = piece, 0, False
 
     def keep(self) -> None:
-        """The parser has had the piece, and the head that began in it, or before, goes on."""
+        """Keep the line after a piece was parsed, since its head continues in the next piece."""
         if self._is_known:
             self._kept = self._line()
 
     def begin(self) -> None:
-        """A request has begun in the present piece."""
+        """Note that a request has begun in the current piece."""
         self._is_known = not self._is_second
 
     def end_message(self) -> None:
-        """A request has ended in the present piece: the next may begin anywhere in it."""
+        """Note that a request has ended in the current piece: the next may begin anywhere in it."""
         self._is_second = True
 
     def is_as(self, expected: bytes) -> bool:
-        """Whether it is as it would be written from its parts, once the head is there. Of one that
-        began behind another request only that much is known: that it comes later in the piece."""
+        """Return whether the line equals `expected`, the line composed of its parts, once the head
+        is complete. For a request that began after another one in the same piece, only check that
+        it occurs later in the piece."""
         piece = self._piece
         if self._is_known:
             self._seen = len(expected)
@@ -250,19 +254,20 @@ class RequestLine:
         return at >= 0
 
     def _line(self) -> bytes:
-        """All of it that has come up to the present piece's end."""
+        """Return the line as far as it has arrived by the end of the current piece."""
         line, piece = self._kept, self._piece
         if line.endswith(b"\n"):
             return line
         if not line:
-            piece = piece.lstrip(b"\r\n")  # as by the parser: RFC 9112, section 2.2
+            piece = piece.lstrip(b"\r\n")  # as the parser does: RFC 9112, section 2.2
         return line + piece[: piece.find(b"\n") + 1 or len(piece)]
 
 
 def refusal_of_head(
     version: str, headers: Iterable[tuple[bytes, bytes]], line_is_plain: bool
 ) -> Refusal | None:
-    """None for a head that is as it should be. Names of headers are in lower case."""
+    """Return the refusal of an invalid head; None for a valid one. Header names are in lower
+    case."""
     if version not in ("1.1", "1.0"):
         if version == "0.9":
             return 400, _BAD, "the request line names no version of HTTP"
@@ -287,7 +292,7 @@ def refusal_of_head(
 
 
 def as_answer(refusal: Refusal, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The answer that tells it, without its first line; `headers` are the server's own."""
+    """Return the answer of a refusal without its status line; `headers` are the server's own."""
     status, code, detail = refusal
     body = orjson.dumps(
         {
@@ -316,8 +321,8 @@ def _is_host(value: bytes) -> bool:
 
 
 def _refusal_of_coding(version: str, coding: bytes) -> Refusal | None:
-    """RFC 9112, sections 6.1 and 6.3. Several headers are several calls: the parser refuses what
-    comes after `chunked`, and all that comes before it is refused here."""
+    """Check Transfer-Encoding by RFC 9112, sections 6.1 and 6.3. Several headers are several calls:
+    the parser rejects codings after `chunked`, and this function all codings before it."""
     if version == "1.0":
         return 400, _BAD, "HTTP/1.0 has no Transfer-Encoding"
     if coding == b"chunked":
@@ -331,12 +336,12 @@ if sys.platform == "linux":
     from fcntl import ioctl
     from termios import TIOCOUTQ
 
-# A slow client's error on the record should be the one that the route raises: it comes first.
+# After the route's own timer, whose error for a slow client is the one to be recorded.
 _AFTER_THE_ROUTE_S = 5.0
 
 
 def bounded(*, receive_timeout_ms: int, stalled_reader_ms: int) -> type[BoundedProtocol]:
-    """The protocol with timers from the settings of the same names."""
+    """Return the protocol with timers from the settings of the same names."""
     timers = {
         "HEAD_TIMEOUT_S": receive_timeout_ms / 1000,
         "STALLED_READER_S": stalled_reader_ms / 1000 + _AFTER_THE_ROUTE_S,
@@ -345,30 +350,29 @@ def bounded(*, receive_timeout_ms: int, stalled_reader_ms: int) -> type[BoundedP
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Give it to uvicorn as `http=`; see `bounded` for timers from the settings.
+    """The protocol; pass it to uvicorn as `http=`. See `bounded` for timers from the settings.
 
-    Its timer of an idle connection and its callback at a task's end are others than uvicorn's, as
-    each request pays for them: one timer is kept for as long as a connection lasts, and looks at
-    the clock. A task ends by `ended`.
+    Its idle timer and the end of its tasks replace uvicorn's, whose cost each request pays: one
+    timer is kept for the whole connection, and compares the time. A task ends by `ended`.
     """
 
     MAX_HEADERS = 100
     MAX_HEAD_BYTES = 64 * 1024
     MAX_PIPELINED = 16
-    HEAD_TIMEOUT_S = 15.0  # from the connection, or a request's first byte, to its head's end
-    STALLED_READER_S = 30.0  # a response is being written and the client reads nothing of it
-    CLOSING_S = 5.0  # the same when we are closing
-    LINGER_S = 2.0  # how long, and how much, an early response waits for the client to stop
+    HEAD_TIMEOUT_S = 15.0  # from the connection, or a request's first byte, to the end of its head
+    STALLED_READER_S = 30.0  # while a response is written, without the client reading any of it
+    CLOSING_S = 5.0  # the same while closing
+    LINGER_S = 2.0  # how long, and how many bytes, an early response waits for the client to stop
     LINGER_BYTES = 1024 * 1024
-    UNDER_WAY_S = 2.0  # at the end: how long a first request, or the rest of a head, may take
-    leaving = False  # of the class, so of all connections of a process
+    UNDER_WAY_S = 2.0  # at shutdown: time for a first request, or the rest of a head
+    leaving = False  # on the class: for all connections of a process
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self._in_head = True
         self._head_bytes = 0
         self._line = RequestLine()
-        self._overhead_bytes = 0  # of a body: what came in beside its content
+        self._overhead_bytes = 0  # of a body: bytes other than its content
         self._body_bytes = 0
         self._refusal: tuple[int, str, str] | None = None
         self._head_timer: asyncio.TimerHandle | None = None
@@ -387,7 +391,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # The connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        if not self.server_state.connections:  # nobody was there for whom the date was renewed
+        if not self.server_state.connections:  # without connections the date was not renewed
             date = formatdate(usegmt=True).encode()
             self.server_state.default_headers = [(b"date", date), *self.config.encoded_headers]
         super().connection_made(transport)
@@ -398,7 +402,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._arm_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._lingering = True  # nothing is to be begun any more
+        self._lingering = True  # no request begins from now on
         for timer in (self._head_timer, self._write_timer, self._linger_timer):
             if timer is not None:
                 timer.cancel()
@@ -408,15 +412,16 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         for tell in self._when_gone:
             tell()
-        self._extensions.clear()  # they hold us, and nothing else would free us immediately
+        self._extensions.clear()  # breaks a reference cycle, so that all is freed immediately
 
     def _abort(self) -> None:
         self._tell_the_answering()
         self.transport.abort()
 
     def _tell_the_answering(self) -> None:
-        """That nobody listens any more. uvicorn tells the newest request alone, which is another
-        one where several were pipelined: the first would go on without a client."""
+        """Notify the request that is being answered of the disconnect. uvicorn notifies only the
+        newest one, which is another one if several were pipelined: the first would continue without
+        a client."""
         cycle = self._answering
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
@@ -426,8 +431,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._lingering:
             self._lingered_bytes += len(data)
             if self._lingered_bytes > self.LINGER_BYTES and not self.transport.is_closing():
-                # Not cut: a reset could destroy the answer before a busy client has read it. One
-                # that finds no taker for its bytes looks up sooner.
+                # Not closed: a reset could destroy the answer before a busy client reads it. A
+                # client that cannot send more will read sooner.
                 self.transport.pause_reading()
             return
         if not self._in_head or self._head_bytes + len(data) < self.MAX_HEAD_BYTES:
@@ -435,7 +440,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._feed(data)
             return
         while data and not self._lingering and not self.transport.is_closing():
-            # In pieces: what is over a head's bound is never given to the parser.
+            # In pieces: bytes beyond the bound of a head never reach the parser.
             room = self.MAX_HEAD_BYTES - self._head_bytes if self._in_head else len(data)
             piece, data = data[:room], data[room:]
             self._feed(piece)
@@ -458,7 +463,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._line.take(piece)
         super().data_received(piece)
         if self._unparsed and not self._in_head:
-            rest, self._unparsed = self._unparsed, b""  # the body's
+            rest, self._unparsed = self._unparsed, b""  # part of the body
             self._feed(rest)
         if self._in_head and self._head_bytes:
             self._line.keep()
@@ -466,7 +471,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._overhead_bytes > self.MAX_HEAD_BYTES + 8 * self._body_bytes:
             self._refuse(400, "bad_request", "the request's chunks and trailers are too large")
 
-    # What the parser calls; an error raised here ends the connection by `send_400_response`
+    # Callbacks of the parser; an error raised here ends the connection by `send_400_response`
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -475,11 +480,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
-            return  # a trailer: nobody here asks for any, and it must not pass for a header
+            return  # a trailer: not requested, and not to be taken for a header
         if len(self.headers) >= self.MAX_HEADERS:
             self._refusal = (431, "too_many_headers", f"more than {self.MAX_HEADERS} headers")
             raise ValueError(self._refusal[2])
-        # As uvicorn does it: another call for each header would cost as much as all of this.
+        # As uvicorn does; calling it for each header would double the cost of this.
         name = name.lower()
         if name == b"expect" and value.lower() == b"100-continue":
             self.expect_100_continue = True
@@ -493,7 +498,7 @@ class BoundedProtocol(HttpToolsProtocol):
         expected = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version.encode())
         self._refusal = refusal_of_head(version, self.headers, self._line.is_as(expected))
         if self._refusal is None and self.parser.should_upgrade():
-            # The parser takes no body behind it, and what comes there for another request.
+            # The parser reads no body after it, and would take the next bytes for another request.
             self._refusal = (400, _BAD, "this offer of another protocol, or CONNECT, is not taken")
         if self._refusal is not None:
             raise ValueError(self._refusal[2])
@@ -504,7 +509,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refusal = (429, "too_many_pipelined", "too many pipelined requests")
             raise ValueError(self._refusal[2])
         if self.pipeline and len(self.pipeline) <= self.MAX_PIPELINED // 2:
-            # uvicorn reads no further; but it is by reading that a client is seen to leave.
+            # uvicorn stops reading; but only by reading is a disconnect detected.
             self.flow.resume_reading()
 
     def on_body(self, body: bytes) -> None:
@@ -521,7 +526,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # The answer
 
     def ended(self) -> None:
-        """The present task has made its answer, or has failed."""
+        """Mark the current task as finished, whether its answer succeeded or failed."""
         task = asyncio.current_task()
         if task is not None:
             self.tasks.discard(task)
@@ -554,8 +559,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self.tasks.add(task)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Says nothing: a request that offers another protocol is answered in this one, as RFC
-        9110, section 7.8 has it, and anybody may send any number of them."""
+        """Log nothing: a request that offers another protocol is answered in HTTP, by RFC 9110,
+        section 7.8, and any client may send any number of them."""
 
     def answering(self, cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:
         async def answer(
@@ -565,7 +570,7 @@ class BoundedProtocol(HttpToolsProtocol):
             scope["extensions"] = extensions = dict(self._extensions)
             if cycle.more_body:
                 send = self._saying_that_it_is_early(cycle, send)
-            else:  # the body is there as a whole: no answer can be early
+            else:  # the body is complete: no answer can be early
                 extensions[DIRECT_EXTENSION] = {"answer": Direct(cycle, self.flow)}
                 if self._offers_protocol and not self.pipeline:
                     extensions[UPGRADE_EXTENSION] = {"call": Upgrade(self._switch, cycle)}
@@ -574,8 +579,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 await app(scope, receive, send)
             finally:
                 self.ended()
-                self._when_gone.clear()  # answers of one connection are made one after another
-                extensions.clear()  # they hold what holds them: nothing else would free it now
+                self._when_gone.clear()  # answers of a connection are made one after another
+                extensions.clear()  # breaks a reference cycle, which would delay freeing
                 if not cycle.response_complete or self.transport.is_closing():
                     self.loop.call_soon(self._watch_closing)
 
@@ -591,7 +596,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 named = [pair for pair in message.get("headers", ()) if pair[0] != b"connection"]
                 message["headers"] = [*named, (b"connection", b"close")]
                 await send(message)
-                cycle.keep_alive = True  # else uvicorn would close, and so reset, immediately
+                cycle.keep_alive = True  # otherwise uvicorn would close, and so reset
             else:
                 await send(message)
 
@@ -615,7 +620,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._look_later(self.timeout_keep_alive)
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls when the parser fails; we call it for our own bounds too."""
+        """Send an error and close. uvicorn calls this when the parser fails; the bounds here call
+        it too."""
         status, code, detail = self._refusal or (400, "bad_request", msg)
         cycle = self.cycle
         mid_response = bool(self.pipeline) or (
@@ -639,7 +645,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.send_400_response(detail)
 
     def _switch(self, cycle: RequestResponseCycle, protocol: asyncio.Protocol) -> None:
-        """Leave the connection to another protocol; nothing here touches it from then on."""
+        """Switch the connection to another protocol; this object does not use it from then on."""
         self._lingering = True
         for timer in (self._head_timer, self._write_timer, self._linger_timer):
             if timer is not None:
@@ -673,18 +679,19 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._lingering or self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            # Half of the next request came in during a long answer, which is not to be cut.
+            # Half of the next request arrived during a long answer, which must not be cut.
             self._arm_head_timer()
         elif self._head_bytes:
             self._refuse(408, "request_timeout", "the request's head arrives too slowly")
         else:
-            # Browsers open connections in advance: an answer to nothing would confuse them.
+            # Browsers open connections in advance: an unrequested answer would confuse them.
             self.transport.close()
 
     def _linger(self) -> None:
-        """Say that we are done, and give the client time to read it before the connection ends.
+        """Half-close the connection, and wait before closing it so that the client can read the
+        answer.
 
-        Closing while its bytes come in would send a reset, which can destroy the answer.
+        Closing while the client sends would cause a reset, which can destroy the answer.
         """
         if self._lingering or self.transport.is_closing():
             return
@@ -712,14 +719,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._write_paused = False
 
     def leave(self) -> None:
-        """Let the answer that is being made be the last of its connection, where it can say so."""
+        """Make the current answer the last of its connection, if its head is not sent yet."""
         cycle = self.cycle
         if cycle is not None and not cycle.response_started and not self.pipeline:
             cycle.keep_alive = False
 
     def shutdown(self) -> None:
-        """End when nothing is under way: neither an answer, nor a request that began to come, nor
-        the first one of a client that has only just connected."""
+        """Close once nothing is in progress: no answer, no request that began to arrive, and no
+        first request of a client that has just connected."""
         type(self).leaving = True
         self.leave()
         if (self._head_bytes and self._in_head) or self.cycle is None:
@@ -741,7 +748,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._watch_writes(self.CLOSING_S)
 
     def _watch_writes(self, interval_s: float) -> None:
-        """Abort the connection if the client takes nothing for `interval_s`."""
+        """Abort the connection if the client reads nothing for `interval_s`."""
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
@@ -760,7 +767,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._watch_writes(interval_s)
 
     def _unread_bytes(self) -> int:
-        """What the client has yet to take, in our buffer and, where it says so, the kernel's."""
+        """Return the bytes that the client has not received: in our buffer and, if known, the
+        kernel's."""
         ours = self.transport.get_write_buffer_size()
         if sys.platform != "linux":
             return ours
@@ -771,19 +779,20 @@ class BoundedProtocol(HttpToolsProtocol):
         return ours + int.from_bytes(theirs, sys.byteorder)
 
 
-# Connections accepted in a round of the loop: few where other processes accept on the same socket,
-# or one of them would have most of what connects together.
+# Connections accepted in an iteration of the event loop: few if other processes accept on the same
+# socket; otherwise one process would get most of a burst.
 MOST_A_ROUND, MOST_OF_SHARED = 16, 4
 _NONE_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _AGAIN_S = 1.0
 
 
 class Acceptor:
-    """Accepts what connects to `listener`, as a server of the event loop does, until `close`; many
-    in one round of the loop.
+    """Accepts connections to `listener` until `close`, like a server of the event loop, but many in
+    one iteration.
 
-    libuv accepts one connection a round. Of 64 that a client opens together the last one waits for
-    64 rounds, and a round under load takes 20 ms. asyncio's own loops accept up to their backlog.
+    libuv accepts one connection per iteration. Of 64 that a client opens concurrently the last
+    waits for 64 iterations, and an iteration under load takes 20 ms. asyncio's own loops accept up
+    to their backlog.
     """
 
     def __init__(
@@ -831,11 +840,11 @@ class Acceptor:
             get_logger().error(Log.INTERNAL_ERROR, component="acceptor", error=repr(failed))
 
     def close(self) -> None:
-        """Accept no more; what was accepted stays."""
+        """Stop accepting; open connections stay open."""
         if self._again is not None:
             self._again.cancel()
         else:
             self._loop.remove_reader(self._listener)
 
     async def wait_closed(self) -> None:
-        """Nothing is left to wait for."""
+        """Return immediately: there is nothing to wait for."""

@@ -133,7 +133,7 @@ class UsageView(BaseModel):
     )
 
     def of_event(self) -> dict[str, int | str | None]:
-        """As an event shows it: tokens that are unknown as null, details only where known."""
+        """Return the fields of an event: unknown token counts as null, details only if known."""
         values: dict[str, int | str | None] = self.model_dump()
         return {
             name: value
@@ -286,7 +286,8 @@ class RequestPage(BaseModel):
 
 
 def accepted(request: NewJob | Earlier, prefix: str) -> Accepted:
-    """`prefix` is the path before `/submit` as the client called it: empty or `/llm`."""
+    """Return the answer to a submission. `prefix` is the path before `/submit` as the client called
+    it: empty or `/llm`."""
     return Accepted(
         request_id=str(request.request_id),
         status=request.status if isinstance(request, Earlier) else Status.QUEUED,
@@ -298,12 +299,12 @@ def accepted(request: NewJob | Earlier, prefix: str) -> Accepted:
 
 
 def status_view(record: RequestRecord, prefix: str, cost_micros: int | None = None) -> StatusView:
-    """The record as its owner sees it."""
+    """Return the record as shown to its owner."""
     return StatusView(**status_values(record, prefix), cost_micros=cost_micros)
 
 
 def status_values(record: RequestRecord, prefix: str) -> dict[str, Any]:
-    """The fields of `StatusView`; files are below `prefix`."""
+    """Return the fields of `StatusView`; file URLs begin with `prefix`."""
     classification = record.classification
     is_put_off = record.status is Status.QUEUED and record.tier is not Tier.BATCH
     return {
@@ -348,7 +349,7 @@ def item_view(listed: Listed, prefix: str) -> RequestItem:
 
 
 def usage_view(usage: Usage) -> UsageView | None:
-    """None if the provider has reported nothing."""
+    """Return the usage as JSON; None if the provider has reported nothing."""
     counts = {name: getattr(usage, name) for name in USAGE_COLUMNS}
     details = {} if usage.details is None else asdict(usage.details)
     view = UsageView(**counts, **details)
@@ -360,7 +361,7 @@ def error_view(failure: Failure | None) -> ErrorView | None:
 
 
 def view_of(view: type[ViewT], record: object, **named: Any) -> ViewT:
-    """The view of a record: its fields of the same names, and those that are `named`."""
+    """Return the view of a record: its fields of the same names, and those in `named`."""
     fields = view.model_fields.keys() - named.keys()
     return view(**{name: _shown(getattr(record, name)) for name in fields}, **named)
 
@@ -387,12 +388,12 @@ def _file(record: FileRecord, prefix: str) -> FileView:
 
 
 def prefix_of(request: Request) -> str:
-    """`/llm` if the client used that prefix, else nothing: links keep to what it used."""
+    """Return `/llm` if the client used that prefix, otherwise nothing: links keep the prefix."""
     return "/llm" if request.scope["path"].startswith("/llm/") else ""
 
 
 async def file_response(record: FileRecord, blobs: Blobs) -> Response:
-    """The bytes of a file, in a way that no browser runs anything in it. Raises NotFound,
+    """Return the bytes of a file, with headers by which no browser executes them. Raises NotFound,
     StoreUnavailable."""
     file_id = record.file_id
     inline = record.mime_type in _INLINE_TYPES
@@ -409,10 +410,10 @@ async def file_response(record: FileRecord, blobs: Blobs) -> Response:
 async def streamed(
     pieces: AsyncIterator[bytes], headers: dict[str, str], gone: str, media_type: str | None = None
 ) -> Response:
-    """Bytes as data to be kept, whatever type they claim. Raises NotFound, which says `gone`, and
-    StoreUnavailable."""
+    """Return bytes as a download, whatever their type is. Raises NotFound with the message `gone`,
+    and StoreUnavailable."""
     try:
-        # Before the head goes out: a blob that is gone must not become a broken 200.
+        # Before the head is sent: a missing blob must not become a broken 200.
         first = await anext(pieces, b"")
     except NotFound:
         raise NotFound(gone) from None

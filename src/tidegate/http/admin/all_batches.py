@@ -1,7 +1,7 @@
 """Routes `/admin/batches`: batches of all tenants, their progress, pauses, and results.
 
-Invariants: every route requires an operator; no list has a body of a line; results are sent as
-data, so that no browser renders them as a page.
+Invariants: every route requires an operator; no list contains a body of a line; results are sent as
+downloads, so that no browser renders them as a page.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ async def results(
 
 
 def _id(text: str) -> UUID:
-    """Raises NotFound: what can't be an id names nothing."""
+    """Return the id of a batch. Raises NotFound for a text that is not an id."""
     found = _ID.fullmatch(text)
     if found is None:
         raise NotFound(f"there is no batch {text[:64]!a}")
@@ -179,7 +179,7 @@ def _id(text: str) -> UUID:
 
 
 def _after(text: str) -> UUID:
-    """Raises InvalidRequest."""
+    """Return the id of a cursor. Raises InvalidRequest."""
     found = _ID.fullmatch(text)
     if found is None:
         allowed = "batch_ or msgbatch_ and 32 digits, as in the list"

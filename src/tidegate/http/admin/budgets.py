@@ -1,8 +1,8 @@
 """Routes `/admin/budgets` and `/admin/alerts`: budgets with their spend, and raised alerts.
 
 Invariants: every route requires an admin; a change is in force in this process when it is answered,
-in all others within a second. Amounts of money are in USD, decimal in requests and micro-dollars
-in books.
+in all others within a second. Amounts of money are in USD, decimal in requests and micro-dollars in
+books.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ router = admin_router(400, 408, 413, 415, 503, tag="budgets")
 
 
 class AnyText(Convertor[str]):
-    """A name in a path, whatever is in it: one with a line break is refused by its field."""
+    """A name in a path, of any characters: one with a line break is rejected with its field."""
 
     regex = "(?s:.*)"
 
@@ -210,7 +210,7 @@ async def set_budget(request: Request, name: BudgetName) -> BudgetView:
     with config_errors_refused():
         budget, _ = await budgets.records.change(name, partial(_stated, name, new), by=new.by)
     await budgets.refresh()
-    # It is as it was set also where it has been removed since.
+    # The answer shows the budget as set, even if it was removed meanwhile.
     views = await _views(request, name)
     return views[0] if views else _view(replace(budget, created_at=datetime.now(UTC)), None)
 
@@ -245,7 +245,7 @@ async def remove_budget(request: Request, name: BudgetName, by: By = "admin") ->
 
 
 def _stated(name: str, new: NewBudget, before: Budget | None) -> Budget:
-    """Raises ConfigError, and PolicyChanged."""
+    """Return the budget of a request. Raises ConfigError and PolicyChanged."""
     nothing = dict.fromkeys(one.name for one in fields(Budget))
     PolicyChanged.check(nothing if before is None else plain_budget(before), new.expected)
     return budget_of(name, new.model_dump(exclude={"by", "expected"}), before)

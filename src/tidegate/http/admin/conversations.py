@@ -1,14 +1,14 @@
 """Route `/admin/conversations`: the calls of a conversation or of a trace, as a tree.
 
-    thread ─ call, call, call         what begins alike, or continues an answer
-               └── thread ─ call      what came of that call
+    thread ─ call, call, call         calls with the same beginning, or that continue an answer
+               └── thread ─ call      calls that follow from that call
 
-A thread's calls are in the order of their receipt. It hangs under the call of another one whose
-answer it continues, or of whose span it is a child; else under the last call before it of a thread
-that goes on once it has ended, as an agent does that waits for another one.
+A thread's calls are in the order of their receipt. Its parent is the call of another thread whose
+answer it continues, or whose span is its parent; otherwise the last earlier call of a thread that
+continues after this one has ended, like an agent that waits for another agent.
 
-Invariants: every call is in one thread, once; a thread never hangs below itself; what hangs
-nowhere is a root.
+Invariants: every call is in one thread, once; a thread is never below itself; a thread without a
+parent is a root.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ from tidegate.http.views import view_of
 from tidegate.store.requests import ConversationCall, FoundConversation
 
 Why = Literal["answer", "trace", "time"]
-_SPAN = 0xFFFF_FFFF_FFFF_FFFF  # of an id, the part that is its span's
-_MOST_GAPS = 200  # that are looked at for one thread
+_SPAN = 0xFFFF_FFFF_FFFF_FFFF  # the part of an id that is its span's id
+_MOST_GAPS = 200  # searched for one thread
 
 
 @dataclass(slots=True, eq=False)
 class Thread:
-    """Calls that follow one another. under: the call of another thread that it came of, and why
-    that is known."""
+    """Consecutive calls. under: the parent call, in another thread. by: how that was determined."""
 
     calls: list[ConversationCall]
     under: ConversationCall | None = None
@@ -55,7 +54,8 @@ class Thread:
 
 
 def threads_of(calls: Sequence[ConversationCall]) -> list[Thread]:
-    """Threads in the order of their first calls, of calls in the order of their receipt."""
+    """Return threads in the order of their first calls. `calls` are in the order of their
+    receipt."""
     threads: list[Thread] = []
     home: dict[UUID, Thread] = {}
     by_opening: dict[str, Thread] = {}
@@ -89,22 +89,22 @@ def threads_of(calls: Sequence[ConversationCall]) -> list[Thread]:
 
 
 def _begins_again(thread: Thread, call: ConversationCall) -> bool:
-    """Whether a call sends no more than the first one of its thread, which has grown since: the
-    same agent is at work again, with the same task."""
+    """Return whether a call sends no more input than the first one of its thread, which has grown
+    since: then the same agent begins the same task again."""
     first, last = thread.first.usage.input_tokens, thread.calls[-1].usage.input_tokens
     now = call.usage.input_tokens
     return None not in (first, last, now) and now <= first < last  # type: ignore[operator]
 
 
 def _other(found: ConversationCall | None, call: ConversationCall) -> ConversationCall | None:
-    """A call, unless it is the same request: a job that was queued again has several ends."""
+    """Return a call unless it is the same request: a job that was queued again has several ends."""
     is_same = found is None or found.request_id == call.request_id
     return None if is_same else found
 
 
 @dataclass(frozen=True, slots=True)
 class _Gap:
-    """Between the end of a call and the receipt of the next one of its thread."""
+    """The time between the end of a call and the receipt of the next one of its thread."""
 
     since: datetime
     until: datetime
@@ -113,7 +113,8 @@ class _Gap:
 
 
 def _hang(threads: Sequence[Thread]) -> None:
-    """Hang roots by time: in the gap that began last of those that they fit into."""
+    """Assign parents to roots by time: of the gaps that contain a thread, the one that began
+    last."""
     gaps, ended = list[_Gap](), dict[Thread, datetime]()
     for thread in threads:
         end = thread.first.finished_at
@@ -134,7 +135,8 @@ def _hang(threads: Sequence[Thread]) -> None:
 
 
 def _cut_circles(threads: Sequence[Thread], home: Mapping[UUID, Thread]) -> None:
-    """The clocks of several processes, and what clients say of spans, may contradict themselves."""
+    """Remove cycles: the clocks of several processes, and the spans that clients send, may be
+    inconsistent."""
     sound: set[Thread] = set()
     for thread in threads:
         path: list[Thread] = []
@@ -300,5 +302,5 @@ async def conversation(
     name, is_trace = query.named()
     requests = services_of(request).store.requests
     found = await requests.conversation(query.tenant, name, is_trace=is_trace)
-    text = await asyncio.to_thread(_text_of, query, found)  # of thousands of calls
+    text = await asyncio.to_thread(_text_of, query, found)  # for thousands of calls
     return Response(text, media_type="application/json")

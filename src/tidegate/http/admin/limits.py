@@ -1,7 +1,7 @@
 """Routes `/admin/limits`: the limits of the running deployment, and their changes.
 
-Invariants: every route requires an admin; a change records who made it and why; a body is read
-only after its sender is authorised, and at most `MOST_BYTES` of it.
+Invariants: every route requires an admin; a change is recorded with its author and reason; a body
+is read only after its sender is authorised, and at most `MOST_BYTES` of it.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from tidegate.store.records import PolicyRecord
 
 MOST_BYTES = 1_000_000
 _JSON = "application/json"
-_NUL = rb"\u0000"  # the only way in which JSON can have it
+_NUL = rb"\u0000"  # the only way to write NUL in JSON
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 async def read_json(request: Request, model: type[ModelT]) -> ModelT:
-    """The body as `model`; an empty one is an empty object.
+    """Return the body as `model`; an empty one counts as an empty object.
 
     Raises InvalidRequest with the path of the field, UnsupportedMedia, PayloadTooLarge and
     RequestTimeout.
@@ -81,7 +81,7 @@ async def read_json(request: Request, model: type[ModelT]) -> ModelT:
 
 
 def wrong_body(model: type[BaseModel], invalid: ValidationError) -> InvalidRequest:
-    """What the caller hears of a body that is none of `model`."""
+    """Return the error for a body that does not fit `model`."""
     first: dict[str, Any] = dict(invalid.errors(include_url=False, include_input=False)[0])
     where = ".".join(str(step) for step in first["loc"]) or "body"
     wrong, allowed = in_words(first)
@@ -91,7 +91,8 @@ def wrong_body(model: type[BaseModel], invalid: ValidationError) -> InvalidReque
 
 
 def _nul_in(value: Any, path: tuple[str, ...] = ()) -> tuple[str, ...] | None:
-    """The path of the first text with a NUL, which PostgreSQL can't hold."""
+    """Return the path of the first text with a NUL, which PostgreSQL cannot store; None without
+    one."""
     if isinstance(value, str):
         return path if "\0" in value else None
     if isinstance(value, dict):
@@ -106,7 +107,7 @@ def _nul_in(value: Any, path: tuple[str, ...] = ()) -> tuple[str, ...] | None:
 
 @contextmanager
 def config_errors_refused() -> Iterator[None]:
-    """Raises InvalidRequest instead of ConfigError: here the values are a caller's."""
+    """Raise InvalidRequest in place of ConfigError: the values are a caller's."""
     try:
         yield
     except ConfigError as wrong:
@@ -115,15 +116,15 @@ def config_errors_refused() -> Iterator[None]:
 
 
 def described(model: type[BaseModel]) -> dict[str, Any]:
-    """What the API's description says of the body."""
+    """Return the OpenAPI description of the body."""
     schema = model.model_json_schema()
     whole = _inlined(schema, schema.pop("$defs", {}))
     return {"requestBody": {"required": False, "content": {_JSON: {"schema": whole}}}}
 
 
 def _inlined(value: Any, named: dict[str, Any]) -> Any:
-    """A schema with each definition in the place of its reference, which leads nowhere in the
-    document of the whole API."""
+    """Return a schema with each reference replaced by its definition: the references do not resolve
+    in the document of the whole API."""
     if isinstance(value, list):
         return [_inlined(one, named) for one in value]
     if not isinstance(value, dict):
@@ -144,7 +145,7 @@ async def in_pool(
         ),
     ] = None,
 ) -> None:
-    """A dependency of what concerns one pool. Raises InvalidRequest."""
+    """Set the pool of a request; a dependency of routes about one pool. Raises InvalidRequest."""
     services = services_of(request)
     pool = services.usual_pool if pool is None else pool
     if pool not in services.limiters:
@@ -253,14 +254,14 @@ def control_of(request: Request) -> Control:
 
 
 def control_in(services: Services, pool: str) -> Control:
-    """Of a pool that is there."""
+    """Return the control of an existing pool."""
     store = services.store
     return Control(services.keepers[pool], store.running_calls, store.tenants)
 
 
 async def why_of_batch(services: Services, what: str, batch_id: UUID) -> Reason:
-    """What the lines of a batch wait for, in the pool by whose limits they are called. Raises as
-    `why`."""
+    """Return what the lines of a batch wait for, in the pool by whose limits they are called.
+    Raises as `why`."""
     stand = await services.store.batches.stand(batch_id)
     if (line := next_line(stand)) is None:
         return of_batch(what, stand)
@@ -273,7 +274,7 @@ async def why_of_batch(services: Services, what: str, batch_id: UUID) -> Reason:
 
 
 async def why_of(services: Services, request_id: UUID) -> Reason:
-    """Why a request waits, in the pool by whose limits it is called. Raises as `why`."""
+    """Return why a request waits, in the pool by whose limits it is called. Raises as `why`."""
     found = await services.store.running_calls.whereabouts(request_id)
     reasons = []
     for place in services.places_of(found):
@@ -350,7 +351,8 @@ async def rehearse(request: Request) -> Response:
 
 
 async def _while_present(request: Request, rehearsal: RecordRehearsal) -> bytes:
-    """What is found, unless the client leaves or this process drains: then ShuttingDown."""
+    """Return the result of a rehearsal. Raises ShuttingDown if the client disconnects or this
+    process drains."""
     services = services_of(request)
     running = asyncio.create_task(services.rehearsals.run(rehearsal))
     ends = [

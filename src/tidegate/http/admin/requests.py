@@ -4,11 +4,11 @@ The life of a request is a list of steps from the record:
 
     submitted ─ classified ─ waiting ─ calling ─┬─ ended ─ webhook
                                 ▲               │
-                                └──── parked ◄──┘ to be retried
+                                └──── parked ◄──┘ until the retry
 
-Invariants: every route requires an admin; bodies and files are sent as data, whatever type they
-claim; every action logs who did it and why; steps are in the order in which they began, and
-unknown ones are left out.
+Invariants: every route requires an admin; bodies and files are sent as downloads, whatever their
+declared type; every action is logged with its author and reason; steps are in the order of their
+beginnings, and unknown ones are left out.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class StepView:
 
 
 def timeline(detail: RequestDetail, now: datetime) -> tuple[StepView, ...]:
-    """All steps so far."""
+    """Return all steps so far."""
     record = detail.record
     steps = [_submitted(detail)]
     if record.classification.kind is not None:
@@ -134,7 +134,7 @@ _DECIDERS = {
 
 
 def _classified(detail: RequestDetail) -> StepView:
-    """When is not on record, but it was before the first admission."""
+    """Return the step of the classification, whose time is not recorded."""
     found = detail.record.classification
     reason = f": {found.reason}" if found.reason else ""
     return StepView(
@@ -145,7 +145,7 @@ def _classified(detail: RequestDetail) -> StepView:
 
 
 def _tries(detail: RequestDetail, now: datetime) -> list[StepView]:
-    """Waiting, calling and being parked, attempt by attempt, and what it does now."""
+    """Return the waits, calls and pauses before retries of each attempt, and the current one."""
     steps: list[StepView] = []
     record = detail.record
     free_at: datetime | None = record.created_at
@@ -166,8 +166,8 @@ def _tries(detail: RequestDetail, now: datetime) -> list[StepView]:
 
 
 def _of_row(detail: RequestDetail) -> list[StepView]:
-    """The same where no attempt is on record: of what was never admitted, and of native calls,
-    whose tries are only counted."""
+    """Return these steps for a record without attempts: of a request that was never admitted, or of
+    a native call, whose tries are only counted."""
     record = detail.record
     if record.admitted_at is None:
         goes_on = not record.status.is_end
@@ -230,7 +230,7 @@ def _called(attempt: AttemptRecord, *, goes_on: bool) -> StepView:
 def _now_queued(
     not_before: datetime | None, free_at: datetime | None, failure: Failure | None, now: datetime
 ) -> list[StepView]:
-    """It is in the queue again: left alone until its time, then waiting."""
+    """Return the steps of a request in the queue: parked until its time, then waiting."""
     if not_before is not None and free_at is not None:
         words = "waiting for retry" + ("" if failure is None else f" after {failure.code}")
         parked = StepView("parked", words, free_at, not_before, goes_on=not_before > now)
@@ -437,7 +437,7 @@ def admin_item(found: FoundRequest, *, reads_prompts: bool) -> AdminItem:
 def request_view(
     detail: RequestDetail, waiting: Reason | None, now: datetime, prefix: str
 ) -> RequestView:
-    """`prefix` is the path before `/admin` as the client called it: empty or `/llm`."""
+    """Return the view of a request. `prefix`: the path before `/admin`, empty or `/llm`."""
     failure = detail.record.failure
     return RequestView(
         request=_status(detail, prefix),
@@ -453,8 +453,8 @@ def request_view(
 
 
 def actions_of(detail: RequestDetail) -> list[Action]:
-    """What an operator may do with it now: but for its replay of jobs alone, since what else there
-    is has a caller who waits for it, or a batch."""
+    """Return what an operator may do with a request now. Except for replay, only for jobs: any
+    other request has a caller that waits for it, or a batch."""
     status = detail.record.status
     if detail.record.source != "job":
         return ["replay"] if status.is_end else []
@@ -496,14 +496,15 @@ def _status(detail: RequestDetail, prefix: str) -> AdminStatus:
 
 
 def _chars(detail: RequestDetail, prompt: str) -> int:
-    """Of the whole prompt. Of a large body of a call it is the head; the body is the file."""
+    """Return the length of the whole prompt. For a large body of a call, `prompt` is only its
+    beginning; the body is the file."""
     inputs = [file for file in detail.record.files if file.role == "input"]
     wraps = detail.record.endpoint is not None
     return inputs[0].size_bytes if wraps and inputs else len(prompt)
 
 
 def _trace_id(traceparent: str | None) -> str | None:
-    """The second part of a W3C trace context."""
+    """Return the trace id of a W3C trace context."""
     return None if traceparent is None else traceparent.split("-")[1]
 
 
@@ -739,7 +740,7 @@ async def replay(request: Request, request_id: UUID) -> Accepted:
 
 
 async def _wrapped(endpoint: Endpoint, path: str, body: Body) -> dict[str, str | None]:
-    """A recorded body of a native call as that of a job. Raises InvalidRequest."""
+    """Return the recorded body of a native call as that of a job. Raises InvalidRequest."""
     data = b"".join([piece async for piece in body.pieces])
     try:
         found = None if body.omitted_bytes else orjson.loads(data)
@@ -755,7 +756,7 @@ async def _wrapped(endpoint: Endpoint, path: str, body: Body) -> dict[str, str |
 
 
 def _without_text(view: RequestView) -> RequestView:
-    """As a viewer sees it, who may not read what was asked and answered."""
+    """Return a view without the texts that a viewer may not read."""
     request = view.request.model_copy(
         update={"prompt": None, "text": None, "answer": None, "image_uri": None}
         | {"images": [], "files": []}
@@ -764,7 +765,7 @@ def _without_text(view: RequestView) -> RequestView:
 
 
 async def _waiting(services: Services, detail: RequestDetail) -> Reason | None:
-    """Of a job, what `tidegate why` says of it."""
+    """Return what a job waits for, as `tidegate why` does."""
     record = detail.record
     if record.status.is_end or record.source != "job":
         return None
@@ -859,7 +860,7 @@ class NewRequeue(Signed):
             raise InvalidRequest("until", "until is not after since", allowed="a later time")
         return Requeue(
             since=since,
-            until=min(until or now, now),  # what fails again meanwhile is not meant
+            until=min(until or now, now),  # jobs that fail meanwhile are not included
             statuses=tuple(Status(status) for status in self.status),
             tenant_id=self.tenant,
             error_code=self.error_code,

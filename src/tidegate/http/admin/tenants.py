@@ -1,6 +1,6 @@
 """Routes `/admin/tenants`, `/admin/keys` and `/admin/subjects`.
 
-Invariants: every change requires the role admin; an answer has a key once, when the key is
+Invariants: every change requires the role admin; an answer contains a key once, when the key is
 created; a change is in force in this process when it is answered, in all others within a second.
 """
 
@@ -40,7 +40,7 @@ router = admin_router(400, 408, 413, 415, 503, tag="tenants", depends=[Depends(i
 subjects_router = admin_router(400, 404, 503)
 actions_router = admin_router(400, 503)
 TenantId = Annotated[str, Path(description="A tenant's name", min_length=1, max_length=200)]
-_LAST = datetime(9999, 1, 1, tzinfo=UTC)  # which is that year in any zone
+_LAST = datetime(9999, 1, 1, tzinfo=UTC)  # in year 9999 in any zone
 _COUNT: Any = Field(default=None, ge=0, description="null: without a bound")
 _BUDGET: Any = Field(
     default=None,

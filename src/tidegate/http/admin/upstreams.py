@@ -1,7 +1,8 @@
 """Routes `/admin/upstreams`: the upstreams of the running deployment, and their changes.
 
-Invariants: every route requires an admin; a change records who made it and why, and is answered
-when every process has it, or with those that do not; no answer has a secret in it.
+Invariants: every route requires an admin; a change is recorded with its author and reason, and
+answered when every process has applied it, or with those that have not; no answer contains a
+secret.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from tidegate.upstream.fetch import UpstreamTest
 
 router = admin_router(400, 408, 413, 415, 503, tag="upstreams")
 UpstreamName = Annotated[str, Path(description="An upstream's name", max_length=100)]
-MOST_REVISION = 2**62  # as PostgreSQL counts them
+MOST_REVISION = 2**62  # the largest that PostgreSQL's type can hold
 Expected = Annotated[
     int | None, Query(description="The revision that must be in force", ge=0, le=MOST_REVISION)
 ]
@@ -405,7 +406,7 @@ async def remove(
 
 
 async def _check_unused(services: Services, name: str) -> None:
-    """Raises UpstreamInUse with what still needs it."""
+    """Raise UpstreamInUse with all that still uses the upstream."""
     use, at = await _in_use(services, name), await services.upstreams.record.at(name)
     needs: list[str] = []
     if name not in services.upstreams.deployment.drained:
@@ -428,7 +429,8 @@ async def _check_unused(services: Services, name: str) -> None:
 async def _changed(
     request: Request, action: str, edit: LiveEdit, signed: SignedChange, *, prepares: bool = True
 ) -> dict[str, Any]:
-    """What a change has done, as `ChangeView` shows it. Raises InvalidRequest."""
+    """Apply a change and return its effect, in the fields of `ChangeView`. Raises
+    InvalidRequest."""
     with config_errors_refused():
         done = await services_of(request).upstreams.change(
             action,
@@ -447,7 +449,7 @@ def _values(done: UpstreamChange) -> dict[str, Any]:
 
 
 def _tests(found: list[UpstreamTest], upstream: Upstream) -> list[UpstreamTestView]:
-    listed = {model for one in found for model in one.models}  # each dialect has models of its own
+    listed = {model for one in found for model in one.models}  # each dialect has its own models
     named = [name for name in (*upstream.named, *upstream.aliases.values()) if name not in listed]
     if upstream.provider in LIST_BASE_MODELS:
         named = []
@@ -465,7 +467,8 @@ def _tests(found: list[UpstreamTest], upstream: Upstream) -> list[UpstreamTestVi
 
 
 async def _in_use(services: Services, name: str) -> tuple[int, int] | None:
-    """How many permits are in use and how many calls wait; None while Valkey does not tell."""
+    """Return how many permits are in use and how many calls wait; None if Valkey does not
+    answer."""
     limiter = services.limiters.get(name)
     if limiter is None:
         return 0, 0
@@ -478,8 +481,8 @@ async def _in_use(services: Services, name: str) -> tuple[int, int] | None:
 
 
 async def _lately_in_use(services: Services, name: str) -> tuple[int, int] | None:
-    """The same half a second ago at most, by the look that all share: each permit of a large pool
-    takes a second to read."""
+    """Return the same from the shared cache of reads, half a second old at most: reading each
+    permit of a large pool takes a second."""
     limiter = services.limiters.get(name)
     if limiter is None:
         return 0, 0

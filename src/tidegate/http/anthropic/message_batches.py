@@ -1,15 +1,15 @@
 """Routes `/v1/messages/batches`: Message Batches in Anthropic's shape.
 
-    POST ──► spool ──► one line a request ──► blob ──► batch, worked through as OpenAI's are
+    POST ──► spool ──► one line a request ──► blob ──► batch, processed like OpenAI's
     GET .../results ──► the two files of the batch, each line as a result
 
-A batch that is not ours, by its id, was made at the provider itself: it is read and cancelled
-there, and its results come through us too.
+A batch whose id is not ours was created at the provider itself: it is read and cancelled there, and
+its results are relayed.
 
-Invariants: everything belongs to the caller's tenant and does not exist for others; a batch that
-was answered is in PostgreSQL, and each of its requests has one result; what makes a request
-impossible is refused before the batch is made, by the request's number and field; a body goes to
-disk as it arrives, and one request of it is parsed at a time.
+Invariants: everything belongs to the caller's tenant and does not exist for others; a batch in an
+answer is in PostgreSQL, and each of its requests has one result; a request that cannot be executed
+is rejected before the batch is created, with its number and field; a body is written to disk as it
+arrives, and one request of it is parsed at a time.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ _OPEN = ("validating", "in_progress", "finalizing")
 
 
 def view(batch: Batch, origin: str) -> dict[str, Any]:
-    """A batch as Anthropic shows it. Its requests are all processing until it has ended."""
+    """Return a batch in Anthropic's form. All its requests are processing until it has ended."""
     shown_id, has_ended = _shown_id(batch.batch_id), batch.status not in (*_OPEN, "cancelling")
     status = "canceling" if batch.status == "cancelling" else "in_progress"
     left = batch.total - batch.completed - batch.failed
@@ -123,15 +123,15 @@ _MOST_REST_BYTES = 65_536
 
 @dataclass(slots=True)
 class _Array:
-    """The list `requests` in a body: where it begins and ends; -1 where it does not."""
+    """The list `requests` in a body: where it begins and ends; -1 if it does not."""
 
     begins: int = -1
     ends: int = -1
 
 
 def _slices(data: bytes | mmap, array: _Array) -> Iterator[tuple[int, int]]:
-    """Where each value in the list `requests` begins and ends. What is not JSON gives slices that
-    are not. Raises InvalidRequest."""
+    """Yield where each value in the list `requests` begins and ends. For a body that is not JSON
+    the slices are not JSON either. Raises InvalidRequest."""
     depth, start, is_named = 0, 0, False
     for token in _TOKEN.finditer(data):
         at = token.start()
@@ -161,7 +161,7 @@ def _slices(data: bytes | mmap, array: _Array) -> Iterator[tuple[int, int]]:
 
 @dataclass(slots=True)
 class RequestLines:
-    """The requests of a new batch as the lines of its file, once they are checked."""
+    """Checks the requests of a new batch and writes them as the lines of its file."""
 
     count: int = 0
     size_bytes: int = 0
@@ -169,7 +169,7 @@ class RequestLines:
     _ids: set[str] = field(default_factory=set)
 
     def digest(self, call_headers: dict[str, str]) -> str:
-        """Of all that is requested. No native call has the same."""
+        """Return the digest of the whole request. No native call has the same one."""
         self._digest.update(orjson.dumps([PATH, call_headers], option=orjson.OPT_SORT_KEYS))
         return str(self._digest.hexdigest())
 
@@ -247,7 +247,7 @@ class RequestLines:
 
 
 def _check_rest(data: bytes | mmap, array: _Array) -> None:
-    """Check a body without what stands in the list `requests`. Raises InvalidRequest."""
+    """Check a body without the content of the list `requests`. Raises InvalidRequest."""
     begin, end = (array.begins, array.ends) if array.ends >= 0 else (len(data), len(data))
     if begin + len(data) - end > _MOST_REST_BYTES:
         raise InvalidRequest("requests", "requests is missing", allowed=_REQUESTS)
@@ -267,8 +267,8 @@ _MOST_HEADERS_BYTES = 4_096
 
 
 def _call_headers(scope: Scope) -> dict[str, str]:
-    """The headers of a new batch that its calls have too: betas, versions and the like. Raises
-    InvalidRequest."""
+    """Return the headers of a new batch that apply to its calls: betas, versions and the like.
+    Raises InvalidRequest."""
     found: dict[str, str] = {}
     for name, value in scope["headers"]:
         if name.startswith(b"anthropic-"):
@@ -286,8 +286,8 @@ def _call_headers(scope: Scope) -> dict[str, str]:
 
 
 def is_ours(scope: Scope) -> bool:
-    """Whether a path below `PATH` is answered here; what else there is of batches that are not ours
-    is a native call."""
+    """Return whether a path below `PATH` is answered here; other paths of batches that are not ours
+    are native calls."""
     found = _PATH.fullmatch(scope["path"])
     if found is None or found["id"] is None or _ID.fullmatch(found["id"]) is not None:
         return True
@@ -295,14 +295,14 @@ def is_ours(scope: Scope) -> bool:
 
 
 def message_batch_methods(path: str) -> tuple[str, ...]:
-    """By which methods a path is known."""
+    """Return the methods of a path."""
     found = _PATH.fullmatch(path)
     place = None if found is None else (found["id"] is not None, found["do"])
     return tuple(method for method, *where in _HANDLERS if tuple(where) == place)
 
 
 async def message_batches(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request to one of our paths."""
+    """Answer a request to a path of message batches."""
     await respond(_answer, _refused, scope, receive, send)
 
 
@@ -359,7 +359,7 @@ async def _create(asking: Asking) -> Response:
     try:
         batch = await _added(asking, batch_id, file, call_headers, once)
     except StoreUnavailable:
-        raise  # it may have been added all the same: a file without a batch goes with the orphans
+        raise  # it may have been added: a file without a batch is removed with other orphans
     except TidegateError:
         await delete_blob(services, blob_key)
         raise
@@ -376,10 +376,10 @@ async def _added(
     call_headers: dict[str, str],
     once: Idempotency | None,
 ) -> Batch:
-    """The new batch, or the one that was made under the same key."""
+    """Add the batch and return it, or return the earlier one with the same idempotency key."""
     services, batches = asking.services, asking.services.store.batches
     if once is not None:
-        # Before all that a repeat may be without: a budget, room in the queue.
+        # First, since a repeat needs neither budget nor room in the queue.
         if (earlier := await batches.earlier(asking.tenant, once)) is not None:
             return earlier
         await services.budgets.check(asking.caller)
@@ -409,7 +409,7 @@ def _replayed(asking: Asking, batch: Batch) -> Response:
 async def _kept(
     spool: Spool, lines: RequestLines, hold: BodyBudget, blobs: Blobs, folder: Path
 ) -> str:
-    """The key of a new blob with the lines of a body."""
+    """Write the lines of a body to a new blob and return its key."""
     key = new_key(datetime.now(UTC))
     if spool.path is None:
         sink = BytesIO()
@@ -441,7 +441,7 @@ async def _list(asking: Asking) -> Response:
             before=UUID(hex=before["hex"]) if before else None,
             limit=limit + 1,
         )
-    # Next to a batch that is none of ours there is none.
+    # A cursor that is not a batch of ours has no neighbours.
     shown = found[-limit:] if before and not after else found[:limit]
     origin = own_origin(asking.request.scope)
     return as_json(
@@ -458,7 +458,7 @@ async def _found(asking: Asking) -> Batch:
     try:
         batch = await asking.services.store.batches.get(_id(asking.id), asking.tenant)
     except NotFound:
-        raise _missing(asking.id) from None  # by the name that it has here
+        raise _missing(asking.id) from None  # with the id in this API's form
     if not batch.is_of_messages:
         raise _missing(asking.id)
     return batch
@@ -472,7 +472,7 @@ async def _cancel(asking: Asking) -> Response:
     await _found(asking)
     batch, done = await asking.services.store.batches.cancel(_id(asking.id), asking.tenant)
     if not done and not batch.status.startswith("cancel"):
-        # Not 409, which Anthropic's SDKs would try again.
+        # Not 409, which Anthropic's SDKs would retry.
         said = f"the batch {asking.id} has ended and can't be canceled any more"
         if batch.status in _OPEN:  # its results are being written
             said = f"the batch {asking.id} has no request left to cancel"
@@ -526,10 +526,10 @@ _CUT_SHORT = {"batch_cancelled": "canceled", "batch_expired": "expired"}
 
 
 def result_line(line: bytes) -> bytes:
-    """A line of the files of a batch as a result of Anthropic's."""
+    """Convert a line of a batch's files to a result of Anthropic's."""
     try:
         told = orjson.loads(line)
-    except orjson.JSONDecodeError:  # its answer nests as deep as orjson reads
+    except orjson.JSONDecodeError:  # the answer is nested as deeply as orjson reads
         told = json.loads(line)
     response, error = told["response"], told["error"]
     result: dict[str, Any]
@@ -546,7 +546,7 @@ def result_line(line: bytes) -> bytes:
 
 
 def _error(status: int, body: Any) -> Any:
-    """The provider's own error, in Anthropic's form whatever upstream it is of."""
+    """Return the provider's error in Anthropic's form, whatever the upstream."""
     inner = body.get("error") if isinstance(body, dict) else None
     if isinstance(inner, dict) and body.get("type") == "error":
         return body
@@ -563,15 +563,15 @@ def _missing(text: str) -> NotFound:
 
 
 def _id(text: str) -> UUID:
-    """Raises NotFound: what can't be an id names nothing."""
+    """Return the UUID of a batch id. Raises NotFound for a text that is not an id."""
     if (found := _ID.fullmatch(text)) is None:
         raise _missing(text)
     return UUID(hex=found["hex"])
 
 
 async def _elsewhere(asking: Asking) -> Response:
-    """A batch that was made at the provider itself, as it is there, but for the address of its
-    results: a client would send its key of ours there."""
+    """Return a batch that was created at the provider, with the URL of its results changed to ours:
+    a client would send its key of ours to the provider's."""
     scope = asking.request.scope
     endpoint = endpoint_of(scope["method"], scope["path"], Dialect.ANTHROPIC)
     assert endpoint is not None

@@ -1,12 +1,13 @@
 """Front of realtime sessions: OpenAI's `/v1/realtime` and Gemini Live.
 
-Who calls, and whether a web page may, is decided before the handshake is answered. OpenAI's model
-is in the URL: the answer waits for admission, and a refusal is an HTTP answer in the dialect's
-words. Gemini's is in the first message: the handshake is answered first, and a refusal is a close
-code with its reason.
+The caller is identified, and web pages are checked, before the handshake is answered. OpenAI's
+model is in the URL: the answer waits for admission, and a refusal is an HTTP answer in the
+dialect's form. Gemini's model is in the first message: the handshake is answered first, and a
+refusal is a close code with its reason.
 
-Invariants: every session is on record, with one row at its end; no key of a client goes upstream,
-neither in a header nor in a subprotocol; a session of a process that stops is closed with 1001.
+Invariants: every session is recorded, with one row at its end; a client's key is never sent
+upstream, neither in a header nor in a subprotocol; a session of a process that stops is closed with
+1001.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ log = get_logger()
 
 
 def is_realtime(path: str) -> bool:
-    """Whether a path is one of a realtime session."""
+    """Return whether a path is one of a realtime session."""
     return _is_openai(path) or _GEMINI.fullmatch(_SLASHES.sub("/", path)) is not None
 
 
@@ -86,12 +87,11 @@ def _is_openai(path: str) -> bool:
 
 
 async def realtime(services: Services, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer a request that opens a realtime session, and relay it; its line is in the log when it
-    has ended."""
+    """Open the realtime session of a request, relay it, and log it when it has ended."""
     front = _SessionFront(services, scope, receive, send)
     try:
         await front.answer()
-    except Exception:  # the top of a request's task: logged here, and nowhere else
+    except Exception:  # the top of a request's task: logged only here
         log.exception(Log.INTERNAL_ERROR, method=scope["method"], path=scope["path"])
         await front.tell(TidegateError("an internal error; it has been logged"))
     finally:
@@ -99,7 +99,7 @@ async def realtime(services: Services, scope: Scope, receive: Receive, send: Sen
 
 
 class _SessionFront:
-    """One request, until its session has ended and is recorded."""
+    """A request, until its session has ended and is recorded."""
 
     def __init__(self, services: Services, scope: Scope, receive: Receive, send: Send) -> None:
         self._services = services
@@ -157,8 +157,7 @@ class _SessionFront:
         self._end_record(status, failure)
 
     async def _call(self) -> tuple[NativeCall, Opening]:
-        """What the request asks for, and its place among the open streams of its tenant. Raises
-        TidegateError."""
+        """Return the call, and the count of its open stream. Raises TidegateError."""
         services = self._services
         if (foreign := services.origins.socket_refusal(self._scope["headers"])) is not None:
             raise foreign
@@ -184,7 +183,7 @@ class _SessionFront:
         return call, services.openings.stream(self._caller)
 
     async def _ended(self, call: NativeCall) -> tuple[Status, Failure | None]:
-        """Open the session, relay it to its end, and tell the client of a failure."""
+        """Open the session, relay it to its end, and report a failure to the client."""
         error: TidegateError
         status = Status.FAILED
         try:
@@ -206,13 +205,13 @@ class _SessionFront:
                 return Status.CANCELLED, _client_left()
             error = ShuttingDown("this process is going away; connect again")
             telling = self.tell(error)
-        except Exception:  # an unforeseen error: logged here, and the session is on record
+        except Exception:  # an unforeseen error: logged here, and the session is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(self._request_id))
             error = TidegateError("an internal error; it has been logged")
             telling = self.tell(error)
         try:
             await telling
-        except asyncio.CancelledError:  # it left meanwhile, or the server's grace is over
+        except asyncio.CancelledError:  # disconnected meanwhile, or the grace is over
             self._task.uncancel()
             abort(self._scope)
         return status, Failure.of(error)
@@ -222,7 +221,7 @@ class _SessionFront:
         path = "/realtime"
         query: Callable[[str], str] = _openai_query
         first: Callable[[str], str] | None = None
-        if self._transcribes:  # the provider takes no model in the query then
+        if self._transcribes:  # the provider then accepts no model in the query
             query, first = _transcription_query, transcribing
         if self._dialect is Dialect.GEMINI:
             setup = await self._setup()
@@ -246,7 +245,7 @@ class _SessionFront:
             self._exchange, record, services.spine.targets.of(self._dialect, model)
         )
 
-    # Who asks, and for what
+    # The caller, and the request
 
     async def _identified(self) -> Caller:
         gate, query = self._services.gate, self._scope["query_string"]
@@ -254,15 +253,15 @@ class _SessionFront:
         return await gate.identify(self._headers, query) if caller is None else caller
 
     async def _check(self) -> None:
-        """Raises Unauthenticated and Forbidden once the key is no longer good for the session."""
+        """Raise Unauthenticated or Forbidden if the key is no longer valid for the session."""
         try:
             caller = await self._identified()
-        except StoreUnavailable:  # what is open goes on; nothing new begins
+        except StoreUnavailable:  # open sessions continue; no new one begins
             return
         check_model(caller, self._record.model or "")
 
     def _model_of_query(self) -> str:
-        """Raises InvalidRequest."""
+        """Return the model in the query. Raises InvalidRequest."""
         query = self._scope["query_string"].decode("latin-1")
         found = [
             pair
@@ -302,7 +301,7 @@ class _SessionFront:
         )
 
     async def _accept(self, headers: Headers) -> Connection:
-        """Answer the handshake, unless that has been done."""
+        """Answer the handshake, unless it is answered already."""
         if self._client is None:
             assert self._handshake is not None
             if self._presence is not None:
@@ -314,14 +313,14 @@ class _SessionFront:
             self._record.http_status = 101
         return self._client
 
-    # What the client learns
+    # Answers to the client
 
     def _problem(self, error: TidegateError) -> dict[str, Any]:
         spec = DIALECTS[self._dialect]
         return spec.problem(error, native_status_of(error), error.retry_after_ms)
 
     async def tell(self, error: TidegateError) -> None:
-        """An HTTP answer, or the close of a socket that is open."""
+        """Report an error: as an HTTP answer, or by closing an open socket."""
         if self._client is None:
             await self._respond(*refusal(self._dialect, error))
             return
@@ -329,7 +328,7 @@ class _SessionFront:
         await sockets.close(self._client, code, error.message_with_allowed)
 
     async def _tell_failed(self, failed: CallFailed) -> None:
-        """In the upstream's own words, as for any call."""
+        """Report a failure with the upstream's own answer, as for any call."""
         if failed.told:
             return
         if isinstance(failed.error, UpstreamUnauthorized) and failed.error.of_key:
@@ -347,7 +346,7 @@ class _SessionFront:
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _refuse_unheard(self, error: TidegateError) -> None:
-        """Refuse what does not come on the record."""
+        """Reject a request that is not recorded."""
         if self._presence is not None:
             await self._presence.end()
         await self.tell(error)
@@ -357,7 +356,7 @@ class _SessionFront:
         record.end(REFUSED, Failure.of(error))
         self._services.store.listeners.note(record)
 
-    # Its record
+    # The record
 
     def _begin_record(self, call: NativeCall) -> None:
         record, caller, terms = self._record, self._caller, call.terms
@@ -400,7 +399,7 @@ class _SessionFront:
 
 
 def _outcome(end: End | None) -> tuple[Status, Failure | None]:
-    """Of a session that was open."""
+    """Return the status of a session that was opened."""
     error = TidegateError("the session did not begin") if end is None else end.error
     if error is None:
         left = end is not None and end.by == "client" and end.code == _LOST
@@ -416,7 +415,7 @@ def _client_left() -> Failure:
 
 
 def _endpoint(dialect: Dialect) -> Endpoint:
-    """Of the request that opens a session, which itself asks a model for nothing."""
+    """Return the endpoint of the request that opens a session, which itself calls no model."""
     return Endpoint(dialect, Operation.MODELS, _OPENAI)
 
 
@@ -433,7 +432,8 @@ def _no_query(_model: str) -> str:
 
 
 def _with_key_of_protocol(headers: Headers) -> Headers:
-    """With the key that a browser gives as a subprotocol as a header, where there is no other."""
+    """Return the headers, with the key that a browser sends as a subprotocol, unless there is
+    another key."""
     for name, value in headers:
         if name == _PROTOCOLS:
             for one in value.decode("latin-1").split(","):
