@@ -1,13 +1,13 @@
 """Events of realtime sessions: what client messages request, and what providers report.
 
-OpenAI's Realtime API and Gemini Live have one JSON object a message; a provider's usage stands at
-one known place of it: `response.usage` of `response.done`, `usage` of a completed transcription,
-`usageMetadata` beside Gemini's content. Per turn it covers the whole context, so that the sum over
-the turns is what a session used.
+OpenAI's Realtime API and Gemini Live have one JSON object per message. A provider's usage is at a
+known place in it: `response.usage` of `response.done`, `usage` of a completed transcription,
+`usageMetadata` beside Gemini's content. The usage of a turn covers the whole context, so that the
+usage of a session is the sum over its turns.
 
-Invariants: usage is never read from what a client sent, and a count that is too large is none; a
-client's message that two servers could read differently (a name twice, or in another case) is
-refused; the model of a session never changes. Pure.
+Invariants: usage is never read from a client's message, and a count that is too large is ignored; a
+client's message that two servers could read differently (a repeated name, or one in another case)
+is rejected; the model of a session never changes. Pure.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from tidegate.errors import Forbidden, InvalidRequest
 Message = str | bytes
 Facts = dict[str, Any]
 
-# Characters of base64 in a second of 16-bit PCM at 24 kHz, of which OpenAI counts 10 tokens of
-# input and 20 of output; Gemini counts 25 or 32 of 16 kHz, which comes to about the same.
+# Characters of base64 in a second of 16-bit PCM at 24 kHz, for which OpenAI counts 10 tokens of
+# input and 20 of output; Gemini counts 25 or 32 for a second at 16 kHz, which is about the same
+# rate.
 _AUDIO_SECOND_CHARS = 64_000
 _IN_CHARS, _OUT_CHARS = _AUDIO_SECOND_CHARS / 10, _AUDIO_SECOND_CHARS / 20
 _TEXT_CHARS = 4
 
-# Bytes of a second of sound: of 16-bit PCM at 24 kHz, which OpenAI takes unless the session says
-# otherwise, and of telephones. Of Gemini each piece says its rate, 16 kHz unless it does.
+# Bytes of a second of audio: of 16-bit PCM at 24 kHz, OpenAI's default, and of telephone formats.
+# At Gemini each piece names its rate, by default 16 kHz.
 _PCM_BYTES, _TELEPHONE_BYTES = 48_000, 8_000
 _MOST_REQUESTED = 64
 _TELEPHONE = re.compile(r"g711|pcm[ua]", re.IGNORECASE)
@@ -45,9 +46,11 @@ _USUAL_RATE, _MOST_RATE = 16_000, 48_000
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a client's message asks for. begins_turn: the provider answers it with a turn.
-    about_tokens: of its input. audio_seconds: of sound in it. message: as it goes on. joins: it may
-    be answered together with what came before the turn began. event_id: the client's own, if any.
+    """A request in a client's message.
+
+    message: as it is forwarded. begins_turn: the provider answers it with a turn. about_tokens:
+    estimate of its input. audio_seconds: of audio in it. joins: it may be answered together with
+    input that came before the turn began. event_id: the client's id of it, if any.
     """
 
     message: Message
@@ -60,8 +63,8 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Usage that a provider reports. model: another one than the session's, which it was used of;
-    ends_turn: whether it is a turn's."""
+    """Usage that a provider reports. model: the model that used it, if not the session's.
+    ends_turn: it is the usage of a turn."""
 
     usage: Usage
     model: str | None = None
@@ -70,15 +73,15 @@ class Spent:
 
 @dataclass(slots=True)
 class Reported:
-    """What a provider's message reports. refuses: a client's message, of which no turn follows, by
-    the client's own id `about`, if it has one."""
+    """The report in a provider's message. refuses: it rejects a client's message, which begins no
+    turn; the message has the client's id `about`, if any."""
 
     begins_turn: bool = False
     refuses: bool = False
     about: str | None = None
     ends_turn: bool = False
     spent: list[Spent] = field(default_factory=list)
-    about_tokens: float = 0.0  # of its output
+    about_tokens: float = 0.0  # estimate of its output
     model: str | None = None  # of the session
 
 
@@ -86,16 +89,17 @@ NOTHING = Reported()
 
 
 class Events(Protocol):
-    """The events of one session in its dialect."""
+    """Parser of the events of a session in its dialect."""
 
     def asked(self, message: Message) -> Asked:
-        """Raises InvalidRequest and Forbidden for a message that is not passed on."""
+        """Return the request in a client's message. Raises InvalidRequest and Forbidden for a
+        message that is not forwarded."""
 
     def reported(self, message: Message) -> Reported:
-        """What a provider's message reports; most report nothing."""
+        """Return the report in a provider's message; most have none."""
 
 
-# Names that decide what a message is; a server that takes any case would read them too.
+# Names that decide the meaning of a message; a lenient server would read them in any case.
 _NAMES = frozenset(("type", "session", "response", "model", "transcription", "setup"))
 _FORMS = "one JSON object, each of its names once and in lower case"
 
@@ -116,7 +120,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Facts:
 
 
 def read(message: Message) -> Facts:
-    """The object that a client's message is. Raises InvalidRequest."""
+    """Return the object of a client's message. Raises InvalidRequest."""
     try:
         found = json.loads(message, object_pairs_hook=_object, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -124,7 +128,7 @@ def read(message: Message) -> Facts:
     if type(found) is not dict:
         raise InvalidRequest("message", "a message is not an object", allowed=_FORMS)
     try:
-        orjson.dumps(found)  # as it, or an error that quotes it, may have to be written again
+        orjson.dumps(found)  # it may have to be serialized again, whole or in an error
     except orjson.JSONEncodeError as wrong:
         said = f"a message is not JSON that every server reads: {wrong}"
         raise InvalidRequest("message", said, allowed=_FORMS) from None
@@ -132,13 +136,13 @@ def read(message: Message) -> Facts:
 
 
 def event_id_of(message: Message) -> str | None:
-    """The client's own id of a message of OpenAI's, for the error that answers it."""
+    """Return the client's id of a message of OpenAI's, for the error that answers it."""
     found = _of_provider(message).get("event_id")
     return found[:200] if type(found) is str else None
 
 
 def _of_provider(message: Message) -> Facts:
-    """The object that a provider's message is, empty for what is none."""
+    """Return the object of a provider's message; empty if it is not an object."""
     try:
         found = orjson.loads(message)
     except orjson.JSONDecodeError:
@@ -165,7 +169,7 @@ def _table(value: Any) -> Facts:
 
 
 def add_usage(one: Usage, other: Usage) -> Usage:
-    """The usage of both; what neither reports stays unknown."""
+    """Return the sum of two usages; figures that neither reports stay unknown."""
     details = None
     if one.details is not None or other.details is not None:
         left, right = one.details or UsageDetails(), other.details or UsageDetails()
@@ -200,8 +204,9 @@ def _sum(one: int | None, other: int | None) -> int | None:
 
 
 def openai_usage(told: Any) -> Usage | None:
-    """Of `response.done` or a transcription; None where none is reported. Of cached audio only the
-    price of cached input is charged, so that the audio counted apart is what was not cached."""
+    """Return the usage of `response.done` or of a transcription; None if none is reported. Cached
+    audio has only the price of cached input, so that the separate audio count leaves out cached
+    audio."""
     table = _table(told)
     if table.get("type") == "duration":
         seconds = table.get("seconds")
@@ -235,7 +240,7 @@ def _left(table: Facts, cached: Facts, name: str) -> int | None:
 
 
 def gemini_usage(told: Any) -> Usage | None:
-    """Of `usageMetadata`: what a tool gave the model is input as well."""
+    """Return the usage of `usageMetadata`; tokens that a tool gave the model count as input."""
     table = _table(told)
     taken = _count(table, "promptTokenCount")
     given = _count(table, "responseTokenCount")
@@ -285,9 +290,9 @@ _TRANSCRIPT = "conversation.item.input_audio_transcription."
 
 
 class OpenAIEvents:
-    """OpenAI's. `named`: the model as the client names it, `model` as its upstream does.
-    transcribes: the session does nothing else; its model is that of its transcripts, each of which
-    is a turn."""
+    """OpenAI's events. `named`: the client's name of the model, `model` the upstream's.
+    transcribes: the session only makes transcripts: its model is that of the transcripts, and each
+    of them is a turn."""
 
     def __init__(
         self, caller: Caller, named: str, model: str, *, transcribes: bool = False
@@ -298,7 +303,7 @@ class OpenAIEvents:
         self._model = model
         self._transcribes: str | None = None
         self._second_bytes = _PCM_BYTES
-        self._requested: list[tuple[Any, int]] = []  # forms of sound, not answered yet
+        self._requested: list[tuple[Any, int]] = []  # requested audio formats without an answer yet
 
     def asked(self, message: Message) -> Asked:
         if isinstance(message, str) and self._is_audio(message):
@@ -322,21 +327,22 @@ class OpenAIEvents:
 
     @staticmethod
     def _is_audio(message: str) -> bool:
-        """Whether it is nothing but audio: base64 has neither a quote nor a backslash."""
+        """Return whether a message is only audio: base64 has neither a quote nor a backslash."""
         plain = "\\" not in message and message.count('"') <= 16
         return (
             plain
-            and message.lower().count('"type"') == 1  # its own, and it says so
+            and message.lower().count('"type"') == 1  # the type is its own
             and _APPEND.search(message) is not None
         )
 
     @property
     def _least_second_bytes(self) -> int:
-        """Of the form that the provider has, and of those it may have by the time of a message."""
+        """Return the lowest rate of the current audio format and of those that may apply by the
+        time of a message."""
         return min([self._second_bytes, *(one for _, one in self._requested)])
 
     def _note_request(self, event: Facts) -> None:
-        """A form that the client requests, with its own id of that message."""
+        """Note an audio format that the client requests, with its id of the message."""
         form = _form_of(_table(event.get("session")))
         if form:
             self._requested.append((event.get("event_id"), _second_bytes_of(form)))
@@ -345,10 +351,10 @@ class OpenAIEvents:
                 self._requested[:2] = [min(oldest, key=lambda one: one[1])]
 
     def _note_form(self, session: Facts) -> None:
-        """In which form the provider takes the client's sound, as it says itself."""
+        """Note the format of the client's audio that the provider reports."""
         self._second_bytes = _second_bytes_of(_form_of(session))
         forms = [one for _, one in self._requested]
-        if self._second_bytes in forms:  # it answers in order
+        if self._second_bytes in forms:  # answers are in order
             del self._requested[: forms.index(self._second_bytes) + 1]
 
     def _note_refusal(self, event: Facts) -> None:
@@ -357,7 +363,7 @@ class OpenAIEvents:
             self._requested = [one for one in self._requested if one[0] != about]
 
     def _check(self, event: Facts) -> bool:
-        """Check the models that an event names; whether one of them was replaced in it."""
+        """Check the models that an event names. Return whether one of them was replaced in it."""
         changed = self._only_transcribes and self._name_model(event)
         for place, table, model in _models_in(event):
             if place.endswith("transcription.model") and not self._only_transcribes:
@@ -375,7 +381,7 @@ class OpenAIEvents:
         return changed
 
     def _name_model(self, event: Facts) -> bool:
-        """Name the model of transcripts where a client leaves it to the provider."""
+        """Add the model of transcripts if a client leaves it to the provider."""
         session, changed = _table(event.get("session")), False
         inner = _table(_table(session.get("audio")).get("input")).get("transcription")
         for one in (inner, session.get("input_audio_transcription")):
@@ -387,7 +393,7 @@ class OpenAIEvents:
         head = message[:400]
         if _has(head, _DELTA):
             if _has(head, _TRANSCRIPT) and not self._only_transcribes:
-                return NOTHING  # it is part of no turn
+                return NOTHING  # it belongs to no turn
             audio = _has(head, "audio.delta")
             about = len(message) / _OUT_CHARS if audio else max(1.0, len(message) / 200)
             return Reported(about_tokens=about)
@@ -428,13 +434,13 @@ class OpenAIEvents:
 
 
 def _form_of(session: Facts) -> Any:
-    """The form of the client's sound that a session names, as GA or beta has it."""
+    """Return the audio format that a session names, in the GA or the beta form."""
     given = _table(_table(session.get("audio")).get("input")).get("format")
     return given or session.get("input_audio_format")
 
 
 def _second_bytes_of(form: Any) -> int:
-    """Bytes of a second of sound in a form; of PCM where none is named."""
+    """Return the bytes of a second of audio in a format; of PCM by default."""
     name = str(form.get("type")) if type(form) is dict else str(form)
     if _TELEPHONE.search(name) is not None:
         return _TELEPHONE_BYTES
@@ -442,16 +448,16 @@ def _second_bytes_of(form: Any) -> int:
 
 
 def _sound_chars(event: Facts) -> int:
-    """Of base64 that a message has: beside its type, in its item, or in the input of a response
-    that has a context of its own."""
+    """Return the base64 characters of audio in a message: beside its type, in its item, or in the
+    input of a response with its own context."""
     items = [event.get("item"), *_rows(_table(event.get("response")).get("input"))]
     parts = [part for item in items for part in _rows(_table(item).get("content"))]
     return sum(_longest([_table(one).get("audio")]) for one in (event, *parts))
 
 
 def _models_in(event: Facts) -> Iterator[tuple[str, Facts, str]]:
-    """Each text below `session` and `response` that names a model, with its place; schemas and
-    arguments of tools may have such names too, and choose nothing."""
+    """Yield each text below `session` and `response` that names a model, with its place. Schemas
+    and arguments of tools are left out: such names in them choose no model."""
     below: list[tuple[str, Facts]] = [
         (name, event[name]) for name in ("session", "response") if type(event.get(name)) is dict
     ]
@@ -472,11 +478,11 @@ def _rows(value: Any) -> list[Any]:
 
 
 def _longest(texts: Sequence[Any]) -> int:
-    """The length of the longest text, which is base64 where there is any."""
+    """Return the length of the longest text, which is the base64 if there is any."""
     return max((len(one) for one in texts if type(one) is str), default=0)
 
 
-_OF_TOOLS = ("response", "args")  # what a tool gave or takes, in words of its own
+_OF_TOOLS = ("response", "args")  # results and arguments of tools, of any form
 
 
 def _is_audio(mime: str) -> bool:
@@ -484,8 +490,8 @@ def _is_audio(mime: str) -> bool:
 
 
 def _gemini_sound(value: Facts) -> float:
-    """Seconds of all pieces of sound below a value: of what is heard, of parts of contents, and of
-    what tools gave. A piece that is named `audio` needs no type."""
+    """Return the seconds of all audio below a value: of realtime input, parts of contents, and
+    results of tools. A piece named `audio` needs no type."""
     below: list[tuple[bool, Any]] = [(False, value)]
     seconds = 0.0
     while below:
@@ -503,7 +509,7 @@ def _gemini_sound(value: Facts) -> float:
 
 
 def _gemini_seconds(chars: int, mime: str) -> float:
-    """Of 16-bit PCM in base64."""
+    """Return the seconds of 16-bit PCM in base64."""
     stated = _RATE.search(mime)
     rate = min(int(stated[1]), _MOST_RATE) if stated is not None else _USUAL_RATE
     return chars * 3 / 4 / (2 * (rate or _USUAL_RATE))
@@ -535,7 +541,7 @@ class Setup:
 
     @classmethod
     def of(cls, message: Message) -> Setup:
-        """Raises InvalidRequest."""
+        """Parse a message. Raises InvalidRequest."""
         event = read(message)
         setup = event.get("setup")
         if type(setup) is not dict or len(event) != 1:
@@ -551,24 +557,24 @@ class Setup:
         return cls(event, model.removeprefix("models/"))
 
     def message(self, model: str) -> str:
-        """As it goes to an upstream that calls the model so."""
+        """Return the message with the upstream's name of the model."""
         setup = {**self.body["setup"], "model": f"models/{model}"}
         return orjson.dumps({"setup": setup}).decode()
 
 
 def transcribing(model: str) -> str:
-    """The message that chooses the model of a session that only transcribes."""
+    """Return the message that sets the model of a session that only transcribes."""
     audio = {"input": {"transcription": {"model": model}}}
     update = {"type": "session.update", "session": {"type": "transcription", "audio": audio}}
     return orjson.dumps(update).decode()
 
 
 class GeminiEvents:
-    """Gemini Live's, after the setup."""
+    """Gemini Live's events, after the setup."""
 
     def __init__(self) -> None:
-        self._is_active = False  # the client says itself when its part begins and ends
-        self._queries: set[str] = set()  # searches of the web in the present turn
+        self._is_active = False  # the client signals the begin and end of its input
+        self._queries: set[str] = set()  # web searches of the current turn
 
     def asked(self, message: Message) -> Asked:
         if isinstance(message, str) and self._is_input(message):
@@ -594,7 +600,7 @@ class GeminiEvents:
         return Asked(message, self._is_said(value), about, sound, joins=True)
 
     def _is_said(self, value: Facts) -> bool:
-        """Whether the model answers now: to words, or to the end of the client's part."""
+        """Return whether the model answers now: to text, or to the end of the client's input."""
         if any(value.get(name) is not None for name in ("activityEnd", "activity_end")):
             self._is_active = False
             return True
@@ -604,7 +610,7 @@ class GeminiEvents:
 
     @staticmethod
     def _is_input(message: str) -> bool:
-        """Whether it is one piece of sound or of pictures, which is not read."""
+        """Return whether a message is one piece of audio or of pictures, which is not parsed."""
         first = _REALTIME_INPUT.match(message)
         if first is None or "\\" in message or message.count('"') > 16:
             return False
@@ -626,7 +632,8 @@ class GeminiEvents:
         return Reported(spent=spent)
 
     def _searched(self, event: Facts) -> list[Spent]:
-        """The searches of a turn, each once: a message may repeat those of an earlier one."""
+        """Return the searches of a turn, each once: a message may repeat those of an earlier
+        one."""
         content = _table(event.get("serverContent"))
         named = _rows(_table(content.get("groundingMetadata")).get("webSearchQueries"))
         new = {one for one in named if type(one) is str and one} - self._queries

@@ -1,16 +1,16 @@
 """Exchange of one realtime session: a call of the spine that lasts as long as its two WebSockets.
 
-    client ──► up ──► provider        what the client says: models checked, turns under the limits
-    client ◄── down ◄── provider      what the provider says: its usage read, its key masked
-               watch                  key revoked, nothing said for too long, open for too long
+    client ──► up ──► provider        messages of the client: models checked, turns under the limits
+    client ◄── down ◄── provider      messages of the provider: usage read, key masked
+               watch                  revoked key, idle timeout, total timeout
 
-Messages pass as they are, in both directions, each only as fast as its reader takes them. The first
-of the three to end ends the session: both sides are closed with a code and a reason, and the permit
-is released after the provider's side is closed.
+Messages are forwarded unchanged in both directions, each only as fast as its reader accepts them.
+The first of the three to end ends the session: both sides are closed with a code and a reason, and
+the permit is released after the provider's side is closed.
 
 Invariants: the permit is held from before the provider is connected until its connection is closed;
-whatever ends the session, both connections end within `CLOSE_S`; a client that is lost while its
-turn waits for the limits begins none.
+however the session ends, both connections end within `CLOSE_S`; if the client disconnects while its
+turn waits for the limits, the turn does not begin.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from tidegate.telemetry.tracing import HEADER
 from tidegate.upstream.transport import RelayWire
 
 WATCH_EVERY_S = 0.5
-_SHORTEST_SECRET = 8  # a shorter key, such as `none`, opens nothing
+_SHORTEST_SECRET = 8  # a shorter key, such as `none`, is not a secret
 _NORMAL = (1000, 1001, 1005)
 _SUBPROTOCOL = "realtime"
 
@@ -66,7 +66,8 @@ Problem = Callable[[TidegateError], dict[str, Any]]
 
 
 class RealtimeRefused(Exception):
-    """A budget has no room for the first turn: not for the spine, which reserves whole calls."""
+    """A budget has no room for the first turn. Not a TidegateError: the spine, which reserves whole
+    calls, does not handle it."""
 
     def __init__(self, error: TidegateError) -> None:
         super().__init__(error.message)
@@ -75,7 +76,8 @@ class RealtimeRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a session ended: who closed it, with which code and words, and our own reason if any."""
+    """How a session ended: the side that closed it, the close code and reason, and our own error if
+    any."""
 
     by: By
     code: int
@@ -84,7 +86,7 @@ class End:
 
 
 def code_of(error: TidegateError) -> int:
-    """The close code for an error of ours."""
+    """Return the close code for an error of ours."""
     if isinstance(error, InvalidRequest):
         return 1007
     if isinstance(error, RealtimeIdle):
@@ -98,9 +100,8 @@ def code_of(error: TidegateError) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RealtimeBounds:
-    """stalled_ms: how long one side may take nothing of a message; wait_ms: how long a turn waits
-    for limits. How long neither side says anything, and how long a session lasts, are bounds of
-    the upstream's calls."""
+    """Bounds of a session. stalled_ms: how long a side may read nothing of a message; wait_ms: how
+    long a turn waits for limits. The idle and total timeouts are those of the upstream's calls."""
 
     stalled_ms: int
     wait_ms: int
@@ -108,9 +109,12 @@ class RealtimeBounds:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a client wants: a session with `model`, by a request to `path` below a base URL, whose
-    query may name the upstream's model. first: the message that opens it at a provider, by that
-    name; None where the query does. transcribes: it only makes transcripts."""
+    """A requested session with `model`, by a request to `path` below a base URL.
+
+    query: returns the query, which may name the upstream's model. first: returns the message that
+    opens the session at a provider, with the model's name; None if the query names it. transcribes:
+    the session only makes transcripts.
+    """
 
     dialect: Dialect
     model: str
@@ -122,10 +126,10 @@ class Wanted:
 
 
 class RealtimeExchange:
-    """A `CallExchange`. `answer` gives the client's socket, whose handshake it answers if that has
-    not been done; `check` raises once the caller may no longer call."""
+    """A `CallExchange`. `answer` returns the client's socket, after answering its handshake if
+    needed; `check` raises once the caller is no longer permitted."""
 
-    bills = False  # each turn is reserved by itself
+    bills = False  # each turn is reserved separately
     ended_alone = False
 
     def __init__(
@@ -165,7 +169,7 @@ class RealtimeExchange:
         return targets.of(self.dialect, self._wanted.model)
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
-        """The limits on what is open at the same time; what is counted over time is each turn's."""
+        """Return the demand on concurrency limits; the rates are each turn's."""
         terms = self.terms
         demand = lane.demands.of_native(
             target.model,
@@ -235,7 +239,7 @@ class RealtimeExchange:
             raise CallFailed(UpstreamUnavailable(said), target, told=True)
 
     async def _connected(self, target: Target) -> ClientConnection:
-        """Raises CallFailed and UpstreamError."""
+        """Connect to the provider. Raises CallFailed and UpstreamError."""
         wanted, trail = self._wanted, self.terms.trail
         access = target.upstream.access(wanted.dialect)
         url = access.url(wanted.path, wanted.query(target.model), model=target.model)
@@ -275,7 +279,7 @@ class RealtimeExchange:
         headers += of_answer(target.upstream.name, self._record.queue_ms or 0.0)
         return CallFailed(error, target, status=status, headers=headers, body=masked(body, target))
 
-    # While it is open
+    # While the session is open
 
     async def _relayed(
         self, client: Connection, upstream: Connection, target: Target, began: float
@@ -318,7 +322,7 @@ class RealtimeExchange:
             except _ClientLost:
                 return _lost(client)
             except (InvalidRequest, Forbidden) as refused:
-                if self._wanted.dialect is Dialect.GEMINI:  # it has no events that tell an error
+                if self._wanted.dialect is Dialect.GEMINI:  # Gemini Live has no event for errors
                     return _ended_by(refused)
                 await self._tell(client, refused, message)
                 continue
@@ -331,7 +335,7 @@ class RealtimeExchange:
                 except _ClientLost:
                     return _lost(client)
                 except TidegateError as error:
-                    over = not isinstance(error, AdmissionError)  # such as a budget that is spent
+                    over = not isinstance(error, AdmissionError)  # such as a spent budget
                     if over or self._wanted.dialect is Dialect.GEMINI:
                         return _ended_by(error)
                     await self._tell(client, error, message)
@@ -359,7 +363,7 @@ class RealtimeExchange:
                 await turns.take(reported)
             except TidegateError as error:
                 over = error
-            if turns.charge is not charged:  # on record even if this process is killed
+            if turns.charge is not charged:  # recorded even if this process is killed
                 self._record.charge = replace(turns.charge, usage=turns.usage)
                 self._spine.journal.note(self._record)
             if reported.model is not None and not self._may_speak(reported.model, target):
@@ -371,8 +375,8 @@ class RealtimeExchange:
                 return _ended_by(over)
 
     def _may_speak(self, model: str, target: Target) -> bool:
-        """Whether the model that a provider reports is one that the caller may call: mostly the
-        requested one, with the date of its version."""
+        """Return whether the caller may call the model that a provider reports, usually the
+        requested one with the date of its version."""
         caller = self.terms.caller
         return model.startswith(target.model) or caller.may_ask(model)
 
@@ -387,7 +391,7 @@ class RealtimeExchange:
         return None
 
     async def _watch(self, target: Target, began: float) -> End:
-        """Until the session has to end for another reason than that a side ends it."""
+        """Return when the session has to end for a reason other than the close of a side."""
         bounds = self._spine.timeouts[target.upstream.name]
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
@@ -402,17 +406,17 @@ class RealtimeExchange:
             except (Unauthenticated, Forbidden) as refused:
                 return _ended_by(refused)
 
-    # Its end
+    # The end
 
     async def _tell(self, client: Connection, error: TidegateError, about: Message = "") -> None:
-        """Tell a client of OpenAI's what is wrong, by its event `error`."""
+        """Send an error to a client of OpenAI's dialect, as its event `error`."""
         told = {**self._problem(error)["error"], "event_id": event_id_of(about) if about else None}
         event = {"type": "error", "event_id": f"event_{uuid4().hex}", "error": told}
         await self._passed(client, orjson.dumps(event).decode())
 
     async def _close(self, client: Connection, upstream: Connection, end: End) -> None:
-        """The provider is not kept open for a client that reads slowly: its work is what the permit
-        is for."""
+        """Close both sides concurrently: a client that reads slowly must not keep the provider
+        open, whose work the permit covers."""
         code = end.code if end.by == "client" else 1000
         closing = [sockets.close(upstream, code, "")]
         if end.by != "client":
@@ -420,7 +424,7 @@ class RealtimeExchange:
         await asyncio.gather(*closing)
 
     async def _close_client(self, client: Connection, end: End) -> None:
-        """Tell it why, where its dialect has an event for that, and close its side."""
+        """Send the client the reason, if its dialect has an event for it, and close its side."""
         if isinstance(end.error, RealtimeStalled):
             sockets.cut(client)
             return
@@ -433,12 +437,12 @@ class RealtimeExchange:
 
 
 class _ClientLost(Exception):
-    """The client's connection was lost while something of it waited for the limits."""
+    """The client disconnected while one of its messages waited for the limits."""
 
 
 @contextmanager
 def _unless_lost(client: Connection) -> Iterator[None]:
-    """Ends a wait for the limits by `_ClientLost` when the client's connection is lost: nothing is
+    """Raise `_ClientLost` from a wait for the limits when the client disconnects: nothing is
     received meanwhile that would report it."""
     lost, task, waits = client.connection_lost_waiter, asyncio.current_task(), True
     assert task is not None
@@ -470,16 +474,16 @@ def _ended_by(error: TidegateError, code: int | None = None) -> End:
 
 
 def _end_of(by: By, closed: ConnectionClosed) -> End:
-    """What a side has sent as its close, else 1006: the connection was lost."""
+    """Return the close of a side, or 1006 if the connection was lost."""
     if closed.rcvd is not None:
         return End(by, closed.rcvd.code, closed.rcvd.reason)
-    if closed.sent is not None:  # what it sent broke the protocol, or a bound
+    if closed.sent is not None:  # the side violated the protocol, or a bound
         return End(by, closed.sent.code, closed.sent.reason)
     return End(by, 1006, "the connection was lost")
 
 
 def _masked(message: Message, secrets: tuple[str, ...]) -> Message:
-    """A provider's message without what it was called with."""
+    """Return a provider's message with the secrets of the call masked."""
     for secret in secrets:
         if isinstance(message, str):
             message = message.replace(secret, "***") if secret in message else message

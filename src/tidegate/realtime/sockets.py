@@ -1,12 +1,12 @@
 """WebSockets of realtime sessions: the client's, and the provider's.
 
-The client's takes over a connection that was HTTP's. Both are connections of the library
-`websockets`: it frames, checks UTF-8, answers pings, and bounds a message and what is read ahead;
-neither side is compressed.
+The client's socket takes over an HTTP connection. Both are connections of the library `websockets`,
+which frames, checks UTF-8, answers pings, and bounds messages and read-ahead; neither is
+compressed.
 
 Invariants: no redirect is followed, since it would carry the key elsewhere; a side that answers no
-ping for `PING_S` is gone, but for the time in which nothing is read of it here, or a client reads
-nothing; of a message over the bound no more than that is read (1009).
+ping for `PING_S` is cut, not counting time in which nothing is read from it here or in which a
+client reads nothing; of a message over the bound no more than the bound is read (1009).
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ from tidegate.errors import (
 )
 from tidegate.upstream.transport import BareConnection
 
-# Google's and OpenAI's own bound on a message is about as much; a picture is the largest.
+# About the bound of Google and OpenAI on a message; a picture is the largest.
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 READ_AHEAD_MESSAGES = 4
-READ_AHEAD_BYTES = 1024 * 1024  # of a provider; a client's count in the memory of the process
+READ_AHEAD_BYTES = 1024 * 1024  # of a provider; a client's is counted by `occupy`
 WRITE_AHEAD_BYTES = 64 * 1024
 PING_S = 20.0
 CLOSE_S = 5.0
 _SWITCHING, _TRY_AGAIN = 101, 1013
-# Its notes on each connection say nothing that ours do not.
+# Its log lines on each connection repeat ours.
 _QUIET = logging.getLogger("tidegate.websockets")
 _QUIET.setLevel(logging.ERROR)
 
 
-# Raises QueueFull where a process has no memory left for so many bytes.
+# Raises QueueFull if the process has no memory left for so many bytes.
 Occupy = Callable[[int], None]
 
 
 class Handshake:
-    """A client's handshake, checked and not answered yet."""
+    """A client's handshake, checked but not answered yet."""
 
     def __init__(self, headers: Headers, subprotocol: str | None) -> None:
-        """Raises InvalidRequest for a request that opens no WebSocket."""
+        """Raises InvalidRequest for a request that does not open a WebSocket."""
         self._protocol = ServerProtocol(
             select_subprotocol=lambda _protocol, offered: _chosen(offered, subprotocol),
             max_size=MAX_MESSAGE_BYTES,
@@ -85,7 +85,8 @@ class Handshake:
             raise _no_handshake(str(self._protocol.handshake_exc))
 
     def socket(self, headers: Headers) -> ClientSocket:
-        """The socket, to which the connection is to be switched; `headers` go with the answer."""
+        """Return the socket to which the connection is to be switched; `headers` are sent with the
+        answer."""
         for name, value in headers:
             self._response.headers[name.decode("latin-1")] = value.decode("latin-1")
         return ClientSocket(self._protocol, self._request, self._response)
@@ -102,16 +103,19 @@ def _no_handshake(why: str) -> InvalidRequest:
 
 
 class ClientSocket(ServerConnection):
-    """The client's side. `connections`: those of the server, from which it removes itself. occupy:
-    takes how many bytes of its messages are in memory. pieces: how often bytes of it came.
-    is_blocked: no pong of it can be read now."""
+    """The client's socket.
+
+    connections: those of the server; the socket removes itself from them. occupy: called with the
+    bytes of its messages in memory. pieces: how often bytes have arrived. is_blocked: no pong can
+    be read now.
+    """
 
     connections: set[Any]
 
     def __init__(self, protocol: ServerProtocol, request: Request, response: Any) -> None:
         super().__init__(
             protocol,
-            cast(Server, None),  # asked of nothing but the handshake, which is done here
+            cast(Server, None),  # used only for the handshake, which is done here
             ping_interval=PING_S,
             close_timeout=CLOSE_S,
             max_queue=READ_AHEAD_MESSAGES,
@@ -122,7 +126,7 @@ class ClientSocket(ServerConnection):
         self.response = response
         self.occupy: Occupy | None = None
         self.pieces = 0
-        self._in_hand_bytes = 0  # of the message that was received last
+        self._in_hand_bytes = 0  # of the last message received
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Answer the handshake."""
@@ -139,7 +143,7 @@ class ClientSocket(ServerConnection):
 
     @property
     def is_blocked(self) -> bool:
-        return self.recv_messages.paused or self.paused  # which has a bound of its own
+        return self.recv_messages.paused or self.paused  # paused writes have their own bound
 
     async def keepalive(self) -> None:
         await _keep_alive(self)
@@ -153,14 +157,15 @@ class ClientSocket(ServerConnection):
         return message
 
     def _count(self) -> None:
-        """Occupy memory for what came and was not passed on; end where there is none left."""
+        """Count the memory of messages that were received and not forwarded; close if there is none
+        left."""
         if self.occupy is None:
             return
         protocol = self.protocol
         ahead = sum(len(frame.data) for frame in self.recv_messages.frames.queue)
         held = ahead + self._in_hand_bytes + len(protocol.reader.buffer)
         try:
-            self.occupy(held + (getattr(protocol, "current_size", 0) or 0))  # not in every version
+            self.occupy(held + (getattr(protocol, "current_size", 0) or 0))  # not in all versions
         except QueueFull as full:
             self.occupy = None
             protocol.fail(_TRY_AGAIN, shortened(full.message))
@@ -172,12 +177,13 @@ class ClientSocket(ServerConnection):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """What the server calls when it stops: the session goes on until its grace is over."""
+        """Do nothing: the server calls this when it stops, and the session continues until its
+        grace ends."""
 
 
 class _MessagesAhead(Assembler):
-    """Bounded in bytes too: nothing is read while more than `READ_AHEAD_BYTES` wait. A message that
-    is longer is read to its end."""
+    """A read-ahead queue that is bounded in bytes too: reading pauses while more than
+    `READ_AHEAD_BYTES` wait. A longer message is read to its end."""
 
     def maybe_pause(self) -> None:
         if not self.paused and self._is_long:
@@ -193,12 +199,12 @@ class _MessagesAhead(Assembler):
     @property
     def _is_long(self) -> bool:
         waiting = self.frames.queue
-        # Of many only as far as the bound on their number: then nothing is read anyway.
+        # Only as many as the bound on their number: above it, reading is paused anyway.
         return sum(len(one.data) for one in islice(waiting, READ_AHEAD_MESSAGES)) > READ_AHEAD_BYTES
 
 
 class UpstreamSocket(ClientConnection):
-    """The provider's side; as the client's, `pieces` and `is_blocked`."""
+    """The provider's socket; `pieces` and `is_blocked` as on the client's."""
 
     pieces = 0
 
@@ -221,8 +227,8 @@ class UpstreamSocket(ClientConnection):
 
 
 async def _keep_alive(socket: ClientSocket | UpstreamSocket) -> None:
-    """Ping a side, and cut it where for `PING_S` neither its pong nor anything else came; a pong
-    comes behind all that the side has sent before, which may wait until it is read."""
+    """Ping a side, and cut it if for `PING_S` neither its pong nor any other bytes arrive: a pong
+    comes after all that the side has sent before, which may still wait to be read."""
     with suppress(ConnectionClosed):
         while True:
             await asyncio.sleep(PING_S)
@@ -288,8 +294,8 @@ def _unconnected(message: str) -> UpstreamError:
 
 
 async def close(socket: Connection, code: int, reason: str) -> None:
-    """Close in order, within `CLOSE_S`; what does not answer is cut. What still comes in is passed
-    over, as the other side's close comes after it."""
+    """Close with a close handshake within `CLOSE_S`, or else cut. Messages that still arrive are
+    discarded, since the other side's close comes after them."""
     draining = asyncio.create_task(_drained(socket))
     try:
         with suppress(TimeoutError):
@@ -301,7 +307,7 @@ async def close(socket: Connection, code: int, reason: str) -> None:
 
 
 def cut(socket: Connection) -> None:
-    """End the connection in the event loop's next round, where it has not ended."""
+    """Close the connection in the event loop's next iteration, if it is open."""
     if not socket.connection_lost_waiter.done():
         socket.transport.abort()
 
@@ -317,11 +323,11 @@ _NEVER_SENT = {1004: 1000, 1005: 1000, 1006: 1011, 1015: 1011}
 
 
 def sendable(code: int) -> int:
-    """A close code as it may be sent: those that stand for none are local."""
+    """Return a close code that may be sent: some codes are for local use only."""
     code = _NEVER_SENT.get(code, code)
     return code if 1000 <= code <= 1014 or 3000 <= code <= 4999 else 1011
 
 
 def shortened(reason: str) -> str:
-    """As much of a reason as a close frame holds."""
+    """Return the part of a reason that fits into a close frame."""
     return reason.encode()[:_MOST_REASON_BYTES].decode("utf-8", "ignore")

@@ -1,16 +1,16 @@
 """Turns of a realtime session: their use of rates and budgets, and their cost in total.
 
-    budgets: reserved ahead of each turn ─► settled by what the provider reports of it
-    rates:   a permit for each turn, asked for where the client begins one, held to its end
+    budgets: reserved before each turn ─► settled by the usage that the provider reports
+    rates:   a permit for each turn, requested when the client begins it, held to its end
 
-    sound:   taken of the limits on seconds of audio some seconds ahead of what the client sends
+    audio:   taken from the limits on seconds of audio some seconds ahead of the client's audio
 
-A turn that the provider begins by itself, as on a pause in the speech, takes its permit while it
-runs: nothing more of the client is passed on before the limits have it.
+A turn that the provider begins by itself, for example on a pause in speech, gets its permit while
+it runs: nothing more of the client is forwarded before it is admitted.
 
-Invariants: every usage that a provider reports is charged once; a turn that is cut is charged for
-its input and for what came of it at least; whatever ends a session, no permit and no reservation
-stays behind.
+Invariants: every usage that a provider reports is charged once; a turn that is cut is charged at
+least for its input and its output so far; however a session ends, no permit and no reservation
+remains.
 """
 
 from __future__ import annotations
@@ -46,21 +46,26 @@ from tidegate.spine.run import Lane, Terms
 from tidegate.store.budgets import Budgets
 
 _AUDIO_STEP_S = 5
-# Of one session: each waits for the limits, or is held in memory, until it has ended.
+# Bounds of a session: each of these turns waits for the limits, or is in memory, until it has
+# ended.
 _MOST_LATE, _MOST_BEGUN = 16, 100
 _UNSEEN = "a turn has the whole conversation, with its audio, for its input"
 
 
 def is_rate(lane: Lane, limit_id: str) -> bool:
-    """Whether a limit is spent by turns, and not held by the session."""
+    """Return whether a limit is a rate or a quota, which turns spend, and not a concurrency
+    limit."""
     return isinstance(lane.limiter.policy.limit(limit_id), Rate | Quota)
 
 
 @dataclass(eq=False, slots=True)
 class RealtimeTurn:
-    """One turn. `admitted` is done once the limits have it, or refuse it; `ended` has what it used,
-    as reported and as charged, None where there was no turn. event_id: of the client's message that
-    asks for it. joins: another may be answered with it; after: so many had begun before.
+    """A turn.
+
+    `admitted` is done once the limits have admitted or rejected it. `ended` has its usage as
+    reported and its charge; None if there was no turn. event_id: of the client's message that
+    requests it. joins: it may be answered together with another one. after: the number of turns
+    that had begun before.
     """
 
     demand: CallDemand | None
@@ -80,7 +85,7 @@ class RealtimeTurn:
 
 
 class Turns:
-    """Those of one session at one upstream. `wait_ms`: how long a turn may wait for the limits."""
+    """The turns of a session at an upstream. `wait_ms`: how long a turn may wait for the limits."""
 
     def __init__(
         self,
@@ -92,32 +97,32 @@ class Turns:
     ) -> None:
         self.count = 0
         self.charge = NO_CHARGE
-        self._heard_s = self._taken_s = 0.0  # of the client's sound; of the limits on it
+        self._heard_s = self._taken_s = 0.0  # of the client's audio: received, admitted
         self._terms = terms
         self._target = target
         self._lane = lane
         self._budgets = budgets
         self._wait_ms = wait_ms
-        self._ahead: UUID | None = None  # what is reserved for the next turn
-        self._beside = NO_CHARGE  # of other models, and not charged to a budget yet
+        self._ahead: UUID | None = None  # the reservation for the next turn
+        self._beside = NO_CHARGE  # usage of other models that is not charged to a budget yet
         self._begins = 0
-        self._context_tokens = 0  # of the conversation, as the last turn reported it
-        self._sent_tokens = 0.0  # about, by the client since then
-        self._asked: list[RealtimeTurn] = []  # by the client, and not begun yet
+        self._context_tokens = 0  # size of the conversation, by the last turn's report
+        self._sent_tokens = 0.0  # estimate of what the client has sent since then
+        self._asked: list[RealtimeTurn] = []  # requested by the client, not begun yet
         self._begun: list[RealtimeTurn] = []
-        self._late: list[RealtimeTurn] = []  # begun by the provider before the limits had them
+        self._late: list[RealtimeTurn] = []  # begun by the provider, not admitted yet
 
     # Before a turn
 
     async def open(self) -> None:
-        """Reserve the first turn. Raises what a budget that has no room for it raises."""
+        """Reserve the first turn. Raises the error of a budget that has no room for it."""
         await self._budgets.known()
         self._ahead = await self._reserve()
 
     async def ask(self, *, joins: bool = False, event_id: str | None = None) -> None:
-        """The client begins a turn: returns once the limits have it. Raises AdmissionError and what
-        a budget raises; then the turn is not to begin. joins: it takes the place of one that was
-        answered together with another."""
+        """Wait until the limits admit a turn that the client begins. Raises AdmissionError and the
+        errors of budgets; then the turn must not begin. joins: it may take the place of one that
+        was answered together with another."""
         if joins and (left := self._answered_together()) is not None:
             left.after = self._begins
             return
@@ -125,23 +130,26 @@ class Turns:
         turn.event_id, turn.joins, turn.after = event_id, joins, self._begins
         try:
             await asyncio.shield(turn.admitted)
-        except BaseException:  # whatever ends the wait, its place is returned
+        except BaseException:  # whatever ends the wait, its place is released
             await self._end(turn, None)
             raise
         self._asked.append(turn)
 
     def _answered_together(self) -> RealtimeTurn | None:
-        """One that was asked for before the last turn began, which seems to have answered it."""
+        """Return a turn that was requested before the last turn began, which seems to have answered
+        it."""
         return next((one for one in self._asked if one.joins and one.after < self._begins), None)
 
     async def may_go_on(self) -> None:
-        """Wait until the limits have what the provider has begun by itself. Raises as `ask`."""
+        """Wait until the limits have admitted the turns that the provider has begun by itself.
+        Raises as `ask`."""
         while self._late:
             await asyncio.shield(self._late[0].admitted)
             self._late.pop(0)
 
     async def sent(self, asked: Asked) -> None:
-        """The client sends more: returns once the limits have its sound. Raises as `ask`."""
+        """Wait until the limits have admitted the audio of a message that the client sends. Raises
+        as `ask`."""
         self._sent_tokens += asked.about_tokens
         lane, heard_s = self._lane, self._heard_s + asked.audio_seconds
         while heard_s > self._taken_s:
@@ -157,19 +165,19 @@ class Turns:
 
     @property
     def usage(self) -> Usage:
-        """Of the session; of its sound at least what the client sent, of which a transcript may
-        report the same seconds."""
+        """Return the usage of the session, with at least the audio that the client sent: a
+        transcript may report the same seconds."""
         usage, heard_s = self.charge.usage, ceil(self._heard_s)
         if heard_s <= (seconds_of(usage) or 0):
             return usage
         details = replace(usage.details or UsageDetails(), input_audio_seconds=heard_s)
         return replace(usage, details=details)
 
-    # What the provider says
+    # Reports of the provider
 
     async def take(self, reported: Reported) -> None:
-        """Note what a message reports. Raises what a budget raises that has no room for another
-        turn, and UpstreamGarbled for more turns at a time than a session has."""
+        """Process the report of a message. Raises the error of a budget that has no room for
+        another turn, and UpstreamGarbled for too many turns in progress."""
         if reported.refuses and (turn := self._refused(reported.about)) is not None:
             self._asked.remove(turn)
             await self._end(turn, None)
@@ -188,7 +196,8 @@ class Turns:
             await self._end(turn, self._cut_charge(turn))
 
     def _refused(self, event_id: str | None) -> RealtimeTurn | None:
-        """The turn of a message that the provider refuses: another message may have the id."""
+        """Return the turn whose message the provider has rejected, if any: other messages have ids
+        too."""
         return next((one for one in self._asked if one.event_id == event_id), None)
 
     async def _begin(self) -> RealtimeTurn:
@@ -214,7 +223,7 @@ class Turns:
             self._ahead = await self._reserve()
 
     async def close(self) -> None:
-        """End what is open: turns that were begun are charged for what came of them."""
+        """End all turns: those that have begun are charged for their output so far."""
         for turn in self._begun:
             await self._end(turn, self._cut_charge(turn))
         while (left := self._answered_together()) is not None:
@@ -231,7 +240,7 @@ class Turns:
             self._budgets.settle(self._ahead, None if beside is NO_CHARGE else beside)
             self._ahead = None
 
-    # A turn
+    # The life of a turn
 
     async def _new(self) -> RealtimeTurn:
         loop = asyncio.get_running_loop()
@@ -261,16 +270,16 @@ class Turns:
         except TidegateError as error:
             if not turn.admitted.done():
                 turn.admitted.set_exception(error)
-                turn.admitted.exception()  # who waits for it learns of it; nobody has to
+                turn.admitted.exception()  # marks it as retrieved: a waiter may have given up
 
     async def _end(
         self, turn: RealtimeTurn, charge: Charge | None, told: Usage = UNKNOWN_USAGE
     ) -> None:
-        """Charge a turn, None where there was none, and return its permit."""
+        """Charge a turn (None if there was none), and release its permit."""
         if charge is not None:
             self.count += 1
             self.charge = _both(self.charge, charge)
-        elif self._ahead is None:  # its reservation is the next one's, with what came beside it
+        elif self._ahead is None:  # the next turn gets its reservation
             self._ahead, turn.hold = turn.hold, None
         if turn.hold is not None:
             whole = charge
@@ -281,14 +290,14 @@ class Turns:
         turn.ended.set_result(None if charge is None else (told, charge))
         task = turn.task
         if task is None or (charge is not None and not turn.admitted.done()):
-            return  # it still waits for the limits, which have to have it
+            return  # it still waits for the limits, which must count it
         if not turn.admitted.done():
             task.cancel()
         await asyncio.wait({task})
 
     async def _charge_late(self, turn: RealtimeTurn) -> None:
-        """Count a turn of the rates that have not admitted it yet: nobody waits for that any
-        more."""
+        """Charge an ended turn to the rates that have not admitted it yet, without waiting for them
+        any longer."""
         if turn.task is not None and not turn.is_admitted:
             turn.task.cancel()
             await asyncio.wait({turn.task})
@@ -297,40 +306,41 @@ class Turns:
             await self._count(turn.demand.limits, used[1])
 
     async def _count(self, limits: tuple[str, ...], charge: Charge) -> None:
-        """Count of the rates what they have not admitted."""
+        """Charge usage to rates that have not admitted it."""
         limiter = self._lane.limiter
         for limit_id in limits:
             amount = _amount(limiter.policy.limit(limit_id), charge)
             if amount:
-                with suppress(LimiterUnavailable):  # it counts nothing while it is away
+                with suppress(LimiterUnavailable):  # counts nothing while unavailable
                     await limiter.charge(limit_id, amount)
 
     def _cut_charge(self, turn: RealtimeTurn) -> Charge:
-        """For a turn whose usage was not reported: its input, and what came of it."""
+        """Return the charge of a turn without a reported usage: its input, and its output so
+        far."""
         return estimated_charge(self._rates(), self._estimate(), ceil(turn.came_tokens))
 
     def _rates(self) -> Rates | None:
         return self._lane.demands.prices.at_least(self._target.model, "")
 
     async def _add(self, spent: Spent) -> None:
-        """What was used beside the turns, by another model such as for a transcript, whose rates it
-        counts for, or by searches: it is part of the session's cost. Budgets are charged for it
-        with the turn that is open, else now; raises as `take`."""
+        """Add usage besides turns: of another model, for example for a transcript, which counts for
+        that model's rates, or of searches. It is part of the session's cost. Budgets are charged
+        with the open turn if there is one, otherwise now; raises as `take`."""
         rates = self._lane.demands.prices.at_least(spent.model or self._target.model, "")
         charge = charge_of(rates, spent.usage, None, whole=True)
         if spent.model is not None:
             await self._count(self._rates_of(spent.model), charge)
         self.charge = _both(self.charge, charge)
         self._beside = _both(self._beside, charge)
-        if self._ahead is not None:  # what is reserved for the next turn has none to wait for
+        if self._ahead is not None:  # no turn is open whose end would charge it
             ahead, self._ahead = self._ahead, None
             beside, self._beside = self._beside, NO_CHARGE
             self._budgets.settle(ahead, beside)
             self._ahead = await self._reserve()
 
     def _rates_of(self, model: str) -> tuple[str, ...]:
-        """The rates that another model's transcripts count for: as requests of that model alone,
-        since they are no turns."""
+        """Return the rates for transcripts of another model. Limits on requests count only if they
+        are that model's alone, since transcripts are not turns."""
         other, own, policy = self._demand(model), self._demand(), self._lane.limiter.policy
         known = () if own is None else own.limits
         limits = () if other is None else other.limits
@@ -338,7 +348,8 @@ class Turns:
         return tuple(one for one in limits if one not in of_turns)
 
     def _audio_demand(self) -> CallDemand:
-        """The next seconds of the client's sound, on the limits that count them."""
+        """Return the demand of the client's next seconds of audio on the limits that count
+        audio."""
         lane, terms, policy = self._lane, self._terms, self._lane.limiter.policy
         tenant, model = terms.caller.tenant_id, self._target.model
         tags = (terms.caller.key_id, terms.subject, terms.conversation)
@@ -355,11 +366,11 @@ class Turns:
         step_s = max(1, min([_AUDIO_STEP_S, *bounds.values()]))
         return CallDemand(tuple(bounds), tenant, demand.priority, 0, audio_seconds=step_s)
 
-    # What a turn may take
+    # Bounds of a turn
 
     def _demand(self, model: str = "") -> CallDemand | None:
-        """What the rates count of the next turn, or of a transcript by another model; None where no
-        rate binds it."""
+        """Return the demand of the next turn, or of a transcript by another model, on the rates;
+        None if no rate applies."""
         lane, terms = self._lane, self._terms
         demand = lane.demands.of_native(
             model or self._target.model,
@@ -391,7 +402,8 @@ class Turns:
         )
 
     async def _reserve(self) -> UUID | None:
-        """Hold what a turn may cost of the budgets that bind it; None where none does."""
+        """Reserve the possible cost of a turn from the budgets that apply to it; None if none
+        does."""
         bindings = self._bindings()
         if not bindings:
             return None
@@ -425,7 +437,7 @@ class Turns:
 
 
 def _both(one: Charge, other: Charge) -> Charge:
-    """The charge of both: not known where one of them is not."""
+    """Return the sum of two charges; its cost is unknown if one of theirs is."""
     cost: int | None = None
     if one.cost_micros is not None and other.cost_micros is not None:
         cost = one.cost_micros + other.cost_micros
@@ -436,7 +448,7 @@ def _both(one: Charge, other: Charge) -> Charge:
 
 
 def _amount(limit: Limit | None, charge: Charge) -> int:
-    """What a charge is of a limit."""
+    """Return how much a charge counts for a limit."""
     if not isinstance(limit, Rate | Quota):
         return 0
     taken, given = tokens_of(charge.usage)
