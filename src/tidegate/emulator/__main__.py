@@ -24,7 +24,8 @@ FAULTS_VARIABLE = "TIDEGATE_EMULATOR_FAULTS"
 
 
 def parse(arguments: Sequence[str]) -> tuple[EmulatorSettings, Path | None]:
-    """Settings and the port file. Raises ConfigError; exits on wrong usage, as argparse does."""
+    """Return the settings and the port file. Raises ConfigError; exits on wrong usage, as argparse
+    does."""
     parser = argparse.ArgumentParser(prog="tidegate emulator", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8090, help="0 takes a free one")
@@ -91,7 +92,7 @@ async def serve(settings: EmulatorSettings, port_file: Path | None) -> None:
         loop.add_signal_handler(number, stop.set)
     async with run_emulator(settings) as emulator:
         if port_file is not None:
-            # Renamed into place, so that no reader sees half a number.
+            # Renamed into place, so that no reader sees a part of the number.
             fresh = port_file.with_name(f"{port_file.name}.{os.getpid()}")
             fresh.write_text(f"{emulator.port}\n", encoding="utf-8")
             fresh.replace(port_file)
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as wrong:
         sys.stderr.write(f"{wrong}\n")
         return 2
-    atexit.register(gc.freeze)  # to look for garbage at the end takes half as long as the start
+    atexit.register(gc.freeze)  # a collection at exit would take half as long as the start
     try:
         import uvloop
     except ImportError:

@@ -1,12 +1,12 @@
 """Account at an emulated provider: profile, limits, prompt cache, other consumers, ledger.
 
-What an account limits, how each provider counts it and which headers it sends is in
-`docs/decisions/0018-how-providers-count.md`, with the sources.
+The limits of an account, how each provider counts them, and which headers it sends, are described
+in `docs/decisions/0018-how-providers-count.md`, with the sources.
 
-A call is admitted by all limits that bind its model, or spends nothing; what it counts is then
-corrected as its provider does. The clock is an argument and may be scaled. Invariants: `counted` of
-a limit is what its calls count in all; what another consumer takes is in `others` alone; a changed
-bound keeps what is used; an `AccountSpec` is sound and never changes.
+A call is admitted by all limits of its model, or spends nothing; its count is later corrected as
+its provider does. The clock is an argument and may be scaled. Invariants: `counted` of a limit is
+the total count of its calls; the use of another consumer is in `others` only; a changed bound keeps
+the use so far; an `AccountSpec` is valid and never changes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ DAY_S = 86_400
 _MOST = 10**12
 _PARTS = ("uncached", "cached", "cache_write", "output")
 
-# The dialects in which each provider is called; calls in others are not of its accounts.
+# The dialects in which each provider is called; calls in other dialects do not count for its
+# accounts.
 DIALECTS: Mapping[Provider, tuple[str, ...]] = {
     "openai": ("openai",),
     "anthropic": ("anthropic",),
@@ -62,7 +63,8 @@ DIALECTS: Mapping[Provider, tuple[str, ...]] = {
     "bedrock": ("bedrock", "openai", "anthropic"),
     "groq": ("openai",),
 }
-# Fields of a limit by provider and unit, `*` for all units; a limit's own fields come before them.
+# Default fields of a limit by provider and unit, `*` for all units; a limit's own fields take
+# precedence.
 COUNTING: Mapping[Provider, Mapping[str, Mapping[str, Any]]] = {
     "openai": {"tokens": {"reserve": "max", "settle": "never"}},
     "anthropic": {"output_tokens": {"settle": "as_made"}},
@@ -131,16 +133,18 @@ HEADERS: Mapping[Provider, HeaderFamily] = {
     "bedrock": "none",
     "groq": "groq",
 }
-# Providers that count a request also where it fails or is refused.
+# Providers that also count failed and refused requests.
 COUNTS_FAILED: tuple[Provider, ...] = ("openai",)
 
 
 @dataclass(frozen=True, slots=True)
 class AccountLimit:
-    """A limit of an account: at most `bound` of `unit` in `window_s`, for all models that match.
+    """A limit of an account: at most `bound` of `unit` in `window_s`, for all matching models
+    together.
 
-    `pace_s` checks the same rate in so short a span too; `growth` is `{percent, start, per_s}`: no
-    faster rise above `start` a minute. The rest is as in `counting.CountingRule`.
+    `pace_s` enforces the same rate also in this shorter time; `growth` is `{percent, start,
+    per_s}`: no faster rise above `start` a minute. The other fields are those of
+    `counting.CountingRule`.
     """
 
     unit: Unit
@@ -168,7 +172,7 @@ class AccountLimit:
 
     @classmethod
     def parse(cls, provider: Provider, value: Any) -> Self:
-        """From JSON; raises InvalidRequest naming the field."""
+        """Parse JSON. Raises InvalidRequest naming the field."""
         if isinstance(value, cls):
             return value
         known_fields("account.limits", value, tuple(item.name for item in fields(cls)))
@@ -234,14 +238,14 @@ def _zone(value: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AccountSpec:
-    """An account with a provider: its limits, and what befalls it.
+    """An account with a provider: its limits, and other influences on it.
 
-    `cache` is the share of each call's input that comes from the provider's prompt cache, or
-    `prefix`: as much as begins an earlier conversation of the same model, if it has
+    `cache` is the share of each call's input that is read from the provider's prompt cache, or
+    `prefix`: the part that an earlier conversation of the same model begins with, if it has
     `cache_min_tokens`; None caches nothing. `others_share` is the part of each limit that another
-    consumer of the account uses. `tier` multiplies all bounds. `clock_scale` is how much faster
-    than the real clock its windows, times to wait and days pass. `workspaces` are the shares of the
-    bounds that workspaces are allowed, listed by the rate-limit API and not enforced.
+    consumer of the account uses. `tier` multiplies all bounds. `clock_scale` is the speed of its
+    clock, by which windows, waits and days pass. `workspaces` are the shares of the bounds that
+    workspaces are allowed, listed by the rate-limit API and not enforced.
     """
 
     provider: Provider
@@ -257,7 +261,7 @@ class AccountSpec:
 
     @classmethod
     def parse(cls, value: Any) -> Self | None:
-        """From JSON: a provider's name, an object with at least `provider`, or null.
+        """Parse JSON: a provider's name, an object with at least `provider`, or null.
 
         Raises InvalidRequest naming the field.
         """
@@ -301,9 +305,9 @@ class AccountSpec:
         )
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
-        """With some fields replaced; raises InvalidRequest, as `parse` does."""
+        """Return the spec with some fields replaced. Raises InvalidRequest, as `parse` does."""
         made = self.parse({**self.to_json(), **changes})
-        assert made is not None  # `changes` have a provider, or this has one
+        assert made is not None  # `changes` or this spec have a provider
         return made
 
     def bound_of(self, limit: AccountLimit) -> int:
@@ -318,10 +322,10 @@ class AccountSpec:
         }
 
 
-MOST_REFUSALS = 1_000  # numbers of refused calls, in its book
+MOST_REFUSALS = 1_000  # refused calls whose numbers are kept
 MOST_PREFIXES = 50_000
 CACHE_NS = 300 * 10**9
-# Another consumer takes its share in so many steps a window.
+# Steps per window in which another consumer takes its share.
 STEPS_OF_OTHERS = 20
 _PARTS_OF_ONE = 1_000_000
 SECOND_NS = 10**9
@@ -331,7 +335,8 @@ RefusedFor = Literal["used_up", "too_large", "growth"]
 
 @dataclass(frozen=True, slots=True)
 class AccountRefusal:
-    """The limit that refused a call: what was used of it, what was requested, and when it fits."""
+    """The limit that refused a call, with its use, the requested amount, and the wait until it
+    fits."""
 
     reason: RefusedFor
     limit: AccountLimit
@@ -343,7 +348,7 @@ class AccountRefusal:
 
 @dataclass(frozen=True, slots=True)
 class LimitReading:
-    """A limit as it is now; `charged` is what the call counts for which it is read."""
+    """The current state of a limit; `charged` is the count of the call for which it is read."""
 
     limit: AccountLimit
     bound: int
@@ -353,7 +358,7 @@ class LimitReading:
 
 
 class AccountLimitReached(Exception):
-    """An account has no room for a call."""
+    """An account has no capacity for a call."""
 
     def __init__(self, refusal: AccountRefusal, model: str) -> None:
         super().__init__(refusal.limit.name)
@@ -362,10 +367,10 @@ class AccountLimitReached(Exception):
 
 
 class LimitBook:
-    """One limit of an account: its counters, and what was counted and refused.
+    """The state of a limit of an account: its counters, and its totals.
 
-    shorter: the book of the limit of a shorter window that counts the same of the same models, if
-    there is one: what another consumer has taken of that it has taken of this.
+    shorter: the state of the limit with a shorter window that counts the same amounts of the same
+    models, if any: another consumer's use of that limit also counts for this one.
     """
 
     shorter: LimitBook | None = None
@@ -398,9 +403,9 @@ class LimitBook:
         return max(int(self._bound * pace_s / self.limit.window_s), 1)
 
     def refusal(self, size: CallSize, now_ns: int) -> AccountRefusal | None:
-        """Why the call doesn't fit now; None when it does."""
+        """Return why the call does not fit now; None if it does."""
         requested = self.rule.at_start(size)
-        # Tokens that are counted as they are made need room for one at least.
+        # Tokens that are counted as they are made require capacity for at least one.
         least = max(requested, 1) if self.rule.settle == "as_made" else requested
         if requested > self._bound:
             return self._refused("too_large", requested, 0, now_ns)
@@ -432,13 +437,13 @@ class LimitBook:
             self._main.correct(taken, total, now_ns)
 
     def count_failed(self, now_ns: int) -> None:
-        """Count a request that failed or was refused, as far as there is room."""
+        """Count a request that failed or was refused, as far as there is capacity."""
         if self.limit.unit == "requests" and self._main.remaining(now_ns):
             self.take(CallSize(), now_ns)
 
     def let_others_use(self, now_ns: int) -> None:
-        """Take what another consumer has taken since the last time, in steps; what doesn't fit is
-        refused to it."""
+        """Count the use of another consumer since the last call, in steps; use that does not fit is
+        refused to that consumer."""
         if self.shorter is not None:
             self.shorter.let_others_use(now_ns)
             self._take_for_others(self.shorter.others - self._others_followed, now_ns)
@@ -446,7 +451,7 @@ class LimitBook:
         if self.shorter is not None or not self._others_parts:
             self._others_ns = now_ns
             return
-        # What was long ago is in no counter any more.
+        # Older use is outside of every counter's window.
         self._others_ns = max(self._others_ns, now_ns - 2 * self._window_ns)
         step_ns = max(self._window_ns // STEPS_OF_OTHERS, 1)
         while self._others_ns < now_ns:
@@ -492,7 +497,7 @@ class LimitBook:
 
 @dataclass(slots=True)
 class AccountCharge:
-    """What one admitted call counts so far, of each limit that binds it."""
+    """The counts of an admitted call so far, for each of its limits."""
 
     size: CallSize
     taken: list[tuple[LimitBook, CountedAmount]] = field(default_factory=list)
@@ -500,14 +505,14 @@ class AccountCharge:
 
 
 class PromptCache:
-    """Prefixes of conversations that a provider keeps for five minutes since their last use."""
+    """Prefixes of conversations that a provider keeps for five minutes after their last use."""
 
     def __init__(self, least_tokens: int) -> None:
         self._least = least_tokens
         self._until_ns: OrderedDict[bytes, int] = OrderedDict()
 
     def read(self, model: str, texts: Sequence[str], now_ns: int) -> int:
-        """LLM tokens of the longest kept prefix of a conversation."""
+        """Return the LLM tokens of the longest cached prefix of a conversation."""
         found = 0
         for key, tokens in self._prefixes(model, texts):
             if self._until_ns.get(key, 0) > now_ns:
@@ -550,7 +555,8 @@ class ProviderAccount:
         self._cache = PromptCache(spec.cache_min_tokens)
 
     def _shorter(self, limit: AccountLimit) -> LimitBook | None:
-        """The book of the shortest window, if it is shorter than that of the limit."""
+        """Return the state of the like limit with the shortest window, if that is shorter than the
+        limit's."""
         alike = [
             one
             for one in self._books
@@ -564,11 +570,12 @@ class ProviderAccount:
         return self._origin_ns + round(passed * self.spec.clock_scale)
 
     def governs(self, dialect: str) -> bool:
-        """Whether calls in this dialect are of this account."""
+        """Return whether calls in this dialect count for this account."""
         return dialect in DIALECTS[self.spec.provider]
 
     def change(self, spec: AccountSpec) -> bool:
-        """Take a changed account and keep what is used; False where its limits are others."""
+        """Replace the spec and keep the use so far. Return False, unchanged, if the provider, the
+        limits, the clock's speed or `cache_min_tokens` differ."""
         same = ("provider", "limits", "clock_scale", "cache_min_tokens")
         if any(getattr(spec, name) != getattr(self.spec, name) for name in same):
             return False
@@ -580,7 +587,7 @@ class ProviderAccount:
         return True
 
     def cached_tokens(self, model: str, texts: Sequence[str], input_tokens: int) -> int:
-        """LLM tokens of a call's input that come from the prompt cache."""
+        """Return the LLM tokens of a call's input that are read from the prompt cache."""
         match self.spec.cache:
             case None:
                 return 0
@@ -594,8 +601,8 @@ class ProviderAccount:
             self._cache.keep(model, texts, self.now_ns())
 
     def admit(self, model: str, size: CallSize) -> AccountCharge:
-        """Count a call of every limit that binds it; raises AccountLimitReached, counting nothing
-        but a failed request where the provider counts those."""
+        """Count a call for each of its limits. Raises AccountLimitReached, then counting at most a
+        failed request, for providers that count those."""
         now_ns = self.now_ns()
         books = [book for book in self._books if book.limit.binds(model)]
         self.calls += 1
@@ -620,13 +627,14 @@ class ProviderAccount:
             book.count_failed(now_ns)
 
     def count_failed(self, model: str) -> None:
-        """Count a call that the API itself refused, where the provider counts those."""
+        """Count a call that the API itself refused, for providers that count those."""
         if self.spec.counts_failed:
             books = [book for book in self._books if book.limit.binds(model)]
             self._count_failed(books, self.now_ns())
 
     def made(self, charge: AccountCharge, output_tokens: int) -> None:
-        """Note what a call has made so far; limits that count it as it is made do so."""
+        """Note the output of a call so far, and count it for limits that count output as it is
+        made."""
         charge.output_tokens = output_tokens
         now_ns = self.now_ns()
         for book, taken in charge.taken:
@@ -634,7 +642,7 @@ class ProviderAccount:
                 book.correct(taken, book.rule.in_all(charge.size, output_tokens), now_ns)
 
     def end(self, charge: AccountCharge, *, answered: bool) -> None:
-        """Settle an ended call: by what it made, or as nothing where it got no answer."""
+        """Settle an ended call: by its output, or as nothing if it got no answer."""
         now_ns = self.now_ns()
         for book, taken in charge.taken:
             if answered:
@@ -646,7 +654,7 @@ class ProviderAccount:
             book.correct(taken, total, now_ns)
 
     def views(self, model: str, charge: AccountCharge | None = None) -> list[LimitReading]:
-        """The limits that bind a model, as they are now."""
+        """Return the current state of the limits of a model."""
         now_ns = self.now_ns()
         charged = {} if charge is None else {id(book): taken for book, taken in charge.taken}
         views = []
@@ -658,8 +666,8 @@ class ProviderAccount:
         return views
 
     def to_json(self) -> dict[str, Any]:
-        """The book: calls, refusals (with the numbers of the first thousand refused calls), and
-        each limit."""
+        """Return the state as JSON: calls, refusals (with the numbers of the first thousand refused
+        calls), and each limit."""
         now_ns = self.now_ns()
         for book in self._books:
             book.let_others_use(now_ns)

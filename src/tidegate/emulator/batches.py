@@ -4,11 +4,12 @@
         |             |   \\> expired      (lines that were not reached in the window)
         \\> failed     \\> cancelling > cancelled
 
-Nothing runs in the background: `BatchStore.advance` brings every batch to the present by the clock
-that it is given, so that a scaled or frozen clock scales or freezes the batches with it.
+Nothing runs in the background: `BatchStore.advance` updates every batch to the time of the given
+clock, so that a scaled or frozen clock scales or freezes the batches with it.
 
-Invariants: a line ends once, and is billed only when it succeeds; the results of a batch are there
-from the moment it ends; tokens count as enqueued from the creation of a batch until it ends.
+Invariants: a line ends once, and is billed only if it succeeds; the results of a batch are
+available from the moment it ends; tokens count as enqueued from the creation of a batch until it
+ends.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class LineAnswer:
 
 @dataclass(frozen=True, slots=True)
 class LineWork:
-    """A line's request, parsed: what it counts, and how its answer is composed."""
+    """A line's parsed request: what it counts, and how its answer is composed."""
 
     kind: str
     model: str
@@ -63,7 +64,7 @@ class LineWork:
 
 @dataclass(slots=True)
 class ProviderBatchLine:
-    """One request of a batch. `refused` is the error of a request that the provider refuses."""
+    """A request of a batch. `refused` is the error of a request that the provider refuses."""
 
     custom_id: str
     work: LineWork | None
@@ -77,7 +78,7 @@ class ProviderBatchLine:
     def of(
         cls, custom_id: str, parsed: Callable[[], LineWork], metadata: Json | None = None
     ) -> Self:
-        """The line of a request as `parsed` reads it, or of its refusal."""
+        """Return the line of a request, parsed by `parsed`, or with its refusal."""
         try:
             return cls(custom_id, parsed(), None, metadata)
         except Refused as refused:
@@ -90,9 +91,9 @@ class ProviderBatchLine:
 
 @dataclass(slots=True)
 class ProviderBatch:
-    """One batch. `errors` fail it in validation; `facts` are what its creator said of it.
+    """A batch. `errors` fail it in validation; `facts` are the parameters of its creator.
 
-    Times are ns on the emulator's clock; a time that has not come is 0.
+    Times are ns on the emulator's clock; a time in the future is 0.
     """
 
     id: str
@@ -108,7 +109,7 @@ class ProviderBatch:
     finalizing_ns: int
     cancelling_ns: int
     expires_ns: int
-    reachable: int  # lines that are processed if there is time; the others are never reached
+    reachable: int  # lines that are processed if there is time; others are never reached
     done: int = 0
     cancel_ns: int = 0
     processed_ns: int = 0
@@ -123,7 +124,7 @@ class ProviderBatch:
         return sum(line.state in states for line in self.lines)
 
     def enqueued_tokens(self, model: str) -> int:
-        """Input tokens that the batch keeps in the queue of a model."""
+        """Return the input tokens that the batch keeps in the queue of a model."""
         if self.state in ENDED:
             return 0
         mine = (line for line in self.lines if line.work and line.work.model == model)
@@ -146,7 +147,7 @@ Record = Callable[[ProviderBatchLine, str], None]  # a succeeded line and its di
 
 
 class BatchStore:
-    """All batches and their files. `record` notes each line that has succeeded, in the ledger."""
+    """All batches and their files. `record` adds each succeeded line to the ledger."""
 
     def __init__(self, clock_ns: Callable[[], int], random: Random, record: Record) -> None:
         self._clock_ns = clock_ns
@@ -175,9 +176,9 @@ class BatchStore:
         facts: Mapping[str, Any],
         errors: Sequence[Json] = (),
     ) -> ProviderBatch:
-        """Enqueue a batch; `window_s` is the provider's own, where the pace names none.
+        """Enqueue a batch; `window_s` is the provider's own, used if the pace sets none.
 
-        Raises Refused (429) when the emulator holds too many.
+        Raises Refused (429) if the emulator holds too many.
         """
         if len(self._batches) >= MOST_BATCHES:
             raise Refused(429, "Too many batches are stored.")
@@ -208,7 +209,7 @@ class BatchStore:
         return batch
 
     def find(self, batch_id: str, dialect: str, missing: str) -> ProviderBatch:
-        """Raises Refused (404), in the words of `missing`."""
+        """Return a batch. Raises Refused (404) with the message `missing`."""
         batch = self._batches.get(batch_id)
         if batch is None or batch.dialect != dialect:
             raise Refused(404, missing)
@@ -219,7 +220,7 @@ class BatchStore:
         self._open.pop(batch.id, None)
 
     def newest(self, dialect: str) -> list[ProviderBatch]:
-        """The batches of a dialect, the newest first."""
+        """Return the batches of a dialect, the newest first."""
         found = [batch for batch in self._batches.values() if batch.dialect == dialect]
         return found[::-1]
 
@@ -233,7 +234,7 @@ class BatchStore:
             self._advance(batch, batch.cancel_ns)
 
     def keep(self, file: JsonLinesFile) -> None:
-        """Store a file. Raises Refused (429) when the emulator holds too many."""
+        """Store a file. Raises Refused (429) if the emulator holds too many."""
         if len(self._files) >= MOST_FILES:
             raise Refused(429, "Too many files are stored.")
         self._files[file.id] = file
@@ -245,11 +246,11 @@ class BatchStore:
         del self._files[file_id]
 
     def files(self) -> list[JsonLinesFile]:
-        """All files, the newest first."""
+        """Return all files, the newest first."""
         return list(self._files.values())[::-1]
 
     def advance(self) -> None:
-        """Bring all batches to the present."""
+        """Update all batches to the current time."""
         if not self._open:
             return
         now_ns = self._clock_ns()
@@ -280,7 +281,7 @@ class BatchStore:
             batch.state = "finalizing" if batch.done == len(batch.lines) else "in_progress"
 
     def _process(self, batch: ProviderBatch, until_ns: int) -> None:
-        """Work off the lines that are due."""
+        """Process the lines that are due."""
         while batch.done < batch.reachable and batch.due_ns(batch.done) <= until_ns:
             line = batch.lines[batch.done]
             line.ended_ns = batch.processed_ns = batch.due_ns(batch.done)

@@ -1,4 +1,4 @@
-"""Clients of the emulator: of its control API, and for single plain calls."""
+"""Clients of the emulator: of its control API, and for single calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tidegate.errors import InvalidRequest
 class Stats:
     """Counts by kind; `in_flight` and `max_in_flight` are over all kinds but `other`.
 
-    `tokens` are tokens really billed, by model and by how the calls ended.
+    `tokens` are the billed tokens, by model and by how the calls ended.
     """
 
     kinds: Mapping[str, KindStats]
@@ -28,7 +28,7 @@ class Stats:
     tokens: Mapping[str, Mapping[str, Billed]]
 
     def billed(self, outcome: Ending | None = None, model: str | None = None) -> Billed:
-        """The sum over all calls with this outcome and model; None matches all."""
+        """Return the sum over all calls with this outcome and model; None matches all."""
         total = Billed()
         for name, by_outcome in self.tokens.items():
             for ending, billed in by_outcome.items():
@@ -41,9 +41,10 @@ class Stats:
 
 
 class EmulatorControl:
-    """Usable as `async with EmulatorControl(url) as control`, else call `close` at the end.
+    """Client of the control API. Use it as `async with EmulatorControl(url) as control`, or call
+    `close` at the end.
 
-    Every method raises aiohttp.ClientError when the emulator is away.
+    Every method raises aiohttp.ClientError if the emulator is unavailable.
     """
 
     def __init__(self, url: str) -> None:
@@ -51,7 +52,7 @@ class EmulatorControl:
         self._session: aiohttp.ClientSession | None = None
 
     async def stats(self) -> Stats:
-        """The counters now."""
+        """Return the current counters."""
         body = await self._ask("GET", "stats")
         kinds = {kind: KindStats(**counts) for kind, counts in body.pop("kinds").items()}
         tokens = {
@@ -61,9 +62,10 @@ class EmulatorControl:
         return Stats(kinds=kinds, tokens=tokens, **body)
 
     async def calls(self, since: int = 0, contains: str = "") -> list[LoggedCall]:
-        """Calls in order of arrival with an id above `since` whose prompt contains `contains`.
+        """Return the calls with an id above `since` whose prompt contains `contains`, in order of
+        arrival.
 
-        Only a prompt's first 200 characters are searched. Calls in flight are among them, with
+        Only the first 200 characters of a prompt are searched. Calls in flight are included, with
         `outcome` None.
         """
         query = {"since": str(since), "contains": contains}
@@ -71,13 +73,13 @@ class EmulatorControl:
         return [LoggedCall(**call) for call in body["calls"]]
 
     async def reset(self) -> None:
-        """Back to how it started: counters, log, windows, files, faults, behaviour."""
+        """Reset counters, log, windows, files, faults and behaviour to the start."""
         await self._ask("POST", "reset")
 
     async def set_fault(self, fault: str, **order: Any) -> None:
-        """Add an order: see `faults.Fault` for its fields (`count`, `kind`, `match` and more).
+        """Inject a fault: see `dialect.Fault` for its fields (`count`, `kind`, `match` and more).
 
-        Raises InvalidRequest when it makes no sense.
+        Raises InvalidRequest if it is invalid.
         """
         await self._ask("POST", "faults", body={"faults": [{"fault": fault, **order}]})
 
@@ -87,18 +89,19 @@ class EmulatorControl:
     async def set_behaviour(self, **changes: Any) -> None:
         """Replace fields of `settings.Behaviour`, by JSON or its own types.
 
-        Raises InvalidRequest, having changed nothing, when a value makes no sense.
+        Raises InvalidRequest, having changed nothing, if a value is invalid.
         """
         await self._ask("PUT", "behaviour", body=changes)
 
     async def account(self) -> dict[str, Any]:
-        """The account's book: `account.ProviderAccount.to_json`. InvalidRequest without one."""
+        """Return the account's state: `account.ProviderAccount.to_json`. Raises InvalidRequest
+        without an account."""
         book: dict[str, Any] = await self._ask("GET", "account")
         return book
 
     async def set_account(self, **changes: Any) -> dict[str, Any]:
-        """Change fields of `profiles.AccountSpec`; what is used stays used while its provider,
-        limits and clock are the same. Returns the book. Raises InvalidRequest."""
+        """Change fields of `account.AccountSpec` and return the account's state. Usage is kept
+        while provider, limits and clock are the same. Raises InvalidRequest."""
         book: dict[str, Any] = await self._ask("PUT", "account", body=changes)
         return book
 
@@ -151,10 +154,10 @@ PlainCall = Callable[[str], Awaitable[int | None]]
 
 @asynccontextmanager
 async def plain_caller(url: str) -> AsyncIterator[PlainCall]:
-    """Client of single plain calls: `async with plain_caller(url) as call: await call(prompt)`.
+    """Open a client of single calls: `async with plain_caller(url) as call: await call(prompt)`.
 
-    A call returns the status of the answer, which it has read to its end; None where none came.
-    Cancellation closes its connection.
+    A call reads the whole answer and returns its status; None without an answer. Cancellation
+    closes its connection.
     """
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),

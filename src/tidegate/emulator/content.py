@@ -1,7 +1,7 @@
 """Content of emulated answers: conversation read, text, JSON by schema, calls, images. Pure.
 
-Invariants: the same conversation gets the same answer; the reported tokens are the words that were
-sent; an image is a valid PNG.
+Invariants: the same conversation gets the same answer; the reported output tokens are the words
+that were sent; an image is a valid PNG.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Choice = Literal["auto", "required", "none"]
 Finish = Literal["stop", "length", "calls", "blocked", "nothing", "unknown"]
 Speaker = Literal["system", "user", "assistant", "tool"]
 Pieces = tuple[tuple[str, int], ...]
-PICTURE_TOKENS = 258  # of one picture, or one page of a document, as input
+PICTURE_TOKENS = 258  # of a picture, or a page of a document, as input
 _MODALITY_OF = {"image": "IMAGE", "audio": "AUDIO", "video": "VIDEO", "text": "TEXT"}
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function on offer; `schema` is that of its parameters."""
+    """A function that a request offers; `schema` is that of its parameters."""
 
     name: str
     schema: Json
@@ -44,7 +44,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """An attached file. `size_bytes` is None for a URI that is not one of our files."""
+    """An attached file. `size_bytes` is None for a URI of a file that is not stored here."""
 
     mime_type: str
     size_bytes: int | None
@@ -55,11 +55,11 @@ class Attached:
 class ModelRequest:
     """A request that generates, in any dialect.
 
-    `prompt` is all text of the conversation, `last_text` the last of it, `texts` its parts in
-    their order with the system prompt first. `called` are the functions
-    that the answer calls. `fenced`: JSON within a fenced block of code, since the prompt asks for
-    it. `choices` answers come, in a stream with its usage only `with_usage`. `tier` is the
-    processing tier, empty for the usual one. `at_google`: of a Gemini model in OpenAI's dialect.
+    `prompt` is all text of the conversation, `last_text` the last of it, `texts` its parts in their
+    order with the system prompt first. `called` are the functions that the answer calls. `fenced`:
+    the prompt requests JSON in a fenced block of code. `choices` is the number of answers; a stream
+    reports its usage only `with_usage`. `tier` is the processing tier, empty for the usual one.
+    `at_google`: for a Gemini model in OpenAI's dialect.
     """
 
     kind: str
@@ -92,12 +92,13 @@ class ModelRequest:
 
     @property
     def uncached_tokens(self) -> int:
-        """Of the input, those neither read from the provider's prompt cache nor written to it."""
+        """Return the input tokens that were neither read from the provider's prompt cache nor
+        written to it."""
         return self.input_tokens - self.cached_tokens - self.cache_write_tokens
 
     @property
     def size(self) -> CallSize:
-        """What the request counts of limits, before its answer."""
+        """Return what the request counts for limits, before its answer."""
         return CallSize(
             self.uncached_tokens,
             self.cached_tokens,
@@ -112,7 +113,7 @@ class ModelRequest:
 class Conversation:
     """Turns of a request, added in order.
 
-    `called` and `answered` are the calls since the last question, and whether results came.
+    `called` and `answered` are the calls since the last question, and whether results were sent.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -140,13 +141,15 @@ class Conversation:
         return self.texts[-1] if self.texts else ""
 
     def json_schema(self) -> Json:
-        """The schema where only "some JSON" is requested: one in the prompt, else any object."""
+        """Return the schema if any JSON is requested: the schema in the prompt, otherwise any
+        object."""
         return schema_in("\n".join([*self.system, *self.texts])) or ANY_OBJECT
 
     def calls(
         self, tools: Sequence[Tool], choice: Choice | Tool, *, several: bool = True
     ) -> tuple[Tool, ...]:
-        """The functions that the answer calls: those the question names, else a required one."""
+        """Return the functions that the answer calls: those that the question names, otherwise a
+        required one."""
         if choice == "none" or (self.answered and (choice == "auto" or not self.called)):
             return ()
         left = [tool for tool in tools if not self.answered or tool.name not in self.called]
@@ -160,7 +163,8 @@ class Conversation:
     def request(
         self, model: str, *, schema: Json | None, fences: bool = True, **more: Any
     ) -> ModelRequest:
-        """The request; `more` are further fields of it. `fences`: the prompt may name a schema."""
+        """Return the request; `more` are further fields of it. `fences`: the prompt may contain a
+        schema."""
         prompt = "\n".join(self.texts)
         attached = tuple(self.attached)
         fenced = None
@@ -198,7 +202,7 @@ _decoder = json.JSONDecoder()
 
 
 def schema_in(prompt: str) -> Json | None:
-    """The first JSON object of a prompt that describes an object's properties."""
+    """Return the first JSON object of a prompt that describes an object's properties."""
     if '"properties"' not in prompt:
         return None
     text = prompt[:_READ_CHARS]
@@ -218,7 +222,7 @@ def schema_in(prompt: str) -> Json | None:
 
 
 def fenced_schema_in(prompt: str) -> Json | None:
-    """The schema of a prompt that requests JSON in a fenced block of code."""
+    """Return the schema of a prompt that requests JSON in a fenced block of code."""
     return schema_in(prompt) if _FENCE.search(prompt[-_READ_CHARS:]) else None
 
 
@@ -228,20 +232,20 @@ def _snake(name: str) -> str:
 
 
 def get(body: Mapping[str, Any], name: str) -> Any:
-    """`body[name]`, spelled in camelCase or snake_case, else None."""
+    """Return `body[name]`, in camelCase or snake_case; None if it is missing."""
     value = body.get(name)
     return body.get(_snake(name)) if value is None else value
 
 
 def base64_bytes(data: Any) -> int | None:
-    """How many bytes a base64 text holds; None where it is none."""
+    """Return the number of bytes in a base64 text; None if it is not base64."""
     if not isinstance(data, str) or len(data.rstrip("=")) % 4 == 1:
         return None
     return len(data.rstrip("=")) * 3 // 4
 
 
 def count_by_modality(chars: int, attached: tuple[Attached, ...]) -> dict[str, int]:
-    """Input tokens of so many characters of text and of the attached files."""
+    """Return the input tokens of a number of characters and of the attached files, by modality."""
     counted = {"TEXT": math.ceil(chars / 4)}
     for file in attached:
         family = file.mime_type.partition("/")[0]
@@ -263,7 +267,7 @@ _PICTURE_WORDS = re.compile(r"\b(draw|picture|image|photo|paint)", re.IGNORECASE
 
 
 def structured(request: ModelRequest, schema: Json, behaviour: Behaviour) -> str:
-    """JSON that the schema allows, or the bare value of an enum where that is requested."""
+    """Return JSON that the schema allows, or the bare value of an enum if that is requested."""
     chosen = behaviour.classifier_answer
     if isinstance(chosen, Mapping):
         return orjson.dumps(dict(chosen)).decode()
@@ -272,7 +276,7 @@ def structured(request: ModelRequest, schema: Json, behaviour: Behaviour) -> str
 
 
 def arguments(request: ModelRequest, schema: Json) -> Json:
-    """The arguments of a call of a function whose parameters have this schema."""
+    """Return the arguments of a call of a function whose parameters have this schema."""
     value = _Filler(request, None, schema).fill(schema)
     return value if isinstance(value, dict) else {}
 
@@ -284,7 +288,7 @@ def _bound(schema: Json, name: str, default: int) -> int:
 
 
 class _Filler:
-    """Makes a value that a schema allows; an enum is decided by the words of the prompt."""
+    """Makes a value that a schema allows; the words of the prompt select the value of an enum."""
 
     def __init__(self, request: ModelRequest, chosen: str | None, root: Json) -> None:
         self._attached = bool(request.attached)
@@ -300,7 +304,7 @@ class _Filler:
         for name in ("anyOf", "any_of", "oneOf", "allOf"):
             options = schema.get(name)
             if isinstance(options, list) and options:
-                # A schema that contains itself ends where it may.
+                # A recursive schema ends at the first place where it may.
                 ends = depth > DEEP and {"type": "null"} in options
                 return None if ends else self.fill(options[0], depth + 1)
         if isinstance(schema.get("enum"), list) and schema["enum"]:
@@ -354,7 +358,7 @@ PICTURES_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @lru_cache(maxsize=64)
 def draw(prompt: str, size_px: int) -> bytes:
-    """A square PNG, 8 bits RGB, `size_px` wide: one hue at the top left fades into another."""
+    """Return a square PNG, 8 bits RGB, `size_px` wide: a gradient of two hues from the top left."""
     digest = sha256(prompt.encode("utf-8", "replace")).digest()
     hue = digest[0] / 256
     start = _colour(hue, 0.55, 0.95)
@@ -400,7 +404,8 @@ def new_response_id() -> str:
 
 
 def cut(answer: str, most_tokens: int | None, most_pieces: int) -> tuple[Pieces, bool]:
-    """Into pieces with their tokens, which are words, and whether the bound left any out."""
+    """Split an answer into pieces with their tokens (words). Also return whether the bound cut the
+    answer."""
     words = _WORDS.findall(answer) or [""]
     cut_short = most_tokens is not None and len(words) > most_tokens
     if cut_short:
@@ -412,7 +417,7 @@ def cut(answer: str, most_tokens: int | None, most_pieces: int) -> tuple[Pieces,
     return tuple(("".join(words[a:b]), b - a) for a, b in pairwise(cuts)), cut_short
 
 
-# Where nothing is requested; the lite ones, and of 2.5 those that draw, do only where it is.
+# Models that think by default; lite models, and image models of 2.5, think only on request.
 _GEMINI_THINKS = re.compile(
     r"gemini-(?:pro-latest|flash-latest|2\.5-pro|2\.5-flash(?!-lite|-image)|[3-9](?!\S*-lite))"
 )
@@ -427,7 +432,7 @@ def thoughts_of(request: ModelRequest) -> int:
 
 
 def embedding(of: str, dimensions: int) -> list[float]:
-    """A deterministic vector of length 1."""
+    """Return a deterministic vector of length 1."""
     digest = sha256(of.encode("utf-8", "replace")).digest()
     raw = [digest[index % 32] - 127.5 + index % 7 for index in range(dimensions)]
     length = sum(value * value for value in raw) ** 0.5
@@ -441,7 +446,7 @@ def quoted(prompt: str) -> str:
 
 
 def answer_text(request: ModelRequest, behaviour: Behaviour) -> str:
-    """The text of an answer when nothing bounds it."""
+    """Return the text of an answer without a bound."""
     if request.schema is not None:
         said = structured(request, request.schema, behaviour)
         return f"```json\n{said}\n```" if request.fenced else said
@@ -472,7 +477,7 @@ def listed(attached: tuple[Attached, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CalledFunction:
-    """A function call in an answer; its arguments are JSON, cut into pieces."""
+    """A function call in an answer; its arguments are JSON, split into pieces."""
 
     id: str
     name: str
@@ -485,9 +490,9 @@ class CalledFunction:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A piece of an answer and the tokens sent with it in all, thoughts included.
+    """A piece of an answer, and the tokens sent so far with it, thoughts included.
 
-    It belongs to the block `block`: a call, or the text where `call` is None.
+    It belongs to the block `block`: a call, or the text if `call` is None.
     """
 
     block: int
@@ -518,7 +523,7 @@ class Composed:
 
     @property
     def blocks(self) -> list[CalledFunction | None]:
-        """The text, as None, where there is one, then the calls."""
+        """Return the blocks: None for the text, if there is one, then the calls."""
         return [*([None] if self.text else []), *self.calls]
 
     def moments(self) -> list[Moment]:
@@ -534,7 +539,7 @@ class Composed:
 
 
 def compose(request: ModelRequest, behaviour: Behaviour, fault: Fault | None) -> Composed:
-    """The answer, changed by a fault that makes an unusual but well-formed one."""
+    """Return the answer, changed by a fault that makes an unusual but well-formed one."""
     most = request.max_output_tokens
     thoughts = thoughts_of(request) if most is None else min(thoughts_of(request), most)
     match None if fault is None else fault.fault:

@@ -1,14 +1,14 @@
 """Counting rules of rate limits: windows, buckets, growth, and what a call counts. Pure.
 
-Whole numbers only (nanoseconds, requests, tokens), so that a bound is exact. Of what is taken
-while there is room:
+Whole numbers only (nanoseconds, requests, tokens), so that a bound is exact. Amounts are taken only
+if they fit:
 - fixed window: at most L in any window [k*w, (k+1)*w) of the clock, or in any day of a time zone;
 - sliding window: at most L in any (t-w, t];
 - token bucket: at most L + d*L/w in any span of length d; full at first;
-- growth: at most A in any (t-60s, t], where A follows what came before.
+- growth: at most A in any (t-60s, t], where A follows earlier amounts.
 
-What is only known after it has happened (an answer's tokens) is added without asking, so that a
-window can be over its bound by it; then nothing is taken until there is room again.
+Amounts that are known only afterwards (an answer's tokens) are always added, so that a window may
+exceed its bound; then nothing is taken until there is capacity again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MINUTE_NS = 60 * 10**9
 
 @dataclass(slots=True)
 class CountedAmount:
-    """An amount that a counter has taken at `at_ns`; `total` is with later additions."""
+    """An amount taken by a counter at `at_ns`; `total` includes later additions."""
 
     at_ns: int
     amount: int
@@ -39,27 +39,29 @@ class CountedAmount:
 
 
 class Counter(Protocol):
-    """One limit's state. Amounts are whole numbers of its unit, times are in ns of one clock."""
+    """The state of a limit. Amounts are whole numbers of its unit, times are in ns of one clock."""
 
     limit: int
 
     def wait_ns(self, amount: int, now_ns: int) -> int:
-        """0 when `amount` fits now; else how long until it may (a whole window if it never can)."""
+        """Return 0 if `amount` fits now; otherwise the time until it may (a whole window if it
+        never can)."""
 
     def take(self, amount: int, now_ns: int) -> CountedAmount:
-        """Take an amount, whether or not it fits: `wait_ns` is asked before."""
+        """Take an amount, whether or not it fits: call `wait_ns` before."""
 
     def correct(self, taken: CountedAmount, total: int, now_ns: int) -> None:
-        """Make `total` of what was taken: more counts from now on, less as if never taken."""
+        """Change the total of a taken amount: an increase counts from now on, a decrease as if
+        never taken."""
 
     def remaining(self, now_ns: int) -> int:
-        """How much fits now; never below 0."""
+        """Return how much fits now; at least 0."""
 
     def full_ns(self, now_ns: int) -> int:
-        """How long until the whole bound is free again."""
+        """Return the time until the whole bound is free again."""
 
     def resize(self, limit: int, now_ns: int) -> None:
-        """Change the bound; what is used stays used."""
+        """Change the bound; the use so far is kept."""
 
 
 class FixedWindow:
@@ -102,7 +104,7 @@ class FixedWindow:
         self.limit = limit
 
     def _turn(self, now_ns: int) -> None:
-        # A clock that steps back stays in the window it had reached.
+        # If the clock steps back, the counter stays in the latest window.
         if now_ns < self._end:
             return
         self._start, self._end = self._edges(now_ns)
@@ -176,7 +178,8 @@ class SlidingWindow:
 
 
 class TokenBucket:
-    """The level is kept in units of 1/window_ns of a request, which refills `limit` units a ns."""
+    """A token bucket. The level is in units of 1/window_ns of a request; `limit` units a ns are
+    refilled."""
 
     def __init__(self, limit: int, window_ns: int) -> None:
         self.limit = limit
@@ -228,8 +231,8 @@ class TokenBucket:
 class Growth:
     """No faster growth than `percent` in `per_ns`, above an amount of `start` a minute.
 
-    At the end of every `per_ns` the allowed amount of a minute becomes the most that any minute in
-    it had, and `percent` more; never less than `start`.
+    At the end of every `per_ns` the allowed amount of a minute becomes the largest amount of any
+    minute in it, plus `percent`; never less than `start`.
     """
 
     def __init__(self, start: int, percent: int, per_ns: int) -> None:
@@ -266,7 +269,7 @@ class Growth:
 
 
 def counter_of(mode: Mode, limit: int, window_ns: int, zone: str | None = None) -> Counter:
-    """A counter of this mode, unused; `zone` is that of a calendar day."""
+    """Return an unused counter of this mode; `zone` is that of a calendar day."""
     match mode:
         case "fixed_window":
             return FixedWindow(limit, window_ns)
@@ -280,11 +283,8 @@ def counter_of(mode: Mode, limit: int, window_ns: int, zone: str | None = None) 
 
 @dataclass(frozen=True, slots=True)
 class CallSize:
-    """What a provider knows of a call before its answer.
-
-    tokens of its input by how they are billed, the most of its output that it allows (None
-    where it says nothing), its answers and its images.
-    """
+    """What a provider knows about a call before its answer: the tokens of its input by how they are
+    billed, its bound on the output (None without one), its number of answers and of images."""
 
     uncached: int = 0
     cached: int = 0
@@ -300,7 +300,7 @@ class CallSize:
 
 @dataclass(frozen=True, slots=True)
 class TokenWeights:
-    """How often a token of each part of a call counts."""
+    """The weight of a token of each part of a call."""
 
     uncached: int = 1
     cached: int = 1
@@ -326,11 +326,11 @@ WEIGHTS: Mapping[Unit, TokenWeights] = {
 
 @dataclass(frozen=True, slots=True)
 class CountingRule:
-    """What a call counts of one limit: `reserve` says how at its start, `settle` how it ends.
+    """How much a call counts for a limit: `reserve` at its start, `settle` at its end.
 
-    `input` reserves the weighted input; `max` the greater of it and the most output; `sum` both
-    together, an output token counting once. `end` corrects to what was used, output by its weight;
-    `as_made` does so while the answer is made; `never` leaves what was reserved.
+    `input` reserves the weighted input; `max` the larger of it and the bound on the output; `sum`
+    both together, with an output token counting once. `end` corrects the count to the use, output
+    by its weight; `as_made` does so while the answer is made; `never` keeps the reservation.
     """
 
     unit: Unit
@@ -353,7 +353,7 @@ class CountingRule:
         return count
 
     def in_all(self, size: CallSize, output_tokens: int) -> int:
-        """What the call counts once it has made so many tokens of output."""
+        """Return the count of a call with so many output tokens."""
         if self.settle == "never" or self.unit in ("requests", "images"):
             return self.at_start(size)
         return self.weights.of(size, output_tokens)

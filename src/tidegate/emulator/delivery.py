@@ -1,6 +1,6 @@
 """Delivery of answers in any dialect: pace, counting, and faults in mid-answer.
 
-Invariant: a call counts as in flight until just before its last bytes are handed to the kernel, so
+Invariant: a call counts as in flight until just before its last bytes are passed to the kernel, so
 that a client that has read the whole answer is never counted as still being served.
 """
 
@@ -46,7 +46,7 @@ UNAVAILABLE = "The service is currently unavailable."
 
 @dataclass(frozen=True, slots=True)
 class ScriptStep:
-    """Bytes sent at one moment, and the answer's tokens sent by then."""
+    """Bytes that are sent together, and the answer's tokens sent by then."""
 
     data: bytes
     output_tokens: int
@@ -54,9 +54,9 @@ class ScriptStep:
 
 @dataclass(frozen=True, slots=True)
 class AnswerScript:
-    """An answer, step by step. One that is not streamed is the data of its last step.
+    """An answer in steps. An answer that is not streamed is the data of the last step.
 
-    `broken` gives the bytes of a fault that occurs instead of the step of that number.
+    `broken` returns the bytes of a fault in place of the step of that number.
     """
 
     steps: Sequence[ScriptStep]
@@ -78,7 +78,7 @@ def failed(error: ErrorResponse) -> web.Response:
 
 
 def broken_object(api: EmulatedApi, garbage: bytes, fault: Fault) -> bytes:
-    """The bytes in place of JSON: half of it, or an error object."""
+    """Return bytes in place of JSON: half of it, or an error object."""
     if fault.fault is FaultName.GARBAGE:
         return garbage
     message = EXHAUSTED if fault.code == 429 else UNAVAILABLE
@@ -86,21 +86,21 @@ def broken_object(api: EmulatedApi, garbage: bytes, fault: Fault) -> bytes:
 
 
 def whole_steps(composed: Composed, body: Json, output_tokens: int) -> list[ScriptStep]:
-    """An answer that is not streamed: it takes as many moments as it would as a stream."""
+    """Return the steps of an answer that is not streamed: as many as it would have as a stream."""
     waits = max(len(composed.moments()) - 1, 0)
     return [ScriptStep(b"", 0)] * waits + [ScriptStep(orjson.dumps(body), output_tokens)]
 
 
 def moment_steps(composed: Composed, piece: Callable[[Moment], bytes]) -> list[ScriptStep]:
-    """The pieces of a stream, each in the words of its API."""
+    """Return the pieces of a stream, each in the format of its API."""
     return [ScriptStep(piece(moment), moment.output_tokens) for moment in composed.moments()]
 
 
 def stream_steps(
     head: bytes, pieces: Iterable[ScriptStep], tail: bytes, output_tokens: int
 ) -> list[ScriptStep]:
-    """A stream: `head` is sent with the first piece, `tail` with the last, which are one where
-    nothing was made but so many tokens."""
+    """Return the steps of a stream: `head` is sent with the first piece, `tail` with the last.
+    Without any piece they are one step of `output_tokens`."""
     found = list(pieces) or [ScriptStep(b"", output_tokens)]
     found[0] = ScriptStep(head + found[0].data, found[0].output_tokens)
     found[-1] = ScriptStep(found[-1].data + tail, found[-1].output_tokens)
@@ -108,7 +108,8 @@ def stream_steps(
 
 
 def line_work(asked: ModelRequest, scripted: Scripted) -> LineWork:
-    """The work of a batch's line; `asked` is not streamed, and `scripted` composes its answer."""
+    """Return the work of a batch's line; `asked` is not streamed, and `scripted` composes its
+    answer."""
 
     def answer() -> LineAnswer:
         script = scripted(None)
@@ -123,7 +124,7 @@ def data_event(data: bytes) -> bytes:
 
 
 def named_event(event: Json) -> bytes:
-    """An SSE event that is named by its type."""
+    """Return an SSE event that is named by its type."""
     return b"event: %s\ndata: %s\n\n" % (str(event["type"]).encode(), orjson.dumps(event))
 
 
@@ -141,22 +142,23 @@ class Served:
 
     @property
     def called(self) -> str:
-        """What is called: method and path."""
+        """Return the method and path."""
         return f"{self.request.method} {self.request.path}"
 
     def not_found(self) -> Refused:
-        """The refusal of what is called, in the words of Google and Anthropic."""
+        """Return the refusal of an unknown path, in the wording of Google and Anthropic."""
         return Refused(404, f"Not found: {self.called}")
 
     async def json(self, complaint: str) -> Any:
-        """The body; raises Refused (400) with `complaint`, where `{}` is replaced by the reason."""
+        """Return the body. Raises Refused (400) with `complaint`, where `{}` is replaced by the
+        reason."""
         try:
             return orjson.loads(await self.request.read())
         except orjson.JSONDecodeError as broken:
             raise Refused(400, complaint.format(broken)) from None
 
     async def form(self) -> Mapping[str, Any]:
-        """The fields and files of a form; raises Refused (400) for one that is malformed, or has a
+        """Return the fields and files of a form. Raises Refused (400) for a malformed form, or a
         text that cannot be decoded."""
         try:
             return await self.request.post()
@@ -164,10 +166,10 @@ class Served:
             raise Refused(400, f"We could not parse the form of your request. ({broken})") from None
 
     def cached(self, asked: ModelRequest) -> ModelRequest:
-        """The request with the part of its input that the account's prompt cache has.
+        """Return the request with the part of its input that is in the account's prompt cache.
 
-        Anthropic's dialect also reports what is written to it: all the rest, as if each request
-        asked for it.
+        Anthropic's dialect also reports tokens written to the cache: all others, as if each request
+        asked for caching.
         """
         account = self.state.account_of(self.api.name)
         if account is None or account.spec.cache is None:
@@ -180,8 +182,8 @@ class Served:
         return replace(asked, cached_tokens=cached, cache_write_tokens=rest)
 
     def in_tier(self, asked: ModelRequest, tier: Any) -> ModelRequest:
-        """The request in the processing tier that its body names. Raises Refused (400) for one in
-        which its model has no public price."""
+        """Return the request in the processing tier that its body names. Raises Refused (400) for a
+        tier in which its model has no public price."""
         if tier is None or (isinstance(tier, str) and tier.lower() in STANDARD_TIERS):
             return asked
         today = datetime.now(UTC).date()
@@ -192,7 +194,7 @@ class Served:
         return replace(asked, tier=tier.lower())
 
     def rate_limits(self, page: Callable[[AccountSpec], Json]) -> web.Response:
-        """A page of the rate-limit API; raises Refused (404) where there is no account."""
+        """Return a page of the rate-limit API. Raises Refused (404) without an account."""
         account = self.state.account_of(self.api.name)
         if account is None:
             raise Refused(404, "This emulator has no account with limits.")
@@ -230,10 +232,11 @@ class Served:
         *,
         pauses: int = 0,
     ) -> tuple[LoggedCall, asyncio.Task[None]]:
-        """Begin a call that goes on, and counts as in flight, whether its client is there or not.
+        """Begin a call that continues, and counts as in flight, with or without its client.
 
-        It takes as long as an answer with so many `pauses`; then it is charged what the script
-        makes, and `done` is called. Cancelled, it has failed. Raises as `EmulatorState.serving`.
+        It takes as long as an answer with `pauses` pauses; then it is charged for the script's
+        tokens, and `done` is called. If cancelled, it has failed. Raises as
+        `EmulatorState.serving`.
         """
         state, behaviour, stack = self.state, self.behaviour, ExitStack()
         call = stack.enter_context(
@@ -275,9 +278,10 @@ class Served:
         input_tokens: int = 0,
         label: str = "",
     ) -> web.StreamResponse:
-        """Serve a call that generates nothing; it is counted as the kind `other`.
+        """Serve a call that generates nothing; it counts as the kind `other`.
 
-        Its prompt in the log, which a fault's `match` is a part of, is `label`, else its path.
+        Its prompt in the log, which a fault's `match` is compared with, is `label`, by default its
+        path.
         """
         size, label = CallSize(input_tokens), label or self.request.path
         with self._serving("other", model, method, label, size) as (call, fault):
@@ -305,7 +309,7 @@ class Served:
             return response
 
     async def _cut_body(self, call: LoggedCall, answer: web.Response) -> NoReturn:
-        """Send half of an answer that says how long it is, then close the connection."""
+        """Send half of an answer with its full length in the head, then close the connection."""
         data = answer.body if isinstance(answer.body, bytes) else b""
         response = web.StreamResponse(headers=answer.headers)
         response.content_length = len(data)
@@ -318,7 +322,7 @@ class Served:
     def _serving(
         self, kind: str, model: str, method: str, prompt: str, size: CallSize
     ) -> Iterator[tuple[LoggedCall, Fault | None]]:
-        """Count the call until the block ends, and choose its fault."""
+        """Count the call until the block ends, and select its fault."""
         with self.state.serving(
             self.request,
             kind=kind,
@@ -331,7 +335,7 @@ class Served:
             yield call, self.state.faults.strike(kind, prompt)
 
     async def _early_fault(self, call: LoggedCall, fault: Fault | None) -> web.Response | None:
-        """Carry out a fault that ends the call before its answer; None for any other."""
+        """Carry out a fault that ends the call before its answer; return None for any other."""
         if fault is None:
             return None
         call.fault = fault.fault.value
@@ -345,7 +349,7 @@ class Served:
         return None
 
     async def _flex(self, call: LoggedCall) -> web.Response | None:
-        """Wait as a call of the flex tier does; the refusal of one without capacity."""
+        """Wait as a call of the flex tier does; return the refusal of a call without capacity."""
         pace, random = self.behaviour.flex, self.state.random
         if self.api.no_capacity is not None and random.random() < pace.busy_share:
             call.fault = "flex_busy"
@@ -355,7 +359,7 @@ class Served:
         return None
 
     async def cut(self, call: LoggedCall) -> NoReturn:
-        """Close the connection; the loss of it then cancels this task."""
+        """Close the connection; its loss then cancels this task."""
         self.state.ledger.end(call, "failed")
         if self.request.transport is not None:
             self.request.transport.close()
@@ -363,14 +367,14 @@ class Served:
 
 
 async def _forever() -> NoReturn:
-    """Wait until cancelled, as happens when the client leaves or the server stops."""
+    """Wait until cancelled, which happens when the client disconnects or the server stops."""
     await asyncio.get_running_loop().create_future()
     raise AssertionError("no code sets this future")
 
 
 @dataclass(frozen=True, slots=True)
 class _Answering:
-    """One answer being sent."""
+    """The sending of an answer."""
 
     _served: Served
     _call: LoggedCall
@@ -378,7 +382,7 @@ class _Answering:
     _script: AnswerScript
     _fault: Fault | None
     _headers: Mapping[str, str]
-    _behaviour: Behaviour  # as it was when the call arrived
+    _behaviour: Behaviour  # that of the call's arrival
 
     async def run(self) -> web.StreamResponse:
         await self._pause(self._behaviour.first_byte(self._call.kind))

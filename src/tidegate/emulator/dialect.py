@@ -2,8 +2,8 @@
 
 A refused call carries facts; the API that serves it turns them into status, headers and body.
 
-Invariants: a refused demand spends nothing of any limit; a fault with a count goes to exactly that
-many matching calls in their order of arrival; the first matching fault wins.
+Invariants: a refused call spends nothing of any limit; a fault with a count applies to exactly that
+many matching calls in their order of arrival; the first matching fault applies.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Json = dict[str, Any]
 
 
 def rfc3339(at_ns: int) -> str:
-    """A time in the form of the APIs of Google and Anthropic."""
+    """Return a time in the format of the APIs of Google and Anthropic."""
     return datetime.fromtimestamp(at_ns / 1e9, UTC).isoformat().replace("+00:00", "Z")
 
 
 def listing(items: Sequence[Json], most: int) -> Json:
-    """The first `most` items in the form of the lists of OpenAI and Anthropic."""
+    """Return the first `most` items in the form of the lists of OpenAI and Anthropic."""
     shown = list(items[:most])
     return {
         "data": shown,
@@ -45,7 +45,8 @@ def counter_for(rate: RateLimit) -> Counter:
 
 @dataclass(frozen=True, slots=True)
 class LimitRefusal:
-    """The limit that refused. `rate` is None for a concurrency limit, which has no time to name."""
+    """The limit that refused a call. `rate` is None for a concurrency limit, which states no
+    wait."""
 
     limit: str
     bound: int
@@ -54,14 +55,14 @@ class LimitRefusal:
 
 
 class LimitGate:
-    """All limits of the emulator: all or none."""
+    """All limits of the emulator; a call gets all of them or none."""
 
     def __init__(self, concurrency: Mapping[str, int], rates: Iterable[RateLimit]) -> None:
         self._concurrency = concurrency
         self._rates = [(rate, counter_for(rate)) for rate in rates]
 
     def full(self, kind: str, in_flight: int, in_flight_total: int) -> LimitRefusal | None:
-        """The concurrency limit that has no room for one more, if any."""
+        """Return the concurrency limit that is full for another call, or None."""
         held = ((kind, in_flight), (TOTAL, in_flight_total))
         for scope, count in held if kind != "other" else held[:1]:
             bound = self._concurrency.get(scope)
@@ -70,7 +71,8 @@ class LimitGate:
         return None
 
     def spend(self, kind: str, input_tokens: int, now_ns: int) -> LimitRefusal | None:
-        """Spend one request and its tokens of every rate; or nothing, and return the refusal."""
+        """Spend one request and its tokens from every rate; or spend nothing and return the
+        refusal."""
         scopes = (kind,) if kind == "other" else (kind, TOTAL)
         mine = [
             (rate, counter, 1 if rate.measure == "requests" else input_tokens)
@@ -90,26 +92,26 @@ class FaultName(StrEnum):
 
     THROTTLED = "throttled"  # 429 with RetryInfo
     THROTTLED_BARE = "throttled_bare"  # 429 without details
-    DAY_QUOTA = "day_quota"  # 429: a quota per day is gone
+    DAY_QUOTA = "day_quota"  # 429: a quota per day is used up
     UNAVAILABLE = "unavailable"  # 503
     INTERNAL = "internal"  # 500
     UNAUTHORIZED = "unauthorized"  # 401
     FORBIDDEN = "forbidden"  # 403
     ERROR_LIST = "error_list"  # 429 as a list of one error
-    HANG = "hang"  # no header ever comes
+    HANG = "hang"  # no header is ever sent
     CUT = "cut"  # the connection closes before the headers
-    ANSWER_LOST = "answer_lost"  # likewise, but what the call is for has been done
-    # A 200 that goes wrong
+    ANSWER_LOST = "answer_lost"  # the same, after the call has taken effect
+    # A 200 with a failure
     GARBAGE = "garbage"  # broken JSON
     ERROR_IN_STREAM = "error_in_stream"  # an error object inside a 200
     HANG_MID_STREAM = "hang_mid_stream"
     CUT_MID_STREAM = "cut_mid_stream"
-    # A 200 as the protocol allows it
+    # An unusual 200 that the protocol allows
     BLOCKED_PROMPT = "blocked_prompt"  # no candidates, promptFeedback
     NO_CANDIDATES = "no_candidates"  # an empty list
     UNKNOWN_FINISH = "unknown_finish"  # content, finishReason SOMETHING_NEW
     SAFETY = "safety"  # a finish without content
-    NO_IMAGE = "no_image"  # likewise
+    NO_IMAGE = "no_image"  # the same
     SLOW_FIRST_TOKEN = "slow_first_token"
 
 
@@ -126,7 +128,8 @@ BODIES = {
 
 @dataclass(slots=True)
 class Fault:
-    """An injected fault. Without `count` it stays until removed; without `probability` it is sure.
+    """An injected fault. Without `count` it stays until removed; without `probability` it always
+    applies.
 
     `kind` None means every kind but `other`. `match` is a part of the prompt, or of a file's path.
     """
@@ -144,7 +147,7 @@ class Fault:
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> Self:
-        """From JSON; raises InvalidRequest naming the field."""
+        """Parse JSON. Raises InvalidRequest naming the field."""
         known = {item.name for item in fields(cls)}
         if unknown := set(value) - known:
             raise InvalidRequest("faults", f"a fault has no field {min(unknown)!r}")
@@ -197,7 +200,7 @@ class FaultOrders:
         self._orders += [Fault.parse(order) for order in orders]
 
     def strike(self, kind: str, prompt: str) -> Fault | None:
-        """The fault of this call, its count reduced by one."""
+        """Return the fault that applies to a call and lower its count; None without one."""
         for order in self._orders:
             if not order.suits(kind, prompt):
                 continue
@@ -222,13 +225,13 @@ class ErrorResponse:
 
     @property
     def listed(self) -> ErrorResponse:
-        """The same as a list of one error, without headers."""
+        """Return the response as a list of one error, without headers."""
         body = self.body if isinstance(self.body, list) else [self.body]
         return ErrorResponse(self.status, body)
 
 
 class Refused(Exception):
-    """A request that the API would refuse. `facts` are further fields of its error object."""
+    """A request that the API refuses. `facts` are further fields of its error object."""
 
     def __init__(self, status: int, message: str, **facts: Any) -> None:
         super().__init__(message)
@@ -238,7 +241,7 @@ class Refused(Exception):
 
 
 class LimitReached(Exception):
-    """A limit that the emulator enforces has no room."""
+    """A limit of the emulator is exceeded."""
 
     def __init__(self, refusal: LimitRefusal, model: str) -> None:
         super().__init__(refusal.limit)
@@ -248,15 +251,15 @@ class LimitReached(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EmulatedApi:
-    """Errors of an API. `faults` are those with one status and message.
+    """Errors of an API. `faults` are those with a fixed status and message.
 
-    `throttled` words the faults that are a 429, and returns None for all others. `no_capacity`
-    refuses a call of the flex tier; None where there is no such tier. `json_type` and
-    `stream_type` are the content types of its answers.
+    `throttled` returns the response to faults that are a 429, and None for all others.
+    `no_capacity` is the refusal of a call of the flex tier; None without such a tier. `json_type`
+    and `stream_type` are the content types of its answers.
     """
 
     name: str
-    error: Callable[..., ErrorResponse]  # status, message and the facts of a `Refused`
+    error: Callable[..., ErrorResponse]  # by status, message and the facts of a `Refused`
     refused: Callable[[LimitRefusal, str], ErrorResponse]
     faults: Mapping[FaultName, tuple[int, str]]
     throttled: Callable[[Fault, str], ErrorResponse | None]
@@ -266,12 +269,13 @@ class EmulatedApi:
     stream_type: str = "text/event-stream; charset=utf-8"
 
     def ordered(self, fault: Fault, model: str) -> ErrorResponse | None:
-        """The error response that a fault is; None when it is another kind of fault."""
+        """Return the error response of a fault; None for a fault of another kind."""
         if (error := self.faults.get(fault.fault)) is not None:
             return self.error(*error)
         return self.throttled(fault, model)
 
 
 def wait_s(refusal: LimitRefusal) -> float | None:
-    """Seconds until the call may fit, rounded up to a ms; None where there is no time to name."""
+    """Return the time until the call may fit in s, rounded up to a ms; None if the limit states
+    none."""
     return None if refusal.rate is None else -(-refusal.retry_after_ns // 1_000_000) / 1000

@@ -1,7 +1,7 @@
 """Rate limits as providers report them: headers of answers, refusals, and the rate-limit APIs.
 
-Spellings and wordings are those of `docs/decisions/0018-how-providers-count.md`. Invariant: what is
-reported is the account's own count at that moment, of the limits that bind the call's model.
+Names and wordings are those of `docs/decisions/0018-how-providers-count.md`. Invariant: a report
+has the account's own count at that moment, for the limits of the call's model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOKEN_UNITS = ("tokens", "input_tokens", "uncached_input_tokens", "output_tokens
 
 
 def rate_limit_headers(family: HeaderFamily, views: Views, now_ns: int) -> dict[str, str]:
-    """Headers that tell a client of its limits; `now_ns` is the account's clock."""
+    """Return headers that report a client's limits; `now_ns` is the account's clock."""
     return _FAMILIES[family](views, now_ns)
 
 
@@ -36,9 +36,9 @@ def _no_headers(_views: Views, _now_ns: int) -> dict[str, str]:
 
 
 def _find(views: Views, units: Iterable[str], *, daily: bool | None = None) -> LimitReading | None:
-    """The limit of one of these units that has the least part of its bound left.
+    """Return the limit of one of these units that has the smallest part of its bound left.
 
-    `daily` picks those of a day, or all others; None picks a day's only where there is no other.
+    `daily` selects those of a day, or all others; None selects a day's only if there is no other.
     """
     found = [view for view in views if view.limit.unit in units]
     days = [view for view in found if view.limit.window_s >= DAY_S]
@@ -48,7 +48,8 @@ def _find(views: Views, units: Iterable[str], *, daily: bool | None = None) -> L
 
 
 def duration(wait_ns: int) -> str:
-    """A time as OpenAI writes it, cut to milliseconds: `0s`, `350ms`, `1.2s`, `6m0s`, `1h0m0s`."""
+    """Return a duration in OpenAI's format, cut to milliseconds: `0s`, `350ms`, `1.2s`, `6m0s`,
+    `1h0m0s`."""
     if wait_ns < SECOND_NS:
         return f"{wait_ns // 1_000_000}ms" if wait_ns >= 1_000_000 else "0s"
     seconds, rest_ms = divmod(wait_ns // 1_000_000, 1000)
@@ -70,7 +71,7 @@ def _openai(views: Views, _now_ns: int) -> dict[str, str]:
 
 
 def _groq(views: Views, _now_ns: int) -> dict[str, str]:
-    """The requests are a day's, the tokens a minute's."""
+    """Return Groq's headers: requests are those of a day, tokens those of a minute."""
     named = {
         "requests": _find(views, ["requests"], daily=True) or _find(views, ["requests"]),
         "tokens": _find(views, TOKEN_UNITS),
@@ -145,7 +146,8 @@ def _together(views: Views, _now_ns: int) -> dict[str, str]:
 
 
 def _anthropic(views: Views, now_ns: int) -> dict[str, str]:
-    """Tokens are rounded to thousands; `tokens` are those of input and output together."""
+    """Return Anthropic's headers. Tokens are rounded to thousands; `tokens` are input and output
+    together."""
     headers = {}
     requests = _find(views, ["requests"])
     if requests is not None:
@@ -196,7 +198,7 @@ _TOO_MANY_REQUESTS = "Too many requests, please wait before trying again."
 
 
 def _measured(limit: AccountLimit) -> str:
-    """The limit as OpenAI and Groq name it: `tokens per min (TPM)`."""
+    """Return the limit's name at OpenAI and Groq: `tokens per min (TPM)`."""
     period, letter = _PERIODS.get(round(limit.window_s), ("min", "M"))
     unit = {"requests": "requests", "images": "images"}.get(limit.unit, "tokens")
     return f"{unit} per {period} ({unit[0].upper()}P{letter})"
@@ -247,7 +249,7 @@ def _of_bedrock(refusal: AccountRefusal) -> str:
 
 
 def refused_in_openai(spec: AccountSpec, refusal: AccountRefusal, model: str) -> ErrorResponse:
-    """The refusal of an account that speaks OpenAI's dialect."""
+    """Return the refusal of an account in OpenAI's dialect."""
     match spec.provider:
         case "azure":
             return _refused_by_azure(refusal)
@@ -257,7 +259,7 @@ def refused_in_openai(spec: AccountSpec, refusal: AccountRefusal, model: str) ->
 
 
 def refused_in_anthropic(spec: AccountSpec, refusal: AccountRefusal, model: str) -> ErrorResponse:
-    """The refusal of an account that speaks Anthropic's dialect."""
+    """Return the refusal of an account in Anthropic's dialect."""
     unit = refusal.limit.unit
     measure = "input tokens" if unit == "uncached_input_tokens" else unit.replace("_", " ")
     if spec.provider == "bedrock":
@@ -274,13 +276,13 @@ def refused_in_anthropic(spec: AccountSpec, refusal: AccountRefusal, model: str)
 
 
 def refused_in_bedrock(_: AccountSpec, refusal: AccountRefusal, __: str) -> ErrorResponse:
-    """The refusal of an account that speaks Bedrock's own dialect."""
+    """Return the refusal of an account in Bedrock's dialect."""
     headers = {"x-amzn-errortype": "ThrottlingException:http://aws"}
     return ErrorResponse(429, {"message": _of_bedrock(refusal)}, headers)
 
 
 def retry_headers(spec: AccountSpec, refusal: AccountRefusal) -> dict[str, str]:
-    """When to try again, of the providers that say it in a header."""
+    """Return the headers with the time to retry, for providers that send one."""
     if spec.provider in ("bedrock", "gemini") or refusal.reason == "too_large":
         return {}
     seconds = {"retry-after": str(math.ceil(refusal.wait_ns / 1e9))}
@@ -293,7 +295,7 @@ _ADMIN_KEYS = ("sk-admin", "sk-ant-admin")
 
 
 def check_admin_key(key: str | None) -> None:
-    """Raises Refused 401 or 403, as a provider does for a key that is no administrator's."""
+    """Raise Refused 401 or 403, as a provider does for a key that is not an admin key."""
     if not key:
         raise Refused(401, "An admin API key is required.")
     if not key.startswith(_ADMIN_KEYS):
@@ -303,7 +305,7 @@ def check_admin_key(key: str | None) -> None:
 def _bounds(
     spec: AccountSpec, models: str, names: Mapping[tuple[str, float], str]
 ) -> dict[str, int]:
-    """The bounds of a class of models, by the names that an API has for unit and seconds."""
+    """Return the bounds of a class of models, by an API's names for unit and seconds."""
     return {
         names[limit.unit, limit.window_s]: spec.bound_of(limit)
         for limit in spec.limits
@@ -338,14 +340,15 @@ def _classes(spec: AccountSpec) -> list[str]:
 
 
 def _members(models: str, known: Iterable[str]) -> list[str]:
-    """Models of a class: those known that match, and the class itself where it is one model."""
+    """Return the models of a class: the known ones that match, and the class itself if it is one
+    model."""
     probe = AccountLimit("requests", 0, models)
     found = [name for name in known if probe.binds(name)]
     return found if found or set(models) & set("*?[") else [models]
 
 
 def openai_page(spec: AccountSpec, known: Iterable[str], query: Mapping[str, str]) -> Json:
-    """A page of `organization/projects/{id}/rate_limits`: each model with its bounds."""
+    """Return a page of `organization/projects/{id}/rate_limits`: each model with its bounds."""
     bounds: dict[str, dict[str, int]] = {}
     known = tuple(known)
     for models in _classes(spec):
@@ -370,7 +373,7 @@ def openai_page(spec: AccountSpec, known: Iterable[str], query: Mapping[str, str
 def anthropic_page(
     spec: AccountSpec, known: Iterable[str], query: Mapping[str, str], workspace: str | None = None
 ) -> Json:
-    """A page of `organizations/rate_limits`, or of what a workspace overrides."""
+    """Return a page of `organizations/rate_limits`, or of a workspace's overrides."""
     known = tuple(known)
     share = 1.0
     if workspace is not None:

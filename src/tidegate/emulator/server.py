@@ -1,8 +1,8 @@
 """Emulator of provider APIs: an HTTP server with enforced limits, injected faults and counters.
 
 Invariants: counters and call log are kept by the server, never by a client; every answer has the
-header `x-tidegate-emulator: 1`; the control API under `/_emulator/` answers on loopback only;
-after `run_emulator` ends, its port is closed and none of its handlers runs.
+header `x-tidegate-emulator: 1`; the control API under `/_emulator/` answers on loopback only; after
+`run_emulator` ends, its port is closed and none of its handlers runs.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ MAX_CALLS = 100_000
 
 
 async def control(state: EmulatorState, request: web.BaseRequest) -> web.Response:
-    """GET stats, calls, faults, behaviour, account; POST reset, faults (adds); PUT faults,
-    behaviour, account (some of its fields)."""
+    """Serve the control API. GET stats, calls, faults, behaviour, account; POST reset, faults (adds
+    one); PUT faults, behaviour, account (some of its fields)."""
     if not is_loopback(request.remote):
         return failed(GEMINI.error(403, "The control API answers on loopback only."))
     name = request.path.removeprefix(PREFIX)
@@ -100,7 +100,7 @@ def _change_account(state: EmulatorState, changes: dict[str, Any]) -> None:
 
 
 def is_loopback(remote: str | None) -> bool:
-    """Whether a peer's address, as a socket names it, is this machine's own."""
+    """Return whether a peer's address, in the form of a socket, is on this machine."""
     if remote is None:
         return False
     address = ip_address(remote.partition("%")[0])
@@ -119,11 +119,12 @@ async def _object(request: web.BaseRequest) -> dict[str, Any]:
 
 
 Route = Callable[[Served], Awaitable[web.StreamResponse]]
-_FRONTS = ((BEDROCK, bedrock), (ANTHROPIC, anthropic), (OPENAI, openai))  # all else is for Gemini's
+_FRONTS = ((BEDROCK, bedrock), (ANTHROPIC, anthropic), (OPENAI, openai))  # all else is Gemini's
 
 
 async def handle(state: EmulatorState, request: web.BaseRequest) -> web.StreamResponse:
-    """By the path, where only one API has it; else by the way in which the key is sent."""
+    """Serve a request: by the path if only one API has it, otherwise by the form in which the key
+    is sent."""
     state.batches.advance()
     if request.path.startswith(PREFIX):
         return await control(state, request)
@@ -143,7 +144,7 @@ async def _answer(state: EmulatorState, request: web.BaseRequest) -> web.StreamR
         api, route = speaks, realtime.route
     answer = await _routed(state, request, api, route)
     if isinstance(answer, web.Response) and answer.headers.get("Content-Type") == JSON_TYPE:
-        # Google answers in the type that was requested, errors too.
+        # Google answers in the requested type, also with errors.
         sse = api is GEMINI and request.query.get("alt") == "sse"
         answer.headers["Content-Type"] = api.stream_type if sse else api.json_type
     return answer
@@ -177,7 +178,7 @@ def _refused_by_account(
     state: EmulatorState, api: EmulatedApi, full: AccountLimitReached
 ) -> web.Response:
     account = state.account_of(api.name)
-    assert account is not None  # it refused in this turn of the event loop
+    assert account is not None  # it has just refused the call
     spec, views = account.spec, account.views(full.model)
     error = api.refused_by_account(spec, full.refusal, full.model)
     limits = rate_limit_headers(spec.headers, views, account.now_ns())
@@ -186,7 +187,7 @@ def _refused_by_account(
 
 
 async def _count_failed(state: EmulatorState, request: web.BaseRequest, api: EmulatedApi) -> None:
-    """Count a refused request of the limits of the model that its body names, if it names any."""
+    """Count a refused request for the limits of the model that its body names, if any."""
     account = state.account_of(api.name)
     if account is None or request.method != "POST":
         return
@@ -199,7 +200,8 @@ async def _count_failed(state: EmulatorState, request: web.BaseRequest, api: Emu
 
 
 class _Listener(web.Server):
-    """Notes a lost connection immediately: the handler's own cancellation comes two turns later.
+    """A server that notes a lost connection immediately: the handler's cancellation comes two
+    iterations of the event loop later.
 
     A handler is cancelled as soon as its client disconnects.
     """
@@ -244,9 +246,9 @@ class Emulator:
 async def run_emulator(
     settings: EmulatorSettings | None = None, *, clock_ns: Callable[[], int] = time.time_ns
 ) -> AsyncIterator[Emulator]:
-    """Serve until the block ends. `clock_ns` is the clock that rate limits go by.
+    """Serve until the block ends. `clock_ns` is the clock of the rate limits.
 
-    Raises OSError when the port is taken. At the end, calls in flight are cut off.
+    Raises OSError if the port is in use. At the end, calls in flight are cut off.
     """
     settings = settings or EmulatorSettings()
     state = EmulatorState(settings, clock_ns)

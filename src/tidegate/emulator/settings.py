@@ -1,6 +1,7 @@
 """Settings of the emulator: latencies, limits, answers; all can be changed while it runs.
 
-Invariant: a `Behaviour` is sound and never changes; a change makes a new one, or is refused whole.
+Invariant: a `Behaviour` is valid and never changes; a change makes a new one, or is rejected as a
+whole.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from tidegate.emulator.gpu import GpuSpec, known_fields, number, whole
 from tidegate.errors import InvalidRequest
 
 KINDS = ("text_only", "multi_modal", "image_generation", "classifier", "other", "realtime")
-EVERY = "*"  # in a table by kind: the value for kinds that are not named
-TOTAL = "total"  # a limit over all kinds together but `other`
+EVERY = "*"  # in a table by kind: the value for all other kinds
+TOTAL = "total"  # a limit over all kinds together except `other`
 
 Mode = Literal["fixed_window", "sliding_window", "token_bucket"]
 Measure = Literal["requests", "input_tokens"]
@@ -60,9 +61,9 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class RateLimit:
-    """At most `limit` requests or input tokens of `scope` in `window_s` seconds, as `mode` counts.
+    """At most `limit` requests or input tokens of `scope` in `window_s` seconds, counted by `mode`.
 
-    `scope` is a kind or `total`. A window of a day or more answers as a quota per day.
+    `scope` is a kind or `total`. A window of a day or more is reported as a quota per day.
     """
 
     scope: str
@@ -97,13 +98,13 @@ class RateLimit:
 
 @dataclass(frozen=True, slots=True)
 class BatchPace:
-    """How the providers' batch APIs work off a batch, on the emulator's clock.
+    """The pace at which the providers' batch APIs process a batch, on the emulator's clock.
 
-    Of each batch: `validating_ms`, then `delay_ms`, then `line_ms` for each line in turn, then
-    `finalizing_ms`. `failed_share` of lines end with an error. `expired_share` of batches get no
-    further than `partial_share` of their lines, and expire after `window_s` (by default a day,
-    Gemini's two). A canceled batch goes on for `cancelling_ms`. `enqueued_tokens` bounds the
-    input tokens that a model has in open batches, `enqueued_requests` the lines in open batches,
+    A batch takes `validating_ms`, then `delay_ms`, then `line_ms` for each line in turn, then
+    `finalizing_ms`. `failed_share` of the lines end with an error. `expired_share` of the batches
+    process only `partial_share` of their lines, and expire after `window_s` (by default a day,
+    Gemini's two). A cancelled batch continues for `cancelling_ms`. `enqueued_tokens` bounds the
+    input tokens of a model in open batches, `enqueued_requests` the lines in open batches,
     `open_batches` their number.
     """
 
@@ -122,7 +123,7 @@ class BatchPace:
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        """From JSON; raises InvalidRequest naming the field."""
+        """Parse JSON. Raises InvalidRequest naming the field."""
         if isinstance(value, cls):
             return value
         known_fields("batches", value, tuple(item.name for item in fields(cls)))
@@ -135,15 +136,15 @@ class BatchPace:
 
 @dataclass(frozen=True, slots=True)
 class FlexPace:
-    """How the flex tier answers: each call `delay_ms` later than in the usual tier, and a
-    `busy_share` of them is refused, since the provider is short of capacity."""
+    """The flex tier: each call is answered `delay_ms` later than in the usual tier, and a
+    `busy_share` of the calls is refused for lack of capacity."""
 
     delay_ms: Distribution = field(default_factory=Distribution)
     busy_share: float = 0.0
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        """From JSON; raises InvalidRequest naming the field."""
+        """Parse JSON. Raises InvalidRequest naming the field."""
         if isinstance(value, cls):
             return value
         known_fields("flex", value, tuple(item.name for item in fields(cls)))
@@ -154,7 +155,7 @@ class FlexPace:
 
 
 def _of_pace(name: str, value: Any) -> Any:
-    """The value of one field of `BatchPace` or `FlexPace`, checked."""
+    """Return the checked value of a field of `BatchPace` or `FlexPace`."""
     if name.endswith(".delay_ms"):
         return Distribution.parse(name, value)
     if name.endswith("_share"):
@@ -170,16 +171,16 @@ def _of_pace(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """Behaviour of the emulator towards a sound request.
+    """Behaviour of the emulator on valid requests.
 
-    Delays are by kind (or `*`). An answer that is not streamed takes as long as the same answer
-    streamed. `concurrency` is by kind or `total`; a kind that is not named has no bound.
-    `answer` replaces the text of every text answer. `classifier_answer` is the value to choose
-    from an enum (a string) or the whole JSON answer (an object). `account` counts as a provider
-    does, beside `concurrency` and `rates`. `batches` is the pace of the providers' batch APIs,
-    `flex` that of their flex tier. `works_on`: a call whose client has left goes on, and counts,
-    as at hosted providers; else it is aborted. `gpu`: it is a GPU server of one's own instead of
-    the providers, at its own pace and with its own limits.
+    Delays are by kind (or `*`). An answer that is not streamed takes as long as if it were
+    streamed. `concurrency` is by kind or `total`; a kind that is not listed has no bound. `answer`
+    replaces the text of every text answer. `classifier_answer` is the value to choose from an enum
+    (a string) or the whole JSON answer (an object). `account` counts as a provider does, besides
+    `concurrency` and `rates`. `batches` is the pace of the providers' batch APIs, `flex` that of
+    their flex tier. `works_on`: a call whose client has disconnected continues, and counts, as at
+    hosted providers; otherwise it is aborted. `gpu`: the emulator is a self-hosted GPU server
+    instead of the providers, with its own pace and limits.
     """
 
     first_byte_ms: Mapping[str, Distribution] = field(default_factory=dict)
@@ -205,7 +206,8 @@ class Behaviour:
         return _of_kind(self.between_ms, kind)
 
     def changed(self, changes: Mapping[str, Any]) -> Self:
-        """A new behaviour with the given fields replaced; raises InvalidRequest, changing none."""
+        """Return a new behaviour with the given fields replaced. Raises InvalidRequest, changing
+        none."""
         return replace(self, **{name: _sound(name, value) for name, value in changes.items()})
 
     def to_json(self) -> dict[str, Any]:
@@ -225,7 +227,7 @@ def _of_kind(table: Mapping[str, Distribution], kind: str) -> Distribution:
 
 
 def _sound(name: str, value: Any) -> Any:
-    """The value of one field of `Behaviour` from JSON or Python, checked."""
+    """Return the checked value of a field of `Behaviour`, from JSON or Python."""
     match name:
         case "first_byte_ms" | "between_ms":
             named = isinstance(value, Mapping) and not value.keys() & {"uniform", "lognormal"}
@@ -264,9 +266,9 @@ def _sound(name: str, value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class EmulatorSettings:
-    """Where it listens and how it starts. `faults` are as in `faults.Fault.parse`.
+    """The address and the initial state of an emulator. `faults` are as in `dialect.Fault.parse`.
 
-    `log_size` bounds the call log: the oldest calls are forgotten.
+    `log_size` bounds the call log: the oldest calls are dropped.
     """
 
     host: str = "127.0.0.1"

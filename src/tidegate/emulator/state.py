@@ -45,18 +45,18 @@ from tidegate.emulator.settings import KINDS, EmulatorSettings
 
 Ending = Literal["finished", "failed", "client_gone", "refused"]
 PROMPT_CHARS = 200
-MOST_MODELS = 1000  # with totals of their own: a client may name any
+MOST_MODELS = 1000  # models with their own totals: a client may name any
 OTHER_MODELS = "(others)"
 
 
 @dataclass(slots=True)
 class KindStats:
-    """Counts of one kind. `over` are refused by a concurrency limit, also in `refused`."""
+    """Counts of a kind. `over` are refused by a concurrency limit, also in `refused`."""
 
     arrived: int = 0
     started: int = 0
     finished: int = 0
-    failed: int = 0  # ended by a fault that was ordered
+    failed: int = 0  # ended by an injected fault
     client_gone: int = 0
     in_flight: int = 0
     max_in_flight: int = 0
@@ -67,11 +67,12 @@ class KindStats:
 
 @dataclass(slots=True)
 class Billed:
-    """tokens of ended calls: `output_tokens` with the thoughts among them.
+    """Tokens of ended calls; `output_tokens` includes the thoughts.
 
-    Of a finished call this is the usage in its answer (in a stream that omits it: the usage that
-    would be in it). Of one that broke off it is the input and the output sent, or nothing when no
-    byte of an answer was sent; an answer that is not streamed counts in full from its first byte.
+    For a finished call these are those of the usage in its answer (or that would be in a stream
+    that omits it). For a call that broke off they are the input and the output sent, or nothing if
+    no byte of an answer was sent; an answer that is not streamed counts in full from its first
+    byte.
     """
 
     calls: int = 0
@@ -88,9 +89,9 @@ class Billed:
 
 @dataclass(slots=True)
 class LoggedCall:
-    """One call. Times are ns of the wall clock; `outcome` is None while it is in flight.
+    """A call. Times are ns of the wall clock; `outcome` is None while it is in flight.
 
-    Its tokens are as `Billed` counts them, so far.
+    Its tokens are counted as in `Billed`, so far.
     """
 
     id: int
@@ -102,17 +103,17 @@ class LoggedCall:
     started_ns: int
     ended_ns: int | None = None
     outcome: Ending | None = None
-    limit: str | None = None  # which limit refused it
-    fault: str | None = None  # which fault it was given
+    limit: str | None = None  # the limit that refused it
+    fault: str | None = None  # the injected fault
     bytes: int = 0
     dialect: str = "gemini"
     input_tokens: int = 0
     output_tokens: int = 0
     thoughts_tokens: int = 0
-    traceparent: str = ""  # as the request bore it
+    traceparent: str = ""  # from the request
     cached_tokens: int = 0  # of the input, read from the account's prompt cache
     cache_write_tokens: int = 0  # of the input, written to it
-    tier: str = ""  # the processing tier it is billed in: `batch`, `flex`; empty is the usual one
+    tier: str = ""  # the processing tier that is billed: `batch`, `flex`; empty for the usual one
 
 
 class CallLedger:
@@ -129,7 +130,7 @@ class CallLedger:
 
     @property
     def in_flight_total(self) -> int:
-        """In flight over all kinds but `other`."""
+        """Return the calls in flight over all kinds but `other`."""
         return self._in_flight_total
 
     def arrive(
@@ -163,7 +164,7 @@ class CallLedger:
             self._max_in_flight_total = max(self._max_in_flight_total, self._in_flight_total)
 
     def end(self, call: LoggedCall, outcome: Ending) -> None:
-        """End a started call. Idempotent: the first ending stands."""
+        """End a started call. Idempotent: the first ending is kept."""
         if call.outcome is not None:
             return
         call.outcome, call.ended_ns = outcome, time.time_ns()
@@ -184,7 +185,7 @@ class CallLedger:
     def charge(
         self, call: LoggedCall, input_tokens: int, output_tokens: int, thoughts_tokens: int = 0
     ) -> None:
-        """Set the cost of the call with the bytes sent next; the last one set is billed."""
+        """Set the cost of the call, including the bytes sent next; the last value is billed."""
         if call.outcome is None:
             call.input_tokens = input_tokens
             call.output_tokens = output_tokens
@@ -215,11 +216,11 @@ class CallLedger:
         self._stats[call.kind].bytes += count_bytes
 
     def calls(self, since: int = 0) -> Iterator[LoggedCall]:
-        """The log in order of arrival, from the first with an id above `since`."""
+        """Yield the log in order of arrival, from the first call with an id above `since`."""
         return (call for call in self._log if call.id > since)
 
     def reset(self) -> None:
-        """Forget what has ended. Calls in flight stay in flight, so that their end still counts."""
+        """Forget ended calls. Calls in flight are kept, so that their end still counts."""
         self._billed.clear()
         running = [call for call in self._log if call.outcome is None]
         self._log.clear()
@@ -245,14 +246,15 @@ class CallLedger:
 
 
 class ConnectionWatch:
-    """Watch of connections for clients that leave. Without epoll none is noticed early."""
+    """Watches connections for clients that disconnect. Without epoll none is noticed early."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll() if hasattr(select, "epoll") else None
         self._call_of: dict[int, int] = {}  # file descriptor -> call id
 
     def watch(self, request: web.BaseRequest, call_id: int) -> int:
-        """Start to watch a call's connection; returns a handle for `forget`, -1 if it has none."""
+        """Start to watch a call's connection; return a handle for `forget`, -1 if it has no
+        connection."""
         transport = request.transport
         sock = None if transport is None else transport.get_extra_info("socket")
         if sock is None or self._epoll is None:
@@ -266,17 +268,17 @@ class ConnectionWatch:
         return fd
 
     def forget(self, fd: int, call_id: int) -> None:
-        # The number may already belong to a newer connection, which stays watched.
+        # A newer connection may have the same number, and stays watched.
         if self._epoll is None or self._call_of.get(fd) != call_id:
             return
         del self._call_of[fd]
         try:
             self._epoll.unregister(fd)
         except OSError:
-            return  # the connection is closed, and the kernel has removed it by itself
+            return  # the connection is closed, and the kernel has removed it already
 
     def departed(self) -> list[int]:
-        """Ids of watched calls whose client has closed. Never blocks."""
+        """Return the ids of watched calls whose client has disconnected. Never blocks."""
         if self._epoll is None:
             return []
         found = self._epoll.poll(0)
@@ -290,7 +292,7 @@ class ConnectionWatch:
 
 MAX_FILES = 10_000
 KEPT_S = 48 * 3600
-# Google names a file by its own address, wherever it was requested.
+# Google's file URIs have its own address, whatever address was called.
 _URIS = "https://generativelanguage.googleapis.com"
 _FORBIDDEN = "You do not have permission to access the File {name} or it may not exist."
 
@@ -304,7 +306,7 @@ class StoredFile:
     size_bytes: int = 0
     active_ns: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
-    content: bytearray | None = None  # of JSON lines alone
+    content: bytearray | None = None  # of JSON lines only
 
     def to_json(self) -> Json:
         body = {
@@ -332,7 +334,7 @@ class FileStore:
         self._uploads.clear()
 
     def begin(self, headers: Mapping[str, str], body: Any) -> str:
-        """Start a resumable upload; returns its id."""
+        """Start a resumable upload and return its id."""
         file = get(body, "file") if isinstance(body, dict) else None
         file = file if isinstance(file, dict) else {}
         name = str(file.get("name") or f"files/{token_hex(6)}")
@@ -357,7 +359,7 @@ class FileStore:
         content: AsyncIterator[bytes],
         processing_ms: int,
     ) -> StoredFile | None:
-        """Take one piece; the file when its command says `finalize`, else None."""
+        """Store a piece. Return the file if its command contains `finalize`, otherwise None."""
         file = self._uploads.get(upload_id)
         if file is None:
             raise Refused(404, "Upload not found.")
@@ -377,26 +379,26 @@ class FileStore:
         return file
 
     def find(self, name: str) -> StoredFile:
-        """Raises Refused 403, as Gemini does for a file that does not exist."""
+        """Return a file. Raises Refused 403, as Gemini does for a file that does not exist."""
         file = self._files.get(name)
         if file is None:
             raise Refused(403, _FORBIDDEN.format(name=name.removeprefix("files/")))
         return file
 
     def delete(self, name: str) -> Json:
-        """Remove it; the body of the answer, which is empty."""
+        """Remove a file and return the body of the answer, which is empty."""
         del self._files[self.find(name).name]
         return {}
 
     def page(self, size: int, token: str) -> tuple[list[StoredFile], str]:
-        """Up to `size` files after the one named by `token`, and the next page's token."""
+        """Return up to `size` files after the one named by `token`, and the next page's token."""
         names = sorted(self._files)
         later = [name for name in names if name > token]
         chosen = later[:size]
         return [self._files[name] for name in chosen], chosen[-1] if len(later) > size else ""
 
     def look_up(self, uri: str) -> Attached:
-        """The file of a `fileUri`; URIs of other hosts are accepted unread."""
+        """Return the file of a `fileUri`; URIs of other hosts are accepted unread."""
         _, marker, name = uri.partition("/v1beta/files/")
         if not uri:
             raise Refused(400, "Invalid value at 'file_data.file_uri': it is empty")
@@ -426,7 +428,7 @@ class EmulatorState:
         self.stored: dict[str, dict[str, Json]] = defaultdict(dict)  # by kind and name
         self.random = Random(settings.seed)
         self.batches = BatchStore(self.now_ns, self.random, self.ledger.add_batch_line)
-        self.kept: dict[str, object] = {}  # what a front keeps for its account, by its name
+        self.kept: dict[str, object] = {}  # state that a front keeps for its account, by its name
         self.behaviour = settings.behaviour
         self.faults = FaultOrders(settings.faults, self.random)
         self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
@@ -437,7 +439,7 @@ class EmulatorState:
         self._call_on: dict[object, LoggedCall] = {}  # aiohttp's protocol of a connection -> call
 
     def reset(self) -> None:
-        """As at the start: counters, log, windows, files, faults, behaviour, random numbers."""
+        """Reset to the start: counters, log, windows, files, faults, behaviour, random numbers."""
         self.ledger.reset()
         self.files.clear()
         self.stored.clear()
@@ -450,7 +452,7 @@ class EmulatorState:
         self.account = self._new_account()
 
     def change_behaviour(self, changes: Mapping[str, Any]) -> None:
-        """Replace some fields; windows restart only when a limit is among them."""
+        """Replace some fields; windows restart only if a limit is among them."""
         self.behaviour = self.behaviour.changed(changes)
         if changes.keys() & {"concurrency", "rates"}:
             self._gate = LimitGate(self.behaviour.concurrency, self.behaviour.rates)
@@ -458,7 +460,8 @@ class EmulatorState:
             self._change_account()
 
     def now_ns(self) -> int:
-        """The clock of batches: the account's, which may be scaled, where there is one."""
+        """Return the time of batches: by the account's clock, which may be scaled, if there is
+        one."""
         return self.clock_ns() if self.account is None else self.account.now_ns()
 
     def _new_account(self) -> ProviderAccount | None:
@@ -466,13 +469,13 @@ class EmulatorState:
         return None if spec is None else ProviderAccount(spec, self.clock_ns)
 
     def _change_account(self) -> None:
-        """Take the behaviour's account; what is used stays used where its limits are the same."""
+        """Apply the behaviour's account; the use so far is kept if its limits are the same."""
         spec = self.behaviour.account
         if spec is None or self.account is None or not self.account.change(spec):
             self.account = self._new_account()
 
     def account_of(self, dialect: str) -> ProviderAccount | None:
-        """The account that calls in this dialect are of."""
+        """Return the account for calls in this dialect."""
         account = self.account
         return account if account is not None and account.governs(dialect) else None
 
@@ -482,13 +485,13 @@ class EmulatorState:
             self._charges[call.id][0].keep_prompt(call.model, texts)
 
     def made(self, call: LoggedCall) -> None:
-        """Count what a call has made so far, where its account counts that as it is made."""
+        """Count the output of a call so far, if its account counts output as it is made."""
         if call.id in self._charges:
             account, charge = self._charges[call.id]
             account.made(charge, call.output_tokens)
 
     def rate_limit_headers(self, call: LoggedCall) -> dict[str, str]:
-        """The headers of a call's answer that tell its account's limits."""
+        """Return the headers of a call's answer that report its account's limits."""
         if call.id not in self._charges:
             return {}
         account, charge = self._charges[call.id]
@@ -508,9 +511,9 @@ class EmulatorState:
         dialect: str = "gemini",
         goes_on: bool = False,
     ) -> Iterator[LoggedCall]:
-        """Count a call while the block runs. `goes_on`: whether its client is there or not.
+        """Count a call while the block runs. `goes_on`: it continues without its client.
 
-        Raises LimitReached or AccountLimitReached when a limit refuses it.
+        Raises LimitReached or AccountLimitReached if a limit refuses it.
         """
         self._notice_departed()
         call = self.ledger.arrive(kind, model, method, prompt, dialect)
@@ -532,7 +535,7 @@ class EmulatorState:
         except (asyncio.CancelledError, ConnectionError):
             self.ledger.end(call, "client_gone")
             raise
-        except BaseException:  # of whatever kind: the log of calls notes how this one ended
+        except BaseException:  # of any type: the log of calls notes how this one ended
             self.ledger.end(call, "failed")
             raise
         finally:
@@ -543,7 +546,7 @@ class EmulatorState:
             self._call_on.pop(protocol, None)
 
     def _charge(self, call: LoggedCall, size: CallSize) -> None:
-        """Count a call of its account's limits. Counting calls and lists of models are free."""
+        """Count a call for its account's limits. Token counting and lists of models are free."""
         account = self.account_of(call.dialect)
         if account is None or (call.kind == "other" and call.method != "embed"):
             return
@@ -554,21 +557,21 @@ class EmulatorState:
             raise
 
     def settle(self, call: LoggedCall) -> None:
-        """Correct what an ended call counts to what it made. Idempotent."""
+        """Correct the count of an ended call to its actual use. Idempotent."""
         if call.id in self._charges:
             account, charge = self._charges.pop(call.id)
             account.made(charge, call.output_tokens)
             account.end(charge, answered=bool(call.input_tokens or call.output_tokens))
 
     def work_on(self, answer: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Answer in a task that goes on when its client leaves."""
+        """Answer in a task that continues when its client disconnects."""
         task = asyncio.create_task(answer)
         self._work.add(task)
         task.add_done_callback(self._work.discard)
         return task
 
     async def end_work(self) -> None:
-        """Cut off what goes on without a client."""
+        """Cancel work that continues without a client."""
         for task in self._work:
             task.cancel()
         await asyncio.gather(*self._work, return_exceptions=True)

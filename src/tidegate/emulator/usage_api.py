@@ -3,10 +3,10 @@
     https://platform.openai.com/docs/api-reference/usage
     https://platform.claude.com/docs/en/api/admin-api/usage-cost
 
-They count what the ledger bills, by the day of UTC on which a call ended, and cost by the public
-prices of that day, exactly: nothing is rounded. They answer an admin key only, and page by days.
+They count what the ledger bills, by the UTC day on which a call ended. Costs are exact, by the
+public prices of that day, without rounding. Only an admin key is accepted; pages are by days.
 
-Invariant: no number here comes from the gateway; costs are worked out apart from its own.
+Invariant: no number here comes from the gateway; costs are computed independently of its code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PATHS = (
     *(f"{_OPENAI}usage/completions", f"{_OPENAI}usage/embeddings", f"{_OPENAI}costs"),
     *(f"{_ANTHROPIC}usage_report/messages", f"{_ANTHROPIC}cost_report"),
 )
-ADMIN = "admin"  # what an admin key has in it, as the providers' own have
+ADMIN = "admin"  # text in an admin key, as in the providers' own
 _MOST_DAYS = 31
 _OPENAI_DAYS, _ANTHROPIC_DAYS = 7, 7
 _MILLION = 1_000_000
@@ -40,7 +40,7 @@ def wants(request: web.BaseRequest) -> bool:
 
 
 def report(state: EmulatorState, request: web.BaseRequest) -> Json:
-    """The answer to one request. Raises Refused."""
+    """Return the answer to a request. Raises Refused."""
     name = request.path
     if name.startswith(_ANTHROPIC):
         _check_key(request.headers.get("x-api-key", ""))
@@ -59,7 +59,7 @@ def _check_key(key: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """Tokens of a call by what they cost."""
+    """Tokens of a call by their prices."""
 
     fresh: int
     cached: int
@@ -75,7 +75,7 @@ class _Parts:
 
 
 def _billed(state: EmulatorState, dialect: str) -> dict[date, list[LoggedCall]]:
-    """The calls that cost something, by the day on which they ended."""
+    """Return the billed calls by the day on which they ended."""
     days: dict[date, list[LoggedCall]] = {}
     for call in state.ledger.calls():
         billed = call.input_tokens or call.output_tokens
@@ -93,7 +93,7 @@ def _by_model(calls: Iterable[LoggedCall]) -> Iterator[tuple[str, list[LoggedCal
 
 
 def _dollars(provider: str, call: LoggedCall, day: date) -> dict[str, Fraction]:
-    """What a call costs, by line; nothing where no public price is known."""
+    """Return the cost of a call by line; empty if no public price is known."""
     price = catalog().find(provider, call.model, day, call.tier)
     if price is None:
         return {}
@@ -267,7 +267,7 @@ def _anthropic_costs(day: date, calls: Sequence[LoggedCall]) -> list[Json]:
 def _days(
     begin: datetime, end: datetime, limit: str | None, page: str | None, usual: int
 ) -> tuple[list[date], str | None]:
-    """The days of a page, and the token of the next one."""
+    """Return the days of a page, and the token of the next page."""
     if limit is not None and not limit.isdecimal():
         raise Refused(400, f"Invalid value for 'limit': {limit}")
     most = min(_MOST_DAYS, max(1, int(limit or usual)))

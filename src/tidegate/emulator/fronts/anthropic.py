@@ -5,8 +5,9 @@
 Invariants: errors have Anthropic's shape, an overload is a 529; the input usage is in the first
 event of a stream, the output usage in the last but one; unknown fields and blocks are ignored; a
 body that Anthropic refuses raises Refused with the field's name; an uploaded file can be named in
-messages but not downloaded; the parameters of a request in a batch are checked as it is worked off,
-only its id at the start; results come when the batch has ended, and not in the order of requests.
+messages but not downloaded; the parameters of a request in a batch are checked when it is
+processed, only its id at the start; results are available once the batch has ended, and not in the
+order of requests.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def error(status: int, message: str, headers: Mapping[str, str] | None = None) -
 
 
 def throttled(measure: str, bound: int, retry_after_s: float, per: str = "minute") -> ErrorResponse:
-    """429 with the time to retry. `measure` is `requests` or `input-tokens`."""
+    """Return a 429 with the time to retry. `measure` is `requests` or `input-tokens`."""
     message = (
         f"This request would exceed your organization's rate limit of {bound} "
         f"{measure.replace('-', ' ')} per {per}."
@@ -104,7 +105,7 @@ def throttled(measure: str, bound: int, retry_after_s: float, per: str = "minute
 
 
 def refused(refusal: LimitRefusal, model: str) -> ErrorResponse:
-    """The 429 of a limit that the emulator enforces."""
+    """Return the 429 of a limit that the emulator enforces."""
     wait = wait_s(refusal)
     if refusal.rate is None or wait is None:
         message = (
@@ -321,7 +322,7 @@ def _broken(fault: Fault, streamed: bool) -> bytes:
 
 
 class _Message:
-    """One answer in the shapes of this API."""
+    """An answer in the form of this API."""
 
     def __init__(self, asked: ModelRequest, composed: Composed) -> None:
         self.id = f"msg_{new_response_id()}"
@@ -359,12 +360,12 @@ class _Message:
 
     @property
     def _thoughts(self) -> str:
-        """As many words as are charged for, where they are to be shown."""
+        """Return as many words as there are billed thoughts, if thoughts are to be shown."""
         words = THOUGHTS.split()[: self.composed.thoughts_tokens]
         return " ".join(words) if self._asked.shows_thoughts else ""
 
     def _thinking(self) -> bytes:
-        """The block of thoughts as events: the text, then its signature, then the end."""
+        """Return the block of thoughts as events: the text, then its signature, then the end."""
         block = {"type": "thinking", "thinking": "", "signature": ""}
         deltas: list[Json] = [{"type": "signature_delta", "signature": SIGNATURE}]
         if self._thoughts:
@@ -401,7 +402,7 @@ class _Message:
         return self._counts(self.composed.output_tokens) | {"output_tokens_details": thoughts}
 
     def _counts(self, output_tokens: int) -> Json:
-        """What a stream reports at its beginning, and once more at its end."""
+        """Return the usage that a stream reports at its beginning, and again at its end."""
         return {
             "input_tokens": self._asked.uncached_tokens,
             "cache_creation_input_tokens": self._asked.cache_write_tokens,
@@ -411,7 +412,7 @@ class _Message:
 
 
 def _block(call: CalledFunction | None, said: str) -> Json:
-    """A block of content; an input that a bound has cut off is no JSON, and left empty."""
+    """Return a block of content. An input that a bound has cut is not JSON, and is left empty."""
     if call is None:
         return {"type": "text", "text": said}
     try:
@@ -443,7 +444,7 @@ _PREFIXES = ("/anthropic/v1/", "/v1/")  # the first is Bedrock's
 
 
 def wants(request: web.BaseRequest) -> bool:
-    """Whether a request is for this API.
+    """Return whether a request is for this API.
 
     `/v1/models` is a path of all three: this API's requests have a version in a header.
     """
@@ -491,7 +492,7 @@ async def route(served: Served) -> web.StreamResponse:
 
 
 def _line_work(behaviour: Behaviour, params: Any) -> LineWork:
-    """The work of a batch's line. Raises Refused."""
+    """Return the work of a batch's line. Raises Refused."""
     asked = read_messages(params)
     _check_model(behaviour, asked.model)
     return line_work(asked, partial(script, asked, behaviour))
@@ -506,7 +507,7 @@ def _key(request: web.BaseRequest) -> str:
     return request.headers.get("x-api-key") or (bearer if scheme.lower() == "bearer" else "")
 
 
-_BETA = re.compile(r"[a-z0-9-]+-\d{4}-?\d{2}-?\d{2}")  # what a feature is, and since when
+_BETA = re.compile(r"[a-z0-9-]+-\d{4}-?\d{2}-?\d{2}")  # the name of a feature, and its date
 
 
 def _check_headers(request: web.BaseRequest) -> None:
@@ -576,7 +577,7 @@ async def _files(served: Served, steps: Sequence[str]) -> web.StreamResponse:
 
 
 def _find_file(state: EmulatorState, file_id: str) -> Json:
-    """A file by its id. Raises Refused (404)."""
+    """Return a file by its id. Raises Refused (404)."""
     found = state.stored[_STORED].get(file_id)
     if found is None:
         raise Refused(404, f"File not found: {file_id}")
@@ -708,7 +709,7 @@ def _retrieve_batch(served: Served, batch_id: str) -> Json:
 def _show_batch(served: Served, batch: ProviderBatch) -> Json:
     ended = batch.state in ENDED
     status = "ended" if ended else "canceling" if batch.cancel_ns else "in_progress"
-    # The counts are those of a batch that has ended: until then all requests are processing.
+    # The counts of an ended batch: until then all requests are processing.
     counts = {
         state: batch.count(state) if ended else 0
         for state in ("succeeded", "errored", "canceled", "expired")

@@ -2,9 +2,9 @@
 
     https://docs.aws.amazon.com/bedrock/latest/APIReference/API_Operations_Amazon_Bedrock_Runtime.html
 
-An answer is that of Anthropic's front in other words. Invariants: errors name an exception in a
-header, and have a message alone; a stream has AWS's framing; its usage is in the last message, or
-in the last chunk beside what the model says itself; a model in a body of InvokeModel is refused.
+Answers are those of Anthropic's front, converted. Invariants: errors name an exception in a header,
+and have only a message; a stream has AWS's framing; its usage is in the last message, or in the
+last chunk beside the model's own usage; a model in a body of InvokeModel is refused.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ BEDROCK = EmulatedApi(
 
 
 def wants(request: web.BaseRequest) -> bool:
-    """Whether a request is for this API."""
+    """Return whether a request is for this API."""
     return request.path.startswith("/model/")
 
 
@@ -126,14 +126,14 @@ def _check_invoked(body: Json) -> None:
             raise Refused(400, f"Malformed input request: extraneous key [{name}] is not permitted")
 
 
-# -- Converse's body as one of messages
+# -- Converse's body, converted to one of messages
 
 
 _MALFORMED = "Malformed input request, please reformat your input and try again."
 
 
 def _of_converse(body: Any, *within: str) -> Json:
-    """Raises Refused for one that has another shape."""
+    """Convert a body of Converse. Raises Refused for one that has another shape."""
     try:
         for name in within:
             body = body[name]
@@ -180,9 +180,9 @@ def _block(block: Json) -> Json:
     return {"type": "text", "text": block.get("text", "")}
 
 
-# -- answers: each event of Anthropic's as messages of this API
+# -- answers: each event of Anthropic's, converted to messages of this API
 
-Form = Callable[[Json, Json], bytes]  # an event, with what the message has used
+Form = Callable[[Json, Json], bytes]  # an event, and the usage of the message
 
 
 def _script(

@@ -1,6 +1,6 @@
 """Gemini's API: generateContent, streamGenerateContent, tokens, models, files and what is stored.
 
-Invariants: every error is a google.rpc body; sound is 16-bit little-endian PCM with one channel.
+Invariants: every error is a google.rpc body; audio is 16-bit little-endian PCM with one channel.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def error(code: int, message: str, details: Sequence[Json] = ()) -> ErrorRespons
 
 
 def check_key(request: web.BaseRequest) -> str:
-    """The key of a request; raises Refused as Gemini does without one."""
+    """Return the key of a request. Raises Refused, as Gemini does, without one."""
     key = request.headers.get("x-goog-api-key") or request.query.get("key")
     if not key:
         raise Refused(
@@ -115,7 +115,7 @@ def check_key(request: web.BaseRequest) -> str:
 def throttled(
     model: str, *, quota_id: str, metric: str, value: int, retry_after_s: float | None
 ) -> ErrorResponse:
-    """429 as Gemini words it; without a time to name there is no RetryInfo."""
+    """Return a 429 in Gemini's wording; without a time to retry there is no RetryInfo."""
     violation = {
         "quotaMetric": f"generativelanguage.googleapis.com/{metric}",
         "quotaId": quota_id,
@@ -140,7 +140,7 @@ def throttled(
 
 
 def refused(refusal: LimitRefusal, model: str) -> ErrorResponse:
-    """The 429 of a limit that the emulator enforces."""
+    """Return the 429 of a limit that the emulator enforces."""
     rate = refusal.rate
     if rate is None:
         quota_id, metric = "GenerateConcurrentRequestsPerProject", "generate_concurrent_requests"
@@ -162,7 +162,7 @@ def refused(refusal: LimitRefusal, model: str) -> ErrorResponse:
 
 
 def refused_by_account(_spec: AccountSpec, refusal: AccountRefusal, model: str) -> ErrorResponse:
-    """The 429 of a limit of an account; what can never fit has no time to name."""
+    """Return the 429 of a limit of an account; a call that can never fit gets no time to retry."""
     limit = refusal.limit
     per = "Day" if limit.window_s >= DAY_S else "Minute"
     if limit.unit == "requests":
@@ -280,7 +280,7 @@ def _add_content(conversation: Conversation, content: Any, lookup: FileLookup) -
 
 
 def _functions(body: Json) -> tuple[list[Tool], Choice]:
-    """The functions on offer, and whether one must be called."""
+    """Return the offered functions, and whether one must be called."""
     given = get(body, "tools") or []
     items = [item for item in (given if isinstance(given, list) else [given]) if type(item) is dict]
     declarations = [get(item, "functionDeclarations") or [] for item in items]
@@ -351,7 +351,7 @@ def _part(part: Any, lookup: FileLookup) -> tuple[str | None, Attached | None]:
 
 
 def _result(response: Any) -> str:
-    """The result of a function: its text where it is one, else its JSON."""
+    """Return the result of a function: its text if it is one, otherwise its JSON."""
     values = list(response.values()) if isinstance(response, dict) else [response]
     value = values[0] if len(values) == 1 else response
     return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
@@ -388,7 +388,7 @@ def _with_config(model: str, config: Json, conversation: Conversation) -> ModelR
 
 
 def has_enum(schema: Any) -> bool:
-    """Whether a schema lets the model choose among named values anywhere in it."""
+    """Return whether a schema has an enum at any depth."""
     if isinstance(schema, dict):
         if isinstance(schema.get("enum"), list):
             return True
@@ -403,7 +403,7 @@ TOKENS = 25 * DURATION_MS // 1000  # Gemini counts 25 a second
 
 
 def hum(of: str) -> bytes:
-    """A tone whose pitch depends on the text."""
+    """Return a tone whose pitch depends on the text."""
     pitch_hz = 220 + sha256(of.encode("utf-8", "replace")).digest()[0]
     step = math.tau * pitch_hz / RATE_HZ
     samples = array(
@@ -429,8 +429,8 @@ def media_part(mime_type: str, data: bytes) -> Json:
 
 
 class _GeminiAnswer:
-    """One answer in the shapes of this API: parts with their tokens, and its finish. The bound of
-    the output is of the thoughts as well."""
+    """An answer in the form of this API: parts with their tokens, and its finish. The bound of the
+    output includes the thoughts."""
 
     def __init__(self, asked: ModelRequest, behaviour: Behaviour) -> None:
         self._asked = asked
@@ -456,7 +456,7 @@ class _GeminiAnswer:
             self._parts.insert(0, ({"text": " ".join(words), "thought": True}, 0))
 
     def bodies(self, framing: Framing, fault: Fault | None) -> list[tuple[Json, int]]:
-        """One body a step in time, with the tokens sent by then."""
+        """Return one body for each step, with the tokens sent by then."""
         tokens = sum(tokens for _, tokens in self._parts)
         if fault is not None and fault.fault in BODIES:
             written = tokens if fault.fault is FaultName.UNKNOWN_FINISH else 0
@@ -474,7 +474,8 @@ class _GeminiAnswer:
         return bodies
 
     def _whole(self, finish: str, tokens: int) -> Json:
-        """The answer as one response: thoughts, the text of all chunks together, then the rest."""
+        """Return the answer as one response: thoughts, the text of all chunks together, then the
+        rest."""
         parts = [part for part, _ in self._parts if "thought" in part]
         said = "".join(part["text"] for part, _ in self._parts if part.keys() == {"text"})
         parts += [{"text": said}] if said else []
@@ -492,8 +493,8 @@ class _GeminiAnswer:
         return self._body(0, candidates=[])
 
     def _candidate(self, tokens: int, parts: list[Json] | None, finish: str | None) -> Json:
-        """A whole response, or one chunk of a stream; `parts` of None are no content. Content of
-        which nothing was left by the thoughts has a role alone."""
+        """Return a whole response, or a chunk of a stream; `parts` of None mean no content. If the
+        thoughts have used the whole bound, the content has only a role."""
         candidate: Json = {"index": 0}
         if parts is not None:
             candidate["content"] = {**({"parts": parts} if parts else {}), "role": "model"}
@@ -509,7 +510,7 @@ class _GeminiAnswer:
             "promptTokensDetails": _modalities(asked),
         }
         if any(_is_elsewhere(file) for file in asked.attached):
-            usage = {}  # of these Google reports no input, and no total
+            usage = {}  # for these Google reports no input, and no total
         usage["serviceTier"] = asked.tier or "standard"
         if asked.cached_tokens:
             usage["cachedContentTokenCount"] = asked.cached_tokens
@@ -536,7 +537,7 @@ class _GeminiAnswer:
         ]
 
     def _calls(self) -> None:
-        """Function calls, each whole, as many as the bound leaves room for."""
+        """Add function calls, each whole, as many as the bound allows."""
         left = self._left
         for tool in self._asked.called:
             given = arguments(self._asked, tool.schema)
@@ -552,7 +553,7 @@ class _GeminiAnswer:
 
 
 def _is_elsewhere(file: Attached) -> bool:
-    """Whether a file is not at Google, which fetches it from its address."""
+    """Return whether a file is not at Google, which fetches it from its address."""
     return file.size_bytes is None and (file.uri or "").startswith(("https://", "http://"))
 
 
@@ -589,7 +590,7 @@ MODELS = {
     "gemini-embedding-001": ("embedContent", "countTokens"),
 }
 EMBEDDING_DIMENSIONS = 768
-_REPORTS = "gemini-embedding-2"  # of the models that embed, the one whose answers have a usage
+_REPORTS = "gemini-embedding-2"  # the only embedding model whose answers have a usage
 
 
 async def route(served: Served) -> web.StreamResponse:
@@ -681,13 +682,13 @@ async def _generate(served: Served, model: str, body: Any, framing: Framing) -> 
 
 
 def _line_work(served: Served, model: str, body: Any) -> LineWork:
-    """The work of a batch's line. Raises Refused."""
+    """Return the work of a batch's line. Raises Refused."""
     asked = read_generate(model, body, served.state.files.look_up)
     return line_work(asked, partial(_script, asked, served.behaviour, "whole"))
 
 
 def _embedding_work(model: str, body: Any) -> LineWork:
-    """The work of a line of a batch that embeds. Raises Refused."""
+    """Return the work of a line of an embedding batch. Raises Refused."""
     answer, texts = _embedding(body), _text_to_embed(body)
     tokens = max(1, math.ceil(len(texts) / 4))
 
@@ -698,7 +699,7 @@ def _embedding_work(model: str, body: Any) -> LineWork:
 
 
 def _drawn(body: Any) -> Json:
-    """Pictures of Imagen. Raises Refused."""
+    """Return pictures of Imagen. Raises Refused."""
     if not isinstance(body, dict) or not isinstance(body.get("instances"), list):
         raise Refused(400, "Invalid JSON payload received. `instances` must be set.")
     count = gemini_stored.parameters_of(body).get("sampleCount", 4)
@@ -762,7 +763,7 @@ async def _upload_start(served: Served, key: str) -> web.Response:
         gemini_stored.find_store(served, into.partition(":")[0])
         body = {"file": body}
     upload_id = served.state.files.begin(request.headers, body)
-    # The key is part of the real upload URL too: it must never be logged.
+    # The real upload URL contains the key too: it must never be logged.
     url = f"http://{request.host}{request.path}?key={key}&upload_id={upload_id}"
     headers = {
         "X-Goog-Upload-Status": "active",
@@ -809,7 +810,7 @@ def _bodies_of(body: Any) -> list[Any]:
 async def _embed(
     served: Served, model: str, bodies: Sequence[Any], answer: Json
 ) -> web.StreamResponse:
-    """Charge what is embedded, which only some models report."""
+    """Serve an embedding call and charge it; only some models report the usage."""
     tokens = sum(max(1, math.ceil(len(_text_to_embed(body)) / 4)) for body in bodies)
     if model == _REPORTS:
         details = [{"modality": "TEXT", "tokenCount": tokens}]
@@ -818,7 +819,7 @@ async def _embed(
 
 
 def _text_to_embed(body: Any) -> str:
-    """Raises Refused."""
+    """Return the text of a body. Raises Refused."""
     content = get(body, "content") if isinstance(body, dict) else None
     parts = content.get("parts") if isinstance(content, dict) else None
     if not isinstance(parts, list):

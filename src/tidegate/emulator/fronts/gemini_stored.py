@@ -5,11 +5,11 @@
     https://ai.google.dev/gemini-api/docs/video
     https://ai.google.dev/api/batch-api
 
-Invariants: an interaction is kept unless `store` is false, with the text of those before it as the
-input of the next; in the background it counts as in flight until it has ended, and so does an
-operation; ids are as long as the real ones; a video's URI has Google's host. Requests of a batch
-come inline or as an uploaded file of JSON lines, and their results come in the same way, in the
-order of the requests; a batch that expires has no results.
+Invariants: an interaction is stored unless `store` is false, and the text of earlier ones is input
+of the next; in the background it counts as in flight until it has ended, and so does an operation;
+ids have the length of real ones; a video's URI has Google's host. Requests of a batch come inline
+or as an uploaded file of JSON lines, and their results in the same form, in the order of the
+requests; a batch that expires has no results.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _BAD_BODY = "Invalid JSON payload received. {}"
 _GARBAGE = b'{"event_type": "step.delta", "ind'
 _INTERACTIONS, _CACHES, _STORES = "interactions", "cachedContents", "fileSearchStores"
 _VIDEOS, _OPERATIONS, _WORK = "videos", "operations", "work"
-_REFUSED_PROMPT = "violence"  # of which no video is made
+_REFUSED_PROMPT = "violence"  # no video is made for such a prompt
 _TTL = re.compile(r"(\d{1,9})(?:\.\d+)?s")
 _USUAL_TTL_S = 3_600
 _MOST_CACHES = 1_000  # on a page
@@ -98,7 +98,7 @@ def _found(served: Served, name: str) -> Json:
 
 
 def _shown(interaction: Json) -> Json:
-    """Without what is kept beside it."""
+    """Return an interaction without its internal fields."""
     return {name: value for name, value in interaction.items() if not name.startswith("_")}
 
 
@@ -130,7 +130,7 @@ async def _create(served: Served) -> web.StreamResponse:
 
 
 def _read(served: Served, body: Json) -> ModelRequest:
-    """Raises Refused."""
+    """Parse a request. Raises Refused."""
     model = body.get("model") or body.get("agent")
     if not isinstance(model, str) or not model:
         raise Refused(400, "Either model or agent must be set.")
@@ -199,7 +199,7 @@ def _content(served: Served, given: Any) -> tuple[str | None, Attached | None]:
 
 
 class _Answer:
-    """One interaction in the shapes of this API."""
+    """An interaction in the form of this API."""
 
     def __init__(self, served: Served, body: Json, asked: ModelRequest) -> None:
         self._served = served
@@ -225,7 +225,7 @@ class _Answer:
         )
 
     def in_background(self) -> web.Response:
-        """Answer immediately; the call goes on, and counts, for as long as its answer takes."""
+        """Answer immediately; the call continues, and counts, for as long as its answer takes."""
         served, asked = self._served, self._asked
         script = self.script(None)
         stored = served.state.stored[_INTERACTIONS]
@@ -280,7 +280,8 @@ class _Answer:
         return head | {"usage": usage, "service_tier": self._asked.tier or "standard"}
 
     def _steps(self, composed: Composed) -> Iterator[Json]:
-        """The last call of an answer that its bound has cut is no JSON, and left out."""
+        """Yield the steps of an answer. If its bound has cut the last call, that is not JSON, and
+        left out."""
         yield {"type": "thought", "signature": "CiRlbXVsYXRlZA=="}
         whole = composed.blocks[:-1] if composed.finish == "length" else composed.blocks
         for call in composed.blocks:
@@ -379,7 +380,7 @@ async def file_search_stores(served: Served, steps: Sequence[str]) -> web.Stream
 
 
 def find_store(served: Served, name: str) -> Json:
-    """Raises Refused (403), as Gemini does for one that is not."""
+    """Return a store. Raises Refused (403), as Gemini does for a missing one."""
     found = served.state.stored[_STORES].get(name)
     if found is None:
         raise Refused(403, f"You do not have permission to access the FileSearchStore {name}.")
@@ -400,7 +401,7 @@ def _import(served: Served, store: str, body: Any) -> Json:
 
 
 def index(served: Served, store: str, below: str, file: StoredFile) -> Json:
-    """Make a document of a file, by an operation that has ended once it is looked at."""
+    """Create a document from a file, by an operation that has ended when it is first read."""
     found, document, operation = find_store(served, store), _letters(12), _letters(12)
     parent = f"{_STORES}/{store}"
     made = {"name": f"{parent}/documents/{document}", "displayName": file.display_name}
@@ -425,7 +426,8 @@ def _below_store(served: Served, store: str, below: str, *, ends: bool) -> Json:
 
 
 def find_cache(served: Served, name: str) -> Json:
-    """A cached content by its name. Raises Refused (403), as Gemini does for one that is not."""
+    """Return a cached content by its name. Raises Refused (403), as Gemini does for a missing
+    one."""
     found = served.state.stored[_CACHES].get(name)
     if found is None:
         raise Refused(403, "CachedContent not found (or permission denied)")
@@ -498,8 +500,8 @@ def _list_caches(served: Served) -> Json:
 
 
 async def begin_video(served: Served, model: str, body: Any) -> web.Response:
-    """Serve predictLongRunning: answer immediately; the operation goes on, and counts, for as long
-    as a picture takes. Raises Refused."""
+    """Serve predictLongRunning: answer immediately; the operation continues, and counts, for as
+    long as a picture takes. Raises Refused."""
     prompt = _video_prompt(body)
     settings = parameters_of(body)
     count = settings.get("sampleCount", settings.get("numberOfVideos", 1))
@@ -516,7 +518,7 @@ async def begin_video(served: Served, model: str, body: Any) -> web.Response:
 
 
 def parameters_of(body: Any) -> Json:
-    """Of a request for pictures or videos. Raises Refused."""
+    """Return the parameters of a request for pictures or videos. Raises Refused."""
     found = body.get("parameters") or {}
     if not isinstance(found, dict):
         raise Refused(400, "Invalid JSON payload received. `parameters` must be an object.")
@@ -556,7 +558,7 @@ def _letters(count: int) -> str:
 
 
 async def operations(served: Served, model: str, name: str) -> web.StreamResponse:
-    """Serve an operation of a model; without a name, the list of them. None can be cancelled.
+    """Serve an operation of a model, or without a name the list of them. None can be cancelled.
     Raises Refused."""
     kept, method = served.state.stored[_OPERATIONS], served.request.method
     prefix = f"models/{model}/{_OPERATIONS}/"
@@ -585,7 +587,7 @@ def _operation(kept: Json, name: str) -> Json:
 
 
 async def video(served: Served, name: str) -> web.StreamResponse | None:
-    """Serve the bytes of a video; None for a file that is none."""
+    """Serve the bytes of a video; return None for any other file."""
     found = served.state.stored[_VIDEOS].get(name)
     if found is None:
         return None
@@ -646,7 +648,7 @@ async def download(served: Served, name: str) -> web.StreamResponse:
 
 
 def results_file(served: Served, name: str) -> Json | None:
-    """A file of results as the Files API shows it."""
+    """Return a file of results in the form of the Files API."""
     file = served.state.batches.file(f"files/{name}")
     if file is None:
         return None
@@ -720,7 +722,7 @@ def _line(index: int, item: Any, model: str, work: LineParser) -> ProviderBatchL
 
 
 def _check_room(served: Served, model: str, lines: Sequence[ProviderBatchLine]) -> None:
-    """Raises Refused (429) where a limit of batches has no room."""
+    """Raise Refused (429) if a limit of batches is exceeded."""
     pace = served.behaviour.batches
     open_batches = list(served.state.batches.open("gemini"))
     tokens = sum(batch.enqueued_tokens(model) for batch in open_batches)
@@ -790,7 +792,7 @@ def _show_batch(served: Served, batch: ProviderBatch) -> Json:
 
 
 def _batch_stats(batch: ProviderBatch) -> Json:
-    """Counts as the API writes them: texts, and none that is zero."""
+    """Return counts in the API's form: as strings, and without zeros."""
     counts = {
         "requestCount": len(batch.lines),
         "successfulRequestCount": batch.count("succeeded"),
@@ -822,6 +824,6 @@ def _result(served: Served, line: ProviderBatchLine) -> Json:
     result: Json = {} if line.metadata is None else {"metadata": line.metadata}
     if line.answered is not None:
         return result | {"response": line.answered.body}
-    assert line.refused is not None  # no other line of a completed batch is without an answer
+    assert line.refused is not None  # all other lines of a completed batch have an answer
     code = 3 if line.refused.status == 400 else 13  # INVALID_ARGUMENT, INTERNAL
     return result | {"error": {"code": code, "message": line.refused.message}}

@@ -1,8 +1,8 @@
 """OpenAI's API: chat completions, responses, completions, embeddings, images, models.
 
 Invariants: errors have OpenAI's shape, except `error_list`, which is the list that Gemini's
-compatible endpoint sends; a Gemini model's usage at that endpoint has its thoughts in the total
-alone; a stream reports usage only if requested; unknown fields are ignored; a body that OpenAI
+compatible endpoint sends; at that endpoint the thoughts of a Gemini model are part of the total
+usage only; a stream reports usage only if requested; unknown fields are ignored; a body that OpenAI
 refuses raises Refused with the field's name; the size of a file is that of its bytes.
 """
 
@@ -97,18 +97,18 @@ def error(
 
 
 def wrong(param: str, message: str, code: str = "invalid_value") -> Refused:
-    """400 for one field."""
+    """Return the 400 for a wrong field."""
     return Refused(400, message, param=param, code=code)
 
 
 def missing(param: str, place: str | None = None) -> Refused:
-    """400 for a field that is not there, at `place`."""
+    """Return the 400 for a missing field, at `place`."""
     message = f"Missing required parameter: '{place or param}'."
     return wrong(param, message, "missing_required_parameter")
 
 
 def throttled(model: str, measure: str, bound: int, retry_after_s: float) -> ErrorResponse:
-    """429 with the time to retry. `measure` is `requests` or `tokens`."""
+    """Return a 429 with the time to retry. `measure` is `requests` or `tokens`."""
     name = "tokens per min (TPM)" if measure == "tokens" else "requests per min (RPM)"
     wait = duration(round(retry_after_s * 1e9))
     message = (
@@ -133,7 +133,7 @@ def no_quota() -> ErrorResponse:
 
 
 def refused(refusal: LimitRefusal, model: str) -> ErrorResponse:
-    """The 429 of a limit that the emulator enforces."""
+    """Return the 429 of a limit that the emulator enforces."""
     wait = wait_s(refusal)
     if refusal.rate is None or wait is None:
         message = f"Too many concurrent requests for {model}: limit {refusal.bound}."
@@ -158,7 +158,7 @@ def _throttled_on_order(fault: Fault, model: str) -> ErrorResponse | None:
 
 
 def _refused_by_account(spec: AccountSpec, refusal: AccountRefusal, model: str) -> ErrorResponse:
-    """Gemini's compatible endpoint sends Gemini's error in a list."""
+    """Return the 429 of an account. Gemini's compatible endpoint sends Gemini's error in a list."""
     if spec.provider != "gemini":
         return refused_in_openai(spec, refusal, model)
     error = GEMINI.refused_by_account(spec, refusal, model)
@@ -194,7 +194,7 @@ _ANYTHING = "application/octet-stream"
 
 
 def read_content(content: Any, param: str) -> Iterator[tuple[str | None, Attached | None]]:
-    """Each part of a message's content as a text or a file. Raises Refused (400)."""
+    """Yield each part of a message's content as a text or a file. Raises Refused (400)."""
     if content is None:
         return
     if isinstance(content, str):
@@ -257,7 +257,7 @@ def _file(file: Json, place: str) -> Attached:
 
 
 def _at(url: str, place: str, mime_type: str) -> Attached:
-    """The file of a URL: a `data:` URL holds it, any other only names it."""
+    """Return the file of a URL: a `data:` URL contains it, any other only names it."""
     if not url.startswith("data:"):
         if not url.startswith(("http://", "https://")):
             raise wrong(place, f"Invalid '{place}'. Expected a valid URL.")
@@ -295,7 +295,7 @@ _SPEAKERS: dict[str, Speaker] = {
 
 
 def read_model(body: Any, usual: str | None = None) -> str:
-    """The model that a body names, `usual` where it names none. Raises Refused (400)."""
+    """Return the model that a body names, by default `usual`. Raises Refused (400)."""
     if not isinstance(body, dict):
         raise Refused(400, _NOT_JSON)
     model = body.get("model", usual)
@@ -369,7 +369,7 @@ def read_completions(body: Json, model: str) -> ModelRequest:
 
 
 def _prompts(given: Any) -> list[str]:
-    """Texts, or the numbers of tokens, one prompt or several."""
+    """Return the prompts of a field, given as texts or as lists of token numbers."""
     one = isinstance(given, str) or (isinstance(given, list) and given[:1] and _is_number(given[0]))
     prompts = [given] if one else given
     if not isinstance(prompts, list) or not prompts:
@@ -417,7 +417,7 @@ def _add_item(conversation: Conversation, item: Any, place: str) -> None:
 
 
 def _schema_of(conversation: Conversation, wanted: Any, param: str) -> Json | None:
-    """The schema of a `response_format`, or of a `text.format`, which is flatter."""
+    """Return the schema of a `response_format`, or of a `text.format`, which has fewer levels."""
     if not isinstance(wanted, dict):
         return None
     match wanted.get("type"):
@@ -496,7 +496,7 @@ _FINISH = {
 def choices_script(
     asked: ModelRequest, behaviour: Behaviour, fault: Fault | None, *, chat: bool
 ) -> AnswerScript:
-    """The answer of chat/completions, or of completions."""
+    """Return the answer of chat/completions, or of completions."""
     answer = _Choices(asked, compose(asked, behaviour, fault), chat=chat)
     garbage = _CHAT_GARBAGE if chat else _COMPLETIONS_GARBAGE
 
@@ -513,7 +513,7 @@ def choices_script(
 
 
 class _Choices:
-    """One answer in the shapes of chat/completions or completions, the same for each choice."""
+    """An answer in the form of chat/completions or completions, the same for each choice."""
 
     def __init__(self, asked: ModelRequest, composed: Composed, *, chat: bool) -> None:
         self.composed = composed
@@ -579,7 +579,7 @@ class _Choices:
         return opening + self._events({"tool_calls": [more]})
 
     def _events(self, said: Json | str, finish: str | None = None) -> bytes:
-        """The same delta or text for each choice, in an event of its own."""
+        """Return the same delta or text for each choice, in an event of its own."""
         shown: Json = {"delta": said} if self._chat else {"text": said}
         return b"".join(
             self._event([self._choice(index, shown, finish)]) for index in self._choices
@@ -594,7 +594,7 @@ class _Choices:
         return {"index": index, **said, **empty, "finish_reason": finish}
 
     def _billed(self, output_tokens: int | None = None) -> int:
-        """Every choice is charged for, the thoughts before them once."""
+        """Return the billed output: every choice is charged for, the thoughts before them once."""
         thoughts = self.composed.thoughts_tokens
         one = self.composed.output_tokens if output_tokens is None else output_tokens
         return thoughts + len(self._choices) * (one - thoughts)
@@ -607,7 +607,7 @@ class _Choices:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
-        if self._asked.at_google:  # which leaves the thoughts to the total
+        if self._asked.at_google:  # there thoughts are part of the total only
             usage["completion_tokens"] = completion - self.composed.thoughts_tokens
             if cached:
                 usage["prompt_tokens_details"] = {"cached_tokens": cached}
@@ -640,7 +640,7 @@ _DIMENSIONS = {"gemini-embedding-001": 768, "text-embedding-3-large": 3072}
 
 
 def check_model(model: str, behaviour: Behaviour) -> None:
-    """Raises Refused (404) when models are strict and this is none of them."""
+    """Raise Refused (404) if models are strict and this is not one of them."""
     if behaviour.strict_models and model.removeprefix("models/") not in MODELS:
         raise Refused(
             404,
@@ -726,9 +726,9 @@ _CREATED = {"chat/completions", "completions", "responses", "embeddings", "image
 
 
 def wants(request: web.BaseRequest) -> bool:
-    """Whether a request is for this API.
+    """Return whether a request is for this API.
 
-    `/v1/models` is Gemini's path too: only the header of the key tells them apart.
+    `/v1/models` is Gemini's path too: only the header of the key differs.
     """
     if request.path.startswith(_PREFIXES[:2]):
         return True
@@ -781,7 +781,7 @@ async def route(served: Served) -> web.StreamResponse:
 
 
 def _usual_model(name: str, body: Any) -> str | None:
-    """The model of a request that may leave it out: for images, and of a saved prompt."""
+    """Return the model of a request that may leave it out: for images, and of a saved prompt."""
     if name == "images/generations":
         return "gpt-image-1"
     saved = name == "responses" and isinstance(body, dict) and isinstance(body.get("prompt"), dict)
@@ -830,7 +830,7 @@ async def _create(served: Served, name: str, body: Json, model: str) -> web.Stre
 
 
 def _line_work(behaviour: Behaviour, endpoint: str, body: Json) -> LineWork:
-    """The work of a batch's line. Raises Refused."""
+    """Return the work of a batch's line. Raises Refused."""
     model = read_model(body)
     check_model(model, behaviour)
     match endpoint.removeprefix("/v1/"):
@@ -863,7 +863,7 @@ def _name(request: web.BaseRequest) -> str:
 
 
 def _key(request: web.BaseRequest) -> str | None:
-    """The key as OpenAI and compatible providers take it, or in Azure's header."""
+    """Return the key from the header of OpenAI and compatible providers, or from Azure's."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return key.strip()

@@ -2,7 +2,7 @@
 
     https://platform.openai.com/docs/api-reference/batch
 
-Invariants: an unsound file fails its batch in validation, an unsound body only its own line; lines
+Invariants: an invalid file fails its batch in validation, an invalid body only its own line; lines
 of results are not in the order of the input.
 """
 
@@ -141,7 +141,7 @@ async def _upload_in_parts(served: Served, steps: Sequence[str]) -> web.Response
 
 
 async def _object(served: Served) -> Json:
-    """The body, which must be an object. Raises Refused (400)."""
+    """Return the body, which must be an object. Raises Refused (400)."""
     asked = await served.json(_NOT_JSON)
     if not isinstance(asked, dict):
         raise Refused(400, "The body of your request is not an object.")
@@ -195,7 +195,7 @@ def _list_files(served: Served) -> Json:
 
 
 def _page(served: Served, items: Sequence[Json], *, most: int) -> Json:
-    """The items after the one named `after`, at most `limit` of them."""
+    """Return at most `limit` items after the one named by `after`."""
     query = served.request.query
     limit, after = query.get("limit", str(min(20, most))), query.get("after")
     if not limit.isdecimal() or not 1 <= int(limit) <= most:
@@ -239,7 +239,7 @@ async def _create(served: Served, work: Work) -> web.Response:
 
 
 def _metadata(given: Any) -> Mapping[str, str] | None:
-    """Up to 16 pairs of texts, of at most 64 and 512 characters."""
+    """Return metadata of up to 16 pairs of texts, of at most 64 and 512 characters."""
     if given is None:
         return None
     if isinstance(given, dict) and len(given) <= 16:
@@ -256,7 +256,7 @@ def _problem(code: str, message: str, line: int | None = None, param: str | None
 
 
 def _read(data: bytes, endpoint: str, work: Work, lines: list[ProviderBatchLine]) -> Iterator[Json]:
-    """Parse the lines of a file into `lines`; yields what makes the file unsound."""
+    """Parse the lines of a file into `lines`; yield the errors that make the file invalid."""
     texts = [text for text in data.splitlines() if text.strip()]
     if not texts:
         yield _problem("empty_file", "The input file is empty.")
@@ -290,7 +290,7 @@ def _read(data: bytes, endpoint: str, work: Work, lines: list[ProviderBatchLine]
 
 
 def _over(served: Served, model: str, lines: Sequence[ProviderBatchLine]) -> list[Json]:
-    """The error of a batch that does not fit into its model's queue."""
+    """Return the error of a batch that does not fit into its model's queue."""
     bound = served.behaviour.batches.enqueued_tokens
     if bound is None:
         return []
@@ -378,9 +378,9 @@ def _times(batch: ProviderBatch) -> Json:
 
 
 def _write_results(served: Served, batch: ProviderBatch) -> None:
-    """Store the results of a batch that has ended, once: answers and errors in files of their own.
+    """Store the results of an ended batch, once: answers and errors in separate files.
 
-    A use without lines has no file.
+    Without lines there is no file.
     """
     if batch.state not in ENDED or batch.files or batch.state == "failed":
         return

@@ -1,7 +1,7 @@
-"""Media of OpenAI's API: images, audio, moderations, and the ranks of compatible providers.
+"""Media of OpenAI's API: images, audio, moderations, and the reranking of compatible providers.
 
-Answers have the fields that recordings of the providers show: `usage` of a transcription by its
-seconds or by tokens, none of a translation, of speech only as a stream of events.
+Answers have the fields that recordings of the providers show: `usage` of a transcription is in
+seconds or in tokens, a translation has none, and speech only as a stream of events.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ _AUDIO_TOKENS_A_SECOND = 10
 _BYTES_A_SECOND = 16_000
 _LETTERS_A_SECOND, _SPEECH_TOKENS_A_SECOND = 15, 20
 _SPEECH_BYTES_A_LETTER = 64
-_DOCUMENTS_A_SEARCH = 100  # by which Cohere charges
+_DOCUMENTS_A_SEARCH = 100  # the unit of Cohere's prices
 _CATEGORIES = ("harassment", "hate", "illicit", "self-harm", "sexual", "violence")
 _TYPES = {"mp3": "audio/mpeg", "opus": "audio/opus", "wav": "audio/wav", "pcm": "audio/pcm"}
 
 
 @dataclass(frozen=True, slots=True)
 class MediaRequest:
-    """A request by one of `PATHS`: the fields of its body, and the files of a form."""
+    """A request to one of `PATHS`: the fields of its body, and the files of a form."""
 
     path: str
     model: str
@@ -70,7 +70,7 @@ class MediaRequest:
     files: tuple[web.FileField, ...] = ()
 
     def text(self, name: str) -> str:
-        """A field that must be a text. Raises Refused."""
+        """Return a field that must be a text. Raises Refused."""
         value = self.body.get(name)
         if not isinstance(value, str) or not value:
             raise missing(name)
@@ -78,7 +78,7 @@ class MediaRequest:
 
 
 def missing(param: str) -> Refused:
-    """400 for a field that is not there."""
+    """Return the 400 for a missing field."""
     message = f"Missing required parameter: '{param}'."
     return Refused(400, message, param=param, code="missing_required_parameter")
 
@@ -151,7 +151,7 @@ def _broken(served: Served, _: int, fault: Fault) -> bytes:
 
 
 def seconds_of(file: web.FileField) -> int:
-    """The length of a recording: of a WAV as it says, else by its size."""
+    """Return the length of a recording: of a WAV by its header, otherwise by its size."""
     data = file.file.read()
     try:
         with wave.open(BytesIO(data)) as sound:

@@ -3,10 +3,10 @@
     https://platform.openai.com/docs/api-reference/responses
 
 A background response is answered immediately and counts as in flight for as long as the same answer
-would have taken, whether its client is there or not.
+would have taken, with or without its client.
 
-Invariants: an account has one list of each kind, for all who have its key; every event of a
-streamed response has the next `sequence_number`, and the last one is the whole response.
+Invariants: an account has one list of each kind, shared by all clients with its key; every event of
+a streamed response has the next `sequence_number`, and the last one is the whole response.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def response_script(
     behaviour: Behaviour,
     fault: Fault | None,
 ) -> AnswerScript:
-    """The answer to a request with this `body`; `broken` gives the body of a fault."""
+    """Return the answer to a request with this `body`; `broken` returns the body of a fault."""
     answer = _ResponseObject(asked, body, compose(asked, behaviour, fault))
     steps = answer.stream() if asked.streamed else answer.whole()
 
@@ -96,14 +96,14 @@ def response_script(
 
 
 class _ResponseObject:
-    """One answer in the shapes of this API."""
+    """A response in the form of this API."""
 
     def __init__(self, asked: ModelRequest, body: Json, composed: Composed) -> None:
         self._asked = asked
         self.composed = composed
         self.id = f"resp_{new_response_id()}"
         self._body = body
-        self._first = 1 if composed.thoughts_tokens else 0  # after an item of its thoughts
+        self._first = 1 if composed.thoughts_tokens else 0  # the first item has the thoughts
         self._created = int(time.time())
         self._sequence = count()
 
@@ -116,7 +116,8 @@ class _ResponseObject:
         return head + self._event("response.in_progress", response=begun)
 
     def failed(self, sent: Sequence[ScriptStep], error: Json) -> bytes:
-        """The end of a stream that fails after these steps: the error, and the failed response."""
+        """Return the end of a stream that fails after these steps: the error, and the failed
+        response."""
         self._sequence = count(sum(step.data.count(b"\n\n") for step in sent))
         error = error | {"code": error["code"] or error["type"]}
         events = (b"" if sent else self._begun()) + self._event("error", error=error)
@@ -181,7 +182,8 @@ class _ResponseObject:
         return moment.block + self._first
 
     def _reasoning(self) -> Json:
-        """The thoughts, which are not shown, and encrypted only where that is requested."""
+        """Return the item of the thoughts, which are not shown, and encrypted only if that is
+        requested."""
         item: Json = {"id": f"rs_{self.id}", "type": "reasoning", "summary": []}
         if "reasoning.encrypted_content" in (self._body.get("include") or ()):
             item["encrypted_content"] = SIGNATURE
@@ -202,7 +204,7 @@ class _ResponseObject:
         return f"item_{self.id}_{block}"
 
     def _status(self, block: int) -> str:
-        """Of an item that has ended: the bound of the answer cuts the last one."""
+        """Return the status of an ended item: the bound of the answer cuts the last one."""
         cut = self.composed.finish == "length" and block == len(self.composed.blocks) - 1
         return "incomplete" if cut else "completed"
 
@@ -276,7 +278,7 @@ def _text_part(text: str) -> Json:
 
 @dataclass(slots=True)
 class StoredResponse:
-    """A response, with the items that it was asked. `work`: what still makes it."""
+    """A response, with its input items. `work`: the task that still generates it."""
 
     shown: Json
     input_items: list[Json]
@@ -285,7 +287,7 @@ class StoredResponse:
 
 @dataclass(slots=True)
 class StoredThings:
-    """All that one account keeps, in the order of its making."""
+    """All stored objects of an account, in the order of their creation."""
 
     responses: dict[str, StoredResponse] = field(default_factory=dict)
     conversations: dict[str, Json] = field(default_factory=dict)
@@ -302,11 +304,11 @@ def things_of(state: EmulatorState) -> StoredThings:
     return found
 
 
-# What calls leave behind
+# Storing the results of calls
 
 
 def check_named(served: Served, body: Json) -> None:
-    """Raises Refused for a response or a conversation that is not there."""
+    """Raise Refused for a response or a conversation that does not exist."""
     things = things_of(served.state)
     before = body.get("previous_response_id")
     if before is not None and str(before) not in things.responses:
@@ -324,7 +326,7 @@ def check_named(served: Served, body: Json) -> None:
 def keep_response(
     served: Served, body: Json, script: AnswerScript, fault: Fault | None
 ) -> AnswerScript:
-    """Keep a response that is to be stored, as its answer will end, which goes on as it is."""
+    """Store a response, if requested, as its answer will end; the returned answer is unchanged."""
     if body.get("store") is False:
         return script
     if fault is None or fault.fault is not FaultName.ERROR_IN_STREAM:
@@ -335,7 +337,7 @@ def keep_response(
 
 
 def keep_completion(served: Served, body: Json, script: AnswerScript) -> AnswerScript:
-    """Keep a chat completion that is to be stored."""
+    """Store a chat completion if requested."""
     if body.get("store") is True and not body.get("stream"):
         shown = orjson.loads(script.steps[-1].data)
         things, metadata = things_of(served.state), body.get("metadata") or {}
@@ -347,7 +349,7 @@ def keep_completion(served: Served, body: Json, script: AnswerScript) -> AnswerS
 
 
 def _last_object(data: bytes) -> Json:
-    """The whole response, of the end of an answer in one piece or a stream."""
+    """Return the whole response at the end of an answer in one piece or as a stream."""
     if data.startswith(b"{"):
         found: Json = orjson.loads(data)
         return found
@@ -386,7 +388,7 @@ def _items_of(given: Any, prefix: str) -> list[Json]:
 async def in_background(
     served: Served, body: Json, asked: ModelRequest, script: AnswerScript
 ) -> web.StreamResponse:
-    """Answer immediately; the call goes on, and counts, for as long as its answer takes."""
+    """Answer immediately; the call continues, and counts, for as long as its answer takes."""
     state, whole = served.state, _last_object(script.steps[-1].data)
     begun = whole | {"status": "queued", "output": [], "usage": None, "background": True}
 
@@ -410,7 +412,8 @@ async def in_background(
 
 
 async def defer(served: Served, asked: ModelRequest, script: AnswerScript) -> web.Response:
-    """Answer with the id of a completion, which is given out once when it is ready, as by xAI."""
+    """Answer with the id of a completion, which is returned only once when it is ready, as at
+    xAI."""
     request_id, deferred = str(uuid4()), things_of(served.state).deferred
     served.in_background(
         "deferred", asked, lambda: deferred.update({request_id: script.steps[-1].data}), script
@@ -432,7 +435,8 @@ async def _undeferred(served: Served, request_id: str) -> web.Response:
 async def _streamed(
     served: Served, kept: StoredResponse, headers: dict[str, str], after: int = -1
 ) -> web.StreamResponse:
-    """Its beginning, and the end once there is one; the work does not depend on a reader."""
+    """Return the beginning of a stream, and its end once there is one; the work does not depend on
+    a reader."""
     response = web.StreamResponse(headers=headers | {"Content-Type": served.api.stream_type})
     await response.prepare(served.request)
     for number, name in enumerate(("response.created", "response.queued")):
@@ -451,7 +455,7 @@ async def _streamed(
 
 
 def wants(method: str, name: str) -> bool:
-    """Whether a path below the version is of something stored."""
+    """Return whether a path below the version is that of a stored object."""
     folder, _, below = name.partition("/")
     if folder == "conversations":
         return True
@@ -463,7 +467,7 @@ def wants(method: str, name: str) -> bool:
 
 
 async def route(served: Served, name: str) -> web.StreamResponse:
-    """Serve what `wants` says. Raises Refused."""
+    """Serve the paths that `wants` accepts. Raises Refused."""
     request = served.request
     body = (
         await served.json(_NOT_JSON) if request.method == "POST" and request.can_read_body else {}
@@ -586,7 +590,7 @@ def _on_completion(
 
 
 def _whole(request: web.BaseRequest, name: str, usual: str) -> int:
-    """A whole number of the query. Raises Refused (400)."""
+    """Return a whole number of the query. Raises Refused (400)."""
     given = request.query.get(name, usual)
     if not given.isdecimal() or len(given) > 9:
         message = f"Invalid type for '{name}': expected an integer, but got a string instead."

@@ -1,9 +1,10 @@
 """Realtime sessions: OpenAI's Realtime API and Gemini Live over WebSocket.
 
-A turn answers what was said since the last one, as text or as sound; its input is the whole
+A turn answers the input since the last one, as text or as audio. Its input is the whole
 conversation, of which all but the newest part counts as cached. With voice detection a second of
-sound begins a turn by itself. What a text says in brackets is done: `[close 1011 words]` closes the
-connection, `[error words]` reports an error, `[tokens 5000]` makes the output as long as that.
+audio begins a turn by itself. Instructions in brackets in a text are executed: `[close 1011 words]`
+closes the connection, `[error words]` reports an error, `[tokens 5000]` sets the length of the
+output.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tidegate.emulator.state import LoggedCall
 
 KIND = "realtime"
 _MAX_BYTES = 16 * 1024 * 1024
-_SECOND_CHARS = 64_000  # of base64, of 16-bit PCM at 24 kHz
+_SECOND_CHARS = 64_000  # of base64, for 16-bit PCM at 24 kHz
 _IN_A_SECOND, _OUT_A_SECOND = 10, 20  # tokens
 _DIRECTIVE = re.compile(r"\[(close|error|tokens) ?(\d{4,6})? ?([^\]]*)\]")
 _SOUND = b64encode(bytes(4_800)).decode()
@@ -36,13 +37,13 @@ _SOUND = b64encode(bytes(4_800)).decode()
 
 @dataclass(slots=True)
 class Talk:
-    """What was said in a session, in tokens, and the text of the newest part."""
+    """The input of a session so far, in tokens, and the text of the newest part."""
 
     context_tokens: int = 0
     text: str = ""
     text_tokens: int = 0
     sound_chars: int = 0
-    committed_chars: int = 0  # of it
+    committed_chars: int = 0  # of the audio
     context_sound_tokens: int = 0
     total_input: int = 0
     total_output: int = 0
@@ -57,7 +58,7 @@ class Talk:
         return -(-self.sound_chars * _IN_A_SECOND // _SECOND_CHARS)
 
     def answer(self, *, speaks: bool) -> EmulatedTurn:
-        """The next turn; what it answers is part of the context from then on."""
+        """Return the next turn; the input that it answers is part of the context from then on."""
         said = f"You said: {self.text}" if self.text else "I heard you."
         found = re.search(r"\[tokens (\d+)\]", self.text)
         output = int(found[1]) if found else max(1, len(said) // 4)
@@ -81,14 +82,14 @@ class Talk:
         return turn
 
     def commit(self) -> int:
-        """How much sound came since the last time."""
+        """Return how much audio has come since the last call."""
         came, self.committed_chars = self.sound_chars - self.committed_chars, self.sound_chars
         return came
 
 
 @dataclass(frozen=True, slots=True)
 class EmulatedTurn:
-    """One answer and what it counts."""
+    """An answer and its token counts."""
 
     said: str
     cached_tokens: int
@@ -106,7 +107,7 @@ class EmulatedTurn:
 
 @dataclass(slots=True)
 class _Session:
-    """One session of either API. `served` has the request, `call` its place in the ledger."""
+    """A session of either API. `served` has the request, `call` its entry in the ledger."""
 
     served: Served
     socket: web.WebSocketResponse
@@ -115,7 +116,8 @@ class _Session:
     talk: Talk = field(default_factory=Talk)
 
     async def events(self) -> AsyncIterator[Json | None]:
-        """What the client sends, until either side closes; None for what is no JSON."""
+        """Yield the messages of the client until either side closes; None for a message that is not
+        JSON."""
         async for message in self.socket:
             if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
                 return
@@ -127,7 +129,7 @@ class _Session:
                 return
 
     async def closes(self, turn: EmulatedTurn) -> bool:
-        """Whether the text of a turn has the connection closed, which is then done."""
+        """Close the connection if the text of a turn requests it, and return whether it did."""
         found = turn.directive
         if found is None or found[1] != "close":
             return False
@@ -160,7 +162,7 @@ _GEMINI = re.compile(r"/ws/google\.ai\.generativelanguage\.v1(?:alpha|beta)\.\w+
 
 
 def api_of(request: web.BaseRequest) -> EmulatedApi | None:
-    """Whose realtime session a request opens; None where it is for something else."""
+    """Return the API whose realtime session a request opens; None for any other request."""
     if _OPENAI.fullmatch(request.path):
         return OPENAI
     return GEMINI if _GEMINI.fullmatch(request.path) else None

@@ -1,8 +1,8 @@
 """Emulated GPU server: slots, KV cache and queue; here its size, its speed and its API's variant.
 
-The pace is that of llama.cpp's server with a model of 37 million parameters on one core of a
-processor, as measured: with four slots a prompt of 1,022 tokens takes 1.0 s to read, one of 4,022
-takes 7.3 s, and replies come at 169 tokens a second from one slot, 311 from four.
+The pace is the measured one of llama.cpp's server with a model of 37 million parameters on one CPU
+core: with four slots a prompt of 1,022 tokens takes 1.0 s to process, one of 4,022 takes 7.3 s, and
+replies are generated at 169 tokens a second from one slot, 311 from four.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ NOTICING = ("late", "at_once", "never")
 
 @dataclass(frozen=True, slots=True)
 class GpuSpec:
-    """A GPU server. `software` is whose words it uses.
+    """A GPU server. `software` selects the wording of its messages.
 
-    At most `slots` requests compute at the same time, and together they reserve at most `kv_tokens`
-    of the KV cache (None: as much as the slots can use); each has at most `context_tokens` for its
-    prompt and its reply. The others wait in the order of their arrival: without a bound and in
-    silence, or, with `most_waiting`, until that many wait; then it is busy.
+    At most `slots` requests compute concurrently, and together they reserve at most `kv_tokens` of
+    the KV cache (None: as much as the slots can use); each has at most `context_tokens` for its
+    prompt and its reply. The others wait in the order of their arrival, without a bound and without
+    a message; or, with `most_waiting`, until that many wait: then the server is busy.
 
-    One prompt is read at `read_us` a token and `attend_ns` for each pair of tokens, at most
-    `batch_tokens` in one step; every step adds one token to each reply that is being written, and
-    takes `step_ms` and `slot_ms` for each of those. `cache_tokens` of old prompts are kept: what a
-    prompt has in common with one of them, from its beginning, is not read again. A reply has as
-    many tokens as the request allows, or `reply_tokens`.
+    A prompt is processed at `read_us` a token and `attend_ns` for each pair of tokens, at most
+    `batch_tokens` in one step. Every step adds one token to each reply in progress, and takes
+    `step_ms` plus `slot_ms` for each of those. `cache_tokens` of earlier prompts are kept: the
+    prefix that a prompt shares with one of them is not processed again. A reply has as many tokens
+    as the request allows, or `reply_tokens`.
 
-    `notices` is when a client that has left is noticed: `late` is at the next piece of a stream
-    that has begun, else once `check_ms` have passed without a result for anybody. `closes_streams`:
-    the connection is closed behind each streamed answer, without a word of it. `loading_ms`: so
-    long it only says that it is loading. `speed` is how much faster its clock runs.
+    `notices` is when a disconnected client is noticed: `late` is at the next piece of a stream that
+    has begun, otherwise after `check_ms` without a result for any client. `closes_streams`: the
+    connection is closed after each streamed answer, without announcing it. `loading_ms`: how long
+    the server only reports that it is loading. `speed` is the speed of its clock.
     """
 
     software: Software = "llama.cpp"
@@ -64,7 +64,7 @@ class GpuSpec:
 
     @classmethod
     def parse(cls, value: Any) -> Self | None:
-        """From JSON, or a name of `software`; raises InvalidRequest naming the field."""
+        """Parse JSON, or a name of `software`. Raises InvalidRequest naming the field."""
         if value is None or isinstance(value, cls):
             return value
         if isinstance(value, str):
@@ -109,21 +109,21 @@ def _sound(name: str, value: Any) -> Any:
 
 
 def number(name: str, value: Any, low: float, high: float) -> float:
-    """`value` as a number within bounds; raises InvalidRequest naming the field."""
+    """Return `value` as a number within bounds. Raises InvalidRequest naming the field."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InvalidRequest(name, f"{name}: {value!r} is not a number from {low:g} to {high:g}")
     return value
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:
-    """`value` as an int within bounds; raises InvalidRequest naming the field."""
+    """Return `value` as an int within bounds. Raises InvalidRequest naming the field."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidRequest(name, f"{name}: {value!r} is not a whole number from {low} to {high}")
     return value
 
 
 def known_fields(name: str, table: Any, allowed: tuple[str, ...]) -> None:
-    """Raises InvalidRequest unless `table` is an object with none but these fields."""
+    """Raise InvalidRequest unless `table` is an object with only these fields."""
     if not isinstance(table, Mapping):
         raise InvalidRequest(name, f"{name}: {table!r} is not an object")
     if unknown := set(table) - set(allowed):

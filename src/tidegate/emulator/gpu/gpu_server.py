@@ -1,10 +1,10 @@
 """Front of an emulated GPU server: OpenAI's chat completions and completions, and its own pages.
 
-It needs no key, and takes any name for its model. Its answers are those of OpenAI's front, at the
-pace of its `Schedule`. A request whose client has left goes on, and counts as in flight, until the
-server notices. Injected faults are not carried out here. The words of llama.cpp are as measured at
-build b10434, the others' as their documents and sources have them; a `code` is a number, unlike
-OpenAI's.
+It requires no key, and accepts any name for its model. Its answers are those of OpenAI's front, at
+the pace of its `Schedule`. A request whose client has disconnected continues, and counts as in
+flight, until the server notices. Injected faults are not supported here. Messages of llama.cpp are
+as measured at build b10434, those of the others as in their documents and sources; a `code` is a
+number, unlike OpenAI's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _GENERATING = ("/v1/chat/completions", "/v1/completions")
 
 
 class GpuServer:
-    """The server's clock, and the task that goes through its schedule while there is work."""
+    """The server's clock, and the task that runs its schedule while there is work."""
 
     def __init__(self, spec: GpuSpec) -> None:
         self.schedule = Schedule(spec)
@@ -60,13 +60,13 @@ class GpuServer:
         return self.now_s * 1e3 < self.spec.loading_ms
 
     def change(self, spec: GpuSpec) -> None:
-        """Take other settings; a `loading_ms` that differs is a start of its own."""
+        """Apply other settings; a different `loading_ms` counts as a restart."""
         if spec.loading_ms != self.spec.loading_ms:
             self._started = time.monotonic()
         self.schedule.spec = spec
 
     def add(self, work: Work) -> None:
-        """Raises ContextExceeded and ServerBusy."""
+        """Enqueue a request. Raises ContextExceeded and ServerBusy."""
         self.schedule.add(work)
         if self._stepping is None or self._stepping.done():
             self._stepping = asyncio.create_task(self._step())
@@ -80,7 +80,7 @@ class GpuServer:
 
 
 def server_of(state: EmulatorState, spec: GpuSpec) -> GpuServer:
-    """The server that this emulator is."""
+    """Return the server that this emulator is."""
     server = state.kept.get(_KEPT)
     if not isinstance(server, GpuServer):
         server = state.kept[_KEPT] = GpuServer(spec)
@@ -137,7 +137,7 @@ def _page(server: GpuServer, path: str) -> web.Response:
 
 
 def _read(spec: GpuSpec, data: bytes, path: str) -> ModelRequest:
-    """The request, with the length of its reply. Raises Refused and JSONDecodeError."""
+    """Return the request, with the length of its reply. Raises Refused and JSONDecodeError."""
     body = orjson.loads(data)
     if not isinstance(body, dict):
         raise Refused(400, "the body is not an object")
@@ -154,7 +154,7 @@ def _read(spec: GpuSpec, data: bytes, path: str) -> ModelRequest:
 
 
 class _Reply:
-    """One request, from its place in the queue to the last byte."""
+    """A request, from its place in the queue to the last byte."""
 
     def __init__(
         self,
@@ -222,7 +222,8 @@ class _Reply:
                 self._server.schedule.drop(self._work)
 
     def _busy(self) -> web.Response:
-        """SGLang says it within the stream, where one was requested."""
+        """Return the answer of a busy server; SGLang sends it within the stream, if one was
+        requested."""
         status, body = _busy(self._server.spec)
         if self._server.spec.software != "sglang" or not self._asked.streamed:
             return json_response(status, body)
@@ -232,13 +233,13 @@ class _Reply:
         )
 
     async def _made(self, tokens: int) -> None:
-        """Wait until so many tokens of the reply are there, or it was dropped."""
+        """Wait until `tokens` tokens of the reply are generated, or it was dropped."""
         while self._work.made_tokens < tokens and not self._work.dropped:
             self._changed.clear()
             await self._changed.wait()
 
     def _dropped(self, call: LoggedCall) -> web.Response:
-        """Of a client that is not there: nobody reads it."""
+        """Return an answer for a disconnected client, which nothing reads."""
         self._server.schedule.drop(self._work)
         self._state.ledger.charge(call, self._work.input_tokens, self._work.made_tokens)
         self._state.ledger.end(call, "client_gone")
@@ -311,7 +312,7 @@ _BUSY: Mapping[Software, tuple[int, str]] = {
     "tgi": (429, "Model is overloaded"),
     "ollama": (503, "server busy, please try again.  maximum pending requests exceeded"),
 }
-_METRICS: Mapping[Software, tuple[str, str]] = {  # running, waiting
+_METRICS: Mapping[Software, tuple[str, str]] = {  # names of running and waiting requests
     "llama.cpp": ("llamacpp:requests_processing", "llamacpp:requests_deferred"),
     "vllm": ("vllm:num_requests_running", "vllm:num_requests_waiting"),
     "sglang": ("sglang:num_running_reqs", "sglang:num_queue_reqs"),
@@ -321,7 +322,7 @@ _BLOCK_TOKENS = 16
 
 
 def _error(spec: GpuSpec, status: int, message: str, **more: object) -> Json:
-    """The body of an error."""
+    """Return the body of an error."""
     kind = _TYPES[spec.software].get(status, "server_error")
     match spec.software:
         case "llama.cpp":
@@ -343,7 +344,7 @@ def _busy(spec: GpuSpec) -> tuple[int, Json]:
 
 
 def _too_long(spec: GpuSpec, tokens: int) -> tuple[int, Json]:
-    """The refusal of a prompt that no slot holds."""
+    """Return the refusal of a prompt that does not fit into a slot."""
     bound = min(spec.context_tokens, spec.most_kv_tokens)
     if spec.software == "llama.cpp":
         message = (
@@ -363,7 +364,7 @@ def _too_long(spec: GpuSpec, tokens: int) -> tuple[int, Json]:
 
 
 def _slots(schedule: Schedule) -> list[Json]:
-    """Of `GET /slots`, as llama.cpp has it."""
+    """Return the answer to `GET /slots`, in llama.cpp's form."""
     spec, running = schedule.spec, schedule.running
     return [
         {
@@ -377,7 +378,7 @@ def _slots(schedule: Schedule) -> list[Json]:
 
 
 def _metrics(schedule: Schedule) -> str | None:
-    """Of `GET /metrics`; None where the server has none."""
+    """Return the answer to `GET /metrics`; None if the server has none."""
     spec, counts = schedule.spec, schedule.counts
     if (names := _METRICS.get(spec.software)) is None:
         return None
@@ -409,7 +410,7 @@ def _metrics(schedule: Schedule) -> str | None:
 
 
 def _timings(work: Work, now_s: float) -> Json:
-    """How long a reply took, as llama.cpp adds it."""
+    """Return how long a reply took, in llama.cpp's form."""
     first_s = work.first_token_s if work.first_token_s is not None else now_s
     read = work.input_tokens - work.cached_tokens
     return {

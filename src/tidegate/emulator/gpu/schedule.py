@@ -1,7 +1,7 @@
 """Schedule of a GPU server: who computes, who waits, how long each step takes. Pure.
 
 Time is that of the server's own clock, in seconds, and is always an argument. As in llama.cpp, the
-requests of one step go on together: a step that reads a long prompt keeps all replies waiting.
+requests of a step advance together: a step that processes a long prompt delays all replies.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ CHARS_PER_TOKEN = 4
 
 
 class ServerBusy(Exception):
-    """As many requests wait as may."""
+    """The bound on waiting requests is reached."""
 
 
 class ContextExceeded(Exception):
-    """A prompt that is longer than a slot."""
+    """A prompt that does not fit into a slot."""
 
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """One request. `is_gone` says whether its client has left; `changed` is called at each change.
+    """A request. `is_gone` returns whether its client has disconnected; `changed` is called at each
+    change.
 
-    `made_tokens` of the reply are there; it is `done` when they are all there or it was `dropped`.
+    `made_tokens` of the reply are generated; it is `done` when all are, or when it was `dropped`.
     """
 
     prompt: str
@@ -53,13 +54,14 @@ class Work:
 
     @property
     def kv_tokens(self) -> int:
-        """What it reserves of the KV cache."""
+        """Return the tokens that it reserves in the KV cache."""
         return self.input_tokens + self.reply_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of the server: the tokens read of each prompt, the replies that get a token."""
+    """A step of the server: the tokens processed of each prompt, and the replies that get a
+    token."""
 
     duration_s: float
     reads: tuple[tuple[Work, int], ...]
@@ -96,7 +98,8 @@ class Schedule:
         return sum(work.kv_tokens for work in self.running)
 
     def add(self, work: Work) -> None:
-        """Raises ContextExceeded and ServerBusy."""
+        """Enqueue a request, and start it if there is a slot. Raises ContextExceeded and
+        ServerBusy."""
         if work.input_tokens >= self.spec.context_tokens:
             raise ContextExceeded
         room = self.spec.context_tokens - work.input_tokens
@@ -114,7 +117,7 @@ class Schedule:
         self.counts.most_waiting = max(self.counts.most_waiting, len(self.waiting))
 
     def next_step(self) -> Step | None:
-        """None where there is nothing to do."""
+        """Return the next step; None if there is nothing to do."""
         self._start_next()
         if not self.running:
             return None
@@ -134,9 +137,10 @@ class Schedule:
         return Step(duration_s, tuple(reads), writes)
 
     def finish(self, step: Step, now_s: float) -> None:
-        """Take what a step has made; drop those whose clients are seen to have left."""
+        """Apply the results of a step; drop requests whose clients are seen to have
+        disconnected."""
         for work in step.writes:
-            if not work.dropped:  # while the step ran
+            if not work.dropped:  # dropped while the step ran
                 self._made_token(work, now_s)
         for work, count in step.reads:
             if work.dropped:
@@ -161,13 +165,13 @@ class Schedule:
         work.changed()
 
     def drop_gone(self, now_s: float) -> None:
-        """Free the slots of those whose clients are seen to have left."""
+        """Free the slots of requests whose clients are seen to have disconnected."""
         for work in (*self.running, *self.waiting):
             if self._notices(work, now_s) and work.is_gone():
                 self.drop(work)
 
     def drop(self, work: Work) -> None:
-        """End it now. Idempotent."""
+        """End a request now. Idempotent."""
         if work.done:
             return
         work.dropped = True
@@ -183,12 +187,12 @@ class Schedule:
         if self.spec.notices != "late":
             return self.spec.notices == "at_once"
         if work.streamed and work.made_tokens:
-            return True  # by the piece that can't be sent
+            return True  # noticed by the piece that cannot be sent
         since_s = max(self._last_result_s, work.arrived_s)
         return (now_s - since_s) * 1e3 >= self.spec.check_ms
 
     def _start_next(self) -> None:
-        """First come, first served: one that has no room keeps all behind it waiting."""
+        """Start waiting requests in order: one that does not fit blocks all later ones."""
         while self.waiting and len(self.running) < self.spec.slots:
             work = self.waiting[0]
             if self.running and self.kv_tokens + work.kv_tokens > self.spec.most_kv_tokens:
@@ -198,7 +202,8 @@ class Schedule:
             self.counts.cached_tokens += work.cached_tokens
 
     def _cached_tokens(self, work: Work) -> int:
-        """At least one token is read again, as its answer is needed."""
+        """Return the cached tokens of a prompt. At least one token is processed, since its result
+        is needed."""
         longest = max((_common_chars(work.prompt, one) for one in self._prompts), default=0)
         return min(longest // CHARS_PER_TOKEN, work.input_tokens - 1)
 
@@ -214,7 +219,7 @@ class Schedule:
 
 
 def _common_chars(one: str, other: str) -> int:
-    """How many characters two texts have in common from their beginnings."""
+    """Return the length of the common prefix of two texts."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
