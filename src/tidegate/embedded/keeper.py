@@ -48,8 +48,8 @@ from tidegate.embedded.servers import (
     remove_socket,
 )
 
-# Between two looks that no signal has caused: at a lock that the kernel has released, at a server
-# that is no child of this keeper.
+# The interval of checks that no signal causes: for a lock that the kernel has released, and for a
+# server that is not a child of this keeper.
 _TICK_S = 1.0
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
@@ -58,7 +58,7 @@ Server = ValkeyServer | PostgresServer | EmulatorServer
 
 
 class Keeper:
-    """Owner of the servers of one folder: one thread per server, and one that watches the users."""
+    """Owner of the servers of a folder: one thread per server, and one that watches the users."""
 
     def __init__(self, folder: Folder, idle_s: float) -> None:
         self._folder = folder
@@ -71,10 +71,11 @@ class Keeper:
         self._woken: dict[str, threading.Event] = {}
 
     def run(self, began: int | None, signals: int | None = None) -> None:
-        """Keep the servers until no process needs them; return immediately if another keeper runs.
+        """Keep the servers running until no process needs them. Return immediately if another
+        keeper runs.
 
-        `began` is a descriptor that is closed once this keeper is in charge. `signals` is readable
-        when a user has asked for a look, or a server has ended.
+        `began` is a descriptor that gets a byte and is closed once this keeper is in charge.
+        `signals` is readable when a user has requested a check, or a server has ended.
         """
         with opened(self._folder.open_lock("keeper")) as mine:
             if not lock_until(mine, fcntl.LOCK_EX, time.monotonic() + 1.0):
@@ -87,7 +88,7 @@ class Keeper:
             with self._changing() as state:
                 state.keeper = identify(os.getpid())
             if began is not None:
-                with opened(began), contextlib.suppress(BrokenPipeError):  # it may be gone already
+                with opened(began), contextlib.suppress(BrokenPipeError):  # the starter may be gone
                     os.write(began, b"1")
             self._start([name for name in SERVICES if name in self._state.services])
             with opened(self._folder.open_lock("users")) as users:
@@ -98,9 +99,9 @@ class Keeper:
         self._stopping.set()
 
     def _watch(self, mine: int, users: int, signals: Sequence[int]) -> bool:
-        """Return when the servers should end: whether that is because no user is left.
+        """Return when the servers should end; True if no user is left.
 
-        `users` is then locked, so that a newcomer waits until this keeper has gone.
+        `users` is then locked, so that a new user waits until this keeper has ended.
         """
         last_used = time.monotonic()
         tick_s = min(_TICK_S, self._idle_s / 4)
@@ -129,13 +130,14 @@ class Keeper:
                 thread.start()
 
     def _wake(self) -> None:
-        """Have every server looked at now."""
+        """Have every server checked now."""
         for event in self._woken.values():
             event.set()
 
     def _end(self, unused: bool) -> None:
         self._stopping.set()
-        # Who comes now waits for the next keeper: until it has ended, a server refuses its clients.
+        # A new user waits for the next keeper: until this one has ended, a server rejects its
+        # clients.
         with self._changing() as state:
             state.services = {
                 name: replace(service, ready=False) for name, service in state.services.items()
@@ -151,9 +153,9 @@ class Keeper:
             self._folder.hurry.unlink(missing_ok=True)
 
     def _keep(self, name: ServiceName) -> None:
-        """Start one server, restart it when it dies, stop it at the end."""
+        """Start a server, restart it when it dies, and stop it at the end."""
         failures = 0
-        # A server that runs already belongs to this keeper now, which stops it at the end.
+        # A running server belongs to this keeper from now on, and is stopped at the end.
         server = self._adopted(name)
         ready, woken = False, self._woken[name]
         while not self._stopping.is_set():
@@ -178,7 +180,7 @@ class Keeper:
                 self._stopping.wait(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
                 failures += 1
                 if server is not None and not _can_be_there(server):
-                    server = None  # another program has its port: choose another one
+                    server = None  # another program has its port: choose another port
                 continue
             if not self._stopping.is_set():
                 woken.wait(_TICK_S)
@@ -190,20 +192,20 @@ class Keeper:
                 remove_socket(self._folder.path / name, Path(used))
 
     def _adopted(self, name: ServiceName) -> Server | None:
-        """The server that a killed keeper has left running, if there is one."""
+        """Return the server that a killed keeper has left running, if there is one."""
         before = self._state.services.get(name)
         if before is None or not before.identity.alive:
             return None
         server = self._new(name, adopts=True)
         url = server.url() if isinstance(server, PostgresServer) else server.url
-        if url != before.url:  # one of an earlier version, which clients reached otherwise
+        if url != before.url:  # one of an earlier version, with another address
             RunningProcess(before.identity).stop(signal.SIGINT)
             return None
         server.process.adopt(before.identity)
         return server
 
     def _new(self, name: ServiceName, *, adopts: bool = False) -> Server:
-        """The server of that name where it was before, so that its clients find it."""
+        """Return the server at its former address, so that its clients find it."""
         path = self._folder.path / name
         if name == "valkey":
             known = self._state.sockets.get(name)
@@ -251,7 +253,7 @@ class Keeper:
 
 @contextlib.contextmanager
 def woken_by_signals() -> Iterator[int]:
-    """A descriptor that is readable after each signal that this process handles."""
+    """Yield a descriptor that is readable after each signal that this process handles."""
     hears, tells = os.pipe()
     os.set_blocking(tells, False)
     before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
@@ -264,7 +266,7 @@ def woken_by_signals() -> Iterator[int]:
 
 
 def _look(_signal: int, _frame: FrameType | None) -> None:
-    """The signal itself wakes the keeper."""
+    """Do nothing: the wake-up descriptor of the signal wakes the keeper."""
 
 
 def _can_be_there(server: Server) -> bool:
@@ -275,19 +277,19 @@ def _can_be_there(server: Server) -> bool:
 
 
 def main() -> None:
-    """Detach from the starter, and keep."""
+    """Detach from the starter, and run the keeper."""
     parser = argparse.ArgumentParser(prog="tidegate.embedded.keeper")
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--idle-s", type=float, default=5.0)
     parser.add_argument("--began-fd", type=int)
     given = parser.parse_args()
-    # The starter must not be the parent, to which the end of the keeper would look like a zombie.
+    # The starter must not be the parent: an ended keeper would be a zombie that looks alive.
     if os.fork():
         os._exit(0)
     keeper = Keeper(Folder(given.data_dir), given.idle_s)
     signal.signal(signal.SIGTERM, keeper.stop)
     signal.signal(signal.SIGCHLD, _look)
-    signal.signal(signal.SIGHUP, _look)  # a user's; earlier versions ignore it
+    signal.signal(signal.SIGHUP, _look)  # sent by a user; earlier versions ignore it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with woken_by_signals() as signals:
         keeper.run(given.began_fd, signals)

