@@ -1,10 +1,10 @@
 """Maintenance of the record by commands: prune, erase, requeue, reconcile, export, backup, restore.
 
-Backup and restore are those of PostgreSQL's own `pg_dump` and `pg_restore`.
+Backup and restore use PostgreSQL's own `pg_dump` and `pg_restore`.
 
-Invariants: a file with the wanted name is a whole dump, and from its first byte on nobody but its
-owner can read it; a restore goes into a database that has no tables of ours, and is all there or
-nothing of it. Passwords reach the programs by their environment, never by their arguments.
+Invariants: a file with the final name is a complete dump, and from its first byte on only its owner
+can read it; a restore needs a database without our tables, and is atomic. Passwords are passed to
+the programs in their environment, never as arguments.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     from tidegate.store.jobs import Requeue, RequeueReport
     from tidegate.store.retention import Cutoffs, EraseReport, PruneReport, Retention, Whose
 
-# How pg_restore complains of the file and not of the server.
+# Messages of pg_restore about the file, not about the server.
 _NO_WHOLE_DUMP = ("input file", "valid archive")
 
 
 def prune(config: Config, days: int | None) -> PruneReport:
-    """Delete what ended more than `days` (or RETENTION_DAYS) ago, and the parts of uploads that
-    processes left on this machine when they were killed."""
+    """Delete requests that ended more than `days` (by default RETENTION_DAYS) ago, and the parts of
+    uploads that killed processes left on this machine."""
     from tidegate.http.body import remove_leftovers
 
     make_folders(config)
@@ -66,7 +66,7 @@ def prune(config: Config, days: int | None) -> PruneReport:
 
 
 def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
-    """Erase all of a subject or tenant, or only count it."""
+    """Erase all data of a subject or tenant, or only count it."""
     make_folders(config)
 
     async def work(connections: Connections) -> EraseReport:
@@ -78,8 +78,8 @@ def erase(config: Config, whose: Whose, *, dry_run: bool) -> EraseReport:
 def reconcile(
     config: Config, provider: str, upstream: str | None, day: date, *, dry_run: bool
 ) -> ReconcileReport:
-    """Compare a day's record with what the provider counts and charges; with `dry_run` nothing is
-    corrected or kept. Raises ConfigError, UpstreamError and StoreUnavailable."""
+    """Compare a day's record with the provider's usage and costs; with `dry_run` nothing is
+    corrected or stored. Raises ConfigError, UpstreamError and StoreUnavailable."""
     from tidegate.jobs import reconciliation
     from tidegate.store.statistics import Reconciliations
     from tidegate.upstream.transport import RelayWire
@@ -132,9 +132,10 @@ def requeue(config: Config, order: Requeue, *, by: str | None) -> RequeueReport:
 
 
 def back_up(config: Config, file: Path) -> int:
-    """Write the record into a new `file`; its size in bytes. Processes may go on meanwhile.
+    """Write the record into a new `file` and return its size in bytes. Processes may run meanwhile.
 
-    Raises ConfigError for a file that is there or cannot be, and StoreUnavailable where it failed.
+    Raises ConfigError if the file exists or cannot be created, and StoreUnavailable if the backup
+    failed.
     """
     if file.exists():
         raise ConfigError(str(file), None, "exists already; nothing is overwritten")
@@ -149,11 +150,11 @@ def back_up(config: Config, file: Path) -> int:
 
 @contextmanager
 def _partial_of(file: Path) -> Iterator[Path]:
-    """The file that a backup grows in, of this process alone; one that a killed run left is used
-    again. A backup that fails or is interrupted leaves none."""
+    """Yield the file in which a backup grows, of this process alone; the file of a killed run is
+    reused. A backup that fails or is interrupted leaves none."""
     partial = file.with_name(f"{file.name}.partial")
     try:
-        # Made here, since pg_dump would make it as the umask says: it is all prompts and answers.
+        # Created here, since pg_dump would use the umask: the file has all prompts and answers.
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as failed:
         raise ConfigError(str(partial), None, f"can't be created: {failed.strerror}") from None
@@ -166,13 +167,13 @@ def _partial_of(file: Path) -> Iterator[Path]:
         os.fchmod(descriptor, 0o600)
         try:
             yield partial
-        except BaseException:  # Ctrl-C too: it is half of all prompts and answers
+        except BaseException:  # for Ctrl-C too: the file has a part of all prompts and answers
             partial.unlink(missing_ok=True)
             raise
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one that a path names, which another may have removed."""
+    """Return whether an open file is the one at a path, which another process may have replaced."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
@@ -182,8 +183,8 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def restore(config: Config, file: Path) -> None:
     """Fill an empty database from a file of `back_up`.
 
-    Raises ConfigError for a file that is no whole dump or a database that is not empty, and
-    StoreUnavailable where it failed; the database is then as empty as before.
+    Raises ConfigError for an incomplete dump or a database that is not empty, and StoreUnavailable
+    if the restore failed; the database is then as empty as before.
     """
     if not file.is_file():
         raise ConfigError(str(file), None, "does not exist")
@@ -208,7 +209,8 @@ def restore(config: Config, file: Path) -> None:
 
 
 def _program(name: str, config: Config) -> str:
-    """The bundled one for the bundled server, whose version it has; else that of the system."""
+    """Return the bundled program for the bundled server, which has the same version; otherwise the
+    system's."""
     if config.embedded:
         return str(place.binaries_of(None) / name)
     found = shutil.which(name)
@@ -218,7 +220,7 @@ def _program(name: str, config: Config) -> str:
 
 
 def without_password(url: str) -> tuple[str, str | None]:
-    """A URL of PostgreSQL's without its password, and that, wherever it stands."""
+    """Return a PostgreSQL URL without its password, and the password, wherever the URL has it."""
     parts, password = urlsplit(url), None
     if parts.password:
         password = unquote(parts.password)
@@ -249,16 +251,16 @@ def _run(program: str, url: str, *options: str) -> None:
 
 
 _EXPORTS = "exports/record"
-# Of each file an empty blob whose name has when its day had been summed up: the bucket's clock is
-# another one than the database's.
+# For each file an empty blob, whose name has the time at which the day was summed up: the bucket's
+# clock differs from the database's.
 _STATES = "exports/states"
 _GROUP_ROWS, _GROUP_BYTES = 100_000, 32_000_000  # of a row group of Parquet, which is in memory
-_PAGE_ROWS = 1_000  # of a file of before
+_PAGE_ROWS = 1_000  # of the previous file
 _MOST_TRIES = 5
 
 ExportFormat = Literal["jsonl", "parquet"]
 _FILES: dict[ExportFormat, str] = {"jsonl": "calls.jsonl.gz", "parquet": "calls.parquet"}
-# Columns of an exported call, in their order: type, and what it is. Times are UTC.
+# Columns of an exported call, in their order: type, and description. Times are UTC.
 EXPORTED: Mapping[str, tuple[str, str]] = {
     "request_id": ("text", "Id of the request: a UUID"),
     "tenant": ("text", "Tenant"),
@@ -316,7 +318,7 @@ EXPORTED_BODIES: Mapping[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class ExportedDay:
-    """A file that was written, by its key in the blob store."""
+    """An exported file, by its key in the blob store."""
 
     day: date
     key: str
@@ -331,13 +333,13 @@ def export_record(
     *,
     with_bodies: bool = False,
 ) -> list[ExportedDay]:
-    """Write the record of each of these days into a file of the blob store; without `days` of each
-    that is over and has no file yet, or was written before the day's record last changed. Days that
-    have left the record, or were before it, are left out: they keep the file that they have.
+    """Export the record of each of these days into a file of the blob store. Without `days`, export
+    each past day that has no file yet, or whose record has changed since its file was written. Days
+    that are not on record, or no longer, are left out: they keep their files.
 
-    Raises ConfigError where the format needs a package that is not installed, and StoreUnavailable;
-    files of days before are written then. A day has its whole file or none, and a repeat replaces
-    it.
+    Raises ConfigError if the format needs a package that is not installed, and StoreUnavailable;
+    files of earlier days are written then. A day's file is written as a whole, and a repeat
+    replaces it.
     """
     from tidegate.store.blobs import Blobs
 
@@ -374,13 +376,14 @@ def _pyarrow() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Expired:
-    """For which tenants a day has expired, and how often each tenant's calls were erased."""
+    """The tenants for which a day has expired, and how often each tenant's calls were erased."""
 
     cutoffs: Cutoffs
     erased: Mapping[str | None, int]
 
     def erasures(self, day: date) -> int:
-        """Those that change a day's file and no row: of calls that the file alone may have."""
+        """Return the number of erasures that change only a day's file: of calls that may be nowhere
+        else."""
         if day >= self.cutoffs.last_due:
             return 0
         return sum(
@@ -391,12 +394,12 @@ class _Expired:
 
 
 class RecordExport:
-    """Files of the record by day. A day's file has the calls that came on record for that day of
-    UTC: native calls and streams by their receipt, jobs by their end.
+    """Files of the record by day. A day's file has the calls that were recorded for that UTC day:
+    native calls and streams by their receipt, jobs by their end.
 
-    A call that comes, is corrected or is erased while its day is written has the day written again.
-    A day loses no call because it has expired for its tenant: such calls stay as the file of before
-    has them, unless they were erased.
+    If a call is added, corrected or erased while its day is written, the day is written again.
+    Calls of a day that has expired for their tenant are copied from the previous file, unless they
+    were erased.
     """
 
     def __init__(
@@ -409,18 +412,18 @@ class RecordExport:
         with_bodies: bool = False,
         retention_days: int = 30,
     ) -> None:
-        """folder: of the file while it grows."""
+        """folder: of the file while it is written."""
         self._record, self._blobs = RecordByDay(connections, blobs), blobs
         self._folder, self._format = folder, file_format
         self._columns = {**EXPORTED, **(EXPORTED_BODIES if with_bodies else {})}
         self._with_bodies, self._retention_days = with_bodies, retention_days
 
     def key_of(self, day: date) -> str:
-        """Where the file of a day is in the blob store."""
+        """Return the key of a day's file in the blob store."""
         return f"{_EXPORTS}/day={day}/{_FILES[self._format]}"
 
     async def due(self) -> list[date]:
-        """Days that are over and have no file, or one from before their record last changed."""
+        """Return the past days without a file, or whose record has changed since."""
         written = await self._blobs.written(_EXPORTS)
         states = await self._blobs.written(_STATES)
         expired = await self._expired()
@@ -431,7 +434,7 @@ class RecordExport:
         ]
 
     async def on_record(self, first: date, last: date) -> list[date]:
-        """Days from the first to the last that are over and on record."""
+        """Return the past days on record from `first` to `last`."""
         return [one.day for one in await self._record.days() if first <= one.day <= last]
 
     def _is_due(
@@ -465,8 +468,8 @@ class RecordExport:
         await self._blobs.delete((await self._blobs.written(folder.rstrip("/"))).keys() - {key})
 
     async def write(self, day: date) -> ExportedDay:
-        """Write a day's file. Raises StoreUnavailable; what was there before is there then.
-        Cancellation leaves that too, or the whole new file."""
+        """Write a day's file. If this raises StoreUnavailable, the previous file is unchanged.
+        Cancellation leaves either the previous or the complete new file."""
         path = self._folder / f"{PREFIX}export-{new_id()}"
         before, key = path.with_name(f"{path.name}-before"), self.key_of(day)
         for _ in range(_MOST_TRIES):
@@ -489,7 +492,8 @@ class RecordExport:
         has_before = await self._copy(day, before)
 
         def is_of_before(tenant: str) -> bool:
-            """Not what is left of it on record: a run of prune that was cut off leaves some."""
+            """Return whether a tenant's calls are taken from the previous file and not from the
+            record, where an interrupted run of prune may have left only some."""
             return has_before and (cutoffs.is_over(tenant, day) or tenant not in seen)
 
         with _file_of(self._format, path, self._columns) as add:
@@ -516,7 +520,7 @@ class RecordExport:
         return calls
 
     async def _copy(self, day: date, path: Path) -> bool:
-        """The file of a day as it is now, if there is one."""
+        """Copy the current file of a day, and return whether there is one."""
         try:
             with path.open("wb") as file:
                 async for piece in self._blobs.stream(self.key_of(day)):
@@ -527,7 +531,7 @@ class RecordExport:
 
 
 def _rows_in(file_format: ExportFormat, path: Path) -> Iterator[list[dict[str, Any]]]:
-    """The calls in a file, some at a time."""
+    """Yield the calls in a file, page by page."""
     if file_format == "parquet":
         for batch in _pyarrow().parquet.ParquetFile(path).iter_batches(_PAGE_ROWS):
             yield batch.to_pylist()
@@ -546,13 +550,13 @@ def _state_key(folder: str, summed_at: datetime | None, erasures: int) -> str:
 def _file_of(
     file_format: ExportFormat, path: Path, columns: Mapping[str, tuple[str, str]]
 ) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
-    """A new file, and what adds rows to it; whole when the block ends."""
+    """Yield a function that adds rows to a new file, which is complete when the block ends."""
     if file_format == "parquet":
         file = _ParquetFile(path, columns)
         yield file.add
         file.close()
         return
-    # Without a name and a time in it: the same rows are the same bytes.
+    # Without a name and a time in the file: the same rows give the same bytes.
     with path.open("wb") as raw, GzipFile("", "wb", 6, raw, mtime=0) as lines:
         yield lambda rows: lines.writelines(
             orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows
@@ -560,7 +564,7 @@ def _file_of(
 
 
 class _ParquetFile:
-    """A Parquet file that is written by row groups: what is not written yet is at most one."""
+    """A Parquet file that is written by row groups; at most one group is in memory."""
 
     def __init__(self, path: Path, columns: Mapping[str, tuple[str, str]]) -> None:
         self._arrow = arrow = _pyarrow()

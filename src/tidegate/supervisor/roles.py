@@ -1,9 +1,9 @@
 """Roles of a process: API or worker.
 
-A process stops in order on SIGTERM, SIGINT or SIGHUP. On SIGTERM an API leaves first: it serves
-for LEAVE_MS while its readiness says that it leaves; a supervised one that was replaced on its
-socket does so on SIGUSR1. A second signal ends the leaving, a third one the process. A child
-stops in order if its supervisor is gone. SIGQUIT logs the process state.
+A process stops in order on SIGTERM, SIGINT or SIGHUP. On SIGTERM an API leaves first: it serves for
+LEAVE_MS while its readiness probe fails; a supervised one that was replaced on its socket does so
+on SIGUSR1. A second signal ends the leaving, a third one the process. A child stops in order if its
+supervisor has ended. SIGQUIT logs the process state.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ if TYPE_CHECKING:
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LEAVE_SIGNAL)
 _MARGIN_S = 5.0
-# Longer than clients and balancers keep an idle connection (60 s is common): if this side closed
-# first, a request on its way would meet a closed connection.
+# Longer than clients and load balancers keep an idle connection (60 s is common): if this side
+# closed first, a request on its way would meet a closed connection.
 _KEEP_ALIVE_S = 75
-_TICK_S = 1.0  # the date in answers has whole seconds
-# How long the first request waits for Valkey and PostgreSQL to have answered; they may be away.
+_TICK_S = 1.0  # the date in answers is in whole seconds
+# How long the first request waits for answers of Valkey and PostgreSQL, which may be unavailable.
 _WARM_WITHIN_MS = 2_000
-# So long before the grace is over a call that still waits is refused: it could not end any more.
+# This long before the end of the grace period, waiting calls are rejected: they could not finish.
 _LAST_S = 1.0
 
 
 def serve(config: Config, fd: int | None = None) -> None:
-    """Serve HTTP until a signal; on the listening socket `fd`, or on one of our own.
+    """Serve HTTP until a signal, on the listening socket `fd` or on one of its own.
 
-    Raises ConfigError where HOST and PORT cannot be had, or `fd` is no socket.
+    Raises ConfigError if HOST and PORT are not available, or `fd` is not a socket.
     """
     telemetry.configure_logging(
         config.log_format, config.log_level, process="api", has_page=is_child()
     )
     _survive_looks()
-    # Before the servers are started: a taken port should be reported immediately.
+    # Before the servers are started: a port in use should be reported immediately.
     listener = _inherited(fd) if fd is not None else listen(config)
     with listener, _standing(config) as whole:
         if not is_child():
@@ -90,7 +90,7 @@ def _inherited(fd: int) -> socket.socket:
 
 
 def work(config: Config) -> None:
-    """Work on jobs until a signal."""
+    """Run jobs until a signal."""
     telemetry.configure_logging(
         config.log_format, config.log_level, process="worker", has_page=is_child()
     )
@@ -100,16 +100,16 @@ def work(config: Config) -> None:
 
 
 def _survive_looks() -> None:
-    """Until there is something to see: the signal would end a process that is starting."""
+    """Ignore LOOK_SIGNAL until there is a state to log: it would end a starting process."""
     if sys.platform != "win32":
         signal.signal(LOOK_SIGNAL, signal.SIG_IGN)
 
 
 @contextmanager
 def _standing(config: Config) -> Iterator[Config]:
-    """A whole configuration on a migrated database: of the supervisor's making, or of our own."""
+    """Yield a complete configuration on a migrated database, prepared by the supervisor or here."""
     share_by_name()
-    make_folders(config)  # as one line, before anything is started
+    make_folders(config)  # first, so that a failure is one line
     operator_key(config)
     if is_child():
         follow_lifeline(int(os.environ[LIFELINE]), config.shutdown_grace_ms / 1000)
@@ -127,10 +127,10 @@ def _standing(config: Config) -> Iterator[Config]:
 
 
 class QuietServer(uvicorn.Server):
-    """Leaves the signals to us: uvicorn would raise them again at its end, and die of them. Ends by
-    `end`, which it hears of without looking ten times a second, as uvicorn does. Accepts more than
-    one connection in a round of the loop, which uvloop does not. `shares`: other processes accept
-    on the same socket."""
+    """A server without uvicorn's signal handling, which would raise the signals again at its end
+    and die of them. `end` stops it by an event, where uvicorn polls ten times a second. It accepts
+    several connections in an iteration of the event loop, which uvloop does not. `shares`: other
+    processes accept on the same socket."""
 
     def __init__(self, config: uvicorn.Config, *, shares: bool = False) -> None:
         super().__init__(config)
@@ -138,7 +138,7 @@ class QuietServer(uvicorn.Server):
         self._ended = asyncio.Event()
 
     def end(self) -> None:
-        """Accept no more, finish what is open, and return from `serve`."""
+        """Accept no more, finish open requests, and return from `serve`."""
         self.should_exit = True
         self._ended.set()
 
@@ -160,7 +160,7 @@ class QuietServer(uvicorn.Server):
         self.servers: list[Any] = [Acceptor(loop, one, protocol, most) for one in sockets]
 
     async def main_loop(self) -> None:
-        # A tick 0 renews the date of answers. Where nobody is connected, the first who comes does.
+        # Tick 0 renews the date of answers. Without connections the next one to open renews it.
         while not await self.on_tick(0 if self.server_state.connections else 1):
             with suppress(TimeoutError):
                 async with asyncio.timeout(next_beat_s(_TICK_S)):
@@ -180,7 +180,7 @@ class NotifyingServer(QuietServer):
 
 
 def _uvicorn_config(app: Callable[..., Any], **options: Any) -> uvicorn.Config:
-    # Its notes on starting and stopping say nothing that ours do not.
+    # uvicorn's messages on starting and stopping repeat ours.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     return uvicorn.Config(
         app,
@@ -188,7 +188,7 @@ def _uvicorn_config(app: Callable[..., Any], **options: Any) -> uvicorn.Config:
         access_log=False,
         log_config=None,
         server_header=False,
-        proxy_headers=False,  # whom a proxy speaks for decides nothing here
+        proxy_headers=False,  # addresses that a proxy reports have no effect here
         **options,
     )
 
@@ -268,7 +268,7 @@ async def _work(config: Config) -> None:
 
 @asynccontextmanager
 async def _seen(services: Services) -> AsyncIterator[None]:
-    """A worker's own small server for probes and scrapes."""
+    """Run a worker's own small server for probes and scrapes during the block."""
     from tidegate.http.server import watched_app
 
     with listen(services.config, for_worker=True) as listener:
@@ -284,7 +284,7 @@ async def _seen(services: Services) -> AsyncIterator[None]:
 
 
 def _on_look(services: Callable[[], Services | None]) -> None:
-    """On LOOK_SIGNAL, what this process is at goes into the log, as one line."""
+    """Log the process state as one line on LOOK_SIGNAL."""
 
     def look() -> None:
         opened = services()
@@ -302,7 +302,8 @@ def _on_signals(
     leave_ms: int = 0,
     hurry: Callable[[], None] = lambda: None,
 ) -> None:
-    """`hurry` is called before `stop` where the process does not leave softly first."""
+    """Register the signal handlers. `hurry` is called before `stop` if the process does not leave
+    first."""
     loop = asyncio.get_running_loop()
     leaving: list[asyncio.TimerHandle] = []
 

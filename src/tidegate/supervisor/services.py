@@ -1,6 +1,6 @@
 """Backing services of a process, bundled if none are configured, and sessions of commands.
 
-Invariant: a process runs on a whole configuration. What was missing is filled in once, by the
+Invariant: a process runs on a complete configuration. Missing parts are filled in once, by the
 first process of a family, and passed to its children as environment variables, never as arguments.
 """
 
@@ -62,7 +62,7 @@ _RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """`config` is whole. `lease` holds the bundled servers, where there are any."""
+    """A complete configuration; `lease` holds the bundled servers, if there are any."""
 
     config: Config
     lease: ServersLease | None
@@ -81,10 +81,10 @@ def prepared(
     only: Collection[ServiceName] = ("postgres", "valkey", "emulator"),
     busy: Callable[[str], AbstractContextManager[None]] = _quietly,
 ) -> Iterator[Ground]:
-    """Have all that `config` leaves out, or `only` some of it, until the end of the block.
+    """Start all services that `config` leaves out, or those in `only`, until the end of the block.
 
-    Blocks until it is ready, inside of what `busy` makes of a few words on what it does. Raises
-    `embedded.ServerFailed`.
+    Blocks until they are ready; `busy` is called with a description and returns a context for each
+    wait. Raises `embedded.ServerFailed`.
     """
     services = _missing(config, only)
     lease = None
@@ -123,7 +123,7 @@ def _filled(config: Config, lease: ServersLease | None) -> Config:
 
 
 def make_folders(config: Config, *others: str) -> None:
-    """Make the folders of DATA_DIR that a process writes to, and `others`. Raises ConfigError where
+    """Create the folders of DATA_DIR that a process writes to, and `others`. Raises ConfigError if
     this user may not."""
     names = (*(() if config.blob_url else ("blobs",)), *others, "spill")
     try:
@@ -137,8 +137,8 @@ def make_folders(config: Config, *others: str) -> None:
 
 
 def check_database_url(config: Config) -> None:
-    """Raises ConfigError where no database can be meant, which waiting does not change. Not by
-    `asyncio.run`, which waits for the thread that may look the host's name up already."""
+    """Raise ConfigError for a URL that can never name a database, so that waiting is useless. Not
+    run by `asyncio.run`, which would wait for the thread of a pending look-up of the host."""
     from tidegate.store.diagnostics import check_url
 
     with closing(asyncio.new_event_loop()) as loop:
@@ -146,10 +146,10 @@ def check_database_url(config: Config) -> None:
 
 
 def migrate(config: Config, say: Callable[[str], object]) -> str | None:
-    """Bring the schema up to date, waiting up to a minute for a database that is away.
+    """Migrate the schema, waiting up to a minute for an unavailable database.
 
-    Returns the new revision, or None where there was nothing to do; `say` gets, once, why it
-    waits. Raises StoreUnavailable when the minute is over.
+    Returns the new revision, or None if it was current; `say` is called once with the reason for a
+    wait. Raises StoreUnavailable after the minute.
     """
     from tidegate.store.database import migrate as run_steps
 
@@ -168,10 +168,10 @@ def migrate(config: Config, say: Callable[[str], object]) -> str | None:
 
 
 def environment_of(ground: Ground) -> dict[str, str]:
-    """The variables from which a child reads exactly this configuration.
+    """Return the variables from which a child reads exactly this configuration.
 
-    Every setting is there, as an empty value where it is unset, so that a `.env` that was edited
-    in the meantime cannot give one child other limits than the rest.
+    Every setting is included, as an empty value if unset, so that an edit of `.env` in the meantime
+    cannot give one child other limits than the rest.
     """
     variables = {name.upper(): _as_text(value) for name, value in ground.config}
     files = {f"{name}_FILE": "" for name in SECRETS}
@@ -198,7 +198,7 @@ def _as_text(value: object) -> str:
 
 
 def is_child() -> bool:
-    """Whether this process was started by a supervisor, which has prepared everything."""
+    """Return whether a supervisor started this process, which has prepared everything."""
     return LIFELINE in os.environ
 
 
@@ -206,7 +206,7 @@ T = TypeVar("T")
 
 
 def _check_there(config: Config) -> None:
-    """Raises StoreUnavailable where a command would begin an empty deployment to look at."""
+    """Raise StoreUnavailable if the command would create an empty deployment only to read it."""
     if config.embedded and not (config.data_dir / "embedded").exists():
         raise StoreUnavailable(
             f"no deployment is in {config.data_dir} (DATA_DIR): `tidegate up` begins one; run the "
@@ -214,14 +214,14 @@ def _check_there(config: Config) -> None:
         )
 
 
-# A command waits for a slow server, where a process that serves would go on without it: a machine
-# that is busy is what it may be asked about.
+# A command waits for a slow server, as on a busy machine, which it may be asked about; a serving
+# process would continue without it.
 _PATIENCE_MS = 10_000
 
 
 def with_record(config: Config, work: Callable[[Connections], Awaitable[T]]) -> T:
-    """Run `work` on the record alone, whatever Valkey does. Raises StoreUnavailable, and what
-    `work` raises."""
+    """Run `work` with only the record, whatever the state of Valkey. Raises StoreUnavailable, and
+    the errors of `work`."""
     from tidegate.store.database import Connections
 
     async def run(url: str) -> T:
@@ -240,10 +240,9 @@ def with_record(config: Config, work: Callable[[Connections], Awaitable[T]]) -> 
 def with_keeper(
     config: Config, pool: str, work: Callable[[PolicyKeeper, Connections], Awaitable[T]]
 ) -> T:
-    """Run `work` with the policy of a pool of the deployment that `config` describes, and the
-    record.
+    """Run `work` with the policy of a pool of the deployment in `config`, and with the record.
 
-    Raises ConfigError, LimiterUnavailable if Valkey does not answer, and what `work` raises.
+    Raises ConfigError, LimiterUnavailable if Valkey does not answer, and the errors of `work`.
     """
     is_unknown = pool != DEFAULT_POOL and pool not in stated_by(config).tables()
 
@@ -258,7 +257,7 @@ def with_keeper(
 def with_keepers(
     config: Config, work: Callable[[Sequence[PolicyKeeper], Connections], Awaitable[T]]
 ) -> T:
-    """As `with_keeper`, with the policies of all pools."""
+    """Run `work` as `with_keeper` does, with the policies of all pools."""
 
     async def run(whole: Config, connections: Connections) -> T:
         live = await _live_changes(connections)
@@ -294,7 +293,7 @@ async def _open_keepers(
 
 
 def _with_servers(config: Config, work: Callable[[Config, Connections], Awaitable[T]]) -> T:
-    """Run `work` with the whole configuration and the record, while the servers are there."""
+    """Run `work` with the complete configuration and the record, while the servers run."""
     from tidegate.store.database import Connections
 
     async def run(whole: Config) -> T:
@@ -311,7 +310,7 @@ def _with_servers(config: Config, work: Callable[[Config, Connections], Awaitabl
 
 
 async def _live_changes(connections: Connections) -> LiveChanges:
-    """What was changed of upstreams while running. Raises StoreUnavailable."""
+    """Return the live changes of upstreams. Raises StoreUnavailable."""
     from tidegate.store.provider.upstreams import UpstreamRevisions
 
     return changes_of((await UpstreamRevisions(connections).newest()).upstreams)
@@ -320,7 +319,7 @@ async def _live_changes(connections: Connections) -> LiveChanges:
 async def places_of(
     config: Config, connections: Connections, request_id: UUID
 ) -> list[Whereabouts]:
-    """A job with each pool that it may be called by. Raises NotFound and StoreUnavailable."""
+    """Return a job once for each pool that may serve it. Raises NotFound and StoreUnavailable."""
     from tidegate.store.requests import ActiveRequests
 
     found = await ActiveRequests(connections).whereabouts(request_id)
@@ -330,8 +329,8 @@ async def places_of(
 async def batch_of(
     config: Config, connections: Connections, batch_id: UUID
 ) -> tuple[BatchStand, list[Whereabouts]]:
-    """A batch, and its next line with each pool that it may be called by; none where none waits.
-    Raises NotFound and StoreUnavailable."""
+    """Return a batch, and its next waiting line once for each pool that may serve it; none without
+    one. Raises NotFound and StoreUnavailable."""
     from tidegate.spine.detached import next_line
     from tidegate.store.batches import batch_stand
 
@@ -348,20 +347,20 @@ async def _places_of(
 
     try:
         targets = Targets(deployed_upstreams(config, await _live_changes(connections)))
-    except ConfigError:  # such as a key that only the processes have
+    except ConfigError:  # for example a key that only the processes have
         return [found]
     return targets.places_of(found, config)
 
 
 def policy_of(config: Config, pool: str = DEFAULT_POOL) -> PoolPolicy:
-    """What this deployment asks for in a pool. Raises ConfigError, and NotFound for one that is
-    unknown."""
+    """Return the deployed policy of a pool. Raises ConfigError, and NotFound for an unknown
+    pool."""
     return pool_of(config, pool)[0]
 
 
 def pool_of(config: Config, pool: str, live: LiveChanges = NO_CHANGES) -> tuple[PoolPolicy, str]:
-    """As `policy_of`, with the provider whose preset the pool has; empty where it has none."""
-    if pool == DEFAULT_POOL:  # whose preset fills in nothing
+    """Return the deployed policy of a pool and the provider of its preset; empty without one."""
+    if pool == DEFAULT_POOL:  # its preset has no defaults
         return deployed(config), ""
     stated = stated_by(config)
     if (found := stated.pool(pool, live)) is None:
@@ -371,6 +370,6 @@ def pool_of(config: Config, pool: str, live: LiveChanges = NO_CHANGES) -> tuple[
 
 
 def database_url_of(config: Config) -> str:
-    """The URL of PostgreSQL in a whole configuration."""
+    """Return the URL of PostgreSQL in a complete configuration."""
     assert config.database_url is not None
     return config.database_url.get_secret_value()

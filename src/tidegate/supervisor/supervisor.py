@@ -1,11 +1,11 @@
 """Supervisor of several processes: started, restarted, replaced, stopped.
 
-Listeners of a child's readiness are the supervisor (a pipe) and systemd (`Type=notify`).
-`tidegate up` prepares all, then becomes `supervise` by an exec: what the preparation imported, some
-40 MB, does not stay with a process that only waits. So this module imports little.
+A child reports its readiness to the supervisor (by a pipe) and to systemd (`Type=notify`).
+`tidegate up` prepares everything, then becomes `supervise` by an exec, so that the 40 MB of its
+imports do not stay in a process that only waits. Therefore this module imports little.
 
-Invariants: when `run` returns no child is left; a child that outlives a killed supervisor learns
-of it by the end of its lifeline; during a replacement never fewer processes run than before.
+Invariants: when `run` returns no child is left; a child that outlives a killed supervisor notices
+it by the end of its lifeline; during a replacement never fewer processes run than before.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _WATCHDOG, _WATCHED = "WATCHDOG_USEC", "WATCHDOG_PID"
 
 
 def tell_ready() -> None:
-    """Say, once, that this process takes requests or jobs."""
+    """Report, once, that this process accepts requests or jobs."""
     pipe = os.environ.pop(READY_PIPE, "")
     if pipe:
         _write_and_close(int(pipe))
@@ -59,14 +59,14 @@ def tell_ready() -> None:
 
 
 def tell_stopping() -> None:
-    """Say that the end of this process has begun, so that it is not taken for a crash."""
+    """Report that this process is stopping, so that its end is not taken for a crash."""
     _tell_systemd("STOPPING=1")
 
 
 @contextmanager
 def living() -> Iterator[None]:
-    """Inside, systemd's watchdog hears from the event loop as long as it turns; where the unit has
-    one (`WatchdogSec`), and means this process."""
+    """Notify systemd's watchdog from the event loop during the block, if the unit has one
+    (`WatchdogSec`) for this process."""
     every_s = _watchdog_s() / 2
     if not every_s:
         yield
@@ -85,7 +85,7 @@ async def _tell_life(every_s: float) -> None:
 
 
 def _watchdog_s() -> float:
-    """How long we may be silent; 0 where nobody listens, or to our parent alone."""
+    """Return the watchdog's timeout; 0 without a watchdog, or if it watches only the parent."""
     span_us = os.environ.get(_WATCHDOG, "")
     if not span_us.isdecimal() or os.environ.get(_WATCHED) != str(os.getpid()):
         return 0.0
@@ -96,7 +96,7 @@ def _write_and_close(pipe: int) -> None:
     try:
         os.write(pipe, b"1")
     except BrokenPipeError:
-        return  # the supervisor is gone, which the lifeline tells in its own way
+        return  # the supervisor has ended, which the lifeline reports
     finally:
         os.close(pipe)
 
@@ -112,11 +112,11 @@ def _tell_systemd(state: str) -> None:
         try:
             speaking.sendto(state.encode(), address)
         except OSError:
-            return  # nobody listens (any more): a process does not fail for want of a listener
+            return  # no listener (any more), which is not an error of this process
 
 
-LOOK_SIGNAL = signal.SIGQUIT  # to any: say what you are at; passed on to all children
-LEAVE_SIGNAL = signal.SIGUSR1  # to a child: another has your place, go softly
+LOOK_SIGNAL = signal.SIGQUIT  # to any process: log your state; passed on to all children
+LEAVE_SIGNAL = signal.SIGUSR1  # to a child: it was replaced, and leaves in order
 RENEW_SIGNAL = signal.SIGUSR2  # to the supervisor: replace all children, one by one
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _BLOCKED = (*_SIGNALS, LOOK_SIGNAL)
@@ -129,14 +129,14 @@ _WRONG_CONFIG = 2
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """One process: `argv` holds no secret, since anybody on the machine can read it."""
+    """A process; `argv` contains no secret, since every user of the machine can read it."""
 
     name: str
     argv: tuple[str, ...]
 
 
 class Family:
-    """The children of one supervisor."""
+    """The children of a supervisor."""
 
     def __init__(
         self,
@@ -149,10 +149,10 @@ class Family:
         on_ended: Callable[[str], None] = lambda _name: None,
         reread: Callable[[], Mapping[str, str] | Awaitable[Mapping[str, str]]] | None = None,
     ) -> None:
-        """`grace_s`: of those whose environment has no SHUTDOWN_GRACE_MS. `reread`: what replaced
-        children are to have as their environment; may raise ConfigError, and then nothing is
-        replaced. `on_ended` hears the name of each process that is gone: the child's, or where an
-        old one was still there, that with a number after it."""
+        """`grace_s`: for children whose environment has no SHUTDOWN_GRACE_MS. `reread` returns the
+        environment of replacing children; if it raises ConfigError, nothing is replaced. `on_ended`
+        is called with the name of each ended process: the child's, with a number appended if an
+        older one was still running."""
         self._children = children
         self._environment = environment
         self._pass_fds = pass_fds
@@ -160,8 +160,8 @@ class Family:
         self._on_stopping = on_stopping
         self._reread = reread
         self._on_ended = on_ended
-        self._names: set[str] = set()  # of the processes that are there
-        self._spans_s: dict[Process, tuple[float, float]] = {}  # theirs to leave, and to finish
+        self._names: set[str] = set()  # of the processes that exist
+        self._spans_s: dict[Process, tuple[float, float]] = {}  # time to leave, and to finish
         self._waiting: set[asyncio.Task[None]] = set()
         self._renewing: asyncio.Task[None] | None = None
         self._renew_again = False
@@ -174,26 +174,27 @@ class Family:
 
     @property
     def pids(self) -> dict[str, int]:
-        """The processes that run now, by their children's names."""
+        """Return the pids of the running processes, by their children's names."""
         return {name: process.pid for name, process in self._running.items()}
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """That of the next process: of the last renewal, where there was one."""
+        """Return the environment of the next process: that of the last renewal, if there was
+        one."""
         return self._environment
 
     def settled(self) -> None:
-        """All is well: from now on a child that dies is started again without end."""
+        """Mark the start as successful: from now on a child that dies is always restarted."""
         self._settled = True
 
     def stop(self) -> None:
-        """Begin the end; asked for a second time, do not wait any longer."""
+        """Begin to stop; a second call ends the wait for the children."""
         if self._stop.is_set():
             self._hasten.set()
             return
         self._stop.set()
         if self._renewing is not None:
-            self._renewing.cancel()  # or the processes that it makes would be left
+            self._renewing.cancel()  # otherwise its new processes would be left running
         self._on_stopping()
 
     @property
@@ -205,16 +206,16 @@ class Family:
         return self._stop.is_set()
 
     async def run(self) -> None:
-        """Keep the children running until `stop`, a signal, or a failure to start at all.
+        """Run the children until `stop`, a signal, or a child that cannot start.
 
-        `failure` then says what failed, or is None. Cancellation stops the children in order.
+        `failure` is then the reason, or None. Cancellation stops the children in order.
         """
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self.stop)
         loop.add_signal_handler(RENEW_SIGNAL, self.renew)
         loop.add_signal_handler(LOOK_SIGNAL, self._look)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)  # since before the exec, if there was
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)  # blocked before the exec, if any
         self._lifeline, holds = os.pipe()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -231,11 +232,11 @@ class Family:
                 loop.remove_signal_handler(number)
 
     def renew(self) -> None:
-        """Replace every child by a new process, with code and settings as they are now.
+        """Replace every child by a new process, with the current code and settings.
 
-        One after another: the next of a name takes its place when it is ready, and only then the
-        old one leaves. It stops at the first that does not become ready. Asked for once more
-        meanwhile, it begins again at its end.
+        One child at a time: the new process replaces the old one when it is ready, and only then
+        the old one leaves. The renewal stops at the first process that does not become ready. A
+        request during a renewal starts another one after it.
         """
         if self.renewing:
             self._renew_again = True
@@ -266,13 +267,13 @@ class Family:
         return await found if isinstance(found, Awaitable) else found
 
     async def _renew(self, child: Child) -> bool:
-        """Whether a new process has taken the place of the child's old one."""
+        """Replace a child's process, and return whether that succeeded."""
         process, pipe = await self._born(child)
         try:
             why = await _not_ready(process, pipe)
             if why is not None:
                 await self._end(process)
-        except BaseException:  # cancellation too: the new process must not outlive its renewal
+        except BaseException:  # for cancellation too: the new process must not outlive its renewal
             await self._end(process)
             raise
         finally:
@@ -291,7 +292,7 @@ class Family:
         deaths = 0
         while not self.stopping:
             born = time.monotonic()
-            process = self._running.get(child.name)  # one that took the place of one that died
+            process = self._running.get(child.name)  # possibly the replacement of one that died
             if process is None:
                 process = self._running[child.name] = await self._spawn(child, {}, ())
             try:
@@ -316,11 +317,12 @@ class Family:
             await self._pause(_BACKOFF_S[min(deaths, len(_BACKOFF_S)) - 1])
 
     async def _born(self, child: Child) -> tuple[Process, int]:
-        """A process that is not yet the child's, and the pipe by which it says that it is ready."""
+        """Start a process that is not the child's yet. Return it with the pipe that reports its
+        readiness."""
         hears, says = os.pipe()
         try:
             process = await self._spawn(child, {READY_PIPE: str(says)}, (says,))
-        except BaseException:  # cancellation too: the pipe has no reader but this
+        except BaseException:  # for cancellation too: the pipe has no other reader
             os.close(hears)
             raise
         finally:
@@ -341,7 +343,8 @@ class Family:
                 **environment,
             },
             pass_fds=[*self._pass_fds, self._lifeline, *pass_fds],
-            # In a session of its own: a terminal's Ctrl-C is for the supervisor alone, who tells.
+            # In a session of its own: a terminal's Ctrl-C is for the supervisor only, which stops
+            # the children.
             start_new_session=True,
         )
         get_logger().debug(Log.CHILD_STARTED, child=child.name, pid=process.pid)
@@ -354,7 +357,7 @@ class Family:
         return process
 
     def _free_name(self, child: Child) -> str:
-        """No two processes that are there have the same: what they count is kept by their names."""
+        """Return a name that no existing process has: counters are kept by name."""
         tries = (f"{child.name}.{number}" for number in count(2))
         return next(name for name in chain((child.name,), tries) if name not in self._names)
 
@@ -370,7 +373,7 @@ class Family:
                 process.send_signal(LOOK_SIGNAL)
 
     async def _ended_or_stop(self, process: Process) -> int | None:
-        """The exit code of a process that died by itself; None when it is to be stopped."""
+        """Return the exit code of a process that ended by itself; None if it is to be stopped."""
         ended = asyncio.create_task(process.wait())
         stop = asyncio.create_task(self._stop.wait())
         try:
@@ -381,7 +384,8 @@ class Family:
             stop.cancel()
 
     async def _end(self, process: Process, *, told: bool = False) -> None:
-        """Have it end in order, or after its time by force; `told`: it leaves already."""
+        """Stop a process in order, or by force after its grace period; `told`: it is leaving
+        already."""
         if process.returncode is not None:
             return
         leave_s, grace_s = self._spans_s[process]
@@ -407,8 +411,8 @@ class Family:
 
 
 async def _not_ready(process: Process, pipe: int) -> str | None:
-    """None once the process says by its pipe that it is ready; why it is not, if it has ended or
-    takes too long."""
+    """Wait until a process reports by its pipe that it is ready, and return None. Return the reason
+    if it ends or takes too long."""
     loop = asyncio.get_running_loop()
     readable = asyncio.Event()
     loop.add_reader(pipe, readable.set)
@@ -429,11 +433,11 @@ _SUPERVISION = "TIDEGATE_SUPERVISION_FD"
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """What a supervisor needs to know, as JSON of the descriptor that an exec passes on.
+    """The parameters of a supervisor, as JSON in a descriptor that is passed through an exec.
 
     environment: of the children, with secrets. lease: of the bundled servers, its descriptor and
     its `idle_s`. announcer: the process that shows the page, and the pipe by which it reports that
-    all is ready. base: what a later reading of the settings may not change, and is filled in.
+    all is ready. base: values that a reread of the settings must not change, or that it fills in.
     stopping, stopped: lines for the page.
     """
 
@@ -451,10 +455,10 @@ class Supervision:
     stopped: str
 
     def begin(self) -> NoReturn:
-        """Become the supervisor: the same process, its descriptors and its command line, without
-        what it has imported. Raises OSError where that is not possible."""
+        """Become the supervisor: the same process with its descriptors and its command line,
+        without its imports. Raises OSError if that fails."""
         kept = [self.listener, self.announcer[1], *([self.lease[0]] if self.lease else [])]
-        # A file without a name: an environment or an argument would show the secrets.
+        # A file without a name: an environment or an argument would expose the secrets.
         with _nameless() as written:
             written.write(json.dumps(asdict(self)).encode())
             written.flush()
@@ -466,17 +470,17 @@ class Supervision:
             signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)  # until there are handlers again
             try:
                 os.execve(sys.executable, arguments, environment)
-            finally:  # it has failed
+            finally:  # reached only on failure
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)
 
 
 def _nameless() -> IO[bytes]:
-    in_memory = getattr(os, "memfd_create", None)  # Linux has it
+    in_memory = getattr(os, "memfd_create", None)  # on Linux
     return os.fdopen(in_memory("supervision"), "w+b") if in_memory else TemporaryFile()
 
 
 def supervise() -> int:
-    """Supervise the processes of a `Supervision` until a signal; the exit code."""
+    """Supervise the processes of a `Supervision` until a signal, and return the exit code."""
     with os.fdopen(int(os.environ.pop(_SUPERVISION)), "rb") as written:
         order = Supervision(**json.load(written))
     telemetry.configure_logging(
@@ -505,7 +509,7 @@ def supervise() -> int:
 
 
 async def _supervise(order: Supervision) -> str:
-    """Why it failed; empty where it did not."""
+    """Return why supervision failed; empty on success."""
     pid, hears = order.announcer
     loop = asyncio.get_running_loop()
 
@@ -550,21 +554,21 @@ async def _supervise(order: Supervision) -> str:
 
 
 def _count_failure(counts: str) -> None:
-    from tidegate.metrics.instruments import count_problem  # as below
+    from tidegate.metrics.instruments import count_problem  # imported late, as below
 
-    with suppress(OSError):  # a full disk, say: the log has it, and the work is tried again
+    with suppress(OSError):  # for example a full disk: the failure is logged anyway
         count_problem(Log.DAILY_WORK_FAILED.value, "supervisor", counts)
 
 
 def _forget(name: str, counts: str) -> None:
-    from tidegate.metrics.instruments import forget  # seldom, and it takes 4 MB
+    from tidegate.metrics.instruments import forget  # rarely used, and its import takes 4 MB
 
     forget(name, counts)
 
 
 async def _reread(order: Supervision) -> dict[str, str]:
-    """The environment of new children, as a process reads it from the settings that there are now.
-    Raises ConfigError."""
+    """Return the environment of new children, read by a process from the current settings. Raises
+    ConfigError."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -595,13 +599,13 @@ def _busy(what: str) -> AbstractContextManager[object]:
     return Console().status(f"[bright_black]{what}[/]", spinner_style="cyan")
 
 
-DAILY_AT = time_of_day(3, 0)  # of UTC
+DAILY_AT = time_of_day(3, 0)  # UTC
 _LOOK_EVERY_S = 60.0
 
 
 class DailyWork:
     """The commands that `tidegate up` runs once a day beside its processes: prune, and the export
-    of the record where it is set. (Reconciliation is the workers'.)"""
+    of the record if it is configured. (Workers do the reconciliation.)"""
 
     def __init__(
         self,
@@ -611,12 +615,13 @@ class DailyWork:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         on_failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """run: runs a command; its exit status, or OSError where it could not begin."""
+        """run: runs a command and returns its exit status, or raises OSError if it could not
+        start."""
         self._commands, self._run, self._now, self._on_failed = commands, run, now, on_failed
         self._done: dict[tuple[str, ...], date] = {}
 
     async def look(self) -> None:
-        """Run what is due: from 3:00 UTC on, each command that has not succeeded on this day."""
+        """Run each command that is due: from 3:00 UTC on, if it has not succeeded on this day."""
         now = self._now()
         if now.time() < DAILY_AT:
             return
@@ -626,7 +631,7 @@ class DailyWork:
             status: int | str
             try:
                 status = await self._run(command)
-            except OSError as refused:  # no memory or no process is left for it
+            except OSError as refused:  # no memory, or too many processes
                 status = str(refused)
             if status == 0:
                 self._done[command] = now.date()
@@ -638,15 +643,14 @@ class DailyWork:
                 self._on_failed()
 
     async def run(self) -> None:
-        """Look each minute, for ever. A command that is under way is ended when this is
-        cancelled."""
+        """Check each minute until cancelled. Cancellation stops a running command."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             await self.look()
 
 
 def daily_commands(settings: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """What `tidegate up` runs once a day, as arguments of `tidegate`."""
+    """Return the arguments of the daily `tidegate` commands."""
     commands: list[tuple[str, ...]] = [("prune",)]
     if (record_export := settings.get("RECORD_EXPORT") or "off") != "off":
         commands.append(("export", "record", "--format", record_export))
@@ -654,7 +658,7 @@ def daily_commands(settings: Mapping[str, str]) -> list[tuple[str, ...]]:
 
 
 async def run_command(command: tuple[str, ...], environment: Mapping[str, str]) -> int:
-    """Run a command of `tidegate` as a process of its own; its exit status. Cancellation ends
+    """Run a command of `tidegate` in a process and return its exit status. Cancellation stops
     it."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -681,7 +685,7 @@ def daily_work(
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
     on_failed: Callable[[], None] = lambda: None,
 ) -> DailyWork:
-    """That of a family, by the settings that its processes have at the time."""
+    """Return the daily work of a family, with the settings that its processes have at the time."""
 
     def settings() -> dict[str, str]:
         return {name: value for name, value in family.environment.items() if name != SHARED}
@@ -698,8 +702,8 @@ _BACKLOG = 2048
 
 
 def listen(config: Config, *, for_worker: bool = False) -> socket.socket:
-    """A socket that listens on HOST and PORT, or WORKER_PORT. Raises ConfigError where that
-    cannot be."""
+    """Return a socket that listens on HOST and PORT, or WORKER_PORT. Raises ConfigError if that
+    fails."""
     name, port = "PORT", config.port
     if for_worker and config.worker_port is not None:
         name, port = "WORKER_PORT", config.worker_port
@@ -718,7 +722,7 @@ def listen(config: Config, *, for_worker: bool = False) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where a client on this machine finds the socket."""
+    """Return the URL of the socket for clients on this machine."""
     host, port = listener.getsockname()[:2]
     if host in ("127.0.0.1", "::1", "0.0.0.0", "::"):
         return f"http://localhost:{port}"
@@ -731,7 +735,7 @@ def _address(config: Config, port: int) -> tuple[socket.AddressFamily, tuple[str
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as unknown:
         raise _explained(config, unknown, "PORT", port) from None
-    # `localhost` has two addresses; clients that try the other one first come back to this one.
+    # `localhost` has two addresses; clients that try the other one first fall back to this one.
     family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     return family, (str(address[0]), port)
 

@@ -1,6 +1,6 @@
 """Command `tidegate up`: everything on one machine, with a start-up page.
 
-The page goes to standard output, logs to standard error. It shows the limits in force.
+The page is written to standard output, logs to standard error. It shows the limits in force.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _MODELS_SHOWN = 3
 
 
 class Page:
-    """One terminal, and the words for it."""
+    """The output on a terminal."""
 
     def __init__(self, config: Config, apis: int, workers: int) -> None:
         self._config = config
@@ -66,11 +66,11 @@ class Page:
         self._workers = workers
         self._console = Console(highlight=False, soft_wrap=True)
         self._began = time.monotonic()
-        self.demo_key: str | None = None  # that was made at this start
+        self.demo_key: str | None = None  # created at this start
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """Show that something takes a moment; nothing without a terminal."""
+        """Show that a step takes a moment; without a terminal show nothing."""
         if not self._console.is_terminal:
             yield
             return
@@ -78,16 +78,16 @@ class Page:
             yield
 
     def done(self, what: str) -> None:
-        """A step of the start that is done, and when."""
+        """Show a completed step of the start, with the time."""
         took_s = time.monotonic() - self._began
         self._line((f"{_INDENT}✓ ", "green"), f"{what:<44}", (f"{took_s:5.1f} s", _QUIET))
 
     def note(self, text: str) -> None:
-        """One line on why the start takes longer."""
+        """Show why the start takes longer."""
         self._line((f"{_INDENT}{text}", "yellow"))
 
     def stopping(self) -> str:
-        """The lines that report that the end has begun."""
+        """Return the lines that report the beginning of the stop."""
         grace_s = self._config.shutdown_grace_ms / 1000
         with self._console.capture() as lines:
             self._line()
@@ -105,8 +105,8 @@ class Page:
     def ready(
         self, ground: Ground, url: str, policy: PoolPolicy, in_force: Mapping[Kind, int] | None
     ) -> None:
-        """The start-up page. `policy` is what this deployment asks for; in_force: how many calls of
-        each kind may run concurrently now, None if that is not known."""
+        """Show the start-up page. `policy`: the deployed one. in_force: how many calls of each kind
+        may run concurrently now, None if unknown."""
         self._line()
         self._line((f"{_INDENT}≋ Tidegate", "bold"), (f" {__version__}", _QUIET), f"   {url}")
         self._line()
@@ -118,7 +118,7 @@ class Page:
         self._row("API", _count(self._apis, "process"), f"its documentation is at {url}/docs")
         self._row("Worker", _count(self._workers, "process"), "takes the jobs of POST /submit")
         self._where(ground)
-        if ground.config.gemini_api_key is not None:  # or it binds nobody
+        if ground.config.gemini_api_key is not None:  # otherwise it limits no call
             self._at_once(policy, in_force)
         if self.demo_key is not None:
             self._row("Callers", "show a key", f"{self.demo_key} was made for this demonstration")
@@ -182,7 +182,7 @@ class Page:
             label = ""
 
     def _try(self, place: str, ground: Ground) -> None:
-        """An SDK's call first, then the product's own."""
+        """Show a call by an SDK, then one of Tidegate's own API."""
         json = '-H "Content-Type: application/json"'
         shown = self.demo_key or "<key>"
         key = f' -H "x-api-key: {shown}"' if self._config.asks_for_keys else ""
@@ -217,7 +217,7 @@ class Page:
         )
 
     def _more(self, remark: str) -> None:
-        """Another line of the row before."""
+        """Show another line of the previous row."""
         self._line((f"{_INDENT}{'':<{_LABEL_WIDTH}}{remark}", _QUIET))
 
     def _line(self, *parts: str | tuple[str, str]) -> None:
@@ -225,7 +225,7 @@ class Page:
 
 
 def _dialects_of_prompts(config: Config) -> Collection[str] | None:
-    """The dialects of the upstream that serves the model of prompts; None where none does."""
+    """Return the dialects of the upstream that serves the model of prompts; None if none does."""
     try:
         chain = Targets(deployed_upstreams(config)).of_prompt(config.text_model)
     except InvalidRequest:
@@ -243,10 +243,10 @@ _WITHIN_S = 1.0
 async def bounds_in_force(
     url: str, wanted: PoolPolicy, *, within_s: float = _WITHIN_S
 ) -> Mapping[Kind, int] | None:
-    """By kind. None where Valkey does not say so in time.
+    """Return the bounds in force by kind; None if Valkey does not answer in time.
 
-    A deployment whose policy is new puts it in force within a moment of its start: as long as
-    others are in force, we look again.
+    A new policy of a deployment comes into force a moment after its start: until then the bounds
+    are read again.
     """
 
     def as_wanted(pool: Snapshot) -> bool:
@@ -254,12 +254,12 @@ async def bounds_in_force(
 
     try:
         return _bounds(await look_until(url, DEFAULT_POOL, as_wanted, within_s)) or None
-    except (LimiterUnavailable, ConfigError):  # the page says so
+    except (LimiterUnavailable, ConfigError):  # the page reports it
         return None
 
 
 def _bounds(pool: Snapshot) -> dict[Kind, int]:
-    """Nothing where nobody has joined it yet."""
+    """Return the bounds of a pool; empty if no process has joined it yet."""
     if any(kind.limit not in pool.limits for kind in Kind):
         return {}
     return {kind: pool.limits[kind.limit].bound for kind in Kind}
@@ -272,22 +272,22 @@ _PATIENCE_S = 5.0
 
 
 def up(config: Config, apis: int, workers: int) -> NoReturn:
-    """Start everything, then become its supervisor (`supervise`), which ends by a signal.
+    """Start everything, then become its supervisor (`supervise`), which a signal ends.
 
-    Raises ConfigError, `embedded.ServerFailed`, StoreUnavailable, and OSError where the exec fails;
+    Raises ConfigError, `embedded.ServerFailed`, StoreUnavailable, and OSError if the exec fails;
     nothing is left running then.
     """
     telemetry.configure_logging(
         config.log_format, config.log_level, process="supervisor", has_page=True
     )
-    # Until the children run, any of the signals interrupts as Ctrl-C does, with all clean-up.
+    # Until the children run, these signals interrupt as Ctrl-C does, with all clean-up.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
-    signal.signal(RENEW_SIGNAL, signal.SIG_IGN)  # there is nothing to renew yet
+    signal.signal(RENEW_SIGNAL, signal.SIG_IGN)  # there are no processes to replace yet
     page = Page(config, apis, workers)
     with listen(config) as listener:
         make_folders(config)
-        operator_key(config)  # made before children start, so that one line tells what is wrong
+        operator_key(config)  # before the children start, so that a failure is reported once
         with (
             prepared(config, busy=page.busy) as ground,
             TemporaryDirectory(prefix="tidegate-counts-") as counts,
@@ -301,7 +301,7 @@ def up(config: Config, apis: int, workers: int) -> NoReturn:
             announcer = _announcer(listener, page, ground)
             try:
                 _supervision(ground, page, listener, counts, announcer, apis, workers).begin()
-            finally:  # it has failed
+            finally:  # reached only on failure
                 os.kill(announcer[0], signal.SIGKILL)
 
 
@@ -342,8 +342,8 @@ def _supervision(
 
 
 def make_demo_key(config: Config) -> str | None:
-    """A new API key for a demonstration whose callers show one, if nobody has made any; so that a
-    container is tried without a second command. Raises StoreUnavailable."""
+    """Return a new API key for a demonstration whose callers need one, if there is no key yet; so
+    that a container can be tried without a second command. Raises StoreUnavailable."""
     if not (config.tidegate_demo and config.asks_for_keys):
         return None
 
@@ -359,14 +359,14 @@ def make_demo_key(config: Config) -> str | None:
     return with_record(config, made)
 
 
-# What this process itself stands on.
+# Settings that the supervisor itself uses.
 _SAME = ("host", "port", "data_dir")
 
 
 def read_again() -> None:
-    """Write the environment of new children to standard output: the settings as they are now, on
-    the `Supervision.base` of standard input. Or what is wrong with them, also where they change
-    what the supervisor itself stands on."""
+    """Write the environment of new children to standard output: the current settings, with the
+    `Supervision.base` of standard input; or their error, also if they change a setting that the
+    supervisor itself uses."""
     base = json.load(sys.stdin)
     try:
         answer: dict[str, object] = {"environment": _reread(base)}
@@ -410,8 +410,8 @@ def _children(listener: socket.socket, apis: int, workers: int) -> list[Child]:
 
 
 def _announcer(listener: socket.socket, page: Page, ground: Ground) -> tuple[int, int]:
-    """A process that shows the page once all is ready, and the pipe by which it reports that. It
-    has what was imported here, and ends with it."""
+    """Fork a process that shows the page once all is ready, and return it with the pipe by which it
+    reports that. The imports of this process stay in it, and end with it."""
     hears, says = os.pipe()
     sys.stdout.flush()
     supervisor = os.getpid()
@@ -434,7 +434,7 @@ def _announcer(listener: socket.socket, page: Page, ground: Ground) -> tuple[int
 async def _announce(
     supervisor: int, says: int, listener: socket.socket, page: Page, ground: Ground
 ) -> None:
-    """Show the page once the product is ready; until then say, after a while, why it is not."""
+    """Show the page once the API is ready; after a while, show why it is not."""
     patient_until = time.monotonic() + _PATIENCE_S
     told = ""
     with page.busy("starting the API and the workers"):
@@ -454,7 +454,7 @@ async def _announce(
 
 
 async def _not_ready(listener: socket.socket) -> str | None:
-    """Why `/health/ready` does not say 200, or None when it does."""
+    """Return why `/health/ready` does not answer 200; None if it does."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
