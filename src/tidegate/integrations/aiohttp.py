@@ -4,7 +4,7 @@
     async with aiohttp.ClientSession(middlewares=(limit,)) as session:
         ...
 
-Invariant: a permit is held until `aiohttp` lets go of the connection of its answer. Importing this
+Invariant: a permit is held until `aiohttp` releases the connection of its answer. Importing this
 imports `aiohttp`.
 """
 
@@ -41,9 +41,10 @@ STREAMED = frozenset({"text/event-stream", "application/x-ndjson"})
 
 
 class LimitMiddleware:
-    """For `aiohttp.ClientSession(middlewares=(...,))`; the last of several, which sends.
+    """Middleware for `aiohttp.ClientSession(middlewares=(...,))`; it must be the last one, which
+    sends.
 
-    The `total` of aiohttp's timeout counts the wait for the permit too.
+    The `total` of aiohttp's timeout includes the wait for the permit.
     """
 
     def __init__(
@@ -54,11 +55,11 @@ class LimitMiddleware:
         usage: Usage | None = None,
         penalise: Penalised = None,
     ) -> None:
-        """demand: what each request needs, or a function of the request; None is nothing.
-        usage: reads from the body of a 2xx answer the tokens that it used. The middleware
-            reads the body for it, unless it is streamed: then the usage is unknown.
-        penalise: the limit that a 429 pauses in all processes, when it says for how long; or a
-            function of the demand.
+        """demand: of each request, or a function of the request; None needs no permit.
+        usage: reads the used tokens from the body of a 2xx answer. The middleware reads the body
+            for it, unless it is streamed: then the usage is unknown.
+        penalise: the limit that a 429 with a stated wait pauses in all processes; or a function
+            of the demand.
         """
         self._limiter = limiter
         self._demand = demand
@@ -66,9 +67,9 @@ class LimitMiddleware:
         self._penalise = penalise
 
     async def __call__(self, request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
-        """Raises what `Limiter.acquire` raises, before anything is sent; LeaseLost or
-        UpstreamTimeout when the permit is lost or overdue while sending. Cancellation returns the
-        permit."""
+        """Admit and send a request. Raises the errors of `Limiter.acquire` before anything is sent;
+        LeaseLost or UpstreamTimeout if the permit is lost or overdue while sending. Cancellation
+        releases the permit."""
         demand = demand_of(self._demand, request)
         if demand is None:
             return await handler(request)
@@ -81,20 +82,20 @@ class LimitMiddleware:
                 response = await handler(request)
                 exchange.answered(response.status, _closer(exchange, response))
             await self._watch(exchange, response)
-        except BaseException as error:  # cancellation too: the permit is returned with the outcome
+        except BaseException as error:  # cancellation too: the permit is released with the outcome
             await exchange.fail(error)
             raise
         return response
 
     async def _watch(self, exchange: LimitedExchange, response: ClientResponse) -> None:
-        """Return the permit when the answer ends."""
+        """Release the permit when the answer ends."""
         review = Review(
             response.status,
             response.headers,
             now=datetime.now(UTC),
             usage=None if response.content_type in STREAMED else self._usage,
             pauses=exchange.penalised is not None,
-            decode=bytes,  # aiohttp has done it
+            decode=bytes,  # aiohttp has decoded it
         )
         if review.pause_ms is not None:
             await exchange.pause(review.pause_ms)
@@ -102,7 +103,7 @@ class LimitMiddleware:
             _when_let_go(exchange, response)
             return
         async with exchange.using():
-            # Kept by the response: a later reader gets these bytes.
+            # The response keeps them: a later reader gets these bytes.
             review.take(await response.read())
         tokens = review.end()
         await exchange.complete(tokens)
@@ -111,7 +112,7 @@ class LimitMiddleware:
 
 
 def _closer(exchange: LimitedExchange, response: ClientResponse) -> Callable[[], Awaitable[None]]:
-    seen = ref(response)  # a response that nobody has any more must be collected
+    seen = ref(response)  # a weak reference, so that an unused response is collected
 
     async def close() -> None:
         response = seen()

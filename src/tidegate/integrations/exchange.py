@@ -1,13 +1,13 @@
 """Exchange of a request and its answer with an upstream under a permit, async and in threads.
 
-At the end the transports of `httpx` and of its fork `httpx2`, neither of which is imported here:
-the modules of those names say which classes are theirs.
+The transports of `httpx` and of its fork `httpx2` are at the end. Neither is imported here: the
+modules of those names set their classes.
 
-Invariants: nothing is sent without a permit; the permit is returned once, when the answer's body
+Invariants: nothing is sent without a permit; the permit is released once, when the answer's body
 has been read, closed or dropped; if the permit is lost or overdue, the reader is interrupted and
-the answer closed before the permit is returned (a thread notices at its next bytes). An
-unreadable answer is unknown, never an error. An answer is read through a body of ours, so that its
-end is seen.
+the answer closed before the permit is released (a thread notices at its next bytes). The usage of
+an unreadable answer is unknown, never an error. An answer is read through a body of ours, so that
+its end is seen.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from tidegate.limiter import (
     tokens_of,
 )
 
-# From the decoded body of a 2xx answer to the tokens that it used; None is unknown.
+# Reads the used tokens from the decoded body of a 2xx answer; None means unknown.
 Usage = Callable[[bytes], int | Tokens | None]
 
 THROTTLED = 429
-# Statuses by which an upstream says that it has too much to do. 529 is Anthropic's.
+# Statuses of an overloaded upstream. 529 is Anthropic's.
 OVERLOADED = frozenset({THROTTLED, 503, 529})
 MAX_PAUSE_MS = 86_400_000
-# What is kept of a body to read the usage from; that of a larger one is unknown.
+# Bytes of a body that are kept to read its usage; that of a larger one is unknown.
 MAX_KEPT_BYTES = 4_000_000
 # google.rpc.RetryInfo in JSON: https://github.com/googleapis/googleapis, error_details.proto
 _RETRY_INFO = re.compile(rb'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d{1,9})?)s"')
@@ -61,15 +61,17 @@ def outcome_of_status(status: int) -> Outcome:
 
 
 def outcome_of_error(error: BaseException, overload: tuple[type[Exception], ...]) -> Outcome:
-    """How a call went that ended with `error`; only what speaks of overload is `dropped`."""
+    """Return the outcome of a call that ended with `error`: `dropped` only for errors of
+    overload."""
     return "dropped" if isinstance(error, (UpstreamTimeout, *overload)) else "ignored"
 
 
 def retry_after_ms(headers: Mapping[str, str], now: datetime) -> int | None:
-    """How long a 429 says to stay away: `retry-after-ms`, or `retry-after` in seconds or as a date.
+    """Return the wait that a 429 requests: `retry-after-ms`, or `retry-after` in seconds or as a
+    date.
 
-    Azure sends 0 milliseconds beside whole seconds, which count. A date is by the clock of the
-    server, as its header Date has it; `now` where that is missing. None where it does not say.
+    Azure sends 0 milliseconds beside whole seconds, which count. A date is compared with the
+    server's clock, as in its header Date, or with `now` without one. None if no wait is stated.
     """
     exact = _number(headers.get("retry-after-ms"))
     value = headers.get("retry-after")
@@ -86,7 +88,7 @@ def retry_after_ms(headers: Mapping[str, str], now: datetime) -> int | None:
 
 
 def retry_info_ms(body: bytes) -> int | None:
-    """How long Google's APIs say to stay away: the RetryInfo of an error's body."""
+    """Return the wait in the RetryInfo of an error's body of Google's APIs."""
     found = _RETRY_INFO.search(body)
     return None if found is None else _bounded(float(found[1]) * 1000)
 
@@ -98,7 +100,7 @@ def _number(text: str | None) -> float | None:
 
 
 def _date(text: str | None) -> datetime | None:
-    """None where it is no date, or one without a zone."""
+    """Parse a date; None if it is invalid or has no zone."""
     try:
         at = parsedate_to_datetime(text or "")
     except (ValueError, OverflowError):
@@ -111,7 +113,7 @@ def _bounded(pause_ms: float) -> int | None:
 
 
 class Review:
-    """One answer, read while it passes by. `take` every chunk, then ask."""
+    """Reads an answer as it passes. Call `take` with every chunk, then `end`."""
 
     __slots__ = ("_chunks", "_decode", "_due_in_body", "_size_bytes", "_usage", "pause_ms")
 
@@ -125,7 +127,7 @@ class Review:
         pauses: bool,
         decode: Callable[[bytes], bytes],
     ) -> None:
-        """`decode` undoes the content encoding. `pauses`: whether a 429 is to be obeyed."""
+        """`decode` undoes the content encoding. `pauses`: a 429 pauses a limit."""
         throttled = pauses and status == THROTTLED
         self.pause_ms = retry_after_ms(headers, now) if throttled else None
         self._due_in_body = throttled and self.pause_ms is None
@@ -148,9 +150,9 @@ class Review:
             self._chunks.clear()
 
     def end(self) -> int | Tokens | None:
-        """The body has ended: the tokens that the call used, None where that is unknown.
+        """Return the tokens that the call used, after the end of the body; None if unknown.
 
-        `pause_ms` is the last word from here on.
+        `pause_ms` is final from here on.
         """
         if self._size_bytes == 0 or self._size_bytes > MAX_KEPT_BYTES:
             return None
@@ -162,11 +164,11 @@ class Review:
                 self.pause_ms = retry_info_ms(body)
             tokens = None if self._usage is None else self._usage(body)
             if tokens is not None:
-                tokens_of(tokens)  # raises for what cannot be counted
+                tokens_of(tokens)  # raises for values that cannot be counted
             return tokens
         except Exception:
-            # The answer is good, and paid for: neither a wrong reader of its usage nor a broken
-            # coding, which nobody else may have to undo, must lose it.
+            # The answer is valid and paid for: neither a faulty reader of its usage nor a broken
+            # content encoding, which possibly no other code undoes, must lose it.
             logger.exception("reading the usage of an answer failed: its reservation is kept")
             return None
 
@@ -176,10 +178,11 @@ logger = logging.getLogger("tidegate.integrations")
 
 @dataclass(slots=True, eq=False, repr=False)
 class LimitedExchange:
-    """`begin`, send inside `using`, say `answered`, read inside `using`, and end it always.
+    """An exchange under a permit: call `begin`, send within `using`, call `answered`, read within
+    `using`, and always end it by `complete`, `fail`, `abandon` or `closed`.
 
-    penalised: the limit that `pause` pauses.
-    overload: the client's errors that speak of an upstream with too much to do.
+    penalised: the limit that `pause` pauses. overload: the client's errors that mean an overloaded
+    upstream.
     """
 
     _limiter: Limiter
@@ -204,19 +207,19 @@ class LimitedExchange:
         return f"<LimitedExchange {self._demand.limits} {self._hold!r}>"
 
     async def begin(self) -> None:
-        """Wait for the permit, right before sending. Raises what `Limiter.acquire` raises, or
-        LeaseLost; nothing may be sent then. Cancellation returns the ticket or the permit."""
+        """Wait for the permit, immediately before sending. Raises the errors of `Limiter.acquire`,
+        or LeaseLost; then nothing may be sent. Cancellation releases the ticket or the permit."""
         await self._hold.take()
         try:
             await self._hold.confirm()
-        except BaseException:  # cancellation too: nothing is sent, so the permit is returned
+        except BaseException:  # for cancellation too: nothing is sent, so the permit is released
             self._release("ignored", None)
             raise
 
     @asynccontextmanager
     async def using(self) -> AsyncIterator[None]:
-        """Send or read inside, in any task. When the permit is lost or overdue, what is inside is
-        cancelled, and LeaseLost or UpstreamTimeout leaves."""
+        """Send or read within the block, in any task. If the permit is lost or overdue, the block
+        is cancelled, and LeaseLost or UpstreamTimeout raised."""
         self._check()
         scope = asyncio.timeout(None)
         with self._user():
@@ -234,7 +237,7 @@ class LimitedExchange:
 
     @contextmanager
     def _user(self) -> Iterator[None]:
-        """`_stop` waits until all have left."""
+        """Count a user of the connection: `_stop` waits until none is left."""
         self._users += 1
         self._unused.clear()
         try:
@@ -246,7 +249,7 @@ class LimitedExchange:
 
     @property
     def failure(self) -> TidegateError | None:
-        """Why the permit is no longer good; None while it is."""
+        """Return why the permit is no longer valid; None while it is."""
         return self._hold.failure
 
     def _check(self) -> None:
@@ -254,12 +257,13 @@ class LimitedExchange:
             raise self._hold.failure
 
     def answered(self, status: int, close: Callable[[], Awaitable[None]]) -> None:
-        """The answer has begun; `close` ends it, and may be called more than once."""
+        """Note the beginning of the answer; `close` closes it, and may be called more than once."""
         self._outcome = outcome_of_status(status)
         self._close = close
 
     async def _stop(self) -> None:
-        """Lost, overdue or dropped: interrupt the users of the connection, then close the answer.
+        """Interrupt the users of the connection, then close the answer: the permit is lost, overdue
+        or dropped.
 
         Runs in the task that holds the permit.
         """
@@ -273,25 +277,27 @@ class LimitedExchange:
             await self._close()
 
     async def complete(self, tokens: int | Tokens | None) -> None:
-        """The whole answer was read; `tokens` is what it used, None where that is unknown.
+        """End the exchange after the whole answer was read; `tokens` is its usage, None if unknown.
 
-        Raises LeaseLost when the permit was lost meanwhile.
+        Raises LeaseLost if the permit was lost meanwhile.
         """
         await self._end(self._outcome, tokens)
         self._check()
 
     async def fail(self, error: BaseException) -> None:
-        """Sending or reading ended with `error`."""
+        """End the exchange after sending or reading failed with `error`."""
         await self._end(outcome_of_error(error, self._overload), None)
 
     async def abandon(self) -> None:
-        """The answer is not read any further. Does nothing after `complete` or `fail`."""
+        """End the exchange without reading the rest of the answer. Does nothing after `complete` or
+        `fail`."""
         await self._end(self._outcome_of(whole=False), None)
 
     def closed(self, *, whole: bool) -> None:
-        """The answer has been closed by others: return the permit. The first call counts.
+        """Release the permit after other code has closed the answer. Only the first call has an
+        effect.
 
-        whole: whether it was read to its end.
+        whole: the answer was read to its end.
         """
         self._release(self._outcome_of(whole=whole), None)
 
@@ -315,26 +321,26 @@ class LimitedExchange:
             self._hold.release()
 
     def drop(self) -> bool:
-        """The answer was collected as garbage: close it and return the permit, soon.
+        """Close an answer that was garbage-collected and release the permit, soon.
 
-        True if it was still open. May be called in any thread.
+        Return True if it was still open. May be called in any thread.
         """
         return self._hold.drop()
 
     async def pause(self, for_ms: int) -> None:
-        """The upstream said 429, and for how long: pause a limit in all processes."""
+        """Pause a limit in all processes, for the time that the upstream's 429 stated."""
         if self.penalised is None:
             return
         try:
             await self._limiter.penalise(self.penalised, for_ms=for_ms, reason="429", by="upstream")
         except (LimiterUnavailable, DemandImpossible) as error:
-            # Nothing of the answer is lost by it: the next 429 tries again.
+            # The answer is still returned, and the next 429 tries again.
             logger.warning("a 429 could not pause %s: %s", self.penalised, error)
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class SyncExchange:
-    """As `LimitedExchange`, in a thread."""
+    """`LimitedExchange` for threads."""
 
     _limiter: SyncLimiter
     _demand: Demand
@@ -342,7 +348,7 @@ class SyncExchange:
     _overload: tuple[type[Exception], ...]
     _held: ThreadPermit = field(init=False)
     _permit: SyncPermit | None = None
-    # Taken to send, read or close; a thread of the limiter's only tries.
+    # Held to send, read or close; a thread of the limiter only tries to take it.
     _in_use: threading.RLock = field(default_factory=threading.RLock)
     _open: bool = True
     _close: Callable[[], None] | None = None
@@ -355,20 +361,21 @@ class SyncExchange:
         return f"<SyncExchange {self._demand.limits} open={self._open}>"
 
     def begin(self) -> None:
-        """Wait for the permit, right before sending. Raises what `SyncLimiter.acquire` raises, or
-        LeaseLost; nothing may be sent then. An interrupt returns the ticket or the permit."""
+        """Wait for the permit, immediately before sending. Raises the errors of
+        `SyncLimiter.acquire`, or LeaseLost; then nothing may be sent. An interrupt releases the
+        ticket or the permit."""
         self._permit = self._held.enter()
         assert self._permit is not None
         try:
             self._permit.confirm()
-        except BaseException:  # an interrupt too: nothing is sent, so the permit is returned
+        except BaseException:  # for an interrupt too: nothing is sent, so the permit is released
             self._shut("ignored", None)
             raise
 
     @contextmanager
     def using(self) -> Iterator[None]:
-        """Send or read inside. Raises LeaseLost or UpstreamTimeout before and after, when the
-        permit was lost or is overdue."""
+        """Send or read within the block. Raises LeaseLost or UpstreamTimeout before and after it if
+        the permit is lost or overdue."""
         with self._in_use:
             self._check()
             yield
@@ -379,12 +386,13 @@ class SyncExchange:
             raise self._held.failure
 
     def answered(self, status: int, close: Callable[[], None]) -> None:
-        """The answer has begun; `close` ends it."""
+        """Note the beginning of the answer; `close` closes it."""
         self._outcome = outcome_of_status(status)
         self._close = close
 
     def _close_unused(self) -> None:
-        """Lost, overdue or dropped: close the answer, unless it is in use. In another thread."""
+        """Close the answer, unless it is in use: the permit is lost, overdue or dropped. In another
+        thread."""
         if self._in_use.acquire(blocking=False):
             try:
                 self._shut("ignored", None)
@@ -392,33 +400,35 @@ class SyncExchange:
                 self._in_use.release()
 
     def complete(self, tokens: int | Tokens | None) -> None:
-        """The whole answer was read. Raises LeaseLost when the permit was lost meanwhile."""
+        """End the exchange after the whole answer was read. Raises LeaseLost if the permit was lost
+        meanwhile."""
         self._shut(self._outcome, tokens)
         self._held.leave()
 
     def fail(self, error: BaseException) -> None:
-        """Sending or reading ended with `error`."""
+        """End the exchange after sending or reading failed with `error`."""
         self._shut(outcome_of_error(error, self._overload), None)
 
     def abandon(self) -> None:
-        """The answer is not read any further. Does nothing after `complete` or `fail`."""
+        """End the exchange without reading the rest of the answer. Does nothing after `complete` or
+        `fail`."""
         self._shut("ignored" if self._outcome == "success" else self._outcome, None)
 
     def drop(self) -> bool:
-        """The answer was collected as garbage: close it and return the permit, soon.
+        """Close an answer that was garbage-collected and release the permit, soon.
 
-        True if it was still open. May be called in any thread.
+        Return True if it was still open. May be called in any thread.
         """
         return self._open and self._held.drop()
 
     def pause(self, for_ms: int) -> None:
-        """The upstream said 429, and for how long: pause a limit in all processes."""
+        """Pause a limit in all processes, for the time that the upstream's 429 stated."""
         if self.penalised is None:
             return
         try:
             self._limiter.penalise(self.penalised, for_ms=for_ms, reason="429", by="upstream")
         except (LimiterUnavailable, DemandImpossible, ShuttingDown) as error:
-            # Nothing of the answer is lost by it: the next 429 tries again.
+            # The answer is still returned, and the next 429 tries again.
             logger.warning("a 429 could not pause %s: %s", self.penalised, error)
 
     def _shut(self, outcome: Outcome, tokens: int | Tokens | None) -> None:
@@ -437,14 +447,14 @@ class SyncExchange:
 
 RequestT = TypeVar("RequestT")
 
-# A demand of every request, or of each by what it is; None needs no permit.
+# The demand of every request, or a function of the request; None needs no permit.
 Demanded = Demand | Callable[[RequestT], Demand | None]
-# The limit that a 429 pauses, or by what was demanded; None pauses nothing.
+# The limit that a 429 pauses, or a function of the demand; None pauses nothing.
 Penalised = str | Callable[[Demand], str | None] | None
 
 
 def demand_of(demanded: Demanded[RequestT], request: RequestT) -> Demand | None:
-    """What `request` needs. Raises TypeError for limits that are one string."""
+    """Return the demand of `request`. Raises TypeError for limits that are one string."""
     demand = demanded if isinstance(demanded, Demand) else demanded(request)
     if demand is not None and not _is_tuple(demand.limits):
         raise TypeError(f"limits are a tuple: ({demand.limits!r},)")
@@ -456,7 +466,7 @@ def _is_tuple(limits: object) -> bool:
 
 
 def penalised_by(penalised: Penalised, demand: Demand) -> str | None:
-    """The limit to pause when the upstream says 429 to a call of `demand`."""
+    """Return the limit to pause after a 429 to a call of `demand`."""
     return penalised(demand) if callable(penalised) else penalised
 
 
@@ -482,7 +492,7 @@ LimiterT = TypeVar("LimiterT", Limiter, SyncLimiter)
 
 
 class AsyncBody:
-    """An answer's bytes; the permit is returned at their end, and when it is closed."""
+    """An answer's bytes; the permit is released at their end, and when the body is closed."""
 
     def __init__(self, exchange: LimitedExchange, chunks: Any, review: Review) -> None:
         self._exchange = exchange
@@ -497,7 +507,7 @@ class AsyncBody:
                 async with exchange.using():
                     chunk = await anext(chunks, None)
             except BaseException as error:
-                # Cancellation too: the permit is returned with the outcome.
+                # For cancellation too: the permit is released with the outcome.
                 await exchange.fail(error)
                 raise
             if chunk is None:
@@ -518,7 +528,7 @@ class AsyncBody:
 
 
 class SyncBody:
-    """As `AsyncBody`, for a thread."""
+    """`AsyncBody` for threads."""
 
     def __init__(self, exchange: SyncExchange, chunks: Any, review: Review) -> None:
         self._exchange = exchange
@@ -533,7 +543,7 @@ class SyncBody:
                 with exchange.using():
                     chunk = next(chunks, None)
             except BaseException as error:
-                # An interrupt too: the permit is returned with the outcome.
+                # For an interrupt too: the permit is released with the outcome.
                 exchange.fail(error)
                 raise
             if chunk is None:
@@ -554,13 +564,14 @@ class SyncBody:
 
 
 class _Transport(Generic[RequestT, ResponseT, InnerT, LimiterT]):
-    """Common part of both transports; what begins with an underscore is the library's."""
+    """Common part of both transports; the attributes that begin with an underscore are the
+    library's."""
 
     _overload: ClassVar[tuple[type[Exception], ...]]
     _response: ClassVar[Callable[..., Any]]
     _body: ClassVar[Callable[..., Any]]
     _sender: ClassVar[Callable[..., Any]]
-    # The limiter bounds the calls: a pool that bounds them too would let permits wait in vain.
+    # The limiter bounds the calls: with a bounded pool, permits would be held by waiting calls.
     _unbounded: ClassVar[Any]
 
     def __init__(
@@ -573,12 +584,12 @@ class _Transport(Generic[RequestT, ResponseT, InnerT, LimiterT]):
         penalise: Penalised = None,
     ) -> None:
         """limiter: a `Limiter`, or a `SyncLimiter` for a transport of threads.
-        demand: what each request needs, or a function of the request; None is nothing.
-        inner: what sends; by default the library's own, without a bound on its connections.
-            Certificates, proxies and HTTP/2 are options of it.
-        usage: reads from the decoded body of a 2xx answer the tokens that it used.
-        penalise: the limit that a 429 pauses in all processes, when it says for how long; or a
-            function of the demand.
+        demand: of each request, or a function of the request; None needs no permit.
+        inner: the transport that sends; by default the library's own, without a bound on its
+            connections. Certificates, proxies and HTTP/2 are options of it.
+        usage: reads the used tokens from the decoded body of a 2xx answer.
+        penalise: the limit that a 429 with a stated wait pauses in all processes; or a function
+            of the demand.
         """
         self._limiter: LimiterT = limiter
         self._demand = demand
@@ -617,12 +628,12 @@ class _Transport(Generic[RequestT, ResponseT, InnerT, LimiterT]):
 
 
 class AsyncTransport(_Transport[RequestT, ResponseT, InnerT, Limiter]):
-    """Lets each request in by what `demand` says, and sends it through `inner`."""
+    """Admits each request by its demand, and sends it through `inner`."""
 
     async def handle_async_request(self, request: RequestT) -> ResponseT:
-        """Raises what `Limiter.acquire` raises, before anything is sent; LeaseLost or
-        UpstreamTimeout when the permit is lost or overdue while sending. Cancellation returns the
-        permit."""
+        """Admit and send a request. Raises the errors of `Limiter.acquire` before anything is sent;
+        LeaseLost or UpstreamTimeout if the permit is lost or overdue while sending. Cancellation
+        releases the permit."""
         response: ResponseT
         demand = demand_of(self._demand, request)
         if demand is None:
@@ -639,7 +650,7 @@ class AsyncTransport(_Transport[RequestT, ResponseT, InnerT, Limiter]):
             if review.pause_ms is not None:
                 await exchange.pause(review.pause_ms)
             return self._handed_on(response, exchange, review)
-        except BaseException as error:  # cancellation too: the permit is returned with the outcome
+        except BaseException as error:  # cancellation too: the permit is released with the outcome
             await exchange.fail(error)
             raise
 
@@ -649,11 +660,12 @@ class AsyncTransport(_Transport[RequestT, ResponseT, InnerT, Limiter]):
 
 
 class SyncTransport(_Transport[RequestT, ResponseT, InnerT, SyncLimiter]):
-    """As `AsyncTransport`, for threads."""
+    """`AsyncTransport` for threads."""
 
     def handle_request(self, request: RequestT) -> ResponseT:
-        """Raises what `SyncLimiter.acquire` raises before anything is sent; LeaseLost or
-        UpstreamTimeout, as soon as `inner` returns, when the permit is lost or overdue."""
+        """Admit and send a request. Raises the errors of `SyncLimiter.acquire` before anything is
+        sent; LeaseLost or UpstreamTimeout, as soon as `inner` returns, if the permit is lost or
+        overdue."""
         response: ResponseT
         demand = demand_of(self._demand, request)
         if demand is None:
@@ -670,7 +682,7 @@ class SyncTransport(_Transport[RequestT, ResponseT, InnerT, SyncLimiter]):
             if review.pause_ms is not None:
                 exchange.pause(review.pause_ms)
             return self._handed_on(response, exchange, review)
-        except BaseException as error:  # an interrupt too: the permit is returned with the outcome
+        except BaseException as error:  # an interrupt too: the permit is released with the outcome
             exchange.fail(error)
             raise
 

@@ -1,9 +1,9 @@
 """Logging: names of all events, format of the lines, redaction of secrets.
 
-Invariant: this is the only file that spells an event's name. A line is one event with fields; on a
-terminal it is coloured text, short for requests and jobs, elsewhere JSON. Secrets never reach a
-line: values of fields whose name says that they are secret are replaced, at any depth, and so is a
-key or a password inside a text.
+Invariant: only this file spells the name of an event. A line is one event with fields; on a
+terminal it is coloured text, short for requests and jobs, otherwise JSON. Secrets never reach a
+line: values of fields with a secret's name are replaced, at any depth, and so are keys and
+passwords within texts.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any, Literal
 import orjson
 import structlog
 
-# Variables by which a supervisor names a process among its children, and the folder of what they
-# count, as prometheus-client reads it.
+# Variables by which a supervisor names a process among its children, and the folder of their
+# metrics, as prometheus-client reads it.
 NAMED = "TIDEGATE_CHILD"
 SHARED = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -120,7 +120,7 @@ class Log(StrEnum):
 
 class GenAI(StrEnum):
     """Names of spans, metrics and attributes: by OpenTelemetry's conventions for generative AI
-    (https://opentelemetry.io/docs/specs/semconv/gen-ai/) where those name them, else our own."""
+    (https://opentelemetry.io/docs/specs/semconv/gen-ai/) if defined there, otherwise our own."""
 
     OPERATION = "gen_ai.operation.name"
     PROVIDER = "gen_ai.provider.name"
@@ -160,8 +160,8 @@ _SECRET_FIELD = re.compile(
     r"key$|secret|password|credential|authorization|cookie|(?:access|refresh|auth|id|admin)_token$",
     re.IGNORECASE,
 )
-# Of a URL's password: all up to the last "@" of the word, since people leave "/" and "@" bare in
-# it; not the digits of a port.
+# A URL's password: everything up to the last "@" of the word, since "/" and "@" are often not
+# escaped in it; not the digits of a port.
 _SECRET_IN_TEXT = re.compile(
     r"(?P<before>"
     r"(?P<password>://[^/\s:@'\"]*:(?!\d+(?:[/?#\s'\",]|$)))"
@@ -171,18 +171,20 @@ _SECRET_IN_TEXT = re.compile(
     # `tg_...` stands for any key in our own texts.
     r"(?(password)[^\s'\"]*(?=@)|(?!(?:(?:bearer|basic)\s+)?tg_\.)[^&\s'\"]+)"
     r"|\bAIza[\w-]{30,}|\btg_[a-z0-9]{4,}_\w{8,}|\btgop_[\w-]{20,}"
-    # Of OpenAI, Anthropic, OpenRouter and DeepSeek; Groq, xAI, Hugging Face, Perplexity, NVIDIA.
+    # Keys of OpenAI, Anthropic, OpenRouter and DeepSeek; Groq, xAI, Hugging Face, Perplexity,
+    # NVIDIA.
     r"|(?<![\w-])(?:sk-|gsk_|xai-|hf_|pplx-|nvapi-)(?=[a-z_-]{0,40}\d)[\w-]{20,}",
     re.IGNORECASE,
 )
 
 
 def redact(text: str) -> str:
-    """`text` without providers' keys and ours, secrets in URLs, and values of secret headers."""
+    """Return `text` without keys of providers and of this gateway, secrets in URLs, and values of
+    secret headers."""
     return _SECRET_IN_TEXT.sub(lambda found: f"{found['before'] or ''}***", text)
 
 
-_redacted_path = lru_cache(1_000)(redact)  # most requests are for one of a few
+_redacted_path = lru_cache(1_000)(redact)  # most requests are for one of a few paths
 
 
 def _redacted(value: Any) -> Any:
@@ -215,8 +217,8 @@ def _to_json(event: Any, **_options: Any) -> str:
     return _as_plain_json(orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode())
 
 
-# What a terminal or a viewer may obey instead of showing it: controls (C0, DEL, C1), line and
-# paragraph separators, and marks that change the direction of the text around them.
+# Characters that a terminal or a viewer may interpret: controls (C0, DEL, C1), line and paragraph
+# separators, and marks that change the direction of the surrounding text.
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 
 
@@ -225,12 +227,13 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def _as_plain_json(line: str) -> str:
-    """The same JSON, with escapes for what orjson leaves as it is."""
+    """Return the same JSON with control characters escaped, which orjson leaves unescaped."""
     return line if line.isascii() and "\x7f" not in line else _OBEYED.sub(_escaped, line)
 
 
 def _as_plain_lines(lines: list[str]) -> str:
-    """The same of several, each with its end: one look at them together where they are in ASCII."""
+    """Return several lines of JSON, escaped likewise; one check for all of them if they are
+    ASCII."""
     together = "\n".join(lines) + "\n"
     if together.isascii() and "\x7f" not in together:
         return together
@@ -240,9 +243,9 @@ def _as_plain_lines(lines: list[str]) -> str:
 def _plain(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    """For a terminal: whatever a stranger sent is shown, and not obeyed. Line breaks stay in what
-    has several lines of its own, an event of another library or the text of an exception; but none
-    of its lines can be taken for one of the log."""
+    """Escape control characters in the texts of an event, for a terminal. Line breaks are kept in
+    fields with several lines of their own (messages of other libraries, exceptions), indented so
+    that none of these lines can be taken for a line of the log."""
     for name, value in event.items():
         if not isinstance(value, str) or value.isprintable():
             continue
@@ -268,16 +271,16 @@ def _shortened(value: Any) -> Any:
 
 
 def recent_problems() -> list[dict[str, Any]]:
-    """The last lines of this process from the level `warning` on, redacted."""
+    """Return the last lines of this process from the level `warning` on, redacted."""
     return list(_problems)
 
 
 def problem_counts() -> Counter[str]:
-    """How many such lines this process has written, by event."""
+    """Return how many such lines this process has written, by event."""
     return Counter(_counts)
 
 
-# Alerts look for these.
+# Events that alerts are based on.
 UPKEEP_FAILURES = (
     *(Log.CREDENTIALS_FAILED.value, Log.PARTITIONS_MISSING.value),
     *(Log.DAILY_WORK_FAILED.value, Log.RECONCILE_FAILED.value, Log.WORKER_LOOP_FAILED.value),
@@ -288,20 +291,21 @@ _SERIOUS = ("warning", "error", "critical")
 _LONGEST_SHOWN = 2_000
 _problems: deque[dict[str, Any]] = deque(maxlen=50)
 
-# What other libraries say of each request; some of it at a level below `info` holds its content.
+# Other libraries' lines for each request; some below `info` contain its content.
 _NOISY = (
     *("httpx", "httpx2", "httpcore", "httpcore2", "google_genai"),
     *("aiohttp.access", "asyncio", "multipart", "python_multipart"),
 )
 
 
-# What the start-up page says in other words.
+# Events that the start-up page reports.
 _SAID_BY_PAGE = frozenset({Log.STARTED, Log.STOPPING, Log.STOPPED, Log.MIGRATED, Log.DEMO_MODE})
 _FIRST_CONTACT = "limiter: up"
 
 
 class _BesidePage(logging.Filter):
-    """Drops the lines of an ordinary start and end beside the start-up page."""
+    """A filter that drops the lines of an ordinary start and end, which the start-up page
+    reports."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -322,7 +326,8 @@ _RED, _YELLOW, _GREEN = "\x1b[31m", "\x1b[33m", "\x1b[32m"
 
 
 def _short_line(event: Mapping[str, Any]) -> str:
-    """The line of a request or a job for a person: `200 POST /v1/messages acme gpt-5 688 ms`."""
+    """Return the line of a request or a job for people: `200 POST /v1/messages acme gpt-5 688
+    ms`."""
     if event["event"] == Log.REQUEST_DONE:
         status = event.get("status") or 0
         colour = _RED if status >= 500 else _YELLOW if status >= 400 or not status else _GREEN
@@ -345,7 +350,7 @@ def _short_line(event: Mapping[str, Any]) -> str:
 
 
 class _ForPeople:
-    """Renders for a person at a terminal: requests and jobs in short, all else as structlog."""
+    """A renderer for people at a terminal: requests and jobs in short, all else as in structlog."""
 
     def __init__(self) -> None:
         self._others = structlog.dev.ConsoleRenderer(colors=True)
@@ -365,8 +370,8 @@ def _renderers(for_people: bool, console: bool) -> list[Any]:
 
 
 def lines_with(**fields: str) -> AbstractContextManager[None]:
-    """Adds fields to all lines of this task within the block, and of the tasks that are made there,
-    other libraries' too."""
+    """Add fields to all lines of this task within the block, and of tasks created there, also those
+    of other libraries."""
     return structlog.contextvars.bound_contextvars(**fields)
 
 
@@ -374,12 +379,14 @@ def configure_logging(
     style: Literal["auto", "console", "json"], level: str, *, process: str, has_page: bool = False
 ) -> None:
     """Set up structlog and the standard library's loggers to write the same lines to stderr.
-    has_page: at a terminal, leave out what the start-up page says."""
+
+    has_page: at a terminal, leave out the lines that the start-up page reports.
+    """
 
     def add_process(
         _logger: object, _method: str, event: MutableMapping[str, Any]
     ) -> MutableMapping[str, Any]:
-        # Not a context variable: a thread of its own, such as a heartbeat's, would not see it.
+        # Not a context variable: separate threads, such as a heartbeat's, would not see it.
         event.setdefault("process", process)
         return event
 
@@ -427,9 +434,9 @@ def configure_logging(
 
 
 class FrequentLog:
-    """The line of each request or job, at a twentieth of a logger's cost: written straight to the
-    stream where lines are JSON, those of one turn of the event loop together. Give it only fields
-    that cannot hold a secret, beside the path."""
+    """The log line of each request or job, at a twentieth of a logger's cost: JSON lines are
+    written directly to the stream, those of an iteration of the event loop together. Except for the
+    path, its fields must not be able to contain a secret."""
 
     def __init__(self, event: Log) -> None:
         self._event = event
@@ -438,7 +445,7 @@ class FrequentLog:
 
     @property
     def is_text(self) -> bool:
-        """Whether a line is for people, who see more of a call than machines, which look it up."""
+        """Return whether lines are text for people, which has more fields of a call than JSON."""
         return _lines is None
 
     def __call__(self, fields: dict[str, Any]) -> None:
@@ -462,11 +469,11 @@ class FrequentLog:
         try:
             _lines[0].stream.write(_as_plain_lines(lines))
             _lines[0].flush()
-        except (OSError, ValueError):  # a stream that is closed is no reason to fail a request
+        except (OSError, ValueError):  # a closed stream must not fail a request
             return
 
 
-# The handler and the process's name, while the lines of requests and jobs are JSON and wanted.
+# The handler and the process's name, while the lines of requests and jobs are logged as JSON.
 _lines: tuple[logging.StreamHandler[Any], str] | None = None
 _STAMP = orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS
 

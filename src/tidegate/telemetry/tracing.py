@@ -1,10 +1,10 @@
 """Trace context of a call: its parent, the span ids of its attempts, and the collector.
 
-W3C Trace Context, https://www.w3.org/TR/trace-context/. A `Trail` collects while the call runs;
-`tidegate.metrics.otel` makes the spans after its end.
+W3C Trace Context, https://www.w3.org/TR/trace-context/. A `Trail` collects data while the call
+runs; `tidegate.metrics.otel` makes the spans after its end.
 
-Invariant: without a collector nothing is made up: a client's own traceparent goes on to the
-upstream as it came, and where a client gives none, nothing does.
+Invariant: without a collector no ids are generated: a client's own traceparent is forwarded to the
+upstream unchanged, and without one none is sent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SAMPLED = 1
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """What a traceparent says: ids as numbers, and whether its trace is recorded."""
+    """A parsed traceparent: its ids as numbers, and whether its trace is recorded."""
 
     trace_id: int
     span_id: int
@@ -41,7 +41,7 @@ class Parent:
 
 
 def parent_of(text: str | None) -> Parent | None:
-    """None for what is no traceparent; of a later version what is known of it."""
+    """Parse a traceparent; None if it is invalid. Of a later version the known fields are read."""
     if text is None:
         return None
     found = _SHAPE.match(text.strip())
@@ -57,7 +57,7 @@ def parent_of(text: str | None) -> Parent | None:
 
 
 def parent_in(headers: Iterable[tuple[bytes, bytes]]) -> Parent | None:
-    """Of a request's headers, whose names are in lower case."""
+    """Return the parent in a request's headers, whose names are in lower case."""
     for name, value in headers:
         if name == HEADER:
             return parent_of(value.decode("latin-1"))
@@ -66,8 +66,8 @@ def parent_in(headers: Iterable[tuple[bytes, bytes]]) -> Parent | None:
 
 @dataclass(slots=True)
 class Try:
-    """One call upstream. Times are in ns since 1970; ended_ns is 0 while it runs. address: host and
-    port. status: of its HTTP answer, 0 without one. code: of the error, None where it worked."""
+    """An upstream call. Times are in ns since 1970; ended_ns is 0 while it runs. address: host and
+    port. status: of its HTTP answer, 0 without one. code: of the error, None on success."""
 
     span_id: int
     began_ns: int
@@ -81,8 +81,8 @@ class Try:
 
 @dataclass(slots=True)
 class Trail:
-    """A call in its trace. recorded: spans will be made of it; else it only passes on what its
-    parent said. None where its end decides: of a job that ends in the database."""
+    """A call in its trace. recorded: spans are made of it; otherwise only its parent is forwarded.
+    None if this is decided at its end: for a job that ends in the database."""
 
     trace_id: int
     span_id: int
@@ -92,18 +92,18 @@ class Trail:
 
     @classmethod
     def of(cls, request_id: UUID, parent: Parent | None, recorded: bool | None = None) -> Trail:
-        """Of a request; the same wherever it is made."""
+        """Return the trail of a request; the same in every process."""
         trace_id = request_id.int if parent is None else parent.trace_id
-        # A UUIDv7's last 64 bits are random but for two, of which one is set: never zero.
+        # The last 64 bits of a UUIDv7 are random except two, of which one is set: never zero.
         return cls(trace_id, request_id.int & 0xFFFF_FFFF_FFFF_FFFF, parent, recorded)
 
     @property
     def trace(self) -> str:
-        """The trace's id, as it stands in logs."""
+        """Return the trace's id as in logs."""
         return f"{self.trace_id:032x}"
 
     def begin(self, upstream: str, model: str, address: str = "") -> str:
-        """A try begins; returns the traceparent that goes with it."""
+        """Begin an attempt and return its traceparent."""
         if not self.recorded:
             return self.parent.text if self.parent is not None else self._as(self.span_id)
         one = Try(_new_span_id(), time.time_ns(), upstream, model, address)
@@ -111,7 +111,7 @@ class Trail:
         return self._as(one.span_id)
 
     def end(self, error: UpstreamError | None, *, worked: bool, status: int = 0) -> None:
-        """The last try has ended: it worked, failed by `error`, or was called off."""
+        """End the last attempt: it worked, failed with `error`, or was cancelled."""
         if self.tries:
             one = self.tries[-1]
             one.ended_ns = time.time_ns()
@@ -126,15 +126,16 @@ Sampler = Callable[[int, Parent | None], bool]
 
 
 class Tracing:
-    """One per process. `sampler` says which traces are recorded; without one, none is."""
+    """Decides which calls are traced; one object per process. `sampler` selects the recorded
+    traces; without one, none is recorded."""
 
     def __init__(self, sampler: Sampler | None = None) -> None:
         self._sampler = sampler
         self.on = sampler is not None
 
     def trail(self, request_id: UUID, parent: Parent | None) -> Trail | None:
-        """Of a request; the same wherever it is asked for. None where there is nothing to pass on
-        and nothing to record."""
+        """Return the trail of a request, always the same; None if there is nothing to forward and
+        nothing to record."""
         if self._sampler is None and parent is None:
             return None
         trail = Trail.of(request_id, parent, False)
@@ -144,7 +145,7 @@ class Tracing:
 
 
 def address_of(url: str) -> str:
-    """Host and port of a URL, as a `Try` has them."""
+    """Return host and port of a URL, as in a `Try`."""
     parts = urlsplit(url)
     return f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
 
@@ -174,12 +175,12 @@ _CHOICES = {
     "OTEL_METRICS_EXEMPLAR_FILTER": ("always_on", "always_off", "trace_based"),
     "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": ("cumulative", "delta", "lowmemory"),
 }
-_MOST_QUEUED, _MOST_SENT = 2_048, 512  # the usual sizes of the queue and of one export
+_MOST_QUEUED, _MOST_SENT = 2_048, 512  # the usual sizes of the queue and of an export
 _LONGEST_SHOWN = 200
 
 
 def collector_variables(dotenv: Path = Path(".env")) -> dict[str, str]:
-    """OpenTelemetry's variables: of the environment, and of `.env` where they are not there. Raises
+    """Return OpenTelemetry's variables: from the environment, otherwise from `.env`. Raises
     ConfigError."""
     written = from_dotenv(dotenv)
     return {
@@ -188,15 +189,15 @@ def collector_variables(dotenv: Path = Path(".env")) -> dict[str, str]:
 
 
 def names_collector(given: Mapping[str, str]) -> bool:
-    """Whether these variables say where spans and metrics are to go."""
+    """Return whether these variables name a destination of spans and metrics."""
     if given.get(_OFF, "").strip().lower() == "true":
         return False
     return any(given.get(f"{one}_ENDPOINT", "").strip() for one in _EXPORTERS)
 
 
 def check_collector(given: Mapping[str, str]) -> None:
-    """Raises ConfigError for a value that the SDK fails at, or leaves out without a word; checks
-    nothing where no collector is named."""
+    """Raise ConfigError for a value that the SDK fails on, or ignores without a message; do nothing
+    if no collector is named."""
     said = {name: value.strip() for name, value in given.items() if value.strip()}
     _check_one_of(said, _OFF)
     if not names_collector(said):
@@ -266,7 +267,7 @@ def _check_file(said: Mapping[str, str], name: str) -> None:
 
 
 def _number(text: str) -> float:
-    """Not a number where it is none: all comparisons fail."""
+    """Return a number, or NaN, for which all comparisons are false."""
     try:
         return float(text)
     except ValueError:
