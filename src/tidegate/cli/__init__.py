@@ -1,4 +1,4 @@
-"""Command line. A command imports what it needs when it runs, so that `--help` is fast."""
+"""Command line. A command imports its modules when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _USE, _RUN, _OPERATE = "Use it", "Run it", "Operate it"
 def main() -> None:
     """Run the command line. Its exit codes are `EXITS`."""
     for output in (sys.stdout, sys.stderr):
-        # What an output of another encoding than UTF-8 cannot show, it shows as escapes.
+        # An output of another encoding than UTF-8 shows other characters as escapes.
         if isinstance(output, TextIOWrapper) and output.errors == "strict":
             output.reconfigure(errors="backslashreplace")
     try:
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _check_text(arguments: Sequence[str]) -> None:
-    """Raises ConfigError for an argument that is not text, unless it is the name of a file."""
+    """Raise ConfigError for an argument that is not text, unless it is the name of a file."""
     for argument in arguments:
         try:
             argument.encode()
@@ -90,8 +90,9 @@ def _check_text(arguments: Sequence[str]) -> None:
 
 
 def command_line(arguments: Sequence[str]) -> typer.Typer:
-    """The command line for these arguments: with the one command that comes first in them, where it
-    is one. To build them all takes a tenth of a start, and longer than most commands."""
+    """Return the command line for these arguments, with only the command that comes first in
+    them, if it is one. Building all commands takes a tenth of a start, and longer than most
+    commands run."""
     named = arguments[0] if arguments else ""
     commands = [one for one in app.registered_commands if _name_of(one) == named]
     groups = [one for one in app.registered_groups if one.name == named]
@@ -108,7 +109,7 @@ def _name_of(command: CommandInfo) -> str:
 
 
 def _with_way_out(failed: TidegateError) -> str:
-    """The message, with what to do about a server that is away where it does not say that."""
+    """Return the message, with advice for an unavailable server if it has none."""
     text = str(failed)
     if isinstance(failed, StoreUnavailable | LimiterUnavailable) and "`tidegate" not in text:
         return f"{text.rstrip('.')}; `tidegate doctor` looks at both servers"
@@ -122,15 +123,15 @@ def _leave(message: str, code: int) -> None:
     sys.exit(code)
 
 
-# What libraries import wherever it is installed, for what our processes do not use: redis-py for
-# metrics of its own, structlog for coloured tracebacks, FastAPI for models of an older kind.
+# Modules that libraries import if installed, for features that are not used here: redis-py for its
+# own metrics, structlog for coloured tracebacks, FastAPI for older models.
 _OF_REDIS, _OF_STRUCTLOG, _OF_FASTAPI = "opentelemetry.sdk.metrics", "rich", "pydantic.v1"
 
 
 @contextmanager
 def _without(*names: str) -> Iterator[None]:
-    """Import as if these modules were not installed, but for those that are imported already; after
-    the block they can be imported. They take a seventh of the start, and 6 MB of each process."""
+    """Import as if these modules were not installed, except those imported already. They take a
+    seventh of the start, and 6 MB of each process."""
     absent = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
     try:

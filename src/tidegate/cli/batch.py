@@ -1,10 +1,10 @@
 """Commands `tidegate batch`: a file of prompts as jobs, with a bar and a file of results, and the
 batches of all tenants.
 
-Input is JSON lines, plain lines or CSV. Each line is one job with an idempotency key derived from
-the file's content and the line's number, so a second run of the same file submits nothing twice.
-The results file is the only state of a run: one JSON line per finished job; an incomplete last
-line is removed at start.
+Input is JSON lines, plain lines or CSV. Each line is a job with an idempotency key derived from the
+file's content and the line's number, so that a second run of the same file submits nothing twice.
+The results file is the only state of a run: one JSON line per finished job; an incomplete last line
+is removed at start.
 
 Invariants: a line's result is written before the next line takes its slot; Ctrl-C or `kill -9`
 loses no result.
@@ -213,7 +213,7 @@ _WHOLE_ID = re.compile(r"(?:msg)?batch_[0-9a-f]{32}")
 
 
 async def _shown(name: str, batch: Run) -> None:
-    """Run it, and show how far it is; on a terminal as it moves, else a line now and then."""
+    """Run a batch and show its progress: live on a terminal, otherwise by a line now and then."""
     running = asyncio.create_task(batch.run())
     try:
         with _display(name, batch.tally) as (draw, every_s):
@@ -242,7 +242,8 @@ def _display(name: str, tally: RunProgress) -> Iterator[tuple[Any, float]]:
 
 
 class _Lines:
-    """A line on standard error now and then, and immediately if the reason to wait has changed."""
+    """Writes a line to standard error now and then, and immediately if the reason of the wait has
+    changed."""
 
     def __init__(self, tally: RunProgress) -> None:
         self._tally = tally
@@ -257,7 +258,7 @@ class _Lines:
         sys.stderr.write(f"{progress_in_words(self._tally)}\n")
 
     def _state(self) -> tuple[int, str]:
-        # Without its figures, which move all the time.
+        # Without its figures, which change all the time.
         return self._tally.ended, re.sub(r"[0-9]+", "", self._tally.waiting)
 
 
@@ -320,7 +321,7 @@ _ALONG = ("type", "model", "image_uri", "subject", "conversation")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One request. `number` counts from 1 in the file; `fields` are those of `POST /submit`."""
+    """A request. `number` counts from 1 in the file; `fields` are those of `POST /submit`."""
 
     number: int
     prompt_id: str
@@ -329,22 +330,23 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """A whole file. `digest` is of what is asked in which line, with the options of the run."""
+    """A whole file. `digest` covers the content and number of each line, with the options of the
+    run."""
 
     lines: tuple[Line, ...]
     digest: str
 
     def key(self, line: Line, retries: int) -> str:
-        """The idempotency key of a line that has failed so often before."""
+        """Return the idempotency key of a line after this number of failures."""
         again = f"-r{retries}" if retries else ""
         return f"batch-{self.digest}-{line.number}{again}"
 
 
 def read(path: Path, column: str | None, options: dict[str, Any]) -> Prompts:
-    """The file's lines; `options` go into each that does not say otherwise.
+    """Return the file's lines; `options` are the defaults of their fields.
 
-    Raises ConfigError, which names the line, for what can't be a prompt, and for an id that is
-    there twice.
+    Raises ConfigError, which names the line, for a line that is not a prompt, and for a repeated
+    id.
     """
     try:
         size = path.stat().st_size
@@ -360,7 +362,7 @@ def read(path: Path, column: str | None, options: dict[str, Any]) -> Prompts:
     found = _of_table(path, text, column, options) if is_table else _of_lines(path, text, options)
     lines = tuple(found)
     _check(path, lines)
-    # With numbers and ids: a blank line more, or other ids, would give a line another's result.
+    # With numbers and ids: an added blank line, or other ids, would assign results to other lines.
     asked = json.dumps(
         [(line.number, line.prompt_id, line.fields) for line in lines], sort_keys=True
     ).encode()
@@ -393,7 +395,8 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _is_broken(line: Line) -> bool:
-    """Whether a text in it is none of Unicode, and could not be written into the results."""
+    """Return whether a text in a line is not valid Unicode, and could not be written into the
+    results."""
     try:
         json.dumps((line.prompt_id, line.fields), ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -402,7 +405,7 @@ def _is_broken(line: Line) -> bool:
 
 
 def _value(path: Path, number: int, line: str) -> Any:
-    """The JSON of a line; what is none and does not look like it is a prompt as it stands."""
+    """Return the JSON of a line; a line that is not JSON and does not look like it is a prompt."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -433,7 +436,8 @@ def _line(path: Path, number: int, value: Any, options: dict[str, Any]) -> Line:
 
 
 def _native(value: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """A line of OpenAI's batches; what the options say of models and types is in its body."""
+    """Return the fields for a line of an OpenAI batch; options on models and types are in its
+    body."""
     kept: dict[str, Any] = {
         name: options[name] for name in ("priority", "deadline_ms", "tiers") if name in options
     }
@@ -467,7 +471,7 @@ SUCCEEDED = "succeeded"
 
 
 class Results:
-    """An open file of results; one run at a time has it. Raises ConfigError, naming `--output`."""
+    """An open file of results, for one run at a time. Raises ConfigError, naming `--output`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -498,7 +502,7 @@ class Results:
             self._file.close()
 
     def read(self) -> list[dict[str, Any]]:
-        """What is there of earlier runs, less half a line at its end."""
+        """Return the rows of earlier runs; an incomplete last line is removed."""
         self._file.seek(0)
         rows: list[dict[str, Any]] = []
         whole = 0
@@ -525,7 +529,7 @@ class Results:
         return row
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a result; it outlives this process once this returns."""
+        """Append a result. It is kept even if this process dies afterwards."""
         import orjson
 
         self._file.write(orjson.dumps(row) + b"\n")
@@ -533,7 +537,7 @@ class Results:
 
 
 def row_of(line_id: str, number: int, key: str, view: dict[str, Any]) -> dict[str, Any]:
-    """A result, of the last state of its request or of a refusal to take it."""
+    """Return the row of a result, from the last state of its request or from its rejection."""
     row: dict[str, Any] = {
         "id": line_id,
         "line": number,
@@ -553,12 +557,12 @@ def row_of(line_id: str, number: int, key: str, view: dict[str, Any]) -> dict[st
 
 
 AWAY_S = 600.0
-NEVER_THERE_S = 60.0  # where it has not answered once: the address may be wrong
+NEVER_THERE_S = 60.0  # without any answer so far: the address may be wrong
 _PAUSE_S = 1.0
 _TOO_SOON_S = 0.1
 _ASK_WHY_S = 1.0
 _RATE_OVER_S = 20.0
-# The time left goes by the rate over so long, once such a part is done.
+# The time left is estimated by the rate over this time, once this part of the lines is done.
 _LEFT_OVER_S = 180.0
 _SOONEST = 0.02
 _STOPPING = ("unauthenticated", "budget_exceeded", "budget_paused")
@@ -566,7 +570,8 @@ _STOPPING = ("unauthenticated", "budget_exceeded", "budget_paused")
 
 @dataclass
 class RunProgress:
-    """How far a run is. `earlier` lines had ended before it began. `waiting` says for what."""
+    """The progress of a run. `earlier` lines ended in earlier runs. `waiting` is the reason of a
+    wait."""
 
     total: int
     earlier: int = 0
@@ -578,7 +583,7 @@ class RunProgress:
     waiting: str = ""
     began: float = field(default_factory=time.monotonic)
     ends: deque[float] = field(default_factory=deque)
-    # When how many were done, one a second at most.
+    # Times and numbers of done lines, at most one a second.
     _marks: deque[tuple[float, int]] = field(default_factory=deque)
     _before: tuple[float, int] | None = None
 
@@ -588,7 +593,7 @@ class RunProgress:
 
     @property
     def per_second(self) -> float:
-        """Over the last seconds."""
+        """Return the rate over the last seconds."""
         now = time.monotonic()
         while self.ends and now - self.ends[0] > _RATE_OVER_S:
             self.ends.popleft()
@@ -597,8 +602,8 @@ class RunProgress:
 
     @property
     def left_s(self) -> float | None:
-        """Until all have ended, at the mean rate of the last minutes, so that it does not jump;
-        None where it is unknown, or too early to say."""
+        """Return the estimated time until all lines have ended, by the mean rate of the last
+        minutes, which is stable; None if it is unknown, or too early to estimate."""
         now = time.monotonic()
         if self.done < (self.total - self.earlier) * _SOONEST:
             return None
@@ -620,7 +625,7 @@ class RunProgress:
 
 
 class Run:
-    """One run. `tally` has its progress."""
+    """A run. `tally` has its progress."""
 
     def __init__(
         self,
@@ -635,15 +640,15 @@ class Run:
         self._prompts = prompts
         self._results = results
         self._window = window
-        self._queued: dict[int, str] = {}  # request ids by line, of those that wait
+        self._queued: dict[int, str] = {}  # request ids of waiting lines
         self._heard_at = time.monotonic()
         self._patience_s = NEVER_THERE_S
         self._left = self._what_is_left(retry_failed)
         self.tally = RunProgress(len(prompts.lines), len(prompts.lines) - len(self._left))
 
     def _what_is_left(self, retry_failed: bool) -> list[tuple[Line, str]]:
-        """The lines that are still to be asked, with their keys. Raises ConfigError for a file
-        with results of something else."""
+        """Return the lines without a result, with their keys. Raises ConfigError for a file with
+        results of other prompts."""
         succeeded: set[int] = set()
         failures: dict[int, int] = {}
         start = f"batch-{self._prompts.digest}-"
@@ -663,11 +668,10 @@ class Run:
         ]
 
     async def run(self) -> None:
-        """Until all lines have ended. Raises GatewayRefused where no line would be taken,
-        GatewayUnreachable after AWAY_S without an answer, NEVER_THERE_S where there was none at
-        all, and OSError for a result that can't be written. Cancelled, it leaves submitted lines
-        to their own end, where the next run finds it.
-        """
+        """Run until all lines have ended. Raises GatewayRefused if no line would be accepted,
+        GatewayUnreachable after AWAY_S without an answer (NEVER_THERE_S if there never was one),
+        and OSError for a result that cannot be written. If cancelled, submitted lines continue, and
+        the next run finds them."""
         lines = iter(self._left)
         asking = asyncio.create_task(self._ask_why())
         try:
@@ -689,7 +693,8 @@ class Run:
             self.tally.count(row)
 
     async def _ended(self, line: Line, key: str) -> dict[str, Any]:
-        """Submit a line and follow it to its end; a refusal of this line alone is its result."""
+        """Submit a line and follow it to its end; the rejection of this line alone is its
+        result."""
         request_id = None
         try:
             accepted = await self._patiently(lambda: self._gateway.submit(line.fields, key=key))
@@ -701,7 +706,7 @@ class Run:
                 raise
             error = {"code": refused.problem, "message": refused.message, "retryable": False}
             view = {"status": "refused", "error": error, "request_id": request_id}
-        # Not where this is cancelled: submitted lines go on without us.
+        # Not if cancelled: submitted lines continue.
         self.tally.submitted -= request_id is not None
         self._queued.pop(line.number, None)
         return view
@@ -719,11 +724,11 @@ class Run:
             if view["status"] == "running":
                 self._queued.pop(number, None)
             if view["status"] == before and time.monotonic() - asked_at < _TOO_SOON_S:
-                await asyncio.sleep(_PAUSE_S)  # the server has too many that wait
+                await asyncio.sleep(_PAUSE_S)  # the server has too many waiting clients
             before = view["status"]
 
     async def _patiently(self, call: Any) -> Any:
-        """Call until there is an answer: the server may be restarting, or have a cap reached."""
+        """Call until there is an answer: the server may be restarting, or a cap be reached."""
         while True:
             try:
                 answer = await call()
@@ -744,7 +749,7 @@ class Run:
         self._heard_at, self._patience_s = time.monotonic(), AWAY_S
 
     async def _ask_why(self) -> None:
-        """Now and then, what the line that has waited longest waits for."""
+        """Read now and then what the line that has waited longest waits for."""
         while True:
             await asyncio.sleep(_ASK_WHY_S)
             if not self._queued:
@@ -764,7 +769,8 @@ _QUIET = "bright_black"
 
 
 def bar(name: str, tally: RunProgress) -> RenderableType:
-    """How much, how fast, and what holds it up: three lines, or more where that takes more."""
+    """Return the progress, the rate and the reason of a wait: three lines, or more if the reason is
+    long."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -811,4 +817,4 @@ def _waiting(tally: RunProgress) -> Text:
     words = f"{tally.submitted} submitted"
     if tally.waiting:
         words = f"{tally.waiting}; {words}"
-    return Text(words, style=_QUIET)  # over as many lines as it takes: a way out is at its end
+    return Text(words, style=_QUIET)  # may wrap: advice is at its end

@@ -102,7 +102,7 @@ def list_(
 
 
 def _show_books(budgets: list[Budget], books: list[BudgetBook], most: int) -> None:
-    """Of each budget its books, up to `most`, and all budgets that have none yet."""
+    """Show the books of each budget, up to `most`, and all budgets without any yet."""
     of_budget: dict[str, list[BudgetBook]] = {}
     for book in books:
         of_budget.setdefault(book.budget, []).append(book)
@@ -204,7 +204,7 @@ def set_(
 
 
 def _note_nobody(budget: Budget) -> None:
-    """Note that a budget binds nobody yet: with a misspelt name it never would."""
+    """Note that a budget applies to nothing yet: with a misspelt name it never would."""
 
     async def missing(tenants: Tenants) -> list[str]:
         found = []
@@ -220,14 +220,14 @@ def _note_nobody(budget: Budget) -> None:
 
 
 def _binding(dimensions: dict[str, str], before: Sequence[str]) -> dict[str, Any]:
-    """The dimensions that a budget binds, and those of which each value has its own."""
+    """Return the dimensions that a budget applies to, and those with an amount for each value."""
     each = [one for one, value in dimensions.items() if value == "each" and one not in before]
     named = {one: value for one, value in dimensions.items() if value != "each"}
     return {**named, "each": [*(one for one in before if one not in named), *each]}
 
 
 def _end(pause: bool | None, fallback: str | None, before: Budget | None) -> dict[str, Any]:
-    """What happens at the end, where an option names it."""
+    """Return what happens when the budget is spent, if an option states it."""
     if pause:
         return {"at_end": "pause"}
     if fallback not in (None, _NONE):

@@ -1,8 +1,8 @@
 """Client of a running Tidegate for the commands of its users, and the live view of one request.
 
-Errors: GatewayRefused with the server's message, GatewayUnreachable. TIDEGATE_API_KEY is sent to
-TIDEGATE_URL, or what `--url` names, only; without it the operator's key is sent, to loopback
-addresses only. Standard output has the answer (or JSON) alone, standard error has the progress.
+Errors: GatewayRefused with the server's message, GatewayUnreachable. TIDEGATE_API_KEY is sent only
+to TIDEGATE_URL, or to the address of `--url`; without it the operator's key is sent, only to
+loopback addresses. Standard output has only the answer (or JSON), standard error the progress.
 Ctrl-C stops the view, never the request.
 """
 
@@ -41,8 +41,8 @@ T = TypeVar("T")
 _URL = "TIDEGATE_URL"
 ENDS = tuple(status.value for status in Status if status.is_end)
 CONNECT_S = 10.0
-ANSWER_S = 90.0  # of silence: a long poll may take a minute, and a large file as long as it takes
-# The server fills silence after 15 s.
+ANSWER_S = 90.0  # of silence: a long poll may take a minute; a large file may take any time
+# The server sends a keep-alive after 15 s.
 SILENT_S = 45.0
 _PIECE_BYTES = 256 * 1024
 _LONGEST_LINE_BYTES = 64 * 1024 * 1024
@@ -50,7 +50,7 @@ _LONGEST_LINE_BYTES = 64 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ServerEvent:
-    """One event of a stream; `event_id` is where to go on after it."""
+    """An event of a stream; `event_id` is the id to resume after it."""
 
     name: str
     data: Any
@@ -58,7 +58,7 @@ class ServerEvent:
 
 
 class GatewayClient:
-    """One Tidegate. `async with GatewayClient(settings) as gateway`."""
+    """A client of a gateway: `async with GatewayClient(settings) as gateway`."""
 
     def __init__(self, settings: Client) -> None:
         self.url = settings.url
@@ -93,19 +93,19 @@ class GatewayClient:
         await self._http.close()
 
     async def get(self, path: str, **query: str) -> Any:
-        """The JSON at a path. Raises GatewayRefused, GatewayUnreachable."""
+        """Return the JSON at a path. Raises GatewayRefused, GatewayUnreachable."""
         async with self._asked("GET", path, params=query) as answer:
             return await answer.json()
 
     async def health(self) -> dict[str, Any]:
-        """What `/health/dependencies` says, whether all is well or not. Raises as `get`."""
+        """Return the answer of `/health/dependencies`, healthy or not. Raises as `get`."""
         async with self._asked("GET", "/health/dependencies", expected=(503,)) as answer:
             found: dict[str, Any] = await answer.json()
             return found
 
     async def check_key(self) -> None:
-        """Raises GatewayRefused for a key that the gateway does not know: what it shows to
-        everybody would pass for what the key's owner may see."""
+        """Raise GatewayRefused if the gateway does not know the key: otherwise its public answers
+        would pass for all that the key may see."""
         try:
             await self.get("/requests", limit="1")
         except GatewayRefused as refused:
@@ -115,7 +115,7 @@ class GatewayClient:
     async def send(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, **query: str
     ) -> Any:
-        """The JSON of the answer to a request with JSON. Raises as `get`."""
+        """Send JSON and return the JSON of the answer. Raises as `get`."""
         given: dict[str, Any] = {} if body is None else {"json": body}
         async with self._asked(method, path, params=query, **given) as answer:
             return await answer.json()
@@ -123,8 +123,8 @@ class GatewayClient:
     async def submit(
         self, fields: Mapping[str, Any], files: tuple[Path, ...] = (), key: str | None = None
     ) -> dict[str, Any]:
-        """Submit a request, with its files as a form. Raises OSError for a file of ours that
-        can't be read, and as `get`. With a `key` it is safe to repeat."""
+        """Submit a request, with its files as a form. Raises OSError for a file that cannot be
+        read, and as `get`. With a `key` it is safe to repeat."""
         headers = {} if key is None else {"Idempotency-Key": key}
         body = {"json": fields} if not files else {"data": _form(fields, files)}
         async with self._asked("POST", "/submit", headers=headers, **body) as answer:
@@ -132,11 +132,12 @@ class GatewayClient:
             return accepted
 
     async def download(self, path: str, target: Path) -> None:
-        """Write what is at a path into a file, whole or not at all. Raises as `get`, and
-        OSError."""
+        """Write the content at a path into a file, which is complete or missing. Raises as `get`,
+        and OSError."""
         half = target.with_name(f"{target.name}.part")
         try:
-            # Links of the server's have the prefix under which it was called, as TIDEGATE_URL may.
+            # The server's links include the prefix of the request, which may be in TIDEGATE_URL
+            # too.
             path = path.removeprefix(urlsplit(self.url).path)
             async with self._asked("GET", path) as answer:
                 with half.open("wb") as file:
@@ -147,8 +148,9 @@ class GatewayClient:
             half.unlink(missing_ok=True)
 
     async def events(self, path: str, last_id: str = "") -> AsyncIterator[ServerEvent]:
-        """Server-sent events from after `last_id` until the server ends, after one named `open`
-        for the connection. Raises as `get`, and GatewayUnreachable where that is lost."""
+        """Yield server-sent events after `last_id` until the server ends the stream; the first one,
+        named `open`, is for the connection. Raises as `get`, and GatewayUnreachable if the
+        connection is lost."""
         import aiohttp
 
         headers = {"Accept": "text/event-stream"}
@@ -158,7 +160,7 @@ class GatewayClient:
         async with self._asked("GET", path, headers=headers, timeout=timeout) as answer:
             yield ServerEvent("open", None, "")
             fields: dict[str, str] = {}
-            # Not by its own lines: one may be longer than their bound, as a whole text in an event.
+            # Not by aiohttp's lines, whose bound a text in an event may exceed.
             async for raw in _lines(answer.content):
                 line = raw.decode().rstrip("\r\n")
                 if line:
@@ -195,7 +197,7 @@ class GatewayClient:
         return f"; {start}{_URL} or --url says where one runs"
 
     async def _refusal(self, answer: aiohttp.ClientResponse) -> GatewayRefused | GatewayUnreachable:
-        """What a status other than 2xx means, in the server's words."""
+        """Return the error for a status other than 2xx, with the server's message."""
         import orjson
 
         try:
@@ -217,7 +219,7 @@ class GatewayClient:
         )
 
     def _unknown_key(self, said: str) -> str:
-        """What is wrong with the key, without how programs send one."""
+        """Return what is wrong with the key, without advice for programs."""
         if not self._shows:
             return (
                 f"{self._named} asks for a key: set TIDEGATE_API_KEY, or run the command with the "
@@ -230,7 +232,7 @@ class GatewayClient:
 
 
 def _operator_key(settings: Client) -> SecretStr | None:
-    """The key of a deployment of these settings, where this user may read it."""
+    """Return the operator's key of a deployment with these settings, if this user may read it."""
     from tidegate.operator_key import existing_operator_key
     from tidegate.settings import load
 
@@ -238,12 +240,12 @@ def _operator_key(settings: Client) -> SecretStr | None:
         return None
     try:
         return existing_operator_key(load())
-    except ConfigError:  # told by the commands that need those settings
+    except ConfigError:  # reported by the commands that need those settings
         return None
 
 
 def with_gateway(work: Callable[[GatewayClient], Coroutine[Any, Any, T]]) -> T:
-    """Run a command's work on the gateway of the settings; Ctrl-C cancels it and raises
+    """Run a command's work on the gateway in the settings; Ctrl-C cancels it and raises
     KeyboardInterrupt."""
     settings = _settings()
 
@@ -267,7 +269,7 @@ def _settings() -> Client:
 
 
 def is_passing(error: GatewayRefused | GatewayUnreachable) -> bool:
-    """Whether asking again later may help: the server is away, full, or has a cap reached."""
+    """Return whether a retry may help: the server is unavailable, full, or a cap is reached."""
     if isinstance(error, GatewayUnreachable):
         return True
     return error.status in (408, 502, 503, 504) or error.problem == "quota_exceeded"
@@ -308,8 +310,9 @@ def _form(fields: Mapping[str, Any], files: tuple[Path, ...]) -> aiohttp.FormDat
 
 
 def _words(error: BaseException) -> str:
-    """Of an error of the system its own words: asyncio's list every address that was tried. TLS
-    and the resolver have numbers of their own."""
+    """Return the description of an error; for one of the operating system its own text, since
+    asyncio's lists every address that was tried. TLS and the resolver have their own error
+    numbers."""
     number = getattr(error, "errno", None)
     cause = getattr(error, "os_error", error)
     if isinstance(cause, (ssl.SSLError, socket.gaierror)):
@@ -327,8 +330,8 @@ _SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "
 
 
 class Progress:
-    """What a person sees on standard error: a line for each state, and beneath it, on a terminal,
-    what is waited for. Nothing at all if `silent`."""
+    """Progress on standard error: a line for each state, and below it, on a terminal, the reason of
+    a wait. Nothing if `silent`."""
 
     def __init__(self, *, silent: bool = False) -> None:
         from rich.console import Console
@@ -397,10 +400,10 @@ def _figures(view: dict[str, Any]) -> Iterator[str]:
 async def follow(
     gateway: GatewayClient, request_id: str, progress: Progress, *, as_json: bool
 ) -> dict[str, Any]:
-    """Follow a request by its events until it has ended; its last state.
+    """Follow a request by its events until it has ended, and return its last state.
 
-    A lost connection is taken up again where it was, for as long as AWAY_S. `as_json` prints each
-    state as a line of JSON. Raises GatewayRefused, GatewayUnreachable.
+    A lost connection is resumed, for at most AWAY_S. `as_json` prints each state as a line of JSON.
+    Raises GatewayRefused, GatewayUnreachable.
     """
     asking = asyncio.create_task(_ask_why(gateway, request_id, progress))
     try:
@@ -440,7 +443,7 @@ async def _follow(
 
 
 async def _ask_why(gateway: GatewayClient, request_id: str, progress: Progress) -> None:
-    """While it waits, show for what; an answer that fails is asked for again."""
+    """While the request waits, show the reason; a failed read is repeated."""
     while True:
         await asyncio.sleep(_ASK_WHY_S)
         try:
@@ -454,7 +457,7 @@ async def _ask_why(gateway: GatewayClient, request_id: str, progress: Progress) 
 
 
 async def wait(gateway: GatewayClient, request_id: str) -> dict[str, Any]:
-    """The last state of a request, by asking until it has ended; as `follow` else."""
+    """Poll a request until it has ended, and return its last state. Raises as `follow`."""
     heard_at = time.monotonic()
     while True:
         try:
@@ -476,9 +479,9 @@ def show_line(value: object) -> None:
 
 
 def show_answer(view: dict[str, Any]) -> int:
-    """Print the answer of a request that has ended, or say why there is none; the exit code."""
+    """Print the answer of an ended request, or why there is none. Return the exit code."""
     if text := view.get("text"):
-        # Into a file or another program it goes as it is, escapes and all.
+        # Into a file or another program the text is written unchanged, including escapes.
         typer.echo(legible(text) if sys.stdout.isatty() else text, color=True)
     if (answer := view.get("answer")) is not None:
         show_line(answer)
@@ -493,8 +496,9 @@ def show_answer(view: dict[str, Any]) -> int:
 async def save_pictures(
     gateway: GatewayClient, view: dict[str, Any], output: Path | None, progress: Progress
 ) -> list[str]:
-    """Save what pictures the answer has; their paths. `output` is a folder, which is made, or with
-    a suffix the name of the one picture; without it pictures are only named."""
+    """Save the pictures of an answer and return their paths. `output` is a folder, which is
+    created, or with a suffix the name of the only picture; without it the pictures' URLs are
+    shown."""
     saved = []
     pictures = view.get("images") or []
     for number, picture in enumerate(pictures, start=1):

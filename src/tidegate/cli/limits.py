@@ -100,7 +100,7 @@ def show(json: Json = False) -> None:
 
 
 def _show_learned(overview: Overview) -> None:
-    """What headers of answers report that differs from the limits in force."""
+    """Show limits in headers of answers that differ from the limits in force."""
     rows: list[tuple[str, ...]] = [
         (one.limit, one.model, str(one.bound), _in_force(one), one.at.replace("+00:00", ""))
         for one in overview.learned
@@ -144,7 +144,7 @@ def _is_full(one: ShownLimit) -> bool:
 
 
 def _style(one: ShownLimit) -> str:
-    """Of a limit's row: paused, full with calls that wait, full, in use, idle."""
+    """Return the style of a limit's row: paused, full with waiting calls, full, in use, idle."""
     if one.paused_ms:
         return "red"
     if _is_full(one):
@@ -153,7 +153,7 @@ def _style(one: ShownLimit) -> str:
 
 
 def _waiting(limit: str, overview: Overview) -> str:
-    """The tenants that wait for a limit, those with the most calls first."""
+    """Return the tenants that wait for a limit, those with the most calls first."""
     calls: Counter[str] = Counter()
     for queue in overview.queues:
         if queue.held_up_by == limit:
@@ -271,7 +271,7 @@ def set_(
 
 
 def _missed(keys: list[str]) -> list[str]:
-    """Of the limits that were set on a model: those that no call of the chosen pool ever meets."""
+    """Return those of the changed limits on a model that no call of the chosen pool can match."""
     from tidegate.policy.deployment import deployed_upstreams
     from tidegate.policy.format import AT_ONCE, TOTAL, whom_it_binds
     from tidegate.settings import load
@@ -285,9 +285,9 @@ def _missed(keys: list[str]) -> list[str]:
     config = load()
     try:
         targets, pool = Targets(deployed_upstreams(config)), chosen_pool(config)
-    except ConfigError:  # such as a key that only the processes have
+    except ConfigError:  # for example a key that only the processes have
         return []
-    if pool not in targets.upstreams:  # it was added while running
+    if pool not in targets.upstreams:  # it was added at run time
         return []
     lines = []
     for key, model in models.items():
@@ -336,7 +336,7 @@ def history(
     json: Json = False,
 ) -> None:
     """List the revisions of the policy: when, by whom and why each was set."""
-    # One more, against which the oldest that is shown has its changes.
+    # One more, to compare the oldest one shown with.
     records = with_keeper(lambda keeper: keeper.history(most + 1))
     if json:
         show_json(records[:most])
@@ -367,8 +367,7 @@ def _changes(record: PolicyRecord, before: PolicyRecord | None) -> str:
 
 
 async def in_force(limiter: Limiter) -> None:
-    """Wait until every process knows the policy: a call that is made after the command is bound
-    by it."""
+    """Wait until every process has the policy: later calls are subject to it."""
     try:
         async with asyncio.timeout(_IN_FORCE_WITHIN_S):
             await limiter.known_everywhere()
@@ -379,7 +378,7 @@ async def in_force(limiter: Limiter) -> None:
 
 
 def parsed(changes: Iterable[str], command: str = "limits set") -> dict[str, Any]:
-    """The values of `KEY=VALUE` by key, each key once. Raises ConfigError."""
+    """Return the values of `KEY=VALUE` by key, each key once. Raises ConfigError."""
     found: dict[str, Any] = {}
     for change in changes:
         key, value = _parsed(change, command)
@@ -390,8 +389,8 @@ def parsed(changes: Iterable[str], command: str = "limits set") -> dict[str, Any
 
 
 def _parsed(change: str, command: str) -> tuple[str, Any]:
-    """`KEY=VALUE`, the value as TOML; what is no TOML is a text, unless it begins as a list, a
-    table or a quoted text does. Raises ConfigError."""
+    """Parse `KEY=VALUE`, with the value as TOML; a value that is not TOML is a text, unless it
+    begins as a list, a table or a quoted text. Raises ConfigError."""
     import tomllib
 
     key, is_there, value = change.partition("=")
@@ -400,14 +399,14 @@ def _parsed(change: str, command: str) -> tuple[str, Any]:
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except (tomllib.TOMLDecodeError, RecursionError):
-        if value.lstrip().startswith(("[", "{", '"')):  # most likely a shell took the quotes away
+        if value.lstrip().startswith(("[", "{", '"')):  # most likely a shell removed the quotes
             allowed = "is no TOML; in a shell it stands in single quotes: 'models=[\"llama-*\"]'"
             raise ConfigError(command, change, allowed) from None
         return key.strip(), value.strip()
 
 
 def span_ms(option: str, text: str) -> int:
-    """`text` in milliseconds. Raises ConfigError, naming the option."""
+    """Return `text` in milliseconds. Raises ConfigError, naming the option."""
     from tidegate.policy.format import ms_of
 
     found = ms_of(text)
@@ -446,7 +445,8 @@ def why(
 
 
 def _why(what: str, *, is_of_any_pool: bool) -> InspectedReason:
-    """Of a request in the pool by whose limits it is called, of a ticket in the chosen one."""
+    """Return why a request waits, in the pool by whose limits it is called, or a ticket in the
+    chosen pool."""
     from tidegate.policy.inspection import batch_id_of, is_put_back, request_id_of
     from tidegate.policy.inspection import why as ask
     from tidegate.supervisor.services import places_of, with_record
@@ -467,7 +467,7 @@ def _why(what: str, *, is_of_any_pool: bool) -> InspectedReason:
 
 
 def _why_batch(what: str, batch_id: UUID) -> InspectedReason:
-    """What the lines of a batch wait for, in the pool by whose limits they are called."""
+    """Return what the lines of a batch wait for, in the pool by whose limits they are called."""
     from tidegate.policy.inspection import is_put_back, of_batch, why_batch
     from tidegate.supervisor.services import batch_of, with_record
 
@@ -486,7 +486,8 @@ _NEWEST = 1_000
 
 
 def _whole_id(what: str) -> str:
-    """A part of the id of a request or a batch in full, all else as it is."""
+    """Return the whole id for a part of the id of a request or a batch; any other text is
+    unchanged."""
     from uuid import UUID
 
     from tidegate.policy.inspection import batch_id_of
@@ -496,7 +497,7 @@ def _whole_id(what: str) -> str:
         return str(UUID(what))
     if batch_id_of(what) is not None:
         return what
-    part = what.removeprefix("msg")  # one batch, by whatever API it is seen
+    part = what.removeprefix("msg")  # the same batch, by whichever API it is named
     if not is_short_id(part.removeprefix("batch_")):
         return what
     return whole_id(part, with_record(command_config(), _newest), f"the newest {_NEWEST:,}")
@@ -626,7 +627,8 @@ def import_(
 
 
 def _upstream_of(config: Config, provider: UsageProvider) -> Upstream:
-    """That of the chosen pool, else the only one of the provider. Raises as `upstream_of`."""
+    """Return the upstream of the chosen pool, otherwise the provider's only one. Raises as
+    `upstream_of`."""
     from tidegate.jobs.reconciliation import upstream_of
     from tidegate.policy.deployment import deployed_upstreams
 
@@ -664,8 +666,9 @@ def _imported(
     replace: bool,
     reason: str | None,
 ) -> tuple[ReportedLimits, LimitImport, list[str], int | None]:
-    """What was found, what it changes, the lines of the difference, and the revision that is in
-    force; without a `reason` nothing is put in force. The provider is asked before the pool."""
+    """Read the limits, and return them, their changes, the lines of the difference, and the
+    revision in force; without a `reason` nothing is put in force. The provider is called before the
+    pool is opened."""
     from tidegate.policy.format import of_plain, to_plain
     from tidegate.policy.imported import import_of, limits_of, one_class_each
     from tidegate.policy.rollout import differences

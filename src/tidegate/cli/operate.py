@@ -239,7 +239,7 @@ _SIGNS = {"healthy": ("●", "green"), "degraded": ("▲", "yellow"), "down": ("
 
 
 async def show_state(gateway: GatewayClient, json: bool) -> int:
-    """The verdict on the whole deployment, each cause with the command that acts on it; the exit
+    """Show the verdict on the whole deployment, with a command for each cause. Return the exit
     code."""
     found = await gateway.health()
     verdict = found.get("verdict")
@@ -251,14 +251,14 @@ async def show_state(gateway: GatewayClient, json: bool) -> int:
         _show_stores(found)
     else:
         _show_verdict(verdict)
-    if verdict is not None and found["blobs"]["status"] != "ok":  # of which it does not judge
+    if verdict is not None and found["blobs"]["status"] != "ok":  # the verdict does not cover these
         typer.echo(f"The blob store does not answer: {found['blobs']['detail']}", err=True)
     is_well = found["status"] == "ok" and (verdict is None or verdict["health"] == "healthy")
     return DONE if is_well else FAILED
 
 
 def _show_stores(found: dict[str, Any]) -> None:
-    """What a stranger may know: causes are shown to operators."""
+    """Show the state that any caller may see: causes are shown only to operators."""
     for name in ("valkey", "postgresql", "blobs"):
         one = found[name]
         typer.echo(f"{name:<11} {one['status']}{': ' + one['detail'] if one['detail'] else ''}")
@@ -299,8 +299,8 @@ def _config() -> None:
 
 
 def load_sound(*, with_jobs: bool = True) -> Config:
-    """The settings, where all that `config check` checks is sound; without what only workers need
-    where this deployment has none. Raises ConfigError."""
+    """Return the settings after all checks of `config check`; without those of workers if this
+    deployment has none. Raises ConfigError."""
     from tidegate.limiter import check_server_url
     from tidegate.policy.deployment import deployed, deployed_upstreams
     from tidegate.settings import load, secret
@@ -322,8 +322,8 @@ def load_sound(*, with_jobs: bool = True) -> Config:
 
 
 def load_to_run(*, with_jobs: bool = True) -> Config:
-    """The same for a process that is to run, unless its supervisor has done it; what may be a
-    mistake is said. Raises ConfigError."""
+    """Return the same for a process that is to run, unless its supervisor has checked them;
+    possible mistakes are reported. Raises ConfigError."""
     from tidegate.supervisor.services import is_child
 
     config = load_sound(with_jobs=with_jobs)
@@ -333,15 +333,15 @@ def load_to_run(*, with_jobs: bool = True) -> Config:
 
 
 def check_daily(config: Config) -> None:
-    """Raises ConfigError for what `tidegate up` is to do once a day and could not."""
+    """Raise ConfigError for a daily task of `tidegate up` that could not run."""
     if config.record_export == "parquet" and find_spec("pyarrow") is None:
         allowed = "needs pyarrow: pip install 'tidegate[export]', or use jsonl"
         raise ConfigError("RECORD_EXPORT", "parquet", allowed)
 
 
 def say_doubtful(config: Config) -> None:
-    """One line for each variable whose name is nearly a setting's, and for each configured model
-    that no upstream serves; nothing of models where no prompt is configured to be served."""
+    """Report each variable with a name similar to a setting's, and each configured model that no
+    upstream serves; no model if none is served and no setting names one."""
     from tidegate.errors import InvalidRequest
     from tidegate.policy.deployment import deployed_upstreams, doubtful
     from tidegate.settings import origins
@@ -504,7 +504,7 @@ def _summary(failed: int, warned: int, count: int) -> str:
 
 
 def _show(found: list[Finding]) -> None:
-    """A line for each check, by rooms; beneath those that are not well, how to fix them."""
+    """Show a line for each check, by group; below failed ones, how to fix them."""
     from rich.table import Table
     from rich.text import Text
 

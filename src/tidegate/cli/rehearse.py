@@ -171,7 +171,7 @@ def _terms(
     flex_refused: float,
     batch_time: str,
 ) -> TierTerms:
-    """What processing tiers are like. Raises ConfigError for a time that is none."""
+    """Return the properties of processing tiers. Raises ConfigError for an invalid time."""
     from tidegate.admission.charges import TierTimes
     from tidegate.rehearse import terms_at
     from tidegate.rehearse.load import span_ms
@@ -193,8 +193,8 @@ def _arrivals(
     seed: int,
     pool: str,
 ) -> tuple[list[Arrival], tuple[Budget, ...], datetime]:
-    """The load, the budgets that come with it, and when it begins: those of the record with the
-    budgets of the deployment."""
+    """Return the load, its budgets, and its beginning; for a load from the record, the deployment's
+    budgets."""
     from tidegate.rehearse.budgets import budget_in
     from tidegate.rehearse.load import load_of, read_trace, record_span, table_in
     from tidegate.rehearse.simulation import Setting
@@ -233,8 +233,8 @@ def _budgets_in_force(config: Config) -> tuple[Budget, ...]:
 
 
 def _upstream_in(config: Config, pool: str) -> Upstream | None:
-    """The upstream of a pool, for its prices and when calls give way; None where it is not stated.
-    Raises ConfigError for a file that states no sound upstreams."""
+    """Return the upstream of a pool, for its prices and when its calls give way; None if it is not
+    configured. Raises ConfigError for a file with invalid upstreams."""
     from tidegate.policy.deployment import stated_by
 
     upstreams = stated_by(config).upstreams_without_access()
@@ -249,7 +249,7 @@ def _from_record(
     terms: TierTerms,
     pool: str,
 ) -> tuple[list[Arrival], datetime]:
-    """The calls, and when the first of them was submitted."""
+    """Return the calls, and when the first of them was submitted."""
     from tidegate.rehearse import recorded_load
     from tidegate.supervisor.services import with_record
 
@@ -279,7 +279,7 @@ def _policy(config: Config, file: Path | None, *, in_force: bool, pool: str) -> 
 
 
 def _changes(sets: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    """Each set of changes by its name."""
+    """Return each set of changes by its name."""
     from tidegate.cli.limits import parsed
 
     found = {}

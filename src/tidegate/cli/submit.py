@@ -191,7 +191,7 @@ def status(
 
 
 async def _whole_id(gateway: GatewayClient, request_id: str) -> str:
-    """An id in full; a part of one is looked up among the newest requests."""
+    """Return a whole id; a part of one is looked up among the newest requests."""
     from uuid import UUID
 
     with suppress(ValueError):
@@ -213,7 +213,7 @@ async def _say_waiting(gateway: GatewayClient, view: dict[str, Any], progress: P
 async def _to_the_end(
     gateway: GatewayClient, request_id: str, follows: bool, output: Path | None, json: bool
 ) -> int:
-    """Stay until it has ended, print what came; the exit code."""
+    """Wait until a request has ended and print its answer. Return the exit code."""
     progress = Progress(silent=json or not follows)
     try:
         if follows:
@@ -251,14 +251,14 @@ def _say_accepted(accepted: dict[str, Any], json: bool) -> None:
 
 
 _MOST_JOBS = 200
-# Each with the least width of a terminal on which it is shown.
+# Each column with the least width of a terminal on which it is shown.
 _RUNNING_COLUMNS = (
     *(("request", 0), ("since", 0), ("state", 0), ("what", 90), ("type", 110), ("model", 130)),
 )
 
 
 def show_running(limit: int, json: bool) -> None:
-    """At most `limit` of them. Raises GatewayRefused, GatewayUnreachable."""
+    """Show at most `limit` running requests. Raises GatewayRefused, GatewayUnreachable."""
     items, complete = with_gateway(partial(_under_way, limit))
     if json:
         show_json({"items": items, "complete": complete})
@@ -271,7 +271,8 @@ def show_running(limit: int, json: bool) -> None:
 
 
 def _show(columns: Sequence[tuple[str, int]], rows: list[dict[str, str]], nothing: str) -> None:
-    """As many columns as fit; ids stay whole, to be copied. `nothing`: said without rows."""
+    """Show as many columns as fit; ids stay whole, to be copied. `nothing` is shown without
+    rows."""
     if not rows:
         sys.stderr.write(f"tidegate: {nothing}\n")
         return
@@ -281,7 +282,8 @@ def _show(columns: Sequence[tuple[str, int]], rows: list[dict[str, str]], nothin
 
 
 async def _under_way(limit: int, gateway: GatewayClient) -> tuple[list[dict[str, Any]], bool]:
-    """Streams, native calls and jobs, the oldest first, and whether these are all."""
+    """Return streams, native calls and jobs in progress, the oldest first, and whether these are
+    all."""
     calls = await gateway.get("/requests/running")
     jobs = await gateway.get("/requests", status=Status.RUNNING.value, limit=str(_MOST_JOBS))
     items = sorted([*calls["items"], *jobs["items"]], key=lambda one: str(one["submitted_at"]))
@@ -306,7 +308,7 @@ def _running_row(item: dict[str, Any], now: datetime) -> dict[str, str]:
 
 _PAGE = 200
 _MOST_PAGES = 500
-# Each with the least width of a terminal on which it is shown.
+# Each column with the least width of a terminal on which it is shown.
 _COLUMNS = (
     *(("request", 0), ("submitted (UTC)", 80), ("state", 0), ("type", 110), ("model", 130)),
     *(("waited", 90), ("took", 90), ("tokens", 140)),
@@ -387,7 +389,7 @@ def requests(
 async def _listed(
     query: dict[str, str], limit: int, cursor: str | None, gateway: GatewayClient
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """As many as wanted, page by page, and where the next would begin."""
+    """Return the requested number of requests, page by page, and the cursor of the next ones."""
     items: list[dict[str, Any]] = []
     for _ in range(_MOST_PAGES):
         place = {} if cursor is None else {"cursor": cursor}
@@ -401,14 +403,15 @@ async def _listed(
 
 
 def time_of(option: str, text: str) -> datetime:
-    """A time of ISO 8601, without a zone in UTC, or one so long ago. Raises ConfigError."""
+    """Parse a time in ISO 8601, in UTC without a zone, or a duration before now. Raises
+    ConfigError."""
     try:
         at = datetime.fromisoformat(text)
         return at.astimezone(UTC) if at.tzinfo is not None else at.replace(tzinfo=UTC)
     except OverflowError:
         raise ConfigError(option, text, "must be in the years 1 to 9999 of UTC") from None
     except ValueError:
-        pass  # then it must be a span
+        pass  # then it must be a duration
     try:
         return datetime.now(UTC) - timedelta(milliseconds=span_ms(option, text))
     except (ConfigError, OverflowError):
@@ -417,7 +420,7 @@ def time_of(option: str, text: str) -> datetime:
 
 
 def _between(since: str | None, until: str | None) -> tuple[datetime | None, datetime | None]:
-    """Both times, the one before the other. Raises ConfigError."""
+    """Return both times. Raises ConfigError unless the first is before the second."""
     first = None if since is None else time_of("--since", since)
     last = None if until is None else time_of("--until", until)
     if first is not None and last is not None and first >= last:

@@ -170,7 +170,7 @@ def set_(
 
 
 def _note_unbound(changes: list[str]) -> None:
-    """Note that caps bind no one where callers show no API key."""
+    """Note that caps have no effect where callers need no API key."""
     from tidegate.settings import load
 
     bound = [one for one in changes if one != "retention_days" and not one.startswith("budget_")]
@@ -276,7 +276,7 @@ def _bounds(one: ShownTenant) -> list[str]:
 
 
 def _changed_bounds(texts: tuple[str | None, ...]) -> dict[str, Any]:
-    """Those of _CAPS that were given, in its order."""
+    """Return the caps that were given, in the order of _CAPS."""
     return {
         name: _number(option, text)
         for (name, option), text in zip(_CAPS.items(), texts, strict=True)
@@ -438,7 +438,7 @@ def _prefix(text: str) -> str:
 
     prefix = prefix_in(text)
     if prefix is None:
-        # Not shown: it may be a key that was mistyped.
+        # Not shown: it may be a mistyped key.
         raise ConfigError(
             "PREFIX", None, "must be a key's prefix of 10 characters: see tidegate keys list"
         )
@@ -487,7 +487,7 @@ def actions(
 
 
 def _change_of(one: OperatorAction) -> str:
-    """What it was before and after, in short; where a history has it, its revision."""
+    """Return a short description of a change: before and after, or its revision in a history."""
     if one.revision is not None:
         return f"revision {one.revision}"
     before, after = one.before or {}, one.after or {}

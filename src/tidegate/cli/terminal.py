@@ -1,7 +1,7 @@
 """Output of the commands: tables, safe text, exit codes, and the pool that a command is about.
 
-Text from other sources is escaped before it reaches a terminal, so that it can't send control
-characters. Without a terminal the output is plain text of a fixed width.
+Text from other sources is escaped before it is written to a terminal, so that it cannot send
+control characters. Without a terminal the output is plain text of a fixed width.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """As wide as the terminal; without one wide enough for our tables."""
+    """Return a console as wide as the terminal; without a terminal, wide enough for all tables."""
     from rich.console import Console
 
     return Console(highlight=False, width=terminal_width())
 
 
 def show_figures(table: Table, to: Console, styles: Mapping[str, str] | None = None) -> None:
-    """Figures to the right. `styles`: of rows that end with a word."""
+    """Print a table with figures to the right. `styles`: of rows, by their last cell."""
     from rich.table import Table as Shown
     from rich.text import Text
 
@@ -74,7 +74,7 @@ def show_figures(table: Table, to: Console, styles: Mapping[str, str] | None = N
 
 
 def show_chart(chart: str, to: Console) -> None:
-    """One that is drawn with blocks, under titles that begin their lines."""
+    """Print a chart of block characters, with titles at the beginning of lines."""
     from rich.text import Text
 
     text = Text(chart)
@@ -87,8 +87,9 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def legible(text: str) -> str:
-    """Control characters but new lines and tabs as `\\x1b` and the like: an answer of a model, or a
-    reason somebody typed, could else set a terminal's title, clear it or write its clipboard."""
+    """Escape control characters except line breaks and tabs, as `\\x1b` and the like: a model's
+    answer, or a typed reason, could otherwise set a terminal's title, clear it or write its
+    clipboard."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.replace("\r\n", "\n"))
 
 
@@ -96,13 +97,13 @@ _SHORT_ID = re.compile(r"[0-9a-fA-F-]{4,36}")
 
 
 def is_short_id(text: str) -> bool:
-    """Whether a text may be a part of an id: its beginning or its end."""
+    """Return whether a text may be a part of an id: its beginning or its end."""
     return _SHORT_ID.fullmatch(text) is not None
 
 
 def whole_id(text: str, known: Iterable[str], among: str) -> str:
-    """The only one of the `known` ids that begins or ends with `text`. Raises NotFound, and
-    ConfigError where it fits several."""
+    """Return the only one of the `known` ids that begins or ends with `text`. Raises NotFound, and
+    ConfigError if several match."""
     wanted = text.lower()
     found = [one for one in known if one.startswith(wanted) or one.endswith(wanted)]
     if len(found) == 1:
@@ -132,12 +133,12 @@ AnyPool = Annotated[
 
 
 def choose_pool(pool: str | None = None) -> None:
-    """Make a pool the one that the command is about."""
+    """Set the pool of the command."""
     _chosen.set(pool)
 
 
 def with_pool_option(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that takes `--pool` too."""
+    """Add the option `--pool` to a command."""
     return _with_option(command, "pool", AnyPool, _chosen)
 
 
@@ -148,14 +149,14 @@ called_url: ContextVar[str | None] = ContextVar("tidegate_url", default=None)
 
 
 def with_url_option(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that asks a running gateway takes `--url` too."""
+    """Add the option `--url` to a command that calls a running gateway."""
     return _with_option(command, "url", AnyUrl, called_url)
 
 
 def _with_option(
     command: Callable[..., None], name: str, kind: object, chosen: ContextVar[str | None]
 ) -> Callable[..., None]:
-    """A command with one option more, whose value goes into `chosen`."""
+    """Add an option to a command, whose value is stored in `chosen`."""
 
     @wraps(command)
     def run(*arguments: object, **options: Any) -> None:
@@ -171,7 +172,7 @@ def _with_option(
 
 
 class CommandGroup(TyperGroup):
-    """Commands whose options may also stand before their names: `tidegate --json limits show`.
+    """Commands whose options may also precede their names: `tidegate --json limits show`.
 
     An option takes a value in all commands that have it, or in none of them.
     """
@@ -180,8 +181,8 @@ class CommandGroup(TyperGroup):
         return super().parse_args(ctx, self._in_order(ctx, args))
 
     def _in_order(self, ctx: Any, arguments: list[str]) -> list[str]:
-        """The group's own options, the name of the command, then the options that were before it;
-        unchanged where one of them is unknown."""
+        """Return the group's own options, the name of the command, then the options that preceded
+        it; unchanged if one of them is unknown."""
         own, moved, rest = list[str](), list[str](), list(arguments)
         names = {name for one in self.get_params(ctx) for name in one.opts}
         known = _options_of(self) if rest and rest[0].startswith("-") else {}
@@ -199,7 +200,8 @@ class CommandGroup(TyperGroup):
 
 
 def _options_of(command: Any) -> dict[str, bool]:
-    """All options of a command and of those in it, by name, with whether they take a value."""
+    """Return all options of a command and of its subcommands, by name, with whether they take a
+    value."""
     found: dict[str, bool] = {}
     for one in command.params:
         if one.param_type_name == "option":
@@ -211,32 +213,32 @@ def _options_of(command: Any) -> dict[str, bool]:
 
 
 def chosen_pool(config: Config) -> str:
-    """The pool that the command is about."""
+    """Return the pool of the command."""
     from tidegate.policy.deployment import default_pool
 
     return _chosen.get() or default_pool(config)
 
 
 def chosen_pool_or(usual: T) -> str | T:
-    """The pool that was named, else `usual`."""
+    """Return the named pool, otherwise `usual`."""
     return _chosen.get() or usual
 
 
 def command_config(process: str = "command", level: str = "error") -> Config:
-    """The settings; logs of `level` and above go to standard error."""
+    """Return the settings; logs of `level` and above are written to standard error."""
     from tidegate.settings import load
     from tidegate.store.records import ACTING, Acting
     from tidegate.telemetry import logging as telemetry
 
     config = load()
     telemetry.configure_logging(config.log_format, level, process=process)
-    # For the whole command: what it changes is recorded as done by who typed it.
+    # For the whole command: its changes are recorded under the name of the user.
     ACTING.set(Acting(who(), "admin", "a terminal"))
     return config
 
 
 def with_keeper(work: Callable[[PolicyKeeper], Awaitable[T]]) -> T:
-    """Run `work` on the policy of the chosen pool of the deployment that the settings describe."""
+    """Run `work` on the policy of the chosen pool of the deployment in the settings."""
     from tidegate.supervisor.services import with_keeper as run
 
     config = command_config()
@@ -244,7 +246,7 @@ def with_keeper(work: Callable[[PolicyKeeper], Awaitable[T]]) -> T:
 
 
 def in_pool(work: Callable[[Control], Awaitable[T]]) -> T:
-    """Run `work` on the chosen pool, with what the record knows of its calls and tenants."""
+    """Run `work` on the chosen pool, with the record of its calls and tenants."""
     from tidegate.policy.inspection import Control
     from tidegate.store.requests import ActiveRequests
     from tidegate.store.tenants import Tenants
@@ -283,17 +285,17 @@ def with_budgets(work: Callable[[BudgetRecords], Awaitable[T]]) -> T:
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The options that have a value."""
+    """Return the options that have a value."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def counted(count: int, one: str, several: str) -> str:
-    """`1 process`, `2 processes`."""
+    """Return a count with its noun: `1 process`, `2 processes`."""
     return f"{count} {one if count == 1 else several}"
 
 
 def who() -> str:
-    """The person at the terminal, as it goes on record."""
+    """Return the name of the person at the terminal, for the record."""
     try:
         name = getpass.getuser()
     except (KeyError, OSError):  # a user without a name, as in some containers
@@ -302,8 +304,8 @@ def who() -> str:
 
 
 def confirm(question: str) -> None:
-    """Ask a person on standard error, since standard output has the data alone. Raises typer.Abort
-    unless the answer is yes; Ctrl-C ends the command as anywhere else."""
+    """Ask a person on standard error, since standard output is for data only. Raises typer.Abort
+    unless the answer is yes; Ctrl-C ends the command as usual."""
     while True:
         typer.echo(f"{question} [y/N]: ", nl=False, err=True)
         answer = sys.stdin.readline()
@@ -324,7 +326,7 @@ def show_json(value: object) -> None:
 
 
 def tell(json: bool, value: object, text: str) -> None:
-    """Print a result: `value` as JSON, else `text`."""
+    """Print a result: `value` as JSON, or `text`."""
     show_json(value) if json else typer.echo(text)
 
 
@@ -336,8 +338,8 @@ def show_table(
     whole: tuple[str, ...] = (),
     styles: Sequence[str] = (),
 ) -> None:
-    """A table on the terminal; numbers to the right, and columns that stay `whole` on one line.
-    styles: of each row. Without a terminal it is plain text."""
+    """Print a table; numbers to the right, and columns in `whole` on one line. styles: of each row.
+    Without a terminal the table is plain text."""
     from rich.table import Table
     from rich.text import Text
 
@@ -353,8 +355,8 @@ def show_table(
 
 
 def show(what: RenderableType) -> None:
-    """On a terminal as it fits; elsewhere without colours, and without blanks at the ends of lines,
-    which programs would stumble over."""
+    """Print for the width of a terminal; otherwise without colours, and without trailing spaces,
+    which would disturb programs."""
     to = console()
     if sys.stdout.isatty():
         to.print(what)
@@ -365,7 +367,7 @@ def show(what: RenderableType) -> None:
 
 
 def terminal_width() -> int:
-    """In characters; wide where there is no terminal."""
+    """Return the width in characters; wide without a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else PLAIN_WIDTH
 
 
@@ -404,7 +406,7 @@ _AWAY_STATUSES = (408, 502, 503, 504)
 
 
 def code_of(error: TidegateError) -> int:
-    """The exit code for an error that ends a command."""
+    """Return the exit code for an error that ends a command."""
     match error:
         case ConfigError() | InvalidRequest():
             return WRONG
@@ -424,8 +426,8 @@ def _code_of_status(status: int) -> int:
 
 
 def show_flags_without_type() -> None:
-    """Typer names the type of every option since it renders types itself; earlier versions name
-    none for a flag."""
+    """Hide the type of flags: Typer shows the type of every option since it renders types itself;
+    earlier versions show none for a flag."""
     shown = getattr(TyperOption, "display_type_rich", None)
     if shown is None:
         return

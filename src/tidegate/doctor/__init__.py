@@ -1,8 +1,8 @@
 """Doctor: checks of a deployment, and how to fix what they find.
 
 Facts are gathered by `limiter.diagnostics`, `store.diagnostics` and `upstream.fetch`, and judged
-here. Invariant: nothing is started or changed, and nothing is left behind: one object is written to
-a bucket and deleted immediately.
+here. Invariant: nothing is started or changed, and nothing remains: one object is written to a
+bucket and deleted immediately.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _RECORDS = 50
 
 @dataclass
 class _Seen:
-    """Results of one part of the examination that another needs."""
+    """Results of one part of the examination that another part needs."""
 
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     records: dict[str, list[PolicyRecord]] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class _Seen:
 
 
 async def examine(*, online: bool = True) -> list[Finding]:
-    """Look at the deployment that the settings describe; providers and buckets only `online`."""
+    """Examine the deployment that the settings describe; providers and buckets only if `online`."""
     try:
         config = load()
         wanted, others = deployed(config), deployed_upstreams(config)
@@ -101,7 +101,8 @@ async def examine(*, online: bool = True) -> list[Finding]:
 
 
 def _with_bundled(config: Config) -> tuple[Config, str]:
-    """The settings with the addresses of bundled servers that run; else why there are none."""
+    """Return the settings with the addresses of running bundled servers; otherwise the reason why
+    none run."""
     if not config.embedded:
         return config, ""
     from tidegate.embedded.lease import Folder
@@ -140,7 +141,7 @@ async def _valkey(
 async def _added_live(
     config: Config, policies: dict[str, PoolPolicy], seen: _Seen
 ) -> list[Finding]:
-    """Findings on the pools of upstreams that were added while running."""
+    """Return findings on the pools of upstreams that were added at run time."""
     from tidegate.limiter import examine as look
 
     found: list[Finding] = []
@@ -149,7 +150,7 @@ async def _added_live(
         try:
             report = await look(config.redis_url.get_secret_value(), pool)
         except (LimiterUnavailable, ConfigError):
-            return found  # which has a finding of its own
+            return found  # reported by another finding
         if report.snapshot is not None:
             seen.snapshots[pool] = report.snapshot
             records = seen.records.get(pool)
@@ -180,7 +181,7 @@ async def _postgresql(
 async def _read_record(
     url: str, policies: dict[str, PoolPolicy], seen: _Seen, revision: str
 ) -> None:
-    """Read policies and keys; a part that can't be read has a finding of its own."""
+    """Read policies and keys; a part that cannot be read is reported by another finding."""
     from tidegate.store.database import Connections
     from tidegate.store.jobs import stuck_counts
     from tidegate.store.provider.upstreams import UpstreamRevisions
@@ -205,7 +206,7 @@ async def _read_record(
             since = today - deployment.PRICES_OVER
             seen.called = await UsageTotals(connections).totals(("model",), since, today)
     except StoreUnavailable:
-        return  # the rights or the schema are wrong, which has a finding of its own
+        return  # the rights or the schema are wrong, which another finding reports
     finally:
         await connections.aclose()
 

@@ -1,4 +1,4 @@
-"""Checks of settings, processes and machine: each gives a finding with a fix."""
+"""Checks of settings, processes and machine: each returns a finding with a fix."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Result of a check, by its stable name such as `valkey.reach`, in words, with its fix."""
+    """Result of a check: its stable name such as `valkey.reach`, a description, and a fix."""
 
     check: str
     state: State
@@ -73,7 +73,7 @@ def skipped(check: str, why: str) -> Finding:
     return Finding(check, State.SKIPPED, why)
 
 
-PRICES_OVER = timedelta(days=30)  # the calls whose prices are looked at
+PRICES_OVER = timedelta(days=30)  # the time whose calls are checked
 _PRICES_OLD = timedelta(days=120)
 _ALL_CALLS = "pool:total"
 
@@ -81,8 +81,8 @@ _ALL_CALLS = "pool:total"
 def judge_prices(
     upstreams: Sequence[Upstream], called: Sequence[Total], today: date, emulated: str = ""
 ) -> Iterator[Finding]:
-    """Findings on the prices of the models that were called in the last `PRICES_OVER`. emulated:
-    the upstream whose answers are made up, and cost nothing."""
+    """Judge the prices of the models that were called in the last `PRICES_OVER`. emulated: the
+    upstream whose answers are emulated, and cost nothing."""
     made_up = [one for one in upstreams if one.name == emulated]
     real = [one for one in upstreams if one.name != emulated]
     unpriced = [
@@ -125,8 +125,8 @@ def judge_prices(
 
 
 def judge_preempt(upstreams: Sequence[Upstream], emulated: str = "") -> Iterator[Finding]:
-    """A finding on the upstreams where calls give way, if there are any. emulated: the one whose
-    answers are made up."""
+    """Judge the upstreams whose calls give way, if there are any. emulated: the upstream whose
+    answers are emulated."""
     giving_way = [one for one in upstreams if one.preempt and one.name != emulated]
     hosted = [one for one in giving_way if provider_of_upstream(one) is not None]
     if hosted:
@@ -142,7 +142,7 @@ def judge_preempt(upstreams: Sequence[Upstream], emulated: str = "") -> Iterator
 
 
 def judge_server(name: str, policy: PoolPolicy, load: ServerLoad) -> Finding:
-    """The limit on all calls of a server of one's own, against what the server says of itself."""
+    """Compare the limit on all calls of a self-hosted server with the server's own report."""
     check, limit = f"server.{name}", policy.limits.get(_ALL_CALLS)
     if not load.is_known:
         why = "it shows neither how many it computes at a time nor who waits"
@@ -173,7 +173,7 @@ def judge_server(name: str, policy: PoolPolicy, load: ServerLoad) -> Finding:
 def judge_live(
     revision: int, deployment: Deployment, base: Tables, processes: Sequence[UpstreamProcess]
 ) -> Iterator[Finding]:
-    """Findings on what was changed of upstreams while running. base: what the file says."""
+    """Judge the live changes of upstreams. base: the tables in the file."""
     lines = changed_lines(NO_CHANGES, deployment.live)
     if lines:
         yield ok("upstreams.live", f"revision {revision} over the file: {'; '.join(lines)}")
@@ -187,7 +187,7 @@ def judge_live(
 
 
 def judge_workers(processes: Sequence[UpstreamProcess], ready: int) -> Finding:
-    """Whether workers run for the jobs that are `ready` to begin."""
+    """Judge whether workers run for the jobs that are `ready` to begin."""
     workers = sum(one.role == "worker" for one in processes)
     if workers:
         return ok("jobs.workers", "1 runs" if workers == 1 else f"{workers} run")
@@ -203,7 +203,7 @@ def _serves(upstreams: Iterable[Upstream], called: Total) -> bool:
 
 
 def _public_row(upstream: Upstream, model: str, today: date) -> ModelPrice | None:
-    """The row of the catalog that a model is priced by; None where a stated price is."""
+    """Return the catalog's row for the price of a model; None if the price is stated."""
     provider = provider_of_upstream(upstream)
     if provider is None or not upstream.fit(model) or upstream.price(model) is not None:
         return None
@@ -224,7 +224,7 @@ _PROCESS = re.compile(r"(?:api|worker)-(?P<host>.+)-\d+-[0-9a-f]{8}")
 
 
 def judge_settings(config: Config) -> Iterator[Finding]:
-    """Findings on settings that are valid, but may be a mistake."""
+    """Judge settings that are valid, but may be a mistake."""
     yield _demo(config)
     yield _webhooks(config)
     if doubts := doubtful(config):
@@ -261,8 +261,8 @@ def _webhooks(config: Config) -> Finding:
 def judge_access(
     config: Config, any_key: bool | None, unvouched: Sequence[Key] | None = None
 ) -> Iterator[Finding]:
-    """`any_key`: whether there are API keys that work. `unvouched`: keys whose maker is not on
-    record. None where that is not known."""
+    """Judge access. `any_key`: whether there are valid API keys. `unvouched`: keys without a
+    recorded creator. None if unknown."""
     if not config.asks_for_keys:
         if config.is_loopback:
             yield ok("access.keys", "not asked for, and only this machine can call")
@@ -325,7 +325,7 @@ def _unvouched(keys: Sequence[Key] | None) -> Finding:
 def judge_pool(
     pool: str, wanted: PoolPolicy, snapshot: Snapshot, records: Sequence[PolicyRecord] | None
 ) -> Iterator[Finding]:
-    """`records` are the policies that were in force, the newest first; None where not known."""
+    """Judge a pool. `records` are its earlier policies, the newest first; None if unknown."""
     yield _policy(pool, wanted, snapshot, records)
     yield _sessions(pool, snapshot)
     yield _paused(pool, snapshot)
@@ -353,7 +353,7 @@ def _policy(
             "processes fix this within 10 s while both servers answer; else see their logs",
         )
     plain, beside = to_plain(wanted), ""
-    if newest.digest != digest(newest.policy):  # tenants were given more than was deployed
+    if newest.digest != digest(newest.policy):  # tenants have more than was deployed
         plain, beside = (
             with_tenants(plain, newest.policy, asked_before(records)),
             ", beside what tenants were given since",
@@ -380,14 +380,14 @@ def _policy(
 
 
 def _rivals(records: Sequence[PolicyRecord]) -> str:
-    """Processes that lately put policies of different deployments in force in turns."""
+    """Return the processes that recently put different deployments' policies in force in turns."""
     since = datetime.now(UTC) - _RIVALS_WITHIN
     recent = [
         one
         for one in records
         if one.origin == Origin.DEPLOYMENT and one.created_at and one.created_at > since
     ]
-    if len({one.digest for one in recent}) < 3:  # a deployment, and its change, are no fight
+    if len({one.digest for one in recent}) < 3:  # a deployment, and its change, are not a conflict
         return ""
     return " and ".join(sorted({one.set_by for one in recent})[:_SHOWN])
 
@@ -429,13 +429,13 @@ def _paused(pool: str, snapshot: Snapshot) -> Finding:
 
 
 def hosts_of(snapshot: Snapshot) -> set[str]:
-    """The machines whose processes take part, by the names that these give themselves."""
+    """Return the machines of the processes in a pool, from the names of the processes."""
     found = (_PROCESS.fullmatch(one.name) for one in snapshot.processes)
     return {one["host"] for one in found if one is not None}
 
 
 def judge_blobs(config: Config, snapshots: Mapping[str, Snapshot]) -> Finding:
-    """Whether files that one machine stores can be read by another."""
+    """Judge whether all machines can read the files that one machine stores."""
     hosts = set().union(*(hosts_of(one) for one in snapshots.values()))
     if not config.blob_url and len(hosts) > 1:
         return warn(
@@ -457,7 +457,7 @@ _GB = 1_000_000_000
 
 
 def look(config: Config, dotenv: Path = Path(".env")) -> Iterator[Finding]:
-    """All checks of the machine; they start and change nothing."""
+    """Run all checks of the machine; they start and change nothing."""
     yield from _packages(config)
     yield _descriptors()
     yield _folder(config.data_dir)
@@ -550,7 +550,7 @@ def _disk(data_dir: Path) -> Finding:
 
 
 def _nearest(path: Path) -> Path:
-    """The folder itself, or the one in which it would be made, as far as this user may look."""
+    """Return the folder, or its nearest existing parent that this user can see."""
     path = path.absolute()
     while not _is_there(path):
         path = path.parent
@@ -571,7 +571,8 @@ def _secret_files(dotenv: Path) -> Finding:
     if dotenv.is_file() and str(dotenv) in secrets.values():
         files[".env"] = dotenv
     loose = [path for path in files.values() if path.exists() and path.stat().st_mode & 0o077]
-    # Mounted secrets of a cluster belong to root and are read only: their group may be ours.
+    # Secrets mounted by a cluster belong to root and are read-only; the group may be this
+    # process's.
     loose = [path for path in loose if path.stat().st_uid == os.geteuid()]
     if loose:
         names = " ".join(map(str, loose))
@@ -582,7 +583,7 @@ def _secret_files(dotenv: Path) -> Finding:
 
 
 def port(config: Config) -> Finding:
-    """Whether HOST and PORT are free, or which program has them."""
+    """Judge whether HOST and PORT are free, or which program uses them."""
     from tidegate.supervisor.supervisor import listen
 
     if config.port == 0:
@@ -628,7 +629,7 @@ _TIDEGATE = re.compile(r"(?:^|[ /])(?:tidegate|run_app\.py)(?: |$)")
 
 
 def _owner_of(number: int) -> tuple[int, str]:
-    """The program that listens on a port, by its number and its command; (0, '') where the system
+    """Return the pid and the command of the program that listens on a port; (0, '') if the system
     does not show it."""
     inodes = {inode for inode, listens_on in _listening() if listens_on == number}
     for process in Path("/proc").glob("[0-9]*"):

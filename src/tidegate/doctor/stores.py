@@ -19,7 +19,8 @@ _NEARLY_FULL = 0.8
 
 
 def judge_valkey(report: ServerReport, lease_ms: int, *, embedded: bool) -> Iterator[Finding]:
-    """`lease_ms` is SEMAPHORE_TIMEOUT; an embedded server has no replicas, and need not."""
+    """Judge a Valkey server. `lease_ms` is SEMAPHORE_TIMEOUT; an embedded server needs no
+    replicas."""
     facts = report.facts
     yield _version_of_valkey(facts)
     yield _rights_in_valkey(report)
@@ -33,7 +34,7 @@ def judge_valkey(report: ServerReport, lease_ms: int, *, embedded: bool) -> Iter
 
 
 def judge_absence(failed: TidegateError) -> Finding:
-    """The finding where the server could not be examined."""
+    """Return the finding for a server that could not be examined."""
     said = str(failed)
     if isinstance(failed, ConfigError) and failed.variable == "maxmemory-policy":
         return _evicting(str(failed.value))
@@ -165,7 +166,7 @@ def _clock(ahead_ms: float) -> Finding:
 
 
 def clock(check: str, ahead_ms: float, why: str) -> Finding:
-    """Difference between a server's clock and ours."""
+    """Judge the difference between a server's clock and ours."""
     if abs(ahead_ms) < _CLOCK_MS:
         return ok(check, "agrees with ours within a second")
     side = "ahead of" if ahead_ms > 0 else "behind"
@@ -182,7 +183,8 @@ _FULL_SCANS = 4
 
 
 def judge(report: DatabaseReport, processes: int | None) -> Iterator[Finding]:
-    """`processes` are those in the pool, None where that is not known."""
+    """Judge a PostgreSQL server. `processes` is the number of those in the pool, None if
+    unknown."""
     facts = report.facts
     yield _version(facts)
     yield _pooler(report)
@@ -292,7 +294,8 @@ def _connections(report: DatabaseReport, processes: int | None) -> Finding:
 
 
 def _locks(facts: dict[str, object]) -> Finding:
-    """A statement that names no day locks each partition with its indexes, until it ends."""
+    """Judge the lock table: a statement without a day locks each partition with its indexes until
+    it ends."""
     needed, lockers = int(str(facts["partitions"])), int(str(facts["lockers"]))
     room = lockers * int(str(facts["locks_each"]))
     said = f"room for {room:,}; a statement on all days takes {needed:,}"
