@@ -1,7 +1,7 @@
 """Entry point: the command `tidegate`, also as `python -m tidegate`.
 
-Invariant: this file imports nothing but the standard library, so that a user who installed the
-limiter alone gets one line that says what the command needs.
+Invariant: this file imports only the standard library, so that a user who installed only the
+limiter gets one line that names what the command needs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ _GC_THRESHOLD = 100_000
 
 
 def main() -> None:
-    """Run the command line, or say what to install for it. See `cli.main` for the exit codes."""
-    # What a start imports stays: to look through it for garbage takes a quarter of the start, and
-    # as much at the end.
+    """Run the command line, or name the packages that it needs. See `cli.main` for the exit
+    codes."""
+    # Imported objects are kept: collecting them takes a quarter of the start, and as much at the
+    # end.
     gc.set_threshold(_GC_THRESHOLD)
     atexit.register(gc.freeze)
     if "TIDEGATE_SUPERVISION_FD" in os.environ:
@@ -37,7 +38,7 @@ def main() -> None:
 
 
 def _supervise() -> NoReturn:
-    """Go on as the supervisor of what `tidegate up` has prepared in this process."""
+    """Continue as the supervisor that `tidegate up` has prepared in this process."""
     sys.modules["rich"] = None  # type: ignore[assignment] # 4 MB, for structlog's tracebacks
     from tidegate.supervisor.supervisor import supervise
 

@@ -1,7 +1,7 @@
 """Checker of a log of calls: counts over time and shares of tenants, against a policy. Pure.
 
-A log is a sequence of `Event` in order of time, as seen at the far end of the calls. Nothing here
-knows the limiter's state. Times are ns of any one clock; results named `_s` are seconds.
+A log is a sequence of `Event` in order of time, as seen by the called server. The limiter's state
+is not used. Times are ns of any one clock; results named `_s` are seconds.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple
 
 NS = 1_000_000_000
 
-# requested a permit; the call began; the call ended; the waiter left or was refused
+# requested a permit; the call began; the call ended; the waiter left or was rejected
 What = Literal["ask", "begin", "end", "leave"]
 
 
 class Event(NamedTuple):
-    """Event of one call. `call` is unique among those of its worker that live.
+    """An event of a call. `call` is unique among the live calls of its worker.
 
     limits: every limit that the call needs. epoch: that of the permit's fence, on `begin`.
     """
@@ -36,7 +36,7 @@ class Event(NamedTuple):
 
 
 class Interruption(NamedTuple):
-    """A time in which a worker stood still, or was cut off: its calls are judged apart."""
+    """A time in which a worker was paused or cut off: its calls are judged separately."""
 
     worker: str
     from_ns: int
@@ -47,9 +47,9 @@ class Interruption(NamedTuple):
 
 
 class Curve:
-    """A count over time: `levels[i]` holds from `times[i]` on, and 0 before the first.
+    """A count over time: `levels[i]` applies from `times[i]` on, and 0 before the first.
 
-    Of several levels at the same ns the last one counts: the others did not last.
+    Of several levels at the same ns the last one counts: the others had no duration.
     """
 
     def __init__(self, steps: Iterable[tuple[int, int]]) -> None:
@@ -70,7 +70,7 @@ class Curve:
         return self.levels[index] if index >= 0 else 0
 
     def mean(self, from_ns: int, to_ns: int) -> float:
-        """The average level of a stretch that is not empty."""
+        """Return the average level between two times, which must differ."""
         return (self._area_until(to_ns) - self._area_until(from_ns)) / (to_ns - from_ns)
 
     def _area_until(self, at_ns: int) -> int:
@@ -83,20 +83,20 @@ class Curve:
         return max(self.levels, default=0)
 
     def peak_at_once(self) -> tuple[int, int]:
-        """(how many, when first)."""
+        """Return the highest level, and the first time of it."""
         peak = self.peak()
         return (peak, self.times[self.levels.index(peak)]) if self.levels else (0, 0)
 
     def above_s(self, bound: int) -> float:
-        """For how long it was above `bound`."""
+        """Return for how long the level was above `bound`."""
         pairs = zip(self.times, self.times[1:], self.levels, strict=False)
         return sum(end - begin for begin, end, level in pairs if level > bound) / NS
 
     def recovered_ns(
         self, bound: int, since_ns: int, known_ns: int, *, window_ns: int, share: float
     ) -> int | None:
-        """How long after `since_ns` it stood at `bound` again, and kept on average `share` of it
-        for a window; None if it had not by `known_ns`, when the log was read."""
+        """Return the time from `since_ns` until the level was `bound` again and then averaged
+        `share` of it for a window; None if it was not by `known_ns`, the end of the log."""
         last_ns = known_ns - window_ns
         starts = [since_ns] if self.at(since_ns) >= bound else []
         first = bisect_right(self.times, since_ns)
@@ -112,7 +112,8 @@ class Curve:
 def in_flight(
     events: Iterable[Event], limit: str | None = None, *, without: Sequence[Interruption] = ()
 ) -> Curve:
-    """How many calls of `limit` (or of any) were open, but for those of a worker in its span."""
+    """Return the number of open calls of `limit` (or of any) over time, without those of an
+    interrupted worker."""
     marks: list[tuple[int, int, Event | None]] = [
         (event.at_ns, number, event)
         for number, event in enumerate(events, start=1)
@@ -138,7 +139,8 @@ def in_flight(
 
 
 def first_of_new_epoch_s(events: Sequence[Event], since_ns: int) -> float | None:
-    """Seconds from `since_ns` to the first call with a permit of a later epoch than all before."""
+    """Return the seconds from `since_ns` to the first call with a permit of a later epoch than all
+    before."""
     before = max((e.epoch for e in events if e.what == "begin" and e.at_ns < since_ns), default=0)
     for event in events:
         if event.what == "begin" and event.at_ns >= since_ns and event.epoch > before:
@@ -150,8 +152,8 @@ def first_of_new_epoch_s(events: Sequence[Event], since_ns: int) -> float | None
 class Shares:
     """Permit-seconds of each tenant in the time in which all of them waited for more.
 
-    off: the furthest from ideal, as a part of it: 0.05 is 5 %. worst_off: the same over the worst
-    single window.
+    off: the largest deviation from the ideal share, as a fraction of it: 0.05 is 5 %. worst_off:
+    the same over the worst single window.
     """
 
     together_s: float
@@ -161,7 +163,8 @@ class Shares:
 
 
 def shares(events: Iterable[Event], weights: Mapping[str, int], window_ns: int = 0) -> Shares:
-    """Compare with `weights`; `window_ns` of such time makes a window, 0 for one window only."""
+    """Compare the shares with `weights`; a window is `window_ns` of such time, 0 for a single
+    window."""
     waiting: Counter[str] = Counter()
     running: Counter[str] = Counter()
     asked: set[tuple[str, int]] = set()

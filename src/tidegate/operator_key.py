@@ -1,6 +1,6 @@
 """Key of the operator: ADMIN_TOKEN, or else the file `operator.key` in DATA_DIR.
 
-Invariant: all processes of a deployment read the same key. The first one that needs the file
+Invariant: all processes of a deployment read the same key. The first process that needs the file
 creates it by a hard link, readable by its user alone.
 """
 
@@ -22,9 +22,9 @@ _RANDOM_BYTES = 32
 
 
 def operator_key(config: Config) -> SecretStr:
-    """The key of this deployment; makes the file where neither it nor ADMIN_TOKEN is there.
+    """Return the key of this deployment; creates the file if neither it nor ADMIN_TOKEN exists.
 
-    Raises ConfigError where it can neither be read nor made.
+    Raises ConfigError if the key can neither be read nor created.
     """
     if config.admin_token is not None:
         return config.admin_token
@@ -40,8 +40,8 @@ def operator_key(config: Config) -> SecretStr:
 
 
 def existing_operator_key(config: Config) -> SecretStr | None:
-    """The key where it can be read here, for a command that makes none. Raises ConfigError where
-    the file holds no key."""
+    """Return the key if it can be read here, for a command that does not create one. Raises
+    ConfigError if the file contains no key."""
     if config.admin_token is not None:
         return config.admin_token
     path = key_file(config)
@@ -56,7 +56,7 @@ def key_file(config: Config) -> Path:
 
 
 def _make(path: Path) -> None:
-    """Put a new key at `path`, unless one is there by then. Raises OSError."""
+    """Write a new key to `path`, unless another process has done so. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{FILE_NAME}.{secrets.token_hex(8)}")
     descriptor = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
@@ -73,8 +73,8 @@ def _make(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Keep the file's name through a crash of the machine."""
-    with suppress(OSError):  # not every system lets a folder be opened
+    """Make the file's name survive a crash of the machine."""
+    with suppress(OSError):  # not every system allows a folder to be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

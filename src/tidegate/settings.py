@@ -3,8 +3,8 @@
 `.env.example` and `docs/configuration.md` are generated from here. Each secret may be given as
 `NAME_FILE`, the path of a file.
 
-Invariants: a process starts with a complete and valid `Config`; a mistake is one ConfigError of
-one line that names the variable, its value (never a secret) and what is allowed.
+Invariants: a process starts with a complete and valid `Config`; a mistake is one ConfigError of one
+line that names the variable, its value (never a secret) and the allowed values.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ Positive = Annotated[int, Field(ge=1)]
 Days = Annotated[int, Field(ge=1, le=100_000)]
 Value = TypeVar("Value")
 _DATABASE_HOST = re.compile(r"(\[[0-9A-Fa-f:.%]*\]|[^:\[\]]*)(:\d{1,5})?")
-_CHOICES = (  # in any letters
+_CHOICES = (  # in any case
     *("auth", "when_valkey_away", "on_lost", "on_expiry"),
     *("classifier", "audit_full", "log_level", "log_format"),
 )
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.(?!-)[A-Za-z0-9-]{1,63})*\.?")
 
 
-# What is allowed, where the type alone does not say it in a user's words.
+# The allowed values, if the type alone does not tell them to a user.
 ALLOWED = {
     "database_url": "a URL that starts with postgresql://, its ports numbers, # in a password %23",
     "redis_url": "a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or "
@@ -83,12 +83,12 @@ ALLOWED = {
 
 
 def setting(default: Any, text: str) -> Any:
-    """A setting: its default and its description."""
+    """Declare a setting with its default and its description."""
     return Field(default=default, description=text)
 
 
 def _checked(field: str, value: Value, is_sound: bool) -> Value:
-    """`value`, or ValueError with what is allowed."""
+    """Return `value`, or raise ValueError with the allowed values."""
     if not is_sound:
         raise ValueError(f"must be {ALLOWED[field]}")
     return value
@@ -98,15 +98,15 @@ def _path(field: str, value: Path, is_sound: Callable[[Path], bool]) -> Path:
     try:
         path = value.expanduser()
         return _checked(field, path, is_sound(path))
-    except (OSError, RuntimeError):  # too long, not to be looked into; or ~ of no user
+    except (OSError, RuntimeError):  # too long, unreadable; or ~ of an unknown user
         return _checked(field, value, False)
 
 
 def split_url(text: str) -> SplitResult:
-    """The parts of a URL, all empty where it is none."""
+    """Return the parts of a URL, all empty if it is not a URL."""
     try:
         parts = urlsplit(text)
-        _ = parts.port  # raises for a port that is no number
+        _ = parts.port  # raises for a port that is not a number
     except ValueError:
         return SplitResult("", "", "", "", "")
     return parts
@@ -125,7 +125,7 @@ def is_address(text: str) -> bool:
 
 
 def is_plain_url(text: str) -> bool:
-    """Whether it is an HTTP URL without a user, a password or a query."""
+    """Return whether a text is an HTTP URL without a user, a password or a query."""
     url = split_url(text)
     plain = bool(url.hostname) and not (url.username or url.password or url.query)
     return plain and url.scheme in ("http", "https") and re.search(r"\s", text) is None
@@ -170,7 +170,7 @@ Port = Annotated[int, Field(ge=0, le=65535, description="The port to listen on."
 
 
 class Client(BaseModel):
-    """Whom the commands call, and with which key."""
+    """The gateway that the commands call, and the key."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", hide_input_in_errors=True)
 
@@ -180,12 +180,12 @@ class Client(BaseModel):
 
     @property
     def is_on_this_machine(self) -> bool:
-        """Whether the address is a loopback address, as that of a deployment of these settings."""
+        """Return whether the address is loopback, as for a deployment of these settings."""
         return split_url(self.url).hostname in ("localhost", "127.0.0.1", "::1")
 
     @property
     def url(self) -> str:
-        """Without a slash at its end."""
+        """Return the URL without a trailing slash."""
         return self.tidegate_url or f"http://localhost:{self.port}"
 
 
@@ -195,7 +195,7 @@ _ORIGIN = re.compile(
 
 
 def _is_origin(text: str) -> bool:
-    """Whether it is the address of a page as a browser says it in Origin: never a pattern."""
+    """Return whether a text is the origin of a page as in a browser's Origin: never a pattern."""
     return _ORIGIN.fullmatch(text) is not None
 
 
@@ -205,10 +205,10 @@ SECRETS = (
     *NEEDED_IN_THE_OPEN,
     *PROVIDER_KEYS,
     *("ADMIN_TOKEN", "OIDC_CLIENT_SECRET", "WEBHOOK_SECRET", "TIDEGATE_API_KEY"),
-    "ALERT_WEBHOOK_URL",  # whose path may let anybody post there
+    "ALERT_WEBHOOK_URL",  # its path may be a secret that allows posting there
 )
 
-# The headings of the documentation, each above the field that it stands before.
+# The headings of the documentation, by the field that each precedes.
 SECTIONS = {
     "database_url": "Where things are",
     "gemini_api_key": "The providers",
@@ -222,7 +222,7 @@ SECTIONS = {
 
 
 class ClassifierMode(StrEnum):
-    """Who decides whether a request wants an image: see docs/classification.md."""
+    """How it is decided whether a request wants an image: see docs/classification.md."""
 
     LLM = "llm"
     AUTO = "auto"
@@ -620,7 +620,7 @@ class Config(BaseModel):
     def _postgres(cls, value: SecretStr) -> SecretStr:
         try:
             url = urlsplit(value.get_secret_value())
-        except ValueError:  # brackets that are none of an address
+        except ValueError:  # brackets without an address
             return _checked("database_url", value, False)
         is_sound = all(map(_DATABASE_HOST.fullmatch, url.netloc.rpartition("@")[2].split(",")))
         is_sound &= url.scheme in ("postgresql", "postgres")
@@ -629,9 +629,9 @@ class Config(BaseModel):
     @field_validator("redis_url")
     @classmethod
     def _redis(cls, value: SecretStr) -> SecretStr:
-        # redis-py speaks to Valkey, but does not know the schemes named after it.
+        # redis-py supports Valkey, but not the URL schemes named after it.
         text = re.sub(r"^valkey(s?)(://|\+)", r"redis\1\2", value.get_secret_value())
-        # Not taken apart: several hosts with a port each are allowed there.
+        # Not parsed: it may name several hosts with a port each.
         several = re.match(r"rediss?\+(sentinel|cluster)://.", text) is not None
         return _checked(
             "redis_url",
@@ -685,7 +685,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _never_by_mistake(self) -> Self:
-        """Demo mode (bundled servers, emulated provider) is for loopback, or set by name."""
+        """Allow demo mode (bundled servers, emulated provider) on loopback, or if set by name."""
         if bool(self.database_url) != bool(self.redis_url):
             missing, given = "REDIS_URL", "DATABASE_URL"
             if not self.database_url:
@@ -720,22 +720,22 @@ class Config(BaseModel):
 
     @property
     def asks_for_keys(self) -> bool:
-        """Whether callers must send an API key."""
+        """Return whether callers must send an API key."""
         return self.auth == "on" or (self.auth == "auto" and not self.is_loopback)
 
     @property
     def embedded(self) -> bool:
-        """Whether Valkey and PostgreSQL are the bundled ones."""
+        """Return whether Valkey and PostgreSQL are the bundled ones."""
         return self.database_url is None
 
     @property
     def emulated(self) -> bool:
-        """Whether the built-in emulator may answer as Gemini: see `policy.emulates`."""
+        """Return whether the built-in emulator may answer as Gemini: see `policy.emulates`."""
         return self.gemini_api_key is None and (self.tidegate_demo or self.is_loopback)
 
     @property
     def is_made_up(self) -> bool:
-        """Whether the answers of the account `gemini` are the built-in emulator's."""
+        """Return whether the answers of the account `gemini` are the built-in emulator's."""
         key = self.gemini_api_key
         return self.emulated or (key is not None and key.get_secret_value() == EMULATORS_KEY)
 
@@ -744,7 +744,7 @@ class Config(BaseModel):
         return round(self.semaphore_timeout * 1000)
 
     def model_for(self, kind: str) -> str:
-        """The configured model of a kind (`text_only`, `multi_modal`, `image_generation`)."""
+        """Return the model of a kind (`text_only`, `multi_modal`, `image_generation`)."""
         names = {"text_only": self.text_model, "multi_modal": self.multi_modal_model}
         return names.get(kind, self.image_model)
 
@@ -755,7 +755,7 @@ _UNITS = {"ms": " of milliseconds", "bytes": " of bytes", "days": " of days"}
 
 
 def load(environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")) -> Config:
-    """Read the environment over `.env` over the defaults; an empty value is one not given.
+    """Read the environment over `.env` over the defaults; an empty value counts as not set.
 
     Raises ConfigError, whose message is the one line to show.
     """
@@ -765,21 +765,21 @@ def load(environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".
 def load_client(
     environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")
 ) -> Client:
-    """Whom the commands call, read as `load` reads. Raises ConfigError."""
+    """Read the settings of the commands' client as `load` does. Raises ConfigError."""
     return _loaded(Client, environ, dotenv)
 
 
 def origins(
     environ: Mapping[str, str] | None = None, dotenv: Path | None = Path(".env")
 ) -> dict[str, str]:
-    """Where the value of each setting that is given comes from, in words, by its name."""
+    """Return where the value of each setting comes from, in words, by the setting's name."""
     written = from_dotenv(dotenv)
     given = os.environ if environ is None else environ
     found: dict[str, str] = {}
     for field in Config.model_fields:
         name = field.upper()
         for key in (name, f"{name}_FILE") if name in SECRETS else (name,):
-            # As `load` sees it: an empty variable of the environment hides a line of the file.
+            # As in `load`: an empty variable of the environment hides a line of the file.
             value = given[key] if key in given else written.get(key, "")
             if value.strip():
                 place = "the environment" if key in given else str(dotenv)
@@ -804,13 +804,13 @@ def _loaded(
 
 
 def secret(name: str, dotenv: Path | None = Path(".env")) -> str:
-    """A secret whose variable the policy's file names: from the environment over `.env`, or from
-    the file that `<name>_FILE` names; empty where there is none. Raises ConfigError."""
+    """Return a secret whose variable the policy's file names: from the environment over `.env`, or
+    from the file in `<name>_FILE`; empty if there is none. Raises ConfigError."""
     return _secret(name, {**from_dotenv(dotenv), **os.environ}).strip()
 
 
 def allowed(field: str) -> str:
-    """What a setting may be, in a user's words; reads well after "must be"."""
+    """Return the allowed values of a setting in a user's words, which continue "must be"."""
     if field in ALLOWED:
         return ALLOWED[field]
     info = Config.model_fields[field]
@@ -836,12 +836,12 @@ def _number(what: str, metadata: list[object]) -> str:
 
 
 def from_dotenv(path: Path | None) -> dict[str, str]:
-    """What a file like `.env` says, if it is there. Raises ConfigError where it can't be read."""
-    if path is None or not path.exists():  # a folder, as of a mount, is there
+    """Return the variables of a `.env` file, if any. Raises ConfigError if it cannot be read."""
+    if path is None or not path.exists():  # it may be a folder, for example of a mount
         return {}
     try:
         for line in parse_stream(StringIO(path.read_text(encoding="utf-8-sig"))):
-            if line.error:  # a setting that is left out would have its default
+            if line.error:  # a setting that is skipped would have its default
                 at = f"(line {line.original.line})"
                 raise ConfigError(str(path), at, "must be NAME=value, or begin with #")
         return {name: value for name, value in dotenv_values(path).items() if value is not None}
@@ -861,7 +861,7 @@ def _secret(name: str, found: Mapping[str, str]) -> str:
         text = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as unreadable:
         raise ConfigError(f"{name}_FILE", _one_line(path), _unreadable(unreadable)) from None
-    if not text:  # taken as "not set" it would start a gateway of made-up answers by mistake
+    if not text:  # as "not set" it would start a gateway of emulated answers by mistake
         raise ConfigError(f"{name}_FILE", _one_line(path), "must be a file that is not empty")
     return text
 
@@ -881,13 +881,13 @@ def _first(invalid: ValidationError, values: Mapping[str, str]) -> ConfigError:
 
 
 def shown(name: str, value: object) -> str:
-    """A setting's value on one line, for people: never a secret, nor what a URL hides."""
+    """Return a setting's value on one line, without secrets and a URL's hidden parts."""
     return "(hidden)" if name in SECRETS else _one_line(str(value), name)
 
 
 def _one_line(value: str, name: str = "") -> str:
-    """`value` without line breaks and, where it is a URL or is to be one, without a user, password
-    or query."""
+    """Return `value` without line breaks and, for a URL or a setting that is one, without a user,
+    password or query."""
     scheme, divides, rest = value.partition("://") if "://" in value else ("", "", value)
     if divides or name.endswith("_URL"):
         before, asks, _ = rest.partition("?")

@@ -1,6 +1,6 @@
 """Default models of prompts: those of the first account whose key is set. Pure.
 
-Small and current ones, which docs/gateway.md lists; a deployment sets its own.
+These are small and current models, which docs/gateway.md lists; a deployment can set others.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import SecretStr
 
-# The value of GEMINI_API_KEY where the emulator answers.
+# The value of GEMINI_API_KEY for the emulator.
 EMULATORS_KEY = "the-emulator-takes-any-key"
-OUR_KEY = "tg_"  # an SDK's variable may hold a key of this gateway
+OUR_KEY = "tg_"  # an SDK's variable may contain a key of this gateway
 
-# Text alone, files, images, the classifier's questions.
+# For text, for files, for images, and for the classifier.
 GEMINI = (
     "gemini-2.5-flash",
     "gemini-2.5-flash",
@@ -22,8 +22,8 @@ GEMINI = (
     "gemini-2.5-flash-lite",
 )
 _GPT, _CLAUDE = "gpt-6-luna", "claude-haiku-5-5"
-# By the setting that has the key, in this order. Claude draws nothing, which a prompt for an image
-# is answered with.
+# By the setting with the key, in this order. Claude generates no images: a prompt for an image gets
+# that answer.
 _BY_KEY = {
     "openai_api_key": (_GPT, _GPT, "gpt-image-2.5-flare", _GPT),
     "anthropic_api_key": (_CLAUDE, _CLAUDE, _CLAUDE, _CLAUDE),
@@ -32,7 +32,8 @@ _SETTINGS = ("text_model", "multi_modal_model", "image_model", "classifier_model
 
 
 def usual_models(given: Mapping[str, Any]) -> dict[str, str]:
-    """By setting, for the settings that are `given`; empty with an account of Gemini, or none."""
+    """Return models by setting, for the settings in `given`; empty with an account of Gemini, or
+    without one."""
     if _key(given, "gemini_api_key") not in ("", EMULATORS_KEY):
         return {}
     for name, models in _BY_KEY.items():
@@ -42,6 +43,6 @@ def usual_models(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _key(given: Mapping[str, Any], name: str) -> str:
-    """A secret that is not checked yet; empty where there is none."""
+    """Return a secret that is not validated yet; empty if there is none."""
     value = given.get(name)
     return str(value.get_secret_value() if isinstance(value, SecretStr) else value or "")
