@@ -407,7 +407,7 @@ def _call(
     body: dict[str, Any] | None = None,
     query: dict[str, str] | None = None,
 ) -> Any:
-    """The JSON of an answer under `/admin/upstreams`."""
+    """Return the JSON of an answer under `/admin/upstreams`."""
 
     async def work(gateway: GatewayClient) -> Any:
         return await gateway.send(method, f"/admin/upstreams{path}", body, **(query or {}))

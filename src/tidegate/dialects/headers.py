@@ -75,15 +75,15 @@ _NOT_RETURNED = _HOP_BY_HOP | frozenset(
         *(b"nel", b"report-to", b"reporting-endpoints", b"timing-allow-origin", b"tk"),
         *(b"accept-ch", b"accept-ch-lifetime", b"critical-ch", b"use-as-dictionary"),
         # Instructions to a proxy in front of us: to send a file or an internal address of its own,
-        # to change the speed or the charset, or to cache the answer for others. Only
-        # x-accel-buffering, against the buffering of a stream, is forwarded.
+        # to change the speed or the charset, or to cache the answer for others. The instruction not
+        # to buffer a stream (x-accel-buffering) is forwarded.
         *(b"x-accel-redirect", b"x-accel-expires", b"x-accel-limit-rate", b"x-accel-charset"),
         *(b"x-sendfile", b"x-sendfile-temporary", b"x-lighttpd-send-file", b"x-sendfile2"),
         *(b"x-lighttpd-send-tempfile", b"x-reproxy-url", b"x-reproxy-file", b"edge-control"),
         *(b"surrogate-control", b"cdn-cache-control", b"cloudflare-cdn-cache-control"),
     )
 )
-# Cache-Control of every answer to one caller: no shared cache in front of us keeps it.
+# Cache-Control for an answer to one caller: no shared cache in front of us may keep it.
 _PRIVATE = (b"private", b"no-store")
 _KEPT_BY_NOBODY_ELSE = (b"cache-control", b"private, no-cache")
 _NOT_RETURNED_PREFIXES = (_OURS, b"access-control-", b"cross-origin-", b"sec-", b"proxy-")

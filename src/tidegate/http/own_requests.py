@@ -51,7 +51,7 @@ admin_running = admin_router()
 
 
 class ListQuery(BaseModel):
-    """Which of the caller's requests to list."""
+    """Filters of a list of the caller's requests."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -343,8 +343,8 @@ class AdminRunningPage(BaseModel):
     summary="Your streams and native calls in progress",
 )
 async def running(request: Request, caller: RecordReader) -> RunningPage:
-    """They are in `/requests` once they have ended. The list is a second or two old. Jobs are in
-    `/requests` from their submission on."""
+    """Requests are in `/requests` once they have ended. The list is a second or two old. Jobs are
+    in `/requests` from their submission on."""
     services = services_of(request)
     notes = await services.board.notes()
     items = await _items(services, notes, caller.tenant_id)
@@ -360,8 +360,8 @@ async def running(request: Request, caller: RecordReader) -> RunningPage:
     summary="Streams and native calls of all tenants in progress",
 )
 async def all_running(request: Request) -> AdminRunningPage:
-    """They are in `/admin/requests` once they have ended. The list is a second or two old. Jobs are
-    there from their submission on."""
+    """Requests are in `/admin/requests` once they have ended. The list is a second or two old. Jobs
+    are there from their submission on."""
     services = services_of(request)
     notes = await services.board.notes()
     items = await _items(services, notes, None)

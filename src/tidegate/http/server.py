@@ -248,8 +248,8 @@ async def metrics(request: Request) -> Response:
 
 @process_router.get("/process", summary="State of the process that answers")
 async def process(request: Request) -> dict[str, Any]:
-    """Its permits, waiters, sessions, tasks, memory and recent failures. Reads neither Valkey nor
-    PostgreSQL. SIGQUIT writes the same to the log of a process."""
+    """Permits, waiters, sessions, tasks, memory and recent failures of the process. Reads neither
+    Valkey nor PostgreSQL. SIGQUIT writes the same to the log of a process."""
     services = services_of(request)
     return {"draining": services.draining.is_set(), **services.state.shown()}
 
@@ -275,7 +275,7 @@ class SettingsView(BaseModel):
 
 @process_router.get("/settings", summary="Settings of the process that answers")
 async def settings(request: Request) -> SettingsView:
-    """As they were at its start. Secrets are not shown."""
+    """Settings as of the start of the process. Secrets are not shown."""
     services = services_of(request)
     stated, file, doubts = await to_thread.run_sync(_stated, services.config)
     section, views = "", list[SettingView]()

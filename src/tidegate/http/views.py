@@ -45,7 +45,7 @@ ViewT = TypeVar("ViewT", bound=BaseModel)
 
 
 class Classified(BaseModel):
-    """What kind of request it is, who decided that, and why."""
+    """The kind of a request, how it was decided, and why."""
 
     type: Kind | None = Field(
         default=None, description="Null or absent until the request is classified"

@@ -603,7 +603,7 @@ class RelayWire:
     """The HTTP client of a process. Call `start` before the first request, `aclose` at the end."""
 
     def __init__(self, timeouts: Timeouts, tls: ssl.SSLContext | None = None) -> None:
-        """`tls` defaults to a context with the system's certificates."""
+        """tls: by default a context with the system's certificates."""
         self.exchanges: set[Exchange] = set()
         self._tls = tls
         self._loop = asyncio.get_running_loop()

@@ -179,7 +179,7 @@ async def route(served: Served) -> web.StreamResponse:
 
 
 async def _openai(served: Served) -> web.StreamResponse:
-    """`GET /v1/realtime?model=`. Raises Refused."""
+    """Serve `GET /v1/realtime?model=`. Raises Refused."""
     if not served.request.headers.get("Authorization", "").startswith("Bearer "):
         raise Refused(401, "Missing bearer or basic authentication in header")
     model, transcribes = served.request.query.get("model", ""), _transcribes(served.request)
@@ -369,7 +369,7 @@ def _openai_usage(turn: EmulatedTurn) -> Json:
 
 
 async def _gemini(served: Served) -> web.StreamResponse:
-    """Gemini Live; its model is in the first message. Raises Refused."""
+    """Serve Gemini Live, whose model is in the first message. Raises Refused."""
     if not _is_upgrade(served.request):
         raise Refused(404, "Not found: a WebSocket is expected here.")
     socket = await _accepted(served, ())

@@ -71,7 +71,8 @@ _WHOM: Any = Field(default=None, min_length=1, max_length=200, description="null
 
 
 class NewBudget(BaseModel):
-    """A budget. Whom it binds and what it counts can't be changed once it is there."""
+    """A budget. The calls that it applies to, and the amounts that it counts, cannot be changed
+    later."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -160,7 +161,7 @@ class BudgetView(BaseModel):
 
 
 class ResumeBudget(BaseModel):
-    """Which books go on, and with how much more in the current period."""
+    """Values whose spend may continue, and the extra amount in the current period."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -273,7 +274,7 @@ _MOST_ALERTS = 100
 
 
 class AlertChannel(BaseModel):
-    """Where alerts are posted."""
+    """The destination of alerts."""
 
     place: str | None = Field(
         description="Scheme and host of ALERT_WEBHOOK_URL; null if it is not set"

@@ -225,7 +225,7 @@ class ConversationView(BaseModel):
 
 
 class ConversationQuery(BaseModel):
-    """Which one: a conversation or a trace."""
+    """The conversation or the trace to show."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -240,7 +240,7 @@ class ConversationQuery(BaseModel):
     trace: str | None = Field(default=None, pattern="^[0-9a-f]{32}$", description="Its id")
 
     def named(self) -> tuple[str, bool]:
-        """Its name, and whether that is a trace's. Raises InvalidRequest."""
+        """Return the name, and whether it is a trace's. Raises InvalidRequest."""
         named = [one for one in (self.conversation, self.trace) if one is not None]
         if len(named) != 1:
             allowed = "one of conversation and trace"

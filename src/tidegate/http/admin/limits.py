@@ -161,7 +161,7 @@ By = Annotated[str, Query(min_length=1, max_length=100)]
 
 
 class Signed(BaseModel):
-    """Who does it, and why; both go on record."""
+    """Author and reason of a change, which are recorded."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -201,7 +201,7 @@ class NewPause(Signed):
 
 
 class AcceptedLimits(BaseModel):
-    """Learned limits to be put in force, by whom and why."""
+    """Learned limits to put in force, with the author and the reason."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -213,7 +213,7 @@ class AcceptedLimits(BaseModel):
 
 
 class WantedRehearsal(BaseModel):
-    """Which calls on record, and what would have been different."""
+    """The recorded calls to simulate, and the changes to compare with."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -240,7 +240,7 @@ class InForceNow(BaseModel):
 
 
 class Done(BaseModel):
-    """Whether it changed anything."""
+    """Whether the request changed anything."""
 
     done: bool
 

@@ -366,7 +366,7 @@ class BodyView(BaseModel):
 
 
 class AdminStatus(StatusView):
-    """The status as its owner sees it, with its tenant."""
+    """The status as shown to the owner, with the tenant."""
 
     model_config = ConfigDict(json_schema_extra=None)
 
@@ -403,7 +403,7 @@ class AdminStatus(StatusView):
 
 
 class RequestView(BaseModel):
-    """The whole record of one request, and what it waits for now."""
+    """The whole record of a request, and the reason of its current wait."""
 
     request: AdminStatus
     timeline: list[StepView]
@@ -525,7 +525,7 @@ router = admin_router(400, 503)
 
 
 class SearchQuery(BaseModel):
-    """Which requests to list; what is left out means all."""
+    """Filters of a list of requests; without a filter all are listed."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -620,7 +620,7 @@ async def one(request: Request, request_id: UUID) -> RequestView:
     summary="Recorded request body",
 )
 async def asked(request: Request, request_id: UUID) -> Response:
-    """Once the request has ended."""
+    """Available once the request has ended."""
     return await _body(request, request_id, "request")
 
 
@@ -631,7 +631,7 @@ async def asked(request: Request, request_id: UUID) -> Response:
     summary="Recorded response body",
 )
 async def answered(request: Request, request_id: UUID) -> Response:
-    """Once the request has ended."""
+    """Available once the request has ended."""
     return await _body(request, request_id, "response")
 
 
@@ -690,7 +690,7 @@ async def retry(request: Request, request_id: UUID) -> Accepted:
 
 
 class NewReplay(BaseModel):
-    """Where to make the request again; who does it, and why, goes on record."""
+    """The upstream of a repeated request; the author and the reason are recorded."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -834,13 +834,14 @@ async def given_up(request: Request, most: Most = 100) -> list[GivenUpWebhook]:
     summary="Deliver a webhook again, whatever its state",
 )
 async def redeliver(request: Request, webhook_id: UUID) -> Done:
-    """Its id is in the request's status. It is sent immediately, with all of its retries."""
+    """The webhook's id is in the request's status. It is sent immediately, with all of its
+    retries."""
     await services_of(request).store.outbox.redeliver(webhook_id)
     return Done(done=True)
 
 
 class NewRequeue(Signed):
-    """Which jobs to queue again. Without `"dry_run": false` they are only counted."""
+    """The jobs to queue again. Without `"dry_run": false` they are only counted."""
 
     since: datetime = Field(description="The earliest end; a time without a zone is in UTC")
     until: datetime | None = Field(default=None, description="The first end that is too late")

@@ -51,7 +51,7 @@ _BUDGET: Any = Field(
 
 
 class ActionQuery(BaseModel):
-    """Which actions to list; what is left out means all."""
+    """Filters of a list of actions; without a filter all are listed."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -67,7 +67,8 @@ class ActionQuery(BaseModel):
 
 
 class NewTenant(Signed):
-    """What is left out stays as it is, or as usual where the tenant is new."""
+    """Fields of a tenant. Absent fields keep their values; those of a new tenant get the
+    defaults."""
 
     weight: int = Field(default=1, ge=1, le=1_000, description="Its share against other tenants")
     limits: dict[str, Any] = Field(
@@ -114,7 +115,7 @@ class NewTenant(Signed):
 
 
 class AdminTenant(BaseModel):
-    """A tenant as it is."""
+    """A tenant with its current fields."""
 
     tenant: str
     weight: int
@@ -143,7 +144,7 @@ class AdminTenant(BaseModel):
 
 
 class NewKey(Signed):
-    """A key to be made."""
+    """A key to create."""
 
     tenant: str = Field(default=DEFAULT_TENANT, min_length=1, max_length=200)
     name: str = Field(default="", max_length=200, description="Description of the setting")

@@ -54,7 +54,7 @@ State = Literal["in service", "out", "draining", "drained", "missing"]
 
 
 class SignedChange(BaseModel):
-    """Who does it, and why; both go on record."""
+    """Author and reason of a change, which are recorded."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -67,7 +67,7 @@ class SignedChange(BaseModel):
 
 
 class NewUpstream(SignedChange):
-    """An upstream, or one that was removed live."""
+    """A new upstream, or one that was removed at run time."""
 
     table: dict[str, Any] = Field(
         default_factory=dict,
