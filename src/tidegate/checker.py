@@ -112,8 +112,8 @@ class Curve:
 def in_flight(
     events: Iterable[Event], limit: str | None = None, *, without: Sequence[Interruption] = ()
 ) -> Curve:
-    """Return the number of open calls of `limit` (or of any) over time, without those of an
-    interrupted worker."""
+    """Return the number of open calls of `limit` (or of any) over time, without those of a worker
+    during its interruption."""
     marks: list[tuple[int, int, Event | None]] = [
         (event.at_ns, number, event)
         for number, event in enumerate(events, start=1)

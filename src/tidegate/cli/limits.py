@@ -271,7 +271,7 @@ def set_(
 
 
 def _missed(keys: list[str]) -> list[str]:
-    """Return those of the changed limits on a model that no call of the chosen pool can match."""
+    """Return a line for each limit on a model that no upstream of the chosen pool serves."""
     from tidegate.policy.deployment import deployed_upstreams
     from tidegate.policy.format import AT_ONCE, TOTAL, whom_it_binds
     from tidegate.settings import load

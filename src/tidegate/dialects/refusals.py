@@ -423,8 +423,8 @@ _MAYBE_EMPTY = frozenset((Operation.TRANSCRIBE,))  # the transcript of a recordi
 
 
 def no_answer(operation: Operation, headers: Headers, first: bytes, *, at_end: bool) -> str:
-    """Return why a success of a model's call is not an answer, otherwise an empty string: it is
-    empty, or a web page, for example of a proxy. `first`: its first bytes, all of them if
+    """Return why a success of a model's call is not an answer (an empty body, or a web page, for
+    example of a proxy), otherwise an empty string. `first`: its first bytes, all of them if
     `at_end`."""
     if at_end and not first.strip() and operation not in _MAYBE_EMPTY:
         return "an empty body"

@@ -2,9 +2,9 @@
 
 One walk over the parsed body serves all dialects: every string counts as text, and files are
 recognised by the few shapes that the dialects use, only where a provider accepts files. Tools that
-a provider runs, and state that it keeps, select a separate track of the estimator. Bodies over 256
-KB are parsed without the contents of their files, because parsing 20 MB blocks the event loop for
-tens of milliseconds.
+a provider runs, and state that it keeps, select a separate track of the estimator. Bodies over
+256 KB are parsed without the contents of their files, because parsing 20 MB blocks the event loop
+for tens of milliseconds.
 
 Invariants: an unknown field never makes a request invalid; the body is forwarded unchanged; a body
 that names an admission field twice, or in another case, is rejected, because JSON parsers disagree
@@ -620,8 +620,8 @@ _PROMPTS = ("messages", "input", "contents", "prompt", "query")
 
 
 def prompt_head(body: Mapping[str, Any]) -> str:
-    """Return the beginning of the last text of the user, in any dialect. Empty if the last messages
-    have none, for example after results of tools."""
+    """Return the beginning of the user's last text, in any dialect: earlier texts are common to all
+    calls of a conversation. Empty if the last messages have none, as after results of tools."""
     for name in _PROMPTS:
         said = body.get(name)
         if type(said) is str:

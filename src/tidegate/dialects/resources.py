@@ -185,7 +185,7 @@ def _below(value: Any) -> Iterator[NamedValue]:
             yield from _below(one)
 
 
-# First: an escaped ASCII letter, which needs no escape. Second: everything up to the end of the
+# First: an escaped ASCII character, which needs no escape. Second: everything up to the end of the
 # next text that has one, with a group for the colon if it is a key. Matched from one place only, so
 # that it is linear.
 _ESCAPED = re.compile(rb"\\u00[4-7][0-9A-Fa-f]")

@@ -282,7 +282,7 @@ class OngoingWork:
     makes the tally of its final object and its request; without it the object is an ordinary
     answer. longest_ms: its longest duration, if that exceeds that of other calls. is_read_once: the
     provider returns the result only once, so that a worker fetches it and clients get it from the
-    record.
+    gateway.
     """
 
     operation: Operation
@@ -423,7 +423,7 @@ class DialectSpec:
 
     Requests: `request_facts(endpoint, body, whole)`, where `whole` has the full texts of
     placeholders in the body; raises InvalidRequest. `rules_of(model)` returns the token counts of
-    files. `headers` are those that a call needs which no client has made.
+    files. `headers` are required in calls that no client has made.
 
     Resources: `resource_paths` are the paths of stored things; `references(body, raw)` returns the
     resources that a call refers to, and `made_by(path, body)` what its answer creates, if anything;

@@ -1,8 +1,8 @@
 """Error responses: RFC 9457 problem JSON, the dialects' own shapes, and what to do about them.
 
 The only table from an error to an HTTP status. In a dialect the same facts have the provider's
-shape; a full queue is a 429 there, because SDKs decide by status and `Retry-After`. OPTIONS and 405
-name the methods of a path (RFC 9110, 9.3.7 and 10.2.1).
+shape; a call that is not admitted in time is a 429 there, because SDKs decide by status and
+`Retry-After`. OPTIONS and 405 name the methods of a path (RFC 9110, 9.3.7 and 10.2.1).
 
 Invariants: no client sees a stack trace; every error code has its advice.
 """

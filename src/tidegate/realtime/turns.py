@@ -104,7 +104,7 @@ class Turns:
         self._budgets = budgets
         self._wait_ms = wait_ms
         self._ahead: UUID | None = None  # the reservation for the next turn
-        self._beside = NO_CHARGE  # usage of other models that is not charged to a budget yet
+        self._beside = NO_CHARGE  # usage besides turns, not charged to a budget yet
         self._begins = 0
         self._context_tokens = 0  # size of the conversation, by the last turn's report
         self._sent_tokens = 0.0  # estimate of what the client has sent since then

@@ -173,7 +173,7 @@ def _partial_of(file: Path) -> Iterator[Path]:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Return whether an open file is the one at a path, which another process may have replaced."""
+    """Return whether an open file is the one at a path, which another process may have removed."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:

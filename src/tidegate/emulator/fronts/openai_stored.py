@@ -435,8 +435,8 @@ async def _undeferred(served: Served, request_id: str) -> web.Response:
 async def _streamed(
     served: Served, kept: StoredResponse, headers: dict[str, str], after: int = -1
 ) -> web.StreamResponse:
-    """Return the beginning of a stream, and its end once there is one; the work does not depend on
-    a reader."""
+    """Serve the beginning of a stream, and its end once there is one; the work does not depend on a
+    reader."""
     response = web.StreamResponse(headers=headers | {"Content-Type": served.api.stream_type})
     await response.prepare(served.request)
     for number, name in enumerate(("response.created", "response.queued")):
