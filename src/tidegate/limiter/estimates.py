@@ -21,6 +21,8 @@ from tidegate.limiter.policy import CALL_USE
 MEASURED_MS, LEAST_MEASURED_MS, TRUSTED_MS = 30_000, 3_000, 20_000
 _UNITS = 100_000  # units of virtual time for one ms of use by a tenant of weight 1
 _DAY_MS = 86_400_000
+# Calls that all take longer than this many times the usual duration have no usual end any more.
+_STALLED = 2
 # The most admissions that are simulated one by one, which takes some ms.
 _MOST_SIMULATED = 1_000
 
@@ -32,13 +34,15 @@ class WaitEstimate:
     wait_ms: None if unknown. ahead: the approximate number of calls of all tenants that come
     before. rate_per_s: how many calls a second the limit has admitted recently, or admits by the
     duration of its calls; None for rates. is_certain: the time follows from a window, a quota or a
-    pause, not from the duration of calls.
+    pause, not from the duration of calls. stalled_ms: no call under the limit has ended for at
+    least this long, which is much longer than calls take; `wait_ms` is None then.
     """
 
     wait_ms: int | None
     ahead: int
     rate_per_s: float | None = None
     is_certain: bool = False
+    stalled_ms: int = 0
 
 
 class Rival(NamedTuple):
@@ -108,6 +112,8 @@ class WaitingLine:
         if self.bound <= 0 or usual_ms <= 0:
             wait_ms = self.paused_ms or None
             return WaitEstimate(wait_ms, before, is_certain=self.paused_ms > 0)
+        if (stalled_ms := self._stalled_ms()) > max(LEAST_MEASURED_MS, _STALLED * usual_ms):
+            return WaitEstimate(None, before, stalled_ms=stalled_ms)
         own = use * _UNITS / self.weight
         weights = self.weight + sum(rival.weight for rival in self.rivals)
         speed = self.bound * _UNITS * use / usual_ms / weights
@@ -146,6 +152,16 @@ class WaitingLine:
         if not self.above or (is_by_cost and self.rivals):
             return 0.0
         return speed * self.share / 1000
+
+    def _stalled_ms(self) -> int:
+        """For how long no call has ended, as far as samples go back: each admission behind another
+        one moves virtual time, and each end moves the mean duration. 0 during a pause."""
+        since = self.now_ms
+        for at, virtual, cost_ms in reversed(self.samples):
+            if (virtual, cost_ms) != (self.virtual, self.cost_ms):
+                break
+            since = at
+        return 0 if self.paused_ms else self.now_ms - since
 
     def _usual_ms(self) -> float:
         """Return the duration of calls: the mean over the samples, which varies less than the

@@ -127,7 +127,7 @@ class Place:
     of its tenant before it. ahead_of_all: the approximate number of tickets of all tenants.
     wait_ms: an estimate of the time left, None if unknown. is_certain: it is that of a window, a
     quota or a pause. rate_per_s: how many calls the limit admits, if known. paused_ms, paused_by:
-    the pause of that limit.
+    the pause of that limit. stalled_ms: see `WaitEstimate`.
     """
 
     tenant: str
@@ -141,6 +141,7 @@ class Place:
     ahead_of_all: int = 0
     is_certain: bool = False
     rate_per_s: float | None = None
+    stalled_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +307,7 @@ def read_place(values: list[Any]) -> Place | None:
         told.ahead,
         told.is_certain,
         told.rate_per_s,
+        told.stalled_ms,
     )
 
 

@@ -418,9 +418,16 @@ def _how_long(told: WaitEstimate | None) -> str:
         return ""
     calls = "1 call is" if told.ahead == 1 else f"{told.ahead} calls are"
     if told.wait_ms is None:
-        return f"; {calls} ahead"
+        return f"; {calls} ahead{_stalled(told)}"
     about = "" if told.is_certain else "about "
     return f"; {calls} ahead, admission in {about}{format_span(told.wait_ms)}"
+
+
+def _stalled(told: WaitEstimate) -> str:
+    if not told.stalled_ms:
+        return ""
+    span = format_span(told.stalled_ms)
+    return f", no estimate: no call under this limit has ended for at least {span}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -657,6 +664,8 @@ async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
         sentence += "" if rate is None else f", at {rate:.2g}/s"
         sentence += f", admission in {'' if told.is_certain else 'about '}"
         sentence += format_span(told.wait_ms)
+    elif told is not None:
+        sentence += _stalled(told)
     action = _next_action(view.limit, view, found.pool, found.is_line)
     return Reason(
         what,
@@ -722,7 +731,12 @@ async def _of_limit(control: Control, snapshot: Snapshot, limit: str | None) -> 
 def _sentence_of_place(place: Place, view: LimitView | None, holders: Sequence[ShownPermit]) -> str:
     sentence = f"{_sentence(place.held_up_by, view)}, {place.ahead} before it"
     sentence += _held_by(holders)
-    told = WaitEstimate(place.wait_ms, place.ahead_of_all, is_certain=place.is_certain)
+    told = WaitEstimate(
+        place.wait_ms,
+        place.ahead_of_all,
+        is_certain=place.is_certain,
+        stalled_ms=place.stalled_ms,
+    )
     return sentence + _how_long(told)
 
 

@@ -145,3 +145,27 @@ def test_a_rate_that_refills_is_told_by_what_has_refilled() -> None:
     assert [full.estimate(ahead).wait_ms for ahead in (0, 9, 99)] == [1_000, 10_000, 100_000]
     half = replace(full, even=(NOW_MS + 30_000) * 1000)
     assert [half.estimate(ahead).wait_ms for ahead in (0, 29, 30)] == [0, 0, 1_000]
+
+
+def _still(seconds: int) -> list[tuple[int, int, int]]:
+    """Samples of so many seconds in which no call has ended, up to now."""
+    return [(NOW_MS - ago * 1000, CALLS.virtual, CALLS.cost_ms) for ago in range(seconds, 0, -1)]
+
+
+def test_behind_calls_that_take_far_longer_than_usual_nothing_is_estimated() -> None:
+    """Calls of a second hang for 39 s: their usual duration does not tell when they end."""
+    told = replace(CALLS, samples=_still(39)).estimate(0)
+    assert (told.wait_ms, told.stalled_ms, told.rate_per_s) == (None, 39_000, None)
+    assert replace(CALLS, samples=_still(39), above=5).estimate(0).stalled_ms == 39_000
+    # Less than twice the usual duration, or too short to be measured.
+    slow = [(at, virtual, 20_000) for at, virtual, _ in _still(39)]
+    assert replace(CALLS, cost_ms=20_000, samples=slow).estimate(0).wait_ms == 2_500
+    assert replace(CALLS, samples=_still(3)).estimate(0).wait_ms == 125
+
+
+def test_a_stall_is_over_once_a_call_has_ended_or_while_its_limit_is_paused() -> None:
+    ended = [(at, virtual, 999) for at, virtual, _ in _still(39)]
+    assert replace(CALLS, samples=ended).estimate(0).wait_ms == pytest.approx(125, abs=1)
+    admitted = [(at, virtual - 1, cost) for at, virtual, cost in _still(39)]
+    assert replace(CALLS, samples=admitted).estimate(0).stalled_ms == 0
+    assert replace(CALLS, samples=_still(39), paused_ms=500).estimate(0).wait_ms == 500

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tidegate.call import Status, new_id
-from tidegate.limiter import LimitView, QueueView, Snapshot
+from tidegate.limiter import LimitView, QueueView, Snapshot, WaitEstimate
 from tidegate.policy.inspection import waiting
 from tidegate.store.requests import Whereabouts
 
@@ -105,3 +105,12 @@ def test_an_owner_is_told_the_limit_and_nobody_elses_business(
     assert limit is None or told.limit == limit
     assert "ann" not in told.sentence
     assert "worker-1" not in told.sentence
+
+
+def test_an_owner_learns_that_a_wait_behind_hung_calls_has_no_estimate() -> None:
+    told = waiting(QUEUED, pool(KIND), NOW, WaitEstimate(None, 1, stalled_ms=39_000))
+    assert told.sentence == (
+        "waits for kind:text_only: 5 of 5 are in use; 1 call is ahead, no estimate: "
+        "no call under this limit has ended for at least 39 s"
+    )
+    assert (told.ahead, told.wait_ms) == (1, None)
