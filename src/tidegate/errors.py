@@ -244,8 +244,8 @@ class PolicyChanged(TidegateError):
     code = "policy_changed"
 
     def __init__(self, key: str, now: object) -> None:
-        said = "not there" if now is None else f"{now}"
-        super().__init__(f"{key} is {said} now: somebody else has changed it")
+        said = "not set" if now is None else f"{now}"
+        super().__init__(f"{key} is {said} now: another change came first")
         self.field = key
         self.allowed = "a change of what is in force"
 
@@ -560,7 +560,7 @@ class UpstreamUnauthorized(UpstreamError):
     message that every client may read."""
 
     code = "upstream_unauthorized"
-    in_short: ClassVar[str] = "the provider refuses this gateway's own key"
+    in_short: ClassVar[str] = "the provider rejects this gateway's API key"
 
     def __init__(self, message: str, *, status: int | None = None, of_key: bool = True) -> None:
         super().__init__(message, status=status)
@@ -583,7 +583,7 @@ class UpstreamUnpaid(UpstreamUnauthorized):
     it."""
 
     code = "upstream_unpaid"
-    in_short = "the account at the provider has no money left"
+    in_short = "the account at the provider has no credit left"
 
     def __init__(
         self, message: str, *, status: int | None = None, retry_after_ms: int | None = None

@@ -152,7 +152,7 @@ async def another_operator_sets_the_weight(stage: Stage, seen: Seen, dialog: Loc
     await dialog.get_by_label("Weight").fill("7")
     seen.expected = ("409",)
     await dialog.get_by_role("button", name="Change the weight").click()
-    await expect(dialog).to_contain_text("somebody else has changed it")
+    await expect(dialog).to_contain_text("another change came first")
     await dialog.get_by_role("button", name="Cancel").click()
     assert stage.gateway.services.limiter.policy.weights == {"default": 3}
     await expect(seen.page.locator("[data-tenant='default'] td").nth(2)).to_have_text("3")

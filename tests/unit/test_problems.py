@@ -128,7 +128,7 @@ PAUSED = errors.BudgetPaused(
     "a person must resume it", limit="session", allowed="5 USD", retry_after_ms=None
 )
 TOO_SMALL = errors.BudgetExceeded(
-    "no period has room for as much", limit="day", allowed="5 USD", retry_after_ms=None
+    "it needs more than a whole period allows", limit="day", allowed="5 USD", retry_after_ms=None
 )
 FAR_MS = 7_200_000
 FAR = errors.QuotaExceeded("full", limit="m", allowed="2", retry_after_ms=FAR_MS)

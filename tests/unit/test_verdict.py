@@ -85,7 +85,7 @@ def test_waiting_is_normal_until_it_lasts() -> None:
     (cause,) = verdict.causes
     assert cause.words == "kind:text_only is the bottleneck: 12 waiting."
     assert cause.detail == (
-        "Full: 6 of 6 used. The last in line waits about 1 s. Waiting: acme 11, globex 1."
+        "Full: 6 of 6 used. The last waiting call waits about 1 s. Waiting: acme 11, globex 1."
     )
     slow = judge(seen(pool(limit("kind:text_only", waiting=12, cost_ms=60_000))))
     assert (slow.health, slow.sentence) == ("degraded", "Degraded: 1 problem, 12 requests wait.")
@@ -216,9 +216,9 @@ def test_budgets_that_hold_calls_up_are_causes() -> None:
     ]
     verdict = judge(seen(record=replace(NOTHING, budgets=budgets, books=books)))
     assert [one.words for one in verdict.causes] == [
-        "Budget people (ann) is paused: its calls are refused.",
-        "Budget team is spent: its calls are refused.",
-        "Budget soft is spent: its calls go to small.",
+        "Budget people (ann) is paused: its calls are rejected.",
+        "Budget team is used up: its calls are rejected.",
+        "Budget soft is used up: its calls use small.",
     ]
     assert [one.command.removeprefix("tidegate budgets resume ") for one in verdict.causes] == [
         *("people --of ann", "team", "soft")

@@ -271,7 +271,7 @@ def call_cost(
         micros = None if rates is None else micros_by_measure(rates, measured)
         if micros is not None:
             return CallCost(micros, likely_tokens, likely_micros, likely_tokens)
-        unbounded = unbounded or "its model is not charged by what is known of it beforehand"
+        unbounded = unbounded or "its cost depends on facts that are not known beforehand"
     most_input: int | None = input_bytes + (_TOOLS_TOKENS if tools else _CALL_TOKENS)
     if unseen:
         most_input = context_tokens
@@ -282,16 +282,16 @@ def call_cost(
     elif most_input is None:
         unknown = unseen
     elif images and not draws_alone:
-        unknown = "the pictures that it may make are not counted beforehand"
+        unknown = "the number of pictures that it generates is not known beforehand"
     elif max_output_tokens is None and not draws_alone:
-        unknown = "it has no max_tokens, and the most that its model gives out is not known"
+        unknown = "it has no max_tokens, and the maximum output of its model is not known"
     else:
         given = 0 if draws_alone else max_output_tokens or 0
         micros = _most_micros(
             rates, most_input, given, images if draws_alone else 0, writes, bool(unseen)
         )
         tokens = None if draws_alone else most_input + given
-        unknown = "" if tokens else "the tokens of pictures are not counted beforehand"
+        unknown = "" if tokens else "the tokens of pictures are not known beforehand"
         if micros is None:
             unknown = "the price of its model is not known"
         return CallCost(micros, tokens, likely_micros, likely_tokens, unknown)

@@ -634,10 +634,10 @@ def judgement(text: str, mime_types: Sequence[str]) -> tuple[Kind, str]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise UpstreamGarbled("the judge's answer is not JSON") from None
+        raise UpstreamGarbled("the answer of the classifier's model is not JSON") from None
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind not in judge_kinds(mime_types):
-        raise UpstreamGarbled("the judge's answer names no known kind")
+        raise UpstreamGarbled("the answer of the classifier's model names no known type")
     reason = value.get("reason")
     said = " ".join(reason.split()) if isinstance(reason, str) else ""
     return Kind(kind), said[:_MAX_REASON_CHARS]

@@ -90,7 +90,7 @@ def show(json: Json = False) -> None:
                 (
                     queue.process,
                     queue.tenant,
-                    queue.held_up_by or "its process, which takes no grants",
+                    queue.held_up_by or "its process, which accepts no permits",
                     str(queue.waiting),
                     f"{queue.process}/{queue.first_ticket}",
                 )

@@ -310,7 +310,7 @@ def confirm(question: str) -> None:
         typer.echo(f"{question} [y/N]: ", nl=False, err=True)
         answer = sys.stdin.readline()
         if not answer:
-            typer.echo("\nNo answer can be typed here: --yes goes on without one.", err=True)
+            typer.echo("\nThere is no terminal to ask for confirmation: pass --yes.", err=True)
         match answer.strip().lower():
             case "y" | "yes":
                 return

@@ -247,7 +247,7 @@ def _named(disposition: bytes) -> tuple[str, bool]:
                 text = "\0"
             if text.isprintable():
                 return text, b"filename" in first or b"filename*" in first
-    wrong = "a part of the form is not named plainly"
+    wrong = "the name of a part of the form is missing or not valid"
     raise InvalidRequest("Content-Disposition", wrong, allowed=_ALLOWED_DISPOSITION)
 
 

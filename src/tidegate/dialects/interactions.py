@@ -98,7 +98,7 @@ def _check_environment(environment: Any) -> None:
     if isinstance(environment, str) or (
         isinstance(environment, Mapping) and environment.get("environment_id") is not None
     ):
-        said = "an environment that is there already is not supported: tenants share the account"
+        said = "an existing environment is not supported, since tenants share the account"
         raise InvalidRequest("environment", said, allowed="a description of a new environment")
 
 

@@ -502,10 +502,10 @@ class PromptAnswer:
         finish, content = answer.finish_reason, bool(answer.text or answer.pictures)
         if not self._objects:
             if self._size_bytes and not self._streams:
-                return UpstreamGarbled("the provider's answer is not what its protocol says")
-            return UpstreamUnavailable("the provider's answer broke off before its end")
+                return UpstreamGarbled("the provider's answer violates its protocol")
+            return UpstreamUnavailable("the provider's answer was cut off before its end")
         if not self._ended and finish is None:
-            return UpstreamUnavailable("the provider's answer broke off before its end")
+            return UpstreamUnavailable("the provider's answer was cut off before its end")
         if not content and (self._refusals or finish in _BLOCKED):
             return _blocked(finish if finish in _BLOCKED else "refusal")
         if not content or (self._kind is Kind.IMAGE_GENERATION and not answer.pictures):

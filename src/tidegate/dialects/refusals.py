@@ -346,7 +346,7 @@ def _error_of_choices(event: JsonObject) -> JsonObject | None:
     return dict(_ENDED) if choices[0].get("finish_reason") == "error" else None
 
 
-_ENDED = {"code": 502, "message": "the answer ended with an error, of which nothing else is said"}
+_ENDED = {"code": 502, "message": "the answer ended with an error without details"}
 _NO_EVENT = {"error": {"code": 502, "message": "the stream ended without an event"}}
 
 

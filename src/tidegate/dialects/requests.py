@@ -452,7 +452,7 @@ def goes_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
     if body.get("deferred") is True and (endpoint.dialect, endpoint.path) == _DEFERRED:
         refuse_to_go_on(body, "background")
         if body.get("stream") not in (None, False):
-            raise InvalidRequest("stream", "a deferred completion has no stream", allowed="false")
+            raise InvalidRequest("stream", "a deferred completion can't stream", allowed="false")
         return True
     is_pictures = endpoint.operation is Operation.IMAGES and body.get("background") in _BACKGROUNDS
     refuse_to_go_on(body, *(("deferred",) if is_pictures else ()))
@@ -552,7 +552,7 @@ def parsed(body: bytes) -> JsonObject:
     except orjson.JSONDecodeError as broken:
         if body.lstrip()[:2] == b"--":  # the boundary of a form
             begins = (
-                "the body is not JSON: it begins as a form, for which its Content-Type is wrong"
+                "the body is not JSON: it is a form, whose Content-Type must be multipart/form-data"
             )
             raise InvalidRequest("Content-Type", begins, allowed=_JSON_OR_FORM) from None
         why = "it is not UTF-8" if "UTF-8" in str(broken) else broken

@@ -281,7 +281,7 @@ def openai_page(kind: str, query: str) -> PageQuery:
     named, of_files = _named(query), kind == "file"
     order = named.get("order", "desc" if of_files else "asc")
     if order not in ("asc", "desc"):
-        raise InvalidRequest("order", "order is unknown", allowed="asc or desc")
+        raise InvalidRequest("order", "order is not valid", allowed="asc or desc")
     metadata = {
         name[len("metadata[") : -1]: value
         for name, value in named.items()
@@ -319,7 +319,7 @@ def anthropic_page(_kind: str, query: str) -> PageQuery:
     accepted. Raises InvalidRequest."""
     named = _named(query)
     if named.get("before_id"):
-        said = "a list is read forwards here"
+        said = "this list can only be read forwards"
         raise InvalidRequest("before_id", said, allowed="after_id, or page")
     page = _cursor(named, "page")
     after = page.removeprefix("page_") if page is not None else _cursor(named, "after_id")
@@ -396,6 +396,6 @@ def page_limit(text: str | None, name: str, usual: int, most: int, *, least: int
 def _cursor(named: dict[str, str], name: str) -> str | None:
     cursor = named.get(name)
     if cursor is not None and (len(cursor) > _LONGEST_CURSOR or not cursor.isprintable()):
-        said = f"{name} is no cursor of a list"
-        raise InvalidRequest(name, said, allowed="what the page before it named")
+        said = f"{name} is not a valid cursor"
+        raise InvalidRequest(name, said, allowed="the cursor that the previous page returned")
     return cursor

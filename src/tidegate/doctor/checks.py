@@ -404,7 +404,7 @@ def _sessions(pool: str, snapshot: Snapshot) -> Finding:
     if stuck:
         return warn(
             check,
-            f"{', '.join(stuck[:_SHOWN])}: takes no grants, being paused or cut off",
+            f"{', '.join(stuck[:_SHOWN])}: accepts no permits: paused or disconnected",
             "look at it; `tidegate permits revoke` releases what a dead one holds",
         )
     if not snapshot.processes:

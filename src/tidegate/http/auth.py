@@ -353,7 +353,9 @@ class Authenticator:
             if version < self._version:
                 continue  # the cache was renewed during the read
             if found is None:
-                self._refuse(digest, f"the token's claim {trust.tenant_claim} names no tenant here")
+                self._refuse(
+                    digest, f"the token's claim {trust.tenant_claim} is not the name of a tenant"
+                )
             one = _KnownKey(
                 caller=replace(found.caller, key_id=f"jwt:{verified.subject}"),
                 scopes=frozenset(USUAL_SCOPES),
@@ -372,13 +374,15 @@ class Authenticator:
         tenant."""
         subject, tenant = claims["sub"], claims.get(trust.tenant_claim)
         if not isinstance(subject, str) or not 0 < len(subject) <= 255 or not subject.isprintable():
-            self._refuse(digest, "the token's claim sub is no printable text of 255 characters")
+            self._refuse(digest, "the token's claim sub must be 1 to 255 printable characters")
         if not isinstance(tenant, str):
             self._refuse(digest, f"the token lacks the claim {trust.tenant_claim}")
         try:
             tenant = tenant_named(tenant.encode("utf-8", "replace"))
         except InvalidRequest:
-            self._refuse(digest, f"the token's claim {trust.tenant_claim} names no tenant here")
+            self._refuse(
+                digest, f"the token's claim {trust.tenant_claim} is not the name of a tenant"
+            )
         lasts_s = min(VERIFIED_FOR_S, int(claims["exp"]) + LEEWAY_S - time.time())
         return _Verified(tenant, subject, self._clock() + lasts_s)
 
@@ -512,7 +516,7 @@ class Authenticator:
 
     async def _tell_if_there_is_no_key(self) -> None:
         if self._tokens is None and not await self._tenants.any_key():
-            hint = "every request is refused until there is one: tidegate keys create"
+            hint = "every request is rejected until an API key exists: tidegate keys create"
             log.warning(Log.NO_API_KEY, hint=hint)
 
 
@@ -542,7 +546,7 @@ def tenant_named(raw: bytes) -> str:
 def _wrong_with(found: FoundKey | None, digest: bytes) -> str | None:
     """Return why a key is not valid, or None. Details appear only if the whole key was correct."""
     if found is None or not is_same(found.digest, digest):
-        return "the API key is not the right one"
+        return "the API key is wrong"
     if found.revoked:
         return f"the key tg_{found.caller.key_id} was revoked"
     if found.expires_in_s is not None and found.expires_in_s <= 0:

@@ -488,7 +488,7 @@ async def relayed(
     )
     record, out = CallRecord("relay", asking.tenant, received[1]), out or _Whole()
     begin_record(record, call, scope)
-    status, failure = Status.CANCELLED, Failure("client_left", "the client went away")
+    status, failure = Status.CANCELLED, Failure("client_left", "the client disconnected")
     try:
         if pieces is None:
             await services.relay.run(call, out, record)
@@ -613,7 +613,7 @@ async def _content(asking: Asking) -> Response:
         "Content-Disposition": "attachment",
     }
     pieces = asking.services.blobs.stream(file.blob_key)
-    return await streamed(pieces, headers, f"the bytes of {asking.id} are not there any more")
+    return await streamed(pieces, headers, f"the content of {asking.id} is no longer stored")
 
 
 async def _delete(asking: Asking) -> Response:

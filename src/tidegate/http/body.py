@@ -593,7 +593,7 @@ async def read_form(
     parser.check_ended()
     if delimiters.count != len(parser.starts) + 1 or not delimiters.are_ends:
         wrong = "the form's boundary stands within a part, or before or behind all parts"
-        raise InvalidRequest("body", wrong, allowed="a boundary that no part holds")
+        raise InvalidRequest("body", wrong, allowed="a boundary that no part contains")
     await spool.finish()
     form = reader.form(parser.starts, spool.size_bytes)
     if not records:

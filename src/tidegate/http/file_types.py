@@ -241,7 +241,7 @@ class TypeCheck:
         if not broken:
             return
         if self._said in _UNSAID:
-            raise self._refusal(f"is of no type that we know: {self._its_content(data)}")
+            raise self._refusal(f"has an unknown type: {self._its_content(data)}")
         raise self._refusal(f"was sent as {self._said}, but {self._its_content(data)}")
 
     def _its_content(self, data: bytes = b"") -> str:

@@ -234,7 +234,7 @@ def address_of(request: Request) -> str:
     """Return the address of a request: that of the connection, and the one that a proxy reports."""
     peer = "" if request.client is None else request.client.host
     told = request.headers.get("x-forwarded-for", "")[:200]
-    return f"{peer}, which says for {told}" if told.isprintable() and told else peer
+    return f"{peer}, forwarded for {told}" if told.isprintable() and told else peer
 
 
 async def checked_operator(request: Request) -> Operator:

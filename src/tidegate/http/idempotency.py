@@ -64,7 +64,7 @@ def _key_in(headers: list[tuple[bytes, bytes]]) -> str | None:
         raise InvalidRequest(HEADER, "there is more than one Idempotency-Key", allowed=_ALLOWED)
     (key,) = keys
     if not (1 <= len(key) <= MOST_CHARS and key.isascii() and key.isprintable()):
-        raise InvalidRequest(HEADER, "this is not an idempotency key", allowed=_ALLOWED)
+        raise InvalidRequest(HEADER, "this idempotency key is not valid", allowed=_ALLOWED)
     return key
 
 

@@ -311,7 +311,7 @@ _TYPE = b"content-type"
 _NOT_REPEATED = ("POST", "PATCH")
 # Its answer repeats the request, with the upstream's key in it.
 _ECHO = "TRACE"
-_CODED = "the body is compressed, which is not taken here: send it as it is"
+_CODED = "compressed request bodies are not supported: send the body uncompressed"
 
 log = get_logger()
 
@@ -676,7 +676,7 @@ class _Front:
         if (unpacking := self._unpacking) is not None:
             piece = unpacking.take(piece)
             if not unpacking.reads:
-                raise UpstreamGarbled("the provider's answer is packed in a way that is not read")
+                raise UpstreamGarbled("the provider's answer has an unsupported Content-Encoding")
         self._last = piece
         if self._direct is not None:
             return self._direct.piece(piece, more)

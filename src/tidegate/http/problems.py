@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 _KINDS = {
-    "uuid_parsing": ("is no id", "an id, as the answer to a submit has it in request_id"),
-    "uuid_type": ("is no id", "an id, as the answer to a submit has it in request_id"),
-    "int_parsing": ("is no whole number", "a whole number"),
-    "int_type": ("is no whole number", "a whole number"),
-    "int_from_float": ("is no whole number", "a whole number"),
-    "float_parsing": ("is no number", "a number"),
-    "float_type": ("is no number", "a number"),
-    "decimal_parsing": ("is no number", "a number"),
-    "decimal_type": ("is no number", "a number"),
+    "uuid_parsing": ("is not an id", "an id, such as request_id in the answer of /submit"),
+    "uuid_type": ("is not an id", "an id, such as request_id in the answer of /submit"),
+    "int_parsing": ("is not a whole number", "a whole number"),
+    "int_type": ("is not a whole number", "a whole number"),
+    "int_from_float": ("is not a whole number", "a whole number"),
+    "float_parsing": ("is not a number", "a number"),
+    "float_type": ("is not a number", "a number"),
+    "decimal_parsing": ("is not a number", "a number"),
+    "decimal_type": ("is not a number", "a number"),
     "bool_parsing": ("is neither true nor false", "true or false"),
     "bool_type": ("is neither true nor false", "true or false"),
-    "string_type": ("is no text", "a text"),
-    "list_type": ("is no list", "a list"),
-    "dict_type": ("is no object", "an object"),
-    "date_from_datetime_parsing": ("is no day", "a day such as 2026-01-31"),
-    "date_parsing": ("is no day", "a day such as 2026-01-31"),
-    "datetime_from_date_parsing": ("is no time", "a time such as 2026-01-31T12:00:00Z"),
-    "datetime_parsing": ("is no time", "a time such as 2026-01-31T12:00:00Z"),
+    "string_type": ("is not a text", "a text"),
+    "list_type": ("is not a list", "a list"),
+    "dict_type": ("is not an object", "an object"),
+    "date_from_datetime_parsing": ("is not a day", "a day such as 2026-01-31"),
+    "date_parsing": ("is not a day", "a day such as 2026-01-31"),
+    "datetime_from_date_parsing": ("is not a time", "a time such as 2026-01-31T12:00:00Z"),
+    "datetime_parsing": ("is not a time", "a time such as 2026-01-31T12:00:00Z"),
     "extra_forbidden": ("is not known", None),
     "missing": ("is not given", "required"),
 }
@@ -74,7 +74,7 @@ def in_words(error: Mapping[str, Any]) -> tuple[str, str | None]:
     if kind in _BOUNDS:
         wrong, allowed = _BOUNDS[kind]
         return wrong, allowed.format(**context)
-    return f"is not right: {error['msg']}", None
+    return f"is not valid: {error['msg']}", None
 
 
 _ORDER = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -361,8 +361,8 @@ _RETRY_IT = "Nothing is wrong with the request itself: retry it."
 ADVICE: dict[str, str] = {
     "internal": "This is a fault of the gateway: its log has the details under the request's id.",
     "config": "A setting is wrong: the log of the process names it.",
-    "preempted": "It gave way to a call of a higher priority: it is queued again by itself.",
-    "last_try_waits": "It is queued again by itself, and tried when the other one has ended.",
+    "preempted": "It gave way to a call of a higher priority. It is queued again automatically.",
+    "last_try_waits": "It is queued again automatically, and called when the other call ends.",
     "invalid_request": "The request is invalid: fix it before you send it again.",
     "too_large": "It is larger than what is allowed: send less, or raise the limit on its size.",
     "files_full": "Its tenant has reached its limit on batch files: delete some.",
@@ -370,8 +370,8 @@ ADVICE: dict[str, str] = {
     "fetch_refused": "The picture at its address could not, or must not, be fetched: check that "
     "the address is public and answers with a picture.",
     "request_timeout": "The client sent too slowly. It may send again.",
-    "realtime_idle": "Neither side of the realtime session said anything for too long: allow it "
-    "more by IDLE_TIMEOUT_MS, or open another.",
+    "realtime_idle": "Neither side of the realtime session sent anything for "
+    "IDLE_TIMEOUT_MS: raise it, or open another session.",
     "forbidden": "Its tenant or key does not allow this: see the tenant's models and the "
     "key's scopes.",
     "unauthenticated": "The API key was invalid: see the tenant's keys.",
@@ -382,7 +382,8 @@ ADVICE: dict[str, str] = {
     "policy_changed": "The policy changed meanwhile: reload it, and apply the change to it.",
     "upstreams_changed": "The upstreams changed meanwhile: reload them, and apply the change.",
     "upstream_unfit": "The upstream failed its test: the response says at what.",
-    "upstream_in_use": "Work under way needs the upstream: wait for its end, or force the removal.",
+    "upstream_in_use": "Calls or objects need the upstream: wait for their end, or force the "
+    "removal.",
     "upstream_missing": "One process lacks what an upstream needs: `tidegate doctor` names both. "
     "Retry it: another process may have it.",
     "upstream_drained": "An operator drained the upstream: resume it, or name another one.",
@@ -397,7 +398,7 @@ ADVICE: dict[str, str] = {
     "budget_exceeded": "A budget has no room for it: raise it, or wait for its next period.",
     "budget_paused": "A budget is paused: see what has spent it, then resume it with "
     "`tidegate budgets resume`.",
-    "budget_unbounded": "A budget binds it, and what it costs at most is not known: name "
+    "budget_unbounded": "A budget applies to it, and its maximum cost is not known: set "
     "max_tokens, give its model a price, or have the budget take estimates (doubt = estimate).",
     "admission": "The limiter did not admit it: see the limits.",
     "deadline_exceeded": "It was not admitted before its deadline: raise the limit that it waited "
@@ -416,8 +417,8 @@ ADVICE: dict[str, str] = {
     "upstream_tier_busy": "The requested processing tier has no capacity at the moment: retry it "
     "later, or without the tier.",
     "upstream_unavailable": f"The provider was unavailable or unreachable. {_RETRY_IT}",
-    "upstream_out": "The upstream had failed too often, so the call was not made: it is tried by "
-    "one call at a time. Retry the request once the upstream is back.",
+    "upstream_out": "The upstream is out of service after failures, so the call was not made. One "
+    "call at a time probes it: retry the request once the upstream is back.",
     "upstream_unpaid": "The account at the provider has no credit left: top it up, then retry it.",
     "upstream_timeout": "The provider took too long: retry it, or allow it more time.",
     "upstream_rejected": "The provider rejected the request as invalid: fix it before you retry. "
@@ -425,11 +426,11 @@ ADVICE: dict[str, str] = {
     "upstream_unauthorized": "The provider rejected the API key: configure a valid one, then "
     "retry it.",
     "upstream_garbled": f"The provider's response broke its protocol. {_RETRY_IT}",
-    "prompt_blocked": "The provider's safety filter refused the prompt: word it differently.",
+    "prompt_blocked": "The provider's safety filter blocked the prompt: change its wording.",
     "empty_answer": "The provider answered without content: the finish reason says why. Allow "
-    "more output tokens, or word it differently.",
+    "more output tokens, or change the prompt.",
     "store_unavailable": "PostgreSQL or the blob store was unavailable: see /health/dependencies.",
-    "issuer_unavailable": "The issuer of the token could not be asked for its keys: try again.",
+    "issuer_unavailable": "The keys of the token's issuer could not be read: try again.",
     "claim_lost": "Another worker took over; its result is used.",
     "shutting_down": f"The process that had it was stopping. {_RETRY_IT}",
     "worker_died": "The workers that ran it died each time: examine the request and the "

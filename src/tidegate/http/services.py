@@ -153,7 +153,7 @@ class Openings:
         """Count another client that follows a request. Raises QuotaExceeded and
         TooManyFollowers."""
         if self._followers[caller.tenant_id] >= _share_of(self._followers, caller, MOST_FOLLOWERS):
-            said = "too many clients follow requests here; poll, or ask again"
+            said = "too many clients follow requests at this process; poll instead, or retry later"
             raise TooManyFollowers(said, retry_after_ms=_RETRY_AFTER_MS)
         return self._capped_poll(self._followers, caller)
 

@@ -340,7 +340,7 @@ class FormReader:
             return
         if name in FILE_FIELDS and b"filename*" in head.headers["content-disposition"].lower():
             raise InvalidRequest(
-                name, f"{name!r} has its file name in filename* alone", allowed="also filename"
+                name, f"{name!r} has its file name only in filename*", allowed="also filename"
             )
         check_known(name)
         if b"filename" in options:
@@ -542,7 +542,9 @@ def _encoding_of(content_type: str | None) -> str:
         media.startswith("application/") and media.endswith("+json")
     ):
         return "json"
-    problem = f"{media[:64]!r} is not taken" if media else "there is no Content-Type"
+    problem = (
+        f"the media type {media[:64]!r} is not supported" if media else "there is no Content-Type"
+    )
     raise UnsupportedMedia("Content-Type", problem, allowed=CONTENT_TYPES)
 
 
@@ -688,7 +690,7 @@ def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
         if name not in (ENDPOINT, WRAPPED_BODY, *_BESIDE):
             raise InvalidRequest(
                 name[:64],
-                f"{name[:64]!a} does not go together with 'endpoint'",
+                f"{name[:64]!a} can't be combined with 'endpoint'",
                 allowed=", ".join((ENDPOINT, WRAPPED_BODY, *_BESIDE)),
             )
     path, body = values.get(ENDPOINT), values.get(WRAPPED_BODY)
@@ -699,7 +701,7 @@ def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
     submission = read_fields({name: values.get(name) for name in _BESIDE}, config)
     if names_tier(body):  # it takes precedence, also over the tenant's tiers
         if submission.tiers:
-            why = "'tiers' does not go together with a processing tier in 'body'"
+            why = "'tiers' can't be combined with a processing tier in 'body'"
             raise InvalidRequest("tiers", why, allowed="'tiers', or service_tier in 'body'")
         submission = replace(submission, tiers=())
     # Only ASCII, so that PostgreSQL can store any text.

@@ -103,7 +103,7 @@ class Direct:
             data = piece
             self._left_bytes -= len(piece)
             if self._left_bytes < 0 or (self._left_bytes and not more):
-                raise ValueError("an answer that is not as long as its head has told")
+                raise ValueError("an answer whose length differs from its Content-Length")
         if data:
             self._cycle.transport.write(data)
         if not more:
@@ -126,7 +126,7 @@ class Direct:
             lines.append(b"connection: close\r\n")
         said = b"".join(lines)
         if said.count(b"\n") != len(lines) or said.count(b"\r") != len(lines) or b"\0" in said:
-            raise ValueError("a header holds the end of a line")
+            raise ValueError("a header contains a line break")
         cycle.response_started = True
         return b"%b%b\r\n" % (STATUS_LINE[status], said)
 
@@ -271,7 +271,7 @@ def refusal_of_head(
     if version not in ("1.1", "1.0"):
         if version == "0.9":
             return 400, _BAD, "the request line names no version of HTTP"
-        return 505, "http_version_not_supported", f"HTTP/{version} is not spoken here: HTTP/1.1 is"
+        return 505, "http_version_not_supported", f"HTTP/{version} is not supported; use HTTP/1.1"
     if not line_is_plain:
         return 400, _BAD, "the request line must be method, target and version with one space each"
     hosts = 0
@@ -287,7 +287,7 @@ def refusal_of_head(
             if refusal is not None:
                 return refusal
     if not hosts and version == "1.1":
-        return 400, _BAD, "there is no Host, which HTTP/1.1 asks for"
+        return 400, _BAD, "the header Host is missing, which HTTP/1.1 requires"
     return None
 
 
@@ -329,7 +329,7 @@ def _refusal_of_coding(version: str, coding: bytes) -> Refusal | None:
         return None
     if coding.rpartition(b",")[2].strip() != b"chunked":
         return 400, _BAD, "chunked must be the last coding of Transfer-Encoding"
-    return 501, "not_implemented", "of the codings of Transfer-Encoding only chunked is taken"
+    return 501, "not_implemented", "chunked is the only supported Transfer-Encoding"
 
 
 if sys.platform == "linux":
@@ -499,7 +499,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refusal = refusal_of_head(version, self.headers, self._line.is_as(expected))
         if self._refusal is None and self.parser.should_upgrade():
             # The parser reads no body after it, and would take the next bytes for another request.
-            self._refusal = (400, _BAD, "this offer of another protocol, or CONNECT, is not taken")
+            self._refusal = (400, _BAD, "CONNECT and upgrades to other protocols are not supported")
         if self._refusal is not None:
             raise ValueError(self._refusal[2])
         super().on_headers_complete()

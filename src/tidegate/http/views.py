@@ -403,7 +403,7 @@ async def file_response(record: FileRecord, blobs: Blobs) -> Response:
         "Content-Disposition": f"{'inline' if inline else 'attachment'}; filename*=UTF-8''{name}",
         "Cache-Control": "private, max-age=31536000, immutable",
     }
-    gone = f"the bytes of file {file_id} are not there any more"
+    gone = f"the content of file {file_id} is no longer stored"
     return await streamed(blobs.stream(record.blob_key), headers, gone, record.mime_type)
 
 

@@ -715,7 +715,7 @@ class BatchRunner:
                     ready, size_bytes = [], 0
             check.end()
         except NotFound:
-            gone = "the input file is not there any more"
+            gone = "the input file is no longer stored"
             check.errors.append(
                 {"code": "file_not_found", "line": None, "message": gone, "param": "input_file_id"}
             )

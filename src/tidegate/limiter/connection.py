@@ -251,7 +251,7 @@ class Listener:
         if spoken_to is not None and spoken_to.run != self.run_id:
             # The link notices the loss of its server only when it sends.
             self._compare()
-            raise ConnectionError("subscribed at another server than the one we speak to")
+            raise ConnectionError("the subscription is at another server than the connection")
 
     async def _listen(self, connection: AbstractConnection) -> None:
         """Read until a failure; test a silent connection by a ping."""
@@ -276,7 +276,7 @@ class Listener:
                 if isinstance(message, list) and message[0] == b"smessage":
                     self._on_push(Push.unpack(message[2]))
                 elif isinstance(message, list) and message[0] == b"sunsubscribe":
-                    raise ConnectionError("the server has given our slot away")
+                    raise ConnectionError("the slot of the pool has moved to another server")
         finally:
             if reading is not None:
                 reading.cancel()

@@ -282,7 +282,9 @@ class Server:
                 if self._owner(answer, node, problems) == node:
                     self._learn(answer, node)
                     return
-        raise ConnectionError(f"no node of the cluster has our slot: {_listed(problems)}")
+        raise ConnectionError(
+            f"no node of the cluster has the slot of the pool: {_listed(problems)}"
+        )
 
     def _owner(
         self, answer: Any, asked: Address, problems: dict[Address, object]
@@ -292,7 +294,7 @@ class Server:
             return None
         owner = owner_of(self._slot, answer, asked)
         if owner is None:
-            problems[asked] = f"nobody serves slot {self._slot}"
+            problems[asked] = f"no node serves slot {self._slot}"
         return owner
 
     def _learn(self, slots: Any, asked: Address) -> None:

@@ -227,7 +227,7 @@ def _of_stores(seen: DeploymentSeen) -> Iterator[Cause]:
         level: Health = "down" if is_all else "degraded"
         yield Cause("valkey_away", level, words, away[0].problem, command="tidegate doctor")
     if seen.record is None:
-        words = "PostgreSQL does not answer: jobs are refused, streams and native calls go on."
+        words = "PostgreSQL does not answer: jobs are rejected, streams and native calls continue."
         yield Cause("postgresql_away", "degraded", words, command="tidegate doctor")
     for one in seen.pools:
         if one.snapshot is not None and one.snapshot.recovering_ms > 0:
@@ -279,9 +279,9 @@ def _of_upstream(
         command = f"tidegate upstreams resume {upstream}"
     elif refused:
         why = refused[0].why
-        words = f"Upstream {upstream} refuses its API key."
+        words = f"Upstream {upstream} rejects its API key."
         if refused[0].unpaid:
-            words = f"The account of upstream {upstream} has no money left."
+            words = f"The account of upstream {upstream} has no credit left."
         kind = "key_refused"
     elif out:
         of = f" in {len(out)} of {len(found)} processes" if len(found) > 1 else ""
@@ -389,7 +389,7 @@ def _bottleneck(seen: PoolSeen, view: LimitView, tenants: Counter[str], is_most:
     if (wide := adapted_from(view)) is not None:
         parts.append(f"Adapted from {wide:,} to {view.current:,} after 429s.")
     if wait_ms >= 1_000:
-        parts.append(f"The last in line waits about {format_span(wait_ms)}.")
+        parts.append(f"The last waiting call waits about {format_span(wait_ms)}.")
     parts.append(_who_waits(view.waiting, tenants))
     return Cause(
         "bottleneck",
@@ -428,7 +428,7 @@ def _drifts(seen: PoolSeen) -> Iterator[Cause]:
         yield Cause(
             "drift",
             "degraded" if one.drift == "fell" else "healthy",
-            f"{one.limit}: the provider reports {one.bound:,}, in force is {now}.",
+            f"{one.limit}: the provider reports {one.bound:,}, {now} is in force.",
             pool=seen.pool,
             subject=one.limit,
             command=f"tidegate limits accept {quote(one.limit)} --pool {seen.pool}",
@@ -446,7 +446,7 @@ def _of_record(record: RecordSeen | None) -> Iterator[Cause]:
                 yield cause
     stuck = record.stuck
     if stuck.ready and not stuck.workers:
-        words = f"No worker is alive: {_counted(stuck.ready, 'job')} cannot begin."
+        words = f"No worker is alive: {_counted(stuck.ready, 'job')} cannot start."
         detail = "No worker has reported within CLAIM_LEASE_MS: it is stopped, hung or cut off."
         yield Cause("no_workers", "degraded", words, detail, command="tidegate worker")
     if stuck.jobs:
@@ -461,7 +461,9 @@ def _of_record(record: RecordSeen | None) -> Iterator[Cause]:
         yield Cause("webhooks_given_up", "degraded", words, "Send them again from Attention.")
     if stuck.alerts:
         words = f"{_counted(stuck.alerts, 'alert')} could not be posted, and none since."
-        detail = "ALERT_WEBHOOK_URL does not take them. Send a test or post them again from Alerts."
+        detail = (
+            "ALERT_WEBHOOK_URL does not accept them. Send a test or post them again from Alerts."
+        )
         yield Cause("alerts_given_up", "degraded", words, detail)
 
 
@@ -472,11 +474,11 @@ def _of_budget(budget: Budget, book: BudgetBook) -> Cause | None:
     of = "".join(f" --of {quote(value or '')}" for value in scope)
     command = f"tidegate budgets resume {quote(budget.name)}{of}"
     if book.paused_since is not None:
-        words = f"Budget {name} is paused: its calls are refused."
+        words = f"Budget {name} is paused: its calls are rejected."
         return Cause("budget_paused", "degraded", words, subject=budget.name, command=command)
     if book.spent < book.amount:
         return None
-    then = f"its calls go to {budget.fallback}" if budget.fallback else "its calls are refused"
+    then = f"its calls use {budget.fallback}" if budget.fallback else "its calls are rejected"
     level: Health = "healthy" if budget.fallback else "degraded"
-    words = f"Budget {name} is spent: {then}."
+    words = f"Budget {name} is used up: {then}."
     return Cause("budget_spent", level, words, subject=budget.name, command=command)

@@ -341,9 +341,7 @@ def _of_environment(
     path = _path(DEFAULT_POOL)
     for key in table:
         if key not in _OF_GEMINI:
-            allowed = (
-                f"is not for this one, which comes from GEMINI_*; known: {', '.join(_OF_GEMINI)}"
-            )
+            allowed = f"can't be set for the upstream of GEMINI_*; known: {', '.join(_OF_GEMINI)}"
             raise ConfigError(f"{path}.{key}", "(set)", allowed)
     base = config.gemini_base_url.removesuffix("/v1beta")
     key = config.gemini_api_key.get_secret_value() if config.gemini_api_key else ""
@@ -473,7 +471,7 @@ def _check_key_file(path: str, table: Table, config: Config, secret: ReadSecret)
 
 def _key_in_file(path: str, table: Table) -> str:
     if "key" in table:
-        raise ConfigError(f"{path}.key_file", "(set)", "is in place of key, which is set too")
+        raise ConfigError(f"{path}.key_file", "(set)", "can't be set together with key")
     name = readable_file(f"{path}.key_file", table["key_file"])
     with Path(name).open("rb") as file:
         value = file.read(_LONGEST_KEY_BYTES + 1).strip()
@@ -575,7 +573,7 @@ def check_adopted(upstreams: Sequence[Upstream]) -> None:
 def _check_preempt(path: str, options: Mapping[str, Any]) -> None:
     """Raise ConfigError if a call that gave way would continue at the server."""
     if options.get("preempt") and options.get("abandoned") == "wait":
-        allowed = 'is for a server that stops when it is left: then set abandoned = "release" too'
+        allowed = 'needs abandoned = "release", for a server that stops when its client leaves'
         raise ConfigError(f"{path}.preempt", "(set)", allowed)
 
 

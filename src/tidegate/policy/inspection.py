@@ -494,9 +494,9 @@ def of_batch(what: str, stand: BatchStand) -> Reason:
     elif stand.status == "validating":
         said = f"waits for a worker that checks its {_lines(stand.total)}"
     elif stand.status == "in_progress" and stand.calling:
-        said = f"has no line that waits: its last {stand.calling} are being called"
+        said = f"has no waiting line: its last {stand.calling} are running"
     else:
-        said = "waits for a worker that puts its results together"
+        said = "waits for a worker that writes its results"
     return Reason(what, said, stand.status)
 
 
@@ -583,16 +583,16 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     if found.not_before is not None and (left := _left_ms(found.not_before)) > 0:
         if (spent := _spent_budget(found)) is not None:
             action = _BUDGET_ACTIONS[found.failure_code or ""]
-            said = f"{spent}; it is looked at again in {format_span(left)}. {action}"
+            said = f"{spent}; it is retried in {format_span(left)}. {action}"
             return Reason(what, said, status, next_action=action)
         if found.is_for_batch:
             return Reason(what, _GATHERED, status)
         if (gate := _shut_gate(found, await control.limiter.snapshot())) is not None:
             action = _next_action(gate.limit, gate, found.pool, found.is_line)
-            said = f"{_sentence(gate.limit, gate)}; it is tried again in {format_span(left)}"
+            said = f"{_sentence(gate.limit, gate)}; it is retried in {format_span(left)}"
             said = f"{said}. {action}"
             return Reason(what, said, status, held_up_by=gate.limit, limit=gate, next_action=action)
-        sentence = f"waits {format_span(left)} more before it is tried again"
+        sentence = f"waits {format_span(left)} more before its next attempt"
         if found.failure_code:
             sentence += f", after {found.failure_code}"
         return Reason(what, sentence, status)
@@ -612,7 +612,7 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     about = await _of_limit(control, snapshot, queue.held_up_by)
     told = await _estimate(control, found, snapshot)
     before = queue.waiting - 1
-    others = f"up to {before} before it there" if before else "next in line there"
+    others = f"up to {before} before it" if before else "next in its queue"
     action = _next_action(queue.held_up_by, view, found.pool, found.is_line)
     sentence = f"{_sentence(queue.held_up_by, view)}{_held_by(about['holders'])}, in "
     sentence += f"{found.claimed_by}, {others}{_how_long(told)}. {action}"
@@ -649,7 +649,7 @@ async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
     if view is None:
         sentence = f"has waited {_ago(found.created_at)} for a worker to take it"
         if found.kind is None:
-            sentence = "waits for a worker that asks the classifier what it is"
+            sentence = "waits for a worker that classifies it"
         view = snapshot.limits.get(f"kind:{found.kind}")
         action = "`tidegate doctor` shows whether a worker runs"
         return Reason(
@@ -700,9 +700,9 @@ def _next_action(
         return f"`tidegate limits resume {quote(held_up_by)}{of_pool}` ends the pause"
     priority = "give the request a higher priority"
     if of_batch:  # all lines of batches have the lowest priority
-        priority = "send what is urgent as calls of its own"
+        priority = "send urgent lines as separate calls"
     if held_up_by.startswith("upstream:") or (view is not None and view.bound >= MAX_BOUND):
-        return "It goes on as calls of that upstream end"
+        return "It continues when calls of that upstream end"
     if view is not None and adapted_from(view) is not None:
         return (
             "The provider refused calls, so that the limit adapted: it rises again as calls "
@@ -742,7 +742,7 @@ def _sentence_of_place(place: Place, view: LimitView | None, holders: Sequence[S
 
 def _sentence(held_up_by: str | None, view: LimitView | None) -> str:
     if held_up_by is None:
-        return "its process takes no grants: it is paused or can't be reached"
+        return "waits for its process, which accepts no permits: it is paused or can't be reached"
     if view is None:
         return f"waits for {held_up_by}"
     if view.paused_ms:
@@ -781,7 +781,7 @@ _BUDGET_ACTIONS = {
     "budget_exceeded": "`tidegate budgets resume BUDGET --extra-usd N`, or `--extra-tokens N`, "
     "allows more in this period, a larger amount more in each",
     "budget_paused": "`tidegate budgets resume BUDGET` ends the pause",
-    "budget_reserved": "It goes on as calls in progress end",
+    "budget_reserved": "It continues when calls in progress end",
     "budget_unbounded": "Give its model a price, or have the budget take estimates: `tidegate "
     "budgets set BUDGET --doubt estimate`; or cancel it, and submit it with max_tokens",
 }
@@ -846,9 +846,9 @@ def waiting(
         return Waiting(f"has ended: {found.status.value}{since}")
     if found.not_before is not None and found.not_before > now:
         left_ms = round((found.not_before - now).total_seconds() * 1000)
-        said = f"is tried again in {format_span(left_ms)}"
+        said = f"is retried in {format_span(left_ms)}"
         if (spent := _spent_budget(found)) is not None:
-            said = f"{spent}; it is looked at again in {format_span(left_ms)}"
+            said = f"{spent}; it is retried in {format_span(left_ms)}"
             if found.failure_code in _UNTIL_A_PERSON_ACTS:
                 said = f"{said}. {_BUDGET_ACTIONS[found.failure_code]}"
             return Waiting(said, retry_in_ms=left_ms)

@@ -136,7 +136,7 @@ def added(name: str, table: Table) -> LiveEdit:
         if NAME.fullmatch(name) is None:
             raise ConfigError("name", name[:100], "must be lower-case letters, digits, - and _")
         if name in changes.over(base):
-            allowed = "must be new: `tidegate upstreams set` changes one that is there"
+            allowed = "must be a new name: `tidegate upstreams set` changes an existing upstream"
             raise ConfigError("name", name, allowed)
         _check(name, table)
         over = _said(base.get(name, {}), table)
@@ -186,7 +186,7 @@ def _check_removed(
 ) -> None:
     for key in remove:
         if key in values:
-            raise ConfigError(f"upstreams.{name}.{key}", None, "can't be both set and taken away")
+            raise ConfigError(f"upstreams.{name}.{key}", None, "can't be both set and removed")
         stem, _, entry = key.partition(".")
         is_there = entry in _inner(table.get(stem)) if entry and stem in _TABLES else key in table
         if not is_there and stem not in POLICY_KEYS:

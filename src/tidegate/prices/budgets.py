@@ -105,7 +105,7 @@ class Budget:
             return bound
         if self.doubt == "bound":
             raise BudgetUnbounded(
-                f"the budget {self.name} binds this call, whose most possible cost is not known: "
+                f"the budget {self.name} applies to this call, whose maximum cost is not known: "
                 f"{cost.unknown}",
                 limit=self.limit,
                 allowed="a call with max_tokens, of a model whose price is known",
@@ -355,16 +355,16 @@ def refused_by(refusal: Refusal, need: int | None) -> QuotaExceeded:
             allowed=allowed,
             retry_after_ms=_RESERVED_RETRY_MS,
         )
-    reset_at, after_ms, when = refusal.reset_at, None, "no time frees as much as it needs"
+    reset_at, after_ms, when = refusal.reset_at, None, "it needs more than the whole budget"
     if need > budget.amount:
-        when = "no period has room for as much"
+        when = "it needs more than a whole period allows"
     elif reset_at is not None:
         left_s = (reset_at - datetime.now(UTC)).total_seconds()
         after_ms = max(1_000, math.ceil(left_s * 1000))
         local = reset_at.astimezone(ZoneInfo(budget.zone))
         when = f"it resets at {local:%Y-%m-%d %H:%M} {budget.zone}"
     elif budget.period == "rolling":
-        when = "there is room again as its window goes on"
+        when = "there is room again as earlier spend leaves its window"
     return BudgetExceeded(
         f"the budget {budget.name}{whose} {lacks}; {when}",
         limit=budget.limit,
@@ -416,4 +416,4 @@ def _alert_text(kind: str, data: Mapping[str, Any]) -> str:
         return f"{said}; it is paused until a person resumes it: tidegate budgets resume."
     reset_at = data.get("reset_at")
     when = f" It resets at {reset_at}." if reset_at else ""
-    return f"{said}; a call was refused, since there is no room for it.{when}"
+    return f"{said}; a call was rejected, since there is no room for it.{when}"

@@ -24,10 +24,12 @@ from tidegate.prices.rates import Rates, cost_micros
 Verdict = Literal["equal", "explained", "unexplained"]
 
 _PRICE = "the tokens are equal and the cost is not: the price in force is not the provider's"
-_FEWER = "the provider counts fewer {} than whole answers had"
-_COST_ALONE = "the provider states a cost alone, which is not that of the calls"
-_OTHERS = "{} of the provider's count are of no call on record: other consumers of the account"
-_NAMELESS = "the provider has no call of this name, and by others some that are not on record"
+_FEWER = "the provider counts fewer {} than the complete answers had"
+_COST_ALONE = "the provider reports only a cost, which differs from that of the calls"
+_OTHERS = "the provider counts {} of calls that are not on record: other consumers of the account"
+_NAMELESS = (
+    "the provider reports no calls of this model, but calls of others that are not on record"
+)
 # The suffix of a dated version of a model, such as -2025-08-07, -20250929 and -0125.
 _DATE = re.compile(r"[-@](?:20\d\d-\d\d-\d\d|20\d{6}|\d{4})", re.ASCII)
 

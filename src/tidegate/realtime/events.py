@@ -552,7 +552,7 @@ class Setup:
             raise InvalidRequest("setup.model", "setup names no model", allowed="models/<model>")
         for name in ("sessionResumption", "session_resumption"):
             if _table(setup.get(name)).get("handle") is not None:
-                said = "a realtime session can't be resumed here: nothing says whose it is"
+                said = "a realtime session can't be resumed here: its owner is not known"
                 raise InvalidRequest(f"setup.{name}.handle", said, allowed="none")
         return cls(event, model.removeprefix("models/"))
 

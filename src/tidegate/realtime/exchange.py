@@ -400,7 +400,9 @@ class RealtimeExchange:
                 said = f"the session was open for {bounds.total_ms} ms, which is the longest here"
                 return _ended_by(UpstreamTimeout(said, phase="total"), 1001)
             if (now - self._said_at) * 1000 >= bounds.idle_ms:
-                return _ended_by(RealtimeIdle(f"nothing was said for {bounds.idle_ms} ms"))
+                return _ended_by(
+                    RealtimeIdle(f"neither side sent anything for {bounds.idle_ms} ms")
+                )
             try:
                 await self._check()
             except (Unauthenticated, Forbidden) as refused:

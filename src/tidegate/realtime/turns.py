@@ -202,7 +202,7 @@ class Turns:
 
     async def _begin(self) -> RealtimeTurn:
         if len(self._late) >= _MOST_LATE or len(self._begun) >= _MOST_BEGUN:
-            raise UpstreamGarbled("the provider begins one turn after another and ends none")
+            raise UpstreamGarbled("the provider starts turns without ending any")
         self._begins += 1
         if self._asked:
             turn = self._asked.pop(0)

@@ -392,7 +392,7 @@ class Rehearsals:
         """
         if self._there > 1:
             raise QuotaExceeded(
-                "a rehearsal runs in this process, and another one waits for it",
+                "a rehearsal is running in this process, and another one is waiting",
                 limit="rehearsals",
                 allowed="one rehearsal at a time in each process, and one that waits",
                 retry_after_ms=_RETRY_AFTER_MS,

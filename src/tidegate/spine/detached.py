@@ -52,10 +52,12 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
     if endpoint.streams:
         raise InvalidRequest(field, "jobs and batches do not support streaming", allowed=_ALLOWED)
     if endpoint.operation in GOING_ON:
-        said = "jobs and batches do not hold work that goes on after its answer"
+        said = "jobs and batches do not support background work"
         raise InvalidRequest(field, said, allowed=_ALLOWED)
     if endpoint.operation is Operation.SPEAK:  # results are kept as text
-        raise InvalidRequest(field, "jobs and batches do not keep audio", allowed=_ALLOWED)
+        raise InvalidRequest(
+            field, "jobs and batches do not support audio output", allowed=_ALLOWED
+        )
     return endpoint
 
 

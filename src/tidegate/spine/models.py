@@ -190,7 +190,7 @@ def _check_batch(caller: Caller, body: Mapping[str, Any]) -> None:
     is not read here, and might name another tenant's files."""
     if caller.key_id is not None and requests_in(body) is None:
         field = "batch.inputConfig.fileName"
-        said = "requests in a file are not read here, so that they could name another tenant's"
+        said = "requests in a file are not supported, since they may name another tenant's files"
         allowed = "inputConfig.requests, or a batch of /v1/batches"
         raise InvalidRequest(field, said, allowed=allowed)
 
@@ -420,7 +420,9 @@ class Models:
         except UpstreamError as error:
             raise CallFailed(error, target) from None
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise CallFailed(UpstreamGarbled("the list of models is not one"), target) from None
+            raise CallFailed(
+                UpstreamGarbled("the provider's list of models is not valid"), target
+            ) from None
         return models
 
 

@@ -805,7 +805,7 @@ def _may_cost(call: NativeCall) -> bool:
 # The provider's documentation: a second of speech is 20 tokens, and about 15 characters.
 _SPOKEN_TOKENS_A_CHARACTER = 4 / 3
 _UNSEEN = {
-    Learning.FILES: "its files are not counted beforehand",
+    Learning.FILES: "the tokens of its files are not known beforehand",
     Learning.STATE: "the provider adds what it keeps of earlier calls",
 }
 

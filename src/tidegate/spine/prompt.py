@@ -472,7 +472,7 @@ class PromptExchange:
             demand.estimate,
             input_bytes=len(call.prompt.encode("utf-8", "replace")) + _JUDGE_BYTES * is_question,
             context_tokens=context_tokens,
-            unseen="its files are not counted beforehand" if call.media else "",
+            unseen="the tokens of its files are not known beforehand" if call.media else "",
             max_output_tokens=MAX_ANSWER_TOKENS if is_question else most_output,
             images=demand.images,
         )

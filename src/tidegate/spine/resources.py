@@ -459,7 +459,7 @@ def _id_of(value: Any, making: Making) -> str | None:
         return None
     found = found.rpartition(making.prefix)[2] if making.prefix else found
     if len(found) > LONGEST_ID or not found.isprintable():
-        raise UpstreamGarbled("the answer names a resource by what can't be an id")
+        raise UpstreamGarbled("the answer names a resource by an invalid id")
     return found
 
 
@@ -480,7 +480,7 @@ def _end_of(made: dict[str, Any] | None) -> datetime | None:
     try:
         end = datetime.fromisoformat(said)
     except ValueError:
-        raise UpstreamGarbled("the answer names an end that is no time") from None
+        raise UpstreamGarbled("the answer has an invalid expiry time") from None
     return end if end.tzinfo is not None else end.replace(tzinfo=UTC)
 
 

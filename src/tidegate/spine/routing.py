@@ -385,12 +385,12 @@ class Gate:
     def out(self) -> UpstreamOut | None:
         """Return the error of a call to an upstream that is out of service; None if it is not."""
         if self.drained:
-            said = f"no upstream can be asked now: {DRAINED}"
+            said = f"no upstream takes calls now: {DRAINED}"
             return UpstreamDrained(said, retry_after_ms=DRAINED_MS)
         found = self.closed()
         if found is None:
             return None
-        said = f"no upstream can be asked now; the last fault: {self.in_short}"
+        said = f"no upstream takes calls now; the last failure: {self.in_short}"
         return UpstreamOut(said, retry_after_ms=max(FIRST_MS, found[0]))
 
     # -- outcomes of calls

@@ -638,7 +638,7 @@ class LiveUpstreams:
         late = await self._wait_for(
             lambda one: max(one.prepared, one.revision) >= number, PREPARED_WITHIN_S
         )
-        why = [f"{name} gives no answer" for name in late]
+        why = [f"{name} does not answer" for name in late]
         for one in await self.record.processes():
             if one.prepared == number:
                 new = {

@@ -289,7 +289,7 @@ def _unavailable(failed: BaseException) -> StoreUnavailable:
     elif "NoSuchBucket" in said:
         why = "there is no such bucket"
     elif status in ("401", "403"):
-        why = f"it refuses our credentials, or that they do this ({status})"
+        why = f"it rejects the credentials, or they lack a permission ({status})"
     elif status:
         why = f"it answered {status}"
     else:

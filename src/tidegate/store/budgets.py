@@ -230,7 +230,7 @@ class BudgetRecords:
             if scope is not None and not done:
                 of_it = "SELECT 1 FROM budget_books WHERE budget = $1 AND scope = $2 LIMIT 1"
                 if await connection.fetchval(of_it, name, scope) is None:
-                    said = f"the budget {name} has no book of {scope or '(all)'}"
+                    said = f"the budget {name} has no amount for {scope or '(all)'}"
                     if len(scope_values(scope)) != len(each := known["each"]) and each:
                         said += f": it has one for each {' and '.join(each)}"
                     raise NotFound(said)

@@ -554,7 +554,7 @@ def _words(error: BaseException) -> str:
 def _unfit_words(error: asyncpg.PostgresError) -> str:
     unmigrated = isinstance(error, (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError))
     remedy = "; `tidegate migrate` brings its schema up to date" if unmigrated else ""
-    return f"the database is not ready for us: {error}{remedy}"
+    return f"the database is not ready: {error}{remedy}"
 
 
 def _now() -> float:

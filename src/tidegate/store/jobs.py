@@ -213,7 +213,7 @@ async def copy_of(dossier: RequestDetail, blobs: Blobs, now: datetime) -> NewJob
     """
     record, row = dossier.record, dossier.request
     if record.source != "job":
-        why = f"this is no job, but of the source {record.source}: its caller has had the answer"
+        why = f"only jobs can be retried: the source of this request is {record.source}"
         raise InvalidRequest("request_id", why, allowed="a job")
     if not record.status.is_end:
         raise NotEnded(f"the request has not ended yet: {record.status}")

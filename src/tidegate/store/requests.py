@@ -516,7 +516,7 @@ class Requests:
         found = await self._connections.run(read, timeout_ms=_DETAIL_TIMEOUT_MS)
         if found is None:
             allowed = "rarer words, or a shorter time"
-            raise InvalidRequest("text", "too many have it", allowed=allowed)
+            raise InvalidRequest("text", "too many requests match", allowed=allowed)
         items = tuple(record_of(FoundRequest, row, listed=_listed(row)) for row in found[:limit])
         return FoundPage(items, rows.uuid_of(found[limit - 1]["place"]) if found[limit:] else None)
 

@@ -209,8 +209,8 @@ def _check_there(config: Config) -> None:
     """Raise StoreUnavailable if the command would create an empty deployment only to read it."""
     if config.embedded and not (config.data_dir / "embedded").exists():
         raise StoreUnavailable(
-            f"no deployment is in {config.data_dir} (DATA_DIR): `tidegate up` begins one; run the "
-            "command in the folder of one that is there, or with its DATA_DIR"
+            f"no deployment is in {config.data_dir} (DATA_DIR): `tidegate up` creates one; run the "
+            "command in the folder of an existing one, or with its DATA_DIR"
         )
 
 

@@ -142,7 +142,7 @@ class AnswerReader:
         """
         answer = self._answer
         if self._blanks and not self._chunks:
-            raise UpstreamGarbled("the provider's answer is not what its protocol says")
+            raise UpstreamGarbled("the provider's answer violates its protocol")
         content = bool(answer.text or answer.pictures)
         if self._block_reason is not None and not content:
             answer.finish_reason = answer.finish_reason or self._block_reason
@@ -151,7 +151,7 @@ class AnswerReader:
                 reason=self._block_reason,
             )
         if answer.finish_reason is None and (content or self._candidates or not self._chunks):
-            raise UpstreamUnavailable("the provider's answer broke off before its end")
+            raise UpstreamUnavailable("the provider's answer was cut off before its end")
         if not content or (self._kind is Kind.IMAGE_GENERATION and not answer.pictures):
             missing = "picture" if self._kind is Kind.IMAGE_GENERATION else "content"
             raise EmptyAnswer(
@@ -441,7 +441,9 @@ class GeminiProcessor:
             answer.usage = with_tier(answer.usage, scope.served_tier)
             if not answer.text:
                 self._finish(reading, scope)
-                raise EmptyAnswer("the judge said nothing", finish_reason=answer.finish_reason)
+                raise EmptyAnswer(
+                    "the classifier's model gave no answer", finish_reason=answer.finish_reason
+                )
             return judgement(answer.whole_text, mime_types)
 
     async def _parts(

@@ -426,7 +426,9 @@ class SdkClient(httpx2.AsyncClient):
             response.headers.setdefault("x-goog-upload-status", "unknown")
         if _header(exchange, b"content-encoding") not in (b"", b"identity"):
             await uninterrupted(call.aclose())
-            raise UpstreamGarbled("the provider compressed an answer that we asked for plain")
+            raise UpstreamGarbled(
+                "the provider compressed an answer that was requested uncompressed"
+            )
         if not stream:
             await response.aread()
         return response
@@ -613,7 +615,7 @@ def _without_error_body(failure: Exception, *, sent: bool) -> UpstreamError:
         return UpstreamUnavailable(f"the connection to the provider broke ({name})")
     if not sent:
         return UpstreamRejected(f"the request could not be built ({name})", status=400)
-    return UpstreamGarbled(f"the provider's answer is not what its protocol says ({name})")
+    return UpstreamGarbled(f"the provider's answer violates its protocol ({name})")
 
 
 def is_plain() -> bool:

@@ -312,7 +312,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if self._answer is None or self._answer.ended:
-            raise _Unusable("there is more behind the provider's answer")
+            raise _Unusable("data follows the provider's answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
@@ -641,7 +641,7 @@ class RelayWire:
         except ValueError:
             host = port = None
         if host is None or port is None or url.scheme not in ("http", "https"):
-            raise UpstreamRejected("the request could not be sent: its URL is none")
+            raise UpstreamRejected("the request could not be sent: its URL is not valid")
         target, named = url.raw_path_qs.encode(), (url.host_port_subcomponent or "").encode()
         if _NOT_IN_LINE.search(target) or _NOT_IN_LINE.search(named):
             raise UpstreamRejected("the request could not be sent: its URL is not in ASCII")
@@ -716,7 +716,7 @@ class RelayWire:
     def _signer_of(self, authentication: Authentication) -> Signer:
         signer = self.signers.get(authentication)
         if signer is None:
-            said = f"no credentials of {authentication.kind} are open here"
+            said = f"this process has no credentials for auth = {authentication.kind}"
             raise UpstreamUnauthorized(said)
         return signer
 
@@ -877,7 +877,7 @@ def _head(
     lines = [b"%b: %b\r\n" % pair for pair in headers]
     said = b"".join(lines)
     if said.count(b"\n") != len(lines) or said.count(b"\r") != len(lines) or b"\0" in said:
-        raise UpstreamRejected("the request could not be sent: a header holds a line's end")
+        raise UpstreamRejected("the request could not be sent: a header contains a line break")
     return b"%b %b%b" % (method.encode("ascii"), place.line, said)
 
 

@@ -489,7 +489,7 @@ async def test_a_job_of_unknown_cost_is_refused_or_waits_for_a_person(
         sentence: str = why["sentence"]
         way_out = "`tidegate budgets set BUDGET --doubt estimate`"
         return (
-            sentence.startswith("waits for a budget: the budget hard binds this call")
+            sentence.startswith("waits for a budget: the budget hard applies to this call")
             and way_out in sentence
         )
 

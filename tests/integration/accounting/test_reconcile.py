@@ -217,7 +217,7 @@ async def test_another_consumer_of_the_account_is_not_explained(
         assert response.status == 200
     (finding,) = (await reconciled(gateway, "openai", day)).findings
     assert finding.verdict == "unexplained"
-    assert "1 requests of the provider's count are of no call on record" in finding.reason
+    assert "the provider counts 1 requests of calls that are not on record" in finding.reason
 
 
 async def test_the_command_compares_yesterday_and_says_so_by_its_exit_code(

@@ -99,7 +99,7 @@ async def test_one_call_of_all_processes_tries_and_the_others_wait_or_are_told_w
     )
     tried = len(hostile.seen) - seen
     assert 1 <= tried <= 2, "after 1 s, and 2 s after that had failed"
-    out = [body for status, named, body in answers if b"no upstream can be asked now" in body]
+    out = [body for status, named, body in answers if b"no upstream takes calls now" in body]
     assert len(out) == 10 - tried
     assert {status for status, _, _ in answers} == {503}
     assert all(int(named["retry-after"]) >= 1 for _, named, body in answers if body in out)
@@ -187,7 +187,7 @@ async def test_a_dead_key_is_tried_once_a_minute_and_by_another_key_immediately(
     assert (await ask(gateway))[0] == 502
     status, named, body = await ask(gateway)
     assert (status, len(hostile.seen)) == (503, 1)
-    assert b"refuses this gateway's own key" in body
+    assert b"rejects this gateway's API key" in body
     assert 30 < int(named["retry-after"]) <= 60
     hostile.answer = OK
     other = await open_gateway(
@@ -210,7 +210,7 @@ async def test_an_account_without_money_is_not_taken_for_a_refused_key(
         _, body = await gateway.get("/health/dependencies")
         causes = [one for one in body["verdict"]["causes"] if one["kind"] == "key_refused"]
         assert [one["words"] for one in causes] == [
-            "The account of upstream gemini has no money left."
+            "The account of upstream gemini has no credit left."
         ]
 
 
@@ -226,7 +226,7 @@ async def test_an_old_fault_of_a_process_is_not_what_closed_a_gate(
     hostile.answer = refusal(402, "Payment is due")
     assert (await ask(pair[1]))[0] == 502
     await wait_until(lambda: states(pair) == ["out", "out"], what="both know it")
-    assert health.why == "the account at the provider has no money left"
+    assert health.why == "the account at the provider has no credit left"
     assert "Payment is due" in pair[1].services.spine.health["gemini"].why
     health.drain(True)
     assert health.why == DRAINED

@@ -102,7 +102,7 @@ async def test_one_that_says_it_is_overloaded_is_out_whoever_asks(
         (error(503, "No room for the letter to Jane"), "the provider answered 503"),
         (
             error(401, "Incorrect API key provided: sk-proj-****abcd."),
-            "the provider refuses this gateway's own key",
+            "the provider rejects this gateway's API key",
         ),
     ],
 )
@@ -113,10 +113,10 @@ async def test_the_provider_s_words_to_one_are_not_told_to_all(
     for _ in range(FAULTS):
         await ask(gateway)
     status, body = 0, b""
-    while b"last fault" not in body:  # else it was the one call a second that tries
+    while b"last failure" not in body:  # else it was the one call a second that tries
         status, body = await ask(gateway, "of another", deadline_ms=100)
     assert status == 503
-    assert orjson.loads(body)["error"]["message"].endswith(f"the last fault: {short}")
+    assert orjson.loads(body)["error"]["message"].endswith(f"the last failure: {short}")
     async with gateway.http.get(f"{gateway.url}/health/dependencies") as response:
         assert (await response.json())["upstreams"]["gemini"]["detail"] == short
     why = gateway.services.spine.health["gemini"].why  # for who runs this

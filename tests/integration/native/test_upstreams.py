@@ -216,7 +216,7 @@ async def test_a_refused_key_is_not_told_to_clients_as_theirs(
     gateway = await open_gateway(worker=False, gemini_api_key="invalid-key")
     status, headers, body = await ask(gateway)
     assert status == 502
-    assert b"this gateway's own key" in body
+    assert b"this gateway's API key" in body
     assert gateway.services.spine.health["gemini"].key_dead
     assert (await gateway.audit(headers["x-tidegate-request-id"]))["failure"]["code"] == (
         "upstream_unauthorized"

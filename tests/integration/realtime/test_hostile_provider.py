@@ -64,7 +64,7 @@ async def test_turns_that_a_provider_never_ends_end_the_session(
         await gateway.services.keepers["hostile"].change(edit(limits), set_by="test")
         async with talk(gateway, "/v1/realtime?model=hostile") as socket:
             code, reason = await closed(socket)
-        assert (code, reason) == (1011, "the provider begins one turn after another and ends none")
+        assert (code, reason) == (1011, "the provider starts turns without ending any")
         await nothing_held(gateway)
         assert len(await rows(gateway, 1)) == 1
 

@@ -631,7 +631,7 @@ async def test_bounds_in_time_and_pages_of_others(open_gateway: Opener, tmp_path
         worker=False, tidegate_policy=policy, cors_origins="https://own.test"
     )
     async with talk(gateway) as socket:
-        assert await closed(socket) == (1001, "nothing was said for 700 ms")
+        assert await closed(socket) == (1001, "neither side sent anything for 700 ms")
     (row,) = await rows(gateway, 1)
     assert row["status"] == "succeeded"
     for headers in (

@@ -185,7 +185,7 @@ async def test_what_is_wrong_with_a_bucket_is_said(
     try:
         strict.make_bucket()
         monkeypatch.setenv("AWS_ENDPOINT_URL", strict.url)
-        refused = "it refuses our credentials, or that they do this (403)"
+        refused = "it rejects the credentials, or they lack a permission (403)"
         assert await said(_URL) == refused
     finally:
         strict.stop()

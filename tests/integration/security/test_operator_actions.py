@@ -110,7 +110,7 @@ async def test_every_route_that_changes_something_leaves_one_action(open_gateway
         assert found[0]["what"] == what
         assert found[0]["operator"] == f"the key tg_{made.prefix}"
         assert found[0]["role"] == "admin"
-        assert found[0]["address"] == "127.0.0.1, which says for 203.0.113.9"
+        assert found[0]["address"] == "127.0.0.1, forwarded for 203.0.113.9"
     done = {
         (method, pattern)
         for pattern, methods in ROLES.items()

@@ -72,7 +72,7 @@ async def test_attacks_and_mistakes_are_refused_in_words(open_gateway: Opener) -
         for claims, why in (
             ({"tenant": "acme", "aud": "another"}, "another audience"),
             ({"tenant": "acme", "exp": time.time() - 90}, "has expired"),
-            ({"tenant": "nobody"}, "claim tenant names no tenant"),
+            ({"tenant": "nobody"}, "claim tenant is not the name of a tenant"),
             ({}, "lacks the claim tenant"),
         ):
             token = issuer.token(**claims)

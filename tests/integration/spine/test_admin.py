@@ -245,7 +245,7 @@ async def test_a_job_that_nobody_has_taken_says_so(open_gateway: Opener) -> None
     assert "for a worker to take it" in reason["sentence"]
     assert reason["limit"]["limit"] == "kind:text_only"
     _, reason = await ask(gateway, "GET", f"/why/{unsure}")
-    assert "asks the classifier" in reason["sentence"]
+    assert "classifies" in reason["sentence"]
 
 
 async def test_a_job_behind_the_workers_window_names_the_limit_that_the_others_wait_for(
@@ -300,7 +300,7 @@ async def test_a_job_that_waits_for_its_next_try_says_so(open_gateway: Opener) -
 
     async def parked() -> Any:
         _, reason = await ask(gateway, "GET", f"/why/{request_id}")
-        return reason if "before it is tried again" in reason["sentence"] else None
+        return reason if "before its next attempt" in reason["sentence"] else None
 
     reason = await wait_until(parked, 20, "the retry")
     assert reason["sentence"].endswith("after upstream_throttled")

@@ -72,7 +72,7 @@ async def test_alerts_of_budgets_are_signed_and_posted_once(
     assert (share["budget"], share["scope"], share["share"]) == ("half", ["ann"], 1)
     assert share["text"].startswith("Budget half of ann: ")
     assert share["text"].endswith(" of 400 tokens spent, which is 1 % or more.")
-    assert "a call was refused" in told["budget_out"].event["data"]["text"]
+    assert "a call was rejected" in told["budget_out"].event["data"]["text"]
     key = b64decode(SECRET.removeprefix("whsec_"))
     for one in told.values():
         signed = f"{one.headers['webhook-id']}.{one.headers['webhook-timestamp']}.".encode()

@@ -608,7 +608,7 @@ async def test_what_a_person_allows_before_the_first_call_of_a_period_is_there_f
     await with_budgets(budgets, each)
     for given in (scope or None, scope):
         assert await budgets.records.resume("day", scope=given, extra=50, by="test") == [scope]
-    with pytest.raises(NotFound, match="the budget day has no book of"):
+    with pytest.raises(NotFound, match="the budget day has no amount for"):
         await budgets.records.resume("day", scope='["acme", "ann"]', extra=50, by="test")
     await budgets.refresh()
     await held_by(budgets, ACME, 200)
@@ -620,7 +620,9 @@ async def test_a_spent_window_says_that_it_has_room_again(budgets: Budgets) -> N
     await with_budgets(budgets, Budget("short", "usd", 100, "rolling", window_s=3_600))
     budgets.settle(await held_by(budgets, ACME, 100), told(100))
     await budgets.flush()
-    with pytest.raises(BudgetExceeded, match="there is room again as its window goes on"):
+    with pytest.raises(
+        BudgetExceeded, match="there is room again as earlier spend leaves its window"
+    ):
         await budgets.check(ACME)
 
 

@@ -331,7 +331,7 @@ async def test_a_search_that_takes_too_long_is_refused_and_the_store_is_not_away
     monkeypatch.setattr(search, "_WORDS_TIMEOUT_MS", 100)
     async with peek.transaction():
         await peek.execute("LOCK TABLE audit IN ACCESS EXCLUSIVE MODE")
-        with pytest.raises(InvalidRequest, match="too many have it"):
+        with pytest.raises(InvalidRequest, match="too many requests match"):
             await said(store, "tide")
     assert not store.connections.away
     assert await said(store, "tide") == []

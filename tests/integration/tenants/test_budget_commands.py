@@ -139,7 +139,9 @@ async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
     for budget, nobody, *extra in (("people", "anm"), ("day", "acme", "--extra-usd", "1")):
         missed = await tidegate(gateway, "budgets", "resume", budget, "--of", nobody, *extra)
         assert (missed.code, missed.said) == (1, ""), budget
-        assert missed.complained == f'tidegate: the budget {budget} has no book of ["{nobody}"]\n'
+        assert (
+            missed.complained == f'tidegate: the budget {budget} has no amount for ["{nobody}"]\n'
+        )
     both = ("both", "--usd", "2", "--subject", "each")
     assert (await tidegate(gateway, "budgets", "set", *both)).code == 0
     for more_usd in ((), ("--extra-usd", "1")):

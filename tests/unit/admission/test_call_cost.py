@@ -65,8 +65,8 @@ def test_what_is_unseen_is_bounded_by_the_context_and_priced_as_its_dearest_part
     ("changes", "why"),
     [
         ({}, "no max_tokens"),
-        ({"max_output_tokens": 5, "unseen": "its files are not counted"}, "its files"),
-        ({"max_output_tokens": 5, "images": 1}, "the pictures that it may make"),
+        ({"max_output_tokens": 5, "unseen": "the tokens of its files are not known"}, "its files"),
+        ({"max_output_tokens": 5, "images": 1}, "the number of pictures"),
         ({"max_output_tokens": 5, "unbounded": "it searches"}, "it searches"),
     ],
 )

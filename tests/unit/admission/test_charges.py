@@ -300,7 +300,7 @@ def test_the_cost_of_speech_is_known_beforehand_where_it_is_by_characters() -> N
     assert (cost.most_micros, cost.likely_micros) == (600, 600)
     cost = call_cost(Rates.of(FLASH), estimate, input_bytes=90, measured=spoken)
     assert cost.most_micros is None
-    assert "is not charged by what is known" in cost.unknown
+    assert "its cost depends on facts" in cost.unknown
 
 
 def test_the_cost_of_a_video_is_known_beforehand_by_its_seconds_and_size() -> None:

@@ -44,7 +44,7 @@ def test_where_no_answer_can_be_typed_the_option_is_named(
     monkeypatch.setattr("sys.stdin", StringIO(""))
     with pytest.raises(typer.Abort):
         confirm("Remove it?")
-    assert "--yes goes on without one" in capsys.readouterr().err
+    assert "pass --yes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("terminal", "code"), [(Interrupted(), 130), (StringIO(""), 1)])

@@ -420,7 +420,7 @@ def test_the_model_is_optional_where_the_provider_has_it_so(
 def test_a_form_where_json_is_expected_is_refused_by_its_content_type() -> None:
     form = b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n\xff\xd8\r\n--b--\r\n'
     for body, field, said in (
-        (form, "Content-Type", "begins as a form"),
+        (form, "Content-Type", "a form"),
         (b"\xff", "body", "UTF-8"),
     ):
         with pytest.raises(InvalidRequest, match=f"not JSON: it .*{said}") as refused:

@@ -191,7 +191,7 @@ async def test_a_wrong_key_is_asked_for_once_in_a_while(
     unknown = make_key().text
     for key in (wrong, unknown):
         for _ in range(3):
-            with pytest.raises(Unauthenticated, match="not the right one"):
+            with pytest.raises(Unauthenticated, match="the API key is wrong"):
                 await gate.identify(headers_of(key), b"")
     assert record.finds == 2
     record.now += REFUSED_FOR_S

@@ -188,7 +188,7 @@ async def test_a_malformed_multipart_body_is_refused(
     ("part", "field", "said"),
     [
         (("file", b"hello", None, None), "file", "must be a file"),
-        (("file\"; filename*=\"UTF-8''a.txt", b"x", None, None), "file", "filename. alone"),
+        (("file\"; filename*=\"UTF-8''a.txt", b"x", None, None), "file", "only in filename."),
         (("data", b"hello", "prompt.txt", None), "data", "not a file"),
         (text("data", "again"), "data", "more than once"),
         (text("colour", "red"), "colour", "no field"),

@@ -133,17 +133,17 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "escaped": (body(FILE, MODEL, part("%6dodel", "gpt-5")), "another spelling"),
     "a file": (body(FILE, part("model", "gpt-5", '; filename="x"')), "is a file"),
     "a file*": (body(FILE, part("model", "m", "; filename*=utf-8''x")), "is a file"),
-    "two names": (body(FILE, part("model", "m", '; name="x"')), "not named plainly"),
-    "an escape": (body(FILE, part('x"; name="model', "m")), "not named plainly"),
+    "two names": (body(FILE, part("model", "m", '; name="x"')), "missing or not valid"),
+    "an escape": (body(FILE, part('x"; name="model', "m")), "missing or not valid"),
     "in a file's name": (
         body(MODEL, part("file", "x", '; filename="a\\"; name="model"; x="')),
-        "not named plainly",
+        "missing or not valid",
     ),
-    "name*": (body(FILE, MODEL, part("x", "m", "; name*=utf-8''model")), "not named plainly"),
-    "no name": (body(FILE, b"--line\r\nContent-Type: text/plain\r\n\r\nx\r\n"), "not named"),
+    "name*": (body(FILE, MODEL, part("x", "m", "; name*=utf-8''model")), "missing or not valid"),
+    "no name": (body(FILE, b"--line\r\nContent-Type: text/plain\r\n\r\nx\r\n"), "missing"),
     "no form-data": (
         body(b'--line\r\nContent-Disposition: attachment; name="model"\r\n\r\nx\r\n'),
-        "not named plainly",
+        "missing or not valid",
     ),
     "two dispositions": (
         body(FILE, part("x", "m", "", 'content-disposition: form-data; name="model"')),

@@ -113,7 +113,7 @@ def test_one_that_was_retried_is_told_whole() -> None:
         ("calling", 8, 9),
         ("ended", 9, None),
     ]
-    assert steps[1].words == "found to be text_only by the rules: plain words"
+    assert steps[1].words == "classified as text_only by the rules: plain words"
     assert (steps[3].outcome, steps[3].code) == ("failed", "upstream_throttled")
     assert steps[4].words == "waiting for retry after upstream_throttled"
     assert (steps[6].attempt, steps[6].first_byte_ms) == (2, 300.0)
@@ -153,7 +153,7 @@ def test_an_attempt_whose_worker_was_lost_is_not_said_to_run() -> None:
     )
     lost = steps[3]
     assert (lost.what, lost.outcome, lost.until, lost.goes_on) == ("calling", "lost", None, False)
-    assert "is not known" in lost.words
+    assert "unknown" in lost.words
     assert steps[-1].words == "dead: worker_died"
 
 
@@ -197,9 +197,9 @@ def test_a_native_call_has_its_tries_counted() -> None:
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ("delivered", "webhook delivered in 2 tries, answered 204"),
-        ("given_up", "webhook given up after 2 tries, answered 204: refused"),
-        ("pending", "webhook on its way, 2 tries so far, answered 204: refused"),
+        ("delivered", "webhook delivered after 2 attempts, answered 204"),
+        ("given_up", "webhook given up after 2 attempts, answered 204: refused"),
+        ("pending", "webhook pending after 2 attempts, answered 204: refused"),
     ],
 )
 def test_webhooks_are_part_of_it(state: str, words: str) -> None:

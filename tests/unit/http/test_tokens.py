@@ -121,12 +121,12 @@ async def test_a_tenant_that_is_not_there_is_refused_by_the_name_of_the_claim(
     record: Known, issuer: Trusted, gate: Authenticator
 ) -> None:
     mistakes: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"tenant": "nobody"}, "claim tenant names no tenant here"),
+        ({"tenant": "nobody"}, "claim tenant is not the name of a tenant"),
         ({"tenant": None}, "lacks the claim tenant"),
         ({"tenant": ["acme"]}, "lacks the claim tenant"),
-        ({"tenant": "a b"}, "claim tenant names no tenant here"),
-        ({"sub": "line\nbreak"}, "claim sub is no printable text"),
-        ({"sub": ""}, "claim sub is no printable text"),
+        ({"tenant": "a b"}, "claim tenant is not the name of a tenant"),
+        ({"sub": "line\nbreak"}, "claim sub must be 1 to 255"),
+        ({"sub": ""}, "claim sub must be 1 to 255"),
     )
     for number, (told, why) in enumerate(mistakes):
         issuer.told = {"sub": "svc", "tenant": "acme"} | told

@@ -27,18 +27,18 @@ class Named(BaseModel):
 @pytest.mark.parametrize(
     ("kind", "value", "said"),
     [
-        (UUID, "zzz", ("is no id", "an id, as the answer to a submit has it in request_id")),
-        (int, "ten", ("is no whole number", "a whole number")),
+        (UUID, "zzz", ("is not an id", "an id, such as request_id in the answer of /submit")),
+        (int, "ten", ("is not a whole number", "a whole number")),
         (Annotated[int, Field(le=200)], "999", ("is too large", "200 or less")),
         (Annotated[float, Field(ge=0)], "-1", ("is too small", "0.0 or more")),
         (Annotated[int, Field(gt=0)], "0", ("is too small", "more than 0")),
-        (date, "x", ("is no day", "a day such as 2026-01-31")),
+        (date, "x", ("is not a day", "a day such as 2026-01-31")),
         (Annotated[str, Field(max_length=2)], "abc", ("is too long", "2 characters or fewer")),
         (Literal["day", "month"], "year", ("is not known", "'day' or 'month'")),
         (Kind, "poem", ("is not known", "'text_only', 'multi_modal' or 'image_generation'")),
         (Strict, {"limits": 1}, ("is not known", None)),
         (Named, {}, ("is not given", "required")),
-        (Decimal, "a", ("is no number", "a number")),
+        (Decimal, "a", ("is not a number", "a number")),
         (bool, "perhaps", ("is neither true nor false", "true or false")),
     ],
 )
@@ -54,7 +54,7 @@ def test_what_has_no_words_of_ours_is_told_in_pydantics() -> None:
     with pytest.raises(ValidationError) as refused:
         TypeAdapter(complex).validate_python("x")
     wrong, allowed = in_words(dict(refused.value.errors()[0]))
-    assert (wrong.startswith("is not right: Input should be "), allowed) == (True, None)
+    assert (wrong.startswith("is not valid: Input should be "), allowed) == (True, None)
 
 
 def test_a_field_that_an_operators_body_can_not_have_is_told_with_those_that_it_can() -> None:

@@ -186,7 +186,7 @@ def test_nodes_that_were_seen_are_asked_when_those_of_the_url_are_gone() -> None
 
 def test_a_slot_that_nobody_serves_is_told() -> None:
     server = Server("redis+cluster://a:1", KEY)
-    with pytest.raises(ConnectionError, match=r"a:1: nobody serves slot \d+"):
+    with pytest.raises(ConnectionError, match=r"a:1: no node serves slot \d+"):
         ask(server, {("a", 1): [[[0, 0, [b"a", 1, b"id"]]]]})
 
 

@@ -109,7 +109,7 @@ def test_what_was_set_on_an_upstream_that_the_file_lost_has_no_effect() -> None:
 @pytest.mark.parametrize(
     ("edit", "names"),
     [
-        (added("openai", {}), "must be new"),
+        (added("openai", {}), "must be a new name"),
         (added("Open AI", {}), "lower-case letters"),
         (set_keys("openai", {"limits.rpm:total": 5}), "limits set --pool openai"),
         (set_keys("openai", {"headers.x-api-key": "sk-1"}), "env:VARIABLE"),

@@ -66,13 +66,13 @@ def pool(*limits: LimitView, queues: tuple[QueueView, ...] = (), quiet_ms: int =
         (
             replace(QUEUED, not_before=NOW + timedelta(seconds=5), failure_code="upstream"),
             pool(KIND),
-            "is tried again in 5 s, after upstream",
+            "is retried in 5 s, after upstream",
             None,
         ),
         (
             replace(QUEUED, not_before=NOW + timedelta(seconds=5)),
             pool(KIND, replace(PAUSED, limit="upstream:gemini")),
-            "waits for upstream:gemini, which is paused for 47 s more; is tried again in 5 s",
+            "waits for upstream:gemini, which is paused for 47 s more; is retried in 5 s",
             "upstream:gemini",
         ),
         (  # no worker takes it: its upstream is out until a call there is answered
@@ -90,7 +90,7 @@ def pool(*limits: LimitView, queues: tuple[QueueView, ...] = (), quiet_ms: int =
             ),
             pool(KIND),
             "waits for a budget: the budget day has no room for this call: $0.79 of $0.80 spent; "
-            "it is looked at again in 5 s",
+            "it is retried in 5 s",
             None,
         ),
         (replace(QUEUED, status=Status.RUNNING), None, "is running", None),

@@ -75,7 +75,7 @@ def test_requests_of_others_are_not_laid_at_the_door_of_a_doubtful_call() -> Non
     assert (finding.verdict, finding.corrections) == ("unexplained", ())
     assert "2 requests" in finding.reason
     alone = one(ModelDay(TOLD), TOLD.plus(UsageSum(2, 300, 0, 0, 90, 0, 1_200)))
-    assert "2 requests of the provider's count are of no call on record" in alone.reason
+    assert "the provider counts 2 requests of calls that are not on record" in alone.reason
 
 
 def test_a_call_has_no_more_tokens_than_its_model_takes_where_requests_are_not_counted() -> None:
@@ -134,7 +134,10 @@ def test_of_a_model_that_is_counted_nowhere_the_cost_alone_is_compared(
     finding = one(ModelDay(drawn), theirs)
     assert (finding.verdict, finding.corrections) == (verdict, ())
     if verdict == "unexplained":
-        assert finding.reason == "the provider states a cost alone, which is not that of the calls"
+        assert (
+            finding.reason
+            == "the provider reports only a cost, which differs from that of the calls"
+        )
     cut = DoubtfulCall(ID, "unknown")
     assert one(ModelDay(drawn, (cut,)), theirs).corrections == ()
 

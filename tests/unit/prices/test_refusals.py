@@ -16,8 +16,12 @@ MIDNIGHT = datetime.now(UTC) + timedelta(hours=5)
     ("need", "amount", "when"),
     [
         (60, 100, f"it resets at {MIDNIGHT:%Y-%m-%d %H:%M} UTC"),
-        (188, 100, "no period has room for as much"),
-        (188, 150, "no period has room for as much"),  # a person allowed 50 more of this one
+        (188, 100, "it needs more than a whole period allows"),
+        (
+            188,
+            150,
+            "it needs more than a whole period allows",
+        ),  # a person allowed 50 more of this one
     ],
 )
 def test_a_time_is_only_named_where_the_next_period_has_room_for_the_call(

@@ -113,7 +113,7 @@ def test_what_a_request_can_bring_upon_itself(error: UpstreamError, provoked: bo
     [
         (UpstreamThrottled("slow down"), True),
         (UpstreamThrottled("a day's quota is gone", day_quota=True), True),
-        (UpstreamUnavailable("no upstream can be asked now", asked=False), True),
+        (UpstreamUnavailable("no upstream takes calls now", asked=False), True),
         (UpstreamRejected("no such model", status=404), False),
     ],
 )

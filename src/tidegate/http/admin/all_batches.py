@@ -159,7 +159,7 @@ async def results(
     batch = (await services.store.batches.any(_id(batch_id))).batch
     file_id = batch.output_file_id if which == "output" else batch.error_file_id
     if file_id is None:
-        raise NotFound(f"there are no {which} of this batch")
+        raise NotFound(f"this batch has no {which}")
     file = await services.store.batches.file(file_id, batch.tenant_id)
     headers = {
         "Content-Type": "application/jsonl",
@@ -167,7 +167,7 @@ async def results(
         "Content-Disposition": f'attachment; filename="{batch_id}-{which}.jsonl"',
     }
     pieces = services.blobs.stream(file.blob_key)
-    return await streamed(pieces, headers, f"the {which} of this batch are not there any more")
+    return await streamed(pieces, headers, f"the {which} of this batch are no longer stored")
 
 
 def _id(text: str) -> UUID:

@@ -362,7 +362,7 @@ async def _while_present(request: Request, rehearsal: RecordRehearsal) -> bytes:
     try:
         await asyncio.wait([running, *ends], return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
-            raise ShuttingDown("this process stops; ask another one", retry_after_ms=1_000)
+            raise ShuttingDown("this process is stopping; retry", retry_after_ms=1_000)
         return running.result()
     finally:
         for one in (running, *ends):

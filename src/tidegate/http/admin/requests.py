@@ -106,7 +106,7 @@ def timeline(detail: RequestDetail, now: datetime) -> tuple[StepView, ...]:
         steps.append(_classified(detail))
     steps += _tries(detail, now) if detail.attempts else _of_row(detail)
     if (asked_at := detail.of("cancel_asked_at")) is not None:
-        steps.append(StepView("cancelling", "asked to be cancelled", asked_at))
+        steps.append(StepView("cancelling", "cancellation requested", asked_at))
     if record.status.is_end and record.finished_at is not None:
         steps.append(_ended(detail, record.finished_at))
     steps += [_delivery_step(one) for one in detail.webhooks]
@@ -117,7 +117,7 @@ def _submitted(detail: RequestDetail) -> StepView:
     record = detail.record
     came = {
         "job": "submitted as a job",
-        "stream": "asked for as a stream",
+        "stream": "submitted as a stream",
         "relay": f"called {detail.of('endpoint')}",
         "batch": "submitted as a line of a batch",
     }[record.source]
@@ -125,11 +125,11 @@ def _submitted(detail: RequestDetail) -> StepView:
 
 
 _DECIDERS = {
-    ClassifiedBy.CALLER: "its caller",
+    ClassifiedBy.CALLER: "the caller",
     ClassifiedBy.RULES: "the rules",
     ClassifiedBy.LLM: "the LLM",
     ClassifiedBy.KEYWORDS: "the keywords",
-    ClassifiedBy.BODY: "what was called",
+    ClassifiedBy.BODY: "the called path",
 }
 
 
@@ -139,7 +139,7 @@ def _classified(detail: RequestDetail) -> StepView:
     reason = f": {found.reason}" if found.reason else ""
     return StepView(
         "classified",
-        f"found to be {found.kind} by {_DECIDERS[found.by]}{reason}",
+        f"classified as {found.kind} by {_DECIDERS[found.by]}{reason}",
         detail.record.created_at,
     )
 
@@ -167,7 +167,7 @@ def _tries(detail: RequestDetail, now: datetime) -> list[StepView]:
 
 def _of_row(detail: RequestDetail) -> list[StepView]:
     """Return these steps for a record without attempts: of a request that was never admitted, or of
-    a native call, whose tries are only counted."""
+    a native call, whose attempts are only counted."""
     record = detail.record
     if record.admitted_at is None:
         goes_on = not record.status.is_end
@@ -175,7 +175,7 @@ def _of_row(detail: RequestDetail) -> list[StepView]:
         until = None if goes_on else record.finished_at
         return [StepView("waiting", words, record.created_at, until, goes_on=goes_on)]
     at = f" at {upstream}" if (upstream := detail.of("upstream")) else ""
-    at += f" in {record.attempts} tries" if record.attempts > 1 else ""
+    at += f" in {record.attempts} attempts" if record.attempts > 1 else ""
     waited = timedelta(milliseconds=record.queue_ms or 0)
     waiting_at = max(record.admitted_at - waited, record.created_at)
     return [
@@ -212,7 +212,7 @@ def _called(attempt: AttemptRecord, *, goes_on: bool) -> StepView:
     words = f"{'calls' if goes_on else 'called'} {attempt.model}"
     words += f" at {attempt.upstream}" if attempt.upstream else ""
     if is_lost:
-        words += "; its worker was lost over it, and whether it was answered is not known"
+        words += "; its worker was lost, and it is unknown whether the provider answered"
     return StepView(
         "calling",
         words,
@@ -252,14 +252,14 @@ def _ended(detail: RequestDetail, at: datetime) -> StepView:
 
 
 def _delivery_step(one: DeliveryRecord) -> StepView:
-    tries = "1 try" if one.tries == 1 else f"{one.tries} tries"
+    tries = "1 attempt" if one.tries == 1 else f"{one.tries} attempts"
     said = f", answered {one.answer_status}" if one.answer_status is not None else ""
     if one.state == "delivered":
-        words = f"webhook delivered in {tries}{said}"
+        words = f"webhook delivered after {tries}{said}"
     elif one.state == "given_up":
         words = f"webhook given up after {tries}{said}"
     else:
-        words = f"webhook on its way, {tries} so far{said}"
+        words = f"webhook pending after {tries}{said}"
     if one.problem is not None and one.state != "delivered":
         words += f": {one.problem}"
     return StepView(
@@ -747,7 +747,10 @@ async def _wrapped(endpoint: Endpoint, path: str, body: Body) -> dict[str, str |
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        said, allowed = "its body is not on record whole, or no JSON", "a call with a JSON body"
+        said, allowed = (
+            "its body is not on record in full, or is not JSON",
+            "a call with a JSON body",
+        )
         raise InvalidRequest("request_id", said, allowed=allowed)
     for name in ("stream", "stream_options"):
         found.pop(name, None)

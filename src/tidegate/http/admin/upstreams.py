@@ -412,7 +412,9 @@ async def _check_unused(services: Services, name: str) -> None:
     if name not in services.upstreams.deployment.drained:
         needs.append("it is not drained")
     if use is None:
-        raise LimiterUnavailable("Valkey does not tell which calls go on there", limit="")
+        raise LimiterUnavailable(
+            "Valkey does not answer, so its calls in progress are not known", limit=""
+        )
     named = {
         "calls in progress": use[0],
         "waiting calls": use[1],
@@ -423,7 +425,7 @@ async def _check_unused(services: Services, name: str) -> None:
     needs += [f"{count} {what}" for what, count in named.items() if count]
     if needs:
         said = f"the upstream {name} is in use: {', '.join(needs)}"
-        raise UpstreamInUse(f"{said}; force removes it nevertheless")
+        raise UpstreamInUse(f"{said}; force removes it anyway")
 
 
 async def _changed(

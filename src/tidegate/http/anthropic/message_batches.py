@@ -502,7 +502,7 @@ async def _results(asking: Asking) -> Response:
     return await streamed(
         _result_lines(asking.services.blobs, keys),
         {"Content-Disposition": "attachment"},
-        f"the results of {asking.id} are not there any more",
+        f"the results of {asking.id} are no longer stored",
         "application/x-jsonl",
     )
 

@@ -273,7 +273,7 @@ class _SessionFront:
             found = [pair for pair in found if pair != _TRANSCRIBES]
         for name, _ in found:
             if name != "model":
-                said = f"{name[:64]!a} is not passed on: it may choose what is not checked here"
+                said = f"{name[:64]!a} is not supported in the URL of a realtime session"
                 raise InvalidRequest(name[:64], said, allowed=_ALLOWED_QUERY)
         models: set[str] = {value for _, value in found}
         if len(models) != 1 or not (model := models.pop()) or not model.isprintable():
@@ -411,7 +411,7 @@ def _outcome(end: End | None) -> tuple[Status, Failure | None]:
 
 
 def _client_left() -> Failure:
-    return Failure("client_left", "the client went away")
+    return Failure("client_left", "the client disconnected")
 
 
 def _endpoint(dialect: Dialect) -> Endpoint:
