@@ -32,10 +32,10 @@ async def twenty_filters_are_kept(page: Page) -> None:
     """One more is refused, instead of the oldest being dropped."""
     await page.evaluate(FILTERS)
     await page.get_by_role("button", name="Save filters").click()
-    dialog = page.get_by_role("dialog", name="Keep these filters")
+    dialog = page.get_by_role("dialog", name="Save filters")
     await dialog.get_by_label("Name").fill("One more")
-    await dialog.get_by_role("button", name="Keep").click()
-    await expect(dialog.get_by_role("alert")).to_contain_text("forget one")
+    await dialog.get_by_role("button", name="Save").click()
+    await expect(dialog.get_by_role("alert")).to_contain_text("Delete one first")
     await page.keyboard.press("Escape")
     assert await page.evaluate("localStorage.getItem('tidegate.filters').includes('Number 19')")
 
@@ -52,7 +52,7 @@ async def ten_thousand_rows_are_all(page: Page) -> None:
     async with page.expect_download():
         await page.get_by_role("button", name="Export CSV").click()
     await expect(page.locator(".toast").last).to_have_text(
-        re.compile("^10,000 requests written\\.")
+        re.compile("^10,000 requests exported\\.")
     )
     await page.unroute("**/admin/requests?*limit=200*", a_page)
 
@@ -93,7 +93,7 @@ async def more_than_a_page_into_an_empty_list(page: Page) -> None:
         return await route.fulfill(json={"items": items, "next_cursor": items[-1]["request_id"]})
 
     ids = page.locator(".list-card tbody a.mono")
-    await expect(page.get_by_text("No request matches")).to_be_visible()
+    await expect(page.get_by_text("No requests match")).to_be_visible()
     await page.route("**/admin/requests?*", pages)
     await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     await expect(ids).to_have_count(50)
@@ -177,5 +177,5 @@ async def a_body_poses_as_no_request(stage: Stage, seen: Seen) -> None:
     body = f"{request_id}%2Frequest"
     for address in (f"#/requests/{body}", f"#/requests?open={body}"):
         await seen.page.evaluate("(one) => { location.hash = one; }", address)
-        await expect(seen.page.get_by_text(f"{request_id}/request is no id")).to_be_visible()
+        await expect(seen.page.get_by_text(f"{request_id}/request is not a")).to_be_visible()
         await expect(seen.page.get_by_role("button", name="Redeliver")).to_have_count(0)

@@ -175,7 +175,7 @@ async def an_upstream_is_named(page: Page) -> None:
     await model.fill("gpt-5")
     await page.get_by_label("Prompt").fill("Explain where the tide goes")
     await page.get_by_role("button", name="Send").click()
-    await expect(page.get_by_text("gpt serves it too")).to_be_visible()
+    await expect(page.get_by_text("gpt serves this model too")).to_be_visible()
     await model.fill("claude-6")
     await page.get_by_role("button", name="Send").click()
     await expect(page.locator(".try-state").first).to_contain_text("Done")
@@ -214,8 +214,8 @@ async def a_broken_answer_is_reported(page: Page, folder: Path) -> None:
     await page.get_by_label("Prompt").fill("Explain where the tide goes")
     await page.evaluate(BREAKS)
     for said in (
-        "The connection broke before the answer was whole.",
-        "The stream ended before the answer was whole.",
+        "The connection closed before the response was complete.",
+        "The stream ended before the answer was complete.",
         "The answer can't be read",
     ):
         await send.click()
@@ -236,11 +236,11 @@ async def the_operators_key_calls_no_model(page: Page, operator_key: str, key: s
     """What opens the page alone is said to, beside the field for a tenant's key."""
     await page.evaluate("(one) => sessionStorage.setItem('tidegate.key', one)", operator_key)
     await page.get_by_role("button", name="Send").click()
-    await expect(page.locator(".try-state")).to_contain_text("opens the dashboard alone")
+    await expect(page.locator(".try-state")).to_contain_text("is for the dashboard only")
     field = page.get_by_label("API key")
     await expect(field).to_have_attribute("aria-invalid", "true")
     await field.fill("tg_none")  # Options are unfolded
     await page.get_by_role("button", name="Send").click()
-    await expect(page.locator(".try-state")).to_contain_text("no API key of this gateway")
+    await expect(page.locator(".try-state")).to_contain_text("This API key is not valid")
     await field.fill(key)
     await page.get_by_role("button", name="Send").click()

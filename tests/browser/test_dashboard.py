@@ -116,7 +116,7 @@ async def test_changing_a_limit_takes_effect_at_the_limiter(stage: Stage) -> Non
         await dialog.get_by_label("Reason").fill("a test")
         await dialog.get_by_role("button", name="Change the limit").click()
         await expect(dialog).to_be_hidden()
-        await expect(page.locator(".toast")).to_contain_text("kind:text_only is 4 from now on")
+        await expect(page.locator(".toast")).to_contain_text("kind:text_only is 4 now")
         await expect(seen.limit("used")).to_contain_text("0 / 4")
         services = stage.gateway.services
         assert services.limiter.policy.bound("kind:text_only") == 4
@@ -221,12 +221,12 @@ async def test_limits_of_long_names_are_found_and_rehearsed_and_no_failure_is_si
             listed = re.compile("/dashboard/limits")
             await page.route(listed, lambda one: one.fulfill(status=503, json=away))
             await page.get_by_label("Search limits").fill("kind")
-            await expect(card).to_contain_text("Not read again: Not now.")
+            await expect(card).to_contain_text("Not refreshed: Not now.")
             await page.unroute(listed)
             await page.get_by_label("Search limits").fill(limit)
             await card.get_by_role("button", name="Change tenant:long").click()
             await page.get_by_role("dialog").get_by_label("New limit").fill("9")
-            await page.get_by_role("link", name="See what it would have done").click()
+            await page.get_by_role("link", name="Simulate the change").click()
             new = page.get_by_label(f"New value of {limit}")
             await expect(new).to_have_value("9")
     finally:
@@ -387,12 +387,12 @@ async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage) -> Non
                 await expect(seen.page.get_by_role("region", name="Limits")).to_be_visible()
         async with opened(stage) as seen:
             await seen.page.get_by_role("button", name=f"Accept {limit}").click()
-            dialog = seen.page.get_by_role("dialog", name=f"Accept {limit} as learned?")
+            dialog = seen.page.get_by_role("dialog", name=f"Accept the reported bound of {limit}?")
             await dialog.get_by_label("Reason").fill("as our tier has it")
             await seen.is_accessible()
             await dialog.get_by_role("button", name="Accept").click()
             await expect(dialog).to_be_hidden()
-            await expect(seen.page.locator(".toast")).to_contain_text("in force as learned")
+            await expect(seen.page.locator(".toast")).to_contain_text("The reported bound of")
             await expect(seen.limit("used", f"[data-limit='{limit}']")).to_contain_text("/ 4,321")
             await expect(seen.page.locator(f"[data-learned='{limit}']")).to_have_count(0)
             assert running.services.limiter.policy.bound(limit) == 4_321
@@ -443,7 +443,7 @@ async def test_what_was_confirmed_is_told_though_its_dialog_was_closed(stage: St
         await page.route(re.compile("/admin/keys"), late)
         await page.get_by_role("button", name="New key").click()
         dialog = page.get_by_role("dialog")
-        await dialog.get_by_label("What it is for").fill("closed early")
+        await dialog.get_by_label("Name").fill("closed early")
         await dialog.get_by_role("button", name="Create the key").click()
         await page.keyboard.press("Escape")
         await expect(dialog).to_have_count(0)
@@ -500,9 +500,9 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(stage: Sta
         await seen.is_accessible()
         await first.get_by_role("button", name="Resume people").click()
         dialog = seen.page.get_by_role("dialog", name="Resume people")
-        await dialog.get_by_label("More in this period").fill("5000")
+        await dialog.get_by_label("Extra amount for this period").fill("5000")
         await dialog.get_by_role("button", name="Resume").click()
-        await expect(seen.page.locator(".toast")).to_contain_text("people: no subject goes on")
+        await expect(seen.page.locator(".toast")).to_contain_text("people: no subject is resumed")
         await expect(card).not_to_contain_text("Paused")
         await expect(card).to_contain_text(" of 5,040")  # calls of tests before count too
         await budgets.refresh()
@@ -633,7 +633,7 @@ async def test_a_tenants_weight_is_changed_where_its_queue_is_seen(stage: Stage)
         async with stage.gateway.http.post(made, json={"name": hostile}) as answer:
             assert answer.status == 201
         await seen.page.goto(f"{stage.gateway.url}/dashboard/#/tenants")
-        await seen.page.get_by_role("link", name="What operators did").click()
+        await seen.page.get_by_role("link", name="Operator actions").click()
         rows = seen.page.locator("[aria-label='Actions'] tbody tr")
         await expect(rows.nth(0)).to_contain_text(hostile)
         await expect(rows.filter(has_text="tenant.set").first).to_contain_text("default")
@@ -745,7 +745,7 @@ async def test_nothing_is_shown_without_a_key_and_a_revoked_one_is_asked_for_aga
         pause = page.get_by_role("button", name="Pause kind:text_only")
         await expect(pause).to_be_disabled()
         await expect(pause).to_have_attribute(
-            "title", "This needs the role operator. Yours is viewer."
+            "title", "Requires the role operator. Your role is viewer."
         )
         await expect(page.locator("#who")).to_have_text("viewer")
         await page.get_by_role("button", name="Sign out").click()
@@ -778,7 +778,7 @@ async def test_while_a_store_is_away_the_page_says_so_and_recovers(stage: Stage)
             await expect(page.get_by_text("PostgreSQL does not answer")).to_be_visible()
             seen.expected = ("503",)
             await page.goto(f"{stage.gateway.url}/dashboard/#/attention")
-            alerts = page.get_by_role("alert").filter(has_text="could not be shown")
+            alerts = page.get_by_role("alert").filter(has_text="Could not load")
             await expect(alerts.first).to_be_visible()
         finally:
             stage.postgres.resume()
@@ -799,8 +799,7 @@ async def test_what_the_classifier_asked_is_told_beside_the_spend(stage: Stage) 
     async with opened(stage) as seen:
         told = seen.page.locator("[aria-label='Spend']").get_by_text("of the classifier")
         await expect(told).to_have_text(
-            "Not in the tables: 1 question of the classifier in the last 5 minutes, "
-            "1,234 tokens, $0.45"
+            "Not included: 1 question of the classifier in the last 5 minutes, 1,234 tokens, $0.45"
         )
         await seen.page.get_by_role("button", name="1 h", exact=True).click()
         await expect(told).to_be_hidden()
@@ -870,7 +869,7 @@ async def test_colours_are_chosen_and_kept_and_the_keyboard_reaches_everything(
                     " ?? document.activeElement.textContent"
                 )
             )
-        wanted = ["Tidegate", "Overview", "Colours follow the system", "5 min", "1 h"]
+        wanted = ["Tidegate", "Overview", "Theme: system", "5 min", "1 h"]
         assert [one for one in reached if one in wanted] == wanted
         assert reached[-1] == "Change kind:classifier"
         theme = page.locator("#theme")
@@ -882,7 +881,7 @@ async def test_colours_are_chosen_and_kept_and_the_keyboard_reaches_everything(
         assert await page.evaluate(ground) == "rgb(14, 22, 27)"
         for nowhere in ("/nowhere", "/requests/%zz"):
             await page.goto(f"{stage.gateway.url}/dashboard/#{nowhere}")
-            await expect(page.locator("#main")).to_contain_text(f"There is no such page{nowhere}")
+            await expect(page.locator("#main")).to_contain_text(f"Page not found{nowhere}")
 
 
 async def test_a_tenants_name_is_not_cut_for_its_figures(stage: Stage) -> None:

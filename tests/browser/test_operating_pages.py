@@ -156,7 +156,7 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
     database, today = stage.gateway.database, datetime.now(UTC).date()
     before = "/usage?range=own&since=2020-01-01&until=2020-01-02"
     async with opened(stage, before) as seen:
-        await expect(seen.page.get_by_text("Nothing was used in these days")).to_be_visible()
+        await expect(seen.page.get_by_text("No usage in these days")).to_be_visible()
         await expect(seen.page.get_by_text("RECONCILE=openai,anthropic")).to_be_visible()
     for back in range(28):
         day = today - timedelta(days=back)
@@ -193,7 +193,7 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
         assert len([row for row in written if row["tenant"] in named]) == 28 * 4
         third = [row for row in written if row["tenant"] == named[2]][-1]
         assert (third["day"], third["cost_usd"]) == (str(today), "1.333333")
-        books = page.get_by_role("region", name="Books")
+        books = page.get_by_role("region", name="Reconciliations")
         row = books.locator("tr[data-verdict='explained']")
         for text in ("gpt-5", "$0.79", "$1,234.57", "$1,233.78", "1 partial", call[-12:]):
             await expect(row).to_contain_text(text)
@@ -214,7 +214,7 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
         ).to_have_count(1)
         await expect(total).to_contain_text("$4.00")
         assert await page.get_by_label("From").input_value() == str(today)
-        await page.get_by_role("button", name="Not only the tenant acme").click()
+        await page.get_by_role("button", name="Remove the filter on the tenant acme").click()
         await page.get_by_role("button", name="Key", exact=True).click()
         keys = page.get_by_role("region", name="By key").locator("tbody tr")
         await expect(keys.filter(has_text="operators (tg_")).to_be_visible()
@@ -252,7 +252,7 @@ async def test_an_amount_that_is_no_number_is_refused_and_changes_nothing(stage:
     async with opened(stage, "/tenants?tenant=team/green") as seen:
         await seen.page.get_by_role("button", name="Change team/green").click()
         dialog = seen.page.get_by_role("dialog", name="Change team/green")
-        amount, change = dialog.get_by_label("Dollars a day"), dialog.get_by_text("Change the")
+        amount, change = dialog.get_by_label("Daily budget (USD)"), dialog.get_by_text("Change the")
         for typed in ("$75", "7,50", "none", "Infinity"):
             await amount.fill(typed)
             await change.click()
@@ -267,7 +267,7 @@ async def test_an_amount_that_is_no_number_is_refused_and_changes_nothing(stage:
         await amount.fill("")
         await change.click()
         await expect(dialog).to_be_hidden()
-        await seen.page.get_by_role("link", name="What operators did").click()
+        await seen.page.get_by_role("link", name="Operator actions").click()
         actions = seen.page.locator("[data-action]").filter(has_text="team/green")
         await expect(actions.first).to_contain_text("budget_day_money: 1250.5 → none")
     async with running.http.delete(url) as gone:
@@ -310,18 +310,18 @@ async def test_a_tenants_dialog_sets_what_was_changed_in_it_and_nothing_else(sta
         page = seen.page
         await page.get_by_role("button", name="Change team/red").click()
         dialog = page.get_by_role("dialog", name="Change team/red")
-        await expect(dialog.get_by_label("Dollars a month")).to_have_value("100")
+        await expect(dialog.get_by_label("Monthly budget (USD)")).to_have_value("100")
         await put(weight=5, budget_month_money=900)  # another operator, meanwhile
-        await dialog.get_by_label("Dollars a day").fill("30")
+        await dialog.get_by_label("Daily budget (USD)").fill("30")
         await dialog.get_by_role("button", name="Change the tenant").click()
         await expect(page.locator("[data-tenant='team/red']")).to_contain_text("$30.00")
         assert await known() == (5, 30, 900)
         # What another operator has changed meanwhile is not overwritten.
         await page.get_by_role("button", name="Change team/red").click()
         dialog = page.get_by_role("dialog", name="Change team/red")
-        await expect(dialog.get_by_label("Dollars a month")).to_have_value("900")
+        await expect(dialog.get_by_label("Monthly budget (USD)")).to_have_value("900")
         await put(budget_month_money=800)
-        await dialog.get_by_label("Dollars a month").fill("950")
+        await dialog.get_by_label("Monthly budget (USD)").fill("950")
         seen.expected = ("409",)
         await dialog.get_by_role("button", name="Change the tenant").click()
         await expect(dialog).to_contain_text("another change came first")
@@ -332,7 +332,7 @@ async def test_a_tenants_dialog_sets_what_was_changed_in_it_and_nothing_else(sta
         dialog = page.get_by_role("dialog", name="New tenant")
         await dialog.get_by_label("Name").fill("team/red")
         await dialog.get_by_role("button", name="Create the tenant").click()
-        await expect(dialog).to_contain_text("There is a tenant team/red")
+        await expect(dialog).to_contain_text("The tenant team/red already exists")
         assert await known() == (5, 30, 800)
     async with running.http.delete(url) as gone:
         assert gone.status == 200
@@ -376,7 +376,7 @@ async def test_an_upstream_is_added_tested_repaired_drained_and_removed(
         await dialog.get_by_label("Concurrent calls").fill("7")
         await dialog.get_by_role("button", name="Add", exact=True).click()
         await expect(dialog.get_by_role("alert")).to_contain_text("127.0.0.1:9")
-        await dialog.get_by_label("Before it takes calls").select_option("")
+        await dialog.get_by_label("Test before use").select_option("")
         await dialog.get_by_role("button", name="Add", exact=True).click()
         await expect(dialog).to_be_hidden()
         spare = page.locator("[data-upstream='gpu-1']")
@@ -388,25 +388,25 @@ async def test_an_upstream_is_added_tested_repaired_drained_and_removed(
         await spare.get_by_role("button", name="Change gpu-1").click()
         dialog = page.get_by_role("dialog", name="Change gpu-1")
         await dialog.get_by_label("Weight").fill("3")
-        await dialog.get_by_label("Variable of its key").fill("HOME")
+        await dialog.get_by_label("Key variable").fill("HOME")
         await dialog.get_by_role("button", name="Change", exact=True).click()
         changes = page.get_by_role("region", name="Changes")
         await expect(changes).to_contain_text("gpu-1.weight: not set live -> 3")
         assert running.services.spine.targets.upstreams["gpu-1"].weight == 3
         await expect(spare).to_contain_text("HOME")
         await spare.get_by_role("button", name="Change gpu-1").click()
-        await dialog.get_by_label("Variable of its key").fill("")
+        await dialog.get_by_label("Key variable").fill("")
         await dialog.get_by_role("button", name="Change", exact=True).click()
         await expect(dialog).to_be_hidden()
         await expect(spare).not_to_contain_text("HOME")
         await running.upstream.set_fault("unauthorized", count=1)
         assert await stage.native("Hi", 500) == 502
-        await expect(gemini.locator(".badge")).to_have_text("Refuses our key")
+        await expect(gemini.locator(".badge")).to_have_text("Key rejected")
         await expect(gemini.locator(".notice")).to_contain_text("GEMINI_API_KEY")
         await pictured(seen, "[data-upstream='gpu-1']", "upstreams", tmp_path)
         await page.get_by_role("link", name="Overview").click()
         cause = page.locator("[data-cause='key_refused'][data-subject='gemini']")
-        await cause.get_by_role("link", name="Look at it").click()
+        await cause.get_by_role("link", name="View upstreams").click()
         await gemini.get_by_role("button", name="Read the key of gemini again").click()
         await page.get_by_role("dialog").get_by_role("button", name="Read again").click()
         await expect(page.locator(".toast").last).to_contain_text("was read again")
@@ -481,7 +481,7 @@ async def test_a_batch_is_watched_paused_resumed_fetched_and_another_cancelled(
         await dialog.get_by_role("button", name="Pause").click()
         await expect(row.locator(".badge")).to_have_text("Paused")
         await expect(row).to_contain_text("Paused by dashboard: not at noon")
-        await expect(row).not_to_contain_text("being called")
+        await expect(row).not_to_contain_text("running")
         done = await completed(client, batch)
         assert 0 < done < 40
         meter = row.get_by_role("meter")
@@ -516,12 +516,12 @@ async def test_a_batch_is_watched_paused_resumed_fetched_and_another_cancelled(
         await page.route("**/admin/batches?*", late, times=1)
         await begun.wait()
         await page.get_by_role("button", name="Open", exact=True).click()
-        await expect(page.get_by_text("No such batch")).to_be_visible()
+        await expect(page.get_by_text("No batches match")).to_be_visible()
         await look_no_more(page)
         async with page.expect_event("requestfinished", lambda one: "/batches?" in one.url):
             overtaken.set()
         await drawn(page)
-        await expect(page.get_by_text("No such batch")).to_be_visible(timeout=1)
+        await expect(page.get_by_text("No batches match")).to_be_visible(timeout=1)
     await client.close()
 
 
@@ -540,9 +540,9 @@ async def test_alerts_and_settings_say_what_goes_where_and_show_no_secret(
         await page.keyboard.press("l")
         now = page.get_by_role("region", name="Now")
         await expect(now.locator("[data-cause='limit_paused']")).to_contain_text("ann: quota")
-        await expect(page.get_by_text("There are no budgets")).to_be_visible()
+        await expect(page.get_by_text("No budgets")).to_be_visible()
         channel = page.get_by_role("region", name="Channel")
-        await expect(channel).to_contain_text("To http://127.0.0.1, as a text for Slack")
+        await expect(channel).to_contain_text("To http://127.0.0.1, in Slack's format")
         await expect(channel).not_to_contain_text("of-a-secret")
         for one in (budget, hours):
             await running.services.budgets.records.set(one, by="test")
@@ -572,7 +572,7 @@ async def test_alerts_and_settings_say_what_goes_where_and_show_no_secret(
         await page.get_by_role("dialog").get_by_role("button", name="Post again").click()
         await expect(row.locator(".badge")).to_have_text("Pending")
         await channel.get_by_role("button", name="Send a test").click()
-        await page.get_by_role("dialog").get_by_role("button", name="Send it").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Send").click()
         await expect(row.filter(has_text="A test alert, requested by dashboard")).to_be_visible()
         await page.keyboard.press("g")
         await page.keyboard.press("s")
@@ -609,7 +609,7 @@ async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(
         await page.get_by_role("link", name="Overview").click()
         await page.get_by_role("button", name="Change kind:text_only").click()
         await page.get_by_role("dialog").get_by_label("New limit").fill("7")
-        await page.get_by_role("link", name="See what it would have done").click()
+        await page.get_by_role("link", name="Simulate the change").click()
         await expect(page.get_by_label("New value of kind:text_only")).to_have_value("7")
         days = page.get_by_role("group", name="Days with requests")
         await days.get_by_role("button", name=f"{day.day} {day:%b}").click()
@@ -628,10 +628,10 @@ async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(
         await page.get_by_label("From").select_option("17")
         await page.get_by_label("Until").select_option("9")
         await go.click()
-        await expect(form).to_contain_text("It must be later than From")
+        await expect(form).to_contain_text("Must be later than From")
         await page.get_by_label("Until").select_option("18")
         await new.press("Enter")
-        await expect(result).to_contain_text("No call of gemini is on record then")
+        await expect(result).to_contain_text("No calls of gemini on record in that time")
         await page.get_by_label("From").select_option("9")
         # One that is cancelled shows nothing.
         await page.route("**/admin/limits/rehearse?*", lambda _: None)
@@ -682,7 +682,7 @@ async def test_a_call_that_ends_after_later_ones_comes_into_the_list(stage: Stag
     async with opened(stage, "/requests?tenant=without-requests") as seen:
         await more_than_a_page_into_an_empty_list(seen.page)
     async with opened(stage, "/requests?tenant=without-requests") as seen:
-        await expect(seen.page.get_by_text("No request matches")).to_be_visible()
+        await expect(seen.page.get_by_text("No requests match")).to_be_visible()
         await those_that_end_later_come_into_the_list(seen.page, "")
         await those_that_end_later_come_into_the_list(seen.page, "words")
 
@@ -742,9 +742,9 @@ async def test_what_a_viewer_may_not_read_is_not_said_to_be_missing(stage: Stage
     async with opened(replace(stage, key=made.text), f"/requests/{job}") as seen:
         for name in ("Input", "Output"):
             part = seen.page.get_by_role("region", name=name)
-            await expect(part).to_contain_text("This needs the role operator. Yours is viewer.")
-        await expect(seen.page.get_by_text("No answer came")).to_have_count(0)
-        stored = seen.page.get_by_role("region", name="Stored payloads")
+            await expect(part).to_contain_text("Requires the role operator. Your role is viewer.")
+        await expect(seen.page.get_by_text("No answer.")).to_have_count(0)
+        stored = seen.page.get_by_role("region", name="Stored bodies")
         await expect(stored).to_contain_text("VIEWERS_READ_BODIES")
         ended = dict.fromkeys(("created_at", "in_progress_at", "expires_at", "ended_at"))
         ended |= dict.fromkeys(("completed", "failed", "total", "claimed", "calling"), 1)
@@ -757,7 +757,7 @@ async def test_what_a_viewer_may_not_read_is_not_said_to_be_missing(stage: Stage
             button = seen.page.get_by_role("button", name=name)
             await expect(button).to_be_disabled()
             await expect(button).to_have_attribute(
-                "title", "This needs the role operator. Yours is viewer."
+                "title", "Requires the role operator. Your role is viewer."
             )
 
 

@@ -152,7 +152,6 @@ async def test_one_that_waits_is_found_says_for_what_and_is_cancelled(stage: Sta
         await page.route(f"**/admin/requests/{waiter}", passed_on)
         await expect(now.get_by_role("link", name=waiter[:18])).to_be_visible()
         await page.unroute(f"**/admin/requests/{waiter}", passed_on)
-
         await page.get_by_role("button", name="Cancel").click()
         dialog = page.get_by_role("dialog")
         await page.keyboard.press("Escape")
@@ -166,7 +165,7 @@ async def test_one_that_waits_is_found_says_for_what_and_is_cancelled(stage: Sta
         assert (await stage.gateway.status(waiter))["status"] == "cancelled"
         await page.go_back()
         assert "status=queued" in page.url, "the filter is in the address"
-        await expect(page.get_by_text("No request matches")).to_be_visible()
+        await expect(page.get_by_text("No requests match")).to_be_visible()
 
 
 async def test_streams_and_native_calls_are_seen_while_they_are_under_way(
@@ -272,7 +271,7 @@ async def test_a_conversation_is_a_tree_one_click_from_its_calls(
         depths = [await row.get_attribute("data-depth") for row in await rows.all()]
         assert depths == ["0", "1", "1", "2", "2", "1", "1"]
         await expect(page.locator("[data-figure=calls]")).to_contain_text("all succeeded")
-        await expect(page.locator("[data-figure=cost]")).to_contain_text("5 calls unpriced")
+        await expect(page.locator("[data-figure=cost]")).to_contain_text("5 calls without a price")
         await expect(page.locator("h1")).to_contain_text(name)
         assert "Conversation" in await page.title(), "what a tenant wrote stays text"
         await seen.is_accessible()
@@ -356,7 +355,7 @@ async def test_try_it_streams_text_takes_files_and_shows_pictures(
         async with held(stage):
             await page.get_by_label("Prompt").fill("Explain the tide")
             await page.keyboard.press("Control+Enter")
-            await expect(state).to_contain_text("Waiting for kind:text_only: 1 of 1 in use, 1 in")
+            await expect(state).to_contain_text("Waiting for kind:text_only: 1 of 1 in use, 1")
         await expect(state).to_contain_text("Done")
         answer = page.get_by_role("region", name="Answer", exact=True)
         await expect(answer).to_contain_text("You asked: “Explain the tide”.")
@@ -497,7 +496,7 @@ async def test_the_playground_talks_in_every_dialect_and_shows_its_code(
         await page.get_by_label("Model", exact=True).fill("")
         await page.get_by_label("Prompt").fill("Hello?")
         await page.get_by_role("button", name="Send").click()
-        await expect(page.get_by_text("Name a model")).to_be_visible()
+        await expect(page.get_by_text("Enter a model")).to_be_visible()
         seen.expected = ("400",)
         await page.get_by_label("Model", exact=True).fill("gpt-5")
         await page.get_by_text("Options", exact=True).click()
@@ -640,7 +639,7 @@ async def test_what_the_filters_find_is_written_into_a_file(stage: Stage, tmp_pa
         assert {row[3] for row in rows[1:]} == {"succeeded"}
         assert {row[rows[0].index("upstream")] for row in rows[1:]} == {"gemini"}
         assert {row[rows[0].index("key")] for row in rows[1:]} == {stage.key[3:13]}
-        await expect(page.locator(".toast")).to_contain_text(f"{len(rows) - 1} requests written")
+        await expect(page.locator(".toast")).to_contain_text(f"{len(rows) - 1} requests exported")
         async with page.expect_download() as lines:
             await page.get_by_role("button", name="Export JSONL").click()
         await (await lines.value).save_as(tmp_path / "found.jsonl")
@@ -680,9 +679,9 @@ async def test_filters_are_kept_by_name_and_forgotten(stage: Stage, tmp_path: Pa
     async with opened(stage, "/requests?status=failed") as seen:
         page = seen.page
         await page.get_by_role("button", name="Save filters").click()
-        dialog = page.get_by_role("dialog", name="Keep these filters")
+        dialog = page.get_by_role("dialog", name="Save filters")
         await dialog.get_by_label("Name").fill("What failed")
-        await dialog.get_by_role("button", name="Keep").click()
+        await dialog.get_by_role("button", name="Save").click()
         await page.get_by_label("Status").select_option("")
         await page.reload()
         await page.get_by_role("link", name="What failed").click()
@@ -691,7 +690,7 @@ async def test_filters_are_kept_by_name_and_forgotten(stage: Stage, tmp_path: Pa
         await page.set_viewport_size({"width": 400, "height": 800})
         assert await seen.is_within()
         await picture(page, "saved-filters", tmp_path)
-        await page.get_by_role("button", name="Forget What failed").click()
+        await page.get_by_role("button", name="Delete What failed").click()
         await expect(page.get_by_role("link", name="What failed")).to_have_count(0)
         await twenty_filters_are_kept(page)
 
@@ -762,7 +761,7 @@ async def test_pages_rows_and_search_are_reached_by_keys(stage: Stage) -> None:
         await expect(field).to_have_value("g?j")
         await field.blur()
         await page.keyboard.press("?")
-        dialog = page.get_by_role("dialog", name="Keys")
+        dialog = page.get_by_role("dialog", name="Keyboard shortcuts")
         await expect(dialog).to_contain_text("g r")
         await seen.is_accessible()
         await page.keyboard.press("Escape")
@@ -793,7 +792,7 @@ async def test_what_is_too_long_for_a_command_is_not_copied_as_one(stage: Stage)
         page = seen.page
         await page.context.grant_permissions(["clipboard-read", "clipboard-write"])
         await page.get_by_role("button", name="Copy as curl").click()
-        await expect(page.locator(".toast")).to_contain_text("too long for a command")
+        await expect(page.locator(".toast")).to_contain_text("too long for a curl command")
         assert "xxxx" not in await page.evaluate("navigator.clipboard.readText()")
         # Characters are counted as the gateway does, to which a wave is one.
         told = await page.evaluate(PROMPT_OF, {"prompt": "🌊🌊", "prompt_chars": 3, "files": []})
@@ -809,7 +808,7 @@ async def test_a_tenant_and_its_key_are_made_capped_and_taken_back(
         await page.get_by_role("button", name="New tenant").click()
         dialog = page.get_by_role("dialog", name="New tenant")
         await dialog.get_by_label("Name").fill("team/blue")
-        await dialog.get_by_label("Dollars a day").fill("5")
+        await dialog.get_by_label("Daily budget (USD)").fill("5")
         await seen.is_accessible()
         await dialog.get_by_role("button", name="Create the tenant").click()
         row = page.locator("[data-tenant='team/blue']")
@@ -817,10 +816,10 @@ async def test_a_tenant_and_its_key_are_made_capped_and_taken_back(
         await page.get_by_role("button", name="New key").click()
         dialog = page.get_by_role("dialog", name="New key")
         await dialog.get_by_label("Tenant").select_option("team/blue")
-        await dialog.get_by_label("What it is for").fill("the page's test")
+        await dialog.get_by_label("Name").fill("the page's test")
         await dialog.get_by_label("Expires").select_option("30")
         await dialog.get_by_role("button", name="Create the key").click()
-        made = page.get_by_role("dialog", name="The new key")
+        made = page.get_by_role("dialog", name="Key created")
         key = (await made.locator(".made-key").text_content() or "").strip()
         await seen.is_accessible()
         # A page over plain HTTP may not copy.
@@ -849,9 +848,9 @@ async def test_a_tenant_and_its_key_are_made_capped_and_taken_back(
             assert answer.status == 401
         await row.get_by_role("button", name="Change").click()
         dialog = page.get_by_role("dialog", name="Change team/blue")
-        await expect(dialog.get_by_label("Dollars a day")).to_have_value("5")
+        await expect(dialog.get_by_label("Daily budget (USD)")).to_have_value("5")
         await dialog.get_by_label("Weight").fill("3")
-        await dialog.get_by_label("Dollars a day").fill("")
+        await dialog.get_by_label("Daily budget (USD)").fill("")
         await dialog.get_by_role("button", name="Change the tenant").click()
         await expect(row.locator("td").first).to_have_text("3")
         await expect(row).not_to_contain_text("$")

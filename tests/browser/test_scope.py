@@ -172,7 +172,7 @@ async def test_what_waits_for_its_first_call_is_of_the_upstreams_that_it_may_go_
             waiting = seen.page.get_by_role("link", name=waiter[:18])
             await expect(waiting).to_be_visible()
             await choose(seen.page, "gemini")
-            await expect(seen.page.get_by_text("No request matches")).to_be_visible()
+            await expect(seen.page.get_by_text("No requests match")).to_be_visible()
             await seen.page.get_by_role("button", name="Clear all filters").click()
             await expect(seen.page.get_by_label("Upstream", exact=True)).to_have_value("")
             await expect(waiting).to_be_visible()
@@ -188,7 +188,7 @@ async def test_an_upstream_that_is_gone_is_found_by_its_address_and_then_left(st
     async with opened(stage, "/usage?upstream=gone") as seen:
         choice = seen.page.get_by_label("Upstream", exact=True)
         await expect(choice.locator("option:checked")).to_have_text("gone (removed)")
-        await expect(seen.page.get_by_text("Nothing was used in these days")).to_be_visible()
+        await expect(seen.page.get_by_text("No usage in these days")).to_be_visible()
         await go(seen.page, "Overview")
         await expect(choice).to_have_value("")
 
@@ -246,7 +246,7 @@ async def test_what_needs_a_person_is_of_all_upstreams_and_leads_to_the_books(st
         await expect(seen.page.get_by_label("Upstream", exact=True)).to_have_count(0)
         costs = seen.page.get_by_role("region", name="Unexplained costs")
         await expect(costs).to_contain_text("No unexplained costs")
-        await costs.get_by_role("link", name="All books").click()
+        await costs.get_by_role("link", name="All reconciliations").click()
         await expect(seen.page.get_by_role("heading", level=1)).to_have_text("Usage")
 
 

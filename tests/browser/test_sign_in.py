@@ -89,10 +89,10 @@ async def test_a_dialog_is_left_with_its_page_and_its_person(product: Product) -
             await expect(dialogs).to_have_count(0)
             await page.go_forward()
             # A key that is shown once is not lost with its page.
-            await page.get_by_role("button", name="Let a colleague in").click()
-            await page.get_by_label("Who").fill("ann")
+            await page.get_by_role("button", name="New dashboard key").click()
+            await page.get_by_label("Name of the person").fill("ann")
             await page.get_by_role("button", name="Create the key").click()
-            made = page.get_by_role("dialog", name="The new key")
+            made = page.get_by_role("dialog", name="Key created")
             await expect(made).to_be_visible()
             await page.go_back()
             await expect(page.get_by_text("By tenant")).to_be_visible()
@@ -139,6 +139,8 @@ async def test_a_person_signs_in_by_an_issuer_and_sees_what_their_role_may(
             await page.get_by_role("button", name="Sign out").click()
             issuer.user = {"sub": "u-2"}
             await page.get_by_role("link", name="Sign in with single sign-on").click()
-            await expect(page.get_by_text("Your account has no role here")).to_be_visible()
+            await expect(
+                page.get_by_text("Your account has no role on this gateway")
+            ).to_be_visible()
         finally:
             await browser.close()

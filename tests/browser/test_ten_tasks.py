@@ -181,7 +181,7 @@ async def cap_a_tenant(stage: Stage, walk: Walk) -> None:
     row = page.get_by_role("region", name="Tenants").locator("tr[data-tenant='acme']")
     await walk.click(row.get_by_role("button", name="Change acme"))
     dialog = page.get_by_role("dialog")
-    await walk.type(dialog.get_by_label("Dollars a day"), "5")
+    await walk.type(dialog.get_by_label("Daily budget (USD)"), "5")
     await walk.click(dialog.get_by_role("button", name="Change the tenant"), dialog)
     await walk.end(row.get_by_text("$5.00"))
     status, acme = await stage.gateway.get("/admin/tenants/acme")
@@ -306,11 +306,11 @@ async def stop_a_batch(stage: Stage, begin_walk: Callable[[str], Awaitable[Walk]
 async def let_a_colleague_in(walk: Walk) -> str:
     page = walk.page
     await walk.click(page.get_by_role("link", name="Keys and tenants", exact=True))
-    await walk.click(page.get_by_role("button", name="Let a colleague in"))
+    await walk.click(page.get_by_role("button", name="New dashboard key"))
     dialog = page.get_by_role("dialog")
-    await walk.type(dialog.get_by_label("Who"), "ann")
+    await walk.type(dialog.get_by_label("Name of the person"), "ann")
     await walk.click(dialog.get_by_role("button", name="Create the key"), dialog)
-    made = page.get_by_role("dialog", name="The new key")
+    made = page.get_by_role("dialog", name="Key created")
     key = await made.locator(".made-key").inner_text()
     await page.context.grant_permissions(["clipboard-write"])
     await walk.click(made.get_by_role("button", name="Copy"), made)
@@ -337,8 +337,10 @@ async def find_why_monday_was_slow(
     hours = page.get_by_role("region", name="Hours").locator("tbody tr")
     await expect(hours).to_have_count(24)
     await expect(hours.nth(9)).to_contain_text("slow")
-    await expect(page.get_by_role("link", name="Requests of that time")).to_be_visible()
-    whose = page.get_by_role("region", name="Where").get_by_role("link", name="acme", exact=True)
+    await expect(page.get_by_role("link", name="Requests of this time")).to_be_visible()
+    whose = page.get_by_role("region", name="Breakdown").get_by_role(
+        "link", name="acme", exact=True
+    )
     href = str(await whose.get_attribute("href"))
     for part in ("tenant=acme", f"since={monday:%Y-%m-%d}T09", f"until={monday:%Y-%m-%d}T11"):
         assert part in href

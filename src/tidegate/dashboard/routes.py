@@ -329,7 +329,7 @@ async def signed_in(
 def _by_issuer(request: Request) -> SignIn:
     found = services_of(request).sign_in
     if found is None:
-        raise NotFound("nobody signs in by an issuer here: OIDC_ISSUER is not set")
+        raise NotFound("single sign-on is not configured: OIDC_ISSUER is not set")
     return found
 
 

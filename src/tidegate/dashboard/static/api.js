@@ -9,7 +9,7 @@ const BASE = new URL("..", document.baseURI);
 /** An answer that is an error, as problem JSON (RFC 9457) says it; or no answer at all. */
 export class Problem extends Error {
   constructor(fields) {
-    super(fields.detail || fields.title || "something went wrong");
+    super(fields.detail || fields.title || "Unknown error.");
     this.name = "Problem";
     this.status = fields.status ?? 0;
     this.code = fields.code ?? "";
@@ -69,7 +69,7 @@ async function problemOf(response) {
   try {
     return new Problem({ status: response.status, ...(await response.json()) });
   } catch {
-    return new Problem({ status: response.status, detail: `The answer was ${response.status}.` });
+    return new Problem({ status: response.status, detail: `The gateway answered with status ${response.status}.` });
   }
 }
 
@@ -108,7 +108,7 @@ async function next(reader) {
     return await reader.read();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem({ detail: "The connection broke before the answer was whole.", code: "away" });
+    throw new Problem({ detail: "The connection closed before the response was complete.", code: "away" });
   }
 }
 
@@ -191,5 +191,5 @@ function headersIn(bytes) {
 
 function messageOf(headers, data) {
   if (headers[":message-type"] === "event") return { type: headers[":event-type"], data };
-  return { type: headers[":exception-type"], problem: data.message ?? headers[":exception-type"] ?? "The stream ended in an error.", data };
+  return { type: headers[":exception-type"], problem: data.message ?? headers[":exception-type"] ?? "The stream ended with an error.", data };
 }

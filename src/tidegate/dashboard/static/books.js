@@ -8,11 +8,11 @@ export const BOOK_HEADS = [
   ["Day", ""],
   ["Upstream", "wide"],
   ["Model", ""],
-  ["Ours", "number wide"],
-  ["Theirs", "number wide"],
+  ["Recorded", "number wide"],
+  ["Provider", "number wide"],
   ["Difference", "number"],
   ["Verdict", ""],
-  ["Why", "wrap wide"],
+  ["Reason", "wrap wide"],
 ];
 const LOOKS = { equal: "good", explained: "", unexplained: "bad" };
 const NAMED = 5; // calls

@@ -122,7 +122,7 @@ export function stack(title, words, { signal, ...more }) {
   return {
     element,
     update(at, named) {
-      const rows = named.length ? named : [["nothing waited", at.map(() => 0)]];
+      const rows = named.length ? named : [["no waiting calls", at.map(() => 0)]];
       const labels = rows.map(([name]) => name);
       if (JSON.stringify(labels) !== names) {
         names = JSON.stringify(labels);

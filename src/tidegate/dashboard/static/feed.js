@@ -8,7 +8,7 @@ const HIDDEN_MS = 20_000;
 const WAIT_MS = 1_000;
 const MOST_WAIT_MS = 10_000;
 
-const STATES = { live: "Live", waiting: "Reconnecting", resting: "Resting" };
+const STATES = { live: "Live", waiting: "Reconnecting", resting: "Paused" };
 const FULL = "too_many_followers"; // it may end at any moment, so it is tried again
 
 /**
@@ -105,5 +105,5 @@ function show(state, full = null) {
   if (state === null || live.textContent === words) return;
   live.dataset.state = state;
   live.textContent = words;
-  mark(live, "title", full && `${full.message}. It is tried again.`);
+  mark(live, "title", full && `${full.message}. Retrying.`);
 }

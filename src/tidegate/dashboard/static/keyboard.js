@@ -8,10 +8,10 @@ const SECOND_MS = 1_200; // for so long a g waits for its second key
 const ROWS = ".requests tbody a.mono, .talk tbody a, .listed tbody th a";
 const HELP = [
   ["/", "Search on this page"],
-  ["j, k", "Next and previous row of the list"],
-  ["Enter", "Open the row"],
-  ["Esc", "Close the request beside the list"],
-  ["?", "These keys"],
+  ["j, k", "Next and previous row"],
+  ["Enter", "Open the selected row"],
+  ["Esc", "Close the request panel"],
+  ["?", "Show keyboard shortcuts"],
 ];
 
 /** Listen until `signal` is aborted. */
@@ -66,7 +66,7 @@ function help() {
     h(
       "form",
       { method: "dialog" },
-      h("h2", { id: "keys-title" }, "Keys"),
+      h("h2", { id: "keys-title" }, "Keyboard shortcuts"),
       h("dl", { class: "keys" }, rows),
       h("div", { class: "actions" }, close),
     ),

@@ -17,7 +17,7 @@ const TYPED_MS = 200;
 export function listed(title, heads, textOf, rowOf, { none, acts = [], note = "", above = null }) {
   const body = h("tbody");
   const head = heads.map(([words, look]) =>
-    h("th", { scope: "col", class: look }, words || h("span", { class: "visually-hidden" }, "Do")),
+    h("th", { scope: "col", class: look }, words || h("span", { class: "visually-hidden" }, "Actions")),
   );
   const table = h("table", { class: "table" }, h("thead", {}, h("tr", {}, head)), body);
   const words = h("span", { class: "quiet-text" });
@@ -37,7 +37,7 @@ export function listed(title, heads, textOf, rowOf, { none, acts = [], note = ""
     fill(body, shown.map(rowOf));
     place.hidden = shown.length === 0;
     nothing.hidden = shown.length > 0;
-    if (!shown.length) fill(nothing, items.length ? empty("None has that in its name") : empty(...none));
+    if (!shown.length) fill(nothing, items.length ? empty("No matches") : empty(...none));
     say(words, [count(items.length), items.length >= 1_000 ? note : ""].filter(Boolean).join(", "));
     say(where, `${count(offset + 1)} to ${count(offset + shown.length)} of ${count(found.length)}`);
     foot.hidden = found.length <= PAGE;

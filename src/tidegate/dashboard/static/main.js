@@ -7,9 +7,9 @@ import * as session from "./session.js";
 import { failed, field, loading, said, toast } from "./ui.js";
 
 const THEMES = {
-  auto: ["◐", "Colours follow the system"],
-  light: ["☀", "Light colours"],
-  dark: ["☾", "Dark colours"],
+  auto: ["◐", "Theme: system"],
+  light: ["☀", "Theme: light"],
+  dark: ["☾", "Theme: dark"],
 };
 const PLACE = "tidegate.place";
 const main = document.getElementById("main");
@@ -17,12 +17,12 @@ const who = document.getElementById("who");
 const signOut = document.getElementById("sign-out");
 // Why the address of the start-up page did not sign in; told once.
 const CODES = {
-  used: "That address works once, within ten minutes. Start again, or enter the key.",
-  issuer: "The issuer does not answer, so nobody can sign in by it now. A key works.",
-  refused: "The issuer did not sign you in. Try again.",
-  role: "Your account has no role here: ask the person who runs this gateway.",
-  state: "That sign-in was not begun in this browser, was used, or took more than ten minutes. Try again.",
-  unavailable: "PostgreSQL does not answer, so that address cannot be used now. Enter the key.",
+  used: "This sign-in link works once, within ten minutes. Start Tidegate again for a new one, or enter a key.",
+  issuer: "The issuer (OIDC_ISSUER) does not answer, so single sign-on is unavailable. Try again, or enter a key.",
+  refused: "The issuer rejected the sign-in. Try again.",
+  role: "Your account has no role on this gateway. Ask its administrator for one.",
+  state: "This sign-in was started in another browser, was completed already, or took longer than ten minutes. Try again.",
+  unavailable: "PostgreSQL does not answer, so the sign-in link cannot be checked. Enter a key.",
 };
 const address = new URL(location.href);
 let why = CODES[address.searchParams.get("sign-in")] ?? "";
@@ -57,7 +57,7 @@ function askForKey(refused, asked) {
   session.forget();
   const key = field("key", "Key", {
     type: "password",
-    hint: "The operator's key: ADMIN_TOKEN, else the file operator.key in DATA_DIR. Or an API key with a role. It stays in this tab.",
+    hint: "The operator's key (ADMIN_TOKEN, or the file operator.key in DATA_DIR), or an API key with a role. It is kept in this tab only.",
     autocomplete: "current-password",
     spellcheck: "false",
   });
@@ -102,7 +102,7 @@ function shown(event, key) {
     return;
   }
   if (!/^[\x21-\x7e]+$/.test(entered)) {
-    key.complain("A key has no spaces, and only plain letters, digits and signs.");
+    key.complain("A key has no spaces, only ASCII letters, digits and punctuation.");
     return;
   }
   session.remember(entered);

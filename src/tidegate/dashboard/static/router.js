@@ -88,7 +88,7 @@ async function show() {
   markNavigation(path);
   if (found === null) {
     document.title = "Not found · Tidegate";
-    fill(main, empty("There is no such page", path, h("a", { href: "#/" }, "Overview")));
+    fill(main, empty("Page not found", path, h("a", { href: "#/" }, "Overview")));
     return;
   }
   document.title = `${found.page.title} · Tidegate`;
@@ -135,7 +135,7 @@ function fetched(style) {
     data: { page: style },
   });
   return new Promise((resolve, reject) => {
-    const lost = () => reject(new Problem({ detail: `The stylesheet ${style} did not come.` }));
+    const lost = () => reject(new Problem({ detail: `The stylesheet ${style} could not be loaded.` }));
     sheet.addEventListener("load", resolve);
     sheet.addEventListener("error", () => lost(sheet.remove()));
     document.head.append(sheet);

@@ -9,7 +9,7 @@ let [role, isReader] = [ROLES[0], false];
 export const actAs = (given, readsBodies) => ([role, isReader] = [given, readsBodies]);
 export const readsBodies = () => isReader;
 export const may = (needed) => ROLES.indexOf(role) >= ROLES.indexOf(needed);
-export const whyNot = (needed) => `This needs the role ${needed}. Yours is ${role}.`;
+export const whyNot = (needed) => `Requires the role ${needed}. Your role is ${role}.`;
 
 export const key = () => sessionStorage.getItem(NAME);
 

@@ -26,7 +26,7 @@ export function failed(problem, retry = null) {
   return h(
     "div",
     { class: "state", role: "alert" },
-    h("strong", {}, problem.isAway ? "No connection" : "This could not be shown"),
+    h("strong", {}, problem.isAway ? "No connection" : "Could not load this page"),
     h("span", {}, said(problem)),
     retry && h("button", { class: "button", type: "button", on: { click: retry } }, "Try again"),
   );

@@ -10,15 +10,15 @@ const MOST = 500;
 const HEADS = [
   ["When", ""],
   ["Who", ""],
-  ["Did", ""],
-  ["On", ""],
+  ["Action", ""],
+  ["Target", ""],
   ["Change", "wrap wide"],
-  ["From", "wide"],
+  ["Address", "wide"],
 ];
 
 export async function open(main, { query, signal }) {
   const list = listed("Actions", HEADS, textOf, row, {
-    none: ["Nobody has changed anything yet", "Every change by a person is listed here: by a key, an account, the dashboard or a command."],
+    none: ["No actions yet", "Each change that a person makes is listed here, whether with a key, an account, the dashboard or a command."],
   });
   const { items } = await get("admin/actions", { query: { limit: MOST }, signal });
   list.show(items);
@@ -28,8 +28,8 @@ export async function open(main, { query, signal }) {
     h(
       "div",
       { class: "page-head" },
-      h("h1", {}, "What operators did"),
-      items.length === MOST && h("span", { class: "quiet-text" }, `the newest ${MOST}: tidegate actions has all`),
+      h("h1", {}, "Operator actions"),
+      items.length === MOST && h("span", { class: "quiet-text" }, `the newest ${MOST}; tidegate actions lists all`),
     ),
     list.element,
   );

@@ -12,13 +12,13 @@ const EVERY_MS = 5_000;
 const SIGNS = { healthy: "●", degraded: "▲", down: "■" };
 const LOOKS = { healthy: "", degraded: "warn", down: "bad" };
 const STATES = { pending: ["warn", "Pending"], delivered: ["good", "Delivered"], given_up: ["bad", "Given up"] };
-const KINDS = { budget_share: "A share of a budget", budget_out: "A budget is spent", budget_paused: "A budget is paused",
-  upstreams_out: "No upstream takes calls", upstream_out: "An upstream is out", key_refused: "A key is refused",
-  limit_paused: "A limit is paused", drift: "The provider's limit differs", test: "Test" };
+const KINDS = { budget_share: "Budget share reached", budget_out: "Budget used up", budget_paused: "Budget paused",
+  upstreams_out: "All upstreams out of service", upstream_out: "Upstream out of service", key_refused: "Key rejected",
+  limit_paused: "Limit paused", drift: "Provider's limit differs", test: "Test" };
 const HEADS = [
   ["Raised", ""],
-  ["What", "wide"],
-  ["Text", "wrap"],
+  ["Alert", "wide"],
+  ["Message", "wrap"],
   ["State", ""],
   ["", "actions"],
 ];
@@ -34,10 +34,10 @@ export async function open(main, { signal }) {
   const channel = h("div", { class: "card-body" });
   const test = h("button", { class: "button small", type: "button", needs: "operator", on: { click: () => sendTest(look) } }, "Send a test");
   const sent = listed("Posted", HEADS, (one) => `${one.text} ${one.kind} ${one.state}`, (one) => row(one, look), {
-    none: ["No alert was raised yet", "A budget raises one at each share that it names (tidegate budgets set NAME --alert 80), when it refuses its first call, and when it is paused."],
+    none: ["No alerts yet", "A budget raises an alert at each share set with tidegate budgets set NAME --alert 80, when it rejects its first call, and when it is paused."],
   });
   const rules = listed("Budgets that raise alerts", RULES, (one) => one.name, rule, {
-    none: ["There are no budgets", "tidegate budgets set all --usd 3000 --alert 80 --alert 100 makes one that raises an alert at 80 and at 100 percent."],
+    none: ["No budgets", "tidegate budgets set all --usd 3000 --alert 80 --alert 100 creates a budget with alerts at 80 % and 100 %."],
   });
   const kept = new Map();
   // A row that is the same keeps its focus.
@@ -51,7 +51,7 @@ export async function open(main, { signal }) {
     try {
       const [found, budgets] = await Promise.all([get("admin/alerts", { signal }), get("admin/budgets", { signal })]);
       away.hidden = true;
-      whenNew("causes", found.causes, (causes) => fill(now, causes.length ? causes.map(cause) : h("li", { class: "quiet-text" }, "Nothing needs a look.")));
+      whenNew("causes", found.causes, (causes) => fill(now, causes.length ? causes.map(cause) : h("li", { class: "quiet-text" }, "No problems.")));
       whenNew("channel", found.channel, (given) => fill(channel, channelWords(given)));
       test.hidden = found.channel.place === null;
       whenNew("items", found.items, sent.show);
@@ -73,7 +73,7 @@ export async function open(main, { signal }) {
     h(
       "section",
       { class: "card", "aria-label": "Now" },
-      h("div", { class: "card-head" }, h("h2", {}, "Now"), h("span", { class: "quiet-text" }, "as tidegate status says it; act on the overview"), h("div", { class: "end" }, h("a", { class: "button small", href: link("/") }, "Overview"))),
+      h("div", { class: "card-head" }, h("h2", {}, "Now"), h("span", { class: "quiet-text" }, "as in tidegate status; actions are on the overview"), h("div", { class: "end" }, h("a", { class: "button small", href: link("/") }, "Overview"))),
       now,
     ),
     h("section", { class: "card", "aria-label": "Channel" }, h("div", { class: "card-head" }, h("h2", {}, "Where alerts go"), h("div", { class: "end" }, test)), channel),
@@ -86,7 +86,7 @@ function cause(one) {
   return h(
     "li",
     { data: { cause: one.kind } },
-    h("span", { class: `badge ${LOOKS[one.level]}` }, SIGNS[one.level], " ", one.level === "healthy" ? "worth a look" : one.level),
+    h("span", { class: `badge ${LOOKS[one.level]}` }, SIGNS[one.level], " ", one.level === "healthy" ? "notice" : one.level),
     h("div", {}, h("b", {}, one.words), one.detail && h("span", { class: "quiet-text" }, " ", one.detail), one.command && h("code", { class: "quiet-text" }, one.command)),
   );
 }
@@ -95,13 +95,13 @@ function channelWords(channel) {
   const others = h(
     "p",
     { class: "quiet-text" },
-    "Alerts on calls, waits, processes and stores are rules of Prometheus: deploy/prometheus/alerts.yml, each with its entry in docs/runbook.md. They fire there, and are not shown here.",
+    "Alerts on calls, waits, processes and stores are Prometheus rules: deploy/prometheus/alerts.yml, with an entry for each in docs/runbook.md. They fire in Prometheus and are not shown here.",
   );
   if (channel.place === null) {
-    return [h("p", {}, h("b", {}, "Nowhere: "), "set ALERT_WEBHOOK_URL, and start the workers again. ALERT_FORMAT=slack posts what Slack and compatible services take."), others];
+    return [h("p", {}, h("b", {}, "Not set up: "), "set ALERT_WEBHOOK_URL and restart the workers. ALERT_FORMAT=slack posts in the format of Slack and compatible services."), others];
   }
-  const how = channel.format === "slack" ? "as a text for Slack" : "as JSON";
-  return [h("p", {}, "To ", h("b", {}, channel.place), `, ${how}, ${channel.is_signed ? "signed by WEBHOOK_SECRET" : "not signed"}. What is not answered with 2xx is tried again.`), others];
+  const how = channel.format === "slack" ? "in Slack's format" : "as JSON";
+  return [h("p", {}, "To ", h("b", {}, channel.place), `, ${how}, ${channel.is_signed ? "signed by WEBHOOK_SECRET" : "not signed"}. Alerts that are not answered with 2xx are retried.`), others];
 }
 
 function row(one, again) {
@@ -130,30 +130,30 @@ function rule(one) {
     { data: { rule: one.name } },
     h("th", { scope: "row", class: "name", title: one.name }, one.name),
     h("td", { class: "number" }, `${amount} ${period}`),
-    h("td", {}, `${shares}when it refuses its first call${one.at_end === "pause" ? ", when it is paused" : ""}`),
+    h("td", {}, `${shares}at the first rejected call${one.at_end === "pause" ? ", when paused" : ""}`),
   );
 }
 
 async function sendTest(again) {
   const done = await confirm({
     title: "Send a test alert?",
-    text: "A worker posts it to the webhook, as every alert.",
-    action: "Send it",
+    text: "A worker posts it to the alert webhook.",
+    action: "Send",
     act: () => post("admin/alerts/test", { by: "dashboard" }),
   });
   if (done === null) return;
-  toast("It is on its way: its state is below.");
+  toast("Test alert queued. Its state is in the list.");
   await again();
 }
 
 async function redeliver(one, again) {
   const done = await confirm({
-    title: "Post it again?",
+    title: "Post this alert again?",
     text: one.text,
     action: "Post again",
     act: () => post(`admin/alerts/${one.id}/redeliver`, { by: "dashboard" }),
   });
   if (done === null) return;
-  toast("It is on its way again.");
+  toast("Alert queued again.");
   await again();
 }

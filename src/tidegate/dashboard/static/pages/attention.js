@@ -18,7 +18,7 @@ export async function open(main, { signal }) {
     settled();
     return show();
   };
-  const jobs = list("Dead jobs", "Their workers died under them three times: they are not tried again.", `admin/dead?most=${MOST}`, signal, again, {
+  const jobs = list("Dead jobs", "Their workers died three times, so they are not retried.", `admin/dead?most=${MOST}`, signal, again, {
     note: NEWEST,
     heads: JOB_HEADS,
     textOf: (one) => `${one.request_id} ${one.tenant} ${one.type} ${one.problem}`,
@@ -34,7 +34,7 @@ export async function open(main, { signal }) {
   });
   const unexplained = list(
     "Unexplained costs",
-    () => ["Of the last 31 days, where the provider's own differ from the record. ", h("a", { href: link("/usage", { range: "30" }) }, "All books")],
+    () => ["Models and days of the last 31 days whose recorded cost differs from the provider's. ", h("a", { href: link("/usage", { range: "30" }) }, "All reconciliations")],
     "admin/reconciliations",
     signal,
     again,
@@ -42,7 +42,7 @@ export async function open(main, { signal }) {
   );
   main.append(
     h("div", { class: "page-head" }, h("h1", {}, "Attention")),
-    card("Failed jobs", "Of the last 24 hours, by error.", failures),
+    card("Failed jobs", "Jobs that failed in the last 24 hours, by error.", failures),
     jobs.element,
     webhooks.element,
     unexplained.element,
@@ -52,8 +52,8 @@ export async function open(main, { signal }) {
 }
 
 const headsOf = (...words) => [...words.map((one) => [one, ""]), ["", "actions"]];
-const JOB_HEADS = headsOf("Job", "Tenant", "Type", "Attempts", "Died", "Why");
-const HOOK_HEADS = headsOf("Webhook of", "Tenant", "Event", "Tries", "Given up", "Last answer");
+const JOB_HEADS = headsOf("Job", "Tenant", "Type", "Attempts", "Died", "Reason");
+const HOOK_HEADS = headsOf("Request", "Tenant", "Event", "Deliveries", "Given up", "Last answer");
 
 const card = (title, words, body) =>
   h(
@@ -109,10 +109,10 @@ async function failedJobs(place, signal, again) {
     const found = await post("admin/requests/requeue", { since, limit: 10_000 }, { signal });
     const codes = Object.entries(found.by_code);
     if (!codes.length) {
-      fill(place, empty("No job has failed"));
+      fill(place, empty("No failed jobs"));
       return;
     }
-    const more = found.has_more && h("p", { class: "quiet-text card-body" }, `The ${count(found.matching)} that ended first: there are more, which come once these are queued again.`);
+    const more = found.has_more && h("p", { class: "quiet-text card-body" }, `Only the ${count(found.matching)} jobs that ended first are counted. Requeue these to see the others.`);
     const rows = codes.map(([code, jobs]) => failureRow(code, jobs, since, again));
     fill(
       place,
@@ -130,7 +130,7 @@ async function failedJobs(place, signal, again) {
               {},
               h("th", { scope: "col" }, "Error"),
               h("th", { scope: "col" }, "Jobs"),
-              h("th", { scope: "col" }, h("span", { class: "visually-hidden" }, "Do")),
+              h("th", { scope: "col" }, h("span", { class: "visually-hidden" }, "Actions")),
             ),
           ),
           h("tbody", {}, rows),
@@ -149,7 +149,7 @@ function failureRow(code, jobs, since, again) {
   const requeue = () =>
     confirm({
       title: `Requeue ${count(jobs)} failed jobs?`,
-      text: `Those of the last 24 hours with ${code ? `the error ${code}` : "no error code"}, under their own ids. Their webhooks are sent again.`,
+      text: `Jobs of the last 24 hours with ${code ? `the error ${code}` : "no error code"} are queued again under the same ids. Each sends a new webhook when it ends.`,
       action: "Requeue",
       act: async () => {
         const order = { since, error_code: code, limit: 10_000, dry_run: false, by: "dashboard" };
@@ -172,7 +172,7 @@ function jobRow(job, again) {
   const requeue = () =>
     confirm({
       title: "Requeue this job?",
-      text: "It gets a fresh start. If it is what killed its workers, it may do so again.",
+      text: "It is queued again with all its attempts. If the job itself crashed its workers, it may crash them again.",
       action: "Requeue",
       act: async () => {
         await post(`${path}/requeue`);
@@ -183,7 +183,7 @@ function jobRow(job, again) {
   const discard = () =>
     confirm({
       title: "Discard this job?",
-      text: "It is cancelled for good. It stays on record.",
+      text: "It is cancelled permanently, and stays in the request log.",
       action: "Discard",
       danger: true,
       act: async () => {
@@ -214,12 +214,12 @@ function jobRow(job, again) {
 function hookRow(hook, again) {
   const redeliver = () =>
     confirm({
-      title: "Deliver it again?",
-      text: `To ${hook.url}, immediately, and as often as a new one.`,
+      title: "Redeliver this webhook?",
+      text: `It is sent to ${hook.url} now, and retried like a new one.`,
       action: "Redeliver",
       act: async () => {
         await post(`admin/webhooks/${hook.webhook_id}/redeliver`);
-        toast("It is on its way again.");
+        toast("The webhook is queued for delivery.");
         again();
       },
     });

@@ -15,12 +15,12 @@ const PAGE = 25;
 const MOST_ASKED = 5; // of batches, what their lines wait for
 const OPEN = new Set(["validating", "in_progress", "finalizing", "cancelling"]);
 const WORDS = {
-  validating: ["", "Being checked"],
+  validating: ["", "Validating"],
   in_progress: ["accent", "In progress"],
-  finalizing: ["accent", "Being put together"],
-  cancelling: ["warn", "Being cancelled"],
+  finalizing: ["accent", "Finalizing"],
+  cancelling: ["warn", "Cancelling"],
   completed: ["good", "Completed"],
-  failed: ["bad", "File refused"],
+  failed: ["bad", "File rejected"],
   expired: ["warn", "Expired"],
   cancelled: ["", "Cancelled"],
 };
@@ -31,7 +31,7 @@ export async function open(main, { query, signal }) {
   const list = h("div", { class: "batch-list" });
   const none = h("div", { hidden: true });
   const away = h("p", { class: "notice bad", role: "alert", hidden: true });
-  const more = h("button", { class: "button", type: "button", hidden: true }, "Show older ones");
+  const more = h("button", { class: "button", type: "button", hidden: true }, "Show older batches");
   const tenant = h("input", { type: "search", "aria-label": "Tenant", placeholder: "Tenant", value: view.tenant, spellcheck: "false" });
   const draw = keyed(list, (first) => row(first, look));
   let pages = 1;
@@ -90,10 +90,10 @@ export async function open(main, { query, signal }) {
 }
 
 function nothing({ shown, tenant }) {
-  if (tenant || shown === "open") return empty("No such batch", "Others are under All, without a tenant.");
+  if (tenant || shown === "open") return empty("No batches match", "Choose All and clear the tenant to see all batches.");
   return empty(
     "No batches yet",
-    "A batch is a file of up to 50,000 calls that are made in the background: client.batches.create of OpenAI's SDK, client.messages.batches.create of Anthropic's.",
+    "A batch is a file of up to 50,000 calls that run in the background. Create one with client.batches.create of OpenAI's SDK, or client.messages.batches.create of Anthropic's.",
   );
 }
 
@@ -158,7 +158,7 @@ function row(first, again) {
         { class: "batch-head" },
         h("h2", { class: "mono", title: first.id }, named),
         badge,
-        h("a", { href: link("/usage", { tenant: first.tenant, by: "day" }), title: "Its usage" }, first.tenant),
+        h("a", { href: link("/usage", { tenant: first.tenant, by: "day" }), title: `Usage of ${first.tenant}` }, first.tenant),
         h("span", { class: "quiet-text" }, [first.endpoint, metadata].filter(Boolean).join(", ")),
         made,
         h("div", { class: "batch-acts" }, output, errors, pause, resume, cancel),
@@ -199,8 +199,8 @@ function row(first, again) {
 const shortly = (id) => `${id.slice(0, id.indexOf("_") + 9)}…${id.slice(-4)}`;
 
 function whyOf(one) {
-  if (one.pause) return `Paused by ${one.pause.by}${one.pause.reason ? `: ${one.pause.reason}` : ""}, ${ago(one.pause.at)}. Its 24 hours go on.`;
-  if (one.is_disabled && OPEN.has(one.status)) return "Its tenant is disabled: no line begins until it is enabled.";
+  if (one.pause) return `Paused by ${one.pause.by}${one.pause.reason ? `: ${one.pause.reason}` : ""}, ${ago(one.pause.at)}. Its 24 hours continue to run.`;
+  if (one.is_disabled && OPEN.has(one.status)) return "Its tenant is disabled: no more lines start until it is enabled.";
   if (one.errors.length) return one.errors.join("; ");
   return one.why ? `It ${one.why}.` : "";
 }
@@ -208,7 +208,7 @@ function whyOf(one) {
 function leftOf(one, pace) {
   if (one.ended_at) return `ended ${ago(one.ended_at)}`;
   if (one.status !== "in_progress") return "";
-  const under = one.calling ? `${brief(one.calling)} being called` : "";
+  const under = one.calling ? `${brief(one.calling)} running` : "";
   const expires = new Date(one.expires_at).getTime() - Date.now();
   if (one.pause) return [under, `expires in ${about(expires)}`].filter(Boolean).join(", ");
   const ms = pace(one);
@@ -260,12 +260,12 @@ export function about(ms) {
 }
 
 const path = (one, verb) => `admin/batches/${one.id}/${verb}`;
-const reasonField = () => field("reason", "Reason (goes on record)", { maxlength: 500 });
+const reasonField = () => field("reason", "Reason (recorded)", { maxlength: 500 });
 
 async function pauseIt(one, again) {
   const done = await confirm({
     title: `Pause ${shortly(one.id)}?`,
-    text: "Lines that are being called end, no other begins until a person resumes it. Its 24 hours go on.",
+    text: "Running lines finish, and no more lines start until the batch is resumed. Its 24 hours continue to run.",
     fields: [reasonField()],
     action: "Pause",
     act: (values) => post(path(one, "pause"), { ...values, by: "dashboard" }),
@@ -283,14 +283,14 @@ async function resumeIt(one, again) {
     act: () => post(path(one, "resume"), { by: "dashboard" }),
   });
   if (done === null) return;
-  toast(`${shortly(one.id)} goes on.`);
+  toast(`${shortly(one.id)} is resumed.`);
   await again();
 }
 
 async function cancelIt(one, again) {
   const done = await confirm({
     title: `Cancel ${shortly(one.id)}?`,
-    text: `For good. ${count(one.total - one.completed - one.failed)} lines are left: those that are being called end, no other begins. The results so far can be fetched.`,
+    text: `This is permanent. ${count(one.total - one.completed - one.failed)} lines are left: running lines finish, and no more start. The results so far can be fetched.`,
     fields: [reasonField()],
     action: "Cancel the batch",
     danger: true,

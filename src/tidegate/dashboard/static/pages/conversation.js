@@ -31,7 +31,7 @@ export const traceLink = (tenant, trace) => link("/requests/conversation", { ten
 
 /** A name as it is shown: one that is made of the first messages is no name of a person's. */
 export const nameOf = (conversation) =>
-  conversation.startsWith(OPENING) ? `without a name, ${conversation.slice(OPENING.length)}` : conversation;
+  conversation.startsWith(OPENING) ? `unnamed, ${conversation.slice(OPENING.length)}` : conversation;
 
 function pageOf(query, signal) {
   const tenant = query.get("tenant") ?? "";
@@ -41,7 +41,7 @@ function pageOf(query, signal) {
   const part = h("p", { class: "notice", hidden: true });
   const body = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Calls, as a table" });
   const named = trace ? ["Trace ", trace] : ["Conversation ", nameOf(conversation)];
-  const requests = conversation && h("a", { class: "button", href: link("/requests", { tenant, conversation }) }, "As a list");
+  const requests = conversation && h("a", { class: "button", href: link("/requests", { tenant, conversation }) }, "View as a list");
   const element = h(
     "div",
     { class: "talk" },
@@ -67,7 +67,7 @@ function pageOf(query, signal) {
     tiles.show(view.sums);
     part.hidden = view.complete;
     const calls = view.threads.reduce((sum, one) => sum + one.calls.length, 0);
-    say(part, `The last ${count(calls)} of ${count(view.sums.calls)} calls are below; the figures above are of all.`);
+    say(part, `Showing the last ${count(calls)} of ${count(view.sums.calls)} calls. The figures above cover all of them.`);
     fill(body, tableOf(view, Boolean(trace)));
   }
 
@@ -88,7 +88,7 @@ function pageOf(query, signal) {
         if (signal.aborted) return;
         if (!(error instanceof Problem)) throw error;
         stale.hidden = false;
-        say(stale, `${said(error)} Shown is how it was before.`);
+        say(stale, `${said(error)} Showing the last known state.`);
       }
     }, EVERY_MS);
     signal.addEventListener("abort", () => clearInterval(timer));
@@ -100,12 +100,12 @@ function pageOf(query, signal) {
 const TILES = {
   calls: "Calls",
   input: "Input tokens",
-  cached: "From a cache",
+  cached: "Cached input",
   output: "Output tokens",
   cost: "Cost",
   waited: "Waited",
-  took: "Upstream",
-  lasted: "From first to last",
+  took: "Upstream time",
+  lasted: "Total duration",
 };
 
 function tilesOf() {
@@ -128,13 +128,13 @@ function tilesOf() {
     put("cached", percent(sums.cached_share), sums.cached_share === undefined ? "not reported" : `${brief(sums.cached_tokens)} tokens`);
     put("output", brief(sums.output_tokens), "");
     const isPriced = sums.cost_micros > 0 || !sums.unpriced;
-    const unpriced = sums.unpriced ? `${count(sums.unpriced)} calls unpriced` : "";
+    const unpriced = sums.unpriced ? `${count(sums.unpriced)} calls without a price` : "";
     put("cost", isPriced ? money(sums.cost_micros / 1e6) : NOTHING, unpriced);
     put("waited", length(sums.queue_ms), each(sums.queue_ms));
     put("took", length(sums.upstream_ms), each(sums.upstream_ms));
     put("lasted", length(new Date(sums.ended_at) - new Date(sums.began_at)), `from ${time(sums.began_at)}`);
   }
-  return { element: h("dl", { class: "tiles", "aria-label": "All calls together" }, tiles), show };
+  return { element: h("dl", { class: "tiles", "aria-label": "Totals" }, tiles), show };
 }
 
 const HEADS = [
@@ -143,7 +143,7 @@ const HEADS = [
   ["Received", "c-time wide"],
   ["Upstream", "c-upstream wide"],
   ["Waited", "c-number number wide"],
-  ["Took", "c-number number wide"],
+  ["Call time", "c-number number wide"],
   ["Input", "c-number number wide"],
   ["Cached", "c-number number wide"],
   ["Output", "c-number number wide"],

@@ -21,7 +21,7 @@ const OF = { tenant: "Tenant", upstream: "Upstream", model: "Model", type: "Type
 const SPENT = {
   waited: ["Waiting for admission", "Requests waited for a limit, or for their turn at it"],
   called: ["At the upstream", "The upstream itself was slow"],
-  between: ["Before retries", "Calls failed and were tried again"],
+  between: ["Before retries", "Calls failed and were retried"],
 };
 
 export async function open(main, { query, signal }) {
@@ -100,7 +100,7 @@ function draw(body, day, found, actions) {
   const begin = midnight(day).getTime();
   const [before, hours] = [found.hours.filter((one) => startOf(one) < begin), found.hours.filter((one) => startOf(one) >= begin)];
   if (!hours.length) {
-    fill(body, h("section", { class: "card" }, empty("Nothing of this day is on record", "Requests count in the hour in which they were submitted, once they have ended.")));
+    fill(body, h("section", { class: "card" }, empty("No requests on record for this day", "A request counts in the hour of its submission, once it has ended.")));
     return;
   }
   const usual = usualOf(hours, before);
@@ -125,7 +125,7 @@ function columnsOf(day, hours) {
     name: SPENT[name][0],
     values: starts.map((at) => (known.has(at) ? meanOf([known.get(at)], sum) : 0)),
   }));
-  return { title: "Where the time of a request went, by the hour", days: starts, parts, format: length };
+  return { title: "Mean time of a request, by hour", days: starts, parts, format: length };
 }
 
 /** The mean of the day, for the legend: of the requests, not of the hours. */
@@ -137,7 +137,7 @@ function mean(hours, first) {
 /** That the figures are those of a sample, if they are. */
 function sampleNote(oneIn, hours, about) {
   if (oneIn === 1) return null;
-  const words = `From ${count(total(hours, "sampled"))} of ${about(total(hours, "requests"))} requests, evenly spread over the time. Counts are estimates; a failure that is rare may be missing. An hour of which fewer than ${LEAST_SAMPLED} were read is not judged.`;
+  const words = `From ${count(total(hours, "sampled"))} of ${about(total(hours, "requests"))} requests, sampled evenly over the time. Counts are estimates, and rare failures may be missing. An hour with fewer than ${LEAST_SAMPLED} sampled requests is not judged.`;
   return h("p", { class: "quiet-text", data: { sample: oneIn } }, words);
 }
 
@@ -147,7 +147,7 @@ function verdict(hours, slow, about) {
     h("p", { class: "verdict-head", role: "status" }, h("span", { class: "verdict-sign", "aria-hidden": "true" }, sign), h("b", { class: "verdict-word" }, word), h("span", { class: "verdict-words" }, words));
   const worst = hours.reduce((a, b) => (b.took_ms.p95 > a.took_ms.p95 ? b : a));
   if (!slow.length) {
-    const words = `no hour stands out. 95 % of the requests took ${length(worst.took_ms.p95)} at most, from ${clock(startOf(worst))} on.`;
+    const words = `no hour was slow. The highest 95th percentile of the duration was ${length(worst.took_ms.p95)}, in the hour from ${clock(startOf(worst))}.`;
     return h("section", { class: "card verdict", "aria-label": "Why", data: { health: "healthy" } }, head("healthy", "●", "As usual:", words));
   }
   const others = hours.filter((one) => !slow.includes(one));
@@ -157,7 +157,7 @@ function verdict(hours, slow, about) {
   const isWhole = (until - since) / HOUR_MS === slow.length;
   const when = isWhole ? `from ${clock(since)} to ${clock(until)}.` : `in ${count(slow.length)} hours between ${clock(since)} and ${clock(until)}.`;
   const lines = [
-    `${SPENT[most[0]][1]}. Means of a request: ${grown.filter(([, ms, usual]) => Math.max(ms, usual) >= 1).map((one) => spent(one, others)).join("; ")}.`,
+    `${SPENT[most[0]][1]}. Mean per request: ${grown.filter(([, ms, usual]) => Math.max(ms, usual) >= 1).map((one) => spent(one, others)).join("; ")}.`,
     sharesOf(slow, most[0]),
     failuresOf(slow, about),
   ];
@@ -166,19 +166,19 @@ function verdict(hours, slow, about) {
     { class: "card verdict", "aria-label": "Why", data: { health: "degraded" } },
     head("degraded", "▲", "Slow", when),
     h("ul", { class: "causes" }, lines.filter(Boolean).map((words) => h("li", { class: "cause", data: { level: "degraded" } }, h("span", { class: "verdict-sign", "aria-hidden": "true" }, "▲"), h("div", { class: "cause-words" }, h("span", {}, words)), h("div", { class: "cause-acts" })))),
-    h("p", { class: "card-body" }, h("a", { class: "button small", href: requestsIn(since, until) }, "Requests of that time")),
+    h("p", { class: "card-body" }, h("a", { class: "button small", href: requestsIn(since, until) }, "Requests of this time")),
   );
 }
 
 const spent = ([name, ms, usual], others) => `${SPENT[name][0].toLowerCase()} ${length(ms)}${others.length ? `, at other hours ${length(usual)}` : ""}`;
 
-/** Whose most of it was: `Of the waiting: tenant acme 92 %, upstream gemini 100 %.` */
+/** Whose most of it was: `Share of the waiting time: tenant acme 92 %, upstream gemini 100 %.` */
 function sharesOf(slow, name) {
   const sum = name === "called" ? "called_sum_ms" : "waited_sum_ms";
   const whole = total(slow, sum);
   const found = whole ? partsOf(slow).filter((one) => one.of !== "error" && one[sum] / whole >= MOST_SHARE) : [];
   const words = found.map((one) => `${OF[one.of].toLowerCase()} ${one.name} ${percent(Math.min(1, one[sum] / whole))}`);
-  return words.length ? `${name === "called" ? "Of the time at upstreams" : "Of the waiting"}: ${words.join(", ")}.` : "";
+  return words.length ? `${name === "called" ? "Share of the time at upstreams" : "Share of the waiting time"}: ${words.join(", ")}.` : "";
 }
 
 function failuresOf(slow, about) {
@@ -212,7 +212,7 @@ function tableCard(title, words, heads, rows) {
 }
 
 const number = (text, look = "", title = null) => h("td", { class: `number ${look}`, title }, text);
-const pair = ({ p50, p95 }, look = "") => number(length(p95), look, `half of them: ${length(p50)}`);
+const pair = ({ p50, p95 }, look = "") => number(length(p95), look, `median ${length(p50)}`);
 
 function hoursCard(hours, isSlow, about) {
   const heads = [["Hour", ""], ["Requests", "number wide"], ["Failed", "number wide"], ["Waited", "number"], ["Upstream", "number"], ["Took", "number"]];
@@ -220,35 +220,35 @@ function hoursCard(hours, isSlow, about) {
     h(
       "tr",
       { data: { hour: clock(startOf(one)) } },
-      h("th", { scope: "row", class: "name" }, h("a", { href: requestsIn(startOf(one), startOf(one) + HOUR_MS), title: "Its requests" }, clock(startOf(one))), " ", isSlow(one) && h("span", { class: "badge warn" }, "slow")),
+      h("th", { scope: "row", class: "name" }, h("a", { href: requestsIn(startOf(one), startOf(one) + HOUR_MS), title: "Requests of this hour" }, clock(startOf(one))), " ", isSlow(one) && h("span", { class: "badge warn" }, "slow")),
       number(about(one.requests), "wide"),
       number(about(one.failed), "wide"),
       pair(one.waited_ms),
       pair(one.called_ms),
       pair(one.took_ms),
     );
-  return tableCard("Hours", "95 % took no longer", heads, hours.map(row));
+  return tableCard("Hours", "95th percentiles", heads, hours.map(row));
 }
 
 function whereCard(about, hours, isSlow) {
-  const heads = [["Of", ""], ["Name", ""], ["Requests", "number wide"], ["Waited", "number"], ["Upstream", "number"]];
+  const heads = [["By", ""], ["Name", ""], ["Requests", "number wide"], ["Waited", "number"], ["Upstream", "number"]];
   const [since, until] = [startOf(hours[0]), startOf(hours.at(-1)) + HOUR_MS];
   const row = (one) =>
     h(
       "tr",
       { data: { of: one.of } },
       h("td", {}, OF[one.of]),
-      h("th", { scope: "row", class: "name", title: one.name }, h("a", { href: requestsIn(since, until, { [one.of]: one.name }), title: "Requests of that time" }, one.name)),
+      h("th", { scope: "row", class: "name", title: one.name }, h("a", { href: requestsIn(since, until, { [one.of]: one.name }), title: "Requests of this time" }, one.name)),
       number(about(one.requests), "wide"),
       number(length(one.waited_sum_ms / one.requests)),
       number(length(one.called_sum_ms / one.requests)),
     );
-  return tableCard("Where", isSlow ? "of the slow hours; a request's mean" : "of the day; a request's mean", heads, partsOf(hours).map(row));
+  return tableCard("Breakdown", isSlow ? "of the slow hours, mean per request" : "of the day, mean per request", heads, partsOf(hours).map(row));
 }
 
 function actionsCard(items) {
   if (!may("admin")) return h("p", { class: "quiet-text" }, h("a", { href: link("/limits/history") }, "Changes of limits"));
-  const heads = [["When", ""], ["Who", "wide"], ["Did", ""], ["On", ""]];
+  const heads = [["When", ""], ["Who", "wide"], ["Action", ""], ["Target", ""]];
   const row = (one) => h("tr", {}, h("td", {}, time(one.at)), h("td", { class: "wide" }, one.operator), h("td", { class: "mono" }, one.what), h("th", { scope: "row", class: "name", title: one.target }, one.target));
-  return tableCard("What operators did", items.length ? "on that day" : "nothing on that day", heads, items.map(row));
+  return tableCard("Operator actions", items.length ? "on this day" : "none on this day", heads, items.map(row));
 }

@@ -57,7 +57,7 @@ export async function open(main, { query, signal }) {
         "div",
         { class: "end" },
         choice("Charts of the last", SPANS, chosen.span, (span) => choose({ span })),
-        h("a", { class: "button small", href: link("/latency"), title: "When and where a day was slow" }, "Earlier days"),
+        h("a", { class: "button small", href: link("/latency"), title: "Latency by hour, tenant, upstream and model" }, "Earlier days"),
       ),
     ),
     view.element,
@@ -132,12 +132,12 @@ function showLive(view, chosen, data) {
   const away = data.pools.find((one) => one.problem && (!isThere || chosen.pool === scope.ALL));
   const notices = [];
   if (away) {
-    notices.push(["bad", "These are the last figures known: they stand still until Valkey answers."]);
+    notices.push(["bad", "These are the last known figures, until Valkey answers."]);
   } else if (data.pools.some((one) => one.recovering_ms && [scope.ALL, one.pool].includes(chosen.pool))) {
-    notices.push(["", "Valkey has lost its data: no request is admitted until all processes have reported their permits."]);
+    notices.push(["", "Valkey has lost its data. No call is admitted until all processes have registered their permits again."]);
   }
   if (data.postgresql_away) {
-    notices.push(["bad", "Charts and spend stand still until PostgreSQL answers."]);
+    notices.push(["bad", "Charts and spend are not updated until PostgreSQL answers."]);
   }
   const text = notices.map(([, words]) => words).join("\n");
   if (view.notices.dataset.said !== text) {

@@ -2,7 +2,7 @@
 
 import { get, post, Problem } from "../api.js";
 import { fill, h, say } from "../dom.js";
-import { length, time } from "../format.js";
+import { length } from "../format.js";
 import { link } from "../router.js";
 import { confirm, copied, field, marked, said, toast } from "../ui.js";
 import { curlButton } from "./request_curl.js";
@@ -28,27 +28,27 @@ const ACTIONS = {
   retry: {
     words: "Retry",
     title: "Submit this job again?",
-    text: "The same prompt and files become a job of their own, for the same tenant. It costs what it costs again.",
+    text: "The same prompt and files are submitted as a new job of the same tenant, which is charged again.",
     done: "Submitted again",
   },
   replay: {
     words: "Replay",
-    title: "Make this request again at an upstream?",
-    text: "What it asked for becomes a job of its own, for the same tenant, called at that upstream alone. It costs what it costs there.",
+    title: "Replay this request at an upstream?",
+    text: "The request is submitted as a new job of the same tenant, which runs only at the chosen upstream and is charged at its price.",
     done: "Submitted again",
   },
   discard: {
     words: "Discard",
-    title: "Leave this dead job at that?",
-    text: "It is cancelled for good, and is no longer listed for attention.",
+    title: "Discard this dead job?",
+    text: "It is cancelled permanently, and is no longer listed under Attention.",
     danger: true,
     path: "admin/dead",
     done: "Discarded",
   },
   requeue: {
     words: "Requeue",
-    title: "Give this dead job a fresh start?",
-    text: "Its workers died over it each time. It keeps its id, and may take up to three more workers down with it.",
+    title: "Requeue this dead job?",
+    text: "It is queued again under the same id, with all its attempts. If the job itself crashed its workers, up to three more may crash.",
     danger: true,
     path: "admin/dead",
     done: "Requeued",
@@ -105,9 +105,9 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
         section("timeline", "Timeline"),
         section("prompt", "Input"),
         section("answer", "Output"),
-        section("attempts", "Tries"),
+        section("attempts", "Attempts"),
         section("webhooks", "Webhooks"),
-        section("bodies", "Stored payloads"),
+        section("bodies", "Stored bodies"),
       ),
       h("div", { class: "request-side" }, section("facts", "Details")),
     ),
@@ -173,7 +173,7 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
 
   async function act(name) {
     const { title, text, words, danger, done, path } = ACTIONS[name];
-    const reason = field("reason", "Reason", { hint: "Goes to the log. May be left empty.", maxlength: 500 });
+    const reason = field("reason", "Reason", { hint: "Optional. Written to the log.", maxlength: 500 });
     const places = name === "replay" ? [await upstreamField(signal)] : [];
     const signed = (values) => (path ? undefined : { by: "dashboard", ...values });
     const result = await confirm({
@@ -192,18 +192,18 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
 
   async function redeliver(webhook) {
     const result = await confirm({
-      title: "Deliver this webhook again?",
-      text: `It is sent to ${webhook.url} immediately, and as often as a new one where that fails.`,
-      action: "Deliver again",
+      title: "Redeliver this webhook?",
+      text: `It is sent to ${webhook.url} now, and retried like a new one.`,
+      action: "Redeliver",
       act: () => post(`admin/webhooks/${webhook.id}/redeliver`, undefined, { signal }),
     });
     if (result === null || signal.aborted) return;
-    toast("On its way again");
+    toast("The webhook is queued for delivery.");
     await refresh();
   }
 
   async function load() {
-    if (!IS_ID.test(id)) throw new Problem({ status: 404, detail: `${id} is no id of a request.` });
+    if (!IS_ID.test(id)) throw new Problem({ status: 404, detail: `${id} is not a request id.` });
     const mine = ++asked;
     const found = await get(`admin/requests/${id}`, { signal });
     if (mine < painted) return; // a later one was answered before
@@ -219,7 +219,7 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
       if (signal.aborted) return;
       if (!(error instanceof Problem)) throw error;
       stale.hidden = false;
-      say(stale, `${said(error)} Shown is how it was before.`);
+      say(stale, `${said(error)} Showing the last known state.`);
     }
   }
 
@@ -247,7 +247,7 @@ async function upstreamField(signal) {
 
 function waits({ request, waiting }) {
   if (request.status === "running") {
-    const words = waiting ? `It ${waiting.sentence}.` : "It runs.";
+    const words = waiting ? `It ${waiting.sentence}.` : "";
     return h("p", { class: "notice now" }, h("strong", {}, "Running."), h("span", {}, words));
   }
   const place = request.place ? ` It is ${ordinal(request.place)} in its queue.` : "";
@@ -288,7 +288,7 @@ function fault({ request, advice }) {
     { class: `notice ${request.status === "cancelled" ? "" : "bad"}` },
     h("strong", {}, error.code),
     h("span", { class: "wrap" }, `${error.message}${upstream}`),
-    error.retry_after_ms ? h("span", {}, `It said to come back in ${length(error.retry_after_ms)}.`) : null,
+    error.retry_after_ms ? h("span", {}, `The provider asks to retry after ${length(error.retry_after_ms)}.`) : null,
     advice && h("p", { class: "advice" }, advice),
   );
 }
@@ -296,8 +296,8 @@ function fault({ request, advice }) {
 function copyButton(id) {
   const button = h("button", { class: "button quiet small", type: "button" }, "Copy id");
   button.addEventListener("click", async () => {
-    if (await copied(id)) toast(`Copied at ${time(new Date())}`);
-    else toast("The browser does not let this page copy: select the id instead.", "bad");
+    if (await copied(id)) toast("Id copied.");
+    else toast("The browser does not allow copying. Select the id instead.", "bad");
   });
   return button;
 }

@@ -33,7 +33,7 @@ export function curlButton(view, signal) {
   button.addEventListener("click", async () => {
     try {
       if (await copied(await written(view(), signal))) toast("Copied. Set TIDEGATE_API_KEY before you run it.");
-      else toast("The browser does not let this page copy.", "bad");
+      else toast("The browser does not allow copying.", "bad");
     } catch (error) {
       if (!signal.aborted) toast(error.message, "bad");
     }
@@ -41,22 +41,22 @@ export function curlButton(view, signal) {
   return button;
 }
 
-const notHere = () => (session.readsBodies() ? "not on record, so there is nothing to send" : "not shown to your role");
+const notHere = () => (session.readsBodies() ? "not on record" : "not shown to your role");
 const sizeOf = (text) => new TextEncoder().encode(text).length;
 
 async function written({ request, bodies }, signal) {
   if (!request.endpoint) {
     if (!request.prompt) throw new Error(`The prompt is ${notHere()}.`);
-    if (request.files?.length || request.image_uri) throw new Error("It came with files, which a command can't hold: use Retry.");
+    if (request.files?.length || request.image_uri) throw new Error("The request has files, which a curl command can't include. Use Retry.");
     const sent = { [request.source === "stream" ? "text" : "data"]: request.prompt, type: request.type, model: request.asked_model };
     const body = JSON.stringify(sent, (_, value) => value ?? undefined);
-    if (isCut(request) || sizeOf(body) > MOST_BYTES) throw new Error("Its prompt is too long for a command: use Replay.");
+    if (isCut(request) || sizeOf(body) > MOST_BYTES) throw new Error("The prompt is too long for a curl command. Use Replay.");
     return command(request.source === "stream" ? "/stream" : "/submit", body);
   }
   const body = bodies.find((one) => one.role === "request");
-  if (!body) throw new Error(`Its body is ${notHere()}.`);
-  if (body.omitted_bytes || body.size_bytes > MOST_BYTES) throw new Error("Its body is too long for a command: download it below.");
-  if (!body.content_type.includes("json")) throw new Error("Its body is not JSON: download it below.");
+  if (!body) throw new Error(`The body is ${notHere()}.`);
+  if (body.omitted_bytes || body.size_bytes > MOST_BYTES) throw new Error("The body is too long for a curl command. Download it below.");
+  if (!body.content_type.includes("json")) throw new Error("The body is not JSON. Download it below.");
   const path = `admin/requests/${request.request_id}/request`;
   const response = await ask("GET", path, { signal, headers: { Accept: "*/*" } });
   return command(request.endpoint, await response.text());

@@ -32,7 +32,7 @@ const always = () => [
       "24h": "In the last 24 hours",
       yesterday: "Yesterday",
       "7d": "In the last 7 days",
-      between: "Between two times",
+      between: "Custom range",
     },
   }),
   field("tenant", "Tenant", { type: "search", spellcheck: "false" }),
@@ -43,7 +43,7 @@ const between = () => [
   field("until", "Until", { type: "datetime-local", step: "1" }),
 ];
 const more = () => [
-  field("type", "Kind", { options: { "": "Any", ...KINDS } }),
+  field("type", "Type", { options: { "": "Any", ...KINDS } }),
   field("model", "Model", { type: "search", spellcheck: "false" }),
   field("error", "Error code", {
     type: "search",
@@ -90,7 +90,7 @@ export function filters(query, changed) {
   const element = h(
     "form",
     { class: "card card-body filter-card", role: "search", "aria-label": "Requests" },
-    h("div", { class: "quick-filters", role: "group", "aria-label": "Often wanted" }, quick.map((one) => one.button)),
+    h("div", { class: "quick-filters", role: "group", "aria-label": "Quick filters" }, quick.map((one) => one.button)),
     h("div", { class: "filters" }, first.map((one) => one.element)),
     timed,
     folded,

@@ -16,7 +16,7 @@ const ROW = ".requests .c-id a";
 export function panel(list, signal, changed) {
   const wide = window.matchMedia(WIDE);
   const body = h("div", { class: "panel-body" });
-  const whole = h("a", { class: "button small" }, "Open its page");
+  const whole = h("a", { class: "button small" }, "Open full page");
   const close = h("button", { class: "button quiet small", type: "button" }, "Close");
   const head = h("div", { class: "panel-head" }, whole, close);
   const element = h("aside", { class: "card request-panel", "aria-label": "Request", hidden: true }, head, body);

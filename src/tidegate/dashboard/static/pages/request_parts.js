@@ -30,7 +30,7 @@ export function text(words, label, isCode = false) {
 
 export function prompt(request, files, stored = []) {
   const asked = request.prompt ?? "";
-  const none = () => (stored.length ? words("No text is on record here: see the bodies below.") : notHere());
+  const none = () => (stored.length ? words("No text on record. See the stored bodies below.") : notHere());
   return [
     asked ? text(asIs(asked, request.endpoint), "Prompt", Boolean(request.endpoint)) : none(),
     asked && isCut(request) && words(`The first ${count(charsOf(asked))} of ${count(request.prompt_chars)} characters.`),
@@ -45,11 +45,11 @@ export function answer(request, files, stored = []) {
     return text(JSON.stringify(request.answer, null, 2), "Answer of the provider", true);
   }
   if (request.images.length > 0) return gallery(request.images, files);
-  if (isOpen(request)) return words("Nothing yet.");
+  if (isOpen(request)) return words("No answer yet.");
   if (stored.some((one) => one.role === "response")) {
-    return words("It is in the record as it travelled: see below.");
+    return words("The answer is stored as the provider sent it. See the stored bodies below.");
   }
-  return request.status === "succeeded" && request.text !== "" ? notHere() : words("No answer came.");
+  return request.status === "succeeded" && request.text !== "" ? notHere() : words("No answer.");
 }
 
 const words = (said) => h("p", { class: "quiet-text" }, said);
@@ -57,7 +57,7 @@ const words = (said) => h("p", { class: "quiet-text" }, said);
 /** What was asked or answered is not here, which does not say that it never was. */
 function notHere() {
   if (!session.readsBodies()) return words(session.whyNot("operator"));
-  return words("Nothing is on record here: it was not kept, has expired or was erased.");
+  return words("Not on record: it was not kept, has expired or was erased.");
 }
 
 /** JSON, as the body of a native call is, so that it can be read; anything else as it is. */
@@ -75,13 +75,13 @@ export function facts(request) {
   const rows = [
     ["Tenant", request.tenant],
     ["Source", SOURCES[request.source]],
-    ["Kind", kindOf(request)],
+    ["Type", kindOf(request)],
     ["Type set by", decided(request)],
     ["Model", request.model],
-    ["Asked for", request.asked_model !== request.model ? request.asked_model : null],
-    ["Answered by", request.model_version !== request.model ? request.model_version : null],
+    ["Requested model", request.asked_model !== request.model ? request.asked_model : null],
+    ["Model version", request.model_version !== request.model ? request.model_version : null],
     ["Tier", tier(request)],
-    ["Served in", request.usage?.tier && request.usage.tier !== request.tier && tierOf(request.usage.tier)],
+    ["Served tier", request.usage?.tier && request.usage.tier !== request.tier && tierOf(request.usage.tier)],
     ["Path", request.endpoint && h("code", {}, request.endpoint)],
     ["HTTP status", request.http_status],
     ["Priority", request.priority],
@@ -89,11 +89,11 @@ export function facts(request) {
     ["Admitted", request.admitted_at && time(request.admitted_at)],
     ["Ended", request.finished_at && time(request.finished_at)],
     ["Deadline", request.deadline_at && time(request.deadline_at)],
-    ["Next try", request.retry_at && time(request.retry_at)],
+    ["Next attempt", request.retry_at && time(request.retry_at)],
     ["Waited", request.queue_ms !== undefined && length(request.queue_ms)],
     ["First byte", request.first_byte_ms !== undefined && length(request.first_byte_ms)],
-    ["Last call", request.upstream_ms !== undefined && length(request.upstream_ms)],
-    ["Tries", request.attempts],
+    ["Call time", request.upstream_ms !== undefined && length(request.upstream_ms)],
+    ["Attempts", request.attempts],
     ["Workers lost", request.lapses || null],
     ["Finish reason", request.finish_reason],
     ["Input tokens", tokens(usage.input_tokens)],
@@ -102,12 +102,12 @@ export function facts(request) {
     ["of audio, images, video", media(usage, "input")],
     ["Output tokens", tokens(usage.output_tokens)],
     ["of these audio, images, video", media(usage, "output")],
-    ["Thoughts", tokens(usage.thoughts_tokens)],
-    ["All tokens", tokens(usage.total_tokens)],
+    ["Thinking tokens", tokens(usage.thoughts_tokens)],
+    ["Total tokens", tokens(usage.total_tokens)],
     ["Searches", tokens(usage.searches)],
     ["of stored files", tokens(usage.file_searches)],
     ["Cost", cost(request)],
-    ["Provider's own cost", dollars(usage.provider_cost_micros)],
+    ["Cost by provider", dollars(usage.provider_cost_micros)],
     ["Upstream", request.upstream],
     ["Pool", request.source !== "job" && request.pool !== request.upstream && request.pool],
     ["Process", request.process],
@@ -116,7 +116,7 @@ export function facts(request) {
     ["Trace", request.trace_id && trace(request)],
     ["Subject", request.subject],
     ["Replay of", request.repeats && linkTo(request.repeats, undefined, { class: "mono" })],
-    ["Only at", request.bound_upstream],
+    ["Bound to upstream", request.bound_upstream],
   ];
   const given = rows.filter(([, value]) => value !== null && value !== undefined && value !== false && value !== "");
   return h("dl", { class: "facts" }, given.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
@@ -155,7 +155,7 @@ function decided(request) {
 
 function cost(request) {
   if (request.cost_micros === undefined) return request.usage_state === "told" ? "No price is set" : null;
-  const how = { partial: " (of what came)", estimated: " (estimated)" }[request.usage_state] ?? "";
+  const how = { partial: " (partial)", estimated: " (estimated)" }[request.usage_state] ?? "";
   const at = request.usage?.tier ? `, at the price of the tier ${request.usage.tier}` : "";
   return `${money(request.cost_micros / 1e6)}${how}${at}`;
 }
@@ -165,8 +165,8 @@ export function attempts(list) {
   const hasFirst = list.some((one) => one.first_byte_ms !== undefined);
   const first = hasFirst ? ["First byte"] : [];
   const hasUpstream = list.some((one) => one.upstream !== undefined);
-  const heads = ["Try", "Outcome", ...(hasUpstream ? ["Upstream"] : []), "Waited", ...first, "Call", "Tokens", "Process"];
-  const numbers = new Set(["Waited", "First byte", "Call", "Tokens"]);
+  const heads = ["Attempt", "Outcome", ...(hasUpstream ? ["Upstream"] : []), "Waited", ...first, "Call time", "Tokens", "Process"];
+  const numbers = new Set(["Waited", "First byte", "Call time", "Tokens"]);
   const row = (one) =>
     h(
       "tr",
@@ -180,7 +180,7 @@ export function attempts(list) {
       h("td", { class: "number" }, count(one.usage?.total_tokens)),
       h("td", { class: "quiet-text one-line" }, one.process),
     );
-  return tableOf("Tries", heads, numbers, list.map(row));
+  return tableOf("Attempts", heads, numbers, list.map(row));
 }
 
 function outcome(one) {
@@ -192,7 +192,7 @@ function outcome(one) {
 export function webhooks(list, redeliver) {
   if (list.length === 0) return null;
   const looks = { delivered: "good", given_up: "bad", pending: "warn" };
-  const names = { delivered: "Delivered", given_up: "Given up", pending: "On its way" };
+  const names = { delivered: "Delivered", given_up: "Given up", pending: "Pending" };
   const row = (one) =>
     h(
       "tr",
@@ -204,8 +204,8 @@ export function webhooks(list, redeliver) {
       h("td", { class: "number" }, time(one.next_try_at ?? one.ended_at)),
       h("td", {}, h("button", { class: "button small", type: "button", needs: "operator", on: { click: () => redeliver(one) } }, "Redeliver")),
     );
-  const heads = ["State", "To", "Tries", "Answer", "Next, or ended", "Action"];
-  return tableOf("Webhooks", heads, new Set(["Tries", "Next, or ended"]), list.map(row));
+  const heads = ["State", "To", "Deliveries", "Answer", "Next or ended", "Action"];
+  return tableOf("Webhooks", heads, new Set(["Deliveries", "Next or ended"]), list.map(row));
 }
 
 function tableOf(label, heads, numbers, rows) {
@@ -226,8 +226,8 @@ function tableOf(label, heads, numbers, rows) {
 /** The bodies as they are in the record: shown on demand, as text, or kept as a file. */
 export function bodies(list, id, signal) {
   if (list.length === 0) {
-    if (!session.readsBodies()) return words(`${session.whyNot("operator")} VIEWERS_READ_BODIES shows them to viewers too.`);
-    return words("Bodies are kept once a request has ended, for as long as its tenant wants.");
+    if (!session.readsBodies()) return words(`${session.whyNot("operator")} VIEWERS_READ_BODIES allows viewers to read them too.`);
+    return words("Bodies are stored when a request ends, for the retention time of its tenant.");
   }
   return list.map((one) => body(one, `admin/requests/${id}/${one.role}`, signal));
 }
@@ -263,7 +263,7 @@ function body(one, path, signal) {
       save(await response.blob(), `${path.split("/")[2]}-${one.role}`);
     }),
   );
-  const omitted = one.omitted_bytes ? `, ${bytes(one.omitted_bytes)} of its middle not kept` : "";
+  const omitted = one.omitted_bytes ? `, ${bytes(one.omitted_bytes)} in the middle not stored` : "";
   return h(
     "div",
     { class: "body" },

@@ -22,7 +22,7 @@ export const SOURCES = {
   job: "Job",
   stream: "Stream",
   relay: "Native call",
-  batch: "Line of a batch",
+  batch: "Batch line",
 };
 
 const TIERS = { live: "Live tier", flex: "Flex tier", batch: "Provider's batch" };

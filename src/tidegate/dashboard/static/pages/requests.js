@@ -145,7 +145,7 @@ function listOf(signal, painted) {
       if (items.length === 0) {
         table.hidden = true;
         shown = "failed";
-        fill(place, atField ? empty("No request matches", said(error)) : failed(error, () => search(bar)));
+        fill(place, atField ? empty("No requests match", said(error)) : failed(error, () => search(bar)));
       }
     } finally {
       if (!from.signal.aborted) {
@@ -240,7 +240,7 @@ function listOf(signal, painted) {
     } catch (error) {
       if (from.signal.aborted || signal.aborted) return;
       if (!(error instanceof Problem)) throw error;
-      say(state, `${said(error)} Shown is what was there before.`);
+      say(state, `${said(error)} Showing the last known requests.`);
     }
   }
 
@@ -272,13 +272,13 @@ function listOf(signal, painted) {
 
 function noMatch(clear) {
   const button = h("button", { class: "button", type: "button", on: { click: clear } }, "Clear all filters");
-  return empty("No request matches", "Clear a filter, or wait for one that does.", button);
+  return empty("No requests match", "Change or clear the filters.", button);
 }
 
 function noneYet() {
   const tryIt = h("a", { class: "button", href: "#/try" }, "Playground");
   const hint =
-    "Jobs appear when they are submitted, streams and native calls once they have ended: until then they are above.";
+    "Jobs appear when they are submitted, streams and native calls when they have ended. Until then they are listed above, under In progress.";
   return empty("No requests yet", hint, tryIt);
 }
 
@@ -300,13 +300,13 @@ function tableOf(body) {
     ["Status", "c-status"],
     ["Submitted", "c-time wide"],
     ["Tenant, key", "c-tenant wide"],
-    ["What, prompt", "c-what wide"],
+    ["Model, prompt", "c-what wide"],
     ["Waited", "c-number number wide"],
-    ["Call", "c-number number wide"],
+    ["Call time", "c-number number wide"],
     ["Tokens", "c-number number wide"],
     ["Cost", "c-cost number wide"],
-    ["Tries", "c-tries number wide"],
-    ["Part of", "c-talk wide"],
+    ["Attempts", "c-tries number wide"],
+    ["Conversation", "c-talk wide"],
   ];
   return h(
     "table",

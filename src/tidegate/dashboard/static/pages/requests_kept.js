@@ -29,8 +29,8 @@ export function exporting(values, signal) {
         const found = await gathered(values(), (read) => say(told, `${count(read)} read`), signal);
         const rows = found.slice(0, MOST).map(exported);
         save("requests", kind, kind === "csv" ? csv(COLUMNS, rows) : jsonLines(rows));
-        const cut = found.length > MOST ? `: the newest ${count(MOST)}` : "";
-        toast(`${counted(rows.length, "request")} written${cut}.`);
+        const cut = found.length > MOST ? `, the newest ${count(MOST)} only` : "";
+        toast(`${counted(rows.length, "request")} exported${cut}.`);
       } catch (error) {
         if (!signal.aborted) toast(error.message, "bad");
       } finally {
@@ -78,13 +78,13 @@ export function saved(values) {
   async function add() {
     const name = field("name", "Name", { maxlength: 40 });
     await confirm({
-      title: "Keep these filters",
-      text: "In this browser, under a name.",
+      title: "Save filters",
+      text: "Saved filters are kept in this browser only.",
       fields: [name],
-      action: "Keep",
+      action: "Save",
       act: ({ name: chosen }) => {
         const { [chosen || "Filter"]: _, ...others } = kept();
-        if (Object.keys(others).length >= MOST_KEPT) throw new Problem({ detail: `${MOST_KEPT} are kept at most: forget one first.` });
+        if (Object.keys(others).length >= MOST_KEPT) throw new Problem({ detail: `At most ${MOST_KEPT} filters can be saved. Delete one first.` });
         keep({ [chosen || "Filter"]: given(), ...others });
       },
     });
@@ -93,7 +93,7 @@ export function saved(values) {
 
   function draw() {
     const rows = Object.entries(kept()).map(([name, query]) => {
-      const drop = h("button", { class: "button small quiet", type: "button", "aria-label": `Forget ${name}` }, "✕");
+      const drop = h("button", { class: "button small quiet", type: "button", "aria-label": `Delete ${name}` }, "✕");
       drop.addEventListener("click", () => {
         const { [name]: _, ...rest } = kept();
         keep(rest);

@@ -20,20 +20,20 @@ export function runningCard(signal) {
     ["Status", "c-status"],
     ["Received", "c-time wide"],
     ["Tenant", "c-tenant wide"],
-    ["What", "c-what wide"],
-    ["Where", "c-at wide"],
-    ["So far", "c-number number wide"],
+    ["Model", "c-what wide"],
+    ["Upstream or limit", "c-at wide"],
+    ["Elapsed", "c-number number wide"],
   ].map(([words, look]) => h("th", { scope: "col", class: look }, words));
   const rows = h(
     "div",
-    { class: "scroll running-rows", tabindex: "0", role: "group", "aria-label": "Under way, a table" },
+    { class: "scroll running-rows", tabindex: "0", role: "group", "aria-label": "In progress, a table" },
     h("table", { class: "table requests" }, h("thead", {}, h("tr", {}, heads)), body),
     note,
   );
   const element = h(
     "details",
     { class: "card running-card", open: localStorage.getItem(OPEN) === "yes" },
-    h("summary", { class: "card-head" }, h("h2", {}, "Under way now"), summary),
+    h("summary", { class: "card-head" }, h("h2", {}, "In progress"), summary),
     rows,
   );
   element.addEventListener("toggle", () => localStorage.setItem(OPEN, element.open ? "yes" : "no"));
@@ -59,8 +59,8 @@ export function runningCard(signal) {
     const words = told.map(([amount, of]) => `${count(amount)} ${of}`).join(", ");
     say(summary, words ? `Streams and native calls: ${words}` : "No streams or native calls");
     body.parentElement.hidden = items.length === 0;
-    if (items.length === 0) say(note, "Jobs are in the list from the moment they are submitted.");
-    else say(note, complete ? "" : "These are not all: each process tells of its oldest ones.");
+    if (items.length === 0) say(note, "Jobs are in the list below as soon as they are submitted.");
+    else say(note, complete ? "" : "Not all are shown: each process reports only its oldest ones.");
   }
 
   async function look() {
@@ -71,7 +71,7 @@ export function runningCard(signal) {
     } catch (error) {
       if (error.name === "AbortError") return;
       if (!(error instanceof Problem)) throw error;
-      say(note, `${said(error)} Shown is what was there before.`);
+      say(note, `${said(error)} Showing the last known requests.`);
     }
   }
 

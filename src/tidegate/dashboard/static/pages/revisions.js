@@ -32,7 +32,7 @@ export async function open(main, { query, signal }) {
     const all = await Promise.all((pool === scope.ALL ? pools : [pool]).map(of));
     if (pool !== scope.chosen()) return; // another was chosen meanwhile
     const found = all.flat().toSorted((a, b) => (a.at < b.at ? 1 : -1)).slice(0, MOST);
-    const none = empty("Nothing was changed yet", "A change of a limit or weight, by a person or a deployment, appears here.");
+    const none = empty("No changes yet", "Changes of limits and weights, by a person or a deployment, are listed here.");
     fill(place, found.length ? found.map((one) => revision(one, pool === scope.ALL, again)) : none);
   };
   await again();
@@ -75,11 +75,11 @@ function revision(one, isOfAll, again) {
 
 /** Put back what it changed; refused where one of it was changed again since. */
 async function undone(one, pool, again) {
-  const reason = field("reason", "Reason (goes on record)", { maxlength: 500, value: `undo of revision ${one.revision}` });
+  const reason = field("reason", "Reason (recorded)", { maxlength: 500, value: `undo of revision ${one.revision}` });
   const back = one.changes.filter(({ before }) => before !== null);
   const done = await confirm({
     title: `Undo revision ${one.revision}?`,
-    text: "What it changed is put back as a new revision, in every process within a second, unless it was changed again since.",
+    text: "A new revision restores the earlier values in all processes within a second. It is rejected if one of them was changed again since.",
     fields: [reason],
     action: "Undo",
     act: (values) =>

@@ -6,7 +6,7 @@ import { count } from "../format.js";
 import { note } from "../router.js";
 import { choice, empty } from "../ui.js";
 
-const SHOWN = { given: "Given", all: "All" };
+const SHOWN = { given: "Set", all: "All" };
 const TYPED_MS = 200;
 const EMPTY = ["", "()", "{}"];
 
@@ -22,9 +22,9 @@ export async function open(main, { query, signal }) {
     const asked = find.value.trim().toLowerCase();
     const among = view.shown === "all" || asked ? found.settings : given;
     const shown = among.filter((one) => `${one.name} ${one.value ?? ""} ${one.text}`.toLowerCase().includes(asked));
-    say(words, `${count(shown.length)} of ${count(found.settings.length)}, ${count(given.length)} given`);
+    say(words, `${count(shown.length)} of ${count(found.settings.length)}, ${count(given.length)} set`);
     const sections = [...new Set(shown.map((one) => one.section))];
-    fill(place, sections.length ? sections.map((title) => card(title, shown.filter((one) => one.section === title))) : h("section", { class: "card" }, empty("No setting has that in it")));
+    fill(place, sections.length ? sections.map((title) => card(title, shown.filter((one) => one.section === title))) : h("section", { class: "card" }, empty("No settings match")));
   }
 
   let typing = 0;
@@ -38,10 +38,10 @@ export async function open(main, { query, signal }) {
     note({ shown: shown === "all" ? "all" : "" });
     draw();
   });
-  const file = found.policy_file ?? "RATE_LIMITS and the defaults: there is no tidegate.toml";
+  const file = found.policy_file ?? "RATE_LIMITS and the defaults (there is no tidegate.toml)";
   main.append(
     h("div", { class: "page-head" }, h("h1", {}, "Settings"), words, h("div", { class: "end settings-tools" }, find, which)),
-    h("p", { class: "quiet-text" }, `Of ${found.process}, as of its start. Limits and upstreams: ${file}, and what was changed while it runs. To change a setting, set its variable and start the processes again; tidegate config check says whether it is sound.`),
+    h("p", { class: "quiet-text" }, `Settings of ${found.process} when it started. Limits and upstreams come from ${file}, and from changes at run time. To change a setting, set its environment variable and restart the processes; tidegate config check validates it.`),
     found.doubts.map((one) => h("p", { class: "notice" }, one)),
     place,
   );

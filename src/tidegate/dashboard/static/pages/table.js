@@ -76,7 +76,7 @@ export const PAGES = [
   },
   {
     path: "/actions",
-    title: "What operators did",
+    title: "Operator actions",
     key: "w",
     style: "listed.css",
     load: () => import("./actions.js"),

@@ -28,7 +28,7 @@ export async function open(main, { query, signal }) {
   const state = { tenants: [], keys: [], books: new Map() };
   const upstream = h(
     "select",
-    { class: "scope", "aria-label": "Upstream", title: "Whose weights and limits are shown" },
+    { class: "scope", "aria-label": "Upstream", title: "The upstream whose weights and limits are shown" },
     pools.map((one) => h("option", { value: one, selected: one === pool }, one)),
   );
   upstream.addEventListener("change", () => {
@@ -41,12 +41,12 @@ export async function open(main, { query, signal }) {
     });
   });
   const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, (one) => tenantRow(one, pool, again, state.books), {
-    none: ["No tenants yet", "A tenant is who is limited, billed and audited: a team, a service, a customer."],
+    none: ["No tenants yet", "A tenant is a team, service or customer with its own limits, budgets and usage."],
     acts: [h("label", { class: "scope-of quiet-text", hidden: pools.length < 2 }, "Weights and limits at", upstream), action("New tenant", () => changeTenant(null, pool, again))],
   });
   const keys = listed("API keys", KEY_HEADS, (one) => `${one.prefix} ${one.name} ${one.tenant}`, (one) => keyRow(one, again), {
-    none: ["No API keys yet", "Callers show a key where keys are required; it says which tenant they are of."],
-    acts: [action("Let a colleague in", () => letIn(again), ""), action("New key", () => makeKey(state.tenants, again))],
+    none: ["No API keys yet", "An API key identifies its tenant. Callers need one where keys are required."],
+    acts: [action("New dashboard key", () => letIn(again), ""), action("New key", () => makeKey(state.tenants, again))],
   });
   let looking = new AbortController();
   const again = async () => {
@@ -67,7 +67,7 @@ export async function open(main, { query, signal }) {
   await again();
   if (signal.aborted) return;
   tenants.search(query.get("tenant") ?? "");
-  const did = may("admin") && h("a", { href: link("/actions") }, "What operators did");
+  const did = may("admin") && h("a", { href: link("/actions") }, "Operator actions");
   main.append(h("div", { class: "page-head" }, h("h1", {}, "Keys and tenants"), h("span", { class: "end" }, did)), keys.element, tenants.element);
 }
 
@@ -77,8 +77,8 @@ const action = (words, act, look = "main") =>
 const KEY_HEADS = [
   ["Key", ""],
   ["Tenant", ""],
-  ["May", "wide"],
-  ["Made", "wide"],
+  ["Permissions", "wide"],
+  ["Created", "wide"],
   ["Last used", "wide"],
   ["State", ""],
   ["", "actions"],
@@ -87,8 +87,8 @@ const TENANT_HEADS = [
   ["Tenant", ""],
   ["Weight", "number wide"],
   ["Keys", "number wide"],
-  ["Budget a day", "number"],
-  ["Budget a month", "number"],
+  ["Daily budget", "number"],
+  ["Monthly budget", "number"],
   ["Own limits", "number wide"],
   ["Job tiers", "wide"],
   ["State", "wide"],
@@ -159,7 +159,7 @@ function tenantRow(one, pool, again, books) {
     budgetCell(one, "day", books),
     budgetCell(one, "month", books),
     limitsCell(one),
-    h("td", { class: "wide", title: one.tiers ? "Its jobs that name no tiers go to the cheapest of these that is in time" : "Its jobs are made in the usual tier, unless they name others" }, one.tiers ? one.tiers.join(", ") : NOTHING),
+    h("td", { class: "wide", title: one.tiers ? "Jobs that name no tiers use the cheapest of these that meets their deadline" : "Jobs that name no tiers run in tier live" }, one.tiers ? one.tiers.join(", ") : NOTHING),
     h("td", { class: "wide" }, h("span", { class: `badge ${one.disabled ? "bad" : "good"}` }, one.disabled ? "disabled" : "open")),
     h("td", { class: "actions" }, change, flip),
   );
@@ -168,18 +168,18 @@ function tenantRow(one, pool, again, books) {
 async function changeTenant(one, pool, again) {
   const amount = (value) => (value === null || value === undefined ? "" : String(value));
   const name = field("tenant", "Name", { maxlength: 200, spellcheck: "false" });
-  const weight = field("weight", "Weight", { type: "number", value: amount(one?.weight ?? 1), hint: "Its share while callers wait: 2 gets twice what 1 does." });
-  const day = field("budget_day_money", "Dollars a day", { type: "number", value: amount(one?.budget_day_money), hint: "Empty: no budget. A call that does not fit is refused." });
-  const month = field("budget_month_money", "Dollars a month", { type: "number", value: amount(one?.budget_month_money) });
+  const weight = field("weight", "Weight", { type: "number", value: amount(one?.weight ?? 1), hint: "Its share while tenants compete: weight 2 gets twice as much as weight 1." });
+  const day = field("budget_day_money", "Daily budget (USD)", { type: "number", value: amount(one?.budget_day_money), hint: "Empty: no budget. Calls that do not fit are rejected." });
+  const month = field("budget_month_money", "Monthly budget (USD)", { type: "number", value: amount(one?.budget_month_money) });
   for (const each of [day, month]) each.input.setAttribute("inputmode", "decimal");
   const done = await confirm({
     title: one ? `Change ${one.tenant}` : "New tenant",
-    text: "In force in every process within two seconds.",
+    text: "Takes effect in all processes within two seconds.",
     fields: one ? [weight, day, month] : [name, weight, day, month],
     action: one ? "Change the tenant" : "Create the tenant",
     act: async ({ tenant, ...values }) => {
       const known = one ?? { tenant };
-      if (!one && (await get("admin/tenants")).some((each) => each.tenant === tenant)) throw new Problem({ detail: `There is a tenant ${tenant}: change it in the list.`, field: "tenant" });
+      if (!one && (await get("admin/tenants")).some((each) => each.tenant === tenant)) throw new Problem({ detail: `The tenant ${tenant} already exists. Change it in the list.`, field: "tenant" });
       // What is as it was is not sent: another operator may have changed it meanwhile.
       const changed = Object.fromEntries(Object.entries(values).filter(([each, value]) => value !== (known[each] ?? null)));
       const expected = one ? Object.fromEntries(Object.keys(changed).map((each) => [each, one[each]])) : {};
@@ -188,14 +188,14 @@ async function changeTenant(one, pool, again) {
     },
   });
   if (done === null) return;
-  toast(one ? `${done} is changed.` : `${done} is there. Its callers need a key.`);
+  toast(one ? `${done} is changed.` : `${done} is created. Its callers need an API key.`);
   await again();
 }
 
 async function disable(one, again) {
   const done = await confirm({
     title: one.disabled ? `Enable ${one.tenant}?` : `Disable ${one.tenant}?`,
-    text: one.disabled ? "Its keys open again what they opened before." : "Its keys open nothing from now on. Its requests stay on record, and jobs that it has submitted are done.",
+    text: one.disabled ? "Its API keys are accepted again." : "Its API keys are rejected. Its requests stay on record, and jobs that it has submitted still run.",
     action: one.disabled ? "Enable" : "Disable",
     danger: !one.disabled,
     act: () => put(`admin/tenants/${encodeURIComponent(one.tenant)}`, { disabled: !one.disabled, by: "dashboard" }),
@@ -206,7 +206,7 @@ async function disable(one, again) {
 async function revokeKey(one, again) {
   const done = await confirm({
     title: `Revoke ${one.name || `tg_${one.prefix}`}?`,
-    text: "For good: calls that show it are refused within two seconds.",
+    text: "This is permanent. Calls with this key are rejected within two seconds.",
     action: "Revoke",
     danger: true,
     act: () => remove(`admin/keys/${one.prefix}`, { query: { by: "dashboard" } }),
@@ -222,8 +222,8 @@ async function makeKey(tenants, again) {
     title: "New key",
     fields: [
       field("tenant", "Tenant", { options: names, value: "default" }),
-      field("name", "What it is for", { maxlength: 200 }),
-      field("scopes", "What it may", { options: SCOPES, value: "infer,read" }),
+      field("name", "Name", { maxlength: 200 }),
+      field("scopes", "Permissions", { options: SCOPES, value: "infer,read" }),
       field("days", "Expires", { options: EXPIRES, value: "" }),
     ],
     action: "Create the key",
@@ -239,21 +239,21 @@ async function makeKey(tenants, again) {
 /** A key that opens this dashboard for a person, and calls no model. */
 async function letIn(again) {
   const made = await confirm({
-    title: "Let a colleague in",
-    text: "A key of their own for this dashboard: it calls no model, and what they change is on record under it. Where your people have accounts at an issuer, OIDC_ISSUER lets them sign in without a key.",
+    title: "New dashboard key",
+    text: "A key for one person to sign in to this dashboard. It cannot call models, and changes are recorded under its name. With OIDC_ISSUER people sign in with their accounts instead.",
     fields: [
-      field("name", "Who", { maxlength: 200, placeholder: "ann" }),
-      field("scopes", "What they may", { options: Object.fromEntries(PEOPLE.map((role) => [role, SCOPES[role]])), value: "viewer" }),
+      field("name", "Name of the person", { maxlength: 200, placeholder: "ann" }),
+      field("scopes", "Role", { options: Object.fromEntries(PEOPLE.map((role) => [role, SCOPES[role]])), value: "viewer" }),
       field("days", "Expires", { options: EXPIRES, value: "90" }),
     ],
     action: "Create the key",
     act: ({ days, scopes, name }) => {
-      if (!name) throw new Problem({ detail: "Say who it is for.", field: "name" });
+      if (!name) throw new Problem({ detail: "Enter a name.", field: "name" });
       return post("admin/keys", { name, scopes: [scopes], expires_at: expiry(days), by: "dashboard" });
     },
   });
   if (made === null) return;
-  await shownOnce(made.key, `They enter it at ${new URL(".", document.baseURI).href}`);
+  await shownOnce(made.key, `The person signs in with it at ${new URL(".", document.baseURI).href}`);
   await again();
 }
 
@@ -269,8 +269,8 @@ function shownOnce(key, words = "") {
     h(
       "form",
       { method: "dialog" },
-      h("h2", { id: "made-key" }, "The new key"),
-      h("p", {}, "Copy it now: it is shown this once, and only its digest is kept.", words && ` ${words}`),
+      h("h2", { id: "made-key" }, "Key created"),
+      h("p", {}, "Copy it now: it is not shown again. Only its digest is stored.", words && ` ${words}`),
       shown,
       h("div", { class: "actions" }, copy, h("button", { class: "button main", type: "submit" }, "Done")),
     ),

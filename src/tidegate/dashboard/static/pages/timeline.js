@@ -6,7 +6,7 @@ import { length, time } from "../format.js";
 const LOOKS = {
   waiting: ["Waiting", "waiting"],
   calling: ["Calling the provider", "calling"],
-  parked: ["Left alone before a retry", "parked"],
+  parked: ["Waiting for retry", "parked"],
 };
 const MARKS = {
   submitted: "neutral",
@@ -40,7 +40,7 @@ export function timeline(steps, nowText) {
     "div",
     { class: "timeline" },
     whole(life, now, scale),
-    h("ol", { class: "steps", "aria-label": "Step by step" }, steps.map((step) => row(step, now, from, scale))),
+    h("ol", { class: "steps", "aria-label": "Steps" }, steps.map((step) => row(step, now, from, scale))),
   );
 }
 
@@ -66,7 +66,7 @@ function whole(steps, now, scale) {
       h("strong", {}, length(ms)),
       share(ms, total),
       first > 0 && h("span", { class: "swatch calling first" }),
-      first > 0 && h("span", { class: "quiet-text" }, `${length(first)} of it before the first byte`),
+      first > 0 && h("span", { class: "quiet-text" }, `${length(first)} before the first byte`),
     ),
   );
   return h(
@@ -127,7 +127,7 @@ const markOf = (step) => {
 
 function title(step) {
   const words = step.words.charAt(0).toUpperCase() + step.words.slice(1);
-  return step.attempt && step.what === "calling" ? `${words}, try ${step.attempt}` : words;
+  return step.attempt && step.what === "calling" ? `${words}, attempt ${step.attempt}` : words;
 }
 
 function details(step, begin, from) {

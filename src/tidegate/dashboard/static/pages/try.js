@@ -51,7 +51,7 @@ export async function open(main, { signal }) {
     wrong.hidden = true;
     [text, ...target.fields, ...more.fields].forEach((one) => one.complain(""));
     if (!text.value() && files.list.length === 0) {
-      text.complain("Write something, or add a file.");
+      text.complain("Enter a prompt, or add a file.");
       text.input.focus();
       return;
     }
@@ -125,7 +125,7 @@ export async function open(main, { signal }) {
   });
   const form = h(
     "form",
-    { class: "card card-body try-form", novalidate: true, "aria-label": "What to ask" },
+    { class: "card card-body try-form", novalidate: true, "aria-label": "Request" },
     target.element,
     text.element,
     h("div", { class: "examples" }, EXAMPLES.map((one) => example(one, text))),
@@ -193,14 +193,14 @@ function targetOf(upstreams, used, changed) {
     const known = [...new Set([...named, ...used])].filter(isFor(chosen));
     fill(list, known.map((value) => h("option", { value })));
     const isNeeded = dialect() !== null || chosen !== "";
-    mark(model.input, "placeholder", isNeeded ? (known[0] ?? "required") : "the one set for the kind");
+    mark(model.input, "placeholder", isNeeded ? (known[0] ?? "required") : "the default of the type");
     if (chosen !== "" && !isFor(chosen)(model.value())) model.input.value = "";
     if (isNeeded && !model.value() && known.length) model.input.value = known[0];
     model.complain("");
     second.complain("");
-    const own = { prompt: "Each prompt is asked alone.", job: "Each prompt is asked alone." }[api.value()] ?? "Remembers the turns.";
+    const own = { prompt: "Each prompt is sent on its own.", job: "Each prompt is sent on its own." }[api.value()] ?? "Earlier turns are sent along.";
     api.complain("");
-    fill(says, chosen === "" ? `${own} Upstreams: ${names.join(", ")}.` : `${own} Offered are the models that ${chosen} alone serves: their calls go there.`);
+    fill(says, chosen === "" ? `${own} Upstreams: ${names.join(", ")}.` : `${own} Only models that no other upstream serves are offered, so that calls go to ${chosen}.`);
   }
 
   const says = h("p", { class: "quiet-text try-served" });
@@ -236,12 +236,12 @@ function targetOf(upstreams, used, changed) {
 
 /** Why a call of the model can't be sent where it is to go; empty: it can. */
 function wrongModel(name, chosen, hasUsual, serving) {
-  if (!name && chosen === "") return hasUsual ? "" : "Name a model: this API has no usual one.";
-  if (!name) return `Name a model that ${chosen} alone serves.`;
+  if (!name && chosen === "") return hasUsual ? "" : "Enter a model: this API has no default.";
+  if (!name) return `Enter a model that only ${chosen} serves.`;
   if (chosen === "") return "";
   const others = serving(name).filter((one) => one !== chosen);
-  if (others.length) return `${others.join(", ")} ${others.length > 1 ? "serve" : "serves"} it too: the call could go there.`;
-  return serving(name).length ? "" : `${chosen} does not serve it.`;
+  if (others.length) return `${others.join(", ")} ${others.length > 1 ? "serve" : "serves"} this model too, so the call could go there.`;
+  return serving(name).length ? "" : `${chosen} does not serve this model.`;
 }
 
 const isLike = (pattern, name) => new RegExp(`^${pattern.split("*").map(RegExp.escape ?? escaped).join(".*")}$`).test(name);
@@ -333,18 +333,18 @@ function filesPicker() {
 /** What may be left as it is. `show(dialect)`: those that an API has; null is Tidegate's own. */
 function options(asksFor) {
   const own = [
-    field("type", "Kind", { options: { "": "Automatic", ...KINDS }, hint: "Automatic: by the prompt." }),
-    field("image_uri", "Picture's address", { type: "url", hint: "Fetched by the gateway." }),
+    field("type", "Type", { options: { "": "Automatic", ...KINDS }, hint: "Automatic: determined by the prompt." }),
+    field("image_uri", "Picture URL", { type: "url", hint: "Fetched by the gateway." }),
   ];
   const natives = [
-    field("system", "Instructions", { hint: "What holds for the whole conversation." }),
-    field("most", "Most output tokens", { type: "number", hint: "Empty: the model's own bound." }),
+    field("system", "Instructions", { hint: "The system prompt of the conversation." }),
+    field("most", "Maximum output tokens", { type: "number", hint: "Empty: the model's maximum." }),
   ];
   const always = [
     field("priority", "Priority", { type: "number", hint: "From −100 to 100." }),
-    field("deadline_ms", "Deadline (ms)", { type: "number", hint: "Until it is admitted." }),
+    field("deadline_ms", "Deadline (ms)", { type: "number", hint: "Maximum wait for admission." }),
     asksFor === "keys"
-      ? field("key", "API key", { type: "password", hint: "With the scope infer. Empty: the key of this tab." })
+      ? field("key", "API key", { type: "password", hint: "Needs the scope infer. Empty: the key that you signed in with." })
       : field("tenant", "Tenant", { hint: "Empty: default." }),
   ];
   const fields = [...own, ...natives, ...always];

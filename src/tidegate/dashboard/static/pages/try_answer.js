@@ -48,7 +48,7 @@ export function answering(label, signal) {
   const values = Object.fromEntries(Object.keys(FIGURES).map((name) => [name, h("dd", {}, NOTHING)]));
   const figures = h("dl", { class: "try-figures" }, Object.entries(FIGURES).map(([name, words]) => h("div", {}, h("dt", {}, words), values[name])));
   const whole = h("p", { class: "try-whole" });
-  const before = empty("The answer appears here", "Where it has to wait, it says for what. Enter a second model to compare two side by side.");
+  const before = empty("The answer appears here", "While a call waits, its limit is shown. Enter a second model to compare two answers.");
   const content = h("div", { class: "try-content", hidden: true }, who, log, question, state, text, pictures, figures, whole);
   const element = h("section", { class: "card card-body try-answer", "aria-label": `${label} and its figures` }, before, content);
   const files = new Files(signal);
@@ -78,7 +78,7 @@ export function answering(label, signal) {
     [text, pictures, whole].forEach((one) => fill(one));
     asking = [asked.text, ...asked.files.map((one) => one.name)].filter(Boolean).join(" · ");
     say(question, turns.length ? asking : "");
-    say(who, model || "The usual model");
+    say(who, model || "Default model");
     for (const name of Object.keys(FIGURES)) show.figure(name, NOTHING);
     show.say("Sending …");
   }
@@ -98,7 +98,7 @@ export function answering(label, signal) {
       return null;
     } catch (error) {
       if (error.name === "AbortError" || both.aborted) {
-        show.say("Stopped. What runs is cancelled by the gateway, where it was a stream.");
+        show.say("Stopped. A stream is cancelled; a job continues.");
         return STOPPED;
       }
       const problem = error instanceof Problem ? error : new Problem({ detail: `The answer can't be read: ${error.message}.` });
@@ -142,8 +142,8 @@ function payload(asked, { api, body, files }, headers) {
   return form;
 }
 
-const NO_KEY = "This is no API key of this gateway, or it has ended.";
-const NEEDS_KEY = "Calls need a tenant's API key: enter one under Options. What you signed in with opens the dashboard alone.";
+const NO_KEY = "This API key is not valid: it is not of this gateway, has expired or was revoked.";
+const NEEDS_KEY = "Calls need an API key with the scope infer: enter one under Options. The key that you signed in with is for the dashboard only.";
 
 /** As `ask` of the API's client does, with a key of its own; a refusal signs nobody out. */
 async function asking(asked, call, accept, signal) {
@@ -163,7 +163,7 @@ async function asking(asked, call, accept, signal) {
   if (response.status === 401) throw new Problem({ status: 401, field: "key", detail: asked.options.key ? NO_KEY : NEEDS_KEY });
   const told = await response.json().catch(() => ({}));
   const inner = told.error ?? (Array.isArray(told) ? told[0]?.error : null) ?? {};
-  const detail = told.detail ?? inner.message ?? told.message ?? `The answer was ${response.status}.`;
+  const detail = told.detail ?? inner.message ?? told.message ?? `The gateway answered with status ${response.status}.`;
   throw new Problem({ ...told, status: response.status, detail, code: told.code ?? inner.code, field: told.field ?? inner.param ?? null });
 }
 
@@ -223,7 +223,7 @@ async function streamed(asked, call, show, signal) {
       show.write(told.text);
     } else if (event === "image") {
       pictures.push(told);
-      show.say(`${count(pictures.length)} of its pictures made; shown once all is on record.`, "live");
+      show.say(`${count(pictures.length)} pictures generated; they are shown once the request is on record.`, "live");
     } else if (event === "usage") show.figure("tokens", tokensOf(told));
     else if (event === "error") {
       show.link(told.request_id);
@@ -238,7 +238,7 @@ async function streamed(asked, call, show, signal) {
       recorded(id, show, signal);
     }
   }
-  if (!isWhole) throw new Problem({ detail: "The stream ended before the answer was whole.", code: "away" });
+  if (!isWhole) throw new Problem({ detail: "The stream ended before the answer was complete.", code: "away" });
 }
 
 /** Where an operator finds a picture of a request, whatever its owner. */
@@ -295,7 +295,7 @@ async function watchQueue({ options }, pools, show, began, signal) {
       const waited = `${length(performance.now() - began)} so far`;
       const queues = found.map((pool) => ({ pool, queue: fullest(pool.queues.filter((one) => isOf(one, tenant) && fits(one, options))) }));
       const [longest] = queues.filter((one) => one.queue).toSorted((a, b) => b.queue.waiting - a.queue.waiting);
-      if (!longest) show.say(`On its way, ${waited}`);
+      if (!longest) show.say(`Sent, ${waited}`);
       else show.say(`Waiting for ${longest.queue.held_up_by}: ${inWords(longest.queue, longest.pool)}, ${waited}`, "waiting");
     }
   } catch (error) {
@@ -319,7 +319,7 @@ function inWords(queue, pool) {
   const limit = pool.limits.find((one) => one.limit === queue.held_up_by);
   if (limit?.paused_ms) return `paused${limit.paused_by ? ` by ${limit.paused_by}` : ""}`;
   const used = limit ? `${count(limit.used)} of ${count(limit.current)} in use, ` : "";
-  return `${used}${count(queue.waiting)} in line`;
+  return `${used}${count(queue.waiting)} waiting`;
 }
 
 async function handedIn(asked, call, show, signal) {

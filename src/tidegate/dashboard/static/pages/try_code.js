@@ -202,7 +202,7 @@ export function codeCard(call) {
   const copy = h("button", { class: "button small", type: "button" }, "Copy");
   copy.addEventListener("click", async () => {
     if (await copied(shown.textContent, shown)) toast("Copied. Set TIDEGATE_API_KEY before you run it.");
-    else toast("The browser does not let this page copy. The code is selected: press Ctrl + C.", "bad");
+    else toast("The browser does not allow copying. The code is selected: press Ctrl + C.", "bad");
   });
   const element = h(
     "details",
@@ -224,7 +224,7 @@ export function codeCard(call) {
     const now = call();
     fill(shown, codeOf(language, now));
     const files = now.files.map((one) => one.name).join(", ");
-    fill(hint, `The key is in TIDEGATE_API_KEY.${files ? ` Run it where ${files} ${now.files.length > 1 ? "are" : "is"}.` : ""}`);
+    fill(hint, `Set TIDEGATE_API_KEY to your key.${files ? ` Run the code in the folder with ${files}.` : ""}`);
   }
   element.addEventListener("toggle", draw);
   return { element, draw };

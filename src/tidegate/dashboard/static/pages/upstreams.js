@@ -16,8 +16,8 @@ const OPTIONS = ["resource", "project", "location", "region"];
 export async function open(main, { signal }) {
   const list = h("div", { class: "upstream-list" });
   const none = h("div", { hidden: true }, empty(
-    "No upstream takes calls yet",
-    "An upstream is an account at a provider, or a server of your own. Put its key into a variable of every process, or into a file that all of them can read, and add it here.",
+    "No upstreams yet",
+    "An upstream is an account at a provider, or a server of your own. Put its key into an environment variable of every process, or into a file that all of them can read, and add the upstream here.",
   ));
   const away = h("p", { class: "notice bad", role: "alert", hidden: true });
   const changes = h("ul", { class: "changes-list" });
@@ -33,7 +33,7 @@ export async function open(main, { signal }) {
       none.hidden = found.upstreams.length > 0;
       say(revision, words(found));
       differing.hidden = !found.differing.length;
-      say(differing, `The file differs from what was set here: ${found.differing.join("; ")}`);
+      say(differing, `The file differs from the changes made here: ${found.differing.join("; ")}`);
       showChanges(changes, history, found.revision, again);
     } catch (problem) {
       if (signal.aborted) return;
@@ -58,7 +58,7 @@ export async function open(main, { signal }) {
     h(
       "section",
       { class: "card", "aria-label": "Changes" },
-      h("div", { class: "card-head" }, h("h2", {}, "Changes"), h("span", { class: "quiet-text" }, "made while it runs, the newest first")),
+      h("div", { class: "card-head" }, h("h2", {}, "Changes"), h("span", { class: "quiet-text" }, "made at run time, the newest first")),
       changes,
     ),
   );
@@ -67,18 +67,18 @@ export async function open(main, { signal }) {
 function words({ revision, processes }) {
   const behind = processes.filter((one) => one.revision !== revision).length;
   const where = `${count(processes.length)} process${processes.length === 1 ? "" : "es"}`;
-  const late = behind ? `, ${count(behind)} without the newest change yet` : "";
-  return `${revision ? `revision ${revision}` : "as the file says"}, ${where}${late}`;
+  const late = behind ? `, ${count(behind)} without the latest change` : "";
+  return `${revision ? `revision ${revision}` : "as in the file"}, ${where}${late}`;
 }
 
 /** What is said of an upstream: the look and the words of its badge. */
 function stateOf({ state, health }) {
   if (state === "drained") return ["", "Drained"];
   if (state === "draining") return ["warn", "Draining"];
-  if (health.key_refused) return ["bad", health.unpaid ? "No money left" : "Refuses our key"];
-  if (state === "missing") return ["bad", "Can't be made"];
+  if (health.key_refused) return ["bad", health.unpaid ? "No credit" : "Key rejected"];
+  if (state === "missing") return ["bad", "Can't be used"];
   if (health.state === "out" || state === "out") return ["bad", "Out of service"];
-  if (health.state === "trying") return ["warn", "On trial"];
+  if (health.state === "trying") return ["warn", "Probing"];
   return ["good", "Healthy"];
 }
 
@@ -86,17 +86,17 @@ function stateOf({ state, health }) {
 function wrongOf(one) {
   const { state, health, problems, key } = one;
   const found = Object.entries(problems).map(([process, why]) => `${process}: ${why}`);
-  if (found.length) return [found.join("; "), "Put it right there, and start that process again. A file is read again by itself."];
-  if (state === "drained" || state === "draining") return ["", "It takes no new calls. Resume it, or remove it for good."];
+  if (found.length) return [found.join("; "), "Fix it there and restart that process. A key file is read again automatically."];
+  if (state === "drained" || state === "draining") return ["", "It takes no new calls. Resume it, or remove it."];
   const where = health.out_in && health.processes > 1 ? ` In ${count(health.out_in)} of ${count(health.processes)} processes.` : "";
   if (health.unpaid) {
-    return [`${sentence(health.detail)}${where}`, "Top up the account at the provider, or give it the key of another. It is tried again every minute."];
+    return [`${sentence(health.detail)}${where}`, "Add credit to the account, or use the key of another account. It is probed every minute."];
   }
   if (health.key_refused) {
-    const from = key ? `Its key is from ${key}: put a sound one there.` : "Give it another key.";
-    return [`${sentence(health.detail)}${where}`, `${from} A file is read again by the button; a variable needs a restart.`];
+    const from = key ? `Put a valid key into ${key}.` : "Set another key.";
+    return [`${sentence(health.detail)}${where}`, `${from} A key file is read again with the button; a variable needs a restart.`];
   }
-  if (health.state === "out" || state === "out") return [`${sentence(health.detail)}${where}`, "It is tried again by itself, after seconds."];
+  if (health.state === "out" || state === "out") return [`${sentence(health.detail)}${where}`, "It is probed automatically within seconds."];
   return ["", ""];
 }
 
@@ -161,7 +161,7 @@ function card(first, again) {
   };
 }
 
-const SOURCES = { deployment: "from the file or the environment", live: "added while it runs" };
+const SOURCES = { deployment: "from the file or the environment", live: "added at run time" };
 const isOut = (one) => one.state === "drained" || one.state === "draining";
 
 function modelsOf({ models, table }) {
@@ -183,13 +183,13 @@ const path = (name, verb = "") => `admin/upstreams/${encodeURIComponent(name)}${
 async function told(done, text, again) {
   if (done === null) return;
   toast(text);
-  if (done.unreached?.length) toast(`Not yet in force in ${done.unreached.join(", ")}.`, "bad");
+  if (done.unreached?.length) toast(`Not in force yet in ${done.unreached.join(", ")}.`, "bad");
   await again();
 }
 
 async function tested({ name }, place, button) {
   button.disabled = true;
-  fill(place, h("li", {}, "Asked for its models ..."));
+  fill(place, h("li", {}, "Requesting its models ..."));
   try {
     const found = await post(path(name, "/test"));
     fill(place, found.map((one) => h("li", { class: one.problem ? "bad" : null }, testWords(one))));
@@ -204,18 +204,18 @@ async function tested({ name }, place, button) {
 function testWords(one) {
   const status = one.status === null ? "no answer" : `status ${one.status}`;
   const line = `${one.dialect} at ${one.url}: ${status} in ${length(one.took_ms)}`;
-  const unlisted = one.unlisted.length ? `; not in its list: ${one.unlisted.join(", ")}` : "";
+  const unlisted = one.unlisted.length ? `; not in its list of models: ${one.unlisted.join(", ")}` : "";
   if (one.problem) return `${line}: ${one.problem}`;
-  if (!one.model_count) return one.status === 200 ? line : `${line}, which has no list of models: its key is not tested`;
+  if (!one.model_count) return one.status === 200 ? line : `${line}, no list of models, so the key is not tested`;
   return `${line}, ${count(one.model_count)} models: ${one.models.slice(0, 5).join(", ")}${one.model_count > 5 ? " ..." : ""}${unlisted}`;
 }
 
-const reasonField = () => field("reason", "Reason (goes on record)", { maxlength: 500 });
+const reasonField = () => field("reason", "Reason (recorded)", { maxlength: 500 });
 
 async function drainIt({ name }, again) {
   const done = await confirm({
     title: `Drain ${name}?`,
-    text: "It takes no new calls. Calls that wait for it go to other upstreams that serve their model; where there is none they are refused. Calls in progress end.",
+    text: "It takes no new calls. Waiting calls move to other upstreams that serve their model, or are rejected if there are none. Calls in progress finish.",
     fields: [reasonField()],
     action: "Drain",
     act: (values) => post(path(name, "/drain"), { ...values, by: "dashboard" }),
@@ -226,7 +226,7 @@ async function drainIt({ name }, again) {
 async function resume({ name }, again) {
   const done = await confirm({
     title: `Resume ${name}?`,
-    text: "It takes calls again, in every process within a second.",
+    text: "It takes calls again, in all processes within a second.",
     fields: [reasonField()],
     action: "Resume",
     act: (values) => post(path(name, "/resume"), { ...values, by: "dashboard" }),
@@ -235,10 +235,10 @@ async function resume({ name }, again) {
 }
 
 async function removeIt({ name }, again) {
-  const force = field("force", "While something needs it", { options: { "": "Refuse, and say what", true: "Remove it nevertheless" } });
+  const force = field("force", "If it is still needed", { options: { "": "Do not remove it, and show what needs it", true: "Remove it anyway" } });
   const done = await confirm({
     title: `Remove ${name}?`,
-    text: "For good, in every process. Files, stored responses and batches that live there can't be reached through here any more.",
+    text: "It is removed from all processes permanently. Its files, stored responses and batches can no longer be reached through the gateway.",
     fields: [force, reasonField()],
     action: "Remove",
     danger: true,
@@ -251,7 +251,7 @@ async function removeIt({ name }, again) {
 async function triedNow({ name }, again) {
   const done = await confirm({
     title: `Try ${name} now?`,
-    text: "Calls are sent to it again. Where it still fails, it is out of service again after the first ones.",
+    text: "Calls are sent to it again. If the first ones fail, it is out of service again.",
     fields: [reasonField()],
     action: "Try it now",
     act: (values) => post(`admin/limits/${encodeURIComponent(`upstream:${name}`)}/resume`, { ...values, by: "dashboard" }, { query: { pool: name } }),
@@ -262,7 +262,7 @@ async function triedNow({ name }, again) {
 async function readKey({ name, key }, again) {
   const done = await confirm({
     title: `Read the key of ${name} again?`,
-    text: `Every process reads ${key || "its secrets and files"} again and asks the upstream with it.`,
+    text: `Every process reads ${key || "its secrets and files"} again and tests it at the upstream.`,
     action: "Read again",
     act: () => patch(path(name), { read_again: true, by: "dashboard" }),
   });
@@ -272,12 +272,12 @@ async function readKey({ name, key }, again) {
 /** The new key comes from the place of the old one, or from another one; the page never has it. */
 async function rotateKey({ name, key, table }, again) {
   const fields = [
-    field("key", "Variable of its key", { value: table.key ?? "", placeholder: table.key_file ? "" : key, spellcheck: "false", hint: "The name, never the key. Every process must have it; a new value of the same variable needs a restart." }),
-    field("key_file", "Or the file of its key", { value: table.key_file ?? "", spellcheck: "false", hint: "A path that every process can read. A new key in the same file needs no restart." }),
+    field("key", "Key variable", { value: table.key ?? "", placeholder: table.key_file ? "" : key, spellcheck: "false", hint: "The variable's name, never the key. Every process must have it; a new value needs a restart." }),
+    field("key_file", "Or key file", { value: table.key_file ?? "", spellcheck: "false", hint: "A path that every process can read. A new key in the same file needs no restart." }),
   ];
   const done = await confirm({
     title: `Rotate the key of ${name}`,
-    text: `It comes from ${key} now. Put the new key there, or name another place. Every process reads it; calls in progress end with the old one, which you then end at the provider.`,
+    text: `The key comes from ${key}. Put the new key there, or enter another variable or file. All processes read it, and calls in progress finish with the old key. Revoke the old key at the provider afterwards.`,
     fields: [...fields, reasonField()],
     action: "Read the new key",
     act: ({ reason, ...values }) => {
@@ -287,19 +287,19 @@ async function rotateKey({ name, key, table }, again) {
       return patch(path(name), { ...change, by: "dashboard" });
     },
   });
-  await told(done, `The key of ${name} was read. Test it.`, again);
+  await told(done, `The key of ${name} was read. Test the upstream.`, again);
 }
 
 const listOf = (text) => text.split(",").map((one) => one.trim()).filter(Boolean);
 
 async function changeIt(one, again) {
   const { name, table, revision } = one;
-  const models = field("models", "Models", { value: one.models.join(", "), spellcheck: "false", hint: "Patterns, with commas; * stands for anything." });
+  const models = field("models", "Models", { value: one.models.join(", "), spellcheck: "false", hint: "Patterns, separated by commas; * matches anything." });
   const weight = field("weight", "Weight", { type: "number", value: String(table.weight ?? 1), hint: "Its share of calls among upstreams that serve the same model." });
-  const key = field("key", "Variable of its key", { value: table.key ?? "", placeholder: one.key, spellcheck: "false", hint: "The name of the variable, never the key. Every process must have it." });
+  const key = field("key", "Key variable", { value: table.key ?? "", placeholder: one.key, spellcheck: "false", hint: "The variable's name, never the key. Every process must have it." });
   const done = await confirm({
     title: `Change ${name}`,
-    text: "In every process, and for good. Calls in progress go on as they began.",
+    text: "Takes effect in all processes, permanently. Calls in progress are not affected.",
     fields: [models, weight, key, reasonField()],
     action: "Change",
     act: ({ reason, ...values }) => {
@@ -318,16 +318,16 @@ async function changeIt(one, again) {
 async function addUpstream(again, signal) {
   const providers = await get("admin/upstreams/providers", { signal });
   const known = new Map(providers.map((one) => [one.name, one]));
-  const choices = { ...Object.fromEntries(providers.map((one) => [one.name, one.name])), [OTHER]: "Another: its address" };
+  const choices = { ...Object.fromEntries(providers.map((one) => [one.name, one.name])), [OTHER]: "Other, by address" };
   const provider = field("provider", "Provider", { options: choices, value: "openai" });
-  const name = field("name", "Name", { maxlength: 100, spellcheck: "false", hint: "As calls, limits and charts name it." });
+  const name = field("name", "Name", { maxlength: 100, spellcheck: "false", hint: "Shown with calls, limits and charts." });
   const address = field("base_url", "Address", { spellcheck: "false" });
   const options = OPTIONS.map((each) => field(each, `${each[0].toUpperCase()}${each.slice(1)}`, { spellcheck: "false" }));
-  const key = field("key", "Variable of its key", { spellcheck: "false", hint: "The name of the variable, never the key. Every process must have it." });
-  const keyFile = field("key_file", "Or the file of its key", { spellcheck: "false", hint: "A path that every process can read: no restart is needed for a new one." });
-  const models = field("models", "Models", { spellcheck: "false", hint: "Patterns, with commas, such as llama-*. Empty: as usual for it." });
+  const key = field("key", "Key variable", { spellcheck: "false", hint: "The variable's name, never the key. Every process must have it." });
+  const keyFile = field("key_file", "Or key file", { spellcheck: "false", hint: "A path that every process can read. A new key in the same file needs no restart." });
+  const models = field("models", "Models", { spellcheck: "false", hint: "Patterns, separated by commas, such as llama-*. Empty: the usual models of the provider." });
   const most = field("most", "Concurrent calls", { type: "number", hint: "Its limit pool:total. Empty: 64. Others are set on the overview." });
-  const test = field("test", "Before it takes calls", { options: { true: "Ask it for its models", "": "Ask nothing" }, value: "true" });
+  const test = field("test", "Test before use", { options: { true: "Request its models", "": "No test" }, value: "true" });
 
   function fit() {
     const one = known.get(provider.value());
@@ -345,7 +345,7 @@ async function addUpstream(again, signal) {
   fit();
   const done = await confirm({
     title: "Add an upstream",
-    text: "In every process, and for good; no restart.",
+    text: "Takes effect in all processes, permanently, without a restart.",
     fields: [provider, name, address, ...options, key, keyFile, models, most, test],
     action: "Add",
     act: (values) => {
@@ -356,7 +356,7 @@ async function addUpstream(again, signal) {
       if (values.models) table.models = listOf(values.models);
       if (values.most !== null) table.limits = { "pool:total": values.most };
       const called = values.name || chosen?.name;
-      if (!called) throw new Problem({ detail: "Give it a name.", field: "name" });
+      if (!called) throw new Problem({ detail: "Enter a name.", field: "name" });
       return put(path(called), { table, test: Boolean(values.test), by: "dashboard" }).then((answer) => ({ ...answer, name: called }));
     },
   });
@@ -368,13 +368,13 @@ function showChanges(place, history, current, again) {
   if (place.dataset.shown === text) return;
   place.dataset.shown = text;
   if (!history.length) {
-    fill(place, h("li", { class: "quiet-text" }, "Nothing was changed while it runs: all is as tidegate.toml and the environment say."));
+    fill(place, h("li", { class: "quiet-text" }, "No changes at run time: all upstreams are as in tidegate.toml and the environment."));
     return;
   }
   fill(
     place,
     history.map((one, at) => {
-      const back = h("button", { class: "button small quiet", type: "button", needs: "admin", "aria-label": `Go back to revision ${one.revision}` }, "Go back to it");
+      const back = h("button", { class: "button small quiet", type: "button", needs: "admin", "aria-label": `Go back to revision ${one.revision}` }, "Go back to this");
       back.addEventListener("click", () => rollBack(one, current, again));
       return h(
         "li",
@@ -391,7 +391,7 @@ function showChanges(place, history, current, again) {
 async function rollBack({ revision }, current, again) {
   const done = await confirm({
     title: `Go back to revision ${revision}?`,
-    text: "Its upstreams are put in force as a new revision, in every process.",
+    text: "Its upstreams are put in force in all processes, as a new revision.",
     fields: [reasonField()],
     action: "Go back",
     act: (values) => post("admin/upstreams/rollback", { revision, ...values, expected: current, by: "dashboard" }),

@@ -12,7 +12,7 @@ import * as scope from "../scope.js";
 import { choice, failed, toast } from "../ui.js";
 import { requestsIn } from "./request_filters.js";
 
-const RANGES = { 7: "Last 7 days", 30: "Last 30 days", month: "This month", last: "Last month", 90: "Last 90 days", own: "Other days" };
+const RANGES = { 7: "Last 7 days", 30: "Last 30 days", month: "This month", last: "Last month", 90: "Last 90 days", own: "Custom range" };
 const GROUPS = { tenant: "Tenant", key: "Key", model: "Model", upstream: "Upstream", day: "Day" };
 const MEASURES = { cost: "Cost", tokens: "Tokens", requests: "Requests" };
 const DAY_MS = 86_400_000;
@@ -39,10 +39,10 @@ export async function open(main, { query, signal }) {
   const place = h("div", { class: "card-place" });
   const total = h("p", { class: "usage-total", role: "status" });
   const columns = dayColumns((day) => change({ range: "own", since: day, until: day }));
-  const books = listed("Books", BOOK_HEADS, bookText, bookRow, {
+  const books = listed("Reconciliations", BOOK_HEADS, bookText, bookRow, {
     none: [
-      "No day of these was compared",
-      "tidegate reconcile openai --day 2026-11-24 compares a day with the provider's own costs, by model; RECONCILE=openai,anthropic has the workers do it each night.",
+      "No day in this range was reconciled",
+      "tidegate reconcile openai --day 2026-11-24 compares a day with the provider's own costs, by model. With RECONCILE=openai,anthropic the workers do this each night.",
     ],
   });
   const body = h("div", { class: "usage overview" }, columns.element, place, books.element);
@@ -85,7 +85,7 @@ export async function open(main, { query, signal }) {
     drawTotal(total, found.total);
     columns.update(columnsOf(found, view, span));
     const table = listed(`By ${GROUPS[view.by].toLowerCase()}`, headsOf(view), (one) => one.name, (one) => row(one, view, change), {
-      none: ["Nothing was used in these days", "Requests count on the day on which they ended, once they are on record. Days are those of UTC."],
+      none: ["No usage in these days", "A request counts on the day (UTC) on which it ended."],
       acts: [csvButton(found, view, span, false), view.by !== "day" && !found.cut && csvButton(found, view, span, true)].filter(Boolean),
     });
     const [amount] = AMOUNTS[view.measure];
@@ -146,7 +146,7 @@ function controlsOf(view, change) {
     }
     drop.hidden = !view.tenant;
     say(drop, `${view.tenant} ✕`);
-    mark(drop, "aria-label", `Not only the tenant ${view.tenant}`);
+    mark(drop, "aria-label", `Remove the filter on the tenant ${view.tenant}`);
     for (const [group, chosen] of [[by, view.by], [measure, view.measure]]) {
       for (const button of group.querySelectorAll("button")) mark(button, "aria-pressed", String(button.value === chosen));
     }
@@ -212,10 +212,10 @@ function fewest(parts) {
 
 function drawTotal(place, total) {
   const doubts = [
-    [total.unpriced, "without a price", "They add nothing to the cost: give their models a price"],
-    [total.estimated, "estimated", "Calls that were cut, charged for what came"],
-    [total.partial, "partly known", "Calls that were cut, charged as far as the provider told"],
-    [total.unknown, "unknown", "Calls of which nothing is known; they add nothing"],
+    [total.unpriced, "without a price", "Their models have no price, so they add nothing to the cost"],
+    [total.estimated, "estimated", "Calls without reported usage, charged by an estimate"],
+    [total.partial, "partly known", "Interrupted calls, charged for the usage that the provider reported"],
+    [total.unknown, "unknown", "Calls of unknown usage, which add nothing to the cost"],
   ];
   fill(
     place,
@@ -267,7 +267,7 @@ function nameIn(one, view, change) {
   if (view.by === "model" && one.model) {
     const { since, until } = spanOf(view);
     const href = requestsIn(startOf(since), startOf(later(until, 1)), { model: one.model, tenant: view.tenant, upstream: view.upstream });
-    return h("a", { href, title: "Its requests" }, one.name);
+    return h("a", { href, title: `Requests of ${one.name}` }, one.name);
   }
   const next = { tenant: { tenant: one.tenant, by: "model" }, upstream: one.upstream && { upstream: one.upstream, by: "model" }, day: { range: "own", since: one.day, until: one.day, by: "tenant" } }[view.by];
   if (!next) return one.name;
@@ -287,7 +287,7 @@ function csvButton(found, view, span, isDaily) {
   button.addEventListener("click", () => {
     const rows = (isDaily ? found.days : found.groups).map((one) => ({ ...one, cost_usd: (one.cost_micros / 1e6).toFixed(6) }));
     save(`usage-${view.by}${isDaily ? "-by-day" : ""}-${span.since}-${span.until}`, "csv", csv(columns, rows));
-    toast(`${count(rows.length)} rows written.`);
+    toast(`${count(rows.length)} rows exported.`);
   });
   return button;
 }

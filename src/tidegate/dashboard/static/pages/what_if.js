@@ -23,12 +23,12 @@ const HEADS = [
   ["p99 recorded", "number wide"],
   ["p99 now", "number"],
   ["p99 changed", "number"],
-  ["Refused now", "number wide"],
-  ["Refused changed", "number wide"],
+  ["Rejected now", "number wide"],
+  ["Rejected changed", "number wide"],
 ];
 const TEACHES = [
   "Choose a day and a new value",
-  "The calls of that day are played again in a simulation of the limiter, under the limits in force and under yours. Nothing is changed, and no provider is called.",
+  "The calls of that day are simulated with the limits in force and with the new values. No limit is changed, and no provider is called.",
 ];
 
 export async function open(main, { query, signal }) {
@@ -45,7 +45,7 @@ export async function open(main, { query, signal }) {
   const stop = h("button", { class: "button", type: "button", hidden: true }, "Cancel");
   const state = h("span", { class: "quiet-text", role: "status" });
   const wrong = h("p", { class: "notice bad", role: "alert", hidden: true });
-  const place = h("section", { class: "card what-if-result", "aria-label": "What it would have done" }, teaching(days));
+  const place = h("section", { class: "card what-if-result", "aria-label": "Result" }, teaching(days));
   let round = new AbortController();
 
   function noted() {
@@ -88,7 +88,7 @@ export async function open(main, { query, signal }) {
   }
 
   function show(found, changes, within) {
-    say(state, `${count(found.calls)} calls played twice.`);
+    say(state, `${count(found.calls)} calls simulated.`);
     if (found.calls === 0) {
       say(state, "");
       fill(place, noCalls(view, days));
@@ -119,7 +119,7 @@ export async function open(main, { query, signal }) {
   });
   const form = h(
     "form",
-    { class: "card card-body what-if-form", novalidate: true, "aria-label": "What to rehearse" },
+    { class: "card card-body what-if-form", novalidate: true, "aria-label": "Simulation" },
     when.element,
     limits.element,
     wrong,
@@ -136,7 +136,7 @@ export async function open(main, { query, signal }) {
       { class: "page-head" },
       h("h1", {}, "What if"),
       chooser,
-      h("span", { class: "quiet-text" }, "What other limits would have done on a day that is on record"),
+      h("span", { class: "quiet-text" }, "Simulate other limits on a recorded day"),
     ),
     form,
     place,
@@ -189,7 +189,7 @@ function span(view, days, noted) {
     isSound() {
       changed();
       if (!view.day) day.complain("Choose a day.");
-      else if (view.from >= view.until) until.complain("It must be later than From.");
+      else if (view.from >= view.until) until.complain("Must be later than From.");
       else return true;
       return false;
     },
@@ -206,7 +206,7 @@ function teaching(days) {
   if (days.length) return empty(...TEACHES);
   return empty(
     "No calls on record yet",
-    "Each call that has ended is on record, and can be played again under other limits. Send some through the gateway first, or describe a load in a file:",
+    "Calls can be simulated once they have ended and are on record. Send some calls first, or describe a load in a file:",
     h("code", {}, "tidegate rehearse load.toml"),
     h("a", { href: link("/try") }, "Send a call"),
   );
@@ -216,8 +216,8 @@ function noCalls(view, days) {
   if (!days.length) return teaching(days);
   const had = days.slice(0, 3).map((one) => one.day);
   return empty(
-    `No call of ${view.pool} is on record then`,
-    `Only calls that were admitted are played. Days with requests: ${had.join(", ")}. The log is kept for RETENTION_DAYS.`,
+    `No calls of ${view.pool} on record in that time`,
+    `Only admitted calls are simulated. Days with requests: ${had.join(", ")}. The request log is kept for RETENTION_DAYS.`,
   );
 }
 
@@ -258,7 +258,7 @@ function curves(found, signal) {
 const mostWaiting = (one) => Math.max(0, ...one.at_ms.map((_, at) => one.waiting.reduce((sum, { values }) => sum + values[at], 0)));
 
 function tenants(found) {
-  const more = found.more_tenants ? `, and ${count(found.more_tenants)} that wait less` : "";
+  const more = found.more_tenants ? `, and ${count(found.more_tenants)} more with shorter waits` : "";
   const list = listed("Waits by tenant", HEADS, (one) => one.tenant || "All tenants", tenantRow, {
     none: ["No tenants"],
     acts: [h("span", { class: "quiet-text" }, `Recorded, with the limits in force now, and with the change${more}`)],
@@ -293,13 +293,13 @@ const bound = (value) => (typeof value === "object" ? value.bound : value);
 
 /** Put the changes in force, by the route by which limits are changed everywhere. */
 async function applied(pool, changes) {
-  const reason = field("reason", "Reason (goes on record)", { maxlength: 500, value: "rehearsed" });
+  const reason = field("reason", "Reason (recorded)", { maxlength: 500, value: "rehearsed" });
   const rows = changes.map(({ limit, before, after }) =>
     h("li", {}, h("code", {}, limit), " ", h("del", {}, count(bound(before))), " → ", h("ins", {}, count(bound(after)))),
   );
   const done = await confirm({
     title: changes.length === 1 ? `Apply the new ${changes[0].limit}?` : `Apply ${count(changes.length)} changes?`,
-    text: "In force in every process within a second. Lowering a limit cancels no call.",
+    text: "Takes effect in all processes within a second. Lowering a limit cancels no call.",
     more: [h("ul", { class: "what-if-diff", "aria-label": "Changes" }, rows)],
     fields: [reason],
     action: "Apply",

@@ -52,7 +52,7 @@ export function limitsToChange(pool, wanted, changed, signal) {
     fill(list, shown.map(row));
     find.hidden = total <= page.length && !find.value;
     const hidden = total - page.length;
-    say(more, hidden > 0 ? `${count(hidden)} more: search them by name` : page.length ? "" : `No limit has ${find.value} in its name.`);
+    say(more, hidden > 0 ? `${count(hidden)} more: search by name` : page.length ? "" : `No limit matches ${find.value}.`);
   }
 
   function row(one) {

@@ -32,10 +32,10 @@ export function budgetsCard() {
     update(frame) {
       element.hidden = !frame.budgets.length;
       draw(frame.budgets, (one) => JSON.stringify([one.name, one.scope]));
-      const paused = frame.paused ? `${count(frame.paused)} paused: calls are refused until a person resumes` : "";
-      say(note, paused || "spent and reserved, of what the period allows");
+      const paused = frame.paused ? `${count(frame.paused)} paused: calls are rejected until a person resumes the budget` : "";
+      say(note, paused || "spent and reserved in the current period");
       more.hidden = !frame.more;
-      say(more, `${count(frame.more)} more, used less: see tidegate budgets list`);
+      say(more, `${count(frame.more)} more with lower usage: tidegate budgets list`);
     },
   };
 }
@@ -110,7 +110,7 @@ function drawGauge(one, { gauge, spent, held }) {
 function drawState(badges, one, isPaused) {
   const said = [];
   if (isPaused) said.push(["bad", "Paused", `since ${time(one.paused_since)}`]);
-  else if (one.spent >= one.amount) said.push(["warn", "Spent", atEnd(one)]);
+  else if (one.spent >= one.amount) said.push(["warn", "Used up", atEnd(one)]);
   const until = one.reset_at === null ? 0 : new Date(one.reset_at).getTime() - Date.now();
   const resets = one.reset_at === null ? "" : `resets in ${length(minutesOf(until))}`;
   const text = JSON.stringify([said, resets]);
@@ -121,24 +121,24 @@ function drawState(badges, one, isPaused) {
     said.map(([kind, words, title]) => h("span", { class: `badge ${kind}`, title }, words)),
     isPaused && h("span", { class: "quiet-text" }, `since ${time(one.paused_since)}`),
     !isPaused && resets && h("span", { class: "quiet-text", title: time(one.reset_at) }, resets),
-    !isPaused && !resets && h("span", { class: "quiet-text" }, "frees as spending leaves its window"),
+    !isPaused && !resets && h("span", { class: "quiet-text" }, "rolling window"),
   );
 }
 
 const minutesOf = (ms) => Math.max(60_000, Math.ceil(ms / 60_000) * 60_000);
-const atEnd = (one) => (one.fallback ? `calls go to ${one.fallback}` : "calls are refused");
+const atEnd = (one) => (one.fallback ? `calls use ${one.fallback}` : "calls are rejected");
 
 export function resumeBudget(one, title) {
   const isPaused = one.paused_since !== null;
   const unit = one.unit === "usd" ? "USD" : "tokens";
-  const extra = field("extra", `More in this period, in ${unit}`, {
+  const extra = field("extra", `Extra amount for this period, in ${unit}`, {
     type: "number",
     value: isPaused ? "0" : "",
-    hint: `Spent: ${amount(one, one.spent)} of ${amount(one, one.amount)}. The next period is as before.`,
+    hint: `Spent: ${amount(one, one.spent)} of ${amount(one, one.amount)}. The extra amount ends with the period.`,
   });
   return confirm({
     title: isPaused ? `Resume ${title}?` : `Allow more of ${title}`,
-    text: isPaused ? "Calls are made again while there is room; where none is left it is paused again." : "",
+    text: isPaused ? "Calls are admitted again while the budget has room. Without room it pauses again, unless you add an extra amount." : "",
     fields: [extra],
     action: isPaused ? "Resume" : "Allow more",
     act: async (values) => {
@@ -146,7 +146,7 @@ export function resumeBudget(one, title) {
       const body = { by: "dashboard", scope: one.scope };
       body[one.unit === "usd" ? "extra_usd" : "extra_tokens"] = values.extra ?? 0;
       await post(`admin/budgets/${encodeURIComponent(one.name)}/resume`, body);
-      toast(isPaused ? `${title} goes on.` : `${title} allows ${amount(one, (values.extra ?? 0) * (one.unit === "usd" ? MICROS : 1))} more.`);
+      toast(isPaused ? `${title} is resumed.` : `${title} allows ${amount(one, (values.extra ?? 0) * (one.unit === "usd" ? MICROS : 1))} more.`);
     },
   });
 }

@@ -38,7 +38,7 @@ export function charts(signal) {
     rate,
     { ...shared, least: 0.1 },
   );
-  const cost = chart("Cost a minute", [["cost", "--chart-3", true]], perMinute, { ...shared, least: 0.01 });
+  const cost = chart("Cost per minute", [["cost", "--chart-3", true]], perMinute, { ...shared, least: 0.01 });
   const waits = chart("Queue wait", PERCENTILES, length, { ...shared, least: 10 });
   const lengths = chart("Upstream latency", [...PERCENTILES, ["p99", "--chart-3"]], length, { ...shared, least: 10 });
   const all = [depth, calls, cost, waits, lengths];

@@ -6,13 +6,13 @@ import { link } from "../../router.js";
 
 const OTHERS = "others";
 const KINDS = {
-  told_429: ["429 to clients", "Answers of 429 that clients got from here"],
+  told_429: ["429 to clients", "429 responses that clients received from this gateway"],
   throttled: ["429 from upstreams", "Calls that a provider answered with 429"],
-  refused: ["Rejected", "Before queueing: a wrong key, a spent budget, a body too large"],
+  refused: ["Rejected", "Rejected before queueing, such as for a wrong key, a used-up budget or a body that is too large"],
   expired: ["Deadline exceeded", "Not admitted before their deadline"],
-  retried: ["Retries", "Attempts after which a job went back into its queue"],
-  failed: ["Failed", "For good"],
-  cancelled: ["Cancelled", "By their clients"],
+  retried: ["Retries", "Attempts after which a job returned to its queue"],
+  failed: ["Failed", "Requests that failed permanently"],
+  cancelled: ["Cancelled", "Cancelled by their clients"],
 };
 
 export function faultsCard() {
@@ -41,8 +41,8 @@ export function faultsCard() {
   return {
     element: h(
       "section",
-      { class: "card", "aria-label": "429s and faults" },
-      h("div", { class: "card-head" }, h("h2", {}, "429s and faults"), span),
+      { class: "card", "aria-label": "429s and failures" },
+      h("div", { class: "card-head" }, h("h2", {}, "429s and failures"), span),
       h("div", { class: "card-body faults" }, h("dl", { class: "pairs" }, list), none, codes),
     ),
     trend(frame) {

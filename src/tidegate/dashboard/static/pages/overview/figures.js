@@ -9,7 +9,7 @@ const FIGURES = {
   waiting: "Waiting",
   calls: "Calls ended",
   waits: "Queue wait",
-  lengths: "Upstream",
+  lengths: "Upstream latency",
   throttled: "429s",
   failed: "Failed",
   spent: "Spent today",

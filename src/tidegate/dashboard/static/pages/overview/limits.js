@@ -25,7 +25,7 @@ const BUSY_MS = 20_000; // for so long a limit that was busy stays in the list
 const ORDER_MS = 10_000; // how often rows may change places
 const ALL_EVERY_MS = 2_000;
 const TYPED_MS = 250;
-const GROUPS = { none: "No groups", kind: "By type", model: "By model", tenant: "By tenant" };
+const GROUPS = { none: "No grouping", kind: "By type", model: "By model", tenant: "By tenant" };
 
 const isBusy = (one) =>
   one.waiting > 0 || one.paused_ms > 0 || one.bound === 0 || (one.used > 0 && one.used >= one.current) || (one.adaptive && one.current < one.bound);
@@ -71,10 +71,10 @@ export function limitsCard(pool, signal) {
     });
     draw(rows, (one) => (one.group === undefined ? keyOf(one) : `group ${one.group}`));
     idle.hidden = rows.length > 0;
-    say(idle, state.search ? `No limit has ${state.search} in its name.` : "No limits.");
+    say(idle, state.search ? `No limit matches ${state.search}.` : "No limits.");
   }, (problem) => {
     idle.hidden = false;
-    say(idle, `Not read again: ${said(problem)}`);
+    say(idle, `Not refreshed: ${said(problem)}`);
   });
   const shownChoice = choice("Which limits", { busy: "Busy", all: "All" }, state.shown, (shown) => {
     state.shown = shown;
@@ -253,16 +253,16 @@ function learnedRow(limit, pool) {
 }
 
 export function acceptLimit(pool, limit) {
-  const reason = field("reason", "Reason (goes on record)", { maxlength: 500 });
+  const reason = field("reason", "Reason (recorded)", { maxlength: 500 });
   return confirm({
-    title: `Accept ${limit} as learned?`,
-    text: "The bound that the provider's answers report is in force in every process within a second.",
+    title: `Accept the reported bound of ${limit}?`,
+    text: "The bound that the provider's answers report takes effect in all processes within a second.",
     fields: [reason],
     action: "Accept",
     act: async (values) => {
       const body = { limits: [limit], by: "dashboard", reason: values.reason };
       await post("admin/limits/accept", body, { query: { pool } });
-      toast(`${limit} is in force as learned.`);
+      toast(`The reported bound of ${limit} is in force.`);
     },
   });
 }
@@ -360,7 +360,7 @@ const dollars = (micros) => `$${(micros / MICROS).toFixed(2)}`;
 /** Under the figures: what else there is to know of them. */
 function leftOf(one) {
   if (one.sort === "concurrency") {
-    return one.lapsing ? `${count(one.lapsing)} held for the dead` : " ";
+    return one.lapsing ? `${count(one.lapsing)} of expired sessions` : " ";
   }
   if (one.bound >= NO_BOUND) return " ";
   const left = Math.max(0, one.current - one.used);
@@ -377,17 +377,17 @@ function drawBadges(badges, one, isPaused, isFull) {
     said.push(["bad", `Paused, ${until}`, one.paused_by]);
   } else if (one.bound === 0) said.push(["bad", "Closed", "A limit of 0 admits no calls"]);
   else if (one.room_in_ms > 0 && isFull) {
-    said.push(["warn", `Room in ${length(secondsOf(one.room_in_ms))}`, "When the window lets go"]);
+    said.push(["warn", `Room in ${length(secondsOf(one.room_in_ms))}`, "When the window has capacity again"]);
   } else if (isFull && !one.shadow) said.push(["warn", "Full", ""]);
   if (one.adaptive && one.current < one.bound) {
     said.push(["accent", `Adapting: ${count(one.current)} of ${count(one.bound)}`, ""]);
   }
   if (one.others_share > 0) {
     const share = `${Math.round(one.others_share * 100)} %`;
-    said.push(["warn", `Others take ${share}`, "Of the same account: that much is kept free for them"]);
+    said.push(["warn", `Others take ${share}`, "Other programs use this share of the account; it is kept free for them"]);
   }
   if (one.source && one.source !== "set") said.push(["", one.source === "learned" ? "Learned" : "Imported", ""]);
-  if (one.shadow) said.push(["", `Only counts: ${brief(one.shadowed)} would have waited`, ""]);
+  if (one.shadow) said.push(["", `Shadow: ${brief(one.shadowed)} would have waited`, ""]);
   const text = said.map((parts) => parts.join("|")).join("\n");
   if (badges.dataset.said === text) return;
   badges.dataset.said = text;
@@ -406,17 +406,17 @@ export function changeLimit(pool, one) {
   const bound = field("bound", `New limit, in ${unit}`, {
     type: "number",
     value: String(told),
-    hint: `Now ${one.words}. 0 admits no calls. Lowering it drains: no call is cut off.`,
+    hint: `Now ${one.words}. 0 admits no calls. Lowering a limit cancels no call.`,
   });
-  const reason = field("reason", "Reason (goes on record)", { maxlength: 500 });
-  const rehearsed = h("a", { href: link("/what-if", { pool }) }, "See what it would have done on a recorded day");
+  const reason = field("reason", "Reason (recorded)", { maxlength: 500 });
+  const rehearsed = h("a", { href: link("/what-if", { pool }) }, "Simulate the change on a recorded day");
   rehearsed.addEventListener("click", () => {
     rehearsed.href = link("/what-if", { pool, set: textOf([[one.limit, bound.input.value]]) });
     rehearsed.closest("dialog").close();
   });
   return confirm({
     title: `Change ${one.limit}`,
-    text: "In force in every process within a second.",
+    text: "Takes effect in all processes within a second.",
     fields: [bound, reason],
     below: rehearsed,
     action: "Change the limit",
@@ -435,26 +435,26 @@ export function changeLimit(pool, one) {
         },
         { query: { pool } },
       );
-      toast(`${one.limit} is ${one.unit === "usd" ? "$" : ""}${count(values.bound)} from now on.`);
+      toast(`${one.limit} is ${one.unit === "usd" ? "$" : ""}${count(values.bound)} now.`);
     },
   });
 }
 
 function pauseLimit(pool, one) {
-  const forMs = field("for_ms", "For how long", {
+  const forMs = field("for_ms", "Duration", {
     options: {
       60000: "1 minute",
       300000: "5 minutes",
       1800000: "30 minutes",
       3600000: "1 hour",
-      "": "Until it is resumed",
+      "": "Until resumed",
     },
     value: "300000",
   });
   const reason = field("reason", "Reason", { maxlength: 500 });
   return confirm({
     title: `Pause ${one.limit}?`,
-    text: "No call is admitted under it meanwhile. Calls that run go on, those that wait keep their places.",
+    text: "No call is admitted under this limit while it is paused. Running calls continue, and waiting calls keep their place.",
     fields: [forMs, reason],
     action: "Pause",
     danger: true,
@@ -462,7 +462,7 @@ function pauseLimit(pool, one) {
       const body = { by: "dashboard", reason: values.reason };
       if (values.for_ms) body.for_ms = Number(values.for_ms);
       const { done } = await post(`admin/limits/${encodeURIComponent(one.limit)}/pause`, body, { query: { pool } });
-      toast(done ? `${one.limit} is paused.` : `A longer pause of ${one.limit} stays.`);
+      toast(done ? `${one.limit} is paused.` : `${one.limit} is already paused for longer.`);
     },
   });
 }

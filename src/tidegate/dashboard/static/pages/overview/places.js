@@ -29,7 +29,7 @@ export function processesCard() {
         say(left, one.left_ms > 0 ? length(one.left_ms) : NOTHING);
         const gone = one.left_ms <= 0;
         mark(badge, "class", `badge ${gone ? "bad" : one.blocked ? "warn" : "good"}`);
-        say(badge, gone ? "Silent" : one.blocked ? "Takes no grants" : "Healthy");
+        say(badge, gone ? "Not responding" : one.blocked ? "Accepts no permits" : "Healthy");
       },
     };
   });
@@ -66,8 +66,8 @@ export function processesCard() {
 
 const STATES = {
   ok: ["good", "Healthy"],
-  out: ["bad", "Left out"],
-  trying: ["warn", "On trial"],
+  out: ["bad", "Out of service"],
+  trying: ["warn", "Probing"],
 };
 
 /** `pool()` is the scope. */
@@ -90,7 +90,7 @@ export function upstreamsCard(pool) {
         load,
       ),
       update(one) {
-        const refused = ["bad", one.unpaid ? "No money left" : "Refuses our key"];
+        const refused = ["bad", one.unpaid ? "No credit" : "Key rejected"];
         const [kind, words] = one.key_refused ? refused : STATES[one.state];
         const some = one.out_in && one.processes > 1;
         mark(badge, "class", `badge ${kind}`);
@@ -111,7 +111,7 @@ export function upstreamsCard(pool) {
     element: h(
       "section",
       { class: "card", "aria-label": "Upstreams" },
-      h("div", { class: "card-head" }, h("h2", {}, "Upstreams"), span, h("div", { class: "end" }, h("a", { class: "quiet-text", href: link("/upstreams") }, "More"))),
+      h("div", { class: "card-head" }, h("h2", {}, "Upstreams"), span, h("div", { class: "end" }, h("a", { class: "quiet-text", href: link("/upstreams") }, "Details"))),
       list,
       h("p", { class: "quiet-text card-body" }, "The worst state that any process reports."),
     ),

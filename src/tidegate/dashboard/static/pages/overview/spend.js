@@ -18,12 +18,12 @@ export function spendCard() {
     if (latest === null) return;
     const { tenants, models, total } = latest[span];
     const cost = total.cost_micros ? `, ${money(total.cost_micros / 1e6)}` : "";
-    say(note, `${counted(total.requests, "request", "requests", brief)}${cost}, by days of UTC`);
+    say(note, `${counted(total.requests, "request", "requests", brief)}${cost}, days in UTC`);
     fill(
       tables,
       total.requests
         ? [table("Tenant", tenants, total), table("Model", models, total)]
-        : empty("Nothing was spent yet", "Requests count once they are on record."),
+        : empty("No spend yet", "A request counts once it is on record."),
     );
   };
   return {
@@ -38,8 +38,8 @@ export function spendCard() {
         h(
           "div",
           { class: "end" },
-          h("a", { class: "quiet-text", href: link("/usage") }, "More"),
-          choice("Of which time", SPANS, span, (chosen) => {
+          h("a", { class: "quiet-text", href: link("/usage") }, "Details"),
+          choice("Period", SPANS, span, (chosen) => {
             span = chosen;
             show();
           }),
@@ -55,7 +55,7 @@ export function spendCard() {
       const cost = totals.judged_cost_micros ? `, ${money(totals.judged_cost_micros / 1e6)}` : "";
       const asked = totals.judged === 1 ? "1 question" : `${brief(totals.judged)} questions`;
       const tokens = `${brief(totals.judged_tokens)} tokens${cost}`;
-      say(judged, `Not in the tables: ${asked} of the classifier in the last ${words}, ${tokens}`);
+      say(judged, `Not included: ${asked} of the classifier in the last ${words}, ${tokens}`);
     },
     record(frame) {
       if (JSON.stringify(latest) === JSON.stringify(frame.spent)) return;
@@ -100,6 +100,6 @@ function table(label, rows, total) {
       h("tbody", {}, body),
     ),
     rows.length > SHOWN &&
-      h("p", { class: "quiet-text card-body" }, `and ${count(rows.length - SHOWN)} more or others`),
+      h("p", { class: "quiet-text card-body" }, `and ${count(rows.length - SHOWN)} more`),
   );
 }

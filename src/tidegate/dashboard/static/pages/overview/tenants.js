@@ -22,12 +22,12 @@ export function tenantsCard(pool, find) {
   const heads = [
     ["Tenant", ""],
     ["Waiting", "number"],
-    ["Held up by", "wide"],
+    ["Waits for", "wide"],
     ["Weight", "number"],
     [MEASURES.seconds[1], "shares"],
     ["", "actions"],
   ].map(([words, kind]) =>
-    h("th", { scope: "col", class: kind }, words || h("span", { class: "visually-hidden" }, "Do")),
+    h("th", { scope: "col", class: kind }, words || h("span", { class: "visually-hidden" }, "Actions")),
   );
   const table = h(
     "table",
@@ -140,7 +140,7 @@ function row(tenant, pool, find) {
       limit.hidden = !limit.textContent;
       say(itself, one.waiting ? (one.held_up_by ? "" : "its process") : NOTHING);
       say(weight, one.weight === null ? NOTHING : count(one.weight));
-      mark(weight, "title", one.weight === null ? "Another at each upstream" : null);
+      mark(weight, "title", one.weight === null ? "Differs by upstream" : null);
       got.style.width = `${(one.got ?? 0) * 100}%`;
       due.style.left = `${(one.due ?? 0) * 100}%`;
       due.hidden = one.due === null;
@@ -154,7 +154,7 @@ function changeWeight(pool, one) {
   const weight = field("weight", "Weight, from 1 to 1,000", {
     type: "number",
     value: String(one.weight),
-    hint: "Its share against others who wait: a tenant of 2 gets twice what a tenant of 1 does.",
+    hint: "Its share while tenants compete: weight 2 gets twice as much as weight 1.",
   });
   return confirm({
     title: `Weight of ${one.tenant}`,
@@ -167,7 +167,7 @@ function changeWeight(pool, one) {
         { weight: values.weight, expected: { weight: one.weight }, by: "dashboard" },
         { query: { pool } },
       );
-      toast(`${one.tenant} weighs ${count(values.weight)} from now on.`);
+      toast(`The weight of ${one.tenant} is ${count(values.weight)} now.`);
     },
   });
 }

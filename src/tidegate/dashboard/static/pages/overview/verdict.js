@@ -14,10 +14,10 @@ const WORDS = { healthy: "Healthy", degraded: "Degraded", down: "Down" };
 /** `latest()` gives the newest frames: `{ live, budgets }`. */
 export function verdictCard(latest) {
   const sign = h("span", { class: "verdict-sign", "aria-hidden": "true" });
-  const word = h("b", { class: "verdict-word" }, "Looking");
+  const word = h("b", { class: "verdict-word" }, "Loading");
   const words = h("span", { class: "verdict-words" });
   const ofAll = h("span", { class: "quiet-text", hidden: true }, "Of all upstreams");
-  const list = h("ul", { class: "causes", "aria-label": "What needs a look", hidden: true });
+  const list = h("ul", { class: "causes", "aria-label": "Problems", hidden: true });
   const more = h("p", { class: "quiet-text causes-more", hidden: true });
   const draw = keyed(list, (first) => causeRow(first, latest));
   const element = h(
@@ -38,7 +38,7 @@ export function verdictCard(latest) {
       list.hidden = !verdict.causes.length;
       draw(verdict.causes, keyOf);
       more.hidden = !verdict.more;
-      say(more, `and ${count(verdict.more)} more: tidegate status --json names the first ones`);
+      say(more, `and ${count(verdict.more)} more`);
     },
   };
 }
@@ -82,7 +82,7 @@ function actsOn(first, now, latest) {
     found.push(button("Resume", async () => resumeLimit(pool, await viewOf(latest, pool, subject))));
   } else if (kind === "bottleneck" || kind === "limit_closed") {
     found.push(
-      h("a", { class: "button small quiet", href: link("/requests", { status: "open" }) }, "What waits"),
+      h("a", { class: "button small quiet", href: link("/requests", { status: "open" }) }, "Waiting requests"),
       button("Change the limit", async () => changeLimit(pool, await viewOf(latest, pool, subject))),
     );
   } else if (kind === "drift") {
@@ -90,11 +90,11 @@ function actsOn(first, now, latest) {
   } else if (kind.startsWith("budget_")) {
     found.push(button("Allow more", () => resumeOf(latest, subject, now())));
   } else if (kind === "key_refused" || kind === "upstream_out" || kind === "upstreams_out") {
-    found.push(h("a", { class: "button small", href: link("/upstreams") }, "Look at it"));
+    found.push(h("a", { class: "button small", href: link("/upstreams") }, "View upstreams"));
   } else if (kind === "dead_jobs" || kind === "webhooks_given_up") {
-    found.push(h("a", { class: "button small", href: link("/attention") }, "Look at them"));
+    found.push(h("a", { class: "button small", href: link("/attention") }, "View"));
   } else if (kind === "alerts_given_up") {
-    found.push(h("a", { class: "button small", href: link("/alerts") }, "Look at them"));
+    found.push(h("a", { class: "button small", href: link("/alerts") }, "View alerts"));
   }
   if (first.command) found.push(copyButton(first.command));
   return found;
@@ -111,7 +111,7 @@ async function viewOf(latest, pool, limit) {
     const found = page.limits.find(isIt);
     if (found) return found;
     offset += page.limits.length;
-    if (offset >= page.total || !page.limits.length) throw new Problem({ detail: `There is no limit ${limit} any more.` });
+    if (offset >= page.total || !page.limits.length) throw new Problem({ detail: `The limit ${limit} no longer exists.` });
   }
 }
 
@@ -120,7 +120,7 @@ function resumeOf(latest, name, cause) {
   const isOf = (one) => one.name === name && cause.words.startsWith(`Budget ${name}${whose(one)} is `);
   const one = latest().budgets?.budgets.find(isOf);
   if (one) resumeBudget(one, titleOf(one));
-  else toast(`Below, the budgets that are used most are shown, and not this one: ${cause.command}`, "bad");
+  else toast(`This budget is not among those shown below. Use the command: ${cause.command}`, "bad");
 }
 
 function copyButton(command) {
@@ -131,7 +131,7 @@ function copyButton(command) {
   );
   button.addEventListener("click", async () => {
     const isCopied = await copied(command);
-    toast(isCopied ? `Copied: ${command}` : `The browser does not let this page copy: ${command}`, isCopied ? "good" : "bad");
+    toast(isCopied ? `Copied: ${command}` : `The browser does not allow copying. The command is: ${command}`, isCopied ? "good" : "bad");
   });
   return button;
 }
