@@ -179,3 +179,20 @@ async def a_body_poses_as_no_request(stage: Stage, seen: Seen) -> None:
         await seen.page.evaluate("(one) => { location.hash = one; }", address)
         await expect(seen.page.get_by_text(f"{request_id}/request is not a")).to_be_visible()
         await expect(seen.page.get_by_role("button", name="Redeliver")).to_have_count(0)
+
+
+async def calls_that_do_not_count_are_named(page: Page, request_id: str) -> None:
+    """Of three calls of a job two were failures of the upstream, which count for no attempt."""
+
+    async def called_thrice(route: Route) -> None:
+        view = await (response := await route.fetch()).json()
+        failed = {"outcome": "failed", "process": "worker-1", "model": "gemini-2.5-flash"}
+        view["attempts"] = [failed | {"number": number} for number in (1, 2, 3)]
+        view["request"]["attempts"] = 1
+        await route.fulfill(response=response, json=view)
+
+    address = f"**/admin/requests/{request_id}"
+    await page.route(address, called_thrice)
+    await expect(page.locator(".facts")).to_contain_text("Counted attempts1 of 3")
+    await expect(page.locator(".part-attempts")).to_contain_text("1 of 3 count for MAX_ATTEMPTS.")
+    await page.unroute(address, called_thrice)

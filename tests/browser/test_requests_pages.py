@@ -25,6 +25,7 @@ from playwright.async_api import Page, Route, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.browser.lists import (
+    calls_that_do_not_count_are_named,
     cancelled_beyond_a_page,
     ten_thousand_rows_are_all,
     twenty_filters_are_kept,
@@ -152,6 +153,7 @@ async def test_one_that_waits_is_found_says_for_what_and_is_cancelled(stage: Sta
         await page.route(f"**/admin/requests/{waiter}", passed_on)
         await expect(now.get_by_role("link", name=waiter[:18])).to_be_visible()
         await page.unroute(f"**/admin/requests/{waiter}", passed_on)
+        await calls_that_do_not_count_are_named(page, waiter)
         await page.get_by_role("button", name="Cancel").click()
         dialog = page.get_by_role("dialog")
         await page.keyboard.press("Escape")

@@ -141,10 +141,10 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
     part("prompt", [request.prompt, request.files, request.image_uri, stored], () => prompt(request, files, stored));
     const answered = [request.text, request.answer, request.images, request.status, stored];
     part("answer", answered, () => answer(request, files, stored));
-    part("attempts", view.attempts, () => attempts(view.attempts));
+    part("attempts", [view.attempts, request.attempts], () => attempts(view.attempts, request.attempts));
     part("webhooks", view.webhooks, () => webhooks(view.webhooks, redeliver));
     part("bodies", view.bodies, () => bodies(view.bodies, id, signal));
-    part("facts", request, () => facts(request));
+    part("facts", [request, view.attempts.length], () => facts(request, view.attempts.length));
   }
 
   function paintActions() {

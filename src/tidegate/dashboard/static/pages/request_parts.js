@@ -11,6 +11,7 @@ import { charsOf, isCut, isOpen, kindOf, linkTo, SOURCES, tierOf } from "./reque
 
 const LONG_CHARS = 1_200;
 const MOST_SHOWN_BYTES = 256 * 1024;
+const NOT_COUNTED = "Among those not counted are failures of the upstream itself, such as 429, 503 or no connection.";
 
 /** Text as it is; a long one is folded until it is asked for. */
 export function text(words, label, isCode = false) {
@@ -70,7 +71,8 @@ function asIs(written, isJson) {
   }
 }
 
-export function facts(request) {
+/** `calls`: how many calls to upstreams are listed, of which some do not count for MAX_ATTEMPTS. */
+export function facts(request, calls) {
   const usage = request.usage ?? {};
   const rows = [
     ["Tenant", request.tenant],
@@ -93,7 +95,7 @@ export function facts(request) {
     ["Waited", request.queue_ms !== undefined && length(request.queue_ms)],
     ["First byte", request.first_byte_ms !== undefined && length(request.first_byte_ms)],
     ["Call time", request.upstream_ms !== undefined && length(request.upstream_ms)],
-    ["Attempts", request.attempts],
+    ["Counted attempts", calls > request.attempts ? `${request.attempts} of ${calls}` : request.attempts],
     ["Workers lost", request.lapses || null],
     ["Finish reason", request.finish_reason],
     ["Input tokens", tokens(usage.input_tokens)],
@@ -160,7 +162,8 @@ function cost(request) {
   return `${money(request.cost_micros / 1e6)}${how}${at}`;
 }
 
-export function attempts(list) {
+/** `counted`: how many of the calls count for MAX_ATTEMPTS. */
+export function attempts(list, counted) {
   if (list.length === 0) return null;
   const hasFirst = list.some((one) => one.first_byte_ms !== undefined);
   const first = hasFirst ? ["First byte"] : [];
@@ -180,7 +183,8 @@ export function attempts(list) {
       h("td", { class: "number" }, count(one.usage?.total_tokens)),
       h("td", { class: "quiet-text one-line" }, one.process),
     );
-  return tableOf("Attempts", heads, numbers, list.map(row));
+  const table = tableOf("Attempts", heads, numbers, list.map(row));
+  return counted < list.length ? [table, words(`${counted} of ${list.length} count for MAX_ATTEMPTS. ${NOT_COUNTED}`)] : table;
 }
 
 function outcome(one) {
