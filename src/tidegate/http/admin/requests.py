@@ -166,8 +166,7 @@ def _tries(detail: RequestDetail, now: datetime) -> list[StepView]:
 
 
 def _of_row(detail: RequestDetail) -> list[StepView]:
-    """Return these steps for a record without attempts: of a request that was never admitted, or of
-    a native call, whose attempts are only counted."""
+    """Return these steps of a call that was never admitted, or whose attempts are only counted."""
     record = detail.record
     if record.admitted_at is None:
         goes_on = not record.status.is_end
@@ -176,10 +175,9 @@ def _of_row(detail: RequestDetail) -> list[StepView]:
         return [StepView("waiting", words, record.created_at, until, goes_on=goes_on)]
     at = f" at {upstream}" if (upstream := detail.of("upstream")) else ""
     at += f" in {record.attempts} attempts" if record.attempts > 1 else ""
-    waited = timedelta(milliseconds=record.queue_ms or 0)
-    waiting_at = max(record.admitted_at - waited, record.created_at)
+    waited_from = record.admitted_at - timedelta(milliseconds=record.queue_ms or 0)
     return [
-        _waited(waiting_at, record.admitted_at, None),
+        _waited(max(waited_from, record.created_at), record.admitted_at, None),
         StepView(
             "calling",
             f"called {record.model or 'the provider'}{at}",
