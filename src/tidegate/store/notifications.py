@@ -56,6 +56,7 @@ _MOVES_PER_MESSAGE, _MOST_MOVES = 50, 1_000  # of at most 130 bytes
 _PHASE_S = random.random()  # so that the processes of a machine do not wake together
 _RECONNECT_MS = 500
 _LISTEN_TIMEOUT_MS = 2_000
+AGREE_S = 1.0  # more than a reading is late by, less than a deadline or a retry is exact to
 # asyncpg raises the second if the connection's end was announced between two statements.
 _CUT = (asyncpg.InterfaceError, asyncpg.InternalClientError)
 
@@ -69,11 +70,17 @@ def next_beat_s(every_s: float) -> float:
 
 class ServerClock:
     """PostgreSQL's clock, as last read by the pulse and a worker's heartbeats: a process's own
-    clock may be wrong, or be set while it runs."""
+    clock may be wrong, or be set while it runs. While both agree to within `AGREE_S` the process's
+    own clock is used: a reading is only as exact as a round trip is short, and times of one request
+    that different clocks have stamped would be out of order."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._read: tuple[float, datetime] | None = None
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._clock, self._wall = clock, wall
+        self._read: tuple[float, datetime] | None = None  # None while the clocks agree
 
     def __repr__(self) -> str:
         return f"<ServerClock {self.now()}>"
@@ -84,12 +91,15 @@ class ServerClock:
 
     def read(self, begun: float, at: datetime) -> None:
         """Set the time `at` that PostgreSQL returned, for the middle of the query's duration."""
-        self._read = (begun + self._clock()) / 2, at
+        ended = self._clock()
+        middle = (begun + ended) / 2
+        apart = at - self._wall() + timedelta(seconds=ended - middle)
+        self._read = None if abs(apart) <= timedelta(seconds=AGREE_S) else (middle, at)
 
     def now(self) -> datetime:
-        """Return PostgreSQL's time, or this process's until it was read."""
+        """Return PostgreSQL's time, or this process's until it was read and while both agree."""
         if self._read is None:
-            return datetime.now(UTC)
+            return self._wall()
         read_at, at = self._read
         return at + timedelta(seconds=self._clock() - read_at)
 
