@@ -457,6 +457,7 @@ class Session:
         self._full = True
         self._tend = False
         self._must_join = True
+        self._joining = False  # a join was sent that is not answered yet
         self.policy_due = False
         self._leaving = False
         self._failing = True
@@ -478,7 +479,9 @@ class Session:
         the next comparison."""
         identity = self.lease.identity
         self.traffic.pushes += len(push.grants) > 0
-        if self._must_join or (push.epoch, push.gen) != (identity.epoch, identity.gen):
+        # A join takes back what was pushed before it, and may have been processed already.
+        unsure = self._must_join or self._joining
+        if unsure or (push.epoch, push.gen) != (identity.epoch, identity.gen):
             return
         if self.check_lapse():
             return
@@ -575,6 +578,7 @@ class Session:
 
         Pass the outcome to `answered`, `unanswered` or `failed`."""
         joining = self._must_join or self.policy_due
+        self._joining |= joining
         at = self.lease.now_ms()
         queue, remembered, self._batch = self._queue, self.remembered, self._batch + 1
         if self._must_join:
@@ -670,7 +674,7 @@ class Session:
             self.check_lapse()
             return
         self.accepted = True
-        self._must_join = False
+        self._must_join = self._joining = False
         self._failing = False
         self._lapse_seen = False
         # A policy that was set while the request was in progress is still to be sent.
