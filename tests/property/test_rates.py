@@ -374,6 +374,57 @@ def test_a_ramp_lets_use_grow_no_faster_than_it_says(bench: Bench) -> None:
         assert after <= 2 * max(10, before) + 20
 
 
+RAMP = Ramp(10, 100)
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        Rate(1000, MINUTE_MS, "tokens", slack_ms=0, settles=False, ramp=RAMP),
+        Rate(1000, MINUTE_MS, "tokens", slack_ms=0, settles=False, ramp=RAMP, shape="bucket"),
+    ],
+)
+def test_a_ramp_has_room_as_soon_as_calls_of_its_window_expire(bench: Bench, rate: Rate) -> None:
+    """Its bound grows by ten a minute, so what expires makes room first."""
+    bench.put_in_force(rate)
+    bench.end(bench.ask(50), 50)
+    bench.wait(30_000)
+    bench.end(bench.ask(50), 50)
+    bench.ask(40)
+    assert bench.running == 0
+    at = bench.world.model.pump.timed[LIMIT] - bench.world.model.pool.now
+    assert 30_000 <= at <= 31_500
+    bench.wait(at - 1)
+    assert bench.running == 0
+    bench.wait(1)
+    assert bench.running == 1
+
+
+def test_a_ramp_of_requests_has_room_as_soon_as_one_of_them_expires(bench: Bench) -> None:
+    bench.put_in_force(Rate(100, MINUTE_MS, slack_ms=0, ramp=Ramp(1, 4)))
+    for _ in range(4):
+        bench.end(bench.ask(0), None)
+        bench.wait(10_000)
+    bench.ask(0)
+    at = bench.world.model.pump.timed[LIMIT] - bench.world.model.pool.now
+    assert at == 20_001
+    bench.wait(at)
+    assert bench.running == 1
+
+
+def test_no_call_is_refused_early_for_a_ramp_alone(bench: Bench) -> None:
+    """What expires and what others take may let the bound grow sooner than it does now."""
+    bench.put_in_force(Rate(100, MINUTE_MS, slack_ms=0, ramp=Ramp(1, 4)))
+    for _ in range(4):
+        bench.end(bench.ask(0), None)
+        bench.wait(10_000)
+    bench.ask(0, left_ms=15_000)
+    assert bench.client.queue.waiting
+    bench.put_in_force(Rate(4, MINUTE_MS, slack_ms=0, ramp=Ramp(1, 4)))
+    refused = bench.ask(0, tenant="other", left_ms=15_000)
+    assert refused not in bench.client.queue.waiting
+
+
 def test_waiters_of_a_rate_keep_their_turn_until_their_process_has_acknowledged(
     bench: Bench,
 ) -> None:

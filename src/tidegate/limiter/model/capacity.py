@@ -101,6 +101,15 @@ class Capacity:
             return at
         return max(at, limit.spending.room_at(limit.limit, amount, self.pool.now))
 
+    def certain_at(self, limit: LimitState, amount: int, at: int) -> int:
+        """Return the time before which there is certainly no room, where time alone makes it `at`.
+
+        Calls that are admitted until then may raise the bound of a ramp.
+        """
+        if isinstance(limit.limit, Rate) and limit.limit.ramp is not None and at:
+            return self.free_after(limit, 0, amount)
+        return at
+
     def _paced_at(self, limit: LimitState, amount: int) -> int:
         now = self.pool.now
         return limit.spending.paced_at(

@@ -43,12 +43,14 @@ class Earliest(NamedTuple):
     """When there is room if nothing is returned.
 
     at: 0 if ending calls make room or it is unknown. used: -1 for a paused limit. firm: whether
-    `at` is certain for every call.
+    `at` is certain for every call. certain_at: before this there is certainly no room; earlier than
+    `at` under a ramp.
     """
 
     at: int
     used: int
     firm: bool
+    certain_at: int
 
 
 class Before(NamedTuple):
@@ -122,17 +124,19 @@ class Outlooks:
         return exact or (limit.is_rate and limit.name in self.firm)
 
     def _earliest(self, limit: LimitState, amount: int) -> Earliest:
-        pause, at, used = self.pool.pause_of(limit), 0, limit.used
+        pause, at, used, certain_at = self.pool.pause_of(limit), 0, limit.used, 0
         if limit.is_rate:
             used, at = self.capacity.spent(limit), self.capacity.free_at(limit, amount)
+            certain_at = self.capacity.certain_at(limit, amount, at)
         if limit.limit.shadow:
             at = 0
         paused_at = pause.until if pause and pause.until > self.pool.now else 0
         if at > paused_at:
-            return Earliest(at, used, self._is_firm(limit))
+            certain_at = max(certain_at, paused_at)
+            return Earliest(at, used, self._is_firm(limit) and certain_at == at, certain_at)
         if pause and paused_at:
-            return Earliest(paused_at, -1, pause.gate is None)
-        return Earliest(0, used, firm=False)
+            return Earliest(paused_at, -1, pause.gate is None, paused_at)
+        return Earliest(0, used, firm=False, certain_at=0)
 
     def bar(
         self,
@@ -199,8 +203,8 @@ class Outlooks:
         settled = limit.is_rate and (self._is_firm(limit) or returned)
         if not settled and not self.pool.pause_of(limit):
             return []
-        at, used, firm = self._earliest(limit, amount)
-        is_late = at > latest and (firm or (settled and used >= 0))
+        at, used, firm, certain_at = self._earliest(limit, amount)
+        is_late = certain_at > latest and (firm or (settled and used >= 0))
         if used < 0 or not settled or limit.limit.shadow:
             return [Late(at, limit.name, used, 0, 0)] if is_late else []
         if self._is_firm(limit):
@@ -289,7 +293,7 @@ class Outlooks:
                 if limit.is_rate and not self._is_firm(limit):
                     member = read_member(queue.first()[0])
                     amount = member.amount(queue.flow.lane.index(limit.name))
-                at, used, firm = self._earliest(limit, amount)
+                at, used, firm, _ = self._earliest(limit, amount)
                 room_ms = max(0, at - self.pool.now)
                 found.append(Outlook(number, queue.at, room_ms, used, int(firm)))
         return found

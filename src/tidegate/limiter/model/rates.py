@@ -54,21 +54,11 @@ class Pacing:
         more = self.level * percent * max(0, now - self.since) / 6_000_000
         return min(limit.bound, self.level + floor(more))
 
-    def room_at(self, limit: Rate, amount: int, spent: int, now: int) -> int:
-        """Return when `amount` fits beside what is `spent`; 0 if it fits now."""
-        at = 0
-        if limit.pace_ms is not None:
-            own_us = self._lasts_us(limit, amount)
-            earliest_us = self.even_us - max(0, limit.pace_ms * 1000 - own_us)
-            if earliest_us > now * 1000:
-                at = ceil(earliest_us / 1000)
-        needed = spent + amount
-        if spent > 0 and self.bound(limit, now) < needed <= limit.bound:
-            assert limit.ramp is not None
-            percent = limit.ramp.percent_per_minute
-            grows_ms = ceil((needed - self.level) * 6_000_000 / (self.level * percent))
-            at = max(at, now + 1, min(self.since + grows_ms, now + span_of(limit)))
-        return at
+    def grown_at(self, limit: Rate, needed: int) -> int:
+        """Return when the ramp's bound reaches `needed`, if nothing is taken until then."""
+        assert limit.ramp is not None
+        more = max(0, needed - self.level)
+        return self.since + ceil(more * 6_000_000 / (self.level * limit.ramp.percent_per_minute))
 
     def even_after(self, limit: Rate, before: int, amount: int, now: int) -> int:
         """Return when an even flow has room for `amount` after `before`, if nothing is returned."""
@@ -393,10 +383,27 @@ class RateSpending:
         return self.pacing
 
     def paced_at(self, limit: Limit, amount: int, spent: int, now: int) -> int:
-        """Return when an even flow and the ramp have room for `amount`; 0 for now."""
+        """Return when an even flow and the ramp have room for `amount` if nothing is taken or
+        returned until then; 0 for now.
+        """
         if not isinstance(limit, Rate) or not self.is_paced(limit):
             return 0
-        return (self.pacing or Pacing()).room_at(limit, amount, spent, now)
+        pacing = self.pacing or Pacing()
+        at = pacing.even_after(limit, 0, amount, now)
+        if spent > 0 and pacing.bound(limit, now) < spent + amount <= limit.bound:
+            at = max(at, now + 1, self._ramp_room_at(limit, amount, spent, now))
+        return at
+
+    def _ramp_room_at(self, limit: Rate, amount: int, spent: int, now: int) -> int:
+        """Return when the ramp has room: its bound grows, and what was taken expires."""
+        pacing, at, span = self.pacing or Pacing(), now, span_of(limit)
+        parts = [(at, 1) for at in self.log] if limit.exact else sorted(self.buckets.items())
+        for end, part in parts:
+            grown_at = pacing.grown_at(limit, spent + amount) if spent > 0 else at
+            if grown_at < end + span:
+                return max(at, grown_at)
+            at, spent = end + span, spent - part
+        return at
 
     def grows_too_fast(self, limit: Rate, amount: int, now: int) -> bool:
         """Return whether a ramp has no room for `amount` beside what was taken.
@@ -407,7 +414,11 @@ class RateSpending:
         return taken > 0 and pacing.bound(limit, now) < taken + amount
 
     def paced_after(self, limit: Limit, before: int, amount: int, now: int) -> int:
-        """Return as `paced_at`, after calls that take `before`; a ramp may have room sooner."""
+        """Return as `paced_at`, after calls that take `before`, by the even flow alone.
+
+        A ramp may have room sooner than its growth says: what was taken expires, and others that
+        take more raise its level.
+        """
         if not isinstance(limit, Rate) or not self.is_paced(limit):
             return 0
         return (self.pacing or Pacing()).even_after(limit, before, amount, now)

@@ -43,8 +43,8 @@ local function late_at(limit, amount, before, here, latest)
   local is_firm = T.is_firm(limit)
   local settled = limit.sort ~= 'c' and (is_firm or limit.used == 0 and not T.is_usage_due())
   if not settled and not limit.pause then return nil end
-  local at, used, firm = T.earliest(limit, amount)
-  local late = at > latest and (firm or settled and used >= 0)
+  local at, used, firm, certain_at = T.earliest(limit, amount)
+  local late = certain_at > latest and (firm or settled and used >= 0)
   if used < 0 or not settled or limit.shadow then
     return late and { at, limit.name, used, 0, 0 } or nil
   end

@@ -28,19 +28,24 @@ function T.is_usage_due()
   return T.usage_due
 end
 
--- The time of room, if nothing is released; the usage, -1 for a paused limit; and
--- whether that time is certain for every call. 0 if a call that ends makes room, or if it is unknown.
+-- The time of room, if nothing is released; the usage, -1 for a paused limit;
+-- whether that time is certain for every call; and the time before which there is certainly none. 0 if a call that
+-- ends makes room, or if it is unknown.
 function T.earliest(limit, amount)
-  local pause, paused_at, at, used = limit.pause, 0, 0, limit.used
+  local pause, paused_at, at, used, certain_at = limit.pause, 0, 0, limit.used, 0
   if limit.sort ~= 'c' then
     at = T.rates().free_at(limit, amount)
+    certain_at = T.rates().certain_at(limit, amount, at)
     used = limit.spent
   end
   if limit.shadow then at = 0 end
   if pause and pause.until_ms > pool.now then paused_at = pause.until_ms end
-  if at > paused_at then return at, used, T.is_firm(limit) end
-  if paused_at > 0 then return paused_at, -1, not pause.gate end
-  return 0, used, false
+  if at > paused_at then
+    certain_at = math.max(certain_at, paused_at)
+    return at, used, T.is_firm(limit) and certain_at == at, certain_at
+  end
+  if paused_at > 0 then return paused_at, -1, not pause.gate, paused_at end
+  return 0, used, false, 0
 end
 
 -- The rate or pause that the queue of a flow waits for now.

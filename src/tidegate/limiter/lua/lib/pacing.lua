@@ -1,7 +1,7 @@
 -- does: keeps a rate even, and its growth slow
 -- keys: meta
 -- args: none
--- returns: load_pacing(), paced_bound(), paced_at(), even_after(), bring_near(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
+-- returns: load_pacing(), paced_bound(), grown_at(), even_after(), bring_near(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
 -- units: ms; `even` and `pace` in microseconds
 -- `f:` is even|level|since. An even flow has made up at `even` for all that was taken: what is taken
 -- moves it on, and a call is admitted when it lies no more than `pace` ahead, the call's own part
@@ -28,20 +28,10 @@ local function lasts(limit, amount)
   return math.ceil(amount * limit.span * 1000 / math.max(1, limit.bound))
 end
 
--- When an even flow and the ramp have room for `amount`; 0 where they have now.
-function T.paced_at(limit, amount)
-  local pacing, at = limit.pacing, 0
-  if pacing.pace > 0 then
-    local earliest = pacing.even - math.max(0, pacing.pace - lasts(limit, amount))
-    if earliest > pool.now * 1000 then at = math.ceil(earliest / 1000) end
-  end
-  local used = limit.counted or limit.spent
-  local needed = used + amount
-  if used > 0 and T.paced_bound(limit) < needed and needed <= limit.bound then
-    local grows_ms = math.ceil((needed - pacing.level) * 6000000 / (pacing.level * pacing.percent))
-    at = math.max(at, pool.now + 1, math.min(pacing.since + grows_ms, pool.now + limit.span))
-  end
-  return at
+-- When the bound of the ramp reaches `needed`, if nothing is taken until then.
+function T.grown_at(pacing, needed)
+  local more = math.max(0, needed - pacing.level)
+  return pacing.since + math.ceil(more * 6000000 / (pacing.level * pacing.percent))
 end
 
 -- When an even flow has room for `amount` behind `before`, without any return; 0 if it has now.

@@ -1,7 +1,7 @@
 -- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending charged
 -- args: resets
--- returns: rates() with fits(), is_used_up(), free_at(), free_after(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 -- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets, 120
 -- to a window, the oldest in full; a bucket is named by the moment of its end, so that
@@ -110,6 +110,46 @@ T.rates = function()
     return pool.now + limit.span
   end
 
+  -- How many calls of a log expire before its ramp has grown so much that a call fits beside the others.
+  local function expire_first(limit)
+    local first, last = 0, limit.spent
+    while first < last do
+      local middle = math.floor((first + last) / 2)
+      local expires = tonumber(call('LINDEX', key_of(limit), middle)) + limit.span
+      if T.grown_at(limit.pacing, limit.spent - middle + 1) < expires then last = middle else first = middle + 1 end
+    end
+    return first
+  end
+
+  -- When a ramp has room for `amount`, if nothing is taken or returned: its bound grows, and what was taken expires.
+  local function ramp_room_at(limit, amount)
+    local at, used = pool.now, limit.counted or limit.spent
+    if limit.exact then
+      local gone = expire_first(limit)
+      if gone > 0 then at = tonumber(call('LINDEX', key_of(limit), gone - 1)) + limit.span end
+      if gone == used then return at end
+      return math.max(at, T.grown_at(limit.pacing, used - gone + amount))
+    end
+    local list = {}
+    for ends in pairs(limit.buckets) do list[#list + 1] = ends end
+    table.sort(list)
+    for _, ends in ipairs(list) do
+      local grown = used > 0 and T.grown_at(limit.pacing, used + amount) or at
+      if grown < ends + limit.span then return math.max(at, grown) end
+      at, used = ends + limit.span, used - limit.buckets[ends]
+    end
+    return at
+  end
+
+  -- When an even flow and the ramp have room for `amount`, if nothing is taken or returned; 0 where they have now.
+  local function paced_at(limit, amount)
+    local at, used = T.even_after(limit, 0, amount), limit.counted or limit.spent
+    if used > 0 and T.paced_bound(limit) < used + amount and used + amount <= limit.bound then
+      at = math.max(at, pool.now + 1, ramp_room_at(limit, amount))
+    end
+    return at
+  end
+
   local function share_of(number)
     local list = T.bands_of_pool()
     return number > 1 and list[math.min(number, #list)].share or 0
@@ -193,7 +233,7 @@ T.rates = function()
     if amount == 0 then return true end
     if limit.bound == 0 then return T.room_again(limit, pool.now + T.DAY_MS) end
     amount = clamped(limit, amount)
-    if limit.pacing and T.paced_at(limit, amount) > 0 then
+    if limit.pacing and paced_at(limit, amount) > 0 then
       return T.room_again(limit, f.free_at(limit, amount))
     end
     if limit.spent + amount <= limit.bound then
@@ -210,7 +250,7 @@ T.rates = function()
     loaded(limit)
     amount = clamped(limit, amount)
     local pacing, taken = limit.pacing, limit.counted or limit.spent
-    if limit.bound == 0 or not pacing or T.paced_at(limit, amount) == 0 or limit.spent + amount > limit.bound then
+    if limit.bound == 0 or not pacing or paced_at(limit, amount) == 0 or limit.spent + amount > limit.bound then
       return true
     end
     return taken > 0 and T.paced_bound(limit) < taken + amount
@@ -221,7 +261,7 @@ T.rates = function()
     loaded(limit)
     amount = clamped(limit, amount)
     if amount == 0 or limit.bound == 0 then return 0 end
-    local at = limit.pacing and T.paced_at(limit, amount) or 0
+    local at = limit.pacing and paced_at(limit, amount) or 0
     if limit.spent + amount <= limit.bound then return at end
     return math.max(at, fits_at(limit, amount))
   end
@@ -245,6 +285,13 @@ T.rates = function()
     if limit.spent + rest > limit.bound then room_at = fits_at(limit, rest) end
     if windows > 0 then room_at = math.max(room_at, pool.now) + windows * limit.span end
     return math.max(at, room_at)
+  end
+
+  -- The time before which there is certainly no room, where time alone makes it `at`: calls that are admitted
+  -- until then may raise the bound of a ramp.
+  function f.certain_at(limit, amount, at)
+    if at == 0 or not limit.pacing or limit.pacing.percent == 0 then return at end
+    return f.free_after(limit, 0, amount)
   end
 
   -- Whether a lower band is next: true if its credit covers its first ticket, and there is
