@@ -201,6 +201,16 @@ def broad_excepts_without_a_reason() -> Iterator[tuple[Path, str]]:
                     yield path, f"line {node.lineno}: say in a comment why, or narrow it"
 
 
+def raises_in_except_star() -> Iterator[tuple[Path, str]]:
+    """Python 3.11 wraps what is raised there in an ExceptionGroup, which no caller expects."""
+    for path, _ in python("src", words=("except*",)):
+        for node in nodes(path):
+            if isinstance(node, ast.TryStar):
+                raised = (each for one in node.handlers for each in ast.walk(one))
+                if any(isinstance(each, ast.Raise) for each in raised):
+                    yield path, f"line {node.lineno}: catch the ExceptionGroup and split it"
+
+
 def called(node: ast.Call) -> str:
     """The last word of what is called: `sleep` for `asyncio.sleep(1)` and for `sleep(1)`."""
     if isinstance(node.func, ast.Attribute):
@@ -221,6 +231,7 @@ RULES: list[Callable[[], Iterator[tuple[Path, str]]]] = [
     machine_paths,
     log_events_spelled_outside_telemetry,
     broad_excepts_without_a_reason,
+    raises_in_except_star,
 ]
 
 

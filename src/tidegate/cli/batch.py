@@ -678,8 +678,11 @@ class Run:
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self._window, len(self._left))):
                     group.create_task(self._work(lines))
-        except* (GatewayRefused, GatewayUnreachable, OSError) as failed:
-            raise failed.exceptions[0] from None
+        except ExceptionGroup as several:
+            expected, other = several.split((GatewayRefused, GatewayUnreachable, OSError))
+            if expected is None or other is not None:
+                raise
+            raise expected.exceptions[0] from None
         finally:
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
