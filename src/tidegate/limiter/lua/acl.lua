@@ -10,7 +10,7 @@ local denied = {}
 for _, name in ipairs(q.commands) do
   local words, may = {}, false
   for word in string.gmatch(name, '[^|]+') do words[#words + 1] = word end
-  -- A command is only checked with as many arguments as it takes; a key is valid in any position.
+  -- The check needs as many arguments as the command takes, so up to 7 are tried. A key is valid in any position.
   for _ = 1, 8 do
     local sound, answer = pcall(redis.acl_check_cmd, unpack(words))
     may = may or (sound and answer)

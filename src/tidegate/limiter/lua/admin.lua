@@ -1,22 +1,22 @@
--- does: operations of operators and adapters on a pool: pause a limit, end a pause, close and open a gate, charge a limit, hold a permit, revoke a session
+-- does: applies an operation of an operator or adapter to a pool: pauses a limit, ends a pause, closes or opens a gate, charges a limit, holds a permit, or revokes a session
 -- keys: meta layout
 -- args: request
--- request: verb limit lane amounts for_ms most_ms ramp_ms tried amount evenly bound recorded said sid run once keep_ms; once names the request
+-- request: verb limit lane amounts for_ms most_ms ramp_ms tried amount evenly bound recorded said sid run once keep_ms; once identifies the request
 -- returns: done
 -- units: ms
 -- uses: core clock pool limits queues permits session recover roster apply
 -- later: releases capacity blocked pump deadlines rates pacing bucket timers pauses latency starving
--- A repeat after a lost reply does nothing more, and has the same answer.
+-- A repeat after a lost reply returns the same answer and changes nothing.
 local once_key = q.once and T.prefix .. 'claim:' .. q.once
 local before = once_key and call('GET', once_key)
 if before then return cmsgpack.pack({ tonumber(before) }) end
 T.load_pool()
 local wall, done = T.wall_clock_ms(), 0
--- If data may be lost, no call is admitted and nothing is written: `tend` must detect the loss.
+-- If data may be lost, no call is admitted and the clock is not advanced: `tend` must detect the loss.
 pool.doubtful = pool.run ~= q.run or wall < pool.clock or wall >= pool.reap_at
 pool.now = pool.clock - wall > pool.lease_ms / 2 and wall or math.max(wall, pool.clock)
 
--- Notifies all processes now, instead of at their next comparison.
+-- Notifies all processes immediately, instead of at their next comparison.
 local function announce()
   if not pool.doubtful and pool.sessions <= T.MOST_TO_ANNOUNCE then T.call_up_others() end
 end
@@ -28,7 +28,7 @@ local function pause_from(limit, pause, at)
   T.note_timers()
 end
 
--- A gate that is already closed stays as it is, unless its own probe failed or the new time is longer.
+-- A closed gate does not change, unless its own probe failed (`tried`) or the new maximum time is longer.
 local function close(limit)
   local gate, until_ms = limit.pause and limit.pause.gate, pool.now + q.for_ms
   if gate and q.most_ms <= gate.most_ms then
@@ -75,19 +75,19 @@ elseif q.verb == 'resume' then
     done = 1
     announce()
   end
-  -- If another limit blocks it, the pump sets another timer.
+  -- If the limit has no room for another reason, the pump sets a new timer.
   call('ZREM', T.timed_key, q.limit)
   T.note_timers()
   T.touch(limit)
 elseif q.verb == 'charge' then
-  -- Used by others outside of the pool: spent without a call, also above the bound.
-  -- Beside a bound that is in force no more nothing is charged.
+  -- Counts usage outside of the pool, also above the bound. If the bound that it is charged beside is no longer in
+  -- force, nothing is charged.
   local limit = T.limit_of(q.limit)
   if limit.defined and limit.sort ~= 'c' and not pool.doubtful and (q.bound or limit.bound) == limit.bound then
     local rates = T.rates()
     done = 1
     if q.recorded then
-      -- All that is on record of a day, of which a part may be counted already.
+      -- `amount` is the recorded total of a day, part of which may be counted already.
       local more = limit.sort == 'q' and q.amount - rates.spent(limit) or 0
       done = more > 0 and 1 or 0
       if done == 1 then
@@ -99,7 +99,7 @@ elseif q.verb == 'charge' then
     elseif q.evenly then rates.assert_evenly(limit, q.amount) else rates.assert_spent(limit, q.amount) end
   end
 elseif q.verb == 'hold' then
-  -- Of a call that outlives its process: counted under the name of no session, until that is revoked or the
+  -- Counts a call that outlives its process. The permit belongs to no session, and counts until it is revoked or its
   -- time is over.
   if not pool.doubtful then
     local is_new = not call('ZSCORE', T.lapsing_key, '0|' .. q.sid .. '|' .. q.lane)
@@ -115,7 +115,7 @@ elseif q.verb == 'revoke' then
       done = done + 1
     end
   end
-  -- Permits held over for a session that was reaped before.
+  -- Permits held over for sessions that were reaped before.
   local held_over = 0
   for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
     if string.match(member, '^[^|]*|([^|]*)|') == q.sid then

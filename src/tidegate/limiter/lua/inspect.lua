@@ -1,4 +1,4 @@
--- does: shows a pool without changing it: so much in one run, whatever its size
+-- does: returns the state of a pool without changing it, in parts of bounded size
 -- keys: meta layout
 -- args: request
 -- request: permits of limits place since
@@ -6,14 +6,17 @@
 -- units: ms; sessions are (sid, name, left_ms, held, blocked, revision), limits are (name, sort, bound, used, 0, 0, current, shadowed, paused_ms, pause said, room_in_ms, 0, cost_ms, taken, shadow, lately), tenants are (name, waiting, weight), permits are (sid, ticket, seq, left_ms, flow), queues are (sid, flow, parked at, waiting, first stamp, first ticket, last ticket), counts are (limit, waiting, lapsing, reserved)
 -- uses: core clock pool limits
 -- later: rates pacing bucket pauses blocked
--- `since` of a limit: for how many ms until now the row says what was taken lately, which is false elsewhere.
--- `of`: all, sessions (without what they hold), or limits, which are those of the list. `place` is where the next
--- run continues, false at the end: (part, session, cursor). A small pool is one run; of a larger one each part is of
--- its own moment. `held` and `counts` are of what this run has read: a reader adds them up. What is there
--- for as long as it is read comes once at least, but for what lapses: a part may pass over some when others end.
+--
+-- `since` maps a limit to a period in ms; `lately` is what was taken in the period that ends now, false without one.
+--
+-- `of` selects everything, the sessions (without their permits and queues), or the limits in `limits`. `place` is
+-- where the next run continues: (part, session, cursor), false at the end. A small pool takes one run; the parts of a
+-- larger one are read at different times. `held` and `counts` cover what this run has read: the caller adds them up.
+-- What exists during all runs is returned at least once, except for lapsing permits: some may be missed when others
+-- end.
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
--- About as many commands; a page that has been read is always shown.
+-- The approximate number of commands of a run, which ends after a whole page, and the size of a page.
 T.READ_AT_ONCE, T.SCANNED = 120, 40
 local sessions, permits, queues, counts, by_name, list, tenants = {}, {}, {}, {}, {}, {}, {}
 local left = T.READ_AT_ONCE
@@ -51,7 +54,8 @@ local function show_queue(sid, flow, place)
   left = left - 4
 end
 
--- The next page of a hash. Where the user's rights are of a version that did not read by pages, all of it is one.
+-- Returns the next page of a hash; all of it if the user's ACL rights are those of a version that did not scan
+-- hashes.
 local function page_of(key)
   local page = redis.pcall('HSCAN', key, cursor, 'COUNT', T.SCANNED)
   if page.err then page = { '0', call('HGETALL', key) } end
@@ -59,7 +63,7 @@ local function page_of(key)
   return page[2]
 end
 
--- A page of a session, in its row; true if there is more of it.
+-- Adds one page of a session to the reply; returns true if the session has more.
 local function show_session(sid, expiry)
   local key, held = T.session_key(sid), 0
   local f = call('HMGET', key, 'name', 'blocked', 'revision')
@@ -133,7 +137,7 @@ local function show_limit(name, shadowed)
     limit.shadow and 1 or 0, lately }
 end
 
--- The limits of a page, whose fields are read together.
+-- Adds the limits of a page to the reply. Their fields are read together.
 local LETTERS = { 'd:', 'u:', 'w:', 'p:', 'a:', 'e:', 's:', 'x:' }
 local function show_limits(names)
   if #names == 0 then return end

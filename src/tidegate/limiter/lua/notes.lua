@@ -2,7 +2,7 @@
 -- keys: meta
 -- args: request
 -- request: sid note keep_ms most claim
--- returns: rows of sid and note, of the sessions that expire last; none after a note was stored; of a claim 1 for the first of its name, else 0
+-- returns: rows of sid and note, of the sessions that expire last; an empty list after a note was stored; for a claim 1 if it is the first of its name, else 0
 -- units: ms; most is the number of notes read
 -- uses: core
 local function note_key(sid) return T.prefix .. 'note:' .. sid end

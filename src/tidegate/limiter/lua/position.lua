@@ -6,15 +6,19 @@
 -- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width use
 -- uses: core clock pool limits queues
 -- later: blocked rates pacing bucket pauses capacity progress
--- units: ms; virtual time as in queues; the bound of tokens in flight in calls of the tenant's size; ahead counts the tickets of its tenant before it at that limit, waiting all
--- of them; rivals are (tag, weight, waiting, first, amounts) of the other tenants of its band, first being 1 if its
--- name comes before, above is the number of waiting calls of higher bands; share in thousandths; samples are (at, virtual, cost_ms); free are (at, amount), when a rate gets
--- back how much; even and pace in microseconds, sort is `b` for a rate that refills evenly: an even flow with a pace of its window; amounts in the limit's unit, the second one is a mean, `amounts` are
--- of the first tickets of a tenant in their order, none where each takes 1; width is that of buckets; use is what shares count of a
--- call, 0 for the time that it takes
+-- units: ms; virtual time as in queues; share in thousandths; even and pace in microseconds; amounts in the limit's unit
+--
+-- `ahead` counts the tenant's tickets before this one at the limit, `waiting` all its tickets there. `bound` of
+-- tokens in flight is a number of calls of the tenant's mean amount. `sort` is `b` for a rate that refills evenly,
+-- which is an even flow with a pace of its window. `rivals` are (tag, weight, waiting, first, amounts) of the other
+-- tenants of the band; first is 1 if the rival's name sorts before the tenant's. `above` is the number of waiting
+-- calls of higher bands. `samples` are (at, virtual, cost_ms). `free` are (at, amount): when a rate gets back how
+-- much. The `amount` of a line is the tenant's mean amount; `amounts` are those of a tenant's first tickets in their
+-- order, empty if each takes 1. `width` is that of the buckets. `use` is what shares count for a call, 0 if that is
+-- its duration.
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
--- The reads of one position are bounded: above this number the tenants' own counts are used.
+-- The most queues read for one position; for the rest, the tenants' total counts are used.
 local MOST_QUEUES, left = 300, 300
 
 local function line_of(limit, band, tenant)
@@ -29,7 +33,7 @@ local function waiting_of(limit, band, tenant)
   return count
 end
 
--- The amount of each of the first tickets of a tenant on average.
+-- Returns the mean amount of the first tickets of a tenant.
 local function mean_of(limit, band, tenant)
   local sum, count = 0, 0
   for _, id in ipairs(call('ZRANGE', line_of(limit, band, tenant), 0, 9)) do
@@ -44,8 +48,8 @@ local function mean_of(limit, band, tenant)
   return count > 0 and math.max(1, math.floor(sum / count + 0.5)) or 1
 end
 
--- The least share of a band in what a limit gives. Of tokens in flight it is another one than that of the
--- admissions, where its calls take more or less than those of the highest band that waits.
+-- Returns the minimum share of a band in what a limit admits. Under a limit of tokens in flight, the share of
+-- admissions is converted to tokens by the mean amounts of this band and of the highest band with waiters.
 local function share_of(limit, number, tenant)
   local share, sum = T.share_of(number), 0
   if not limit.by_tokens then return share end
@@ -60,7 +64,7 @@ local function share_of(limit, number, tenant)
   return share
 end
 
--- What each of the first tickets of a tenant takes, up to the one of stamp `last`; at most `most` of them.
+-- Returns the amounts of the first tickets of a tenant, up to the ticket with stamp `last`, at most `most` of them.
 local amounts_left = 1000
 local function amounts_of(limit, band, tenant, last, most)
   if limit.sort == 'c' or limit.exact or amounts_left <= 0 then return {} end
@@ -85,7 +89,7 @@ local function amounts_of(limit, band, tenant, last, most)
   return list
 end
 
--- When a rate gets back how much, in at most 120 steps.
+-- Returns when a rate gets back how much, in at most 120 steps.
 local function freed(limit)
   local list = {}
   if limit.sort == 'q' then return { { limit.reset_at, limit.spent } } end
@@ -140,7 +144,7 @@ local function line(limit, number, tenant, last, use)
       local full = pool.now * 1000 + lasts
       if pace == 0 or full - span * 1000 > even - pace then even, pace = full, span * 1000 end
     end
-    -- Beyond its share a band waits a window after a higher one found no room.
+    -- Beyond its share a band waits for a window after a higher band found no room.
     for higher = 1, number - 1 do at = math.max(at, limit.bands[higher].held) end
     if at > 0 and at + (limit.span or 0) > pool.now then above = math.max(above, 1) end
   end

@@ -1,4 +1,4 @@
--- does: applies all messages of a process: also joins, leaves, recovers, reaps and compares
+-- does: applies all messages of a process, including a join or leave; also recovers the pool, reaps sessions and compares
 -- keys: meta layout
 -- args: request
 -- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks lefts firm uses dues firsts stamps

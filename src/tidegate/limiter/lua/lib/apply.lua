@@ -5,12 +5,12 @@
 -- units: ms
 T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry, T.fresh_ones =
   {}, {}, {}, 0, {}, false, {}
--- `waited`: by the number of its flow, each queue whose blocking limit may be requested.
+-- `waited` maps the number of a flow to its queue: the reply reports what the queue waits for.
 T.barred, T.waited, T.seen_ahead = {}, {}, {}
--- Tenants of a session that joins again.
+-- Tenants with waiters of a session that joins again: their stamps are kept.
 T.returning = {}
 
--- A new session is not admitted before all others know of it; see roster.
+-- Returns whether a session is new: it gets no permits until all others know of it (see `roster.lua`).
 function T.is_fresh(sid)
   if pool.fresh == 0 or not sid then return false end
   if T.fresh_ones[sid] == nil then
@@ -19,14 +19,14 @@ function T.is_fresh(sid)
   return T.fresh_ones[sid]
 end
 
--- A repeated batch (`full`) may name tickets that are there already: they keep their place.
+-- Returns whether a ticket of a repeated batch (`full`) exists already; it keeps its place.
 function T.is_there(i, queue, member)
   local stamp = call('ZSCORE', T.queue_key(queue), member)
   if stamp then T.stamps[i] = tonumber(stamp) end
   return stamp or own.held[tonumber(string.match(member, '^%d+'))]
 end
 
--- The limit at which the first ticket of a queue has to wait; nil if it was admitted.
+-- Admits the first ticket of a queue, or returns the limit at which it must wait.
 function T.let_in_or_wait(queue, member)
   if pool.now < pool.recover_until or T.is_fresh(own.sid) then
     return T.limit_of(T.names_in(queue.lane)[1])
@@ -37,8 +37,8 @@ function T.let_in_or_wait(queue, member)
   return limit
 end
 
--- A ticket that fits and has no waiter before it is admitted directly; the others are queued. `entries`:
--- flow, member (ticket|hard_ms|use|amounts), and so on. One of a session that joined again keeps its stamp.
+-- Admits the tickets that fit and have no waiter before them, and queues the others. `entries` alternates flow and
+-- member (ticket|hard_ms|use|amounts). The tickets of a session that joined again keep their stamps.
 function T.ask(entries)
   local adding, fresh = {}, {}
   for i = 1, #entries / 2 do
@@ -46,7 +46,7 @@ function T.ask(entries)
     local tenant = T.tenant_of(queue.tenant)
     T.stamps[i] = 0
     if not (q.full and T.is_there(i, queue, member)) then
-      -- Behind others of its own queue it changes nothing.
+      -- Behind other tickets of its queue, a ticket changes nothing at the limits.
       local limit = not queue.at and T.let_in_or_wait(queue, member)
       local due, former = q.dues[i] or 0, q.epoch == pool.epoch and q.stamps[i] or 0
       local between = limit ~= nil and (former > 0 and former
@@ -77,7 +77,7 @@ function T.ask(entries)
           fresh[#fresh + 1] = queue
         end
         if #q.lefts > 0 then
-          -- The next ticket counts those before it.
+          -- Written immediately, because the deadline check of the next ticket counts the tickets before it.
           call('ZADD', T.queue_key(queue), T.place(stamp), member)
         else
           list[#list + 1] = stamp
@@ -96,12 +96,12 @@ function T.ask(entries)
     for i = 1, #list, 1000 do
       call('ZADD', T.queue_key(queue), unpack(list, i, math.min(i + 999, #list)))
     end
-    -- One that lost all its tickets in this request is a new key.
+    -- A queue that lost all its tickets in this request was deleted: its key is new and has no TTL.
     if list.fresh or queue.reheaded then call('PEXPIRE', T.queue_key(queue), T.SESSION_KEEP_MS) end
   end
 end
 
--- All messages of a process, releases first.
+-- Applies all messages of a process, releases first.
 function T.say_all()
   if not q.full then T.unqueue_heirs() end
   for i = 1, #q.transfers, 8 do T.transfer(unpack(q.transfers, i, i + 7)) end
@@ -130,7 +130,7 @@ function T.settle_down()
   if own.sid and next(T.waited) then T.look_ahead() end
 end
 
--- The limit that each queue of `waited` waits for now: most wait for a call to end.
+-- Reports the limit that each queue of `waited` waits for now. Most wait for a call to end, which needs no outlook.
 function T.look_ahead()
   local list = T.seen_ahead
   for number, queue in pairs(T.waited) do

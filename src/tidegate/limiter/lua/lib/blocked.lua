@@ -2,7 +2,7 @@
 -- keys: session queue park line past starving stalled
 -- args: none
 -- returns: park(), unpark(), vacate(), block(), leave_line(), blocker(), blocker_of_new(), parked_at(), load_place(), unblock(), return_to_line()
--- units: virtual time as in places
+-- units: virtual time as in queues
 function T.save_place(queue)
   local key, field = T.session_key(queue.sid), 'at:' .. queue.flow
   if queue.at then
@@ -40,7 +40,8 @@ function T.park(queue, limit, stamp)
   T.save_place(queue)
 end
 
--- A tenant that leaves keeps no credit, and stays charged for the possible usage of its running calls.
+-- Removes a queue from its limit. A tenant that leaves loses its credit, and stays charged for the probable use of
+-- its calls in progress.
 function T.unpark(queue)
   T.moves = T.moves + 1
   local limit = T.limit_of(queue.at)
@@ -57,7 +58,7 @@ function T.unpark(queue)
   band.waits = band.waits - 1
   if band.waits == 0 then
     band.credit = 0
-    -- Its reserved room is free.
+    -- The room kept free for the band is free now.
     if band.passed > 0 then T.touch(limit) end
     band.passed = 0
   end
@@ -68,7 +69,7 @@ end
 function T.forget_starving(queue)
   if queue.bounces >= T.STARVES and call('ZREM', T.starving_key, queue.id) == 1 then
     pool.starving = pool.starving - 1
-    -- The room reserved for it is free for all.
+    -- The capacity reserved for the queue is free now.
     for _, name in ipairs(T.names_in(queue.lane)) do T.touch(T.limit_of(name)) end
   end
   queue.bounces, queue.bounced = 0, 0
@@ -85,7 +86,7 @@ function T.vacate(queue)
   T.save_place(queue)
 end
 
--- Its session accepts no grants.
+-- Blocks a queue, because its session accepts no grants.
 function T.block(queue)
   queue.at = '!'
   T.save_place(queue)
@@ -93,8 +94,8 @@ function T.block(queue)
   call('PEXPIRE', T.stalled_key(queue.sid), T.SESSION_KEEP_MS)
 end
 
--- A queue whose new head needs nothing of the rate at which it is parked moves to a limit that it needs:
--- waiters for that rate are not before it.
+-- Moves a queue whose new head takes nothing of the rate at which it waits. It then waits at a limit of which the
+-- head takes something, so that waiters for the rate are not ahead of it.
 function T.leave_line(queue, limit, member, stamp)
   if limit.sort == 'c' then return end
   local list, place = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$')), nil
@@ -110,8 +111,8 @@ function T.leave_line(queue, limit, member, stamp)
   T.touch(place)
 end
 
--- Whether a queue may take from a limit where others are parked: not past a higher band, nor past
--- a tenant whose turn comes before, nor past an older ticket of its own tenant.
+-- Returns whether a ticket may be admitted now at a limit where its queue does not wait. It must not pass a higher
+-- band, a tenant with an earlier turn, or an older ticket of its own tenant.
 function T.its_turn(queue, limit, stamp)
   for higher = 1, queue.band - 1 do
     if limit.bands[higher].waits > 0 then return false end
@@ -123,12 +124,12 @@ function T.its_turn(queue, limit, stamp)
   return not own[2] or tonumber(own[2]) >= stamp
 end
 
--- The limit that blocks a ticket, or nil, and whether it is full. `here` is where it is parked.
+-- Returns the limit that blocks a ticket, or nil, and whether that limit is full. `here`: the limit where it waits.
 function T.blocker(queue, list, stamp, here)
   for i, name in ipairs(T.names_in(queue.lane)) do
     local limit, amount = T.limit_of(name), list[i] or 1
     if not T.has_room(limit, queue.band, amount) then return limit, true end
-    -- A ticket that needs nothing of a rate does not wait in its line.
+    -- A ticket that takes nothing of a rate does not wait in its line.
     if amount > 0 and name ~= here and not T.its_turn(queue, limit, stamp) then
       return limit, false
     end
@@ -136,8 +137,8 @@ function T.blocker(queue, list, stamp, here)
   return nil, false
 end
 
--- The limit at which a new ticket has to wait: if others wait there already, the pump decides which is
--- next, even if there is room.
+-- Returns the limit at which a new ticket must wait. If others wait there already, the pump decides which is next,
+-- even if there is room.
 function T.blocker_of_new(queue, list)
   for i, name in ipairs(T.names_in(queue.lane)) do
     local limit, amount = T.limit_of(name), list[i] or 1
@@ -155,8 +156,7 @@ function T.return_to_line(queue)
   T.touch(limit)
 end
 
--- The session accepts grants again: its queues return to their places, by the age of their tickets, and
--- some in one run.
+-- Parks blocked queues of a session that accepts grants again, some per run. Their tickets keep their stamps.
 T.UNBLOCKED_AT_ONCE = 10
 function T.unblock()
   local key = T.stalled_key(q.sid)
@@ -168,7 +168,7 @@ function T.unblock()
     if queue.at == '!' then T.return_to_line(queue) end
   end
   if #list == T.UNBLOCKED_AT_ONCE then
-    -- Of a fresh session they are blocked again: it comes back in its own time.
+    -- The queues of a fresh session are blocked again: it does not repeat the request for them.
     if not T.is_fresh(q.sid) then T.more = 1 end
   else
     call('HDEL', T.session_key(q.sid), 'blocked')

@@ -1,18 +1,20 @@
--- does: computes the level of a rate that refills evenly
+-- does: computes the level of a rate that refills evenly (a token bucket)
 -- keys: meta rate
 -- args: none
 -- returns: load_bucket(), open_bucket(), find_level(), fill(), bucket_room_at(), bucket_after(), rewind_bucket(), save_bucket()
--- units: ms; a level in `units`, of which one of the limit's amount is as many as its window has ms, so that
--- `bound` of them refill in a ms: whole numbers, without a rounding error below 2^53
--- The level at a time is the largest of what was taken since an earlier time, less what has refilled since. It
--- is computed from the sixtieths of a window, so that what a call returns counts as never taken: taken from the level
--- itself, it would also be taken from what others have taken since the level was 0. A sixtieth counts as taken
--- at the latest time at which its calls reach the provider, `lag` after its end: until then it does not refill.
--- More than twice the bound is never due, as after a charge for what others have used, under a bound that fell or in
--- shadow: no call waits for longer than a window.
--- `k:` is units|ends|window|bound|before|until: the level at the sixtieth of that end, after which
--- the others are counted; what was returned of earlier ones counts no more. Until `until` it refilled by
--- `before` units a ms, since its bound was another one.
+-- units: ms; levels in units, of which one of the limit's amount has as many as its window has ms, so that `bound`
+-- units refill per ms: whole numbers, exact below 2^53
+--
+-- The level is the maximum over all earlier times of what was taken since, less what has refilled since. It is
+-- computed from the sixtieths of a window, so that what a call returns counts as never taken. Subtracted from the
+-- level itself, it would also be subtracted from what others have taken since the level was 0. A sixtieth counts as
+-- taken `lag` ms after its end, when the last of its calls may reach the provider, and refills from then on. The
+-- level is at most twice the bound, also after a charge for usage outside of the pool, under a lowered bound or in
+-- shadow mode, so that no call waits for longer than a window.
+--
+-- `k:` is units|ends|window|bound|before|until. `units` is the level at the sixtieth that ends at `ends`, which
+-- includes all earlier ones; what is returned to these has no effect. Until `until`, under another bound, `before`
+-- units refilled per ms.
 function T.save_bucket(limit)
   local base = limit.base
   call('HSET', T.meta_key, 'k:' .. limit.name, string.format('%d|%d|%d|%d|%d|%d', base.units, base.ends,
@@ -31,7 +33,7 @@ local function read_base(limit)
     before = tonumber(before), until_ms = tonumber(until_ms), stored = true }
 end
 
--- Of one of 0, in shadow, as much as under the greatest bound that there is.
+-- Returns the maximum level. A bound of 0, under which calls pass only in shadow mode, counts as the largest bound.
 local function most(limit)
   return 2 * (limit.bound > 0 and limit.bound or T.UNBOUNDED) * limit.window
 end
@@ -43,7 +45,7 @@ local function refilled(base, from, to)
   return (part - from) * base.before + (to - part) * base.bound
 end
 
--- Of an earlier change of the bound: what was taken before it is folded into the level at that time.
+-- Folds what was taken before an earlier change of the bound into the level at that change.
 local function fold_change(base, lag, order, amounts)
   local units, at, window = base.units, base.ends + lag, base.window
   if base.until_ms <= at then return end
@@ -61,8 +63,8 @@ local function fold_change(base, lag, order, amounts)
   base.ends = base.until_ms - lag
 end
 
--- The policy has changed the bound or the window: what has refilled until now stays refilled, and no more.
--- More than is due under the new bound is due no more.
+-- Applies a new bound or window; what has refilled until now stays refilled. A level above the maximum of the new
+-- bound is reduced to it.
 local function take_over(limit, base, order, amounts)
   local from, to, lag = base.window, limit.window, limit.span - limit.window
   fold_change(base, lag, order, amounts)
@@ -72,15 +74,15 @@ local function take_over(limit, base, order, amounts)
   base.window, base.bound, base.before, base.until_ms = to, limit.bound, before, pool.now
 end
 
--- The level at the change of the bound, where that is later.
+-- Returns the level and the time at the change of the bound, if that is later.
 local function at_change(limit, units, at)
   local base = limit.base
   if at > base.until_ms then return units, at end
   return math.min(most(limit), math.max(0, units - refilled(base, at, base.until_ms))), base.until_ms
 end
 
--- The level at a moment, of `units` at an earlier time, with an amount that was taken then. What is due at a change
--- of the bound is due for two windows at most from then on.
+-- Returns the level at `moment`, from `units` at an earlier time, plus an amount taken at that moment. The level at a
+-- change of the bound is at most two windows' worth from then on.
 local function level_with(limit, units, at, moment, amount)
   local base, due = limit.base, most(limit)
   if base.until_ms < moment then
@@ -145,13 +147,13 @@ function T.load_bucket(limit)
     end
   end
   limit.buckets, limit.order = amounts, order
-  -- Before its sixtieths are gone.
+  -- Written before the sixtieths that it includes are deleted.
   if changed then T.save_bucket(limit) end
   if #gone > 0 then call('HDEL', key, unpack(gone)) end
   T.find_level(limit)
 end
 
--- A limit that was counted in another way is as full as what was taken in its last window.
+-- Starts the bucket of a limit that was counted in another way with what was taken in its last window.
 function T.open_bucket(limit)
   if limit.base.stored then return end
   limit.base.units, limit.base.ends = limit.bound * limit.window, pool.now - limit.span
@@ -159,7 +161,7 @@ function T.open_bucket(limit)
   T.find_level(limit)
 end
 
--- Counts an amount that is in its sixtieth already; of a negative one all that came after it is computed again.
+-- Updates the level by an amount that its sixtieth already includes. After a return the level is computed again.
 function T.fill(limit, ends, amount, is_new)
   limit.counted = limit.counted + amount
   local order, fresh, moment = limit.order, limit.fresh, ends + limit.span - limit.window
@@ -179,7 +181,7 @@ function T.fill(limit, ends, amount, is_new)
   find_spent(limit)
 end
 
--- When `amount` will fit, without any return.
+-- Returns when `amount` fits if nothing is returned.
 function T.bucket_room_at(limit, amount)
   local level, fresh_units, at = limit.level, limit.fresh_units, pool.now
   local target, due = (limit.bound - amount) * limit.window, most(limit)
@@ -194,7 +196,7 @@ function T.bucket_room_at(limit, amount)
   return at + math.max(0, math.ceil((level - target) / limit.bound))
 end
 
--- When `total` has fitted, one call after the other; 0 if it fits now.
+-- Returns when calls that take `total` together, one after the other, have fitted; 0 if they fit now.
 function T.bucket_after(limit, total)
   if limit.spent + total <= limit.bound then return 0 end
   if total <= limit.bound then return T.bucket_room_at(limit, total) end

@@ -8,29 +8,29 @@ function T.is_full(limit, band, amount)
   if limit.sort == 'c' then
     local cap = T.cap_of(limit, band)
     if not limit.by_tokens then return limit.used + limit.reserved >= cap end
-    -- A demand of more than a band's cap takes all of it, instead of waiting forever. One of more than the bound
-    -- is refused by its process.
+    -- A demand above a band's cap takes all of it, instead of waiting forever. A demand above the bound is refused by
+    -- its process.
     return cap <= 0 or amount > limit.bound
       or limit.used + limit.reserved + math.max(1, math.min(amount, cap)) > cap
   end
   return not T.rates().fits(limit, band, amount)
 end
 
--- One in shadow only counts what it would delay, but a pause of it holds.
+-- A limit in shadow mode delays only by a pause; `take` counts what it would have delayed.
 function T.has_room(limit, band, amount)
   if limit.shadow then return not limit.pause or T.pause_lets(limit) end
   return not T.is_full(limit, band, amount)
 end
 
--- What a permit takes of a limit at a position of its lane: 1 of one that counts calls, and of one that
--- did so when the permit was admitted.
+-- The amount that a permit takes of a limit, at a position of its lane: 1 if the limit counts calls, or counted calls
+-- when the permit was admitted.
 function T.amount_in(limit, list, i) return limit.by_tokens and list[i] or 1 end
 function T.amount_charged(limit, charges, i)
   if not limit.by_tokens then return 1 end
   return tonumber(string.match(',' .. charges, ',' .. i .. '=(%d+)@') or 1)
 end
 
--- Returns the data that a settlement needs, for a rate, and a release, for tokens in flight.
+-- Counts an admission. Returns what a settlement needs, for a rate, or a release, for tokens in flight.
 function T.take(limit, band, amount)
   limit.changed = true
   if limit.shadow and T.is_full(limit, band, amount) then
@@ -49,7 +49,7 @@ function T.take(limit, band, amount)
     limit.used = limit.used + amount
     return T.int(amount) .. '@0'
   end
-  -- Permits are counted under every sort of limit: a live change may make it a concurrency.
+  -- Permits are counted under every type of limit: a new policy may make it a concurrency limit.
   limit.used = limit.used + 1
   if limit.sort ~= 'c' then return T.rates().take(limit, amount, band) end
 end

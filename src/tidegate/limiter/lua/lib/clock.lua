@@ -1,4 +1,4 @@
--- does: reads the server's clock; tests put a fragment in its place that reads a key
+-- does: reads the server's clock; tests replace this fragment by one that reads a key
 -- keys: none
 -- args: none
 -- returns: T.wall_clock_ms()

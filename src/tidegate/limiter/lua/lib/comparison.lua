@@ -1,10 +1,10 @@
--- does: collects the data that a session compares: its grants, expiring sessions, usage of rates
+-- does: collects the state that a session compares with its own: permits, permits held over, usage, pauses, policy, roster
 -- keys: meta sessions session lapsing carried spending paused
 -- args: sid revision told pages asks
 -- returns: whole()
 -- units: ms
--- A call reads a bounded slice, whatever the size of the pool: the changes of rates that the session has not
--- seen, in order, and a page of each list. The session requests the rest with its next calls.
+-- A run reads a bounded part, whatever the size of the pool: in order, the changes of rates that the session has not
+-- seen, and a page of each list. The session requests the rest with its next calls.
 T.MOST_TOLD = 100
 T.MOST_ON_PAGE = 100
 T.LOOKED_AT = 50
@@ -19,7 +19,7 @@ function T.next_event_ms()
   return math.max(1, first - pool.now)
 end
 
--- (ticket, seq, until_ms) of each admitted ticket, among those that the session requests.
+-- Returns (ticket, seq, until_ms) of each ticket that the request asks about and that was admitted.
 function T.held_of_asked()
   local list, fields = {}, {}
   for i, ticket in ipairs(q.asks) do fields[i] = 'h:' .. ticket end
@@ -32,9 +32,9 @@ function T.held_of_asked()
   return list
 end
 
--- A page of a sorted set from a cursor, (score, number of that score already read), and the
--- cursor of the next page, nil if this is the last. Members that come and go do not move the cursor: a score
--- is read again from its beginning, unless it fills pages alone.
+-- Returns a page of a sorted set from a cursor (score, number of members of that score already read), and the cursor
+-- of the next page, nil after the last. Members that are added or removed do not move the cursor: a score is read
+-- again from its beginning, unless it fills pages alone.
 function T.page(key, place)
   local score, passed = '-inf', 0
   if place then score, passed = place[1], place[2] end
@@ -45,7 +45,7 @@ function T.page(key, place)
   return raw, { last, alone and T.MOST_ON_PAGE + (score == last and passed or 0) or 0 }
 end
 
--- The permits held over: for dead sessions, where the policy holds them, and for calls that no process holds.
+-- Returns permits held over: for dead sessions, if the policy holds them, and for calls that outlive their process.
 function T.lapsing_page()
   local list = {}
   local raw, rest = T.page(T.lapsing_key, q.pages.lapsing)
@@ -58,7 +58,7 @@ function T.lapsing_page()
   return list, rest
 end
 
--- The pauses, each with its author. Pauses that are over are deleted here.
+-- Returns pauses with their reasons, and deletes some that are over.
 function T.pauses_page()
   for _, name in ipairs(call('ZRANGEBYSCORE', T.paused_key, '-inf', pool.now, 'LIMIT', 0, T.LOOKED_AT)) do
     call('ZREM', T.paused_key, name)
@@ -69,7 +69,7 @@ function T.pauses_page()
   for i = 1, #raw, 2 do fields[#fields + 1] = 'p:' .. raw[i] end
   for i, value in ipairs(#fields > 0 and T.read(T.meta_key, fields) or none) do
     local until_ms, ramp_ms, said = string.match(value or '', '^(%d+)|(%d+)|%d+|(.*)$')
-    -- Callers name a limit that is not in the policy only while its pause is reported.
+    -- A process adds a limit that is not in the policy to its demands only while its pause is reported here.
     if until_ms and (ramp_ms == '0' or until_ms + ramp_ms > pool.now) then
       list[#list + 1] = { string.sub(fields[i], 3), tonumber(until_ms) - pool.now, tonumber(ramp_ms), said }
     end
@@ -77,11 +77,10 @@ function T.pauses_page()
   return list, rest
 end
 
--- Usage of the rates, in case the server loses it: for those that changed after `told`, as of that change, which
--- is no less than the usage now. The first page also has the few that have not changed for the longest time (in a
--- small pool all of them), as of now, unless this run has admitted as many waiters as it may; those without
--- usage are deleted here. Returns the number of the last change that
--- the session then knows, and the cursor of the rest.
+-- Returns the usage of rates, which sessions restore if the server loses it; the number of the last change that the
+-- session then knows; and the cursor of the rest. Rates that changed after `told` are reported as of that change,
+-- which is no less than their usage now. The first page adds, as of now, those unchanged for the longest time (in a
+-- small pool all of them), unless this run has more to do; those without usage are deleted.
 function T.spent_since_told()
   local list, fields, at, told = {}, {}, {}, pool.changes
   local raw = call('ZRANGEBYSCORE', T.spending_key, '(' .. T.int(q.told), '+inf', 'WITHSCORES',
@@ -104,7 +103,8 @@ function T.spent_since_told()
   return list, told, behind and { T.int(told), 0 } or nil
 end
 
--- The roster, for a session that does not know it yet; above this size no session vouches for others.
+-- Returns the version of the roster, and the roster if the session does not have that version. Above this size no
+-- session vouches for others.
 T.MOST_ON_ROSTER = 256
 function T.roster()
   if pool.sessions > T.MOST_ON_ROSTER then return { 0, {} } end

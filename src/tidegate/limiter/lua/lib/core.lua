@@ -1,15 +1,14 @@
--- does: derives the pool's keys from the one that is passed, reads the request; describes how scripts are built
+-- does: derives the pool's keys from the key that is passed, and reads the request; describes how scripts are built
 -- keys: meta
 -- args: request
 -- returns: nothing
 -- units: none
 --
--- How a script is built. A file in `lua/` is a script; those in `lua/lib/` are its parts. The header
--- of a script names the parts: `uses` are put before it in that order, `later` are made as functions
--- of their own, one after the other, when an undefined name is first used (an
--- ordinary request does not need most of them, and compiling a function costs more than calling it).
--- One request is one run: no state is kept in Lua between two. A run loads what the request
--- names, changes it in memory, and writes the changes at its end.
+-- How a script is built: a file in `lua/` is a script, and the files in `lua/lib/` are its parts. The script's header
+-- names them. The parts in `uses` are put before the script in that order. The parts in `later` become functions,
+-- which run in that order when an undefined name is first used, because an ordinary request needs few of them and
+-- creating a function costs more than calling it. One request is one run; no state is kept in Lua between runs. A run
+-- loads what the request names, changes it in memory, and writes the changes at its end.
 --
 -- What the parts share:
 --   call   redis.call
@@ -23,8 +22,8 @@
 --          of their flow; own.sid is set once the request is accepted
 --   me     that session's fields in the reply (`session.lua`): gen and sent
 --
--- All functions and most state are fields of `T`: Lua finds each captured local by a walk
--- along all captured ones, so that a hundred of them cost more than the work.
+-- All functions and most state are fields of `T`: for each local that a new function captures, Lua searches all
+-- captured locals, so that a hundred of them would cost more than the work itself.
 local call = redis.call
 local none = {}
 local q = setmetatable(cmsgpack.unpack(ARGV[1]), { __index = {
@@ -51,8 +50,8 @@ function T.stalled_key(sid) return T.prefix .. 'stalled:' .. sid end
 function T.owed_key(sid) return T.prefix .. 'owed:' .. sid end
 function T.channel(sid) return T.prefix .. 'grants:' .. sid end
 
--- tostring() keeps 14 digits only.
+-- tostring() keeps only 14 digits.
 function T.int(number) return string.format('%d', number) end
 
--- The stamp of a ticket: a whole number, or one between two; see `deadlines.lua`.
+-- Formats the stamp of a ticket: a whole number, or a number between two (see `deadlines.lua`).
 function T.place(stamp) return string.format(stamp % 1 == 0 and '%d' or '%.17g', stamp) end

@@ -2,18 +2,19 @@
 -- keys: order queue
 -- args: dues
 -- returns: place_between(), stamp_by_deadline(), forget_order()
--- units: ms; a stamp is a whole number where a ticket is the last of its tenant and band, else lies between two
--- A ticket without a deadline is due `DUE_AFTER` ms after it came. One that is due before tickets of its tenant and
--- band that wait gets a stamp between those of the tickets due before and after it: the order is fixed then, and an
--- admission costs what it costs without deadlines. `order` has the stamps of last tickets by the time at which they
--- are due, `DUE_APART` ms apart at least: deadlines closer than that may be served in the order of arrival.
+-- units: ms; the stamp of a ticket that was the last of its tenant and band is a whole number; others lie between two
+-- A ticket without a deadline is due `DUE_AFTER` ms after its arrival. A ticket that is due before waiting tickets of
+-- its tenant and band gets a stamp between those of the tickets due before and after it. Their order is fixed on
+-- arrival, so that an admission costs no more than without deadlines. `order` holds the stamps of tickets that were
+-- the last on arrival by the time at which they are due, at least `DUE_APART` ms apart: closer deadlines may be
+-- served in the order of arrival.
 T.DUE_AFTER = 600000
 T.DUE_APART = 250
 T.DUE_STEPS = 1073741824
 
 function T.order_key(tenant, band) return T.prefix .. 'order:' .. band .. '|' .. tenant end
 
--- Notes when a last ticket is due. None that comes is due before now.
+-- Records when a ticket at the end of the queue is due. No later ticket is due before now.
 function T.note_due(queue, tenant, due, stamp)
   local key = T.order_key(queue.tenant, queue.band)
   call('ZREMRANGEBYSCORE', key, '-inf', T.int(pool.now))
@@ -22,7 +23,8 @@ function T.note_due(queue, tenant, due, stamp)
   tenant.last[queue.band] = due
 end
 
--- The stamp of a ticket that is due before others; nil if it is the last. `left_ms`: until its deadline, 0 without.
+-- Returns the stamp of a ticket that is due before others; nil if it is the last. `left_ms`: the time to its
+-- deadline, 0 without one.
 function T.place_between(queue, tenant, left_ms)
   local due, last = pool.now + (left_ms > 0 and left_ms or T.DUE_AFTER), tenant.last and tenant.last[queue.band]
   local later_due, later_stamp
@@ -37,13 +39,13 @@ function T.place_between(queue, tenant, left_ms)
   return tonumber(later_stamp) - math.min(later_due - due, T.DUE_STEPS - 1) / T.DUE_STEPS
 end
 
--- Stamps a ticket; `between` is its stamp if it goes before others.
+-- Returns the stamp of a new ticket. `between`: its stamp if it is due before others.
 function T.stamp_by_deadline(queue, tenant, left_ms, between)
   local due = pool.now + (left_ms > 0 and left_ms or T.DUE_AFTER)
   tenant.last = tenant.last or {}
   if not tenant.last[queue.band] and left_ms > 0 then
     tenant.last[queue.band] = pool.now
-    -- Tickets that wait without a deadline count as having come now.
+    -- Tickets that wait without a deadline count as if they arrived now.
     if tenant.waiting > 0 then T.note_due(queue, tenant, pool.now + T.DUE_AFTER, 1) end
   end
   if between then
@@ -60,7 +62,7 @@ function T.stamp_by_deadline(queue, tenant, left_ms, between)
   return tenant.stamp
 end
 
--- The tenant has no waiters any more.
+-- Deletes the order of a tenant that has no waiters.
 function T.forget_order(name, tenant)
   for band in pairs(tenant.last) do call('UNLINK', T.order_key(name, band)) end
   tenant.last = nil

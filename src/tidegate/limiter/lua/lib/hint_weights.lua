@@ -3,7 +3,7 @@
 -- args: wants
 -- returns: tickets_of_wants()
 -- units: none
--- By limit and band: the number of flows that request a hint, and the sum of their tickets.
+-- Returns by limit and band the number of flows that request a hint, and the sum of their tickets.
 function T.tickets_of_wants()
   local sums = {}
   for _, want in ipairs(q.wants) do

@@ -2,10 +2,12 @@
 -- keys: park line
 -- args: wants
 -- returns: hints()
--- units: stamps of a tenant's tickets; virtual time as in places
--- Only waiters whose turn comes within `AHEAD_MS` anyway, so that no waiter is passed by more than that;
--- only in lanes where no other session waits for the same limits, and under no limit that needs the outcome of each
--- call; and not where the tenant's next ticket passes others for its deadline. It saves short calls the round trip to the server; of long ones only the very next may be admitted so.
+-- units: stamps of a tenant's tickets; virtual time as in queues
+-- Passing a permit on saves a short call the round trip to the server. Only waiters whose turn comes within
+-- `AHEAD_MS` anyway may get one, so that no waiter is passed by more than that; if calls are long, only the next one.
+-- All limits of the lane must be concurrency limits that do not need the outcome of each call, and all their waiters
+-- must wait in the same band of the same limit. The tenant's next ticket must not be one that passes others because
+-- of its deadline.
 T.AHEAD_MS = 150
 
 function T.may_hand_on(queue)
@@ -19,8 +21,8 @@ function T.may_hand_on(queue)
   return true
 end
 
--- The horizon is the same for all tenants in virtual time, so that none uses up its hint long before the
--- others. Tenants without a request are assumed to have the average weight of these.
+-- Returns the hints. In virtual time the horizon is the same for all tenants, so that none uses up its hint long
+-- before the others. Tenants that request no hint are assumed to have the average weight of those that do.
 function T.hints()
   local list, sums, tenants_at = {}, #q.wants > 1 and T.tickets_of_wants(), {}
   if not pool.hand_off or pool.starving > 0 or pool.now < pool.recover_until then return list end

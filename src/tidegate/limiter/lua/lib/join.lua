@@ -3,12 +3,12 @@
 -- args: sid epoch batch join lease_ms
 -- returns: join(), keep_keys(), touch_own(), conflict
 -- units: ms
--- bounds_before: of the rates and days that a policy changes.
+-- `T.bounds_before` has the former bound of each rate and quota that a policy changes.
 T.conflict, T.lowered, T.bounds_before = 0, {}, {}
 T.HISTORY = 100
 
--- Deletes the record of a limit that the new policy does not have; the order of its waiters stays until the
--- last has gone.
+-- Deletes a field of a limit that the new policy does not have. The order of its waiters stays until the last one has
+-- left.
 function T.clear_field(letter, name)
   if letter == 's' then return T.forget_spending(name) end
   if letter == 'w' then
@@ -24,7 +24,7 @@ function T.clear_field(letter, name)
   call('HDEL', T.meta_key, letter .. ':' .. name)
 end
 
--- The fields of the record that a policy may change; `differs` means that it names changes only.
+-- Returns the fields of the record that a policy may change. `differs`: the policy lists only changes.
 T.LETTERS = { 'a', 'd', 's', 'w', 'e', 'b', 'x', 'f', 'k' }
 function T.fields_concerned(policy)
   if not policy.differs then return call('HKEYS', T.meta_key) end
@@ -46,7 +46,8 @@ function T.clear_policy(policy)
     local there = letter and policy.limits[name]
     local bound, least = string.match(letter == 'a' and there or '', '^c|([1-9]%d*)|%d|([1-9]%d*)')
     if bound then
-      -- The current bound of an adaptive limit stays, within its new ones. A limit of 0 has learned nothing.
+      -- An adaptive limit keeps its current bound, within the new minimum and maximum. A limit of 0 has adapted to
+      -- nothing.
       local current, dropped_at, latency = string.match(call('HGET', T.meta_key, field), '^(%d+)|(%d+)(.*)$')
       current = math.min(math.max(tonumber(current), least * 1000), bound * 1000)
       if not string.match(there, '|1$') then latency = '' end
@@ -65,8 +66,8 @@ function T.clear_policy(policy)
   T.write(T.meta_key, gone)
 end
 
--- What was charged for a difference to a bound ends with the difference. Once a limit counts in another way it is not
--- known what was charged.
+-- Ends charges for a difference to a bound with that difference. If the limit counts in another way from now on, it
+-- is unknown what was charged.
 function T.end_charges(name, before, definition)
   local sort, bound, window, kind, shape = string.match(before or '', '^([rq])|(%d+)|%d|(%d+)|(%d+|%d+).-|?(b?)$')
   local sort_now, bound_now, window_now, kind_now, shape_now =
@@ -83,7 +84,7 @@ function T.end_charges(name, before, definition)
   if not is_comparable or kind ~= kind_now or shape ~= shape_now then call('UNLINK', T.charged_key(name)) end
 end
 
--- Which definitions change: returns the names of all limits, of the changed ones, and what is to be written.
+-- Returns the names of all limits, the names of those whose definition changes, and the fields to write.
 function T.compare(policy)
   local names, fields, changed, defined = {}, {}, {}, {}
   for name, definition in pairs(policy.limits) do
@@ -107,7 +108,7 @@ function T.compare(policy)
   return names, changed, defined
 end
 
--- The first policy of a record, in which there is nothing else. `limits`: field, definition, and so on.
+-- Writes the first policy of a record, which has no fields to compare. `limits` alternates field and definition.
 function T.define_first(policy)
   local fields = cmsgpack.unpack(policy.limits)
   for name, weight in pairs(cmsgpack.unpack(policy.weights)) do
@@ -121,13 +122,13 @@ function T.define_first(policy)
   T.put('changes', T.int(pool.changes))
 end
 
--- A version that knows of no digests leaves that of another revision.
+-- Returns whether a policy is in force. A version without digests leaves the digest of an earlier revision.
 function T.is_in_force(digest)
   return call('HGET', T.meta_key, 'digest') == T.int(pool.revision) .. '|' .. digest
 end
 
--- The limits and weights of a policy, by name; false for one that it removes. If the policy in force is the one
--- that the process sends changes of, only the changes are read.
+-- Unpacks the limits and weights of a policy by name; false for a removed one. If the policy in force is the base of
+-- the changes that the process sends, only the changes are unpacked.
 function T.read_policy(policy)
   policy.differs = policy.base ~= '' and policy.bands == pool.bands and T.is_in_force(policy.base)
   if policy.differs then
@@ -140,7 +141,7 @@ function T.read_policy(policy)
   for i = 1, #fields, 2 do policy.limits[string.sub(fields[i], 3)] = fields[i + 1] end
 end
 
--- Waiters may fit now, under new bounds or, at any limit, new bands.
+-- Touches limits with waiters, which may fit under new bounds or, at any limit, new bands.
 function T.touch_waited_for(names)
   if pool.parked == 0 or #names == 0 then return end
   local fields = {}
@@ -150,14 +151,14 @@ function T.touch_waited_for(names)
   end
 end
 
--- Limits loaded before have the old bounds: their counts are kept.
+-- Saves the limits loaded so far, which have the old bounds, so that their counts are kept and they are loaded again.
 function T.reload_limits()
   T.save_pool()
   T.changed, T.limits, T.lanes, T.tenants, T.bands, T.first = {}, {}, {}, {}, false, false
 end
 
--- Shares are measured in something else from now on: the tags of before are not comparable with those to come.
--- Tenants that wait start equal, in the order of their own tickets as before; permits in use count as not charged.
+-- Restarts shares after a change of their measure, since uses in different measures cannot be compared. Waiting
+-- tenants start equal, with their own tickets in the same order; permits in use count as not charged.
 function T.restart_shares()
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
     local name = string.match(field, '^w:(.*)$')
@@ -182,7 +183,8 @@ function T.restart_shares()
   T.moves = T.moves + 1
 end
 
--- The highest revision wins; a start-up never overwrites a newer one. Returns whether it is news for others.
+-- Adopts a policy with a higher revision; a start-up never overwrites a newer one. Returns whether it is new for
+-- others.
 function T.merge_policy(policy)
   if policy.revision == pool.revision and not T.is_in_force(policy.digest)
     and call('HGET', T.meta_key, 'policy') ~= policy.blob then
@@ -222,7 +224,7 @@ function T.merge_policy(policy)
   return not is_first
 end
 
--- Limits that count tokens in flight from now on, or no more, are counted again.
+-- Recounts limits that begin or cease to count tokens in flight.
 function T.note_units(names)
   local before = call('HGET', T.meta_key, 'by_tokens') or ''
   if before == names then return end
@@ -233,9 +235,9 @@ function T.note_units(names)
   T.count_again(differs)
 end
 
--- The process knows best which permits it holds: they count even above the limit, which then drains.
--- entry: ticket, flow, seq, hard_ms, use, amounts. `known` is what each ticket took of its limits, as far as
--- the server still has it: of tokens in flight the process says it else.
+-- Counts a permit that the process reports, even above the limit, which then drains: the process knows which permits
+-- it holds. entry: ticket, flow, seq, hard_ms, use, amounts. `known` maps a ticket to its charges, if the server
+-- still has them; otherwise tokens in flight are charged by the amounts.
 function T.assert_held(entry, known)
   local ticket, queue = entry[1], own.queues[entry[2]]
   local member = ticket .. '|' .. q.sid .. '|' .. queue.lane
@@ -258,8 +260,8 @@ function T.charges_of(sid)
   return charges
 end
 
--- The list of sessions ran out before the session's own keys, as when the clock leaps by an hour:
--- what they say was counted again without them.
+-- Deletes what is left of a session after the list of sessions has expired, as when the clock jumps by an hour: the
+-- permits and waiters were recounted without it.
 function T.forget_leftover()
   for _, queue in ipairs(T.places_of(q.sid)) do
     call('UNLINK', T.queue_key(queue))
@@ -268,16 +270,16 @@ function T.forget_leftover()
   call('UNLINK', T.session_key(q.sid), T.stalled_key(q.sid))
 end
 
--- The process has re-registered its permits: all others held over for it are released, such as grants
--- that were pushed while it was paused.
+-- Releases other permits held over for the session, such as grants that were pushed while its process was paused: it
+-- has re-registered all that it holds.
 function T.free_unclaimed()
   for _, member in ipairs(call('ZRANGE', T.lapsing_key, 0, -1)) do
     if string.match(member, '^[^|]*|([^|]*)|') == q.sid then T.free_lapsing(member) end
   end
 end
 
--- Permits held over for sessions that died before the server lost its data. A living session reports its
--- own.
+-- Restores a permit held over for a session that died before the server lost its data. A living session reports its
+-- own permits.
 function T.assert_lapsing(entry)
   local member, left_ms, charges = entry[1], entry[2], entry[3]
   if not call('ZSCORE', T.sessions_key, string.match(member, '^[^|]*|([^|]*)|'))
@@ -288,8 +290,8 @@ function T.assert_lapsing(entry)
   end
 end
 
--- Rates after a loss: the highest usage that any session had seen, and the admissions of each since.
--- entry: limit, seen, since.
+-- Restores a rate after a loss: the highest usage that any session saw, and what each has admitted since. entry:
+-- limit, seen, since.
 function T.assert_spent(entry)
   local limit, field = T.limit_of(entry[1]), 'b:' .. entry[1]
   if limit.sort == 'c' then return end
@@ -299,7 +301,7 @@ function T.assert_spent(entry)
   T.put(field, T.int(math.max(base, entry[2], 1)))
 end
 
--- A record written by a version without an order of changes has no usage and no pauses in that order.
+-- Numbers the usage and indexes the pauses of a record written by a version that did not.
 function T.index()
   T.put('changes', T.int(pool.changes))
   pool.indexed = true
@@ -317,7 +319,7 @@ end
 function T.assert_pause(entry)
   local limit, until_ms = T.limit_of(entry[1]), pool.now + entry[2]
   local pause = limit.pause
-  -- One that `rewind` has made older may be over.
+  -- A pause that `rewind` moved back may be over.
   local is_over = pause and not pause.gate and pool.now >= pause.until_ms + pause.ramp_ms
   if pause and not is_over and pause.until_ms >= until_ms then return end
   limit.pause = { until_ms = until_ms, ramp_ms = entry[3], passed = 0, said = entry[4],
@@ -349,7 +351,7 @@ function T.join()
   local is_news = T.merge_policy(q.join.policy)
   if not pool.indexed then T.index() end
   local lost = q.epoch > 0 and q.epoch < pool.epoch
-  -- A session of an earlier epoch proves that there was one: the full quiet time is due.
+  -- A session of an earlier epoch proves that there was one: the quiet lease applies in full.
   if lost then
     pool.recover_until = math.max(pool.recover_until,
       pool.began + math.max(pool.lease_ms, q.lease_ms))
@@ -372,11 +374,11 @@ function T.join()
   return 'ok'
 end
 
--- Checks whether a waiter fits at the limits of some of its queues; the session names all in turn.
+-- Touches the limits of some of the session's queues; the session names all its queues in turn.
 function T.touch_own()
   for _, number in ipairs(q.looks) do
     local at = own.queues[number].at
-    -- A version without `stalled` may have left it there.
+    -- A version without the key `stalled` may have left the queue blocked.
     if at == '!' and not own.blocked then T.return_to_line(own.queues[number]) end
     if at and at ~= '!' then
       T.touch(T.limit_of(at))
@@ -386,8 +388,8 @@ function T.touch_own()
   end
 end
 
--- Usage that was announced and never reported must not fill the memory: above this number of calls the
--- reservations of the oldest stay.
+-- Forgets the oldest calls whose usage is still expected, beyond this number, so that they do not fill the memory.
+-- Their reservations stay.
 T.MOST_OWED = 2000
 function T.bound_owed()
   local tickets = call('HKEYS', T.owed_key(q.sid))
@@ -396,8 +398,8 @@ function T.bound_owed()
   for i = 1, #tickets - T.MOST_OWED do call('HDEL', T.owed_key(q.sid), tickets[i]) end
 end
 
--- A backstop in case no session is left to reap: every third of a lease, and for the queues
--- that it checks.
+-- Renews the TTLs, by which keys expire if no session is left to reap others. Runs every third of a lease, for the
+-- queues that the request names.
 function T.keep_keys()
   T.bound_owed()
   call('PEXPIRE', T.sessions_key, T.POOL_KEEP_MS)

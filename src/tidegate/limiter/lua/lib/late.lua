@@ -3,15 +3,14 @@
 -- args: none
 -- returns: bar()
 -- units: ms; virtual time as in queues
--- Of the calls that wait where a ticket would, those of its own flow, in all sessions, are admitted before it, in
--- their order: that is certain, if no call leaves. Others are only likely to come first. By an estimate a
--- ticket is refused only with a clear margin: a third of the likely ones may not come first, half of the
--- amounts reserved under a rate may be returned, calls may take two thirds of the time that they took
--- lately, less a second.
+-- If no waiter leaves, calls of the ticket's flow that already wait at the same limit, in any session, certainly come
+-- first, in their order. Other calls there are only likely to come first. An estimate refuses a ticket only with a
+-- clear margin: a third of the likely calls may not come first, half of the amounts reserved under a rate may be
+-- returned, and calls may take two thirds of their recent duration, less a second.
 T.MOST_BEFORE, T.MEASURED_MS = 50, 3000
 
--- The number of calls before a ticket: of those that wait, `certain` and `likely`; and `expected`, if
--- tenants with several waiting calls continue to send calls. `start` is in virtual time.
+-- Returns how many calls come before a ticket. `certain` and `likely` count those that wait; `expected` assumes that
+-- tenants with several waiting calls continue to send calls. `start` is the ticket's start in virtual time.
 local function before_at(queue, place, use, stamp)
   local certain, likely, tenant = 0, 0, T.tenant_of(queue.tenant)
   for _, id in ipairs(call('ZRANGE', T.line_key(place, queue), 0, T.MOST_BEFORE - 1)) do
@@ -38,7 +37,7 @@ local function before_at(queue, place, use, stamp)
   return { certain = certain, likely = likely, expected = expected, start = start }
 end
 
--- A late limit is (room at, limit, used, ahead, estimate). This one is certain to have no room by `latest`.
+-- Returns (room at, limit, used, ahead, estimate) if a limit certainly has no room by `latest`.
 local function late_at(limit, amount, before, here, latest)
   local is_firm = T.is_firm(limit)
   local settled = limit.sort ~= 'c' and (is_firm or limit.used == 0 and not T.is_usage_due())
@@ -58,9 +57,9 @@ end
 
 local function is_close(wait_ms, left_ms) return 2 * wait_ms <= 3 * left_ms + 2000 end
 
--- By the time that calls took, the last ones and over the last minute. Behind higher bands its turn comes as
--- fast as its own band has moved on, and no slower than by its least share of the admissions.
--- `size`: what each of these calls takes of the limit.
+-- Returns the same for a concurrency limit, as an estimate by the duration of recent calls and of calls in the last
+-- minute. Behind higher bands, a turn comes as fast as its band has advanced, and no slower than by the band's
+-- minimum share of admissions. `size`: the amount that each of these calls takes.
 local function late_by_time(limit, number, before, left_ms, size)
   local cap, count = T.cap_of(limit, number), before.certain + before.likely
   if cap > 0 then cap = math.max(1, math.floor(cap / size)) end
@@ -96,7 +95,7 @@ local function position_in(lane, name)
   end
 end
 
--- The amount of the first calls of a queue on average; `amount` if none waits.
+-- Returns the mean amount of the first calls of a queue; `amount` if none waits.
 local function mean_of(queue, at, amount)
   local sum, members = 0, queue.at and call('ZRANGE', T.queue_key(queue), 0, 4) or none
   if #members == 0 then return amount end
@@ -125,8 +124,8 @@ local function probably_late(queue, list, place, before, latest)
   return { room_at, place.name, place.spent, before.expected, 1 }
 end
 
--- Refuses a ticket that would wait at `place` with a stamp, if it can't be admitted within `left_ms`; true if
--- refused. If `left_ms` is negative no estimate refuses it.
+-- Refuses a ticket that would wait at `place` with a stamp if it cannot be admitted within `left_ms`; returns true if
+-- refused. If `left_ms` is negative, no estimate refuses it.
 function T.bar(queue, member, left_ms, place, stamp)
   local ticket, use, text = string.match(member, '^(%d+)|%d+|(%d+)|(.*)$')
   local list, latest, found = T.amounts_in(text), pool.now + math.abs(left_ms) - 1, nil

@@ -1,20 +1,21 @@
--- does: finds how many calls a server works on, from the times to its first tokens
+-- does: adapts a limit to how many calls a server can work on, by the times to their first tokens
 -- keys: none
 -- args: firsts
 -- returns: first_of_call(), adapt_by_latency(), write_latency()
 -- units: ms; concurrency in thousandths of a call
--- A server of one's own refuses nothing: what it has no room for waits in it, in silence. By Little's law (Little 1961)
--- as many calls wait there on average as are in flight, times the part of their time that they wait: the time to the
--- first token beyond the shortest one of prompts of that length, over the time of the call. So a prompt's own reading,
--- long or cached, is no queue. As TCP Vegas does (Brakmo and Peterson 1995), the limit rises by a little while fewer
--- wait there than is fit, and falls by half of what is more than that. Netflix's gradient and Envoy's, which divide the
--- shortest time by the last ones, take prompts of another length for a queue. As Envoy does, the shortest times are
--- measured again from time to time with fewer calls in flight: else the queue that is left would become part of them.
+-- A self-hosted server refuses nothing: calls beyond its capacity queue inside it. By Little's law (Little 1961) the
+-- mean length of that queue is the number of calls in flight times the fraction of their duration that they wait. A
+-- call waits for as long as its time to the first token exceeds the shortest one of prompts of its length, so that
+-- reading the prompt, long or cached, does not count as waiting. As in TCP Vegas (Brakmo and Peterson 1995), the
+-- limit rises slowly while the queue is shorter than intended, and falls by half of what exceeds that length. The
+-- gradients of Netflix and Envoy divide the shortest time by recent ones, and mistake longer prompts for a queue. As
+-- in Envoy, the shortest times are measured again periodically with fewer calls in flight: otherwise the standing
+-- queue would become part of them.
 T.LATENCY_CALLS = 8
 T.LATENCY_ROUNDS = 20
 T.LATENCY_PART = 16
 
--- The class of a prompt by the tokens that had to be read: two for each doubling from 16 on.
+-- Returns the class of a prompt by its uncached tokens: two classes for each doubling from 16 on.
 local function class_of(tokens)
   local class, from = 0, 16
   while tokens >= 2 * from do from, class = 2 * from, class + 2 end
@@ -35,8 +36,9 @@ local function write_least(list)
   return table.concat(parts, ',')
 end
 
--- Of this round: `calls` that ended, the time that they `took` and `waited`, the sum of calls in `used` then. `now` and
--- `before`: the shortest times by class, of this window of rounds and the last one. `starting`: it has not been full yet.
+-- `calls`: calls that ended in this round, for how long they `took` and `waited`, and the sum of the calls in `used`
+-- at these times. `now`, `before`: the shortest times by class in this window of rounds and in the last one.
+-- `starting`: the limit still doubles, because no round has found a queue.
 local function read_latency(text)
   local starting, rounds, calls, took, waited, used, now, before =
     string.match(text, '^(%d)|(%d+)|(%d+)|(%d+)|(%d+)|(%d+)|([^|]*)|([^|]*)$')
@@ -50,7 +52,8 @@ function T.write_latency(one)
     one.used, write_least(one.now), write_least(one.before))
 end
 
--- The time to the first token of a call that ended, and the tokens that had to be read for it.
+-- Returns the time to the first token of a call that ended, and the tokens that had to be read for it; nil if
+-- unknown.
 function T.first_of_call(ticket)
   if not T.firsts then
     T.firsts = {}
@@ -59,7 +62,7 @@ function T.first_of_call(ticket)
   return T.firsts[ticket]
 end
 
--- A longer prompt is read no faster: its time bounds those of the shorter ones.
+-- Returns the shortest time for a class. A longer prompt is read no faster, so its time also bounds shorter ones.
 local function least_of(one, class)
   local least = math.huge
   for _, list in ipairs({ one.now, one.before }) do

@@ -4,10 +4,10 @@
 -- returns: limit_of(), limits_in(), save_limit(), cap_of(), share_of(), cost_at(), use_at(), learn(), touch(), touched
 -- units: ms; a band's `above` in thousandths of a limit
 T.touched, T.bands, T.lanes = {}, false, {}
--- The concurrency that a limit by latency begins with: what is too much waits in the server.
+-- The first bound of a limit that adapts by latency: low, because calls beyond the server's capacity queue inside it.
 T.LATENCY_FIRST = 4
 
--- Per band: the minimum share of admissions, and the room kept free for the bands above, in thousandths.
+-- Returns per band, in thousandths: its minimum share of admissions, and what is kept free for higher bands.
 function T.bands_of_pool()
   if not T.bands then
     T.bands = {}
@@ -18,14 +18,14 @@ function T.bands_of_pool()
   return T.bands
 end
 
--- A band without a waiter so far has no state.
+-- The state of a band that has had no waiter yet is created on access.
 T.band_list = { __index = function(list, number)
   for i = #list + 1, number do rawset(list, i, { waits = 0, virtual = 0, credit = 0, from = 0, passed = 0, held = 0, used = 0 }) end
   return rawget(list, number)
 end }
 
--- A limit that no policy names admits no call, unless its scope is one of these: then it has no bound
--- and only carries a pause. Its fields are kept only while it is paused, waited for or in use.
+-- A limit that is not in the policy admits no call, unless its scope is one of these: then it has no bound and can
+-- only be paused. Its fields are kept only while it is paused, has waiters or is in use.
 T.UNBOUNDED = 10000000000
 T.FOR_EVER = 9007199254740991
 function T.is_implicit(name)
@@ -86,15 +86,15 @@ function T.limit_of(name)
     local first = limit.by_latency and math.min(limit.bound, math.max(limit.least, T.LATENCY_FIRST)) or limit.bound
     limit.current = tonumber(current or first * 1000)
     limit.dropped_at = tonumber(dropped_at or 0)
-    -- Read where a call's time to its first token is known.
+    -- Parsed when a call ends whose time to the first token is known.
     if limit.by_latency then limit.latency = latency or '' end
   end
   T.limits[name] = limit
   return limit
 end
 
--- The limits of a lane, in its order; `rated` if one of them is no concurrency, `by_tokens` if one of them counts
--- tokens in flight.
+-- Returns the limits of a lane in order. `rated`: one of them is not a concurrency limit. `by_tokens`: one of them
+-- counts tokens in flight.
 function T.limits_in(lane)
   local list = T.lanes[lane]
   if not list then
@@ -150,12 +150,12 @@ T.save_limit = function(limit)
   limit.learned, limit.spent_anew = nil, nil
 end
 
--- A touched limit is one under which a waiter may fit now.
+-- Marks a limit under which a waiter may fit now.
 function T.touch(limit)
   if limit.name then T.touched[limit.name] = true end
 end
 
--- How many calls, or tokens in flight, a band may have under a concurrency.
+-- Returns how many calls, or tokens in flight, a band may have under a concurrency limit.
 function T.cap_of(limit, band)
   local bound = limit.current and math.floor(limit.current / 1000) or limit.bound
   local list = T.bands_of_pool()
@@ -164,26 +164,26 @@ function T.cap_of(limit, band)
   return math.max(math.min(bound, 1), math.floor(bound * (1000 - above) / 1000))
 end
 
--- The least share of a band, in thousandths, of what a limit gives.
+-- Returns the minimum share of a band in what a limit admits, in thousandths.
 function T.share_of(number)
   local list = T.bands_of_pool()
   return list[math.min(number, #list)].share
 end
 
--- How long a call under this limit probably takes: the average of the last ones, or the estimate of its
--- process if none has ended yet.
+-- Returns the probable duration of a call under a limit: the moving average, or the estimate of its process if no
+-- call has ended yet.
 function T.cost_at(limit, cost_ms)
   return limit.cost_ms > 0 and limit.cost_ms or cost_ms
 end
 
--- The charge of a call under this limit until it has ended. `use` is the estimate of its process.
+-- Returns what a call is charged until it ends. `use`: the estimate of its process.
 T.CALL_USE = 1000
 function T.use_at(limit, use)
   if not pool.fair_by then return limit.cost_ms > 0 and limit.cost_ms or use end
   return pool.fair_by == 'calls' and T.CALL_USE or use
 end
 
--- Records the duration of a call under these limits.
+-- Updates the duration of calls under the limits of a lane by a call that ended.
 function T.learn(lane, took_ms)
   for _, limit in ipairs(T.limits_in(lane)) do
     local more = not limit.defined and 0 or limit.cost_ms > 0 and math.floor((took_ms - limit.cost_ms) / 8) or took_ms

@@ -1,10 +1,10 @@
--- does: computes the earliest time of room
+-- does: computes the earliest time at which a limit has room
 -- keys: sessions owed
 -- args: firm
 -- returns: is_firm(), is_usage_due(), earliest(), outlook()
 -- units: ms
--- A limit that counts requests releases nothing when calls end. Under other limits a call may have
--- reserved more than it uses.
+-- Returns whether nothing is returned to a limit when calls end: true if it counts requests. Under other limits a
+-- call may have reserved more than it uses.
 function T.is_firm(limit)
   if limit.exact then return true end
   if not T.firm then
@@ -14,7 +14,7 @@ function T.is_firm(limit)
   return limit.sort ~= 'c' and T.firm[limit.name] or false
 end
 
--- Whether the usage of a call that has ended is still to be reported.
+-- Returns whether the usage of a call that has ended is still to be reported.
 function T.is_usage_due()
   if T.usage_due == nil then
     T.usage_due = false
@@ -28,9 +28,9 @@ function T.is_usage_due()
   return T.usage_due
 end
 
--- The time of room, if nothing is released; the usage, -1 for a paused limit;
--- whether that time is certain for every call; and the time before which there is certainly none. 0 if a call that
--- ends makes room, or if it is unknown.
+-- Returns when there is room if nothing is returned, 0 if a call that ends makes room or if it is unknown; the usage,
+-- -1 for a paused limit; whether that time is certain for every call; and the time before which there is certainly no
+-- room.
 function T.earliest(limit, amount)
   local pause, paused_at, at, used, certain_at = limit.pause, 0, 0, limit.used, 0
   if limit.sort ~= 'c' then
@@ -48,7 +48,7 @@ function T.earliest(limit, amount)
   return 0, used, false, 0
 end
 
--- The rate or pause that the queue of a flow waits for now.
+-- Returns which rate or pause a queue waits for, and until when.
 function T.outlook(number, queue, limit)
   local amount = 1
   if limit.sort ~= 'c' and not T.is_firm(limit) then

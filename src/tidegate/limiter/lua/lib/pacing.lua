@@ -1,14 +1,14 @@
--- does: keeps a rate even, and its growth slow
+-- does: spreads a rate evenly by its pace, and limits its growth by its ramp
 -- keys: meta
 -- args: none
 -- returns: load_pacing(), paced_bound(), grown_at(), even_after(), bring_near(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
 -- units: ms; `even` and `pace` in microseconds
--- `f:` is even|level|since. An even flow has made up at `even` for all that was taken: what is taken
--- moves it on, and a call is admitted when it lies no more than `pace` ahead, the call's own part
--- among it (GCRA, ITU-T I.371). Under a ramp a window takes at most `level` and so many percent of it
--- for each minute since `since`. The first call after a minute makes the level what was taken in the
--- last window, `start` at least; `since` is 0 before the first call of all. `even` is a window ahead at most:
--- neither what was taken in shadow nor a longer window of before delays calls for longer.
+-- `f:` is even|level|since. By `even` an even flow has caught up with all that was taken: each admission moves it on,
+-- and a call is admitted if, with its own part, `even` is at most `pace` ahead (GCRA, ITU-T I.371). Under a ramp a
+-- window may take at most `level`, plus the ramp's percentage of it for each minute since `since`. The first call
+-- after a minute sets the level to what was taken in the last window, at least `start`; `since` is 0 before the first
+-- call of all. `even` is at most a window ahead, so that neither what was taken in shadow mode nor an earlier, longer
+-- window delays calls for longer.
 function T.load_pacing(limit, pace_ms, percent, start)
   local even, level, since =
     string.match(call('HGET', T.meta_key, 'f:' .. limit.name) or '0|0|0', '^(%d+)|(%d+)|(%d+)')
@@ -16,7 +16,7 @@ function T.load_pacing(limit, pace_ms, percent, start)
     even = tonumber(even), level = tonumber(level), since = tonumber(since) }
 end
 
--- What a window may take now.
+-- Returns what a window may take now.
 function T.paced_bound(limit)
   local pacing = limit.pacing
   if pacing.percent == 0 or pacing.since == 0 then return limit.bound end
@@ -28,13 +28,13 @@ local function lasts(limit, amount)
   return math.ceil(amount * limit.span * 1000 / math.max(1, limit.bound))
 end
 
--- When the bound of the ramp reaches `needed`, if nothing is taken until then.
+-- Returns when the bound of the ramp reaches `needed`, if nothing is taken until then.
 function T.grown_at(pacing, needed)
   local more = math.max(0, needed - pacing.level)
   return pacing.since + math.ceil(more * 6000000 / (pacing.level * pacing.percent))
 end
 
--- When an even flow has room for `amount` behind `before`, without any return; 0 if it has now.
+-- Returns when an even flow has room for `amount` after `before`, if nothing is returned; 0 for now.
 function T.even_after(limit, before, amount)
   local pacing = limit.pacing
   if pacing.pace == 0 then return 0 end
@@ -50,7 +50,7 @@ function T.bring_near(limit)
   pacing.even, limit.pacing_changed, limit.changed = most, true, true
 end
 
--- What was taken in the last window has `amount` in it already.
+-- Counts an admission. What was taken in the last window already includes `amount`.
 function T.pace_take(limit, amount)
   local pacing = limit.pacing
   if pacing.pace > 0 then
@@ -63,7 +63,7 @@ function T.pace_take(limit, amount)
   limit.pacing_changed, limit.changed = true, true
 end
 
--- What was reserved too much, or, if negative, used on top.
+-- Returns what was reserved in excess, or, if negative, takes what was used in addition.
 function T.pace_return(limit, amount)
   local pacing = limit.pacing
   if pacing.pace == 0 or amount == 0 then return end

@@ -3,8 +3,8 @@
 -- args: none
 -- returns: gate_of(), is_tried(), pause_lets(), adapt()
 -- units: ms
--- A gate: a pause that lasts until it is opened, and admits one probe at a time. `taker` is the
--- session|ticket of the last probe, `every_ms` the minimum time between two, `rounds` the number that failed.
+-- A gate is a pause that lasts until it is opened, and admits one probe at a time. `taker` is the session|ticket of
+-- the last probe, `every_ms` the minimum time between two probes, `rounds` the number of failed ones.
 function T.gate_of(name)
   local text = call('HGET', T.meta_key, 'g:' .. name) or '1000|1000|0|'
   local every_ms, most_ms, rounds, taker = string.match(text, '^(%d+)|(%d+)|(%d+)|(.*)$')
@@ -12,8 +12,7 @@ function T.gate_of(name)
     taker = taker }
 end
 
--- Whether the probe of a gate is still in progress. The permits of this run of the script are not written
--- yet.
+-- Returns whether the probe of a gate is still in progress. Permits of this run are not written yet.
 function T.is_tried(gate)
   if gate.taker == '' then return false end
   if gate.fresh then return true end
@@ -25,8 +24,8 @@ function T.is_tried(gate)
   return value and true or false
 end
 
--- After a pause the calls are admitted gradually, over `ramp_ms`; `passed` is
--- in the limit's unit. A limit without a bound ramps up like one of `RAMP_BOUND`.
+-- Returns whether a pause admits a call. After a pause, calls are admitted gradually over `ramp_ms`; `passed` is what
+-- was admitted, in the limit's unit. A limit without a bound ramps up like one of `RAMP_BOUND`.
 T.RAMP_BOUND = 64
 function T.pause_lets(limit)
   local pause, bound = limit.pause, limit.implicit and T.RAMP_BOUND or limit.bound
@@ -40,11 +39,11 @@ function T.pause_lets(limit)
   return T.room_again(limit, math.max(at, pool.now + 1))
 end
 
--- Additive increase while the limit is full: one more in a round of calls, and in `ADAPT_CALLS` at least,
--- since each step beyond the provider's limit gets one call refused. A call that is dropped while the
--- limit is full lowers it by one: its place is not reassigned. Else multiplicative decrease at
--- most once a second (Chiu and Jain 1989). Where the time to a first token is known, that decides instead of a success:
--- `latency`. In thousandths, so that Lua and the model count alike.
+-- Adapts a limit to the outcome of a call. Additive increase while the limit is used up: one more per round of calls,
+-- and per `ADAPT_CALLS` at least, since each step beyond the provider's limit gets a call refused. A call dropped
+-- while the limit is used up lowers it by one, so that its place is not reassigned. For other dropped calls,
+-- multiplicative decrease at most once a second (Chiu and Jain 1989). A success whose time to the first token is
+-- known counts by `latency.lua` instead. Bounds are in thousandths, so that Lua and the model count alike.
 T.ADAPT_PAUSE_MS = 1000
 T.ADAPT_CALLS = 25
 function T.adapt(limit, outcome, ticket, took_ms)

@@ -3,7 +3,7 @@
 -- args: flows transfers releases cancels enqueues full
 -- returns: load_own(), flush_own(), set_held(), transfer(), unqueue(), used(), correct_all(), charge_handed(), rehead_own(), rehead_filled(), own
 -- units: ms; use in ms, micro-dollars or 1,000 for a call; amounts in each limit's unit, in the order of the lane
--- `own.held` has the permits of this session that the request names: ticket -> value.
+-- `own.held` maps each ticket that the request names to the permit that this session holds for it, else to false.
 local own = { held = {}, written = {}, queues = {}, reheaded = {}, fields = {} }
 
 -- One read fetches the session's record, the places of its flows, and the named tickets.
@@ -17,7 +17,7 @@ function T.load_own()
   for i = 1, #q.transfers, 8 do
     local from, to, member = q.transfers[i], q.transfers[i + 1], q.transfers[i + 5]
     tickets[#tickets + 1] = from
-    -- Of the others it shows when they leave their queues.
+    -- For the others, this shows when they leave their queues.
     if q.full or member == '' then tickets[#tickets + 1] = to end
   end
   for i = 1, #q.releases, 5 do tickets[#tickets + 1] = q.releases[i] end
@@ -67,7 +67,7 @@ function T.read_held(value)
     flow = flow, band = tonumber(band), tenant = tenant, lane = lane }
 end
 
--- So many tickets have left a queue.
+-- Records that `count` tickets have left a queue.
 function T.left(queue, count)
   local tenant = T.tenant_of(queue.tenant)
   tenant.waiting = tenant.waiting - count
@@ -78,16 +78,16 @@ function T.left(queue, count)
   end
 end
 
--- A ticket leaves its queue; false if it was not there.
+-- Removes a ticket from its queue; returns false if it was not there.
 function T.unqueue(queue, member)
   if not queue or call('ZREM', T.queue_key(queue), member) == 0 then return false end
   T.left(queue, 1)
   return true
 end
 
--- The tickets of many transfers leave their queues together. Only a repeated batch (`full`) may name
--- one that has left before, except for those that were granted meanwhile; a missing ticket shows that there
--- are such.
+-- Removes the tickets that transfers name from their queues, all tickets of a queue together. Outside of a repeated
+-- batch (`full`) a ticket is missing only if it was granted meanwhile: then the permits of the queue's tickets are
+-- read.
 function T.unqueue_heirs()
   local leaving, order = {}, {}
   for i = 1, #q.transfers, 8 do
@@ -116,14 +116,13 @@ function T.unqueue_heirs()
   end
 end
 
--- Whether the counts stay the same where a permit passes from a call to another.
+-- Returns whether all counts stay the same when a permit passes from one lane to another.
 function T.same_counts(lane, other)
   return lane == other and not T.limits_in(lane).by_tokens
 end
 
--- The process has passed the permit on already, so `to` is held in any case. If neither
--- exists, this is a repetition and `to` has ended meanwhile: its release follows. `member`
--- is empty if it was in no queue.
+-- Records that the process passed a permit on: `to` is held in any case. If neither ticket is found, this is a repeat
+-- and `to` has ended: its release follows. `member` is empty if `to` was in no queue.
 function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
   local queue = own.queues[number]
   local before, there = own.held[from], own.held[to]
@@ -153,8 +152,8 @@ function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
   T.set_held(to, T.value_of(seq, hard_ms, use, charges, queue.flow))
 end
 
--- A call used so much, and its tenant was charged `charged` for it: 0 for one that was admitted while no call
--- waited. Added up by flow, so that a request corrects each tag once.
+-- Records the use of a call, and what its tenant was charged for it: 0 if it was admitted while no call waited. The
+-- differences are added up by flow, so that a request corrects each tag once.
 local differs, differing = {}, {}
 function T.used(flow, charged, use)
   if charged == 0 or use == charged then return end
@@ -163,7 +162,8 @@ function T.used(flow, charged, use)
   differs[flow] = (before or 0) + use - charged
 end
 
--- A tenant that is charged for passed permits is corrected by the same change of its tag.
+-- Corrects the tags of tenants by these differences. A tag that `charge_handed` changes is corrected by the same
+-- change.
 function T.correct_all()
   if #differing > 0 then T.moves = T.moves + 1 end
   for _, flow in ipairs(differing) do
@@ -179,8 +179,7 @@ function T.correct_all()
   end
 end
 
--- Tenants are charged for permits that were passed on out of order: the time of their band then moves to
--- its first tag.
+-- Charges tenants for permits that were passed on out of order. The time of their band advances to its new first tag.
 function T.charge_handed()
   local charged, bands = {}, {}
   for _, queue in ipairs(own.reheaded) do
@@ -196,7 +195,7 @@ function T.charge_handed()
       end
     end
   end
-  -- The known places are valid for hints, if nothing else moves.
+  -- Hints may use these tags as long as nothing else moves.
   for _, queue in ipairs(charged) do queue.known_at = T.moves end
   for _, each in ipairs(bands) do
     local limit, number = each[1], each[2]
@@ -206,8 +205,8 @@ function T.charge_handed()
   end
 end
 
--- Queues that lost tickets are ordered by their new heads. A queue that gets new tickets in this request
--- stays in place: empty for a moment, it would lose its turn to those behind it.
+-- Moves queues that lost tickets to the places of their new heads. A queue that gets new tickets in this request is
+-- moved after that: while empty, it would lose its turn to those behind it.
 function T.rehead_own()
   local filling, later = {}, {}
   if #own.reheaded > 0 then
@@ -224,7 +223,7 @@ function T.rehead_own()
   own.reheaded = later
 end
 
--- The remaining ones.
+-- Moves the queues that lost tickets and got new ones.
 function T.rehead_filled()
   for _, queue in ipairs(own.reheaded) do T.rehead(queue) end
 end

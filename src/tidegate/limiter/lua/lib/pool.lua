@@ -10,7 +10,7 @@ local POOL_FIELDS = { 'run', 'epoch', 'recover_until', 'clock', 'seq', 'lease_ms
   'hold', 'began', 'parked', 'timed_at', 'starving', 'bands', 'queue_max', 'hand_off', 'reap_ms',
   'reap_at', 'sessions', 'roster', 'fresh', 'changes', 'fair_by' }
 
--- The limits of a lane, which are one string.
+-- Returns the names of the limits in a lane, which is one string.
 function T.names_in(lane)
   local list = T.names[lane]
   if not list then
@@ -21,7 +21,7 @@ function T.names_in(lane)
   return list
 end
 
--- The values of any number of fields of a hash.
+-- Returns the values of any number of fields of a hash.
 function T.read(key, fields)
   if #fields <= 1000 then return call('HMGET', key, unpack(fields)) end
   local values = {}
@@ -32,7 +32,7 @@ function T.read(key, fields)
   return values
 end
 
--- One read fetches the record with its fields of the limits and tenants of the request.
+-- Reads the record of the pool together with its fields for the limits and tenants of the request.
 function T.load_pool()
   local fields, first = { unpack(POOL_FIELDS) }, {}
   for _, flow in ipairs(q.flows) do
@@ -73,12 +73,13 @@ function T.load_pool()
   pool.sessions = tonumber(f[18] or 0)
   pool.roster, pool.fresh = tonumber(f[19] or 0), tonumber(f[20] or 0)
   pool.indexed, pool.changes = f[21], tonumber(f[21] or 0)
-  -- What shares are measured in, nil for seconds.
+  -- The measure of shares; nil for seconds.
   pool.fair_by = f[22] ~= 'seconds' and f[22] or nil
   pool.was_parked, pool.was_timed, pool.was_starving = pool.parked, pool.timed_at, pool.starving
 end
 
--- The fields of a limit or a tenant, fetched before or now. Once only: they are in memory then.
+-- Returns the fields of a limit or a tenant, which `load_pool` may have read. Each is requested only once: after
+-- that, the limit or tenant is in memory.
 function T.fetch(what, ...)
   local at = T.first and T.first[what]
   if at then
@@ -88,7 +89,7 @@ function T.fetch(what, ...)
   return call('HMGET', T.meta_key, ...), 1
 end
 
--- A field of the record to be written at the end; false deletes it.
+-- Sets a field of the record, to be written at the end of the run; false deletes it.
 function T.put(field, value) T.changed[field] = value end
 
 function T.write(key, fields)
@@ -118,7 +119,7 @@ function T.save_pool()
   if T.spenders[1] then T.rates().note_spenders() end
   for name, tenant in pairs(T.tenants) do
     if tenant.changed then
-      -- When a tenant's queues are empty, its stamps may start again.
+      -- The stamps of a tenant without waiters start again.
       local last, stays = '', tenant.waiting > 0 or tenant.returns or false
       if tenant.last and stays then
         for band, due in pairs(tenant.last) do last = last .. '|' .. band .. '=' .. T.int(due) end
@@ -148,7 +149,7 @@ function T.tenant_of(name)
     local f, at = T.fetch('t:' .. name, 'n:' .. name, 't:' .. name)
     local waiting, stamp, last = string.match(f[at] or '0|0', '^(%d+)|(%d+)|?(.*)$')
     tenant = { waiting = tonumber(waiting), stamp = tonumber(stamp), weight = tonumber(f[at + 1] or 1) }
-    -- By band, when the last ticket is due, if any has had a deadline.
+    -- `last` has by band when the last ticket is due, if any ticket has had a deadline.
     if last ~= '' then
       tenant.last = {}
       for band, due in string.gmatch(last, '(%d+)=(%d+)') do tenant.last[tonumber(band)] = tonumber(due) end
@@ -158,15 +159,15 @@ function T.tenant_of(name)
   return tenant
 end
 
--- The step of a tenant's virtual time for so much use, in ms, micro-dollars, or 1,000 for a call: a ms of a
--- tenant of weight 1,000 is still 100 units, so that the rounding error is less than 0.2 % from 5 ms on.
+-- Returns by how much `use` advances a tenant's virtual time. It is in ms, micro-dollars, or 1,000 for a call. A ms
+-- of a tenant of weight 1,000 is still 100 units, so that the rounding error is below 0.2 % from 5 ms on.
 T.UNITS = 100000
 function T.step_of(use, tenant)
   return math.floor(use * T.UNITS / tenant.weight)
 end
 
--- How many calls of a tenant take a time of a band, relative to other tenants: by weight, and where calls differ in
--- what they count, the fewer the more that is.
+-- Returns how many of a tenant's calls take one unit of its band's time, relative to other tenants: its weight; in
+-- shares by cost, divided by the use of its calls.
 T.TICKET_UNITS = 10000000
 function T.tickets_of(use, tenant)
   if pool.fair_by ~= 'cost' then return tenant.weight end

@@ -3,8 +3,8 @@
 -- args: none
 -- returns: note_progress(), progress_of()
 -- units: ms; virtual time as in queues
--- A sample is now|virtual time|cost_ms, taken while calls wait, `APART_MS` after the last one at the earliest.
--- Samples decide nothing: no admission depends on them.
+-- A sample is now|virtual time|cost_ms. It is taken while calls wait, at least `APART_MS` after the last one. No
+-- admission depends on samples.
 T.APART_MS, T.MOST_SAMPLES = 900, 60
 
 function T.progress_key(limit, band) return T.prefix .. 'progress:' .. limit.name .. '|' .. band end
@@ -19,7 +19,7 @@ function T.note_progress(limit, number)
   call('PEXPIRE', key, 60000 + 2 * pool.lease_ms)
 end
 
--- The samples of the time in which calls have waited without a break, the oldest first.
+-- Returns the samples of the time since calls wait without a break, the oldest first.
 function T.progress_of(limit, number)
   local list, later = {}, pool.now
   local raw = call('LRANGE', T.progress_key(limit, number), 0, -1)

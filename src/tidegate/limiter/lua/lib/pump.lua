@@ -4,12 +4,12 @@
 -- returns: pump(), publish(), admit(), let_in(), amount_at()
 -- units: ms
 T.ACK_WINDOW = 8
--- One run takes so many steps, each a look at a limit with waiters or at the first of them; the next run continues.
+-- The most steps of one run; a step checks a limit with waiters, or the first waiter of one. The next run continues.
 T.AT_ONCE = 30
 T.peers, T.budget = {}, T.AT_ONCE
 
--- A killed process must not swallow grants: its channel has no subscriber. A paused one looks
--- reachable: it gets no more grants once `ACK_WINDOW` of them are not acknowledged.
+-- Returns the state of another session. No grant may be lost to a killed process: its channel has no subscriber. A
+-- paused process looks reachable, and gets no more grants once `ACK_WINDOW` of them are not acknowledged.
 function T.peer_of(sid)
   local peer = T.peers[sid]
   if peer then return peer end
@@ -37,8 +37,9 @@ function T.deliverable(sid)
   return false
 end
 
--- Waiters of a rate keep their turn for this long while a peer has to acknowledge grants: passed by others,
--- they would wait for another window. `full` is since when, and at which limit.
+-- Returns whether the turn of another session's waiters is kept until it acknowledges grants, for `ACK_WITHIN_MS` at
+-- most. Under a rate they would wait for another window if others passed them. `full` records since when, and at
+-- which limit.
 T.ACK_WITHIN_MS = 100
 function T.acknowledges_soon(sid, limit)
   if limit.sort == 'c' or sid == own.sid or T.is_fresh(sid) then return false end
@@ -79,13 +80,14 @@ function T.admit(queue, ticket, hard_ms, use, list)
   out.held['h:' .. ticket] = value
 end
 
--- The next band under a limit, and all bands with waiters. Strictly the highest, but a lower one
--- with waiters accrues its minimum share: of every admission, or of a rate's bound. What is kept free of it under a
--- concurrency is used by the higher ones while they wait.
+-- Returns the next band under a limit, and all bands with waiters that may be admitted. The next band is the highest,
+-- unless a lower one has accrued its minimum share: of every admission, or of a rate's bound. Under a concurrency
+-- limit a lower band gets its turns even without room of its own, since waiting higher bands use what is kept free
+-- for them.
 function T.turn_of(limit)
   local list = {}
   for number, band in ipairs(limit.bands) do
-    -- How much of a rate its first ticket needs is checked when its turn has come.
+    -- The amount that its first ticket takes of a rate is checked when its turn has come.
     if band.waits > 0 then
       local has_turns = #list > 0 and limit.sort == 'c' and T.share_of(number) > 0
       if T.has_room(limit, number, 0) or has_turns then list[#list + 1] = number end
@@ -142,7 +144,7 @@ function T.let_in(limit, queue, member, next_stamp, next_member)
   T.leave_line(queue, limit, next_member, next_stamp)
 end
 
--- Blocked by another limit than the one it was parked at. A ticket that moves too often gets precedence.
+-- Moves a queue to another limit that blocks it. A ticket that moves too often gets precedence (see `starving.lua`).
 function T.move(queue, limit, stamp)
   T.load_place(queue)
   T.unpark(queue)
@@ -184,7 +186,7 @@ function T.step(limit, number, list)
   limit.passing = nil
   if not other then
     local band = limit.bands[number]
-    -- What it has waited for was taken until now.
+    -- What the band has waited for was in use until now.
     if limit.sort == 'r' and band.used > 0 and band.used <= band.held then
       band.held, limit.changed = math.max(band.held, pool.now - 1), true
     end
@@ -203,7 +205,7 @@ function T.step(limit, number, list)
   return true
 end
 
--- A limit that only time frees has a timer for the next check.
+-- Sets a timer for the next check of each limit that only time frees.
 function T.set_timers()
   local due = T.timers_changed or pool.timed_at > 0 and pool.now >= pool.timed_at
   for name, limit in pairs(T.limits) do

@@ -8,10 +8,10 @@
 -- tenant's queues in `line` by the stamp of their first ticket.
 T.queues, T.amounts, T.moves = {}, {}, 0
 T.STARVES = 8
--- A double counts whole numbers up to 2^53: virtual time restarts before that.
+-- A double represents whole numbers exactly up to 2^53: virtual time restarts before that.
 T.LONGEST = 2251799813685248
--- How far behind a band's time the tag of a tenant without waiters is kept: its calls may
--- still run, and their usage is added to it. An hour of one permit of weight 1.
+-- How far behind a band's time the tag of a tenant without waiters is kept: its calls may be in progress, and their
+-- use is added to it. An hour of one permit of weight 1.
 T.BEHIND = 360000000000
 
 function T.queue_key(queue) return T.prefix .. 'queue:' .. queue.id end
@@ -21,8 +21,8 @@ function T.line_key(limit, queue)
   return T.prefix .. 'line:' .. limit.name .. '|' .. queue.band .. '|' .. queue.tenant
 end
 
--- `at` is the limit where it is parked, `!` while its session accepts no grants, nil while empty;
--- `bounces` is how often the ticket of stamp `bounced` was sent from limit to limit.
+-- `at` is the limit where the queue waits, `!` while its session accepts no grants, nil while it is empty. `bounces`
+-- is how often the ticket with the stamp `bounced` has moved between limits.
 function T.queue_of(id)
   local queue = T.queues[id]
   if not queue then
@@ -70,7 +70,7 @@ end
 -- Moves a queue to the place of its current first ticket.
 function T.rehead(queue)
   if not queue.at then return end
-  -- Its new head may need less of a rate.
+  -- The new head may take less of a rate.
   if queue.at ~= '!' and T.limit_of(queue.at).sort ~= 'c' then T.touch(T.limit_of(queue.at)) end
   local member, stamp = T.first_of(queue)
   if not member then
@@ -98,7 +98,7 @@ function T.charge(limit, queue, step)
   return tag + step
 end
 
--- Moves the time of a band on to `tag`.
+-- Advances the virtual time of a band to `tag`.
 function T.advance(limit, number, tag)
   local band = limit.bands[number]
   band.virtual = math.max(band.virtual, tag)

@@ -3,25 +3,27 @@
 -- args: resets
 -- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
--- A rate of requests up to 10,000 is an exact log of admissions. Others are counted in buckets, 120
--- to a window, the oldest in full; a bucket is named by the moment of its end, so that
--- it means the same when the window is changed. A day quota knows the moment of its reset. A rate that refills
--- evenly is counted in 60 of them; what is spent of it is its level (`bucket.lua`).
--- A band with waiters under a rate, below other bands, accrues its minimum share of the rate's bound. Two
--- times per band, in microseconds, define the credit: the share from `from` to `passed`, the last
--- admission of a higher band. `from` is in the future, by a window at most, if the band had
--- more than its share. No credit accrues without admissions above: so a large demand above is
--- passed only by credit from before.
--- Beyond its share a band takes only what the higher ones leave: nothing for a window after one of
--- them found no room (`held`) for more than its pace, since its usage counts for as long; and a twentieth of the
--- bound stays free while one of them used the limit in the last window (`used`).
+--
+-- A rate of up to 10,000 requests is an exact log of admissions. Others are counted in buckets, 120 to a window, of
+-- which the oldest counts in full. The key of a bucket is the time of its end, so that it stays valid when the window
+-- changes. A day quota stores the time of its reset. A rate that refills evenly has 60 buckets to a window; what is
+-- spent of it is its level (`bucket.lua`).
+--
+-- A lower band with waiters under a rate accrues its minimum share of the rate's bound. Two times per band, in
+-- microseconds, define its credit: the share from `from` to `passed`, the last admission of a higher band. `from` is
+-- in the future, by a window at most, if the band had more than its share. Without admissions of higher bands no
+-- credit accrues, so that a large demand of a higher band is passed only by earlier credit.
+--
+-- Beyond its share a band takes only what higher bands leave: nothing for a window after one of them found no room
+-- for another reason than its pace (`held`), since usage counts for as long; and a twentieth of the bound stays free
+-- while one of them used the limit in the last window (`used`).
 T.LEFT_FREE = 20
 T.DAY_MS = 86400000
--- A day that ends so much later is another one, also where the clocks are changed.
+-- A day that ends this much later is another day, even when clocks change.
 T.NEXT_DAY_MS = 79200000
 T.rate_functions = false
 
--- What was charged beside a bound, by the part of a window or the day that it counts in.
+-- Amounts charged beside a bound, by the end of the part of a window, or the day, in which they count.
 function T.charged_key(name) return T.prefix .. 'charged:' .. name end
 
 function T.forget_spending(name)
@@ -73,7 +75,7 @@ T.rates = function()
     local before = tonumber(found[2] or 0)
     limit.spent, limit.reset_at = tonumber(found[1] or 0), before
     if before <= pool.now then limit.spent, limit.reset_at = 0, pool.now + T.DAY_MS end
-    -- A process that reckons this day as over, a moment before its end, reports the end of the next one.
+    -- A process that considers the day over a moment early reports the end of the next day.
     if told > pool.now and (before <= pool.now or told - before < T.NEXT_DAY_MS) then limit.reset_at = told end
     if limit.reset_at ~= before then limit.dirty, limit.changed = true, true end
   end
@@ -91,7 +93,7 @@ T.rates = function()
     end
   end
 
-  -- When `amount` will fit, without any release.
+  -- Returns when `amount` fits if nothing is returned.
   local function fits_at(limit, amount)
     if limit.sort == 'q' then return limit.reset_at end
     if limit.window then return T.bucket_room_at(limit, amount) end
@@ -110,7 +112,7 @@ T.rates = function()
     return pool.now + limit.span
   end
 
-  -- How many calls of a log expire before its ramp has grown so much that a call fits beside the others.
+  -- Returns how many calls of a log expire before the ramp has grown enough to admit a call beside the others.
   local function expire_first(limit)
     local first, last = 0, limit.spent
     while first < last do
@@ -121,7 +123,8 @@ T.rates = function()
     return first
   end
 
-  -- When a ramp has room for `amount`, if nothing is taken or returned: its bound grows, and what was taken expires.
+  -- Returns when a ramp has room for `amount`, if nothing is taken or returned: its bound grows, and what was taken
+  -- expires.
   local function ramp_room_at(limit, amount)
     local at, used = pool.now, limit.counted or limit.spent
     if limit.exact then
@@ -141,7 +144,7 @@ T.rates = function()
     return at
   end
 
-  -- When an even flow and the ramp have room for `amount`, if nothing is taken or returned; 0 where they have now.
+  -- Returns when an even flow and the ramp have room for `amount`, if nothing is taken or returned; 0 for now.
   local function paced_at(limit, amount)
     local at, used = T.even_after(limit, 0, amount), limit.counted or limit.spent
     if used > 0 and T.paced_bound(limit) < used + amount and used + amount <= limit.bound then
@@ -155,18 +158,18 @@ T.rates = function()
     return number > 1 and list[math.min(number, #list)].share or 0
   end
 
-  -- The amount of one call: a demand of more than the bound takes all of it, instead of waiting forever.
+  -- Returns the amount of one call: a demand above the bound takes all of it, instead of waiting forever.
   local function clamped(limit, amount)
     return limit.exact and math.min(amount, 1) or math.min(amount, limit.bound)
   end
 
-  -- Microseconds in which a share accrues an amount.
+  -- Returns in how many microseconds a band's share accrues an amount.
   local function lasts(limit, number, amount)
     if limit.bound == 0 then return 0 end
     return math.floor(amount / limit.bound * limit.span * 1000000 / share_of(number))
   end
 
-  -- The amount of the first ticket of a band.
+  -- Returns how much the first ticket of a band takes.
   local function wanted(limit, number)
     local band = limit.bands[number]
     if band.looked_at ~= T.moves then
@@ -183,9 +186,9 @@ T.rates = function()
     return band.wanted
   end
 
-  -- The part of its first ticket's amount that is kept free for a band: its credit, if
-  -- a window's share is enough for the ticket; for a larger one nothing until the last window
-  -- before the credit covers it, and then gradually more.
+  -- Returns how much of its first ticket's amount is kept free for a band: as much as its credit, if a window's share
+  -- is enough for the ticket. For a larger ticket nothing until the last window before the credit covers it, then
+  -- gradually more.
   local function kept_for(limit, number)
     local band = limit.bands[number]
     if band.waits == 0 or band.passed <= band.from or share_of(number) == 0 then return 0 end
@@ -204,7 +207,7 @@ T.rates = function()
       and band.passed - band.from >= lasts(limit, number, amount)
   end
 
-  -- The last time a band above found no room, and the last time one of them used the limit.
+  -- Returns the last time a higher band found no room, and the last time one of them used the limit.
   local function above(limit, number)
     local held, used = 0, 0
     for higher = 1, number - 1 do
@@ -214,8 +217,8 @@ T.rates = function()
     return held, used
   end
 
-  -- The room that has to stay free beside a demand, or the time before which there is no room for it. Never so
-  -- much that the demand could not be met at all.
+  -- Returns the room that must stay free beside a demand, or nil and the time before which there is no room for the
+  -- demand. Never so much that the demand could not be met at all.
   local function kept_beside(limit, number, amount)
     if limit.sort ~= 'r' then return 0 end
     local kept = 0
@@ -245,7 +248,7 @@ T.rates = function()
     return T.room_again(limit, fits_at(limit, amount))
   end
 
-  -- Whether a demand without room lacks what calls have used, and not the next moment of an even flow alone.
+  -- Returns whether a demand lacks what calls have used, and not only the next moment of an even flow.
   function f.is_used_up(limit, amount)
     loaded(limit)
     amount = clamped(limit, amount)
@@ -256,7 +259,7 @@ T.rates = function()
     return taken > 0 and T.paced_bound(limit) < taken + amount
   end
 
-  -- The time at which `amount` fits without a release; 0 if it fits now, or never.
+  -- Returns when `amount` fits if nothing is returned; 0 for now, or never.
   function f.free_at(limit, amount)
     loaded(limit)
     amount = clamped(limit, amount)
@@ -266,8 +269,8 @@ T.rates = function()
     return math.max(at, fits_at(limit, amount))
   end
 
-  -- As `free_at`, behind calls that take `before` together, which is negative if more is expected to be
-  -- returned. Never later than that can be, if no call leaves.
+  -- As `free_at`, after calls that take `before` together, which is negative if more is expected to be returned.
+  -- Never later than the actual time if no waiter leaves.
   function f.free_after(limit, before, amount)
     loaded(limit)
     amount = clamped(limit, amount)
@@ -287,15 +290,16 @@ T.rates = function()
     return math.max(at, room_at)
   end
 
-  -- The time before which there is certainly no room, where time alone makes it `at`: calls that are admitted
+  -- Returns the time before which there is certainly no room, where time alone makes it `at`: calls that are admitted
   -- until then may raise the bound of a ramp.
   function f.certain_at(limit, amount, at)
     if at == 0 or not limit.pacing or limit.pacing.percent == 0 then return at end
     return f.free_after(limit, 0, amount)
   end
 
-  -- Whether a lower band is next: true if its credit covers its first ticket, and there is
-  -- room for it; false if there is none yet, so that no band below it is admitted before.
+  -- Returns whether a lower band is next: true if its credit covers its first ticket and there is room for it; false
+  -- if there is no room yet, so that no band below it is admitted before; nil if its credit does not cover the
+  -- ticket.
   function f.turn_of(limit, number)
     local band = limit.bands[number]
     if limit.sort == 'q' then
@@ -307,7 +311,7 @@ T.rates = function()
     return T.has_room(limit, number, amount)
   end
 
-  -- A call of a band was admitted: lower bands with waiters are passed, and its own share was used.
+  -- Records an admission of a band: lower bands with waiters are passed, and the band's own share is used.
   local function count_shares(limit, number, amount)
     local now = pool.now * 1000
     limit.bands[number].used = pool.now
@@ -324,7 +328,7 @@ T.rates = function()
     band.from = math.min(from + needed, now + window)
   end
 
-  -- The part of a log's window that a moment lies in.
+  -- Returns the end of the part of a log's window that contains a time.
   local function part_of(limit, at)
     local width = math.ceil(limit.span / 120)
     return (math.floor(at / width) + 1) * width
@@ -373,9 +377,8 @@ T.rates = function()
     return T.int(amount) .. '@' .. T.int(ends)
   end
 
-  -- An excess reservation returns to its bucket, while that still counts;
-  -- excess usage counts from now, or in the day that it belongs to. A limit whose
-  -- type has changed meanwhile has nothing to settle.
+  -- Corrects a reservation. Excess is returned to its bucket while that still counts; additional use counts from now,
+  -- or in its day. A limit whose type has changed meanwhile has nothing to settle.
   function f.settle(limit, ends, reserved, actual)
     if limit.sort == 'c' or limit.exact then return end
     loaded(limit)
@@ -397,13 +400,13 @@ T.rates = function()
     return limit.spent
   end
 
-  -- What was taken in the last window: of a rate that refills more than its level.
+  -- Returns what was taken in the last window, for a rate that refills evenly possibly more than its level.
   function f.taken(limit)
     loaded(limit)
     return limit.counted or limit.spent
   end
 
-  -- The same after a moment, with the bucket that it lies in.
+  -- Returns what was taken after a time, including the whole bucket that contains it.
   function f.taken_since(limit, at)
     loaded(limit)
     if limit.sort == 'q' then return limit.spent end
@@ -422,8 +425,8 @@ T.rates = function()
     return sum
   end
 
-  -- After a loss: a session reports the usage that it had seen, and its own admissions since. Of a log at most
-  -- `most`, where it is given, else its bound.
+  -- Counts an amount spent elsewhere or before as spent now. A log counts at most `most`, if given, else at most its
+  -- bound.
   function f.assert_spent(limit, amount, most)
     loaded(limit)
     if amount <= 0 then return end
@@ -447,7 +450,7 @@ T.rates = function()
     call('PEXPIRE', key, limit.span)
   end
 
-  -- The log of admissions with `amount` more, in the order of their times.
+  -- Adds `amount` admissions to a log, spread evenly over the last window.
   local function merge_evenly(limit, amount)
     local times, known, next_known = {}, call('LRANGE', key_of(limit), 0, -1), 1
     for i = 1, amount do
@@ -462,8 +465,8 @@ T.rates = function()
     rewrite(limit, times)
   end
 
-  -- As `assert_spent`, but as if spent evenly over the last window: it ceases to count as evenly, and
-  -- frees no room for many calls at one moment. What refills does so evenly anyway.
+  -- As `assert_spent`, but as if spent evenly over the last window. The amount then also expires evenly, without room
+  -- for many calls at one moment. A rate that refills does so evenly anyway.
   function f.assert_evenly(limit, amount)
     loaded(limit)
     if amount <= 0 then return end
@@ -483,7 +486,7 @@ T.rates = function()
     end
   end
 
-  -- As these, for what an account has less than the bound in force: a lower one ends as much of it.
+  -- As these, for what an account has less than the bound in force. A lower bound ends as much of it.
   function f.charge(limit, amount, evenly)
     local key, noted = T.charged_key(limit.name), {}
     limit.noted = noted
@@ -498,7 +501,8 @@ T.rates = function()
     call('PEXPIRE', key, T.int(limit.span and 2 * limit.span or limit.reset_at - pool.now + T.POOL_KEEP_MS))
   end
 
-  -- What counts in a part, and is certain to count for some time still. In a bucket no part that is folded.
+  -- Returns what counts in a part and certainly still counts for some time: nothing if the part of a bucket is
+  -- folded.
   local function counted_in(limit, ends, log)
     if limit.sort == 'q' then return ends == limit.reset_at and limit.spent or 0 end
     if limit.exact then return ends > part_of(limit, pool.now - limit.span) and log[ends] or 0 end
@@ -506,7 +510,7 @@ T.rates = function()
     return limit.buckets[ends] or 0
   end
 
-  -- The first of each part of a log: what stays was admitted no earlier than any call of the part.
+  -- Removes the first admissions of each part of a log: what stays was admitted no earlier than any call of the part.
   local function shorten(limit, times, parts)
     local left, gone = {}, 0
     for _, at in ipairs(times) do
@@ -522,7 +526,7 @@ T.rates = function()
     limit.spent, limit.spent_anew, limit.changed = limit.spent - gone, true, true
   end
 
-  -- What was charged beside the bound and counts on, by its part; the parts in their order, and the sum.
+  -- Returns what was charged beside the bound and still counts, by part; the parts in order; and the sum.
   local function charged_parts(limit, log)
     local raw, parts, order, total = call('HGETALL', T.charged_key(limit.name)), {}, {}, 0
     for i = 1, #raw, 2 do
@@ -534,8 +538,8 @@ T.rates = function()
     return parts, order, total
   end
 
-  -- The bound will be lower by `by`: as much of what was charged beside this one counts no more, of each part alike,
-  -- so that the rest ends as evenly as before.
+  -- Reduces charges because the bound will be lower by `by`. Each part is reduced in proportion, so that the rest
+  -- expires as evenly as before.
   function f.end_charges(limit, by)
     loaded(limit)
     local key, log, passed, gone = T.charged_key(limit.name), {}, 0, 0
@@ -558,7 +562,7 @@ T.rates = function()
     if limit.exact then shorten(limit, times, parts) end
   end
 
-  -- Usage that was counted in another way, before the policy changed, counts as used now.
+  -- Counts usage that was counted in another way, before the policy changed, as spent now.
   function f.take_along(limit)
     local amount, span = 0, limit.span or T.DAY_MS
     for _, other in ipairs({ { sort = 'q' }, { sort = 'r', exact = true }, { sort = 'r' } }) do
@@ -569,16 +573,16 @@ T.rates = function()
       end
     end
     loaded(limit)
-    -- What was counted in its last window stays for as long as the new one.
+    -- The usage of the last window counts for as long as the new window.
     if limit.sort == 'r' then call('PEXPIRE', key_of(limit), T.int(2 * limit.span), 'GT') end
     if limit.window then T.open_bucket(limit) end
     if limit.pacing then T.bring_near(limit) end
-    -- Above a bound that is lower now too: with it raised again, what was admitted before still counts.
+    -- It may exceed a bound that was lowered too, so that it counts once the bound is raised again.
     local most = 2 * math.max(limit.bound, T.bounds_before[limit.name] or 0)
     f.assert_spent(limit, math.min(amount, most), most)
   end
 
-  -- The clock was set back: usage keeps its age.
+  -- Moves times back after the clock was set back, so that usage keeps its age.
   function f.rewind(limit, by_ms)
     local key = key_of(limit)
     call('UNLINK', T.charged_key(limit.name))
@@ -616,8 +620,8 @@ T.rates = function()
     call('PEXPIRE', key, T.int(2 * limit.span))
   end
 
-  -- Each change of usage has a number, so that a session can request the changes after the
-  -- last one that it has seen; `s:` is the usage at that change.
+  -- Numbers each change of usage, so that a session can request the changes after the last one that it has seen. `s:`
+  -- is the usage as of that change.
   function f.note_spenders()
     table.sort(T.spenders, function(one, other) return one.name < other.name end)
     for _, limit in ipairs(T.spenders) do

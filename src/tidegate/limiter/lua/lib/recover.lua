@@ -3,8 +3,8 @@
 -- args: epoch run uptime_ms lease_ms
 -- returns: reap(sid, hold), recount(), count_again(), recover(), reap_expired(), reap_closed(), note_sessions()
 -- units: ms
--- Sessions that expired together, and permits held over whose time is over, end some in a run: about as many
--- permits and queues; one session ends whole, so that its process finds all or nothing of it.
+-- Of many expired sessions and permits held over, one run ends some: about as many permits and queues as this. A
+-- session ends as a whole, so that its process finds either all or nothing of it.
 T.REAP_AT_ONCE = 64
 T.ENDED_AT_ONCE = 20
 
@@ -37,8 +37,9 @@ function T.places_of(sid, raw)
   return list
 end
 
--- Ends a session. With `hold` its permits stay counted until the hard deadline of their calls; with
--- `comes_back` the calls whose usage it has still to report stay known, and the order of its tickets. Returns the number of permits and queues.
+-- Ends a session. With `hold` its permits count until the hard deadline of their calls; with `comes_back` the usage
+-- that it still has to report of ended calls is kept, and the order of its tickets. Returns the number of permits and
+-- queues.
 function T.reap(sid, hold, comes_back)
   local raw, ended = call('HGETALL', T.session_key(sid)), 0
   for i = 1, #raw, 2 do
@@ -72,7 +73,7 @@ end
 
 function T.lapsing_lane(member) return string.match(member, '^[^|]*|[^|]*|(.*)$') end
 
--- No waiter is left: the sessions expired without having been reaped.
+-- Deletes the waiters of a limit when their sessions have expired without being reaped.
 function T.forget_parked(limit)
   for number, band in ipairs(limit.bands) do
     if band.waits > 0 then
@@ -107,8 +108,8 @@ function T.recount()
   end
 end
 
--- Counts again what is in use of some limits, which are the fields of `names`: from now on they count in another
--- unit. The limits have been loaded with their new definitions.
+-- Recounts what is in use of limits that count in another unit from now on, which are the keys of `names`. The limits
+-- have been loaded with their new definitions.
 function T.count_again(names)
   for name in pairs(names) do T.limit_of(name).used, T.limit_of(name).changed = 0, true end
   local function count(lane, charges)
@@ -142,11 +143,11 @@ function T.begin_epoch()
   call('UNLINK', T.prefix .. 'seen', T.prefix .. 'fresh', T.prefix .. 'expected')
   pool.fresh = 0
   T.put('fresh', '0')
-  -- Immediately: a session that joins in this very call may vouch.
+  -- Written immediately, because a session that joins in this run may vouch.
   T.write(T.meta_key, { empty = pool.epoch == 0 and '1', vouched = false })
   local quiet_ms = math.max(pool.lease_ms, q.lease_ms)
-  -- The pool is unknown: sessions that might have seen it on an earlier run of the server
-  -- have had the time since its start to rejoin.
+  -- No session knows this pool: sessions that saw it in an earlier run of the server have had the time since its
+  -- start to rejoin.
   if not known then quiet_ms = math.max(0, quiet_ms - q.uptime_ms) end
   pool.epoch = math.max(pool.now, pool.epoch + 1, q.epoch + 1)
   pool.run = q.run
@@ -158,13 +159,13 @@ function T.begin_epoch()
   T.put('recover_until', T.int(pool.recover_until))
 end
 
--- The key itself may have expired while no session was connected.
+-- Returns whether a session has expired. The key itself may have expired while no session was connected.
 function T.somebody_ran_out(wall)
   return #call('ZRANGEBYSCORE', T.sessions_key, '-inf', wall, 'LIMIT', 0, 1) > 0
     or pool.sessions > 0 and call('EXISTS', T.sessions_key) == 0
 end
 
--- The times of a limit's bands, which are microseconds in part, and of its last decrease.
+-- Moves back the times of a limit's bands, some of which are in microseconds, and of its last decrease.
 function T.rewind_limit(limit, by_ms)
   limit.changed = true
   for _, band in ipairs(limit.bands) do
@@ -176,7 +177,7 @@ function T.rewind_limit(limit, by_ms)
   end
 end
 
--- The clock was set back: stored times keep their distance from now.
+-- Moves stored times back after the clock was set back, so that they keep their distance from now.
 function T.rewind(by_ms)
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
     local letter, name = string.match(field, '^(%a):(.*)$')
@@ -196,9 +197,9 @@ function T.rewind(by_ms)
   if pool.timed_at > 0 then pool.timed_at = math.max(1, pool.timed_at - by_ms) end
 end
 
--- Data is lost when the server is another one or empty; when its clock was set back; or when
--- no request came for half a lease and a session expired meanwhile: then the server or its
--- clock was stopped, not the session, and all sessions may still be using their permits.
+-- Begins an epoch if data is lost: the server is another one or empty, its clock was set back, or no request came for
+-- half a lease and a session expired meanwhile. In that last case the server or its clock was stopped, not the
+-- session, and all sessions may still be using their permits.
 function T.recover()
   local wall = T.wall_clock_ms()
   local jump_ms = math.max(pool.lease_ms, 1) / 2
@@ -222,7 +223,7 @@ end
 function T.reap_expired()
   local dead = call('ZRANGEBYSCORE', T.sessions_key, '-inf', pool.now, 'LIMIT', 0, T.REAP_AT_ONCE)
   local ended, own_expiry = 0, dead[1] and tonumber(call('ZSCORE', T.sessions_key, q.sid) or nil)
-  -- The session that sends is gone for certain.
+  -- The session that sends the request ends first.
   if own_expiry and own_expiry <= pool.now then ended = 1 + T.reap(q.sid, pool.hold) end
   for _, sid in ipairs(dead) do
     if sid ~= q.sid then
@@ -238,8 +239,8 @@ function T.reap_expired()
   for _, member in ipairs(over) do T.free_lapsing(member) end
 end
 
--- A process whose connection the kernel closed is most likely dead: if the policy is set so, it
--- is reaped when it has not reconnected within the grace.
+-- Ends sessions whose connection was closed for longer than the policy's grace period: a process whose connection the
+-- kernel closed is most likely dead.
 function T.reap_closed()
   if pool.reap_ms == 0 or pool.now < pool.recover_until then return end
   for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do
@@ -255,7 +256,7 @@ function T.reap_closed()
   end
 end
 
--- The next expiry of a session, so that no check is needed before.
+-- Records the number of sessions, and the next expiry, before which no check is needed.
 function T.note_sessions()
   local first = call('ZRANGE', T.sessions_key, 0, 0, 'WITHSCORES')
   T.put('reap_at', first[2] or '0')

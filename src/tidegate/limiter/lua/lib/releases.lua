@@ -16,15 +16,15 @@ function T.count_lane(lane, charges)
   end
 end
 
--- The charges of a permit that was held over, which is no more.
+-- Removes and returns the charges of a permit that is no longer held over.
 function T.carried(member)
   local charges = call('HGET', T.carried_key, member)
   if charges then call('HDEL', T.carried_key, member) end
   return charges or ''
 end
 
--- The amounts of a permit under the limits of its lane: position=amount@bucket, of tokens in flight
--- position=amount@0. `spends`: rates are charged.
+-- Returns the charges of a permit under the limits of its lane: position=amount@bucket for a rate, position=amount@0
+-- for tokens in flight. `spends`: rates are charged.
 function T.charges_of_lane(lane, list, spends)
   local charges = {}
   for i, limit in ipairs(T.limits_in(lane)) do
@@ -49,9 +49,8 @@ function T.settle_charges(charges, lane, list)
   end
 end
 
--- Adds the usage of a tenant's calls beyond their charge. A tenant with waiters gets an excess charge
--- back, even if that is more than it lies ahead; one without waiters starts
--- no earlier than the band's time.
+-- Adds what a tenant's calls used beyond what it was charged. A tenant with waiters is credited excess charges, even
+-- if that is more than it is ahead; any other starts no earlier than the band's time.
 function T.correct(limit, number, tenant, step)
   local band = limit.bands[number]
   if band.waits == 0 or call('ZADD', T.park_key(limit, number), 'XX', 'INCR', T.int(step), tenant) then
@@ -67,7 +66,8 @@ function T.correct(limit, number, tenant, step)
   end
 end
 
--- Once in years of a busy limit: a band's time and all its tags are lowered by the same amount.
+-- Restarts the virtual time of a band: it and all tags are lowered by the same amount. A busy limit needs it once in
+-- years.
 function T.begin_again(limit, number)
   local band = limit.bands[number]
   for _, key in ipairs({ T.park_key(limit, number), T.past_key(limit, number) }) do
@@ -81,8 +81,8 @@ function T.begin_again(limit, number)
   T.moves = T.moves + 1
 end
 
--- Usage of a call that ended, where shares are not measured in seconds. A call counts as one whatever it took; one
--- of unknown cost keeps its charge. `uses`: ticket, micro-dollars, and so on.
+-- Returns the use of a call that ended, if shares are not in seconds. In shares by calls every call counts the same;
+-- a call of unknown cost keeps its charge. `uses` alternates ticket and micro-dollars.
 function T.use_of(ticket, charged)
   if pool.fair_by == 'calls' then return charged end
   if not T.uses then
@@ -92,7 +92,7 @@ function T.use_of(ticket, charged)
   return T.uses[ticket] or charged
 end
 
--- Idempotent. Outcome 0 success, 1 ignored, 2 dropped; 10 more when the usage will be reported later.
+-- Releases a permit; idempotent. Outcome: 0 success, 1 ignored, 2 dropped, plus 10 if the usage is reported later.
 function T.release(ticket, number, outcome, took_ms, actual)
   local queue, value = own.queues[number], own.held[ticket]
   if not value then
@@ -122,7 +122,7 @@ function T.release(ticket, number, outcome, took_ms, actual)
   end
 end
 
--- entry: ticket, actual amounts. The usage of a call whose permit was released before.
+-- Settles the usage of a call whose permit was released before. entry: ticket, actual amounts.
 function T.settle(entry)
   local owed = call('HGET', T.owed_key(q.sid), entry[1])
   if not owed then return end
@@ -131,7 +131,7 @@ function T.settle(entry)
   T.settle_charges(charges, lane, T.amounts_in(entry[2]))
 end
 
--- entry: ticket, flow, member. A grant that crossed the cancel is released, unused.
+-- Removes a ticket; a grant that crossed the message is released unused. entry: ticket, flow, member.
 function T.cancel(entry)
   local ticket = entry[1]
   if T.unqueue(own.queues[entry[2]], entry[3]) then return end

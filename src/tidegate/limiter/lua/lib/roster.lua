@@ -3,16 +3,16 @@
 -- args: sid roster join
 -- returns: enter_roster(), acknowledge(), leave_roster(), vouch(), call_up()
 -- units: ms
--- After an empty restart the quiet lease may end as soon as all sessions that may hold a permit have rejoined.
--- Only earlier sessions can name them. So a new session is admitted once all others have acknowledged
--- it; a session that has not for half a lease may not vouch for others.
+-- After an empty restart the quiet lease may end as soon as all sessions that may hold a permit have rejoined. Only
+-- earlier sessions can name them. So a new session gets no permits until all others have acknowledged it, for half a
+-- lease at most; a session that has not acknowledged it by then may not vouch for others.
 T.seen_key = T.prefix .. 'seen'
 T.fresh_key = T.prefix .. 'fresh'
 T.expected_key = T.prefix .. 'expected'
 T.MOST_TO_ANNOUNCE = 64
 T.MOST_AT_ONCE = 64
 
--- A message without grants: compare everything.
+-- Pushes a message without grants, so that the session compares everything.
 function T.call_up(sid)
   local peer = T.peer_of(sid)
   if peer.reachable then
@@ -40,7 +40,8 @@ function T.announce(sessions)
   if pool.now >= pool.recover_until and sessions <= T.MOST_TO_ANNOUNCE then T.call_up_others() end
 end
 
--- A session that was known joins again only with something new; `is_news`: with a policy that others don't know.
+-- Adds a session. A known session only joins again to report something new; `is_news`: it brought a policy that
+-- others do not have.
 function T.enter_roster(was_there, is_news)
   if was_there then
     if is_news then T.announce(call('ZCARD', T.sessions_key)) end
@@ -63,12 +64,12 @@ function T.leave_roster(sid)
   if call('ZREM', T.fresh_key, sid) == 1 then T.count_fresh() end
 end
 
--- The roster that a session knows, and the sessions that all then know.
+-- Records which version of the roster a session has, and which new sessions all sessions know by now.
 function T.acknowledge()
   if q.roster > 0 then call('ZADD', T.seen_key, 'XX', 'GT', T.int(q.roster), q.sid) end
   if pool.fresh == 0 then return end
   local least = tonumber(call('ZRANGE', T.seen_key, 0, 0, 'WITHSCORES')[2])
-  -- With a thousand sessions that start together each call handles some, or one would take too long.
+  -- A run checks only some new sessions: of a thousand that start together, all would take too long.
   local fresh = call('ZRANGE', T.fresh_key, 0, T.MOST_AT_ONCE - 1, 'WITHSCORES')
   for i = 1, #fresh, 2 do
     local since = tonumber(call('HGET', T.session_key(fresh[i]), 'since'))
@@ -80,7 +81,7 @@ function T.acknowledge()
   T.count_fresh()
 end
 
--- A session that returns after an empty restart names the sessions before it.
+-- Takes the names of earlier sessions from a session that returns after an empty restart.
 function T.vouch()
   local f = call('HMGET', T.meta_key, 'empty', 'vouched')
   if not f[1] or pool.now >= pool.recover_until then return end

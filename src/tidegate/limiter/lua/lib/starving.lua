@@ -3,7 +3,8 @@
 -- args: none
 -- returns: serve_starving()
 -- units: none
--- Whether calls that end release what a queue lacks; else nothing need be reserved for it.
+-- Returns whether there is room for a ticket, and whether calls that end can release what it lacks; otherwise nothing
+-- is reserved for it.
 function T.can_be_saved_for(queue, list)
   local room, can = true, true
   for i, name in ipairs(T.names_in(queue.lane)) do
@@ -16,7 +17,7 @@ function T.can_be_saved_for(queue, list)
   return room, can
 end
 
--- Free capacity is reserved for waiters that moved too often, in their order.
+-- Admits waiters that moved too often, in their order, or reserves free capacity for them.
 function T.serve_starving()
   if T.served or pool.now < pool.recover_until then return end
   T.served = true

@@ -3,13 +3,13 @@
 -- args: none
 -- returns: room_again(), touch_due(), end_implicit(), look_again(), look_again_at_all(), note_timers()
 -- units: ms
--- Room again at `at`, unless something is released before; of several timers, the first counts.
+-- Notes that a limit has room at `at` unless something is released before; the earliest time counts. Returns false.
 function T.room_again(limit, at)
   limit.retry_at, T.retry = math.min(limit.retry_at or at, at), true
   return false
 end
 
--- Of many timers that are due a run handles some; the next run continues.
+-- The most due timers that one run processes; the next run continues.
 T.DUE_AT_ONCE = 15
 function T.touch_due()
   local due = call('ZRANGEBYSCORE', T.timed_key, '-inf', T.int(pool.now), 'LIMIT', 0, T.DUE_AT_ONCE)
@@ -22,7 +22,7 @@ function T.touch_due()
   end
 end
 
--- A pause that is over is deleted if no policy names the limit.
+-- Deletes a pause that is over, if the limit is not in the policy.
 function T.end_implicit(limit)
   if not limit.implicit then return end
   if limit.pause_over then
