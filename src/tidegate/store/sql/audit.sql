@@ -1,6 +1,5 @@
--- Ends of requests, native calls, bodies, and who was erased. Many rows travel as one
--- JSON array in $1, so that a group commit is one statement whatever its size. Every write to a job
--- is fenced by its claim.
+-- Ends of requests, native calls, bodies, and erasures. Many rows are sent as one JSON array in $1, so
+-- that a group commit is one statement whatever its size. Every write to a job is fenced by its claim.
 
 -- name: add_attempts
 -- Insert attempts that have ended.
@@ -21,7 +20,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, reques
     first_byte_ms double precision, upstream text)
 
 -- name: end_requests
--- Bring claimed jobs to their end state with all that is known of them; what the audit has of each, without its texts, comes back.
+-- Set the end state and the results of claimed jobs; return their audit columns except for texts.
 UPDATE requests r SET
     status = row.status,
     finished_at = row.finished_at,
@@ -55,7 +54,7 @@ RETURNING r.id, r.tenant_id, r.pool, r.source, r.status, r.kind, r.classified_by
     r.webhook_url, r.key_id
 
 -- name: retry_requests
--- Put claimed jobs back into the queue, not before a given time; `uncounted` attempts may be made again.
+-- Return claimed jobs to the queue, not before a given time; `uncounted` attempts do not count.
 UPDATE requests r SET
     status = 'queued',
     attempts = r.attempts - CASE WHEN r.status = 'running' THEN coalesce(row.uncounted, 0) ELSE 0 END,
@@ -76,7 +75,7 @@ WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running'
 RETURNING r.id, r.tenant_id, r.pool, r.kind, r.claim, r.attempt_id, r.attempt_at
 
 -- name: already_written
--- Which of these writes were committed before, by a try whose reply was lost.
+-- Return which of these writes were committed before, by an attempt whose reply was lost.
 SELECT r.id
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, status text)
 JOIN requests r ON r.id = row.id
@@ -84,28 +83,28 @@ WHERE (r.claim = row.claim AND r.status = row.status AND row.status <> 'queued')
     OR (r.claim = row.claim + 1 AND row.status = 'queued' AND r.status = 'queued')
 
 -- name: add_bodies
--- Append the bodies of audit rows: inline as base64, or the key of a blob.
+-- Append the bodies of audit rows, inline as base64 or as the key of a blob.
 INSERT INTO bodies (id, role, tenant_id, pool, encoding, size_bytes, data, blob_key)
 SELECT id, role, tenant_id, pool, encoding, size_bytes, decode(data, 'base64'), blob_key
 FROM json_to_recordset($1::json) AS row (id uuid, role text, tenant_id text, pool text,
     encoding text, size_bytes bigint, data text, blob_key text)
 
 -- name: lock_erased
--- Wait for all who have looked into the table and are not done with what they write.
+-- Wait for all transactions that have read the table and have not committed their writes.
 LOCK TABLE erased IN ACCESS EXCLUSIVE MODE
 
 -- name: add_erased
--- Have nothing of tenant $2 and subject $3 recorded any more that was received before now.
+-- Prevent later records of what was received of tenant $2 and subject $3 before now.
 INSERT INTO erased (id, tenant_id, subject_digest) VALUES ($1, $2, $3)
 
 -- name: get_erased
--- What was erased of the tenants $1 as a whole, or of the subjects with the digests $2.
+-- Return the erasures of the tenants $1 as a whole, and of the subjects with the digests $2.
 SELECT tenant_id, subject_digest, erased_at FROM erased
 WHERE (subject_digest IS NULL AND tenant_id = ANY($1::text[]))
     OR subject_digest = ANY($2::bytea[])
 
 -- name: add_relayed
--- Append the audit rows of native calls; one that is there already is left, so repeats are safe.
+-- Append the audit rows of native calls; existing rows are kept, so repeats are safe.
 INSERT INTO audit (id, created_at, request_id, tenant_id, pool, source, status, kind, classified_by,
     classified_reason, priority, model, model_version, response_id, attempts, lapses, instance_id,
     submitted_at, admitted_at, finished_at, queue_ms, upstream_ms, input_tokens, output_tokens,
@@ -133,7 +132,7 @@ ON CONFLICT (id, created_at) DO NOTHING
 RETURNING id
 
 -- name: add_relayed_bodies
--- Append the bodies of native calls; one that is there already is left.
+-- Append the bodies of native calls; existing ones are kept.
 INSERT INTO bodies (id, created_at, role, tenant_id, pool, encoding, size_bytes, data, blob_key,
     content_type, omitted_bytes)
 SELECT id, created_at, role, tenant_id, pool, encoding, size_bytes, decode(data, 'base64'), blob_key,
@@ -144,7 +143,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, role t
 ON CONFLICT (id, created_at, role) DO NOTHING
 
 -- name: add_streams
--- Insert finished streams whole; one that is there already is left, so repeats are safe.
+-- Insert finished streams as whole rows; existing rows are kept, so repeats are safe.
 INSERT INTO requests AS r (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
     prompt, image_uri, model, used_model, priority, created_at, deadline_at, admitted_at,
     finished_at, attempts, queue_ms, upstream_ms, result, input_tokens, output_tokens,

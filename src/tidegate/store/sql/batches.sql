@@ -1,17 +1,18 @@
 -- Batches, their files and lines.
 
 -- name: add_batch_file
--- Keep a file of a batch; one that is there already is left, so repeats are safe.
+-- Insert a file of a batch; an existing one is kept, so repeats are safe.
 INSERT INTO batch_files (id, tenant_id, purpose, name, size_bytes, lines, blob_key)
 VALUES ($1, $2, $3, $4, $5, $6, $7)
 ON CONFLICT (id) DO NOTHING
 
 -- name: lock_batch_files
--- Let only one at a time count and add files of tenant $1, until this transaction ends.
+-- Lock the files of tenant $1 against concurrent counts and uploads, until this transaction ends.
 SELECT pg_advisory_xact_lock(7423002, hashtext($1))
 
 -- name: kept_batch_files
--- The bytes that tenant $1 keeps in uploads other than $2, at least $3 each, with those it deleted that a batch has yet to read.
+-- Sum the bytes of the uploads of tenant $1, without file $2, counting at least $3 for each.
+-- A deleted upload counts until the batch that uses it has read it.
 SELECT coalesce(sum(greatest(size_bytes, $3::bigint)), 0)::bigint FROM (
     SELECT size_bytes FROM batch_files
     WHERE tenant_id = $1 AND purpose = 'batch' AND ($2::uuid IS NULL OR id <> $2)
@@ -27,33 +28,35 @@ SELECT coalesce(sum(greatest(size_bytes, $3::bigint)), 0)::bigint FROM (
 SELECT * FROM batch_files WHERE id = $1 AND tenant_id = $2
 
 -- name: list_batch_files
--- Files of tenant $1 that come after $2, newest first, of purpose $3 if it is given; without results of message batches.
+-- List the files of tenant $1 after file $2, newest first, with purpose $3 if given.
+-- Results of message batches are left out.
 SELECT * FROM batch_files
 WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2) AND ($3::text IS NULL OR purpose = $3)
     AND NOT (purpose = 'batch_output' AND starts_with(name, 'msgbatch_'))
 ORDER BY id DESC LIMIT $4
 
 -- name: list_batch_files_upwards
--- The same, oldest first.
+-- List the files of tenant $1 after file $2, oldest first, with purpose $3 if given.
+-- Results of message batches are left out.
 SELECT * FROM batch_files
 WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id > $2) AND ($3::text IS NULL OR purpose = $3)
     AND NOT (purpose = 'batch_output' AND starts_with(name, 'msgbatch_'))
 ORDER BY id LIMIT $4
 
 -- name: delete_batch_file
--- Forget a file of a tenant; returns its blob.
+-- Delete a file of a tenant; return its blob.
 DELETE FROM batch_files WHERE id = $1 AND tenant_id = $2 RETURNING blob_key
 
 -- name: uses_batch_blob
--- Whether a batch has yet to read this blob.
+-- Return whether a batch has not read this blob yet.
 SELECT true FROM batches WHERE input_blob = $1 AND status = 'validating' LIMIT 1
 
 -- name: names_batch_blob
--- Whether there is a file of this blob.
+-- Return whether a file has this blob.
 SELECT true FROM batch_files WHERE blob_key = $1 LIMIT 1
 
 -- name: add_batch
--- Take a batch in; the expiry counts from now.
+-- Insert a batch, which expires 24 hours from now.
 INSERT INTO batches (id, tenant_id, endpoint, input_file_id, input_blob, input_bytes,
     completion_window, metadata, models, key_id, total, expires_at)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8::jsonb, $9, $10, $11, now() + interval '24 hours')
@@ -64,7 +67,9 @@ ON CONFLICT (id) DO NOTHING
 SELECT * FROM batches WHERE id = $1 AND tenant_id = $2
 
 -- name: get_batch_stand
--- Where batch $1 stands, with the line that is called next: first one that a worker has, then one that a budget refused.
+-- Return the progress of batch $1, and its next line.
+-- The next line is one that a worker has claimed, or else one that a budget refused, or else the next in
+-- order.
 SELECT b.id AS batch_id, b.tenant_id, b.status, b.endpoint, b.total, b.created_at,
     coalesce(b.completed_at, b.failed_at, b.expired_at, b.cancelled_at) AS finished_at,
     (SELECT count(*) FROM batch_lines l
@@ -82,55 +87,56 @@ FROM batches b LEFT JOIN tenants t ON t.id = b.tenant_id LEFT JOIN LATERAL (
 WHERE b.id = $1
 
 -- name: list_batches
--- Batches of tenant $1 that come after $2, newest first, but for message batches.
+-- List the batches of tenant $1 after batch $2, newest first, without message batches.
 SELECT * FROM batches WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2)
     AND (metadata IS NULL OR jsonb_typeof(metadata -> 'messages') IS DISTINCT FROM 'object')
 ORDER BY id DESC LIMIT $3
 
 -- name: list_message_batches
--- Message batches of tenant $1 that come after $2 and before $3, newest first.
+-- List the message batches of tenant $1 after $2 and before $3, newest first.
 SELECT * FROM batches WHERE tenant_id = $1
     AND ($2::uuid IS NULL OR id < $2) AND ($3::uuid IS NULL OR id > $3)
     AND jsonb_typeof(metadata -> 'messages') = 'object'
 ORDER BY id DESC LIMIT $4
 
 -- name: list_message_batches_upwards
--- Message batches of tenant $1 that are newer than $2, oldest first.
+-- List the message batches of tenant $1 that are newer than $2, oldest first.
 SELECT * FROM batches WHERE tenant_id = $1 AND id > $2
     AND jsonb_typeof(metadata -> 'messages') = 'object'
 ORDER BY id LIMIT $3
 
 -- name: delete_ended_batch
--- Forget a batch of a tenant that has ended; returns its files.
+-- Delete a batch of a tenant that has ended; return its files.
 DELETE FROM batches WHERE id = $1 AND tenant_id = $2
     AND status IN ('completed', 'failed', 'expired', 'cancelled')
 RETURNING output_file_id, error_file_id
 
 -- name: cancel_batch
--- Let no more lines of a batch begin.
+-- Cancel a batch, so that no more of its lines begin.
 UPDATE batches SET status = 'cancelling', ends_as = 'cancelled', cancelling_at = now()
 WHERE id = $1 AND tenant_id = $2 AND status IN ('validating', 'in_progress')
 RETURNING id
 
 -- name: pause_batch
--- Let no line of a batch begin until it is resumed; by $2, for the reason $3.
+-- Pause a batch, so that no line begins until it is resumed; $2 is the author, $3 the reason.
 UPDATE batches SET paused_at = coalesce(paused_at, now()), paused_by = $2, pause_reason = $3
 WHERE id = $1 AND status IN ('validating', 'in_progress')
 RETURNING id
 
 -- name: resume_batch
--- Let lines of a paused batch begin.
+-- Resume a paused batch.
 UPDATE batches SET paused_at = NULL, paused_by = NULL, pause_reason = NULL
 WHERE id = $1 AND paused_at IS NOT NULL
 RETURNING id
 
 -- name: any_batch
--- One batch, whose ever it is, as in the list.
+-- Return a batch of any tenant, as in the list.
 SELECT b.*, t.disabled_at IS NOT NULL AS is_disabled, 0 AS claimed, 0 AS calling
 FROM batches b LEFT JOIN tenants t ON t.id = b.tenant_id WHERE b.id = $1
 
 -- name: list_all_batches
--- Batches of all tenants, or of tenant $2, that come after $1, newest first, only open ones if $3, at most $4.
+-- List the batches of all tenants, or of tenant $2, after batch $1, newest first, at most $4.
+-- $3: only open batches.
 WITH held AS (
     SELECT batch_id, count(*) FILTER (WHERE state = 'claimed') AS claimed,
         count(*) FILTER (WHERE state = 'calling') AS calling
@@ -144,17 +150,17 @@ WHERE ($1::uuid IS NULL OR b.id < $1) AND ($2::text IS NULL OR b.tenant_id = $2)
 ORDER BY b.id DESC LIMIT $4
 
 -- name: expire_batches
--- Let no more lines begin of batches whose time is up.
+-- Expire the batches whose time is over, so that no more of their lines begin.
 UPDATE batches SET status = 'finalizing', ends_as = 'expired', finalizing_at = now()
 WHERE status IN ('validating', 'in_progress') AND expires_at <= now()
 
 -- name: batches_over
--- Which of the batches $1 take no more calls, or are not there any more.
+-- Return which of the batches $1 accept no more calls, or do not exist.
 SELECT held.id FROM unnest($1::uuid[]) AS held (id)
 WHERE NOT EXISTS (SELECT 1 FROM batches b WHERE b.id = held.id AND b.status = 'in_progress')
 
 -- name: open_batches
--- Whether there is an open batch of ours, and one of a provider or a job of the tier `batch`.
+-- Return whether one of our batches is open, and whether there is work for a provider's batch.
 SELECT
     EXISTS (SELECT 1 FROM batches
         WHERE status IN ('validating', 'in_progress', 'finalizing', 'cancelling')) AS ours,
@@ -162,7 +168,8 @@ SELECT
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false)) AS theirs
 
 -- name: take_batch
--- Take a batch to validate or assemble, for worker $1, none of $2; one it has already is one it forgot.
+-- Claim a batch to validate or assemble for worker $1, except the batches $2.
+-- A batch that the worker has claimed already is one whose claim it has lost track of.
 UPDATE batches SET claim = claim + 1, claimed_by = $1
 WHERE id = (
     SELECT b.id FROM batches b
@@ -176,45 +183,45 @@ WHERE id = (
 RETURNING *
 
 -- name: free_batch
--- Give up the claim on a batch.
+-- Release the claim on a batch.
 UPDATE batches SET claimed_by = NULL WHERE id = $1 AND claim = $2
 
 -- name: add_batch_lines
--- Insert lines of a batch; those that are there already are left, so repeats are safe.
+-- Insert lines of a batch; existing lines are kept, so repeats are safe.
 INSERT INTO batch_lines (batch_id, line, id, tenant_id, custom_id, body, size_bytes)
 SELECT $1, line, id, $2, custom_id, body, octet_length(body)
 FROM json_to_recordset($3::json) AS row (line integer, id uuid, custom_id text, body text)
 ON CONFLICT (batch_id, line) DO NOTHING
 
 -- name: begin_batch
--- A validated batch begins, with the exact number of its lines.
+-- Begin a validated batch, with the exact number of its lines.
 UPDATE batches SET status = 'in_progress', in_progress_at = now(), total = $3, claimed_by = NULL
 WHERE id = $1 AND claim = $2 AND status = 'validating'
 
 -- name: refuse_batch
--- A batch whose file is not sound ends; its lines are deleted apart.
+-- Fail a batch whose file is invalid; its lines are deleted separately.
 UPDATE batches SET status = 'failed', failed_at = now(), errors = $3::jsonb, total = 0,
     claimed_by = NULL
 WHERE id = $1 AND claim = $2 AND status = 'validating'
 
 -- name: delete_batch_lines
--- Forget the lines of a batch.
+-- Delete the lines of a batch.
 DELETE FROM batch_lines WHERE batch_id = $1
 
 -- name: finished_batch_lines
--- Lines of a batch after line $2, in their order, at most $3.
+-- Return at most $3 lines of a batch after line $2, in order.
 SELECT line, id, custom_id, state, status_code, answer, failure, attempts, lapses FROM batch_lines
 WHERE batch_id = $1 AND line > $2 ORDER BY line LIMIT $3
 
 -- name: unanswered_batch_lines
--- Lines of batch $1 that were called and have no answer, at most $2.
+-- Return at most $2 lines of batch $1 that were called and have no answer.
 SELECT l.id, l.tenant_id, l.body, l.attempts, l.lapses, l.upstream, l.model, b.endpoint, b.key_id
 FROM batch_lines l JOIN batches b ON b.id = l.batch_id
 WHERE l.batch_id = $1 AND l.attempts > 0 AND l.state NOT IN ('succeeded', 'failed')
 ORDER BY l.line LIMIT $2
 
 -- name: end_batch
--- A batch ends as it was to, with its files.
+-- Set the final state of a batch, and its files.
 UPDATE batches SET status = ends_as, claimed_by = NULL, output_file_id = $3, error_file_id = $4,
     completed_at = CASE WHEN ends_as = 'completed' THEN now() END,
     expired_at = CASE WHEN ends_as = 'expired' THEN now() END,
@@ -223,7 +230,8 @@ WHERE id = $1 AND claim = $2 AND status IN ('finalizing', 'cancelling')
 RETURNING id
 
 -- name: claim_batch_lines
--- Claim ready lines for worker $1, at most $2 and $3 bytes, from line $4 on, of other batches than $5; batches take turns.
+-- Claim ready lines for worker $1, at most $2 lines and $3 bytes, batches in turn.
+-- Lines are claimed from line $4 on, except those of the batches $5.
 WITH ready AS MATERIALIZED (
     SELECT head.*, b.endpoint, b.models, b.key_id, b.expires_at, b.metadata
     FROM batches b CROSS JOIN LATERAL (
@@ -252,13 +260,14 @@ RETURNING l.*, fitting.endpoint, fitting.models, fitting.key_id, fitting.expires
     fitting.metadata
 
 -- name: batches_held_up
--- Batches that are paused, and those of keys whose tenants are disabled or gone.
+-- Return the batches that are paused, and those of keys whose tenants are disabled or deleted.
 SELECT b.id FROM batches b LEFT JOIN tenants t ON t.id = b.tenant_id
 WHERE b.status = 'in_progress' AND (b.paused_at IS NOT NULL
     OR b.key_id IS NOT NULL AND (t.id IS NULL OR t.disabled_at IS NOT NULL))
 
 -- name: begin_batch_lines
--- Mark lines as calling, before their upstream calls; unless another worker has them, or the batch ends or is paused.
+-- Mark lines as calling, before their upstream calls.
+-- Lines that another worker has claimed, and those of a batch that ends or is paused, are left out.
 UPDATE batch_lines l SET state = 'calling', attempts = l.attempts + (l.state = 'claimed')::integer,
     upstream = row.upstream, model = row.model
 FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint, upstream text,
@@ -270,7 +279,7 @@ WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
 RETURNING l.batch_id, l.line
 
 -- name: end_batch_lines
--- Record how lines ended; their batches count them in the same transaction.
+-- Record the results of lines; their batches count them in the same transaction.
 UPDATE batch_lines l SET state = row.state, claimed_by = NULL, status_code = row.status_code,
     answer = row.answer, failure = row.failure
 FROM json_to_recordset($1::json) AS row (batch_id uuid, line integer, claim bigint, state text,
@@ -280,7 +289,7 @@ WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
 RETURNING l.batch_id, l.line, l.state
 
 -- name: count_batch_lines
--- Add ended lines to a batch; the last one has it assembled.
+-- Add ended lines to the counts of a batch; after the last one it is assembled.
 UPDATE batches SET completed = completed + $2, failed = failed + $3,
     status = CASE WHEN status = 'in_progress' AND completed + failed + $2 + $3 >= total
         THEN 'finalizing' ELSE status END,
@@ -289,12 +298,12 @@ UPDATE batches SET completed = completed + $2, failed = failed + $3,
 WHERE id = $1
 
 -- name: release_stray_lines
--- Give up lines of worker $1 that it does not know of.
+-- Release lines claimed by worker $1 that it does not have.
 UPDATE batch_lines SET state = 'queued', claim = claim + 1, claimed_by = NULL
 WHERE claimed_by = $1 AND state IN ('claimed', 'calling') AND NOT (id = ANY($2::uuid[]))
 
 -- name: return_batch_lines
--- Release claims on lines, for another try after a given time where there is one.
+-- Release claims on lines, for another attempt after a given time, if any.
 UPDATE batch_lines l SET state = 'queued', claim = l.claim + 1, claimed_by = NULL,
     attempts = l.attempts - CASE WHEN l.state = 'calling' THEN coalesce(row.uncounted, 0) ELSE 0 END,
     preemptions = l.preemptions + coalesce(row.gave_way, 0), failure = row.failure,
@@ -305,13 +314,15 @@ WHERE l.batch_id = row.batch_id AND l.line = row.line AND l.claim = row.claim
     AND l.state IN ('claimed', 'calling')
 
 -- name: erased_batch_calls
--- Of calls $2 for lines of batches $1 the places of those that were erased: neither is there any more.
+-- Return the positions of those calls $2 for lines of batches $1 that were erased.
+-- Neither the batch nor the line exists any more.
 SELECT place FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS call (batch, id, place)
 WHERE NOT EXISTS (SELECT 1 FROM batches b WHERE b.id = call.batch)
     AND NOT EXISTS (SELECT 1 FROM audit a WHERE a.id = call.id)
 
 -- name: retake_batch_lines
--- Return lines of workers not seen for $1 milliseconds; at $2 lapses in mid-call one has failed.
+-- Return lines of workers not seen for $1 ms to the queue.
+-- A line that has lapsed $2 times during its call has failed.
 WITH gone AS MATERIALIZED (
     SELECT claimant.claimed_by FROM (
         SELECT claimed_by FROM batch_lines WHERE state IN ('claimed', 'calling')

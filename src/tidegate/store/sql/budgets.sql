@@ -1,28 +1,28 @@
--- Budgets, their books, and what is reserved of them.
+-- Budgets, their books, and their reservations.
 
 -- name: budget_revision
--- The number that grows with every change of a budget.
+-- Return the number that grows with every change of a budget.
 SELECT revision FROM budget_revision
 
 -- name: count_budget_change
--- Say that a budget has changed, to all processes; locks the number until the change is committed.
+-- Notify all processes of a changed budget; lock the revision until the change is committed.
 WITH raised AS (UPDATE budget_revision SET revision = revision + 1)
 SELECT pg_notify('tidegate_budgets', '')
 
 -- name: list_budgets
--- All budgets by name, up to $1.
+-- List at most $1 budgets by name.
 SELECT name, tenant, key, model, subject, conversation, each, unit, amount, period, zone, window_s,
     at_end, fallback, doubt, alerts, created_at
 FROM budgets ORDER BY name LIMIT $1
 
 -- name: get_budget
--- One budget, which no other process can change until this transaction ends.
+-- Return one budget, locked against changes until this transaction ends.
 SELECT name, tenant, key, model, subject, conversation, each, unit, amount, period, zone, window_s,
     at_end, fallback, doubt, alerts, created_at
 FROM budgets WHERE name = $1 FOR UPDATE
 
 -- name: set_budget
--- Bring a budget to the values of $1, all of which are given; true if it was not there.
+-- Create or update the budget $1, all of whose columns are given; return whether it is new.
 INSERT INTO budgets AS b (name, tenant, key, model, subject, conversation, each, unit, amount,
     period, zone, window_s, at_end, fallback, doubt, alerts)
 SELECT name, tenant, key, model, subject, conversation, each, unit, amount, period, zone, window_s,
@@ -35,25 +35,26 @@ ON CONFLICT (name) DO UPDATE SET amount = excluded.amount, at_end = excluded.at_
 RETURNING b.xmax = 0 AS is_new
 
 -- name: drop_budget
--- Remove a budget.
+-- Delete a budget.
 DELETE FROM budgets WHERE name = $1 RETURNING name
 
 -- name: drop_tenant_budgets
--- Remove the budgets that bind one tenant by its name.
+-- Delete the budgets that are bound to one tenant by its name.
 DELETE FROM budgets WHERE tenant = $1 RETURNING name
 
 -- name: drop_budget_books
--- Remove the books, pauses and holds of budgets that are gone.
+-- Delete the books, pauses and reservations of deleted budgets.
 WITH books AS (DELETE FROM budget_books WHERE budget = ANY($1::text[])),
     pauses AS (DELETE FROM budget_pauses WHERE budget = ANY($1::text[]))
 DELETE FROM budget_holds WHERE budget = ANY($1::text[])
 
 -- name: models_with_usage
--- Names of all models that were called, as they are on record.
+-- Return the names of all models with recorded usage.
 SELECT DISTINCT model FROM usage_days
 
 -- name: seed_budget_by_days
--- Begin the books of budget $1, which binds tenants or models by days of UTC, with what was spent.
+-- Create the books of budget $1 from daily totals.
+-- For budgets of tenants or models whose periods are UTC days.
 INSERT INTO budget_books (budget, scope, period, spent)
 SELECT b.name, CASE WHEN 'tenant' = ANY(b.each) THEN json_build_array(u.tenant_id)::text ELSE '' END,
     budget_period(b.period, b.zone, now()),
@@ -67,7 +68,7 @@ GROUP BY 1, 2, 3
 ON CONFLICT (budget, scope, period) DO NOTHING
 
 -- name: seed_budget_by_calls
--- Begin the books of budget $1 with what the calls on record have spent in its period.
+-- Create the books of budget $1 from the recorded calls of its period.
 INSERT INTO budget_books (budget, scope, period, spent)
 SELECT b.name, CASE WHEN b.each = '{}' THEN '' ELSE (SELECT json_agg(CASE one
         WHEN 'tenant' THEN a.tenant_id WHEN 'key' THEN a.key_id WHEN 'subject' THEN a.subject END
@@ -89,32 +90,32 @@ GROUP BY 1, 2, 3
 ON CONFLICT (budget, scope, period) DO NOTHING
 
 -- name: reserve_budgets
--- Reserve what calls may cost at most, for process $2; a row for each that is refused.
+-- Reserve the maximum cost of calls for process $2; return a row for each refused call.
 SELECT * FROM reserve_budgets($1::jsonb, $2)
 
 -- name: reserve_budgets_whole
--- The same in one message, of the same values in hexadecimal; returns how many are refused alone.
+-- The same in one message, with the values in hexadecimal; return only the number of refused calls.
 SELECT 1 FROM reserve_budgets(convert_from(decode('{asked}', 'hex'), 'UTF8')::jsonb,
     convert_from(decode('{instance}', 'hex'), 'UTF8'))
 
 -- name: settle_budgets
--- Charge calls that have ended for what they cost.
+-- Charge the actual cost of calls that have ended.
 SELECT settle_budgets($1::jsonb)
 
 -- name: see_budget_instance
--- Note that process $1 lives.
+-- Record that process $1 is alive.
 INSERT INTO budget_instances (instance) VALUES ($1)
 ON CONFLICT (instance) DO UPDATE SET seen_at = now()
 
 -- name: orphaned_budget_holds
--- Up to $2 reservations of processes that were last heard of more than $1 seconds ago; not of batches at providers.
+-- Return at most $2 reservations of processes not seen for $1 seconds, without batches at providers.
 SELECT DISTINCT h.id FROM budget_holds h LEFT JOIN budget_instances i USING (instance)
 WHERE h.estimated_at IS NULL AND h.instance <> 'provider batches'
     AND coalesce(i.seen_at, h.held_at) < now() - $1::double precision * interval '1 second'
 LIMIT $2
 
 -- name: forget_budget_instances
--- Forget processes that are gone and hold nothing, estimates of more than 100 days ago, old alerts.
+-- Delete processes that are gone and hold nothing, estimates older than 100 days, and old alerts.
 WITH old AS (DELETE FROM budget_holds WHERE estimated_at < now() - interval '100 days'),
     told AS (DELETE FROM alerts WHERE created_at < now() - interval '30 days')
 DELETE FROM budget_instances i WHERE seen_at < now() - interval '1 hour'
@@ -122,7 +123,9 @@ DELETE FROM budget_instances i WHERE seen_at < now() - interval '1 hour'
         AND h.estimated_at IS NULL)
 
 -- name: forget_budget_books
--- Delete books of periods that began over 100 days ago, spans that a rolling window has left for as long again, and books without an entry.
+-- Delete old and empty books.
+-- A book is old if its period began over 100 days ago, or if a rolling window left its span a window
+-- ago.
 DELETE FROM budget_books WHERE ctid = ANY(ARRAY(
     SELECT k.ctid FROM budget_books k JOIN budgets b ON b.name = k.budget
     WHERE k.held = 0 AND (k.period > '-infinity' AND k.period < CASE WHEN b.window_s IS NULL
@@ -135,13 +138,13 @@ DELETE FROM budget_books WHERE ctid = ANY(ARRAY(
     LIMIT 10000 FOR UPDATE OF k SKIP LOCKED))
 
 -- name: stray_budget_holds
--- Reservations of process $1 that are older than $3 seconds and not among $2.
+-- Return reservations of process $1 that are older than $3 seconds and not among $2.
 SELECT DISTINCT id FROM budget_holds
 WHERE instance = $1 AND estimated_at IS NULL AND NOT (id = ANY($2::uuid[]))
     AND held_at < now() - $3::double precision * interval '1 second'
 
 -- name: budget_books
--- Books of the current periods, of budget $1 and scope $2 where given, the most spent first; up to $3.
+-- Return at most $3 books of current periods, of budget $1 and scope $2 if given, most spent first.
 SELECT b.name AS budget, coalesce(k.scope, '') AS scope, b.unit, b.amount + coalesce(k.extra, 0) AS amount,
     CASE WHEN b.window_s IS NULL THEN coalesce(k.spent, 0) ELSE coalesce((
         SELECT sum(r.spent) FROM budget_books r WHERE r.budget = b.name AND r.scope = k.scope
@@ -156,11 +159,12 @@ WHERE ($1::text IS NULL OR b.name = $1) AND ($2::text IS NULL OR coalesce(k.scop
 ORDER BY coalesce(k.spent, 0)::double precision / greatest(b.amount, 1) DESC, 1, 2 LIMIT $3
 
 -- name: resume_budget
--- End the pauses of budget $1, of scope $2 where given.
+-- End the pauses of budget $1, in scope $2 if given.
 DELETE FROM budget_pauses WHERE budget = $1 AND ($2::text IS NULL OR scope = $2) RETURNING scope
 
 -- name: extend_budget
--- Add $3 to what budget $1 allows in the current period, or window, in the books of scope $2 where given; also before its first call.
+-- Add $3 to the amount of budget $1 in the current period or window, in scope $2 if given.
+-- A book is created if there was no call yet.
 WITH more AS (
     INSERT INTO budget_books AS k (budget, scope, period, extra)
     SELECT b.name, s.scope, budget_period(b.period, b.zone, now()), $3 FROM budgets b CROSS JOIN LATERAL (
@@ -180,7 +184,7 @@ WITH more AS (
 SELECT scope FROM more
 
 -- name: lock_ended_extras
--- Lock the books of rolling budgets that were allowed more longer than a window ago.
+-- Lock the books of rolling budgets with an extension that is older than the window.
 SELECT 1 FROM budgets b JOIN budget_books k ON k.budget = b.name AND k.period = '-infinity'
 WHERE b.window_s IS NOT NULL AND k.extra > 0 AND k.extra > (
     SELECT coalesce(sum(r.extra), 0) FROM budget_books r WHERE r.budget = k.budget
@@ -189,7 +193,7 @@ WHERE b.window_s IS NOT NULL AND k.extra > 0 AND k.extra > (
 ORDER BY k.budget, k.scope FOR NO KEY UPDATE OF k
 
 -- name: end_extras
--- Have books of rolling budgets allow what they were allowed more within the window.
+-- Reduce the extensions of rolling budgets to those within the window.
 UPDATE budget_books k SET extra = u.extra
 FROM budgets b JOIN budget_books w ON w.budget = b.name AND w.period = '-infinity' AND w.extra > 0
 CROSS JOIN LATERAL (
@@ -200,12 +204,13 @@ WHERE b.window_s IS NOT NULL AND k.budget = w.budget AND k.scope = w.scope AND k
     AND k.extra = w.extra AND k.extra > u.extra
 
 -- name: estimated_holds_of
--- What budgets were charged as estimates for the requests $1.
+-- Return the estimates that budgets were charged for the requests $1.
 SELECT id, request_id, budget, scope, amount FROM budget_holds
 WHERE estimated_at IS NOT NULL AND request_id = ANY($1::uuid[])
 
 -- name: lock_books_of_erased
--- Lock the books of the person $2, of tenant $1 where given; without a person those of $1 whose names have people or conversations.
+-- Lock the books of subject $2, of tenant $1 if given.
+-- Without a subject, lock the books of tenant $1 that are kept by subject or conversation.
 SELECT 1 FROM budget_books k JOIN budgets b ON b.name = k.budget
 CROSS JOIN LATERAL (SELECT nullif(k.scope, '')::json AS scope) AS n
 WHERE CASE WHEN $2::text IS NULL THEN coalesce(n.scope->>(array_position(b.each, 'subject') - 1),
@@ -216,7 +221,8 @@ WHERE CASE WHEN $2::text IS NULL THEN coalesce(n.scope->>(array_position(b.each,
 ORDER BY k.budget, k.scope, k.period FOR UPDATE OF k
 
 -- name: forget_books_of_erased
--- Forget these books with what is held of them, their pauses and alerts; alerts of budgets that are gone by the name alone.
+-- Delete these books with their reservations, pauses and alerts.
+-- Alerts of deleted budgets are found by the name alone.
 WITH named AS (
     SELECT budget, scope FROM budget_books UNION SELECT budget, scope FROM budget_pauses UNION
     SELECT budget, scope FROM budget_holds UNION SELECT data->>'budget', data->>'scope' FROM alerts
@@ -241,7 +247,7 @@ WITH named AS (
 DELETE FROM budget_books k USING whose w WHERE k.budget = w.budget AND k.scope = w.scope
 
 -- name: use_of_budgets
--- What is used of up to $1 budgets: the share of one book, and how many of all are paused.
+-- Return the usage of at most $1 budgets: the ratio of a single book, and the number of pauses.
 SELECT b.name, CASE WHEN b.each = '{}' THEN (coalesce(k.held, 0) + CASE WHEN b.window_s IS NULL
             THEN coalesce(k.spent, 0) ELSE coalesce((SELECT sum(r.spent) FROM budget_books r
                 WHERE r.budget = b.name AND r.scope = '' AND r.period > '-infinity'

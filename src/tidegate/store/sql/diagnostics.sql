@@ -1,7 +1,7 @@
--- A check-up of a database, which changes nothing; and the rows of a trial.
+-- Read-only checks of a database, and deletion of the rows of a test run.
 
 -- name: look_at_server
--- What the server says of itself and of our place in it.
+-- Return properties of the server, and of our role and database.
 SELECT current_setting('server_version_num')::int AS version,
     current_setting('server_version') AS version_text,
     pg_is_in_recovery() AS is_replica,
@@ -16,7 +16,7 @@ SELECT current_setting('server_version_num')::int AS version,
     current_setting('max_locks_per_transaction')::int AS locks_each,
     current_setting('max_connections')::int + current_setting('max_prepared_transactions')::int
         AS lockers,
-    -- Partitions with their indexes, of the table that has the most.
+    -- The partitions and their indexes, of the table with the most.
     (SELECT coalesce(max(one.amount), 0)::int FROM (
         SELECT count(DISTINCT i.inhrelid) + count(x.indexrelid) AS amount
         FROM pg_inherits i JOIN pg_class p ON p.oid = i.inhparent
@@ -30,7 +30,7 @@ SELECT current_setting('server_version_num')::int AS version,
     coalesce(has_schema_privilege(current_schema(), 'CREATE'), false) AS may_create
 
 -- name: look_at_transactions
--- Transactions that hold back the clean-up of dead rows for long, the oldest first.
+-- Return old transactions that prevent the clean-up of dead rows, oldest first.
 SELECT pid, coalesce(usename, '') AS who, coalesce(application_name, '') AS program, state,
     extract(epoch FROM clock_timestamp() - xact_start)::float8 AS age_s
 FROM pg_stat_activity
@@ -40,7 +40,7 @@ WHERE datname = current_database() AND pid <> pg_backend_pid()
 ORDER BY xact_start LIMIT 20
 
 -- name: look_at_tables
--- How much room our tables take, with their indexes, and which are not this user's.
+-- Return the sizes of our tables with their indexes, and which tables another user owns.
 SELECT c.relname AS name, pg_total_relation_size(c.oid) AS size_bytes,
     pg_has_role(c.relowner, 'USAGE') AS is_ours,
     has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'INSERT')
@@ -50,23 +50,23 @@ WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind = 'r'
 ORDER BY 2 DESC
 
 -- name: recorded_of
--- How many rows of the audit each of the requests $1 has.
+-- Count the audit rows of each of the requests $1.
 SELECT request_id, count(*) AS records FROM audit WHERE request_id = ANY($1::uuid[])
 GROUP BY request_id
 
 -- name: cut_short
--- How many attempts at each of the requests $1 each process cut short, answered or not.
+-- Count by process the attempts at each of the requests $1 that were cut short, answered or not.
 SELECT request_id, instance_id, count(*) AS attempts FROM attempts
 WHERE request_id = ANY($1::uuid[]) AND outcome = 'ambiguous' GROUP BY request_id, instance_id
 
 -- name: audit_of
--- The rows of the audit of the requests $1.
+-- Return the audit rows of the requests $1.
 SELECT id FROM audit WHERE request_id = ANY($1::uuid[])
 
 -- name: drop_usage_of
--- Forget what tenant $1 used.
+-- Delete the usage of tenant $1.
 DELETE FROM usage_days WHERE tenant_id = $1
 
 -- name: drop_workers
--- Forget that the workers $1 were ever alive.
+-- Delete the records of the workers $1.
 DELETE FROM workers WHERE instance_id = ANY($1::text[])

@@ -1,10 +1,10 @@
--- Idempotency keys of native calls: who is answering, and what was answered; and of batches, whose
--- request is the batch.
+-- Idempotency keys of native calls, with their owners and answers; and of batches, where the request is
+-- the batch.
 
 -- name: take_native_key
--- Take key $2 of tenant $1 for request $4: a new one, one a day old, or one that has lapsed.
--- It has, for the same digest $3, where its owner has not renewed it for $5 seconds (null: never).
--- Older processes renew none, and no call of theirs takes longer than 11 minutes.
+-- Take key $2 of tenant $1 for request $4, if it is new, a day old or has lapsed.
+-- It has lapsed, for the same digest $3, if its owner has not renewed it for $5 seconds (null: never).
+-- Older processes do not renew keys, and none of their calls takes longer than 11 minutes.
 INSERT INTO native_keys AS known (tenant_id, idempotency_key, digest, request_id, seen_at)
 VALUES ($1, $2, $3, $4, now())
 ON CONFLICT (tenant_id, idempotency_key) DO UPDATE SET digest = excluded.digest,
@@ -19,7 +19,7 @@ WHERE known.created_at < now() - interval '24 hours'
 RETURNING lost
 
 -- name: get_native_key
--- What is known of a key that is not a day old; whether it has lapsed goes by $3 seconds, as above.
+-- Return a key that is less than a day old, and whether it has lapsed after $3 seconds.
 SELECT digest, request_id, lost, ended_at IS NOT NULL AS ended, http_status, content_type, answer,
     ended_at IS NULL AND coalesce(
         CASE WHEN seen_at >= created_at THEN seen_at ELSE created_at + interval '11 minutes' END
@@ -28,12 +28,12 @@ FROM native_keys
 WHERE tenant_id = $1 AND idempotency_key = $2 AND created_at >= now() - interval '24 hours'
 
 -- name: end_native_key
--- Keep the answer that request $3 gave under its key.
+-- Store the answer of request $3 under its key.
 UPDATE native_keys SET ended_at = now(), http_status = $4, content_type = $5, answer = $6
 WHERE tenant_id = $1 AND idempotency_key = $2 AND request_id = $3 AND ended_at IS NULL
 
 -- name: end_native_keys
--- The same for many, from JSON.
+-- Store the answers of many requests under their keys, from JSON.
 UPDATE native_keys known SET ended_at = now(), http_status = row.http_status,
     content_type = row.content_type, answer = decode(row.answer, 'base64')
 FROM jsonb_to_recordset($1::jsonb) AS row(
@@ -43,14 +43,14 @@ WHERE known.tenant_id = row.tenant_id AND known.idempotency_key = row.idempotenc
     AND known.request_id = row.id AND known.ended_at IS NULL
 
 -- name: free_native_keys
--- Free the keys of requests that were not answered: a repeat is to be answered.
+-- Delete the keys of requests that were not answered, so that a repeat is processed.
 DELETE FROM native_keys known
 USING jsonb_to_recordset($1::jsonb) AS row(id uuid, tenant_id text, idempotency_key text)
 WHERE known.tenant_id = row.tenant_id AND known.idempotency_key = row.idempotency_key
     AND known.request_id = row.id AND known.ended_at IS NULL
 
 -- name: renew_native_keys
--- Say of many keys that their requests are still being answered.
+-- Renew the keys of requests that are in progress.
 UPDATE native_keys known SET seen_at = now()
 FROM unnest($1::text[], $2::text[], $3::uuid[]) AS mine(tenant_id, idempotency_key, request_id)
 WHERE known.tenant_id = mine.tenant_id AND known.idempotency_key = mine.idempotency_key

@@ -1,4 +1,4 @@
--- Submission, cancellation by owners, and how much of a tenant is queued.
+-- Submission, cancellation by owners, and the number of queued jobs of a tenant.
 
 -- name: add_files
 -- Insert the files of requests written in the same transaction.
@@ -9,29 +9,29 @@ FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id tex
 ON CONFLICT (id) DO NOTHING
 
 -- name: queued_of_batches
--- The lines that batches of tenant $1 have yet to work through, and their part of the input's bytes.
+-- Count the lines that batches of tenant $1 have not completed, and their part of the input's bytes.
 SELECT coalesce(sum(total - completed - failed), 0)::bigint AS jobs, coalesce(sum(ceil(
     input_bytes * (total - completed - failed)::numeric / greatest(total, 1))), 0)::bigint AS size_bytes
 FROM batches WHERE tenant_id = $1 AND status IN ('validating', 'in_progress')
 
 -- name: lock_owned
--- Lock request $1 of tenant $2 against all others that would change it.
+-- Lock request $1 of tenant $2 against concurrent changes.
 SELECT status, claimed_by FROM requests WHERE id = $1 AND tenant_id = $2 FOR UPDATE
 
 -- name: cancel_queued
--- End queued job $1; the claim is fenced off.
+-- Cancel queued job $1; its claim is fenced off.
 UPDATE requests SET status = 'cancelled', claim = claim + 1, claimed_by = NULL, not_before = NULL,
     finished_at = now(), failure = $2::jsonb, version = version + 1
 WHERE id = $1 AND coalesce(status = 'queued', false)
 RETURNING *
 
 -- name: request_cancel
--- Ask the worker that has running job $1 to end it.
+-- Request the worker of running job $1 to cancel it.
 UPDATE requests SET cancel_asked_at = coalesce(cancel_asked_at, now())
 WHERE id = $1 AND status = 'running'
 
 -- name: cancelled_of_worker
--- What worker $1 is to give up: running jobs, and those of $2 that were cancelled while they waited.
+-- Return the jobs that worker $1 must stop: running jobs, and those of $2 cancelled while queued.
 SELECT id FROM requests
 WHERE coalesce(status IN ('queued', 'running') AND cancel_asked_at IS NOT NULL, false)
     AND coalesce(status = 'running', false) AND claimed_by = $1
@@ -39,20 +39,20 @@ UNION
 SELECT id FROM requests WHERE id = ANY($2::uuid[]) AND status = 'cancelled'
 
 -- name: lock_queued
--- How much tenant $1 has queued in pool $2 as last counted, locked until this transaction ends.
+-- Return and lock the last count of the jobs that tenant $1 has queued in pool $2.
 SELECT jobs, size_bytes,
     extract(epoch FROM clock_timestamp() - counted_at)::double precision * 1000 AS age_ms, count_ms
 FROM queued WHERE tenant_id = $1 AND pool = $2
 FOR UPDATE
 
 -- name: begin_queued
--- Make the row to lock; old enough to be counted immediately.
+-- Insert the row to lock, old enough to be counted immediately.
 INSERT INTO queued (tenant_id, pool, jobs, size_bytes, counted_at, count_ms)
 VALUES ($1, $2, 0, 0, 'epoch', 0)
 ON CONFLICT (tenant_id, pool) DO NOTHING
 
 -- name: count_queued
--- The ready jobs of tenant $1 in pool $2, in the lanes $3, at most $4 of each.
+-- Count the ready jobs of tenant $1 in pool $2, in the lanes $3, at most $4 in each.
 SELECT count(*) AS jobs FROM unnest($3::text[]) AS lanes (lane) CROSS JOIN LATERAL (
     SELECT id FROM requests
     WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
@@ -61,7 +61,7 @@ SELECT count(*) AS jobs FROM unnest($3::text[]) AS lanes (lane) CROSS JOIN LATER
 ) AS ready
 
 -- name: count_queued_bytes
--- The same with the bytes of their prompts and files.
+-- Count the same jobs with the bytes of their prompts and files.
 SELECT count(*) AS jobs, coalesce(sum(ready.size_bytes + coalesce((
     SELECT sum(f.size_bytes) FROM files f WHERE f.request_id = ready.id AND f.role = 'input'
 ), 0)), 0)::bigint AS size_bytes
@@ -73,7 +73,7 @@ FROM unnest($3::text[]) AS lanes (lane) CROSS JOIN LATERAL (
 ) AS ready
 
 -- name: count_batched
--- The jobs of tenant $1 in pool $2 that wait for a provider's batch or are in one, and their bytes.
+-- Count the jobs and bytes of tenant $1 in pool $2 that wait for a provider's batch or are in one.
 SELECT count(*) AS jobs, coalesce(sum(octet_length(one.prompt) + coalesce((
     SELECT sum(f.size_bytes) FROM files f WHERE f.request_id = one.id AND f.role = 'input'
 ), 0)), 0)::bigint AS size_bytes
@@ -88,14 +88,14 @@ FROM (
 ) AS one
 
 -- name: set_queued
--- Note what tenant $1 has queued in pool $2, and where it was counted how long that took.
+-- Store the number of jobs that tenant $1 has queued in pool $2, and the duration of a count.
 UPDATE queued SET jobs = $3, size_bytes = $4,
     counted_at = CASE WHEN $5::double precision IS NULL THEN counted_at ELSE clock_timestamp() END,
     count_ms = coalesce($5, count_ms)
 WHERE tenant_id = $1 AND pool = $2
 
 -- name: submit_requests
--- Insert many jobs; a row whose id or key is there already is left out, so repeats are safe.
+-- Insert many jobs; rows whose id or key exists are left out, so repeats are safe.
 INSERT INTO requests (id, tenant_id, pool, source, status, kind, classified_by, classified_reason,
     prompt, image_uri, model, priority, created_at, deadline_at, idempotency_key,
     idempotency_digest, webhook_url, subject, conversation, key_id, endpoint, traceparent,
@@ -112,7 +112,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, tenant_id text, pool text, kin
 ON CONFLICT DO NOTHING
 
 -- name: get_keyed
--- The requests that have these idempotency keys of their tenants now.
+-- Return the requests that have these idempotency keys of their tenants.
 SELECT r.id, r.tenant_id, r.idempotency_key, encode(r.idempotency_digest, 'hex') AS digest,
     r.status, r.kind, r.classified_by, r.classified_reason
 FROM json_to_recordset($1::json) AS row (tenant_id text, idempotency_key text)

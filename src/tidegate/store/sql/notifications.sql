@@ -1,12 +1,12 @@
--- What processes notify one another of, and what they poll for.
+-- Notifications between processes, and what they poll for.
 
 -- name: get_versions
--- The versions of many requests: the one query that all long polls of a process share.
+-- Return the versions of many requests, in one query for all long polls of a process.
 SELECT id, version FROM requests WHERE id = ANY($1::uuid[])
 
 -- name: pulse
--- What loops wait for: changes of budgets; for a worker of pool $1 jobs since $2 in lanes $3, and what is due.
--- $4: the transactions before $2 that were under way when $2 was read.
+-- Return what loops poll for: changed budgets, due work, and new jobs of pool $1 since $2 in lanes $3.
+-- $4: the transactions before $2 that were in progress when $2 was read.
 SELECT clock_timestamp() AS server_time,
     pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS seen,
     ARRAY(SELECT xid::text::bigint FROM pg_snapshot_xip(pg_current_snapshot()) AS xid) AS under_way,
@@ -37,6 +37,6 @@ SELECT clock_timestamp() AS server_time,
         ) AS batches
 
 -- name: notify
--- Wake listeners; sent apart from the change itself, since NOTIFY takes an instance-wide lock.
+-- Wake listeners, apart from the change itself, since NOTIFY takes an instance-wide lock.
 SELECT pg_notify(channel, payload)
 FROM json_to_recordset($1::json) AS row (channel text, payload text)

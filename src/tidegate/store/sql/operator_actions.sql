@@ -1,14 +1,14 @@
 -- Actions of operators.
 
 -- name: add_action
--- Put an action on record; a repeat of its transaction finds it there.
+-- Record an action; a repeat of its transaction changes nothing.
 INSERT INTO operator_actions
     (action_id, operator, role, address, what, target, was, is_now, revision)
 VALUES ($1, $2, $3, $4, $5, $6, $7::jsonb, $8::jsonb, $9)
 ON CONFLICT (action_id, what, target) DO NOTHING
 
 -- name: list_actions
--- The newest $7 actions below the number $6, of operator $1, kind $2 and target $3 where given.
+-- List the newest $7 actions below number $6, of operator $1, kind $2 and target $3 if given.
 SELECT number, at, operator, role, address, what, target, was, is_now, revision
 FROM operator_actions
 WHERE ($1::text IS NULL OR operator = $1) AND ($2::text IS NULL OR what = $2)
@@ -17,7 +17,8 @@ WHERE ($1::text IS NULL OR operator = $1) AND ($2::text IS NULL OR what = $2)
 ORDER BY number DESC LIMIT $7
 
 -- name: paused_by_people
--- The longest pause of each limit of pool $1 that a person began and nobody has ended; without those by versions that did not put `by` on record, whose pauses ended with Valkey.
+-- Return the longest pause of each limit of pool $1 that a person began and nobody has ended.
+-- Pauses by versions that did not record `by` are left out, since they ended with Valkey.
 WITH known AS (
     SELECT number, what, target, is_now,
         at + (is_now->>'for_ms')::float8 * interval '1 millisecond' AS until
@@ -36,5 +37,5 @@ WHERE what = 'limit.pause' AND is_now ? 'by' AND (until IS NULL OR until > clock
 ORDER BY target, until DESC NULLS FIRST
 
 -- name: prune_actions
--- Forget actions from before $1.
+-- Delete actions older than $1.
 DELETE FROM operator_actions WHERE at < $1

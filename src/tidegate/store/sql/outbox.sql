@@ -1,4 +1,4 @@
--- Webhooks that wait to be delivered.
+-- Webhooks and alerts to be delivered.
 
 -- name: add_webhooks
 -- Insert webhooks, in the transaction that ends their requests.
@@ -8,8 +8,8 @@ FROM json_to_recordset($1::json) AS row (id uuid, request_id uuid, tenant_id tex
     event text, url text)
 
 -- name: claim_webhooks
--- Claim up to $1 due webhooks, but for those of the tenants in $3; those that wait longest first.
--- They are due again after $2 milliseconds.
+-- Claim at most $1 due webhooks, oldest first, without those of the tenants $3.
+-- They are due again after $2 ms.
 UPDATE webhooks SET tries = tries + 1, due_at = now() + $2 * interval '1 millisecond'
 WHERE id IN (
     SELECT id FROM webhooks
@@ -19,26 +19,26 @@ WHERE id IN (
 RETURNING id AS webhook_id, request_id, tenant_id, event, url, tries, created_at
 
 -- name: get_webhook_end
--- The last end of request $1 with status $2 that is on record up to $3.
+-- Return the last end of request $1 with status $2 that was recorded up to $3.
 SELECT status, attempts, finished_at, model, finish_reason, failure, input_tokens, output_tokens,
     thoughts_tokens, cached_tokens, total_tokens
 FROM audit WHERE request_id = $1 AND status = $2 AND created_at <= $3
 ORDER BY created_at DESC LIMIT 1
 
 -- name: settle_webhook
--- Record how try $2 of webhook $1 went; the next one is due in $6 milliseconds.
+-- Record the result of try $2 of webhook $1; the next try is due in $6 ms.
 UPDATE webhooks SET state = $3, answer_status = $4, problem = $5,
     due_at = now() + $6 * interval '1 millisecond',
     ended_at = CASE WHEN $3 = 'pending' THEN NULL ELSE now() END
 WHERE id = $1 AND tries = $2 AND state = 'pending'
 
 -- name: redeliver_webhook
--- A person's decision: webhook $1 is due now, with all its tries before it.
+-- Deliver webhook $1 again now, with all its tries, by decision of a person.
 UPDATE webhooks SET state = 'pending', tries = 0, due_at = now(), ended_at = NULL WHERE id = $1
 RETURNING id
 
 -- name: get_webhook
--- The latest webhook of request $1.
+-- Return the latest webhook of request $1.
 SELECT id AS webhook_id, state, tries, due_at, answer_status, problem FROM webhooks
 WHERE request_id = $1 ORDER BY created_at DESC, id DESC LIMIT 1
 
@@ -47,11 +47,12 @@ WHERE request_id = $1 ORDER BY created_at DESC, id DESC LIMIT 1
 INSERT INTO alerts (kind, data) VALUES ($1, $2::jsonb)
 
 -- name: lock_causes
--- Let one process at a time raise alerts of causes, until its transaction ends.
+-- Lock the alerts of causes against other processes, until this transaction ends.
 SELECT pg_advisory_xact_lock(7423005, 0)
 
 -- name: raise_causes
--- Insert an alert of each cause in $1, but of those whose alert was raised and that have held within $2 seconds: of these note that they hold. Forget old alerts.
+-- Insert an alert for each cause in $1, unless it was raised and has held within $2 seconds.
+-- For causes that hold, this is recorded. Old alerts are deleted.
 WITH given AS (
     SELECT kind, data FROM jsonb_to_recordset($1::jsonb) AS row (kind text, data jsonb)
 ), known AS (
@@ -73,7 +74,7 @@ WHERE NOT EXISTS (SELECT 1 FROM known k WHERE k.kind = g.kind
     AND k.data->>'pool' IS NOT DISTINCT FROM g.data->>'pool')
 
 -- name: claim_alerts
--- Claim up to $1 due alerts, the oldest first. They are due again after $2 milliseconds.
+-- Claim at most $1 due alerts, oldest first; they are due again after $2 ms.
 UPDATE alerts a SET tries = tries + 1, due_at = now() + $2 * interval '1 millisecond'
 WHERE id IN (
     SELECT id FROM alerts WHERE state = 'pending' AND due_at <= now()
@@ -83,18 +84,18 @@ RETURNING a.id AS alert_id, a.kind, a.data::text AS data, a.created_at, a.tries,
     (SELECT unit FROM budgets b WHERE b.name = a.data->>'budget') AS unit
 
 -- name: settle_alert
--- Record how try $2 of alert $1 went; the next one is due in $5 milliseconds.
+-- Record the result of try $2 of alert $1; the next try is due in $5 ms.
 UPDATE alerts SET state = $3, problem = $4, due_at = now() + $5 * interval '1 millisecond'
 WHERE id = $1 AND tries = $2 AND state = 'pending'
 
 -- name: list_alerts
--- The last $1 alerts, the newest first.
+-- List the last $1 alerts, newest first.
 SELECT a.id AS alert_id, a.kind, a.data::text AS data, a.created_at, a.state, a.tries, a.due_at,
     a.problem, (SELECT unit FROM budgets b WHERE b.name = a.data->>'budget') AS unit
 FROM alerts a ORDER BY a.created_at DESC, a.id LIMIT $1
 
 -- name: redeliver_alert
--- Have an alert that is settled posted again.
+-- Post a settled alert again.
 UPDATE alerts SET state = 'pending', tries = 0, due_at = now(), problem = NULL
 WHERE id = $1 AND state <> 'pending'
 RETURNING id

@@ -1,35 +1,36 @@
--- Batches of the providers' own batch APIs, and the jobs that are their lines.
+-- Batches in the providers' batch APIs, and the jobs that are their lines.
 
 -- name: get_provider_batch
--- Batch $1 of ours.
+-- Return provider batch $1 by our id.
 SELECT * FROM provider_batches WHERE id = $1
 
 -- name: add_provider_batch
--- Write down a batch before anything of it is sent; worker $10 has it.
+-- Insert a batch before anything of it is sent, claimed by worker $10.
 INSERT INTO provider_batches (id, pool, upstream, dialect, endpoint, model, key_digest, lines,
     size_bytes, claim, claimed_by)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, 1, $10)
 RETURNING *
 
 -- name: add_provider_batch_lines
--- Write down which jobs are the lines of batch $1.
+-- Insert the jobs that are the lines of batch $1.
 INSERT INTO provider_batch_lines (batch_id, line, request_id, claim, hold_id, leave_at)
 SELECT $1, line, request_id, claim, hold_id, leave_at
 FROM json_to_recordset($2::json) AS row (line integer, request_id uuid, claim bigint, hold_id uuid,
     leave_at timestamptz)
 
 -- name: hand_to_batch
--- Jobs that are marked as running have no claimant any more: a batch has them.
+-- Clear the claimants of running jobs that are lines of a batch.
 UPDATE requests r SET claimed_by = NULL
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'running'
 
 -- name: lines_of_provider_batch
--- The jobs of batch $1, by the numbers of their lines.
+-- Return the jobs of batch $1 by line number.
 SELECT line, request_id FROM provider_batch_lines WHERE batch_id = $1
 
 -- name: take_provider_batch
--- Take a batch that is due for worker $1, but none of $2 nor of the upstreams $5; of workers not seen for $4 ms only if $3.
+-- Claim a due batch for worker $1, except the batches $2 and those at the upstreams $5.
+-- Batches of workers not seen for $4 ms are included only if $3.
 UPDATE provider_batches SET claim = claim + 1, claimed_by = $1
 WHERE id = (
     SELECT b.id FROM provider_batches b LEFT JOIN workers w ON w.instance_id = b.claimed_by
@@ -43,7 +44,7 @@ WHERE id = (
 RETURNING *, now() AS read_at
 
 -- name: set_provider_batch
--- Bring batch $1 under claim $2 to a state, with $10 lines; it is due again after $8 ms, and free if $9.
+-- Update batch $1 under claim $2, with $10 lines; it is due again after $8 ms, and released if $9.
 UPDATE provider_batches SET state = $3, file_id = $4, provider_id = $5, provider_state = $6,
     problem = $7, lines = $10,
     creating_at = CASE WHEN $3 = 'made' THEN NULL ELSE coalesce(creating_at, now()) END,
@@ -55,13 +56,13 @@ WHERE id = $1 AND claim = $2
 RETURNING *, now() AS read_at
 
 -- name: put_off_provider_batch
--- Batch $1 under claim $2 is due again after $3 ms, and free; its state stays as it is.
+-- Release batch $1 under claim $2, due again after $3 ms, with its state unchanged.
 UPDATE provider_batches SET due_at = now() + $3::double precision * interval '1 millisecond',
     claimed_by = NULL
 WHERE id = $1 AND claim = $2
 
 -- name: turn_away
--- Give up claims on queued jobs that no batch takes: their usual tier makes them, or says why not.
+-- Release claims on queued jobs that no batch accepts, so that they run in their usual tier.
 UPDATE requests r SET claim = r.claim + 1, claimed_by = NULL, tier = 'live',
     tiers_allowed = array_remove(r.tiers_allowed, 'batch'), revisit_at = NULL, not_before = NULL,
     version = r.version + 1
@@ -70,11 +71,11 @@ WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'queued'
 RETURNING r.pool
 
 -- name: free_provider_batches
--- Worker $1 has none any more.
+-- Release all batches that worker $1 has claimed.
 UPDATE provider_batches SET claimed_by = NULL WHERE state <> 'done' AND claimed_by = $1
 
 -- name: open_provider_lines
--- Open lines of batch $1 after line $2, or those of $3 where given, with their jobs; at most $4.
+-- Return at most $4 open lines of batch $1 after line $2, or those of the lines $3, with their jobs.
 SELECT r.*, l.line, l.hold_id, l.leave_at, EXISTS (
     SELECT 1 FROM files f WHERE f.request_id = r.id AND f.role = 'input') AS has_files
 FROM provider_batch_lines l
@@ -83,8 +84,8 @@ WHERE l.batch_id = $1 AND l.line > $2 AND ($3::integer[] IS NULL OR l.line = ANY
 ORDER BY l.line LIMIT $4
 
 -- name: sum_provider_lines
--- Sums the open lines of batch $1: how many, how many to be cancelled, and when the first leaves.
--- Also when it is due, and of what kind one is.
+-- Count the open lines of batch $1 and those to be cancelled.
+-- Also returns when the first line leaves the batch, when the first is due, and a type.
 SELECT count(*) AS open, count(r.cancel_asked_at) AS cancelled,
     min(l.leave_at) FILTER (WHERE r.cancel_asked_at IS NULL) AS leave_at,
     min(r.deadline_at) FILTER (WHERE r.cancel_asked_at IS NULL) AS due_at, min(r.kind) AS kind
@@ -93,15 +94,15 @@ JOIN requests r ON r.id = l.request_id AND r.claim = l.claim AND r.status = 'run
 WHERE l.batch_id = $1
 
 -- name: known_provider_ids
--- The provider's ids of all our batches at upstream $1.
+-- Return the provider's ids of all our batches at upstream $1.
 SELECT provider_id FROM provider_batches WHERE upstream = $1 AND provider_id IS NOT NULL
 
 -- name: count_provider_batches
--- How many batches are under way, by upstream.
+-- Count the open batches by upstream.
 SELECT upstream, count(*) AS batches FROM provider_batches WHERE state <> 'done' GROUP BY upstream
 
 -- name: provider_batch_times
--- Within which 95 % of the last $3 batches of model $2 at upstream $1 ended that have ended well.
+-- Return in which time 95 % of the last $3 successful batches of model $2 at upstream $1 ended.
 SELECT count(*) AS batches, percentile_cont(0.95) WITHIN GROUP (ORDER BY took_ms) AS usual_ms
 FROM (
     SELECT extract(epoch FROM done_at - made_at)::double precision * 1000 AS took_ms
@@ -112,10 +113,10 @@ FROM (
 ) AS ended
 
 -- name: unsettled_provider_holds
--- What lines of batch $1 hold of budgets.
+-- Return the budget reservations of the lines of batch $1.
 SELECT DISTINCT h.id FROM provider_batch_lines l JOIN budget_holds h ON h.id = l.hold_id
 WHERE l.batch_id = $1 AND h.estimated_at IS NULL
 
 -- name: prune_provider_batches
--- Forget batches that have been done for long.
+-- Delete batches that have been done for 30 days.
 DELETE FROM provider_batches WHERE state = 'done' AND done_at < now() - interval '30 days'

@@ -1,7 +1,7 @@
--- Things that live at providers: whose they are, and where they live.
+-- Resources at providers: their owners, and the upstreams where they are stored.
 
 -- name: add_provider_resources
--- Note whose things are: one that has an owner keeps it until its provider has deleted it.
+-- Record the owners of resources; an owner stays until the provider has deleted the resource.
 INSERT INTO provider_resources (dialect, kind, resource_id, tenant_id, upstream, account, request_id,
     subject, expires_at, conversation)
 SELECT dialect, kind, resource_id, tenant_id, upstream, decode(account, 'hex'), request_id, subject,
@@ -17,18 +17,19 @@ ON CONFLICT (dialect, kind, resource_id) DO UPDATE SET tenant_id = EXCLUDED.tena
 WHERE provider_resources.expires_at <= now()
 
 -- name: provider_resources_named
--- Those of the things $3 of a kind that have an owner.
+-- Return those of the resources $3 of a kind that have an owner.
 SELECT resource_id, tenant_id, upstream, account, expires_at, request_id, conversation
 FROM provider_resources
 WHERE dialect = $1 AND kind = $2 AND resource_id = ANY($3::text[])
     AND (expires_at IS NULL OR expires_at > now())
 
 -- name: provider_batch_named
--- A batch of jobs at a provider of dialect $1 that has this id, or whose input has.
+-- Return a batch at a provider of dialect $1 whose id, or whose input's id, is this one.
 SELECT id FROM provider_batches WHERE dialect = $1 AND (provider_id = $2 OR file_id = $2) LIMIT 1
 
 -- name: provider_resources_of
--- The things of tenant $1 of a kind, the newest first if $4, after thing $5 if given; at most $6.
+-- Return at most $6 resources of tenant $1 of a kind, after resource $5 if given.
+-- $4: newest first.
 SELECT r.resource_id, r.tenant_id, r.upstream, r.account, r.expires_at, r.request_id,
     r.conversation
 FROM provider_resources r
@@ -45,7 +46,7 @@ ORDER BY
 LIMIT $6
 
 -- name: tokens_kept
--- Tokens of tenant $1's requests $2, and of the last call of each conversation $3.
+-- Return the tokens of requests $2 of tenant $1, and of the last call of each conversation $3.
 SELECT request_id, max(coalesce(input_tokens + output_tokens, total_tokens, input_tokens)) AS tokens
 FROM audit
 WHERE tenant_id = $1 AND request_id = ANY($2::uuid[])
@@ -61,20 +62,20 @@ CROSS JOIN LATERAL (
     ORDER BY submitted_at DESC LIMIT 1) AS last
 
 -- name: forget_provider_resource
--- A thing of tenant $4 is deleted at its provider.
+-- Delete a resource of tenant $4 that was deleted at its provider.
 DELETE FROM provider_resources
 WHERE dialect = $1 AND kind = $2 AND resource_id = $3 AND tenant_id = $4
 
 -- name: forget_expired_resources
--- Things that no provider has any more.
+-- Delete resources that have expired at their providers.
 DELETE FROM provider_resources WHERE expires_at < now() - interval '1 day'
 
 -- name: erase_provider_resources
--- Forget what a tenant, a subject, or the one of the other owns at providers.
+-- Delete the resources of a tenant, of a subject, or of a subject of a tenant.
 DELETE FROM provider_resources WHERE ($1::text IS NULL OR tenant_id = $1)
     AND ($2::text IS NULL OR subject = $2)
 
 -- name: count_provider_resources
--- How many things a tenant, a subject, or the one of the other owns at providers.
+-- Count the resources of a tenant, of a subject, or of a subject of a tenant.
 SELECT count(*) AS resources FROM provider_resources WHERE ($1::text IS NULL OR tenant_id = $1)
     AND ($2::text IS NULL OR subject = $2)

@@ -1,26 +1,26 @@
--- Ready jobs, claims, and the jobs of silent workers. What finds and claims ready jobs is bounded from
--- below, so that none walks past the entries of jobs that have left the queue long ago. Each condition
--- is written as its index has it, word for word, and otherwise where a job is looked up by its id: the
--- planner takes a partial index, however many dead entries it has, for an empty one.
+-- Ready jobs, claims, and the jobs of silent workers. Scans for ready jobs have a lower bound, so that
+-- they do not pass the index entries of jobs that left the queue long ago. Each condition is written
+-- exactly as in its index where that index is to be used, and differently where a job is looked up by
+-- its id: the planner considers a partial index empty, however many dead entries it has.
 
 -- name: beat
--- Say that this worker is alive.
+-- Record that this worker is alive.
 INSERT INTO workers (instance_id, seen_at) VALUES ($1, now())
 ON CONFLICT (instance_id) DO UPDATE SET seen_at = now() RETURNING clock_timestamp() AS server_time
 
 -- name: get_input_files
--- The uploads of many claimed jobs, in their order.
+-- Return the uploads of many claimed jobs, in order.
 SELECT * FROM files WHERE request_id = ANY($1::uuid[]) AND role = 'input' ORDER BY position
 
 -- name: set_classified
--- Record the kind that a claimed job turned out to have.
+-- Record the type of a job that was classified after it was claimed.
 UPDATE requests SET kind = $3, classified_by = $4, classified_reason = $5, version = version + 1
 WHERE id = $1 AND claim = $2 AND coalesce(status = 'queued', false)
 RETURNING id
 
 -- name: begin_running
--- Mark admitted jobs as running, with their attempts; a repeat under one claim adds no second one.
--- Those that were claimed before have no attempt from before $3, which tells the partitions.
+-- Mark admitted jobs as running, with their attempts; a repeat under one claim adds no attempt.
+-- Jobs that were claimed before have no attempt older than $3, which selects the partitions.
 WITH begun AS (
     UPDATE requests r SET
         status = 'running',
@@ -45,7 +45,7 @@ WITH begun AS (
     INSERT INTO attempts (id, created_at, request_id, tenant_id, pool, kind, number, claim,
         instance_id, model, upstream, fence_epoch, fence_sequence, outcome, admitted_at, queue_ms)
     SELECT attempt_id, attempt_at, id, tenant_id, pool, kind,
-        -- Some of a job that was claimed before may not be counted.
+        -- `attempts` may lack some attempts of a job that was claimed before.
         CASE WHEN claim = 1 THEN attempts ELSE greatest(attempts, 1 + (
             SELECT count(*) FROM attempts a
             WHERE a.request_id = begun.id AND a.created_at >= $3)) END, claim,
@@ -58,13 +58,13 @@ WITH begun AS (
 SELECT id FROM begun
 
 -- name: running_attempt
--- The attempt under way of job $1 under claim $2 of worker $3.
+-- Return the running attempt of job $1 under claim $2 of worker $3.
 SELECT attempt_id, attempt_at FROM requests
 WHERE id = $1 AND claim = $2 AND claimed_by = $3 AND status = 'running' FOR UPDATE
 
 -- name: begin_another
--- Begin another attempt $2 of the running job $1 beside the last one, which uses up $3 more.
--- Its first was not before $10.
+-- Begin attempt $2 of running job $1, in addition to the last one; it uses up $3 more attempts.
+-- The first attempt did not begin before $10.
 WITH begun AS (
     UPDATE requests SET attempts = attempts + $3, attempt_id = $2, attempt_at = now(),
         upstream = $9, version = version + 1
@@ -80,7 +80,7 @@ SELECT $2, now(), id, tenant_id, pool, kind,
 FROM begun
 
 -- name: end_attempts
--- Record how attempts under way ended that began between $2 and $3, which tell the partitions.
+-- Record the ends of running attempts that began between $2 and $3, which select the partitions.
 UPDATE attempts a SET
     outcome = row.outcome,
     finished_at = row.finished_at,
@@ -104,7 +104,7 @@ WHERE a.id = row.id AND a.created_at = row.created_at AND a.created_at BETWEEN $
     AND a.outcome = 'running'
 
 -- name: release_claims
--- Release claims, as a worker that stops does, or for `wait_ms`; not counted as lapses.
+-- Release claims of a worker that stops, or for `wait_ms`; these do not count as lapses.
 UPDATE requests r SET status = 'queued', claim = r.claim + 1, claimed_by = NULL,
     not_before = now() + row.wait_ms * interval '1 millisecond',
     failure = coalesce(row.failure, r.failure),
@@ -115,7 +115,7 @@ WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running'
 RETURNING r.*, old.status AS old_status
 
 -- name: park_jobs
--- Give up claims on queued jobs that were put into a tier, until a given time.
+-- Release claims on queued jobs that were assigned to a tier, until a given time.
 UPDATE requests r SET claim = r.claim + 1, claimed_by = NULL, tier = row.tier,
     tier_why = coalesce(row.tier_why, r.tier_why), revisit_at = row.revisit_at,
     not_before = row.not_before, batch_after = now() + row.batch_wait_ms * interval '1 millisecond',
@@ -126,9 +126,9 @@ WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'queued'
 RETURNING r.id
 
 -- name: claim_batched
--- Claim jobs of the tier `batch` in pool $1 for worker $2, at most $3 and $4 bytes, tenants in turn.
--- None as long as fewer wait, and none of them for $5 milliseconds. A picture that is yet to be
--- fetched counts as a million bytes.
+-- Claim jobs of the tier `batch` in pool $1 for worker $2, at most $3 jobs and $4 bytes.
+-- Tenants take turns. Nothing is claimed while fewer jobs wait and none has waited for $5 ms. An image
+-- that is not fetched yet counts as a million bytes.
 WITH RECURSIVE tenants AS (
     (SELECT tenant_id FROM requests
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND tier = 'batch', false)
@@ -176,7 +176,7 @@ RETURNING r.*, EXISTS (
     SELECT 1 FROM files f WHERE f.request_id = r.id AND f.role = 'input') AS has_files
 
 -- name: release_strays
--- Give up claims of worker $1 that it does not know of: their replies were lost.
+-- Release claims of worker $1 that it does not have, because the replies to it were lost.
 UPDATE requests SET claim = claim + 1, claimed_by = NULL
 WHERE id IN (
     SELECT id FROM requests
@@ -187,7 +187,7 @@ WHERE id IN (
 RETURNING id, pool
 
 -- name: leave
--- Forget this worker; what it still had in the queue is ready again.
+-- Delete this worker; its claimed jobs in the queue are ready again.
 WITH returned AS (
     UPDATE requests SET claim = claim + 1, claimed_by = NULL
     WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
@@ -199,12 +199,12 @@ WITH returned AS (
 SELECT DISTINCT pool FROM returned
 
 -- name: silent_workers
--- Workers not seen for $1 milliseconds, counted from the server's own start at the latest.
+-- Return workers not seen for $1 ms since the server's own start.
 SELECT instance_id, seen_at FROM workers
 WHERE greatest(seen_at, pg_postmaster_start_time()) < now() - $1 * interval '1 millisecond'
 
 -- name: unknown_holders
--- Who holds jobs and is not known as a worker.
+-- Return claimants of jobs that are not known as workers.
 WITH RECURSIVE holders AS (
     (SELECT claimed_by FROM requests
         WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
@@ -222,7 +222,7 @@ WHERE claimed_by IS NOT NULL AND NOT EXISTS (
     AND pg_postmaster_start_time() < now() - $1 * interval '1 millisecond'
 
 -- name: lock_lapsed
--- Jobs of the workers $1, which have not been seen since $2 milliseconds ago; up to 500.
+-- Lock at most 500 jobs of the workers $1 that were not seen for $2 ms.
 SELECT id FROM requests
 WHERE coalesce(status IN ('queued', 'running') AND claimed_by IS NOT NULL, false)
     AND claimed_by = ANY($1::text[]) AND NOT EXISTS (
@@ -233,7 +233,7 @@ ORDER BY id LIMIT 500
 FOR UPDATE OF requests SKIP LOCKED
 
 -- name: retake
--- Return locked, lapsed jobs to the queue; a running one lapses, and at $2 lapses it is dead.
+-- Return locked, lapsed jobs to the queue; a running job lapses, and is dead after $2 lapses.
 UPDATE requests r SET
     claim = r.claim + 1,
     claimed_by = NULL,
@@ -248,7 +248,7 @@ WHERE r.id = ANY($1::uuid[]) AND old.id = r.id
 RETURNING r.*, old.status AS old_status
 
 -- name: expire_due
--- End up to 500 queued jobs whose deadline passed in the last $2 seconds, claimed or not.
+-- Expire at most 500 queued jobs whose deadline passed in the last $2 seconds, claimed or not.
 UPDATE requests SET status = 'expired', claim = claim + 1, claimed_by = NULL, not_before = NULL,
     finished_at = now(), failure = $1::jsonb, version = version + 1
 WHERE id IN (
@@ -259,7 +259,7 @@ WHERE id IN (
 RETURNING *
 
 -- name: cancel_returned
--- End up to 500 jobs that came back into the queue after they were cancelled.
+-- Cancel at most 500 jobs that returned to the queue after their cancellation was requested.
 UPDATE requests SET status = 'cancelled', claim = claim + 1, claimed_by = NULL, not_before = NULL,
     finished_at = now(), failure = $1::jsonb, version = version + 1
 WHERE id IN (
@@ -271,7 +271,7 @@ WHERE id IN (
 RETURNING *
 
 -- name: ripen
--- Let retries take their place among the ready whose time has come in the last $1 seconds.
+-- Make retries ready whose time came in the last $1 seconds.
 UPDATE requests SET not_before = NULL, version = version + 1
 WHERE id IN (
     SELECT id FROM requests WHERE coalesce(status = 'queued' AND not_before IS NOT NULL, false)
@@ -280,7 +280,7 @@ WHERE id IN (
 )
 
 -- name: bring_back
--- Let jobs that were put off take their place among the ready; none that was claimed since.
+-- Make deferred jobs ready, except those claimed since.
 UPDATE requests r SET not_before = NULL, version = r.version + 1
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'queued' AND r.claimed_by IS NULL
@@ -288,7 +288,8 @@ WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'queued' AND r.claime
 RETURNING r.pool
 
 -- name: came
--- What became ready in pool $1, lane $2 in the transactions [$3, $4) and $5; whether `ripen` $6 has work.
+-- Return jobs of pool $1, lane $2 that became ready in the transactions [$3, $4) and $5.
+-- Also returns whether `ripen` has work for $6.
 WITH found AS MATERIALIZED (
     SELECT tenant_id, priority, created_at, id FROM requests
     WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
@@ -321,10 +322,10 @@ SELECT pg_snapshot_xmax(seen.snapshot)::text::bigint AS xmax,
 FROM (SELECT pg_current_snapshot() AS snapshot) AS seen LEFT JOIN queues ON true
 
 -- name: find_others
--- Ready jobs of pool $1, lane $2, tenant $3, priority $4, up to $11, without those of some callers.
--- These have a key of $8, a user of $9 or a conversation of $10. Looked at are $7, and the next $12 from
--- the job made at $5 with id $6. The next search begins at the first that is found among the latter, or
--- else where this one has ended.
+-- Return at most $11 ready jobs of pool $1, lane $2, tenant $3, priority $4, without some callers.
+-- These callers have a key of $8, a user of $9 or a conversation of $10. The jobs $7 are checked, and
+-- the next $12 from the job created at $5 with id $6. The next search begins at the first of the latter
+-- that is returned, or else where this one has ended.
 WITH next AS MATERIALIZED (
     SELECT created_at, id, key_id, subject, conversation FROM requests
     WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
@@ -356,7 +357,7 @@ FROM (SELECT) AS one LEFT JOIN LATERAL (
 ) AS begins ON true
 
 -- name: claim
--- Claim up to $3 ready jobs of pool $1, lane $2 for $4 from the queues $5, tenants in turn.
+-- Claim at most $3 ready jobs of pool $1, lane $2 for $4 from the queues $5, tenants in turn.
 WITH queues AS MATERIALIZED (
     SELECT n, tenant_id, priority, since, early FROM json_to_recordset($5::json)
         AS row (n integer, tenant_id text, priority integer, since timestamptz, early uuid[])

@@ -1,7 +1,7 @@
--- Our record of a day by model, its corrections, and what the comparisons with providers found.
+-- Recorded usage of a day by model, its corrections, and the results of comparisons with providers.
 
 -- name: get_told_usage
--- Sums by model of the whole answers of upstream $1 that ended from $2 until $3.
+-- Sum by model the reported usage of upstream $1, of calls that ended from $2 until $3.
 SELECT coalesce(model_version, model, '') AS model, count(*) AS requests,
     coalesce(sum(input_tokens), 0)::bigint AS input_tokens,
     coalesce(sum(cached_tokens), 0)::bigint AS cached_tokens,
@@ -16,7 +16,8 @@ WHERE coalesce(upstream, pool) = $1 AND created_at >= $2::timestamptz - interval
 GROUP BY 1
 
 -- name: get_doubtful_calls
--- The calls of upstream $1 that ended from $2 until $3 whose usage was not reported whole, or that were begun before by a process that died; $4 at most.
+-- Return at most $4 calls of upstream $1 that ended from $2 until $3 with uncertain usage.
+-- It was not reported completely, or an earlier attempt was begun by a process that died.
 SELECT request_id, coalesce(model_version, model, '') AS model,
     CASE WHEN usage_state IN ('told', 'none') THEN 'repeated' ELSE usage_state END AS state,
     CASE WHEN usage_state IN ('told', 'none') THEN 0 ELSE coalesce(input_tokens, 0) END AS input_tokens,
@@ -31,7 +32,7 @@ WHERE coalesce(upstream, pool) = $1 AND created_at >= $2::timestamptz - interval
 ORDER BY finished_at, request_id LIMIT $4
 
 -- name: correct_charge
--- Set the cost of call $1, which ended from $2 until $3, to what it was plus $4, unless another has changed it from $5 meanwhile.
+-- Add $4 to the cost of call $1, which ended from $2 until $3, unless the cost is no longer $5.
 UPDATE audit SET cost_micros = coalesce(cost_micros, 0) + $4
 WHERE request_id = $1 AND created_at >= $2::timestamptz - interval '31 days' AND created_at < $3
     AND finished_at >= $2 AND finished_at < $3 AND coalesce(cost_micros, 0) = $5
@@ -39,7 +40,7 @@ RETURNING tenant_id, coalesce(model, '') AS model, pool, coalesce(nullif(upstrea
 
 -- name: correct_usage
 -- Add $6 micro-dollars to the total of tenant $1 on day $2 for model $3 at upstream $4.
--- What an earlier version counted of jobs is that of pool $5, in whose queue they were.
+-- An earlier version counted jobs under the pool $5 in which they were queued.
 UPDATE usage_days SET cost_micros = cost_micros + $6
 WHERE tenant_id = $1 AND day = $2 AND model = $3 AND pool = (
     SELECT pool FROM usage_days
@@ -47,7 +48,7 @@ WHERE tenant_id = $1 AND day = $2 AND model = $3 AND pool = (
     ORDER BY pool = $4 DESC LIMIT 1)
 
 -- name: put_reconciliation
--- Keep what a comparison found of a model, instead of what an earlier one did.
+-- Store the result of a comparison for a model, instead of an earlier one.
 INSERT INTO reconciliations (upstream, day, model, provider, ours_micros, theirs_micros, verdict, reason, calls)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
 ON CONFLICT (upstream, day, model) DO UPDATE SET provider = excluded.provider,
@@ -57,11 +58,11 @@ ON CONFLICT (upstream, day, model) DO UPDATE SET provider = excluded.provider,
     reconciled_at = now()
 
 -- name: get_reconciliations
--- What was found for the days from $1 until $2, the newest first, then by upstream and model; $3 at most.
+-- Return at most $3 results for the days from $1 until $2, newest first, by upstream and model.
 SELECT upstream, day, model, provider, ours_micros, theirs_micros, verdict, reason, calls, reconciled_at
 FROM reconciliations WHERE day BETWEEN $1 AND $2
 ORDER BY day DESC, upstream, model LIMIT $3
 
 -- name: reconciled_since
--- Whether upstream $1 was compared for day $2.
+-- Return whether upstream $1 was compared for day $2.
 SELECT 1 FROM reconciliations WHERE upstream = $1 AND day = $2 LIMIT 1

@@ -1,12 +1,13 @@
--- Requests on record: one, a tenant's own, all of an operator, their bodies, what is stuck.
+-- Recorded requests: one request, the requests of a tenant or of all tenants, their bodies, and what
+-- needs a person.
 --
--- Lists of a tenant: jobs and streams are in `requests`, native calls in `audit`; each side gives as
--- many as are looked at, and both are merged. Searches are in the order of ids, which begin with the
--- time and are primary keys: `audit` has a row of its own for each job and stream that has ended,
--- which is looked at on the way, and left out.
+-- Lists of a tenant merge jobs and streams from `requests` with native calls from `audit`; each side
+-- returns as many as are scanned. Searches are in the order of ids, which begin with the time and are
+-- primary keys. `audit` has a row of its own for each job and stream that has ended, which is scanned
+-- and left out.
 
 -- name: get_request
--- One request of a tenant.
+-- Return one request of a tenant.
 SELECT id, tenant_id, source, status, kind, classified_by, classified_reason, model, used_model,
     priority, attempts, created_at, admitted_at, finished_at, not_before, deadline_at, queue_ms,
     upstream_ms, first_byte_ms, result, input_tokens, output_tokens, thoughts_tokens, cached_tokens,
@@ -15,7 +16,7 @@ SELECT id, tenant_id, source, status, kind, classified_by, classified_reason, mo
 FROM requests WHERE id = $1 AND tenant_id = $2
 
 -- name: get_place
--- The place of queued request $1 in its queue, counted up to 10,000.
+-- Return the position of queued request $1 in its queue, counted up to 10,000.
 SELECT 1 + (
     SELECT count(*) FROM (
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.pool = r.pool
@@ -32,20 +33,21 @@ SELECT 1 + (
 FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
 
 -- name: get_request_files
--- All files of one request in their order, uploads first; of pictures those of its last end.
--- Those of an end after which it was queued again have negative positions, or, where an older version
--- queued it, came before its last attempt. Ten seconds are for a server's clock that was set back.
+-- Return all files of a request in order, uploads first, with the images of its last end.
+-- Images of an end after which the request was queued again have negative positions or, if an older
+-- version queued it, are older than its last attempt. Ten seconds allow for a server clock that was set
+-- back.
 SELECT f.* FROM files f JOIN requests r ON r.id = f.request_id
 WHERE f.request_id = $1 AND (f.role = 'input' OR (r.status NOT IN ('queued', 'running') AND f.position >= 0
     AND f.created_at >= coalesce(r.attempt_at - interval '10 seconds', '-infinity')))
 ORDER BY f.role, f.position
 
 -- name: get_file
--- One file by its public id, for its owner only.
+-- Return a file by its public id, for its owner only.
 SELECT * FROM files WHERE id = $1 AND tenant_id = $2
 
 -- name: requeue_dead
--- A person's decision: a dead job gets a fresh start, with its whole time.
+-- Queue a dead job again with its whole time, by decision of a person.
 UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, preemptions = 0, claim = claim + 1,
     claimed_by = NULL, failure = NULL, finished_at = NULL, admitted_at = NULL, not_before = NULL,
     cancel_asked_at = NULL, queue_ms = NULL, upstream_ms = NULL, first_byte_ms = NULL,
@@ -58,38 +60,39 @@ WHERE id = $1 AND status = 'dead'
 RETURNING pool
 
 -- name: detail_request
--- Request $1, a job or a stream that has ended.
+-- Return request $1, a job or a stream that has ended.
 SELECT * FROM requests WHERE id = $1
 
 -- name: detail_audit
--- How request $1 ended, from $2 on, the last time; of a native call or a line of a batch all that there is.
+-- Return how request $1 last ended, from $2 on.
+-- For a native call or a line of a batch this is all that is recorded.
 SELECT * FROM audit WHERE request_id = $1 AND created_at >= $2 ORDER BY created_at DESC LIMIT 1
 
 -- name: detail_line
--- Line $1 of a batch, while a worker has it.
+-- Return line $1 of a batch while a worker has claimed it.
 SELECT l.id, l.tenant_id, l.state, l.attempts, l.lapses, l.claimed_by, l.body, l.batch_id,
     b.endpoint, b.key_id, b.expires_at
 FROM batch_lines l JOIN batches b ON b.id = l.batch_id
 WHERE l.state IN ('claimed', 'calling') AND l.id = $1
 
 -- name: detail_attempts
--- The last 100 attempts of request $1, the latest first.
+-- Return the last 100 attempts of request $1, newest first.
 SELECT * FROM attempts WHERE request_id = $1 ORDER BY created_at DESC, number DESC LIMIT 100
 
 -- name: detail_webhooks
--- The last 20 webhooks of request $1, the latest first.
+-- Return the last 20 webhooks of request $1, newest first.
 SELECT id AS webhook_id, event, url, state, tries, due_at, answer_status, problem, created_at,
     ended_at
 FROM webhooks WHERE request_id = $1 ORDER BY created_at DESC, id DESC LIMIT 20
 
 -- name: detail_bodies
--- Which bodies there are with audit row $1 of the time $2.
+-- List the bodies of audit row $1 created at $2.
 SELECT role, size_bytes, coalesce(content_type, 'application/json') AS content_type, omitted_bytes
 FROM bodies
 WHERE id = $1 AND created_at = $2
 
 -- name: detail_body
--- The body in the role $2 of request $1, as it ended the last time, from $3 on.
+-- Return the body with role $2 of request $1, of its last end from $3 on.
 SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key,
     coalesce(bodies.content_type, 'application/json') AS content_type, bodies.omitted_bytes
 FROM audit JOIN bodies ON bodies.id = audit.id AND bodies.created_at = audit.created_at
@@ -98,11 +101,11 @@ WHERE audit.request_id = $1 AND bodies.role = $2
 ORDER BY audit.created_at DESC LIMIT 1
 
 -- name: detail_file
--- File $1 of request $2.
+-- Return file $1 of request $2.
 SELECT * FROM files WHERE id = $1 AND request_id = $2
 
 -- name: list_requests
--- Requests of tenant $1 in [$2, $3) before ($4, $5), newest first: $10 that match of $11 looked at.
+-- List requests of tenant $1 in [$2, $3) before ($4, $5), newest first: $10 matches in $11 scanned.
 SELECT * FROM (
     (SELECT id, source, status, kind, coalesce(used_model, model) AS model, priority, attempts,
         created_at, admitted_at, finished_at, queue_ms, upstream_ms, total_tokens,
@@ -131,7 +134,7 @@ ORDER BY created_at DESC, id DESC
 LIMIT $10
 
 -- name: list_reach
--- The last of the $6 requests that `list_requests` looks at, where there are that many.
+-- Return the last of the $6 requests that `list_requests` scans, if there are that many.
 SELECT created_at, id FROM (
     (SELECT created_at, id FROM requests
     WHERE tenant_id = $1 AND created_at >= $2 AND created_at < $3
@@ -149,7 +152,7 @@ ORDER BY created_at DESC, id DESC
 OFFSET $6 - 1 LIMIT 1
 
 -- name: get_body
--- The body in the role $3 of a request of tenant $2 that has ended, from $4 on.
+-- Return the body with role $3 of an ended request of tenant $2, from $4 on.
 SELECT bodies.encoding, bodies.size_bytes, bodies.data, bodies.blob_key,
     coalesce(bodies.content_type, 'application/json') AS content_type, bodies.omitted_bytes
 FROM audit JOIN bodies ON bodies.id = audit.id AND bodies.created_at = audit.created_at
@@ -159,18 +162,20 @@ WHERE audit.request_id = $1 AND audit.tenant_id = $2 AND audit.source <> 'batch'
 ORDER BY audit.created_at DESC LIMIT 1
 
 -- name: get_charged
--- What request $1 of tenant $2 cost, and the details of its usage; it ended between $3 and $4, which tell the partitions.
+-- Return the cost and usage details of request $1 of tenant $2.
+-- It ended between $3 and $4, which select the partitions.
 SELECT cost_micros, usage_details FROM audit
 WHERE request_id = $1 AND tenant_id = $2 AND created_at >= $3 AND created_at < $4
 ORDER BY created_at DESC LIMIT 1
 
 -- name: get_relayed
--- The record of one native call of a tenant, from $3 on.
+-- Return the record of a native call of a tenant, from $3 on.
 SELECT * FROM audit
 WHERE request_id = $1 AND tenant_id = $2 AND source = 'relay' AND created_at >= $3 LIMIT 1
 
 -- name: count_requeues
--- By error code: jobs of the states $1 that ended in [$2, $3), of tenant $4 and code $5 where given; up to $6.
+-- Count by error code at most $6 jobs in the states $1 that ended in [$2, $3).
+-- They are of tenant $4 and have error code $5, if given.
 SELECT coalesce(code, '') AS code, count(*) AS jobs FROM (
     SELECT failure ->> 'code' AS code FROM requests
     WHERE status NOT IN ('queued', 'running') AND status = ANY($1::text[]) AND source = 'job'
@@ -180,8 +185,8 @@ SELECT coalesce(code, '') AS code, count(*) AS jobs FROM (
 ) AS matching GROUP BY 1 ORDER BY 2 DESC, 1
 
 -- name: requeue_ended
--- Queue up to $6 such jobs again, those that ended first: as when they were new, but for their place.
--- What they had made by then, as before a cut, is put aside.
+-- Queue at most $6 such jobs again, as if they were new but in their old place, first ended first.
+-- Their outputs, as of an attempt that was cut short, are moved aside.
 WITH requeued AS (
     UPDATE requests SET status = 'queued', attempts = 0, lapses = 0, preemptions = 0, claim = claim + 1,
         claimed_by = NULL, failure = NULL, finished_at = NULL, admitted_at = NULL, not_before = NULL,
@@ -206,11 +211,11 @@ WITH requeued AS (
 SELECT id, pool FROM requeued
 
 -- name: list_newest_ids
--- The ids of the last $1 requests of all tenants, the newest first.
+-- Return the ids of the last $1 requests of all tenants, newest first.
 SELECT id FROM requests ORDER BY id DESC LIMIT $1
 
 -- name: get_whereabouts
--- Where request $1 stands, whatever its tenant.
+-- Return the state of request $1 of any tenant.
 SELECT id, id AS request_id, tenant_id, pool, status, kind, coalesce(used_model, model) AS model,
     claimed_by, attempts, created_at, not_before, admitted_at, finished_at,
     failure ->> 'code' AS failure_code, failure ->> 'message' AS failure_message, tier, upstream,
@@ -223,7 +228,7 @@ SELECT id, id AS request_id, tenant_id, pool, status, kind, coalesce(used_model,
 FROM requests WHERE id = $1
 
 -- name: get_ahead
--- The queued jobs of its tenant before request $1: those that no worker has, and those that one has.
+-- Count the queued jobs of the tenant before request $1, without and with a claimant.
 SELECT (
     SELECT count(*) FROM (
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.claimed_by IS NULL
@@ -244,8 +249,8 @@ SELECT (
 FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
 
 -- name: running_calls
--- The jobs that hold a permit of pool $1: whose it is, by process and sequence of its fence.
--- Calls of the account `gemini` have permits of the pool that the jobs are queued in.
+-- Return the jobs that hold permits of pool $1, by process and sequence of the fence.
+-- Calls of the account `gemini` have permits of the pool in which their jobs are queued.
 SELECT r.id AS request_id, a.instance_id, a.fence_sequence, r.admitted_at
 FROM requests r JOIN LATERAL (
     SELECT instance_id, fence_sequence FROM attempts
@@ -256,8 +261,8 @@ WHERE coalesce(r.status IN ('queued', 'running') AND r.claimed_by IS NOT NULL, f
 LIMIT 5000
 
 -- name: search_requests
--- Requests with ids in [$1, $2), newest first: $3 that match the rest of $4 looked at.
--- What waits for its first call matches every upstream: where it can go is not on record.
+-- Search requests with ids in [$1, $2), newest first: $3 matches in $4 scanned.
+-- A request that waits for its first call matches every upstream, because its targets are not recorded.
 SELECT id, tenant_id, pool, source, status, kind, model, priority, attempts, created_at,
     admitted_at, finished_at, queue_ms, upstream_ms, total_tokens, failure_code, subject, endpoint,
     conversation, upstream, key_id, cost_micros, prompt_head, tier
@@ -307,8 +312,8 @@ ORDER BY id DESC
 LIMIT $3
 
 -- name: search_jobs
--- How the prompts of jobs and streams $1 begin, and what those cost that ended: recorded in [$2, $3).
--- The prompt of one that wraps a native call is its body: how that begins is known at its end.
+-- Return the beginnings of the prompts of jobs and streams $1, and their costs recorded in [$2, $3).
+-- The prompt of a job that wraps a native call is its body, whose beginning is known when it has ended.
 SELECT r.id, a.cost_micros, CASE WHEN r.status IN ('queued', 'running') AND r.endpoint IS NULL
     THEN left(r.prompt, $4) ELSE a.prompt_head END AS prompt_head
 FROM requests r LEFT JOIN (
@@ -319,7 +324,7 @@ FROM requests r LEFT JOIN (
 WHERE r.id = ANY($1::uuid[])
 
 -- name: search_reach
--- The last of the $3 that `search_requests` looks at, where there are that many.
+-- Return the last of the $3 requests that `search_requests` scans, if there are that many.
 SELECT id FROM (
     (SELECT id FROM requests WHERE id >= $1 AND id < $2 ORDER BY id DESC LIMIT $3)
     UNION ALL
@@ -333,7 +338,8 @@ ORDER BY id DESC
 OFFSET $3 - 1 LIMIT 1
 
 -- name: count_stuck
--- What waits for a person, up to $1 of each: dead jobs, webhooks and alerts given up; the first death, ready jobs and workers that were heard of within $2 milliseconds.
+-- Count what needs a person, at most $1 of each: dead jobs, and webhooks and alerts given up.
+-- Also returns the time of the first death, the ready jobs, and the workers seen in the last $2 ms.
 SELECT
     (SELECT finished_at FROM requests
         WHERE coalesce(status = 'dead', false) ORDER BY finished_at LIMIT 1) AS dead_since,
@@ -352,7 +358,7 @@ SELECT
         LIMIT $1) AS one) AS alerts
 
 -- name: list_dead
--- The $1 jobs that died last.
+-- List the $1 jobs that died last.
 SELECT id AS request_id, tenant_id AS tenant, pool, kind AS type,
     coalesce(used_model, model) AS model, attempts, lapses, created_at AS submitted_at,
     finished_at AS died_at, failure ->> 'message' AS problem
@@ -360,20 +366,20 @@ FROM requests WHERE coalesce(status = 'dead', false)
 ORDER BY finished_at DESC LIMIT $1
 
 -- name: discard_dead
--- A person's decision: a dead job is not to be made any more.
+-- Cancel a dead job for good, by decision of a person.
 UPDATE requests SET status = 'cancelled', claim = claim + 1, version = version + 1
 WHERE id = $1 AND status = 'dead'
 RETURNING id
 
 -- name: list_given_up
--- The $1 webhooks that were given up last.
+-- List the $1 webhooks that were given up last.
 SELECT id AS webhook_id, request_id, tenant_id AS tenant, event, url, tries, answer_status, problem,
     ended_at AS given_up_at
 FROM webhooks WHERE coalesce(state = 'given_up', false)
 ORDER BY ended_at DESC LIMIT $1
 
 -- name: sums_of_calls
--- What the calls of a conversation or trace $2 of tenant $1 come to. {column} is a name of ours.
+-- Sum the calls of a conversation or trace $2 of tenant $1; {column} is our own name.
 SELECT count(*) AS calls, count(*) FILTER (WHERE status <> 'succeeded') AS failed,
     count(*) FILTER (WHERE cost_micros IS NULL) AS unpriced,
     min(submitted_at) AS began_at, max(finished_at) AS ended_at,
@@ -386,7 +392,7 @@ SELECT count(*) AS calls, count(*) FILTER (WHERE status <> 'succeeded') AS faile
 FROM audit WHERE tenant_id = $1 AND {column} = $2
 
 -- name: calls_together
--- The $3 calls of a conversation or trace $2 of tenant $1 that were received last.
+-- Return the last $3 calls received of a conversation or trace $2 of tenant $1.
 SELECT request_id, source, status, endpoint, model, upstream, attempts, submitted_at, admitted_at,
     finished_at, queue_ms, upstream_ms, first_byte_ms, input_tokens, output_tokens, thoughts_tokens,
     cached_tokens, total_tokens, usage_state, cost_micros, failure ->> 'code' AS failure_code,
@@ -395,14 +401,15 @@ FROM audit WHERE tenant_id = $1 AND {column} = $2
 ORDER BY submitted_at DESC, id DESC LIMIT $3
 
 -- name: search_words_from
--- Since which day, as the end of a partition's name, the audit is searched by words.
+-- Return the first day of the full-text index of the audit, as the end of a partition's name.
 SELECT min(substring(c.relname FROM '[0-9]+$')) FROM pg_inherits i
 JOIN pg_index x ON x.indexrelid = i.inhrelid JOIN pg_class c ON c.oid = x.indrelid
 WHERE i.inhparent = 'audit_words'::regclass
 
 -- name: recently_ended
--- Those with the words $3 of the last $4 that ended before row $1 of the audit, from the time $2 on.
--- As they are, too: half an address, such as ann@example, would be taken apart, and the whole is not.
+-- Return those of the last $4 rows before audit row $1, from time $2 on, that contain the words $3.
+-- The words are also matched as given, because a parsed part of an address, such as ann@example, would
+-- not match the whole address.
 SELECT * FROM (
     SELECT * FROM audit WHERE id < $1 AND created_at >= $2 ORDER BY id DESC LIMIT $4
 ) AS latest
@@ -412,7 +419,7 @@ WHERE (setweight(to_tsvector('simple'::regconfig,
     @@ (to_tsquery('simple', $3::text) || lower($3::text)::tsquery)
 
 -- name: ended_with_words
--- All with the words $3 that ended before row $1 of the audit, from the time $2 on, not only $4.
+-- Return all rows before audit row $1, from time $2 on, that contain the words $3, without the bound $4.
 SELECT * FROM audit
 WHERE id < $1 AND created_at >= $2 AND $4::bigint >= 0
     AND (setweight(to_tsvector('simple'::regconfig,
@@ -422,7 +429,7 @@ WHERE id < $1 AND created_at >= $2 AND $4::bigint >= 0
 OFFSET 0
 
 -- name: search_words
--- Of those {among}, the $5 that ended last and match the rest; from row $17 on.
+-- Return the last $5 of the rows {among} that match the other conditions, from row $17 on.
 SELECT id AS place, request_id AS id, tenant_id, pool, source, status, kind, model, priority,
     attempts, submitted_at AS created_at, admitted_at, finished_at, queue_ms, upstream_ms,
     total_tokens, failure ->> 'code' AS failure_code, subject, endpoint, conversation, upstream,

@@ -1,8 +1,8 @@
--- Calls that have ended, counted by process and span of time; queue depths; past calls. Every count of
--- queue depths is bounded, and walks an index of what it counts alone.
+-- Ended calls, counted by process and time span; queue depths; past calls. Every count of queue depths
+-- is bounded, and scans an index of only what it counts.
 
 -- name: write_history
--- Record what a process has counted in some spans, in place of its earlier counts of them.
+-- Store the counts of a process for some time spans, replacing its earlier counts of them.
 INSERT INTO history AS kept (step_s, at, pool, instance_id, counts, apart, waits, lengths)
 SELECT step_s, to_timestamp(at), pool, $1, counts::jsonb, apart::jsonb, waits, lengths
 FROM unnest($2::integer[], $3::float8[], $4::text[], $5::text[], $6::text[], $7::bytea[],
@@ -12,7 +12,7 @@ ON CONFLICT (step_s, at, pool, instance_id) DO UPDATE SET
     waits = excluded.waits, lengths = excluded.lengths
 
 -- name: read_history
--- What all processes have counted in the spans of $1 seconds that begin at $2 or later.
+-- Return the counts of all processes for the spans of $1 seconds that begin at $2 or later.
 SELECT extract(epoch FROM at)::bigint AS at, pool, counts, apart, waits, lengths FROM history
 WHERE step_s = $1 AND at >= to_timestamp($2::float8)
 ORDER BY at LIMIT $3
@@ -22,10 +22,10 @@ ORDER BY at LIMIT $3
 DELETE FROM history WHERE step_s = $1 AND at < to_timestamp($2::float8)
 
 -- name: past_calls
--- The last $4 calls of pool $1 that were submitted from $2 on and before $3, the newest first.
--- Jobs and streams have the pool that they were queued in on record: permits were of that of their
--- upstream. Of a job also its tier, those that it was allowed, and in how many ms it was due, as long
--- as its own row is there. One in a provider's batch had no permit.
+-- Return the last $4 calls of pool $1 that were submitted from $2 on and before $3, newest first.
+-- Jobs and streams are recorded with the pool in which they were queued, but had permits of their
+-- upstream's pool. A job has its tier, its allowed tiers and the ms until it was due as long as its own
+-- row exists. A job in a provider's batch had no permit.
 SELECT submitted_at, tenant_id, kind, model, priority, coalesce(upstream_ms, 0) AS upstream_ms,
     coalesce(input_tokens, 0) AS input_tokens,
     coalesce(output_tokens, 0) + coalesce(thoughts_tokens, 0) AS output_tokens,
@@ -45,11 +45,11 @@ WHERE coalesce(nullif(upstream, ''), pool) = $1
 ORDER BY submitted_at DESC LIMIT $4
 
 -- name: latency_of_hours
--- How long requests of tenant $3 and upstream $6, or of all, waited, were called and took, by the hour from $1 to $2.
--- With the $4 names of tenants, models, upstreams, types and errors that took longest in each hour.
--- Lines of batches, which may take a day, are left out, and what ended later than a day after $2.
--- Where the log has more than $5 pages of these days, one page in `one_in` is read, evenly spread, so
--- that each hour is there by its share. Counts and sums are multiplied by that.
+-- Return by hour from $1 to $2 how long requests of tenant $3 and upstream $6, if given, took.
+-- That is their waits, calls and totals, with the $4 slowest tenants, models, upstreams, types and
+-- errors of each hour. Batch lines, which may take a day, and requests that ended over a day after $2
+-- are left out. If the log has more than $5 pages of these days, one page in `one_in` is read, evenly
+-- spread so that each hour is represented, and counts and sums are multiplied by it.
 WITH size AS (
     SELECT greatest(1, ceil(sum(pages) / $5::float8))::bigint AS one_in, max(pages) AS most FROM (
         SELECT pg_relation_size(relid) / current_setting('block_size')::bigint AS pages
@@ -106,7 +106,7 @@ WITH size AS (
 SELECT hours.*, coalesce(parts.parts, '[]') AS parts FROM hours LEFT JOIN parts USING (at) ORDER BY at
 
 -- name: depth_of_queues
--- The jobs that are ready in up to $1 queues, up to $2 of each, and when the oldest was submitted.
+-- Count the ready jobs in at most $1 queues, at most $2 in each, with the time of the oldest.
 WITH RECURSIVE queues AS (
     (SELECT pool || '/' || lane || '/' || tenant_id AS queue, pool, lane, tenant_id, 1 AS place
     FROM requests
@@ -133,7 +133,7 @@ FROM queues CROSS JOIN LATERAL (
 ) AS found
 
 -- name: depth_of_jobs
--- Jobs that wait for a retry, that workers have, that run or are dead, up to $1 of each; and more.
+-- Count jobs that wait for a retry, are claimed, run or are dead, at most $1 of each, and more.
 SELECT
     (SELECT count(*) FROM (SELECT 1 FROM requests
         WHERE coalesce(status = 'queued' AND not_before IS NOT NULL, false) LIMIT $1) AS a
@@ -156,8 +156,9 @@ SELECT
     (SELECT count(*) FROM workers WHERE seen_at > now() - interval '1 minute') AS workers
 
 -- name: jobs_ahead
--- Open jobs of pool $1 by lane and by when they are due, of $2 at most.
--- Due times are exact to about 5 % of the time until then. A provider's batch has those that run without a claimant.
+-- Count at most $2 open jobs of pool $1 by lane and due time.
+-- Due times are exact to about 5 % of the time until then. Running jobs without a claimant are in a
+-- provider's batch.
 WITH open AS (
     (SELECT lane, deadline_at, not_before IS NULL AS is_waiting FROM requests
         WHERE coalesce(status = 'queued' AND deadline_at IS NOT NULL, false) AND pool = $1
@@ -179,9 +180,9 @@ FROM open
 GROUP BY lane, trunc(50 * log(greatest(1, extract(epoch FROM deadline_at - now()))))
 
 -- name: day_uses
--- What admitted calls of pool $1 used from $2 on, by what limits name.
--- Keys, people and conversations are apart where they are in $3, $4 and $5. Calls of a provider's batch
--- had no permit, and what runs no model counts under none.
+-- Sum what admitted calls of pool $1 used from $2 on, by the scopes of limits.
+-- Keys, subjects and conversations are separate if they are in $3, $4 and $5. Calls in a provider's
+-- batch had no permit, and operations without a model count under none.
 SELECT kind, model, tenant_id, key_id, subject, conversation, count(*) AS requests,
     sum(input_tokens)::bigint AS input_tokens, sum(output_tokens)::bigint AS output_tokens,
     sum(least(cached_tokens, input_tokens))::bigint AS cached_tokens,

@@ -1,7 +1,7 @@
 -- Totals of ended requests by tenant, day and model, and the same sums of the request log.
 
 -- name: add_usage
--- Add to the totals what was just recorded; in one order everywhere, so that no two wait in a circle.
+-- Add new records to the totals, in one order everywhere, so that no deadlock occurs.
 INSERT INTO usage_days AS kept (tenant_id, day, model, pool, requests, input_tokens, output_tokens,
     cached_tokens, thoughts_tokens, images, cost_micros, unpriced, partial, estimated, unknown,
     cache_write_tokens, input_audio_tokens, input_image_tokens, input_video_tokens,
@@ -43,7 +43,9 @@ ON CONFLICT (tenant_id, day, model, pool) DO UPDATE SET
     provider_cost_micros = kept.provider_cost_micros + excluded.provider_cost_micros
 
 -- name: get_usage
--- Totals from day $4 to day $5, of tenant $6 and upstream $9 or of all, apart by tenant, model and day as $1 to $3 say: of days that are summed up, of level $8, by their sums.
+-- Return the totals from day $4 to day $5, of tenant $6 and upstream $9 if given.
+-- They are grouped by tenant, model and day as $1 to $3 say. Days that are summed up are read from their
+-- sums of level $8.
 WITH summed AS MATERIALIZED (
     SELECT s.day FROM summed_days s
     WHERE $8::text IS NOT NULL AND s.day BETWEEN $4 AND $5
@@ -98,8 +100,10 @@ SELECT tenant, model, day,
 FROM sums GROUP BY 1, 2, 3 ORDER BY 3, 1, 2 LIMIT $7
 
 -- name: get_logged_usage
--- The same of the request log, of upstream $11 or of all, apart by key and upstream too as $8 and $9 say: of days that are summed up, of level $10, by their sums.
--- Where $12, only of those whose sums of the level tell keys apart, which an earlier version's do not.
+-- Return the same totals from the request log, of upstream $11 if given.
+-- They are also grouped by key and upstream as $8 and $9 say. Days that are summed up are read from
+-- their sums of level $10. $12: only days whose sums distinguish keys, unlike those of an earlier
+-- version.
 WITH summed AS MATERIALIZED (
     SELECT s.day FROM summed_days s
     WHERE $10::text IS NOT NULL AND s.day BETWEEN $4::date - 31 AND $5
@@ -179,7 +183,8 @@ SELECT tenant, model, day, key, upstream,
 FROM sums GROUP BY 1, 2, 3, 4, 5 ORDER BY 3, 1, 2, 4, 5 LIMIT $7
 
 -- name: days_to_sum
--- Days that are over, from the first of which there is usage or a call, that are not summed up or have changed since, the newest first.
+-- Return past days that are not summed up, or have changed since, newest first.
+-- They begin at the first day with usage or a call.
 SELECT day FROM (
     SELECT d::date AS day FROM generate_series(
         (SELECT least((SELECT min(day) FROM usage_days), (
@@ -193,19 +198,19 @@ WHERE NOT EXISTS (SELECT FROM summed_days s WHERE s.day = past.day)
 ORDER BY day DESC
 
 -- name: lock_summed_day
--- Whether nobody else sums up the day $1; until the transaction ends.
+-- Return whether no other process sums up day $1, and lock it until this transaction ends.
 SELECT pg_try_advisory_xact_lock(7423004, $1::date - '2000-01-01'::date)
 
 -- name: take_changes
--- What has changed the day $1 up to now; its rows are committed, so that a later statement sees them.
+-- Delete the changes of day $1 so far; their rows are committed, so that a later statement sees them.
 DELETE FROM changed_days WHERE day = $1
 
 -- name: forget_sums
--- Forget the sums of the day $1.
+-- Delete the sums of day $1.
 DELETE FROM usage_sums WHERE day = $1
 
 -- name: sum_logged_day
--- Sum up the calls that came on the day $1.
+-- Sum up the calls recorded on day $1.
 INSERT INTO usage_sums (day, level, ended_day, tenant_id, key_id, upstream,
     requests, input_tokens, output_tokens, cached_tokens, thoughts_tokens, images, cost_micros,
     unpriced, partial, estimated, unknown, cache_write_tokens, input_audio_tokens,
@@ -243,7 +248,7 @@ GROUP BY GROUPING SETS ((ended_day, tenant_id, key_id), (ended_day, upstream),
     (ended_day, tenant_id, key_id, upstream))
 
 -- name: sum_usage_day
--- Sum up the totals of the day $1.
+-- Sum up the totals of day $1.
 INSERT INTO usage_sums (day, level, ended_day, tenant_id, model,
     requests, input_tokens, output_tokens, cached_tokens, thoughts_tokens, images, cost_micros,
     unpriced, partial, estimated, unknown, cache_write_tokens, input_audio_tokens,
@@ -262,9 +267,9 @@ FROM usage_days WHERE day = $1::date
 GROUP BY GROUPING SETS ((tenant_id), (model))
 
 -- name: note_summed_day
--- The day $1 is summed up.
+-- Record that day $1 is summed up.
 INSERT INTO summed_days (day) VALUES ($1) ON CONFLICT (day) DO UPDATE SET summed_at = now()
 
 -- name: forget_logged_sums
--- Forget the sums of the calls that came on the day $1, which are gone.
+-- Delete the sums of day $1 that come from the request log, whose rows are deleted.
 DELETE FROM usage_sums WHERE day = $1 AND level IN ('key', 'upstream', 'tenant_upstream')
