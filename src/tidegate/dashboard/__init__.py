@@ -1,1 +1,1 @@
-"""Dashboard: the live page of an operator."""
+"""Dashboard: the live page for operators."""

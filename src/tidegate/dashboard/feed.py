@@ -1,12 +1,13 @@
-"""Feed of the dashboard: what all viewers of this process see, read once and encoded once.
+"""Feed of the dashboard: data for all viewers of this process, read once and encoded once.
 
     sampling task ─┬─ live, every second ──────────────┐
                    └─ frame, trends, record, less often ┴─► each viewer: the newest of each event
 
-Invariants: the task runs only while there are viewers, and asks Valkey and PostgreSQL equally
-often for one or for many. A slow viewer gets the newest of each event; at most one frame of each
-kind waits for it. A frame is bounded: it has the busiest limits, tenants and processes, and the
-number of others. A span of time that can no longer change is read once while it is shown.
+Invariants: the task runs only while there are viewers, and queries Valkey and PostgreSQL equally
+often for one viewer or many. A slow viewer gets the newest frame of each event; at most one frame
+of each event waits for it. A frame is bounded: it contains the busiest limits, tenants and
+processes, and the number of others. A time span that can no longer change is read once while it is
+shown.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ MOST_BUDGETS = 20
 MOST_LEARNED = 20
 MOST_WAITERS = 3
 LIMITS_PAGE = 25
-ALL = ""  # in the place of a pool: all of them
+ALL = ""  # in place of a pool: all pools
 NO_GROUP = "(none)"
 Grouping = Literal["none", "model", "tenant", "kind"]
 _SORTS = {"c": "concurrency", "r": "rate", "q": "quota"}
@@ -79,7 +80,7 @@ Frames = Frame | list[Frame]
 
 
 async def live_frame(services: Services) -> Frame:
-    """All pools as Valkey sees them now, the upstreams as the processes do, and the verdict."""
+    """Return the pools as in Valkey, the upstreams as in the processes, and the verdict."""
     seen, loads = await asyncio.gather(services.standing.look(), services.upstreams.loads.get())
     known = [one.snapshot for one in seen.pools if one.snapshot is not None]
     return {
@@ -102,7 +103,10 @@ async def live_frame(services: Services) -> Frame:
 
 
 def upstream_frame(upstream: str, notes: Iterable[Note]) -> Frame:
-    """As the process finds it that finds it worst; `found` has those that do not find it well."""
+    """Return the worst state of an upstream in any process.
+
+    `found` lists the processes where it is not ok.
+    """
     told = found_by(upstream, notes)
     bad = [(process, one) for process, one in told if one.state != "ok" or one.key_refused]
     return {
@@ -123,7 +127,7 @@ def upstream_frame(upstream: str, notes: Iterable[Note]) -> Frame:
 def pool_frame(
     pool: str, snapshot: Snapshot, policy: PoolPolicy, learned: Sequence[LearnedLimit] = ()
 ) -> Frame:
-    """One pool: see `docs/dashboard.md` for what the page makes of it."""
+    """Return the frame of one pool; docs/dashboard.md describes how the page shows it."""
     limits = sorted(snapshot.limits.values(), key=_pressure, reverse=True)
     processes = sorted(snapshot.processes, key=lambda one: (-one.held, one.name))
     tenants = _tenants(snapshot)
@@ -158,8 +162,10 @@ def pool_frame(
 def limits_page(
     pools: Iterable[tuple[str, Snapshot, PoolPolicy]], group: Grouping, search: str, offset: int
 ) -> Frame:
-    """A page of all limits of these pools whose ids have what is searched for, by group and name;
-    and the groups, each with the figures of all its limits."""
+    """Return a page of the limits whose ids contain all words of `search`, by group and name.
+
+    `groups` has the totals of all limits of each group.
+    """
     words = search.lower().split()
     found = sorted(
         (
@@ -188,7 +194,7 @@ def limits_page(
 
 
 def _group_of(limit_id: str, group: Grouping) -> str:
-    """`(none)` for a limit that is on something else than what it is grouped by."""
+    """Return the group of a limit; `(none)` if it does not bind what limits are grouped by."""
     whom = whom_it_binds(limit_id)
     if group == "none" or whom is None:
         return "" if group == "none" else NO_GROUP
@@ -235,14 +241,16 @@ def _limit(view: LimitView, policy: PoolPolicy, others_share: float) -> Frame:
 
 
 def weights_in(policies: Sequence[PoolPolicy]) -> dict[str, int | None]:
-    """The weights of tenants that have one; None where pools have another."""
+    """Return the configured weights of tenants; None if a tenant's weight differs between pools."""
     named = {name for policy in policies for name in policy.weights}
     found = {name: {policy.weights.get(name, 1) for policy in policies} for name in named}
     return {name: min(one) if len(one) == 1 else None for name, one in found.items()}
 
 
 def _tenants(snapshot: Snapshot) -> list[Frame]:
-    """Those that wait, the longest queue first, with what holds them up."""
+    """Return the waiting tenants, longest queue first, with the limit that blocks most calls of
+    each.
+    """
     held_up: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
     for queue in snapshot.queues:
         held_up[queue.tenant][queue.held_up_by or ""] += queue.waiting
@@ -259,7 +267,7 @@ def _tenants(snapshot: Snapshot) -> list[Frame]:
 
 
 def _largest(counted: Mapping[str, int]) -> str:
-    """The limit that holds most of it up; empty where none does."""
+    """Return the limit with the most waiting calls; empty if there is none."""
     return max(counted, key=lambda limit: counted[limit], default="")
 
 
@@ -284,14 +292,14 @@ def _process(view: SessionView, waiting_at: Mapping[str, int]) -> Frame:
 SHARES = (0.5, 0.95, 0.99)
 MOST_NAMES = 30
 NOW_S = 60
-_MOST_ADDED = 1_000  # names that are kept apart while spans and processes are added up
+_MOST_ADDED = 1_000  # names that are counted separately when spans and processes are added up
 _SINGLE = ("calls", "failed", "throttled", "told_429", "refused", "retried", "cost_micros")
 MOST_STACKED = 6
-_PoolLimit = tuple[str, str]  # limits of two pools may have the same id
+_PoolLimit = tuple[str, str]  # limits of different pools may have the same id
 
 
 class Range(NamedTuple):
-    """So many spans of one length, up to now. `every_s`: how often it is worth a look."""
+    """A number of time spans of one length, up to now. every_s: how often they are read."""
 
     step_s: int
     spans: int
@@ -306,14 +314,14 @@ RANGES: dict[str, Range] = {
 
 
 class Trend:
-    """One range, of all pools. `look` reads what is new."""
+    """The counts of all pools in one range. `look` reads what is new."""
 
     def __init__(self, history: History, wanted: Range) -> None:
         self._history = history
         self._wanted = wanted
         self._settled: dict[int, dict[str, CallCounts]] = {}
         self._open: dict[int, dict[str, CallCounts]] = {}
-        self._settled_to = 0.0  # spans that begin before this are in `_settled`, or empty
+        self._settled_to = 0.0  # spans that begin earlier are in `_settled`, or empty
         self._now = 0.0
 
     @property
@@ -321,7 +329,7 @@ class Trend:
         return self._wanted.every_s
 
     async def look(self, now: float) -> None:
-        """Bring it up to `now` (seconds since 1970). Raises StoreUnavailable."""
+        """Update it to `now` (seconds since 1970). Raises StoreUnavailable."""
         step_s = self._wanted.step_s
         oldest = (now // step_s - self._wanted.spans) * step_s
         since = max(oldest, self._settled_to)
@@ -338,13 +346,13 @@ class Trend:
         self._now = now
 
     def frame(self, pool: str, weights: Mapping[str, int | None]) -> dict[str, Any]:
-        """Lines and tables of one pool, or of `ALL`: spans that are over, rates by the second,
-        lengths in ms. The upstreams are those of all pools.
+        """Return the lines and tables of one pool, or of `ALL`.
 
-        The tables have at most `MOST_NAMES` rows; `more` says how many names are left out.
+        They cover completed spans, with rates per second and durations in ms. The upstreams are
+        those of all pools. The tables have at most `MOST_NAMES` rows.
         """
         step_s = self._wanted.step_s
-        last = int(self._now // step_s) * step_s  # has only begun
+        last = int(self._now // step_s) * step_s  # this span has just begun
         begins = [last - step_s * back for back in range(self._wanted.spans, 0, -1)]
         counts = [self._of(at, pool) for at in begins]
         total = _merged(counts)
@@ -368,7 +376,7 @@ class Trend:
         }
 
     def now(self, pool: str) -> dict[str, Any]:
-        """The newest minute of a pool, as far as it is known."""
+        """Return the newest minute of a pool, as far as it is known."""
         step_s = self._wanted.step_s
         last = int(self._now // step_s) * step_s
         total = _merged([self._of(at, pool) for at in range(last - NOW_S, last, step_s)])
@@ -390,7 +398,7 @@ class Trend:
         return self._open.get(at) or self._settled.get(at) or {}
 
     def _queued_at(self, at: int, pool: str) -> dict[_PoolLimit, int]:
-        """Waiting calls of all samples, by the pool and the limit that held them up."""
+        """Return the waiting calls of all samples of a span, by pool and blocking limit."""
         return {
             (one, name): row[0]
             for one, counts in self._pools_at(at).items()
@@ -399,7 +407,7 @@ class Trend:
         }
 
     def _upstreams_at(self, begins: Sequence[int]) -> CallCounts:
-        """What each upstream was called in these spans, whichever pool its calls were in."""
+        """Return the calls of each upstream in these spans, from all pools."""
         counts = [one for at in begins for one in self._pools_at(at).values()]
         called = [one.apart.get("upstream", {}) for one in counts]
         return _merged([CallCounts(apart={"upstream": one}) for one in called])
@@ -417,7 +425,7 @@ def _rate(counts: CallCounts, name: str, step_s: int) -> float:
 
 
 def _lines(histograms: Sequence[int]) -> list[list[float | None]]:
-    """A line for each of `SHARES`; a gap where nothing has ended."""
+    """Return a line for each of `SHARES`, with gaps where nothing has ended."""
     columns = [percentiles(one, SHARES) for one in histograms]
     return [[_rounded(column[line]) for column in columns] for line in range(len(SHARES))]
 
@@ -427,8 +435,10 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _queue(sampled: Sequence[Mapping[_PoolLimit, int]], step_s: int) -> list[Frame]:
-    """How many calls waited on average, by the limit that held them up: those that held up most,
-    then the others together."""
+    """Return the mean number of waiting calls by blocking limit.
+
+    The largest ones come first, then all others together.
+    """
     totals: Counter[_PoolLimit] = Counter()
     for span in sampled:
         totals.update(span)
@@ -476,38 +486,38 @@ MOST_SHOWN_CHANGES = 100
 _LONGEST_WORDS = 300
 BUDGETS_EVERY_S = 2.0
 MOST_ROWS = 30
-_NOW = "5m"  # the newest minute is in it
+_NOW = "5m"  # contains the newest minute
 
 
 class Viewing(NamedTuple):
-    """What a viewer has chosen to look at."""
+    """What a viewer has selected."""
 
     range: str
     pool: str
 
 
 class Past:
-    """What has been looked up for the viewers of this process."""
+    """Charts and records for the viewers of this process, read when they are due."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
         self._trends: dict[str, Trend] = {}
         self._due_at: dict[str, float] = {}
         self._told: set[Viewing] = set()
-        self._records: dict[str, Frame] = {}  # by the pool whose spend they have, or `ALL`
+        self._records: dict[str, Frame] = {}  # by the pool of the spend, or `ALL`
         self._told_record: set[Viewing] = set()
 
     async def due(
         self, wanted: Set[Viewing]
     ) -> AsyncIterator[tuple[str, Viewing | None, Frame | list[Frame]]]:
-        """The events that it is time for, and whose they are (None: everybody's).
+        """Yield the events that are due, each with the selection it is for, None for all viewers.
 
         Raises StoreUnavailable.
         """
         ranges = {one.range for one in wanted} | {_NOW}
         for name in [name for name in self._trends if name not in ranges]:
             del self._trends[name]
-            self._due_at.pop(name, None)  # else it would be shown as empty until it is due
+            self._due_at.pop(name, None)  # otherwise it would be shown as empty until it is due
             self._told = {one for one in self._told if one.range != name}
         self._told &= wanted
         for name in sorted(ranges, key=list(RANGES).index):
@@ -554,7 +564,7 @@ class Past:
         return trend.frame(pool, weights_in([limiter.policy for limiter in chosen]))
 
     async def _events(self) -> list[Frame]:
-        """Changes of limits that a person or a deployment made lately, the newest first."""
+        """Return recent changes of limits by people or deployments, newest first."""
         events = [
             event
             for pool, keeper in list(self._services.keepers.items())
@@ -563,15 +573,14 @@ class Past:
         return sorted(events, key=lambda one: -one["at"])[:MOST_EVENTS]
 
     async def _budgets(self) -> Frame:
-        """What is spent of budgets, by book: those that are paused, then the most used."""
+        """Return the usage of budgets by book: paused ones first, then the most used."""
         records = self._services.budgets.records
         _, found = await records.all()
         books = await records.books() if found else []
         return budgets_frame(found, books)
 
     async def _record(self, pool: str) -> Frame:
-        """What was spent at the upstream of a pool, or at `ALL`, by the record, and how much waits
-        for a person."""
+        """Return the recorded spend at a pool's upstream, or at `ALL`, and the stuck work."""
         store, today = self._services.store, datetime.now(UTC).date()
         spans = {"day": today, "month": today.replace(day=1)}
         spent: dict[str, Any] = {}
@@ -594,7 +603,7 @@ class Past:
 
 
 def revisions_page(records: Sequence[PolicyRecord]) -> list[Frame]:
-    """Each revision with the keys that it changed; of the oldest one that is not known."""
+    """Return each revision with the keys that it changed; those of the oldest one are not known."""
     found = []
     for record, before in pairwise(records):
         changed = changed_keys(before.policy, record.policy)
@@ -614,7 +623,7 @@ def revisions_page(records: Sequence[PolicyRecord]) -> list[Frame]:
 
 
 def policy_events(pool: str, records: Sequence[PolicyRecord]) -> list[Frame]:
-    """Each revision with what it changed; of the oldest one that is not known."""
+    """Return each revision with its changes; those of the oldest one are not known."""
     return [
         {
             "at": record.created_at.timestamp(),
@@ -636,7 +645,7 @@ def _event_words(pool: str, record: PolicyRecord, before: PolicyRecord) -> str:
 
 
 def budgets_frame(budgets: Sequence[Budget], books: Sequence[BudgetBook]) -> Frame:
-    """`books`: those that are used most first."""
+    """Return the frame of budgets. `books`: the most used first."""
     by_name = {one.name: one for one in budgets}
     known = [one for one in books if one.budget in by_name]
     paused = [one for one in known if one.paused_since is not None]
@@ -680,7 +689,7 @@ log = get_logger()
 
 
 class Viewer:
-    """One open page. `take` waits for what is new."""
+    """An open page. `take` waits for new frames."""
 
     __slots__ = ("_frames", "_ready", "gone", "wanted")
 
@@ -691,17 +700,17 @@ class Viewer:
         self._ready = asyncio.Event()
 
     def offer(self, event: str, frame: bytes) -> None:
-        """A new frame, in the place of an older one that was not taken."""
+        """Add a frame, replacing an older frame of the event that was not taken."""
         self._frames[event] = frame
         self._ready.set()
 
     def leave(self) -> None:
-        """Nothing more is taken: the client has gone, or the process drains."""
+        """End the viewer, because the client has disconnected or the process drains."""
         self.gone = True
         self._ready.set()
 
     async def take(self) -> bytes:
-        """The newest of each event since the last time, as they go out; empty at the end."""
+        """Return the encoded newest frames since the last call; empty at the end."""
         await self._ready.wait()
         self._ready.clear()
         frames, self._frames = self._frames, {}
@@ -709,7 +718,7 @@ class Viewer:
 
 
 class Feed:
-    """One per API process: see `feed_of`."""
+    """The feed of an API process; see `feed_of`."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -722,7 +731,10 @@ class Feed:
 
     @contextmanager
     def watched(self, wanted: Viewing) -> Iterator[Viewer]:
-        """A viewer, as long as the block lasts. Raises TooManyFollowers and ShuttingDown."""
+        """Yield a viewer for the duration of the block.
+
+        Raises TooManyFollowers and ShuttingDown.
+        """
         if self._services.draining.is_set():
             raise ShuttingDown("this process is stopping; retry")
         if len(self._viewers) >= MOST_VIEWERS:
@@ -765,7 +777,7 @@ class Feed:
                 await work()
             except StoreUnavailable as away:
                 log.debug(Log.STORE_AWAY, detail=away.message)
-            except Exception:  # the top of a task: logged, and it goes on
+            except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR)
             took_s = time.monotonic() - started
             await asyncio.sleep(max(every_s - took_s, every_s / 4))
@@ -774,7 +786,7 @@ class Feed:
         self._tell("live", await live_frame(self._services))
 
     async def _tell_past(self, past: Past) -> None:
-        """Look at what is due; viewers that came since the last look are served by the next."""
+        """Read what is due. Viewers that arrived since the last read are served by the next one."""
         wanted = {viewer.wanted for viewer in self._viewers}
         async for event, whose, frame in past.due(wanted):
             self._tell(event, frame, whose)
@@ -788,7 +800,7 @@ class Feed:
 
 
 def feed_of(app: FastAPI) -> Feed:
-    """The feed of a running application; made with its first viewer."""
+    """Return the feed of an application, created with its first viewer."""
     feed: Feed | None = getattr(app.state, "dashboard_feed", None)
     if feed is None:
         feed = app.state.dashboard_feed = Feed(app.state.services)

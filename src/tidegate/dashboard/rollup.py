@@ -1,8 +1,8 @@
-"""Rollup of this process's finished calls, and of its queue, by spans of time, for the record.
+"""Rollup of the ended calls of this process, and of its queue, by time spans, for PostgreSQL.
 
-Invariant: counting is a few additions in memory; PostgreSQL is asked once every `FLUSH_EVERY_S`,
-and while it is away what was counted waits here, `MOST_SPANS` of it at most. An end is counted in
-the span in which it happened, or, if it is reported later than that, in the oldest that is open.
+Invariant: counting is a few additions in memory; PostgreSQL is written once every `FLUSH_EVERY_S`.
+While it is unavailable, at most `MOST_SPANS` spans wait here. An end is counted in the span in
+which it happened, or, if it is reported too late for that, in the oldest open span.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from tidegate.telemetry.logging import Log, get_logger
 
 FLUSH_EVERY_S = 5.0
 FORGET_EVERY_S = 600.0
-SAMPLE_EVERY_S = 10  # the shortest span: the queue is sampled one time in each
+SAMPLE_EVERY_S = 10  # the shortest span: the queue is sampled once in each
 MOST_SPANS = 2_000
-# How many spans are open for ends, the one under way included.
+# The number of spans that accept ends, including the current one.
 OPEN_SPANS = {10: 30, 60: 6, 300: 2}
 _SHORTEST_S = min(OPEN_SPANS)
 _OTHER_MODEL = "(none)"
@@ -33,9 +33,9 @@ log = get_logger()
 
 
 class Rollup:
-    """One per process: `note` listens to ended calls, `run` writes down what they came to.
+    """The counts of a process: `note` listens to ended calls, `run` writes the counts.
 
-    A call is counted once, in its shortest span; the longer ones get what is new at each flush.
+    A call is counted in its shortest span; each flush adds new counts to the longer spans.
     """
 
     def __init__(self, history: History, clock: Callable[[], float] = time.time) -> None:
@@ -43,7 +43,7 @@ class Rollup:
         self._limiters: Mapping[str, Limiter] = {}
         self._sampled_at = 0
         self._clock = clock
-        # By begin and pool, since the last flush.
+        # By begin of the span and pool, since the last flush.
         self._fresh: dict[tuple[int, str], CallCounts] = {}
         self._tallies: dict[TimeSpan, CallCounts] = {}
         self._changed: set[TimeSpan] = set()
@@ -53,7 +53,7 @@ class Rollup:
         return f"<Rollup spans={len(self._tallies)} to_write={len(self._changed)}>"
 
     def watch(self, limiters: Mapping[str, Limiter]) -> None:
-        """Count what waits at these from now on; they may become others."""
+        """Sample the queues of these limiters from now on. The mapping may change."""
         self._limiters = limiters
 
     def note(self, batch: Sequence[CallRecord]) -> None:
@@ -69,8 +69,10 @@ class Rollup:
             count(tally, ended)
 
     async def sample(self) -> None:
-        """Count what waits in this process, by the limit that holds it up, once a span. A process
-        in which nothing waits asks Valkey nothing."""
+        """Sample the waiting calls of this process by blocking limit, once per span.
+
+        If nothing waits in this process, Valkey is not queried.
+        """
         at = int(self._clock() // SAMPLE_EVERY_S) * SAMPLE_EVERY_S
         if at == self._sampled_at:
             return
@@ -89,7 +91,7 @@ class Rollup:
                     tally.count_apart("limit", queue.held_up_by, [queue.waiting])
 
     async def run(self) -> None:
-        """Write down, for ever. When cancelled, what has not been written is left to `flush`."""
+        """Write the counts until cancelled. What is not written by then is left to `flush`."""
         while True:
             await asyncio.sleep(next_beat_s(FLUSH_EVERY_S))
             try:
@@ -101,11 +103,11 @@ class Rollup:
                     await self._history.forget(now)
             except StoreUnavailable as away:
                 log.debug(Log.STORE_AWAY, detail=away.message)
-            except Exception:  # the top of a task: logged, and it goes on
+            except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR)
 
     async def flush(self) -> None:
-        """Write all that has changed. Raises StoreUnavailable; it is then still to be written."""
+        """Write all changed spans. Raises StoreUnavailable; the next flush then writes them."""
         self._take_in()
         self._drop_old()
         changed, self._changed = self._changed, set()
@@ -113,12 +115,12 @@ class Rollup:
             return
         try:
             await self._history.write([(span, self._tallies[span]) for span in changed])
-        except BaseException:  # cancellation too: the spans are still to be written
+        except BaseException:  # on cancellation too, the next flush must write the spans
             self._changed |= changed & self._tallies.keys()
             raise
 
     def _take_in(self) -> None:
-        """Add what is fresh to the spans of every length that it is in."""
+        """Add new counts to the spans of every length."""
         fresh, self._fresh = self._fresh, {}
         for (at, pool), tally in fresh.items():
             for step_s in OPEN_SPANS:
@@ -138,7 +140,7 @@ class Rollup:
 
 @asynccontextmanager
 async def counting(store: Store) -> AsyncIterator[Rollup]:
-    """Count this process's calls as long as the block lasts; what is left is written at its end."""
+    """Count the calls of this process for the duration of the block; write the rest at its end."""
     rollup = Rollup(store.history)
     store.listeners.listen(rollup.note)
     running = asyncio.create_task(rollup.run(), name="rollup")
@@ -153,21 +155,22 @@ async def counting(store: Store) -> AsyncIterator[Rollup]:
 
 
 def open_s(step_s: int) -> float:
-    """How long after its begin a span may still change."""
+    """Return how long after its begin a span may still change."""
     return OPEN_SPANS[step_s] * step_s
 
 
 def count(tally: CallCounts, ended: CallRecord) -> None:
-    """Add one end.
+    """Add one ended call.
 
-    `counts`: calls that ended; of them succeeded and failed; refused before they were anything;
-    retried attempts; throttled, calls that a provider answered with 429; told_429, answers of 429
-    to clients; tokens and cost. `apart`: by tenant, model and upstream (calls, failed, throttled,
-    tokens, cost in millionths, ms upstream), and by the code of a failure. A 429 counts for the
-    upstream that gave it, all else for the last.
-    Questions of the classifier are `judged`: they count where tokens, money and 429s do, and by
-    model and upstream, but neither as calls nor for a tenant. judged_tokens and judged_cost_micros
-    are their part of the tokens and the money.
+    `counts`: calls that ended, of which succeeded and failed; calls refused before they were
+    recorded; retried attempts; `throttled`, answers of providers with 429; `told_429`, answers to
+    clients with 429; tokens and cost. `apart`: by tenant, model and upstream (calls, failed,
+    throttled, tokens, cost in millionths, ms upstream), and by error code. A 429 counts for the
+    upstream that sent it, all else for the last upstream.
+
+    Calls of the classifier are `judged`: they count for tokens, cost and 429s, and by model and
+    upstream, but neither as calls nor for a tenant. judged_tokens and judged_cost_micros are their
+    part of the tokens and the cost.
     """
     if ended.source == JUDGE:
         tally.count("judged")

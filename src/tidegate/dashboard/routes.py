@@ -1,12 +1,12 @@
 """Routes of `/dashboard`: the page, its files, its live feed and its sessions.
 
-Every route except the files and those that start and end a session requires an operator. A person
-signs in with an API key, which the page keeps in the tab's storage, by an OpenID Connect issuer, or
-with the one-time code that `tidegate up` prints; the last two become a cookie (HttpOnly,
+Every route except the files and those that begin and end a session requires an operator. A person
+signs in with an API key, which the page keeps in the tab's storage, with an OpenID Connect issuer,
+or with the one-time code that `tidegate up` prints. The last two set a cookie (HttpOnly,
 SameSite=Strict; see `http.browsers`).
 
-Invariants: the content security policy allows no script but these files; the files hold no secret
-and no figure; a revoked key ends its feed; a client that does not read is disconnected.
+Invariants: the content security policy allows no script but these files; the files contain no
+secrets and no figures; revoking a key ends its feed; a client that does not read is disconnected.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ from tidegate.metrics.process import Recent
 from tidegate.store.records import acting
 from tidegate.telemetry.logging import Log, get_logger
 
-_MOST_BEGUN = 3  # sign-ins of one browser that wait for their issuer
+_MOST_BEGUN = 3  # sign-ins of one browser that wait for the issuer
 FOLDER = Path(__file__).parent / "static"
 _POLICY = "; ".join(
     (
@@ -101,19 +101,19 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    # Requested again each time, answered with 304: after an upgrade no module meets an older one.
+    # Revalidated each time, with 304: after an upgrade no module is mixed with an older one.
     "Cache-Control": "no-cache",
 }
 _RAW_HEADERS = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
 
 
 def document() -> FileResponse:
-    """The one HTML document; it finds its view from the part of the address after `#`."""
+    """Return the one HTML document, which selects its view by the fragment of the URL."""
     return FileResponse(FOLDER / "index.html", headers=HEADERS, media_type="text/html")
 
 
 class Files:
-    """ASGI application: the styles, modules and pictures, with the same headers."""
+    """ASGI application for the styles, modules and images, with the same headers."""
 
     def __init__(self) -> None:
         self._files = StaticFiles(directory=FOLDER)
@@ -128,7 +128,7 @@ class Files:
 
 
 class Watching(Response):
-    """Shows the feed to one viewer until its client leaves, its key ends or the process drains."""
+    """Sends the feed to one viewer until it disconnects, its key ends or the process drains."""
 
     def __init__(self, request: Request, services: Services, feed: Feed, wanted: Viewing) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Watching(Response):
             await problem_response(refused)(scope, receive, send)
 
     async def _may_go_on(self) -> bool:
-        """Whether what was shown still opens it; a page that is not told why asks again."""
+        """Return whether the credential is valid. If not, the page reconnects to learn why."""
         try:
             await checked_operator(self._request)
         except TidegateError:
@@ -171,7 +171,7 @@ log = get_logger()
 
 
 class StuckFrame(BaseModel):
-    """Both are None while PostgreSQL is away."""
+    """What waits for a person. Both are None while PostgreSQL is unavailable."""
 
     dead_jobs: int | None = None
     webhooks_given_up: int | None = None
@@ -187,7 +187,7 @@ async def _waiting(services: Services) -> StuckFrame:
 
 
 def _waiting_of(app: FastAPI) -> Recent[StuckFrame]:
-    """That of a running application; made when it is first asked."""
+    """Return the cached state of an application, created by the first request."""
     recent: Recent[StuckFrame] | None = getattr(app.state, "dashboard_waiting", None)
     if recent is None:
         recent = app.state.dashboard_waiting = Recent(
@@ -206,7 +206,7 @@ _NO_STORE = {**HEADERS, "Cache-Control": "no-store"}
 
 
 class Cookie(TypedDict):
-    """How the cookie of a session is set, and taken back."""
+    """Attributes by which a session's cookie is set and deleted."""
 
     path: str
     secure: bool
@@ -215,11 +215,11 @@ class Cookie(TypedDict):
 
 
 class PageSession(BaseModel):
-    """What the page needs to know before it shows anything.
+    """What the page must know before it shows anything.
 
-    asks_for: `keys` where every caller shows an API key, `operator_key` where only operators show
-    one. cookie: whether the browser signed in with a one-time code, and holds no key. operator: who
-    signed in, in words.
+    asks_for: `keys` if every caller needs an API key, `operator_key` if only operators need a key.
+    cookie: whether the browser signed in with a one-time code and has no key. operator: the name of
+    the person.
     """
 
     version: str
@@ -233,7 +233,7 @@ class PageSession(BaseModel):
 
 @router.get("")
 async def without_slash(request: Request) -> RedirectResponse:
-    # Relative, so that it is right behind a proxy that takes a prefix away.
+    # Relative, so that it is correct behind a proxy that removes a prefix.
     query = request.url.query
     return RedirectResponse(f"dashboard/?{query}" if query else "dashboard/", headers=HEADERS)
 
@@ -242,7 +242,7 @@ async def without_slash(request: Request) -> RedirectResponse:
 async def page(
     request: Request, code: Annotated[str | None, Query(max_length=200)] = None
 ) -> Response:
-    """The document; with a one-time code in the address a redirect to it, and the cookie."""
+    """Return the document; a one-time code in the URL redirects to it with the cookie."""
     if code is None:
         return document()
     services = services_of(request)
@@ -256,20 +256,20 @@ async def page(
 
 
 class WaysIn(BaseModel):
-    """How a person may sign in, beside a key."""
+    """The methods to sign in, besides a key."""
 
     single_sign_on: bool
 
 
 @router.get("/ways-in")
 async def ways_in(request: Request) -> WaysIn:
-    """For everybody, since it is asked before anybody has signed in."""
+    """Return the methods to sign in. Public, because nobody has signed in yet."""
     return WaysIn(single_sign_on=services_of(request).sign_in is not None)
 
 
 @router.get("/sign-in")
 async def sign_in(request: Request) -> Response:
-    """Send the browser to the issuer, with a state that only it can bring back."""
+    """Redirect the browser to the issuer, with a state that only this browser can return."""
     services, by_issuer = services_of(request), _by_issuer(request)
     key = services.operator_key.get_secret_value()
     state = make_state(key)
@@ -279,7 +279,7 @@ async def sign_in(request: Request) -> Response:
         return RedirectResponse(f"./?sign-in={refused.why}", 303, _NO_STORE)
     answer = RedirectResponse(place, 303, _NO_STORE)
     marks = _cookie(request)
-    marks["samesite"] = "lax"  # the issuer's page leads back here, and it is to be sent then
+    marks["samesite"] = "lax"  # sent when the issuer's page redirects here
     name = state_cookie_name(key)
     begun = [*_states_in(request.cookies.get(name, "")), state][-_MOST_BEGUN:]
     answer.set_cookie(name, ".".join(begun), max_age=CODE_S, **marks)
@@ -293,7 +293,7 @@ async def signed_in(
     code: Annotated[str, Query(max_length=4_000)] = "",
     iss: Annotated[str | None, Query(max_length=2_000)] = None,
 ) -> Response:
-    """Where the issuer sends the browser back to; never on to any address but the page's."""
+    """Complete a sign-in at the issuer. Redirects only to the page itself."""
     services, by_issuer = services_of(request), _by_issuer(request)
     key = services.operator_key.get_secret_value()
     name = state_cookie_name(key)
@@ -303,7 +303,7 @@ async def signed_in(
         if not code:
             raise SignInRefused("refused")
         person = await by_issuer.finish(state, code, iss, _redirect_uri(request))
-        # Only now, so that nobody fills the record who can't sign in.
+        # Only now, so that unsuccessful sign-ins do not fill the table.
         tenants = services.store.tenants
         if not await tenants.spend_code(sound.nonce, sound.ends_at, token_bytes(16)):
             raise SignInRefused("state")
@@ -317,7 +317,7 @@ async def signed_in(
         answer = RedirectResponse("./", 303, _NO_STORE)
         value = by_issuer.cookie(person)
         answer.set_cookie(cookie_name(key), value, max_age=PERSON_S, **_cookie(request))
-    if others := [one for one in begun if one != state]:  # of other tabs, which go on
+    if others := [one for one in begun if one != state]:  # sign-ins of other tabs continue
         marks = _cookie(request)
         marks["samesite"] = "lax"
         answer.set_cookie(name, ".".join(others), max_age=CODE_S, **marks)
@@ -338,12 +338,12 @@ def _redirect_uri(request: Request) -> str:
 
 
 def _states_in(cookie: str) -> list[str]:
-    """Of the sign-ins that a browser has begun, in several tabs maybe; the newest is the last."""
+    """Return the states of a browser's sign-ins, which may be in several tabs, newest last."""
     return [one for one in cookie.split(".")[-_MOST_BEGUN:] if one]
 
 
 def _state_of(services: Services, state: str, begun: Sequence[str]) -> Pass:
-    """The state of a sign-in that this browser began. Raises SignInRefused."""
+    """Return the state of a sign-in that this browser began. Raises SignInRefused."""
     sound = checked("state", services.operator_key.get_secret_value(), state)
     if sound is None or not any(compare_digest(state.encode(), one.encode()) for one in begun):
         raise SignInRefused("state")
@@ -352,7 +352,7 @@ def _state_of(services: Services, state: str, begun: Sequence[str]) -> Pass:
 
 @router.post("/sign-out", status_code=204)
 async def sign_out(request: Request) -> Response:
-    """Have the browser forget its session, and end it for all copies of it."""
+    """Delete the browser's session cookie, and end the session for all copies of the cookie."""
     services = services_of(request)
     refused = services.origins.page_refusal(request.scope["headers"], request.method)
     if refused is not None:
@@ -370,7 +370,7 @@ async def sign_out(request: Request) -> Response:
 
 
 async def _refused(services: Services, code: str) -> Refused | None:
-    """Spend a one-time code; why it does not count, or None where it does."""
+    """Spend a one-time code; return why it is invalid, or None if it is valid."""
     sound = checked("code", services.operator_key.get_secret_value(), code)
     if sound is None:
         return "used"
@@ -384,7 +384,7 @@ async def _refused(services: Services, code: str) -> Refused | None:
 
 
 def _cookie(request: Request) -> Cookie:
-    # Only a proxy knows whether its client spoke TLS; a wrong word of a client concerns itself.
+    # Only a proxy knows whether its client used TLS; a false header affects only the client.
     secure = request.headers.get("x-forwarded-proto", request.url.scheme) == "https"
     return {"path": "/", "secure": secure, "httponly": True, "samesite": "strict"}
 
@@ -399,7 +399,7 @@ async def session(request: Request) -> PageSession:
         operator=operator.name,
         role=operator.role,
         reads_bodies=reads_bodies(request, operator),
-        # That of jobs comes last where there is no upstream of its name.
+        # The pool of jobs comes last if it has no upstream of its name.
         pools=sorted(
             services.limiters, key=lambda one: one not in services.spine.targets.upstreams
         ),
@@ -422,7 +422,7 @@ async def feed(
 
 
 def _scope(services: Services, pool: str | None) -> str:
-    """The pool that is named, or `ALL`. Raises InvalidRequest."""
+    """Return the named pool, or `ALL`. Raises InvalidRequest."""
     if not pool:
         return ALL
     if pool not in services.limiters:
@@ -439,7 +439,7 @@ async def limits(
     search: Annotated[str, Query(max_length=1_000)] = "",
     offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
 ) -> dict[str, Any]:
-    """A page of all limits, as they were half a second ago at most."""
+    """Return a page of all limits, at most half a second old."""
     services = services_of(request)
     scope = _scope(services, pool)
     wanted = [one for one in services.limiters.values() if scope in (ALL, one.pool)]
@@ -456,14 +456,14 @@ async def limits(
 
 @data.get("/revisions")
 async def revisions(request: Request, pool: Annotated[str | None, Query()] = None) -> list[Any]:
-    """The last changes of a pool's limits, the newest first."""
+    """Return the last changes of a pool's limits, newest first."""
     services = services_of(request)
     keeper = services.keepers[_scope(services, pool) or services.usual_pool]
     return revisions_page(await keeper.history(MOST_REVISIONS))
 
 
 async def typed(request: Request, path: str) -> RedirectResponse:
-    """From an address as people type it, such as `/dashboard/requests`, to that page."""
+    """Redirect from a typed address, such as `/dashboard/requests`, to that page."""
     if "text/html" not in request.headers.get("accept", ""):
         raise HTTPException(404)
     query = f"?{request.url.query}" if request.url.query else ""

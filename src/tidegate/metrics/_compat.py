@@ -11,7 +11,7 @@ from prometheus_client import Histogram
 
 
 def add_counts(histogram: Histogram, counts: Sequence[int], total: float) -> None:
-    """Add many values: how many fell into each bucket, the last one unbounded, and their sum.
+    """Add many values: the counts of the buckets, the last one unbounded, and the sum.
 
     The library adds one value at a time, which costs ten times as much.
     """

@@ -4,8 +4,8 @@ Under a supervisor the processes of a machine share one folder of values, so a r
 continues the counters of its predecessor; gauges of dead processes are removed. See
 docs/observability.md.
 
-Invariants: no label holds a request id or a client's words; tenants and models are bounded;
-adding to a counter takes no lock. Base units: seconds, bytes.
+Invariants: no label contains a request id or text of a client; the numbers of tenants and models
+are bounded; adding to a counter takes no lock. Base units: seconds, bytes.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from tidegate.record import JUDGE, RETRIED, CallRecord
 from tidegate.telemetry.logging import NAMED, SHARED
 
 Sort = Literal["counter", "gauge", "histogram"]
-# How the values of several processes on one machine come to one: where `sum`, `max` or
-# `mostrecent` is said, of the living ones alone.
+# How the values of several processes on one machine are combined. `livesum`, `livemax` and
+# `livemostrecent` combine those of living processes only.
 Merge = Literal["", "livesum", "livemax", "livemostrecent"]
 
 _WAITS_S = (
@@ -58,18 +58,21 @@ _WAITS_S = (
     1800.0,
 )
 _QUICK_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-# As the conventions name them.
+# Buckets of OpenTelemetry's conventions for generative AI.
 CALL_BUCKETS_S = tuple(0.01 * 2**step for step in range(14))
 TOKEN_BUCKETS = tuple(float(4**step) for step in range(14))
-# window: second, minute, hour, day, month; empty where it was not said, mostly a minute.
+# window: second, minute, hour, day or month; empty if not stated, which usually means a minute.
 _ANNOUNCED = "upstream model unit window"
 _GEN_AI = "gen_ai_operation_name gen_ai_provider_name gen_ai_request_model"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spec:
-    """One metric. labels: in their order. everywhere: it is true of the whole deployment, the same
-    from whichever process it is asked; else it is what processes of one machine have seen."""
+    """A metric.
+
+    labels: in order. everywhere: the value is true of the whole deployment and the same in every
+    process; otherwise it covers the processes of one machine.
+    """
 
     name: str
     sort: Sort
@@ -97,7 +100,7 @@ def _of_all(name: str, said: str, labels: str = "") -> Spec:
 
 
 class Metric:
-    """All of them, by what they are called here."""
+    """All metrics."""
 
     CALLS = _counter(
         "tidegate_calls_total",
@@ -387,7 +390,7 @@ Labels = tuple[str, ...]
 
 
 class Known:
-    """The first so many names; all later ones are `other`."""
+    """A bounded set of names: the first `most` names are kept, all later ones become `other`."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -397,7 +400,7 @@ class Known:
         return len(self._names)
 
     def of(self, name: str, *, learns: bool) -> str:
-        """The name as a label. learns: it is no invention of a client, and may take a place."""
+        """Return the name as a label. `learns`: it is no client's invention and may be kept."""
         if name in self._names:
             return name
         if not learns or len(self._names) >= self._most:
@@ -407,21 +410,23 @@ class Known:
 
 
 class Count:
-    """What a counter has grown by since it was last taken."""
+    """The growth of a counter since it was last taken."""
 
     __slots__ = ("amount", "told")
 
     def __init__(self) -> None:
         self.amount = 0.0
-        self.told = False  # a counter is there from its first telling on, be it with zero
+        self.told = False  # a counter is exported from the first time on, even if it is zero
 
     def add(self, amount: float = 1) -> None:
         self.amount += amount
 
 
 class Spread:
-    """What a histogram has grown by since it was last taken: the counts in its buckets, those above
-    the last one, and the sum of all."""
+    """The growth of a histogram since it was last taken.
+
+    counts: per bucket; the last one is unbounded. total: the sum of the values.
+    """
 
     __slots__ = ("_bounds", "counts", "is_new", "total")
 
@@ -442,7 +447,7 @@ class Spread:
 
 
 class Tally:
-    """The cells of one process, for ever: `count` and `spread` give them to keep."""
+    """The counters and histograms of one process. Callers may keep those that they get."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[Spec, Labels], Count] = {}
@@ -467,14 +472,14 @@ class Tally:
         self.spread(metric, labels).add(value)
 
     def take_counts(self) -> Iterator[tuple[Spec, Labels, float]]:
-        """What has grown, and what is there for the first time; each begins again at zero."""
+        """Yield and reset the counters that have grown or are new."""
         for (metric, labels), cell in self._counts.items():
             if cell.amount or not cell.told:
                 amount, cell.amount, cell.told = cell.amount, 0.0, True
                 yield metric, labels, amount
 
     def take_spreads(self) -> Iterator[tuple[Spec, Labels, Sequence[int], float]]:
-        """Of each that has grown: the counts of its buckets, and their sum."""
+        """Yield and reset the histograms that have grown: the counts of the buckets, the sum."""
         for (metric, labels), cell in self._spreads.items():
             if cell.is_new:
                 counts, total = cell.counts, cell.total
@@ -482,14 +487,14 @@ class Tally:
                 yield metric, labels, counts, total
 
 
-PROVIDERS = {"gemini": "gcp.gemini"}  # others are called as their dialect is
+PROVIDERS = {"gemini": "gcp.gemini"}  # other providers have the name of their dialect
 _MICROS = 1_000_000
 _MOST_SORTS = 5_000
 _Sort = tuple[str, str, str, str, str, str, str, str]
 
 
 class Calls:
-    """A listener of `CallListeners`."""
+    """Counters of ended calls. Listens to `CallListeners`."""
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
@@ -498,17 +503,17 @@ class Calls:
         self._cells: dict[_Sort, _Cells] = {}
 
     def take(self, batch: Sequence[CallRecord]) -> None:
-        """Count them."""
+        """Count ended calls."""
         for one in batch:
             self._count(one)
 
     def _count(self, one: CallRecord) -> None:
-        # Only what a provider answered for is sure to be no invention of a client.
+        # Only the model of a successful call is certainly not a client's invention.
         worked = one.status == "succeeded"
         model = self._models.of(one.model, learns=worked) if one.model else ""
         tenant = self._tenants.of(one.tenant_id, learns=one.attempts > 0)
         failed = "" if worked else one.code or one.status
-        pool = one.pool or one.waits_for[0]  # in which it waited, of a call that was not admitted
+        pool = one.pool or one.waits_for[0]  # a call that was not admitted waited in this pool
         sort = (
             *(one.source, one.kind or "", pool, model),
             *(tenant, one.operation, one.dialect, one.status),
@@ -516,7 +521,7 @@ class Calls:
         cells = self._cells.get(sort)
         if cells is None:
             if len(self._cells) >= _MOST_SORTS:
-                self._cells.clear()  # nothing is lost: the tally has them
+                self._cells.clear()  # the tally keeps the values
             cells = self._cells[sort] = _Cells(self._tally, sort)
         cells.calls.amount += 1
         cells.of_tenant.amount += 1
@@ -569,7 +574,7 @@ class Calls:
 
 
 class _Cells:
-    """What calls of one sort add to. Questions of the classifier add nothing to a tenant's."""
+    """Counters of calls with the same labels. Calls of the classifier count for no tenant."""
 
     def __init__(self, tally: Tally, sort: _Sort) -> None:
         source, kind, pool, model, tenant, operation, dialect, status = sort
@@ -602,7 +607,7 @@ class _Cells:
         }
 
     def use(self, name: str, tokens: int) -> None:
-        """tokens of a sort."""
+        """Count tokens of one type."""
         of_all, of_tenant = self._tokens[name]
         of_all.amount += tokens
         of_tenant.amount += tokens
@@ -615,13 +620,13 @@ MOST_LIMITS = 200
 
 
 class Limiting(Observer):
-    """One for each pool."""
+    """Metrics of the limiter, one per pool."""
 
     def __init__(self, tally: Tally, pool: str) -> None:
         self._tally = tally
         self._pool = (pool,)
         self._limits = Known(MOST_LIMITS)
-        # There from the start: of a series that begins with an event Prometheus sees no increase.
+        # Exported from the start: no increase is seen in a series that begins with an event.
         tally.add(Metric.FENCED, self._pool, 0)
 
     def state_changed(self, old: State, new: State) -> None:
@@ -639,24 +644,26 @@ class Limiting(Observer):
         self._tally.add(Metric.ENTRIES, self._pool, entries)
 
 
-disable_created_metrics()  # type: ignore[no-untyped-call] # when each series began is half as much again to keep, and of no use
+disable_created_metrics()  # type: ignore[no-untyped-call] # creation times would add half to the size, and are not used
 
 
 def share_by_name() -> None:
-    """Where a supervisor has named this process: keep its values under that name. Call it before
-    the first `Instruments`."""
+    """Share values under the name of this process, if a supervisor has given it one.
+
+    Call it before the first `Instruments`.
+    """
     name = os.environ.get(NAMED)
     if name and SHARED in os.environ:
         values.ValueClass = values.MultiProcessValue(lambda: name)  # type: ignore[no-untyped-call]
 
 
 def forget(name: str, folder: str) -> None:
-    """A process of this name has died: what it held is no more; what it counted stays."""
+    """Remove the gauges of a process that has died; its counters stay."""
     mark_process_dead(name, folder)  # type: ignore[no-untyped-call]
 
 
 def count_problem(event: str, name: str, folder: str) -> None:
-    """Count a line of the log of a process that has no instruments, with those of `folder`."""
+    """Count a log line of a process without instruments, in the values of `folder`."""
     metric, file = Metric.PROBLEMS, MmapedDict(str(Path(folder) / f"counter_{name}.db"))  # type: ignore[no-untyped-call]
     series = metric.name.removesuffix("_total")
     key = mmap_key(series, metric.name, [*metric.labels], [event], metric.said)
@@ -668,7 +675,7 @@ def count_problem(event: str, name: str, folder: str) -> None:
 
 
 class Instruments:
-    """One per process. `flush` what was tallied, then read `registry`."""
+    """The metrics of a process: call `flush`, then read `registry`."""
 
     def __init__(self) -> None:
         self.tally = Tally()
@@ -677,21 +684,24 @@ class Instruments:
             metric: _made(metric, self._own) for metric in ALL if not metric.everywhere
         }
         self._children: dict[tuple[Spec, Labels], Counter | Gauge | Histogram] = {}
-        self._last: dict[tuple[Spec, Labels], float] = {}  # that gauges were set to
+        self._last: dict[tuple[Spec, Labels], float] = {}  # the values of gauges
         self.registry = self._own
         if SHARED in os.environ:
             self.registry = CollectorRegistry()
             MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
 
     def set(self, metric: Spec, labels: Labels, value: float) -> None:
-        """A gauge."""
+        """Set a gauge."""
         if metric.merge == "livemostrecent" or self._last.get((metric, labels)) != value:
             self._last[metric, labels] = value
             cast(Gauge, self._child(metric, labels)).set(value)
 
     def forget(self, label: str, value: str) -> None:
-        """Drop the gauges of what is no more; beside other processes, whose files can't be changed,
-        they become 0."""
+        """Remove the gauges with a label's value that no longer exists.
+
+        If processes share their values they become 0, because the files of others cannot be
+        changed.
+        """
         for metric, labels in list(self._children):
             made = self._made[metric]
             if (
@@ -704,14 +714,14 @@ class Instruments:
                     made.remove(*labels)
 
     def flush(self) -> None:
-        """Hand on what was tallied."""
+        """Move the counts of the tally to the registry."""
         for metric, labels, amount in self.tally.take_counts():
             cast(Counter, self._child(metric, labels)).inc(amount)
         for metric, labels, counts, total in self.tally.take_spreads():
             add_counts(cast(Histogram, self._child(metric, labels)), counts, total)
 
     def also(self, collector: Collector) -> CollectorRegistry:
-        """What the processes have seen, and what `collector` tells beside it."""
+        """Return a registry with the metrics of the processes and those of `collector`."""
         both = CollectorRegistry()
         both.register(_All(self.registry))
         both.register(collector)
@@ -727,7 +737,7 @@ class Instruments:
 
 
 class _All(Collector):
-    """A registry as a part of another one."""
+    """A registry as part of another one."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry

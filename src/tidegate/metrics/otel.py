@@ -1,10 +1,10 @@
 """OpenTelemetry: spans and metrics by its conventions for generative AI.
 
-A listener of calls that have ended: spans are made then, with the times and ids that a call has
-gathered in its `Trail`, and sent by threads of the SDK. Importing this file imports the SDK (the
-extra `otel`): only `connected` does, where an endpoint is set.
+Spans are made from ended calls, with the times and ids that a call has collected in its `Trail`,
+and sent by threads of the SDK. Importing this module imports the SDK (the extra `otel`): only
+`connected` does so, if an endpoint is set.
 
-Invariant: a collector that is away costs a call nothing, is logged once, and what waits
+Invariant: an unavailable collector does not delay calls and is logged once, and the data waiting
 for it is bounded.
 """
 
@@ -60,12 +60,13 @@ log = get_logger()
 
 
 class Away:
-    """Whether the collector answers; said when it changes."""
+    """The state of the collector, logged when it changes."""
 
     def __init__(self) -> None:
         self._away = False
 
     def told(self, came: bool) -> None:
+        """Record whether an export succeeded."""
         if came == self._away:
             self._away = not came
             if self._away:
@@ -99,12 +100,12 @@ class _Metrics(OTLPMetricExporter):
 
 
 class Collector:
-    """The way to a collector; settings are the standard's own variables (OTEL_*)."""
+    """Exports calls to a collector, configured by the standard's own variables (OTEL_*)."""
 
     def __init__(self, service: str, instance_id: str) -> None:
-        # They would say so again and again of a collector that is away.
+        # They would log an unavailable collector repeatedly.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
-        # The environment names the service, but no process: several have the same variables.
+        # The environment names the service only: several processes have the same variables.
         resource = Resource.create(
             {
                 "service.name": service,
@@ -139,7 +140,7 @@ class Collector:
         self._first_chunk = meter.create_histogram(GenAI.FIRST_CHUNK, unit="s")
 
     def samples(self, trace_id: int, parent: Parent | None) -> bool:
-        """Whether a trace is recorded: as OTEL_TRACES_SAMPLER says."""
+        """Return whether a trace is recorded, by OTEL_TRACES_SAMPLER."""
         context = None
         if parent is not None:
             flags = TraceFlags(TraceFlags.SAMPLED if parent.sampled else TraceFlags.DEFAULT)
@@ -149,7 +150,7 @@ class Collector:
         return decided.decision is Decision.RECORD_AND_SAMPLE
 
     def take(self, batch: Sequence[CallRecord]) -> None:
-        """A listener of `CallListeners`."""
+        """Record ended calls. Listens to `CallListeners`."""
         for one in batch:
             if one.status != REFUSED:
                 self._measure(one)
@@ -163,9 +164,9 @@ class Collector:
         return trail.recorded
 
     def close(self) -> None:
-        """Send what is waiting, for a few seconds at most. Blocks: give it a thread."""
-        # The SDK keeps to no timeout: each export under way may take that of its requests. What
-        # has not been sent in time ends with the process, whose end waits for no daemon.
+        """Send the waiting data, for a few seconds at most. Blocks: call it in a thread."""
+        # The SDK ignores timeouts: each running export may take as long as its requests. A daemon
+        # thread does not delay the end of the process, which discards what was not sent in time.
         closing = threading.Thread(target=self._close, name="collector", daemon=True)
         closing.start()
         closing.join(_CLOSE_WITHIN_MS / 1000)
@@ -193,7 +194,7 @@ class Collector:
                 self._tokens.record(tokens, about | {GenAI.TOKEN_TYPE: sort})
 
     def _spans_of(self, one: CallRecord, trail: Trail) -> list[ReadableSpan]:
-        """The tries of an end, and the call itself once it is over."""
+        """Return the spans of the attempts, and the span of the call once it has ended."""
         logical = SpanContext(trail.trace_id, trail.span_id, is_remote=False, trace_flags=_SAMPLED)
         spans = [self._try(one, logical, number, tried) for number, tried in enumerate(trail.tries)]
         if one.queue_ms is not None and trail.tries:

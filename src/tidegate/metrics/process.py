@@ -1,10 +1,10 @@
 """Process state and scrapes: this process, all processes, and the whole deployment.
 
-Each process publishes a note in Valkey every second; any process can report all of them.
+Each process publishes a note in Valkey every second; any process can report the notes of all.
 
-Invariants: the state of a process is read from its memory alone, without prompts, answers or
-keys; an answer comes within its deadline, without what a store could not tell; the stores are
-asked once a second, however many scrape.
+Invariants: the state of a process is read only from its memory, without prompts, answers or keys;
+an answer meets its deadline, without the data of a store that did not answer; the stores are
+queried once a second, whatever the number of scrapes.
 """
 
 from __future__ import annotations
@@ -67,8 +67,7 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """The last answer to a question, which is asked again only if the answer is older than
-    `fresh_s`, however many want it."""
+    """A cached answer for all callers, requested again only if it is older than `fresh_s`."""
 
     def __init__(self, fresh_s: float, ask: Callable[[], Awaitable[T]]) -> None:
         self._fresh_s = fresh_s
@@ -77,7 +76,7 @@ class Recent(Generic[T]):
         self._asking = asyncio.Lock()
 
     async def get(self) -> T:
-        """Raises what the question raises."""
+        """Return the answer. Raises what the request raises."""
         async with self._asking:
             if not self._answers or time.monotonic() - self._answers[0][0] > self._fresh_s:
                 answer = await self._ask()
@@ -86,7 +85,7 @@ class Recent(Generic[T]):
 
 
 class Watch:
-    """Looks after one process. `name` tells it from others on this machine."""
+    """Updates the gauges of a process. `name` identifies it among the processes of this machine."""
 
     def __init__(
         self,
@@ -105,15 +104,15 @@ class Watch:
         self._cpu_s = 0.0
         self._dropped = 0
         self._problems: Counter[str] = Counter()
-        for event in UPKEEP_FAILURES:  # of a series that begins with an event no increase is seen
+        for event in UPKEEP_FAILURES:  # no increase is seen in a series that begins with an event
             instruments.tally.add(Metric.PROBLEMS, (event,), 0)
         self._models = Known(MOST_MODELS)
         self._heard: dict[tuple[str, str], float] = {}
         self._shown: set[tuple[str, str]] = set()  # pools and upstreams
-        self.lag_s = 0.0  # of the last second, the longest
+        self.lag_s = 0.0  # maximum of the last second
 
     async def run(self) -> None:
-        """Look, for ever."""
+        """Update the metrics until cancelled."""
         self._instruments.set(Metric.STARTED, self._name, time.time())
         loop, lag_s, looked_at, measured_at = asyncio.get_running_loop(), 0.0, 0.0, 0.0
         while True:
@@ -132,8 +131,10 @@ class Watch:
                 self.look(measures=is_due)
 
     def look(self, *, measures: bool = True) -> None:
-        """Set all gauges, and hand on what was counted. measures: also memory and processor time,
-        which take longer than all others."""
+        """Set all gauges and flush the counters.
+
+        measures: also memory and CPU time, which take longer than all others.
+        """
         made, name = self._instruments, self._name
         there = {("pool", one) for one in self.limiters} | {
             ("upstream", one) for one in self.health
@@ -176,7 +177,9 @@ class Watch:
         self._problems = logged
 
     def _announce(self, upstream: str, one: Announcement, *, served: bool) -> None:
-        """Once each, so that of several processes the one that heard it last counts."""
+        """Set the gauges of an announcement once: among processes, the last one to receive it
+        counts.
+        """
         heard = self._heard.get((upstream, one.model))
         model = self._models.of(one.model, learns=served)
         if heard == one.at or model != one.model:
@@ -194,7 +197,7 @@ class Watch:
 
 
 def resident_bytes() -> int:
-    """The memory that this process has in use; 0 where the system does not tell."""
+    """Return the memory in use by this process; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * _PAGE_BYTES
@@ -209,7 +212,7 @@ MOST_TASKS = 30
 
 
 class ProcessState:
-    """One per process. A listener of `CallListeners` too, for the calls that failed last."""
+    """The state of a process, for operators. Listens to `CallListeners` for failed calls."""
 
     def __init__(self, instance_id: str, watch: Watch) -> None:
         self._instance_id = instance_id
@@ -218,7 +221,7 @@ class ProcessState:
         self._failures: deque[dict[str, Any]] = deque(maxlen=MOST_FAILURES)
 
     def take(self, batch: Sequence[CallRecord]) -> None:
-        """Remember those that failed."""
+        """Keep the failed calls."""
         for one in batch:
             if one.status == "succeeded":
                 continue
@@ -234,7 +237,7 @@ class ProcessState:
             self._failures.append({name: value for name, value in told.items() if value})
 
     def shown(self) -> dict[str, Any]:
-        """All of it, as plain values."""
+        """Return the state as plain values."""
         watch, store = self._watch, self._watch.store
         return {
             "instance_id": self._instance_id,
@@ -284,7 +287,7 @@ class ProcessState:
 
 
 def _tasks() -> dict[str, int]:
-    """How many tasks of the event loop run which coroutine, the most frequent ones."""
+    """Return the most frequent coroutines of the event loop's tasks, with the number of tasks."""
     names: Counter[str] = Counter()
     for task in asyncio.all_tasks():
         names[getattr(task.get_coro(), "__qualname__", "?")] += 1
@@ -298,7 +301,7 @@ log = get_logger()
 
 
 class Given(Collector):
-    """The families of one answer."""
+    """The metrics of one scrape."""
 
     def __init__(self) -> None:
         self._families: dict[Spec, GaugeMetricFamily] = {}
@@ -317,7 +320,7 @@ class Given(Collector):
 async def read(
     keepers: Mapping[str, PolicyKeeper], standing: QueueDepths, servers: ServerLoads
 ) -> Given:
-    """Ask both stores and the servers of one's own concurrently."""
+    """Read both stores and the load of self-hosted servers concurrently."""
     given = Given()
     given.add(Metric.BUILD, 1, __version__)
     limiters = [one.limiter for one in keepers.values()]
@@ -349,14 +352,14 @@ async def read(
 
 
 async def _asked(of: str, work: Awaitable[T]) -> T | None:
-    """None if the store does not answer in time."""
+    """Return the answer of a store, or None if it does not answer in time."""
     try:
         async with asyncio.timeout(DEADLINE_S):
             return await work
     except (LimiterUnavailable, StoreUnavailable, TimeoutError) as away:
         log.debug(Log.SCRAPE_INCOMPLETE, missing=of, detail=repr(away))
         return None
-    except Exception:  # logged: one part of a scrape must not take the rest with it
+    except Exception:  # logged: one part of a scrape must not fail the others
         log.exception(Log.INTERNAL_ERROR, component="metrics")
         return None
 
@@ -378,7 +381,7 @@ def _tell_loads(given: Given, loads: Mapping[str, ServerLoad]) -> None:
 def _tell_learned(given: Given, pool: str, limits: Iterable[LearnedLimit]) -> None:
     for one in list(limits)[:MOST_LIMITS]:
         given.add(Metric.OTHERS, one.others_share, pool, one.limit)
-        if not one.model:  # no header tells of it
+        if not one.model:  # not reported in headers
             continue
         given.add(Metric.LEARNED, one.bound, pool, one.limit)
         drifts = one.drift in ("rose", "fell")
@@ -392,7 +395,7 @@ def _tell_pool(given: Given, pool: str, snapshot: Snapshot, left_out: Counter[st
     given.add(Metric.EPOCH, snapshot.epoch, pool)
     given.add(Metric.REVISION, snapshot.revision, pool)
     views = list(snapshot.limits.values())
-    # Where there are more than are shown, those that hold somebody up come first.
+    # The limits with the most waiting calls come first, since the number is bounded.
     views.sort(key=lambda view: (-view.waiting, view.limit))
     for view in views[:MOST_LIMITS]:
         where = (pool, view.limit)
@@ -441,12 +444,12 @@ def _tell_depths(given: Given, depths: Depths, left_out: Counter[str]) -> None:
 
 
 def _perhaps_more(queues: tuple[QueueDepth, ...]) -> int:
-    """Queues beyond the scanned ones are not counted: 1 means some."""
+    """Return 1 if there may be more queues than were scanned, else 0."""
     return int(len(queues) >= MOST_QUEUES)
 
 
 TELL_EVERY_S = 1.0
-SAME_EVERY_S = 2.5  # where there is nothing new to tell
+SAME_EVERY_S = 2.5  # if nothing has changed
 KEEP_MS = 5_000
 FRESH_S = 0.5
 READ_WITHIN_S = 1.0
@@ -456,8 +459,10 @@ MOST_PROCESSES = 100
 
 @dataclass(frozen=True, slots=True)
 class UpstreamFound:
-    """An upstream as one process finds it; see `Gate`. `unpaid`: there is no money left, and the
-    key is sound."""
+    """The state of an upstream in one process; see `Gate`.
+
+    unpaid: the account has no money left, but the key is valid.
+    """
 
     state: State
     key_refused: bool = False
@@ -468,7 +473,7 @@ class UpstreamFound:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What a process tells. `calls` are the oldest of the `under_way`."""
+    """What a process publishes. `calls` are the oldest of the `under_way` calls in progress."""
 
     process: str
     under_way: int = 0
@@ -478,19 +483,19 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """`reached`: whether Valkey has told those of the other processes."""
+    """The notes of all processes. reached: whether Valkey returned those of the other processes."""
 
     notes: list[Note]
     reached: bool
 
     @property
     def whole(self) -> bool:
-        """Whether every call that is under way is in it."""
+        """Whether the notes contain every call in progress."""
         return self.reached and all(len(one.calls) >= one.under_way for one in self.notes)
 
 
 class Board:
-    """One per process. `limiter` is that of the pool in which all processes are."""
+    """Publishes the note of this process, and reads the others. All share the pool of `limiter`."""
 
     def __init__(
         self,
@@ -507,7 +512,7 @@ class Board:
         self._more: Mapping[str, Any] = {}
 
     async def run(self) -> None:
-        """Tell the others, for ever."""
+        """Publish the note until cancelled."""
         told, told_at = b"", -math.inf
         while True:
             try:
@@ -519,7 +524,7 @@ class Board:
                     told, told_at = note, now
             except LimiterUnavailable as away:
                 log.debug(Log.SCRAPE_INCOMPLETE, missing="processes", detail=away.message)
-            except Exception:  # the top of a task: logged, and it goes on
+            except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR, component="board")
             await asyncio.sleep(next_beat_s(TELL_EVERY_S))
 
@@ -527,12 +532,11 @@ class Board:
         return self._limiter.state == "away"
 
     async def share(self, more: Mapping[str, Any]) -> None:
-        """Have the note of this process say more, by names of its own, from the next one on: a
-        process has one note in a pool."""
+        """Add fields to the note of this process from now on: a process has one note per pool."""
         self._more = more
 
     def own(self) -> Note:
-        """What this process has to tell, as of now."""
+        """Return the current note of this process."""
         return Note(
             self.process,
             len(self.active_calls),
@@ -544,12 +548,12 @@ class Board:
         )
 
     async def notes(self) -> Notes:
-        """Of all processes: the own one as of now, the others as of a second or two ago."""
+        """Return the notes of all processes, those of others as of one or two seconds ago."""
         others = await self._others.get()
         return Notes([self.own(), *(others or ())], others is not None)
 
     async def _read(self) -> list[Note] | None:
-        """None while Valkey does not tell."""
+        """Return the notes of other processes, or None if Valkey does not answer."""
         if self._is_away():
             return None
         try:
@@ -569,7 +573,7 @@ def packed(note: Note, more: Mapping[str, Any] | None = None) -> bytes:
 
 
 def unpacked(raw: bytes) -> Note:
-    """What another version has added is passed over."""
+    """Return a note. Fields added by another version are ignored."""
     told: dict[str, Any] = orjson.loads(raw)
     upstreams = {
         name: UpstreamFound(**_known(UpstreamFound, one)) for name, one in told["upstreams"].items()
@@ -601,7 +605,7 @@ EXPOSITION_FRESH_S = 1.0
 
 
 class Exposition:
-    """One per process."""
+    """The metrics endpoint of a process."""
 
     def __init__(
         self,
@@ -620,9 +624,12 @@ class Exposition:
         self._making = asyncio.Lock()
 
     async def text(self, accept: str) -> tuple[bytes, str]:
-        """The metrics and their media type: as OpenMetrics where `accept` asks for it, else as text
-        of Prometheus; in one version of each, since an answer is shared and the library fails at a
-        version that is no number."""
+        """Return the metrics as OpenMetrics if `accept` requests it, else as Prometheus text; their
+        type.
+
+        Only one version of each is used, because answers are shared, and the library fails on a
+        version that is not a number.
+        """
         sort = "application/openmetrics-text" if "openmetrics" in accept else "text/plain"
         async with self._making:
             made_at, body, media_type = self._answers.get(sort, (float("-inf"), b"", ""))

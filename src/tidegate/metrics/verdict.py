@@ -1,9 +1,9 @@
 """Verdict on a deployment: healthy, degraded or down, with its causes in the order to act on.
 
-One judgement for the dashboard, `/health/dependencies` and `tidegate status`. Invariants: `judge`
-is pure; requests that wait are normal, and degrade a deployment only where their wait is long; a
-part that does not answer is a cause itself, and the others are judged without it; at most
-`MOST_CAUSES` are named, the worst first.
+The dashboard, `/health/dependencies` and `tidegate status` share it. Invariants: `judge` is pure;
+waiting requests are normal, and degrade a deployment only if their wait is long; a part that does
+not answer is a cause itself, and the others are judged without it; at most `MOST_CAUSES` causes are
+listed, the worst first.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ CauseKind = Literal[
     "drift",
 ]
 LONG_WAIT_MS = 60_000
-SHORT_PAUSE_MS = 10_000  # as a provider's 429 makes one: it ends before a person could act
+SHORT_PAUSE_MS = 10_000  # such as after a provider's 429: it ends before a person could act
 MOST_CAUSES = 12
 FRESH_S = 1.0
 RECORD_FRESH_S = 2.0
@@ -72,8 +72,11 @@ log = get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """One reason for the state of a deployment. level: the state that it alone makes; a cause that
-    is healthy is worth a look. subject: the limit, upstream or budget. command: what acts on it."""
+    """One reason for the state of a deployment.
+
+    level: the state that this cause alone produces; a cause with `healthy` is for information.
+    subject: the limit, upstream or budget. command: acts on the cause.
+    """
 
     kind: CauseKind
     level: Health
@@ -87,7 +90,7 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentVerdict:
-    """The state in a word and a sentence. more: number of causes that are not listed."""
+    """The state of a deployment, as a level and a sentence. more: causes that are not listed."""
 
     health: Health
     sentence: str
@@ -99,7 +102,7 @@ class DeploymentVerdict:
 
 @dataclass(frozen=True, slots=True)
 class PoolSeen:
-    """A pool at one moment. snapshot: None while Valkey does not answer, as `problem` says."""
+    """A pool at one moment. snapshot: None if Valkey does not answer, for the reason `problem`."""
 
     pool: str
     policy: PoolPolicy
@@ -110,7 +113,7 @@ class PoolSeen:
 
 @dataclass(frozen=True, slots=True)
 class RecordSeen:
-    """What the record has that an operator has to act on, of a moment ago."""
+    """Recent state of PostgreSQL that needs an operator."""
 
     stuck: StuckCounts
     budgets: Sequence[Budget] = ()
@@ -119,7 +122,7 @@ class RecordSeen:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentSeen:
-    """A deployment at one moment. record: None while PostgreSQL does not answer."""
+    """A deployment at one moment. record: None if PostgreSQL does not answer."""
 
     pools: Sequence[PoolSeen]
     notes: Sequence[Note]
@@ -128,7 +131,7 @@ class DeploymentSeen:
 
 
 class Standing:
-    """State of the deployment, as this process reads it. One per process."""
+    """Reads the state of the deployment. One per process."""
 
     def __init__(self, keepers: Mapping[str, PolicyKeeper], board: Board, store: Store) -> None:
         self._keepers = keepers
@@ -138,7 +141,7 @@ class Standing:
         self._verdict = Recent(FRESH_S, self._judge)
 
     async def look(self) -> DeploymentSeen:
-        """Ask Valkey for every pool, and PostgreSQL unless it was asked a moment ago."""
+        """Read every pool from Valkey, and PostgreSQL unless it was read a moment ago."""
         keepers = list(self._keepers.items())
         notes, record, pools = await asyncio.gather(
             self._board.notes(),
@@ -148,7 +151,7 @@ class Standing:
         return DeploymentSeen(pools, notes.notes, self._board.own().upstreams.keys(), record)
 
     async def verdict(self) -> DeploymentVerdict:
-        """That of a moment ago, however many ask."""
+        """Return the recent verdict, computed once for all callers."""
         return await self._verdict.get()
 
     async def _judge(self) -> DeploymentVerdict:
@@ -183,7 +186,7 @@ async def _pool(name: str, keeper: PolicyKeeper) -> PoolSeen:
 
 
 def judge(seen: DeploymentSeen) -> DeploymentVerdict:
-    """The state of a deployment, and why."""
+    """Return the state of a deployment and its causes."""
     causes = causes_of(seen)
     levels = [one.level for one in causes]
     health: Health = min(levels, key=_LEVELS.__getitem__) if levels else "healthy"
@@ -197,7 +200,7 @@ def judge(seen: DeploymentSeen) -> DeploymentVerdict:
 
 
 def causes_of(seen: DeploymentSeen) -> list[Cause]:
-    """All causes of the state of a deployment, the worst first."""
+    """Return all causes of the state of a deployment, the worst first."""
     return sorted(
         (*_of_stores(seen), *_of_upstreams(seen), *_of_limits(seen), *_of_record(seen.record)),
         key=lambda one: (_LEVELS[one.level], _ORDER[one.kind], -one.waiting, one.subject or ""),
@@ -237,7 +240,7 @@ def _of_stores(seen: DeploymentSeen) -> Iterator[Cause]:
 
 
 def found_by(upstream: str, notes: Iterable[Note]) -> list[tuple[str, UpstreamFound]]:
-    """How each process finds an upstream, the worst first."""
+    """Return the state of an upstream in each process, the worst first."""
     found = [(one.process, one.upstreams[upstream]) for one in notes if upstream in one.upstreams]
     return sorted(found, key=lambda one: _badness(one[1]), reverse=True)
 
@@ -247,7 +250,7 @@ def _badness(found: UpstreamFound) -> tuple[bool, int, int]:
 
 
 def _of_upstreams(seen: DeploymentSeen) -> Iterator[Cause]:
-    """An upstream that some processes try again is on its way back: it is no cause."""
+    """Yield the causes of upstreams. One that some processes probe is recovering: no cause."""
     causes = [
         cause
         for upstream in seen.upstreams
@@ -301,7 +304,7 @@ def _of_upstream(
 
 
 def _waiting_at_gate(upstream: str, pools: Sequence[PoolSeen]) -> tuple[int, str]:
-    """How many calls wait until an upstream is tried again, and whose they are."""
+    """Return how many calls wait until an upstream is tried again, and of which tenants."""
     gate, waiting = f"{_GATE}{upstream}", 0
     tenants: Counter[str] = Counter()
     for one in pools:
@@ -317,7 +320,7 @@ def _of_limits(seen: DeploymentSeen) -> Iterator[Cause]:
             continue
         held_up = waiting_by_limit(one.snapshot)
         for view in one.snapshot.limits.values():
-            if _is_gate(view.limit, seen):  # told with its upstream
+            if _is_gate(view.limit, seen):  # reported with its upstream
                 continue
             if view.paused_ms > SHORT_PAUSE_MS:
                 yield _paused(one.pool, view, held_up.get(view.limit, Counter()))
@@ -350,7 +353,7 @@ def _of_limits(seen: DeploymentSeen) -> Iterator[Cause]:
 
 
 def _is_gate(limit: str, seen: DeploymentSeen) -> bool:
-    """Whether a pause of it is an upstream's that is out or removed: not by a person or a 429."""
+    """Return whether a pause is due to an upstream's outage or removal."""
     upstream = limit.removeprefix(_GATE)
     if upstream == limit or upstream not in seen.upstreams:
         return upstream != limit
@@ -358,7 +361,7 @@ def _is_gate(limit: str, seen: DeploymentSeen) -> bool:
 
 
 def waiting_by_limit(snapshot: Snapshot) -> defaultdict[str, Counter[str]]:
-    """The tenants whose calls each limit holds up, with how many."""
+    """Return per limit the tenants with calls that it blocks, and their number."""
     found: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for queue in snapshot.queues:
         if queue.held_up_by is not None:
@@ -382,7 +385,7 @@ def _paused(pool: str, view: LimitView, tenants: Counter[str]) -> Cause:
 
 
 def _bottleneck(seen: PoolSeen, view: LimitView, tenants: Counter[str], is_most: bool) -> Cause:
-    """A limit that holds calls up, and how long its last waiter is likely to wait."""
+    """Return the cause of a limit that blocks calls, with the estimated wait of the last one."""
     per_s = admitted_per_s(view, seen.policy.limit(view.limit))
     wait_ms = view.waiting * 1_000 / per_s if per_s else float(view.room_in_ms)
     parts = [_fullness(view, seen.policy.limit(view.limit))]
@@ -412,7 +415,7 @@ def _fullness(view: LimitView, limit: Limit | None) -> str:
 
 
 def _who_waits(waiting: int, tenants: Counter[str]) -> str:
-    """`acme 130, globex 20 and 2 more tenants wait.`"""
+    """Return text such as `Waiting: acme 130, globex 20 and 2 more tenants.`"""
     if not waiting or not tenants:
         return ""
     named = ", ".join(f"{name} {count:,}" for name, count in tenants.most_common(_MOST_TENANTS))
