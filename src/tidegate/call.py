@@ -60,6 +60,8 @@ REALTIME_KIND = "realtime"
 
 
 class Status(StrEnum):
+    """The state of a request."""
+
     QUEUED = "queued"
     RUNNING = "running"
     SUCCEEDED = "succeeded"

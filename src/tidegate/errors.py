@@ -143,6 +143,8 @@ class InvalidRequest(TidegateError):
 
 
 class PayloadTooLarge(InvalidRequest):
+    """A body, file or prompt is over its limit."""
+
     code = "too_large"
 
 
@@ -153,14 +155,20 @@ class FilesFull(PayloadTooLarge):
 
 
 class UnsupportedMedia(InvalidRequest):
+    """The content type, or the type of a file, is not supported."""
+
     code = "unsupported_media"
 
 
 class FetchRefused(InvalidRequest):
+    """An `image_uri` must not, or could not, be fetched."""
+
     code = "fetch_refused"
 
 
 class RequestTimeout(TidegateError):
+    """The client was too slow in sending its request."""
+
     code = "request_timeout"
 
 
@@ -177,6 +185,8 @@ class RealtimeStalled(TidegateError):
 
 
 class Unauthenticated(TidegateError):
+    """The API key is missing or unknown."""
+
     code = "unauthenticated"
 
 
@@ -235,6 +245,8 @@ class IdempotencyConflict(TidegateError):
 
 
 class AlreadyEnded(TidegateError):
+    """The request has ended already."""
+
     code = "already_ended"
 
 
@@ -261,26 +273,38 @@ class PolicyChanged(TidegateError):
 
 
 class NotEnded(TidegateError):
+    """The request has not ended yet."""
+
     code = "not_ended"
 
 
 class UpstreamsChanged(TidegateError):
+    """Another change of the upstreams came first."""
+
     code = "upstreams_changed"
 
 
 class UpstreamUnfit(TidegateError):
+    """An upstream fails its test, or a process lacks its key."""
+
     code = "upstream_unfit"
 
 
 class UpstreamInUse(TidegateError):
+    """An upstream is still in use and cannot be removed."""
+
     code = "upstream_in_use"
 
 
 class RequestCancelled(TidegateError):
+    """The owner cancelled the request."""
+
     code = "cancelled"
 
 
 class TooManyFollowers(TidegateError):
+    """The process has its maximum of status streams."""
+
     code = "too_many_followers"
     retryable = True
 
@@ -373,19 +397,27 @@ class LimitUsedUp(DeadlineExceeded):
 
 
 class DemandImpossible(AdmissionError):
+    """The call can never be admitted: `limit` is unknown, 0, or lower than the demand."""
+
     code = "impossible"
 
 
 class QueueFull(AdmissionError):
+    """The queue of waiting calls, or the memory for requests, is full."""
+
     code = "queue_full"
 
 
 class LimiterUnavailable(AdmissionError):
+    """Valkey is unavailable: a call is not admitted, or a command has no result."""
+
     code = "limiter_unavailable"
     retryable = True
 
 
 class LeaseLost(TidegateError):
+    """The session of the permit has expired; results are not stored."""
+
     code = "lease_lost"
     retryable = True
 
@@ -551,6 +583,8 @@ class UpstreamTimeout(UpstreamError):
 
 
 class UpstreamRejected(UpstreamError):
+    """The provider rejected the call with another 4xx: a retry would fail too."""
+
     code = "upstream_rejected"
     is_answer = True
 
@@ -593,6 +627,8 @@ class UpstreamUnpaid(UpstreamUnauthorized):
 
 
 class UpstreamGarbled(UpstreamError):
+    """The provider's answer is malformed."""
+
     code = "upstream_garbled"
     retryable = True
 
@@ -621,16 +657,22 @@ class EmptyAnswer(UpstreamError):
 
 
 class StoreUnavailable(TidegateError):
+    """PostgreSQL is unavailable."""
+
     code = "store_unavailable"
     retryable = True
 
 
 class IssuerUnavailable(TidegateError):
+    """The token issuer is unavailable, and its keys are unknown."""
+
     code = "issuer_unavailable"
     retryable = True
 
 
 class ClaimLost(TidegateError):
+    """Another worker has the job now; this result is not stored."""
+
     code = "claim_lost"
 
 
@@ -655,5 +697,7 @@ class GatewayUnreachable(TidegateError):
 
 
 class ShuttingDown(TidegateError):
+    """This process is stopping."""
+
     code = "shutting_down"
     retryable = True

@@ -502,6 +502,7 @@ class Demands:
         audio_seconds: int = 0,
         tags: CallTags = NO_TAGS,
     ) -> tuple[str, ...]:
+        """Return the limits of the policy that apply to a call."""
         if self._reach.policy is not policy:
             self._reach = Reach(policy, kinds_optional=self._kinds_optional)
         reach = self._reach

@@ -43,6 +43,8 @@ GENERATED_POINTS = 0.6
 
 
 class Lean(StrEnum):
+    """The type of output that a clause requests."""
+
     IMAGE = "image"
     TEXT = "text"
     NEITHER = "neither"
@@ -82,6 +84,8 @@ _BEFORE_COMMAND = (Label.LEAD, Label.JOIN, Label.WISH, Label.WANT, Label.NEGATIO
 
 @dataclass(frozen=True, slots=True)
 class Clause:
+    """One clause of a prompt with its recognised words."""
+
     marked: Marked
     span: Bounds
     marks: tuple[Word, ...]
@@ -231,6 +235,7 @@ def scene_points(marks: Sequence[Word]) -> float:
 
 
 def read_clause(marked: Marked, span: Bounds, *, with_image: bool) -> Intent:
+    """Return the request of one clause."""
     marks = ends_of(tuple(m for m in marked.marks if span.start <= m.start < span.end))
     clause = Clause(marked, span, marks, with_image)
     if _wants_markup(clause):

@@ -197,6 +197,8 @@ class Syntax:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
+    """One or several words, with their label. An ending `*` matches any ending."""
+
     parts: tuple[str, ...]
     language: str
     label: Label

@@ -87,6 +87,7 @@ _RESOURCES = (
 
 
 def endpoint_of(method: str, path: str) -> Endpoint | None:
+    """Return the endpoint of a request, None for an unknown path."""
     if method == "POST" and (named := _PREDICT.fullmatch(path)) is not None:
         return Endpoint(
             Dialect.ANTHROPIC,

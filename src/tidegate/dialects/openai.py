@@ -175,6 +175,7 @@ _DEPLOYMENT = re.compile(
 
 
 def endpoint_of(method: str, path: str) -> Endpoint | None:
+    """Return the endpoint of a request, None for an unknown path."""
     if method == "POST" and (named := _DEPLOYMENT.fullmatch(path)) is not None:
         call = _CALLS.get(f"/v1{named['below']}")
         known = call is not None and named["below"] in OF_DEPLOYMENTS

@@ -124,6 +124,8 @@ class FixedWindow:
 
 
 class SlidingWindow:
+    """A counter of the amounts taken within the last `window_ns`."""
+
     def __init__(self, limit: int, window_ns: int) -> None:
         self.limit = limit
         self.window_ns = window_ns

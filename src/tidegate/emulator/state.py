@@ -117,6 +117,8 @@ class LoggedCall:
 
 
 class CallLedger:
+    """The calls of the emulator: counts by type and model, and a log of the last calls."""
+
     def __init__(self, log_size: int) -> None:
         self._stats = {kind: KindStats() for kind in KINDS}
         self._billed: dict[str, dict[str, Billed]] = {}
@@ -299,6 +301,8 @@ _FORBIDDEN = "You do not have permission to access the File {name} or it may not
 
 @dataclass(slots=True)
 class StoredFile:
+    """An uploaded file; of its content only JSON lines are kept."""
+
     name: str  # files/abc
     mime_type: str
     display_name: str
@@ -325,6 +329,8 @@ class StoredFile:
 
 
 class FileStore:
+    """The uploaded files of the emulator, and resumable uploads in progress."""
+
     def __init__(self) -> None:
         self._files: dict[str, StoredFile] = {}
         self._uploads: dict[str, StoredFile] = {}
@@ -417,6 +423,8 @@ T = TypeVar("T")
 
 
 class EmulatorState:
+    """The state of an emulator: its calls, limits, files, batches and injected faults."""
+
     def __init__(
         self, settings: EmulatorSettings, clock_ns: Callable[[], int] = time.time_ns
     ) -> None:

@@ -101,6 +101,7 @@ def status_of(failure: Failure | None) -> Status:
 def log_end(
     job: ClaimedJob, record: CallRecord, failure: Failure | None, wait_ms: int | None
 ) -> None:
+    """Log the end of a job, or its retry after `wait_ms`."""
     fields = {
         "request_id": str(job.request_id),
         "tenant": job.tenant_id,

@@ -65,6 +65,8 @@ class SessionView:
 
 @dataclass(frozen=True, slots=True)
 class TenantView:
+    """A waiting tenant."""
+
     tenant: str
     waiting: int
     weight: int
@@ -229,6 +231,7 @@ class SnapshotParts:
         self._permits: dict[tuple[str, int], list[Any]] = {}
 
     def add(self, reply: InspectReply) -> None:
+        """Add one part of a pool."""
         self.last = reply
         for row in reply.sessions:
             before = self._sessions.setdefault(row[0], row)
@@ -247,6 +250,7 @@ class SnapshotParts:
         self._permits |= {(row[0], row[1]): row for row in reply.permits}
 
     def snapshot(self, state: State) -> Snapshot:
+        """Return the snapshot, once all parts are added."""
         names = {sid: row[1] for sid, row in self._sessions.items()}
         return Snapshot(
             limits={name: self._limits[name] for name in sorted(self._limits)},

@@ -264,6 +264,7 @@ def words_of(view: LimitView, limit: Limit | None) -> str:
 def shown_permits(
     held: tuple[PermitView, ...], calls: Mapping[tuple[str, int], RunningCall]
 ) -> list[ShownPermit]:
+    """Return the permits with the requests that hold them, if known."""
     found = []
     for permit in held:
         call = calls.get((permit.process, permit.seq))

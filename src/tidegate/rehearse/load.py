@@ -406,6 +406,8 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Load:
+    """A described load: streams of calls for `lasts_ms`."""
+
     lasts_ms: float
     streams: tuple[Stream, ...]
 

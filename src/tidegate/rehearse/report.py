@@ -112,6 +112,8 @@ def _in_flight(limit: Concurrency, name: str, call: LoadCall) -> int:
 
 @dataclass(slots=True)
 class LoadTally:
+    """The results of one rehearsed policy, collected while it runs."""
+
     policy: PoolPolicy
     span_ms: float = 0.0
     since_ms: float = 0.0
@@ -547,6 +549,8 @@ _FIGURE = re.compile(r"-|[\d.,]+( ?(ms|s|min|h|%|days?))?( \d+ (s|min))?")
 
 @dataclass(frozen=True, slots=True)
 class Table:
+    """A table of a report. right_from: the first right-aligned column; None: by the cells."""
+
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]

@@ -28,6 +28,8 @@ _REVISIONS = "alembic_version"
 
 @dataclass(frozen=True, slots=True)
 class OldTransaction:
+    """A transaction of another session that has been open for long."""
+
     pid: int
     who: str
     program: str

@@ -350,6 +350,7 @@ def input_rows(job: NewJob) -> list[Json]:
 def file_rows(
     role: str, request_id: UUID, tenant_id: str, files: Iterable[Attachment | OutputFile]
 ) -> list[Json]:
+    """Return the rows of a request's files, in order."""
     return [
         {
             "id": file.file_id,
@@ -670,6 +671,7 @@ def request_record(
     webhook: WebhookRecord | None,
     place: int | None,
 ) -> RequestRecord:
+    """Return the record of a request from its row and those of its files."""
     return record_of(
         RequestRecord,
         row,

@@ -103,6 +103,8 @@ Say = Callable[[str], None]
 
 
 class Verdict(StrEnum):
+    """Whether a promise was kept."""
+
     KEPT = "kept"
     BROKEN = "broken"
     SKIPPED = "skipped"

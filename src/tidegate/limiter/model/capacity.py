@@ -35,6 +35,7 @@ class Capacity:
         return limit.spending.look(limit.limit, self.pool.now, self.pool.resets.get(limit.name, 0))
 
     def is_let_by_pause(self, limit: LimitState) -> bool:
+        """Return whether a pause or gate admits a call; if only time frees it, set `retry_at`."""
         pause = self.pool.pause_of(limit)
         bound = RAMP_BOUND if limit.is_implicit else limit.limit.bound
         if pause is None:

@@ -304,6 +304,7 @@ class Pump:
         )
 
     def pump(self) -> None:
+        """Admit waiters under the touched limits, as far as the budget reaches."""
         if self.pool.quiet():
             return
         self._touch_due()
