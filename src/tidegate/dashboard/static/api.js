@@ -1,12 +1,12 @@
-// The gateway's own HTTP API, asked with the key of this tab, or the cookie of the start-up page's
-// address. Every failure is a Problem.
+// Client of the gateway's HTTP API. Requests carry the key of this tab, or the cookie that the
+// start-up page's link sets. Every failure is a Problem.
 
 import * as session from "./session.js";
 
-// The document is at <prefix>/dashboard/, so that the API is one step up, behind any proxy.
+// The document is at <prefix>/dashboard/, so the API is one level up, behind any proxy.
 const BASE = new URL("..", document.baseURI);
 
-/** An answer that is an error, as problem JSON (RFC 9457) says it; or no answer at all. */
+/** An error response as problem JSON (RFC 9457), or the lack of a response. */
 export class Problem extends Error {
   constructor(fields) {
     super(fields.detail || fields.title || "Unknown error.");
@@ -19,13 +19,13 @@ export class Problem extends Error {
     this.retryAfterMs = fields.retry_after_ms ?? null;
   }
 
-  /** Whether nobody answered: the process is away, or the network. */
+  /** Whether there was no response: the process or the network is down. */
   get isAway() {
     return this.status === 0;
   }
 }
 
-/** The address of a path of the API, such as `admin/limits`, with a query from an object. */
+/** Return the URL of a path of the API, such as `admin/limits`, with a query from an object. */
 export function address(path, query = {}) {
   const url = new URL(path.replace(/^\//, ""), BASE);
   for (const [name, value] of Object.entries(query)) {
@@ -35,11 +35,11 @@ export function address(path, query = {}) {
 }
 
 /**
- * Ask, and return the Response once it is known to be a good one.
+ * Send a request, and return the Response if its status is a success.
  *
- * `body` is sent as JSON, unless it is FormData. Throws Problem; an AbortError of `signal` passes.
- * A 401 signs out, unless `keepSession`: what a page asks of another API than /admin and /dashboard
- * may be refused to a token that opens those.
+ * `body` is sent as JSON unless it is FormData. Throws a Problem; an AbortError of `signal` passes
+ * through. A 401 signs out, unless `keepSession`: other APIs than /admin and /dashboard may refuse
+ * a token that is valid for those.
  */
 export async function ask(method, path, options = {}) {
   const { query, body, signal, headers = {}, keepSession = false } = options;
@@ -84,9 +84,9 @@ export const patch = async (path, body = {}, options = {}) =>
   json(await ask("PATCH", path, { ...options, body }));
 export const remove = async (path, options) => json(await ask("DELETE", path, options));
 
-const KEYS = 1_000; // the most in a page of keys
+const KEYS = 1_000; // maximum keys of a page
 
-/** All API keys, the oldest first, read by pages. */
+/** Return all API keys, oldest first, read by pages. */
 export async function allKeys(signal) {
   const keys = [];
   for (;;) {
@@ -96,13 +96,16 @@ export async function allKeys(signal) {
   }
 }
 
-/** A file as an address for <img src>, since an image can't show a key. Revoke it when done. */
+/**
+ * Return an object URL of a file for <img src>, since an image request cannot carry a key. The
+ * caller revokes it.
+ */
 export async function fileUrl(path, options = {}) {
   const response = await ask("GET", path, { ...options, headers: { Accept: "*/*" } });
   return URL.createObjectURL(await response.blob());
 }
 
-/** What `reader` reads next. Throws a Problem where the connection broke, or an AbortError. */
+/** Read the next piece. Throws a Problem if the connection broke, or an AbortError. */
 async function next(reader) {
   try {
     return await reader.read();
@@ -113,10 +116,11 @@ async function next(reader) {
 }
 
 /**
- * The server-sent events of a response, as they come: `{ event, data, id }`, data as text.
+ * Yield the server-sent events of a response as they arrive: `{ event, data, id }` with data as
+ * text.
  *
- * EventSource can't show a key, so the stream is read here. Ends with the stream; comments pass in
- * silence, but `onComment` is called for them. Throws a Problem where the connection breaks.
+ * EventSource cannot send a key, so the stream is parsed here. It ends with the stream. Comments
+ * are skipped, after a call of `onComment`. Throws a Problem if the connection breaks.
  */
 export async function* events(response, onComment = () => {}) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -149,9 +153,12 @@ function parsed(block) {
 }
 
 const PRELUDE = 12; // lengths of the message and of its headers, and a checksum: 4 bytes each
-const TEXT = 7; // the type of a header's value that is a text; no other is sent in a stream of a model
+const TEXT = 7; // the type of a text header; a model's stream sends no other type
 
-/** The messages of a response in AWS's framing, `{ type, problem, data }`; `data` is their JSON. What TLS and TCP check is not checked again. */
+/**
+ * Yield the messages of a response in AWS's framing, `{ type, problem, data }` with their JSON as
+ * `data`. The checksums are not verified, since TLS and TCP verify the bytes.
+ */
 export async function* framed(response) {
   const reader = response.body.getReader();
   let rest = new Uint8Array();
@@ -181,7 +188,7 @@ function headersIn(bytes) {
   const text = (from, size) => new TextDecoder().decode(bytes.subarray(from, from + size));
   const found = {};
   for (let at = 0; at < bytes.length && bytes[at + 1 + bytes[at]] === TEXT; ) {
-    const value = at + 2 + bytes[at]; // its length, in two bytes
+    const value = at + 2 + bytes[at]; // after its length of two bytes
     const size = bytes[value] * 256 + bytes[value + 1];
     found[text(at + 1, bytes[at])] = text(value + 2, size);
     at = value + 2 + size;

@@ -1,4 +1,4 @@
-// The record beside the providers' own books, as `tidegate reconcile` has found them.
+// Records compared with the providers' reports by `tidegate reconcile`.
 
 import { h } from "./dom.js";
 import { count, money } from "./format.js";

@@ -1,4 +1,4 @@
-// A line chart over time: uPlot, with our colours, units and legend.
+// A line chart over time: uPlot with the dashboard's colours, units and legend.
 
 import { fill, h, say } from "./dom.js";
 import { NOTHING } from "./format.js";
@@ -16,13 +16,13 @@ const seconds = new Intl.DateTimeFormat("en-GB", {
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /**
- * `series`: `[label, name of the colour, filled?]` of each line; `words(value)` says a value.
+ * A card with a chart. `series`: `[label, name of the colour, filled?]` of each line.
+ * `words(value)` formats a value.
  *
- * `update(at, lines)`: times in seconds, and the values of each line (null: no call in that span).
- * `marks(events)`: `{ at, words }` of what happened meanwhile, as upright lines. Its room is kept
- * while there is nothing to draw. `pick(at)` is called for a click on a moment. `stacked`: each line
- * stands on those after it. `peaks`: beside the names stand the largest values, not the newest.
- * `signal` takes it away.
+ * `update(at, lines)` takes times in seconds and the values of each line (null: no call in that
+ * span). `marks(events)` draws events `{ at, words }` as vertical lines. `pick(at)` is called for a
+ * click at a time. `stacked`: each line is added to those after it. `peaks`: the legend has the
+ * maxima instead of the newest values. `signal` removes the chart; without data it keeps its size.
  */
 export function chart(title, series, words, { signal, least = 0, pick = null, stacked = false, peaks = false }) {
   const host = h("div", { class: "chart-canvas" });
@@ -100,7 +100,7 @@ export function chart(title, series, words, { signal, least = 0, pick = null, st
 
 const STACK = ["--chart-2", "--chart-1", "--chart-3", "--chart-5", "--chart-6", "--chart-7", "--line-strong"];
 
-/** The same for areas on one another, which come and go: `update(at, [[name, values], ...])`. */
+/** The same for stacked areas that may change: `update(at, [[name, values], ...])`. */
 export function stack(title, words, { signal, ...more }) {
   const element = h("div", { class: "chart-place" });
   let [names, inner, round] = [null, null, null];
@@ -137,7 +137,10 @@ export function stack(title, words, { signal, ...more }) {
   };
 }
 
-/** Each line with all after it added: the first is drawn first, and the others over it. */
+/**
+ * Return each line plus the sum of all lines after it. The first line is drawn first, and the
+ * others over it.
+ */
 function stackedUp(lines) {
   const found = [];
   let below = null;
@@ -148,7 +151,7 @@ function stackedUp(lines) {
   return found;
 }
 
-/** The moment under the pointer, and what was changed in it. */
+/** Return the time under the pointer, and the event at that time. */
 function momentOf(times, at, marked) {
   const [from, until] = [times[at], times[at + 1] ?? times[at] + (times[at] - (times[at - 1] ?? times[at]))];
   const event = marked.find((one) => one.at >= from && one.at < until);
@@ -156,11 +159,14 @@ function momentOf(times, at, marked) {
   return event ? `${moment} · ${event.words}` : moment;
 }
 
-/** A value at an axis, in few letters: without the zeros that figures keep for their width. */
+/** Format a value for an axis, without trailing zeros. */
 const marked = (words) => (value) =>
   value === 0 ? "0" : words(value).replace(/(\.\d*?)0+(?=\D)/, "$1").replace(/\.(?=\D)/, "");
 
-/** The places of values that have none beside them: no line goes there, so each is drawn as a dot. */
+/**
+ * Return the indexes of values without a neighbour, which are drawn as dots because no line leads
+ * to them.
+ */
 function alone(plot, line) {
   const values = plot.data[line];
   const isThere = (at) => values[at] !== null && values[at] !== undefined;
@@ -209,7 +215,7 @@ function options(width, { series, words, least, tell, stacked, marks }) {
   };
 }
 
-/** An upright line for each event that is within the times shown. */
+/** Draw a vertical line for each event within the shown times. */
 function upright(plot, events) {
   const { ctx, bbox } = plot;
   ctx.save();

@@ -1,8 +1,8 @@
-// Amounts by day, or by hour, as columns, each a stack of its parts, with a legend of their sums.
+// Amounts by day or by hour as stacked columns, with a legend of the sums.
 
 import { fill, h, say } from "./dom.js";
 
-// As many as there are colours; the last is of all others.
+// One colour for each part; the last is for all other parts.
 const COLOURS = ["--chart-1", "--chart-2", "--chart-3", "--chart-5", "--chart-6", "--chart-7"];
 export const MOST_PARTS = COLOURS.length;
 const REST = "--line-strong";
@@ -10,10 +10,10 @@ const REST = "--line-strong";
 /**
  * A card: `update({ title, days, parts, format })`.
  *
- * `days`: texts such as `2026-11-28`. `parts`: `{ name, values }` of each, a value for each day; those
- * after `MOST_PARTS` have one colour. The legend has the sums, or the values of the day under the
- * pointer. `pick(day)` is called for a click on a day. `wordsOf(day)` names one; `sum` is of the values
- * that the legend has while none is pointed at.
+ * `days`: texts such as `2026-11-28`. `parts`: `{ name, values }` with a value for each day; parts
+ * after the first `MOST_PARTS` share one colour. The legend shows the sums (by `sum`), or the
+ * values of the day under the pointer. `pick(day)` is called for a click on a day. `wordsOf(day)`
+ * formats a day.
  */
 export function dayColumns(pick, wordsOf = dayWords, sum = sumOf) {
   const title = h("h2", {});
@@ -82,7 +82,7 @@ function entry(name, at) {
   return h("li", { title: name }, swatch, h("span", {}, name), " ", h("b", {}));
 }
 
-/** The next round number that is not below. */
+/** Return the next round number that is not smaller. */
 function upTo(value) {
   if (value <= 0) return 0;
   const size = 10 ** Math.floor(Math.log10(value));

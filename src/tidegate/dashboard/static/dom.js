@@ -1,4 +1,4 @@
-// Building the page from elements and text, never from HTML: what a tenant wrote stays text.
+// Builds the page from elements and text, never from HTML, so that text of tenants stays text.
 
 import * as session from "./session.js";
 
@@ -6,9 +6,9 @@ const SVG = "http://www.w3.org/2000/svg";
 const SVG_TAGS = new Set(["svg", "path", "circle", "line", "rect", "g", "polyline", "title"]);
 
 /**
- * An element. In `props`: `class`, `data` (an object), `on` (event -> listener), `needs` (the role
- * without which a button is off, and says so), properties such as `value`, and attributes. Null and
- * false are left out; `children` may be nested lists.
+ * Create an element. `props`: `class`, `data` (an object), `on` (event -> listener), `needs` (the
+ * role without which a button is disabled, with the reason), properties such as `value`, and
+ * attributes. Null and false are left out; `children` may be nested lists.
  */
 export function h(tag, props = {}, ...children) {
   const element = SVG_TAGS.has(tag)
@@ -38,30 +38,30 @@ function add(element, children) {
   }
 }
 
-/** Put `children` in the place of all that an element holds. */
+/** Replace the content of an element. */
 export function fill(element, ...children) {
   element.replaceChildren();
   add(element, children);
   return element;
 }
 
-/** Set a text only where it differs, so that nothing is painted, selected or announced again. */
+/** Set a text only if it differs, so that nothing is painted, selected or announced again. */
 export function say(element, text) {
   const wanted = String(text);
   if (element.textContent !== wanted) element.textContent = wanted;
 }
 
-/** Set an attribute only where it differs; null takes it away. */
+/** Set an attribute only if it differs; null removes it. */
 export function mark(element, name, value) {
   if (value === null || value === false) element.removeAttribute(name);
   else if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
 }
 
 /**
- * Rows that stay the same elements while what they show changes.
+ * Keep the elements of rows while their content changes.
  *
- * `make(item)` gives `{ element, update(item) }`. Elements keep their focus: they are moved only
- * where the order of `keys` has changed.
+ * `make(item)` returns `{ element, update(item) }`. Elements keep their focus, because they are
+ * moved only if the order of the keys has changed.
  */
 export function keyed(parent, make) {
   const rows = new Map();

@@ -1,11 +1,11 @@
-// Files of what a page shows, written in the browser.
+// Export of the content of a page as a file, written in the browser.
 
 import { h } from "./dom.js";
 
-// Where a cell begins, also in the spreadsheets of countries that part cells by semicolons.
+// The start of a cell, also in spreadsheets of locales that separate cells by semicolons.
 const FORMULAS = /(^|[;\t\r\n])(?=[=+\-@＝＋－＠\t\r])/g;
 
-/** A name that a tenant chose is no formula of the spreadsheet that opens the file. */
+/** Escape a text that a spreadsheet would run as a formula, since tenants choose names. */
 export function csv(columns, rows) {
   const cell = (value) => {
     if (value === null || value === undefined) return "";
@@ -18,7 +18,7 @@ export function csv(columns, rows) {
 
 export const jsonLines = (rows) => rows.map((row) => `${JSON.stringify(row)}\n`).join("");
 
-/** Have the browser keep a text as a file. */
+/** Download a text as a file. */
 export function save(name, kind, text) {
   const type = kind === "csv" ? "text/csv" : "application/x-ndjson";
   const at = new Date().toISOString().slice(0, 19).replaceAll(":", "");

@@ -1,4 +1,4 @@
-// The live feed of this page: one connection, opened again whenever it is lost.
+// The live feed of this page: one connection, reopened whenever it is lost.
 
 import { ask, events, Problem } from "./api.js";
 import { mark } from "./dom.js";
@@ -9,13 +9,13 @@ const WAIT_MS = 1_000;
 const MOST_WAIT_MS = 10_000;
 
 const STATES = { live: "Live", waiting: "Reconnecting", resting: "Paused" };
-const FULL = "too_many_followers"; // it may end at any moment, so it is tried again
+const FULL = "too_many_followers"; // it may end at any moment, so the request is repeated
 
 /**
- * Call `on(event, data)` for all that comes, until `signal` is aborted.
+ * Call `on(event, data)` for each event until `signal` is aborted.
  *
- * While the tab is hidden nothing is asked for. Ends early, with the Problem, where the gateway
- * refuses; a lost connection is no such thing.
+ * While the tab is hidden there are no requests. Throws the Problem if the gateway refuses the
+ * request; a lost connection is opened again.
  */
 export async function follow(path, { query, signal, on }) {
   let waitMs = WAIT_MS;
@@ -51,7 +51,10 @@ export async function follow(path, { query, signal, on }) {
   }
 }
 
-/** One connection: given up when nothing is heard for long, or the tab is hidden for long. */
+/**
+ * The abort signal of one connection, which ends after long silence, or if the tab is hidden for
+ * long.
+ */
 function rounded(signal) {
   const giveUp = new AbortController();
   let silent;
@@ -94,10 +97,10 @@ function visible(signal) {
   });
 }
 
-/** Take the state of the feed away from the top of the page. */
+/** Hide the state of the feed at the top of the page. */
 export const hide = () => show(null);
 
-/** `full`: the Problem where the process has as many viewers as it takes. */
+/** Show the state of the feed. `full`: the Problem if the process has its maximum of viewers. */
 function show(state, full = null) {
   const live = document.getElementById("live");
   live.hidden = state === null;

@@ -1,4 +1,4 @@
-// Numbers, times and lengths as people read them.
+// Formats of numbers, times and durations.
 
 const LANGUAGE = "en-GB";
 const whole = new Intl.NumberFormat(LANGUAGE);
@@ -34,7 +34,7 @@ export function brief(value) {
   return Math.abs(value) < 10_000 ? whole.format(value) : short.format(value);
 }
 
-/** A length in milliseconds: `8 ms`, `1.24 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h` */
+/** A duration in milliseconds: `8 ms`, `1.24 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h` */
 export function length(ms) {
   if (!given(ms)) return NOTHING;
   if (ms < 1) return "< 1 ms";
@@ -54,14 +54,14 @@ export function length(ms) {
   return left ? `${head} ${left} ${small[0]}` : head;
 }
 
-/** The same with one unit, for where there is little room: `3.3 min` */
+/** The same with one unit, for narrow places: `3.3 min` */
 length.short = (ms) => {
   if (!given(ms) || ms < 60_000) return length(ms);
   if (ms < 3_600_000) return `${(ms / 60_000).toFixed(1)} min`;
   return `${(ms / 3_600_000).toFixed(1)} h`;
 };
 
-/** What lies between two marks of an axis: 1, 2 or 5 of a unit, and as many as a clock has. */
+/** Steps between the marks of an axis: 1, 2 or 5 of a unit, or round parts of an hour or day. */
 length.steps = [
   ...[1, 2, 5, 10, 20, 50, 100, 200, 500],
   ...[1, 2, 5, 10, 20, 30].map((s) => s * 1_000),
@@ -69,7 +69,7 @@ length.steps = [
   ...[1, 2, 5, 10, 20, 50, 100, 200, 500].map((h) => h * 3_600_000),
 ];
 
-/** `0.5/s`, `12/s`; slower ones by the minute: `3/min` */
+/** `0.5/s`, `12/s`; below that per minute: `3/min` */
 export function rate(perSecond) {
   if (!given(perSecond)) return NOTHING;
   if (perSecond === 0) return "0/s";
@@ -77,7 +77,7 @@ export function rate(perSecond) {
   return `${perSecond < 100 ? perSecond.toFixed(1) : brief(Math.round(perSecond))}/s`;
 }
 
-/** `42 %`, of a share from 0 to 1 */
+/** `42 %`, from a share between 0 and 1 */
 export const percent = (share) => (given(share) ? `${Math.round(share * 100)} %` : NOTHING);
 
 export function bytes(value) {
@@ -87,7 +87,7 @@ export function bytes(value) {
   return `${(value / 1_000_000).toFixed(1)} MB`;
 }
 
-/** US dollars, as `$0.79`; amounts below a cent keep two digits. */
+/** US dollars, such as `$0.79`; amounts below a cent with two digits. */
 export function money(value) {
   if (!given(value)) return NOTHING;
   const amount = Math.abs(value);
@@ -95,7 +95,7 @@ export function money(value) {
   return `${value < 0 ? "-" : ""}$${digits}`;
 }
 
-/** The same without cents from $1,000 on, for where there is little room: `$1,235`, `$12.3k` */
+/** The same without cents from $1,000 on, for narrow places: `$1,235`, `$12.3k` */
 money.short = (value) => (given(value) && value >= 1_000 ? `$${brief(Math.round(value))}` : money(value));
 
 const dollars = new Intl.NumberFormat(LANGUAGE, { minimumFractionDigits: 2, maximumFractionDigits: 2 });
@@ -104,7 +104,10 @@ const small = (amount) => Math.min(6, 1 - Math.floor(Math.log10(amount)));
 const date = (value) => (value instanceof Date ? value : new Date(value));
 const isToday = (at) => at.toDateString() === new Date().toDateString();
 
-/** `14:03:09` today, `24 Nov, 14:03:09` on other days of this year, `24 Nov 2025, 14:03:09` of others */
+/**
+ * `14:03:09` today, `24 Nov, 14:03:09` on other days of this year, `24 Nov 2025, 14:03:09`
+ * otherwise
+ */
 export function time(value) {
   if (!given(value)) return NOTHING;
   const at = date(value);

@@ -1,10 +1,10 @@
-// Keys for what is done often. None of them counts while something is typed, or a dialog is open.
+// Keyboard shortcuts. They are inactive in input fields and while a dialog is open.
 
 import { h } from "./dom.js";
 import { PAGES } from "./pages/table.js";
 import { link } from "./router.js";
 
-const SECOND_MS = 1_200; // for so long a g waits for its second key
+const SECOND_MS = 1_200; // how long a g waits for its second key
 const ROWS = ".requests tbody a.mono, .talk tbody a, .listed tbody th a";
 const HELP = [
   ["/", "Search on this page"],
@@ -39,7 +39,7 @@ function isTyping(target) {
 function search(event) {
   const field = [...document.querySelectorAll("main input[type=search]")].find((one) => one.checkVisibility());
   if (!field) return;
-  event.preventDefault(); // or the field has the sign in it
+  event.preventDefault(); // otherwise the key is typed into the field
   field.focus();
   field.select();
 }

@@ -1,4 +1,4 @@
-// A list of things that fits on no screen: a table with a search and pages.
+// A long list as a table with a search and pages.
 
 import { fill, h, say } from "./dom.js";
 import { count } from "./format.js";
@@ -8,11 +8,11 @@ const PAGE = 25;
 const TYPED_MS = 200;
 
 /**
- * A card with a table that is searched and turned by pages: `show(items)`.
+ * A card with a table that has a search and pages: `show(items)`.
  *
- * `heads`: the words and the class of each column; `textOf(item)`: what is searched; `rowOf(item)`:
- * its row. `none`: what is said of no items, as `empty` takes it. `acts`: buttons of the card.
- * `note` is added from 1,000 items on. `above` stands between the head and the table.
+ * `heads`: the text and the class of each column. `textOf(item)`: the searched text. `rowOf(item)`:
+ * its row. `none`: arguments of `empty` for no items. `acts`: buttons of the card. `note` is added
+ * from 1,000 items on. `above` is placed between the head and the table.
  */
 export function listed(title, heads, textOf, rowOf, { none, acts = [], note = "", above = null }) {
   const body = h("tbody");

@@ -1,4 +1,4 @@
-// The start: let the person in, then open the page that the address names.
+// Entry point: sign-in, then the page of the URL.
 
 import { ask, get, Problem } from "./api.js";
 import { fill, h } from "./dom.js";
@@ -15,7 +15,7 @@ const PLACE = "tidegate.place";
 const main = document.getElementById("main");
 const who = document.getElementById("who");
 const signOut = document.getElementById("sign-out");
-// Why the address of the start-up page did not sign in; told once.
+// Why the link of the start-up page did not sign in; shown once.
 const CODES = {
   used: "This sign-in link works once, within ten minutes. Start Tidegate again for a new one, or enter a key.",
   issuer: "The issuer (OIDC_ISSUER) does not answer, so single sign-on is unavailable. Try again, or enter a key.",
@@ -49,7 +49,10 @@ async function enter() {
   }
 }
 
-/** `refused`: what was wrong with the key that was shown; `asked`: what the gateway wants. */
+/**
+ * Show the sign-in form. `refused`: the problem of the entered key. `asked`: the problem without a
+ * key.
+ */
 function askForKey(refused, asked) {
   inside = false;
   signOut.hidden = true;
@@ -77,17 +80,19 @@ function askForKey(refused, asked) {
   key.input.focus();
 }
 
-/** A link to the issuer's page, where people sign in by one. The view that is open comes back. */
+/**
+ * Return a link to the issuer's page for single sign-on. Afterwards the open view is shown again.
+ */
 function singleSignOn() {
   const keep = () => sessionStorage.setItem(PLACE, location.hash);
   const go = h("a", { class: "button", href: "sign-in", hidden: true, on: { click: keep } }, "Sign in with single sign-on");
   get("dashboard/ways-in", { keepSession: true })
     .then((ways) => (go.hidden = !ways.single_sign_on))
-    .catch(() => {}); // the form itself says what is away
+    .catch(() => {}); // the form itself reports what is unavailable
   return go;
 }
 
-/** The view from which a person went to the issuer's page. */
+/** Restore the view that was open before the redirect to the issuer. */
 function comeBack() {
   const hash = sessionStorage.getItem(PLACE);
   sessionStorage.removeItem(PLACE);
@@ -114,18 +119,18 @@ session.onSignOut((problem) => {
   router.stop();
   askForKey(problem, null);
 });
-// A problem of an action that shows it nowhere itself, such as of what its dialog needs.
+// Shows a problem of an action that does not show it itself, such as of data that its dialog needs.
 window.addEventListener("unhandledrejection", (event) => {
   if (!(event.reason instanceof Problem)) return;
   event.preventDefault();
-  if (event.reason.status !== 401) toast(said(event.reason), "bad"); // that one signs out, and is said there
+  if (event.reason.status !== 401) toast(said(event.reason), "bad"); // a 401 signs out, where it is shown
 });
 signOut.addEventListener("click", async () => {
   try {
     await ask("POST", "dashboard/sign-out", { keepSession: true });
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
-    // A key is forgotten here; only the gateway can end a cookie.
+    // A key is deleted here; a cookie can only be ended by the gateway.
     if (!session.key()) {
       toast(`You are still signed in. ${said(problem)} Try again.`, "bad");
       return;

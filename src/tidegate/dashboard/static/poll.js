@@ -1,8 +1,8 @@
-// A page that looks again by itself, for where there is no feed.
+// Periodic refresh of a page without a feed.
 
 /**
- * Call `look` every so many milliseconds while the tab is seen, and whenever it is seen again, until
- * `signal` is aborted. One look ends before the next begins.
+ * Call `look` every `everyMs` while the tab is visible, and when it becomes visible, until `signal`
+ * is aborted. Calls do not overlap.
  */
 export function repeat(everyMs, look, signal) {
   let isLooking = false;

@@ -1,4 +1,4 @@
-// From the part of the address after # to a page, and from one page to the next.
+// Routes: from the URL's fragment to a page, and navigation between pages.
 
 import { Problem } from "./api.js";
 import { fill, h } from "./dom.js";
@@ -11,25 +11,25 @@ let leaving = new AbortController();
 let inside = new AbortController();
 let opened = false;
 
-/** `#/requests/17?status=dead` as `{ path: "/requests/17", query }`. */
+/** Parse `#/requests/17?status=dead` to `{ path: "/requests/17", query }`. */
 function target() {
   const [path, query] = location.hash.replace(/^#/, "").split("?");
   return { path: path || "/", query: new URLSearchParams(query ?? "") };
 }
 
-/** The address of a view: `link("/requests", { status: "dead" })`. */
+/** Return the URL of a view: `link("/requests", { status: "dead" })`. */
 export function link(path, query = {}) {
   const given = Object.entries(query).filter(([, value]) => value !== "" && value !== null);
   const text = new URLSearchParams(given).toString();
   return `#${path}${text ? `?${text}` : ""}`;
 }
 
-/** Change the query of the address without opening the page again. */
+/** Change the query of the URL without opening the page again. */
 export function note(query) {
   history.replaceState(null, "", link(target().path, query));
 }
 
-/** A part of the address without its escapes; null where they are broken. */
+/** Decode a part of the URL; null if its escapes are invalid. */
 function decoded(part) {
   try {
     return decodeURIComponent(part);
@@ -54,7 +54,7 @@ function matched(path) {
   return null;
 }
 
-/** Draw the navigation, and follow the address from now on. */
+/** Draw the navigation, and follow changes of the URL from now on. */
 export function start() {
   const links = PAGES.filter((page) => page.nav);
   fill(
@@ -68,7 +68,7 @@ export function start() {
   show();
 }
 
-/** Leave the page that is open: what it had under way is aborted. */
+/** Leave the open page; its requests in progress are aborted. */
 export function stop() {
   window.removeEventListener("hashchange", show);
   leaving.abort();
@@ -119,7 +119,9 @@ function markNavigation(path) {
   }
 }
 
-/** Wear a page's own stylesheets, and no other page's; resolves once they are in force. */
+/**
+ * Enable the stylesheets of a page, and disable those of all others; resolves once they are loaded.
+ */
 async function wear(styles) {
   for (const sheet of document.querySelectorAll("link[data-page]")) {
     sheet.disabled = !styles.includes(sheet.dataset.page);

@@ -1,4 +1,4 @@
-// The upstream that all pages are about, or all of them: one choice, kept for the tab.
+// The upstream that all pages show, or all upstreams: one selection, kept for the tab.
 
 import { fill, h, mark } from "./dom.js";
 
@@ -8,15 +8,15 @@ const NAME = "tidegate.scope";
 export const ALL = "";
 
 let pools = [];
-let gone = null; // an upstream that the address names, and that is on record alone
+let gone = null; // a removed upstream that the URL names
 
-/** Have these pools to choose from; `asked` is what the address says, if anything. */
+/** Set the pools to choose from; `asked` is the selection in the URL, if any. */
 export function among(found, asked = null) {
   [pools, gone] = [found, null];
   if (asked !== null) choose(asked);
 }
 
-/** The same of a page of what is on record, where an upstream may be named that is there no more. */
+/** The same for pages of records, where the URL may name an upstream that no longer exists. */
 export function amongRecorded(found, asked = null) {
   among(found, asked);
   if (asked && !found.includes(asked)) gone = asked;
@@ -28,7 +28,7 @@ export function chosen() {
   return pools.includes(kept) ? kept : ALL;
 }
 
-/** By which upstream what is on record is narrowed; `ALL` also where there is only one. */
+/** Return the upstream by which records are filtered; `ALL` also if there is only one. */
 export function narrowed() {
   if (gone !== null) return gone;
   return pools.length === 1 ? ALL : chosen();
@@ -40,8 +40,10 @@ export function choose(pool) {
 }
 
 /**
- * The switch, all first: hidden where there is nothing to choose. `changed(upstream)` is called once
- * another was chosen; `show()` has it say what was chosen elsewhere.
+ * The upstream switch, with all upstreams first; hidden if there is no choice.
+ *
+ * `changed(upstream)` is called after a selection. `show()` updates the switch after a selection
+ * elsewhere.
  */
 export function scopeSwitch(changed) {
   const select = h("select", { class: "scope", "aria-label": "Upstream" });
@@ -65,7 +67,10 @@ export function scopeSwitch(changed) {
   return { element: select, show };
 }
 
-/** What the live frame says of the scope as one pool; null where nothing is known of it. */
+/**
+ * Return the part of the live frame within the scope, merged into one pool; null if nothing is
+ * known.
+ */
 export function within(live, pool) {
   const known = live.pools.filter((one) => !one.problem && (pool === ALL || one.pool === pool));
   const labelled = known.map((one) => ({
@@ -77,7 +82,7 @@ export function within(live, pool) {
   return merged(labelled, live);
 }
 
-/** A tenant or a process is in several pools: how many there are is said by the live frame itself. */
+/** A tenant or a process may be in several pools, so the live frame itself has their numbers. */
 function merged(frames, live) {
   const sum = (name) => frames.reduce((total, one) => total + one[name], 0);
   const tenants = together(frames.flatMap((one) => one.tenants), "tenant", tenantsOf);
@@ -108,7 +113,7 @@ function together(rows, key, merge) {
 
 const tenantsOf = (a, b) => ({
   ...(a.waiting >= b.waiting ? a : b),
-  weight: a.weight === b.weight ? a.weight : null, // each upstream has its own
+  weight: a.weight === b.weight ? a.weight : null, // each upstream has its own weight
   waiting: a.waiting + b.waiting,
 });
 

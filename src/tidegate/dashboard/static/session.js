@@ -1,11 +1,15 @@
-// The key that a person entered: kept for this tab alone, shown in a header, gone with the tab.
+// The key that a person entered: kept in this tab's storage only, sent in a header, deleted with
+// the tab.
 
 const NAME = "tidegate.key";
 const ROLES = ["viewer", "operator", "admin"];
 const listeners = new Set();
 let [role, isReader] = [ROLES[0], false];
 
-/** The role of the person who signed in, and whether it reads prompts and answers, as the gateway says it: it checks every request itself. */
+/**
+ * Set the role of the person, and whether it reads prompts and answers. This only affects the
+ * display: the gateway checks every request.
+ */
 export const actAs = (given, readsBodies) => ([role, isReader] = [given, readsBodies]);
 export const readsBodies = () => isReader;
 export const may = (needed) => ROLES.indexOf(role) >= ROLES.indexOf(needed);
@@ -21,7 +25,7 @@ export function forget() {
   sessionStorage.removeItem(NAME);
 }
 
-/** Forget the key, and tell everybody who shows something, with the problem where there was one. */
+/** Delete the key and notify all listeners, with the problem if there is one. */
 export function signOut(problem = null) {
   forget();
   for (const listener of listeners) listener(problem);

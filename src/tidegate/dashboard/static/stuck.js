@@ -1,17 +1,17 @@
-// How much waits for a person: told in the navigation, on whatever page. The overview's feed brings it
-// along; on all others it is asked for.
+// The number of items that need a person, shown in the navigation of every page. The overview's
+// feed contains it; other pages request it.
 
 import { get, Problem } from "./api.js";
 import { say } from "./dom.js";
 import { brief } from "./format.js";
 
 const EVERY_MS = 10_000;
-const SETTLED_MS = 1_500; // after an act, until the feed has it
-const MOST_COUNTED = 1_000; // of either
-const TOLD_MS = 15_000; // the feed tells every 10 s
+const SETTLED_MS = 1_500; // after an action, until the feed has its effect
+const MOST_COUNTED = 1_000; // of each kind
+const TOLD_MS = 15_000; // the feed sends it every 10 s
 let toldAt = -TOLD_MS;
 
-/** Look again and again, until `signal` is aborted. */
+/** Refresh the number periodically until `signal` is aborted. */
 export function follow(signal) {
   const look = () => {
     if (!document.hidden && performance.now() - toldAt > TOLD_MS) ask(signal);
@@ -28,10 +28,10 @@ export function follow(signal) {
   look();
 }
 
-/** Somebody has dealt with one of them. */
+/** Announce that a person has handled an item. */
 export const settled = () => document.dispatchEvent(new CustomEvent("tidegate:settled"));
 
-/** Show what the feed has brought. */
+/** Show the numbers from the feed. */
 export function told(counts) {
   toldAt = performance.now();
   show(counts);
@@ -49,7 +49,7 @@ async function ask(signal) {
   try {
     show(await get("dashboard/stuck", { signal }));
   } catch (error) {
-    // The page itself says what is away; the last number stays.
+    // The page itself reports what is unavailable; the last number stays.
     if (!(error instanceof Problem) && error.name !== "AbortError") throw error;
   }
 }

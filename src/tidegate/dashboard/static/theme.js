@@ -1,4 +1,4 @@
-// The colours that were chosen, set before anything is painted. "auto" follows the system.
+// The selected colours, set before the first paint. "auto" follows the system.
 "use strict";
 (() => {
   const chosen = localStorage.getItem("tidegate.theme");

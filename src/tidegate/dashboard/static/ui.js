@@ -1,4 +1,4 @@
-// The few things that every page shows alike: states, toasts, dialogs, buttons.
+// Elements that all pages share: states, toasts, dialogs, buttons.
 
 import { Problem } from "./api.js";
 import { fill, h } from "./dom.js";
@@ -6,7 +6,7 @@ import { fill, h } from "./dom.js";
 const SHOWN_MS = 6_000;
 let dialogs = 0;
 
-/** What a page shows before its first answer; it keeps the room that the answer will take. */
+/** A placeholder until the first response; it keeps the room that the content will take. */
 export function loading(lines = 4) {
   const bars = Array.from({ length: lines }, () => h("div", { class: "placeholder" }));
   return h(
@@ -17,11 +17,11 @@ export function loading(lines = 4) {
   );
 }
 
-/** Nothing there, and what would change that. */
+/** An empty state, and what would change it. */
 export const empty = (title, hint = "", ...more) =>
   h("div", { class: "state" }, h("strong", {}, title), hint && h("span", {}, hint), more);
 
-/** What went wrong, in the gateway's words, and a way to try again. */
+/** A failure as the gateway reports it, with a button to try again. */
 export function failed(problem, retry = null) {
   return h(
     "div",
@@ -32,16 +32,16 @@ export function failed(problem, retry = null) {
   );
 }
 
-/** A problem in one sentence, with what would be allowed. */
+/** Return a problem as one sentence, with the allowed values. */
 export function said(problem) {
   const allowed = problem.allowed && !problem.message.includes(problem.allowed);
   return allowed ? `${problem.message} Allowed: ${problem.allowed}.` : problem.message;
 }
 
-/** Text whose commands stand between backticks. */
+/** Return a text with the commands between backticks as code. */
 export const marked = (text) => text.split("`").map((part, at) => (at % 2 ? h("code", {}, part) : part));
 
-/** A line that stays for a while; `kind` is "good" or "bad". */
+/** Show a short-lived message; `kind` is "good" or "bad". */
 export function toast(text, kind = "good") {
   const close = h(
     "button",
@@ -55,8 +55,8 @@ export function toast(text, kind = "good") {
 }
 
 /**
- * Copy a text, and return whether it was: a page over plain HTTP may not. `place` is where the text
- * stands, and is selected then.
+ * Copy a text, and return whether it worked: pages over plain HTTP may not copy. `place` contains
+ * the text, and is selected if it did not.
  */
 export async function copied(text, place = null) {
   try {
@@ -69,12 +69,13 @@ export async function copied(text, place = null) {
 }
 
 /**
- * Ask before something is done, and do it.
+ * Ask for confirmation, then act.
  *
- * `more` stands below the text, `below` below the fields. `fields` are from `field()`; `act(values)` is called with their values by name. While it runs the
- * dialog stays; a Problem of it is shown in the dialog, at its field where it names one. Resolves
- * with what `act` returned, or null when the person thought better of it, or left the page. A dialog
- * that is closed while `act` runs stops nothing: it resolves once that has ended, and a Problem is a toast then.
+ * `more` is placed below the text, `below` below the fields. `fields` are made by `field()`;
+ * `act(values)` gets their values by name. The dialog stays open while it runs, and shows its
+ * Problem at the field that the Problem names, if any. Resolves with the result of `act`, or with
+ * null if the person cancelled or left the page. Closing the dialog while `act` runs does not stop
+ * it: the promise resolves when it ends, and a Problem is shown as a toast.
  */
 export function confirm({ title, text = "", more = [], fields = [], below = null, action, danger = false, act }) {
   const id = `dialog-${++dialogs}`;
@@ -129,12 +130,12 @@ export function confirm({ title, text = "", more = [], fields = [], below = null
   });
 }
 
-/** Close what asks before something is done: its page was left, or its person is signed out. */
+/** Close confirmation dialogs, because the page was left or the person is signed out. */
 export const leaveDialogs = () => document.querySelectorAll("dialog[data-confirms]").forEach((one) => one.close());
 
 function valuesOf(fields) {
   const values = Object.fromEntries(fields.map((one) => [one.name, one.value()]));
-  // JSON has null for what is no number, and null takes a bound away.
+  // JSON represents NaN as null, and null would remove a bound.
   const wrong = fields.find(({ name }) => typeof values[name] === "number" && !Number.isFinite(values[name]));
   if (wrong) throw new Problem({ detail: "Enter a number, such as 1,250.50.", field: wrong.name });
   return values;
@@ -149,12 +150,12 @@ function complain(problem, fields, wrong) {
   }
 }
 
-/** A number with commas between its thousands; NaN for any other text, such as `$5` or `7,50`. */
+/** Parse a number with commas between thousands; NaN for any other text, such as `$5` or `7,50`. */
 export const numberOf = (text) => Number(text.replaceAll(/,(?=\d{3}(\D|$))/g, ""));
 
 /**
- * A labelled input. `options` (value -> words) makes it a choice. `value()` gives a number for
- * type "number", null for an empty one, NaN for another text.
+ * A labelled input. `options` (value -> text) makes it a selection. For the type "number",
+ * `value()` returns a number, null if empty, NaN for other text.
  */
 export function field(name, label, { type = "text", value = "", hint = "", options, ...more } = {}) {
   const id = `field-${++dialogs}-${name}`;
@@ -187,7 +188,7 @@ export function field(name, label, { type = "text", value = "", hint = "", optio
   };
 }
 
-/** A few choices side by side, one of them pressed; `choose(value)` is called on a change. */
+/** A group of buttons of which one is pressed; `choose(value)` is called on a change. */
 export function choice(label, options, value, choose) {
   const buttons = Object.entries(options).map(([key, words]) =>
     h(

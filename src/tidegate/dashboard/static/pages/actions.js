@@ -1,4 +1,4 @@
-// What operators did: who, what, on what, what it was before and after, from where.
+// Actions of operators: author, action, target, values before and after, address.
 
 import { get } from "../api.js";
 import { h } from "../dom.js";
@@ -55,7 +55,7 @@ function shown(value) {
   return typeof value === "object" ? JSON.stringify(value) : String(value);
 }
 
-/** `weight: 1 → 3`, of what differs; a revision where a history has the change. */
+/** `weight: 1 → 3` for each difference; a revision if its history has the change. */
 function changeOf({ before = {}, after = {}, revision }) {
   if (revision !== undefined) return `revision ${revision}`;
   return Object.entries(after)

@@ -1,4 +1,5 @@
-// Alerts: what needs a look now, what was posted to the operators' webhook, and which budgets post.
+// Alerts: what needs attention now, what was posted to the operators' webhook, and which budgets
+// post alerts.
 
 import { get, post, Problem } from "../api.js";
 import { fill, h, say } from "../dom.js";
@@ -40,7 +41,7 @@ export async function open(main, { signal }) {
     none: ["No budgets", "tidegate budgets set all --usd 3000 --alert 80 --alert 100 creates a budget with alerts at 80 % and 100 %."],
   });
   const kept = new Map();
-  // A row that is the same keeps its focus.
+  // An unchanged row keeps its focus.
   const whenNew = (name, value, show) => {
     const text = JSON.stringify(value);
     if (kept.get(name) !== text) show(value);

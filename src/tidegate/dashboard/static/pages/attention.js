@@ -1,4 +1,4 @@
-// Items that need an operator: failed jobs, dead jobs, failed webhooks, and costs that nothing explains.
+// Items that need an operator: failed jobs, dead jobs, failed webhooks, and unexplained costs.
 
 import { get, post } from "../api.js";
 import { BOOK_HEADS, bookRow, bookText } from "../books.js";
@@ -9,7 +9,7 @@ import { link } from "../router.js";
 import { settled } from "../stuck.js";
 import { confirm, empty, failed, loading, toast } from "../ui.js";
 
-const MOST = 1_000; // dead jobs, and webhooks
+const MOST = 1_000; // dead jobs, and failed webhooks
 const NEWEST = "the newest 1,000";
 
 export async function open(main, { signal }) {
@@ -63,7 +63,10 @@ const card = (title, words, body) =>
     body,
   );
 
-/** A table that is searched and turned by pages; `look()` reads it again. `given`: words, or a function that makes them for each place. */
+/**
+ * A card with a table that has a search and pages. `look()` reads it again. `given`: the text, or a
+ * function that creates it for each place.
+ */
 function list(title, given, path, signal, again, { heads, textOf, row, none, note = "", isShown = () => true }) {
   const words = () => (typeof given === "function" ? given() : given);
   const table = listed(title, heads, textOf, (one) => row(one, again), {
@@ -102,7 +105,7 @@ function button(words, label, act, danger = false) {
 
 const DAY_MS = 86_400_000;
 
-/** How many jobs failed with which error, each with a way to queue them again. */
+/** Show the number of failed jobs by error, each with a button to queue them again. */
 async function failedJobs(place, signal, again) {
   const since = new Date(Date.now() - DAY_MS).toISOString();
   try {

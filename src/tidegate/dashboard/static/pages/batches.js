@@ -1,4 +1,5 @@
-// Batches of all tenants: what is done of each, what its lines wait for, and what pauses and ends it.
+// Batches of all tenants: the progress of each, what its lines wait for, and buttons to pause and
+// cancel it.
 
 import { ask, get, post, Problem } from "../api.js";
 import { fill, h, keyed, mark, say } from "../dom.js";
@@ -12,7 +13,7 @@ import { choice, confirm, empty, field, marked, said, toast } from "../ui.js";
 const EVERY_MS = 2_000;
 const TYPED_MS = 300;
 const PAGE = 25;
-const MOST_ASKED = 5; // of batches, what their lines wait for
+const MOST_ASKED = 5; // batches for which waits are requested
 const OPEN = new Set(["validating", "in_progress", "finalizing", "cancelling"]);
 const WORDS = {
   validating: ["", "Validating"],
@@ -43,7 +44,7 @@ export async function open(main, { query, signal }) {
     try {
       const { items, next } = await read(view, pages, signal);
       const whys = await reasons(items, signal);
-      if (number !== looks) return; // a later one draws, perhaps of another tenant
+      if (number !== looks) return; // a later read draws, possibly of another tenant
       away.hidden = true;
       draw(items.map((one) => ({ ...one, why: whys.get(one.id) ?? "" })), (one) => one.id);
       more.hidden = next === null;
@@ -109,7 +110,7 @@ async function read(view, pages, signal) {
   return { items, next: after };
 }
 
-/** What the lines of the first batches in progress wait for, in the gateway's words. */
+/** Return what the lines of the first batches in progress wait for, as the gateway words it. */
 async function reasons(items, signal) {
   const wanted = items.filter((one) => one.status === "in_progress" && !one.pause && one.claimed > 0).slice(0, MOST_ASKED);
   const found = await Promise.all(wanted.map((one) => reason(one, signal)));
@@ -120,7 +121,7 @@ async function reason(one, signal) {
   try {
     return (await get(`admin/why/${one.id}`, { signal })).sentence;
   } catch (problem) {
-    if (problem instanceof Problem) return ""; // it has ended meanwhile, or a store is away, which the list says
+    if (problem instanceof Problem) return ""; // it has ended, or a store is unavailable, which the list reports
     throw problem;
   }
 }
@@ -195,7 +196,7 @@ function row(first, again) {
   };
 }
 
-/** `batch_01a2…8f3c`: the ends, which differ. */
+/** `batch_01a2…8f3c`: the beginning and the end, which differ. */
 const shortly = (id) => `${id.slice(0, id.indexOf("_") + 9)}…${id.slice(-4)}`;
 
 function whyOf(one) {
@@ -222,8 +223,10 @@ const LEAST_SPAN_MS = 60_000;
 const LEAST_SHARE = 0.02;
 
 /**
- * How long the rest takes, by the pace of the last ten minutes that were seen here, else of all that
- * is known; null while too little has ended to say.
+ * Estimate the remaining time of a batch.
+ *
+ * It uses the pace of the last ten minutes seen here, or else the pace since the beginning; null
+ * while too few lines have ended.
  */
 export function paceOf(clock = Date.now) {
   let samples = [];
@@ -241,7 +244,7 @@ export function paceOf(clock = Date.now) {
     const seen = now - first.at >= 2 * LEAST_SPAN_MS && ended > first.ended;
     const perMs = seen ? (ended - first.ended) / (now - first.at) : ended / (now - since);
     const [found, expected] = [rest / perMs, Math.max(0, left - (now - lookedAt))];
-    // Lines end in bursts: what was said before counts for more, unless the pace has changed.
+    // Lines end in bursts, so the previous estimate has more weight, unless the pace has changed.
     const isLike = left !== null && Math.abs(found - expected) < expected / 2;
     left = isLike ? expected + (found - expected) / 20 : found;
     lookedAt = now;
@@ -251,7 +254,10 @@ export function paceOf(clock = Date.now) {
 
 const STEPS_MIN = [1, 2, 3, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720, 1_080, 1_440];
 
-/** A length that does not move with every look: `about 20 min`, `about 3 h`, `more than a day`. */
+/**
+ * A rounded duration that does not change with every update: `about 20 min`, `about 3 h`, `more
+ * than a day`.
+ */
 export function about(ms) {
   const step = STEPS_MIN.find((one) => ms <= one * 60_000);
   if (step === undefined) return "more than a day";

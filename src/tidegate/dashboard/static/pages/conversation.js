@@ -1,4 +1,4 @@
-// One conversation, or a trace: its calls as a tree, with what each waited, took, read and cost.
+// One conversation or trace: its calls as a tree, with the wait, duration, tokens and cost of each.
 
 import { get, Problem } from "../api.js";
 import { fill, h, mark, say } from "../dom.js";
@@ -8,7 +8,7 @@ import { said } from "../ui.js";
 import { linkTo, statusBadge } from "./request_words.js";
 
 const EVERY_MS = 5_000;
-const MOST_DEPTH = 6; // deeper threads stand as deep as this
+const MOST_DEPTH = 6; // deeper threads are indented no further
 const OPENING = "opening-";
 const WHY = {
   answer: "continues the call above",
@@ -23,13 +23,15 @@ export async function open(main, { query, signal }) {
   page.follow();
 }
 
-/** The address of a conversation's page. */
+/** Return the URL of a conversation's page. */
 export const talkLink = (tenant, conversation) => link("/requests/conversation", { tenant, conversation });
 
-/** That of a trace's. */
+/** Return the URL of a trace's page. */
 export const traceLink = (tenant, trace) => link("/requests/conversation", { tenant, trace });
 
-/** A name as it is shown: one that is made of the first messages is no name of a person's. */
+/**
+ * Return the displayed name; one derived from the first messages is not a name that a client chose.
+ */
 export const nameOf = (conversation) =>
   conversation.startsWith(OPENING) ? `unnamed, ${conversation.slice(OPENING.length)}` : conversation;
 
@@ -76,7 +78,7 @@ function pageOf(query, signal) {
     paint(await get(`admin/conversations?${asked}`, { signal }));
   }
 
-  /** What is looked at is not drawn again while something in it has the focus. */
+  /** Refresh the page periodically, unless something in it has the focus. */
   function follow() {
     const timer = setInterval(async () => {
       const isUsed = body.contains(document.activeElement) && document.activeElement !== body;
@@ -160,7 +162,7 @@ function tableOf(view, isTrace) {
   const rows = [];
   const headed = view.threads.length > 1;
   let number = 0;
-  // Each thread once, and no deeper on the stack than there are threads one below the other.
+  // Each thread is drawn once, so that recursion is no deeper than the nesting of threads.
   const draw = (thread, depth) => {
     number += 1;
     if (headed) rows.push(headOf(thread, number, Math.min(depth, MOST_DEPTH), isTrace));
@@ -182,7 +184,7 @@ function tableOf(view, isTrace) {
 
 const known = (calls, name) => calls.reduce((sum, one) => sum + (one[name] ?? 0), 0);
 
-/** What the calls of a thread have in common, and what they come to. */
+/** Return the heading of a thread: what its calls have in common, and their sums. */
 function headOf(thread, number, depth, isTrace) {
   const { calls } = thread;
   const all = (name) => [...new Set(calls.map((one) => one[name]).filter(Boolean))];
@@ -190,7 +192,7 @@ function headOf(thread, number, depth, isTrace) {
   const [input, cached, output] = ["input", "cached", "output"].map((one) => known(calls, `${one}_tokens`));
   const priced = calls.some((one) => one.cost_micros !== undefined);
   const cost = priced ? money(known(calls, "cost_micros") / 1e6) : NOTHING;
-  // As the share of all calls: of those that report what a cache had.
+  // As in the share of all calls, only calls that report cached tokens count.
   const cachedOf = known(calls.filter((one) => one.cached_tokens !== undefined), "input_tokens");
   const share = cachedOf ? percent(cached / cachedOf) : NOTHING;
   const words = [

@@ -1,4 +1,5 @@
-// A day by the hour: how long requests waited and took, when it was slow, and where the time went.
+// A day by the hour: how long requests waited and took, which hours were slow, and where the time
+// went.
 
 import { get, Problem } from "../api.js";
 import { dayColumns } from "../days.js";
@@ -11,12 +12,12 @@ import { choice, empty, failed, loading } from "../ui.js";
 import { requestsIn } from "./request_filters.js";
 
 const HOUR_MS = 3_600_000;
-const DAYS = 8; // so that there is always one of a week ago
+const DAYS = 8; // so that the same weekday of last week is included
 const MOST_ACTIONS = 20;
-const SLOW_TIMES = 2; // of what is usual
+const SLOW_TIMES = 2; // times the usual value
 const SLOW_BY_MS = 500;
-const LEAST_SAMPLED = 50; // requests of a sample by which an hour is judged
-const MOST_SHARE = 0.5; // from which on a tenant or an upstream is named as the one
+const LEAST_SAMPLED = 50; // minimum sampled requests to judge an hour
+const MOST_SHARE = 0.5; // minimum share for which a tenant or an upstream is named
 const OF = { tenant: "Tenant", upstream: "Upstream", model: "Model", type: "Type", error: "Error" };
 const SPENT = {
   waited: ["Waiting for admission", "Requests waited for a limit, or for their turn at it"],
@@ -90,7 +91,9 @@ const spanOf = (day) => ({ since: midnight(day).toISOString(), until: midnight(s
 const clock = (ms) => `${pad(new Date(ms).getHours())}:${pad(new Date(ms).getMinutes())}`;
 const startOf = (hour) => new Date(hour.at).getTime();
 
-/** What 95 % of the requests of an hour usually take: the lower median of this day and the one before. */
+/**
+ * The usual 95th percentile of an hour: the lower of the medians of this day and the day before.
+ */
 function usualOf(...days) {
   const medians = days.filter((hours) => hours.length).map((hours) => hours.map((one) => one.took_ms.p95).toSorted((a, b) => a - b)[(hours.length - 1) >> 1]);
   return Math.min(...medians);
@@ -128,20 +131,20 @@ function columnsOf(day, hours) {
   return { title: "Mean time of a request, by hour", days: starts, parts, format: length };
 }
 
-/** The mean of the day, for the legend: of the requests, not of the hours. */
+/** The mean of the day for the legend, over requests rather than hours. */
 function mean(hours, first) {
   const requests = new Map(hours.map((one) => [(startOf(one) - first) / HOUR_MS, one.requests]));
   return (values) => values.reduce((sum, value, at) => sum + value * (requests.get(at) ?? 0), 0) / Math.max(1, total(hours, "requests"));
 }
 
-/** That the figures are those of a sample, if they are. */
+/** State that the figures come from a sample, if they do. */
 function sampleNote(oneIn, hours, about) {
   if (oneIn === 1) return null;
   const words = `From ${count(total(hours, "sampled"))} of ${about(total(hours, "requests"))} requests, sampled evenly over the time. Counts are estimates, and rare failures may be missing. An hour with fewer than ${LEAST_SAMPLED} sampled requests is not judged.`;
   return h("p", { class: "quiet-text", data: { sample: oneIn } }, words);
 }
 
-/** When it was slow, and why, in sentences. */
+/** State in sentences when it was slow, and why. */
 function verdict(hours, slow, about) {
   const head = (health, sign, word, words) =>
     h("p", { class: "verdict-head", role: "status" }, h("span", { class: "verdict-sign", "aria-hidden": "true" }, sign), h("b", { class: "verdict-word" }, word), h("span", { class: "verdict-words" }, words));
@@ -172,7 +175,9 @@ function verdict(hours, slow, about) {
 
 const spent = ([name, ms, usual], others) => `${SPENT[name][0].toLowerCase()} ${length(ms)}${others.length ? `, at other hours ${length(usual)}` : ""}`;
 
-/** Whose most of it was: `Share of the waiting time: tenant acme 92 %, upstream gemini 100 %.` */
+/**
+ * Name the largest shares: `Share of the waiting time: tenant acme 92 %, upstream gemini 100 %.`
+ */
 function sharesOf(slow, name) {
   const sum = name === "called" ? "called_sum_ms" : "waited_sum_ms";
   const whole = total(slow, sum);
@@ -187,7 +192,7 @@ function failuresOf(slow, about) {
   return lost ? `${about(lost)} of ${about(total(slow, "requests"))} requests failed: ${codes.join(", ")}.` : "";
 }
 
-/** The parts of some hours, added up, those that took longest first. */
+/** Return the summed parts of some hours, longest first. */
 function partsOf(hours) {
   const found = new Map();
   for (const part of hours.flatMap((one) => one.parts)) {

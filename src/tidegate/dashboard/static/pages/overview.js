@@ -1,4 +1,4 @@
-// What is admitted, waiting and refused now, for whom and why.
+// What is admitted, waiting and refused now, with tenants and causes.
 
 import { get } from "../api.js";
 import { fill, h, say } from "../dom.js";
@@ -96,7 +96,7 @@ function parts(chosen, signal) {
     h("div", { class: "columns" }, spend.element, upstreams.element),
     processes.element,
   );
-  /** What is of all upstreams by its nature says so where one was chosen. */
+  /** If an upstream is selected, label the cards that cover all upstreams. */
   view.narrow = (isNarrowed) => {
     for (const one of [verdict, view.budgets]) one.ofAll.hidden = !isNarrowed;
   };
@@ -113,7 +113,7 @@ function show(view, chosen, event, data) {
   }
   else if (event === "record") {
     stuck.told(data);
-    if (data.pool !== chosen.pool) return; // of what was chosen before
+    if (data.pool !== chosen.pool) return; // of the previous selection
     view.figures.record(data);
     view.spend.record(data);
   } else if (event === "trend" && data.pool === chosen.pool && data.range === chosen.span) {

@@ -11,11 +11,11 @@ import { answer, attempts, bodies, facts, prompt, webhooks } from "./request_par
 import { isOpen, linkTo, ordinal, statusBadge } from "./request_words.js";
 import { timeline } from "./timeline.js";
 
-// An address may name anything: with a slash in it, also the body that a tenant has sent, to be
-// shown in the place of what is on record.
+// A URL may contain anything: an id with a slash could make this page show a body of a tenant
+// instead of the record.
 const IS_ID = /^[\w-]+$/;
 const OPEN_MS = 1_000;
-const QUIET_MS = 10_000; // of one that has ended: a webhook may still be on its way
+const QUIET_MS = 10_000; // for an ended request: a webhook may still be in progress
 
 const ACTIONS = {
   cancel: {
@@ -62,7 +62,10 @@ export async function open(main, { params, signal }) {
   page.follow();
 }
 
-/** `isBeside` another page, which has the window's title and the way back. */
+/**
+ * Create the page of a request. `isBeside` another page, which has the window's title and the back
+ * link.
+ */
 export function pageOf(id, signal, { isBeside = false } = {}) {
   const badge = h("span");
   const buttons = h("div", { class: "end" });
@@ -114,9 +117,11 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
   );
   const files = new Files(signal);
   let view = null;
-  let [asked, painted] = [0, 0]; // loads of it, by their numbers
+  let [asked, painted] = [0, 0]; // numbers of loads
 
-  /** Draw a part again only where what it shows has changed: nothing jumps, what is open stays open. */
+  /**
+   * Draw a part again only if its data has changed, so that nothing moves and open parts stay open.
+   */
   function part(name, data, draw) {
     const one = parts[name];
     const text = JSON.stringify(data);
@@ -161,7 +166,7 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
     );
   }
 
-  /** What it waits for now, or what was wrong and what can be done about it. */
+  /** Show what the request waits for, or what failed and what to do about it. */
   function paintNow() {
     const { waiting, request, advice } = view;
     const held = holdersOf(waiting).map((one) => one.request_id);
@@ -206,7 +211,7 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
     if (!IS_ID.test(id)) throw new Problem({ status: 404, detail: `${id} is not a request id.` });
     const mine = ++asked;
     const found = await get(`admin/requests/${id}`, { signal });
-    if (mine < painted) return; // a later one was answered before
+    if (mine < painted) return; // a later load was answered first
     [view, painted] = [found, mine];
     paint();
   }
@@ -238,7 +243,7 @@ export function pageOf(id, signal, { isBeside = false } = {}) {
   return { element, load, follow };
 }
 
-/** The upstreams that take calls. */
+/** Return a field to select one of the upstreams that accept calls. */
 async function upstreamField(signal) {
   const { upstreams } = await get("admin/upstreams", { signal });
   const names = upstreams.filter((one) => !["drained", "draining", "missing"].includes(one.state)).map((one) => one.name);
@@ -262,7 +267,7 @@ function waits({ request, waiting }) {
   );
 }
 
-/** A sentence of `why` as its beginning, which names the limit, and its rest. */
+/** Split a sentence of `why` into its beginning, which names the limit, and the rest. */
 function parted(sentence, limit) {
   const whole = sentence.charAt(0).toUpperCase() + sentence.slice(1);
   const at = limit && whole.startsWith(`Waits for ${limit}`) ? `Waits for ${limit}`.length : 0;
@@ -271,7 +276,7 @@ function parted(sentence, limit) {
 
 const holdersOf = (waiting) => (waiting?.holders ?? []).filter((one) => one.request_id);
 
-/** Who has the limit that it waits for. */
+/** List the requests that hold the limit that it waits for. */
 function holders(waiting) {
   const held = holdersOf(waiting);
   if (held.length === 0) return null;

@@ -1,4 +1,4 @@
-// A request as a command to type: what was sent, to this gateway, with the caller's own key.
+// A request as a shell command: the original body, sent to this gateway with the caller's own key.
 
 import { ask } from "../api.js";
 import { h } from "../dom.js";
@@ -7,15 +7,15 @@ import { copied, toast } from "../ui.js";
 import { isCut } from "./request_words.js";
 import { APIS } from "./try_dialects.js";
 
-const MOST_BYTES = 131_071; // of one argument of a command, by Linux
+const MOST_BYTES = 131_071; // Linux's maximum length of one argument
 
-/** Within single quotes a shell reads every sign as it is, but for the quote. */
+/** Quote a text for a shell. Within single quotes, only the single quote needs escaping. */
 export const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
-/** Headers without which the provider refuses what is sent to a path. */
+/** Headers that the provider requires for a path. */
 const headersOf = (path) => (/^\/v1\/messages\b/.test(path) ? APIS.messages.headers : {});
 
-/** A command that sends `body` to `path` of this gateway. */
+/** Return a command that sends `body` to `path` of this gateway. */
 export function command(path, body) {
   const url = new URL(`..${path}`, document.baseURI);
   return [
@@ -27,7 +27,9 @@ export function command(path, body) {
   ].join(" \\\n");
 }
 
-/** `view()` is what `admin/requests/{id}` says now. */
+/**
+ * A button that copies the command. `view()` returns the current response of `admin/requests/{id}`.
+ */
 export function curlButton(view, signal) {
   const button = h("button", { class: "button quiet small", type: "button" }, "Copy as curl");
   button.addEventListener("click", async () => {

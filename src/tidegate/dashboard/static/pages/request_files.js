@@ -1,4 +1,4 @@
-// Pictures and files of requests: fetched with the key, shown as pictures or kept as files.
+// Images and files of requests: fetched with the key, shown as images or downloaded.
 
 import { ask, fileUrl, Problem } from "../api.js";
 import { h } from "../dom.js";
@@ -8,7 +8,7 @@ import { said, toast } from "../ui.js";
 const PICTURES = new Set(["image/png", "image/jpeg", "image/webp", "image/gif"]);
 const KEPT_MS = 10_000;
 
-/** The files of one page. A picture is fetched once; its address ends with the page. */
+/** The files of one page. An image is fetched once; its object URL is revoked with the page. */
 export class Files {
   #signal;
   #urls = new Map();
@@ -22,13 +22,13 @@ export class Files {
     });
   }
 
-  /** The address of a picture for this page. Rejects with a Problem. */
+  /** Return the object URL of an image. Rejects with a Problem. */
   picture(path) {
     if (!this.#urls.has(path)) this.#urls.set(path, fileUrl(path, { signal: this.#signal }));
     return this.#urls.get(path);
   }
 
-  /** Have the browser keep a file, under `name`. */
+  /** Download a file as `name`. */
   async keep(path, name) {
     try {
       const response = await ask("GET", path, { signal: this.#signal, headers: { Accept: "*/*" } });
@@ -41,7 +41,10 @@ export class Files {
   }
 }
 
-/** Never under the type that its sender gave it: no browser is to open it as a page of ours. */
+/**
+ * Save a blob, never with the sender's content type, so that no browser opens it as a page of this
+ * origin.
+ */
 export function save(blob, name) {
   const url = URL.createObjectURL(new Blob([blob], { type: "application/octet-stream" }));
   h("a", { href: url, download: name }).click();
@@ -53,7 +56,7 @@ export function gallery(list, files) {
   return h("ul", { class: "gallery" }, list.map((one) => h("li", {}, shownFile(one, files))));
 }
 
-/** A picture as itself, another file by its name. */
+/** Show an image, or the name of any other file. */
 export function shownFile(file, files) {
   const isPicture = PICTURES.has(file.mime_type);
   const name = file.name || (isPicture ? "Picture" : "File");

@@ -1,4 +1,4 @@
-// The filters above the list of requests, kept in the address: what they say, and what is asked.
+// The filters above the list of requests: kept in the URL, and converted to a query.
 
 import { h, mark } from "../dom.js";
 import { link } from "../router.js";
@@ -10,14 +10,14 @@ const TYPED_MS = 350;
 const SPANS_MS = { "15m": 900_000, "1h": 3_600_000, "24h": 86_400_000, "7d": 604_800_000 };
 const wordsOf = (choices) =>
   Object.fromEntries(Object.entries(choices).map(([key, [words]]) => [key, words]));
-// Words, filter and value of the buttons above the filters.
+// Text, filter and value of the quick buttons above the filters.
 const QUICK = [
   ["Failed", "status", "failed"],
   ["Waiting or running", "status", "open"],
   ["Yesterday", "time", "yesterday"],
 ];
 
-/** In the order in which they are shown; the first ones are always there. */
+/** In the order shown; the first ones are always visible. */
 const always = () => [
   field("text", "Search", { type: "search", spellcheck: "false", placeholder: "Prompt, subject, key, id" }),
   field("id", "Id begins with", { type: "search", spellcheck: "false" }),
@@ -55,9 +55,10 @@ const more = () => [
 ];
 
 /**
- * `{ element, upstreams, values(), any(), clear(), complain(problem) }`; `changed()` is called once a
- * filter has been chosen, or typed and left alone for a moment. The upstream is that of the switch,
- * `upstreams`.
+ * Create the filters: `{ element, upstreams, values(), any(), clear(), complain(problem) }`.
+ *
+ * `changed()` is called when a filter was selected, or shortly after the last character was typed.
+ * `upstreams` is the switch that selects the upstream.
  */
 export function filters(query, changed) {
   const upstreams = scope.scopeSwitch(() => tell());
@@ -110,7 +111,7 @@ export function filters(query, changed) {
   const tell = () => {
     clearTimeout(typing);
     fit();
-    // What was typed is reported once: leaving the field says it again, as "change".
+    // A typed text is reported once: leaving the field fires another "change" event for it.
     const now = JSON.stringify(values());
     if (now === told) return;
     told = now;
@@ -146,7 +147,7 @@ export function filters(query, changed) {
   };
 }
 
-/** The query of `admin/requests` for what the filters say, as text. */
+/** Return the query of `admin/requests` for the filters, as text. */
 export function asked(values, more = {}) {
   const query = new URLSearchParams();
   const give = (name, value) => {
@@ -169,18 +170,18 @@ export function asked(values, more = {}) {
   return query.toString();
 }
 
-/** The beginning of a day in the person's own zone: 0 is today. */
+/** Return the start of a day in the local time zone: 0 is today. */
 function midnight(days) {
   const at = new Date();
   return new Date(at.getFullYear(), at.getMonth(), at.getDate() + days).toISOString();
 }
 
-/** The time of a field, which a person enters in their own zone: an address and the API have it in UTC. */
+/** Convert between a field in the local time zone and UTC, as in the URL and the API. */
 function momentIn(input) {
-  let [text, at] = ["", ""]; // as the field has it, and in UTC: an hour that a clock repeats is one text
+  let [text, at] = ["", ""]; // as in the field, and in UTC: a repeated hour has one text
   return {
     show(given) {
-      const ms = Date.parse(given); // without a zone: in the person's own
+      const ms = Date.parse(given); // without a zone: in the local time zone
       input.value = Number.isNaN(ms) ? "" : local(ms);
       [text, at] = [input.value, input.value && inUtc(ms)];
     },
@@ -188,14 +189,14 @@ function momentIn(input) {
   };
 }
 
-/** Empty where it is no time, as of a year with five digits. */
+/** Format a time in UTC; empty if invalid, such as a year with five digits. */
 const inUtc = (ms) => (Number.isNaN(ms) ? "" : new Date(ms).toISOString().replace(".000Z", "Z"));
 
-/** The list of requests that were submitted between two times, of which more is asked. */
+/** Return the URL of the list of requests submitted between two times, with more filters. */
 export const requestsIn = (sinceMs, untilMs, more = {}) =>
   link("/requests", { time: "between", since: inUtc(sinceMs), until: inUtc(untilMs), ...more });
 
-/** As a field for a local time has it. */
+/** Format a time for a `datetime-local` field. */
 function local(ms) {
   const at = new Date(ms);
   return new Date(at.getTime() - at.getTimezoneOffset() * 60_000).toISOString().slice(0, 19);

@@ -10,8 +10,8 @@ const WIDE = "(min-width: 75rem)";
 const ROW = ".requests .c-id a";
 
 /**
- * `{ element, shown(), open(id), mark() }`; `list` is what has the rows, and `changed()` is called
- * once another request is shown, or none.
+ * Create the panel: `{ element, shown(), open(id), mark() }`. `list` contains the rows. `changed()`
+ * is called when another request, or none, is shown.
  */
 export function panel(list, signal, changed) {
   const wide = window.matchMedia(WIDE);
@@ -23,12 +23,12 @@ export function panel(list, signal, changed) {
   let shown = "";
   let leaving = new AbortController();
 
-  /** Mark the row of what is shown, which may have been drawn since. */
+  /** Mark the row of the shown request, which may have been drawn since. */
   function markRow() {
     for (const row of list.querySelectorAll(ROW)) mark(row, "aria-current", idOf(row) === shown ? "true" : null);
   }
 
-  /** Show a request, or none. What was there stays until the next has come. */
+  /** Show a request, or none. The previous one stays until the next one is loaded. */
   async function show(id) {
     if (id === shown) return;
     shown = id;
@@ -65,7 +65,7 @@ export function panel(list, signal, changed) {
     row?.focus();
   }
 
-  // A click by a pointer: Enter on a row, and a click for another tab, open the page.
+  // Only a click with a pointer: Enter on a row, or a click for another tab, opens the page.
   list.addEventListener("click", (event) => {
     const row = event.target.closest(ROW);
     const isPlain = event.button === 0 && !(event.ctrlKey || event.metaKey || event.shiftKey || event.altKey);
@@ -85,7 +85,7 @@ export function panel(list, signal, changed) {
   document.addEventListener("keydown", pressed, { signal });
   wide.addEventListener("change", () => !wide.matches && show(""), { signal });
 
-  /** As an address says: where there is no room beside the list, on its page. */
+  /** Show the request of the URL; if there is no room beside the list, on its own page. */
   function open(id) {
     if (id && !wide.matches) location.replace(link(`/requests/${encodeURIComponent(id)}`));
     else show(id);

@@ -1,4 +1,4 @@
-// The parts of a request's page. What a client or a provider wrote is shown as text, always.
+// The parts of a request's page. Text of clients and providers is always shown as text.
 
 import { ask, Problem } from "../api.js";
 import { fill, h } from "../dom.js";
@@ -13,7 +13,7 @@ const LONG_CHARS = 1_200;
 const MOST_SHOWN_BYTES = 256 * 1024;
 const NOT_COUNTED = "Among those not counted are failures of the upstream itself, such as 429, 503 or no connection.";
 
-/** Text as it is; a long one is folded until it is asked for. */
+/** Show a text unchanged; a long one is collapsed until it is expanded. */
 export function text(words, label, isCode = false) {
   const look = isCode ? "text code" : "text";
   const shown = h("pre", { class: look, tabindex: "0", role: "region", "aria-label": label }, words);
@@ -55,13 +55,13 @@ export function answer(request, files, stored = []) {
 
 const words = (said) => h("p", { class: "quiet-text" }, said);
 
-/** What was asked or answered is not here, which does not say that it never was. */
+/** State that the content is not available, which does not mean that it never existed. */
 function notHere() {
   if (!session.readsBodies()) return words(session.whyNot("operator"));
   return words("Not on record: it was not kept, has expired or was erased.");
 }
 
-/** JSON, as the body of a native call is, so that it can be read; anything else as it is. */
+/** Indent JSON, such as the body of a native call, for reading; return any other text unchanged. */
 function asIs(written, isJson) {
   if (!isJson) return written;
   try {
@@ -71,7 +71,10 @@ function asIs(written, isJson) {
   }
 }
 
-/** `calls`: how many calls to upstreams are listed, of which some do not count for MAX_ATTEMPTS. */
+/**
+ * List the details of a request. `calls`: the number of listed upstream calls, some of which do not
+ * count for MAX_ATTEMPTS.
+ */
 export function facts(request, calls) {
   const usage = request.usage ?? {};
   const rows = [
@@ -124,7 +127,7 @@ export function facts(request, calls) {
   return h("dl", { class: "facts" }, given.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
 }
 
-/** In which a job was sent last, and why: what it costs there is part of that. */
+/** The tier in which a job was last sent, and why, since the cost depends on it. */
 function tier(request) {
   if (!request.tier) return null;
   return [h("b", {}, tierOf(request.tier)), request.tier_why && `: ${request.tier_why}`];
@@ -141,7 +144,7 @@ function written(usage) {
   return usage.cache_write_tokens ? `${count(usage.cache_write_tokens)}${hour}` : null;
 }
 
-/** How many tokens of the input or the output are of which medium. */
+/** List the tokens of the input or the output by medium. */
 function media(usage, side) {
   const parts = ["audio", "image", "video"].map((name) => [name, usage[`${side}_${name}_tokens`]]);
   return parts.filter(([, tokens]) => tokens).map(([name, tokens]) => `${count(tokens)} ${name}`).join(", ");
@@ -162,7 +165,7 @@ function cost(request) {
   return `${money(request.cost_micros / 1e6)}${how}${at}`;
 }
 
-/** `counted`: how many of the calls count for MAX_ATTEMPTS. */
+/** List the attempts. `counted`: how many of the calls count for MAX_ATTEMPTS. */
 export function attempts(list, counted) {
   if (list.length === 0) return null;
   const hasFirst = list.some((one) => one.first_byte_ms !== undefined);
@@ -227,7 +230,7 @@ function tableOf(label, heads, numbers, rows) {
   );
 }
 
-/** The bodies as they are in the record: shown on demand, as text, or kept as a file. */
+/** List the stored bodies, shown as text on demand or downloaded. */
 export function bodies(list, id, signal) {
   if (list.length === 0) {
     if (!session.readsBodies()) return words(`${session.whyNot("operator")} VIEWERS_READ_BODIES allows viewers to read them too.`);
@@ -283,7 +286,7 @@ function body(one, path, signal) {
   );
 }
 
-/** At most so much of it as a page can show. */
+/** Read as much of a body as a page can show. */
 async function read(path, one, signal, title) {
   const response = await ask("GET", path, { signal, headers: { Accept: "*/*" } });
   const reader = response.body.getReader();

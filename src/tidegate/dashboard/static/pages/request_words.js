@@ -1,4 +1,4 @@
-// How requests are named and marked, alike on every page that shows one.
+// Names and badges of requests, the same on every page that shows one.
 
 import { h, mark, say } from "../dom.js";
 import { length } from "../format.js";
@@ -27,7 +27,7 @@ export const SOURCES = {
 
 const TIERS = { live: "Live tier", flex: "Flex tier", batch: "Provider's batch" };
 
-/** The processing tier of a request; others than those of jobs as the provider names them. */
+/** The processing tier of a request; those not of jobs have the provider's name. */
 export const tierOf = (tier) => (tier ? (TIERS[tier] ?? `Tier ${tier}`) : "");
 
 export function statusBadge(status) {
@@ -37,24 +37,24 @@ export function statusBadge(status) {
 
 export const kindOf = (request) => (request.type ? (KINDS[request.type] ?? request.type) : "");
 
-/** Enough of an id to tell it from others, and to find it by: its beginning. */
+/** The beginning of an id, which distinguishes it and is enough to search for it. */
 export const shortId = (id) => id.slice(0, 18);
 
 export const linkTo = (id, words = shortId(id), props = {}) =>
   h("a", { href: link(`/requests/${id}`), ...props }, words);
 
-/** When an id was made: UUIDv7 begins with the milliseconds since 1970. */
+/** Return when an id was created: UUIDv7 begins with the milliseconds since 1970. */
 export const timeOfId = (id) => new Date(parseInt(id.replaceAll("-", "").slice(0, 12), 16));
 
 export const isOpen = (request) => request.status === "queued" || request.status === "running";
 
-/** Characters as the gateway counts them: an emoji is one. */
+/** Count characters as the gateway does: an emoji is one. */
 export const charsOf = (text) => [...text].length;
 
-/** Whether only the beginning of the prompt is here. */
+/** Return whether the prompt is cut off. */
 export const isCut = ({ prompt, prompt_chars: whole }) => whole > charsOf(prompt ?? "");
 
-/** A length; of what goes on since a time, how long it has lasted so far. */
+/** Show a duration; if `since` is given, the time that has passed since then. */
 export function goesOn(element, ms, since) {
   const soFar = since ? Math.max(0, Date.now() - new Date(since).getTime()) : null;
   say(element, length(soFar === null ? ms : Math.floor(soFar / 1_000) * 1_000 || soFar));

@@ -1,4 +1,4 @@
-// Requests of all tenants: found, and watched as they go on.
+// Requests of all tenants: searched, and updated live.
 
 import { get, Problem } from "../api.js";
 import { fill, h, keyed, mark, say } from "../dom.js";
@@ -14,11 +14,11 @@ import { exporting, saved } from "./requests_kept.js";
 import { runningCard } from "./requests_running.js";
 
 const PAGE = 50;
-const MOST_REFRESHED = 200; // in a page
-const MOST_PAGES = 5; // of a refresh
+const MOST_REFRESHED = 200; // per page
+const MOST_PAGES = 5; // pages of a refresh
 const EVERY_MS = 3_000;
-const MOST_KEPT = 500; // in a list that is left open; older ones are asked for again
-const LOOKS = 60; // of 20,000 requests each, before the person is asked whether to go on
+const MOST_KEPT = 500; // in an open list; older rows are requested again
+const LOOKS = 60; // pages of 20,000 scanned requests, before the person decides whether to continue
 const NEAR_TOP_PX = 120;
 
 export async function open(main, { query, signal }) {
@@ -53,12 +53,12 @@ export async function open(main, { query, signal }) {
     h("div", { class: "list-and-panel" }, list.element, beside.element),
   );
   beside.open(query.get("open") ?? "");
-  if (scope.narrowed() !== scope.ALL) keep(); // what was chosen elsewhere is in the address too
+  if (scope.narrowed() !== scope.ALL) keep(); // a selection made elsewhere is in the URL too
   await list.search(bar);
   list.follow();
 }
 
-/** The list with what stands above and below it; `painted` is called when its rows are. */
+/** Create the list with its head and foot; `painted` is called after its rows are drawn. */
 function listOf(signal, painted) {
   const body = h("tbody");
   const table = tableOf(body);
@@ -76,16 +76,16 @@ function listOf(signal, painted) {
   );
   const show = keyed(body, rowOf);
   let bar = null;
-  let searched = {}; // not what is being typed: half a word would empty the list under the pointer
+  let searched = {}; // not the text being typed: half a word would empty the list
   let items = [];
   let newer = [];
   let gap = false;
   let cursor = null;
-  let reach = null; // where the page of the last refresh ends
+  let reach = null; // the end of the last refreshed page
   let shown = null;
   let searching = new AbortController();
   let isPaused = false;
-  let [begun, answered] = [0, 0]; // refreshes, by number
+  let [begun, answered] = [0, 0]; // numbers of refreshes
 
   function paint() {
     show(items, (item) => item.request_id);
@@ -95,7 +95,7 @@ function listOf(signal, painted) {
     say(fresh, `Show ${count(newer.length)}${gap ? " or more" : ""} new`);
   }
 
-  /** What stands in the place of the rows; drawn once, so that what is clicked stays there. */
+  /** Show something in place of the rows; drawn only once, so that clicks on it are not lost. */
   function put(what, draw) {
     if (shown === what) return;
     shown = what;
@@ -113,7 +113,7 @@ function listOf(signal, painted) {
     return get(path, { signal: AbortSignal.any([signal, from.signal]) });
   }
 
-  /** Pages, until enough was found: each looks at 20,000 requests at most. */
+  /** Read pages until enough rows are found; each page scans at most 20,000 requests. */
   async function gather(from) {
     const wanted = items.length + PAGE;
     for (let look = 0; look < LOOKS; look += 1) {
@@ -173,7 +173,7 @@ function listOf(signal, painted) {
     return goOn();
   }
 
-  /** Whether rows may be put in above what the person looks at. */
+  /** Return whether rows may be inserted above the visible ones. */
   const mayMove = () =>
     window.scrollY < NEAR_TOP_PX && !body.contains(document.activeElement) && !body.matches(":hover");
 
@@ -189,10 +189,16 @@ function listOf(signal, painted) {
     nothing();
   }
 
-  /** Whether words are searched: rows are in the order of their ends then, and no cursor is an id. */
+  /**
+   * Whether the search is by words: rows are then in the order of their ends, and cursors are not
+   * ids.
+   */
   const isByWords = () => Boolean(searched.text);
 
-  /** Rows of a page that the list lacks: also older ones, as a call has its row once it has ended. */
+  /**
+   * Return rows of a page that the list lacks. They may be older ones, because a call has its row
+   * only after it has ended.
+   */
   function missing(page) {
     const known = new Set(items.map((item) => item.request_id));
     const last = page.items.findLastIndex((item) => known.has(item.request_id));
@@ -202,7 +208,7 @@ function listOf(signal, painted) {
     return page.items.filter((item, at) => !known.has(item.request_id) && isOfList(item, at));
   }
 
-  /** The newest rows, back to the first of the list that has not ended. */
+  /** Read the newest rows, back to the first row of the list that has not ended. */
   async function newest(from) {
     const oldest = items.findLast(isOpen)?.request_id;
     let [found, cursor] = [[], ""];
@@ -223,14 +229,15 @@ function listOf(signal, painted) {
     const number = begun;
     try {
       const page = await newest(from);
-      if (from !== searching || number < answered) return; // a later answer has come before
+      if (from !== searching || number < answered) return; // a later answer arrived first
       answered = number;
       const now = new Map(page.items.map((item) => [item.request_id, item]));
       newer = missing(page);
       reach = page.next_cursor ?? null;
       items = items.map((item) => now.get(item.request_id) ?? left(item, page, isByWords()));
       if (mayMove()) items = items.filter((item) => !item.left);
-      // More came than a page holds: what is between is found by going on from the new ones.
+      // More rows arrived than a page holds: the rows in between are loaded on demand, after the
+      // new ones.
       const isCut = items.length > 0 || (cursor === null && reach !== null);
       gap = isCut && newer.length > 0 && newer.length === page.items.length;
       if (newer.length > 0 && mayMove()) take();
@@ -256,7 +263,7 @@ function listOf(signal, painted) {
     });
   }
 
-  /** Stand still, or go on; whether it is live now. */
+  /** Pause or resume updates; return whether they are live now. */
   function pause() {
     isPaused = !isPaused;
     if (!isPaused) refresh();
@@ -282,14 +289,16 @@ function noneYet() {
   return empty("No requests yet", hint, tryIt);
 }
 
-/** What is not in the newest page though it should be does not match any more. The page ends at its
- * cursor; where words are searched, whose cursor is no id, at its last row. */
+/**
+ * Mark a row that the newest page should contain and does not, because it no longer matches. The
+ * page ends at its cursor, or in a search by words, whose cursor is not an id, at its last row.
+ */
 function left(item, page, isByWords) {
   const end = isByWords && page.next_cursor ? page.items.at(-1).request_id : (page.next_cursor ?? "");
   return item.request_id >= end ? { ...item, left: true } : item;
 }
 
-/** As the page of keys names one; a token of a service by what it says of itself. */
+/** Name a key as on the page of keys; a service's token by its own claims. */
 const keyOf = ({ key }) => (key && !key.includes(":") ? `tg_${key}` : (key ?? ""));
 
 const byId = (one, other) => (one.request_id < other.request_id ? 1 : -1);
@@ -320,13 +329,16 @@ function rowOf(first) {
   const cell = (look, ...inner) => h("td", { class: look }, inner);
   const badge = h("span");
   const [what, waited, call, tokens, cost, tries] = [0, 1, 2, 3, 4, 5].map(() => h("span"));
-  // Its own paragraph, so that signs of writing from right to left turn nothing else around.
+  // Separate paragraphs, so that right-to-left text does not reorder its surroundings.
   const [said, saidBriefly] = [0, 1].map(() => h("span", { class: "below quiet-text", dir: "auto" }));
   const key = h("span", { class: "below quiet-text mono", title: first.key }, keyOf(first));
   const wrong = h("span", { class: "badge bad wrong-code" });
   const code = h("span", { class: "badge bad wrong-code" });
   const briefly = h("span");
-  /** A job has no row of its conversation's until it has ended, but may lead to those that have. */
+  /**
+   * A job is not part of its conversation's page until it has ended, but may link to the calls that
+   * are.
+   */
   const talk = () =>
     first.conversation &&
     h("a", { class: "talk-link", href: talkLink(first.tenant, first.conversation) }, "Conversation");

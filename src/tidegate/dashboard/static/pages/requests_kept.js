@@ -1,4 +1,4 @@
-// What is taken out of the list of requests: a file of it, and filters kept by name.
+// Exports of the list of requests, and saved filters.
 
 import { get, Problem } from "../api.js";
 import { fill, h, say } from "../dom.js";
@@ -17,7 +17,7 @@ const COLUMNS = [
   ...["upstream", "tier", "queue_ms", "upstream_ms", "total_tokens", "cost_usd", "attempts", "error_code", "subject", "conversation"],
 ];
 
-/** Buttons that write what the filters find into a file; the newest `MOST` at most. */
+/** Buttons that export the matches of the filters to a file, at most the newest `MOST`. */
 export function exporting(values, signal) {
   const kinds = { csv: "CSV", jsonl: "JSONL" };
   const told = h("span", { class: "quiet-text", role: "status" });
@@ -43,12 +43,14 @@ export function exporting(values, signal) {
   return [told, ...buttons];
 }
 
-/** A row of a file: what it cost in dollars, as in the files of Usage, and nothing of its prompt. */
+/**
+ * Return an exported row: with the cost in dollars, as in exports of Usage, and without the prompt.
+ */
 function exported({ prompt: _, cost_micros: micros, ...row }) {
   return micros === undefined ? row : { ...row, cost_usd: (micros / 1e6).toFixed(6) };
 }
 
-/** Up to a page beyond `MOST`, which shows that there are more. */
+/** Read up to a page beyond `MOST`, which shows that there are more. */
 async function gathered(values, tell, signal) {
   const rows = [];
   let cursor = "";
@@ -70,7 +72,7 @@ const kept = () => {
 };
 const keep = (all) => localStorage.setItem(NAME, JSON.stringify(all));
 
-/** Filters by name, kept in this browser; choosing one opens the list with it. */
+/** Filters saved by name in this browser; selecting one opens the list with it. */
 export function saved(values) {
   const element = h("div", { class: "saved-filters", role: "group", "aria-label": "Saved filters" });
   const given = () => Object.fromEntries(Object.entries(values()).filter(([, value]) => value !== ""));

@@ -1,4 +1,4 @@
-// Streams and native calls under way: they come into the list once they have ended.
+// Streams and native calls in progress, which enter the list when they have ended.
 
 import { get, Problem } from "../api.js";
 import { h, keyed, mark, say } from "../dom.js";
@@ -10,7 +10,10 @@ import { goesOn, kindOf, shortId, SOURCES, statusBadge } from "./request_words.j
 const EVERY_MS = 3_000;
 const OPEN = "tidegate.running";
 
-/** The card, which looks again by itself; folded, it says how many there are, of the upstream that was chosen. `show()` once another was. */
+/**
+ * A card that refreshes itself. Collapsed, it shows the numbers of the selected upstream. Call
+ * `show()` when another upstream is selected.
+ */
 export function runningCard(signal) {
   const summary = h("span", { class: "quiet-text", role: "status" }, "…");
   const note = h("p", { class: "quiet-text running-note" });
@@ -47,7 +50,7 @@ export function runningCard(signal) {
     const isOf = (item) => of === scope.ALL || (item.upstream || item.pool) === of;
     const { complete } = latest;
     const items = latest.items.filter(isOf);
-    // Of those that no process lists it is not known where they are.
+    // The upstream of calls that no process lists is unknown.
     const under_way = of === scope.ALL ? latest.under_way : items.length;
     draw(items, (item) => item.request_id);
     const waiting = items.filter((item) => item.status === "queued").length;

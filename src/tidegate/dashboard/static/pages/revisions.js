@@ -1,4 +1,5 @@
-// Changes of the limits of an upstream, or of all: what, when, who and why, and each undone by a click.
+// Changes of the limits of one or all upstreams: what, when, by whom and why, each with a button to
+// undo it.
 
 import { get, patch, Problem } from "../api.js";
 import { fill, h } from "../dom.js";
@@ -30,7 +31,7 @@ export async function open(main, { query, signal }) {
   const again = async () => {
     const pool = scope.chosen();
     const all = await Promise.all((pool === scope.ALL ? pools : [pool]).map(of));
-    if (pool !== scope.chosen()) return; // another was chosen meanwhile
+    if (pool !== scope.chosen()) return; // another one was selected meanwhile
     const found = all.flat().toSorted((a, b) => (a.at < b.at ? 1 : -1)).slice(0, MOST);
     const none = empty("No changes yet", "Changes of limits and weights, by a person or a deployment, are listed here.");
     fill(place, found.length ? found.map((one) => revision(one, pool === scope.ALL, again)) : none);
@@ -43,7 +44,7 @@ export async function open(main, { query, signal }) {
   );
 }
 
-/** A number, a table, or a word, as most options of a pool are. */
+/** Format a number, a table, or a word, as most options of a pool are. */
 function shown(value) {
   if (value === null) return "none";
   if (typeof value === "number") return count(value);
@@ -73,7 +74,7 @@ function revision(one, isOfAll, again) {
   );
 }
 
-/** Put back what it changed; refused where one of it was changed again since. */
+/** Undo the changes of a revision; rejected if one of the values was changed again since. */
 async function undone(one, pool, again) {
   const reason = field("reason", "Reason (recorded)", { maxlength: 500, value: `undo of revision ${one.revision}` });
   const back = one.changes.filter(({ before }) => before !== null);

@@ -1,4 +1,5 @@
-// The settings of the process that serves the page, as `tidegate config check` prints them. Read-only.
+// The settings of the process that serves the page, as `tidegate config check` prints them.
+// Read-only.
 
 import { get } from "../api.js";
 import { fill, h, say } from "../dom.js";

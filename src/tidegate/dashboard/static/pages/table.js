@@ -1,10 +1,11 @@
-// Every page, in the order of the navigation.
+// All pages, in the order of the navigation.
 //
-// path: parts that begin with ":" are handed to the page as `params`. nav: the words in the
-// navigation; without them the page is reached from another one. key: after a g, it opens the page. style: a stylesheet in this folder,
-// or several, worn while the page is open. load: the module, which exports
-// `open(main, { params, query, signal })`: it fills `main` and returns when the first view is there;
-// `signal` is aborted when the page is left. A Problem that it throws is shown in its place.
+// path: parts that begin with ":" are passed to the page as `params`. nav: the text in the
+// navigation; pages without it are reached from other pages. key: opens the page after a g. style:
+// one or several stylesheets in this folder, enabled while the page is open. load: imports the
+// module, which exports `open(main, { params, query, signal })`. It fills `main` and returns when
+// the first view is shown; `signal` is aborted when the page is left. A Problem that it throws is
+// shown in place of the page.
 
 export const PAGES = [
   {

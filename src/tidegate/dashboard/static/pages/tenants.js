@@ -1,4 +1,4 @@
-// Tenants and API keys: found, made, changed, switched off and revoked.
+// Tenants and API keys: search, create, change, disable and revoke.
 
 import { allKeys, get, post, Problem, put, remove } from "../api.js";
 import { fill, h } from "../dom.js";
@@ -24,7 +24,7 @@ const DAY_MS = 86_400_000;
 export async function open(main, { query, signal }) {
   const { pools } = await get("dashboard/session", { signal });
   scope.among(pools, query.get("pool"));
-  let pool = scope.chosen() || pools[0]; // weights and limits are of one upstream
+  let pool = scope.chosen() || pools[0]; // each upstream has its own weights and limits
   const state = { tenants: [], keys: [], books: new Map() };
   const upstream = h(
     "select",
@@ -50,7 +50,7 @@ export async function open(main, { query, signal }) {
   });
   let looking = new AbortController();
   const again = async () => {
-    looking.abort(); // of the upstream before
+    looking.abort(); // for the previous upstream
     looking = new AbortController();
     const within = AbortSignal.any([signal, looking.signal]);
     try {
@@ -114,7 +114,7 @@ function keyRow(one, again) {
   );
 }
 
-/** What a tenant may spend in a period, and how much of it is spent; `books` are by their budgets. */
+/** A cell with the budgets of a tenant in a period, and the spent part; `books` are by budget. */
 function budgetCell(one, period, books) {
   const of = [
     [`budget_${period}_money`, money, 1e6],
@@ -124,7 +124,9 @@ function budgetCell(one, period, books) {
   return h("td", { class: "number" }, bars.length ? bars : NOTHING);
 }
 
-/** `$0.83 of $5.00`; without a book nothing was spent in the period, or others are used more. */
+/**
+ * `$0.83 of $5.00`; without a book nothing was spent in the period, or other books are used more.
+ */
 function budgetBar(label, most, words, book, unit) {
   const text = book ? `${words(book.spent / unit)} of ${words(most)}` : words(most);
   const shareOf = (amount) => Math.min(1, amount / unit / Math.max(most, 1e-6));
@@ -139,7 +141,7 @@ function budgetBar(label, most, words, book, unit) {
   return h("div", { class: "spent-of", data: (book?.spent ?? 0) / unit >= most ? { full: "" } : {} }, h("span", {}, text), h("div", { class: "spent-bar", ...looks, ...now }, parts));
 }
 
-/** Its own limits by their names; what they are stands at the overview. */
+/** A cell with the names of the tenant's own limits; the overview shows their values. */
 function limitsCell({ limits }) {
   const names = Object.keys(limits);
   return h("td", { class: "number wide", title: names.join(", ") }, names.length > 2 ? count(names.length) : names.join(", ") || NOTHING);
@@ -180,7 +182,7 @@ async function changeTenant(one, pool, again) {
     act: async ({ tenant, ...values }) => {
       const known = one ?? { tenant };
       if (!one && (await get("admin/tenants")).some((each) => each.tenant === tenant)) throw new Problem({ detail: `The tenant ${tenant} already exists. Change it in the list.`, field: "tenant" });
-      // What is as it was is not sent: another operator may have changed it meanwhile.
+      // Unchanged values are not sent, because another operator may have changed them meanwhile.
       const changed = Object.fromEntries(Object.entries(values).filter(([each, value]) => value !== (known[each] ?? null)));
       const expected = one ? Object.fromEntries(Object.keys(changed).map((each) => [each, one[each]])) : {};
       await put(`admin/tenants/${encodeURIComponent(known.tenant)}`, { ...changed, expected, by: "dashboard" }, { query: { pool } });
@@ -236,7 +238,7 @@ async function makeKey(tenants, again) {
   await again();
 }
 
-/** A key that opens this dashboard for a person, and calls no model. */
+/** A dialog for a key that opens this dashboard for a person and cannot call models. */
 async function letIn(again) {
   const made = await confirm({
     title: "New dashboard key",
@@ -259,7 +261,7 @@ async function letIn(again) {
 
 const expiry = (days) => (days ? new Date(Date.now() + Number(days) * DAY_MS).toISOString() : null);
 
-/** The key itself, which nobody can look up again. */
+/** A dialog with the new key, which cannot be displayed again. */
 function shownOnce(key, words = "") {
   const copy = h("button", { class: "button", type: "button" }, "Copy");
   const shown = h("p", { class: "made-key mono", tabindex: "0" }, key);

@@ -1,4 +1,4 @@
-// The life of a request, drawn to scale: where its time went, and step by step.
+// The timeline of a request, drawn to scale: where its time went, and step by step.
 
 import { h } from "../dom.js";
 import { length, time } from "../format.js";
@@ -22,14 +22,17 @@ const LEAST_PERCENT = 0.4;
 
 const at = (step) => new Date(step.at).getTime();
 
-/** When a step ended, or `now` while it goes on; a moment ends as it begins. */
+/**
+ * Return when a step ended, or `now` if it continues; a step without a duration ends when it
+ * begins.
+ */
 function until(step, now) {
   if (step.goes_on && step.what !== "parked") return now;
   if (step.until) return Math.min(new Date(step.until).getTime(), Math.max(now, at(step)));
   return at(step);
 }
 
-/** The card's content: a bar of the whole, what it adds up to, and the steps as a list. */
+/** Return the card's content: a bar of the whole time, the sums by phase, and the list of steps. */
 export function timeline(steps, nowText) {
   const now = new Date(nowText).getTime();
   const life = steps.filter((step) => step.what !== "webhook");
@@ -80,7 +83,7 @@ function whole(steps, now, scale) {
 const share = (ms, total) =>
   total > 0 ? h("span", { class: "quiet-text" }, `${Math.round((ms / total) * 100)} %`) : null;
 
-/** A bar; of a call two, before and after the first byte of the answer. */
+/** Return the bar of a step; for a call two bars, before and after the first byte of the answer. */
 function bars(step, now, scale, look) {
   const [begin, end] = [at(step), until(step, now)];
   if (!step.first_byte_ms) return [bar(scale(begin), scale(end), look)];
@@ -93,7 +96,7 @@ function bars(step, now, scale, look) {
 
 function bar(left, right, look) {
   const element = h("span", { class: `bar ${look}` });
-  // Not an attribute: the page's policy lets no style stand in the document.
+  // Set by script, because the content security policy allows no style attributes.
   element.style.left = `${Math.min(left, 100 - LEAST_PERCENT)}%`;
   element.style.width = `${Math.max(right - left, LEAST_PERCENT)}%`;
   return element;

@@ -1,4 +1,5 @@
-// The playground: a prompt or a conversation, by any API that the gateway serves, with one model or two.
+// The playground: a prompt or a conversation with one or two models, by any API that the gateway
+// serves.
 
 import { get, Problem } from "../api.js";
 import { fill, h, mark } from "../dom.js";
@@ -13,8 +14,8 @@ const MOST_FILES = 10;
 const LOOKED_BACK_DAYS = 30;
 const DAY_MS = 86_400_000;
 const ANY = "Chosen by Tidegate";
-const OF_PROMPTS = ["gemini", "openai", "anthropic"]; // dialects that a prompt can be sent in
-const CLOSED = ["drained", "draining", "missing"]; // states of upstreams that take no new calls
+const OF_PROMPTS = ["gemini", "openai", "anthropic"]; // dialects in which prompts are sent
+const CLOSED = ["drained", "draining", "missing"]; // states without new calls
 const EXAMPLES = [
   "Explain in three sentences what a tidal gate is for.",
   "Generate an image of a lighthouse at dusk.",
@@ -81,7 +82,7 @@ export async function open(main, { signal }) {
     [go.disabled, stop.hidden] = [false, true];
     again.hidden = !sides.some((one) => one.turns().length);
     if (isChat && unanswered.length < models.length) {
-      // What was written or added meanwhile is the next turn.
+      // Text and files added meanwhile are kept for the next turn.
       if (text.value() === sent.text) text.input.value = "";
       files.drop(sent.files.map((one) => one.file));
       text.input.focus();
@@ -89,7 +90,7 @@ export async function open(main, { signal }) {
     if (problems.length) complain(problems[0]);
   }
 
-  /** The files that were chosen; null where one can't be read. */
+  /** Return the selected files; null if one cannot be read. */
   async function filesRead() {
     const read = files.list.map((file) =>
       readFile(file).then(
@@ -103,7 +104,7 @@ export async function open(main, { signal }) {
 
   function complain(problem) {
     const names = { data: text, text, files: text, file: text };
-    // Of a native call an option is a header: `X-Tidegate-Deadline-Ms`.
+    // In a native call an option is a header, such as `X-Tidegate-Deadline-Ms`.
     const name = problem.field?.toLowerCase().replace(/^x-tidegate-/, "").replaceAll("-", "_");
     const at = names[name] ?? [...target.fields, ...more.fields].find((one) => one.name === name);
     if (at) {
@@ -150,7 +151,7 @@ export async function open(main, { signal }) {
   );
 }
 
-/** The models that were called lately, those with the most requests first. */
+/** Return recently called models, most requests first. */
 async function usedModels(signal) {
   const day = (at) => new Date(at).toISOString().slice(0, 10);
   const span = { since: day(Date.now() - LOOKED_BACK_DAYS * DAY_MS), until: day(Date.now()) };
@@ -158,7 +159,7 @@ async function usedModels(signal) {
   return rows.filter((one) => one.model).toSorted((a, b) => b.requests - a.requests).map((one) => one.model);
 }
 
-/** By which API, which upstream, and which one or two models: `fields`, `api()`, `models()`. */
+/** Fields for the API, the upstream, and one or two models: `fields`, `api()`, `models()`. */
 function targetOf(upstreams, used, changed) {
   const servedBy = (dialect) => upstreams.filter((one) => Object.hasOwn(one.base_urls, dialect));
   const apis = Object.entries(APIS).filter(([, { dialect }]) => dialect === null || servedBy(dialect).length > 0);
@@ -172,13 +173,18 @@ function targetOf(upstreams, used, changed) {
   const ofPrompts = upstreams.filter((one) => OF_PROMPTS.some((dialect) => Object.hasOwn(one.base_urls, dialect)));
   const among = () => (dialect() === null ? ofPrompts : servedBy(dialect()));
 
-  /** The upstreams that a model can go to: those that name it, else those that take any. */
+  /**
+   * Return the upstreams that a model can go to: those that name it, else those that accept any.
+   */
   function serving(name) {
     const naming = among().filter((one) => one.models.some((pattern) => pattern !== "*" && isLike(pattern, name)));
     return (naming.length ? naming : among().filter((one) => one.models.includes("*"))).map((one) => one.name);
   }
 
-  /** Whether a call of the model can go where it is to go: an upstream is called for sure where no other serves the model. */
+  /**
+   * Return whether a call of the model goes to the selected upstream: only if no other upstream
+   * serves the model.
+   */
   const isFor = (chosen) => (name) => {
     const names = serving(name);
     return names.length > 0 && (chosen === "" || (names.length === 1 && names[0] === chosen));
@@ -214,7 +220,7 @@ function targetOf(upstreams, used, changed) {
     fields: [api, upstream, model, second],
     element: h("div", { class: "try-target" }, api.element, upstream.element, model.element, second.element, list, says),
     api: () => api.value(),
-    /** The upstreams to one of which a call of the model goes. */
+    /** Return the upstreams that a call of the model may go to. */
     pools(name) {
       const known = serving(name);
       return among().filter((one) => one.limits !== null && (!known.length || known.includes(one.name))).map((one) => one.name);
@@ -234,7 +240,7 @@ function targetOf(upstreams, used, changed) {
   };
 }
 
-/** Why a call of the model can't be sent where it is to go; empty: it can. */
+/** Return why a call of the model cannot be sent to the selected upstream; empty if it can. */
 function wrongModel(name, chosen, hasUsual, serving) {
   if (!name && chosen === "") return hasUsual ? "" : "Enter a model: this API has no default.";
   if (!name) return `Enter a model that only ${chosen} serves.`;
@@ -272,7 +278,7 @@ function example(words, text) {
   return button;
 }
 
-/** Files, dropped or chosen; `list` is what is to be sent. */
+/** Files, dropped or selected; `list` contains those to be sent. */
 function filesPicker() {
   const list = [];
   const input = h("input", { type: "file", multiple: true, class: "visually-hidden", id: "try-files" });
@@ -330,7 +336,7 @@ function filesPicker() {
   };
 }
 
-/** What may be left as it is. `show(dialect)`: those that an API has; null is Tidegate's own. */
+/** Optional fields. `show(dialect)` shows those of an API; null is Tidegate's own. */
 function options(asksFor) {
   const own = [
     field("type", "Type", { options: { "": "Automatic", ...KINDS }, hint: "Automatic: determined by the prompt." }),

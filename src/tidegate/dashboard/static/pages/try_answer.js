@@ -1,4 +1,5 @@
-// One side of the playground: a conversation with a model, its answer as it comes, and its figures.
+// One side of the playground: a conversation with a model, its answer as it streams, and its
+// figures.
 
 import { address, events, framed, get, Problem } from "../api.js";
 import { fill, h, mark, say } from "../dom.js";
@@ -12,11 +13,14 @@ import { APIS } from "./try_dialects.js";
 const LOOK_MS = 700;
 const KEY = /^tg_([a-z0-9]{10})_/;
 export const STOPPED = "stopped";
-const LOOKS = 20; // for what a call has cost, which is on record soon after its end
+const LOOKS = 20; // reads of a call's cost, which is recorded soon after its end
 const FIELDS = ["type", "model", "image_uri", "priority", "deadline_ms"];
 const FIGURES = { first: "First token", duration: "Duration", waited: "Waited", tokens: "Tokens in, out", cost: "Cost", upstream: "Upstream" };
 
-/** What is sent: `{ api, model, body, headers, files }`, headers beside the key. `turns` came before. */
+/**
+ * Return the call to be sent: `{ api, model, body, headers, files }`, with headers besides the key.
+ * `turns` are earlier turns.
+ */
 export function callOf(asked, model, turns) {
   const { api, options, files } = asked;
   const headers = options.tenant ? { "X-Tidegate-Tenant": options.tenant } : {};
@@ -34,9 +38,10 @@ export function callOf(asked, model, turns) {
 }
 
 /**
- * `{ element, run(asked, model), stop(), clear(), sent() }`; `run` resolves with a Problem, with
- * `STOPPED`, or once it was answered with null.
- * `sent()` is the call that was made last, or null.
+ * Create a side: `{ element, run(asked, model), stop(), clear(), sent() }`.
+ *
+ * `run` resolves with a Problem, with `STOPPED`, or with null after a complete answer. `sent()`
+ * returns the last call, or null.
  */
 export function answering(label, signal) {
   const who = h("h2", {});
@@ -84,7 +89,7 @@ export function answering(label, signal) {
   }
 
   async function run(asked, model) {
-    running.abort(); // what is still looked up of the call before would be written over this one's figures
+    running.abort(); // late figures of the previous call must not replace those of this one
     running = new AbortController();
     const both = AbortSignal.any([signal, running.signal]);
     begin(asked, model);
@@ -130,7 +135,7 @@ const WAYS = {
 };
 for (const [name, { dialect }] of Object.entries(APIS)) if (dialect !== null) WAYS[name] = (...given) => native(...given);
 
-/** A form where a prompt has files, else JSON. */
+/** Return a form if a prompt has files, else JSON. */
 function payload(asked, { api, body, files }, headers) {
   if (APIS[api].dialect !== null || files.length === 0) {
     headers["Content-Type"] = "application/json";
@@ -145,7 +150,10 @@ function payload(asked, { api, body, files }, headers) {
 const NO_KEY = "This API key is not valid: it is not of this gateway, has expired or was revoked.";
 const NEEDS_KEY = "Calls need an API key with the scope infer: enter one under Options. The key that you signed in with is for the dashboard only.";
 
-/** As `ask` of the API's client does, with a key of its own; a refusal signs nobody out. */
+/**
+ * Send a call as `ask` of the API client does, with a key of its own; a rejected key does not sign
+ * out.
+ */
 async function asking(asked, call, accept, signal) {
   const headers = { Accept: accept, ...APIS[call.api].headers, ...call.headers };
   const key = asked.options.key || session.key();
@@ -167,7 +175,7 @@ async function asking(asked, call, accept, signal) {
   throw new Problem({ ...told, status: response.status, detail, code: told.code ?? inner.code, field: told.field ?? inner.param ?? null });
 }
 
-/** The response, while whose call waits it is said for what. */
+/** Return the response; until it arrives, show what the call waits for. */
 async function admitted(asked, call, accept, show, signal) {
   const watching = new AbortController();
   const began = performance.now();
@@ -241,13 +249,13 @@ async function streamed(asked, call, show, signal) {
   if (!isWhole) throw new Problem({ detail: "The stream ended before the answer was complete.", code: "away" });
 }
 
-/** Where an operator finds a picture of a request, whatever its owner. */
+/** Return the path of an image of a request for operators, whatever its owner. */
 const fileOf = (id, picture) => `admin/requests/${id}/files/${picture.url.split("/").pop()}`;
 
 const tokensOf = (usage) =>
   usage?.input_tokens === undefined || usage.input_tokens === null ? NOTHING : `${count(usage.input_tokens)}, ${count(usage.output_tokens)}`;
 
-/** Which upstream was called and what it has cost, once the record has it. */
+/** Show the upstream and the cost of a call once it is recorded. */
 async function recorded(id, show, signal) {
   try {
     for (let look = 0; look < LOOKS; look += 1) {
@@ -277,7 +285,7 @@ const pause = (ms, signal) =>
     });
   });
 
-/** Who calls: the tenant that is named, or whose key is shown; null where neither is known. */
+/** Return the tenant that is named, or that owns the key; null if neither is known. */
 async function tenantOf({ tenant, key }, signal) {
   const [, prefix] = KEY.exec(key || session.key() || "") ?? [];
   if (tenant || !prefix) return tenant || null;
@@ -285,7 +293,10 @@ async function tenantOf({ tenant, key }, signal) {
   return keys.find((one) => one.prefix === prefix)?.tenant ?? null;
 }
 
-/** Until the stream is admitted: how the limit stands, of those upstreams, that holds its tenant up. */
+/**
+ * Until the stream is admitted, show the state of the limit that blocks its tenant at these
+ * upstreams.
+ */
 async function watchQueue({ options }, pools, show, began, signal) {
   try {
     const tenant = await tenantOf(options, signal);
@@ -305,7 +316,7 @@ async function watchQueue({ options }, pools, show, began, signal) {
 
 const isOf = (queue, tenant) => queue.held_up_by && (tenant === null || queue.tenant === tenant);
 
-/** The limit that most wait for, over all processes: `{ held_up_by, waiting }`. */
+/** Return the limit with the most waiting calls in all processes: `{ held_up_by, waiting }`. */
 function fullest(queues) {
   const sums = new Map();
   for (const { held_up_by: limit, waiting } of queues) sums.set(limit, (sums.get(limit) ?? 0) + waiting);

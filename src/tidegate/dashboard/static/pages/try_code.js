@@ -8,11 +8,14 @@ import { APIS, FileData } from "./try_dialects.js";
 const LANGUAGES = { curl: "curl", python: "Python", typescript: "TypeScript" };
 const JSON_TYPE = { "Content-Type": "application/json" };
 
-/** The address of a path of this gateway. */
+/** Return the URL of a path of this gateway. */
 const urlOf = (path) => new URL(`..${path}`, document.baseURI).href;
 const base = (path = "") => urlOf(path || "/").replace(/\/$/, "");
 
-/** `call`: `{ api, model, body, headers, files }`; headers beside the key and the type. */
+/**
+ * Return the code of a call `{ api, model, body, headers, files }`, with headers besides the key
+ * and the type.
+ */
 export const codeOf = (language, call) => WRITERS[language](call);
 
 const WRITERS = { curl, python, typescript };
@@ -35,12 +38,12 @@ function curl(call) {
   }
   const pieces = cut(body);
   if (pieces.length === 1) return [...lines, `  -d ${quoted(pieces[0])}`].join(" \\\n");
-  // A builtin of the shell: an argument of a program is too short for most files.
+  // `printf` is a shell builtin; most files are too long for an argument of a program.
   const words = pieces.map((one) => (typeof one === "string" ? quoted(one) : `"$(base64 < ${quoted(one.name)} | tr -d '\\n')"`));
   return `printf %s ${words.join(" \\\n  ")} |\n${[...lines, "  -d @-"].join(" \\\n")}`;
 }
 
-/** A body as JSON, cut where the content of a file stands. */
+/** Return a body as JSON, split where the content of a file belongs. */
 function cut(body) {
   const files = [];
   const mark = `file-${crypto.randomUUID()}-`;
@@ -92,7 +95,7 @@ function python(call) {
   return plainPython(call, literal, key);
 }
 
-/** What the SDK takes beside the contents. */
+/** Return the SDK's arguments besides the contents. */
 function geminiConfig({ systemInstruction, generationConfig }) {
   return { ...(systemInstruction ? { systemInstruction: systemInstruction.parts[0].text } : {}), ...generationConfig };
 }
@@ -105,7 +108,7 @@ function geminiPython({ model, body, headers }, literal, key) {
   return `import os\n\nfrom google import genai\nfrom google.genai import types\n\nclient = genai.Client(\n    api_key=${key},\n    http_options=types.HttpOptions(base_url=${literal(base())}${more}),\n)\nstream = client.models.generate_content_stream(\n    model=${literal(model)},\n    contents=${written(body.contents, bytes, 1)},\n${configured})\nfor chunk in stream:\n    print(chunk.text or "", end="")\n`;
 }
 
-/** Where no SDK fits: as HTTP. */
+/** Return code that uses HTTP, for APIs without a suitable SDK. */
 function plainPython(call, literal, key) {
   const { api, model, body, files, headers } = call;
   const isForm = files.length > 0 && APIS[api].dialect === null;
@@ -179,7 +182,7 @@ function plainTypescript({ api, model, body, headers, files }, literal, fs) {
   return `${asked}const { request_id } = await answer.json();\nlet job = { status: "queued", text: "" };\nwhile (job.status === "queued" || job.status === "running") {\n  const status = await fetch(${literal(`${base("/status")}/`)} + request_id + "?wait=30", { headers });\n  job = await status.json();\n}\nconsole.log(job.text ?? job.status);\n`;
 }
 
-/** A value as a literal of a language, indented. */
+/** Return a value as an indented literal of a language. */
 function written(value, language, depth) {
   if (value instanceof FileData) return language.file(value);
   if (language.words.has(value)) return language.words.get(value);
@@ -194,7 +197,7 @@ function written(value, language, depth) {
   return `${open}\n${inner.map((one) => `${gap}${one},\n`).join("")}${unit.repeat(depth)}${close}`;
 }
 
-/** A card with the code of what was sent last, or would be sent now: `call()`; null: nothing yet. */
+/** A card with the code of the last call, or of the next one: `call()`, null if there is none. */
 export function codeCard(call) {
   let language = "curl";
   const shown = h("pre", { class: "text code try-code", tabindex: "0", role: "region", "aria-label": "Code" });

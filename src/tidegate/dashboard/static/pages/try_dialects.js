@@ -1,8 +1,8 @@
-// The APIs that the playground speaks: the body of a conversation in each, and what an answer says.
+// The APIs of the playground: the body of a conversation in each, and how its answer is read.
 
-const MOST_TOKENS = 1_024; // where a dialect requires a bound and none is given
+const MOST_TOKENS = 1_024; // for dialects that require a bound, if none is given
 
-/** The content of a file within a body: it is sent as base64, and code reads it from the file. */
+/** The content of a file within a body: sent as base64; generated code reads it from the file. */
 export class FileData {
   constructor(file, prefix = "") {
     this.name = file.name;
@@ -18,7 +18,7 @@ export class FileData {
 const isText = ({ type }) => type.startsWith("text/") || type === "application/json";
 const isPicture = ({ type }) => type.startsWith("image/");
 
-/** What was chosen as `{ name, type, base64, text }`; `text` of a file that is one. */
+/** Return a selected file as `{ name, type, base64, text }`; `text` only for text files. */
 export async function readFile(file) {
   const bytes = new Uint8Array(await file.arrayBuffer());
   let binary = "";
@@ -27,7 +27,7 @@ export async function readFile(file) {
   return isText(read) ? { ...read, text: new TextDecoder().decode(bytes) } : read;
 }
 
-/** A turn as parts of a dialect: its files, each by `ofFile`, then its words by `ofText`. */
+/** Return a turn as parts of a dialect: its files by `ofFile`, then its text by `ofText`. */
 function parts({ text, files = [] }, ofText, ofFile) {
   const shown = files.map((one) => (isText(one) ? ofText(`${one.name}:\n${one.text}`) : ofFile(one)));
   return text ? [...shown, ofText(text)] : shown;
@@ -77,9 +77,10 @@ function converseContent(turn) {
 const usageOf = (input, output) => (input === undefined ? {} : { input, output });
 
 /**
- * Each API: `words`, its `dialect` (null: Tidegate's own), `path(model)`, `body(model, turns, more)`
- * and `read(data)`: of an event `{ text, pictures, input, output, problem }`. `turns` are `{ role, text, files }`.
- * headers: those that an SDK adds itself. streamed(model): the path of its stream, where that is another one, in AWS's framing.
+ * The APIs. `words`: the name. `dialect`: null for Tidegate's own. `path(model)`, and `body(model,
+ * turns, more)` with `turns` as `{ role, text, files }`. `read(data)` returns `{ text, pictures,
+ * input, output, problem }` of an event. `headers`: those that an SDK adds itself.
+ * `streamed(model)`: the path of its stream if it is another one, in AWS's framing.
  */
 export const APIS = {
   prompt: { words: "Prompt, streamed", dialect: null, path: () => "/stream" },

@@ -1,4 +1,4 @@
-// Upstreams: each with its health, and what adds, tests, changes, drains and removes it.
+// Upstreams: the health of each, and actions to add, test, change, drain and remove one.
 
 import { get, patch, post, Problem, put, remove } from "../api.js";
 import { fill, h, keyed, mark, say } from "../dom.js";
@@ -71,7 +71,7 @@ function words({ revision, processes }) {
   return `${revision ? `revision ${revision}` : "as in the file"}, ${where}${late}`;
 }
 
-/** What is said of an upstream: the look and the words of its badge. */
+/** Return the style and the text of an upstream's badge. */
 function stateOf({ state, health }) {
   if (state === "drained") return ["", "Drained"];
   if (state === "draining") return ["warn", "Draining"];
@@ -82,7 +82,7 @@ function stateOf({ state, health }) {
   return ["good", "Healthy"];
 }
 
-/** What is wrong, in the words of the process that found it, and what puts it right. */
+/** Return what is wrong, as the process reports it, and what fixes it. */
 function wrongOf(one) {
   const { state, health, problems, key } = one;
   const found = Object.entries(problems).map(([process, why]) => `${process}: ${why}`);
@@ -179,7 +179,7 @@ function act(words, label, needs, run, look = "") {
 
 const path = (name, verb = "") => `admin/upstreams/${encodeURIComponent(name)}${verb}`;
 
-/** What a change has done, told; with the processes that do not have it yet. */
+/** Report a change as done, with the processes that have not applied it yet. */
 async function told(done, text, again) {
   if (done === null) return;
   toast(text);
@@ -247,7 +247,7 @@ async function removeIt({ name }, again) {
   await told(done, `${name} is removed.`, again);
 }
 
-/** Let calls come to it again before its pause is over: the next one shows whether it works. */
+/** End the pause of an upstream early: the next call shows whether it works. */
 async function triedNow({ name }, again) {
   const done = await confirm({
     title: `Try ${name} now?`,
@@ -269,7 +269,9 @@ async function readKey({ name, key }, again) {
   await told(done, `The key of ${name} was read again.`, again);
 }
 
-/** The new key comes from the place of the old one, or from another one; the page never has it. */
+/**
+ * Read a new key from the place of the old one, or from another place; the page never gets the key.
+ */
 async function rotateKey({ name, key, table }, again) {
   const fields = [
     field("key", "Key variable", { value: table.key ?? "", placeholder: table.key_file ? "" : key, spellcheck: "false", hint: "The variable's name, never the key. Every process must have it; a new value needs a restart." }),
@@ -308,7 +310,7 @@ async function changeIt(one, again) {
       if (values.weight !== (table.weight ?? 1)) set.weight = values.weight;
       if (values.key && values.key !== table.key) set.key = values.key;
       const gone = table.key && !values.key ? ["key"] : [];
-      // What another operator has changed since the dialog opened is not overwritten.
+      // Changes of another operator since the dialog opened are not overwritten.
       return patch(path(name), { set, remove: gone, reason, expected: revision, by: "dashboard" });
     },
   });

@@ -1,4 +1,5 @@
-// What was used and what it cost: by day, and by tenant, key, model or upstream; the providers' books.
+// Usage and cost by day, and by tenant, key, model or upstream; comparisons with providers'
+// reports.
 
 import { allKeys, get, Problem } from "../api.js";
 import { BOOK_HEADS, bookRow, bookText } from "../books.js";
@@ -17,7 +18,7 @@ const GROUPS = { tenant: "Tenant", key: "Key", model: "Model", upstream: "Upstre
 const MEASURES = { cost: "Cost", tokens: "Tokens", requests: "Requests" };
 const DAY_MS = 86_400_000;
 const MOST_DAYS = 400; // columns
-const MOST_ROWS = 5_000; // of groups by day, which are read and drawn in one interaction
+const MOST_ROWS = 5_000; // groups by day, read and drawn in one interaction
 const NONE = { tenant: "(none)", key: "No key", model: "(none)", upstream: "(none)", day: "" };
 const COLUMNS = [
   ...["requests", "input_tokens", "cached_tokens", "output_tokens", "thoughts_tokens", "images", "searches"],
@@ -73,7 +74,8 @@ export async function open(main, { query, signal }) {
     } catch (problem) {
       if (within.aborted) return;
       if (!(problem instanceof Problem)) throw problem;
-      // Sums of what was chosen before would be taken for those of what is chosen now.
+      // Hidden, because sums of the previous selection could be mistaken for those of the current
+      // one.
       fill(total);
       [columns.element.hidden, books.element.hidden] = [true, true];
       fill(place, h("section", { class: "card" }, failed(problem, again)));
@@ -116,7 +118,7 @@ const today = () => new Date().toISOString().slice(0, 10);
 const startOf = (day) => Date.parse(`${day}T00:00:00Z`);
 const later = (day, by) => new Date(startOf(day) + by * DAY_MS).toISOString().slice(0, 10);
 
-/** The first and the last day of UTC. */
+/** Return the first and the last day, in UTC. */
 function spanOf({ range, since, until }) {
   const now = today();
   const first = `${now.slice(0, 7)}-01`;
@@ -157,7 +159,7 @@ function controlsOf(view, change) {
   return { element: h("div", { class: "usage-span end" }, drop, since, until, range, by, measure), show };
 }
 
-/** The sums by group, and by day and group; where there are too many of those, by day alone. */
+/** Read the sums by group, and by day and group; if there are too many rows, by day only. */
 async function read(view, span, signal) {
   const of = (by) => get("admin/usage", { query: { by, ...span, tenant: view.tenant, upstream: view.upstream }, signal });
   const [names, groups, all] = await Promise.all([
@@ -200,7 +202,7 @@ function columnsOf(found, view, span) {
   return { title, days: shown, parts: fewest([...parts.values()]), format };
 }
 
-/** The largest parts, and all others as one. */
+/** Return the largest parts, and the sum of all others as one part. */
 function fewest(parts) {
   const size = (one) => one.values.reduce((sum, value) => sum + value, 0);
   const sorted = parts.filter(size).toSorted((a, b) => size(b) - size(a));
@@ -262,7 +264,10 @@ function row(one, view, change) {
   );
 }
 
-/** What leads further: a tenant to its models, a day to itself, a model to its requests of these days. */
+/**
+ * Return a link for a name: a tenant to its models, a day to itself, a model to its requests of
+ * these days.
+ */
 function nameIn(one, view, change) {
   if (view.by === "model" && one.model) {
     const { since, until } = spanOf(view);
@@ -280,7 +285,7 @@ function nameIn(one, view, change) {
   return to;
 }
 
-/** The rows of the table as a file, or the same apart by day. */
+/** A button that exports the rows of the table, or the same rows by day. */
 function csvButton(found, view, span, isDaily) {
   const button = h("button", { class: "button small", type: "button" }, isDaily ? "CSV by day" : "CSV");
   const columns = [...new Set(isDaily ? ["day", view.by] : [view.by]), ...COLUMNS];

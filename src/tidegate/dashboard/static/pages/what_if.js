@@ -1,4 +1,4 @@
-// What if: the calls of a recorded day, played again under changed limits, beside those in force.
+// What if: the calls of a recorded day, replayed with changed limits and with those in force.
 
 import { get, patch, post, Problem } from "../api.js";
 import { chart, stack } from "../chart.js";
@@ -12,7 +12,7 @@ import { limitsToChange, written } from "./what_if_limits.js";
 
 const DAY_MS = 86_400_000;
 const LOOKED_BACK_DAYS = 30;
-const MOST_DAYS = 8; // so that the same day of a week ago is one of them
+const MOST_DAYS = 8; // so that the same weekday of last week is included
 const LINES = ["--chart-1", "--chart-2", "--chart-3", "--chart-5", "--chart-7"];
 const HEADS = [
   ["Tenant", ""],
@@ -34,7 +34,7 @@ const TEACHES = [
 export async function open(main, { query, signal }) {
   const { pools } = await get("dashboard/session", { signal });
   scope.among(pools);
-  // It is of one upstream, whatever was chosen for the other pages.
+  // The page is about one upstream, whatever is selected for the other pages.
   const asked = query.get("pool");
   const view = { pool: pools.includes(asked) ? asked : scope.chosen() || pools[0], from: Number(query.get("from") ?? 0), until: Number(query.get("until") ?? 24) };
   const days = await recordedDays(signal);
@@ -145,10 +145,10 @@ export async function open(main, { query, signal }) {
 
 const today = () => new Date().toISOString().slice(0, 10);
 
-/** `2026-11-24`, or hours of it: `2026-11-24T9-17` */
+/** `2026-11-24`, or hours of that day: `2026-11-24T9-17` */
 const recordOf = ({ day, from, until }) => (from === 0 && until === 24 ? day : `${day}T${from}-${until}`);
 
-/** The days with requests, the newest first. */
+/** Return the days with requests, newest first. */
 async function recordedDays(signal) {
   const since = new Date(Date.now() - LOOKED_BACK_DAYS * DAY_MS).toISOString().slice(0, 10);
   const { rows } = await get("admin/usage", { query: { by: "day", since, until: today() }, signal });
@@ -157,7 +157,7 @@ async function recordedDays(signal) {
 
 const dayWords = new Intl.DateTimeFormat("en-GB", { weekday: "short", day: "numeric", month: "short", timeZone: "UTC" });
 
-/** The day and its hours; `isSound()` complains of what can't be. */
+/** Fields for the day and its hours; `isSound()` validates them. */
 function span(view, days, noted) {
   const day = field("record", "Day (UTC)", { type: "date", value: view.day, max: today() });
   const hours = (from, to) => Object.fromEntries(Array.from({ length: to - from + 1 }, (_, at) => [from + at, `${String(from + at).padStart(2, "0")}:00`]));
@@ -221,7 +221,7 @@ function noCalls(view, days) {
   );
 }
 
-/** Seconds so far, until the function that it returns is called. */
+/** Show the elapsed seconds until the returned function is called. */
 function ticking(state, signal) {
   const began = performance.now();
   const tell = () => say(state, `Rehearsing, ${Math.floor((performance.now() - began) / 1_000)} s so far`);
@@ -233,10 +233,10 @@ function ticking(state, signal) {
 
 const NAMES = ["limits in force", "with the change"];
 
-/** Waiting calls and the use of limits, as it is and with the change side by side, on one scale. */
+/** Return charts of waiting calls and usage, for both cases side by side on one scale. */
 function curves(found, signal) {
   const begins = Date.parse(found.since);
-  // The page's days are those of UTC, and so are its axes.
+  // The page's days are in UTC, and so are its axes.
   const shift = new Date(begins).getTimezoneOffset() * 60;
   const at = (ms) => (begins + ms) / 1_000 + shift;
   const most = Math.max(1, ...found.cases.map(mostWaiting));
@@ -291,7 +291,7 @@ function tenantRow(one) {
 
 const bound = (value) => (typeof value === "object" ? value.bound : value);
 
-/** Put the changes in force, by the route by which limits are changed everywhere. */
+/** Put the changes in force, by the same route as all changes of limits. */
 async function applied(pool, changes) {
   const reason = field("reason", "Reason (recorded)", { maxlength: 500, value: "rehearsed" });
   const rows = changes.map(({ limit, before, after }) =>

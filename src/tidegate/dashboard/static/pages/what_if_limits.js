@@ -1,4 +1,4 @@
-// The limits of an upstream with their present values, and a new value for some of them.
+// The limits of an upstream with their current values, and new values for some of them.
 
 import { get } from "../api.js";
 import { fill, h, mark, say } from "../dom.js";
@@ -7,10 +7,10 @@ import { numberOf, said } from "../ui.js";
 
 const TYPED_MS = 200;
 
-/** `kind:text_only=20;rpm:total=60`, of pairs; the signs of a name that part them are escaped. */
+/** Return pairs as `kind:text_only=20;rpm:total=60`; separators within names are escaped. */
 export const textOf = (pairs) => pairs.map((pair) => pair.map((one) => one.replaceAll(/[%=;]/g, encodeURIComponent)).join("=")).join(";");
 
-/** The same text as a map. */
+/** Return the same text as a map. */
 export function written(text) {
   const pairs = text.split(";").map((one) => one.split("="));
   const plain = (one) => one.replaceAll(/%(?:25|3B|3D)/g, decodeURIComponent);
@@ -18,22 +18,22 @@ export function written(text) {
 }
 
 /**
- * A list that is searched: those with a new value first. `wanted`: limit -> new value, as typed;
- * `changed()` is called for each change of it.
+ * A searchable list, limits with a new value first. `wanted`: limit -> new value as typed.
+ * `changed()` is called for each change.
  */
 export function limitsToChange(pool, wanted, changed, signal) {
-  const known = new Map(); // what is known of each limit that was seen
+  const known = new Map(); // the last view of each limit
   const list = h("ul", { class: "what-if-limits" });
   const words = h("p", { class: "wrong", role: "alert" });
   const more = h("span", { class: "quiet-text" });
   const find = h("input", { type: "search", placeholder: "Search limits", "aria-label": "Search limits", spellcheck: "false" });
-  const bad = new Map(); // limit -> what is wrong with its new value
+  const bad = new Map(); // limit -> problem of its new value
   let [page, total, typing] = [[], 0, 0];
 
   async function again() {
     const search = find.value.trim();
     const found = await get("dashboard/limits", { query: { pool, search }, signal });
-    if (search !== find.value.trim()) return; // of letters that were typed over meanwhile
+    if (search !== find.value.trim()) return; // the search has changed meanwhile
     [page, total] = [found.limits, found.total];
     for (const one of page) known.set(one.limit, one);
     const missing = [...wanted.keys()].filter((limit) => !known.has(limit));
@@ -125,7 +125,10 @@ export function limitsToChange(pool, wanted, changed, signal) {
       }
       return true;
     },
-    /** Whether a problem names one of them; null takes back what was said. */
+    /**
+     * Show a problem at the limit that it names, and return whether there is one; null removes all
+     * messages.
+     */
     complain(problem) {
       say(words, "");
       bad.clear();
@@ -134,7 +137,7 @@ export function limitsToChange(pool, wanted, changed, signal) {
       if (limit) show(limit, said(problem));
       return Boolean(limit);
     },
-    /** What each changed limit is in the policy in force, and what it is to be. */
+    /** Return the value in force and the new value of each changed limit. */
     async changes(within) {
       const { policy } = await get("admin/limits", { query: { pool }, signal: within });
       return [...wanted].map(([limit, text]) => {

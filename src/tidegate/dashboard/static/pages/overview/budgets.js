@@ -1,4 +1,4 @@
-// Each budget as a gauge: what is spent and reserved of it, when it resets, and how it goes on.
+// Each budget as a gauge: spent and reserved amounts, the reset time, and what happens at its end.
 
 import { post, Problem } from "../../api.js";
 import { fill, h, keyed, mark, say } from "../../dom.js";
@@ -7,7 +7,7 @@ import { confirm, field, toast } from "../../ui.js";
 
 const MICROS = 1_000_000;
 
-/** Hidden while there is no budget: a deployment without one has nothing to watch here. */
+/** Hidden while there is no budget. */
 export function budgetsCard() {
   const list = h("ul", { class: "limits budgets" });
   const draw = keyed(list, row);
@@ -40,7 +40,7 @@ export function budgetsCard() {
   };
 }
 
-/** `people: ann`, or the name alone of a budget that is one for all. */
+/** `people: ann`, or only the name for a budget with a single book. */
 export function titleOf(one) {
   const whose = one.scope.map((value, place) => value ?? `no ${one.each[place]}`).join(", ");
   return whose ? `${one.name}: ${whose}` : one.name;

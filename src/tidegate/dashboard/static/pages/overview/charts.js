@@ -1,4 +1,5 @@
-// What waited, ended, cost and took over the chosen time, with what operators changed meanwhile.
+// Charts of waits, ended calls, cost and durations over the selected time, with changes by
+// operators.
 
 import { chart, stack } from "../../chart.js";
 import { h, keyed, say } from "../../dom.js";
@@ -13,7 +14,7 @@ const PERCENTILES = [
   ["p95", "--chart-2"],
 ];
 const perMinute = (dollars) => (dollars === 0 ? "$0.00" : money(dollars));
-// Whole calls at the marks of the axis: averages lie between them.
+// The axis has whole calls only, since averages are fractions.
 const CALLS = [1, 2, 5].flatMap((first) => Array.from({ length: 7 }, (_, zeros) => first * 10 ** zeros));
 const waiting = (value) => (value < 10 ? String(Math.round(value * 10) / 10) : brief(Math.round(value)));
 
@@ -63,7 +64,7 @@ export function charts(signal) {
       lengths.update(trend.at, trend.lengths);
       show();
     },
-    /** What was changed, the newest first. */
+    /** Show the changes, newest first. */
     events(frame, pool) {
       events = frame.filter((one) => pool === scope.ALL || one.pool === pool);
       show();
@@ -71,7 +72,7 @@ export function charts(signal) {
   };
 }
 
-/** A limit's id, with its pool where those of several are shown. */
+/** A limit's id, with its pool if several pools are shown. */
 const nameIn = (trend, { pool, name }) => (name ? (trend.pool === scope.ALL ? `${name}, ${pool}` : name) : "others");
 
 function eventRow() {

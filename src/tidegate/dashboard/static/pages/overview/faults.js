@@ -1,4 +1,4 @@
-// What was refused, throttled or failed, and why.
+// Refused, throttled and failed calls, with their causes.
 
 import { h, keyed, say } from "../../dom.js";
 import { brief, count } from "../../format.js";

@@ -1,4 +1,4 @@
-// The strip of key figures: what is going on right now, at a glance.
+// The strip of key figures: the current state at a glance.
 
 import { h, mark, say } from "../../dom.js";
 import { NOTHING, brief, count, counted, length, money, rate } from "../../format.js";
@@ -15,7 +15,7 @@ const FIGURES = {
   spent: "Spent today",
 };
 
-// Where a figure leads to.
+// The link of each figure.
 const LEADS = {
   waiting: ["/requests", { status: "open" }],
   failed: ["/requests", { status: "failed" }],
@@ -30,7 +30,8 @@ export function figuresStrip() {
     shown[name] = { figure, note };
     return h("div", { class: "tile", data: { figure: name } }, h("dt", {}, LEADS[name] ? h("a", { href: link(...LEADS[name]) }, label) : label), figure, note);
   });
-  // A tile has room for eight or nine letters: `exact` is the whole figure where `figure` is a short one.
+  // A tile has room for eight or nine characters: if `figure` is shortened, `exact` is the full
+  // figure.
   const put = (name, figure, note, kind = null, exact = null) => {
     say(shown[name].figure, figure);
     mark(shown[name].figure, "title", exact === figure ? null : exact);

@@ -1,4 +1,4 @@
-// Each limit as a gauge: how much of it is used, who waits, whether it is paused, and what to do.
+// Each limit as a gauge: its usage, who waits, whether it is paused, and actions.
 
 import { get, patch, post, Problem } from "../../api.js";
 import { fill, h, keyed, mark, say } from "../../dom.js";
@@ -19,10 +19,10 @@ const UNITS = {
   tokens_in_flight: "tokens in flight",
 };
 
-const NO_BOUND = 10_000_000_000; // of a limit that is there to be paused
-const FEW = 12; // so many are always shown, busy or not
-const BUSY_MS = 20_000; // for so long a limit that was busy stays in the list
-const ORDER_MS = 10_000; // how often rows may change places
+const NO_BOUND = 10_000_000_000; // the bound of a limit that can only be paused
+const FEW = 12; // up to this number all limits are shown
+const BUSY_MS = 20_000; // how long a limit stays in the list after it was busy
+const ORDER_MS = 10_000; // how often rows may move
 const ALL_EVERY_MS = 2_000;
 const TYPED_MS = 250;
 const GROUPS = { none: "No grouping", kind: "By type", model: "By model", tenant: "By tenant" };
@@ -33,7 +33,10 @@ const keyOf = (one) => `${one.pool} ${one.limit}`;
 const waitsMore = (a, b) =>
   b.waiting - a.waiting || b.used / Math.max(1, b.current) - a.used / Math.max(1, a.current) || (keyOf(a) < keyOf(b) ? -1 : 1);
 
-/** `pool()` is the scope. Busy limits come with the feed; all of them are asked for by pages. */
+/**
+ * A card of limits; `pool()` is the scope. Busy limits come with the feed; the list of all limits
+ * is requested by pages.
+ */
 export function limitsCard(pool, signal) {
   const list = h("ul", { class: "limits" });
   const draw = keyed(list, (first) => (first.group === undefined ? row(first) : groupRow()));
@@ -130,7 +133,7 @@ export function limitsCard(pool, signal) {
       pages.foot,
       learned,
     ),
-    /** Show the limits that have this in their names, at the top of the window. */
+    /** Show the limits whose names contain this text, at the top of the window. */
     find(text) {
       [search.value, state.search] = [text, text];
       toAll();
@@ -155,10 +158,10 @@ export function limitsCard(pool, signal) {
 }
 
 const byName = (a, b) => (keyOf(a) < keyOf(b) ? -1 : 1);
-// How many waited for each limit of each pool lately, as the charts have it.
+// Recent numbers of waiting calls by limit and pool, as in the charts.
 const lines = new Map();
 
-/** All limits, page by page, asked again while they are looked at. */
+/** All limits by pages, requested again periodically while they are shown. */
 function pagesOf(state, pool, signal, paint, fail) {
   const words = h("span", { class: "quiet-text" });
   const [back, on] = ["Previous", "Next"].map((text) =>
@@ -184,7 +187,7 @@ function pagesOf(state, pool, signal, paint, fail) {
       const page = await get("dashboard/limits", { query, signal: AbortSignal.any([signal, mine.signal]) });
       if (mine !== round || !isOn) return;
       if (page.total > 0 && !page.limits.length) {
-        state.offset = 0; // there were more
+        state.offset = 0; // there were more before
         await look();
         return;
       }
@@ -215,7 +218,7 @@ function pagesOf(state, pool, signal, paint, fail) {
   };
 }
 
-/** The head of a group, with the figures of all its limits. */
+/** The heading of a group, with the totals of all its limits. */
 function groupRow() {
   const name = h("b");
   const words = h("span", { class: "quiet-text" });
@@ -231,7 +234,7 @@ function groupRow() {
   };
 }
 
-/** A limit that the headers of answers report, and that is not in force so. */
+/** A limit that headers of answers report, and that differs from the one in force. */
 function learnedRow(limit, pool) {
   const words = h("span", { class: "quiet-text" });
   const accept = h("button", { class: "button quiet small", type: "button", needs: "operator" }, "Accept");
@@ -328,7 +331,9 @@ function row(first) {
   };
 }
 
-/** A line of 60 by 16 that has the largest value on top; nothing where nothing has waited. */
+/**
+ * Return the points of a line of 60 by 16, scaled to the largest value; null if nothing has waited.
+ */
 function pointsOf(values) {
   if (!values?.some((value) => value > 0)) return null;
   const most = Math.max(...values);
@@ -350,14 +355,14 @@ function drawGauge(one, { gauge, used, held, tick }) {
   mark(gauge, "aria-valuetext", `${exact(one, one.used)} of ${exact(one, one.current)} used`);
 }
 
-const MICROS = 1_000_000; // money is counted in millionths of a dollar
+const MICROS = 1_000_000; // of a dollar
 
-/** An amount of what a limit counts, briefly: `12.5K`, `$0.79` */
+/** An amount in a limit's unit, shortened: `12.5K`, `$0.79` */
 const amount = (one, value) => (one.unit === "usd" ? dollars(value) : brief(value));
 const exact = (one, value) => (one.unit === "usd" ? dollars(value) : count(value));
 const dollars = (micros) => `$${(micros / MICROS).toFixed(2)}`;
 
-/** Under the figures: what else there is to know of them. */
+/** The details below the figures. */
 function leftOf(one) {
   if (one.sort === "concurrency") {
     return one.lapsing ? `${count(one.lapsing)} of expired sessions` : " ";
@@ -429,7 +434,7 @@ export function changeLimit(pool, one) {
         "admin/limits",
         {
           set: to(values.bound),
-          expected: to(told), // as it was when it was looked at
+          expected: to(told), // the value that was shown
           by: "dashboard",
           reason: values.reason,
         },

@@ -5,7 +5,7 @@ import { NOTHING, brief, count, length } from "../../format.js";
 import { link } from "../../router.js";
 import { ALL } from "../../scope.js";
 
-/** `api-host-4711-1a2b3c4d` as its role, and the rest. */
+/** `api-host-4711-1a2b3c4d` as its role and the rest. */
 function parted(process) {
   const [, role, place] = /^([a-z]+)-(.*)-[0-9a-f]{8}$/.exec(process) ?? [null, "process", process];
   return { role, place };
@@ -70,7 +70,7 @@ const STATES = {
   trying: ["warn", "Probing"],
 };
 
-/** `pool()` is the scope. */
+/** A card of upstreams; `pool()` is the scope. */
 export function upstreamsCard(pool) {
   const list = h("ul", { class: "upstreams" });
   let past = new Map();
@@ -125,7 +125,7 @@ export function upstreamsCard(pool) {
   };
 }
 
-/** The processes that do not find it well. */
+/** Name the processes in which the upstream is not healthy. */
 function placesOf({ found, out_in }) {
   const named = found.map(({ process, state }) => {
     const { role, place } = parted(process);

@@ -1,4 +1,4 @@
-// What was spent, by tenant and by model, as the record has it.
+// Recorded spend by tenant and by model.
 
 import { fill, h, say } from "../../dom.js";
 import { brief, count, counted, money } from "../../format.js";
@@ -48,7 +48,7 @@ export function spendCard() {
       tables,
       judged,
     ),
-    /** What the classifier asked is on no bill, and so not in the tables. */
+    /** Calls of the classifier are charged to no tenant, and so are not in the tables. */
     trend({ totals, words }) {
       judged.hidden = !totals.judged;
       if (!totals.judged) return;

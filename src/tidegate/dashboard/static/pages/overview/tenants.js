@@ -1,4 +1,4 @@
-// The queue by tenant, and whether each gets the share that its weight gives it.
+// The queue by tenant, and whether each tenant gets the share of its weight.
 
 import { put } from "../../api.js";
 import { h, keyed, mark, say } from "../../dom.js";
@@ -7,14 +7,14 @@ import { link } from "../../router.js";
 import { ALL } from "../../scope.js";
 import { confirm, empty, field, toast } from "../../ui.js";
 
-// What shares are measured in: the figure of a tenant's calls, and its name in the head.
+// The measure of shares: the field of a tenant's usage, and its heading.
 const MEASURES = {
   seconds: ["upstream_ms", "Share of upstream time"],
   calls: ["calls", "Share of calls"],
   cost: ["cost_micros", "Share of cost"],
 };
 
-/** `find(limit)` shows a limit. */
+/** A card of tenants; `find(limit)` shows a limit. */
 export function tenantsCard(pool, find) {
   const body = h("tbody");
   const draw = keyed(body, (first) => row(first.tenant, pool, find));
@@ -41,7 +41,7 @@ export function tenantsCard(pool, find) {
   let past = null;
   let order = new Map();
 
-  // The order is kept between two looks at the past, so that rows do not change places every second.
+  // The order is kept between two updates of the past, so that rows do not move every second.
   function show(fresh = false) {
     const rows = merged(live, past);
     if (fresh || rows.some((one) => !order.has(one.tenant))) {
@@ -77,7 +77,10 @@ export function tenantsCard(pool, find) {
 
 const measure = (frame) => MEASURES[frame?.fair_by] ?? MEASURES.seconds;
 
-/** Who waits and who has called, the longest queue first; shares among those of them who called. */
+/**
+ * Return waiting tenants and those with calls, longest queue first, with the shares of those with
+ * calls.
+ */
 function merged(live, past) {
   const rows = new Map();
   for (const one of past?.tenants ?? []) {
@@ -90,7 +93,7 @@ function merged(live, past) {
   }
   const all = [...rows.values()].filter((one) => one.tenant !== "");
   const whole = all.reduce((sum, one) => sum + one.used, 0);
-  const isOne = all.every((one) => one.weight !== null); // else no share of all upstreams is due
+  const isOne = all.every((one) => one.weight !== null); // otherwise there is no fair share over all upstreams
   const weights = isOne ? all.reduce((sum, one) => sum + one.weight, 0) : 0;
   for (const one of all) {
     one.got = whole ? one.used / whole : null;
@@ -132,7 +135,7 @@ function row(tenant, pool, find) {
     element,
     update(one) {
       latest = one;
-      measured(); // a weight is of one upstream
+      measured(); // each upstream has its own weights
       say(waiting, brief(one.waiting));
       mark(waiting, "data-some", one.waiting > 0);
       say(limit, (one.waiting && one.held_up_by) || "");

@@ -1,4 +1,4 @@
-// The answer on top: whether all is well, and what is not, each cause with what acts on it.
+// The verdict at the top: the state of the deployment, and each cause with its actions.
 
 import { get, Problem } from "../../api.js";
 import { fill, h, keyed, mark, say } from "../../dom.js";
@@ -11,7 +11,7 @@ import { acceptLimit, changeLimit, resumeLimit } from "./limits.js";
 const SIGNS = { healthy: "●", degraded: "▲", down: "■" };
 const WORDS = { healthy: "Healthy", degraded: "Degraded", down: "Down" };
 
-/** `latest()` gives the newest frames: `{ live, budgets }`. */
+/** A card of the verdict; `latest()` returns the newest frames: `{ live, budgets }`. */
 export function verdictCard(latest) {
   const sign = h("span", { class: "verdict-sign", "aria-hidden": "true" });
   const word = h("b", { class: "verdict-word" }, "Loading");
@@ -43,7 +43,7 @@ export function verdictCard(latest) {
   };
 }
 
-/** Its words change from second to second; its command, which names a budget's book, does not. */
+/** The text of a cause changes every second; its command, which names a budget's book, does not. */
 const keyOf = ({ kind, pool, subject, command }) => [kind, pool, subject, command].join(" ");
 
 function causeRow(first, latest) {
@@ -72,7 +72,7 @@ function causeRow(first, latest) {
   };
 }
 
-/** The buttons and links of a cause; the command is for a terminal. */
+/** Return the buttons and links of a cause; the command is for a terminal. */
 function actsOn(first, now, latest) {
   const button = (text, act) =>
     h("button", { class: "button small", type: "button", needs: "operator", on: { click: act } }, text);
@@ -100,7 +100,10 @@ function actsOn(first, now, latest) {
   return found;
 }
 
-/** From the newest frame, which holds the busiest limits of a pool, or else from the pages of all. */
+/**
+ * Return a limit from the newest frame, which has the busiest limits of a pool, or else from the
+ * list of all.
+ */
 async function viewOf(latest, pool, limit) {
   const isIt = (one) => one.limit === limit;
   const frame = latest().live?.pools.find((one) => one.pool === pool);
