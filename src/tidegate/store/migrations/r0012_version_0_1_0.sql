@@ -1,8 +1,8 @@
--- Schema of version 0.1.0. Databases at this revision have exactly this, columns in this order;
--- later steps change it, and this file stays. Partitions by day are made after every migration, by
--- `make_ahead` in store/database.py.
+-- Schema of version 0.1.0. Databases at this revision have exactly these columns in this order; later
+-- steps change the schema, and this file stays as it is. `make_ahead` in store/database.py creates
+-- partitions by day after every migration.
 
--- Requests: jobs, which are the queue too, and streams.
+-- Requests: jobs, which also form the queue, and streams.
 CREATE TABLE requests (
     id uuid PRIMARY KEY,
     tenant_id text NOT NULL DEFAULT 'default',
@@ -44,18 +44,19 @@ CREATE TABLE requests (
     version bigint NOT NULL DEFAULT 1,
     -- SHA-256 of the request that was submitted under the idempotency key.
     idempotency_digest bytea,
-    -- When the owner of a running job asked for its end.
+    -- When the owner of a running job requested its cancellation.
     cancel_asked_at timestamptz,
     webhook_url text,
-    -- The native path that a job wraps a call of; `prompt` is then its body, `result` the answer.
+    -- The native path, if the job wraps a native call; `prompt` is then its body, and `result` the
+    -- answer.
     endpoint text,
     subject text,
-    -- The transaction that made a job ready. Workers read those that have come since they last
-    -- looked, in place of searching for them among all that has left the queue.
+    -- The transaction that made a job ready. Workers read the jobs of newer transactions, instead of
+    -- searching for them among the entries of jobs that have left the queue.
     ready_xid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint,
     -- From sending the last call to the first bytes of its answer's body.
     first_byte_ms double precision,
-    -- The W3C trace context that a job was submitted in, for the worker that will run it.
+    -- The W3C trace context in which the job was submitted, for the worker that runs it.
     traceparent text
 ) WITH (fillfactor = 85, autovacuum_vacuum_scale_factor = 0.02,
         autovacuum_vacuum_insert_scale_factor = 0.05);
@@ -78,11 +79,10 @@ CREATE INDEX requests_cancelling ON requests (claimed_by)
     WHERE cancel_asked_at IS NOT NULL AND status IN ('queued', 'running');
 CREATE INDEX requests_listed ON requests (tenant_id, created_at, id);
 
--- The planner takes every index of what is queued for one of nearly no entries, and so for as good
--- as any other, when statistics say that hardly a job is queued: but dead entries are not in
--- statistics. These are written in a way that each answers to its own statements alone.
--- (requests_ripening, requests_deadline and requests_cancelling, which they replace, answer to no
--- statement of 0.1.0.)
+-- If statistics show hardly any queued jobs, the planner considers every index of queued jobs nearly
+-- empty, and so equally good, because statistics do not count dead entries. The conditions of these
+-- indexes are therefore written so that each index matches only its own statements. (They replace
+-- requests_ripening, requests_deadline and requests_cancelling, which match no statement of 0.1.0.)
 CREATE INDEX requests_came ON requests (pool, lane, ready_xid)
     WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
         AND ready_xid >= 0, false);
@@ -100,8 +100,8 @@ CREATE INDEX requests_called_off ON requests (claimed_by)
 CREATE INDEX requests_dead ON requests (finished_at)
     WHERE coalesce(status = 'dead', false);
 
--- A trigger, so that every way back into the queue is covered, including those of another version
--- that runs beside this one or after it.
+-- A trigger covers every way back into the queue, including those of another version that runs
+-- concurrently or later.
 CREATE FUNCTION requests_became_ready() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
         NEW.ready_xid := pg_current_xact_id()::text::bigint;
@@ -136,7 +136,7 @@ CREATE TABLE workers (
     seen_at timestamptz NOT NULL DEFAULT now()
 );
 
--- `due_at`: when the next try may start; while one is under way, when it counts as lost.
+-- `due_at`: when the next try may start; during a try, when it counts as lost.
 CREATE TABLE webhooks (
     id uuid PRIMARY KEY,
     request_id uuid NOT NULL REFERENCES requests (id) ON DELETE CASCADE,
@@ -158,7 +158,7 @@ CREATE INDEX webhooks_request ON webhooks (request_id);
 CREATE INDEX webhooks_given_up ON webhooks (ended_at)
     WHERE coalesce(state = 'given_up', false);
 
--- The record, partitioned by day: attempts, ends of requests and native calls, and bodies.
+-- Attempts, ended requests and native calls, and bodies, partitioned by day.
 CREATE TABLE attempts (
     id uuid NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -192,7 +192,7 @@ CREATE TABLE attempts (
 CREATE INDEX attempts_request ON attempts (request_id);
 CREATE TABLE attempts_default PARTITION OF attempts DEFAULT;
 
--- Native calls are rows that belong to no job, with an endpoint.
+-- Native calls are rows without a job, with an endpoint.
 CREATE TABLE audit (
     id uuid NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
@@ -249,20 +249,20 @@ CREATE TABLE bodies (
     size_bytes bigint NOT NULL,
     data bytea,
     blob_key text,
-    -- The declared type of a native call's body. The bodies of jobs and of our own streams, where
-    -- it is null, are always JSON.
+    -- The declared type of a native call's body. Null for jobs and for our own streams, whose bodies are
+    -- always JSON.
     content_type text,
-    -- Of the middle of a long answer, of which the record has the beginning and the end.
+    -- Bytes omitted in the middle of a long answer, of which the beginning and the end are stored.
     omitted_bytes bigint NOT NULL DEFAULT 0,
     CHECK ((data IS NULL) <> (blob_key IS NULL)),
     PRIMARY KEY (id, created_at, role)
 ) PARTITION BY RANGE (created_at);
--- What is in `data` is compressed already.
+-- `data` is compressed already.
 ALTER TABLE bodies ALTER COLUMN data SET STORAGE EXTERNAL;
 CREATE INDEX bodies_blob ON bodies (blob_key) WHERE blob_key IS NOT NULL;
 CREATE TABLE bodies_default PARTITION OF bodies DEFAULT;
 
--- The policies of pools, one row a revision: what was in force since when, and by whom.
+-- The policies of pools, one row per revision: what was in force, since when, and by whom.
 CREATE TABLE policies (
     pool text NOT NULL,
     revision bigint NOT NULL,
@@ -294,7 +294,7 @@ CREATE TABLE tenants (
 );
 INSERT INTO tenants (id) VALUES ('default');
 
--- Of a key only its digest is here: see store/tenants.py.
+-- Only the digest of a key is stored: see store/tenants.py.
 CREATE TABLE keys (
     prefix text PRIMARY KEY,
     tenant_id text NOT NULL REFERENCES tenants (id) ON DELETE CASCADE,
@@ -308,7 +308,7 @@ CREATE TABLE keys (
 );
 CREATE INDEX keys_tenant ON keys (tenant_id, created_at);
 
--- One row. Every change of a tenant or key adds one, as the last thing before it commits: who sees
+-- One row. Every change of a tenant or key increments it right before the commit, so that a reader of
 -- the number sees the change.
 CREATE TABLE access (
     id integer PRIMARY KEY DEFAULT 1 CHECK (id = 1),
@@ -316,7 +316,8 @@ CREATE TABLE access (
 );
 INSERT INTO access DEFAULT VALUES;
 
--- How much of a tenant is queued. Counted again when it is not there: nothing is lost with it.
+-- The number of queued jobs of a tenant. It is counted again if it is missing, so that its loss has no
+-- effect.
 CREATE UNLOGGED TABLE queued (
     tenant_id text NOT NULL,
     pool text NOT NULL,
@@ -355,8 +356,8 @@ CREATE TABLE batch_files (
 CREATE INDEX batch_files_listed ON batch_files (tenant_id, id);
 CREATE INDEX batch_files_blob ON batch_files (blob_key);
 
--- `ends_as`: what it is to become once no line is under way any more. `claim` fences who validates
--- or assembles it; `total` is the file's lines until they are counted exactly.
+-- `ends_as`: the final status once no line is in progress. `claim` fences the worker that validates or
+-- assembles the batch. `total` is the number of lines in the file until they are counted exactly.
 CREATE TABLE batches (
     id uuid PRIMARY KEY,
     tenant_id text NOT NULL,
@@ -417,7 +418,7 @@ CREATE INDEX batch_lines_ready ON batch_lines (batch_id, line) WHERE state = 'qu
 CREATE INDEX batch_lines_held ON batch_lines (claimed_by)
     WHERE state IN ('claimed', 'calling');
 
--- Totals by the day of UTC on which a request ended. Rows are updated with every batch.
+-- Totals by the UTC day on which requests ended. Rows are updated with every batch of records.
 CREATE TABLE usage_days (
     tenant_id text NOT NULL,
     day date NOT NULL,
@@ -438,8 +439,8 @@ CREATE TABLE usage_days (
 ) WITH (fillfactor = 50);
 CREATE INDEX usage_days_day ON usage_days (day);
 
--- Whose requests were erased, and when: what was received before is not recorded any more. Of a
--- subject only its digest is kept; without one the whole tenant is meant, without a tenant all.
+-- Erasures: nothing received before them is recorded any more. Only the digest of a subject is stored;
+-- without a subject the whole tenant is erased, without a tenant the subject of all tenants.
 CREATE TABLE erased (
     id uuid PRIMARY KEY,
     tenant_id text,
@@ -450,9 +451,9 @@ CREATE TABLE erased (
 CREATE INDEX erased_subject ON erased (subject_digest) WHERE subject_digest IS NOT NULL;
 CREATE INDEX erased_tenant ON erased (tenant_id) WHERE subject_digest IS NULL;
 
--- Data of the dashboard's charts: each process's count of the calls that ended in a span of time,
--- rewritten until the span is over, so that a write may be repeated. What is counted by name may
--- grow without another step. waits, lengths: histograms of ms, as store/statistics.py packs them.
+-- Data of the dashboard's charts: the counts of each process of calls that ended in a time span,
+-- rewritten until the span is over, so that a write may be repeated. New names can be counted without
+-- another migration. waits, lengths: histograms of ms, packed as in store/statistics.py.
 CREATE TABLE history (
     step_s integer NOT NULL,
     at timestamptz NOT NULL,

@@ -1,6 +1,6 @@
--- Makers of keys, and the spent one-time codes of the dashboard.
+-- Authors of keys, and the spent one-time codes of the dashboard.
 
--- NULL: nobody was asked for a key when it was made, or it was not recorded who made it.
+-- NULL: created without authentication, or before authors were recorded.
 ALTER TABLE keys ADD COLUMN made_by text;
 
 CREATE TABLE spent_codes (

@@ -1,9 +1,9 @@
--- Details of usage that providers report beside LLM tokens, on the audit and in the totals.
+-- Details of usage that providers report besides LLM tokens, in the audit and in the totals.
 --
--- Nothing that is there is rewritten: the column is null in what an older version writes, and totals
--- begin with the first request after this step.
+-- Existing rows are not rewritten: the column is null in rows of an older version, and totals begin with
+-- the first request after this step.
 
--- An object of whole numbers; what is not reported, or 0, is not in it.
+-- An object of whole numbers; unreported values and zeros are left out.
 ALTER TABLE audit ADD COLUMN usage_details jsonb;
 ALTER TABLE usage_days
     ADD COLUMN cache_write_tokens bigint NOT NULL DEFAULT 0,

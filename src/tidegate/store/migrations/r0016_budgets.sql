@@ -1,12 +1,11 @@
--- Budgets, their books, what is reserved of them, and the alerts that they raise.
+-- Budgets, their books, their reservations, and the alerts that they raise.
 --
--- The budgets of tenants become rows of `budgets`, with what was spent of them so far. Their columns
--- in `tenants` stay for processes of the version before, and are read no more.
+-- The budgets of tenants become rows of `budgets`, with their spend so far. Their columns in `tenants`
+-- stay for processes of the previous version, and are no longer read.
 
--- Whom a budget binds: each of tenant, key, model, subject and conversation that is not null
--- must match; `model` is a pattern. Each value of the dimensions in `each` has a book of its own.
--- `amount` is in micro-dollars or tokens. A budget of calls whose cost is in doubt keeps their
--- bound or charges what is estimated.
+-- The scope of a budget: each of tenant, key, model, subject and conversation that is not null must
+-- match; `model` is a pattern. Each value of the dimensions in `each` has a book of its own. `amount` is
+-- in micro-dollars or tokens. `doubt`: a call of uncertain cost is charged its bound or an estimate.
 CREATE TABLE budgets (
     name text PRIMARY KEY CHECK (length(name) BETWEEN 1 AND 200),
     tenant text,
@@ -28,7 +27,7 @@ CREATE TABLE budgets (
     created_at timestamptz NOT NULL DEFAULT now()
 );
 
--- One row. Every change of a budget raises it, in the same transaction.
+-- One row, incremented by every change of a budget in the same transaction.
 CREATE TABLE budget_revision (
     id integer PRIMARY KEY DEFAULT 1 CHECK (id = 1),
     revision bigint NOT NULL DEFAULT 1
@@ -36,12 +35,12 @@ CREATE TABLE budget_revision (
 
 INSERT INTO budget_revision DEFAULT VALUES;
 
--- By which API key a job was submitted.
+-- The API key that submitted a job.
 ALTER TABLE requests ADD COLUMN key_id text;
 
--- What was spent and is held of a budget, in one period, for one `scope`: the values of `each`, as
--- a JSON array. `estimated` is a part of `spent`. Of a rolling budget the row of the period
--- `-infinity` has what is held, and is what is locked; the others are what was spent by spans.
+-- The spend and the reservations of a budget in one period, for one `scope`: the values of `each`, as a
+-- JSON array. `estimated` is a part of `spent`. A rolling budget has its reservations in the row of the
+-- period `-infinity`, which is the one that is locked; its other rows have the spend by spans.
 CREATE TABLE budget_books (
     budget text NOT NULL,
     scope text NOT NULL,
@@ -61,8 +60,8 @@ CREATE TABLE budget_pauses (
     PRIMARY KEY (budget, scope)
 );
 
--- What one try of a call has reserved of each budget that binds it. A row whose `estimated_at` is
--- set is charged, and stays until the true charge is known.
+-- What one attempt of a call has reserved of each budget that applies to it. A row with `estimated_at`
+-- is charged, and stays until the actual cost is known.
 CREATE TABLE budget_holds (
     id uuid NOT NULL,
     budget text NOT NULL,
@@ -80,7 +79,7 @@ CREATE INDEX budget_holds_open ON budget_holds (instance) WHERE estimated_at IS 
 
 CREATE INDEX budget_holds_request ON budget_holds (request_id) WHERE estimated_at IS NOT NULL;
 
--- Processes that hold something, and when they were last heard of.
+-- Processes with reservations, and when they were last seen.
 CREATE TABLE budget_instances (
     instance text PRIMARY KEY,
     seen_at timestamptz NOT NULL DEFAULT now()
@@ -106,7 +105,7 @@ RETURNS timestamptz LANGUAGE sql STABLE AS $$
         ELSE date_trunc(period, at, zone) END
 $$;
 
--- When a calendar period ends: by the clock of its zone, whatever daylight saving does.
+-- The end of a calendar period in its time zone, including changes of daylight saving time.
 CREATE FUNCTION budget_reset(period text, zone text, at timestamptz)
 RETURNS timestamptz LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN period <> 'rolling' THEN
@@ -115,7 +114,7 @@ RETURNS timestamptz LANGUAGE sql STABLE AS $$
     END
 $$;
 
--- The width of the spans by which a rolling budget counts: 60 to a window, a second at least.
+-- The width of the spans in which a rolling budget counts: 60 per window, at least one second.
 CREATE FUNCTION budget_span_s(window_s bigint) RETURNS bigint LANGUAGE sql IMMUTABLE AS $$
     SELECT greatest(1, window_s / 60)
 $$;
@@ -126,16 +125,16 @@ RETURNS timestamptz LANGUAGE sql STABLE AS $$
         * budget_span_s(window_s))
 $$;
 
--- The start of the oldest span that counts: the window is longer by at most a span.
+-- The start of the oldest span that counts: this extends the window by at most one span.
 CREATE FUNCTION budget_oldest_span(window_s bigint, at timestamptz)
 RETURNS timestamptz LANGUAGE sql STABLE AS $$
     SELECT budget_span(window_s, at - window_s * interval '1 second')
 $$;
 
--- Reserves what calls may cost at most. `asked` is {"books": [[budget, scope], ...], "calls":
--- [{"id", "request", "binds": [[book, amount], ...]}, ...]}; each call gets all that it asks for
--- or nothing, in their order. Returns a row for each that is refused: the book that refuses it.
--- A repeat of what is reserved already changes nothing.
+-- Reserves the maximum cost of calls. `asked` is {"books": [[budget, scope], ...], "calls": [{"id",
+-- "request", "binds": [[book, amount], ...]}, ...]}. Each call gets all that it requests or nothing, in
+-- their order. Returns a row for each refused call, with the book that refuses it. A repeated
+-- reservation changes nothing.
 CREATE FUNCTION reserve_budgets(asked jsonb, by text)
 RETURNS TABLE (call integer, book integer, why text, amount bigint, spent bigint, held bigint,
     reset_at timestamptz, paused_since timestamptz)
@@ -254,10 +253,10 @@ BEGIN
 END
 $$;
 
--- Charges calls that have ended, and returns what was reserved of them beyond that. `given` is
--- [{"id", "micros", "tokens", "doubt"}, ...]: micros is null where it is not known. With `doubt` a
--- budget that keeps bounds is charged all that was reserved, as an estimate that a later call of
--- this function with the same id corrects. An id that holds nothing changes nothing.
+-- Charges calls that have ended, and releases the rest of their reservations. `given` is [{"id",
+-- "micros", "tokens", "doubt"}, ...] with null micros if unknown. With `doubt`, a budget that keeps
+-- bounds is charged the whole reservation as an estimate, which a later call of this function with the
+-- same id corrects. An id without a reservation changes nothing.
 CREATE FUNCTION settle_budgets(given jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE ids uuid[]; names text[]; scopes text[]; times timestamptz[];
 BEGIN
@@ -328,7 +327,7 @@ BEGIN
 END
 $$;
 
--- The budgets of tenants, with what was spent of them so far.
+-- The budgets of tenants, with their spend so far.
 INSERT INTO budgets (name, tenant, unit, amount, period, doubt)
 SELECT id || '/budget_day_money', id, 'usd', (budget_day_money * 1000000)::bigint,
     'day', 'estimate'

@@ -1,14 +1,13 @@
--- Reconciliations: what a provider says that a day cost, beside the record.
+-- Reconciliations: the cost of a day as reported by a provider, compared with our records.
 --
--- The newest of each upstream, day and model is kept, and the record says at which upstream a call was
--- made.
+-- The newest result of each upstream, day and model is kept, and the audit has the upstream of each
+-- call.
 
--- The upstream that a call was made at: of a job the pool is that of its queue. Null in what an
--- older version writes.
+-- The upstream of the call, since a job's pool is that of its queue. Null in rows of an older version.
 ALTER TABLE audit ADD COLUMN upstream text;
 
--- verdict: equal, explained or unexplained. calls: those that explain a difference, with what
--- each was charged before and is now.
+-- verdict: equal, explained or unexplained. calls: those that explain a difference, with the cost before
+-- and after its correction.
 CREATE TABLE reconciliations (
     upstream text NOT NULL,
     day date NOT NULL,

@@ -1,12 +1,11 @@
--- Processing tiers of jobs, and the batches of the providers' own batch APIs.
+-- Processing tiers of jobs, and batches in the providers' batch APIs.
 --
--- An older version writes no tier, which means the usual one. A job that a provider's batch has is
--- `running` without a claimant: no version takes it for the job of a dead worker.
+-- An older version writes no tier, which means the standard one. A job in a provider's batch is
+-- `running` without a claimant, so that no version takes it for the job of a dead worker.
 
--- tier: that a job is in, or waits for; NULL is the usual one. tiers_allowed: those that its
--- owner allows beside that; NULL where nothing was said. tier_why, revisit_at: why that tier was
--- chosen, and until when that stands. batch_after: from when on it may be given to a provider's
--- batch; NULL for now.
+-- tier: the one that a job is in or waits for; NULL is the standard tier. tiers_allowed: the other tiers
+-- that its owner allows; NULL if not stated. tier_why, revisit_at: why the tier was chosen, and until
+-- when. batch_after: from when on the job may be put into a provider's batch; NULL for now.
 ALTER TABLE requests ADD COLUMN tier text, ADD COLUMN tiers_allowed text[],
     ADD COLUMN tier_why text, ADD COLUMN revisit_at timestamptz,
     ADD COLUMN batch_after timestamptz;
@@ -16,10 +15,10 @@ CREATE INDEX requests_to_batch ON requests (pool, tenant_id, created_at, id)
 CREATE INDEX requests_in_batch ON requests (pool, tenant_id)
     WHERE coalesce(status = 'running' AND claimed_by IS NULL AND tier = 'batch', false);
 
--- One batch at a provider. It is written before anything is sent. `creating` says that the
--- request which creates it may have been sent. endpoint: the native path that its lines call,
--- with `{model}` where the model stands. key_digest: SHA-256 of the upstream's key. due_at: when
--- it is looked at again. claim fences what a worker does to it.
+-- A batch at a provider, inserted before anything is sent. `creating`: the request that creates it may
+-- have been sent. endpoint: the native path that its lines call, with `{model}` in place of the model.
+-- key_digest: SHA-256 of the upstream's key. due_at: the time of the next poll. claim fences the writes
+-- of workers.
 CREATE TABLE provider_batches (
     id uuid PRIMARY KEY,
     pool text NOT NULL,
@@ -47,8 +46,8 @@ CREATE TABLE provider_batches (
 CREATE INDEX provider_batches_due ON provider_batches (due_at) WHERE state <> 'done';
 CREATE INDEX provider_batches_done ON provider_batches (done_at) WHERE state = 'done';
 
--- A line is open while its job is running under this claim. hold_id: what the line holds of
--- budgets. leave_at: when its job is to move to a faster tier.
+-- A line is open while its job is running under this claim. hold_id: the line's budget reservation.
+-- leave_at: when its job must move to a faster tier.
 CREATE TABLE provider_batch_lines (
     batch_id uuid NOT NULL REFERENCES provider_batches (id) ON DELETE CASCADE,
     line integer NOT NULL,

@@ -1,5 +1,5 @@
--- Counts of calls that gave way to higher bands, of jobs and of batch lines.
+-- Counts of preempted calls of jobs and batch lines.
 
--- An older version leaves them as they are.
+-- An older version does not change them.
 ALTER TABLE requests ADD COLUMN preemptions integer NOT NULL DEFAULT 0;
 ALTER TABLE batch_lines ADD COLUMN preemptions integer NOT NULL DEFAULT 0;

@@ -1,7 +1,7 @@
--- Upstream of the last call that was begun of a job or of a line of a batch.
+-- Upstream of the last call begun of a job or a batch line.
 --
--- Where its process dies, the record says at which upstream the call may have cost something.
+-- If its process dies, this is the upstream at which the call may have cost something.
 
--- Null in what an older version begins.
+-- Null in calls begun by an older version.
 ALTER TABLE requests ADD COLUMN upstream text;
 ALTER TABLE batch_lines ADD COLUMN upstream text, ADD COLUMN model text;

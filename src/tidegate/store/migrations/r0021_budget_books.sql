@@ -1,14 +1,14 @@
--- Budgets: a conversation of jobs, shares of rolling budgets, and reservations that cost less.
+-- Budgets by the conversation of jobs, alerts of rolling budgets, and cheaper reservations.
 
--- The conversation of a job, whose budgets bind it.
+-- The conversation of a job, for budgets by conversation.
 ALTER TABLE requests ADD COLUMN conversation text;
 
--- Reserves what calls may cost at most. `asked` is {"books": [[budget, scope], ...], "calls":
--- [{"id", "request", "binds": [[book, amount], ...]}, ...]}; each call gets all that it asks for
--- or nothing, in their order. Returns a row for each that is refused: the book that refuses it.
--- A repeat of what is reserved already changes nothing. Where all fit, no call is looked at by itself.
--- The alerts of a rolling budget begin again once its use is below four fifths of its lowest share,
--- or below 40 % where it has none.
+-- Reserves the maximum cost of calls. `asked` is {"books": [[budget, scope], ...], "calls": [{"id",
+-- "request", "binds": [[book, amount], ...]}, ...]}. Each call gets all that it requests or nothing, in
+-- their order. Returns a row for each refused call, with the book that refuses it. A repeated
+-- reservation changes nothing. If all calls fit, none is checked by itself. Alerts of a rolling budget
+-- are raised again once its usage is below four fifths of the lowest share with an alert, or below 40 %
+-- if it has none.
 CREATE OR REPLACE FUNCTION reserve_budgets(asked jsonb, by text)
 RETURNS TABLE (call integer, book integer, why text, amount bigint, spent bigint, held bigint,
     reset_at timestamptz, paused_since timestamptz)
@@ -154,10 +154,10 @@ BEGIN
 END
 $$;
 
--- Charges calls that have ended, and returns what was reserved of them beyond that. `given` is
--- [{"id", "micros", "tokens", "doubt"}, ...]: micros is null where it is not known. With `doubt` a
--- budget that keeps bounds is charged all that was reserved, as an estimate that a later call of
--- this function with the same id corrects. An id that holds nothing changes nothing.
+-- Charges calls that have ended, and releases the rest of their reservations. `given` is [{"id",
+-- "micros", "tokens", "doubt"}, ...] with null micros if unknown. With `doubt`, a budget that keeps
+-- bounds is charged the whole reservation as an estimate, which a later call of this function with the
+-- same id corrects. An id without a reservation changes nothing.
 CREATE OR REPLACE FUNCTION settle_budgets(given jsonb) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE ids uuid[]; names text[]; scopes text[]; times timestamptz[];
 BEGIN

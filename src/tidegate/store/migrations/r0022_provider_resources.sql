@@ -1,10 +1,11 @@
--- Resources at providers with their owners, and calls that go on in the background.
+-- Resources at providers with their owners, and background calls.
 --
--- An older version writes neither: what it relays has no owner here, so that nobody reaches it.
+-- An older version writes neither: a resource made by its calls has no owner here, so that no caller can
+-- reach it.
 
--- Whose a thing at a provider is, and where it lives. account: digest of the upstream's base URL
--- and key. subject: whom the call was about that made it. The rows outlive the record of that
--- call, and go with their tenant or subject, or when the thing is deleted or has expired.
+-- The owner of a resource at a provider, and where it is stored. account: digest of the upstream's base
+-- URL and key. subject: the person whom the creating call was about. Rows outlive the record of that
+-- call, and are deleted with their tenant or subject, or when the resource is deleted or has expired.
 CREATE TABLE provider_resources (
     dialect text NOT NULL,
     kind text NOT NULL,
@@ -25,10 +26,10 @@ CREATE INDEX provider_resources_of_subject ON provider_resources (subject)
 CREATE INDEX provider_resources_expired ON provider_resources (expires_at)
     WHERE expires_at IS NOT NULL;
 
--- Calls that go on at a provider without a client. `sending` is written before the request goes
--- out, `ended` with the record of the call. permit: under which name the limiter counts it.
--- facts: of its record, which is made at its end. request: its body, compressed. hold_id: what
--- it holds of budgets. due_at: when it is looked at again. claim fences what a worker does.
+-- Calls that continue at a provider without a client. `sending` is written before the request is sent,
+-- `ended` with the record of the call. permit: the name under which the limiter counts it. facts: for
+-- its record, which is made when it ends. request: its body, compressed. hold_id: its budget
+-- reservation. due_at: the time of the next poll. claim fences the writes of workers.
 CREATE TABLE background_calls (
     id uuid PRIMARY KEY,
     state text NOT NULL CHECK (state IN ('sending', 'running', 'ended')),

@@ -1,9 +1,9 @@
--- Upstreams that are changed while running: revisions of the changes, and who follows them.
+-- Upstreams that change at run time: revisions of the changes, and the processes that apply them.
 --
--- An older version reads neither: it goes on with what its file says until it is replaced.
+-- An older version reads neither: it uses its file until it is replaced.
 
--- upstreams: all live changes, by name; no secret is in them. in_force_at: null while it is
--- proposed, and for good where a process could not follow it: `refused` says why.
+-- upstreams: all live changes, by name, without secrets. in_force_at: null while the revision is
+-- proposed, and for good if a process could not apply it, for the reason `refused`.
 CREATE TABLE upstream_revisions (
     revision bigint PRIMARY KEY,
     upstreams jsonb NOT NULL,
@@ -15,8 +15,8 @@ CREATE TABLE upstream_revisions (
     refused text
 );
 
--- revision: in force there. prepared: what it could put in force. problems: of upstreams that it
--- can't make, by name; proposed_problems: of those of the prepared revision.
+-- revision: the one in force in the process. prepared: the one it could put in force. problems: of
+-- upstreams that it cannot create, by name. proposed_problems: those of the prepared revision.
 CREATE TABLE upstream_processes (
     instance_id text PRIMARY KEY,
     role text NOT NULL,

@@ -1,7 +1,7 @@
--- What operators did. An older version neither reads nor writes it.
+-- Actions of operators. An older version neither reads nor writes them.
 
--- action_id: of the request or the command, which may do several things. was, is_now: what was
--- changed, without secrets; both null where a history has it under `revision`.
+-- action_id: identifies the request or command, which may cause several actions. was, is_now: what was
+-- changed, without secrets; both null if a history has the change under `revision`.
 CREATE TABLE operator_actions (
     number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     action_id uuid NOT NULL,
@@ -18,7 +18,8 @@ CREATE TABLE operator_actions (
 );
 CREATE INDEX operator_actions_at ON operator_actions (at);
 
--- Rows are added and, once they are old, deleted: the product's own user can do no more by mistake.
+-- Rows are inserted and, once they are old, deleted: the product's own user cannot change them by
+-- mistake.
 CREATE FUNCTION keep_operator_actions() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF TG_OP = 'DELETE' AND OLD.at < clock_timestamp() - interval '30 days' THEN

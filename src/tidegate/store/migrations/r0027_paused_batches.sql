@@ -1,3 +1,4 @@
--- Batches that an operator has paused: none of their lines begins. The version before works them on.
+-- Batches paused by an operator: none of their lines begins. The previous version processes them
+-- nevertheless.
 ALTER TABLE batches ADD COLUMN paused_at timestamptz, ADD COLUMN paused_by text,
     ADD COLUMN pause_reason text;

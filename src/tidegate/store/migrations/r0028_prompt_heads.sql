@@ -1,9 +1,9 @@
--- How prompts begin, by which operators find requests.
+-- Beginnings of prompts, by which operators search for requests.
 --
--- The index has the partitions of today and later, today's where it is small: no large one is read
--- under the lock. Requests of before are not found by their text; see store/requests.py.
+-- The index covers the partitions of today, if that is small, and later, so that no large partition is
+-- read under the lock. Earlier requests are not found by their text; see store/requests.py.
 
--- Null in what an older version writes. The first 500 characters of what was asked last.
+-- Null in rows of an older version. The first 500 characters of the last user message.
 ALTER TABLE audit ADD COLUMN prompt_head text;
 CREATE INDEX audit_words ON ONLY audit USING gin (
     (setweight(to_tsvector('simple'::regconfig,

@@ -1,26 +1,26 @@
--- Sums of usage of the days that are over: by tenant and by model of the totals, by API key and by
--- upstream of the request log.
+-- Sums of usage of past days: totals by tenant and by model, and the request log by API key and by
+-- upstream.
 --
--- They are valid where the day is in `summed_days` and no row of `changed_days` is of it; see
--- `UsageTotals` in store/statistics.py. Filled by processes of this version when it runs; the triggers
--- note what any version writes.
+-- They are valid if the day is in `summed_days` and has no row in `changed_days`; see `UsageTotals` in
+-- store/statistics.py. Processes of this version fill them; the triggers record the writes of every
+-- version.
 
 CREATE TABLE summed_days (
     day date PRIMARY KEY,
     summed_at timestamptz NOT NULL DEFAULT now()
 );
 
--- Days of which usage came, was corrected or went after they were over, by transaction. Rows are only
--- added, so that writers wait for nobody; who sums a day up first deletes those that it sees.
+-- Past days whose usage was added, corrected or deleted, by transaction. Rows are only inserted, so that
+-- writers do not wait for each other; a process that sums up a day first deletes the rows that it sees.
 CREATE TABLE changed_days (
     day date NOT NULL,
     xid xid8 NOT NULL DEFAULT pg_current_xact_id(),
     PRIMARY KEY (day, xid)
 );
 
--- `level` names the groups; a column that is none of them is ''. Of `usage_days`: tenant; model. Of the calls of
--- `audit` that were received on `day`, and count for `ended_day`: key (tenant_id, key_id); upstream;
--- tenant_upstream.
+-- `level` names the grouping; columns that are not part of it are ''. Of `usage_days`: tenant; model. Of
+-- the calls in `audit` that were received on `day` and count for `ended_day`: key (tenant_id, key_id);
+-- upstream; tenant_upstream.
 CREATE TABLE usage_sums (
     day date NOT NULL,
     level text NOT NULL
@@ -67,7 +67,7 @@ CREATE FUNCTION usage_day_changed() RETURNS trigger LANGUAGE plpgsql AS $$
         RETURN NULL;
     END
     $$;
--- Only for a day that was over when the transaction began: a row of today costs the comparison.
+-- Only for a day that was over when the transaction began: a row of today costs just this comparison.
 CREATE TRIGGER audit_day_gets_more AFTER INSERT ON audit FOR EACH ROW
     WHEN (NEW.created_at < date_trunc('day', now(), 'UTC'))
     EXECUTE FUNCTION audit_day_changed();

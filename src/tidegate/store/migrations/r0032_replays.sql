@@ -1,2 +1,2 @@
--- Replays: what an operator had made again, and at which upstream. The version before makes them at any.
+-- Replays by operators, and the upstream of each. The previous version makes them at any upstream.
 ALTER TABLE requests ADD COLUMN repeats uuid, ADD COLUMN bound_upstream text;

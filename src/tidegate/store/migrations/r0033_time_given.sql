@@ -1,3 +1,3 @@
--- The time that a job was given, in ms, noted when it is requeued and given that time again; null before.
--- The version before gives a job that is requeued once more all the time since it was submitted as well.
+-- The time given to a job in ms, stored when it is requeued and given that time again; null before. If
+-- the previous version requeues such a job, its time also includes the time since its submission.
 ALTER TABLE requests ADD COLUMN given_ms bigint;

@@ -1,14 +1,15 @@
--- A reservation that waited for the books of a person who was being erased was bound by none of them.
+-- Fixes: a reservation that waited for the books of a subject during its erasure was not bound by any of
+-- them.
 
--- Reserves what calls may cost at most. `asked` is {"books": [[budget, scope], ...], "calls":
--- [{"id", "request", "binds": [[book, amount], ...]}, ...]}; each call gets all that it asks for
--- or nothing, in their order. Returns a row for each that is refused: the book that refuses it.
--- A repeat of what is reserved already changes nothing. Where all fit, no call is looked at by itself.
--- The alerts of a rolling budget begin again once its use is below four fifths of its lowest share,
--- or below 40 % where it has none. A budget that pauses does so once a hundredth of it is left, or
--- less: a call that needs more than what is left before then is refused, and others still fit.
--- Where a book is deleted while this waits for its lock, or is made by another since, the whole
--- transaction fails as one to repeat: to lock the book now would break the order of the locks.
+-- Reserves the maximum cost of calls. `asked` is {"books": [[budget, scope], ...], "calls": [{"id",
+-- "request", "binds": [[book, amount], ...]}, ...]}. Each call gets all that it requests or nothing, in
+-- their order. Returns a row for each refused call, with the book that refuses it. A repeated
+-- reservation changes nothing. If all calls fit, none is checked by itself. Alerts of a rolling budget
+-- are raised again once its usage is below four fifths of the lowest share with an alert, or below 40 %
+-- if it has none. A budget with `pause` is paused once at most a hundredth of it is left: until then, a
+-- call that needs more than the rest is refused, and others still fit. If a book is deleted while this
+-- waits for its lock, or was created by another transaction since, the whole transaction fails as
+-- retryable, because locking the book now would violate the lock order.
 CREATE OR REPLACE FUNCTION reserve_budgets(asked jsonb, by text)
 RETURNS TABLE (call integer, book integer, why text, amount bigint, spent bigint, held bigint,
     reset_at timestamptz, paused_since timestamptz)

@@ -1,4 +1,4 @@
--- Upstream of each call of a job, so that its attempts say which account was called.
+-- Upstream of each call of a job, so that attempts name the account that was called.
 --
--- Null in what an older version begins.
+-- Null in calls begun by an older version.
 ALTER TABLE attempts ADD COLUMN upstream text;
