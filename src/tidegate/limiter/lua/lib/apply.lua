@@ -27,7 +27,7 @@ function T.is_there(i, queue, member)
 end
 
 -- Admits the first ticket of a queue, or returns the limit at which it must wait.
-function T.let_in_or_wait(queue, member)
+function T.admit_new(queue, member)
   if pool.now < pool.recover_until or T.is_fresh(own.sid) then
     return T.limit_of(T.names_in(queue.lane)[1])
   end
@@ -47,7 +47,7 @@ function T.ask(entries)
     T.stamps[i] = 0
     if not (q.full and T.is_there(i, queue, member)) then
       -- Behind other tickets of its queue, a ticket changes nothing at the limits.
-      local limit = not queue.at and T.let_in_or_wait(queue, member)
+      local limit = not queue.at and T.admit_new(queue, member)
       local due, former = q.dues[i] or 0, q.epoch == pool.epoch and q.stamps[i] or 0
       local between = limit ~= nil and (former > 0 and former
         or (due > 0 or tenant.last) and T.place_between(queue, tenant, due)) or nil

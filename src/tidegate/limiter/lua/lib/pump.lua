@@ -1,7 +1,7 @@
 -- does: admits waiters into the free capacity of the touched limits
 -- keys: sessions session queue park line
 -- args: none
--- returns: pump(), publish(), admit(), let_in(), amount_at()
+-- returns: pump(), publish(), admit(), admit_waiter(), amount_at()
 -- units: ms
 T.ACK_WINDOW = 8
 -- The most steps of one run; a step checks a limit with waiters, or the first waiter of one. The next run continues.
@@ -116,7 +116,7 @@ function T.settle_turn(limit, number, list)
   end
 end
 
-function T.let_in(limit, queue, member, next_stamp, next_member)
+function T.admit_waiter(limit, queue, member, next_stamp, next_member)
   local ticket, hard_ms, use, text = string.match(member, '^(%d+)|(%d+)|(%d+)|(.*)$')
   local tenant = T.tenant_of(queue.tenant)
   call('ZREM', T.queue_key(queue), member)
@@ -190,7 +190,7 @@ function T.step(limit, number, list)
     if limit.sort == 'r' and band.used > 0 and band.used <= band.held then
       band.held, limit.changed = math.max(band.held, pool.now - 1), true
     end
-    T.let_in(limit, queue, member, next_stamp, next_member)
+    T.admit_waiter(limit, queue, member, next_stamp, next_member)
     T.settle_turn(limit, number, list)
     return true
   end

@@ -29,7 +29,7 @@ function T.serve_starving()
       local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
       local room, can_be_saved_for = T.can_be_saved_for(queue, list)
       if room then
-        T.let_in(T.limit_of(queue.at), queue, member, next_stamp, next_member)
+        T.admit_waiter(T.limit_of(queue.at), queue, member, next_stamp, next_member)
       elseif can_be_saved_for then
         for i, name in ipairs(T.names_in(queue.lane)) do
           local limit = T.limit_of(name)
