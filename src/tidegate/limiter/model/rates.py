@@ -78,7 +78,7 @@ class Pacing:
         if limit.ramp is not None and now - self.since >= MINUTE_MS:
             self.level, self.since = max(limit.ramp.start, spent), now
 
-    def give_back(self, limit: Rate, amount: int, now: int) -> None:
+    def return_excess(self, limit: Rate, amount: int, now: int) -> None:
         """Return what was reserved in excess, or, if negative, take what was used in addition."""
         if limit.pace_ms is None or amount == 0:
             return
@@ -441,7 +441,7 @@ class RateSpending:
         elif end in self.buckets and not self._is_folded(limit, end):
             self._spend(limit, end, max(extra, -self.buckets[end]))
         if isinstance(limit, Rate) and self.is_paced(limit):
-            self._paced().give_back(limit, -extra, now)
+            self._paced().return_excess(limit, -extra, now)
         return extra < 0
 
     def _is_folded(self, limit: Limit, end: int) -> bool:

@@ -1,7 +1,7 @@
 -- does: checks whether a limit has room, takes capacity and releases it
 -- keys: none
 -- args: none
--- returns: has_room(), take(), give_back(), amount_in(), amount_charged()
+-- returns: has_room(), take(), uncount(), amount_in(), amount_charged()
 -- units: ms; amounts in each limit's unit
 function T.is_full(limit, band, amount)
   if limit.pause and not T.pause_lets(limit) then return true end
@@ -54,7 +54,7 @@ function T.take(limit, band, amount)
   if limit.sort ~= 'c' then return T.rates().take(limit, amount, band) end
 end
 
-function T.give_back(limit, amount)
+function T.uncount(limit, amount)
   limit.used = limit.used - amount
   limit.changed = true
   if limit.sort == 'c' then T.touch(limit) end

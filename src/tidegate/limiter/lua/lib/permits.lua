@@ -141,7 +141,7 @@ function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
     if outcome % 10 == 0 then T.learn(lane, took_ms) end
     T.used(flow, charged, pool.fair_by and T.use_of(from, charged) or took_ms)
     T.set_held(from, false)
-    if there or not T.same_counts(lane, queue.lane) then T.give_back_lane(lane, string.match(before, '^%d+|%d+|%d+|([^|]*)')) end
+    if there or not T.same_counts(lane, queue.lane) then T.uncount_lane(lane, string.match(before, '^%d+|%d+|%d+|([^|]*)')) end
   end
   if there then return end
   local limits = T.limits_in(queue.lane)

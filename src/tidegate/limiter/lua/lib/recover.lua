@@ -50,7 +50,7 @@ function T.reap(sid, hold, comes_back)
       if hold and held.until_ms > pool.now then
         T.hold_over(ticket, sid, held)
       else
-        T.give_back_lane(held.lane, held.charges)
+        T.uncount_lane(held.lane, held.charges)
       end
     end
   end
@@ -217,7 +217,7 @@ end
 
 function T.free_lapsing(member)
   call('ZREM', T.lapsing_key, member)
-  T.give_back_lane(T.lapsing_lane(member), T.carried(member))
+  T.uncount_lane(T.lapsing_lane(member), T.carried(member))
 end
 
 function T.reap_expired()

@@ -1,11 +1,11 @@
 -- does: releases permits and settles their usage
 -- keys: session lapsing owed park past
 -- args: releases settles cancels uses
--- returns: release(), cancel(), settle(), use_of(), give_back_lane(), count_lane(), charges_of_lane(), carried(), correct(), begin_again()
+-- returns: release(), cancel(), settle(), use_of(), uncount_lane(), count_lane(), charges_of_lane(), carried(), correct(), begin_again()
 -- units: ms; amounts in each limit's unit, in the order of the lane
-function T.give_back_lane(lane, charges)
+function T.uncount_lane(lane, charges)
   for i, limit in ipairs(T.limits_in(lane)) do
-    T.give_back(limit, T.amount_charged(limit, charges, i))
+    T.uncount(limit, T.amount_charged(limit, charges, i))
   end
 end
 
@@ -98,7 +98,7 @@ function T.release(ticket, number, outcome, took_ms, actual)
   if not value then
     local member = queue and ticket .. '|' .. q.sid .. '|' .. queue.lane
     if member and call('ZREM', T.lapsing_key, member) == 1 then
-      T.give_back_lane(queue.lane, T.carried(member))
+      T.uncount_lane(queue.lane, T.carried(member))
     end
     return
   end
@@ -106,7 +106,7 @@ function T.release(ticket, number, outcome, took_ms, actual)
   local held = T.read_held(value)
   for i, limit in ipairs(T.limits_in(held.lane)) do
     if limit.current then T.adapt(limit, outcome % 10, ticket, took_ms) end
-    T.give_back(limit, T.amount_charged(limit, held.charges, i))
+    T.uncount(limit, T.amount_charged(limit, held.charges, i))
   end
   if outcome >= 10 then
     if held.charges ~= '' then
@@ -139,7 +139,7 @@ function T.cancel(entry)
   if not value then return end
   T.set_held(ticket, false)
   local held = T.read_held(value)
-  T.give_back_lane(held.lane, held.charges)
+  T.uncount_lane(held.lane, held.charges)
   T.used(held.flow, held.use, 0)
   local nothing = setmetatable({}, { __index = function() return 0 end })
   T.settle_charges(held.charges, held.lane, nothing)
