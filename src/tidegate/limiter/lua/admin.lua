@@ -130,7 +130,7 @@ if pool.doubtful then
   for name in pairs(T.touched) do T.look_again(name, pool.now) end
   T.note_timers()
 else
-  T.settle_down()
+  T.finish_run()
 end
 T.save_pool()
 if once_key then call('SET', once_key, T.int(done), 'PX', q.keep_ms) end

@@ -17,9 +17,9 @@ if own.blocked then return T.reply('tend') end
 local status = T.check_session()
 if status == 'ok' then
   own.sid = q.sid
-  T.say_all()
+  T.apply_messages()
 end
-T.settle_down()
+T.finish_run()
 if status == 'ok' then T.flush_own() end
 T.save_pool()
 return T.reply(status)

@@ -19,7 +19,7 @@ if status == 'ok' then
   T.acknowledge()
   call('ZADD', T.sessions_key, 'XX', T.int(pool.now + pool.lease_ms), q.sid)
   if own.blocked and not q.join then T.unblock() end
-  T.say_all()
+  T.apply_messages()
   T.touch_own()
   T.flush_own()
   if q.leave then
@@ -28,7 +28,7 @@ if status == 'ok' then
     own.sid = nil
   end
 end
-T.settle_down()
+T.finish_run()
 if own.sid then T.flush_own() end
 T.note_sessions()
 local all = false

@@ -769,7 +769,7 @@ class PoolModel:
         refused: list[int] = []
         if status == "ok":
             assert session is not None
-            self.permits.say_back(q, session)
+            self.permits.apply_releases(q, session)
             self.pump.serve_starving()
             stamps, refused = self.pump.ask(q, session)
             self.permits.rehead_filled()

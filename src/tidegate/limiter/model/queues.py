@@ -313,7 +313,7 @@ class Permits:
         self.uncount(tuple(permit.lane.split(" ")), permit.sid, permit.ticket)
         return True
 
-    def say_back(self, q: SyncRequest, session: SessionState) -> None:
+    def apply_releases(self, q: SyncRequest, session: SessionState) -> None:
         """Process all entries of a request that release or abandon."""
         self._reheaded = {}
         for transfer in q.transfers:

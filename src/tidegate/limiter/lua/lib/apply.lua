@@ -1,7 +1,7 @@
 -- does: applies the messages of a process, releases first, and admits the waiters that fit
 -- keys: queue
 -- args: transfers releases settles cancels enqueues full lefts dues
--- returns: say_all(), settle_down(), granted, stamps, refused, barred, waited, seen_ahead, more
+-- returns: apply_messages(), finish_run(), granted, stamps, refused, barred, waited, seen_ahead, more
 -- units: ms
 T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry, T.fresh_ones =
   {}, {}, {}, 0, {}, false, {}
@@ -102,7 +102,7 @@ function T.ask(entries)
 end
 
 -- Applies all messages of a process, releases first.
-function T.say_all()
+function T.apply_messages()
   if not q.full then T.unqueue_heirs() end
   for i = 1, #q.transfers, 8 do T.transfer(unpack(q.transfers, i, i + 7)) end
   for i = 1, #q.releases, 5 do T.release(unpack(q.releases, i, i + 4)) end
@@ -121,7 +121,7 @@ function T.say_all()
 end
 
 -- Admits the waiters that fit, under the limits that have changed.
-function T.settle_down()
+function T.finish_run()
   if next(T.touched) or pool.starving > 0 or T.retry
     or pool.timed_at > 0 and pool.now >= pool.timed_at then
     T.pump()
