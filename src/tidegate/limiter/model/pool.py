@@ -771,7 +771,7 @@ class PoolModel:
             assert session is not None
             self.permits.apply_releases(q, session)
             self.pump.serve_starving()
-            stamps, refused = self.pump.ask(q, session)
+            stamps, refused = self.pump.enqueue(q, session)
             self.permits.rehead_filled()
             if tending:
                 self._last_words(q, session)

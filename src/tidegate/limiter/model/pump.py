@@ -115,7 +115,7 @@ class Pump:
                 (sid, Push(self.pool.epoch, session.gen, session.sent, grants, self.pool.now))
             )
 
-    def ask(self, q: SyncRequest, session: SessionState) -> tuple[list[float], list[int]]:
+    def enqueue(self, q: SyncRequest, session: SessionState) -> tuple[list[float], list[int]]:
         """Return the stamps of the new waiters, 0 for other tickets, and the refused tickets.
 
         A repeated batch (`full`) may name tickets that are queued already: they keep their place.

@@ -39,7 +39,7 @@ end
 
 -- Admits the tickets that fit and have no waiter before them, and queues the others. `entries` alternates flow and
 -- member (ticket|hard_ms|use|amounts). The tickets of a session that joined again keep their stamps.
-function T.ask(entries)
+function T.enqueue(entries)
   local adding, fresh = {}, {}
   for i = 1, #entries / 2 do
     local queue, member = own.queues[entries[2 * i - 1]], entries[2 * i]
@@ -112,7 +112,7 @@ function T.apply_messages()
   T.charge_handed()
   T.rehead_own()
   if pool.starving > 0 then T.serve_starving() end
-  T.ask(q.enqueues)
+  T.enqueue(q.enqueues)
   T.rehead_filled()
   for name in pairs(T.returning) do
     local tenant = T.tenant_of(name)
