@@ -1,12 +1,12 @@
 -- does: applies the messages of a process, releases first, and admits the waiters that fit
 -- keys: queue
 -- args: transfers releases settles cancels enqueues full lefts dues
--- returns: apply_messages(), finish_run(), granted, stamps, refused, barred, waited, seen_ahead, more
+-- returns: apply_messages(), finish_run(), granted, stamps, refused, barred, waited, outlooks, more
 -- units: ms
 T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry, T.fresh_ones =
   {}, {}, {}, 0, {}, false, {}
 -- `waited` maps the number of a flow to its queue: the reply reports what the queue waits for.
-T.barred, T.waited, T.seen_ahead = {}, {}, {}
+T.barred, T.waited, T.outlooks = {}, {}, {}
 -- Tenants with waiters of a session that joins again: their stamps are kept.
 T.returning = {}
 
@@ -127,12 +127,12 @@ function T.finish_run()
     T.pump()
   end
   if next(T.outbox) then T.publish() end
-  if own.sid and next(T.waited) then T.look_ahead() end
+  if own.sid and next(T.waited) then T.report_waits() end
 end
 
 -- Reports the limit that each queue of `waited` waits for now. Most wait for a call to end, which needs no outlook.
-function T.look_ahead()
-  local list = T.seen_ahead
+function T.report_waits()
+  local list = T.outlooks
   for number, queue in pairs(T.waited) do
     if queue.at and queue.at ~= '!' then
       local limit = T.limit_of(queue.at)

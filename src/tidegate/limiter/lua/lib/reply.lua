@@ -10,6 +10,6 @@ function T.reply(status, all)
     pool.revision, pool.sessions, me.sent, T.more, pool.parked,
     pool.timed_at > 0 and math.max(1, pool.timed_at - pool.now) or 0,
     T.granted, T.stamps, T.refused, ok and own.sid and T.hints() or {}, all or false,
-    T.barred, T.seen_ahead,
+    T.barred, T.outlooks,
   })
 end
