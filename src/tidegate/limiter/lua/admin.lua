@@ -18,7 +18,7 @@ pool.now = pool.clock - wall > pool.lease_ms / 2 and wall or math.max(wall, pool
 
 -- Notifies all processes immediately, instead of at their next comparison.
 local function announce()
-  if not pool.doubtful and pool.sessions <= T.MOST_TO_ANNOUNCE then T.call_up_others() end
+  if not pool.doubtful and pool.sessions <= T.MOST_TO_ANNOUNCE then T.notify_others() end
 end
 
 local function pause_from(limit, pause, at)

@@ -80,7 +80,7 @@ class Roster:
         self.seen, self.pump.fresh, self.expected = {}, {}, set()
         self.empty, self.vouched = empty, False
 
-    def call_up(self, sid: str) -> None:
+    def notify(self, sid: str) -> None:
         """Push a message without grants, so that the session compares everything."""
         session = self.pool.sessions.get(sid)
         if session and session.expiry > self.pool.now and sid in self.pool.subscribed:
@@ -88,14 +88,14 @@ class Roster:
             push = Push(pool.epoch, session.gen, session.sent, [], pool.now)
             pool.pushed.append((sid, push))
 
-    def call_up_others(self, but: str) -> None:
+    def notify_others(self, but: str) -> None:
         for sid in self.pool.sessions:
             if sid != but:
-                self.call_up(sid)
+                self.notify(sid)
 
     def _announce(self, sid: str) -> None:
         if not self.pool.quiet() and len(self.pool.sessions) <= MOST_TO_ANNOUNCE:
-            self.call_up_others(sid)
+            self.notify_others(sid)
 
     def enter_roster(
         self, sid: str, session: SessionState, before: SessionState | None, *, is_news: bool
@@ -127,7 +127,7 @@ class Roster:
             if until <= self.pool.now or self.pool.sessions[sid].since <= least:
                 del self.pump.fresh[sid]
                 if sid != q.sid:
-                    self.call_up(sid)
+                    self.notify(sid)
 
     def vouch(self, q: SyncRequest) -> None:
         """Take the names of earlier sessions from a session that returns after an empty restart."""
@@ -140,7 +140,7 @@ class Roster:
         if self.vouched and not self.expected:
             self.began = self.pool.now - max(self.pool.lease_ms, q.lease_ms)
             self.pool.recover_until = self.pool.now
-            self.call_up_others(q.sid)
+            self.notify_others(q.sid)
 
     def roster(self, q: SyncRequest) -> tuple[int, list[str] | None]:
         """Return the version, and the sessions if the requester does not have that version."""
@@ -634,7 +634,7 @@ class PoolModel:
 
     def _announce(self, *, in_doubt: bool) -> None:
         if not in_doubt and self.pool.noted_sessions <= MOST_TO_ANNOUNCE:
-            self.roster.call_up_others("")
+            self.roster.notify_others("")
 
     def resume(self, name: str, *, run: str, wall: int) -> int:
         """End a pause."""

@@ -1,7 +1,7 @@
 -- does: ensures that every session knows of every other that may hold a permit
 -- keys: meta sessions session seen fresh expected
 -- args: sid roster join
--- returns: enter_roster(), acknowledge(), leave_roster(), vouch(), call_up()
+-- returns: enter_roster(), acknowledge(), leave_roster(), vouch(), notify()
 -- units: ms
 -- After an empty restart the quiet lease may end as soon as all sessions that may hold a permit have rejoined. Only
 -- earlier sessions can name them. So a new session gets no permits until all others have acknowledged it, for half a
@@ -13,16 +13,16 @@ T.MOST_TO_ANNOUNCE = 64
 T.MOST_AT_ONCE = 64
 
 -- Pushes a message without grants, so that the session compares everything.
-function T.call_up(sid)
+function T.notify(sid)
   local peer = T.peer_of(sid)
   if peer.reachable then
     call('SPUBLISH', T.channel(sid), cmsgpack.pack({ pool.epoch, peer.gen, peer.sent, {}, pool.now }))
   end
 end
 
-function T.call_up_others()
+function T.notify_others()
   for _, sid in ipairs(call('ZRANGE', T.sessions_key, 0, -1)) do
-    if sid ~= q.sid then T.call_up(sid) end
+    if sid ~= q.sid then T.notify(sid) end
   end
 end
 
@@ -37,7 +37,7 @@ function T.count_fresh()
 end
 
 function T.announce(sessions)
-  if pool.now >= pool.recover_until and sessions <= T.MOST_TO_ANNOUNCE then T.call_up_others() end
+  if pool.now >= pool.recover_until and sessions <= T.MOST_TO_ANNOUNCE then T.notify_others() end
 end
 
 -- Adds a session. A known session only joins again to report something new; `is_news`: it brought a policy that
@@ -75,7 +75,7 @@ function T.acknowledge()
     local since = tonumber(call('HGET', T.session_key(fresh[i]), 'since'))
     if tonumber(fresh[i + 1]) <= pool.now or since <= least then
       call('ZREM', T.fresh_key, fresh[i])
-      if fresh[i] ~= q.sid then T.call_up(fresh[i]) end
+      if fresh[i] ~= q.sid then T.notify(fresh[i]) end
     end
   end
   T.count_fresh()
@@ -96,6 +96,6 @@ function T.vouch()
     pool.recover_until = pool.now
     T.put('began', T.int(pool.began))
     T.put('recover_until', T.int(pool.recover_until))
-    T.call_up_others()
+    T.notify_others()
   end
 end
