@@ -353,7 +353,7 @@ class Joins:
                 self.capacity.spent(limit)
                 old = before.limit(limit.name) if before else None
                 bound = old.bound if isinstance(old, Rate | Quota) else 0
-                limit.spending.take_along(limit.limit, self.pool.now, bound)
+                limit.spending.carry_over(limit.limit, self.pool.now, bound)
         return before is not None
 
     def _end_charges(self, limit: LimitState, new: Limit | None) -> None:

@@ -550,7 +550,7 @@ class RateSpending:
             self.pacing.even_us = max(0, self.pacing.even_us - by_ms * 1000)
             self.pacing.since = max(0, self.pacing.since - by_ms)
 
-    def take_along(self, limit: Limit, now: int, bound_before: int) -> None:
+    def carry_over(self, limit: Limit, now: int, bound_before: int) -> None:
         """Count what was counted in another way, before a change of the policy, as spent now.
 
         It may exceed a bound that was lowered too, so that it counts once the bound is raised

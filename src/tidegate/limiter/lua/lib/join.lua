@@ -216,7 +216,7 @@ function T.merge_policy(policy)
   call('LTRIM', T.prefix .. 'history', 0, T.HISTORY - 1)
   for _, name in ipairs(changed) do
     local limit = T.limit_of(name)
-    if limit.sort ~= 'c' then T.rates().take_along(limit) end
+    if limit.sort ~= 'c' then T.rates().carry_over(limit) end
     if T.lowered[name] then limit.spent_anew, limit.changed = true, true end
   end
   if restarts then T.restart_shares() end

@@ -1,7 +1,7 @@
 -- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending charged
 -- args: resets
--- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), take_along(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), carry_over(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 --
 -- A rate of up to 10,000 requests is an exact log of admissions. Others are counted in buckets, 120 to a window, of
@@ -563,7 +563,7 @@ T.rates = function()
   end
 
   -- Counts usage that was counted in another way, before the policy changed, as spent now.
-  function f.take_along(limit)
+  function f.carry_over(limit)
     local amount, span = 0, limit.span or T.DAY_MS
     for _, other in ipairs({ { sort = 'q' }, { sort = 'r', exact = true }, { sort = 'r' } }) do
       other.name, other.span = limit.name, span
