@@ -103,5 +103,5 @@ function T.advance(limit, number, tag)
   local band = limit.bands[number]
   band.virtual = math.max(band.virtual, tag)
   limit.changed = true
-  if band.virtual > T.LONGEST then T.begin_again(limit, number) end
+  if band.virtual > T.LONGEST then T.restart_time(limit, number) end
 end

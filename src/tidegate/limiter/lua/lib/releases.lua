@@ -1,7 +1,7 @@
 -- does: releases permits and settles their usage
 -- keys: session lapsing owed park past
 -- args: releases settles cancels uses
--- returns: release(), cancel(), settle(), use_of(), uncount_lane(), count_lane(), charges_of_lane(), carried(), correct(), begin_again()
+-- returns: release(), cancel(), settle(), use_of(), uncount_lane(), count_lane(), charges_of_lane(), carried(), correct(), restart_time()
 -- units: ms; amounts in each limit's unit, in the order of the lane
 function T.uncount_lane(lane, charges)
   for i, limit in ipairs(T.limits_in(lane)) do
@@ -68,7 +68,7 @@ end
 
 -- Restarts the virtual time of a band: it and all tags are lowered by the same amount. A busy limit needs it once in
 -- years.
-function T.begin_again(limit, number)
+function T.restart_time(limit, number)
   local band = limit.bands[number]
   for _, key in ipairs({ T.park_key(limit, number), T.past_key(limit, number) }) do
     local tags, moved = call('ZRANGE', key, 0, -1, 'WITHSCORES'), {}
