@@ -201,12 +201,13 @@ class Queues:
 
 @dataclass(slots=True)
 class Reheaded:
-    """A queue that lost tickets out of turn; `handed`: their probable use if permits were passed
-    on.
+    """A queue that lost tickets out of turn.
+
+    transferred: their probable use, if permits were passed on to them.
     """
 
     queue: SessionQueue
-    handed: int | None = None
+    transferred: int | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -327,7 +328,7 @@ class Permits:
         for cancel in q.cancels:
             self._cancel(q, session, *cancel)
         self._correct_all()
-        self._charge_handed()
+        self._charge_transferred()
         filling = {q.flows[number - 1] for number, _ in q.enqueues}
         for key, each in list(self._reheaded.items()):
             # While empty, the queue would lose its turn to those behind it.
@@ -388,7 +389,7 @@ class Permits:
             each = self._reheaded[key]
             if each.queue.at is not None and each.queue.at != BLOCKED:
                 use = self.pool.probable_use(self.pool.limit(each.queue.at), use)
-            each.handed = (each.handed or 0) + use
+            each.transferred = (each.transferred or 0) + use
         before, there = session.held.get(source), to in session.held
         if before is not None:
             lane = read_flow(before.flow).lane
@@ -422,7 +423,7 @@ class Permits:
             if limit.is_named:
                 limit.learn(took_ms)
 
-    def _charge_handed(self) -> None:
+    def _charge_transferred(self) -> None:
         """Charge tenants for permits that were passed on out of order.
 
         The time of their band advances to its new front.
@@ -430,9 +431,9 @@ class Permits:
         bands: dict[tuple[str, int], BandState] = {}
         for each in self._reheaded.values():
             flow, at = each.queue.flow, each.queue.at
-            if each.handed is not None and at is not None and at != BLOCKED:
+            if each.transferred is not None and at is not None and at != BLOCKED:
                 limit = self.pool.limit(at)
-                self.queues.charge(limit, flow, self.pool.step(each.handed, flow.tenant))
+                self.queues.charge(limit, flow, self.pool.step(each.transferred, flow.tenant))
                 bands[at, flow.band] = limit.band(flow.band)
         for band in bands.values():
             self.queues.advance(band, band.front()[0])

@@ -103,13 +103,13 @@ end
 
 -- Applies all messages of a process, releases first.
 function T.apply_messages()
-  if not q.full then T.unqueue_heirs() end
+  if not q.full then T.unqueue_transferred() end
   for i = 1, #q.transfers, 8 do T.transfer(unpack(q.transfers, i, i + 7)) end
   for i = 1, #q.releases, 5 do T.release(unpack(q.releases, i, i + 4)) end
   for _, entry in ipairs(q.settles) do T.settle(entry) end
   for _, entry in ipairs(q.cancels) do T.cancel(entry) end
   T.correct_all()
-  T.charge_handed()
+  T.charge_transferred()
   T.rehead_own()
   if pool.starving > 0 then T.serve_starving() end
   T.enqueue(q.enqueues)

@@ -1,7 +1,7 @@
 -- does: stores the permits of this session, and passes permits on within it
 -- keys: session queue park
 -- args: flows transfers releases cancels enqueues full
--- returns: load_own(), flush_own(), set_held(), transfer(), unqueue(), used(), correct_all(), charge_handed(), rehead_own(), rehead_filled(), own
+-- returns: load_own(), flush_own(), set_held(), transfer(), unqueue(), used(), correct_all(), charge_transferred(), rehead_own(), rehead_filled(), own
 -- units: ms; use in ms, micro-dollars or 1,000 for a call; amounts in each limit's unit, in the order of the lane
 -- `own.held` maps each ticket that the request names to the permit that this session holds for it, else to false.
 local own = { held = {}, written = {}, queues = {}, reheaded = {}, fields = {} }
@@ -88,7 +88,7 @@ end
 -- Removes the tickets that transfers name from their queues, all tickets of a queue together. Outside of a repeated
 -- batch (`full`) a ticket is missing only if it was granted meanwhile: then the permits of the queue's tickets are
 -- read.
-function T.unqueue_heirs()
+function T.unqueue_transferred()
   local leaving, order = {}, {}
   for i = 1, #q.transfers, 8 do
     local queue, member = own.queues[q.transfers[i + 4]], q.transfers[i + 5]
@@ -132,7 +132,7 @@ function T.transfer(from, to, seq, hard_ms, number, member, outcome, took_ms)
     use = limit and not pool.fair_by and limit.cost_ms > 0 and limit.cost_ms
       or tonumber(string.match(member, '^%d+|%d+|(%d+)'))
     if limit and pool.fair_by then use = T.use_at(limit, use) end
-    queue.handed = (queue.handed or 0) + use
+    queue.transferred = (queue.transferred or 0) + use
   end
   if before then
     local charged, flow = string.match(before, '^%d+|%d+|(%d+)|[^|]*|(.*)$')
@@ -162,7 +162,7 @@ function T.used(flow, charged, use)
   differs[flow] = (before or 0) + use - charged
 end
 
--- Corrects the tags of tenants by these differences. A tag that `charge_handed` changes is corrected by the same
+-- Corrects the tags of tenants by these differences. A tag that `charge_transferred` changes is corrected by the same
 -- change.
 function T.correct_all()
   if #differing > 0 then T.moves = T.moves + 1 end
@@ -170,7 +170,7 @@ function T.correct_all()
     local band, tenant, lane = string.match(flow, '^([^|]*)|([^|]*)|(.*)$')
     local queue, step = T.queues[q.sid .. '|' .. flow], T.step_of(differs[flow], T.tenant_of(tenant))
     for _, limit in ipairs(T.limits_in(lane)) do
-      if queue and queue.handed and queue.at == limit.name then
+      if queue and queue.transferred and queue.at == limit.name then
         queue.differs = step
       else
         T.correct(limit, tonumber(band), tenant, step)
@@ -180,12 +180,12 @@ function T.correct_all()
 end
 
 -- Charges tenants for permits that were passed on out of order. The time of their band advances to its new first tag.
-function T.charge_handed()
+function T.charge_transferred()
   local charged, bands = {}, {}
   for _, queue in ipairs(own.reheaded) do
-    if queue.handed and queue.at and queue.at ~= '!' then
+    if queue.transferred and queue.at and queue.at ~= '!' then
       local limit = T.limit_of(queue.at)
-      local step = T.step_of(queue.handed, T.tenant_of(queue.tenant))
+      local step = T.step_of(queue.transferred, T.tenant_of(queue.tenant))
       queue.tag = T.charge(limit, queue, step + (queue.differs or 0))
       charged[#charged + 1] = queue
       local band = limit.bands[queue.band]
