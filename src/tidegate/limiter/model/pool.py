@@ -563,7 +563,7 @@ class PoolModel:
         now, session = max(wall, self.clock), self.pool.sessions.get(q.sid)
         status: Status = "ok"
         set_back = self.clock - wall > self.pool.lease_ms / 2
-        silent = wall - self.clock > self.pool.lease_ms / 2 and self._ran_out(wall)
+        silent = wall - self.clock > self.pool.lease_ms / 2 and self._expired(wall)
         if self.run != q.run or q.epoch != self.pool.epoch or set_back or silent:
             status = "epoch"
         elif session is None or session.expiry <= now or session.gen != q.gen:
@@ -824,7 +824,7 @@ class PoolModel:
             outlook=[],
         )
 
-    def _ran_out(self, wall: int) -> bool:
+    def _expired(self, wall: int) -> bool:
         return any(session.expiry <= wall for session in self.pool.sessions.values())
 
     def _recover(self, q: SyncRequest, wall: int) -> None:
@@ -835,7 +835,7 @@ class PoolModel:
         jump_ms = max(self.pool.lease_ms, 1) / 2
         set_back = self.clock - wall > jump_ms
         self.pool.now = wall if set_back else max(wall, self.clock)
-        ran_out = self._ran_out(wall) or (self.pool.noted_sessions > 0 and not self.pool.sessions)
+        ran_out = self._expired(wall) or (self.pool.noted_sessions > 0 and not self.pool.sessions)
         silent = self.pool.epoch > 0 and wall - self.clock > jump_ms and ran_out
         lost = self.pool.epoch == 0 or self.run != q.run or q.epoch > self.pool.epoch
         if lost or set_back or silent:

@@ -160,7 +160,7 @@ function T.begin_epoch()
 end
 
 -- Returns whether a session has expired. The key itself may have expired while no session was connected.
-function T.somebody_ran_out(wall)
+function T.has_expired_session(wall)
   return #call('ZRANGEBYSCORE', T.sessions_key, '-inf', wall, 'LIMIT', 0, 1) > 0
     or pool.sessions > 0 and call('EXISTS', T.sessions_key) == 0
 end
@@ -207,7 +207,7 @@ function T.recover()
   pool.now = wall
   if not set_back and pool.clock > wall then pool.now = pool.clock end
   local silent = pool.epoch > 0 and wall - pool.clock > jump_ms
-    and T.somebody_ran_out(wall)
+    and T.has_expired_session(wall)
   if pool.epoch == 0 or pool.run ~= q.run or q.epoch > pool.epoch or set_back or silent then
     local by_ms = set_back and pool.clock - wall or 0
     T.begin_epoch()
