@@ -10,7 +10,7 @@
 -- of its deadline.
 T.AHEAD_MS = 150
 
-function T.may_hand_on(queue)
+function T.may_transfer(queue)
   for _, limit in ipairs(T.limits_in(queue.lane)) do
     if limit.sort ~= 'c' or limit.pause or limit.current or limit.by_tokens then return false end
     if not limit.shadow and limit.used > T.cap_of(limit, queue.band) then return false end
@@ -28,7 +28,7 @@ function T.hints()
   if not pool.hand_off or pool.starving > 0 or pool.now < pool.recover_until then return list end
   for _, want in ipairs(q.wants) do
     local queue = own.queues[want[1]]
-    if queue.at and queue.at ~= '!' and T.may_hand_on(queue) then
+    if queue.at and queue.at ~= '!' and T.may_transfer(queue) then
       local limit = T.limit_of(queue.at)
       local known = queue.known_at == T.moves
       local tag = known and queue.tag or T.tag_of(limit, queue)
