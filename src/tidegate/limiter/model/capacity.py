@@ -34,7 +34,7 @@ class Capacity:
     def spent(self, limit: LimitState) -> int:
         return limit.spending.look(limit.limit, self.pool.now, self.pool.resets.get(limit.name, 0))
 
-    def is_let_by_pause(self, limit: LimitState) -> bool:
+    def is_admitted_by_pause(self, limit: LimitState) -> bool:
         """Return whether a pause or gate admits a call; if only time frees it, set `retry_at`."""
         pause = self.pool.pause_of(limit)
         bound = RAMP_BOUND if limit.is_implicit else limit.limit.bound
@@ -56,7 +56,7 @@ class Capacity:
 
     def is_full(self, limit: LimitState, band: int, amount: int) -> bool:
         """Return True if `amount` does not fit; if only time frees it, set `retry_at`."""
-        if not self.is_let_by_pause(limit):
+        if not self.is_admitted_by_pause(limit):
             return True
         if isinstance(limit.limit, Concurrency):
             cap = self.cap(limit, band)
@@ -148,7 +148,7 @@ class Capacity:
     def has_room(self, limit: LimitState, band: int, amount: int) -> bool:
         """Return whether `amount` fits; a limit in shadow mode delays only by a pause."""
         if limit.limit.shadow:
-            return self.is_let_by_pause(limit)
+            return self.is_admitted_by_pause(limit)
         return not self.is_full(limit, band, amount)
 
     def share(self, number: int) -> int:

@@ -4,7 +4,7 @@
 -- returns: has_room(), take(), uncount(), amount_in(), amount_charged()
 -- units: ms; amounts in each limit's unit
 function T.is_full(limit, band, amount)
-  if limit.pause and not T.pause_lets(limit) then return true end
+  if limit.pause and not T.pause_admits(limit) then return true end
   if limit.sort == 'c' then
     local cap = T.cap_of(limit, band)
     if not limit.by_tokens then return limit.used + limit.reserved >= cap end
@@ -18,7 +18,7 @@ end
 
 -- A limit in shadow mode delays only by a pause; `take` counts what it would have delayed.
 function T.has_room(limit, band, amount)
-  if limit.shadow then return not limit.pause or T.pause_lets(limit) end
+  if limit.shadow then return not limit.pause or T.pause_admits(limit) end
   return not T.is_full(limit, band, amount)
 end
 

@@ -1,7 +1,7 @@
 -- does: computes what a pause, a gate and an adaptive limit allow
 -- keys: session
 -- args: none
--- returns: gate_of(), is_tried(), pause_lets(), adapt()
+-- returns: gate_of(), is_tried(), pause_admits(), adapt()
 -- units: ms
 -- A gate is a pause that lasts until it is opened, and admits one probe at a time. `taker` is the session|ticket of
 -- the last probe, `every_ms` the minimum time between two probes, `rounds` the number of failed ones.
@@ -27,7 +27,7 @@ end
 -- Returns whether a pause admits a call. After a pause, calls are admitted gradually over `ramp_ms`; `passed` is what
 -- was admitted, in the limit's unit. A limit without a bound ramps up like one of `RAMP_BOUND`.
 T.RAMP_BOUND = 64
-function T.pause_lets(limit)
+function T.pause_admits(limit)
   local pause, bound = limit.pause, limit.implicit and T.RAMP_BOUND or limit.bound
   if pool.now < pause.until_ms then return T.room_again(limit, pause.until_ms) end
   if pause.gate then
