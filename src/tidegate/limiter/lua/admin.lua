@@ -127,7 +127,7 @@ elseif q.verb == 'revoke' then
   if not pool.doubtful then T.note_sessions() end
 end
 if pool.doubtful then
-  for name in pairs(T.touched) do T.look_again(name, pool.now) end
+  for name in pairs(T.touched) do T.schedule_check(name, pool.now) end
   T.note_timers()
 else
   T.finish_run()

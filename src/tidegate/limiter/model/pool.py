@@ -289,7 +289,7 @@ class Joins:
             gate = before or PauseGate(GATE_MS, GATE_MS)
         limit.pause = Pause(until, ramp_ms, said, gate=gate)
         if limit.is_implicit:
-            self.pump.look_again(limit.name, until)
+            self.pump.schedule_check(limit.name, until)
 
     def _assert_spent(self, name: str, seen: int, since: int) -> None:
         """Restore a rate: the highest amount that any session saw, and what each admitted since."""
@@ -736,7 +736,7 @@ class PoolModel:
     def _end_act(self, *, in_doubt: bool) -> None:
         if in_doubt:
             for name in self.pool.touched:
-                self.pump.look_again(name, self.pool.now)
+                self.pump.schedule_check(name, self.pool.now)
             self.joining.forget_stamps()
             self.pool.forget_unnamed()
         else:

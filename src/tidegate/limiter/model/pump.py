@@ -319,7 +319,7 @@ class Pump:
         elif self.budget <= 0:
             self.more = 1
             for name in self.pool.touched:
-                self.look_again(name, self.pool.now)
+                self.schedule_check(name, self.pool.now)
         self._set_timers()
 
     def _touch_due(self) -> None:
@@ -342,7 +342,7 @@ class Pump:
             limit.pause = None
         else:
             over_at = pause.until + pause.ramp_ms
-            self.look_again(limit.name, pause.until if self.pool.now < pause.until else over_at)
+            self.schedule_check(limit.name, pause.until if self.pool.now < pause.until else over_at)
 
     def _pump_limit(self, limit: LimitState) -> None:
         if not limit.waits:
@@ -399,14 +399,14 @@ class Pump:
             return True
         return self.capacity.has_room(limit, number, self.capacity.wanted(limit, number))
 
-    def look_again(self, name: str, at: int) -> None:
+    def schedule_check(self, name: str, at: int) -> None:
         self.timed[name] = min(self.timed.get(name, at), at)
 
     def _set_timers(self) -> None:
         """Set a time at which each limit that only time frees is checked again."""
         for limit in self.pool.limits.values():
             if limit.retry_at is not None and limit.waits:
-                self.look_again(limit.name, limit.retry_at)
+                self.schedule_check(limit.name, limit.retry_at)
 
     def unblock(self, session: SessionState) -> None:
         """Restore some queues of a session that takes grants again, by the age of their tickets."""

@@ -326,7 +326,7 @@ function T.assert_pause(entry)
     gate = entry[3] == 0 and T.gate_of(limit.name) or nil }
   limit.pause_changed, limit.changed = true, true
   if limit.implicit then
-    T.look_again(limit.name, until_ms)
+    T.schedule_check(limit.name, until_ms)
     T.note_timers()
   end
 end

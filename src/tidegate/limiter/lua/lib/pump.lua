@@ -211,7 +211,7 @@ function T.set_timers()
   for name, limit in pairs(T.limits) do
     if limit.retry_at and T.parked_at(limit) > 0 then
       -- The last check may have been for a larger demand.
-      T.look_again(name, limit.retry_at)
+      T.schedule_check(name, limit.retry_at)
       due = true
     end
   end
@@ -237,7 +237,7 @@ function T.pump()
   elseif T.budget <= 0 then
     -- The next run continues.
     T.more = 1
-    if next(T.touched) then T.look_again_at_all(T.touched) end
+    if next(T.touched) then T.schedule_checks(T.touched) end
   end
   T.set_timers()
 end

@@ -1,7 +1,7 @@
 -- does: schedules the next check of a limit that only time frees
 -- keys: timed
 -- args: none
--- returns: room_again(), touch_due(), end_implicit(), look_again(), look_again_at_all(), note_timers()
+-- returns: room_again(), touch_due(), end_implicit(), schedule_check(), schedule_checks(), note_timers()
 -- units: ms
 -- Notes that a limit has room at `at` unless something is released before; the earliest time counts. Returns false.
 function T.room_again(limit, at)
@@ -30,16 +30,16 @@ function T.end_implicit(limit)
   elseif limit.pause and not limit.pause.gate then
     local pause = limit.pause
     local over_at = pause.until_ms + pause.ramp_ms
-    T.look_again(limit.name, pool.now < pause.until_ms and pause.until_ms or over_at)
+    T.schedule_check(limit.name, pool.now < pause.until_ms and pause.until_ms or over_at)
   end
 end
 
-function T.look_again(name, at)
+function T.schedule_check(name, at)
   call('ZADD', T.timed_key, 'LT', T.int(at), name)
   call('PEXPIRE', T.timed_key, T.POOL_KEEP_MS)
 end
 
-function T.look_again_at_all(names)
+function T.schedule_checks(names)
   local list, now = {}, T.int(pool.now)
   for name in pairs(names) do
     list[#list + 1] = now
