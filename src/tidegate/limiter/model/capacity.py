@@ -41,17 +41,17 @@ class Capacity:
         if pause is None:
             return True
         if self.pool.now < pause.until:
-            limit.room_again(pause.until)
+            limit.note_room_at(pause.until)
             return False
         if pause.gate is not None:
             if not self.pool.is_tried(pause.gate):
                 return True
-            limit.room_again(self.pool.now + pause.gate.every_ms)
+            limit.note_room_at(self.pool.now + pause.gate.every_ms)
             return False
         if pause.passed < 1 + bound * (self.pool.now - pause.until) // pause.ramp_ms:
             return True
         at = pause.until + -(-pause.passed * pause.ramp_ms // max(1, bound))
-        limit.room_again(max(at, self.pool.now + 1))
+        limit.note_room_at(max(at, self.pool.now + 1))
         return False
 
     def is_full(self, limit: LimitState, band: int, amount: int) -> bool:
@@ -69,17 +69,17 @@ class Capacity:
             return False
         amount = limit.clamped(amount)
         if bound and self._paced_at(limit, amount):
-            limit.room_again(self.free_at(limit, amount))
+            limit.note_room_at(self.free_at(limit, amount))
             return True
         if 0 < spent + amount <= bound:
             kept, at = self._kept_beside(limit, band, amount)
             if at:
-                limit.room_again(at)
+                limit.note_room_at(at)
                 return True
             amount += kept
             if spent + amount <= bound:
                 return False
-        limit.room_again(limit.spending.room_at(limit.limit, amount, self.pool.now))
+        limit.note_room_at(limit.spending.room_at(limit.limit, amount, self.pool.now))
         return True
 
     def is_used_up(self, limit: LimitState, amount: int) -> bool:

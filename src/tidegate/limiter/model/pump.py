@@ -89,7 +89,7 @@ class Pump:
             session.full = None
             return False
         session.full = since, limit.name
-        limit.room_again(since + ACK_WITHIN_MS)
+        limit.note_room_at(since + ACK_WITHIN_MS)
         return True
 
     def _admit(self, sid: str, flow_key: str, member_text: str, use: int) -> None:

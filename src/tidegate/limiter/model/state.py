@@ -349,7 +349,7 @@ class LimitState:
     passing: tuple[int, int] = (0, 0)
     cost_ms: int = 0
 
-    def room_again(self, at: int) -> None:
+    def note_room_at(self, at: int) -> None:
         """Note that there is room at `at` unless something is returned before; the earliest
         counts.
         """

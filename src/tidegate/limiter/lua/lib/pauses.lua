@@ -29,14 +29,14 @@ end
 T.RAMP_BOUND = 64
 function T.pause_admits(limit)
   local pause, bound = limit.pause, limit.implicit and T.RAMP_BOUND or limit.bound
-  if pool.now < pause.until_ms then return T.room_again(limit, pause.until_ms) end
+  if pool.now < pause.until_ms then return T.note_room_at(limit, pause.until_ms) end
   if pause.gate then
-    return not T.is_tried(pause.gate) or T.room_again(limit, pool.now + pause.gate.every_ms)
+    return not T.is_tried(pause.gate) or T.note_room_at(limit, pool.now + pause.gate.every_ms)
   end
   local allowed = 1 + math.floor(bound * (pool.now - pause.until_ms) / pause.ramp_ms)
   if pause.passed < allowed then return true end
   local at = pause.until_ms + math.ceil(pause.passed * pause.ramp_ms / math.max(1, bound))
-  return T.room_again(limit, math.max(at, pool.now + 1))
+  return T.note_room_at(limit, math.max(at, pool.now + 1))
 end
 
 -- Adapts a limit to the outcome of a call. Additive increase while the limit is used up: one more per round of calls,

@@ -53,7 +53,7 @@ function T.acknowledges_soon(sid, limit)
   end
   peer.full = T.int(since) .. '|' .. limit.name
   call('HSET', T.session_key(sid), 'full', peer.full)
-  T.room_again(limit, since + T.ACK_WITHIN_MS)
+  T.note_room_at(limit, since + T.ACK_WITHIN_MS)
   return true
 end
 

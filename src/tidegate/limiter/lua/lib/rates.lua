@@ -234,18 +234,18 @@ T.rates = function()
   function f.fits(limit, number, amount)
     loaded(limit)
     if amount == 0 then return true end
-    if limit.bound == 0 then return T.room_again(limit, pool.now + T.DAY_MS) end
+    if limit.bound == 0 then return T.note_room_at(limit, pool.now + T.DAY_MS) end
     amount = clamped(limit, amount)
     if limit.pacing and paced_at(limit, amount) > 0 then
-      return T.room_again(limit, f.free_at(limit, amount))
+      return T.note_room_at(limit, f.free_at(limit, amount))
     end
     if limit.spent + amount <= limit.bound then
       local kept, at = kept_beside(limit, number, amount)
-      if not kept then return T.room_again(limit, at) end
+      if not kept then return T.note_room_at(limit, at) end
       amount = amount + kept
       if limit.spent + amount <= limit.bound then return true end
     end
-    return T.room_again(limit, fits_at(limit, amount))
+    return T.note_room_at(limit, fits_at(limit, amount))
   end
 
   -- Returns whether a demand lacks what calls have used, and not only the next moment of an even flow.

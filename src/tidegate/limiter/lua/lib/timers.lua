@@ -1,10 +1,10 @@
 -- does: schedules the next check of a limit that only time frees
 -- keys: timed
 -- args: none
--- returns: room_again(), touch_due(), end_implicit(), schedule_check(), schedule_checks(), note_timers()
+-- returns: note_room_at(), touch_due(), end_implicit(), schedule_check(), schedule_checks(), note_timers()
 -- units: ms
 -- Notes that a limit has room at `at` unless something is released before; the earliest time counts. Returns false.
-function T.room_again(limit, at)
+function T.note_room_at(limit, at)
   limit.retry_at, T.retry = math.min(limit.retry_at or at, at), true
   return false
 end
