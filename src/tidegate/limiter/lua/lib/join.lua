@@ -79,7 +79,7 @@ function T.end_charges(name, before, definition)
     T.rates().end_charges(limit, by)
     T.rates().save(limit)
     -- It is loaded again with its new definition.
-    T.limits[name], T.lowered[name] = nil, limit.spent_anew
+    T.limits[name], T.lowered[name] = nil, limit.spent_changed
   end
   if not is_comparable or kind ~= kind_now or shape ~= shape_now then call('UNLINK', T.charged_key(name)) end
 end
@@ -217,7 +217,7 @@ function T.merge_policy(policy)
   for _, name in ipairs(changed) do
     local limit = T.limit_of(name)
     if limit.sort ~= 'c' then T.rates().carry_over(limit) end
-    if T.lowered[name] then limit.spent_anew, limit.changed = true, true end
+    if T.lowered[name] then limit.spent_changed, limit.changed = true, true end
   end
   if restarts then T.restart_shares() end
   T.note_units(policy.by_tokens)
@@ -310,7 +310,7 @@ function T.index()
     local limit = letter and T.limit_of(name)
     if letter == 'p' and limit.pause then limit.pause_changed, limit.changed = true, true end
     if letter == 'd' and limit.sort ~= 'c' and T.rates().spent(limit) > 0 then
-      limit.spent_anew, limit.changed = true, true
+      limit.spent_changed, limit.changed = true, true
     end
   end
 end

@@ -144,10 +144,10 @@ T.save_limit = function(limit)
     T.put('a:' .. name, T.int(limit.current) .. '|' .. T.int(limit.dropped_at) .. (latency ~= '' and '|' .. latency or ''))
   end
   if limit.sort ~= 'c' then T.rates().save(limit) end
-  if limit.spent_anew then T.spenders[#T.spenders + 1] = limit end
+  if limit.spent_changed then T.spenders[#T.spenders + 1] = limit end
   if limit.shadowed then call('HINCRBY', T.meta_key, 'x:' .. name, limit.shadowed) end
   limit.changed, limit.pause_changed, limit.adapted, limit.shadowed = nil, nil, nil, nil
-  limit.learned, limit.spent_anew = nil, nil
+  limit.learned, limit.spent_changed = nil, nil
 end
 
 -- Marks a limit under which a waiter may fit now.

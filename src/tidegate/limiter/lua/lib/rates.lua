@@ -341,7 +341,7 @@ T.rates = function()
   local function spend(limit, ends, amount)
     note(limit, ends, amount)
     limit.spent = limit.spent + amount
-    limit.spent_anew = limit.spent_anew or amount ~= 0
+    limit.spent_changed = limit.spent_changed or amount ~= 0
     if limit.sort == 'q' then
       limit.dirty = true
     else
@@ -365,7 +365,7 @@ T.rates = function()
     if number and limit.sort == 'r' then count_shares(limit, number, clamped(limit, amount)) end
     if not limit.shadow then amount = math.min(amount, limit.bound) end
     if limit.exact then
-      limit.spent, limit.spent_anew, limit.changed = limit.spent + 1, true, true
+      limit.spent, limit.spent_changed, limit.changed = limit.spent + 1, true, true
       call('RPUSH', key_of(limit), T.int(pool.now))
       call('PEXPIRE', key_of(limit), limit.span)
       if limit.pacing then T.pace_take(limit, 1) end
@@ -439,7 +439,7 @@ T.rates = function()
       call('RPUSH', key_of(limit), unpack(times, 1, math.min(500, amount - i + 1)))
     end
     limit.spent = limit.spent + amount
-    limit.spent_anew, limit.changed = limit.spent_anew or amount > 0, true
+    limit.spent_changed, limit.changed = limit.spent_changed or amount > 0, true
     if amount > 0 then call('PEXPIRE', key_of(limit), limit.span) end
   end
 
@@ -475,7 +475,7 @@ T.rates = function()
       amount = math.min(amount, limit.bound)
       if amount > 0 then merge_evenly(limit, amount) end
       limit.spent = limit.spent + amount
-      limit.spent_anew, limit.changed = limit.spent_anew or amount > 0, true
+      limit.spent_changed, limit.changed = limit.spent_changed or amount > 0, true
       return
     end
     local last, parts = ends_now(limit), math.floor(limit.span / limit.width)
@@ -523,7 +523,7 @@ T.rates = function()
     end
     if gone == 0 then return end
     rewrite(limit, left)
-    limit.spent, limit.spent_anew, limit.changed = limit.spent - gone, true, true
+    limit.spent, limit.spent_changed, limit.changed = limit.spent - gone, true, true
   end
 
   -- Returns what was charged beside the bound and still counts, by part; the parts in order; and the sum.
