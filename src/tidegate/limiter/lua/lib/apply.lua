@@ -20,7 +20,7 @@ function T.is_fresh(sid)
 end
 
 -- Returns whether a ticket of a repeated batch (`full`) exists already; it keeps its place.
-function T.is_there(i, queue, member)
+function T.is_repeated(i, queue, member)
   local stamp = call('ZSCORE', T.queue_key(queue), member)
   if stamp then T.stamps[i] = tonumber(stamp) end
   return stamp or own.held[tonumber(string.match(member, '^%d+'))]
@@ -45,7 +45,7 @@ function T.enqueue(entries)
     local queue, member = own.queues[entries[2 * i - 1]], entries[2 * i]
     local tenant = T.tenant_of(queue.tenant)
     T.stamps[i] = 0
-    if not (q.full and T.is_there(i, queue, member)) then
+    if not (q.full and T.is_repeated(i, queue, member)) then
       -- Behind other tickets of its queue, a ticket changes nothing at the limits.
       local limit = not queue.at and T.admit_new(queue, member)
       local due, former = q.dues[i] or 0, q.epoch == pool.epoch and q.stamps[i] or 0
