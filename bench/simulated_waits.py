@@ -120,7 +120,7 @@ class SimulatedLoad(Playback):
     def _watch_refusals(self) -> None:
         """Note what the pool refuses, and let it wait."""
         pump, outlooks = self.model.pump, self.model.outlooks
-        bar, ask = outlooks.bar, pump.enqueue
+        bar, ask = outlooks.refuse_late, pump.enqueue
 
         def note(*arguments: Any) -> bool:
             if bar(*arguments):
@@ -132,7 +132,7 @@ class SimulatedLoad(Playback):
             self._asking_sid = q.sid
             return ask(q, session)
 
-        outlooks.bar, pump.enqueue = note, ask_of  # type: ignore[method-assign,assignment]
+        outlooks.refuse_late, pump.enqueue = note, ask_of  # type: ignore[method-assign,assignment]
 
     def _pulse(self) -> None:
         for process in self._processes.values():

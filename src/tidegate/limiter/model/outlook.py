@@ -138,7 +138,7 @@ class Outlooks:
             return Earliest(paused_at, -1, pause.gate is None, paused_at)
         return Earliest(0, used, firm=False, certain_at=0)
 
-    def bar(
+    def refuse_late(
         self,
         flow: FlowName,
         queue: SessionQueue | None,

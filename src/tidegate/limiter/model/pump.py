@@ -162,11 +162,11 @@ class Pump:
             self._admit(sid, key, member, 0)
             return 0
         place = limit if queue is None else self._at(queue)
-        bar = self.outlooks.bar
+        refuse = self.outlooks.refuse_late
         between = former or self._between(flow, due_ms)
         last = self.pool.stamps.get(flow.tenant, 0) + 1
         place_of = last if between is None else between
-        if left_ms and place and bar(flow, queue, read_member(member), left_ms, place, place_of):
+        if left_ms and place and refuse(flow, queue, read_member(member), left_ms, place, place_of):
             return 0
         most = self.pool.policy.queue_per_tenant if self.pool.policy else 0
         if self.pool.waiting(flow.tenant) >= most:

@@ -54,7 +54,7 @@ function T.enqueue(entries)
       local place = (q.lefts[i] or 0) ~= 0 and (limit or queue.at and queue.at ~= '!' and T.limit_of(queue.at))
       if limit == nil then
         T.stamps[i] = 0
-      elseif place and T.bar(queue, member, q.lefts[i], place, between or tenant.stamp + 1) then
+      elseif place and T.refuse_late(queue, member, q.lefts[i], place, between or tenant.stamp + 1) then
         T.stamps[i] = 0
       elseif tenant.waiting >= pool.queue_max then
         T.refused[#T.refused + 1] = tonumber(string.match(member, '^%d+'))

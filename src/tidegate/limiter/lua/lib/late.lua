@@ -1,7 +1,7 @@
 -- does: refuses a ticket whose deadline comes before its turn
 -- keys: queue park line
 -- args: none
--- returns: bar()
+-- returns: refuse_late()
 -- units: ms; virtual time as in queues
 -- If no waiter leaves, calls of the ticket's flow that already wait at the same limit, in any session, certainly come
 -- first, in their order. Other calls there are only likely to come first. An estimate refuses a ticket only with a
@@ -126,7 +126,7 @@ end
 
 -- Refuses a ticket that would wait at `place` with a stamp if it cannot be admitted within `left_ms`; returns true if
 -- refused. If `left_ms` is negative, no estimate refuses it.
-function T.bar(queue, member, left_ms, place, stamp)
+function T.refuse_late(queue, member, left_ms, place, stamp)
   local ticket, use, text = string.match(member, '^(%d+)|%d+|(%d+)|(.*)$')
   local list, latest, found = T.amounts_in(text), pool.now + math.abs(left_ms) - 1, nil
   local before = before_at(queue, place, tonumber(use), stamp)
