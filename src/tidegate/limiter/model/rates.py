@@ -74,7 +74,7 @@ class Pacing:
         """Count an admission. `spent` already includes `amount`."""
         if limit.pace_ms is not None:
             self.even_us = max(self.even_us, now * 1000) + self._lasts_us(limit, amount)
-            self.bring_near(limit, now)
+            self.cap_even(limit, now)
         if limit.ramp is not None and now - self.since >= MINUTE_MS:
             self.level, self.since = max(limit.ramp.start, spent), now
 
@@ -86,9 +86,9 @@ class Pacing:
             self.even_us = max(0, self.even_us - self._lasts_us(limit, amount))
         else:
             self.even_us = max(self.even_us, now * 1000) + self._lasts_us(limit, -amount)
-            self.bring_near(limit, now)
+            self.cap_even(limit, now)
 
-    def bring_near(self, limit: Rate, now: int) -> None:
+    def cap_even(self, limit: Rate, now: int) -> None:
         self.even_us = min(self.even_us, (now + span_of(limit)) * 1000)
 
 
@@ -572,6 +572,6 @@ class RateSpending:
             units = limit.bound * limit.window_ms
             self.bucket = Bucket(units, now - span, limit.window_ms, limit.bound)
         if isinstance(limit, Rate) and self.pacing is not None:
-            self.pacing.bring_near(limit, now)
+            self.pacing.cap_even(limit, now)
         most = 2 * max(limit.bound, bound_before)
         self.add(limit, min(amount, most), now, most)

@@ -1,7 +1,7 @@
 -- does: spreads a rate evenly by its pace, and limits its growth by its ramp
 -- keys: meta
 -- args: none
--- returns: load_pacing(), paced_bound(), grown_at(), even_after(), bring_near(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
+-- returns: load_pacing(), paced_bound(), grown_at(), even_after(), cap_even(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
 -- units: ms; `even` and `pace` in microseconds
 -- `f:` is even|level|since. By `even` an even flow has caught up with all that was taken: each admission moves it on,
 -- and a call is admitted if, with its own part, `even` is at most `pace` ahead (GCRA, ITU-T I.371). Under a ramp a
@@ -44,7 +44,7 @@ function T.even_after(limit, before, amount)
   return earliest > pool.now * 1000 and math.ceil(earliest / 1000) or 0
 end
 
-function T.bring_near(limit)
+function T.cap_even(limit)
   local pacing, most = limit.pacing, (pool.now + limit.span) * 1000
   if pacing.even <= most then return end
   pacing.even, limit.pacing_changed, limit.changed = most, true, true
@@ -55,7 +55,7 @@ function T.pace_take(limit, amount)
   local pacing = limit.pacing
   if pacing.pace > 0 then
     pacing.even = math.max(pacing.even, pool.now * 1000) + lasts(limit, amount)
-    T.bring_near(limit)
+    T.cap_even(limit)
   end
   if pacing.percent > 0 and pool.now - pacing.since >= 60000 then
     pacing.level, pacing.since = math.max(pacing.start, limit.counted or limit.spent), pool.now
@@ -71,7 +71,7 @@ function T.pace_return(limit, amount)
     pacing.even = math.max(0, pacing.even - lasts(limit, amount))
   else
     pacing.even = math.max(pacing.even, pool.now * 1000) + lasts(limit, -amount)
-    T.bring_near(limit)
+    T.cap_even(limit)
   end
   limit.pacing_changed, limit.changed = true, true
 end

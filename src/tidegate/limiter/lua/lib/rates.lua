@@ -576,7 +576,7 @@ T.rates = function()
     -- The usage of the last window counts for as long as the new window.
     if limit.sort == 'r' then call('PEXPIRE', key_of(limit), T.int(2 * limit.span), 'GT') end
     if limit.window then T.open_bucket(limit) end
-    if limit.pacing then T.bring_near(limit) end
+    if limit.pacing then T.cap_even(limit) end
     -- It may exceed a bound that was lowered too, so that it counts once the bound is raised again.
     local most = 2 * math.max(limit.bound, T.bounds_before[limit.name] or 0)
     f.assert_spent(limit, math.min(amount, most), most)
