@@ -143,7 +143,7 @@ class Bucket:
         self.units = min(left, 2 * (self.bound or MAX_BOUND) * self.window)
         self.end = self.until - lag
 
-    def _take_over(self, limit: Rate, buckets: dict[int, int], now: int) -> None:
+    def _apply_policy(self, limit: Rate, buckets: dict[int, int], now: int) -> None:
         """Apply a new bound or window; what has refilled until now stays refilled."""
         lag = span_of(limit) - limit.window_ms
         self._fold_change(lag, buckets)
@@ -157,7 +157,7 @@ class Bucket:
     def fold(self, limit: Rate, buckets: dict[int, int], now: int) -> None:
         """Forget parts from before the last window, except for the level that they led to."""
         if (self.window, self.bound) != (limit.window_ms, limit.bound):
-            self._take_over(limit, buckets, now)
+            self._apply_policy(limit, buckets, now)
         lag = span_of(limit) - limit.window_ms
         for end in sorted(buckets):
             if self.end < end <= now - limit.window_ms:

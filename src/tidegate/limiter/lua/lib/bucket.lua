@@ -65,7 +65,7 @@ end
 
 -- Applies a new bound or window; what has refilled until now stays refilled. A level above the maximum of the new
 -- bound is reduced to it.
-local function take_over(limit, base, order, amounts)
+local function apply_policy(limit, base, order, amounts)
   local from, to, lag = base.window, limit.window, limit.span - limit.window
   fold_change(base, lag, order, amounts)
   local before = math.floor(base.bound * to / from)
@@ -130,7 +130,7 @@ function T.load_bucket(limit)
   if not sorted then table.sort(order) end
   local base, lag, changed = read_base(limit), limit.span - limit.window, false
   if base.window ~= limit.window or base.bound ~= limit.bound then
-    take_over(limit, base, order, amounts)
+    apply_policy(limit, base, order, amounts)
     changed = true
   end
   limit.width, limit.counted, limit.base = math.ceil(limit.span / 60), 0, base
