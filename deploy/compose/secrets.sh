@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Makes the files of secrets that compose.yaml names, with random passwords. What is there stays.
-# Keys of providers are taken from GEMINI_API_KEY, OPENAI_API_KEY and ANTHROPIC_API_KEY, any of them;
-# others, such as of a second account, are files of their variable's name in secrets/providers.
+# Creates the secret files that compose.yaml names, with random passwords. Existing files are kept.
+# Provider keys are read from GEMINI_API_KEY, OPENAI_API_KEY and ANTHROPIC_API_KEY; other keys, such
+# as of a second account, are files named like their variable in secrets/providers.
 set -euo pipefail
 umask 022
 folder=$(cd "$(dirname "$0")" && pwd)/secrets
-# The folder is closed to others; the files in it are not, since containers read them as other users.
+# The folder is closed to other users; the files are not, because containers read them as other
+# users.
 mkdir -p "$folder/providers"
 chmod 700 "$folder"
 
@@ -26,7 +27,7 @@ keep database_url "postgresql://tidegate:$(<"$folder/postgres_password")@postgre
 for name in GEMINI_API_KEY OPENAI_API_KEY ANTHROPIC_API_KEY; do
     [[ -z ${!name:-} ]] || keep "providers/$name" "${!name}"
 done
-# Where a release before this one kept it.
+# The place of the previous release.
 [[ ! -s $folder/gemini_api_key ]] || keep providers/GEMINI_API_KEY "$(<"$folder/gemini_api_key")"
 : >"$folder/providers.env"
 for file in "$folder/providers/"*; do
