@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv match uv.lock: `bootstrap.sh run` for the product with all its extras, `bootstrap.sh dev`
-# with the tools as well.
-# Quick when nothing changed: a stamp in .venv holds the digest of what was installed.
+# Updates .venv to uv.lock: `bootstrap.sh run` for the product with all its extras, `bootstrap.sh
+# dev` also for the development tools. It is fast if nothing has changed: a stamp in .venv contains
+# the digest of what was installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,7 +21,7 @@ has_venv() {
     "$1" -c 'import ensurepip, venv' >/dev/null 2>&1
 }
 
-# Of those that can make an environment, 3.13 or 3.12 before 3.11: the same work costs them less.
+# Prefers 3.13 and 3.12 to 3.11, which needs more CPU time for the same work.
 find_python() {
     local name
     if [[ -n ${PYTHON:-} ]]; then
@@ -45,12 +45,12 @@ find_python() {
 }
 
 usable() {
-    # A folder that was moved keeps scripts that point to the old place.
+    # After a folder was moved, its scripts point to the old place.
     new_enough .venv/bin/python && grep -qF "$PWD/.venv" .venv/bin/activate 2>/dev/null
 }
 
-# Settings of the caller's shell that would send packages, or uv itself, somewhere else. Those
-# that say where packages come from (indexes, proxies, certificates) stay in force.
+# Settings of the caller's shell that would install packages, or uv itself, elsewhere. Settings of
+# where packages come from (indexes, proxies, certificates) stay in force.
 unset VIRTUAL_ENV PYTHONHOME PIP_TARGET PIP_PREFIX PIP_USER
 unset UV_PYTHON UV_PROJECT UV_WORKING_DIRECTORY UV_LOCKED UV_NO_DEV UV_NO_DEFAULT_GROUPS
 unset UV_NO_SYNC UV_NO_EDITABLE UV_NO_GROUP
@@ -87,9 +87,9 @@ fi
 
 groups=(--no-dev --no-extra export) # pyarrow is large, and for one command
 [[ $want == dev ]] && groups=(--group dev)
-# --inexact: uv and pip live in .venv as well and are in no lock file.
+# --inexact keeps uv and pip, which are in .venv and in no lock file.
 .venv/bin/uv sync --quiet --frozen --inexact --compile-bytecode --all-extras "${groups[@]}" ||
     fail "uv could not install what uv.lock names: see its message above"
-# Ours too, once for all processes to come, also where PYTHONDONTWRITEBYTECODE is set.
+# Compile our own modules once for all processes, even if PYTHONDONTWRITEBYTECODE is set.
 .venv/bin/python -m compileall -q -j 0 src
 echo "$digest" >".venv/.installed-$want"

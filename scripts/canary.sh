@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The contract tests on the newest release of each package whose internals we build on, beyond the
-# bounds in pyproject.toml: what fails here will fail when a bound is raised. Changes nothing of
-# the project; the environment is .canary.
+# Runs the contract tests with the newest release of each package whose internals are used, beyond
+# the bounds in pyproject.toml: a failure here would occur when the bound is raised. The project is
+# not changed; the environment is .canary.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What the tests need besides Python: a browser for the browser tests, zsh for the request script,
-# the servers of Debian that the limiter is tested with, next to the one that a wheel brings, and the
-# programs that read the files under deploy/.
-# As root it is installed where apt-get is there; otherwise the missing packages are named, and
-# under CI=true that is a failure: a test that cannot run has not passed. `setup_system.sh bench`
-# does the same for the benchmark of gateways, which goes on without what it cannot have.
+# Installs what the tests need besides Python: a browser for the browser tests, zsh for the request
+# script, Debian's servers to test the limiter with, besides the one in the wheel, and the programs
+# that read the files under deploy/. As root it uses apt-get if available; otherwise it names the
+# missing packages, which is a failure with CI=true: a test that cannot run has not passed.
+# `setup_system.sh bench` does the same for the benchmark of gateways, which continues without
+# missing programs.
 set -euo pipefail
 
 declare -A package_of=(
@@ -13,7 +13,7 @@ declare -A package_of=(
     [docker-compose]=docker-compose [haproxy]=haproxy [nginx]=nginx [kustomize]=kustomize
     [systemd-analyze]=systemd [promtool]=prometheus
 )
-# What makes them faster: nothing is missing without it.
+# Optional: these only make the tests faster.
 declare -A quicker=([chromium-headless-shell]=chromium-headless-shell)
 whose="the tests also need"
 PATH=$PATH:/usr/sbin
@@ -48,7 +48,7 @@ if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq >/dev/null || true
     apt-get install -y -qq --no-install-recommends "${wanted[@]}" >/dev/null || true
-    # The tests start servers of their own: one that came just now must not run as a service.
+    # The tests start their own servers: a newly installed server must not run as a service.
     for name in "${wanted[@]}"; do
         [[ $name != *-server && $name != nginx && $name != pgbouncer &&
             $name != haproxy && $name != prometheus ]] ||

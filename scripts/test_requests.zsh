@@ -1,6 +1,6 @@
 #!/usr/bin/env zsh
-# Sends COUNT concurrent requests, follows each to its end and prints a summary.
-# Needs curl only; runs under zsh and bash: `bash scripts/test_requests.zsh 0 10` does the same.
+# Sends COUNT concurrent requests, follows each to its end and prints a summary. Needs only curl;
+# runs in zsh and bash: `bash scripts/test_requests.zsh 0 10` does the same.
 
 set -u
 LC_ALL=C
@@ -51,7 +51,7 @@ make_files() {
   printf 'The tide comes in twice a day.\nThe gate lets in as much as the harbour can hold.\n' >"$folder/tide.txt"
 }
 
-# Answers with the body, then a line with the HTTP status (000 where nothing answered).
+# Prints the body, then a line with the HTTP status (000 without an answer).
 ask() {
   curl -sS --max-time 90 -w '\n%{http_code}\n' "$@" 2>>"$folder/errors"
 }
@@ -67,12 +67,12 @@ submit() {
   esac
 }
 
-# The value of a text field that stands once in an answer: field NAME FILE
+# Prints the value of a text field that occurs once in an answer: field NAME FILE
 field() {
   sed -n "s/.*\"$1\": *\"\([^\"]*\)\".*/\1/p" "$2" | head -n 1
 }
 
-# Leaves the last answer in FOLDER/NUMBER, and in FOLDER/NUMBER.end one line: how it ended.
+# Writes the last answer to FOLDER/NUMBER, and its end as one line to FOLDER/NUMBER.end.
 follow() {
   answer="$folder/$1"
   submit "$1" >"$answer"
@@ -94,7 +94,7 @@ follow() {
       continue
     fi
     failures=0
-    # Of the record itself: an answer's text may speak of a "status" too, but with \" before it.
+    # The status of the request: in an answer's text, a "status" would have \" before it.
     state=$(sed -n 's/.*[,{]"status": *"\([a-z]*\)".*/\1/p' "$answer" | head -n 1)
     case $state in
       queued | running) ;;
@@ -123,7 +123,7 @@ done
 wait
 
 cat "$folder"/*.end | awk -v count="$count" '
-  # Seconds since the start of the day of a time such as 2026-01-01T12:00:01.25Z.
+  # Returns the seconds since the start of the day of a time such as 2026-01-01T12:00:01.25Z.
   function seconds(text, part, clock) {
     split(text, part, "T")
     sub(/Z$|[+-][0-9][0-9]:[0-9][0-9]$/, "", part[2])
@@ -143,13 +143,14 @@ cat "$folder"/*.end | awk -v count="$count" '
       took = since(seconds($4), seconds($6))
       total += took; timed++
       if (took > slowest) { slowest = took; which = $3 }
-      # Relative to the first, so that midnight may pass. A call ends before its answer is stored.
+      # Relative to the first request, so that midnight may pass. A call ends before its answer is
+      # stored.
       from[timed] = since(start - 3600, seconds($5))
       till[timed] = from[timed] + $7 / 1000
     }
   }
   END {
-    # The most calls of these at one moment: looked for where each begins.
+    # The maximum number of concurrent calls, counted at the begin of each.
     for (one = 1; one <= timed; one++) {
       at_once = 0
       for (other = 1; other <= timed; other++)
