@@ -14,7 +14,7 @@ TidegateError
 ├── Unauthenticated             the API key is missing or unknown
 ├── Forbidden                   the caller may not do this
 ├── NotFound                    no such request, file or limit
-│   └── UpstreamMissing         the process cannot use an upstream of the model, as without its key
+│   └── UpstreamMissing         the process cannot use the upstream of a call, as without its key
 ├── MethodNotAllowed            the path exists, but not with this method
 ├── IdempotencyConflict         the idempotency key was used for a different request
 ├── AlreadyEnded                the request has ended already
@@ -215,8 +215,8 @@ class NotFound(TidegateError):
 
 
 class UpstreamMissing(NotFound):
-    """This process cannot use an upstream of the model. `lacking`: what each possible upstream
-    lacks, such as the variable of its key. Another process may have it."""
+    """This process cannot use the upstream of a call. `lacking`: what each possible upstream lacks,
+    such as the variable of its key. Another process may have it."""
 
     code = "upstream_missing"
     retryable = True

@@ -9,15 +9,18 @@ account can be reached. Pure.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
 
 from tidegate.dialects.anthropic import ANTHROPIC
 from tidegate.dialects.bedrock import BEDROCK
 from tidegate.dialects.gemini import GEMINI
 from tidegate.dialects.openai import OPENAI
-from tidegate.dialects.spec import Dialect, DialectSpec, Endpoint
-from tidegate.errors import ConfigError
-from tidegate.policy.deployment import Upstream
+from tidegate.dialects.spec import Dialect, DialectSpec, Endpoint, Operation
+from tidegate.errors import ConfigError, Forbidden, NotFound, UpstreamMissing
+from tidegate.policy.deployment import Deployment, Upstream
+from tidegate.policy.providers import first_dialect_in
 
 # In the order in which they are tried for a path; OpenAI's is the default.
 DIALECTS: dict[str, DialectSpec] = {
@@ -165,6 +168,83 @@ def check_passthrough(upstreams: Iterable[Upstream]) -> None:
             if is_known(pattern):
                 allowed = "must be a path that Tidegate does not know itself, nor one below it"
                 raise ConfigError(f"upstreams.{one.name}.passthrough", pattern, allowed)
+
+
+# Each part begins with a letter, a digit or an underscore, so that none is `.` or `..`.
+_PLAIN_PATH = re.compile(r"(?:/\w[\w.:@-]*)+", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenedPaths:
+    """The paths that an upstream's `passthrough` opens, and the tenants that may call them, all if
+    empty. lacking: what this process lacks for the upstream; empty if it can use it."""
+
+    upstream: str
+    dialect: Dialect
+    patterns: tuple[str, ...]
+    tenants: tuple[str, ...]
+    lacking: str = ""
+
+    @classmethod
+    def of(cls, one: Upstream) -> _OpenedPaths:
+        dialect = Dialect(next(iter(one.base_urls)))
+        return cls(one.name, dialect, one.passthrough, one.passthrough_tenants)
+
+    @classmethod
+    def missing(cls, name: str, table: Mapping[str, Any], lacking: str) -> _OpenedPaths:
+        dialect = Dialect(first_dialect_in(name, table))
+        opened, tenants = table.get("passthrough", ()), table.get("passthrough_tenants", ())
+        return cls(name, dialect, tuple(opened), tuple(tenants), lacking)
+
+    def has(self, path: str) -> bool:
+        stems = ((one.removesuffix("/*"), one) for one in self.patterns)
+        return any(
+            path == stem or (stem != one and path.startswith(f"{stem}/")) for stem, one in stems
+        )
+
+
+class Passthrough:
+    """The paths that upstreams open by `passthrough`, in the order of the upstreams, drained ones
+    last. Immutable."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        """Raises ConfigError for a path that Tidegate handles itself."""
+        check_passthrough(deployment.upstreams)
+        tables, drained = deployment.tables, deployment.drained | deployment.live.drained
+        places = {name: at for at, name in enumerate(tables)}
+        found = [_OpenedPaths.of(one) for one in deployment.upstreams]
+        for name, wrong in deployment.missing.items():
+            found.append(_OpenedPaths.missing(name, tables.get(name, {}), wrong.variable))
+        found.sort(key=lambda one: (one.upstream in drained, places.get(one.upstream, 0)))
+        self._opened = {one.upstream: one for one in found if one.patterns}
+
+    def endpoint(self, path: str, spoken: Dialect) -> Endpoint | None:
+        """Return the endpoint of a path; of several dialects the caller's own. None if no upstream
+        opens it."""
+        if not self._opened or _PLAIN_PATH.fullmatch(path) is None or is_known(path):
+            return None
+        found = [one for one in self._opened.values() if one.has(path)]
+        if not found:
+            return None
+        dialects = [one.dialect for one in found]
+        dialect = spoken if spoken in dialects else dialects[0]
+        names = tuple(one.upstream for one in found if one.dialect is dialect)
+        below = path.removeprefix("/v1") if dialect is Dialect.OPENAI else path
+        return Endpoint(dialect, Operation.OTHER, below, upstreams=names)
+
+    def upstream(self, endpoint: Endpoint, tenant_id: str) -> str:
+        """Return the name of the upstream of a tenant's call: the first one that is open to it,
+        since no other account has its objects. Raises UpstreamMissing if this process cannot use
+        that one, Forbidden and NotFound."""
+        left = [self._opened[name] for name in endpoint.upstreams if name in self._opened]
+        if not left:
+            raise NotFound("the upstream of this path is not configured any more")
+        for one in left:
+            if not one.tenants or tenant_id in one.tenants:
+                if one.lacking:
+                    raise UpstreamMissing("this path", {one.upstream: one.lacking})
+                return one.upstream
+        raise Forbidden(f"this path is not open to the tenant {tenant_id}")
 
 
 def methods_at(path: str, dialect: Dialect) -> tuple[str, ...]:

@@ -323,7 +323,7 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     endpoint, dialect = endpoint_in(method, path, headers, scope["query_string"])
     methods: tuple[str, ...] = ()
     if endpoint is None:
-        found = services.spine.targets.passthrough(path, dialect)
+        found = services.spine.targets.passthrough.endpoint(path, dialect)
         methods = methods_at(path, dialect) if found is None else METHODS
         if found is not None and method != _ECHO:
             endpoint, dialect = found, found.dialect

@@ -485,7 +485,7 @@ class Gateway(FastAPI):
             return message_batches.message_batch_methods(native_at)
         names = {name for name, _ in scope["headers"]}
         dialect = dialect_of(native_at, names, scope["query_string"])
-        passing = self.state.services.spine.targets.passthrough(native_at, dialect)
+        passing = self.state.services.spine.targets.passthrough.endpoint(native_at, dialect)
         return methods_at(native_at, dialect) if passing is None else METHODS
 
     def openapi(self) -> dict[str, Any]:

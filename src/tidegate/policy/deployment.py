@@ -49,6 +49,7 @@ from tidegate.policy.providers import (
     may_ask_usage,
     other_urls,
     own_models,
+    provider_in,
     texts_of,
     urls_of,
 )
@@ -365,7 +366,7 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
         if key not in _KEYS:
             raise ConfigError(f"{path}.{key}", None, unknown(key, _KEYS))
     options = _options(path, table)
-    provider = _provider_of(name, table)
+    provider = provider_in(name, table)
     if provider is not None and "provider" not in table and own_models(name) != ALL_MODELS:
         options.setdefault("models", own_models(name))
     if provider is not None and (not isinstance(provider, str) or provider not in PROVIDERS):
@@ -380,12 +381,6 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
     access = access_options_of(path, provider, table, urls, secret)
     key = _key(path, provider, table, access, secret)
     return Upstream(name, urls, key, provider=provider, access_options=access, **options)
-
-
-def _provider_of(name: str, table: Table) -> Any:
-    """Return the provider that a table names, by `provider` or by its own name."""
-    is_named = name in PROVIDERS and not {"provider", "base_url", "dialects"} & table.keys()
-    return name if is_named else table.get("provider")
 
 
 def _urls(path: str, provider: str | None, table: Mapping[str, Any]) -> dict[str, str]:
@@ -714,7 +709,7 @@ class Stated:
         table = live.over(self.tables()).get(name)
         if table is None:
             return None
-        provider = _provider_of(name, table) or ""
+        provider = provider_in(name, table) or ""
         with self._named():
             return _policy(_path(name), table, self.contents, provider), provider
 

@@ -424,9 +424,26 @@ def serving(
 
 
 def _patterns(name: str, table: Mapping[str, Any]) -> Iterator[str]:
-    is_preset = name in PROVIDERS and not {"provider", "base_url", "dialects"} & table.keys()
-    yield from table.get("models") or (own_models(name) if is_preset else ALL_MODELS)
+    yield from table.get("models") or (own_models(name) if _is_preset(name, table) else ALL_MODELS)
     yield from table.get("aliases", {})
+
+
+def _is_preset(name: str, table: Mapping[str, Any]) -> bool:
+    return name in PROVIDERS and not {"provider", "base_url", "dialects"} & table.keys()
+
+
+def provider_in(name: str, table: Mapping[str, Any]) -> Any:
+    """Return the provider that a table names, by `provider` or by its own name."""
+    return name if _is_preset(name, table) else table.get("provider")
+
+
+def first_dialect_in(name: str, table: Mapping[str, Any]) -> str:
+    """Return the first dialect of an upstream, by its valid table alone."""
+    provider = provider_in(name, table)
+    preset = PROVIDERS.get(provider or "")
+    if "base_url" in table and (preset is None or not preset.is_rebased or "dialect" in table):
+        return str(table.get("dialect", provider if provider in DIALECTS else DIALECTS[0]))
+    return next(iter(preset.urls if preset else table.get("dialects", {})), DIALECTS[0])
 
 
 _REFILLS = {"shape": "bucket"}

@@ -273,8 +273,9 @@ class Relay:
         """Return the targets of a call. `other`: the model in the body of a `passthrough` path."""
         dialect, name = call.endpoint.dialect, call.endpoint.model
         if call.endpoint.upstreams:
-            upstream = self.spine.targets.passing(call.endpoint, call.terms.caller.tenant_id)
-            return [Target(upstream, other)]
+            targets, tenant = self.spine.targets, call.terms.caller.tenant_id
+            name = targets.passthrough.upstream(call.endpoint, tenant)
+            return [Target(targets.upstreams[name], other)]
         if asked is not None:
             if (bound := call.terms.upstream) is not None:
                 return targets_for(self.spine.targets, bound, dialect, asked.model)

@@ -35,12 +35,11 @@ from typing import Any, Literal
 
 from tidegate.admission.demand import CallDemand, model_limit, pause_after
 from tidegate.call import Kind, Status
-from tidegate.dialects import check_passthrough, is_known
+from tidegate.dialects import Passthrough
 from tidegate.dialects.prompts import Files, dialect_for
-from tidegate.dialects.spec import Dialect, Endpoint, Operation
+from tidegate.dialects.spec import Dialect
 from tidegate.errors import (
     DeadlineExceeded,
-    Forbidden,
     InvalidRequest,
     LimiterUnavailable,
     NotFound,
@@ -603,10 +602,6 @@ class Target:
     model: str
 
 
-# Each part begins with a letter, a digit or an underscore, so that none is `.` or `..`.
-_PLAIN_PATH = re.compile(r"(?:/\w[\w.:@-]*)+", re.ASCII)
-
-
 class Targets:
     """Targets of models, one object per process. Drained upstreams are a last resort."""
 
@@ -616,42 +611,13 @@ class Targets:
 
     def replace(self, deployment: Deployment) -> None:
         """Use these upstreams and routes from now on. Raises ConfigError, changing nothing."""
-        check_passthrough(deployment.upstreams)
+        self.passthrough = Passthrough(deployment)
         self.upstreams = {one.name: one for one in deployment.upstreams}
         self.drained, self.deployment = deployment.drained, deployment
         self._routes = deployment.routes
         # The targets of each model, and whether they are drawn by weight.
         self._known: dict[tuple[Dialect, str], tuple[list[Target], bool]] = {}
         self._for_prompts: dict[str, tuple[list[Target], bool]] = {}
-        ordered = sorted(deployment.upstreams, key=lambda one: one.name in self.drained)
-        self._passthrough = [(pattern, one) for one in ordered for pattern in one.passthrough]
-
-    def passthrough(self, path: str, spoken: Dialect) -> Endpoint | None:
-        """Return the endpoint of a `passthrough` path; of several dialects the caller's own."""
-        if not self._passthrough or _PLAIN_PATH.fullmatch(path) is None or is_known(path):
-            return None
-        found = []
-        for pattern, upstream in self._passthrough:
-            stem = pattern.removesuffix("/*")
-            if path == stem or (stem != pattern and path.startswith(f"{stem}/")):
-                found.append(upstream)
-        if not found:
-            return None
-        dialects = [_first_dialect(one) for one in found]
-        dialect = spoken if spoken in dialects else dialects[0]
-        names = [one.name for one, its in zip(found, dialects, strict=True) if its is dialect]
-        below = path.removeprefix("/v1") if dialect is Dialect.OPENAI else path
-        return Endpoint(dialect, Operation.OTHER, below, upstreams=tuple(dict.fromkeys(names)))
-
-    def passing(self, endpoint: Endpoint, tenant_id: str) -> Upstream:
-        """Return the upstream of a tenant's `passthrough` call. Raises Forbidden and NotFound."""
-        left = [self.upstreams[name] for name in endpoint.upstreams if name in self.upstreams]
-        if not left:
-            raise NotFound("the upstream of this path is not configured any more")
-        for upstream in left:
-            if not upstream.passthrough_tenants or tenant_id in upstream.passthrough_tenants:
-                return upstream
-        raise Forbidden(f"this path is not open to the tenant {tenant_id}")
 
     def of(self, dialect: Dialect, model: str) -> list[Target]:
         """Return the targets of a model in order. Raises NotFound and UpstreamMissing."""

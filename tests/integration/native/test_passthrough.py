@@ -106,6 +106,56 @@ async def test_a_named_path_is_relayed_by_any_method_with_what_its_answer_tells(
     ]
 
 
+async def test_a_path_of_an_upstream_without_its_key_here_is_unavailable_and_goes_nowhere_else(
+    open_gateway: Opener,
+    tmp_path: Path,
+    provider: str,
+    seen: Seen,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = tmp_path / "tidegate.toml"
+    policy.write_text(f"""
+[upstreams.other]
+base_url = "{provider}/v1"
+passthrough = ["/v1/shared/*"]
+passthrough_tenants = ["b"]
+""")
+    monkeypatch.setenv("NEW_KEY", "key-of-new")
+    having = await open_gateway(worker=False, tidegate_policy=policy)
+    new = {"base_url": provider, "dialect": "anthropic", "models": ["new-*"], "key": "NEW_KEY"}
+    tables = {
+        "new": {**new, "passthrough": ["/v1/new-thing", "/v1/shared/*"]},
+        "closed": {**new, "passthrough": ["/v1/closed"], "passthrough_tenants": ["acme"]},
+    }
+    for name, table in tables.items():
+        put = {"table": table, "test": False}
+        url = f"{having.url}/admin/upstreams/{name}"
+        async with having.http.put(url, json=put) as response:
+            assert response.status == 200, await response.text()
+    monkeypatch.delenv("NEW_KEY")
+    lacking = await open_gateway(
+        worker=False,
+        tidegate_policy=policy,
+        gemini_base_url=having.config.gemini_base_url,
+    )
+
+    async def answer(gateway: Gateway, path: str, tenant: str) -> tuple[int, str]:
+        headers = {"x-tidegate-tenant": tenant, "anthropic-version": "2023-06-01"}
+        async with gateway.http.get(f"{gateway.url}{path}", headers=headers) as response:
+            return response.status, await response.text()
+
+    for path, tenant in (("/v1/new-thing", "a"), ("/v1/shared/x", "a"), ("/v1/closed", "acme")):
+        assert (await answer(having, path, tenant))[0] == 200
+        status, text = await answer(lacking, path, tenant)
+        assert status == 503, text
+        lacks = "closed" if path == "/v1/closed" else "new"
+        assert "upstream_missing" in text or "overloaded_error" in text, text
+        assert f"the upstream of this path: {lacks} lacks NEW_KEY" in text
+    assert len(seen) == 3
+    assert (await answer(lacking, "/v1/closed", "b"))[0] == 403
+    assert (await answer(lacking, "/v1/unknown", "a"))[0] == 404
+
+
 async def test_a_named_path_of_an_upstream_added_live_is_one_of_ours_at_the_edges(
     open_gateway: Opener, provider: str, seen: Seen, faults: dict[str, int]
 ) -> None:

@@ -122,4 +122,4 @@ def test_the_paths_that_a_suite_opens_are_those_of_the_documents(suite: ModuleTy
     text = GATEWAY.read_text(encoding="utf-8")
     for pattern in suite.PASSTHROUGH:
         assert f'"{pattern}"' in text
-        assert found.passthrough(pattern.replace("*", "an-id"), Dialect.OPENAI) is not None
+        assert found.passthrough.endpoint(pattern.replace("*", "an-id"), Dialect.OPENAI) is not None

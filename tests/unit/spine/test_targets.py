@@ -14,8 +14,9 @@ import pytest
 from tests.unit.policy.test_waiting import QUEUED
 from tidegate.call import Kind, Status
 from tidegate.dialects.spec import Dialect
-from tidegate.errors import ConfigError, Forbidden, InvalidRequest, NotFound
+from tidegate.errors import ConfigError, Forbidden, InvalidRequest, NotFound, UpstreamMissing
 from tidegate.policy.deployment import Deployment, Route, Upstream
+from tidegate.policy.live import LiveChanges, LiveUpstream
 from tidegate.settings import Config
 from tidegate.spine.models import targets_for_prompt
 from tidegate.spine.prompt import dialect_at, form_at
@@ -273,9 +274,9 @@ def passing(*patterns: str) -> Targets:
     ],
 )
 def test_a_path_that_an_upstream_passes_through_goes_there(path: str, below: str | None) -> None:
-    found = passing("/v1/new-thing", "/v1/evals/*").passthrough(path, Dialect.OPENAI)
+    found = passing("/v1/new-thing", "/v1/evals/*").passthrough.endpoint(path, Dialect.OPENAI)
     assert (found and (found.path, found.upstreams)) == (below and (below, ("new",)))
-    assert targets().passthrough(path, Dialect.OPENAI) is None
+    assert targets().passthrough.endpoint(path, Dialect.OPENAI) is None
 
 
 def test_of_upstreams_that_pass_a_path_each_tenant_has_the_first_that_is_open_to_it() -> None:
@@ -286,16 +287,35 @@ def test_of_upstreams_that_pass_a_path_each_tenant_has_the_first_that_is_open_to
 
     of_a, of_claude = account("one", "a", "b"), account("three", "c", dialect="anthropic")
     found = Targets(Deployment((of_a, account("two", "b", "d"), of_claude)), Random(1))
-    endpoint = found.passthrough("/v1/evals/e", Dialect.OPENAI)
+    endpoint = found.passthrough.endpoint("/v1/evals/e", Dialect.OPENAI)
     assert endpoint is not None
-    given = {tenant: found.passing(endpoint, tenant).name for tenant in "abd"}
+    given = {tenant: found.passthrough.upstream(endpoint, tenant) for tenant in "abd"}
     assert given == {"a": "one", "b": "one", "d": "two"}
     with pytest.raises(Forbidden, match="not open to the tenant c"):
-        found.passing(endpoint, "c")
-    spoken = {dialect: found.passthrough("/v1/evals/e", dialect) for dialect in Dialect}
+        found.passthrough.upstream(endpoint, "c")
+    spoken = {dialect: found.passthrough.endpoint("/v1/evals/e", dialect) for dialect in Dialect}
     names = {dialect: one.upstreams for dialect, one in spoken.items() if one is not None}
     assert names.pop(Dialect.ANTHROPIC) == ("three",)
     assert set(names.values()) == {("one", "two")}
+
+
+def test_a_path_belongs_to_its_first_upstream_also_where_that_one_is_missing() -> None:
+    paths = ("/v1/evals/*",)
+    usable = Upstream("two", {"openai": "http://n"}, "k", passthrough=paths)
+    table = {"base_url": "http://m", "passthrough": list(paths), "passthrough_tenants": ["a"]}
+    tables = {"one": table, "two": {"base_url": "http://n", "passthrough": list(paths)}}
+    missing = {"one": ConfigError("KEY", "(not set)", "must be set")}
+    found = Targets(Deployment((usable,), missing=missing, tables=tables), Random(1))
+    endpoint = found.passthrough.endpoint("/v1/evals/e", Dialect.OPENAI)
+    assert endpoint is not None
+    assert found.passthrough.upstream(endpoint, "b") == "two"
+    with pytest.raises(UpstreamMissing, match="this path: one lacks KEY"):
+        found.passthrough.upstream(endpoint, "a")
+    drained = LiveChanges({"one": LiveUpstream(is_drained=True)})
+    after = Targets(Deployment((usable,), missing=missing, tables=tables, live=drained), Random(1))
+    endpoint = after.passthrough.endpoint("/v1/evals/e", Dialect.OPENAI)
+    assert endpoint is not None
+    assert after.passthrough.upstream(endpoint, "a") == "two"
 
 
 @pytest.mark.parametrize(
