@@ -50,7 +50,7 @@ class Asked:
 
     message: as it is forwarded. begins_turn: the provider answers it with a turn. about_tokens:
     estimate of its input. audio_seconds: of audio in it. joins: it may be answered together with
-    input that came before the turn began. event_id: the client's id of it, if any.
+    input that came before the turn began. event_id: the id of it that errors name, if any.
     """
 
     message: Message
@@ -74,7 +74,8 @@ class Spent:
 @dataclass(slots=True)
 class Reported:
     """The report in a provider's message. refuses: it rejects a client's message, which begins no
-    turn; the message has the client's id `about`, if any."""
+    turn; the message has the id `about`, if any. shown: the message as the client gets it, if it
+    differs."""
 
     begins_turn: bool = False
     refuses: bool = False
@@ -83,6 +84,7 @@ class Reported:
     spent: list[Spent] = field(default_factory=list)
     about_tokens: float = 0.0  # estimate of its output
     model: str | None = None  # of the session
+    shown: Message | None = None
 
 
 NOTHING = Reported()
@@ -148,6 +150,12 @@ def _of_provider(message: Message) -> Facts:
     except orjson.JSONDecodeError:
         return {}
     return found if type(found) is dict else {}
+
+
+def _dumped(event: Facts, like: Message) -> Message:
+    """Return a message with this object, as text or bytes as `like` is."""
+    dumped = orjson.dumps(event)
+    return dumped.decode() if isinstance(like, str) else dumped
 
 
 def _has(message: Message, *names: str) -> bool:
@@ -289,10 +297,18 @@ _DELTA = ".delta"
 _TRANSCRIPT = "conversation.item.input_audio_transcription."
 
 
+_TURN_ID = "tidegate_turn_"
+
+
 class OpenAIEvents:
     """OpenAI's events. `named`: the client's name of the model, `model` the upstream's.
     transcribes: the session only makes transcripts: its model is that of the transcripts, and each
-    of them is a turn."""
+    of them is a turn.
+
+    An `error` names the client's message that caused it by `error.event_id`, if that message has an
+    `event_id`. So a message that requests a turn gets an id if it has none, which the client never
+    sees: an error without an id is about no turn.
+    """
 
     def __init__(
         self, caller: Caller, named: str, model: str, *, transcribes: bool = False
@@ -304,6 +320,7 @@ class OpenAIEvents:
         self._transcribes: str | None = None
         self._second_bytes = _PCM_BYTES
         self._requested: list[tuple[Any, int]] = []  # requested audio formats without an answer yet
+        self._named_turns = 0  # requests of turns to which an id was added
 
     def asked(self, message: Message) -> Asked:
         if isinstance(message, str) and self._is_audio(message):
@@ -313,17 +330,25 @@ class OpenAIEvents:
         kind = event.get("type")
         if type(kind) is not str:
             raise InvalidRequest("type", "a message names no type", allowed="an event's type")
-        if self._check(event):
-            dumped = orjson.dumps(event)
-            message = dumped.decode() if isinstance(message, str) else dumped
+        begins_turn = kind == self._begins
+        event_id = event.get("event_id")
+        lacks_id = begins_turn and (type(event_id) is not str or not event_id)
+        if lacks_id:
+            self._named_turns += 1
+            event_id = event["event_id"] = f"{_TURN_ID}{self._named_turns}"
+        if self._check(event) or lacks_id:
+            message = _dumped(event, message)
         about = len(message) / (_IN_CHARS if kind.startswith("input_audio") else _TEXT_CHARS)
         if kind == "session.update":
             self._note_request(event)
         seconds = _sound_chars(event) * 3 / 4 / self._least_second_bytes
-        begins = "input_audio_buffer.commit" if self._only_transcribes else "response.create"
-        named = event.get("event_id")
-        event_id = named if type(named) is str else None
-        return Asked(message, kind == begins, about, seconds, event_id=event_id)
+        event_id = event_id if type(event_id) is str else None
+        return Asked(message, begins_turn, about, seconds, event_id=event_id)
+
+    @property
+    def _begins(self) -> str:
+        """Return the type of messages that request a turn."""
+        return "input_audio_buffer.commit" if self._only_transcribes else "response.create"
 
     @staticmethod
     def _is_audio(message: str) -> bool:
@@ -423,8 +448,15 @@ class OpenAIEvents:
                 return Reported(ends_turn=True, about_tokens=1) if is_turn else NOTHING
             case "error":
                 self._note_refusal(event)
-                named = _table(event.get("error")).get("event_id")
-                return Reported(refuses=True, about=named if type(named) is str else None)
+                error = _table(event.get("error"))
+                named = error.get("event_id")
+                if type(named) is not str or not named:
+                    return NOTHING
+                shown = None
+                if named.startswith(_TURN_ID):
+                    error["event_id"] = None  # as the client left it
+                    shown = _dumped(event, message)
+                return Reported(refuses=True, about=named, shown=shown)
             case "session.created" | "session.updated":
                 session = _table(event.get("session"))
                 self._note_form(session)

@@ -4,7 +4,8 @@
     client ◄── down ◄── provider      messages of the provider: usage read, key masked
                watch                  revoked key, idle timeout, total timeout
 
-Messages are forwarded unchanged in both directions, each only as fast as its reader accepts them.
+Messages are forwarded unchanged in both directions, but for the upstream's name of the model and
+the id of a message that requests a turn, each only as fast as its reader accepts them.
 The first of the three to end ends the session: both sides are closed with a code and a reason, and
 the permit is released after the provider's side is closed.
 
@@ -369,7 +370,8 @@ class RealtimeExchange:
             if reported.model is not None and not self._may_speak(reported.model, target):
                 said = f"the provider changed the model to {reported.model[:200]}"
                 return _ended_by(Forbidden(said, field="session.model"))
-            if (end := await self._passed(client, _masked(message, secrets))) is not None:
+            shown = message if reported.shown is None else reported.shown
+            if (end := await self._passed(client, _masked(shown, secrets))) is not None:
                 return end
             if over is not None:
                 return _ended_by(over)

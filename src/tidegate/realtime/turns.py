@@ -63,9 +63,9 @@ class RealtimeTurn:
     """A turn.
 
     `admitted` is done once the limits have admitted or rejected it. `ended` has its usage as
-    reported and its charge; None if there was no turn. event_id: of the client's message that
-    requests it. joins: it may be answered together with another one. after: the number of turns
-    that had begun before.
+    reported and its charge; None if there was no turn. event_id: of the message that requests it,
+    as errors name it. joins: it may be answered together with another one. after: the number of
+    turns that had begun before.
     """
 
     demand: CallDemand | None
@@ -197,8 +197,9 @@ class Turns:
 
     def _refused(self, event_id: str | None) -> RealtimeTurn | None:
         """Return the turn whose message the provider has rejected, if any: other messages have ids
-        too."""
-        return next((one for one in self._asked if one.event_id == event_id), None)
+        too, and a message without an id requests no turn."""
+        named = (one for one in self._asked if one.event_id is not None)
+        return next((one for one in named if one.event_id == event_id), None)
 
     async def _begin(self) -> RealtimeTurn:
         if len(self._late) >= _MOST_LATE or len(self._begun) >= _MOST_BEGUN:

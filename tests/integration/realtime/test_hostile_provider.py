@@ -69,9 +69,17 @@ async def test_turns_that_a_provider_never_ends_end_the_session(
         assert len(await rows(gateway, 1)) == 1
 
 
-@pytest.mark.parametrize(("about", "then"), [("other", "error"), ("a", "response.done")])
+@pytest.mark.parametrize(
+    ("own", "about", "then"),
+    [
+        ("a", "other", "error"),
+        ("a", "a", "response.done"),
+        (None, None, "error"),  # such as one about a message without an id that cancels nothing
+        (None, "its own", "response.done"),
+    ],
+)
 async def test_an_error_frees_the_turn_of_the_message_that_it_is_about(
-    open_gateway: Opener, tmp_path: Path, about: str, then: str
+    open_gateway: Opener, tmp_path: Path, own: str | None, about: str | None, then: str
 ) -> None:
     asked: list[str] = []
 
@@ -80,7 +88,8 @@ async def test_an_error_frees_the_turn_of_the_message_that_it_is_about(
         await socket.send(orjson.dumps({"type": "session.created", "session": session}).decode())
         async for message in socket:
             asked.append(orjson.loads(message)["event_id"])
-            event: dict[str, object] = {"type": "error", "error": {"event_id": about}}
+            named = asked[0] if about == "its own" else about
+            event: dict[str, object] = {"type": "error", "error": {"event_id": named}}
             if len(asked) > 1:
                 usage = {"input_tokens": 1, "output_tokens": 1}
                 event = {"type": "response.done", "response": {"id": "r", "usage": usage}}
@@ -92,13 +101,16 @@ async def test_an_error_frees_the_turn_of_the_message_that_it_is_about(
         gateway = await open_gateway(worker=False, tidegate_policy=policy)
         await gateway.services.keepers["hostile"].change(edit({"tpm:hostile": 1}), set_by="test")
         soon = {**KEYS, "x-tidegate-deadline-ms": "300"}
+        first = {"type": "response.create"} | ({} if own is None else {"event_id": own})
         async with talk(gateway, "/v1/realtime?model=hostile", soon) as socket:
-            await send(socket, type="response.create", event_id="a")
-            assert (await until(socket, "error"))["error"]["event_id"] == about
+            await send(socket, **first)
+            shown = (await until(socket, "error"))["error"]["event_id"]
+            assert shown == (None if about == "its own" else about), "an added id is not shown"
             await send(socket, type="response.create", event_id="b")
             found = await until(socket, "error", "response.done")
         assert found["type"] == then, found
-        assert asked == (["a"] if then == "error" else ["a", "b"])
+        assert own is None or asked[0] == own
+        assert asked[1:] == ([] if then == "error" else ["b"])
         if then == "error":
             assert found["error"]["event_id"] == "b", "the first turn may still begin"
         await nothing_held(gateway)
