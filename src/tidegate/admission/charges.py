@@ -322,7 +322,7 @@ def _most_micros(
         if writes is not None:
             inputs += [one.cache_write, one.cache_write_1h if writes == "1h" else None]
         if has_files:
-            inputs += [one.input_audio, one.input_image]
+            inputs += [one.input_audio, one.input_image, one.input_video]
         picos = 0
         for count, found in (
             (taken, inputs),

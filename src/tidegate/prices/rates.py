@@ -63,7 +63,7 @@ class Price:
 
     image: per picture. search, file_search: per thousand searches of the web and of stored files.
     cache_write, cache_write_1h: for input written to a cache, in the latter for an hour.
-    input_audio to output_image: for audio and image tokens of the input and output.
+    input_audio to output_image: for audio, image and video tokens of the input and output.
     audio_minute: per minute of input audio, if the provider reports its length; its tokens are then
     free. characters: per million characters of synthesized speech. video_second: per second of
     generated video.
@@ -80,6 +80,7 @@ class Price:
     cache_write_1h: float | None = None
     input_audio: float | None = None
     input_image: float | None = None
+    input_video: float | None = None
     output_audio: float | None = None
     output_image: float | None = None
     audio_minute: float | None = None
@@ -234,6 +235,7 @@ class Rates:
     cache_write_1h: int | None
     input_audio: int | None
     input_image: int | None
+    input_video: int | None
     output_audio: int | None
     output_image: int | None
     audio_second: int | None
@@ -264,6 +266,7 @@ class Rates:
             cache_write_1h=_per_token(_first(price.cache_write_1h, written)),
             input_audio=_per_token(_first(price.input_audio, price.input)),
             input_image=_per_token(_first(price.input_image, price.input)),
+            input_video=_per_token(_first(price.input_video, price.input)),
             output_audio=_per_token(_first(price.output_audio, price.output)),
             output_image=_per_token(_first(price.output_image, price.output)),
             audio_second=_picos(price.audio_minute, Decimal(_PICOS) / 60),
@@ -358,7 +361,9 @@ def _of_input(
         yield audio, rates.input_audio
     pictures = min(details.input_image_tokens or 0, left - audio)
     yield pictures, rates.input_image
-    yield left - audio - pictures, rates.input
+    video = min(details.input_video_tokens or 0, left - audio - pictures)
+    yield video, rates.input_video
+    yield left - audio - pictures - video, rates.input
 
 
 def _of_output(rates: Rates, details: UsageDetails, given: int) -> Iterator[tuple[int, int | None]]:

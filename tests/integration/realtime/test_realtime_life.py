@@ -544,6 +544,46 @@ async def test_searches_of_gemini_are_part_of_what_a_session_costs(
         assert row["usage_state"] == "told"
 
 
+async def test_a_turn_of_gemini_costs_what_the_provider_publishes_for_each_modality(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    def of(**counts: int) -> list[dict[str, Any]]:
+        return [{"modality": name, "tokenCount": count} for name, count in counts.items()]
+
+    usage = {
+        "promptTokenCount": 1_000,
+        "promptTokensDetails": of(TEXT=100, AUDIO=200, IMAGE=300, VIDEO=400),
+        "responseTokenCount": 300,
+        "responseTokensDetails": of(AUDIO=250, TEXT=50),
+        "thoughtsTokenCount": 50,
+        "totalTokenCount": 1_350,
+    }
+
+    async def answers(socket: ServerConnection) -> None:
+        await socket.recv()
+        await socket.send(orjson.dumps({"setupComplete": {}}))
+        async for _ in socket:
+            said = {"serverContent": {"turnComplete": True}, "usageMetadata": usage}
+            await socket.send(orjson.dumps(said))
+
+    async with serve(answers, "127.0.0.1", 0, compression=None) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        policy = tmp_path / "policy.toml"
+        own = f'provider = "gemini"\nbase_url = "{url}"\nauth = "none"\n'
+        policy.write_text(f'[upstreams.own]\n{own}models = ["gemini-3.8-live"]\n')
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        async with talk(gateway, LIVE) as socket:
+            await send(socket, setup={"model": "models/gemini-3.8-live"})
+            await socket.recv()
+            for _ in range(2):
+                await send(socket, realtimeInput={"text": "What do tides do?"})
+                await socket.recv()
+        (row,) = await rows(gateway, 1)
+        assert (row["usage_state"], row["thoughts_tokens"]) == ("told", 100)
+        text, audio = 100 * 0.75 + (50 + 50) * 4.5, 200 * 3 + 250 * 12
+        assert row["cost_micros"] == 2 * (text + audio + 300 + 400)
+
+
 async def test_a_client_that_leaves_while_its_turn_waits_begins_none(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     limits = {"kind:realtime": 5, f"tpm:{MODEL}": 1_000}

@@ -60,6 +60,13 @@ def cost(provider: str, model: str, usage: Usage, tier: str = "", day: date = TO
         ("gemini", "models/gemini-2.5-pro", "", Usage(200_001, 1_000), 500_003 + 15_000),  # 2.5
         ("gemini", "gemini-3-pro-image-preview", "", Usage(0, 1_120, details=UsageDetails(
             output_image_tokens=1_120)), 134_400),  # $0.134 for 1K
+        # Gemini Live: text, audio, pictures and video; then audio, text and thoughts.
+        ("gemini", "gemini-3.8-live", "", Usage(1_000, 300, 50, details=UsageDetails(
+            input_audio_tokens=200, input_image_tokens=300, input_video_tokens=400,
+            output_audio_tokens=250)), 75 + 600 + 300 + 400 + 3_000 + 225 + 225),
+        ("gemini", "models/gemini-2.5-flash-native-audio-preview-12-2025", "", Usage(
+            1_000, 100, details=UsageDetails(input_audio_tokens=400, input_video_tokens=100,
+            output_audio_tokens=60)), 250 + 1_200 + 300 + 720 + 80),
         ("xai", "grok-4.3", "", Usage(1_000, 0, details=UsageDetails(searches=3)), 1_250 + 15_000),
         # Two searches of stored files at $2.50 a thousand; at Azure their price is not known.
         ("openai", "gpt-5", "", Usage(1_000, 0, details=UsageDetails(file_searches=2)),
