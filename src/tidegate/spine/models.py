@@ -48,7 +48,7 @@ from tidegate.errors import (
 from tidegate.policy.access import Access
 from tidegate.policy.deployment import Upstream
 from tidegate.policy.format import plain_model
-from tidegate.policy.providers import LISTED_OTHERWISE, serving
+from tidegate.policy.providers import LIST_BASE_MODELS, LISTED_OTHERWISE, serving
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, refusal_of
 from tidegate.upstream.fetch import NO_LIST
@@ -355,7 +355,48 @@ class Models:
         self._wire = wire
         self._lists: dict[tuple[str, Dialect], _Listed] = {}
 
-    async def listed(
+    async def answer(
+        self, targets: Targets, endpoint: Endpoint, caller: Caller, headers: Headers
+    ) -> bytes | None:
+        """Return the body of a list that combines several upstreams, or of a model that the gateway
+        defines; None for what one upstream answers. Raises Forbidden, NotFound, UpstreamMissing,
+        and CallFailed if no upstream returned a list."""
+        dialect = endpoint.dialect
+        routes = targets.named_by_routes(dialect)
+        if endpoint.model is not None:
+            check_model(caller, endpoint.model)
+            return await self._defined(targets, dialect, endpoint.model, headers, routes)
+        upstreams = targets.in_service(dialect)
+        is_list = endpoint.path.endswith("/models") and bool(upstreams)
+        if not is_list or _is_plain(caller, upstreams, routes):
+            return None
+        return await self._listed(dialect, caller, headers, upstreams, routes)
+
+    async def _defined(
+        self,
+        targets: Targets,
+        dialect: Dialect,
+        name: str,
+        headers: Headers,
+        routes: Mapping[str, Target],
+    ) -> bytes | None:
+        """Return the model of a route, an alias or a deployment, as lists have it; None for one of
+        an upstream. A list that cannot be read leaves out what only the upstream knows."""
+        shape, places = DIALECTS[dialect].models, list(targets.upstreams)
+        found = targets.of(dialect, name)
+        first = routes.get(name) or min(found, key=lambda one: places.index(one.upstream.name))
+        upstream = first.upstream
+        is_deployment = upstream.provider in LIST_BASE_MODELS and name in upstream.named
+        if name not in routes and first.model == name and not is_deployment:
+            return None
+        known: dict[str, Any] = {}
+        with suppress(CallFailed):
+            for one in await self._of(dialect, headers, upstream):
+                if one[shape.id_key] == f"{shape.prefix}{first.model}":
+                    known = one
+        return orjson.dumps(shape.entry(name, upstream.name, known))
+
+    async def _listed(
         self,
         dialect: Dialect,
         caller: Caller,
@@ -363,8 +404,7 @@ class Models:
         upstreams: list[Upstream],
         routes: Mapping[str, Target],
     ) -> bytes:
-        """Return the body of a list of models. `routes`: the names that only routes define, with
-        their first targets. Raises CallFailed if no upstream returned a list."""
+        """`routes`: the names that only routes define, with their first targets."""
         shape = DIALECTS[dialect].models
         found = await asyncio.gather(
             *(self._of(dialect, headers, one) for one in upstreams), return_exceptions=True
@@ -426,7 +466,7 @@ class Models:
         return models
 
 
-def is_plain(caller: Caller, upstreams: list[Upstream], routes: Mapping[str, Target]) -> bool:
+def _is_plain(caller: Caller, upstreams: list[Upstream], routes: Mapping[str, Target]) -> bool:
     """Whether the list of the only upstream can be relayed unchanged to clients of the dialect."""
     only = upstreams[0]
     if len(upstreams) > 1 or routes or only.provider in LISTED_OTHERWISE:

@@ -80,7 +80,6 @@ from tidegate.spine.models import (
     Models,
     check_model,
     facts_of_form,
-    is_plain,
     model_of_other,
     read_body,
     targets_for,
@@ -254,15 +253,11 @@ class Relay:
         return True
 
     async def _listed(self, call: NativeCall, out: Out, record: CallRecord) -> bool:
-        """Answer a list of models that combines several upstreams; False for one upstream's own."""
-        targets, dialect = self.spine.targets, call.endpoint.dialect
-        upstreams = targets.in_service(dialect)
-        if not call.endpoint.path.endswith("/models") or not upstreams:
+        """Answer a list of models, or a model; False for what one upstream answers."""
+        caller = call.terms.caller
+        body = await self._models.answer(self.spine.targets, call.endpoint, caller, call.headers)
+        if body is None:
             return False
-        routes, caller = targets.named_by_routes(dialect), call.terms.caller
-        if is_plain(caller, upstreams, routes):
-            return False
-        body = await self._models.listed(dialect, caller, call.headers, upstreams, routes)
         record.keep(body)
         length = (b"content-length", str(len(body)).encode())
         await out.start(200, [(b"content-type", b"application/json"), length])

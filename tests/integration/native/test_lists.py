@@ -174,6 +174,49 @@ async def test_models_that_no_list_describes_have_what_the_sdks_demand(
         assert described["fast"].display_name == "fast"
 
 
+async def test_a_model_that_the_gateway_defines_is_the_one_of_the_list(
+    open_gateway: Opener, tmp_path: Path, lists: Lists, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an alias, a route, or a deployment the provider knows nothing."""
+    from anthropic import AsyncAnthropic
+
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "key-of-azure")
+    base = {"id": "other-1", "object": "model", "created": 7, "owned_by": "them", "extra": True}
+    lists.bodies = {"/openai/v1/models": {"data": [base]}, "/openai/v1/models/other-2": base}
+    routes = """
+[[routes]]
+model = "main"
+try = ["one/other-1"]
+[[routes]]
+model = "any-*"
+try = ["one/other-1"]
+"""
+    gateway = await opened(open_gateway, tmp_path, NAMED.format(url=lists.url) + routes)
+    strict = {"api_key": "of-a-client", "_strict_response_validation": True}
+    async with AsyncOpenAI(base_url=f"{gateway.url}/v1", **strict) as client:
+        seen = {one.id: one async for one in client.models.list()}
+        for name in ("main", "fast", "gpt-eu", "claude-eu"):
+            assert await client.models.retrieve(name) == seen[name], name
+        assert (seen["main"].created, seen["main"].owned_by) == (7, "them")
+        pattern = await client.models.retrieve("any-1")
+        assert (pattern.id, pattern.created) == ("any-1", 7)
+        assert not [one for one in lists.asked if one.startswith("/openai/v1/models/")]
+        await client.models.retrieve("other-2")
+        assert lists.asked[-1] == "/openai/v1/models/other-2", "of the provider's it is asked"
+    async with AsyncAnthropic(base_url=gateway.url, **strict) as other:
+        assert (await other.models.retrieve("fast")).display_name == "fast"
+    lists.bodies = {}
+    gemini = await open_gateway(worker=False, tidegate_policy=gemini_alias(tmp_path))
+    async with gemini.http.get(f"{gemini.url}/v1beta/models/flash") as answer:
+        assert (answer.status, (await answer.json())["name"]) == (200, "models/flash")
+
+
+def gemini_alias(folder: Path) -> Path:
+    path = folder / "gemini.toml"
+    path.write_text('[upstreams.gemini]\naliases = { flash = "gemini-2.5-flash" }\n')
+    return path
+
+
 async def test_a_model_is_missing_only_where_no_dialect_lists_it(
     open_gateway: Opener, tmp_path: Path, lists: Lists
 ) -> None:
