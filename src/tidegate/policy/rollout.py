@@ -441,6 +441,7 @@ class PolicyKeeper:
             lambda head, *_: change(
                 head, found, whole, set_by=set_by, reason=reason, origin=origin, deployed=deployed
             ),
+            is_return=deployed is not None,
         )
 
     async def adopt_wanted(self, *, set_by: str, reason: str = "") -> Revision:
@@ -464,7 +465,7 @@ class PolicyKeeper:
     async def removed_by_people(self, limits: Collection[str]) -> set[str]:
         """Return which of these limits are missing because a person removed them.
 
-        Raises StoreUnavailable.
+        `adopt_wanted` removes none: what the deployment learns is its own. Raises StoreUnavailable.
         """
         return await self._policies.removed_by_people(self.limiter.pool, limits)
 
@@ -514,7 +515,11 @@ class PolicyKeeper:
         return Found(policy, by)
 
     async def _decided(
-        self, seen_digest: str, decide: Callable[[Revision | None, bool, Plain | None], Decision]
+        self,
+        seen_digest: str,
+        decide: Callable[[Revision | None, bool, Plain | None], Decision],
+        *,
+        is_return: bool = False,
     ) -> Revision:
         decided: list[Decision] = []
 
@@ -523,7 +528,7 @@ class PolicyKeeper:
             decided[:] = [decide(head, seen, asked_before(records))]
             return [record_of(revision) for revision in decided[0].new]
 
-        await self._policies.decide(self.limiter.pool, seen_digest, under_lock)
+        await self._policies.decide(self.limiter.pool, seen_digest, under_lock, is_return=is_return)
         decision = decided[0]
         await self._put_in_force(decision)
         return decision.force

@@ -594,7 +594,8 @@ class Policies:
         return {row["pool"]: orjson.loads(row["policy"]) for row in rows}
 
     async def removed_by_people(self, pool: str, limits: Collection[str]) -> set[str]:
-        """Return those of these limits that a person removed last, within the history."""
+        """Return those of these limits that a person removed last, within the history. A return to
+        the deployment's policy removes none."""
         rows = await self._connections.rows(
             "removed_by_people", pool, list(limits), timeout_ms=_TIMEOUT_MS
         )
@@ -605,8 +606,11 @@ class Policies:
         rows = await self._connections.rows("paused_by_people", pool, timeout_ms=_TIMEOUT_MS)
         return [record_of(PauseRecord, row) for row in rows]
 
-    async def decide(self, pool: str, digest: str, decide: Decide) -> None:
-        """Record what `decide` returns, while no other process can do so.
+    async def decide(
+        self, pool: str, digest: str, decide: Decide, *, is_return: bool = False
+    ) -> None:
+        """Record what `decide` returns, while no other process can do so. is_return: an operator
+        returns to the deployment's policy.
 
         `decide` gets the newest revision, followed by the first of its deployment, and whether a
         deployment ever had a policy of `digest`. It must be pure: it may be called again after a
@@ -632,7 +636,13 @@ class Policies:
                 )
                 oldest = record.revision - _LIVE_KEPT
                 await connection.execute(sql("prune_policies"), pool, oldest)
-                await record_action(connection, "limits.change", pool, revision=record.revision)
+                await record_action(
+                    connection,
+                    "limits.change",
+                    pool,
+                    after={"deployed": True} if is_return else None,
+                    revision=record.revision,
+                )
 
         await self._connections.run(work, timeout_ms=_TIMEOUT_MS)
 

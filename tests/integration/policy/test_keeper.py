@@ -17,10 +17,10 @@ from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.policy import rollout as keeping
-from tidegate.policy.format import Plain, share_edit
+from tidegate.policy.format import Plain, edit, share_edit
 from tidegate.policy.inspection import Control
 from tidegate.store import tenants
-from tidegate.store.records import ACTING, Acting
+from tidegate.store.records import ACTING, Acting, acting
 from tidegate.store.requests import ActiveRequests
 from tidegate.store.tenants import Tenants
 from tidegate.telemetry.logging import Log
@@ -269,6 +269,28 @@ async def test_without_postgresql_limits_work_and_its_return_brings_what_is_on_r
         await in_force(3, first, late)
     finally:
         server.stop()
+
+
+async def test_a_return_to_the_deployment_removes_no_limit_for_good(start: Start) -> None:
+    """What answers report may be applied again, unless a person has removed it."""
+    member = await start(5)
+    await recorded(member, (1, "deployment", 5))
+
+    async def change(edited: Callable[[Plain], Plain] | None) -> set[str]:
+        with acting("ann", "admin", "a test"):
+            if edited is None:
+                await member.keeper.adopt_wanted(set_by="ann")
+            else:
+                await member.keeper.change(edited, set_by="ann")
+        return await member.keeper.removed_by_people(["tpm:m"])
+
+    assert await change(edit({"tpm:m": 100})) == set()
+    assert await change(None) == set()
+    assert "tpm:m" not in member.limiter.policy.limits
+    assert await change(edit({"tpm:m": 100})) == set()
+    assert await change(edit({}, ["tpm:m"])) == {"tpm:m"}
+    assert await change(edit({"kind:text_only": 9})) == {"tpm:m"}
+    assert await change(None) == {"tpm:m"}, "a removal before it stands"
 
 
 async def test_a_change_that_reached_the_record_alone_is_put_in_force_by_those_who_run(

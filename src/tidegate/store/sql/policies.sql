@@ -24,11 +24,12 @@ SELECT DISTINCT digest FROM policies
 WHERE pool = $1 AND origin = 'deployment' AND digest = ANY($2::text[])
 
 -- name: removed_by_people
--- Return which of the limits $2 of pool $1 existed and were last removed by a person.
+-- Return which of the limits $2 of pool $1 existed and were last removed by a person, other than by a return to the deployment's policy.
 SELECT name FROM unnest($2::text[]) AS name
 WHERE EXISTS (
     SELECT FROM operator_actions
-    WHERE what = 'limits.change' AND target = $1 AND revision = (
+    WHERE what = 'limits.change' AND target = $1 AND NOT coalesce(is_now ? 'deployed', false)
+    AND revision = (
         SELECT min(revision) FROM policies WHERE pool = $1 AND revision > (
             SELECT max(revision) FROM policies WHERE pool = $1 AND policy->'limits' ? name
         )
