@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -25,7 +25,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
-from tidegate.limiter import Limiter, Observer, PoolPolicy
+from tidegate.limiter import Limiter, Observer, PoolPolicy, look_until
 from tidegate.policy.format import (
     Plain,
     apart_from_tenants,
@@ -290,25 +290,50 @@ def _flat(plain: Mapping[str, Any]) -> dict[str, object]:
 _WATCH_S = 10.0
 _RETRY_S = 1.0
 _DIFFERENCES_SHOWN = 20
+_START_AGAIN_S, _LOOK_S = 0.2, 1.0
 _KEPT = "what was given live is kept"
 
 log = get_logger()
 
 
-async def policy_to_start_with(policies: Policies, pool: str, wanted: PoolPolicy) -> PoolPolicy:
+async def policy_to_start_with(
+    policies: Policies,
+    pool: str,
+    wanted: PoolPolicy,
+    *,
+    is_held: Callable[[], Awaitable[bool]] | None = None,
+    within_s: float = 0.0,
+) -> PoolPolicy:
     """Return the recorded policy in force; `wanted` if there is none or it cannot be read.
 
-    A Valkey that has just lost its data thus starts with the limits that were in force.
+    A Valkey that has just lost its data thus starts with the limits that were in force. is_held:
+    returns whether Valkey has the policy in force, which then takes precedence. Without one, a
+    PostgreSQL that does not answer is waited for `within_s`: a fleet that starts together makes it
+    slow.
     """
+    until = asyncio.get_running_loop().time() + within_s
+    while True:
+        try:
+            record = await policies.newest(pool)
+            return wanted if record is None else revision_of(record).pool_policy
+        except StoreUnavailable as away:
+            log.debug(Log.STORE_AWAY, detail=away.message)
+        except ConfigError as unreadable:
+            why = f"the record can't be read: {unreadable.message}"
+            log.warning(Log.LIMITS_CONFLICT, reason=why)
+            return wanted
+        left_s = until - asyncio.get_running_loop().time()
+        if left_s <= 0 or (is_held is not None and await is_held()):
+            return wanted
+        await asyncio.sleep(min(_START_AGAIN_S, left_s))
+
+
+async def _holds_policy(url: str, pool: str) -> bool:
+    """Return whether Valkey has a policy of the pool; False while it is unavailable."""
     try:
-        record = await policies.newest(pool)
-        if record is not None:
-            return revision_of(record).pool_policy
-    except StoreUnavailable as away:
-        log.debug(Log.STORE_AWAY, detail=away.message)
-    except ConfigError as unreadable:
-        log.warning(Log.LIMITS_CONFLICT, reason=f"the record can't be read: {unreadable.message}")
-    return wanted
+        return (await look_until(url, pool, lambda _: True, _LOOK_S)).revision > 0
+    except LimiterUnavailable:
+        return False
 
 
 async def edit_record(
@@ -340,16 +365,22 @@ async def open_pool(
     pool: str,
     observer: Observer | None = None,
     provider: str | None = None,
+    within_s: float = 0.0,
 ) -> AsyncIterator[PolicyKeeper]:
     """Open a pool's limiter with the recorded policy, and yield the keeper of its policy.
 
-    `provider`: the provider whose preset completes live changes.
+    `provider`: the provider whose preset completes live changes. within_s: how long to wait for
+    PostgreSQL if Valkey has no policy of the pool.
     """
     assert config.redis_url is not None
+    url = config.redis_url.get_secret_value()
+    is_held = partial(_holds_policy, url, pool)
     limiter = Limiter.from_url(
-        config.redis_url.get_secret_value(),
+        url,
         pool=pool,
-        policy=await policy_to_start_with(policies, pool, wanted),
+        policy=await policy_to_start_with(
+            policies, pool, wanted, is_held=is_held, within_s=within_s
+        ),
         instance_id=instance_id,
         observer=observer,
         on_conflict="keep",  # the keeper decides by the record

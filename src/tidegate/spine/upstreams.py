@@ -68,6 +68,7 @@ TEST_MS = 10_000
 _LOOK_EVERY_S = 0.03
 _CLOSE_AFTER_S = 60.0  # longer than from the choice of an upstream to its permit
 _START_WITHIN_S = 2.0
+_RECORD_WITHIN_S = 10.0  # of a start, for the policies of all pools
 _DAYS_WITHIN_S, _DAYS_EVERY_S = 10.0, 2.0
 
 log = get_logger()
@@ -95,6 +96,7 @@ class Pools:
         self._observer = observer
         self._connections = connections
         self._open: dict[str, tuple[PolicyKeeper, AsyncExitStack]] = {}
+        self._record_by = time.monotonic() + _RECORD_WITHIN_S
 
     async def enter(self, pool: str, policy: PoolPolicy, provider: str | None) -> Limiter:
         """Enter a pool, or return to it, with its policy in force. Raises ConfigError."""
@@ -111,6 +113,7 @@ class Pools:
                 pool,
                 self._observer(pool),
                 provider,
+                within_s=max(0.0, self._record_by - time.monotonic()),
             )
             keeper = await stack.enter_async_context(opening)
             stack.callback(asyncio.create_task(keeper.run()).cancel)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 import pytest
+from pydantic import SecretStr
 
 from tidegate.limiter import Limiter, PoolPolicy
-from tidegate.policy.rollout import PolicyKeeper, policy_to_start_with
+from tidegate.policy.rollout import PolicyKeeper, open_pool
+from tidegate.settings import Config
 from tidegate.store.database import Connections
 from tidegate.store.tenants import Policies
 
@@ -52,20 +54,22 @@ async def start(valkey_url: str, database_url: str) -> AsyncIterator[Start]:
             database: str = database_url,
             name: str = "api-1",
             more: Mapping[str, int] | None = None,
+            within_s: float = 0.0,
         ) -> Member:
             connections = Connections(database)
             connections.start()
             stack.push_async_callback(connections.aclose)
             policies = Policies(connections)
             wanted = PoolPolicy({"kind:text_only": limit, **(more or {})}, lease_ms=800)
-            first = await policy_to_start_with(policies, pool, wanted)
-            limiter = Limiter.from_url(
-                url, pool=pool, policy=first, instance_id=name, on_conflict="keep"
+            config = Config(
+                redis_url=SecretStr(url),
+                database_url=SecretStr(database),
+                gemini_api_key=SecretStr("key"),
             )
-            await stack.enter_async_context(limiter)
-            keeper = PolicyKeeper(limiter, policies, wanted=wanted, set_by=name)
+            opening = open_pool(config, policies, name, wanted, pool, within_s=within_s)
+            keeper = await stack.enter_async_context(opening)
             keeping = asyncio.create_task(keeper.run())
             stack.callback(keeping.cancel)
-            return Member(limiter, keeper, policies, keeping)
+            return Member(keeper.limiter, keeper, policies, keeping)
 
         yield one

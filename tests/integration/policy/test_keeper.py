@@ -260,8 +260,8 @@ async def test_without_postgresql_limits_work_and_its_return_brings_what_is_on_r
         await recorded(first, (1, "deployment", 5))
         await first.keeper.change(to(3), set_by="ann")
         server.stop()
-        late = await start(8, database=url)
-        assert late.limit == 3  # as Valkey has it
+        late = await asyncio.wait_for(start(8, database=url, within_s=300), 60)
+        assert late.limit == 3  # as Valkey has it, without a wait for the record
         with pytest.raises(StoreUnavailable):
             await late.keeper.change(to(4), set_by="ann")
         server.start()
@@ -269,6 +269,43 @@ async def test_without_postgresql_limits_work_and_its_return_brings_what_is_on_r
         await in_force(3, first, late)
     finally:
         server.stop()
+
+
+async def test_a_process_waits_for_a_slow_record_where_valkey_has_lost_the_limits(
+    start: Start, own_valkey: ValkeyServer, tmp_path: Path
+) -> None:
+    server = copied(tmp_path / "postgres", FAST, migrated=True)
+    server.start()
+    try:
+        of_both = {"url": own_valkey.url, "database": server.url()}
+        first = await start(5, **of_both)
+        await recorded(first, (1, "deployment", 5))
+        await first.keeper.change(to(3), set_by="ann")
+        first.keeping.cancel()
+        await first.limiter.aclose()
+        own_valkey.kill()
+        own_valkey.start()
+        server.pause()
+        with capture_logs() as logs:
+            starting = asyncio.ensure_future(start(5, **of_both, within_s=300))
+
+            def is_slow() -> bool:
+                found = [one for one in logs if one["event"] == Log.STORE_AWAY]
+                return any("detail" in one for one in found) or starting.done()
+
+            await wait_until(is_slow, 20, "a read of the record in vain")
+        assert not starting.done()
+        server.resume()
+        assert (await starting).limit == 3
+    finally:
+        server.resume()
+        server.stop()
+
+
+async def test_a_process_starts_with_its_own_limits_where_no_server_has_any(start: Start) -> None:
+    nowhere = "postgresql://127.0.0.1:1/nobody"
+    alone = await asyncio.wait_for(start(5, database=nowhere, within_s=0.5), 60)
+    assert alone.limit == 5
 
 
 async def test_a_return_to_the_deployment_removes_no_limit_for_good(start: Start) -> None:
