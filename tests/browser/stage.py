@@ -23,6 +23,11 @@ ARGUMENTS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 PATIENCE_MS = 20_000
+# At its beginning, and without messages.
+PAGE_ALONE = """() => {
+    scrollTo(0, 0);
+    for (const one of document.querySelectorAll(".toast button")) one.click();
+}"""
 REHEARSAL_MS = 60_000  # in a process that gives way to all others
 TEXT = "[data-limit='kind:text_only']"
 POLICY = """

@@ -7,7 +7,6 @@ With TIDEGATE_SCREENSHOTS set, their pictures of docs/dashboard.md are taken ane
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 from collections.abc import AsyncIterator
 from csv import DictReader
@@ -36,6 +35,7 @@ from tests.browser.playground import a_broken_answer_is_reported, more_dialects,
 from tests.browser.stage import (
     ARGUMENTS,
     CHROMIUM,
+    PAGE_ALONE,
     POLICY,
     REHEARSAL_MS,
     Colours,
@@ -121,12 +121,11 @@ async def pictured(seen: Seen, ready: str, name: str, folder: Path) -> None:
     for width, colours in WINDOWS:
         await page.set_viewport_size({"width": width, "height": 900})
         await page.emulate_media(color_scheme=colours)
-        await page.evaluate("scrollTo(0, 0)")
+        await page.evaluate(PAGE_ALONE)
         if (width, colours) != WINDOWS[0]:  # the narrow one has the same colours
             await seen.is_accessible()
         assert await seen.is_within(), (name, width)
-        taking = os.environ.get("TIDEGATE_SCREENSHOTS") and (width, colours) == WINDOWS[0]
-        taking = taking and name in DOCUMENTED
+        taking = name in DOCUMENTED and (width, colours) == WINDOWS[0]
         file = f"{name}.png" if taking else f"{name}-{width}-{colours}.png"
         await shoot(page, (IMAGES if taking else folder) / file, full_page=True)
     await page.set_viewport_size({"width": 1360, "height": 900})

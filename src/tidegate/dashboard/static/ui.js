@@ -4,6 +4,7 @@ import { Problem } from "./api.js";
 import { fill, h } from "./dom.js";
 
 const SHOWN_MS = 6_000;
+const MOST_TOASTS = 3;
 let dialogs = 0;
 
 /** A placeholder until the first response; it keeps the room that the content will take. */
@@ -41,17 +42,32 @@ export function said(problem) {
 /** Return a text with the commands between backticks as code. */
 export const marked = (text) => text.split("`").map((part, at) => (at % 2 ? h("code", {}, part) : part));
 
-/** Show a short-lived message; `kind` is "good" or "bad". */
+/** Show a short-lived message below the page; `kind` is "good" or "bad". */
 export function toast(text, kind = "good") {
+  const place = document.getElementById("toasts");
   const close = h(
     "button",
     { class: "button quiet small", type: "button", "aria-label": "Dismiss" },
     "✕",
   );
   const shown = h("div", { class: `toast ${kind}` }, h("span", {}, text), close);
-  close.addEventListener("click", () => shown.remove());
-  document.getElementById("toasts").append(shown);
-  if (kind !== "bad") setTimeout(() => shown.remove(), SHOWN_MS);
+  const drop = () => {
+    shown.remove();
+    keepClear(place);
+  };
+  close.addEventListener("click", drop);
+  while (place.childElementCount >= MOST_TOASTS) (place.querySelector(".good") ?? place.firstElementChild).remove();
+  place.append(shown);
+  keepClear(place);
+  if (kind !== "bad") setTimeout(drop, SHOWN_MS);
+}
+
+/** What has the focus, or is scrolled into view, ends above the toasts. */
+function keepClear(place) {
+  const { height, top } = place.getBoundingClientRect();
+  document.documentElement.style.scrollPaddingBottom = height ? `${height}px` : "";
+  const focused = document.activeElement;
+  if (height && focused !== document.body && !place.contains(focused) && focused.getBoundingClientRect().bottom > top) focused.scrollIntoView({ block: "nearest" });
 }
 
 /**

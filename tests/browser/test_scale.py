@@ -1,0 +1,134 @@
+"""The dashboard of a large deployment in a real browser: 50 upstreams and 500 tenants, and messages
+that leave every row within reach."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import async_playwright, expect
+from redis.asyncio import Redis
+
+from tests.browser.stage import ARGUMENTS, CHROMIUM, Stage, opened, shoot
+from tests.databases import Databases
+from tests.gateway import gateway
+from tidegate.call import Scope
+from tidegate.embedded.servers import ValkeyServer
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+UPSTREAMS, TENANTS, DAYS = 50, 500, 30
+
+
+def policy() -> str:
+    """Accounts of three providers, with routes among them."""
+    tables = []
+    for number in range(1, UPSTREAMS):
+        provider, key = [
+            ("openai", "OPENAI_KEY_EU_WEST"),
+            ("anthropic", "ANTHROPIC_KEY"),
+            ("vllm", ""),
+        ][number % 3]
+        models = [f"model-{number}-{size}" for size in ("large", "small", "mini-2026-09-01")]
+        lines = [f'provider = "{provider}"', f"models = {models}"]
+        lines.append(f'base_url = "http://127.0.0.1:9/{number}"' if not key else f'key = "{key}"')
+        tables.append(f"[upstreams.{provider}-eu-west-{number}]\n" + "\n".join(lines))
+    return "\n".join(tables)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stage(
+    valkey_server: ValkeyServer,
+    databases: Databases,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Stage]:
+    """One gateway of many upstreams and tenants, and one browser, for all tests."""
+    name = await asyncio.to_thread(databases.take)
+    redis_url = f"{valkey_server.url.rpartition('/')[0]}/13"
+    async with Redis.from_url(redis_url) as client:
+        await client.flushdb()
+    folder = tmp_path_factory.mktemp("scale")
+    (folder / "tidegate.toml").write_text(policy())
+    settings: dict[str, Any] = {
+        "redis_url": redis_url,
+        "database_url": databases.server.url(name),
+        "auth": "on",
+        "tidegate_policy": folder / "tidegate.toml",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for key in ("OPENAI_KEY_EU_WEST", "ANTHROPIC_KEY"):
+            patch.setenv(key, "key-of-the-provider")
+        async with gateway(folder / "data", **settings) as running, async_playwright() as by:
+            tenants = running.services.store.tenants
+            _, made = await tenants.create_key("default", scopes=list(Scope), name="operators")
+            running.http.headers["x-api-key"] = made.text
+            await running.database.execute(
+                "INSERT INTO usage_days (tenant_id, day, model, pool, requests, input_tokens,"
+                " cached_tokens, output_tokens, cost_micros, unpriced)"
+                " SELECT format('department-of-things/team-%s', lpad(t::text, 3, '0')), day,"
+                " format('model-%s-large', t % 49 + 1), format('openai-eu-west-%s', t % 49 + 1),"
+                " 40 + t, 9000 * t, 3000 * t, 120 * t, 60000000 / (t + 3), 0"
+                " FROM generate_series(0, $1::int - 1) t, unnest($2::date[]) AS day",
+                TENANTS,
+                [(datetime.now(UTC) - timedelta(days=day)).date() for day in range(DAYS)],
+            )
+            chromium = await by.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+            yield Stage(running, valkey_server, databases.server, chromium, made.text)
+            await chromium.close()
+    await asyncio.to_thread(databases.give_back, name)
+
+
+# Which elements no click can reach, although each is scrolled into view as by the keyboard.
+COVERED = """() => {
+    const within = [...document.querySelectorAll("main :is(button, a, input, select)")];
+    const shown = within.filter((one) => one.checkVisibility() && !one.disabled);
+    const covered = shown.filter((one) => {
+        one.focus();
+        const { left, top, width, height } = one.getBoundingClientRect();
+        const hit = document.elementFromPoint(left + width / 2, top + height / 2);
+        return hit !== one && !one.contains(hit);
+    });
+    return [shown.length, covered.map((one) => one.outerHTML.slice(0, 200))];
+}"""
+TELL = """async (texts) => {
+    const { toast } = await import(new URL("static/ui.js", document.baseURI));
+    for (const [text, kind] of texts) toast(text, kind);
+}"""
+
+
+@pytest.mark.parametrize("width", [1360, 400])
+async def test_messages_cover_nothing_that_can_be_reached(
+    stage: Stage, tmp_path: Path, width: int
+) -> None:
+    async with opened(stage, "/upstreams", width=width) as seen:
+        page = seen.page
+        last = page.get_by_role("button", name="Drain openai-eu-west-48")
+        await last.scroll_into_view_if_needed()
+        await last.focus()
+        texts = [
+            ["openai-eu-west-48 takes no new calls.", "good"],
+            ["Not in force yet in api-7, worker-3 and worker-4, which do not answer.", "bad"],
+            ["Resume openai-eu-west-47? The gateway does not answer.", "bad"],
+            ["Not now.", "bad"],
+        ]
+        await page.evaluate(TELL, texts)
+        toasts = page.locator(".toast.bad")
+        await expect(toasts).to_have_count(3)
+        await expect(page.locator(".toast.good")).to_have_count(0)  # it has made room
+        await expect(last).to_be_in_viewport(ratio=1)
+        await last.click(trial=True)
+        count, covered = await page.evaluate(COVERED)
+        assert (count > 200, covered) == (True, [])
+        assert await seen.is_within()
+        await seen.is_accessible()
+        await expect(page.get_by_role("status").filter(has=toasts)).to_have_count(1)
+        await shoot(page, tmp_path / f"messages-{width}.png")
+        for _ in texts[1:]:
+            await page.get_by_role("button", name="Dismiss").first.press("Enter")
+        await expect(toasts).to_have_count(0)
+        await expect(page.locator("#toasts")).to_have_css("border-top-width", "0px")
