@@ -132,3 +132,71 @@ async def test_messages_cover_nothing_that_can_be_reached(
             await page.get_by_role("button", name="Dismiss").first.press("Enter")
         await expect(toasts).to_have_count(0)
         await expect(page.locator("#toasts")).to_have_css("border-top-width", "0px")
+
+
+@pytest.mark.parametrize("width", [1360, 400])
+async def test_one_of_many_upstreams_is_found_by_its_name_or_state(
+    stage: Stage, tmp_path: Path, width: int
+) -> None:
+    url = f"{stage.gateway.url}/admin/upstreams/anthropic-eu-west-7"
+    async with stage.gateway.http.post(f"{url}/drain", json={}) as answer:
+        assert answer.status == 200, await answer.text()
+    try:
+        async with opened(stage, "/upstreams", width=width) as seen:
+            page = seen.page
+            shown = page.locator("[data-upstream]:visible")
+            await expect(shown).to_have_count(UPSTREAMS)
+            card = page.get_by_role("region", name="Upstreams")
+            await expect(card).to_contain_text("50 upstreams, 1 not healthy")
+            await page.get_by_role("button", name="Not healthy").click()
+            await expect(shown).to_have_count(1)
+            await expect(shown.locator(".badge")).to_have_text("Drained")
+            await shoot(page, tmp_path / f"not-healthy-{width}.png")
+            await page.get_by_role("button", name="All", exact=True).click()
+            find = page.get_by_role("searchbox", name="Search upstreams")
+            await find.fill("MODEL-12-small")
+            await expect(shown).to_have_count(1)
+            await expect(shown).to_contain_text("openai-eu-west-12")
+            await find.fill("vllm")
+            await expect(shown).to_have_count(16)
+            await seen.is_accessible()
+            assert await seen.is_within()
+            await find.fill("nowhere")
+            await expect(card.get_by_text("No matches")).to_be_visible()
+            await find.fill("")
+            await page.get_by_role("button", name="Changes").click()
+            changes = page.get_by_role("heading", name="Changes")
+            await expect(changes).to_be_focused()
+            await expect(changes).to_be_in_viewport()
+            await shoot(page, tmp_path / f"upstreams-{width}.png", full_page=True)
+    finally:
+        async with stage.gateway.http.post(f"{url}/resume", json={}) as answer:
+            assert answer.status == 200, await answer.text()
+
+
+async def test_the_days_of_many_tenants_show_the_largest_of_them(
+    stage: Stage, tmp_path: Path
+) -> None:
+    async with opened(stage, "/usage?by=tenant&range=30") as seen:
+        page = seen.page
+        legend = page.locator(".days .legend li")
+        await expect(legend).to_have_count(7)
+        names = [f"department-of-things/team-{number:03}" for number in range(6)]
+        for place, name in enumerate(names):
+            await expect(legend.nth(place)).to_contain_text(name)
+        widths = await legend.locator("span").evaluate_all(
+            "(all) => all.map((one) => [one.scrollWidth, one.clientWidth])"
+        )
+        assert all(whole <= seen for whole, seen in widths), "no name is cut"
+        others = legend.last
+        await expect(others).to_contain_text("494 others")
+        drawn = page.locator(".day").first.locator("i")
+        await expect(drawn).to_have_count(7)
+        sums = await legend.locator("b").all_text_contents()
+        total = await page.locator(".usage-total strong").text_content()
+        parts = sum(float(text.strip("$").replace(",", "")) for text in sums)
+        assert parts == pytest.approx(float((total or "").strip("$").replace(",", "")), abs=0.05)
+        await seen.is_accessible()
+        await shoot(page, tmp_path / "usage.png")
+        await page.get_by_role("button", name="Requests", exact=True).click()
+        await expect(legend.first).to_contain_text("department-of-things/team-499")

@@ -5,12 +5,13 @@ import { fill, h, keyed, mark, say } from "../dom.js";
 import { count, length, time } from "../format.js";
 import { repeat } from "../poll.js";
 import { link } from "../router.js";
-import { confirm, empty, field, said, toast } from "../ui.js";
+import { choice, confirm, empty, field, said, toast } from "../ui.js";
 
 const EVERY_MS = 3_000;
 const MOST_CHANGES = 10;
 const OTHER = ""; // no preset
 const MOST_MODELS = 8;
+const FEW = 8; // upstreams that need no search
 const OPTIONS = ["resource", "project", "location", "region"];
 
 export async function open(main, { signal }) {
@@ -24,6 +25,9 @@ export async function open(main, { signal }) {
   const revision = h("span", { class: "quiet-text" });
   const differing = h("p", { class: "notice", hidden: true });
   const draw = keyed(list, (first) => card(first, again));
+  const filter = filterOf(list);
+  const made = h("h2", { tabindex: "-1" }, "Changes");
+  const toChanges = h("button", { class: "button", type: "button", hidden: true, on: { click: () => made.focus() } }, "Changes");
 
   async function look() {
     try {
@@ -31,6 +35,8 @@ export async function open(main, { signal }) {
       away.hidden = true;
       draw(found.upstreams.map((one) => ({ ...one, revision: found.revision })), (one) => one.name);
       none.hidden = found.upstreams.length > 0;
+      filter.show(found.upstreams);
+      toChanges.hidden = found.upstreams.length <= FEW;
       say(revision, words(found));
       differing.hidden = !found.differing.length;
       say(differing, `The file differs from the changes made here: ${found.differing.join("; ")}`);
@@ -51,18 +57,56 @@ export async function open(main, { signal }) {
   await look();
   repeat(EVERY_MS, look, signal);
   main.append(
-    h("div", { class: "page-head" }, h("h1", {}, "Upstreams"), revision, h("div", { class: "end" }, add)),
+    h("div", { class: "page-head" }, h("h1", {}, "Upstreams"), revision, h("div", { class: "end" }, toChanges, add)),
     away,
     differing,
-    h("section", { class: "card", "aria-label": "Upstreams" }, none, list),
+    h("section", { class: "card", "aria-label": "Upstreams" }, filter.head, none, list, filter.nothing),
     h(
       "section",
       { class: "card", "aria-label": "Changes" },
-      h("div", { class: "card-head" }, h("h2", {}, "Changes"), h("span", { class: "quiet-text" }, "made at run time, the newest first")),
+      h("div", { class: "card-head" }, made, h("span", { class: "quiet-text" }, "made at run time, the newest first")),
       changes,
     ),
   );
 }
+
+/** A search among many upstreams, and a choice of those that are not healthy. */
+function filterOf(list) {
+  const find = h("input", { type: "search", "aria-label": "Search upstreams", placeholder: "Search", spellcheck: "false" });
+  const sums = h("span", { class: "quiet-text", role: "status" });
+  const nothing = h("div", { hidden: true }, empty("No matches"));
+  let [upstreams, state] = [[], "all"];
+  const states = choice("State", { all: "All", bad: "Not healthy" }, state, (chosen) => {
+    state = chosen;
+    draw();
+  });
+  const head = h("div", { class: "card-head upstream-filter", hidden: true }, sums, h("div", { class: "end" }, find, states));
+
+  function draw() {
+    const asked = find.value.trim().toLowerCase();
+    const isWell = (one) => stateOf(one)[0] === "good";
+    const fits = (one) => (state === "all" || !isWell(one)) && textOf(one).toLowerCase().includes(asked);
+    const isShown = new Map(upstreams.map((one) => [one.name, head.hidden || fits(one)]));
+    for (const each of list.children) each.hidden = !isShown.get(each.dataset.upstream);
+    const ill = upstreams.filter((one) => !isWell(one)).length;
+    say(sums, `${count(upstreams.length)} upstreams, ${ill ? `${count(ill)} not healthy` : "all healthy"}`);
+    nothing.hidden = !upstreams.length || [...isShown.values()].some(Boolean);
+  }
+
+  find.addEventListener("input", draw);
+  return {
+    head,
+    nothing,
+    show(found) {
+      upstreams = found;
+      head.hidden = found.length <= FEW;
+      draw();
+    },
+  };
+}
+
+/** What is searched of an upstream. */
+const textOf = (one) => [one.name, one.provider, stateOf(one)[1], one.key, ...one.models, ...Object.keys(one.table.aliases ?? {}), ...Object.values(one.base_urls)].join(" ");
 
 function words({ revision, processes }) {
   const behind = processes.filter((one) => one.revision !== revision).length;

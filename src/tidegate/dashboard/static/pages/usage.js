@@ -159,9 +159,9 @@ function controlsOf(view, change) {
   return { element: h("div", { class: "usage-span end" }, drop, since, until, range, by, measure), show };
 }
 
-/** Read the sums by group, and by day and group; if there are too many rows, by day only. */
+/** Read the sums by group, and by day and group; if there are too many rows, by day of the largest groups. */
 async function read(view, span, signal) {
-  const of = (by) => get("admin/usage", { query: { by, ...span, tenant: view.tenant, upstream: view.upstream }, signal });
+  const of = (by, only = {}) => get("admin/usage", { query: { by, ...span, tenant: view.tenant, upstream: view.upstream, ...only }, signal });
   const [names, groups, all] = await Promise.all([
     view.by === "key" ? keyNames(signal) : null,
     view.by === "day" ? null : of(view.by),
@@ -178,7 +178,14 @@ async function read(view, span, signal) {
     const found = await of(`${view.by},day`);
     return { groups: named(groups.rows), days: named(found.rows), total: groups.total, cut: false };
   }
-  return { groups: named(groups.rows), days: all.rows.map((one) => ({ ...one, name: "All" })), total: all.total, cut: true };
+  const whole = { groups: named(groups.rows), total: all.total, cut: true };
+  if (!["tenant", "upstream"].includes(view.by)) return { ...whole, days: all.rows.map((one) => ({ ...one, name: "All" })) };
+  const [amount] = AMOUNTS[view.measure];
+  const largest = groups.rows.filter((one) => one[view.by] && amount(one)).toSorted((a, b) => amount(b) - amount(a)).slice(0, MOST_PARTS);
+  const found = await Promise.all(largest.map((one) => of("day", { [view.by]: one[view.by] })));
+  const parts = found.flatMap(({ rows }, at) => rows.map((one) => ({ ...one, name: nameOf(largest[at]) })));
+  const others = groups.cut ? "All others" : `${count(groups.rows.length - largest.length)} others`;
+  return { ...whole, days: parts, others: { name: others, days: all.rows } };
 }
 
 async function keyNames(signal) {
@@ -199,7 +206,16 @@ function columnsOf(found, view, span) {
     parts.get(one.name).values[places.get(one.day)] += amount(one);
   }
   const title = `${MEASURES[view.measure]} by day${shown.length < days.length ? `, the last ${count(MOST_DAYS)}` : ""}`;
-  return { title, days: shown, parts: fewest([...parts.values()]), format };
+  const drawn = fewest([...parts.values()]);
+  if (found.others) drawn.push(rest(found.others, drawn, places, amount));
+  return { title, days: shown, parts: drawn.filter((one) => one.values.some(Boolean)), format };
+}
+
+/** The part of all days that no other part has. */
+function rest({ name, days }, parts, places, amount) {
+  const values = Array.from(places, () => 0);
+  for (const one of days) if (places.has(one.day)) values[places.get(one.day)] = amount(one);
+  return { name, values: values.map((value, at) => Math.max(0, value - parts.reduce((sum, one) => sum + one.values[at], 0))) };
 }
 
 /** Return the largest parts, and the sum of all others as one part. */
