@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -47,6 +48,7 @@ from tidegate.jobs.calls import (
     Feeder,
     Lacking,
     LastTries,
+    OwnLimits,
     is_of_upstream,
     retry_wait_ms,
     targets_of,
@@ -89,6 +91,7 @@ _IDLE_MS = 500
 _PUT_OFF_A_S, _PUT_OFF_AT_ONCE = 200.0, 1_000.0
 _AGAIN_MS = 500.0
 _SPENT_MS = 2_000.0  # before a batch with a spent budget is called again
+_MADE_ROOM_MS = 2_000
 _LAST_RECORDS_S = 8.0
 # Errors that do not concern the line: it can be called later.
 _LATER = (
@@ -133,9 +136,15 @@ class LineCaller:
     """Calls one process's share of the lines of all batches."""
 
     def __init__(
-        self, config: Config, store: Store, relay: Relay, held: Held, last_tries: LastTries
+        self,
+        config: Config,
+        store: Store,
+        relay: Relay,
+        held: Held,
+        last_tries: LastTries,
+        own_limits: OwnLimits,
     ) -> None:
-        self._held, self._last_tries = held, last_tries
+        self._held, self._last_tries, self._own_limits = held, last_tries, own_limits
         self._outages = held.outages
         self._config = config
         self._store = store
@@ -148,12 +157,13 @@ class LineCaller:
             BATCHES,
             held,
             look,
-            lambda: WINDOW,
+            self._window,
             claim=self._claim,
             waits_ms=lambda claimed: self._waits_ms(claimed, look.put_off),
             release=self._release,
             work=self._guarded,
             idle_ms=_IDLE_MS,
+            passes_over=lambda: bool(self._full()),
         )
 
     @property
@@ -176,8 +186,37 @@ class LineCaller:
             await self._store.batch_lines.release_strays(
                 one.line for one in self._feeder.tasks.values()
             )
-        lines = await self._store.batch_lines.claim(most, MOST_BYTES)
+        lines = await self._store.batch_lines.claim(most, MOST_BYTES, self._full())
         return [_ActiveLine(line, _record_of(line, self._trail_of(line))) for line in lines]
+
+    def _held_by_own(self) -> list[BatchLine]:
+        """Return the lines that wait for a limit of their own key or tenant, the newest last."""
+        if not self._own_limits:
+            return []
+        waiting = [one.line for one in self._feeder.tasks.values() if one.waits]
+        return [line for line in waiting if self._own_limits.of_line(line) is not None]
+
+    def _full(self) -> list[str]:
+        """Return the keys and tenants of which no more lines are claimed now."""
+        return self._own_limits.filling_lines(self._held_by_own(), WINDOW)
+
+    def _window(self) -> int:
+        """Return the window, enlarged by the lines that wait for limits of their own."""
+        return WINDOW + min(WINDOW, len(self._held_by_own()))
+
+    async def share_window(self) -> None:
+        """Return lines to the queue for a while if more of them wait for limits of their own keys
+        and tenants than the window holds: the newest of the key or tenant with the most, as many as
+        the next claim needs."""
+        if self._own_limits or self._feeder.needs_room():
+            await self._own_limits.look()
+        over, held = self._feeder.needs_room(), self._held_by_own()
+        if over and len(held) > WINDOW:
+            whose = [self._own_limits.of_line(line) for line in held]
+            ((largest, _),) = Counter(whose).most_common(1)
+            of_it = [line.id for line, one in zip(held, whose, strict=True) if one == largest]
+            waits_ms = dict.fromkeys(of_it[-over:], _MADE_ROOM_MS)
+            await self._give_up(lambda one: one.waits and one.line.id in waits_ms, waits_ms)
 
     def _trail_of(self, line: BatchLine) -> Trail | None:
         return self._relay.spine.tracing.trail(line.id, None)
@@ -615,11 +654,12 @@ class BatchRunner:
         relay: Relay,
         held: Held,
         last_tries: LastTries,
+        own_limits: OwnLimits,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._folder = config.data_dir / "tmp"
-        self._lines = LineCaller(config, store, relay, held, last_tries)
+        self._lines = LineCaller(config, store, relay, held, last_tries, own_limits)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish the lines being called within the grace."""
@@ -658,6 +698,7 @@ class BatchRunner:
         await self._lines.leave_ended()
         await self._lines.leave_held_up()
         await self._lines.leave_held()
+        await self._lines.share_window()
         await self._store.batch_lines.retake()
         failed: list[UUID] = []
         while (batch := await self._store.batches.take(failed)) is not None:

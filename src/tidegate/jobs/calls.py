@@ -42,7 +42,7 @@ from tidegate.errors import (
 )
 from tidegate.jobs.outages import Held, Key, Look
 from tidegate.limiter import Limiter
-from tidegate.policy.format import CallerName
+from tidegate.policy.format import CallerName, whom_it_binds
 from tidegate.policy.format import caller_of as caller_named
 from tidegate.record import CallRecord, Failure, Lineage, OutputFile
 from tidegate.spine.detached import collected, detached_call, endpoint_named
@@ -51,6 +51,7 @@ from tidegate.spine.native import Relay
 from tidegate.spine.prompt import Ask
 from tidegate.spine.routing import Target
 from tidegate.spine.run import CallFailed, OnAdmitted
+from tidegate.store.batches import BatchLine
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.jobs import CANCELLED
 from tidegate.store.notifications import PULSED_MS, Notifications, ServerClock
@@ -60,6 +61,7 @@ from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail
 
 log = get_logger()
+WhomT = TypeVar("WhomT")
 _OTHER_ENDS = {
     CANCELLED.code: Status.CANCELLED,
     # The deadline passed at a limit after the job was marked.
@@ -263,12 +265,21 @@ def retry_wait_ms(
     return round(directed + (jitter if not directed else jitter / 4))
 
 
-class OwnLimits:
-    """Keys, users and conversations whose own limits delay calls of this process. One per worker.
-    limiters: of all upstreams in use."""
+_LOOK_EVERY_S = 0.9
 
-    def __init__(self, limiters: Callable[[], Iterable[Limiter]]) -> None:
+
+class OwnLimits:
+    """Tenants, keys, users and conversations whose own limits delay calls of this process. One per
+    worker. limiters: of all upstreams in use."""
+
+    def __init__(
+        self,
+        limiters: Callable[[], Iterable[Limiter]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._limiters = limiters
+        self._clock = clock
+        self._looked_at = float("-inf")
         self._held: frozenset[CallerName] = frozenset()
 
     def __repr__(self) -> str:
@@ -278,14 +289,18 @@ class OwnLimits:
         return bool(self._held)
 
     async def look(self) -> None:
-        """Read which limits delay this process's calls; a pool without an answer counts as none."""
+        """Read which limits delay this process's calls, at most once a second; a pool without an
+        answer counts as none."""
+        if self._clock() - self._looked_at < _LOOK_EVERY_S:
+            return
+        self._looked_at = self._clock()
         held: set[CallerName] = set()
         for limiter in self._limiters():
-            if limiter.waiters and any(caller_named(one) for one in limiter.policy.limits):
+            if limiter.waiters and any(_caller_of(one) for one in limiter.policy.limits):
                 with suppress(LimiterUnavailable):
                     queues = (await limiter.snapshot()).queues
                     mine = (one.held_up_by for one in queues if one.sid == limiter.session)
-                    held |= {whom for one in mine if one and (whom := caller_named(one))}
+                    held |= {whom for one in mine if one and (whom := _caller_of(one))}
         self._held = frozenset(held)
 
     def of(self, job: ClaimedJob) -> tuple[CallerName, ...]:
@@ -298,15 +313,36 @@ class OwnLimits:
         )
         return tuple(one for one in own if one in self._held)
 
+    def of_line(self, line: BatchLine) -> CallerName | None:
+        """Return the key or tenant of a batch line whose limit delays calls, if any."""
+        own: tuple[CallerName, ...] = (("key", line.key_id or ""), ("tenant", line.tenant_id))
+        return next((one for one in own if one in self._held), None)
+
     def filling(self, jobs: Iterable[ClaimedJob], window: int) -> dict[str, Callers]:
         """Return, by tenant, the callers of which no more should be claimed, since so many of their
         `jobs` wait: each gets at least its share of half the window."""
         count = Counter((job.tenant_id, one) for job in jobs for one in self.of(job))
         found: dict[str, Callers] = {}
-        for (tenant, whom), waiting in count.items():
-            if 2 * waiting * len(count) >= window:
-                found[tenant] = found.get(tenant, frozenset()) | {(whom[0], whom[-1])}
+        for tenant, whom in _filling(count, window):
+            found[tenant] = found.get(tenant, frozenset()) | {(whom[0], whom[-1])}
         return found
+
+    def filling_lines(self, lines: Iterable[BatchLine], window: int) -> list[str]:
+        """Return the keys and tenants of which no more lines should be claimed, as `filling`."""
+        count = Counter(one for line in lines if (one := self.of_line(line)) is not None)
+        return ["/".join(one) for one in _filling(count, window)]
+
+
+def _caller_of(limit_id: str) -> CallerName | None:
+    """Return whom a limit applies to, if only to a tenant, key, user or conversation."""
+    whom = whom_it_binds(limit_id) or ""
+    tenant = whom.removeprefix("tenant/")
+    return caller_named(limit_id) if tenant == whom else ("tenant", tenant)
+
+
+def _filling(waiting: Mapping[WhomT, int], window: int) -> list[WhomT]:
+    """Return those with at least their share of half the window."""
+    return [one for one, count in waiting.items() if 2 * count * len(waiting) >= window]
 
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 4.0

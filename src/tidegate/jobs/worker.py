@@ -314,9 +314,9 @@ class Worker:
         self._outages = outages = Outages(self._spine.health)
         self._put_off = PutOff(store, Held(outages, self._spine.health), self._targets_of)
         self.last_tries = LastTries()
-        self._lacking = Lacking()
-        self._own_limits = OwnLimits(self._limiters)
-        batches = BatchRunner(config, store, blobs, relay, self._put_off.held, self.last_tries)
+        self._lacking, self._own_limits = Lacking(), OwnLimits(self._limiters)
+        held = self._put_off.held
+        batches = BatchRunner(config, store, blobs, relay, held, self.last_tries, self._own_limits)
         background = BackgroundRunner(config, store, relay)
         beside = (batches.run, self._provider_batches.run, background.run)
         self._beside = beside if pool == DEFAULT_POOL else ()
@@ -333,7 +333,7 @@ class Worker:
             Feeder(
                 store.notifications,
                 kind or UNSURE,
-                self._put_off.held,
+                held,
                 Look(),
                 partial(self._window, kind),
                 claim=partial(self._claim, kind),

@@ -711,12 +711,11 @@ class BatchLines:
         self._begins: GroupWriter[Json, None] = GroupWriter(self._begin)
         self._ends: GroupWriter[_End, None] = GroupWriter(self._end)
 
-    async def claim(self, limit: int, most_bytes: int) -> list[BatchLine]:
-        """Claim lines; requeued ones are found by the next search from the beginning at the
-        latest."""
+    async def claim(self, limit: int, most_bytes: int, without: Iterable[str]) -> list[BatchLine]:
+        """Claim lines, none of the tenants and keys in `without`; requeued ones are found by the
+        next search from the beginning at the latest."""
         look = self._claims.begin()
         since = {} if look.is_whole else {str(key): line for key, line in self._from.items()}
-
         claimed = await self._connections.rows(
             "claim_batch_lines",
             self._instance_id,
@@ -724,6 +723,7 @@ class BatchLines:
             most_bytes,
             orjson.dumps(since).decode(),
             list(self._now_held_up()),
+            list(without),
         )
         lines = [
             rows.record_of(

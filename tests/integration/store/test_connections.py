@@ -275,7 +275,7 @@ async def test_a_statement_is_prepared_again_after_a_change_of_the_schema(
     await store.jobs.submit(new_job())
     connections = await opened(database_url, stack, size=6)
     go, begun = asyncio.Event(), list[int]()
-    none = "w", 1, 1, "{}", list[UUID]()
+    none = "w", 1, 1, "{}", list[UUID](), list[str]()
 
     async def held(session: asyncpg.Connection) -> None:
         await session.fetch(sql("claim_batch_lines"), *none)

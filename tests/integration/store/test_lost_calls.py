@@ -178,7 +178,7 @@ async def test_a_job_whose_worker_died_is_doubtful_at_the_upstream_of_that_call(
 
 async def begun_line(store: Store, upstream: str) -> BatchLine:
     async def look() -> list[BatchLine]:
-        return await store.batch_lines.claim(1, 1_000)
+        return await store.batch_lines.claim(1, 1_000, [])
 
     line: BatchLine
     (line,) = await wait_until(look, 10, "a line to claim")

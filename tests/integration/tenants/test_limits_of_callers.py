@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 
-from tests.batching import begin, end_of, jsonl, line
+from tests.batching import begin, content, end_of, jsonl, line
 from tests.commands import tidegate
 from tests.gateway import Gateway, Opener
 from tests.integration.batches.conftest import sdk as sdk
+from tests.integration.batches.test_message_batches import claude as claude
+from tests.integration.batches.test_message_batches import several
 from tests.integration.realtime.test_realtime_life import talk, turn
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of, submitted
 from tests.waiting import wait_until
@@ -250,3 +253,49 @@ async def test_many_jobs_at_a_callers_own_limit_leave_room_for_its_tenants_other
         assert await ended(gateway, other, request_id) == "succeeded"
     assert len(await gateway.calls()) == len(names) + len(free)
     assert await waiting() <= 12
+
+
+@pytest.mark.parametrize(
+    ("form", "what", "callers"),
+    [("batches", "key", 1), ("batches", "tenant", 2), ("message batches", "key", 2)],
+)
+async def test_many_lines_at_a_callers_own_limit_leave_room_for_other_batches(
+    open_gateway: Opener, sdk: Any, claude: Any, form: str, what: str, callers: int
+) -> None:
+    """A worker has 128 lines, and as many beside where all of them wait for such limits."""
+    gateway = await open_gateway(worker=False, **WITH_KEYS)
+    tenants = ["acme"] * 3 if what == "key" else ["acme", "globex", "other"]
+    keys = [await key_of(gateway, one) for one in tenants]
+    names = list(map(prefix_of, keys)) if what == "key" else tenants
+    await set_limits(gateway, {f"rpm:{what}/{name}": 1 for name in names[:callers]})
+
+    async def batch(of: Headers, count: int) -> Any:
+        key = of["Authorization"].removeprefix("Bearer ")
+        if form == "batches":
+            return await begin(sdk(gateway, api_key=key, default_headers={}), content(count))
+        return await claude(gateway, of).messages.batches.create(requests=several(count))
+
+    async def waiting() -> int:
+        snapshot = await gateway.services.limiter.snapshot()
+        return sum(queue.waiting for queue in snapshot.queues)
+
+    async def are_called(count: int, waits: int) -> bool:
+        return len(await gateway.calls()) == count and await waiting() >= waits
+
+    held = []
+    gateway.start_worker()
+    for number, key in enumerate(keys[:callers], 1):
+        held += [await batch(key, 150), await batch(key, 150)]
+        full = partial(are_called, number, 127 * number)
+        await wait_until(full, 30, "as many that wait as a worker takes")
+    free = await batch(keys[-1], 200)
+    await wait_until(partial(has_ended, gateway, free), 30, "the other batch")
+    assert len(await gateway.calls()) == callers + 200
+    assert await waiting() <= 256
+    assert not any([await has_ended(gateway, one) for one in held])
+
+
+async def has_ended(gateway: Gateway, batch: Any) -> bool:
+    """Whether a batch of either form has."""
+    query = "SELECT status = 'completed' FROM batches WHERE id = $1::uuid"
+    return bool(await gateway.database.fetchval(query, batch.id.rpartition("_")[2]))

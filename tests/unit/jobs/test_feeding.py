@@ -14,7 +14,7 @@ from tests.waiting import wait_until
 from tidegate.errors import UpstreamThrottled
 from tidegate.jobs import calls
 from tidegate.jobs.batches import LineCaller
-from tidegate.jobs.calls import LastTries
+from tidegate.jobs.calls import LastTries, OwnLimits
 from tidegate.jobs.outages import Held, Outages, Turn
 from tidegate.jobs.worker import of_the_largest
 
@@ -28,7 +28,7 @@ class Lines:
     async def held_up(self) -> frozenset[Any]:
         return frozenset()
 
-    async def claim(self, limit: int, most_bytes: int) -> list[Any]:
+    async def claim(self, limit: int, most_bytes: int, without: object) -> list[Any]:
         self.claims += 1
         await asyncio.sleep(0)
         return []
@@ -36,6 +36,11 @@ class Lines:
 
 async def a_batch_is_open() -> bool:
     return True
+
+
+def line_caller(store: object, outages: Outages) -> LineCaller:
+    used = (None, store, None, Held(outages, {}), LastTries(), OwnLimits(set))
+    return LineCaller(*cast(Any, used))
 
 
 async def test_a_process_without_lines_looks_once_for_a_probe_and_waits() -> None:
@@ -57,7 +62,7 @@ async def test_a_process_without_lines_looks_once_for_a_probe_and_waits() -> Non
     store = SimpleNamespace(
         batch_lines=lines, notifications=notifications, open_batches=open_batches
     )
-    caller = LineCaller(*cast(Any, (None, store, None, Held(outages, {}), LastTries())))
+    caller = line_caller(store, outages)
     feeding = asyncio.create_task(caller.feed())
     try:
         await wait_until(lambda: waits.is_set() or lines.claims > 50, 20, "it waits for work")
@@ -72,7 +77,7 @@ async def test_a_claim_that_hangs_fails_the_loop_which_then_claims_again(
     monkeypatch.setattr(calls, "_LONGEST_CLAIM_S", 0.0)
     lines = Lines()
 
-    async def hang(limit: int, most_bytes: int) -> list[Any]:
+    async def hang(limit: int, most_bytes: int, without: object) -> list[Any]:
         lines.claims += 1
         await asyncio.Event().wait()
         return []
@@ -83,7 +88,7 @@ async def test_a_claim_that_hangs_fails_the_loop_which_then_claims_again(
         notifications=SimpleNamespace(work_mark=lambda _: 0),
         open_batches=SimpleNamespace(ours=a_batch_is_open),
     )
-    caller = LineCaller(*cast(Any, (None, store, None, Held(Outages(set()), {}), LastTries())))
+    caller = line_caller(store, Outages(set()))
     for claims in (1, 2):
         feeding = asyncio.create_task(caller.feed())
         try:
@@ -119,3 +124,28 @@ def test_of_a_full_window_the_tenants_with_the_most_give_back_what_is_needed_las
     assert given(2) == [0, 4], "without a deadline first, then what is due last"
     assert given(4) == [0, 4, 2, 1]
     assert given(9) == [0, 4, 2, 1, 3], "the highest priority last"
+
+
+async def test_limits_that_delay_calls_are_read_once_a_second() -> None:
+    now, looks = [100.0], list[float]()
+
+    async def snapshot() -> Any:
+        looks.append(now[0])
+        return SimpleNamespace(queues=[SimpleNamespace(sid="me", held_up_by="rpm:tenant/acme")])
+
+    policy = SimpleNamespace(limits={"kind:text_only": 1, "rpm:tenant/acme": 1})
+    limiter = SimpleNamespace(waiters=1, policy=policy, session="me", snapshot=snapshot)
+    own = OwnLimits(lambda: cast(Any, [limiter]), clock=lambda: now[0])
+    for _ in range(3):
+        await own.look()
+        now[0] += 0.4
+    assert looks == [100.0]
+    await own.look()
+    assert looks == [100.0, now[0]]
+    of_acme, others = [
+        cast(Any, SimpleNamespace(tenant_id=tenant, key_id=None)) for tenant in ("acme", "other")
+    ]
+    assert own.of_line(of_acme) == ("tenant", "acme")
+    assert own.of_line(others) is None
+    assert own.filling_lines([of_acme, others], 4) == []
+    assert own.filling_lines([of_acme, others, of_acme], 4) == ["tenant/acme"]

@@ -231,7 +231,7 @@ RETURNING id
 
 -- name: claim_batch_lines
 -- Claim ready lines for worker $1, at most $2 lines and $3 bytes, batches in turn.
--- Lines are claimed from line $4 on, except those of the batches $5.
+-- Lines are claimed from line $4 on, except those of the batches $5 and of the tenants and keys $6.
 WITH ready AS MATERIALIZED (
     SELECT head.*, b.endpoint, b.models, b.key_id, b.expires_at, b.metadata
     FROM batches b CROSS JOIN LATERAL (
@@ -242,6 +242,7 @@ WITH ready AS MATERIALIZED (
         ORDER BY line LIMIT 4 * $2
     ) AS head
     WHERE b.status = 'in_progress' AND b.paused_at IS NULL AND b.id <> ALL($5::uuid[])
+        AND NOT ARRAY['tenant/' || b.tenant_id, 'key/' || coalesce(b.key_id, '')] && $6::text[]
 ), picked AS MATERIALIZED (
     SELECT l.batch_id, l.line, ready.turn, ready.endpoint, ready.models, ready.key_id,
         ready.expires_at, ready.metadata
