@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -35,7 +35,7 @@ from tidegate.record import ActiveCalls, CallListeners
 from tidegate.settings import Config, secret
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
-from tidegate.spine.resources import Resources, count_again
+from tidegate.spine.resources import Resources, count_again, shown_at
 from tidegate.spine.routing import Targets
 from tidegate.spine.run import Spine
 from tidegate.spine.upstreams import LiveUpstreams, Pools, following, revision_to_start_with
@@ -430,9 +430,12 @@ def _spine_of(
 async def _open_relay(
     config: Config, spine: Spine, store: Store, signers: Signers
 ) -> AsyncIterator[Relay]:
-    resources = Resources(store.provider_resources, store.background, spine.targets, store.requests)
     upstreams = spine.targets.upstreams.values()
     async with open_wire(_timeouts_of(config), upstreams, signers) as wire:
+        show = partial(shown_at, wire, spine.timeouts)
+        resources = Resources(
+            store.provider_resources, store.background, spine.targets, store.requests, show
+        )
         yield Relay(spine, wire, resources)
 
 

@@ -47,6 +47,7 @@ class Provider:
     is_own: a self-hosted server, which needs no key. is_rebased: `base_url` replaces only the
     origin; the paths stay. paths: by dialect, where they differ from the dialect's. options: those
     that the table must contain, with their defaults, None for none. abandoned: as of an upstream.
+    kept_days: for how many days it keeps a resource of a kind that it deletes by itself.
     """
 
     urls: Mapping[str, str]
@@ -59,6 +60,7 @@ class Provider:
     paths: Mapping[str, Paths] = field(default_factory=dict)
     options: Mapping[str, str | None] = field(default_factory=dict)
     abandoned: Abandoned = "release"
+    kept_days: Mapping[str, int] = field(default_factory=dict)
 
 
 def _own(port: int, *others: str, abandoned: Abandoned = "release") -> Provider:
@@ -85,6 +87,7 @@ PROVIDERS: Mapping[str, Provider] = {
             *("text-embedding-ada-*", "dall-e-*", "omni-moderation-*", "whisper-*", "tts-*"),
             "sora-*",
         ),
+        kept_days={"response": 30},
     ),
     "anthropic": Provider(
         {"anthropic": "https://api.anthropic.com"}, "ANTHROPIC_API_KEY", ("claude-*",)
@@ -94,6 +97,7 @@ PROVIDERS: Mapping[str, Provider] = {
             "gemini": "https://generativelanguage.googleapis.com",
             "openai": "https://generativelanguage.googleapis.com/v1beta/openai",
         },
+        kept_days={"interaction": 55},
     ),
     "azure": Provider(
         {"openai": "https://{resource}.openai.azure.com/openai/v1"},
@@ -102,6 +106,7 @@ PROVIDERS: Mapping[str, Provider] = {
         others={"anthropic": "key"},
         is_rebased=True,
         options={"resource": None},
+        kept_days={"response": 30},
     ),
     "vertex": Provider(
         {
@@ -136,7 +141,12 @@ PROVIDERS: Mapping[str, Provider] = {
             *("voxtral-*", "pixtral-*", "open-mistral-*", "open-mixtral-*"),
         ),
     ),
-    "xai": Provider({"openai": "https://api.x.ai/v1"}, "XAI_API_KEY", ("grok-*",)),
+    "xai": Provider(
+        {"openai": "https://api.x.ai/v1"},
+        "XAI_API_KEY",
+        ("grok-*",),
+        kept_days={"response": 30},
+    ),
     "deepseek": Provider(
         {"openai": "https://api.deepseek.com", "anthropic": "https://api.deepseek.com/anthropic"},
         "DEEPSEEK_API_KEY",

@@ -185,7 +185,7 @@ class Relay:
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, asked, out, record)
         exchange.refers = bool(references)
         if making is not None or endpoint.resource is not None:
-            exchange.keeping = Keeping(self.resources, call, making)
+            exchange.keeping = Keeping(self.resources, call, making, references)
             await exchange.keeping.check()
         if making is not None and asked is not None and asked.goes_on:
             on_admitted = self._hand_over(exchange, record, making)

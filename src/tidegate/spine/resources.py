@@ -7,6 +7,9 @@ whether another tenant owns it or nobody does. A resource without an owner belon
 that an upstream's `adopt` names, and lives at that upstream. A request that names a resource is
 only sent where the resource lives: no failover leads to another account.
 
+The row of a resource that its provider deletes by itself ends a month later. The provider may keep
+it for longer; nobody reaches it then.
+
 Invariants: no id reaches a client before its owner is durable; an id that has an owner keeps it,
 whatever an upstream answers to others.
 """
@@ -24,6 +27,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 from uuid import UUID
 
 import orjson
@@ -46,21 +50,23 @@ from tidegate.errors import (
     NotEnded,
     NotFound,
     StoreUnavailable,
+    UpstreamError,
     UpstreamGarbled,
     UpstreamMissing,
 )
 from tidegate.limiter import Limiter, Permit
 from tidegate.policy.deployment import Upstream
+from tidegate.policy.providers import PROVIDERS
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
 from tidegate.spine.bodies import aside
 from tidegate.spine.out import ended, undisturbed
 from tidegate.spine.routing import Target, Targets
-from tidegate.spine.run import CallFailed, Lane, Spine
+from tidegate.spine.run import CallFailed, Lane, Spine, refusal_of
 from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.resources import NewResource, ProviderResources, ResourceOwner
 from tidegate.store.requests import Requests
 from tidegate.store.spill import CallJournal
-from tidegate.upstream.transport import Exchange
+from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
 
 if TYPE_CHECKING:
     from tidegate.spine.native import NativeCall
@@ -83,6 +89,8 @@ _READ_AT_ONCE = 8
 
 # Reads a resource at its provider: empty for one that cannot be shown, None if there is none.
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
+# Reads a resource of a kind in a dialect at an upstream; None if there is none.
+Show = Callable[[Upstream, str, str, str], Awaitable[dict[str, Any] | None]]
 _Place = tuple[str, str, str]  # dialect, kind and id
 _Listed = tuple[str, ResourceOwner, Upstream]  # id, owner, and the upstream to read it from
 
@@ -105,9 +113,13 @@ class MadeBy:
     conversation: str | None = None
 
 
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
 class Resources:
     """The resources of all tenants, one object per process. Every method that looks up an owner
-    raises StoreUnavailable."""
+    raises StoreUnavailable. now: the clock by which rows end."""
 
     def __init__(
         self,
@@ -115,7 +127,11 @@ class Resources:
         background: BackgroundCalls,
         targets: Targets,
         bodies: Requests,
+        show: Show,
+        now: Callable[[], datetime] = _utc_now,
     ) -> None:
+        self._show = show
+        self.now = now
         self._store = store
         self._bodies = bodies
         self.background = background
@@ -185,11 +201,27 @@ class Resources:
             kind in _OF_JOBS and await self._store.is_of_jobs(dialect, resource_id)
         ):
             for one in self._targets.speaking(Dialect(dialect)):
-                if one.adopt == caller.tenant_id:
+                if one.adopt == caller.tenant_id and await self._was_made_elsewhere(
+                    one, dialect, kind, resource_id
+                ):
                     return one
             if caller.key_id is None and kind in _MADE_ELSEWHERE:
                 return None
         raise NotFound(missing(kind, resource_id), field=field)
+
+    async def _was_made_elsewhere(
+        self, upstream: Upstream, dialect: str, kind: str, resource_id: str
+    ) -> bool:
+        """Whether a resource without a row was not made here: one that is old enough may have had a
+        row that has ended. Raises CallFailed."""
+        if _row_lasts(upstream, kind) is None:
+            return True
+        shown = await self._show(upstream, dialect, kind, resource_id)
+        made_at = None if shown is None else _made_at(shown)
+        if made_at is None:
+            return False
+        ends_at = row_end(upstream, kind, shown, made_at)
+        return ends_at is None or ends_at - _CLOCKS_DIFFER > self.now()
 
     def _upstream(
         self, owner: ResourceOwner, dialect: str, kind: str, resource_id: str, field: str | None
@@ -463,25 +495,98 @@ def _id_of(value: Any, making: Making) -> str | None:
     return found
 
 
+_MOST_SHOWN_BYTES = 64_000_000
+
+
+async def shown_at(
+    wire: RelayWire,
+    timeouts: Mapping[str, Timeouts],
+    upstream: Upstream,
+    dialect: str,
+    kind: str,
+    resource_id: str,
+) -> dict[str, Any] | None:
+    """Return a resource as its provider shows it; None if there is none, or none that can be read.
+    Raises CallFailed."""
+    target, access = Target(upstream, ""), upstream.access(Dialect(dialect))
+    path = DIALECTS[Dialect(dialect)].works[kind].read.replace("{id}", quote(resource_id, safe=""))
+    headers = [(b"accept", b"application/json")]
+    try:
+        place = wire.place(access.url(path, "", model="", streams=False), access)
+        exchange = await wire.open("GET", place, headers, None, None, timeouts[upstream.name])
+        try:
+            if exchange.status == 404:
+                return None
+            if exchange.status >= 300:
+                raise await refusal_of(exchange, target, dialect)
+            answer = await exchange.read(_MOST_SHOWN_BYTES)
+        finally:
+            exchange.close()
+    except UpstreamError as error:
+        raise CallFailed(error, target) from None
+    try:
+        shown = await aside(len(answer), partial(orjson.loads, answer))
+    except orjson.JSONDecodeError:
+        return None
+    return shown if isinstance(shown, dict) else None
+
+
+def _made_at(shown: Mapping[str, Any]) -> datetime | None:
+    """Return when a resource was made, as its provider shows it: a response or an interaction."""
+    unix, text = shown.get("created_at"), shown.get("created")
+    if isinstance(unix, int | float) and 0 < unix < _MOST_UNIX:
+        return datetime.fromtimestamp(unix, UTC)
+    return _time_in(text) if isinstance(text, str) else None
+
+
+# OpenAI keeps a response for at least its 30 days. A row outlives its resource by as much.
+_ROW_OUTLIVES, _CLOCKS_DIFFER = timedelta(days=30), timedelta(days=1)
+
+
+def _row_lasts(upstream: Upstream, kind: str) -> timedelta | None:
+    """Return how long the row of a resource lasts that the provider deletes by itself."""
+    preset = PROVIDERS.get(upstream.provider or "")
+    days = None if preset is None else preset.kept_days.get(kind)
+    return None if days is None else timedelta(days=days) + _ROW_OUTLIVES
+
+
+def row_end(
+    upstream: Upstream, kind: str, shown: Mapping[str, Any] | None, made_at: datetime
+) -> datetime | None:
+    """Return when the row of a resource ends that the provider deletes by itself; None if the
+    provider keeps it: a response in a conversation, or one of which only the id was read."""
+    lasts = _row_lasts(upstream, kind)
+    if lasts is None or shown is None or len(shown) < 2 or shown.get("conversation") is not None:
+        return None
+    return made_at + lasts
+
+
 _FILE_MARGIN, _MOST_UNIX = timedelta(days=1), 2**40
 _IN_BACKGROUND = re.compile(rb'"background"\s*:\s*true')
 
 
 def _end_of(made: dict[str, Any] | None) -> datetime | None:
     """Return when a file expires: at Gemini, whose client may then reuse its name; at OpenAI, whose
-    ids are never reused, with a margin. None for no end."""
+    ids are never reused, with a margin, as an upload in parts. None for no end."""
     if made is None:
         return None
     said, ends_at = made.get("expirationTime"), made.get("expires_at")
-    if made.get("object") == "file" and isinstance(ends_at, int) and 0 < ends_at < _MOST_UNIX:
+    is_file = made.get("object") in ("file", "upload")
+    if is_file and isinstance(ends_at, int) and 0 < ends_at < _MOST_UNIX:
         return datetime.fromtimestamp(ends_at, UTC) + _FILE_MARGIN
     if not isinstance(said, str):
         return None
+    if (end := _time_in(said)) is None:
+        raise UpstreamGarbled("the answer has an invalid expiry time")
+    return end
+
+
+def _time_in(text: str) -> datetime | None:
     try:
-        end = datetime.fromisoformat(said)
+        found = datetime.fromisoformat(text)
     except ValueError:
-        raise UpstreamGarbled("the answer has an invalid expiry time") from None
-    return end if end.tzinfo is not None else end.replace(tzinfo=UTC)
+        return None
+    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 _MOST_EVENTS = 8  # before the event that names what a stream makes
@@ -630,16 +735,18 @@ async def count_again(calls: BackgroundCalls, spine: Spine) -> None:
 
 class Keeping:
     """Records the resources that one call makes, uses or deletes. making: what its answer makes,
-    for a call that is not a request on a resource. hand_over: for a call in the background."""
+    for a call that is not a request on a resource. references: to resources that the call uses.
+    hand_over: for a call in the background."""
 
     def __init__(
         self,
         resources: Resources,
         call: NativeCall,
         making: Making | None,
-        hand_over: BackgroundHandOver | None = None,
+        references: Sequence[Reference] = (),
     ) -> None:
-        self.hand_over = hand_over
+        self.hand_over: BackgroundHandOver | None = None
+        self._references = references
         self._resources = resources
         self._call = call
         self._use = use = call.endpoint.resource
@@ -710,7 +817,10 @@ class Keeping:
         else:
             named = _id_of(made, self.making)
             ids = [] if named is None else [named]
-        return self._resources.made(by, target, self.making.kind, ids, _end_of(made))
+        kind, ends_at = self.making.kind, _end_of(made)
+        if not any(one.kind == "conversation" for one in self._references):
+            ends_at = ends_at or row_end(target.upstream, kind, made, self._resources.now())
+        return self._resources.made(by, target, kind, ids, ends_at)
 
     async def hasten(self) -> None:
         """Have a worker soon poll the background call that this request concerns."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,10 +13,13 @@ import pytest
 
 from tidegate.call import Caller
 from tidegate.dialects.spec import Dialect
-from tidegate.errors import UpstreamUnavailable
+from tidegate.errors import NotFound, UpstreamUnavailable
+from tidegate.policy.deployment import Upstream
 from tidegate.spine import resources as module
 from tidegate.spine.resources import Resources
 from tidegate.store.provider.resources import NewResource, ResourceOwner
+
+NOW = datetime(2026, 1, 3, tzinfo=UTC)
 
 
 def resources_with(ids: list[str], monkeypatch: pytest.MonkeyPatch) -> Resources:
@@ -38,7 +42,7 @@ def resources_with(ids: list[str], monkeypatch: pytest.MonkeyPatch) -> Resources
         pass
 
     store: Any = SimpleNamespace(of_tenant=of_tenant, forget=forget, note=note)
-    return Resources(store, cast("Any", None), cast("Any", None), cast("Any", None))
+    return Resources(store, *cast("Any", [None] * 4))
 
 
 @pytest.mark.parametrize(
@@ -192,3 +196,63 @@ async def test_a_read_that_fails_ends_the_others_of_its_list(
     with pytest.raises(UpstreamUnavailable):
         await resources.page(Caller("acme"), Dialect.OPENAI, use, "", read)
     assert ended == ["b", "c"], "none goes on"
+
+
+@pytest.mark.parametrize(
+    ("provider", "kind", "shown", "days"),
+    [
+        ("openai", "response", {"id": "r", "conversation": None}, 60),
+        ("azure", "response", {"id": "r", "object": "response"}, 60),
+        ("xai", "response", {"id": "r", "object": "response"}, 60),
+        ("gemini", "interaction", {"id": "i", "status": "completed"}, 85),
+        ("openai", "response", {"id": "r", "conversation": {"id": "c"}}, None),
+        ("openai", "response", {"id": "r"}, None),
+        ("openai", "response", None, None),
+        ("openai", "conversation", {"id": "c", "object": "conversation"}, None),
+        ("openai", "completion", {"id": "c", "object": "chat.completion"}, None),
+        ("xai", "deferred", {"request_id": "d", "object": "deferred"}, None),
+        ("gemini", "cached_content", {"name": "cachedContents/c", "model": "m"}, None),
+        ("vllm", "response", {"id": "r", "object": "response"}, None),
+        (None, "response", {"id": "r", "object": "response"}, None),
+    ],
+)
+def test_a_row_ends_only_where_the_provider_states_an_end(
+    provider: str | None, kind: str, shown: dict[str, Any] | None, days: int | None
+) -> None:
+    upstream, made_at = Upstream("u", {}, "", provider=provider), datetime(2026, 1, 1, tzinfo=UTC)
+    ends_at = None if days is None else made_at + timedelta(days=days)
+    assert module.row_end(upstream, kind, shown, made_at) == ends_at
+
+
+@pytest.mark.parametrize(
+    ("shown", "is_owned"),
+    [
+        ({"id": "i", "created": "2026-01-02T00:00:00Z"}, True),
+        ({"id": "i", "created": "2025-10-01T00:00:00Z"}, False),
+        ({"id": "i", "created": "lately"}, False),
+        ({"id": "i"}, False),
+        (None, False),
+    ],
+)
+async def test_an_interaction_is_adopted_if_it_is_younger_than_a_row_becomes(
+    shown: dict[str, Any] | None, is_owned: bool
+) -> None:
+    upstream = Upstream("u", {"gemini": "http://u"}, "", provider="gemini", adopt="heir")
+    targets: Any = SimpleNamespace(speaking=lambda _: [upstream])
+
+    async def owners(*_: object) -> dict[str, Any]:
+        return {}
+
+    async def show(*_: object) -> dict[str, Any] | None:
+        return shown
+
+    store: Any = SimpleNamespace(owners=owners)
+    none: Any = None
+    resources = Resources(store, none, targets, none, show, lambda: NOW)
+    use: Any = SimpleNamespace(kind="interaction", resource_id="i")
+    asking = resources.target_of(Caller("heir", "key"), Dialect.GEMINI, use)
+    if is_owned:
+        assert (await asking).upstream is upstream
+    else:
+        with pytest.raises(NotFound):
+            await asking
