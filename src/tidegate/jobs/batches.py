@@ -14,8 +14,8 @@ import time
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -24,9 +24,18 @@ from uuid import UUID
 
 import orjson
 
-from tidegate.call import Caller, Status, new_id
+from tidegate.call import (
+    DEFAULT_POOL,
+    Caller,
+    Classification,
+    ClassifiedBy,
+    Kind,
+    Status,
+    Tier,
+    new_id,
+)
 from tidegate.dialects import dialect_of, endpoint_of
-from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts
+from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts, in_tier, names_tier
 from tidegate.errors import (
     BudgetExceeded,
     BudgetReserved,
@@ -43,6 +52,7 @@ from tidegate.errors import (
     ShuttingDown,
     StoreUnavailable,
     TidegateError,
+    UpstreamTierBusy,
 )
 from tidegate.jobs.calls import (
     Feeder,
@@ -52,8 +62,10 @@ from tidegate.jobs.calls import (
     is_of_upstream,
     retry_wait_ms,
     targets_of,
+    until_review,
 )
 from tidegate.jobs.outages import Held, Key, Look, Turn
+from tidegate.jobs.tiers import TierOffers
 from tidegate.limiter import Permit
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
@@ -78,7 +90,7 @@ from tidegate.store.batches import (
 )
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.notifications import BATCHES, PULSED_MS
-from tidegate.store.records import Json
+from tidegate.store.records import ClaimedJob, Json
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail
@@ -92,6 +104,8 @@ _PUT_OFF_A_S, _PUT_OFF_AT_ONCE = 200.0, 1_000.0
 _AGAIN_MS = 500.0
 _SPENT_MS = 2_000.0  # before a batch with a spent budget is called again
 _MADE_ROOM_MS = 2_000
+EARLY_S = 30.0  # before its batch expires: a line that was put off is found seconds later
+_NO_FLEX = "the flex tier has no capacity at the moment"
 _LAST_RECORDS_S = 8.0
 # Errors that do not concern the line: it can be called later.
 _LATER = (
@@ -108,10 +122,12 @@ _LATER = (
 
 @dataclass(slots=True)
 class _ActiveLine:
-    """A line with its task: it waits for admission, is called, then its end is written."""
+    """A line with its task: it waits for admission, is called, then its end is written. job: the
+    line as a job whose tier has been chosen, if its tenant allows several."""
 
     line: BatchLine
     record: CallRecord
+    job: ClaimedJob | None = None
     is_over: bool = False
     turn: Turn | None = None
 
@@ -143,8 +159,10 @@ class LineCaller:
         held: Held,
         last_tries: LastTries,
         own_limits: OwnLimits,
+        offers: TierOffers,
     ) -> None:
         self._held, self._last_tries, self._own_limits = held, last_tries, own_limits
+        self._offers = offers
         self._outages = held.outages
         self._config = config
         self._store = store
@@ -323,11 +341,17 @@ class LineCaller:
         elif one.turn is not None or is_of_upstream(error):
             turn = one.turn or Turn(self._targets_of(line))
             self._held.ended(turn, record.upstream, error)
-        if error is not None and (wait_ms := self._wait_ms(line, record, error)) is not None:
+        tier_ms = None if one.job is None else self._offers.ended(one.job, record, error)
+        if error is not None and tier_ms is not None:  # the tier has refused it, or left it no time
+            wait_ms: float | None = max(tier_ms, error.retry_after_ms or 0)
+        else:
+            wait_ms = None if error is None else self._wait_ms(line, record, error)
+        if error is not None and wait_ms is not None:
             if isinstance(error, BudgetExceeded):
                 self._store.batch_lines.hold_up(line.batch_id, wait_ms)
             waits_ms = {line.id: wait_ms}
-            counted = {line.id: record.attempts - record.faults - gave_way}
+            used = record.attempts - record.faults - gave_way
+            counted = {line.id: used if tier_ms is None else 0}
             spent = Failure.of(error) if isinstance(error, QuotaExceeded) else None
             await self._until_done(
                 lambda: self._store.batch_lines.release(
@@ -350,8 +374,10 @@ class LineCaller:
             record = one.record
             await self._store.batch_lines.begin(line, record.upstream, record.model)
 
-        left = line.expires_at - self._store.notifications.clock.now()
+        clock = self._store.notifications.clock
+        left = line.expires_at - clock.now()
         try:
+            await self._place(one)
             call = detached_call(
                 request_id=line.id,
                 path=line.endpoint,
@@ -364,12 +390,34 @@ class LineCaller:
                 preempted=line.preemptions,
                 headers=line.call_headers,
             )
-            await collected(self._relay, call, one.record, admitted)
+            if one.job is None:
+                await collected(self._relay, call, one.record, admitted)
+                return
+            if one.job.tier is Tier.FLEX:
+                call.body = in_tier(call.body, call.endpoint.dialect, Tier.FLEX)
+            async with until_review(one.job, clock):
+                await collected(self._relay, call, one.record, admitted)
         except asyncio.CancelledError:
             self._outages.left(one.turn)
             raise
         finally:
             one.is_over = True
+
+    async def _place(self, one: _ActiveLine) -> None:
+        """Choose the processing tier of a line whose tenant allows several. Raises UpstreamTierBusy
+        while the tier has no capacity, InvalidRequest, StoreUnavailable."""
+        line = one.line
+        if not line.in_flex or names_tier(body := orjson.loads(line.body)):
+            return
+        kind = wrapped_facts(endpoint_named(line.endpoint), body).kind
+        job = _job_of(line, kind, _model_of(line))
+        if (choice := await self._offers.choice(job, kind, is_line=True)) is None:
+            return
+        one.job = replace(job, tier=choice.tier, revisit_at=choice.revisit_at)
+        if choice.tier is Tier.FLEX:
+            busy_ms = await self._offers.line_put_off_ms(one.job, *self._targets_of(line))
+            if busy_ms:
+                raise UpstreamTierBusy(_NO_FLEX, retry_after_ms=busy_ms)
 
     def _wait_ms(self, line: BatchLine, record: CallRecord, error: TidegateError) -> float | None:
         """Return the time until the line is called again; None if it has failed."""
@@ -434,6 +482,28 @@ def _record_of(line: BatchLine, trail: Trail | None) -> CallRecord:
         trail=trail,
         earlier_attempts=line.attempts,
         lapses=line.lapses,
+    )
+
+
+def _job_of(line: BatchLine, kind: Kind, model: str) -> ClaimedJob:
+    """Return the line as a job, for the choice of its tier: only flex is allowed beside live."""
+    return ClaimedJob(
+        request_id=line.id,
+        claim=line.claim,
+        attempts=line.attempts,
+        created_at=datetime.now(UTC),
+        prompt=line.body,
+        classification=Classification(kind, ClassifiedBy.CALLER, ""),
+        attachments=(),
+        image_uri=None,
+        model=model,
+        priority=PRIORITY,
+        deadline_at=line.expires_at - timedelta(seconds=EARLY_S),
+        tenant_id=line.tenant_id,
+        pool=DEFAULT_POOL,
+        endpoint=line.endpoint,
+        key_id=line.key_id,
+        tiers_allowed=(Tier.FLEX,),
     )
 
 
@@ -655,11 +725,12 @@ class BatchRunner:
         held: Held,
         last_tries: LastTries,
         own_limits: OwnLimits,
+        offers: TierOffers,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._folder = config.data_dir / "tmp"
-        self._lines = LineCaller(config, store, relay, held, last_tries, own_limits)
+        self._lines = LineCaller(config, store, relay, held, last_tries, own_limits, offers)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish the lines being called within the grace."""

@@ -11,8 +11,16 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
@@ -39,6 +47,7 @@ from tidegate.errors import (
     StoreUnavailable,
     TidegateError,
     UpstreamError,
+    UpstreamTierBusy,
 )
 from tidegate.jobs.outages import Held, Key, Look
 from tidegate.limiter import Limiter
@@ -219,6 +228,25 @@ async def run_wrapped(
         await collected(relay, call, record, admitted)
     except CallFailed as failed:
         raise failed.error from None
+
+
+_GIVEN_UP = "given up in the flex tier: only the usual tier still makes the deadline"
+
+
+@asynccontextmanager
+async def until_review(job: ClaimedJob, clock: ServerClock) -> AsyncIterator[None]:
+    """Context for a call in the job's tier: in flex, only until the tier has to be reviewed. Raises
+    UpstreamTierBusy then."""
+    left_s = None
+    if job.tier is Tier.FLEX and job.revisit_at is not None:
+        left_s = max(0.0, (job.revisit_at - clock.now()).total_seconds())
+    try:
+        async with asyncio.timeout(left_s) as bound:
+            yield
+    except TimeoutError:
+        if not bound.expired():
+            raise
+        raise UpstreamTierBusy(_GIVEN_UP) from None
 
 
 def is_of_upstream(error: TidegateError | None) -> bool:

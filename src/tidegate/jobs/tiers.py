@@ -48,6 +48,7 @@ from tidegate.store.statistics import OpenJobs
 _LEAST_BATCHES = 3
 _BATCHES_FRESH_S = 10.0
 _MOST_MODELS = 1_000
+_LINES_A_S = 200.0
 
 
 # Of an upstream's batches of a model: the ms within which nearly all have ended, and their number;
@@ -86,10 +87,11 @@ class TierOffers:
         return f"<TierOffers {self.flex!r}>"
 
     async def choice(
-        self, job: ClaimedJob, kind: Kind, tried: Collection[Tier] = ()
+        self, job: ClaimedJob, kind: Kind, tried: Collection[Tier] = (), *, is_line: bool = False
     ) -> TierChoice | None:
         """Return the tier of a job now, None if only the live tier is allowed. tried: tiers that
-        have refused the job. Raises StoreUnavailable."""
+        have refused the job. is_line: it is a batch line, which all jobs precede. Raises
+        StoreUnavailable."""
         if not job.tiers_allowed:
             return None
         targets = self._targets_of(job)
@@ -100,7 +102,10 @@ class TierOffers:
         room = LiveRoom()
         if offers and targets:
             tags = (job.key_id, job.subject, job.conversation)
-            room = await self._room(kind, targets[0], job.tenant_id, job.deadline_at, tags)
+            due, lines = job.deadline_at, 0
+            if is_line:
+                lines = await self._ahead.lines(due)
+            room = await self._room(kind, targets[0], job.tenant_id, due, tags, lines)
         return choose(offers, room, now=self._now(), due=job.deadline_at, times=self._times)
 
     async def _offer(
@@ -155,12 +160,13 @@ class TierOffers:
         tenant: str,
         due: datetime | None,
         tags: CallTags = NO_TAGS,
+        lines: int = 0,
     ) -> LiveRoom:
         lane = self._lane_of(target)
         policy = lane.limiter.policy
         images = int(kind is Kind.IMAGE_GENERATION)
         limits = lane.demands.limits(policy, kind, target.model, tenant, images, tags=tags)
-        ahead = await self._ahead.of(kind, due) - 1
+        ahead = await self._ahead.of(kind, due) + lines - 1
         return self._seen[kind].room(map(policy.binding, limits), ahead)
 
     def ended(self, job: ClaimedJob, record: CallRecord, error: TidegateError | None) -> int | None:
@@ -188,6 +194,18 @@ class TierOffers:
         time."""
         busy_ms = min(map(self.flex.busy_ms, keys), default=0.0)
         return round(busy_ms * uniform(1, 1.5))
+
+    async def line_put_off_ms(self, line: ClaimedJob, *keys: Key) -> int:
+        """Return how long a batch line waits for flex capacity, 0 if it may be called: longer with
+        many lines, so that few a second are claimed in vain, but not past the review of its tier.
+        Raises StoreUnavailable."""
+        if not (busy_ms := self.put_off_ms(*keys)):
+            return 0
+        busy_ms += round(uniform(0, 1_000 * await self._ahead.lines(None) / _LINES_A_S))
+        if line.revisit_at is None:
+            return busy_ms
+        left_ms = (line.revisit_at - self._now()).total_seconds() * 1_000
+        return max(1, round(min(busy_ms, left_ms)))
 
 
 def _keeps_results(job: ClaimedJob) -> bool:

@@ -30,7 +30,6 @@ from tidegate.errors import (
     NotFound,
     StoreUnavailable,
     TidegateError,
-    UpstreamTierBusy,
     UpstreamUnavailable,
 )
 from tidegate.jobs.background import BackgroundRunner
@@ -55,6 +54,7 @@ from tidegate.jobs.calls import (
     status_of,
     time_left_ms,
     uncounted_wait_ms,
+    until_review,
 )
 from tidegate.jobs.outages import Held, Key, Look, Outages, PutOff, Turn
 from tidegate.jobs.provider_batches import ProviderBatchRunner
@@ -203,8 +203,6 @@ _CANCELS_EVERY_S = 1.0
 _MADE_ROOM_MS = 2_000
 _NEVER = datetime.max.replace(tzinfo=UTC)
 
-_GIVEN_UP = "given up in the flex tier: only the usual tier still makes the job's deadline"
-
 log = get_logger()
 
 
@@ -316,13 +314,13 @@ class Worker:
         self.last_tries = LastTries()
         self._lacking, self._own_limits = Lacking(), OwnLimits(self._limiters)
         held = self._put_off.held
-        batches = BatchRunner(config, store, blobs, relay, held, self.last_tries, self._own_limits)
+        batches = BatchRunner(
+            config, store, blobs, relay, held, self.last_tries, self._own_limits, self._offers
+        )
         background = BackgroundRunner(config, store, relay)
         beside = (batches.run, self._provider_batches.run, background.run)
         self._beside = beside if pool == DEFAULT_POOL else ()
-        self._config = config
-        self._store = store
-        self._blobs = blobs
+        self._config, self._store, self._blobs = config, store, blobs
         self._bodies = CallBodies(blobs, config.max_held_bytes, self._clock)
         self._limiter, self._prompts = limiter, prompts
         self._stages = Stages(self._tasks)
@@ -652,21 +650,6 @@ class Worker:
             record.admitted_at = None  # no call was made
         await self._record(job, record, failure, run.counted_tries)
 
-    async def _call(self, run: _JobRun, left_ms: int | None) -> None:
-        """Make the call in the job's tier; in flex only until the tier has to be reviewed."""
-        if run.job.tier is not Tier.FLEX:
-            await self._make(run, left_ms)
-            return
-        until = run.job.revisit_at
-        left_s = None if until is None else max(0.0, (until - self._clock.now()).total_seconds())
-        try:
-            async with asyncio.timeout(left_s) as bound:
-                await self._make(run, left_ms)
-        except TimeoutError:
-            if not bound.expired():
-                raise
-            raise UpstreamTierBusy(_GIVEN_UP) from None
-
     async def _make(self, run: _JobRun, left_ms: int | None) -> None:
         job, kind, record = run.job, run.kind, run.record
         caller, left = caller_of(job), partial(self._stages.is_called_off, job)
@@ -732,7 +715,8 @@ class Worker:
             if left_ms is not None and left_ms <= 0:
                 raise DeadlineExceeded("the deadline passed while the job waited", limit=kind.limit)
             try:
-                await self._call(run, left_ms)
+                async with until_review(job, self._clock):
+                    await self._make(run, left_ms)
                 return
             except StoreUnavailable:
                 self._stages.leave(job)

@@ -47,8 +47,7 @@ _DIED = Failure(
     code="worker_lost",
     message=f"the workers that ran this died {MAX_LAPSES} times; it will not be tried again",
 )
-_OPEN_EVERY_S = 1.0
-_HELD_UP_EVERY_S = 1.0
+_OPEN_EVERY_S = _HELD_UP_EVERY_S = 1.0
 
 log = get_logger()
 
@@ -649,7 +648,7 @@ class OpenBatches:
 @dataclass(frozen=True, slots=True)
 class BatchLine:
     """A claimed line. `id`: on the record; `attempts`: begun before this claim; `lapses`: those
-    whose worker died; `preemptions`: calls that were preempted."""
+    whose worker died; `preemptions`: preempted calls; `in_flex`: its tenant allows that tier."""
 
     batch_id: UUID
     line: int
@@ -666,6 +665,7 @@ class BatchLine:
     preemptions: int
     expires_at: datetime
     call_headers: dict[str, str] | None
+    in_flex: bool
 
     @property
     def key(self) -> Json:

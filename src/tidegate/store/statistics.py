@@ -325,13 +325,24 @@ class _DueJobs:
 
 
 class OpenJobs:
-    """Open jobs of a pool by deadline, read at most every 2 s. One per worker."""
+    """Open jobs of a pool by deadline, and batch lines, read at most every 2 s. One per worker."""
 
     def __init__(self, connections: Connections, pool: str) -> None:
         self._connections = connections
         self._pool = pool
         self._read: list[_DueJobs] = []
-        self._next_at = float("-inf")
+        self._next_at = self._lines_next_at = float("-inf")
+        self._lines: list[tuple[datetime, int]] = []
+
+    async def lines(self, due: datetime | None) -> int:
+        """Return how many batch lines have not ended whose batches expire until then. Raises
+        StoreUnavailable."""
+        now = time.monotonic()
+        if now >= self._lines_next_at:
+            found = await self._connections.rows("lines_ahead", timeout_ms=_DEPTHS_TIMEOUT_MS)
+            self._lines = [(row["due_at"], row["lines"]) for row in found]
+            self._lines_next_at = now + _AHEAD_FRESH_S
+        return sum(lines for due_at, lines in self._lines if due is None or due_at <= due)
 
     async def of(self, lane: str, due: datetime | None) -> int:
         """Return how many jobs of a lane come before one with this deadline, including that job:

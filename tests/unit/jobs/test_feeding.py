@@ -39,7 +39,7 @@ async def a_batch_is_open() -> bool:
 
 
 def line_caller(store: object, outages: Outages) -> LineCaller:
-    used = (None, store, None, Held(outages, {}), LastTries(), OwnLimits(set))
+    used = (None, store, None, Held(outages, {}), LastTries(), OwnLimits(set), None)
     return LineCaller(*cast(Any, used))
 
 

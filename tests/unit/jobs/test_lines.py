@@ -66,7 +66,7 @@ class Lines:
 async def test_lines_that_are_given_up_between_two_tries_keep_what_they_have_used_up() -> None:
     store = SimpleNamespace(notifications=None, batch_lines=(lines := Lines()))
     held = SimpleNamespace(outages=None)
-    caller = LineCaller(*cast(Any, (None, store, None, held, LastTries(), OwnLimits(set))))
+    caller = LineCaller(*cast(Any, (None, store, None, held, LastTries(), OwnLimits(set), None)))
     made: dict[UUID, int] = {}
     for attempts, faults in ((2, 0), (1, 1), (2, 1)):
         line = SimpleNamespace(id=new_id(), batch_id=new_id(), lapses=0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from math import inf
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -60,6 +62,9 @@ def a_record() -> CallRecord:
 class NoJobs:
     async def of(self, _lane: str, _due: datetime | None) -> int:
         return 0
+
+    async def lines(self, _due: datetime | None) -> int:
+        return 40_000
 
 
 async def no_batches(_upstream: str, _model: str) -> None:
@@ -156,3 +161,40 @@ async def test_a_job_that_can_go_nowhere_is_offered_nothing(offers: TierOffers) 
     assert choice == TierChoice(
         Tier.LIVE, None, "no cheaper tier is allowed and offered for its model"
     )
+
+
+async def test_many_lines_wait_for_flex_long_but_not_past_their_review(
+    offers: TierOffers,
+) -> None:
+    line = a_job(Tier.FLEX)
+    assert await offers.line_put_off_ms(line, KEY) == 0
+    offers.ended(line, a_record(), UpstreamTierBusy("Resource Unavailable", status=429))
+    waits = [await offers.line_put_off_ms(line, KEY) for _ in range(100)]
+    assert min(waits) >= 1_000
+    assert 60_000 < max(waits) <= 201_500, "40,000 lines, 200 of them a second"
+    soon = a_job(Tier.FLEX, revisit_at=datetime.now(UTC) + timedelta(seconds=3))
+    assert max([await offers.line_put_off_ms(soon, KEY) for _ in range(100)]) <= 3_000
+    past = a_job(Tier.FLEX, revisit_at=datetime.now(UTC) - timedelta(seconds=3))
+    assert await offers.line_put_off_ms(past, KEY) == 1
+
+
+async def test_all_lines_that_expire_until_then_count_for_the_usual_tier(
+    offers: TierOffers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lanes = SimpleNamespace(
+        limiter=SimpleNamespace(policy=SimpleNamespace(binding=lambda limit: limit)),
+        demands=SimpleNamespace(
+            prices=SimpleNamespace(share=lambda *_: 0.5),
+            limits=lambda *_, **__: [Rate(60_000, 60_000)],
+        ),
+    )
+    monkeypatch.setattr(offers, "_lane_of", lambda _: lanes)
+    upstream = Upstream("openai", {"openai": "http://127.0.0.1:1"}, "k")
+    monkeypatch.setattr(offers, "_targets_of", lambda _: [Target(upstream, "gpt-5")])
+    due = datetime.now(UTC) + timedelta(seconds=960)
+    line = replace(a_job(None, tiers_allowed=(Tier.FLEX,)), deadline_at=due)
+    as_job = await offers.choice(line, Kind.TEXT_ONLY)
+    as_line = await offers.choice(line, Kind.TEXT_ONLY, is_line=True)
+    assert as_job is not None
+    assert as_line is not None
+    assert (as_job.tier, as_line.tier) == (Tier.FLEX, Tier.LIVE), "40 s of lines before it"

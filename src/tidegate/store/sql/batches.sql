@@ -233,8 +233,9 @@ RETURNING id
 -- Claim ready lines for worker $1, at most $2 lines and $3 bytes, batches in turn.
 -- Lines are claimed from line $4 on, except those of the batches $5 and of the tenants and keys $6.
 WITH ready AS MATERIALIZED (
-    SELECT head.*, b.endpoint, b.models, b.key_id, b.expires_at, b.metadata
-    FROM batches b CROSS JOIN LATERAL (
+    SELECT head.*, b.endpoint, b.models, b.key_id, b.expires_at, b.metadata,
+        coalesce(b.key_id IS NOT NULL AND 'flex' = ANY(t.tiers_allowed), false) AS in_flex
+    FROM batches b LEFT JOIN tenants t ON t.id = b.tenant_id CROSS JOIN LATERAL (
         SELECT batch_id, line, row_number() OVER (ORDER BY line) AS turn, size_bytes
         FROM batch_lines
         WHERE batch_id = b.id AND state = 'queued' AND (not_before IS NULL OR not_before <= now())
@@ -245,7 +246,7 @@ WITH ready AS MATERIALIZED (
         AND NOT ARRAY['tenant/' || b.tenant_id, 'key/' || coalesce(b.key_id, '')] && $6::text[]
 ), picked AS MATERIALIZED (
     SELECT l.batch_id, l.line, ready.turn, ready.endpoint, ready.models, ready.key_id,
-        ready.expires_at, ready.metadata
+        ready.expires_at, ready.metadata, ready.in_flex
     FROM ready JOIN batch_lines l ON l.batch_id = ready.batch_id AND l.line = ready.line
     WHERE l.state = 'queued'
     ORDER BY ready.turn, l.batch_id LIMIT $2
@@ -258,7 +259,7 @@ UPDATE batch_lines l SET state = 'claimed', claim = l.claim + 1, claimed_by = $1
 FROM fitting
 WHERE l.batch_id = fitting.batch_id AND l.line = fitting.line AND fitting.so_far < $3
 RETURNING l.*, fitting.endpoint, fitting.models, fitting.key_id, fitting.expires_at,
-    fitting.metadata
+    fitting.metadata, fitting.in_flex
 
 -- name: batches_held_up
 -- Return the batches that are paused, and those of keys whose tenants are disabled or deleted.

@@ -179,6 +179,11 @@ SELECT lane, min(deadline_at) AS due_at, count(*) AS jobs,
 FROM open
 GROUP BY lane, trunc(50 * log(greatest(1, extract(epoch FROM deadline_at - now()))))
 
+-- name: lines_ahead
+-- Lines that have not ended, by when their batches expire.
+SELECT expires_at AS due_at, sum(total - completed - failed)::bigint AS lines FROM batches
+WHERE status = 'in_progress' AND paused_at IS NULL GROUP BY expires_at
+
 -- name: day_uses
 -- Sum what admitted calls of pool $1 used from $2 on, by the scopes of limits.
 -- Keys, subjects and conversations are separate if they are in $3, $4 and $5. Calls in a provider's
