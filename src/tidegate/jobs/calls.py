@@ -293,7 +293,7 @@ def retry_wait_ms(
     return round(directed + (jitter if not directed else jitter / 4))
 
 
-_LOOK_EVERY_S = 0.9
+_LOOK_EVERY_S, _LOOK_SHARE = 0.9, 10
 
 
 class OwnLimits:
@@ -307,7 +307,7 @@ class OwnLimits:
     ) -> None:
         self._limiters = limiters
         self._clock = clock
-        self._looked_at = float("-inf")
+        self._next_at = float("-inf")
         self._held: frozenset[CallerName] = frozenset()
 
     def __repr__(self) -> str:
@@ -317,11 +317,10 @@ class OwnLimits:
         return bool(self._held)
 
     async def look(self) -> None:
-        """Read which limits delay this process's calls, at most once a second; a pool without an
-        answer counts as none."""
-        if self._clock() - self._looked_at < _LOOK_EVERY_S:
+        """Read which limits delay this process's calls, at most once a second and for a tenth of
+        the time, since it grows with the limits of a pool; one without an answer counts as none."""
+        if (began := self._clock()) < self._next_at:
             return
-        self._looked_at = self._clock()
         held: set[CallerName] = set()
         for limiter in self._limiters():
             if limiter.waiters and any(_caller_of(one) for one in limiter.policy.limits):
@@ -329,7 +328,8 @@ class OwnLimits:
                     queues = (await limiter.snapshot()).queues
                     mine = (one.held_up_by for one in queues if one.sid == limiter.session)
                     held |= {whom for one in mine if one and (whom := _caller_of(one))}
-        self._held = frozenset(held)
+        self._held, ended = frozenset(held), self._clock()
+        self._next_at = max(began + _LOOK_EVERY_S, ended + _LOOK_SHARE * (ended - began))
 
     def of(self, job: ClaimedJob) -> tuple[CallerName, ...]:
         """Return those of a job's key, user and conversation whose limits delay calls."""

@@ -126,11 +126,12 @@ def test_of_a_full_window_the_tenants_with_the_most_give_back_what_is_needed_las
     assert given(9) == [0, 4, 2, 1, 3], "the highest priority last"
 
 
-async def test_limits_that_delay_calls_are_read_once_a_second() -> None:
-    now, looks = [100.0], list[float]()
+async def test_limits_that_delay_calls_are_read_once_a_second_and_a_tenth_of_the_time() -> None:
+    now, looks, took_s = [100.0], list[float](), [0.0]
 
     async def snapshot() -> Any:
         looks.append(now[0])
+        now[0] += took_s[0]
         return SimpleNamespace(queues=[SimpleNamespace(sid="me", held_up_by="rpm:tenant/acme")])
 
     policy = SimpleNamespace(limits={"kind:text_only": 1, "rpm:tenant/acme": 1})
@@ -149,3 +150,9 @@ async def test_limits_that_delay_calls_are_read_once_a_second() -> None:
     assert own.of_line(others) is None
     assert own.filling_lines([of_acme, others], 4) == []
     assert own.filling_lines([of_acme, others, of_acme], 4) == ["tenant/acme"]
+    now[0], took_s[0] = 200.0, 0.5
+    looks.clear()
+    for _ in range(60):
+        await own.look()
+        now[0] += 0.1
+    assert looks == [200.0, pytest.approx(205.5, abs=0.15)]
