@@ -48,7 +48,8 @@ PriorityCap = Annotated[
 TenantTiers = Annotated[
     str | None,
     typer.Option(
-        help="Processing tiers of jobs that name none: live,flex,batch. none: only live.",
+        help="Processing tiers of jobs that name none: live,flex,batch. Batch lines use live,flex. "
+        "none: only live.",
         metavar="TIERS|none",
     ),
 ]

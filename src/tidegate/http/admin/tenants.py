@@ -104,8 +104,8 @@ class NewTenant(Signed):
         default=None,
         min_length=1,
         max_length=10,
-        description="Processing tiers that its jobs may be put into unless they say so themselves; "
-        "null: live alone",
+        description="Processing tiers that its jobs may be put into unless they say so themselves, "
+        "and of its batch lines, which use live and flex; null: live alone",
         examples=[["live", "flex", "batch"]],
     )
     disabled: bool = Field(default=False, description="Its keys then open nothing")
