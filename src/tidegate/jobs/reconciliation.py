@@ -18,7 +18,7 @@ from tidegate.admission.charges import Prices, provider_of_upstream
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable, UpstreamError
 from tidegate.policy.deployment import Deployment, Upstream
 from tidegate.prices.reconciliation import ModelFinding, Verdict, compared
-from tidegate.store.statistics import Reconciliations
+from tidegate.store.provider.reconciliations import Reconciliations
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.upstream.transport import RelayWire
 from tidegate.upstream.usage_api import (

@@ -1,4 +1,4 @@
-"""Statistics: usage and its reconciliation, history of calls, latencies, queue depth, past loads.
+"""Statistics: usage, history of calls, latencies, queue depth, past loads.
 
 Each process counts its own calls and rewrites a span when it changes; readers add up the processes.
 A histogram is one integer with a 64-bit count for each of `LANES` classes, a quarter of an octave
@@ -15,12 +15,10 @@ import asyncio
 import math
 import struct
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from datetime import UTC, date, datetime, timedelta
-from datetime import time as time_of_day
+from datetime import UTC, date, datetime
 from operator import add
 from typing import Any, Literal
 from uuid import UUID
@@ -30,14 +28,6 @@ import orjson
 
 from tidegate.call import UsageState
 from tidegate.errors import StoreUnavailable
-from tidegate.prices.reconciliation import (
-    Correction,
-    DoubtfulCall,
-    ModelDay,
-    ModelFinding,
-    UsageSum,
-)
-from tidegate.store.budgets import correct_holds
 from tidegate.store.database import Connections, sql
 from tidegate.store.records import Json, dumps, record_of
 
@@ -701,143 +691,6 @@ def day_of(at: datetime | str) -> date:
 
 def moment_of(at: datetime | str) -> datetime:
     return datetime.fromisoformat(at) if isinstance(at, str) else at
-
-
-MOST_DOUBTFUL = 10_000
-MOST_FOUND = 10_000
-_MOST_NAMED = 100  # calls per finding
-
-
-@dataclass(frozen=True, slots=True)
-class Reconciled:
-    """The last comparison of an upstream, day and model. calls: the first hundred that explain a
-    difference: id, state, and the cost before and after."""
-
-    upstream: str
-    day: date
-    model: str
-    provider: str
-    ours_micros: int
-    theirs_micros: int
-    verdict: str
-    reason: str
-    calls: Sequence[Mapping[str, Any]]
-    reconciled_at: datetime
-
-    @property
-    def difference_micros(self) -> int:
-        return self.theirs_micros - self.ours_micros
-
-
-class Reconciliations:
-    """The record's side of a day, its corrections, and findings of comparisons with providers.
-    Every method raises StoreUnavailable.
-
-    A charge and the totals that contain it are corrected in one transaction, and only if the charge
-    is still the compared one.
-    """
-
-    def __init__(self, connections: Connections) -> None:
-        self._connections = connections
-
-    async def ours(self, upstream: str, day: date) -> dict[str, ModelDay]:
-        """Return the record of a UTC day by the model that answered, else the one requested."""
-        begin, end = _day_bounds(day)
-        told = await self._connections.rows("get_told_usage", upstream, begin, end)
-        rows = await self._connections.rows(
-            "get_doubtful_calls", upstream, begin, end, MOST_DOUBTFUL
-        )
-        doubtful: defaultdict[str, list[DoubtfulCall]] = defaultdict(list)
-        for row in rows:
-            values = dict(row)
-            doubtful[values.pop("model")].append(DoubtfulCall(**values))
-        found: dict[str, ModelDay] = {}
-        for row in told:
-            values = dict(row)
-            model, unpriced = values.pop("model"), values.pop("unpriced")
-            calls = tuple(doubtful.pop(model, ()))
-            found[model] = ModelDay(UsageSum(**values), calls, unpriced)
-        for model, calls_alone in doubtful.items():
-            found[model] = ModelDay(doubtful=tuple(calls_alone))
-        return found
-
-    async def keep(
-        self, upstream: str, provider: str, day: date, findings: Sequence[ModelFinding]
-    ) -> int:
-        """Correct the charges that the findings explain, and store the findings; return the number
-        of corrected charges."""
-
-        async def work(connection: asyncpg.Connection) -> int:
-            corrected = 0
-            for finding in findings:
-                corrected += await _correct_charges(connection, day, finding)
-                calls = orjson.dumps(_explaining_calls(finding)).decode()
-                await connection.execute(
-                    sql("put_reconciliation"),
-                    upstream,
-                    day,
-                    finding.model,
-                    provider,
-                    finding.ours_micros,
-                    finding.theirs.cost_micros,
-                    finding.verdict,
-                    finding.reason,
-                    calls,
-                )
-            return corrected
-
-        return await self._connections.run(work)
-
-    async def found(self, first: date, last: date) -> list[Reconciled]:
-        """Return the findings for the days from `first` to `last`, both inclusive, newest first."""
-        rows = await self._connections.rows("get_reconciliations", first, last, MOST_FOUND)
-        return [Reconciled(**dict(row) | {"calls": orjson.loads(row["calls"])}) for row in rows]
-
-    async def is_done(self, upstream: str, day: date) -> bool:
-        """Whether a day was compared."""
-        return await self._connections.row("reconciled_since", upstream, day) is not None
-
-
-async def _correct_charges(connection: asyncpg.Connection, day: date, finding: ModelFinding) -> int:
-    begin, end = _day_bounds(day)
-    corrected = 0
-    right = finding.ours.doubtful if finding.verdict == "equal" else ()
-    for one in finding.corrections or [Correction(call, call.charged_micros) for call in right]:
-        if not one.delta_micros:
-            # The charge is right, but budgets may still be charged the bound.
-            if one.call.cost_micros is not None:
-                await correct_holds(connection, one.call.request_id, micros=one.cost_micros)
-            continue
-        charged = one.call.charged_micros
-        # A call that was repeated is charged for its last attempt already.
-        before = one.call.weight if one.call.state == "repeated" else charged
-        row = await connection.fetchrow(
-            sql("correct_charge"), one.call.request_id, begin, end, one.delta_micros, before
-        )
-        if row is None:
-            continue
-        corrected += 1
-        key = (row["tenant_id"], row["day"], row["model"], row["upstream"], row["pool"])
-        await connection.execute(sql("correct_usage"), *key, one.delta_micros)
-        await correct_holds(connection, one.call.request_id, micros=one.cost_micros)
-    return corrected
-
-
-def _explaining_calls(finding: ModelFinding) -> list[dict[str, Any]]:
-    return [
-        {
-            "request_id": str(one.call.request_id),
-            "state": one.call.state,
-            "charged_micros": one.call.cost_micros,
-            "cost_micros": one.cost_micros,
-        }
-        for one in finding.corrections[:_MOST_NAMED]
-    ]
-
-
-def _day_bounds(day: date) -> tuple[datetime, datetime]:
-    begin = datetime.combine(day, time_of_day(), UTC)
-    return begin, begin + timedelta(days=1)
 
 
 async def newest_ids(connections: Connections, most: int) -> list[UUID]:

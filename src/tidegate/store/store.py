@@ -23,13 +23,14 @@ from tidegate.store.notifications import Notifications
 from tidegate.store.outbox import AlertOutbox, WebhookOutbox
 from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.provider_batches import ProviderBatches
+from tidegate.store.provider.reconciliations import Reconciliations
 from tidegate.store.provider.resources import ProviderResources
 from tidegate.store.provider.upstreams import UpstreamRevisions
 from tidegate.store.queue import JobQueue
 from tidegate.store.requests import ActiveRequests, Requests
 from tidegate.store.retention import Retention, make_partitions
 from tidegate.store.spill import CallJournal, Spill
-from tidegate.store.statistics import History, QueueDepths, Reconciliations, UsageTotals
+from tidegate.store.statistics import History, QueueDepths, UsageTotals
 from tidegate.store.tenants import Policies, Tenants
 
 _SCHEMA_TIMEOUT_MS = 1_000  # less than the timeout of the probes in deploy/

@@ -81,7 +81,7 @@ def reconcile(
     """Compare a day's record with the provider's usage and costs; with `dry_run` nothing is
     corrected or stored. Raises ConfigError, UpstreamError and StoreUnavailable."""
     from tidegate.jobs import reconciliation
-    from tidegate.store.statistics import Reconciliations
+    from tidegate.store.provider.reconciliations import Reconciliations
     from tidegate.upstream.transport import RelayWire
     from tidegate.upstream.usage_api import USAGE_TIMEOUTS
 

@@ -25,7 +25,7 @@ from tidegate.policy.deployment import Upstream
 from tidegate.prices.rates import Rates, catalog, cost_micros
 from tidegate.prices.reconciliation import UsageSum, compared
 from tidegate.store.database import Connections
-from tidegate.store.statistics import Reconciliations
+from tidegate.store.provider.reconciliations import Reconciliations
 from tidegate.upstream.transport import RelayWire
 from tidegate.upstream.usage_api import USAGE_PROVIDERS, USAGE_TIMEOUTS, UsageProvider
 

@@ -26,7 +26,7 @@ from tidegate.jobs.reconciliation import (
 from tidegate.policy.deployment import Deployment, Upstream, deployed_upstreams
 from tidegate.prices.budgets import Budget
 from tidegate.store.database import Connections
-from tidegate.store.statistics import Reconciliations
+from tidegate.store.provider.reconciliations import Reconciliations
 from tidegate.upstream.transport import RelayWire
 from tidegate.upstream.usage_api import USAGE_PROVIDERS, USAGE_TIMEOUTS, UsageProvider
 

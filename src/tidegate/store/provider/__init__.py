@@ -1,1 +1,1 @@
-"""Things that live on at a provider after the call that made them: batches and resources."""
+"""Providers on record: what lives on there after its call, their upstreams, compared costs."""
