@@ -1,14 +1,15 @@
 """What an interaction with the dashboard's pages takes on a large record.
 
-    python -m bench.pages [--requests 1000000] [--tenants 500] [--limits 10000] [--folder FOLDER]
+    python -m bench.pages [--requests 1000000] [--tenants 500] [--keys 4000] [--limits 10000]
+        [--days 31] [--folder FOLDER]
 
-A database is filled with requests of 31 days: tenants and keys of unequal size, eight models, four
-upstreams, prompts of 20 to 60 words, a tenth of them jobs, a fiftieth failed. Then one API process
-answers what each page requests, one request at a time. The table has the median of `--repeats`: of
-the processor time that the process, PostgreSQL and Valkey take for an answer, which is how long it
-takes on a machine that nobody else uses, and of the time until it is there, which is more on one
-that others use. With `--folder` the database stays there, and the next run reads it: of another
-version of the code too, which migrates it first.
+A database is filled with requests of 31 days, or of `--days`: tenants and keys of unequal size,
+eight models, four upstreams, prompts of 20 to 60 words, a tenth of them jobs, a fiftieth failed.
+Then one API process answers what each page requests, one request at a time. The table has the
+median of `--repeats`: of the processor time that the process, PostgreSQL and Valkey take for an
+answer, which is how long it takes on a machine that nobody else uses, and of the time until it is
+there, which is more on one that others use. With `--folder` the database stays there, and the next
+run reads it: of another version of the code too, which migrates it first.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _FILL_DAY = """
         input / 3, input + output, 'stop',
         CASE WHEN failed THEN '{"code": "upstream_error", "message": "it failed"}'::jsonb END,
         '/v1/chat/completions', CASE WHEN failed THEN 502 ELSE 200 END, n % 2 = 0,
-        'k' || lpad(tenant::text, 6, '0') || n % 2, 'user-' || (n * 7919) % 20000,
+        'k' || lpad(tenant::text, 5, '0') || lpad(key::text, 2, '0'), 'user-' || (n * 7919) % 20000,
         CASE WHEN n % 200 = 0 THEN 'estimated' ELSE 'told' END, input + output * 4, 0,
         extract(epoch FROM took) * 300, CASE WHEN n % 3 = 0
             THEN jsonb_build_object('cache_write_tokens', input / 4) END,
@@ -65,7 +66,8 @@ _FILL_DAY = """
             floor($4::bigint * power(random(), 2))::int AS tenant, random() < 0.02 AS failed,
             random() * interval '2 seconds' AS waited, random() * interval '9 seconds' AS took,
             (50 + random() * 4000)::int AS input, (20 + random() * 900)::int AS output,
-            floor(random() * $5::int)::int AS prompt
+            floor(random() * $5::int)::int AS prompt,
+            floor($7::int * power(random(), 2))::int AS key
         FROM (SELECT $3::bigint AS first) AS one,
             generate_series($3::bigint, $3::bigint + $1::bigint - 1) AS n
     ) AS made
@@ -97,8 +99,10 @@ _FILL_REST = (
 )
 
 
-async def fill(url: str, requests: int, tenants: int) -> None:
+async def fill(url: str, options: argparse.Namespace) -> None:
     """Fill a migrated database."""
+    requests, tenants, days = options.requests, options.tenants, options.days
+    of_each = options.keys // tenants
     words, rng = Words(), Random(_SEED)
     connection = await asyncpg.connect(url)
     today = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
@@ -111,23 +115,23 @@ async def fill(url: str, requests: int, tenants: int) -> None:
     names = [(f"t{n}",) for n in range(tenants)]
     await connection.copy_records_to_table("tenants", records=names, columns=["id"])
     keys = [
-        (f"k{n:06}{which}", f"t{n}", bytes(32), f"key {which}", ["call"])
+        (f"k{n:05}{which:02}", f"t{n}", bytes(32), f"key {which}", ["call"])
         for n in range(tenants)
-        for which in range(2)
+        for which in range(of_each)
     ]
     columns = ["prefix", "tenant_id", "digest", "name", "scopes"]
     await connection.copy_records_to_table("keys", records=keys, columns=columns)
     first = 0
-    for day in reversed(range(DAYS)):
+    for day in reversed(range(days)):
         start = today - timedelta(days=day)
         async with connection.transaction():
             for table in partitions.TABLES:
                 with suppress(asyncpg.DuplicateTableError):
                     async with connection.transaction():
                         await partitions._make(connection, table, start.date())
-        count = requests // DAYS + (1 if day < requests % DAYS else 0)
+        count = requests // days + (1 if day < requests % days else 0)
         length = min(timedelta(days=1), datetime.now(UTC) - start)  # today up to now
-        await connection.execute(_FILL_DAY, count, start, first, tenants, PROMPTS, length)
+        await connection.execute(_FILL_DAY, count, start, first, tenants, PROMPTS, length, of_each)
         first += count
     for statement in _FILL_REST:
         await connection.execute(statement)
@@ -139,6 +143,7 @@ def pages(since: str, until: str, request: str) -> dict[str, str]:
     """The interactions by name, each with the path that the page requests."""
     common, rarer = (word for word in Words().text(3_000).split()[:2])
     month = f"since={since}&until={until}"
+    quarter = f"since={date.fromisoformat(until) - timedelta(days=89)}&until={until}"
     day = f"since={until}T00:00:00Z"
     listed = "/admin/requests?limit=50"
     return {
@@ -173,6 +178,8 @@ def pages(since: str, until: str, request: str) -> dict[str, str]:
         "Usage by key and day": f"/admin/usage?by=key,day&{month}",
         "Usage by upstream": f"/admin/usage?by=upstream&{month}",
         "Usage by upstream and day": f"/admin/usage?by=upstream,day&{month}",
+        "Usage of 90 days by tenant": f"/admin/usage?by=tenant&{quarter}",
+        "Usage of 90 days by tenant and day": f"/admin/usage?by=tenant,day&{quarter}",
         "Usage of a tenant by key": f"/admin/usage?by=key,day&tenant=t1&{month}",
         "Usage of an upstream by tenant": f"/admin/usage?by=tenant&upstream=upstream-1&{month}",
         "Usage of an upstream by model": f"/admin/usage?by=model&upstream=upstream-1&{month}",
@@ -276,12 +283,14 @@ def used_ms(pids: Iterable[int], server: int) -> float:
 
 
 async def _is_summed_up(url: str) -> bool:
-    """Whether no day is still to be summed up; true of a version that sums none up."""
-    if "days_to_sum" not in partitions.QUERIES:
-        return True
+    """Whether no day or week is still to be summed up; true of a version that sums none up."""
     connection = await asyncpg.connect(url)
+    due = ("days_to_sum", "part_to_sum", "weeks_to_sum")
     try:
-        return not await connection.fetch(partitions.sql("days_to_sum"))
+        for name in [name for name in due if name in partitions.QUERIES]:
+            if await connection.fetch(partitions.sql(name)):
+                return False
+        return True
     finally:
         await connection.close()
 
@@ -290,12 +299,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=1_000_000)
     parser.add_argument("--tenants", type=int, default=500)
+    parser.add_argument("--keys", type=int, default=4000, help="of all tenants together")
+    parser.add_argument("--days", type=int, default=DAYS)
     parser.add_argument("--limits", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--folder", type=Path, help="where the database is, or is to be kept")
     parser.add_argument("--only", default="", help="a part of the names of those to measure")
     options = parser.parse_args()
     command = ["python", "-m", "bench.pages", "--requests", str(options.requests)]
+    command += ["--keys", str(options.keys), "--days", str(options.days)]
     print("\n".join(describe("PostgreSQL of the wheel", command)), end="\n\n")
     with tempfile.TemporaryDirectory() as scratch:
         folder = (options.folder or Path(scratch) / "postgres").resolve()
@@ -307,7 +319,7 @@ def main() -> None:
         try:
             if not done.exists():
                 asyncio.run(migrate(server.url()))
-                asyncio.run(fill(server.url(), options.requests, options.tenants))
+                asyncio.run(fill(server.url(), options))
                 done.touch()
             asyncio.run(measure(server.url(), Path(scratch) / "fleet", options))
         finally:

@@ -201,7 +201,7 @@ async def _read_record(
         seen.any_key = await tenants.any_key()
         if revision >= "0014":
             seen.unvouched = await tenants.unvouched_keys()
-        if revision >= "0015":
+        if revision >= "0037":
             today = datetime.now(UTC).date()
             since = today - deployment.PRICES_OVER
             seen.called = await UsageTotals(connections).totals(("model",), since, today)

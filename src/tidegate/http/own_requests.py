@@ -10,8 +10,6 @@ import struct
 from base64 import b64decode, urlsafe_b64encode
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
-from itertools import islice
-from operator import attrgetter
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -39,7 +37,7 @@ from tidegate.limiter import Snapshot
 from tidegate.metrics.process import Notes
 from tidegate.record import OF_BUDGETS, ActiveCall
 from tidegate.store.requests import START, Body, Filter, ListCursor, Role
-from tidegate.store.statistics import COUNTS, MOST_PARTS, MOST_TOTALS, latency_by_hour
+from tidegate.store.statistics import MOST_PARTS, MOST_TOTALS, latency_by_hour
 
 _CONFIRMED_WITHIN_S = 2.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -730,7 +728,8 @@ async def _view(
     tenant: str | None,
     upstream: str | None = None,
 ) -> Response:
-    """Return a `TotalsView` as JSON, without its model, which would take 300 ms for 10,000 rows."""
+    """Return a `TotalsView` as JSON, whose rows PostgreSQL renders: its model would take 300 ms for
+    10,000 rows."""
     apart = [name.strip() for name in by.split(",") if name.strip()]
     allowed = ", ".join(_APART)
     for name in apart:
@@ -741,15 +740,7 @@ async def _view(
         allowed = f"a day from {last - timedelta(days=_MOST_LOGGED_DAYS - 1)} on"
         raise InvalidRequest("since", "by key or upstream is of too many days", allowed=allowed)
     _check_no_nul(tenant=tenant, upstream=upstream)
-    totals = await services_of(request).store.usage.totals(apart, first, last, tenant, upstream)
-    names = (*COUNTS, *dict.fromkeys(apart))
-    values = [attrgetter(*names)(one) for one in totals]
-    sums = [sum(column) for column in islice(zip(*values, strict=True), len(COUNTS))]
-    view = {
-        "since": first,
-        "until": last,
-        "rows": [dict(zip(names, row, strict=True)) for row in values],
-        "total": dict(zip(COUNTS, sums or [0] * len(COUNTS), strict=True)),
-        "cut": len(values) == MOST_TOTALS,
-    }
-    return Response(orjson.dumps(view), media_type="application/json")
+    table = await services_of(request).store.usage.table(apart, first, last, tenant, upstream)
+    head = orjson.dumps({"since": first, "until": last, "total": table.total, "cut": table.cut})
+    body = b'%s,"rows":%s}' % (head[:-1], table.rows.encode())
+    return Response(body, media_type="application/json")

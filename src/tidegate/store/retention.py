@@ -275,6 +275,7 @@ class Retention:
                     dropped += 1
                     if table == "audit":
                         await self.rows("forget_logged_sums", day)
+                        await self.rows("forget_logged_week", day)
                 else:
                     skipped += 1
         for table in partitions.TABLES:

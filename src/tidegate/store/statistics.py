@@ -18,7 +18,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
+from datetime import time as time_of_day
 from operator import add
 from typing import Any, Literal
 from uuid import UUID
@@ -28,7 +29,7 @@ import orjson
 
 from tidegate.call import UsageState
 from tidegate.errors import StoreUnavailable
-from tidegate.store.database import Connections, sql
+from tidegate.store.database import COMMAND_TIMEOUT_MS, Connections, sql
 from tidegate.store.records import Json, dumps, record_of
 
 LANES = 90  # from 1 ms to over an hour; the first is below 1 ms, the last everything above
@@ -554,9 +555,12 @@ class Total:
     upstream: str | None = None
 
 
-_TOTALLED, _LOGGED = ("tenant", "model", "day"), ("key", "upstream")
-COUNTS = tuple(one.name for one in fields(Total) if one.name not in (*_TOTALLED, *_LOGGED))
+_APART = ("tenant", "model", "day", "key", "upstream")
+_LOGGED = frozenset(("key", "upstream"))
+COUNTS = tuple(one.name for one in fields(Total) if one.name not in _APART)
 _LOGGED_TIMEOUT_MS = 30_000
+# Between the day on which a call came and the one on which it ended.
+_FARTHEST = timedelta(days=31)
 # Dimensions of each level of `usage_sums`, beside the day.
 _LEVELS = {"model": {"model"}, "tenant": {"tenant"}}
 _LEVELS_OF_LOG = {
@@ -564,15 +568,28 @@ _LEVELS_OF_LOG = {
     "upstream": {"upstream"},
     "tenant_upstream": {"tenant", "key", "upstream"},
 }
-_SUM_A_DAY = (
-    *("take_changes", "forget_sums", "sum_usage_day", "sum_logged_day", "note_summed_day"),
-)
 _SUM_EVERY_S = 300
 _SUM_TIMEOUT_MS = 300_000
+_DAY = timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageTable:
+    """Totals as JSON: `rows`, an array of objects with `COUNTS` and the requested dimensions, and
+    the total of these rows."""
+
+    rows: str
+    total: Mapping[str, int]
+    cut: bool
 
 
 class UsageTotals:
-    """Totals of usage on record. Every method raises StoreUnavailable."""
+    """Totals of usage on record. Every method raises StoreUnavailable.
+
+    Invariant: an answer is what the record contains at one moment. The sums of a day are read while
+    no change of it is marked, those of a week while its days have the sums that it was made of; the
+    rest is read from the record, in the same snapshot.
+    """
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
@@ -585,54 +602,187 @@ class UsageTotals:
         tenant_id: str | None = None,
         upstream: str | None = None,
     ) -> list[Total]:
+        """Return totals as `table` does."""
+        table = await self.table(by, since, until, tenant_id, upstream)
+        found = [dict.fromkeys(_APART[:3]) | row for row in orjson.loads(table.rows)]
+        days = [row["day"] and date.fromisoformat(row["day"]) for row in found]
+        return [Total(**row | {"day": day}) for row, day in zip(found, days, strict=True)]
+
+    async def table(
+        self,
+        by: Iterable[str],
+        since: date,
+        until: date,
+        tenant_id: str | None = None,
+        upstream: str | None = None,
+    ) -> UsageTable:
         """Return totals of the days from `since` to `until`, both inclusive, grouped `by`
         tenant, model and day; of one tenant or all, and of one upstream or all; the first
         `MOST_TOTALS` in order. Grouped by key or upstream, they are read from the request log,
         as far back as it is kept. Days with stored sums are read from these, if the sums have
         the requested dimensions."""
         apart = set(by)
-        wanted = [name in apart for name in _TOTALLED]
-        given = (*wanted, since, until, tenant_id, MOST_TOTALS)
-        logged = [name in apart for name in _LOGGED]
+        is_by_day, is_logged = "day" in apart, not _LOGGED.isdisjoint(apart)
         named = {"tenant": tenant_id, "upstream": upstream}
         told = apart | {name for name, one in named.items() if one is not None}
-        if any(logged):
-            level = _level_of(told, _LEVELS_OF_LOG)
-            needs_keys = level == "tenant_upstream" and "key" in told
-            values = (*given, *logged, level, upstream, needs_keys)
-            sums = await self._connections.rows(
-                "get_logged_usage", *values, timeout_ms=_LOGGED_TIMEOUT_MS
+        level = _level_of(told, _LEVELS_OF_LOG if is_logged else _LEVELS)
+        needs_keys = level == "tenant_upstream" and "key" in told
+        first, last = _widened(since, until) if is_logged else (since, until)
+
+        async def read(connection: asyncpg.Connection) -> UsageTable:
+            await connection.execute(sql("as_of_one_moment"))
+            state = await connection.fetchrow(sql("usage_state"), first, last, level, needs_keys)
+            assert state is not None
+            span, reach = (since, until), (first, last)
+            row = await connection.fetchrow(
+                sql("get_usage"),
+                *[name in apart for name in _APART],
+                *_spans_of(span, state, is_by_day=is_by_day, is_logged=is_logged),
+                tenant_id,
+                upstream,
+                MOST_TOTALS,
+                level,
+                *_sources_of(span, reach, state, is_by_day=is_by_day, is_logged=is_logged),
             )
-        else:
-            level = _level_of(told, _LEVELS)
-            sums = await self._connections.rows("get_usage", *given, level, upstream)
-        return [Total(**row) for row in sums]
+            assert row is not None
+            total = {name: row[name] for name in COUNTS}
+            return UsageTable(f"[{row['rows']}]", total, row["shown"] == MOST_TOTALS)
+
+        timeout_ms = _LOGGED_TIMEOUT_MS if is_logged else COMMAND_TIMEOUT_MS
+        return await self._connections.run(read, timeout_ms=timeout_ms)
 
     async def sum_days(self) -> int:
         """Sum up each past day whose sums are missing or out of date; return how many days. A day
         that another process sums up is skipped."""
         days = [row["day"] for row in await self._connections.rows("days_to_sum")]
-        return sum([await self._sum_day(day) for day in days])
+        return sum([await self._sum_up(day) for day in days])
 
-    async def _sum_day(self, day: date) -> bool:
-        """Sum up a day in one transaction. Calls written after its first statement mark the day as
-        changed again."""
+    async def sum_part(self) -> bool:
+        """Sum up the hours of the current day that ended an hour ago, if that is due."""
+        part = await self._connections.row("part_to_sum")
+        return part is not None and await self._sum_up(part["day"], part["until"])
+
+    async def sum_weeks(self) -> int:
+        """Sum up each week whose days are summed up, unless it was since; return how many weeks."""
+        weeks = [row["week"] for row in await self._connections.rows("weeks_to_sum")]
+        return sum([await self._sum_week(week) for week in weeks])
+
+    async def _sum_week(self, week: date) -> bool:
+        """Sum up a week in one transaction. The times of its days are noted before their sums are
+        read, so that a day that is summed up again meanwhile makes the week's sums invalid."""
+
+        async def work(connection: asyncpg.Connection) -> bool:
+            if not await connection.fetchval(sql("lock_summed_day"), week):
+                return False
+            for statement in ("note_summed_week", "forget_week", "sum_week"):
+                await connection.execute(sql(statement), week)
+            return True
+
+        return await self._connections.run(work, timeout_ms=_SUM_TIMEOUT_MS)
+
+    async def _sum_up(self, day: date, until: datetime | None = None) -> bool:
+        """Sum up a day, or its calls that came before `until`, in one transaction. Calls written
+        after its first statement mark the day as changed again."""
 
         async def work(connection: asyncpg.Connection) -> bool:
             if not await connection.fetchval(sql("lock_summed_day"), day):
                 return False
-            for statement in _SUM_A_DAY:
-                await connection.execute(sql(statement), day)
+            await connection.execute(sql("take_changes"), day)
+            await connection.execute(sql("forget_sums"), day)
+            await connection.execute(sql("sum_logged_day"), day, until or _start_of(day + _DAY))
+            if until is None:
+                await connection.execute(sql("sum_usage_day"), day)
+                await connection.execute(sql("forget_partial_day"), day)
+                await connection.execute(sql("note_summed_day"), day)
+            else:
+                await connection.execute(sql("forget_summed_day"), day)
+                await connection.execute(sql("note_partial_day"), day, until)
             return True
 
         return await self._connections.run(work, timeout_ms=_SUM_TIMEOUT_MS)
 
     async def run(self) -> None:
-        """Sum up until cancelled, which leaves the current day unchanged."""
+        """Sum up until cancelled: past days and weeks, and the current day to a past hour."""
         while True:
             with suppress(StoreUnavailable):
                 await self.sum_days()
+                await self.sum_part()
+                await self.sum_weeks()
             await asyncio.sleep(_SUM_EVERY_S)
+
+
+def _spans_of(
+    span: tuple[date, date], state: Mapping[str, Any], *, is_by_day: bool, is_logged: bool
+) -> tuple[list[date], list[date]]:
+    """Return the first and the last days of the spans to show: each day, or all days."""
+    if not is_by_day:
+        return [span[0]], [span[1]]
+    days = _days(*span) if is_logged else _days_with_usage(span, state)
+    return days, days
+
+
+def _sources_of(
+    span: tuple[date, date],
+    reach: tuple[date, date],
+    state: Mapping[str, Any],
+    *,
+    is_by_day: bool,
+    is_logged: bool,
+) -> tuple[Any, ...]:
+    """Return the parameters $12 to $18 of `get_usage`. Days of which the request log is gone have
+    no sums by key and upstream, although their deletion may still be due."""
+    summed = set(state["summed"])
+    logged = _logged_days(reach, state) if is_logged else []
+    if is_logged:
+        summed.intersection_update(logged)
+    days, weeks = set(summed), []
+    for week in [] if is_by_day else state["weeks"]:
+        inside = _days(week, week + 6 * _DAY)
+        if span[0] <= inside[0] and inside[-1] <= span[1] and days.issuperset(inside):
+            weeks.append(week)
+            days.difference_update(inside)
+    untils = dict(zip(state["begun"], state["untils"], strict=True)) if is_logged else {}
+    totalled = [] if is_logged else [d for d in _days_with_usage(reach, state) if d not in summed]
+    begins, ends = list[datetime](), list[datetime]()
+    for day in logged:
+        if day in summed:
+            continue
+        begin, end = untils.get(day, _start_of(day)), _start_of(day + _DAY)
+        if ends and ends[-1] == begin:
+            ends[-1] = end
+        else:
+            begins.append(begin)
+            ends.append(end)
+    hull = (begins[0], ends[-1]) if begins else (_NEVER, _NEVER)
+    return [*days, *untils], totalled, begins, ends, *hull, weeks
+
+
+def _logged_days(reach: tuple[date, date], state: Mapping[str, Any]) -> list[date]:
+    """Return the days of which the request log may have calls, in order."""
+    parted, unparted_since = set(state["parted"]), state["unparted_since"] or date.max
+    return [day for day in _days(*reach) if day in parted or day >= unparted_since]
+
+
+_NEVER = datetime.max.replace(tzinfo=UTC)
+
+
+def _days_with_usage(span: tuple[date, date], state: Mapping[str, Any]) -> list[date]:
+    if state["first"] is None:
+        return []
+    return _days(max(span[0], state["first"]), min(span[1], state["last"]))
+
+
+def _days(first: date, last: date) -> list[date]:
+    return [first + timedelta(days=ahead) for ahead in range((last - first).days + 1)]
+
+
+def _widened(since: date, until: date) -> tuple[date, date]:
+    """Return the first and the last day on which calls that ended on these days may have come."""
+    return since - min(_FARTHEST, since - date.min), min(until, date.max - _DAY)
+
+
+def _start_of(day: date) -> datetime:
+    return datetime.combine(day, time_of_day(), UTC)
 
 
 def _level_of(apart: set[str], levels: Mapping[str, set[str]]) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from datetime import UTC, datetime, time, timedelta
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -25,11 +27,13 @@ from tidegate.call import (
     UsageState,
     new_id,
 )
+from tidegate.errors import StoreUnavailable
 from tidegate.record import CallRecord
 from tidegate.store import database as partitions
 from tidegate.store.audit import _entry
 from tidegate.store.records import details_of
 from tidegate.store.retention import Whose
+from tidegate.store.statistics import COUNTS
 from tidegate.store.store import Store
 
 SUMMED = (
@@ -187,57 +191,83 @@ OF_TOTALS = ("day", "tenant", "model,day", "tenant,model")
 COUNTED = ("requests", "input_tokens", "cost_micros", "estimated", "searches")
 
 
-async def test_sums_by_key_and_upstream_are_those_of_the_log_whatever_changes_it(
-    database_url: str, store: Store, peek: asyncpg.Connection
-) -> None:
-    """Days that are over are read from their sums, which the log goes before as soon as a call of
-    such a day came, was corrected, or was erased."""
-    # A day is over ten minutes after its end; no call here reaches back to the day before.
-    today = (now() - timedelta(minutes=10)).date()
-    latest = max(now(), datetime.combine(today, time(1, 30), UTC))
-    async with peek.transaction():
-        for back in range(4):
-            name = partitions.name_of("audit", day := today - timedelta(days=back))
-            if await peek.fetchval("SELECT to_regclass($1)", name) is None:
-                await partitions._make(peek, "audit", day)
+@dataclass(frozen=True)
+class Past:
+    """Calls of the last `days` days, to write and to compare with what is read of them."""
 
-    def old(number: int, **overrides: Any) -> CallRecord:
-        at = latest - timedelta(days=number % 4, minutes=number)
+    peek: asyncpg.Connection
+    today: date
+    latest: datetime
+    days: int
+
+    def call(self, number: int, **overrides: Any) -> CallRecord:
+        at = self.latest - timedelta(days=number % self.days, minutes=number)
         values = {
             "received_at": at,
-            "finished_at": min(latest, at + timedelta(hours=number % 3 * 12)),
+            "finished_at": min(self.latest, at + timedelta(hours=number % 3 * 12)),
             "key_id": f"key{number % 5}" if number % 7 else None,
             "upstream": f"up{number % 2}" if number % 5 else None,
             "subject": f"user{number % 4}",
         }
         return record(number, **{**values, **overrides})
 
-    async def written(count: int) -> None:
-        await wait_until(lambda: peek.fetchval(f"SELECT count(*) = {count} FROM audit"), 20)
+    async def written(self, count: int) -> None:
+        await wait_until(lambda: self.peek.fetchval(f"SELECT count(*) = {count} FROM audit"), 20)
 
-    async def sums_of(by: str, *whose: str | None) -> dict[tuple[Any, ...], list[int]]:
-        days = today - timedelta(days=9), today
-        found = await store.usage.totals(by.split(","), *days, *whose)
-        return summed([asdict(one) for one in found], by, None, None)
-
-    def summed(
-        rows: Iterable[Mapping[str, Any]], by: str, tenant: str | None, upstream: str | None
-    ) -> dict[tuple[Any, ...], list[int]]:
-        sums: dict[tuple[Any, ...], list[int]] = {}
-        for row in rows:
-            if tenant in (None, row["tenant"]) and upstream in (None, row["upstream"]):
-                one = sums.setdefault(
-                    tuple(row[name] for name in by.split(",")), [0] * len(COUNTED)
-                )
-                one[:] = [a + row[name] for a, name in zip(one, COUNTED, strict=True)]
-        return sums
-
-    async def are_those_of_the_log() -> None:
-        log, totals = await peek.fetch(PER_DAY), await peek.fetch(TOTALS)
+    async def are_those_of_the_log(self, store: Store) -> None:
+        log, totals = await self.peek.fetch(PER_DAY), await self.peek.fetch(TOTALS)
+        span = self.today - timedelta(days=self.days + 5), self.today
         for rows, groups in ((log, OF_LOG), (totals, OF_TOTALS)):
             for by in groups:
                 for whose in ((None, None), ("t1", None), (None, "up1"), ("t1", "up0")):
-                    assert await sums_of(by, *whose) == summed(rows, by, *whose), (by, whose)
+                    found = await store.usage.totals(by.split(","), *span, *whose)
+                    got = summed([asdict(one) for one in found], by, None, None)
+                    assert got == summed(rows, by, *whose), (by, whose)
+
+    async def images(self, store: Store, by: str, *whose: str | None) -> int:
+        found = await store.usage.totals(
+            [by], self.today - timedelta(days=self.days + 5), self.today, *whose
+        )
+        return sum(one.images for one in found)
+
+
+async def past_calls_of(peek: asyncpg.Connection, days: int) -> Past:
+    # A day is over ten minutes after its end; no call here reaches back to the day before.
+    today = (now() - timedelta(minutes=10)).date()
+    async with peek.transaction():
+        for back in range(days):
+            name = partitions.name_of("audit", day := today - timedelta(days=back))
+            if await peek.fetchval("SELECT to_regclass($1)", name) is None:
+                await partitions._make(peek, "audit", day)
+    latest = max(now(), datetime.combine(today, time(1, 30), UTC))
+    if await peek.fetchval("SELECT to_regclass('partial_days')") is not None:
+        await wait_until(lambda: nothing_is_due(peek), 20, "the first round of the stores")
+    return Past(peek, today, latest, days)
+
+
+async def nothing_is_due(peek: asyncpg.Connection) -> bool:
+    return not await peek.fetch(partitions.sql("part_to_sum"))
+
+
+def summed(
+    rows: Iterable[Mapping[str, Any]], by: str, tenant: str | None, upstream: str | None
+) -> dict[tuple[Any, ...], list[int]]:
+    sums: dict[tuple[Any, ...], list[int]] = {}
+    for row in rows:
+        if tenant in (None, row["tenant"]) and upstream in (None, row["upstream"]):
+            one = sums.setdefault(tuple(row[name] for name in by.split(",")), [0] * len(COUNTED))
+            one[:] = [a + row[name] for a, name in zip(one, COUNTED, strict=True)]
+    return sums
+
+
+async def test_sums_by_key_and_upstream_are_those_of_the_log_whatever_changes_it(
+    database_url: str, store: Store, peek: asyncpg.Connection
+) -> None:
+    """Days that are over are read from their sums, which the log goes before as soon as a call of
+    such a day came, was corrected, or was erased."""
+    past = await past_calls_of(peek, days=4)
+    old, today = past.call, past.today
+    written, are_those_of_the_log = past.written, partial(past.are_those_of_the_log, store)
 
     for number in range(80):
         store.audit.put(old(number))
@@ -283,7 +313,244 @@ async def test_sums_by_key_and_upstream_are_those_of_the_log_whatever_changes_it
         await are_those_of_the_log()
         assert await store.usage.sum_days() >= 1, change
         await are_those_of_the_log()
+    await store.usage.sum_part()
     assert await peek.fetchval("SELECT count(*) FROM changed_days") == 0
+
+
+async def test_a_day_so_far_is_read_from_its_sums_and_the_calls_after_them(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    past = await past_calls_of(peek, days=4)
+    for number in range(60):
+        store.audit.put(past.call(number))
+    await past.written(60)
+    day = past.today - timedelta(days=1)
+    noon = datetime.combine(day, time(12), UTC)
+    assert await store.usage._sum_up(day, noon)
+    await past.are_those_of_the_log(store)
+    plain = await past.images(store, "key")
+    await peek.execute("UPDATE usage_sums SET images = images + 1000 WHERE day = $1", day)
+    assert await past.images(store, "key") > plain, "read from the sums"
+    assert await past.images(store, "tenant") == await past.images(store, "day")
+    await peek.execute("UPDATE usage_sums SET images = images - 1000 WHERE day = $1", day)
+
+    for at in (noon + timedelta(hours=1), noon - timedelta(hours=1)):  # the second comes late
+        store.audit.put(past.call(61, received_at=at, finished_at=at))
+    await past.written(62)
+    await past.are_those_of_the_log(store)
+    assert await store.usage._sum_up(day, noon)
+    await past.are_those_of_the_log(store)
+    await peek.execute("UPDATE audit SET cost_micros = 5 WHERE created_at < $1", noon)
+    await peek.execute("UPDATE usage_days SET cost_micros = 0")
+    await past.are_those_of_the_log(store)
+    assert await store.usage.sum_days() == 3
+    await past.are_those_of_the_log(store)
+    assert await peek.fetch("SELECT FROM partial_days WHERE day = $1", day) == []
+
+
+async def test_only_calls_that_the_sums_of_a_day_so_far_may_have_mark_it(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    """Which are those from before an hour that was over 50 minutes before, or from an earlier
+    day."""
+    for back in (0, 55, 70, 115, 180, 2_000):
+        await peek.execute("DELETE FROM changed_days")
+        async with peek.transaction():
+            clock = (await peek.fetchval("SELECT now()")).astimezone(UTC)
+            bound = (clock - timedelta(minutes=50)).replace(minute=0, second=0, microsecond=0)
+            midnight = clock.replace(hour=0, minute=0, second=0, microsecond=0)
+            at = clock - timedelta(minutes=back)
+            one = await store.audit.prepare(record(1, received_at=at, finished_at=at))
+            await store.audit.add(peek, [one])
+        days = [row["day"] for row in await peek.fetch("SELECT day FROM changed_days")]
+        assert days == [at.date()] * (at < max(bound, midnight)), at
+
+
+async def test_the_part_to_sum_up_is_a_past_hour_of_today(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    def expected() -> list[tuple[date, datetime]]:
+        until = (now() - timedelta(hours=1)).replace(minute=0, second=0, microsecond=0)
+        midnight = now().replace(hour=0, minute=0, second=0, microsecond=0)
+        return [(until.date(), until)] if until > midnight else []
+
+    before = expected()
+    await store.usage.sum_part()
+    await wait_until(lambda: nothing_is_due(peek), 20)
+    noted = await peek.fetch("SELECT day, until FROM partial_days")
+    assert [tuple(row) for row in noted] in (before, expected())
+
+
+async def test_whole_weeks_are_read_from_their_sums_until_a_day_of_them_changes(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    past = await past_calls_of(peek, days=16)
+    for number in range(96):
+        store.audit.put(past.call(number))
+    await past.written(96)
+    assert await store.usage.sum_days() == 15
+    weeks = await store.usage.sum_weeks()
+    assert weeks in (1, 2)
+    assert await store.usage.sum_weeks() == 0
+    await past.are_those_of_the_log(store)
+    bys = ("key", "upstream", "tenant", "model")
+    plain = [await past.images(store, by) for by in bys]
+    add = "UPDATE usage_weeks SET images = coalesce(images, 0) + $1"
+    await peek.execute(add, 1000)
+    more = [await past.images(store, by) for by in bys]
+    assert all(one > was for one, was in zip(more, plain, strict=True))
+    week = await peek.fetchval("SELECT max(week) FROM summed_weeks")
+    (partly,) = await store.usage.totals([], week + timedelta(days=1), past.today)
+    assert partly.images < 1000, "of a week that is cut off, its days"
+    await peek.execute(add, -1000)
+
+    at = datetime.combine(week + timedelta(days=2), time(3), UTC)
+    store.audit.put(past.call(97, received_at=at, finished_at=at))
+    await past.written(97)
+    await past.are_those_of_the_log(store)
+    assert await store.usage.sum_weeks() == 0, "a day of it has changed"
+    assert await store.usage.sum_days() == 1
+    await past.are_those_of_the_log(store)
+    assert await store.usage.sum_weeks() == 1
+    await past.are_those_of_the_log(store)
+    # As a version that sums up no weeks sums up a day that has changed.
+    await peek.execute("UPDATE audit SET images = 7 WHERE created_at = $1", at)
+    await peek.execute("DELETE FROM changed_days")
+    await peek.execute(
+        "UPDATE usage_sums SET images = images + 7 WHERE day = $1 AND level = 'upstream'"
+        " AND upstream = (SELECT coalesce(upstream, pool) FROM audit WHERE created_at = $2)",
+        *(at.date(), at),
+    )
+    await peek.execute("UPDATE summed_days SET summed_at = now() WHERE day = $1", at.date())
+    assert await past.images(store, "upstream") == await peek.fetchval(
+        "SELECT sum(images) FROM audit"
+    )
+
+
+async def test_sums_are_exact_though_connections_are_cut_while_they_are_made(
+    database_url: str, make_store: MakeStore, peek: asyncpg.Connection
+) -> None:
+    stores = [await make_store(database_url) for _ in range(2)]
+    past, chance = await past_calls_of(peek, days=10), Random(8)
+    is_over = asyncio.Event()
+
+    async def cut() -> None:
+        while not is_over.is_set():
+            await work_for(chance.random() * 0.03)
+            await peek.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'tidegate' AND datname = current_database()"
+                " AND random() < 0.3"
+            )
+
+    async def sum_up(store: Store) -> None:
+        while not is_over.is_set():
+            with suppress(StoreUnavailable):
+                await store.usage.sum_days()
+                await store.usage.sum_part()
+                await store.usage.sum_weeks()
+            await asyncio.sleep(0)
+
+    async def write(store: Store) -> None:
+        for number in range(200):
+            store.audit.put(past.call(number))
+            if number % 5 == 0:
+                await work_for(0.01)
+
+    others = [asyncio.create_task(cut()), *(asyncio.create_task(sum_up(one)) for one in stores)]
+    await asyncio.gather(*(write(store) for store in stores))
+    is_over.set()
+    await asyncio.gather(*others)
+    await past.written(400)
+    await past.are_those_of_the_log(stores[0])
+
+    async def all_summed_up() -> bool:
+        with suppress(StoreUnavailable):
+            await stores[1].usage.sum_days()
+            await stores[1].usage.sum_weeks()
+        return not await peek.fetch(partitions.sql("days_to_sum"))
+
+    await wait_until(all_summed_up, 20)
+    await past.are_those_of_the_log(stores[1])
+
+
+async def test_a_day_whose_log_is_gone_has_no_sums_by_key(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    """Although what deletes them ended between the partition and its sums."""
+    past = await past_calls_of(peek, days=16)
+    for number in range(64):
+        store.audit.put(past.call(number))
+    await past.written(64)
+    await store.usage.sum_days()
+    await store.usage.sum_weeks()
+    oldest = past.today - timedelta(days=15)
+    while (oldest + timedelta(days=1)).weekday() != 1:  # until a Monday is gone
+        await peek.execute(f"DROP TABLE {partitions.name_of('audit', oldest)}")
+        oldest += timedelta(days=1)
+    await peek.execute(f"DROP TABLE {partitions.name_of('audit', oldest)}")
+    log = await peek.fetch(PER_DAY)
+    for by in OF_LOG:
+        found = await store.usage.totals(by.split(","), past.today - timedelta(days=20), past.today)
+        assert summed([asdict(one) for one in found], by, None, None) == summed(log, by, None, None)
+
+
+async def test_names_and_counts_are_rendered_as_json(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    names = {"model": 'a"b\\c\n\u2028é🌊', "key_id": "k'{}%s", "upstream": "<&>\t"}
+    store.audit.put(record(1, **names))
+    await wait_until(lambda: peek.fetchval("SELECT count(*) = 1 FROM audit"), 20)
+    days = now().date() - timedelta(days=1), now().date()
+    (one,) = await store.usage.totals(["tenant", "model", "day", "key", "upstream"], *days)
+    assert (one.model, one.key, one.upstream) == tuple(names.values())
+    row = await peek.fetchrow(f"SELECT {', '.join(COUNTS)} FROM usage_days")
+    assert {name: getattr(one, name) for name in COUNTS} == dict(row)
+    assert 0 < one.output_video_tokens == DETAILS.output_video_tokens
+    assert await store.usage.totals(["day"], date.min, date.max)
+    assert await store.usage.totals(["key"], date.min, date.min) == []
+    assert await store.usage.totals(["key", "day"], date.max, date.max) == []
+
+
+async def test_sums_of_the_revision_before_are_read_after_the_upgrade(
+    empty_database_url: str, make_store: MakeStore
+) -> None:
+    peek = await asyncpg.connect(empty_database_url)
+    await partitions.upgrade(peek, "0036")
+    past = await past_calls_of(peek, days=3)
+    day = past.today - timedelta(days=1)
+    at = datetime.combine(day, time(5), UTC)
+    await peek.execute(
+        "INSERT INTO audit (id, created_at, request_id, tenant_id, pool, source, status,"
+        " classified_by, classified_reason, priority, attempts, lapses, instance_id, submitted_at,"
+        " finished_at, key_id, images)"
+        " SELECT gen_random_uuid(), $1, gen_random_uuid(), 't', 'gemini', 'relay',"
+        " 'succeeded', '', '', 0, 1, 0, 'i', $1, $1, 'k', 2 FROM generate_series(1, 3)",
+        at,
+    )
+    counts = (
+        "requests",
+        "images",
+        *(name for name in COUNTS if name not in ("requests", "images")),
+    )
+    zeros = ", 0" * (len(counts) - 2)
+    for level, tenant, key, upstream in (("key", "t", "k", ""), ("upstream", "", "", "gemini")):
+        await peek.execute(
+            f"INSERT INTO usage_sums (day, level, ended_day, tenant_id, key_id, upstream,"
+            f" {', '.join(counts)}) VALUES ($1, $2, $1, $3, $4, $5, 3, 6{zeros})",
+            *(day, level, tenant, key, upstream),
+        )
+    await peek.execute("INSERT INTO summed_days (day) VALUES ($1)", day)
+    await peek.execute("DELETE FROM changed_days")
+    await partitions.upgrade(peek)
+    store = await make_store(empty_database_url)
+    for by, images in (("key", 6), ("upstream", 6), ("key,day", 6), ("key,upstream", 6)):
+        (one,) = await store.usage.totals(by.split(","), day, past.today)
+        assert (one.requests, one.images) == (3, images), by
+    await peek.execute("UPDATE audit SET images = 5")
+    (one,) = await store.usage.totals(["key"], day, past.today)
+    assert one.images == 15, "the trigger has marked the day"
+    await peek.close()
 
 
 async def test_jobs_count_when_they_end_and_once(store: Store, peek: asyncpg.Connection) -> None:
