@@ -559,7 +559,7 @@ _APART = ("tenant", "model", "day", "key", "upstream")
 _LOGGED = frozenset(("key", "upstream"))
 COUNTS = tuple(one.name for one in fields(Total) if one.name not in _APART)
 _LOGGED_TIMEOUT_MS = 30_000
-# Between the day on which a call came and the one on which it ended.
+# Between the day on which a call came or was recorded and the one on which it ended, either way.
 _FARTHEST = timedelta(days=31)
 # Dimensions of each level of `usage_sums`, beside the day.
 _LEVELS = {"model": {"model"}, "tenant": {"tenant"}}
@@ -778,7 +778,8 @@ def _days(first: date, last: date) -> list[date]:
 
 def _widened(since: date, until: date) -> tuple[date, date]:
     """Return the first and the last day on which calls that ended on these days may have come."""
-    return since - min(_FARTHEST, since - date.min), min(until, date.max - _DAY)
+    before, after = min(_FARTHEST, since - date.min), min(_FARTHEST, date.max - _DAY - until)
+    return since - before, until + after
 
 
 def _start_of(day: date) -> datetime:

@@ -474,6 +474,23 @@ async def test_sums_are_exact_though_connections_are_cut_while_they_are_made(
     await past.are_those_of_the_log(stores[1])
 
 
+async def test_what_was_recorded_on_the_day_after_its_end_counts_on_that_of_its_end(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    """As a job does that ends just before midnight, or whose worker had no database."""
+    past = await past_calls_of(peek, days=5)
+    end = datetime.combine(past.today - timedelta(days=3), time(23, 59, 59), UTC)
+    for late_s in (2, 90_000):
+        at = end + timedelta(seconds=late_s)
+        store.audit.put(past.call(1, received_at=at, finished_at=end, key_id="k"))
+    await past.written(2)
+    for _ in range(2):
+        for by in ("tenant", "key", "upstream", "key,day"):
+            (one,) = await store.usage.totals(by.split(","), end.date(), end.date())
+            assert one.requests == 2, by
+        assert await store.usage.sum_days() in (0, 4)
+
+
 async def test_a_day_whose_log_is_gone_has_no_sums_by_key(
     store: Store, peek: asyncpg.Connection
 ) -> None:
