@@ -48,9 +48,9 @@ SET TRANSACTION ISOLATION LEVEL REPEATABLE READ
 
 -- name: usage_state
 -- Return which sums of the days from $1 to $2 are valid at level $3.
--- Of these days: those summed up whole, and those up to a time; weeks summed up from the present sums of
--- their days; the first and last day with usage; days with a partition of the log, and the first with calls
--- in the default one. $4: the sums must distinguish keys, unlike those of an earlier version. Groups are
+-- The columns: days summed up whole, days summed up to a time, weeks summed up from the present sums of
+-- their days, the first and last day with usage, days with a partition of the log, and the first day with
+-- calls in the default one. $4: the sums must distinguish keys, unlike those of an earlier version. Groups are
 -- hashed, not sorted: the planner's estimates for new sums are too low.
 WITH unchanged AS (
     SELECT d.day, d.until FROM (
@@ -87,7 +87,7 @@ SELECT ARRAY(
 -- Return the first $10 totals as JSON, and the total of all.
 -- They are grouped by tenant, model, day, key and upstream as $1 to $5 say, over the spans of days from $6
 -- to $7, of tenant $8 and upstream $9 if given. They are read from the sums of level $11 of days $12 and of
--- weeks $18, from the totals of days $13, and from the calls recorded from $14 until $15; all of these lie
+-- weeks $18, from the totals of days $13, and from the calls recorded from $14 until $15. All of these lie
 -- between $16 and $17.
 WITH logged AS MATERIALIZED (
     SELECT CASE WHEN $3::boolean THEN (a.finished_at AT TIME ZONE 'UTC')::date ELSE ($6::date[])[1] END AS ended_day,
@@ -340,7 +340,7 @@ DELETE FROM usage_weeks WHERE week = date_trunc('week', $1::date::timestamp)::da
     AND level IN ('key', 'upstream', 'tenant_upstream')
 
 -- name: weeks_to_sum
--- Return weeks whose days were all summed up after the week was, newest first.
+-- Return weeks whose days are all summed up and whose own sums are missing or older, newest first.
 SELECT week FROM (
     SELECT date_trunc('week', day::timestamp)::date AS week, array_agg(summed_at ORDER BY day) AS summed_at
     FROM summed_days GROUP BY 1 HAVING count(*) = 7
