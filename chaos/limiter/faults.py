@@ -12,8 +12,8 @@ from chaos.limiter.scene import RATE, Act, Scene, Way
 from chaos.limiter.servers import Clock
 from chaos.limiter.worker import LIMIT
 
-# Never over; or over only by what a worker holds that stands still, while it does.
-Promise = Literal["0 over", "only what stands still"]
+# Never over; or over only by the permits of a paused worker, while it is paused.
+Promise = Literal["0 over", "paused processes only"]
 
 
 class Bar(NamedTuple):
@@ -86,7 +86,7 @@ FAIR: dict[str, Any] = {
 IN_ORDER: dict[str, Any] = {"policy": {"hand_off": False}}
 REAPING: dict[str, Any] = {"policy": {"weights": WEIGHTS, "reap_closed_ms": 200}}
 STALLED = {"stalled_s": 1.0, "block_ms": 3500.0}
-# Longer than a worker stands still: only its being cancelled ends them when it goes on.
+# Longer than a worker is paused: they end only by cancellation when it resumes.
 LONGER_CALLS = {"call_ms": 9000.0, "hard_ms": 12_000}
 # Longer than a process that is cut off may believe in its lease.
 LONG_CALLS = {"call_ms": 2000.0, "hard_ms": 5000}
@@ -110,7 +110,7 @@ FAULTS: dict[str, Fault] = {
         "a worker stopped for 2.5 leases, reuse",
         acts.stop_and_count_from_it,
         orders=LONGER_CALLS,
-        promise="only what stands still",
+        promise="paused processes only",
         recovery=WITHIN_A_LEASE,
     ),
     "block": Fault("an event loop blocked for 2.5 leases", acts.block, orders={"block_ms": 2500.0}),
@@ -118,7 +118,7 @@ FAULTS: dict[str, Fault] = {
         "an event loop stalled until its session is given up",
         acts.block,
         orders={**STALLED, **LONGER_CALLS},
-        promise="only what stands still",
+        promise="paused processes only",
     ),
     "stall-hold": Fault(
         "the same, hold", acts.block, orders={**STALLED, "on_expiry": "hold", "hard_ms": 10_000}
@@ -140,7 +140,7 @@ FAULTS: dict[str, Fault] = {
     "away-local": Fault(
         "the same, local share", acts.take_away, orders={"when_away": "local", "on_lost": "cancel"}
     ),
-    "pause-valkey": Fault("Valkey stands still", acts.pause_valkey, rounds=3),
+    "pause-valkey": Fault("Valkey paused", acts.pause_valkey, rounds=3),
     "promote": Fault(
         "the primary dies, its replica is promoted", acts.promote, "replica", grants=WITHIN_A_LEASE
     ),
@@ -165,20 +165,20 @@ FAULTS: dict[str, Fault] = {
         acts.cut_off_in_long_calls,
         "proxies",
         LONG_CALLS,
-        promise="only what stands still",
+        promise="paused processes only",
     ),
     "slow": Fault("latency of 0 to 60 ms each way", acts.slow_network, "proxies"),
     "clock": Fault("Valkey's clock steps", acts.step_clock, own_clock=True, rounds=6),
     "rate": Fault("rates, no fault", acts.nothing, orders=RATES),
     "rate-kill": Fault("rates, kill -9 of a worker", acts.kill, orders=RATES),
     "rate-stop": Fault(
-        "rates, a worker stopped", acts.stop, orders=RATES, promise="only what stands still"
+        "rates, a worker stopped", acts.stop, orders=RATES, promise="paused processes only"
     ),
     "rate-block": Fault(
         "rates, an event loop blocked", acts.block, orders={**RATES, "block_ms": 2500.0}
     ),
     "rate-restart": Fault("rates, Valkey restarts empty", acts.restart_empty, orders=RATES),
-    "rate-pause": Fault("rates, Valkey stands still", acts.pause_valkey, orders=RATES, rounds=3),
+    "rate-pause": Fault("rates, Valkey paused", acts.pause_valkey, orders=RATES, rounds=3),
     "rate-clock": Fault(
         "rates, Valkey's clock steps",
         acts.step_clock_visibly,
@@ -227,7 +227,7 @@ _TWO = Fault(
     pair,
     "proxies",
     {"block_ms": 2500.0},
-    promise="only what stands still",
+    promise="paused processes only",
     own_clock=Clock.missing() == "",
 )
 FAULTS["pairs"] = _TWO

@@ -124,7 +124,7 @@ class Scene:
 
     @contextlib.contextmanager
     def standing_still(self, name: str, *, longer_s: float = 0.0) -> Iterator[None]:
-        """Note that a worker stands still for the time of the block, and for `longer_s`."""
+        """Record that a worker is paused for the time of the block, and for `longer_s`."""
         began_ns = time.monotonic_ns()
         yield
         end_ns = time.monotonic_ns() + int(longer_s * NS)
