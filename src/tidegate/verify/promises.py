@@ -226,7 +226,7 @@ class LimiterVerification:
 
     async def _pause(self, name: str) -> None:
         """Send SIGSTOP, wait for two leases, then send SIGCONT."""
-        self._say(f"{name} stands still")
+        self._say(f"{name} is paused")
         since_ns, span_s = time.monotonic_ns(), 2 * self._plan.lease_ms / 1000
         self._family.signal(name, signal.SIGSTOP)
         await asyncio.sleep(span_s)

@@ -136,7 +136,7 @@ async def test_ctrl_c_leaves_nothing(valkey_url: str, database_url: str, tmp_pat
             stderr=output,
         )
         said = tmp_path / "out"
-        await wait_until(lambda: "stands still" in said.read_text(), 60, "the middle of it")
+        await wait_until(lambda: "is paused" in said.read_text(), 60, "the middle of it")
         assert await left(valkey_url, database_url) != {}
         process.send_signal(signal.SIGINT)
         code = await asyncio.to_thread(process.wait, 30)
