@@ -102,7 +102,7 @@ def _flat(results: Results) -> tuple[str, bool]:
 
 def _open(results: Results) -> tuple[str, bool]:
     held, whole = (results.of(OURS, "opened", figure) for figure in ("most_open", "whole"))
-    return f"{held:.0f} concurrently, {whole:.0f} came whole", held >= 2000 and whole >= 2000
+    return f"{held:.0f} concurrent, {whole:.0f} complete", held >= 2000 and whole >= 2000
 
 
 def _jobs(results: Results) -> tuple[str, bool]:

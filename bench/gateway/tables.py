@@ -130,14 +130,14 @@ def _added(results: Results, entry: Entry) -> str:
 
 
 def direct_line(results: Results) -> str | None:
-    """What the load generator and the upstream do with nothing between them."""
+    """The figures of the load generator and the upstream without a gateway between them."""
     try:
         per_s = results.of(DIRECT, "closed", "per_s")
         p50, p99 = (results.of(DIRECT, "paced", f"{part}_ms") for part in ("p50", "p99"))
     except KeyError:
         return None
     return (
-        f"with nothing between: {per_s:,.0f} requests a second, and p50 / p99 of "
+        f"without a gateway: {per_s:,.0f} requests a second, and p50 / p99 of "
         f"{p50:.1f} / {p99:.1f} ms at 1,240 a second and a 50 ms upstream"
     )
 
@@ -189,7 +189,7 @@ AGENTS: dict[str, Cell] = {
     "concurrent_agents: p99 ms between reads, 16 / 64": _pair(
         "concurrent_agents", "gap_p99_ms_16", "gap_p99_ms_64"
     ),
-    "events that came, 64": _figure("concurrent_agents", "events_64", "{:.0%}"),
+    "events received, 64": _figure("concurrent_agents", "events_64", "{:.0%}"),
     "reads of 51, 64": _figure("concurrent_agents", "reads_64"),
     "head_of_line: first event p99 ms, alone / beside": _pair(
         "head_of_line", "alone_first_p99_ms", "beside_first_p99_ms"

@@ -134,8 +134,7 @@ def _durability(found: Found) -> tuple[str, bool]:
     costs = _those(found, "durability")[""]["costs"]
     ours = [one for one in costs if one["budgets"] == "1"]
     shown = [
-        f"{one['at_once']} concurrently {one['p50_ms']:.1f} / {one['p99_ms']:.1f} ms"
-        for one in ours
+        f"{one['at_once']} concurrent {one['p50_ms']:.1f} / {one['p99_ms']:.1f} ms" for one in ours
     ]
     return f"{', '.join(shown)}; a commit alone {costs[0]['p50_ms']:.1f} ms", True
 
@@ -211,14 +210,18 @@ def _bars() -> Iterator[Bar[Found]]:
         ("input of agents' conversations, 90 % cached, against 0.1.0", ">= 8 x", _conversation),
         ("`limits import --apply` of an empty policy", "< 5 s", _import_s),
         ("refused from then on", "0", _import_refused),
-        ("refused a minute, one after others or a lower tier came", "<= 1", _after_changes),
+        (
+            "refused a minute, from one minute after others or a lower tier appear",
+            "<= 1",
+            _after_changes,
+        ),
         ("seconds until others or a lower tier are noticed", "< 60", _noticed),
-        ("budgets: micro-dollars over, whatever dies", "0", _tested("budgets")),
+        ("budgets: micro-dollars over, under any fault", "0", _tested("budgets")),
         ("what durability costs an admission, p50 / p99", "measured", _durability),
-        ("books of a day with kills: not explained", "0", _tested("books")),
-        ("told times within 25 % or 2 s", ">= 90 %", _told),
+        ("records of a day with kills: unexplained differences", "0", _tested("books")),
+        ("estimated waiting times within 25 % or 2 s", ">= 90 %", _told),
         ("refused early, by a rate, a day quota, a budget", "p99 < 20 ms", _refusal_ms),
-        ("its Retry-After right within 2 % or 1 s", "100 %", _retry_after),
+        ("its Retry-After correct within 2 % or 1 s", "100 %", _retry_after),
         ("jobs late, of 1,000 due in a day, an hour, a minute", "0", _late),
         ("cost of those due in a day, over live", "<= 55 %", _tier_cost),
         (
