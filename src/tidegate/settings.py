@@ -222,7 +222,7 @@ SECTIONS = {
 
 
 class ClassifierMode(StrEnum):
-    """How it is decided whether a request wants an image: see docs/classification.md."""
+    """How requests are classified as text or image: see docs/classification.md."""
 
     LLM = "llm"
     AUTO = "auto"
@@ -339,7 +339,7 @@ class Config(BaseModel):
     )
     multi_modal_model: str = setting(GEMINI[1], "The model for requests with files.")
     image_model: str = setting(GEMINI[2], "The model that makes images.")
-    classifier_model: str = setting(GEMINI[3], "The model that decides whether an image is wanted.")
+    classifier_model: str = setting(GEMINI[3], "The model that classifies prompts.")
     connect_timeout_ms: Milliseconds = setting(
         5_000, "How long connecting to the provider may take."
     )
@@ -391,7 +391,7 @@ class Config(BaseModel):
 
     classifier: ClassifierMode = setting(
         ClassifierMode.AUTO,
-        "What decides whether a request wants an image: llm always calls a model, auto only if the "
+        "How prompts are classified as text or image: llm always calls a model, auto only if the "
         "rules are unsure, keywords never.",
     )
     classifier_timeout_ms: Milliseconds = setting(
