@@ -355,10 +355,10 @@ class Metric:
         "budget",
     )
     BUDGET_PAUSED = _of_all(
-        "tidegate_budget_paused", "Books of a budget that wait for a person", "budget"
+        "tidegate_budget_paused", "Paused ledgers of a budget, to be resumed", "budget"
     )
     SERVER_RUNNING = _of_all(
-        "tidegate_server_running", "Requests that a server of one's own works on", "upstream"
+        "tidegate_server_running", "Requests that a self-hosted server is processing", "upstream"
     )
     SERVER_WAITING = _of_all(
         "tidegate_server_waiting", "Requests in a server's own queue", "upstream"
@@ -371,7 +371,7 @@ class Metric:
     )
     SERVER_KV_TOKENS = _of_all(
         "tidegate_server_kv_cache_tokens",
-        "Tokens that a server's KV cache has room for",
+        "Capacity of a server's KV cache, in tokens",
         "upstream",
     )
     LEFT_OUT = _of_all(
