@@ -51,7 +51,7 @@ class Capacity:
         if pause.passed < 1 + bound * (self.pool.now - pause.until) // pause.ramp_ms:
             return True
         at = pause.until + -(-pause.passed * pause.ramp_ms // max(1, bound))
-        limit.note_room_at(max(at, self.pool.now + 1))
+        limit.note_room_at(max(min(at, pause.until + pause.ramp_ms), self.pool.now + 1))
         return False
 
     def is_full(self, limit: LimitState, band: int, amount: int) -> bool:

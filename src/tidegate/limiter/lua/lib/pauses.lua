@@ -36,7 +36,7 @@ function T.pause_admits(limit)
   local allowed = 1 + math.floor(bound * (pool.now - pause.until_ms) / pause.ramp_ms)
   if pause.passed < allowed then return true end
   local at = pause.until_ms + math.ceil(pause.passed * pause.ramp_ms / math.max(1, bound))
-  return T.note_room_at(limit, math.max(at, pool.now + 1))
+  return T.note_room_at(limit, math.max(math.min(at, pause.until_ms + pause.ramp_ms), pool.now + 1))
 end
 
 -- Adapts a limit to the outcome of a call. Additive increase while the limit is used up: one more per round of calls,

@@ -1,0 +1,48 @@
+"""Waiters that go as soon as there is room, step by step, on the real Lua and the model: also where
+nothing but time, or a call elsewhere, makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.property.server import Server
+from tests.property.test_rates import LIMIT, MINUTE_MS, ROOM, Bench
+from tidegate.limiter import Band, Concurrency, Quota, Ramp, Rate
+from tidegate.limiter.simulation import DAY_MS
+
+TOKENS = Rate(1000, MINUTE_MS, "tokens", slack_ms=0)
+BANDS = (Band("high"), Band("low"))
+
+
+@pytest.fixture
+def bench(server: Server) -> Iterator[Bench]:
+    made = Bench(server)
+    made.say()
+    yield made
+    made.world.close()
+
+
+def timer_in_ms(bench: Bench, limit: str = LIMIT) -> int:
+    return bench.world.model.pump.timed[limit] - bench.world.model.pool.now
+
+
+@pytest.mark.parametrize("limit", [TOKENS, Concurrency(1000, unit="tokens_in_flight")])
+def test_waiters_of_a_resumed_limit_wait_for_the_end_of_its_ramp_at_most(
+    bench: Bench, limit: Rate | Concurrency
+) -> None:
+    """Calls that are larger than what the ramp has given so far count beyond its end."""
+    bench.put_in_force(limit)
+    bench.world.pause(LIMIT, 1000, 10_000)
+    bench.wait(1000)
+    bench.end(bench.ask(900), 0)
+    large = bench.ask(900)
+    assert timer_in_ms(bench) == 9000
+    bench.wait(9000)
+    bench.end(large, 0)
+    bench.ask(1)
+    assert timer_in_ms(bench) == 1000
+    bench.wait(1000)
+    assert bench.running == 1
