@@ -46,3 +46,19 @@ def test_waiters_of_a_resumed_limit_wait_for_the_end_of_its_ramp_at_most(
     assert timer_in_ms(bench) == 1000
     bench.wait(1000)
     assert bench.running == 1
+
+
+@pytest.mark.parametrize("shape", ["window", "bucket"])
+def test_what_is_left_free_for_a_higher_band_is_free_a_window_after_its_last_call(
+    bench: Bench, shape: str
+) -> None:
+    """However much its other waiters have taken since."""
+    rate = Rate(1000, MINUTE_MS, "tokens", slack_ms=0, settles=False)
+    bench.put_in_force(rate, BANDS)
+    bench.ask(10)
+    bench.wait(30_000)
+    bench.ask(930, band=2)
+    waits = bench.ask(30, band=2)
+    assert 30_000 <= timer_in_ms(bench) <= 30_501
+    bench.wait(timer_in_ms(bench))
+    assert waits in bench.client.queue.held

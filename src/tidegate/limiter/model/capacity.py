@@ -72,13 +72,10 @@ class Capacity:
             limit.note_room_at(self.free_at(limit, amount))
             return True
         if 0 < spent + amount <= bound:
-            kept, at = self._kept_beside(limit, band, amount)
+            at = self._beside_bands_at(limit, band, amount)
             if at:
                 limit.note_room_at(at)
-                return True
-            amount += kept
-            if spent + amount <= bound:
-                return False
+            return at > 0
         limit.note_room_at(limit.spending.room_at(limit.limit, amount, self.pool.now))
         return True
 
@@ -191,23 +188,34 @@ class Capacity:
             return False
         return band.passed_us - band.from_us >= self._lasts_us(limit, number, amount)
 
-    def _kept_beside(self, limit: LimitState, number: int, amount: int) -> tuple[int, int]:
-        """Return what must stay free beside a demand, and the time before which it has no room.
+    def _beside_bands_at(self, limit: LimitState, number: int, amount: int) -> int:
+        """Return when a demand that fits leaves free what is kept for other bands; 0 for now.
 
-        Never so much that the demand could not be met at all.
+        Never so much is kept that the demand could not be met at all.
         """
         if not isinstance(limit.limit, Rate):
-            return 0, 0
-        bound, span_ms = limit.limit.bound, span_of(limit.limit)
+            return 0
+        now, span_ms = self.pool.now, span_of(limit.limit)
         kept = sum(self._kept_for(limit, below) for below in limit.bands if below > number)
-        if number > 1 and not self.has_saved(limit, number, amount):
-            above = [band for higher, band in limit.bands.items() if higher < number]
-            held_at = max((min(band.held_at, self.pool.now) for band in above), default=0)
-            if held_at + span_ms > self.pool.now:
-                return 0, held_at + span_ms
-            if any(band.used_at + span_ms > self.pool.now for band in above):
-                kept += bound // LEFT_FREE
-        return min(kept, bound - amount), 0
+        at = self._room_beside(limit, amount, kept)
+        if number == 1 or self.has_saved(limit, number, amount):
+            return at
+        above = [band for higher, band in limit.bands.items() if higher < number]
+        held_at = max((min(band.held_at, now) for band in above), default=0)
+        if held_at + span_ms > now:
+            return held_at + span_ms
+        used_at = max((band.used_at for band in above), default=0)
+        if used_at + span_ms <= now:
+            return at
+        left_at = self._room_beside(limit, amount, kept + limit.limit.bound // LEFT_FREE)
+        return min(left_at, max(at, used_at + span_ms))
+
+    def _room_beside(self, limit: LimitState, amount: int, kept: int) -> int:
+        """Return when `amount` and what is kept fit; 0 if they fit now."""
+        total = min(amount + kept, limit.limit.bound)
+        if self.spent(limit) + total <= limit.limit.bound:
+            return 0
+        return limit.spending.room_at(limit.limit, total, self.pool.now)
 
     def count_shares(self, limit: LimitState, number: int, amount: int) -> None:
         """Record that a call of a band took something of a rate.

@@ -217,18 +217,25 @@ T.rates = function()
     return held, used
   end
 
-  -- Returns the room that must stay free beside a demand, or nil and the time before which there is no room for the
-  -- demand. Never so much that the demand could not be met at all.
-  local function kept_beside(limit, number, amount)
+  -- When a demand and what is kept beside it fit; 0 if they do now. Never so much is kept that the demand could not
+  -- be met at all.
+  local function room_beside(limit, amount, kept)
+    local total = math.min(amount + kept, limit.bound)
+    return limit.spent + total <= limit.bound and 0 or fits_at(limit, total)
+  end
+
+  -- When a demand that fits leaves free what is kept for other bands; 0 if it does now.
+  local function beside_bands_at(limit, number, amount)
     if limit.sort ~= 'r' then return 0 end
     local kept = 0
     for below = number + 1, #limit.bands do kept = kept + kept_for(limit, below) end
-    if number > 1 and not is_owed(limit, number, amount) then
-      local held, used = above(limit, number)
-      if held + limit.span > pool.now then return nil, held + limit.span end
-      if used + limit.span > pool.now then kept = kept + math.floor(limit.bound / T.LEFT_FREE) end
-    end
-    return math.min(kept, limit.bound - amount)
+    local at = room_beside(limit, amount, kept)
+    if number == 1 or is_owed(limit, number, amount) then return at end
+    local held, used = above(limit, number)
+    if held + limit.span > pool.now then return held + limit.span end
+    if used + limit.span <= pool.now then return at end
+    local left_at = room_beside(limit, amount, kept + math.floor(limit.bound / T.LEFT_FREE))
+    return math.min(left_at, math.max(at, used + limit.span))
   end
 
   function f.fits(limit, number, amount)
@@ -240,10 +247,8 @@ T.rates = function()
       return T.note_room_at(limit, f.free_at(limit, amount))
     end
     if limit.spent + amount <= limit.bound then
-      local kept, at = kept_beside(limit, number, amount)
-      if not kept then return T.note_room_at(limit, at) end
-      amount = amount + kept
-      if limit.spent + amount <= limit.bound then return true end
+      local at = beside_bands_at(limit, number, amount)
+      return at == 0 or T.note_room_at(limit, at)
     end
     return T.note_room_at(limit, fits_at(limit, amount))
   end
