@@ -62,3 +62,16 @@ def test_what_is_left_free_for_a_higher_band_is_free_a_window_after_its_last_cal
     assert 30_000 <= timer_in_ms(bench) <= 30_501
     bench.wait(timer_in_ms(bench))
     assert waits in bench.client.queue.held
+
+
+def test_a_ramp_bounds_calls_of_a_bucket_of_any_size(bench: Bench) -> None:
+    rate = Rate(1000, MINUTE_MS, "tokens", slack_ms=0, shape="bucket", ramp=Ramp(10, 100))
+    bench.put_in_force(rate)
+    bench.ask(90)
+    bench.wait(50_000)
+    for tokens in (900, 950):
+        waits = bench.ask(tokens)
+        assert waits not in bench.client.queue.held
+        assert 10_000 < timer_in_ms(bench) <= 12_000
+        bench.client.queue.abandon(waits, bench.world.local_ms)
+        bench.say()

@@ -390,7 +390,7 @@ class RateSpending:
             return 0
         pacing = self.pacing or Pacing()
         at = pacing.even_after(limit, 0, amount, now)
-        if spent > 0 and pacing.bound(limit, now) < spent + amount <= limit.bound:
+        if spent > 0 and pacing.bound(limit, now) < min(spent + amount, limit.bound):
             at = max(at, now + 1, self._ramp_room_at(limit, amount, spent, now))
         return at
 
@@ -399,7 +399,8 @@ class RateSpending:
         pacing, at, span = self.pacing or Pacing(), now, span_of(limit)
         parts = [(at, 1) for at in self.log] if limit.exact else sorted(self.buckets.items())
         for end, part in parts:
-            grown_at = pacing.grown_at(limit, spent + amount) if spent > 0 else at
+            needed = min(spent + amount, limit.bound)
+            grown_at = pacing.grown_at(limit, needed) if spent > 0 else at
             if grown_at < end + span:
                 return max(at, grown_at)
             at, spent = end + span, spent - part
@@ -411,7 +412,7 @@ class RateSpending:
         Call it after `look`.
         """
         taken, pacing = self.taken(limit, now), self.pacing or Pacing()
-        return taken > 0 and pacing.bound(limit, now) < taken + amount
+        return taken > 0 and pacing.bound(limit, now) < min(taken + amount, limit.bound)
 
     def paced_after(self, limit: Limit, before: int, amount: int, now: int) -> int:
         """Return as `paced_at`, after calls that take `before`, by the even flow alone.

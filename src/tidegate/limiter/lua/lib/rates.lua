@@ -118,7 +118,8 @@ T.rates = function()
     while first < last do
       local middle = math.floor((first + last) / 2)
       local expires = tonumber(call('LINDEX', key_of(limit), middle)) + limit.span
-      if T.grown_at(limit.pacing, limit.spent - middle + 1) < expires then last = middle else first = middle + 1 end
+      local grown = T.grown_at(limit.pacing, math.min(limit.spent - middle + 1, limit.bound))
+      if grown < expires then last = middle else first = middle + 1 end
     end
     return first
   end
@@ -131,13 +132,13 @@ T.rates = function()
       local gone = expire_first(limit)
       if gone > 0 then at = tonumber(call('LINDEX', key_of(limit), gone - 1)) + limit.span end
       if gone == used then return at end
-      return math.max(at, T.grown_at(limit.pacing, used - gone + amount))
+      return math.max(at, T.grown_at(limit.pacing, math.min(used - gone + amount, limit.bound)))
     end
     local list = {}
     for ends in pairs(limit.buckets) do list[#list + 1] = ends end
     table.sort(list)
     for _, ends in ipairs(list) do
-      local grown = used > 0 and T.grown_at(limit.pacing, used + amount) or at
+      local grown = used > 0 and T.grown_at(limit.pacing, math.min(used + amount, limit.bound)) or at
       if grown < ends + limit.span then return math.max(at, grown) end
       at, used = ends + limit.span, used - limit.buckets[ends]
     end
@@ -147,7 +148,7 @@ T.rates = function()
   -- Returns when an even flow and the ramp have room for `amount`, if nothing is taken or returned; 0 for now.
   local function paced_at(limit, amount)
     local at, used = T.even_after(limit, 0, amount), limit.counted or limit.spent
-    if used > 0 and T.paced_bound(limit) < used + amount and used + amount <= limit.bound then
+    if used > 0 and T.paced_bound(limit) < math.min(used + amount, limit.bound) then
       at = math.max(at, pool.now + 1, ramp_room_at(limit, amount))
     end
     return at
@@ -261,7 +262,7 @@ T.rates = function()
     if limit.bound == 0 or not pacing or paced_at(limit, amount) == 0 or limit.spent + amount > limit.bound then
       return true
     end
-    return taken > 0 and T.paced_bound(limit) < taken + amount
+    return taken > 0 and T.paced_bound(limit) < math.min(taken + amount, limit.bound)
   end
 
   -- Returns when `amount` fits if nothing is returned; 0 for now, or never.
