@@ -75,3 +75,19 @@ def test_a_ramp_bounds_calls_of_a_bucket_of_any_size(bench: Bench) -> None:
         assert 10_000 < timer_in_ms(bench) <= 12_000
         bench.client.queue.abandon(waits, bench.world.local_ms)
         bench.say()
+
+
+def test_a_day_that_ends_sooner_than_was_known_has_its_timer_then(bench: Bench) -> None:
+    """The first look at a new day knows of no end, as an operator's."""
+    bench.put_in_force(Quota(1000, "tokens"))
+    tickets = [bench.ask(400) for _ in range(5)]
+    day = bench.world.model.pool.limit(LIMIT).spending
+    ends_at = day.reset_at
+    bench.wait(ends_at - bench.world.wall_ms - 1)
+    bench.world.advance(5000)
+    bench.world.renew([bench.client])
+    bench.world.charge(LIMIT, 1)
+    assert day.reset_at == bench.world.wall_ms + DAY_MS
+    bench.end(tickets[0], 500)
+    assert day.reset_at == ends_at + DAY_MS
+    assert bench.world.model.pump.timed[LIMIT] == day.reset_at

@@ -32,7 +32,12 @@ class Capacity:
         return max(min(bound, 1), bound * (1000 - above) // 1000)
 
     def spent(self, limit: LimitState) -> int:
-        return limit.spending.look(limit.limit, self.pool.now, self.pool.resets.get(limit.name, 0))
+        spending = limit.spending
+        reset_at = spending.reset_at
+        spent = spending.look(limit.limit, self.pool.now, self.pool.resets.get(limit.name, 0))
+        if spending.reset_at < reset_at and limit.waits:
+            self.pool.touched.add(limit.name)  # its timer is too late
+        return spent
 
     def is_admitted_by_pause(self, limit: LimitState) -> bool:
         """Return whether a pause or gate admits a call; if only time frees it, set `retry_at`."""
