@@ -91,3 +91,15 @@ def test_a_day_that_ends_sooner_than_was_known_has_its_timer_then(bench: Bench) 
     bench.end(tickets[0], 500)
     assert day.reset_at == ends_at + DAY_MS
     assert bench.world.model.pump.timed[LIMIT] == day.reset_at
+
+
+def test_a_rate_behind_a_gate_admits_the_next_probe_when_one_has_ended(bench: Bench) -> None:
+    bench.put_in_force(TOKENS)
+    bench.world.close_gate(LIMIT, 1000, 60_000, tried=False)
+    bench.wait(1000)
+    probe, waits = bench.ask(10), bench.ask(10)
+    assert probe in bench.client.queue.held
+    bench.wait(1500)
+    assert waits not in bench.client.queue.held
+    bench.end(probe, 10)
+    assert waits in bench.client.queue.held

@@ -245,7 +245,7 @@ class Permits:
         for name in lane:
             limit = self.pool.limit(name)
             limit.under.pop((sid, ticket), None)
-            if touch and not limit.is_rate:
+            if touch and limit.is_freed:
                 self.pool.touched.add(name)
 
     def admission(self, limit: LimitState, band: int, amount: int) -> Charge | None:
@@ -477,7 +477,7 @@ class Permits:
             elif limit.minimum:
                 limit.adapt(outcome % USAGE_LATER, self.pool.now)
             limit.under.pop((q.sid, ticket), None)
-            if not limit.is_rate:
+            if limit.is_freed:
                 self.pool.touched.add(limit.name)
         if outcome < USAGE_LATER:
             self.settle_charges(held.charges, flow, read_actual(actual))

@@ -397,6 +397,16 @@ class LimitState:
         return isinstance(self.limit, _RATES)
 
     @property
+    def is_freed(self) -> bool:
+        """Whether a call that ends may make room, without regard to its usage."""
+        return not self.is_rate or (self.pause is not None and self.pause.gate is not None)
+
+    @property
+    def is_sized(self) -> bool:
+        """Whether calls take different amounts of it."""
+        return self.is_rate or self.by_tokens
+
+    @property
     def settles(self) -> bool:
         """Whether usage is corrected after a call; an exact log only counts admissions."""
         return self.is_rate and not (isinstance(self.limit, Rate) and self.limit.exact)

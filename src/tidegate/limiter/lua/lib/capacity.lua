@@ -57,5 +57,5 @@ end
 function T.uncount(limit, amount)
   limit.used = limit.used - amount
   limit.changed = true
-  if limit.sort == 'c' then T.touch(limit) end
+  if limit.sort == 'c' or limit.pause and limit.pause.gate then T.touch(limit) end
 end
