@@ -77,6 +77,26 @@ def test_a_ramp_bounds_calls_of_a_bucket_of_any_size(bench: Bench) -> None:
         bench.say()
 
 
+def test_a_low_band_goes_once_calls_of_a_higher_one_elsewhere_have_paid_for_it(
+    bench: Bench,
+) -> None:
+    """Those wait for another limit, so nothing else happens at the rate."""
+    bench.put_in_force(TOKENS)
+    rooms = [bench.ask(1, lane=(ROOM,)) for _ in range(9)]
+    for _ in range(2):
+        bench.ask(1, lane=(ROOM, LIMIT))
+    bench.ask(600)
+    too_large = bench.ask(600)
+    bench.client.queue.abandon(too_large, bench.world.local_ms)
+    bench.say()
+    low = bench.ask(1, band=2)
+    assert low not in bench.client.queue.held
+    for ticket in rooms[:2]:
+        bench.wait(2000)
+        bench.end(ticket, 1)
+    assert low in bench.client.queue.held
+
+
 def test_a_day_that_ends_sooner_than_was_known_has_its_timer_then(bench: Bench) -> None:
     """The first look at a new day knows of no end, as an operator's."""
     bench.put_in_force(Quota(1000, "tokens"))
