@@ -48,6 +48,39 @@ def test_waiters_of_a_resumed_limit_wait_for_the_end_of_its_ramp_at_most(
     assert bench.running == 1
 
 
+def test_a_small_call_behind_a_large_one_that_leaves_takes_tokens_in_flight(bench: Bench) -> None:
+    bench.put_in_force(Concurrency(1000, unit="tokens_in_flight"))
+    bench.ask(500)
+    large, small = bench.ask(600), bench.ask(300)
+    assert small not in bench.client.queue.held
+    bench.client.queue.abandon(large, bench.world.local_ms)
+    bench.say()
+    assert small in bench.client.queue.held
+
+
+@pytest.mark.parametrize("limit", [TOKENS, Concurrency(1000, unit="tokens_in_flight")])
+def test_a_small_call_behind_a_large_one_of_a_process_that_ends_goes(
+    bench: Bench, limit: Rate | Concurrency
+) -> None:
+    bench.put_in_force(limit)
+    bench.ask(500)
+    first, second = bench.client, bench.world.new_client()
+    for client in (second, first, second, first):
+        bench.client = client
+        bench.say()
+    bench.wait(20_000)
+    bench.client = second
+    bench.say()
+    bench.ask(600, tenant="a")
+    bench.client = first
+    small = bench.ask(300, tenant="b")
+    assert small not in first.queue.held
+    bench.world.revoke(second.sid)
+    for push in first.mailbox:
+        first.session.take_push(push)
+    assert small in first.queue.held
+
+
 @pytest.mark.parametrize("shape", ["window", "bucket"])
 def test_what_is_left_free_for_a_higher_band_is_free_a_window_after_its_last_call(
     bench: Bench, shape: str
@@ -75,6 +108,23 @@ def test_a_ramp_bounds_calls_of_a_bucket_of_any_size(bench: Bench) -> None:
         assert 10_000 < timer_in_ms(bench) <= 12_000
         bench.client.queue.abandon(waits, bench.world.local_ms)
         bench.say()
+
+
+def test_a_tenant_whose_turn_comes_by_the_end_of_anothers_call_goes(bench: Bench) -> None:
+    """Its call needs less of the rate than the one that was first until then."""
+    bench.put_in_force(TOKENS)
+    bench.ask(1000)
+    earlier = [bench.ask(50, tenant=name) for name in ("u", "v")]
+    bench.wait(MINUTE_MS + 2000)
+    assert all(ticket in bench.client.queue.held for ticket in earlier)
+    bench.ask(800)
+    large, small = bench.ask(200, tenant="u"), bench.ask(50, tenant="v")
+    bench.wait(1000)
+    assert small not in bench.client.queue.held
+    bench.wait(40_000)
+    bench.end(earlier[0], 50)
+    assert small in bench.client.queue.held
+    assert large not in bench.client.queue.held
 
 
 def test_a_low_band_goes_once_calls_of_a_higher_one_elsewhere_have_paid_for_it(

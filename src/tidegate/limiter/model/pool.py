@@ -218,6 +218,7 @@ class Joins:
                 else:
                     self.permits.uncount(lane, sid, ticket)
             for queue in list(session.queues.values()):
+                self.queues.touch_sized(queue)
                 self.queues.vacate(queue)
             del self.pool.sessions[sid]
         if not comes_back:

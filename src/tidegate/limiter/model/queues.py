@@ -105,6 +105,11 @@ class Queues:
             self.starved.add(queue)
         self.park(queue, limit)
 
+    def touch_sized(self, queue: SessionQueue) -> None:
+        """Check the limit at which a queue loses its head again, if the next may take less."""
+        if queue.at is not None and queue.at != BLOCKED and self.pool.limit(queue.at).is_sized:
+            self.pool.touched.add(queue.at)
+
     def leave_line(self, queue: SessionQueue) -> None:
         """Move a queue whose new head takes nothing of the rate at which it waits.
 
@@ -156,7 +161,10 @@ class Queues:
         """
         band, tenant = limit.band(flow.band), flow.tenant
         if tenant in band.lines:
+            before = band.front()[1]
             band.tags[tenant] += step
+            if limit.is_sized and band.front()[1] != before:
+                self.pool.touched.add(limit.name)
         elif band.lines:
             earliest = band.virtual - BEHIND
             band.tags[tenant] = max(earliest, band.tags.get(tenant, earliest)) + step
@@ -444,8 +452,7 @@ class Permits:
 
     def _rehead(self, queue: SessionQueue) -> None:
         """Update a queue for its new head, which may take less of a rate."""
-        if queue.at is not None and queue.at != BLOCKED and self.pool.limit(queue.at).is_rate:
-            self.pool.touched.add(queue.at)
+        self.queues.touch_sized(queue)
         if not queue.tickets:
             self.queues.vacate(queue)
             return

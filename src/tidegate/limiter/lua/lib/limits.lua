@@ -1,7 +1,7 @@
 -- does: loads limits with their counts, and saves them
 -- keys: meta
 -- args: none
--- returns: limit_of(), limits_in(), save_limit(), cap_of(), share_of(), cost_at(), use_at(), learn(), touch(), touched
+-- returns: limit_of(), limits_in(), save_limit(), cap_of(), share_of(), cost_at(), use_at(), learn(), touch(), touch_sized(), touched
 -- units: ms; a band's `above` in thousandths of a limit
 T.touched, T.bands, T.lanes = {}, false, {}
 -- The first bound of a limit that adapts by latency: low, because calls beyond the server's capacity queue inside it.
@@ -155,7 +155,12 @@ function T.touch(limit)
   if limit.name then T.touched[limit.name] = true end
 end
 
--- Returns how many calls, or tokens in flight, a band may have under a concurrency limit.
+-- The next call may take less of it than the one before.
+function T.touch_sized(limit)
+  if limit.sort ~= 'c' or limit.by_tokens then T.touch(limit) end
+end
+
+-- How many calls, or tokens in flight, a band may have under a concurrency.
 function T.cap_of(limit, band)
   local bound = limit.current and math.floor(limit.current / 1000) or limit.bound
   local list = T.bands_of_pool()

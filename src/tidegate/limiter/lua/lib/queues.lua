@@ -70,8 +70,7 @@ end
 -- Moves a queue to the place of its current first ticket.
 function T.rehead(queue)
   if not queue.at then return end
-  -- The new head may take less of a rate.
-  if queue.at ~= '!' and T.limit_of(queue.at).sort ~= 'c' then T.touch(T.limit_of(queue.at)) end
+  if queue.at ~= '!' then T.touch_sized(T.limit_of(queue.at)) end
   local member, stamp = T.first_of(queue)
   if not member then
     T.vacate(queue)

@@ -60,6 +60,7 @@ function T.reap(sid, hold, comes_back)
     tenant.waiting = tenant.waiting - call('ZCARD', T.queue_key(queue))
     tenant.changed, tenant.returns = true, comes_back
     if comes_back then T.returning[queue.tenant] = true end
+    if queue.at ~= '!' then T.touch_sized(T.limit_of(queue.at)) end
     T.vacate(queue)
     call('UNLINK', T.queue_key(queue))
   end

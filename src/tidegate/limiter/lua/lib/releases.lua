@@ -53,7 +53,14 @@ end
 -- if that is more than it is ahead; any other starts no earlier than the band's time.
 function T.correct(limit, number, tenant, step)
   local band = limit.bands[number]
-  if band.waits == 0 or call('ZADD', T.park_key(limit, number), 'XX', 'INCR', T.int(step), tenant) then
+  if band.waits > 0 and (limit.sort ~= 'c' or limit.by_tokens) then
+    -- The tenant whose turn it is then may need less than the one before.
+    local first = call('ZRANGE', T.park_key(limit, number), 0, 0)[1]
+    if call('ZADD', T.park_key(limit, number), 'XX', 'INCR', T.int(step), tenant) then
+      if call('ZRANGE', T.park_key(limit, number), 0, 0)[1] ~= first then T.touch(limit) end
+      return
+    end
+  elseif band.waits == 0 or call('ZADD', T.park_key(limit, number), 'XX', 'INCR', T.int(step), tenant) then
     return
   end
   local past, earliest = T.past_key(limit, number), band.virtual - T.BEHIND
