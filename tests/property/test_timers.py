@@ -127,6 +127,19 @@ def test_a_tenant_whose_turn_comes_by_the_end_of_anothers_call_goes(bench: Bench
     assert large not in bench.client.queue.held
 
 
+def test_a_tenant_whose_turn_comes_by_anothers_call_elsewhere_goes(bench: Bench) -> None:
+    bench.put_in_force(Concurrency(1000, unit="tokens_in_flight"))
+    rooms = [bench.ask(1, lane=(ROOM,)) for _ in range(9)]
+    elsewhere = bench.ask(100, lane=(ROOM, LIMIT))
+    bench.ask(800)
+    large, small = bench.ask(300), bench.ask(50, tenant="u")
+    assert small not in bench.client.queue.held
+    bench.end(rooms[0], 1)
+    assert elsewhere in bench.client.queue.held
+    assert small in bench.client.queue.held
+    assert large not in bench.client.queue.held
+
+
 def test_a_low_band_goes_once_calls_of_a_higher_one_elsewhere_have_paid_for_it(
     bench: Bench,
 ) -> None:

@@ -232,8 +232,8 @@ class Pump:
         for each in self.pool.lane(flow):
             if each is limit or each.parked(flow.band):
                 self.queues.advance(each.band(flow.band), self.queues.charge(each, flow, step))
-            if each is not limit and isinstance(each.limit, Rate) and each.waits:
-                self.pool.touched.add(each.name)  # a lower band may be owed a turn by it
+            if each is not limit and each.is_sized and each.waits:
+                self.pool.touched.add(each.name)  # another call may be next there
         self._admit(queue.sid, queue.key, text, use)
         if not queue.tickets:
             self.queues.vacate(queue)

@@ -128,8 +128,8 @@ function T.admit_waiter(limit, queue, member, next_stamp, next_member)
     if each == limit or each.bands[queue.band].waits > 0 then
       T.advance(each, queue.band, T.charge(each, queue, step) - step)
     end
-    -- A lower band may be owed a turn by it.
-    if each ~= limit and each.sort == 'r' and T.parked_at(each) > 0 then T.touch(each) end
+    -- Another call may be next there: of another tenant, or of a lower band that is owed a turn by this one.
+    if each ~= limit and T.parked_at(each) > 0 then T.touch_sized(each) end
   end
   T.admit(queue, ticket, tonumber(hard_ms), use, T.amounts_in(text))
   if not next_stamp then
