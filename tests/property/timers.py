@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import replace
 
 from tidegate.limiter import Concurrency
-from tidegate.limiter.simulation import DAY_MS, LimitState, PoolModel, SessionState, read_member
+from tidegate.limiter.simulation import DAY_MS, LimitState, PoolModel, read_member
 
 # Waiters keep their turn for this long until their process has acknowledged its grants.
 ACK_WITHIN_MS = 100
@@ -56,10 +56,4 @@ def _moments(model: PoolModel, limit: LimitState) -> list[int]:
     now, timer = model.pool.now, model.pump.timed.get(limit.name)
     if timer is None:
         return [now, now + 3 * DAY_MS]
-    if timer <= now + ACK_WITHIN_MS and any(one.sent > one.acked for one in _sessions(model)):
-        return []
-    return [now, timer - 1] if timer > now else []
-
-
-def _sessions(model: PoolModel) -> list[SessionState]:
-    return list(model.pool.sessions.values())
+    return [now, timer - 1] if timer > now + ACK_WITHIN_MS else []

@@ -52,7 +52,7 @@ from tidegate.limiter.messages import (
 )
 from tidegate.limiter.model.pool import PoolModel
 from tidegate.limiter.model.queues import BEHIND
-from tidegate.limiter.model.rates import DAY_MS, Pacing, span_of
+from tidegate.limiter.model.rates import DAY_MS, Pacing, RateSpending, span_of
 from tidegate.limiter.model.state import (
     BLOCKED,
     DUE_APART_MS,
@@ -104,6 +104,7 @@ __all__ = [
     "PermitIssuer",
     "PoolModel",
     "Push",
+    "RateSpending",
     "RenewReply",
     "Renewal",
     "ScriptName",
