@@ -1,6 +1,7 @@
 """Outlook of waiting calls: the estimated time of admission, and the calls ahead.
 
-Invariant: a call is refused as certain only if no order of events could still admit it in time.
+Invariant: a call is refused as certain only if no order of events could still admit it in time, as
+long as no call leaves the queue, no limit is raised and no pause is ended.
 """
 
 from __future__ import annotations
