@@ -186,3 +186,17 @@ def test_a_rate_behind_a_gate_admits_the_next_probe_when_one_has_ended(bench: Be
     assert waits not in bench.client.queue.held
     bench.end(probe, 10)
     assert waits in bench.client.queue.held
+
+
+def test_what_a_call_returns_after_its_window_speeds_up_no_even_flow(bench: Bench) -> None:
+    """The flow has made up for it: what is left to make up for was taken by others."""
+    bench.put_in_force(Rate(1000, 10_000, "tokens", slack_ms=0, pace_ms=1000))
+    late = bench.ask(900)
+    bench.wait(12_000)
+    bench.end(bench.ask(400), 400)
+    waits = bench.ask(400)
+    assert waits not in bench.client.queue.held
+    bench.end(late, 0)
+    assert waits not in bench.client.queue.held
+    bench.wait(4_100)
+    assert waits in bench.client.queue.held

@@ -441,6 +441,8 @@ class RateSpending:
             self._spend(limit, self._end_now(limit, now), extra)
         elif end in self.buckets and not self._is_folded(limit, end):
             self._spend(limit, end, max(extra, -self.buckets[end]))
+        else:
+            return True  # an even flow has made up for the call by now, too
         if isinstance(limit, Rate) and self.is_paced(limit):
             self._paced().return_excess(limit, -extra, now)
         return extra < 0

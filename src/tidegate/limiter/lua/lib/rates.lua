@@ -390,7 +390,7 @@ T.rates = function()
   function f.settle(limit, ends, reserved, actual)
     if limit.sort == 'c' or limit.exact then return end
     loaded(limit)
-    local extra = actual - reserved
+    local extra, is_over = actual - reserved, false
     if extra == 0 then return end
     if limit.sort == 'q' then
       if ends >= limit.reset_at then spend(limit, ends, math.max(extra, -limit.spent)) end
@@ -398,8 +398,11 @@ T.rates = function()
       spend(limit, ends_now(limit), extra)
     elseif limit.buckets[ends] and not (limit.window and ends <= limit.base.ends) then
       spend(limit, ends, math.max(extra, -limit.buckets[ends]))
+    else
+      is_over = true
     end
-    if limit.pacing then T.pace_return(limit, -extra) end
+    -- An even flow has made up for a call by the end of its window.
+    if limit.pacing and not is_over then T.pace_return(limit, -extra) end
     if extra < 0 then T.touch(limit) end
   end
 
