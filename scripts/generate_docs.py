@@ -192,7 +192,7 @@ def metrics_reference() -> str:
     tables = {False: "", True: ""}
     for one in ALL:
         labels = ", ".join(f"`{label}`" for label in one.labels)
-        said = one.said.replace("|", "\\|")
+        said = one.help_text.replace("|", "\\|")
         tables[one.everywhere] += f"| `{one.name}` | {one.sort} | {labels} | {said} |\n"
     return METRICS_HEAD + OF_PROCESSES + tables[False] + OF_ALL + tables[True]
 

@@ -248,7 +248,7 @@ class Gateway:
 def operators_headers(config: Config) -> dict[str, str]:
     """What the tests' own client shows where no API keys are asked for and no other key is set:
     what it is about is not the operator's key. A test that is, opens a session of its own."""
-    if config.asks_for_keys or config.admin_token is not None:
+    if config.requires_keys or config.admin_token is not None:
         return {}
     return {"Authorization": f"Bearer {operator_key(config).get_secret_value()}"}
 

@@ -129,14 +129,14 @@ async def run_worker(
     config: Config,
     stop: asyncio.Event,
     on_ready: Callable[[], None] = lambda: None,
-    beside: Callable[[Services], AbstractAsyncContextManager[None]] | None = None,
+    alongside: Callable[[Services], AbstractAsyncContextManager[None]] | None = None,
 ) -> None:
     """Work on jobs until `stop` is set, then drain within `shutdown_grace_ms`; all within the
-    context that `beside` returns."""
+    context that `alongside` returns."""
     async with AsyncExitStack() as stack:
         services = await stack.enter_async_context(open_services(config, "worker"))
-        if beside is not None:
-            await stack.enter_async_context(beside(services))
+        if alongside is not None:
+            await stack.enter_async_context(alongside(services))
         on_ready()
         counted = await stack.enter_async_context(_counting(services))
         with suppress(TimeoutError):
@@ -150,21 +150,21 @@ async def run_worker(
             prompts=services.prompts,
             relay=services.relay,
         )
-        beside_jobs = [asyncio.create_task(_send_webhooks(config, services.store))]
+        background = [asyncio.create_task(_send_webhooks(config, services.store))]
         if config.alert_webhook_url is not None:
             alerts = AlertSender(config, services.store)
-            beside_jobs.append(asyncio.create_task(alerts.run()))
+            background.append(asyncio.create_task(alerts.run()))
             causes = CauseAlerts(services.standing, services.store.alerts)
-            beside_jobs.append(asyncio.create_task(causes.run()))
+            background.append(asyncio.create_task(causes.run()))
         if config.reconcile:
-            beside_jobs.append(asyncio.create_task(_reconciliation(config, services.store).run()))
+            background.append(asyncio.create_task(_reconciliation(config, services.store).run()))
         try:
             await _known(services.upstreams, stop)
             await worker.run(stop)
         finally:
-            for task in beside_jobs:
+            for task in background:
                 task.cancel()
-            await asyncio.gather(*beside_jobs, return_exceptions=True)
+            await asyncio.gather(*background, return_exceptions=True)
 
 
 async def _known(upstreams: LiveUpstreams, stop: asyncio.Event) -> None:
@@ -231,7 +231,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
     instance_id = f"{role}-{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
         blobs = Blobs.from_url(config.blob_url, config.data_dir)
-        stack.callback(asyncio.create_task(_look_at(blobs)).cancel)
+        stack.callback(asyncio.create_task(_watch_blobs(blobs)).cancel)
         store, rollup = await stack.enter_async_context(_open_store(config, blobs, instance_id))
         instruments = Instruments()
         tracing = await stack.enter_async_context(_tracing(store.listeners, role, instance_id))
@@ -299,7 +299,7 @@ def _gate_of(config: Config, store: Store) -> Authenticator:
         issuer = Issuer(config.jwt_issuer)
         tokens = TokenTrust(issuer, config.jwt_audience, config.jwt_tenant_claim)
     outage_ms = config.auth_outage_ms
-    return Authenticator(store.tenants, on=config.asks_for_keys, outage_ms=outage_ms, tokens=tokens)
+    return Authenticator(store.tenants, on=config.requires_keys, outage_ms=outage_ms, tokens=tokens)
 
 
 def _log_start(role: str, instance_id: str, limiter: Limiter) -> None:
@@ -325,7 +325,7 @@ def _collect_rarely() -> None:
     gc.set_threshold(_GC_THRESHOLD, 20, 20)
 
 
-async def _look_at(blobs: Blobs, every_s: float = 30) -> None:
+async def _watch_blobs(blobs: Blobs, every_s: float = 30) -> None:
     """Log blob store outages: at the start, before the first upload finds out, and later ones that
     a write meets. Ping while an outage lasts."""
     is_logged, is_due = False, True
@@ -334,12 +334,12 @@ async def _look_at(blobs: Blobs, every_s: float = 30) -> None:
             try:
                 await blobs.ping()
                 is_logged = False
-            except StoreUnavailable as away:
+            except StoreUnavailable as error:
                 if not is_logged:
-                    log.error(Log.BLOBS_AWAY, detail=away.message)
+                    log.error(Log.BLOBS_AWAY, detail=error.message)
                 is_logged = True
         await asyncio.sleep(every_s)
-        is_due = blobs.away or blobs.is_silent
+        is_due = blobs.unavailable or blobs.is_silent
 
 
 @asynccontextmanager
@@ -367,12 +367,12 @@ async def _open_upstreams(
 ) -> AsyncIterator[LiveUpstreams]:
     """Context with the upstreams in force, their pools, and the relay to them."""
     store, rollup = recording
-    wanted, stated = deployed(config), stated_by(config)
+    configured, stated = deployed(config), stated_by(config)
     start = await revision_to_start_with(store.upstreams)
     deployment = stated.deployment(changes_of(start.upstreams))
     async with AsyncExitStack() as stack:
         pools = await stack.enter_async_context(
-            _open_pools(config, store, process.instance_id, wanted, deployment, tally)
+            _open_pools(config, store, process.instance_id, configured, deployment, tally)
         )
         rollup.watch(pools.limiters)
         signers = Signers()
@@ -396,7 +396,7 @@ async def _open_pools(
     config: Config,
     store: Store,
     instance_id: str,
-    wanted: PoolPolicy,
+    configured: PoolPolicy,
     others: Deployment,
     tally: Tally,
 ) -> AsyncIterator[Pools]:
@@ -406,7 +406,7 @@ async def _open_pools(
         config, store.policies, instance_id, lambda pool: Limiting(tally, pool), store.connections
     )
     try:
-        for pool, policy in ({DEFAULT_POOL: wanted} | dict(others.policies)).items():
+        for pool, policy in ({DEFAULT_POOL: configured} | dict(others.policies)).items():
             await pools.enter(pool, policy, providers.get(pool))
         yield pools
     finally:
@@ -443,9 +443,9 @@ async def _open_relay(
 async def _tracing(listeners: CallListeners, role: str, instance_id: str) -> AsyncIterator[Tracing]:
     """Context with tracing: spans and metrics go to a collector if the environment or `.env` names
     one."""
-    given = collector_variables()
-    os.environ.update(given)  # the SDK reads them there
-    if not names_collector(given):
+    variables = collector_variables()
+    os.environ.update(variables)  # the SDK reads them there
+    if not names_collector(variables):
         yield Tracing()
         return
     try:
@@ -483,7 +483,7 @@ async def _open_prompts(config: Config, relay: Relay, store: Store) -> AsyncIter
     spine = relay.spine
     async with AsyncExitStack() as stack:
         processors = {}
-        for upstream in spine.targets.speaking(Dialect.GEMINI):
+        for upstream in spine.targets.upstreams_of(Dialect.GEMINI):
             processor = processors[upstream.name] = GeminiProcessor(
                 api_key=upstream.key,
                 base_url=upstream.base_urls[Dialect.GEMINI],

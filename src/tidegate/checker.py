@@ -167,7 +167,7 @@ def shares(events: Iterable[Event], weights: Mapping[str, int], window_ns: int =
     window."""
     waiting: Counter[str] = Counter()
     running: Counter[str] = Counter()
-    asked: set[tuple[str, int]] = set()
+    requested: set[tuple[str, int]] = set()
     total: Counter[str] = Counter()
     window: Counter[str] = Counter()
     together_ns, window_spent_ns, last_ns, worst = 0, 0, 0, 0.0
@@ -183,23 +183,23 @@ def shares(events: Iterable[Event], weights: Mapping[str, int], window_ns: int =
                 worst = max(worst, _off(window, weights))
                 window.clear()
                 window_spent_ns = 0
-        _follow(event, waiting, running, asked)
-    everything = sum(total.values()) or 1
-    parts = {tenant: total[tenant] / everything for tenant in weights}
+        _follow(event, waiting, running, requested)
+    whole = sum(total.values()) or 1
+    parts = {tenant: total[tenant] / whole for tenant in weights}
     off = _off(total, weights)
     return Shares(together_ns / NS, parts, off, worst if window_ns else off)
 
 
 def _follow(
-    event: Event, waiting: Counter[str], running: Counter[str], asked: set[tuple[str, int]]
+    event: Event, waiting: Counter[str], running: Counter[str], requested: set[tuple[str, int]]
 ) -> None:
     key = (event.worker, event.call)
     if event.what == "ask":
-        asked.add(key)
+        requested.add(key)
         waiting[event.tenant] += 1
         return
-    if event.what != "end" and key in asked:
-        asked.remove(key)
+    if event.what != "end" and key in requested:
+        requested.remove(key)
         waiting[event.tenant] -= 1
     if event.what == "begin":
         running[event.tenant] += 1
@@ -208,8 +208,8 @@ def _follow(
 
 
 def _off(had: Mapping[str, int], weights: Mapping[str, int]) -> float:
-    everything, weight = sum(had.values()), sum(weights.values())
-    if everything == 0:
+    whole, weight = sum(had.values()), sum(weights.values())
+    if whole == 0:
         return 0.0
-    ideal = {tenant: everything * share / weight for tenant, share in weights.items()}
+    ideal = {tenant: whole * share / weight for tenant, share in weights.items()}
     return max(abs(had[tenant] / ideal[tenant] - 1) for tenant in weights)

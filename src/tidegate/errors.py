@@ -222,7 +222,7 @@ class UpstreamMissing(NotFound):
     retryable = True
 
     def __init__(self, of: str, lacking: Mapping[str, str]) -> None:
-        lacks = "; ".join(f"{name} lacks {what}" for name, what in lacking.items())
+        lacks = "; ".join(f"{name} lacks {setting}" for name, setting in lacking.items())
         super().__init__(f"this process can't reach the upstream of {of}: {lacks}")
 
 
@@ -256,8 +256,8 @@ class PolicyChanged(TidegateError):
     code = "policy_changed"
 
     def __init__(self, key: str, now: object) -> None:
-        said = "not set" if now is None else f"{now}"
-        super().__init__(f"{key} is {said} now: another change came first")
+        value = "not set" if now is None else f"{now}"
+        super().__init__(f"{key} is {value} now: another change came first")
         self.field = key
         self.allowed = "a change of what is in force"
 

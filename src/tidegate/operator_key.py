@@ -35,8 +35,8 @@ def operator_key(config: Config) -> SecretStr:
         return _operator_key_sound(path, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as failed:
         why = getattr(failed, "strerror", None) or "it is not text"
-        said = f"cannot be read or made ({why}); let this user write to it, or set ADMIN_TOKEN"
-        raise ConfigError("DATA_DIR", str(path), said) from None
+        reason = f"cannot be read or made ({why}); let this user write to it, or set ADMIN_TOKEN"
+        raise ConfigError("DATA_DIR", str(path), reason) from None
 
 
 def existing_operator_key(config: Config) -> SecretStr | None:
@@ -85,6 +85,8 @@ def _sync_folder(folder: Path) -> None:
 def _operator_key_sound(path: Path, text: str) -> SecretStr:
     key = text.strip()
     if len(key) < SHORTEST_TOKEN or not is_key(key):
-        said = f"must hold one key of {SHORTEST_TOKEN} characters or more; remove it to get another"
-        raise ConfigError("DATA_DIR", str(path), said)
+        reason = (
+            f"must hold one key of {SHORTEST_TOKEN} characters or more; remove it to get another"
+        )
+        raise ConfigError("DATA_DIR", str(path), reason)
     return SecretStr(key)

@@ -499,8 +499,8 @@ def _frame_at(data: bytes, place: int) -> tuple[int, int]:
     size_bytes, named_bytes, checksum = _PRELUDE.unpack_from(data, place)
     if not _LEAST_FRAME_BYTES + named_bytes <= size_bytes <= _MOST_FRAME_BYTES:
         return 0, 0
-    is_right = zlib.crc32(data[place : place + _LENGTHS.size]) == checksum
-    return (size_bytes, named_bytes) if is_right else (0, 0)
+    is_valid = zlib.crc32(data[place : place + _LENGTHS.size]) == checksum
+    return (size_bytes, named_bytes) if is_valid else (0, 0)
 
 
 def whole_frames(data: bytes) -> int:

@@ -680,17 +680,19 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _usual_models(cls, given: dict[str, Any]) -> dict[str, Any]:
-        return usual_models(given) | given
+    def _usual_models(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return usual_models(values) | values
 
     @model_validator(mode="after")
     def _never_by_mistake(self) -> Self:
         """Allow demo mode (bundled servers, emulated provider) on loopback, or if set by name."""
         if bool(self.database_url) != bool(self.redis_url):
-            missing, given = "REDIS_URL", "DATABASE_URL"
+            missing, present = "REDIS_URL", "DATABASE_URL"
             if not self.database_url:
-                missing, given = given, missing
-            raise ConfigError(missing, "(not set)", f"{given} is set, so this must be set as well")
+                missing, present = present, missing
+            raise ConfigError(
+                missing, "(not set)", f"{present} is set, so this must be set as well"
+            )
         if self.jwt_issuer and not self.jwt_audience:
             raise ConfigError("JWT_AUDIENCE", "(not set)", "must be set where JWT_ISSUER is")
         if self.oidc_issuer and not (self.oidc_client_id and self.oidc_roles):
@@ -719,7 +721,7 @@ class Config(BaseModel):
         return self.host == "localhost"
 
     @property
-    def asks_for_keys(self) -> bool:
+    def requires_keys(self) -> bool:
         """Return whether callers must send an API key."""
         return self.auth == "on" or (self.auth == "auto" and not self.is_loopback)
 
@@ -774,15 +776,15 @@ def origins(
 ) -> dict[str, str]:
     """Return where the value of each setting comes from, in words, by the setting's name."""
     written = from_dotenv(dotenv)
-    given = os.environ if environ is None else environ
+    source = os.environ if environ is None else environ
     found: dict[str, str] = {}
     for field in Config.model_fields:
         name = field.upper()
         for key in (name, f"{name}_FILE") if name in SECRETS else (name,):
             # As in `load`: an empty variable of the environment hides a line of the file.
-            value = given[key] if key in given else written.get(key, "")
+            value = source[key] if key in source else written.get(key, "")
             if value.strip():
-                place = "the environment" if key in given else str(dotenv)
+                place = "the environment" if key in source else str(dotenv)
                 found[name] = place if key == name else f"the file of {key}, from {place}"
     return found
 
@@ -823,16 +825,16 @@ def allowed(field: str) -> str:
     if issubclass(kind, bool):
         return "1 or 0 (or true and false, yes and no)"
     if issubclass(kind, int | float):
-        what = "a whole number" if issubclass(kind, int) else "a number"
-        return _number(what + _UNITS.get(field.rpartition("_")[2], ""), info.metadata)
+        noun = "a whole number" if issubclass(kind, int) else "a number"
+        return _number(noun + _UNITS.get(field.rpartition("_")[2], ""), info.metadata)
     return "text"
 
 
-def _number(what: str, metadata: list[object]) -> str:
+def _number(noun: str, metadata: list[object]) -> str:
     bounds = {
         side: getattr(one, side) for one in metadata for side in ("ge", "le") if hasattr(one, side)
     }
-    return f"{what} from {bounds['ge']}" + (f" to {bounds['le']}" if "le" in bounds else " up")
+    return f"{noun} from {bounds['ge']}" + (f" to {bounds['le']}" if "le" in bounds else " up")
 
 
 def from_dotenv(path: Path | None) -> dict[str, str]:
@@ -876,8 +878,8 @@ def _first(invalid: ValidationError, values: Mapping[str, str]) -> ConfigError:
     name = field.upper()
     value = "(hidden)" if name in SECRETS else _one_line(values[field], name)
     own_words = problem["type"] == "value_error"
-    said = str(problem["msg"]).removeprefix("Value error, ")
-    return ConfigError(name, value, said if own_words else f"must be {allowed(field)}")
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return ConfigError(name, value, message if own_words else f"must be {allowed(field)}")
 
 
 def shown(name: str, value: object) -> str:
@@ -890,8 +892,8 @@ def _one_line(value: str, name: str = "") -> str:
     password or query."""
     scheme, divides, rest = value.partition("://") if "://" in value else ("", "", value)
     if divides or name.endswith("_URL"):
-        before, asks, _ = rest.partition("?")
+        before, query, _ = rest.partition("?")
         _, at, place = before.rpartition("@")
-        value = f"{scheme}{divides}{'***@' if at else ''}{place}{'?***' if asks else ''}"
+        value = f"{scheme}{divides}{'***@' if at else ''}{place}{'?***' if query else ''}"
     printable = "".join(letter if letter.isprintable() else " " for letter in value)
     return printable if len(printable) <= _LONGEST_SHOWN else f"{printable[:_LONGEST_SHOWN]}..."

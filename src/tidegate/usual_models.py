@@ -31,18 +31,18 @@ _BY_KEY = {
 _SETTINGS = ("text_model", "multi_modal_model", "image_model", "classifier_model")
 
 
-def usual_models(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return models by setting, for the settings in `given`; empty with an account of Gemini, or
+def usual_models(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return models by setting, for the settings in `values`; empty with an account of Gemini, or
     without one."""
-    if _key(given, "gemini_api_key") not in ("", EMULATORS_KEY):
+    if _key(values, "gemini_api_key") not in ("", EMULATORS_KEY):
         return {}
     for name, models in _BY_KEY.items():
-        if (key := _key(given, name)) and not key.startswith(OUR_KEY):
+        if (key := _key(values, name)) and not key.startswith(OUR_KEY):
             return dict(zip(_SETTINGS, models, strict=True))
     return {}
 
 
-def _key(given: Mapping[str, Any], name: str) -> str:
+def _key(values: Mapping[str, Any], name: str) -> str:
     """Return a secret that is not validated yet; empty if there is none."""
-    value = given.get(name)
+    value = values.get(name)
     return str(value.get_secret_value() if isinstance(value, SecretStr) else value or "")

@@ -294,7 +294,7 @@ async def test_one_choice_of_the_upstream_is_kept_and_all_are_added_up(
     body = {"table": table | {"limits": {"pool:total": 9}}, "test": False}
     async with running.http.put(url, json=body) as answer:
         assert answer.status == 200, await answer.text()
-    counts = CallCounts(apart={"limit": {"pool:total": [600], "kind:text_only": [600]}})
+    counts = CallCounts(by_group={"limit": {"pool:total": [600], "kind:text_only": [600]}})
     lately = TimeSpan(10, int(datetime.now(UTC).timestamp()) // 10 * 10 - 20, "gemini")
     await running.services.store.history.write([(lately, counts)])
     try:
@@ -782,7 +782,7 @@ async def test_while_a_store_is_away_the_page_says_so_and_recovers(stage: Stage)
             await expect(alerts.first).to_be_visible()
         finally:
             stage.postgres.resume()
-        await wait_until(lambda: not stage.gateway.services.store.connections.away)
+        await wait_until(lambda: not stage.gateway.services.store.connections.unavailable)
         await alerts.first.get_by_role("button", name="Try again").click()
         await expect(page.get_by_text("No dead jobs")).to_be_visible()
         await wait_until(lambda: stage.gateway.services.limiter.local_state().state == "up")

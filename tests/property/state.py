@@ -148,7 +148,7 @@ def of_model(model: PoolModel) -> State:
 def _pause(limit: LimitState) -> list[str]:
     pause = limit.pause
     assert pause is not None
-    return [str(pause.until), str(pause.ramp_ms), str(pause.passed), pause.said]
+    return [str(pause.until), str(pause.ramp_ms), str(pause.passed), pause.reason]
 
 
 def _adapted(limit: LimitState) -> str:

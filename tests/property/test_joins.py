@@ -19,7 +19,7 @@ POLICY = PoolPolicy({LIMIT: 1}, lease_ms=LEASE_MS, revision=1)
 
 def say(world: World, client: Client) -> None:
     """All that a client has to say, though it hears no push."""
-    while client.session.something_to_say():
+    while client.session.is_request_due():
         world.exchange(client, "ok")
 
 

@@ -47,7 +47,7 @@ class Bench:
 
     def say(self) -> None:
         """Until there is nothing left to say: both worlds agree in each answer."""
-        while self.client.session.something_to_say():
+        while self.client.session.is_request_due():
             self.world.exchange(self.client, "ok")
 
     def put_in_force(self, limit: Limit, bands: tuple[Band, ...] = DEFAULT_BANDS) -> None:

@@ -225,7 +225,7 @@ class Traffic(RuleBasedStateMachine):
                 client.session.refresh()
                 self.speak(client)
         rounds = 0
-        while any(client.mailbox or client.session.something_to_say() for client in listening):
+        while any(client.mailbox or client.session.is_request_due() for client in listening):
             for client in listening:
                 self.speak(client)
             rounds += 1
@@ -237,7 +237,7 @@ class Traffic(RuleBasedStateMachine):
     def speak(self, client: Client) -> None:
         """As its exchange loop does: as long as there is something to hear or to say."""
         self.hear_pushes(client)
-        if client.session.something_to_say():
+        if client.session.is_request_due():
             self.world.exchange(client, "ok")
 
     @rule(which=some, tend=st.booleans())

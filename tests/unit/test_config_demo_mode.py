@@ -117,4 +117,4 @@ def test_keys_are_asked_for_in_the_open_unless_switched_off_in_so_many_words(
     auth: str, host: str, asked: bool
 ) -> None:
     config = given(HOST=host, AUTH=auth, TIDEGATE_DEMO="1")
-    assert config.asks_for_keys is asked
+    assert config.requires_keys is asked

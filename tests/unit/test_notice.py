@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tidegate.supervisor.supervisor import READY_PIPE, living, tell_ready, tell_stopping
+from tidegate.supervisor.supervisor import READY_PIPE, living, report_ready, report_stopping
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def systemd(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 
 
 def test_systemd_is_told_of_the_beginning_and_of_the_end(systemd: socket.socket) -> None:
-    tell_ready()
-    tell_stopping()
+    report_ready()
+    report_stopping()
     assert [systemd.recv(100), systemd.recv(100)] == [b"READY=1", b"STOPPING=1"]
 
 
@@ -56,8 +56,8 @@ async def test_a_watchdog_that_is_not_there_or_is_our_parents_hears_nothing(
 @pytest.mark.parametrize("address", ["", "nowhere", "/gone/notify"])
 def test_nobody_listens(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", address)
-    tell_ready()
-    tell_stopping()
+    report_ready()
+    report_stopping()
 
 
 def test_a_supervisor_is_told_once_by_its_pipe(
@@ -65,7 +65,7 @@ def test_a_supervisor_is_told_once_by_its_pipe(
 ) -> None:
     hears, says = os.pipe()
     monkeypatch.setenv(READY_PIPE, str(says))
-    tell_ready()
-    tell_ready()
+    report_ready()
+    report_ready()
     with os.fdopen(hears, "rb") as pipe:
         assert pipe.read() == b"1"

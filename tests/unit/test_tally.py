@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from tidegate.errors import CallPreempted
 from tidegate.metrics.instruments import MOST_TENANTS, Calls, Instruments, Known, Metric, Tally
-from tidegate.metrics.process import Given, _tell_loads
+from tidegate.metrics.process import Gauges, _add_loads
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.upstream.server_load import ServerLoad
 
@@ -18,7 +18,9 @@ from tidegate.upstream.server_load import ServerLoad
 @given(st.lists(st.lists(st.floats(0, 2_000), max_size=20), max_size=5))
 def test_a_spread_tells_the_same_as_the_library_one_by_one(batches: list[list[float]]) -> None:
     spec, registry = Metric.QUEUE, CollectorRegistry()
-    usual = Histogram(spec.name, spec.said, spec.labels, buckets=spec.buckets, registry=registry)
+    usual = Histogram(
+        spec.name, spec.help_text, spec.labels, buckets=spec.buckets, registry=registry
+    )
     made = Instruments()
     for batch in batches:
         for value in batch:
@@ -52,8 +54,8 @@ def test_a_gauge_that_was_forgotten_is_shown_again_as_it_was() -> None:
 
 
 def test_a_scrape_has_each_metric_once() -> None:
-    given = Given()
-    _tell_loads(given, {"gpu": ServerLoad(1, 2, 4, 100, 0.5)})
+    given = Gauges()
+    _add_loads(given, {"gpu": ServerLoad(1, 2, 4, 100, 0.5)})
     told = generate_latest(Instruments().also(given)).decode().splitlines()
     types = [line.split()[2] for line in told if line.startswith("# TYPE ")]
     assert sorted(types) == sorted(set(types)), "a second TYPE line makes parsers refuse all"

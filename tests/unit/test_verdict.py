@@ -18,13 +18,19 @@ from tidegate.limiter import (
     TenantView,
 )
 from tidegate.metrics.process import Note, UpstreamFound
-from tidegate.metrics.verdict import MOST_CAUSES, DeploymentSeen, PoolSeen, RecordSeen, judge
+from tidegate.metrics.verdict import (
+    MOST_CAUSES,
+    DeploymentReading,
+    PoolReading,
+    RecordReading,
+    judge,
+)
 from tidegate.policy.learned import LearnedLimit
 from tidegate.prices.budgets import Budget
 from tidegate.store.budgets import BudgetBook
 from tidegate.store.jobs import StuckCounts
 
-NOTHING = RecordSeen(StuckCounts(0, None, 0, 0, 1))
+NOTHING = RecordReading(StuckCounts(0, None, 0, 0, 1))
 POLICY = PoolPolicy({"kind:text_only": Concurrency(6), "model:m": Concurrency(12)})
 
 
@@ -34,7 +40,7 @@ def limit(name: str, **named: Any) -> LimitView:
     return LimitView(name, **usual | named)
 
 
-def pool(*limits: LimitView, learned: tuple[LearnedLimit, ...] = (), **named: Any) -> PoolSeen:
+def pool(*limits: LimitView, learned: tuple[LearnedLimit, ...] = (), **named: Any) -> PoolReading:
     queues = tuple(
         QueueView("s", "api-1", 0, tenant, (one.limit,), one.limit, count, 1)
         for one in limits
@@ -51,21 +57,21 @@ def pool(*limits: LimitView, learned: tuple[LearnedLimit, ...] = (), **named: An
         tenants=(TenantView("acme", waiting, 1),),
         queues=queues,
     )
-    return PoolSeen("gemini", POLICY, snapshot, learned)
+    return PoolReading("gemini", POLICY, snapshot, learned)
 
 
 def seen(
-    *pools: PoolSeen, record: RecordSeen | None = NOTHING, **upstreams: UpstreamFound
-) -> DeploymentSeen:
+    *pools: PoolReading, record: RecordReading | None = NOTHING, **upstreams: UpstreamFound
+) -> DeploymentReading:
     found = upstreams or {"gemini": UpstreamFound("ok")}
-    return DeploymentSeen(pools or (pool(),), [Note("api-1", upstreams=found)], found, record)
+    return DeploymentReading(pools or (pool(),), [Note("api-1", upstreams=found)], found, record)
 
 
-def stuck(**named: Any) -> RecordSeen:
+def stuck(**named: Any) -> RecordReading:
     return replace(NOTHING, stuck=replace(NOTHING.stuck, **named))
 
 
-def kinds(found: DeploymentSeen) -> list[tuple[str, str]]:
+def kinds(found: DeploymentReading) -> list[tuple[str, str]]:
     return [(one.kind, one.level) for one in judge(found).causes]
 
 
@@ -111,7 +117,7 @@ def test_an_adaptive_limit_that_has_found_a_lower_bound_says_so() -> None:
 @pytest.mark.parametrize(
     ("found", "health", "first"),
     [
-        (seen(PoolSeen("gemini", POLICY, None, problem="gone")), "down", "valkey_away"),
+        (seen(PoolReading("gemini", POLICY, None, problem="gone")), "down", "valkey_away"),
         (seen(gemini=UpstreamFound("out", why="503")), "down", "upstreams_out"),
         (seen(gemini=UpstreamFound("trying")), "healthy", None),
         (seen(a=UpstreamFound("ok"), b=UpstreamFound("out", True)), "degraded", "key_refused"),
@@ -133,7 +139,7 @@ def test_an_adaptive_limit_that_has_found_a_lower_bound_says_so() -> None:
         (seen(record=stuck(alerts=1)), "degraded", "alerts_given_up"),
     ],
 )
-def test_each_state_has_its_cause(found: DeploymentSeen, health: str, first: str | None) -> None:
+def test_each_state_has_its_cause(found: DeploymentReading, health: str, first: str | None) -> None:
     verdict = judge(found)
     assert verdict.health == health
     assert next((one.kind for one in verdict.causes), None) == first
@@ -240,7 +246,7 @@ def test_what_one_process_alone_finds_out_is_not_down(
         Note("api-1", upstreams={"gemini": UpstreamFound("out", why="503")}),
         Note("api-2", upstreams={"gemini": other}),
     ]
-    verdict = judge(DeploymentSeen((pool(),), notes, {"gemini"}, NOTHING))
+    verdict = judge(DeploymentReading((pool(),), notes, {"gemini"}, NOTHING))
     assert (verdict.health, [one.kind for one in verdict.causes]) == (health, kinds)
 
 

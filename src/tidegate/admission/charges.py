@@ -95,10 +95,10 @@ class Prices:
         client chose that tier. `dearest`: use the rates of the dearest hour.
         """
         usual = self._on(model, "", self._hour, dearest=dearest)
-        asked = self._on(model, tier, self._hour, dearest=dearest) if tier else None
-        if usual is None or asked is None or _dearness(asked) < _dearness(usual):
+        of_tier = self._on(model, tier, self._hour, dearest=dearest) if tier else None
+        if usual is None or of_tier is None or _dearness(of_tier) < _dearness(usual):
             return usual
-        return asked
+        return of_tier
 
     def share(self, model: str, tier: str) -> float | None:
         """Return the highest ratio of the rates of `tier` to the usual ones, for input and output.
@@ -186,8 +186,8 @@ def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: b
             cost = micros_of(images * rates.image)
         if whole and is_measured(usage):
             return Charge(UsageState.TOLD, usage, images, cost_micros(rates, usage, images))
-        is_told = bool(images) or usage.details is not None
-        return Charge(UsageState.UNKNOWN, usage, images, cost) if is_told else UNKNOWN_CHARGE
+        is_reported = bool(images) or usage.details is not None
+        return Charge(UsageState.UNKNOWN, usage, images, cost) if is_reported else UNKNOWN_CHARGE
     state = UsageState.TOLD if whole else UsageState.PARTIAL
     return Charge(state, usage, images, cost_micros(rates, usage, images))
 
@@ -195,7 +195,7 @@ def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: b
 def estimated_charge(
     rates: Rates | None,
     estimate: Estimate,
-    came: int,
+    output: int,
     images: int = 0,
     details: UsageDetails | None = None,
     writes: CacheWrite | None = None,
@@ -203,7 +203,7 @@ def estimated_charge(
 ) -> Charge:
     """Return the estimated charge for a request that was sent and whose answer reported no usage.
 
-    `came`: output tokens received. `details`: what the provider did report, such as its own cost;
+    `output`: output tokens received. `details`: what the provider did report, such as its own cost;
     it is recorded and changes no charge. `writes`: the cache to which the request has its input
     written. `measured`: usage other than tokens that the request itself shows; it is charged and
     recorded.
@@ -213,7 +213,7 @@ def estimated_charge(
     """
     usage = Usage(
         input_tokens=max(estimate.expected_input_tokens, estimate.guessed_input_tokens),
-        output_tokens=came,
+        output_tokens=output,
     )
     cost = cost_micros(rates, replace(usage, details=measured), images)
     if writes is not None and cost is not None:
@@ -286,11 +286,11 @@ def call_cost(
     elif max_output_tokens is None and not draws_alone:
         unknown = "it has no max_tokens, and the maximum output of its model is not known"
     else:
-        given = 0 if draws_alone else max_output_tokens or 0
+        most_output = 0 if draws_alone else max_output_tokens or 0
         micros = _most_micros(
-            rates, most_input, given, images if draws_alone else 0, writes, bool(unseen)
+            rates, most_input, most_output, images if draws_alone else 0, writes, bool(unseen)
         )
-        tokens = None if draws_alone else most_input + given
+        tokens = None if draws_alone else most_input + most_output
         unknown = "" if tokens else "the tokens of pictures are not known beforehand"
         if micros is None:
             unknown = "the price of its model is not known"
@@ -300,8 +300,8 @@ def call_cost(
 
 def _most_micros(
     rates: Rates | None,
-    taken: int,
-    given: int,
+    input_tokens: int,
+    output_tokens: int,
     images: int,
     writes: CacheWrite | None,
     has_files: bool,
@@ -312,9 +312,9 @@ def _most_micros(
     if rates.input is None:
         if not images or rates.image is None or rates.output is not None:
             return None
-        taken = 0  # this model charges for images alone
+        input_tokens = 0  # this model charges for images alone
     all_rates = [rates]
-    if rates.above is not None and rates.long is not None and taken > rates.above:
+    if rates.above is not None and rates.long is not None and input_tokens > rates.above:
         all_rates.append(rates.long)
     most = 0
     for one in all_rates:
@@ -325,8 +325,8 @@ def _most_micros(
             inputs += [one.input_audio, one.input_image, one.input_video]
         picos = 0
         for count, found in (
-            (taken, inputs),
-            (given, [one.output, one.output_audio, one.output_image]),
+            (input_tokens, inputs),
+            (output_tokens, [one.output, one.output_audio, one.output_image]),
             (images, [one.image]),
         ):
             known = [rate for rate in found if rate is not None]
@@ -339,9 +339,9 @@ def _most_micros(
 
 def cut_charge(
     rates: Rates | None,
-    told: Usage,
+    reported: Usage,
     estimate: Estimate,
-    came: int,
+    received: int,
     images: int | None,
     *,
     whole: bool = False,
@@ -354,16 +354,18 @@ def cut_charge(
     was reported earlier in the stream (Anthropic reports one at the start), and the output received
     counts.
     """
-    taken, given = tokens_of(told)
-    usage = told
-    if taken is None:
-        taken = max(estimate.expected_input_tokens, estimate.guessed_input_tokens)
-        if whole and told.total_tokens is not None:
-            taken = max(0, told.total_tokens - (came if given is None else given))
-        usage = replace(usage, input_tokens=taken)
-    if given is None or (2 * given < came and not whole):
-        thoughts = told.thoughts_tokens or 0
-        usage = replace(usage, output_tokens=max(0, came - thoughts), total_tokens=None)
+    input_tokens, output_tokens = tokens_of(reported)
+    usage = reported
+    if input_tokens is None:
+        input_tokens = max(estimate.expected_input_tokens, estimate.guessed_input_tokens)
+        if whole and reported.total_tokens is not None:
+            input_tokens = max(
+                0, reported.total_tokens - (received if output_tokens is None else output_tokens)
+            )
+        usage = replace(usage, input_tokens=input_tokens)
+    if output_tokens is None or (2 * output_tokens < received and not whole):
+        thoughts = reported.thoughts_tokens or 0
+        usage = replace(usage, output_tokens=max(0, received - thoughts), total_tokens=None)
     state = UsageState.ESTIMATED if whole else UsageState.PARTIAL
     return Charge(state, usage, images, cost_micros(rates, usage, images))
 
@@ -377,18 +379,18 @@ def answer_charge(
     received.
     """
     images = len(answer.pictures)
-    is_told = not is_unknown(answer.usage)
-    if whole and is_told and (estimate is None or is_complete(answer.usage)):
+    is_reported = not is_unknown(answer.usage)
+    if whole and is_reported and (estimate is None or is_complete(answer.usage)):
         return charge_of(rates, answer.usage, images, whole=True)
     if estimate is None:
         return UNKNOWN_CHARGE
-    came = came_tokens(answer.whole_text, images=images)
-    if not is_told:
-        return estimated_charge(rates, estimate, came, images, answer.usage.details)
-    return cut_charge(rates, answer.usage, estimate, came, images, whole=whole)
+    received = received_tokens(answer.whole_text, images=images)
+    if not is_reported:
+        return estimated_charge(rates, estimate, received, images, answer.usage.details)
+    return cut_charge(rates, answer.usage, estimate, received, images, whole=whole)
 
 
-def came_tokens(text: str, *, images: int = 0, scale: float = 1.0) -> int:
+def received_tokens(text: str, *, images: int = 0, scale: float = 1.0) -> int:
     """Return the approximate number of tokens of an answer, as far as it was received.
 
     `scale`: the ratio of the whole answer to the part of it in `text`.
@@ -435,8 +437,8 @@ SLACK_MS = 5_000.0  # from a change of tier to the next call: claims, updates, t
 UNKNOWN_SHARE = 0.5  # share of a batch's window that must remain if no batch was seen yet
 # If the configured limits make a job wait longer than this, it moves to a batch at the same price.
 FREE_WITHIN_MS = 60_000.0
-LEAST_SEEN = 5
-_MOST_SEEN = 100
+LEAST_SAMPLES = 5
+_MAX_SAMPLES = 100
 _USUAL = 0.95
 _FIRST_BUSY_MS, _LONGEST_BUSY_MS = 1_000.0, 60_000.0
 _MOST_KEPT = 10_000
@@ -541,23 +543,25 @@ def choose(
     for offer in offers:
         if offer.share >= 1:
             continue
-        stands_ms = left_ms
+        allowed_ms = left_ms
         if not live_is_late:
-            stands_ms -= room.reserve_ms + (times.cancel_ms if offer.tier is Tier.BATCH else 0.0)
+            allowed_ms -= room.reserve_ms + (times.cancel_ms if offer.tier is Tier.BATCH else 0.0)
         takes_ms = _takes_ms(offer, room, times)
-        if takes_ms <= stands_ms:
-            safe.append((offer, stands_ms))
+        if takes_ms <= allowed_ms:
+            safe.append((offer, allowed_ms))
         else:
-            late.append(f"{offer.tier} may take {spoken(takes_ms)}")
+            late.append(f"{offer.tier} may take {in_words(takes_ms)}")
     free = [one for one in safe if not one[0].busy_ms] or safe
     if not free:
         return TierChoice(Tier.LIVE, None, _why_live(late, left_ms, room))
-    offer, stands_ms = min(free, key=lambda one: _order(one[0], room))
+    offer, allowed_ms = min(free, key=lambda one: _order(one[0], room))
     why = f"{offer.tier} costs {offer.share:.0%} of the usual price"
     if due is not None:
-        why += f" and {spoken(left_ms)} are left; live "
-        why += "is too late" if live_is_late else f"from {spoken(room.reserve_ms)} before it is due"
-    return TierChoice(offer.tier, None if live_is_late else _after(now, stands_ms), why)
+        why += f" and {in_words(left_ms)} are left; live "
+        why += (
+            "is too late" if live_is_late else f"from {in_words(room.reserve_ms)} before it is due"
+        )
+    return TierChoice(offer.tier, None if live_is_late else _after(now, allowed_ms), why)
 
 
 def _takes_ms(offer: TierOffer, room: LiveRoom, times: TierTimes) -> float:
@@ -586,8 +590,8 @@ def _why_live(late: Sequence[str], left_ms: float, room: LiveRoom) -> str:
         return "no cheaper tier is allowed and offered for its model"
     if room.wait_ms == inf:
         return "a limit of 0 admits none of its calls, in any tier"
-    needs = f"live needs {spoken(room.reserve_ms)}"
-    return f"{spoken(left_ms)} are left, of which {needs}: {' and '.join(late)}"
+    needs = f"live needs {in_words(room.reserve_ms)}"
+    return f"{in_words(left_ms)} are left, of which {needs}: {' and '.join(late)}"
 
 
 def _after(now: datetime, ms: float) -> datetime | None:
@@ -597,7 +601,7 @@ def _after(now: datetime, ms: float) -> datetime | None:
 _UNITS = ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1_000, "s"))
 
 
-def spoken(ms: float) -> str:
+def in_words(ms: float) -> str:
     """Return a duration for people to read, to a tenth of its unit."""
     if ms == inf:
         return "any time"
@@ -608,12 +612,12 @@ def spoken(ms: float) -> str:
 
 
 @dataclass(slots=True)
-class SeenTimes:
+class TimeSamples:
     """Durations of the last calls of one sort."""
 
-    last_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_MOST_SEEN))
+    last_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_MAX_SAMPLES))
 
-    def usual_ms(self, least: int = LEAST_SEEN) -> float | None:
+    def usual_ms(self, least: int = LEAST_SAMPLES) -> float | None:
         """Return the 95th percentile; None while fewer than `least` calls were seen."""
         if len(self.last_ms) < least:
             return None
@@ -637,10 +641,10 @@ class FlexCalls:
     The clock is that of the event loop.
     """
 
-    def __init__(self, clock: Callable[[], float], most_kept: int = _MOST_KEPT) -> None:
+    def __init__(self, clock: Callable[[], float], max_entries: int = _MOST_KEPT) -> None:
         self._clock = clock
-        self._most_kept = most_kept
-        self._times: OrderedDict[tuple[str, str], SeenTimes] = OrderedDict()
+        self._max_entries = max_entries
+        self._times: OrderedDict[tuple[str, str], TimeSamples] = OrderedDict()
         self._busy: OrderedDict[tuple[str, str], _Busy] = OrderedDict()
         self._never: OrderedDict[UUID, None] = OrderedDict()
 
@@ -648,8 +652,8 @@ class FlexCalls:
         return f"<FlexCalls {len(self._times)} models, {len(self._busy)} busy>"
 
     def usual_ms(self, key: tuple[str, str]) -> float | None:
-        seen = self._times.get(key)
-        return None if seen is None else seen.usual_ms()
+        times = self._times.get(key)
+        return None if times is None else times.usual_ms()
 
     def busy_ms(self, key: tuple[str, str]) -> float:
         """Return how long flex must not be tried again; 0 if it may be tried now."""
@@ -657,12 +661,12 @@ class FlexCalls:
         return 0.0 if busy is None else max(0.0, (busy.until - self._clock()) * 1_000)
 
     def answered(self, key: tuple[str, str], took_ms: float) -> None:
-        self._times.setdefault(key, SeenTimes()).last_ms.append(took_ms)
+        self._times.setdefault(key, TimeSamples()).last_ms.append(took_ms)
         self._times.move_to_end(key)
         self._busy.pop(key, None)
-        _bound(self._times, self._most_kept)
+        _bound(self._times, self._max_entries)
 
-    def was_busy(self, key: tuple[str, str], told_ms: int | None) -> None:
+    def was_busy(self, key: tuple[str, str], reported_ms: int | None) -> None:
         """Record a refusal for lack of capacity.
 
         Flex is paused twice as long each time, or as long as the provider says if that is longer.
@@ -671,21 +675,21 @@ class FlexCalls:
         if busy.until <= self._clock():  # refusals of concurrent calls count as one
             pause_ms = min(_LONGEST_BUSY_MS, _FIRST_BUSY_MS * 2.0**busy.refusals)
             busy.refusals = min(busy.refusals + 1, 10)
-            busy.until = self._clock() + max(pause_ms, told_ms or 0) / 1_000
-        _bound(self._busy, self._most_kept)
+            busy.until = self._clock() + max(pause_ms, reported_ms or 0) / 1_000
+        _bound(self._busy, self._max_entries)
 
     def refuse(self, job: UUID) -> None:
         """Record that flex refused the job itself; the job then uses the usual tier."""
         self._never[job] = None
-        _bound(self._never, self._most_kept)
+        _bound(self._never, self._max_entries)
 
     def is_refused(self, job: UUID) -> bool:
         return job in self._never
 
 
-def _bound(kept: OrderedDict[Any, Any], most: int) -> None:
-    while len(kept) > most:
-        kept.popitem(last=False)
+def _bound(entries: OrderedDict[Any, Any], most: int) -> None:
+    while len(entries) > most:
+        entries.popitem(last=False)
 
 
 _UNKNOWN_CALL_MS = 10_000.0
@@ -701,22 +705,22 @@ class CallSizes:
     output_tokens: float | None = None
 
     def add(self, usage: Usage) -> None:
-        taken, given = tokens_of(usage)
-        self.input_tokens = _moved(self.input_tokens, taken)
-        self.output_tokens = _moved(self.output_tokens, given)
+        input_tokens, output_tokens = tokens_of(usage)
+        self.input_tokens = _moved(self.input_tokens, input_tokens)
+        self.output_tokens = _moved(self.output_tokens, output_tokens)
 
     def of(self, unit: str) -> float | None:
         """Return about how much of `unit` a call uses; None if that is unknown."""
-        taken, given = self.input_tokens, self.output_tokens
+        input_tokens, output_tokens = self.input_tokens, self.output_tokens
         match unit:
             case "requests" | "images":
                 return 1.0
             case "input_tokens" | "uncached_input_tokens":
-                return taken
+                return input_tokens
             case "output_tokens":
-                return given
-            case "tokens" if taken is not None and given is not None:
-                return taken + given
+                return output_tokens
+            case "tokens" if input_tokens is not None and output_tokens is not None:
+                return input_tokens + output_tokens
         return None
 
 
@@ -748,10 +752,10 @@ def admitted_per_second(
 
 
 @dataclass(slots=True)
-class SeenCalls:
+class CallSamples:
     """Durations of the last calls of a kind in the usual tier, and their sizes in any tier."""
 
-    times: SeenTimes = field(default_factory=SeenTimes)
+    times: TimeSamples = field(default_factory=TimeSamples)
     sizes: CallSizes = field(default_factory=CallSizes)
 
     def room(self, limits: Iterable[Limit | None], ahead: int) -> LiveRoom:

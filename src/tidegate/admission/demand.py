@@ -70,7 +70,7 @@ from tidegate.policy.format import (
     is_of_models,
     is_pattern,
     plain_model,
-    whom_it_binds,
+    subject_of,
 )
 
 MOST_PRIORITY = 100
@@ -114,13 +114,13 @@ class Reach:
         self._patterns: list[str] = []
         callers: set[CallerName] = set()
         for limit_id in sorted(policy.limits, key=_usual_order):
-            whom = caller_of(limit_id) or whom_it_binds(limit_id)
-            if whom is not None:
-                self._bound[whom].append((limit_id, _counts_media(policy.limit(limit_id))))
-            if isinstance(whom, tuple):
-                callers.add(whom)
-            elif whom is not None and is_pattern(whom) and whom not in self._patterns:
-                self._patterns.append(whom)
+            subject = caller_of(limit_id) or subject_of(limit_id)
+            if subject is not None:
+                self._bound[subject].append((limit_id, _counts_media(policy.limit(limit_id))))
+            if isinstance(subject, tuple):
+                callers.add(subject)
+            elif subject is not None and is_pattern(subject) and subject not in self._patterns:
+                self._patterns.append(subject)
         self._callers = frozenset(callers)
         self.names_callers = bool(callers)
 
@@ -160,11 +160,11 @@ class Reach:
         if name not in models and is_of_models(name):  # a client may name it like a pattern
             models.insert(0, name)
         all_of: tuple[str | CallerName, ...] = (*models, f"tenant/{tenant}", *named, TOTAL)
-        for whom in (f"kind/{kind}", *all_of):
-            if whom in self._bound:
+        for subject in (f"kind/{kind}", *all_of):
+            if subject in self._bound:
                 found += [
                     limit_id
-                    for limit_id, of_media in self._bound[whom]
+                    for limit_id, of_media in self._bound[subject]
                     if limit_id != first and of_media in media
                 ]
         return tuple(found)
@@ -204,8 +204,8 @@ def band_of(priority: int, bands: tuple[Band, ...]) -> str:
     if not steps:
         return names[usual]
     room = usual if priority > 0 else len(names) - 1 - usual
-    away = min(room, 1 + (steps - 1) * room // MOST_PRIORITY)
-    return names[usual - away if priority > 0 else usual + away]
+    offset = min(room, 1 + (steps - 1) * room // MOST_PRIORITY)
+    return names[usual - offset if priority > 0 else usual + offset]
 
 
 def _usual_order(limit_id: str) -> tuple[bool, str]:
@@ -304,7 +304,7 @@ class CallDemand:
             has_usual_deadline,
         )
 
-    def used(self, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:
+    def used(self, reported: Usage, charged: Usage = _NO_USAGE, *, whole: bool) -> Tokens | None:
         """Return the tokens to settle; None if nothing is known.
 
         `whole`: the answer came to its end; of an answer that was cut off the provider may have
@@ -314,24 +314,24 @@ class CallDemand:
         reserved = self.tokens
         if reserved is None:
             return None
-        input_tokens, output_tokens = tokens_of(told)
-        came_input, came_output = tokens_of(charged)
-        known = (input_tokens, output_tokens, came_input, came_output)
+        input_tokens, output_tokens = tokens_of(reported)
+        charged_input, charged_output = tokens_of(charged)
+        known = (input_tokens, output_tokens, charged_input, charged_output)
         if all(one is None for one in known):
             return None
         if input_tokens is None:
-            input_tokens = max(reserved.input, came_input or 0)
+            input_tokens = max(reserved.input, charged_input or 0)
         if output_tokens is None or not whole:
-            output_tokens = max(output_tokens or 0, came_output or 0, reserved.output)
-        cached = min(told.cached_tokens or 0, input_tokens)
-        written = 0 if told.details is None else told.details.cache_write_tokens or 0
+            output_tokens = max(output_tokens or 0, charged_output or 0, reserved.output)
+        cached = min(reported.cached_tokens or 0, input_tokens)
+        written = 0 if reported.details is None else reported.details.cache_write_tokens or 0
         return Tokens(input_tokens, output_tokens, cached, min(written, input_tokens - cached))
 
 
-def tokens_read(told: Usage, charged: Usage) -> Tokens:
+def tokens_read(reported: Usage, charged: Usage) -> Tokens:
     """Return the input tokens that a provider processed for a call, if no limit counts tokens."""
-    read = told.input_tokens or charged.input_tokens or 0
-    return Tokens(read, 0, min(told.cached_tokens or 0, read))
+    read = reported.input_tokens or charged.input_tokens or 0
+    return Tokens(read, 0, min(reported.cached_tokens or 0, read))
 
 
 class Demands:
@@ -433,10 +433,10 @@ class Demands:
         The provider counts the requests of batches apart from all other calls.
         """
         found = self.limits(policy, BATCH_KIND, "", "", 0)
-        mine = tuple(
-            one for one in found if one == _BATCHES or whom_it_binds(one) == f"kind/{BATCH_KIND}"
+        limits = tuple(
+            one for one in found if one == _BATCHES or subject_of(one) == f"kind/{BATCH_KIND}"
         )
-        return CallDemand(mine, tenant, self._reach.band(priority), 0)
+        return CallDemand(limits, tenant, self._reach.band(priority), 0)
 
     def of_question(
         self,
@@ -467,7 +467,7 @@ class Demands:
         )
 
     def learn(
-        self, demand: CallDemand, told: Usage, charged: Usage = _NO_USAGE, *, whole: bool
+        self, demand: CallDemand, reported: Usage, charged: Usage = _NO_USAGE, *, whole: bool
     ) -> None:
         """Learn from the usage of a finished call.
 
@@ -477,17 +477,23 @@ class Demands:
         estimate = demand.estimate
         if estimate is None:
             return
-        known = told
+        known = reported
         if not whole:
-            came = tokens_of(charged)[1] or 0
-            output_tokens = came if came > estimate.output_tokens else None
-            known = Usage(input_tokens=told.input_tokens, output_tokens=output_tokens)
+            received = tokens_of(charged)[1] or 0
+            output_tokens = received if received > estimate.output_tokens else None
+            known = Usage(input_tokens=reported.input_tokens, output_tokens=output_tokens)
         self.estimator.learn(estimate, known)
-        if demand.conversation is not None and demand.expected is not None and told.input_tokens:
-            read = min(told.cached_tokens or 0, told.input_tokens)
-            written = 0 if told.details is None else told.details.cache_write_tokens or 0
-            kept = min(read + written, told.input_tokens)
-            call = LastCall(self._now_ms(), estimate.guessed_input_tokens, told.input_tokens, kept)
+        if (
+            demand.conversation is not None
+            and demand.expected is not None
+            and reported.input_tokens
+        ):
+            read = min(reported.cached_tokens or 0, reported.input_tokens)
+            written = 0 if reported.details is None else reported.details.cache_write_tokens or 0
+            cached = min(read + written, reported.input_tokens)
+            call = LastCall(
+                self._now_ms(), estimate.guessed_input_tokens, reported.input_tokens, cached
+            )
             self._conversations.learn(
                 demand.tenant, estimate.model, demand.conversation, demand.expected, call, read
             )
@@ -582,9 +588,9 @@ def _blamed(
     window = Quota if error.per_day else Rate
     unit = error.unit or "requests"
     # A limit on all tokens counts input tokens too, but not the other way round.
-    alike = {"input_tokens": ("input_tokens", "uncached_input_tokens", "tokens")}
-    wanted = alike.get(unit, (unit, "tokens") if unit.endswith("_tokens") else (unit,))
-    for each in wanted:
+    equivalent = {"input_tokens": ("input_tokens", "uncached_input_tokens", "tokens")}
+    units = equivalent.get(unit, (unit, "tokens") if unit.endswith("_tokens") else (unit,))
+    for each in units:
         for limit_id in of_model:
             limit = policy.limit(limit_id)
             if isinstance(limit, window) and limit.unit == each:
@@ -594,7 +600,7 @@ def _blamed(
 
 def _is_of_model(limit_id: str, model: str) -> bool:
     """Return whether a limit applies to the model, by its name or by a group."""
-    return binds_model(whom_it_binds(limit_id), model)
+    return binds_model(subject_of(limit_id), model)
 
 
 def model_limit(model: str) -> str:
@@ -714,8 +720,8 @@ class Conversations:
                 first = known.first_uncached(guessed, self._now_ms())
             last = self._last(tenant, model, key.opening)
             cached, whole = 0 if last is None else last.cached, input_tokens
-        kept = 0 if known is None else int(cached * known.factor())
-        uncached = input_tokens if not kept else max(0, whole - kept)
+        from_cache = 0 if known is None else int(cached * known.factor())
+        uncached = input_tokens if not from_cache else max(0, whole - from_cache)
         return ExpectedInput(uncached if first is None else min(uncached, first), cached)
 
     def learn(

@@ -190,13 +190,13 @@ def input_pieces(
     return pieces
 
 
-def with_kept(pieces: InputPieces, tokens: int) -> InputPieces:
+def with_stored(pieces: InputPieces, tokens: int) -> InputPieces:
     """Return the pieces of a request to which the provider adds `tokens` of earlier calls."""
-    kept = {Modality.KEPT: float(tokens)}
-    whole = {**pieces.whole, **kept}
+    stored = {Modality.KEPT: float(tokens)}
+    whole = {**pieces.whole, **stored}
     whole.pop(Modality.STATE, None)
     added = {name: count for name, count in whole.items() if name not in pieces}
-    return input_pieces({**pieces, **kept}, added, pieces.learning, pieces.tools)
+    return input_pieces({**pieces, **stored}, added, pieces.learning, pieces.tools)
 
 
 _TOKENS_A_LETTER = {Modality.LATIN: 0.25, Modality.LETTERS: 0.4, Modality.WIDE: 0.7}
@@ -219,7 +219,7 @@ _DENSE = re.compile(rf"[A-Za-z0-9+/_=-]{{{_SHORTEST_RUN},}}")
 _MARKED = bytes(_DENSE.fullmatch(_SHORTEST_RUN * chr(byte)) is not None for byte in range(256))
 _LONG_RUN = _SHORTEST_RUN * b"\x01"
 _LONG_WORDS_CHARS = 12
-_LOOKED_AT_CHARS, _PLACES = 4_096, 4
+_SAMPLE_CHARS, _PLACES = 4_096, 4
 
 ANSWER_TOKENS = 800.0
 PICTURE_TOKENS = 1_290.0
@@ -282,19 +282,19 @@ def _dense_letters(text: str, texts: Sequence[str]) -> float:
     `text` consists of.
     """
     letters = len(text)
-    looked_at, scale = text, 1.0
-    if letters > _PLACES * _LOOKED_AT_CHARS:
-        step = (letters - _LOOKED_AT_CHARS) // (_PLACES - 1)
-        starts = range(0, letters - _LOOKED_AT_CHARS + 1, step)
-        looked_at = " ".join(text[start : start + _LOOKED_AT_CHARS] for start in starts)
-        scale = letters / len(looked_at)
-    if len(looked_at) < _LONG_WORDS_CHARS * looked_at.count(" "):
+    sample, scale = text, 1.0
+    if letters > _PLACES * _SAMPLE_CHARS:
+        step = (letters - _SAMPLE_CHARS) // (_PLACES - 1)
+        starts = range(0, letters - _SAMPLE_CHARS + 1, step)
+        sample = " ".join(text[start : start + _SAMPLE_CHARS] for start in starts)
+        scale = letters / len(sample)
+    if len(sample) < _LONG_WORDS_CHARS * sample.count(" "):
         return 0.0
-    if _LONG_RUN not in looked_at.encode("ascii", "replace").translate(_MARKED):
+    if _LONG_RUN not in sample.encode("ascii", "replace").translate(_MARKED):
         return 0.0
     if scale == 1.0 and len(texts) > 1:  # separate the texts: no run spans two of them
-        looked_at = " ".join(texts)
-    return scale * sum(len(run) for run in _DENSE.findall(looked_at) if _is_mixed(run))
+        sample = " ".join(texts)
+    return scale * sum(len(run) for run in _DENSE.findall(sample) if _is_mixed(run))
 
 
 def _is_mixed(run: str) -> bool:
@@ -313,8 +313,8 @@ def pieces_of_file(
         return {Modality.AUDIO: max(1.0, seconds) * rules.audio_second}
     if family == "video":
         seconds = size_bytes / _BYTES_A_SECOND[Modality.VIDEO]
-        if (said := duration_s(data)) is not None:  # a much shorter duration is wrong
-            seconds = max(said, seconds / _MOST_TIMES_USUAL)
+        if (stated := duration_s(data)) is not None:  # a much shorter duration is wrong
+            seconds = max(stated, seconds / _MOST_TIMES_USUAL)
         return {Modality.VIDEO: max(1.0, seconds) * rules.video_second}
     if _TEXT_TYPES.match(mime_type):
         return _text_file(data, size_bytes)
@@ -332,9 +332,9 @@ def unseen_file(mime_type: str, rules: Rules = USUAL_RULES) -> dict[Modality, fl
 def _audio_bytes_a_second(data: bytes) -> float:
     """Return the byte rate in a WAV's header, else a typical one."""
     if data.startswith(b"RIFF") and data[8:16] == b"WAVEfmt ":
-        said = int.from_bytes(data[28:32], "little")
-        if said >= 1_000:
-            return said
+        stated = int.from_bytes(data[28:32], "little")
+        if stated >= 1_000:
+            return stated
     return _BYTES_A_SECOND[Modality.AUDIO]
 
 
@@ -450,12 +450,12 @@ _UNKNOWN = {
 class Track:
     """A filter for one figure, such as the input tokens of one model."""
 
-    def __init__(self, *, is_told_little: bool = False) -> None:
-        """`is_told_little`: the request alone predicts its tokens poorly."""
+    def __init__(self, *, is_noisy: bool = False) -> None:
+        """`is_noisy`: the request alone predicts its tokens poorly."""
         self.calls = 0
         self.ratios: dict[Modality, Ratio] = {}
-        self._noise = _NOISE_OF_OTHERS if is_told_little else _NOISE
-        self._doubted = inf if is_told_little else _DOUBTED
+        self._noise = _NOISE_OF_OTHERS if is_noisy else _NOISE
+        self._doubted = inf if is_noisy else _DOUBTED
         self._usual = 0.0  # moving average of the middle
         # actual / expected of the last calls, and whether they used more than was reserved.
         self._surprises: deque[float] = deque(maxlen=REMEMBERED)
@@ -607,7 +607,7 @@ def _bounded(log_ratio: float) -> float:
 MOST_TRACKS = 4_096
 MOST_TRACKS_OF_A_TENANT = 64  # models are named by clients
 _INPUT = "input"
-_TOLD_LITTLE = frozenset(f"{_INPUT}:{learning}" for learning in Learning if learning)
+_UNPREDICTABLE = frozenset(f"{_INPUT}:{learning}" for learning in Learning if learning)
 _UNTAUGHT = Track()
 _NO_TRACKS: Mapping[tuple[str, str], Track] = {}
 
@@ -683,7 +683,7 @@ class Estimator:
         own = self._tracks.get(tenant) or _NO_TRACKS
         part, whole, tools = _input(input_pieces)
         taken = _predict(own, model, part, whole, tools)
-        given = _predict(own, model, _output(kind), output_pieces)
+        output = _predict(own, model, _output(kind), output_pieces)
         most = inf if max_output_tokens is None else max(1, max_output_tokens)
         return Estimate(
             model=model,
@@ -692,9 +692,9 @@ class Estimator:
             input_pieces=input_pieces,
             output_pieces=output_pieces,
             input_tokens=_whole(taken.upper),
-            output_tokens=_whole(min(given.upper, most)),
+            output_tokens=_whole(min(output.upper, most)),
             expected_input_tokens=_whole(taken.expected),
-            expected_output_tokens=_whole(min(given.expected, most)),
+            expected_output_tokens=_whole(min(output.expected, most)),
             guessed_input_tokens=_whole(sum(input_pieces.values())),
             guessed_output_tokens=_whole(min(sum(output_pieces.values()), most)),
         )
@@ -733,7 +733,7 @@ class Estimator:
 
     def _track(self, tenant: str, model: str, part: str) -> Track:
         known = (self._tracks.get(tenant) or _NO_TRACKS).get((model, part))
-        return self._keep(tenant, model, part, known or Track(is_told_little=part in _TOLD_LITTLE))
+        return self._keep(tenant, model, part, known or Track(is_noisy=part in _UNPREDICTABLE))
 
     def _keep(self, tenant: str, model: str, part: str, track: Track) -> Track:
         own = self._tracks.get(tenant)

@@ -200,7 +200,7 @@ def _phrase_ended(clause: Clause, head: Word, mark: Word) -> bool:
     return mark.has(*VERBS) and commands(clause, mark)
 
 
-def asks_ability(clause: Clause, verb: Word, head: Word | None) -> bool:
+def questions_ability(clause: Clause, verb: Word, head: Word | None) -> bool:
     """Whether "Can you generate images?" asks about an ability; with an article it is a request."""
     rest = clause.between((head or verb).end, clause.span.end)
     opened = clause.between(clause.span.start, verb.start).strip(' "¿').split()
@@ -314,7 +314,7 @@ def _read_command(clause: Clause, verb: Word) -> Intent:
     if verb.has(Label.IDIOM):
         return _read_idiom(marks)
     if verb.has(Label.DRAW):
-        if asks_ability(clause, verb, head):
+        if questions_ability(clause, verb, head):
             return Intent(Lean.TEXT, "asks what can be drawn", strong=True)
         if head is not None and not head.has(Label.PICTURE, Label.LETTERING):
             kind = "figurative" if head.has(Label.FIGURATIVE) else "a text"
@@ -326,11 +326,11 @@ def _read_command(clause: Clause, verb: Word) -> Intent:
         return _read_turn(clause, verb, marks)
     if verb.has(Label.EDIT):
         return NOTHING
-    asked = next((m for m in marks if m.has(Label.ASK, Label.COVER)), None)
-    if asked is not None and (head is None or verb.end <= asked.start < head.start):
+    request = next((m for m in marks if m.has(Label.ASK, Label.COVER)), None)
+    if request is not None and (head is None or verb.end <= request.start < head.start):
         return Intent(Lean.TEXT, "asks for words", strong=True)
     if head is not None and head.has(Label.PICTURE):
-        if asks_ability(clause, verb, head):
+        if questions_ability(clause, verb, head):
             return Intent(Lean.TEXT, "asks what can be made", strong=True)
         weak = verb.has(Label.WANT) or wished(clause, verb)
         return Intent(Lean.IMAGE, "asks for a picture", strong=not weak)
@@ -407,8 +407,8 @@ def _read_phrase(clause: Clause) -> Intent:
 
 def _leading_phrase(clause: Clause) -> list[Word]:
     marks = clause.marks
-    said = next((m.start for m in marks if not m.has(Label.LEAD, Label.COMMON)), clause.span.start)
-    comma = PHRASE_END.search(clause.marked.text, said, clause.span.end)
+    first = next((m.start for m in marks if not m.has(Label.LEAD, Label.COMMON)), clause.span.start)
+    comma = PHRASE_END.search(clause.marked.text, first, clause.span.end)
     end = comma.start() if comma else clause.span.end
     phrase: list[Word] = []
     for mark in clause.marks:
@@ -544,9 +544,13 @@ def _sure_image(marked: Marked, readings: list[Intent]) -> bool:
 
 def _text(marked: Marked, readings: list[Intent], reason: str, with_image: bool) -> Ruling:
     """Return a verdict for text; sure if words are requested and no word is pictorial."""
-    asked = bool(readings) and readings[0].lean is Lean.TEXT and readings[0].strong
+    is_request = bool(readings) and readings[0].lean is Lean.TEXT and readings[0].strong
     short = len(marked.text) <= SURE_TEXT_CHARS
-    if asked and _opens_with_question(marked) and all(r.lean is not Lean.IMAGE for r in readings):
+    if (
+        is_request
+        and _opens_with_question(marked)
+        and all(r.lean is not Lean.IMAGE for r in readings)
+    ):
         return Ruling(False, short and scene_points(marked.marks) < SURE_POINTS, reason)
     pictorial = [Label.DRAW, Label.STYLE, Label.IDIOM]
     pictorial += [Label.EDIT, Label.TURN, Label.MAKE, Label.WANT] if with_image else []
@@ -555,7 +559,7 @@ def _text(marked: Marked, readings: list[Intent], reason: str, with_image: bool)
     pictures = any(m.has(Label.PICTURE) for m in marked.marks)
     depicts = sum(m.has(Label.VISUAL) for m in marked.marks) > 1
     sure = (
-        asked
+        is_request
         and short
         and not hinted
         and not (makes and depicts)
@@ -625,8 +629,8 @@ def judge_instruction(mime_types: Sequence[str]) -> str:
 def judge_texts(prompt: str, mime_types: Sequence[str]) -> list[str]:
     """Return the texts of the user message."""
     attached = {"attached": list(mime_types)[:_MAX_TYPES]}
-    wanted = {"request": prompt[:MAX_ASKED_CHARS]}
-    return [json.dumps(data, ensure_ascii=False) for data in (attached, wanted)]
+    request = {"request": prompt[:MAX_ASKED_CHARS]}
+    return [json.dumps(data, ensure_ascii=False) for data in (attached, request)]
 
 
 def judge_kinds(mime_types: Sequence[str]) -> list[str]:
@@ -644,8 +648,8 @@ def judgement(text: str, mime_types: Sequence[str]) -> tuple[Kind, str]:
     if kind not in judge_kinds(mime_types):
         raise UpstreamGarbled("the answer of the classifier's model names no known type")
     reason = value.get("reason")
-    said = " ".join(reason.split()) if isinstance(reason, str) else ""
-    return Kind(kind), said[:_MAX_REASON_CHARS]
+    summary = " ".join(reason.split()) if isinstance(reason, str) else ""
+    return Kind(kind), summary[:_MAX_REASON_CHARS]
 
 
 def _kind_unless_image(mime_types: Sequence[str]) -> Kind:

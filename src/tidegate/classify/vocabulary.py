@@ -28,7 +28,7 @@ NORMAL_CHARS = 3000  # compatibility forms may expand to many characters
 _INVISIBLE = dict.fromkeys(
     [0x00AD, 0x0640, 0x200B, 0x200C, 0x200D, 0x200E, 0x200F, 0x2060, 0xFE0E, 0xFE0F, 0xFEFF]
 )
-_ALIKE = str.maketrans(
+_EQUIVALENT = str.maketrans(
     {"\u2019": "'", "\u2018": "'", "\u02bc": "'", "`": "`", "ł": "l", "ø": "o", "\u0131": "i"}
 )
 _LATIN_MARKS = re.compile("[\u0300-\u036f\u064b-\u065f\u0670]+")
@@ -53,7 +53,7 @@ _SINGLE_QUOTE = re.compile(r"(?<![^\s(:,])'(?=\S)[^'\n]{2,400}'(?![^\W_])")
 class Token(NamedTuple):
     """A word at `start:end` of the normalised text, with and without its accents."""
 
-    kept: str
+    original: str
     plain: str
     start: int
     end: int
@@ -90,7 +90,7 @@ def plain(word: str) -> str:
     if word.isascii():
         return word.replace("`", "'")
     marks_off = _LATIN_MARKS.sub("", unicodedata.normalize("NFKD", word))
-    return unicodedata.normalize("NFC", marks_off).translate(_ALIKE)
+    return unicodedata.normalize("NFC", marks_off).translate(_EQUIVALENT)
 
 
 def without_quotations(text: str) -> tuple[str, str]:
@@ -124,7 +124,7 @@ def tokens(text: str) -> list[Token]:
     if len(matches) > MAX_WORDS:
         matches = matches[: MAX_WORDS // 2] + matches[-MAX_WORDS // 2 :]
     found = [(m.group(), m.start(), m.end()) for m in matches]
-    return [Token(kept, plain(kept), start, end) for kept, start, end in found]
+    return [Token(original, plain(original), start, end) for original, start, end in found]
 
 
 def has_unspaced(text: str) -> bool:
@@ -137,10 +137,10 @@ def clauses(text: str) -> list[Bounds]:
     start = 0
     for match in _CLAUSE_END.finditer(text):
         if text[start : match.start()].strip():
-            asked = any(mark in match.group() for mark in "?\u037e\u061f") and (
+            is_question = any(mark in match.group() for mark in "?\u037e\u061f") and (
                 match.group()[0] != ";"
             )
-            spans.append(Bounds(start, match.end(), asked))
+            spans.append(Bounds(start, match.end(), is_question))
         start = match.end()
     if text[start:].strip():
         spans.append(Bounds(start, len(text), False))
@@ -265,15 +265,15 @@ def _add(table: _Table, language: str, source: str) -> None:
     table.arabic_prefixes += data.get("prefixes", "").split()
     table.arabic_endings += data.get("endings", "").split()
     for word in data.get("typos", "").split():
-        for wrong in _misspellings(word):
-            table.typos.setdefault(wrong, word)
+        for misspelt in _misspellings(word):
+            table.typos.setdefault(misspelt, word)
 
 
 def _add_word(table: _Table, flags: set[str], language: str, label: Label, word: str) -> None:
-    keeps, unspaced = "keeps_accents" in flags, "unspaced" in flags
-    shape = word if keeps or unspaced else plain(word)
+    keeps_accents, unspaced = "keeps_accents" in flags, "unspaced" in flags
+    shape = word if keeps_accents or unspaced else plain(word)
     if unspaced and has_unspaced(shape):
-        entry = Entry((shape.replace("_", " "),), language, label, keeps)
+        entry = Entry((shape.replace("_", " "),), language, label, keeps_accents)
         table.unspaced[shape[0]].append(entry)
         return
     forms = [shape]
@@ -281,7 +281,7 @@ def _add_word(table: _Table, flags: set[str], language: str, label: Label, word:
         forms += [shape[:-1] + "*"] if "inflected" in flags else []
         forms += [shape + "*"] if "suffixed" in flags else []
     for form in forms:
-        entry = Entry(tuple(form.split("_")), language, label, keeps)
+        entry = Entry(tuple(form.split("_")), language, label, keeps_accents)
         table.words[entry.parts[0]].append(entry)
 
 
@@ -321,8 +321,8 @@ def label_words(text: str) -> Marked:
 def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
     for at, token in enumerate(words):
         # Only words of ordinary length are cached: a client chooses them.
-        find = _entries if len(token.kept) <= MAX_STEM_CHARS else _entries.__wrapped__
-        for entry in find(token.plain, token.kept):
+        find = _entries if len(token.original) <= MAX_STEM_CHARS else _entries.__wrapped__
+        for entry in find(token.plain, token.original):
             width = entry.width
             if width == 1:
                 yield _Hit(entry, token.start, token.end, 1, entry.exact)
@@ -331,25 +331,25 @@ def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
 
 
 @lru_cache(maxsize=20_000)
-def _entries(plain_word: str, kept: str) -> tuple[Entry, ...]:
+def _entries(plain_word: str, original: str) -> tuple[Entry, ...]:
     """Return entries that begin with this word, or with its corrected spelling if there are
     none."""
     entries = tuple(
         entry
-        for shape, keeps_accents in _shapes(plain_word, kept)
+        for shape, keeps_accents in _shapes(plain_word, original)
         for key in _keys(shape)
         for entry in vocabulary().words.get(key, ())
         if entry.keeps_accents == keeps_accents
     )
-    right = vocabulary().typos.get(plain_word)
-    if entries or right is None:
+    corrected = vocabulary().typos.get(plain_word)
+    if entries or corrected is None:
         return entries
-    return tuple(entry for entry in vocabulary().words[right] if len(entry.parts) == 1)
+    return tuple(entry for entry in vocabulary().words[corrected] if len(entry.parts) == 1)
 
 
-def _shapes(plain_word: str, kept: str) -> Iterator[tuple[str, bool]]:
+def _shapes(plain_word: str, original: str) -> Iterator[tuple[str, bool]]:
     yield plain_word, False
-    yield kept, True
+    yield original, True
     if len(plain_word) > 4 and plain_word.endswith("s") and plain_word not in vocabulary().words:
         yield plain_word[:-1], False
     if "\u0600" <= plain_word[0] <= "\u06ff":
@@ -374,7 +374,7 @@ def _follows(text: str, words: list[Token], at: int, entry: Entry) -> bool:
         return False
     for step in range(1, entry.width):
         part, word = parts[step], words[at + step]
-        shape = word.kept if entry.keeps_accents else word.plain
+        shape = word.original if entry.keeps_accents else word.plain
         if shape != part and not (part[-1] == "*" and shape.startswith(part[:-1])):
             return False
     return _VOCABULARY_PAUSE.search(text, words[at].end, words[end - 1].start) is None
@@ -392,9 +392,11 @@ def _unspaced_hits(text: str) -> Iterator[_Hit]:
 
 def _scores(hits: list[_Hit]) -> Counter[str]:
     """Return how many places of the text each language explains; a long phrase counts as three."""
-    seen = ((hit.entry.language, hit.start + at) for hit in hits for at in range(min(hit.width, 3)))
+    matches = (
+        (hit.entry.language, hit.start + at) for hit in hits for at in range(min(hit.width, 3))
+    )
     # In order of the text, which breaks ties between languages.
-    return Counter(language for language, _ in dict.fromkeys(seen))
+    return Counter(language for language, _ in dict.fromkeys(matches))
 
 
 def _chosen(hits: list[_Hit], active: set[str], best: str | None) -> Iterator[Word]:

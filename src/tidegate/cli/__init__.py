@@ -37,7 +37,7 @@ from tidegate.cli.terminal import (
     command_config,
     legible,
     show_flags_without_type,
-    tell,
+    show_result,
     with_pool_option,
     with_url_option,
 )
@@ -141,8 +141,8 @@ def _without(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(is_given: bool) -> None:
+    if is_given:
         typer.echo(f"tidegate {__version__}")
         raise typer.Exit
 
@@ -216,7 +216,7 @@ def migrate(json: Json = False) -> None:
     config = command_config("migrate", "warning")
     with prepared(config, only={"postgres"}) as ground:
         revision = run(ground.config, lambda why: typer.echo(f"tidegate: {why}", err=True))
-    tell(
+    show_result(
         json,
         {"changed": revision is not None, "revision": revision or HEAD},
         f"schema brought to revision {revision}" if revision else "schema is up to date",
@@ -236,7 +236,7 @@ def prune(
     from tidegate.supervisor.maintenance import prune as run
 
     report = run(command_config("prune", "warning"), days)
-    tell(
+    show_result(
         json,
         report,
         f"deleted {report.requests} requests, {report.blobs} files, {report.partitions} partitions"

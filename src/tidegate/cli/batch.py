@@ -41,8 +41,8 @@ from tidegate.cli.terminal import (
     Reason,
     given,
     show_json,
+    show_result,
     show_table,
-    tell,
     who,
     whole_id,
 )
@@ -58,7 +58,7 @@ app = typer.Typer(
 )
 
 _REDRAW_S = 0.2
-_LOOK_S = 1.0
+_POLL_S = 1.0
 _PLAIN_S = 10.0
 
 
@@ -123,11 +123,11 @@ def run(
         with Results(target) as results:
             batch = Run(gateway, prompts, results, window=window, retry_failed=retry_failed)
             try:
-                await _shown(file.name, batch)
+                await _run_with_progress(file.name, batch)
             except (asyncio.CancelledError, GatewayRefused, GatewayUnreachable, OSError):
-                _say_stopped(batch.tally)
+                _print_stopped(batch.tally)
                 raise
-        _say_done(batch, target, json)
+        _print_done(batch, target, json)
         return FAILED if batch.tally.failed + batch.failed_earlier else DONE
 
     raise typer.Exit(with_gateway(work))
@@ -178,21 +178,21 @@ def _listed(one: dict[str, Any]) -> tuple[str, ...]:
 def pause(batch: BatchId, reason: Reason = "", json: Json = False) -> None:
     """Pause a batch: no more lines start, running lines finish; its 24 hours continue to run."""
     done = _act(batch, "pause", reason)
-    tell(json, done, f"{done['id']} is paused: `tidegate batch resume` ends that")
+    show_result(json, done, f"{done['id']} is paused: `tidegate batch resume` ends that")
 
 
 @app.command()
 def resume(batch: BatchId, reason: Reason = "", json: Json = False) -> None:
     """Resume a paused batch."""
     done = _act(batch, "resume", reason)
-    tell(json, done, f"{done['id']} goes on")
+    show_result(json, done, f"{done['id']} goes on")
 
 
 @app.command()
 def cancel(batch: BatchId, reason: Reason = "", json: Json = False) -> None:
     """Cancel a batch; its result files have the lines that have ended."""
     done = _act(batch, "cancel", reason)
-    tell(json, done, f"{done['id']} is cancelled")
+    show_result(json, done, f"{done['id']} is cancelled")
 
 
 def _act(batch: str, verb: str, reason: str) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def _act(batch: str, verb: str, reason: str) -> dict[str, Any]:
 _WHOLE_ID = re.compile(r"(?:msg)?batch_[0-9a-f]{32}")
 
 
-async def _shown(name: str, batch: Run) -> None:
+async def _run_with_progress(name: str, batch: Run) -> None:
     """Run a batch and show its progress: live on a terminal, otherwise by a line now and then."""
     running = asyncio.create_task(batch.run())
     try:
@@ -233,7 +233,7 @@ def _display(name: str, tally: RunProgress) -> Iterator[tuple[Any, float]]:
 
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        yield _Lines(tally), _LOOK_S
+        yield _Lines(tally), _POLL_S
         return
     from rich.live import Live
 
@@ -247,14 +247,14 @@ class _Lines:
 
     def __init__(self, tally: RunProgress) -> None:
         self._tally = tally
-        self._told = self._state()
+        self._printed = self._state()
         self._next = time.monotonic() + _PLAIN_S
 
     def __call__(self) -> None:
-        now, told = time.monotonic(), self._state()
-        if told == self._told or (now < self._next and told[1] == self._told[1]):
+        now, state = time.monotonic(), self._state()
+        if state == self._printed or (now < self._next and state[1] == self._printed[1]):
             return
-        self._told, self._next = told, now + _PLAIN_S
+        self._printed, self._next = state, now + _PLAIN_S
         sys.stderr.write(f"{progress_in_words(self._tally)}\n")
 
     def _state(self) -> tuple[int, str]:
@@ -271,14 +271,14 @@ def progress_in_words(tally: RunProgress) -> str:
     return f"{words}; {tally.waiting}" if tally.waiting else words
 
 
-def _say_stopped(tally: RunProgress) -> None:
+def _print_stopped(tally: RunProgress) -> None:
     sys.stderr.write(
         f"tidegate: stopped with {tally.ended} of {tally.total} done; "
         f"{tally.submitted} are submitted and go on. The same command goes on from here.\n"
     )
 
 
-def _say_done(batch: Run, output: Path, json: bool) -> None:
+def _print_done(batch: Run, output: Path, json: bool) -> None:
     from tidegate.limiter import format_span
 
     tally = batch.tally
@@ -353,8 +353,8 @@ def read(path: Path, column: str | None, options: dict[str, Any]) -> Prompts:
         if size > MOST_BYTES:
             raise ConfigError("FILE", str(path), f"must be at most {MOST_BYTES} bytes; split it")
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as wrong:
-        why = getattr(wrong, "strerror", None) or "not UTF-8 text"
+    except (OSError, UnicodeDecodeError) as unreadable:
+        why = getattr(unreadable, "strerror", None) or "not UTF-8 text"
         raise ConfigError("FILE", str(path), f"must be a readable file: {why}") from None
     is_table = path.suffix.lower() in (".csv", ".tsv")
     if column is not None and not is_table:
@@ -363,10 +363,10 @@ def read(path: Path, column: str | None, options: dict[str, Any]) -> Prompts:
     lines = tuple(found)
     _check(path, lines)
     # With numbers and ids: an added blank line, or other ids, would assign results to other lines.
-    asked = json.dumps(
+    canonical = json.dumps(
         [(line.number, line.prompt_id, line.fields) for line in lines], sort_keys=True
     ).encode()
-    return Prompts(lines, hashlib.sha256(asked).hexdigest()[:32])
+    return Prompts(lines, hashlib.sha256(canonical).hexdigest()[:32])
 
 
 def _check(path: Path, lines: tuple[Line, ...]) -> None:
@@ -377,7 +377,9 @@ def _check(path: Path, lines: tuple[Line, ...]) -> None:
     seen: dict[str, int] = {}
     for line in lines:
         if (before := seen.setdefault(line.prompt_id, line.number)) != line.number:
-            raise _wrong(path, line.number, f"has the id {line.prompt_id!r} of line {before}")
+            raise _invalid_line(
+                path, line.number, f"has the id {line.prompt_id!r} of line {before}"
+            )
 
 
 def _of_lines(path: Path, text: str, options: dict[str, Any]) -> Iterator[Line]:
@@ -387,7 +389,9 @@ def _of_lines(path: Path, text: str, options: dict[str, Any]) -> Iterator[Line]:
             continue
         made = _line(path, number, _value(path, number, line), options)
         if _SURROGATE.search(line) and _is_broken(made):
-            raise _wrong(path, number, "has half a surrogate pair (\\ud800 to \\udfff) in it")
+            raise _invalid_line(
+                path, number, "has half a surrogate pair (\\ud800 to \\udfff) in it"
+            )
         yield made
 
 
@@ -410,7 +414,7 @@ def _value(path: Path, number: int, line: str) -> Any:
         value = json.loads(line)
     except (ValueError, RecursionError):
         if line[0] in "{[":
-            raise _wrong(path, number, "is broken JSON") from None
+            raise _invalid_line(path, number, "is broken JSON") from None
         return line
     return value if isinstance(value, str | dict | list) else line
 
@@ -419,18 +423,18 @@ def _line(path: Path, number: int, value: Any, options: dict[str, Any]) -> Line:
     if isinstance(value, str):
         return Line(number, str(number), {**options, "data": value})
     if not isinstance(value, dict):
-        raise _wrong(path, number, "must be a text or an object")
+        raise _invalid_line(path, number, "must be a text or an object")
     prompt_id = next((str(value[name]) for name in _IDS if value.get(name) is not None), None)
     prompt_id = prompt_id or str(number)
     if "url" in value and "body" in value:
         return Line(number, prompt_id, _native(value, options))
     prompt = next((value[name] for name in _PROMPTS if value.get(name) is not None), None)
     if not isinstance(prompt, str) or not prompt.strip():
-        raise _wrong(path, number, f"must have a text as one of {', '.join(_PROMPTS)}")
+        raise _invalid_line(path, number, f"must have a text as one of {', '.join(_PROMPTS)}")
     unknown = set(value) - {*_PROMPTS, *_IDS, *_ALONG}
     if unknown:
         known = ", ".join((*_PROMPTS, "id", *_ALONG))
-        raise _wrong(path, number, f"has {sorted(unknown)[0]!r}; known are {known}")
+        raise _invalid_line(path, number, f"has {sorted(unknown)[0]!r}; known are {known}")
     along = {name: value[name] for name in _ALONG if value.get(name) is not None}
     return Line(number, prompt_id, {**options, **along, "data": prompt})
 
@@ -438,10 +442,10 @@ def _line(path: Path, number: int, value: Any, options: dict[str, Any]) -> Line:
 def _native(value: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Return the fields for a line of an OpenAI batch; options on models and types are in its
     body."""
-    kept: dict[str, Any] = {
+    job_fields: dict[str, Any] = {
         name: options[name] for name in ("priority", "deadline_ms", "tiers") if name in options
     }
-    return {**kept, "endpoint": value["url"], "body": value["body"]}
+    return {**job_fields, "endpoint": value["url"], "body": value["body"]}
 
 
 def _of_table(path: Path, text: str, column: str | None, options: dict[str, Any]) -> Iterator[Line]:
@@ -449,21 +453,21 @@ def _of_table(path: Path, text: str, column: str | None, options: dict[str, Any]
         text.splitlines(keepends=True), delimiter="\t" if path.suffix.lower() == ".tsv" else ","
     )
     columns = [name for name in rows.fieldnames or () if name]
-    wanted = [column] if column is not None else [one for one in _PROMPTS if one in columns]
-    if not wanted or wanted[0] not in columns:
+    chosen = [column] if column is not None else [one for one in _PROMPTS if one in columns]
+    if not chosen or chosen[0] not in columns:
         there = ", ".join(columns) or "none"
         raise ConfigError("--column", column, f"must name a column of {path}; it has: {there}")
     csv.field_size_limit(MOST_BYTES)
     for number, row in enumerate(rows, start=1):
-        prompt = (row[wanted[0]] or "").strip()
+        prompt = (row[chosen[0]] or "").strip()
         if not prompt:
-            raise _wrong(path, number, f"has nothing in the column {wanted[0]}", what="row")
+            raise _invalid_line(path, number, f"has nothing in the column {chosen[0]}", what="row")
         given = {name: row[name] for name in _ALONG if row.get(name)}
         prompt_id = next((row[name] for name in _IDS if row.get(name)), str(number))
         yield Line(number, str(prompt_id), {**options, **given, "data": prompt})
 
 
-def _wrong(path: Path, number: int, why: str, *, what: str = "line") -> ConfigError:
+def _invalid_line(path: Path, number: int, why: str, *, what: str = "line") -> ConfigError:
     return ConfigError("FILE", f"{path}, {what} {number}", why)
 
 
@@ -482,8 +486,8 @@ class Results:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = path.open("a+b")
-        except OSError as wrong:
-            allowed = f"must be a file that can be written: {wrong.strerror}"
+        except OSError as error:
+            allowed = f"must be a file that can be written: {error.strerror}"
             raise ConfigError("--output", str(path), allowed) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -556,7 +560,7 @@ def row_of(line_id: str, number: int, key: str, view: dict[str, Any]) -> dict[st
     return row
 
 
-AWAY_S = 600.0
+DOWN_S = 600.0
 NEVER_THERE_S = 60.0  # without any answer so far: the address may be wrong
 _PAUSE_S = 1.0
 _TOO_SOON_S = 0.1
@@ -641,7 +645,7 @@ class Run:
         self._results = results
         self._window = window
         self._queued: dict[int, str] = {}  # request ids of waiting lines
-        self._heard_at = time.monotonic()
+        self._answered_at = time.monotonic()
         self._patience_s = NEVER_THERE_S
         self._left = self._what_is_left(retry_failed)
         self.tally = RunProgress(len(prompts.lines), len(prompts.lines) - len(self._left))
@@ -669,7 +673,7 @@ class Run:
 
     async def run(self) -> None:
         """Run until all lines have ended. Raises GatewayRefused if no line would be accepted,
-        GatewayUnreachable after AWAY_S without an answer (NEVER_THERE_S if there never was one),
+        GatewayUnreachable after DOWN_S without an answer (NEVER_THERE_S if there never was one),
         and OSError for a result that cannot be written. If cancelled, submitted lines continue, and
         the next run finds them."""
         lines = iter(self._left)
@@ -718,7 +722,7 @@ class Run:
         before = "queued"
         self._queued[number] = request_id
         while True:
-            asked_at = time.monotonic()
+            polled_at = time.monotonic()
             view: dict[str, Any] = await self._patiently(
                 lambda: self._gateway.get(f"/status/{request_id}", wait="60")
             )
@@ -726,7 +730,7 @@ class Run:
                 return view
             if view["status"] == "running":
                 self._queued.pop(number, None)
-            if view["status"] == before and time.monotonic() - asked_at < _TOO_SOON_S:
+            if view["status"] == before and time.monotonic() - polled_at < _TOO_SOON_S:
                 await asyncio.sleep(_PAUSE_S)  # the server has too many waiting clients
             before = view["status"]
 
@@ -739,17 +743,17 @@ class Run:
                 if not is_passing(failed):
                     raise
                 if isinstance(failed, GatewayRefused) and failed.problem == "quota_exceeded":
-                    self._hear()
-                if time.monotonic() - self._heard_at > self._patience_s:
+                    self._note_answer()
+                if time.monotonic() - self._answered_at > self._patience_s:
                     raise
                 self.tally.waiting = failed.message
                 await asyncio.sleep(_PAUSE_S)
                 continue
-            self._hear()
+            self._note_answer()
             return answer
 
-    def _hear(self) -> None:
-        self._heard_at, self._patience_s = time.monotonic(), AWAY_S
+    def _note_answer(self) -> None:
+        self._answered_at, self._patience_s = time.monotonic(), DOWN_S
 
     async def _ask_why(self) -> None:
         """Read now and then what the line that has waited longest waits for."""

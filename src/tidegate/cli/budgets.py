@@ -12,8 +12,8 @@ from tidegate.cli.terminal import (
     given,
     legible,
     show_json,
+    show_result,
     show_table,
-    tell,
     who,
     with_budgets,
     with_tenants,
@@ -80,9 +80,9 @@ def list_(
         _, found = await records.all()
         books = await records.books(name)
         if name is None and len(books) >= MOST_BOOKS:
-            seen = {book.budget for book in books}
+            with_book = {book.budget for book in books}
             for one in found:
-                books += await records.books(one.name) if one.name not in seen else []
+                books += await records.books(one.name) if one.name not in with_book else []
         return found, books
 
     budgets, books = with_budgets(read)
@@ -196,14 +196,14 @@ def set_(
 
     budget, is_new = with_budgets(lambda records: records.change(name, edit, by=who()))
     if is_new and (budget.tenant or budget.key):
-        _note_nobody(budget)
+        _note_unused(budget)
     binds = ", ".join(whom(budget)) or "all calls"
     verb = "is set" if is_new else "is changed"
     text = f"{name} {verb}: {budget.shown(budget.amount)} {window(budget)} for {binds}"
-    tell(json, plain_budget(budget), text)
+    show_result(json, plain_budget(budget), text)
 
 
-def _note_nobody(budget: Budget) -> None:
+def _note_unused(budget: Budget) -> None:
     """Note that a budget applies to nothing yet: with a misspelt name it never would."""
 
     async def missing(tenants: Tenants) -> list[str]:
@@ -215,8 +215,8 @@ def _note_nobody(budget: Budget) -> None:
         return found
 
     for one in with_tenants(missing):
-        said = f"tidegate: note: there is no {one}, so {budget.name} binds nobody yet"
-        typer.echo(legible(said), err=True)
+        message = f"tidegate: note: there is no {one}, so {budget.name} binds nobody yet"
+        typer.echo(legible(message), err=True)
 
 
 def _binding(dimensions: dict[str, str], before: Sequence[str]) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def remove(
     if not yes:
         confirm(f"Remove the budget {name} and what it has counted?")
     with_budgets(lambda records: records.remove(name, by=who()))
-    tell(json, {"budget": name, "removed": True}, f"{name} is removed")
+    show_result(json, {"budget": name, "removed": True}, f"{name} is removed")
 
 
 @app.command()
@@ -301,4 +301,4 @@ def resume(
     text = f"{name} is resumed for {len(scopes)}" if scopes else f"{name} was not paused"
     if extra and not scopes:
         text += ", and has no book in this period that could be allowed more"
-    tell(json, {"budget": name, "scopes": values}, text)
+    show_result(json, {"budget": name, "scopes": values}, text)

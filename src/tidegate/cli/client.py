@@ -94,12 +94,12 @@ class GatewayClient:
 
     async def get(self, path: str, **query: str) -> Any:
         """Return the JSON at a path. Raises GatewayRefused, GatewayUnreachable."""
-        async with self._asked("GET", path, params=query) as answer:
+        async with self._answer_to("GET", path, params=query) as answer:
             return await answer.json()
 
     async def health(self) -> dict[str, Any]:
         """Return the answer of `/health/dependencies`, healthy or not. Raises as `get`."""
-        async with self._asked("GET", "/health/dependencies", expected=(503,)) as answer:
+        async with self._answer_to("GET", "/health/dependencies", expected=(503,)) as answer:
             found: dict[str, Any] = await answer.json()
             return found
 
@@ -117,7 +117,7 @@ class GatewayClient:
     ) -> Any:
         """Send JSON and return the JSON of the answer. Raises as `get`."""
         given: dict[str, Any] = {} if body is None else {"json": body}
-        async with self._asked(method, path, params=query, **given) as answer:
+        async with self._answer_to(method, path, params=query, **given) as answer:
             return await answer.json()
 
     async def submit(
@@ -127,7 +127,7 @@ class GatewayClient:
         read, and as `get`. With a `key` it is safe to repeat."""
         headers = {} if key is None else {"Idempotency-Key": key}
         body = {"json": fields} if not files else {"data": _form(fields, files)}
-        async with self._asked("POST", "/submit", headers=headers, **body) as answer:
+        async with self._answer_to("POST", "/submit", headers=headers, **body) as answer:
             accepted: dict[str, Any] = await answer.json()
             return accepted
 
@@ -139,7 +139,7 @@ class GatewayClient:
             # The server's links include the prefix of the request, which may be in TIDEGATE_URL
             # too.
             path = path.removeprefix(urlsplit(self.url).path)
-            async with self._asked("GET", path) as answer:
+            async with self._answer_to("GET", path) as answer:
                 with half.open("wb") as file:
                     async for piece in answer.content.iter_chunked(_PIECE_BYTES):
                         file.write(piece)
@@ -157,7 +157,7 @@ class GatewayClient:
         if last_id:
             headers["Last-Event-ID"] = last_id
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_S, sock_read=SILENT_S)
-        async with self._asked("GET", path, headers=headers, timeout=timeout) as answer:
+        async with self._answer_to("GET", path, headers=headers, timeout=timeout) as answer:
             yield ServerEvent("open", None, "")
             fields: dict[str, str] = {}
             # Not by aiohttp's lines, whose bound a text in an event may exceed.
@@ -173,7 +173,7 @@ class GatewayClient:
                     fields = {}
 
     @asynccontextmanager
-    async def _asked(
+    async def _answer_to(
         self, method: str, path: str, expected: tuple[int, ...] = (), **options: Any
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         import aiohttp
@@ -202,30 +202,30 @@ class GatewayClient:
 
         try:
             problem = orjson.loads(await answer.read())
-            said, code = str(problem["detail"]), str(problem["code"])
+            message, code = str(problem["detail"]), str(problem["code"])
         except (ValueError, KeyError, TypeError):
             return GatewayUnreachable(
                 f"{self._named} answers {answer.status} and is not a Tidegate gateway"
             )
         if answer.status == 401:
-            said = self._unknown_key(said)
+            message = self._unknown_key(message)
         elif answer.status == 403 and "field" not in problem and "allowed" in problem:
-            said += f" (it has: {problem['allowed']}); `tidegate keys create` makes another"
-        elif "allowed" in problem and not said.endswith(str(problem["allowed"])):
-            said += f" (allowed: {problem['allowed']})"
+            message += f" (it has: {problem['allowed']}); `tidegate keys create` makes another"
+        elif "allowed" in problem and not message.endswith(str(problem["allowed"])):
+            message += f" (allowed: {problem['allowed']})"
         retry_after_ms = problem.get("retry_after_ms")
         return GatewayRefused(
-            said, status=answer.status, problem=code, retry_after_ms=retry_after_ms
+            message, status=answer.status, problem=code, retry_after_ms=retry_after_ms
         )
 
-    def _unknown_key(self, said: str) -> str:
+    def _unknown_key(self, message: str) -> str:
         """Return what is wrong with the key, without advice for programs."""
         if not self._shows:
             return (
                 f"{self._named} asks for a key: set TIDEGATE_API_KEY, or run the command with the "
                 "DATA_DIR of the deployment"
             )
-        why = said.partition(": send one as")[0].partition("; or send ")[0]
+        why = message.partition(": send one as")[0].partition("; or send ")[0]
         return (
             f"{self._shows}: {why}; set TIDEGATE_API_KEY to one that `tidegate keys create` makes"
         )
@@ -263,9 +263,9 @@ def _settings() -> Client:
         return load_client()
     try:
         return load_client({**os.environ, _URL: url})
-    except ConfigError as wrong:
-        option = "--url" if wrong.variable == _URL else wrong.variable
-        raise ConfigError(option, wrong.value, wrong.allowed) from None
+    except ConfigError as invalid:
+        option = "--url" if invalid.variable == _URL else invalid.variable
+        raise ConfigError(option, invalid.value, invalid.allowed) from None
 
 
 def is_passing(error: GatewayRefused | GatewayUnreachable) -> bool:
@@ -276,12 +276,12 @@ def is_passing(error: GatewayRefused | GatewayUnreachable) -> bool:
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    kept = b""
+    rest = b""
     async for piece in content.iter_any():
-        *whole, kept = (kept + piece).split(b"\n")
+        *whole, rest = (rest + piece).split(b"\n")
         for line in whole:
             yield line
-        if len(kept) > _LONGEST_LINE_BYTES:
+        if len(rest) > _LONGEST_LINE_BYTES:
             raise GatewayUnreachable("the server sends an event that is too long")
 
 
@@ -322,8 +322,8 @@ def _words(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-AWAY_S = 120.0
-_COME_BACK_S = 1.0
+DOWN_S = 120.0
+_RECONNECT_AFTER_S = 1.0
 _ASK_WHY_S = 1.0
 _MARKS = {"succeeded": "green", "queued": "yellow", "running": "cyan"}
 _SUFFIXES = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp", "image/gif": ".gif"}
@@ -402,7 +402,7 @@ async def follow(
 ) -> dict[str, Any]:
     """Follow a request by its events until it has ended, and return its last state.
 
-    A lost connection is resumed, for at most AWAY_S. `as_json` prints each state as a line of JSON.
+    A lost connection is resumed, for at most DOWN_S. `as_json` prints each state as a line of JSON.
     Raises GatewayRefused, GatewayUnreachable.
     """
     asking = asyncio.create_task(_ask_why(gateway, request_id, progress))
@@ -430,16 +430,16 @@ async def _follow(
                         show_line(view)
                 if event.name == "done" or view.get("status") in ENDS:
                     return view
-        except (GatewayRefused, GatewayUnreachable) as away:
-            failure = away
+        except (GatewayRefused, GatewayUnreachable) as unreachable:
+            failure = unreachable
         if failure is not None and not is_passing(failure):
             raise failure
-        if failure is not None and time.monotonic() - lost_at > AWAY_S:
+        if failure is not None and time.monotonic() - lost_at > DOWN_S:
             raise failure
         if failure is not None and lost_at == math.inf:
             progress.note(f"lost the connection ({failure.message}); coming back")
             lost_at = time.monotonic()
-        await asyncio.sleep(_COME_BACK_S)
+        await asyncio.sleep(_RECONNECT_AFTER_S)
 
 
 async def _ask_why(gateway: GatewayClient, request_id: str, progress: Progress) -> None:
@@ -458,16 +458,16 @@ async def _ask_why(gateway: GatewayClient, request_id: str, progress: Progress) 
 
 async def wait(gateway: GatewayClient, request_id: str) -> dict[str, Any]:
     """Poll a request until it has ended, and return its last state. Raises as `follow`."""
-    heard_at = time.monotonic()
+    answered_at = time.monotonic()
     while True:
         try:
             view: dict[str, Any] = await gateway.get(f"/status/{request_id}", wait="60")
         except (GatewayRefused, GatewayUnreachable) as failed:
-            if not is_passing(failed) or time.monotonic() - heard_at > AWAY_S:
+            if not is_passing(failed) or time.monotonic() - answered_at > DOWN_S:
                 raise
-            await asyncio.sleep(_COME_BACK_S)
+            await asyncio.sleep(_RECONNECT_AFTER_S)
             continue
-        heard_at = time.monotonic()
+        answered_at = time.monotonic()
         if view["status"] in ENDS:
             return view
 

@@ -25,8 +25,8 @@ from tidegate.cli.terminal import (
     is_short_id,
     legible,
     show_json,
+    show_result,
     show_table,
-    tell,
     who,
     whole_id,
     with_keeper,
@@ -207,7 +207,7 @@ def accept(
 
     before, now = in_pool(work)
     changes_made = "".join(f"\n  {line}" for line in differences(before, now.policy))
-    tell(
+    show_result(
         json,
         {"revision": now.number, "set_by": now.set_by, "policy": now.policy},
         f"revision {now.number} is in force{changes_made}",
@@ -242,8 +242,8 @@ def set_(
     from tidegate.policy.format import Plain, edit, to_plain
     from tidegate.policy.rollout import differences
 
-    wanted = parsed(changes or [])
-    if deployed == bool(wanted or remove):
+    values = parsed(changes or [])
+    if deployed == bool(values or remove):
         raise ConfigError(
             "limits set",
             None,
@@ -253,17 +253,17 @@ def set_(
     async def change(keeper: PolicyKeeper) -> tuple[Plain, Revision]:
         before = to_plain(keeper.limiter.policy)
         if deployed:
-            now = await keeper.adopt_wanted(set_by=who(), reason=reason)
+            now = await keeper.adopt_stated(set_by=who(), reason=reason)
         else:
-            now = await keeper.change(edit(wanted, remove or []), set_by=who(), reason=reason)
+            now = await keeper.change(edit(values, remove or []), set_by=who(), reason=reason)
         await in_force(keeper.limiter)
         return before, now
 
     before, now = with_keeper(change)
-    for line in _missed(list(wanted)):
+    for line in _missed(list(values)):
         typer.echo(f"tidegate: warning: {line}", err=True)
     changes_made = "".join(f"\n  {line}" for line in differences(before, now.policy))
-    tell(
+    show_result(
         json,
         {"revision": now.number, "set_by": now.set_by, "policy": now.policy},
         f"revision {now.number} is in force{changes_made}",
@@ -273,10 +273,10 @@ def set_(
 def _missed(keys: list[str]) -> list[str]:
     """Return a line for each limit on a model that no upstream of the chosen pool serves."""
     from tidegate.policy.deployment import deployed_upstreams
-    from tidegate.policy.format import AT_ONCE, TOTAL, whom_it_binds
+    from tidegate.policy.format import AT_ONCE, TOTAL, subject_of
     from tidegate.settings import load
 
-    models = {key: model for key in keys if (model := whom_it_binds(key)) not in (None, TOTAL)}
+    models = {key: model for key in keys if (model := subject_of(key)) not in (None, TOTAL)}
     models = {key: one for key, one in models.items() if one.partition("/")[0] not in AT_ONCE}
     if not models:
         return []
@@ -319,7 +319,7 @@ def pause(
     text = f"{limit} is paused already, and for longer"
     if paused:
         text = f"{limit} is paused {f'for {for_}' if for_ else 'until it is resumed'}"
-    tell(json, {"limit": limit, "done": paused, "for_ms": for_ms}, text)
+    show_result(json, {"limit": limit, "done": paused, "for_ms": for_ms}, text)
 
 
 @app.command()
@@ -327,7 +327,7 @@ def resume(limit: LimitId, json: Json = False) -> None:
     """End the pause of a limit."""
     resumed = in_pool(lambda control: control.resume(limit, by=who()))
     text = f"{limit} is resumed" if resumed else f"{limit} was not paused"
-    tell(json, {"limit": limit, "done": resumed}, text)
+    show_result(json, {"limit": limit, "done": resumed}, text)
 
 
 @app.command()
@@ -540,7 +540,7 @@ def revoke(
         confirm(f"Is {process} certainly dead?")
     ended = in_pool(lambda control: control.revoke(process, by=who()))
     text = f"{ended} session{'' if ended == 1 else 's'} of {process} ended"
-    tell(json, {"process": process, "sessions": ended}, text)
+    show_result(json, {"process": process, "sessions": ended}, text)
 
 
 def _show_permits(title: str, permits: Iterable[ShownPermit]) -> None:
@@ -675,11 +675,11 @@ def _imported(
     from tidegate.supervisor.services import with_keeper
 
     found = asyncio.run(_account_limits(account, *places))
-    told = limits_of(one_class_each(found.classes, shared), account.provider)
+    limits = limits_of(one_class_each(found.classes, shared), account.provider)
 
     async def work(keeper: PolicyKeeper) -> tuple[LimitImport, list[str], int | None]:
         before = to_plain(keeper.limiter.policy)
-        change = import_of(told, before["limits"], replace=replace)
+        change = import_of(limits, before["limits"], replace=replace)
         if reason is None:
             after = to_plain(of_plain(change.edit(before)))
             return change, differences(before, after), None

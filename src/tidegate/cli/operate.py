@@ -23,8 +23,8 @@ from tidegate.cli.terminal import (
     legible,
     show,
     show_json,
+    show_result,
     show_table,
-    tell,
 )
 from tidegate.errors import ConfigError
 from tidegate.prices.rates import dollars
@@ -59,7 +59,7 @@ def backup(file: File, json: Json = False) -> None:
 
     size_bytes = back_up(load(), file)
     text = f"wrote {size_bytes / 1_000_000:.1f} MB to {file}"
-    tell(json, {"file": str(file), "size_bytes": size_bytes}, text)
+    show_result(json, {"file": str(file), "size_bytes": size_bytes}, text)
 
 
 def restore(file: File, json: Json = False) -> None:
@@ -69,7 +69,7 @@ def restore(file: File, json: Json = False) -> None:
 
     run(load(), file)
     text = "restored; `tidegate migrate` brings it up to date, as every start does"
-    tell(json, {"file": str(file), "restored": True}, text)
+    show_result(json, {"file": str(file), "restored": True}, text)
 
 
 def reconcile(
@@ -328,7 +328,7 @@ def load_to_run(*, with_jobs: bool = True) -> Config:
 
     config = load_sound(with_jobs=with_jobs)
     if not is_child():
-        say_doubtful(config)
+        warn_of_doubtful(config)
     return config
 
 
@@ -339,7 +339,7 @@ def check_daily(config: Config) -> None:
         raise ConfigError("RECORD_EXPORT", "parquet", allowed)
 
 
-def say_doubtful(config: Config) -> None:
+def warn_of_doubtful(config: Config) -> None:
     """Report each variable with a name similar to a setting's, and each configured model that no
     upstream serves; no model if none is served and no setting names one."""
     from tidegate.errors import InvalidRequest
@@ -350,15 +350,15 @@ def say_doubtful(config: Config) -> None:
     for one in doubtful(config):
         typer.echo(f"tidegate: {one}", err=True)
     targets = Targets(deployed_upstreams(config))
-    wrong = {}
+    problems = {}
     for name, kind in _MODELS.items():
         try:
             targets.of_prompt(getattr(config, name.lower()), kind)
         except InvalidRequest as refused:
-            wrong[name] = refused.message
-    if len(wrong) == len(_MODELS) and not wrong.keys() & origins():
+            problems[name] = refused.message
+    if len(problems) == len(_MODELS) and not problems.keys() & origins():
         return
-    for name, message in wrong.items():
+    for name, message in problems.items():
         typer.echo(f"tidegate: {name}: {message}", err=True)
 
 
@@ -395,9 +395,9 @@ def check(
         )
         return
     typer.echo("The settings are sound.")
-    _say_what_they_come_to(config)
+    _print_summary(config)
     typer.echo(f"  limits              {file or 'RATE_LIMITS and the defaults; no tidegate.toml'}")
-    _say_upstreams(config, deployment, policy)
+    _print_upstreams(config, deployment, policy)
     if stated:
         typer.echo()
         rows: list[tuple[str, ...]] = [
@@ -405,7 +405,7 @@ def check(
             for one in stated
         ]
         show_table("", ("setting", "value", "from"), rows)
-    say_doubtful(config)
+    warn_of_doubtful(config)
 
 
 _MODELS = {
@@ -417,14 +417,14 @@ _MODELS = {
 _DEFAULT, _NOT_SET = "the default", "not set"
 
 
-def _say_what_they_come_to(config: Config) -> None:
+def _print_summary(config: Config) -> None:
     servers = "bundled, in DATA_DIR" if config.embedded else "yours"
     typer.echo(f"  listens on          {config.host} port {config.port}")
     typer.echo(f"  PostgreSQL, Valkey  {servers}")
     typer.echo(f"  account of Gemini   {_gemini(config)}")
     models = (config.text_model, config.multi_modal_model, config.image_model)
     typer.echo(f"  prompts             by {', '.join(dict.fromkeys(models))}")
-    typer.echo(f"  API keys            {'asked for' if config.asks_for_keys else 'not asked for'}")
+    typer.echo(f"  API keys            {'asked for' if config.requires_keys else 'not asked for'}")
 
 
 def _gemini(config: Config) -> str:
@@ -435,7 +435,7 @@ def _gemini(config: Config) -> str:
     return "emulated" if emulates(config) else "none"
 
 
-def _say_upstreams(config: Config, deployment: Deployment, policy: PoolPolicy) -> None:
+def _print_upstreams(config: Config, deployment: Deployment, policy: PoolPolicy) -> None:
     from tidegate.policy.format import in_words
 
     for upstream in deployment.upstreams:
@@ -520,10 +520,10 @@ def _show(found: list[Finding]) -> None:
             table.add_row("", "", "")
         room = one.room
         word, style = _MARKS.get(one.state, _SKIPPED)
-        said = Text(redact(one.found), style="bright_black" if word == "-" else "")
+        cell = Text(redact(one.found), style="bright_black" if word == "-" else "")
         if one.mend:
-            said.append(f"\n-> {one.mend}", style="cyan")
-        table.add_row(Text(word, style=style), one.check, said)
+            cell.append(f"\n-> {one.mend}", style="cyan")
+        table.add_row(Text(word, style=style), one.check, cell)
     show(table)
 
 
@@ -583,12 +583,12 @@ def _show_report(report: Report) -> None:
     from tidegate.cli.terminal import console, show_figures
     from tidegate.verify.run import sentence_of, table_of
 
-    shown = console()
-    shown.print()
+    out = console()
+    out.print()
     for name, text in report.about.items():
-        shown.print(f"{name:<22}", style="dim", end=" ")
-        shown.print(text, markup=False)
-    shown.print()
-    show_figures(table_of(report), shown, _STYLES)
-    shown.print()
-    shown.print(sentence_of(report), markup=False)
+        out.print(f"{name:<22}", style="dim", end=" ")
+        out.print(text, markup=False)
+    out.print()
+    show_figures(table_of(report), out, _STYLES)
+    out.print()
+    out.print(sentence_of(report), markup=False)

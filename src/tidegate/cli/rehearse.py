@@ -146,7 +146,7 @@ def rehearse(
     pool = chosen_pool(config := command_config("rehearse"))
     pace = TokenPace(first_token_ms, tokens_per_second)
     usual = Usual({kind: config.model_for(kind) for kind in config.rate_limits}, pace)
-    kept = _policy(config, policy, in_force=in_force, pool=pool)
+    configured = _policy(config, policy, in_force=in_force, pool=pool)
     upstream = _upstream_in(config, pool)
     cost = cost_at(upstream)
     terms = _terms(config, upstream, flex_times, flex_refused, batch_time)
@@ -155,13 +155,13 @@ def rehearse(
         budgets = _budgets_in_force(config)
     arrivals = priced(multiplied(drawn, times, seed), cost)
     preempt = None if upstream is None else upstream.preempt
-    made = variants(kept, budgets, preempt, _changes(set_))
+    made = variants(configured, budgets, preempt, _changes(set_))
     is_further = pool != DEFAULT_POOL
     setting = Setting(processes, round_trip_ms, hold_ms, is_further, starts_at, cost, tiers=terms)
     if trace is not None:
         _write(trace, write_trace(arrivals))
     found = made.compare(arrivals, setting, plays=plays, seed=seed)
-    _tell(found, svg, html, json=json)
+    _print_findings(found, svg, html, json=json)
 
 
 def _terms(
@@ -243,7 +243,7 @@ def _upstream_in(config: Config, pool: str) -> Upstream | None:
 
 def _from_record(
     config: Config,
-    said: str,
+    value: str,
     span: tuple[datetime, datetime],
     usual: Usual,
     terms: TierTerms,
@@ -257,7 +257,7 @@ def _from_record(
         config, lambda connections: recorded_load(connections, pool, span, usual, terms)
     )
     if load is None:
-        raise ConfigError("--from-record", said, f"no call of pool {pool} is on record then")
+        raise ConfigError("--from-record", value, f"no call of pool {pool} is on record then")
     return load.arrivals, load.since
 
 
@@ -272,10 +272,10 @@ def _policy(config: Config, file: Path | None, *, in_force: bool, pool: str) -> 
     if not in_force:
         return policy_of(config, pool)
 
-    async def look(control: Control) -> PoolPolicy:
+    async def policy_in_force(control: Control) -> PoolPolicy:
         return control.limiter.policy
 
-    return in_pool(look)
+    return in_pool(policy_in_force)
 
 
 def _changes(sets: Sequence[str] | None) -> dict[str, dict[str, Any]]:
@@ -289,14 +289,16 @@ def _changes(sets: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _tell(found: list[Findings], svg: Path | None, html: Path | None, *, json: bool) -> None:
+def _print_findings(
+    found: list[Findings], svg: Path | None, html: Path | None, *, json: bool
+) -> None:
     from tidegate.cli.terminal import console, show_chart, show_figures
     from tidegate.rehearse.charts import chart_of, drawing_of, page_of, svg_of
     from tidegate.rehearse.report import difference_of, sentence_of, tables_of, title_of
 
     drawings, tables = [drawing_of(one) for one in found], tables_of(found)
-    said = [sentence_of(found[0]), *(difference_of(found[0], one) for one in found[1:])]
-    sentence = " ".join(said)
+    sentences = [sentence_of(found[0]), *(difference_of(found[0], one) for one in found[1:])]
+    sentence = " ".join(sentences)
     if svg is not None or html is not None:
         picture = svg_of(title_of(found[0]), drawings)
         if svg is not None:
@@ -306,14 +308,14 @@ def _tell(found: list[Findings], svg: Path | None, html: Path | None, *, json: b
     if json:
         show_json(found if len(found) > 1 else found[0])
         return
-    shown = console()
-    for one in said:
-        shown.print(one, soft_wrap=False)
+    out = console()
+    for one in sentences:
+        out.print(one, soft_wrap=False)
     for table in tables:
-        shown.print()
-        show_figures(table, shown, {"binds": "bold yellow"})
-    shown.print()
-    show_chart(chart_of(drawings, shown.width), shown)
+        out.print()
+        show_figures(table, out, {"binds": "bold yellow"})
+    out.print()
+    show_chart(chart_of(drawings, out.width), out)
 
 
 def _read(name: str) -> str:

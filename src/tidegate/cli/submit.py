@@ -34,8 +34,8 @@ from tidegate.cli.terminal import (
     given,
     is_short_id,
     show_json,
+    show_result,
     show_table,
-    tell,
     terminal_width,
     who,
     whole_id,
@@ -132,7 +132,7 @@ def submit(
     async def work(gateway: GatewayClient) -> int:
         accepted = await gateway.submit(fields, tuple(file or ()), idempotency_key)
         if not (wait_ or follow_ or output):
-            _say_accepted(accepted, json)
+            _print_accepted(accepted, json)
             return 0
         return await _to_the_end(gateway, accepted["request_id"], follow_, output, json)
 
@@ -171,10 +171,10 @@ def status(
             option = "--follow" if follow_ else "--output"
             raise ConfigError(option, None, "needs the id of a request")
         raise typer.Exit(with_gateway(lambda gateway: show_state(gateway, json)))
-    wanted = request_id
+    id_text = request_id
 
     async def work(gateway: GatewayClient) -> int:
-        whole = await _whole_id(gateway, wanted)
+        whole = await _whole_id(gateway, id_text)
         if follow_:
             return await _to_the_end(gateway, whole, True, output, json)
         view = await gateway.get(f"/status/{whole}")
@@ -184,7 +184,7 @@ def status(
         progress.state(view)
         await save_pictures(gateway, view, output, progress)
         if view["status"] in ("queued", "running"):
-            return await _say_waiting(gateway, view, progress)
+            return await _print_waiting(gateway, view, progress)
         return _code_of(view) if json else show_answer(view)
 
     raise typer.Exit(with_gateway(work))
@@ -203,7 +203,7 @@ async def _whole_id(gateway: GatewayClient, request_id: str) -> str:
     return whole_id(request_id, (one["request_id"] for one in items), f"the newest {_PAGE}")
 
 
-async def _say_waiting(gateway: GatewayClient, view: dict[str, Any], progress: Progress) -> int:
+async def _print_waiting(gateway: GatewayClient, view: dict[str, Any], progress: Progress) -> int:
     if view["status"] == "queued":
         why = await gateway.get(f"/requests/{view['request_id']}/why")
         progress.note(f"it {why['sentence']}")
@@ -238,7 +238,7 @@ def _code_of(view: dict[str, Any]) -> int:
     return 0 if view["status"] in ("succeeded", "queued", "running") else 1
 
 
-def _say_accepted(accepted: dict[str, Any], json: bool) -> None:
+def _print_accepted(accepted: dict[str, Any], json: bool) -> None:
     if json:
         show_json(accepted)
         return
@@ -277,8 +277,8 @@ def _show(columns: Sequence[tuple[str, int]], rows: list[dict[str, str]], nothin
         sys.stderr.write(f"tidegate: {nothing}\n")
         return
     width = terminal_width()
-    shown = tuple(name for name, least in columns if least <= width)
-    show_table("", shown, [tuple(row[name] for name in shown) for row in rows], whole=("request",))
+    names = tuple(name for name, least in columns if least <= width)
+    show_table("", names, [tuple(row[name] for name in names) for row in rows], whole=("request",))
 
 
 async def _under_way(limit: int, gateway: GatewayClient) -> tuple[list[dict[str, Any]], bool]:
@@ -516,4 +516,4 @@ def _show_requeued(report: RequeueReport, json: bool) -> None:
     codes = "".join(f"{jobs:>8}  {code or '(none)'}\n" for code, jobs in report.by_code.items())
     more = "; there are more, repeat it" if report.has_more else ""
     text = f"{report.requeued} of {counted(report.matching, 'job', 'jobs')} queued again{more}"
-    tell(json, report, f"{codes}{text}")
+    show_result(json, report, f"{codes}{text}")

@@ -19,8 +19,8 @@ from tidegate.cli.terminal import (
     in_all_pools,
     in_pool,
     show_json,
+    show_result,
     show_table,
-    tell,
     who,
     with_tenants,
 )
@@ -103,13 +103,13 @@ def show(tenant: TenantName, json: Json = False) -> None:
     from tidegate.policy.tenants import plain_tenant, show_tenant, webhook_secret_of
     from tidegate.settings import load
 
-    shown = in_pool(lambda control: show_tenant(control, tenant))
+    entry = in_pool(lambda control: show_tenant(control, tenant))
     deployments = load().webhook_secret
     secret = deployments and webhook_secret_of(deployments.get_secret_value(), tenant)
     if json:
-        show_json({**plain_tenant(shown), "webhook_secret": secret})
+        show_json({**plain_tenant(entry), "webhook_secret": secret})
         return
-    _say(shown, json)
+    _print(entry, json)
     if secret:
         typer.echo(f"  webhook secret  {secret}")
 
@@ -165,9 +165,9 @@ def set_(
     changes |= {} if tiers is None else {"tiers": _tiers(tiers)}
     _one_of("--disable", disable, "--enable", enable)
     disabled = True if disable else False if enable else None
-    shown = _set(tenant, changes, weight, limit or [], disabled, reason)
+    entry = _set(tenant, changes, weight, limit or [], disabled, reason)
     _note_unbound([name for name, value in changes.items() if value is not None])
-    _say(shown, json)
+    _print(entry, json)
 
 
 def _note_unbound(changes: list[str]) -> None:
@@ -177,7 +177,7 @@ def _note_unbound(changes: list[str]) -> None:
     bound = [one for one in changes if one != "retention_days" and not one.startswith("budget_")]
     options = [_CAPS.get(one, _OTHERS.get(one)) for one in bound]
     config = load()
-    if options and not config.asks_for_keys:
+    if options and not config.requires_keys:
         why = f"AUTH={config.auth}" + (f", HOST={config.host}" if config.auth == "auto" else "")
         named = ", ".join(map(str, options))
         typer.echo(
@@ -205,7 +205,7 @@ def remove(
             await in_force(keeper.limiter)
 
     in_all_pools(work)
-    tell(json, {"tenant": tenant, "removed": True}, f"{tenant} is removed")
+    show_result(json, {"tenant": tenant, "removed": True}, f"{tenant} is removed")
 
 
 def _set(
@@ -221,23 +221,23 @@ def _set(
 
     given = parsed(limits, "--limit")
     values = {name: None if value == _NONE else value for name, value in given.items()}
-    wanted = TenantChange(changes=changes, weight=weight, limits=values, disabled=disabled)
+    change = TenantChange(changes=changes, weight=weight, limits=values, disabled=disabled)
 
-    gone = [name for name, value in values.items() if value is None]
+    removed = [name for name, value in values.items() if value is None]
 
     async def work(control: Control) -> ShownTenant:
         there = control.limiter.policy.limits
-        for name in gone:
+        for name in removed:
             if is_of(name, tenant) and name not in there:
                 raise NotFound(f"there is no limit {name}")
-        shown = await set_tenant(control, tenant, wanted, by=who(), reason=reason)
+        entry = await set_tenant(control, tenant, change, by=who(), reason=reason)
         await in_force(control.limiter)
-        return shown
+        return entry
 
     return in_pool(work)
 
 
-def _say(one: ShownTenant, json: bool) -> None:
+def _print(one: ShownTenant, json: bool) -> None:
     from tidegate.policy.tenants import plain_tenant
 
     if json:
@@ -418,7 +418,7 @@ def keep(
 
     meant = _prefix(prefix)
     key = with_tenants(lambda tenants: tenants.keep_key(meant, by=f"kept by {who()}"))
-    tell(json, plain_key(key), f"{key.prefix} of {key.tenant_id}: {key.made_by}")
+    show_result(json, plain_key(key), f"{key.prefix} of {key.tenant_id}: {key.made_by}")
 
 
 @keys_app.command()
@@ -431,7 +431,7 @@ def revoke(
 
     meant = _prefix(prefix)
     key = with_tenants(lambda tenants: tenants.revoke_key(meant, by=who()))
-    tell(json, plain_key(key), f"{key.prefix} of {key.tenant_id} is revoked")
+    show_result(json, plain_key(key), f"{key.prefix} of {key.tenant_id} is revoked")
 
 
 def _prefix(text: str) -> str:
@@ -493,15 +493,15 @@ def _change_of(one: OperatorAction) -> str:
         return f"revision {one.revision}"
     before, after = one.before or {}, one.after or {}
     return ", ".join(
-        f"{name}: {_said(before[name])} -> {_said(value)}"
+        f"{name}: {_text_of(before[name])} -> {_text_of(value)}"
         if name in before
-        else f"{name}: {_said(value)}"
+        else f"{name}: {_text_of(value)}"
         for name, value in after.items()
         if (before[name] != value if name in before else value is not None)
     )
 
 
-def _said(value: object) -> str:
+def _text_of(value: object) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
@@ -539,4 +539,4 @@ def erase(
             f"\n{report.held} files of entries are held by running processes, "
             "which drop what is erased when they write the rest"
         )
-    tell(json, report, text)
+    show_result(json, report, text)

@@ -51,10 +51,10 @@ def console() -> Console:
 
 def show_figures(table: Table, to: Console, styles: Mapping[str, str] | None = None) -> None:
     """Print a table with figures to the right. `styles`: of rows, by their last cell."""
-    from rich.table import Table as Shown
+    from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = Shown(
+    rich_table = RichTable(
         title=table.title or None,
         title_justify="left",
         title_style="bold",
@@ -65,12 +65,12 @@ def show_figures(table: Table, to: Console, styles: Mapping[str, str] | None = N
     )
     for number, column in enumerate(table.columns):
         justify = "right" if table.holds_figures(number) else "left"
-        shown.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        rich_table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in table.rows:
         style = (styles or {}).get(row[-1], "")
         cells = [*(Text(cell) for cell in row[:-1]), Text(row[-1], style=style)]
-        shown.add_row(*cells, style="dim" if style == "dim" else "")
-    to.print(shown)
+        rich_table.add_row(*cells, style="dim" if style == "dim" else "")
+    to.print(rich_table)
 
 
 def show_chart(chart: str, to: Console) -> None:
@@ -104,8 +104,8 @@ def is_short_id(text: str) -> bool:
 def whole_id(text: str, known: Iterable[str], among: str) -> str:
     """Return the only one of the `known` ids that begins or ends with `text`. Raises NotFound, and
     ConfigError if several match."""
-    wanted = text.lower()
-    found = [one for one in known if one.startswith(wanted) or one.endswith(wanted)]
+    lowered = text.lower()
+    found = [one for one in known if one.startswith(lowered) or one.endswith(lowered)]
     if len(found) == 1:
         return found[0]
     if not found:
@@ -325,7 +325,7 @@ def show_json(value: object) -> None:
     typer.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
-def tell(json: bool, value: object, text: str) -> None:
+def show_result(json: bool, value: object, text: str) -> None:
     """Print a result: `value` as JSON, or `text`."""
     show_json(value) if json else typer.echo(text)
 
@@ -373,9 +373,9 @@ def terminal_width() -> int:
 
 DONE = 0
 FAILED = 1
-WRONG = 2
+INVALID = 2
 REFUSED = 3
-AWAY = 4
+UNREACHABLE = 4
 INTERRUPTED = 130
 
 
@@ -391,51 +391,51 @@ EXITS = (
         "failure: of the request, of lines of a batch, of a check of doctor; or not found: a "
         "limit, tenant, key, upstream (or pool), budget, request, batch, process or revision",
     ),
-    Exit(WRONG, "an argument, a setting or an input file is wrong"),
+    Exit(INVALID, "an argument, a setting or an input file is wrong"),
     Exit(REFUSED, "rejected: no key or a wrong one, or a cap or budget is reached"),
-    Exit(AWAY, "Tidegate, Valkey or PostgreSQL is unreachable"),
+    Exit(UNREACHABLE, "Tidegate, Valkey or PostgreSQL is unreachable"),
     Exit(INTERRUPTED, "interrupted by Ctrl-C"),
 )
 
 # The help makes a line of each paragraph.
 EPILOGUE = "Exit codes:\n\n" + "\n\n".join(f"{one.code}: {one.means}" for one in EXITS)
 
-_WRONG_STATUSES = (400, 405, 409, 413, 415, 422)
+_INVALID_STATUSES = (400, 405, 409, 413, 415, 422)
 _REFUSING_STATUSES = (401, 403, 429)
-_AWAY_STATUSES = (408, 502, 503, 504)
+_UNREACHABLE_STATUSES = (408, 502, 503, 504)
 
 
 def code_of(error: TidegateError) -> int:
     """Return the exit code for an error that ends a command."""
     match error:
         case ConfigError() | InvalidRequest():
-            return WRONG
+            return INVALID
         case GatewayUnreachable() | LimiterUnavailable() | StoreUnavailable():
-            return AWAY
+            return UNREACHABLE
         case GatewayRefused(status=status):
             return _code_of_status(status)
     return FAILED
 
 
 def _code_of_status(status: int) -> int:
-    if status in _WRONG_STATUSES:
-        return WRONG
+    if status in _INVALID_STATUSES:
+        return INVALID
     if status in _REFUSING_STATUSES:
         return REFUSED
-    return AWAY if status in _AWAY_STATUSES else FAILED
+    return UNREACHABLE if status in _UNREACHABLE_STATUSES else FAILED
 
 
 def show_flags_without_type() -> None:
     """Hide the type of flags: Typer shows the type of every option since it renders types itself;
     earlier versions show none for a flag."""
-    shown = getattr(TyperOption, "display_type_rich", None)
-    if shown is None:
+    usual = getattr(TyperOption, "display_type_rich", None)
+    if usual is None:
         return
 
     def of_options_with_a_value(option: Any, ctx: Any) -> str | None:
         if getattr(option, "is_flag", False) and option.metavar is None:
             return None
-        text: str | None = shown(option, ctx=ctx)
+        text: str | None = usual(option, ctx=ctx)
         return text
 
     TyperOption.display_type_rich = of_options_with_a_value  # type: ignore[method-assign,assignment]

@@ -34,7 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_LOOK_S = 0.5
+_POLL_S = 0.5
 _MOST_SHOWN = 4
 Name = Annotated[str, typer.Argument(help="An upstream's name, such as groq.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")]
@@ -198,8 +198,8 @@ def set_(
     """Change an upstream in all processes, permanently. Running calls are not affected."""
     values = parsed(keys or [], "upstreams set")
     if bool(values or remove) + deployed + read_again != 1:
-        wrong = "needs changes such as weight=3, or --remove, or --deployed, or --read-again"
-        raise ConfigError("upstreams set", None, wrong)
+        allowed = "needs changes such as weight=3, or --remove, or --deployed, or --read-again"
+        raise ConfigError("upstreams set", None, allowed)
     body = {
         "set": values,
         "remove": remove or [],
@@ -268,7 +268,7 @@ def drain(
             if not wait or _is_empty(done) or time.monotonic() > until:
                 return done
             body["dry_run"] = not done["unreached"]
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
 
     done = with_gateway(work)
     if json:

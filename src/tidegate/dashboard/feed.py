@@ -48,7 +48,7 @@ from tidegate.limiter import (
 )
 from tidegate.metrics.process import Note
 from tidegate.metrics.verdict import found_by, judge, waiting_by_limit
-from tidegate.policy.format import caller_of, is_of_models, whom_it_binds
+from tidegate.policy.format import caller_of, is_of_models, subject_of
 from tidegate.policy.inspection import is_full, words_of
 from tidegate.policy.learned import LearnedLimit
 from tidegate.policy.rollout import changed_keys, differences
@@ -81,22 +81,24 @@ Frames = Frame | list[Frame]
 
 async def live_frame(services: Services) -> Frame:
     """Return the pools as in Valkey, the upstreams as in the processes, and the verdict."""
-    seen, loads = await asyncio.gather(services.standing.look(), services.upstreams.loads.get())
-    known = [one.snapshot for one in seen.pools if one.snapshot is not None]
+    deployment, loads = await asyncio.gather(
+        services.standing.look(), services.upstreams.loads.get()
+    )
+    known = [one.snapshot for one in deployment.pools if one.snapshot is not None]
     return {
         "at": time.time(),
         "all_tenants": len({one.tenant for snapshot in known for one in snapshot.tenants}),
         "all_processes": len({one.name for snapshot in known for one in snapshot.processes}),
-        "verdict": judge(seen),
+        "verdict": judge(deployment),
         "pools": [
             {"pool": one.pool, "problem": one.problem}
             if one.snapshot is None
             else pool_frame(one.pool, one.snapshot, one.policy, one.learned)
-            for one in seen.pools
+            for one in deployment.pools
         ],
-        "postgresql_away": services.store.connections.away,
+        "postgresql_away": services.store.connections.unavailable,
         "upstreams": [
-            upstream_frame(name, seen.notes) | {"load": str(loads.get(name, ""))}
+            upstream_frame(name, deployment.notes) | {"load": str(loads.get(name, ""))}
             for name in services.spine.health
         ],
     }
@@ -107,15 +109,15 @@ def upstream_frame(upstream: str, notes: Iterable[Note]) -> Frame:
 
     `found` lists the processes where it is not ok.
     """
-    told = found_by(upstream, notes)
-    bad = [(process, one) for process, one in told if one.state != "ok" or one.key_refused]
+    by_process = found_by(upstream, notes)
+    bad = [(process, one) for process, one in by_process if one.state != "ok" or one.key_refused]
     return {
         "upstream": upstream,
-        "state": told[0][1].state,
-        "key_refused": any(one.key_refused for _, one in told),
-        "unpaid": any(one.unpaid for _, one in told),
-        "detail": told[0][1].why,
-        "processes": len(told),
+        "state": by_process[0][1].state,
+        "key_refused": any(one.key_refused for _, one in by_process),
+        "unpaid": any(one.unpaid for _, one in by_process),
+        "detail": by_process[0][1].why,
+        "processes": len(by_process),
         "out_in": len(bad),
         "found": [
             {"process": process, "state": one.state, "detail": one.why}
@@ -131,7 +133,7 @@ def pool_frame(
     limits = sorted(snapshot.limits.values(), key=_pressure, reverse=True)
     processes = sorted(snapshot.processes, key=lambda one: (-one.held, one.name))
     tenants = _tenants(snapshot)
-    shown = sorted(limits[:MOST_LIMITS], key=lambda one: one.limit)
+    chosen = sorted(limits[:MOST_LIMITS], key=lambda one: one.limit)
     waiting_at = _by_process(snapshot.queues)
     others = {one.limit: one.others_share for one in learned}
     held_up = waiting_by_limit(snapshot)
@@ -146,12 +148,12 @@ def pool_frame(
         "limits": [
             _limit(one, policy, others.get(one.limit, 0.0))
             | {"tenants": held_up[one.limit].most_common(MOST_WAITERS) if one.waiting else []}
-            for one in shown
+            for one in chosen
         ],
         "all_limits": len(limits),
         "paused_limits": sum(one.paused_ms > 0 for one in limits),
         "learned": [_learned(one) for one in differing[:MOST_LEARNED]],
-        "more_limits": len(limits) - len(shown),
+        "more_limits": len(limits) - len(chosen),
         "tenants": tenants[:MOST_TENANTS],
         "more_tenants": len(tenants[MOST_TENANTS:]),
         "processes": [_process(one, waiting_at) for one in processes[:MOST_PROCESSES]],
@@ -195,7 +197,7 @@ def limits_page(
 
 def _group_of(limit_id: str, group: Grouping) -> str:
     """Return the group of a limit; `(none)` if it does not bind what limits are grouped by."""
-    whom = whom_it_binds(limit_id)
+    whom = subject_of(limit_id)
     if group == "none" or whom is None:
         return "" if group == "none" else NO_GROUP
     if group == "model":
@@ -316,9 +318,9 @@ RANGES: dict[str, Range] = {
 class Trend:
     """The counts of all pools in one range. `look` reads what is new."""
 
-    def __init__(self, history: History, wanted: Range) -> None:
+    def __init__(self, history: History, span: Range) -> None:
         self._history = history
-        self._wanted = wanted
+        self._span = span
         self._settled: dict[int, dict[str, CallCounts]] = {}
         self._open: dict[int, dict[str, CallCounts]] = {}
         self._settled_to = 0.0  # spans that begin earlier are in `_settled`, or empty
@@ -326,12 +328,12 @@ class Trend:
 
     @property
     def every_s(self) -> float:
-        return self._wanted.every_s
+        return self._span.every_s
 
     async def look(self, now: float) -> None:
         """Update it to `now` (seconds since 1970). Raises StoreUnavailable."""
-        step_s = self._wanted.step_s
-        oldest = (now // step_s - self._wanted.spans) * step_s
+        step_s = self._span.step_s
+        oldest = (now // step_s - self._span.spans) * step_s
         since = max(oldest, self._settled_to)
         fresh: dict[int, dict[str, CallCounts]] = {}
         for span, tally in await self._history.read(step_s, since):
@@ -351,9 +353,9 @@ class Trend:
         They cover completed spans, with rates per second and durations in ms. The upstreams are
         those of all pools. The tables have at most `MOST_NAMES` rows.
         """
-        step_s = self._wanted.step_s
+        step_s = self._span.step_s
         last = int(self._now // step_s) * step_s  # this span has just begun
-        begins = [last - step_s * back for back in range(self._wanted.spans, 0, -1)]
+        begins = [last - step_s * back for back in range(self._span.spans, 0, -1)]
         counts = [self._of(at, pool) for at in begins]
         total = _merged(counts)
         return {
@@ -377,7 +379,7 @@ class Trend:
 
     def now(self, pool: str) -> dict[str, Any]:
         """Return the newest minute of a pool, as far as it is known."""
-        step_s = self._wanted.step_s
+        step_s = self._span.step_s
         last = int(self._now // step_s) * step_s
         total = _merged([self._of(at, pool) for at in range(last - NOW_S, last, step_s)])
         return {
@@ -403,14 +405,14 @@ class Trend:
             (one, name): row[0]
             for one, counts in self._pools_at(at).items()
             if pool in (ALL, one)
-            for name, row in counts.apart.get("limit", {}).items()
+            for name, row in counts.by_group.get("limit", {}).items()
         }
 
     def _upstreams_at(self, begins: Sequence[int]) -> CallCounts:
         """Return the calls of each upstream in these spans, from all pools."""
         counts = [one for at in begins for one in self._pools_at(at).values()]
-        called = [one.apart.get("upstream", {}) for one in counts]
-        return _merged([CallCounts(apart={"upstream": one}) for one in called])
+        called = [one.by_group.get("upstream", {}) for one in counts]
+        return _merged([CallCounts(by_group={"upstream": one}) for one in called])
 
 
 def _merged(counts: Iterable[CallCounts]) -> CallCounts:
@@ -465,7 +467,7 @@ def _depths(
 
 
 def _largest_rows(total: CallCounts, dimension: str) -> list[tuple[str, list[int]]]:
-    names = total.apart.get(dimension, {})
+    names = total.by_group.get(dimension, {})
     return sorted(names.items(), key=lambda one: (-one[1][0], one[0]))[:MOST_NAMES]
 
 
@@ -503,34 +505,34 @@ class Past:
         self._services = services
         self._trends: dict[str, Trend] = {}
         self._due_at: dict[str, float] = {}
-        self._told: set[Viewing] = set()
+        self._sent: set[Viewing] = set()
         self._records: dict[str, Frame] = {}  # by the pool of the spend, or `ALL`
-        self._told_record: set[Viewing] = set()
+        self._sent_record: set[Viewing] = set()
 
     async def due(
-        self, wanted: Set[Viewing]
+        self, viewings: Set[Viewing]
     ) -> AsyncIterator[tuple[str, Viewing | None, Frame | list[Frame]]]:
         """Yield the events that are due, each with the selection it is for, None for all viewers.
 
         Raises StoreUnavailable.
         """
-        ranges = {one.range for one in wanted} | {_NOW}
+        ranges = {one.range for one in viewings} | {_NOW}
         for name in [name for name in self._trends if name not in ranges]:
             del self._trends[name]
             self._due_at.pop(name, None)  # otherwise it would be shown as empty until it is due
-            self._told = {one for one in self._told if one.range != name}
-        self._told &= wanted
+            self._sent = {one for one in self._sent if one.range != name}
+        self._sent &= viewings
         for name in sorted(ranges, key=list(RANGES).index):
             trend = self._trends.setdefault(name, Trend(self._services.store.history, RANGES[name]))
-            looked = self._is_due(name, trend.every_s)
-            if looked:
+            is_due = self._is_due(name, trend.every_s)
+            if is_due:
                 await trend.look(time.time())
                 self._put_off(name, trend.every_s)
-            for one in wanted:
-                if one.range == name and (looked or one not in self._told):
-                    self._told.add(one)
+            for one in viewings:
+                if one.range == name and (is_due or one not in self._sent):
+                    self._sent.add(one)
                     yield "trend", one, {"range": name, **self._frame(trend, one.pool)}
-            if looked and name == _NOW:
+            if is_due and name == _NOW:
                 pools = (ALL, *self._services.limiters)
                 yield "now", None, {pool: trend.now(pool) for pool in pools}
         if self._is_due("budgets", BUDGETS_EVERY_S):
@@ -541,15 +543,15 @@ class Past:
             events = await self._events()
             self._put_off("events", EVENTS_EVERY_S)
             yield "events", None, events
-        self._told_record &= wanted
-        for pool in sorted({one.pool for one in wanted}):
-            looked = self._is_due(f"record {pool}", RECORD_EVERY_S)
-            if looked:
+        self._sent_record &= viewings
+        for pool in sorted({one.pool for one in viewings}):
+            is_due = self._is_due(f"record {pool}", RECORD_EVERY_S)
+            if is_due:
                 self._records[pool] = await self._record(pool)
                 self._put_off(f"record {pool}", RECORD_EVERY_S)
-            for one in wanted:
-                if one.pool == pool and (looked or one not in self._told_record):
-                    self._told_record.add(one)
+            for one in viewings:
+                if one.pool == pool and (is_due or one not in self._sent_record):
+                    self._sent_record.add(one)
                     yield "record", one, self._records[pool]
 
     def _is_due(self, name: str, every_s: float) -> bool:
@@ -607,7 +609,7 @@ def revisions_page(records: Sequence[PolicyRecord]) -> list[Frame]:
     found = []
     for record, before in pairwise(records):
         changed = changed_keys(before.policy, record.policy)
-        shown = changed[:MOST_SHOWN_CHANGES]
+        listed = changed[:MOST_SHOWN_CHANGES]
         found.append(
             {
                 "revision": record.revision,
@@ -615,8 +617,8 @@ def revisions_page(records: Sequence[PolicyRecord]) -> list[Frame]:
                 "set_by": record.set_by,
                 "origin": record.origin,
                 "reason": record.reason,
-                "changes": [{"key": key, "before": old, "after": new} for key, old, new in shown],
-                "more": len(changed) - len(shown),
+                "changes": [{"key": key, "before": old, "after": new} for key, old, new in listed],
+                "more": len(changed) - len(listed),
             }
         )
     return found
@@ -638,10 +640,10 @@ def policy_events(pool: str, records: Sequence[PolicyRecord]) -> list[Frame]:
 
 def _event_words(pool: str, record: PolicyRecord, before: PolicyRecord) -> str:
     changed = differences(before.policy, record.policy)
-    shown = "; ".join(changed[:MOST_CHANGES])[:_LONGEST_WORDS] or "nothing"
+    words = "; ".join(changed[:MOST_CHANGES])[:_LONGEST_WORDS] or "nothing"
     more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
     reason = f": {record.reason}" if record.reason else ""
-    return f"{record.set_by} set {shown}{more} in {pool}{reason}"
+    return f"{record.set_by} set {words}{more} in {pool}{reason}"
 
 
 def budgets_frame(budgets: Sequence[Budget], books: Sequence[BudgetBook]) -> Frame:
@@ -649,11 +651,11 @@ def budgets_frame(budgets: Sequence[Budget], books: Sequence[BudgetBook]) -> Fra
     by_name = {one.name: one for one in budgets}
     known = [one for one in books if one.budget in by_name]
     paused = [one for one in known if one.paused_since is not None]
-    shown = [*paused, *(one for one in known if one.paused_since is None)][:MOST_BUDGETS]
+    listed = [*paused, *(one for one in known if one.paused_since is None)][:MOST_BUDGETS]
     return {
-        "budgets": [_budget(by_name[one.budget], one) for one in shown],
+        "budgets": [_budget(by_name[one.budget], one) for one in listed],
         "paused": len(paused),
-        "more": len(known) - len(shown),
+        "more": len(known) - len(listed),
     }
 
 
@@ -691,11 +693,11 @@ log = get_logger()
 class Viewer:
     """An open page. `take` waits for new frames."""
 
-    __slots__ = ("_frames", "_ready", "gone", "wanted")
+    __slots__ = ("_frames", "_ready", "has_left", "viewing")
 
-    def __init__(self, wanted: Viewing) -> None:
-        self.wanted = wanted
-        self.gone = False
+    def __init__(self, viewing: Viewing) -> None:
+        self.viewing = viewing
+        self.has_left = False
         self._frames: dict[str, bytes] = {}
         self._ready = asyncio.Event()
 
@@ -706,7 +708,7 @@ class Viewer:
 
     def leave(self) -> None:
         """End the viewer, because the client has disconnected or the process drains."""
-        self.gone = True
+        self.has_left = True
         self._ready.set()
 
     async def take(self) -> bytes:
@@ -714,7 +716,7 @@ class Viewer:
         await self._ready.wait()
         self._ready.clear()
         frames, self._frames = self._frames, {}
-        return b"" if self.gone else b"".join(frames.values())
+        return b"" if self.has_left else b"".join(frames.values())
 
 
 class Feed:
@@ -730,7 +732,7 @@ class Feed:
         return f"<Feed viewers={len(self._viewers)} sampling={self._sampling is not None}>"
 
     @contextmanager
-    def watched(self, wanted: Viewing) -> Iterator[Viewer]:
+    def watched(self, viewing: Viewing) -> Iterator[Viewer]:
         """Yield a viewer for the duration of the block.
 
         Raises TooManyFollowers and ShuttingDown.
@@ -739,9 +741,9 @@ class Feed:
             raise ShuttingDown("this process is stopping; retry")
         if len(self._viewers) >= MOST_VIEWERS:
             raise TooManyFollowers("too many dashboards are open at this process; retry later")
-        viewer = Viewer(wanted)
+        viewer = Viewer(viewing)
         for (event, whose), frame in self._newest.items():
-            if whose in (None, wanted):
+            if whose in (None, viewing):
                 viewer.offer(event, frame)
         self._viewers.add(viewer)
         if self._sampling is None:
@@ -758,8 +760,8 @@ class Feed:
     async def _sample(self) -> None:
         past = Past(self._services)
         works = (
-            self._repeat(LIVE_EVERY_S, self._tell_live),
-            self._repeat(PAST_EVERY_S, lambda: self._tell_past(past)),
+            self._repeat(LIVE_EVERY_S, self._send_live),
+            self._repeat(PAST_EVERY_S, lambda: self._send_past(past)),
         )
         tasks = [asyncio.create_task(work) for work in works]
         try:
@@ -775,27 +777,27 @@ class Feed:
             started = time.monotonic()
             try:
                 await work()
-            except StoreUnavailable as away:
-                log.debug(Log.STORE_AWAY, detail=away.message)
+            except StoreUnavailable as unavailable:
+                log.debug(Log.STORE_AWAY, detail=unavailable.message)
             except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR)
             took_s = time.monotonic() - started
             await asyncio.sleep(max(every_s - took_s, every_s / 4))
 
-    async def _tell_live(self) -> None:
-        self._tell("live", await live_frame(self._services))
+    async def _send_live(self) -> None:
+        self._send("live", await live_frame(self._services))
 
-    async def _tell_past(self, past: Past) -> None:
+    async def _send_past(self, past: Past) -> None:
         """Read what is due. Viewers that arrived since the last read are served by the next one."""
-        wanted = {viewer.wanted for viewer in self._viewers}
-        async for event, whose, frame in past.due(wanted):
-            self._tell(event, frame, whose)
+        viewings = {viewer.viewing for viewer in self._viewers}
+        async for event, whose, frame in past.due(viewings):
+            self._send(event, frame, whose)
 
-    def _tell(self, event: str, frame: Frames, whose: Viewing | None = None) -> None:
+    def _send(self, event: str, frame: Frames, whose: Viewing | None = None) -> None:
         encoded = b"event: %b\ndata: %b\n\n" % (event.encode(), orjson.dumps(frame))
         self._newest[event, whose] = encoded
         for viewer in self._viewers:
-            if whose in (None, viewer.wanted):
+            if whose in (None, viewer.viewing):
                 viewer.offer(event, encoded)
 
 

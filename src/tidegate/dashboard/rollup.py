@@ -82,13 +82,13 @@ class Rollup:
                 continue
             try:
                 snapshot = await limiter.snapshot()
-            except LimiterUnavailable as away:
-                log.debug(Log.SCRAPE_INCOMPLETE, missing="queues", detail=away.message)
+            except LimiterUnavailable as unavailable:
+                log.debug(Log.SCRAPE_INCOMPLETE, missing="queues", detail=unavailable.message)
                 continue
             tally = self._fresh.setdefault((at, pool), CallCounts())
             for queue in snapshot.queues:
                 if queue.sid == limiter.session and queue.held_up_by is not None:
-                    tally.count_apart("limit", queue.held_up_by, [queue.waiting])
+                    tally.count_by("limit", queue.held_up_by, [queue.waiting])
 
     async def run(self) -> None:
         """Write the counts until cancelled. What is not written by then is left to `flush`."""
@@ -101,8 +101,8 @@ class Rollup:
                 if now - self._forgot_at >= FORGET_EVERY_S:
                     self._forgot_at = now
                     await self._history.forget(now)
-            except StoreUnavailable as away:
-                log.debug(Log.STORE_AWAY, detail=away.message)
+            except StoreUnavailable as unavailable:
+                log.debug(Log.STORE_AWAY, detail=unavailable.message)
             except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR)
 
@@ -177,7 +177,7 @@ def count(tally: CallCounts, ended: CallRecord) -> None:
         tally.count("judged_tokens", _tokens_of(ended))
         tally.count("judged_cost_micros", ended.charge.cost_micros or 0)
         _count_spent(tally, ended)
-        _count_apart(tally, ended, ("model", "upstream"))
+        _count_by_dimension(tally, ended, ("model", "upstream"))
         return
     retried, refused = ended.status == RETRIED, ended.status == REFUSED
     if not retried and not refused:
@@ -191,9 +191,9 @@ def count(tally: CallCounts, ended: CallRecord) -> None:
     if ended.upstream_ms is not None:
         tally.lengths += one(ended.upstream_ms)
     if ended.code is not None:
-        tally.count_apart("code", ended.code, [1])
+        tally.count_by("code", ended.code, [1])
     if not refused:
-        _count_apart(tally, ended, ("tenant", "model", "upstream"))
+        _count_by_dimension(tally, ended, ("tenant", "model", "upstream"))
 
 
 def _count_spent(tally: CallCounts, ended: CallRecord) -> None:
@@ -212,14 +212,16 @@ def _tokens_of(ended: CallRecord) -> int:
     return (usage.input_tokens or 0) + (usage.output_tokens or 0)
 
 
-def _count_apart(tally: CallCounts, ended: CallRecord, dimensions: Sequence[Dimension]) -> None:
+def _count_by_dimension(
+    tally: CallCounts, ended: CallRecord, dimensions: Sequence[Dimension]
+) -> None:
     failed = ended.status in ("failed", "dead")
     ends = int(ended.status != RETRIED), int(failed)
     spent = _tokens_of(ended), ended.charge.cost_micros or 0, round(ended.upstream_ms or 0)
     throttled = ended.throttled
     if throttled and "upstream" in dimensions:
         for (upstream, _), count in (ended.throttled_by or {}).items():
-            tally.count_apart("upstream", upstream, (0, 0, count, 0, 0, 0))
+            tally.count_by("upstream", upstream, (0, 0, count, 0, 0, 0))
     for dimension in dimensions:
         name: str | None
         if dimension == "tenant":
@@ -229,8 +231,8 @@ def _count_apart(tally: CallCounts, ended: CallRecord, dimensions: Sequence[Dime
         else:
             name = ended.upstream
         if name is not None:
-            told = 0 if dimension == "upstream" else throttled
-            tally.count_apart(dimension, name, (*ends, told, *spent))
+            throttles = 0 if dimension == "upstream" else throttled
+            tally.count_by(dimension, name, (*ends, throttles, *spent))
 
 
 assert set(OPEN_SPANS) == set(KEPT_S)

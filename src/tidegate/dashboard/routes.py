@@ -130,18 +130,18 @@ class Files:
 class Watching(Response):
     """Sends the feed to one viewer until it disconnects, its key ends or the process drains."""
 
-    def __init__(self, request: Request, services: Services, feed: Feed, wanted: Viewing) -> None:
+    def __init__(self, request: Request, services: Services, feed: Feed, viewing: Viewing) -> None:
         super().__init__()
         self._request = request
         self._services = services
         self._feed = feed
-        self._wanted = wanted
+        self._viewing = viewing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._feed.watched(self._wanted) as viewer:
-                gone = asyncio.ensure_future(disconnected(receive))
-                gone.add_done_callback(lambda _: viewer.leave())
+            with self._feed.watched(self._viewing) as viewer:
+                disconnect = asyncio.ensure_future(disconnected(receive))
+                disconnect.add_done_callback(lambda _: viewer.leave())
                 stalled_ms = self._services.config.stalled_reader_ms
                 writer = EventWriter(send, plain_text=False, stalled_ms=stalled_ms)
                 try:
@@ -152,7 +152,7 @@ class Watching(Response):
                 except ClientStalled:
                     abort(scope)
                 finally:
-                    gone.cancel()
+                    disconnect.cancel()
         except (TooManyFollowers, ShuttingDown) as refused:
             await problem_response(refused)(scope, receive, send)
 
@@ -180,8 +180,8 @@ class StuckFrame(BaseModel):
 async def _waiting(services: Services) -> StuckFrame:
     try:
         stuck = await services.store.stuck.counts()
-    except StoreUnavailable as away:
-        log.debug(Log.STORE_AWAY, detail=away.message)
+    except StoreUnavailable as unavailable:
+        log.debug(Log.STORE_AWAY, detail=unavailable.message)
         return StuckFrame()
     return StuckFrame(dead_jobs=stuck.jobs, webhooks_given_up=stuck.webhooks)
 
@@ -362,8 +362,8 @@ async def sign_out(request: Request) -> Response:
     if operator is not None:
         try:
             await services.sessions.end(request.cookies[name])
-        except StoreUnavailable as away:
-            log.warning(Log.SIGN_OUT_UNRECORDED, by=operator.name, detail=away.message)
+        except StoreUnavailable as unavailable:
+            log.warning(Log.SIGN_OUT_UNRECORDED, by=operator.name, detail=unavailable.message)
     answer = Response(status_code=204)
     answer.delete_cookie(name, **_cookie(request))
     return answer
@@ -442,11 +442,11 @@ async def limits(
     """Return a page of all limits, at most half a second old."""
     services = services_of(request)
     scope = _scope(services, pool)
-    wanted = [one for one in services.limiters.values() if scope in (ALL, one.pool)]
-    looks = await asyncio.gather(*(services.looks.of(one) for one in wanted))
+    chosen = [one for one in services.limiters.values() if scope in (ALL, one.pool)]
+    snapshots = await asyncio.gather(*(services.recent_reads.of(one) for one in chosen))
     known = [
         (one.pool, snapshot, one.policy)
-        for one, snapshot in zip(wanted, looks, strict=True)
+        for one, snapshot in zip(chosen, snapshots, strict=True)
         if snapshot is not None
     ]
     if not known:

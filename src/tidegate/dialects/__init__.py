@@ -87,9 +87,9 @@ def native_path(path: str) -> str | None:
         return path
     plain = _SLASHES.sub("/", path)
     plain = plain.rstrip("/") if plain.startswith(_ROOTS) else plain
-    for wrong, right in _STEPS_OFF:
-        if plain.startswith(wrong):
-            return right + plain[len(wrong) :]
+    for misspelt, correct in _STEPS_OFF:
+        if plain.startswith(misspelt):
+            return correct + plain[len(misspelt) :]
     if plain.startswith(_CLOUDS) and (meant := _of_a_cloud(plain)) is not None:
         return meant
     if plain.startswith(_ROOTS):
@@ -109,7 +109,7 @@ def dialect_of(path: str, headers: Set[bytes], query: bytes) -> Dialect:
     headers: the names of its headers, in lower case.
     """
     for spec in DIALECTS.values():
-        if spec.is_spoken(path, headers, query):
+        if spec.recognizes(path, headers, query):
             break
     return spec.name
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from tidegate.admission.charges import came_tokens, is_complete
+from tidegate.admission.charges import is_complete, received_tokens
 from tidegate.call import UNKNOWN_USAGE, Usage, UsageDetails
 from tidegate.dialects.spec import AnswerFacts, DialectSpec, JsonObject, OutputEvents
 from tidegate.prices.rates import STANDARD_TIERS
@@ -183,7 +183,7 @@ def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) 
             raw = part_of(begun, form.usage) | later
     usage = form.usage_of(raw) if raw else UNKNOWN_USAGE
     if raw and start == b"{" and b'"service_tier"' in answer:
-        usage = with_tier(usage, _tier_beside(answer))
+        usage = with_tier(usage, _reported_tier(answer))
     return AnswerFacts(
         usage,
         last_match(value_pattern(form.finish), answer),
@@ -192,7 +192,7 @@ def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) 
     )
 
 
-def _tier_beside(answer: bytes) -> str | None:
+def _reported_tier(answer: bytes) -> str | None:
     """Return the tier that a complete, long object reports; from its last bytes if it is too long
     to parse."""
     if len(answer) > LONGEST_READ_BYTES:
@@ -334,7 +334,7 @@ def visible_output(dialect: DialectSpec, answer: bytes, answer_bytes: int) -> Vi
     if answer[:256].lstrip()[:1] in (b"{", b"["):
         images = dialect.image_count(answer)
         texts, scale = "".join(_texts_in(answer)), answer_bytes / len(answer)
-        return VisibleOutput(came_tokens(texts, scale=scale, images=images), images)
+        return VisibleOutput(received_tokens(texts, scale=scale, images=images), images)
     if _EVENTS.match(answer) is None:  # unknown form: estimated by its size
         return VisibleOutput(-(-answer_bytes // _BYTES_A_TOKEN))
     output, read_bytes = OutputEvents(), 0
@@ -352,7 +352,7 @@ def visible_output(dialect: DialectSpec, answer: bytes, answer_bytes: int) -> Vi
     texts = max("".join(output.texts), "".join(output.repeated), key=len)
     images = output.unnamed_images + len(output.images)
     scale = answer_bytes / max(1, read_bytes)
-    return VisibleOutput(came_tokens(texts, scale=scale, images=images), images)
+    return VisibleOutput(received_tokens(texts, scale=scale, images=images), images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,7 +361,7 @@ class ReadAnswer:
 
     facts: AnswerFacts
     images: int | None
-    came: VisibleOutput | None
+    visible: VisibleOutput | None
 
 
 def read_answer(

@@ -58,7 +58,7 @@ _CALLS = {
 }
 
 
-def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
+def _recognizes(path: str, headers: Set[bytes], query: bytes) -> bool:
     if b"anthropic-version" in headers or path.startswith("/v1/messages"):
         return True
     return "/publishers/anthropic/" in path
@@ -154,10 +154,10 @@ def of_all_rounds(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     if "iterations" not in raw:
         return raw
     rounds = objects_in(raw["iterations"])[:_MOST_ROUNDS]
-    apart = [one for one in rounds if one.get("type") in _APART]
-    if not apart or None in (count_of(raw, "input_tokens"), count_of(raw, "output_tokens")):
+    separate = [one for one in rounds if one.get("type") in _APART]
+    if not separate or None in (count_of(raw, "input_tokens"), count_of(raw, "output_tokens")):
         return raw
-    every = [raw, *apart]
+    every = [raw, *separate]
     sums = {name: sum(count_of(one, name) or 0 for one in every) for name in _COUNTS}
     splits = [part_of(one, "cache_creation") for one in every]
     split = {name: sum(count_of(one, name) or 0 for one in splits) for name in _SPLIT}
@@ -167,16 +167,18 @@ def of_all_rounds(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 def usage_of(raw: Mapping[str, Any]) -> Usage:
     """Return the usage that an answer reports; its input is in three parts."""
     raw = of_all_rounds(raw)
-    fresh, given = count_of(raw, "input_tokens"), count_of(raw, "output_tokens")
+    fresh, output_tokens = count_of(raw, "input_tokens"), count_of(raw, "output_tokens")
     written = count_of(raw, "cache_creation_input_tokens") or 0
     cached = count_of(raw, "cache_read_input_tokens")
-    taken = None if fresh is None else fresh + written + (cached or 0)
-    total = None if taken is None or given is None else taken + given
+    input_tokens = None if fresh is None else fresh + written + (cached or 0)
+    total = None if input_tokens is None or output_tokens is None else input_tokens + output_tokens
     thoughts = count_of(part_of(raw, "output_tokens_details"), "thinking_tokens")
-    if given is not None and thoughts is not None:
-        thoughts = min(thoughts, given)
-        given -= thoughts
-    usage = Usage(taken, given, thoughts, cached, total, _usage_details(raw, written))
+    if output_tokens is not None and thoughts is not None:
+        thoughts = min(thoughts, output_tokens)
+        output_tokens -= thoughts
+    usage = Usage(
+        input_tokens, output_tokens, thoughts, cached, total, _usage_details(raw, written)
+    )
     # Fast mode has its own price, whatever the tier.
     return with_tier(usage, "fast" if raw.get("speed") == "fast" else tier_of(raw))
 
@@ -319,7 +321,7 @@ ANTHROPIC = DialectSpec(
     paused_status=429,  # Claude Code takes a 403 for a failed sign-in
     calls=_CALLS,
     endpoint_of=endpoint_of,
-    is_spoken=_is_spoken,
+    recognizes=_recognizes,
     models=ModelList(
         "/v1/models", "data", "id", _listed_models, query="limit=1000", required=_required
     ),

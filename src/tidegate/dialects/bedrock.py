@@ -68,7 +68,7 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
     return Endpoint(Dialect.BEDROCK, operation, path, named["model"], do.endswith("-stream"))
 
 
-def _is_spoken(path: str, _headers: Set[bytes], _query: bytes) -> bool:
+def _recognizes(path: str, _headers: Set[bytes], _query: bytes) -> bool:
     return path.startswith("/model/")
 
 
@@ -103,18 +103,18 @@ def facts_of(
     is_converse = "/converse" in endpoint.path
     if endpoint.operation is Operation.COUNT:
         body, is_converse = part_of(part_of(body, "input"), "converse"), True
-    seen = _as_others(body) if is_converse else dict(body)
-    seen.pop("stream", None)  # the path decides that
-    asked = request_facts(
+    converted = _as_others(body) if is_converse else dict(body)
+    converted.pop("stream", None)  # the path decides that
+    facts = request_facts(
         endpoint,
-        seen,
+        converted,
         whole,
         rules_of=rules_of,
         is_hosted=_is_hosted,
         settings={"max_tokens": bound} if (bound := _bound(body)) else {},
     )
-    asked.tier = _tier_of(body)
-    return asked
+    facts.tier = _tier_of(body)
+    return facts
 
 
 def _bound(body: Mapping[str, Any]) -> int:
@@ -126,17 +126,17 @@ def _bound(body: Mapping[str, Any]) -> int:
 
 def _as_others(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return a body of Converse with its files and tools in the form of other dialects."""
-    seen = dict(body)
-    turns = seen.pop("messages", None)
-    seen["messages"] = [
+    converted = dict(body)
+    turns = converted.pop("messages", None)
+    converted["messages"] = [
         {**turn, "content": [_block(one) for one in objects_in(turn.get("content"))]}
         for turn in objects_in(turns)
     ]
-    tools = part_of(seen, "toolConfig").get("tools")
+    tools = part_of(converted, "toolConfig").get("tools")
     if type(tools) is list:
-        seen["tools"] = tools
-        del seen["toolConfig"]
-    return seen
+        converted["tools"] = tools
+        del converted["toolConfig"]
+    return converted
 
 
 def _block(block: JsonObject) -> JsonObject:
@@ -404,7 +404,7 @@ BEDROCK = DialectSpec(
     name=Dialect.BEDROCK,
     example="POST /model/<model>/converse",
     endpoint_of=endpoint_of,
-    is_spoken=_is_spoken,
+    recognizes=_recognizes,
     # Not at the host of the calls, which answers 404.
     models=ModelList(
         "/foundation-models", "modelSummaries", "modelId", lambda models: {"modelSummaries": models}

@@ -125,7 +125,7 @@ class MediaFormReader:
         self._head = b""  # headers of the part, for the digest
         self._mime = b""
         self._is_file = False
-        self._kept = bytearray()
+        self._buffer = bytearray()
         self._size_bytes = 0
         self._fields: dict[str, Any] = {}
         self._files: list[tuple[int, FormFile]] = []
@@ -141,10 +141,10 @@ class MediaFormReader:
         self._name, self._is_file = _named(disposition)
         self._mime = headers.get("content-type", b"").strip().lower()
         if is_form(self._mime):
-            wrong = f"the part {self._name[:64]!a} is a multipart body of its own"
-            raise InvalidRequest("body", wrong, allowed="one field or file in each part")
+            message = f"the part {self._name[:64]!a} is a multipart body of its own"
+            raise InvalidRequest("body", message, allowed="one field or file in each part")
         self._check_read(headers)
-        self._kept.clear()
+        self._buffer.clear()
         self._size_bytes = 0
         if self._whole is not None:
             self._head, self._part = disposition + b"\0" + self._mime, sha256()
@@ -160,8 +160,10 @@ class MediaFormReader:
         if known is None:
             return
         if known != name:
-            said = f"{name[:64]!a} is {known} in another spelling, which servers read differently"
-            raise InvalidRequest(known, said, allowed=known)
+            message = (
+                f"{name[:64]!a} is {known} in another spelling, which servers read differently"
+            )
+            raise InvalidRequest(known, message, allowed=known)
         if self._is_file:
             raise InvalidRequest(
                 known, f"{known} is a file of the form", allowed="a text field, without filename"
@@ -172,8 +174,8 @@ class MediaFormReader:
         if charset is not None and charset[1] not in _UTF_8:
             raise InvalidRequest(name, f"{name} is not in UTF-8", allowed="UTF-8")
         if name == "model" and "content-length" in headers:
-            said = "the part of model has a length of its own, which its new name would change"
-            raise InvalidRequest(name, said, allowed="a part without Content-Length")
+            message = "the part of model has a length of its own, which its new name would change"
+            raise InvalidRequest(name, message, allowed="a part without Content-Length")
 
     def data(self, piece: bytes) -> None:
         """Add a piece of the part's content."""
@@ -181,18 +183,18 @@ class MediaFormReader:
         if self._whole is not None:
             self._part.update(piece)
         if self._is_file:
-            room = _HEAD_BYTES - len(self._kept) if len(self._files) < _MOST_HEADS else 0
-            self._keep(piece[:room])
+            room = _HEAD_BYTES - len(self._buffer) if len(self._files) < _MOST_HEADS else 0
+            self._append(piece[:room])
             return
-        self._keep(piece)
+        self._append(piece)
         if self.held_bytes > MOST_TEXT_BYTES + _MOST_HEADS * _HEAD_BYTES:
             name = self._name[:64]
             allowed = f"at most {MOST_TEXT_BYTES} bytes, and a filename for a file"
-            said = f"the text fields of the form are too large, up to {name!a}"
-            raise PayloadTooLarge("body", said, allowed=allowed)
+            message = f"the text fields of the form are too large, up to {name!a}"
+            raise PayloadTooLarge("body", message, allowed=allowed)
 
-    def _keep(self, piece: bytes) -> None:
-        self._kept += piece
+    def _append(self, piece: bytes) -> None:
+        self._buffer += piece
         self.held_bytes += len(piece)
 
     def end(self) -> None:
@@ -202,10 +204,10 @@ class MediaFormReader:
             self._whole.update(b"%d\0%b\0" % (len(self._head), self._head) + self._part.digest())
         if self._is_file:
             mime = self._mime.partition(b";")[0].decode("latin-1")
-            file = FormFile(name, mime, 0, self._size_bytes, bytes(self._kept))
+            file = FormFile(name, mime, 0, self._size_bytes, bytes(self._buffer))
             self._files.append((place, file))
             return
-        value = _value(name, bytes(self._kept))
+        value = _value(name, bytes(self._buffer))
         if name == "_charset_" and str(value).encode().lower() not in _UTF_8:
             raise InvalidRequest(name, "the form is not in UTF-8", allowed="utf-8")
         if name == "model":
@@ -247,8 +249,8 @@ def _named(disposition: bytes) -> tuple[str, bool]:
                 text = "\0"
             if text.isprintable():
                 return text, b"filename" in first or b"filename*" in first
-    wrong = "the name of a part of the form is missing or not valid"
-    raise InvalidRequest("Content-Disposition", wrong, allowed=_ALLOWED_DISPOSITION)
+    message = "the name of a part of the form is missing or not valid"
+    raise InvalidRequest("Content-Disposition", message, allowed=_ALLOWED_DISPOSITION)
 
 
 def _options(pattern: re.Pattern[bytes], text: bytes) -> dict[bytes, bytes] | None:
@@ -276,8 +278,8 @@ def _value(name: str, content: bytes) -> Any:
         return content.decode("latin-1")
     if known == "stream":
         if (value := _BOOLEANS.get(text.lower())) is None:
-            wrong = "stream is neither true nor false"
-            raise InvalidRequest("stream", wrong, allowed="true or false")
+            message = "stream is neither true nor false"
+            raise InvalidRequest("stream", message, allowed="true or false")
         return value
     if known == "model" and (not text.isprintable() or text != text.strip()):
         raise InvalidRequest("model", "invalid model name", allowed="a name")
@@ -296,18 +298,18 @@ def is_prose(content_type: str | None) -> bool:
 
 
 def with_files(
-    asked: RequestFacts, form: MediaForm, endpoint: Endpoint, rules: Rules
+    facts: RequestFacts, form: MediaForm, endpoint: Endpoint, rules: Rules
 ) -> RequestFacts:
     """Return the facts of a form's fields with those of its files added."""
     if not form.files:
-        return asked
-    pieces = dict(asked.pieces)
+        return facts
+    pieces = dict(facts.pieces)
     for file in form.files:
         for modality, tokens in _pieces_of(file, endpoint, rules).items():
             pieces[modality] = pieces.get(modality, 0.0) + tokens
     return replace(
-        asked,
-        kind=asked.kind if asked.images else Kind.MULTI_MODAL,
+        facts,
+        kind=facts.kind if facts.images else Kind.MULTI_MODAL,
         pieces=input_pieces(pieces, learning=Learning.FILES),
         audio_seconds=sum(file.seconds for file in form.files),
     )

@@ -147,7 +147,7 @@ _UPLOAD = re.compile(
 )
 
 
-def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
+def _recognizes(path: str, headers: Set[bytes], query: bytes) -> bool:
     return (
         not path.startswith(("/v1/", "/openai/"))
         or b"x-goog-api-key" in headers
@@ -256,8 +256,8 @@ _CACHED_CONTENT = Making("cached_content", "name", prefix="cachedContents/")
 def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
     """Return what a call creates: an interaction is stored unless the request declines."""
     if path.endswith("/interactions"):
-        is_kept = body.get("store") is not False or body.get("background") is True
-        return _INTERACTION if is_kept else None
+        is_stored = body.get("store") is not False or body.get("background") is True
+        return _INTERACTION if is_stored else None
     if path.endswith(":predictLongRunning"):
         return gemini_work.OPERATION
     if path.endswith((":batchGenerateContent", ":asyncBatchEmbedContent")):
@@ -344,15 +344,20 @@ _TRAFFIC = {
 
 def usage_of(raw: Mapping[str, Any]) -> Usage:
     """Return the usage that an answer reports; counts of 0 are missing in it."""
-    taken, total = count_of(raw, "promptTokenCount"), count_of(raw, "totalTokenCount")
+    input_tokens, total = count_of(raw, "promptTokenCount"), count_of(raw, "totalTokenCount")
     tools = count_of(raw, "toolUsePromptTokenCount")
-    given, thoughts = count_of(raw, "candidatesTokenCount"), count_of(raw, "thoughtsTokenCount")
-    if given is None and total is not None and taken is not None:
+    output_tokens, thoughts = (
+        count_of(raw, "candidatesTokenCount"),
+        count_of(raw, "thoughtsTokenCount"),
+    )
+    if output_tokens is None and total is not None and input_tokens is not None:
         # A count of 0 is missing.
-        given = max(0, total - taken - (thoughts or 0) - (tools or 0))
+        output_tokens = max(0, total - input_tokens - (thoughts or 0) - (tools or 0))
     usage = Usage(
-        input_tokens=taken if taken is None or tools is None else taken + tools,
-        output_tokens=given,
+        input_tokens=input_tokens
+        if input_tokens is None or tools is None
+        else input_tokens + tools,
+        output_tokens=output_tokens,
         thoughts_tokens=thoughts,
         cached_tokens=count_of(raw, "cachedContentTokenCount"),
         total_tokens=total,
@@ -370,18 +375,18 @@ def _tier_of(raw: Mapping[str, Any]) -> str | None:
 
 
 def _usage_details(raw: Mapping[str, Any]) -> UsageDetails | None:
-    taken, given = raw.get("promptTokensDetails"), raw.get("candidatesTokensDetails")
-    taken = raw.get("promptTokenDetails") if taken is None else taken  # of an embedding
+    prompt, candidates = raw.get("promptTokensDetails"), raw.get("candidatesTokensDetails")
+    prompt = raw.get("promptTokenDetails") if prompt is None else prompt  # of an embedding
     by_tools = raw.get("toolUsePromptTokensDetails")
-    if not (taken or given or by_tools):
+    if not (prompt or candidates or by_tools):
         return None
-    if _is_text(taken) and not by_tools and (not given or _is_text(given)):
+    if _is_text(prompt) and not by_tools and (not candidates or _is_text(candidates)):
         return None  # the usual case
-    inputs = _by_modality([*_pairs(taken), *_pairs(by_tools)])
+    inputs = _by_modality([*_pairs(prompt), *_pairs(by_tools)])
     # Tokens read from a cache have one price: they are not counted by modality.
     cached = _by_modality(_pairs(raw.get("cacheTokensDetails")))
     fresh = [max(0, one - old) for one, old in zip(inputs, cached, strict=True)]
-    parts = [tokens or None for tokens in (*fresh, *_by_modality(_pairs(given)))]
+    parts = [tokens or None for tokens in (*fresh, *_by_modality(_pairs(candidates)))]
     if not any(parts):
         return None
     names = (f"{side}_{name}_tokens" for side in ("input", "output") for name in _MODALITIES)
@@ -664,7 +669,7 @@ GEMINI = DialectSpec(
     name=Dialect.GEMINI,
     example="POST /v1beta/models/MODEL:generateContent",
     endpoint_of=endpoint_of,
-    is_spoken=_is_spoken,
+    recognizes=_recognizes,
     models=ModelList(
         "/v1beta/models",
         "models",

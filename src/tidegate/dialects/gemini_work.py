@@ -51,15 +51,15 @@ _STATES = {
 }
 
 
-def end_of(shown: JsonObject) -> Status | None:
+def end_of(body: JsonObject) -> Status | None:
     """Return how an operation has ended; None while it runs."""
-    state = str(part_of(shown, "metadata").get("state"))
+    state = str(part_of(body, "metadata").get("state"))
     ended = next((end for name, end in _STATES.items() if state.endswith(f"_{name}")), None)
     if ended is not None:
         return ended
-    if shown.get("done") is not True:
+    if body.get("done") is not True:
         return None
-    error = part_of(shown, "error")
+    error = part_of(body, "error")
     if error:
         return Status.CANCELLED if error.get("code") == 1 else Status.FAILED
     return Status.SUCCEEDED
@@ -68,11 +68,11 @@ def end_of(shown: JsonObject) -> Status | None:
 # Results of operations
 
 
-def files_of(shown: Mapping[str, Any]) -> Sequence[str]:
+def files_of(body: Mapping[str, Any]) -> Sequence[str]:
     """Return the ids of the files that an operation has made. Only the fields in which Google puts
     its own files are read, not those that repeat a client's text."""
-    response = part_of(shown, "response")
-    output = part_of(part_of(shown, "metadata"), "output")
+    response = part_of(body, "response")
+    output = part_of(part_of(body, "metadata"), "output")
     named = [one.get("responsesFile") for one in (response, output)]
     named += [video.get("uri") for video in _videos(response)]
     found = (_FILE.search(one) for one in named if type(one) is str)
@@ -88,10 +88,10 @@ def _videos(response: JsonObject) -> Iterator[JsonObject]:
             yield part_of(sample, "video")
 
 
-def results_path(shown: JsonObject) -> str:
+def results_path(body: JsonObject) -> str:
     """Return the path of the file with a batch's answers; empty if the batch itself contains
     them."""
-    response = part_of(shown, "response") or part_of(part_of(shown, "metadata"), "output")
+    response = part_of(body, "response") or part_of(part_of(body, "metadata"), "output")
     named = response.get("responsesFile")
     found = _FILE.search(named) if type(named) is str else None
     return "" if found is None else f"/v1beta/files/{found[1]}:download?alt=media"
@@ -124,7 +124,7 @@ def video_request(model: str, body: Mapping[str, Any]) -> RequestFacts:
         Kind.IMAGE_GENERATION,
         video_seconds=seconds * videos * max(1, len(body["instances"])),
         max_output_tokens=1,
-        goes_on=True,
+        runs_in_background=True,
         tier=resolution(raw),
     )
 
@@ -171,7 +171,7 @@ class VideoTally:
     """Counts the seconds of the videos that a request has produced: Google charges for no
     others."""
 
-    shown: JsonObject
+    operation: JsonObject
     request: bytes
     is_unread: bool = False
 
@@ -186,7 +186,7 @@ class VideoTally:
         """Return the facts of all videos; without any, a usage of zero."""
         if self.is_unread:
             return NO_FACTS
-        videos = sum(1 for _ in _videos(part_of(self.shown, "response")))
+        videos = sum(1 for _ in _videos(part_of(self.operation, "response")))
         if not videos:
             return AnswerFacts(Usage(input_tokens=0, output_tokens=0))
         seconds = min(videos * video_seconds(self.request), MOST_TOKENS)
@@ -243,7 +243,7 @@ def batch_request(facts: RequestFacts, body: Mapping[str, Any], *, embeds: bool)
         streams=False,
         images=0,
         max_output_tokens=1 if embeds else most,
-        goes_on=True,
+        runs_in_background=True,
         calls=0 if found is None else len(found),
         tier=_BATCH_TIER,
     )
@@ -253,10 +253,10 @@ def _bound(request: JsonObject) -> int | None:
     """Return the bound of all answers to a request, in tokens; None if only the model bounds
     them."""
     both = [part_of(request, name) for name in ("generationConfig", "generation_config")]
-    given = [value for one in both for name in _BOUNDS if (value := one.get(name)) is not None]
-    named = [bound for value in given if (bound := whole_in(value)) is not None]
+    bounds = [value for one in both for name in _BOUNDS if (value := one.get(name)) is not None]
+    named = [bound for value in bounds if (bound := whole_in(value)) is not None]
     counts = [whole_in(one.get(name)) or 1 for one in both for name in _COUNTS_OF_ANSWERS]
-    if len(named) < len(given) or max(named, default=0) < 1:
+    if len(named) < len(bounds) or max(named, default=0) < 1:
         return None
     return max(named) * max(1, *counts)
 
@@ -266,10 +266,10 @@ class BatchTally:
     An answer that does not report a figure counts as the largest one of the others."""
 
     def __init__(
-        self, shown: JsonObject, request: bytes, usage_of: Callable[[JsonObject], Usage]
+        self, batch: JsonObject, request: bytes, usage_of: Callable[[JsonObject], Usage]
     ) -> None:
         self._usage_of = usage_of
-        self._shown, self._request = shown, request
+        self._batch, self._request = batch, request
         self._skimmed: list[JsonObject] = []
         self._sums: dict[str, int] = {}
         self._details: dict[str, int] = {}
@@ -277,7 +277,7 @@ class BatchTally:
         self._answers = 0
         self._silent = self._lacking_input = 0  # counts of answers
         self._largest = {"input_tokens": 0, "output_tokens": 0}
-        output = part_of(shown, "response") or part_of(part_of(shown, "metadata"), "output")
+        output = part_of(batch, "response") or part_of(part_of(batch, "metadata"), "output")
         for name in _INLINE:
             for row in objects_in(part_of(output, name).get("inlinedResponses")):
                 self.add(row)
@@ -300,9 +300,9 @@ class BatchTally:
         usage = with_searches(usage, _searches(answer))
         for name in ("input_tokens", "output_tokens", "thoughts_tokens", "cached_tokens"):
             self._sums[name] = self._sums.get(name, 0) + (getattr(usage, name) or 0)
-        most, given = self._largest, (usage.output_tokens or 0) + (usage.thoughts_tokens or 0)
+        most, output = self._largest, (usage.output_tokens or 0) + (usage.thoughts_tokens or 0)
         most["input_tokens"] = max(most["input_tokens"], usage.input_tokens or 0)
-        most["output_tokens"] = max(most["output_tokens"], given)
+        most["output_tokens"] = max(most["output_tokens"], output)
         if usage.details is not None:
             for name in _COUNTS:
                 more = getattr(usage.details, name) or 0
@@ -318,9 +318,9 @@ class BatchTally:
             if found["tokens"] is not None:
                 self._skimmed.append({"tokenCount": found["tokens"].decode()})
                 continue
-            told = text[at - 1 : at + _LONGEST_USAGE_BYTES].decode("utf-8", "replace")
+            piece = text[at - 1 : at + _LONGEST_USAGE_BYTES].decode("utf-8", "replace")
             with suppress(ValueError, RecursionError):  # otherwise the next match counts by itself
-                usage, length = _DECODER.raw_decode(told)
+                usage, length = _DECODER.raw_decode(piece)
                 self._skimmed.append({"usageMetadata": usage})
                 at += length - 1
         if is_last:
@@ -334,8 +334,8 @@ class BatchTally:
         result and as its output."""
         found, half = self._skimmed, len(self._skimmed) // 2
         with suppress(orjson.JSONDecodeError, InvalidRequest):
-            asked = len(requests_in(object_of(orjson.loads(self._request))) or ())
-            if len(found) > asked and found[:half] == found[half:]:
+            requested = len(requests_in(object_of(orjson.loads(self._request))) or ())
+            if len(found) > requested and found[:half] == found[half:]:
                 return found[:half]
         return found
 
@@ -343,11 +343,11 @@ class BatchTally:
         """Return the facts of all answers. The input is unknown if no answer reports any. The usage
         is unknown if no answer reports one, or if a batch shows no answers but counts some as
         successful."""
-        stats = part_of(part_of(self._shown, "metadata"), "batchStats")
+        stats = part_of(part_of(self._batch, "metadata"), "batchStats")
         succeeded = str(stats.get("successfulRequestCount", "0"))
         version = self._versions.pop() if len(self._versions) == 1 else None
-        told = self._answers - self._silent
-        if (self._silent or succeeded not in ("0", "")) and told <= 0:
+        reported = self._answers - self._silent
+        if (self._silent or succeeded not in ("0", "")) and reported <= 0:
             unknown = Usage(details=UsageDetails(tier=_BATCH_TIER))
             return AnswerFacts(unknown, model_version=version)
         sums: dict[str, Any] = {name: self._sums.get(name, 0) for name in ("input_tokens",)}
@@ -359,11 +359,11 @@ class BatchTally:
         for name in ("thoughts_tokens", "cached_tokens"):
             sums[name] = self._sums.get(name) or None
         counts: dict[str, Any] = {name: count or None for name, count in self._details.items()}
-        if told and self._lacking_input == told:  # then its details are unknown too
+        if reported and self._lacking_input == reported:  # then its details are unknown too
             sums["input_tokens"] = sums["cached_tokens"] = None
             counts = {name: n for name, n in counts.items() if not name.startswith("input_")}
         details = UsageDetails(**counts, tier=_BATCH_TIER)
-        state = short_text(part_of(self._shown, "metadata").get("state"))
+        state = short_text(part_of(self._batch, "metadata").get("state"))
         usage, is_estimate = Usage(**sums, details=details), any(lacking.values())
         return AnswerFacts(usage, state, model_version=version, is_estimate=is_estimate)
 

@@ -85,17 +85,17 @@ _NOT_RETURNED = _HOP_BY_HOP | frozenset(
 )
 # Cache-Control for an answer to one caller: no shared cache in front of us may keep it.
 _PRIVATE = (b"private", b"no-store")
-_KEPT_BY_NOBODY_ELSE = (b"cache-control", b"private, no-cache")
+_PRIVATE_ONLY = (b"cache-control", b"private, no-cache")
 _NOT_RETURNED_PREFIXES = (_OURS, b"access-control-", b"cross-origin-", b"sec-", b"proxy-")
 _SHORTEST_SECRET_BYTES = 8  # a shorter one, such as `none`, is not a secret
 _NO_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-def to_send(given: Iterable[tuple[bytes, bytes]]) -> Headers:
+def to_send(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
     """Return a client's headers that are forwarded to the upstream. Names are in lower case, as in
     ASGI."""
     found, named = [], b""
-    for pair in given:
+    for pair in headers:
         name = pair[0]
         if name in _NOT_SENT:
             if name == b"connection":  # there may be several
@@ -116,12 +116,12 @@ def _without_named(headers: Headers, connection: bytes) -> Headers:
 
 
 def to_return(
-    given: Iterable[tuple[bytes, bytes]], key: str = "", *, same_length: bool = True
+    headers: Iterable[tuple[bytes, bytes]], key: str = "", *, same_length: bool = True
 ) -> Headers:
     """Return the headers of an upstream's answer that are forwarded to the client. The upstream's
     `key` is masked in their values."""
     found, named = [], b""
-    for raw_name, value in given:
+    for raw_name, value in headers:
         name = raw_name.lower()
         if name == b"connection":
             named = b"%b,%b" % (named, value.lower()) if named else value.lower()
@@ -139,7 +139,7 @@ def to_return(
     return found
 
 
-def kept_private(headers: Headers) -> Headers:
+def as_private(headers: Headers) -> Headers:
     """Return the headers of an answer to GET, changed so that no cache serves it to another caller:
     a cache in front of us does not vary by `x-api-key` or `?key=`, and may keep an answer that
     states no expiry."""
@@ -147,7 +147,7 @@ def kept_private(headers: Headers) -> Headers:
     if any(one in stated for one in _PRIVATE):
         return headers
     left = [pair for pair in headers if pair[0] not in (b"cache-control", b"expires")]
-    return [*left, _KEPT_BY_NOBODY_ELSE]
+    return [*left, _PRIVATE_ONLY]
 
 
 def content_type_in(headers: Headers) -> str | None:
@@ -236,10 +236,10 @@ def answered_at(date: str, now: datetime) -> datetime:
     try:
         at = parsedate_to_datetime(date)
         at = at.replace(tzinfo=at.tzinfo or UTC)
-        is_apart = abs((at - now).total_seconds()) > _APART_S
+        differs = abs((at - now).total_seconds()) > _APART_S
     except (ValueError, TypeError, OverflowError):
         return now
-    return at if is_apart else now
+    return at if differs else now
 
 
 def until_date_ms(message: str, now: datetime) -> int | None:
@@ -340,8 +340,10 @@ def rate_statuses(headers: Mapping[str, str], now: datetime) -> list[RateStatus]
                 found.setdefault((sort, of, parts.get("window")), {})[parts["what"]] = number
             break
     return [
-        RateStatus(_UNITS[of], window, said.get("limit"), said.get("remaining"), said.get("reset"))
-        for (_, of, window), said in found.items()
+        RateStatus(
+            _UNITS[of], window, values.get("limit"), values.get("remaining"), values.get("reset")
+        )
+        for (_, of, window), values in found.items()
     ]
 
 

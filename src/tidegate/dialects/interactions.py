@@ -55,9 +55,9 @@ _ENDS = {
 }
 
 
-def end_of(shown: JsonObject) -> Status | None:
+def end_of(body: JsonObject) -> Status | None:
     """Return how an interaction, or a response of OpenAI's, has ended; None while it runs."""
-    return _ENDS.get(str(shown.get("status")))
+    return _ENDS.get(str(body.get("status")))
 
 
 _MODALITIES = ("audio", "image", "video")
@@ -75,12 +75,12 @@ def request_facts(
     agent = body.get("agent")
     if agent is not None:
         if "model" in body:
-            said = "an interaction names a model or an agent, not both"
-            raise InvalidRequest("agent", said, allowed="model or agent")
+            message = "an interaction names a model or an agent, not both"
+            raise InvalidRequest("agent", message, allowed="model or agent")
         body = {"model": agent, **{name: body[name] for name in body if name != "agent"}}
     _check_environment(body.get("environment"))
-    given = body.get("generation_config")
-    settings = dict(given) if isinstance(given, Mapping) else {}
+    config = body.get("generation_config")
+    settings = dict(config) if isinstance(config, Mapping) else {}
     settings["response_modalities"] = _modalities(body)
     return facts_of_request(
         endpoint,
@@ -98,8 +98,8 @@ def _check_environment(environment: Any) -> None:
     if isinstance(environment, str) or (
         isinstance(environment, Mapping) and environment.get("environment_id") is not None
     ):
-        said = "an existing environment is not supported, since tenants share the account"
-        raise InvalidRequest("environment", said, allowed="a description of a new environment")
+        message = "an existing environment is not supported, since tenants share the account"
+        raise InvalidRequest("environment", message, allowed="a description of a new environment")
 
 
 def _modalities(body: Mapping[str, Any]) -> list[Any]:

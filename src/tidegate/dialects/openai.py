@@ -114,7 +114,7 @@ _WITH_DEFAULT_MODEL = frozenset(
 )
 
 
-def _is_spoken(path: str, headers: Set[bytes], query: bytes) -> bool:
+def _recognizes(path: str, headers: Set[bytes], query: bytes) -> bool:
     return True  # the default, after all other dialects
 
 
@@ -163,9 +163,9 @@ _COMPLETION = Making("completion")
 _DEFERRED = Making("deferred", "request_id")
 
 
-def _completed(shown: JsonObject) -> Status | None:
+def _completed(body: JsonObject) -> Status | None:
     """Return how a deferred completion of xAI's has ended; None while only its id is known."""
-    return Status.SUCCEEDED if "choices" in shown else None
+    return Status.SUCCEEDED if "choices" in body else None
 
 
 # Paths of the SDK for Azure; those without a deployment are read as `/v1/`.
@@ -207,8 +207,8 @@ def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
         if value is None and body.get(field) is None:
             continue
         if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_ID:
-            said = f"{field} is not the id of a {kind}"
-            raise InvalidRequest(field, said, allowed=f"the id of a {kind}")
+            message = f"{field} is not the id of a {kind}"
+            raise InvalidRequest(field, message, allowed=f"the id of a {kind}")
         found.append(Reference(kind, value, field))
     return found
 
@@ -222,8 +222,8 @@ def _id_of_conversation(raw: bytes) -> Any:
         raise InvalidRequest("body", "the body is nested too deeply") from None
     ids = [pair for pair in named or () if pair[0].lower() == "id"]
     if len(ids) != 1 or ids[0][0] != "id":
-        said = "conversation names its id more than once, or in another case"
-        raise InvalidRequest("conversation", said, allowed="one id")
+        message = "conversation names its id more than once, or in another case"
+        raise InvalidRequest("conversation", message, allowed="one id")
     return ids[0][1]
 
 
@@ -247,8 +247,8 @@ def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
     """Return what a call creates: a response is stored unless the request declines, a chat
     completion only if the request says so."""
     if path == "/responses":
-        is_kept = body.get("store") is not False or body.get("background") is True
-        return _RESPONSE if is_kept else None
+        is_stored = body.get("store") is not False or body.get("background") is True
+        return _RESPONSE if is_stored else None
     if path == "/chat/completions" and body.get("deferred") is True:
         return _DEFERRED
     return _COMPLETION if path == "/chat/completions" and body.get("store") is True else None
@@ -380,43 +380,47 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
     counts."""
     if raw.get("type") == "duration":  # a transcription that is charged by the minute
         return _of_duration(raw.get("seconds"))
-    taken = count_of(raw, "prompt_tokens", "input_tokens")
-    given = count_of(raw, "completion_tokens", "output_tokens")
+    input_tokens = count_of(raw, "prompt_tokens", "input_tokens")
+    output_tokens = count_of(raw, "completion_tokens", "output_tokens")
     total = count_of(raw, "total_tokens")
     thoughts = cached = None
-    of_taken: JsonObject = {}
-    of_given: JsonObject = {}
+    input_details: JsonObject = {}
+    output_details: JsonObject = {}
     if not _DETAILS.isdisjoint(raw):
-        of_given = part_of(raw, "completion_tokens_details", "output_tokens_details")
-        thoughts = count_of(of_given, "reasoning_tokens") if of_given else None
-        of_taken = part_of(
+        output_details = part_of(raw, "completion_tokens_details", "output_tokens_details")
+        thoughts = count_of(output_details, "reasoning_tokens") if output_details else None
+        input_details = part_of(
             raw, "prompt_tokens_details", "input_tokens_details", "input_token_details"
         )
-        cached = count_of(of_taken, "cached_tokens") if of_taken else None
+        cached = count_of(input_details, "cached_tokens") if input_details else None
     if cached is None:  # names of Moonshot and Together, Mistral, and DeepSeek
         cached = count_of(raw, "cached_tokens", "num_cached_tokens", "prompt_cache_hit_tokens")
-    details = _usage_details(raw, of_taken, of_given)
+    details = _usage_details(raw, input_details, output_details)
     if seconds := positive_of(raw, "prompt_audio_seconds"):  # Mistral's
         details = replace(details or UsageDetails(), input_audio_seconds=seconds)
-    if taken is not None and total is not None and total > taken + (given or 0):
-        if given is not None and "prompt_audio_seconds" in raw:
+    if (
+        input_tokens is not None
+        and total is not None
+        and total > input_tokens + (output_tokens or 0)
+    ):
+        if output_tokens is not None and "prompt_audio_seconds" in raw:
             # Mistral's audio input, which has no count of its own.
-            audio = total - given - taken
+            audio = total - output_tokens - input_tokens
             details = replace(details or UsageDetails(), input_audio_tokens=audio)
-            taken = total - given
+            input_tokens = total - output_tokens
         else:
             # All of an embedding's input; xAI excludes thoughts from the output, and Gemini reports
             # none in OpenAI's dialect.
-            if thoughts is None and given is not None:
-                thoughts = total - taken - given
-            given = total - taken
-    elif given is None and taken is not None and total is not None:
-        given = 0
-    if given is not None and thoughts is not None:
+            if thoughts is None and output_tokens is not None:
+                thoughts = total - input_tokens - output_tokens
+            output_tokens = total - input_tokens
+    elif output_tokens is None and input_tokens is not None and total is not None:
+        output_tokens = 0
+    if output_tokens is not None and thoughts is not None:
         # The output includes the thoughts; in `Usage` they are separate.
-        thoughts = min(thoughts, given)
-        given -= thoughts
-    usage = Usage(taken, given, thoughts, cached, total, details)
+        thoughts = min(thoughts, output_tokens)
+        output_tokens -= thoughts
+    usage = Usage(input_tokens, output_tokens, thoughts, cached, total, details)
     return with_tier(usage, tier_of(raw)) if "service_tier" in raw else usage
 
 
@@ -447,15 +451,15 @@ def _usage_of_object(usage: Usage, whole: JsonObject) -> Usage:
 
 
 def _usage_details(
-    raw: Mapping[str, Any], taken: Mapping[str, Any], given: Mapping[str, Any]
+    raw: Mapping[str, Any], inputs: Mapping[str, Any], outputs: Mapping[str, Any]
 ) -> UsageDetails | None:
-    """Return the details of a usage. `taken` and `given` are the details of its input and its
+    """Return the details of a usage. `inputs` and `outputs` are the details of its input and its
     output."""
     has_more = not _BESIDE_TOKENS.isdisjoint(raw)
-    if not (has_more or any(map(taken.get, _PARTS)) or any(map(given.get, _PARTS))):
+    if not (has_more or any(map(inputs.get, _PARTS)) or any(map(outputs.get, _PARTS))):
         return None  # the usual case
-    written = positive_of(taken, *_CACHE_WRITES)
-    parts = (*_by_modality(taken), *_by_modality(given))
+    written = positive_of(inputs, *_CACHE_WRITES)
+    parts = (*_by_modality(inputs), *_by_modality(outputs))
     searches = cost = None
     if has_more:
         written = written or positive_of(raw, "cache_creation_input_tokens")
@@ -568,9 +572,11 @@ def _with_searches(usage: Usage, response: Mapping[str, Any]) -> Usage:
     its searches of stored files."""
     reported = positive_of(part_of(part_of(response, "tool_usage"), "web_search"), "num_requests")
     items = response.get("output")
-    shown = items[:_MOST_ITEMS] if type(items) is list else []
-    files = sum(type(item) is dict and item.get("type") == "file_search_call" for item in shown)
-    return with_searches(usage, reported or sum(map(_is_search, shown)), files)
+    first_items = items[:_MOST_ITEMS] if type(items) is list else []
+    files = sum(
+        type(item) is dict and item.get("type") == "file_search_call" for item in first_items
+    )
+    return with_searches(usage, reported or sum(map(_is_search, first_items)), files)
 
 
 def _is_search(item: Any) -> bool:
@@ -631,11 +637,11 @@ def _add_chat(event: JsonObject, output: OutputEvents) -> None:
         output.texts += _strings(delta.get("reasoning_content")) or _strings(delta.get("reasoning"))
         calls = objects_in(delta.get("tool_calls"))
         for call in (*calls, {"function": delta.get("function_call")}):
-            for what in (object_of(call.get("function")), object_of(call.get("custom"))):
+            for part in (object_of(call.get("function")), object_of(call.get("custom"))):
                 output.texts += [
-                    what[name]
+                    part[name]
                     for name in ("name", "arguments", "input")
-                    if type(what.get(name)) is str
+                    if type(part.get(name)) is str
                 ]
         output.texts += _strings(object_of(delta.get("audio")).get("transcript"))
         output.unnamed_images += len(objects_in(delta.get("images")))
@@ -817,7 +823,7 @@ OPENAI = DialectSpec(
             is_read_once=True,
         ),
     },
-    is_spoken=_is_spoken,
+    recognizes=_recognizes,
     models=ModelList(
         "/models",
         "data",

@@ -69,7 +69,7 @@ _BY_SDK = (Dialect.GEMINI,)  # accepts every file that a request may have
 
 
 @dataclass(frozen=True, slots=True)
-class _Taken:
+class _Accepted:
     """Files that a dialect accepts for one kind of prompt: types besides text, the largest total
     size, the same in words, and the largest size of a picture, if that is smaller."""
 
@@ -83,17 +83,17 @@ class _Taken:
 # developers.openai.com/api/docs/guides/file-inputs and /images: 50 MB; platform.claude.com/docs,
 # "Request size limits": 32 MB, and "Vision": 10 MB a picture, both in base64.
 _OPENAI_BYTES, _ANTHROPIC_BYTES, _ANTHROPIC_PICTURE_BYTES = 50_000_000, 24_000_000, 7_500_000
-_TAKEN: Mapping[tuple[Dialect, bool], _Taken] = {
-    (Dialect.OPENAI, False): _Taken(
+_ACCEPTED: Mapping[tuple[Dialect, bool], _Accepted] = {
+    (Dialect.OPENAI, False): _Accepted(
         _PICTURES | {_PDF} | _SOUNDS.keys(),
         _OPENAI_BYTES,
         text=True,
         words="PNG, JPEG, WebP, GIF, PDF, WAV, MP3 and text, 50 MB in all",
     ),
-    (Dialect.OPENAI, True): _Taken(
+    (Dialect.OPENAI, True): _Accepted(
         _EDITED, _OPENAI_BYTES, text=False, words="PNG, JPEG and WebP, 50 MB in all"
     ),
-    (Dialect.ANTHROPIC, False): _Taken(
+    (Dialect.ANTHROPIC, False): _Accepted(
         _PICTURES | {_PDF},
         _ANTHROPIC_BYTES,
         text=True,
@@ -104,7 +104,7 @@ _TAKEN: Mapping[tuple[Dialect, bool], _Taken] = {
 
 
 @dataclass(frozen=True, slots=True)
-class NotTaken:
+class NotAccepted:
     """Why a dialect does not accept a prompt. field: of the request. allowed: what it accepts."""
 
     field: str
@@ -114,43 +114,43 @@ class NotTaken:
 
 def dialect_for(
     dialects: Iterable[str], model: str, kind: Kind | None, files: Files
-) -> tuple[Dialect | None, NotTaken | None]:
+) -> tuple[Dialect | None, NotAccepted | None]:
     """Return the dialect in which an upstream takes a prompt: Gemini's, otherwise the first that
     can; None with the reason if none can. model: the upstream's name of it. kind: None while it is
     undecided."""
-    spoken = [Dialect(one) for one in dialects]
-    if Dialect.ANTHROPIC in spoken and "claude" in model.lower():
-        spoken = [Dialect.ANTHROPIC]  # the only one for these at Bedrock, Vertex and Foundry
+    supported = [Dialect(one) for one in dialects]
+    if Dialect.ANTHROPIC in supported and "claude" in model.lower():
+        supported = [Dialect.ANTHROPIC]  # the only one for these at Bedrock, Vertex and Foundry
     refused = None
-    for dialect in sorted(spoken, key=lambda one: one not in _BY_SDK):
-        why = not_taken(dialect, kind, files)
+    for dialect in sorted(supported, key=lambda one: one not in _BY_SDK):
+        why = not_accepted(dialect, kind, files)
         if why is None:
             return dialect, None
         refused = refused or why
     return None, refused
 
 
-def not_taken(dialect: Dialect, kind: Kind | None, files: Files) -> NotTaken | None:
+def not_accepted(dialect: Dialect, kind: Kind | None, files: Files) -> NotAccepted | None:
     """Return why a dialect does not accept a prompt; None if it does."""
     if dialect in _BY_SDK:
         return None
     draws = kind is Kind.IMAGE_GENERATION
-    if (dialect, False) not in _TAKEN:
+    if (dialect, False) not in _ACCEPTED:
         allowed = "an upstream that speaks OpenAI's, Anthropic's or Gemini's"
-        return NotTaken("model", f"speaks the {dialect} dialect alone", allowed)
-    taken = _TAKEN.get((dialect, draws))
+        return NotAccepted("model", f"speaks the {dialect} dialect alone", allowed)
+    taken = _ACCEPTED.get((dialect, draws))
     if taken is None:
-        return NotTaken("model", "makes no images", "a model that makes images")
+        return NotAccepted("model", "makes no images", "a model that makes images")
     for mime_type, size_bytes in files:
         if mime_type in _PICTURES and size_bytes > (taken.most_picture_bytes or size_bytes):
-            return NotTaken("files", "takes no picture of that size", taken.words)
+            return NotAccepted("files", "takes no picture of that size", taken.words)
         if mime_type == ANY_IMAGE or mime_type in taken.types:
             continue
         if not (taken.text and is_text(mime_type)):
-            what = f"takes no {mime_type} for an image" if draws else f"takes no {mime_type}"
-            return NotTaken("files", what, taken.words)
+            reason = f"takes no {mime_type} for an image" if draws else f"takes no {mime_type}"
+            return NotAccepted("files", reason, taken.words)
     if sum(size for _, size in files) > taken.most_bytes:
-        return NotTaken("files", "does not take that much", taken.words)
+        return NotAccepted("files", "does not take that much", taken.words)
     return None
 
 
@@ -173,7 +173,7 @@ class PromptCall:
     endpoint: Endpoint
     body: bytes
     content_type: bytes = _JSON
-    asked: RequestFacts | None = None
+    facts: RequestFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +199,8 @@ def prompt_call(dialect: Dialect, call: Call, form: CallForm) -> PromptCall:
         return PromptCall(_MESSAGES, orjson.dumps(body))
     part_of = _part_at_mistral if form.provider == "mistral" else _part
     parts = [*map(part_of, call.media), *_text_blocks(call.prompt)]
-    said: Any = parts if call.media else call.prompt
-    body = {"model": call.model, "messages": [{"role": "user", "content": said}]}
+    user_content: Any = parts if call.media else call.prompt
+    body = {"model": call.model, "messages": [{"role": "user", "content": user_content}]}
     if form.streams:
         body["stream"] = True
         if form.asks_usage:
@@ -355,7 +355,7 @@ def _edits(call: Call) -> PromptCall:
         pieces += (f"{opening}\r\n\r\n".encode(), media.data, b"\r\n")
     pieces.append(f"--{mark}--\r\n".encode())
     content_type = f"multipart/form-data; boundary={mark}".encode()
-    return PromptCall(_EDITS, b"".join(pieces), content_type, _asked_of_edits(call))
+    return PromptCall(_EDITS, b"".join(pieces), content_type, _facts_of_edits(call))
 
 
 def _edits_in_json(call: Call) -> PromptCall:
@@ -363,10 +363,10 @@ def _edits_in_json(call: Call) -> PromptCall:
     images = [{"type": "image_url", "url": _data_url(one)} for one in call.media]
     body = {"model": call.model, "prompt": call.prompt, "response_format": "b64_json"}
     named = {"images": images} if len(images) > 1 else {"image": images[0]}
-    return PromptCall(_EDITS, orjson.dumps(body | named), asked=_asked_of_edits(call))
+    return PromptCall(_EDITS, orjson.dumps(body | named), facts=_facts_of_edits(call))
 
 
-def _asked_of_edits(call: Call) -> RequestFacts:
+def _facts_of_edits(call: Call) -> RequestFacts:
     content = input_pieces(pieces_of(call.prompt, call.media), learning=Learning.FILES)
     return RequestFacts(call.model, Kind.IMAGE_GENERATION, images=1, pieces=content)
 
@@ -403,8 +403,8 @@ def blocked_by(status: int, error: Mapping[str, Any]) -> PromptBlocked | None:
             return _blocked(code)
     if "flagged_input" in object_of(error.get("metadata")):  # OpenRouter's
         return _blocked("moderation")
-    said = error.get("message")
-    if isinstance(said, str) and (found := _BLOCKED_WORDS.match(said)) is not None:
+    message = error.get("message")
+    if isinstance(message, str) and (found := _BLOCKED_WORDS.match(message)) is not None:
         return _blocked(found["filter"] or found["check"] or "usage guidelines")
     return None
 
@@ -414,7 +414,7 @@ def _blocked(reason: str) -> PromptBlocked:
 
 
 @dataclass(slots=True)
-class _Said:
+class _AnswerPart:
     """The content of one object of an answer, whole or an event."""
 
     texts: list[str]
@@ -481,19 +481,19 @@ class PromptAnswer:
             self._ended = True
             yield from self._take(self._read(_whole_of(object_of(value))))
 
-    def _take(self, said: _Said | None) -> Iterator[Event]:
-        if said is None:
+    def _take(self, part: _AnswerPart | None) -> Iterator[Event]:
+        if part is None:
             return
         self._objects += 1
-        self._ended = self._ended or said.ends
+        self._ended = self._ended or part.ends
         answer = self._answer
-        answer.finish_reason = said.finish or answer.finish_reason
-        if said.refusal:
-            self._refusals.append(said.refusal)
-        for text in said.texts:
+        answer.finish_reason = part.finish or answer.finish_reason
+        if part.refusal:
+            self._refusals.append(part.refusal)
+        for text in part.texts:
             answer.text.append(text)
             yield Delta(text)
-        for picture in said.pictures:
+        for picture in part.pictures:
             answer.pictures.append(picture)
             yield Picture(picture)
 
@@ -528,11 +528,11 @@ def _whole_of(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**value, "choices": choices}
 
 
-def _of_completion(value: Mapping[str, Any]) -> _Said | None:
+def _of_completion(value: Mapping[str, Any]) -> _AnswerPart | None:
     """Read a chat completion, a chunk of one, or the answer of an images call; None for anything
     else."""
     if isinstance(value.get("data"), list):
-        return _Said([], [*_pictures(value["data"])], ends=True)
+        return _AnswerPart([], [*_pictures(value["data"])], ends=True)
     if not isinstance(value.get("choices"), list):
         return None
     choice = next(iter(objects_in(value["choices"])), {})
@@ -540,7 +540,7 @@ def _of_completion(value: Mapping[str, Any]) -> _Said | None:
     delta = choice.get("delta")
     message = object_of(choice.get("message") if delta is None else delta)
     refusal = message.get("refusal")
-    return _Said(
+    return _AnswerPart(
         _texts(message.get("content")),
         [],
         refusal if isinstance(refusal, str) else "",
@@ -548,21 +548,21 @@ def _of_completion(value: Mapping[str, Any]) -> _Said | None:
     )
 
 
-def _of_message(value: Mapping[str, Any]) -> _Said | None:
+def _of_message(value: Mapping[str, Any]) -> _AnswerPart | None:
     """Read a message, or an event of one; None for anything else."""
     kind = value.get("type")
     if kind == "message":
         texts = [text for one in objects_in(value.get("content")) for text in _block_text(one)]
-        return _Said(texts, [], finish=_word(value.get("stop_reason")))
+        return _AnswerPart(texts, [], finish=_word(value.get("stop_reason")))
     if kind == "content_block_start":
-        return _Said(_block_text(object_of(value.get("content_block"))), [])
+        return _AnswerPart(_block_text(object_of(value.get("content_block"))), [])
     if kind == "content_block_delta":
         delta = object_of(value.get("delta"))
         is_text = delta.get("type") == "text_delta"
-        return _Said(_texts(delta.get("text")) if is_text else [], [])
+        return _AnswerPart(_texts(delta.get("text")) if is_text else [], [])
     if kind == "message_delta":
-        return _Said([], [], finish=_word(object_of(value.get("delta")).get("stop_reason")))
-    return _Said([], [], ends=kind == "message_stop") if isinstance(kind, str) else None
+        return _AnswerPart([], [], finish=_word(object_of(value.get("delta")).get("stop_reason")))
+    return _AnswerPart([], [], ends=kind == "message_stop") if isinstance(kind, str) else None
 
 
 def _block_text(block: Mapping[str, Any]) -> list[str]:
@@ -590,10 +590,10 @@ def _pictures(data: list[Any]) -> Iterator[Media]:
                 yield Media(_type_of(raw), raw)
 
 
-def picture_type_of(said: str, picture: bytes) -> str:
+def picture_type_of(stated: str, picture: bytes) -> str:
     """Return the type of an answer's picture as its provider states it, without parameters; by its
     first bytes if the stated type is not one of an image file."""
-    kind = said.partition(";")[0].strip().lower()
+    kind = stated.partition(";")[0].strip().lower()
     return kind if _PICTURE_TYPE.fullmatch(kind) else _type_of(picture)
 
 

@@ -93,8 +93,8 @@ def upstream_error(
     if refusal is None:
         return _by_status(answer, message, wait_ms)
     # The headers of a bucket state when it is full again, long after one more call fits.
-    is_told = refusal.reason == "throttled" and wait_ms
-    if refusal.wait_ms is not None and not is_told:
+    is_stated = refusal.reason == "throttled" and wait_ms
+    if refusal.wait_ms is not None and not is_stated:
         wait_ms = max(wait_ms or 0, refusal.wait_ms)
     match refusal.reason:
         case "throttled" | "busy":
@@ -289,9 +289,9 @@ def error_event_in(data: bytes) -> JsonObject | None:
     body, an item of a list, or an event, also one without `data:`."""
     if _MAY_REPORT.search(data) is None:
         return None
-    lines, apart = _data_lines(data), _BETWEEN_EVENTS.split(data)
-    events = [b"\n".join(_data_lines(event)) for event in apart]  # an event may have several lines
-    bare = [text for text in apart if text.startswith(b"{")]  # Google's SDKs accept this form too
+    lines, parts = _data_lines(data), _BETWEEN_EVENTS.split(data)
+    events = [b"\n".join(_data_lines(event)) for event in parts]  # an event may have several lines
+    bare = [text for text in parts if text.startswith(b"{")]  # Google's SDKs accept this form too
     for text in (*reversed(lines), *reversed(events), *reversed(bare), data):
         if _MAY_REPORT.search(text) and (event := _error_event(text)) is not None:
             return event
@@ -354,8 +354,8 @@ def error_without_output(answer: bytes) -> JsonObject | None:
     """Return a whole answer whose only choice has an error and no output; None for any other."""
     value = error_of_choice(answer)
     choice = {} if value is None else value["choices"][0]
-    said = [part for name, part in _object(choice.get("message")).items() if name != "role"]
-    return None if choice.get("text") or any(said) else value
+    content = [part for name, part in _object(choice.get("message")).items() if name != "role"]
+    return None if choice.get("text") or any(content) else value
 
 
 def error_of_choice(answer: bytes) -> JsonObject | None:
@@ -439,8 +439,8 @@ def own_headers(headers: Headers, event: JsonObject) -> Headers:
     answer."""
     framing = (b"content-type", b"content-length", b"content-encoding", b"cache-control")
     left = without_wait(headers, status_of(error_object(event) or {}))
-    kept = [pair for pair in left if pair[0] not in framing]
-    return [(b"content-type", b"application/json"), *kept]
+    own = [pair for pair in left if pair[0] not in framing]
+    return [(b"content-type", b"application/json"), *own]
 
 
 _FIELDS = (b":", b"event:", b"id:", b"retry:")
@@ -509,7 +509,7 @@ def _has_no_output(event: dict[str, Any]) -> bool:
     kind = event.get("type")
     if kind == "content_block_start":
         block = _object(event.get("content_block"))
-        return block.get("type") in ("text", "thinking") and not _says(block)
+        return block.get("type") in ("text", "thinking") and not _has_content(block)
     if kind == "response.output_item.added":
         return _object(event.get("item")).get("type") in ("message", "reasoning")
     if type(kind) is str:
@@ -528,7 +528,7 @@ def _is_empty(choice: dict[str, Any]) -> bool:
     return not any(value for name, value in _object(choice.get("delta")).items() if name != "role")
 
 
-def _says(block: dict[str, Any]) -> bool:
+def _has_content(block: dict[str, Any]) -> bool:
     return any(block.get(name) for name in ("text", "thinking", "signature", "citations"))
 
 

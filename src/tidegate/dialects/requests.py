@@ -148,7 +148,7 @@ _LOOKED_AT = _BESIDE_TEXTS | _OF_URLS | _AS_TEXT | {"properties"}
 _SEALED_TOKENS_A_LETTER = 0.25
 
 
-def _beside(value: Mapping[str, Any], key: str) -> list[Any]:
+def _other_values(value: Mapping[str, Any], key: str) -> list[Any]:
     """Return the values beside an object's file: input too, except short texts about the file."""
     return [
         one
@@ -238,9 +238,9 @@ class Content:
 
     def _walk(self, left: list[Any], over_object: Callable[[JsonObject, list[Any]], None]) -> None:
         texts = self._texts
-        for seen in range(self._values, MOST_WALKED):
+        for count in range(self._values, MOST_WALKED):
             if not left:
-                self._values = seen
+                self._values = count
                 return
             value = left.pop()
             sort = type(value)  # values of a parsed body are never subclasses
@@ -318,7 +318,7 @@ class Content:
                 mime = f"audio/{value['format']}"
             if isinstance(mime, str):
                 self._file(mime, data, 0)
-                left += _beside(value, "data")
+                left += _other_values(value, "data")
                 return
         for key in _URI:
             uri = value.get(key)
@@ -326,7 +326,7 @@ class Content:
                 continue  # a source that was read, not a file
             if isinstance(uri, str) and not uri.startswith("data:"):
                 self._linked(value)
-                left += _beside(value, key)
+                left += _other_values(value, key)
                 return
         left += value.values()
 
@@ -403,14 +403,14 @@ def check_spelling(body: Mapping[str, Any]) -> None:
     """Raise InvalidRequest if a field is written in another case."""
     for key in body:
         if key not in _READ and (name := _FOLDED.get(key.casefold())) is not None:
-            said = f"{key[:64]!a} is {name} in another case, which servers read differently"
-            raise InvalidRequest(name, said, allowed=name)
+            message = f"{key[:64]!a} is {name} in another case, which servers read differently"
+            raise InvalidRequest(name, message, allowed=name)
     if "generationConfig" in body and "generation_config" in body:
-        said = "generationConfig is named more than once"
-        raise InvalidRequest("generationConfig", said, allowed="one generationConfig")
+        message = "generationConfig is named more than once"
+        raise InvalidRequest("generationConfig", message, allowed="one generationConfig")
 
 
-def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
+def check_named_once(raw: bytes, body: Mapping[str, Any]) -> None:
     """Raise InvalidRequest if the outermost object of `raw`, parsed as `body`, has a field
     twice."""
     # Checking each key is slow: for nearly all bodies, counting their names is enough.
@@ -432,11 +432,11 @@ def check_said_once(raw: bytes, body: Mapping[str, Any]) -> None:
         raise InvalidRequest("body", "the body is nested too deeply") from None
     for name in _READ:
         if outermost.count(name) > 1:
-            said = f"{name} is named more than once"
-            raise InvalidRequest(name, said, allowed=f"one {name}")
+            message = f"{name} is named more than once"
+            raise InvalidRequest(name, message, allowed=f"one {name}")
 
 
-def goes_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
+def runs_in_background(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
     """Return whether a response, an interaction or a completion of xAI's runs in the background,
     where a worker follows it. Raises InvalidRequest for other work that continues after its answer:
     it would hold no permit and be charged to no tenant."""
@@ -447,8 +447,8 @@ def goes_on(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
         refuse_to_go_on(body, "deferred")
         return True
     if endpoint.path in paths and type(body.get("background")) not in (bool, type(None)):
-        wrong = "background is neither true nor false"
-        raise InvalidRequest("background", wrong, allowed="true or false")
+        message = "background is neither true nor false"
+        raise InvalidRequest("background", message, allowed="true or false")
     if body.get("deferred") is True and (endpoint.dialect, endpoint.path) == _DEFERRED:
         refuse_to_go_on(body, "background")
         if body.get("stream") not in (None, False):
@@ -583,13 +583,13 @@ def request_facts(
     cannot be applied.
     """
     check_spelling(body)
-    in_background = goes_on(endpoint, body)
+    in_background = runs_in_background(endpoint, body)
     model = body.get("model") if endpoint.model is None else endpoint.model
     if model is None and has_default_model:
         model = ""
     elif not isinstance(model, str) or not 1 <= len(model) <= 200:
-        wrong = "model is missing" if model is None else "model is not the name of a model"
-        raise InvalidRequest("model", wrong, allowed="a text of 1 to 200 characters")
+        message = "model is missing" if model is None else "model is not the name of a model"
+        raise InvalidRequest("model", message, allowed="a text of 1 to 200 characters")
     content = Content(rules_of(model), is_hosted, whole)
     content.over(body)
     settings = body if settings is None else settings
@@ -607,7 +607,7 @@ def request_facts(
         images=images,
         pieces=content.pieces(endpoint.operation is Operation.INFER),
         max_output_tokens=_bound(settings, endpoint.operation),
-        goes_on=in_background,
+        runs_in_background=in_background,
         wants_usage=streams and hides_usage,
         audio_seconds=content.audio_seconds,
         characters=_characters(body) if endpoint.operation is Operation.SPEAK else 0,
@@ -623,11 +623,11 @@ def prompt_head(body: Mapping[str, Any]) -> str:
     """Return the beginning of the user's last text, in any dialect: earlier texts are common to all
     calls of a conversation. Empty if the last messages have none, as after results of tools."""
     for name in _PROMPTS:
-        said = body.get(name)
-        if type(said) is str:
-            return said[:PROMPT_HEAD_CHARS]
-        if type(said) is list:
-            for turn in said[: -_MOST_TURNS - 1 : -1]:
+        content = body.get(name)
+        if type(content) is str:
+            return content[:PROMPT_HEAD_CHARS]
+        if type(content) is list:
+            for turn in content[: -_MOST_TURNS - 1 : -1]:
                 if head := _head_of(turn):
                     return head
             return ""
@@ -693,11 +693,11 @@ def opening_of(body: Mapping[str, Any]) -> bytes:
     processes; empty without messages, or if they are nested too deeply to serialize."""
     if (parts := _opening(body)) is not None:
         return b"\n".join(parts).replace(_MARK.encode(), b"")
-    said = body.get("input")
-    if not isinstance(said, str):
+    text = body.get("input")
+    if not isinstance(text, str):
         return b""
     try:
-        return orjson.dumps([*map(body.get, _OPENINGS), said])
+        return orjson.dumps([*map(body.get, _OPENINGS), text])
     except orjson.JSONEncodeError:
         return b""
 
@@ -733,11 +733,11 @@ def _images(
         return min(_answers(body.get("n")), _MOST_IMAGES)
     if endpoint.operation is not Operation.INFER:
         return 0
-    wanted = settings.get(
+    modalities = settings.get(
         "responseModalities", settings.get("response_modalities", body.get("modalities"))
     )
-    if isinstance(wanted, list):
-        return int(any(isinstance(one, str) and one.lower() == "image" for one in wanted))
+    if isinstance(modalities, list):
+        return int(any(isinstance(one, str) and one.lower() == "image" for one in modalities))
     return int("-image" in model or may_draw)
 
 
@@ -747,9 +747,9 @@ def _bound(settings: Mapping[str, Any], operation: Operation) -> int | None:
     if _BOUNDS_NAMES.isdisjoint(settings):
         return None
     # Of several names the largest counts: the upstream chooses which one it reads.
-    given = [value for name in _OUTPUT_BOUNDS if (value := settings.get(name)) is not None]
-    named = [bound for value in given if (bound := whole_in(value)) is not None]
-    if len(named) < len(given) or max(named, default=0) < 1:
+    bounds = [value for name in _OUTPUT_BOUNDS if (value := settings.get(name)) is not None]
+    named = [bound for value in bounds if (bound := whole_in(value)) is not None]
+    if len(named) < len(bounds) or max(named, default=0) < 1:
         return None
     return max(named) * max(_answers(settings.get(name)) for name in _ANSWERS)
 
@@ -818,10 +818,10 @@ def _without_files(raw: bytes) -> tuple[bytes, dict[str, FileText]] | None:
     files: dict[str, FileText] = {}
     done = 0
     for start, end in _files(raw):
-        kept = raw[start : start + _KEPT_BYTES]
+        head = raw[start : start + _KEPT_BYTES]
         mark = f"~{_MARK}{len(files)}"
-        files[kept.decode("ascii") + mark] = FileText(raw, start, end)
-        pieces += raw[done:start], kept, mark.encode()
+        files[head.decode("ascii") + mark] = FileText(raw, start, end)
+        pieces += raw[done:start], head, mark.encode()
         done = end
     if not files:
         return None
@@ -890,8 +890,8 @@ def names_tier(body: Mapping[str, Any]) -> bool:
 
 def in_tier(body: bytes, dialect: Dialect, tier: str) -> bytes:
     """Return the body of a call with a processing tier requested."""
-    kept = {name: value for name, value in orjson.loads(body).items() if name not in _TIERS}
+    fields = {name: value for name, value in orjson.loads(body).items() if name not in _TIERS}
     if dialect is Dialect.BEDROCK:
-        return orjson.dumps({**kept, "serviceTier": {"type": tier}})
+        return orjson.dumps({**fields, "serviceTier": {"type": tier}})
     name = "serviceTier" if dialect is Dialect.GEMINI else "service_tier"
-    return orjson.dumps({**kept, name: tier})
+    return orjson.dumps({**fields, name: tier})

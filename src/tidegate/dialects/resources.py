@@ -269,7 +269,7 @@ class PageQuery:
     after: str | None
     newest_first: bool
     whole: Callable[[Listed, bool, str | None], JsonObject]
-    shows: Callable[[JsonObject], bool] = _everything
+    matches: Callable[[JsonObject], bool] = _everything
     only: tuple[str, ...] | None = None
 
 
@@ -289,21 +289,21 @@ def openai_page(kind: str, query: str) -> PageQuery:
     }
     model, purpose = named.get("model"), named.get("purpose")
 
-    def shows(one: JsonObject) -> bool:
+    def matches(one: JsonObject) -> bool:
         if of_files and purpose not in (None, one.get("purpose")):
             return False
         if model is not None and one.get("model") != model:
             return False
-        said = one.get("metadata")
-        said = said if isinstance(said, dict) else {}
-        return all(said.get(name) == value for name, value in metadata.items())
+        own = one.get("metadata")
+        own = own if isinstance(own, dict) else {}
+        return all(own.get(name) == value for name, value in metadata.items())
 
-    def whole(shown: Listed, has_more: bool, _last: str | None) -> JsonObject:
+    def whole(listed: Listed, has_more: bool, _last: str | None) -> JsonObject:
         return {
             "object": "list",
-            "data": [one for _, one in shown],
-            "first_id": shown[0][0] if shown else None,
-            "last_id": shown[-1][0] if shown else None,
+            "data": [one for _, one in listed],
+            "first_id": listed[0][0] if listed else None,
+            "last_id": listed[-1][0] if listed else None,
             "has_more": has_more,
         }
 
@@ -311,7 +311,7 @@ def openai_page(kind: str, query: str) -> PageQuery:
     usual, most = (_FILES_A_PAGE, 10_000) if of_files else (20, 100)
     limit = page_limit(named.get("limit"), "limit", usual, most, least=int(of_files))
     limit = min(limit, _FILES_A_PAGE)
-    return PageQuery(limit, _cursor(named, "after"), order == "desc", whole, shows)
+    return PageQuery(limit, _cursor(named, "after"), order == "desc", whole, matches)
 
 
 def anthropic_page(_kind: str, query: str) -> PageQuery:
@@ -319,8 +319,8 @@ def anthropic_page(_kind: str, query: str) -> PageQuery:
     accepted. Raises InvalidRequest."""
     named = _named(query)
     if named.get("before_id"):
-        said = "this list can only be read forwards"
-        raise InvalidRequest("before_id", said, allowed="after_id, or page")
+        message = "this list can only be read forwards"
+        raise InvalidRequest("before_id", message, allowed="after_id, or page")
     page = _cursor(named, "page")
     after = page.removeprefix("page_") if page is not None else _cursor(named, "after_id")
     values = parse_qs(query)
@@ -329,11 +329,11 @@ def anthropic_page(_kind: str, query: str) -> PageQuery:
         allowed = f"at most {_MOST_IDS} ids"
         raise InvalidRequest("ids", "ids are too many", allowed=allowed)
 
-    def whole(shown: Listed, has_more: bool, last: str | None) -> JsonObject:
+    def whole(listed: Listed, has_more: bool, last: str | None) -> JsonObject:
         return {
-            "data": [one for _, one in shown],
+            "data": [one for _, one in listed],
             "has_more": has_more,
-            "first_id": shown[0][0] if shown else None,
+            "first_id": listed[0][0] if listed else None,
             "last_id": last,
             "next_page": f"page_{last}" if has_more and last else None,
         }
@@ -357,9 +357,9 @@ def gemini_page(kind: str, query: str) -> PageQuery:
     named = _named(query)
     field, usual, most = _GEMINI_LISTS[kind]
 
-    def whole(shown: Listed, has_more: bool, last: str | None) -> JsonObject:
-        found = [_without_answers(one) if kind == "batch" else one for _, one in shown]
-        body: JsonObject = {field: found} if shown else {}
+    def whole(listed: Listed, has_more: bool, last: str | None) -> JsonObject:
+        found = [_without_answers(one) if kind == "batch" else one for _, one in listed]
+        body: JsonObject = {field: found} if listed else {}
         return body | ({"nextPageToken": last} if has_more and last else {})
 
     limit = page_limit(named.get("pageSize"), "pageSize", usual, most, least=0)
@@ -396,6 +396,6 @@ def page_limit(text: str | None, name: str, usual: int, most: int, *, least: int
 def _cursor(named: dict[str, str], name: str) -> str | None:
     cursor = named.get(name)
     if cursor is not None and (len(cursor) > _LONGEST_CURSOR or not cursor.isprintable()):
-        said = f"{name} is not a valid cursor"
-        raise InvalidRequest(name, said, allowed="the cursor that the previous page returned")
+        message = f"{name} is not a valid cursor"
+        raise InvalidRequest(name, message, allowed="the cursor that the previous page returned")
     return cursor

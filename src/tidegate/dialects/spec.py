@@ -218,7 +218,7 @@ class RequestFacts:
     audio_seconds: int = 0
     characters: int = 0
     video_seconds: int = 0
-    goes_on: bool = False
+    runs_in_background: bool = False
     calls: int = 1
     tier: str = ""
     cache_write: CacheWrite | None = None
@@ -404,9 +404,9 @@ class ModelList:
 _PUBLISHED = "publisherModels"
 
 
-def wait_comment(shown: bytes) -> bytes:
+def wait_comment(text: bytes) -> bytes:
     """Return the comment in server-sent events that shows a call's place in the queue."""
-    return b": wait %b\n\n" % shown
+    return b": wait %b\n\n" % text
 
 
 def _ends_with_event(piece: bytes) -> bool:
@@ -448,7 +448,7 @@ class DialectSpec:
     name: Dialect
     example: str
     endpoint_of: Callable[[str, str], Endpoint | None]
-    is_spoken: Callable[[str, Set[bytes], bytes], bool]
+    recognizes: Callable[[str, Set[bytes], bytes], bool]
     models: ModelList
     rules_of: Callable[[str], Rules]
     request_facts: Callable[..., RequestFacts]

@@ -37,7 +37,7 @@ _RECORDS = 50
 
 
 @dataclass
-class _Seen:
+class _Facts:
     """Results of one part of the examination that another part needs."""
 
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
@@ -54,45 +54,47 @@ async def examine(*, online: bool = True) -> list[Finding]:
     """Examine the deployment that the settings describe; providers and buckets only if `online`."""
     try:
         config = load()
-        wanted, others = deployed(config), deployed_upstreams(config)
-    except ConfigError as wrong:
-        mend = "see docs/configuration.md; `tidegate config check` shows all settings"
-        return [fail("settings.sound", str(wrong), mend)]
-    policies = {DEFAULT_POOL: wanted, **others.policies}
+        policy, others = deployed(config), deployed_upstreams(config)
+    except ConfigError as invalid:
+        fix = "see docs/configuration.md; `tidegate config check` shows all settings"
+        return [fail("settings.sound", str(invalid), fix)]
+    policies = {DEFAULT_POOL: policy, **others.policies}
     found = [ok("settings.sound", "the settings and the policy's file are sound")]
     found += deployment.judge_settings(config)
-    found += await asyncio.to_thread(lambda: list(machine.look(config)))
-    seen = _Seen()
+    found += await asyncio.to_thread(lambda: list(machine.examine_machine(config)))
+    facts = _Facts()
     bundled = config.embedded
-    config, away = _with_bundled(config)
-    if away:
-        found += [skipped("valkey.reach", away), skipped("postgresql.reach", away)]
+    config, reason = _with_bundled(config)
+    if reason:
+        found += [skipped("valkey.reach", reason), skipped("postgresql.reach", reason)]
     else:
-        found += await _valkey(config, policies, seen, bundled=bundled)
-        found += await _postgresql(config, policies, seen)
-    found += deployment.judge_access(config, seen.any_key, seen.unvouched)
-    for pool, snapshot in seen.snapshots.items():
-        found += deployment.judge_pool(pool, policies[pool], snapshot, seen.records.get(pool))
-    found.append(deployment.judge_blobs(config, seen.snapshots))
+        found += await _valkey(config, policies, facts, bundled=bundled)
+        found += await _postgresql(config, policies, facts)
+    found += deployment.judge_access(config, facts.any_key, facts.unvouched)
+    for pool, snapshot in facts.snapshots.items():
+        found += deployment.judge_pool(pool, policies[pool], snapshot, facts.records.get(pool))
+    found.append(deployment.judge_blobs(config, facts.snapshots))
     made_up = DEFAULT_POOL if emulates(config) else ""
-    if seen.live is not None:
-        stated, live = stated_by(config), changes_of(seen.live.upstreams)
+    if facts.live is not None:
+        stated, live = stated_by(config), changes_of(facts.live.upstreams)
         others = stated.deployment(live)
         added = {pool: one for pool, one in others.policies.items() if pool not in policies}
         policies |= others.policies
-        found += await _added_live(config, added, seen)
-        found += deployment.judge_live(seen.live.revision, others, stated.tables(), seen.processes)
-        if seen.ready is not None:
-            found.append(deployment.judge_workers(seen.processes, seen.ready))
+        found += await _added_live(config, added, facts)
+        found += deployment.judge_live(
+            facts.live.revision, others, stated.tables(), facts.processes
+        )
+        if facts.ready is not None:
+            found.append(deployment.judge_workers(facts.processes, facts.ready))
     found += deployment.judge_preempt(others.upstreams, made_up)
-    if seen.called is not None:
+    if facts.called is not None:
         today = datetime.now(UTC).date()
-        found += deployment.judge_prices(others.upstreams, seen.called, today, made_up)
+        found += deployment.judge_prices(others.upstreams, facts.called, today, made_up)
     if online:
         found += await asyncio.gather(*(_provider(one, config) for one in others.upstreams))
         own = [one for one in others.upstreams if one.is_own]
         for one in own:
-            if records := seen.records.get(one.pool):
+            if records := facts.records.get(one.pool):
                 policies[one.pool] = of_plain(records[0].policy)
         found += await asyncio.gather(*(_server(one, policies[one.pool]) for one in own))
         found += await _bucket(config)
@@ -119,67 +121,67 @@ def _with_bundled(config: Config) -> tuple[Config, str]:
 
 
 async def _valkey(
-    config: Config, policies: dict[str, PoolPolicy], seen: _Seen, *, bundled: bool
+    config: Config, policies: dict[str, PoolPolicy], facts: _Facts, *, bundled: bool
 ) -> list[Finding]:
-    from tidegate.limiter import examine as look
+    from tidegate.limiter import examine as examine_machine
 
     assert config.redis_url is not None
     found: list[Finding] = []
     for pool in policies:
         try:
-            report = await look(config.redis_url.get_secret_value(), pool)
+            report = await examine_machine(config.redis_url.get_secret_value(), pool)
         except (LimiterUnavailable, ConfigError) as failed:
             return [*found, valkey.judge_absence(failed)]
         if not found:
             found = [ok("valkey.reach", "it answers")]
             found += valkey.judge_valkey(report, config.lease_ms, embedded=bundled)
         if report.snapshot is not None:
-            seen.snapshots[pool] = report.snapshot
+            facts.snapshots[pool] = report.snapshot
     return found
 
 
 async def _added_live(
-    config: Config, policies: dict[str, PoolPolicy], seen: _Seen
+    config: Config, policies: dict[str, PoolPolicy], facts: _Facts
 ) -> list[Finding]:
     """Return findings on the pools of upstreams that were added at run time."""
-    from tidegate.limiter import examine as look
+    from tidegate.limiter import examine as examine_machine
 
     found: list[Finding] = []
     assert config.redis_url is not None
     for pool, policy in policies.items():
         try:
-            report = await look(config.redis_url.get_secret_value(), pool)
+            report = await examine_machine(config.redis_url.get_secret_value(), pool)
         except (LimiterUnavailable, ConfigError):
             return found  # reported by another finding
         if report.snapshot is not None:
-            seen.snapshots[pool] = report.snapshot
-            records = seen.records.get(pool)
+            facts.snapshots[pool] = report.snapshot
+            records = facts.records.get(pool)
             found += deployment.judge_pool(pool, policy, report.snapshot, records)
     return found
 
 
 async def _postgresql(
-    config: Config, policies: dict[str, PoolPolicy], seen: _Seen
+    config: Config, policies: dict[str, PoolPolicy], facts: _Facts
 ) -> list[Finding]:
     from tidegate.store.database import FIRST
-    from tidegate.store.diagnostics import examine as look
+    from tidegate.store.diagnostics import examine as examine_machine
 
     assert config.database_url is not None
     url = config.database_url.get_secret_value()
     try:
-        report = await look(url)
+        report = await examine_machine(url)
     except StoreUnavailable as failed:
-        mend = "start it, and see whether DATABASE_URL, its user, password and database are right"
-        return [fail("postgresql.reach", str(failed), mend)]
+        fix = "start it, and see whether DATABASE_URL, its user, password and database are right"
+        return [fail("postgresql.reach", str(failed), fix)]
     if report.revision is not None and report.revision >= FIRST:
-        await _read_record(url, policies, seen, report.revision)
-    snapshot = seen.snapshots.get(DEFAULT_POOL)
+        await _read_record(url, policies, facts, report.revision)
+    snapshot = facts.snapshots.get(DEFAULT_POOL)
     processes = None if snapshot is None else len(snapshot.processes)
     return [ok("postgresql.reach", "it answers"), *postgresql.judge(report, processes)]
 
 
 async def _read_record(
-    url: str, policies: dict[str, PoolPolicy], seen: _Seen, revision: str
+    url: str, policies: dict[str, PoolPolicy], facts: _Facts, revision: str
 ) -> None:
     """Read policies and keys; a part that cannot be read is reported by another finding."""
     from tidegate.store.database import Connections
@@ -192,19 +194,19 @@ async def _read_record(
     try:
         if revision >= "0023":
             upstreams = UpstreamRevisions(connections)
-            seen.live, seen.processes = await upstreams.newest(), await upstreams.processes()
-            seen.ready = (await stuck_counts(connections)).ready
-        live = () if seen.live is None else seen.live.upstreams
+            facts.live, facts.processes = await upstreams.newest(), await upstreams.processes()
+            facts.ready = (await stuck_counts(connections)).ready
+        live = () if facts.live is None else facts.live.upstreams
         for pool in dict.fromkeys((*policies, *live)):
-            seen.records[pool] = await Policies(connections).history(pool, _RECORDS)
+            facts.records[pool] = await Policies(connections).history(pool, _RECORDS)
         tenants = Tenants(connections)
-        seen.any_key = await tenants.any_key()
+        facts.any_key = await tenants.any_key()
         if revision >= "0014":
-            seen.unvouched = await tenants.unvouched_keys()
+            facts.unvouched = await tenants.unvouched_keys()
         if revision >= "0037":
             today = datetime.now(UTC).date()
             since = today - deployment.PRICES_OVER
-            seen.called = await UsageTotals(connections).totals(("model",), since, today)
+            facts.called = await UsageTotals(connections).totals(("model",), since, today)
     except StoreUnavailable:
         return  # the rights or the schema are wrong, which another finding reports
     finally:
@@ -213,7 +215,7 @@ async def _read_record(
 
 async def _provider(upstream: Upstream, config: Config) -> Finding:
     from tidegate.upstream.credentials import open_wire
-    from tidegate.upstream.fetch import ask_for_models
+    from tidegate.upstream.fetch import request_models
     from tidegate.upstream.transport import Timeouts
 
     check = f"provider.{upstream.name}"
@@ -222,7 +224,7 @@ async def _provider(upstream: Upstream, config: Config) -> Finding:
     dialect, url = next(iter(upstream.base_urls.items()))
     timeouts = Timeouts(_ONLINE_MS, _ONLINE_MS, _ONLINE_MS, _ONLINE_MS)
     async with open_wire(timeouts, [upstream]) as wire:
-        probed = await ask_for_models(wire, upstream, dialect)
+        probed = await request_models(wire, upstream, dialect)
     place = f"{dialect} at {url}"
     access = upstream.access(dialect)
     proves = bool(upstream.key) or access.authentication is not None
@@ -230,13 +232,13 @@ async def _provider(upstream: Upstream, config: Config) -> Finding:
         place += f" by the proxy {access.network.proxy}"
     match probed.status:
         case None:
-            mend = "is the address right, and may this machine go out? --offline leaves this out"
-            return fail(check, f"{place}: {probed.problem}", mend)
+            fix = "is the address right, and may this machine go out? --offline leaves this out"
+            return fail(check, f"{place}: {probed.problem}", fix)
         case 200:
             return ok(check, f"{place} {'takes the key' if proves else 'answers'}")
         case 400 | 401 | 403:
-            mend = "set another key, or give this one the right to the API"
-            return fail(check, f"{place} refuses the key ({probed.status})", mend)
+            fix = "set another key, or give this one the right to the API"
+            return fail(check, f"{place} refuses the key ({probed.status})", fix)
         case 429:
             return warn(check, f"{place} answers 429: the account has used up a quota", "wait")
         case 404 | 405:
@@ -271,9 +273,9 @@ async def _bucket(config: Config) -> list[Finding]:
             is_same = await blobs.get(key) == data
             await blobs.delete([key])
     except (TidegateError, TimeoutError, ValueError) as failed:
-        mend = "see whether BLOB_URL and the cloud's own variables are right"
+        fix = "see whether BLOB_URL and the cloud's own variables are right"
         why = str(failed) or f"no answer within {_ONLINE_MS} ms"
-        return [fail("files.bucket", f"{config.blob_url}: {why}", mend)]
+        return [fail("files.bucket", f"{config.blob_url}: {why}", fix)]
     if not is_same:
         return [fail("files.bucket", "what was written is not what was read", "another bucket")]
     return [ok("files.bucket", f"{config.blob_url} can be written, read and deleted from")]

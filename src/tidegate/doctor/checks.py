@@ -24,7 +24,7 @@ from tidegate.operator_key import existing_operator_key, key_file
 from tidegate.policy.deployment import Deployment, Upstream, doubtful, emulates
 from tidegate.policy.format import digest, to_plain, with_tenants
 from tidegate.policy.live import NO_CHANGES, Tables, changed_lines
-from tidegate.policy.rollout import Origin, asked_before, differences
+from tidegate.policy.rollout import Origin, differences, requested_before
 from tidegate.prices.rates import ModelPrice, catalog
 from tidegate.settings import SECRETS, Config, origins
 from tidegate.store.provider.upstreams import UpstreamProcess
@@ -61,12 +61,12 @@ def ok(check: str, found: str) -> Finding:
     return Finding(check, State.OK, found)
 
 
-def warn(check: str, found: str, mend: str) -> Finding:
-    return Finding(check, State.WARN, found, mend)
+def warn(check: str, found: str, fix: str) -> Finding:
+    return Finding(check, State.WARN, found, fix)
 
 
-def fail(check: str, found: str, mend: str) -> Finding:
-    return Finding(check, State.FAIL, found, mend)
+def fail(check: str, found: str, fix: str) -> Finding:
+    return Finding(check, State.FAIL, found, fix)
 
 
 def skipped(check: str, why: str) -> Finding:
@@ -150,10 +150,10 @@ def judge_server(name: str, policy: PoolPolicy, load: ServerLoad) -> Finding:
     finds_itself = isinstance(limit, Concurrency) and limit.adaptive is not None
     bound = policy.bound(_ALL_CALLS)
     if load.slots is not None and not finds_itself and not 0 < bound <= load.slots:
-        said = f"the limit is {bound}" if bound else "there is no limit on all of its calls"
+        stated = f"the limit is {bound}" if bound else "there is no limit on all of its calls"
         return warn(
             check,
-            f"{said}, and it computes {load.slots} at a time: what is more waits there, where no "
+            f"{stated}, and it computes {load.slots} at a time: what is more waits there, where no "
             "tenant has its share",
             f"tidegate limits set --pool {name} {_ALL_CALLS}={load.slots}",
         )
@@ -178,12 +178,12 @@ def judge_live(
     if lines:
         yield ok("upstreams.live", f"revision {revision} over the file: {'; '.join(lines)}")
     for line in deployment.live.differing(base):
-        mend = "`tidegate upstreams set NAME --deployed` takes what the file says"
-        yield warn("upstreams.live", f"the file has changed since: {line}", mend)
+        fix = "`tidegate upstreams set NAME --deployed` takes what the file says"
+        yield warn("upstreams.live", f"the file has changed since: {line}", fix)
     for process in processes:
         for name, why in process.problems.items():
-            mend = "give that process the variable or the file, or restart it"
-            yield fail("upstreams.live", f"{process.instance_id} can't have {name}: {why}", mend)
+            fix = "give that process the variable or the file, or restart it"
+            yield fail("upstreams.live", f"{process.instance_id} can't have {name}: {why}", fix)
 
 
 def judge_workers(processes: Sequence[UpstreamProcess], ready: int) -> Finding:
@@ -194,8 +194,8 @@ def judge_workers(processes: Sequence[UpstreamProcess], ready: int) -> Finding:
     if not ready:
         return ok("jobs.workers", "none runs, and no job is ready to begin")
     jobs = "1 job" if ready == 1 else f"{ready} jobs"
-    mend = "start one (`tidegate worker`), or see the log of the one that should run"
-    return fail("jobs.workers", f"no worker runs or answers: {jobs} can't begin", mend)
+    fix = "start one (`tidegate worker`), or see the log of the one that should run"
+    return fail("jobs.workers", f"no worker runs or answers: {jobs} can't begin", fix)
 
 
 def _serves(upstreams: Iterable[Upstream], called: Total) -> bool:
@@ -228,20 +228,20 @@ def judge_settings(config: Config) -> Iterator[Finding]:
     yield _demo(config)
     yield _webhooks(config)
     if doubts := doubtful(config):
-        mend = "rename what is misspelt; what is of another program may stay"
-        yield warn("settings.names", "; ".join(map(str, doubts)), mend)
+        fix = "rename what is misspelt; what is of another program may stay"
+        yield warn("settings.names", "; ".join(map(str, doubts)), fix)
 
 
 def _demo(config: Config) -> Finding:
     parts = ["the bundled servers"] * config.embedded + ["made-up answers"] * emulates(config)
     if not parts:
         return ok("settings.demo", "your servers and your providers")
-    said = " and ".join(parts)
+    enabled = " and ".join(parts)
     if config.is_loopback:
-        return ok("settings.demo", f"{said}, for this machine alone")
+        return ok("settings.demo", f"{enabled}, for this machine alone")
     return warn(
         "settings.demo",
-        f"{said}, for every client that reaches {config.host}",
+        f"{enabled}, for every client that reaches {config.host}",
         "set DATABASE_URL, REDIS_URL and the key of a provider, and take TIDEGATE_DEMO away",
     )
 
@@ -263,7 +263,7 @@ def judge_access(
 ) -> Iterator[Finding]:
     """Judge access. `any_key`: whether there are valid API keys. `unvouched`: keys without a
     recorded creator. None if unknown."""
-    if not config.asks_for_keys:
+    if not config.requires_keys:
         if config.is_loopback:
             yield ok("access.keys", "not asked for, and only this machine can call")
         else:
@@ -298,8 +298,8 @@ def _operator_key(config: Config) -> Finding:
         existing_operator_key(config)
     except FileNotFoundError:
         return ok(check, f"not made yet: the first process makes {path}")
-    except (OSError, ConfigError) as wrong:
-        return fail(check, str(wrong), f"remove {path}, and start again: another is made")
+    except (OSError, ConfigError) as invalid:
+        return fail(check, str(invalid), f"remove {path}, and start again: another is made")
     if mode & 0o077:
         return warn(check, f"others may read {path} ({mode:o})", f"chmod 600 {path}")
     return ok(check, f"in {path}; it opens /admin, the dashboard and /metrics")
@@ -312,27 +312,27 @@ def _unvouched(keys: Sequence[Key] | None) -> Finding:
     if not keys:
         return ok(check, "it is on record who made each API key that works")
     admins = sum("admin" in key.scopes for key in keys)
-    shown = ", ".join(f"{key.prefix} ({' '.join(key.scopes)})" for key in keys[:_MOST_KEYS_SHOWN])
+    listed = ", ".join(f"{key.prefix} ({' '.join(key.scopes)})" for key in keys[:_MOST_KEYS_SHOWN])
     more = " ..." if len(keys) > _MOST_KEYS_SHOWN else ""
-    said = (
+    problem = (
         f"{len(keys)} API keys that work, {admins} of them for /admin, were made while AUTH was "
-        f"off, or before that was recorded: {shown}{more}"
+        f"off, or before that was recorded: {listed}{more}"
     )
-    mend = "those you know: tidegate keys keep PREFIX; all others: tidegate keys revoke PREFIX"
-    return warn(check, said, mend)
+    fix = "those you know: tidegate keys keep PREFIX; all others: tidegate keys revoke PREFIX"
+    return warn(check, problem, fix)
 
 
 def judge_pool(
-    pool: str, wanted: PoolPolicy, snapshot: Snapshot, records: Sequence[PolicyRecord] | None
+    pool: str, configured: PoolPolicy, snapshot: Snapshot, records: Sequence[PolicyRecord] | None
 ) -> Iterator[Finding]:
     """Judge a pool. `records` are its earlier policies, the newest first; None if unknown."""
-    yield _policy(pool, wanted, snapshot, records)
+    yield _policy(pool, configured, snapshot, records)
     yield _sessions(pool, snapshot)
     yield _paused(pool, snapshot)
 
 
 def _policy(
-    pool: str, wanted: PoolPolicy, snapshot: Snapshot, records: Sequence[PolicyRecord] | None
+    pool: str, configured: PoolPolicy, snapshot: Snapshot, records: Sequence[PolicyRecord] | None
 ) -> Finding:
     check = f"pool.{pool}.policy"
     if records is None:
@@ -352,29 +352,29 @@ def _policy(
             f"revision {newest.revision} is on record, {snapshot.revision} in force in Valkey",
             "processes fix this within 10 s while both servers answer; else see their logs",
         )
-    plain, beside = to_plain(wanted), ""
+    plain, suffix = to_plain(configured), ""
     if newest.digest != digest(newest.policy):  # tenants have more than was deployed
-        plain, beside = (
-            with_tenants(plain, newest.policy, asked_before(records)),
+        plain, suffix = (
+            with_tenants(plain, newest.policy, requested_before(records)),
             ", beside what tenants were given since",
         )
     changes = differences(newest.policy, plain)
     if not changes:
-        return ok(check, f"revision {newest.revision} is in force, as the settings say{beside}")
-    shown = "; ".join(changes[:_SHOWN]) + (" ..." if len(changes) > _SHOWN else "")
+        return ok(check, f"revision {newest.revision} is in force, as the settings say{suffix}")
+    changed = "; ".join(changes[:_SHOWN]) + (" ..." if len(changes) > _SHOWN else "")
     deployed = f"tidegate limits set --deployed --pool {pool}"
     is_live = newest.origin == Origin.LIVE
-    if is_live and any(one.digest == digest(to_plain(wanted)) for one in records):
+    if is_live and any(one.digest == digest(to_plain(configured)) for one in records):
         return ok(
             check,
             f"revision {newest.revision}, set live by {newest.set_by}, is in force and stays, also "
-            f"after restarts ({deployed} returns to the settings: {shown})",
+            f"after restarts ({deployed} returns to the settings: {changed})",
         )
     since = ", and the settings were changed since" if is_live else ", and the settings differ"
     return warn(
         check,
         f"revision {newest.revision} ({newest.origin}, by {newest.set_by}) is in force{since}: "
-        f"{shown}",
+        f"{changed}",
         f"{deployed} puts the settings in force; or write into them what is",
     )
 
@@ -452,11 +452,11 @@ _NEED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(\[[^]]*\])?>=(?P<version>[0-9.]+)
 _FEW_FILES, _TOO_FEW_FILES = 4_096, 1_024
 _LITTLE_BYTES, _TOO_LITTLE_BYTES = 2_000_000_000, 200_000_000
 _ANSWER_S = 1.0
-_OURS = ("blobs", "spill")
+_OWN_FOLDERS = ("blobs", "spill")
 _GB = 1_000_000_000
 
 
-def look(config: Config, dotenv: Path = Path(".env")) -> Iterator[Finding]:
+def examine_machine(config: Config, dotenv: Path = Path(".env")) -> Iterator[Finding]:
     """Run all checks of the machine; they start and change nothing."""
     yield from _packages(config)
     yield _descriptors()
@@ -488,8 +488,8 @@ def _packages(config: Config) -> Iterator[Finding]:
             old.append(f"{found['name']} {there} (needs {found['version']})")
     names = ",".join(sorted(extras))
     if missing or old:
-        said = ", ".join([f"{name} is missing" for name in missing] + [f"{one}" for one in old])
-        yield fail("machine.packages", said, f"pip install --upgrade 'tidegate[{names}]'")
+        problem = ", ".join([f"{name} is missing" for name in missing] + [f"{one}" for one in old])
+        yield fail("machine.packages", problem, f"pip install --upgrade 'tidegate[{names}]'")
     else:
         yield ok("machine.packages", f"{count} packages of tidegate[{names}] are new enough")
 
@@ -509,20 +509,23 @@ def _descriptors() -> Finding:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    said = f"{soft} open files and connections a process (ulimit -n)"
-    mend = f"ulimit -n {max(65_536, soft)}, or LimitNOFILE= in the unit; the hard limit is {hard}"
+    limit = f"{soft} open files and connections a process (ulimit -n)"
+    fix = f"ulimit -n {max(65_536, soft)}, or LimitNOFILE= in the unit; the hard limit is {hard}"
     if soft < _TOO_FEW_FILES:
-        return fail("machine.descriptors", said, mend)
+        return fail("machine.descriptors", limit, fix)
     return (
-        warn("machine.descriptors", said, mend)
+        warn("machine.descriptors", limit, fix)
         if soft < _FEW_FILES
-        else ok("machine.descriptors", said)
+        else ok("machine.descriptors", limit)
     )
 
 
 def _folder(data_dir: Path) -> Finding:
     there, who = _nearest(data_dir), f"user {os.geteuid()}"
-    for folder in (there, *(data_dir / name for name in _OURS if _is_there(data_dir / name))):
+    for folder in (
+        there,
+        *(data_dir / name for name in _OWN_FOLDERS if _is_there(data_dir / name)),
+    ):
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
             return fail(
                 "files.data_dir",
@@ -542,11 +545,11 @@ def _folder(data_dir: Path) -> Finding:
 
 def _disk(data_dir: Path) -> Finding:
     free = shutil.disk_usage(_nearest(data_dir)).free
-    said = f"{free / _GB:,.1f} GB are free at {data_dir}"
-    mend = "make room, or move DATA_DIR; spilled records and uploads need it"
+    space = f"{free / _GB:,.1f} GB are free at {data_dir}"
+    fix = "make room, or move DATA_DIR; spilled records and uploads need it"
     if free < _TOO_LITTLE_BYTES:
-        return fail("files.disk", said, mend)
-    return warn("files.disk", said, mend) if free < _LITTLE_BYTES else ok("files.disk", said)
+        return fail("files.disk", space, fix)
+    return warn("files.disk", space, fix) if free < _LITTLE_BYTES else ok("files.disk", space)
 
 
 def _nearest(path: Path) -> Path:
@@ -598,7 +601,7 @@ def port(config: Config) -> Finding:
                 f"{refused.variable}={refused.value} {refused.allowed}",
                 "set HOST to an address of this machine, 127.0.0.1 or 0.0.0.0",
             )
-        if _is_ours(config):
+        if _is_own(config):
             return ok("machine.port", f"{place}: a Tidegate serves there")
         pid, command = _owner_of(config.port)
         if _TIDEGATE.search(command):
@@ -616,7 +619,7 @@ def port(config: Config) -> Finding:
     return ok("machine.port", f"{place} is free")
 
 
-def _is_ours(config: Config) -> bool:
+def _is_own(config: Config) -> bool:
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     try:
         with urlopen(f"http://{host}:{config.port}/health/live", timeout=_ANSWER_S) as answer:

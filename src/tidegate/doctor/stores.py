@@ -35,14 +35,16 @@ def judge_valkey(report: ServerReport, lease_ms: int, *, embedded: bool) -> Iter
 
 def judge_absence(failed: TidegateError) -> Finding:
     """Return the finding for a server that could not be examined."""
-    said = str(failed)
+    message = str(failed)
     if isinstance(failed, ConfigError) and failed.variable == "maxmemory-policy":
         return _evicting(str(failed.value))
-    if re.search("NOPERM|no permissions|NOAUTH|Authentication|WRONGPASS|username-password", said):
-        mend = "see REDIS_URL's user and password, and docs/servers.md, 'A user of its own'"
-        return fail("valkey.acl", said, mend)
-    mend = "start it, and see whether the address and TLS in REDIS_URL are right"
-    return fail("valkey.reach", said, mend)
+    if re.search(
+        "NOPERM|no permissions|NOAUTH|Authentication|WRONGPASS|username-password", message
+    ):
+        fix = "see REDIS_URL's user and password, and docs/servers.md, 'A user of its own'"
+        return fail("valkey.acl", message, fix)
+    fix = "start it, and see whether the address and TLS in REDIS_URL are right"
+    return fail("valkey.reach", message, fix)
 
 
 def _evicting(policy: str) -> Finding:
@@ -57,14 +59,14 @@ def _version_of_valkey(facts: dict[str, str]) -> Finding:
     kind = "Valkey" if "valkey_version" in facts else "Redis"
     text = facts.get("valkey_version") or facts.get("redis_version", "")
     found = re.match(r"(\d+)\.(\d+)", text)
-    said = f"{kind} {text or 'of an unknown version'}"
+    version = f"{kind} {text or 'of an unknown version'}"
     if found is None or (int(found[1]), int(found[2])) < _VALKEY_OLDEST[kind]:
         return fail(
             "valkey.version",
-            said,
+            version,
             "sharded publish and subscribe in scripts need Valkey 8 or Redis 7.2, or newer",
         )
-    return ok("valkey.version", said)
+    return ok("valkey.version", version)
 
 
 def _rights_in_valkey(report: ServerReport) -> Finding:
@@ -102,8 +104,10 @@ def _memory(facts: dict[str, str]) -> Finding:
 def _persistence(facts: dict[str, str]) -> Finding:
     if facts.get("loading", "0") == "1":
         return warn("valkey.persistence", "it still loads its data", "wait")
-    kept = "append-only file" if facts.get("aof_enabled") == "1" else "none, and none is needed"
-    return ok("valkey.persistence", kept)
+    persistence = (
+        "append-only file" if facts.get("aof_enabled") == "1" else "none, and none is needed"
+    )
+    return ok("valkey.persistence", persistence)
 
 
 def _failover(facts: dict[str, str]) -> Finding:
@@ -149,16 +153,16 @@ def _pushes(report: ServerReport) -> Finding:
 
 
 def _latency_of_valkey(round_trip_ms: float, lease_ms: int) -> Finding:
-    said = f"{round_trip_ms:.2f} ms for a round trip (median)"
+    latency = f"{round_trip_ms:.2f} ms for a round trip (median)"
     if round_trip_ms > lease_ms / 30:
         return fail(
             "valkey.latency",
-            f"{said}, of a lease of {lease_ms} ms",
+            f"{latency}, of a lease of {lease_ms} ms",
             "bring Valkey nearer, or raise SEMAPHORE_TIMEOUT: living processes will lose it",
         )
     if round_trip_ms > _VALKEY_SLOW_MS:
-        return warn("valkey.latency", said, "each admission waits for one: bring Valkey nearer")
-    return ok("valkey.latency", said)
+        return warn("valkey.latency", latency, "each admission waits for one: bring Valkey nearer")
+    return ok("valkey.latency", latency)
 
 
 def _clock(ahead_ms: float) -> Finding:
@@ -170,8 +174,8 @@ def clock(check: str, ahead_ms: float, why: str) -> Finding:
     if abs(ahead_ms) < _CLOCK_MS:
         return ok(check, "agrees with ours within a second")
     side = "ahead of" if ahead_ms > 0 else "behind"
-    said = f"{abs(ahead_ms) / 1000:.1f} s {side} ours"
-    return warn(check, said, f"set both by NTP: {why}")
+    difference = f"{abs(ahead_ms) / 1000:.1f} s {side} ours"
+    return warn(check, difference, f"set both by NTP: {why}")
 
 
 _OLDEST = 150_000
@@ -202,10 +206,10 @@ def judge(report: DatabaseReport, processes: int | None) -> Iterator[Finding]:
 
 
 def _version(facts: dict[str, object]) -> Finding:
-    said = f"PostgreSQL {facts['version_text']}"
+    version = f"PostgreSQL {facts['version_text']}"
     if int(str(facts["version"])) < _OLDEST:
-        return fail("postgresql.version", said, "it must be 15 or newer")
-    return ok("postgresql.version", said)
+        return fail("postgresql.version", version, "it must be 15 or newer")
+    return ok("postgresql.version", version)
 
 
 def _pooler(report: DatabaseReport) -> Finding:
@@ -278,19 +282,19 @@ def _connections(report: DatabaseReport, processes: int | None) -> Finding:
     facts = report.facts
     room = int(str(facts["max_connections"])) - int(str(facts["reserved"]))
     used = int(str(facts["connected"]))
-    said = f"{used} of {room} in use"
+    usage = f"{used} of {room} in use"
     if report.pooled:
-        return skipped("postgresql.connections", f"{said}; the pooler's, who has its own bound")
-    wanted = CONNECTIONS_A_PROCESS * (processes or 0)
-    if wanted > room:
+        return skipped("postgresql.connections", f"{usage}; the pooler's, who has its own bound")
+    needed = CONNECTIONS_A_PROCESS * (processes or 0)
+    if needed > room:
         return warn(
             "postgresql.connections",
-            f"{said}; {processes} processes may want {wanted}",
+            f"{usage}; {processes} processes may want {needed}",
             "raise max_connections, or put PgBouncer in between: docs/servers.md",
         )
     if used > 0.9 * room:
-        return warn("postgresql.connections", said, "see who has them: pg_stat_activity")
-    return ok("postgresql.connections", said)
+        return warn("postgresql.connections", usage, "see who has them: pg_stat_activity")
+    return ok("postgresql.connections", usage)
 
 
 def _locks(facts: dict[str, object]) -> Finding:
@@ -298,16 +302,16 @@ def _locks(facts: dict[str, object]) -> Finding:
     it ends."""
     needed, lockers = int(str(facts["partitions"])), int(str(facts["lockers"]))
     room = lockers * int(str(facts["locks_each"]))
-    said = f"room for {room:,}; a statement on all days takes {needed:,}"
+    capacity = f"room for {room:,}; a statement on all days takes {needed:,}"
     if _FULL_SCANS * needed > room:
         least = math.ceil(_FULL_SCANS * needed / lockers)
         return warn(
             "postgresql.locks",
-            f"{said}: {_FULL_SCANS} concurrent ones may fail with `out of shared memory`",
+            f"{capacity}: {_FULL_SCANS} concurrent ones may fail with `out of shared memory`",
             f"set max_locks_per_transaction = {least} or more and restart PostgreSQL, or keep "
             "the record for fewer days: RETENTION_DAYS",
         )
-    return ok("postgresql.locks", said)
+    return ok("postgresql.locks", capacity)
 
 
 def _durable(facts: dict[str, object]) -> Finding:
@@ -367,7 +371,7 @@ def _size(report: DatabaseReport) -> Finding:
 
 
 def _latency(round_trip_ms: float) -> Finding:
-    said = f"{round_trip_ms:.2f} ms for a round trip (median)"
+    latency = f"{round_trip_ms:.2f} ms for a round trip (median)"
     if round_trip_ms > _SLOW_MS:
-        return warn("postgresql.latency", said, "a submit takes several: bring it nearer")
-    return ok("postgresql.latency", said)
+        return warn("postgresql.latency", latency, "a submit takes several: bring it nearer")
+    return ok("postgresql.latency", latency)

@@ -77,8 +77,8 @@ class Keeper:
         `began` is a descriptor that gets a byte and is closed once this keeper is in charge.
         `signals` is readable when a user has requested a check, or a server has ended.
         """
-        with opened(self._folder.open_lock("keeper")) as mine:
-            if not lock_until(mine, fcntl.LOCK_EX, time.monotonic() + 1.0):
+        with opened(self._folder.open_lock("keeper")) as own_lock:
+            if not lock_until(own_lock, fcntl.LOCK_EX, time.monotonic() + 1.0):
                 sys.stderr.write(f"another keeper holds {self._folder.path}/keeper.lock\n")
                 return
             self._state = self._folder.read()
@@ -92,13 +92,13 @@ class Keeper:
                     os.write(began, b"1")
             self._start([name for name in SERVICES if name in self._state.services])
             with opened(self._folder.open_lock("users")) as users:
-                unused = self._watch(mine, users, [] if signals is None else [signals])
+                unused = self._watch(own_lock, users, [] if signals is None else [signals])
                 self._end(unused)
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
         self._stopping.set()
 
-    def _watch(self, mine: int, users: int, signals: Sequence[int]) -> bool:
+    def _watch(self, own_lock: int, users: int, signals: Sequence[int]) -> bool:
         """Return when the servers should end; True if no user is left.
 
         `users` is then locked, so that a new user waits until this keeper has ended.
@@ -106,7 +106,7 @@ class Keeper:
         last_used = time.monotonic()
         tick_s = min(_TICK_S, self._idle_s / 4)
         while not self._stopping.is_set():
-            if not self._folder.owns_lock(mine, "keeper"):
+            if not self._folder.owns_lock(own_lock, "keeper"):
                 break  # the folder was removed
             self._start(self._folder.wanted())
             if not try_lock(users, fcntl.LOCK_EX):
@@ -254,18 +254,18 @@ class Keeper:
 @contextlib.contextmanager
 def woken_by_signals() -> Iterator[int]:
     """Yield a descriptor that is readable after each signal that this process handles."""
-    hears, tells = os.pipe()
-    os.set_blocking(tells, False)
-    before = signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    before = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     try:
-        yield hears
+        yield read_end
     finally:
         signal.set_wakeup_fd(before)
-        os.close(hears)
-        os.close(tells)
+        os.close(read_end)
+        os.close(write_end)
 
 
-def _look(_signal: int, _frame: FrameType | None) -> None:
+def _wake_only(_signal: int, _frame: FrameType | None) -> None:
     """Do nothing: the wake-up descriptor of the signal wakes the keeper."""
 
 
@@ -288,8 +288,8 @@ def main() -> None:
         os._exit(0)
     keeper = Keeper(Folder(given.data_dir), given.idle_s)
     signal.signal(signal.SIGTERM, keeper.stop)
-    signal.signal(signal.SIGCHLD, _look)
-    signal.signal(signal.SIGHUP, _look)  # sent by a user; earlier versions ignore it
+    signal.signal(signal.SIGCHLD, _wake_only)
+    signal.signal(signal.SIGHUP, _wake_only)  # sent by a user; earlier versions ignore it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with woken_by_signals() as signals:
         keeper.run(given.began_fd, signals)

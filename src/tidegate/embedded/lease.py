@@ -183,7 +183,7 @@ def opened(descriptor: int) -> Iterator[int]:
 
 _POLL_S = 0.02
 _WATCH_S = 1.0
-_LOOK_S = 5.0  # interval of checks of a recovering server
+_CHECK_S = 5.0  # interval of checks of a recovering server
 _TRIES = 3
 _VARIABLES = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 # TIDEGATE_TEST_: a mark by which a test finds the processes that it has started.
@@ -332,7 +332,7 @@ def _await_ready(
             if not _recovers(state, services):
                 late = ", ".join(sorted(set(urls) - set(ready)))
                 raise ServerFailed(f"not ready in time: {late} (see {folder.keeper_log})")
-            deadline = time.monotonic() + _LOOK_S
+            deadline = time.monotonic() + _CHECK_S
         time.sleep(_POLL_S)
 
 
@@ -356,13 +356,13 @@ def _summon(folder: Folder, idle_s: float, deadline: float) -> None:
         keeper = folder.read().keeper
         if keeper is not None and keeper.alive:
             return
-        hears, tells = os.pipe()
-        with opened(hears), folder.keeper_log.open("ab") as log:
-            with opened(tells):
+        read_end, write_end = os.pipe()
+        with opened(read_end), folder.keeper_log.open("ab") as log:
+            with opened(write_end):
                 folder.keeper_log.chmod(0o600)
                 command = [
                     *(sys.executable, "-P", "-m", "tidegate.embedded.keeper", str(folder.data_dir)),
-                    *("--idle-s", str(idle_s), "--began-fd", str(tells)),
+                    *("--idle-s", str(idle_s), "--began-fd", str(write_end)),
                 ]
                 subprocess.run(
                     command,
@@ -372,11 +372,13 @@ def _summon(folder: Folder, idle_s: float, deadline: float) -> None:
                     stderr=log,
                     cwd="/",
                     env=_environment(),
-                    pass_fds=[tells],
+                    pass_fds=[write_end],
                     start_new_session=True,
                 )
-            readable, _, _ = select.select([hears], [], [], max(0.0, deadline - time.monotonic()))
-            if not readable or os.read(hears, 1) != b"1":
+            readable, _, _ = select.select(
+                [read_end], [], [], max(0.0, deadline - time.monotonic())
+            )
+            if not readable or os.read(read_end, 1) != b"1":
                 tail = folder.keeper_log.read_text(errors="replace")[-800:].strip()
                 raise ServerFailed(f"the servers' keeper did not start: {tail}")
 

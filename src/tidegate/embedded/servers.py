@@ -167,10 +167,10 @@ class ServerProcess:
         done = subprocess.run(
             command, input=given, capture_output=True, check=False, **self._options
         )
-        said: str = done.stderr.decode(errors="replace")[-800:].strip()
+        output: str = done.stderr.decode(errors="replace")[-800:].strip()
         if done.returncode != 0:
-            raise ServerFailed(f"{Path(command[0]).name} failed: {' '.join(said.split())}")
-        return said
+            raise ServerFailed(f"{Path(command[0]).name} failed: {' '.join(output.split())}")
+        return output
 
     def await_ready(self, timeout_s: float) -> None:
         """Return when the server answers. Raises ServerFailed if it ends or time runs out.
@@ -220,10 +220,10 @@ def identify(pid: int) -> ProcessIdentity | None:
         state, *fields = stat.rpartition(")")[2].split()
         started = fields[18]
     else:
-        shown = subprocess.run(
+        ps = subprocess.run(
             ["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, check=False
         )
-        state, _, started = shown.stdout.decode().strip().partition(" ")
+        state, _, started = ps.stdout.decode().strip().partition(" ")
     return ProcessIdentity(pid, started.strip()) if state and state[0] not in "ZX" else None
 
 
@@ -246,10 +246,10 @@ def command_of(pid: int) -> str:
         except (FileNotFoundError, ProcessLookupError):
             return ""
         return raw.replace(b"\0", b" ").decode(errors="replace").strip()
-    shown = subprocess.run(
+    ps = subprocess.run(
         ["ps", "-ww", "-o", "command=", "-p", str(pid)], capture_output=True, check=False
     )
-    return shown.stdout.decode(errors="replace").strip()
+    return ps.stdout.decode(errors="replace").strip()
 
 
 def server_account() -> Account | None:
@@ -361,9 +361,9 @@ def for_socket(folder: Path, known: Path | None) -> Path:
     temporary one if the path would be too long for a socket. `known` is kept if possible."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
-    wanted = folder / _SOCKET
-    if len(os.fsencode(wanted)) <= _SOCKET_PATH_BYTES:
-        return wanted
+    path = folder / _SOCKET
+    if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES:
+        return path
     if known is not None and _is_private(known.parent):
         return known
     return Path(tempfile.mkdtemp(prefix="tidegate-")) / _SOCKET
@@ -387,8 +387,8 @@ def _is_private(folder: Path) -> bool:
         status = folder.lstat()
     except FileNotFoundError:
         return False
-    is_ours = status.st_uid == os.geteuid()
-    return is_ours and stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+    is_own = status.st_uid == os.geteuid()
+    return is_own and stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
 
 
 def give(path: Path, account: Account | None) -> None:
@@ -599,13 +599,13 @@ class PostgresServer:
     def _refuse_another_version(self, binaries: Path) -> None:
         """Raise ServerFailed, changing nothing, if another major version made the cluster."""
         made = (self._cluster / "PG_VERSION").read_text(encoding="utf-8").strip()
-        said = subprocess.run(
+        version = subprocess.run(
             [str(binaries / "postgres"), "--version"], capture_output=True, text=True, check=True
         ).stdout
-        ours = said.split()[2].partition(".")[0]  # "postgres (PostgreSQL) 18.6"
-        if made != ours:
+        bundled = version.split()[2].partition(".")[0]  # "postgres (PostgreSQL) 18.6"
+        if made != bundled:
             raise ServerFailed(
-                f"{self._cluster} was made by PostgreSQL {made}, and the bundled one is {ours}; "
+                f"{self._cluster} was made by PostgreSQL {made}, and the bundled one is {bundled}; "
                 'nothing was changed. docs/operating.md, "A data folder of an older PostgreSQL", '
                 "says how to take the data along"
             )
@@ -648,9 +648,9 @@ class PostgresServer:
         statement = _APPLICATION_SQL.read_text(encoding="utf-8")
         single = [str(binaries / "postgres"), "--single", "-j", "-D", str(self._cluster)]
         given = statement.format(password=self._application_password).encode()
-        said = self.process.run([*single, "tidegate"], given)
-        if "ERROR:" in said:  # single-user mode continues after an error, and exits with 0
-            raise ServerFailed(f"{_APPLICATION} could not be made in {self._cluster}: {said}")
+        output = self.process.run([*single, "tidegate"], given)
+        if "ERROR:" in output:  # single-user mode continues after an error, and exits with 0
+            raise ServerFailed(f"{_APPLICATION} could not be made in {self._cluster}: {output}")
         write_private(created, "", self._account)
 
     def _accepts(self) -> bool:
@@ -804,11 +804,11 @@ class ValkeyServer:
         """Delete all keys but the usage, and only then listen where clients expect it."""
         assert self.socket_path is not None
         try:
-            said = self._ask("EVAL", _FORGET_ALL_BUT_SPENT, "0", timeout_s=_CLEANING_S)
+            reply = self._ask("EVAL", _FORGET_ALL_BUT_SPENT, "0", timeout_s=_CLEANING_S)
         except OSError as error:
             raise ServerFailed(f"Valkey does not answer: {error}") from error
-        if b"done" not in said:
-            raise ServerFailed(f"Valkey did not forget its past: {said!r}")
+        if b"done" not in reply:
+            raise ServerFailed(f"Valkey did not forget its past: {reply!r}")
         uncleaned(self.socket_path).replace(self.socket_path)
 
     def _answers(self) -> bool:

@@ -103,8 +103,8 @@ async def serve(settings: EmulatorSettings, port_file: Path | None) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings, port_file = parse(sys.argv[1:] if arguments is None else arguments)
-    except ConfigError as wrong:
-        sys.stderr.write(f"{wrong}\n")
+    except ConfigError as invalid:
+        sys.stderr.write(f"{invalid}\n")
         return 2
     atexit.register(gc.freeze)  # a collection at exit would take half as long as the start
     try:

@@ -557,12 +557,12 @@ class ProviderAccount:
     def _shorter(self, limit: AccountLimit) -> LimitBook | None:
         """Return the state of the like limit with the shortest window, if that is shorter than the
         limit's."""
-        alike = [
+        similar = [
             one
             for one in self._books
             if (one.limit.unit, one.limit.models) == (limit.unit, limit.models)
         ]
-        least = min(alike, key=lambda one: one.limit.window_s)
+        least = min(similar, key=lambda one: one.limit.window_s)
         return least if least.limit.window_s < limit.window_s else None
 
     def now_ns(self) -> int:

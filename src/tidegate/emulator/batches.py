@@ -127,8 +127,8 @@ class ProviderBatch:
         """Return the input tokens that the batch keeps in the queue of a model."""
         if self.state in ENDED:
             return 0
-        mine = (line for line in self.lines if line.work and line.work.model == model)
-        return sum(line.input_tokens for line in mine)
+        of_model = (line for line in self.lines if line.work and line.work.model == model)
+        return sum(line.input_tokens for line in of_model)
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,11 +186,11 @@ class Conversation:
 
 
 def _named(tools: Sequence[Tool], question: str) -> list[Tool]:
-    words = f" {_spoken(question)} "
-    return [tool for tool in tools if f" {_spoken(tool.name)} " in words]
+    words = f" {_as_words(question)} "
+    return [tool for tool in tools if f" {_as_words(tool.name)} " in words]
 
 
-def _spoken(text: str) -> str:
+def _as_words(text: str) -> str:
     return " ".join(re.split(r"\W+|_", text.lower())).strip()
 
 
@@ -345,9 +345,9 @@ class _Filler:
     def _choose(self, values: list[Any]) -> Any:
         if self._chosen is not None:
             return self._chosen
-        wanted = "image" if self._drawn else "multi" if self._attached else "text"
+        preferred = "image" if self._drawn else "multi" if self._attached else "text"
         for value in values:
-            if wanted in str(value).lower():
+            if preferred in str(value).lower():
                 return value
         others = [value for value in values if self._drawn or "image" not in str(value).lower()]
         return (others or values)[0]
@@ -448,8 +448,8 @@ def quoted(prompt: str) -> str:
 def answer_text(request: ModelRequest, behaviour: Behaviour) -> str:
     """Return the text of an answer without a bound."""
     if request.schema is not None:
-        said = structured(request, request.schema, behaviour)
-        return f"```json\n{said}\n```" if request.fenced else said
+        text = structured(request, request.schema, behaviour)
+        return f"```json\n{text}\n```" if request.fenced else text
     if behaviour.answer is not None:
         return behaviour.answer
     lines = [
@@ -513,7 +513,7 @@ class Composed:
     thoughts_tokens: int
 
     @property
-    def said(self) -> str | None:
+    def whole_text(self) -> str | None:
         return "".join(piece for piece, _ in self.text) if self.text else None
 
     @property
@@ -559,8 +559,8 @@ def compose(request: ModelRequest, behaviour: Behaviour, fault: Fault | None) ->
         return Composed(text, (), "length" if short else finish, thoughts)
     calls = []
     for tool in request.called:
-        said = orjson.dumps(arguments(request, tool.schema)).decode()
-        pieces, short = cut(said, left, behaviour.chunks)
+        encoded = orjson.dumps(arguments(request, tool.schema)).decode()
+        pieces, short = cut(encoded, left, behaviour.chunks)
         calls.append(CalledFunction(f"call_{new_response_id()}", tool.name, pieces))
         if left is not None:
             left -= sum(tokens for _, tokens in pieces)

@@ -107,8 +107,8 @@ def stream_steps(
     return found
 
 
-def line_work(asked: ModelRequest, scripted: Scripted) -> LineWork:
-    """Return the work of a batch's line; `asked` is not streamed, and `scripted` composes its
+def line_work(parsed: ModelRequest, scripted: Scripted) -> LineWork:
+    """Return the work of a batch's line; `parsed` is not streamed, and `scripted` composes its
     answer."""
 
     def answer() -> LineAnswer:
@@ -116,7 +116,7 @@ def line_work(asked: ModelRequest, scripted: Scripted) -> LineWork:
         step = script.steps[-1]
         return LineAnswer(orjson.loads(step.data), step.output_tokens, script.thoughts_tokens)
 
-    return LineWork(asked.kind, asked.model, asked.prompt, asked.input_tokens, answer)
+    return LineWork(parsed.kind, parsed.model, parsed.prompt, parsed.input_tokens, answer)
 
 
 def data_event(data: bytes) -> bytes:
@@ -165,7 +165,7 @@ class Served:
         except (ValueError, LookupError, HttpProcessingError) as broken:
             raise Refused(400, f"We could not parse the form of your request. ({broken})") from None
 
-    def cached(self, asked: ModelRequest) -> ModelRequest:
+    def cached(self, parsed: ModelRequest) -> ModelRequest:
         """Return the request with the part of its input that is in the account's prompt cache.
 
         Anthropic's dialect also reports tokens written to the cache: all others, as if each request
@@ -173,25 +173,25 @@ class Served:
         """
         account = self.state.account_of(self.api.name)
         if account is None or account.spec.cache is None:
-            return asked
-        cached = account.cached_tokens(asked.model, asked.texts, asked.input_tokens)
-        rest = asked.input_tokens - cached
+            return parsed
+        cached = account.cached_tokens(parsed.model, parsed.texts, parsed.input_tokens)
+        rest = parsed.input_tokens - cached
         writes = self.api.name == "anthropic" and account.spec.cache == "prefix"
-        if not writes or asked.input_tokens < account.spec.cache_min_tokens:
+        if not writes or parsed.input_tokens < account.spec.cache_min_tokens:
             rest = 0
-        return replace(asked, cached_tokens=cached, cache_write_tokens=rest)
+        return replace(parsed, cached_tokens=cached, cache_write_tokens=rest)
 
-    def in_tier(self, asked: ModelRequest, tier: Any) -> ModelRequest:
+    def in_tier(self, parsed: ModelRequest, tier: Any) -> ModelRequest:
         """Return the request in the processing tier that its body names. Raises Refused (400) for a
         tier in which its model has no public price."""
         if tier is None or (isinstance(tier, str) and tier.lower() in STANDARD_TIERS):
-            return asked
+            return parsed
         today = datetime.now(UTC).date()
         if not isinstance(tier, str) or not catalog().find(
-            self.api.name, asked.model, today, tier.lower()
+            self.api.name, parsed.model, today, tier.lower()
         ):
-            raise Refused(400, f"Unsupported service_tier for {asked.model}: {str(tier)[:40]}")
-        return replace(asked, tier=tier.lower())
+            raise Refused(400, f"Unsupported service_tier for {parsed.model}: {str(tier)[:40]}")
+        return replace(parsed, tier=tier.lower())
 
     def rate_limits(self, page: Callable[[AccountSpec], Json]) -> web.Response:
         """Return a page of the rate-limit API. Raises Refused (404) without an account."""
@@ -201,32 +201,32 @@ class Served:
         return json_response(200, page(account.spec))
 
     async def generate(
-        self, asked: ModelRequest, scripted: Scripted, content_type: str | None = None
+        self, parsed: ModelRequest, scripted: Scripted, content_type: str | None = None
     ) -> web.StreamResponse:
         """Serve a call that generates; `scripted` composes its answer, given its fault."""
-        method = "stream" if asked.streamed else "generate"
-        with self._serving(asked.kind, asked.model, method, asked.prompt, asked.size) as (
+        method = "stream" if parsed.streamed else "generate"
+        with self._serving(parsed.kind, parsed.model, method, parsed.prompt, parsed.size) as (
             call,
             fault,
         ):
-            self.state.keep_prompt(call, asked.texts)
-            call.tier = asked.tier
+            self.state.keep_prompt(call, parsed.texts)
+            call.tier = parsed.tier
             if (early := await self._early_fault(call, fault)) is not None:
                 return early
-            if asked.tier == "flex" and (busy := await self._flex(call)) is not None:
+            if parsed.tier == "flex" and (busy := await self._flex(call)) is not None:
                 return busy
             content_type = content_type or (
-                self.api.stream_type if asked.streamed else self.api.json_type
+                self.api.stream_type if parsed.streamed else self.api.json_type
             )
             script, behaviour = scripted(fault), self.behaviour
             headers = EMULATED | {"Content-Type": content_type} | dict(script.headers)
             headers |= self.state.rate_limit_headers(call)
-            return await _Answering(self, call, asked, script, fault, headers, behaviour).run()
+            return await _Answering(self, call, parsed, script, fault, headers, behaviour).run()
 
     def in_background(
         self,
         method: str,
-        asked: ModelRequest,
+        parsed: ModelRequest,
         done: Callable[[], None],
         script: AnswerScript | None = None,
         *,
@@ -242,16 +242,16 @@ class Served:
         call = stack.enter_context(
             state.serving(
                 self.request,
-                kind=asked.kind,
-                model=asked.model,
+                kind=parsed.kind,
+                model=parsed.model,
                 method=method,
-                prompt=asked.prompt,
-                size=asked.size,
+                prompt=parsed.prompt,
+                size=parsed.size,
                 dialect=self.api.name,
-                goes_on=True,
+                outlives_client=True,
             )
         )
-        delays = [behaviour.first_byte(asked.kind)] + [behaviour.between(asked.kind)] * pauses
+        delays = [behaviour.first_byte(parsed.kind)] + [behaviour.between(parsed.kind)] * pauses
         takes_s = sum(one.draw_ms(state.random) for one in delays) / 1000
 
         async def work() -> None:
@@ -263,7 +263,7 @@ class Served:
                     return
                 output_tokens = 0 if script is None else script.steps[-1].output_tokens
                 thoughts_tokens = 0 if script is None else script.thoughts_tokens
-                state.ledger.charge(call, asked.input_tokens, output_tokens, thoughts_tokens)
+                state.ledger.charge(call, parsed.input_tokens, output_tokens, thoughts_tokens)
                 state.made(call)
                 done()
 
@@ -378,7 +378,7 @@ class _Answering:
 
     _served: Served
     _call: LoggedCall
-    _asked: ModelRequest
+    _parsed: ModelRequest
     _script: AnswerScript
     _fault: Fault | None
     _headers: Mapping[str, str]
@@ -393,7 +393,7 @@ class _Answering:
             await self._served.cut(self._call)
         in_mid_answer = self._fault is not None and self._fault.fault in MID_ANSWER
         fault = self._fault if in_mid_answer else None
-        if self._asked.streamed:
+        if self._parsed.streamed:
             return await self._send_stream(fault)
         for _ in self._script.steps[1:]:
             await self._between()
@@ -431,7 +431,7 @@ class _Answering:
             if index:
                 await self._between()
             if fault is not None and index >= min(fault.after_chunks, len(steps) - 1):
-                return await self._go_wrong(response, fault, index)
+                return await self._fail(response, fault, index)
             self._charge(step)
             if index < len(steps) - 1:
                 await self._write(response, step.data)
@@ -439,7 +439,7 @@ class _Answering:
         await response.write_eof(steps[-1].data)
         return response
 
-    async def _go_wrong(
+    async def _fail(
         self, response: web.StreamResponse, fault: Fault, index: int
     ) -> web.StreamResponse:
         if fault.fault in BREAKS_OFF:
@@ -461,7 +461,7 @@ class _Answering:
     def _charge(self, step: ScriptStep) -> None:
         state = self._served.state
         state.ledger.charge(
-            self._call, self._asked.input_tokens, step.output_tokens, self._script.thoughts_tokens
+            self._call, self._parsed.input_tokens, step.output_tokens, self._script.thoughts_tokens
         )
         state.made(self._call)
 

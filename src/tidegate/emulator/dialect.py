@@ -30,12 +30,12 @@ def rfc3339(at_ns: int) -> str:
 
 def listing(items: Sequence[Json], most: int) -> Json:
     """Return the first `most` items in the form of the lists of OpenAI and Anthropic."""
-    shown = list(items[:most])
+    page = list(items[:most])
     return {
-        "data": shown,
-        "first_id": shown[0]["id"] if shown else None,
-        "last_id": shown[-1]["id"] if shown else None,
-        "has_more": len(items) > len(shown),
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(items) > len(page),
     }
 
 
@@ -74,15 +74,15 @@ class LimitGate:
         """Spend one request and its tokens from every rate; or spend nothing and return the
         refusal."""
         scopes = (kind,) if kind == "other" else (kind, TOTAL)
-        mine = [
+        applied = [
             (rate, counter, 1 if rate.measure == "requests" else input_tokens)
             for rate, counter in self._rates
             if rate.scope in scopes
         ]
-        for rate, counter, amount in mine:
+        for rate, counter, amount in applied:
             if wait_ns := counter.wait_ns(amount, now_ns):
                 return LimitRefusal(rate.name, rate.limit, wait_ns, rate)
-        for _, counter, amount in mine:
+        for _, counter, amount in applied:
             counter.take(amount, now_ns)
         return None
 

@@ -140,8 +140,8 @@ async def handle(state: EmulatorState, request: web.BaseRequest) -> web.StreamRe
 async def _answer(state: EmulatorState, request: web.BaseRequest) -> web.StreamResponse:
     found = ((api, front.route) for api, front in _FRONTS if front.wants(request))
     api, route = next(found, (GEMINI, gemini.route))
-    if (speaks := realtime.api_of(request)) is not None:
-        api, route = speaks, realtime.route
+    if (realtime_api := realtime.api_of(request)) is not None:
+        api, route = realtime_api, realtime.route
     answer = await _routed(state, request, api, route)
     if isinstance(answer, web.Response) and answer.headers.get("Content-Type") == JSON_TYPE:
         # Google answers in the requested type, also with errors.

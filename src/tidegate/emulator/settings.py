@@ -130,8 +130,8 @@ class BatchPace:
         return cls(**{name: _of_pace(f"batches.{name}", item) for name, item in value.items()})
 
     def to_json(self) -> dict[str, Any]:
-        shown = {item.name: getattr(self, item.name) for item in fields(self)}
-        return shown | {"delay_ms": self.delay_ms.to_json()}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return values | {"delay_ms": self.delay_ms.to_json()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,14 +211,14 @@ class Behaviour:
         return replace(self, **{name: _sound(name, value) for name, value in changes.items()})
 
     def to_json(self) -> dict[str, Any]:
-        shown: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         for name in ("first_byte_ms", "between_ms"):
-            shown[name] = {kind: value.to_json() for kind, value in shown[name].items()}
-        shown["account"] = None if self.account is None else self.account.to_json()
-        shown["batches"] = self.batches.to_json()
-        shown["flex"] = self.flex.to_json()
-        shown["gpu"] = None if self.gpu is None else asdict(self.gpu)
-        return shown
+            values[name] = {kind: value.to_json() for kind, value in values[name].items()}
+        values["account"] = None if self.account is None else self.account.to_json()
+        values["batches"] = self.batches.to_json()
+        values["flex"] = self.flex.to_json()
+        values["gpu"] = None if self.gpu is None else asdict(self.gpu)
+        return values
 
 
 def _of_kind(table: Mapping[str, Distribution], kind: str) -> Distribution:

@@ -293,7 +293,7 @@ class ConnectionWatch:
 
 
 MAX_FILES = 10_000
-KEPT_S = 48 * 3600
+FILE_LIFETIME_S = 48 * 3600
 # Google's file URIs have its own address, whatever address was called.
 _URIS = "https://generativelanguage.googleapis.com"
 _FORBIDDEN = "You do not have permission to access the File {name} or it may not exist."
@@ -319,7 +319,7 @@ class StoredFile:
             "sizeBytes": str(self.size_bytes),
             "createTime": rfc3339(self.created_ns),
             "updateTime": rfc3339(max(self.active_ns, self.created_ns)),
-            "expirationTime": rfc3339(self.created_ns + KEPT_S * 10**9),
+            "expirationTime": rfc3339(self.created_ns + FILE_LIFETIME_S * 10**9),
             "sha256Hash": base64.b64encode(self.digest.digest()).decode(),
             "uri": f"{_URIS}/v1beta/{self.name}",
             "state": "ACTIVE" if time.time_ns() >= self.active_ns else "PROCESSING",
@@ -352,10 +352,10 @@ class FileStore:
             raise Refused(429, "Too many files are stored.")
         declared = headers.get("X-Goog-Upload-Header-Content-Type", "application/octet-stream")
         mime_type = str(get(file, "mimeType") or declared)
-        shown = str(get(file, "displayName") or headers.get("X-Goog-Upload-File-Name", ""))
+        label = str(get(file, "displayName") or headers.get("X-Goog-Upload-File-Name", ""))
         upload_id = token_hex(16)
         content = bytearray() if "jsonl" in mime_type else None
-        self._uploads[upload_id] = StoredFile(name, mime_type, shown, content=content)
+        self._uploads[upload_id] = StoredFile(name, mime_type, label, content=content)
         return upload_id
 
     async def receive(
@@ -517,9 +517,9 @@ class EmulatorState:
         prompt: str,
         size: CallSize,
         dialect: str = "gemini",
-        goes_on: bool = False,
+        outlives_client: bool = False,
     ) -> Iterator[LoggedCall]:
-        """Count a call while the block runs. `goes_on`: it continues without its client.
+        """Count a call while the block runs. `outlives_client`: it continues without its client.
 
         Raises LimitReached or AccountLimitReached if a limit refuses it.
         """
@@ -535,7 +535,7 @@ class EmulatorState:
         self.ledger.start(call)
         self._in_flight[call.id] = call
         protocol, fd = request.protocol, -1
-        if not (self.behaviour.works_on or goes_on):
+        if not (self.behaviour.works_on or outlives_client):
             self._call_on[protocol] = call
             fd = self.presence.watch(request, call.id)
         try:

@@ -158,7 +158,7 @@ def _openai_usage(
     kind = "embeddings" if embeds else "completions"
 
     def of_day(day: date) -> list[Json]:
-        mine = [call for call in calls.get(day, ()) if (call.method == "embed") == embeds]
+        counted = [call for call in calls.get(day, ()) if (call.method == "embed") == embeds]
         return [
             {
                 "object": f"organization.usage.{kind}.result",
@@ -168,7 +168,7 @@ def _openai_usage(
                 "model": model,
             }
             | ({} if embeds else _openai_tokens(of_model))
-            for model, of_model in _by_model(mine)
+            for model, of_model in _by_model(counted)
         ]
 
     return of_day

@@ -50,11 +50,11 @@ _TENANT = TENANT_HEADER.encode()
 _BEARER = b"authorization"
 _CREDENTIALS = frozenset((_BEARER, b"x-api-key", b"x-goog-api-key", b"api-key"))
 _NAMES = _CREDENTIALS | {_TENANT}
-_OURS = b"tg_"
+_KEY_PREFIX = b"tg_"
 _IN_QUERY = b"key="
 
 
-class Shown(NamedTuple):
+class Credentials(NamedTuple):
     """Credentials in a request. `several`: it has different keys of this gateway. `tenant` is empty
     if two different names were given."""
 
@@ -63,7 +63,7 @@ class Shown(NamedTuple):
     several: bool
 
 
-def shown_in(headers: Iterable[tuple[bytes, bytes]], query: bytes) -> Shown:
+def credentials_in(headers: Iterable[tuple[bytes, bytes]], query: bytes) -> Credentials:
     """Return the credentials in headers and query; a key of this gateway takes precedence over
     others."""
     key: bytes | None = None
@@ -82,7 +82,7 @@ def shown_in(headers: Iterable[tuple[bytes, bytes]], query: bytes) -> Shown:
             if pair.startswith(_IN_QUERY):
                 found = unquote_to_bytes(pair[len(_IN_QUERY) :])
                 key, several = _better(key, found, several)
-    return Shown(key, tenant, several)
+    return Credentials(key, tenant, several)
 
 
 def in_headers(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
@@ -106,14 +106,14 @@ def _better(key: bytes | None, found: bytes, several: bool) -> tuple[bytes | Non
     other. Of two of the same sort the last is used, but the first of two keys of this gateway."""
     if not found or found == key:
         return key, several
-    if key is None or not key.startswith(_OURS):
+    if key is None or not key.startswith(_KEY_PREFIX):
         is_token = key is not None and looks_like_token(key)
-        keeps = is_token and not (found.startswith(_OURS) or looks_like_token(found))
-        return (key if keeps else found), several
-    return key, several or found.startswith(_OURS)
+        keeps_first = is_token and not (found.startswith(_KEY_PREFIX) or looks_like_token(found))
+        return (key if keeps_first else found), several
+    return key, several or found.startswith(_KEY_PREFIX)
 
 
-LOOK_EVERY_S = 0.4
+POLL_EVERY_S = 0.4
 FRESH_S = 0.9
 REFUSED_FOR_S = 5.0
 MOST_KNOWN = 10_000
@@ -132,7 +132,7 @@ _HOW = (
 log = get_logger()
 
 Headers = Iterable[tuple[bytes, bytes]]
-Kept = TypeVar("Kept")
+CachedT = TypeVar("CachedT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,15 +195,15 @@ class Authenticator:
         self._used: dict[str, float] = {}
         self._version = 0
         self._newest_at = float("-inf")  # when the cache was last known to be current
-        self._away = False
-        self._looking: asyncio.Task[None] | None = None
+        self._is_unavailable = False
+        self._polling: asyncio.Task[None] | None = None
         self._finds: GroupWriter[str, tuple[int, FoundKey | None]] = GroupWriter(self._find)
         self._tenant_finds: GroupWriter[str, tuple[int, FoundTenant | None]] = GroupWriter(
             self._find_tenants
         )
 
     def __repr__(self) -> str:
-        return f"<Authenticator on={self.on} known={len(self._known)} away={self._away}>"
+        return f"<Authenticator on={self.on} known={len(self._known)} away={self._is_unavailable}>"
 
     # Called for each request
 
@@ -213,16 +213,16 @@ class Authenticator:
         None means unknown: `identify` then returns the caller or raises the error. `headers` have
         lower-case names, as in ASGI.
         """
-        shown = shown_in(headers, query)
+        credentials = credentials_in(headers, query)
         if not self.on:
-            return ANYBODY if shown.tenant is None else self._named.get(shown.tenant)
-        if shown.key is None or shown.several:
+            return ANYBODY if credentials.tenant is None else self._named.get(credentials.tenant)
+        if credentials.key is None or credentials.several:
             return None
         now = self._clock()
-        one = self._known.get(digest_of(shown.key))
+        one = self._known.get(digest_of(credentials.key))
         if one is None or now >= one.ends_at or one.disabled or not self._may_trust(now):
             return None
-        if Scope.INFER not in one.scopes or shown.tenant not in (None, one.tenant):
+        if Scope.INFER not in one.scopes or credentials.tenant not in (None, one.tenant):
             return None
         self._note_use(one, now)
         return one.caller
@@ -236,16 +236,16 @@ class Authenticator:
         StoreUnavailable.
         """
         scope = Scope(scope)
-        shown = shown_in(headers, query)
+        credentials = credentials_in(headers, query)
         if not self.on:
-            return self._unasked(shown)
-        one = await self._shown(shown)
+            return self._keyless_caller(credentials)
+        one = await self._authenticated(credentials)
         if scope not in one.scopes:
             raise Forbidden(
                 f"{one.name} lacks the scope {scope}",
                 allowed=", ".join(sorted(one.scopes)),
             )
-        self._check_tenant(one, shown)
+        self._check_tenant(one, credentials)
         self._note_use(one, self._clock())
         return one.caller
 
@@ -254,8 +254,8 @@ class Authenticator:
 
         Raises Unauthenticated, Forbidden and StoreUnavailable.
         """
-        shown = shown_in(headers, query)
-        one = await self._shown(shown)
+        credentials = credentials_in(headers, query)
+        one = await self._authenticated(credentials)
         role = OperatorRole.of(one.scopes)
         if role is None:
             raise Forbidden(
@@ -263,30 +263,30 @@ class Authenticator:
                 allowed=", ".join(sorted(one.scopes)),
             )
         if self.on:
-            self._check_tenant(one, shown)
+            self._check_tenant(one, credentials)
         self._note_use(one, self._clock())
         return one.caller, role
 
-    async def _shown(self, shown: Shown) -> _KnownKey:
-        if shown.several:
+    async def _authenticated(self, credentials: Credentials) -> _KnownKey:
+        if credentials.several:
             raise Unauthenticated("the request has several API keys: send one")
-        if shown.key is None:
+        if credentials.key is None:
             raise Unauthenticated(f"the request has no API key: {_HOW}")
-        one = await self._of_key(shown.key)
+        one = await self._of_key(credentials.key)
         if one.disabled:
             raise Forbidden(f"the tenant {one.caller.tenant_id} is disabled")
         return one
 
-    def _check_tenant(self, one: _KnownKey, shown: Shown) -> None:
-        if shown.tenant not in (None, one.tenant):
+    def _check_tenant(self, one: _KnownKey, credentials: Credentials) -> None:
+        if credentials.tenant not in (None, one.tenant):
             raise Forbidden(
                 "the key is of another tenant", field=TENANT_HEADER, allowed=one.caller.tenant_id
             )
 
-    def unasked(self, headers: Headers) -> Caller:
+    def keyless_caller(self, headers: Headers) -> Caller:
         """Return the caller where no API key is required. Raises InvalidRequest for an impossible
         tenant name."""
-        return self._unasked(shown_in(headers, b""))
+        return self._keyless_caller(credentials_in(headers, b""))
 
     async def vouched(self, prefix: str, has_signed: Callable[[bytes], bool]) -> Caller:
         """Return the caller of a request that is signed by a key instead of showing it.
@@ -295,28 +295,28 @@ class Authenticator:
         _, found = await self._finds.write(prefix)
         if found is None or not has_signed(found.digest):
             raise Unauthenticated(f"unknown API key: {_HOW}")
-        if (wrong := _wrong_with(found, found.digest)) is not None:
-            raise Unauthenticated(wrong)
+        if (reason := _why_invalid(found, found.digest)) is not None:
+            raise Unauthenticated(reason)
         if found.disabled or Scope.INFER not in found.scopes:
             raise Forbidden(f"the key tg_{prefix} is no longer allowed to do this")
         return found.caller
 
-    def _unasked(self, shown: Shown) -> Caller:
+    def _keyless_caller(self, credentials: Credentials) -> Caller:
         """Return the caller where no key is required: the header alone names the tenant."""
-        if shown.tenant is None:
+        if credentials.tenant is None:
             return ANYBODY
-        caller = self._named.get(shown.tenant)
+        caller = self._named.get(credentials.tenant)
         if caller is None:
-            caller = Caller(tenant_id=tenant_named(shown.tenant))
+            caller = Caller(tenant_id=tenant_named(credentials.tenant))
             if len(self._named) >= MOST_NAMED:
                 self._named.clear()
-            self._named[shown.tenant] = caller
+            self._named[credentials.tenant] = caller
         return caller
 
     async def _of_key(self, key: bytes) -> _KnownKey:
         digest = digest_of(key)
         if not self._may_trust(self._clock()):
-            await self._look()
+            await self._poll()
         now = self._clock()
         one = self._known.get(digest)
         if one is not None and self._may_trust(now):
@@ -333,10 +333,10 @@ class Authenticator:
         if prefix is None:
             raise Unauthenticated(f"not an API key of this gateway: {_HOW}")
         for _ in range(_FIND_TRIES):
-            asked_at = self._clock()
+            began_at = self._clock()
             version, found = await self._finds.write(prefix)
             if version >= self._version:  # otherwise the cache was renewed during the read
-                return self._admitted(digest, found, asked_at, version)
+                return self._admitted(digest, found, began_at, version)
         raise StoreUnavailable("API keys are being changed; try again")
 
     async def _of_token(self, digest: bytes, token: bytes, trust: TokenTrust) -> _KnownKey:
@@ -344,8 +344,8 @@ class Authenticator:
         if verified is None or self._clock() >= verified.ends_at:
             try:
                 claims = await trust.issuer.claims(token, trust.audience)
-            except Unauthenticated as wrong:
-                self._refuse(digest, wrong.message)
+            except Unauthenticated as invalid:
+                self._refuse(digest, invalid.message)
             verified = self._checked(digest, claims, trust)
             _remember(self._verified, MOST_VERIFIED, digest, verified)
         for _ in range(_FIND_TRIES):
@@ -389,12 +389,12 @@ class Authenticator:
     # The cache
 
     def _admitted(
-        self, digest: bytes, found: FoundKey | None, asked_at: float, version: int
+        self, digest: bytes, found: FoundKey | None, began_at: float, version: int
     ) -> _KnownKey:
-        wrong = _wrong_with(found, digest)
-        if found is None or wrong is not None:
-            self._refuse(digest, wrong or "")
-        one = _known_of(found, asked_at, version)
+        reason = _why_invalid(found, digest)
+        if found is None or reason is not None:
+            self._refuse(digest, reason or "")
+        one = _known_of(found, began_at, version)
         _remember(self._known, MOST_KNOWN, digest, one)
         return one
 
@@ -407,7 +407,7 @@ class Authenticator:
 
     def _may_trust(self, now: float) -> bool:
         age_s = now - self._newest_at
-        return age_s < FRESH_S or (self._away and age_s < self._outage_s)
+        return age_s < FRESH_S or (self._is_unavailable and age_s < self._outage_s)
 
     def _note_use(self, one: _KnownKey, now: float) -> None:
         if one.caller.key_id is not None and not one.is_token:
@@ -425,22 +425,22 @@ class Authenticator:
 
     async def run(self) -> None:
         """Look for changes until cancelled; returns immediately if no key is required."""
-        told = False
+        is_checked = False
         noted_at = self._clock()
         while self.on:
             try:
-                await self._look()
-                if not told and not self._away:
-                    await self._tell_if_there_is_no_key()
-                    told = True
+                await self._poll()
+                if not is_checked and not self._is_unavailable:
+                    await self._warn_if_no_key()
+                    is_checked = True
                 if self._clock() - noted_at >= _USE_NOTED_EVERY_S:
                     noted_at = self._clock()
                     await self.note_uses()
-            except StoreUnavailable as away:
-                log.debug(Log.STORE_AWAY, detail=away.message)
+            except StoreUnavailable as unavailable:
+                log.debug(Log.STORE_AWAY, detail=unavailable.message)
             except Exception:  # the top of a task: logged, and the task continues
                 log.exception(Log.INTERNAL_ERROR)
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(POLL_EVERY_S)
 
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
@@ -464,34 +464,34 @@ class Authenticator:
 
     async def refresh(self) -> None:
         """Make a change that was just committed effective in this process before returning."""
-        if self._looking is not None:  # that read may have begun before the change
-            await self._look()
-        await self._look()
+        if self._polling is not None:  # that read may have begun before the change
+            await self._poll()
+        await self._poll()
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         """Update the cache; concurrent callers share one read."""
-        if self._looking is None:
-            self._looking = asyncio.create_task(self._look_now())
-            self._looking.add_done_callback(self._looked)
-        await asyncio.shield(self._looking)
+        if self._polling is None:
+            self._polling = asyncio.create_task(self._poll_now())
+            self._polling.add_done_callback(self._polled)
+        await asyncio.shield(self._polling)
 
-    def _looked(self, _task: asyncio.Task[None]) -> None:
-        self._looking = None
+    def _polled(self, _task: asyncio.Task[None]) -> None:
+        self._polling = None
 
-    async def _look_now(self) -> None:
-        asked_at = self._clock()
+    async def _poll_now(self) -> None:
+        began_at = self._clock()
         try:
             version = await self._tenants.version()
             if version != self._version:
-                await self._read_anew(version)
-        except StoreUnavailable as away:
-            log.debug(Log.STORE_AWAY, detail=away.message)
-            self._away = True
+                await self._read_again(version)
+        except StoreUnavailable as unavailable:
+            log.debug(Log.STORE_AWAY, detail=unavailable.message)
+            self._is_unavailable = True
             return
-        self._away = False
-        self._newest_at = asked_at
+        self._is_unavailable = False
+        self._newest_at = began_at
 
-    async def _read_anew(self, version: int) -> None:
+    async def _read_again(self, version: int) -> None:
         """Replace all cached keys by their state at `version` or later."""
         # Tokens are left out: their tenants are read again with the next request of each.
         old = [
@@ -501,26 +501,26 @@ class Authenticator:
         ]
         for start in range(0, len(old), _READ_AT_ONCE):
             batch = old[start : start + _READ_AT_ONCE]
-            asked_at = self._clock()
+            began_at = self._clock()
             read_at, found = await self._tenants.find([one.caller.key_id or "" for _, one in batch])
             for digest, one in batch:
                 now = found.get(one.caller.key_id or "")
-                if now is None or _wrong_with(now, digest) is not None:
+                if now is None or _why_invalid(now, digest) is not None:
                     self._known.pop(digest, None)
                 elif digest in self._known:
-                    self._known[digest] = _known_of(now, asked_at, read_at)
+                    self._known[digest] = _known_of(now, began_at, read_at)
         # Also drop entries that were read at an older version meanwhile.
         self._known = {digest: one for digest, one in self._known.items() if one.version >= version}
         self._refused.clear()
         self._version = version
 
-    async def _tell_if_there_is_no_key(self) -> None:
+    async def _warn_if_no_key(self) -> None:
         if self._tokens is None and not await self._tenants.any_key():
             hint = "every request is rejected until an API key exists: tidegate keys create"
             log.warning(Log.NO_API_KEY, hint=hint)
 
 
-def _remember(known: dict[bytes, Kept], most: int, digest: bytes, value: Kept) -> None:
+def _remember(known: dict[bytes, CachedT], most: int, digest: bytes, value: CachedT) -> None:
     """Add an entry; if the cache is full, the oldest is dropped."""
     if len(known) >= most and digest not in known:
         known.pop(next(iter(known)))
@@ -543,7 +543,7 @@ def tenant_named(raw: bytes) -> str:
     return name
 
 
-def _wrong_with(found: FoundKey | None, digest: bytes) -> str | None:
+def _why_invalid(found: FoundKey | None, digest: bytes) -> str | None:
     """Return why a key is not valid, or None. Details appear only if the whole key was correct."""
     if found is None or not is_same(found.digest, digest):
         return "the API key is wrong"
@@ -554,13 +554,13 @@ def _wrong_with(found: FoundKey | None, digest: bytes) -> str | None:
     return None
 
 
-def _known_of(found: FoundKey, asked_at: float, version: int) -> _KnownKey:
+def _known_of(found: FoundKey, began_at: float, version: int) -> _KnownKey:
     lasts_s = float("inf") if found.expires_in_s is None else found.expires_in_s
     return _KnownKey(
         caller=found.caller,
         scopes=found.scopes,
         tenant=found.caller.tenant_id.encode(),
-        ends_at=asked_at + lasts_s,
+        ends_at=began_at + lasts_s,
         version=version,
         disabled=found.disabled,
     )

@@ -122,12 +122,12 @@ def batch_view(batch: Batch) -> dict[str, Any]:
 
 def page(found: list[dict[str, Any]], limit: int) -> dict[str, Any]:
     """Return a list of at most `limit` entries; `found` has one more if there are more."""
-    shown = found[:limit]
+    listed = found[:limit]
     return {
         "object": "list",
-        "data": shown,
-        "first_id": shown[0]["id"] if shown else None,
-        "last_id": shown[-1]["id"] if shown else None,
+        "data": listed,
+        "first_id": listed[0]["id"] if listed else None,
+        "last_id": listed[-1]["id"] if listed else None,
         "has_more": 0 < limit < len(found),
     }
 
@@ -181,8 +181,8 @@ async def read_upload(
     """Read the form of an upload into `uploaded`, and count its bytes in memory in `hold`. Raises
     InvalidRequest or a related error, QueueFull and StoreUnavailable."""
     if len(content_types) > 1:
-        said = "there is more than one Content-Type"
-        raise InvalidRequest("Content-Type", said, allowed="one Content-Type")
+        message = "there is more than one Content-Type"
+        raise InvalidRequest("Content-Type", message, allowed="one Content-Type")
     content_type = content_types[0] if content_types else ""
     if not content_type.lower().startswith("multipart/form-data"):
         raise InvalidRequest(
@@ -216,9 +216,9 @@ class _UploadReader:
         name = options.get(b"name", b"").decode("utf-8", "replace")
         uploaded = self._uploaded
         if name not in _FIELDS:
-            shown = ascii(name[:64])
+            label = ascii(name[:64])
             raise InvalidRequest(
-                name[:64] or "body", f"there is no field {shown} here", allowed=", ".join(_FIELDS)
+                name[:64] or "body", f"there is no field {label} here", allowed=", ".join(_FIELDS)
             )
         if name in uploaded.values or (name == "file" and uploaded.has_file):
             raise InvalidRequest(name, f"{name!r} is given more than once")
@@ -327,11 +327,11 @@ async def asking_of(request: Request, named: str) -> Asking:
 def _refused(error: TidegateError) -> Response:
     status, headers, body = refusal(Dialect.OPENAI, error)
     if isinstance(error, NotFound):  # it is not about a model
-        said = DIALECTS[Dialect.OPENAI].problem(error, status, None)
-        said["error"]["code"] = error.code
-        body = orjson.dumps(said)
-    kept = {name.decode(): value.decode() for name, value in headers if name != b"content-length"}
-    return Response(body, status, kept)
+        problem = DIALECTS[Dialect.OPENAI].problem(error, status, None)
+        problem["error"]["code"] = error.code
+        body = orjson.dumps(problem)
+    fields = {name.decode(): value.decode() for name, value in headers if name != b"content-length"}
+    return Response(body, status, fields)
 
 
 def as_json(value: Any) -> Response:
@@ -351,16 +351,18 @@ async def _upload(asking: Asking) -> Response:
         if uploaded.values.get("purpose") != INPUT:
             return await _send_on(asking, uploaded)
         if given := [name for name in _EXPIRY if name in uploaded.values]:
-            said = "the input of a batch is kept as RETENTION_DAYS says"
-            raise InvalidRequest(given[0], said, allowed=f"only with a purpose other than {INPUT}")
-        file = await _kept(asking, uploaded)
+            message = "the input of a batch is kept as RETENTION_DAYS says"
+            raise InvalidRequest(
+                given[0], message, allowed=f"only with a purpose other than {INPUT}"
+            )
+        file = await _stored(asking, uploaded)
     finally:
         hold.release()
         await uploaded.spool.close()
     return as_json(file_view(file))
 
 
-async def _kept(asking: Asking, uploaded: Uploaded) -> BatchFile:
+async def _stored(asking: Asking, uploaded: Uploaded) -> BatchFile:
     """Store the input of a batch. Raises FilesFull and StoreUnavailable."""
     services = asking.services
     file = BatchFile(
@@ -405,7 +407,7 @@ async def _copied(asking: Asking, file_id: str) -> BatchFile | Response:
         if out.status != HTTPStatus.OK:
             return refused
         await uploaded.spool.finish()
-        return await _kept(asking, uploaded)
+        return await _stored(asking, uploaded)
     finally:
         hold.release()
         await uploaded.spool.close()
@@ -439,8 +441,8 @@ async def _form_of(uploaded: Uploaded, edge: str) -> AsyncIterator[bytes]:
         head = f'--{edge}\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
         yield head.encode()
     name = uploaded.name.replace("\\", "_").replace('"', "%22")
-    said = f'--{edge}\r\ncontent-disposition: form-data; name="file"; filename="{name}"\r\n'
-    yield said.encode() + b"content-type: %b\r\n\r\n" % uploaded.content_type
+    part_head = f'--{edge}\r\ncontent-disposition: form-data; name="file"; filename="{name}"\r\n'
+    yield part_head.encode() + b"content-type: %b\r\n\r\n" % uploaded.content_type
     if uploaded.spool.path is None:
         yield uploaded.spool.data
     else:
@@ -498,12 +500,12 @@ async def relayed(
     except (CallFailed, TidegateError) as failed:
         error = failed.error if isinstance(failed, CallFailed) else failed
         status, failure = Status.FAILED, Failure.of(error)
-        told = failed.status if isinstance(failed, CallFailed) else 0
+        status_code = failed.status if isinstance(failed, CallFailed) else 0
         if isinstance(error, UpstreamUnauthorized) and error.of_key:
             raise error.for_clients() from None
-        if not told or not isinstance(failed, CallFailed):
+        if not status_code or not isinstance(failed, CallFailed):
             raise error from None
-        out.status, out.headers, out.pieces = told, failed.headers, [failed.body]
+        out.status, out.headers, out.pieces = status_code, failed.headers, [failed.body]
     finally:
         record.end(status, None if status is Status.SUCCEEDED else failure)
         if on_record:
@@ -519,10 +521,10 @@ async def relayed(
 
 def as_relayed(value: Any, answer: Response) -> Response:
     """Return a relayed answer with another body."""
-    shown = as_json(value)
-    known = {name for name, _ in shown.raw_headers}
-    shown.raw_headers += [pair for pair in answer.raw_headers if pair[0] not in known]
-    return shown
+    response = as_json(value)
+    known = {name for name, _ in response.raw_headers}
+    response.raw_headers += [pair for pair in answer.raw_headers if pair[0] not in known]
+    return response
 
 
 class _Whole:
@@ -574,9 +576,9 @@ async def _files(asking: Asking) -> Response:
     order, after = query.get("order", "desc"), query.get("after")
     if order not in ("asc", "desc"):
         raise InvalidRequest("order", "order is asc or desc", allowed="asc, desc")
-    is_ours = after is None or _FILE_ID.fullmatch(after) is not None
-    shown: list[dict[str, Any]] = []
-    if is_ours:
+    is_own_id = after is None or _FILE_ID.fullmatch(after) is not None
+    files: list[dict[str, Any]] = []
+    if is_own_id:
         found = await asking.services.store.batches.files(
             asking.tenant,
             after=None if after is None else _id(after, _FILE_ID),
@@ -584,20 +586,20 @@ async def _files(asking: Asking) -> Response:
             limit=limit + 1,
             upwards=order == "asc",
         )
-        shown = [file_view(one) for one in found]
+        files = [file_view(one) for one in found]
     has_more = False
-    speaking = asking.services.spine.targets.speaking(Dialect.OPENAI)
-    if len(shown) <= limit and purpose not in (INPUT, OUTPUT) and speaking:
-        asked = {"limit": limit + 1 - len(shown), "order": order}
-        asked |= {} if purpose is None else {"purpose": purpose}
-        asked |= {} if is_ours else {"after": after}
-        scope = {**asking.request.scope, "query_string": urlencode(asked).encode()}
+    upstreams = asking.services.spine.targets.upstreams_of(Dialect.OPENAI)
+    if len(files) <= limit and purpose not in (INPUT, OUTPUT) and upstreams:
+        parameters = {"limit": limit + 1 - len(files), "order": order}
+        parameters |= {} if purpose is None else {"purpose": purpose}
+        parameters |= {} if is_own_id else {"after": after}
+        scope = {**asking.request.scope, "query_string": urlencode(parameters).encode()}
         answer = await _relayed(asking, scope)
         if answer.status_code != HTTPStatus.OK:
             return answer
         listed = orjson.loads(answer.body)
-        shown, has_more = [*shown, *listed["data"]], listed["has_more"]
-    body = page(shown, limit)
+        files, has_more = [*files, *listed["data"]], listed["has_more"]
+    body = page(files, limit)
     return as_json({**body, "has_more": body["has_more"] or has_more})
 
 
@@ -686,20 +688,20 @@ class _Order(NamedTuple):
     def digest(self) -> str:
         """Return the digest of the parameters, independent of their form. No native call has the
         same one."""
-        asked = orjson.dumps(
+        canonical = orjson.dumps(
             ["/v1/batches", self.file_id.removeprefix("file-"), self.endpoint, self.metadata],
             option=orjson.OPT_SORT_KEYS,
         )
-        return sha256(asked).hexdigest()
+        return sha256(canonical).hexdigest()
 
 
 def _order(values: dict[str, Any]) -> _Order:
     """Return the parameters of a body. Raises InvalidRequest."""
     for name in values:
         if name not in _CREATE_FIELDS:
-            shown = ascii(name[:64])
+            label = ascii(name[:64])
             allowed = ", ".join(_CREATE_FIELDS)
-            raise InvalidRequest(name[:64], f"there is no field {shown} here", allowed=allowed)
+            raise InvalidRequest(name[:64], f"there is no field {label} here", allowed=allowed)
     if values.get("completion_window") != _WINDOW:
         raise InvalidRequest("completion_window", "unsupported completion_window", allowed=_WINDOW)
     path = values.get("endpoint")
@@ -753,10 +755,10 @@ def _metadata(value: Any) -> dict[str, str] | None:
     if sound:
         sound = all(
             len(key) <= _LONGEST_KEY
-            and isinstance(said, str)
-            and len(said) <= _LONGEST_VALUE
-            and "\0" not in key + said
-            for key, said in value.items()
+            and isinstance(text, str)
+            and len(text) <= _LONGEST_VALUE
+            and "\0" not in key + text
+            for key, text in value.items()
         )
     if not sound:
         allowed = (

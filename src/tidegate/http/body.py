@@ -113,8 +113,8 @@ class BodyBudget:
         others_bytes = memory.held_bytes - own_bytes
         if own_bytes + more_bytes > self._bound.share_bytes(others_bytes):
             whose = f"of tenant {self._tenant_id}" if self._bound.shared else "of requests"
-            said = f"this process has no memory left for the bodies {whose}"
-            raise QueueFull(said, limit="MAX_HELD_BYTES", retry_after_ms=_RETRY_AFTER_MS)
+            message = f"this process has no memory left for the bodies {whose}"
+            raise QueueFull(message, limit="MAX_HELD_BYTES", retry_after_ms=_RETRY_AFTER_MS)
         memory.add(self._tenant_id, more_bytes)
         self.held_bytes = size_bytes
 
@@ -425,12 +425,12 @@ class Multipart:
     def _on_header_end(self) -> None:
         name = self._name.decode("ascii", "replace").lower()
         if name in self._headers:
-            wrong = f"malformed multipart body: a part has the header {name[:64]!a} twice"
-            raise InvalidRequest("body", wrong, allowed="each header once")
+            message = f"malformed multipart body: a part has the header {name[:64]!a} twice"
+            raise InvalidRequest("body", message, allowed="each header once")
         if _CONTROL.search(self._value):
-            wrong = f"malformed multipart body: the header {name[:64]!a} has a control character"
+            message = f"malformed multipart body: the header {name[:64]!a} has a control character"
             raise InvalidRequest(
-                "body", wrong, allowed="headers of one line each, of printable text"
+                "body", message, allowed="headers of one line each, of printable text"
             )
         self._headers[name] = bytes(self._value)
         self._name.clear()
@@ -439,9 +439,9 @@ class Multipart:
     def _on_headers_finished(self) -> None:
         coding = self._headers.get("content-transfer-encoding", b"binary").strip().lower()
         if coding not in _AS_IT_IS:
-            wrong = "a part of the form is encoded, which servers read differently"
+            message = "a part of the form is encoded, which servers read differently"
             allowed = "no Content-Transfer-Encoding, or binary"
-            raise InvalidRequest("Content-Transfer-Encoding", wrong, allowed=allowed)
+            raise InvalidRequest("Content-Transfer-Encoding", message, allowed=allowed)
         self._parts.append(PartHead(self._headers))
         self._headers = {}
         self.starts.append(-1)
@@ -571,15 +571,15 @@ async def read_form(
     """Read a form while writing it to `spool`. records: its files are recordings. Raises
     InvalidRequest, PayloadTooLarge and QueueFull, and the errors of `pieces` and `spool`."""
     if len(content_types) > 1:
-        said = "there is more than one Content-Type"
-        raise InvalidRequest("Content-Type", said, allowed="one Content-Type")
+        message = "there is more than one Content-Type"
+        raise InvalidRequest("Content-Type", message, allowed="one Content-Type")
     boundary = boundary_in(content_types[0])
     parser = Multipart(content_types[0].decode("latin-1"))
     reader, delimiters = MediaFormReader(boundary, digests=digests), _Delimiters(boundary)
     async for piece in pieces:
         for at in range(0, len(piece), SLICE_BYTES):
             part_of_it = piece[at : at + SLICE_BYTES]
-            delimiters.look_at(part_of_it)
+            delimiters.scan(part_of_it)
             for part in parser.feed(part_of_it):
                 if isinstance(part, PartHead):
                     reader.begin(part.headers)
@@ -592,14 +592,14 @@ async def read_form(
         await asyncio.sleep(0)
     parser.check_ended()
     if delimiters.count != len(parser.starts) + 1 or not delimiters.are_ends:
-        wrong = "the form's boundary stands within a part, or before or behind all parts"
-        raise InvalidRequest("body", wrong, allowed="a boundary that no part contains")
+        problem = "the form's boundary stands within a part, or before or behind all parts"
+        raise InvalidRequest("body", problem, allowed="a boundary that no part contains")
     await spool.finish()
     form = reader.form(parser.starts, spool.size_bytes)
     if not records:
         return form
     try:
-        return replace(form, files=await to_thread.run_sync(_heard, form.files, spool))
+        return replace(form, files=await to_thread.run_sync(_with_lengths, form.files, spool))
     except OSError as failed:
         raise StoreUnavailable(f"an upload could not be read: {failed.strerror}") from failed
 
@@ -616,12 +616,12 @@ class _Delimiters:
         self._first = b""
         self._last = b""
 
-    def look_at(self, data: bytes) -> None:
+    def scan(self, data: bytes) -> None:
         if len(self._first) < 2:
             self._first = (self._first + data)[:2]
-        seen = self._before + data
-        self.count += seen.count(self._sought) + seen.count(self._behind_cr)
-        self._before = seen[-(len(self._sought) - 1) :]
+        window = self._before + data
+        self.count += window.count(self._sought) + window.count(self._behind_cr)
+        self._before = window[-(len(self._sought) - 1) :]
         self._last = (self._last + data)[-len(self._sought) - 8 :]
 
     @property
@@ -629,7 +629,7 @@ class _Delimiters:
         return self._first == b"--" and self._last.rstrip(b"\r\n").endswith(self._sought + b"--")
 
 
-def _heard(files: tuple[FormFile, ...], spool: Spool) -> tuple[FormFile, ...]:
+def _with_lengths(files: tuple[FormFile, ...], spool: Spool) -> tuple[FormFile, ...]:
     """Return the files with the length of each recording."""
     with BytesIO(spool.data) if spool.path is None else spool.path.open("rb") as body:
         return tuple(

@@ -73,9 +73,9 @@ class Origins:
         host = found.get(b"host")
         if len(found) != len(headers) and len({v for n, v in headers if n == b"host"}) > 1:
             host = b""  # two different values are not a name
-        if host is not None and host not in self._known and not self._is_ours(host):
+        if host is not None and host not in self._known and not self._is_own_host(host):
             return Forbidden(
-                f"Host is {_shown(host)}, which is not a name of this gateway",
+                f"Host is {_printable(host)}, which is not a name of this gateway",
                 field="Host",
                 allowed=f"{self._in_words()}, or a name in ALLOWED_HOSTS",
             )
@@ -98,32 +98,32 @@ class Origins:
         site = found.get(b"sec-fetch-site", b"none")
         if site not in _OWN_SITES and not _is_opening(found, method):
             return Forbidden(
-                f"a page of another site sent this request (Sec-Fetch-Site: {_shown(site)})",
+                f"a page of another site sent this request (Sec-Fetch-Site: {_printable(site)})",
                 field="Sec-Fetch-Site",
                 allowed="requests of programs and of this gateway's own pages",
             )
         origin = found.get(b"origin")
         if origin is not None and not self._is_own_page(origin, found.get(b"host", b"")):
             return Forbidden(
-                f"a page of {_shown(origin)} sent this request",
+                f"a page of {_printable(origin)} sent this request",
                 field="Origin",
                 allowed="requests of programs and of this gateway's own pages; behind a proxy "
                 "that changes Host, name its host in ALLOWED_HOSTS",
             )
         return None
 
-    def _is_ours(self, host: bytes) -> bool:
+    def _is_own_host(self, host: bytes) -> bool:
         name = _name_in(host)
         if name in self._names or _is_loopback(name):
-            ours = True
+            is_own = True
         elif self._loopback:
-            ours = False
+            is_own = False
         else:
             # The name of a foreign page has a dot; an address cannot be rebound.
-            ours = _is_address(name) or (bool(name) and "." not in name)
-        if ours and len(self._known) < _MOST_REMEMBERED:
+            is_own = _is_address(name) or (bool(name) and "." not in name)
+        if is_own and len(self._known) < _MOST_REMEMBERED:
             self._known.add(host)
-        return ours
+        return is_own
 
     def _is_own_page(self, origin: bytes, host: bytes) -> bool:
         try:
@@ -182,7 +182,7 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _shown(value: bytes) -> str:
+def _printable(value: bytes) -> str:
     return ascii(value[:100].decode("ascii", "replace"))[1:-1]
 
 
@@ -226,13 +226,13 @@ def checked(use: Use, key: str, text: str, now: float | None = None) -> Pass | N
         return None
     if len(raw) != _LENGTH or not _is_whole(text, raw):
         return None
-    told, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
-    if not hmac.compare_digest(mac, _mac(use, key, told)):
+    payload, mac = raw[:-_MAC_BYTES], raw[-_MAC_BYTES:]
+    if not hmac.compare_digest(mac, _mac(use, key, payload)):
         return None
-    ends_at = int.from_bytes(told[_NONCE_BYTES:])
+    ends_at = int.from_bytes(payload[_NONCE_BYTES:])
     if ends_at <= (time.time() if now is None else now):
         return None
-    return Pass(told[:_NONCE_BYTES], ends_at)
+    return Pass(payload[:_NONCE_BYTES], ends_at)
 
 
 def _is_whole(text: str, raw: bytes) -> bool:
@@ -310,15 +310,15 @@ class SignIn:
         self._secret = config.oidc_client_secret
         self._rules = config.oidc_roles
         self._key = key
-        told = orjson.dumps([config.oidc_issuer, self._client_id, dict(self._rules)])
-        self._trust = sha256(told).digest()
+        trusted = orjson.dumps([config.oidc_issuer, self._client_id, dict(self._rules)])
+        self._trust = sha256(trusted).digest()
 
     async def begin(self, state: str, redirect_uri: str) -> str:
         """Return the issuer's address to which the browser is redirected. Raises SignInRefused."""
         try:
             metadata = await self._issuer.metadata()
-        except IssuerUnavailable as away:
-            log.warning(Log.ISSUER_AWAY, detail=away.message)
+        except IssuerUnavailable as unavailable:
+            log.warning(Log.ISSUER_AWAY, detail=unavailable.message)
             raise SignInRefused("issuer") from None
         challenge = sha256(self._derived("verifier", state).encode()).digest()
         query = {
@@ -350,18 +350,18 @@ class SignIn:
             answer = await self._issuer.redeem(form, self._client_id, secret)
             token = str(answer.get("id_token", "")).encode()
             claims = await self._issuer.claims(token, self._client_id)
-        except IssuerUnavailable as away:
-            log.warning(Log.ISSUER_AWAY, detail=away.message)
+        except IssuerUnavailable as unavailable:
+            log.warning(Log.ISSUER_AWAY, detail=unavailable.message)
             raise SignInRefused("issuer") from None
-        except Unauthenticated as wrong:
-            log.warning(Log.SIGN_IN_REFUSED, detail=wrong.message)
+        except Unauthenticated as invalid:
+            log.warning(Log.SIGN_IN_REFUSED, detail=invalid.message)
             raise SignInRefused("refused") from None
         return self._person(state, claims)
 
     def _person(self, state: str, claims: Mapping[str, Any]) -> Person:
-        is_ours = claims.get("azp", self._client_id) == self._client_id
+        is_for_us = claims.get("azp", self._client_id) == self._client_id
         nonce = str(claims.get("nonce", ""))
-        if not is_ours or not hmac.compare_digest(nonce.encode(), self._nonce(state)):
+        if not is_for_us or not hmac.compare_digest(nonce.encode(), self._nonce(state)):
             log.warning(Log.SIGN_IN_REFUSED, detail="the ID token is of another sign-in")
             raise SignInRefused("refused")
         role = role_by(self._rules, claims)
@@ -376,8 +376,8 @@ class SignIn:
     def cookie(self, person: Person, now: float | None = None) -> str:
         """Return the value of a person's cookie."""
         ends_at = int((time.time() if now is None else now) + PERSON_S)
-        told = orjson.dumps([ends_at, secrets.token_hex(8), *person])
-        return f"{urlsafe_b64encode(told).decode()}.{self._mac(told).hex()}"
+        payload = orjson.dumps([ends_at, secrets.token_hex(8), *person])
+        return f"{urlsafe_b64encode(payload).decode()}.{self._mac(payload).hex()}"
 
     def person(self, cookie: str, now: float | None = None) -> Person | None:
         """Return the person of a cookie; None if the cookie is invalid or expired."""
@@ -385,27 +385,31 @@ class SignIn:
         if len(cookie) > _MOST_COOKIE_CHARS:
             return None
         try:
-            told = urlsafe_b64decode(coded.encode("ascii"))
+            payload = urlsafe_b64decode(coded.encode("ascii"))
         except ValueError:
             return None
-        if not hmac.compare_digest(mac.encode("ascii", "replace"), self._mac(told).hex().encode()):
+        if not hmac.compare_digest(
+            mac.encode("ascii", "replace"), self._mac(payload).hex().encode()
+        ):
             return None
-        if not _is_whole(coded, told):
+        if not _is_whole(coded, payload):
             return None
-        ends_at, _, name, subject, role = orjson.loads(told)
+        ends_at, _, name, subject, role = orjson.loads(payload)
         if ends_at <= (time.time() if now is None else now):
             return None
         return Person(name, subject, OperatorRole(role))
 
     def _derived(self, use: str, state: str) -> str:
-        told = f"tidegate sign-in {use} 1:{state}".encode()
-        return urlsafe_b64encode(hmac.digest(self._key.encode(), told, sha256)).decode().rstrip("=")
+        label = f"tidegate sign-in {use} 1:{state}".encode()
+        return (
+            urlsafe_b64encode(hmac.digest(self._key.encode(), label, sha256)).decode().rstrip("=")
+        )
 
     def _nonce(self, state: str) -> bytes:
         return self._derived("nonce", state).encode()
 
-    def _mac(self, told: bytes) -> bytes:
-        message = b"tidegate sign-in person 1:" + self._trust + told
+    def _mac(self, payload: bytes) -> bytes:
+        message = b"tidegate sign-in person 1:" + self._trust + payload
         return hmac.digest(self._key.encode(), message, sha256)
 
 
@@ -437,9 +441,9 @@ def cookie_name(key: str) -> str:
 
 def _made(use: Use, key: str, lasts_s: int, now: float | None) -> str:
     ends_at = int((time.time() if now is None else now) + lasts_s)
-    told = secrets.token_bytes(_NONCE_BYTES) + ends_at.to_bytes(_END_BYTES)
-    return urlsafe_b64encode(told + _mac(use, key, told)).decode()
+    payload = secrets.token_bytes(_NONCE_BYTES) + ends_at.to_bytes(_END_BYTES)
+    return urlsafe_b64encode(payload + _mac(use, key, payload)).decode()
 
 
-def _mac(use: Use, key: str, told: bytes) -> bytes:
-    return hmac.digest(key.encode(), f"tidegate sign-in {use} 1:".encode() + told, sha256)
+def _mac(use: Use, key: str, payload: bytes) -> bytes:
+    return hmac.digest(key.encode(), f"tidegate sign-in {use} 1:".encode() + payload, sha256)

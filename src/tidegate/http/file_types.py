@@ -168,14 +168,14 @@ class TypeCheck:
     after the first 4 KB.
     """
 
-    __slots__ = ("_decided", "_decoder", "_field", "_head", "_name", "_said", "_size_bytes")
+    __slots__ = ("_decided", "_declared", "_decoder", "_field", "_head", "_name", "_size_bytes")
 
-    def __init__(self, name: str, said: str | None, *, field: str = "file") -> None:
-        """`name` is a `safe_name`; `said` is the type that the client declared, if any."""
-        said = (said or "").split(";")[0].strip().lower()
+    def __init__(self, name: str, declared: str | None, *, field: str = "file") -> None:
+        """`name` is a `safe_name`; `declared` is the type that the client declared, if any."""
+        declared = (declared or "").split(";")[0].strip().lower()
         self._name = name
         self._field = field
-        self._said = _ALIASES.get(said, said)
+        self._declared = _ALIASES.get(declared, declared)
         self._head = bytearray()
         self._size_bytes = 0
         self._decided: str | None = None
@@ -207,28 +207,28 @@ class TypeCheck:
             self._decided = textual
             self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
             self._check_text(bytes(self._head))
-        elif found is None and self._said in _BINARY:
-            raise self._refusal(f"was sent as {self._said}, but {self._its_content()}")
+        elif found is None and self._declared in _BINARY:
+            raise self._refusal(f"was sent as {self._declared}, but {self._its_content()}")
         elif found is None:
-            raise self._refusal(f"is {self._said}, which is not supported")
-        elif self._said in _UNSAID or found == self._said:
+            raise self._refusal(f"is {self._declared}, which is not supported")
+        elif self._declared in _UNSAID or found == self._declared:
             self._decided = found
-        elif found in _ALSO.get(self._said, ()):
-            self._decided = self._said if found == "audio/mpeg" else found
-        elif textual is not None or self._said in _BINARY:
-            raise self._refusal(f"was sent as {self._said}, but its content is {found}")
+        elif found in _ALSO.get(self._declared, ()):
+            self._decided = self._declared if found == "audio/mpeg" else found
+        elif textual is not None or self._declared in _BINARY:
+            raise self._refusal(f"was sent as {self._declared}, but its content is {found}")
         else:
-            raise self._refusal(f"is {self._said}, which is not supported")
+            raise self._refusal(f"is {self._declared}, which is not supported")
         self._head.clear()
 
     def _text_type(self) -> str | None:
         """Return the type of this file if it is text; None if another type was declared."""
         suffix = PurePosixPath(self._name).suffix.lower()
-        if self._said in _UNSAID or self._said in _MISSAID.get(suffix, ()):
+        if self._declared in _UNSAID or self._declared in _MISSAID.get(suffix, ()):
             return _TEXT_NAMES.get(suffix, "text/plain")
-        if self._said in _TEXT_TYPES:
-            return self._said
-        return "text/plain" if _TEXTUAL.fullmatch(self._said) else None
+        if self._declared in _TEXT_TYPES:
+            return self._declared
+        return "text/plain" if _TEXTUAL.fullmatch(self._declared) else None
 
     def _check_text(self, data: bytes, *, last: bool = False) -> None:
         if self._decoder is None:
@@ -240,9 +240,9 @@ class TypeCheck:
             broken = True
         if not broken:
             return
-        if self._said in _UNSAID:
+        if self._declared in _UNSAID:
             raise self._refusal(f"has an unknown type: {self._its_content(data)}")
-        raise self._refusal(f"was sent as {self._said}, but {self._its_content(data)}")
+        raise self._refusal(f"was sent as {self._declared}, but {self._its_content(data)}")
 
     def _its_content(self, data: bytes = b"") -> str:
         import puremagic  # imported with its tables only for rejections

@@ -32,7 +32,7 @@ from tidegate.errors import (
     Unauthenticated,
     UpstreamMissing,
 )
-from tidegate.http.auth import Authenticator, in_headers, shown_in
+from tidegate.http.auth import Authenticator, credentials_in, in_headers
 from tidegate.http.browsers import checked, cookie_name
 from tidegate.http.problems import problem_responses
 from tidegate.http.services import CALLER_IN_SCOPE, Services, services_of
@@ -86,18 +86,18 @@ def check_prompt(
 ) -> None:
     """Raise InvalidRequest if no upstream can answer a prompt, whatever its kind turns out to be;
     UpstreamMissing if none can from this process, unless it is queued."""
-    wrong: list[InvalidRequest] = []
+    refusals: list[InvalidRequest] = []
     models = _models(model, classification, config)
     for one, kind in models:
         try:
             targets.of_prompt(one, kind, files)
         except InvalidRequest as refused:
-            wrong.append(refused)
+            refusals.append(refused)
         except UpstreamMissing:
             if not is_queued:  # otherwise a worker that can reach the upstream claims it
                 raise
-    if len(wrong) == len(models):
-        raise wrong[0]
+    if len(refusals) == len(models):
+        raise refusals[0]
 
 
 def _models(
@@ -233,8 +233,8 @@ async def admit_admin(request: Request) -> AsyncIterator[None]:
 def address_of(request: Request) -> str:
     """Return the address of a request: that of the connection, and the one that a proxy reports."""
     peer = "" if request.client is None else request.client.host
-    told = request.headers.get("x-forwarded-for", "")[:200]
-    return f"{peer}, forwarded for {told}" if told.isprintable() and told else peer
+    forwarded = request.headers.get("x-forwarded-for", "")[:200]
+    return f"{peer}, forwarded for {forwarded}" if forwarded.isprintable() and forwarded else peer
 
 
 async def checked_operator(request: Request) -> Operator:
@@ -259,12 +259,12 @@ async def operator_of(request: Request) -> Operator:
     """Return the operator, with any role. Raises Unauthenticated, Forbidden for a key without a
     role, and StoreUnavailable."""
     services = services_of(request)
-    shown = in_headers(request.scope["headers"])
-    if _shows_operator_key(services, shown):
+    credentials = in_headers(request.scope["headers"])
+    if _has_operator_key(services, credentials):
         return Operator(OPERATOR, OperatorRole.ADMIN)
-    if not shown and (signed_in := await who_signed_in(request, services)) is not None:
+    if not credentials and (signed_in := await who_signed_in(request, services)) is not None:
         return signed_in
-    if not shown and not services.gate.on:
+    if not credentials and not services.gate.on:
         raise Unauthenticated(_HOW)
     try:
         caller, role = await services.gate.operator(
@@ -300,7 +300,7 @@ async def _reader_of_record(request: Request) -> Caller:
     if services.gate.on:
         return await caller_of(request, Scope.READ)
     await checked_operator(request)
-    caller = services.gate.unasked(request.scope["headers"])
+    caller = services.gate.keyless_caller(request.scope["headers"])
     request.scope[CALLER_IN_SCOPE] = caller
     return caller
 
@@ -309,10 +309,10 @@ async def _reader_of_record(request: Request) -> Caller:
 RecordReader = Annotated[Caller, Depends(_reader_of_record)]
 
 
-def _shows_operator_key(services: Services, shown: list[bytes]) -> bool:
+def _has_operator_key(services: Services, credentials: list[bytes]) -> bool:
     # In constant time, which does not reveal how much of a key was right.
     key = services.operator_key.get_secret_value().encode()
-    return any(hmac.compare_digest(one, key) for one in shown)
+    return any(hmac.compare_digest(one, key) for one in credentials)
 
 
 async def who_signed_in(request: Request, services: Services) -> Operator | None:
@@ -344,11 +344,13 @@ _PASS = re.compile(r"([a-z0-9]{10})\.([0-9a-f]{64})", re.ASCII)
 
 def own_origin(scope: Any) -> str:
     """Return the origin by which the client of a request reaches us."""
-    said = dict(scope["headers"])
-    host = said.get(b"host", b"").decode("latin-1")
+    headers = dict(scope["headers"])
+    host = headers.get(b"host", b"").decode("latin-1")
     # A proxy that terminates TLS sets this header. A client that sends it falsely misleads only
     # itself.
-    scheme = "https" if said.get(b"x-forwarded-proto", b"").strip() == b"https" else scope["scheme"]
+    scheme = (
+        "https" if headers.get(b"x-forwarded-proto", b"").strip() == b"https" else scope["scheme"]
+    )
     return f"{scheme}://{host}"
 
 
@@ -361,7 +363,7 @@ def own_urls(scope: Any, path: str, secret: str) -> Callable[[str], str]:
         return f"{query}&{MARK}={_signature(_unmarked(query), b'', secret)}"
 
     own_url = f"{own_origin(scope)}{path}"
-    key = shown_in(scope["headers"], scope["query_string"]).key
+    key = credentials_in(scope["headers"], scope["query_string"]).key
     prefix = None if key is None else prefix_of(key)
     if key is None or prefix is None:
         return lambda query: f"{own_url}?{marked(query)}"
@@ -390,8 +392,8 @@ def upload_upstream(query: bytes, secret: str, *, has_pass: bool = False) -> str
     if has_pass:
         return pairs.get(AT_UPSTREAM, "")
     mark = _signature(_unmarked(query.decode("latin-1")), b"", secret)
-    is_ours = hmac.compare_digest(mark.encode(), pairs.get(MARK, "").encode())
-    return pairs.get(AT_UPSTREAM, "") if is_ours else ""
+    is_own_mark = hmac.compare_digest(mark.encode(), pairs.get(MARK, "").encode())
+    return pairs.get(AT_UPSTREAM, "") if is_own_mark else ""
 
 
 def _unmarked(query: str) -> str:
@@ -402,11 +404,11 @@ def _unmarked(query: str) -> str:
 async def admit_upload(gate: Authenticator, scope: Any, secret: str) -> Caller | None:
     """Return the caller of an upload by the pass in its URL; None if the request shows a key, or
     has no pass. Raises Unauthenticated, Forbidden, StoreUnavailable."""
-    if shown_in(scope["headers"], scope["query_string"]).key is not None:
+    if credentials_in(scope["headers"], scope["query_string"]).key is not None:
         return None
     pairs = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    shown = [_PASS.fullmatch(value) for name, value in pairs if name == PASS]
-    if len(shown) != 1 or (found := shown[0]) is None:
+    passes = [_PASS.fullmatch(value) for name, value in pairs if name == PASS]
+    if len(passes) != 1 or (found := passes[0]) is None:
         return None
     query = urlencode([pair for pair in pairs if pair[0] != PASS])
     prefix, signature = found.groups()

@@ -72,7 +72,7 @@ def idempotency_of(key: str | None, submission: Submission) -> Idempotency | Non
     """Return `key` with the digest of the submission, which must contain its files' `digests`."""
     if key is None:
         return None
-    asked = {
+    fields = {
         "prompt": submission.prompt,
         "type": submission.kind,
         "model": submission.model,
@@ -90,11 +90,11 @@ def idempotency_of(key: str | None, submission: Submission) -> Idempotency | Non
         ],
     }
     # Absent fields are left out, so that a field added later does not change older digests.
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in fields.items() if value is not None}
     return Idempotency(key, sha256(orjson.dumps(given)).hexdigest())
 
 
-_COME_BACK_MS = 1_000
+_RETRY_AFTER_MS = 1_000
 
 log = get_logger()
 
@@ -133,14 +133,14 @@ def _target_of(call: NativeCall) -> str:
 class Once:
     """A request with a key. `lost`: an earlier request whose answer was lost, if any."""
 
-    def __init__(self, keys: NativeKeys, call: NativeCall, wanted: Idempotency) -> None:
+    def __init__(self, keys: NativeKeys, call: NativeCall, idempotency: Idempotency) -> None:
         self._keys = keys
         self._call = call
-        self._wanted = wanted
+        self._idempotency = idempotency
         self.lost: UUID | None = None
         self._owner = Owner(
             tenant_id=call.terms.caller.tenant_id,
-            key=wanted.key,
+            key=idempotency.key,
             request_id=call.terms.request_id,
             subject=call.terms.subject,
             received_at=call.received_at,
@@ -150,20 +150,20 @@ class Once:
         """Take the key for this request, or return its stored answer. Raises StoreUnavailable, and
         IdempotencyConflict, also if the first request is not answered before our deadline."""
         call = self._call
-        taken = await self._keys.take(self._owner, self._wanted)
+        taken = await self._keys.take(self._owner, self._idempotency)
         while isinstance(taken, KeyState):
-            if taken.digest != self._wanted.digest:
+            if taken.digest != self._idempotency.digest:
                 raise IdempotencyConflict("this idempotency key was used for a different request")
             if taken.answer is not None:
                 return taken
             if call.terms.left_ms() <= 0:
                 raise IdempotencyConflict(
                     "the first request with this idempotency key is still in progress",
-                    retry_after_ms=_COME_BACK_MS,
+                    retry_after_ms=_RETRY_AFTER_MS,
                 )
-            known = await self._keys.look(call.terms.caller.tenant_id, self._wanted.key)
+            known = await self._keys.poll(call.terms.caller.tenant_id, self._idempotency.key)
             if known is None or known.lapsed:
-                taken = await self._keys.take(self._owner, self._wanted)
+                taken = await self._keys.take(self._owner, self._idempotency)
             else:
                 taken = known
         self.lost = taken.lost
@@ -179,8 +179,8 @@ class Once:
         # A form has no JSON, and no field that requests the usage of a stream.
         if raw and given.content_type.startswith("text/event-stream"):
             reading = partial(unchecked_facts, self._call.endpoint, raw)
-            _, asked = await aside(len(raw), reading)
-            if asked.wants_usage:
+            _, facts = await aside(len(raw), reading)
+            if facts.wants_usage:
                 without = WithoutUsageEvent()
                 answer = without.take(answer) + without.rest()
         headers = [

@@ -49,9 +49,9 @@ from tidegate.http.submission import (
     JOB_BODY,
     Submission,
     ask_of,
-    body_apart,
     discard,
     read_submission,
+    with_body_as_file,
 )
 from tidegate.http.views import (
     Accepted,
@@ -84,8 +84,8 @@ async def charged_view(services: Services, record: RequestRecord, prefix: str) -
                 record.request_id, record.tenant_id, record.finished_at
             )
             record = replace(record, usage=replace(record.usage, details=details))
-        except StoreUnavailable as away:  # an answer without the cost is better than none
-            log.debug(Log.STORE_AWAY, detail=away.message)
+        except StoreUnavailable as unavailable:  # an answer without the cost is better than none
+            log.debug(Log.STORE_AWAY, detail=unavailable.message)
     return status_view(record, prefix, cost_micros)
 
 
@@ -94,18 +94,18 @@ async def _queued_view(services: Services, view: StatusView, request_id: UUID) -
     try:
         found = await services.store.running_calls.whereabouts(request_id)
         reason = await services.waiting_of(found, datetime.now(UTC))
-    except (NotFound, StoreUnavailable) as away:  # the status is valid without these
-        log.debug(Log.STORE_AWAY, detail=away.message)
+    except (NotFound, StoreUnavailable) as unavailable:  # the status is valid without these
+        log.debug(Log.STORE_AWAY, detail=unavailable.message)
         return view
-    seen = {"waits_for": reason.limit, "ahead": reason.ahead, "wait_ms": reason.wait_ms}
-    return view.model_copy(update=seen)
+    place = {"waits_for": reason.limit, "ahead": reason.ahead, "wait_ms": reason.wait_ms}
+    return view.model_copy(update=place)
 
 
 MEDIA_TYPE = "text/event-stream"
 KEEP_ALIVE_S = 15.0
-_COME_BACK_MS = 1_000
+_RECONNECT_AFTER_MS = 1_000
 _PAUSE_S = 1.0
-_SEEN = re.compile(r"(?P<version>[0-9]{1,18})(?P<done>-done)?")
+_EVENT_ID = re.compile(r"(?P<version>[0-9]{1,18})(?P<done>-done)?")
 
 
 # The OpenAPI entries of the live status, besides JSON.
@@ -132,13 +132,13 @@ def live_status(
     A client that has received all events gets 204: browsers reconnect until then.
     """
     last = request.headers.get("last-event-id")
-    seen = None if last is None else _SEEN.fullmatch(last)
-    if last is not None and seen is None:
+    event_id = None if last is None else _EVENT_ID.fullmatch(last)
+    if last is not None and event_id is None:
         raise InvalidRequest(
             "Last-Event-ID", "no event has this id", allowed="the id of the last event received"
         )
-    version = None if seen is None else int(seen["version"])
-    if seen and seen["done"] and record.status.is_end and version == record.version:
+    version = None if event_id is None else int(event_id["version"])
+    if event_id and event_id["done"] and record.status.is_end and version == record.version:
         return Response(status_code=204)
     return LiveStatus(request, services, record, prefix, version, caller)
 
@@ -152,7 +152,7 @@ class LiveStatus(Response):
         services: Services,
         record: RequestRecord,
         prefix: str,
-        seen: int | None,
+        version: int | None,
         caller: Caller,
     ) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class LiveStatus(Response):
         self._services = services
         self._record = record
         self._prefix = prefix
-        self._seen = seen
+        self._sent_version = version
         self._caller = caller
         self._written_at = time.monotonic()
 
@@ -179,7 +179,7 @@ class LiveStatus(Response):
         try:
             async with _ends(self._services, receive) as ends:
                 await writer.start({REQUEST_ID_HEADER: str(self._record.request_id)})
-                await writer.come_back(_COME_BACK_MS)
+                await writer.send_retry(_RECONNECT_AFTER_MS)
                 await self._follow(writer, ends)
                 await writer.end()
         except ClientStalled:
@@ -191,11 +191,11 @@ class LiveStatus(Response):
     async def _follow(self, writer: EventWriter, ends: Ends) -> None:
         while True:
             record = self._record
-            if record.version != self._seen:
+            if record.version != self._sent_version:
                 view = await charged_view(self._services, record, self._prefix)
-                told = view.model_dump_json(exclude_none=True).encode()
-                await writer.status("status", told, str(record.version))
-                self._seen, self._written_at = record.version, time.monotonic()
+                data = view.model_dump_json(exclude_none=True).encode()
+                await writer.status("status", data, str(record.version))
+                self._sent_version, self._written_at = record.version, time.monotonic()
             if record.status.is_end:
                 last = {"request_id": str(record.request_id), "status": record.status}
                 await writer.status("done", orjson.dumps(last), f"{record.version}-done")
@@ -350,7 +350,7 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
                 with suppress(UpstreamMissing):
                     await _check_bounded(job, services, caller)
             async with services.store.queue_caps.room(caller, jobs=1, size_bytes=_size_of(job)):
-                job = await body_apart(job, services.blobs)
+                job = await with_body_as_file(job, services.blobs)
                 earlier = await services.store.jobs.submit(job)
     except (Forbidden, IdempotencyConflict, InvalidRequest, QuotaExceeded):
         await _forget(job, services)
@@ -434,7 +434,7 @@ def _new_job(
 def _classified(submission: Submission, services: Services, caller: Caller) -> Classification:
     """Return the kind as far as known. Raises NotFound if no upstream serves a native call."""
     if submission.endpoint is None:
-        return services.prompts.first_look(ask_of(submission, caller))
+        return services.prompts.classify_by_rules(ask_of(submission, caller))
     dialect = dialect_of(submission.endpoint, frozenset(), b"")
     with suppress(UpstreamMissing):  # a worker that can reach the upstream claims it
         services.spine.targets.of(dialect, submission.model or "")

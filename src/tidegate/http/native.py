@@ -25,7 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 from tidegate.call import ANYBODY, Caller, Status, new_id
 from tidegate.dialects import DIALECTS, METHODS, endpoint_in, methods_at
 from tidegate.dialects.forms import is_form
-from tidegate.dialects.headers import content_type_in, kept_private, to_send
+from tidegate.dialects.headers import as_private, content_type_in, to_send
 from tidegate.dialects.requests import LARGE_BYTES, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
 from tidegate.errors import (
@@ -172,8 +172,8 @@ def call_of(
         conversation = _session_in(headers)
     is_traced = tracing.on or parent is not None
     trail = tracing.trail(request_id, parent) if is_traced else None
-    came_at: bytes = scope.get("raw_path") or b""
-    query = _query(endpoint, scope["query_string"], came_at) if scope["query_string"] else ""
+    raw_path: bytes = scope.get("raw_path") or b""
+    query = _query(endpoint, scope["query_string"], raw_path) if scope["query_string"] else ""
     received_s, received_at = received
     priority = min(priority, caller.most_priority)
     terms = Terms(request_id, caller, received_s, wait_ms, priority, trail)
@@ -186,7 +186,7 @@ def call_of(
         endpoint,
         scope["method"],
         query,
-        _sent_on(headers if trail is None else _without_parent(headers), came_at, body),
+        _sent_on(headers if trail is None else _without_parent(headers), raw_path, body),
         body if endpoint.is_counted or endpoint.operation.has_body else b"",
         received_at,
         show,
@@ -227,10 +227,10 @@ def _is_coded(headers: Headers) -> bool:
     return False
 
 
-def _sent_on(headers: Headers, came_at: bytes, body: bytes) -> Headers:
+def _sent_on(headers: Headers, raw_path: bytes, body: bytes) -> Headers:
     """Return the headers to forward. A client of Claude at Vertex sends the version in the body."""
     sent = to_send(headers)
-    if _CLAUDE_AT_VERTEX in came_at and all(name != b"anthropic-version" for name, _ in sent):
+    if _CLAUDE_AT_VERTEX in raw_path and all(name != b"anthropic-version" for name, _ in sent):
         # Only the ends of a large body: no client puts the version after a file.
         ends = body
         if len(body) > LARGE_BYTES:
@@ -241,12 +241,12 @@ def _sent_on(headers: Headers, came_at: bytes, body: bytes) -> Headers:
     return sent
 
 
-def _query(endpoint: Endpoint, given: bytes, came_at: bytes) -> str:
+def _query(endpoint: Endpoint, given: bytes, raw_path: bytes) -> str:
     """Return the query to forward. Raises InvalidRequest."""
     query = given.decode("latin-1")
     if _MAYBE_NOT_SENT.search(query) is not None:
         query = _without(_NOT_SENT_IN_QUERY, query)
-    if came_at.startswith(_AZURE):
+    if raw_path.startswith(_AZURE):
         query = _without(_VERSION_IN_QUERY, query)
     if endpoint.is_counted and _MAYBE_FORM.search(query) is not None:
         _check_form(query)
@@ -268,9 +268,11 @@ def _check_form(query: str) -> None:
         form = value.partition(";")[0]  # the rest selects how enumerations are written
         if plain not in _FORMS or (plain == "alt" and form in _READ_FORMS):
             continue
-        said = f"{name[:64]!a} asks for an answer whose usage can't be read, which is not relayed"
+        message = (
+            f"{name[:64]!a} asks for an answer whose usage can't be read, which is not relayed"
+        )
         allowed = "json or sse" if plain == "alt" else f"a query without {plain}"
-        raise InvalidRequest(plain, said, allowed=allowed)
+        raise InvalidRequest(plain, message, allowed=allowed)
 
 
 def _whole(name: bytes, value: bytes, least: int, most: int) -> int:
@@ -330,14 +332,14 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:
-            await front.refuse_unheard(not_relayed(method, path, methods), None)
+            await front.refuse_unrecorded(not_relayed(method, path, methods), None)
         else:
             await front.answer(endpoint)
     except Exception:  # the top of a request's task: logged only here
         log.exception(Log.INTERNAL_ERROR, method=method, path=path)
-        await front.tell(TidegateError("an internal error; it has been logged"))
+        await front.report(TidegateError("an internal error; it has been logged"))
     finally:
-        front.say_done()
+        front.log_answered()
 
 
 class _Front:
@@ -395,7 +397,7 @@ class _Front:
         self._direct: Direct | None = offered["answer"] if direct else None
 
     def has_left(self) -> bool:
-        return self._presence is not None and self._presence.gone
+        return self._presence is not None and self._presence.is_disconnected
 
     async def answer(self, endpoint: Endpoint) -> None:
         self._services.streams.add(self._task)
@@ -439,7 +441,7 @@ class _Front:
                 await self._services.store.audit.room(call.terms.left_ms())
             opening = await self._opening(call)
         except TidegateError as error:
-            await self.refuse_unheard(error, endpoint)
+            await self.refuse_unrecorded(error, endpoint)
             return
         except ClientDisconnect:
             return
@@ -464,7 +466,7 @@ class _Front:
             self._record.response_type = content_type_in(self._headers)
             self._record.end(status, failure)
             if form is not None:
-                await self._keep_form(form)
+                await self._record_form(form)
             self._services.store.audit.put(self._record)
             if self._once is not None and status is Status.SUCCEEDED:
                 self._once.ended(self._record, content_type_in(self._headers) or "")
@@ -502,7 +504,7 @@ class _Front:
             return FormBody(form, data=self._spool.data)
         return FormBody(form, path=self._spool.path)
 
-    async def _keep_form(self, form: FormBody) -> None:
+    async def _record_form(self, form: FormBody) -> None:
         """Record the body; only its beginning if it is long, or if the recording falls behind."""
         record, most_bytes = self._record, KEPT_BYTES
         if self._services.store.audit.is_full:
@@ -529,8 +531,8 @@ class _Front:
         return await gate.identify(self._scope["headers"], self._scope["query_string"])
 
     def _upload_secret(self, endpoint: Endpoint) -> str:
-        speaking = self._services.spine.targets.speaking(endpoint.dialect)
-        return upload_secret(speaking, self._services.operator_key)
+        upstreams = self._services.spine.targets.upstreams_of(endpoint.dialect)
+        return upload_secret(upstreams, self._services.operator_key)
 
     async def _opening(self, call: NativeCall) -> Opening | None:
         """Count another open stream of a tenant with a cap on streams. Raises QuotaExceeded."""
@@ -546,44 +548,46 @@ class _Front:
         try:
             if call.endpoint.operation is Operation.UPLOAD:
                 await self._upload(call)
-            elif call.has_key and (wanted := await idempotency_in(call, self._scope["headers"])):
-                await self._run_once(call, wanted)
+            elif call.has_key and (
+                idempotency := await idempotency_in(call, self._scope["headers"])
+            ):
+                await self._run_once(call, idempotency)
             else:
                 await self._services.relay.run(call, self, self._record)
             return Status.SUCCEEDED, None
         except CallFailed as failed:
-            status, error, telling = Status.FAILED, failed.error, self._tell_failed(failed)
+            status, error, reporting = Status.FAILED, failed.error, self._report_failed(failed)
         except TidegateError as refused:
             expired = isinstance(refused, DeadlineExceeded)
             status = Status.EXPIRED if expired else Status.FAILED
-            error, telling = refused, self.tell(refused)
+            error, reporting = refused, self.report(refused)
         except asyncio.CancelledError:
             # Cancelled here, because the client disconnected; or by the server, which stops.
             self._task.uncancel()
             # The body of an upload is read by the task that forwards it.
             is_slow = self._incoming is not None and self._incoming.is_slow
-            if presence.gone and not is_slow:
+            if presence.is_disconnected and not is_slow:
                 return Status.CANCELLED, client_left(self._record)
             status, error = Status.FAILED, ShuttingDown("this process is stopping; retry")
             if is_slow:
                 error = RequestTimeout("the request's body arrives too slowly")
-            telling = self.tell(error)
+            reporting = self.report(error)
         except Exception:  # an unforeseen error: logged here, and the call is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(self._request_id))
             status = Status.FAILED
             error = TidegateError("an internal error; it has been logged")
-            telling = self.tell(error)
+            reporting = self.report(error)
         try:
-            await telling
+            await reporting
         except asyncio.CancelledError:  # disconnected meanwhile, or the grace is over
             self._task.uncancel()
             abort(self._scope)
         return status, Failure.of(error)
 
-    async def _run_once(self, call: NativeCall, wanted: Idempotency) -> None:
+    async def _run_once(self, call: NativeCall, idempotency: Idempotency) -> None:
         """Make the call with an idempotency key: a new call only if the one that it waited for has
         failed."""
-        once = self._once = Once(self._services.store.native_keys, call, wanted)
+        once = self._once = Once(self._services.store.native_keys, call, idempotency)
         taken = await once.take()
         if isinstance(taken, KeyState):
             self._request_id, self._is_replay = taken.request_id, True
@@ -630,8 +634,8 @@ class _Front:
             waited_ms = (time.monotonic() - self._received) * 1000
             piece = DIALECTS[self._dialect].keep_alive
             if shows and self._record.waits:
-                shown = await self._services.place_shown(self._record, waited_ms)
-                piece = DIALECTS[self._dialect].wait_event(shown)
+                place = await self._services.place_json(self._record, waited_ms)
+                piece = DIALECTS[self._dialect].wait_event(place)
                 if self._is_answering():
                     return
             elif shows and not 0 < self._services.config.keep_alive_after_ms <= waited_ms:
@@ -649,7 +653,7 @@ class _Front:
     def _with_id(self, headers: Headers) -> Headers:
         self._id_text = str(self._request_id)
         if self._scope["method"] in CACHEABLE:
-            headers = kept_private(headers)
+            headers = as_private(headers)
         headers.append((_REQUEST_ID, self._id_text.encode()))
         if self._once is not None and self._once.lost is not None:
             headers.append((_LOST, str(self._once.lost).encode()))
@@ -700,16 +704,16 @@ class _Front:
             headers.append((b"x-tidegate-queue-ms", b"%.1f" % record.queue_ms))
         await self.whole(status, headers, body)
 
-    async def _tell_failed(self, failed: CallFailed) -> None:
+    async def _report_failed(self, failed: CallFailed) -> None:
         """Report a failure with the upstream's own body if there is one. Its rejection of our key
         is replaced: clients would take it for theirs."""
-        if failed.told:
+        if failed.reported:
             return
         if self._head_sent or not failed.status:
-            await self.tell(failed.error)
+            await self.report(failed.error)
             return
         if isinstance(failed.error, UpstreamUnauthorized) and failed.error.of_key:
-            await self.tell(failed.error.for_clients())
+            await self.report(failed.error.for_clients())
             return
         headers = [*failed.headers, (b"content-length", str(len(failed.body)).encode())]
         after_ms = failed.paused_ms or failed.error.retry_after_ms
@@ -723,7 +727,7 @@ class _Front:
         self._record.keep(failed.body)
         await self.whole(failed.status, headers, failed.body)
 
-    async def tell(self, error: TidegateError) -> None:
+    async def report(self, error: TidegateError) -> None:
         """Report an error in the way that is still possible: as the whole answer, as the last event
         of a stream, or by cutting the connection."""
         if not self._head_sent:
@@ -734,7 +738,7 @@ class _Front:
         else:
             abort(self._scope)
 
-    def say_done(self) -> None:
+    def log_answered(self) -> None:
         took_s = time.monotonic() - self._received
         count_answer(self._services.tally, NATIVE, self._record.http_status, took_s)
         fields = {
@@ -755,7 +759,7 @@ class _Front:
             }
         log_request(fields)
 
-    async def refuse_unheard(self, error: TidegateError, endpoint: Endpoint | None) -> None:
+    async def refuse_unrecorded(self, error: TidegateError, endpoint: Endpoint | None) -> None:
         """Answer with an error of ours a request that is not recorded."""
         await self.refuse(error)
         record = self._record

@@ -385,14 +385,14 @@ async def _items(services: Services, notes: Notes, tenant_id: str | None) -> lis
     found.sort(key=lambda each: (each[1].received_at, each[1].request_id))
     del found[MOST_SHOWN + 1 :]
     waiting = {call.pool for _, call in found if call.admitted_at is None}
-    looks = {
-        pool: await services.looks.of(services.limiters[pool])
+    snapshots = {
+        pool: await services.recent_reads.of(services.limiters[pool])
         for pool in waiting & services.limiters.keys()
     }
-    return [_item(process, call, looks.get(call.pool)) for process, call in found]
+    return [_item(process, call, snapshots.get(call.pool)) for process, call in found]
 
 
-def _item(process: str, call: ActiveCall, look: Snapshot | None) -> AdminRunningItem:
+def _item(process: str, call: ActiveCall, snapshot: Snapshot | None) -> AdminRunningItem:
     waits = call.admitted_at is None
     return view_of(
         AdminRunningItem,
@@ -400,7 +400,7 @@ def _item(process: str, call: ActiveCall, look: Snapshot | None) -> AdminRunning
         status="queued" if waits else "running",
         type=Kind(call.kind) if call.kind in _KINDS else None,
         submitted_at=call.received_at,
-        waits_for=_held_up_by(process, call, look) if waits and look is not None else None,
+        waits_for=_held_up_by(process, call, snapshot) if waits and snapshot is not None else None,
         process=process,
     )
 
@@ -408,20 +408,20 @@ def _item(process: str, call: ActiveCall, look: Snapshot | None) -> AdminRunning
 _KINDS = {kind.value for kind in Kind}
 
 
-def _held_up_by(process: str, call: ActiveCall, look: Snapshot) -> str | None:
+def _held_up_by(process: str, call: ActiveCall, snapshot: Snapshot) -> str | None:
     """Return the limit that holds up the queue of a call."""
     if not call.limits:
         return None
     if call.limits[0].startswith(OF_BUDGETS):
         return call.limits[0]
-    for queue in look.queues:
-        mine = queue.process == process and queue.tenant == call.tenant
-        if mine and set(call.limits) <= set(queue.limits):
+    for queue in snapshot.queues:
+        is_own = queue.process == process and queue.tenant == call.tenant
+        if is_own and set(call.limits) <= set(queue.limits):
             return queue.held_up_by
     return None
 
 
-_APART = ("tenant", "model", "day", "key", "upstream")
+_DIMENSIONS = ("tenant", "model", "day", "key", "upstream")
 _LOGGED = frozenset(("key", "upstream"))
 _MOST_LOGGED_DAYS = 31
 
@@ -704,9 +704,9 @@ async def reconciliations(
     begin = (until or datetime.now(UTC).date()) - timedelta(days=_COMPARED_DAYS)
     first, last = _span(since or begin, until)
     found = await services_of(request).store.reconciliations.found(first, last)
-    shown = [one for one in found if upstream in (None, one.upstream)]
+    chosen = [one for one in found if upstream in (None, one.upstream)]
     return ReconciliationList(
-        items=[ReconciliationView.model_validate(one, from_attributes=True) for one in shown]
+        items=[ReconciliationView.model_validate(one, from_attributes=True) for one in chosen]
     )
 
 
@@ -730,17 +730,17 @@ async def _view(
 ) -> Response:
     """Return a `TotalsView` as JSON, whose rows PostgreSQL renders: its model would take 300 ms for
     10,000 rows."""
-    apart = [name.strip() for name in by.split(",") if name.strip()]
-    allowed = ", ".join(_APART)
-    for name in apart:
-        if name not in _APART:
+    dimensions = [name.strip() for name in by.split(",") if name.strip()]
+    allowed = ", ".join(_DIMENSIONS)
+    for name in dimensions:
+        if name not in _DIMENSIONS:
             raise InvalidRequest("by", f"by: {name[:50]!a} is not known", allowed=allowed)
     first, last = _span(since, until)
-    if _LOGGED.intersection(apart) and (last - first).days >= _MOST_LOGGED_DAYS:
+    if _LOGGED.intersection(dimensions) and (last - first).days >= _MOST_LOGGED_DAYS:
         allowed = f"a day from {last - timedelta(days=_MOST_LOGGED_DAYS - 1)} on"
         raise InvalidRequest("since", "by key or upstream is of too many days", allowed=allowed)
     _check_no_nul(tenant=tenant, upstream=upstream)
-    table = await services_of(request).store.usage.table(apart, first, last, tenant, upstream)
+    table = await services_of(request).store.usage.table(dimensions, first, last, tenant, upstream)
     head = orjson.dumps({"since": first, "until": last, "total": table.total, "cut": table.cut})
     body = b'%s,"rows":%s}' % (head[:-1], table.rows.encode())
     return Response(body, media_type="application/json")

@@ -72,13 +72,13 @@ def in_words(error: Mapping[str, Any]) -> tuple[str, str | None]:
     if kind in _KINDS:
         return _KINDS[kind]
     if kind in _BOUNDS:
-        wrong, allowed = _BOUNDS[kind]
-        return wrong, allowed.format(**context)
+        reason, allowed = _BOUNDS[kind]
+        return reason, allowed.format(**context)
     return f"is not valid: {error['msg']}", None
 
 
 _ORDER = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-_ASKED = ("GET", "POST", "PUT", "PATCH", "DELETE")
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 _OF_FILES = ("GET",)  # of a folder of files, whose route matches every method
 
 
@@ -100,7 +100,7 @@ def methods_in(routes: Sequence[BaseRoute], scope: Scope) -> tuple[str, ...]:
             if method in _OF_FILES or not isinstance(route, Mount)
         )
 
-    return tuple(method for method in _ASKED if is_known(method))
+    return tuple(method for method in _METHODS if is_known(method))
 
 
 async def answer_options(
@@ -321,21 +321,21 @@ async def _on_validation_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first: dict[str, Any] = error.errors()[0]
     where = ".".join(str(step) for step in first["loc"][1:]) or str(first["loc"][0])
-    wrong, allowed = in_words(first)
-    return problem_response(errors.InvalidRequest(where, f"{where} {wrong}", allowed=allowed))
+    reason, allowed = in_words(first)
+    return problem_response(errors.InvalidRequest(where, f"{where} {reason}", allowed=allowed))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     phrase = HTTPStatus(error.status_code).phrase
     headers, detail = dict(error.headers or {}), str(error.detail)
-    asked = f"{request.method} {request.url.path[:200]}"
+    requested = f"{request.method} {request.url.path[:200]}"
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         methods = methods_in(request.app.routes, request.scope) or ("GET",)
         headers["Allow"] = allow(methods)
-        detail = f"Tidegate has no {asked}, but {' and '.join(methods)}"
+        detail = f"Tidegate has no {requested}, but {' and '.join(methods)}"
     elif detail == HTTPStatus.NOT_FOUND.phrase:
-        detail = f"Tidegate has no {asked}{_ELSE}"
+        detail = f"Tidegate has no {requested}{_ELSE}"
     code = phrase.lower().replace(" ", "_")
     body = Problem(
         type=f"urn:tidegate:problem:{code}" if code in ADVICE else "about:blank",
@@ -483,13 +483,13 @@ def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.Tide
     message names Tidegate, so that it is not taken for the provider's."""
     if methods:
         known = " and ".join(methods)
-        said = f"Tidegate does not relay {method} {path[:200]}, but {known}"
-        return errors.MethodNotAllowed(said, methods=methods)
-    said = f"Tidegate does not relay {method} {path[:200]}"
+        message = f"Tidegate does not relay {method} {path[:200]}, but {known}"
+        return errors.MethodNotAllowed(message, methods=methods)
+    message = f"Tidegate does not relay {method} {path[:200]}"
     for begin, why in _PAST_LIMITS:
         if path == begin or path.startswith(f"{begin}/"):
-            return errors.Forbidden(said + why)
-    return errors.NotFound(said + (_WEBSOCKET if path.startswith("/v1/realtime") else _ELSE))
+            return errors.Forbidden(message + why)
+    return errors.NotFound(message + (_WEBSOCKET if path.startswith("/v1/realtime") else _ELSE))
 
 
 def is_far(after_ms: int | None) -> bool:

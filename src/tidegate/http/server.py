@@ -183,8 +183,8 @@ async def dependencies(request: Request) -> JSONResponse:
         upstreams=_upstreams(services) if is_operator else None,
         verdict=verdict,
     )
-    shown = body.model_dump(exclude=None if is_operator else {"upstreams", "verdict"})
-    return JSONResponse(shown, 503 if failed else 200)
+    content = body.model_dump(exclude=None if is_operator else {"upstreams", "verdict"})
+    return JSONResponse(content, 503 if failed else 200)
 
 
 async def _verdict(services: Services) -> DeploymentVerdict | None:
@@ -301,8 +301,8 @@ def _stated(config: Config) -> tuple[list[StatedSetting], Path | None, list[str]
         doubts = [str(one) for one in doubtful(config)]
     except OSError as unreadable:
         doubts = [f"{file} can't be read any more: {unreadable.strerror}"]
-    except ConfigError as wrong:  # of a file that has changed since the start
-        doubts = [wrong.message]
+    except ConfigError as invalid:  # of a file that has changed since the start
+        doubts = [invalid.message]
     return stated, file, doubts
 
 
@@ -366,8 +366,8 @@ async def _refuse(why: Forbidden, scope: Scope, receive: Receive, send: Send) ->
         return
     names = {name for name, _ in scope["headers"]}
     status, headers, body = refusal(dialect_of(scope["path"], names, scope["query_string"]), why)
-    told = {name.decode(): value.decode() for name, value in headers}
-    await Response(body, status, told)(scope, receive, send)
+    fields = {name.decode(): value.decode() for name, value in headers}
+    await Response(body, status, fields)(scope, receive, send)
 
 
 _LAST_WORDS_S = 5.0
@@ -464,7 +464,7 @@ class Gateway(FastAPI):
             if path.startswith(BATCH_PATHS) and is_batch_path(scope):
                 scope["app"] = self
                 await self._batches(scope, receive, send)
-            elif path.startswith(message_batches.PATH) and message_batches.is_ours(scope):
+            elif path.startswith(message_batches.PATH) and message_batches.is_served_here(scope):
                 scope["app"] = self
                 await self._message_batches(scope, receive, send)
             else:

@@ -62,7 +62,7 @@ FRESH_MS = 500
 _MOST_LINES = 1_000
 
 
-class Looks:
+class RecentReads:
     """A cache of the last read of each pool and of each line of its waiters."""
 
     def __init__(self) -> None:
@@ -153,8 +153,10 @@ class Openings:
         """Count another client that follows a request. Raises QuotaExceeded and
         TooManyFollowers."""
         if self._followers[caller.tenant_id] >= _share_of(self._followers, caller, MOST_FOLLOWERS):
-            said = "too many clients follow requests at this process; poll instead, or retry later"
-            raise TooManyFollowers(said, retry_after_ms=_RETRY_AFTER_MS)
+            message = (
+                "too many clients follow requests at this process; poll instead, or retry later"
+            )
+            raise TooManyFollowers(message, retry_after_ms=_RETRY_AFTER_MS)
         return self._capped_poll(self._followers, caller)
 
     def _capped_poll(self, counter: Counter[str], caller: Caller) -> Opening:
@@ -228,7 +230,7 @@ class Services:
     openings: Openings = field(default_factory=Openings)
     bodies: BodyMemory = field(default_factory=BodyMemory)
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
-    looks: Looks = field(default_factory=Looks)
+    recent_reads: RecentReads = field(default_factory=RecentReads)
     rehearsals: Rehearsals = field(default_factory=Rehearsals)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     streams: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -290,17 +292,17 @@ class Services:
         limiter = self.limiters.get(found.pool)
         if limiter is None:
             return waiting(found, None, now)
-        snapshot, told = await self.looks.of(limiter), None
+        snapshot, estimate = await self.recent_reads.of(limiter), None
         if snapshot is not None and not snapshot.recovering_ms:
             ahead = await self.store.running_calls.ahead(found.request_id)
-            lines = partial(self.looks.line, limiter)
+            lines = partial(self.recent_reads.line, limiter)
             try:
-                told = await estimate_of(lines, found, snapshot, ahead)
+                estimate = await estimate_of(lines, found, snapshot, ahead)
             except LimiterUnavailable:  # the answer is valid without an estimate
-                told = None
-        return waiting(found, snapshot, now, told)
+                estimate = None
+        return waiting(found, snapshot, now, estimate)
 
-    async def place_shown(self, record: CallRecord, waited_ms: float) -> bytes:
+    async def place_json(self, record: CallRecord, waited_ms: float) -> bytes:
         """Return the JSON of a waiting call's place, for its stream. `waited_ms`: since its request
         was received."""
         pool, limits = record.waits_for
@@ -310,13 +312,13 @@ class Services:
                 place = await limiter.place_of(record.tenant_id, limits, waited_ms)
             except LimiterUnavailable:  # the next comment may have it
                 place = None
-        shown: dict[str, object] = {"limit": None if place is None else place.held_up_by}
+        fields: dict[str, object] = {"limit": None if place is None else place.held_up_by}
         if place is not None:
-            shown |= {"ahead": place.ahead_of_all, "wait_ms": place.wait_ms}
-            shown |= {"is_certain": place.is_certain}
-        return orjson.dumps(shown)
+            fields |= {"ahead": place.ahead_of_all, "wait_ms": place.wait_ms}
+            fields |= {"is_certain": place.is_certain}
+        return orjson.dumps(fields)
 
-    def turn_waiters_away(self) -> None:
+    def reject_waiters(self) -> None:
         """Answer calls that wait for a permit with 503 now, so that their clients try another
         process; calls with a permit continue."""
         for limiter in self.limiters.values():
@@ -364,10 +366,10 @@ def check_target(scope: Scope) -> None:
     if b"%" in query:
         for pair in query.split(b"&"):
             name, _, value = pair.partition(b"=")
-            shown = ascii(unquote_to_bytes(name)[:64].decode("utf-8", "replace"))[1:-1]
+            label = ascii(unquote_to_bytes(name)[:64].decode("utf-8", "replace"))[1:-1]
             for part in (name, value):
-                if "\0" in _text_of(part, shown):
-                    raise InvalidRequest(shown, f"{shown} has a NUL character", allowed=_ALLOWED)
+                if "\0" in _text_of(part, label):
+                    raise InvalidRequest(label, f"{label} has a NUL character", allowed=_ALLOWED)
     raw: bytes = scope.get("raw_path") or b""
     if b"%" in raw:  # its route rejects NUL in the path, with the right field
         _text_of(raw, "path")
@@ -388,8 +390,8 @@ SHOW_WAIT_EVERY_S = 1.0
 def shows_wait(value: str) -> bool:
     """Return the value of the header. Raises InvalidRequest."""
     if value.strip() not in ("0", "1"):
-        said = f"{SHOW_WAIT_HEADER} must be 0 or 1"
-        raise InvalidRequest(SHOW_WAIT_HEADER, said, allowed="0 or 1")
+        message = f"{SHOW_WAIT_HEADER} must be 0 or 1"
+        raise InvalidRequest(SHOW_WAIT_HEADER, message, allowed="0 or 1")
     return value.strip() == "1"
 
 
@@ -494,7 +496,7 @@ class AccessLog:
             }
             # After the answers that are ready to be sent: in a burst they would wait for the log
             # lines.
-            asyncio.get_running_loop().call_soon(say_done, fields)
+            asyncio.get_running_loop().call_soon(log_answered, fields)
 
 
 def _here(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
@@ -508,7 +510,7 @@ def _here(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
     return (name, urlunsplit((b"", b"", parts.path, parts.query, b""))) if own else header
 
 
-def say_done(fields: dict[str, Any]) -> None:
+def log_answered(fields: dict[str, Any]) -> None:
     """Log a request that has been answered."""
     if fields["path"].startswith(_ROUTINE):
         log.debug(Log.REQUEST_DONE, **fields)

@@ -18,7 +18,7 @@ from tidegate.errors import TidegateError
 from tidegate.http.problems import problem
 
 ABORT_EXTENSION = "tidegate.abort"
-GONE_EXTENSION = "tidegate.gone"
+DISCONNECT_EXTENSION = "tidegate.gone"
 
 
 class ClientStalled(Exception):
@@ -81,7 +81,7 @@ class EventWriter:
         named = b"id: %b\nevent: %b\n" % (event_id.encode(), event.encode())
         await self._body(b"%bdata: %b\n\n" % (named, data), more=True)
 
-    async def come_back(self, after_ms: int) -> None:
+    async def send_retry(self, after_ms: int) -> None:
         """Send how long the client should wait before it reconnects."""
         await self._body(b"retry: %d\n\n" % after_ms, more=True)
 
@@ -141,31 +141,31 @@ def abort(scope: Scope) -> None:
 
 
 class Presence:
-    """Cancels a task when its client disconnects; `gone` is then true.
+    """Cancels a task when its client disconnects; `is_disconnected` is then true.
 
     The request's body must have been read. With a server that notifies of a disconnect this costs
     nothing until then; with any other a task listens for it. Call `end` when the answer is sent.
     """
 
-    __slots__ = ("_listening", "_over", "_task", "gone")
+    __slots__ = ("_listening", "_over", "_task", "is_disconnected")
 
     def __init__(self, scope: Scope, receive: Receive, task: asyncio.Task[Any]) -> None:
-        self.gone = False
+        self.is_disconnected = False
         self._over = False
         self._task = task
         self._listening: asyncio.Task[None] | None = None
-        offered = scope.get("extensions", {}).get(GONE_EXTENSION)
+        offered = scope.get("extensions", {}).get(DISCONNECT_EXTENSION)
         if offered is not None:
-            offered["call"](self._tell)
+            offered["call"](self._on_disconnect)
         else:
             self._listening = asyncio.create_task(disconnected(receive))
             self._listening.add_done_callback(
-                lambda done: None if done.cancelled() else self._tell()
+                lambda done: None if done.cancelled() else self._on_disconnect()
             )
 
-    def _tell(self) -> None:
-        if not self.gone and not self._over:
-            self.gone = True
+    def _on_disconnect(self) -> None:
+        if not self.is_disconnected and not self._over:
+            self.is_disconnected = True
             self._task.cancel("the client has gone")
 
     async def end(self) -> None:
@@ -173,7 +173,7 @@ class Presence:
         self._over = True
         if self._listening is not None:
             self._listening.cancel()
-        if self.gone and self._task.cancelling():
+        if self.is_disconnected and self._task.cancelling():
             try:
                 await asyncio.sleep(0)
             except asyncio.CancelledError:

@@ -70,8 +70,8 @@ from tidegate.telemetry.tracing import Parent, parent_in
 
 _RECORDED_WITHIN_S = 1.0
 _ABORTED_WITHIN_S = 1.0
-_FIRST_LOOK_S = 0.002
-_LATER_LOOKS_S = 0.05
+_FIRST_PAUSE_S = 0.002
+_LONGEST_PAUSE_S = 0.05
 
 log = get_logger()
 router = APIRouter(tags=["streams"])
@@ -180,7 +180,7 @@ class StreamedAnswer(Response):
         self._request_id = new_id()
         self._outputs: list[OutputFile] = []
         self._ask = ask_of(submission, caller)
-        self._classification = services.prompts.first_look(self._ask)
+        self._classification = services.prompts.classify_by_rules(self._ask)
         kind = self._classification.kind
         self._record = CallRecord(
             "stream",
@@ -225,38 +225,40 @@ class StreamedAnswer(Response):
         self._services.board.active_calls.enter(self._record)
         stalled_ms = self._services.config.stalled_reader_ms
         writer = EventWriter(send, plain_text=self._plain_text, stalled_ms=stalled_ms)
-        gone = asyncio.create_task(disconnected(receive))
-        shown = asyncio.create_task(self._wait_shown(writer)) if self._show_wait else None
+        disconnect = asyncio.create_task(disconnected(receive))
+        comments = (
+            asyncio.create_task(self._send_wait_comments(writer)) if self._show_wait else None
+        )
         try:
-            end = await self._run(writer, gone, task)
-            if shown is not None:
-                shown.cancel()
+            end = await self._run(writer, disconnect, task)
+            if comments is not None:
+                comments.cancel()
             # Shielded: the record must be written even while the process is stopping.
             record = asyncio.create_task(self._store_record(end))
             self._services.streams.add(record)
             record.add_done_callback(self._services.streams.discard)
             await asyncio.shield(record)
-            if await self._tell(end, writer, scope, receive, send):
+            if await self._send_end(end, writer, scope, receive, send):
                 abort(scope)
                 # Until the server has noticed too; otherwise it would log an unfinished answer.
-                await asyncio.wait({gone}, timeout=_ABORTED_WITHIN_S)
+                await asyncio.wait({disconnect}, timeout=_ABORTED_WITHIN_S)
         finally:
-            gone.cancel()
-            if shown is not None:
-                shown.cancel()
+            disconnect.cancel()
+            if comments is not None:
+                comments.cancel()
             self._services.streams.discard(task)
             self._services.board.active_calls.leave(self._record)
             self._opening.close()
             self._hold.release()
 
-    async def _wait_shown(self, writer: EventWriter) -> None:
+    async def _send_wait_comments(self, writer: EventWriter) -> None:
         """Send comments on the place in the queue while it waits. From the first one on the status
         is 200."""
         with suppress(ClientStalled):  # the answer fails in the same way, and ends with it
             while True:
                 await asyncio.sleep(SHOW_WAIT_EVERY_S)
                 waited_ms = (time.monotonic() - self._received) * 1000
-                comment = wait_comment(await self._services.place_shown(self._record, waited_ms))
+                comment = wait_comment(await self._services.place_json(self._record, waited_ms))
                 if not self._record.waits or self._is_admitted:
                     return
                 if not writer.started:
@@ -264,14 +266,14 @@ class StreamedAnswer(Response):
                 await writer.comment(comment)
 
     async def _run(
-        self, writer: EventWriter, gone: asyncio.Task[None], task: asyncio.Task[object]
+        self, writer: EventWriter, disconnect: asyncio.Task[None], task: asyncio.Task[object]
     ) -> _StreamEnd:
         """Make the call and return how it ended, once it is closed and its permit released. If the
         upstream continues after its client has disconnected, that is later."""
         work = asyncio.create_task(self._answer(writer))
         stopping = False
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:  # the grace period is over: notify the client
             stopping = True
             task.uncancel()
@@ -310,7 +312,7 @@ class StreamedAnswer(Response):
             model,
             (DEFAULT_POOL, ()),
         )
-        if kind is Kind.IMAGE_GENERATION and self._services.blobs.away:
+        if kind is Kind.IMAGE_GENERATION and self._services.blobs.unavailable:
             await self._services.blobs.ping()  # a picture that cannot be stored is not requested
         media = await self._media(kind)
         call = Call(
@@ -417,7 +419,7 @@ class StreamedAnswer(Response):
         record.end(end.status, end.failure)
         await self._services.store.audit.record_stream(job, record)
 
-    async def _tell(
+    async def _send_end(
         self, end: _StreamEnd, writer: EventWriter, scope: Scope, receive: Receive, send: Send
     ) -> bool:
         """Send the end of the answer to a client that is still connected. Return True if the
@@ -444,16 +446,16 @@ class StreamedAnswer(Response):
         The record is written asynchronously, in batches; while PostgreSQL is unavailable it comes
         later.
         """
-        store, pause_s = self._services.store, _FIRST_LOOK_S
+        store, pause_s = self._services.store, _FIRST_PAUSE_S
         try:
             async with asyncio.timeout(_RECORDED_WITHIN_S):
-                while not store.connections.away:
+                while not store.connections.unavailable:
                     try:
                         await store.requests.get(self._request_id, self._caller.tenant_id)
                         return
                     except NotFound:
                         await asyncio.sleep(pause_s)
-                        pause_s = min(2 * pause_s, _LATER_LOOKS_S)
+                        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         except (TimeoutError, StoreUnavailable) as late:
             log.debug(Log.STORE_AWAY, request_id=str(self._request_id), detail=repr(late))
 

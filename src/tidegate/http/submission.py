@@ -42,7 +42,7 @@ from tidegate.http.file_types import TypeCheck, safe_name
 from tidegate.settings import Config
 from tidegate.spine.bodies import aside
 from tidegate.spine.detached import LONGEST_BYTES, endpoint_named, wrapped_facts
-from tidegate.spine.prompt import Ask
+from tidegate.spine.prompt import PromptRequest
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.records import NewJob
 from tidegate.upstream.fetch import Address, check_uri, is_public
@@ -87,9 +87,9 @@ class Submission:
     tiers: tuple[Tier, ...] | None = None
 
 
-def ask_of(submission: Submission, caller: Caller) -> Ask:
+def ask_of(submission: Submission, caller: Caller) -> PromptRequest:
     """Return the prompt of a submission in the form that its classification and its call need."""
-    return Ask(
+    return PromptRequest(
         prompt=submission.prompt,
         attachments=submission.attachments,
         image_uri=submission.image_uri,
@@ -150,7 +150,7 @@ def check_known(name: str) -> None:
     """Raise InvalidRequest for an unknown field."""
     if name in FIELDS:
         return
-    shown = name if name.isprintable() and len(name) <= 64 else ascii(name[:64])
+    label = name if name.isprintable() and len(name) <= 64 else ascii(name[:64])
     allowed = ", ".join(FIELDS)
     if name in FILE_FIELDS:
         raise InvalidRequest(
@@ -158,7 +158,7 @@ def check_known(name: str) -> None:
             f"{name!r} must be a file, sent as multipart/form-data with a file name",
             allowed=f"curl -F '{name}=@path'; values are {allowed}",
         )
-    raise InvalidRequest(shown, f"there is no field {shown!r}", allowed=allowed)
+    raise InvalidRequest(label, f"there is no field {label!r}", allowed=allowed)
 
 
 def field_too_long(field: str, limit: int) -> PayloadTooLarge:
@@ -260,8 +260,8 @@ def _tiers(value: Any) -> tuple[Tier, ...]:
         raise InvalidRequest("tiers", "'tiers' must be a list of processing tiers", allowed=allowed)
     for name in value:
         if not isinstance(name, str) or name not in set(Tier):
-            shown = ascii(name)[:66]
-            raise InvalidRequest("tiers", f"there is no processing tier {shown}", allowed=allowed)
+            label = ascii(name)[:66]
+            raise InvalidRequest("tiers", f"there is no processing tier {label}", allowed=allowed)
     return tuple(tier for tier in Tier if tier in value and tier is not Tier.LIVE)
 
 
@@ -471,8 +471,8 @@ async def read_submission(
         if not form.uploads:
             return submission
         taken = [await upload.spool.sha256() for upload in form.uploads if digests]
-        kept = await _keep(form.uploads, blobs)
-        return replace(submission, attachments=kept, digests=tuple(taken))
+        attachments = await _store(form.uploads, blobs)
+        return replace(submission, attachments=attachments, digests=tuple(taken))
     finally:
         if form.uploads:
             await _to_the_end(form.close())
@@ -529,8 +529,8 @@ def _encoding(request: Request) -> str:
 
 @lru_cache(_CONTENT_TYPES_KEPT)
 def _encoding_of(content_type: str | None) -> str:
-    said, options = parse_options_header(content_type)
-    media = said.decode("latin-1")
+    media_type, options = parse_options_header(content_type)
+    media = media_type.decode("latin-1")
     charset = options.get(b"charset", b"utf-8").lower()
     if charset not in (b"utf-8", b"utf8", b"us-ascii", b"ascii"):
         raise UnsupportedMedia("Content-Type", "only UTF-8 is supported", allowed="charset=utf-8")
@@ -632,10 +632,10 @@ async def discard(submission: Submission | NewJob, blobs: Blobs) -> None:
         await _to_the_end(blobs.delete(keys))
 
 
-async def _keep(uploads: list[Upload], blobs: Blobs) -> tuple[Attachment, ...]:
+async def _store(uploads: list[Upload], blobs: Blobs) -> tuple[Attachment, ...]:
     """Put all uploads into the blob store, or none."""
     now = datetime.now(UTC)
-    kept: list[Attachment] = []
+    stored: list[Attachment] = []
     try:
         for upload in uploads:
             attachment = Attachment(
@@ -645,16 +645,16 @@ async def _keep(uploads: list[Upload], blobs: Blobs) -> tuple[Attachment, ...]:
                 size_bytes=upload.spool.size_bytes,
                 blob_key=new_key(now),
             )
-            kept.append(attachment)
+            stored.append(attachment)
             # A cancelled put may still succeed: wait for it, so that the deletion comes after it.
             await _to_the_end(_put(attachment.blob_key, upload, blobs))
     except BaseException as failed:  # cancellation too: no blob may remain without a request
         try:
-            await _to_the_end(blobs.delete([attachment.blob_key for attachment in kept]))
+            await _to_the_end(blobs.delete([attachment.blob_key for attachment in stored]))
         except StoreUnavailable as left:
             failed.add_note(f"blobs are left behind: {left}")
         raise
-    return tuple(kept)
+    return tuple(stored)
 
 
 async def _put(key: str, upload: Upload, blobs: Blobs) -> None:
@@ -681,24 +681,24 @@ async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
 ENDPOINT, WRAPPED_BODY = "endpoint", "body"
 MOST_IN_ROW_BYTES = 256 * 1024
 _HEAD_CHARS = 2_000
-_BESIDE = ("priority", "deadline_ms", "webhook_url", "subject", "conversation", "tiers")
+_JOB_FIELDS = ("priority", "deadline_ms", "webhook_url", "subject", "conversation", "tiers")
 
 
 def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
     """Return the submission of a native call as a job. Raises InvalidRequest."""
     for name in values:
-        if name not in (ENDPOINT, WRAPPED_BODY, *_BESIDE):
+        if name not in (ENDPOINT, WRAPPED_BODY, *_JOB_FIELDS):
             raise InvalidRequest(
                 name[:64],
                 f"{name[:64]!a} can't be combined with 'endpoint'",
-                allowed=", ".join((ENDPOINT, WRAPPED_BODY, *_BESIDE)),
+                allowed=", ".join((ENDPOINT, WRAPPED_BODY, *_JOB_FIELDS)),
             )
     path, body = values.get(ENDPOINT), values.get(WRAPPED_BODY)
     if not isinstance(body, dict):
         allowed = "the body of the call"
         raise InvalidRequest(WRAPPED_BODY, "'body' must be an object", allowed=allowed)
-    asked = wrapped_facts(endpoint_named(path), body)
-    submission = read_fields({name: values.get(name) for name in _BESIDE}, config)
+    facts = wrapped_facts(endpoint_named(path), body)
+    submission = read_fields({name: values.get(name) for name in _JOB_FIELDS}, config)
     if names_tier(body):  # it takes precedence, also over the tenant's tiers
         if submission.tiers:
             why = "'tiers' can't be combined with a processing tier in 'body'"
@@ -710,24 +710,24 @@ def _wrapped(values: Mapping[str, Any], config: Config) -> Submission:
     return replace(
         submission,
         prompt=prompt,
-        kind=asked.kind,
-        model=asked.model,
+        kind=facts.kind,
+        model=facts.model,
         endpoint=path,
     )
 
 
-async def body_apart(job: NewJob, blobs: Blobs) -> NewJob:
+async def with_body_as_file(job: NewJob, blobs: Blobs) -> NewJob:
     """Return the job as it is stored: a large body of a call becomes its only file, and `prompt`
     the body's beginning. Raises StoreUnavailable; the file is then removed with other orphans."""
     if job.endpoint is None or len(job.prompt) <= MOST_IN_ROW_BYTES:
         return job
     now = datetime.now(UTC)
     data = await aside(len(job.prompt), job.prompt.encode)
-    kept = Attachment(new_id(), "body.json", "application/json", len(data), new_key(now))
-    await blobs.put(kept.blob_key, data)
+    attachment = Attachment(new_id(), "body.json", "application/json", len(data), new_key(now))
+    await blobs.put(attachment.blob_key, data)
     # For display only. It must not be valid JSON: a worker of a version without such files takes it
     # for the body, and has to fail instead of making another call.
-    return replace(job, prompt=job.prompt[:_HEAD_CHARS], attachments=(kept,))
+    return replace(job, prompt=job.prompt[:_HEAD_CHARS], attachments=(attachment,))
 
 
 _PROPERTIES: dict[str, Any] = {

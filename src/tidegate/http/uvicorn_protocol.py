@@ -34,7 +34,7 @@ from tidegate.http._compat import (
     RequestResponseCycle,
     Scope,
 )
-from tidegate.http.sse import ABORT_EXTENSION, GONE_EXTENSION
+from tidegate.http.sse import ABORT_EXTENSION, DISCONNECT_EXTENSION
 from tidegate.telemetry.logging import Log, get_logger
 
 DIRECT_EXTENSION = "tidegate.direct"
@@ -67,19 +67,19 @@ class Direct:
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Send a whole answer; a length among the headers is replaced by the real one."""
-        if self._must_look and await self._is_lost():
+        if self._may_be_lost and await self._is_lost():
             return
-        kept = [pair for pair in headers if pair[0] != b"content-length"]
+        sent = [pair for pair in headers if pair[0] != b"content-length"]
         if status in _NO_BODY:
             body = b""
         else:
-            kept.append((b"content-length", b"%d" % len(body)))
-        self._cycle.transport.write(self._head_of(status, kept) + body)
+            sent.append((b"content-length", b"%d" % len(body)))
+        self._cycle.transport.write(self._head_of(status, sent) + body)
         self._end()
 
     async def head(self, status: int, headers: Headers) -> None:
         """Send the head of an answer in pieces."""
-        if self._must_look and await self._is_lost():
+        if self._may_be_lost and await self._is_lost():
             return
         length = next((value for name, value in headers if name == b"content-length"), None)
         if length is not None:
@@ -110,7 +110,7 @@ class Direct:
             self._end()
 
     @property
-    def _must_look(self) -> bool:
+    def _may_be_lost(self) -> bool:
         return self._flow.write_paused or self._cycle.disconnected
 
     async def _is_lost(self) -> bool:
@@ -124,11 +124,11 @@ class Direct:
         lines = [b"%b: %b\r\n" % pair for pair in cycle.default_headers + headers]
         if not cycle.keep_alive:
             lines.append(b"connection: close\r\n")
-        said = b"".join(lines)
-        if said.count(b"\n") != len(lines) or said.count(b"\r") != len(lines) or b"\0" in said:
+        block = b"".join(lines)
+        if block.count(b"\n") != len(lines) or block.count(b"\r") != len(lines) or b"\0" in block:
             raise ValueError("a header contains a line break")
         cycle.response_started = True
-        return b"%b%b\r\n" % (STATUS_LINE[status], said)
+        return b"%b%b\r\n" % (STATUS_LINE[status], block)
 
     def _end(self) -> None:
         cycle = self._cycle
@@ -208,23 +208,23 @@ def before_offer(piece: bytes) -> int:
 class RequestLine:
     """The request line as received, of which the parser returns only the parts."""
 
-    __slots__ = ("_is_known", "_is_second", "_kept", "_piece", "_seen")
+    __slots__ = ("_begun", "_is_known", "_is_second", "_piece", "_used")
 
     def __init__(self) -> None:
-        self._kept = b""  # of a line that began in an earlier piece
+        self._begun = b""  # of a line that began in an earlier piece
         self._piece = b""
-        self._seen = 0  # how much of the piece earlier lines have used
+        self._used = 0  # how much of the piece earlier lines have used
         self._is_second = False  # another request ended in this piece
         self._is_known = True  # the start of the line is known
 
     def take(self, piece: bytes) -> None:
         """Set the next bytes of the connection, before they are parsed."""
-        self._piece, self._seen, self._is_second = piece, 0, False
+        self._piece, self._used, self._is_second = piece, 0, False
 
     def keep(self) -> None:
         """Keep the line after a piece was parsed, since its head continues in the next piece."""
         if self._is_known:
-            self._kept = self._line()
+            self._begun = self._line()
 
     def begin(self) -> None:
         """Note that a request has begun in the current piece."""
@@ -240,22 +240,26 @@ class RequestLine:
         it occurs later in the piece."""
         piece = self._piece
         if self._is_known:
-            self._seen = len(expected)
-            if not self._kept and piece.startswith(expected) and piece.startswith(_END, self._seen):
+            self._used = len(expected)
+            if (
+                not self._begun
+                and piece.startswith(expected)
+                and piece.startswith(_END, self._used)
+            ):
                 return True
-            line, self._kept = self._line(), b""
-            self._seen = len(line)
+            line, self._begun = self._line(), b""
+            self._used = len(line)
             return line.rstrip(b"\r\n") == expected
-        self._is_known, self._kept = True, b""
+        self._is_known, self._begun = True, b""
         if not self._is_second:
             return True
-        at = piece.find(expected, self._seen)
-        self._seen = at + len(expected)
+        at = piece.find(expected, self._used)
+        self._used = at + len(expected)
         return at >= 0
 
     def _line(self) -> bytes:
         """Return the line as far as it has arrived by the end of the current piece."""
-        line, piece = self._kept, self._piece
+        line, piece = self._begun, self._piece
         if line.endswith(b"\n"):
             return line
         if not line:
@@ -303,13 +307,13 @@ def as_answer(refusal: Refusal, headers: Iterable[tuple[bytes, bytes]]) -> bytes
             "code": code,
         }
     )
-    told = [
+    fields = [
         *headers,
         (b"content-type", b"application/problem+json"),
         (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
     ]
-    return b"".join(name + b": " + value + b"\r\n" for name, value in told) + b"\r\n" + body
+    return b"".join(name + b": " + value + b"\r\n" for name, value in fields) + b"\r\n" + body
 
 
 def _is_host(value: bytes) -> bool:
@@ -382,7 +386,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._lingering = False
         self._lingered_bytes = 0
         self._linger_timer: asyncio.TimerHandle | None = None
-        self._when_gone: list[Callable[[], None]] = []
+        self._on_disconnect: list[Callable[[], None]] = []
         self._answering: RequestResponseCycle | None = None
         self._offers_protocol = False
         self._unparsed = b""  # the beginning of a Connection header
@@ -397,7 +401,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._extensions: dict[str, dict[object, object]] = {
             ABORT_EXTENSION: {"call": self._abort},
-            GONE_EXTENSION: {"call": self._when_gone.append},
+            DISCONNECT_EXTENSION: {"call": self._on_disconnect.append},
         }
         self._arm_head_timer()
 
@@ -408,17 +412,17 @@ class BoundedProtocol(HttpToolsProtocol):
                 timer.cancel()
         self._head_timer = self._write_timer = self._linger_timer = None
         self.end_keep_alive_timer()
-        self._tell_the_answering()
+        self._notify_answering()
         super().connection_lost(exc)
-        for tell in self._when_gone:
-            tell()
+        for notify in self._on_disconnect:
+            notify()
         self._extensions.clear()  # breaks a reference cycle, so that all is freed immediately
 
     def _abort(self) -> None:
-        self._tell_the_answering()
+        self._notify_answering()
         self.transport.abort()
 
-    def _tell_the_answering(self) -> None:
+    def _notify_answering(self) -> None:
         """Notify the request that is being answered of the disconnect. uvicorn notifies only the
         newest one, which is another one if several were pipelined: the first would continue without
         a client."""
@@ -541,16 +545,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def _unset_keepalive_if_required(self) -> None:
         self._idle_since_s = None
 
-    def _look_later(self, after_s: float) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(after_s, self._look_whether_idle)
+    def _check_idle_later(self, after_s: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(after_s, self._check_idle)
 
-    def _look_whether_idle(self) -> None:
+    def _check_idle(self) -> None:
         self.timeout_keep_alive_task = None
         if self._idle_since_s is None:
             return
         left_s = self._idle_since_s + self.timeout_keep_alive - self.loop.time()
         if left_s > 0:
-            self._look_later(left_s)
+            self._check_idle_later(left_s)
         else:
             self.timeout_keep_alive_handler()
 
@@ -569,7 +573,7 @@ class BoundedProtocol(HttpToolsProtocol):
             assert scope["type"] == "http"
             scope["extensions"] = extensions = dict(self._extensions)
             if cycle.more_body:
-                send = self._saying_that_it_is_early(cycle, send)
+                send = self._marking_early(cycle, send)
             else:  # the body is complete: no answer can be early
                 extensions[DIRECT_EXTENSION] = {"answer": Direct(cycle, self.flow)}
                 if self._offers_protocol and not self.pipeline:
@@ -579,7 +583,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 await app(scope, receive, send)
             finally:
                 self.ended()
-                self._when_gone.clear()  # answers of a connection are made one after another
+                self._on_disconnect.clear()  # answers of a connection are made one after another
                 extensions.clear()  # breaks a reference cycle, which would delay freeing
                 if not cycle.response_complete or self.transport.is_closing():
                     self.loop.call_soon(self._watch_closing)
@@ -587,7 +591,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._answering = cycle
         return answer
 
-    def _saying_that_it_is_early(
+    def _marking_early(
         self, cycle: RequestResponseCycle, send: ASGISendCallable
     ) -> ASGISendCallable:
         async def send_on(message: ASGISendEvent) -> None:
@@ -617,7 +621,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._idle_since_s = self.loop.time()
         if self.timeout_keep_alive_task is None:
-            self._look_later(self.timeout_keep_alive)
+            self._check_idle_later(self.timeout_keep_alive)
 
     def send_400_response(self, msg: str) -> None:
         """Send an error and close. uvicorn calls this when the parser fails; the bounds here call
@@ -632,12 +636,12 @@ class BoundedProtocol(HttpToolsProtocol):
             cycle.message_event.set()
         self.pipeline.clear()
         if mid_response or self.transport.is_closing():
-            self._tell_the_answering()
+            self._notify_answering()
             self.transport.close()
             self._watch_closing()
             return
-        said = as_answer((status, code, detail), self.server_state.default_headers)
-        self.transport.write(STATUS_LINE[status] + said)
+        answer = as_answer((status, code, detail), self.server_state.default_headers)
+        self.transport.write(STATUS_LINE[status] + answer)
         self._linger()
 
     def _refuse(self, status: int, code: str, detail: str) -> None:
@@ -653,7 +657,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer = self._write_timer = self._linger_timer = None
         self.end_keep_alive_timer()
         self.flow.resume_reading()
-        self._when_gone.clear()
+        self._on_disconnect.clear()
         cycle.response_started = cycle.response_complete = True
         self.server_state.total_requests += 1
         connections: set[Any] = self.connections
@@ -769,14 +773,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def _unread_bytes(self) -> int:
         """Return the bytes that the client has not received: in our buffer and, if known, the
         kernel's."""
-        ours = self.transport.get_write_buffer_size()
+        buffered_bytes = self.transport.get_write_buffer_size()
         if sys.platform != "linux":
-            return ours
+            return buffered_bytes
         sock = self.transport.get_extra_info("socket")
         if sock is None or sock.fileno() < 0:
-            return ours
-        theirs = ioctl(sock.fileno(), TIOCOUTQ, b"\0\0\0\0")
-        return ours + int.from_bytes(theirs, sys.byteorder)
+            return buffered_bytes
+        unsent = ioctl(sock.fileno(), TIOCOUTQ, b"\0\0\0\0")
+        return buffered_bytes + int.from_bytes(unsent, sys.byteorder)
 
 
 # Connections accepted in an iteration of the event loop: few if other processes accept on the same

@@ -308,7 +308,7 @@ def status_values(record: RequestRecord, prefix: str) -> dict[str, Any]:
     classification = record.classification
     is_put_off = record.status is Status.QUEUED and record.tier is not Tier.BATCH
     return {
-        **{name: _shown(getattr(record, name)) for name in _SAME_IN_STATUS},
+        **{name: _json_value(getattr(record, name)) for name in _SAME_IN_STATUS},
         "submitted_at": record.created_at,
         "retry_at": record.not_before if is_put_off else None,
         "text": record.text if record.endpoint is None else None,
@@ -363,10 +363,10 @@ def error_view(failure: Failure | None) -> ErrorView | None:
 def view_of(view: type[ViewT], record: object, **named: Any) -> ViewT:
     """Return the view of a record: its fields of the same names, and those in `named`."""
     fields = view.model_fields.keys() - named.keys()
-    return view(**{name: _shown(getattr(record, name)) for name in fields}, **named)
+    return view(**{name: _json_value(getattr(record, name)) for name in fields}, **named)
 
 
-def _shown(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 1)
     return str(value) if isinstance(value, UUID) else value
@@ -379,7 +379,7 @@ def _decider(classification: Classification) -> ClassifiedBy | None:
 def _webhook(record: WebhookRecord | None) -> WebhookView | None:
     if record is None:
         return None
-    webhook_id = _shown(record.webhook_id)
+    webhook_id = _json_value(record.webhook_id)
     return view_of(WebhookView, record, id=webhook_id, next_try_at=record.due_at)
 
 
@@ -403,20 +403,20 @@ async def file_response(record: FileRecord, blobs: Blobs) -> Response:
         "Content-Disposition": f"{'inline' if inline else 'attachment'}; filename*=UTF-8''{name}",
         "Cache-Control": "private, max-age=31536000, immutable",
     }
-    gone = f"the content of file {file_id} is no longer stored"
-    return await streamed(blobs.stream(record.blob_key), headers, gone, record.mime_type)
+    missing = f"the content of file {file_id} is no longer stored"
+    return await streamed(blobs.stream(record.blob_key), headers, missing, record.mime_type)
 
 
 async def streamed(
-    pieces: AsyncIterator[bytes], headers: dict[str, str], gone: str, media_type: str | None = None
+    pieces: AsyncIterator[bytes], headers: dict[str, str], text: str, media_type: str | None = None
 ) -> Response:
-    """Return bytes as a download, whatever their type is. Raises NotFound with the message `gone`,
+    """Return bytes as a download, whatever their type is. Raises NotFound with the message `text`,
     and StoreUnavailable."""
     try:
         # Before the head is sent: a missing blob must not become a broken 200.
         first = await anext(pieces, b"")
     except NotFound:
-        raise NotFound(gone) from None
+        raise NotFound(text) from None
 
     async def whole() -> AsyncIterator[bytes]:
         yield first

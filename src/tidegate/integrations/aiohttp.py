@@ -112,10 +112,10 @@ class LimitMiddleware:
 
 
 def _closer(exchange: LimitedExchange, response: ClientResponse) -> Callable[[], Awaitable[None]]:
-    seen = ref(response)  # a weak reference, so that an unused response is collected
+    weak = ref(response)  # a weak reference, so that an unused response is collected
 
     async def close() -> None:
-        response = seen()
+        response = weak()
         if response is None or response.closed:
             return
         if exchange.failure is not None and response.content.exception() is None:
@@ -126,10 +126,10 @@ def _closer(exchange: LimitedExchange, response: ClientResponse) -> Callable[[],
 
 
 def _when_let_go(exchange: LimitedExchange, response: ClientResponse) -> None:
-    seen = ref(response)
+    weak = ref(response)
 
     def let_go() -> None:
-        response = seen()
+        response = weak()
         exchange.closed(whole=response is not None and response.content.is_eof())
 
     if response.connection is None:

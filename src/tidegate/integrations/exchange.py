@@ -156,10 +156,10 @@ class Review:
         """
         if self._size_bytes == 0 or self._size_bytes > MAX_KEPT_BYTES:
             return None
-        came = b"".join(self._chunks)
+        content = b"".join(self._chunks)
         self._chunks.clear()
         try:
-            body = self._decode(came)
+            body = self._decode(content)
             if self._due_in_body:
                 self.pause_ms = retry_info_ms(body)
             tokens = None if self._usage is None else self._usage(body)

@@ -24,7 +24,7 @@ from uuid import UUID
 
 import orjson
 
-from tidegate.admission.estimator import with_kept
+from tidegate.admission.estimator import with_stored
 from tidegate.call import Caller, Status, UsageState
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.spec import AnswerFacts, Dialect, Endpoint, OngoingWork
@@ -52,7 +52,7 @@ from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.upstream.transport import Exchange
 
-_LOOK_EVERY_S = 0.5
+_POLL_EVERY_S = 0.5
 _AT_ONCE = 16
 _LONGEST_WAIT_MS = 30_000.0
 _SHARE_OF_AGE = 0.1  # of the call's age: the time between two polls
@@ -72,7 +72,7 @@ class _Reported:
     parsed, and is empty here."""
 
     body: bytes
-    shown: dict[str, Any] | None
+    document: dict[str, Any] | None
     end: Status | None = Status.FAILED
     facts: AnswerFacts | None = None
 
@@ -100,26 +100,26 @@ class BackgroundRunner:
         finally:
             loop.cancel()
             await asyncio.gather(loop, return_exceptions=True)
-            looks = set(self._in_hand.values())
-            if looks:
-                await asyncio.wait(looks, timeout=self._config.shutdown_grace_ms / 1000)
-            for look in looks:
-                look.cancel()
-            await asyncio.gather(*looks, return_exceptions=True)
+            polls = set(self._in_hand.values())
+            if polls:
+                await asyncio.wait(polls, timeout=self._config.shutdown_grace_ms / 1000)
+            for poll in polls:
+                poll.cancel()
+            await asyncio.gather(*polls, return_exceptions=True)
             try:
                 await self._calls.leave()
-            except StoreUnavailable as away:  # other processes wait for the lease to expire
-                log.debug(Log.STORE_AWAY, detail=away.message)
+            except StoreUnavailable as unavailable:  # other processes wait for the lease to expire
+                log.debug(Log.STORE_AWAY, detail=unavailable.message)
 
     async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
                 await loop()
-            except StoreUnavailable as away:
-                log.debug(Log.STORE_AWAY, detail=away.message)
+            except StoreUnavailable as unavailable:
+                log.debug(Log.STORE_AWAY, detail=unavailable.message)
             except Exception:  # the top of a task: logged, and the loop starts again
                 log.exception(Log.WORKER_LOOP_FAILED)
-            await self._due("background", _LOOK_EVERY_S)
+            await self._due("background", _POLL_EVERY_S)
 
     async def _see_to_all(self) -> None:
         while len(self._in_hand) < _AT_ONCE:
@@ -129,19 +129,19 @@ class BackgroundRunner:
                 return
             task = asyncio.create_task(self._guarded(call), name=call.upstream)
             self._in_hand[call.id] = task
-            task.add_done_callback(partial(self._looked, call.id))
+            task.add_done_callback(partial(self._polled, call.id))
 
-    def _looked(self, request_id: UUID, _: asyncio.Task[None]) -> None:
+    def _polled(self, request_id: UUID, _: asyncio.Task[None]) -> None:
         self._in_hand.pop(request_id, None)
 
     async def _guarded(self, call: BackgroundCall) -> None:
         """Run one poll."""
         try:
-            await self._look(call)
+            await self._poll(call)
         except ClaimLost:
             return
-        except StoreUnavailable as away:  # it is due, and taken again
-            log.debug(Log.STORE_AWAY, detail=away.message)
+        except StoreUnavailable as unavailable:  # it is due, and taken again
+            log.debug(Log.STORE_AWAY, detail=unavailable.message)
         except LimiterUnavailable:  # which the limiter logs
             with suppress(ClaimLost, StoreUnavailable):
                 await self._calls.put_off(call, _TROUBLE_WAIT_MS)
@@ -150,15 +150,15 @@ class BackgroundRunner:
             with suppress(ClaimLost, StoreUnavailable):
                 await self._calls.put_off(call, _TROUBLE_WAIT_MS)
 
-    async def _look(self, call: BackgroundCall) -> None:
+    async def _poll(self, call: BackgroundCall) -> None:
         if call.state == "running":
-            await self._look_at_running(call)
+            await self._poll_running(call)
             return
         # It has ended, or may never have been accepted, and its time has passed.
         await self._no_longer_counted(call)
         await self._calls.forget(call)
 
-    async def _look_at_running(self, call: BackgroundCall) -> None:
+    async def _poll_running(self, call: BackgroundCall) -> None:
         upstream = self._spine.targets.upstreams.get(call.upstream)
         is_over = call.left_ms <= 0
         await self._counted(call)
@@ -170,21 +170,21 @@ class BackgroundRunner:
             return
         target = Target(upstream, call.record.model or "")
         try:
-            seen = await self._ask(call, target, "GET")
-            if seen.shown is not None:
+            reported = await self._ask(call, target, "GET")
+            if reported.document is not None:
                 self._missed.pop(call.id, None)
             elif not (is_over or self._is_lost(call)):
                 await self._calls.put_off(call, self._wait_ms(call))
                 return
             can_cancel = bool(_work_of(call).cancel) and call.cancelled_at is None
-            if is_over and seen.end is None and can_cancel:
-                seen = await self._ask(call, target, "POST")
-                if seen.end is None:
+            if is_over and reported.end is None and can_cancel:
+                reported = await self._ask(call, target, "POST")
+                if reported.end is None:
                     wait_ms = float(self._config.background_poll_ms)
                     await self._calls.put_off(call, wait_ms, is_cancelled=True)
                     return
-            if seen.end is not None:
-                await self._end(call, seen, target)
+            if reported.end is not None:
+                await self._end(call, reported, target)
                 return
         except UpstreamError as error:
             if call.left_ms <= -GRACE_MS:
@@ -248,12 +248,12 @@ class BackgroundRunner:
         finally:
             exchange.close()
         try:
-            shown = orjson.loads(answer)
+            document = orjson.loads(answer)
         except orjson.JSONDecodeError:
             raise UpstreamGarbled("the provider's answer on a response is no JSON") from None
-        if not isinstance(shown, dict):
+        if not isinstance(document, dict):
             raise UpstreamGarbled("the provider's answer on a response is no object")
-        return _Reported(answer, shown, work.end_of(shown))
+        return _Reported(answer, document, work.end_of(document))
 
     @staticmethod
     async def _long(call: BackgroundCall, exchange: Exchange, begin: bytes) -> _Reported:
@@ -288,15 +288,15 @@ class BackgroundRunner:
         return await wire.open(method, place, headers, body, None, timeouts)
 
     async def _facts(
-        self, call: BackgroundCall, target: Target, shown: dict[str, Any]
+        self, call: BackgroundCall, target: Target, document: dict[str, Any]
     ) -> AnswerFacts | None:
         """Return the facts of all the answers within the work; None if the work is one answer.
         Raises UpstreamError."""
         work = _work_of(call)
         if work.tally is None:
             return None
-        tally = work.tally(shown, call.record.request)
-        if path := work.results(shown):
+        tally = work.tally(document, call.record.request)
+        if path := work.results(document):
             exchange = await self._open(call, target, "GET", path)
             try:
                 if exchange.status >= 300:
@@ -309,13 +309,13 @@ class BackgroundRunner:
 
     # The end of a call
 
-    async def _end(self, call: BackgroundCall, seen: _Reported, target: Target | None) -> None:
+    async def _end(self, call: BackgroundCall, reported: _Reported, target: Target | None) -> None:
         """End a call: charge it and record it. Raises UpstreamError if its answers cannot be
         read."""
         record, facts, made = call.record, None, list[NewResource]()
-        if target is not None and seen.shown is not None:
-            facts = seen.facts or await self._facts(call, target, seen.shown)
-            made = self._made(call, target, seen.shown)
+        if target is not None and reported.document is not None:
+            facts = reported.facts or await self._facts(call, target, reported.document)
+            made = self._made(call, target, reported.document)
         record.finished_at = datetime.now(UTC)
         record.sent, record.http_status, record.waits = True, 200, False
         record.response_type = "application/json"
@@ -323,15 +323,15 @@ class BackgroundRunner:
             took = record.finished_at - record.admitted_at
             record.upstream_ms = took.total_seconds() * 1000
         record.streamed = False
-        if seen.body:
-            record.keep(seen.body)
+        if reported.body:
+            record.keep(reported.body)
         self._missed.pop(call.id, None)
-        status = seen.end or Status.FAILED
+        status = reported.end or Status.FAILED
         if target is not None:
             await self._charge(call, record, target, facts, whole=status is Status.SUCCEEDED)
         if made:
             await self._relay.resources.note(made)
-        record.end(status, _failure(seen))
+        record.end(status, _failure(reported))
         await self._ended(call, record)
         log.info(
             Log.BACKGROUND_ENDED,
@@ -353,15 +353,15 @@ class BackgroundRunner:
             except StoreUnavailable:
                 if not left:
                     raise
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_POLL_EVERY_S)
 
     def _made(
-        self, call: BackgroundCall, target: Target, shown: dict[str, Any]
+        self, call: BackgroundCall, target: Target, document: dict[str, Any]
     ) -> list[NewResource]:
         """Return the files that the work made, which belong to its caller."""
         caller = Caller(call.tenant_id, call.record.key_id)
         by = MadeBy(caller, Dialect(call.dialect), call.id, call.record.subject)
-        return self._relay.resources.made(by, target, "file", _work_of(call).files(shown))
+        return self._relay.resources.made(by, target, "file", _work_of(call).files(document))
 
     async def _charge(
         self,
@@ -385,14 +385,22 @@ class BackgroundRunner:
             deadline_ms=None,
         )
         raw, spec = record.request, DIALECTS[native.endpoint.dialect]
-        body, asked = await aside(len(raw), partial(unchecked_facts, native.endpoint, raw))
+        body, request_facts = await aside(len(raw), partial(unchecked_facts, native.endpoint, raw))
         if references := await aside(len(raw), partial(spec.references, body, raw)):
-            kept = await self._relay.resources.kept_tokens(caller, spec.name, references)
-            asked.pieces = with_kept(asked.pieces, kept) if kept else asked.pieces
+            stored = await self._relay.resources.stored_tokens(caller, spec.name, references)
+            request_facts.pieces = (
+                with_stored(request_facts.pieces, stored) if stored else request_facts.pieces
+            )
         exchange = NativeExchange(
-            self._relay.wire, self._spine.timeouts, native, body, asked, NothingOut(), record
+            self._relay.wire,
+            self._spine.timeouts,
+            native,
+            body,
+            request_facts,
+            NothingOut(),
+            record,
         )
-        exchange.told = facts
+        exchange.known_facts = facts
         whole = whole or facts is not None
         lane = self._spine.lane(target)
         demand = exchange.demand(target, lane)
@@ -413,18 +421,18 @@ async def _read(exchange: Exchange) -> tuple[bytes, bool]:
     return bytes(whole), False
 
 
-def _failure(seen: _Reported) -> Failure | None:
-    if seen.end is Status.SUCCEEDED:
+def _failure(reported: _Reported) -> Failure | None:
+    if reported.end is Status.SUCCEEDED:
         return None
-    if seen.end is Status.CANCELLED:
+    if reported.end is Status.CANCELLED:
         return Failure("cancelled", "the response was cancelled")
-    if seen.shown is None:
+    if reported.document is None:
         return Failure("background_lost", "the provider does not know the response any more")
-    error = seen.shown.get("error")
-    errors = seen.shown.get("errors")  # of an interaction
+    error = reported.document.get("error")
+    errors = reported.document.get("errors")  # of an interaction
     error = errors[0] if isinstance(errors, list) and errors else error
-    said = error.get("message") if isinstance(error, dict) else None
-    return Failure("upstream_failed", str(said or "the provider failed to make it")[:2_000])
+    message = error.get("message") if isinstance(error, dict) else None
+    return Failure("upstream_failed", str(message or "the provider failed to make it")[:2_000])
 
 
 # Read as an answer without usage, so that the usage of the whole is unknown.

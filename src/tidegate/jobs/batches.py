@@ -64,7 +64,7 @@ from tidegate.jobs.calls import (
     targets_of,
     until_review,
 )
-from tidegate.jobs.outages import Held, Key, Look, Turn
+from tidegate.jobs.outages import ClaimDepth, Held, Key, Turn
 from tidegate.jobs.tiers import TierOffers
 from tidegate.limiter import Permit
 from tidegate.record import RETRIED, CallRecord, Failure
@@ -98,7 +98,7 @@ from tidegate.telemetry.tracing import Trail
 WINDOW = 128
 MOST_BYTES = 32_000_000  # of the bodies in one claim
 _STRAYS_EVERY_S = 5.0
-_AWAY_S = 0.25
+_UNAVAILABLE_S = 0.25
 _IDLE_MS = 500
 _PUT_OFF_A_S, _PUT_OFF_AT_ONCE = 200.0, 1_000.0
 _AGAIN_MS = 500.0
@@ -168,16 +168,16 @@ class LineCaller:
         self._store = store
         self._relay = relay
         self._strays_released_at = time.monotonic()
-        look = Look(a_s=_PUT_OFF_A_S, at_once=_PUT_OFF_AT_ONCE)
+        window = ClaimDepth(a_s=_PUT_OFF_A_S, at_once=_PUT_OFF_AT_ONCE)
         self._lacking = Lacking()
         self._feeder = Feeder(
             store.notifications,
             BATCHES,
             held,
-            look,
+            window,
             self._window,
             claim=self._claim,
-            waits_ms=lambda claimed: self._waits_ms(claimed, look.put_off),
+            waits_ms=lambda claimed: self._waits_ms(claimed, window.put_off),
             release=self._release,
             work=self._guarded,
             idle_ms=_IDLE_MS,
@@ -194,7 +194,7 @@ class LineCaller:
         await self._feeder.run()
 
     async def _claim(self, most: int) -> list[_ActiveLine]:
-        if not await self._store.open_batches.ours():
+        if not await self._store.open_batches.has_own():
             return []
         await self._lacking.yield_claim()
         await self.leave_held_up()
@@ -300,8 +300,8 @@ class LineCaller:
         counted = {one.line.id: one.record.attempts - one.record.faults for one in chosen.values()}
         try:
             await self._store.batch_lines.release(lines, waits_ms=waits_ms, counted=counted)
-        except StoreUnavailable as away:  # they return when this process is gone
-            log.debug(Log.STORE_AWAY, detail=away.message)
+        except StoreUnavailable as unavailable:  # they return when this process is gone
+            log.debug(Log.STORE_AWAY, detail=unavailable.message)
 
     async def _guarded(self, one: _ActiveLine) -> None:
         """Run a line's task; the line must not stay claimed once the task has ended."""
@@ -463,7 +463,7 @@ class LineCaller:
                 await write()
                 return
             except StoreUnavailable:
-                await asyncio.sleep(_AWAY_S)
+                await asyncio.sleep(_UNAVAILABLE_S)
 
 
 def _record_of(line: BatchLine, trail: Trail | None) -> CallRecord:
@@ -542,64 +542,64 @@ class Check:
             return None
         self.lines += 1
         if self.lines > MOST_LINES:
-            self._wrong("too_many_lines", None, f"a batch has at most {MOST_LINES} lines", None)
+            self._add_error("too_many_lines", None, f"a batch has at most {MOST_LINES} lines", None)
             return None
         if has_too_many_parts(raw):
-            said = f"this line holds too many values: {MOST_PARTS} are taken"
-            self._wrong("invalid_json_line", number, said, None)
+            message = f"this line holds too many values: {MOST_PARTS} are taken"
+            self._add_error("invalid_json_line", number, message, None)
             return None
         try:
             value = orjson.loads(raw)
         except orjson.JSONDecodeError as broken:
-            self._wrong("invalid_json_line", number, f"this line is not JSON: {broken}", None)
+            self._add_error("invalid_json_line", number, f"this line is not JSON: {broken}", None)
             return None
         if not isinstance(value, dict):
-            self._wrong("invalid_json_line", number, "this line is not a JSON object", None)
+            self._add_error("invalid_json_line", number, "this line is not a JSON object", None)
             return None
         return self._sound(number, value)
 
     def end(self) -> None:
         """Complete the check at the end of the file."""
         if not self.lines:
-            self._wrong("empty_file", None, "the input file has no lines", None)
+            self._add_error("empty_file", None, "the input file has no lines", None)
 
     def _sound(self, number: int, value: dict[str, Any]) -> Sound | None:
         custom_id, body = value.get("custom_id"), value.get("body")
         if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= _LONGEST_ID:
-            said = f"custom_id must be a text of 1 to {_LONGEST_ID} characters"
-            self._wrong("missing_custom_id", number, said, "custom_id")
+            message = f"custom_id must be a text of 1 to {_LONGEST_ID} characters"
+            self._add_error("missing_custom_id", number, message, "custom_id")
             return None
         if "\x00" in custom_id:
-            self._wrong("invalid_custom_id", number, "a NUL is in custom_id", "custom_id")
+            self._add_error("invalid_custom_id", number, "a NUL is in custom_id", "custom_id")
             return None
         if custom_id in self._seen:
-            said = f"the custom_id {custom_id[:64]!r} is there already"
-            self._wrong("duplicate_custom_id", number, said, "custom_id")
+            message = f"the custom_id {custom_id[:64]!r} is there already"
+            self._add_error("duplicate_custom_id", number, message, "custom_id")
             return None
         self._seen.add(custom_id)
         if value.get("method") != "POST":
-            self._wrong("invalid_method", number, "method must be POST", "method")
+            self._add_error("invalid_method", number, "method must be POST", "method")
             return None
         if value.get("url") != self.endpoint:
-            said = f"url must be the batch's endpoint, {self.endpoint}"
-            self._wrong("mismatched_url", number, said, "url")
+            message = f"url must be the batch's endpoint, {self.endpoint}"
+            self._add_error("mismatched_url", number, message, "url")
             return None
         if not isinstance(body, dict):
-            self._wrong("invalid_body", number, "body must be an object", "body")
+            self._add_error("invalid_body", number, "body must be an object", "body")
             return None
         try:
             wrapped_facts(endpoint_named(self.endpoint), body)
-        except InvalidRequest as wrong:
-            param = wrong.field if wrong.field.startswith("body") else f"body.{wrong.field}"
-            self._wrong("invalid_body", number, wrong.message, param)
+        except InvalidRequest as invalid:
+            param = invalid.field if invalid.field.startswith("body") else f"body.{invalid.field}"
+            self._add_error("invalid_body", number, invalid.message, param)
             return None
         try:
             return Sound(number, custom_id, orjson.dumps(body).decode())
         except orjson.JSONEncodeError:
-            self._wrong("invalid_body", number, "body is nested too deeply", "body")
+            self._add_error("invalid_body", number, "body is nested too deeply", "body")
             return None
 
-    def _wrong(self, code: str, line: int | None, message: str, param: str | None) -> None:
+    def _add_error(self, code: str, line: int | None, message: str, param: str | None) -> None:
         self.errors.append({"code": code, "line": line, "message": message, "param": param})
 
 
@@ -632,13 +632,13 @@ def output_line(row: Any, ends_as: str) -> tuple[bool, bytes]:
         if row["attempts"]:
             message = ambiguous_of(row, ends_as).message
         error = {"code": code, "message": message}
-    said = {
+    line = {
         "id": f"batch_req_{request_id}",
         "custom_id": row["custom_id"],
         "response": response,
         "error": error,
     }
-    return row["state"] == "succeeded", orjson.dumps(said) + b"\n"
+    return row["state"] == "succeeded", orjson.dumps(line) + b"\n"
 
 
 def _body(answer: str) -> Any:
@@ -706,7 +706,7 @@ class OutputWriter:
         return self._file.tell()
 
 
-_LOOK_EVERY_S = 0.5
+_POLL_EVERY_S = 0.5
 _CHUNK_LINES = 500
 _CHUNK_BYTES = 4_000_000
 
@@ -748,20 +748,20 @@ class BatchRunner:
         while True:
             try:
                 await loop()
-            except StoreUnavailable as away:
-                log.debug(Log.STORE_AWAY, detail=away.message)
+            except StoreUnavailable as unavailable:
+                log.debug(Log.STORE_AWAY, detail=unavailable.message)
             except Exception:  # the top of a task: logged, and the loop starts again
                 log.exception(Log.WORKER_LOOP_FAILED)
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_POLL_EVERY_S)
 
     async def _conduct(self) -> None:
         """Process whole batches, one after another: expiry, validation, assembly."""
         while True:
             mark = self._store.notifications.work_mark(BATCHES)
             idle_ms = PULSED_MS
-            if await self._store.open_batches.ours() or self._lines.any:
+            if await self._store.open_batches.has_own() or self._lines.any:
                 await self._see_to_all()
-                idle_ms = round(_LOOK_EVERY_S * 1000)
+                idle_ms = round(_POLL_EVERY_S * 1000)
             await self._store.notifications.wait_work(idle_ms, mark, BATCHES)
 
     async def _see_to_all(self) -> None:
@@ -827,9 +827,14 @@ class BatchRunner:
                     ready, size_bytes = [], 0
             check.end()
         except NotFound:
-            gone = "the input file is no longer stored"
+            message = "the input file is no longer stored"
             check.errors.append(
-                {"code": "file_not_found", "line": None, "message": gone, "param": "input_file_id"}
+                {
+                    "code": "file_not_found",
+                    "line": None,
+                    "message": message,
+                    "param": "input_file_id",
+                }
             )
         if ready and not check.errors:
             await self._store.batches.add_lines(batch, ready)
@@ -842,17 +847,17 @@ class BatchRunner:
             last = 0
             while rows := await self._store.batches.lines_after(batch, last, _CHUNK_LINES):
                 last = rows[-1]["line"]
-                said = [output_line(row, batch.ends_as) for row in rows]
-                await output.write([line for succeeded, line in said if succeeded])
-                await errors.write([line for succeeded, line in said if not succeeded])
-            kept = (
+                lines = [output_line(row, batch.ends_as) for row in rows]
+                await output.write([line for succeeded, line in lines if succeeded])
+                await errors.write([line for succeeded, line in lines if not succeeded])
+            files = (
                 await output.keep(batch, "output", self._blobs),
                 await errors.keep(batch, "error", self._blobs),
             )
             try:
-                await self._store.batches.end(batch, *kept)
+                await self._store.batches.end(batch, *files)
             except ClaimLost:
-                await self._blobs.delete([one.blob_key for one in kept if one is not None])
+                await self._blobs.delete([one.blob_key for one in files if one is not None])
                 raise
 
 
@@ -865,8 +870,8 @@ async def lines_of(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         for end in ends:
             yield b"".join((*begun, end[:room_bytes]))
             begun, room_bytes = [], LONGEST_BYTES
-        if kept := rest[:room_bytes]:
-            begun.append(kept)
-            room_bytes -= len(kept)
+        if part := rest[:room_bytes]:
+            begun.append(part)
+            room_bytes -= len(part)
     if begun:
         yield b"".join(begun)

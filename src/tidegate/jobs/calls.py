@@ -49,15 +49,15 @@ from tidegate.errors import (
     UpstreamError,
     UpstreamTierBusy,
 )
-from tidegate.jobs.outages import Held, Key, Look
+from tidegate.jobs.outages import ClaimDepth, Held, Key
 from tidegate.limiter import Limiter
-from tidegate.policy.format import CallerName, whom_it_binds
+from tidegate.policy.format import CallerName, subject_of
 from tidegate.policy.format import caller_of as caller_named
 from tidegate.record import CallRecord, Failure, Lineage, OutputFile
 from tidegate.spine.detached import collected, detached_call, endpoint_named
 from tidegate.spine.models import targets_for
 from tidegate.spine.native import Relay
-from tidegate.spine.prompt import Ask
+from tidegate.spine.prompt import PromptRequest
 from tidegate.spine.routing import Target
 from tidegate.spine.run import CallFailed, OnAdmitted
 from tidegate.store.batches import BatchLine
@@ -95,9 +95,9 @@ _RESERVED_WAIT_MS = 1_000
 _LONGEST_SERVER_WAIT_MS = 86_400_000
 
 
-def ask_of(job: ClaimedJob) -> Ask:
+def ask_of(job: ClaimedJob) -> PromptRequest:
     kind = job.classification.kind
-    return Ask(job.prompt, job.attachments, job.image_uri, kind, job.tenant_id)
+    return PromptRequest(job.prompt, job.attachments, job.image_uri, kind, job.tenant_id)
 
 
 def caller_of(job: ClaimedJob) -> Caller:
@@ -271,8 +271,8 @@ def uncounted_wait_ms(error: TidegateError | None, rng: random.Random | None = N
         return round((rng or random).uniform(_RESERVED_WAIT_MS / 2, _RESERVED_WAIT_MS))
     if not isinstance(error, BudgetExceeded | BudgetUnbounded):
         return None
-    look = (rng or random).uniform(_SPENT_WAIT_MS / 2, _SPENT_WAIT_MS)
-    return max(1, round(min(look, error.retry_after_ms or look)))
+    wait_ms = (rng or random).uniform(_SPENT_WAIT_MS / 2, _SPENT_WAIT_MS)
+    return max(1, round(min(wait_ms, error.retry_after_ms or wait_ms)))
 
 
 def retry_wait_ms(
@@ -326,8 +326,8 @@ class OwnLimits:
             if limiter.waiters and any(_caller_of(one) for one in limiter.policy.limits):
                 with suppress(LimiterUnavailable):
                     queues = (await limiter.snapshot()).queues
-                    mine = (one.held_up_by for one in queues if one.sid == limiter.session)
-                    held |= {whom for one in mine if one and (whom := _caller_of(one))}
+                    own = (one.held_up_by for one in queues if one.sid == limiter.session)
+                    held |= {whom for one in own if one and (whom := _caller_of(one))}
         self._held, ended = frozenset(held), self._clock()
         self._next_at = max(began + _LOOK_EVERY_S, ended + _LOOK_SHARE * (ended - began))
 
@@ -363,7 +363,7 @@ class OwnLimits:
 
 def _caller_of(limit_id: str) -> CallerName | None:
     """Return whom a limit applies to, if only to a tenant, key, user or conversation."""
-    whom = whom_it_binds(limit_id) or ""
+    whom = subject_of(limit_id) or ""
     tenant = whom.removeprefix("tenant/")
     return caller_named(limit_id) if tenant == whom else ("tenant", tenant)
 
@@ -376,7 +376,7 @@ def _filling(waiting: Mapping[WhomT, int], window: int) -> list[WhomT]:
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 4.0
 
 
-async def kept(blobs: Blobs, pictures: Iterable[Media]) -> tuple[OutputFile, ...]:
+async def stored_pictures(blobs: Blobs, pictures: Iterable[Media]) -> tuple[OutputFile, ...]:
     """Store images as the files of a record. Raises StoreUnavailable if the blob store is
     unavailable for long."""
     files = []
@@ -401,7 +401,7 @@ async def _put(blobs: Blobs, data: bytes) -> str:
         pause_s *= 2
 
 
-_AWAY_WAIT_S = 0.25
+_UNAVAILABLE_WAIT_S = 0.25
 _FULL_WAIT_S = 0.25
 _OUT_WAIT_S = 0.25
 # A claim costs PostgreSQL the same for one job as for a hundred, mostly for planning. Frequent
@@ -447,8 +447,8 @@ class LastTries:
         if one.lapses < MAX_LAPSES - 1 or self._under_way == one.request_id:
             return
         if self._under_way is not None:
-            said = "a call whose workers died is tried alone, and another such call is under way"
-            raise LastTryWaits(said, retry_after_ms=random.randint(*_LAST_TRY_WAITS_MS))
+            message = "a call whose workers died is tried alone, and another such call is under way"
+            raise LastTryWaits(message, retry_after_ms=random.randint(*_LAST_TRY_WAITS_MS))
         self._under_way = one.request_id
 
     def over(self, one: Claimed) -> None:
@@ -470,7 +470,7 @@ class Feeder(Generic[ClaimedT]):
     notifications: Notifications
     lane: str
     held: Held
-    look: Look
+    depth: ClaimDepth
     window: Callable[[], int]
     claim: Callable[[int], Awaitable[list[ClaimedT]]]
     waits_ms: Callable[[Sequence[ClaimedT]], Mapping[UUID, int]]
@@ -511,21 +511,21 @@ class Feeder(Generic[ClaimedT]):
                 await self._unless_closed(asyncio.sleep(_OUT_WAIT_S))
                 continue
             mark = self.notifications.work_mark(self.lane)
-            most, began = self.look.at(free), time.monotonic()
+            most, began = self.depth.at(free), time.monotonic()
             try:
                 async with asyncio.timeout(_LONGEST_CLAIM_S):
                     claimed = await self.claim(most)
             except StoreUnavailable:
                 # The store logs its change of state.
                 self.held.outages.unclaimed()
-                await self._unless_closed(asyncio.sleep(_AWAY_WAIT_S))
+                await self._unless_closed(asyncio.sleep(_UNAVAILABLE_WAIT_S))
                 continue
             waits_ms = self.waits_ms(claimed)
             ready = [one for one in claimed if one.request_id not in waits_ms]
             if not ready:
                 self.held.outages.unclaimed()
-            rest_s = self.look.found(held=len(waits_ms), free=len(ready))
-            for one in await self._kept(claimed, ready[:free], waits_ms):
+            rest_s = self.depth.found(held=len(waits_ms), free=len(ready))
+            for one in await self._without_held(claimed, ready[:free], waits_ms):
                 self._start(one)
             if rest_s:
                 await self._unless_closed(asyncio.sleep(rest_s))
@@ -540,7 +540,7 @@ class Feeder(Generic[ClaimedT]):
                     idle_ms = round(_FULL_WAIT_S * 1000)
                 await self._unless_closed(self.notifications.wait_work(idle_ms, mark, self.lane))
 
-    async def _kept(
+    async def _without_held(
         self, claimed: list[ClaimedT], chosen: list[ClaimedT], waits_ms: Mapping[UUID, int]
     ) -> list[ClaimedT]:
         """Return to the queue what is held, and what a wider claim brought beyond the window."""

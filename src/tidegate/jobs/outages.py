@@ -120,8 +120,8 @@ class Outages:
         turn = Turn(targets)
         held_ms = self.held_ms(targets)
         if held_ms > _GRACE_MS:
-            said = "the upstream is out, and was not called"
-            raise UpstreamUnavailable(said, retry_after_ms=round(held_ms), asked=False)
+            message = "the upstream is out, and was not called"
+            raise UpstreamUnavailable(message, retry_after_ms=round(held_ms), asked=False)
         for target in targets:
             for key in (target, (target[0], "")):
                 outage = self._outages.get(key)
@@ -160,27 +160,27 @@ class Outages:
         for key in turn.probes:
             if (outage := self._outages.get(key)) is not None and outage.probe is turn:
                 outage.probe = None
-        told_s = (error.retry_after_ms or 0) / 1000
+        after_s = (error.retry_after_ms or 0) / 1000
         if called is None:
             # Targets that `enter` refused are known already, and may be out for one model only.
             for name, _ in turn.targets if isinstance(error, UpstreamOut) else ():
-                self._hold((name, ""), told_s, is_told=True)
+                self._hold((name, ""), after_s, is_measured=True)
         elif isinstance(error, UpstreamThrottled):
             if not error.lowered_limit:
-                self._hold(called, told_s, enough=True)
+                self._hold(called, after_s, enough=True)
         elif isinstance(error, UpstreamUnauthorized) and error.of_key:
             self._hold((called[0], ""), DEAD_KEY_S, enough=True)
         else:
-            self._hold((called[0], ""), told_s, enough=error.in_outage)
-            self._hold(called, told_s, enough=error.in_outage, more_s=HEAD_START_S)
+            self._hold((called[0], ""), after_s, enough=error.in_outage)
+            self._hold(called, after_s, enough=error.in_outage, more_s=HEAD_START_S)
 
     def _hold(
         self,
         key: Key,
-        told_s: float,
+        after_s: float,
         *,
         enough: bool = False,
-        is_told: bool = False,
+        is_measured: bool = False,
         more_s: float = 0.0,
     ) -> None:
         now = self._clock()
@@ -191,13 +191,13 @@ class Outages:
         if outage.held_ms(now):
             return  # an earlier call, or one that the outage delayed
         pause_s = min(LONGEST_S, FIRST_S * 2**outage.rounds)
-        told_s = min(told_s, DEAD_KEY_S)  # an operator or the provider may end it sooner
-        if is_told:  # by the gate, which measures the outage
-            pause_s = max(told_s, FIRST_S / 4)
+        after_s = min(after_s, DEAD_KEY_S)  # an operator or the provider may end it sooner
+        if is_measured:  # by the gate, which measures the outage
+            pause_s = max(after_s, FIRST_S / 4)
         elif not enough and not outage.rounds and outage.faults < FAULTS:
             return
         outage.rounds = min(outage.rounds + 1, 10)
-        outage.until = now + max(pause_s, told_s) + more_s
+        outage.until = now + max(pause_s, after_s) + more_s
 
     def due(self, upstream: str) -> None:
         """Allow a probe of an upstream now, whatever this process knows of it."""
@@ -243,7 +243,7 @@ def _is_answer(error: BaseException | None) -> bool:
 _SHORT_MS = 400  # too short to return a job to the queue for
 _LONGEST_WAIT_MS = 60_000
 APART_MS, MOST_APART_MS = 25, 20_000
-_WIDEST_LOOK = 1_000
+_DEEPEST_CLAIM = 1_000
 _PUT_OFF_A_S, _PUT_OFF_AT_ONCE = 1_000.0, 2_000.0
 
 
@@ -337,7 +337,7 @@ class Held:
         return round(max(self.outages.wait_ms(targets), held_ms + uniform(0, spread_ms)))
 
 
-class Look:
+class ClaimDepth:
     """The depth of claims from one queue. Each claim that brings only held jobs makes the next one
     deeper, at a rate that PostgreSQL can bear, as each job that is put off is written twice."""
 
@@ -357,11 +357,11 @@ class Look:
         self.put_off = 0  # consecutively
 
     def __repr__(self) -> str:
-        return f"<Look in_vain={self._in_vain} put_off={self.put_off}>"
+        return f"<ClaimDepth in_vain={self._in_vain} put_off={self.put_off}>"
 
     def at(self, most: int) -> int:
         """Return how many to claim if `most` could be called."""
-        return look_at(most, self._in_vain)
+        return claim_depth(most, self._in_vain)
 
     def found(self, *, held: int, free: int) -> float:
         """Record what the last claim brought; return for how many seconds to rest."""
@@ -373,10 +373,10 @@ class Look:
         return max(0.0, -self._left / self._a_s)
 
 
-def look_at(most: int, in_vain: int) -> int:
+def claim_depth(most: int, in_vain: int) -> int:
     """Return how many to claim if `most` could be called, after `in_vain` claims of held jobs only:
     else all jobs that can be called would wait behind those of a single paused model."""
-    return max(most, min(_WIDEST_LOOK, most << min(in_vain, 10)))
+    return max(most, min(_DEEPEST_CLAIM, most << min(in_vain, 10)))
 
 
 _FIRST_BACK, _MOST_BACK, _MOST_KNOWN = 12, 1_000, 20_000
@@ -416,8 +416,8 @@ class PutOff:
     def waits_ms(self, jobs: Iterable[ClaimedJob]) -> dict[UUID, int]:
         """Return what `Held.waits_ms` returns for these jobs."""
         each = ((job.request_id, self._targets_of(job)) for job in jobs)
-        apart = {"apart_ms": _APART_MS, "most_apart_ms": _MOST_APART_MS}
-        return self.held.waits_ms(each, self._known, **apart)
+        spread = {"apart_ms": _APART_MS, "most_apart_ms": _MOST_APART_MS}
+        return self.held.waits_ms(each, self._known, **spread)
 
     def wait_ms(self, job: ClaimedJob) -> int:
         """Return the job's wait in the queue after the upstream failed its call."""

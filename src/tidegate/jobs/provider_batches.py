@@ -54,11 +54,11 @@ from tidegate.jobs.calls import (
     caller_of,
     crowded,
     is_of_upstream,
-    kept,
     log_end,
     record_of,
     retry_wait_ms,
     status_of,
+    stored_pictures,
     uncounted_wait_ms,
 )
 from tidegate.policy.deployment import Upstream
@@ -92,7 +92,7 @@ from tidegate.upstream.batch_api import (
 MOST_LINES = 2_000
 MOST_BYTES = 16_000_000
 PARKED_S = 6 * 3600.0
-_LOOK_EVERY_S = 0.25
+_POLL_EVERY_S = 0.25
 _AT_ONCE = 10
 _BEGUN_AT_ONCE = 8  # their bodies are in memory
 _POLLS = 60
@@ -204,15 +204,15 @@ class ProviderBatchRunner:
             await asyncio.gather(*steps, return_exceptions=True)
             try:
                 await self._batches.leave()
-            except StoreUnavailable as away:  # other processes wait for the lease to expire
-                log.debug(Log.STORE_AWAY, detail=away.message)
+            except StoreUnavailable as unavailable:  # other processes wait for the lease to expire
+                log.debug(Log.STORE_AWAY, detail=unavailable.message)
 
     async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
                 await loop()
-            except StoreUnavailable as away:
-                log.debug(Log.STORE_AWAY, detail=away.message)
+            except StoreUnavailable as unavailable:
+                log.debug(Log.STORE_AWAY, detail=unavailable.message)
             except Exception:  # the top of a task: logged, and the loop starts again
                 log.exception(Log.WORKER_LOOP_FAILED)
             await self._rest()
@@ -221,11 +221,11 @@ class ProviderBatchRunner:
         notifications = self._store.notifications
         mark, is_idle = notifications.work_mark(BATCHES), False
         with suppress(StoreUnavailable):
-            is_idle = not await self._store.open_batches.theirs()
+            is_idle = not await self._store.open_batches.has_provider()
         if is_idle and notifications.is_sure():
             await notifications.wait_work(PULSED_MS, mark, BATCHES)
         else:
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_POLL_EVERY_S)
 
     async def _prune_all(self) -> None:
         await self._batches.prune()
@@ -234,7 +234,7 @@ class ProviderBatchRunner:
     async def _gather_all(self) -> None:
         """Make batches of the jobs that have waited long enough, while there are any."""
         gather_ms = self._config.provider_batch_gather_ms
-        if not await self._store.open_batches.theirs():
+        if not await self._store.open_batches.has_provider():
             return
         while jobs := await self._store.queue.claim_batched(
             DEFAULT_POOL, MOST_LINES, MOST_BYTES, gather_ms
@@ -247,7 +247,7 @@ class ProviderBatchRunner:
 
     async def _see_to_all(self) -> None:
         """Take the batches that are due, up to a few at a time."""
-        if not await self._store.open_batches.theirs():
+        if not await self._store.open_batches.has_provider():
             return
         while len(self._in_hand) < _AT_ONCE:
             full = crowded(self._in_hand.values(), _AT_ONCE)
@@ -268,8 +268,8 @@ class ProviderBatchRunner:
             await asyncio.sleep(0)  # thousands of jobs in a row would block the event loop
         await self._begin_all(there)
         # A caller's server may be slow: no other job waits while an image is fetched.
-        came = await asyncio.gather(*map(self._ready, fetched))
-        await self._begin_all([one for one in came if one is not None])
+        prepared = await asyncio.gather(*map(self._ready, fetched))
+        await self._begin_all([one for one in prepared if one is not None])
 
     async def _begin_all(self, jobs: Iterable[_Ready]) -> None:
         """Begin a batch for the jobs of each key, or several if they have become larger than
@@ -297,8 +297,10 @@ class ProviderBatchRunner:
             return _Ready(job, endpoint, call, self._needs(job, call))
         except StoreUnavailable:
             raise
-        except TidegateError as wrong:
-            log.info(Log.PROVIDER_BATCH_LEFT, request_id=str(job.request_id), reason=wrong.message)
+        except TidegateError as invalid:
+            log.info(
+                Log.PROVIDER_BATCH_LEFT, request_id=str(job.request_id), reason=invalid.message
+            )
         except Exception:  # an unforeseen error: logged, and no other job is delayed
             log.exception(Log.INTERNAL_ERROR, request_id=str(job.request_id))
         await self._batches.turn_away([job])
@@ -395,8 +397,8 @@ class ProviderBatchRunner:
             await self._step(batch, bodies)
         except ClaimLost:
             return
-        except StoreUnavailable as away:  # it is due, and taken again
-            log.debug(Log.STORE_AWAY, detail=away.message)
+        except StoreUnavailable as unavailable:  # it is due, and taken again
+            log.debug(Log.STORE_AWAY, detail=unavailable.message)
         except Exception:  # the top of a task: logged, and the batch is taken again
             log.exception(Log.WORKER_LOOP_FAILED, batch=str(batch.id))
             with suppress(StoreUnavailable):  # a batch that the step saved stays so
@@ -405,11 +407,11 @@ class ProviderBatchRunner:
     async def _step(self, batch: UpstreamBatch, bodies: Mapping[int, bytes] | None) -> None:
         upstream = self._relay.spine.targets.upstreams.get(batch.upstream)
         drained = self._relay.spine.targets.drained
-        is_gone = upstream is None or batch.dialect not in upstream.base_urls
-        if batch.state == "made" and (is_gone or batch.upstream in drained):
+        is_removed = upstream is None or batch.dialect not in upstream.base_urls
+        if batch.state == "made" and (is_removed or batch.upstream in drained):
             await self._give_back_all(batch, "left")  # nothing was sent
             return
-        if upstream is None or is_gone:
+        if upstream is None or is_removed:
             await self._hold(batch, "its upstream is not configured any more")
             return
         place = (batch.upstream, batch.dialect)
@@ -425,7 +427,7 @@ class ProviderBatchRunner:
                 case "creating":
                     await self._resolve(api, batch)
                 case _:
-                    await self._look(api, batch)
+                    await self._poll(api, batch)
         except UpstreamError as error:
             if error.status in _GONE and batch.state in ("created", "cancelling"):
                 await self._missed(api, batch, upstream)
@@ -547,9 +549,9 @@ class ProviderBatchRunner:
                 calls.append(BatchedCall(one.line, await self._body(batch, one, bodies)))
             except StoreUnavailable:
                 raise
-            except TidegateError as wrong:
+            except TidegateError as invalid:
                 job = str(one.job.request_id)
-                log.info(Log.PROVIDER_BATCH_LEFT, request_id=job, reason=wrong.message)
+                log.info(Log.PROVIDER_BATCH_LEFT, request_id=job, reason=invalid.message)
                 await self._without_answer(batch, one, "left", NO_CHARGE, is_refused=True)
         return calls
 
@@ -627,14 +629,14 @@ class ProviderBatchRunner:
             return
         await self._batches.save(replace(batch, state="made"), 0.0)
 
-    async def _look(self, api: BatchApi, batch: UpstreamBatch) -> None:
+    async def _poll(self, api: BatchApi, batch: UpstreamBatch) -> None:
         """Poll a batch, and end it if the provider has ended it."""
         assert batch.provider_id is not None
         progress = await api.poll(batch.provider_id)
         if progress.has_ended and progress.is_full:
-            said = progress.problem or "the provider's queue for batches is full"
+            message = progress.problem or "the provider's queue for batches is full"
             again = replace(batch, state="made", provider_id=None)
-            await self._hold(again, said)
+            await self._hold(again, message)
             return
         if progress.has_ended:
             await self._end(api, batch, progress)
@@ -651,8 +653,8 @@ class ProviderBatchRunner:
         wait_ms = await self._pace_ms(batch)
         if leave_at is not None and not leaves:
             wait_ms = min(wait_ms, (leave_at - now).total_seconds() * 1000)
-        seen = replace(batch, state=state, provider_state=progress.word, problem=None)
-        await self._batches.save(seen, wait_ms)
+        polled = replace(batch, state=state, provider_state=progress.word, problem=None)
+        await self._batches.save(polled, wait_ms)
 
     @property
     def _cancelled_within(self) -> timedelta:
@@ -736,13 +738,13 @@ class ProviderBatchRunner:
             try:
                 read = partial(self._calls.read, record, endpoint, target, result.answer, kind)
                 await aside(len(result.answer), read)
-                record.files = await kept(self._blobs, record.answer.pictures)
+                record.files = await stored_pictures(self._blobs, record.answer.pictures)
                 if line.job.endpoint is not None and self._calls.lacks_usage(record):
                     with suppress(NotFound):  # its body was deleted
                         native = await self._native(line.job, line.job.endpoint)
                         self._calls.estimate_usage(record, native, target, result.answer)
-            except UpstreamError as wrong:
-                error = wrong
+            except UpstreamError as invalid:
+                error = invalid
         if line.is_cancelled:
             await self._finish(line, record, CANCELLED)
         elif error is result.error and error is not None:
@@ -795,8 +797,8 @@ class ProviderBatchRunner:
         back = replace(line.job, tier=Tier.LIVE)
         if is_refused:
             back = _without_batch(back)
-        said = f"the provider's batch ended without an answer to it ({word})"
-        failure = Failure("batch_unanswered", said, retryable=True)
+        message = f"the provider's batch ended without an answer to it ({word})"
+        failure = Failure("batch_unanswered", message, retryable=True)
         await self._requeue(line, back, record, failure, 0, is_counted=False)
 
     def _record(self, batch: UpstreamBatch, line: OpenLine) -> CallRecord:

@@ -31,7 +31,7 @@ from tidegate.upstream.usage_api import (
 )
 
 NIGHTLY_AT = time(5, 0)  # UTC: providers publish the figures of a day some hours later
-_LOOK_EVERY_S = 900.0
+_CHECK_EVERY_S = 900.0
 
 log = get_logger()
 
@@ -134,13 +134,13 @@ async def reconcile(
     """Compare a day, correct explained charges and store the findings; with `dry_run` only compare.
     Of a day that has not ended, both sides are incomplete. Raises UpstreamError and
     StoreUnavailable."""
-    theirs = await usage_of_day(wire, account, day)
-    ours = await record.ours(upstream.name, day)
+    reported = await usage_of_day(wire, account, day)
+    recorded = await record.ours(upstream.name, day)
     noon = datetime.combine(day, time(12), UTC).timestamp()
     prices = Prices(upstream, now=lambda: noon)
-    models = {*ours, *theirs}
+    models = {*recorded, *reported}
     contexts = {model: prices.most(model)[0] for model in models}
-    findings = compared(ours, theirs, {model: prices.of(model) for model in models}, contexts)
+    findings = compared(recorded, reported, {model: prices.of(model) for model in models}, contexts)
     corrected = 0
     if not dry_run:
         corrected = await record.keep(upstream.name, account.provider, day, findings)
@@ -172,7 +172,7 @@ class NightlyReconciliation:
             if now.time() >= NIGHTLY_AT:
                 for upstream, account in self._accounts:
                     await self._once(upstream, account, now.date() - timedelta(days=1))
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(_CHECK_EVERY_S)
 
     async def _once(self, upstream: Upstream, account: UsageAccount, day: date) -> None:
         try:

@@ -23,9 +23,9 @@ from math import inf
 from random import uniform
 
 from tidegate.admission.charges import (
+    CallSamples,
     FlexCalls,
     LiveRoom,
-    SeenCalls,
     TierChoice,
     TierOffer,
     TierTimes,
@@ -78,7 +78,7 @@ class TierOffers:
         self._takes = takes
         self._usual_batches = usual_batches
         self._times = TierTimes.of(config)
-        self._seen: dict[Kind, SeenCalls] = {kind: SeenCalls() for kind in Kind}
+        self._recent_calls: dict[Kind, CallSamples] = {kind: CallSamples() for kind in Kind}
         self.flex = FlexCalls(clock)
         self._clock = clock
         self._batch_times: dict[Key, tuple[float, float | None]] = {}
@@ -126,9 +126,9 @@ class TierOffers:
             return TierOffer(tier, max(known), slowest, min(map(self.flex.busy_ms, keys)))
         if not self._takes(job):
             return None
-        seen = [await self._usual_batch_ms(key_of(target)) for target in targets]
-        ended = [one for one in seen if one is not None]
-        slowest = max(ended) if len(ended) == len(seen) else None
+        usual_ms = [await self._usual_batch_ms(key_of(target)) for target in targets]
+        ended = [one for one in usual_ms if one is not None]
+        slowest = max(ended) if len(ended) == len(usual_ms) else None
         return TierOffer(tier, max(known), slowest, keeps_results=_keeps_results(job))
 
     async def leaves_at(self, kind: Kind, target: Target, due: datetime) -> datetime | None:
@@ -146,8 +146,8 @@ class TierOffers:
         now = self._clock()
         until, usual_ms = self._batch_times.get(key, (now, None))
         if until <= now:
-            seen = await self._usual_batches(*key)
-            usual_ms = seen[0] if seen is not None and seen[1] >= _LEAST_BATCHES else None
+            usual = await self._usual_batches(*key)
+            usual_ms = usual[0] if usual is not None and usual[1] >= _LEAST_BATCHES else None
             if len(self._batch_times) >= _MOST_MODELS:
                 self._batch_times.clear()
             self._batch_times[key] = now + _BATCHES_FRESH_S, usual_ms
@@ -167,7 +167,7 @@ class TierOffers:
         images = int(kind is Kind.IMAGE_GENERATION)
         limits = lane.demands.limits(policy, kind, target.model, tenant, images, tags=tags)
         ahead = await self._ahead.of(kind, due) + lines - 1
-        return self._seen[kind].room(map(policy.binding, limits), ahead)
+        return self._recent_calls[kind].room(map(policy.binding, limits), ahead)
 
     def ended(self, job: ClaimedJob, record: CallRecord, error: TidegateError | None) -> int | None:
         """Record the end of a job's call in its tier. Return the ms to wait if the tier, and not
@@ -175,11 +175,11 @@ class TierOffers:
         key, kind = (record.upstream or "", record.model or ""), job.classification.kind
         took_ms = record.upstream_ms or 0.0
         if error is None and kind is not None:
-            self._seen[kind].sizes.add(record.answer.usage)
+            self._recent_calls[kind].sizes.add(record.answer.usage)
             if job.tier is Tier.FLEX:
                 self.flex.answered(key, took_ms)
             else:
-                self._seen[kind].times.last_ms.append(took_ms)
+                self._recent_calls[kind].times.last_ms.append(took_ms)
         elif isinstance(error, UpstreamTierBusy):
             if error.status is not None:  # without a status, the job has left the tier by itself
                 self.flex.was_busy(key, error.retry_after_ms)

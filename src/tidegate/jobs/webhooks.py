@@ -21,7 +21,7 @@ from typing import Any, Literal
 import orjson
 
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
-from tidegate.metrics.verdict import Cause, CauseKind, DeploymentSeen, Standing, causes_of
+from tidegate.metrics.verdict import Cause, CauseKind, DeploymentReading, Standing, causes_of
 from tidegate.policy.tenants import webhook_keys
 from tidegate.prices.budgets import budget_alert
 from tidegate.record import answer_within
@@ -34,7 +34,7 @@ from tidegate.upstream.fetch import GuardedPoster, Posted, is_public
 
 MOST_AT_ONCE = 64
 MOST_TEXT_CHARS = 100_000
-_LOOK_EVERY_S = 0.5
+_POLL_EVERY_S = 0.5
 _LAST_ANSWERS_S = 1.0
 _LEASE_FACTOR = 2
 _GONE = 410
@@ -65,19 +65,19 @@ class WebhookSender:
         try:
             while True:
                 try:
-                    await self._look()
+                    await self._start_due()
                 except StoreUnavailable:
                     pass  # the store logs its change of state
                 except Exception:  # the top of a task: logged, and the loop continues
                     log.exception(Log.WORKER_LOOP_FAILED)
-                await asyncio.sleep(_LOOK_EVERY_S)
+                await asyncio.sleep(_POLL_EVERY_S)
         finally:
             if self._tasks:
                 await asyncio.wait(set(self._tasks), timeout=_LAST_ANSWERS_S)
             for task in self._tasks:
                 task.cancel()
 
-    async def _look(self) -> None:
+    async def _start_due(self) -> None:
         """Claim and start due deliveries while there are more and slots are free. A tenant gets at
         most half of the slots that others leave, so that an unresponsive receiver delays no other
         tenant."""
@@ -164,7 +164,7 @@ def payload(delivery: Delivery, record: RequestRecord) -> bytes:
         "attempts": record.attempts,
         "submitted_at": record.created_at,
         "finished_at": record.finished_at,
-        **_said(record),
+        **_answer_of(record),
         "finish_reason": record.finish_reason,
         "usage": usage_columns(record.usage),
         "error": None
@@ -198,7 +198,7 @@ def _wait_ms(tries: int, answer: Posted) -> int | None:
     return None if wait_ms is None else max(wait_ms, min(answer.retry_after_ms, _WAITS_MS[-1]))
 
 
-def _said(record: RequestRecord) -> dict[str, Any]:
+def _answer_of(record: RequestRecord) -> dict[str, Any]:
     """Return the answer as the status shows it; nothing for a long one, which the status has."""
     text = record.text
     if text is None or len(text) > MOST_TEXT_CHARS:
@@ -293,7 +293,7 @@ _ALERTED: frozenset[CauseKind] = frozenset(
 _CAUSES_EVERY_S = 5.0
 _HELD_S = 10.0  # a problem that ends within this time is no alert
 _FORGOTTEN_S = 60.0
-_GONE_S = 600.0
+_ALERT_AGAIN_AFTER_S = 600.0
 
 
 class CauseAlerts:
@@ -310,7 +310,7 @@ class CauseAlerts:
         self._standing = standing
         self._outbox = outbox
         self._clock = clock
-        self._seen: dict[tuple[str, str | None, str | None], tuple[float, float]] = {}
+        self._lasting: dict[tuple[str, str | None, str | None], tuple[float, float]] = {}
 
     async def run(self) -> None:
         """Check the causes until cancelled."""
@@ -319,7 +319,7 @@ class CauseAlerts:
                 lasting = self.lasting(alerted(await self._standing.look()))
                 if lasting:
                     data = [(one.kind, _cause_data(one)) for one in lasting]
-                    await self._outbox.hold(data, _GONE_S)
+                    await self._outbox.hold(data, _ALERT_AGAIN_AFTER_S)
             except StoreUnavailable:
                 pass  # the store logs its change of state
             except Exception:  # the top of a task: logged, and the loop continues
@@ -332,29 +332,32 @@ class CauseAlerts:
         now, found = self._clock(), []
         for one in causes:
             key = one.kind, one.pool, one.subject
-            since, _ = self._seen.get(key, (now, now))
-            self._seen[key] = since, now
+            since, _ = self._lasting.get(key, (now, now))
+            self._lasting[key] = since, now
             if now - since >= _HELD_S:
                 found.append(one)
-        self._seen = {
+        self._lasting = {
             key: (since, last)
-            for key, (since, last) in self._seen.items()
+            for key, (since, last) in self._lasting.items()
             if now - last < _FORGOTTEN_S
         }
         return found
 
 
-def alerted(seen: DeploymentSeen) -> Iterator[Cause]:
+def alerted(deployment: DeploymentReading) -> Iterator[Cause]:
     """Yield the causes that raise an alert: no drain by a person, and no learned limit that had no
     bound before."""
     new = {
-        (pool.pool, one.limit) for pool in seen.pools for one in pool.learned if one.drift == "new"
+        (pool.pool, one.limit)
+        for pool in deployment.pools
+        for one in pool.learned
+        if one.drift == "new"
     }
-    for one in causes_of(seen):
-        is_told = (
+    for one in causes_of(deployment):
+        is_problem = (
             (one.pool, one.subject) not in new if one.kind == "drift" else one.level != "healthy"
         )
-        if one.kind in _ALERTED and is_told:
+        if one.kind in _ALERTED and is_problem:
             yield one
 
 

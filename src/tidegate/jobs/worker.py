@@ -44,7 +44,6 @@ from tidegate.jobs.calls import (
     caller_of,
     internal,
     is_of_upstream,
-    kept,
     key_of,
     log_end,
     places_of,
@@ -52,11 +51,12 @@ from tidegate.jobs.calls import (
     retry_wait_ms,
     run_wrapped,
     status_of,
+    stored_pictures,
     time_left_ms,
     uncounted_wait_ms,
     until_review,
 )
-from tidegate.jobs.outages import Held, Key, Look, Outages, PutOff, Turn
+from tidegate.jobs.outages import ClaimDepth, Held, Key, Outages, PutOff, Turn
 from tidegate.jobs.provider_batches import ProviderBatchRunner
 from tidegate.jobs.tiers import TierOffers
 from tidegate.limiter import Concurrency, Limiter, Permit, PoolPolicy
@@ -78,7 +78,7 @@ from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import parent_of
 
 # Delay between the starts of the loops, so that they do not all query at the same moment.
-_APART_S = 0.015
+_STAGGERED_S = 0.015
 _IDLE_WAIT_MS = 1_000
 
 
@@ -178,17 +178,17 @@ class CallBodies:
         if not job.attachments:
             yield job.prompt.encode()
             return
-        (kept,) = job.attachments
+        (attachment,) = job.attachments
         left_ms = time_left_ms(job, self._clock)
         async with AsyncExitStack() as held:
             try:
                 async with asyncio.timeout(None if left_ms is None else left_ms / 1000):
-                    await held.enter_async_context(self._rooms[kind].of(kept.size_bytes))
+                    await held.enter_async_context(self._rooms[kind].of(attachment.size_bytes))
             except TimeoutError:
-                said = "the deadline passed while the job waited for room for its body"
-                raise DeadlineExceeded(said, limit=kind.limit) from None
+                message = "the deadline passed while the job waited for room for its body"
+                raise DeadlineExceeded(message, limit=kind.limit) from None
             try:
-                body = await self._blobs.get(kept.blob_key)
+                body = await self._blobs.get(attachment.blob_key)
             except NotFound:
                 raise NotFound("the stored body of this call was deleted") from None
             yield body
@@ -318,8 +318,8 @@ class Worker:
             config, store, blobs, relay, held, self.last_tries, self._own_limits, self._offers
         )
         background = BackgroundRunner(config, store, relay)
-        beside = (batches.run, self._provider_batches.run, background.run)
-        self._beside = beside if pool == DEFAULT_POOL else ()
+        runners = (batches.run, self._provider_batches.run, background.run)
+        self._runners = runners if pool == DEFAULT_POOL else ()
         self._config, self._store, self._blobs = config, store, blobs
         self._bodies = CallBodies(blobs, config.max_held_bytes, self._clock)
         self._limiter, self._prompts = limiter, prompts
@@ -332,7 +332,7 @@ class Worker:
                 store.notifications,
                 kind or UNSURE,
                 held,
-                Look(),
+                ClaimDepth(),
                 partial(self._window, kind),
                 claim=partial(self._claim, kind),
                 waits_ms=self._put_off.waits_ms,
@@ -427,19 +427,19 @@ class Worker:
             self._spine.preemption.run,
         ]
         tasks = [
-            asyncio.create_task(self._forever(loop, number * _APART_S))
+            asyncio.create_task(self._forever(loop, number * _STAGGERED_S))
             for number, loop in enumerate(loops)
         ]
         # Starts with the first claim: a job cancelled earlier would keep waiting for its permit.
         tasks.append(asyncio.create_task(self._forever(self._watch_cancels, 0)))
-        beside = [asyncio.create_task(run(stop)) for run in self._beside]
+        running = [asyncio.create_task(run(stop)) for run in self._runners]
         try:
             await stop.wait()
         finally:
             # Heartbeats continue until the last jobs have finished: else their claims would expire.
             await self._close_feeders(tasks[: len(self._feeders)])
             await self._drain()
-            await asyncio.gather(*beside)
+            await asyncio.gather(*running)
             # An interrupted heartbeat could reach the record after `leave` below.
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_CLAIM_S):
@@ -523,17 +523,17 @@ class Worker:
         while True:
             timeout_ms = next_beat_s(_CANCELS_EVERY_S) * 1000
             notified = await self._store.notifications.wait_cancels(timeout_ms)
-            mine = {job.request_id for job in self._tasks().values()}
-            if mine:
-                await self._store_tolerant(partial(self._end_cancelled, notified & mine))
+            own_ids = {job.request_id for job in self._tasks().values()}
+            if own_ids:
+                await self._store_tolerant(partial(self._end_cancelled, notified & own_ids))
 
     async def _end_cancelled(self, notified: set[UUID]) -> None:
-        asked = await self._store.jobs.to_cancel(notified)
+        cancelled = await self._store.jobs.to_cancel(notified)
         for task, job in self._stages.at(Stage.CALLING).items():
-            if job.request_id in asked:
+            if job.request_id in cancelled:
                 self._stages.call_off(task, job)
         waiting = self._stages.at(Stage.WAITING).items()
-        await self._give_up({task: job for task, job in waiting if job.request_id in asked})
+        await self._give_up({task: job for task, job in waiting if job.request_id in cancelled})
 
     async def _classify(self, job: ClaimedJob) -> None:
         """Classify a job of unknown kind and queue it under the decided kind."""
@@ -659,7 +659,7 @@ class Worker:
                 most, left_ms = self._config.max_attempts, time_left_ms(job, self._clock)
                 await wrapped(caller=caller, max_attempts=most, left=left, left_ms=left_ms)
             return
-        if kind is Kind.IMAGE_GENERATION and self._blobs.away:
+        if kind is Kind.IMAGE_GENERATION and self._blobs.unavailable:
             await self._blobs.ping()  # an image that cannot be stored would be paid for in vain
         media, model = await self._prompts.media(ask_of(job)), run.model
         call = Call(job.request_id, job.prompt, kind, model, media, job.tenant_id, job.priority)
@@ -731,9 +731,9 @@ class Worker:
         """Record the result of a call. `counted`: earlier attempts that use up one of the job's."""
         if record.answer.pictures:
             try:
-                record.files = await kept(self._blobs, record.answer.pictures)
-            except StoreUnavailable as away:
-                error = error or away
+                record.files = await stored_pictures(self._blobs, record.answer.pictures)
+            except StoreUnavailable as unavailable:
+                error = error or unavailable
         failure = Failure.of(error) if error else None
         wait_ms, release = None, self._store.queue.release
         if error is not None:
@@ -810,8 +810,8 @@ class Worker:
         it."""
         try:
             await call()
-        except StoreUnavailable as away:
-            log.debug(Log.STORE_AWAY, detail=away.message)
+        except StoreUnavailable as unavailable:
+            log.debug(Log.STORE_AWAY, detail=unavailable.message)
 
     def _every(
         self, seconds: float, call: Callable[[], Awaitable[object]]
@@ -833,8 +833,8 @@ class Worker:
             while True:
                 try:
                     is_more = await call() is True
-                except StoreUnavailable as away:
-                    log.debug(Log.STORE_AWAY, detail=away.message)
+                except StoreUnavailable as unavailable:
+                    log.debug(Log.STORE_AWAY, detail=unavailable.message)
                     is_more = True
                 await (asyncio.sleep(1.0) if is_more else self._store.notifications.due(sign))
 

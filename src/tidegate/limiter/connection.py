@@ -195,7 +195,7 @@ class Link:
 class Listener:
     """A subscription to `channel` that is kept until its task is cancelled.
 
-    `spoken_to` returns the server of the link, or None. `compare` has the session compare with the
+    `linked_to` returns the server of the link, or None. `compare` has the session compare with the
     server, since pushes or the server itself may be lost. An idle process misses no push, so a
     silent connection is then tested only once per lease.
     """
@@ -205,7 +205,7 @@ class Listener:
     _lease: Lease
     _on_push: Callable[[Push], None]
     _compare: Callable[[], None]
-    _spoken_to: Callable[[], ServerFacts | None]
+    _linked_to: Callable[[], ServerFacts | None]
     _clock: Clock
     _is_idle: Callable[[], bool] = lambda: False
     run_id: str = ""
@@ -247,8 +247,8 @@ class Listener:
         self._compare()
 
     def _check_place(self) -> None:
-        spoken_to = self._spoken_to()
-        if spoken_to is not None and spoken_to.run != self.run_id:
+        server = self._linked_to()
+        if server is not None and server.run != self.run_id:
             # The link notices the loss of its server only when it sends.
             self._compare()
             raise ConnectionError("the subscription is at another server than the connection")
@@ -303,16 +303,16 @@ class Heartbeat:
         lease: Lease,
         clock: Clock,
         *,
-        tell_changed: Callable[[], None],
-        tell_paused: Callable[[], None],
+        on_changed: Callable[[], None],
+        on_paused: Callable[[], None],
         stalled_s: float = STALLED_S,
     ) -> None:
         self._servers = Server(url, keys.meta)
         self._sid = sid
         self._keys = (keys.meta, keys.layout)
         self._lease = lease
-        self._tell_changed = tell_changed
-        self._tell_paused = tell_paused
+        self._on_changed = on_changed
+        self._on_paused = on_paused
         self._stalled_ms = stalled_s * 1000
         self._clock = clock
         self._loop_seen_ms = clock.now_ms()
@@ -343,7 +343,7 @@ class Heartbeat:
         while not self._clock.wait(self._stop, self._wait_s()):
             before_ms, woke_ms = woke_ms, self._clock.now_ms()
             if woke_ms - before_ms > self._lease.lease_ms and self._lease.lapsed():
-                self._tell_paused()
+                self._on_paused()
             if woke_ms - self._loop_seen_ms > self._stalled_ms or self._is_renewed():
                 continue
             try:
@@ -381,7 +381,7 @@ class Heartbeat:
         # The pool may have moved to another server, unnoticed by this connection.
         self._disconnect()
         if self._lease.identity == identity:
-            self._tell_changed()
+            self._on_changed()
 
     def _connected(self) -> ServerFacts:
         if self._server is None:
@@ -407,7 +407,7 @@ class Heartbeat:
             connection.disconnect()  # type: ignore[no-untyped-call]
 
 
-def tell_loop(loop: asyncio.AbstractEventLoop, call: object) -> None:
+def call_on_loop(loop: asyncio.AbstractEventLoop, call: object) -> None:
     """Call on the loop from a thread; does nothing if the loop is closed."""
     assert callable(call)
     if not loop.is_closed():
@@ -530,7 +530,7 @@ class ExchangeLoop:
         """Send what is pending: now if it is urgent, otherwise after a short wait for more."""
         if self._wake.is_set():
             return
-        if self.session.something_urgent():
+        if self.session.is_request_urgent():
             self._wake.set()
             return
         delay_s = LINGER_IDLE_S if self._queue.idle else LINGER_S
@@ -578,7 +578,7 @@ class ExchangeLoop:
     async def _exchange(self) -> bool:
         """Make one call if there is something to send; return True if it ended the session."""
         session = self.session
-        if not session.something_to_say():
+        if not session.is_request_due():
             return False
         if self._linger is not None:
             self._linger.cancel()

@@ -74,8 +74,8 @@ def check_server_url(variable: str, url: str) -> None:
     """Raise ConfigError, which names `variable`, for an invalid URL. Does no I/O."""
     try:
         Server(url, Keyspace("check").meta)
-    except ConfigError as wrong:
-        raise ConfigError(variable, wrong.value, wrong.allowed) from None
+    except ConfigError as error:
+        raise ConfigError(variable, error.value, error.allowed) from None
 
 
 async def examine(url: str, pool: str) -> ServerReport:
@@ -107,9 +107,9 @@ async def examine(url: str, pool: str) -> ServerReport:
 
 
 async def look_until(
-    url: str, pool: str, seen: Callable[[Snapshot], bool], within_s: float
+    url: str, pool: str, condition: Callable[[Snapshot], bool], within_s: float
 ) -> Snapshot:
-    """Return the pool as soon as `seen` returns True for it, or its state after `within_s`.
+    """Return the pool as soon as `condition` returns True for it, or its state after `within_s`.
 
     Raises LimiterUnavailable if it could not be read at all, and ConfigError as `examine`.
     """
@@ -118,7 +118,7 @@ async def look_until(
     try:
         while (left_s := until - time.monotonic()) > 0:
             found = await read_pool(_inspecting(link, keys, left_s), "up")
-            if seen(found):
+            if condition(found):
                 break
             await asyncio.sleep(min(_LOOK_AGAIN_S, left_s))
     except LinkDown as down:
@@ -185,9 +185,9 @@ async def _pushes(url: str, link: Link, keys: Keyspace) -> str:
         async with asyncio.timeout(_ANSWER_S):
             await connection.send_command("SSUBSCRIBE", channel, check_health=False)
             await connection.read_response()
-            heard = await link.command(("SPUBLISH", channel, "doctor"), _ANSWER_S)
+            receivers = await link.command(("SPUBLISH", channel, "doctor"), _ANSWER_S)
             message = await connection.read_response()
-        return "" if heard == 1 and message[2] == b"doctor" else "the message did not come back"
+        return "" if receivers == 1 and message[2] == b"doctor" else "the message did not come back"
     except (OSError, TimeoutError, RedisError, LinkDown) as failed:
         return str(failed) or "no answer in time"
     finally:
@@ -210,8 +210,8 @@ async def forget_pool(
     names = sorted(_names(keys, policy, list(sids), list(tenants)))
     try:
         return int(await link.command(("UNLINK", *names), _DEADLINE_S))
-    except LinkDown as away:
-        raise LimiterUnavailable(str(away), limit="", retry_after_ms=1000) from away
+    except LinkDown as error:
+        raise LimiterUnavailable(str(error), limit="", retry_after_ms=1000) from error
     finally:
         await link.aclose()
 

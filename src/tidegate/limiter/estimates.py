@@ -253,7 +253,7 @@ class _TenantCalls:
     waiting: int
     amounts: deque[int]
     usual: int
-    goes_on: bool
+    repeats: bool
 
     def take(self) -> int:
         """Remove its next call, and return its amount."""
@@ -274,22 +274,22 @@ class _RateQueue:
         self._line = line
         self._cost_ms = max(1.0, line.cost_ms or cost_ms)
         own = [*line.amounts[:ahead], *[line.amount] * (ahead - len(line.amounts[:ahead])), amount]
-        self._own = self._queue(Rival(line.tag, line.weight, ahead + 1, 0, own), 0, goes_on=False)
+        self._own = self._queue(Rival(line.tag, line.weight, ahead + 1, 0, own), 0, repeats=False)
         self._queues = [self._own]
         for number, rival in enumerate(line.rivals, 1):
-            self._queues.append(self._queue(rival, number, goes_on=rival.waiting > 1))
+            self._queues.append(self._queue(rival, number, repeats=rival.waiting > 1))
         self._free = deque(sorted(line.free))
         self._used = sum(spent for _, spent in line.free)
         self._even = float(line.even)
         self._each = line.span * 1000 / line.bound
         self._coming: list[tuple[float, int]] = []
 
-    def _queue(self, rival: Rival, number: int, *, goes_on: bool) -> _TenantCalls:
+    def _queue(self, rival: Rival, number: int, *, repeats: bool) -> _TenantCalls:
         amounts = deque(rival.amounts)
         usual = round(sum(amounts) / len(amounts)) if amounts else self._line.amount
         order = (-rival.is_first if number else 0, number)
         step = (self._line.use or self._cost_ms) * _UNITS / max(1, rival.weight)
-        return _TenantCalls(rival.tag, step, order, rival.waiting, amounts, usual, goes_on)
+        return _TenantCalls(rival.tag, step, order, rival.waiting, amounts, usual, repeats)
 
     def run(self) -> tuple[float, int]:
         """Return the time to the call's admission, and how many calls come before it."""
@@ -317,7 +317,7 @@ class _RateQueue:
             self._take(at, amount)
             if queue.waiting:
                 heappush(turns, (queue.tag, queue.order, number))
-            if queue.goes_on:
+            if queue.repeats:
                 heappush(self._coming, (at + self._cost_ms, number))
         before = count + self._own.waiting
         return line._by_total(before, line.amount), before

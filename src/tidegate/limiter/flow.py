@@ -172,8 +172,8 @@ class Flow:
             else:
                 amount = amount_to_reserve(limit, demand)
             if amount is None:
-                said = "cost_micros=" if limit.unit == "usd" else "tokens="
-                raise ValueError(f"{name} counts {limit.unit}: say {said}")
+                option = "cost_micros=" if limit.unit == "usd" else "tokens="
+                raise ValueError(f"{name} counts {limit.unit}: say {option}")
             if type(amount) is not int:
                 amount = whole(limit.unit, amount)
             if isinstance(limit, Concurrency):
@@ -197,10 +197,12 @@ class Flow:
         A ticket from before a change of the policy may have no amounts, or amounts where the limits
         now count calls: it takes 1 of each then, as on the server.
         """
-        said = [int(amount) for amount in amounts.split(",")] if amounts else [1] * len(self.rules)
+        values = (
+            [int(amount) for amount in amounts.split(",")] if amounts else [1] * len(self.rules)
+        )
         return [
             (name, limit, 1 if isinstance(limit, Concurrency) and not limit.by_tokens else amount)
-            for name, limit, amount in zip(self.limits, self.rules, said, strict=True)
+            for name, limit, amount in zip(self.limits, self.rules, values, strict=True)
         ]
 
     def actual(self, used: CallUse) -> str:
@@ -315,7 +317,7 @@ class Waiter:
     member: str
     hard_ms: int
     use: int
-    asked_ms: float
+    requested_ms: float
     deadline_ms: float
     future: asyncio.Future[Holding]
     once: bool = False
@@ -327,7 +329,7 @@ class Waiter:
     @property
     def due_at_ms(self) -> float:
         """The sort key of a flow's waiters."""
-        return self.deadline_ms if self.due else self.asked_ms + DUE_AFTER_MS
+        return self.deadline_ms if self.due else self.requested_ms + DUE_AFTER_MS
 
     @property
     def amounts(self) -> str:
@@ -337,8 +339,8 @@ class Waiter:
 def _check_in_flight(name: str, limit: Concurrency, amount: int) -> None:
     if amount > limit.bound and not limit.shadow:
         most = f"{limit.bound} {format_unit(limit)}"
-        said = f"limit {name!r} admits {most} at a time: this call alone has up to {amount}"
-        raise DemandImpossible(said, limit=name)
+        message = f"limit {name!r} admits {most} at a time: this call alone has up to {amount}"
+        raise DemandImpossible(message, limit=name)
 
 
 def _stamp_of(waiter: Waiter) -> float:
@@ -421,8 +423,8 @@ class MessageBatch:
     enqueues: list[Waiter] = field(default_factory=list)
 
     def __len__(self) -> int:
-        said = len(self.transfers) + len(self.releases) + len(self.settles)
-        return said + len(self.cancels) + len(self.enqueues)
+        count = len(self.transfers) + len(self.releases) + len(self.settles)
+        return count + len(self.cancels) + len(self.enqueues)
 
     def uses(self) -> list[tuple[int, int]]:
         """Return the known costs of the calls that ended."""

@@ -35,7 +35,7 @@ from tidegate.limiter.connection import (
     Link,
     LinkDown,
     Listener,
-    tell_loop,
+    call_on_loop,
 )
 from tidegate.limiter.estimates import WaitingLine, read_line
 from tidegate.limiter.messages import InspectReply, Keyspace, ScriptName, load, pack
@@ -164,10 +164,10 @@ def _unavailable() -> Iterator[None]:
     try:
         yield
     except LinkDown as error:
-        said = str(error)
-        if not said.startswith("Valkey"):
-            said = f"Valkey is unavailable: {said}"
-        raise LimiterUnavailable(said, limit="", retry_after_ms=1000) from error
+        message = str(error)
+        if not message.startswith("Valkey"):
+            message = f"Valkey is unavailable: {message}"
+        raise LimiterUnavailable(message, limit="", retry_after_ms=1000) from error
 
 
 def guarded(observer: Observer) -> Observer:
@@ -304,8 +304,8 @@ class Limiter:
             self._keys,
             session.lease,
             self._clock,
-            tell_changed=lambda: tell_loop(loop, session.refresh),
-            tell_paused=lambda: tell_loop(loop, session.paused),
+            on_changed=lambda: call_on_loop(loop, session.refresh),
+            on_paused=lambda: call_on_loop(loop, session.paused),
             stalled_s=self._stalled_s,
         )
         self._listener = Listener(
@@ -386,9 +386,9 @@ class Limiter:
         Raises on leaving: LeaseLost, if the session was lost while the body ran, which is then
         cancelled.
         """
-        wanted, hard_ms = None if tokens is None else tokens_of(tokens), hard_ms or DEFAULT_HARD_MS
+        counts, hard_ms = None if tokens is None else tokens_of(tokens), hard_ms or DEFAULT_HARD_MS
         within_ms = deadline_of(timeout, deadline_ms)
-        demand = Demand(limits, tenant, priority, wanted, images, within_ms, hard_ms)
+        demand = Demand(limits, tenant, priority, counts, images, within_ms, hard_ms)
         if within_ms is not None and within_ms <= 0:
             demand = self._soon(replace(demand, deadline_ms=None, once=True))
         return Acquisition(self._issuer, demand, True)
@@ -409,9 +409,9 @@ class Limiter:
         """`async with limiter.try_acquire("kind:x") as permit:` where `permit` is None if none is
         available now, also while Valkey is unavailable and if the queue is full. It waits only for
         the server's next answer. Otherwise as `acquire`."""
-        wanted = None if tokens is None else tokens_of(tokens)
+        counts = None if tokens is None else tokens_of(tokens)
         bound_ms = hard_ms or DEFAULT_HARD_MS
-        demand = Demand(limits, tenant, priority, wanted, images, None, bound_ms, once=True)
+        demand = Demand(limits, tenant, priority, counts, images, None, bound_ms, once=True)
         return TryAcquisition(Acquisition(self._issuer, self._soon(demand), True))
 
     def try_acquire_for(self, demand: Demand) -> TryAcquisition:
@@ -496,7 +496,7 @@ class Limiter:
                 flow.tenant,
                 flow.limits,
                 len(flow.waiting),
-                round(at - next(iter(flow.waiting.values())).asked_ms),
+                round(at - next(iter(flow.waiting.values())).requested_ms),
             )
             for flow in self._queue.longest_queues(most)
         ]
@@ -612,8 +612,8 @@ class Limiter:
     async def place_of(self, tenant: str, limits: Sequence[str], waited_ms: float) -> Place | None:
         """Return the place of this process's first call that has waited for these limits for at
         most `waited_ms`, or None."""
-        asked_ms = self._session.lease.now_ms() - waited_ms
-        waiter = self._queue.first_since(tenant, tuple(limits), asked_ms)
+        requested_ms = self._session.lease.now_ms() - waited_ms
+        waiter = self._queue.first_since(tenant, tuple(limits), requested_ms)
         return None if waiter is None else await self.place(self.session, waiter.ticket)
 
     async def line(self, limit: str, band: int, tenant: str) -> WaitingLine:
@@ -653,20 +653,20 @@ class Limiter:
         does not name, and LimiterUnavailable."""
         if self.policy.binding(limit) is None:
             raise DemandImpossible(unknown_limit(limit, self.policy, self.pool), limit=limit)
-        said = f"{by}: {reason}" if reason else by
+        full_reason = f"{by}: {reason}" if reason else by
         ramp_ms = max(1, whole_ms("ramp_ms", ramp_ms))  # 0 would make it a gate
         request = {"verb": "pause", "ramp_ms": ramp_ms}
-        return await self._pause(limit, whole_ms("for_ms", for_ms), ramp_ms, said, request)
+        return await self._pause(limit, whole_ms("for_ms", for_ms), ramp_ms, full_reason, request)
 
     async def _pause(
-        self, limit: str, for_ms: int, ramp_ms: int, said: str, request: dict[str, Any]
+        self, limit: str, for_ms: int, ramp_ms: int, reason: str, request: dict[str, Any]
     ) -> bool:
         session = self._session
         session.stop_handing_on()
-        request |= {"limit": limit, "for_ms": max(1, for_ms), "said": said}
+        request |= {"limit": limit, "for_ms": max(1, for_ms), "said": reason}
         done = bool(await self._act(request))
         if done:
-            session.remembered.pause(limit, session.lease.now_ms() + for_ms, ramp_ms, said)
+            session.remembered.pause(limit, session.lease.now_ms() + for_ms, ramp_ms, reason)
         session.refresh()
         return done
 
@@ -676,9 +676,9 @@ class Limiter:
         """Admit no call under `limit` in all processes until `open_gate`, except for one probe at a
         time: after `for_ms`, and after each failed probe (`tried`) twice as long, up to `most_ms`.
         Only a probe extends a closed gate; returns False if it stays as it was."""
-        said = f"{by}: {reason}" if reason else by
+        full_reason = f"{by}: {reason}" if reason else by
         request = {"verb": "close", "most_ms": max(1, most_ms), "tried": tried}
-        return await self._pause(limit, for_ms, 0, said, request)
+        return await self._pause(limit, for_ms, 0, full_reason, request)
 
     async def open_gate(self, limit: str, *, ramp_ms: int = RAMP_MS) -> bool:
         """Open a closed gate; calls resume over `ramp_ms`. Returns False if it was open."""
@@ -719,18 +719,18 @@ class Limiter:
         most some seconds ago; 0 if none is paused. Does no I/O."""
         return self._session.remembered.paused_ms(limits, self._session.lease.now_ms())
 
-    def tell_of_pauses(self, told: Callable[[], None]) -> None:
-        """Call `told` whenever this process hears of pauses, or again that they continue, until
-        `tell_no_more`. It must neither block nor raise."""
-        self._session.remembered.watchers.add(told)
+    def watch_pauses(self, listener: Callable[[], None]) -> None:
+        """Call `listener` whenever this process hears of pauses, or again that they continue, until
+        `unwatch_pauses`. It must neither block nor raise."""
+        self._session.remembered.watchers.add(listener)
 
-    def tell_no_more(self, told: Callable[[], None]) -> None:
-        self._session.remembered.watchers.discard(told)
+    def unwatch_pauses(self, listener: Callable[[], None]) -> None:
+        self._session.remembered.watchers.discard(listener)
 
-    def tell_all(self) -> None:
-        """Call all callbacks of `tell_of_pauses`, for a user that delays calls itself."""
-        for told in tuple(self._session.remembered.watchers):
-            told()
+    def notify_watchers(self) -> None:
+        """Call all callbacks of `watch_pauses`, for a user that delays calls itself."""
+        for listener in tuple(self._session.remembered.watchers):
+            listener()
 
     async def resume(self, limit: str, *, by: str = "") -> bool:
         """End a pause now, without a ramp. Returns False if there was none."""
@@ -824,7 +824,7 @@ class Limiter:
             if not await self._wait_idle(grace_ms / 1000):
                 self._queue.fence()
                 await self._wait_idle(CLOSE_BODIES_S)
-            await self._say_goodbye()
+            await self._leave_pool()
         finally:
             await self._stop()
 
@@ -842,7 +842,7 @@ class Limiter:
             return False
         return True
 
-    async def _say_goodbye(self) -> None:
+    async def _leave_pool(self) -> None:
         if self._exchanging is None:
             return
         # It may seem unavailable only because we were suspended and missed its last answer.

@@ -99,8 +99,8 @@ def too_early(
     if isinstance(limit, Quota) and (not ahead or (ahead + 1) * amount <= limit.bound):
         when = f"It resets at 00:00 {limit.zone}, in {span}."
     daily = "Daily limit" if isinstance(limit, Quota) else "Limit"
-    said = f"{daily} {name} {_fullness(limit, used, amount)}{behind}. {when}"
-    error = LimitUsedUp(said, limit=name, retry_after_ms=after_ms)
+    message = f"{daily} {name} {_fullness(limit, used, amount)}{behind}. {when}"
+    error = LimitUsedUp(message, limit=name, retry_after_ms=after_ms)
     error.is_estimate = is_estimate
     return error
 
@@ -121,8 +121,8 @@ def _fullness(limit: Limit, used: int, amount: int) -> str:
 
 def limit_paused(name: str, for_ms: int) -> LimitPaused:
     """Return the error for a limit that is paused for longer than a call may wait."""
-    said = f"Limit {name} is paused {format_pause(for_ms)}, longer than this call may wait."
-    return LimitPaused(said, limit=name, retry_after_ms=for_ms)
+    message = f"Limit {name} is paused {format_pause(for_ms)}, longer than this call may wait."
+    return LimitPaused(message, limit=name, retry_after_ms=for_ms)
 
 
 def too_late(
@@ -131,9 +131,11 @@ def too_late(
     """Return the error for a deadline that came while a call waited for a limit."""
     if room_ms >= 1:
         return too_early(name, limit, room_ms, used, amount)
-    said = f"Limit {name} had no room for this call before its deadline."
-    lately = f"Calls have waited about {format_span(retry_ms)} for it lately, which is an estimate."
-    error = DeadlineExceeded(f"{said} {lately}", limit=name, retry_after_ms=retry_ms)
+    message = f"Limit {name} had no room for this call before its deadline."
+    estimate = (
+        f"Calls have waited about {format_span(retry_ms)} for it lately, which is an estimate."
+    )
+    error = DeadlineExceeded(f"{message} {estimate}", limit=name, retry_after_ms=retry_ms)
     error.is_estimate = True
     return error
 
@@ -219,11 +221,11 @@ def definition(limit: int | Limit) -> str:
         return f"c|{limit.bound}|{shadow}|{least}|{int(by_tokens)}|{int(by_latency)}"
     if isinstance(limit, Rate):
         exact = int(limit.exact)
-        said = f"r|{limit.bound}|{shadow}|{limit.window_ms}|{limit.slack}|{exact}"
+        text = f"r|{limit.bound}|{shadow}|{limit.window_ms}|{limit.slack}|{exact}"
         if limit.pace_ms is None and limit.ramp is None and limit.shape == "window":
-            return said
+            return text
         ramp = limit.ramp or Ramp(0, 0)
-        paced = f"{said}|{limit.pace_ms or 0}|{ramp.percent_per_minute}|{ramp.start}"
+        paced = f"{text}|{limit.pace_ms or 0}|{ramp.percent_per_minute}|{ramp.start}"
         return paced if limit.shape == "window" else f"{paced}|b"
     return f"q|{limit.bound}|{shadow}|0|0|0"
 

@@ -327,7 +327,7 @@ class Permit:
 
     _holding: Holding
     _issuer: PermitIssuer
-    _ask_again: Callable[[], Awaitable[None]]
+    _acquire_again: Callable[[], Awaitable[None]]
     _lost: asyncio.Event | None = None
     outcome: str = "success"
     used: CallUse = _NOT_KNOWN
@@ -393,7 +393,7 @@ class Permit:
         if self.is_lost:
             await asyncio.sleep(0)  # the cancellation arrives here
         while self._issuer.is_late(self._holding):
-            await self._ask_again()
+            await self._acquire_again()
 
     def settle(
         self,
@@ -487,7 +487,7 @@ class Acquisition:
             holding = waiter.future.result()
         else:
             holding = await self._wait(waiter, timer)
-        permit = Permit(holding, self._issuer, self._ask_again)
+        permit = Permit(holding, self._issuer, self._acquire_again)
         self._task, self._cancelling, self._permit = task, task.cancelling(), permit
         self._hand_over(holding)
         if self._confirms:
@@ -543,14 +543,14 @@ class Acquisition:
         """Request the permit again after a suspension since its admission."""
         try:
             while self._permit is not None and self._issuer.is_late(self._permit._holding):
-                await self._ask_again()
+                await self._acquire_again()
         except BaseException:  # on cancellation too, the permit would stay held
             permit, self._permit = self._permit, None
             if permit is not None:
                 self._issuer.release(permit._holding, "ignored", NOTHING, usage_later=False)
             raise
 
-    async def _ask_again(self) -> None:
+    async def _acquire_again(self) -> None:
         """Return the permit unused, and wait for another one."""
         assert self._permit is not None
         old = self._permit._holding
@@ -581,18 +581,18 @@ class Acquisition:
         assert permit is not None
         assert task is not None
         holding = permit._holding
-        asked = permit.is_lost
+        was_lost = permit.is_lost
         holding.on_fence = permit.lose
         # A body that ends just as its process resumes from a suspension has lost its lease too.
         self._issuer.check_lapse()
         self._issuer.release(holding, permit.outcome, permit.used, permit.usage_later)
         # Break the reference cycle, so that no garbage collection is needed.
         holding.on_fence = None
-        permit._ask_again = _over
+        permit._acquire_again = _over
         if not permit.is_lost:
             return
-        ours = not asked or task.uncancel() <= self._cancelling
-        if kind is None or (ours and asked and issubclass(kind, asyncio.CancelledError)):
+        is_own = not was_lost or task.uncancel() <= self._cancelling
+        if kind is None or (is_own and was_lost and issubclass(kind, asyncio.CancelledError)):
             message = f"the session that held a permit of {' '.join(permit.limits)} is gone"
             raise LeaseLost(message) from error
 

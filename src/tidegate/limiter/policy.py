@@ -420,8 +420,8 @@ _UNBOUNDED = Concurrency(MAX_BOUND)
 def check_tenant(tenant: str) -> None:
     """Raise ConfigError for a name that a tenant can't have."""
     if not isinstance(tenant, str) or not TENANT_NAME.fullmatch(tenant):
-        shown = tenant if isinstance(tenant, str) and tenant.isprintable() else ascii(tenant)
-        raise ConfigError("tenant", shown, "1 to 200 characters without spaces, | { or }")
+        printable = tenant if isinstance(tenant, str) and tenant.isprintable() else ascii(tenant)
+        raise ConfigError("tenant", printable, "1 to 200 characters without spaces, | { or }")
 
 
 def share_of(bound: int, sessions: int) -> int:
@@ -514,9 +514,9 @@ def _pack_limit(limit: Limit) -> list[Any]:
     if isinstance(limit, Concurrency):
         least = limit.adaptive.minimum if limit.adaptive else 0
         own = ["c", limit.bound, limit.shadow, least]
-        told: list[str] = [limit.unit, limit.reserve]
-        told += [limit.adaptive.by] if limit.adaptive and limit.by_latency else []
-        return own if told == ["calls", "predicted"] else [*own, *told]
+        extra: list[str] = [limit.unit, limit.reserve]
+        extra += [limit.adaptive.by] if limit.adaptive and limit.by_latency else []
+        return own if extra == ["calls", "predicted"] else [*own, *extra]
     # Usual values are left out, so that the bytes equal those of earlier versions.
     usual = limit.weights is None or limit.weights == USUAL_WEIGHTS[limit.unit]
     weights = None if usual else astuple(cast(Weights, limit.weights))
@@ -840,12 +840,12 @@ class WrittenPolicy:
     def _conflict(self, now: Change) -> PolicyConflict:
         differing = _differences(now.policy, self.policy)
         holds = [f"{name}={held}" for name, held, _ in differing]
-        asks = [f"{name}={asked}" for name, _, asked in differing]
+        asks = [f"{name}={requested}" for name, _, requested in differing]
         whose = {WRITTEN_BY: "which replaced this policy", DEPLOYED_BY: "set by a deployment"}
-        who = whose.get(now.by, f"set live by {now.by or 'a process'}")
+        by = whose.get(now.by, f"set live by {now.by or 'a process'}")
         return PolicyConflict(
-            f"pool {self.pool!r} holds {_shown(holds)} (revision {now.revision}, {who}); this "
-            f"process asks for {_shown(asks)}: pass revision={now.revision + 1} in the policy or "
+            f"pool {self.pool!r} holds {_list(holds)} (revision {now.revision}, {by}); this "
+            f"process asks for {_list(asks)}: pass revision={now.revision + 1} in the policy or "
             "on_conflict='replace' to put it in force, or on_conflict='keep' to run under what "
             "is in force",
             pool=self.pool,
@@ -859,10 +859,10 @@ def _content(policy: PoolPolicy) -> bytes:
     return replace(policy, revision=1).pack()
 
 
-def _differences(held: PoolPolicy, asked: PoolPolicy) -> list[tuple[str, str, str]]:
+def _differences(held: PoolPolicy, requested: PoolPolicy) -> list[tuple[str, str, str]]:
     """Return (name, value in force, requested value) for each limit, weight and field that
     differs."""
-    before, after = _written_out(held), _written_out(asked)
+    before, after = _written_out(held), _written_out(requested)
     names = [*after, *(name for name in before if name not in after)]
     pairs = [(name, before.get(name, "none"), after.get(name, "none")) for name in names]
     return [(name, old, new) for name, old, new in pairs if old != new]
@@ -878,6 +878,6 @@ def _written_out(policy: PoolPolicy) -> dict[str, str]:
     return found | {name: repr(getattr(policy, name)) for name in _FIELDS}
 
 
-def _shown(parts: list[str]) -> str:
+def _list(parts: list[str]) -> str:
     more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
     return ", ".join(parts[:_SHOWN]) + more

@@ -228,8 +228,10 @@ class LocalQueue:
         flows = (flow for lane in self._lanes.values() for flow in lane.values())
         return nlargest(most, flows, key=lambda flow: len(flow.waiting))
 
-    def first_since(self, tenant: str, limits: tuple[str, ...], asked_ms: float) -> Waiter | None:
-        """Return a tenant's first waiter for these limits, in any band, since `asked_ms`."""
+    def first_since(
+        self, tenant: str, limits: tuple[str, ...], requested_ms: float
+    ) -> Waiter | None:
+        """Return a tenant's first waiter for these limits, in any band, since `requested_ms`."""
         flows = (
             flow
             for (_, named), lane in self._lanes.items()
@@ -238,11 +240,11 @@ class LocalQueue:
             if flow.tenant == tenant
         )
         found = (
-            next((one for one in flow.waiting.values() if one.asked_ms >= asked_ms), None)
+            next((one for one in flow.waiting.values() if one.requested_ms >= requested_ms), None)
             for flow in flows
         )
         waiters = [one for one in found if one is not None]
-        return min(waiters, key=lambda one: one.asked_ms, default=None)
+        return min(waiters, key=lambda one: one.requested_ms, default=None)
 
     # -- waiting
 
@@ -411,7 +413,7 @@ class LocalQueue:
         if flow.sized or self.is_paused(flow.limits):
             return None
         found = [
-            (other.band, self._local_tags[other.tenant], waiter.asked_ms, waiter.ticket, waiter)
+            (other.band, self._local_tags[other.tenant], waiter.requested_ms, waiter.ticket, waiter)
             for (_, limits), lane in self._lanes.items()
             if limits == flow.limits
             for other in lane.values()
@@ -504,7 +506,7 @@ class LocalQueue:
             now_ms,
             now_ms if admitted_ms is None else admitted_ms,
             now_ms + waiter.hard_ms,
-            now_ms - waiter.asked_ms,
+            now_ms - waiter.requested_ms,
             waiter.amounts if flow.sized else "",
         )
         self.held[waiter.ticket] = holding
@@ -546,7 +548,7 @@ class LocalQueue:
         Permits spare for less than `SPARE_MS` are kept back: many callers that call again at the
         same moment would find none otherwise.
         """
-        kept = self._fresh(now_ms) if self._spare else frozenset[int]()
+        retained = self._fresh(now_ms) if self._spare else frozenset[int]()
         flows: set[Flow] = set()
         transfers = _some(self._transfers, lambda one: one.heir.flow, flows)
         enqueues = _some(self._enqueues.values(), lambda one: one.flow, flows)
@@ -562,18 +564,20 @@ class LocalQueue:
         del self._transfers[: len(transfers)]
         # The server must learn how a permit came to its holder before its release.
         if self._releases and not self._transfers:
-            ended = (one for one in self._releases.values() if one.ticket not in kept)
+            ended = (one for one in self._releases.values() if one.ticket not in retained)
             batch.releases = _some(ended, lambda one: one.flow, flows)
         for release in batch.releases:
             release.sent = True
             del self._releases[release.ticket]
         # The server must learn of the end of a call before its usage.
-        if self._settles and len(self._releases) == len(kept):
-            ready = [one for one in self._settles if one[0] not in kept]
+        if self._settles and len(self._releases) == len(retained):
+            ready = [one for one in self._settles if one[0] not in retained]
             batch.settles = ready[:MAX_ENTRIES]
-            self._settles = ready[MAX_ENTRIES:] + [one for one in self._settles if one[0] in kept]
+            self._settles = ready[MAX_ENTRIES:] + [
+                one for one in self._settles if one[0] in retained
+            ]
         del self._cancels[:MAX_ENTRIES]
-        held_back = len(kept) + sum(ticket in kept for ticket, _ in self._settles)
+        held_back = len(retained) + sum(ticket in retained for ticket, _ in self._settles)
         self.urgent = self.pending > held_back
         return batch
 
@@ -639,12 +643,12 @@ class LocalQueue:
         """Pass on no permit until the server allows it again."""
         self.take_hints({}, 0.0)
 
-    def take_hints(self, hints: Mapping[str, Hint], asked_ms: float) -> None:
+    def take_hints(self, hints: Mapping[str, Hint], requested_ms: float) -> None:
         """Replace all hints by those for the flows of the last `flows_to_hint`, by flow key.
 
-        `asked_ms`: the earliest time of the request.
+        `requested_ms`: the earliest time of the request.
         """
-        self._hinted_until_ms = asked_ms + HINT_MS
+        self._hinted_until_ms = requested_ms + HINT_MS
         for flow in self._hinted:
             flow.hint = None
         self._hinted = [flow for flow in self._wanting if flow.key in hints and flow.waiting]
@@ -657,10 +661,10 @@ class LocalQueue:
             self.looks |= lane
             self.asks |= lane
 
-    def flows_to_look_at(self, most: int) -> list[Flow]:
+    def flows_to_inspect(self, most: int) -> list[Flow]:
         return _next_flows(self.looks, most)
 
-    def tickets_to_ask_after(self, most: int) -> list[int]:
+    def tickets_to_verify(self, most: int) -> list[int]:
         """Return the first tickets of the next flows: the fewer flows, the more of each."""
         each = max(1, most // max(1, len(self.asks)))
         return [
@@ -676,13 +680,13 @@ class LocalQueue:
         epoch: int,
         now_ms: float,
         here: Callable[[float], float],
-        told: Collection[str] | None = None,
+        reported: Collection[str] | None = None,
     ) -> None:
         """Take what the server reports as held, of the tickets asked after.
 
         These are grants whose push was lost or is still to be read. `here` converts a time of the
         server's to the earliest on our clock. Amounts spent here until now are included in what the
-        server reported: for the limits `told`, or for all.
+        server reported: for the limits `reported`, or for all.
         """
         for ticket, seq, until_ms in held:
             if ticket in self.held or ticket in self.parting:
@@ -692,5 +696,5 @@ class LocalQueue:
             self.grant(ticket, epoch, seq, now_ms, admitted_ms)
             if waiter is not None and waiter.flow.waiting:
                 self.asks[waiter.flow.key] = waiter.flow  # the next ticket may be granted too
-        for name in list(self.spent_since) if told is None else told:
+        for name in list(self.spent_since) if reported is None else reported:
             self.spent_since.pop(name, None)

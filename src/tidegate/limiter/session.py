@@ -80,7 +80,7 @@ class Observer:
 # A new session is admitted after half a lease at the latest, even if not all others know of it.
 VOUCH_SHARE = 0.4
 # Comparisons from which the server's clock offset is taken: about one and a third leases.
-AHEAD_KEPT = 4
+OFFSETS_KEPT = 4
 
 
 _DAY_MS = 86_400_000
@@ -98,19 +98,19 @@ class _Reading(Generic[T]):
         self.ended = False
         self._coming: dict[str, T] = {}
 
-    def take(self, page: dict[str, T], *, goes_on: bool) -> bool:
+    def take(self, page: dict[str, T], *, has_more: bool) -> bool:
         """Take a page; return True if the next page is to be read.
 
         While another list continues, the server sends this one from its beginning again. It is then
         not read again: two lists that restart each other would never end."""
-        if goes_on:
+        if has_more:
             self.known |= page
-        if goes_on and self.ended:
+        if has_more and self.ended:
             return False
         self._coming |= page
-        if not goes_on:
+        if not has_more:
             self.known, self._coming, self.ended = self._coming, {}, True
-        return goes_on
+        return has_more
 
 
 class Remembered:
@@ -135,7 +135,7 @@ class Remembered:
         self._confirmed_ms = float("-inf")
         # Upper bounds on how far the server's clock is ahead of the lease's, one per comparison;
         # each is too high by the time that the request took to arrive.
-        self._seen_ahead_ms: deque[float] = deque(maxlen=AHEAD_KEPT)
+        self._offsets_ms: deque[float] = deque(maxlen=OFFSETS_KEPT)
 
     @property
     def pauses(self) -> dict[str, tuple[float, int, str]]:
@@ -148,14 +148,14 @@ class Remembered:
 
         Returns True if the server does not know yet that this process has the current list of
         sessions."""
-        self._seen_ahead_ms.append(whole.now_ms - sent_ms)
+        self._offsets_ms.append(whole.now_ms - sent_ms)
         self.told, self.pages = whole.told, dict(whole.pages)
         self._in_force = policy
         lapsing = {member: (at_ms + left, charges) for member, left, charges in whole.lapsing}
-        if not self._lapsing.take(lapsing, goes_on="lapsing" in whole.pages):
+        if not self._lapsing.take(lapsing, has_more="lapsing" in whole.pages):
             self.pages.pop("lapsing", None)
-        pauses = {name: (at_ms + left, ramp_ms, said) for name, left, ramp_ms, said in whole.pauses}
-        if not self._paused.take(pauses, goes_on="pauses" in whole.pages):
+        pauses = {name: (at_ms + left, ramp_ms, why) for name, left, ramp_ms, why in whole.pauses}
+        if not self._paused.take(pauses, has_more="pauses" in whole.pages):
             self.pages.pop("pauses", None)
         if not self.pages:
             self._begin()
@@ -165,7 +165,7 @@ class Remembered:
                 self._spent[name] = amount, at_ms + counts_for_ms
             else:
                 self._spent.pop(name, None)
-        self._tell()
+        self._notify()
         version, sids = whole.roster
         news = version != self.roster_version
         if sids is not None:
@@ -194,7 +194,7 @@ class Remembered:
         self.roster_version = self.told = 0
         self.pages = {}
         self._begin()
-        self._seen_ahead_ms.clear()
+        self._offsets_ms.clear()
 
     def _begin(self) -> None:
         self._lapsing.ended = self._paused.ended = False
@@ -209,7 +209,7 @@ class Remembered:
 
     @property
     def _ahead_ms(self) -> float | None:
-        return min(self._seen_ahead_ms, default=None)
+        return min(self._offsets_ms, default=None)
 
     def roster(self, at_ms: float, lease_ms: int) -> list[str]:
         """Return the known sessions; none if the list may be too old to vouch for."""
@@ -233,30 +233,30 @@ class Remembered:
 
     def spent(self, since: Mapping[str, int], at_ms: float) -> list[tuple[str, int, int]]:
         """Return (limit, amount last seen, amount admitted here `since`) of rates and quotas."""
-        self._spent = {n: seen for n, seen in self._spent.items() if seen[1] > at_ms}
+        self._spent = {n: entry for n, entry in self._spent.items() if entry[1] > at_ms}
         names = sorted({*self._spent, *since})
         return [(name, self._spent.get(name, (0, 0))[0], since.get(name, 0)) for name in names]
 
-    def pause(self, limit: str, end_ms: float, ramp_ms: int, said: str) -> None:
-        self.pauses[limit] = (end_ms, ramp_ms, said)
-        self._tell()
+    def pause(self, limit: str, end_ms: float, ramp_ms: int, reason: str) -> None:
+        self.pauses[limit] = (end_ms, ramp_ms, reason)
+        self._notify()
 
     def opened(self, limit: str, at_ms: float, ramp_ms: int) -> None:
         """Note that a gate was opened."""
-        _, ramp, said = self.pauses.get(limit, (0.0, 1, ""))
+        _, ramp, reason = self.pauses.get(limit, (0.0, 1, ""))
         if ramp == 0:
-            self.pauses[limit] = (at_ms, ramp_ms, said)
+            self.pauses[limit] = (at_ms, ramp_ms, reason)
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self.pauses:
-            for told in tuple(self.watchers):
-                told()
+            for listener in tuple(self.watchers):
+                listener()
 
     def paused(self, at_ms: float) -> list[tuple[str, int, int, str]]:
         """Return (limit, left_ms, ramp_ms, reason) of the pauses that continue."""
         return [
-            (name, int(end - at_ms), ramp_ms, said)
-            for name, (end, ramp_ms, said) in sorted(self.pauses.items())
+            (name, int(end - at_ms), ramp_ms, reason)
+            for name, (end, ramp_ms, reason) in sorted(self.pauses.items())
             if ramp_ms == 0 or end + ramp_ms - at_ms >= 1
         ]
 
@@ -269,8 +269,8 @@ class Remembered:
 
     def gate(self, limit: str, at_ms: float) -> tuple[int, str] | None:
         """Return how long a closed gate admits no probe, and its reason; None if it is open."""
-        end, ramp_ms, said = self.pauses.get(limit, (0.0, 1, ""))
-        return None if ramp_ms else (max(0, int(end - at_ms)), said)
+        end, ramp_ms, reason = self.pauses.get(limit, (0.0, 1, ""))
+        return None if ramp_ms else (max(0, int(end - at_ms)), reason)
 
     def paused_ms(self, limits: Sequence[str], at_ms: float) -> int:
         """Return for how long one of these limits is still paused; 0 if none is."""
@@ -461,8 +461,8 @@ class Session:
         self.policy_due = False
         self._leaving = False
         self._failing = True
-        self._lapse_seen = True
-        self._sent_seen = self._acked = 0
+        self._lapse_noted = True
+        self._last_sent = self._acked = 0
         self._local = LocalShare()
         queue.is_paused = self._is_paused
 
@@ -485,22 +485,22 @@ class Session:
             return
         if self.check_lapse():
             return
-        if not push.grants or push.sent - len(push.grants) > self._sent_seen:
+        if not push.grants or push.sent - len(push.grants) > self._last_sent:
             self.refresh()
-        self._sent_seen = max(self._sent_seen, push.sent)
+        self._last_sent = max(self._last_sent, push.sent)
         at = self.lease.now_ms()
         admitted_ms = self.remembered.here(push.at_ms)
         for ticket, seq in push.grants:
             self._queue.grant(ticket, push.epoch, seq, at, admitted_ms)
-        if self._sent_seen - self._acked >= ACK_EARLY or self._queue.urgent:
+        if self._last_sent - self._acked >= ACK_EARLY or self._queue.urgent:
             self._wake()
 
     def check_lapse(self) -> bool:
         """Return True if the lease has lapsed, and react the first time. Cheap."""
         if not self.lease.lapsed():
             return False
-        if not self._lapse_seen:
-            self._lapse_seen = True
+        if not self._lapse_noted:
+            self._lapse_noted = True
             self._must_join = True
             self._queue.recycling = False
             self._forget_hints()
@@ -521,7 +521,7 @@ class Session:
 
     def paused(self) -> None:
         """React to the heartbeat's report that this process was suspended for over a lease."""
-        if not self._lapse_seen:
+        if not self._lapse_noted:
             self._failing = False
         self.check_lapse()
 
@@ -556,7 +556,7 @@ class Session:
 
     # -- requests
 
-    def something_urgent(self) -> bool:
+    def is_request_urgent(self) -> bool:
         """Return True if a request must be sent without waiting for further messages."""
         return (
             self._queue.urgent
@@ -566,12 +566,12 @@ class Session:
             or self.policy_due
             or self._leaving
             or len(self._queue.looks) > 0
-            or self._sent_seen - self._acked >= ACK_EARLY
+            or self._last_sent - self._acked >= ACK_EARLY
         )
 
-    def something_to_say(self) -> bool:
+    def is_request_due(self) -> bool:
         """Return True if a request is due."""
-        return self.something_urgent() or self._queue.pending > 0
+        return self.is_request_urgent() or self._queue.pending > 0
 
     def prepare(self, run: str, uptime_ms: int) -> tuple[MessageBatch, SyncRequest]:
         """Return the next request, for a server with this run and uptime.
@@ -588,7 +588,7 @@ class Session:
         full = self._full or self._tend or joining
         if self._full or joining:
             queue.begin_rounds()
-        looking = queue.flows_to_look_at(LOOKS_BESIDE if full else MAX_LOOKS)
+        looking = queue.flows_to_inspect(LOOKS_BESIDE if full else MAX_LOOKS)
         wanting, pauses = queue.flows_to_hint(MAX_WANTS), bool(remembered.pauses)
         fields = compose(batch, wanting, looking, at, pauses=pauses)
         held, quotas = fields.pop("held"), fields.pop("quotas")
@@ -614,14 +614,14 @@ class Session:
             lease_ms=self.lease.lease_ms,
             revision=self.policy.revision,
             batch=self._batch,
-            ack=self._sent_seen,
+            ack=self._last_sent,
             roster=remembered.roster_version,
             full=full,
             leave=self._leaving,
             resets=remembered.resets(quotas, at) if quotas else {},
             told=remembered.told if full else 0,
             pages=remembered.places(begin=self._full) if full else {},
-            asks=queue.tickets_to_ask_after(MAX_ASKS) if full else [],
+            asks=queue.tickets_to_verify(MAX_ASKS) if full else [],
             join=join,
             uses=batch.uses() if self.policy.fair_by == "cost" else [],
             firsts=batch.firsts() if batch.releases else [],
@@ -669,14 +669,14 @@ class Session:
         if self.lease.lapsed():
             # The answer arrived after the lease had lapsed: this process was suspended meanwhile.
             queue.confirm(batch, reply.stamps)
-            self._lapse_seen = False
+            self._lapse_noted = False
             self._failing = False
             self.check_lapse()
             return
         self.accepted = True
         self._must_join = self._joining = False
         self._failing = False
-        self._lapse_seen = False
+        self._lapse_noted = False
         # A policy that was set while the request was in progress is still to be sent.
         if request.join is not None and request.join.policy == self.policy:
             self.policy_due = False
@@ -715,8 +715,8 @@ class Session:
                 waiter.sent = False  # the server has it in no queue
                 flow, most = waiter.flow, self.policy.queue_per_tenant
                 limit = flow.held_up_by or flow.limits[0]
-                said = f"{flow.tenant} has {most} waiters already"
-                self._refuse(waiter, QueueFull(said, limit=limit, retry_after_ms=1000))
+                message = f"{flow.tenant} has {most} waiters already"
+                self._refuse(waiter, QueueFull(message, limit=limit, retry_after_ms=1000))
         for barred in reply.barred:
             if (waiter := waiting.get(barred.ticket)) is not None:
                 waiter.sent = False
@@ -770,12 +770,12 @@ class Session:
 
     def _compare(self, reply: SyncReply, whole: Whole, sent_ms: float, at: float) -> None:
         queue, remembered = self._queue, self.remembered
-        self._sent_seen = max(self._sent_seen, reply.sent)
+        self._last_sent = max(self._last_sent, reply.sent)
         self._adopt(whole)
         recovering = reply.recovering_ms > 0
         news = remembered.learn(whole, self.policy, sent_ms, at, recovering=recovering)
-        told = [name for name, _ in whole.spent] if "spent" in whole.pages else None
-        queue.reconcile(whole.held, reply.epoch, at, remembered.here, told)
+        reported = [name for name, _ in whole.spent] if "spent" in whole.pages else None
+        queue.reconcile(whole.held, reply.epoch, at, remembered.here, reported)
         if news or remembered.pages or queue.asks:
             # Others wait for us to confirm the list of sessions, or the server has more to report.
             self._tend = True
@@ -786,7 +786,7 @@ class Session:
     def _joined(self, reply: SyncReply) -> None:
         old = self.lease.identity
         self.lease.identity = Identity(reply.epoch, reply.gen)
-        self._sent_seen = self._acked = 0
+        self._last_sent = self._acked = 0
         self.refresh()
         self.traffic.joins += 1
         if reply.epoch != old.epoch:
@@ -806,7 +806,7 @@ class Session:
             return
         if reply.status == "gone" and not self._failing:
             self._fence("the session was gone")
-        if reply.status == "epoch" and not self._lapse_seen:
+        if reply.status == "epoch" and not self._lapse_noted:
             # Only what we report again will count, so released permits are free, even if received.
             self._queue.start_recycling()
             self._queue.recycle_forgotten(self.lease.now_ms())
@@ -842,7 +842,7 @@ class Session:
             # Nothing failed before, so a lapse now means that this process was suspended.
             self.check_lapse()
             self._failing = True
-        if not self._lapse_seen:
+        if not self._lapse_noted:
             self._queue.start_recycling()
             self._queue.recycle_unsent(self.lease.now_ms())
         self._set_state("away", reason)

@@ -229,13 +229,13 @@ class _MemoryPool:
         )
         match request["verb"]:
             case "pause":
-                said = request["for_ms"], request["ramp_ms"], request["said"]
-                done = model.pause(limit, *said, **now)
+                args = request["for_ms"], request["ramp_ms"], request["said"]
+                done = model.pause(limit, *args, **now)
             case "resume":
                 done = model.resume(limit, **now)
             case "close":
-                said = request["for_ms"], request["most_ms"], request["said"]
-                done = model.close(limit, *said, tried=request["tried"], **now)
+                args = request["for_ms"], request["most_ms"], request["said"]
+                done = model.close(limit, *args, tried=request["tried"], **now)
             case "open":
                 done = model.open(limit, request["ramp_ms"], **now)
             case "charge":
@@ -251,8 +251,8 @@ class _MemoryPool:
         return [done]
 
     def _notes_of(self, most: int, wall: int) -> list[list[Any]]:
-        alive = sorted(self.model.pool.sessions.items(), key=lambda one: (one[1].expiry, one[0]))
-        rows = [(sid, self._notes.get(sid, (0, b""))) for sid, _ in alive[-most:]]
+        sessions = sorted(self.model.pool.sessions.items(), key=lambda one: (one[1].expiry, one[0]))
+        rows = [(sid, self._notes.get(sid, (0, b""))) for sid, _ in sessions[-most:]]
         return [[sid, note] for sid, (until, note) in rows if until > wall]
 
     def notes(self, request: dict[str, Any], wall: int) -> list[Any]:
@@ -315,19 +315,19 @@ def _limits(model: PoolModel, since: Mapping[str, int]) -> list[list[Any]]:
         room_at = model.pump.timed.get(name, 0)
         if one.is_rate and not rule.shadow:
             room_at = max(room_at, capacity.free_at(one, 1))
-        lately: int | bool = False
+        recent: int | bool = False
         if one.is_rate and name in since:
-            lately = one.spending.taken_since(rule, pool.now - since[name])
+            recent = one.spending.taken_since(rule, pool.now - since[name])
         rows.append(
             [
                 *(name, "q" if isinstance(rule, Quota) else "r" if one.is_rate else "c"),
                 *(rule.bound, capacity.spent(one) if one.is_rate else one.used),
                 *(waiting[name], lapsing[name]),
                 rule.bound if one.current is None else one.current // 1000,
-                *(one.shadowed, paused_ms, pause.said if pause else ""),
+                *(one.shadowed, paused_ms, pause.reason if pause else ""),
                 *(max(0, room_at - pool.now), reserved[name], one.cost_ms),
                 one.spending.taken(rule, pool.now) if one.is_rate else 0,
-                *(int(rule.shadow), lately),
+                *(int(rule.shadow), recent),
             ]
         )
     return rows

@@ -132,7 +132,7 @@ class ThreadPermit:
 
     def leave(self) -> None:
         """Return the permit. Raises LeaseLost if it was lost before."""
-        if self._hold is None or not self._limiter.ours():
+        if self._hold is None or not self._limiter.is_own_process():
             return
         try:
             self._limiter.ask(self._hold.finish)
@@ -149,7 +149,7 @@ class ThreadPermit:
 
         Returns False if it has been returned already.
         """
-        return self._hold is not None and self._limiter.ours() and self._hold.drop()
+        return self._hold is not None and self._limiter.is_own_process() and self._hold.drop()
 
     def _confirm(self) -> None:
         assert self._hold is not None
@@ -261,7 +261,7 @@ class SyncLimiter:
 
     def start(self) -> None:
         """Start the thread and join the pool. Raises ConfigError as `Limiter.start`."""
-        self._check_ours()
+        self._check_process()
         self._thread.start()
         try:
             self._started.result()
@@ -276,7 +276,7 @@ class SyncLimiter:
         `permit.lost` is set, they have one more second, and leaving raises LeaseLost. In a forked
         process this does nothing: the session is its parent's.
         """
-        if not self.ours():
+        if not self.is_own_process():
             return
         with self._gate:
             self._closing, self._grace_ms = True, grace_ms
@@ -313,17 +313,17 @@ class SyncLimiter:
             # Earlier submissions become tasks now, which `asyncio.run` ends.
             await asyncio.sleep(0)
 
-    def ours(self) -> bool:
+    def is_own_process(self) -> bool:
         """Return False in a process that was forked from the one that created this."""
         return os.getpid() == self._pid
 
-    def _check_ours(self) -> None:
-        if not self.ours():
+    def _check_process(self) -> None:
+        if not self.is_own_process():
             raise RuntimeError("this SyncLimiter belongs to the process that was forked: make one")
 
     def submit(self, make: Callable[[], Coroutine[Any, Any, R]]) -> concurrent.futures.Future[R]:
         """Run a coroutine on the limiter's loop. Raises ShuttingDown if the loop has ended."""
-        self._check_ours()
+        self._check_process()
         with self._gate:
             if self._loop is None or self._ended.is_set():
                 raise ShuttingDown("the limiter has not been started, or is closed")
@@ -334,15 +334,15 @@ class SyncLimiter:
 
         Raises ShuttingDown if the loop has ended, or ends in the meantime.
         """
-        asked = self.submit(make)
+        future = self.submit(make)
         try:
-            return asked.result()
+            return future.result()
         except concurrent.futures.CancelledError:
             raise ShuttingDown("the limiter is closing") from None
 
     def tell(self, call: Callable[[], object]) -> None:
         """Call on the limiter's loop; does nothing if the loop has ended."""
-        if not self.ours():
+        if not self.is_own_process():
             return
         with self._gate:
             if self._loop is not None and not self._ended.is_set():
@@ -405,12 +405,12 @@ class SyncLimiter:
 
     # -- state and changes
 
-    def run(self, ask: Callable[[Limiter], Coroutine[Any, Any, R]]) -> R:
+    def run(self, operation: Callable[[Limiter], Coroutine[Any, Any, R]]) -> R:
         """Run any other method of a `Limiter`: `limiter.run(lambda inner: inner.history())`.
 
         Do not use it to acquire: a permit belongs to the task that requested it.
         """
-        return self.ask(lambda: ask(self._limiter))
+        return self.ask(lambda: operation(self._limiter))
 
     def local_state(self) -> LocalState:
         """Return this process's state, without asking Valkey."""

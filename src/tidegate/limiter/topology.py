@@ -49,7 +49,7 @@ _MEMORY = "memory://"
 _SLOTS = ("CLUSTER", "SLOTS")
 _PORTS = {"": 0, "sentinel": 26379, "cluster": 6379}
 # Connection options that the limiter sets, whatever the URL says.
-_OURS = {
+_OWN_OPTIONS = {
     *("protocol", "decode_responses", "retry", "retry_on_timeout", "retry_on_error"),
     *("socket_timeout", "socket_connect_timeout", "health_check_interval", "max_connections"),
 }
@@ -94,7 +94,7 @@ def read_url(url: str) -> ServerUrl:
     scheme, rest = _scheme_of(url), url.partition("://")[2]
     base, _, finder = scheme.partition("+")
     if finder not in _PORTS or base not in (_BASES[:2] if finder else _BASES):
-        raise _wrong(scheme, _SCHEMES)
+        raise _invalid_url(scheme, _SCHEMES)
     parts = urlsplit(f"//{rest}")
     if not finder:
         _check_database(scheme, parts.path.strip("/") if base != "unix" else "")
@@ -103,12 +103,12 @@ def read_url(url: str) -> ServerUrl:
     try:
         seeds = tuple(_address(host, _PORTS[finder]) for host in hosts.split(","))
     except ValueError as error:
-        raise _wrong(scheme, "needs host:port, with commas between several") from error
+        raise _invalid_url(scheme, "needs host:port, with commas between several") from error
     service, _, database = parts.path.strip("/").partition("/")
     if finder == "sentinel" and not service:
-        raise _wrong(scheme, "needs the name of the service: .../host:26379/service")
+        raise _invalid_url(scheme, "needs the name of the service: .../host:26379/service")
     if finder == "cluster" and (service not in ("", "0") or database):
-        raise _wrong(scheme, "a cluster has database 0 only")
+        raise _invalid_url(scheme, "a cluster has database 0 only")
     _check_database(scheme, database)
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     watcher = {name: options.pop(f"sentinel_{name}", "") for name in ("username", "password")}
@@ -122,7 +122,7 @@ def read_url(url: str) -> ServerUrl:
 def _check_database(scheme: str, text: str) -> None:
     """Raise ConfigError unless the database is a number: redis-py would use database 0."""
     if text and "@" not in text and not (text.isascii() and text.isdigit()):
-        raise _wrong(scheme, "its database, behind the /, must be a whole number")
+        raise _invalid_url(scheme, "its database, behind the /, must be a whole number")
 
 
 def _scheme_of(url: str) -> str:
@@ -132,19 +132,19 @@ def _scheme_of(url: str) -> str:
     return scheme.replace("valkey", "redis", 1) if found else ""
 
 
-def owner_of(slot: int, slots: Any, asked: Address) -> Address | None:
-    """Return the master of a slot, from the reply to CLUSTER SLOTS of the node `asked`."""
+def owner_of(slot: int, slots: Any, source: Address) -> Address | None:
+    """Return the master of a slot, from the reply to CLUSTER SLOTS of the node `source`."""
     for first, last, master, *_ in slots:
         if first <= slot <= last:
-            return _node(master, asked)
+            return _node(master, source)
     return None
 
 
-def _node(entry: Any, asked: Address) -> Address:
+def _node(entry: Any, source: Address) -> Address:
     host = entry[0]
     # A node that does not know its own name means the address at which it was asked.
     unknown = host is None or host in (b"", b"?")
-    return Address(asked.host if unknown else host.decode(), int(entry[1]))
+    return Address(source.host if unknown else host.decode(), int(entry[1]))
 
 
 def _address(text: str, port: int) -> Address:
@@ -154,7 +154,7 @@ def _address(text: str, port: int) -> Address:
     return Address(parts.hostname, parts.port or port)
 
 
-def _wrong(scheme: str, why: str) -> ConfigError:
+def _invalid_url(scheme: str, why: str) -> ConfigError:
     return ConfigError("url", f"{scheme}://(hidden)", why)
 
 
@@ -179,13 +179,13 @@ class Server:
         try:
             self._make(ServerQuestion(None))
         except ValueError as error:
-            raise _wrong(scheme, _UNREADABLE) from error
+            raise _invalid_url(scheme, _UNREADABLE) from error
         except TypeError as error:  # an option of the URL that no connection has
             option = re.search(r"argument '(.*)'", str(error))
             why = f"has the unknown option {option[1]}" if option else str(error)
-            raise _wrong(scheme, why) from error
+            raise _invalid_url(scheme, why) from error
         except RedisError as error:
-            raise _wrong(scheme, str(error)) from error
+            raise _invalid_url(scheme, str(error)) from error
 
     async def connect(self, deadline_s: float) -> AbstractConnection:
         """Return a new connection, within `deadline_s` or MIN_CONNECT_S.
@@ -198,12 +198,12 @@ class Server:
         connection: AbstractConnection | None = None
         try:
             async with asyncio.timeout(max(deadline_s, MIN_CONNECT_S)) as limit:
-                while (ask := _next(search, answer)) is not None:
+                while (question := _next(search, answer)) is not None:
                     if connection is not None:
                         close_now(connection)
-                    connection = self._make(ask)
+                    connection = self._make(question)
                     left_s = (limit.when() or 0.0) - asyncio.get_running_loop().time()
-                    answer = await _put(connection, ask, left_s)
+                    answer = await _query(connection, question, left_s)
         except BaseException:  # on cancellation too, close the connection
             if connection is not None:
                 close_now(connection)
@@ -224,14 +224,16 @@ class Server:
         search, answer = self._search(), None
         connection: ConnectionInterface | None = None
         try:
-            while (ask := _next(search, answer)) is not None:
+            while (question := _next(search, answer)) is not None:
                 if connection is not None:
                     connection.disconnect()  # type: ignore[no-untyped-call]
                 left_s = end_s - time.monotonic()
                 if left_s <= 0:
                     raise TimeoutError("no server of the pool was found in time")
-                connection = self._make_blocking(ask, left_s / 2 if ask.seed else timeout_s)
-                answer = _put_blocking(connection, ask)
+                connection = self._make_blocking(
+                    question, left_s / 2 if question.seed else timeout_s
+                )
+                answer = _query_blocking(connection, question)
         except BaseException:  # on an interrupt too, close the connection
             if connection is not None:
                 connection.disconnect()  # type: ignore[no-untyped-call]
@@ -239,25 +241,29 @@ class Server:
         assert connection is not None
         return connection
 
-    def _make(self, ask: ServerQuestion) -> AbstractConnection:
-        options: dict[str, Any] = dict(redis.asyncio.connection.parse_url(self._url(ask)))
+    def _make(self, question: ServerQuestion) -> AbstractConnection:
+        options: dict[str, Any] = dict(redis.asyncio.connection.parse_url(self._url(question)))
         kind = options.pop("connection_class", redis.asyncio.connection.Connection)
         # The limiter has its own deadlines; redis-py's would cut off a silent subscription.
         free = {"socket_timeout": None, "socket_connect_timeout": None}
         retry = redis.asyncio.retry.Retry(NoBackoff(), 0)
-        connection: AbstractConnection = kind(**_ours(options, ask), **free, retry=retry)
+        connection: AbstractConnection = kind(
+            **_connection_options(options, question), **free, retry=retry
+        )
         return connection
 
-    def _make_blocking(self, ask: ServerQuestion, timeout_s: float) -> ConnectionInterface:
-        options = dict(redis.connection.parse_url(self._url(ask)))  # type: ignore[no-untyped-call]
+    def _make_blocking(self, question: ServerQuestion, timeout_s: float) -> ConnectionInterface:
+        options = dict(redis.connection.parse_url(self._url(question)))  # type: ignore[no-untyped-call]
         kind = options.pop("connection_class", redis.connection.Connection)
         bounds = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
         retry = redis.retry.Retry(NoBackoff(), 0)
-        connection: ConnectionInterface = kind(**_ours(options, ask), **bounds, retry=retry)
+        connection: ConnectionInterface = kind(
+            **_connection_options(options, question), **bounds, retry=retry
+        )
         return connection
 
-    def _url(self, ask: ServerQuestion) -> str:
-        return self._target.seed_url if ask.seed else self._target.server_url
+    def _url(self, question: ServerQuestion) -> str:
+        return self._target.seed_url if question.seed else self._target.server_url
 
     def _search(self) -> Search:
         turn, self._turn = self._turn, self._turn + 1
@@ -266,10 +272,10 @@ class Server:
         first = turn % len(self._seeds)
         seeds = self._seeds[first:] + self._seeds[:first]
         if self._target.finder == "sentinel":
-            return _ask_sentinels(seeds, self._target.service)
-        return self._ask_nodes(seeds)
+            return _query_sentinels(seeds, self._target.service)
+        return self._query_nodes(seeds)
 
-    def _ask_nodes(self, seeds: tuple[Address, ...]) -> Search:
+    def _query_nodes(self, seeds: tuple[Address, ...]) -> Search:
         """Search the node that itself claims our slot; other nodes only say which to ask next."""
         problems: dict[Address, object] = {}
         for seed in seeds:
@@ -287,20 +293,20 @@ class Server:
         )
 
     def _owner(
-        self, answer: Any, asked: Address, problems: dict[Address, object]
+        self, answer: Any, source: Address, problems: dict[Address, object]
     ) -> Address | None:
         if isinstance(answer, Exception):
-            problems[asked] = answer
+            problems[source] = answer
             return None
-        owner = owner_of(self._slot, answer, asked)
+        owner = owner_of(self._slot, answer, source)
         if owner is None:
-            problems[asked] = f"no node serves slot {self._slot}"
+            problems[source] = f"no node serves slot {self._slot}"
         return owner
 
-    def _learn(self, slots: Any, asked: Address) -> None:
+    def _learn(self, slots: Any, source: Address) -> None:
         """Remember the nodes seen, since all nodes in the URL may disappear."""
-        seen = [_node(entry, asked) for _, _, *nodes in slots for entry in nodes]
-        known = dict.fromkeys((*self._target.seeds, *seen))
+        found = [_node(entry, source) for _, _, *nodes in slots for entry in nodes]
+        known = dict.fromkeys((*self._target.seeds, *found))
         self._seeds = tuple(known)[:MAX_KNOWN_NODES]
 
 
@@ -310,7 +316,7 @@ def _direct() -> Search:
         raise answer
 
 
-def _ask_sentinels(sentinels: tuple[Address, ...], service: str) -> Search:
+def _query_sentinels(sentinels: tuple[Address, ...], service: str) -> Search:
     """Search the master that a sentinel names and that confirms it.
 
     A sentinel that was disconnected may name a server that has been replaced.
@@ -333,7 +339,7 @@ def _ask_sentinels(sentinels: tuple[Address, ...], service: str) -> Search:
 
 
 def _listed(problems: dict[Address, object]) -> str:
-    return "; ".join(f"{address}: {what}" for address, what in problems.items())
+    return "; ".join(f"{address}: {problem}" for address, problem in problems.items())
 
 
 def _next(search: Search, answer: Any) -> ServerQuestion | None:
@@ -343,33 +349,33 @@ def _next(search: Search, answer: Any) -> ServerQuestion | None:
         return None
 
 
-def _ours(options: dict[str, Any], ask: ServerQuestion) -> dict[str, Any]:
+def _connection_options(options: dict[str, Any], question: ServerQuestion) -> dict[str, Any]:
     """Return the URL's options for a connection, without those that the limiter sets."""
-    kept = {name: value for name, value in options.items() if name not in _OURS}
-    if ask.address is not None:
-        kept |= {"host": ask.address.host, "port": ask.address.port}
-    return kept | {"protocol": 2}
+    allowed = {name: value for name, value in options.items() if name not in _OWN_OPTIONS}
+    if question.address is not None:
+        allowed |= {"host": question.address.host, "port": question.address.port}
+    return allowed | {"protocol": 2}
 
 
-async def _put(connection: AbstractConnection, ask: ServerQuestion, left_s: float) -> Any:
+async def _query(connection: AbstractConnection, question: ServerQuestion, left_s: float) -> Any:
     """Return the answer or the error; a server asked for others takes at most half the time."""
     try:
-        async with asyncio.timeout(left_s / 2 if ask.command else left_s):
+        async with asyncio.timeout(left_s / 2 if question.command else left_s):
             await connection.connect()  # type: ignore[no-untyped-call]
-            if not ask.command:
+            if not question.command:
                 return None
-            await connection.send_command(*ask.command, check_health=False)
+            await connection.send_command(*question.command, check_health=False)
             return await connection.read_response()
     except (OSError, TimeoutError, RedisError) as error:
         return error
 
 
-def _put_blocking(connection: ConnectionInterface, ask: ServerQuestion) -> Any:
+def _query_blocking(connection: ConnectionInterface, question: ServerQuestion) -> Any:
     try:
         connection.connect()  # type: ignore[no-untyped-call]
-        if not ask.command:
+        if not question.command:
             return None
-        connection.send_command(*ask.command, check_health=False)  # type: ignore[no-untyped-call]
+        connection.send_command(*question.command, check_health=False)  # type: ignore[no-untyped-call]
         return connection.read_response()
     except (OSError, RedisError) as error:
         return error

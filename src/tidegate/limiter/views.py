@@ -243,8 +243,8 @@ class SnapshotParts:
             # Counts of waiters and permits have been read completely before any limit.
             waiting, lapsing, reserved = self._counts.get(row[0], row[4:6] + row[11:12])
             figures = [*row[:4], waiting, lapsing, *row[6:11], reserved, *row[12:14]]
-            lately = next((each for each in row[15:16] if each is not False), None)
-            self._limits[row[0]] = LimitView(*[*figures, bool(row[14]), lately])
+            recent = next((each for each in row[15:16] if each is not False), None)
+            self._limits[row[0]] = LimitView(*[*figures, bool(row[14]), recent])
         self._tenants |= {row[0]: TenantView(*row[:3]) for row in reply.tenants}
         self._queues |= {(row[0], row[1]): row for row in reply.queues}
         self._permits |= {(row[0], row[1]): row for row in reply.permits}
@@ -291,27 +291,27 @@ def read_place(values: list[Any]) -> Place | None:
     found, *rest = values
     if not found:
         return None
-    flow, at, ahead, amount, use, said, raw, *_ = rest
+    flow, at, ahead, amount, use, reason, raw, *_ = rest
     band, tenant, limits = _flow(flow)
     ahead = int(ahead)
     if not at:
         return Place(tenant, band, limits, None, ahead, None, ahead_of_all=ahead)
     line = read_line(raw)
     # A call's probable use is its duration only if shares are measured in time.
-    told = line.estimate(ahead, 0 if line.use else use, amount)
+    estimate = line.estimate(ahead, 0 if line.use else use, amount)
     return Place(
         tenant,
         band,
         limits,
         at,
         ahead,
-        told.wait_ms,
+        estimate.wait_ms,
         line.paused_ms,
-        said,
-        told.ahead,
-        told.is_certain,
-        told.rate_per_s,
-        told.stalled_ms,
+        reason,
+        estimate.ahead,
+        estimate.is_certain,
+        estimate.rate_per_s,
+        estimate.stalled_ms,
     )
 
 

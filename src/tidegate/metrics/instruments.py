@@ -76,27 +76,27 @@ class Spec:
 
     name: str
     sort: Sort
-    said: str
+    help_text: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
     merge: Merge = ""
     everywhere: bool = False
 
 
-def _counter(name: str, said: str, labels: str = "") -> Spec:
-    return Spec(name, "counter", said, tuple(labels.split()))
+def _counter(name: str, help_text: str, labels: str = "") -> Spec:
+    return Spec(name, "counter", help_text, tuple(labels.split()))
 
 
-def _histogram(name: str, said: str, buckets: tuple[float, ...], labels: str) -> Spec:
-    return Spec(name, "histogram", said, tuple(labels.split()), buckets)
+def _histogram(name: str, help_text: str, buckets: tuple[float, ...], labels: str) -> Spec:
+    return Spec(name, "histogram", help_text, tuple(labels.split()), buckets)
 
 
-def _own(name: str, said: str, labels: str = "", *, merge: Merge = "livesum") -> Spec:
-    return Spec(name, "gauge", said, tuple(labels.split()), merge=merge)
+def _own(name: str, help_text: str, labels: str = "", *, merge: Merge = "livesum") -> Spec:
+    return Spec(name, "gauge", help_text, tuple(labels.split()), merge=merge)
 
 
-def _of_all(name: str, said: str, labels: str = "") -> Spec:
-    return Spec(name, "gauge", said, tuple(labels.split()), everywhere=True)
+def _of_all(name: str, help_text: str, labels: str = "") -> Spec:
+    return Spec(name, "gauge", help_text, tuple(labels.split()), everywhere=True)
 
 
 class Metric:
@@ -561,7 +561,7 @@ class Calls:
         if one.upstream_ms is None:
             return
         if failed:
-            labels = (*cells.asked, failed, one.pool)
+            labels = (*cells.model_labels, failed, one.pool)
             self._tally.observe(Metric.GEN_AI_DURATION, labels, one.upstream_ms / 1000)
             return
         cells.duration.add(one.upstream_ms / 1000)
@@ -569,7 +569,7 @@ class Calls:
         if first_byte_ms is not None:
             cells.first_byte.add(first_byte_ms / 1000)
             if one.streamed:
-                first_chunk = self._tally.spread(Metric.GEN_AI_FIRST_CHUNK, cells.asked)
+                first_chunk = self._tally.spread(Metric.GEN_AI_FIRST_CHUNK, cells.model_labels)
                 first_chunk.add(first_byte_ms / 1000)
 
 
@@ -584,13 +584,13 @@ class _Cells:
         def of_tenant(metric: Spec, *labels: str) -> Count:
             return Count() if source == JUDGE else tally.count(metric, (tenant, *labels))
 
-        self.asked = (operation, PROVIDERS.get(dialect, dialect), model)
+        self.model_labels = (operation, PROVIDERS.get(dialect, dialect), model)
         self.calls = tally.count(Metric.CALLS, (source, kind, pool, model, status))
         self.of_tenant = of_tenant(Metric.TENANT_CALLS, status)
         self.attempts = tally.count(Metric.ATTEMPTS, (source, pool))
         self.queue = tally.spread(Metric.QUEUE, (source, kind, pool))
         self.tenant_queue = of_tenant(Metric.TENANT_QUEUE)
-        self.duration = tally.spread(Metric.GEN_AI_DURATION, (*self.asked, "", pool))
+        self.duration = tally.spread(Metric.GEN_AI_DURATION, (*self.model_labels, "", pool))
         self.first_byte = tally.spread(Metric.FIRST_BYTE, (source, pool))
         self.cost = tally.count(Metric.COST, self._where)
         self.tenant_cost = of_tenant(Metric.TENANT_COST)
@@ -602,7 +602,7 @@ class _Cells:
             for name in ("input", "output", "cached", "thoughts")
         }
         self._of_a_call = {
-            name: tally.spread(Metric.GEN_AI_TOKENS, (*self.asked, name))
+            name: tally.spread(Metric.GEN_AI_TOKENS, (*self.model_labels, name))
             for name in ("input", "output")
         }
 
@@ -666,7 +666,7 @@ def count_problem(event: str, name: str, folder: str) -> None:
     """Count a log line of a process without instruments, in the values of `folder`."""
     metric, file = Metric.PROBLEMS, MmapedDict(str(Path(folder) / f"counter_{name}.db"))  # type: ignore[no-untyped-call]
     series = metric.name.removesuffix("_total")
-    key = mmap_key(series, metric.name, [*metric.labels], [event], metric.said)
+    key = mmap_key(series, metric.name, [*metric.labels], [event], metric.help_text)
     try:
         before, at = file.read_value(key)  # type: ignore[no-untyped-call]
         file.write_value(key, before + 1, at)  # type: ignore[no-untyped-call]
@@ -748,9 +748,15 @@ class _All(Collector):
 
 def _made(spec: Spec, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
     if spec.sort == "counter":
-        return Counter(spec.name, spec.said, spec.labels, registry=registry)
+        return Counter(spec.name, spec.help_text, spec.labels, registry=registry)
     if spec.sort == "histogram":
-        return Histogram(spec.name, spec.said, spec.labels, registry=registry, buckets=spec.buckets)
+        return Histogram(
+            spec.name, spec.help_text, spec.labels, registry=registry, buckets=spec.buckets
+        )
     return Gauge(
-        spec.name, spec.said, spec.labels, registry=registry, multiprocess_mode=spec.merge or "all"
+        spec.name,
+        spec.help_text,
+        spec.labels,
+        registry=registry,
+        multiprocess_mode=spec.merge or "all",
     )

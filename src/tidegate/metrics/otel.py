@@ -59,43 +59,43 @@ _NS_PER_MS = 1_000_000
 log = get_logger()
 
 
-class Away:
+class CollectorState:
     """The state of the collector, logged when it changes."""
 
     def __init__(self) -> None:
-        self._away = False
+        self._unavailable = False
 
-    def told(self, came: bool) -> None:
+    def report(self, succeeded: bool) -> None:
         """Record whether an export succeeded."""
-        if came == self._away:
-            self._away = not came
-            if self._away:
+        if succeeded == self._unavailable:
+            self._unavailable = not succeeded
+            if self._unavailable:
                 log.warning(Log.COLLECTOR_AWAY)
             else:
                 log.info(Log.COLLECTOR_BACK)
 
 
 class _Spans(OTLPSpanExporter):
-    def __init__(self, away: Away) -> None:
+    def __init__(self, state: CollectorState) -> None:
         super().__init__()
-        self._told = away
+        self._state = state
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = super().export(spans)
-        self._told.told(result is SpanExportResult.SUCCESS)
+        self._state.report(result is SpanExportResult.SUCCESS)
         return result
 
 
 class _Metrics(OTLPMetricExporter):
-    def __init__(self, away: Away) -> None:
+    def __init__(self, state: CollectorState) -> None:
         super().__init__()
-        self._told = away
+        self._state = state
 
     def export(
         self, metrics_data: MetricsData, timeout_millis: float | None = 10_000, **more: Any
     ) -> MetricExportResult:
         result = super().export(metrics_data, timeout_millis, **more)
-        self._told.told(result is MetricExportResult.SUCCESS)
+        self._state.report(result is MetricExportResult.SUCCESS)
         return result
 
 
@@ -114,9 +114,9 @@ class Collector:
                 "service.instance.id": instance_id,
             }
         )
-        away = Away()
+        state = CollectorState()
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._processor = BatchSpanProcessor(_Spans(away))
+        self._processor = BatchSpanProcessor(_Spans(state))
         self._provider.add_span_processor(self._processor)
         self._resource = resource
         self._models = Known(MOST_MODELS)
@@ -129,7 +129,7 @@ class Collector:
             )
         ]
         self._meters = MeterProvider(
-            [PeriodicExportingMetricReader(_Metrics(away))],
+            [PeriodicExportingMetricReader(_Metrics(state))],
             resource=resource,
             shutdown_on_exit=False,
             views=views,
@@ -220,27 +220,27 @@ class Collector:
             parent = SpanContext(
                 trail.trace_id, trail.parent.span_id, is_remote=True, trace_flags=_SAMPLED
             )
-        told = _about(one) | _answered(one)
+        attributes = _about(one) | _answered(one)
         code = None if one.status == "succeeded" else one.code or one.status
         name = f"{one.operation} {one.model}" if one.model else one.operation
-        return self._span(name, SpanKind.CLIENT, parent, own, began_ns, ended_ns, told, code)
+        return self._span(name, SpanKind.CLIENT, parent, own, began_ns, ended_ns, attributes, code)
 
     def _try(self, one: CallRecord, logical: SpanContext, number: int, tried: Try) -> ReadableSpan:
         own = SpanContext(logical.trace_id, tried.span_id, is_remote=False, trace_flags=_SAMPLED)
-        told = _about(one) | {
+        attributes = _about(one) | {
             GenAI.REQUEST_MODEL: tried.model,
             GenAI.UPSTREAM: tried.upstream,
             GenAI.TRY: number + 1,
         }
         if tried.address:
             host, _, port = tried.address.rpartition(":")
-            told |= {GenAI.SERVER: host, GenAI.SERVER_PORT: int(port)}
+            attributes |= {GenAI.SERVER: host, GenAI.SERVER_PORT: int(port)}
         if tried.status:
-            told[GenAI.HTTP_STATUS] = tried.status
+            attributes[GenAI.HTTP_STATUS] = tried.status
         ended_ns = max(tried.ended_ns, tried.began_ns)
         name = f"{one.operation} {tried.model}"
         return self._span(
-            name, SpanKind.CLIENT, logical, own, tried.began_ns, ended_ns, told, tried.code
+            name, SpanKind.CLIENT, logical, own, tried.began_ns, ended_ns, attributes, tried.code
         )
 
     def _span(
@@ -258,15 +258,15 @@ class Collector:
             assert parent is not None
             span_id = self._provider.id_generator.generate_span_id()
             own = SpanContext(parent.trace_id, span_id, is_remote=False, trace_flags=_SAMPLED)
-        given = dict(attributes or {})
+        values = dict(attributes or {})
         if code is not None:
-            given[GenAI.ERROR] = code
+            values[GenAI.ERROR] = code
         return ReadableSpan(
             name=name,
             context=own,
             parent=parent,
             resource=self._resource,
-            attributes=given,
+            attributes=values,
             kind=kind,
             status=Status(StatusCode.UNSET if code is None else StatusCode.ERROR),
             start_time=began_ns,
@@ -276,17 +276,17 @@ class Collector:
 
 
 def _about(one: CallRecord) -> dict[str, Any]:
-    told: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         GenAI.OPERATION: one.operation,
         GenAI.PROVIDER: PROVIDERS.get(one.dialect, one.dialect),
         GenAI.TENANT: one.tenant_id,
         GenAI.SOURCE: one.source,
     }
     if one.model:
-        told[GenAI.REQUEST_MODEL] = one.model
+        attributes[GenAI.REQUEST_MODEL] = one.model
     if one.streamed:
-        told[GenAI.STREAM] = True
-    return told
+        attributes[GenAI.STREAM] = True
+    return attributes
 
 
 def _answered(one: CallRecord) -> dict[str, Any]:

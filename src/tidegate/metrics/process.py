@@ -69,9 +69,9 @@ T = TypeVar("T")
 class Recent(Generic[T]):
     """A cached answer for all callers, requested again only if it is older than `fresh_s`."""
 
-    def __init__(self, fresh_s: float, ask: Callable[[], Awaitable[T]]) -> None:
+    def __init__(self, fresh_s: float, source: Callable[[], Awaitable[T]]) -> None:
         self._fresh_s = fresh_s
-        self._ask = ask
+        self._source = source
         self._answers: list[tuple[float, T]] = []
         self._asking = asyncio.Lock()
 
@@ -79,7 +79,7 @@ class Recent(Generic[T]):
         """Return the answer. Raises what the request raises."""
         async with self._asking:
             if not self._answers or time.monotonic() - self._answers[0][0] > self._fresh_s:
-                answer = await self._ask()
+                answer = await self._source()
                 self._answers[:] = [(time.monotonic(), answer)]
             return self._answers[0][1]
 
@@ -107,14 +107,14 @@ class Watch:
         for event in UPKEEP_FAILURES:  # no increase is seen in a series that begins with an event
             instruments.tally.add(Metric.PROBLEMS, (event,), 0)
         self._models = Known(MOST_MODELS)
-        self._heard: dict[tuple[str, str], float] = {}
-        self._shown: set[tuple[str, str]] = set()  # pools and upstreams
+        self._announced_at: dict[tuple[str, str], float] = {}
+        self._reported: set[tuple[str, str]] = set()  # pools and upstreams
         self.lag_s = 0.0  # maximum of the last second
 
     async def run(self) -> None:
         """Update the metrics until cancelled."""
         self._instruments.set(Metric.STARTED, self._name, time.time())
-        loop, lag_s, looked_at, measured_at = asyncio.get_running_loop(), 0.0, 0.0, 0.0
+        loop, lag_s, checked_at, measured_at = asyncio.get_running_loop(), 0.0, 0.0, 0.0
         while True:
             is_idle = not any(one.permits_held or one.waiters for one in self.limiters.values())
             every_s = next_beat_s(GAUGES_EVERY_S) if is_idle else EVERY_S
@@ -123,11 +123,11 @@ class Watch:
             late_s = max(0.0, loop.time() - due)
             self._instruments.tally.observe(Metric.LOOP_LAG, self._name, late_s)
             lag_s = max(lag_s, late_s)
-            if is_idle or loop.time() - looked_at >= GAUGES_EVERY_S:
-                looked_at = loop.time()
+            if is_idle or loop.time() - checked_at >= GAUGES_EVERY_S:
+                checked_at = loop.time()
                 self.lag_s, lag_s = lag_s, 0.0
-                is_due = not is_idle or looked_at - measured_at > _IDLE_USE_EVERY_S
-                measured_at = looked_at if is_due else measured_at
+                is_due = not is_idle or checked_at - measured_at > _IDLE_USE_EVERY_S
+                measured_at = checked_at if is_due else measured_at
                 self.look(measures=is_due)
 
     def look(self, *, measures: bool = True) -> None:
@@ -139,9 +139,9 @@ class Watch:
         there = {("pool", one) for one in self.limiters} | {
             ("upstream", one) for one in self.health
         }
-        for gone in self._shown - there:
-            made.forget(*gone)
-        self._shown = there
+        for absent in self._reported - there:
+            made.forget(*absent)
+        self._reported = there
         for pool, limiter in self.limiters.items():
             made.set(Metric.HELD, (pool, *name), limiter.permits_held)
             made.set(Metric.WAITERS, (pool, *name), limiter.waiters)
@@ -151,11 +151,13 @@ class Watch:
             is_out = health.state != "ok" and not health.drained
             made.set(Metric.UPSTREAM_OUT, (upstream,), float(is_out))
             made.set(Metric.KEY_REFUSED, (upstream,), float(health.key_dead))
-            for said in health.announced.all():
-                self._announce(upstream, said, served=said.model in health.announced)
-        made.set(Metric.POSTGRES_AWAY, (), float(self.store.connections.away))
+            for announcement in health.announced.all():
+                self._announce(
+                    upstream, announcement, served=announcement.model in health.announced
+                )
+        made.set(Metric.POSTGRES_AWAY, (), float(self.store.connections.unavailable))
         blobs = self.store.blobs
-        made.set(Metric.BLOBS_AWAY, (), float(blobs.away or blobs.is_silent))
+        made.set(Metric.BLOBS_AWAY, (), float(blobs.unavailable or blobs.is_silent))
         self._count_problems()
         made.set(Metric.SPILL, (), self.store.spill.used_bytes)
         made.set(Metric.UNWRITTEN, name, self.store.audit.waiting)
@@ -180,11 +182,11 @@ class Watch:
         """Set the gauges of an announcement once: among processes, the last one to receive it
         counts.
         """
-        heard = self._heard.get((upstream, one.model))
+        known_at = self._announced_at.get((upstream, one.model))
         model = self._models.of(one.model, learns=served)
-        if heard == one.at or model != one.model:
+        if known_at == one.at or model != one.model:
             return
-        self._heard[upstream, model] = one.at
+        self._announced_at[upstream, model] = one.at
         for limit in one.limits:
             labels = (upstream, model, limit.unit, limit.window or "")
             if limit.limit is not None:
@@ -225,7 +227,7 @@ class ProcessState:
         for one in batch:
             if one.status == "succeeded":
                 continue
-            told = {
+            facts = {
                 "at": one.ended_at.isoformat(),
                 "request_id": None if one.request_id is None else str(one.request_id),
                 **{name: getattr(one, name) for name in ("source", "status", "code", "pool")},
@@ -234,7 +236,7 @@ class ProcessState:
                 "upstream": one.upstream,
                 "attempts": one.attempts,
             }
-            self._failures.append({name: value for name, value in told.items() if value})
+            self._failures.append({name: value for name, value in facts.items() if value})
 
     def shown(self) -> dict[str, Any]:
         """Return the state as plain values."""
@@ -254,12 +256,12 @@ class ProcessState:
                     "state": one.state,
                     "key_refused": one.key_dead,
                     "why": one.why,
-                    "announced": [said.shown() for said in one.announced.all()],
+                    "announced": [announcement.shown() for announcement in one.announced.all()],
                 }
                 for name, one in watch.health.items()
             },
             "record": {
-                "postgresql": "away" if store.connections.away else "up",
+                "postgresql": "away" if store.connections.unavailable else "up",
                 "waiting": store.audit.waiting,
                 "spilled_bytes": store.spill.used_bytes,
                 "dropped": store.audit.dropped,
@@ -300,7 +302,7 @@ DEADLINE_S = 1.0
 log = get_logger()
 
 
-class Given(Collector):
+class Gauges(Collector):
     """The metrics of one scrape."""
 
     def __init__(self) -> None:
@@ -312,135 +314,135 @@ class Given(Collector):
     def add(self, metric: Spec, value: float, *labels: str) -> None:
         family = self._families.get(metric)
         if family is None:
-            family = GaugeMetricFamily(metric.name, metric.said, labels=metric.labels)
+            family = GaugeMetricFamily(metric.name, metric.help_text, labels=metric.labels)
             self._families[metric] = family
         family.add_metric(labels, value)
 
 
 async def read(
     keepers: Mapping[str, PolicyKeeper], standing: QueueDepths, servers: ServerLoads
-) -> Given:
+) -> Gauges:
     """Read both stores and the load of self-hosted servers concurrently."""
-    given = Given()
-    given.add(Metric.BUILD, 1, __version__)
+    gauges = Gauges()
+    gauges.add(Metric.BUILD, 1, __version__)
     limiters = [one.limiter for one in keepers.values()]
-    snapshots = (_asked(one.pool, one.snapshot()) for one in limiters)
+    snapshots = (_read_or_none(one.pool, one.snapshot()) for one in limiters)
     learned = (
-        _asked(one.limiter.pool, shared_limits(one.limiter, one.provider))
+        _read_or_none(one.limiter.pool, shared_limits(one.limiter, one.provider))
         for one in keepers.values()
     )
     pools, found, depths, loads = await asyncio.gather(
         asyncio.gather(*snapshots),
         asyncio.gather(*learned),
-        _asked("PostgreSQL", standing.depths()),
+        _read_or_none("PostgreSQL", standing.depths()),
         servers.get(),
     )
-    _tell_loads(given, loads)
+    _add_loads(gauges, loads)
     left_out: Counter[str] = Counter()
     for pool, limits in zip(keepers, found, strict=True):
-        _tell_learned(given, pool, limits or ())
+        _add_learned(gauges, pool, limits or ())
     for pool, snapshot in zip(keepers, pools, strict=True):
-        given.add(Metric.VALKEY_UP, float(snapshot is not None), pool)
+        gauges.add(Metric.VALKEY_UP, float(snapshot is not None), pool)
         if snapshot is not None:
-            _tell_pool(given, pool, snapshot, left_out)
-    given.add(Metric.POSTGRES_UP, float(depths is not None))
+            _add_pool(gauges, pool, snapshot, left_out)
+    gauges.add(Metric.POSTGRES_UP, float(depths is not None))
     if depths is not None:
-        _tell_depths(given, depths, left_out)
-    for what in ("limits", "tenants", "queues"):
-        given.add(Metric.LEFT_OUT, left_out[what], what)
-    return given
+        _add_depths(gauges, depths, left_out)
+    for part in ("limits", "tenants", "queues"):
+        gauges.add(Metric.LEFT_OUT, left_out[part], part)
+    return gauges
 
 
-async def _asked(of: str, work: Awaitable[T]) -> T | None:
+async def _read_or_none(of: str, work: Awaitable[T]) -> T | None:
     """Return the answer of a store, or None if it does not answer in time."""
     try:
         async with asyncio.timeout(DEADLINE_S):
             return await work
-    except (LimiterUnavailable, StoreUnavailable, TimeoutError) as away:
-        log.debug(Log.SCRAPE_INCOMPLETE, missing=of, detail=repr(away))
+    except (LimiterUnavailable, StoreUnavailable, TimeoutError) as error:
+        log.debug(Log.SCRAPE_INCOMPLETE, missing=of, detail=repr(error))
         return None
     except Exception:  # logged: one part of a scrape must not fail the others
         log.exception(Log.INTERNAL_ERROR, component="metrics")
         return None
 
 
-def _tell_loads(given: Given, loads: Mapping[str, ServerLoad]) -> None:
+def _add_loads(gauges: Gauges, loads: Mapping[str, ServerLoad]) -> None:
     for upstream, load in loads.items():
-        told = {
+        amounts = {
             Metric.SERVER_RUNNING: load.running,
             Metric.SERVER_WAITING: load.waiting,
             Metric.SERVER_SLOTS: load.slots,
             Metric.SERVER_KV_USED: load.kv_used,
             Metric.SERVER_KV_TOKENS: load.kv_tokens,
         }
-        for metric, value in told.items():
+        for metric, value in amounts.items():
             if value is not None:
-                given.add(metric, value, upstream)
+                gauges.add(metric, value, upstream)
 
 
-def _tell_learned(given: Given, pool: str, limits: Iterable[LearnedLimit]) -> None:
+def _add_learned(gauges: Gauges, pool: str, limits: Iterable[LearnedLimit]) -> None:
     for one in list(limits)[:MOST_LIMITS]:
-        given.add(Metric.OTHERS, one.others_share, pool, one.limit)
+        gauges.add(Metric.OTHERS, one.others_share, pool, one.limit)
         if not one.model:  # not reported in headers
             continue
-        given.add(Metric.LEARNED, one.bound, pool, one.limit)
+        gauges.add(Metric.LEARNED, one.bound, pool, one.limit)
         drifts = one.drift in ("rose", "fell")
-        given.add(Metric.DRIFT, one.bound - (one.in_force or 0) if drifts else 0, pool, one.limit)
+        gauges.add(Metric.DRIFT, one.bound - (one.in_force or 0) if drifts else 0, pool, one.limit)
 
 
-def _tell_pool(given: Given, pool: str, snapshot: Snapshot, left_out: Counter[str]) -> None:
-    given.add(Metric.SESSIONS, snapshot.sessions, pool)
-    given.add(Metric.BLOCKED, sum(one.blocked for one in snapshot.processes), pool)
-    given.add(Metric.RECOVERING, snapshot.recovering_ms / 1000, pool)
-    given.add(Metric.EPOCH, snapshot.epoch, pool)
-    given.add(Metric.REVISION, snapshot.revision, pool)
+def _add_pool(gauges: Gauges, pool: str, snapshot: Snapshot, left_out: Counter[str]) -> None:
+    gauges.add(Metric.SESSIONS, snapshot.sessions, pool)
+    gauges.add(Metric.BLOCKED, sum(one.blocked for one in snapshot.processes), pool)
+    gauges.add(Metric.RECOVERING, snapshot.recovering_ms / 1000, pool)
+    gauges.add(Metric.EPOCH, snapshot.epoch, pool)
+    gauges.add(Metric.REVISION, snapshot.revision, pool)
     views = list(snapshot.limits.values())
     # The limits with the most waiting calls come first, since the number is bounded.
     views.sort(key=lambda view: (-view.waiting, view.limit))
     for view in views[:MOST_LIMITS]:
         where = (pool, view.limit)
-        given.add(Metric.BOUND, view.bound, *where)
-        given.add(Metric.CURRENT, view.current, *where)
-        given.add(Metric.USED, view.used, *where)
-        given.add(Metric.WAITING, view.waiting, *where)
-        given.add(Metric.LAPSING, view.lapsing, *where)
-        given.add(Metric.PAUSED, view.paused_ms / 1000, *where)
+        gauges.add(Metric.BOUND, view.bound, *where)
+        gauges.add(Metric.CURRENT, view.current, *where)
+        gauges.add(Metric.USED, view.used, *where)
+        gauges.add(Metric.WAITING, view.waiting, *where)
+        gauges.add(Metric.LAPSING, view.lapsing, *where)
+        gauges.add(Metric.PAUSED, view.paused_ms / 1000, *where)
     left_out["limits"] += max(0, len(views) - MOST_LIMITS)
     tenants = sorted(snapshot.tenants, key=lambda one: (-one.waiting, one.tenant))
     for one in tenants[:MOST_TENANTS]:
-        given.add(Metric.TENANT_WAITING, one.waiting, pool, one.tenant)
+        gauges.add(Metric.TENANT_WAITING, one.waiting, pool, one.tenant)
     if rest := tenants[MOST_TENANTS:]:
-        given.add(Metric.TENANT_WAITING, sum(one.waiting for one in rest), pool, OTHER)
+        gauges.add(Metric.TENANT_WAITING, sum(one.waiting for one in rest), pool, OTHER)
         left_out["tenants"] += len(rest)
 
 
-def _tell_depths(given: Given, depths: Depths, left_out: Counter[str]) -> None:
+def _add_depths(gauges: Gauges, depths: Depths, left_out: Counter[str]) -> None:
     queues = sorted(depths.queues, key=lambda one: -one.jobs)
-    shown = {one.tenant for one in queues}
-    if len(shown) > MOST_TENANTS:
-        shown = set(list(dict.fromkeys(one.tenant for one in queues))[:MOST_TENANTS])
+    listed = {one.tenant for one in queues}
+    if len(listed) > MOST_TENANTS:
+        listed = set(list(dict.fromkeys(one.tenant for one in queues))[:MOST_TENANTS])
     jobs: Counter[tuple[str, str, str]] = Counter()
     oldest: defaultdict[tuple[str, str], float] = defaultdict(float)
     for one in queues:
-        tenant = one.tenant if one.tenant in shown else OTHER
+        tenant = one.tenant if one.tenant in listed else OTHER
         jobs[one.pool, one.lane, tenant] += one.jobs
         oldest[one.pool, one.lane] = max(oldest[one.pool, one.lane], one.oldest_s)
     for labels, count in jobs.items():
-        given.add(Metric.QUEUED, count, *labels)
+        gauges.add(Metric.QUEUED, count, *labels)
     for where, age_s in oldest.items():
-        given.add(Metric.OLDEST, age_s, *where)
+        gauges.add(Metric.OLDEST, age_s, *where)
     left_out["queues"] += _perhaps_more(depths.queues)
-    given.add(Metric.RETRYING, depths.retrying)
-    given.add(Metric.CLAIMED, depths.claimed)
-    given.add(Metric.RUNNING, depths.running)
-    given.add(Metric.DEAD, depths.dead)
-    given.add(Metric.WEBHOOKS, depths.webhooks)
-    given.add(Metric.WEBHOOKS_OLDEST, depths.webhooks_oldest_s)
-    given.add(Metric.WORKERS, depths.workers)
+    gauges.add(Metric.RETRYING, depths.retrying)
+    gauges.add(Metric.CLAIMED, depths.claimed)
+    gauges.add(Metric.RUNNING, depths.running)
+    gauges.add(Metric.DEAD, depths.dead)
+    gauges.add(Metric.WEBHOOKS, depths.webhooks)
+    gauges.add(Metric.WEBHOOKS_OLDEST, depths.webhooks_oldest_s)
+    gauges.add(Metric.WORKERS, depths.workers)
     for budget in depths.budgets:
         if budget.used_ratio is not None:
-            given.add(Metric.BUDGET_USED, budget.used_ratio, budget.name)
-        given.add(Metric.BUDGET_PAUSED, budget.paused, budget.name)
+            gauges.add(Metric.BUDGET_USED, budget.used_ratio, budget.name)
+        gauges.add(Metric.BUDGET_PAUSED, budget.paused, budget.name)
 
 
 def _perhaps_more(queues: tuple[QueueDepth, ...]) -> int:
@@ -448,7 +450,7 @@ def _perhaps_more(queues: tuple[QueueDepth, ...]) -> int:
     return int(len(queues) >= MOST_QUEUES)
 
 
-TELL_EVERY_S = 1.0
+BEAT_EVERY_S = 1.0
 SAME_EVERY_S = 2.5  # if nothing has changed
 KEEP_MS = 5_000
 FRESH_S = 0.5
@@ -513,22 +515,22 @@ class Board:
 
     async def run(self) -> None:
         """Publish the note until cancelled."""
-        told, told_at = b"", -math.inf
+        sent, sent_at = b"", -math.inf
         while True:
             try:
                 note, now = packed(self.own(), self._more), time.monotonic()
-                if self._is_away():
-                    told_at = -math.inf
-                elif note != told or now - told_at >= SAME_EVERY_S:
+                if self._is_unavailable():
+                    sent_at = -math.inf
+                elif note != sent or now - sent_at >= SAME_EVERY_S:
                     await self._limiter.tell(note, KEEP_MS)
-                    told, told_at = note, now
-            except LimiterUnavailable as away:
-                log.debug(Log.SCRAPE_INCOMPLETE, missing="processes", detail=away.message)
+                    sent, sent_at = note, now
+            except LimiterUnavailable as error:
+                log.debug(Log.SCRAPE_INCOMPLETE, missing="processes", detail=error.message)
             except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR, component="board")
-            await asyncio.sleep(next_beat_s(TELL_EVERY_S))
+            await asyncio.sleep(next_beat_s(BEAT_EVERY_S))
 
-    def _is_away(self) -> bool:
+    def _is_unavailable(self) -> bool:
         return self._limiter.state == "away"
 
     async def share(self, more: Mapping[str, Any]) -> None:
@@ -554,15 +556,15 @@ class Board:
 
     async def _read(self) -> list[Note] | None:
         """Return the notes of other processes, or None if Valkey does not answer."""
-        if self._is_away():
+        if self._is_unavailable():
             return None
         try:
             async with asyncio.timeout(READ_WITHIN_S):
-                told = await self._limiter.told(MOST_PROCESSES)
-        except (LimiterUnavailable, TimeoutError) as away:
-            log.debug(Log.SCRAPE_INCOMPLETE, missing="processes", detail=repr(away))
+                raw_notes = await self._limiter.told(MOST_PROCESSES)
+        except (LimiterUnavailable, TimeoutError) as error:
+            log.debug(Log.SCRAPE_INCOMPLETE, missing="processes", detail=repr(error))
             return None
-        notes = [unpacked(each) for each in told.values()]
+        notes = [unpacked(each) for each in raw_notes.values()]
         return sorted(
             (one for one in notes if one.process != self.process), key=lambda one: one.process
         )
@@ -574,16 +576,17 @@ def packed(note: Note, more: Mapping[str, Any] | None = None) -> bytes:
 
 def unpacked(raw: bytes) -> Note:
     """Return a note. Fields added by another version are ignored."""
-    told: dict[str, Any] = orjson.loads(raw)
+    values: dict[str, Any] = orjson.loads(raw)
     upstreams = {
-        name: UpstreamFound(**_known(UpstreamFound, one)) for name, one in told["upstreams"].items()
+        name: UpstreamFound(**_known(UpstreamFound, one))
+        for name, one in values["upstreams"].items()
     }
-    calls = tuple(_call(one) for one in told["calls"])
-    return Note(told["process"], told["under_way"], calls, upstreams)
+    calls = tuple(_call(one) for one in values["calls"])
+    return Note(values["process"], values["under_way"], calls, upstreams)
 
 
-def _call(told: dict[str, Any]) -> ActiveCall:
-    known = _known(ActiveCall, told)
+def _call(row: dict[str, Any]) -> ActiveCall:
+    known = _known(ActiveCall, row)
     for name in ("received_at", "admitted_at"):
         if known.get(name) is not None:
             known[name] = datetime.fromisoformat(known[name])
@@ -591,9 +594,9 @@ def _call(told: dict[str, Any]) -> ActiveCall:
     return ActiveCall(**known)
 
 
-def _known(kind: type, told: dict[str, Any]) -> dict[str, Any]:
+def _known(kind: type, row: dict[str, Any]) -> dict[str, Any]:
     names = _names(kind)
-    return told if told.keys() <= names else {name: told[name] for name in told.keys() & names}
+    return row if row.keys() <= names else {name: row[name] for name in row.keys() & names}
 
 
 @cache
@@ -635,8 +638,8 @@ class Exposition:
             made_at, body, media_type = self._answers.get(sort, (float("-inf"), b"", ""))
             if time.monotonic() - made_at > EXPOSITION_FRESH_S:
                 self._watch.look()
-                given = await read(self._keepers, self._depths, self._servers)
+                gauges = await read(self._keepers, self._depths, self._servers)
                 encode, media_type = choose_encoder(sort)
-                body = await asyncio.to_thread(encode, self._instruments.also(given))
+                body = await asyncio.to_thread(encode, self._instruments.also(gauges))
                 self._answers[sort] = (time.monotonic(), body, media_type)
         return body, media_type

@@ -101,7 +101,7 @@ class DeploymentVerdict:
 
 
 @dataclass(frozen=True, slots=True)
-class PoolSeen:
+class PoolReading:
     """A pool at one moment. snapshot: None if Valkey does not answer, for the reason `problem`."""
 
     pool: str
@@ -112,7 +112,7 @@ class PoolSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordSeen:
+class RecordReading:
     """Recent state of PostgreSQL that needs an operator."""
 
     stuck: StuckCounts
@@ -121,13 +121,13 @@ class RecordSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class DeploymentSeen:
+class DeploymentReading:
     """A deployment at one moment. record: None if PostgreSQL does not answer."""
 
-    pools: Sequence[PoolSeen]
+    pools: Sequence[PoolReading]
     notes: Sequence[Note]
     upstreams: Collection[str]
-    record: RecordSeen | None
+    record: RecordReading | None
 
 
 class Standing:
@@ -140,7 +140,7 @@ class Standing:
         self._record = Recent(RECORD_FRESH_S, self._read_record)
         self._verdict = Recent(FRESH_S, self._judge)
 
-    async def look(self) -> DeploymentSeen:
+    async def look(self) -> DeploymentReading:
         """Read every pool from Valkey, and PostgreSQL unless it was read a moment ago."""
         keepers = list(self._keepers.items())
         notes, record, pools = await asyncio.gather(
@@ -148,7 +148,7 @@ class Standing:
             self._record.get(),
             asyncio.gather(*(_pool(name, keeper) for name, keeper in keepers)),
         )
-        return DeploymentSeen(pools, notes.notes, self._board.own().upstreams.keys(), record)
+        return DeploymentReading(pools, notes.notes, self._board.own().upstreams.keys(), record)
 
     async def verdict(self) -> DeploymentVerdict:
         """Return the recent verdict, computed once for all callers."""
@@ -157,52 +157,57 @@ class Standing:
     async def _judge(self) -> DeploymentVerdict:
         return judge(await self.look())
 
-    async def _read_record(self) -> RecordSeen | None:
-        if self._store.connections.away:
+    async def _read_record(self) -> RecordReading | None:
+        if self._store.connections.unavailable:
             return None
         try:
             stuck = await self._store.stuck.counts()
             _, budgets = await self._store.budgets.records.all()
             books = await self._store.budgets.records.books() if budgets else []
-        except StoreUnavailable as away:
-            log.debug(Log.STORE_AWAY, detail=away.message)
+        except StoreUnavailable as error:
+            log.debug(Log.STORE_AWAY, detail=error.message)
             return None
-        return RecordSeen(stuck, budgets, books)
+        return RecordReading(stuck, budgets, books)
 
 
-async def _pool(name: str, keeper: PolicyKeeper) -> PoolSeen:
+async def _pool(name: str, keeper: PolicyKeeper) -> PoolReading:
     limiter = keeper.limiter
     try:
         async with asyncio.timeout(READ_WITHIN_S):
             snapshot, learned = await asyncio.gather(
                 limiter.snapshot(), shared_limits(limiter, keeper.provider)
             )
-    except LimiterUnavailable as away:
-        return PoolSeen(name, limiter.policy, None, problem=away.message)
+    except LimiterUnavailable as error:
+        return PoolReading(name, limiter.policy, None, problem=error.message)
     except TimeoutError:
         problem = f"no answer within {READ_WITHIN_S * 1000:.0f} ms"
-        return PoolSeen(name, limiter.policy, None, problem=problem)
-    return PoolSeen(name, limiter.policy, snapshot, learned)
+        return PoolReading(name, limiter.policy, None, problem=problem)
+    return PoolReading(name, limiter.policy, snapshot, learned)
 
 
-def judge(seen: DeploymentSeen) -> DeploymentVerdict:
+def judge(reading: DeploymentReading) -> DeploymentVerdict:
     """Return the state of a deployment and its causes."""
-    causes = causes_of(seen)
+    causes = causes_of(reading)
     levels = [one.level for one in causes]
     health: Health = min(levels, key=_LEVELS.__getitem__) if levels else "healthy"
-    snapshots = [one.snapshot for one in seen.pools if one.snapshot is not None]
+    snapshots = [one.snapshot for one in reading.pools if one.snapshot is not None]
     waiting = sum(one.waiting for pool in snapshots for one in pool.tenants)
     held = sum(one.held for pool in snapshots for one in pool.processes)
-    shown = tuple(causes[:MOST_CAUSES])
+    listed = tuple(causes[:MOST_CAUSES])
     return DeploymentVerdict(
-        health, _sentence(health, causes, waiting), waiting, held, shown, len(causes) - len(shown)
+        health, _sentence(health, causes, waiting), waiting, held, listed, len(causes) - len(listed)
     )
 
 
-def causes_of(seen: DeploymentSeen) -> list[Cause]:
+def causes_of(reading: DeploymentReading) -> list[Cause]:
     """Return all causes of the state of a deployment, the worst first."""
     return sorted(
-        (*_of_stores(seen), *_of_upstreams(seen), *_of_limits(seen), *_of_record(seen.record)),
+        (
+            *_of_stores(reading),
+            *_of_upstreams(reading),
+            *_of_limits(reading),
+            *_of_record(reading.record),
+        ),
         key=lambda one: (_LEVELS[one.level], _ORDER[one.kind], -one.waiting, one.subject or ""),
     )
 
@@ -221,18 +226,18 @@ def _counted(amount: int, noun: str) -> str:
     return f"{amount:,} {noun}{'' if amount == 1 else 's'}"
 
 
-def _of_stores(seen: DeploymentSeen) -> Iterator[Cause]:
-    away = [one for one in seen.pools if one.snapshot is None]
-    if away:
-        is_all = len(away) == len(seen.pools)
-        where = "" if is_all else f" for {', '.join(one.pool for one in away)}"
+def _of_stores(reading: DeploymentReading) -> Iterator[Cause]:
+    unavailable = [one for one in reading.pools if one.snapshot is None]
+    if unavailable:
+        is_all = len(unavailable) == len(reading.pools)
+        where = "" if is_all else f" for {', '.join(one.pool for one in unavailable)}"
         words = f"Valkey does not answer{where}: no call is admitted."
         level: Health = "down" if is_all else "degraded"
-        yield Cause("valkey_away", level, words, away[0].problem, command="tidegate doctor")
-    if seen.record is None:
+        yield Cause("valkey_away", level, words, unavailable[0].problem, command="tidegate doctor")
+    if reading.record is None:
         words = "PostgreSQL does not answer: jobs are rejected, streams and native calls continue."
         yield Cause("postgresql_away", "degraded", words, command="tidegate doctor")
-    for one in seen.pools:
+    for one in reading.pools:
         if one.snapshot is not None and one.snapshot.recovering_ms > 0:
             left = format_span(one.snapshot.recovering_ms)
             words = f"Valkey lost the data of {one.pool}: calls are admitted again in {left}."
@@ -249,14 +254,15 @@ def _badness(found: UpstreamFound) -> tuple[bool, int, int]:
     return found.key_refused, ("ok", "trying", "out").index(found.state), found.faults
 
 
-def _of_upstreams(seen: DeploymentSeen) -> Iterator[Cause]:
+def _of_upstreams(reading: DeploymentReading) -> Iterator[Cause]:
     """Yield the causes of upstreams. One that some processes probe is recovering: no cause."""
     causes = [
         cause
-        for upstream in seen.upstreams
-        if (cause := _of_upstream(upstream, found_by(upstream, seen.notes), seen.pools)) is not None
+        for upstream in reading.upstreams
+        if (cause := _of_upstream(upstream, found_by(upstream, reading.notes), reading.pools))
+        is not None
     ]
-    if causes and all(_is_out_everywhere(one, seen.notes) for one in seen.upstreams):
+    if causes and all(_is_out_everywhere(one, reading.notes) for one in reading.upstreams):
         several = len(causes) > 1
         words = "No upstream takes calls." if several else "The only upstream takes no calls."
         yield Cause("upstreams_out", "down", words, command="tidegate upstreams list")
@@ -269,11 +275,11 @@ def _is_out_everywhere(upstream: str, notes: Iterable[Note]) -> bool:
 
 
 def _of_upstream(
-    upstream: str, found: Sequence[tuple[str, UpstreamFound]], pools: Sequence[PoolSeen]
+    upstream: str, found: Sequence[tuple[str, UpstreamFound]], pools: Sequence[PoolReading]
 ) -> Cause | None:
     refused = [one for _, one in found if one.key_refused]
     out = [one for _, one in found if one.state == "out"]
-    waiting, who = _waiting_at_gate(upstream, pools)
+    waiting, waiters = _waiting_at_gate(upstream, pools)
     command = f"tidegate upstreams test {upstream}"
     kind: CauseKind = "upstream_out"
     level: Health = "degraded"
@@ -296,14 +302,14 @@ def _of_upstream(
         kind,
         level,
         words,
-        " ".join(part for part in (detail, who) if part),
+        " ".join(part for part in (detail, waiters) if part),
         subject=upstream,
         waiting=waiting,
         command=command,
     )
 
 
-def _waiting_at_gate(upstream: str, pools: Sequence[PoolSeen]) -> tuple[int, str]:
+def _waiting_at_gate(upstream: str, pools: Sequence[PoolReading]) -> tuple[int, str]:
     """Return how many calls wait until an upstream is tried again, and of which tenants."""
     gate, waiting = f"{_GATE}{upstream}", 0
     tenants: Counter[str] = Counter()
@@ -314,13 +320,13 @@ def _waiting_at_gate(upstream: str, pools: Sequence[PoolSeen]) -> tuple[int, str
     return waiting, _who_waits(waiting, tenants)
 
 
-def _of_limits(seen: DeploymentSeen) -> Iterator[Cause]:
-    for one in seen.pools:
+def _of_limits(reading: DeploymentReading) -> Iterator[Cause]:
+    for one in reading.pools:
         if one.snapshot is None:
             continue
         held_up = waiting_by_limit(one.snapshot)
         for view in one.snapshot.limits.values():
-            if _is_gate(view.limit, seen):  # reported with its upstream
+            if _is_gate(view.limit, reading):  # reported with its upstream
                 continue
             if view.paused_ms > SHORT_PAUSE_MS:
                 yield _paused(one.pool, view, held_up.get(view.limit, Counter()))
@@ -352,12 +358,12 @@ def _of_limits(seen: DeploymentSeen) -> Iterator[Cause]:
         yield from _drifts(one)
 
 
-def _is_gate(limit: str, seen: DeploymentSeen) -> bool:
+def _is_gate(limit: str, reading: DeploymentReading) -> bool:
     """Return whether a pause is due to an upstream's outage or removal."""
     upstream = limit.removeprefix(_GATE)
-    if upstream == limit or upstream not in seen.upstreams:
+    if upstream == limit or upstream not in reading.upstreams:
         return upstream != limit
-    return any(one.state != "ok" for _, one in found_by(upstream, seen.notes))
+    return any(one.state != "ok" for _, one in found_by(upstream, reading.notes))
 
 
 def waiting_by_limit(snapshot: Snapshot) -> defaultdict[str, Counter[str]]:
@@ -384,11 +390,13 @@ def _paused(pool: str, view: LimitView, tenants: Counter[str]) -> Cause:
     )
 
 
-def _bottleneck(seen: PoolSeen, view: LimitView, tenants: Counter[str], is_most: bool) -> Cause:
+def _bottleneck(
+    reading: PoolReading, view: LimitView, tenants: Counter[str], is_most: bool
+) -> Cause:
     """Return the cause of a limit that blocks calls, with the estimated wait of the last one."""
-    per_s = admitted_per_s(view, seen.policy.limit(view.limit))
+    per_s = admitted_per_s(view, reading.policy.limit(view.limit))
     wait_ms = view.waiting * 1_000 / per_s if per_s else float(view.room_in_ms)
-    parts = [_fullness(view, seen.policy.limit(view.limit))]
+    parts = [_fullness(view, reading.policy.limit(view.limit))]
     if (wide := adapted_from(view)) is not None:
         parts.append(f"Adapted from {wide:,} to {view.current:,} after 429s.")
     if wait_ms >= 1_000:
@@ -399,10 +407,10 @@ def _bottleneck(seen: PoolSeen, view: LimitView, tenants: Counter[str], is_most:
         "degraded" if wait_ms > LONG_WAIT_MS else "healthy",
         f"{view.limit} is {'the' if is_most else 'a'} bottleneck: {view.waiting:,} waiting.",
         " ".join(part for part in parts if part),
-        pool=seen.pool,
+        pool=reading.pool,
         subject=view.limit,
         waiting=view.waiting,
-        command=f"tidegate limits show --pool {seen.pool}",
+        command=f"tidegate limits show --pool {reading.pool}",
     )
 
 
@@ -423,8 +431,8 @@ def _who_waits(waiting: int, tenants: Counter[str]) -> str:
     return f"Waiting: {named}{f' and {more} more tenants' if more > 0 else ''}."
 
 
-def _drifts(seen: PoolSeen) -> Iterator[Cause]:
-    for one in seen.learned:
+def _drifts(reading: PoolReading) -> Iterator[Cause]:
+    for one in reading.learned:
         if one.drift == "same":
             continue
         now = "none" if one.in_force is None else f"{one.in_force:,}"
@@ -432,13 +440,13 @@ def _drifts(seen: PoolSeen) -> Iterator[Cause]:
             "drift",
             "degraded" if one.drift == "fell" else "healthy",
             f"{one.limit}: the provider reports {one.bound:,}, {now} is in force.",
-            pool=seen.pool,
+            pool=reading.pool,
             subject=one.limit,
-            command=f"tidegate limits accept {quote(one.limit)} --pool {seen.pool}",
+            command=f"tidegate limits accept {quote(one.limit)} --pool {reading.pool}",
         )
 
 
-def _of_record(record: RecordSeen | None) -> Iterator[Cause]:
+def _of_record(record: RecordReading | None) -> Iterator[Cause]:
     if record is None:
         return
     budgets = {one.name: one for one in record.budgets}

@@ -162,11 +162,11 @@ class Access:
 
     def _with_own(self, query: str) -> str:
         pairs = parse_qsl(query, keep_blank_values=True)
-        kept = [pair for pair in pairs if pair[0] not in self.query]
+        others = [pair for pair in pairs if pair[0] not in self.query]
         own = urlencode(self.query)
-        if len(kept) == len(pairs):
+        if len(others) == len(pairs):
             return f"{query}&{own}" if query else own
-        return f"{urlencode(kept)}&{own}" if kept else own
+        return f"{urlencode(others)}&{own}" if others else own
 
     def dressed(self, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         """Return `headers`, in lower case, with the upstream's own in place of those of the same
@@ -359,8 +359,8 @@ def _check_tls(path: str, network: Network) -> None:
     ):
         try:
             tried.tls_context()
-        except OSError as wrong:  # includes ssl.SSLError
-            reason = wrong.strerror or type(wrong).__name__
+        except OSError as error:  # includes ssl.SSLError
+            reason = error.strerror or type(error).__name__
             allowed = f"must be a file of certificates in PEM form: {reason}"
             raise ConfigError(f"{path}.{name}", getattr(network, _FIELDS[name]), allowed) from None
 

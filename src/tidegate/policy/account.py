@@ -92,7 +92,7 @@ class _Charge(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Look:
+class _Sample:
     """An observation of the pool's counts.
 
     ours: our use in the window, without charges. since: when the provider's windows began, as known
@@ -101,9 +101,9 @@ class _Look:
     """
 
     at: float
-    ours: int
+    own: int
     since: float | None = None
-    lately: int | None = None
+    recent: int | None = None
     level: int = 0
     charged: int = 0
 
@@ -163,10 +163,10 @@ class AccountUse:
     # Times of two consecutive answers, and what was used between them.
     _used: deque[tuple[float, float, float]] = field(default_factory=deque)
     _windows: deque[_Window] = field(default_factory=deque)
-    _apart: deque[tuple[float, float]] = field(default_factory=deque)  # time, others' use
+    _others_use: deque[tuple[float, float]] = field(default_factory=deque)  # time, others' use
     _is_new: bool = False  # whether a reading of a window is not compared yet
-    _looks: deque[_Look] = field(default_factory=deque)
-    _kept: deque[_Charge] = field(default_factory=deque)
+    _samples: deque[_Sample] = field(default_factory=deque)
+    _charges: deque[_Charge] = field(default_factory=deque)
     evenly: bool = False  # whether the last charge counts evenly over the last window
     _counted: int = 0  # the pool's count after the last observation and its charge
     _has_lost: bool = False
@@ -186,14 +186,14 @@ class AccountUse:
         last = self._last
         if reading.remaining is None or (last is not None and reading.at <= last.at):
             return
-        if reading.came_at - reading.at > MOST_LATE_S:
+        if reading.received_at - reading.at > MOST_LATE_S:
             return
         self._last = reading
         is_window = not self.refills or reading.reset_ms is not None
         is_comparable = last is not None and last.bound == reading.bound
         if not is_window or not is_comparable:
             self._windows.clear()
-            self._apart.clear()
+            self._others_use.clear()
         if is_window:
             self._read_window(reading, reading.bound - reading.remaining)
             return
@@ -222,7 +222,7 @@ class AccountUse:
                 self._used.clear()
             return
         is_known = last is not None and reading.at <= last.at
-        if self.is_told or is_known or reading.came_at - reading.at > MOST_LATE_S:
+        if self.is_reported or is_known or reading.received_at - reading.at > MOST_LATE_S:
             return
         self._last_of_day = reading
         if last is None or last.remaining is None or last.bound != reading.bound:
@@ -240,14 +240,14 @@ class AccountUse:
         resets, as the refusal states.
         """
         day = self._day_bound
-        if day is not None and not self.is_told and at <= day.overdrawn_until(self.window_s):
+        if day is not None and not self.is_reported and at <= day.overdrawn_until(self.window_s):
             return
         if at > self._refused_at + ONE_REFUSAL * self.window_s:
-            cut, most = (CUT, MOST_MORE) if self.is_told else (UNTOLD_CUT, MOST_UNTOLD_CUT)
+            cut, most = (CUT, MOST_MORE) if self.is_reported else (UNTOLD_CUT, MOST_UNTOLD_CUT)
             self._cut_before = self._cut_left(at)
             self._cut = min(self._cut_before + cut, most)
             self._refused_at, self._refused_from = at, None
-            if not self.is_told and reset_s is not None and 0 < reset_s < self.window_s:
+            if not self.is_reported and reset_s is not None and 0 < reset_s < self.window_s:
                 self._refused_from = at + reset_s - self.window_s
 
     def take_stated(self, bound: int, in_force: int, at: float) -> None:
@@ -281,12 +281,12 @@ class AccountUse:
         It differs from the bound in force in proportion to the change of the day's bound.
         """
         day = self._day_bound
-        if self.is_told or day is None:
+        if self.is_reported or day is None:
             return in_force
         return max(1, round(in_force * day.now / day.usual))
 
     @property
-    def is_told(self) -> bool:
+    def is_reported(self) -> bool:
         """Whether an answer has reported the limit."""
         return self._last is not None
 
@@ -305,7 +305,7 @@ class AccountUse:
         and answers would show others only once a window. No one ends a ramp that was begun, so it
         lasts no longer than a refusal counts.
         """
-        for_s = (EVEN_WINDOWS if self.is_told else CAREFUL_WINDOWS) * self.window_s
+        for_s = (EVEN_WINDOWS if self.is_reported else CAREFUL_WINDOWS) * self.window_s
         is_near = now < self._refused_at + for_s
         is_backlog = waiting > 0 and self._newest is not None
         if not (is_near or is_backlog) or used < NEARLY_FULL * in_force:
@@ -319,7 +319,7 @@ class AccountUse:
 
     def _cut_left(self, now: float) -> float:
         cut, windows = CUT, CUT_WINDOWS
-        if not self.is_told:
+        if not self.is_reported:
             cut, windows = UNTOLD_CUT, UNTOLD_CUT_WINDOWS
         passed = max(0.0, now - self._refused_at) / (windows * self.window_s)
         return max(0.0, self._cut - cut * passed)
@@ -369,10 +369,10 @@ class AccountUse:
 
         Charges of the window before are kept for the observations that count them.
         """
-        while self._kept and self._kept[0].at <= now - self.span_s - MOST_LATE_S:
-            self._kept.popleft()
+        while self._charges and self._charges[0].at <= now - self.span_s - MOST_LATE_S:
+            self._charges.popleft()
         since = now - self.span_s
-        return sum([one.amount for one in self._kept if one.at > since])
+        return sum([one.amount for one in self._charges if one.at > since])
 
     def inherit(self, before: OthersUse, now: float) -> None:
         """Continue with the charges and the knowledge of an earlier leader.
@@ -404,18 +404,18 @@ class AccountUse:
         answers show little of others if our backlog takes the rest.
         """
         others, refused = self.others if self.acts else 0.0, self._cut_at(now) * bound
-        if not self.is_told:
+        if not self.is_reported:
             others += refused
         elif self._windows:
             others = max(others, refused)
         return round(min(others, bound))
 
-    def _remember_evenly(self, kept: int, now: float, *, made_at: float) -> None:
+    def _remember_evenly(self, total: int, now: float, *, made_at: float) -> None:
         part_s = self.span_s / _PARTS
         for part in range(1, _PARTS + 1):
-            amount = kept * part // _PARTS - kept * (part - 1) // _PARTS
+            amount = total * part // _PARTS - total * (part - 1) // _PARTS
             if amount > 0:
-                self._kept.append(_Charge(now - part_s * (_PARTS - part), amount, made_at))
+                self._charges.append(_Charge(now - part_s * (_PARTS - part), amount, made_at))
 
     def lose(self) -> None:
         """Note that Valkey has lost its data.
@@ -426,34 +426,34 @@ class AccountUse:
         self._has_lost = True
 
     def _recount(self, now: float, counted: int) -> None:
-        if self._looks and now < self._looks[-1].at:
+        if self._samples and now < self._samples[-1].at:
             self._start_over(now)
         missing, self._has_lost = self._counted - counted if self._has_lost else 0, False
-        while missing > 0 and self._kept:
-            one = self._kept.popleft()
+        while missing > 0 and self._charges:
+            one = self._charges.popleft()
             if one.at <= now - self.span_s:
                 continue
             if one.amount > missing:
-                self._kept.appendleft(one._replace(amount=one.amount - missing))
+                self._charges.appendleft(one._replace(amount=one.amount - missing))
             missing -= one.amount
 
     def due(
-        self, now: float, counted: int, in_force: int, bound: int, *, lately: int | None = None
+        self, now: float, counted: int, in_force: int, bound: int, *, recent: int | None = None
     ) -> int:
         """Return how much to charge now to keep room for others and for a bound that fell.
 
-        `counted`: the pool's count in the window, charges included. `lately`: the same from `since`
+        `counted`: the pool's count in the window, charges included. `recent`: the same from `since`
         on.
         """
         lower = min(in_force, bound)
         self._recount(now, counted)
-        self._look(_Look(now, counted - self.kept(now), self.since, lately))
+        self._add_sample(_Sample(now, counted - self.kept(now), self.since, recent))
         self._notice(now, lower)
-        if self._refused_from is not None and lately is not None:
-            ours = lately - self._charged_since(self._refused_from - SENT_LATE_S, now)
-            self._reckon(now, self._refused_from, (bound - ours) / max(1, lower))
+        if self._refused_from is not None and recent is not None:
+            own = recent - self._charged_since(self._refused_from - SENT_LATE_S, now)
+            self._reckon(now, self._refused_from, (bound - own) / max(1, lower))
         lasts_from = now - self.span_s + RENEWED_S
-        lasting = sum([one.amount for one in self._kept if one.at > lasts_from])
+        lasting = sum([one.amount for one in self._charges if one.at > lasts_from])
         # What the account leaves for us may be more than the limit in force allows.
         for_others = 0.0
         if self.acts:
@@ -461,11 +461,11 @@ class AccountUse:
         elif self.is_careful(now):
             for_others = self.others + CAREFUL_MARGIN * lower
         for_others += self._cut_at(now) * lower
-        wanted = max(0.0, in_force - bound + for_others)
-        wanted += self._short(now, lower, bound) if wanted else 0.0
-        target = round(min(wanted, in_force))
+        needed = max(0.0, in_force - bound + for_others)
+        needed += self._short(now, lower, bound) if needed else 0.0
+        target = round(min(needed, in_force))
         evenly = target - self.kept(now) > EVENLY_FROM * lower
-        return self._keep(now, counted, max(0, target - lasting), evenly=evenly)
+        return self._record(now, counted, max(0, target - lasting), evenly=evenly)
 
     def level_due(self, now: float, taken: int, level: int, in_force: int, bound: int) -> int:
         """Return how much to charge now to a bucket: by how much its level is below the account's.
@@ -482,18 +482,18 @@ class AccountUse:
         """
         lower, last, remaining = min(in_force, bound), self._last, float(bound)
         self._recount(now, taken)
-        self._look(_Look(now, taken - self.kept(now), level=level))
+        self._add_sample(_Sample(now, taken - self.kept(now), level=level))
         self._notice(now, lower)
         if last is not None and last.remaining is not None and last.bound == bound:
             remaining = min(remaining, self._left_now(last, last.remaining, in_force))
         margin = in_force * self._margin
-        apart = max(0, in_force - bound) + (self.others if self.acts else 0.0)
-        margin += RENEWED_S * apart / self.window_s
-        is_old = last is not None and now - last.came_at > READ_LATE_S
-        is_due = remaining < 2 * margin or (is_old and apart > 0)
-        wanted = in_force - remaining + (margin if is_due else 0.0)
-        amount = round(wanted) - level
-        return self._keep(now, taken, amount if amount > LEVEL_APART * lower else 0)
+        excess = max(0, in_force - bound) + (self.others if self.acts else 0.0)
+        margin += RENEWED_S * excess / self.window_s
+        is_old = last is not None and now - last.received_at > READ_LATE_S
+        is_due = remaining < 2 * margin or (is_old and excess > 0)
+        needed = in_force - remaining + (margin if is_due else 0.0)
+        amount = round(needed) - level
+        return self._record(now, taken, amount if amount > LEVEL_APART * lower else 0)
 
     def _left_now(self, reading: HeaderReading, remaining: int, in_force: int) -> float:
         """Return what remains at the last observation, assuming that others continue.
@@ -502,16 +502,16 @@ class AccountUse:
         """
         left, from_s = self._left_at(reading, remaining), reading.at + RENEWED_S
         refills, before = in_force / self.window_s, None
-        for look in self._looks:
-            if look.at > from_s:
-                passed_s = look.at - from_s
+        for sample in self._samples:
+            if sample.at > from_s:
+                passed_s = sample.at - from_s
                 left = self._refilled(left, reading.bound, passed_s)
                 if before is not None:
-                    between_s = look.at - before.at
+                    between_s = sample.at - before.at
                     stayed = before.level + before.charged - refills * between_s
-                    left -= (look.level - max(0.0, stayed)) * min(1.0, passed_s / between_s)
-                from_s = look.at
-            before = look
+                    left -= (sample.level - max(0.0, stayed)) * min(1.0, passed_s / between_s)
+                from_s = sample.at
+            before = sample
         return left
 
     def _refilled(self, left: float, bound: int, passed_s: float) -> float:
@@ -533,24 +533,24 @@ class AccountUse:
         windows = reading.window_ms / 1000 / self.window_s
         return reading.bound * (1 - max(1.0, min(windows, _MOST_WINDOWS)))
 
-    def _keep(self, now: float, counted: int, amount: int, *, evenly: bool = False) -> int:
+    def _record(self, now: float, counted: int, amount: int, *, evenly: bool = False) -> int:
         """Record a charge, and the pool's count after it."""
         self.evenly = evenly
         if amount:
             if evenly:
                 self._remember_evenly(amount, now, made_at=now)
             else:
-                self._kept.append(_Charge(now, amount, now))
-            self._looks[-1].charged = amount
+                self._charges.append(_Charge(now, amount, now))
+            self._samples[-1].charged = amount
         self._counted = counted + amount
         return amount
 
     def take_back(self, amount: int) -> None:
         """Undo the last charge, which could not be made."""
-        made_at = self._kept[-1].made_at
-        while self._kept and self._kept[-1].made_at == made_at:
-            self._kept.pop()
-        self._looks[-1].charged = 0
+        made_at = self._charges[-1].made_at
+        while self._charges and self._charges[-1].made_at == made_at:
+            self._charges.pop()
+        self._samples[-1].charged = 0
         self._counted -= amount
 
     def lower(self, by: int, now: float) -> None:
@@ -558,34 +558,40 @@ class AccountUse:
 
         The pool counts as much less of the last window's charges, of each in proportion.
         """
-        total, passed, gone, kept = self.kept(now), 0, 0, deque[_Charge]()
+        total, passed, removed, remaining = self.kept(now), 0, 0, deque[_Charge]()
         by = min(by, total)
-        for one in self._kept:
+        for one in self._charges:
             ended = 0
             if one.at > now - self.span_s:
                 passed += one.amount
-                ended = by * passed // total - gone
-            gone += ended
-            kept.append(one._replace(amount=one.amount - ended))
-        self._kept = kept
-        self._counted -= gone
-        if self._looks:
-            self._looks[-1].level = max(0, self._looks[-1].level - gone)
+                ended = by * passed // total - removed
+            removed += ended
+            remaining.append(one._replace(amount=one.amount - ended))
+        self._charges = remaining
+        self._counted -= removed
+        if self._samples:
+            self._samples[-1].level = max(0, self._samples[-1].level - removed)
 
-    def _look(self, look: _Look) -> None:
-        self._looks.append(look)
-        while self._looks[0].at < look.at - MOST_LATE_S - READ_LATE_S:
-            self._looks.popleft()
+    def _add_sample(self, sample: _Sample) -> None:
+        self._samples.append(sample)
+        while self._samples[0].at < sample.at - MOST_LATE_S - READ_LATE_S:
+            self._samples.popleft()
 
     def _start_over(self, now: float) -> None:
         """Handle a clock that was set back: everything remembered is of future times."""
-        kept, self._last, self._last_of_day = self.kept(self._looks[-1].at), None, None
+        charged, self._last, self._last_of_day = self.kept(self._samples[-1].at), None, None
         self._forget_refusals()
         if self._day_bound is not None:
             self._day_bound.at = -inf
-        for remembered in (self._used, self._windows, self._apart, self._looks, self._kept):
+        for remembered in (
+            self._used,
+            self._windows,
+            self._others_use,
+            self._samples,
+            self._charges,
+        ):
             remembered.clear()
-        self._remember_evenly(kept, now, made_at=-inf)
+        self._remember_evenly(charged, now, made_at=-inf)
 
     def _notice(self, now: float, lower: int) -> None:
         """Update others' use: total use in the last window that answers report, less ours.
@@ -595,7 +601,7 @@ class AccountUse:
         last = self._newest
         if last is None and not self.acts:  # there is nothing to compare
             return
-        silent_s = 0.0 if last is None else now - last.came_at
+        silent_s = 0.0 if last is None else now - last.received_at
         if READ_LATE_S < silent_s <= _MOST_WINDOWS * self.window_s:
             return
         until = now if last is None or silent_s > READ_LATE_S else min(now, last.at)
@@ -620,8 +626,10 @@ class AccountUse:
             last, at, used = self._used[0]
             by_all -= used * max(0.0, since - last) / (at - last)
         begin, end = until - READ_LATE_S, until + LOOK_S
-        ours = max((look.ours for look in self._looks if begin < look.at <= end), default=None)
-        return None if ours is None else by_all - ours
+        own = max(
+            (sample.own for sample in self._samples if begin < sample.at <= end), default=None
+        )
+        return None if own is None else by_all - own
 
     def _in_windows(self, now: float, since: float) -> float:
         """Return the most that answers in the last two windows' time report beyond our count.
@@ -629,19 +637,19 @@ class AccountUse:
         Our count is of the time since the provider's windows began. A window shows all its use only
         at its end, so at its start the previous one counts.
         """
-        look = self._look_after(since)
-        if self._is_new and look.lately is not None:
+        sample = self._sample_after(since)
+        if self._is_new and sample.recent is not None:
             self._is_new = False
-            ours = look.lately - self._charged_since(since, look.at)
-            self._apart.append((now, sum(one.used for one in self._windows) - ours))
-        while self._apart and self._apart[0][0] <= now - 2 * self.span_s:
-            self._apart.popleft()
-        return max((apart for _, apart in self._apart), default=0.0)
+            own = sample.recent - self._charged_since(since, sample.at)
+            self._others_use.append((now, sum(one.used for one in self._windows) - own))
+        while self._others_use and self._others_use[0][0] <= now - 2 * self.span_s:
+            self._others_use.popleft()
+        return max((others for _, others in self._others_use), default=0.0)
 
     def _charged_since(self, since: float, at: float) -> int:
         """Return the charges contained in the pool's count at `at`."""
         since = max(since, at - self.span_s)  # earlier charges no longer counted
-        return sum([one.amount for one in self._kept if one.at > since and one.made_at < at])
+        return sum([one.amount for one in self._charges if one.at > since and one.made_at < at])
 
     def _reckon(self, now: float, began_at: float, taken: float) -> None:
         """Assume that others continue as in a window that was full at a refusal.
@@ -655,20 +663,20 @@ class AccountUse:
         found = min(taken / passed, taken + REFUSED_MOST)
         self._cut = min(max(found, self._cut_before) + REFUSED_MORE, MOST_UNTOLD_CUT)
 
-    def _look_after(self, since: float) -> _Look:
+    def _sample_after(self, since: float) -> _Sample:
         """Return the first observation after the last reading with the count since `since`.
 
         Otherwise the last observation, whose count also includes our use since the reading. By the
         clock of another process a reading may be in the future.
         """
-        told_at = self._looks[-1].at
+        reported_at = self._samples[-1].at
         if self._last is not None:
-            told_at = min(told_at, self._last.at)
-        for look in self._looks:
-            of = look.since if look.at >= told_at and look.lately is not None else None
+            reported_at = min(reported_at, self._last.at)
+        for sample in self._samples:
+            of = sample.since if sample.at >= reported_at and sample.recent is not None else None
             if of is not None and abs(of - since) < SENT_LATE_S / 2:
-                return look
-        return self._looks[-1]
+                return sample
+        return self._samples[-1]
 
     def _short(self, now: float, lower: int, bound: int) -> float:
         """Return how much more is to be kept free because hardly anything remains.
@@ -679,7 +687,7 @@ class AccountUse:
         left, least = None if self._last is None else self._last.remaining, SPARE * bound
         if self._windows:
             window = self._windows[-1]
-            late_s = 0.0 if self._last is None else self._last.came_at - self._last.at
+            late_s = 0.0 if self._last is None else self._last.received_at - self._last.at
             at = now - late_s if late_s > READ_LATE_S else now
             least = self.others * max(0.0, window.ends_at - at) / self.window_s
         if left is not None and left < least:
@@ -707,10 +715,10 @@ class DayUse:
         `counted`: the pool's count of its day, charges included. `left_ms`: until its day ends.
         """
         self.kept = min(self.kept, counted)  # another day may have begun
-        given = day_room(reading, left_ms, now)
-        if given is None:
+        room = day_room(reading, left_ms, now)
+        if room is None:
             return 0
-        beyond = round(in_force - counted - given)
+        beyond = round(in_force - counted - room)
         if beyond <= NOTICED * min(in_force, reading.bound):
             return 0
         self.kept += beyond

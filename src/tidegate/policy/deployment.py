@@ -255,22 +255,22 @@ def deployment_of(
         path = _path(name)
         if NAME.fullmatch(name) is None:
             raise ConfigError(path, name, "must be lower-case letters, digits, - and _")
-        kept = _kept(name, table, live, before)
+        reused = _unchanged(name, table, live, before)
         try:
             if name != DEFAULT_POOL:
                 _check_key_file(path, table, config, secret)
-                made[name] = kept or _upstream(name, table, read)
+                made[name] = reused or _upstream(name, table, read)
                 policies[name] = _policy(path, table, stated, made[name].provider or "")
-        except ConfigError as wrong:
+        except ConfigError as error:
             if before is None and name not in live.upstreams:
                 raise
             made.pop(name, None)
-            missing[name] = wrong
+            missing[name] = error
     found = list(made.values())
     if DEFAULT_POOL in tables:
         own = _of_environment(tables[DEFAULT_POOL], config, found, secret)
         was = None if before is None else before.upstream(DEFAULT_POOL)
-        is_same = own == was and _kept(DEFAULT_POOL, tables[DEFAULT_POOL], live, before) is was
+        is_same = own == was and _unchanged(DEFAULT_POOL, tables[DEFAULT_POOL], live, before) is was
         found.insert(0, was if was is not None and is_same else own)
     if before is None:
         check_adopted(found)
@@ -305,7 +305,9 @@ def base_tables(stated: Mapping[str, Any], config: Config) -> dict[str, Table]:
     return tables
 
 
-def _kept(name: str, table: Table, live: LiveChanges, before: Deployment | None) -> Upstream | None:
+def _unchanged(
+    name: str, table: Table, live: LiveChanges, before: Deployment | None
+) -> Upstream | None:
     """Return the upstream of the earlier deployment, if nothing of it has changed since."""
     if before is None or before.tables.get(name) != table:
         return None
@@ -351,9 +353,9 @@ def _of_environment(
         urls |= {"anthropic": base, "bedrock": base}  # the emulator has these dialects too
     options = _options(path, table)
     if config.is_made_up and others:
-        ours = (config.text_model, config.multi_modal_model, config.image_model)
-        asked = dict.fromkeys((*ours, config.classifier_model))
-        more = [one for one in asked if not any(other.fit(one) for other in others)]
+        models = (config.text_model, config.multi_modal_model, config.image_model)
+        needed = dict.fromkeys((*models, config.classifier_model))
+        more = [one for one in needed if not any(other.fit(one) for other in others)]
         options.setdefault("models", (*_EMULATED_MODELS, *more))
     options["access_options"] = access_options_of(path, None, table, urls, secret)
     _check_preempt(path, options)
@@ -607,8 +609,8 @@ def _policy(
     try:
         check_tenants(plain["limits"])
         return of_plain(plain)
-    except ConfigError as wrong:
-        raise ConfigError(f"{path}.{wrong.variable}", wrong.value, wrong.allowed) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error.variable}", error.value, error.allowed) from None
 
 
 def _routes(value: object, names: set[str]) -> tuple[Route, ...]:
@@ -669,8 +671,8 @@ def from_file(path: Path, config: Config) -> PoolPolicy:
         of_plain(stated)  # checked alone first, so that errors are attributed to the file
         check_tenants(stated.get("limits", {}))
         return of_plain(_filled(stated, config))
-    except ConfigError as wrong:
-        raise ConfigError(f"{path}: {wrong.variable}", wrong.value, wrong.allowed) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.variable}", error.value, error.allowed) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -722,11 +724,11 @@ class Stated:
     def _named(self) -> Iterator[None]:
         try:
             yield
-        except ConfigError as wrong:
+        except ConfigError as error:
             if self.path is None:
                 raise
-            name = f"{self.path}: {wrong.variable}"
-            raise ConfigError(name, wrong.value, wrong.allowed) from None
+            name = f"{self.path}: {error.variable}"
+            raise ConfigError(name, error.value, error.allowed) from None
 
 
 def stated_by(config: Config) -> Stated:
@@ -772,10 +774,10 @@ class Doubt(NamedTuple):
     name: str
     place: str
     near: str
-    said: str = "is {near} meant?"
+    remark: str = "is {near} meant?"
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.name} is not a setting; {self.said.format(near=self.near)}"
+        return f"{self.place}: {self.name} is not a setting; {self.remark.format(near=self.near)}"
 
 
 def misspelt(
@@ -785,8 +787,8 @@ def misspelt(
     places = _places(os.environ if environ is None else environ, dotenv)
     names = [name.upper() for model in (Config, Client) for name in model.model_fields]
     known = dict.fromkeys([*names, *(f"{name}_FILE" for name in names if name in SECRETS)])
-    theirs = {*_OF_COMMANDS, *(f"{name}_FILE" for name in _OF_COMMANDS)}
-    strange = sorted(places.keys() - known.keys() - theirs)
+    of_commands = {*_OF_COMMANDS, *(f"{name}_FILE" for name in _OF_COMMANDS)}
+    strange = sorted(places.keys() - known.keys() - of_commands)
     near = {name: found for name in strange if (found := _nearly(name.upper(), known))}
     return tuple(Doubt(name, places[name][0], meant) for name, meant in near.items())
 
@@ -815,12 +817,12 @@ def doubtful(config: Config) -> list[Doubt]:
     """Return variables that resemble a setting's name, and base URLs of SDKs. Variables that the
     policy file mentions are left out: another account's key is no mistake. Raises ConfigError."""
     path, places = policy_file(config), _places(os.environ)
-    spoken_of = "" if path is None else path.read_text(errors="replace")
+    policy_text = "" if path is None else path.read_text(errors="replace")
     tables = stated_by(config).tables()
     usual = [name for name, table in tables.items() if not {"base_url", "dialects"} & table.keys()]
-    theirs = other_urls(usual, {name: value for name, (_, value) in places.items()})
-    urls = (Doubt(name, places[name][0], *said) for name, *said in theirs)
-    return [*(one for one in misspelt() if one.name not in spoken_of), *urls]
+    others = other_urls(usual, {name: value for name, (_, value) in places.items()})
+    urls = (Doubt(name, places[name][0], *details) for name, *details in others)
+    return [*(one for one in misspelt() if one.name not in policy_text), *urls]
 
 
 HIDDEN = "(hidden)"
@@ -838,14 +840,14 @@ class StatedSetting:
 
 def stated_settings(config: Config) -> list[StatedSetting]:
     """Return all settings in the order of the documentation."""
-    given, found = origins(), list[StatedSetting]()
+    places, found = origins(), list[StatedSetting]()
     for field_name, value in config:
         name, text = field_name.upper(), None
         if value is not None:
             plain = int(value) if isinstance(value, bool) else value
             text = json.dumps(value) if isinstance(value, dict) else str(plain)
             text = HIDDEN if name in SECRETS else text
-        found.append(StatedSetting(name, text, given.get(name)))
+        found.append(StatedSetting(name, text, places.get(name)))
     return found
 
 

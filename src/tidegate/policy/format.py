@@ -114,7 +114,7 @@ MEASURES = {
 } | {"tif": Measure("tokens_in_flight", None)}
 
 
-def whom_it_binds(limit_id: str) -> str | None:
+def subject_of(limit_id: str) -> str | None:
     """Return what a limit applies to: a model, `kind/<kind>`, `tenant/<tenant>`, `key/<prefix>`,
     `user/<tenant>/<user>`, `conversation/<tenant>/<conversation>` or `total`; None if to no call.
     """
@@ -126,10 +126,10 @@ def whom_it_binds(limit_id: str) -> str | None:
     return f"{scope}/{name}" if scope in AT_ONCE else None
 
 
-def is_of_models(whom: str) -> bool:
-    """Return whether `whom` is a model or several, rather than all calls, or those of a type,
+def is_of_models(subject: str) -> bool:
+    """Return whether `subject` is a model or several, rather than all calls, or those of a type,
     tenant, key, user or conversation. A client may name its model like one of these."""
-    return whom != TOTAL and not whom.startswith(_NO_MODELS)
+    return subject != TOTAL and not subject.startswith(_NO_MODELS)
 
 
 _OF_TENANTS = ("tenant/", *(f"{one}/" for one in _CALLERS))
@@ -141,30 +141,30 @@ def caller_of(limit_id: str) -> CallerName | None:
     """Return `("key", prefix)`, `("user", tenant, name)` or `("conversation", tenant, name)` for a
     limit on a key, user or conversation, unescaped; None for any other."""
     scope, _, name = limit_id.partition(":")
-    what, _, which = (name if scope in MEASURES else f"{scope}/{name}").partition("/")
-    if what not in _CALLERS:
+    kind, _, which = (name if scope in MEASURES else f"{scope}/{name}").partition("/")
+    if kind not in _CALLERS:
         return None
-    if what == "key":
-        return what, unquote(which)
+    if kind == "key":
+        return kind, unquote(which)
     tenant, _, own = which.partition("/")
-    return what, unquote(tenant), unquote(own)
+    return kind, unquote(tenant), unquote(own)
 
 
-def is_pattern(whom: str) -> bool:
-    """Return whether a limit applies to a group of models: all that match `whom`."""
-    return ("*" in whom or "," in whom) and is_of_models(whom)
+def is_pattern(subject: str) -> bool:
+    """Return whether a limit applies to a group of models: all that match `subject`."""
+    return ("*" in subject or "," in subject) and is_of_models(subject)
 
 
-def binds_model(whom: str | None, model: str) -> bool:
-    """Return whether a limit on `whom` applies to a model, by its name or as one of a group."""
-    if whom is None or not is_of_models(whom):
+def binds_model(subject: str | None, model: str) -> bool:
+    """Return whether a limit on `subject` applies to a model, by its name or as one of a group."""
+    if subject is None or not is_of_models(subject):
         return False
-    return whom == model or (is_pattern(whom) and is_in_group(model, whom))
+    return subject == model or (is_pattern(subject) and is_in_group(model, subject))
 
 
-def is_in_group(model: str, whom: str) -> bool:
+def is_in_group(model: str, subject: str) -> bool:
     """Return whether a model matches a pattern, or one of several separated by commas."""
-    return any(fnmatchcase(model, one) for one in whom.split(","))
+    return any(fnmatchcase(model, one) for one in subject.split(","))
 
 
 def can_be_limited(model: str) -> bool:
@@ -206,34 +206,34 @@ def check_id(limit_id: str) -> None:
 
 
 def _check_rate_name(limit_id: str, name: str) -> None:
-    what, slash, which = name.partition("/")
+    scope, slash, which = name.partition("/")
     is_folder_of_none = name.startswith("models/") and not is_of_models(plain_model(name))
     if not name or is_folder_of_none or (name.startswith(_NO_MODELS) and not which):
         others = ", ".join(f"{one}/{named}" for one, named in _CALLERS.items())
         allowed = f"must name a model, {TOTAL}, kind/<kind>, tenant/<tenant>, {others}"
         raise ConfigError(f"limits.{limit_id}", None, allowed)
-    if slash and what == "kind":
+    if slash and scope == "kind":
         _check_kind(limit_id, which)
-    elif slash and what in _CALLERS:
-        _check_caller(limit_id, what, which, "/")
+    elif slash and scope in _CALLERS:
+        _check_caller(limit_id, scope, which, "/")
 
 
 _ESCAPED = re.compile(r"[\s|{},*]")
 
 
-def _check_caller(limit_id: str, what: str, name: str, mark: str) -> None:
+def _check_caller(limit_id: str, scope: str, name: str, mark: str) -> None:
     """Raise ConfigError for a name that is not one key, user or conversation."""
     path, (tenant, _, own) = f"limits.{limit_id}", name.partition("/")
-    if what == "key" and name.startswith("tg_"):
+    if scope == "key" and name.startswith("tg_"):
         raise ConfigError(path, None, "must name a key by its prefix alone, without tg_")
-    if what != "key" and not (tenant and own):
-        raise ConfigError(path, None, f"must be {what}{mark}{_CALLERS[what]}")
+    if scope != "key" and not (tenant and own):
+        raise ConfigError(path, None, f"must be {scope}{mark}{_CALLERS[scope]}")
     if name.endswith("*"):
-        allowed = f"must name one {what}; a budget with `each` bounds the cost of every one. One "
+        allowed = f"must name one {scope}; a budget with `each` bounds the cost of every one. One "
         raise ConfigError(path, None, f"{allowed}whose name has a *: %2A")
     if (found := _ESCAPED.search(name)) is not None:
         letter = f"%{ord(found[0]):02X}" if found[0].isascii() else "escaped"
-        raise ConfigError(path, None, f"must name one {what}, with {found[0]!r} written {letter}")
+        raise ConfigError(path, None, f"must name one {scope}, with {found[0]!r} written {letter}")
 
 
 def check_tenants(limits: Iterable[str]) -> None:
@@ -416,63 +416,63 @@ def limit_of(limit_id: str, value: object, *, strict: bool = True) -> int | Limi
     if (isinstance(value, int) and not isinstance(value, bool)) or is_money:
         value = {"bound": value}
     elif not isinstance(value, Mapping):
-        raise ConfigError(path, _shown(value), "must be a whole number or a table")
+        raise ConfigError(path, _short(value), "must be a whole number or a table")
     sort = value.get("type", _sort_of(limit_id))
     if sort not in _SORTS:
-        raise ConfigError(f"{path}.type", _shown(sort), f"must be one of {', '.join(_SORTS)}")
+        raise ConfigError(f"{path}.type", _short(sort), f"must be one of {', '.join(_SORTS)}")
     if strict:
         check_keys(path, value, ("type", *_KEYS[sort]))
     if "bound" not in value:
         raise ConfigError(f"{path}.bound", "(not set)", "must be a whole number")
     if sort != "concurrency" and value.get("unit", _unit_of(limit_id)) == "usd":
         value = {**value, "bound": _micros(f"{path}.bound", value["bound"])}
-    given = {
+    values = {
         key: _typed(f"{path}.{key}", value[key], kind)
         for key, kind in _KEYS[sort].items()
         if key in value
     }
-    limit = _limit(sort, limit_id, given, strict)
+    limit = _limit(sort, limit_id, values, strict)
     return limit.bound if limit == Concurrency(limit.bound) else limit
 
 
-def _limit(sort: str, limit_id: str, given: Plain, strict: bool) -> Limit:
+def _limit(sort: str, limit_id: str, values: Plain, strict: bool) -> Limit:
     path = f"limits.{limit_id}"
     if sort == "concurrency":
-        given.setdefault("unit", _unit_in_flight(limit_id))
-        adaptive = given.pop("adaptive", None)
+        values.setdefault("unit", _unit_in_flight(limit_id))
+        adaptive = values.pop("adaptive", None)
         if adaptive is None:
-            return Concurrency(**given)
+            return Concurrency(**values)
         if strict:
             check_keys(f"{path}.adaptive", adaptive, ("minimum", "by"))
         minimum = _typed(f"{path}.adaptive.minimum", adaptive.get("minimum", 1), int)
         by = adaptive.get("by", ADAPTS_BY[0])
         if by not in ADAPTS_BY:
             allowed = f"must be one of {', '.join(ADAPTS_BY)}"
-            raise ConfigError(f"{path}.adaptive.by", _shown(by), allowed)
-        return Concurrency(**given, adaptive=Adaptive(minimum, by))
+            raise ConfigError(f"{path}.adaptive.by", _short(by), allowed)
+        return Concurrency(**values, adaptive=Adaptive(minimum, by))
     measure = MEASURES.get(limit_id.partition(":")[0])
-    given.setdefault("unit", measure.unit if measure else "requests")
-    if given["unit"] not in UNITS:
-        raise ConfigError(f"{path}.unit", given["unit"], f"must be one of {', '.join(UNITS)}")
-    if given.get("reserve", RESERVES[0]) not in RESERVES:
+    values.setdefault("unit", measure.unit if measure else "requests")
+    if values["unit"] not in UNITS:
+        raise ConfigError(f"{path}.unit", values["unit"], f"must be one of {', '.join(UNITS)}")
+    if values.get("reserve", RESERVES[0]) not in RESERVES:
         allowed = f"must be one of {', '.join(RESERVES)}"
-        raise ConfigError(f"{path}.reserve", given["reserve"], allowed)
-    if given.get("source", SOURCES[0]) not in SOURCES:
+        raise ConfigError(f"{path}.reserve", values["reserve"], allowed)
+    if values.get("source", SOURCES[0]) not in SOURCES:
         allowed = f"must be one of {', '.join(SOURCES)}"
-        raise ConfigError(f"{path}.source", given["source"], allowed)
-    if "weights" in given:
-        given["weights"] = _weights(f"{path}.weights", given["unit"], given["weights"], strict)
+        raise ConfigError(f"{path}.source", values["source"], allowed)
+    if "weights" in values:
+        values["weights"] = _weights(f"{path}.weights", values["unit"], values["weights"], strict)
     if sort == "quota":
-        return Quota(**given)
-    if given.get("shape", SHAPES_OF_RATES[0]) not in SHAPES_OF_RATES:
+        return Quota(**values)
+    if values.get("shape", SHAPES_OF_RATES[0]) not in SHAPES_OF_RATES:
         allowed = f"must be one of {', '.join(SHAPES_OF_RATES)}"
-        raise ConfigError(f"{path}.shape", given["shape"], allowed)
-    if "ramp" in given:
-        given["ramp"] = _ramp(f"{path}.ramp", given["ramp"], strict)
-    given.setdefault("window_ms", measure.window_ms if measure else None)
-    if given["window_ms"] is None:
+        raise ConfigError(f"{path}.shape", values["shape"], allowed)
+    if "ramp" in values:
+        values["ramp"] = _ramp(f"{path}.ramp", values["ramp"], strict)
+    values.setdefault("window_ms", measure.window_ms if measure else None)
+    if values["window_ms"] is None:
         raise ConfigError(f"{path}.window_ms", "(not set)", "must be a whole number")
-    return Rate(**given)
+    return Rate(**values)
 
 
 def _unit_in_flight(limit_id: str) -> UnitInFlight:
@@ -491,7 +491,7 @@ def _micros(path: str, value: object) -> int:
     sound = isinstance(value, int | float) and not isinstance(value, bool)
     if not sound or not 0 <= value <= _MOST_USD:  # type: ignore[operator]
         allowed = f"must be a number of dollars from 0 to {_MOST_USD}"
-        raise ConfigError(path, _shown(value), allowed)
+        raise ConfigError(path, _short(value), allowed)
     return round(value * 1_000_000)  # type: ignore[operator]
 
 
@@ -544,7 +544,7 @@ def _bands(value: object, strict: bool) -> tuple[Band, ...]:
     if value is None:
         return DEFAULT_BANDS
     if not isinstance(value, list):
-        raise ConfigError("bands", _shown(value), "must be a list of tables, [[bands]]")
+        raise ConfigError("bands", _short(value), "must be a list of tables, [[bands]]")
     found = []
     for place, band in enumerate(value):
         path = f"bands[{place}]"
@@ -558,7 +558,7 @@ def _bands(value: object, strict: bool) -> tuple[Band, ...]:
         for key in ("min_share", "headroom"):
             share = table.get(key, 0.0)
             if isinstance(share, bool) or not isinstance(share, int | float):
-                raise ConfigError(f"{path}.{key}", _shown(share), "must be a number from 0 to 0.9")
+                raise ConfigError(f"{path}.{key}", _short(share), "must be a number from 0 to 0.9")
             shares[key] = float(share)
         found.append(Band(name, **shares))
     return tuple(found)
@@ -582,19 +582,19 @@ def _built(**named: Any) -> PoolPolicy:
     make: Callable[..., PoolPolicy] = PoolPolicy
     try:
         return make(**named)
-    except ConfigError as wrong:
-        key = wrong.variable
+    except ConfigError as error:
+        key = error.variable
         if ":" in key:
             key = f"limits.{key}"
         elif key in _POOL_TYPES:
             key = f"pool.{key}"
-        raise ConfigError(key, wrong.value, wrong.allowed) from None
+        raise ConfigError(key, error.value, error.allowed) from None
 
 
 def table_at(path: str, value: object) -> Mapping[str, Any]:
     """Return `value`, which must be a table. Raises ConfigError with its path."""
     if not isinstance(value, Mapping):
-        raise ConfigError(path, _shown(value), "must be a table")
+        raise ConfigError(path, _short(value), "must be a table")
     return value
 
 
@@ -615,13 +615,13 @@ def unknown(name: str, known: Collection[str]) -> str:
 
 def _typed(path: str, value: object, kind: type) -> Any:
     if not isinstance(value, kind) and not (kind is dict and isinstance(value, Mapping)):
-        raise ConfigError(path, _shown(value), f"must be {_WORDS[kind]}")
+        raise ConfigError(path, _short(value), f"must be {_WORDS[kind]}")
     if isinstance(value, bool) and kind is not bool:
-        raise ConfigError(path, _shown(value), f"must be {_WORDS[kind]}")
+        raise ConfigError(path, _short(value), f"must be {_WORDS[kind]}")
     return value
 
 
-def _shown(value: object) -> str:
+def _short(value: object) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -711,20 +711,20 @@ def in_words(limit: int | Limit) -> str:
     """Return a text such as `60 requests a minute` or `1000000 input tokens a day (UTC)`."""
     limit = as_limit(limit)
     if isinstance(limit, Concurrency) and limit.by_tokens:
-        said = format_amount(limit, limit.bound)
+        text = format_amount(limit, limit.bound)
         if limit.reserve == "bound":
-            said += ", all that it may use at the start"
+            text += ", all that it may use at the start"
     elif isinstance(limit, Concurrency):
-        said = f"{limit.bound} concurrent"
+        text = f"{limit.bound} concurrent"
         if limit.adaptive is not None:
-            said += f", adapts itself from {limit.adaptive.minimum}"
-            said += " by the time to first tokens" if limit.by_latency else ""
+            text += f", adapts itself from {limit.adaptive.minimum}"
+            text += " by the time to first tokens" if limit.by_latency else ""
     else:
-        said = f"{format_amount(limit, limit.bound)} {format_window(limit)}"
+        text = f"{format_amount(limit, limit.bound)} {format_window(limit)}"
         if isinstance(limit, Quota):
-            said += f" ({limit.zone})"
-        said = ", ".join((said, *_counting_in_words(limit)))
-    return f"{said}, only counted" if limit.shadow else said
+            text += f" ({limit.zone})"
+        text = ", ".join((text, *_counting_in_words(limit)))
+    return f"{text}, only counted" if limit.shadow else text
 
 
 def _counting_in_words(limit: Rate | Quota) -> Iterator[str]:
@@ -799,36 +799,34 @@ def source_of(value: object) -> str:
     return str(value.get("source", SOURCES[0])) if isinstance(value, Mapping) else SOURCES[0]
 
 
-def apart_from_tenants(plain: Plain) -> Plain:
+def without_tenants(plain: Plain) -> Plain:
     """Return a policy without weights, without limits on one tenant, key, user or conversation, and
     without limits that no person set."""
     limits = {
-        name: one
-        for name, one in plain.get("limits", {}).items()
-        if not _is_beside_deployment(name, one)
+        name: one for name, one in plain.get("limits", {}).items() if not _is_independent(name, one)
     }
     return {**{key: one for key, one in plain.items() if key != "weights"}, "limits": limits}
 
 
-def with_tenants(wanted: Plain, now: Plain, before: Plain | None = None) -> Plain:
-    """Return `wanted` with tenants' limits and weights, and imported or learned limits, from `now`
+def with_tenants(policy: Plain, now: Plain, before: Plain | None = None) -> Plain:
+    """Return `policy` with tenants' limits and weights, and imported or learned limits, from `now`
     that it does not name. `before`: the deployment in force; what equals it was set by no one else.
     """
     known = (before or {}).get("limits", {})
     own = {
         name: one
         for name, one in now.get("limits", {}).items()
-        if _is_beside_deployment(name, one) and known.get(name) != one
+        if _is_independent(name, one) and known.get(name) != one
     }
-    both = {**wanted, "limits": own | wanted.get("limits", {})}
+    both = {**policy, "limits": own | policy.get("limits", {})}
     known = (before or {}).get("weights", {})
-    given = {name: one for name, one in now.get("weights", {}).items() if known.get(name) != one}
-    if weights := given | wanted.get("weights", {}):
+    extra = {name: one for name, one in now.get("weights", {}).items() if known.get(name) != one}
+    if weights := extra | policy.get("weights", {}):
         both["weights"] = weights
     return both
 
 
-def _is_beside_deployment(limit_id: str, value: object) -> bool:
+def _is_independent(limit_id: str, value: object) -> bool:
     """Return whether a limit is independent of deployments: one on a tenant, key, user or
     conversation, or one that no person set."""
     if source_of(value) != SOURCES[0]:
@@ -850,20 +848,20 @@ def share_edit(
     A limit to remove need not exist. Raises ConfigError for a limit that is not this tenant's;
     values are validated when the policy is read."""
     set_ = {name: value for name, value in (limits or {}).items() if value is not None}
-    gone = [*remove, *(name for name, value in (limits or {}).items() if value is None)]
-    for name in (*set_, *gone):
+    dropped = [*remove, *(name for name, value in (limits or {}).items() if value is None)]
+    for name in (*set_, *dropped):
         if not is_of(name, tenant):
             allowed = f"must be tenant:{tenant} or a rate such as rpm:tenant/{tenant}"
             raise ConfigError(f"limits.{name}", None, allowed)
     if weight is not None and not 1 <= weight <= MOST_WEIGHT:
         allowed = f"must be a whole number from 1 to {MOST_WEIGHT}"
         raise ConfigError(f"weights.{tenant}", str(weight), allowed)
-    if weight is None and not set_ and not gone:
+    if weight is None and not set_ and not dropped:
         return None
 
     def change(plain: Plain) -> Plain:
-        kept = {name: one for name, one in plain.get("limits", {}).items() if name not in gone}
-        changed = {**plain, "limits": kept | set_}
+        others = {name: one for name, one in plain.get("limits", {}).items() if name not in dropped}
+        changed = {**plain, "limits": others | set_}
         if weight is not None:
             changed["weights"] = {**plain.get("weights", {}), tenant: weight}
         return changed

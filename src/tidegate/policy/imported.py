@@ -25,7 +25,7 @@ from tidegate.policy.format import (
     limit_of,
     plain_limit,
     source_of,
-    whom_it_binds,
+    subject_of,
 )
 from tidegate.policy.learned import AZURE_SPANS, LearnedLimit
 from tidegate.policy.providers import filled
@@ -35,7 +35,7 @@ _LONGEST_NAME = 200
 _DATE = re.compile(r"-2\d{3}-?\d\d-?\d\d$")
 # A pattern must name at least a family, such as claude-opus.
 _LEAST_PARTS = 2
-_ALIKE: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
+_EQUIVALENT: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +120,10 @@ def limits_of(classes: Sequence[ModelClass], provider: str) -> dict[str, Plain]:
     Classes without bounds have none; their models are matched by no pattern of another class.
     Raises ConfigError for a class with more names than an id can have.
     """
-    everything = {model for one in classes for model in one.models}
+    all_models = {model for one in classes for model in one.models}
     found: dict[str, Any] = {}
     for one in (each for each in classes if each.bounds):
-        name = one.pattern or class_name(one.models, everything.difference(one.models))
+        name = one.pattern or class_name(one.models, all_models.difference(one.models))
         for scope, bound in one.bounds.items():
             limit_id = f"{scope}:{name}"
             value = filled({limit_id: {"bound": bound, "source": "imported"}}, provider)[limit_id]
@@ -166,12 +166,12 @@ def _common_pattern(models: Sequence[str]) -> str:
     if len(common) < _LEAST_PARTS:
         return ""
     prefix = "-".join(common)
-    goes_on = all(model.startswith(f"{prefix}-") for model in models)
-    return f"{prefix}-*" if goes_on else f"{prefix}*"
+    is_prefix = all(model.startswith(f"{prefix}-") for model in models)
+    return f"{prefix}-*" if is_prefix else f"{prefix}*"
 
 
 def import_of(
-    told: Mapping[str, Plain], now: Mapping[str, Any], *, replace: bool = False
+    imported: Mapping[str, Plain], now: Mapping[str, Any], *, replace: bool = False
 ) -> LimitImport:
     """Return the change from the limits `now` to those that the provider reported.
 
@@ -179,8 +179,8 @@ def import_of(
     """
     of_people = {_measured(name): name for name, value in now.items() if source_of(value) == "set"}
     set_: dict[str, Plain] = {}
-    kept, remove = {}, []
-    for name, value in told.items():
+    unchanged, remove = {}, []
+    for name, value in imported.items():
         own = of_people.get(_measured(name))
         if own is None or replace:
             if now.get(name) != plain_limit(name, limit_of(name, value)):
@@ -188,11 +188,13 @@ def import_of(
             if own is not None and own != name:
                 remove.append(own)
         else:
-            kept[own] = value["bound"]
+            unchanged[own] = value["bound"]
     remove += [
-        name for name, value in now.items() if source_of(value) == "imported" and name not in told
+        name
+        for name, value in now.items()
+        if source_of(value) == "imported" and name not in imported
     ]
-    return LimitImport(set_, tuple(remove), kept)
+    return LimitImport(set_, tuple(remove), unchanged)
 
 
 def _measured(limit_id: str) -> tuple[str | None, str, int | None]:
@@ -200,7 +202,7 @@ def _measured(limit_id: str) -> tuple[str | None, str, int | None]:
     measure = MEASURES.get(limit_id.partition(":")[0])
     if measure is None:
         return limit_id, "", None
-    return whom_it_binds(limit_id), _ALIKE.get(measure.unit, measure.unit), measure.window_ms
+    return subject_of(limit_id), _EQUIVALENT.get(measure.unit, measure.unit), measure.window_ms
 
 
 def acceptance(found: Iterable[LearnedLimit], names: Collection[str], provider: str) -> Edit:

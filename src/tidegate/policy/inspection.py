@@ -48,8 +48,8 @@ from tidegate.policy.format import (
     in_words,
     is_of_models,
     plain_model,
+    subject_of,
     to_plain,
-    whom_it_binds,
 )
 from tidegate.policy.imported import acceptance
 from tidegate.policy.learned import LearnedLimit, shared_limits
@@ -149,7 +149,7 @@ class Control:
             pool=self.limiter.pool,
             in_force=await self._in_force(snapshot.revision),
             recovering_ms=snapshot.recovering_ms,
-            limits=[self._shown(view) for view in snapshot.limits.values()],
+            limits=[self._report_of(view) for view in snapshot.limits.values()],
             processes=[
                 one
                 for one in snapshot.processes
@@ -181,8 +181,8 @@ class Control:
         """Return the recorded calls by permit; empty while PostgreSQL is unavailable."""
         try:
             return await self.running.calls(self.limiter.pool)
-        except StoreUnavailable as away:
-            log.debug(Log.STORE_AWAY, detail=away.message)
+        except StoreUnavailable as error:
+            log.debug(Log.STORE_AWAY, detail=error.message)
             return {}
 
     async def pause(self, limit: str, for_ms: int | None, *, by: str, reason: str = "") -> bool:
@@ -225,8 +225,8 @@ class Control:
     async def _in_force(self, revision: int) -> InForce:
         try:
             newest = (await self.keeper.history(1))[:1]
-        except StoreUnavailable as away:
-            log.debug(Log.STORE_AWAY, detail=away.message)
+        except StoreUnavailable as error:
+            log.debug(Log.STORE_AWAY, detail=error.message)
             newest = []
         for record in newest:
             if record.revision == revision:
@@ -235,16 +235,18 @@ class Control:
                 )
         return InForce(revision)
 
-    def _shown(self, view: LimitView) -> ShownLimit:
+    def _report_of(self, view: LimitView) -> ShownLimit:
         limit = self.limiter.policy.limit(view.limit)
         unit, source = "calls", "set"
         if isinstance(limit, Rate | Quota):
             unit, source = limit.unit, limit.source
-        told: dict[str, Any] = {"words": words_of(view, limit), "unit": unit, "source": source}
+        values: dict[str, Any] = {"words": words_of(view, limit), "unit": unit, "source": source}
         same = {
-            one.name: getattr(view, one.name) for one in fields(ShownLimit) if one.name not in told
+            one.name: getattr(view, one.name)
+            for one in fields(ShownLimit)
+            if one.name not in values
         }
-        return ShownLimit(**told, **same)
+        return ShownLimit(**values, **same)
 
     async def _check_there(self, limit: str) -> None:
         """Raise the errors of a change before the change is recorded."""
@@ -285,7 +287,7 @@ def shown_permits(
 
 def binding_limit(found: Whereabouts, snapshot: Snapshot) -> LimitView | None:
     """Return the limit that a queued job waits for; None if none is evident."""
-    queues = [one for one in alike(found, snapshot) if one.held_up_by]
+    queues = [one for one in equivalent_queues(found, snapshot) if one.held_up_by]
     own = [one for one in queues if one.tenant == found.tenant_id]
     if not own and found.claimed_by is None:
         own = [one for one in queues if _binds(one.held_up_by or "", found, any_model=True)]
@@ -338,14 +340,14 @@ def _kind_limit(found: Whereabouts) -> str:
     return CLASSIFIER_LIMIT if found.kind is None else f"kind:{found.kind}"
 
 
-def alike(found: Whereabouts, snapshot: Snapshot) -> Iterator[QueueView]:
+def equivalent_queues(found: Whereabouts, snapshot: Snapshot) -> Iterator[QueueView]:
     """Yield queues of the job's type (if the pool limits types), of no other model as far as that
     is known, and under no limit of another key, user or conversation."""
     kind_limit = _kind_limit(found)
     for queue in snapshot.queues:
         kinds = [one for one in queue.limits if one.startswith("kind:")]
-        models = [whom for one in queue.limits if (whom := _models_of(one)) is not None]
-        is_same = found.model is None or all(_is_one_of(found.model, whom) for whom in models)
+        models = [subject for one in queue.limits if (subject := _models_of(one)) is not None]
+        is_same = found.model is None or all(_is_one_of(found.model, subject) for subject in models)
         is_same &= all(_is_of_caller(one, found) for one in queue.limits)
         if (not kinds or kind_limit in kinds) and is_same:
             yield queue
@@ -354,15 +356,15 @@ def alike(found: Whereabouts, snapshot: Snapshot) -> Iterator[QueueView]:
 def _binds(limit_id: str, found: Whereabouts, *, any_model: bool = False) -> bool:
     """Return whether a job falls under a limit. `any_model`: if the job's model is not known yet,
     count limits on models too."""
-    whom = _models_of(limit_id)
-    if whom is not None:
-        return any_model if found.model is None else _is_one_of(found.model, whom)
+    subject = _models_of(limit_id)
+    if subject is not None:
+        return any_model if found.model is None else _is_one_of(found.model, subject)
     if limit_id == f"upstream:{found.pool}":
         return True
     if caller_of(limit_id) is not None:
         return _is_of_caller(limit_id, found)
     kind = _kind_limit(found).partition(":")[2]
-    return whom_it_binds(limit_id) in (f"kind/{kind}", f"tenant/{found.tenant_id}", TOTAL)
+    return subject_of(limit_id) in (f"kind/{kind}", f"tenant/{found.tenant_id}", TOTAL)
 
 
 def _is_of_caller(limit_id: str, found: Whereabouts) -> bool:
@@ -377,15 +379,17 @@ def _is_of_caller(limit_id: str, found: Whereabouts) -> bool:
     return True
 
 
-def _is_one_of(model: str, whom: str) -> bool:
-    return binds_model(whom, plain_model(model))
+def _is_one_of(model: str, subject: str) -> bool:
+    return binds_model(subject, plain_model(model))
 
 
 def _models_of(limit_id: str) -> str | None:
     """Return the model or pattern that a limit is on; None for other limits."""
-    scope, whom = limit_id.partition(":")[0], whom_it_binds(limit_id)
-    is_one = whom is not None and (scope == "model" or scope in MEASURES) and is_of_models(whom)
-    return whom if is_one else None
+    scope, subject = limit_id.partition(":")[0], subject_of(limit_id)
+    is_one = (
+        subject is not None and (scope == "model" or scope in MEASURES) and is_of_models(subject)
+    )
+    return subject if is_one else None
 
 
 Lines = Callable[[str, int, str], Awaitable[WaitingLine]]
@@ -402,7 +406,7 @@ async def estimate_of(
     view = binding_limit(found, snapshot)
     if view is None or ahead is None:
         return None
-    queues = [one for one in alike(found, snapshot) if one.held_up_by == view.limit]
+    queues = [one for one in equivalent_queues(found, snapshot) if one.held_up_by == view.limit]
     own = [one for one in queues if one.tenant == found.tenant_id] or queues
     usual = 1 + len(DEFAULT_BANDS) // 2
     band = max(own, key=lambda one: one.waiting).band if own else usual
@@ -413,21 +417,21 @@ async def estimate_of(
     return line.estimate(before, view.cost_ms)
 
 
-def _how_long(told: WaitEstimate | None) -> str:
+def _how_long(wait: WaitEstimate | None) -> str:
     """Return text such as `; 12 calls are ahead, admission in about 47 s`."""
-    if told is None:
+    if wait is None:
         return ""
-    calls = "1 call is" if told.ahead == 1 else f"{told.ahead} calls are"
-    if told.wait_ms is None:
-        return f"; {calls} ahead{_stalled(told)}"
-    about = "" if told.is_certain else "about "
-    return f"; {calls} ahead, admission in {about}{format_span(told.wait_ms)}"
+    calls = "1 call is" if wait.ahead == 1 else f"{wait.ahead} calls are"
+    if wait.wait_ms is None:
+        return f"; {calls} ahead{_stalled(wait)}"
+    about = "" if wait.is_certain else "about "
+    return f"; {calls} ahead, admission in {about}{format_span(wait.wait_ms)}"
 
 
-def _stalled(told: WaitEstimate) -> str:
-    if not told.stalled_ms:
+def _stalled(wait: WaitEstimate) -> str:
+    if not wait.stalled_ms:
         return ""
-    span = format_span(told.stalled_ms)
+    span = format_span(wait.stalled_ms)
     return f", no estimate: no call under this limit has ended for at least {span}"
 
 
@@ -465,10 +469,10 @@ class Reason:
         return self.held_up_by is not None or bool(self.holders)
 
 
-def request_id_of(what: str) -> UUID | None:
+def request_id_of(text: str) -> UUID | None:
     """Return the id of a request; None for a ticket."""
     try:
-        return UUID(what)
+        return UUID(text)
     except ValueError:
         return None
 
@@ -476,29 +480,29 @@ def request_id_of(what: str) -> UUID | None:
 _BATCH = re.compile(r"(?:msg)?batch_([0-9a-f]{32})")
 
 
-def batch_id_of(what: str) -> UUID | None:
+def batch_id_of(text: str) -> UUID | None:
     """Return the id of a batch in its clients' form; None for anything else."""
-    found = _BATCH.fullmatch(what)
+    found = _BATCH.fullmatch(text)
     return None if found is None else UUID(found[1])
 
 
 def of_batch(what: str, stand: BatchStand) -> Reason:
     """Return the reason of a batch without a line that waits for a limit."""
     if stand.finished_at is not None:
-        said = f"waits for nothing: {stand.status}, {_ago(stand.finished_at)} ago"
+        text = f"waits for nothing: {stand.status}, {_ago(stand.finished_at)} ago"
     elif stand.paused_by is not None and stand.status in ("validating", "in_progress"):
         why = f": {stand.pause_reason}" if stand.pause_reason else ""
-        said = f"is paused by {stand.paused_by}{why}; {stand.waiting} of {_lines(stand.total)} left"
+        text = f"is paused by {stand.paused_by}{why}; {stand.waiting} of {_lines(stand.total)} left"
     elif stand.lacks_tenant and stand.status == "in_progress" and stand.waiting:
-        said = f"is paused while its tenant {stand.tenant_id} is disabled or removed; "
-        said += f"{stand.waiting} of {_lines(stand.total)} left"
+        text = f"is paused while its tenant {stand.tenant_id} is disabled or removed; "
+        text += f"{stand.waiting} of {_lines(stand.total)} left"
     elif stand.status == "validating":
-        said = f"waits for a worker that checks its {_lines(stand.total)}"
+        text = f"waits for a worker that checks its {_lines(stand.total)}"
     elif stand.status == "in_progress" and stand.calling:
-        said = f"has no waiting line: its last {stand.calling} are running"
+        text = f"has no waiting line: its last {stand.calling} are running"
     else:
-        said = "waits for a worker that writes its results"
-    return Reason(what, said, stand.status)
+        text = "waits for a worker that writes its results"
+    return Reason(what, text, stand.status)
 
 
 async def why_batch(control: Control, what: str, stand: BatchStand, line: Whereabouts) -> Reason:
@@ -560,8 +564,8 @@ async def _why_ticket(control: Control, what: str) -> Reason:
 
 async def _why_running(control: Control, found: Whereabouts) -> Reason:
     if found.is_for_batch:
-        said = f"is in a provider's batch for {_ago(found.admitted_at)} ({found.batch})"
-        return Reason(str(found.request_id), said, found.status.value)
+        text = f"is in a provider's batch for {_ago(found.admitted_at)} ({found.batch})"
+        return Reason(str(found.request_id), text, found.status.value)
     permits = [one for one in await control.permits() if one.request_id == found.request_id]
     sentence = f"has run for {_ago(found.admitted_at)} in {found.claimed_by}"
     if not permits:
@@ -584,15 +588,15 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     if found.not_before is not None and (left := _left_ms(found.not_before)) > 0:
         if (spent := _spent_budget(found)) is not None:
             action = _BUDGET_ACTIONS[found.failure_code or ""]
-            said = f"{spent}; it is retried in {format_span(left)}. {action}"
-            return Reason(what, said, status, next_action=action)
+            text = f"{spent}; it is retried in {format_span(left)}. {action}"
+            return Reason(what, text, status, next_action=action)
         if found.is_for_batch:
             return Reason(what, _GATHERED, status)
         if (gate := _shut_gate(found, await control.limiter.snapshot())) is not None:
             action = _next_action(gate.limit, gate, found.pool, found.is_line)
-            said = f"{_sentence(gate.limit, gate)}; it is retried in {format_span(left)}"
-            said = f"{said}. {action}"
-            return Reason(what, said, status, held_up_by=gate.limit, limit=gate, next_action=action)
+            text = f"{_sentence(gate.limit, gate)}; it is retried in {format_span(left)}"
+            text = f"{text}. {action}"
+            return Reason(what, text, status, held_up_by=gate.limit, limit=gate, next_action=action)
         sentence = f"waits {format_span(left)} more before its next attempt"
         if found.failure_code:
             sentence += f", after {found.failure_code}"
@@ -602,7 +606,7 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     snapshot = await control.limiter.snapshot(permits=True)
     queues = [
         queue
-        for queue in alike(found, snapshot)
+        for queue in equivalent_queues(found, snapshot)
         if queue.process == found.claimed_by and queue.tenant == found.tenant_id
     ]
     if not queues:
@@ -611,14 +615,14 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     queue = max(queues, key=lambda one: one.waiting)
     view = snapshot.limits.get(queue.held_up_by or "")
     about = await _of_limit(control, snapshot, queue.held_up_by)
-    told = await _estimate(control, found, snapshot)
+    wait = await _estimate(control, found, snapshot)
     before = queue.waiting - 1
     others = f"up to {before} before it" if before else "next in its queue"
     action = _next_action(queue.held_up_by, view, found.pool, found.is_line)
     sentence = f"{_sentence(queue.held_up_by, view)}{_held_by(about['holders'])}, in "
-    sentence += f"{found.claimed_by}, {others}{_how_long(told)}. {action}"
+    sentence += f"{found.claimed_by}, {others}{_how_long(wait)}. {action}"
     return Reason(
-        what, sentence, status, found.claimed_by, next_action=action, **_of_estimate(told), **about
+        what, sentence, status, found.claimed_by, next_action=action, **_of_estimate(wait), **about
     )
 
 
@@ -629,14 +633,14 @@ async def _estimate(
     return await estimate_of(control.limiter.line, found, snapshot, ahead)
 
 
-def _of_estimate(told: WaitEstimate | None) -> dict[str, Any]:
+def _of_estimate(wait: WaitEstimate | None) -> dict[str, Any]:
     """Return the fields of a Reason about its time."""
-    if told is None:
+    if wait is None:
         return {}
     return {
-        "wait_ms": told.wait_ms,
-        "ahead_of_all": told.ahead,
-        "is_certain": told.is_certain,
+        "wait_ms": wait.wait_ms,
+        "ahead_of_all": wait.ahead,
+        "is_certain": wait.is_certain,
     }
 
 
@@ -657,16 +661,16 @@ async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
             what, f"{sentence}. {action}", status, ahead=ahead, limit=view, next_action=action
         )
     about = await _of_limit(control, snapshot, view.limit)
-    rate, told = about["rate_per_s"], await _estimate(control, found, snapshot)
+    rate, wait = about["rate_per_s"], await _estimate(control, found, snapshot)
     sentence = f"has waited {_ago(found.created_at)}: {_state(view)}{_held_by(about['holders'])}"
     if ahead is not None:
         sentence += f"; {ahead} {'request is' if ahead == 1 else 'requests are'} ahead"
-    if told is not None and told.wait_ms is not None:
+    if wait is not None and wait.wait_ms is not None:
         sentence += "" if rate is None else f", at {rate:.2g}/s"
-        sentence += f", admission in {'' if told.is_certain else 'about '}"
-        sentence += format_span(told.wait_ms)
-    elif told is not None:
-        sentence += _stalled(told)
+        sentence += f", admission in {'' if wait.is_certain else 'about '}"
+        sentence += format_span(wait.wait_ms)
+    elif wait is not None:
+        sentence += _stalled(wait)
     action = _next_action(view.limit, view, found.pool, found.is_line)
     return Reason(
         what,
@@ -674,7 +678,7 @@ async def _unclaimed(control: Control, found: Whereabouts) -> Reason:
         status,
         ahead=ahead,
         next_action=action,
-        **_of_estimate(told),
+        **_of_estimate(wait),
         **about,
     )
 
@@ -732,13 +736,13 @@ async def _of_limit(control: Control, snapshot: Snapshot, limit: str | None) -> 
 def _sentence_of_place(place: Place, view: LimitView | None, holders: Sequence[ShownPermit]) -> str:
     sentence = f"{_sentence(place.held_up_by, view)}, {place.ahead} before it"
     sentence += _held_by(holders)
-    told = WaitEstimate(
+    wait = WaitEstimate(
         place.wait_ms,
         place.ahead_of_all,
         is_certain=place.is_certain,
         stalled_ms=place.stalled_ms,
     )
-    return sentence + _how_long(told)
+    return sentence + _how_long(wait)
 
 
 def _sentence(held_up_by: str | None, view: LimitView | None) -> str:
@@ -836,10 +840,10 @@ def waiting(
     found: Whereabouts,
     snapshot: Snapshot | None,
     now: datetime,
-    told: WaitEstimate | None = None,
+    wait: WaitEstimate | None = None,
 ) -> Waiting:
     """Return what a request waits for. `snapshot`: of the request's pool, None while Valkey is
-    unavailable. `told`: see `estimate_of`."""
+    unavailable. `wait`: see `estimate_of`."""
     if found.status is Status.RUNNING:
         return Waiting("is in a provider's batch" if found.is_for_batch else "is running")
     if found.status is not Status.QUEUED:
@@ -847,19 +851,19 @@ def waiting(
         return Waiting(f"has ended: {found.status.value}{since}")
     if found.not_before is not None and found.not_before > now:
         left_ms = round((found.not_before - now).total_seconds() * 1000)
-        said = f"is retried in {format_span(left_ms)}"
+        text = f"is retried in {format_span(left_ms)}"
         if (spent := _spent_budget(found)) is not None:
-            said = f"{spent}; it is retried in {format_span(left_ms)}"
+            text = f"{spent}; it is retried in {format_span(left_ms)}"
             if found.failure_code in _UNTIL_A_PERSON_ACTS:
-                said = f"{said}. {_BUDGET_ACTIONS[found.failure_code]}"
-            return Waiting(said, retry_in_ms=left_ms)
+                text = f"{text}. {_BUDGET_ACTIONS[found.failure_code]}"
+            return Waiting(text, retry_in_ms=left_ms)
         if found.is_for_batch:
             return Waiting(_GATHERED)
         if snapshot is not None and (gate := _shut_gate(found, snapshot)) is not None:
             of_it = _for(gate, None)
-            return replace(of_it, sentence=f"{of_it.sentence}; {said}", retry_in_ms=left_ms)
+            return replace(of_it, sentence=f"{of_it.sentence}; {text}", retry_in_ms=left_ms)
         return Waiting(
-            f"{said}, after {found.failure_code}" if found.failure_code else said,
+            f"{text}, after {found.failure_code}" if found.failure_code else text,
             retry_in_ms=left_ms,
         )
     if snapshot is None:
@@ -869,22 +873,22 @@ def waiting(
         return Waiting(f"waits {left} more, because Valkey lost its data")
     limit = binding_limit(found, snapshot)
     if limit is not None:
-        return _for(limit, told)
+        return _for(limit, wait)
     if found.claimed_by is None:
         return Waiting("waits for a worker to take it")
     return Waiting("is being prepared")
 
 
-def _for(view: LimitView, told: WaitEstimate | None) -> Waiting:
+def _for(view: LimitView, wait: WaitEstimate | None) -> Waiting:
     state = f"{view.limit}, which is paused {_lasting(view)}" if view.paused_ms else _usage(view)
     bound = view.current if view.sort == "c" else view.bound
     return Waiting(
-        f"waits for {state}{_how_long(told)}",
+        f"waits for {state}{_how_long(wait)}",
         view.limit,
         view.used,
         bound if bound < MAX_BOUND else None,
         view.paused_ms or None,
-        ahead=None if told is None else told.ahead,
-        wait_ms=None if told is None else told.wait_ms,
-        is_certain=told is not None and told.is_certain,
+        ahead=None if wait is None else wait.ahead,
+        wait_ms=None if wait is None else wait.wait_ms,
+        is_certain=wait is not None and wait.is_certain,
     )

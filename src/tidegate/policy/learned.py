@@ -24,13 +24,13 @@ from tidegate.policy.format import (
     is_in_group,
     plain_limit,
     source_of,
-    whom_it_binds,
+    subject_of,
 )
 
 MOST_READERS = 100
 # Answers this soon after a refusal began before it, maybe under another bound.
 REFUSED_S = 1.0
-_ALIKE: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
+_EQUIVALENT: Mapping[str, str] = {"uncached_input_tokens": "input_tokens"}
 # Azure's request header covers 10 s; a limit per minute is six times as much.
 AZURE_SPANS, _AZURE_MS = 6, 10_000
 
@@ -57,7 +57,7 @@ class HeaderReading:
     heard_at: float | None = None
 
     @property
-    def came_at(self) -> float:
+    def received_at(self) -> float:
         return self.at if self.heard_at is None else self.heard_at
 
 
@@ -125,19 +125,19 @@ def unpacked_note(raw: bytes) -> LearnedNote:
 
     Fields that another version has added are ignored.
     """
-    told = orjson.loads(raw)
-    if "readings" not in told:
+    note = orjson.loads(raw)
+    if "readings" not in note:
         return LearnedNote()
     return LearnedNote(
-        _unpacked(HeaderReading, told["readings"]),
-        _unpacked(OthersUse, told["others"]),
-        _unpacked(RefusedLimit, told.get("refusals", ())),
+        _unpacked(HeaderReading, note["readings"]),
+        _unpacked(OthersUse, note["others"]),
+        _unpacked(RefusedLimit, note.get("refusals", ())),
     )
 
 
-def _unpacked(kind: type[_Part], told: Iterable[Mapping[str, Any]]) -> tuple[_Part, ...]:
+def _unpacked(kind: type[_Part], rows: Iterable[Mapping[str, Any]]) -> tuple[_Part, ...]:
     names = {one.name for one in fields(kind)}
-    return tuple(kind(**{name: one[name] for name in one.keys() & names}) for one in told)
+    return tuple(kind(**{name: one[name] for name in one.keys() & names}) for one in rows)
 
 
 class LimitMatch:
@@ -162,15 +162,17 @@ class LimitMatch:
     def _nearest(self, model: str, scope: str) -> str | None:
         measure, found = MEASURES[scope], []
         for name in self.policy.limits:
-            own, whom = MEASURES.get(name.partition(":")[0]), whom_it_binds(name)
+            own, subject = MEASURES.get(name.partition(":")[0]), subject_of(name)
             limit = self.policy.limit(name)
             if own is None or not isinstance(limit, Rate | Quota) or limit.shadow:
                 continue
-            alike = _ALIKE.get(limit.unit, limit.unit) == _ALIKE.get(measure.unit, measure.unit)
+            is_same = _EQUIVALENT.get(limit.unit, limit.unit) == _EQUIVALENT.get(
+                measure.unit, measure.unit
+            )
             same_day = (own.window_ms is None) == (measure.window_ms is None)
-            if alike and same_day and whom is not None and binds_model(whom, model):
+            if is_same and same_day and subject is not None and binds_model(subject, model):
                 other_window = own.window_ms != measure.window_ms
-                rank = limit.source == "set", _width(whom, model), other_window, limit.bound
+                rank = limit.source == "set", _width(subject, model), other_window, limit.bound
                 found.append((rank, name))
         return min(found)[1] if found else None
 
@@ -193,12 +195,12 @@ class LimitMatch:
         return max(1, round(reading.bound * limit.window_ms / usual_ms))
 
 
-def _width(whom: str, model: str) -> tuple[int, int]:
+def _width(subject: str, model: str) -> tuple[int, int]:
     """Return a sort key for how widely a limit names a model: alone, in a list, or by a pattern.
 
     Of patterns the longest is the narrowest.
     """
-    names = whom.split(",")
+    names = subject.split(",")
     if model in names:
         return int(len(names) > 1), len(names)
     return 2, -max(len(one) for one in names if is_in_group(model, one))
@@ -260,7 +262,14 @@ def learned_limits(notes: Collection[LearnedNote], match: LimitMatch) -> list[Le
         source = "set" if limit is None else source_of(plain_limit(name, limit))
         drift = _drift(bound, in_force)
         found[name] = LearnedLimit(
-            name, reading.model, bound, in_force, drift, source, _share(share), _said_at(reading.at)
+            name,
+            reading.model,
+            bound,
+            in_force,
+            drift,
+            source,
+            _share(share),
+            _iso_time(reading.at),
         )
     return [found[name] for name in sorted(found)]
 
@@ -278,7 +287,7 @@ def _untold_limits(notes: Collection[LearnedNote], match: LimitMatch) -> dict[st
         bound, source = one.bound or limit.bound, source_of(plain_limit(name, limit))
         share, at, drift = (
             _share(one.amount / bound),
-            _said_at(last[name]),
+            _iso_time(last[name]),
             _drift(bound, limit.bound),
         )
         found[name] = LearnedLimit(name, "", bound, limit.bound, drift, source, share, at)
@@ -289,7 +298,7 @@ def _share(share: float) -> float:
     return round(min(share, 1.0), 3)
 
 
-def _said_at(at: float) -> str:
+def _iso_time(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
 
 

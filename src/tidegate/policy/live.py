@@ -93,8 +93,10 @@ class LiveChanges:
             for key in live.set:
                 now, then = base.get(name, {}).get(key), live.over.get(key)
                 if now != then and now != live.set[key]:
-                    kept = _text(key, live.set[key])
-                    lines.append(f"{name}.{key}: the file says {_text(key, now)}, {kept} is kept")
+                    live_value = _text(key, live.set[key])
+                    lines.append(
+                        f"{name}.{key}: the file says {_text(key, now)}, {live_value} is kept"
+                    )
         return lines
 
     def source(self, name: str, base: Tables) -> str:
@@ -139,7 +141,7 @@ def added(name: str, table: Table) -> LiveEdit:
             allowed = "must be a new name: `tidegate upstreams set` changes an existing upstream"
             raise ConfigError("name", name, allowed)
         _check(name, table)
-        over = _said(base.get(name, {}), table)
+        over = _stated(base.get(name, {}), table)
         return _with(changes, name, LiveUpstream(dict(table), over, is_added=name not in base))
 
     return edit
@@ -166,12 +168,12 @@ def with_keys(name: str, values: Mapping[str, Any], remove: Sequence[str] = ()) 
                 new[key] = value
                 continue
             inner = {**_inner(new.get(stem, table.get(stem))), entry: value}
-            new[stem] = {one: kept for one, kept in inner.items() if kept is not None}
+            new[stem] = {one: setting for one, setting in inner.items() if setting is not None}
         _check(name, new)
         known = base.get(name, {})
         again = {key.partition(".")[0] for key in (*values, *remove)}  # compared with the file now
         before = {key: one for key, one in live.over.items() if key not in again}
-        over = {**_said(known, new), **before}
+        over = {**_stated(known, new), **before}
         # A value equal to the file's, or the removal of a missing key, is no change.
         new = {key: one for key, one in new.items() if key not in known or one != known[key]}
         new = {key: one for key, one in new.items() if one is not None or key in known}
@@ -280,7 +282,7 @@ def _table(changes: LiveChanges, base: Tables, name: str) -> Table:
     return tables[name]
 
 
-def _said(table: Table, keys: Table) -> dict[str, Any]:
+def _stated(table: Table, keys: Table) -> dict[str, Any]:
     return {key: table[key] for key in keys if key in table}
 
 
@@ -323,8 +325,8 @@ def _public(value: Any) -> Any:
 def _text(key: str, value: Any) -> str:
     if value is None:
         return "none"
-    told = shown({key: value})[key]
-    text = told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)
+    printable = shown({key: value})[key]
+    text = printable if isinstance(printable, str) else json.dumps(printable, ensure_ascii=False)
     return text[:_LONGEST_SHOWN]
 
 

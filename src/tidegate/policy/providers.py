@@ -257,8 +257,8 @@ def other_urls(names: Sequence[str], environ: Mapping[str, str]) -> Iterator[tup
             (url,) = PROVIDERS[name].urls.values()
             stated = environ.get(variable, "").strip().rstrip("/").removesuffix("/v1")
             if stated and stated != url.removesuffix("/v1"):
-                said = f"calls of {name} go to {url} unless {{near}} says otherwise"
-                yield variable, f"base_url in [upstreams.{name}]", said
+                message = f"calls of {name} go to {url} unless {{near}} says otherwise"
+                yield variable, f"base_url in [upstreams.{name}]", message
 
 
 def _rebased(base: str, urls: Mapping[str, str]) -> dict[str, str]:

@@ -28,11 +28,11 @@ from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import Limiter, Observer, PoolPolicy, look_until
 from tidegate.policy.format import (
     Plain,
-    apart_from_tenants,
     digest,
     of_plain,
     to_plain,
     with_tenants,
+    without_tenants,
 )
 from tidegate.policy.providers import filled
 from tidegate.settings import Config
@@ -61,15 +61,15 @@ class Revision:
     policy: Plain
     set_by: str
     reason: str = ""
-    asked: str = ""
+    requested: str = ""
 
     @cached_property
     def digest(self) -> str:
         return digest(self.policy)
 
     @property
-    def asked_digest(self) -> str:
-        return self.asked or self.digest
+    def requested_digest(self) -> str:
+        return self.requested or self.digest
 
     @cached_property
     def pool_policy(self) -> PoolPolicy:
@@ -116,26 +116,26 @@ def start(
     head: Revision | None,
     seen: bool,
     found: Found,
-    wanted: Plain,
+    stated: Plain,
     set_by: str,
     before: Plain | None = None,
 ) -> Decision:
-    """Decide what a process does that starts with the policy `wanted`.
+    """Decide what a process does that starts with the policy `stated`.
 
-    `head`: the newest on record. `seen`: whether `wanted` ever was a deployment's policy. `before`:
+    `head`: the newest on record. `seen`: whether `stated` ever was a deployment's policy. `before`:
     what the deployment of `head` requests, if that is on record.
     """
-    ours = Revision(found.number, Origin.DEPLOYMENT, wanted, set_by)
-    if head is None and found.plain == wanted:
-        return Decision(ours, (ours,))
+    own = Revision(found.number, Origin.DEPLOYMENT, stated, set_by)
+    if head is None and found.plain == stated:
+        return Decision(own, (own,))
     adopted = adopt(head, found)
     now = adopted or head
     assert now is not None
     new = (adopted,) if adopted else ()
-    both = wanted
-    if now.asked_digest != now.digest:
-        both = with_tenants(wanted, now.policy, before)
-    is_known = now.asked_digest == ours.digest or now.origin is Origin.LIVE or seen
+    both = stated
+    if now.requested_digest != now.digest:
+        both = with_tenants(stated, now.policy, before)
+    is_known = now.requested_digest == own.digest or now.origin is Origin.LIVE or seen
     if now.digest == digest(both) and is_known:
         conflict = None
     elif now.origin is Origin.LIVE:
@@ -144,12 +144,12 @@ def start(
         conflict = Conflict.OLDER
     else:
         conflict = None
-        added = _with_given(replace(ours, number=max(now.number, found.number) + 1), both)
+        added = _with_added(replace(own, number=max(now.number, found.number) + 1), both)
         now, new = added[-1], (*new, *added)
     return _enforced(now, new, found, conflict)
 
 
-def _with_given(deployed: Revision, policy: Plain) -> tuple[Revision, ...]:
+def _with_added(deployed: Revision, policy: Plain) -> tuple[Revision, ...]:
     """Return a deployment's policy, then the policy with live additions for tenants.
 
     The first revision lets the next deployment distinguish what the deployment stated from
@@ -157,8 +157,8 @@ def _with_given(deployed: Revision, policy: Plain) -> tuple[Revision, ...]:
     """
     if policy == deployed.policy:
         return (deployed,)
-    number, asked = deployed.number + 1, deployed.digest
-    both = replace(deployed, number=number, policy=policy, reason=_KEPT, asked=asked)
+    number, requested = deployed.number + 1, deployed.digest
+    both = replace(deployed, number=number, policy=policy, reason=_KEPT, requested=requested)
     return deployed, both
 
 
@@ -191,22 +191,22 @@ def change(
     number = max(now.number, found.number) + 1
     changed = Revision(number, origin, policy, set_by, reason)
     is_same = changed.digest == now.digest and (origin is now.origin or origin is Origin.LIVE)
-    if is_same and (deployed is None or digest(deployed) == now.asked_digest):
+    if is_same and (deployed is None or digest(deployed) == now.requested_digest):
         return decided
     is_deployed = origin is Origin.LIVE and now.origin is Origin.DEPLOYMENT
-    if is_deployed and apart_from_tenants(policy) == apart_from_tenants(now.policy):
-        changed = replace(changed, origin=now.origin, asked=now.asked_digest)
+    if is_deployed and without_tenants(policy) == without_tenants(now.policy):
+        changed = replace(changed, origin=now.origin, requested=now.requested_digest)
     if deployed is None:
         return Decision(changed, (*decided.new, changed))
-    added = _with_given(replace(changed, policy=deployed), policy)
+    added = _with_added(replace(changed, policy=deployed), policy)
     return Decision(added[-1], (*decided.new, *added))
 
 
-def asked_before(records: Sequence[PolicyRecord]) -> Plain | None:
+def requested_before(records: Sequence[PolicyRecord]) -> Plain | None:
     """Return what the deployment of the newest record requests, if the records contain it."""
-    asked = records[0].digest if records else ""
-    found = (one.policy for one in reversed(records) if one.digest == asked)
-    return next((policy for policy in found if digest(policy) == asked), None)
+    requested = records[0].digest if records else ""
+    found = (one.policy for one in reversed(records) if one.digest == requested)
+    return next((policy for policy in found if digest(policy) == requested), None)
 
 
 def adopt(head: Revision | None, found: Found) -> Revision | None:
@@ -299,12 +299,12 @@ log = get_logger()
 async def policy_to_start_with(
     policies: Policies,
     pool: str,
-    wanted: PoolPolicy,
+    stated: PoolPolicy,
     *,
     is_held: Callable[[], Awaitable[bool]] | None = None,
     within_s: float = 0.0,
 ) -> PoolPolicy:
-    """Return the recorded policy in force; `wanted` if there is none or it cannot be read.
+    """Return the recorded policy in force; `stated` if there is none or it cannot be read.
 
     A Valkey that has just lost its data thus starts with the limits that were in force. is_held:
     returns whether Valkey has the policy in force, which then takes precedence. Without one, a
@@ -315,16 +315,16 @@ async def policy_to_start_with(
     while True:
         try:
             record = await policies.newest(pool)
-            return wanted if record is None else revision_of(record).pool_policy
-        except StoreUnavailable as away:
-            log.debug(Log.STORE_AWAY, detail=away.message)
+            return stated if record is None else revision_of(record).pool_policy
+        except StoreUnavailable as error:
+            log.debug(Log.STORE_AWAY, detail=error.message)
         except ConfigError as unreadable:
             why = f"the record can't be read: {unreadable.message}"
             log.warning(Log.LIMITS_CONFLICT, reason=why)
-            return wanted
+            return stated
         left_s = until - asyncio.get_running_loop().time()
         if left_s <= 0 or (is_held is not None and await is_held()):
-            return wanted
+            return stated
         await asyncio.sleep(min(_START_AGAIN_S, left_s))
 
 
@@ -349,8 +349,8 @@ async def edit_record(
         policy = edit(head.policy)
         if policy == head.policy:
             return ()
-        asked = head.asked_digest if head.origin is Origin.DEPLOYMENT else ""
-        after = Revision(head.number + 1, head.origin, policy, set_by, reason, asked)
+        requested = head.requested_digest if head.origin is Origin.DEPLOYMENT else ""
+        after = Revision(head.number + 1, head.origin, policy, set_by, reason, requested)
         return (record_of(after),)
 
     await policies.decide(pool, "", edited)
@@ -361,7 +361,7 @@ async def open_pool(
     config: Config,
     policies: Policies,
     instance_id: str,
-    wanted: PoolPolicy,
+    stated: PoolPolicy,
     pool: str,
     observer: Observer | None = None,
     provider: str | None = None,
@@ -379,7 +379,7 @@ async def open_pool(
         url,
         pool=pool,
         policy=await policy_to_start_with(
-            policies, pool, wanted, is_held=is_held, within_s=within_s
+            policies, pool, stated, is_held=is_held, within_s=within_s
         ),
         instance_id=instance_id,
         observer=observer,
@@ -389,14 +389,14 @@ async def open_pool(
         with lines_with(pool=pool):
             await stack.enter_async_context(limiter)
         yield PolicyKeeper(
-            limiter, policies, wanted=wanted, set_by=instance_id, provider=provider or ""
+            limiter, policies, stated=stated, set_by=instance_id, provider=provider or ""
         )
 
 
 class PolicyKeeper:
     """The keeper of a pool's policy, one per process beside its limiter.
 
-    `wanted` is the policy that this deployment requests.
+    `stated` is the policy that this deployment requests.
     """
 
     def __init__(
@@ -404,11 +404,11 @@ class PolicyKeeper:
         limiter: Limiter,
         policies: Policies,
         *,
-        wanted: PoolPolicy,
+        stated: PoolPolicy,
         set_by: str,
         provider: str = "",
     ) -> None:
-        self.wanted = wanted
+        self.stated = stated
         self.settled = asyncio.Event()  # set once this deployment's policy has been decided on
         self.limiter = limiter
         self._policies = policies
@@ -430,8 +430,8 @@ class PolicyKeeper:
                 await self.restore_pauses()
                 settle = self._watch
                 self.settled.set()
-            except StoreUnavailable as away:
-                log.debug(Log.STORE_AWAY, detail=away.message)
+            except StoreUnavailable as error:
+                log.debug(Log.STORE_AWAY, detail=error.message)
                 pause_s = _RETRY_S
             except LimiterUnavailable:  # the limiter itself reports it
                 pause_s = _RETRY_S
@@ -475,18 +475,18 @@ class PolicyKeeper:
             is_return=deployed is not None,
         )
 
-    async def adopt_wanted(self, *, set_by: str, reason: str = "") -> Revision:
+    async def adopt_stated(self, *, set_by: str, reason: str = "") -> Revision:
         """Put this deployment's own policy in force, whatever was set live.
 
         Weights and limits of tenants that it does not name stay. Otherwise as `change`.
         """
-        wanted = to_plain(self.wanted)
+        stated = to_plain(self.stated)
         return await self.change(
-            partial(with_tenants, wanted),
+            partial(with_tenants, stated),
             set_by=set_by,
             reason=reason,
             origin=Origin.DEPLOYMENT,
-            deployed=wanted,
+            deployed=stated,
         )
 
     async def history(self, most: int) -> list[PolicyRecord]:
@@ -496,7 +496,7 @@ class PolicyKeeper:
     async def removed_by_people(self, limits: Collection[str]) -> set[str]:
         """Return which of these limits are missing because a person removed them.
 
-        `adopt_wanted` removes none: what the deployment learns is its own. Raises StoreUnavailable.
+        `adopt_stated` removes none: what the deployment learns is its own. Raises StoreUnavailable.
         """
         return await self._policies.removed_by_people(self.limiter.pool, limits)
 
@@ -523,10 +523,10 @@ class PolicyKeeper:
         self._has_pauses = True
 
     async def _start(self) -> None:
-        found, wanted = await self._found(), to_plain(self.wanted)
+        found, stated = await self._found(), to_plain(self.stated)
         await self._decided(
-            digest(wanted),
-            lambda head, seen, before: start(head, seen, found, wanted, self._set_by, before),
+            digest(stated),
+            lambda head, seen, before: start(head, seen, found, stated, self._set_by, before),
         )
 
     async def _watch(self) -> None:
@@ -547,7 +547,7 @@ class PolicyKeeper:
 
     async def _decided(
         self,
-        seen_digest: str,
+        own_digest: str,
         decide: Callable[[Revision | None, bool, Plain | None], Decision],
         *,
         is_return: bool = False,
@@ -556,10 +556,10 @@ class PolicyKeeper:
 
         def under_lock(records: Sequence[PolicyRecord], seen: bool) -> Sequence[PolicyRecord]:
             head = revision_of(records[0]) if records else None
-            decided[:] = [decide(head, seen, asked_before(records))]
+            decided[:] = [decide(head, seen, requested_before(records))]
             return [record_of(revision) for revision in decided[0].new]
 
-        await self._policies.decide(self.limiter.pool, seen_digest, under_lock, is_return=is_return)
+        await self._policies.decide(self.limiter.pool, own_digest, under_lock, is_return=is_return)
         decision = decided[0]
         await self._put_in_force(decision)
         return decision.force
@@ -576,17 +576,17 @@ class PolicyKeeper:
                 changes=differences(to_plain(before), force.policy)[:_DIFFERENCES_SHOWN],
             )
         if decision.conflict is not None:
-            self._tell(decision.conflict, force)
+            self._log_conflict(decision.conflict, force)
 
-    def _tell(self, conflict: Conflict, force: Revision) -> None:
+    def _log_conflict(self, conflict: Conflict, force: Revision) -> None:
         """Log that this deployment's policy is not in force; keeping live changes is expected."""
-        wanted = to_plain(self.wanted)
+        stated = to_plain(self.stated)
         about = {"revision": force.number, "set_by": force.set_by, "reason": conflict.value}
         if conflict is Conflict.KEPT:
-            differing = differences(wanted, force.policy)[:_DIFFERENCES_SHOWN]
+            differing = differences(stated, force.policy)[:_DIFFERENCES_SHOWN]
             log.info(Log.LIVE_LIMITS_KEPT, **about, differs=differing)
         else:
-            differing = differences(force.policy, wanted)[:_DIFFERENCES_SHOWN]
+            differing = differences(force.policy, stated)[:_DIFFERENCES_SHOWN]
             log.warning(Log.LIMITS_CONFLICT, **about, differs=differing)
 
 
@@ -597,7 +597,7 @@ def revision_of(record: PolicyRecord) -> Revision:
         policy=record.policy,
         set_by=record.set_by,
         reason=record.reason,
-        asked=record.digest,
+        requested=record.digest,
     )
 
 
@@ -605,7 +605,7 @@ def record_of(revision: Revision) -> PolicyRecord:
     return PolicyRecord(
         revision=revision.number,
         origin=revision.origin.value,
-        digest=revision.asked_digest,
+        digest=revision.requested_digest,
         policy=revision.policy,
         set_by=revision.set_by,
         reason=revision.reason,

@@ -75,7 +75,7 @@ async def show_tenant(control: Control, tenant_id: str) -> ShownTenant:
 
 
 async def set_tenant(
-    control: Control, tenant_id: str, wanted: TenantChange, *, by: str, reason: str = ""
+    control: Control, tenant_id: str, change: TenantChange, *, by: str, reason: str = ""
 ) -> ShownTenant:
     """Create or change a tenant. Raises ConfigError, PolicyChanged and StoreUnavailable."""
     check_name(tenant_id)
@@ -84,10 +84,10 @@ async def set_tenant(
     except ConfigError:  # tenants from before this check stay changeable
         if not await control.tenants.knows(tenant_id):
             raise
-    check_changes(wanted.changes)
-    edit = share_edit(tenant_id, weight=wanted.weight, limits=wanted.limits)
-    of_share = {name: wanted.expected[name] for name in _OF_SHARE if name in wanted.expected}
-    expected = {name: one for name, one in wanted.expected.items() if name not in _OF_SHARE}
+    check_changes(change.changes)
+    edit = share_edit(tenant_id, weight=change.weight, limits=change.limits)
+    of_share = {name: change.expected[name] for name in _OF_SHARE if name in change.expected}
+    expected = {name: one for name, one in change.expected.items() if name not in _OF_SHARE}
     await control.tenants.check(tenant_id, expected)
 
     def checked(plain: Plain) -> Plain:
@@ -99,7 +99,7 @@ async def set_tenant(
     else:  # the record counts: this process may not have it in force yet
         await control.keeper.change(checked, set_by=by, reason=reason or f"tenant {tenant_id}")
     tenant = await control.tenants.set(
-        tenant_id, wanted.changes, by=by, disabled=wanted.disabled, expected=expected
+        tenant_id, change.changes, by=by, disabled=change.disabled, expected=expected
     )
     return _shown(tenant, to_plain(control.limiter.policy))
 
@@ -121,11 +121,11 @@ async def remove_tenant(
     StoreUnavailable.
     """
     check_name(tenant_id)
-    kept = list(keepers)
+    every = list(keepers)
     keys = {one.prefix for one in await tenants.all_keys(tenant_id)}
-    naming = [one for one in kept if _is_named(tenant_id, keys, to_plain(one.limiter.policy))]
+    naming = [one for one in every if _is_named(tenant_id, keys, to_plain(one.limiter.policy))]
     on_record = await tenants.policies.in_force()
-    others = on_record.keys() - {one.limiter.pool for one in kept}
+    others = on_record.keys() - {one.limiter.pool for one in every}
     left = sorted(pool for pool in others if _is_named(tenant_id, keys, on_record[pool]))
     try:
         await tenants.remove(tenant_id, by=by)
@@ -185,11 +185,11 @@ def _shown(tenant: Tenant, plain: Plain) -> ShownTenant:
     return ShownTenant(tenant, share.weight, share.limits)
 
 
-def plain_tenant(shown: ShownTenant) -> dict[str, Any]:
+def plain_tenant(view: ShownTenant) -> dict[str, Any]:
     """Return a tenant as plain values, by the names in the API and in `--json`."""
-    values = asdict(shown.tenant)
+    values = asdict(view.tenant)
     name = values.pop("tenant_id")
-    return {"tenant": name, "weight": shown.weight, "limits": shown.limits, **values}
+    return {"tenant": name, "weight": view.weight, "limits": view.limits, **values}
 
 
 def plain_key(key: Key) -> dict[str, Any]:

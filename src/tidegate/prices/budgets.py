@@ -82,7 +82,7 @@ class Budget:
         return self.name if short is None else short["name"]
 
     def shown(self, amount: int) -> str:
-        return shown_amount(self.unit, amount)
+        return amount_text(self.unit, amount)
 
     def binds(self, tenant: str, key: str | None, model: str) -> bool:
         """Return whether the budget may apply to a call, as far as tenant, key and model decide."""
@@ -135,7 +135,7 @@ class Refusal(NamedTuple):
     until: float
 
 
-def shown_amount(unit: Unit, amount: int) -> str:
+def amount_text(unit: Unit, amount: int) -> str:
     """Return an amount for people to read: `$0.79`, or `1200 tokens`."""
     return dollars(amount) if unit == "usd" else f"{amount} tokens"
 
@@ -143,7 +143,7 @@ def shown_amount(unit: Unit, amount: int) -> str:
 def _needed(unit: Unit, amount: int) -> str:
     """Return the amount rounded up to the digits shown, so that the text never understates it."""
     cents = -(-amount // 10_000) * 10_000 if unit == "usd" and amount >= 10_000 else amount
-    return shown_amount(unit, cents)
+    return amount_text(unit, cents)
 
 
 def is_used_up(spent: int, amount: int) -> bool:
@@ -234,17 +234,17 @@ def with_changes(before: Budget | None, name: str, values: Mapping[str, Any]) ->
     """
     if before is None:
         return budget_of(name, {"period": "month", **values})
-    kept = plain_budget(before)
-    amount = kept.pop("amount")
+    fields = plain_budget(before)
+    amount = fields.pop("amount")
     for derived in ("name", "created_at", "unit"):
-        del kept[derived]
+        del fields[derived]
     if "period" in values:
-        kept["window_s"] = None
+        fields["window_s"] = None
     if "at_end" in values:
-        kept["fallback"] = None
+        fields["fallback"] = None
     if not {"usd", "tokens"} & set(values):
-        kept |= {"usd": Decimal(amount) / 10**6} if before.unit == "usd" else {"tokens": amount}
-    return budget_of(name, {**kept, **values}, before)
+        fields |= {"usd": Decimal(amount) / 10**6} if before.unit == "usd" else {"tokens": amount}
+    return budget_of(name, {**fields, **values}, before)
 
 
 def with_end_of(before: Budget, budget: Budget) -> Budget:
@@ -308,8 +308,8 @@ def check_same(before: Budget, after: Budget) -> None:
     for name in (*DIMENSIONS, "model", "each", "unit", "period", "zone", "window_s"):
         now = getattr(before, name)
         if getattr(after, name) != now:
-            shown = "not set" if now is None else now
-            allowed = f"{shown}, as it is: remove the budget first, or choose another name"
+            current = "not set" if now is None else now
+            allowed = f"{current}, as it is: remove the budget first, or choose another name"
             raise ConfigError(name, str(getattr(after, name)), allowed)
 
 
@@ -408,12 +408,12 @@ def budget_alert(kind: str, data: Mapping[str, Any], unit: Unit) -> dict[str, An
 def _alert_text(kind: str, data: Mapping[str, Any]) -> str:
     whose = ", ".join(one or "none" for one in data["scope"])
     whose = f" of {whose}" if whose else ""
-    spent, amount = (shown_amount(data["unit"], data[name]) for name in ("spent", "amount"))
-    said = f"Budget {data['budget']}{whose}: {spent} of {amount} spent"
+    spent, amount = (amount_text(data["unit"], data[name]) for name in ("spent", "amount"))
+    text = f"Budget {data['budget']}{whose}: {spent} of {amount} spent"
     if kind == "budget_share":
-        return f"{said}, which is {data['share']} % or more."
+        return f"{text}, which is {data['share']} % or more."
     if kind == "budget_paused":
-        return f"{said}; it is paused until a person resumes it: tidegate budgets resume."
+        return f"{text}; it is paused until a person resumes it: tidegate budgets resume."
     reset_at = data.get("reset_at")
     when = f" It resets at {reset_at}." if reset_at else ""
-    return f"{said}; a call was rejected, since there is no room for it.{when}"
+    return f"{text}; a call was rejected, since there is no room for it.{when}"

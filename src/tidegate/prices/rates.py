@@ -307,27 +307,27 @@ def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | 
         return None
     if (micros := micros_by_measure(rates, usage.details)) is not None:
         return micros
-    taken, given = tokens_of(usage)
-    if taken is None or given is None:
+    input_tokens, output_tokens = tokens_of(usage)
+    if input_tokens is None or output_tokens is None:
         return None
-    if rates.above is not None and taken > rates.above and rates.long is not None:
+    if rates.above is not None and input_tokens > rates.above and rates.long is not None:
         rates = rates.long
     pictures = images if images and rates.image is not None else 0
     thoughts = usage.thoughts_tokens or 0
     if usage.details is None:
-        cached = min(usage.cached_tokens or 0, taken)
+        cached = min(usage.cached_tokens or 0, input_tokens)
         parts: tuple[tuple[int, int | None], ...] = (
-            (taken - cached, rates.input),
+            (input_tokens - cached, rates.input),
             (cached, rates.cached),
-            (thoughts if pictures else given, rates.output),
+            (thoughts if pictures else output_tokens, rates.output),
             (pictures, rates.image),
         )
     else:
-        left = given - min(thoughts, given)
-        said = ((thoughts, rates.output), *_of_output(rates, usage.details, left))
+        left = output_tokens - min(thoughts, output_tokens)
+        by_modality = ((thoughts, rates.output), *_of_output(rates, usage.details, left))
         parts = (
-            *_of_input(rates, usage, usage.details, taken),
-            *(((thoughts, rates.output), (pictures, rates.image)) if pictures else said),
+            *_of_input(rates, usage, usage.details, input_tokens),
+            *(((thoughts, rates.output), (pictures, rates.image)) if pictures else by_modality),
             (usage.details.searches or 0, rates.search),
             (usage.details.file_searches or 0, rates.file_search),
         )
@@ -366,12 +366,14 @@ def _of_input(
     yield left - audio - pictures - video, rates.input
 
 
-def _of_output(rates: Rates, details: UsageDetails, given: int) -> Iterator[tuple[int, int | None]]:
-    audio = min(details.output_audio_tokens or 0, given)
+def _of_output(
+    rates: Rates, details: UsageDetails, output_tokens: int
+) -> Iterator[tuple[int, int | None]]:
+    audio = min(details.output_audio_tokens or 0, output_tokens)
     yield audio, rates.output_audio
-    pictures = min(details.output_image_tokens or 0, given - audio)
+    pictures = min(details.output_image_tokens or 0, output_tokens - audio)
     yield pictures, rates.output_image
-    yield given - audio - pictures, rates.output
+    yield output_tokens - audio - pictures, rates.output
 
 
 def micros_of(picos: int) -> int:

@@ -151,8 +151,8 @@ class ModelFinding:
 
 
 def compared(
-    ours: Mapping[str, ModelDay],
-    theirs: Mapping[str, UsageSum],
+    own: Mapping[str, ModelDay],
+    reported: Mapping[str, UsageSum],
     rates: Mapping[str, Rates | None],
     contexts: Mapping[str, int | None] | None = None,
 ) -> list[ModelFinding]:
@@ -162,78 +162,78 @@ def compared(
     """
     most = contexts or {}
     named: defaultdict[str, ModelDay] = defaultdict(ModelDay)
-    for model, day in ours.items():
-        named[_name_there(model, theirs)] = named[_name_there(model, theirs)].plus(day)
-    has_others = any(_has_others(named[model], found) for model, found in theirs.items())
+    for model, day in own.items():
+        named[_name_there(model, reported)] = named[_name_there(model, reported)].plus(day)
+    has_others = any(_has_others(named[model], found) for model, found in reported.items())
     return [
         ModelFinding(model, named[model], NOTHING, "unexplained", _NAMELESS)
-        if has_others and model not in theirs and named[model].doubtful
+        if has_others and model not in reported and named[model].doubtful
         else _finding(
-            model, named[model], theirs.get(model, NOTHING), rates.get(model), most.get(model)
+            model, named[model], reported.get(model, NOTHING), rates.get(model), most.get(model)
         )
-        for model in sorted({*named, *theirs})
+        for model in sorted({*named, *reported})
     ]
 
 
-def _has_others(ours: ModelDay, theirs: UsageSum) -> bool:
+def _has_others(own: ModelDay, reported: UsageSum) -> bool:
     """Return whether the provider counts more than the recorded calls by that name explain."""
-    left = theirs.minus(ours.told)
-    if not theirs.is_counted:
+    left = reported.minus(own.told)
+    if not reported.is_counted:
         return False
-    more = not ours.doubtful and any(getattr(left, name) > 0 for name in _COUNTED)
-    return more or (left.requests or 0) > len(ours.doubtful)
+    more = not own.doubtful and any(getattr(left, name) > 0 for name in _COUNTED)
+    return more or (left.requests or 0) > len(own.doubtful)
 
 
-def _name_there(model: str, theirs: Mapping[str, UsageSum]) -> str:
+def _name_there(model: str, reported: Mapping[str, UsageSum]) -> str:
     """Return the provider's name of a model.
 
     A call without an answer is recorded under the requested alias; the provider counts its dated
     version.
     """
-    if model in theirs:
+    if model in reported:
         return model
     cut = len(model)
-    dated = [one for one in theirs if one.startswith(model) and _DATE.fullmatch(one, cut)]
+    dated = [one for one in reported if one.startswith(model) and _DATE.fullmatch(one, cut)]
     return dated[0] if len(dated) == 1 else model
 
 
 def _finding(
-    model: str, ours: ModelDay, theirs: UsageSum, rates: Rates | None, context: int | None
+    model: str, own: ModelDay, reported: UsageSum, rates: Rates | None, context: int | None
 ) -> ModelFinding:
-    same = theirs.cost_micros == ours.cost_micros
-    left = theirs.minus(ours.told)
-    finding = ModelFinding(model, ours, theirs, "unexplained")
-    if not theirs.is_counted:
+    same = reported.cost_micros == own.cost_micros
+    left = reported.minus(own.told)
+    finding = ModelFinding(model, own, reported, "unexplained")
+    if not reported.is_counted:
         return _of_cost_alone(finding, left.cost_micros)
     # After an earlier correction the costs are equal, but the calls' tokens still differ.
-    if same and (ours.doubtful or not any(getattr(left, name) for name in _COUNTED)):
+    if same and (own.doubtful or not any(getattr(left, name) for name in _COUNTED)):
         return replace(finding, verdict="equal")
     fewer = [name for name in _COUNTED if getattr(left, name) < 0]
     if fewer or (left.requests or 0) < 0:
-        what = (fewer or ["requests"])[0].replace("_", " ")
-        return replace(finding, reason=_FEWER.format(what))
-    if ours.unpriced:
-        reason = f"{ours.unpriced} calls have no cost, since no price is known for the model"
+        unit = (fewer or ["requests"])[0].replace("_", " ")
+        return replace(finding, reason=_FEWER.format(unit))
+    if own.unpriced:
+        reason = f"{own.unpriced} calls have no cost, since no price is known for the model"
         return replace(finding, reason=reason)
-    rounding = ((ours.told.requests or 0) + 1) // 2
+    rounding = ((own.told.requests or 0) + 1) // 2
     more = [name for name in _COUNTED if getattr(left, name)]
-    if not more and abs(left.cost_micros) <= rounding and not ours.doubtful:
+    if not more and abs(left.cost_micros) <= rounding and not own.doubtful:
         return _rounded(finding)
-    if not ours.doubtful:
+    if not own.doubtful:
         return replace(finding, reason=_unmatched(left) if more else _PRICE)
-    others = (left.requests or 0) - len(ours.doubtful)
+    others = (left.requests or 0) - len(own.doubtful)
     if others > 0:
         return replace(finding, reason=_OTHERS.format(f"{others} requests"))
     tokens = left.input_tokens + left.output_tokens
-    if context is not None and tokens > context * sum(map(_most_tries, ours.doubtful)):
+    if context is not None and tokens > context * sum(map(_most_tries, own.doubtful)):
         return replace(finding, reason=_OTHERS.format(f"{tokens} tokens"))
-    margin = rounding + len(ours.doubtful)
+    margin = rounding + len(own.doubtful)
     if not _is_near(left.cost_micros, _costs(rates, left), margin):
         return replace(finding, reason=_PRICE.replace("the tokens are equal and ", ""))
-    corrections = _shared(ours.doubtful, left.cost_micros)
+    corrections = _shared(own.doubtful, left.cost_micros)
     states = ", ".join(
-        f"{sum(call.state == state for call in ours.doubtful)} {state}"
-        for state in dict.fromkeys(call.state for call in ours.doubtful)
+        f"{sum(call.state == state for call in own.doubtful)} {state}"
+        for state in dict.fromkeys(call.state for call in own.doubtful)
     )
     return replace(
         finding,
@@ -244,10 +244,10 @@ def _finding(
 
 
 def _of_cost_alone(finding: ModelFinding, left_micros: int) -> ModelFinding:
-    ours = finding.ours
+    own = finding.ours
     if not finding.difference_micros:
         return replace(finding, verdict="equal")
-    if abs(left_micros) <= ((ours.told.requests or 0) + 1) // 2 and not ours.doubtful:
+    if abs(left_micros) <= ((own.told.requests or 0) + 1) // 2 and not own.doubtful:
         return _rounded(finding)
     return replace(finding, reason=_COST_ALONE)
 

@@ -45,7 +45,7 @@ _USUAL_RATE, _MOST_RATE = 16_000, 48_000
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ClientEvent:
     """A request in a client's message.
 
     message: as it is forwarded. begins_turn: the provider answers it with a turn. about_tokens:
@@ -93,7 +93,7 @@ NOTHING = Reported()
 class Events(Protocol):
     """Parser of the events of a session in its dialect."""
 
-    def asked(self, message: Message) -> Asked:
+    def client_event(self, message: Message) -> ClientEvent:
         """Return the request in a client's message. Raises InvalidRequest and Forbidden for a
         message that is not forwarded."""
 
@@ -116,8 +116,8 @@ def _object(pairs: list[tuple[str, Any]]) -> Facts:
         raise InvalidRequest("message", "a message has a name twice", allowed=_FORMS)
     for name in found:
         if name not in _NAMES and name.lower() in _NAMES:
-            said = f"a message names {name[:40]!a} in upper case"
-            raise InvalidRequest("message", said, allowed=_FORMS)
+            reason = f"a message names {name[:40]!a} in upper case"
+            raise InvalidRequest("message", reason, allowed=_FORMS)
     return found
 
 
@@ -131,9 +131,9 @@ def read(message: Message) -> Facts:
         raise InvalidRequest("message", "a message is not an object", allowed=_FORMS)
     try:
         orjson.dumps(found)  # it may have to be serialized again, whole or in an error
-    except orjson.JSONEncodeError as wrong:
-        said = f"a message is not JSON that every server reads: {wrong}"
-        raise InvalidRequest("message", said, allowed=_FORMS) from None
+    except orjson.JSONEncodeError as error:
+        reason = f"a message is not JSON that every server reads: {error}"
+        raise InvalidRequest("message", reason, allowed=_FORMS) from None
     return found
 
 
@@ -211,11 +211,11 @@ def _sum(one: int | None, other: int | None) -> int | None:
     return None if one is other is None else (one or 0) + (other or 0)
 
 
-def openai_usage(told: Any) -> Usage | None:
+def openai_usage(reported: Any) -> Usage | None:
     """Return the usage of `response.done` or of a transcription; None if none is reported. Cached
     audio has only the price of cached input, so that the separate audio count leaves out cached
     audio."""
-    table = _table(told)
+    table = _table(reported)
     if table.get("type") == "duration":
         seconds = table.get("seconds")
         if isinstance(seconds, bool) or not isinstance(seconds, int | float):
@@ -223,8 +223,8 @@ def openai_usage(told: Any) -> Usage | None:
         if not 0 <= seconds < 10**9:
             return None
         return Usage(0, 0, details=UsageDetails(input_audio_seconds=ceil(seconds)))
-    taken, given = _count(table, "input_tokens"), _count(table, "output_tokens")
-    if taken is None and given is None:
+    input_tokens, output_tokens = _count(table, "input_tokens"), _count(table, "output_tokens")
+    if input_tokens is None and output_tokens is None:
         return None
     inputs, outputs = _table(table.get("input_token_details")), table.get("output_token_details")
     cached = _table(inputs.get("cached_tokens_details"))
@@ -234,8 +234,8 @@ def openai_usage(told: Any) -> Usage | None:
         output_audio_tokens=_count(outputs, "audio_tokens") or None,
     )
     return Usage(
-        input_tokens=taken,
-        output_tokens=given,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
         cached_tokens=_count(inputs, "cached_tokens"),
         total_tokens=_count(table, "total_tokens"),
         details=None if details == UsageDetails() else details,
@@ -247,15 +247,15 @@ def _left(table: Facts, cached: Facts, name: str) -> int | None:
     return None if not found else max(0, found - (_count(cached, name) or 0)) or None
 
 
-def gemini_usage(told: Any) -> Usage | None:
+def gemini_usage(reported: Any) -> Usage | None:
     """Return the usage of `usageMetadata`; tokens that a tool gave the model count as input."""
-    table = _table(told)
-    taken = _count(table, "promptTokenCount")
-    given = _count(table, "responseTokenCount")
-    if given is None:
-        given = _count(table, "candidatesTokenCount")
+    table = _table(reported)
+    input_tokens = _count(table, "promptTokenCount")
+    output_tokens = _count(table, "responseTokenCount")
+    if output_tokens is None:
+        output_tokens = _count(table, "candidatesTokenCount")
     total = _count(table, "totalTokenCount")
-    if taken is given is total is None:
+    if input_tokens is output_tokens is total is None:
         return None
     of_tools = _count(table, "toolUsePromptTokenCount")
     inputs = _modalities(table, "promptTokensDetails")
@@ -269,11 +269,11 @@ def gemini_usage(told: Any) -> Usage | None:
         output_audio_tokens=outputs.get("AUDIO"),
         output_image_tokens=outputs.get("IMAGE"),
     )
-    if taken is not None:
-        taken += of_tools or 0
+    if input_tokens is not None:
+        input_tokens += of_tools or 0
     return Usage(
-        input_tokens=taken,
-        output_tokens=given,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
         thoughts_tokens=_count(table, "thoughtsTokenCount"),
         cached_tokens=_count(table, "cachedContentTokenCount"),
         total_tokens=total,
@@ -322,10 +322,10 @@ class OpenAIEvents:
         self._requested: list[tuple[Any, int]] = []  # requested audio formats without an answer yet
         self._named_turns = 0  # requests of turns to which an id was added
 
-    def asked(self, message: Message) -> Asked:
+    def client_event(self, message: Message) -> ClientEvent:
         if isinstance(message, str) and self._is_audio(message):
             seconds = _longest(message.split('"')) * 3 / 4 / self._least_second_bytes
-            return Asked(message, False, len(message) / _IN_CHARS, seconds)
+            return ClientEvent(message, False, len(message) / _IN_CHARS, seconds)
         event = read(message)
         kind = event.get("type")
         if type(kind) is not str:
@@ -343,7 +343,7 @@ class OpenAIEvents:
             self._note_request(event)
         seconds = _sound_chars(event) * 3 / 4 / self._least_second_bytes
         event_id = event_id if type(event_id) is str else None
-        return Asked(message, begins_turn, about, seconds, event_id=event_id)
+        return ClientEvent(message, begins_turn, about, seconds, event_id=event_id)
 
     @property
     def _begins(self) -> str:
@@ -394,12 +394,12 @@ class OpenAIEvents:
             if place.endswith("transcription.model") and not self._only_transcribes:
                 if not self._caller.may_ask(model):
                     allowed = ", ".join(self._caller.models or ())
-                    said = f"this tenant is not allowed to use {model[:200]}"
-                    raise Forbidden(said, field=place, allowed=allowed)
+                    reason = f"this tenant is not allowed to use {model[:200]}"
+                    raise Forbidden(reason, field=place, allowed=allowed)
                 self._transcribes = model
             elif model not in (self._named, self._model):
-                said = f"the model of a realtime session can't be changed to {model[:200]}"
-                raise InvalidRequest(place, said, allowed=self._named)
+                reason = f"the model of a realtime session can't be changed to {model[:200]}"
+                raise InvalidRequest(place, reason, allowed=self._named)
             elif model != self._model:
                 table["model"] = self._model
                 changed = True
@@ -437,8 +437,8 @@ class OpenAIEvents:
             case "conversation.item.input_audio_transcription.completed":
                 usage = openai_usage(event.get("usage"))
                 if self._only_transcribes:
-                    told = [] if usage is None else [Spent(usage)]
-                    return Reported(ends_turn=True, spent=told, about_tokens=1)
+                    amounts = [] if usage is None else [Spent(usage)]
+                    return Reported(ends_turn=True, spent=amounts, about_tokens=1)
                 if usage is None:
                     return NOTHING
                 used = Spent(usage, self._transcribes or "unknown", ends_turn=False)
@@ -467,8 +467,8 @@ class OpenAIEvents:
 
 def _form_of(session: Facts) -> Any:
     """Return the audio format that a session names, in the GA or the beta form."""
-    given = _table(_table(session.get("audio")).get("input")).get("format")
-    return given or session.get("input_audio_format")
+    stated = _table(_table(session.get("audio")).get("input")).get("format")
+    return stated or session.get("input_audio_format")
 
 
 def _second_bytes_of(form: Any) -> int:
@@ -577,15 +577,15 @@ class Setup:
         event = read(message)
         setup = event.get("setup")
         if type(setup) is not dict or len(event) != 1:
-            said = "the first message of a realtime session must be its setup"
-            raise InvalidRequest("setup", said, allowed='{"setup": {"model": ...}}')
+            reason = "the first message of a realtime session must be its setup"
+            raise InvalidRequest("setup", reason, allowed='{"setup": {"model": ...}}')
         model = setup.get("model")
         if type(model) is not str or not model.removeprefix("models/"):
             raise InvalidRequest("setup.model", "setup names no model", allowed="models/<model>")
         for name in ("sessionResumption", "session_resumption"):
             if _table(setup.get(name)).get("handle") is not None:
-                said = "a realtime session can't be resumed here: its owner is not known"
-                raise InvalidRequest(f"setup.{name}.handle", said, allowed="none")
+                reason = "a realtime session can't be resumed here: its owner is not known"
+                raise InvalidRequest(f"setup.{name}.handle", reason, allowed="none")
         return cls(event, model.removeprefix("models/"))
 
     def message(self, model: str) -> str:
@@ -608,30 +608,30 @@ class GeminiEvents:
         self._is_active = False  # the client signals the begin and end of its input
         self._queries: set[str] = set()  # web searches of the current turn
 
-    def asked(self, message: Message) -> Asked:
+    def client_event(self, message: Message) -> ClientEvent:
         if isinstance(message, str) and self._is_input(message):
             parts = message.split('"')
             mimes = [one for one in parts if _is_audio(one)]
             if not mimes and "audio" in parts:
                 mimes = [""]
             seconds = max((_gemini_seconds(_longest(parts), one) for one in mimes), default=0.0)
-            return Asked(message, False, len(message) / _IN_CHARS, seconds)
+            return ClientEvent(message, False, len(message) / _IN_CHARS, seconds)
         event = read(message)
         names = [_SNAKE.get(name, name) for name in event]
         if len(names) != 1 or names[0] not in _OF_CLIENT:
-            shown = ", ".join(event)[:100]
+            named = ", ".join(event)[:100]
             allowed = f"one of {', '.join(_OF_CLIENT)}"
-            raise InvalidRequest("message", f"a message has {shown or 'nothing'}", allowed=allowed)
+            raise InvalidRequest("message", f"a message has {named or 'nothing'}", allowed=allowed)
         value, about = _table(next(iter(event.values()))), len(message) / _TEXT_CHARS
         if names[0] == "toolResponse":
-            return Asked(message, True, about, _gemini_sound(value))
+            return ClientEvent(message, True, about, _gemini_sound(value))
         if names[0] == "clientContent":
             ends = value.get("turnComplete", value.get("turn_complete"))
-            return Asked(message, ends is True, about, _gemini_sound(value))
+            return ClientEvent(message, ends is True, about, _gemini_sound(value))
         sound, about = _gemini_sound(value), len(message) / _IN_CHARS
-        return Asked(message, self._is_said(value), about, sound, joins=True)
+        return ClientEvent(message, self._begins_answer(value), about, sound, joins=True)
 
-    def _is_said(self, value: Facts) -> bool:
+    def _begins_answer(self, value: Facts) -> bool:
         """Return whether the model answers now: to text, or to the end of the client's input."""
         if any(value.get(name) is not None for name in ("activityEnd", "activity_end")):
             self._is_active = False

@@ -109,7 +109,7 @@ class RealtimeBounds:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class SessionRequest:
     """A requested session with `model`, by a request to `path` below a base URL.
 
     query: returns the query, which may name the upstream's model. first: returns the message that
@@ -138,7 +138,7 @@ class RealtimeExchange:
         spine: Spine,
         wire: RelayWire,
         terms: Terms,
-        wanted: Wanted,
+        request: SessionRequest,
         record: CallRecord,
         bounds: RealtimeBounds,
         *,
@@ -147,27 +147,27 @@ class RealtimeExchange:
         problem: Problem,
     ) -> None:
         self.terms = terms
-        self.dialect = wanted.dialect
+        self.dialect = request.dialect
         self.started = False
-        self.is_heard = False
+        self.has_response = False
         self.ended: End | None = None
         self.turns: Turns | None = None
         self._spine = spine
         self._wire = wire
-        self._wanted = wanted
+        self._request = request
         self._record = record
         self._bounds = bounds
         self._answer = answer
         self._check = check
         self._problem = problem
         self._loop = asyncio.get_running_loop()
-        self._said_at = 0.0
+        self._active_at = 0.0
 
     def serving(self, targets: Targets, model: str) -> list[Target]:
         return targets.of(self.dialect, model)
 
     def elsewhere(self, targets: Targets) -> list[Target]:
-        return targets.of(self.dialect, self._wanted.model)
+        return targets.of(self.dialect, self._request.model)
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         """Return the demand on concurrency limits; the rates are each turn's."""
@@ -190,7 +190,7 @@ class RealtimeExchange:
 
     def suspect(self) -> Suspect:
         caller = self.terms.caller
-        request = hash((self._wanted.dialect, self._wanted.model))
+        request = hash((self._request.dialect, self._request.model))
         return Suspect(None if caller.key_id is None else caller.tenant_id, request)
 
     def settle(
@@ -208,7 +208,7 @@ class RealtimeExchange:
         return None
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
-        wanted, bounds, record = self._wanted, self._bounds, self._record
+        request, bounds, record = self._request, self._bounds, self._record
         self.turns = turns = Turns(self.terms, target, lane, self._spine.budgets, bounds.wait_ms)
         try:
             await turns.open()
@@ -218,14 +218,14 @@ class RealtimeExchange:
         upstream: ClientConnection | None = None
         try:
             upstream = await self._connected(target)
-            record.sent = self.is_heard = True
+            record.sent = self.has_response = True
             if is_try or lane.gate.has_doubts:
                 await lane.gate.worked(target.model, tried=is_try)
             client = await self._answer(of_answer(target.upstream.name, record.queue_ms or 0.0))
             self.started = True
             record.http_status = 101
-            if wanted.first is not None:
-                await upstream.send(wanted.first(target.model))
+            if request.first is not None:
+                await upstream.send(request.first(target.model))
             self.ended = await self._relayed(client, upstream, target, began)
             await self._close(client, upstream, self.ended)
         except UpstreamError as error:
@@ -236,23 +236,23 @@ class RealtimeExchange:
                 await upstream.wait_closed()
             await turns.close()
         if self.ended.by == "provider" and self.ended.code not in _NORMAL:
-            said = f"the provider closed the session ({self.ended.code})"
-            raise CallFailed(UpstreamUnavailable(said), target, told=True)
+            reason = f"the provider closed the session ({self.ended.code})"
+            raise CallFailed(UpstreamUnavailable(reason), target, reported=True)
 
     async def _connected(self, target: Target) -> ClientConnection:
         """Connect to the provider. Raises CallFailed and UpstreamError."""
-        wanted, trail = self._wanted, self.terms.trail
-        access = target.upstream.access(wanted.dialect)
-        url = access.url(wanted.path, wanted.query(target.model), model=target.model)
-        place, headers = RelayWire.place(url, access), wanted.headers
+        request, trail = self._request, self.terms.trail
+        access = target.upstream.access(request.dialect)
+        url = access.url(request.path, request.query(target.model), model=target.model)
+        place, headers = RelayWire.place(url, access), request.headers
         if trail is not None:
-            said = trail.begin(target.upstream.name, target.model, str(place.origin))
-            headers = [*headers, (HEADER, said.encode())]
+            traceparent = trail.begin(target.upstream.name, target.model, str(place.origin))
+            headers = [*headers, (HEADER, traceparent.encode())]
         try:
             return await sockets.open_upstream(
                 url,
                 await self._wire.bare(place, headers),
-                subprotocol=_SUBPROTOCOL if wanted.dialect is Dialect.OPENAI else None,
+                subprotocol=_SUBPROTOCOL if request.dialect is Dialect.OPENAI else None,
                 connect_ms=self._spine.timeouts[target.upstream.name].connect_ms,
             )
         except InvalidStatus as refused:
@@ -273,7 +273,7 @@ class RealtimeExchange:
             refusals.error_of_refusal_in(body),
             named,
             secret=secret,
-            dialect=self._wanted.dialect,
+            dialect=self._request.dialect,
         )
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in named.items()]
         headers = to_return(raw, secret, same_length=False)
@@ -286,12 +286,12 @@ class RealtimeExchange:
         self, client: Connection, upstream: Connection, target: Target, began: float
     ) -> End:
         events: Events = GeminiEvents()
-        if self._wanted.dialect is Dialect.OPENAI:
-            only = self._wanted.transcribes
+        if self._request.dialect is Dialect.OPENAI:
+            only = self._request.transcribes
             events = OpenAIEvents(
-                self.terms.caller, self._wanted.model, target.model, transcribes=only
+                self.terms.caller, self._request.model, target.model, transcribes=only
             )
-        self._said_at = self._loop.time()
+        self._active_at = self._loop.time()
         work: tuple[Coroutine[Any, Any, End], ...] = (
             self._up(client, upstream, events),
             self._down(client, upstream, events, target),
@@ -314,35 +314,35 @@ class RealtimeExchange:
                 message = await client.recv()
             except ConnectionClosed as closed:
                 return _end_of("client", closed)
-            self._said_at = self._loop.time()
+            self._active_at = self._loop.time()
             try:
-                asked = events.asked(message)
+                event = events.client_event(message)
                 with _unless_lost(client):
-                    await turns.sent(asked)
+                    await turns.sent(event)
                     await turns.may_go_on()
             except _ClientLost:
                 return _lost(client)
             except (InvalidRequest, Forbidden) as refused:
-                if self._wanted.dialect is Dialect.GEMINI:  # Gemini Live has no event for errors
+                if self._request.dialect is Dialect.GEMINI:  # Gemini Live has no event for errors
                     return _ended_by(refused)
-                await self._tell(client, refused, message)
+                await self._send_error(client, refused, message)
                 continue
             except TidegateError as error:
                 return _ended_by(error)
-            if asked.begins_turn:
+            if event.begins_turn:
                 try:
                     with _unless_lost(client):
-                        await turns.ask(joins=asked.joins, event_id=asked.event_id)
+                        await turns.ask(joins=event.joins, event_id=event.event_id)
                 except _ClientLost:
                     return _lost(client)
                 except TidegateError as error:
                     over = not isinstance(error, AdmissionError)  # such as a spent budget
-                    if over or self._wanted.dialect is Dialect.GEMINI:
+                    if over or self._request.dialect is Dialect.GEMINI:
                         return _ended_by(error)
-                    await self._tell(client, error, message)
+                    await self._send_error(client, error, message)
                     continue
             try:
-                await upstream.send(asked.message)
+                await upstream.send(event.message)
             except ConnectionClosed as closed:
                 return _end_of("provider", closed)
 
@@ -356,7 +356,7 @@ class RealtimeExchange:
                 message = await upstream.recv()
             except ConnectionClosed as closed:
                 return _end_of("provider", closed)
-            self._said_at = self._loop.time()
+            self._active_at = self._loop.time()
             reported = events.reported(message)
             over: TidegateError | None = None
             charged = turns.charge
@@ -367,16 +367,16 @@ class RealtimeExchange:
             if turns.charge is not charged:  # recorded even if this process is killed
                 self._record.charge = replace(turns.charge, usage=turns.usage)
                 self._spine.journal.note(self._record)
-            if reported.model is not None and not self._may_speak(reported.model, target):
-                said = f"the provider changed the model to {reported.model[:200]}"
-                return _ended_by(Forbidden(said, field="session.model"))
+            if reported.model is not None and not self._may_use(reported.model, target):
+                reason = f"the provider changed the model to {reported.model[:200]}"
+                return _ended_by(Forbidden(reason, field="session.model"))
             shown = message if reported.shown is None else reported.shown
             if (end := await self._passed(client, _masked(shown, secrets))) is not None:
                 return end
             if over is not None:
                 return _ended_by(over)
 
-    def _may_speak(self, model: str, target: Target) -> bool:
+    def _may_use(self, model: str, target: Target) -> bool:
         """Return whether the caller may call the model that a provider reports, usually the
         requested one with the date of its version."""
         caller = self.terms.caller
@@ -399,9 +399,9 @@ class RealtimeExchange:
             await asyncio.sleep(WATCH_EVERY_S)
             now = self._loop.time()
             if (now - began) * 1000 >= bounds.total_ms:
-                said = f"the session was open for {bounds.total_ms} ms, which is the longest here"
-                return _ended_by(UpstreamTimeout(said, phase="total"), 1001)
-            if (now - self._said_at) * 1000 >= bounds.idle_ms:
+                reason = f"the session was open for {bounds.total_ms} ms, which is the longest here"
+                return _ended_by(UpstreamTimeout(reason, phase="total"), 1001)
+            if (now - self._active_at) * 1000 >= bounds.idle_ms:
                 return _ended_by(
                     RealtimeIdle(f"neither side sent anything for {bounds.idle_ms} ms")
                 )
@@ -412,10 +412,12 @@ class RealtimeExchange:
 
     # The end
 
-    async def _tell(self, client: Connection, error: TidegateError, about: Message = "") -> None:
+    async def _send_error(
+        self, client: Connection, error: TidegateError, about: Message = ""
+    ) -> None:
         """Send an error to a client of OpenAI's dialect, as its event `error`."""
-        told = {**self._problem(error)["error"], "event_id": event_id_of(about) if about else None}
-        event = {"type": "error", "event_id": f"event_{uuid4().hex}", "error": told}
+        inner = {**self._problem(error)["error"], "event_id": event_id_of(about) if about else None}
+        event = {"type": "error", "event_id": f"event_{uuid4().hex}", "error": inner}
         await self._passed(client, orjson.dumps(event).decode())
 
     async def _close(self, client: Connection, upstream: Connection, end: End) -> None:
@@ -434,8 +436,8 @@ class RealtimeExchange:
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(sockets.CLOSE_S):
-                if end.error is not None and self._wanted.dialect is Dialect.OPENAI:
-                    await self._tell(client, end.error)
+                if end.error is not None and self._request.dialect is Dialect.OPENAI:
+                    await self._send_error(client, end.error)
                 await sockets.close(client, end.code, end.reason)
         sockets.cut(client)
 

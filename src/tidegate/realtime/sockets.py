@@ -236,8 +236,8 @@ async def _keep_alive(socket: ClientSocket | UpstreamSocket) -> None:
             while not pong.done():
                 pieces, was_blocked = socket.pieces, socket.is_blocked
                 await asyncio.wait({pong}, timeout=PING_S)
-                is_heard = pong.done() or socket.pieces != pieces
-                if not (is_heard or was_blocked or socket.is_blocked):
+                is_alive = pong.done() or socket.pieces != pieces
+                if not (is_alive or was_blocked or socket.is_blocked):
                     cut(socket)
                     return
 
@@ -280,8 +280,8 @@ async def open_upstream(
         raise UpstreamTimeout(
             f"no connection to the provider within {connect_ms} ms", phase="connect"
         ) from None
-    except ssl.SSLError as wrong:
-        why = wrong.reason or type(wrong).__name__
+    except ssl.SSLError as error:
+        why = error.reason or type(error).__name__
         raise _unconnected(f"no secure connection to the provider ({why})") from None
     except (InvalidHandshake, ProtocolError):
         raise UpstreamGarbled("the provider's answer opens no WebSocket") from None

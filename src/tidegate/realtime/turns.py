@@ -40,7 +40,7 @@ from tidegate.errors import BudgetReserved, LimiterUnavailable, TidegateError, U
 from tidegate.limiter import Limit, Quota, Rate
 from tidegate.prices.budgets import Binding
 from tidegate.prices.rates import Rates
-from tidegate.realtime.events import Asked, Reported, Spent, add_usage
+from tidegate.realtime.events import ClientEvent, Reported, Spent, add_usage
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Lane, Terms
 from tidegate.store.budgets import Budgets
@@ -73,7 +73,7 @@ class RealtimeTurn:
     admitted: asyncio.Future[None]
     ended: asyncio.Future[tuple[Usage, Charge] | None]
     task: asyncio.Task[None] | None = None
-    came_tokens: float = 0.0
+    received_tokens: float = 0.0
     event_id: str | None = None
     joins: bool = False
     after: int = 0
@@ -97,18 +97,18 @@ class Turns:
     ) -> None:
         self.count = 0
         self.charge = NO_CHARGE
-        self._heard_s = self._taken_s = 0.0  # of the client's audio: received, admitted
+        self._received_s = self._taken_s = 0.0  # of the client's audio: received, admitted
         self._terms = terms
         self._target = target
         self._lane = lane
         self._budgets = budgets
         self._wait_ms = wait_ms
         self._ahead: UUID | None = None  # the reservation for the next turn
-        self._beside = NO_CHARGE  # usage besides turns, not charged to a budget yet
+        self._extra = NO_CHARGE  # usage besides turns, not charged to a budget yet
         self._begins = 0
         self._context_tokens = 0  # size of the conversation, by the last turn's report
         self._sent_tokens = 0.0  # estimate of what the client has sent since then
-        self._asked: list[RealtimeTurn] = []  # requested by the client, not begun yet
+        self._requested: list[RealtimeTurn] = []  # requested by the client, not begun yet
         self._begun: list[RealtimeTurn] = []
         self._late: list[RealtimeTurn] = []  # begun by the provider, not admitted yet
 
@@ -133,12 +133,14 @@ class Turns:
         except BaseException:  # whatever ends the wait, its place is released
             await self._end(turn, None)
             raise
-        self._asked.append(turn)
+        self._requested.append(turn)
 
     def _answered_together(self) -> RealtimeTurn | None:
         """Return a turn that was requested before the last turn began, which seems to have answered
         it."""
-        return next((one for one in self._asked if one.joins and one.after < self._begins), None)
+        return next(
+            (one for one in self._requested if one.joins and one.after < self._begins), None
+        )
 
     async def may_go_on(self) -> None:
         """Wait until the limits have admitted the turns that the provider has begun by itself.
@@ -147,12 +149,12 @@ class Turns:
             await asyncio.shield(self._late[0].admitted)
             self._late.pop(0)
 
-    async def sent(self, asked: Asked) -> None:
+    async def sent(self, event: ClientEvent) -> None:
         """Wait until the limits have admitted the audio of a message that the client sends. Raises
         as `ask`."""
-        self._sent_tokens += asked.about_tokens
-        lane, heard_s = self._lane, self._heard_s + asked.audio_seconds
-        while heard_s > self._taken_s:
+        self._sent_tokens += event.about_tokens
+        lane, received_s = self._lane, self._received_s + event.audio_seconds
+        while received_s > self._taken_s:
             demand = self._audio_demand()
             if demand.limits:
                 to_admit = demand.to_admit(self._wait_ms, lane.hard_ms)
@@ -160,17 +162,17 @@ class Turns:
                     permit.settle(Outcome.SUCCESS, audio_seconds=demand.audio_seconds)
                 self._taken_s += demand.audio_seconds
             else:
-                self._taken_s = heard_s + _AUDIO_STEP_S
-        self._heard_s = heard_s
+                self._taken_s = received_s + _AUDIO_STEP_S
+        self._received_s = received_s
 
     @property
     def usage(self) -> Usage:
         """Return the usage of the session, with at least the audio that the client sent: a
         transcript may report the same seconds."""
-        usage, heard_s = self.charge.usage, ceil(self._heard_s)
-        if heard_s <= (seconds_of(usage) or 0):
+        usage, received_s = self.charge.usage, ceil(self._received_s)
+        if received_s <= (seconds_of(usage) or 0):
             return usage
-        details = replace(usage.details or UsageDetails(), input_audio_seconds=heard_s)
+        details = replace(usage.details or UsageDetails(), input_audio_seconds=received_s)
         return replace(usage, details=details)
 
     # Reports of the provider
@@ -179,13 +181,13 @@ class Turns:
         """Process the report of a message. Raises the error of a budget that has no room for
         another turn, and UpstreamGarbled for too many turns in progress."""
         if reported.refuses and (turn := self._refused(reported.about)) is not None:
-            self._asked.remove(turn)
+            self._requested.remove(turn)
             await self._end(turn, None)
         if reported.begins_turn:
             await self._begin()
         if reported.about_tokens:
             turn = self._begun[0] if self._begun else await self._begin()
-            turn.came_tokens += reported.about_tokens
+            turn.received_tokens += reported.about_tokens
         for spent in reported.spent:
             if spent.ends_turn:
                 await self._close(spent.usage)
@@ -198,15 +200,15 @@ class Turns:
     def _refused(self, event_id: str | None) -> RealtimeTurn | None:
         """Return the turn whose message the provider has rejected, if any: other messages have ids
         too, and a message without an id requests no turn."""
-        named = (one for one in self._asked if one.event_id is not None)
+        named = (one for one in self._requested if one.event_id is not None)
         return next((one for one in named if one.event_id == event_id), None)
 
     async def _begin(self) -> RealtimeTurn:
         if len(self._late) >= _MOST_LATE or len(self._begun) >= _MOST_BEGUN:
             raise UpstreamGarbled("the provider starts turns without ending any")
         self._begins += 1
-        if self._asked:
-            turn = self._asked.pop(0)
+        if self._requested:
+            turn = self._requested.pop(0)
         else:
             turn = await self._new()
             if not turn.admitted.done():
@@ -228,17 +230,17 @@ class Turns:
         for turn in self._begun:
             await self._end(turn, self._cut_charge(turn))
         while (left := self._answered_together()) is not None:
-            self._asked.remove(left)
+            self._requested.remove(left)
             await self._end(left, None)
-        for turn in self._asked:
+        for turn in self._requested:
             await self._end(turn, self._cut_charge(turn))  # it may have begun
-        self._begun, self._asked = [], []
+        self._begun, self._requested = [], []
         for turn in self._late:
             await self._charge_late(turn)
         self._late = []
         if self._ahead is not None:
-            beside, self._beside = self._beside, NO_CHARGE
-            self._budgets.settle(self._ahead, None if beside is NO_CHARGE else beside)
+            extra, self._extra = self._extra, NO_CHARGE
+            self._budgets.settle(self._ahead, None if extra is NO_CHARGE else extra)
             self._ahead = None
 
     # The life of a turn
@@ -265,8 +267,8 @@ class Turns:
                 if used is None:
                     permit.settle_unused()
                 else:
-                    told, charge = used
-                    tokens = demand.used(told, charge.usage, whole=True)
+                    reported, charge = used
+                    tokens = demand.used(reported, charge.usage, whole=True)
                     permit.settle(Outcome.SUCCESS, tokens=tokens, cost_micros=charge.cost_micros)
         except TidegateError as error:
             if not turn.admitted.done():
@@ -274,7 +276,7 @@ class Turns:
                 turn.admitted.exception()  # marks it as retrieved: a waiter may have given up
 
     async def _end(
-        self, turn: RealtimeTurn, charge: Charge | None, told: Usage = UNKNOWN_USAGE
+        self, turn: RealtimeTurn, charge: Charge | None, stated: Usage = UNKNOWN_USAGE
     ) -> None:
         """Charge a turn (None if there was none), and release its permit."""
         if charge is not None:
@@ -284,11 +286,11 @@ class Turns:
             self._ahead, turn.hold = turn.hold, None
         if turn.hold is not None:
             whole = charge
-            if charge is not None and self._beside is not NO_CHARGE:
-                whole, self._beside = _both(charge, self._beside), NO_CHARGE
+            if charge is not None and self._extra is not NO_CHARGE:
+                whole, self._extra = _both(charge, self._extra), NO_CHARGE
             self._budgets.settle(turn.hold, whole)
             turn.hold = None
-        turn.ended.set_result(None if charge is None else (told, charge))
+        turn.ended.set_result(None if charge is None else (stated, charge))
         task = turn.task
         if task is None or (charge is not None and not turn.admitted.done()):
             return  # it still waits for the limits, which must count it
@@ -318,7 +320,7 @@ class Turns:
     def _cut_charge(self, turn: RealtimeTurn) -> Charge:
         """Return the charge of a turn without a reported usage: its input, and its output so
         far."""
-        return estimated_charge(self._rates(), self._estimate(), ceil(turn.came_tokens))
+        return estimated_charge(self._rates(), self._estimate(), ceil(turn.received_tokens))
 
     def _rates(self) -> Rates | None:
         return self._lane.demands.prices.at_least(self._target.model, "")
@@ -332,11 +334,11 @@ class Turns:
         if spent.model is not None:
             await self._count(self._rates_of(spent.model), charge)
         self.charge = _both(self.charge, charge)
-        self._beside = _both(self._beside, charge)
+        self._extra = _both(self._extra, charge)
         if self._ahead is not None:  # no turn is open whose end would charge it
             ahead, self._ahead = self._ahead, None
-            beside, self._beside = self._beside, NO_CHARGE
-            self._budgets.settle(ahead, beside)
+            extra, self._extra = self._extra, NO_CHARGE
+            self._budgets.settle(ahead, extra)
             self._ahead = await self._reserve()
 
     def _rates_of(self, model: str) -> tuple[str, ...]:
@@ -452,18 +454,18 @@ def _amount(limit: Limit | None, charge: Charge) -> int:
     """Return how much a charge counts for a limit."""
     if not isinstance(limit, Rate | Quota):
         return 0
-    taken, given = tokens_of(charge.usage)
+    input_tokens, output_tokens = tokens_of(charge.usage)
     match limit.unit:
         case "requests":
             return 1
         case "usd":
             return charge.cost_micros or 0
         case "tokens":
-            return (taken or 0) + (given or 0)
+            return (input_tokens or 0) + (output_tokens or 0)
         case "input_tokens":
-            return taken or 0
+            return input_tokens or 0
         case "output_tokens":
-            return given or 0
+            return output_tokens or 0
         case "uncached_input_tokens":
-            return max(0, (taken or 0) - (charge.usage.cached_tokens or 0))
+            return max(0, (input_tokens or 0) - (charge.usage.cached_tokens or 0))
     return 0

@@ -228,10 +228,10 @@ def cost_at(upstream: Upstream | None) -> Callable[[Arrival, str], int | None]:
 
 def name_of(changes: Mapping[str, Any]) -> str:
     """Return changes as `limits set` writes them: `kind:text_only=8; weights.acme=4`."""
-    return "; ".join(f"{key}={_shown(value)}" for key, value in changes.items())
+    return "; ".join(f"{key}={_value_text(value)}" for key, value in changes.items())
 
 
-def _shown(value: object) -> str:
+def _value_text(value: object) -> str:
     if isinstance(value, Mapping) and "bound" in value:
         value = value["bound"]
     return value if isinstance(value, str) else orjson.dumps(value).decode()
@@ -385,7 +385,7 @@ class Rehearsals:
         """How many rehearsals wait for the running one."""
         return max(0, self._there - 1)
 
-    async def run(self, wanted: RecordRehearsal) -> bytes:
+    async def run(self, order: RecordRehearsal) -> bytes:
         """Return a Comparison as JSON. A cancellation ends the child process.
 
         Raises QuotaExceeded if another rehearsal already waits, ConfigError and StoreUnavailable.
@@ -400,12 +400,12 @@ class Rehearsals:
         self._there += 1
         try:
             async with self._turn:
-                return await _answered(wanted)
+                return await _answered(order)
         finally:
             self._there -= 1
 
 
-async def _answered(wanted: RecordRehearsal) -> bytes:
+async def _answered(order: RecordRehearsal) -> bytes:
     # -P: do not search the working directory for modules.
     child = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -416,7 +416,7 @@ async def _answered(wanted: RecordRehearsal) -> bytes:
         stdout=asyncio.subprocess.PIPE,
     )
     try:
-        answer, _ = await child.communicate(pickle.dumps(wanted))
+        answer, _ = await child.communicate(pickle.dumps(order))
     finally:
         if child.returncode is None:
             child.kill()
@@ -442,11 +442,11 @@ def answer() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "nice"):
         os.nice(10)  # so that the gateway's calls come first
-    wanted: RecordRehearsal = pickle.loads(sys.stdin.buffer.read())
+    order: RecordRehearsal = pickle.loads(sys.stdin.buffer.read())
     try:
-        said = b"found\n" + orjson.dumps(asyncio.run(wanted.run(datetime.now(UTC))))
-    except ConfigError as wrong:
-        said = b"config\n" + orjson.dumps((wrong.variable, wrong.value, wrong.allowed))
-    except StoreUnavailable as away:
-        said = b"away\n" + away.message.encode()
-    sys.stdout.buffer.write(said)
+        output = b"found\n" + orjson.dumps(asyncio.run(order.run(datetime.now(UTC))))
+    except ConfigError as invalid:
+        output = b"config\n" + orjson.dumps((invalid.variable, invalid.value, invalid.allowed))
+    except StoreUnavailable as unavailable:
+        output = b"away\n" + unavailable.message.encode()
+    sys.stdout.buffer.write(output)

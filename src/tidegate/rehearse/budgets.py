@@ -18,7 +18,7 @@ from random import Random
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from tidegate.admission.charges import FlexCalls, SeenCalls, TierOffer, TierTimes, choose
+from tidegate.admission.charges import CallSamples, FlexCalls, TierOffer, TierTimes, choose
 from tidegate.call import Tier, Usage
 from tidegate.errors import ConfigError
 from tidegate.limiter import Limit
@@ -65,17 +65,17 @@ def budget_in(name: str, table: Mapping[str, Any], before: Budget | None = None)
         path = f"{PREFIX}{name}.{key}"
         if key not in _FIELDS:
             raise ConfigError(path, str(value), f"is not known; known: {', '.join(_FIELDS)}")
-        is_right = isinstance(value, str)
+        is_valid = isinstance(value, str)
         if key in _LISTS:
-            is_right = isinstance(value, list)
+            is_valid = isinstance(value, list)
         elif key not in _TEXTS:
-            is_right = isinstance(value, int | float | str) and not isinstance(value, bool)
+            is_valid = isinstance(value, int | float | str) and not isinstance(value, bool)
         allowed = "a list" if key in _LISTS else "a text" if key in _TEXTS else "a number"
         if key in _CHOICES:
             given = value if isinstance(value, list) else [value]
-            is_right = is_right and all(one in _CHOICES[key] for one in given)
+            is_valid = is_valid and all(one in _CHOICES[key] for one in given)
             allowed = f"one of {', '.join(_CHOICES[key])}"
-        if not is_right:
+        if not is_valid:
             raise ConfigError(path, str(value), f"must be {allowed}")
     period = values.setdefault("period", "month")
     if period not in ("day", "week", "month", "rolling"):
@@ -89,8 +89,10 @@ def budget_in(name: str, table: Mapping[str, Any], before: Budget | None = None)
     try:
         usd = values.get("usd")
         return budget_of(name, values | ({} if usd is None else {"usd": str(usd)}), before)
-    except ConfigError as wrong:
-        raise ConfigError(f"{PREFIX}{name}.{wrong.variable}", wrong.value, wrong.allowed) from None
+    except ConfigError as invalid:
+        raise ConfigError(
+            f"{PREFIX}{name}.{invalid.variable}", invalid.value, invalid.allowed
+        ) from None
 
 
 def changed(budgets: Sequence[Budget], changes: Mapping[str, Any]) -> tuple[Budget, ...]:
@@ -353,7 +355,7 @@ class RehearsedTiers:
         self._clock = clock
         self._flex = FlexCalls(lambda: clock() / 1000)
         self._chance = Random("flex")
-        self._seen: defaultdict[str, SeenCalls] = defaultdict(SeenCalls)
+        self._recent_calls: defaultdict[str, CallSamples] = defaultdict(CallSamples)
         # By kind: how many jobs wait under the configured limits, and when jobs in batches are due.
         self._waiting: Counter[str] = Counter()
         self._dues: defaultdict[str, list[float]] = defaultdict(list)
@@ -370,7 +372,7 @@ class RehearsedTiers:
         ahead = self._waiting[arrival.kind]
         if due_ms is not None:
             ahead += bisect_right(self._dues[arrival.kind], due_ms)
-        room = self._seen[arrival.kind].room(limits, ahead)
+        room = self._recent_calls[arrival.kind].room(limits, ahead)
         now = _EPOCH + timedelta(milliseconds=self._clock())
         due = None if due_ms is None else _EPOCH + timedelta(milliseconds=due_ms)
         choice = choose(offers, room, now=now, due=due, times=self.terms.times)
@@ -423,9 +425,9 @@ class RehearsedTiers:
 
     def ended(self, arrival: Arrival, tier: Tier, took_ms: float) -> None:
         """Note that a job was answered under the configured limits."""
-        seen = self._seen[arrival.kind]
-        seen.sizes.add(Usage(arrival.input_tokens, arrival.output_tokens))
+        recent = self._recent_calls[arrival.kind]
+        recent.sizes.add(Usage(arrival.input_tokens, arrival.output_tokens))
         if tier is Tier.FLEX:
             self._flex.answered(("", arrival.model), took_ms)
         else:
-            seen.times.last_ms.append(took_ms)
+            recent.times.last_ms.append(took_ms)

@@ -409,9 +409,9 @@ def _area(
     end_ms: float,
     width: int,
 ) -> list[str]:
-    shown = _columns(drawing, values, end_ms, width)
+    columns = _columns(drawing, values, end_ms, width)
     # Any value above 0 is visible.
-    levels = [max(int(value > 0), round(min(1.0, value / top) * _HEIGHT * 8)) for value in shown]
+    levels = [max(int(value > 0), round(min(1.0, value / top) * _HEIGHT * 8)) for value in columns]
     lines = []
     for row in range(_HEIGHT - 1, -1, -1):
         cells = "".join(_EIGHTHS[max(0, min(8, level - row * 8))] for level in levels)
@@ -429,9 +429,9 @@ def _columns(drawing: Drawing, values: Sequence[float], end_ms: float, width: in
     # Sampling ends with the last call.
     ended = max((n for n, value in enumerate(columns) if value is not None), default=0)
     found: list[float] = []
-    for number, seen in enumerate(columns):
+    for number, most in enumerate(columns):
         before = found[-1] if found and number < ended else 0.0
-        found.append(before if seen is None else seen)
+        found.append(before if most is None else most)
     return found
 
 

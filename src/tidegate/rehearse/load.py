@@ -131,8 +131,8 @@ class Usual:
         tenant, kind = read.text("tenant", DEFAULT_TENANT), read.text("kind", Kind.TEXT_ONLY.value)
         try:
             check_tenant(tenant)
-        except ConfigError as wrong:
-            raise ConfigError(f"{place}: tenant", tenant, wrong.allowed) from None
+        except ConfigError as invalid:
+            raise ConfigError(f"{place}: tenant", tenant, invalid.allowed) from None
         if kind not in KIND_NAMES:
             raise ConfigError(f"{place}: kind", kind, f"must be one of {', '.join(KIND_NAMES)}")
         output_tokens = round(read.number("output_tokens", 0.0))
@@ -198,8 +198,8 @@ class _Row:
         try:
             number = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
-            shown = "(not set)" if value is None else str(value)
-            raise ConfigError(f"{self.place}: {name}", shown, allowed) from None
+            text = "(not set)" if value is None else str(value)
+            raise ConfigError(f"{self.place}: {name}", text, allowed) from None
         if not low <= number <= high:  # also false for NaN
             raise ConfigError(f"{self.place}: {name}", str(value), allowed)
         return number

@@ -18,7 +18,7 @@ from tidegate.checker import Event, What, shares
 from tidegate.limiter import CallUse, Concurrency, PoolPolicy, Rate, as_limit, format_span
 from tidegate.limiter.simulation import PoolModel, Waiter, amount_of
 from tidegate.policy.format import in_words
-from tidegate.prices.budgets import Unit, shown_amount
+from tidegate.prices.budgets import Unit, amount_text
 from tidegate.prices.rates import dollars
 from tidegate.rehearse.budgets import BudgetOutcome
 from tidegate.rehearse.load import Arrival
@@ -42,14 +42,14 @@ class LostRun(NamedTuple):
 class LoadCall:
     """One call of a load.
 
-    wanted: the call as it arrived. arrival: the call with the model that it is made with. refused:
+    initial: the call as it arrived. arrival: the call with the model that it is made with. refused:
     the code of the refusal. at: the limit that blocked it then. due_ms: the latest admission, for a
     job its due time. lost: its runs without an answer. tier: of a job that allows tiers. made: the
     call at the cost of the usual tier, once the budgets admitted it. All other fields describe its
     last run.
     """
 
-    wanted: Arrival
+    initial: Arrival
     arrival: Arrival
     asked_ms: float
     limits: tuple[str, ...]
@@ -180,18 +180,18 @@ class LoadTally:
             if not isinstance(limit, Concurrency) and began_ms <= self.span_ms:
                 unused = (amount_of(limit, use_of_whole) or 0) - (amount_of(limit, cut) or 0)
                 self.uses[name].area -= unused
-        asked_ms = call.lost[-1].ended_ms if call.lost else call.asked_ms
-        call.lost.append(LostRun(asked_ms, began_ms, call.ended_ms, why))
+        queued_ms = call.lost[-1].ended_ms if call.lost else call.asked_ms
+        call.lost.append(LostRun(queued_ms, began_ms, call.ended_ms, why))
         call.began_ms = call.ended_ms = call.waiter = None
 
     def left(self, call: LoadCall, now_ms: float) -> None:
         """Record that a job left the queue for flex before it began."""
         at_ms = now_ms - self.since_ms
-        asked_ms = call.lost[-1].ended_ms if call.lost else call.asked_ms
-        call.lost.append(LostRun(asked_ms, at_ms, at_ms, "given up"))
+        queued_ms = call.lost[-1].ended_ms if call.lost else call.asked_ms
+        call.lost.append(LostRun(queued_ms, at_ms, at_ms, "given up"))
         call.waiter = None
 
-    def look(self, now_ms: float, model: PoolModel, wall_ms: int) -> None:
+    def take_sample(self, now_ms: float, model: PoolModel, wall_ms: int) -> None:
         """Take a sample of the pool."""
         model.pool.now = max(model.pool.now, wall_ms)
         used, waiting, held_up = {}, Counter[str](), Counter[str]()
@@ -426,7 +426,7 @@ def waits_of(waits_ms: Iterable[float]) -> Waits:
 
 
 def _tiers(calls: Sequence[LoadCall]) -> list[TierUse]:
-    jobs = [call for call in calls if call.wanted.tiers]
+    jobs = [call for call in calls if call.initial.tiers]
     why = Counter(one.why for call in jobs for one in call.lost)
     found = []
     for tier in Tier:
@@ -479,27 +479,27 @@ def _shares(
     scarce = max(at_once, key=lambda one: one.held_up, default=None)
     if scarce is None or not scarce.held_up:
         return None, {}
-    theirs = [call for call in calls if scarce.limit in call.limits]
-    tenants = sorted({call.arrival.tenant for call in theirs})
+    limited = [call for call in calls if scarce.limit in call.limits]
+    tenants = sorted({call.arrival.tenant for call in limited})
     if not 2 <= len(tenants) <= _MOST_TENANTS:
         return None, {}
     weights = {tenant: policy.weights.get(tenant, 1) for tenant in tenants}
-    seen = shares(_events(theirs), weights)
-    if seen.together_s < _TOGETHER_S:
+    received = shares(_events(limited), weights)
+    if received.together_s < _TOGETHER_S:
         return None, {}
     whole = sum(weights.values())
-    return scarce.limit, {one: (seen.shares[one], weights[one] / whole) for one in tenants}
+    return scarce.limit, {one: (received.shares[one], weights[one] / whole) for one in tenants}
 
 
 def _events(calls: Sequence[LoadCall]) -> list[Event]:
     """Return the events as an upstream would log them if it also saw waiters."""
     found, numbers = [], count()
     for call in calls:
-        asked_ms = call.lost[-1].ended_ms if call.lost else call.asked_ms
+        queued_ms = call.lost[-1].ended_ms if call.lost else call.asked_ms
         lost = (one[:3] for one in call.lost)
-        for asked, began, over in (*lost, (asked_ms, call.began_ms, call.ended_ms)):
+        for queued, began, over in (*lost, (queued_ms, call.began_ms, call.ended_ms)):
             number, ended = next(numbers), "leave" if began is None else "end"
-            moments = ((asked, "ask"), (began, "begin"), (over, ended))
+            moments = ((queued, "ask"), (began, "begin"), (over, ended))
             for at_ms, what in moments:
                 if at_ms is not None:
                     tenant, kind = call.arrival.tenant, cast(What, what)
@@ -581,55 +581,55 @@ def tables_of(found: Sequence[Findings]) -> list[Table]:
 
 def sentence_of(found: Findings) -> str:
     """Return a summary in one sentence."""
-    said = [title_of(found)]
+    parts = [title_of(found)]
     if found.refused:
         refused = sum(found.refused.values())
         why = ", ".join(f"{many:,} {reason}" for reason, many in found.refused.items())
-        said.append(f"{refused:,} refused ({why})")
+        parts.append(f"{refused:,} refused ({why})")
     if found.queued:
-        said.append(f"{found.queued:,} queued (would have been 429s)")
+        parts.append(f"{found.queued:,} queued (would have been 429s)")
     else:
-        said.append("none queued")
+        parts.append("none queued")
     binding = found.binding
     if binding:
-        said.append(f"bottleneck{'s' if len(binding) > 1 else ''}: {', '.join(binding)}")
+        parts.append(f"bottleneck{'s' if len(binding) > 1 else ''}: {', '.join(binding)}")
     else:
-        said.append("no limit is a bottleneck")
-    said += [_became(one) for one in found.budgets if one.refused or one.fell_back]
+        parts.append("no limit is a bottleneck")
+    parts += [_became(one) for one in found.budgets if one.refused or one.fell_back]
     if found.gave_way:
         lost = milliseconds(found.lost_ms)
-        said.append(f"calls gave way {_times(found.gave_way)} ({lost} of work lost)")
+        parts.append(f"calls gave way {_times(found.gave_way)} ({lost} of work lost)")
     if found.tiers:
-        said.append(f"jobs: {_by_tier(found)}")
+        parts.append(f"jobs: {_by_tier(found)}")
     late_ms = found.end_ms - found.span_ms
     if late_ms > 0.2 * found.span_ms and found.queued:
-        said.append(f"the queue is empty {format_span(late_ms)} after the last arrival")
-    return "; ".join(said) + "."
+        parts.append(f"the queue is empty {format_span(late_ms)} after the last arrival")
+    return "; ".join(parts) + "."
 
 
 def difference_of(now: Findings, changed: Findings) -> str:
     """Return in one or two sentences what a change would have done."""
     calls = f"{changed.queued:,} of {changed.calls:,} calls would have waited"
-    said = [
+    parts = [
         f"With {changed.name}, {calls}{_before(changed.queued, now.queued, '{:,}'.format)}",
         f"the 99th percentile of the wait would be {milliseconds(changed.waits.p99_ms)}"
         f"{_before(changed.waits.p99_ms, now.waits.p99_ms, milliseconds)}",
     ]
     refused, before = (sum(one.refused.values()) for one in (changed, now))
     if refused or before:
-        told = _before(refused, before, "{:,}".format)
-        said.append(f"{refused:,} would have been refused{told}")
+        compared = _before(refused, before, "{:,}".format)
+        parts.append(f"{refused:,} would have been refused{compared}")
     binding, bound = (", ".join(one.binding) or "none" for one in (changed, now))
-    said.append(f"the bottleneck would be {binding}{_before(binding, bound, str)}")
+    parts.append(f"the bottleneck would be {binding}{_before(binding, bound, str)}")
     if changed.gave_way or now.gave_way:
-        told = _before(changed.gave_way, now.gave_way, _times)
-        said.append(f"calls would have given way {_times(changed.gave_way)}{told}")
+        compared = _before(changed.gave_way, now.gave_way, _times)
+        parts.append(f"calls would have given way {_times(changed.gave_way)}{compared}")
     if changed.tiers or now.tiers:
         jobs, before_jobs = _by_tier(changed), _by_tier(now)
-        said.append(f"jobs would have been {jobs}{_before(jobs, before_jobs, str)}")
+        parts.append(f"jobs would have been {jobs}{_before(jobs, before_jobs, str)}")
     if (worse := _worse_off(now, changed)) is not None:
-        said.append(worse)
-    return "; ".join(said) + "."
+        parts.append(worse)
+    return "; ".join(parts) + "."
 
 
 def _by_tier(found: Findings) -> str:
@@ -643,8 +643,10 @@ def _times(number: int) -> str:
     return {0: "never", 1: "once"}.get(number, f"{number:,} times")
 
 
-def _before(value: T, before: T, told: Callable[[T], str]) -> str:
-    return ", as it is now" if told(value) == told(before) else f" instead of {told(before)}"
+def _before(value: T, before: T, as_text: Callable[[T], str]) -> str:
+    return (
+        ", as it is now" if as_text(value) == as_text(before) else f" instead of {as_text(before)}"
+    )
 
 
 def _worse_off(now: Findings, changed: Findings) -> str | None:
@@ -730,7 +732,7 @@ def _budget_row(one: BudgetOutcome) -> tuple[str, ...]:
     return (
         one.budget,
         one.words,
-        *(shown_amount(unit, amount) for amount in (one.spent, one.fullest, one.amount)),
+        *(amount_text(unit, amount) for amount in (one.spent, one.fullest, one.amount)),
         f"{one.refused:,}" if one.refused else "",
         f"{one.fell_back:,}" if one.fell_back else "",
         "" if one.first_ms is None else format_span(one.first_ms),
@@ -789,8 +791,12 @@ def _spreads(found: Findings) -> Table:
     return Table(f"Over {found.plays} plays, each call moved a little", columns, rows)
 
 
-def _spread(one: PlayRange | None, told: Callable[[float], str]) -> tuple[str, str, str]:
-    return ("-",) * 3 if one is None else (told(one.mean), told(one.lowest), told(one.highest))
+def _spread(one: PlayRange | None, as_text: Callable[[float], str]) -> tuple[str, str, str]:
+    return (
+        ("-",) * 3
+        if one is None
+        else (as_text(one.mean), as_text(one.lowest), as_text(one.highest))
+    )
 
 
 def _side_by_side(found: Sequence[Findings]) -> Table:

@@ -81,7 +81,7 @@ _AGAIN_MS = 100.0
 _NOTHING = CallUse(Tokens(), 0, 0, 0)
 
 
-class _Told(asyncio.Future[Holding]):
+class _WaitFuture(asyncio.Future[Holding]):
     """The future of a wait; it reports its outcome immediately, since no task awaits it."""
 
     def __init__(self, process: Process, call: LoadCall) -> None:
@@ -219,17 +219,17 @@ class Process:
 
     def _place(self, call: LoadCall, demand: CallDemand) -> None:
         """Queue a call; a job first chooses its tier."""
-        wanted, stage = call.wanted, self.stage
-        if not wanted.tiers:
+        arrival, stage = call.initial, self.stage
+        if not arrival.tiers:
             self._wait(call, demand)
             return
         limits = map(stage.policy.binding, demand.limits)
-        call.tier, revisit_ms = stage.tiers.choose(wanted, limits, call.due_ms)
+        call.tier, revisit_ms = stage.tiers.choose(arrival, limits, call.due_ms)
         if call.tier is Tier.BATCH:
             self._put_in_batch(call)
             return
         if call.tier is Tier.FLEX:
-            if wait_ms := stage.tiers.put_off_ms(wanted.model):
+            if wait_ms := stage.tiers.put_off_ms(arrival.model):
                 stage.after(wait_ms, lambda: self._place(call, demand))
                 return
             if revisit_ms is not None:
@@ -237,12 +237,12 @@ class Process:
                 leaves = stage.after(in_ms, lambda: self._leave_flex(call, demand))
                 self._revisits[call] = leaves
         self._waiting_jobs.add(call)
-        stage.tiers.wait(wanted.kind, 1)
+        stage.tiers.wait(arrival.kind, 1)
         self._wait(call, demand)
 
     def _put_in_batch(self, call: LoadCall) -> None:
         """Move a job to a provider's batch, where none of the configured limits applies."""
-        stage, kind = self.stage, call.wanted.kind
+        stage, kind = self.stage, call.initial.kind
         if not self._spend(call):
             return
         call.limits = ()
@@ -270,9 +270,9 @@ class Process:
     def _no_longer_waits(self, call: LoadCall) -> None:
         if call in self._waiting_jobs:
             self._waiting_jobs.remove(call)
-            self.stage.tiers.wait(call.wanted.kind, -1)
+            self.stage.tiers.wait(call.initial.kind, -1)
 
-    def _keeps_tier(self, call: LoadCall) -> None:
+    def _cancel_revisit(self, call: LoadCall) -> None:
         """Cancel the timer by which a job leaves its tier: it has ended or chooses again."""
         if (leaves := self._revisits.pop(call, None)) is not None:
             leaves.cancel()
@@ -282,10 +282,10 @@ class Process:
         if not demand.limits:
             self._begin(call, None, demand)
             return
-        wanted = Demand(demand.limits, demand.tenant, demand.priority)
+        limiter_demand = Demand(demand.limits, demand.tenant, demand.priority)
         to_admit = demand.to_admit(None, MAX_LEASE_MS)
         try:
-            flow = self._issuer.flow_of(wanted)
+            flow = self._issuer.flow_of(limiter_demand)
             call.amounts = flow.amounts(to_admit)
         except DemandImpossible as error:
             self.refused(call, error)
@@ -299,7 +299,7 @@ class Process:
             now_ms=self.stage.now_ms,
             deadline_ms=float("inf") if call.due_ms is None else call.due_ms,
             due=call.due_ms is not None,
-            by_estimate=not call.wanted.tiers,
+            by_estimate=not call.initial.tiers,
         )
         self._asking = None
         if not waiter.future.done():
@@ -317,7 +317,7 @@ class Process:
     def refused(self, call: LoadCall, error: AdmissionError) -> None:
         """End a call that was refused."""
         self._no_longer_waits(call)
-        self._keeps_tier(call)
+        self._cancel_revisit(call)
         at = None if call.waiter is None else self._held_up_by(call.waiter.flow)
         self.stage.tally.refused(call, self.stage.now_ms, error.code, at or error.limit)
         self.stage.over(call)
@@ -345,11 +345,11 @@ class Process:
     def _begin(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
         stage = self.stage
         self._no_longer_waits(call)
-        if call.tier is Tier.FLEX and stage.tiers.lacks_capacity(call.wanted.model):
+        if call.tier is Tier.FLEX and stage.tiers.lacks_capacity(call.initial.model):
             self._find_flex_busy(call, holding, demand)
             return
         if not self._spend(call):
-            self._keeps_tier(call)
+            self._cancel_revisit(call)
             if holding is not None:
                 self._cut(holding, _NOTHING)
             return
@@ -359,7 +359,7 @@ class Process:
             took_ms += stage.setting.hold_ms
         ends = stage.after(took_ms, lambda: self._end(call, holding, demand))
         run = self._runs[call] = OpenCall(call, holding, ends)
-        if self._watch is not None and holding is not None and call.wanted.gives_way:
+        if self._watch is not None and holding is not None and call.initial.gives_way:
             self._watch.enter(run)
 
     def _spend(self, call: LoadCall) -> bool:
@@ -368,32 +368,32 @@ class Process:
         """
         budgets, tiers = self.stage.budgets, self.stage.tiers
         if call.made is None:
-            wanted = tiers.as_made(call.wanted, call.tier)
-            decided = self.stage.decide(wanted, spends=True)
+            arrival = tiers.as_made(call.initial, call.tier)
+            decided = self.stage.decide(arrival, spends=True)
             if isinstance(decided, BudgetRefusal):
                 self.stage.refuse(call, decided)
                 return False
             # Its permits stay those of the model that it requested on arrival.
-            call.made = budgets.as_made(call.wanted, decided)
+            call.made = budgets.as_made(call.initial, decided)
         call.arrival = tiers.as_made(call.made, call.tier)
         return True
 
     def _find_flex_busy(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
         """Let a job choose again after a pause: flex refused it for lack of capacity."""
         stage = self.stage
-        self._keeps_tier(call)
+        self._cancel_revisit(call)
         stage.tally.began(call, stage.now_ms)
         stage.tally.lost(call, stage.now_ms, _NOTHING, "busy")
         if holding is not None:
             self._cut(holding, _NOTHING)
-        wait_ms = stage.tiers.put_off_ms(call.wanted.model)
+        wait_ms = stage.tiers.put_off_ms(call.initial.model)
         stage.after(wait_ms, lambda: self._place(call, demand))
 
     def give_way(self, run: OpenCall) -> None:
         """Cancel a call and queue it again."""
         call, demand = run.call, run.call.demand
         assert demand is not None
-        self._keeps_tier(call)
+        self._cancel_revisit(call)
         self._lose(run, "gave way")
         self.stage.after(_AGAIN_MS, lambda: self._place(call, demand))
 
@@ -426,7 +426,7 @@ class Process:
     def _end(self, call: LoadCall, holding: Holding | None, demand: CallDemand) -> None:
         arrival, tiers = call.arrival, self.stage.tiers
         self._close(call)
-        self._keeps_tier(call)
+        self._cancel_revisit(call)
         self.stage.tally.ended(call, self.stage.now_ms)
         if holding is not None:
             flow = holding.flow
@@ -458,12 +458,12 @@ class Process:
 
     def _new_future(self) -> asyncio.Future[Holding]:
         assert self._asking is not None
-        return _Told(self, self._asking)
+        return _WaitFuture(self, self._asking)
 
     def _kick(self) -> None:
         if self._waking:
             return
-        if self.session.something_urgent():
+        if self.session.is_request_urgent():
             self._wake_up()
             return
         delay_s = LINGER_IDLE_S if self.queue.idle else LINGER_S
@@ -484,12 +484,12 @@ class Process:
         self._waking = True
         if not self._busy:
             self._busy = True
-            self.stage.after(0.0, self._speak)
+            self.stage.after(0.0, self._exchange)
 
-    def _speak(self) -> None:
+    def _exchange(self) -> None:
         self._waking = False
         session = self.session
-        if not session.something_to_say():
+        if not session.is_request_due():
             self._busy = False
             return
         if self._linger is not None:
@@ -628,12 +628,12 @@ class Playback:
         wall_ms = START_MS + int(self.now_ms)
         return snapshot_of(self.model, wall_ms, len(self.policy.bands) - 1)
 
-    def claim(self, name: str, keep_ms: float) -> bool:
-        """Return whether no process has claimed this name within the last `keep_ms`."""
+    def claim(self, name: str, lasts_ms: float) -> bool:
+        """Return whether no process has claimed this name within the last `lasts_ms`."""
         is_first = self._claims.get(name, 0.0) <= self.now_ms
         if is_first:
             self._claims = {one: at for one, at in self._claims.items() if at > self.now_ms}
-            self._claims[name] = self.now_ms + keep_ms
+            self._claims[name] = self.now_ms + lasts_ms
         return is_first
 
     def exchange(
@@ -646,8 +646,8 @@ class Playback:
             wall_ms = START_MS + int(self.now_ms)
             reply = (self.model.tend if tend else self.model.sync)(request, wall_ms)
             for sid, push in self.model.pool.pushed:
-                heard = self._processes[sid].session.take_push
-                self.after(half_ms, lambda heard=heard, push=push: heard(push))  # type: ignore[misc]
+                receive = self._processes[sid].session.take_push
+                self.after(half_ms, lambda receive=receive, push=push: receive(push))  # type: ignore[misc]
             self.model.pool.pushed.clear()
             self.after(half_ms, lambda: answered(reply))
 
@@ -689,7 +689,7 @@ class Playback:
 
     def _arrive(self, arrivals: Sequence[Arrival]) -> None:
         """Schedule one arrival after another, so that the heap contains only one."""
-        in_turn = cycle(self._processes.values())
+        processes = cycle(self._processes.values())
         coming, began_ms = iter(arrivals), self.now_ms
 
         def next_one() -> None:
@@ -698,7 +698,7 @@ class Playback:
                 return
 
             def ask() -> None:
-                next(in_turn).ask(arrival)
+                next(processes).ask(arrival)
                 next_one()
 
             self.after(max(0.0, began_ms + arrival.time_ms - self.now_ms), ask)
@@ -708,13 +708,13 @@ class Playback:
     def _sample(self) -> None:
         every_ms = max(1.0, self.tally.span_ms / _SAMPLES)
 
-        def look() -> None:
-            self.tally.look(self.now_ms, self.model, START_MS + int(self.now_ms))
+        def take_sample() -> None:
+            self.tally.take_sample(self.now_ms, self.model, START_MS + int(self.now_ms))
             # After the load only the last calls end, which may take days under a quota.
             if len(self.tally.samples) < _MOST_SAMPLES:
-                self.after(every_ms, look)
+                self.after(every_ms, take_sample)
 
-        look()
+        take_sample()
 
 
 # How far a network and a busy machine move a call between two runs.

@@ -153,16 +153,16 @@ def conversation_key(model: str, tenant: str, conversation: str | None) -> bytes
 
 
 def lineage_in(
-    body: Mapping[str, Any], told: Lineage, before: ResourceOwner | None = None
+    body: Mapping[str, Any], sent: Lineage, before: ResourceOwner | None = None
 ) -> Lineage:
-    """Return the lineage of a call from its body and its headers (`told`). before: the owner of the
+    """Return the lineage of a call from its body and its headers (`sent`). before: the owner of the
     answer that the call continues."""
     digest = _digest_of(opening) if (opening := opening_of(body)) else None
-    name = told.conversation or _name_in(body) or (before and before.conversation)
+    name = sent.conversation or _name_in(body) or (before and before.conversation)
     if not name and digest is not None:
         name = f"opening-{digest}"
     parent_id = None if before is None else before.request_id
-    return Lineage(name or None, digest, parent_id, told.trace_id, told.parent_span)
+    return Lineage(name or None, digest, parent_id, sent.trace_id, sent.parent_span)
 
 
 # Digests of long openings, which agents repeat in each call: by length and hash. A client cannot
@@ -193,8 +193,8 @@ def _name_in(body: Mapping[str, Any]) -> str | None:
     its prompt cache."""
     if _NAMING.isdisjoint(body):
         return None
-    kept = body.get("conversation")
-    named = kept.get("id") if isinstance(kept, Mapping) else kept
+    conversation = body.get("conversation")
+    named = conversation.get("id") if isinstance(conversation, Mapping) else conversation
     for one in (named, body.get("prompt_cache_key")):
         if isinstance(one, str) and one and one.isprintable():
             return one[:_LONGEST_NAME]

@@ -38,7 +38,7 @@ from tidegate.dialects.prompts import (
     picture_type_of,
     prompt_call,
 )
-from tidegate.dialects.requests import Skimmed, cache_write_of, check_said_once, skimmed
+from tidegate.dialects.requests import Skimmed, cache_write_of, check_named_once, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Operation, RequestFacts
 from tidegate.errors import EmptyAnswer, InvalidRequest, NotFound, PromptBlocked, UpstreamGarbled
 from tidegate.prices.rates import Rates
@@ -113,19 +113,19 @@ class BatchedCalls:
 
     def of_native(self, call: NativeCall, target: Target, record: CallRecord) -> BatchableCall:
         """Return a native call as a line. Raises InvalidRequest and PayloadTooLarge."""
-        read, asked = _read(call)
+        read, facts = _read(call)
         spec = DIALECTS[call.endpoint.dialect]
-        check_said_once(read.raw, read.body)
+        check_named_once(read.raw, read.body)
         if references := spec.references(read.body, read.raw):
-            said = f"{references[0].field} names what only a call of its own may reach"
-            raise InvalidRequest(references[0].field, said)
-        body = body_for(call.body, call.endpoint, read.body, target, ask_usage=False) or b"{}"
+            message = f"{references[0].field} names what only a call of its own may reach"
+            raise InvalidRequest(references[0].field, message)
+        body = body_for(call.body, call.endpoint, read.body, target, request_usage=False) or b"{}"
         if b"\n" in body:  # a line of a file must not contain a line end
             body = orjson.dumps(orjson.loads(body))
         cost = None
         if self._spine.budgets.any:
             exchange = NativeExchange(
-                self._relay.wire, self._spine.timeouts, call, read.body, asked, NothingOut(), record
+                self._relay.wire, self._spine.timeouts, call, read.body, facts, NothingOut(), record
             )
             lane = self._spine.lane(target)
             cost = exchange.cost(target, lane, exchange.demand(target, lane), tier=_TIER)
@@ -171,11 +171,11 @@ class BatchedCalls:
         spec = DIALECTS[endpoint.dialect]
         facts = spec.answer_facts(answer)
         record.http_status = 200
-        said = record.answer
-        said.usage, said.finish_reason = _in_batch(facts.usage), facts.finish_reason
-        said.response_id, said.model_version = facts.response_id, facts.model_version
+        result = record.answer
+        result.usage, result.finish_reason = _in_batch(facts.usage), facts.finish_reason
+        result.response_id, result.model_version = facts.response_id, facts.model_version
         images = spec.image_count(answer) or None
-        record.charge = self._charge(target, said.usage, said.model_version, images)
+        record.charge = self._charge(target, result.usage, result.model_version, images)
         if len(answer) > KEPT_BYTES:
             raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
         if kind is None:
@@ -183,7 +183,7 @@ class BatchedCalls:
         elif endpoint.dialect is Dialect.GEMINI:
             _read_prompt(record, answer, kind)
         else:
-            reading = PromptAnswer(endpoint.dialect, kind, said, streams=False)
+            reading = PromptAnswer(endpoint.dialect, kind, result, streams=False)
             reading.take(answer)
             reading.finish()
 
@@ -196,18 +196,18 @@ class BatchedCalls:
         self, record: CallRecord, call: NativeCall, target: Target, answer: bytes
     ) -> None:
         """Charge such an answer, with an estimate of the missing usage as outside of a batch."""
-        _, asked = _read(call)
-        spec, said = DIALECTS[call.endpoint.dialect], record.answer
+        _, facts = _read(call)
+        spec, result = DIALECTS[call.endpoint.dialect], record.answer
         estimate = self._spine.lane(target).demands.estimator.of_pieces(
             target.model,
-            asked.kind.value,
-            asked.pieces,
-            max_output_tokens=asked.max_output_tokens,
+            facts.kind.value,
+            facts.pieces,
+            max_output_tokens=facts.max_output_tokens,
             tenant=record.tenant_id,
         )
-        came = visible_output(spec, answer, len(answer)).tokens
-        rates = self._rates(target, target.model) or self._rates(target, said.model_version or "")
-        record.charge = cut_charge(rates, said.usage, estimate, came, None, whole=True)
+        visible = visible_output(spec, answer, len(answer)).tokens
+        rates = self._rates(target, target.model) or self._rates(target, result.model_version or "")
+        record.charge = cut_charge(rates, result.usage, estimate, visible, None, whole=True)
 
     def _charge(
         self, target: Target, usage: Usage, version: str | None, images: int | None
@@ -221,9 +221,9 @@ class BatchedCalls:
 def _read(call: NativeCall) -> tuple[Skimmed, RequestFacts]:
     read = skimmed(call.body)
     facts_of = DIALECTS[call.endpoint.dialect].request_facts
-    asked = facts_of(call.endpoint, read.body, read.whole)
-    asked.cache_write = cache_write_of(read.raw, read.body)
-    return read, asked
+    facts = facts_of(call.endpoint, read.body, read.whole)
+    facts.cache_write = cache_write_of(read.raw, read.body)
+    return read, facts
 
 
 def _in_batch(usage: Usage) -> Usage:
@@ -267,8 +267,8 @@ def _read_prompt(record: CallRecord, raw: bytes, kind: Kind) -> None:
     if isinstance(reason, str):
         reason = reason[:_MOST_WORD]
         raise PromptBlocked(f"the provider refused the prompt ({reason})", reason=reason)
-    said = _why(record) or "no reason"
-    raise EmptyAnswer(f"the provider's answer has no content ({said})", finish_reason=_why(record))
+    why = _why(record) or "no reason"
+    raise EmptyAnswer(f"the provider's answer has no content ({why})", finish_reason=_why(record))
 
 
 def _why(record: CallRecord) -> str | None:

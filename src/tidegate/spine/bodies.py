@@ -73,7 +73,7 @@ def identity_of(raw: bytes) -> int:
 
 
 def body_for(
-    raw: bytes, endpoint: Endpoint, body: dict[str, Any], target: Target, *, ask_usage: bool
+    raw: bytes, endpoint: Endpoint, body: dict[str, Any], target: Target, *, request_usage: bool
 ) -> bytes | None:
     """Return the client's bytes, which were parsed to `body`, with the upstream's name for the
     model and a request for a stream's usage. None for a request without a body. Raises
@@ -81,14 +81,14 @@ def body_for(
     if not raw:
         return None
     try:
-        return _changed(raw, endpoint, body, target, ask_usage)
+        return _changed(raw, endpoint, body, target, request_usage)
     except orjson.JSONEncodeError:  # the parser accepts deeper nesting than the writer
         allowed = "at most 250 levels"
         raise InvalidRequest("body", "the body is nested too deeply", allowed=allowed) from None
 
 
 def _changed(
-    raw: bytes, endpoint: Endpoint, body: dict[str, Any], target: Target, ask_usage: bool
+    raw: bytes, endpoint: Endpoint, body: dict[str, Any], target: Target, request_usage: bool
 ) -> bytes:
     named = endpoint.model
     if named is not None and endpoint.model_in_path:
@@ -109,7 +109,7 @@ def _changed(
         with_model = _with_model if "model" in body else _naming_model
         body = {**body, "model": target.model}
         raw = with_model(raw, target.model) or _rewritten(raw, "model", target.model)
-    return asking_for_usage(raw, body) if ask_usage else raw
+    return asking_for_usage(raw, body) if request_usage else raw
 
 
 def _with_model(raw: bytes, model: str) -> bytes | None:

@@ -52,8 +52,8 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
     if endpoint.streams:
         raise InvalidRequest(field, "jobs and batches do not support streaming", allowed=_ALLOWED)
     if endpoint.operation in GOING_ON:
-        said = "jobs and batches do not support background work"
-        raise InvalidRequest(field, said, allowed=_ALLOWED)
+        message = "jobs and batches do not support background work"
+        raise InvalidRequest(field, message, allowed=_ALLOWED)
     if endpoint.operation is Operation.SPEAK:  # results are kept as text
         raise InvalidRequest(
             field, "jobs and batches do not support audio output", allowed=_ALLOWED
@@ -73,12 +73,12 @@ def wrapped_facts(endpoint: Endpoint, body: Mapping[str, Any]) -> RequestFacts:
         raise InvalidRequest(
             "body.stream", "jobs and batches do not support streaming", allowed="false"
         )
-    asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body)
-    if asked.goes_on:
+    facts = DIALECTS[endpoint.dialect].request_facts(endpoint, body)
+    if facts.runs_in_background:
         refuse_to_go_on(body)
-    if not asked.model.isprintable():  # PostgreSQL stores neither NUL nor a lone surrogate
+    if not facts.model.isprintable():  # PostgreSQL stores neither NUL nor a lone surrogate
         raise InvalidRequest("body.model", "invalid model name", allowed="a name")
-    return asked
+    return facts
 
 
 def detached_call(
@@ -128,14 +128,14 @@ def next_line(stand: BatchStand) -> Whereabouts | None:
         return None
     if stand.paused_by is not None or stand.lacks_tenant:
         return None
-    asked = wrapped_facts(endpoint_named(stand.endpoint), orjson.loads(stand.body))
+    facts = wrapped_facts(endpoint_named(stand.endpoint), orjson.loads(stand.body))
     return Whereabouts(
         request_id=stand.batch_id,
         tenant_id=stand.tenant_id,
         pool=DEFAULT_POOL,
         status=Status.QUEUED,
-        kind=str(asked.kind),
-        model=asked.model or None,
+        kind=str(facts.kind),
+        model=facts.model or None,
         claimed_by=stand.claimed_by,
         attempts=stand.attempts,
         created_at=stand.created_at,
@@ -165,8 +165,8 @@ async def check_bounded(relay: Relay, call: NativeCall) -> None:
     """Raises BudgetUnbounded if making the call could only do so; NotFound if no upstream serves
     it, InvalidRequest for a body that is invalid in its dialect."""
     spine, endpoint = relay.spine, call.endpoint
-    body, asked = await aside(len(call.body), partial(unchecked_facts, endpoint, call.body))
+    body, facts = await aside(len(call.body), partial(unchecked_facts, endpoint, call.body))
     record = CallRecord("job", call.terms.caller.tenant_id, call.received_at)
-    exchange = NativeExchange(relay.wire, spine.timeouts, call, body, asked, NothingOut(), record)
-    targets = spine.targets.of(endpoint.dialect, asked.model)
+    exchange = NativeExchange(relay.wire, spine.timeouts, call, body, facts, NothingOut(), record)
+    targets = spine.targets.of(endpoint.dialect, facts.model)
     spine.check_bounded(exchange, targets)

@@ -92,7 +92,7 @@ _MOST_BOUND = MAX_BOUND // 6
 # Providers whose limits are fixed windows; those of others are token buckets.
 _BEGIN_AGAIN = ("azure",)
 # Providers whose refusals state when the window ends; those of others state when a call fits.
-_TELL_RESETS = ("gemini",)
+_STATE_RESETS = ("gemini",)
 
 log = get_logger()
 
@@ -102,7 +102,7 @@ _COST = b"x-ratelimit-tokens-query-cost"  # Mistral's: the sum of the answer's u
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 _Name = TypeVar("_Name")
-_Kept = TypeVar("_Kept")
+_Stored = TypeVar("_Stored")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class Announced:
         """Whether the upstream has lately answered for the model, so that the name is real."""
         return model in self._served
 
-    def hear(self, model: str, answer: AnswerHead) -> None:
+    def take(self, model: str, answer: AnswerHead) -> None:
         """Keep the headers of an answer, as `note` does. The headers must not be changed
         afterwards."""
         self.note(model, answer.headers, answer.status, perf_counter() - answer.sent_s)
@@ -174,29 +174,29 @@ class Announced:
         """Keep the headers of an answer to a call that was sent `took_s` before, unless newer ones
         are known. Headers of a 429 stand for `REFUSED_S`. If there are too many models, those that
         were only refused are dropped first."""
-        heads, heard_at = self._heads, self._clock()
-        at = heard_at - took_s
+        heads, received_at = self._heads, self._clock()
+        at = received_at - took_s
         if model not in heads and len(heads) >= MOST_MODELS:
-            gone = next((one for one in heads if one not in self._served), None)
-            if gone is None:
+            evicted = next((one for one in heads if one not in self._served), None)
+            if evicted is None:
                 if status >= 300:
                     return
-                gone = next(iter(heads))
-                self._served.discard(gone)
-            del heads[gone]
-            self._refused.pop(gone, None)
+                evicted = next(iter(heads))
+                self._served.discard(evicted)
+            del heads[evicted]
+            self._refused.pop(evicted, None)
         if status < 300:
             self._served.add(model)
         if status == 429:
             self._refused[model] = at + REFUSED_S
-            if not _tells_limits(headers) and model in heads:
+            if not _has_limits(headers) and model in heads:
                 return
         # A refusal after a clock that was set back lies in the future, and does not stand.
-        elif at < self._refused.get(model, 0.0) <= heard_at + REFUSED_S:
+        elif at < self._refused.get(model, 0.0) <= received_at + REFUSED_S:
             return
         known = heads.get(model)
-        if known is None or at >= known.at or heard_at < known.heard_at:
-            heads[model] = _Head(headers, at, heard_at)
+        if known is None or at >= known.at or received_at < known.heard_at:
+            heads[model] = _Head(headers, at, received_at)
 
     def refuse(
         self,
@@ -211,10 +211,10 @@ class Announced:
         now = self._clock()
         if limit:
             reset_s = reset_ms / 1000 if reset_ms and stated else None
-            _keep_last(self._limits_refused, limit, RefusedLimit(limit, now, reset_s))
+            _store_last(self._limits_refused, limit, RefusedLimit(limit, now, reset_s))
         for one in sorted(stated, key=lambda each: -each.bound):  # it exceeded each bound of a unit
-            said = Announcement(model, now, (RateStatus(*one),), now)
-            _keep_last(self._stated, (model, one.unit, one.window), said)
+            announcement = Announcement(model, now, (RateStatus(*one),), now)
+            _store_last(self._stated, (model, one.unit, one.window), announcement)
 
     def refusals(self) -> tuple[RefusedLimit, ...]:
         """Return the last refusal of each limit."""
@@ -240,7 +240,7 @@ class Announced:
         return head, Announcement(model, of.at, limits, of.heard_at) if limits else None
 
 
-def _keep_last(known: dict[_Name, _Kept], name: _Name, value: _Kept) -> None:
+def _store_last(known: dict[_Name, _Stored], name: _Name, value: _Stored) -> None:
     """Store a value as the newest of at most `MOST_MODELS`."""
     known.pop(name, None)
     if len(known) >= MOST_MODELS:
@@ -252,7 +252,7 @@ def _limits_in(head: _Head) -> tuple[RateStatus, ...]:
     """Return the limits in the headers, for each unit and window the one with the least
     remaining."""
     named = [(name.lower(), value) for name, value in head.headers]
-    said = {
+    limit_headers = {
         name.decode("latin-1"): value.decode("latin-1")
         for name, value in [pair for pair in named if b"ratelimit" in pair[0]][:_MOST_HEADERS]
     }
@@ -260,14 +260,14 @@ def _limits_in(head: _Head) -> tuple[RateStatus, ...]:
     date = next((value.decode("latin-1") for name, value in named if name == b"date"), "")
     answered = answered_at(date, datetime.fromtimestamp(head.heard_at, UTC))
     counted = answered - timedelta(seconds=head.heard_at - head.at)
-    for one in rate_statuses(said, counted) if said else ():
+    for one in rate_statuses(limit_headers, counted) if limit_headers else ():
         other = found.get((one.unit, one.window))
         if other is None or _left(one) < _left(other):
             found[one.unit, one.window] = one
     return tuple(found.values())
 
 
-def _tells_limits(headers: RawHeaders) -> bool:
+def _has_limits(headers: RawHeaders) -> bool:
     return any(b"ratelimit" in name.lower() for name, _ in headers)
 
 
@@ -366,11 +366,11 @@ class ResetEvidence:
             is_within = reset.at < ends - _LATE_S
             # A bucket that is used as fast as it refills resets later by the time that passes; if
             # nothing remains, the actual usage is unknown.
-            is_apart = reset.at - first.at > 2 * _LATE_S
-            tells = is_apart and 0 not in (first.remaining, reset.remaining)
+            is_separate = reset.at - first.at > 2 * _LATE_S
+            is_conclusive = is_separate and 0 not in (first.remaining, reset.remaining)
             if fits and is_within and min(moved_s, later_s) > _LATE_S:
                 vote = 1
-            elif tells and not fits and abs(moved_s) <= _LATE_S:
+            elif is_conclusive and not fits and abs(moved_s) <= _LATE_S:
                 vote = -1
         self._votes = max(-_MOST_VOTES, min(self._votes + vote, _MOST_VOTES))
         if vote or reset.at >= ends - _LATE_S or first.bound != reset.bound or not first.used:
@@ -488,7 +488,7 @@ class LimitLearner:
         """`share`: writes the process's note into the pool, for a note with more than learned
         limits."""
         self._keeper = keeper
-        self._share = share or self._tell
+        self._share = share or self._send_note
         self._limiter = keeper.limiter
         self._announced = announced
         self._reader = HeaderReader(keeper.provider)
@@ -496,7 +496,7 @@ class LimitLearner:
         self._clock = clock
         self._others: tuple[OthersUse, ...] = ()  # usage of others, while this process leads
         self._shares = False
-        self._heard: tuple[Mapping[str, OthersUse], float] = ({}, 0.0)  # the leader's, and when
+        self._received: tuple[Mapping[str, OthersUse], float] = ({}, 0.0)  # the leader's, and when
         self._match: LimitMatch | None = None
         self._uses: dict[str, AccountUse] = {}
         self._days: dict[str, DayUse] = {}
@@ -511,10 +511,10 @@ class LimitLearner:
             await asyncio.sleep(next_beat_s(EVERY_S))
             try:
                 await self.look()
-            except (LimiterUnavailable, StoreUnavailable) as away:
-                log.debug(Log.STORE_AWAY, detail=away.message)
-            except ConfigError as wrong:
-                log.warning(Log.LIMITS_CONFLICT, reason=f"not learned: {wrong.message}")
+            except (LimiterUnavailable, StoreUnavailable) as error:
+                log.debug(Log.STORE_AWAY, detail=error.message)
+            except ConfigError as invalid:
+                log.warning(Log.LIMITS_CONFLICT, reason=f"not learned: {invalid.message}")
             except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR, component="learning")
 
@@ -538,27 +538,27 @@ class LimitLearner:
         if not self._shares and not shared:
             return
         await self._share(asdict(LearnedNote(tuple(own), self._others, refused)))
-        told = await limiter.told(MOST_READERS)
-        notes, own_sid = {sid: unpacked_note(raw) for sid, raw in told.items()}, limiter.session
+        packed = await limiter.told(MOST_READERS)
+        notes, own_sid = {sid: unpacked_note(raw) for sid, raw in packed.items()}, limiter.session
         others = [note.others for sid, note in notes.items() if sid != own_sid]
-        heard = {one.limit: one for each in others for one in each}
+        received = {one.limit: one for each in others for one in each}
         readers = [sid for sid, one in notes.items() if one.readings or one.refusals]
         leads = bool(readers) and min(readers) == own_sid
         if leads:
-            await self._lead(notes, match, {**self._heard_lately(), **heard})
-        self._heard = heard, self._clock()
+            await self._lead(notes, match, {**self._recently_received(), **received})
+        self._received = received, self._clock()
         if not leads:
             self._others = ()
             self._uses.clear()
             self._days.clear()
 
-    def _heard_lately(self) -> Mapping[str, OthersUse]:
+    def _recently_received(self) -> Mapping[str, OthersUse]:
         """Return the usage of others that the previous leader last shared. Its note ends with its
         session, before this process leads."""
-        others, at = self._heard
+        others, at = self._received
         return others if abs(self._clock() - at) * 1000 < KEEP_NOTE_MS else {}
 
-    async def _tell(self, note: dict[str, Any]) -> None:
+    async def _send_note(self, note: dict[str, Any]) -> None:
         await self._limiter.tell(orjson.dumps(note), KEEP_NOTE_MS)
 
     def _matched(self) -> LimitMatch:
@@ -613,7 +613,7 @@ class LimitLearner:
         if snapshot.recovering_ms:  # some processes have not reported their usage yet
             return
         found = []
-        untold = [name for name, use in self._uses.items() if not use.is_told]
+        untold = [name for name, use in self._uses.items() if not use.is_reported]
         for name in dict.fromkeys((*readings, *untold)):
             view, reading = snapshot.limits.get(name), readings.get(name)
             use = await self._make_room(name, reading, match, view, before)
@@ -693,16 +693,16 @@ class LimitLearner:
                 reading = readings.get(one.limit)
                 use = self._use_of(one.limit, match, before, reading)
                 if use is not None:
-                    tells = self._tells_reset(one, reading, match)
-                    use.refuse(one.at, one.reset_s if tells else None)
+                    states_reset = self._states_reset(one, reading, match)
+                    use.refuse(one.at, one.reset_s if states_reset else None)
 
-    def _tells_reset(
+    def _states_reset(
         self, refused: RefusedLimit, reading: HeaderReading | None, match: LimitMatch
     ) -> bool:
         """Whether a refusal stated the bound of the limit in force itself, so that its retry time
         is the end of that limit's window. A refusal of another unit or window is assigned to the
         nearest limit in force, and says nothing about what remains of it."""
-        if self._keeper.provider not in _TELL_RESETS or reading is None:
+        if self._keeper.provider not in _STATE_RESETS or reading is None:
             return False
         is_stated = reading.remaining is None and reading.at >= refused.at
         return is_stated and match.bound_for(reading, refused.limit) is not None
@@ -774,18 +774,18 @@ class LimitLearner:
         by_day = use.by_day(limit.bound)
         bound = min(bound, by_day)
         ramp_ms = None
-        if use.is_told and limit.shape == "bucket" and use.since is None:
+        if use.is_reported and limit.shape == "bucket" and use.since is None:
             amount = use.level_due(now, view.taken, view.used, limit.bound, bound)
         else:
-            amount = use.due(now, view.taken, limit.bound, bound, lately=view.lately)
+            amount = use.due(now, view.taken, limit.bound, bound, recent=view.lately)
             ramp_ms = use.ramp_ms(now, view.used, limit.bound, view.waiting)
         await self._charge(name, amount, use, limit.bound)
         if ramp_ms is not None:  # renewed every second, so that unused capacity does not add up
             await self._limiter.penalise(name, for_ms=1, ramp_ms=ramp_ms, by=_SET_BY)
-        kept = use.kept(now)
+        charged = use.kept(now)
         others = use.taken_by_others(now, min(limit.bound, bound))
         tier = None if by_day == limit.bound else by_day
-        return OthersUse(name, others, kept, tier) if others or kept or tier else None
+        return OthersUse(name, others, charged, tier) if others or charged or tier else None
 
     def _bound(
         self, name: str, limit: Rate, reading: HeaderReading | None, match: LimitMatch

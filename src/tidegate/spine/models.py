@@ -25,7 +25,7 @@ from tidegate.dialects.headers import to_send
 from tidegate.dialects.prompts import Files, dialect_for
 from tidegate.dialects.requests import (
     cache_write_of,
-    check_said_once,
+    check_named_once,
     check_spelling,
     skimmed,
 )
@@ -88,8 +88,8 @@ def targets_for(targets: Targets, bound: str | None, dialect: Dialect, model: st
         return targets.of(dialect, model)
     upstream = _bound_upstream(targets, bound)
     if dialect not in upstream.base_urls:
-        said = f"the upstream {bound!r} does not speak the {dialect} dialect"
-        raise InvalidRequest("upstream", said, allowed=_names(targets.speaking(dialect)))
+        message = f"the upstream {bound!r} does not speak the {dialect} dialect"
+        raise InvalidRequest("upstream", message, allowed=_names(targets.upstreams_of(dialect)))
     with suppress(NotFound):
         found = [one for one in targets.of(dialect, model) if one.upstream.name == bound]
         if found:
@@ -113,8 +113,8 @@ def targets_for_prompt(
     named = upstream.aliases.get(plain, plain)
     dialect, why = dialect_for(upstream.base_urls, named, kind, files)
     if dialect is None and why is not None:
-        said = f"the upstream {bound!r} {why.reason}"
-        raise InvalidRequest("upstream", said, allowed=why.allowed)
+        message = f"the upstream {bound!r} {why.reason}"
+        raise InvalidRequest("upstream", message, allowed=why.allowed)
     with suppress(InvalidRequest, NotFound):
         found = [one for one in targets.of_prompt(model, kind, files) if one.upstream is upstream]
         if found:
@@ -146,8 +146,8 @@ def _bound_target(targets: Targets, upstream: Upstream, model: str) -> Target:
     if upstream.fit(plain):
         return Target(upstream, upstream.aliases.get(plain, plain))
     serving = [one for one in targets.upstreams.values() if one.fit(plain)]
-    said = f"the upstream {upstream.name!r} does not serve the model {plain!r}"
-    raise InvalidRequest("upstream", said, allowed=_names(serving))
+    message = f"the upstream {upstream.name!r} does not serve the model {plain!r}"
+    raise InvalidRequest("upstream", message, allowed=_names(serving))
 
 
 def _names(upstreams: Iterable[Upstream]) -> str:
@@ -158,9 +158,9 @@ def check_model(caller: Caller, model: str, field: str = "model") -> None:
     """Raises Forbidden for a model that the caller's tenant may not use."""
     if not caller.may_ask(model):
         allowed = ", ".join(caller.models or ()) or "no model"
-        asked = f"the model {model[:200]}" if model else "without naming a model"
+        named = f"the model {model[:200]}" if model else "without naming a model"
         raise Forbidden(
-            f"tenant {caller.tenant_id} is not allowed to use {asked}; allowed: {allowed}",
+            f"tenant {caller.tenant_id} is not allowed to use {named}; allowed: {allowed}",
             field=field,
             allowed=allowed,
         )
@@ -190,9 +190,9 @@ def _check_batch(caller: Caller, body: Mapping[str, Any]) -> None:
     is not read here, and might name another tenant's files."""
     if caller.key_id is not None and requests_in(body) is None:
         field = "batch.inputConfig.fileName"
-        said = "requests in a file are not supported, since they may name another tenant's files"
+        message = "requests in a file are not supported, since they may name another tenant's files"
         allowed = "inputConfig.requests, or a batch of /v1/batches"
-        raise InvalidRequest(field, said, allowed=allowed)
+        raise InvalidRequest(field, message, allowed=allowed)
 
 
 def check_names(caller: Caller, raw: bytes) -> None:
@@ -205,8 +205,8 @@ def check_names(caller: Caller, raw: bytes) -> None:
         named = [name for name, _ in pairs if _names_models(name.casefold())]
         for name in named:
             if named.count(name) > 1:
-                said = f"{name} is named more than once in an object"
-                raise InvalidRequest(name, said, allowed=f"one {name}")
+                message = f"{name} is named more than once in an object"
+                raise InvalidRequest(name, message, allowed=f"one {name}")
 
     try:
         json.loads(raw, object_pairs_hook=check, parse_int=len, parse_float=len)
@@ -281,29 +281,29 @@ class ReadBody(NamedTuple):
     making: Making | None
 
 
-def read_body(caller: Caller, endpoint: Endpoint, given: bytes) -> ReadBody:
+def read_body(caller: Caller, endpoint: Endpoint, content: bytes) -> ReadBody:
     """Parse and check a body; 20 MB of text take a tenth of a second. Raises InvalidRequest,
     PayloadTooLarge and Forbidden."""
-    raw, body, whole = skimmed(given)
+    raw, body, whole = skimmed(content)
     spec = DIALECTS[endpoint.dialect]
-    asked = spec.request_facts(endpoint, body, whole)
-    asked.cache_write = cache_write_of(raw, body)
-    check_said_once(raw, body)
+    facts = spec.request_facts(endpoint, body, whole)
+    facts.cache_write = cache_write_of(raw, body)
+    check_named_once(raw, body)
     references, making = spec.references(body, raw), spec.made_by(endpoint.path, body)
     if caller.models is not None or endpoint.model is not None:
-        check_model(caller, asked.model)
+        check_model(caller, facts.model)
         check_body(caller, endpoint, body)
         check_names(caller, raw)
-    return ReadBody(body, asked, references, making)
+    return ReadBody(body, facts, references, making)
 
 
-def unchecked_facts(endpoint: Endpoint, given: bytes) -> tuple[dict[str, Any], RequestFacts]:
+def unchecked_facts(endpoint: Endpoint, content: bytes) -> tuple[dict[str, Any], RequestFacts]:
     """Return the fields and facts of a body that was checked before. Raises what `read_body`
     raises."""
-    raw, body, whole = skimmed(given)
-    asked = DIALECTS[endpoint.dialect].request_facts(endpoint, body, whole)
-    asked.cache_write = cache_write_of(raw, body)
-    return body, asked
+    raw, body, whole = skimmed(content)
+    facts = DIALECTS[endpoint.dialect].request_facts(endpoint, body, whole)
+    facts.cache_write = cache_write_of(raw, body)
+    return body, facts
 
 
 def model_of_other(caller: Caller, endpoint: Endpoint, raw: bytes) -> str:
@@ -316,7 +316,7 @@ def model_of_other(caller: Caller, endpoint: Endpoint, raw: bytes) -> str:
         body = skimmed(raw).body if raw else {}
     if body:
         check_spelling(body)
-        check_said_once(raw, body)
+        check_named_once(raw, body)
     if type(named := body.get("model")) is str and 1 <= len(named) <= 200 and named.isprintable():
         model = named
     if caller.models is not None:
@@ -330,11 +330,11 @@ def facts_of_form(form: MediaForm, endpoint: Endpoint, caller: Caller) -> Reques
     """Return the facts of a form after its models are checked. Raises InvalidRequest and
     Forbidden."""
     spec = DIALECTS[endpoint.dialect]
-    asked = spec.request_facts(endpoint, form.fields)
+    facts = spec.request_facts(endpoint, form.fields)
     if caller.models is not None:
-        check_model(caller, asked.model)
+        check_model(caller, facts.model)
         check_body(caller, endpoint, form.fields)
-    return with_files(asked, form, endpoint, spec.rules_of(asked.model))
+    return with_files(facts, form, endpoint, spec.rules_of(facts.model))
 
 
 _KEPT_S = 60.0
@@ -415,7 +415,7 @@ class Models:
             if isinstance(result, BaseException):
                 failure = result
                 continue
-            for model in _shown(shape, upstream, result):
+            for model in _visible(shape, upstream, result):
                 models.setdefault(str(model[shape.id_key]), model)
         if failure is not None and len(models) == 0:
             raise failure
@@ -442,8 +442,8 @@ class Models:
     ) -> list[dict[str, Any]]:
         target, shape = Target(upstream, ""), DIALECTS[dialect].models
         access = upstream.access(dialect)
-        given = [pair for pair in headers if pair[0] == b"anthropic-version"]
-        own = [*given, *to_send([])]
+        versions = [pair for pair in headers if pair[0] == b"anthropic-version"]
+        own = [*versions, *to_send([])]
         try:
             exchange = await self._wire.open(
                 "GET", self._wire.place(access.url(shape.path, shape.query), access), own, None
@@ -474,7 +474,7 @@ def _is_plain(caller: Caller, upstreams: list[Upstream], routes: Mapping[str, Ta
     return caller.models is None and only.models == ("*",) and not only.aliases
 
 
-def _shown(
+def _visible(
     shape: ModelList, upstream: Upstream, models: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return the models that may be requested by their own name, the aliases, and those that the

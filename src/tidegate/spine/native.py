@@ -32,7 +32,7 @@ from tidegate.admission.charges import (
     is_unknown,
 )
 from tidegate.admission.demand import CallDemand, ConversationKey, Demands
-from tidegate.admission.estimator import Estimate, Learning, with_kept
+from tidegate.admission.estimator import Estimate, Learning, with_stored
 from tidegate.call import NO_CHARGE, OTHER_KIND, UNKNOWN_USAGE, CallCost, Charge
 from tidegate.dialects import DIALECTS, answers, refusals
 from tidegate.dialects.forms import is_prose
@@ -157,52 +157,52 @@ class Relay:
         if not endpoint.is_counted and await self._answered_here(call, out, record):
             return
         body: dict[str, Any] = {}
-        asked: RequestFacts | None = None
+        facts: RequestFacts | None = None
         making: Making | None = None
         references: Sequence[Reference] = ()
         if call.form is not None:
             body = dict(call.form.form.fields)
-            asked = facts_of_form(call.form.form, endpoint, caller)
+            facts = facts_of_form(call.form.form, endpoint, caller)
         elif endpoint.operation is Operation.OTHER:
             read = partial(model_of_other, caller, endpoint, raw)
             record.model = await aside(len(raw), read) or None
         elif endpoint.is_counted or (raw and endpoint.resource is None):
             reading = partial(read_body, caller, endpoint, raw)
             read_all = await aside(len(raw), reading) if is_large else reading()
-            body, asked, references, making = read_all
-        if asked is not None:
-            record.model, record.streamed = asked.model, asked.streams
-            record.prompt_head = asked.prompt_head
-            record.kind = str(asked.kind) if endpoint.is_counted else None
+            body, facts, references, making = read_all
+        if facts is not None:
+            record.model, record.streamed = facts.model, facts.streams
+            record.prompt_head = facts.prompt_head
+            record.kind = str(facts.kind) if endpoint.is_counted else None
         if endpoint.resource is not None:
             finding = partial(DIALECTS[endpoint.dialect].references, {}, raw)
             references = await aside(len(raw), finding)
             targets = [await self.resources.target_of(caller, endpoint.dialect, endpoint.resource)]
         else:
-            targets = self._targets(call, asked, record.model or "")
+            targets = self._targets(call, facts, record.model or "")
         if references:
-            targets = await self._where_they_live(call, asked, references, targets)
-        exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, asked, out, record)
+            targets = await self._where_they_live(call, facts, references, targets)
+        exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, facts, out, record)
         exchange.refers = bool(references)
         if making is not None or endpoint.resource is not None:
             exchange.keeping = Keeping(self.resources, call, making, references)
             await exchange.keeping.check()
-        if making is not None and asked is not None and asked.goes_on:
+        if making is not None and facts is not None and facts.runs_in_background:
             on_admitted = self._hand_over(exchange, record, making)
         home = None
-        if asked is not None and endpoint.operation is Operation.INFER:
+        if facts is not None and endpoint.operation is Operation.INFER:
             continued = self.resources.continued
             before = await continued(endpoint.dialect, references) if references else None
-            told = record.lineage
-            tracing = partial(lineage_in, body, told, before)
+            sent = record.lineage
+            tracing = partial(lineage_in, body, sent, before)
             record.lineage = await aside(len(raw), tracing) if is_large else tracing()
-            home = self._home(call, asked.model, record, targets) if len(targets) > 1 else None
+            home = self._home(call, facts.model, record, targets) if len(targets) > 1 else None
         await self.spine.run(exchange, record, targets, on_admitted, home)
 
     async def _where_they_live(
         self,
         call: NativeCall,
-        asked: RequestFacts | None,
+        facts: RequestFacts | None,
         references: Sequence[Reference],
         targets: Sequence[Target],
     ) -> list[Target]:
@@ -210,10 +210,10 @@ class Relay:
         resources' tokens to its input. Raises NotFound and InvalidRequest."""
         caller, dialect = call.terms.caller, call.endpoint.dialect
         left = await self.resources.among(caller, dialect, references, targets)
-        if asked is not None and call.endpoint.is_counted:
-            kept = await self.resources.kept_tokens(caller, dialect, references)
-            if kept:
-                asked.pieces = with_kept(asked.pieces, kept)
+        if facts is not None and call.endpoint.is_counted:
+            stored = await self.resources.stored_tokens(caller, dialect, references)
+            if stored:
+                facts.pieces = with_stored(facts.pieces, stored)
         return left
 
     def _hand_over(
@@ -231,7 +231,7 @@ class Relay:
         self, call: NativeCall, model: str, record: CallRecord, targets: list[Target]
     ) -> Home | None:
         """Return the home of the call's conversation if its targets are equal ones, else None."""
-        if not self.spine.targets.are_alike(call.endpoint.dialect, model):
+        if not self.spine.targets.are_equivalent(call.endpoint.dialect, model):
             return None
         key = conversation_key(model, call.terms.caller.tenant_id, record.lineage.conversation)
         return self.spine.affinity.home(key, targets)
@@ -264,17 +264,17 @@ class Relay:
         await out.body(body, False)
         return True
 
-    def _targets(self, call: NativeCall, asked: RequestFacts | None, other: str) -> list[Target]:
+    def _targets(self, call: NativeCall, facts: RequestFacts | None, other: str) -> list[Target]:
         """Return the targets of a call. `other`: the model in the body of a `passthrough` path."""
         dialect, name = call.endpoint.dialect, call.endpoint.model
         if call.endpoint.upstreams:
             targets, tenant = self.spine.targets, call.terms.caller.tenant_id
             name = targets.passthrough.upstream(call.endpoint, tenant)
             return [Target(targets.upstreams[name], other)]
-        if asked is not None:
+        if facts is not None:
             if (bound := call.terms.upstream) is not None:
-                return targets_for(self.spine.targets, bound, dialect, asked.model)
-            return _serving(self.spine.targets, call.endpoint, asked.model)
+                return targets_for(self.spine.targets, bound, dialect, facts.model)
+            return _serving(self.spine.targets, call.endpoint, facts.model)
         if call.endpoint.operation is Operation.MODELS and name is not None:
             check_model(call.terms.caller, name)
             return self.spine.targets.of(dialect, name)
@@ -310,9 +310,9 @@ class Relay:
                 record.http_status = exchange.status
                 answer = await exchange.read(_UPLOADED_BYTES)
                 await Keeping(self.resources, call, None).note(answer, target)
-                theirs = to_return(exchange.headers, target.upstream.key)
+                upstream_headers = to_return(exchange.headers, target.upstream.key)
                 headers = _own(
-                    theirs, lambda one: own(f"{one}&{AT_UPSTREAM}={target.upstream.name}")
+                    upstream_headers, lambda one: own(f"{one}&{AT_UPSTREAM}={target.upstream.name}")
                 )
                 headers += of_answer(target.upstream.name, 0.0)
                 record.keep(answer)
@@ -333,7 +333,7 @@ class NativeExchange:
         timeouts: Mapping[str, Timeouts],
         call: NativeCall,
         body: dict[str, Any],
-        asked: RequestFacts | None,
+        facts: RequestFacts | None,
         out: Out,
         record: CallRecord,
     ) -> None:
@@ -344,16 +344,16 @@ class NativeExchange:
         self._timeouts = timeouts
         self._call = call
         self._body = body
-        self._asked = asked
+        self._facts = facts
         self._out = out
         self._record = record
         self._served: str | None = None
-        self._told_usage = UNKNOWN_USAGE  # in headers, for an answer that reports none
+        self._header_usage = UNKNOWN_USAGE  # in headers, for an answer that reports none
         self._sent: Exchange | None = None
         self.ended_alone = False
         self.keeping: Keeping | None = None  # of a resource that is made or used
         self.hand_over: BackgroundHandOver | None = None  # of a call in the background
-        self.told: AnswerFacts | None = None  # facts that are not in the answer alone
+        self.known_facts: AnswerFacts | None = None  # facts that are not in the answer alone
         self._read: answers.ReadAnswer | None = None  # of a large answer, read in a thread
         self.refers = False  # to resources at one upstream
 
@@ -362,81 +362,81 @@ class NativeExchange:
         return self._out.started
 
     @property
-    def is_heard(self) -> bool:
-        return self._sent is not None and self._sent.is_heard
+    def has_response(self) -> bool:
+        return self._sent is not None and self._sent.has_response
 
     def serving(self, targets: Targets, model: str) -> list[Target]:
         endpoint = self._call.endpoint
         return [] if endpoint.operation is Operation.OTHER else _serving(targets, endpoint, model)
 
     def elsewhere(self, targets: Targets) -> list[Target]:
-        asked = self._asked
-        return [] if asked is None or self.refers else self.serving(targets, asked.model)
+        facts = self._facts
+        return [] if facts is None or self.refers else self.serving(targets, facts.model)
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
-        terms, asked, policy = self.terms, self._asked, lane.limiter.policy
+        terms, facts, policy = self.terms, self._facts, lane.limiter.policy
         tenant, priority, endpoint = terms.caller.tenant_id, terms.priority, self._call.endpoint
         if endpoint.operation is Operation.BATCH:
             demand = lane.demands.of_batch(policy, tenant=tenant, priority=priority)
             return lane.gate.bind(demand, target.model)
-        counted = endpoint.is_counted and asked is not None
+        counted = endpoint.is_counted and facts is not None
         demand = lane.demands.of_native(
             target.model,
-            asked.kind if counted and asked else OTHER_KIND,
-            asked.pieces if asked else {},
+            facts.kind if counted and facts else OTHER_KIND,
+            facts.pieces if facts else {},
             policy,
             tenant=tenant,
             priority=priority,
             tags=(terms.caller.key_id, terms.subject, terms.conversation),
-            images=asked.images if asked else 0,
-            max_output_tokens=asked.max_output_tokens if counted and asked else 1,
+            images=facts.images if facts else 0,
+            max_output_tokens=facts.max_output_tokens if counted and facts else 1,
             conversation=self._conversation,
-            measured=asked.measured if counted and asked else None,
+            measured=facts.measured if counted and facts else None,
             runs_model=counted or endpoint.operation.may_run_model,
         )
         follows = endpoint.resource is not None and endpoint.is_follow_up
         return lane.gate.bind(demand, target.model, follows=follows)
 
     def _conversation(self) -> ConversationKey | None:
-        if self._asked is None:
+        if self._facts is None:
             return None
         key = conversation_of(self._body)
         return None if key is None else ConversationKey(*key)
 
     def cost(self, target: Target, lane: Lane, demand: CallDemand, *, tier: str = "") -> CallCost:
-        asked, endpoint = self._asked, self._call.endpoint
-        if asked is None or not endpoint.is_counted:
+        facts, endpoint = self._facts, self._call.endpoint
+        if facts is None or not endpoint.is_counted:
             return _COST_OF_OTHER if self.bills else CallCost(0, 0)
         prices, is_batch = lane.demands.prices, endpoint.operation is Operation.BATCH
         # Exact if the gateway chose the tier, and for a batch; a client's tier gives a bound.
         rates_of = prices.of if tier or is_batch else prices.bound
         rates = rates_of(target.model, tier or self._requested_tier())
         context_tokens, most_output = prices.most(target.model)
-        if is_batch and asked.calls > 1:
-            context_tokens = context_tokens and context_tokens * asked.calls
-            most_output = most_output and most_output * asked.calls
+        if is_batch and facts.calls > 1:
+            context_tokens = context_tokens and context_tokens * facts.calls
+            most_output = most_output and most_output * facts.calls
         if endpoint.operation in WITHOUT_OUTPUT:
             most_output = 0
-        elif asked.max_output_tokens is not None or has_several_answers(self._body):
-            most_output = asked.max_output_tokens
-        learning = asked.pieces.learning
+        elif facts.max_output_tokens is not None or has_several_answers(self._body):
+            most_output = facts.max_output_tokens
+        learning = facts.pieces.learning
         searches = learning is Learning.HOSTED or "search" in target.model
         unbounded = "tools that the provider runs read more for it" if searches else ""
-        if not asked.calls:
+        if not facts.calls:
             unbounded = "its requests are in a file"
         return call_cost(
             rates,
-            self._estimate(lane.demands, demand, asked, target.model),
+            self._estimate(lane.demands, demand, facts, target.model),
             input_bytes=self._call.body_bytes,
             context_tokens=context_tokens,
             unseen=_UNSEEN.get(learning, ""),
             max_output_tokens=most_output,
-            images=asked.images,
+            images=facts.images,
             draws_alone=endpoint.operation is Operation.IMAGES,
-            writes=asked.cache_write or prices.unasked_write,
-            tools=bool(asked.pieces.tools),
+            writes=facts.cache_write or prices.unasked_write,
+            tools=bool(facts.pieces.tools),
             unbounded=unbounded,
-            measured=asked.measured,
+            measured=facts.measured,
         )
 
     def suspect(self) -> Suspect:
@@ -489,7 +489,7 @@ class NativeExchange:
 
     async def _make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         call, record, self._sent, self._read = self._call, self._record, None, None
-        hides = bool(self._asked and self._asked.wants_usage and target.upstream.asks_usage)
+        hides = bool(self._facts and self._facts.wants_usage and target.upstream.asks_usage)
         try:
             if self.keeping is not None and self.keeping.is_list:
                 await self._list(target)
@@ -497,8 +497,8 @@ class NativeExchange:
             if call.endpoint.operation is Operation.OTHER:
                 body: RequestBody = call.body or None
             elif call.form is None:
-                given = call.body, call.endpoint, self._body, target
-                making = partial(body_for, *given, ask_usage=hides)
+                args = call.body, call.endpoint, self._body, target
+                making = partial(body_for, *args, request_usage=hides)
                 is_large = len(call.body) > LARGE_BYTES
                 body = await aside(len(call.body), making) if is_large else making()
             else:
@@ -516,7 +516,7 @@ class NativeExchange:
             try:
                 status = exchange.status
                 if call.endpoint.is_counted and (status < 300 or status == 429):
-                    lane.gate.announced.hear(target.model, exchange)
+                    lane.gate.announced.take(target.model, exchange)
                 if status >= 300 and not is_unchanged(status, call.headers):
                     tier = self._requested_tier()
                     failed = await refusal_of(exchange, target, call.endpoint.dialect, tier)
@@ -564,7 +564,7 @@ class NativeExchange:
         if self.dialect is Dialect.GEMINI:
             self._served = tier_in(exchange.headers)
         if (reading := DIALECTS[self.dialect].usage_in) is not None:
-            self._told_usage = reading(exchange.headers)
+            self._header_usage = reading(exchange.headers)
         hides_usage = hides_usage and not record.coding
         without = answers.WithoutUsageEvent() if hides_usage and _is_events(exchange) else None
         key = target.upstream.key
@@ -575,7 +575,7 @@ class NativeExchange:
         if left := lane.remaining.of(demand.limits):
             headers.append((b"x-tidegate-remaining", left))
         if self.keeping is not None:
-            first = await self.keeping.kept(exchange, first, target, record)
+            first = await self.keeping.when_stored(exchange, first, target, record)
         record.keep(first)
         if without is None and exchange.at_end:
             await out.whole(exchange.status, headers, first)
@@ -588,7 +588,7 @@ class NativeExchange:
         elif record.answer_bytes <= LARGE_BYTES and b'"error"' in (text := b"".join(pieces)):
             value = refusals.error_of_choice(text) if self._call.endpoint.is_counted else None
         if value is not None:
-            raise CallFailed(self._stream_error(value, exchange, target), target, told=True)
+            raise CallFailed(self._stream_error(value, exchange, target), target, reported=True)
 
     def _begun_with(self, value: dict[str, Any], exchange: Exchange, target: Target) -> CallFailed:
         """Return the failure of an answer that begins with an error, before anything was sent."""
@@ -658,8 +658,8 @@ class NativeExchange:
                 await out.body(piece, more)
             return
         while piece:
-            if shown := without.take(piece):
-                await out.body(shown, True)
+            if visible := without.take(piece):
+                await out.body(visible, True)
             if piece := await exchange.next():
                 record.keep(piece)
         await out.body(without.rest(), False)
@@ -668,13 +668,13 @@ class NativeExchange:
         """Read usage, finish reason and ids from the answer. `whole`: the answer was completed."""
         record, answer = self._record, self._record.answer
         omitted, dialect = record.omitted_bytes > 0, DIALECTS[self.dialect]
-        facts = self.told or (self._read.facts if self._read is not None else None)
+        facts = self.known_facts or (self._read.facts if self._read is not None else None)
         is_transcript = self._call.endpoint.operation is Operation.TRANSCRIBE
         if facts is None and is_transcript and is_prose(record.response_type):
             facts = NO_FACTS
         facts = facts or dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
-        by_headers = is_unknown(facts.usage) and not is_unknown(self._told_usage)
-        answer.usage = self._told_usage if by_headers else facts.usage
+        by_headers = is_unknown(facts.usage) and not is_unknown(self._header_usage)
+        answer.usage = self._header_usage if by_headers else facts.usage
         if self._served is not None:
             answer.usage = answers.with_tier(facts.usage, self._served)
         answer.finish_reason = facts.finish_reason
@@ -683,8 +683,8 @@ class NativeExchange:
     async def _read_aside(self, *, whole: bool) -> None:
         """Parse a large answer in a thread before `settle`, which must not block the event loop."""
         if (record := self._record).answer_bytes > LARGE_BYTES:
-            asked, dialect = self._asked, DIALECTS[self.dialect]
-            counted, images = self._call.endpoint.is_counted, bool(asked and asked.images)
+            facts, dialect = self._facts, DIALECTS[self.dialect]
+            counted, images = self._call.endpoint.is_counted, bool(facts and facts.images)
             how = {"whole": whole, "counted": counted, "images": images}
             reading = partial(answers.read_answer, dialect, record, **how)
             self._read = await read_to_its_end(record.answer_bytes, reading)
@@ -693,9 +693,9 @@ class NativeExchange:
         images = None if self._read is None else self._read.images
         return DIALECTS[self.dialect].image_count(self._record.text) if images is None else images
 
-    def _came(self) -> answers.VisibleOutput:
-        record, came = self._record, None if self._read is None else self._read.came
-        return came or answers.visible_output(
+    def _visible_output(self) -> answers.VisibleOutput:
+        record, visible = self._record, None if self._read is None else self._read.visible
+        return visible or answers.visible_output(
             DIALECTS[self.dialect], record.text, record.text_bytes
         )
 
@@ -704,34 +704,34 @@ class NativeExchange:
     ) -> Charge:
         """Return the charge of a call that an upstream may have begun to answer. `images`: None if
         they were not counted."""
-        asked, record, endpoint = self._asked, self._record, self._call.endpoint
+        facts, record, endpoint = self._facts, self._record, self._call.endpoint
         if endpoint.operation is Operation.OTHER and not is_unknown(record.answer.usage):
             rates = self._rates(demands.prices, target.model, whole)
             return charge_of(rates, record.answer.usage, images, whole=whole)
-        if asked is None or not record.sent or not endpoint.is_counted:
+        if facts is None or not record.sent or not endpoint.is_counted:
             return NO_CHARGE
         usage = record.answer.usage
         rates = self._rates(demands.prices, target.model, whole)
-        if images is None and asked.images and record.streamed and _tells_pictures(endpoint):
+        if images is None and facts.images and record.streamed and _counts_images(endpoint):
             images = self._images()
         if whole and (is_complete(usage) or (images and is_unknown(usage))):
             return charge_of(rates, usage, images, whole=True)
-        came = self._came()
-        if asked.characters:  # speech, whose tokens are not visible
-            came.tokens = ceil(asked.characters * _SPOKEN_TOKENS_A_CHARACTER)
-        estimate = self._estimate(demands, demand, asked, target.model)
+        visible = self._visible_output()
+        if facts.characters:  # speech, whose tokens are not visible
+            visible.tokens = ceil(facts.characters * _SPOKEN_TOKENS_A_CHARACTER)
+        estimate = self._estimate(demands, demand, facts, target.model)
         if is_unknown(usage):
-            pictures = images or came.images
+            pictures = images or visible.images
             return estimated_charge(
                 rates,
                 estimate,
-                came.tokens,
+                visible.tokens,
                 pictures,
                 usage.details,
-                asked.cache_write or demands.prices.unasked_write,
-                measured=asked.measured,
+                facts.cache_write or demands.prices.unasked_write,
+                measured=facts.measured,
             )
-        return cut_charge(rates, usage, estimate, came.tokens, images, whole=whole)
+        return cut_charge(rates, usage, estimate, visible.tokens, images, whole=whole)
 
     def _rates(self, prices: Prices, model: str, whole: bool) -> Rates | None:
         """Return the prices of the tier that the answer reports, under the model's requested name
@@ -748,7 +748,7 @@ class NativeExchange:
     def _requested_tier(self) -> str:
         """Return the tier that the client requested, with what else changes its price."""
         body = self._body
-        named = (self._asked.tier if self._asked else "") or requested_tier(body)
+        named = (self._facts.tier if self._facts else "") or requested_tier(body)
         if body.get("speed") == "fast":
             named = "fast"
         if region := self._region():
@@ -762,16 +762,16 @@ class NativeExchange:
         return region if is_one else ""
 
     def _estimate(
-        self, demands: Demands, demand: CallDemand, asked: RequestFacts, model: str
+        self, demands: Demands, demand: CallDemand, facts: RequestFacts, model: str
     ) -> Estimate:
         if demand.estimate is not None:
             return demand.estimate
         return demands.estimator.of_pieces(
             model,
-            asked.kind.value,
-            asked.pieces,
-            images=asked.images,
-            max_output_tokens=asked.max_output_tokens,
+            facts.kind.value,
+            facts.pieces,
+            images=facts.images,
+            max_output_tokens=facts.max_output_tokens,
             tenant=self.terms.caller.tenant_id,
         )
 
@@ -806,7 +806,7 @@ _UNSEEN = {
 }
 
 
-def _tells_pictures(endpoint: Endpoint) -> bool:
+def _counts_images(endpoint: Endpoint) -> bool:
     """Whether the images of a whole stream can be counted: other dialects send parts of images."""
     return endpoint.dialect is Dialect.GEMINI or endpoint.path == "/responses"
 
@@ -831,8 +831,8 @@ async def _open(
         path = call.endpoint.path_for(target.model)
     place, headers = _place(access, path, call.query, target.model, streams), call.headers
     if trail is not None:
-        said = trail.begin(target.upstream.name, target.model, str(place.origin))
-        headers = [*headers, (HEADER, said.encode())]
+        traceparent = trail.begin(target.upstream.name, target.model, str(place.origin))
+        headers = [*headers, (HEADER, traceparent.encode())]
     exchange = await wire.open(call.method, place, headers, body, None, timeouts, opened=opened)
     may_follow = call.method == "GET" and call.endpoint.operation is Operation.FILES
     if exchange.status not in REDIRECTS or not may_follow:
@@ -886,7 +886,7 @@ def _own(headers: Headers, own: Callable[[str], str]) -> Headers:
     ]
 
 
-def _query_of(theirs: str) -> str:
+def _query_of(url: str) -> str:
     """Return the query of an upstream's URL without its key."""
-    pairs = parse_qsl(urlsplit(theirs).query, keep_blank_values=True)
+    pairs = parse_qsl(urlsplit(url).query, keep_blank_values=True)
     return urlencode([pair for pair in pairs if pair[0] != "key"])

@@ -141,7 +141,7 @@ async def undisturbed(work: Coroutine[Any, Any, None]) -> None:
 
 def client_left(record: CallRecord) -> Failure:
     """Return the failure of a call whose client left."""
-    said = "the client disconnected"
+    message = "the client disconnected"
     if record.went_on_ms is not None:
-        said += f"; its upstream's work was over {record.went_on_ms:.0f} ms later"
-    return Failure("client_left", said)
+        message += f"; its upstream's work was over {record.went_on_ms:.0f} ms later"
+    return Failure("client_left", message)

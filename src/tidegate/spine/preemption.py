@@ -44,7 +44,7 @@ class Hearing(Protocol):
     """An exchange that shows whether the answer may have begun."""
 
     @property
-    def is_heard(self) -> bool: ...
+    def has_response(self) -> bool: ...
 
 
 class PreemptibleCall:
@@ -73,7 +73,7 @@ class PreemptibleCall:
             self._gave_way_at is None
             and band < self.permit.band
             and limit in self.permit.limits
-            and not self._exchange.is_heard
+            and not self._exchange.has_response
         )
 
     def give_way(self, limit: str, band: int) -> None:
@@ -102,8 +102,8 @@ class PreemptibleCall:
         del self._watch.calls[self]
         if (limit := self._gave_way_at) is None:
             return
-        is_ours = self._task.uncancel() <= self._cancelling
-        if is_ours and isinstance(error, asyncio.CancelledError):
+        is_own = self._task.uncancel() <= self._cancelling
+        if is_own and isinstance(error, asyncio.CancelledError):
             raise CallPreempted(f"the call gave way to one of a higher band at {limit}") from None
 
 
@@ -122,16 +122,16 @@ class PoolWatch:
             return
         self._due_ms = now_ms + self._waits.every_ms
         snapshot = await self.limiter.snapshot()
-        given = 0
+        preempted = 0
         for queue in self._waits.overdue(snapshot, now_ms):
-            if self._newest(snapshot, queue) is None or given >= self._waits.MOST_PER_READ:
+            if self._newest(snapshot, queue) is None or preempted >= self._waits.MOST_PER_READ:
                 continue
             ticket = f"{queue.sid}|{queue.first_ticket}"
-            is_ours = await self.limiter.claim(ticket, self._waits.claim_ms)
+            is_claimed = await self.limiter.claim(ticket, self._waits.claim_ms)
             # Its answer may have begun meanwhile.
-            if is_ours and (call := self._newest(snapshot, queue)) is not None:
+            if is_claimed and (call := self._newest(snapshot, queue)) is not None:
                 call.give_way(str(queue.held_up_by), queue.band)
-                given += 1
+                preempted += 1
 
     def _newest(self, snapshot: Snapshot, queue: QueueView) -> PreemptibleCall | None:
         return newest_to_give_way(self.calls, snapshot, queue, self.limiter.policy)

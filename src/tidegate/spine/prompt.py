@@ -105,7 +105,7 @@ log = get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class PromptRequest:
     """A prompt as submitted, before its kind is decided and its files are loaded."""
 
     prompt: str
@@ -172,29 +172,31 @@ class PromptCalls:
         none can take it."""
         return targets_for_prompt(self._spine.targets, bound, model, kind, files)
 
-    def first_look(self, ask: Ask) -> Classification:
+    def classify_by_rules(self, request: PromptRequest) -> Classification:
         """Return the classification without a call; its `kind` is None if the rules are unsure."""
-        if ask.kind is not None:
-            return Classification(ask.kind, ClassifiedBy.CALLER, "the request names its type")
-        has_uri = ask.image_uri is not None
+        if request.kind is not None:
+            return Classification(request.kind, ClassifiedBy.CALLER, "the request names its type")
+        has_uri = request.image_uri is not None
         if self._config.classifier is ClassifierMode.LLM:
             return Classification(None, ClassifiedBy.RULES, "the LLM is always asked")
-        ruled = by_rules(ask.prompt, ask.mime_types, image_uri=has_uri)
+        ruled = by_rules(request.prompt, request.mime_types, image_uri=has_uri)
         if ruled.kind is None and self._config.classifier is ClassifierMode.KEYWORDS:
-            return by_keywords(ask.prompt, ask.mime_types, image_uri=has_uri)
+            return by_keywords(request.prompt, request.mime_types, image_uri=has_uri)
         return ruled
 
-    async def decide(self, ask: Ask, *, within_ms: float | None = None) -> Classification:
+    async def decide(
+        self, request: PromptRequest, *, within_ms: float | None = None
+    ) -> Classification:
         """Return a certain classification: by the rules, else by the LLM, else by keywords.
 
         Takes at most `classifier_timeout_ms`, or half of `within_ms` if that is less: the other
         half remains for the request's own wait. Raises no TidegateError. Cancellation closes the
         LLM's call.
         """
-        first = self.first_look(ask)
+        first = self.classify_by_rules(request)
         if first.kind is not None:
             return first
-        key = self._judgement_key(ask)
+        key = self._judgement_key(request)
         patience_ms = float(self._config.classifier_timeout_ms)
         if within_ms is not None:
             patience_ms = max(0.0, min(patience_ms, within_ms / 2))
@@ -205,7 +207,7 @@ class PromptCalls:
                 lock = self._judging.setdefault(key, asyncio.Lock())
                 async with lock:
                     if (known := self._judgements.get(key)) is None:
-                        known = await self._judge(ask, asking, patience.when() or 0)
+                        known = await self._judge(request, asking, patience.when() or 0)
                         self._remember(key, known)
                     return known
         except TimeoutError:
@@ -215,7 +217,9 @@ class PromptCalls:
         except TidegateError as failed:
             reason = f"failed: {failed.code}"
         log.info(Log.CLASSIFIER_FELL_BACK, reason=reason)
-        guess = by_keywords(ask.prompt, ask.mime_types, image_uri=ask.image_uri is not None)
+        guess = by_keywords(
+            request.prompt, request.mime_types, image_uri=request.image_uri is not None
+        )
         return Classification(guess.kind, guess.by, f"{guess.reason} (the LLM {reason})")
 
     def _remember(self, key: bytes, judged: Classification) -> None:
@@ -223,7 +227,9 @@ class PromptCalls:
             self._judgements.pop(next(iter(self._judgements)))
         self._judgements[key] = judged
 
-    async def _judge(self, ask: Ask, asking: asyncio.Event, until: float) -> Classification:
+    async def _judge(
+        self, request: PromptRequest, asking: asyncio.Event, until: float
+    ) -> Classification:
         """Ask the LLM under its own limit; `asking` is set once the call is admitted.
 
         `until`: the loop's time at which the caller stops waiting. The call is counted, and charged
@@ -233,27 +239,27 @@ class PromptCalls:
         """
         model = self._config.classifier_model
         targets = self.targets(model)
-        types = [one for one, _ in ask.files]
+        types = [one for one, _ in request.files]
         left_ms = (until - asyncio.get_running_loop().time()) * 1000
         now = datetime.now(UTC)
-        record = CallRecord(JUDGE, ask.tenant_id, now, kind="classifier")
+        record = CallRecord(JUDGE, request.tenant_id, now, kind="classifier")
         terms = Terms(
             # No request's id: the call is not stored.
             request_id=_NO_REQUEST,
-            caller=Caller(ask.tenant_id),
+            caller=Caller(request.tenant_id),
             received=time.monotonic(),
             # A little before the caller's own timeout, so that the limiter's reason arrives.
             wait_ms=max(1, round(left_ms) - _LIMITERS_WORD_MS),
             repeats=False,
         )
-        call = Call(_NO_REQUEST, ask.prompt, Kind.TEXT_ONLY, model, tenant_id=ask.tenant_id)
+        call = Call(_NO_REQUEST, request.prompt, Kind.TEXT_ONLY, model, tenant_id=request.tenant_id)
         question = PromptExchange(terms, self._ways, call, record, types=types)
 
         async def admitted(_permit: Permit | None) -> None:
             asking.set()
 
         await self._ways.open(targets)
-        await self._attended(self._asked(question, record, targets, admitted), terms)
+        await self._attended(self._run_question(question, record, targets, admitted), terms)
         kind, reason = question.judgement
         if types and kind is Kind.TEXT_ONLY:
             kind = Kind.MULTI_MODAL  # the LLM judges images; files decide the rest
@@ -264,11 +270,11 @@ class PromptCalls:
     async def _attended(self, asking: Coroutine[Any, Any, None], terms: Terms) -> None:
         """Wait for a classifier call in its own task; if cancelled, until the call is closed or
         continues alone."""
-        is_given_up, goes_on = False, asyncio.Event()
+        is_given_up, continues = False, asyncio.Event()
 
         def left() -> bool:
             if is_given_up:
-                goes_on.set()  # read where a call continues because its client has left
+                continues.set()  # read where a call continues because its client has left
             return is_given_up
 
         terms.left = left
@@ -280,7 +286,7 @@ class PromptCalls:
         except asyncio.CancelledError:
             is_given_up = True
             question.cancel()
-            going_on = asyncio.create_task(goes_on.wait())
+            going_on = asyncio.create_task(continues.wait())
             await asyncio.wait({question, going_on}, return_when=asyncio.FIRST_COMPLETED)
             going_on.cancel()
             raise
@@ -290,7 +296,7 @@ class PromptCalls:
         if not question.cancelled():
             question.exception()  # a waiter receives the exception too
 
-    async def _asked(
+    async def _run_question(
         self,
         question: PromptExchange,
         record: CallRecord,
@@ -312,26 +318,26 @@ class PromptCalls:
                 record.end(status, None if error is None else Failure.of(error))
                 self._listeners.note(record)
 
-    def _judgement_key(self, ask: Ask) -> bytes:
-        parts = (self._config.classifier_model, *ask.mime_types, str(bool(ask.image_uri)))
-        return sha256("\0".join((*parts, ask.prompt)).encode()).digest()
+    def _judgement_key(self, request: PromptRequest) -> bytes:
+        parts = (self._config.classifier_model, *request.mime_types, str(bool(request.image_uri)))
+        return sha256("\0".join((*parts, request.prompt)).encode()).digest()
 
     async def media(
-        self, ask: Ask, arrived: Callable[[int], None] | None = None
+        self, request: PromptRequest, arrived: Callable[[int], None] | None = None
     ) -> tuple[Media, ...]:
         """Load the files and fetch the `image_uri`; `arrived` is called with the bytes read so far.
 
         Raises FetchRefused, StoreUnavailable, or NotFound for a file that was deleted.
         """
         loaded = []
-        for stored in ask.attachments:
+        for stored in request.attachments:
             try:
                 data = await self._blobs.get(stored.blob_key)
             except NotFound:
                 raise NotFound(f"the uploaded file {stored.name!r} was deleted") from None
             loaded.append(Media(stored.mime_type, data, stored.name))
-        if ask.image_uri is not None:
-            loaded.append(await self._fetcher.fetch(ask.image_uri, ask.tenant_id, arrived))
+        if request.image_uri is not None:
+            loaded.append(await self._fetcher.fetch(request.image_uri, request.tenant_id, arrived))
         return tuple(loaded)
 
     def check_bounded(self, call: Call, terms: Terms) -> None:
@@ -386,7 +392,7 @@ class _Plan:
 
     call: NativeCall
     body: dict[str, Any]
-    asked: RequestFacts
+    facts: RequestFacts
 
 
 class PromptExchange:
@@ -424,9 +430,9 @@ class PromptExchange:
         return self._shows or self._record.went_on_ms is not None
 
     @property
-    def is_heard(self) -> bool:
+    def has_response(self) -> bool:
         """Whether an answer may have begun; the SDK does not show that, so True for its calls."""
-        return self._native is None or self._native[0].is_heard
+        return self._native is None or self._native[0].has_response
 
     async def plan(self, targets: Sequence[Target], spine: Spine) -> None:
         """Build the calls of these targets in a thread if files are large, since `demand` is called
@@ -450,14 +456,14 @@ class PromptExchange:
             terms = self.terms
             tags = (terms.caller.key_id, terms.subject, terms.conversation)
             return lane.gate.bind(lane.demands.of(call, policy, tags), target.model)
-        asked = lane.demands.of_question(
+        of_question = lane.demands.of_question(
             call.prompt[:MAX_ASKED_CHARS],
             target.model,
             policy,
             tenant=call.tenant_id,
             max_output_tokens=MAX_ANSWER_TOKENS,
         )
-        return lane.gate.bind(asked, target.model)
+        return lane.gate.bind(of_question, target.model)
 
     def cost(self, target: Target, lane: Lane, demand: CallDemand, *, tier: str = "") -> CallCost:
         """Return the cost. `tier`: chosen by the gateway."""
@@ -479,9 +485,9 @@ class PromptExchange:
 
     def suspect(self) -> Suspect:
         call = self._call
-        is_ours = self._types is not None or call.tenant_id == DEFAULT_TENANT
+        is_own = self._types is not None or call.tenant_id == DEFAULT_TENANT
         request = hash((call.model, call.prompt, len(call.media)))
-        return Suspect(None if is_ours else call.tenant_id, request)
+        return Suspect(None if is_own else call.tenant_id, request)
 
     async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
         self._native = None
@@ -537,7 +543,7 @@ class PromptExchange:
         """Make a native call with a record of its own; `settle` copies the result into the call's
         record."""
         record, endpoint = self._record, plan.call.endpoint
-        streams = plan.asked.streams
+        streams = plan.facts.streams
         of_call = CallRecord(record.source, record.tenant_id, record.received_at, streamed=streams)
         dialect, answer = endpoint.dialect, record.answer
         reading = PromptAnswer(dialect, self._call.kind, answer, streams=streams)
@@ -548,10 +554,10 @@ class PromptExchange:
         try:
             await exchange.make(target, lane, demand, is_try=is_try)
         except CallFailed as failed:
-            came = [of_call.text] if of_call.coding else of_call.pieces
-            said = error_of_refusal_in(failed.body or tail_of(came))
-            status = failed.status or status_of(said)
-            if (blocked := blocked_by(status, said)) is not None:
+            received = [of_call.text] if of_call.coding else of_call.pieces
+            error = error_of_refusal_in(failed.body or tail_of(received))
+            status = failed.status or status_of(error)
+            if (blocked := blocked_by(status, error)) is not None:
                 failed.error = blocked
             raise
         finally:
@@ -579,10 +585,10 @@ class PromptExchange:
         failed: CallFailed | None,
     ) -> int | None:
         record, error = self._record, None if failed is None else failed.error
-        is_told = whole or isinstance(error, PromptBlocked | EmptyAnswer)
+        is_final = whole or isinstance(error, PromptBlocked | EmptyAnswer)
         if self._native is not None:
             exchange, of_call = self._native
-            exchange.settle(target, lane, demand, whole=is_told, failed=failed)
+            exchange.settle(target, lane, demand, whole=is_final, failed=failed)
             self._take_over(of_call)
         elif error is not None and (_is_refused(error, record.answer) or never_sent(error)):
             record.charge = NO_CHARGE
@@ -592,14 +598,17 @@ class PromptExchange:
             # The requested name may be an alias without a price.
             names = (target.model, record.answer.model_version or "")
             rates = prices.of(names[0], tier) or prices.of(names[1], tier)
-            record.charge = answer_charge(rates, record.answer, demand.estimate, whole=is_told)
+            record.charge = answer_charge(rates, record.answer, demand.estimate, whole=is_final)
         return len(record.answer.pictures) if whole else None
 
     def _take_over(self, of_call: CallRecord) -> None:
-        record, said = self._record, of_call.answer
+        record, inner = self._record, of_call.answer
         answer = record.answer
-        answer.usage, answer.finish_reason = said.usage, answer.finish_reason or said.finish_reason
-        answer.response_id, answer.model_version = said.response_id, said.model_version
+        answer.usage, answer.finish_reason = (
+            inner.usage,
+            answer.finish_reason or inner.finish_reason,
+        )
+        answer.response_id, answer.model_version = inner.response_id, inner.model_version
         record.charge, record.sent = of_call.charge, of_call.sent
 
     # As a native call
@@ -611,7 +620,7 @@ class PromptExchange:
 
     def _exchange(self, plan: _Plan, out: Out, record: CallRecord) -> NativeExchange:
         wire, timeouts = self._ways.wire, self._ways.timeouts
-        return NativeExchange(wire, timeouts, plan.call, plan.body, plan.asked, out, record)
+        return NativeExchange(wire, timeouts, plan.call, plan.body, plan.facts, out, record)
 
     def _plan(self, target: Target, lane: Lane) -> _Plan | None:
         """Return the call at a target, built once; None if an SDK makes it."""
@@ -643,8 +652,10 @@ def dialect_at(target: Target, kind: Kind | None, files: Files) -> Dialect:
     dialect, why = dialect_for(target.upstream.base_urls, target.model, kind, files)
     if dialect is None:
         assert why is not None
-        said = f"the upstream {target.upstream.name!r} of the model {target.model!r} {why.reason}"
-        raise InvalidRequest(why.field, said, allowed=why.allowed)
+        message = (
+            f"the upstream {target.upstream.name!r} of the model {target.model!r} {why.reason}"
+        )
+        raise InvalidRequest(why.field, message, allowed=why.allowed)
     return dialect
 
 
@@ -664,12 +675,12 @@ def _planned(made: PromptCall, terms: Terms, call: Call) -> _Plan:
     spec = DIALECTS[made.endpoint.dialect]
     headers = [(b"content-type", made.content_type), *spec.headers]
     native = NativeCall(terms, made.endpoint, "POST", "", headers, made.body, datetime.now(UTC))
-    if made.asked is not None:
-        return _Plan(native, {"model": made.asked.model}, made.asked)
-    body, asked = unchecked_facts(made.endpoint, made.body)
+    if made.facts is not None:
+        return _Plan(native, {"model": made.facts.model}, made.facts)
+    body, facts = unchecked_facts(made.endpoint, made.body)
     # Text files are files too, though the body contains them as text.
-    asked.kind, asked.images = call.kind, int(call.kind is Kind.IMAGE_GENERATION)
-    return _Plan(native, body, asked)
+    facts.kind, facts.images = call.kind, int(call.kind is Kind.IMAGE_GENERATION)
+    return _Plan(native, body, facts)
 
 
 def _is_refused(error: UpstreamError, answer: Answer) -> bool:

@@ -153,7 +153,7 @@ class Resources:
         owner = found.get(use.resource_id)
         if owner is None or owner.tenant_id != caller.tenant_id or owner.request_id is None:
             return None
-        if await self.background.goes_on(dialect, use.kind, use.resource_id):
+        if await self.background.is_running(dialect, use.kind, use.resource_id):
             await self.background.hasten(dialect, use.kind, use.resource_id)
             return 202, b""
         body = await self._bodies.body(owner.request_id, caller.tenant_id, "response")
@@ -200,7 +200,7 @@ class Resources:
         if owner is None and not (
             kind in _OF_JOBS and await self._store.is_of_jobs(dialect, resource_id)
         ):
-            for one in self._targets.speaking(Dialect(dialect)):
+            for one in self._targets.upstreams_of(Dialect(dialect)):
                 if one.adopt == caller.tenant_id and await self._was_made_elsewhere(
                     one, dialect, kind, resource_id
                 ):
@@ -231,17 +231,17 @@ class Resources:
         if (lacking := self._targets.deployment.missing.get(owner.upstream)) is not None:
             of = f"{kind} {resource_id}"
             raise UpstreamMissing(of, {owner.upstream: lacking.variable})
-        said = f"{missing(kind, resource_id)} The upstream {owner.upstream!r}, where it lives, "
-        raise NotFound(f"{said}is not configured any more.", field=field)
+        message = f"{missing(kind, resource_id)} The upstream {owner.upstream!r}, where it lives, "
+        raise NotFound(f"{message}is not configured any more.", field=field)
 
     def _home_of(self, owner: ResourceOwner, dialect: str) -> Upstream | None:
         """Return the upstream with the resource's account, whatever its name is now; else the one
         with the recorded name, whose key may have been renewed; None if neither exists."""
-        speaking = self._targets.speaking(Dialect(dialect))
-        for one in speaking:
+        upstreams = self._targets.upstreams_of(Dialect(dialect))
+        for one in upstreams:
             if account_of(one, dialect) == owner.account:
                 return one
-        return next((one for one in speaking if one.name == owner.upstream), None)
+        return next((one for one in upstreams if one.name == owner.upstream), None)
 
     async def forget(self, caller: Caller, dialect: str, kind: str, resource_id: str) -> None:
         """Delete the row of a resource that the caller has deleted at the provider."""
@@ -257,10 +257,10 @@ class Resources:
             upstream = await self._place(caller, dialect, use.kind, use.resource_id)
             if upstream is not None:
                 return Target(upstream, "")
-        speaking = self._targets.in_service(dialect)
-        if not speaking:
+        upstreams = self._targets.in_service(dialect)
+        if not upstreams:
             raise NotFound(f"no upstream speaks the {dialect} dialect")
-        first = min(speaking, key=lambda one: (one.provider != dialect, len(one.base_urls)))
+        first = min(upstreams, key=lambda one: (one.provider != dialect, len(one.base_urls)))
         return Target(first, "")
 
     async def among(
@@ -279,10 +279,10 @@ class Resources:
                 continue
             left = [target for target in left if target.upstream.name == upstream.name]
             if not left:
-                said = f"the {one.kind} {one.resource_id!r} lives at the upstream "
-                said += f"{upstream.name!r}, to which this call does not go"
+                message = f"the {one.kind} {one.resource_id!r} lives at the upstream "
+                message += f"{upstream.name!r}, to which this call does not go"
                 allowed = f"a model that {upstream.name!r} serves, and what lives there alone"
-                raise InvalidRequest(one.field, said, allowed=allowed)
+                raise InvalidRequest(one.field, message, allowed=allowed)
         return left
 
     async def continued(
@@ -297,7 +297,7 @@ class Resources:
                 before = owners.get(one.resource_id)
         return before
 
-    async def kept_tokens(
+    async def stored_tokens(
         self, caller: Caller, dialect: Dialect, references: Sequence[Reference]
     ) -> int:
         """Return about how many tokens of earlier calls the provider adds to a call with these
@@ -325,54 +325,54 @@ class Resources:
         """Return a page of the caller's own resources, in the dialect's form: rows give the ids,
         each is read where it lives and shown as it is there. Resources of upstreams that are no
         longer configured are left out. Raises InvalidRequest and StoreUnavailable."""
-        asked = DIALECTS[dialect].page(use.kind, query)
-        if asked.only is not None:
-            chosen = await self._chosen(caller, dialect, use, asked.only, read)
+        page_query = DIALECTS[dialect].page(use.kind, query)
+        if page_query.only is not None:
+            chosen = await self._chosen(caller, dialect, use, page_query.only, read)
             last = chosen[-1][0] if chosen else None
-            return orjson.dumps(asked.whole(chosen, False, last))
-        found, gone = list[tuple[str, dict[str, Any]]](), list[str]()
-        most = min(asked.limit, _MOST_A_PAGE)
-        after, seen, has_more = asked.after, 0, True
-        while has_more and len(found) <= most and seen < _MOST_READ:
+            return orjson.dumps(page_query.whole(chosen, False, last))
+        found, absent = list[tuple[str, dict[str, Any]]](), list[str]()
+        most = min(page_query.limit, _MOST_A_PAGE)
+        after, examined, has_more = page_query.after, 0, True
+        while has_more and len(found) <= most and examined < _MOST_READ:
             rows = await self._store.of_tenant(
                 caller.tenant_id,
                 dialect,
                 use.kind,
-                newest_first=asked.newest_first,
+                newest_first=page_query.newest_first,
                 after=after,
                 limit=_ROWS_AT_ONCE + 1,
             )
             has_more = len(rows) > _ROWS_AT_ONCE
             left = deque(rows[:_ROWS_AT_ONCE])
             while left:
-                if len(found) > most or seen == _MOST_READ:
+                if len(found) > most or examined == _MOST_READ:
                     has_more = True
                     break
-                wanted, some = min(most + 1 - len(found), _MOST_READ - seen), list[_Listed]()
-                while left and len(some) < min(wanted, _READ_AT_ONCE):
+                needed, some = min(most + 1 - len(found), _MOST_READ - examined), list[_Listed]()
+                while left and len(some) < min(needed, _READ_AT_ONCE):
                     after, owner = left.popleft()
                     home = self._home_of(owner, dialect)
                     if home is not None and not self._is_missing((dialect, use.kind, after)):
                         some.append((after, owner, home))
-                seen += len(some)
+                examined += len(some)
                 for (one_id, owner, home), one in zip(
                     some, await _read_all(some, read), strict=True
                 ):
                     place = (dialect, use.kind, one_id)
                     if one is not None:
                         self._missing.pop(place, None)
-                        found += [(one_id, one)] if one and asked.shows(one) else []
+                        found += [(one_id, one)] if one and page_query.matches(one) else []
                     elif self._has_none(place, is_same=account_of(home, dialect) == owner.account):
-                        gone.append(one_id)
-        shown = found[:most]
+                        absent.append(one_id)
+        listed = found[:most]
         has_more = most > 0 and (len(found) > most or has_more)
-        last = shown[-1][0] if shown else None
+        last = listed[-1][0] if listed else None
         if has_more and len(found) <= most:
             last = after  # which is not shown
-        for resource_id in gone:  # so that no later list reads years of absent resources first
+        for resource_id in absent:  # so that no later list reads years of absent resources first
             if resource_id != last:
                 await self.forget(caller, dialect, use.kind, resource_id)
-        return orjson.dumps(asked.whole(shown, has_more, last))
+        return orjson.dumps(page_query.whole(listed, has_more, last))
 
     def _is_missing(self, place: _Place) -> bool:
         """Whether the provider did not have the resource a moment ago."""
@@ -406,8 +406,8 @@ class Resources:
                 own.append((one, owner, home))
         for start in range(0, len(own), _READ_AT_ONCE):
             some = own[start : start + _READ_AT_ONCE]
-            all_shown = zip(some, await _read_all(some, read), strict=True)
-            found += [(one, shown) for (one, _, _), shown in all_shown if shown]
+            resources = zip(some, await _read_all(some, read), strict=True)
+            found += [(one, resource) for (one, _, _), resource in resources if resource]
         return found
 
 
@@ -570,13 +570,13 @@ def _end_of(made: dict[str, Any] | None) -> datetime | None:
     ids are never reused, with a margin, as an upload in parts. None for no end."""
     if made is None:
         return None
-    said, ends_at = made.get("expirationTime"), made.get("expires_at")
+    expiration, ends_at = made.get("expirationTime"), made.get("expires_at")
     is_file = made.get("object") in ("file", "upload")
     if is_file and isinstance(ends_at, int) and 0 < ends_at < _MOST_UNIX:
         return datetime.fromtimestamp(ends_at, UTC) + _FILE_MARGIN
-    if not isinstance(said, str):
+    if not isinstance(expiration, str):
         return None
-    if (end := _time_in(said)) is None:
+    if (end := _time_in(expiration)) is None:
         raise UpstreamGarbled("the answer has an invalid expiry time")
     return end
 
@@ -645,7 +645,7 @@ class BackgroundHandOver:
         try:
             await self._begin(lane, demand)
         except BaseException:  # cancellation too: nothing was sent
-            await self.not_taken()
+            await self.not_accepted()
             raise
         making = asyncio.ensure_future(call())
         try:
@@ -660,7 +660,7 @@ class BackgroundHandOver:
             raise
         finally:
             if self._is_not_taken(making):
-                await self.not_taken()
+                await self.not_accepted()
 
     def _is_not_taken(self, making: asyncio.Future[None]) -> bool:
         """Whether the provider refused the call or never received it. A call without an answer may
@@ -703,7 +703,7 @@ class BackgroundHandOver:
             self._permit.hand_over()
         self._decided.set()
 
-    async def not_taken(self) -> None:
+    async def not_accepted(self) -> None:
         """Withdraw a call that the provider did not accept; what cannot be withdrawn now ends with
         its longest time. A cancellation takes effect afterwards."""
         await undisturbed(self._withdraw())
@@ -766,7 +766,7 @@ class Keeping:
             call.terms.caller, call.endpoint.dialect, self._use, call.query, read
         )
 
-    async def kept(
+    async def when_stored(
         self, exchange: Exchange, first: bytes, target: Target, record: CallRecord
     ) -> bytes:
         """Return the beginning of a successful answer once the resources that it makes or deletes
@@ -788,7 +788,7 @@ class Keeping:
             if made is not None and work.end_of(made) is None:
                 await self.hand_over.taken(rows)
                 return first
-            await self.hand_over.not_taken()
+            await self.hand_over.not_accepted()
         await self._resources.note(rows)
         ongoing = None if use is None else self._works.get(use.kind)
         if ongoing is not None and made is not None and ongoing.end_of(made) is not None:
@@ -833,9 +833,9 @@ class Keeping:
         use, dialect = self._use, self._call.endpoint.dialect
         if use is None or use.act is not Act.DELETE or use.resource_id is None:
             return
-        if await self._resources.background.goes_on(dialect, use.kind, use.resource_id):
-            said = f"The {use.kind} {use.resource_id!r} is still being made: cancel it first."
-            raise NotEnded(said)
+        if await self._resources.background.is_running(dialect, use.kind, use.resource_id):
+            message = f"The {use.kind} {use.resource_id!r} is still being made: cancel it first."
+            raise NotEnded(message)
 
     async def named(
         self, exchange: Exchange, first: bytes, record: CallRecord
@@ -850,9 +850,9 @@ class Keeping:
             is_whole = exchange.at_end or size_bytes > most
             if is_whole or (record.streamed and is_news):
                 pieces = [first := b"".join(pieces)]
-                seen = decoded(first, coding) if coding else first
-                found = await aside(len(seen), partial(made_in, seen, self.making))
-                if is_whole or found is not None or _names_nothing(seen, self.making):
+                content = decoded(first, coding) if coding else first
+                found = await aside(len(content), partial(made_in, content, self.making))
+                if is_whole or found is not None or _names_nothing(content, self.making):
                     return first, found
             pieces.append(await exchange.next())
             size_bytes += len(pieces[-1])

@@ -75,7 +75,7 @@ class RemainingCapacity:
     def __init__(self, limiter: Limiter) -> None:
         self._limiter = limiter
         self._left: dict[str, int] = {}
-        self._asked: dict[str, float] = {}  # least recently used first
+        self._requested: dict[str, float] = {}  # least recently used first
         self._texts: dict[tuple[str, ...], bytes] = {}
         self._read_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
@@ -84,8 +84,8 @@ class RemainingCapacity:
         """Return `kind:text_only=3, rpm:m=57`: the limits whose value is known; empty for none."""
         now = time.monotonic()
         for name in limits:
-            self._asked.pop(name, None)
-            self._asked[name] = now
+            self._requested.pop(name, None)
+            self._requested[name] = now
         if now - self._read_at > _REMAINING_FRESH_S and self._reading is None:
             self._read_at = now
             self._reading = asyncio.create_task(self._read())
@@ -97,10 +97,10 @@ class RemainingCapacity:
 
     async def _read(self) -> None:
         since = time.monotonic() - _REMEMBERED_S
-        lately = [name for name, at in self._asked.items() if at >= since][-_MOST_REMEMBERED:]
-        self._asked = {name: self._asked[name] for name in lately}
+        recent = [name for name, at in self._requested.items() if at >= since][-_MOST_REMEMBERED:]
+        self._requested = {name: self._requested[name] for name in recent}
         try:
-            snapshot = await self._limiter.snapshot(limits=lately)
+            snapshot = await self._limiter.snapshot(limits=recent)
         except TidegateError as failed:
             log.debug(Log.STORE_AWAY, detail=failed.message)
             self._left = {}
@@ -236,7 +236,7 @@ class Gate:
         self._faults = Faults()
         self.announced = Announced()
         self._closed_since: float | None = None
-        self._said = ("", "")  # the fault, in full for operators; and in short
+        self._fault = ("", "")  # the fault, in full for operators; and in short
         self._strikes: dict[str, tuple[int, float]] = {}  # how many in a row, and their end
         self._opening: asyncio.Task[None] | None = None
         self._opened = 0  # successful probes of this process
@@ -264,7 +264,7 @@ class Gate:
         """Take no new calls, or take them again, and notify the waiting calls."""
         if drained is not self._drained:
             self._drained = drained
-            self.limiter.tell_all()
+            self.limiter.notify_watchers()
 
     # -- state, without I/O
 
@@ -310,7 +310,7 @@ class Gate:
     def why(self) -> str:
         """The last fault, or why the gate was closed, for operators; in the provider's words if
         this process received that fault. Empty without a fault."""
-        (words, of), short = self._said, self.in_short
+        (words, of), short = self._fault, self.in_short
         return words if words and (not short or of.endswith(short)) else short
 
     @property
@@ -384,13 +384,13 @@ class Gate:
     def out(self) -> UpstreamOut | None:
         """Return the error of a call to an upstream that is out of service; None if it is not."""
         if self.drained:
-            said = f"no upstream takes calls now: {DRAINED}"
-            return UpstreamDrained(said, retry_after_ms=DRAINED_MS)
+            message = f"no upstream takes calls now: {DRAINED}"
+            return UpstreamDrained(message, retry_after_ms=DRAINED_MS)
         found = self.closed()
         if found is None:
             return None
-        said = f"no upstream takes calls now; the last failure: {self.in_short}"
-        return UpstreamOut(said, retry_after_ms=max(FIRST_MS, found[0]))
+        message = f"no upstream takes calls now; the last failure: {self.in_short}"
+        return UpstreamOut(message, retry_after_ms=max(FIRST_MS, found[0]))
 
     # -- outcomes of calls
 
@@ -398,7 +398,7 @@ class Gate:
         """Record a success. `tried`: the call was a probe, so the gate opens."""
         if self._faults.count:
             self._faults.clear()
-            self._said, self._closed_since = ("", ""), None
+            self._fault, self._closed_since = ("", ""), None
         if self._strikes:  # and the pauses of the account, which has capacity
             self._strikes.pop(model_limit(model), None)
             self._strikes.pop(self.limit, None)
@@ -428,11 +428,11 @@ class Gate:
         """Open the gate for all calls of all processes."""
         self._opened += 1
         self._faults.clear()
-        self._said, self._closed_since = ("", ""), None
+        self._fault, self._closed_since = ("", ""), None
         try:
             opened = await self.limiter.open_gate(self.limit)
-        except LimiterUnavailable as away:
-            log.debug(Log.UPSTREAM_BACK, upstream=self.upstream, detail=away.message)
+        except LimiterUnavailable as error:
+            log.debug(Log.UPSTREAM_BACK, upstream=self.upstream, detail=error.message)
             return
         if opened:
             log.warning(Log.UPSTREAM_BACK, upstream=self.upstream)
@@ -449,7 +449,7 @@ class Gate:
             error.in_outage = self._is_in_outage()
             return  # the gateway's own timeout: other calls may be answered sooner
         dead = isinstance(error, UpstreamUnauthorized) and error.of_key and not suspect.is_other
-        self._said = error.message, _in_short(error)
+        self._fault = error.message, _in_short(error)
         is_new = self._faults.add(None if error.of_upstream else suspect)
         if dead or (is_new if tried else self._faults.are_enough):
             await self._close(error, dead=dead, tried=tried)
@@ -477,8 +477,8 @@ class Gate:
                 reason=reason,
                 by=self.upstream,
             )
-        except LimiterUnavailable as away:
-            log.debug(Log.UPSTREAM_OUT, upstream=self.upstream, detail=away.message)
+        except LimiterUnavailable as unavailable:
+            log.debug(Log.UPSTREAM_OUT, upstream=self.upstream, detail=unavailable.message)
             return
         if closed and (not tried or (dead and not was_dead)):
             event = Log.UPSTREAM_KEY_DEAD if dead else Log.UPSTREAM_OUT
@@ -517,8 +517,8 @@ class Gate:
                 reason=error.message[:_REASON_CHARS],
                 by=self.upstream,
             )
-        except LimiterUnavailable as away:
-            log.debug(Log.LIMIT_PAUSED, limit=pause.limit, detail=away.message)
+        except LimiterUnavailable as unavailable:
+            log.debug(Log.LIMIT_PAUSED, limit=pause.limit, detail=unavailable.message)
             return 0
         if paused:
             log.warning(Log.LIMIT_PAUSED, limit=pause.limit, for_ms=for_ms, by=self.upstream)
@@ -530,7 +530,7 @@ class Gate:
         limits = (self.limiter.policy.limits.get(one) for one in demand.limits)
         return any(isinstance(one, Concurrency) and one.adaptive is not None for one in limits)
 
-    def _strike(self, limit: str, told_ms: int, first_ms: int) -> int:
+    def _strike(self, limit: str, reported_ms: int, first_ms: int) -> int:
         """Return the length of a pause for which the provider stated no time, or a short one: it
         doubles each time. Refused calls that were in flight when it began do not prolong it."""
         count, until = self._strikes.pop(limit, (0, 0.0))
@@ -541,10 +541,10 @@ class Gate:
         if left_ms > 0:
             if count:
                 self._strikes[limit] = count, until
-            return max(left_ms, told_ms)
+            return max(left_ms, reported_ms)
         while len(self._strikes) >= MOST_PAUSED:
             self._strikes.pop(next(iter(self._strikes)))
-        for_ms = max(told_ms, min(LONGEST_PAUSE_MS, max(FIRST_PAUSE_MS, first_ms) << count))
+        for_ms = max(reported_ms, min(LONGEST_PAUSE_MS, max(FIRST_PAUSE_MS, first_ms) << count))
         self._strikes[limit] = min(count + 1, _MOST_STRIKES), now + for_ms / 1000
         return for_ms
 
@@ -626,11 +626,11 @@ class Targets:
             plain = model.removeprefix("models/")
             routed = self._routed(plain)
             if routed is not None:
-                speaking = [one for one in routed if dialect in one.upstream.base_urls]
-                known = (self._undrained(speaking), False)
+                matching = [one for one in routed if dialect in one.upstream.base_urls]
+                known = (self._undrained(matching), False)
             elif plain:
                 serving = self._best(plain, self.in_service(dialect))
-                known = (serving or self._best(plain, self.speaking(dialect)), True)
+                known = (serving or self._best(plain, self.upstreams_of(dialect)), True)
             else:
                 known = (self._without_model(dialect), True)
             self._check_there(plain, known[0])
@@ -660,19 +660,19 @@ class Targets:
         but = f", but in: {', '.join(others)} (calls are not translated)" if others else ""
         return f"no upstream serves the model {model!r} in the {dialect} dialect{but}"
 
-    def are_alike(self, dialect: Dialect, model: str) -> bool:
+    def are_equivalent(self, dialect: Dialect, model: str) -> bool:
         """Whether the targets of a model are equal ones, drawn by weight."""
         known = self._known.get((dialect, model))
         return known is not None and known[1]
 
-    def speaking(self, dialect: Dialect) -> list[Upstream]:
+    def upstreams_of(self, dialect: Dialect) -> list[Upstream]:
         """Return all upstreams of a dialect, in the order of the file."""
         return [one for one in self.upstreams.values() if dialect in one.base_urls]
 
     def in_service(self, dialect: Dialect) -> list[Upstream]:
         """Return the upstreams of a dialect that are not drained; all if each one is."""
-        speaking = self.speaking(dialect)
-        return [one for one in speaking if one.name not in self.drained] or speaking
+        upstreams = self.upstreams_of(dialect)
+        return [one for one in upstreams if one.name not in self.drained] or upstreams
 
     def _undrained(self, targets: list[Target]) -> list[Target]:
         """Return the targets that are not drained; all if each one is."""
@@ -687,8 +687,8 @@ class Targets:
         for route in self._routes:
             if not _PATTERN.intersection(route.model):
                 targets = self._routed(route.model) or []
-                speaking = (one for one in targets if dialect in one.upstream.base_urls)
-                if (first := next(speaking, None)) is not None:
+                matching = (one for one in targets if dialect in one.upstream.base_urls)
+                if (first := next(matching, None)) is not None:
                     found[route.model] = first
         return found
 
@@ -714,12 +714,12 @@ class Targets:
         if able:
             return self._drawn(able) if by_lot else able
         if not found:
-            said = f"no upstream serves the model {model!r}"
-            raise InvalidRequest("model", said, allowed=_served(self.upstreams.values()))
+            message = f"no upstream serves the model {model!r}"
+            raise InvalidRequest("model", message, allowed=_served(self.upstreams.values()))
         _, why = dialect_for(found[0].upstream.base_urls, found[0].model, kind, files)
         assert why is not None
-        said = f"the upstream {found[0].upstream.name!r} of the model {model!r} {why.reason}"
-        raise InvalidRequest(why.field, said, allowed=why.allowed)
+        message = f"the upstream {found[0].upstream.name!r} of the model {model!r} {why.reason}"
+        raise InvalidRequest(why.field, message, allowed=why.allowed)
 
     def _any(self, model: str) -> list[Target]:
         """Return the upstreams that name a model; if there are none, those that take any model, and
@@ -764,8 +764,8 @@ class Targets:
     def _without_model(self, dialect: Dialect) -> list[Target]:
         """Return the targets of a call that names no model, so that the provider decides: upstreams
         whose first dialect it is and that take any model are preferred."""
-        speaking = self.in_service(dialect)
-        own = [one for one in speaking if _first_dialect(one) is dialect] or speaking
+        upstreams = self.in_service(dialect)
+        own = [one for one in upstreams if _first_dialect(one) is dialect] or upstreams
         return [Target(one, "") for one in [one for one in own if one.fit("")] or own]
 
     def _best(self, model: str, upstreams: Iterable[Upstream]) -> list[Target]:
@@ -836,13 +836,13 @@ class PatientAdmission:
     async def __aenter__(self) -> Permit:
         limiter, admission = self._gate.limiter, self._admission
         paused, end = self._paused, None
-        limiter.tell_of_pauses(paused)
+        limiter.watch_pauses(paused)
         if self._watch is not None:
             end = self._watch(admission.leave)
         try:
             permit = await admission.__aenter__()
         finally:
-            limiter.tell_no_more(paused)
+            limiter.unwatch_pauses(paused)
             if end is not None:
                 end()
         if not self._gate.may_hold or not self._gate.binds_more(self._demand, self._model):

@@ -107,7 +107,7 @@ class CallFailed(Exception):
         status: int = 0,
         headers: Headers | None = None,
         body: bytes = b"",
-        told: bool = False,
+        reported: bool = False,
     ) -> None:
         super().__init__(error.message)
         error.at_upstream = target.upstream.name
@@ -117,7 +117,7 @@ class CallFailed(Exception):
         self.headers = headers or []
         self.body = body
         self.paused_ms = 0
-        self.told = told
+        self.reported = reported
 
     def named(self, queue_ms: float) -> CallFailed:
         """Add the response headers that name the upstream, and return this exception."""
@@ -139,14 +139,14 @@ async def refusal_of(
     text = decoded(body, coding) if coding else body
     if coding and (not exchange.at_end or masked(text, target) != text):  # relayed decoded
         body, headers = text, [pair for pair in headers if pair[0].lower() != b"content-encoding"]
-    said = refusals.error_of_refusal_in(text)
+    stated = refusals.error_of_refusal_in(text)
     named = {
         name.decode("latin-1").lower(): value.decode("latin-1") for name, value in exchange.headers
     }
     secret = target.upstream.key
     error = refusals.upstream_error(
         status,
-        said,
+        stated,
         named,
         secret=secret,
         dialect=dialect,
@@ -290,7 +290,7 @@ class CallExchange(Protocol):
         """Whether a part of the answer was sent to the client: then there is no retry."""
 
     @property
-    def is_heard(self) -> bool:
+    def has_response(self) -> bool:
         """Whether a part of the answer may have arrived from the upstream in this attempt."""
 
     def serving(self, targets: Targets, model: str) -> list[Target]:
@@ -419,10 +419,10 @@ class Spine:
 
     def first_of(self, dialect: Dialect) -> Target:
         """Return the dialect's first upstream, for a call without a model. Raises NotFound."""
-        speaking = self.targets.in_service(dialect)
-        if not speaking:
+        upstreams = self.targets.in_service(dialect)
+        if not upstreams:
             raise NotFound(f"no upstream speaks the {dialect} dialect")
-        return Target(speaking[0], "")
+        return Target(upstreams[0], "")
 
     def check_bounded(self, exchange: CallExchange, targets: Sequence[Target]) -> None:
         """Raises BudgetUnbounded for a call whose greatest possible cost is unknown at each of its
@@ -820,23 +820,23 @@ class _Run:
                 trail.end(why, worked=whole, status=status)
             images = self._exchange.settle(target, lane, demand, whole=whole, failed=failure)
             if permit is not None and not record.handed_over:
-                told, charged = record.answer.usage, record.charge.usage
+                reported, charged = record.answer.usage, record.charge.usage
                 used = first_ms = None
                 if demand.estimate is not None:
-                    used = demand.used(told, charged, whole=whole)
+                    used = demand.used(reported, charged, whole=whole)
                 if permit.adapts_by_latency and whole and record.streamed:
                     first_ms = record.answer.first_byte_ms
-                    used = used or tokens_read(told, charged)
+                    used = used or tokens_read(reported, charged)
                 permit.settle(
                     outcome,
                     tokens=used,
                     images=images,
-                    audio_seconds=None if told.details is None else seconds_of(told),
+                    audio_seconds=None if reported.details is None else seconds_of(reported),
                     cost_micros=record.charge.cost_micros,
                     first_ms=first_ms,
                 )
                 if demand.estimate is not None:
-                    lane.demands.learn(demand, told, charged, whole=whole)
+                    lane.demands.learn(demand, reported, charged, whole=whole)
             if self._home is not None and whole:
                 self._spine.affinity.note(self._home, target, record.answer.usage)
 

@@ -102,7 +102,7 @@ class Pools:
         """Enter a pool, or return to it, with its policy in force. Raises ConfigError."""
         known = self._open.get(pool)
         if known is not None:
-            known[0].wanted, known[0].provider = policy, provider or ""
+            known[0].stated, known[0].provider = policy, provider or ""
         else:
             stack = AsyncExitStack()
             opening = open_pool(
@@ -175,8 +175,8 @@ class RecordedDays:
         while True:
             try:
                 await self.count()
-            except (LimiterUnavailable, StoreUnavailable) as away:
-                log.debug(Log.STORE_AWAY, detail=away.message)
+            except (LimiterUnavailable, StoreUnavailable) as error:
+                log.debug(Log.STORE_AWAY, detail=error.message)
             except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR, component="day_quotas")
             await asyncio.sleep(_DAYS_EVERY_S)
@@ -192,8 +192,8 @@ class RecordedDays:
             return
         quotas = _quotas_of(limiter)
         if quotas and is_start:
-            seen = await limiter.snapshot(limits=list(quotas))
-            counted = {name for name, view in seen.limits.items() if view.used}
+            snapshot = await limiter.snapshot(limits=list(quotas))
+            counted = {name for name, view in snapshot.limits.items() if view.used}
             quotas = {name: one for name, one in quotas.items() if name not in counted}
         for zone in sorted({one.zone for one in quotas.values()}):
             of_zone = {name: one for name, one in quotas.items() if one.zone == zone}
@@ -297,8 +297,8 @@ async def revision_to_start_with(record: UpstreamRevisions) -> UpstreamRevision:
     try:
         async with asyncio.timeout(_START_WITHIN_S):
             return await record.newest()
-    except (StoreUnavailable, TimeoutError) as away:
-        log.warning(Log.STORE_AWAY, detail=f"live changes to upstreams are not known: {away}")
+    except (StoreUnavailable, TimeoutError) as error:
+        log.warning(Log.STORE_AWAY, detail=f"live changes to upstreams are not known: {error}")
         return UpstreamRevision(-1, {})
 
 
@@ -352,7 +352,7 @@ class LiveUpstreams:
         self._share = share
         for upstream in self.deployment.upstreams:
             self._enter(upstream, await self._open(upstream))
-        self._tell_problems()
+        self._log_problems()
 
     async def _open(self, upstream: Upstream) -> _Opened:
         await self._signers.open([upstream])
@@ -390,10 +390,10 @@ class LiveUpstreams:
             await self.record.leave(self._process.instance_id)
         for learner in self._learners.values():
             learner.cancel()
-        kept = [*self._opened.values(), *(one.opened for one in self._left)]
+        opened = [*self._opened.values(), *(one.opened for one in self._left)]
         if self._prepared is not None:
-            kept += self._prepared.opened.values()
-        for one in kept:
+            opened += self._prepared.opened.values()
+        for one in opened:
             await _close(one)
 
     def wake(self) -> None:
@@ -406,8 +406,8 @@ class LiveUpstreams:
             self._woken.clear()
             try:
                 await self.look()
-            except StoreUnavailable as away:
-                log.debug(Log.STORE_AWAY, detail=away.message)
+            except StoreUnavailable as error:
+                log.debug(Log.STORE_AWAY, detail=error.message)
             except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR, component="upstreams")
             with suppress(TimeoutError):
@@ -417,14 +417,14 @@ class LiveUpstreams:
     async def look(self) -> None:
         """Apply the revision in force, prepare a proposed one, close unused clients. Raises
         StoreUnavailable."""
-        seen = await self.record.see(self._state())
-        if seen.in_force != self.revision:
-            await self._take_up(seen.in_force)
+        current = await self.record.see(self._state())
+        if current.in_force != self.revision:
+            await self._take_up(current.in_force)
             await self.record.see(self._state())
-        elif seen.proposed and seen.proposed != self._prepared_number:
-            await self._prepare(seen.proposed)
+        elif current.proposed and current.proposed != self._prepared_number:
+            await self._prepare(current.proposed)
             await self.record.see(self._state())
-        elif not seen.proposed:
+        elif not current.proposed:
             await self._discard()
         self.is_known.set()
         await self._close_left()
@@ -463,10 +463,10 @@ class LiveUpstreams:
                     policy = policies[upstream.name]
                     await self.pools.enter(upstream.pool, policy, upstream.provider)
                 found.opened[upstream.name] = await self._open(upstream)
-            except ConfigError as wrong:
-                missing[upstream.name] = wrong
-        kept = tuple(one for one in deployment.upstreams if one.name not in missing)
-        found.deployment = replace(deployment, upstreams=kept, missing=missing)
+            except ConfigError as error:
+                missing[upstream.name] = error
+        usable = tuple(one for one in deployment.upstreams if one.name not in missing)
+        found.deployment = replace(deployment, upstreams=usable, missing=missing)
         return found
 
     def _is_as_before(self, upstream: Upstream) -> bool:
@@ -511,7 +511,7 @@ class LiveUpstreams:
             action=revision.action,
             reason=revision.reason,
         )
-        self._tell_problems()
+        self._log_problems()
 
     def _swap(self, prepared: _Prepared) -> None:
         """Swap without awaiting, so that no call sees half of the change."""
@@ -559,7 +559,7 @@ class LiveUpstreams:
         if due:
             self._keep_credentials()
 
-    def _tell_problems(self) -> None:
+    def _log_problems(self) -> None:
         for name, problem in _problems(self.deployment).items():
             log.error(Log.UPSTREAM_MISSING, upstream=name, reason=problem)
         for line in self.deployment.live.differing(self.stated.tables()):
@@ -589,8 +589,8 @@ class LiveUpstreams:
 
         def propose(now: UpstreamRevision) -> Mapping[str, Any] | None:
             if expected is not None and now.revision != expected:
-                said = f"revision {now.revision} is in force, not {expected}"
-                raise UpstreamsChanged(said)
+                message = f"revision {now.revision} is in force, not {expected}"
+                raise UpstreamsChanged(message)
             live = changes_of(now.upstreams)
             new = edit(live, base)
             lines[:] = changed_lines(live, new)
@@ -628,9 +628,9 @@ class LiveUpstreams:
     def _check(self, new: LiveChanges, live: LiveChanges) -> None:
         """Raises ConfigError for a change that this process itself cannot apply."""
         deployment = self.stated.deployment(new, self.deployment)
-        for name, wrong in deployment.missing.items():
+        for name, error in deployment.missing.items():
             if new.of(name) != live.of(name):
-                raise wrong
+                raise error
         check_passthrough(deployment.upstreams)
         check_adopted(deployment.upstreams)
 
@@ -645,15 +645,15 @@ class LiveUpstreams:
         for one in await self.record.processes():
             if one.prepared == number:
                 new = {
-                    name: said
-                    for name, said in one.proposed_problems.items()
+                    name: problem
+                    for name, problem in one.proposed_problems.items()
                     if name not in one.problems and name not in before
                 }
-                why += [f"{one.instance_id}: {said}" for said in new.values()]
+                why += [f"{one.instance_id}: {problem}" for problem in new.values()]
         if why:
-            said = "not put in force: " + "; ".join(why)
-            await self.record.decide(number, said)
-            raise UpstreamUnfit(said)
+            problem = "not put in force: " + "; ".join(why)
+            await self.record.decide(number, problem)
+            raise UpstreamUnfit(problem)
 
     async def _have_known(self, number: int) -> tuple[int, list[str]]:
         """Return the number of processes, and those where the revision is not in force in time."""
@@ -696,8 +696,8 @@ class LiveUpstreams:
         """Return the upstream that `edit` would make. Raises ConfigError."""
         live = edit(self.deployment.live, self.stated.tables())
         deployment = self.stated.deployment(live, self.deployment)
-        if (wrong := deployment.missing.get(name)) is not None:
-            raise wrong
+        if (error := deployment.missing.get(name)) is not None:
+            raise error
         found = deployment.upstream(name)
         if found is None:
             raise ConfigError("name", name[:100], "must be an upstream")
@@ -721,7 +721,7 @@ def check_tested(tests: Sequence[UpstreamTest]) -> None:
 
 
 def _problems(deployment: Deployment) -> dict[str, str]:
-    return {name: f"{wrong.variable} {wrong.allowed}" for name, wrong in deployment.missing.items()}
+    return {name: f"{error.variable} {error.allowed}" for name, error in deployment.missing.items()}
 
 
 async def _close(opened: _Opened) -> None:

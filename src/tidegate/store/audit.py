@@ -403,31 +403,32 @@ class AuditLog:
         """Return the record for `add`; a large body is in the blob store then."""
         return Prepared(record, self._audit_values(record), await self._bodies(record))
 
-    async def add(self, connection: asyncpg.Connection, given: list[Prepared]) -> list[Prepared]:
+    async def add(self, connection: asyncpg.Connection, prepared: list[Prepared]) -> list[Prepared]:
         """Write records in the caller's transaction. Return those that are left out, since their
         tenant or subject was erased; the caller passes them to `forget_bodies`."""
-        calls = [one.record for one in given]
+        calls = [one.record for one in prepared]
         marks = [Mark(one.tenant_id, one.subject, one.received_at) for one in calls]
-        gone = await erased_among(connection, marks)
-        kept = [one for place, one in enumerate(given) if place not in gone]
+        erased = await erased_among(connection, marks)
+        remaining = [one for place, one in enumerate(prepared) if place not in erased]
         await connection.copy_records_to_table(
             "audit",
-            records=[one.audit for one in kept],
+            records=[one.audit for one in remaining],
             columns=_AUDIT_COLUMNS,
             timeout=None,
         )
-        bodies = [body for one in kept for body in one.bodies]
+        bodies = [body for one in remaining for body in one.bodies]
         await connection.copy_records_to_table("bodies", records=bodies, columns=_BODY_COLUMNS)
         # A repeat after a commit with a lost reply has failed above, at the same ids.
         await add_usage(
-            connection, [dict(zip(READ, _read_by_usage(one.audit), strict=True)) for one in kept]
+            connection,
+            [dict(zip(READ, _read_by_usage(one.audit), strict=True)) for one in remaining],
         )
         await self._budgets.settle_in(connection, (one.id for one in calls))
-        return [given[place] for place in gone]
+        return [prepared[place] for place in erased]
 
-    async def forget_bodies(self, given: Iterable[Prepared]) -> None:
+    async def forget_bodies(self, prepared: Iterable[Prepared]) -> None:
         """Delete the large bodies of records that were left out."""
-        keys = [key for one in given for body in one.bodies if (key := body[_BLOB_KEY])]
+        keys = [key for one in prepared for body in one.bodies if (key := body[_BLOB_KEY])]
         if keys:
             with suppress(StoreUnavailable):
                 await self._blobs.delete(keys)
@@ -439,20 +440,20 @@ class AuditLog:
         self._listeners.notify(written)
 
     async def _write(self, batch: list[CallRecord]) -> None:
-        given = []
+        prepared = []
         for number, record in enumerate(batch, 1):
-            given.append(await self.prepare(record))
+            prepared.append(await self.prepare(record))
             if not number % _AT_ONCE:
                 await asyncio.sleep(0)  # a whole batch would block the event loop for milliseconds
         try:
-            gone = await self._connections.run(lambda connection: self.add(connection, given))
+            erased = await self._connections.run(lambda connection: self.add(connection, prepared))
             self._budgets.wake()
             for record in batch:
                 self._journal.leave(record)
-            await self.forget_bodies(gone)
+            await self.forget_bodies(erased)
         except (StoreUnavailable, asyncpg.PostgresError, asyncpg.InterfaceError, ValueError) as no:
             log.debug(Log.STORE_AWAY, detail=repr(no))
-            for one in given:
+            for one in prepared:
                 await self._enqueue(_entry(one), one.record)
 
     def _audit_values(self, record: CallRecord) -> tuple[Any, ...]:
@@ -501,8 +502,8 @@ class AuditLog:
                 encoding, data = await asyncio.to_thread(as_kept, raw) if large else as_kept(raw)
                 placed = await _placed(data, self._blobs)
             owner = (record.request_id, record.received_at, role, record.tenant_id, record.pool)
-            kept = (encoding, len(raw), *placed)
-            bodies.append((*owner, *kept, cleaned(content_type), omitted_bytes))
+            stored = (encoding, len(raw), *placed)
+            bodies.append((*owner, *stored, cleaned(content_type), omitted_bytes))
         return bodies
 
     async def end_job(self, job: ClaimedJob, record: CallRecord, *, called: bool = True) -> bool:
@@ -579,8 +580,8 @@ class AuditLog:
         if error is not None and not isinstance(error, ClaimLost | StoreUnavailable):
             log.error(Log.INTERNAL_ERROR, component="recorder", error=repr(error))
 
-    async def _write_or_keep(self, given: Json | Awaitable[Json], patient: bool) -> bool:
-        entry = given if isinstance(given, dict) else await given
+    async def _write_or_keep(self, pending: Json | Awaitable[Json], patient: bool) -> bool:
+        entry = pending if isinstance(pending, dict) else await pending
         while True:
             try:
                 await self._entry_writer.write(entry, rows.size_of(entry))
@@ -605,7 +606,7 @@ class AuditLog:
             except TimeoutError:
                 pass  # another process may have died and left its file
             self._replay_soon.clear()
-            if self._connections.away:
+            if self._connections.unavailable:
                 continue
             try:
                 await self._spill.replay(self._write_again)
@@ -651,22 +652,22 @@ class AuditLog:
         ) -> tuple[list[Json], tuple[set[str], list[UUID], set[str]]]:
             gone = await erased_entries(connection, entries)
             ids = {id(entry) for entry in gone}
-            if kept := [entry for entry in keys if id(entry) not in ids]:
-                await settle_keys(connection, kept)
-                await add_noted(connection, kept)
+            if remaining := [entry for entry in keys if id(entry) not in ids]:
+                await settle_keys(connection, remaining)
+                await add_noted(connection, remaining)
             rest = [entry for entry in calls if id(entry) not in ids]
             written = await _write_entries(connection, rest, self._instance_id)
             await self._budgets.settle_in(connection, (entry["row"]["id"] for entry in calls))
             return gone, written
 
-        gone, (written, changed, pools) = await self._connections.run(work)
-        erased = {id(entry) for entry in gone}
+        removed, (written, changed, pools) = await self._connections.run(work)
+        erased = {id(entry) for entry in removed}
         written |= {str(entry["row"]["id"]) for entry in calls if id(entry) in erased}
         self._budgets.wake()
         self._notifications.changed(changed)
         self._notifications.work(pools)
         lost = [entry for entry in calls if str(entry["row"]["id"]) not in written]
-        await self._discard([*gone, *lost])
+        await self._discard([*removed, *lost])
         ids = {id(entry) for entry in lost}
         return [
             ClaimLost(f"another worker has {entry['row']['id']} now") if id(entry) in ids else None
@@ -789,9 +790,9 @@ async def _write_entries(
 async def _rows(
     connection: asyncpg.Connection, name: str, entries: dict[str, Json]
 ) -> dict[str, asyncpg.Record]:
-    given = dumps([entry["row"] for entry in entries.values()])
+    payload = dumps([entry["row"] for entry in entries.values()])
     await asyncio.sleep(0)  # sending a large batch blocks as long again
-    found = await connection.fetch(sql(name), given)
+    found = await connection.fetch(sql(name), payload)
     return {str(row["id"]): row for row in found}
 
 
@@ -860,10 +861,10 @@ async def audit_unanswered(
     for file in await connection.fetch(sql("get_input_files"), list(files)):
         files[file["request_id"]].append(file)
     jobs = [rows.claimed_job(row, files[row["id"]]) for row in ended]
-    asked = [inline_row("request", body_of_job(job)) for job in jobs]
+    requests = [inline_row("request", body_of_job(job)) for job in jobs]
     await add_audit(
         connection,
-        [(row, {}, failure, [body]) for row, body in zip(ended, asked, strict=True)],
+        [(row, {}, failure, [body]) for row, body in zip(ended, requests, strict=True)],
         instance_id,
     )
 

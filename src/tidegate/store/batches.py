@@ -228,12 +228,12 @@ class Batches:
         async def add(connection: asyncpg.Connection) -> int:
             await connection.execute(sql("lock_batch_files"), tenant_id)
             # A separate statement, which sees rows that were committed under the lock before.
-            kept = await connection.fetchval(
+            stored = await connection.fetchval(
                 sql("kept_batch_files"), tenant_id, file.file_id, _LEAST_BYTES
             )
-            if kept + max(file.size_bytes, _LEAST_BYTES) <= most_bytes:
+            if stored + max(file.size_bytes, _LEAST_BYTES) <= most_bytes:
                 await _add_file(connection, file)
-            return int(kept)
+            return int(stored)
 
         kept_bytes = await self._connections.run(add)
         _check_room(tenant_id, kept_bytes, file.size_bytes, most_bytes)
@@ -321,7 +321,7 @@ class Batches:
         most_bytes: int | None,
     ) -> Batch:
         tenant_id = caller.tenant_id
-        given = (
+        values = (
             batch_id,
             tenant_id,
             endpoint,
@@ -344,11 +344,11 @@ class Batches:
                 await end_key(connection, tenant_id, once.key, made)
             if most_bytes is not None:
                 await connection.execute(sql("lock_batch_files"), tenant_id)
-                kept = await connection.fetchval(
+                stored = await connection.fetchval(
                     sql("kept_batch_files"), tenant_id, None, _LEAST_BYTES
                 )
-                _check_room(tenant_id, kept, file.size_bytes, most_bytes)
-            await connection.execute(sql("add_batch"), *given)
+                _check_room(tenant_id, stored, file.size_bytes, most_bytes)
+            await connection.execute(sql("add_batch"), *values)
             return await connection.fetchrow(sql("get_batch"), batch_id, tenant_id)
 
         added = _batch(await self._connections.run(add))
@@ -478,10 +478,10 @@ class Batches:
         self._notifications.work([DEFAULT_POOL], [BATCHES])
 
     async def refuse(self, batch: Batch, errors: Sequence[Json]) -> None:
-        said = orjson.dumps(rows.cleaned(list(errors))).decode()
+        text = orjson.dumps(rows.cleaned(list(errors))).decode()
 
         async def refuse(connection: asyncpg.Connection) -> None:
-            done = await connection.execute(sql("refuse_batch"), batch.batch_id, batch.claim, said)
+            done = await connection.execute(sql("refuse_batch"), batch.batch_id, batch.claim, text)
             if done.endswith(" 1"):
                 await connection.execute(sql("delete_batch_lines"), batch.batch_id)
 
@@ -502,18 +502,18 @@ class Batches:
                 row = await connection.fetchrow(sql("get_batch"), batch.batch_id, batch.tenant_id)
                 if row is None:
                     return False, calls  # it was erased
-                ours = [row["output_file_id"], row["error_file_id"]]
-                return ours == ids and row["status"] == batch.ends_as, []  # a reply that was lost
+                stored = [row["output_file_id"], row["error_file_id"]]
+                return stored == ids and row["status"] == batch.ends_as, []  # a reply that was lost
             for file in (output, error):
                 if file is not None:
                     await _add_file(connection, file)
-            gone = await self._audit.add(connection, calls) if calls else []
+            erased = await self._audit.add(connection, calls) if calls else []
             await connection.execute(sql("delete_batch_lines"), batch.batch_id)
-            return True, gone
+            return True, erased
 
-        is_ours, gone = await self._connections.run(end, timeout_ms=_BULK_TIMEOUT_MS)
-        await self._audit.forget_bodies(gone)
-        if not is_ours:
+        is_claimed, erased = await self._connections.run(end, timeout_ms=_BULK_TIMEOUT_MS)
+        await self._audit.forget_bodies(erased)
+        if not is_claimed:
             raise ClaimLost(f"another worker has batch_{batch.batch_id.hex} now, or it was erased")
         self._audit.noted(call.record for call in calls)
 
@@ -613,36 +613,36 @@ class OpenBatches:
         self._clock = clock
         self._asking = asyncio.Lock()
         self._mark = 0
-        self._asked_at = -math.inf
-        self._ours = self._theirs = False
+        self._read_at = -math.inf
+        self._has_own = self._has_provider = False
 
-    async def ours(self) -> bool:
+    async def has_own(self) -> bool:
         """Whether a batch submitted to this deployment is open. Raises StoreUnavailable."""
-        await self._ask()
-        return self._ours
+        await self._refresh()
+        return self._has_own
 
-    async def theirs(self) -> bool:
+    async def has_provider(self) -> bool:
         """Whether a batch at a provider is open, or a job waits for one. Raises
         StoreUnavailable."""
-        await self._ask()
-        return self._theirs
+        await self._refresh()
+        return self._has_provider
 
     def changed(self) -> None:
         """Have the state read again, as there may be a batch now."""
-        self._asked_at = -math.inf
+        self._read_at = -math.inf
 
-    async def _ask(self) -> None:
+    async def _refresh(self) -> None:
         async with self._asking:
             now, mark = self._clock(), self._notifications.work_mark(BATCHES)
-            is_idle = self._notifications.is_sure() and not (self._ours or self._theirs)
+            is_idle = self._notifications.is_sure() and not (self._has_own or self._has_provider)
             every_s = PULSED_MS / 1000 if is_idle else _OPEN_EVERY_S
-            if mark == self._mark and now - self._asked_at < every_s:
+            if mark == self._mark and now - self._read_at < every_s:
                 return
             self.changed()  # until the query has succeeded
             row = await self._connections.row("open_batches")
             assert row is not None
-            self._ours, self._theirs = row["ours"], row["theirs"]
-            self._mark, self._asked_at = mark, now
+            self._has_own, self._has_provider = row["ours"], row["theirs"]
+            self._mark, self._read_at = mark, now
 
 
 @dataclass(frozen=True, slots=True)
@@ -714,8 +714,8 @@ class BatchLines:
     async def claim(self, limit: int, most_bytes: int, without: Iterable[str]) -> list[BatchLine]:
         """Claim lines, none of the tenants and keys in `without`; requeued ones are found by the
         next search from the beginning at the latest."""
-        look = self._claims.begin()
-        since = {} if look.is_whole else {str(key): line for key, line in self._from.items()}
+        scan = self._claims.begin()
+        since = {} if scan.is_whole else {str(key): line for key, line in self._from.items()}
         claimed = await self._connections.rows(
             "claim_batch_lines",
             self._instance_id,
@@ -734,8 +734,8 @@ class BatchLines:
             )
             for row in claimed
         ]
-        self._claims.end(look, complete=True)
-        if look.is_whole:
+        self._claims.end(scan, complete=True)
+        if scan.is_whole:
             self._from.clear()
         for line in sorted(lines, key=lambda line: line.line, reverse=True):
             self._from[line.batch_id] = line.line
@@ -762,12 +762,12 @@ class BatchLines:
 
     async def release_strays(self, held: Iterable[BatchLine]) -> None:
         """Release claims of this process that it does not know of, since their reply was lost."""
-        look = self._strays.begin()
-        if not look.is_whole:
+        scan = self._strays.begin()
+        if not scan.is_whole:
             return
         ids = [line.id for line in held]
         await self._connections.execute("release_stray_lines", self._instance_id, ids)
-        self._strays.end(look, complete=True)
+        self._strays.end(scan, complete=True)
 
     async def over(self, batch_ids: Iterable[UUID]) -> frozenset[UUID]:
         """Return those of these batches of which no more lines may begin."""
@@ -815,19 +815,19 @@ class BatchLines:
         calls begun under these claims use up, else one; gave_way: the calls were preempted;
         failure: what the lines wait for."""
         waits, used = waits_ms or {}, counted or {}
-        said = {"failure": rows.failure_row(failure), "gave_way": int(gave_way)}
-        given = rows.dumps(
-            {**one.key, **said, "after_ms": waits.get(one.id), "uncounted": 1 - used.get(one.id, 1)}
+        same = {"failure": rows.failure_row(failure), "gave_way": int(gave_way)}
+        values = rows.dumps(
+            {**one.key, **same, "after_ms": waits.get(one.id), "uncounted": 1 - used.get(one.id, 1)}
             for one in lines
         )
-        await self._connections.execute("return_batch_lines", given)
+        await self._connections.execute("return_batch_lines", values)
 
     async def retake(self) -> None:
         """Release claims of dead workers."""
         if not self._may_judge():
             return
-        look = self._lapses.begin()
-        if not look.is_whole:
+        scan = self._lapses.begin()
+        if not scan.is_whole:
             return
         died = (MAX_LAPSES, orjson.dumps(asdict(_DIED)).decode())
 
@@ -839,10 +839,10 @@ class BatchLines:
             calls = [await self._audit.prepare(record) for record in records]
             return calls, await self._audit.add(connection, calls) if calls else []
 
-        calls, gone = await self._connections.run(retake)
-        await self._audit.forget_bodies(gone)
+        calls, erased = await self._connections.run(retake)
+        await self._audit.forget_bodies(erased)
         self._audit.noted(call.record for call in calls)
-        self._lapses.end(look, complete=True)
+        self._lapses.end(scan, complete=True)
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
         calling = await self._connections.rows("begin_batch_lines", _ordered(batch))

@@ -75,7 +75,7 @@ def new_key(now: datetime) -> str:
 class Blobs:
     """The blob store. Every error is StoreUnavailable, or NotFound for a missing key to be read.
 
-    `away`: the last write failed; see `ping`. is_silent: the last ping failed.
+    `unavailable`: the last write failed; see `ping`. is_silent: the last ping failed.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Blobs:
         self._open_in_parts = in_parts
         self._in_parts: ObjectStore | None = None
         self._folder = folder  # of the local store, whose writes are synced here
-        self.away = False
+        self.unavailable = False
         self.is_silent = False
 
     @classmethod
@@ -135,7 +135,7 @@ class Blobs:
         except StoreUnavailable:
             self.is_silent = True
             raise
-        self.away = self.is_silent = False
+        self.unavailable = self.is_silent = False
 
     async def _ping(self) -> None:
         if self._opened is None and self._folder is not None:
@@ -182,14 +182,14 @@ class Blobs:
         """Delete blobs; a missing key is no error."""
         import obstore.exceptions
 
-        wanted = list(keys)
-        for start in range(0, len(wanted), _DELETE_AT_ONCE):
+        targets = list(keys)
+        for start in range(0, len(targets), _DELETE_AT_ONCE):
             try:
-                await obstore.delete_async(self._store, wanted[start : start + _DELETE_AT_ONCE])
+                await obstore.delete_async(self._store, targets[start : start + _DELETE_AT_ONCE])
             except (obstore.exceptions.NotFoundError, FileNotFoundError):
-                await self._delete_one_by_one(wanted[start : start + _DELETE_AT_ONCE])
+                await self._delete_one_by_one(targets[start : start + _DELETE_AT_ONCE])
             except (obstore.exceptions.BaseError, OSError) as failed:
-                raise _translated(failed, wanted[start]) from failed
+                raise _translated(failed, targets[start]) from failed
 
     async def days(self) -> list[str]:
         """Return the days (`YYYY-MM-DD`) that have blobs, in order."""
@@ -252,9 +252,9 @@ class Blobs:
             if folder is not None:
                 await asyncio.to_thread(_sync, folder, key)
         except (obstore.exceptions.BaseError, OSError) as failed:
-            self.away = True
+            self.unavailable = True
             raise _unavailable(failed) from failed
-        self.away = False
+        self.unavailable = False
 
 
 def _sync(folder: Path, key: str) -> None:
@@ -282,17 +282,17 @@ def _unavailable(failed: BaseException) -> StoreUnavailable:
     """Return the error without its text, which contains addresses and the server's answer."""
     import obstore.exceptions
 
-    said = str(failed)
-    status = found[1] if (found := _STATUS.search(said)) else ""
-    if "169.254.169.254" in said:
+    text = str(failed)
+    status = found[1] if (found := _STATUS.search(text)) else ""
+    if "169.254.169.254" in text:
         why = "no credentials were found for it"
-    elif "NoSuchBucket" in said:
+    elif "NoSuchBucket" in text:
         why = "there is no such bucket"
     elif status in ("401", "403"):
         why = f"it rejects the credentials, or they lack a permission ({status})"
     elif status:
         why = f"it answered {status}"
     else:
-        is_theirs = isinstance(failed, obstore.exceptions.BaseError)
-        why = "it does not answer" if is_theirs else type(failed).__name__
+        is_store_error = isinstance(failed, obstore.exceptions.BaseError)
+        why = "it does not answer" if is_store_error else type(failed).__name__
     return StoreUnavailable(f"the blob store failed: {why}")

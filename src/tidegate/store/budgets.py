@@ -138,11 +138,11 @@ def _unnamed(dimension: str, value: str | None) -> str | None:
     return f"{dimension} {sha256(value.encode()).hexdigest()[:16]}"
 
 
-def _told(budget: Budget) -> Json:
+def _as_logged(budget: Budget) -> Json:
     return asdict(budget) | {one: _unnamed(one, getattr(budget, one)) for one in _OF_PEOPLE}
 
 
-def _told_scope(each: Sequence[str], scope: str) -> str:
+def _scope_words(each: Sequence[str], scope: str) -> str:
     return scope_text([_unnamed(*one) for one in zip(each, scope_values(scope), strict=False)])
 
 
@@ -185,7 +185,7 @@ class BudgetRecords:
             was = await connection.fetchrow(sql("get_budget"), name)
             budget = edit(None if was is None else _budget(was))
             is_new = await set_budget(connection, budget)
-            before, after = None if was is None else _told(_budget(was)), _told(budget)
+            before, after = None if was is None else _as_logged(_budget(was)), _as_logged(budget)
             await record_action(connection, "budget.set", name, before=before, after=after)
             return budget, is_new
 
@@ -198,11 +198,11 @@ class BudgetRecords:
         """Remove a budget with its books. Raises NotFound."""
 
         async def write(connection: asyncpg.Connection) -> list[asyncpg.Record] | None:
-            gone = await connection.fetch(sql("drop_budget"), name)
-            await drop_books(connection, gone)
-            if gone:
+            removed = await connection.fetch(sql("drop_budget"), name)
+            await drop_books(connection, removed)
+            if removed:
                 await record_action(connection, "budget.remove", name)
-            return gone or None
+            return removed or None
 
         if await self._connections.run(done_once(write)) is None:
             raise NotFound(f"there is no budget {name}")
@@ -230,12 +230,12 @@ class BudgetRecords:
             if scope is not None and not done:
                 of_it = "SELECT 1 FROM budget_books WHERE budget = $1 AND scope = $2 LIMIT 1"
                 if await connection.fetchval(of_it, name, scope) is None:
-                    said = f"the budget {name} has no amount for {scope or '(all)'}"
+                    message = f"the budget {name} has no amount for {scope or '(all)'}"
                     if len(scope_values(scope)) != len(each := known["each"]) and each:
-                        said += f": it has one for each {' and '.join(each)}"
-                    raise NotFound(said)
+                        message += f": it has one for each {' and '.join(each)}"
+                    raise NotFound(message)
             await connection.execute(sql("count_budget_change"))
-            after = {"scope": scope and _told_scope(known["each"], scope), "extra": extra}
+            after = {"scope": scope and _scope_words(known["each"], scope), "extra": extra}
             await record_action(connection, "budget.resume", name, after=after)
             return done
 
@@ -260,14 +260,14 @@ class BudgetRecords:
 
 
 async def set_budget(
-    connection: asyncpg.Connection, budget: Budget, *, keeps_end: bool = False
+    connection: asyncpg.Connection, budget: Budget, *, keep_end: bool = False
 ) -> bool:
-    """Write a budget in the caller's transaction; return whether it is new. keeps_end: keep end,
+    """Write a budget in the caller's transaction; return whether it is new. keep_end: keep end,
     doubt and alerts of an existing one. Raises ConfigError."""
     before = await connection.fetchrow(sql("get_budget"), budget.name)
     if before is not None:
         check_same(_budget(before), budget)
-        budget = with_end_of(_budget(before), budget) if keeps_end else budget
+        budget = with_end_of(_budget(before), budget) if keep_end else budget
     elif await connection.fetchval("SELECT count(*) FROM budgets") >= MOST_BUDGETS:
         allowed = f"one of up to {MOST_BUDGETS:,} budgets: remove one, or have one with `each`"
         raise ConfigError("name", budget.name, allowed)
@@ -280,9 +280,9 @@ async def set_budget(
     return is_new
 
 
-async def drop_books(connection: asyncpg.Connection, gone: Iterable[asyncpg.Record]) -> None:
+async def drop_books(connection: asyncpg.Connection, removed: Iterable[asyncpg.Record]) -> None:
     """Remove the books of budgets that were removed in this transaction."""
-    names = [row["name"] for row in gone]
+    names = [row["name"] for row in removed]
     if names:
         await connection.execute(sql("drop_budget_books"), names)
         await connection.execute(sql("count_budget_change"))
@@ -302,7 +302,7 @@ async def _seed(connection: asyncpg.Connection, budget: Budget) -> None:
 
 
 @dataclass(eq=False, slots=True)
-class _Ask:
+class _Reservation:
     """A reservation to be written."""
 
     hold: UUID
@@ -331,7 +331,7 @@ class Budgets:
     ) -> None:
         """folder: stores the last budgets read, for a start in an outage. clock: includes time in
         which the machine was suspended, since other processes then count this one as dead."""
-        self._kept = None if folder is None else folder / "budgets.json"
+        self._file = None if folder is None else folder / "budgets.json"
         self.records = BudgetRecords(connections)
         self._connections = connections
         self._instance_id = instance_id
@@ -339,7 +339,9 @@ class Budgets:
         self._revision: int | None = None
         self._rules: tuple[Budget, ...] = ()
         self._static = lru_cache(10_000)(self._bound_statically)
-        self._asks: GroupWriter[_Ask, Refusal | None] = GroupWriter(self._reserve_all)
+        self._reservations: GroupWriter[_Reservation, Refusal | None] = GroupWriter(
+            self._reserve_all
+        )
         self._open: dict[UUID, UUID] = {}  # reservations, with their requests
         self._overdue: set[UUID] = set()  # those that may have been charged as a dead process's
         self.is_pushed: Callable[[], bool] = lambda: False  # whether changes are notified
@@ -347,7 +349,7 @@ class Budgets:
         self._refusals: dict[tuple[str, str], Refusal] = {}
         self._waiters: dict[int, _Waiter] = {}
         self._freed: deque[asyncio.Future[None]] = deque()
-        self._seen_at = -math.inf
+        self._renewed_at = -math.inf
         self._refuses = False  # whether the last batch of reservations had a refused one
         self._steadiness = Steadiness(round(DEAD_AFTER_S * 1000))
         self._reading = asyncio.Lock()
@@ -374,7 +376,7 @@ class Budgets:
         try:
             await self.refresh()
         except StoreUnavailable:
-            if (found := self._read_kept()) is None:
+            if (found := self._read_file()) is None:
                 raise
             self._rules = found
             self._static.cache_clear()
@@ -388,25 +390,25 @@ class Budgets:
             self._rules, self._revision = tuple(found), revision
             self._static.cache_clear()
             self._refusals.clear()
-            self._keep()
+            self._write_file()
             self.wake()
 
-    def _keep(self) -> None:
-        if self._kept is None:
+    def _write_file(self) -> None:
+        if self._file is None:
             return
         rules = [asdict(one) for one in self._rules]
-        new = self._kept.with_suffix(f".{self._instance_id}")
+        new = self._file.with_suffix(f".{self._instance_id}")
         try:
-            self._kept.parent.mkdir(parents=True, exist_ok=True)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             new.touch(mode=0o600)
             new.write_bytes(orjson.dumps(rules))
-            new.replace(self._kept)
+            new.replace(self._file)
         except OSError as failed:  # only a start in an outage needs the file
             log.warning(Log.BUDGETS_NOT_KEPT, detail=str(failed))
 
-    def _read_kept(self) -> tuple[Budget, ...] | None:
+    def _read_file(self) -> tuple[Budget, ...] | None:
         try:
-            rows = orjson.loads(b"" if self._kept is None else self._kept.read_bytes())
+            rows = orjson.loads(b"" if self._file is None else self._file.read_bytes())
             return tuple(_budget(row) for row in rows)
         except (OSError, ValueError, TypeError):
             return None
@@ -502,7 +504,9 @@ class Budgets:
         hold = new_id()
         self._open[hold] = request_id
         try:
-            order = self._asks.put(_Ask(hold, request_id, needs), 100 + 100 * len(needs))
+            order = self._reservations.put(
+                _Reservation(hold, request_id, needs), 100 + 100 * len(needs)
+            )
         except StoreUnavailable:
             del self._open[hold]
             raise
@@ -528,27 +532,31 @@ class Budgets:
         else:
             self._open.pop(hold, None)
 
-    async def _reserve_all(self, asks: Sequence[_Ask]) -> list[Refusal | Exception | None]:
+    async def _reserve_all(
+        self, requests: Sequence[_Reservation]
+    ) -> list[Refusal | Exception | None]:
         """Write reservations in one transaction."""
         books: dict[tuple[str, str], int] = {}
         bindings: list[Binding] = []
         calls: list[Json] = []
-        for ask in asks:
+        for request in requests:
             binds = []
-            for binding, need in ask.needs:
+            for binding, need in request.needs:
                 key = (binding.budget.name, binding.scope)
                 place = books.get(key)
                 if place is None:
                     place = books[key] = len(bindings)
                     bindings.append(binding)
                 binds.append([place, need])
-            calls.append({"id": str(ask.hold), "request": str(ask.request_id), "binds": binds})
-        asked = orjson.dumps({"books": list(books), "calls": calls})
+            calls.append(
+                {"id": str(request.hold), "request": str(request.request_id), "binds": binds}
+            )
+        payload = orjson.dumps({"books": list(books), "calls": calls})
         revision = self._revision
-        self._look_back(but={ask.hold for ask in asks})
-        rows = await self._written(asked)
+        self._note_overdue(but={request.hold for request in requests})
+        rows = await self._written(payload)
         is_newest = revision == self._revision  # else a known change of the budgets may allow it
-        results: list[Refusal | Exception | None] = [None] * len(asks)
+        results: list[Refusal | Exception | None] = [None] * len(requests)
         for row in rows:
             refused = self._refused(bindings[row["book"]], row)
             results[row["call"]] = refused
@@ -556,7 +564,7 @@ class Budgets:
                 self._remember(refused)
         self._refuses = bool(rows)
         if rows:
-            self._tell_waiters()
+            self._notify_waiters()
         return results
 
     def _remember(self, refused: Refusal) -> None:
@@ -566,29 +574,29 @@ class Budgets:
             del self._refusals[next(iter(self._refusals))]  # the one that was read first
         self._refusals[book] = refused
 
-    async def _written(self, asked: bytes) -> list[asyncpg.Record]:
+    async def _written(self, payload: bytes) -> list[asyncpg.Record]:
         """Write reservations; return a row for each refused one. If none was refused lately, that
         takes one round trip. The reasons of refusals take a repeat, which changes nothing that is
         reserved."""
         sent_at = self._clock()
-        is_seen = sent_at - self._seen_at < _SEEN_EVERY_S
-        if is_seen and not self._refuses:
+        is_fresh = sent_at - self._renewed_at < _SEEN_EVERY_S
+        if is_fresh and not self._refuses:
             whole = sql("reserve_budgets_whole")
-            values = {"asked": asked.hex(), "instance": self._instance_id.encode().hex()}
+            values = {"asked": payload.hex(), "instance": self._instance_id.encode().hex()}
             if not await self._connections.run_message(whole.format(**values)):
                 return []
 
         async def work(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            if not is_seen:
+            if not is_fresh:
                 await connection.execute(sql("see_budget_instance"), self._instance_id)
             found: list[asyncpg.Record] = await connection.fetch(
-                sql("reserve_budgets"), asked.decode(), self._instance_id
+                sql("reserve_budgets"), payload.decode(), self._instance_id
             )
             return found
 
         rows = await self._connections.run(work)
-        if not is_seen:
-            self._seen_at = sent_at
+        if not is_fresh:
+            self._renewed_at = sent_at
         return rows
 
     def _refused(self, binding: Binding, row: asyncpg.Record) -> Refusal:
@@ -624,7 +632,7 @@ class Budgets:
 
         return end
 
-    def _tell_waiters(self) -> None:
+    def _notify_waiters(self) -> None:
         for waiter in list(self._waiters.values()):
             if (error := self._known_refusal(waiter.needs)) is not None:
                 waiter.notify(error)
@@ -647,7 +655,7 @@ class Budgets:
         held = reversed(self._open.items())
         return next((hold for hold, owner in held if owner == request_id), None)
 
-    def give_away(self, hold: UUID) -> None:
+    def detach_hold(self, hold: UUID) -> None:
         """Detach a reservation from this process, which cannot settle it any more."""
         self._open.pop(hold, None)
         self._overdue.discard(hold)
@@ -657,7 +665,7 @@ class Budgets:
     def settle(self, hold: UUID, charge: Charge | None, request_id: UUID | None = None) -> None:
         """Charge the reservation of an ended call; None if the call was not made. Written with the
         call's audit row, or else within a second. request_id: of a call of another process."""
-        self._look_back()
+        self._note_overdue()
         request_id = request_id or self._open.get(hold)
         if charge is None:
             one = Settlement(hold, request_id, 0, 0, False)
@@ -676,8 +684,10 @@ class Budgets:
             return
         found = [
             one
-            for given in request_ids
-            for _, one in self._pending.get(given if isinstance(given, UUID) else UUID(given), ())
+            for request_id in request_ids
+            for _, one in self._pending.get(
+                request_id if isinstance(request_id, UUID) else UUID(request_id), ()
+            )
         ]
         await settle_holds(connection, found)
 
@@ -690,8 +700,8 @@ class Budgets:
             return
         overdue = self._overdue.intersection(one.hold for one in due)
 
-        async def write(connection: asyncpg.Connection, given: Sequence[Settlement]) -> None:
-            await settle_holds(connection, given)
+        async def write(connection: asyncpg.Connection, settlements: Sequence[Settlement]) -> None:
+            await settle_holds(connection, settlements)
             if overdue:  # a budget that others know as spent may have room again
                 await connection.execute(sql("count_budget_change"))
 
@@ -708,19 +718,19 @@ class Budgets:
 
     async def _each_or_all(
         self,
-        given: Sequence[Settlement],
+        settlements: Sequence[Settlement],
         write: Callable[[asyncpg.Connection, Sequence[Settlement]], Awaitable[None]],
     ) -> set[UUID]:
         """Write settlements in one transaction; if a value cannot be written, each alone, and the
         one with that value as an estimate of its reservation. Return the reservations that cannot
         be written even so. Raises StoreUnavailable."""
         try:
-            await self._connections.run(lambda connection: write(connection, given))
+            await self._connections.run(lambda connection: write(connection, settlements))
         except _UNWRITABLE as failed:
-            if len(given) > 1:
-                alone = [await self._each_or_all([one], write) for one in given]
+            if len(settlements) > 1:
+                alone = [await self._each_or_all([one], write) for one in settlements]
                 return set().union(*alone)
-            (one,) = given
+            (one,) = settlements
             log.error(Log.BUDGET_UNWRITABLE, hold=str(one.hold), detail=str(failed))
             if one.micros is None and one.tokens is None:
                 return {one.hold}
@@ -728,10 +738,10 @@ class Budgets:
             return await self._each_or_all([held], write)
         return set()
 
-    def _look_back(self, but: Collection[UUID] = ()) -> None:
+    def _note_overdue(self, but: Collection[UUID] = ()) -> None:
         """Note the reservations, except some, if this process was silent for so long that others
         count it as dead."""
-        if self._clock() - self._seen_at > DEAD_AFTER_S and self._open:
+        if self._clock() - self._renewed_at > DEAD_AFTER_S and self._open:
             self._overdue.update(self._open.keys() - but)
 
     def wake(self) -> None:
@@ -745,19 +755,19 @@ class Budgets:
 
     async def run(self) -> None:
         """Read changes, write pending settlements, and charge reservations of dead processes."""
-        looked_at = beaten_at = ended_at = forgot_at = -math.inf
+        read_at = beaten_at = ended_at = forgot_at = -math.inf
         while True:
             now = self._clock()
             try:
                 every_s = _PUSHED_REVISION_EVERY_S if self.is_pushed() else _REVISION_EVERY_S
-                if self._change.is_set() or now - looked_at >= every_s:
+                if self._change.is_set() or now - read_at >= every_s:
                     self._change.clear()
-                    looked_at = now
+                    read_at = now
                     await self.refresh()
                 await self.flush(_FLUSH_AFTER_S)
                 if self._rules and now - beaten_at >= _SEEN_EVERY_S:
                     beaten_at = now
-                    await self._look_after_holds()
+                    await self._renew_holds()
                 is_rolling = any(one.window_s for one in self._rules)
                 if is_rolling and now - ended_at >= _EXTRAS_EVERY_S:
                     ended_at = now
@@ -765,9 +775,9 @@ class Budgets:
                 if self._rules and now - forgot_at >= _FORGET_EVERY_S:
                     forgot_at = now
                     await self.forget_books()
-            except StoreUnavailable as away:  # reservations stay as they are
+            except StoreUnavailable as error:  # reservations stay as they are
                 self._steadiness.missed()
-                log.debug(Log.STORE_AWAY, detail=away.message)
+                log.debug(Log.STORE_AWAY, detail=error.message)
             except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR, where="budgets")
             with suppress(TimeoutError):
@@ -795,12 +805,12 @@ class Budgets:
         with suppress(StoreUnavailable):
             await self.flush()
 
-    async def _look_after_holds(self) -> None:
+    async def _renew_holds(self) -> None:
         sent_at = Steadiness.clock()
-        self._look_back()
+        self._note_overdue()
         if self._open:
             await self._connections.execute("see_budget_instance", self._instance_id)
-            self._seen_at = self._clock()
+            self._renewed_at = self._clock()
             await self._void_strays()
         else:
             await self._connections.execute("forget_budget_instances")

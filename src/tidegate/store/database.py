@@ -102,27 +102,27 @@ class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
     shares_servers = False  # a pooler reports a server's process as its own
     _is_direct: bool | None = None
     _is_set = False  # for statements outside a transaction
-    _kept: Mapping[str, asyncpg.prepared_stmt.PreparedStatement] = {}
+    _statements: Mapping[str, asyncpg.prepared_stmt.PreparedStatement] = {}
 
     async def fetch(self, query: str, *values: Any, **more: Any) -> Any:
-        if (kept := await self._prepared(query)) is None:
+        if (statement := await self._prepared(query)) is None:
             return await super().fetch(query, *values, **more)
-        return await kept.fetch(*values, **more)
+        return await statement.fetch(*values, **more)
 
     async def fetchrow(self, query: str, *values: Any, **more: Any) -> Any:
-        if (kept := await self._prepared(query)) is None:
+        if (statement := await self._prepared(query)) is None:
             return await super().fetchrow(query, *values, **more)
-        return await kept.fetchrow(*values, **more)
+        return await statement.fetchrow(*values, **more)
 
     async def execute(self, query: str, *values: Any, **more: Any) -> Any:
-        if (kept := await self._prepared(query)) is None:
+        if (statement := await self._prepared(query)) is None:
             return await super().execute(query, *values, **more)
-        await kept.fetch(*values, **more)
-        return kept.get_statusmsg()
+        await statement.fetch(*values, **more)
+        return statement.get_statusmsg()
 
     def forget(self) -> None:
         """Discard all prepared statements."""
-        self._kept = {}
+        self._statements = {}
 
     async def runs_alone(self) -> bool:
         """Whether one statement may run without BEGIN and COMMIT, which are two more round trips:
@@ -141,10 +141,10 @@ class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
     async def _prepared(self, query: str) -> asyncpg.prepared_stmt.PreparedStatement | None:
         if query not in PREPARED or not await self._has_server():
             return None
-        if (kept := self._kept.get(query)) is None:
-            kept = await self.prepare(query, name=f"{PREPARED[query]}_{next(_numbers)}")
-            self._kept = {**self._kept, query: kept}
-        return kept
+        if (statement := self._statements.get(query)) is None:
+            statement = await self.prepare(query, name=f"{PREPARED[query]}_{next(_numbers)}")
+            self._statements = {**self._statements, query: statement}
+        return statement
 
 
 class _Commit:
@@ -173,16 +173,16 @@ class Connections:
         self._probe: asyncio.Task[None] | None = None
         self._opening = False
         self._waiting: list[asyncio.Future[None]] = []
-        self._away: str | None = None  # the reason while away
+        self._down: str | None = None  # the reason while away
         self._closed = False
         self.on_back: list[Callable[[], None]] = []
 
     @property
-    def away(self) -> bool:
-        return self._away is not None
+    def unavailable(self) -> bool:
+        return self._down is not None
 
     def __repr__(self) -> str:
-        return f"<Connections busy={len(self._busy)} idle={len(self._idle)} away={self._away!r}>"
+        return f"<Connections busy={len(self._busy)} idle={len(self._idle)} away={self._down!r}>"
 
     def start(self) -> None:
         """Start connecting in the background; PostgreSQL may become available later."""
@@ -220,12 +220,12 @@ class Connections:
         unavailable; unrepeatable work may then be committed. A cancelled caller returns
         immediately; the transaction ends by itself within its deadline, either way.
         """
-        if self._closed or self._away is not None:
+        if self._closed or self._down is not None:
             await asyncio.sleep(0)  # a caller that retries in a loop must not starve the others
         if self._closed:
             raise StoreUnavailable("the store is closed")
-        if self._away is not None:
-            raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
+        if self._down is not None:
+            raise StoreUnavailable(f"PostgreSQL is away: {self._down}")
         task = asyncio.create_task(
             self._run(work, max(timeout_ms, self._patience_ms), repeatable, begin)
         )
@@ -283,8 +283,8 @@ class Connections:
 
     async def dedicated(self) -> DatabaseSession:
         """Return a connection outside the pool, for LISTEN; the caller terminates it."""
-        if self._away is not None:
-            raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
+        if self._down is not None:
+            raise StoreUnavailable(f"PostgreSQL is away: {self._down}")
         try:
             return await self._connect(_Patience(CONNECT_TIMEOUT_MS / 1000))
         except (*_TRANSIENT, *_UNFIT) as failed:
@@ -309,13 +309,13 @@ class Connections:
                     raise StoreUnavailable(f"PostgreSQL failed: {_words(stale)}") from stale
             except _TRANSIENT as failed:
                 late = asyncio.get_running_loop().time() >= deadline
-                said = f"no answer within {timeout_ms} ms" if late else _words(failed)
+                reason = f"no answer within {timeout_ms} ms" if late else _words(failed)
                 if late or tries == _TRIES:
                     self._suspect()
-                if late or self.away or tries == _TRIES or self._closed:
-                    raise StoreUnavailable(f"PostgreSQL failed: {said}") from failed
+                if late or self.unavailable or tries == _TRIES or self._closed:
+                    raise StoreUnavailable(f"PostgreSQL failed: {reason}") from failed
                 if commit.sent and not repeatable:
-                    raise StoreUnavailable(f"the reply to a COMMIT was lost: {said}") from failed
+                    raise StoreUnavailable(f"the reply to a COMMIT was lost: {reason}") from failed
 
     async def _transaction(
         self, work: Work[T], deadline: float, timeout_ms: int, commit: _Commit, begin: Begin
@@ -352,7 +352,7 @@ class Connections:
                 watchdog.cancel()
                 doubt.cancel()
                 self._busy.discard(connection)
-            if self._closed or self.away:
+            if self._closed or self.unavailable:
                 connection.terminate()
             else:
                 self._free(connection)
@@ -388,14 +388,14 @@ class Connections:
             finally:
                 if opening is not None:
                     opening.cancel()
-            if self._away is not None:
-                raise StoreUnavailable(f"PostgreSQL is away: {self._away}")
+            if self._down is not None:
+                raise StoreUnavailable(f"PostgreSQL is away: {self._down}")
 
     def _free(self, connection: asyncpg.Connection) -> None:
         self._idle.append(connection)
         if self._trimming is None and len(self._idle) > 1:
             self._trim_later()
-        self._look_again()
+        self._wake_waiters()
 
     def _trim_later(self) -> None:
         self._least_idle = len(self._idle)
@@ -417,7 +417,7 @@ class Connections:
         if not task.cancelled() and (failed := task.exception()) is not None:
             get_logger().debug(Log.STORE_AWAY, detail=str(failed))
 
-    def _look_again(self) -> None:
+    def _wake_waiters(self) -> None:
         """Wake all waiters for a connection, to take or open one."""
         for waits in self._waiting:
             _wake(waits)
@@ -435,11 +435,11 @@ class Connections:
             if isinstance(failed, _CUT):
                 self._suspect()
             elif not _is_full(failed):
-                self._gone(_words(failed))
+                self._mark_down(_words(failed))
             raise
         finally:
             self._opening = False
-            self._look_again()
+            self._wake_waiters()
 
     async def _connect(self, patience: _Patience) -> DatabaseSession:
         more: Any = {"server_settings": {"application_name": "tidegate"}}
@@ -462,23 +462,23 @@ class Connections:
             raise
         return connection
 
-    def _gone(self, reason: str) -> None:
-        if self._away is None:
+    def _mark_down(self, reason: str) -> None:
+        if self._down is None:
             get_logger().warning(Log.STORE_AWAY, reason=reason)
-        self._away = reason
+        self._down = reason
         while self._idle:
             self._idle.pop().terminate()
         for connection in self._busy:
             connection.terminate()
-        self._look_again()
+        self._wake_waiters()
         self._suspect()
 
     def _suspect(self) -> None:
         if self._probe is None and not self._closed:
-            self._probe = asyncio.create_task(self._look())
+            self._probe = asyncio.create_task(self._probe_until_up())
 
-    async def _look(self) -> None:
-        """Try to connect until it works; the first failure makes PostgreSQL `away`."""
+    async def _probe_until_up(self) -> None:
+        """Try to connect until it works; the first failure makes PostgreSQL `unavailable`."""
         cuts_left = 2
         try:
             while True:
@@ -490,13 +490,13 @@ class Connections:
                         break
                     cuts_left -= isinstance(failed, _CUT)
                     if cuts_left < 0 or not isinstance(failed, _CUT):
-                        self._gone(_words(failed))
+                        self._mark_down(_words(failed))
                 await asyncio.sleep(PROBE_EVERY_MS / 1000)
         finally:
             self._probe = None
-            self._look_again()
-        if self._away is not None:
-            self._away = None
+            self._wake_waiters()
+        if self._down is not None:
+            self._down = None
             get_logger().info(Log.STORE_BACK)
             for notify in self.on_back:
                 notify()
@@ -711,8 +711,8 @@ class GroupWriter(Generic[Row, Result]):
         results: Sequence[Result | Exception]
         try:
             results = await self._commit([row for row, _ in batch])
-        except StoreUnavailable as away:
-            results = [StoreUnavailable(away.message) for _ in batch]
+        except StoreUnavailable as error:
+            results = [StoreUnavailable(error.message) for _ in batch]
         except Exception as failed:  # noqa: BLE001 -- raised in the caller whose row it is
             if len(batch) > 1:
                 for pair in batch:
@@ -754,11 +754,11 @@ async def make_ahead(connection: asyncpg.Connection, today: date) -> list[str]:
     """
     await connection.execute(sql("lock_partitions"), PARTITIONS_LOCK)
     days = [today + timedelta(days=ahead) for ahead in range(DAYS_AHEAD + 1)]
-    wanted = {name_of(table, day): (table, day) for table in TABLES for day in days}
-    missing = [row["name"] for row in await connection.fetch(sql("missing_partitions"), [*wanted])]
+    needed = {name_of(table, day): (table, day) for table in TABLES for day in days}
+    missing = [row["name"] for row in await connection.fetch(sql("missing_partitions"), [*needed])]
     await connection.execute(sql("wait_briefly"))
     for name in missing:
-        await _make(connection, *wanted[name])
+        await _make(connection, *needed[name])
     return sorted(missing)
 
 
@@ -802,8 +802,8 @@ async def _revision_alone(connection: asyncpg.Connection) -> str | None:
 async def _connected(url: str) -> asyncpg.Connection:
     try:
         return await asyncpg.connect(url, timeout=_CONNECT_TIMEOUT_S, statement_cache_size=0)
-    except asyncpg.ClientConfigurationError as wrong:  # not an outage, and does not pass
-        raise ConfigError("DATABASE_URL", None, f"can't be used: {wrong.args[0]}") from None
+    except asyncpg.ClientConfigurationError as error:  # not an outage, and does not pass
+        raise ConfigError("DATABASE_URL", None, f"can't be used: {error.args[0]}") from None
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
         host = urlsplit(url).hostname
         at = f" at {host}" if host else ""
@@ -887,8 +887,8 @@ async def migrate(url: str) -> str | None:
         names = f"names a user that may not change the schema: {refused}; migrate as its owner"
         raise ConfigError("DATABASE_URL", None, names) from refused
     except (asyncpg.LockNotAvailableError, *_TRANSIENT) as failed:
-        is_kept = isinstance(failed, asyncpg.LockNotAvailableError)
-        why = "a table is in use, perhaps by a backup" if is_kept else _words(failed)
+        is_locked = isinstance(failed, asyncpg.LockNotAvailableError)
+        why = "a table is in use, perhaps by a backup" if is_locked else _words(failed)
         raise StoreUnavailable(f"the schema can't be changed now: {why}") from failed
     finally:
         await connection.close(timeout=_CONNECT_TIMEOUT_S)

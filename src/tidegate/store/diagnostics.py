@@ -78,8 +78,8 @@ async def check_url(url: str) -> None:
     Does not try whether a server answers: asyncpg parses the whole URL before it connects."""
     try:
         connection = await asyncpg.connect(url, timeout=0)
-    except asyncpg.ClientConfigurationError as wrong:
-        raise ConfigError("DATABASE_URL", None, f"can't be used: {wrong.args[0]}") from None
+    except asyncpg.ClientConfigurationError as error:
+        raise ConfigError("DATABASE_URL", None, f"can't be used: {error.args[0]}") from None
     except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
         return
     connection.terminate()

@@ -34,7 +34,7 @@ MOST_PENDING_BYTES = 64_000_000
 ANSWER, FREE = KEY_OPS = "answer", "free"  # operations of the recorder's entries
 _LARGE_BYTES = 100_000
 _TIMEOUT_MS = 2_000
-_LOOK_S = 0.1
+_POLL_S = 0.1
 _RETRY_S = 0.2
 
 log = get_logger()
@@ -112,7 +112,7 @@ class NativeKeys:
         for looking in self._looking.values():
             looking.cancel()
 
-    async def take(self, owner: Owner, wanted: Idempotency) -> Taken | KeyState:
+    async def take(self, owner: Owner, requested: Idempotency) -> Taken | KeyState:
         """Take the key for `owner`, or return its state. A cancelled caller has no key: if it is
         taken all the same, it is freed."""
         if self._renewing is None:
@@ -120,7 +120,7 @@ class NativeKeys:
         lease_ms = self._judged_ms()
         work = self._connections.run(
             lambda connection: take_key(
-                connection, owner.tenant_id, wanted, owner.request_id, lease_ms=lease_ms
+                connection, owner.tenant_id, requested, owner.request_id, lease_ms=lease_ms
             ),
             timeout_ms=_TIMEOUT_MS,
         )
@@ -147,7 +147,7 @@ class NativeKeys:
             timeout_ms=_TIMEOUT_MS,
         )
 
-    async def look(self, tenant_id: str, key: str) -> KeyState | None:
+    async def poll(self, tenant_id: str, key: str) -> KeyState | None:
         """Return the state of a key a moment later. Waiters for one key in this process share the
         query."""
         place = (tenant_id, key)
@@ -155,15 +155,15 @@ class NativeKeys:
         # A finished task stays here until its callbacks run. Awaiting it does not yield: a caller
         # that polls in a loop would block the event loop.
         if looking is None or looking.done():
-            looking = self._looking[place] = asyncio.create_task(self._look(*place))
-            looking.add_done_callback(partial(self._looked, place))
+            looking = self._looking[place] = asyncio.create_task(self._poll(*place))
+            looking.add_done_callback(partial(self._polled, place))
         return await asyncio.shield(looking)
 
-    async def _look(self, tenant_id: str, key: str) -> KeyState | None:
-        await asyncio.sleep(_LOOK_S)
+    async def _poll(self, tenant_id: str, key: str) -> KeyState | None:
+        await asyncio.sleep(_POLL_S)
         return await self.known(tenant_id, key)
 
-    def _looked(self, place: tuple[str, str], looking: asyncio.Task[KeyState | None]) -> None:
+    def _polled(self, place: tuple[str, str], looking: asyncio.Task[KeyState | None]) -> None:
         if self._looking.get(place) is looking:
             del self._looking[place]
         if not looking.cancelled():
@@ -234,7 +234,7 @@ class NativeKeys:
 async def take_key(
     connection: asyncpg.Connection,
     tenant_id: str,
-    wanted: Idempotency,
+    requested: Idempotency,
     request_id: UUID,
     *,
     lease_ms: int | None = None,
@@ -245,19 +245,19 @@ async def take_key(
     row = await connection.fetchrow(
         sql("take_native_key"),
         tenant_id,
-        wanted.key,
-        bytes.fromhex(wanted.digest),
+        requested.key,
+        bytes.fromhex(requested.digest),
         request_id,
         _seconds(lease_ms),
     )
     if row is not None:
         return record_of(Taken, row)
-    given = await known_key(connection, tenant_id, wanted.key)
-    if given is None:  # it became a day old, or was freed, between the two statements
-        return await take_key(connection, tenant_id, wanted, request_id, lease_ms=lease_ms)
-    if given.request_id == request_id:  # taken by an attempt whose reply was lost
-        return Taken(given.lost)
-    return given
+    known = await known_key(connection, tenant_id, requested.key)
+    if known is None:  # it became a day old, or was freed, between the two statements
+        return await take_key(connection, tenant_id, requested, request_id, lease_ms=lease_ms)
+    if known.request_id == request_id:  # taken by an attempt whose reply was lost
+        return Taken(known.lost)
+    return known
 
 
 async def known_key(
@@ -278,17 +278,17 @@ async def known_key(
 
 
 async def end_key(
-    connection: asyncpg.Connection, tenant_id: str, key: str, given: KeyState
+    connection: asyncpg.Connection, tenant_id: str, key: str, state: KeyState
 ) -> None:
     """Store the answer, in the transaction of the key's purpose."""
     await connection.execute(
         sql("end_native_key"),
         tenant_id,
         key,
-        given.request_id,
-        given.http_status,
-        given.content_type,
-        given.answer,
+        state.request_id,
+        state.http_status,
+        state.content_type,
+        state.answer,
     )
 
 

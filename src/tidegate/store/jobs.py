@@ -546,8 +546,8 @@ class GivenUpWebhook:
 async def stuck_counts(connections: Connections, lease_ms: float = _LEASE_MS) -> StuckCounts:
     """Return counts, each up to `MOST_STUCK`. lease_ms: CLAIM_LEASE_MS; workers report three times
     per lease. Raises StoreUnavailable."""
-    asked = (MOST_STUCK, float(lease_ms))
-    (row,) = await connections.rows("count_stuck", *asked, timeout_ms=_STUCK_TIMEOUT_MS)
+    args = (MOST_STUCK, float(lease_ms))
+    (row,) = await connections.rows("count_stuck", *args, timeout_ms=_STUCK_TIMEOUT_MS)
     return record_of(StuckCounts, row)
 
 

@@ -93,8 +93,8 @@ class ServerClock:
         """Set the time `at` that PostgreSQL returned, for the middle of the query's duration."""
         ended = self._clock()
         middle = (begun + ended) / 2
-        apart = at - self._wall() + timedelta(seconds=ended - middle)
-        self._read = None if abs(apart) <= timedelta(seconds=AGREE_S) else (middle, at)
+        offset = at - self._wall() + timedelta(seconds=ended - middle)
+        self._read = None if abs(offset) <= timedelta(seconds=AGREE_S) else (middle, at)
 
     def now(self) -> datetime:
         """Return PostgreSQL's time, or this process's until it was read and while both agree."""
@@ -184,7 +184,7 @@ class Notifications:
         try:
             while self._has_news():
                 messages = dumps(
-                    [{"channel": to, "payload": said} for to, said in self._messages()]
+                    [{"channel": to, "payload": payload} for to, payload in self._messages()]
                 )
                 await self._connections.execute("notify", messages)
         except StoreUnavailable:
@@ -293,7 +293,7 @@ class Notifications:
 
     def wake_all(self) -> None:
         """Wake all waiters, since notifications may have been missed."""
-        self._work_came(None)
+        self._work_arrived(None)
         self._wake(_SIGNS)
         self._requests_changed(list(self._watchers))
 
@@ -334,11 +334,11 @@ class Notifications:
             self.wake_all()  # loops poll from now on
 
     async def _pulse(self, connection: DatabaseSession) -> None:
-        given = (self.pool, self._seen_transaction, sorted(LANES), self._under_way)
+        args = (self.pool, self._seen_transaction, sorted(LANES), self._under_way)
         begun = self.clock.begin()
         try:
             async with asyncio.timeout(_LISTEN_TIMEOUT_MS / 1000):
-                row = await row_alone(connection, "pulse", *given, timeout_ms=_LISTEN_TIMEOUT_MS)
+                row = await row_alone(connection, "pulse", *args, timeout_ms=_LISTEN_TIMEOUT_MS)
         except asyncpg.PostgresError:  # such as for a schema without its tables
             await connection.execute("ROLLBACK")
             return
@@ -348,9 +348,9 @@ class Notifications:
         self._shown = frozenset(sign for sign in _SIGNS if row[sign])
         self._wake(self._shown)
         if row["ready"]:
-            self._work_came(None)
+            self._work_arrived(None)
         elif row["batches"]:
-            self._work_came(BATCHES)
+            self._work_arrived(BATCHES)
         if row["budgets"] != self._budgets:
             self._budgets = row["budgets"]
             for notify in self.on_budgets:
@@ -373,7 +373,7 @@ class Notifications:
             return
         if channel == WORK:
             lane = str(payload).partition(" ")[2]
-            self._work_came(lane if lane in LANES else None)
+            self._work_arrived(lane if lane in LANES else None)
             return
         # Parsed only if something waits: thousands may arrive per second.
         ids = (UUID(word) for word in str(payload).split(",") if word)
@@ -383,7 +383,7 @@ class Notifications:
             self._received.update(ids)
             self._cancel_received.set()
 
-    def _work_came(self, lane: str | None) -> None:
+    def _work_arrived(self, lane: str | None) -> None:
         self._marks[lane] = self._marks.get(lane, 0) + 1
         for waiting in list(self._idle) if lane is None else (lane, None):
             if (event := self._idle.pop(waiting, None)) is not None:
@@ -444,13 +444,13 @@ class ReadTurns:
 _MOST_ASKS = 3
 
 
-async def until_quick(ask: Callable[[], Awaitable[object]], lease_ms: int) -> None:
-    """Repeat `ask` until its reply is read within a third of a lease: after a stall another process
-    may have the claim. Raises what `ask` raises, and StoreUnavailable after three slow replies."""
+async def until_quick(run: Callable[[], Awaitable[object]], lease_ms: int) -> None:
+    """Repeat `run` until its reply is read within a third of a lease: after a stall another process
+    may have the claim. Raises what `run` raises, and StoreUnavailable after three slow replies."""
     for _ in range(_MOST_ASKS):
-        asked_at = Steadiness.clock()
-        await ask()
-        if Steadiness.clock() - asked_at < lease_ms / 3000:
+        started_at = Steadiness.clock()
+        await run()
+        if Steadiness.clock() - started_at < lease_ms / 3000:
             return
     raise StoreUnavailable("PostgreSQL answers too slowly for the lease of a claim")
 
@@ -493,9 +493,9 @@ class Lookback:
             return Scan(ALL_S, now, True)
         return Scan(now - self._done + MARGIN_S, now, False)
 
-    def end(self, look: Scan, *, complete: bool) -> None:
+    def end(self, scan: Scan, *, complete: bool) -> None:
         """Record a successful search; `complete`: there was no more to find."""
-        if look.is_whole:
-            self._whole_took_s = self._clock() - look.began
-        if complete and (self._done is None or look.began > self._done):
-            self._done = look.began
+        if scan.is_whole:
+            self._whole_took_s = self._clock() - scan.began
+        if complete and (self._done is None or scan.began > self._done):
+            self._done = scan.began

@@ -74,11 +74,11 @@ class OperatorActions:
         it."""
         try:
             await self.write(what, target, after=after)
-        except StoreUnavailable as away:
+        except StoreUnavailable as error:
             now = ACTING.get()
             by = None if now is None else now.operator
-            told = {"what": what, "target": target, "after": after, "by": by}
-            log.error(Log.ACTION_UNRECORDED, detail=away.message, **told)
+            details = {"what": what, "target": target, "after": after, "by": by}
+            log.error(Log.ACTION_UNRECORDED, detail=error.message, **details)
 
     async def page(
         self,

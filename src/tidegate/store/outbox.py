@@ -147,14 +147,14 @@ class AlertOutbox:
         """Add an alert; `data` has the key `text`, one sentence that describes it."""
         await self._connections.execute("add_alert", kind, orjson.dumps(data).decode())
 
-    async def hold(self, causes: Iterable[tuple[str, Mapping[str, Any]]], gone_s: float) -> None:
+    async def hold(self, causes: Iterable[tuple[str, Mapping[str, Any]]], absent_s: float) -> None:
         """Add an alert for each cause, a kind with its `subject` and `pool`, unless its last alert
-        still holds: until the cause was absent for `gone_s`."""
-        given = orjson.dumps([{"kind": kind, "data": data} for kind, data in causes]).decode()
+        still holds: until the cause was absent for `absent_s`."""
+        payload = orjson.dumps([{"kind": kind, "data": data} for kind, data in causes]).decode()
 
         async def write(connection: asyncpg.Connection) -> None:
             await connection.execute(sql("lock_causes"))
-            await connection.execute(sql("raise_causes"), given, gone_s)
+            await connection.execute(sql("raise_causes"), payload, absent_s)
 
         await self._connections.run(write)
 

@@ -325,23 +325,23 @@ class ReadyQueues:
         self, lane: Lane, known: _Known, limit: int
     ) -> tuple[list[str], list[ClaimedJob]]:
         """Read and claim in one transaction; return also the tenants that were not searched."""
-        look = self._ripening.begin(hurried=True)
+        scan = self._ripening.begin(hurried=True)
 
         async def work(
             connection: asyncpg.Connection,
         ) -> tuple[int, list[str], list[QueueTurn], list[asyncpg.Record], list[ClaimedJob]]:
             ripe = 0
-            came = await _came(connection, lane, known.ready.unread, look.back_s)
-            known.ready.read(came)
-            if came[0]["is_ripening"]:
-                ripe = count_in(await connection.execute(sql("ripen"), look.back_s))
-                known.ready.read(await _came(connection, lane, known.ready.unread))
+            arrived = await _arrived(connection, lane, known.ready.unread, scan.back_s)
+            known.ready.read(arrived)
+            if arrived[0]["is_ripening"]:
+                ripe = count_in(await connection.execute(sql("ripen"), scan.back_s))
+                known.ready.read(await _arrived(connection, lane, known.ready.unread))
             tenants = known.ready.tenants_after(known.last_tenant)
             some, left = tenants[:_TENANTS_AT_ONCE], tenants[_TENANTS_AT_ONCE:]
             return ripe, left, *await self._claim(connection, lane, known, some, limit)
 
         ripe, tenants, turns, found, jobs = await self._connections.run(work, repeatable=False)
-        self._ripening.end(look, complete=ripe < AT_ONCE)
+        self._ripening.end(scan, complete=ripe < AT_ONCE)
         known.read_at = time.monotonic()
         self._settle(known, turns, found, jobs)
         if ripe:
@@ -416,7 +416,7 @@ class ReadyQueues:
         async def work(connection: asyncpg.Connection) -> list[asyncpg.Record] | None:
             await connection.execute(f"SET LOCAL statement_timeout = {step_ms}")
             try:
-                return await _came(connection, lane, step)
+                return await _arrived(connection, lane, step)
             except asyncpg.QueryCanceledError:
                 return None
 
@@ -428,13 +428,13 @@ class ReadyQueues:
             ready.swept(step[1], found, time.monotonic() - began)
 
     async def _ripen_all(self) -> None:
-        look = self._ripening.begin()
+        scan = self._ripening.begin()
 
-        ripe = await self._connections.execute("ripen", look.back_s)
-        self._ripening.end(look, complete=ripe < AT_ONCE)
+        ripe = await self._connections.execute("ripen", scan.back_s)
+        self._ripening.end(scan, complete=ripe < AT_ONCE)
 
 
-async def _came(
+async def _arrived(
     connection: asyncpg.Connection,
     lane: Lane,
     transactions: tuple[int, int, list[int]],
@@ -457,7 +457,7 @@ async def _of_others(
 ) -> QueueTurn:
     """Return the turn without the jobs of `callers`, as far as one search finds others."""
     names = [
-        [name for what, name in callers if what == each] for each in ("key", "user", "conversation")
+        [name for kind, name in callers if kind == each] for each in ("key", "user", "conversation")
     ]
     bounds = *queue.search_past(callers), list(queue.early), *names, limit, _SEARCHED
     found = await connection.fetchrow(sql("find_others"), *lane, *turn.key, *bounds)
@@ -474,27 +474,27 @@ class ExpiredClaims:
         self._connections = connections
         self._lease_ms = lease_ms
         self.lookback = Lookback()
-        self._seen: dict[str, datetime] = {}  # silent ones, with their last heartbeat
+        self._last_silent: dict[str, datetime] = {}  # silent ones, with their last heartbeat
         self._silent: dict[str, datetime] = {}
 
-    async def holders(self, look: Scan) -> list[str]:
+    async def holders(self, scan: Scan) -> list[str]:
         """Return workers whose claims are to be returned. Raises StoreUnavailable."""
         found = await self._connections.rows("silent_workers", self._lease_ms)
         self._silent = {row["instance_id"]: row["seen_at"] for row in found}
         names = [
             name
             for name, seen_at in self._silent.items()
-            if look.is_whole or self._seen.get(name) != seen_at
+            if scan.is_whole or self._last_silent.get(name) != seen_at
         ]
-        if look.is_whole:
+        if scan.is_whole:
             unknown = await self._connections.rows("unknown_holders", self._lease_ms)
             names += [row["claimed_by"] for row in unknown]
         return names
 
-    def end(self, look: Scan, retaken: int) -> None:
+    def end(self, scan: Scan, retaken: int) -> None:
         if retaken < AT_ONCE:
-            self._seen = self._silent
-        self.lookback.end(look, complete=retaken < AT_ONCE)
+            self._last_silent = self._silent
+        self.lookback.end(scan, complete=retaken < AT_ONCE)
 
 
 _OF_ATTEMPT = ("model", "fence_epoch", "fence_sequence", "admitted_at", "upstream")
@@ -557,7 +557,7 @@ class JobQueue:
             raise
         self._steadiness.beaten(sent_at)
         if self._doubtful or not self._queues.lock.locked():
-            await self._look_for_strays()
+            await self._check_strays()
 
     async def leave(self) -> None:
         """Report that this worker stops; its queued claims are free immediately."""
@@ -764,8 +764,8 @@ class JobQueue:
         if not self._steadiness.may_judge:
             return []
         failure = asdict(_WORKER_DIED)
-        look = self._lapses.lookback.begin()
-        holders = await self._lapses.holders(look)
+        scan = self._lapses.lookback.begin()
+        holders = await self._lapses.holders(scan)
 
         async def retake(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             lapsed = await connection.fetch(sql("lock_lapsed"), holders, self._lease_ms)
@@ -781,7 +781,7 @@ class JobQueue:
             return retaken
 
         retaken = await self._connections.run(retake) if holders else []
-        self._lapses.end(look, len(retaken))
+        self._lapses.end(scan, len(retaken))
         ids = [rows.uuid_of(row["id"]) for row in retaken]
         if retaken:
             get_logger().warning(Log.JOBS_RETAKEN, jobs=len(ids))
@@ -795,9 +795,9 @@ class JobQueue:
 
     async def expire_due(self) -> int:
         """End queued jobs whose deadline has passed, at most 500; return how many."""
-        look = self._expiring.begin()
-        expired = await self._end_queued("expire_due", asdict(_EXPIRED), look.back_s)
-        self._expiring.end(look, complete=expired < AT_ONCE)
+        scan = self._expiring.begin()
+        expired = await self._end_queued("expire_due", asdict(_EXPIRED), scan.back_s)
+        self._expiring.end(scan, complete=expired < AT_ONCE)
         return expired
 
     async def cancel_returned(self) -> int:
@@ -836,12 +836,12 @@ class JobQueue:
             for job in task.result():
                 self.settled(job)
 
-    async def _look_for_strays(self) -> None:
+    async def _check_strays(self) -> None:
         """Release stray claims if there may be any, otherwise when a search is due."""
-        look = self._straying.begin()
-        if self._doubtful or look.is_whole:
+        scan = self._straying.begin()
+        if self._doubtful or scan.is_whole:
             await self._release_strays()
-            self._straying.end(look, complete=True)
+            self._straying.end(scan, complete=True)
 
     async def _release_strays(self) -> None:
         async with self._queues.lock:
@@ -886,8 +886,8 @@ class JobQueue:
 
     async def _begin(self, batch: Sequence[Json]) -> list[Exception | None]:
         by_id = {row["id"]: row for row in sorted(batch, key=lambda row: row["id"])}
-        told = (rows.dumps(by_id.values()), self._instance_id, rows.attempts_since(batch))
-        begun = {row["id"] for row in await self._connections.rows("begin_running", *told)}
+        args = (rows.dumps(by_id.values()), self._instance_id, rows.attempts_since(batch))
+        begun = {row["id"] for row in await self._connections.rows("begin_running", *args)}
         self._notifications.changed(begun)
         return [
             None if row["id"] in begun else ClaimLost(f"another worker has {row['id']} now")

@@ -437,22 +437,22 @@ class Requests:
             self._notifications.unwatch(request_id, changed)
 
     async def page(
-        self, tenant_id: str, wanted: Filter, limit: int, place: ListCursor = START
+        self, tenant_id: str, query: Filter, limit: int, place: ListCursor = START
     ) -> ListPage:
         """Return at most `limit` requests of a tenant, starting at `place`."""
-        most = MOST_LOOKED_AT if wanted.is_narrow else limit + 1
+        most = MOST_LOOKED_AT if query.is_narrow else limit + 1
         within = (
-            *(tenant_id, wanted.since or _FIRST, wanted.until or _LAST),
+            *(tenant_id, query.since or _FIRST, query.until or _LAST),
             *(place.created_at, place.request_id),
         )
-        filters = (wanted.status, wanted.kind, rows.cleaned(wanted.model), wanted.source)
-        looks = (limit + 1, most, rows.cleaned(wanted.conversation), rows.cleaned(wanted.upstream))
+        filters = (query.status, query.kind, rows.cleaned(query.model), query.source)
+        bounds = (limit + 1, most, rows.cleaned(query.conversation), rows.cleaned(query.upstream))
 
         async def read(
             connection: asyncpg.Connection,
         ) -> tuple[list[asyncpg.Record], asyncpg.Record | None]:
-            found = await connection.fetch(sql("list_requests"), *within, *filters, *looks)
-            if len(found) > limit or not wanted.is_narrow:
+            found = await connection.fetch(sql("list_requests"), *within, *filters, *bounds)
+            if len(found) > limit or not query.is_narrow:
                 return found, None
             return found, await connection.fetchrow(sql("list_reach"), *within, most)
 
@@ -463,23 +463,23 @@ class Requests:
         end = None if reach is None else ListCursor(reach["created_at"], rows.uuid_of(reach["id"]))
         return ListPage(items, end)
 
-    async def search(self, wanted: SearchFilter, limit: int, before: UUID = END) -> FoundPage:
+    async def search(self, criteria: SearchFilter, limit: int, before: UUID = END) -> FoundPage:
         """Return at most `limit` requests of any tenant before `before`, an id or the previous
         page's value. Raises InvalidRequest for a text that too many requests contain."""
-        if wanted.text:
-            of_id = replace(wanted, text="", prefix=wanted.text.replace("-", "").lower())
+        if criteria.text:
+            of_id = replace(criteria, text="", prefix=criteria.text.replace("-", "").lower())
             if _BEGINS_AN_ID.fullmatch(of_id.prefix):
                 page = await self.search(of_id, limit, before)
                 if page.items:
                     return page
-            return await self._search_words(wanted, limit, before)
-        first, past = wanted.ids(before)
+            return await self._search_words(criteria, limit, before)
+        first, past = criteria.ids(before)
         if first >= past:
             return FoundPage((), None)
 
         async def read(connection: asyncpg.Connection) -> FoundPage:
-            look = (first, past, limit + 1, MOST_LOOKED_AT)
-            found = await connection.fetch(sql("search_requests"), *look, *_filters_of(wanted))
+            args = (first, past, limit + 1, MOST_LOOKED_AT)
+            found = await connection.fetch(sql("search_requests"), *args, *_filters_of(criteria))
             items = await _with_jobs(connection, found[:limit])
             if len(found) > limit:
                 return FoundPage(items, items[-1].listed.request_id)
@@ -488,10 +488,10 @@ class Requests:
 
         return await self._connections.run(read)
 
-    async def _search_words(self, wanted: SearchFilter, limit: int, before: UUID) -> FoundPage:
+    async def _search_words(self, criteria: SearchFilter, limit: int, before: UUID) -> FoundPage:
         """Search for common words among the last ended requests, for others in their index: over a
         day, a week and all time, since the index query sorts all requests that contain a word."""
-        query = _query_of(wanted)
+        query = _query_of(criteria)
 
         async def read(connection: asyncpg.Connection) -> list[asyncpg.Record] | None:
             stamp = await connection.fetchval(sql("search_words_from"))
@@ -499,14 +499,14 @@ class Requests:
             if day is None or not query:
                 return []
             start = datetime.combine(day, datetime.min.time(), UTC)
-            start = max(start, wanted.since or start)
+            start = max(start, criteria.since or start)
             found: list[asyncpg.Record] = []
             await connection.execute(f"SET LOCAL statement_timeout = {_WORDS_TIMEOUT_MS}")
             for among, since, first in _scans_of(start, before):
                 text = sql("search_words").format(among=sql(among))
-                look = (before, since, query, _RECENT, limit + 1)
+                args = (before, since, query, _RECENT, limit + 1)
                 try:
-                    found = await connection.fetch(text, *look, *_filters_of(wanted), first)
+                    found = await connection.fetch(text, *args, *_filters_of(criteria), first)
                 except asyncpg.QueryCanceledError:
                     return None
                 if len(found) > limit:
@@ -675,27 +675,27 @@ def _scans_of(start: datetime, before: UUID) -> Iterator[tuple[str, datetime, UU
     yield "ended_with_words", start, nowhere
 
 
-def _filters_of(wanted: SearchFilter) -> tuple[object, ...]:
+def _filters_of(criteria: SearchFilter) -> tuple[object, ...]:
     return (
-        [status.value for status in wanted.statuses] or None,
-        rows.cleaned(wanted.tenant_id),
-        rows.cleaned(wanted.model),
-        wanted.kind,
-        wanted.source,
-        rows.cleaned(wanted.failure_code),
-        rows.cleaned(wanted.subject),
-        rows.cleaned(wanted.conversation),
-        wanted.since or _FIRST,
-        wanted.until or _LAST,
-        rows.cleaned(wanted.upstream),
+        [status.value for status in criteria.statuses] or None,
+        rows.cleaned(criteria.tenant_id),
+        rows.cleaned(criteria.model),
+        criteria.kind,
+        criteria.source,
+        rows.cleaned(criteria.failure_code),
+        rows.cleaned(criteria.subject),
+        rows.cleaned(criteria.conversation),
+        criteria.since or _FIRST,
+        criteria.until or _LAST,
+        rows.cleaned(criteria.upstream),
     )
 
 
-def _query_of(wanted: SearchFilter) -> str:
+def _query_of(criteria: SearchFilter) -> str:
     """Return PostgreSQL's query for the beginnings of all words; weight A marks subjects and
     keys."""
-    where = ":*" if wanted.in_prompts else ":*A"
-    words = (_KEY.sub(r"\1", word) for word in wanted.text.split())
+    where = ":*" if criteria.in_prompts else ":*A"
+    words = (_KEY.sub(r"\1", word) for word in criteria.text.split())
     words = (re.sub(r"[\\'\0]", " ", word).strip() for word in words)
     return " & ".join(f"'{rows.cleaned(word)}'{where}" for word in words if word)
 

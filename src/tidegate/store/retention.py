@@ -153,7 +153,7 @@ async def make_partitions(connections: Connections) -> None:
             pause_s, is_failing = _HOUSE_EVERY_S, False
         except (StoreUnavailable, asyncpg.PostgresError) as failed:
             pause_s = _HOUSE_RETRY_S
-            if not (is_failing or connections.away):  # an outage is logged elsewhere
+            if not (is_failing or connections.unavailable):  # an outage is logged elsewhere
                 is_failing = True
                 get_logger().warning(Log.PARTITIONS_MISSING, detail=str(failed))
         await asyncio.sleep(pause_s)
@@ -172,11 +172,11 @@ class Retention:
         and operators' actions after `actions_days`, in small steps; safe to interrupt."""
         cutoffs = await self._cutoffs(retention_days, datetime.now(UTC).date())
         requests = blobs = 0
-        for before, tenants, theirs in cutoffs.scopes:
-            deleted = await self._prune_requests(before, tenants, theirs=theirs)
+        for before, tenants, is_own in cutoffs.scopes:
+            deleted = await self._prune_requests(before, tenants, is_own=is_own)
             requests, blobs = requests + deleted[0], blobs + deleted[1]
-        for before, tenants, theirs in cutoffs.scopes:
-            blobs += await self._prune_batches(before, tenants, theirs=theirs)
+        for before, tenants, is_own in cutoffs.scopes:
+            blobs += await self._prune_batches(before, tenants, is_own=is_own)
         await self._connections.execute(
             "forget_workers", _start_of(cutoffs.day), timeout_ms=_TIMEOUT_MS
         )
@@ -234,24 +234,24 @@ class Retention:
         return _cutoffs(await self.rows("own_retention", days), days, today)
 
     async def _prune_requests(
-        self, before: datetime, tenants: list[str], *, theirs: bool
+        self, before: datetime, tenants: list[str], *, is_own: bool
     ) -> tuple[int, int]:
-        query = "prune_candidates_of" if theirs else "prune_candidates"
-        whose = tenants[0] if theirs else tenants
+        query = "prune_candidates_of" if is_own else "prune_candidates"
+        whose = tenants[0] if is_own else tenants
         requests = files = 0
-        since = () if theirs else (_start_of(date.min),)  # what others keep is passed only once
+        since = () if is_own else (_start_of(date.min),)  # what others keep is passed only once
         while found := await self.rows(query, before, _BATCH, whose, *since):
             ids = [row["id"] for row in found]
             files += await self.delete_blobs("blobs_of_requests", ids)
             await self.delete(("delete_requests", ids))
             requests += len(ids)
-            since = () if theirs else (found[-1]["finished_at"],)
+            since = () if is_own else (found[-1]["finished_at"],)
         return requests, files
 
-    async def _prune_batches(self, before: datetime, tenants: list[str], *, theirs: bool) -> int:
+    async def _prune_batches(self, before: datetime, tenants: list[str], *, is_own: bool) -> int:
         """Delete expired batches, and files that no batch has yet to read; return the number of
         files."""
-        scope = (before, _BATCH, tenants, theirs)
+        scope = (before, _BATCH, tenants, is_own)
         while found := await self.rows("batches_ended_before", *scope):
             await self.delete(("delete_batches", [row["id"] for row in found]))
         return await self.delete_files("old_batch_files", *scope)
@@ -266,7 +266,7 @@ class Retention:
             expired = day < cutoffs.day
             tenants = cutoffs.keepers(day) if expired else cutoffs.due(day)
             if tenants:
-                blobs += await self._delete_rows(name, tenants, theirs=not expired)
+                blobs += await self._delete_rows(name, tenants, is_own=not expired)
             elif expired:
                 if table == "bodies":
                     blobs += await self._delete_body_blobs("blobs_of_partition", name)
@@ -279,14 +279,14 @@ class Retention:
                 else:
                     skipped += 1
         for table in partitions.TABLES:
-            for before, tenants, theirs in cutoffs.scopes:
+            for before, tenants, is_own in cutoffs.scopes:
                 blobs += await self._delete_rows(
-                    f"{table}_default", tenants, theirs=theirs, before=before
+                    f"{table}_default", tenants, is_own=is_own, before=before
                 )
         return dropped, skipped, blobs
 
     async def _delete_rows(
-        self, name: str, tenants: Sequence[str], *, theirs: bool, before: datetime | None = None
+        self, name: str, tenants: Sequence[str], *, is_own: bool, before: datetime | None = None
     ) -> int:
         """Delete the rows of these tenants from one partition, or of all others; blobs of bodies
         first. Return the number of blobs."""
@@ -294,7 +294,7 @@ class Retention:
         blobs = 0
         while last is not None:
             (row,) = await self._in_partition(
-                "walk_partition", name, last, tenants, theirs, before, _WALKED_AT_ONCE
+                "walk_partition", name, last, tenants, is_own, before, _WALKED_AT_ONCE
             )
             last = row["last"]
             if row["found"]:
@@ -347,7 +347,7 @@ class _Erasure:
         self._retention = retention
         self._whose = whose
         self._dry_run = dry_run
-        self._gone: set[str] = set()
+        self._deleted: set[str] = set()
         self._report = EraseReport()
 
     async def _forget_books(self, connection: asyncpg.Connection) -> None:
@@ -372,7 +372,7 @@ class _Erasure:
             async for ids, requests in self._matching(scan):
                 if time.monotonic() >= until:
                     return report
-                self._gone |= {str(one) for one in requests}
+                self._deleted |= {str(one) for one in requests}
                 await erase(ids, requests)
         await self._spilled(spill_dir)
         report.done = not self._dry_run
@@ -467,7 +467,7 @@ class _Erasure:
         """Whether an entry on disk is to be erased. A job's end does not name its owner, but its
         request was found before."""
         row, whose = entry["row"], self._whose
-        if str(row["id"]) in self._gone:
+        if str(row["id"]) in self._deleted:
             return True
         if "tenant_id" not in row:
             return False
@@ -544,11 +544,11 @@ class RecordByDay:
     async def _bodies(
         self, ids: Sequence[UUID], within: tuple[datetime, datetime]
     ) -> dict[UUID, dict[str, str]]:
-        kept = await self._connections.rows(
+        stored = await self._connections.rows(
             "export_bodies", ids, *within, timeout_ms=_EXPORT_TIMEOUT_MS
         )
         bodies: dict[UUID, dict[str, str]] = {}
-        for one in kept:
+        for one in stored:
             try:
                 packed = one["data"] or await self._blobs.get(one["blob_key"])
             except NotFound:  # erased or pruned meanwhile

@@ -173,10 +173,10 @@ class Spill:
 
     def _adopt(self) -> list[_File]:
         """Lock the files of dead processes, oldest first."""
-        mine = {file.path for file in self._sealed}
+        own = {file.path for file in self._sealed}
         if self._active is not None:
-            mine.add(self._active.path)
-        return _adopted(self._folder, mine)[0]
+            own.add(self._active.path)
+        return _adopted(self._folder, own)[0]
 
 
 _CALLS_SUFFIX = ".calls"
@@ -280,8 +280,8 @@ class CallJournal:
 
     async def lost(self, keep: Callable[[list[CallRecord]], Awaitable[None]]) -> None:
         """Pass calls of dead processes to `keep`, and delete their files once it returns."""
-        mine = set() if self._file is None else {self._file.path}
-        files, _ = await asyncio.to_thread(_adopted, self._folder, mine, _CALLS_SUFFIX)
+        own = set() if self._file is None else {self._file.path}
+        files, _ = await asyncio.to_thread(_adopted, self._folder, own, _CALLS_SUFFIX)
         try:
             while files:
                 calls = await asyncio.to_thread(_calls_in, files[0].path)
@@ -310,9 +310,9 @@ def facts_of(record: CallRecord) -> list[Any]:
     return list(_facts_of(record))
 
 
-def record_from(request_id: UUID, given: Sequence[Any]) -> CallRecord:
+def record_from(request_id: UUID, values: Sequence[Any]) -> CallRecord:
     """Return the record of a call from its facts."""
-    facts = dict(zip(_FACTS, given, strict=True))
+    facts = dict(zip(_FACTS, values, strict=True))
     for name in _TIMES:
         facts[name] = facts[name] and datetime.fromisoformat(facts[name])
     return CallRecord(request_id=request_id, **facts)
@@ -351,8 +351,8 @@ def _charge_in(data: bytes, place: int) -> Charge:
     if tuple(mark) != _CHARGE_MARK or length > _SLOT_BYTES or zlib.crc32(text) != crc:
         return UNKNOWN_CHARGE
     usage, details, cost_micros = orjson.loads(text)
-    told = Usage(**usage, details=UsageDetails(**details) if details else None)
-    return Charge(UsageState.PARTIAL, told, None, cost_micros)
+    reported = Usage(**usage, details=UsageDetails(**details) if details else None)
+    return Charge(UsageState.PARTIAL, reported, None, cost_micros)
 
 
 def _end_of_text(data: bytes | mmap.mmap, place: int) -> int:
@@ -397,14 +397,14 @@ def scrub(
     files, held = _adopted(folder, set())
     for file in files:
         try:
-            kept, count = [], 0
+            remaining, count = [], 0
             for chunk in _chunks(file.path):
                 keep = [entry for entry in chunk if not matches(entry)]
-                kept += [_line_of(entry) for entry in keep]
+                remaining += [_line_of(entry) for entry in keep]
                 count += len(chunk) - len(keep)
             scrubbed += count
             if count and not dry_run:
-                _replace(file.path, b"".join(kept))
+                _replace(file.path, b"".join(remaining))
         finally:
             os.close(file.descriptor)
     rejected = folder / REJECTED
@@ -449,12 +449,12 @@ def _created(folder: Path, suffix: str, flags: int = 0) -> _File:
     return _File(path, descriptor)
 
 
-def _adopted(folder: Path, mine: set[Path], suffix: str = _SUFFIX) -> tuple[list[_File], int]:
+def _adopted(folder: Path, own: set[Path], suffix: str = _SUFFIX) -> tuple[list[_File], int]:
     """Lock and return the files of dead processes, oldest first, and the number of files others
     hold."""
     found, held = [], 0
     for path in sorted(folder.glob(f"*{suffix}")):
-        if path in mine:
+        if path in own:
             continue
         try:
             descriptor = os.open(path, os.O_RDWR)

@@ -104,23 +104,23 @@ _TIMEOUT_MS = 3_000
 
 @dataclass(slots=True)
 class CallCounts:
-    """Calls that ended in a span. For the names in `counts` and `apart` see `dashboard.rollup`.
+    """Calls that ended in a span. For the names in `counts` and `by_group` see `dashboard.rollup`.
 
     waits, lengths: histograms of the time to admission, and of the time upstream.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
-    apart: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    by_group: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     waits: int = 0
     lengths: int = 0
 
     def count(self, name: str, amount: int = 1) -> None:
         self.counts[name] = self.counts.get(name, 0) + amount
 
-    def count_apart(self, dimension: Dimension, name: str, amounts: Sequence[int]) -> None:
-        names = self.apart.get(dimension)
+    def count_by(self, dimension: Dimension, name: str, amounts: Sequence[int]) -> None:
+        names = self.by_group.get(dimension)
         if names is None:
-            names = self.apart[dimension] = {}
+            names = self.by_group[dimension] = {}
         if name not in names:
             name = OTHERS if len(names) >= MOST_NAMES else name[:_LONGEST_NAME].replace("\0", "")
         _add(names, name, amounts)
@@ -129,10 +129,10 @@ class CallCounts:
         """Add the counts of another process or span; names beyond `most_names` are combined."""
         for name, amount in other.counts.items():
             self.count(name, amount)
-        for dimension, theirs in other.apart.items():
-            ours = self.apart.setdefault(dimension, {})
-            for name, amounts in theirs.items():
-                _add(ours, name if name in ours or len(ours) < most_names else OTHERS, amounts)
+        for dimension, added in other.by_group.items():
+            own = self.by_group.setdefault(dimension, {})
+            for name, amounts in added.items():
+                _add(own, name if name in own or len(own) < most_names else OTHERS, amounts)
         self.waits += other.waits
         self.lengths += other.lengths
 
@@ -175,7 +175,7 @@ class History:
             [float(span.at) for span, _ in counted],
             [span.pool for span, _ in counted],
             [orjson.dumps(tally.counts).decode() for _, tally in counted],
-            [orjson.dumps(tally.apart).decode() for _, tally in counted],
+            [orjson.dumps(tally.by_group).decode() for _, tally in counted],
             [pack(tally.waits) for _, tally in counted],
             [pack(tally.lengths) for _, tally in counted],
         )
@@ -266,7 +266,7 @@ class QueueDepths:
 
     async def depths(self) -> Depths:
         """Return the recent depths. Raises StoreUnavailable."""
-        is_fresh = time.monotonic() < self._next_at and not self._connections.away
+        is_fresh = time.monotonic() < self._next_at and not self._connections.unavailable
         if self._read is not None and is_fresh:
             return self._read
         began = time.monotonic()
@@ -621,12 +621,12 @@ class UsageTotals:
         `MOST_TOTALS` in order. Grouped by key or upstream, they are read from the request log,
         as far back as it is kept. Days with stored sums are read from these, if the sums have
         the requested dimensions."""
-        apart = set(by)
-        is_by_day, is_logged = "day" in apart, not _LOGGED.isdisjoint(apart)
+        dimensions = set(by)
+        is_by_day, is_logged = "day" in dimensions, not _LOGGED.isdisjoint(dimensions)
         named = {"tenant": tenant_id, "upstream": upstream}
-        told = apart | {name for name, one in named.items() if one is not None}
-        level = _level_of(told, _LEVELS_OF_LOG if is_logged else _LEVELS)
-        needs_keys = level == "tenant_upstream" and "key" in told
+        known = dimensions | {name for name, one in named.items() if one is not None}
+        level = _level_of(known, _LEVELS_OF_LOG if is_logged else _LEVELS)
+        needs_keys = level == "tenant_upstream" and "key" in known
         first, last = _widened(since, until) if is_logged else (since, until)
 
         async def read(connection: asyncpg.Connection) -> UsageTable:
@@ -636,7 +636,7 @@ class UsageTotals:
             span, reach = (since, until), (first, last)
             row = await connection.fetchrow(
                 sql("get_usage"),
-                *[name in apart for name in _APART],
+                *[name in dimensions for name in _APART],
                 *_spans_of(span, state, is_by_day=is_by_day, is_logged=is_logged),
                 tenant_id,
                 upstream,
@@ -786,9 +786,11 @@ def _start_of(day: date) -> datetime:
     return datetime.combine(day, time_of_day(), UTC)
 
 
-def _level_of(apart: set[str], levels: Mapping[str, set[str]]) -> str | None:
+def _level_of(dimensions: set[str], levels: Mapping[str, set[str]]) -> str | None:
     """Return the level of sums with these dimensions; None if only the unsummed rows have them."""
-    return next((level for level, told in levels.items() if apart <= told | {"day"}), None)
+    return next(
+        (level for level, columns in levels.items() if dimensions <= columns | {"day"}), None
+    )
 
 
 async def add_usage(connection: asyncpg.Connection, audit: Iterable[Mapping[str, Any]]) -> None:

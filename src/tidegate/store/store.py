@@ -74,9 +74,9 @@ class Store:
             instance_id=instance_id,
             when_full=audit_full,
         )
-        told = (connections, self.notifications, self.listeners)
-        self.jobs = Jobs(*told, instance_id=instance_id)
-        self.queue = JobQueue(*told, self.audit, instance_id=instance_id, lease_ms=claim_lease_ms)
+        shared = (connections, self.notifications, self.listeners)
+        self.jobs = Jobs(*shared, instance_id=instance_id)
+        self.queue = JobQueue(*shared, self.audit, instance_id=instance_id, lease_ms=claim_lease_ms)
         self.provider_batches = ProviderBatches(
             connections, self.notifications, self.queue, self.budgets, instance_id, claim_lease_ms
         )

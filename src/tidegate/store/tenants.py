@@ -104,9 +104,9 @@ USUAL_SCOPES = (Scope.INFER, Scope.READ)
 log = get_logger()
 
 
-def scopes_of(given: Iterable[Scope], role: OperatorRole | None) -> list[Scope]:
+def scopes_of(requested: Iterable[Scope], role: OperatorRole | None) -> list[Scope]:
     """Return the scopes of a new key: the given ones and its role, or the default ones."""
-    scopes = [*given, *([] if role is None else [Scope(role.value)])]
+    scopes = [*requested, *([] if role is None else [Scope(role.value)])]
     return scopes or list(USUAL_SCOPES)
 
 
@@ -246,16 +246,16 @@ class Tenants:
     ) -> tuple[Key, GeneratedKey]:
         """Create a key; return its record, and the key itself, to be shown once. `made_by`: the
         person who was authorised to create it. Raises NotFound."""
-        made, given = make_key(), sorted({scope.value for scope in scopes})
-        columns = (made.prefix, tenant_id, made.digest, clean(name), given, expires_at, made_by)
-        after = {"tenant": tenant_id, "name": name, "scopes": given, "expires_at": expires_at}
+        made, names = make_key(), sorted({scope.value for scope in scopes})
+        columns = (made.prefix, tenant_id, made.digest, clean(name), names, expires_at, made_by)
+        after = {"tenant": tenant_id, "name": name, "scopes": names, "expires_at": expires_at}
         try:
             row = await self._change("add_key", *columns, what="key.create", after=after)
         except asyncpg.ForeignKeyViolationError:
             raise NotFound(f"there is no tenant {tenant_id}") from None
         if row is None:  # practically never
             raise StoreUnavailable("another key has the same prefix; try again")
-        log.warning(Log.KEY_MADE, key_id=made.prefix, tenant=tenant_id, scopes=given)
+        log.warning(Log.KEY_MADE, key_id=made.prefix, tenant=tenant_id, scopes=names)
         return _key(row), made
 
     async def revoke_key(self, prefix: str, *, by: str) -> Key:
@@ -460,7 +460,7 @@ async def _set_budget(
         )
         return
     amount = round(Decimal(str(value)) * 1_000_000) if setting.endswith("_money") else int(value)
-    await set_budget(connection, tenants_budget(tenant_id, setting, amount), keeps_end=True)
+    await set_budget(connection, tenants_budget(tenant_id, setting, amount), keep_end=True)
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
@@ -482,8 +482,8 @@ def check_changes(changes: Mapping[str, Any]) -> None:
 def _check_number(name: str, value: object, least: int, most: int) -> None:
     kinds = (int, float) if name.endswith("_money") else (int,)
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-        what = "a number" if float in kinds else "a whole number"
-        raise ConfigError(name, str(value), f"must be {what} from {least} to {most}")
+        expected = "a number" if float in kinds else "a whole number"
+        raise ConfigError(name, str(value), f"must be {expected} from {least} to {most}")
 
 
 def _check_patterns(value: object) -> None:

@@ -159,8 +159,8 @@ def _partial_of(file: Path) -> Iterator[Path]:
     except OSError as failed:
         raise ConfigError(str(partial), None, f"can't be created: {failed.strerror}") from None
     with opened(descriptor):
-        is_ours = try_lock(descriptor, fcntl.LOCK_EX) and _is_at(descriptor, partial)
-        if not is_ours or file.exists():
+        is_own = try_lock(descriptor, fcntl.LOCK_EX) and _is_at(descriptor, partial)
+        if not is_own or file.exists():
             raise ConfigError(str(file), None, "is written by another backup now")
         if os.fstat(descriptor).st_uid != os.geteuid():
             raise ConfigError(str(partial), None, "belongs to another user; remove it")
@@ -229,8 +229,8 @@ def without_password(url: str) -> tuple[str, str | None]:
     query = parse_qsl(parts.query, keep_blank_values=True)
     for name, value in query:
         password = value if name == "password" else password
-    if kept := [pair for pair in query if pair[0] != "password"]:
-        parts = parts._replace(query=urlencode(kept, quote_via=quote))
+    if parameters := [pair for pair in query if pair[0] != "password"]:
+        parts = parts._replace(query=urlencode(parameters, quote_via=quote))
     else:
         parts = parts._replace(query="")
     return urlunsplit(parts), password
@@ -246,8 +246,8 @@ def _run(program: str, url: str, *options: str) -> None:
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False
     )
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip()[-500:]
-        raise StoreUnavailable(f"{Path(program).name} failed: {said}")
+        output = done.stderr.decode(errors="replace").strip()[-500:]
+        raise StoreUnavailable(f"{Path(program).name} failed: {output}")
 
 
 _EXPORTS = "exports/record"
@@ -358,8 +358,8 @@ def export_record(
             with_bodies=with_bodies,
             retention_days=config.retention_days,
         )
-        wanted = await (export.due() if days is None else export.on_record(*days))
-        return [await export.write(day) for day in wanted]
+        chosen = await (export.due() if days is None else export.on_record(*days))
+        return [await export.write(day) for day in chosen]
 
     return with_record(config, work)
 
@@ -488,13 +488,13 @@ class RecordExport:
         raise StoreUnavailable(f"the record of {day} changed {_MOST_TRIES} times while it was read")
 
     async def _fill(self, path: Path, before: Path, day: date, cutoffs: Cutoffs) -> int:
-        calls, seen = 0, set[str]()
+        calls, tenants = 0, set[str]()
         has_before = await self._copy(day, before)
 
         def is_of_before(tenant: str) -> bool:
             """Return whether a tenant's calls are taken from the previous file and not from the
             record, where an interrupted run of prune may have left only some."""
-            return has_before and (cutoffs.is_over(tenant, day) or tenant not in seen)
+            return has_before and (cutoffs.is_over(tenant, day) or tenant not in tenants)
 
         with _file_of(self._format, path, self._columns) as add:
 
@@ -504,7 +504,7 @@ class RecordExport:
                 return len(rows)
 
             async for page in self._record.calls(day, with_bodies=self._with_bodies):
-                seen |= {one["tenant"] for one in page}
+                tenants |= {one["tenant"] for one in page}
                 calls += await put([one for one in page if not is_of_before(one["tenant"])])
             pages = _rows_in(self._format, before) if has_before else iter(())
             try:
@@ -513,10 +513,10 @@ class RecordExport:
                     calls += await put(await self._record.unerased(old)) if old else 0
             except (OSError, EOFError, ValueError, zlib.error) as broken:
                 if day < cutoffs.last_due:
-                    said = (
+                    problem = (
                         f"{self.key_of(day)}, which alone may have calls of the day, can't be read"
                     )
-                    raise StoreUnavailable(f"{said}: {broken}; move it elsewhere") from broken
+                    raise StoreUnavailable(f"{problem}: {broken}; move it elsewhere") from broken
         return calls
 
     async def _copy(self, day: date, path: Path) -> bool:

@@ -39,11 +39,11 @@ from tidegate.supervisor.services import (
 from tidegate.supervisor.supervisor import (
     LEAVE_SIGNAL,
     LIFELINE,
-    LOOK_SIGNAL,
+    STATE_SIGNAL,
     listen,
     living,
-    tell_ready,
-    tell_stopping,
+    report_ready,
+    report_stopping,
     url_of,
 )
 from tidegate.telemetry import logging as telemetry
@@ -72,7 +72,7 @@ def serve(config: Config, fd: int | None = None) -> None:
     telemetry.configure_logging(
         config.log_format, config.log_level, process="api", has_page=is_child()
     )
-    _survive_looks()
+    _ignore_state_signal()
     # Before the servers are started: a port in use should be reported immediately.
     listener = _inherited(fd) if fd is not None else listen(config)
     with listener, _standing(config) as whole:
@@ -94,15 +94,15 @@ def work(config: Config) -> None:
     telemetry.configure_logging(
         config.log_format, config.log_level, process="worker", has_page=is_child()
     )
-    _survive_looks()
+    _ignore_state_signal()
     with _standing(config) as whole:
         _run(_work(whole))
 
 
-def _survive_looks() -> None:
-    """Ignore LOOK_SIGNAL until there is a state to log: it would end a starting process."""
+def _ignore_state_signal() -> None:
+    """Ignore STATE_SIGNAL until there is a state to log: it would end a starting process."""
     if sys.platform != "win32":
-        signal.signal(LOOK_SIGNAL, signal.SIG_IGN)
+        signal.signal(STATE_SIGNAL, signal.SIG_IGN)
 
 
 @contextmanager
@@ -176,7 +176,7 @@ class NotifyingServer(QuietServer):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        tell_ready()
+        report_ready()
 
 
 def _uvicorn_config(app: Callable[..., Any], **options: Any) -> uvicorn.Config:
@@ -222,19 +222,19 @@ async def _serve(config: Config, listener: socket.socket, *, shares: bool) -> No
         if (services := opened()) is not None:
             services.leaving.set()
 
-    def turn_away() -> None:
+    def reject_waiting() -> None:
         if (services := opened()) is not None:
-            services.turn_waiters_away()
+            services.reject_waiters()
 
     def stop() -> None:
         server.end()
         grace_s = config.shutdown_grace_ms / 1000
-        asyncio.get_running_loop().call_later(max(grace_s - _LAST_S, grace_s / 2), turn_away)
+        asyncio.get_running_loop().call_later(max(grace_s - _LAST_S, grace_s / 2), reject_waiting)
         if (services := opened()) is not None:
             services.draining.set()
 
-    _on_signals(stop, leave=leave, leave_ms=config.leave_ms, hurry=turn_away)
-    _on_look(opened)
+    _on_signals(stop, leave=leave, leave_ms=config.leave_ms, hurry=reject_waiting)
+    _on_state_signal(opened)
     with living():
         await server.serve(sockets=[listener])
 
@@ -251,7 +251,7 @@ async def _work(config: Config) -> None:
             services.leaving.set()
 
     _on_signals(leave)
-    _on_look(lambda: opened[0] if opened else None)
+    _on_state_signal(lambda: opened[0] if opened else None)
     alone = config.worker_port is not None and not is_child()
 
     @asynccontextmanager
@@ -259,15 +259,15 @@ async def _work(config: Config) -> None:
         opened.append(services)
         async with AsyncExitStack() as stack:
             if alone:
-                await stack.enter_async_context(_seen(services))
+                await stack.enter_async_context(_watched(services))
             yield
 
     with living():
-        await run_worker(config, stop, on_ready=tell_ready, beside=beside)
+        await run_worker(config, stop, on_ready=report_ready, alongside=beside)
 
 
 @asynccontextmanager
-async def _seen(services: Services) -> AsyncIterator[None]:
+async def _watched(services: Services) -> AsyncIterator[None]:
     """Run a worker's own small server for probes and scrapes during the block."""
     from tidegate.http.server import watched_app
 
@@ -283,16 +283,16 @@ async def _seen(services: Services) -> AsyncIterator[None]:
             await asyncio.gather(serving, return_exceptions=True)
 
 
-def _on_look(services: Callable[[], Services | None]) -> None:
-    """Log the process state as one line on LOOK_SIGNAL."""
+def _on_state_signal(services: Callable[[], Services | None]) -> None:
+    """Log the process state as one line on STATE_SIGNAL."""
 
-    def look() -> None:
+    def log_state() -> None:
         opened = services()
         if opened is not None:
             telemetry.get_logger().info(Log.PROCESS_STATE, **opened.state.shown())
 
     if sys.platform != "win32":
-        asyncio.get_running_loop().add_signal_handler(LOOK_SIGNAL, look)
+        asyncio.get_running_loop().add_signal_handler(STATE_SIGNAL, log_state)
 
 
 def _on_signals(
@@ -320,7 +320,7 @@ def _on_signals(
             stop_now()
             return
         telemetry.get_logger().info(Log.STOPPING)
-        tell_stopping()
+        report_stopping()
         if not softly:
             hurry()
             stop_now()

@@ -145,25 +145,25 @@ def check_database_url(config: Config) -> None:
         loop.run_until_complete(check_url(database_url_of(config)))
 
 
-def migrate(config: Config, say: Callable[[str], object]) -> str | None:
+def migrate(config: Config, show: Callable[[str], object]) -> str | None:
     """Migrate the schema, waiting up to a minute for an unavailable database.
 
-    Returns the new revision, or None if it was current; `say` is called once with the reason for a
+    Returns the new revision, or None if it was current; `show` is called once with the reason for a
     wait. Raises StoreUnavailable after the minute.
     """
     from tidegate.store.database import migrate as run_steps
 
     deadline = time.monotonic() + _MIGRATE_WITHIN_S
-    told = False
+    is_reported = False
     while True:
         try:
             return asyncio.run(run_steps(database_url_of(config)))
-        except StoreUnavailable as away:
+        except StoreUnavailable as unavailable:
             if time.monotonic() > deadline:
                 raise
-            if not told:
-                say(f"waiting for PostgreSQL: {redact(str(away))}")
-                told = True
+            if not is_reported:
+                show(f"waiting for PostgreSQL: {redact(str(unavailable))}")
+                is_reported = True
             time.sleep(_RETRY_S)
 
 
@@ -283,8 +283,8 @@ async def _open_keepers(
     keepers = []
     async with AsyncExitStack() as stack:
         for pool in pools:
-            wanted, provider = pool_of(config, pool, live)
-            opening = open_pool(whole, Policies(connections), name, wanted, pool, provider=provider)
+            policy, provider = pool_of(config, pool, live)
+            opening = open_pool(whole, Policies(connections), name, policy, pool, provider=provider)
             keeper = await stack.enter_async_context(opening)
             await keeper.limiter.ping(_PATIENCE_MS)
             await keeper.limiter.joined()

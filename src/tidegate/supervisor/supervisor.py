@@ -50,17 +50,17 @@ _SYSTEMD = "NOTIFY_SOCKET"
 _WATCHDOG, _WATCHED = "WATCHDOG_USEC", "WATCHDOG_PID"
 
 
-def tell_ready() -> None:
+def report_ready() -> None:
     """Report, once, that this process accepts requests or jobs."""
     pipe = os.environ.pop(READY_PIPE, "")
     if pipe:
         _write_and_close(int(pipe))
-    _tell_systemd("READY=1")
+    _notify_systemd("READY=1")
 
 
-def tell_stopping() -> None:
+def report_stopping() -> None:
     """Report that this process is stopping, so that its end is not taken for a crash."""
-    _tell_systemd("STOPPING=1")
+    _notify_systemd("STOPPING=1")
 
 
 @contextmanager
@@ -71,16 +71,16 @@ def living() -> Iterator[None]:
     if not every_s:
         yield
         return
-    telling = asyncio.create_task(_tell_life(every_s), name="watchdog")
+    notifying = asyncio.create_task(_notify_watchdog(every_s), name="watchdog")
     try:
         yield
     finally:
-        telling.cancel()
+        notifying.cancel()
 
 
-async def _tell_life(every_s: float) -> None:
+async def _notify_watchdog(every_s: float) -> None:
     while True:
-        _tell_systemd("WATCHDOG=1")
+        _notify_systemd("WATCHDOG=1")
         await asyncio.sleep(every_s)
 
 
@@ -101,30 +101,30 @@ def _write_and_close(pipe: int) -> None:
         os.close(pipe)
 
 
-def _tell_systemd(state: str) -> None:
+def _notify_systemd(state: str) -> None:
     address = os.environ.get(_SYSTEMD, "")
     if not address.startswith(("/", "@")) or not hasattr(socket, "AF_UNIX"):
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as speaking:
-        speaking.setblocking(False)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
         try:
-            speaking.sendto(state.encode(), address)
+            sender.sendto(state.encode(), address)
         except OSError:
             return  # no listener (any more), which is not an error of this process
 
 
-LOOK_SIGNAL = signal.SIGQUIT  # to any process: log your state; passed on to all children
+STATE_SIGNAL = signal.SIGQUIT  # to any process: log your state; passed on to all children
 LEAVE_SIGNAL = signal.SIGUSR1  # to a child: it was replaced, and leaves in order
 RENEW_SIGNAL = signal.SIGUSR2  # to the supervisor: replace all children, one by one
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_BLOCKED = (*_SIGNALS, LOOK_SIGNAL)
+_BLOCKED = (*_SIGNALS, STATE_SIGNAL)
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _SETTLED_S = 10.0
 _MARGIN_S = 5.0
 _TOO_OFTEN = 5
-_WRONG_CONFIG = 2
+_INVALID_CONFIG = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ class Family:
         for number in _SIGNALS:
             loop.add_signal_handler(number, self.stop)
         loop.add_signal_handler(RENEW_SIGNAL, self.renew)
-        loop.add_signal_handler(LOOK_SIGNAL, self._look)
+        loop.add_signal_handler(STATE_SIGNAL, self._pass_state_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED)  # blocked before the exec, if any
         self._lifeline, holds = os.pipe()
         try:
@@ -228,7 +228,7 @@ class Family:
                 await asyncio.gather(self._renewing, return_exceptions=True)
             os.close(self._lifeline)
             os.close(holds)
-            for number in (*_SIGNALS, RENEW_SIGNAL, LOOK_SIGNAL):
+            for number in (*_SIGNALS, RENEW_SIGNAL, STATE_SIGNAL):
                 loop.remove_signal_handler(number)
 
     def renew(self) -> None:
@@ -250,8 +250,8 @@ class Family:
             before = self._environment
             try:
                 self._environment = await self._read_again()
-            except ConfigError as wrong:
-                get_logger().error(Log.RENEWAL_STOPPED, reason=str(wrong))
+            except ConfigError as invalid:
+                get_logger().error(Log.RENEWAL_STOPPED, reason=str(invalid))
                 return
             get_logger().info(Log.RENEWING, children=[child.name for child in self._children])
             for child in self._children:
@@ -285,7 +285,7 @@ class Family:
         self._running[child.name] = process
         if old is not None and old.returncode is None:
             old.send_signal(LEAVE_SIGNAL)
-            await self._end(old, told=True)
+            await self._end(old, is_leaving=True)
         return True
 
     async def _keep(self, child: Child) -> None:
@@ -310,7 +310,7 @@ class Family:
             get_logger().error(
                 Log.CHILD_DIED, child=child.name, pid=process.pid, exit_code=code, deaths=deaths
             )
-            if not self._settled and (code == _WRONG_CONFIG or deaths >= _TOO_OFTEN):
+            if not self._settled and (code == _INVALID_CONFIG or deaths >= _TOO_OFTEN):
                 self.failure = f"the {child.name} process ended with exit code {code} at its start"
                 self.stop()
                 return
@@ -319,15 +319,15 @@ class Family:
     async def _born(self, child: Child) -> tuple[Process, int]:
         """Start a process that is not the child's yet. Return it with the pipe that reports its
         readiness."""
-        hears, says = os.pipe()
+        read_end, write_end = os.pipe()
         try:
-            process = await self._spawn(child, {READY_PIPE: str(says)}, (says,))
+            process = await self._spawn(child, {READY_PIPE: str(write_end)}, (write_end,))
         except BaseException:  # for cancellation too: the pipe has no other reader
-            os.close(hears)
+            os.close(read_end)
             raise
         finally:
-            os.close(says)
-        return process, hears
+            os.close(write_end)
+        return process, read_end
 
     async def _spawn(
         self, child: Child, environment: Mapping[str, str], pass_fds: Sequence[int]
@@ -351,7 +351,7 @@ class Family:
         self._names.add(name)
         grace_s = int(settings.get("SHUTDOWN_GRACE_MS") or self._grace_s * 1000) / 1000
         self._spans_s[process] = int(settings.get("LEAVE_MS") or 0) / 1000, grace_s
-        task = asyncio.create_task(self._until_gone(process, name))
+        task = asyncio.create_task(self._until_ended(process, name))
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
         return process
@@ -361,16 +361,16 @@ class Family:
         tries = (f"{child.name}.{number}" for number in count(2))
         return next(name for name in chain((child.name,), tries) if name not in self._names)
 
-    async def _until_gone(self, process: Process, name: str) -> None:
+    async def _until_ended(self, process: Process, name: str) -> None:
         await process.wait()
         self._names.discard(name)
         del self._spans_s[process]
         self._on_ended(name)
 
-    def _look(self) -> None:
+    def _pass_state_signal(self) -> None:
         for process in self._running.values():
             if process.returncode is None:
-                process.send_signal(LOOK_SIGNAL)
+                process.send_signal(STATE_SIGNAL)
 
     async def _ended_or_stop(self, process: Process) -> int | None:
         """Return the exit code of a process that ended by itself; None if it is to be stopped."""
@@ -383,19 +383,19 @@ class Family:
             ended.cancel()
             stop.cancel()
 
-    async def _end(self, process: Process, *, told: bool = False) -> None:
-        """Stop a process in order, or by force after its grace period; `told`: it is leaving
+    async def _end(self, process: Process, *, is_leaving: bool = False) -> None:
+        """Stop a process in order, or by force after its grace period; `is_leaving`: it is leaving
         already."""
         if process.returncode is not None:
             return
         leave_s, grace_s = self._spans_s[process]
-        if not told:
+        if not is_leaving:
             process.terminate()
         ended = asyncio.create_task(process.wait())
         hasten = asyncio.create_task(self._hasten.wait())
         await asyncio.wait(
             {ended, hasten},
-            timeout=(leave_s if told else 0.0) + grace_s + _MARGIN_S,
+            timeout=(leave_s if is_leaving else 0.0) + grace_s + _MARGIN_S,
             return_when=asyncio.FIRST_COMPLETED,
         )
         hasten.cancel()
@@ -457,13 +457,13 @@ class Supervision:
     def begin(self) -> NoReturn:
         """Become the supervisor: the same process with its descriptors and its command line,
         without its imports. Raises OSError if that fails."""
-        kept = [self.listener, self.announcer[1], *([self.lease[0]] if self.lease else [])]
+        inherited = [self.listener, self.announcer[1], *([self.lease[0]] if self.lease else [])]
         # A file without a name: an environment or an argument would expose the secrets.
         with _nameless() as written:
             written.write(json.dumps(asdict(self)).encode())
             written.flush()
             written.seek(0)
-            for one in (*kept, written.fileno()):
+            for one in (*inherited, written.fileno()):
                 os.set_inheritable(one, True)
             environment = {**os.environ, _SUPERVISION: str(written.fileno())}
             arguments = [sys.executable, "-P", "-m", "tidegate", *sys.argv[1:]]
@@ -510,13 +510,13 @@ def supervise() -> int:
 
 async def _supervise(order: Supervision) -> str:
     """Return why supervision failed; empty on success."""
-    pid, hears = order.announcer
+    pid, read_end = order.announcer
     loop = asyncio.get_running_loop()
 
     is_announcing = True
 
     def stopping() -> None:
-        tell_stopping()
+        report_stopping()
         if is_announcing:
             os.kill(pid, signal.SIGINT)
         _show(order.stopping)
@@ -530,17 +530,17 @@ async def _supervise(order: Supervision) -> str:
         reread=lambda: _reread(order),
     )
 
-    def heard() -> None:
-        if os.read(hears, 1):
+    def on_announced() -> None:
+        if os.read(read_end, 1):
             family.settled()
-            tell_ready()
+            report_ready()
             return
         nonlocal is_announcing
         is_announcing = False
-        loop.remove_reader(hears)
+        loop.remove_reader(read_end)
         os.waitpid(pid, 0)  # it has ended
 
-    loop.add_reader(hears, heard)
+    loop.add_reader(read_end, on_announced)
     daily = daily_work(family, on_failed=lambda: _count_failure(order.counts))
     working = asyncio.create_task(daily.run(), name="daily work")
     try:
@@ -600,7 +600,7 @@ def _busy(what: str) -> AbstractContextManager[object]:
 
 
 DAILY_AT = time_of_day(3, 0)  # UTC
-_LOOK_EVERY_S = 60.0
+_CHECK_EVERY_S = 60.0
 
 
 class DailyWork:
@@ -620,7 +620,7 @@ class DailyWork:
         self._commands, self._run, self._now, self._on_failed = commands, run, now, on_failed
         self._done: dict[tuple[str, ...], date] = {}
 
-    async def look(self) -> None:
+    async def run_due(self) -> None:
         """Run each command that is due: from 3:00 UTC on, if it has not succeeded on this day."""
         now = self._now()
         if now.time() < DAILY_AT:
@@ -645,8 +645,8 @@ class DailyWork:
     async def run(self) -> None:
         """Check each minute until cancelled. Cancellation stops a running command."""
         while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
-            await self.look()
+            await asyncio.sleep(_CHECK_EVERY_S)
+            await self.run_due()
 
 
 def daily_commands(settings: Mapping[str, str]) -> list[tuple[str, ...]]:

@@ -123,7 +123,7 @@ class Page:
         if self.demo_key is not None:
             self._row("Callers", "show a key", f"{self.demo_key} was made for this demonstration")
             self._more("and is shown this once; tidegate keys create makes others")
-        elif self._config.asks_for_keys:
+        elif self._config.requires_keys:
             self._row("Callers", "show a key", "tidegate keys create makes one; see AUTH")
         if ground.emulated:
             is_alone = len(deployed_upstreams(ground.config).upstreams) == 1
@@ -143,17 +143,17 @@ class Page:
         return str(key_file(self._config))
 
     def _at_once(self, policy: PoolPolicy, in_force: Mapping[Kind, int] | None) -> None:
-        wanted = {kind: policy.bound(kind.limit) for kind in Kind}
-        now = wanted if in_force is None else in_force
+        configured = {kind: policy.bound(kind.limit) for kind in Kind}
+        now = configured if in_force is None else in_force
         limits = [
             f"{kind.value} {now[kind]}"
-            + (f" (configured: {wanted[kind]})" if now[kind] != wanted[kind] else "")
+            + (f" (configured: {configured[kind]})" if now[kind] != configured[kind] else "")
             for kind in Kind
         ]
         self._row("Limits", ", ".join(limits), "concurrent calls, over all processes")
         if in_force is None:
             self._more("as configured: Valkey does not answer yet")
-        elif now != wanted:
+        elif now != configured:
             self._more("tidegate limits history says who set them, and why")
 
     def _where(self, ground: Ground) -> None:
@@ -176,16 +176,16 @@ class Page:
                 alone = "nothing leaves this machine" if len(upstreams) == 1 else "as gemini"
                 self._row(label, "emulated", alone)
             else:
-                shown = [*one.models[:_MODELS_SHOWN], *["..."] * (len(one.models) > _MODELS_SHOWN)]
-                models = "" if "*" in one.models else f" for {', '.join(shown)}"
+                listed = [*one.models[:_MODELS_SHOWN], *["..."] * (len(one.models) > _MODELS_SHOWN)]
+                models = "" if "*" in one.models else f" for {', '.join(listed)}"
                 self._row(label, one.name, next(iter(one.base_urls.values())) + models)
             label = ""
 
     def _try(self, place: str, ground: Ground) -> None:
         """Show a call by an SDK, then one of Tidegate's own API."""
         json = '-H "Content-Type: application/json"'
-        shown = self.demo_key or "<key>"
-        key = f' -H "x-api-key: {shown}"' if self._config.asks_for_keys else ""
+        key_text = self.demo_key or "<key>"
+        key = f' -H "x-api-key: {key_text}"' if self._config.requires_keys else ""
         dialects = _dialects_of_prompts(ground.config)
         self._line((f"{_INDENT}Try", _LABEL))
         if dialects is None:
@@ -241,7 +241,7 @@ _WITHIN_S = 1.0
 
 
 async def bounds_in_force(
-    url: str, wanted: PoolPolicy, *, within_s: float = _WITHIN_S
+    url: str, configured: PoolPolicy, *, within_s: float = _WITHIN_S
 ) -> Mapping[Kind, int] | None:
     """Return the bounds in force by kind; None if Valkey does not answer in time.
 
@@ -249,11 +249,11 @@ async def bounds_in_force(
     are read again.
     """
 
-    def as_wanted(pool: Snapshot) -> bool:
-        return _bounds(pool) == {kind: wanted.bound(kind.limit) for kind in Kind}
+    def is_applied(pool: Snapshot) -> bool:
+        return _bounds(pool) == {kind: configured.bound(kind.limit) for kind in Kind}
 
     try:
-        return _bounds(await look_until(url, DEFAULT_POOL, as_wanted, within_s)) or None
+        return _bounds(await look_until(url, DEFAULT_POOL, is_applied, within_s)) or None
     except (LimiterUnavailable, ConfigError):  # the page reports it
         return None
 
@@ -344,7 +344,7 @@ def _supervision(
 def make_demo_key(config: Config) -> str | None:
     """Return a new API key for a demonstration whose callers need one, if there is no key yet; so
     that a container can be tried without a second command. Raises StoreUnavailable."""
-    if not (config.tidegate_demo and config.asks_for_keys):
+    if not (config.tidegate_demo and config.requires_keys):
         return None
 
     async def made(record: Connections) -> str | None:
@@ -370,19 +370,19 @@ def read_again() -> None:
     base = json.load(sys.stdin)
     try:
         answer: dict[str, object] = {"environment": _reread(base)}
-    except ConfigError as wrong:
-        answer = {"wrong": (wrong.variable, wrong.value, wrong.allowed)}
+    except ConfigError as invalid:
+        answer = {"wrong": (invalid.variable, invalid.value, invalid.allowed)}
     sys.stdout.write(json.dumps(answer))
 
 
 def _reread(base: Mapping[str, Any]) -> dict[str, str]:
-    wanted = load()
-    deployed(wanted)
-    deployed_upstreams(wanted)
-    is_emulated = emulates(wanted)
-    variables = environment_of(Ground(wanted, None, wanted.embedded, is_emulated))
+    config = load()
+    deployed(config)
+    deployed_upstreams(config)
+    is_emulated = emulates(config)
+    variables = environment_of(Ground(config, None, config.embedded, is_emulated))
     changed = [name for name in _SAME if variables[name.upper()] != base["same"][name]]
-    if wanted.embedded != base["embedded"]:
+    if config.embedded != base["embedded"]:
         changed.append("database_url")
     if is_emulated != base["emulated"]:
         changed.append("gemini_api_key")
@@ -412,18 +412,18 @@ def _children(listener: socket.socket, apis: int, workers: int) -> list[Child]:
 def _announcer(listener: socket.socket, page: Page, ground: Ground) -> tuple[int, int]:
     """Fork a process that shows the page once all is ready, and return it with the pipe by which it
     reports that. The imports of this process stay in it, and end with it."""
-    hears, says = os.pipe()
+    read_end, write_end = os.pipe()
     sys.stdout.flush()
     supervisor = os.getpid()
     if pid := os.fork():
-        os.close(says)
-        return pid, hears
+        os.close(write_end)
+        return pid, read_end
     try:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        os.close(hears)
+        os.close(read_end)
         with suppress(KeyboardInterrupt):  # the supervisor stops
-            asyncio.run(_announce(supervisor, says, listener, page, ground))
+            asyncio.run(_announce(supervisor, write_end, listener, page, ground))
         sys.stdout.flush()
     except Exception:  # noqa: BLE001 -- the top of a process: logged
         telemetry.get_logger().exception(telemetry.Log.INTERNAL_ERROR, component="page")
@@ -432,20 +432,20 @@ def _announcer(listener: socket.socket, page: Page, ground: Ground) -> tuple[int
 
 
 async def _announce(
-    supervisor: int, says: int, listener: socket.socket, page: Page, ground: Ground
+    supervisor: int, write_end: int, listener: socket.socket, page: Page, ground: Ground
 ) -> None:
     """Show the page once the API is ready; after a while, show why it is not."""
     patient_until = time.monotonic() + _PATIENCE_S
-    told = ""
+    reported = ""
     with page.busy("starting the API and the workers"):
         while (reason := await _not_ready(listener)) is not None:
             if os.getppid() != supervisor:
                 return
-            if time.monotonic() > patient_until and reason != told:
+            if time.monotonic() > patient_until and reason != reported:
                 page.note(f"still waiting for the API: {reason}")
-                told = reason
+                reported = reason
             await asyncio.sleep(_POLL_S)
-    os.write(says, b"1")
+    os.write(write_end, b"1")
     page.done("API and workers")
     policy, redis_url = deployed(ground.config), ground.config.redis_url
     assert redis_url is not None

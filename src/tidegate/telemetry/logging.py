@@ -260,9 +260,9 @@ def _remember(
     _logger: object, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
     if event.get("level") in _SERIOUS:
-        said = {name: value for name, value in event.items() if name not in _STRUCTLOG_OWN}
-        _problems.append({name: _shortened(value) for name, value in said.items()})
-        _counts[said["event"] if said.get("event") in _EVENTS else "other"] += 1
+        fields = {name: value for name, value in event.items() if name not in _STRUCTLOG_OWN}
+        _problems.append({name: _shortened(value) for name, value in fields.items()})
+        _counts[fields["event"] if fields.get("event") in _EVENTS else "other"] += 1
     return event
 
 
@@ -299,11 +299,11 @@ _NOISY = (
 
 
 # Events that the start-up page reports.
-_SAID_BY_PAGE = frozenset({Log.STARTED, Log.STOPPING, Log.STOPPED, Log.MIGRATED, Log.DEMO_MODE})
+_ON_PAGE = frozenset({Log.STARTED, Log.STOPPING, Log.STOPPED, Log.MIGRATED, Log.DEMO_MODE})
 _FIRST_CONTACT = "limiter: up"
 
 
-class _BesidePage(logging.Filter):
+class _PageFilter(logging.Filter):
     """A filter that drops the lines of an ordinary start and end, which the start-up page
     reports."""
 
@@ -312,13 +312,13 @@ class _BesidePage(logging.Filter):
         self._limiter_spoke = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        said = record.msg
-        if isinstance(said, dict):
-            return said.get("event") not in _SAID_BY_PAGE
+        message = record.msg
+        if isinstance(message, dict):
+            return message.get("event") not in _ON_PAGE
         if record.name != "tidegate.limiter":
             return True
         is_first, self._limiter_spoke = not self._limiter_spoke, True
-        return not (is_first and said == _FIRST_CONTACT)
+        return not (is_first and message == _FIRST_CONTACT)
 
 
 _DIM, _BOLD, _PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
@@ -331,18 +331,18 @@ def _short_line(event: Mapping[str, Any]) -> str:
     if event["event"] == Log.REQUEST_DONE:
         status = event.get("status") or 0
         colour = _RED if status >= 500 else _YELLOW if status >= 400 or not status else _GREEN
-        said = f"{status or 'left'} {event.get('method', '')} {event.get('path', '')}"
+        text = f"{status or 'left'} {event.get('method', '')} {event.get('path', '')}"
         took_ms = event.get("took_ms")
     else:
         code = event.get("code")
-        colour, said = (_RED, f"job {code}") if code else (_GREEN, "job done")
-        said += f" {event.get('type', '')}"
+        colour, text = (_RED, f"job {code}") if code else (_GREEN, "job done")
+        text += f" {event.get('type', '')}"
         took_ms = event.get("upstream_ms")
     queued_ms = event.get("queue_ms") or 0
     more = [str(event[name]) for name in ("tenant", "model", "upstream") if event.get(name)]
     more += [] if took_ms is None else [f"{took_ms:,.0f} ms"]
     more += [f"(queued {queued_ms:,.0f} ms)"] if queued_ms >= 1 else []
-    first, _, rest = said.partition(" ")
+    first, _, rest = text.partition(" ")
     line = f"{_DIM}{event['timestamp']}{_PLAIN} {colour}{first}{_PLAIN} {_BOLD}{rest}{_PLAIN}"
     line += "".join(f" {one}" for one in more)
     request_id = event.get("request_id")
@@ -410,12 +410,12 @@ def configure_logging(
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
     )
     global _lines
-    wanted = not console and level.lower() in ("debug", "info")
+    is_verbose = not console and level.lower() in ("debug", "info")
     handler = logging.StreamHandler(sys.stderr)
-    _lines = (handler, process) if wanted else None
+    _lines = (handler, process) if is_verbose else None
     handler.setFormatter(formatter)
     if for_people and has_page:
-        handler.addFilter(_BesidePage())
+        handler.addFilter(_PageFilter())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())

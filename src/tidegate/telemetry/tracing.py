@@ -188,82 +188,84 @@ def collector_variables(dotenv: Path = Path(".env")) -> dict[str, str]:
     }
 
 
-def names_collector(given: Mapping[str, str]) -> bool:
+def names_collector(environ: Mapping[str, str]) -> bool:
     """Return whether these variables name a destination of spans and metrics."""
-    if given.get(_OFF, "").strip().lower() == "true":
+    if environ.get(_OFF, "").strip().lower() == "true":
         return False
-    return any(given.get(f"{one}_ENDPOINT", "").strip() for one in _EXPORTERS)
+    return any(environ.get(f"{one}_ENDPOINT", "").strip() for one in _EXPORTERS)
 
 
-def check_collector(given: Mapping[str, str]) -> None:
+def check_collector(environ: Mapping[str, str]) -> None:
     """Raise ConfigError for a value that the SDK fails on, or ignores without a message; do nothing
     if no collector is named."""
-    said = {name: value.strip() for name, value in given.items() if value.strip()}
-    _check_one_of(said, _OFF)
-    if not names_collector(said):
+    variables = {name: value.strip() for name, value in environ.items() if value.strip()}
+    _check_one_of(variables, _OFF)
+    if not names_collector(variables):
         return
     for exporter in _EXPORTERS:
-        _check_exporter(said, exporter)
+        _check_exporter(variables, exporter)
     for name in _CHOICES:
-        _check_one_of(said, name)
+        _check_one_of(variables, name)
     for name in _COUNTS:
-        _check_number(said, name, 1)
+        _check_number(variables, name, 1)
     for name in _LIMITS:
-        if said.get(name, "").lower() != "none":
-            _check_number(said, name, 0)
+        if variables.get(name, "").lower() != "none":
+            _check_number(variables, name, 0)
     queue, sent = "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"
-    most = int(said.get(queue, _MOST_QUEUED))
-    if int(said.get(sent, _MOST_SENT)) > most:
-        name = sent if sent in said else queue
-        raise ConfigError(name, said[name], f"{sent} must be at most {queue}, which is {most}")
-    if said.get(_SAMPLER, "").lower().endswith("traceidratio"):
-        _check_share(said, "OTEL_TRACES_SAMPLER_ARG")
-    _check_pairs(said, "OTEL_RESOURCE_ATTRIBUTES", hidden=False)
+    most = int(variables.get(queue, _MOST_QUEUED))
+    if int(variables.get(sent, _MOST_SENT)) > most:
+        name = sent if sent in variables else queue
+        raise ConfigError(name, variables[name], f"{sent} must be at most {queue}, which is {most}")
+    if variables.get(_SAMPLER, "").lower().endswith("traceidratio"):
+        _check_share(variables, "OTEL_TRACES_SAMPLER_ARG")
+    _check_pairs(variables, "OTEL_RESOURCE_ATTRIBUTES", hidden=False)
 
 
-def _check_exporter(said: Mapping[str, str], exporter: str) -> None:
+def _check_exporter(variables: Mapping[str, str], exporter: str) -> None:
     endpoint, timeout = f"{exporter}_ENDPOINT", f"{exporter}_TIMEOUT"
-    if (url := said.get(endpoint)) is not None and not _is_http(url):
-        shown = url.rpartition("@")[2][:_LONGEST_SHOWN]  # without a password
-        raise ConfigError(endpoint, shown, "must be http:// or https:// and a host")
-    if timeout in said and not _number(said[timeout]) > 0:
-        raise ConfigError(timeout, said[timeout][:_LONGEST_SHOWN], "must be a number of seconds")
-    _check_one_of(said, f"{exporter}_PROTOCOL", ("http/protobuf",))
-    _check_one_of(said, f"{exporter}_COMPRESSION", ("none", "gzip", "deflate"))
-    _check_pairs(said, f"{exporter}_HEADERS", hidden=True)
+    if (url := variables.get(endpoint)) is not None and not _is_http(url):
+        printable = url.rpartition("@")[2][:_LONGEST_SHOWN]  # without a password
+        raise ConfigError(endpoint, printable, "must be http:// or https:// and a host")
+    if timeout in variables and not _number(variables[timeout]) > 0:
+        raise ConfigError(
+            timeout, variables[timeout][:_LONGEST_SHOWN], "must be a number of seconds"
+        )
+    _check_one_of(variables, f"{exporter}_PROTOCOL", ("http/protobuf",))
+    _check_one_of(variables, f"{exporter}_COMPRESSION", ("none", "gzip", "deflate"))
+    _check_pairs(variables, f"{exporter}_HEADERS", hidden=True)
     for name in (f"{exporter}_CERTIFICATE", f"{exporter}_CLIENT_CERTIFICATE"):
-        _check_file(said, name)
-    _check_file(said, f"{exporter}_CLIENT_KEY")
+        _check_file(variables, name)
+    _check_file(variables, f"{exporter}_CLIENT_KEY")
 
 
-def _check_one_of(said: Mapping[str, str], name: str, allowed: tuple[str, ...] = ()) -> None:
+def _check_one_of(variables: Mapping[str, str], name: str, allowed: tuple[str, ...] = ()) -> None:
     allowed = allowed or _CHOICES[name]
-    if name in said and said[name].lower() not in allowed:
-        raise ConfigError(name, said[name][:_LONGEST_SHOWN], f"must be {' or '.join(allowed)}")
+    if name in variables and variables[name].lower() not in allowed:
+        raise ConfigError(name, variables[name][:_LONGEST_SHOWN], f"must be {' or '.join(allowed)}")
 
 
-def _check_number(said: Mapping[str, str], name: str, least: int) -> None:
-    text = said.get(name)
+def _check_number(variables: Mapping[str, str], name: str, least: int) -> None:
+    text = variables.get(name)
     if text is not None and not (text.isdecimal() and text.isascii() and int(text) >= least):
         raise ConfigError(name, text[:_LONGEST_SHOWN], f"must be a whole number from {least}")
 
 
-def _check_share(said: Mapping[str, str], name: str) -> None:
-    if name in said and not 0 <= _number(said[name]) <= 1:
-        raise ConfigError(name, said[name][:_LONGEST_SHOWN], "must be a number from 0 to 1")
+def _check_share(variables: Mapping[str, str], name: str) -> None:
+    if name in variables and not 0 <= _number(variables[name]) <= 1:
+        raise ConfigError(name, variables[name][:_LONGEST_SHOWN], "must be a number from 0 to 1")
 
 
-def _check_pairs(said: Mapping[str, str], name: str, *, hidden: bool) -> None:
-    for pair in filter(str.strip, said.get(name, "").split(",")):
+def _check_pairs(variables: Mapping[str, str], name: str, *, hidden: bool) -> None:
+    for pair in filter(str.strip, variables.get(name, "").split(",")):
         key, equals, _ = unquote(pair).partition("=")
         if not key.strip() or not equals:
-            shown = "(hidden)" if hidden else said[name][:_LONGEST_SHOWN]
-            raise ConfigError(name, shown, "must be name=value, with a comma between two")
+            printable = "(hidden)" if hidden else variables[name][:_LONGEST_SHOWN]
+            raise ConfigError(name, printable, "must be name=value, with a comma between two")
 
 
-def _check_file(said: Mapping[str, str], name: str) -> None:
-    if name in said and not Path(said[name]).is_file():
-        raise ConfigError(name, said[name][:_LONGEST_SHOWN], "must be a file that is there")
+def _check_file(variables: Mapping[str, str], name: str) -> None:
+    if name in variables and not Path(variables[name]).is_file():
+        raise ConfigError(name, variables[name][:_LONGEST_SHOWN], "must be a file that is there")
 
 
 def _number(text: str) -> float:

@@ -358,10 +358,10 @@ async def _row_of(line: bytes, size_bytes: int) -> _ResultRow:
 class _ResultRow:
     """A line of a result file.
 
-    problem: why it cannot be read; `shown` then has only its custom id, if that was found in it.
+    problem: why it cannot be read; `content` then has only its custom id, if that was found in it.
     """
 
-    shown: Json
+    content: Json
     problem: str = ""
     size_bytes: int = 0
 
@@ -449,13 +449,13 @@ class OpenAIBatches:
         calls: Sequence[BatchedCall],
         on_sent: Callable[[], None],
     ) -> BatchProgress:
-        asked = {
+        body = {
             "input_file_id": file_id,
             "endpoint": f"/v1{batch.endpoint}",
             "completion_window": "24h",
             "metadata": {"tidegate_batch": batch.id.hex},
         }
-        return self._progress(await self._account.json("POST", "/batches", asked, on_sent=on_sent))
+        return self._progress(await self._account.json("POST", "/batches", body, on_sent=on_sent))
 
     async def find(self, batch: BatchOutline, known: Iterable[str]) -> list[str] | None:
         assert batch.sent_at is not None
@@ -482,19 +482,19 @@ class OpenAIBatches:
     async def poll(self, provider_id: str) -> BatchProgress:
         return self._progress(await self._account.json("GET", f"/batches/{_quoted(provider_id)}"))
 
-    def _progress(self, shown: Json) -> BatchProgress:
-        word = _text(shown, "status")
-        files = [shown.get(name) for name in ("output_file_id", "error_file_id")]
-        errors = _objects(_part(shown, "errors").get("data")) if word == "failed" else []
+    def _progress(self, body: Json) -> BatchProgress:
+        word = _text(body, "status")
+        files = [body.get(name) for name in ("output_file_id", "error_file_id")]
+        errors = _objects(_part(body, "errors").get("data")) if word == "failed" else []
         codes = {str(one.get("code")) for one in errors}
-        said = "; ".join(str(one.get("message") or one.get("code")) for one in errors[:3])
+        message = "; ".join(str(one.get("message") or one.get("code")) for one in errors[:3])
         return BatchProgress(
-            _text(shown, "id"),
+            _text(body, "id"),
             word,
             word in self._ENDED,
             tuple(one for one in files if isinstance(one, str)),
             is_full="token_limit_exceeded" in codes or "request_limit_exceeded" in codes,
-            problem=self._account.words(said) if said else None,
+            problem=self._account.words(message) if message else None,
         )
 
     async def cancel(self, provider_id: str) -> None:
@@ -503,9 +503,9 @@ class OpenAIBatches:
     async def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
         for file_id in ended.files:
             async for row in self._account.rows(f"/files/{_quoted(file_id)}/content"):
-                line = line_of(batch.id, row.shown.get("custom_id"))
+                line = line_of(batch.id, row.content.get("custom_id"))
                 if line is not None:
-                    read = partial(self._result, line, row.shown)
+                    read = partial(self._result, line, row.content)
                     yield row.unread(line) or await row.aside(read)
 
     def _result(self, line: int, row: Json) -> LineResult:
@@ -547,10 +547,10 @@ class AnthropicBatches:
         )
         body = b'{"requests":[%b]}' % requests
         headers = [(b"content-type", b"application/json")]
-        shown = await self._account.json(
+        created = await self._account.json(
             "POST", "/v1/messages/batches", body, headers=headers, on_sent=on_sent
         )
-        return self._progress(shown)
+        return self._progress(created)
 
     async def find(self, batch: BatchOutline, known: Iterable[str]) -> list[str] | None:
         """Look among the batches of the same size and time. A batch that has not ended cannot be
@@ -559,9 +559,9 @@ class AnthropicBatches:
         since, passed = batch.sent_at - _CLOCKS, set(known)
         found: list[str] = []
         unsure = False
-        async for shown in self._listed(since):
-            progress = self._progress(shown)
-            counts = _part(shown, "request_counts")
+        async for listed in self._listed(since):
+            progress = self._progress(listed)
+            counts = _part(listed, "request_counts")
             size = sum(count for count in counts.values() if isinstance(count, int))
             if progress.provider_id in passed or size != batch.lines:
                 continue
@@ -577,11 +577,11 @@ class AnthropicBatches:
             query = {"limit": _PAGE} | ({} if after is None else {"after_id": after})
             page = await self._account.json("GET", f"/v1/messages/batches?{urlencode(query)}")
             batches = _objects(page.get("data"))
-            for shown in batches:
-                made = _time(shown.get("created_at"))
+            for listed in batches:
+                made = _time(listed.get("created_at"))
                 if made is not None and made < since:
                     return
-                yield shown
+                yield listed
             if not page.get("has_more") or not batches:
                 return
             after = _text(batches[-1], "id")
@@ -591,7 +591,7 @@ class AnthropicBatches:
         results = self._account.rows(self._results_path(ended.provider_id))
         try:
             async for row in results:
-                return line_of(batch.id, row.shown.get("custom_id")) is not None
+                return line_of(batch.id, row.content.get("custom_id")) is not None
         finally:
             await results.aclose()
         return False
@@ -600,9 +600,9 @@ class AnthropicBatches:
         path = f"/v1/messages/batches/{_quoted(provider_id)}"
         return self._progress(await self._account.json("GET", path))
 
-    def _progress(self, shown: Json) -> BatchProgress:
-        word = _text(shown, "processing_status")
-        return BatchProgress(_text(shown, "id"), word, word == "ended")
+    def _progress(self, body: Json) -> BatchProgress:
+        word = _text(body, "processing_status")
+        return BatchProgress(_text(body, "id"), word, word == "ended")
 
     async def cancel(self, provider_id: str) -> None:
         await _cancel(self._account, f"/v1/messages/batches/{_quoted(provider_id)}/cancel")
@@ -614,9 +614,9 @@ class AnthropicBatches:
 
     async def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
         async for row in self._account.rows(self._results_path(ended.provider_id)):
-            line = line_of(batch.id, row.shown.get("custom_id"))
+            line = line_of(batch.id, row.content.get("custom_id"))
             if line is not None:
-                read = partial(self._result, line, _part(row.shown, "result"))
+                read = partial(self._result, line, _part(row.content, "result"))
                 yield row.unread(line) or await row.aside(read)
 
     def _result(self, line: int, result: Json) -> LineResult:
@@ -661,8 +661,8 @@ class GeminiBatches:
         found = _GENERATE.fullmatch(batch.endpoint)
         assert found is not None
         path = f"{found[1]}{_quoted(batch.model)}:batchGenerateContent"
-        shown = await self._account.json("POST", path, {"batch": named}, on_sent=on_sent)
-        return self._progress(shown)
+        created = await self._account.json("POST", path, {"batch": named}, on_sent=on_sent)
+        return self._progress(created)
 
     async def find(self, batch: BatchOutline, known: Iterable[str]) -> list[str] | None:
         found: list[str] = []
@@ -684,17 +684,17 @@ class GeminiBatches:
     async def poll(self, provider_id: str) -> BatchProgress:
         return self._progress(await self._account.json("GET", f"/v1beta/{_named(provider_id)}"))
 
-    def _progress(self, shown: Json) -> BatchProgress:
-        about = _part(shown, "metadata")
+    def _progress(self, body: Json) -> BatchProgress:
+        about = _part(body, "metadata")
         word = str(about.get("state") or "BATCH_STATE_UNSPECIFIED")
-        output = _part(shown, "response") or _part(about, "output")
+        output = _part(body, "response") or _part(about, "output")
         file = output.get("responsesFile")
         inlined = _part(output, "inlinedResponses")
-        error = _part(shown, "error")
+        error = _part(body, "error")
         return BatchProgress(
-            _text(shown, "name"),
+            _text(body, "name"),
             word,
-            word.endswith(self._ENDED) or shown.get("done") is True,
+            word.endswith(self._ENDED) or body.get("done") is True,
             (file,) if isinstance(file, str) else (),
             tuple(_objects(inlined.get("inlinedResponses"))),
             problem=self._account.words(str(error.get("message"))) if error else None,
@@ -704,15 +704,15 @@ class GeminiBatches:
         await _cancel(self._account, f"/v1beta/{_named(provider_id)}:cancel")
 
     async def results(self, batch: BatchOutline, ended: BatchProgress) -> AsyncIterator[LineResult]:
-        for shown in ended.inline:
-            line = line_of(batch.id, _part(shown, "metadata").get("key"))
+        for inline in ended.inline:
+            line = line_of(batch.id, _part(inline, "metadata").get("key"))
             if line is not None:
-                yield self._result(line, shown)
+                yield self._result(line, inline)
         for file in ended.files:
             async for row in self._account.rows(f"/v1beta/{_named(file)}:download?alt=media"):
-                line = line_of(batch.id, row.shown.get("key"))
+                line = line_of(batch.id, row.content.get("key"))
                 if line is not None:
-                    read = partial(self._result, line, row.shown)
+                    read = partial(self._result, line, row.content)
                     yield row.unread(line) or await row.aside(read)
 
     def _result(self, line: int, row: Json) -> LineResult:

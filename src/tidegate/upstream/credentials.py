@@ -93,7 +93,7 @@ class RenewedCredentials:
         self._valid: Valid | None = None
         self._began_at = 0.0  # when the valid ones were read
         self._failures = 0
-        self._wanted = asyncio.Event()  # set to renew ahead of time
+        self._renewal = asyncio.Event()  # set to renew ahead of time
 
     def sign(
         self, method: str, place: RequestPlace, headers: RawHeaders, body: object
@@ -106,7 +106,7 @@ class RenewedCredentials:
         return [*(pair for pair in headers if pair[0] not in names), *own]
 
     def refused(self) -> None:
-        self._wanted.set()
+        self._renewal.set()
 
     @property
     def has_ended(self) -> bool:
@@ -118,9 +118,9 @@ class RenewedCredentials:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.wait_s()):
-                    await self._wanted.wait()
+                    await self._renewal.wait()
                 await asyncio.sleep(FIRST_RETRY_S)  # rejections come in groups
-            self._wanted.clear()
+            self._renewal.clear()
             await self.renew()
 
     async def renew(self) -> None:

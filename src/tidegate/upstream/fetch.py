@@ -108,8 +108,8 @@ def check_uri(
     """
     try:
         return _checked(uri, is_allowed)
-    except ValueError as wrong:
-        raise refused(str(wrong), field) from None
+    except ValueError as error:
+        raise refused(str(error), field) from None
 
 
 def _checked(uri: str, is_allowed: Callable[[Address], bool]) -> URL:
@@ -243,8 +243,8 @@ def callers_resolver(tenant_id: str) -> AbstractResolver:
         async def resolve(
             self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
         ) -> list[ResolveResult]:
-            look = partial(socket.getaddrinfo, flags=socket.AI_ADDRCONFIG)
-            work = partial(look, host, port, family, socket.SOCK_STREAM)
+            lookup = partial(socket.getaddrinfo, flags=socket.AI_ADDRCONFIG)
+            work = partial(lookup, host, port, family, socket.SOCK_STREAM)
             found = await _LOOK_UPS.run(tenant_id, work)
             return [
                 ResolveResult(
@@ -418,9 +418,9 @@ class ImageFetcher:
             raise refused(f"was answered with status {response.status}")
         if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
             raise refused("was answered with a compressed body, which is not taken")
-        said = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
-        if said and said not in _UNSAID and not said.startswith("image/"):
-            raise refused(f"is not an image but {said[:64]!r}")
+        content_type = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
+        if content_type and content_type not in _UNSAID and not content_type.startswith("image/"):
+            raise refused(f"is not an image but {content_type[:64]!r}")
         if response.content_length is not None and response.content_length > self.max_bytes:
             raise self._too_large()
         data = bytearray()
@@ -556,7 +556,7 @@ async def tested(wire: RelayWire, upstream: Upstream, dialect: str) -> UpstreamT
     return UpstreamTest(dialect, access.base, status, took_ms, models, problem, load)
 
 
-async def ask_for_models(wire: RelayWire, upstream: Upstream, dialect: str) -> Posted:
+async def request_models(wire: RelayWire, upstream: Upstream, dialect: str) -> Posted:
     """Request a provider's list of models in `dialect`. Never raises for anything that the provider
     or the network does."""
     spec, access = DIALECTS[dialect], upstream.access(dialect)

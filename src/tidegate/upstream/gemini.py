@@ -171,9 +171,9 @@ def _event_of(part: Part) -> Delta | Picture | None:
     return None
 
 
-def _reported(said: GenerateContentResponseUsageMetadata) -> dict[str, Any]:
+def _reported(usage: GenerateContentResponseUsageMetadata) -> dict[str, Any]:
     """Return a usage by the provider's names, without negative numbers."""
-    raw = said.model_dump(mode="json", by_alias=True, exclude_none=True)
+    raw = usage.model_dump(mode="json", by_alias=True, exclude_none=True)
     return {name: one for name, one in raw.items() if not isinstance(one, int) or one >= 0}
 
 

@@ -90,10 +90,10 @@ class PlainRequest(httpx2.Request):
 def _fields(headers: tuple[tuple[str, str], ...]) -> tuple[list[tuple[bytes, bytes]], bool]:
     """Return the headers to send, and whether they belong to an upload. Cached: the SDK sends the
     same ones with nearly every call."""
-    said = {name.lower(): value for name, value in headers}
-    sent = {name: value for name, value in said.items() if name not in _FRAMING}
+    stated = {name.lower(): value for name, value in headers}
+    sent = {name: value for name, value in stated.items() if name not in _FRAMING}
     fields = [(name.encode("ascii"), value.encode("latin-1")) for name, value in sent.items()]
-    return [*fields, (b"accept-encoding", b"identity")], "x-goog-upload-command" in said
+    return [*fields, (b"accept-encoding", b"identity")], "x-goog-upload-command" in stated
 
 
 _EVENT = frozenset(("candidates", "usageMetadata", "modelVersion", "responseId", "createTime"))
@@ -151,7 +151,7 @@ class _WholeAnswer:
     """Merges the content of events. `add` raises _NotPlain."""
 
     def __init__(self) -> None:
-        self._said: dict[str, Any] = {}
+        self._others: dict[str, Any] = {}
         self._usage: dict[str, Any] = {}
         self._candidate: dict[str, Any] | None = None
         self._parts: list[dict[str, Any] | list[str]] = []  # a list: pieces of one text
@@ -167,7 +167,7 @@ class _WholeAnswer:
             elif not isinstance(value, str) or not value:
                 raise _NotPlain
             elif name != "createTime":
-                self._said[name] = value
+                self._others[name] = value
 
     def _add_candidates(self, candidates: Any) -> None:
         if not isinstance(candidates, list) or len(candidates) != 1:
@@ -224,12 +224,12 @@ class _WholeAnswer:
                 self._usage[name] = counts
 
     def event(self) -> dict[str, Any]:
-        said = self._said
+        body = self._others
         if self._candidate is not None:
             parts = [{"text": "".join(p)} if isinstance(p, list) else p for p in self._parts]
             content = {"parts": parts}
-            said = {"candidates": [{"content": content, **self._candidate}], **said}
-        return {**said, "usageMetadata": self._usage} if self._usage else said
+            body = {"candidates": [{"content": content, **self._candidate}], **body}
+        return {**body, "usageMetadata": self._usage} if self._usage else body
 
 
 def _gathered_fields(value: Any, known: frozenset[str]) -> dict[str, Any]:
@@ -272,8 +272,8 @@ class SdkExchange(httpx2.AsyncByteStream):
         is_events = is_ok and _header(exchange, b"content-type").startswith(_EVENTS)
         self._gathers = gathers and is_events
         # The SDK copies all headers for each chunk of a stream, and reads none of them.
-        shown = () if is_events else exchange.headers
-        return _SdkResponse(exchange.status, headers=shown, stream=self)
+        headers = () if is_events else exchange.headers
+        return _SdkResponse(exchange.status, headers=headers, stream=self)
 
     def __aiter__(self) -> Self:
         return self
@@ -296,11 +296,11 @@ class SdkExchange(httpx2.AsyncByteStream):
                 if self._size_bytes > MOST_GATHERED_BYTES:
                     return b"".join(pieces)
         except (TidegateError, asyncio.CancelledError) as end:
-            came = whole_events(b"".join(pieces))
-            if not came:
+            events = whole_events(b"".join(pieces))
+            if not events:
                 raise
             self.held = end
-            return self._as_one(came)
+            return self._as_one(events)
         return self._as_one(b"".join(pieces))
 
     def _as_one(self, stream: bytes) -> bytes:

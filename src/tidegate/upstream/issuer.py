@@ -82,12 +82,12 @@ class Issuer:
         self._discovering = asyncio.Lock()
         self._keys: dict[str | None, dict[str, Any]] = {}
         self._keys_at = float("-inf")  # when they were last read
-        self._asked_at = float("-inf")  # when the last request for them began, successful or not
+        self._begun_at = float("-inf")  # when the last request for them began, successful or not
         self._asking: asyncio.Task[None] | None = None
-        self._is_away = False
+        self._is_unavailable = False
 
     def __repr__(self) -> str:
-        return f"<Issuer {self.url} keys={len(self._keys)} away={self._is_away}>"
+        return f"<Issuer {self.url} keys={len(self._keys)} away={self._is_unavailable}>"
 
     async def claims(self, token: bytes, audience: str) -> dict[str, Any]:
         """Verify a token and return its claims: the issuer's signature, `audience` and expiry.
@@ -116,8 +116,8 @@ class Issuer:
                 leeway=LEEWAY_S,
                 options={"require": list(_NEEDED), "enforce_minimum_key_length": True},
             )
-        except jwt.InvalidTokenError as wrong:
-            raise Unauthenticated(_why(wrong)) from None
+        except jwt.InvalidTokenError as error:
+            raise Unauthenticated(_why(error)) from None
         except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
             raise Unauthenticated("the token cannot be verified") from None
         if not _is_same_url(claims["iss"], self.url):
@@ -129,12 +129,12 @@ class Issuer:
         IssuerUnavailable."""
         age_s = self._clock() - self._metadata_at
         if self._metadata is None or age_s >= METADATA_USABLE_S:
-            await self._ask_for_metadata()
+            await self._request_metadata()
         if self._metadata is None:
-            raise self._away(self._why_no_metadata)
+            raise self._unavailable(self._why_no_metadata)
         return self._metadata
 
-    async def _ask_for_metadata(self) -> None:
+    async def _request_metadata(self) -> None:
         """Read the discovery document; while that fails, at most once a second. Concurrent callers
         share one request."""
         async with self._discovering:
@@ -144,8 +144,8 @@ class Issuer:
             self._metadata_tried_at = now
             try:
                 self._metadata, self._metadata_at = await self._discovered(), now
-            except IssuerUnavailable as away:
-                self._why_no_metadata = away.message.removeprefix(self._named)
+            except IssuerUnavailable as error:
+                self._why_no_metadata = error.message.removeprefix(self._named)
 
     async def redeem(
         self, form: Mapping[str, str], client_id: str, secret: str | None
@@ -166,7 +166,7 @@ class Issuer:
             code = str(answer.get("error", status))
             raise Unauthenticated(f"the issuer refuses the sign-in: {code[:40]!a}")
         if status != 200:
-            raise self._away(f"answers {status}")
+            raise self._unavailable(f"answers {status}")
         return answer
 
     async def _key(self, key_id: str | None, algorithm: str) -> dict[str, Any]:
@@ -174,18 +174,18 @@ class Issuer:
         IssuerUnavailable."""
         key, now = self._keys.get(key_id), self._clock()
         if key is None or now - self._keys_at >= KEYS_USABLE_S:
-            await self._ask_for_keys()
+            await self._request_keys()
             key = self._keys.get(key_id)
             if self._clock() - self._keys_at >= KEYS_USABLE_S:
                 raise IssuerUnavailable(f"the keys of {self.url} could not be read")
-        elif now - self._keys_at >= KEYS_READ_EVERY_S and not self._is_away:
-            await self._ask_for_keys()
+        elif now - self._keys_at >= KEYS_READ_EVERY_S and not self._is_unavailable:
+            await self._request_keys()
             key = self._keys.get(key_id)
-        elif now - self._keys_at >= KEYS_READ_EVERY_S and self._may_ask():
+        elif now - self._keys_at >= KEYS_READ_EVERY_S and self._may_request():
             self._begin_asking()  # concurrently: the old keys stay valid meanwhile
         if key is None and key_id is None and len(self._keys) == 1:
             key = next(iter(self._keys.values()))
-        if key is None and self._is_away:
+        if key is None and self._is_unavailable:
             raise IssuerUnavailable(f"the keys of {self.url} could not be read")
         if key is None:
             raise Unauthenticated("the token is signed by a key that its issuer does not list")
@@ -196,21 +196,21 @@ class Issuer:
             raise Unauthenticated("the token's algorithm is not that of its key")
         return key
 
-    def _may_ask(self) -> bool:
-        return self._asking is None and self._clock() - self._asked_at >= KEYS_ASKED_EVERY_S
+    def _may_request(self) -> bool:
+        return self._asking is None and self._clock() - self._begun_at >= KEYS_ASKED_EVERY_S
 
     def _begin_asking(self) -> None:
-        self._asked_at = self._clock()
+        self._begun_at = self._clock()
         self._asking = asyncio.create_task(self._read_keys())
-        self._asking.add_done_callback(self._asked)
+        self._asking.add_done_callback(self._request_ended)
 
-    def _asked(self, _task: asyncio.Task[None]) -> None:
+    def _request_ended(self, _task: asyncio.Task[None]) -> None:
         self._asking = None
 
-    async def _ask_for_keys(self) -> None:
+    async def _request_keys(self) -> None:
         """Read the keys, unless a request began within `KEYS_ASKED_EVERY_S`. Concurrent callers
         share one request."""
-        if self._may_ask():
+        if self._may_request():
             self._begin_asking()
         if self._asking is not None:
             await asyncio.shield(self._asking)
@@ -220,27 +220,27 @@ class Issuer:
             metadata = await self.metadata()
             status, answer = await self._exchange(metadata.jwks_uri)
             if status != 200:
-                raise self._away(f"answers {status} to a request for its keys")
+                raise self._unavailable(f"answers {status} to a request for its keys")
             if not isinstance(listed := answer.get("keys"), list):
-                raise self._away("answers a request for its keys with none")
-        except IssuerUnavailable as away:
-            if not self._is_away:
-                log.warning(Log.ISSUER_AWAY, issuer=self.url, detail=away.message)
-            self._is_away = True
+                raise self._unavailable("answers a request for its keys with none")
+        except IssuerUnavailable as error:
+            if not self._is_unavailable:
+                log.warning(Log.ISSUER_AWAY, issuer=self.url, detail=error.message)
+            self._is_unavailable = True
             return
         self._keys = _usable_keys(listed)
         self._keys_at = self._clock()
-        if self._is_away:
+        if self._is_unavailable:
             log.info(Log.ISSUER_BACK, issuer=self.url)
-        self._is_away = False
+        self._is_unavailable = False
 
     async def _discovered(self) -> IssuerMetadata:
         place = f"{self.url.rstrip('/')}/.well-known/openid-configuration"
         status, found = await self._exchange(place)
         if status != 200:
-            raise self._away(f"answers {status} to a request for its discovery document")
+            raise self._unavailable(f"answers {status} to a request for its discovery document")
         if not _is_same_url(found.get("issuer"), self.url):
-            raise self._away("calls itself by another URL in its discovery document")
+            raise self._unavailable("calls itself by another URL in its discovery document")
         methods = found.get("token_endpoint_auth_methods_supported")
         return IssuerMetadata(
             authorization_endpoint=self._endpoint(found, "authorization_endpoint"),
@@ -259,7 +259,7 @@ class Issuer:
         except ValueError:
             scheme = ""
         if scheme not in {"https", urlsplit(self.url).scheme}:
-            raise self._away(f"names no usable {name}")
+            raise self._unavailable(f"names no usable {name}")
         return url
 
     async def _exchange(
@@ -286,20 +286,20 @@ class Issuer:
                 async for piece in answer.content.iter_any():
                     raw += piece
                     if len(raw) > _MOST_ANSWER_BYTES:
-                        raise self._away("answers with too much")
+                        raise self._unavailable("answers with too much")
                 status = answer.status
         except TimeoutError:
-            raise self._away(f"does not answer within {_TIMEOUT_S:.0f} s") from None
+            raise self._unavailable(f"does not answer within {_TIMEOUT_S:.0f} s") from None
         except (aiohttp.ClientError, ValueError) as failed:
             why = why_not_sent(failed) if isinstance(failed, aiohttp.ClientError) else "is no URL"
-            raise self._away(why) from None
+            raise self._unavailable(why) from None
         try:
             found = orjson.loads(raw)
         except orjson.JSONDecodeError:
             found = {}
         return status, found if isinstance(found, dict) else {}
 
-    def _away(self, why: str) -> IssuerUnavailable:
+    def _unavailable(self, why: str) -> IssuerUnavailable:
         return IssuerUnavailable(f"{self._named}{why}")
 
     @property
@@ -320,20 +320,20 @@ def _usable_keys(listed: list[Any]) -> dict[str | None, dict[str, Any]]:
     return found
 
 
-def _is_same_url(said: object, url: str) -> bool:
+def _is_same_url(stated: object, url: str) -> bool:
     """Return whether an issuer's URL equals the configured one, apart from a slash at the end."""
-    return isinstance(said, str) and said.rstrip("/") == url.rstrip("/")
+    return isinstance(stated, str) and stated.rstrip("/") == url.rstrip("/")
 
 
-def _why(wrong: Exception) -> str:
+def _why(error: Exception) -> str:
     import jwt
 
-    if isinstance(wrong, jwt.ExpiredSignatureError):
+    if isinstance(error, jwt.ExpiredSignatureError):
         return "the token has expired"
-    if isinstance(wrong, jwt.ImmatureSignatureError):
+    if isinstance(error, jwt.ImmatureSignatureError):
         return "the token is not valid yet"
-    if isinstance(wrong, jwt.InvalidAudienceError):
+    if isinstance(error, jwt.InvalidAudienceError):
         return "the token is for another audience"
-    if isinstance(wrong, jwt.MissingRequiredClaimError):
-        return f"the token lacks the claim {wrong.claim}"
+    if isinstance(error, jwt.MissingRequiredClaimError):
+        return f"the token lacks the claim {error.claim}"
     return "the token's signature is not its issuer's"

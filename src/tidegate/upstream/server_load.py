@@ -68,19 +68,19 @@ class ServerLoad:
         return self != ServerLoad()
 
     def __str__(self) -> str:
-        said = []
+        parts = []
         if self.running is not None:
             of = "" if self.slots is None else f" of {self.slots}"
-            said.append(f"{self.running}{of} at work")
+            parts.append(f"{self.running}{of} at work")
         elif self.slots is not None:
-            said.append(f"{self.slots} at a time")
+            parts.append(f"{self.slots} at a time")
         if self.waiting is not None:
-            said.append(f"{self.waiting} waiting")
+            parts.append(f"{self.waiting} waiting")
         if self.kv_tokens is not None:
-            said.append(f"a KV cache of {self.kv_tokens:,} tokens")
+            parts.append(f"a KV cache of {self.kv_tokens:,} tokens")
         if self.kv_used is not None:
-            said.append(f"{self.kv_used:.0%} of it taken")
-        return ", ".join(said)
+            parts.append(f"{self.kv_used:.0%} of it taken")
+        return ", ".join(parts)
 
 
 async def server_load(wire: RelayWire, upstream: Upstream) -> ServerLoad:

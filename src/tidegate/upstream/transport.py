@@ -219,10 +219,10 @@ class Connection(asyncio.Protocol):
     def _unsent_bytes(self) -> int:
         """Return the request's bytes that the upstream has not received: an answer may come
         earlier, and the next request would wait behind them. Under TLS only the kernel knows."""
-        ours = self._transport.get_write_buffer_size()
+        own_bytes = self._transport.get_write_buffer_size()
         sock = self._transport.get_extra_info("socket")
-        if ours or sys.platform != "linux" or sock is None or sock.fileno() < 0:
-            return ours
+        if own_bytes or sys.platform != "linux" or sock is None or sock.fileno() < 0:
+            return own_bytes
         return int.from_bytes(ioctl(sock.fileno(), TIOCOUTQ, b"\0\0\0\0"), sys.byteorder)
 
     def drop(self) -> None:
@@ -258,10 +258,10 @@ class Connection(asyncio.Protocol):
                 self._read_head(data)
             if self._surplus_bytes > MAX_HEAD_BYTES + 8 * self._body_bytes:
                 raise _Unusable("the provider's chunks and trailers are too large")
-        except (HttpParserError, _Unusable) as wrong:
-            why = wrong.__context__ if isinstance(wrong, HttpParserCallbackError) else wrong
-            said = str(why) if isinstance(why, _Unusable) else "the provider's answer is not HTTP"
-            answer.fail(UpstreamGarbled(said))
+        except (HttpParserError, _Unusable) as error:
+            why = error.__context__ if isinstance(error, HttpParserCallbackError) else error
+            text = str(why) if isinstance(why, _Unusable) else "the provider's answer is not HTTP"
+            answer.fail(UpstreamGarbled(text))
             self._transport.abort()
 
     def _read_head(self, data: bytes) -> None:
@@ -286,9 +286,9 @@ class Connection(asyncio.Protocol):
             elif answer.status:
                 answer.fail(UpstreamUnavailable("the provider closed the connection in mid-answer"))
             else:
-                heard = self._head_bytes or self._hinted is answer
-                said = "the provider closed the connection before its answer"
-                answer.fail(UpstreamUnavailable(said, broke=None if heard else "unheard"))
+                began = self._head_bytes or self._hinted is answer
+                message = "the provider closed the connection before its answer"
+                answer.fail(UpstreamUnavailable(message, broke=None if began else "unheard"))
         self._when_lost(self)
 
     def pause_writing(self) -> None:
@@ -536,7 +536,7 @@ class Exchange:
         return whole
 
     @property
-    def is_heard(self) -> bool:
+    def has_response(self) -> bool:
         """Return whether the head has arrived, read or not, or the exchange has failed."""
         return self._answer.status != 0 or self._answer.failure is not None
 
@@ -687,8 +687,8 @@ class RelayWire:
             body = b""
         origin = place.origin
         again = not once and (body is None or isinstance(body, _REPEATABLE))
-        kept = self._idle_one(origin) if again else None
-        connection = kept or await self._connect(place)
+        idle = self._idle_one(origin) if again else None
+        connection = idle or await self._connect(place)
         if on_sent is not None:
             on_sent()
         while True:
@@ -704,7 +704,7 @@ class RelayWire:
                     signer.refused()
                 return exchange
             except BaseException as failed:  # cancellation too: the exchange must not stay open
-                crossed = connection is kept and exchange.has_crossed(failed)
+                crossed = connection is idle and exchange.has_crossed(failed)
                 exchange.close()
                 # The connection closes in the next iteration; its permit is to be returned after
                 # that.
@@ -716,8 +716,8 @@ class RelayWire:
     def _signer_of(self, authentication: Authentication) -> Signer:
         signer = self.signers.get(authentication)
         if signer is None:
-            said = f"this process has no credentials for auth = {authentication.kind}"
-            raise UpstreamUnauthorized(said)
+            message = f"this process has no credentials for auth = {authentication.kind}"
+            raise UpstreamUnauthorized(message)
         return signer
 
     # -- connections
@@ -728,9 +728,9 @@ class RelayWire:
         self._idle.setdefault(origin, []).append(connection)
 
     def _idle_one(self, origin: UpstreamOrigin) -> Connection | None:
-        kept = self._idle.get(origin)
-        while kept:
-            connection = kept.pop()
+        idle = self._idle.get(origin)
+        while idle:
+            connection = idle.pop()
             if connection.is_open:
                 return connection
         return None
@@ -853,8 +853,8 @@ class RelayWire:
             for exchange in list(self.exchanges):
                 if (phase := exchange.overdue(now)) is not None:
                     exchange.cut(phase)
-            for origin, kept in self._idle.items():
-                self._idle[origin] = [one for one in kept if not _retired(one, now)]
+            for origin, idle in self._idle.items():
+                self._idle[origin] = [one for one in idle if not _retired(one, now)]
 
 
 def _server_of(origin: UpstreamOrigin) -> tuple[str, int]:
@@ -875,10 +875,10 @@ def _head(
         if signer is not None:
             headers = signer.sign(method, place, headers, body)
     lines = [b"%b: %b\r\n" % pair for pair in headers]
-    said = b"".join(lines)
-    if said.count(b"\n") != len(lines) or said.count(b"\r") != len(lines) or b"\0" in said:
+    head = b"".join(lines)
+    if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
         raise UpstreamRejected("the request could not be sent: a header contains a line break")
-    return b"%b %b%b" % (method.encode("ascii"), place.line, said)
+    return b"%b %b%b" % (method.encode("ascii"), place.line, head)
 
 
 def _proxy_line(proxy: Proxy) -> bytes:

@@ -170,8 +170,8 @@ class _Reader:
         """Yield the results of all buckets on all pages."""
         page: str | None = None
         for _ in range(MOST_PAGES):
-            asked = query if page is None else {**query, "page": page}
-            answer = await read_admin_page(self._wire, self._account, f"{path}?{urlencode(asked)}")
+            params = query if page is None else {**query, "page": page}
+            answer = await read_admin_page(self._wire, self._account, f"{path}?{urlencode(params)}")
             for bucket in _entries(answer, "usage API"):
                 for row in json_objects(bucket.get("results")):
                     yield row

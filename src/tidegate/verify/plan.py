@@ -162,8 +162,8 @@ class Report:
         """Record a promise about a median latency."""
         waits = waits_of(took_ms)
         assert waits.p50_ms is not None
-        told = f"p50 / p99 {milliseconds(waits)}"
-        self.kept(promise, f"p50 <= {bar_ms:.1f} ms", told, waits.p50_ms <= bar_ms)
+        measured = f"p50 / p99 {milliseconds(waits)}"
+        self.kept(promise, f"p50 <= {bar_ms:.1f} ms", measured, waits.p50_ms <= bar_ms)
 
     def measured(self, what: str, figure: str) -> None:
         self.results.append(Result(what, "", figure, Verdict.MEASURED))
@@ -226,8 +226,8 @@ def seconds(took_s: float | None) -> str:
 
 def milliseconds(waits: Waits) -> str:
     """Return the median and the 99th percentile as text."""
-    shown = ("-" if one is None else f"{one:.1f}" for one in (waits.p50_ms, waits.p99_ms))
-    return " / ".join(shown) + " ms"
+    texts = ("-" if one is None else f"{one:.1f}" for one in (waits.p50_ms, waits.p99_ms))
+    return " / ".join(texts) + " ms"
 
 
 _WITHIN_S = 15.0

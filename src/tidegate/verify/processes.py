@@ -76,7 +76,7 @@ class ProcessFamily:
             start_new_session=True,
         )
         self._processes[name] = process
-        self._reading[name] = asyncio.create_task(self._hear(name, process))
+        self._reading[name] = asyncio.create_task(self._receive(name, process))
         assert process.stdin is not None
         process.stdin.write(json.dumps(orders).encode() + b"\n")
         await process.stdin.drain()
@@ -94,7 +94,7 @@ class ProcessFamily:
         await asyncio.shield(self._reading[name])
         # Removed last: if this is cancelled earlier, leaving the context kills the process again.
         del self._processes[name], self._reading[name]
-        self._gone(name, at_ns)
+        self._end_calls(name, at_ns)
         return at_ns
 
     async def end(self, name: str) -> int | None:
@@ -122,7 +122,7 @@ class ProcessFamily:
         """Return all events so far."""
         return sorted(self._events, key=lambda event: event.at_ns)
 
-    def has_told(self, name: str) -> bool:
+    def has_begun(self, name: str) -> bool:
         """Return whether a process has begun its work."""
         return any(event.worker == name for event in self._events)
 
@@ -130,7 +130,7 @@ class ProcessFamily:
         """Return how often a word was printed, by one process or by all."""
         return sum(n for (who, word), n in self.seen.items() if word == what and name in ("", who))
 
-    async def _hear(self, name: str, process: asyncio.subprocess.Process) -> None:
+    async def _receive(self, name: str, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
         async for line in process.stdout:
             at, what, number, tenant, epoch = line.decode().split()
@@ -152,7 +152,7 @@ class ProcessFamily:
             else:
                 self._open.pop((name, event.call), None)
 
-    def _gone(self, name: str, at_ns: int) -> None:
+    def _end_calls(self, name: str, at_ns: int) -> None:
         """End the process's open calls, and remove its waiters."""
         for key, event in [one for one in self._open.items() if one[0][0] == name]:
             what: What = "end" if event.what == "begin" else "leave"
@@ -181,12 +181,12 @@ def on_end(stop: Callable[[], object]) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop)
 
-    def look() -> None:
+    def on_readable() -> None:
         if not os.read(_STDIN, _AT_ONCE):
             loop.remove_reader(_STDIN)
             stop()
 
-    loop.add_reader(_STDIN, look)
+    loop.add_reader(_STDIN, on_readable)
 
 
 # A rejection is quick, so the permit is held about as long as a call takes: this keeps the load as
@@ -225,30 +225,30 @@ class Probe:
         """Make one call after another without end."""
         while True:
             number = next(self._numbers)
-            tell("ask", number, tenant)
+            report("ask", number, tenant)
             begun = False
             try:
                 async with self._limiter.acquire(self._orders.limit, tenant=tenant) as permit:
                     await permit.confirm()
                     begun = True
-                    tell("begin", number, tenant, permit.fence[0])
+                    report("begin", number, tenant, permit.fence[0])
                     try:
                         status = await self._call(f"{self._orders.mark} {number}")
                         if status != 200:
-                            tell("over" if status == 429 else "failed", number, tenant)
+                            report("over" if status == 429 else "failed", number, tenant)
                             await asyncio.sleep(_REFUSED_S)
                     finally:
-                        tell("end", number, tenant)
+                        report("end", number, tenant)
             except LeaseLost:
-                tell("lost", number, tenant)
+                report("lost", number, tenant)
             except AdmissionError:
                 await asyncio.sleep(0.05)
             finally:
                 if not begun:
-                    tell("leave", number, tenant)
+                    report("leave", number, tenant)
 
 
-def tell(what: str, number: int, tenant: str, epoch: int = 0) -> None:
+def report(what: str, number: int, tenant: str, epoch: int = 0) -> None:
     os.write(1, f"{time.monotonic_ns()} {what} {number} {tenant} {epoch}\n".encode())
 
 

@@ -205,14 +205,16 @@ class LimiterVerification:
         self._judge_shares()
 
     def _judge_shares(self) -> None:
-        seen = shares(self._family.events(), WEIGHTS)
+        received = shares(self._family.events(), WEIGHTS)
         whole = sum(WEIGHTS.values())
-        told = ", ".join(f"{seen.shares[one]:.1%} of {w / whole:.0%}" for one, w in WEIGHTS.items())
+        measured = ", ".join(
+            f"{received.shares[one]:.1%} of {w / whole:.0%}" for one, w in WEIGHTS.items()
+        )
         self._report.kept(
             "tenants share by their weights",
             f"within {self._plan.fair:.0%}",
-            f"{told}: {seen.off:.1%} off",
-            seen.off <= self._plan.fair,
+            f"{measured}: {received.off:.1%} off",
+            received.off <= self._plan.fair,
         )
 
     async def _kill(self, name: str) -> None:
@@ -368,7 +370,7 @@ class LimiterVerification:
         )
         await self._family.start(name, asdict(orders), {})
         # A signal that arrives before its handler is installed would not end the probe in order.
-        if not await until(lambda: self._family.has_told(name), _START_S):
+        if not await until(lambda: self._family.has_begun(name), _START_S):
             self._report.left.append(f"{name} has not come up in {_START_S:.0f} s")
 
     def _is_full(self) -> bool:
@@ -412,8 +414,8 @@ class LimiterVerification:
 
     async def _change(self, limit: int) -> None:
         now = self._limiter.policy
-        wanted = replace(now, limits={**now.limits, LIMIT: limit}, revision=now.revision + 1)
-        await self._limiter.set_policy(wanted, by=self._pool)
+        policy = replace(now, limits={**now.limits, LIMIT: limit}, revision=now.revision + 1)
+        await self._limiter.set_policy(policy, by=self._pool)
 
     async def _note(self) -> None:
         """Remember the sessions whose keys exist."""
@@ -607,8 +609,8 @@ class JobVerification:
 
     async def _calling(self, store: Store, workers: Sequence[str]) -> list[str]:
         held = await store.running_calls.calls(self._pool)
-        seen = await self._upstream.stats()
-        return in_a_call(workers, held, seen[KIND].finished, seen.in_flight)
+        stats = await self._upstream.stats()
+        return in_a_call(workers, held, stats[KIND].finished, stats.in_flight)
 
     async def _all_end(self, store: Store) -> None:
         """Wait until all jobs have ended or time is up; the report shows which."""
@@ -626,8 +628,8 @@ class JobVerification:
     async def _judge(self, store: Store, killed_ns: int | None) -> None:
         states = Counter((await self._states(store)).values())
         whole, done = len(self._ids), states[Status.SUCCEEDED]
-        seen = await self._upstream.calls(contains=self._pool)
-        calls = Counter(call.prompt for call in seen)
+        answered = await self._upstream.calls(contains=self._pool)
+        calls = Counter(call.prompt for call in answered)
         survives = "jobs survive the kill of a worker"
         kills, why = self._plan.kills_worker, str(dict(states))
         if kills and killed_ns is None:
@@ -658,16 +660,16 @@ class JobVerification:
         """Judge repeated calls: the emulator counts calls, the record names attempts without
         result.
         """
-        asked = [calls.get(self._prompt(number), 0) for number in range(len(self._ids))]
-        seen = repeats(asked, [cut_short.get(one, {}) for one in self._ids], self._killed)
+        counts = [calls.get(self._prompt(number), 0) for number in range(len(self._ids))]
+        found = repeats(counts, [cut_short.get(one, {}) for one in self._ids], self._killed)
         self._report.kept(
             "a call is repeated only where a kill left no result",
             "0 others repeated",
-            f"{seen.others} others, {seen.of_killed} of the killed worker's",
-            seen.others == 0 and seen.unexplained == 0 and all(asked),
-            f"{seen.unexplained} although a result was on record or no attempt was cut short; "
-            f"{asked.count(0)} jobs never called",
-            lasting=seen.unexplained > 0,
+            f"{found.others} others, {found.of_killed} of the killed worker's",
+            found.others == 0 and found.unexplained == 0 and all(counts),
+            f"{found.unexplained} although a result was on record or no attempt was cut short; "
+            f"{counts.count(0)} jobs never called",
+            lasting=found.unexplained > 0,
         )
 
     def _prompt(self, number: int) -> str:
@@ -688,8 +690,8 @@ class JobVerification:
     async def _clean(self) -> None:
         try:
             await self._trial.remove(self._pool, self._ids, sorted(self._names))
-        except StoreUnavailable as away:
-            self._report.left.append(f"rows of the tenant {self._pool}: {away.message}")
+        except StoreUnavailable as unavailable:
+            self._report.left.append(f"rows of the tenant {self._pool}: {unavailable.message}")
         await clean_pool(self._forget_keys, self._pool, self._report)
 
     async def _forget_keys(self) -> None:

@@ -152,15 +152,15 @@ def sentence_of(report: Report) -> str:
     for one in report.results:
         counts[one.verdict] += 1
     kept = counts[Verdict.KEPT]
-    said = [f"{kept} promise{'' if kept == 1 else 's'} kept"]
+    parts = [f"{kept} promise{'' if kept == 1 else 's'} kept"]
     if counts[Verdict.BROKEN]:
-        said.append(f"{counts[Verdict.BROKEN]} BROKEN")
+        parts.append(f"{counts[Verdict.BROKEN]} BROKEN")
     if counts[Verdict.SKIPPED]:
-        said.append(f"{counts[Verdict.SKIPPED]} skipped")
+        parts.append(f"{counts[Verdict.SKIPPED]} skipped")
     left = "nothing is left behind"
     if report.left:
         left = f"could not be removed: {'; '.join(report.left)}"
-    return f"{', '.join(said)}; {left}."
+    return f"{', '.join(parts)}; {left}."
 
 
 def markdown_of(report: Report) -> str:

@@ -566,7 +566,7 @@ async def test_a_budget_binds_calls_while_postgresql_is_away_and_others_go_on(
 
     with monkeypatch.context() as outage:
         outage.setattr(connections, "_answered", no_answer)
-        connections._gone("a test")
+        connections._mark_down("a test")
         status, said, _ = await called(gateway, 0, acme)
         assert (status, said["error"]["code"]) == (503, "store_unavailable")
         assert (await called(gateway, 0, {}))[0] == 200

@@ -143,7 +143,7 @@ async def test_a_connection_that_had_nothing_to_tell_for_long_is_taken_up_too(
             work = client.follow(far, request_id, progress, as_json=False)
             following = asyncio.create_task(work)
             await wait_until(lambda: states == ["queued"], 20, "its first state")
-            now[0] += 2 * client.AWAY_S
+            now[0] += 2 * client.DOWN_S
             cut()
             gateway.start_worker()
             assert (await following)["status"] == "succeeded"

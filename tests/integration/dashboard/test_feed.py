@@ -192,7 +192,7 @@ async def test_a_viewer_that_does_not_read_misses_frames_and_is_cut(open_gateway
         feed = feed_of(gateway)
         await wait_until(lambda: "viewers=2" in repr(feed))
         for _ in range(400):
-            feed._tell("live", {"padding": "x" * 20_000, "pools": []})
+            feed._send("live", {"padding": "x" * 20_000, "pools": []})
             await page.next("live")
             if "viewers=1" in repr(feed):
                 break

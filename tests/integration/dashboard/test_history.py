@@ -194,13 +194,13 @@ async def test_names_are_bounded_and_the_old_is_forgotten(
     rollup.note([ended(BEGIN, tenant_id=f"t{n}", model="\0" * 999) for n in range(200)])
     await rollup.flush()
     ((_, tally),) = await history.read(10, BEGIN)
-    assert len(tally.apart["tenant"]) == MOST_NAMES + 1
-    assert tally.apart["tenant"][OTHERS][0] == 200 - MOST_NAMES
+    assert len(tally.by_group["tenant"]) == MOST_NAMES + 1
+    assert tally.by_group["tenant"][OTHERS][0] == 200 - MOST_NAMES
     rollup.note([ended(BEGIN, tenant_id=f"u{n}") for n in range(100)])
     await rollup.flush()
     ((_, tally),) = await history.read(300, BEGIN - 300)
-    assert len(tally.apart["tenant"]) == MOST_NAMES + 1
-    assert sum(amounts[0] for amounts in tally.apart["tenant"].values()) == 300
+    assert len(tally.by_group["tenant"]) == MOST_NAMES + 1
+    assert sum(amounts[0] for amounts in tally.by_group["tenant"].values()) == 300
     await history.forget(BEGIN + KEPT_S[10] + 1)
     assert [len(await history.read(step_s, 0)) for step_s in KEPT_S] == [0, 1, 1]
     await history.forget(BEGIN + KEPT_S[300] + 1)

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from tidegate.http import problems
-from tidegate.http.sse import GONE_EXTENSION, disconnected
+from tidegate.http.sse import DISCONNECT_EXTENSION, disconnected
 from tidegate.http.submission import read_submission
 from tidegate.http.uvicorn_protocol import BoundedProtocol
 from tidegate.settings import Config
@@ -182,7 +182,7 @@ def _app(running: Running, blobs: Blobs) -> FastAPI:
     async def deaf(request: Request) -> Response:
         """As a native call: it is told, and never reads."""
         told = asyncio.Event()
-        request.scope["extensions"][GONE_EXTENSION]["call"](told.set)
+        request.scope["extensions"][DISCONNECT_EXTENSION]["call"](told.set)
         await told.wait()
         running.left.append("deaf")
         return Response()

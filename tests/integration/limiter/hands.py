@@ -109,6 +109,6 @@ function T.wall_clock_ms() return tonumber(call('GET', T.prefix .. 'testclock'))
 def _is_still(limiter: Limiter) -> bool:
     """Nothing is under way, and nothing there is to say to a server that answers."""
     exchanges = limiter._exchanges
-    asked = exchanges._wake.is_set() or exchanges.session.something_urgent()
+    asked = exchanges._wake.is_set() or exchanges.session.is_request_urgent()
     ended = limiter._exchanging is None or limiter._exchanging.done()
     return ended or (not limiter._link._lock.locked() and (limiter.state == "away" or not asked))

@@ -131,7 +131,7 @@ class Process:
     def say(self) -> list[dict[str, int]]:
         """Everything that there is to say; returns the work of each call."""
         work = []
-        while self.session.something_to_say() or not self.session.lease.identity.gen:
+        while self.session.is_request_due() or not self.session.lease.identity.gen:
             work.append(self.exchange())
         return work
 

@@ -523,7 +523,7 @@ async def test_a_stop_refuses_calls_that_wait_and_lets_those_under_way_end(
     waiting = asyncio.create_task(one())
     streaming = asyncio.create_task(gateway.stream(text="Explain the tide"))
     await wait_until(lambda: gateway.waiting == 2, 20)
-    gateway.services.turn_waiters_away()
+    gateway.services.reject_waiters()
     status, retry_after, body = await waiting
     assert (status, retry_after, body["error"]["status"]) == (503, "1", "UNAVAILABLE")
     streamed = await streaming

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from tests.gateway import Gateway, Opener
 from tests.integration.accounting.test_budgets import with_budgets
 from tests.waiting import wait_until
-from tidegate.app import _look_at
+from tidegate.app import _watch_blobs
 from tidegate.metrics.instruments import ALL
 from tidegate.prices.budgets import Budget
 from tidegate.store.blobs import Blobs
@@ -163,7 +163,7 @@ async def test_a_scrape_tells_of_the_bucket_and_of_work_that_fails(open_gateway:
     assert of(values, "tidegate_blobs_away") == 0
     before = of(values, "tidegate_problems_total", event="credentials_failed")
     _remember(None, "", {"level": "error", "event": Log.CREDENTIALS_FAILED.value})
-    blobs.away = True
+    blobs.unavailable = True
 
     async def told() -> bool:
         values = await scraped(gateway)
@@ -172,19 +172,21 @@ async def test_a_scrape_tells_of_the_bucket_and_of_work_that_fails(open_gateway:
 
     await wait_until(told, 20, "both in a scrape")
     await blobs.ping()
-    assert (blobs.away, blobs.is_silent) == (False, False)
+    assert (blobs.unavailable, blobs.is_silent) == (False, False)
 
 
 async def test_an_outage_of_the_bucket_is_logged_once_until_it_answers(tmp_path: Path) -> None:
     blobs, folder = Blobs.from_url("", tmp_path), tmp_path / "blobs"
     with capture_logs() as logs:
-        looking = asyncio.create_task(_look_at(blobs, 0))
+        looking = asyncio.create_task(_watch_blobs(blobs, 0))
         for _ in range(2):
             folder.rmdir()
-            blobs.away = True  # as a write that fails has it
+            blobs.unavailable = True  # as a write that fails has it
             await wait_until(lambda: blobs.is_silent, 10, "a ping that fails")
             folder.mkdir()
-            await wait_until(lambda: not (blobs.away or blobs.is_silent), 10, "one that works")
+            await wait_until(
+                lambda: not (blobs.unavailable or blobs.is_silent), 10, "one that works"
+            )
         looking.cancel()
         await asyncio.gather(looking, return_exceptions=True)
     assert [line["event"] for line in logs] == ["blobs_away"] * 2

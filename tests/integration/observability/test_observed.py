@@ -234,7 +234,7 @@ async def _is_counted_for_no_tenant(gateway: Gateway, ends: Sequence[CallRecord]
         tally.counts["judged_cost_micros"] == sum(one.charge.cost_micros or 0 for one in judged) > 0
     )
     assert tally.counts["cost_micros"] == sum(one.charge.cost_micros or 0 for one in ends)
-    tenants, models = tally.apart["tenant"].values(), tally.apart["model"].values()
+    tenants, models = tally.by_group["tenant"].values(), tally.by_group["model"].values()
     assert sum(row[0] for row in tenants) == 3
     assert sum(row[0] for row in models) == 6
     assert sum(row[4] for row in tenants) == sum(one.charge.cost_micros or 0 for one in answered)

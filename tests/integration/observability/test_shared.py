@@ -101,8 +101,8 @@ async def fail_twice(counts: Path) -> None:
         now=lambda: datetime(2026, 11, 29, 4, tzinfo=UTC),
         on_failed=lambda: _count_failure(str(counts)),
     )
-    await daily.look()
-    await daily.look()
+    await daily.run_due()
+    await daily.run_due()
     assert exits == []
 
 

@@ -87,7 +87,9 @@ async def test_with_both_stores_gone_a_process_still_tells_what_it_is_at(
     await asyncio.gather(hanging, waiting, return_exceptions=True)
     own_valkey.start()
     own_postgres.start()
-    await wait_until(lambda: not gateway.services.store.connections.away, 20, "PostgreSQL is back")
+    await wait_until(
+        lambda: not gateway.services.store.connections.unavailable, 20, "PostgreSQL is back"
+    )
 
     async def told() -> bool:
         failed = (await state_of(gateway))["failed_calls"]

@@ -204,7 +204,7 @@ async def _goes_and_comes(
     assert (await gateway.end_of(await gateway.submit(data="Before")))["status"] == "succeeded"
     server.stop()
     await wait_until(
-        lambda: gateway.services.store.connections.away, 20, "the outage to be noticed"
+        lambda: gateway.services.store.connections.unavailable, 20, "the outage to be noticed"
     )
     async with gateway.http.post(f"{gateway.url}/submit", json={"data": "Now"}) as answer:
         assert answer.status == 503
@@ -214,6 +214,6 @@ async def _goes_and_comes(
         stream = await read_stream(response)
     assert stream.names[-1] == "done", "streams go on"
     server.start()
-    await wait_until(lambda: not gateway.services.store.connections.away, 40, "its return")
+    await wait_until(lambda: not gateway.services.store.connections.unavailable, 40, "its return")
     assert (await gateway.recorded(stream.request_id))["status"] == "succeeded"
     assert (await gateway.end_of(await gateway.submit(data="After")))["status"] == "succeeded"

@@ -89,7 +89,7 @@ async def test_what_is_set_live_is_in_force_everywhere_and_outlives_every_start(
     await in_force(3, same, unlike)
     newest = (await other.keeper.history(1))[0]
     assert (newest.set_by, newest.reason) == ("ann", "the provider is ill")
-    await one.keeper.adopt_wanted(set_by="ann")
+    await one.keeper.adopt_stated(set_by="ann")
     await in_force(5, one, other)
     await in_force(9, await start(9), one, other)
 
@@ -108,7 +108,7 @@ async def test_what_tenants_were_given_goes_on_through_deployments(
     await in_force(7, one, other)
     await one.keeper.change(to(3), set_by="ann")
     await in_force(3, one, other)
-    await other.keeper.adopt_wanted(set_by="ann")
+    await other.keeper.adopt_stated(set_by="ann")
     await in_force(7, one, other)
     assert (await start(5)).limit == 7, "it is older"
     for member in (one, other):
@@ -316,7 +316,7 @@ async def test_a_return_to_the_deployment_removes_no_limit_for_good(start: Start
     async def change(edited: Callable[[Plain], Plain] | None) -> set[str]:
         with acting("ann", "admin", "a test"):
             if edited is None:
-                await member.keeper.adopt_wanted(set_by="ann")
+                await member.keeper.adopt_stated(set_by="ann")
             else:
                 await member.keeper.change(edited, set_by="ann")
         return await member.keeper.removed_by_people(["tpm:m"])

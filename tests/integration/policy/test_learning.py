@@ -484,7 +484,7 @@ async def learner(
         record = Policies(Connections("postgresql://127.0.0.1:1/none"))
         provider = "groq" if is_day else provider  # whose requests are of a day
         provider = provider if resets_in_s is None else "azure"
-        keeper = PolicyKeeper(limiter, record, wanted=policy, set_by="test", provider=provider)
+        keeper = PolicyKeeper(limiter, record, stated=policy, set_by="test", provider=provider)
         await wait_until(lambda: limiter.state == "up", 20, "the first lease")
         yield limiter, LimitLearner(keeper, announced, "propose")
 

@@ -28,10 +28,10 @@ while True:
 # Says that it is ready, and what it is called.
 _NAMED = """
 import os, pathlib, signal, sys
-from tidegate.supervisor.supervisor import tell_ready
+from tidegate.supervisor.supervisor import report_ready
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit())
 (pathlib.Path(sys.argv[1]) / os.environ["TIDEGATE_CHILD"]).touch()
-tell_ready()
+report_ready()
 signal.pause()
 """
 _STUBBORN = """

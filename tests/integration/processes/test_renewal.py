@@ -23,7 +23,7 @@ from tidegate.supervisor.supervisor import RENEW_SIGNAL, Child, Family, daily_wo
 # Notes each stage of its life, in one file for all. A file `broken` keeps it from becoming ready.
 _NOTING = """
 import os, pathlib, signal, sys
-from tidegate.supervisor.supervisor import tell_ready
+from tidegate.supervisor.supervisor import report_ready
 folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 def note(stage):
     with (folder / "notes").open("a") as notes:
@@ -40,7 +40,7 @@ if (folder / "stuck").exists():
     while True:
         signal.pause()
 note("ready")
-tell_ready()
+report_ready()
 while True:
     signal.pause()
 """
@@ -102,18 +102,18 @@ async def test_the_daily_work_has_the_settings_of_the_last_renewal(
 
     async with _family(tmp_path, "a", changed={"RECORD_EXPORT": "jsonl"}) as family:
         daily = daily_work(family, run, now=lambda: now)
-        await daily.look()
+        await daily.run_due()
         assert ran == [("prune", "0")]
         family.renew()
         await wait_until(lambda: not family.renewing, 20)
         now += timedelta(days=1)
-        await daily.look()
+        await daily.run_due()
         assert ran[1:] == [("prune", "1"), ("export record --format jsonl", "1")]
         (tmp_path / "broken").touch()
         family.renew()
         await wait_until(lambda: not family.renewing, 20)
         now += timedelta(days=1)
-        await daily.look()
+        await daily.run_due()
         assert ran[3:] == [("prune", "1"), ("export record --format jsonl", "1")]
     await traces.none_left()
 
@@ -161,7 +161,7 @@ async def test_stop_during_a_renewal_leaves_none(tmp_path: Path, traces: Traces)
 # Once stopped, the first ends when there is a file `end`; the next is ready when there is `go`.
 _SLOW = """
 import os, pathlib, signal, sys, time
-from tidegate.supervisor.supervisor import tell_ready
+from tidegate.supervisor.supervisor import report_ready
 folder, name = pathlib.Path(sys.argv[1]), sys.argv[2]
 def note(stage):
     with (folder / "notes").open("a") as notes:
@@ -179,7 +179,7 @@ signal.signal(signal.SIGTERM, finish)
 note("started")
 if not is_first:
     until("go")
-tell_ready()
+report_ready()
 while True:
     signal.pause()
 """

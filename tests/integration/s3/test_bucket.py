@@ -177,7 +177,7 @@ async def test_what_is_wrong_with_a_bucket_is_said(
     blobs = Blobs.from_url("s3://nowhere", tmp_path)
     with pytest.raises(StoreUnavailable):
         await blobs.put("k", b"x")
-    assert blobs.away
+    assert blobs.unavailable
     with pytest.raises(NotFound):
         await Blobs.from_url(_URL, tmp_path).get("k")
     strict = S3Server(tmp_path, INITIAL_NO_AUTH_ACTION_COUNT="1")

@@ -125,6 +125,6 @@ async def test_without_postgresql_all_answers_come_in_time_and_streams_go_on(
         assert response.status == 503
         assert "retry-after" in response.headers
     own_postgres.resume()
-    await wait_until(lambda: not gateway.services.store.connections.away, 20)
+    await wait_until(lambda: not gateway.services.store.connections.unavailable, 20)
     record = await gateway.recorded(streamed.request_id)
     assert (record["status"], len(record["images"])) == ("succeeded", 1)

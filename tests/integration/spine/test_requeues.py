@@ -43,7 +43,7 @@ async def failures(gateway: Gateway, count: int, **more: Any) -> list[str]:
 async def test_failed_jobs_are_previewed_queued_again_and_end_with_a_webhook(
     open_gateway: Opener, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhook, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(webhook, "_POLL_EVERY_S", 0.02)
     async with receiving() as receiver:
         await requeued_with_webhooks(open_gateway, receiver, lines)
 

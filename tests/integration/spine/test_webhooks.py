@@ -34,7 +34,7 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook, "_LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(webhook, "_POLL_EVERY_S", 0.02)
     monkeypatch.setattr(webhook, "webhook_wait_ms", lambda tries: 20 if tries < 4 else None)
 
 

@@ -25,7 +25,7 @@ from tidegate.errors import (
     QuotaExceeded,
     StoreUnavailable,
 )
-from tidegate.prices.budgets import Binding, Budget, shown_amount, tenants_budget
+from tidegate.prices.budgets import Binding, Budget, amount_text, tenants_budget
 from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, UsageSum, compared
 from tidegate.store import budgets as module
 from tidegate.store import database
@@ -473,7 +473,7 @@ async def test_a_cancelled_reservation_holds_nothing(budgets: Budgets, database_
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-    await budgets._asks.aclose()
+    await budgets._reservations.aclose()
     await asyncio.sleep(0)
     await budgets.flush()
     assert await seen(database_url) == {}
@@ -880,7 +880,7 @@ async def test_what_a_budget_can_not_be_names_its_field(
     ],
 )
 def test_money_is_shown_as_dollars(micros: int, shown: str) -> None:
-    assert shown_amount("usd", micros) == shown
+    assert amount_text("usd", micros) == shown
 
 
 async def test_what_is_kept_for_an_outage_is_for_its_user_alone(

@@ -395,7 +395,7 @@ async def all_wait_for_the_one(connections: Connections) -> None:
 
     connections._connect = counted  # type: ignore[method-assign]
     assert await asyncio.gather(*(connections.run(work) for _ in range(2))) == [1, 1]
-    assert not connections.away
+    assert not connections.unavailable
 
 
 async def test_connections_that_a_burst_has_opened_are_closed_after_it(

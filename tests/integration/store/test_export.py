@@ -395,17 +395,17 @@ async def test_daily_work_prunes_once_a_day_and_tries_again_what_failed(
         return await run_command(command, environment)
 
     daily = DailyWork(lambda: [("prune",)], run, now=lambda: now)
-    await daily.look()
+    await daily.run_due()
     assert ran == []
     now += timedelta(minutes=1)
-    await daily.look()  # PostgreSQL is not where it is expected
+    await daily.run_due()  # PostgreSQL is not where it is expected
     assert len(ran) == 1
     environment = {**environment, "DATABASE_URL": database_url}
-    await daily.look()
+    await daily.run_due()
     assert len(ran) == 2
     assert await peek.fetchval("SELECT count(*) FROM audit") == 0
-    await daily.look()
+    await daily.run_due()
     assert len(ran) == 2
     now += timedelta(days=1)
-    await daily.look()
+    await daily.run_due()
     assert len(ran) == 3

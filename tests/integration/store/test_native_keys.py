@@ -191,7 +191,7 @@ async def test_all_that_wait_for_a_key_share_a_look(
 
     monkeypatch.setattr(NativeKeys, "known", counted)
     await store.native_keys.take(owner_of(), WANTED)
-    waiting = [store.native_keys.look("default", WANTED.key) for _ in range(500)]
+    waiting = [store.native_keys.poll("default", WANTED.key) for _ in range(500)]
     found = await asyncio.gather(*waiting)
     assert {given is not None and given.answer is None for given in found} == {True}
     assert looks == [WANTED.key]
@@ -208,14 +208,14 @@ async def test_a_stall_as_a_call_ends_loses_no_answer_and_frees_no_key(
     await mine.native_keys.take(failed, of_failed)
     assert isinstance(await other.native_keys.take(owner_of(), WANTED), KeyState)
     async with outage(own_server, how):
-        await wait_until(lambda: mine.connections.away and other.connections.away)
+        await wait_until(lambda: mine.connections.unavailable and other.connections.unavailable)
         mine.native_keys.free(failed)
         await work_for(2 * LEASE_MS / 1_000)  # by the clock alone the owner would look dead
     for _ in range(8):
         assert not await is_lapsed(other)
         await work_for(LEASE_MS / 4_000)
     async with outage(own_server, how):
-        await wait_until(lambda: mine.connections.away)
+        await wait_until(lambda: mine.connections.unavailable)
         mine.native_keys.end(owner, 200, "text/plain", b"said")
     await wait_until(lambda: is_answered(other), 20, "the answer is there")
 

@@ -34,16 +34,16 @@ async def test_a_batch_is_seen_within_a_second_and_until_it_is_over(
 ) -> None:
     clock = _Clock()
     batches = OpenBatches(store.connections, store.notifications, clock)
-    assert not await batches.ours()
+    assert not await batches.has_own()
     await peek.execute(ADD, batch := new_id(), status)
     clock.now_s += 0.9
-    assert not await batches.ours()  # it was not asked again
+    assert not await batches.has_own()  # it was not asked again
     clock.now_s += 0.1
-    assert await batches.ours()
-    assert not await batches.theirs()
+    assert await batches.has_own()
+    assert not await batches.has_provider()
     await peek.execute("UPDATE batches SET status = 'completed' WHERE id = $1", batch)
     clock.now_s += 1
-    assert not await batches.ours()
+    assert not await batches.has_own()
 
 
 async def test_a_batch_of_which_another_process_tells_is_seen_at_once(
@@ -52,24 +52,24 @@ async def test_a_batch_of_which_another_process_tells_is_seen_at_once(
     batches = OpenBatches(store.connections, store.notifications, _Clock())
     store.notifications.listen()
     await wait_until(lambda: store.notifications.work_mark(BATCHES) > 0, 10, "a connected listener")
-    assert not await batches.ours()
+    assert not await batches.has_own()
     await peek.execute(ADD, new_id(), "validating")
     other = await make_store(database_url)
     other.notifications.work(["default"], [BATCHES])
-    await wait_until(batches.ours, 10, "a batch that is open")
+    await wait_until(batches.has_own, 10, "a batch that is open")
 
 
 async def test_what_this_process_parks_for_a_provider_is_seen_at_once(
     store: Store, peek: asyncpg.Connection
 ) -> None:
     batches = OpenBatches(store.connections, store.notifications, _Clock())
-    assert not await batches.theirs()
+    assert not await batches.has_provider()
     await peek.execute(
         "INSERT INTO provider_batches (id, pool, upstream, dialect, endpoint, model, key_digest,"
         " lines, size_bytes, state) VALUES ($1, 'default', 'gemini', 'gemini', '/x', 'm', '', 1, 1,"
         " 'made')",
         new_id(),
     )
-    assert not await batches.theirs()
+    assert not await batches.has_provider()
     batches.changed()
-    assert await batches.theirs()
+    assert await batches.has_provider()

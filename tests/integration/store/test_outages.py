@@ -69,7 +69,7 @@ async def test_an_outage_refuses_submits_quickly_and_keeps_ends_until_it_is_over
             with pytest.raises(StoreUnavailable):
                 await store.jobs.submit(new_job("lost to the outage"))
             assert time.monotonic() - began < promised_s(limit_s)
-            await wait_until(lambda: store.connections.away)
+            await wait_until(lambda: store.connections.unavailable)
         began = time.monotonic()
         with pytest.raises(StoreUnavailable):
             await store.requests.get(jobs[0].request_id, "default")
@@ -111,11 +111,11 @@ async def test_claims_are_not_retaken_when_postgresql_returns(
     beats = [asyncio.create_task(keep_beating(store)) for store in stores]
     await wait_until(lambda: all_may_judge(stores))
     async with outage(own_server, how):
-        await wait_until(lambda: all(store.connections.away for store in stores))
+        await wait_until(lambda: all(store.connections.unavailable for store in stores))
         # Longer than the lease: by the clock alone both would look dead.
         left = asyncio.get_running_loop().time() + 2 * LEASE_MS / 1000
         await wait_until(lambda: asyncio.get_running_loop().time() > left)
-    await wait_until(lambda: not any(store.connections.away for store in stores))
+    await wait_until(lambda: not any(store.connections.unavailable for store in stores))
     end = asyncio.get_running_loop().time() + 3 * LEASE_MS / 1000
     while asyncio.get_running_loop().time() < end:
         for store in stores:
@@ -369,7 +369,7 @@ async def test_whether_the_schema_fits_is_told_in_time_while_all_connections_are
     answered.set()
     await asyncio.gather(*busy)
     assert took_s < promised_s(1.8), "before a probe gives up, which has 2 s in deploy/"
-    assert not store.connections.away
+    assert not store.connections.unavailable
 
 
 async def test_a_single_frozen_connection_costs_one_deadline_and_no_more(
@@ -395,7 +395,7 @@ async def test_a_single_frozen_connection_costs_one_deadline_and_no_more(
                 said.add(late.message)
         assert time.monotonic() - began < promised_s(2.5) * len(pids)
         assert said == {"PostgreSQL failed: no answer within 2000 ms"}
-        assert not store.connections.away
+        assert not store.connections.unavailable
         record = await store.requests.get(job.request_id, "default")
         assert record.status is Status.QUEUED
     finally:

@@ -333,5 +333,5 @@ async def test_a_search_that_takes_too_long_is_refused_and_the_store_is_not_away
         await peek.execute("LOCK TABLE audit IN ACCESS EXCLUSIVE MODE")
         with pytest.raises(InvalidRequest, match="too many requests match"):
             await said(store, "tide")
-    assert not store.connections.away
+    assert not store.connections.unavailable
     assert await said(store, "tide") == []

@@ -297,7 +297,7 @@ async def test_a_listener_that_is_cut_off_between_any_two_steps_listens_again(
 
     monkeypatch.setattr(watch, "row_alone", pulse)
     monkeypatch.setattr(watch, "_RECONNECT_MS", 1)
-    await wait_until(lambda: not store.connections.away)
+    await wait_until(lambda: not store.connections.unavailable)
     store.notifications.listen()
     await wait_until(lambda: len(lines) == LAST_STEP and store.notifications.is_sure())
     await asyncio.gather(*cuts)

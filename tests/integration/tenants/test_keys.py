@@ -107,7 +107,7 @@ async def test_without_postgresql_known_keys_go_on_and_others_get_503(
     assert await code_of(gateway, headers) == 404
     own_postgres.kill()
     gone_at = time.monotonic()
-    await wait_until(lambda: gateway.services.store.connections.away, 20, "the outage")
+    await wait_until(lambda: gateway.services.store.connections.unavailable, 20, "the outage")
     streamed = await ask(
         gateway, "POST", "/stream", headers, {"text": "Explain", "type": "text_only"}
     )

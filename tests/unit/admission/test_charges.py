@@ -7,11 +7,11 @@ import pytest
 from tidegate.admission.charges import (
     Prices,
     call_cost,
-    came_tokens,
     charge_of,
     cut_charge,
     estimated_charge,
     is_complete,
+    received_tokens,
 )
 from tidegate.admission.estimator import Estimator, Modality, pieces_of_text
 from tidegate.call import Usage, UsageDetails, UsageState
@@ -206,7 +206,7 @@ def test_what_came_is_charged_whatever_was_reserved_or_learned() -> None:
         estimator.learn(estimate, Usage(input_tokens=2, output_tokens=1))
     estimate = estimator.of_pieces("m", "text_only", pieces, max_output_tokens=50)
     assert (estimate.expected_input_tokens, estimate.output_tokens) < (50, 50)
-    charge = estimated_charge(Rates.of(FLASH), estimate, came_tokens("y" * 100_000))
+    charge = estimated_charge(Rates.of(FLASH), estimate, received_tokens("y" * 100_000))
     assert charge.state is UsageState.ESTIMATED
     assert charge.usage == Usage(100, 25_000)
     nothing = estimated_charge(Rates.of(FLASH), estimate, 0)

@@ -18,7 +18,7 @@ def test_a_429_counts_for_the_upstream_that_gave_it() -> None:
     tally = CallCounts()
     count(tally, record)
     assert tally.counts["throttled"] == 2
-    upstreams = {name: tuple(amounts[:3]) for name, amounts in tally.apart["upstream"].items()}
+    upstreams = {name: tuple(amounts[:3]) for name, amounts in tally.by_group["upstream"].items()}
     assert upstreams == {"first": (0, 0, 2), "second": (1, 0, 0)}
-    assert tuple(tally.apart["tenant"]["acme"][:3]) == (1, 0, 2)
-    assert tuple(tally.apart["model"]["m"][:3]) == (1, 0, 2)
+    assert tuple(tally.by_group["tenant"]["acme"][:3]) == (1, 0, 2)
+    assert tuple(tally.by_group["model"]["m"][:3]) == (1, 0, 2)

@@ -106,7 +106,7 @@ def test_every_object_is_sound(version: str, over: dict[str, Any]) -> None:
 def test_the_settings_are_ours_and_the_policy_is_sound(tmp_path: Any) -> None:
     (tmp_path / "tidegate.toml").write_text(values()["policy"])
     config = as_config(values()["settings"], tmp_path, tmp_path / "tidegate.toml")
-    assert config.asks_for_keys
+    assert config.requires_keys
 
 
 def test_a_setting_that_is_given_as_a_number_is_text_to_kubernetes() -> None:

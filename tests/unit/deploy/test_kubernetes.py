@@ -53,7 +53,7 @@ def test_every_manifest_is_sound(version: str) -> None:
 
 def test_the_settings_are_ours_and_the_policy_is_sound(tmp_path: Path) -> None:
     config = as_config(_settings(), tmp_path, _FOLDER / "tidegate.toml")
-    assert config.asks_for_keys
+    assert config.requires_keys
     assert config.blob_url.startswith("s3://"), "pods have no folder in common"
     assert not config.migrate_at_start, "the Job does it"
 

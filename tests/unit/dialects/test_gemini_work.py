@@ -38,7 +38,7 @@ def test_a_video_is_measured_by_what_its_request_states(
     parameters: dict[str, Any], seconds: int, tier: str
 ) -> None:
     facts = video(**parameters)
-    assert (facts.video_seconds, facts.tier, facts.goes_on) == (seconds, tier, True)
+    assert (facts.video_seconds, facts.tier, facts.runs_in_background) == (seconds, tier, True)
 
 
 def test_a_length_that_is_stated_twice_counts_by_the_longer_and_the_dearer() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.dialects.headers import kept_private, to_return, to_send
+from tidegate.dialects.headers import as_private, to_return, to_send
 from tidegate.dialects.spec import Dialect
 from tidegate.policy.access import AccessOptions
 
@@ -108,7 +108,7 @@ def test_what_a_proxy_before_the_gateway_would_obey_stays_here() -> None:
 def test_an_answer_to_get_is_kept_for_no_other_caller(
     stated: list[tuple[bytes, bytes]], kept: list[bytes]
 ) -> None:
-    found = kept_private([(b"etag", b"1"), *stated])
+    found = as_private([(b"etag", b"1"), *stated])
     assert found == [(b"etag", b"1"), *((b"cache-control", one) for one in kept)]
 
 

@@ -104,9 +104,9 @@ def test_an_image_is_an_images_call_and_with_files_a_change_of_them() -> None:
         ("image[]", PNG.data),
         ("image[]", PNG.data),
     ]
-    assert edited.asked is not None
-    assert (edited.asked.kind, edited.asked.images) == (Kind.IMAGE_GENERATION, 1)
-    assert sum(edited.asked.pieces.values()) > 100  # the files are in the estimate
+    assert edited.facts is not None
+    assert (edited.facts.kind, edited.facts.images) == (Kind.IMAGE_GENERATION, 1)
+    assert sum(edited.facts.pieces.values()) > 100  # the files are in the estimate
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -123,7 +123,7 @@ def test_a_change_of_images_is_json_where_a_server_takes_no_form(count: int) -> 
         **({"image": image} if count == 1 else {"images": [image, image]}),
     }
     assert (made.endpoint, made.content_type) == (usual.endpoint, b"application/json")
-    assert made.asked == usual.asked
+    assert made.facts == usual.facts
 
 
 def test_files_at_mistral_are_parts_of_its_own() -> None:

@@ -118,7 +118,7 @@ def test_pages_are_read_in_each_dialect_s_words() -> None:
     assert anthropic.whole(shown, False, "b")["next_page"] is None
     openai = DIALECTS[Dialect.OPENAI].page("file", "limit=10000&purpose=vision")
     assert (openai.limit, openai.newest_first) == (100, True)
-    assert not openai.shows({"purpose": "evals"})
+    assert not openai.matches({"purpose": "evals"})
 
 
 def test_a_page_of_nothing_is_one_where_the_provider_has_it_so() -> None:

@@ -12,7 +12,7 @@ from tidegate.dialects import DIALECTS, endpoint_of, requests
 from tidegate.dialects.answers import asking_for_usage
 from tidegate.dialects.requests import (
     LARGE_BYTES,
-    check_said_once,
+    check_named_once,
     conversation_of,
     opening_of,
     parsed,
@@ -119,7 +119,7 @@ def refusal(raw: bytes, *, whole: bool) -> tuple[type[TidegateError], str | None
         body, shown = (parsed(raw), raw) if whole else (read.body, read.raw)
         assert CHAT is not None
         DIALECTS[CHAT.dialect].request_facts(CHAT, body, {} if whole else read.whole)
-        check_said_once(shown, body)
+        check_named_once(shown, body)
     except TidegateError as error:
         return type(error), getattr(error, "field", None)
     return None

@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from tidegate.dialects import DIALECTS, endpoint_of
-from tidegate.dialects.requests import check_said_once
+from tidegate.dialects.requests import check_named_once
 from tidegate.dialects.resources import has_escaped_key, may_name
 from tidegate.dialects.spec import Dialect, Endpoint
 from tidegate.errors import InvalidRequest
@@ -30,7 +30,7 @@ def wrong(endpoint: Endpoint | None, raw: str) -> InvalidRequest:
 def checked(endpoint: Endpoint, raw: str) -> None:
     body = orjson.loads(raw)
     DIALECTS[endpoint.dialect].request_facts(endpoint, body)
-    check_said_once(raw.encode(), body)
+    check_named_once(raw.encode(), body)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_the_background_of_a_picture_is_no_work(path: str) -> None:
     endpoint = endpoint_of("POST", path, Dialect.OPENAI)
     assert endpoint is not None
     body = {"model": "gpt-image-1", "prompt": "a cat", "background": "transparent"}
-    assert not DIALECTS[Dialect.OPENAI].request_facts(endpoint, body).goes_on
-    assert not wrapped_facts(endpoint, body).goes_on
+    assert not DIALECTS[Dialect.OPENAI].request_facts(endpoint, body).runs_in_background
+    assert not wrapped_facts(endpoint, body).runs_in_background
     for wrong_one in ({"background": True}, {"background": "yes"}, {"deferred": "auto"}):
         with pytest.raises(InvalidRequest, match="continues after its answer"):
             DIALECTS[Dialect.OPENAI].request_facts(endpoint, body | wrong_one)
@@ -147,5 +147,5 @@ def test_a_text_of_escapes_is_read_once(text: bytes) -> None:
         b'{"model":"m","x":"%b"}' % long,
         b'{"model":"m","x":[%b]}' % (b'"%b",' % text * 9),
     ):
-        check_said_once(raw, {"model": "m", "x": ""})
+        check_named_once(raw, {"model": "m", "x": ""})
         assert not may_name(raw, b"nothing")

@@ -295,7 +295,7 @@ def test_folders_that_may_not_be_written_are_told(
     (data / "blobs").mkdir(parents=True)
     (data / "blobs").chmod(0o755)
     config = load({"DATA_DIR": str(data), "PORT": "0"}, None)
-    assert state_of(machine.look(config), "files.data_dir") is State.WARN
+    assert state_of(machine.examine_machine(config), "files.data_dir") is State.WARN
     (data / "blobs").chmod(0o500)
     was = os.geteuid()
     if was == 0:
@@ -303,12 +303,12 @@ def test_folders_that_may_not_be_written_are_told(
         data.chmod(0o755)
         os.seteuid(65_534)
     try:
-        found = list(machine.look(config))
+        found = list(machine.examine_machine(config))
     finally:
         os.seteuid(was)
     assert state_of(found, "files.data_dir") is State.FAIL
     monkeypatch.setattr(machine, "_LITTLE_BYTES", 10**18)
-    assert state_of(machine.look(config), "files.disk") is State.WARN
+    assert state_of(machine.examine_machine(config), "files.disk") is State.WARN
 
 
 def test_old_and_missing_packages_and_few_descriptors_are_told(
@@ -319,12 +319,12 @@ def test_old_and_missing_packages_and_few_descriptors_are_told(
         "tidegate.doctor.checks.metadata.requires",
         lambda _: ["rich>=999; extra == 'gateway'", "no-such-thing>=1", "other>=1; extra == 'x'"],
     )
-    (found,) = [one for one in machine.look(config) if one.check == "machine.packages"]
+    (found,) = [one for one in machine.examine_machine(config) if one.check == "machine.packages"]
     assert found.state is State.FAIL
     assert "no-such-thing is missing, rich " in found.found
     assert "other" not in found.found
     monkeypatch.setattr(machine, "_FEW_FILES", 10**9)
-    assert state_of(machine.look(config), "machine.descriptors") is State.WARN
+    assert state_of(machine.examine_machine(config), "machine.descriptors") is State.WARN
 
 
 def test_calls_that_give_way_at_a_hosted_provider_are_named() -> None:

@@ -28,7 +28,7 @@ class Bench:
             reply_tokens=reply,
             streamed=streamed,
             arrived_s=self.now_s,
-            is_gone=lambda: prompt in self.gone,
+            is_lost=lambda: prompt in self.gone,
             changed=lambda: None,
         )
         self.schedule.add(work)

@@ -9,7 +9,7 @@ from pydantic import SecretStr
 
 from tidegate.dialects import endpoint_of
 from tidegate.dialects.spec import Dialect
-from tidegate.http.auth import Shown, shown_in
+from tidegate.http.auth import Credentials, credentials_in
 from tidegate.http.guards import own_urls, upload_secret, upload_upstream
 from tidegate.http.native import _query
 from tidegate.policy.deployment import Upstream
@@ -39,7 +39,7 @@ OTHER = b"tg_abcdefghij_" + b"b" * 43
 def test_a_key_is_found_wherever_it_may_be(
     headers: list[tuple[bytes, bytes]], query: bytes
 ) -> None:
-    assert shown_in([(b"host", b"h"), *headers], query) == Shown(KEY, None, False)
+    assert credentials_in([(b"host", b"h"), *headers], query) == Credentials(KEY, None, False)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def test_a_key_is_found_wherever_it_may_be(
     ],
 )
 def test_nothing_shown_is_nothing_found(headers: list[tuple[bytes, bytes]], query: bytes) -> None:
-    assert shown_in(headers, query) == Shown(None, None, False)
+    assert credentials_in(headers, query) == Credentials(None, None, False)
 
 
 def test_two_keys_that_differ_are_one_too_many() -> None:
-    assert shown_in([(b"x-api-key", KEY), (b"x-goog-api-key", OTHER)], b"").several
-    assert shown_in([(b"x-api-key", KEY), (b"x-api-key", OTHER)], b"").several
-    assert shown_in([(b"authorization", b"Bearer " + KEY)], b"key=" + OTHER).several
+    assert credentials_in([(b"x-api-key", KEY), (b"x-goog-api-key", OTHER)], b"").several
+    assert credentials_in([(b"x-api-key", KEY), (b"x-api-key", OTHER)], b"").several
+    assert credentials_in([(b"authorization", b"Bearer " + KEY)], b"key=" + OTHER).several
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_a_key_is_cut_out_of_a_query_whose_rest_goes_on_as_it_came(
 
 def test_a_tenant_is_named_once() -> None:
     named = (b"x-tidegate-tenant", b"acme")
-    assert shown_in([named, named], b"").tenant == b"acme"
-    assert shown_in([named, (b"x-tidegate-tenant", b"other")], b"").tenant == b""
+    assert credentials_in([named, named], b"").tenant == b"acme"
+    assert credentials_in([named, (b"x-tidegate-tenant", b"other")], b"").tenant == b""
 
 
 def test_an_upload_goes_on_where_its_url_says_that_it_has_begun() -> None:

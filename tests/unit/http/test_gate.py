@@ -26,7 +26,7 @@ class Record(Tenants):
         self.now = 1_000.0
         self.keys: dict[str, FoundKey] = {}
         self.number = 1
-        self.away = False
+        self.unavailable = False
         self.finds = 0
         self.held: asyncio.Event | None = None
         self.noted: dict[str, datetime] = {}
@@ -56,13 +56,13 @@ class Record(Tenants):
         self.number += 1
 
     async def version(self) -> int:
-        if self.away:
+        if self.unavailable:
             raise StoreUnavailable("away")
         return self.number
 
     async def find(self, prefixes: Sequence[str]) -> tuple[int, dict[str, FoundKey]]:
         self.finds += 1
-        if self.away:
+        if self.unavailable:
             raise StoreUnavailable("away")
         answer = self.number, {one: self.keys[one] for one in prefixes if one in self.keys}
         if self.held is not None:
@@ -208,7 +208,7 @@ async def test_keys_that_were_seen_outlast_an_outage_for_a_bounded_time(
 ) -> None:
     made, unseen = record.add(), record.add()
     await gate.identify(headers_of(made), b"")
-    record.away = True
+    record.unavailable = True
     record.now += 300
     assert gate.known(headers_of(made), b"") is None
     assert (await gate.identify(headers_of(made), b"")).tenant_id == "acme"
@@ -219,7 +219,7 @@ async def test_keys_that_were_seen_outlast_an_outage_for_a_bounded_time(
     assert gate.known(headers_of(made), b"") is None
     with pytest.raises(StoreUnavailable):
         await gate.identify(headers_of(made), b"")
-    record.away = False
+    record.unavailable = False
     record.change(made, revoked=True)
     with pytest.raises(Unauthenticated, match="was revoked"):
         await gate.identify(headers_of(made), b"")

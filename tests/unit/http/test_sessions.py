@@ -18,7 +18,7 @@ class Record:
     def __init__(self) -> None:
         self.spent: dict[bytes, int] = {}
         self.reads = 0
-        self.away = False
+        self.unavailable = False
         self.may_answer = asyncio.Event()
         self.may_answer.set()
 
@@ -35,7 +35,7 @@ class Record:
         return True
 
     def _check(self) -> None:
-        if self.away:
+        if self.unavailable:
             raise StoreUnavailable("PostgreSQL is away")
 
 
@@ -77,7 +77,7 @@ async def test_the_record_is_read_once_in_a_while_and_never_again_after_the_end(
 async def test_while_the_record_is_away_what_was_read_last_stands(scene: Scene) -> None:
     await scene.here.end("one")
     assert await scene.there.have_ended("one")
-    scene.record.away = True
+    scene.record.unavailable = True
     scene.now += READ_AGAIN_S
     assert await scene.there.have_ended("one")
     assert not await scene.there.have_ended("two")

@@ -12,7 +12,7 @@ from tests.unit.http.test_gate import Record, headers_of
 from tidegate.call import Caller, Caps, Scope
 from tidegate.errors import Forbidden, IssuerUnavailable, StoreUnavailable, Unauthenticated
 from tidegate.http import auth
-from tidegate.http.auth import VERIFIED_FOR_S, Authenticator, TokenTrust, shown_in
+from tidegate.http.auth import VERIFIED_FOR_S, Authenticator, TokenTrust, credentials_in
 from tidegate.store.tenants import FoundTenant
 from tidegate.upstream.issuer import LEEWAY_S, Issuer
 
@@ -46,7 +46,7 @@ class Known(Record):
 
     async def find_tenants(self, tenants: Sequence[str]) -> tuple[int, dict[str, FoundTenant]]:
         self.asked += 1
-        if self.away:
+        if self.unavailable:
             raise StoreUnavailable("away")
         return self.number, {one: self.tenants[one] for one in tenants if one in self.tenants}
 
@@ -188,5 +188,5 @@ def test_a_token_goes_before_what_an_sdk_sends_in_the_place_of_a_key_and_behind_
         (token, OTHER.encode(), OTHER.encode()),
     ):
         headers = [(b"authorization", b"Bearer " + first), (b"x-api-key", second)]
-        found = shown_in(headers, b"")
+        found = credentials_in(headers, b"")
         assert (found.key, found.several) == (right, False)

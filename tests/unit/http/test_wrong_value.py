@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tidegate.call import Kind
-from tidegate.http.admin.limits import wrong_body
+from tidegate.http.admin.limits import body_error
 from tidegate.http.problems import in_words
 
 
@@ -60,5 +60,5 @@ def test_what_has_no_words_of_ours_is_told_in_pydantics() -> None:
 def test_a_field_that_an_operators_body_can_not_have_is_told_with_those_that_it_can() -> None:
     with pytest.raises(ValidationError) as refused:
         Strict.model_validate({"nmae": "x"})
-    told = wrong_body(Strict, refused.value)
+    told = body_error(Strict, refused.value)
     assert (told.field, told.message, told.allowed) == ("nmae", "nmae is not known", "name")

@@ -8,7 +8,7 @@ from typing import Any
 from tidegate.jobs.webhooks import CauseAlerts, alerted
 from tidegate.limiter import PoolPolicy, Snapshot
 from tidegate.metrics.process import Note, UpstreamFound
-from tidegate.metrics.verdict import Cause, CauseKind, DeploymentSeen, PoolSeen, RecordSeen
+from tidegate.metrics.verdict import Cause, CauseKind, DeploymentReading, PoolReading, RecordReading
 from tidegate.policy.learned import Drift, LearnedLimit
 from tidegate.prices.budgets import Budget
 from tidegate.spine.routing import DRAINED
@@ -71,7 +71,7 @@ def test_what_waits_what_a_person_has_done_and_what_budgets_raise_themselves_rai
         tenants=(),
         queues=(),
     )
-    pool = PoolSeen("default", PoolPolicy({}), snapshot, learned)
+    pool = PoolReading("default", PoolPolicy({}), snapshot, learned)
     upstreams = {
         "drained": UpstreamFound("out", why=f"ann: {DRAINED}"),
         "out": UpstreamFound("out", why="it failed"),
@@ -79,8 +79,8 @@ def test_what_waits_what_a_person_has_done_and_what_budgets_raise_themselves_rai
     }
     paused = BudgetBook("b", "", "usd", 5, 5, 0, 0, None, datetime.now(UTC))
     budget = Budget("b", "usd", 5, "day", at_end="pause")
-    record = RecordSeen(StuckCounts(0, None, 0, 0, 1), [budget], [paused])
-    seen = DeploymentSeen([pool], [Note("api-1", upstreams=upstreams)], upstreams, record)
+    record = RecordReading(StuckCounts(0, None, 0, 0, 1), [budget], [paused])
+    seen = DeploymentReading([pool], [Note("api-1", upstreams=upstreams)], upstreams, record)
     assert [(one.kind, one.subject) for one in alerted(seen)] == [
         ("upstreams_out", None),
         ("key_refused", "dead"),

@@ -58,7 +58,7 @@ async def test_a_process_without_lines_looks_once_for_a_probe_and_waits() -> Non
         await asyncio.Event().wait()
 
     notifications = SimpleNamespace(work_mark=lambda _: 0, wait_work=wait_work)
-    open_batches = SimpleNamespace(ours=a_batch_is_open)
+    open_batches = SimpleNamespace(has_own=a_batch_is_open)
     store = SimpleNamespace(
         batch_lines=lines, notifications=notifications, open_batches=open_batches
     )
@@ -86,7 +86,7 @@ async def test_a_claim_that_hangs_fails_the_loop_which_then_claims_again(
     store = SimpleNamespace(
         batch_lines=lines,
         notifications=SimpleNamespace(work_mark=lambda _: 0),
-        open_batches=SimpleNamespace(ours=a_batch_is_open),
+        open_batches=SimpleNamespace(has_own=a_batch_is_open),
     )
     caller = line_caller(store, Outages(set()))
     for claims in (1, 2):

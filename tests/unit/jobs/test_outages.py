@@ -26,13 +26,13 @@ from tidegate.jobs.outages import (
     HEAD_START_S,
     LONGEST_S,
     LONGEST_SPREAD_S,
+    ClaimDepth,
     Held,
     Key,
-    Look,
     Outages,
     PutOff,
     Turn,
-    look_at,
+    claim_depth,
 )
 
 TEXT: tuple[Key, ...] = (("main", "text"),)
@@ -201,7 +201,7 @@ def test_the_next_probe_is_of_another_model_than_the_last(clock: Clock, outages:
 
 
 def test_looks_past_what_is_out_become_wider() -> None:
-    assert [look_at(12, in_vain) for in_vain in (0, 1, 2, 6, 7, 99)] == [
+    assert [claim_depth(12, in_vain) for in_vain in (0, 1, 2, 6, 7, 99)] == [
         12,
         24,
         48,
@@ -209,11 +209,11 @@ def test_looks_past_what_is_out_become_wider() -> None:
         1000,
         1000,
     ]
-    assert look_at(2_000, 3) == 2_000
+    assert claim_depth(2_000, 3) == 2_000
 
 
 def test_a_queue_is_looked_through_at_once_and_then_as_fast_as_is_bearable(clock: Clock) -> None:
-    look = Look(clock, a_s=100, at_once=1_000)
+    look = ClaimDepth(clock, a_s=100, at_once=1_000)
     looked_at, rest_s = 0, 0.0
     while not rest_s:
         most = look.at(12)
@@ -223,7 +223,7 @@ def test_a_queue_is_looked_through_at_once_and_then_as_fast_as_is_bearable(clock
     assert rest_s == (looked_at - 1_000) / 100
     clock.now += rest_s
     assert look.found(held=0, free=5) == 0
-    assert look.at(12) < look_at(12, 7), "what can be called was found"
+    assert look.at(12) < claim_depth(12, 7), "what can be called was found"
 
 
 def test_models_that_callers_name_are_bounded(outages: Outages) -> None:
@@ -305,7 +305,7 @@ async def outlast(
     window, takes_s = 12, 0.1
     began = clock.now
     back_at = began + OUT_FROM_S + outage_s
-    queue, look = Queue(clock, jobs), Look(clock)
+    queue, look = Queue(clock, jobs), ClaimDepth(clock)
     put_off = PutOff(
         cast(Any, SimpleNamespace(queue=queue)), Held(outages, {}), lambda _: TEXT, clock
     )

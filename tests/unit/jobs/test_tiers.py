@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tidegate.admission.charges import (
     FlexCalls,
     LiveRoom,
-    SeenTimes,
     TierChoice,
     TierOffer,
     TierTimes,
+    TimeSamples,
     choose,
-    spoken,
+    in_words,
 )
 from tidegate.call import Tier
 
@@ -142,17 +142,17 @@ def test_the_sentence_says_what_is_left_and_what_was_too_slow() -> None:
     [(0, "0 ms"), (-3, "0 ms"), (999, "999 ms"), (1_500, "1.5 s"), (inf, "any time")],
 )
 def test_spoken(ms: float, said: str) -> None:
-    assert spoken(ms) == said
+    assert in_words(ms) == said
 
 
 def test_usual_is_what_nearly_all_did_not_exceed() -> None:
-    seen = SeenTimes()
+    seen = TimeSamples()
     seen.last_ms.extend([10.0] * 4)
     assert seen.usual_ms() is None
     seen.last_ms.extend([10.0] * 91 + [500.0] * 5)
     assert seen.usual_ms() == 10.0
     assert seen.mean_ms() == 34.5
-    assert SeenTimes().mean_ms() is None
+    assert TimeSamples().mean_ms() is None
 
 
 def test_flex_is_left_alone_for_longer_after_each_refusal() -> None:
@@ -174,7 +174,7 @@ def test_flex_is_left_alone_for_longer_after_each_refusal() -> None:
 
 
 def test_what_is_known_of_flex_is_bounded() -> None:
-    flex = FlexCalls(lambda: 0.0, most_kept=2)
+    flex = FlexCalls(lambda: 0.0, max_entries=2)
     jobs = [uuid4() for _ in range(3)]
     for number, job in enumerate(jobs):
         flex.refuse(job)

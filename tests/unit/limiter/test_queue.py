@@ -83,9 +83,9 @@ def stamp(waiters: Iterable[Waiter], stamps: Iterable[int]) -> None:
         waiter.stamp = one
 
 
-def hint(queue: LocalQueue, waiter: Waiter, horizon: int, asked_ms: float = 0.0) -> None:
+def hint(queue: LocalQueue, waiter: Waiter, horizon: int, requested_ms: float = 0.0) -> None:
     queue.flows_to_hint(16)
-    queue.take_hints({waiter.flow.key: Hint(1, horizon, 0, 1, 100)}, asked_ms)
+    queue.take_hints({waiter.flow.key: Hint(1, horizon, 0, 1, 100)}, requested_ms)
 
 
 # -- waiting
@@ -190,7 +190,7 @@ async def test_a_hint_is_not_followed_once_others_may_have_come(
 ) -> None:
     first, waiter = held(queue), ask(queue)
     stamp([waiter], [1])
-    hint(queue, waiter, horizon=5, asked_ms=1000.0)
+    hint(queue, waiter, horizon=5, requested_ms=1000.0)
     release(queue, first, now_ms=1000.0 + queues.HINT_MS + late_ms)
     assert waiter.future.done() is passed_on
     assert (queue.take().releases == []) is passed_on

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tidegate.limiter.messages import Whole
 from tidegate.limiter.policy import PoolPolicy
-from tidegate.limiter.session import AHEAD_KEPT, Remembered
+from tidegate.limiter.session import OFFSETS_KEPT, Remembered
 
 POLICY = PoolPolicy({})
 
@@ -28,7 +28,7 @@ def test_a_moment_of_the_server_is_as_early_as_the_quickest_of_the_last_comparis
             recovering=False,
         )
     assert remembered.here(1_000_012) == 10
-    for _ in range(AHEAD_KEPT):
+    for _ in range(OFFSETS_KEPT):
         remembered.learn(told(1_010_009), POLICY, 10_000.0, 10_020.0, recovering=False)
     assert remembered.here(1_010_012) == 10_003
 

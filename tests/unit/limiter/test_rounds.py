@@ -31,8 +31,8 @@ def test_a_round_that_begins_again_and_again_comes_to_everybody(queue: LocalQueu
     asked, looked = [], []
     for _ in range(5):
         queue.begin_rounds()
-        asked += queue.tickets_to_ask_after(2)
-        looked += [flow.tenant for flow in queue.flows_to_look_at(2)]
+        asked += queue.tickets_to_verify(2)
+        looked += [flow.tenant for flow in queue.flows_to_inspect(2)]
     assert asked == tickets
     assert looked == [f"t{number}" for number in range(10)]
 
@@ -40,7 +40,7 @@ def test_a_round_that_begins_again_and_again_comes_to_everybody(queue: LocalQueu
 def test_of_few_flows_more_tickets_are_asked_after_in_one_call(queue: LocalQueue) -> None:
     one, other = wait(queue, "t1", 300), wait(queue, "t2", 2)
     queue.begin_rounds()
-    assert queue.tickets_to_ask_after(200) == one[:100] + other
+    assert queue.tickets_to_verify(200) == one[:100] + other
     assert not queue.asks
 
 
@@ -51,7 +51,7 @@ def test_tickets_that_the_server_put_first_are_asked_after_first(queue: LocalQue
     for ticket, stamp in zip(tickets, (1, 2, 0.25, 3, 1.5), strict=True):
         queue.waiting[ticket].stamp = stamp
     queue.begin_rounds()
-    assert queue.tickets_to_ask_after(3) == [tickets[2], tickets[0], tickets[4]]
+    assert queue.tickets_to_verify(3) == [tickets[2], tickets[0], tickets[4]]
 
 
 def test_after_one_that_was_admitted_the_next_of_its_flow_are_asked_after(
@@ -59,9 +59,9 @@ def test_after_one_that_was_admitted_the_next_of_its_flow_are_asked_after(
 ) -> None:
     tickets = wait(queue, "t1", 3)
     queue.begin_rounds()
-    assert queue.tickets_to_ask_after(1) == tickets[:1]
+    assert queue.tickets_to_verify(1) == tickets[:1]
     queue.reconcile([(tickets[0], 1000, 5)], 1, 0.0, float)
-    assert queue.tickets_to_ask_after(1) == tickets[1:2]
+    assert queue.tickets_to_verify(1) == tickets[1:2]
     queue.reconcile([], 1, 0.0, float)
     assert not queue.asks
 
@@ -74,4 +74,4 @@ def test_what_was_never_said_and_who_waits_no_more_is_asked_after_by_nobody(
     queue.begin_rounds()
     queue.abandon(gone, 0.0)
     assert not unsaid.sent
-    assert queue.tickets_to_ask_after(200) == [there]
+    assert queue.tickets_to_verify(200) == [there]

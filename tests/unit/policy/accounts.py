@@ -92,7 +92,7 @@ class WindowAccount:
             )
         since = self.use.since
         lately = None if since is None else self.counted(since)
-        due = self.use.due(self.now, counted, self.bound, self.bound, lately=lately)
+        due = self.use.due(self.now, counted, self.bound, self.bound, recent=lately)
         if due:
             count_charge(self.pool, self.use, self.now, due)
             self.total += due

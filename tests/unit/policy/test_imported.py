@@ -8,7 +8,7 @@ import pytest
 
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy, Quota, Rate
-from tidegate.policy.format import apart_from_tenants, of_plain, to_plain, with_tenants
+from tidegate.policy.format import of_plain, to_plain, with_tenants, without_tenants
 from tidegate.policy.imported import ModelClass, class_name, import_of, limits_of, one_class_each
 
 
@@ -101,7 +101,7 @@ def test_a_second_import_changes_what_the_account_has_changed() -> None:
 def test_imported_limits_stay_while_deployments_change() -> None:
     deployed = {"limits": {"pool:total": 64}}
     now = {"limits": {**deployed["limits"], **TOLD}}
-    assert apart_from_tenants(now) == apart_from_tenants(deployed)
+    assert without_tenants(now) == without_tenants(deployed)
     changed = {"limits": {"pool:total": 8, "rpm:gpt-5": 60}}
     kept = with_tenants(changed, now)["limits"]
     assert kept == {"pool:total": 8, "rpm:gpt-5": 60, "itpm:gpt-5": TOLD["itpm:gpt-5"]}

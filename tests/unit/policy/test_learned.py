@@ -560,7 +560,7 @@ def test_after_a_clock_was_set_back_others_are_known_again(back_s: int, is_bucke
     account.run(130)
     assert account.use.kept(account.now - back_s) == 0
     assert account.spent() > 0.95 * 60_000
-    assert len(account.use._looks) < 70
+    assert len(account.use._samples) < 70
 
 
 @pytest.mark.parametrize("late", [0, 20, 40])
@@ -590,7 +590,7 @@ def test_a_window_that_begins_again_is_no_use_of_others(is_known_by: str) -> Non
         reset_ms = (60 - second % 60) * 1e3 if is_known_by == "readings" else None
         use.read(HeaderReading("m", "tpm", 60_000, left, float(second), reset_ms=reset_ms))
         lately = min(second, second % 60 + 1) * 800
-        assert use.due(float(second), counted, 60_000, 60_000, lately=lately) == 0
+        assert use.due(float(second), counted, 60_000, 60_000, recent=lately) == 0
 
 
 @pytest.mark.parametrize("burst", [2, 5, 20])
@@ -613,7 +613,7 @@ def test_a_backlog_that_comes_in_bursts_is_no_use_of_others(burst: int, late: in
             use.read(reading)
         earlier = bound - used_by(second) if second > period else 0  # leaves as the new one comes
         lately = used_by(second)
-        assert use.due(float(second), lately + earlier, bound, bound, lately=lately) == 0
+        assert use.due(float(second), lately + earlier, bound, bound, recent=lately) == 0
 
 
 DAY = 2_000_000

@@ -48,9 +48,11 @@ class Pool:
     def start(self, limit: int, **more: Any) -> Decision:
         """`more`: limits of tenants that the deployment's file names too."""
         wanted = {"limits": {**plain(limit)["limits"], **more.pop("limits", {})}, **more}
-        deployed = {r.asked_digest for r in self.record if r.origin is Origin.DEPLOYMENT}
+        deployed = {r.requested_digest for r in self.record if r.origin is Origin.DEPLOYMENT}
         seen = digest(wanted) in deployed
-        before = revisions.asked_before([revisions.record_of(one) for one in reversed(self.record)])
+        before = revisions.requested_before(
+            [revisions.record_of(one) for one in reversed(self.record)]
+        )
         found = Found(self.found)
         return self.take(revisions.start(self.head, seen, found, wanted, "api-1", before))
 

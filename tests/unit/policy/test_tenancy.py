@@ -14,12 +14,12 @@ from tidegate.limiter import PoolPolicy
 from tidegate.policy.format import (
     Plain,
     Share,
-    apart_from_tenants,
     is_of,
     share_edit,
     share_of,
     with_tenants,
     without,
+    without_tenants,
 )
 from tidegate.policy.tenants import TenantChange, set_tenant
 from tidegate.store.tenants import Tenant
@@ -82,7 +82,7 @@ def test_limits_of_keys_and_users_stay_while_deployments_change() -> None:
     now = {"limits": {"kind:text_only": 5, "rpm:m": 9, **given}}
     deployed: dict[str, Any] = {"limits": {"kind:text_only": 6}}
     assert with_tenants(deployed, now) == {"limits": {"kind:text_only": 6, **given}}
-    assert apart_from_tenants(now) == {"limits": {"kind:text_only": 5, "rpm:m": 9}}
+    assert without_tenants(now) == {"limits": {"kind:text_only": 5, "rpm:m": 9}}
 
 
 def test_nothing_to_change_is_no_change() -> None:

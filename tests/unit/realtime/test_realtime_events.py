@@ -31,40 +31,42 @@ def events(caller: Caller = ANYBODY) -> OpenAIEvents:
 
 def test_a_message_that_names_no_model_passes_as_it_is() -> None:
     raw = '{ "type" : "conversation.item.create", "item": {"type": "message"} }'
-    assert events().asked(raw).message is raw
-    assert events().asked(raw.encode()).message == raw.encode()
-    asked = events().asked(AUDIO)
+    assert events().client_event(raw).message is raw
+    assert events().client_event(raw.encode()).message == raw.encode()
+    asked = events().client_event(AUDIO)
     assert (asked.message, asked.begins_turn, round(asked.about_tokens)) == (AUDIO, False, 1)
-    assert events().asked('{"type":"response.create"}').begins_turn
+    assert events().client_event('{"type":"response.create"}').begins_turn
 
 
 def test_seconds_of_sound_are_counted_in_the_form_that_the_provider_says() -> None:
     second, heard = "A" * 64_000, events()  # of 16-bit PCM at 24 kHz, in base64
     append = text({"type": "input_audio_buffer.append", "audio": second})
-    assert heard.asked(append).audio_seconds == pytest.approx(1)
-    assert heard.asked(append.encode()).audio_seconds == pytest.approx(1)
+    assert heard.client_event(append).audio_seconds == pytest.approx(1)
+    assert heard.client_event(append.encode()).audio_seconds == pytest.approx(1)
     escaped = append.replace('"audio"', '"\\u0061udio"')
-    assert heard.asked(escaped).audio_seconds == pytest.approx(1)
+    assert heard.client_event(escaped).audio_seconds == pytest.approx(1)
     said = {"type": "message", "content": [{"type": "input_audio", "audio": second}]}
     created = text({"type": "conversation.item.create", "item": said})
-    assert heard.asked(created).audio_seconds == pytest.approx(1)
-    assert heard.asked('{"type":"response.create"}').audio_seconds == 0
+    assert heard.client_event(created).audio_seconds == pytest.approx(1)
+    assert heard.client_event('{"type":"response.create"}').audio_seconds == 0
     for session in (
         {"input_audio_format": "g711_ulaw"},
         {"audio": {"input": {"format": {"type": "audio/pcma"}}}},
     ):
-        heard.asked(text({"type": "session.update", "session": {"input_audio_format": "pcm16"}}))
+        heard.client_event(
+            text({"type": "session.update", "session": {"input_audio_format": "pcm16"}})
+        )
         heard.reported(text({"type": "session.updated", "session": session}))
-        assert heard.asked(append).audio_seconds == pytest.approx(6)
+        assert heard.client_event(append).audio_seconds == pytest.approx(6)
     updated = {"audio": {"input": {"format": {"type": "audio/pcm", "rate": 24_000}}}}
     heard.reported(text({"type": "session.updated", "session": updated}))
-    assert heard.asked(append).audio_seconds == pytest.approx(1)
+    assert heard.client_event(append).audio_seconds == pytest.approx(1)
 
 
 def test_seconds_of_sound_in_the_input_of_a_response_are_counted() -> None:
     said = {"type": "message", "content": [{"type": "input_audio", "audio": "A" * 64_000}] * 2}
     response = {"conversation": "none", "input": [said, {"type": "item_reference", "id": "a"}]}
-    asked = events().asked(text({"type": "response.create", "response": response}))
+    asked = events().client_event(text({"type": "response.create", "response": response}))
     assert asked.begins_turn
     assert asked.audio_seconds == pytest.approx(2)
 
@@ -75,20 +77,20 @@ def test_seconds_of_sound_count_in_the_longest_form_until_a_requested_one_is_ans
     phone = {"input_audio_format": "g711_ulaw"}
 
     def seconds() -> float:
-        return round(heard.asked(append).audio_seconds, 3)
+        return round(heard.client_event(append).audio_seconds, 3)
 
-    heard.asked(text({"type": "session.update", "event_id": "a", "session": phone}))
+    heard.client_event(text({"type": "session.update", "event_id": "a", "session": phone}))
     assert seconds() == 6, "it may be in force by then"
-    heard.asked(text({"type": "session.update", "event_id": "b", "session": pcm}))
+    heard.client_event(text({"type": "session.update", "event_id": "b", "session": pcm}))
     assert seconds() == 6
     for _ in range(100):
-        heard.asked(text({"type": "session.update", "session": pcm}))
+        heard.client_event(text({"type": "session.update", "session": pcm}))
     assert seconds() == 6
     heard.reported(text({"type": "error", "error": {"event_id": "other"}}))
     heard.reported(text({"type": "session.updated", "session": phone}))
     heard.reported(text({"type": "session.updated", "session": pcm}))
     assert seconds() == 1
-    heard.asked(text({"type": "session.update", "event_id": "c", "session": phone}))
+    heard.client_event(text({"type": "session.update", "event_id": "c", "session": phone}))
     heard.reported(text({"type": "error", "error": {"event_id": "c", "message": "no"}}))
     assert seconds() == 1
 
@@ -108,13 +110,13 @@ _TOOL = {"id": "1", "name": "a", "response": {"audio": _SOUND}}
     ],
 )
 def test_seconds_of_sound_in_contents_for_gemini_are_counted(message: Any, seconds: float) -> None:
-    assert GeminiEvents().asked(text(message)).audio_seconds == pytest.approx(seconds)
+    assert GeminiEvents().client_event(text(message)).audio_seconds == pytest.approx(seconds)
 
 
 def test_of_two_types_of_a_piece_the_longer_one_counts() -> None:
     blob = f'"mimeType":"audio/pcm;rate=48000","mimeType":"audio/pcm","data":"{"A" * 64_000}"'
     raw = '{"realtimeInput":{"audio":{' + blob + "}}}"
-    assert GeminiEvents().asked(raw).audio_seconds == pytest.approx(1.5)
+    assert GeminiEvents().client_event(raw).audio_seconds == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize(
@@ -130,16 +132,18 @@ def test_of_two_types_of_a_piece_the_longer_one_counts() -> None:
 )
 def test_seconds_of_sound_for_gemini_are_counted_by_each_piece(given: Any, seconds: float) -> None:
     for message in (text({"realtimeInput": given}), text({"realtime_input": given}).encode()):
-        assert GeminiEvents().asked(message).audio_seconds == pytest.approx(seconds), message[:80]
+        assert GeminiEvents().client_event(message).audio_seconds == pytest.approx(seconds), (
+            message[:80]
+        )
 
 
 def test_the_model_of_a_session_stays_as_it_is_under_the_name_of_its_upstream() -> None:
     named = {"type": "session.update", "session": {"model": "fast", "voice": "marin"}}
-    asked = orjson.loads(events().asked(text(named)).message)
+    asked = orjson.loads(events().client_event(text(named)).message)
     assert asked["session"] == {"model": "gpt-realtime-2", "voice": "marin"}
     for place in ({"session": {"model": "o9"}}, {"response": {"model": "o9"}}):
         with pytest.raises(InvalidRequest) as refused:
-            events().asked(text({"type": "session.update", **place}))
+            events().client_event(text({"type": "session.update", **place}))
         assert refused.value.allowed == "fast"
 
 
@@ -148,10 +152,10 @@ def test_a_transcript_is_made_by_a_model_that_the_tenant_may_use() -> None:
     update = text({"type": "session.update", "session": wanted})
     some = Caller(models=("gpt-realtime-*",))
     with pytest.raises(Forbidden) as refused:
-        events(some).asked(update)
+        events(some).client_event(update)
     assert refused.value.field == "session.audio.input.transcription.model"
     anyone = events()
-    assert anyone.asked(update).message == update
+    assert anyone.client_event(update).message == update
     done = {
         "type": "conversation.item.input_audio_transcription.completed",
         "usage": {"type": "duration", "seconds": 2.3},
@@ -163,17 +167,19 @@ def test_a_transcript_is_made_by_a_model_that_the_tenant_may_use() -> None:
 
 def test_each_transcript_of_a_session_that_only_transcribes_is_a_turn_of_its_model() -> None:
     some = OpenAIEvents(Caller("acme", models=("fast",)), "fast", "whisper-x", transcribes=True)
-    assert some.asked('{"type":"input_audio_buffer.commit"}').begins_turn
-    assert not some.asked('{"type":"response.create"}').begins_turn
+    assert some.client_event('{"type":"input_audio_buffer.commit"}').begins_turn
+    assert not some.client_event('{"type":"response.create"}').begins_turn
     for model in ("fast", None):
         named = {"input_audio_transcription": {"model": model}}
-        message = some.asked(text({"type": "transcription_session.update", "session": named}))
+        message = some.client_event(
+            text({"type": "transcription_session.update", "session": named})
+        )
         told = orjson.loads(message.message)["session"]["input_audio_transcription"]
         assert told == {"model": "whisper-x"}
     for wrong in ("gpt-4o-transcribe", 5):
         other = {"input_audio_transcription": {"model": wrong}}
         with pytest.raises(InvalidRequest):
-            some.asked(text({"type": "session.update", "session": other}))
+            some.client_event(text({"type": "session.update", "session": other}))
     kind = "conversation.item.input_audio_transcription"
     assert some.reported(text({"type": f"{kind}.delta", "delta": "a"})).about_tokens
     failed = some.reported(text({"type": f"{kind}.failed", "error": {}}))
@@ -186,7 +192,7 @@ def test_each_transcript_of_a_session_that_only_transcribes_is_a_turn_of_its_mod
 def test_names_of_tools_and_their_arguments_choose_no_model() -> None:
     tool = {"name": "order", "parameters": {"properties": {"model": {"type": "string"}}}}
     update = text({"type": "session.update", "session": {"tools": [tool]}})
-    assert events().asked(update).message == update
+    assert events().client_event(update).message == update
 
 
 @pytest.mark.parametrize(
@@ -211,7 +217,7 @@ def test_names_of_tools_and_their_arguments_choose_no_model() -> None:
 def test_what_two_servers_could_read_differently_is_refused(raw: str) -> None:
     for message in (raw, raw.encode()):
         with pytest.raises(InvalidRequest):
-            events().asked(message)
+            events().client_event(message)
 
 
 def test_usage_is_read_at_its_place_alone() -> None:
@@ -273,23 +279,23 @@ def test_gemini_reports_a_turn_with_what_its_tools_gave() -> None:
 def test_geminis_messages_are_one_of_three_after_the_setup() -> None:
     live = GeminiEvents()
     turn = {"turns": [], "turnComplete": True}
-    assert live.asked(text({"clientContent": turn})).begins_turn
-    assert live.asked(text({"client_content": {"turn_complete": True}})).begins_turn
-    assert not live.asked(text({"clientContent": {"turns": []}})).begins_turn
-    assert live.asked(text({"toolResponse": {}})).begins_turn
+    assert live.client_event(text({"clientContent": turn})).begins_turn
+    assert live.client_event(text({"client_content": {"turn_complete": True}})).begins_turn
+    assert not live.client_event(text({"clientContent": {"turns": []}})).begins_turn
+    assert live.client_event(text({"toolResponse": {}})).begins_turn
     wrongs: list[Any] = [{"setup": {"model": "other"}}, {}, {"realtimeInput": {}, "setup": {}}]
     for wrong in wrongs:
         with pytest.raises(InvalidRequest):
-            live.asked(text(wrong))
+            live.client_event(text(wrong))
     with pytest.raises(InvalidRequest):
-        live.asked('{"realtimeInput":{},"Setup":{}}')
+        live.client_event('{"realtimeInput":{},"Setup":{}}')
 
 
 def test_words_and_the_end_of_the_client_s_part_begin_a_turn_of_gemini() -> None:
     some = GeminiEvents()
 
     def begins(**given: Any) -> bool:
-        asked = some.asked(text({"realtimeInput": given}))
+        asked = some.client_event(text({"realtimeInput": given}))
         assert asked.joins or not asked.begins_turn
         return asked.begins_turn
 
@@ -319,13 +325,13 @@ APPEND = "input_audio_buffer.append"
 
 def test_no_message_passes_for_sound_by_a_word_that_it_has() -> None:
     some = events(Caller("acme", models=("gpt-realtime-*",)))
-    assert some.asked(text({"type": "response.create", "event_id": APPEND})).begins_turn
+    assert some.client_event(text({"type": "response.create", "event_id": APPEND})).begins_turn
     other = {"input_audio_transcription": {"model": "gpt-4o-transcribe"}}
     with pytest.raises(Forbidden):
-        some.asked(text({"type": "session.update", "event_id": APPEND, "session": other}))
+        some.client_event(text({"type": "session.update", "event_id": APPEND, "session": other}))
     turn = {"turns": [{"parts": [{"text": "realtimeInput"}]}], "turnComplete": True}
-    assert GeminiEvents().asked(text({"clientContent": turn})).begins_turn
+    assert GeminiEvents().client_event(text({"clientContent": turn})).begins_turn
     for name in ("clientContent", "toolResponse", "realtime_input"):
         both = text({"realtimeInput": {"text": "a"}, name: {"turnComplete": True}})
         with pytest.raises(InvalidRequest):
-            GeminiEvents().asked(both)
+            GeminiEvents().client_event(both)

@@ -98,7 +98,7 @@ async def test_a_client_that_leaves_while_an_answer_ends_the_work_leaves_nothing
 ) -> None:
     store = _Store(step)
     call = _Call(store)
-    task = call.begun(call.hand_over.not_taken)  # the answer is whole: nothing goes on
+    task = call.begun(call.hand_over.not_accepted)  # the answer is whole: nothing goes on
     await cancelled_at(task, store, step)
     assert (store.rows, store.counted) == (set(), set())
 

@@ -279,7 +279,7 @@ def test_more_than_all_that_remains_is_no_use_of_others(provider: str) -> None:
         for reading in reader.read(announced.all()):
             use.read(reading)
         if provider == "azure":
-            charged.append(use.due(now_s, 0, 60_000, 60_000, lately=0))
+            charged.append(use.due(now_s, 0, 60_000, 60_000, recent=0))
         else:
             charged.append(use.level_due(now_s, 0, 0, 60_000, 60_000))
     assert not any(charged)

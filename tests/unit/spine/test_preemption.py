@@ -98,7 +98,7 @@ class ScriptedPool:
 class Heard:
     """An exchange with an upstream."""
 
-    is_heard: bool = False
+    has_response: bool = False
 
 
 @dataclass
@@ -236,7 +236,7 @@ async def test_a_limit_is_full_where_the_headroom_of_higher_bands_begins(calls: 
 async def test_a_call_with_an_answer_keeps_its_permit(calls: Calls) -> None:
     for _ in range(2):
         await calls.call()
-    calls.exchanges[1].is_heard = True
+    calls.exchanges[1].has_response = True
     await calls.overdue(LIVE)
     assert calls.gave_way == [0]
 
@@ -245,7 +245,7 @@ async def test_an_answer_that_comes_during_the_claim_is_kept(calls: Calls) -> No
     await calls.call()
 
     async def heard() -> None:
-        calls.exchanges[0].is_heard = True
+        calls.exchanges[0].has_response = True
 
     calls.limiter.on_claim = heard
     await calls.overdue(LIVE)

@@ -30,7 +30,7 @@ JSON = st.recursive(
 def sent(raw: bytes, model: str, path: str = "/v1/chat/completions") -> bytes:
     endpoint = endpoint_of("POST", path, dialect_of(path, frozenset(), b""))
     assert endpoint is not None
-    found = body_for(raw, endpoint, skimmed(raw).body, Target(UPSTREAM, model), ask_usage=False)
+    found = body_for(raw, endpoint, skimmed(raw).body, Target(UPSTREAM, model), request_usage=False)
     assert found is not None
     return found
 
@@ -141,5 +141,5 @@ def test_clouds_have_the_model_where_they_want_it(
     assert endpoint is not None
     read = orjson.loads(raw)
     target = Target(upstream, "new")
-    found = body_for(raw.encode(), endpoint, read, target, ask_usage=False)
+    found = body_for(raw.encode(), endpoint, read, target, request_usage=False)
     assert found == expected.encode()

@@ -238,7 +238,7 @@ async def test_an_interaction_is_adopted_if_it_is_younger_than_a_row_becomes(
     shown: dict[str, Any] | None, is_owned: bool
 ) -> None:
     upstream = Upstream("u", {"gemini": "http://u"}, "", provider="gemini", adopt="heir")
-    targets: Any = SimpleNamespace(speaking=lambda _: [upstream])
+    targets: Any = SimpleNamespace(upstreams_of=lambda _: [upstream])
 
     async def owners(*_: object) -> dict[str, Any]:
         return {}

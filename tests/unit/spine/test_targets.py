@@ -67,7 +67,7 @@ def test_models_that_clients_think_of_leave_others_their_equals() -> None:
     for number in range(1_500):
         names(found, f"made-up-{number}")
     names(found, "gpt-x")
-    assert found.are_alike(Dialect.OPENAI, "gpt-x"), "its conversations stay where they are"
+    assert found.are_equivalent(Dialect.OPENAI, "gpt-x"), "its conversations stay where they are"
     assert len(found._known) <= 1_000
 
 

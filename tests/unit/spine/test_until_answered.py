@@ -93,10 +93,10 @@ class _Limiter:
     def paused_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return names[:1] if self.out else ()
 
-    def tell_all(self) -> None:
+    def notify_watchers(self) -> None:
         pass
 
-    tell_of_pauses = tell_no_more = lambda *_: None
+    watch_pauses = unwatch_pauses = lambda *_: None
 
     def acquire_for(self, _: object) -> _Permit:
         return self.permits.pop(0) if self.permits else _Permit()
@@ -137,7 +137,7 @@ class _Budgets:
 class _Exchange:
     """made: at which upstreams the call was made."""
 
-    started = is_heard = ended_alone = False
+    started = has_response = ended_alone = False
 
     def __init__(self, terms: Terms, bills: bool) -> None:
         self.terms, self.bills = terms, bills

@@ -23,12 +23,12 @@ class Counted:
     async def run(self, work: Work[Any], *, timeout_ms: int) -> None:
         self.looks += 1
         if self.meanwhile is None and self.keys is not None:
-            self.meanwhile = asyncio.create_task(self.keys.look("acme", "k-1"))
+            self.meanwhile = asyncio.create_task(self.keys.poll("acme", "k-1"))
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    monkeypatch.setattr(native_keys, "_LOOK_S", 0)
+    monkeypatch.setattr(native_keys, "_POLL_S", 0)
     return Counted()
 
 
@@ -38,14 +38,14 @@ def keys_over(counted: Counted) -> NativeKeys:
 
 async def test_all_that_wait_share_a_look(counted: Counted) -> None:
     keys = keys_over(counted)
-    await asyncio.gather(*(keys.look("acme", "k-1") for _ in range(50)))
+    await asyncio.gather(*(keys.poll("acme", "k-1") for _ in range(50)))
     assert counted.looks == 1
 
 
 async def test_a_caller_that_comes_as_a_look_ends_gets_a_new_one(counted: Counted) -> None:
     """What the ended look found is of before: a caller in a loop would see it for ever."""
     counted.keys = keys_over(counted)
-    await counted.keys.look("acme", "k-1")
+    await counted.keys.poll("acme", "k-1")
     assert counted.meanwhile is not None
     await counted.meanwhile
     assert counted.looks == 2

@@ -21,12 +21,12 @@ class Commits:
         self.batches: list[list[int]] = []
         self.gate = asyncio.Event()
         self.bad: set[int] = set()
-        self.away = False
+        self.unavailable = False
 
     async def __call__(self, rows: Sequence[int]) -> list[int | Exception]:
         self.batches.append(list(rows))
         await self.gate.wait()
-        if self.away:
+        if self.unavailable:
             raise StoreUnavailable("away")
         if self.bad & set(rows):
             raise ValueError("a bad row")
@@ -55,7 +55,7 @@ async def test_a_bad_row_fails_alone_and_an_outage_fails_all() -> None:
     assert results[0] == 10
     assert isinstance(results[1], ValueError)
     assert results[2] == 30
-    commits.away = True
+    commits.unavailable = True
     results = await asyncio.gather(*(group.write(row) for row in (4, 5)), return_exceptions=True)
     assert [type(result) for result in results] == [StoreUnavailable] * 2
 

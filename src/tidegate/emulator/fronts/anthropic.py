@@ -262,8 +262,8 @@ def _file(source: Any, default: str, place: str) -> tuple[str | None, Attached |
 
 def _schema(body: Json) -> Json | None:
     config = body.get("output_config")
-    wanted = config.get("format") if isinstance(config, dict) else body.get("output_format")
-    schema = wanted.get("schema") if isinstance(wanted, dict) else None
+    form = config.get("format") if isinstance(config, dict) else body.get("output_format")
+    schema = form.get("schema") if isinstance(form, dict) else None
     return schema if isinstance(schema, dict) else None
 
 
@@ -278,18 +278,18 @@ def _calls(conversation: Conversation, body: Json) -> Sequence[Tool]:
         and isinstance(item.get("name"), str)
         and isinstance(item.get("input_schema"), dict)
     ]
-    wanted = body.get("tool_choice")
-    wanted = wanted if isinstance(wanted, dict) else {}
+    chosen = body.get("tool_choice")
+    chosen = chosen if isinstance(chosen, dict) else {}
     choice: Choice | Tool = "auto"
-    if wanted.get("type") in ("none", "any"):
-        choice = "none" if wanted["type"] == "none" else "required"
-    elif wanted.get("type") == "tool":
-        named = [tool for tool in tools if tool.name == wanted.get("name")]
+    if chosen.get("type") in ("none", "any"):
+        choice = "none" if chosen["type"] == "none" else "required"
+    elif chosen.get("type") == "tool":
+        named = [tool for tool in tools if tool.name == chosen.get("name")]
         if not named:
-            raise Refused(400, f"Tool '{wanted.get('name')}' not found in provided tools")
+            raise Refused(400, f"Tool '{chosen.get('name')}' not found in provided tools")
         choice = named[0]
     return conversation.calls(
-        tools, choice, several=wanted.get("disable_parallel_tool_use") is not True
+        tools, choice, several=chosen.get("disable_parallel_tool_use") is not True
     )
 
 
@@ -303,11 +303,11 @@ _STOP_REASON = {
 }
 
 
-def script(asked: ModelRequest, behaviour: Behaviour, fault: Fault | None) -> AnswerScript:
-    message = _Message(asked, compose(asked, behaviour, fault))
+def script(parsed: ModelRequest, behaviour: Behaviour, fault: Fault | None) -> AnswerScript:
+    message = _Message(parsed, compose(parsed, behaviour, fault))
     return AnswerScript(
-        message.stream() if asked.streamed else message.whole(),
-        lambda _, fault: _broken(fault, asked.streamed),
+        message.stream() if parsed.streamed else message.whole(),
+        lambda _, fault: _broken(fault, parsed.streamed),
         message.composed.thoughts_tokens,
         {"request-id": f"req_{message.id}"},
     )
@@ -324,15 +324,15 @@ def _broken(fault: Fault, streamed: bool) -> bytes:
 class _Message:
     """An answer in the form of this API."""
 
-    def __init__(self, asked: ModelRequest, composed: Composed) -> None:
+    def __init__(self, parsed: ModelRequest, composed: Composed) -> None:
         self.id = f"msg_{new_response_id()}"
-        self._asked = asked
+        self._parsed = parsed
         self.composed = composed
 
     def whole(self) -> list[ScriptStep]:
         composed = self.composed
         content = [
-            _block(call, (composed.said or "") if call is None else call.arguments)
+            _block(call, (composed.whole_text or "") if call is None else call.arguments)
             for call in composed.blocks
         ]
         if composed.thoughts_tokens:
@@ -362,7 +362,7 @@ class _Message:
     def _thoughts(self) -> str:
         """Return as many words as there are billed thoughts, if thoughts are to be shown."""
         words = THOUGHTS.split()[: self.composed.thoughts_tokens]
-        return " ".join(words) if self._asked.shows_thoughts else ""
+        return " ".join(words) if self._parsed.shows_thoughts else ""
 
     def _thinking(self) -> bytes:
         """Return the block of thoughts as events: the text, then its signature, then the end."""
@@ -383,14 +383,14 @@ class _Message:
             "id": self.id,
             "type": "message",
             "role": "assistant",
-            "model": self._asked.model,
+            "model": self._parsed.model,
             "content": content,
             "stop_reason": stop_reason,
             "stop_sequence": None,
             "usage": {
                 **counts,
                 "cache_creation": {
-                    "ephemeral_5m_input_tokens": self._asked.cache_write_tokens,
+                    "ephemeral_5m_input_tokens": self._parsed.cache_write_tokens,
                     "ephemeral_1h_input_tokens": 0,
                 },
                 "service_tier": "standard",
@@ -404,19 +404,19 @@ class _Message:
     def _counts(self, output_tokens: int) -> Json:
         """Return the usage that a stream reports at its beginning, and again at its end."""
         return {
-            "input_tokens": self._asked.uncached_tokens,
-            "cache_creation_input_tokens": self._asked.cache_write_tokens,
-            "cache_read_input_tokens": self._asked.cached_tokens,
+            "input_tokens": self._parsed.uncached_tokens,
+            "cache_creation_input_tokens": self._parsed.cache_write_tokens,
+            "cache_read_input_tokens": self._parsed.cached_tokens,
             "output_tokens": output_tokens,
         }
 
 
-def _block(call: CalledFunction | None, said: str) -> Json:
+def _block(call: CalledFunction | None, text: str) -> Json:
     """Return a block of content. An input that a bound has cut is not JSON, and is left empty."""
     if call is None:
-        return {"type": "text", "text": said}
+        return {"type": "text", "text": text}
     try:
-        given = orjson.loads(said or "{}")
+        given = orjson.loads(text or "{}")
     except orjson.JSONDecodeError:
         given = {}
     return {"type": "tool_use", "id": call.id, "name": call.name, "input": given}
@@ -462,17 +462,17 @@ async def route(served: Served) -> web.StreamResponse:
     _check_headers(request)
     match request.method, _name(request).split("/"):
         case "POST", ["messages"]:
-            asked = served.cached(read_messages(await served.json(_NOT_JSON)))
-            for file in asked.attached:
+            parsed = served.cached(read_messages(await served.json(_NOT_JSON)))
+            for file in parsed.attached:
                 if file.uri is not None and file.uri.startswith("file_"):
                     _find_file(served.state, file.uri)
-            _check_model(behaviour, asked.model)
-            return await served.generate(asked, partial(script, asked, served.behaviour))
+            _check_model(behaviour, parsed.model)
+            return await served.generate(parsed, partial(script, parsed, served.behaviour))
         case "POST", ["messages", "count_tokens"]:
-            asked = read_messages(await served.json(_NOT_JSON), counting=True)
-            _check_model(behaviour, asked.model)
-            counted = {"input_tokens": asked.input_tokens}
-            return await served.other("count", asked.model, lambda: counted)
+            parsed = read_messages(await served.json(_NOT_JSON), counting=True)
+            _check_model(behaviour, parsed.model)
+            counted = {"input_tokens": parsed.input_tokens}
+            return await served.other("count", parsed.model, lambda: counted)
         case _, ["files", *steps]:
             return await _files(served, steps)
         case _, ["messages", "batches", *steps]:
@@ -493,9 +493,9 @@ async def route(served: Served) -> web.StreamResponse:
 
 def _line_work(behaviour: Behaviour, params: Any) -> LineWork:
     """Return the work of a batch's line. Raises Refused."""
-    asked = read_messages(params)
-    _check_model(behaviour, asked.model)
-    return line_work(asked, partial(script, asked, behaviour))
+    parsed = read_messages(params)
+    _check_model(behaviour, parsed.model)
+    return line_work(parsed, partial(script, parsed, behaviour))
 
 
 def _name(request: web.BaseRequest) -> str:
@@ -689,12 +689,12 @@ async def _create_batch(served: Served, work: LineParser) -> web.Response:
 
 
 def _line_of(custom_id: str, params: Any, work: LineParser) -> ProviderBatchLine:
-    def parsed() -> LineWork:
+    def read_line() -> LineWork:
         if isinstance(params, dict) and params.get("stream"):
             raise Refused(400, "stream: streaming is not supported in a batch")
         return work(params)
 
-    return ProviderBatchLine.of(custom_id, parsed)
+    return ProviderBatchLine.of(custom_id, read_line)
 
 
 def _found_batch(served: Served, batch_id: str) -> ProviderBatch:

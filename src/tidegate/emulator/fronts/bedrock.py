@@ -109,13 +109,13 @@ async def route(served: Served) -> web.StreamResponse:
             _check_invoked(body)
             form = _invoked
         case "count-tokens":
-            asked = read_messages({**_of_converse(body, "input", "converse"), "model": model})
-            return await served.other("count", model, lambda: {"inputTokens": asked.input_tokens})
+            parsed = read_messages({**_of_converse(body, "input", "converse"), "model": model})
+            return await served.other("count", model, lambda: {"inputTokens": parsed.input_tokens})
         case _:
             raise served.not_found()
-    asked = read_messages({**body, "model": model, "stream": streamed})
-    scripted = partial(_script, form, served.cached(asked), served.behaviour)
-    return await served.generate(served.cached(asked), scripted)
+    parsed = read_messages({**body, "model": model, "stream": streamed})
+    scripted = partial(_script, form, served.cached(parsed), served.behaviour)
+    return await served.generate(served.cached(parsed), scripted)
 
 
 def _check_invoked(body: Json) -> None:
@@ -172,11 +172,11 @@ def _block(block: Json) -> Json:
     if used := block.get("toolUse"):
         return {"type": "tool_use", "id": used["toolUseId"], "name": used["name"], "input": {}}
     if result := block.get("toolResult"):
-        said = [
+        content = [
             {"type": "text", "text": one.get("text") or orjson.dumps(one).decode()}
             for one in result.get("content", [])
         ]
-        return {"type": "tool_result", "tool_use_id": result["toolUseId"], "content": said}
+        return {"type": "tool_result", "tool_use_id": result["toolUseId"], "content": content}
     return {"type": "text", "text": block.get("text", "")}
 
 
@@ -186,16 +186,16 @@ Form = Callable[[Json, Json], bytes]  # an event, and the usage of the message
 
 
 def _script(
-    form: Form, asked: ModelRequest, behaviour: Behaviour, fault: Fault | None
+    form: Form, parsed: ModelRequest, behaviour: Behaviour, fault: Fault | None
 ) -> AnswerScript:
-    theirs = script(asked, behaviour, fault)
+    converted = script(parsed, behaviour, fault)
     used: Json = {}
-    steps = [replace(one, data=_step(form, one, used, asked.streamed)) for one in theirs.steps]
+    steps = [replace(one, data=_step(form, one, used, parsed.streamed)) for one in converted.steps]
     return AnswerScript(
         steps,
-        lambda _, fault: _broken(fault, asked.streamed),
-        theirs.thoughts_tokens,
-        {"x-amzn-requestid": "emulated"} | ({} if asked.streamed else _counts(form, used)),
+        lambda _, fault: _broken(fault, parsed.streamed),
+        converted.thoughts_tokens,
+        {"x-amzn-requestid": "emulated"} | ({} if parsed.streamed else _counts(form, used)),
     )
 
 
@@ -294,8 +294,8 @@ def _whole(message: Json) -> Json:
                 used = {"toolUseId": one["id"], "name": one["name"], "input": one["input"]}
                 content.append({"toolUse": used})
             case "thinking":
-                said = {"text": one["thinking"], "signature": one["signature"]}
-                content.append({"reasoningContent": {"reasoningText": said}})
+                thinking = {"text": one["thinking"], "signature": one["signature"]}
+                content.append({"reasoningContent": {"reasoningText": thinking}})
     return {
         "output": {"message": {"role": "assistant", "content": content}},
         "stopReason": message["stop_reason"],

@@ -107,8 +107,8 @@ def check_key(request: web.BaseRequest) -> str:
             "metadata": {"service": "generativelanguage.googleapis.com"},
         }
         message = "API key not valid. Please pass a valid API key."
-        said = {"@type": f"{_TYPE}LocalizedMessage", "locale": "en-US", "message": message}
-        raise Refused(400, message, details=[detail, said])
+        localized = {"@type": f"{_TYPE}LocalizedMessage", "locale": "en-US", "message": message}
+        raise Refused(400, message, details=[detail, localized])
     return key
 
 
@@ -256,11 +256,11 @@ def read_generate(
         raise Refused(400, "Invalid value at 'generation_config'")
     for part in _parts(get(body, "systemInstruction") or {}):
         conversation.add("system", _part(part, lookup)[0])
-    asked = _with_config(model, config, conversation)
-    if asked.schema is None and get(config, "responseMimeType") == "application/json":
-        asked = replace(asked, schema=conversation.json_schema())
+    parsed = _with_config(model, config, conversation)
+    if parsed.schema is None and get(config, "responseMimeType") == "application/json":
+        parsed = replace(parsed, schema=conversation.json_schema())
     tools, choice = _functions(body)
-    return replace(asked, called=conversation.calls(tools, choice), streamed=streamed)
+    return replace(parsed, called=conversation.calls(tools, choice), streamed=streamed)
 
 
 def _add_content(conversation: Conversation, content: Any, lookup: FileLookup) -> None:
@@ -361,8 +361,8 @@ def _with_config(model: str, config: Json, conversation: Conversation) -> ModelR
     modalities = get(config, "responseModalities") or []
     if not isinstance(modalities, list):
         raise Refused(400, "Invalid value at 'generation_config.response_modalities'")
-    wanted = [str(item).upper() for item in modalities]
-    wants_picture = "IMAGE" in wanted or (not modalities and "image" in model)
+    kinds = [str(item).upper() for item in modalities]
+    wants_picture = "IMAGE" in kinds or (not modalities and "image" in model)
     mime = get(config, "responseMimeType")
     schema = get(config, "responseJsonSchema") or get(config, "responseSchema")
     if not isinstance(schema, dict) or mime not in ("application/json", "text/x.enum"):
@@ -372,19 +372,19 @@ def _with_config(model: str, config: Json, conversation: Conversation) -> ModelR
     thinking = thinking if isinstance(thinking, dict) else {}
     budget = get(thinking, "thinkingBudget")
     thinks = bool(budget) or (budget is None and gemini_thinks(model))
-    asked = conversation.request(
+    parsed = conversation.request(
         model,
         schema=schema,
         fences=False,
         plain_enum=mime == "text/x.enum",
-        wants_sound="AUDIO" in wanted,
+        wants_sound="AUDIO" in kinds,
         max_output_tokens=most if isinstance(most, int) and most > 0 else None,
         thinks=thinks,
         shows_thoughts=thinks and get(thinking, "includeThoughts") is True,
     )
     if has_enum(schema):
-        return replace(asked, kind="classifier")
-    return replace(asked, kind="image_generation", wants_picture=True) if wants_picture else asked
+        return replace(parsed, kind="classifier")
+    return replace(parsed, kind="image_generation", wants_picture=True) if wants_picture else parsed
 
 
 def has_enum(schema: Any) -> bool:
@@ -432,26 +432,26 @@ class _GeminiAnswer:
     """An answer in the form of this API: parts with their tokens, and its finish. The bound of the
     output includes the thoughts."""
 
-    def __init__(self, asked: ModelRequest, behaviour: Behaviour) -> None:
-        self._asked = asked
+    def __init__(self, parsed: ModelRequest, behaviour: Behaviour) -> None:
+        self._parsed = parsed
         self._id = new_response_id()
-        most = asked.max_output_tokens
-        self.thoughts = thoughts_of(asked) if most is None else min(thoughts_of(asked), most)
+        most = parsed.max_output_tokens
+        self.thoughts = thoughts_of(parsed) if most is None else min(thoughts_of(parsed), most)
         self._left = None if most is None else most - self.thoughts
         self._finish = "STOP"
         self._parts: list[tuple[Json, int]] = []
-        if asked.wants_picture:
+        if parsed.wants_picture:
             self._picture(behaviour)
-        elif asked.called:
+        elif parsed.called:
             self._calls()
-        elif asked.wants_sound:
-            self._parts = [(media_part(MIME_TYPE, hum(asked.prompt)), TOKENS)]
+        elif parsed.wants_sound:
+            self._parts = [(media_part(MIME_TYPE, hum(parsed.prompt)), TOKENS)]
         else:
-            text = answer_text(asked, behaviour)
+            text = answer_text(parsed, behaviour)
             pieces, cut_short = cut(text, self._left, behaviour.chunks)
             self._finish = "MAX_TOKENS" if cut_short else self._finish
             self._parts = [({"text": piece}, tokens) for piece, tokens in pieces if tokens]
-        if asked.shows_thoughts:
+        if parsed.shows_thoughts:
             words = THOUGHTS.split()[: self.thoughts]
             self._parts.insert(0, ({"text": " ".join(words), "thought": True}, 0))
 
@@ -477,8 +477,8 @@ class _GeminiAnswer:
         """Return the answer as one response: thoughts, the text of all chunks together, then the
         rest."""
         parts = [part for part, _ in self._parts if "thought" in part]
-        said = "".join(part["text"] for part, _ in self._parts if part.keys() == {"text"})
-        parts += [{"text": said}] if said else []
+        text = "".join(part["text"] for part, _ in self._parts if part.keys() == {"text"})
+        parts += [{"text": text}] if text else []
         parts += [part for part, _ in self._parts if "text" not in part]
         return self._candidate(tokens, parts, finish)
 
@@ -503,51 +503,51 @@ class _GeminiAnswer:
         return self._body(tokens, candidates=[candidate])
 
     def _body(self, output_tokens: int, **first: Any) -> Json:
-        asked = self._asked
+        parsed = self._parsed
         usage: Json = {
-            "promptTokenCount": asked.input_tokens,
-            "totalTokenCount": asked.input_tokens + output_tokens + self.thoughts,
-            "promptTokensDetails": _modalities(asked),
+            "promptTokenCount": parsed.input_tokens,
+            "totalTokenCount": parsed.input_tokens + output_tokens + self.thoughts,
+            "promptTokensDetails": _modalities(parsed),
         }
-        if any(_is_elsewhere(file) for file in asked.attached):
+        if any(_is_elsewhere(file) for file in parsed.attached):
             usage = {}  # for these Google reports no input, and no total
-        usage["serviceTier"] = asked.tier or "standard"
-        if asked.cached_tokens:
-            usage["cachedContentTokenCount"] = asked.cached_tokens
+        usage["serviceTier"] = parsed.tier or "standard"
+        if parsed.cached_tokens:
+            usage["cachedContentTokenCount"] = parsed.cached_tokens
         if output_tokens:
             usage["candidatesTokenCount"] = output_tokens
-        if asked.thinks:
+        if parsed.thinks:
             usage["thoughtsTokenCount"] = self.thoughts
         return {
             **first,
             "usageMetadata": usage,
-            "modelVersion": asked.model,
+            "modelVersion": parsed.model,
             "responseId": self._id,
         }
 
     def _picture(self, behaviour: Behaviour) -> None:
-        asked = self._asked
-        said = f"Here is an emulated picture for “{quoted(asked.last_text)}”."
-        if asked.attached:
-            said += f" With it came {listed(asked.attached)}."
-        png = draw(asked.prompt, behaviour.image_size)
+        parsed = self._parsed
+        text = f"Here is an emulated picture for “{quoted(parsed.last_text)}”."
+        if parsed.attached:
+            text += f" With it came {listed(parsed.attached)}."
+        png = draw(parsed.prompt, behaviour.image_size)
         self._parts = [
-            ({"text": said}, len(said.split())),
+            ({"text": text}, len(text.split())),
             (media_part("image/png", png), OUTPUT_PICTURE_TOKENS),
         ]
 
     def _calls(self) -> None:
         """Add function calls, each whole, as many as the bound allows."""
         left = self._left
-        for tool in self._asked.called:
-            given = arguments(self._asked, tool.schema)
+        for tool in self._parsed.called:
+            given = arguments(self._parsed, tool.schema)
             tokens = len(orjson.dumps(given).split()) + 1
             if left is not None and tokens > left:
                 self._finish = "MAX_TOKENS"
                 return
             left = None if left is None else left - tokens
             part: Json = {"functionCall": {"name": tool.name, "args": given}}
-            if self._asked.thinks and not self._parts:  # a model that thinks signs its first call
+            if self._parsed.thinks and not self._parts:  # a model that thinks signs its first call
                 part["thoughtSignature"] = SIGNATURE
             self._parts.append((part, tokens))
 
@@ -557,16 +557,16 @@ def _is_elsewhere(file: Attached) -> bool:
     return file.size_bytes is None and (file.uri or "").startswith(("https://", "http://"))
 
 
-def _modalities(asked: ModelRequest) -> list[Json]:
-    counted = asked.input_by_modality
+def _modalities(parsed: ModelRequest) -> list[Json]:
+    counted = parsed.input_by_modality
     return [{"modality": name, "tokenCount": count} for name, count in counted.items()]
 
 
 def _script(
-    asked: ModelRequest, behaviour: Behaviour, framing: Framing, fault: Fault | None
+    parsed: ModelRequest, behaviour: Behaviour, framing: Framing, fault: Fault | None
 ) -> AnswerScript:
     frame = _FRAMED[framing]
-    answer = _GeminiAnswer(asked, behaviour)
+    answer = _GeminiAnswer(parsed, behaviour)
     steps = [
         ScriptStep(frame(index, orjson.dumps(body)), output_tokens)
         for index, (body, output_tokens) in enumerate(answer.bodies(framing, fault))
@@ -577,7 +577,7 @@ def _script(
         steps,
         broken=lambda index, fault: frame(index, broken_object(GEMINI, _GARBAGE, fault)),
         thoughts_tokens=answer.thoughts,
-        headers={"x-gemini-service-tier": asked.tier or "standard"},
+        headers={"x-gemini-service-tier": parsed.tier or "standard"},
     )
 
 
@@ -670,21 +670,21 @@ async def _act(served: Served, model: str, action: str) -> web.StreamResponse:
 
 async def _generate(served: Served, model: str, body: Any, framing: Framing) -> web.StreamResponse:
     lookup = served.state.files.look_up
-    asked = served.cached(read_generate(model, body, lookup, streamed=framing != "whole"))
-    asked = served.in_tier(asked, get(body, "serviceTier"))
+    parsed = served.cached(read_generate(model, body, lookup, streamed=framing != "whole"))
+    parsed = served.in_tier(parsed, get(body, "serviceTier"))
     if (name := get(body, "cachedContent")) is not None:
-        kept = gemini_stored.find_cache(served, str(name))["usageMetadata"]["totalTokenCount"]
-        counted = {**asked.input_by_modality, "TEXT": asked.input_tokens + kept}
-        asked = replace(asked, input_by_modality=counted, cached_tokens=kept)
-    scripted = partial(_script, asked, served.behaviour, framing)
+        stored = gemini_stored.find_cache(served, str(name))["usageMetadata"]["totalTokenCount"]
+        counted = {**parsed.input_by_modality, "TEXT": parsed.input_tokens + stored}
+        parsed = replace(parsed, input_by_modality=counted, cached_tokens=stored)
+    scripted = partial(_script, parsed, served.behaviour, framing)
     kind = GEMINI.stream_type if framing == "sse" else GEMINI.json_type
-    return await served.generate(asked, scripted, kind)
+    return await served.generate(parsed, scripted, kind)
 
 
 def _line_work(served: Served, model: str, body: Any) -> LineWork:
     """Return the work of a batch's line. Raises Refused."""
-    asked = read_generate(model, body, served.state.files.look_up)
-    return line_work(asked, partial(_script, asked, served.behaviour, "whole"))
+    parsed = read_generate(model, body, served.state.files.look_up)
+    return line_work(parsed, partial(_script, parsed, served.behaviour, "whole"))
 
 
 def _embedding_work(model: str, body: Any) -> LineWork:
@@ -731,8 +731,8 @@ def _checked_model(served: Served, name: str) -> Json:
 
 def _count(served: Served, model: str, body: Any) -> Json:
     inner = get(body, "generateContentRequest") if isinstance(body, dict) else None
-    asked = read_generate(model, inner or body, served.state.files.look_up)
-    return {"totalTokens": asked.input_tokens, "promptTokensDetails": _modalities(asked)}
+    parsed = read_generate(model, inner or body, served.state.files.look_up)
+    return {"totalTokens": parsed.input_tokens, "promptTokensDetails": _modalities(parsed)}
 
 
 def _list_files(served: Served) -> Json:

@@ -73,17 +73,17 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 async def interactions(served: Served, steps: Sequence[str]) -> web.StreamResponse:
     """Serve what follows `interactions` in the path. Raises Refused."""
-    kept = served.state.stored[_INTERACTIONS]
+    stored = served.state.stored[_INTERACTIONS]
     match served.request.method, steps:
         case "POST", []:
             return await _create(served)
         case "GET", [name]:
             if served.request.query.get("stream") == "true":
                 return await served.other(_INTERACTIONS, "", partial(_replay, served, name))
-            return await served.other(_INTERACTIONS, "", lambda: _shown(_found(served, name)))
+            return await served.other(_INTERACTIONS, "", lambda: _public(_found(served, name)))
         case "DELETE", [name]:
             return await served.other(
-                _INTERACTIONS, "", lambda: kept.pop(_found(served, name)["id"]) and {}
+                _INTERACTIONS, "", lambda: stored.pop(_found(served, name)["id"]) and {}
             )
         case "POST", [name, "cancel"]:
             return await served.other(_INTERACTIONS, "", lambda: _cancel(served, name))
@@ -97,14 +97,14 @@ def _found(served: Served, name: str) -> Json:
     return found
 
 
-def _shown(interaction: Json) -> Json:
+def _public(interaction: Json) -> Json:
     """Return an interaction without its internal fields."""
     return {name: value for name, value in interaction.items() if not name.startswith("_")}
 
 
 async def _replay(served: Served, name: str) -> web.Response:
-    shown = _shown(_found(served, name))
-    event = _event({"interaction": shown, "event_type": "interaction.completed"})
+    interaction = _public(_found(served, name))
+    event = _event({"interaction": interaction, "event_type": "interaction.completed"})
     return web.Response(body=event, headers={"Content-Type": "text/event-stream"})
 
 
@@ -114,19 +114,19 @@ def _cancel(served: Served, name: str) -> Json:
         raise Refused(400, f"The interaction is {found['status']}.")
     found["_work"].cancel()
     found["status"] = "cancelled"
-    return _shown(found)
+    return _public(found)
 
 
 async def _create(served: Served) -> web.StreamResponse:
     body = await served.json(_BAD_BODY)
     if not isinstance(body, dict):
         raise Refused(400, "Invalid JSON payload received. Expected an object.")
-    asked = served.cached(_read(served, body))
-    asked = served.in_tier(asked, body.get("service_tier"))
-    answer = _Answer(served, body, asked)
+    parsed = served.cached(_read(served, body))
+    parsed = served.in_tier(parsed, body.get("service_tier"))
+    answer = _Answer(served, body, parsed)
     if body.get("background") is True:
         return answer.in_background()
-    return await served.generate(asked, answer.script)
+    return await served.generate(parsed, answer.script)
 
 
 def _read(served: Served, body: Json) -> ModelRequest:
@@ -201,51 +201,51 @@ def _content(served: Served, given: Any) -> tuple[str | None, Attached | None]:
 class _Answer:
     """An interaction in the form of this API."""
 
-    def __init__(self, served: Served, body: Json, asked: ModelRequest) -> None:
+    def __init__(self, served: Served, body: Json, parsed: ModelRequest) -> None:
         self._served = served
         self._body = body
-        self._asked = asked
+        self._parsed = parsed
         self._id = f"v1_{token_urlsafe(48)}"
         self._created = _time(datetime.now(UTC))
 
     def script(self, fault: Fault | None) -> AnswerScript:
-        composed = compose(self._asked, self._served.behaviour, fault)
-        self._keep(self._whole(composed))
-        steps = self._stream(composed) if self._asked.streamed else self._one(composed)
+        composed = compose(self._parsed, self._served.behaviour, fault)
+        self._store(self._whole(composed))
+        steps = self._stream(composed) if self._parsed.streamed else self._one(composed)
 
         def broken(_: int, fault: Fault) -> bytes:
             data = broken_object(self._served.api, _GARBAGE, fault)
-            return b"event: error\ndata: %s\n\n" % data if self._asked.streamed else data
+            return b"event: error\ndata: %s\n\n" % data if self._parsed.streamed else data
 
         return AnswerScript(
             steps,
             broken,
             composed.thoughts_tokens,
-            {"x-gemini-service-tier": self._asked.tier or "standard"},
+            {"x-gemini-service-tier": self._parsed.tier or "standard"},
         )
 
     def in_background(self) -> web.Response:
         """Answer immediately; the call continues, and counts, for as long as its answer takes."""
-        served, asked = self._served, self._asked
+        served, parsed = self._served, self._parsed
         script = self.script(None)
         stored = served.state.stored[_INTERACTIONS]
         whole, begun = stored[self._id], self._head("in_progress")
-        kept = stored[self._id] = begun | {"_texts": whole["_texts"]}
-        _, kept["_work"] = served.in_background(
-            "background", asked, partial(kept.update, whole), script
+        entry = stored[self._id] = begun | {"_texts": whole["_texts"]}
+        _, entry["_work"] = served.in_background(
+            "background", parsed, partial(entry.update, whole), script
         )
         return json_response(200, begun)
 
-    def _keep(self, whole: Json) -> None:
+    def _store(self, whole: Json) -> None:
         if self._body.get("store") is not False or self._body.get("background") is True:
-            said = [
+            texts = [
                 content["text"]
                 for step in whole["steps"]
                 for content in step.get("content", ())
                 if "text" in content
             ]
-            kept = {"_texts": [self._asked.prompt, *said]}
-            self._served.state.stored[_INTERACTIONS][self._id] = whole | kept
+            internal = {"_texts": [self._parsed.prompt, *texts]}
+            self._served.state.stored[_INTERACTIONS][self._id] = whole | internal
 
     def _head(self, status: str) -> Json:
         named = "agent" if "agent" in self._body else "model"
@@ -255,7 +255,7 @@ class _Answer:
             "created": self._created,
             "updated": self._created,
             "object": "interaction",
-            named: self._asked.model,
+            named: self._parsed.model,
         }
 
     def _whole(self, composed: Composed) -> Json:
@@ -263,21 +263,21 @@ class _Answer:
 
     def _ended(self, composed: Composed) -> Json:
         status = {"length": "incomplete", "calls": "requires_action", "blocked": "failed"}
-        read, wrote = self._asked.input_tokens, composed.output_tokens
-        modalities = self._asked.input_by_modality
+        read, wrote = self._parsed.input_tokens, composed.output_tokens
+        modalities = self._parsed.input_by_modality
         usage = {
             "total_tokens": read + wrote,
             "total_input_tokens": read,
             "input_tokens_by_modality": [
                 {"modality": name.lower(), "tokens": count} for name, count in modalities.items()
             ],
-            "total_cached_tokens": self._asked.cached_tokens,
+            "total_cached_tokens": self._parsed.cached_tokens,
             "total_output_tokens": wrote - composed.thoughts_tokens,
             "total_tool_use_tokens": 0,
             "total_thought_tokens": composed.thoughts_tokens,
         }
         head = self._head(status.get(composed.finish, "completed"))
-        return head | {"usage": usage, "service_tier": self._asked.tier or "standard"}
+        return head | {"usage": usage, "service_tier": self._parsed.tier or "standard"}
 
     def _steps(self, composed: Composed) -> Iterator[Json]:
         """Yield the steps of an answer. If its bound has cut the last call, that is not JSON, and
@@ -286,7 +286,7 @@ class _Answer:
         whole = composed.blocks[:-1] if composed.finish == "length" else composed.blocks
         for call in composed.blocks:
             if call is None:
-                content = [{"type": "text", "text": composed.said or ""}]
+                content = [{"type": "text", "text": composed.whole_text or ""}]
                 yield {"type": "model_output", "content": content}
             elif call in whole:
                 arguments = orjson.loads(call.arguments)
@@ -355,17 +355,17 @@ async def caches(served: Served, steps: Sequence[str]) -> web.StreamResponse:
 
 async def file_search_stores(served: Served, steps: Sequence[str]) -> web.StreamResponse:
     """Serve what follows `fileSearchStores` in the path. Raises Refused."""
-    kept, answer = served.state.stored[_STORES], partial(served.other, _STORES, "")
+    stored, answer = served.state.stored[_STORES], partial(served.other, _STORES, "")
     match served.request.method, steps:
         case "POST", []:
             body = await served.json(_BAD_BODY)
             return await answer(partial(_make_store, served, body))
         case "GET", []:
-            return await answer(lambda: {_STORES: list(map(_shown, kept.values()))})
+            return await answer(lambda: {_STORES: list(map(_public, stored.values()))})
         case "GET", [name]:
-            return await answer(lambda: _shown(find_store(served, name)))
+            return await answer(lambda: _public(find_store(served, name)))
         case "DELETE", [name]:
-            return await answer(lambda: kept.pop(find_store(served, name)["_id"]) and {})
+            return await answer(lambda: stored.pop(find_store(served, name)["_id"]) and {})
         case "POST", [call] if call.endswith(":importFile"):
             body = await served.json(_BAD_BODY)
             return await answer(partial(_import, served, call.partition(":")[0], body))
@@ -388,9 +388,9 @@ def find_store(served: Served, name: str) -> Json:
 
 
 def _make_store(served: Served, body: Any) -> Json:
-    shown = str(body.get("displayName", "")) if isinstance(body, dict) else ""
-    name, now = f"{shown.lower().replace(' ', '')[:20]}-{_letters(12)}", _precise(datetime.now(UTC))
-    made = {"name": f"{_STORES}/{name}", "displayName": shown, "createTime": now, "updateTime": now}
+    label = str(body.get("displayName", "")) if isinstance(body, dict) else ""
+    name, now = f"{label.lower().replace(' ', '')[:20]}-{_letters(12)}", _precise(datetime.now(UTC))
+    made = {"name": f"{_STORES}/{name}", "displayName": label, "createTime": now, "updateTime": now}
     served.state.stored[_STORES][name] = made | {"_id": name, "_documents": {}, "_operations": {}}
     return made
 
@@ -418,10 +418,10 @@ def index(served: Served, store: str, below: str, file: StoredFile) -> Json:
 
 def _below_store(served: Served, store: str, below: str, *, ends: bool) -> Json:
     found = find_store(served, store)
-    for kept in (found["_documents"], found["_operations"]):
-        if below in kept:
-            shown: Json = kept.pop(below) if ends else kept[below]
-            return {} if ends else shown
+    for objects in (found["_documents"], found["_operations"]):
+        if below in objects:
+            document: Json = objects.pop(below) if ends else objects[below]
+            return {} if ends else document
     raise Refused(404, "Requested entity was not found.")
 
 
@@ -494,8 +494,8 @@ def _list_caches(served: Served) -> Json:
         raise Refused(400, f"* ListCachedContentsRequest.page_size: from 1 to {_MOST_CACHES}")
     size = int(given)
     later = [name for name in names if name > served.request.query.get("pageToken", "")]
-    shown = [served.state.stored[_CACHES][name] for name in later[:size]]
-    body: Json = {"cachedContents": shown} if shown else {}
+    listed = [served.state.stored[_CACHES][name] for name in later[:size]]
+    body: Json = {"cachedContents": listed} if listed else {}
     return body | ({"nextPageToken": later[size - 1]} if len(later) > size else {})
 
 
@@ -508,9 +508,9 @@ async def begin_video(served: Served, model: str, body: Any) -> web.Response:
     if not isinstance(count, int):
         raise Refused(400, "Invalid JSON payload received. `sampleCount` must be a number.")
     made: Json = {"name": f"models/{model}/{_OPERATIONS}/{_letters(12)}"}
-    asked = ModelRequest("image_generation", model, prompt, prompt, (), {}, choices=0)
+    parsed = ModelRequest("image_generation", model, prompt, prompt, (), {}, choices=0)
     _, work = served.in_background(
-        "predictLongRunning", asked, lambda: made.update(_ended_video(served, prompt, count))
+        "predictLongRunning", parsed, lambda: made.update(_ended_video(served, prompt, count))
     )
     served.state.stored[_WORK][made["name"]] = {"task": work}
     served.state.stored[_OPERATIONS][made["name"]] = made
@@ -560,29 +560,31 @@ def _letters(count: int) -> str:
 async def operations(served: Served, model: str, name: str) -> web.StreamResponse:
     """Serve an operation of a model, or without a name the list of them. None can be cancelled.
     Raises Refused."""
-    kept, method = served.state.stored[_OPERATIONS], served.request.method
+    stored, method = served.state.stored[_OPERATIONS], served.request.method
     prefix = f"models/{model}/{_OPERATIONS}/"
     if method == "POST":
         name, _, act = name.partition(":")
-        found = _operation(kept, prefix + name)
+        found = _operation(stored, prefix + name)
         if act != "wait":
             raise Refused(501, "Operation is not implemented, or supported, or enabled.")
         await asyncio.wait({served.state.stored[_WORK][found["name"]]["task"]})
     if method == "DELETE":
         key = prefix + name
         return await served.other(
-            _OPERATIONS, "", lambda: kept.pop(_operation(kept, key)["name"]) and {}
+            _OPERATIONS, "", lambda: stored.pop(_operation(stored, key)["name"]) and {}
         )
     if not name:
-        mine = [one for key, one in sorted(kept.items()) if key.startswith(prefix)]
-        return await served.other(_OPERATIONS, "", lambda: {"operations": mine} if mine else {})
-    return await served.other(_OPERATIONS, "", lambda: dict(_operation(kept, prefix + name)))
+        of_model = [one for key, one in sorted(stored.items()) if key.startswith(prefix)]
+        return await served.other(
+            _OPERATIONS, "", lambda: {"operations": of_model} if of_model else {}
+        )
+    return await served.other(_OPERATIONS, "", lambda: dict(_operation(stored, prefix + name)))
 
 
-def _operation(kept: Json, name: str) -> Json:
-    if name not in kept:
+def _operation(stored: Json, name: str) -> Json:
+    if name not in stored:
         raise Refused(404, "Requested entity was not found.")
-    found: Json = kept[name]
+    found: Json = stored[name]
     return found
 
 
@@ -717,8 +719,8 @@ def _line(index: int, item: Any, model: str, work: LineParser) -> ProviderBatchL
     item = item if isinstance(item, dict) else {}
     metadata = item.get("metadata")
     key = str(item.get("key") or index)
-    kept = metadata if isinstance(metadata, dict) else None
-    return ProviderBatchLine.of(key, partial(work, model, item.get("request")), kept)
+    given = metadata if isinstance(metadata, dict) else None
+    return ProviderBatchLine.of(key, partial(work, model, item.get("request")), given)
 
 
 def _check_room(served: Served, model: str, lines: Sequence[ProviderBatchLine]) -> None:
@@ -785,9 +787,9 @@ def _show_batch(served: Served, batch: ProviderBatch) -> Json:
         metadata["output"] = _batch_output(served, batch)
         operation["response"] = metadata["output"] | {"@type": f"{_BATCH_TYPE}Output"}
     else:
-        said = {"cancelled": "The batch was cancelled.", "expired": "The batch has expired."}
+        messages = {"cancelled": "The batch was cancelled.", "expired": "The batch has expired."}
         code = 1 if batch.state == "cancelled" else 4
-        operation["error"] = {"code": code, "message": said[batch.state]}
+        operation["error"] = {"code": code, "message": messages[batch.state]}
     return operation
 
 
@@ -812,9 +814,9 @@ def _batch_output(served: Served, batch: ProviderBatch) -> Json:
         results = ({"key": line.custom_id} | _result(served, line) for line in batch.lines)
         data = b"".join(orjson.dumps(result) + b"\n" for result in results)
         file_id = f"files/batch-{token_hex(8)}"
-        shown = f"{batch.id.removeprefix('batches/')}.jsonl"
+        label = f"{batch.id.removeprefix('batches/')}.jsonl"
         served.state.batches.keep(
-            JsonLinesFile(file_id, shown, "batch_output", data, batch.ended_ns)
+            JsonLinesFile(file_id, label, "batch_output", data, batch.ended_ns)
         )
         batch.files["output"] = file_id
     return {"responsesFile": batch.files["output"]}

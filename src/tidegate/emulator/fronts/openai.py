@@ -96,7 +96,7 @@ def error(
     return ErrorResponse(status, {"error": inner}, headers or {})
 
 
-def wrong(param: str, message: str, code: str = "invalid_value") -> Refused:
+def invalid(param: str, message: str, code: str = "invalid_value") -> Refused:
     """Return the 400 for a wrong field."""
     return Refused(400, message, param=param, code=code)
 
@@ -104,7 +104,7 @@ def wrong(param: str, message: str, code: str = "invalid_value") -> Refused:
 def missing(param: str, place: str | None = None) -> Refused:
     """Return the 400 for a missing field, at `place`."""
     message = f"Missing required parameter: '{place or param}'."
-    return wrong(param, message, "missing_required_parameter")
+    return invalid(param, message, "missing_required_parameter")
 
 
 def throttled(model: str, measure: str, bound: int, retry_after_s: float) -> ErrorResponse:
@@ -201,11 +201,11 @@ def read_content(content: Any, param: str) -> Iterator[tuple[str | None, Attache
         yield content, None
         return
     if not isinstance(content, list):
-        raise wrong(param, f"Invalid type for '{param}': expected a string or a list.")
+        raise invalid(param, f"Invalid type for '{param}': expected a string or a list.")
     for index, part in enumerate(content):
         place = f"{param}[{index}]"
         if not isinstance(part, dict):
-            raise wrong(place, f"Invalid type for '{place}': expected an object.", "invalid_type")
+            raise invalid(place, f"Invalid type for '{place}': expected an object.", "invalid_type")
         yield _read_part(part, place)
 
 
@@ -214,7 +214,7 @@ def _read_part(part: Json, place: str) -> tuple[str | None, Attached | None]:
     if isinstance(kind, str) and kind in _TEXT:
         text = part.get(_TEXT[kind])
         if not isinstance(text, str):
-            raise wrong(f"{place}.text", f"Invalid type for '{place}.text': expected a string.")
+            raise invalid(f"{place}.text", f"Invalid type for '{place}.text': expected a string.")
         return text, None
     match kind:
         case "image_url" | "input_image":
@@ -222,15 +222,15 @@ def _read_part(part: Json, place: str) -> tuple[str | None, Attached | None]:
         case "input_audio":
             sound = part.get("input_audio")
             if not isinstance(sound, dict):
-                raise wrong(place, f"Missing required parameter: '{place}.input_audio'.")
+                raise invalid(place, f"Missing required parameter: '{place}.input_audio'.")
             size = _size(sound.get("data"), f"{place}.input_audio.data")
             return None, Attached(f"audio/{sound.get('format') or 'wav'}", size)
         case "file" | "input_file":
             file = part.get("file") if kind == "file" else part
             if not isinstance(file, dict):
-                raise wrong(place, f"Missing required parameter: '{place}.file'.")
+                raise invalid(place, f"Missing required parameter: '{place}.file'.")
             return None, _file(file, place)
-    raise wrong(f"{place}.type", f"Invalid value: '{kind}'. It is none of the supported types.")
+    raise invalid(f"{place}.type", f"Invalid value: '{kind}'. It is none of the supported types.")
 
 
 def _picture(part: Json, place: str) -> Attached:
@@ -241,7 +241,7 @@ def _picture(part: Json, place: str) -> Attached:
         return _at(url, f"{place}.image_url", "image/*")
     if isinstance(part.get("file_id"), str):
         return Attached("image/*", None, part["file_id"])
-    raise wrong(f"{place}.image_url", f"Missing required parameter: '{place}.image_url'.")
+    raise invalid(f"{place}.image_url", f"Missing required parameter: '{place}.image_url'.")
 
 
 def _file(file: Json, place: str) -> Attached:
@@ -253,18 +253,18 @@ def _file(file: Json, place: str) -> Attached:
     for name in ("file_url", "file_id"):
         if isinstance(file.get(name), str):
             return Attached(_ANYTHING, None, file[name])
-    raise wrong(f"{place}.file_data", f"Missing required parameter: '{place}.file_data'.")
+    raise invalid(f"{place}.file_data", f"Missing required parameter: '{place}.file_data'.")
 
 
 def _at(url: str, place: str, mime_type: str) -> Attached:
     """Return the file of a URL: a `data:` URL contains it, any other only names it."""
     if not url.startswith("data:"):
         if not url.startswith(("http://", "https://")):
-            raise wrong(place, f"Invalid '{place}'. Expected a valid URL.")
+            raise invalid(place, f"Invalid '{place}'. Expected a valid URL.")
         return Attached(mime_type, None, url)
     head, comma, data = url[5:].partition(",")
     if not comma:
-        raise wrong(place, f"Invalid '{place}'. Expected a base64-encoded data URL.")
+        raise invalid(place, f"Invalid '{place}'. Expected a base64-encoded data URL.")
     declared = head.partition(";")[0] or mime_type
     if head.endswith(";base64"):
         return Attached(declared, _size(data, place))
@@ -274,7 +274,7 @@ def _at(url: str, place: str, mime_type: str) -> Attached:
 def _size(data: Any, place: str) -> int:
     size = base64_bytes(data)
     if size is None:
-        raise wrong(place, f"Invalid '{place}'. Expected base64-encoded data.")
+        raise invalid(place, f"Invalid '{place}'. Expected base64-encoded data.")
     return size
 
 
@@ -300,7 +300,7 @@ def read_model(body: Any, usual: str | None = None) -> str:
         raise Refused(400, _NOT_JSON)
     model = body.get("model", usual)
     if not isinstance(model, str) or not model:
-        raise wrong("model", "You must provide a model parameter.", "missing_required_parameter")
+        raise invalid("model", "You must provide a model parameter.", "missing_required_parameter")
     return model
 
 
@@ -314,7 +314,7 @@ def read_chat(body: Json, model: str) -> ModelRequest:
         _add_message(conversation, message, f"messages[{index}]")
     choices = whole(body, "n") or 1
     if choices > MOST_CHOICES:
-        raise wrong("n", f"Invalid 'n': integer above maximum value: {MOST_CHOICES}.")
+        raise invalid("n", f"Invalid 'n': integer above maximum value: {MOST_CHOICES}.")
     return conversation.request(
         model,
         schema=_schema_of(conversation, body.get("response_format"), "response_format"),
@@ -339,10 +339,10 @@ def read_responses(body: Json, model: str) -> ModelRequest:
     else:
         raise missing("input")
     text, reasoning = body.get("text"), body.get("reasoning")
-    wanted = text.get("format") if isinstance(text, dict) else None
+    form = text.get("format") if isinstance(text, dict) else None
     return conversation.request(
         model,
-        schema=_schema_of(conversation, wanted, "text.format"),
+        schema=_schema_of(conversation, form, "text.format"),
         max_output_tokens=whole(body, "max_output_tokens"),
         thinks=_thinks(model, reasoning.get("effort") if isinstance(reasoning, dict) else None),
         called=_calls(conversation, body),
@@ -358,7 +358,7 @@ def read_completions(body: Json, model: str) -> ModelRequest:
         conversation.add("user", prompt)
     choices = (whole(body, "n") or 1) * len(prompts)
     if choices > MOST_CHOICES:
-        raise wrong("n", f"Invalid 'n': more than {MOST_CHOICES} choices in all.")
+        raise invalid("n", f"Invalid 'n': more than {MOST_CHOICES} choices in all.")
     return conversation.request(
         model,
         schema=None,
@@ -375,7 +375,7 @@ def _prompts(given: Any) -> list[str]:
     if not isinstance(prompts, list) or not prompts:
         raise missing("prompt")
     if not all(isinstance(prompt, str | list) for prompt in prompts):
-        raise wrong("prompt", "Invalid type for 'prompt': expected texts or lists of numbers.")
+        raise invalid("prompt", "Invalid type for 'prompt': expected texts or lists of numbers.")
     return [prompt if isinstance(prompt, str) else " ".join(map(str, prompt)) for prompt in prompts]
 
 
@@ -387,11 +387,11 @@ def _streaming(body: Json) -> Json:
 
 def _add_message(conversation: Conversation, message: Any, place: str) -> None:
     if not isinstance(message, dict):
-        raise wrong(place, f"Invalid type for '{place}': expected an object.", "invalid_type")
+        raise invalid(place, f"Invalid type for '{place}': expected an object.", "invalid_type")
     speaker = _SPEAKERS.get(str(message.get("role")))
     if speaker is None:
         allowed = ", ".join(f"'{name}'" for name in _SPEAKERS)
-        raise wrong(
+        raise invalid(
             f"{place}.role",
             f"Invalid value: '{message.get('role')}'. Supported values are: {allowed}.",
         )
@@ -416,15 +416,15 @@ def _add_item(conversation: Conversation, item: Any, place: str) -> None:
         _add_message(conversation, item, place)
 
 
-def _schema_of(conversation: Conversation, wanted: Any, param: str) -> Json | None:
+def _schema_of(conversation: Conversation, form: Any, param: str) -> Json | None:
     """Return the schema of a `response_format`, or of a `text.format`, which has fewer levels."""
-    if not isinstance(wanted, dict):
+    if not isinstance(form, dict):
         return None
-    match wanted.get("type"):
+    match form.get("type"):
         case "json_object":
             return conversation.json_schema()
         case "json_schema":
-            inner = wanted.get("json_schema", wanted)
+            inner = form.get("json_schema", form)
             schema = inner.get("schema") if isinstance(inner, dict) else None
             if not isinstance(schema, dict):
                 raise missing(param, f"{param}.schema")
@@ -435,7 +435,7 @@ def _schema_of(conversation: Conversation, wanted: Any, param: str) -> Json | No
 def _calls(conversation: Conversation, body: Json) -> Sequence[Tool]:
     given = body.get("tools") or []
     if not isinstance(given, list):
-        raise wrong("tools", "Invalid type for 'tools': expected a list.", "invalid_type")
+        raise invalid("tools", "Invalid type for 'tools': expected a list.", "invalid_type")
     tools = []
     for index, item in enumerate(given):
         if not isinstance(item, dict) or item.get("type") != "function":
@@ -458,7 +458,7 @@ def _choice(choice: Any, tools: list[Tool]) -> Choice | Tool:
         for tool in tools:
             if tool.name == name:
                 return tool
-        raise wrong("tool_choice", f"Tool choice '{name}' not found in 'tools' parameter.")
+        raise invalid("tool_choice", f"Tool choice '{name}' not found in 'tools' parameter.")
     return "auto"
 
 
@@ -469,7 +469,7 @@ def _thinks(model: str, effort: Any) -> bool:
 def flag(body: Json, name: str) -> bool:
     value = body.get(name)
     if not isinstance(value, bool | None):
-        raise wrong(name, f"Invalid type for '{name}': expected a boolean.", "invalid_type")
+        raise invalid(name, f"Invalid type for '{name}': expected a boolean.", "invalid_type")
     return bool(value)
 
 
@@ -478,7 +478,7 @@ def whole(body: Json, name: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise wrong(name, f"Invalid '{name}': expected an integer of at least 1.")
+        raise invalid(name, f"Invalid '{name}': expected an integer of at least 1.")
     return value
 
 
@@ -494,18 +494,18 @@ _FINISH = {
 
 
 def choices_script(
-    asked: ModelRequest, behaviour: Behaviour, fault: Fault | None, *, chat: bool
+    parsed: ModelRequest, behaviour: Behaviour, fault: Fault | None, *, chat: bool
 ) -> AnswerScript:
     """Return the answer of chat/completions, or of completions."""
-    answer = _Choices(asked, compose(asked, behaviour, fault), chat=chat)
+    answer = _Choices(parsed, compose(parsed, behaviour, fault), chat=chat)
     garbage = _CHAT_GARBAGE if chat else _COMPLETIONS_GARBAGE
 
     def broken(_: int, fault: Fault) -> bytes:
         data = broken_object(OPENAI, garbage, fault)
-        return data_event(data) if asked.streamed else data
+        return data_event(data) if parsed.streamed else data
 
     return AnswerScript(
-        answer.stream() if asked.streamed else answer.whole(),
+        answer.stream() if parsed.streamed else answer.whole(),
         broken,
         answer.composed.thoughts_tokens,
         {"x-request-id": answer.id},
@@ -515,27 +515,27 @@ def choices_script(
 class _Choices:
     """An answer in the form of chat/completions or completions, the same for each choice."""
 
-    def __init__(self, asked: ModelRequest, composed: Composed, *, chat: bool) -> None:
+    def __init__(self, parsed: ModelRequest, composed: Composed, *, chat: bool) -> None:
         self.composed = composed
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{new_response_id()}"
-        self._asked = asked
+        self._parsed = parsed
         self._chat = chat
         self._finish = _FINISH.get(composed.finish, "stop")
-        self._choices = range(0 if composed.finish == "nothing" else asked.choices)
+        self._choices = range(0 if composed.finish == "nothing" else parsed.choices)
         self._identity: Json = {
             "id": self.id,
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
-            "model": asked.model,
+            "model": parsed.model,
         }
-        self._empty: Json = {} if asked.at_google else {"refusal": None}
-        if chat and not asked.at_google:
-            tier = asked.tier or "default"
+        self._empty: Json = {} if parsed.at_google else {"refusal": None}
+        if chat and not parsed.at_google:
+            tier = parsed.tier or "default"
             self._identity |= {"service_tier": tier, "system_fingerprint": "fp_emulated"}
 
     def whole(self) -> list[ScriptStep]:
         composed = self.composed
-        message: Json = {"role": "assistant", "content": composed.said, **self._empty}
+        message: Json = {"role": "assistant", "content": composed.whole_text, **self._empty}
         if composed.calls:
             message["tool_calls"] = [
                 {
@@ -545,8 +545,8 @@ class _Choices:
                 }
                 for call in composed.calls
             ]
-        said = {"message": message} if self._chat else {"text": composed.said or ""}
-        choices = [self._choice(index, said, self._finish) for index in self._choices]
+        content = {"message": message} if self._chat else {"text": composed.whole_text or ""}
+        choices = [self._choice(index, content, self._finish) for index in self._choices]
         body = self._identity | {"choices": choices, "usage": self._usage()}
         return whole_steps(composed, body, self._billed())
 
@@ -557,7 +557,7 @@ class _Choices:
             content = None if self.composed.calls else ""
             head = self._events({"role": "assistant", "content": content, **self._empty})
         tail = self._events({} if self._chat else "", self._finish)
-        if self._asked.with_usage:
+        if self._parsed.with_usage:
             tail += self._event([], self._usage())
         pieces = [
             ScriptStep(self._piece(moment), self._billed(moment.output_tokens))
@@ -578,20 +578,20 @@ class _Choices:
         more = {"index": moment.block, "function": {"arguments": moment.text}}
         return opening + self._events({"tool_calls": [more]})
 
-    def _events(self, said: Json | str, finish: str | None = None) -> bytes:
+    def _events(self, delta: Json | str, finish: str | None = None) -> bytes:
         """Return the same delta or text for each choice, in an event of its own."""
-        shown: Json = {"delta": said} if self._chat else {"text": said}
+        content: Json = {"delta": delta} if self._chat else {"text": delta}
         return b"".join(
-            self._event([self._choice(index, shown, finish)]) for index in self._choices
+            self._event([self._choice(index, content, finish)]) for index in self._choices
         )
 
     def _event(self, choices: list[Json], usage: Json | None = None) -> bytes:
-        more = {"usage": usage} if self._asked.with_usage else {}
+        more = {"usage": usage} if self._parsed.with_usage else {}
         return data_event(orjson.dumps(self._identity | {"choices": choices} | more))
 
-    def _choice(self, index: int, said: Json, finish: str | None) -> Json:
-        empty = {} if self._asked.at_google else {"logprobs": None}
-        return {"index": index, **said, **empty, "finish_reason": finish}
+    def _choice(self, index: int, content: Json, finish: str | None) -> Json:
+        empty = {} if self._parsed.at_google else {"logprobs": None}
+        return {"index": index, **content, **empty, "finish_reason": finish}
 
     def _billed(self, output_tokens: int | None = None) -> int:
         """Return the billed output: every choice is charged for, the thoughts before them once."""
@@ -600,14 +600,14 @@ class _Choices:
         return thoughts + len(self._choices) * (one - thoughts)
 
     def _usage(self) -> Json:
-        prompt, completion = self._asked.input_tokens, self._billed()
-        cached = self._asked.cached_tokens
+        prompt, completion = self._parsed.input_tokens, self._billed()
+        cached = self._parsed.cached_tokens
         usage: Json = {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
         }
-        if self._asked.at_google:  # there thoughts are part of the total only
+        if self._parsed.at_google:  # there thoughts are part of the total only
             usage["completion_tokens"] = completion - self.composed.thoughts_tokens
             if cached:
                 usage["prompt_tokens_details"] = {"cached_tokens": cached}
@@ -693,14 +693,14 @@ def read_embeddings(body: Json, model: str) -> EmbeddingRequest:
     for item in given:
         numbers = _are_numbers(item)
         if not numbers and not (isinstance(item, str) and item):
-            raise wrong("input", "'$.input' is invalid: expected texts, none of them empty.")
+            raise invalid("input", "'$.input' is invalid: expected texts, none of them empty.")
         tokens += len(item) if numbers else math.ceil(len(item) / 4)
     dimensions = body.get("dimensions") or _DIMENSIONS.get(model.removeprefix("models/"), 1536)
     if not _is_number(dimensions) or not 1 <= dimensions <= MOST_DIMENSIONS:
-        raise wrong("dimensions", f"Invalid 'dimensions': from 1 to {MOST_DIMENSIONS}.")
+        raise invalid("dimensions", f"Invalid 'dimensions': from 1 to {MOST_DIMENSIONS}.")
     encoding = body.get("encoding_format") or "float"
     if encoding not in ("float", "base64"):
-        raise wrong("encoding_format", "Supported values are: 'float' and 'base64'.")
+        raise invalid("encoding_format", "Supported values are: 'float' and 'base64'.")
     texts = tuple(item if isinstance(item, str) else str(item) for item in given)
     return EmbeddingRequest(model, texts, tokens, dimensions, encoding == "base64")
 
@@ -797,35 +797,35 @@ async def _create(served: Served, name: str, body: Json, model: str) -> web.Stre
                 "embed", model, embedded.answer, input_tokens=embedded.input_tokens
             )
         case "images/generations":
-            asked = openai_media.read_pictures(body, model)
+            parsed = openai_media.read_pictures(body, model)
             return await served.generate(
-                asked, partial(openai_media.pictures_script, asked, served)
+                parsed, partial(openai_media.pictures_script, parsed, served)
             )
         case "responses":
-            asked = served.cached(read_responses(body, model))
-            asked = served.in_tier(asked, body.get("service_tier"))
+            parsed = served.cached(read_responses(body, model))
+            parsed = served.in_tier(parsed, body.get("service_tier"))
             openai_stored.check_named(served, body)
             broken = partial(broken_object, OPENAI, GARBAGE)
-            scripted = partial(response_script, broken, body, asked, behaviour)
+            scripted = partial(response_script, broken, body, parsed, behaviour)
             if body.get("background") is True:
-                return await openai_stored.in_background(served, body, asked, scripted(None))
+                return await openai_stored.in_background(served, body, parsed, scripted(None))
             return await served.generate(
-                asked,
+                parsed,
                 lambda fault: openai_stored.keep_response(served, body, scripted(fault), fault),
             )
     chat = name == "chat/completions"
-    asked = served.cached(read_chat(body, model) if chat else read_completions(body, model))
-    asked = served.in_tier(asked, body.get("service_tier"))
+    parsed = served.cached(read_chat(body, model) if chat else read_completions(body, model))
+    parsed = served.in_tier(parsed, body.get("service_tier"))
     if chat and served.request.path.startswith(_PREFIXES[0]) and _GEMINI.match(model):
-        thinks = asked.thinks or (body.get("reasoning_effort") is None and gemini_thinks(model))
-        asked = replace(asked, at_google=True, thinks=thinks)
-    choices = partial(choices_script, asked, behaviour, chat=chat)
+        thinks = parsed.thinks or (body.get("reasoning_effort") is None and gemini_thinks(model))
+        parsed = replace(parsed, at_google=True, thinks=thinks)
+    choices = partial(choices_script, parsed, behaviour, chat=chat)
     if not chat:
-        return await served.generate(asked, choices)
+        return await served.generate(parsed, choices)
     if body.get("deferred") is True:
-        return await openai_stored.defer(served, asked, choices(None))
+        return await openai_stored.defer(served, parsed, choices(None))
     return await served.generate(
-        asked, lambda fault: openai_stored.keep_completion(served, body, choices(fault))
+        parsed, lambda fault: openai_stored.keep_completion(served, body, choices(fault))
     )
 
 
@@ -840,14 +840,14 @@ def _line_work(behaviour: Behaviour, endpoint: str, body: Json) -> LineWork:
             answer = LineAnswer(embedded.answer(), 0)
             return LineWork("other", model, endpoint, tokens, lambda: answer, "embed")
         case "responses":
-            asked = read_responses(body, model)
+            parsed = read_responses(body, model)
             broken = partial(broken_object, OPENAI, GARBAGE)
-            return line_work(asked, partial(response_script, broken, body, asked, behaviour))
+            return line_work(parsed, partial(response_script, broken, body, parsed, behaviour))
         case "completions":
-            asked = read_completions(body, model)
-            return line_work(asked, partial(choices_script, asked, behaviour, chat=False))
-    asked = read_chat(body, model)
-    return line_work(asked, partial(choices_script, asked, behaviour, chat=True))
+            parsed = read_completions(body, model)
+            return line_work(parsed, partial(choices_script, parsed, behaviour, chat=False))
+    parsed = read_chat(body, model)
+    return line_work(parsed, partial(choices_script, parsed, behaviour, chat=True))
 
 
 def _checked_model(served: Served, model: str) -> Json:

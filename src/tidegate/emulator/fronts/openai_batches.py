@@ -87,7 +87,7 @@ async def _upload(served: Served) -> web.Response:
         raise Refused(400, "The file is larger than 200 MB.", param="file")
     batches = served.state.batches
     after_s = form.get("expires_after[seconds]")
-    kept = JsonLinesFile(
+    uploaded = JsonLinesFile(
         f"file-{token_hex(12)}",
         file.filename,
         str(purpose),
@@ -95,17 +95,17 @@ async def _upload(served: Served) -> web.Response:
         batches.now_ns(),
         int(after_s) if isinstance(after_s, str) and after_s.isdigit() else None,
     )
-    batches.keep(kept)
-    return json_response(200, _file(kept))
+    batches.keep(uploaded)
+    return json_response(200, _file(uploaded))
 
 
 async def _upload_in_parts(served: Served, steps: Sequence[str]) -> web.Response:
     uploads = served.state.stored["uploads"]
     if not steps:
-        asked = await _object(served)
+        body = await _object(served)
         upload_id = f"upload_{token_hex(12)}"
         begun = {"id": upload_id, "object": "upload", "status": "pending", "expires_at": 2**31}
-        named = {name: asked.get(name) for name in ("bytes", "filename", "purpose")}
+        named = {name: body.get(name) for name in ("bytes", "filename", "purpose")}
         uploads[upload_id] = begun | named | {"created_at": 0, "file": None}
         served.state.stored["parts"][upload_id] = {}
         return json_response(200, uploads[upload_id])
@@ -142,10 +142,10 @@ async def _upload_in_parts(served: Served, steps: Sequence[str]) -> web.Response
 
 async def _object(served: Served) -> Json:
     """Return the body, which must be an object. Raises Refused (400)."""
-    asked = await served.json(_NOT_JSON)
-    if not isinstance(asked, dict):
+    body = await served.json(_NOT_JSON)
+    if not isinstance(body, dict):
         raise Refused(400, "The body of your request is not an object.")
-    return asked
+    return body
 
 
 def _file(file: JsonLinesFile) -> Json:

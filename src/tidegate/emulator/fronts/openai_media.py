@@ -50,7 +50,7 @@ _DEFAULTS = {
     "moderations": "omni-moderation-latest",
     "responses/input_tokens": "gpt-5",
 }
-_SPOKEN = "The sun rises in the east and sets in the west."
+_TRANSCRIPT = "The sun rises in the east and sets in the west."
 _AUDIO_TOKENS_A_SECOND = 10
 _BYTES_A_SECOND = 16_000
 _LETTERS_A_SECOND, _SPEECH_TOKENS_A_SECOND = 15, 20
@@ -107,38 +107,40 @@ async def read(served: Served, path: str) -> MediaRequest:
     return MediaRequest(path, model, fields, files)
 
 
-async def answer(served: Served, asked: MediaRequest) -> web.StreamResponse:
+async def answer(served: Served, parsed: MediaRequest) -> web.StreamResponse:
     """Serve the request."""
-    match asked.path:
+    match parsed.path:
         case "images/edits" | "images/variations":
-            made = read_pictures({"prompt": "a variation", **asked.body}, asked.model, asked.files)
+            made = read_pictures(
+                {"prompt": "a variation", **parsed.body}, parsed.model, parsed.files
+            )
             return await served.generate(made, partial(pictures_script, made, served))
         case "audio/transcriptions" | "audio/translations":
-            return await _transcribe(served, asked)
+            return await _transcribe(served, parsed)
         case "audio/speech":
-            return await _speak(served, asked)
+            return await _synthesize(served, parsed)
         case "moderations":
-            return await served.other("moderate", asked.model, partial(_judged, asked))
+            return await served.other("moderate", parsed.model, partial(_judged, parsed))
         case "rerank":
-            return await _rank(served, asked)
+            return await _rank(served, parsed)
         case "responses/input_tokens":
-            tokens = _tokens(asked.body)
+            tokens = _tokens(parsed.body)
             found = {"object": "response.input_tokens", "input_tokens": tokens}
-            return await served.other("count", asked.model, lambda: found)
-    return await _compact(served, asked)
+            return await served.other("count", parsed.model, lambda: found)
+    return await _compact(served, parsed)
 
 
 def _request(
-    asked: MediaRequest, kind: str, prompt: str, attached: tuple[Attached, ...] = ()
+    parsed: MediaRequest, kind: str, prompt: str, attached: tuple[Attached, ...] = ()
 ) -> ModelRequest:
     return ModelRequest(
         kind=kind,
-        model=asked.model,
+        model=parsed.model,
         prompt=prompt,
         last_text=prompt,
         attached=attached,
         input_by_modality=count_by_modality(len(prompt), attached),
-        streamed=asked.body.get("stream") is True or asked.body.get("stream_format") == "sse",
+        streamed=parsed.body.get("stream") is True or parsed.body.get("stream_format") == "sse",
     )
 
 
@@ -161,12 +163,12 @@ def seconds_of(file: web.FileField) -> int:
     return max(1, math.ceil(float(seconds)))
 
 
-async def _transcribe(served: Served, asked: MediaRequest) -> web.StreamResponse:
-    seconds, body = sum(map(seconds_of, asked.files)), asked.body
+async def _transcribe(served: Served, parsed: MediaRequest) -> web.StreamResponse:
+    seconds, body = sum(map(seconds_of, parsed.files)), parsed.body
     prompt = str(body.get("prompt") or "")
-    request = _request(asked, "multi_modal", prompt)
-    by_tokens = "transcribe" in asked.model
-    audio, given = seconds * _AUDIO_TOKENS_A_SECOND, math.ceil(len(_SPOKEN) / 4)
+    request = _request(parsed, "multi_modal", prompt)
+    by_tokens = "transcribe" in parsed.model
+    audio, given = seconds * _AUDIO_TOKENS_A_SECOND, math.ceil(len(_TRANSCRIPT) / 4)
     usage: Json = {"type": "duration", "seconds": seconds}
     if by_tokens:
         usage = {
@@ -177,20 +179,20 @@ async def _transcribe(served: Served, asked: MediaRequest) -> web.StreamResponse
             "total_tokens": audio + request.input_tokens + given,
         }
     kind, content_type = body.get("response_format") or "json", None
-    whole: Json | str = {"text": _SPOKEN, "usage": usage}
-    if asked.path == "audio/translations":
-        whole = {"text": _SPOKEN}
+    whole: Json | str = {"text": _TRANSCRIPT, "usage": usage}
+    if parsed.path == "audio/translations":
+        whole = {"text": _TRANSCRIPT}
     elif kind == "verbose_json":
         whole = {"task": "transcribe", "language": "english", "duration": seconds - 0.25,
-                 "text": _SPOKEN, "segments": [], "usage": usage}  # fmt: skip
+                 "text": _TRANSCRIPT, "segments": [], "usage": usage}  # fmt: skip
     elif kind in ("text", "srt", "vtt"):
-        whole, content_type = f"{_SPOKEN}\n", "text/plain; charset=utf-8"
+        whole, content_type = f"{_TRANSCRIPT}\n", "text/plain; charset=utf-8"
     data = whole.encode() if isinstance(whole, str) else orjson.dumps(whole)
     steps = [ScriptStep(data, given)]
     if request.streamed:
-        words = _SPOKEN.split(" ")
+        words = _TRANSCRIPT.split(" ")
         deltas = [{"type": "transcript.text.delta", "delta": f"{word} "} for word in words]
-        done = {"type": "transcript.text.done", "text": _SPOKEN, "usage": usage}
+        done = {"type": "transcript.text.done", "text": _TRANSCRIPT, "usage": usage}
         steps = [_event(one, given * n // len(words)) for n, one in enumerate(deltas, 1)]
         steps.append(_event(done, given))
     script = AnswerScript(steps, partial(_broken, served))
@@ -201,13 +203,13 @@ def _event(event: Json, output_tokens: int) -> ScriptStep:
     return ScriptStep(data_event(orjson.dumps(event)), output_tokens)
 
 
-async def _speak(served: Served, asked: MediaRequest) -> web.StreamResponse:
-    text = asked.text("input")
-    asked.text("voice")
-    request = _request(asked, "text_only", text)
+async def _synthesize(served: Served, parsed: MediaRequest) -> web.StreamResponse:
+    text = parsed.text("input")
+    parsed.text("voice")
+    request = _request(parsed, "text_only", text)
     sound = b"ID3" + b"\x00\xff" * (len(text) * _SPEECH_BYTES_A_LETTER // 2)
     tokens = math.ceil(len(text) / _LETTERS_A_SECOND * _SPEECH_TOKENS_A_SECOND)
-    kind = _TYPES.get(str(asked.body.get("response_format") or "mp3"), "audio/mpeg")
+    kind = _TYPES.get(str(parsed.body.get("response_format") or "mp3"), "audio/mpeg")
     steps, content_type = [ScriptStep(sound, tokens)], kind
     if request.streamed:
         usage = {
@@ -225,8 +227,8 @@ async def _speak(served: Served, asked: MediaRequest) -> web.StreamResponse:
     return await served.generate(request, lambda _: script, content_type)
 
 
-def _judged(asked: MediaRequest) -> Json:
-    given = asked.body.get("input")
+def _judged(parsed: MediaRequest) -> Json:
+    given = parsed.body.get("input")
     if not given:
         raise missing("input")
     inputs = given if isinstance(given, list) else [given]
@@ -239,20 +241,20 @@ def _judged(asked: MediaRequest) -> Json:
         results.append(
             {"flagged": any(found.values()), "categories": found, "category_scores": scores}
         )
-    return {"id": f"modr-{new_response_id()}", "model": asked.model, "results": results}
+    return {"id": f"modr-{new_response_id()}", "model": parsed.model, "results": results}
 
 
-async def _rank(served: Served, asked: MediaRequest) -> web.StreamResponse:
-    query, documents = asked.text("query"), asked.body.get("documents")
+async def _rank(served: Served, parsed: MediaRequest) -> web.StreamResponse:
+    query, documents = parsed.text("query"), parsed.body.get("documents")
     if not isinstance(documents, list) or not documents:
         raise missing("documents")
-    most, words = asked.body.get("top_n"), set(query.lower().split())
-    for param, is_wrong in (
+    most, words = parsed.body.get("top_n"), set(query.lower().split())
+    for param, is_invalid in (
         ("query", not words),
         ("documents", not all(isinstance(one, str | dict) for one in documents)),
         ("top_n", most is not None and (type(most) is not int or most < 1)),
     ):
-        if is_wrong:
+        if is_invalid:
             raise Refused(400, f"Invalid '{param}'.", param=param, code="invalid_value")
     texts = [one if isinstance(one, str) else str(one.get("text")) for one in documents]
     scores = [len(words & set(text.lower().split())) / len(words) for text in texts]
@@ -263,20 +265,20 @@ async def _rank(served: Served, asked: MediaRequest) -> web.StreamResponse:
     ]
     tokens = math.ceil((len(query) * len(texts) + sum(map(len, texts))) / 4)
     found: Json = {"id": f"rerank-{new_response_id()}", "results": results}
-    if asked.model.startswith("rerank-"):  # Cohere's
+    if parsed.model.startswith("rerank-"):  # Cohere's
         searches = math.ceil(len(texts) / _DOCUMENTS_A_SEARCH)
         found["meta"] = {
             "api_version": {"version": "2"},
             "billed_units": {"search_units": searches},
         }
     else:
-        found |= {"model": asked.model, "usage": {"total_tokens": tokens}}
-    return await served.other("rerank", asked.model, lambda: found, input_tokens=tokens)
+        found |= {"model": parsed.model, "usage": {"total_tokens": tokens}}
+    return await served.other("rerank", parsed.model, lambda: found, input_tokens=tokens)
 
 
-async def _compact(served: Served, asked: MediaRequest) -> web.StreamResponse:
-    prompt = orjson.dumps(asked.body.get("input")).decode()
-    request = _request(asked, "text_only", prompt)
+async def _compact(served: Served, parsed: MediaRequest) -> web.StreamResponse:
+    prompt = orjson.dumps(parsed.body.get("input")).decode()
+    request = _request(parsed, "text_only", prompt)
     given = 40
     item = {
         "id": f"cmp_{new_response_id()}",
@@ -307,14 +309,14 @@ def read_pictures(
     prompt = body.get("prompt")
     if not isinstance(prompt, str) or not prompt:
         raise missing("prompt")
-    wanted = body.get("n")
-    wanted = 1 if wanted is None else wanted
-    if type(wanted) is not int or not 1 <= wanted <= MOST_PICTURES:
+    count = body.get("n")
+    count = 1 if count is None else count
+    if type(count) is not int or not 1 <= count <= MOST_PICTURES:
         allowed = f"Invalid 'n': from 1 to {MOST_PICTURES}."
         raise Refused(400, allowed, param="n", code="invalid_value")
     if body.get("stream"):
-        said = "Pictures are not streamed here."
-        raise Refused(400, said, param="stream", code="unsupported_parameter")
+        message = "Pictures are not streamed here."
+        raise Refused(400, message, param="stream", code="unsupported_parameter")
     attached = tuple(Attached("image/png", None) for _ in files)
     return ModelRequest(
         kind="image_generation",
@@ -323,29 +325,29 @@ def read_pictures(
         last_text=prompt,
         attached=attached,
         input_by_modality=count_by_modality(len(prompt), attached),
-        choices=wanted,
+        choices=count,
     )
 
 
-def pictures_script(asked: ModelRequest, served: Served, fault: Fault | None) -> AnswerScript:
+def pictures_script(parsed: ModelRequest, served: Served, fault: Fault | None) -> AnswerScript:
     empty = fault is not None and fault.fault in (FaultName.NO_IMAGE, FaultName.NO_CANDIDATES)
-    count = 0 if empty else asked.choices
+    count = 0 if empty else parsed.choices
     # Pictures of one prompt differ by their number.
     size_px = served.behaviour.image_size
-    pngs = [draw(f"{asked.prompt}\n{number}", size_px) for number in range(count)]
+    pngs = [draw(f"{parsed.prompt}\n{number}", size_px) for number in range(count)]
     tokens = count * OUTPUT_PICTURE_TOKENS
-    texts = asked.input_by_modality.get("TEXT", 0)
-    details = {"text_tokens": texts, "image_tokens": asked.input_tokens - texts}
+    texts = parsed.input_by_modality.get("TEXT", 0)
+    details = {"text_tokens": texts, "image_tokens": parsed.input_tokens - texts}
     body = {
         "created": int(time.time()),
         "background": "opaque",
         "output_format": "png",
         "data": [{"b64_json": b64encode(png).decode()} for png in pngs],
         "usage": {
-            "input_tokens": asked.input_tokens,
+            "input_tokens": parsed.input_tokens,
             "input_tokens_details": details,
             "output_tokens": tokens,
-            "total_tokens": asked.input_tokens + tokens,
+            "total_tokens": parsed.input_tokens + tokens,
         },
     }
     return AnswerScript([ScriptStep(orjson.dumps(body), tokens)], partial(_broken, served))

@@ -73,13 +73,13 @@ _ECHOED: Json = {
 def response_script(
     broken: Callable[[Fault], bytes],
     body: Json,
-    asked: ModelRequest,
+    parsed: ModelRequest,
     behaviour: Behaviour,
     fault: Fault | None,
 ) -> AnswerScript:
     """Return the answer to a request with this `body`; `broken` returns the body of a fault."""
-    answer = _ResponseObject(asked, body, compose(asked, behaviour, fault))
-    steps = answer.stream() if asked.streamed else answer.whole()
+    answer = _ResponseObject(parsed, body, compose(parsed, behaviour, fault))
+    steps = answer.stream() if parsed.streamed else answer.whole()
 
     def broken_event(index: int, fault: Fault) -> bytes:
         data = broken(fault)
@@ -89,7 +89,7 @@ def response_script(
 
     return AnswerScript(
         steps,
-        broken_event if asked.streamed else lambda _, fault: broken(fault),
+        broken_event if parsed.streamed else lambda _, fault: broken(fault),
         answer.composed.thoughts_tokens,
         {"x-request-id": answer.id},
     )
@@ -98,8 +98,8 @@ def response_script(
 class _ResponseObject:
     """A response in the form of this API."""
 
-    def __init__(self, asked: ModelRequest, body: Json, composed: Composed) -> None:
-        self._asked = asked
+    def __init__(self, parsed: ModelRequest, body: Json, composed: Composed) -> None:
+        self._parsed = parsed
         self.composed = composed
         self.id = f"resp_{new_response_id()}"
         self._body = body
@@ -121,8 +121,8 @@ class _ResponseObject:
         self._sequence = count(sum(step.data.count(b"\n\n") for step in sent))
         error = error | {"code": error["code"] or error["type"]}
         events = (b"" if sent else self._begun()) + self._event("error", error=error)
-        shown = {"code": error["code"], "message": error["message"]}
-        ended = self._response("failed", [], None) | {"error": shown}
+        details = {"code": error["code"], "message": error["message"]}
+        ended = self._response("failed", [], None) | {"error": details}
         return events + self._event("response.failed", response=ended)
 
     def stream(self) -> list[ScriptStep]:
@@ -159,7 +159,7 @@ class _ResponseObject:
 
     def _closed(self, moment: Moment) -> bytes:
         if moment.call is None:
-            text = self.composed.said or ""
+            text = self.composed.whole_text or ""
             events = self._event(
                 "response.output_text.done", **self._content(moment), text=text, logprobs=[]
             )
@@ -224,7 +224,7 @@ class _ResponseObject:
             "type": "message",
             "status": status,
             "role": "assistant",
-            "content": [_text_part(self.composed.said or "")] if done else [],
+            "content": [_text_part(self.composed.whole_text or "")] if done else [],
         }
 
     def _ended(self) -> Json:
@@ -249,8 +249,8 @@ class _ResponseObject:
             "status": status,
             "error": None,
             "incomplete_details": None,
-            "model": self._asked.model,
-            "service_tier": self._asked.tier or "default",
+            "model": self._parsed.model,
+            "service_tier": self._parsed.tier or "default",
             "output": output,
             "usage": usage,
         }
@@ -259,11 +259,11 @@ class _ResponseObject:
         return named_event({"type": name, "sequence_number": next(self._sequence), **fields})
 
     def _usage(self) -> Json:
-        read, wrote = self._asked.input_tokens, self.composed.output_tokens
+        read, wrote = self._parsed.input_tokens, self.composed.output_tokens
         return {
             "input_tokens": read,
             "input_tokens_details": {
-                "cached_tokens": self._asked.cached_tokens,
+                "cached_tokens": self._parsed.cached_tokens,
                 "cache_write_tokens": 0,
             },
             "output_tokens": wrote,
@@ -280,7 +280,7 @@ def _text_part(text: str) -> Json:
 class StoredResponse:
     """A response, with its input items. `work`: the task that still generates it."""
 
-    shown: Json
+    document: Json
     input_items: list[Json]
     work: asyncio.Task[None] | None = None
 
@@ -330,20 +330,20 @@ def keep_response(
     if body.get("store") is False:
         return script
     if fault is None or fault.fault is not FaultName.ERROR_IN_STREAM:
-        _keep(served, body, _last_object(script.steps[-1].data))
+        _store(served, body, _last_object(script.steps[-1].data))
     elif body.get("stream"):
-        _keep(served, body, _last_object(script.broken(0, fault)))
+        _store(served, body, _last_object(script.broken(0, fault)))
     return script
 
 
 def keep_completion(served: Served, body: Json, script: AnswerScript) -> AnswerScript:
     """Store a chat completion if requested."""
     if body.get("store") is True and not body.get("stream"):
-        shown = orjson.loads(script.steps[-1].data)
+        document = orjson.loads(script.steps[-1].data)
         things, metadata = things_of(served.state), body.get("metadata") or {}
-        things.completions[shown["id"]] = shown | {"metadata": metadata}
-        things.messages[shown["id"]] = [
-            {"id": f"{shown['id']}-{place}", **one} for place, one in enumerate(body["messages"])
+        things.completions[document["id"]] = document | {"metadata": metadata}
+        things.messages[document["id"]] = [
+            {"id": f"{document['id']}-{place}", **one} for place, one in enumerate(body["messages"])
         ]
     return script
 
@@ -358,15 +358,15 @@ def _last_object(data: bytes) -> Json:
     return response
 
 
-def _keep(served: Served, body: Json, shown: Json) -> StoredResponse:
+def _store(served: Served, body: Json, document: Json) -> StoredResponse:
     things = things_of(served.state)
-    kept = StoredResponse(shown, _items_of(body.get("input"), "msg"))
-    things.responses[shown["id"]] = kept
+    entry = StoredResponse(document, _items_of(body.get("input"), "msg"))
+    things.responses[document["id"]] = entry
     named = body.get("conversation")
     if (found := named.get("id") if isinstance(named, dict) else named) is not None:
-        shown["conversation"] = {"id": found}
-        things.items[str(found)] += [*kept.input_items, *shown["output"]]
-    return kept
+        document["conversation"] = {"id": found}
+        things.items[str(found)] += [*entry.input_items, *document["output"]]
+    return entry
 
 
 def _items_of(given: Any, prefix: str) -> list[Json]:
@@ -386,37 +386,37 @@ def _items_of(given: Any, prefix: str) -> list[Json]:
 
 
 async def in_background(
-    served: Served, body: Json, asked: ModelRequest, script: AnswerScript
+    served: Served, body: Json, parsed: ModelRequest, script: AnswerScript
 ) -> web.StreamResponse:
     """Answer immediately; the call continues, and counts, for as long as its answer takes."""
     state, whole = served.state, _last_object(script.steps[-1].data)
     begun = whole | {"status": "queued", "output": [], "usage": None, "background": True}
 
     def done() -> None:
-        kept.shown = whole | {"background": True, "completed_at": int(time.time())}
-        kept.work = None
+        entry.document = whole | {"background": True, "completed_at": int(time.time())}
+        entry.work = None
 
     pauses = len(script.steps) - 1
-    call, work = served.in_background("background", asked, done, script, pauses=pauses)
-    kept = _keep(served, body, begun)
-    kept.work = work
-    kept.shown = begun | {"status": "in_progress"}
+    call, work = served.in_background("background", parsed, done, script, pauses=pauses)
+    entry = _store(served, body, begun)
+    entry.work = work
+    entry.document = begun | {"status": "in_progress"}
     headers = EMULATED | dict(script.headers)
-    fault = state.faults.strike(asked.kind, asked.prompt)
+    fault = state.faults.strike(parsed.kind, parsed.prompt)
     if fault is not None and fault.fault is FaultName.SLOW_FIRST_TOKEN:
         call.fault = fault.fault.value
         await asyncio.sleep(fault.delay_ms / 1000)
-    if not asked.streamed:
+    if not parsed.streamed:
         return json_response(200, begun, headers)
-    return await _streamed(served, kept, headers)
+    return await _streamed(served, entry, headers)
 
 
-async def defer(served: Served, asked: ModelRequest, script: AnswerScript) -> web.Response:
+async def defer(served: Served, parsed: ModelRequest, script: AnswerScript) -> web.Response:
     """Answer with the id of a completion, which is returned only once when it is ready, as at
     xAI."""
     request_id, deferred = str(uuid4()), things_of(served.state).deferred
     served.in_background(
-        "deferred", asked, lambda: deferred.update({request_id: script.steps[-1].data}), script
+        "deferred", parsed, lambda: deferred.update({request_id: script.steps[-1].data}), script
     )
     deferred[request_id] = None
     return json_response(200, {"request_id": request_id})
@@ -433,7 +433,7 @@ async def _undeferred(served: Served, request_id: str) -> web.Response:
 
 
 async def _streamed(
-    served: Served, kept: StoredResponse, headers: dict[str, str], after: int = -1
+    served: Served, entry: StoredResponse, headers: dict[str, str], after: int = -1
 ) -> web.StreamResponse:
     """Serve the beginning of a stream, and its end once there is one; the work does not depend on a
     reader."""
@@ -441,12 +441,12 @@ async def _streamed(
     await response.prepare(served.request)
     for number, name in enumerate(("response.created", "response.queued")):
         if number > after:
-            event = {"type": name, "sequence_number": number, "response": kept.shown}
+            event = {"type": name, "sequence_number": number, "response": entry.document}
             await response.write(named_event(event))
-    if kept.work is not None:
-        await asyncio.wait({kept.work})
-    name = f"response.{kept.shown['status']}"
-    event = {"type": name, "sequence_number": 2, "response": kept.shown}
+    if entry.work is not None:
+        await asyncio.wait({entry.work})
+    name = f"response.{entry.document['status']}"
+    event = {"type": name, "sequence_number": 2, "response": entry.document}
     await response.write_eof(named_event(event))
     return response
 
@@ -478,14 +478,14 @@ async def route(served: Served, name: str) -> web.StreamResponse:
     if parts[:2] == ["chat", "deferred-completion"]:
         return await served.other("deferred", "", partial(_undeferred, served, parts[2]))
     if parts[0] == "responses":
-        kept = things.responses.get(parts[1])
-        if kept is None:
+        entry = things.responses.get(parts[1])
+        if entry is None:
             raise Refused(404, f"Response with id '{parts[1]}' not found.")
         if request.method == "GET" and request.query.get("stream") == "true" and len(parts) == 2:
             named = "starting_after" in request.query
             after = _whole(request, "starting_after", "") if named else -1
-            return await _streamed(served, kept, dict(EMULATED), after)
-        answer: Callable[[], Json] = partial(_on_response, things, kept, request, parts[2:])
+            return await _streamed(served, entry, dict(EMULATED), after)
+        answer: Callable[[], Json] = partial(_on_response, things, entry, request, parts[2:])
     elif parts[0] == "conversations":
         answer = partial(_on_conversation, things, request, parts[1:], body)
     else:
@@ -494,25 +494,25 @@ async def route(served: Served, name: str) -> web.StreamResponse:
 
 
 def _on_response(
-    things: StoredThings, kept: StoredResponse, request: web.BaseRequest, below: list[str]
+    things: StoredThings, entry: StoredResponse, request: web.BaseRequest, below: list[str]
 ) -> Json:
-    shown = kept.shown
+    document = entry.document
     match request.method, below:
         case "GET", []:
-            return shown
+            return document
         case "GET", ["input_items"]:
-            return _listed(kept.input_items, request)
+            return _listed(entry.input_items, request)
         case "POST", ["cancel"]:
-            if not shown.get("background"):
+            if not document.get("background"):
                 raise Refused(400, "Cannot cancel a synchronous response.")
-            if kept.work is not None:
-                kept.work.cancel()
-                kept.work = None
-                kept.shown = shown = shown | {"status": "cancelled"}
-            return shown
+            if entry.work is not None:
+                entry.work.cancel()
+                entry.work = None
+                entry.document = document = document | {"status": "cancelled"}
+            return document
         case "DELETE", []:
-            del things.responses[shown["id"]]
-            return {"id": shown["id"], "object": "response", "deleted": True}
+            del things.responses[document["id"]]
+            return {"id": document["id"], "object": "response", "deleted": True}
     raise Refused(404, f"Invalid URL ({request.method} {request.path})")
 
 
@@ -520,26 +520,26 @@ def _on_conversation(
     things: StoredThings, request: web.BaseRequest, below: list[str], body: Json
 ) -> Json:
     if (request.method, below) == ("POST", []):
-        shown: Json = {
+        document: Json = {
             "id": f"conv_{token_hex(24)}",
             "object": "conversation",
             "created_at": int(time.time()),
             "metadata": body.get("metadata") or {},
         }
-        things.conversations[shown["id"]] = shown
-        things.items[shown["id"]] = _items_of(body.get("items"), "msg")
-        return shown
-    shown = _conversation(things, below[0] if below else "")
-    items = things.items[shown["id"]]
+        things.conversations[document["id"]] = document
+        things.items[document["id"]] = _items_of(body.get("items"), "msg")
+        return document
+    document = _conversation(things, below[0] if below else "")
+    items = things.items[document["id"]]
     match request.method, below[1:]:
         case "GET", []:
-            return shown
+            return document
         case "POST", []:
-            shown["metadata"] = body.get("metadata") or {}
-            return shown
+            document["metadata"] = body.get("metadata") or {}
+            return document
         case "DELETE", []:
-            del things.conversations[shown["id"]]
-            return {"id": shown["id"], "object": "conversation.deleted", "deleted": True}
+            del things.conversations[document["id"]]
+            return {"id": document["id"], "object": "conversation.deleted", "deleted": True}
         case "GET", ["items"]:
             return _listed(items, request)
         case "POST", ["items"]:
@@ -550,7 +550,7 @@ def _on_conversation(
             return _item(items, item_id)
         case "DELETE", ["items", item_id]:
             items.remove(_item(items, item_id))
-            return shown
+            return document
     raise Refused(404, f"Invalid URL ({request.method} {request.path})")
 
 
@@ -572,20 +572,20 @@ def _on_completion(
 ) -> Json:
     if (request.method, below) == ("GET", []):
         return _listed(list(things.completions.values()), request)
-    shown = things.completions.get(below[0] if below else "")
-    if shown is None:
+    document = things.completions.get(below[0] if below else "")
+    if document is None:
         raise Refused(404, f"Completion with id '{below[0] if below else ''}' not found.")
     match request.method, below[1:]:
         case "GET", []:
-            return shown
+            return document
         case "POST", []:
-            shown["metadata"] = body.get("metadata") or {}
-            return shown
+            document["metadata"] = body.get("metadata") or {}
+            return document
         case "GET", ["messages"]:
-            return _listed(things.messages[shown["id"]], request)
+            return _listed(things.messages[document["id"]], request)
         case "DELETE", []:
-            del things.completions[shown["id"]]
-            return {"id": shown["id"], "object": "chat.completion.deleted", "deleted": True}
+            del things.completions[document["id"]]
+            return {"id": document["id"], "object": "chat.completion.deleted", "deleted": True}
     raise Refused(404, f"Invalid URL ({request.method} {request.path})")
 
 

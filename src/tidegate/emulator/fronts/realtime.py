@@ -49,7 +49,7 @@ class Talk:
     total_output: int = 0
     turns: int = 0
 
-    def hear(self, text: str) -> None:
+    def take_text(self, text: str) -> None:
         self.text += text
         self.text_tokens += max(1, len(text) // 4)
 
@@ -57,23 +57,23 @@ class Talk:
     def sound_tokens(self) -> int:
         return -(-self.sound_chars * _IN_A_SECOND // _SECOND_CHARS)
 
-    def answer(self, *, speaks: bool) -> EmulatedTurn:
+    def answer(self, *, in_audio: bool) -> EmulatedTurn:
         """Return the next turn; the input that it answers is part of the context from then on."""
-        said = f"You said: {self.text}" if self.text else "I heard you."
+        reply = f"You said: {self.text}" if self.text else "I heard you."
         found = re.search(r"\[tokens (\d+)\]", self.text)
-        output = int(found[1]) if found else max(1, len(said) // 4)
+        output = int(found[1]) if found else max(1, len(reply) // 4)
         turn = EmulatedTurn(
-            said,
+            reply,
             self.context_tokens,
             self.context_sound_tokens,
             self.text_tokens,
             self.sound_tokens,
             output,
-            speaks,
+            in_audio,
             _DIRECTIVE.search(self.text),
         )
         self.context_tokens = turn.input_tokens + output
-        self.context_sound_tokens += self.sound_tokens + (output if speaks else 0)
+        self.context_sound_tokens += self.sound_tokens + (output if in_audio else 0)
         self.total_input += turn.input_tokens
         self.total_output += output
         self.turns += 1
@@ -83,21 +83,21 @@ class Talk:
 
     def commit(self) -> int:
         """Return how much audio has come since the last call."""
-        came, self.committed_chars = self.sound_chars - self.committed_chars, self.sound_chars
-        return came
+        received, self.committed_chars = self.sound_chars - self.committed_chars, self.sound_chars
+        return received
 
 
 @dataclass(frozen=True, slots=True)
 class EmulatedTurn:
     """An answer and its token counts."""
 
-    said: str
+    reply: str
     cached_tokens: int
     cached_sound_tokens: int
     text_tokens: int
     sound_tokens: int
     output_tokens: int
-    speaks: bool
+    in_audio: bool
     directive: re.Match[str] | None
 
     @property
@@ -239,9 +239,9 @@ class _OpenAISession:
             if event is None:
                 await self._error("We could not parse the JSON body of the event.", None)
             else:
-                await self._hear(event)
+                await self._receive(event)
 
-    async def _hear(self, event: Json) -> None:
+    async def _receive(self, event: Json) -> None:
         talk = self._session.talk
         match event.get("type"):
             case "session.update":
@@ -255,7 +255,7 @@ class _OpenAISession:
             case "conversation.item.create":
                 item = {"id": f"item_{uuid4().hex[:21]}", **event.get("item", {})}
                 for part in item.get("content") or ():
-                    talk.hear(str(part.get("text", "")))
+                    talk.take_text(str(part.get("text", "")))
                 await self._send("conversation.item.added", item=item, previous_item_id=None)
             case "input_audio_buffer.append":
                 talk.sound_chars += len(event.get("audio", ""))
@@ -286,15 +286,15 @@ class _OpenAISession:
         audio = (self._facts.get("audio") or {}).get("input") or {}
         if audio.get("transcription"):
             usage = {"type": "duration", "seconds": sound / _SECOND_CHARS}
-            kind, said = "conversation.item.input_audio_transcription", "as it was said"
+            kind, text = "conversation.item.input_audio_transcription", "as it was said"
             place = {"item_id": item_id, "content_index": 0}
-            await self._send(f"{kind}.delta", delta=said, **place)
-            await self._send(f"{kind}.completed", transcript=said, usage=usage, **place)
+            await self._send(f"{kind}.delta", delta=text, **place)
+            await self._send(f"{kind}.completed", transcript=text, usage=usage, **place)
 
-    async def _answer(self, asked: Json) -> None:
-        session, asked_for = self._session, asked.get("output_modalities")
-        speaks = "audio" in (asked_for or self._facts.get("output_modalities") or ())
-        turn = session.talk.answer(speaks=speaks)
+    async def _answer(self, options: Json) -> None:
+        session, modalities = self._session, options.get("output_modalities")
+        in_audio = "audio" in (modalities or self._facts.get("output_modalities") or ())
+        turn = session.talk.answer(in_audio=in_audio)
         response: Json = {
             "id": f"resp_{uuid4().hex[:21]}",
             "object": "realtime.response",
@@ -313,14 +313,14 @@ class _OpenAISession:
         item_id = f"item_{uuid4().hex[:21]}"
         place = {"response_id": response["id"], "item_id": item_id}
         place |= {"output_index": 0, "content_index": 0}
-        part: Json = {"type": "output_text", "text": turn.said}
-        if speaks:
-            part = {"type": "output_audio", "transcript": turn.said}
+        part: Json = {"type": "output_text", "text": turn.reply}
+        if in_audio:
+            part = {"type": "output_audio", "transcript": turn.reply}
             for _ in range(max(1, turn.output_tokens // 50)):
                 await self._send("response.output_audio.delta", delta=_SOUND, **place)
-            await self._send("response.output_audio_transcript.delta", delta=turn.said, **place)
+            await self._send("response.output_audio_transcript.delta", delta=turn.reply, **place)
         else:
-            for word in turn.said.split(" "):
+            for word in turn.reply.split(" "):
                 await self._send("response.output_text.delta", delta=f"{word} ", **place)
         item: Json = {"id": item_id, "object": "realtime.item", "type": "message"}
         item |= {"status": "completed", "role": "assistant", "content": [part]}
@@ -341,15 +341,15 @@ class _OpenAISession:
 
 
 def _openai_usage(turn: EmulatedTurn) -> Json:
-    audio = turn.output_tokens if turn.speaks else 0
-    heard = turn.cached_sound_tokens + turn.sound_tokens
+    audio = turn.output_tokens if turn.in_audio else 0
+    audio_tokens = turn.cached_sound_tokens + turn.sound_tokens
     return {
         "total_tokens": turn.input_tokens + turn.output_tokens,
         "input_tokens": turn.input_tokens,
         "output_tokens": turn.output_tokens,
         "input_token_details": {
-            "text_tokens": turn.input_tokens - heard,
-            "audio_tokens": heard,
+            "text_tokens": turn.input_tokens - audio_tokens,
+            "audio_tokens": audio_tokens,
             "image_tokens": 0,
             "cached_tokens": turn.cached_tokens,
             "cached_tokens_details": {
@@ -390,17 +390,17 @@ async def _gemini(served: Served) -> web.StreamResponse:
                 served.state.ledger.end(call, "failed")
                 await socket.close(code=1011, message=str(error.status).encode())
                 return socket
-        wanted = (setup.get("generationConfig") or {}).get("responseModalities") or ["AUDIO"]
-        session = _GeminiSession(_Session(served, socket, call, model), "AUDIO" in wanted)
+        modalities = (setup.get("generationConfig") or {}).get("responseModalities") or ["AUDIO"]
+        session = _GeminiSession(_Session(served, socket, call, model), "AUDIO" in modalities)
         await session.run()
     return socket
 
 
 class _GeminiSession:
-    def __init__(self, session: _Session, speaks: bool) -> None:
+    def __init__(self, session: _Session, in_audio: bool) -> None:
         self._session = session
         self._socket = session.socket
-        self._speaks = speaks
+        self._in_audio = in_audio
 
     async def run(self) -> None:
         await self._send({"setupComplete": {}})
@@ -408,40 +408,40 @@ class _GeminiSession:
             if event is None:
                 await self._socket.close(code=1007, message=b"Invalid JSON payload received.")
             else:
-                await self._hear(event)
+                await self._receive(event)
 
-    async def _hear(self, event: Json) -> None:
+    async def _receive(self, event: Json) -> None:
         talk = self._session.talk
         if (content := event.get("clientContent", event.get("client_content"))) is not None:
             for turn in content.get("turns") or ():
                 for part in turn.get("parts") or ():
-                    talk.hear(str(part.get("text", "")))
+                    talk.take_text(str(part.get("text", "")))
             if content.get("turnComplete", content.get("turn_complete")):
                 await self._answer()
-        elif (heard := event.get("realtimeInput", event.get("realtime_input"))) is not None:
-            talk.hear(heard["text"]) if "text" in heard else None
+        elif (received := event.get("realtimeInput", event.get("realtime_input"))) is not None:
+            talk.take_text(received["text"]) if "text" in received else None
             for name in ("audio", "video"):
-                talk.sound_chars += len((heard.get(name) or {}).get("data", ""))
-            ends = heard.get("audioStreamEnd") or "text" in heard
+                talk.sound_chars += len((received.get(name) or {}).get("data", ""))
+            ends = received.get("audioStreamEnd") or "text" in received
             if ends or talk.sound_chars >= _SECOND_CHARS:
                 await self._answer()
         elif "toolResponse" in event:
-            talk.hear("what the tool gave")
+            talk.take_text("what the tool gave")
             await self._answer()
         else:
             await self._socket.close(code=1007, message=b"Request contains an invalid argument.")
 
     async def _answer(self) -> None:
         session = self._session
-        turn = session.talk.answer(speaks=self._speaks)
+        turn = session.talk.answer(in_audio=self._in_audio)
         await session.pause()
         if await session.closes(turn):
             return
-        if self._speaks:
+        if self._in_audio:
             part: Json = {"inlineData": {"mimeType": "audio/pcm;rate=24000", "data": _SOUND}}
             await self._send(_content([part]))
         else:
-            for word in turn.said.split(" "):
+            for word in turn.reply.split(" "):
                 await self._send(_content([{"text": f"{word} "}]))
         await self._send({"serverContent": {"generationComplete": True}})
         session.charge()
@@ -457,16 +457,16 @@ def _content(parts: list[Json]) -> Json:
 
 
 def _gemini_usage(turn: EmulatedTurn) -> Json:
-    heard = turn.cached_sound_tokens + turn.sound_tokens
+    audio_tokens = turn.cached_sound_tokens + turn.sound_tokens
     return {
         "promptTokenCount": turn.input_tokens,
         "responseTokenCount": turn.output_tokens,
         "totalTokenCount": turn.input_tokens + turn.output_tokens,
         "promptTokensDetails": [
-            {"modality": "TEXT", "tokenCount": turn.input_tokens - heard},
-            {"modality": "AUDIO", "tokenCount": heard},
+            {"modality": "TEXT", "tokenCount": turn.input_tokens - audio_tokens},
+            {"modality": "AUDIO", "tokenCount": audio_tokens},
         ],
         "responseTokensDetails": [
-            {"modality": "AUDIO" if turn.speaks else "TEXT", "tokenCount": turn.output_tokens}
+            {"modality": "AUDIO" if turn.in_audio else "TEXT", "tokenCount": turn.output_tokens}
         ],
     }

@@ -34,7 +34,7 @@ from tidegate.emulator.settings import Behaviour
 from tidegate.emulator.state import EmulatorState, LoggedCall
 
 MODEL = "local"
-_KEPT = "gpu"
+_STATE_NAME = "gpu"
 _MOST_PIECES = 1_000
 _GENERATING = ("/v1/chat/completions", "/v1/completions")
 
@@ -81,9 +81,9 @@ class GpuServer:
 
 def server_of(state: EmulatorState, spec: GpuSpec) -> GpuServer:
     """Return the server that this emulator is."""
-    server = state.kept.get(_KEPT)
+    server = state.kept.get(_STATE_NAME)
     if not isinstance(server, GpuServer):
-        server = state.kept[_KEPT] = GpuServer(spec)
+        server = state.kept[_STATE_NAME] = GpuServer(spec)
     if server.spec is not spec:
         server.change(spec)
     return server
@@ -105,7 +105,7 @@ async def answer(state: EmulatorState, request: web.BaseRequest) -> web.StreamRe
             return json_response(501, _error(spec, 501, message))
         return json_response(404, _error(spec, 404, "File Not Found"))
     try:
-        asked = _read(spec, await request.read(), path)
+        parsed = _read(spec, await request.read(), path)
     except orjson.JSONDecodeError as broken:
         status = 500 if spec.software == "llama.cpp" else 400
         return json_response(
@@ -116,7 +116,7 @@ async def answer(state: EmulatorState, request: web.BaseRequest) -> web.StreamRe
         return json_response(status, _error(spec, status, refused.message))
     except web.HTTPRequestEntityTooLarge:
         return json_response(413, _error(spec, 413, "Payload too large"))
-    return await _Reply(state, server, request, asked, behaviour, path).serve()
+    return await _Reply(state, server, request, parsed, behaviour, path).serve()
 
 
 def _page(server: GpuServer, path: str) -> web.Response:
@@ -147,10 +147,10 @@ def _read(spec: GpuSpec, data: bytes, path: str) -> ModelRequest:
     named = body.get("model")
     model = named if isinstance(named, str) and named else MODEL
     reads = openai.read_chat if path.endswith("/chat/completions") else openai.read_completions
-    asked = reads(body, model)
-    most = asked.max_output_tokens or spec.reply_tokens
-    room = max(1, spec.context_tokens - asked.input_tokens)
-    return replace(asked, max_output_tokens=min(most, room))
+    parsed = reads(body, model)
+    most = parsed.max_output_tokens or spec.reply_tokens
+    room = max(1, spec.context_tokens - parsed.input_tokens)
+    return replace(parsed, max_output_tokens=min(most, room))
 
 
 class _Reply:
@@ -161,59 +161,59 @@ class _Reply:
         state: EmulatorState,
         server: GpuServer,
         request: web.BaseRequest,
-        asked: ModelRequest,
+        parsed: ModelRequest,
         behaviour: Behaviour,
         path: str,
     ) -> None:
         self._state = state
         self._server = server
         self._request = request
-        self._asked = asked
+        self._parsed = parsed
         self._chat = path.endswith("/chat/completions")
-        most = asked.max_output_tokens or 1
-        said = behaviour.answer or " ".join(("word salad",) * (most // 2 + 1))
-        self._behaviour = replace(behaviour, answer=said, chunks=min(most, _MOST_PIECES))
+        most = parsed.max_output_tokens or 1
+        text = behaviour.answer or " ".join(("word salad",) * (most // 2 + 1))
+        self._behaviour = replace(behaviour, answer=text, chunks=min(most, _MOST_PIECES))
         self._changed = asyncio.Event()
-        reply = compose(asked, self._behaviour, None)
+        reply = compose(parsed, self._behaviour, None)
         self._work = Work(
-            prompt="\n".join(asked.texts),
-            input_tokens=max(1, asked.input_tokens),
-            reply_tokens=max(1, reply.output_tokens * asked.choices),
-            streamed=asked.streamed,
+            prompt="\n".join(parsed.texts),
+            input_tokens=max(1, parsed.input_tokens),
+            reply_tokens=max(1, reply.output_tokens * parsed.choices),
+            streamed=parsed.streamed,
             arrived_s=server.now_s,
-            is_gone=self._is_gone,
+            is_lost=self._is_lost,
             changed=self._changed.set,
         )
 
-    def _is_gone(self) -> bool:
+    def _is_lost(self) -> bool:
         transport = self._request.transport
         return transport is None or transport.is_closing()
 
     async def serve(self) -> web.StreamResponse:
-        asked, spec = self._asked, self._server.spec
+        parsed, spec = self._parsed, self._server.spec
         try:
             self._server.add(self._work)
         except ContextExceeded:
-            status, body = _too_long(spec, asked.input_tokens)
+            status, body = _too_long(spec, parsed.input_tokens)
             return json_response(status, body)
         except ServerBusy:
             return self._busy()
         with self._state.serving(
             self._request,
-            kind=asked.kind,
-            model=asked.model,
-            method="stream" if asked.streamed else "generate",
-            prompt=asked.prompt,
-            size=asked.size,
+            kind=parsed.kind,
+            model=parsed.model,
+            method="stream" if parsed.streamed else "generate",
+            prompt=parsed.prompt,
+            size=parsed.size,
             dialect="openai",
-            goes_on=True,
+            outlives_client=True,
         ) as call:
             try:
                 await self._made(1)
                 if self._work.dropped:
                     return self._dropped(call)
                 call.cached_tokens = self._work.cached_tokens
-                if asked.streamed:
+                if parsed.streamed:
                     return await self._stream(call)
                 return await self._whole(call)
             except ConnectionError:
@@ -225,7 +225,7 @@ class _Reply:
         """Return the answer of a busy server; SGLang sends it within the stream, if one was
         requested."""
         status, body = _busy(self._server.spec)
-        if self._server.spec.software != "sglang" or not self._asked.streamed:
+        if self._server.spec.software != "sglang" or not self._parsed.streamed:
             return json_response(status, body)
         event = data_event(orjson.dumps({"error": body}))
         return web.Response(
@@ -246,8 +246,8 @@ class _Reply:
         return web.Response(status=500, headers=EMULATED)
 
     def _script(self) -> AnswerScript:
-        asked = replace(self._asked, cached_tokens=self._work.cached_tokens)
-        return openai.choices_script(asked, self._behaviour, None, chat=self._chat)
+        parsed = replace(self._parsed, cached_tokens=self._work.cached_tokens)
+        return openai.choices_script(parsed, self._behaviour, None, chat=self._chat)
 
     def _end(self, call: LoggedCall, sent_bytes: int) -> None:
         self._state.ledger.sent(call, sent_bytes)

@@ -25,7 +25,7 @@ class ContextExceeded(Exception):
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """A request. `is_gone` returns whether its client has disconnected; `changed` is called at each
+    """A request. `is_lost` returns whether its client has disconnected; `changed` is called at each
     change.
 
     `made_tokens` of the reply are generated; it is `done` when all are, or when it was `dropped`.
@@ -36,7 +36,7 @@ class Work:
     reply_tokens: int
     streamed: bool
     arrived_s: float
-    is_gone: Callable[[], bool]
+    is_lost: Callable[[], bool]
     changed: Callable[[], None]
     cached_tokens: int = 0
     read_tokens: int = 0
@@ -150,7 +150,7 @@ class Schedule:
             if work.is_read:
                 self._keep_prompt(work)
                 self._made_token(work, now_s)
-        self.drop_gone(now_s)
+        self.drop_lost(now_s)
         self._start_next()
 
     def _made_token(self, work: Work, now_s: float) -> None:
@@ -164,10 +164,10 @@ class Schedule:
             self.running.remove(work)
         work.changed()
 
-    def drop_gone(self, now_s: float) -> None:
+    def drop_lost(self, now_s: float) -> None:
         """Free the slots of requests whose clients are seen to have disconnected."""
         for work in (*self.running, *self.waiting):
-            if self._notices(work, now_s) and work.is_gone():
+            if self._notices(work, now_s) and work.is_lost():
                 self.drop(work)
 
     def drop(self, work: Work) -> None:

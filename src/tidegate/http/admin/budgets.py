@@ -337,8 +337,8 @@ async def test_alert(request: Request) -> AlertChannel:
     signed, services = await read_json(request, Signed), services_of(request)
     channel = _channel(services.config)
     if channel.place is None:
-        said = "no alert can be posted: ALERT_WEBHOOK_URL is not set"
-        raise InvalidRequest("alert_webhook_url", said, allowed="a URL in ALERT_WEBHOOK_URL")
+        message = "no alert can be posted: ALERT_WEBHOOK_URL is not set"
+        raise InvalidRequest("alert_webhook_url", message, allowed="a URL in ALERT_WEBHOOK_URL")
     await services.store.tenants.actions.write("alert.test", channel.place)
     await services.store.alerts.add("test", {"text": f"A test alert, requested by {signed.by}."})
     return channel

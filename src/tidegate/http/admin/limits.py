@@ -73,21 +73,21 @@ async def read_json(request: Request, model: type[ModelT]) -> ModelT:
     try:
         values = model.model_validate_json(raw or b"{}")
     except ValidationError as invalid:
-        raise wrong_body(model, invalid) from None
+        raise body_error(model, invalid) from None
     if _NUL in raw and (nul := _nul_in(orjson.loads(raw))) is not None:
         where = ".".join(nul) or "body"
         raise InvalidRequest(where, f"{where} has a NUL character")
     return values
 
 
-def wrong_body(model: type[BaseModel], invalid: ValidationError) -> InvalidRequest:
+def body_error(model: type[BaseModel], invalid: ValidationError) -> InvalidRequest:
     """Return the error for a body that does not fit `model`."""
     first: dict[str, Any] = dict(invalid.errors(include_url=False, include_input=False)[0])
     where = ".".join(str(step) for step in first["loc"]) or "body"
-    wrong, allowed = in_words(first)
+    problem, allowed = in_words(first)
     if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         allowed = ", ".join(model.model_fields)
-    return InvalidRequest(where, f"{where} {wrong}", allowed=allowed)
+    return InvalidRequest(where, f"{where} {problem}", allowed=allowed)
 
 
 def _nul_in(value: Any, path: tuple[str, ...] = ()) -> tuple[str, ...] | None:
@@ -110,9 +110,9 @@ def config_errors_refused() -> Iterator[None]:
     """Raise InvalidRequest in place of ConfigError: the values are a caller's."""
     try:
         yield
-    except ConfigError as wrong:
-        words = f"{wrong.variable} {wrong.allowed}"
-        raise InvalidRequest(wrong.variable, words, allowed=wrong.allowed) from None
+    except ConfigError as error:
+        words = f"{error.variable} {error.allowed}"
+        raise InvalidRequest(error.variable, words, allowed=error.allowed) from None
 
 
 def described(model: type[BaseModel]) -> dict[str, Any]:
@@ -317,7 +317,7 @@ async def accept_learned(request: Request) -> InForceNow:
     chosen = await read_json(request, AcceptedLimits)
     with config_errors_refused():
         now = await control_of(request).accept(chosen.limits, by=chosen.by, reason=chosen.reason)
-    return _shown(now)
+    return _view_of(now)
 
 
 @router.post(
@@ -331,16 +331,16 @@ async def rehearse(request: Request) -> Response:
     """A process runs one simulation at a time, and ends it when its client disconnects. `cases` has
     the result under the limits as they are, then with the changes; it is empty if there are no
     recorded calls."""
-    wanted = await read_json(request, WantedRehearsal)
+    requested = await read_json(request, WantedRehearsal)
     services, pool = services_of(request), request.state.pool
     assert services.config.database_url is not None
     upstream = services.spine.targets.upstreams.get(pool)
     rehearsal = RecordRehearsal(
         database_url=services.config.database_url.get_secret_value(),
         pool=pool,
-        record=wanted.record,
+        record=requested.record,
         policy=to_plain(services.limiters[pool].policy),
-        changes=wanted.set,
+        changes=requested.set,
         models={kind: services.config.model_for(kind) for kind in services.config.rate_limits},
         upstream=None if upstream is None else replace(upstream, key=""),
         kinds_optional=pool != DEFAULT_POOL,
@@ -464,8 +464,8 @@ async def _changed(request: Request, signed: Signed, change: Edit) -> InForceNow
     keeper = control_of(request).keeper
     with config_errors_refused():
         now = await keeper.change(change, set_by=signed.by, reason=signed.reason)
-    return _shown(now)
+    return _view_of(now)
 
 
-def _shown(now: Revision) -> InForceNow:
+def _view_of(now: Revision) -> InForceNow:
     return InForceNow(revision=now.number, set_by=now.set_by, reason=now.reason, policy=now.policy)

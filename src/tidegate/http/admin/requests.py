@@ -33,7 +33,7 @@ from tidegate.http.guards import admin_router, operator_of, reads_bodies
 from tidegate.http.own_requests import BODY_RESPONSES, body_response, ended_by, in_utc
 from tidegate.http.problems import advice, problem_responses
 from tidegate.http.services import Services, services_of
-from tidegate.http.submission import body_apart
+from tidegate.http.submission import with_body_as_file
 from tidegate.http.views import (
     Accepted,
     ErrorView,
@@ -105,8 +105,8 @@ def timeline(detail: RequestDetail, now: datetime) -> tuple[StepView, ...]:
     if record.classification.kind is not None:
         steps.append(_classified(detail))
     steps += _tries(detail, now) if detail.attempts else _of_row(detail)
-    if (asked_at := detail.of("cancel_asked_at")) is not None:
-        steps.append(StepView("cancelling", "cancellation requested", asked_at))
+    if (requested_at := detail.of("cancel_asked_at")) is not None:
+        steps.append(StepView("cancelling", "cancellation requested", requested_at))
     if record.status.is_end and record.finished_at is not None:
         steps.append(_ended(detail, record.finished_at))
     steps += [_delivery_step(one) for one in detail.webhooks]
@@ -115,13 +115,13 @@ def timeline(detail: RequestDetail, now: datetime) -> tuple[StepView, ...]:
 
 def _submitted(detail: RequestDetail) -> StepView:
     record = detail.record
-    came = {
+    origin = {
         "job": "submitted as a job",
         "stream": "submitted as a stream",
         "relay": f"called {detail.of('endpoint')}",
         "batch": "submitted as a line of a batch",
     }[record.source]
-    return StepView("submitted", f"{came} by the tenant {record.tenant_id}", record.created_at)
+    return StepView("submitted", f"{origin} by the tenant {record.tenant_id}", record.created_at)
 
 
 _DECIDERS = {
@@ -169,10 +169,10 @@ def _of_row(detail: RequestDetail) -> list[StepView]:
     """Return these steps of a call that was never admitted, or whose attempts are only counted."""
     record = detail.record
     if record.admitted_at is None:
-        goes_on = not record.status.is_end
-        words = "waits for admission" if goes_on else "waited, and was never admitted"
-        until = None if goes_on else record.finished_at
-        return [StepView("waiting", words, record.created_at, until, goes_on=goes_on)]
+        in_progress = not record.status.is_end
+        words = "waits for admission" if in_progress else "waited, and was never admitted"
+        until = None if in_progress else record.finished_at
+        return [StepView("waiting", words, record.created_at, until, goes_on=in_progress)]
     at = f" at {upstream}" if (upstream := detail.of("upstream")) else ""
     at += f" in {record.attempts} attempts" if record.attempts > 1 else ""
     waited_from = record.admitted_at - timedelta(milliseconds=record.queue_ms or 0)
@@ -251,13 +251,13 @@ def _ended(detail: RequestDetail, at: datetime) -> StepView:
 
 def _delivery_step(one: DeliveryRecord) -> StepView:
     tries = "1 attempt" if one.tries == 1 else f"{one.tries} attempts"
-    said = f", answered {one.answer_status}" if one.answer_status is not None else ""
+    answer = f", answered {one.answer_status}" if one.answer_status is not None else ""
     if one.state == "delivered":
-        words = f"webhook delivered after {tries}{said}"
+        words = f"webhook delivered after {tries}{answer}"
     elif one.state == "given_up":
-        words = f"webhook given up after {tries}{said}"
+        words = f"webhook given up after {tries}{answer}"
     else:
-        words = f"webhook pending after {tries}{said}"
+        words = f"webhook pending after {tries}{answer}"
     if one.problem is not None and one.state != "delivered":
         words += f": {one.problem}"
     return StepView(
@@ -466,9 +466,9 @@ def _status(detail: RequestDetail, prefix: str) -> AdminStatus:
     record = detail.record
     files = f"{prefix}/admin/requests/{record.request_id}"
     prompt: str | None = detail.request.get("prompt")
-    told = replace(record.usage, details=details_of(detail.of("usage_details")))
+    usage = replace(record.usage, details=details_of(detail.of("usage_details")))
     return AdminStatus(
-        **status_values(replace(record, usage=told), files),
+        **status_values(replace(record, usage=usage), files),
         tenant=record.tenant_id,
         pool=detail.pool,
         upstream=detail.of("upstream"),
@@ -556,7 +556,7 @@ class SearchQuery(BaseModel):
     limit: int = Field(default=50, ge=1, le=200)
     cursor: UUID | None = Field(default=None, description="`next_cursor` of the previous page")
 
-    def wanted(self, *, in_prompts: bool) -> SearchFilter:
+    def search_filter(self, *, in_prompts: bool) -> SearchFilter:
         return SearchFilter(
             statuses=frozenset(self.status),
             tenant_id=self.tenant,
@@ -586,8 +586,8 @@ async def found(request: Request, query: Annotated[SearchQuery, FromQuery()]) ->
     requests, so it may have fewer than `limit`, or none, while there are more."""
     services = services_of(request)
     reads = reads_bodies(request, await operator_of(request))
-    wanted = query.wanted(in_prompts=reads)
-    page = await services.store.requests.search(wanted, query.limit, query.cursor or END)
+    criteria = query.search_filter(in_prompts=reads)
+    page = await services.store.requests.search(criteria, query.limit, query.cursor or END)
     items = [one for one in page.items if services.may_call(one, query.upstream)]
     return AdminPage(
         items=[admin_item(item, reads_prompts=reads) for item in items],
@@ -713,8 +713,8 @@ async def replay(request: Request, request_id: UUID) -> Accepted:
     record, row, targets = detail.record, detail.request, services.spine.targets
     if bound in targets.drained:
         rest = ", ".join(one for one in targets.upstreams if one not in targets.drained)
-        said = f"the upstream {bound!r} is drained: it takes no new calls"
-        raise InvalidRequest("upstream", said, allowed=rest or "none")
+        message = f"the upstream {bound!r} is drained: it takes no new calls"
+        raise InvalidRequest("upstream", message, allowed=rest or "none")
     path, kind, wrapped = detail.of("endpoint"), record.classification.kind, {}
     if path is None:
         files = [(one.mime_type, one.size_bytes) for one in record.files if one.role == "input"]
@@ -731,7 +731,7 @@ async def replay(request: Request, request_id: UUID) -> Accepted:
     after = {"retried_as": str(job.request_id), "upstream": bound, "reason": signed.reason}
     await services.store.tenants.actions.write("job.retry", str(request_id), after=after)
     if record.source != "job":
-        job = await body_apart(job, services.blobs)
+        job = await with_body_as_file(job, services.blobs)
     await services.store.jobs.submit(job)
     _log(Log.REQUEST_RETRIED, request_id, signed, retried_as=str(job.request_id))
     return accepted(job, prefix_of(request))
@@ -745,11 +745,11 @@ async def _wrapped(endpoint: Endpoint, path: str, body: Body) -> dict[str, str |
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        said, allowed = (
+        message, allowed = (
             "its body is not on record in full, or is not JSON",
             "a call with a JSON body",
         )
-        raise InvalidRequest("request_id", said, allowed=allowed)
+        raise InvalidRequest("request_id", message, allowed=allowed)
     for name in ("stream", "stream_options"):
         found.pop(name, None)
     model = wrapped_facts(endpoint, found).model
@@ -782,8 +782,8 @@ async def _body(request: Request, request_id: UUID, role: Role) -> Response:
     return await body_response(body, request_id, role)
 
 
-def _prefix_in(shown: str) -> str:
-    digits = shown.strip().replace("-", "")
+def _prefix_in(text: str) -> str:
+    digits = text.strip().replace("-", "")
     if digits and _PREFIX.fullmatch(digits) is None:
         raise InvalidRequest("id", "not the beginning of an id", allowed="hexadecimal digits")
     return digits.lower()
@@ -881,18 +881,18 @@ async def requeue_failed(request: Request) -> RequeueReport:
     """Queues matching jobs, in the order in which they ended, with all their attempts and their
     whole deadline. Their webhooks are sent again when they end. Repeat the request while `has_more`
     is true; jobs that are queued already are not changed."""
-    asked = await read_json(request, NewRequeue)
+    requested = await read_json(request, NewRequeue)
     stuck = services_of(request).store.stuck
-    if asked.dry_run:
-        return await stuck.preview(asked.order())
+    if requested.dry_run:
+        return await stuck.preview(requested.order())
     (await operator_of(request)).check(OperatorRole.OPERATOR)
-    report = await stuck.requeue_all(asked.order())
+    report = await stuck.requeue_all(requested.order())
     log.warning(
         Log.JOBS_REQUEUED,
         jobs=report.requeued,
-        by=asked.by,
-        reason=asked.reason,
-        filter=asked.model_dump(
+        by=requested.by,
+        reason=requested.reason,
+        filter=requested.model_dump(
             mode="json", exclude={"by", "reason", "dry_run"}, exclude_none=True
         ),
     )

@@ -213,7 +213,7 @@ async def show_tenant(request: Request, response: Response, tenant_id: TenantId)
 async def set_tenant(request: Request, tenant_id: TenantId) -> AdminTenant:
     new = await read_json(request, NewTenant)
     given = new.model_fields_set
-    wanted = TenantChange(
+    change = TenantChange(
         changes={name: getattr(new, name) for name in SETTABLE if name in given},
         weight=new.weight if "weight" in given else None,
         limits=new.limits if "limits" in given else None,
@@ -222,10 +222,10 @@ async def set_tenant(request: Request, tenant_id: TenantId) -> AdminTenant:
     )
     control = control_of(request)
     with config_errors_refused():
-        shown = await tenants.set_tenant(control, tenant_id, wanted, by=new.by, reason=new.reason)
+        entry = await tenants.set_tenant(control, tenant_id, change, by=new.by, reason=new.reason)
     await services_of(request).gate.refresh()
     await services_of(request).budgets.refresh()
-    return _view(shown)
+    return _view(entry)
 
 
 @router.delete(
@@ -314,9 +314,9 @@ async def revoke_key(
     return KeyView(**tenants.plain_key(key))
 
 
-def _view(shown: ShownTenant) -> AdminTenant:
-    disabled = shown.tenant.disabled_at is not None
-    return AdminTenant(**tenants.plain_tenant(shown), disabled=disabled)
+def _view(entry: ShownTenant) -> AdminTenant:
+    disabled = entry.tenant.disabled_at is not None
+    return AdminTenant(**tenants.plain_tenant(entry), disabled=disabled)
 
 
 class ActionView(BaseModel):

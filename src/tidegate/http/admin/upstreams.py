@@ -269,14 +269,14 @@ async def history(
     summary="Apply the upstreams of an earlier revision",
 )
 async def roll_back(request: Request) -> ChangeView:
-    wanted = await read_json(request, RollBack)
+    requested = await read_json(request, RollBack)
     with config_errors_refused():
         done = await services_of(request).upstreams.roll_back(
-            wanted.revision,
-            by=wanted.by,
-            reason=wanted.reason,
-            expected=wanted.expected,
-            is_dry_run=wanted.dry_run,
+            requested.revision,
+            by=requested.by,
+            reason=requested.reason,
+            expected=requested.expected,
+            is_dry_run=requested.dry_run,
         )
     return ChangeView(**_values(done))
 
@@ -306,7 +306,7 @@ async def add(request: Request, name: UpstreamName) -> ChangeView:
     keeper = services.keepers.get(name)
     if not new.dry_run and keeper is not None:
         # A pool of that name may have limits of an upstream that was removed.
-        await keeper.adopt_wanted(set_by=new.by, reason=new.reason or f"add {name}")
+        await keeper.adopt_stated(set_by=new.by, reason=new.reason or f"add {name}")
     return ChangeView(**done, tests=tests)
 
 
@@ -322,8 +322,8 @@ async def set_keys(request: Request, name: UpstreamName) -> ChangeView:
     edit = with_keys(name, keys.set, keys.remove)
     named = [one for one in ("deployed", "read_again") if getattr(keys, one)]
     if named and (keys.set or keys.remove or len(named) > 1):
-        said = f"{named[0]} is given together with another change"
-        raise InvalidRequest(named[0], said, allowed="alone, without set and remove")
+        message = f"{named[0]} is given together with another change"
+        raise InvalidRequest(named[0], message, allowed="alone, without set and remove")
     if keys.deployed:
         edit = as_deployed(name)
     elif keys.read_again:
@@ -424,8 +424,8 @@ async def _check_unused(services: Services, name: str) -> None:
     }
     needs += [f"{count} {what}" for what, count in named.items() if count]
     if needs:
-        said = f"the upstream {name} is in use: {', '.join(needs)}"
-        raise UpstreamInUse(f"{said}; force removes it anyway")
+        message = f"the upstream {name} is in use: {', '.join(needs)}"
+        raise UpstreamInUse(f"{message}; force removes it anyway")
 
 
 async def _changed(
@@ -488,9 +488,9 @@ async def _lately_in_use(services: Services, name: str) -> tuple[int, int] | Non
     limiter = services.limiters.get(name)
     if limiter is None:
         return 0, 0
-    if (look := await services.looks.of(limiter)) is None:
+    if (snapshot := await services.recent_reads.of(limiter)) is None:
         return None
-    return sum(one.held for one in look.processes), sum(one.waiting for one in look.tenants)
+    return sum(one.held for one in snapshot.processes), sum(one.waiting for one in snapshot.tenants)
 
 
 def _view(
@@ -512,8 +512,8 @@ def _view(
     elif gate.state != "ok":
         state = "out"
     problems = {one.instance_id: one.problems[name] for one in processes if name in one.problems}
-    if (wrong := deployment.missing.get(name)) is not None:
-        problems.setdefault(services.board.process, f"{wrong.variable} {wrong.allowed}")
+    if (missing := deployment.missing.get(name)) is not None:
+        problems.setdefault(services.board.process, f"{missing.variable} {missing.allowed}")
     table, limiter = deployment.tables[name], services.limiters.get(name)
     provider = (upstream.provider if upstream else table.get("provider")) or ""
     return UpstreamView(

@@ -77,7 +77,7 @@ _OPEN = ("validating", "in_progress", "finalizing")
 
 def view(batch: Batch, origin: str) -> dict[str, Any]:
     """Return a batch in Anthropic's form. All its requests are processing until it has ended."""
-    shown_id, has_ended = _shown_id(batch.batch_id), batch.status not in (*_OPEN, "cancelling")
+    public_id, has_ended = _public_id(batch.batch_id), batch.status not in (*_OPEN, "cancelling")
     status = "canceling" if batch.status == "cancelling" else "in_progress"
     left = batch.total - batch.completed - batch.failed
     counts = {
@@ -87,7 +87,7 @@ def view(batch: Batch, origin: str) -> dict[str, Any]:
         "expired": left if batch.status == "expired" else 0,
     }
     return {
-        "id": shown_id,
+        "id": public_id,
         "type": "message_batch",
         "processing_status": "ended" if has_ended else status,
         "request_counts": {
@@ -99,11 +99,11 @@ def view(batch: Batch, origin: str) -> dict[str, Any]:
         "ended_at": _time(batch, "completed_at", "failed_at", "expired_at", "cancelled_at"),
         "cancel_initiated_at": _time(batch, "cancelling_at"),
         "archived_at": None,
-        "results_url": f"{origin}{PATH}/{shown_id}/results" if has_ended else None,
+        "results_url": f"{origin}{PATH}/{public_id}/results" if has_ended else None,
     }
 
 
-def _shown_id(batch_id: UUID) -> str:
+def _public_id(batch_id: UUID) -> str:
     return f"msgbatch_{batch_id.hex}"
 
 
@@ -195,15 +195,15 @@ class RequestLines:
 
     def _line(self, place: str, data: bytes | mmap, begin: int, end: int) -> bytes:
         if self.count >= MOST_LINES:
-            said = f"a batch has at most {MOST_LINES} requests"
-            raise InvalidRequest("requests", said, allowed=f"1 to {MOST_LINES} requests")
+            message = f"a batch has at most {MOST_LINES} requests"
+            raise InvalidRequest("requests", message, allowed=f"1 to {MOST_LINES} requests")
         if end - begin >= LONGEST_BYTES - WITH_ITS_HEAD_BYTES:
-            said = f"{place} is larger than {LONGEST_BYTES - WITH_ITS_HEAD_BYTES} bytes"
-            raise PayloadTooLarge(place, said)
+            message = f"{place} is larger than {LONGEST_BYTES - WITH_ITS_HEAD_BYTES} bytes"
+            raise PayloadTooLarge(place, message)
         raw = data[begin:end]
         if has_too_many_parts(raw):
-            said = f"{place} holds too many values"
-            raise PayloadTooLarge(place, said, allowed=f"at most {MOST_PARTS} values")
+            message = f"{place} holds too many values"
+            raise PayloadTooLarge(place, message, allowed=f"at most {MOST_PARTS} values")
         try:
             value = orjson.loads(raw)
         except orjson.JSONDecodeError as broken:
@@ -213,35 +213,35 @@ class RequestLines:
         try:
             return orjson.dumps(line) + b"\n"
         except orjson.JSONEncodeError:
-            said = f"{place}.params is nested too deeply"
-            raise InvalidRequest(f"{place}.params", said) from None
+            message = f"{place}.params is nested too deeply"
+            raise InvalidRequest(f"{place}.params", message) from None
 
     def _checked(self, place: str, value: Any) -> tuple[str, dict[str, Any]]:
         if not isinstance(value, dict):
             raise InvalidRequest(place, f"{place} is not an object", allowed=_REQUESTS)
         for name in value:
             if name not in ("custom_id", "params"):
-                shown = f"{place}.{name[:64]}"
-                said = f"there is no field {shown!a} here"
-                raise InvalidRequest(shown, said, allowed="custom_id, params")
+                label = f"{place}.{name[:64]}"
+                message = f"there is no field {label!a} here"
+                raise InvalidRequest(label, message, allowed="custom_id, params")
         custom_id, params = value.get("custom_id"), value.get("params")
         where = f"{place}.custom_id"
         if not isinstance(custom_id, str) or not _CUSTOM_ID.fullmatch(custom_id):
             allowed = "1 to 64 letters, digits, - and _"
             raise InvalidRequest(where, f"{where} is missing or wrong", allowed=allowed)
         if custom_id in self._ids:
-            said = f"the custom_id {custom_id!r} is there already"
-            raise InvalidRequest(where, said, allowed="one that no other request has")
+            message = f"the custom_id {custom_id!r} is there already"
+            raise InvalidRequest(where, message, allowed="one that no other request has")
         self._ids.add(custom_id)
         if not isinstance(params, dict):
             where = f"{place}.params"
             raise InvalidRequest(where, f"{where} is not an object", allowed="a message's body")
         try:
             wrapped_facts(endpoint_named(_MESSAGES), params)
-        except InvalidRequest as wrong:
-            where = f"{place}.params.{wrong.field.removeprefix('body.')}"
+        except InvalidRequest as invalid:
+            where = f"{place}.params.{invalid.field.removeprefix('body.')}"
             raise InvalidRequest(
-                where, f"{where}: {wrong.message}", allowed=wrong.allowed
+                where, f"{where}: {invalid.message}", allowed=invalid.allowed
             ) from None
         return custom_id, params
 
@@ -259,8 +259,8 @@ def _check_rest(data: bytes | mmap, array: _Array) -> None:
         raise InvalidRequest("requests", "requests is missing or wrong", allowed=_REQUESTS)
     for name in rest:
         if name != "requests":
-            shown = ascii(name[:64])
-            raise InvalidRequest(name[:64], f"there is no field {shown} here", allowed="requests")
+            label = ascii(name[:64])
+            raise InvalidRequest(name[:64], f"there is no field {label} here", allowed="requests")
 
 
 _MOST_HEADERS_BYTES = 4_096
@@ -285,7 +285,7 @@ def _call_headers(scope: Scope) -> dict[str, str]:
 # Requests
 
 
-def is_ours(scope: Scope) -> bool:
+def is_served_here(scope: Scope) -> bool:
     """Return whether a path below `PATH` is answered here; other paths of batches that are not ours
     are native calls."""
     found = _PATH.fullmatch(scope["path"])
@@ -325,7 +325,7 @@ async def _answer(request: Request) -> Response:
     return await handler(asking)
 
 
-def _shown(asking: Asking, batch: Batch) -> Response:
+def _batch_response(asking: Asking, batch: Batch) -> Response:
     return as_json(view(batch, own_origin(asking.request.scope)))
 
 
@@ -342,7 +342,7 @@ async def _create(asking: Asking) -> Response:
             await spool.write(piece)
             count_in(hold, spool.held_bytes, WITH_ITS_HEAD_BYTES)
         await spool.finish()
-        blob_key = await _kept(spool, lines, hold, services.blobs, config.data_dir / "tmp")
+        blob_key = await _stored(spool, lines, hold, services.blobs, config.data_dir / "tmp")
     finally:
         hold.release()
         await spool.close()
@@ -350,7 +350,7 @@ async def _create(asking: Asking) -> Response:
         file_id=new_id(),
         tenant_id=asking.tenant,
         purpose=INPUT,
-        name=f"{_shown_id(batch_id)}.jsonl",
+        name=f"{_public_id(batch_id)}.jsonl",
         size_bytes=lines.size_bytes,
         lines=lines.count,
         blob_key=blob_key,
@@ -364,7 +364,7 @@ async def _create(asking: Asking) -> Response:
         await delete_blob(services, blob_key)
         raise
     if batch.batch_id == batch_id:
-        return _shown(asking, batch)
+        return _batch_response(asking, batch)
     await delete_blob(services, blob_key)
     return _replayed(asking, batch)
 
@@ -401,12 +401,12 @@ async def _added(
 def _replayed(asking: Asking, batch: Batch) -> Response:
     if not batch.is_of_messages:
         raise IdempotencyConflict("this idempotency key was used for a different request")
-    answer = _shown(asking, batch)
+    answer = _batch_response(asking, batch)
     answer.headers[REPLAYED_HEADER] = "true"
     return answer
 
 
-async def _kept(
+async def _stored(
     spool: Spool, lines: RequestLines, hold: BodyBudget, blobs: Blobs, folder: Path
 ) -> str:
     """Write the lines of a body to a new blob and return its key."""
@@ -442,14 +442,14 @@ async def _list(asking: Asking) -> Response:
             limit=limit + 1,
         )
     # A cursor that is not a batch of ours has no neighbours.
-    shown = found[-limit:] if before and not after else found[:limit]
+    listed = found[-limit:] if before and not after else found[:limit]
     origin = own_origin(asking.request.scope)
     return as_json(
         {
-            "data": [view(one, origin) for one in shown],
+            "data": [view(one, origin) for one in listed],
             "has_more": len(found) > limit,
-            "first_id": _shown_id(shown[0].batch_id) if shown else None,
-            "last_id": _shown_id(shown[-1].batch_id) if shown else None,
+            "first_id": _public_id(listed[0].batch_id) if listed else None,
+            "last_id": _public_id(listed[-1].batch_id) if listed else None,
         }
     )
 
@@ -465,7 +465,7 @@ async def _found(asking: Asking) -> Batch:
 
 
 async def _retrieve(asking: Asking) -> Response:
-    return _shown(asking, await _found(asking))
+    return _batch_response(asking, await _found(asking))
 
 
 async def _cancel(asking: Asking) -> Response:
@@ -473,19 +473,21 @@ async def _cancel(asking: Asking) -> Response:
     batch, done = await asking.services.store.batches.cancel(_id(asking.id), asking.tenant)
     if not done and not batch.status.startswith("cancel"):
         # Not 409, which Anthropic's SDKs would retry.
-        said = f"the batch {asking.id} has ended and can't be canceled any more"
+        message = f"the batch {asking.id} has ended and can't be canceled any more"
         if batch.status in _OPEN:  # its results are being written
-            said = f"the batch {asking.id} has no request left to cancel"
-        raise InvalidRequest("message_batch_id", said)
-    return _shown(asking, batch)
+            message = f"the batch {asking.id} has no request left to cancel"
+        raise InvalidRequest("message_batch_id", message)
+    return _batch_response(asking, batch)
 
 
 async def _delete(asking: Asking) -> Response:
     await _found(asking)
     keys = await asking.services.store.batches.delete(_id(asking.id), asking.tenant)
     if keys is None:
-        said = f"the batch {asking.id} is still processing"
-        raise InvalidRequest("message_batch_id", said, allowed="a batch that has ended: cancel it")
+        message = f"the batch {asking.id} is still processing"
+        raise InvalidRequest(
+            "message_batch_id", message, allowed="a batch that has ended: cancel it"
+        )
     for key in keys:
         await delete_blob(asking.services, key)
     return as_json({"id": asking.id, "type": "message_batch_deleted"})
@@ -528,10 +530,10 @@ _CUT_SHORT = {"batch_cancelled": "canceled", "batch_expired": "expired"}
 def result_line(line: bytes) -> bytes:
     """Convert a line of a batch's files to a result of Anthropic's."""
     try:
-        told = orjson.loads(line)
+        row = orjson.loads(line)
     except orjson.JSONDecodeError:  # the answer is nested as deeply as orjson reads
-        told = json.loads(line)
-    response, error = told["response"], told["error"]
+        row = json.loads(line)
+    response, error = row["response"], row["error"]
     result: dict[str, Any]
     if response is not None and response["status_code"] == 200:
         result = {"type": "succeeded", "message": response["body"]}
@@ -542,7 +544,7 @@ def result_line(line: bytes) -> bytes:
     else:
         kind = error_type(status_of_code(error["code"]))
         result = {"type": "errored", "error": _wrapped(kind, error["message"])}
-    return dumped({"custom_id": told["custom_id"], "result": result}) + b"\n"
+    return dumped({"custom_id": row["custom_id"], "result": result}) + b"\n"
 
 
 def _error(status: int, body: Any) -> Any:

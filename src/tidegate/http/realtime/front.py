@@ -51,7 +51,7 @@ from tidegate.realtime.exchange import (
     RealtimeBounds,
     RealtimeExchange,
     RealtimeRefused,
-    Wanted,
+    SessionRequest,
     code_of,
 )
 from tidegate.record import REFUSED, CallRecord, Failure, Lineage
@@ -93,9 +93,9 @@ async def realtime(services: Services, scope: Scope, receive: Receive, send: Sen
         await front.answer()
     except Exception:  # the top of a request's task: logged only here
         log.exception(Log.INTERNAL_ERROR, method=scope["method"], path=scope["path"])
-        await front.tell(TidegateError("an internal error; it has been logged"))
+        await front.report(TidegateError("an internal error; it has been logged"))
     finally:
-        front.say_done()
+        front.log_answered()
 
 
 class _SessionFront:
@@ -190,27 +190,27 @@ class _SessionFront:
             await self._relayed(call)
             return _outcome(None if self._exchange is None else self._exchange.ended)
         except CallFailed as failed:
-            error, telling = failed.error, self._tell_failed(failed)
+            error, reporting = failed.error, self._report_failed(failed)
         except RealtimeRefused as refused:
-            error, telling = refused.error, self.tell(refused.error)
+            error, reporting = refused.error, self.report(refused.error)
         except TidegateError as failure:
-            error, telling = failure, self.tell(failure)
+            error, reporting = failure, self.report(failure)
             if isinstance(failure, DeadlineExceeded):
                 status = Status.EXPIRED
         except ConnectionClosed:
             return Status.CANCELLED, _client_left()
         except asyncio.CancelledError:
             self._task.uncancel()
-            if self._presence is not None and self._presence.gone:
+            if self._presence is not None and self._presence.is_disconnected:
                 return Status.CANCELLED, _client_left()
             error = ShuttingDown("this process is going away; connect again")
-            telling = self.tell(error)
+            reporting = self.report(error)
         except Exception:  # an unforeseen error: logged here, and the session is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(self._request_id))
             error = TidegateError("an internal error; it has been logged")
-            telling = self.tell(error)
+            reporting = self.report(error)
         try:
-            await telling
+            await reporting
         except asyncio.CancelledError:  # disconnected meanwhile, or the grace is over
             self._task.uncancel()
             abort(self._scope)
@@ -234,7 +234,9 @@ class _SessionFront:
             services.spine,
             services.relay.wire,
             call.terms,
-            Wanted(self._dialect, model, path, query, call.headers, first, self._transcribes),
+            SessionRequest(
+                self._dialect, model, path, query, call.headers, first, self._transcribes
+            ),
             record,
             self._bounds(call.terms.wait_ms),
             answer=self._accept,
@@ -273,13 +275,13 @@ class _SessionFront:
             found = [pair for pair in found if pair != _TRANSCRIBES]
         for name, _ in found:
             if name != "model":
-                said = f"{name[:64]!a} is not supported in the URL of a realtime session"
-                raise InvalidRequest(name[:64], said, allowed=_ALLOWED_QUERY)
+                message = f"{name[:64]!a} is not supported in the URL of a realtime session"
+                raise InvalidRequest(name[:64], message, allowed=_ALLOWED_QUERY)
         models: set[str] = {value for _, value in found}
         if len(models) != 1 or not (model := models.pop()) or not model.isprintable():
             intent = "intent=transcription&" if self._transcribes else ""
-            said = f"a realtime session names one model, as /v1/realtime?{intent}model=<model>"
-            raise InvalidRequest("model", said, allowed="a model's name")
+            message = f"a realtime session names one model, as /v1/realtime?{intent}model=<model>"
+            raise InvalidRequest("model", message, allowed="a model's name")
         return model
 
     async def _setup(self) -> Setup:
@@ -319,7 +321,7 @@ class _SessionFront:
         spec = DIALECTS[self._dialect]
         return spec.problem(error, native_status_of(error), error.retry_after_ms)
 
-    async def tell(self, error: TidegateError) -> None:
+    async def report(self, error: TidegateError) -> None:
         """Report an error: as an HTTP answer, or by closing an open socket."""
         if self._client is None:
             await self._respond(*refusal(self._dialect, error))
@@ -327,14 +329,14 @@ class _SessionFront:
         code = 1001 if isinstance(error, ShuttingDown) else code_of(error)
         await sockets.close(self._client, code, error.message_with_allowed)
 
-    async def _tell_failed(self, failed: CallFailed) -> None:
+    async def _report_failed(self, failed: CallFailed) -> None:
         """Report a failure with the upstream's own answer, as for any call."""
-        if failed.told:
+        if failed.reported:
             return
         if isinstance(failed.error, UpstreamUnauthorized) and failed.error.of_key:
-            await self.tell(failed.error.for_clients())
+            await self.report(failed.error.for_clients())
         elif self._client is not None or not failed.status:
-            await self.tell(failed.error)
+            await self.report(failed.error)
         else:
             length = (b"content-length", str(len(failed.body)).encode())
             await self._respond(failed.status, [*failed.headers, length], failed.body)
@@ -349,7 +351,7 @@ class _SessionFront:
         """Reject a request that is not recorded."""
         if self._presence is not None:
             await self._presence.end()
-        await self.tell(error)
+        await self.report(error)
         record = self._record
         record.tenant_id, record.dialect = self._caller.tenant_id, self._dialect.value
         record.operation = REALTIME_KIND
@@ -384,7 +386,7 @@ class _SessionFront:
         record.end(status, failure)
         self._services.store.audit.put(record)
 
-    def say_done(self) -> None:
+    def log_answered(self) -> None:
         took_s = time.monotonic() - self._received
         count_answer(self._services.tally, NATIVE, self._record.http_status, took_s)
         fields = {

@@ -162,14 +162,14 @@ class Capacity:
         bound, span_ms = limit.limit.bound, span_of(limit.limit)
         return floor(amount / bound * span_ms * 1_000_000 / self.share(number)) if bound else 0
 
-    def wanted(self, limit: LimitState, number: int) -> int:
+    def head_amount(self, limit: LimitState, number: int) -> int:
         """Return how much the first ticket of a band takes."""
         band = limit.band(number)
         _, queue = band.line_front(band.front()[1])
         member = read_member(queue.first()[0])
         return limit.clamped(member.amount(queue.flow.lane.index(limit.name)))
 
-    def _kept_for(self, limit: LimitState, number: int) -> int:
+    def _reserved_for(self, limit: LimitState, number: int) -> int:
         """Return how much of its first ticket's amount is kept free for a band.
 
         As much as it is owed, if a window's share is enough for the ticket. For a larger ticket
@@ -179,7 +179,7 @@ class Capacity:
         band = limit.band(number)
         if not band.lines or band.passed_us <= band.from_us or not self.share(number):
             return 0
-        amount = self.wanted(limit, number)
+        amount = self.head_amount(limit, number)
         needed_us = self._lasts_us(limit, number, amount)
         rising_us = min(needed_us, span_of(limit.limit) * 1000)
         left_us = needed_us - (band.passed_us - band.from_us)
@@ -201,7 +201,7 @@ class Capacity:
         if not isinstance(limit.limit, Rate):
             return 0
         now, span_ms = self.pool.now, span_of(limit.limit)
-        kept = sum(self._kept_for(limit, below) for below in limit.bands if below > number)
+        kept = sum(self._reserved_for(limit, below) for below in limit.bands if below > number)
         at = self._room_beside(limit, amount, kept)
         if number == 1 or self.has_saved(limit, number, amount):
             return at

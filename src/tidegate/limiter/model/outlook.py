@@ -356,8 +356,8 @@ class Positions:
         amount = member.amount(flow.lane.index(limit.name))
         pause = self.pool.pause_of(limit)
         line = self.line(limit, flow.band, flow.tenant, stamp, member.use)
-        said = pause.said if pause else ""
-        return [1, queue.key, limit.name, ahead, amount, member.use, said, line]
+        reason = pause.reason if pause else ""
+        return [1, queue.key, limit.name, ahead, amount, member.use, reason, line]
 
     def line(
         self,

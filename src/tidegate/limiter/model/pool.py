@@ -204,9 +204,9 @@ class Joins:
         self.pool.epoch = max(self.pool.now, self.pool.epoch + 1, q.epoch + 1)
         self.roster.began, self.pool.recover_until = self.pool.now, self.pool.now + quiet_ms
 
-    def reap(self, sid: str, *, hold: bool, comes_back: bool = False) -> None:
+    def reap(self, sid: str, *, hold: bool, is_returning: bool = False) -> None:
         """End a session. With `hold`, its permits count until the hard deadline of their calls;
-        with `comes_back`, the usage that it still has to report of ended calls is kept."""
+        with `is_returning`, the usage that it still has to report of ended calls is kept."""
         session = self.pool.sessions.get(sid)
         if session is not None:
             for ticket, held in session.held.items():
@@ -221,7 +221,7 @@ class Joins:
                 self.queues.touch_sized(queue)
                 self.queues.vacate(queue)
             del self.pool.sessions[sid]
-        if not comes_back:
+        if not is_returning:
             self.permits.owed.pop(sid, None)
             self.roster.leave_roster(sid)
 
@@ -233,7 +233,7 @@ class Joins:
             return "stale"
         charges = {t: held.charges for t, held in before.held.items()} if before else {}
         returning = {one.flow.tenant for one in before.queues.values()} if before else set[str]()
-        self.reap(q.sid, hold=False, comes_back=True)
+        self.reap(q.sid, hold=False, is_returning=True)
         is_news = self._merge(q.join.policy, returning)
         lost = 0 < q.epoch < self.pool.epoch
         if lost:
@@ -275,24 +275,24 @@ class Joins:
                 self.permits.lapsing[permit] = self.pool.now + left_ms
                 self.permits.carried |= {permit: known} if known else {}
                 self.permits.count(tuple(lane.split(" ")), sid, int(ticket), known)
-        for name, seen, since in q.join.spent:
-            self._assert_spent(name, seen, since)
-        for name, left_ms, ramp_ms, said in q.join.pauses:
+        for name, counted, since in q.join.spent:
+            self._assert_spent(name, counted, since)
+        for name, left_ms, ramp_ms, reason in q.join.pauses:
             pause = self.pool.pause_of(self.pool.limit(name))
             if pause is None or pause.until < self.pool.now + left_ms:
-                self._assert_pause(self.pool.limit(name), self.pool.now + left_ms, ramp_ms, said)
+                self._assert_pause(self.pool.limit(name), self.pool.now + left_ms, ramp_ms, reason)
         self.roster.vouch(q)
 
-    def _assert_pause(self, limit: LimitState, until: int, ramp_ms: int, said: str) -> None:
+    def _assert_pause(self, limit: LimitState, until: int, ramp_ms: int, reason: str) -> None:
         gate = None
         if ramp_ms == 0:
             before = limit.pause.gate if limit.pause else None
             gate = before or PauseGate(GATE_MS, GATE_MS)
-        limit.pause = Pause(until, ramp_ms, said, gate=gate)
+        limit.pause = Pause(until, ramp_ms, reason, gate=gate)
         if limit.is_implicit:
             self.pump.schedule_check(limit.name, until)
 
-    def _assert_spent(self, name: str, seen: int, since: int) -> None:
+    def _assert_spent(self, name: str, counted: int, since: int) -> None:
         """Restore a rate: the highest amount that any session saw, and what each admitted since."""
         limit = self.pool.limit(name)
         if not limit.is_rate:
@@ -300,8 +300,8 @@ class Joins:
         base = limit.asserted
         known = max(base, self.capacity.spent(limit) if base == 0 else 0)
         self.capacity.spent(limit)
-        limit.spending.add(limit.limit, max(0, seen - known) + since, self.pool.now)
-        limit.asserted = max(base, seen, 1)
+        limit.spending.add(limit.limit, max(0, counted - known) + since, self.pool.now)
+        limit.asserted = max(base, counted, 1)
 
     def _merge(self, policy: PoolPolicy, returning: Set[str]) -> bool:
         """Adopt a policy with a higher revision; a start-up never overwrites a newer one. Return
@@ -410,7 +410,7 @@ class Reports:
         spent, told, more_spent = self._spent_since(q)
         carried = {"|".join(map(str, one)): of for one, of in self.permits.carried.items()}
         pages = {"spent": more_spent, "lapsing": more_lapsing, "pauses": more_paused}
-        tell = q.revision != self.pool.revision or self.joining.conflict == 1
+        sends_policy = q.revision != self.pool.revision or self.joining.conflict == 1
         return Whole(
             now_ms=self.pool.now,
             held=[
@@ -426,11 +426,11 @@ class Reports:
             conflict=self.joining.conflict,
             spent=spent,
             pauses=[
-                (name, pause.until - self.pool.now, pause.ramp_ms, pause.said)
+                (name, pause.until - self.pool.now, pause.ramp_ms, pause.reason)
                 for name in paused
                 if (pause := self.pool.pause_of(self.pool.limit(name)))
             ],
-            policy=policy.pack() if policy and tell else None,
+            policy=policy.pack() if policy and sends_policy else None,
             roster=self.roster.roster(q),
             told=told,
             pages={name: place for name, place in pages.items() if place},
@@ -460,8 +460,8 @@ class Reports:
         behind = len(news) == most
         told = news[-1][0] if behind else self.joining.changes
         found = {name: self.joining.spending[name][1] for _, name in news}
-        looks = not ("spent" in q.pages or self.joining.pump.more)
-        for _, name in order[: self.pool.paces.looked_at if looks else 0]:
+        is_first = not ("spent" in q.pages or self.joining.pump.more)
+        for _, name in order[: self.pool.paces.looked_at if is_first else 0]:
             limit = self.pool.limit(name)
             found[name] = self.capacity.spent(limit) if limit.is_rate else 0
             if not found[name]:
@@ -580,13 +580,13 @@ class PoolModel:
         self.pool.now, self.pool.resets = max(wall, self.clock), {}
         return self.positions.of(sid, ticket)
 
-    def pause(self, name: str, for_ms: int, ramp_ms: int, said: str, *, run: str, wall: int) -> int:
+    def pause(self, name: str, for_ms: int, ramp_ms: int, why: str, *, run: str, wall: int) -> int:
         """Admit no call under a limit. A shorter pause never ends a longer one."""
         in_doubt = self._begin_act(run, wall)
         limit, until, done = self.pool.limit(name), self.pool.now + for_ms, 0
         pause = self.pool.pause_of(limit)
         if pause is None or pause.until < until:
-            limit.pause, done = Pause(until, ramp_ms, said), 1
+            limit.pause, done = Pause(until, ramp_ms, why), 1
             self.pump.timed[name] = until
             if pause is None:
                 self._announce(in_doubt=in_doubt)
@@ -594,7 +594,7 @@ class PoolModel:
         return done
 
     def close(
-        self, name: str, for_ms: int, most_ms: int, said: str, *, tried: bool, run: str, wall: int
+        self, name: str, for_ms: int, most_ms: int, why: str, *, tried: bool, run: str, wall: int
     ) -> int:
         """Admit no call under a limit until it is opened, except one probe at a time: after
         `for_ms`, and while probes fail after twice the last time, up to `most_ms`."""
@@ -614,7 +614,7 @@ class PoolModel:
         else:
             gate = PauseGate(for_ms, most_ms)
         if done:
-            limit.pause = Pause(until, 0, said, gate=gate)
+            limit.pause = Pause(until, 0, why, gate=gate)
             self.pump.timed[name] = until
             self._announce(in_doubt=in_doubt)
         self._end_act(in_doubt=in_doubt)
@@ -626,7 +626,7 @@ class PoolModel:
         limit, done = self.pool.limit(name), 0
         pause = self.pool.pause_of(limit)
         if pause and pause.gate:
-            limit.pause, done = Pause(self.pool.now, ramp_ms, pause.said), 1
+            limit.pause, done = Pause(self.pool.now, ramp_ms, pause.reason), 1
             self.pump.timed[name] = self.pool.now + ramp_ms
             self.pool.touched.add(name)
             self._announce(in_doubt=in_doubt)
@@ -684,7 +684,7 @@ class PoolModel:
 
     def hold(
         self,
-        who: str,
+        owner: str,
         lane: tuple[str, ...],
         amounts: list[int],
         for_ms: int,
@@ -695,28 +695,28 @@ class PoolModel:
         """Count a call that outlives its process, under a name that is no session's."""
         in_doubt = self._begin_act(run, wall)
         if not in_doubt:
-            permit = Lapsing(0, who, " ".join(lane))
+            permit = Lapsing(0, owner, " ".join(lane))
             if permit not in self.permits.lapsing:
                 charges = {
                     position: charge
                     for position, name in enumerate(lane)
                     if (charge := self.permits.in_flight(self.pool.limit(name), amounts[position]))
                 }
-                self.permits.count(lane, who, 0, charges)
+                self.permits.count(lane, owner, 0, charges)
                 self.permits.carried |= {permit: charges} if charges else {}
             self.permits.lapsing[permit] = self.pool.now + for_ms
         self._end_act(in_doubt=in_doubt)
         return int(not in_doubt)
 
-    def revoke(self, who: str, *, run: str, wall: int) -> int:
-        """Release all that a session holds, or held when it died; `who` is its id or its name."""
+    def revoke(self, owner: str, *, run: str, wall: int) -> int:
+        """Release all that a session holds, or held when it died; `owner` is its id or its name."""
         in_doubt = self._begin_act(run, wall)
         done = 0
         for sid, session in list(self.pool.sessions.items()):
-            if who in (sid, session.name):
+            if owner in (sid, session.name):
                 self.joining.reap(sid, hold=False)
                 done += 1
-        held_over = [permit for permit in self.permits.lapsing if permit.sid == who]
+        held_over = [permit for permit in self.permits.lapsing if permit.sid == owner]
         for permit in held_over:
             self.permits.free_lapsing(permit)
         done += bool(held_over)
@@ -866,8 +866,8 @@ class PoolModel:
         """End some expired sessions and permits held over per call; each session as a whole, and
         that of the caller first."""
         now, most, ended = self.pool.now, self.pool.paces.ended_at_once, 0
-        dead = [(sid != own, s.expiry, sid) for sid, s in self.pool.sessions.items()]
-        for is_other, _, sid in sorted(one for one in dead if one[1] <= now):
+        expired = [(sid != own, s.expiry, sid) for sid, s in self.pool.sessions.items()]
+        for is_other, _, sid in sorted(one for one in expired if one[1] <= now):
             if is_other and ended >= most:
                 self.pump.more = 1
                 break

@@ -394,12 +394,12 @@ class Pump:
             return band.credit >= 1000
         if band.passed_us <= band.from_us:
             return False
-        return self.capacity.has_saved(limit, number, self.capacity.wanted(limit, number))
+        return self.capacity.has_saved(limit, number, self.capacity.head_amount(limit, number))
 
     def _fits_head(self, limit: LimitState, number: int) -> bool:
         if isinstance(limit.limit, Concurrency):
             return True
-        return self.capacity.has_room(limit, number, self.capacity.wanted(limit, number))
+        return self.capacity.has_room(limit, number, self.capacity.head_amount(limit, number))
 
     def schedule_check(self, name: str, at: int) -> None:
         self.timed[name] = min(self.timed.get(name, at), at)
@@ -443,19 +443,19 @@ class Pump:
         allowed = self.pool.policy.hand_off if self.pool.policy else True
         if self.own is None or not allowed or self.queues.starved or self.pool.quiet():
             return []
-        wants = [
+        entries = [
             (queue, number, cost_ms, use)
             for number, cost_ms, use in q.wants
             if (queue := self.pool.sessions[q.sid].queues.get(q.flows[number - 1])) is not None
             and queue.at != BLOCKED
         ]
         tickets = defaultdict[tuple[str | None, int], list[int]](list)
-        for queue, _, _, use in wants:
+        for queue, _, _, use in entries:
             each = self.pool.tickets(use, queue.flow.tenant)
             tickets[queue.at, queue.flow.band].append(each)
         return [
             self._hint(queue, number, cost_ms, use, tickets[queue.at, queue.flow.band])
-            for queue, number, cost_ms, use in wants
+            for queue, number, cost_ms, use in entries
             if self._may_pass_on(queue) and not self._passes_others(queue)
         ]
 

@@ -512,16 +512,16 @@ class RateSpending:
         Each part is reduced in proportion, so that the rest expires as evenly as before. In a log,
         calls of a part continue to count until the part has expired for all of them.
         """
-        counted, passed, gone = self._counted(limit), 0, 0
+        counted, passed, removed = self._counted(limit), 0, 0
         ends = [end for end in sorted(self.charged) if not self._is_ending(limit, end, now)]
         parts = {end: min(self.charged[end], counted[end]) for end in ends}
         total = sum(parts.values())
         for end, amount in parts.items():
             passed += amount
             if amount and by < total:
-                amount = min(amount, floor(by * (passed / total)) - gone)
+                amount = min(amount, floor(by * (passed / total)) - removed)
             if amount:
-                gone += amount
+                removed += amount
                 self.charged[end] -= amount
                 self._uncount(limit, end, amount)
         self.charged = {end: amount for end, amount in self.charged.items() if amount}

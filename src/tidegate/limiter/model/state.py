@@ -191,7 +191,7 @@ class Pause:
 
     until: int
     ramp_ms: int
-    said: str
+    reason: str
     passed: int = 0
     gate: PauseGate | None = None
 
@@ -261,7 +261,7 @@ def prompt_class(tokens: int) -> int:
 
 
 @dataclass(slots=True)
-class LatencySeen:
+class LatencyWindow:
     """What times to first tokens show of the calls that queue within a server. Lua: `latency`.
 
     Of this round: `calls` that ended, the time that they `took` and `waited`, and in `used` the sum
@@ -285,8 +285,8 @@ class LatencySeen:
         """
         one = prompt_class(tokens)
         self.now[one] = min(self.now.get(one, first_ms), first_ms)
-        seen = (*self.now.items(), *self.before.items())
-        least = min(first for longer, first in seen if longer >= one)
+        samples = (*self.now.items(), *self.before.items())
+        least = min(first for longer, first in samples if longer >= one)
         self.calls, self.took, self.used = self.calls + 1, self.took + took_ms, self.used + used
         self.waited += min(took_ms, max(0, first_ms - least))
 
@@ -317,8 +317,8 @@ class LatencySeen:
         """Return the state in the scripts' format."""
         figures = (int(self.starting), self.rounds, self.calls, self.took, self.waited, self.used)
         lists = (
-            ",".join(f"{one}={first}" for one, first in sorted(seen.items()))
-            for seen in (self.now, self.before)
+            ",".join(f"{one}={first}" for one, first in sorted(samples.items()))
+            for samples in (self.now, self.before)
         )
         return "|".join((*map(str, figures), *lists))
 
@@ -341,7 +341,7 @@ class LimitState:
     pause: Pause | None = None
     current: int | None = None
     dropped_at: int = 0
-    latency: LatencySeen | None = None
+    latency: LatencyWindow | None = None
     shadowed: int = 0
     asserted: int = 0
     retry_at: int | None = None
@@ -451,9 +451,9 @@ class LimitState:
 
     def adapt_by_latency(self, took_ms: int, first_ms: int, tokens: int, paces: Paces) -> None:
         """Adapt to a call that ended and whose time to the first token is known."""
-        seen = self.latency = self.latency or LatencySeen()
-        seen.note(took_ms, first_ms, tokens, self.used)
-        level = seen.next_level(self.adapted(), paces)
+        latency = self.latency = self.latency or LatencyWindow()
+        latency.note(took_ms, first_ms, tokens, self.used)
+        level = latency.next_level(self.adapted(), paces)
         self.current = max(self.minimum * 1000, min(self.limit.bound * 1000, level))
 
     def adapt(self, outcome: int, now: int) -> None:
@@ -597,8 +597,8 @@ class PoolState:
     def pause_of(self, limit: LimitState) -> Pause | None:
         """Return the limit's pause, its ramp included, or None."""
         pause = limit.pause
-        goes_on = pause and (pause.gate or self.now < pause.until + pause.ramp_ms)
-        return pause if goes_on else None
+        is_active = pause and (pause.gate or self.now < pause.until + pause.ramp_ms)
+        return pause if is_active else None
 
     def is_tried(self, gate: PauseGate) -> bool:
         """Return whether the call that probes a gate is still in progress."""

@@ -118,7 +118,7 @@ class BackgroundCalls:
         )
 
     async def start(
-        self, record: CallRecord, made: Sequence[NewResource], look_after_ms: float
+        self, record: CallRecord, made: Sequence[NewResource], check_after_ms: float
     ) -> None:
         """Start a call that the provider has accepted, with the resources it makes: workers have it
         from now on, with its budget reservation."""
@@ -131,7 +131,7 @@ class BackgroundCalls:
                 made[0].resource_id,
                 hold,
                 orjson.dumps(facts_of(record)).decode(),
-                look_after_ms,
+                check_after_ms,
             )
             if hold is not None:
                 await connection.execute(sql("hand_over_budget_hold"), hold)
@@ -142,13 +142,13 @@ class BackgroundCalls:
 
         await self._connections.run(work, timeout_ms=_TIMEOUT_MS)
         if hold is not None:
-            self._budgets.give_away(hold)
+            self._budgets.detach_hold(hold)
 
     async def drop(self, request_id: UUID) -> None:
         """Delete a call that the provider has not accepted."""
         await self._connections.execute("drop_background_call", request_id)
 
-    async def goes_on(self, dialect: str, kind: str, resource_id: str) -> bool:
+    async def is_running(self, dialect: str, kind: str, resource_id: str) -> bool:
         """Whether the call that makes this resource has not ended."""
         row = await self._connections.row("background_call_of", dialect, kind, resource_id)
         return row is not None
@@ -186,7 +186,7 @@ class BackgroundCalls:
         )
         self._check(call, done)
 
-    async def end(self, call: BackgroundCall, record: CallRecord, look_after_ms: float) -> None:
+    async def end(self, call: BackgroundCall, record: CallRecord, check_after_ms: float) -> None:
         """End a call: write its record, and settle its budgets."""
         if call.hold_id is not None:
             self._budgets.settle(call.hold_id, record.charge, call.id)
@@ -195,7 +195,7 @@ class BackgroundCalls:
         async def work(connection: asyncpg.Connection) -> tuple[bool, bool]:
             is_erased = False
             row = await connection.fetchrow(
-                sql("end_background_call"), call.id, call.claim, look_after_ms
+                sql("end_background_call"), call.id, call.claim, check_after_ms
             )
             if row is not None and not await connection.fetchval(sql("is_on_record"), call.id):
                 is_erased = bool(await self._audit.add(connection, [prepared]))

@@ -186,12 +186,12 @@ class ProviderBatches:
                 binds.append([places[book], need])
             of_it = {"id": str(holds[one.job.request_id]), "request": str(one.job.request_id)}
             calls.append(of_it | {"binds": binds})
-        asked = orjson.dumps({"books": list(places), "calls": calls}).decode()
-        found = await connection.fetch(sql("reserve_budgets"), asked, _HOLDER)
+        payload = orjson.dumps({"books": list(places), "calls": calls}).decode()
+        found = await connection.fetch(sql("reserve_budgets"), payload, _HOLDER)
         refused = {}
         for row in found:
-            told = (row["why"], row["amount"], row["spent"], row["held"], row["reset_at"])
-            refusal = Refusal(bindings[row["book"]], *told, 0.0)
+            details = (row["why"], row["amount"], row["spent"], row["held"], row["reset_at"])
+            refusal = Refusal(bindings[row["book"]], *details, 0.0)
             refused[asking[row["call"]].job.request_id] = refusal
         return refused
 
@@ -214,8 +214,8 @@ class ProviderBatches:
             }
             for one in sorted(left, key=lambda one: one.job.request_id)
         ]
-        told = (rows.dumps(marks), self._instance_id, rows.attempts_since(marks))
-        found = await connection.fetch(sql("begin_running"), *told)
+        args = (rows.dumps(marks), self._instance_id, rows.attempts_since(marks))
+        found = await connection.fetch(sql("begin_running"), *args)
         begun = {rows.uuid_of(row["id"]) for row in found}
         claims = [{"id": one["id"], "claim": one["claim"]} for one in marks if one["id"] in begun]
         await connection.execute(sql("hand_to_batch"), rows.dumps(claims))

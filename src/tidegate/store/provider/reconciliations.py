@@ -62,7 +62,7 @@ class Reconciliations:
     async def ours(self, upstream: str, day: date) -> dict[str, ModelDay]:
         """Return the record of a UTC day by the model that answered, else the one requested."""
         begin, end = _day_bounds(day)
-        told = await self._connections.rows("get_told_usage", upstream, begin, end)
+        reported = await self._connections.rows("get_told_usage", upstream, begin, end)
         rows = await self._connections.rows(
             "get_doubtful_calls", upstream, begin, end, MOST_DOUBTFUL
         )
@@ -71,7 +71,7 @@ class Reconciliations:
             values = dict(row)
             doubtful[values.pop("model")].append(DoubtfulCall(**values))
         found: dict[str, ModelDay] = {}
-        for row in told:
+        for row in reported:
             values = dict(row)
             model, unpriced = values.pop("model"), values.pop("unpriced")
             calls = tuple(doubtful.pop(model, ()))
@@ -120,8 +120,8 @@ class Reconciliations:
 async def _correct_charges(connection: asyncpg.Connection, day: date, finding: ModelFinding) -> int:
     begin, end = _day_bounds(day)
     corrected = 0
-    right = finding.ours.doubtful if finding.verdict == "equal" else ()
-    for one in finding.corrections or [Correction(call, call.charged_micros) for call in right]:
+    confirmed = finding.ours.doubtful if finding.verdict == "equal" else ()
+    for one in finding.corrections or [Correction(call, call.charged_micros) for call in confirmed]:
         if not one.delta_micros:
             # The charge is right, but budgets may still be charged the bound.
             if one.call.cost_micros is not None:

@@ -147,8 +147,8 @@ class UpstreamRevisions:
                 return
             for other in await connection.fetch(sql("proposed_upstreams")):
                 if not in_force:
-                    said = f"a change by {other['set_by']} is being prepared: try again"
-                    raise UpstreamsChanged(said)
+                    message = f"a change by {other['set_by']} is being prepared: try again"
+                    raise UpstreamsChanged(message)
                 await connection.execute(
                     sql("decide_upstream_revision"), other["revision"], "another change came first"
                 )
