@@ -91,7 +91,7 @@ async def test_a_refusal_leaves_googles_sdk_as_it_is(
 
 async def test_googles_sync_sdk_in_threads(make_sync: MakeSync, emulator: Emulator) -> None:
     limiter = make_sync(3)
-    await emulator.control.set_behaviour(first_byte_ms=4)
+    await emulator.control.set_behaviour(first_byte_ms=50)
 
     def calls() -> list[str]:
         with httpx2.Client(transport=LimitedTransport(limiter, ONE)) as http:
