@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.property.server import Server
-from tests.property.test_rates import LIMIT, MINUTE_MS, ROOM, Bench
-from tidegate.limiter import Band, Concurrency, Quota, Ramp, Rate
+from tests.property.test_rates import LIMIT, MINUTE_MS, ROOM, Bench, policy
+from tests.property.world import Client
+from tidegate.limiter import Band, Concurrency, Limit, Quota, Ramp, Rate
 from tidegate.limiter.simulation import DAY_MS
 
 TOKENS = Rate(1000, MINUTE_MS, "tokens", slack_ms=0)
@@ -174,6 +175,29 @@ def test_a_day_that_ends_sooner_than_was_known_has_its_timer_then(bench: Bench) 
     bench.end(tickets[0], 500)
     assert day.reset_at == ends_at + DAY_MS
     assert bench.world.model.pump.timed[LIMIT] == day.reset_at
+
+
+def test_a_quota_whose_day_ends_sooner_than_was_known_becomes_a_rate(bench: Bench) -> None:
+    """The request that changes the policy is the first to report the end of the day."""
+    bench.put_in_force(Quota(6))
+    for _ in range(6):
+        bench.ask(0)
+    first, second = bench.client, bench.world.new_client()
+
+    def change(client: Client, limit: Limit, revision: int) -> None:
+        bench.client = client
+        client.session.set_policy(policy(limit, revision), "somebody")
+        bench.say()
+
+    change(second, Rate(6, MINUTE_MS), 3)
+    for bench.client in (first, second, first):
+        bench.client.session.refresh()
+        bench.say()
+    change(second, Quota(6), 4)  # whose day is not known yet
+    for ticket in range(1, 7):
+        first.queue.release(ticket, outcome="success", actual="", now_ms=bench.world.local_ms)
+    change(first, Rate(6, MINUTE_MS), 5)
+    assert bench.spent == 6
 
 
 def test_a_rate_behind_a_gate_admits_the_next_probe_when_one_has_ended(bench: Bench) -> None:

@@ -78,8 +78,8 @@ T.rates = function()
     -- A process that considers the day over a moment early reports the end of the next day.
     if told > pool.now and (before <= pool.now or told - before < T.NEXT_DAY_MS) then limit.reset_at = told end
     if limit.reset_at ~= before then limit.dirty, limit.changed = true, true end
-    -- Its timer is too late.
-    if limit.reset_at < before and T.parked_at(limit) > 0 then T.touch(limit) end
+    -- Its timer is too late. What is only carried over to another sort of limit has no waiters.
+    if limit.reset_at < before and limit.bands and T.parked_at(limit) > 0 then T.touch(limit) end
   end
 
   local function loaded(limit)
