@@ -23,7 +23,7 @@ from tidegate.limiter import (
     Ramp,
     Rate,
 )
-from tidegate.limiter.simulation import DAY_MS, Barred, SyncReply
+from tidegate.limiter.simulation import DAY_MS, Barred, SyncReply, read_member
 
 START_MS = 1_000_000
 PULSE_MS = MAX_LEASE_MS // 4
@@ -159,7 +159,7 @@ class Drill(Crowd):
             flow = fields["flows"][outlook.flow - 1]
             until = self.now_ms + outlook.room_ms
             for call in process.waiting.values() if outlook.firm else ():
-                if call.flow == flow:
+                if call.flow == flow and _takes(call, outlook.limit):
                     self._promise(call.ticket, Promise(outlook.limit, until, 0, flow))
         return reply
 
@@ -340,6 +340,12 @@ class Drill(Crowd):
             self._settle_down()
             self._check()
         self.now_ms = max(self.now_ms, at)
+
+
+def _takes(call: Call, limit: str) -> bool:
+    """Return whether a call takes anything of a limit of its lane."""
+    position = call.flow.split("|")[2].split(" ").index(limit)
+    return read_member(call.member).amount(position) > 0
 
 
 def _is_firm(limit: Limit | None) -> bool:

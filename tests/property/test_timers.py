@@ -200,6 +200,17 @@ def test_a_quota_whose_day_ends_sooner_than_was_known_becomes_a_rate(bench: Benc
     assert bench.spent == 6
 
 
+def test_a_call_that_takes_nothing_of_a_rate_is_not_refused_for_it(bench: Bench) -> None:
+    """It asked for no LLM tokens, before its limit counted calls instead."""
+    bench.put_in_force(TOKENS)
+    bench.end(bench.ask(100), 100)
+    bench.world.pause(LIMIT, 1000, 1)
+    ticket = bench.ask(0, left_ms=5000)
+    bench.put_in_force(Rate(1, MINUTE_MS))
+    bench.wait(1000)
+    assert ticket in bench.client.queue.held
+
+
 def test_a_rate_behind_a_gate_admits_the_next_probe_when_one_has_ended(bench: Bench) -> None:
     bench.put_in_force(TOKENS)
     bench.world.close_gate(LIMIT, 1000, 60_000, tried=False)

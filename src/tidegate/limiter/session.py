@@ -410,8 +410,7 @@ def compose(
 
 logger = logging.getLogger("tidegate.limiter")
 
-# How many pushed grants are acknowledged at the latest without anything else to send: half of the
-# server's window (`ACK_WINDOW` in pump.lua).
+# Pushed grants that are acknowledged without anything else to send: half of pump.lua's ACK_WINDOW.
 ACK_EARLY = 4
 # Most flows for which one request asks for hints.
 MAX_WANTS = 16
@@ -736,7 +735,8 @@ class Session:
         if room_ms and outlook.firm:
             for number, waiter in enumerate(list(flow.waiting.values())):
                 # For a ticket not yet sent, the server knows better what comes before it.
-                if waiter.sent and waiter.deadline_ms <= sent_ms + room_ms:
+                is_late = waiter.sent and waiter.deadline_ms <= sent_ms + room_ms
+                if is_late and flow.amount_under(outlook.limit, waiter.amounts):
                     barred = Barred(waiter.ticket, outlook.limit, room_ms, outlook.used, 0, number)
                     self._refuse_early(waiter, barred)
 
