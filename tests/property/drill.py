@@ -187,18 +187,19 @@ class Drill(Crowd):
     def _settle_down(self) -> None:
         """Everybody hears and acknowledges what was pushed, and the pool does all that is due."""
         by_sid = {process.sid: process for process in self.processes}
-        behind = self.processes[:0]
-        while self.model.pump.more or behind or self.model.pool.pushed:
+        while self.model.pump.more or self._behind() or self.model.pool.pushed:
             for sid, push in self.model.pool.pushed:
                 by_sid[sid].ack = push.sent
                 for ticket, _ in push.grants:
                     self._let_in(by_sid[sid], ticket)
             self.model.pool.pushed.clear()
-            sessions = self.model.pool.sessions
-            behind = [one for one in self.processes if one.ack > sessions[one.sid].acked]
-            for process in behind or self.processes[:1]:
+            for process in self._behind() or self.processes[:1]:
                 self.compare(process)
-            behind = [one for one in self.processes if one.ack > sessions[one.sid].acked]
+
+    def _behind(self) -> list[Process]:
+        """Return the processes that have not acknowledged all that they were sent."""
+        sessions = self.model.pool.sessions
+        return [one for one in self.processes if one.ack > sessions[one.sid].acked]
 
     # -- what users and operators do
 
