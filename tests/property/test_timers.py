@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.property.policies import LEASE_MS
 from tests.property.server import Server
 from tests.property.test_rates import LIMIT, MINUTE_MS, ROOM, Bench, policy
 from tests.property.world import Client
-from tidegate.limiter import Band, Concurrency, Limit, Quota, Ramp, Rate
+from tidegate.limiter import Band, Concurrency, Limit, PoolPolicy, Quota, Ramp, Rate
 from tidegate.limiter.simulation import DAY_MS
 
 TOKENS = Rate(1000, MINUTE_MS, "tokens", slack_ms=0)
@@ -175,6 +176,96 @@ def test_a_day_that_ends_sooner_than_was_known_has_its_timer_then(bench: Bench) 
     bench.end(tickets[0], 500)
     assert day.reset_at == ends_at + DAY_MS
     assert bench.world.model.pump.timed[LIMIT] == day.reset_at
+
+
+def test_a_call_that_only_waits_reports_that_a_day_ends_sooner(bench: Bench) -> None:
+    bench.put_in_force(Quota(1000, "tokens"))
+    for _ in range(3):
+        bench.ask(400)
+    day = bench.world.model.pool.limit(LIMIT).spending
+    ends_at = day.reset_at
+    bench.wait(ends_at - bench.world.wall_ms - 1)
+    bench.world.advance(5000)
+    bench.world.renew([bench.client])
+    bench.world.charge(LIMIT, 1000)
+    assert day.reset_at == bench.world.wall_ms + DAY_MS
+    bench.ask(400)
+    assert day.reset_at == ends_at + DAY_MS
+    assert bench.world.model.pump.timed[LIMIT] == day.reset_at
+
+
+def test_a_low_band_that_is_owed_a_turn_has_it_for_a_call_that_waited_elsewhere(
+    bench: Bench,
+) -> None:
+    """What is kept free of the band has room for that call, though not for its next one."""
+    bands = (Band("high", headroom=0.4), Band("low", min_share=0.3))
+    bench.put_in_force(Concurrency(1000, unit="tokens_in_flight"), bands)
+    rooms = [bench.ask(1, lane=(ROOM,)) for _ in range(9)]
+    elsewhere = bench.ask(200, band=2, lane=(LIMIT, ROOM))
+    large = bench.ask(600)
+    too_large = bench.ask(600, band=2)
+    high = [bench.ask(500) for _ in range(5)]
+    for ticket in (large, *high[:3]):
+        bench.end(ticket, None)
+    assert high[3] in bench.client.queue.held
+    assert high[4] not in bench.client.queue.held
+    for ticket in rooms[:5]:
+        bench.end(ticket, 1)
+    assert elsewhere in bench.client.queue.held
+    assert too_large not in bench.client.queue.held
+
+
+class Two:
+    """Two processes, under one rate of LLM tokens and one of requests."""
+
+    def __init__(self, bench: Bench, tokens: Rate, requests: Rate) -> None:
+        self.bench, self.first, self.second = bench, bench.client, bench.world.new_client()
+        limits = PoolPolicy({LIMIT: tokens, ROOM: requests}, lease_ms=LEASE_MS, revision=2)
+        for bench.client in (self.first, self.second):
+            bench.client.session.set_policy(limits, "somebody")
+            bench.say()
+        self.wait(0)
+
+    def ask(self, client: Client, tokens: int, left_ms: float = float("inf")) -> int:
+        self.bench.client = client
+        return self.bench.ask(tokens, lane=(LIMIT, ROOM), left_ms=left_ms)
+
+    def wait(self, ms: int) -> None:
+        bench = self.bench
+        bench.world.advance(ms)
+        for bench.client in (self.first, self.second):
+            bench.client.session.refresh()
+            bench.say()
+
+
+def test_a_call_that_takes_nothing_of_a_rate_may_pass_others_that_wait_for_it(
+    bench: Bench,
+) -> None:
+    """It is not refused for their turns at another limit."""
+    two = Two(bench, TOKENS, Rate(1, 10_000, slack_ms=0))
+    bench.client = two.first
+    bench.ask(1, lane=(ROOM,))
+    before = two.ask(two.first, 500)
+    bench.ask(1000, lane=(LIMIT,))
+    ticket = two.ask(two.second, 0, left_ms=15_000)
+    two.wait(10_001)
+    assert ticket in two.second.queue.held
+    assert before not in two.first.queue.held
+
+
+def test_a_call_that_moved_too_often_passes_no_older_one_of_its_tenant(bench: Bench) -> None:
+    two = Two(bench, Rate(100, 1000, "tokens", slack_ms=0), Rate(3, 9000, slack_ms=0))
+    for _ in range(3):
+        bench.client = two.first
+        bench.ask(1, lane=(ROOM,))
+        two.wait(3000)
+    older = [two.ask(two.first, 100) for _ in range(12)]
+    younger = two.ask(two.second, 100)
+    for _ in range(60):
+        two.wait(1000)
+        if younger in two.second.queue.held:
+            break
+    assert all(ticket in two.first.queue.held for ticket in older)
 
 
 def test_a_quota_whose_day_ends_sooner_than_was_known_becomes_a_rate(bench: Bench) -> None:

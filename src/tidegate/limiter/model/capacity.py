@@ -36,7 +36,7 @@ class Capacity:
         reset_at = spending.reset_at
         spent = spending.look(limit.limit, self.pool.now, self.pool.resets.get(limit.name, 0))
         if spending.reset_at < reset_at and limit.waits:
-            self.pool.touched.add(limit.name)  # its timer is too late
+            limit.note_room_at(spending.reset_at)  # its timer is too late
         return spent
 
     def is_admitted_by_pause(self, limit: LimitState) -> bool:

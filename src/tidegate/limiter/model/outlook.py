@@ -154,7 +154,7 @@ class Outlooks:
         negative `left_ms` no estimate refuses it.
         """
         latest = self.pool.now + abs(left_ms) - 1
-        before = self._before(flow, place, member.use, stamp)
+        before = self._before(flow, queue, member, place, stamp)
         found = [
             late
             for position, limit in enumerate(self.pool.lane(flow))
@@ -172,20 +172,29 @@ class Outlooks:
         )
         return True
 
-    def _before(self, flow: FlowName, place: LimitState, use: int, stamp: float) -> Before:
+    def _before(
+        self,
+        flow: FlowName,
+        own: SessionQueue | None,
+        member: Member,
+        place: LimitState,
+        stamp: float,
+    ) -> Before:
         """Return the waiting calls that come before a ticket.
 
-        Calls of the same flow, in any process, are certain: they are admitted in order. Others that
+        Calls of the same flow, in any process, are certain: they are admitted in order. A ticket
+        that takes nothing of a limit may pass those of other processes that wait there. Others that
         come first in fair order are likely.
         """
         band, certain, likely = place.band(flow.band), 0, 0
+        in_order = all(member.amount(position) > 0 for position in range(len(flow.lane)))
         for queue in line_of(band, flow.tenant)[:MOST_BEFORE]:
             waits = sum(one < stamp for one in queue.tickets.values())
-            if queue.flow == flow:
+            if queue is own or (in_order and queue.flow == flow):
                 certain += waits
             else:
                 likely += waits
-        use = self.pool.probable_use(place, use)
+        use = self.pool.probable_use(place, member.use)
         step = self.pool.step(use, flow.tenant)
         start = band.tag(flow.tenant) + (certain + likely) * step
         expected = certain + likely

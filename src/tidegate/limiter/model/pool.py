@@ -778,6 +778,7 @@ class PoolModel:
                 self._last_words(q, session)
         self.pump.pump()
         outlook = self.outlooks.outlook() if self.pump.own else []
+        self.pump.set_timers()  # a day may have been found to end earlier
         if tending:
             self._note_sessions()
             if self.pump.own and (q.full or q.join):

@@ -269,7 +269,8 @@ class Pump:
                 band.held_at = self.pool.now
             return False
         self.queues.move(queue, other)
-        if not full:
+        # A band that is owed a turn may take what is kept free of it.
+        if not full or (not other.is_rate and self._is_owed(other, number)):
             self.pool.touched.add(other.name)
         return True
 
@@ -282,7 +283,7 @@ class Pump:
             return
         self.served = True
         for queue in self.queues.starving()[:MOST_STARVING]:
-            if not self._deliverable(queue.sid):
+            if not self._deliverable(queue.sid) or self._passes_older(queue):
                 continue
             member, band = read_member(queue.first()[0]), queue.flow.band
             lacking = [
@@ -296,6 +297,14 @@ class Pump:
             elif all(self._is_given_back(limit, band) for limit in lacking):
                 for position, limit in enumerate(self.pool.lane(queue.flow)):
                     limit.reserved += member.amount(position) if limit.by_tokens else 1
+
+    def _passes_older(self, queue: SessionQueue) -> bool:
+        """Return whether an older ticket of its tenant waits for a limit of its lane."""
+        _, stamp = queue.first()
+        flow = queue.flow
+        bands = [limit.band(flow.band) for limit in self.pool.lane(flow)]
+        lines = [band for band in bands if flow.tenant in band.lines]
+        return any(band.line_front(flow.tenant)[0] < stamp for band in lines)
 
     def _is_given_back(self, limit: LimitState, band: int) -> bool:
         """Return whether ending calls make room under a limit."""
@@ -322,7 +331,7 @@ class Pump:
             self.more = 1
             for name in self.pool.touched:
                 self.schedule_check(name, self.pool.now)
-        self._set_timers()
+        self.set_timers()
 
     def _touch_due(self) -> None:
         """Process some due timers; the next call continues."""
@@ -404,7 +413,7 @@ class Pump:
     def schedule_check(self, name: str, at: int) -> None:
         self.timed[name] = min(self.timed.get(name, at), at)
 
-    def _set_timers(self) -> None:
+    def set_timers(self) -> None:
         """Set a time at which each limit that only time frees is checked again."""
         for limit in self.pool.limits.values():
             if limit.retry_at is not None and limit.waits:

@@ -128,6 +128,8 @@ function T.finish_run()
   end
   if next(T.outbox) then T.publish() end
   if own.sid and next(T.waited) then T.report_waits() end
+  -- A report may have read that a day ends earlier than its timer.
+  if T.retry then T.set_timers() end
 end
 
 -- Reports the limit that each queue of `waited` waits for now. Most wait for a call to end, which needs no outlook.

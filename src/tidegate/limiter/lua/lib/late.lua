@@ -4,18 +4,20 @@
 -- returns: refuse_late()
 -- units: ms; virtual time as in queues
 -- If no waiter leaves, calls of the ticket's flow that already wait at the same limit, in any session, certainly come
--- first, in their order. Other calls there are only likely to come first. An estimate refuses a ticket only with a
--- clear margin: a third of the likely calls may not come first, half of the amounts reserved under a rate may be
--- returned, and calls may take two thirds of their recent duration, less a second.
+-- first, in their order. A ticket that takes nothing of a limit may pass those of other sessions that wait there. Other
+-- calls are only likely to come first. An estimate refuses a ticket only with a clear margin: a third of the likely
+-- calls may not come first, half of the amounts reserved under a rate may be returned, and calls may take two thirds of
+-- their recent duration, less a second.
 T.MOST_BEFORE, T.MEASURED_MS = 50, 3000
 
 -- Returns how many calls come before a ticket. `certain` and `likely` count those that wait; `expected` assumes that
 -- tenants with several waiting calls continue to send calls. `start` is the ticket's start in virtual time.
-local function before_at(queue, place, use, stamp)
-  local certain, likely, tenant = 0, 0, T.tenant_of(queue.tenant)
+local function before_at(queue, list, place, use, stamp)
+  local certain, likely, tenant, in_order = 0, 0, T.tenant_of(queue.tenant), true
+  for _, amount in ipairs(list) do in_order = in_order and amount > 0 end
   for _, id in ipairs(call('ZRANGE', T.line_key(place, queue), 0, T.MOST_BEFORE - 1)) do
     local waits = call('ZCOUNT', T.prefix .. 'queue:' .. id, '-inf', '(' .. T.place(stamp))
-    if T.queue_of(id).flow == queue.flow then
+    if id == queue.id or in_order and T.queue_of(id).flow == queue.flow then
       certain = certain + waits
     else
       likely = likely + waits
@@ -129,7 +131,7 @@ end
 function T.refuse_late(queue, member, left_ms, place, stamp)
   local ticket, use, text = string.match(member, '^(%d+)|%d+|(%d+)|(.*)$')
   local list, latest, found = T.amounts_in(text), pool.now + math.abs(left_ms) - 1, nil
-  local before = before_at(queue, place, tonumber(use), stamp)
+  local before = before_at(queue, list, place, tonumber(use), stamp)
   for i, name in ipairs(T.names_in(queue.lane)) do
     local limit = T.limit_of(name)
     if limit.sort ~= 'c' or limit.pause then

@@ -203,7 +203,8 @@ function T.step(limit, number, list)
     return false
   end
   T.move(queue, other, stamp)
-  if not full then T.touch(other) end
+  -- A band that is owed a turn may take what is kept free of it.
+  if not full or other.sort == 'c' and other.bands[number].credit >= 1000 then T.touch(other) end
   return true
 end
 
@@ -218,6 +219,7 @@ function T.set_timers()
     end
   end
   if due then T.note_timers() end
+  T.retry = false
 end
 
 function T.pump()

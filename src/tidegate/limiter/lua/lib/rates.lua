@@ -79,7 +79,7 @@ T.rates = function()
     if told > pool.now and (before <= pool.now or told - before < T.NEXT_DAY_MS) then limit.reset_at = told end
     if limit.reset_at ~= before then limit.dirty, limit.changed = true, true end
     -- Its timer is too late. What is only carried over to another sort of limit has no waiters.
-    if limit.reset_at < before and limit.bands and T.parked_at(limit) > 0 then T.touch(limit) end
+    if limit.reset_at < before and limit.bands and T.parked_at(limit) > 0 then T.note_room_at(limit, limit.reset_at) end
   end
 
   local function loaded(limit)

@@ -1,5 +1,5 @@
 -- does: reserves free capacity for tickets that moved between limits too often
--- keys: starving
+-- keys: starving line
 -- args: none
 -- returns: serve_starving()
 -- units: none
@@ -17,6 +17,16 @@ function T.can_be_saved_for(queue, list)
   return room, can
 end
 
+-- Returns whether an older ticket of its tenant waits for a limit of its lane.
+local function passes_older(queue)
+  local _, stamp = T.first_of(queue)
+  for _, name in ipairs(T.names_in(queue.lane)) do
+    local oldest = call('ZRANGE', T.line_key(T.limit_of(name), queue), 0, 0, 'WITHSCORES')[2]
+    if oldest and tonumber(oldest) < stamp then return true end
+  end
+  return false
+end
+
 -- Admits waiters that moved too often, in their order, or reserves free capacity for them.
 function T.serve_starving()
   if T.served or pool.now < pool.recover_until then return end
@@ -24,7 +34,7 @@ function T.serve_starving()
   for _, id in ipairs(call('ZRANGE', T.starving_key, 0, 7)) do
     local queue = T.queue_of(id)
     T.load_place(queue)
-    if T.deliverable(queue.sid) then
+    if T.deliverable(queue.sid) and not passes_older(queue) then
       local member, _, next_stamp, next_member = T.first_of(queue)
       local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
       local room, can_be_saved_for = T.can_be_saved_for(queue, list)
