@@ -1,0 +1,57 @@
+"""Which of several budgets refuses a call, until when, and what its book shows."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.integration.store.test_budget_books import (
+    ACME,
+    cut,
+    held_by,
+    told,
+    with_budgets,
+)
+from tidegate.errors import BudgetExceeded
+from tidegate.prices.budgets import Budget
+from tidegate.store.budgets import Budgets
+from tidegate.store.database import Connections
+
+
+@pytest.fixture
+async def connections(database_url: str) -> AsyncIterator[Connections]:
+    made = Connections(database_url)
+    yield made
+    await made.aclose()
+
+
+@pytest.fixture
+def budgets(connections: Connections) -> Budgets:
+    return Budgets(connections, instance_id="one")
+
+
+async def spend(budgets: Budgets, micros: int) -> None:
+    budgets.settle(await held_by(budgets, ACME, micros), told(micros))
+    await budgets.flush()
+
+
+async def refused(budgets: Budgets, micros: int) -> BudgetExceeded:
+    with pytest.raises(BudgetExceeded) as found:
+        await held_by(budgets, ACME, micros)
+    return found.value
+
+
+async def test_the_estimates_of_a_window_are_listed_and_it_is_among_the_most_used(
+    budgets: Budgets,
+) -> None:
+    await with_budgets(
+        budgets,
+        Budget("day", "usd", 1_000, "day"),
+        Budget("rolling", "usd", 200, "rolling", window_s=3_600),
+    )
+    hold = await held_by(budgets, ACME, 100)
+    budgets.settle(hold, cut(None))
+    await budgets.flush()
+    books = [(one.budget, one.spent, one.estimated) for one in await budgets.records.books()]
+    assert books == [("rolling", 100, 100), ("day", 100, 100)]
