@@ -35,6 +35,7 @@ Dimension = Literal["tenant", "key", "subject", "conversation"]
 
 DIMENSIONS: tuple[Dimension, ...] = ("tenant", "key", "subject", "conversation")
 MOST_AMOUNT = 10**15
+_MORE_THAN_ANY = MOST_AMOUNT + 1  # so that sums of what clients' huge bounds need fit into bigint
 LONGEST_WINDOW_S = 366 * 86_400
 _RESERVED_RETRY_MS = 1_000
 _SHORT_NAME = re.compile(r".+/(?P<name>budget_(?:day|month)_(?:money|tokens))")
@@ -102,7 +103,7 @@ class Budget:
             else (cost.most_tokens, cost.likely_tokens)
         )
         if bound is not None:
-            return bound
+            return min(bound, _MORE_THAN_ANY)
         if self.doubt == "bound":
             raise BudgetUnbounded(
                 f"the budget {self.name} applies to this call, whose maximum cost is not known: "
@@ -110,7 +111,7 @@ class Budget:
                 limit=self.limit,
                 allowed="a call with max_tokens, of a model whose price is known",
             )
-        return about
+        return min(about, _MORE_THAN_ANY)
 
 
 class Binding(NamedTuple):

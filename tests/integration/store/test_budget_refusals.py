@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from uuid import UUID
 
 import pytest
 
@@ -55,3 +57,14 @@ async def test_the_estimates_of_a_window_are_listed_and_it_is_among_the_most_use
     await budgets.flush()
     books = [(one.budget, one.spent, one.estimated) for one in await budgets.records.books()]
     assert books == [("rolling", 100, 100), ("day", 100, 100)]
+
+
+@pytest.mark.parametrize("micros", [2**63, 10**24])
+async def test_a_call_that_needs_more_than_a_number_holds_is_refused(
+    budgets: Budgets, micros: int
+) -> None:
+    await with_budgets(budgets, Budget("day", "usd", 1_000, "day"))
+    found = await asyncio.gather(
+        *(held_by(budgets, ACME, one) for one in (1, micros, micros, 2)), return_exceptions=True
+    )
+    assert [type(one) for one in found] == [UUID, BudgetExceeded, BudgetExceeded, UUID]
