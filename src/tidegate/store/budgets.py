@@ -849,8 +849,9 @@ async def correct_holds(
     if not holds:
         return 0
     last, *before = sorted({uuid_of(row["id"]) for row in holds}, reverse=True)
-    # The cost of earlier attempts is part of the whole.
-    known = [Settlement(hold, request_id, 0, 0, False) for hold in before]
+    # The cost of earlier attempts is part of the whole; unknown tokens stay charged as reserved.
+    of_before = None if tokens is None else 0
+    known = [Settlement(hold, request_id, 0, of_before, False) for hold in before]
     await settle_holds(connection, [Settlement(last, request_id, micros, tokens, False), *known])
     await connection.execute(sql("count_budget_change"))
     return len(holds)

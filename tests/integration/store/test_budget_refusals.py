@@ -10,14 +10,17 @@ import pytest
 
 from tests.integration.store.test_budget_books import (
     ACME,
+    cost,
     cut,
     held_by,
+    seen,
     told,
     with_budgets,
 )
+from tidegate.call import UNKNOWN_CHARGE, new_id
 from tidegate.errors import BudgetExceeded
 from tidegate.prices.budgets import Budget
-from tidegate.store.budgets import Budgets
+from tidegate.store.budgets import Budgets, correct_holds
 from tidegate.store.database import Connections
 
 
@@ -68,3 +71,19 @@ async def test_a_call_that_needs_more_than_a_number_holds_is_refused(
         *(held_by(budgets, ACME, one) for one in (1, micros, micros, 2)), return_exceptions=True
     )
     assert [type(one) for one in found] == [UUID, BudgetExceeded, BudgetExceeded, UUID]
+
+
+async def test_tokens_of_all_attempts_stay_charged_where_only_the_cost_is_corrected(
+    budgets: Budgets, connections: Connections, database_url: str
+) -> None:
+    await with_budgets(
+        budgets, Budget("t", "tokens", 1_000, "day"), Budget("u", "usd", 1_000, "day")
+    )
+    request_id = new_id()
+    for _ in range(2):
+        bindings = budgets.binding(ACME, "m")
+        hold = await budgets.reserve(bindings, request_id, cost(100, 70))
+        budgets.settle(hold, UNKNOWN_CHARGE)
+        await budgets.flush()
+    await connections.run(lambda connection: correct_holds(connection, request_id, micros=30))
+    assert await seen(database_url) == {("u", ""): (30, 0, 0), ("t", ""): (140, 0, 0)}
