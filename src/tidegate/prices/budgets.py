@@ -124,7 +124,8 @@ class Binding(NamedTuple):
 class Refusal(NamedTuple):
     """A book without enough left for a call.
 
-    until: a time of this process's clock until which the refusal certainly holds.
+    until: a time of this process's clock until which the refusal certainly holds. need: what the
+    call needs; the time at which a rolling budget has room for it depends on that.
     """
 
     binding: Binding
@@ -134,6 +135,22 @@ class Refusal(NamedTuple):
     held: int
     reset_at: datetime | None
     until: float
+    need: int = 0
+
+    def refuses(self, need: int) -> bool:
+        """Return whether another call that needs that much is refused for the same reason and
+        until the same time, while `until` has not come."""
+        if self.why == "paused":
+            return True
+        is_known = self.binding.budget.period != "rolling" or need == self.need
+        return is_known and self.spent + need > self.amount
+
+    def ends_at(self, need: int) -> datetime:
+        """Return when a call that needs that much may fit; the last of all times if never."""
+        is_final = self.why == "paused" or need > self.binding.budget.amount
+        return (
+            datetime.max.replace(tzinfo=UTC) if is_final or self.reset_at is None else self.reset_at
+        )
 
 
 def amount_text(unit: Unit, amount: int) -> str:

@@ -453,15 +453,17 @@ class Budgets:
         return self._known_refusal(needs_of(bindings, cost))
 
     def _known_refusal(self, needs: Sequence[tuple[Binding, int]]) -> QuotaExceeded | None:
+        found: list[tuple[Refusal, int]] = []
         for binding, need in needs:
             known = self._refusals.get((binding.budget.name, binding.scope))
             if known is None:
                 continue
             if self._clock() >= known.until:
                 del self._refusals[binding.budget.name, binding.scope]
-            elif known.why == "paused" or known.spent + need > known.amount:
-                return refused_by(known, need)
-        return None
+            elif known.refuses(need):
+                found.append((known, need))
+        last = max(found, key=lambda one: one[0].ends_at(one[1]), default=None)
+        return None if last is None else refused_by(*last)
 
     async def check(
         self,
@@ -521,8 +523,7 @@ class Budgets:
             raise
         if refused is not None:
             del self._open[hold]
-            need = next(n for one, n in needs if one == refused.binding)
-            raise refused_by(refused, need)
+            raise refused_by(refused, refused.need)
         return hold
 
     def _void(self, hold: UUID, request_id: UUID, order: asyncio.Future[Refusal | None]) -> None:
@@ -558,7 +559,9 @@ class Budgets:
         is_newest = revision == self._revision  # else a known change of the budgets may allow it
         results: list[Refusal | Exception | None] = [None] * len(requests)
         for row in rows:
-            refused = self._refused(bindings[row["book"]], row)
+            binding = bindings[row["book"]]
+            need = next(n for one, n in requests[row["call"]].needs if one == binding)
+            refused = self._refused(binding, need, row)
             results[row["call"]] = refused
             if refused.why != "held" and is_newest:
                 self._remember(refused)
@@ -599,7 +602,7 @@ class Budgets:
             self._renewed_at = sent_at
         return rows
 
-    def _refused(self, binding: Binding, row: asyncpg.Record) -> Refusal:
+    def _refused(self, binding: Binding, need: int, row: asyncpg.Record) -> Refusal:
         now, budget = self._clock(), binding.budget
         # A budget with a pause begins it when it refuses a call for which the others have left no
         # room.
@@ -615,6 +618,7 @@ class Budgets:
             row["held"],
             row["reset_at"],
             now + for_s,
+            need,
         )
 
     def watch(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from uuid import UUID
 
+import asyncpg
 import pytest
 
 from tests.integration.store.test_budget_books import (
@@ -18,7 +20,7 @@ from tests.integration.store.test_budget_books import (
     with_budgets,
 )
 from tidegate.call import UNKNOWN_CHARGE, new_id
-from tidegate.errors import BudgetExceeded
+from tidegate.errors import BudgetExceeded, BudgetPaused
 from tidegate.prices.budgets import Budget
 from tidegate.store.budgets import Budgets, correct_holds
 from tidegate.store.database import Connections
@@ -45,6 +47,99 @@ async def refused(budgets: Budgets, micros: int) -> BudgetExceeded:
     with pytest.raises(BudgetExceeded) as found:
         await held_by(budgets, ACME, micros)
     return found.value
+
+
+async def test_of_several_budgets_the_one_that_is_reset_last_refuses(budgets: Budgets) -> None:
+    await with_budgets(
+        budgets,
+        Budget("a-month", "usd", 100, "month"),
+        Budget("b-rolling", "usd", 100, "rolling", window_s=86_400 * 366),
+        Budget("c-rolling", "usd", 100, "rolling", window_s=60),
+        Budget("d-week", "usd", 100, "week"),
+    )
+    await spend(budgets, 80)
+    for _ in range(2):  # as PostgreSQL says, then as this process remembers
+        assert (await refused(budgets, 30)).limit == "b-rolling"
+    budgets._refusals.clear()
+    await with_budgets(budgets, Budget("b-rolling", "usd", 1_000, "rolling", window_s=86_400 * 366))
+    assert (await refused(budgets, 30)).limit == "a-month"
+    await with_budgets(budgets, Budget("a-month", "usd", 1_000, "month"))
+    assert (await refused(budgets, 30)).limit == "d-week"
+
+
+async def test_a_budget_that_a_call_never_fits_refuses_it_before_one_with_a_reset(
+    budgets: Budgets,
+) -> None:
+    await with_budgets(budgets, Budget("a", "usd", 50, "day"), Budget("b", "usd", 100, "month"))
+    await spend(budgets, 40)
+    never = await refused(budgets, 70)
+    assert (never.limit, never.retry_after_ms) == ("a", None)
+
+
+async def test_a_budget_that_waits_for_a_person_refuses_before_one_with_a_reset(
+    budgets: Budgets,
+) -> None:
+    await with_budgets(
+        budgets, Budget("a", "usd", 100, "day", at_end="pause"), Budget("b", "usd", 100, "month")
+    )
+    await spend(budgets, 100)
+    with pytest.raises(BudgetPaused):
+        await held_by(budgets, ACME, 1)
+
+
+async def test_calls_that_need_more_of_a_window_wait_for_more_to_leave_it(
+    budgets: Budgets, database_url: str
+) -> None:
+    await with_budgets(budgets, Budget("r", "usd", 100, "rolling", window_s=6_000))
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(
+        "INSERT INTO budget_books (budget, scope, period, spent) VALUES"
+        " ('r', '', budget_span(6000, now() - interval '50 min'), 50),"
+        " ('r', '', budget_span(6000, now()), 50)"
+    )
+    await connection.close()
+    small, large = await refused(budgets, 20), await refused(budgets, 80)
+    assert 2_900_000 < (small.retry_after_ms or 0) <= 3_100_000
+    assert 5_900_000 < (large.retry_after_ms or 0) <= 6_100_000
+
+
+async def test_room_that_an_extra_amount_made_ends_with_it(
+    budgets: Budgets, database_url: str
+) -> None:
+    await with_budgets(budgets, Budget("r", "usd", 100, "rolling", window_s=6_000))
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(
+        "INSERT INTO budget_books (budget, scope, period, spent, extra) VALUES"
+        " ('r', '', '-infinity', 0, 50),"
+        " ('r', '', budget_span(6000, now() - interval '50 min'), 50, 50),"
+        " ('r', '', budget_span(6000, now()), 100, 0)"
+    )
+    await connection.close()
+    assert 5_900_000 < ((await refused(budgets, 20)).retry_after_ms or 0) <= 6_100_000
+
+
+@pytest.mark.parametrize(
+    ("period", "zone", "at", "end"),
+    [
+        ("day", "America/Havana", "2026-10-31T20:00", "2026-11-01T04:00"),  # 0:00 comes twice
+        ("month", "America/Havana", "2026-10-31T20:00", "2026-11-01T04:00"),
+        ("day", "America/Havana", "2026-11-01T04:30", "2026-11-02T05:00"),
+        ("day", "Atlantic/Azores", "2026-10-24T23:00", "2026-10-25T00:00"),
+        ("day", "Africa/Cairo", "2026-10-29T20:30", "2026-10-29T22:00"),  # 23:00 comes twice
+        ("day", "Africa/Cairo", "2026-04-23T20:30", "2026-04-23T22:00"),  # there is no 0:00
+        ("day", "Europe/Berlin", "2026-10-25T12:00", "2026-10-25T23:00"),
+        ("month", "UTC", "2028-02-29T23:59", "2028-03-01T00:00"),
+        ("week", "Asia/Kathmandu", "2026-11-30T00:00", "2026-12-06T18:15"),
+    ],
+)
+async def test_a_period_ends_with_the_first_moment_of_the_next(
+    database_url: str, period: str, zone: str, at: str, end: str
+) -> None:
+    connection = await asyncpg.connect(database_url)
+    moments = [datetime.fromisoformat(one).replace(tzinfo=UTC) for one in (at, end)]
+    reset = "SELECT budget_reset($1, $2, $3)"
+    assert await connection.fetchval(reset, period, zone, moments[0]) == moments[1]
+    await connection.close()
 
 
 async def test_the_estimates_of_a_window_are_listed_and_it_is_among_the_most_used(
