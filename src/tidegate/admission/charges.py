@@ -79,11 +79,14 @@ class Prices:
         """Return the rates in force this hour (UTC), or None if the price is unknown."""
         return self._on(model, tier, self._hour, dearest=False)
 
-    def bound(self, model: str, tier: str) -> Rates | None:
+    def bound(self, model: str, tier: str, *, is_chosen: bool = False) -> Rates | None:
         """Return rates that a call requesting `tier` cannot exceed, however many hours it runs.
 
-        None if that tier may have a price that is unknown.
+        None if that tier may have a price that is unknown. is_chosen: the gateway chose the tier,
+        so that no other one serves the call.
         """
+        if is_chosen:
+            return self._on(model, tier, self._hour, dearest=True)
         if self.of(model, tier) is None:
             return None
         return self.at_least(model, tier, dearest=True)
@@ -91,14 +94,12 @@ class Prices:
     def at_least(self, model: str, tier: str, *, dearest: bool = False) -> Rates | None:
         """Return the rates of a call whose answer reports no tier.
 
-        The requested tier's rates apply only if they are dearer than the usual ones, because the
-        client chose that tier. `dearest`: use the rates of the dearest hour.
+        Of the requested tier only what is dearer than usual applies, because the client chose that
+        tier. `dearest`: use the rates of the dearest hour.
         """
         usual = self._on(model, "", self._hour, dearest=dearest)
         of_tier = self._on(model, tier, self._hour, dearest=dearest) if tier else None
-        if usual is None or of_tier is None or _dearness(of_tier) < _dearness(usual):
-            return usual
-        return of_tier
+        return usual if usual is None or of_tier is None else usual.dearest(of_tier)
 
     def share(self, model: str, tier: str) -> float | None:
         """Return the highest ratio of the rates of `tier` to the usual ones, for input and output.
@@ -149,16 +150,6 @@ class Prices:
             return None
         price = self._public.find(self._provider, model, _day_of(hour), tier)
         return None if price is None else Rates.of(price.in_hour(at), is_public=True)
-
-
-def _dearness(rates: Rates) -> tuple[int, ...]:
-    """Return a sort key that compares tiers by the first rate that differs.
-
-    Not all models are charged by output, so all rates are part of the key.
-    """
-    one = rates
-    others = (one.image, one.video_second, one.audio_second, one.character)
-    return tuple(rate or 0 for rate in (one.output, one.input, *others))
 
 
 def _day_of(hour: int) -> date:

@@ -278,6 +278,21 @@ class Rates:
             long=None if price.long is None else cls.of(price.long, is_public=is_public),
         )
 
+    def dearest(self, other: Rates) -> Rates:
+        """Return rates at which no usage costs less than at these or at the other ones; None where
+        these are."""
+        rates = {name: _greater(getattr(self, name), getattr(other, name)) for name in _RATES}
+        aboves = [one.above for one in (self, other) if one.above is not None]
+        long = (self.long or self).dearest(other.long or other) if aboves else None
+        return Rates(**rates, above=min(aboves, default=None), long=long)
+
+
+_RATES = tuple(one.name for one in fields(Rates) if one.name not in ("above", "long"))
+
+
+def _greater(rate: int | None, other: int | None) -> int | None:
+    return rate if rate is None or other is None else max(rate, other)
+
 
 def micros_by_measure(rates: Rates, details: UsageDetails | None) -> int | None:
     """Return the cost for a model that is not charged by tokens; None for any other model.

@@ -408,9 +408,9 @@ class NativeExchange:
         if facts is None or not endpoint.is_counted:
             return _COST_OF_OTHER if self.bills else CallCost(0, 0)
         prices, is_batch = lane.demands.prices, endpoint.operation is Operation.BATCH
-        # Exact if the gateway chose the tier, and for a batch; a client's tier gives a bound.
-        rates_of = prices.of if tier or is_batch else prices.bound
-        rates = rates_of(target.model, tier or self._requested_tier())
+        # No other tier serves a batch, nor a call whose tier the gateway chose.
+        is_chosen = bool(tier) or is_batch
+        rates = prices.bound(target.model, tier or self._requested_tier(), is_chosen=is_chosen)
         context_tokens, most_output = prices.most(target.model)
         if is_batch and facts.calls > 1:
             context_tokens = context_tokens and context_tokens * facts.calls

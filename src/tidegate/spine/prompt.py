@@ -474,7 +474,7 @@ class PromptExchange:
         call, is_question, prices = self._call, self._types is not None, lane.demands.prices
         context_tokens, most_output = prices.most(target.model)
         return call_cost(
-            prices.of(target.model, tier),
+            prices.bound(target.model, tier, is_chosen=True),
             demand.estimate,
             input_bytes=len(call.prompt.encode("utf-8", "replace")) + _JUDGE_BYTES * is_question,
             context_tokens=context_tokens,

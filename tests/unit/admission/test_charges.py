@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tidegate.admission.charges import (
@@ -151,6 +153,9 @@ def test_prices_are_those_of_the_day_of_the_call() -> None:
     assert prices.of("gpt-6-luna") is not None
 
 
+ALL_MONDAY = PeakHours(3.0, ((0, 24),), frozenset({1}))
+
+
 def test_prices_are_those_of_the_hour_and_bounds_those_of_the_dearest() -> None:
     now = [NOVEMBER]  # a Saturday
     prices = Prices(Upstream("u", {}, "key", provider="deepseek"), now=lambda: now[0])
@@ -165,7 +170,7 @@ def test_prices_are_those_of_the_hour_and_bounds_those_of_the_dearest() -> None:
     now[0] += 2 * 3_600
     assert prices.of("deepseek-flash") == prices.at_least("deepseek-flash", "") == usual
     assert prices.bound("deepseek-flash", "") == peak  # it may go on until 6
-    own = Price(input=1.0, peak=PeakHours(3.0, ((0, 24),), frozenset({1})))
+    own = Price(input=1.0, peak=ALL_MONDAY)
     mine = Prices(Upstream("u", {}, "key", prices={"m": own}), now=lambda: now[0])
     assert mine.of("m") == Rates.of(Price(input=3.0))
 
@@ -186,6 +191,27 @@ def test_a_requested_tier_counts_only_where_it_is_the_dearer_one() -> None:
     own = of_openai(m=Price(input=2.0, output=2.0, tiers={"fast": Price(input=4.0, output=4.0)}))
     assert own.bound("m", "no such tier") == own.of("m")
     assert own.at_least("m", "fast") == Rates.of(Price(input=4.0, output=4.0))
+
+
+def test_a_bound_is_of_the_dearer_tier_part_by_part() -> None:
+    """A tier with prices of its own may be the dearer one for input, and the cheaper for output."""
+    flex = Price(input=5.0, output=1.0, cached=0.5, above=100, long=Price(input=8.0, output=3.0))
+    prices = of_openai(m=Price(input=1.0, output=2.0, tiers={"flex": flex}))
+    bound = prices.bound("m", "flex")
+    assert bound is not None
+    assert bound.long is not None
+    assert (bound.input, bound.output, bound.cached) == (5_000_000, 2_000_000, 1_000_000)
+    assert (bound.above, bound.long.input, bound.long.output) == (100, 8_000_000, 3_000_000)
+    assert prices.at_least("m", "flex") == bound
+
+
+def test_the_bound_of_a_tier_that_the_gateway_chose_is_its_own_in_the_dearest_hour() -> None:
+    price = Price(input=1.0, tiers={"batch": Price(input=0.5)}, peak=ALL_MONDAY)
+    price = replace(price, tiers={"batch": replace(price.tiers["batch"], peak=ALL_MONDAY)})
+    prices = Prices(Upstream("u", {}, "key", prices={"m": price}), now=lambda: NOVEMBER)
+    assert prices.of("m", "batch") == Rates.of(Price(input=0.5))
+    assert prices.bound("m", "batch", is_chosen=True) == Rates.of(Price(input=1.5))
+    assert prices.bound("m", "batch") == Rates.of(Price(input=3.0))
 
 
 def test_the_state_says_how_far_it_is_known() -> None:

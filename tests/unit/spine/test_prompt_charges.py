@@ -13,7 +13,7 @@ from tidegate.admission.estimator import Estimator, pieces_of_text
 from tidegate.call import Answer, Call, Kind, Usage, UsageState, new_id
 from tidegate.errors import UpstreamError, UpstreamUnavailable
 from tidegate.policy.deployment import Upstream
-from tidegate.prices.rates import Price
+from tidegate.prices.rates import PeakHours, Price
 from tidegate.record import CallRecord
 from tidegate.spine.prompt import PromptExchange
 from tidegate.spine.routing import Target
@@ -65,3 +65,21 @@ def test_an_error_after_a_part_of_an_answer_leaves_that_part_to_be_paid(
     failed = UpstreamUnavailable("the model is overloaded", status=503)
     charge = settled(answer, "gemini-2.5-flash", failed).charge
     assert (charge.state, charge.cost_micros or 0) == (state, micros)
+
+
+def test_a_prompt_reserves_at_the_dearest_hour_that_it_may_run_into() -> None:
+    """A Saturday's call may end on Sunday, as that of a job which waits may begin then."""
+    always = PeakHours(2.0, ((0, 24),), frozenset({7}))
+    urls = {"gemini": "https://generativelanguage.googleapis.com"}
+    price = Price(input=1, output=0, peak=always)
+    upstream = Upstream("up", urls, "key", provider="gemini", prices={"gemini-2.5-flash": price})
+    saturday = datetime(2026, 11, 28, 23, 59, tzinfo=UTC)
+    nothing: Any = None
+    model, record = "gemini-2.5-flash", CallRecord("stream", "default", saturday)
+    made = PromptExchange(nothing, nothing, Call(new_id(), "Hi", Kind.TEXT_ONLY, model), record)
+    prices = Prices(upstream, now=saturday.timestamp)
+    lane: Any = SimpleNamespace(demands=SimpleNamespace(prices=prices))
+    estimate = Estimator().of_pieces("m", "text_only", pieces_of_text("Hi"))
+    demand: Any = SimpleNamespace(estimate=estimate, images=0)
+    cost = made.cost(Target(upstream, model), lane, demand)
+    assert cost.most_micros == 2 * (len("Hi") + 50)
