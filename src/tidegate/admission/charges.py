@@ -80,7 +80,7 @@ class Prices:
         return self._on(model, tier, self._hour, dearest=False)
 
     def bound(self, model: str, tier: str, *, is_chosen: bool = False) -> Rates | None:
-        """Return rates that a call requesting `tier` cannot exceed, however many hours it runs.
+        """Return rates that a call requesting `tier` cannot exceed if it ends by the next day.
 
         None if that tier may have a price that is unknown. is_chosen: the gateway chose the tier,
         so that no other one serves the call.
@@ -95,7 +95,7 @@ class Prices:
         """Return the rates of a call whose answer reports no tier.
 
         Of the requested tier only what is dearer than usual applies, because the client chose that
-        tier. `dearest`: use the rates of the dearest hour.
+        tier. `dearest`: use the rates of the dearest hour of today or tomorrow.
         """
         usual = self._on(model, "", self._hour, dearest=dearest)
         of_tier = self._on(model, tier, self._hour, dearest=dearest) if tier else None
@@ -148,7 +148,14 @@ class Prices:
             return Rates.of((own.of_tier(tier) or own).in_hour(at))
         if self._provider is None:
             return None
-        price = self._public.find(self._provider, model, _day_of(hour), tier)
+        rates = self._public_rates(model, tier, hour, at)
+        if rates is None or not dearest:
+            return rates
+        after = self._public_rates(model, tier, hour + _DAY_HOURS, at)
+        return rates if after is None else rates.dearest(after)
+
+    def _public_rates(self, model: str, tier: str, hour: int, at: int | None) -> Rates | None:
+        price = self._public.find(self._provider or "", model, _day_of(hour), tier)
         return None if price is None else Rates.of(price.in_hour(at), is_public=True)
 
 

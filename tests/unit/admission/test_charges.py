@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
@@ -151,6 +152,21 @@ def test_prices_are_those_of_the_day_of_the_call() -> None:
     assert prices.of("gpt-6-luna") is None
     now[0] = NOVEMBER
     assert prices.of("gpt-6-luna") is not None
+
+
+def test_a_call_that_may_end_on_the_next_day_is_bound_by_its_price_too() -> None:
+    """Google doubles the price of this model with the year 2027."""
+    now = [NOVEMBER]
+    prices = Prices(Upstream("u", {}, "key", provider="gemini"), now=lambda: now[0])
+    model = "gemini-3.8-flash"
+    before = prices.of(model)
+    assert prices.bound(model, "") == before
+    now[0] = datetime(2026, 12, 31, 1, tzinfo=UTC).timestamp()
+    assert prices.of(model) == prices.at_least(model, "") == before
+    bound, batch = prices.bound(model, ""), prices.bound(model, "batch", is_chosen=True)
+    now[0] += 86_400
+    assert before != prices.of(model) == bound
+    assert prices.of(model, "batch") == batch
 
 
 ALL_MONDAY = PeakHours(3.0, ((0, 24),), frozenset({1}))
