@@ -607,6 +607,7 @@ class Spending:
             amount = self.ledger.amount(budget, scope, at)
             book = found.get((name, scope))
             if book is None:
+                assert (name, scope) not in self.ledger.paused
                 assert (spent, held) == (0, 0), (budget, scope, spent, held)
                 continue
             assert (book.spent, book.estimated, book.held, book.amount) == (

@@ -182,3 +182,24 @@ async def test_tokens_of_all_attempts_stay_charged_where_only_the_cost_is_correc
         await budgets.flush()
     await connections.run(lambda connection: correct_holds(connection, request_id, micros=30))
     assert await seen(database_url) == {("u", ""): (30, 0, 0), ("t", ""): (140, 0, 0)}
+
+
+async def test_a_pause_of_a_person_is_listed_in_a_period_without_a_call(
+    budgets: Budgets, database_url: str
+) -> None:
+    budget = Budget("p", "usd", 100, "day", tenant="acme", each=("subject",), at_end="pause")
+    await with_budgets(budgets, budget)
+    bindings = budgets.binding(ACME, "m", "ann")
+    budgets.settle(await budgets.reserve(bindings, new_id(), cost(100)), told(100))
+    await budgets.flush()
+    with pytest.raises(BudgetPaused):
+        await budgets.reserve(bindings, new_id(), cost(1))
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("UPDATE budget_books SET period = period - interval '1 day'")
+    await connection.close()
+    for scope in (None, '["ann"]'):
+        (book,) = await budgets.records.books("p", scope)
+        assert (book.scope, book.spent, book.amount) == ('["ann"]', 0, 100)
+        assert book.paused_since is not None
+    with pytest.raises(BudgetPaused):
+        await budgets.check(ACME, "m", "ann")

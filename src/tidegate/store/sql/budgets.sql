@@ -145,12 +145,18 @@ WHERE instance = $1 AND estimated_at IS NULL AND NOT (id = ANY($2::uuid[]))
 
 -- name: budget_books
 -- Return at most $3 books of current periods, of budget $1 and scope $2 if given, most spent first.
-SELECT b.name AS budget, coalesce(k.scope, '') AS scope, b.unit, b.amount + coalesce(k.extra, 0) AS amount,
+-- A paused scope without a call in the current period is one of them.
+SELECT b.name AS budget, coalesce(n.scope, '') AS scope, b.unit, b.amount + coalesce(k.extra, 0) AS amount,
     coalesce(u.spent, 0) AS spent, coalesce(u.estimated, 0) AS estimated, coalesce(k.held, 0) AS held,
     budget_reset(b.period, b.zone, now()) AS reset_at, p.since AS paused_since
-FROM budgets b LEFT JOIN budget_books k
-    ON k.budget = b.name AND k.period = budget_period(b.period, b.zone, now())
-LEFT JOIN budget_pauses p ON p.budget = b.name AND p.scope = coalesce(k.scope, '')
+FROM budgets b LEFT JOIN LATERAL (
+    SELECT scope FROM budget_books o WHERE o.budget = b.name AND ($2::text IS NULL OR o.scope = $2)
+        AND o.period = budget_period(b.period, b.zone, now())
+    UNION SELECT scope FROM budget_pauses o WHERE o.budget = b.name AND ($2::text IS NULL OR o.scope = $2)
+) AS n ON true
+LEFT JOIN budget_books k
+    ON k.budget = b.name AND k.scope = n.scope AND k.period = budget_period(b.period, b.zone, now())
+LEFT JOIN budget_pauses p ON p.budget = b.name AND p.scope = n.scope
 CROSS JOIN LATERAL (
     SELECT k.spent, k.estimated WHERE b.window_s IS NULL
     UNION ALL
@@ -159,7 +165,7 @@ CROSS JOIN LATERAL (
         AND r.period > '-infinity' AND r.period >= budget_oldest_span(b.window_s, now())
     HAVING b.window_s IS NOT NULL
 ) AS u
-WHERE ($1::text IS NULL OR b.name = $1) AND ($2::text IS NULL OR coalesce(k.scope, '') = $2)
+WHERE ($1::text IS NULL OR b.name = $1) AND ($2::text IS NULL OR coalesce(n.scope, '') = $2)
 ORDER BY coalesce(u.spent, 0)::double precision / greatest(b.amount, 1) DESC, 1, 2 LIMIT $3
 
 -- name: resume_budget
