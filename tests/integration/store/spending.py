@@ -6,6 +6,7 @@ here is taken from the statements of budgets.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -29,7 +30,7 @@ from tidegate.errors import (
     QuotaExceeded,
 )
 from tidegate.prices import budgets as prices_budgets
-from tidegate.prices.budgets import Budget
+from tidegate.prices.budgets import Binding, Budget, scope_text, scope_values
 from tidegate.store import budgets as store_budgets
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections
@@ -145,6 +146,27 @@ class Call:
     entries: list[Entry]
     is_open: bool = True
     can_correct: bool = False
+
+
+@dataclass
+class Ask:
+    """A call that asks for room, and the answer."""
+
+    process: int
+    cost: CallCost
+    binds: list[tuple[Budget, Scope]]
+    bindings: tuple[Binding, ...]
+    request_id: UUID
+    hold: UUID | None = None
+    refused: QuotaExceeded | None = None
+
+    @property
+    def needs(self) -> dict[str, int]:
+        cost = self.cost
+        micros, tokens = cost.most_micros, cost.most_tokens
+        if micros is None or tokens is None:
+            micros, tokens = cost.likely_micros, cost.likely_tokens
+        return {one.name: micros if one.unit == "usd" else tokens for one, _ in self.binds}
 
 
 @dataclass
@@ -295,7 +317,7 @@ class Spending:
     async def play(self, steps: int) -> None:
         choices = (
             [self._ask] * 10 + [self._end] * 7 + [self._pass] * 3
-            + [self._kill, self._change, self._resume, self._correct, self._cross]
+            + [self._kill, self._change, self._resume, self._correct, self._cross, self._burst]
         )  # fmt: skip
         for _ in range(steps):
             await self._see()
@@ -347,7 +369,7 @@ class Spending:
             self.random.choice((0, 100, 400)),
         )
         self.steps.append(f"resume {budget.name} {scope} {extra}")
-        text = prices_budgets.scope_text(scope)
+        text = scope_text(scope)
         with suppress(NotFound):  # of a scope whose book was deleted, as nothing was spent
             await self.processes[0].records.resume(budget.name, scope=text, extra=extra, by="test")
             self.ledger.resume(budget, scope, self.clock.at, extra)
@@ -383,9 +405,9 @@ class Spending:
                 )  # fmt: skip
         await self.processes[0].end_extras()
 
-    async def _ask(self) -> None:
-        random, at = self.random, self.clock.at
-        process = random.randrange(2)
+    def _random_ask(self) -> Ask | None:
+        """Return a call under budgets, which the process knows too; None if none applies to it."""
+        random, process = self.random, self.random.randrange(2)
         call = {
             "tenant": random.choice(TENANTS),
             "key": random.choice(KEYS),
@@ -393,54 +415,87 @@ class Spending:
             "subject": random.choice(PEOPLE),
         }
         most, tokens = random.choice((0, 1, 30, 60, 99, 100, 150, 299, 900)), random.randrange(400)
-        is_bounded = random.random() < 0.9
-        likely = random.randrange(most + 1)
-        cost = CallCost(most, tokens, likely, tokens // 2)
-        if not is_bounded:
-            cost = CallCost(None, None, likely, tokens // 2, "no price")
-        binds = list(self.ledger.binding(call))
-        caller = Caller(call["tenant"] or "", call["key"])
-        budgets = self.processes[process]
+        cost = CallCost(most, tokens, random.randrange(most + 1), tokens // 2)
+        if random.random() < 0.1:
+            cost = replace(cost, most_micros=None, most_tokens=None, unknown="no price")
+        binds = sorted(self.ledger.binding(call), key=lambda pair: pair[0].name)
+        budgets, caller = self.processes[process], Caller(call["tenant"] or "", call["key"])
         bindings = budgets.binding(caller, call["model"] or "", call["subject"])
-        assert [
-            (one.budget.name, tuple(prices_budgets.scope_values(one.scope))) for one in bindings
-        ] == [(one.name, scope) for one, scope in sorted(binds, key=lambda pair: pair[0].name)]
-        if not binds:
-            return
-        request_id = new_id()
-        needs = {
-            one.name: (
-                (cost.most_micros if one.unit == "usd" else cost.most_tokens)
-                if is_bounded
-                else (cost.likely_micros if one.unit == "usd" else cost.likely_tokens)
-            )
-            or 0
-            for one, _ in binds
-        }
+        found = [(one.budget.name, tuple(scope_values(one.scope))) for one in bindings]
+        assert found == [(one.name, scope) for one, scope in binds]
         self.steps.append(f"ask of {process}: {call} {cost}")
+        return Ask(process, cost, binds, bindings, new_id()) if binds else None
+
+    async def _ask(self) -> None:
+        if (ask := self._random_ask()) is not None:
+            await self._asked(ask)
+            if isinstance(ask.refused, QuotaExceeded):
+                self._check_refusal(ask.refused, ask.binds, ask.needs, ask.process)
+            self._take(ask)
+
+    async def _asked(self, ask: Ask) -> None:
         try:
-            hold = await budgets.reserve(bindings, request_id, cost)
+            budgets = self.processes[ask.process]
+            ask.hold = await budgets.reserve(ask.bindings, ask.request_id, ask.cost)
         except BudgetUnbounded:
-            assert not is_bounded
-            assert any(one.doubt == "bound" for one, _ in binds)
-            return
+            assert ask.cost.most_micros is None
+            assert any(one.doubt == "bound" for one, _ in ask.binds)
         except QuotaExceeded as refused:
-            self.steps[-1] += f" -> {refused!r} {refused.retry_after_ms}"
+            ask.refused = refused
             self.refused += 1
-            self._check_refusal(refused, binds, needs, process)
+
+    def _take(self, ask: Ask) -> None:
+        """Note what was reserved, which must have fitted."""
+        self.steps.append(f"  {ask.hold or ask.refused}")
+        if ask.hold is None:
             return
+        at = self.clock.at
         self.admitted += 1
-        assert is_bounded or all(one.doubt == "estimate" for one, _ in binds)
-        self.steps[-1] += f" -> {hold}"
-        for one, scope in binds:
-            assert (one.name, scope) not in self.ledger.paused
-            spent, _ = self.ledger.spent(one, scope, at)
-            held = self.ledger.held(one, scope, at)
-            amount = self.ledger.amount(one, scope, at)
-            assert spent + held + needs[one.name] <= amount, (one, spent, held, needs, amount)
-        entries = [Entry(one.name, scope, needs[one.name], at) for one, scope in binds]
+        assert ask.cost.most_micros is not None or all(
+            one.doubt == "estimate" for one, _ in ask.binds
+        )
+        entries = [Entry(one.name, scope, ask.needs[one.name], at) for one, scope in ask.binds]
         self.ledger.entries += entries
-        self.calls.append(Call(hold, request_id, process, cost, entries))
+        self.calls.append(Call(ask.hold, ask.request_id, ask.process, ask.cost, entries))
+        for one, scope in ask.binds:
+            assert (one.name, scope) not in self.ledger.paused
+            used = self.ledger.spent(one, scope, at)[0] + self.ledger.held(one, scope, at)
+            assert used <= self.ledger.amount(one, scope, at), (one, scope)
+
+    async def _burst(self) -> None:
+        """Ask for many at once in both processes, while another call ends."""
+        asks = [ask for _ in range(12) if (ask := self._random_ask()) is not None]
+        running = [one for one in self.calls if one.is_open]
+        ends = [self._settle(one) for one in running[:1]]
+        await asyncio.gather(*map(self._asked, asks), *ends)
+        for ask in asks:
+            self._take(ask)
+        for ask in asks:
+            if ask.refused is None:
+                continue
+            (named,) = [pair for pair in ask.binds if pair[0].limit == ask.refused.limit]
+            place = (named[0].name, named[1])
+            if isinstance(ask.refused, BudgetPaused):
+                self.ledger.paused.add(place)
+                continue
+            self._refusals[ask.process, *place] = self.clock.at
+            assert any(self._may_lack(*pair, asks) for pair in ask.binds), ask
+
+    def _may_lack(self, budget: Budget, scope: Scope, asks: Sequence[Ask]) -> bool:
+        """Whether a budget had no room for one of these calls in some order of them."""
+        at = self.clock.at
+        needs = [
+            one.needs[budget.name]
+            for one in asks
+            if one.hold is None and (budget, scope) in one.binds
+        ]
+        ended = sum(
+            max(one.need, one.paid or 0) - (one.paid or 0)
+            for one in self.ledger.of(budget, scope)
+            if one.paid_at == at
+        )
+        used = self.ledger.spent(budget, scope, at)[0] + self.ledger.held(budget, scope, at)
+        return used + ended + max(needs) > self.ledger.amount(budget, scope, at)
 
     def _check_refusal(
         self,
@@ -473,7 +528,7 @@ class Spending:
                 (one.name, scope) for one, scope in binds if (one.name, scope) in ledger.paused
             ]
             assert used_up or paused
-            named = [one for one in used_up + paused if f"budget {one[0]} " in str(refused) + " "]
+            named = [one for one in used_up + paused if one[0] == refused.limit]
             assert named, (refused, used_up, paused)
             ledger.paused.add(named[0])
             return
@@ -596,7 +651,7 @@ class Spending:
     async def _judge(self) -> None:
         at = self.clock.at
         found = {
-            (one.budget, tuple(prices_budgets.scope_values(one.scope))): one
+            (one.budget, tuple(scope_values(one.scope))): one
             for one in await self.processes[0].records.books()
         }
         keys = {(one.budget, one.scope) for one in self.ledger.entries}
