@@ -1,7 +1,6 @@
--- Fixes: a call that several budgets refused was told when the last of them by name is reset, though another
--- is reset later; the window of a rolling budget was said to have room at a time when the extra amount that
--- made this room has ended; and the end of a day that repeats its first hour (Havana, the Azores) was said to
--- be an hour after its first midnight.
+-- Fixes: the refusal of a call by several budgets named the last of them by name, though another is reset
+-- later; a rolling budget stated a time at which it has room only with an extra amount that has ended by
+-- then; and a day that repeats its first hour (Havana, the Azores) was stated to begin an hour late.
 
 -- The end of a calendar period in its time zone: the first moment of the next one, including changes of
 -- daylight saving time.
