@@ -21,6 +21,7 @@ async def test_budgets_agree_with_a_plain_list(
     await spending.start(monkeypatch)
     try:
         await spending.play(STEPS)
+        assert spending.admitted
     except BaseException as failed:
         failed.add_note("\n".join(spending.steps))
         raise

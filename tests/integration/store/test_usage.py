@@ -28,6 +28,7 @@ from tidegate.call import (
     new_id,
 )
 from tidegate.errors import StoreUnavailable
+from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, UsageSum, compared
 from tidegate.record import CallRecord
 from tidegate.store import database as partitions
 from tidegate.store.audit import _entry
@@ -137,9 +138,28 @@ async def test_a_correction_is_of_the_upstream_or_of_what_an_earlier_version_cou
     corrected: list[list[int]] = []
     for pool in ("gemini", "oai"):
         await peek.execute(add, day, pool)
-        await peek.execute(partitions.sql("correct_usage"), "t", day, "m", "oai", "gemini", 5)
+        await peek.execute(partitions.sql("correct_usage"), "t", day, "m", "oai", "gemini", 5, 0)
         corrected.append([row["cost_micros"] for row in await peek.fetch(costs)])
     assert corrected == [[5], [5, 5]]
+
+
+async def test_totals_are_the_sums_after_calls_without_a_cost_were_corrected(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    calls = [record(1, charge=CHARGES[n], finished_at=now(), model="m") for n in (2, 3, 3, 4)]
+    for one in calls:
+        store.audit.put(one)
+    await wait_until(lambda: peek.fetchval("SELECT count(*) = 4 FROM audit"), 20)
+    doubtful = tuple(
+        DoubtfulCall(one.request_id, str(one.charge.state), 0, 0, one.charge.cost_micros)
+        for one in calls
+    )
+    found = compared({"m": ModelDay(doubtful=doubtful)}, {"m": UsageSum(4, 40, 0, 0, 4, 0, 90)}, {})
+    assert found[0].verdict == "explained"
+    assert await store.reconciliations.keep("gemini", "openai", now().date(), found) == 4
+    assert await totals_are_the_sums(peek) == 4
+    total = "SELECT sum(cost_micros)::bigint FROM usage_days"
+    assert await peek.fetchval(total) == 90
 
 
 async def test_totals_are_exact_though_connections_are_cut_in_the_middle(

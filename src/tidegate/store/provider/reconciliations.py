@@ -137,7 +137,9 @@ async def _correct_charges(connection: asyncpg.Connection, day: date, finding: M
             continue
         corrected += 1
         key = (row["tenant_id"], row["day"], row["model"], row["upstream"], row["pool"])
-        await connection.execute(sql("correct_usage"), *key, one.delta_micros)
+        had_no_cost = one.call.cost_micros is None and one.call.state != "unknown"
+        amounts = (one.delta_micros, int(had_no_cost))
+        await connection.execute(sql("correct_usage"), *key, *amounts)
         await correct_holds(connection, one.call.request_id, micros=one.cost_micros)
     return corrected
 

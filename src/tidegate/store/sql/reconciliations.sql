@@ -40,8 +40,9 @@ RETURNING tenant_id, coalesce(model, '') AS model, pool, coalesce(nullif(upstrea
 
 -- name: correct_usage
 -- Add $6 micro-dollars to the total of tenant $1 on day $2 for model $3 at upstream $4.
--- An earlier version counted jobs under the pool $5 in which they were queued.
-UPDATE usage_days SET cost_micros = cost_micros + $6
+-- An earlier version counted jobs under the pool $5 in which they were queued. $7: how many calls had no
+-- cost before.
+UPDATE usage_days SET cost_micros = cost_micros + $6, unpriced = greatest(0, unpriced - $7)
 WHERE tenant_id = $1 AND day = $2 AND model = $3 AND pool = (
     SELECT pool FROM usage_days
     WHERE tenant_id = $1 AND day = $2 AND model = $3 AND pool IN ($4, $5)
