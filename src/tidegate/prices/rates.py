@@ -322,6 +322,8 @@ def cost_micros(rates: Rates | None, usage: Usage, images: int | None) -> int | 
         return None
     if (micros := micros_by_measure(rates, usage.details)) is not None:
         return micros
+    if images and rates.image is not None and rates.input is rates.output is None:
+        return micros_of(images * rates.image)
     input_tokens, output_tokens = tokens_of(usage)
     if input_tokens is None or output_tokens is None:
         return None

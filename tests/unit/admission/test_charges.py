@@ -72,6 +72,9 @@ WHISPER = Price(audio_minute=0.006)
         (WHISPER, Usage(10, 10), None, None),
         (Price(characters=15), Usage(details=UsageDetails(input_characters=1_001)), None, 15_015),
         (Price(search=2), Usage(details=UsageDetails(searches=3)), None, 6_000),
+        (Price(image=0.04), Usage(10, 2_580), 2, 80_000),  # by its pictures alone
+        (Price(image=0.04), Usage(10, 2_580, details=UsageDetails(searches=1)), 2, 80_000),
+        (Price(image=0.04), Usage(10, 2_580), None, None),
         (Price(), Usage(details=UsageDetails(searches=3, input_audio_seconds=7)), None, None),
         (FLASH, Usage(details=UsageDetails(input_audio_seconds=7)), None, None),
         # a price for each picture stands for its tokens
