@@ -240,6 +240,7 @@ _NO_MONEY = re.compile(
     r"your credit balance is too low|you have reached your specified (?:\w+ )?api usage limits",
     re.IGNORECASE,
 )
+_DISABLED = re.compile(r"this organization has been disabled", re.IGNORECASE)
 _NEVER = re.compile(r"extra usage is required", re.IGNORECASE)
 _BY_NAME = re.compile(
     r"\b(?P<unit>input tokens|output tokens|tokens|requests) "
@@ -256,6 +257,8 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
     if spent or _NO_MONEY.match(answer.message):
         return RefusalFacts("unpaid", wait_ms=until_date_ms(answer.message, answer.now))
     if "authentication_error" in answer.words and answer.status == 401:
+        return RefusalFacts("key")
+    if answer.status == 400 and _DISABLED.match(answer.message):
         return RefusalFacts("key")
     if answer.status == 429 and _NEVER.match(answer.message):
         return RefusalFacts("never")

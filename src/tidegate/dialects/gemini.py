@@ -531,7 +531,8 @@ _DEAD_KEY = re.compile(
     r"\W*(?:your )?api key (?:not valid|not found|expired|has been)", re.IGNORECASE
 )
 _NO_MONEY = re.compile(
-    r"your (?:prepayment credits are depleted|project has exceeded its (?:\w+ )?spending cap)",
+    r"your (?:prepayment credits are depleted|"
+    r"(?:project|billing account) has exceeded its (?:\w+ )?spending cap)",
     re.IGNORECASE,
 )
 # A 403 about a requested resource, such as a file that does not exist (Gemini's answer in that
@@ -541,7 +542,8 @@ _ABOUT_A_THING = re.compile(r"\b(?:file|model|cached ?content)s?\b", re.IGNORECA
 
 def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
     """Classify a refusal; None if its wording is not of this dialect."""
-    if _NO_MONEY.match(answer.message):
+    no_billing = any(detail.get("reason") == "BILLING_DISABLED" for detail in answer.details)
+    if no_billing or _NO_MONEY.match(answer.message):
         return RefusalFacts("unpaid")
     if answer.status == 403 and _ABOUT_A_THING.search(answer.message):
         return RefusalFacts("of_thing")

@@ -198,8 +198,8 @@ _SPANS_MS = (86_400_000, 3_600_000, 60_000, 1_000, 1)
 _IN_MESSAGE = re.compile(
     r"\b(?:retry|try again) (?:in|after)\s+([\d.]{1,20}\s?[dhms][\d.dhms]{0,60})", re.IGNORECASE
 )
-# Azure's wording, and Anthropic's for a monthly limit.
-_SECONDS = re.compile(r"\bretry after\s+(\d{1,6}) seconds?\b", re.IGNORECASE)
+# Azure's wording, GitHub's, and Anthropic's for a monthly limit.
+_SECONDS = re.compile(r"\b(?:retry after|please wait)\s+(\d{1,6}) seconds?\b", re.IGNORECASE)
 _DAY = re.compile(r"\bregain access on\s+(\d{4}-\d\d-\d\d)(?:\s+at\s+(\d\d:\d\d))?", re.IGNORECASE)
 
 

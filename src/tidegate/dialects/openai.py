@@ -669,17 +669,27 @@ _UNPAID = frozenset(
         "organization_usage_limit_exceeded",
         "billing_hard_limit_reached",
         "billing_not_active",
+        "blocked_api_access",  # Groq's spend limit
+        "exceeded_current_quota_error",  # Moonshot's empty account
+        "Arrearage",  # Alibaba's unpaid bill
     }
 )
 # Anchored at the start: a provider that repeats a client's text does so later.
 _NO_CREDITS = re.compile(
     r"(?:your|the|this) [\w ]{0,60}doesn't have any credits|insufficient (?:credits|balance)|"
     r"your [\w ]{0,40}credits? (?:is|are|has been|have been) exhausted|"
-    r"your team [\w -]{0,80}\b(?:has|have) (?:either )?used all available credits",
+    r"your team [\w -]{0,80}\b(?:has|have) (?:either )?used all available credits|"
+    r"(?:your )?account (?:\S{1,100} ){0,2}is suspended,? (?:possibly )?due to|"
+    r"key limit exceeded\b|(?:sorry, )?your account balance is insufficient|"
+    r"[\w ,]{0,60}\byour account has an overdue balance",
     re.IGNORECASE,
 )
+_STATUSES_UNPAID = (402, 403, 412, 429)  # 412: Fireworks
+# Alibaba's rate of tokens, with the code of an account without money.
+_ALLOCATED = re.compile(r"(?:workspace )?allocated quota exceeded", re.IGNORECASE)
 # DeepSeek's code is `invalid_request_error`: within a stream nothing shows the 402.
 _NOTHING_ELSE = re.compile(r"\s*insufficient (?:credits|balance)[\s.!]*", re.IGNORECASE)
+_DEAD_KEYS = frozenset({"invalid_api_key", "organization_restricted"})  # the latter is Groq's
 _DEAD_KEY = re.compile(
     r"(?:incorrect|invalid) api key|access denied due to invalid subscription key", re.IGNORECASE
 )
@@ -691,7 +701,8 @@ _LIMIT_AND_REQUESTED = re.compile(
 _UNITS = ("tokens", "requests")
 _BY_NAME = re.compile(r"\b(token|request)s? per (?:second|min|minute|hour|day)\b", re.IGNORECASE)
 _BY_RATE = re.compile(r"\b(token|request|call) rate limit\b", re.IGNORECASE)
-_PER_DAY = re.compile(r"\b(?:token|request)s? per day\b", re.IGNORECASE)
+_BY_LETTERS = re.compile(r"\b[RT]P[SMD]\b")
+_PER_DAY = re.compile(r"\b(?i:(?:token|request)s? per day|[RT]PD)\b")
 
 
 _TOO_FAST = frozenset({"rate_limit_exceeded", "slow_down"})
@@ -700,17 +711,19 @@ _NO_FLEX = 498  # Groq's "flex tier capacity exceeded"; OpenAI's is a 429 "Resou
 
 def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
     """Classify a refusal; None if its wording is not of this dialect."""
-    no_credits = answer.status in (402, 403, 429) and _NO_CREDITS.match(answer.message)
+    if answer.status == 429 and _ALLOCATED.match(answer.message):
+        return RefusalFacts("throttled", unit="tokens")
+    no_credits = answer.status in _STATUSES_UNPAID and _NO_CREDITS.match(answer.message)
     no_credits = no_credits or _NOTHING_ELSE.fullmatch(answer.message)
     if no_credits or answer.words & _UNPAID:
         return RefusalFacts("unpaid")
     if answer.status in (400, 401, 403) and (
-        "invalid_api_key" in answer.words or _DEAD_KEY.match(answer.message)
+        answer.words & _DEAD_KEYS or _DEAD_KEY.match(answer.message)
     ):
         return RefusalFacts("key")
     if answer.status == _NO_FLEX:  # also calls that leave the tier to Groq
         return RefusalFacts("tier_busy" if answer.tier == "flex" else "busy")
-    if answer.status != 429:
+    if answer.status != 429 and not (answer.status == 503 and "slow_down" in answer.words):
         return None
     if _is_too_large(answer.message):
         return RefusalFacts("never")
@@ -728,10 +741,10 @@ def _unit_of(answer: ErrorAnswer) -> str | None:
     """Return the unit of the exceeded limit, by the words of the refusal."""
     if unit := next((unit for unit in _UNITS if unit in answer.words), None):
         return unit
-    found = _BY_NAME.search(answer.message) or _BY_RATE.search(answer.message)
-    if found is None:
-        return None
-    return "tokens" if found[1].lower() == "token" else "requests"
+    if found := _BY_NAME.search(answer.message) or _BY_RATE.search(answer.message):
+        return "tokens" if found[1].lower() == "token" else "requests"
+    letters = _BY_LETTERS.search(answer.message)
+    return None if letters is None else "tokens" if letters[0][0] == "T" else "requests"
 
 
 def _is_too_large(message: str) -> bool:

@@ -85,7 +85,7 @@ def upstream_error(
     the server is self-hosted."""
     message = f"the provider answered {status}: {_reason(error, secret)}"
     at = answered_at(headers.get("date", ""), datetime.now(UTC))
-    answer = ErrorAnswer(status, error, headers, at, tier.lower())
+    answer = ErrorAnswer(status, error, _passed_on(error) | dict(headers), at, tier.lower())
     wait_ms = retry_after_ms(answer)
     refusal = _by_words(dialect, answer)
     if is_own:
@@ -122,6 +122,18 @@ def upstream_error(
             return UpstreamRejected(message, status=status)
         case _:
             assert_never(refusal.reason)
+
+
+_MOST_PASSED_ON = 40
+
+
+def _passed_on(error: Mapping[str, Any]) -> dict[str, str]:
+    """Return the headers of a limit that OpenRouter puts into the error itself, in lower case."""
+    metadata = error.get("metadata")
+    found = metadata.get("headers") if isinstance(metadata, dict) else None
+    if not isinstance(found, dict) or len(found) > _MOST_PASSED_ON:
+        return {}
+    return {name.lower(): value for name, value in found.items() if isinstance(value, str)}
 
 
 def _by_words(dialect: str, answer: ErrorAnswer) -> RefusalFacts | None:

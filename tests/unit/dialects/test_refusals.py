@@ -64,6 +64,27 @@ UNPAID: list[tuple[str, int, dict[str, Any]]] = [
     ("anthropic", 402, {"type": "billing_error", "message": "Payment is due"}),
     ("gemini", 429, {"status": "RESOURCE_EXHAUSTED",
                      "message": "Your prepayment credits are depleted. Buy more."}),
+    ("gemini", 429, {"status": "RESOURCE_EXHAUSTED",
+                     "message": "Your billing account has exceeded its monthly spending cap."}),
+    ("gemini", 403, {"message": "This method requires billing. Enable it on project 7.",
+                     "details": [{"reason": "BILLING_DISABLED"}]}),  # Vertex
+    ("openai", 412, {"code": "PRECONDITION_FAILED", "type": "error",
+                     "message": "Account acme-1 is suspended, possibly due to reaching the monthly "
+                                "spending limit or failure to pay past invoices."}),  # Fireworks
+    ("openai", 429, {"type": "exceeded_current_quota_error", "message": "Your account org-1 <ak-2> "
+                     "is suspended due to insufficient balance, please recharge"}),  # Moonshot
+    ("openai", 403, {"type": "exceeded_current_quota_error",
+                     "message": "Your account org-1 is not active"}),
+    ("openai", 400, {"code": "Arrearage", "message": "Access denied"}),  # Alibaba
+    ("openai", 400, {"code": "blocked_api_access", "type": "invalid_request_error",
+                     "message": "The spend limit has been reached"}),  # Groq
+    ("openai", 403, {"code": 403, "message": "Key limit exceeded (monthly limit)."}),  # OpenRouter
+    ("openai", 403, {"code": 30001,
+                     "message": "Sorry, your account balance is insufficient"}),  # SiliconFlow
+    ("openai", 403, {"code": "AccountOverdueError", "message": "The request failed because your "
+                     "account has an overdue balance."}),  # Volcengine
+    ("openai", 402, {"code": 402, "message": "This request requires more credits, or fewer "
+                     "max_tokens. You requested up to 900 tokens, but can only afford 0."}),
 ]  # fmt: skip
 
 
@@ -81,6 +102,12 @@ def test_an_account_without_money_puts_the_upstream_out(
     ("dialect", "status", "error"),
     [
         ("openai", 400, {"message": "Incorrect API key provided: xa***yz."}),  # xAI
+        ("openai", 400, {"code": "organization_restricted", "message": "Restricted."}),  # Groq
+        (
+            "anthropic",
+            400,
+            {"type": "invalid_request_error", "message": "This organization has been disabled."},
+        ),
         ("openai", 401, {"code": "invalid_api_key", "message": "Incorrect API key provided"}),
         (
             "openai",  # Azure
@@ -136,6 +163,14 @@ def test_a_request_that_is_too_large_for_its_limit_is_not_tried_again(
         ({"message": "Calls have exceeded the token rate limit of your tier."}, "tokens", None),
         ({"message": "Calls have exceeded the call rate limit of your tier."}, "requests", None),
         ({"message": "slow down", "code": "slow_down"}, None, None),
+        ({"message": "Workspace allocated quota exceeded, please increase your quota limit.",
+          "code": "insufficient_quota"}, "tokens", None),  # Alibaba's rate of tokens
+        ({"message": "Your account org-1 request reached organization max RPM: 3, please try "
+          "again after 1 seconds"}, "requests", 1_000),  # Moonshot
+        ({"message": "Your account org-1 request reached organization TPM rate limit, current: 4, "
+          "limit: 3"}, "tokens", None),
+        ({"message": "Rate limit of 10 per 60s exceeded for UserByModelByMinute. Please wait 42 "
+          "seconds before retrying."}, None, 42_000),  # GitHub
     ],
 )  # fmt: skip
 def test_openai_says_what_there_was_too_much_of_and_until_when(
@@ -153,6 +188,8 @@ def test_openai_says_what_there_was_too_much_of_and_until_when(
          "Please try again in 9m38.016s.", {}, "tokens"),  # Groq
         ("Rate limit reached on requests per day (RPD): Limit 9, Used 9, Requested 1.",
          {}, "requests"),
+        ("Your account org-1 request reached organization TPD rate limit, current: 4, limit: 3, "
+         "per day", {}, "tokens"),  # Moonshot
         ("Too many requests", {"x-ratelimit-remaining-requests-day": "0",  # Cerebras
                                "x-ratelimit-reset-requests-day": "3600"}, "requests"),
     ],
@@ -163,9 +200,34 @@ def test_a_limit_of_a_day_is_told_from_one_of_a_minute(
     found = classified("openai", 429, {"message": message}, headers)
     assert isinstance(found, UpstreamThrottled)
     assert (found.unit, found.per_day, found.day_quota) == (unit, True, False)
-    of_minute = classified("openai", 429, {"message": message.replace("day", "min")})
+    of_minute = classified(
+        "openai", 429, {"message": message.replace("day", "min").replace("PD", "PM")}
+    )
     assert isinstance(of_minute, UpstreamThrottled)
     assert not of_minute.per_day
+
+
+def test_openrouter_states_in_the_error_when_a_limit_resets() -> None:
+    at_ms = round((datetime.now(UTC).timestamp() + 3_600) * 1000)
+    named = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(at_ms), "Other": 1}
+    error = {"code": 429, "message": "Rate limit exceeded: free", "metadata": {"headers": named}}
+    found = classified("openai", 429, error)
+    assert isinstance(found, UpstreamThrottled)
+    assert found.unit == "requests"
+    assert found.retry_after_ms == pytest.approx(3_600_000, abs=60_000)
+
+
+@pytest.mark.parametrize("metadata", [None, 5, {"headers": [1]}, {"headers": {"a": None}}])
+def test_metadata_in_another_form_leaves_a_429_one(metadata: object) -> None:
+    found = classified("openai", 429, {"message": "Rate limit", "metadata": metadata})
+    assert isinstance(found, UpstreamThrottled)
+    assert (found.unit, found.retry_after_ms) == (None, None)
+
+
+def test_openai_asks_to_slow_down_with_a_503() -> None:
+    found = classified("openai", 503, {"message": "Slow down", "code": "slow_down"})
+    assert isinstance(found, UpstreamThrottled)
+    assert not found.of_account
 
 
 def test_anthropic_names_it_in_its_text_where_no_header_does() -> None:
