@@ -614,15 +614,20 @@ class UpstreamUnauthorized(UpstreamError):
 
 class UpstreamUnpaid(UpstreamUnauthorized):
     """The account has no credit. `retry_after_ms`: until it may spend again, if the provider states
-    it."""
+    it. `of_key`: false if it has too little for this call only."""
 
     code = "upstream_unpaid"
     in_short = "the account at the provider has no credit left"
 
     def __init__(
-        self, message: str, *, status: int | None = None, retry_after_ms: int | None = None
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        of_key: bool = True,
+        retry_after_ms: int | None = None,
     ) -> None:
-        super().__init__(message, status=status)
+        super().__init__(message, status=status, of_key=of_key)
         self.retry_after_ms = retry_after_ms
 
 

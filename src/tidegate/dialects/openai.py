@@ -685,6 +685,12 @@ _NO_CREDITS = re.compile(
     re.IGNORECASE,
 )
 _STATUSES_UNPAID = (402, 403, 412, 429)  # 412: Fireworks
+# OpenRouter's balance is too low for the bound of this call, and may be enough for others.
+_TOO_EXPENSIVE = re.compile(
+    r"this request requires more credits, or fewer max_tokens.{0,200}\bcan only afford [1-9]|"
+    r"prompt tokens limit exceeded: \d{1,12} > [1-9]",
+    re.IGNORECASE,
+)
 # Alibaba's rate of tokens, with the code of an account without money.
 _ALLOCATED = re.compile(r"(?:workspace )?allocated quota exceeded", re.IGNORECASE)
 # DeepSeek's code is `invalid_request_error`: within a stream nothing shows the 402.
@@ -713,6 +719,8 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
     """Classify a refusal; None if its wording is not of this dialect."""
     if answer.status == 429 and _ALLOCATED.match(answer.message):
         return RefusalFacts("throttled", unit="tokens")
+    if answer.status == 402 and _TOO_EXPENSIVE.match(answer.message):
+        return RefusalFacts("too_expensive")
     no_credits = answer.status in _STATUSES_UNPAID and _NO_CREDITS.match(answer.message)
     no_credits = no_credits or _NOTHING_ELSE.fullmatch(answer.message)
     if no_credits or answer.words & _UNPAID:

@@ -116,6 +116,8 @@ def upstream_error(
             return UpstreamUnavailable(message, status=status, retry_after_ms=wait_ms)
         case "unpaid":
             return UpstreamUnpaid(message, status=status, retry_after_ms=wait_ms)
+        case "too_expensive":
+            return UpstreamUnpaid(message, status=status, of_key=False)
         case "key":
             return UpstreamUnauthorized(message, status=status)
         case "never" | "of_thing":

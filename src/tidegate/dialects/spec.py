@@ -308,13 +308,22 @@ class OutputEvents:
     unnamed_images: int = 0
 
 
-# throttled: a limit is exceeded for now. unpaid: the account has no money left. key: the key is
-# invalid. busy: a self-hosted server has no capacity at the moment, which is not a failure. never:
-# the same request would be refused again. of_thing: about a resource that the request names.
-# tier_busy: the requested processing tier has no capacity at the moment, other tiers have. fault:
-# the model has failed, whatever the status is.
+# throttled: a limit is exceeded for now. unpaid: the account has no money left. too_expensive: it
+# has money, but not enough for this request. key: the key is invalid. busy: a self-hosted server
+# has no capacity at the moment, which is not a failure. never: the same request would be refused
+# again. of_thing: about a resource that the request names. tier_busy: the requested processing tier
+# has no capacity at the moment, other tiers have. fault: the model has failed, whatever the status
+# is.
 RefusalReason = Literal[
-    "throttled", "unpaid", "key", "busy", "never", "of_thing", "tier_busy", "fault"
+    "throttled",
+    "unpaid",
+    "too_expensive",
+    "key",
+    "busy",
+    "never",
+    "of_thing",
+    "tier_busy",
+    "fault",
 ]
 
 

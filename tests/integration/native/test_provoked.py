@@ -32,6 +32,11 @@ POISON: dict[str, Any] = {
     "garbled": b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n{}",
     "nothing": b"",
     "403 on a thing": error(403, "The caller does not have permission"),
+    "402 for one call": error(
+        402,
+        "This request requires more credits, or fewer max_tokens. You requested up to 65536 "
+        "tokens, but can only afford 10492.",
+    ),
     "401 for a scope": error(401, "Missing scopes: api.model.images.request"),
 }
 

@@ -99,6 +99,21 @@ def test_an_account_without_money_puts_the_upstream_out(
 
 
 @pytest.mark.parametrize(
+    "message",
+    [
+        "This request requires more credits, or fewer max_tokens. You requested up to 65536 "
+        "tokens, but can only afford 10492. To increase, buy more.",
+        "Prompt tokens limit exceeded: 230799 > 91442. To increase, buy more.",
+    ],
+)
+def test_a_call_that_costs_more_than_is_left_puts_no_upstream_out_for_others(message: str) -> None:
+    found = classified("openai", 402, {"code": 402, "message": message})  # OpenRouter
+    assert isinstance(found, UpstreamUnpaid)
+    assert not found.of_upstream
+    assert not found.retryable
+
+
+@pytest.mark.parametrize(
     ("dialect", "status", "error"),
     [
         ("openai", 400, {"message": "Incorrect API key provided: xa***yz."}),  # xAI
