@@ -436,18 +436,27 @@ def _of_duration(seconds: Any) -> Usage:
 def _usage_of_object(usage: Usage, whole: JsonObject) -> Usage:
     """Return the usage of a whole answer, with figures outside of its usage object: the length of a
     transcription, the searches of a rerank."""
+    if whole.get("object") == "list":
+        return _of_list(usage)
     if whole.get("object") is not None or "choices" in whole:
         return usage
     if usage == UNKNOWN_USAGE and type(whole.get("text")) is str and "duration" in whole:
         return _of_duration(whole["duration"])
     if type(whole.get("results")) is not list:
         return usage
-    taken = usage.total_tokens if usage.input_tokens is None else usage.input_tokens
-    if taken is not None and usage.output_tokens is None:  # all of the tokens are input
-        usage = replace(usage, input_tokens=taken, output_tokens=0)
+    usage = _of_list(usage)
     billed = part_of(part_of(whole, "meta"), "billed_units")  # Cohere's
     searches = positive_of(billed, "search_units") or positive_of(billed, "searches")
     return with_searches(usage, searches) if searches else usage
+
+
+def _of_list(usage: Usage) -> Usage:
+    """Return the usage of embeddings or of a rerank: all of the tokens are input. Voyage reports
+    the total alone."""
+    taken = usage.total_tokens if usage.input_tokens is None else usage.input_tokens
+    if taken is None or usage.output_tokens is not None:
+        return usage
+    return replace(usage, input_tokens=taken, output_tokens=0)
 
 
 def _usage_details(
@@ -520,6 +529,7 @@ _FORM = AnswerForm(
     event_usage=_event_usage,
 )
 _LAST_RESPONSES = 2
+_LIST = re.compile(rb'\{\s*"object"\s*:\s*"list"')
 _SEARCH_CALL = b'_search_call"'
 _ENDED = ("completed", "incomplete", "failed", "cancelled")
 _RESPONSE_STATUS = re.compile(rb'"status"\s*:\s*"(completed|incomplete|failed|cancelled)"')
@@ -534,7 +544,9 @@ def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> 
     facts = scanned_facts(_FORM, answer, omitted=omitted, cut=cut)
     if ended := _end_of_response(answer, omitted):
         return _response_facts(facts.usage, ended)
-    if answer.startswith(b"{"):
+    if _LIST.match(answer):
+        facts.usage = _of_list(facts.usage)
+    elif answer.startswith(b"{"):
         if _SEARCH_CALL in answer and len(answer) <= LONGEST_READ_BYTES:
             # A response that is too long to parse for all facts, for example with images.
             with suppress(orjson.JSONDecodeError):  # cut off

@@ -323,6 +323,16 @@ def test_seconds_searches_and_ranks(answer: dict[str, object], usage: Usage) -> 
     assert DIALECTS[Dialect.OPENAI].answer_facts(orjson.dumps(answer)).usage == usage
 
 
+@pytest.mark.parametrize("vectors", [1, 60_000])
+def test_embeddings_that_report_their_total_alone_are_input(vectors: int) -> None:
+    made = {"object": "embedding", "index": 0, "embedding": [0.25, -0.5] * vectors}
+    answer = {"object": "list", "data": [made], "model": "m", "usage": {"total_tokens": 33}}
+    facts = DIALECTS[Dialect.OPENAI].answer_facts(orjson.dumps(answer))
+    assert facts.usage == Usage(33, 0, total_tokens=33)
+    charge = charge_of(Rates.of(Price(1, 0)), facts.usage, None, whole=True)
+    assert (charge.state, charge.cost_micros) == (UsageState.TOLD, 33)
+
+
 @pytest.mark.parametrize("vectors", [1, 9_000])
 def test_an_embedding_of_gemini_s_that_reports_its_input_alone_is_charged(vectors: int) -> None:
     """As recorded of gemini-embedding-2; that it has no output is not said."""
