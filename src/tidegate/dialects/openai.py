@@ -501,11 +501,19 @@ def _cost_micros(raw: Mapping[str, Any]) -> int | None:
     cost = raw.get("cost")
     if type(cost) is dict:  # Perplexity's
         cost = cost.get("total_cost")
-    if isinstance(cost, bool) or not isinstance(cost, int | float):
+    micros = _micros_of(cost)
+    if micros is not None and raw.get("is_byok") is True:  # OpenRouter's fee alone, by an own key
+        own = part_of(raw, "cost_details").get("upstream_inference_cost")
+        micros += _micros_of(own) or 0
+    return micros
+
+
+def _micros_of(dollars: Any) -> int | None:
+    if isinstance(dollars, bool) or not isinstance(dollars, int | float):
         return None
-    if not 0 <= cost <= _MOST_DOLLARS:  # also false for NaN
+    if not 0 <= dollars <= _MOST_DOLLARS:  # also false for NaN
         return None
-    return int(cost * _MICROS + 0.5)
+    return int(dollars * _MICROS + 0.5)
 
 
 def _event_usage(event: JsonObject) -> JsonObject:

@@ -36,6 +36,13 @@ OF_EACH = [
     (OPENAI, CHAT | {"cost": 0.0133176, "server_tool_use_details": {"web_search_requests": 2}},
      UsageDetails(searches=2, provider_cost_micros=13_318)),
     (OPENAI, CHAT | {"cost": 0}, UsageDetails(provider_cost_micros=0)),
+    # OpenRouter's fee, and the cost at the provider whose key is one's own
+    (OPENAI, CHAT | {"cost": 0.0001, "is_byok": True,
+                     "cost_details": {"upstream_inference_cost": 0.002}},
+     UsageDetails(provider_cost_micros=2_100)),
+    (OPENAI, CHAT | {"cost": 0.002, "is_byok": False,
+                     "cost_details": {"upstream_inference_cost": 0.002}},
+     UsageDetails(provider_cost_micros=2_000)),
     (OPENAI, CHAT | {"cost_in_usd_ticks": 6_543_500, "num_sources_used": 3,
                      "server_side_tool_usage_details": {"web_search_calls": 2,
                                                         "x_search_calls": 1}},
