@@ -264,8 +264,9 @@ _ENOUGH_BYTES, _MOST_TAIL_BYTES = 2_048, 4_000_000
 _EVENT, _DATA = re.compile(rb"(?:^|\n)data:(?!\s*\[DONE\])"), re.compile(rb"(?:^|\n)data:")
 _MAY_REPORT = re.compile(
     rb'"error"\s*:\s*(?:data:\s*)?[{"]|"type"\s*:\s*"(?:error|response\.failed)"|'
-    rb'"object"\s*:\s*"error"|"finish_reason"\s*:\s*"error"'
+    rb'"object"\s*:\s*"error"|"finish_reason"\s*:\s*"error"|(?:^|\n)event:[ ]?error\s'
 )
+_NAMED_ERROR = re.compile(rb"(?:^|\n)event:[ ]?error\s*(?:\n|$)")
 _BETWEEN_EVENTS = re.compile(rb"\r?\n\r?\n")
 _IN_LIST = re.compile(rb'[\[,]\s*(?=\{\s*"error"\s*:\s*\{)')
 _DECODER = json.JSONDecoder()
@@ -309,6 +310,9 @@ def error_event_in(data: bytes) -> JsonObject | None:
     for text in (*reversed(lines), *reversed(events), *reversed(bare), data):
         if _MAY_REPORT.search(text) and (event := _error_event(text)) is not None:
             return event
+    for text, part in zip(reversed(events), reversed(parts), strict=True):
+        if _NAMED_ERROR.search(part) and text.strip():
+            return named_error(text)
     tail = data[-_TAIL_BYTES:]
     places = [one.end() for one in _IN_LIST.finditer(tail)]
     return _error_event(tail[places[-1] :], at_start=True) if places else None
@@ -329,6 +333,18 @@ def _error_event(text: bytes, *, at_start: bool = False) -> JsonObject | None:
     if isinstance(value, list):
         value = value[0] if len(value) == 1 else None
     return value if isinstance(value, dict) and error_object(value) else None
+
+
+def named_error(data: bytes) -> JsonObject:
+    """Return the object that reports the error in an event with the name `error`, whose data may
+    have any form."""
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        value = data.decode("utf-8", "replace").strip()
+    if type(value) is not dict:
+        return {"error": {"message": str(value)}}
+    return value if error_object(value) is not None else {"error": value or dict(_ENDED)}
 
 
 def error_object(value: JsonObject) -> JsonObject | None:
@@ -475,12 +491,13 @@ class Prelude:
     `is_events` becomes false for data that is not a stream of events.
     """
 
-    __slots__ = ("_has_data", "_rest", "error", "is_events")
+    __slots__ = ("_has_data", "_is_error", "_rest", "error", "is_events")
 
     def __init__(self) -> None:
         self.error: dict[str, Any] | None = None
         self.is_events = True
         self._has_data = False
+        self._is_error = False  # the event that is being read has the name `error`
         self._rest = b""
 
     def holds(self, piece: bytes, *, at_end: bool) -> bool:
@@ -501,8 +518,13 @@ class Prelude:
             if line and not line.startswith(_FIELDS):
                 self.is_events = False
                 return False
+            if not line or line.startswith(b"event:"):
+                self._is_error = line[6:].strip() == b"error"
             return True
         self._has_data = True
+        if self._is_error:
+            self.error = named_error(line[5:])
+            return False
         try:
             value = orjson.loads(line[5:])
         except orjson.JSONDecodeError:  # the end marker, or an unknown protocol

@@ -83,6 +83,10 @@ FAILING: dict[str, tuple[Called, tuple[bytes, ...]]] = {
         CHAT,
         (b'data: {"object":"error","message":"busy","type":"ServiceUnavailable","code":503}\n\n',),
     ),
+    "an event with the name error": (
+        CHAT,
+        (ROLE, b'event: error\ndata: {"code":"InternalError","message":"no luck"}\n\n'),
+    ),
     "a balance": (
         CHAT,
         (ROLE, event(error={"message": "Insufficient Balance", "code": "invalid_request_error"})),

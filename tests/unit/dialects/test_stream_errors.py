@@ -49,6 +49,8 @@ NO_ERRORS = {
     "a code and a choice": b'{"code":"x","choices":[{"args":{"error":"no"}}]}',
     "an empty word": b'data: {"choices":[{"delta":{"content":"x"}}],"error":""}\n\n',
     "an empty object": b'data: {"choices":[{"delta":{"content":"x"}}],"error":{}}\n\n',
+    "a name in a text": b'data: {"a":"\\nevent: error\\ndata: x"}\n\n',
+    "another name": b'event: errors\ndata: {"a":1}\n\n',
     "zeros": b'data: {"choices":[{"delta":{}}],"error":{"code":0,"message":"","type":""}}\n\n',
     "nothing": b"",
 }
@@ -71,6 +73,38 @@ def test_an_error_is_seen_that_is_no_event_of_its_stream(end: bytes) -> None:
     for error in (GEMINI, written, written.replace(b"\n", b"\r\n"), written + end):
         found = refusals.error_event_in(refusals.tail_of([before, error]))
         assert found == json.loads(GEMINI)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"code":"InternalError","message":"no luck","request_id":"r"}', "no luck"),
+        (b"upstream closed", "upstream closed"),
+        (b'"closed"', "closed"),
+        (b"{}", "the answer ended with an error without details"),
+        (ANTHROPIC, "Overloaded"),
+    ],
+)
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("named", [b"event: error", b"event:error"])
+def test_an_event_with_the_name_error_is_one_whatever_its_data_is(
+    named: bytes, end: bytes, data: bytes, message: str
+) -> None:
+    event = named + end + b"id: 7" + end + b"data: " + data + end + end
+    before = b'data: {"choices":[{"delta":{"content":"a"}}]}' + end + end
+    for stream in (event, before + event, before + event + b"data: [DONE]" + end + end):
+        found = refusals.error_event_in(stream)
+        assert found is not None
+        error = refusals.error_object(found)
+        assert error is not None
+        assert error["message"] == message
+    prelude = refusals.Prelude()
+    assert not prelude.holds(event, at_end=False)
+    assert prelude.error is not None
+    later = refusals.Prelude()
+    assert later.holds(named + end + end, at_end=False)  # the name of an event without data
+    assert not later.holds(before, at_end=False)
+    assert later.error is None
 
 
 def test_an_error_of_the_only_choice_is_seen() -> None:
