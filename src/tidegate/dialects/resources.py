@@ -358,8 +358,7 @@ def gemini_page(kind: str, query: str) -> PageQuery:
     field, usual, most = _GEMINI_LISTS[kind]
 
     def whole(listed: Listed, has_more: bool, last: str | None) -> JsonObject:
-        found = [_without_answers(one) if kind == "batch" else one for _, one in listed]
-        body: JsonObject = {field: found} if listed else {}
+        body: JsonObject = {field: [one for _, one in listed]} if listed else {}
         return body | ({"nextPageToken": last} if has_more and last else {})
 
     limit = page_limit(named.get("pageSize"), "pageSize", usual, most, least=0)
@@ -367,15 +366,16 @@ def gemini_page(kind: str, query: str) -> PageQuery:
     return PageQuery(limit, _cursor(named, "pageToken"), False, whole)
 
 
-def _without_answers(batch: JsonObject) -> JsonObject:
-    """Return a batch without the answers in it, which may be as long as any body."""
-    metadata = batch.get("metadata")
-    outputs = [batch.get("response"), metadata.get("output") if type(metadata) is dict else None]
+def without_answers(shown: JsonObject) -> JsonObject:
+    """Return an object of a list, if it is a batch of Gemini's without the answers in it, which may
+    be as long as any body."""
+    metadata = shown.get("metadata")
+    outputs = [shown.get("response"), metadata.get("output") if type(metadata) is dict else None]
     for output in outputs:
         if type(output) is dict:
             for name in ("inlinedResponses", "inlinedEmbedContentResponses"):
                 output.pop(name, None)
-    return batch
+    return shown
 
 
 def _named(query: str) -> dict[str, str]:

@@ -38,7 +38,7 @@ from tidegate.errors import (
 from tidegate.jobs.calls import crowded
 from tidegate.record import CallRecord, Failure
 from tidegate.settings import Config
-from tidegate.spine.bodies import aside
+from tidegate.spine.bodies import Pieces, aside
 from tidegate.spine.detached import detached_call
 from tidegate.spine.models import unchecked_facts
 from tidegate.spine.native import NativeExchange, Relay
@@ -242,18 +242,18 @@ class BackgroundRunner:
                 return _Reported(b"", {}, None)
             if exchange.status >= 300:
                 raise (await refusal_of(exchange, target, call.dialect)).error
-            answer, is_whole = await _read(exchange)
-            if not is_whole:
-                return await self._long(call, exchange, answer)
+            answer = await Pieces.of(exchange, _MOST_ANSWER_BYTES)
+            if not answer.is_whole:
+                return await self._long(call, exchange, await answer.joined())
         finally:
             exchange.close()
         try:
-            document = orjson.loads(answer)
+            document = await answer.read(orjson.loads)
         except orjson.JSONDecodeError:
             raise UpstreamGarbled("the provider's answer on a response is no JSON") from None
         if not isinstance(document, dict):
             raise UpstreamGarbled("the provider's answer on a response is no object")
-        return _Reported(answer, document, work.end_of(document))
+        return _Reported(await answer.joined(), document, work.end_of(document))
 
     @staticmethod
     async def _long(call: BackgroundCall, exchange: Exchange, begin: bytes) -> _Reported:
@@ -271,7 +271,7 @@ class BackgroundRunner:
                 held = held[done:]
             piece = await exchange.next()
         if tally is not None:
-            tally.skim(held, is_last=True)
+            await aside(record.answer_bytes, partial(tally.skim, held, is_last=True))
         return _Reported(b"", {}, Status.SUCCEEDED, None if tally is None else tally.facts())
 
     def _path(self, call: BackgroundCall, path: str) -> str:
@@ -288,14 +288,14 @@ class BackgroundRunner:
         return await wire.open(method, place, headers, body, None, timeouts)
 
     async def _facts(
-        self, call: BackgroundCall, target: Target, document: dict[str, Any]
+        self, call: BackgroundCall, target: Target, document: dict[str, Any], size_bytes: int
     ) -> AnswerFacts | None:
-        """Return the facts of all the answers within the work; None if the work is one answer.
-        Raises UpstreamError."""
+        """Return the facts of all the answers within the work, whose object has `size_bytes`; None
+        if the work is one answer. Raises UpstreamError."""
         work = _work_of(call)
         if work.tally is None:
             return None
-        tally = work.tally(document, call.record.request)
+        tally = await aside(size_bytes, partial(work.tally, document, call.record.request))
         if path := work.results(document):
             exchange = await self._open(call, target, "GET", path)
             try:
@@ -314,7 +314,8 @@ class BackgroundRunner:
         read."""
         record, facts, made = call.record, None, list[NewResource]()
         if target is not None and reported.document is not None:
-            facts = reported.facts or await self._facts(call, target, reported.document)
+            document, size_bytes = reported.document, len(reported.body)
+            facts = reported.facts or await self._facts(call, target, document, size_bytes)
             made = self._made(call, target, reported.document)
         record.finished_at = datetime.now(UTC)
         record.sent, record.http_status, record.waits = True, 200, False
@@ -404,21 +405,12 @@ class BackgroundRunner:
         whole = whole or facts is not None
         lane = self._spine.lane(target)
         demand = exchange.demand(target, lane)
+        await exchange.read_aside(whole=whole)
         exchange.settle(target, lane, demand, whole=whole, failed=None)
         if facts is not None and facts.is_estimate and record.charge.state is UsageState.TOLD:
             record.charge = replace(record.charge, state=UsageState.ESTIMATED)
             return
         lane.demands.learn(demand, record.answer.usage, record.charge.usage, whole=whole)
-
-
-async def _read(exchange: Exchange) -> tuple[bytes, bool]:
-    """Return an answer, and whether it is complete: of a longer one the beginning."""
-    whole = bytearray()
-    while len(whole) <= _MOST_ANSWER_BYTES:
-        if not (piece := await exchange.next()):
-            return bytes(whole), True
-        whole += piece
-    return bytes(whole), False
 
 
 def _failure(reported: _Reported) -> Failure | None:

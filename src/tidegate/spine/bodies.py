@@ -27,7 +27,7 @@ from tidegate.dialects.spec import Dialect, Endpoint, Operation
 from tidegate.errors import InvalidRequest, StoreUnavailable
 from tidegate.policy.access import Paths
 from tidegate.spine.routing import Target
-from tidegate.upstream.transport import RepeatableBody
+from tidegate.upstream.transport import Exchange, RepeatableBody
 
 _Result = TypeVar("_Result")
 # One thread, so one body at a time: parsed values take several times the body's memory.
@@ -40,6 +40,36 @@ async def aside(size_bytes: int, work: Callable[[], _Result]) -> _Result:
     if size_bytes <= LARGE_BYTES:
         return work()
     return await asyncio.get_running_loop().run_in_executor(_READER, work)
+
+
+class Pieces:
+    """An answer in pieces, which are joined beside the event loop. is_whole: it had no more bytes
+    than were allowed."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self.size_bytes = 0
+        self.is_whole = False
+
+    @classmethod
+    async def of(cls, exchange: Exchange, most_bytes: int) -> Pieces:
+        """Read an answer, of a longer one a little more than `most_bytes`. Raises UpstreamError."""
+        found = cls()
+        while found.size_bytes <= most_bytes:
+            if not (piece := await exchange.next()):
+                found.is_whole = True
+                break
+            found._pieces.append(piece)
+            found.size_bytes += len(piece)
+        return found
+
+    async def joined(self) -> bytes:
+        """Return all bytes."""
+        return await self.read(bytes)
+
+    async def read(self, work: Callable[[bytes], _Result]) -> _Result:
+        """Return the result of `work` on all bytes, as `aside` does."""
+        return await aside(self.size_bytes, lambda: work(b"".join(self._pieces)))
 
 
 async def read_to_its_end(size_bytes: int, work: Callable[[], _Result]) -> _Result:

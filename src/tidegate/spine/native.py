@@ -48,7 +48,6 @@ from tidegate.dialects.requests import (
     LARGE_BYTES,
     LONGEST_TIER,
     conversation_of,
-    parsed,
     requested_tier,
 )
 from tidegate.dialects.resources import Making, Reference
@@ -85,7 +84,13 @@ from tidegate.spine.models import (
     targets_for,
 )
 from tidegate.spine.out import AttendedOut, Out
-from tidegate.spine.resources import BackgroundHandOver, Keeping, Resources, is_absent
+from tidegate.spine.resources import (
+    BackgroundHandOver,
+    Keeping,
+    Resources,
+    is_absent,
+    listed_in,
+)
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import (
     CallFailed,
@@ -532,9 +537,9 @@ class NativeExchange:
                     await lane.gate.worked(target.model, tried=is_try)
                 await self._pass_on(exchange, first, target, lane, demand, hides)
                 if record.answer_bytes > LARGE_BYTES:
-                    await self._read_aside(whole=True)
+                    await self.read_aside(whole=True)
             except BaseException:  # cancellation too: the partial answer is charged
-                await self._read_aside(whole=False)
+                await self.read_aside(whole=False)
                 raise
             finally:
                 record.answer.first_byte_ms = exchange.first_byte_ms
@@ -623,7 +628,7 @@ class NativeExchange:
                     if exchange.status == 403 and isinstance(failed.error, UpstreamRejected):
                         return None if is_absent(failed.body) else {}
                     raise failed
-                return parsed(await exchange.read(_LONGEST_LISTED_BYTES))
+                return await listed_in(exchange)
             finally:
                 exchange.close()
 
@@ -680,7 +685,7 @@ class NativeExchange:
         answer.finish_reason = facts.finish_reason
         answer.response_id, answer.model_version = facts.response_id, facts.model_version
 
-    async def _read_aside(self, *, whole: bool) -> None:
+    async def read_aside(self, *, whole: bool) -> None:
         """Parse a large answer in a thread before `settle`, which must not block the event loop."""
         if (record := self._record).answer_bytes > LARGE_BYTES:
             facts, dialect = self._facts, DIALECTS[self.dialect]
@@ -860,7 +865,6 @@ def _place(access: Access, path: str, query: str, model: str, streams: bool) -> 
 _REDIRECT_BYTES = 65_536
 MOST_REDIRECTS = 3
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
-_LONGEST_LISTED_BYTES = 64_000_000  # a batch of Gemini's contains its answers
 
 
 def _is_events(exchange: Exchange) -> bool:

@@ -35,6 +35,7 @@ import orjson
 from tidegate.admission.demand import CallDemand
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
+from tidegate.dialects.requests import parsed
 from tidegate.dialects.resources import (
     LONGEST_ID,
     Act,
@@ -42,6 +43,7 @@ from tidegate.dialects.resources import (
     Reference,
     ResourceUse,
     early_text,
+    without_answers,
 )
 from tidegate.dialects.spec import Dialect, OngoingWork
 from tidegate.errors import (
@@ -49,6 +51,7 @@ from tidegate.errors import (
     LimiterUnavailable,
     NotEnded,
     NotFound,
+    PayloadTooLarge,
     StoreUnavailable,
     UpstreamError,
     UpstreamGarbled,
@@ -58,7 +61,7 @@ from tidegate.limiter import Limiter, Permit
 from tidegate.policy.deployment import Upstream
 from tidegate.policy.providers import PROVIDERS
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
-from tidegate.spine.bodies import aside
+from tidegate.spine.bodies import Pieces, aside
 from tidegate.spine.out import ended, undisturbed
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, Lane, Spine, refusal_of
@@ -495,7 +498,7 @@ def _id_of(value: Any, making: Making) -> str | None:
     return found
 
 
-_MOST_SHOWN_BYTES = 64_000_000
+_MOST_SHOWN_BYTES = 64_000_000  # a batch of Gemini's contains its answers
 
 
 async def shown_at(
@@ -519,16 +522,30 @@ async def shown_at(
                 return None
             if exchange.status >= 300:
                 raise await refusal_of(exchange, target, dialect)
-            answer = await exchange.read(_MOST_SHOWN_BYTES)
+            answer = await Pieces.of(exchange, _MOST_SHOWN_BYTES)
         finally:
             exchange.close()
     except UpstreamError as error:
         raise CallFailed(error, target) from None
     try:
-        shown = await aside(len(answer), partial(orjson.loads, answer))
+        shown = await answer.read(orjson.loads)
     except orjson.JSONDecodeError:
         return None
     return shown if isinstance(shown, dict) else None
+
+
+async def listed_in(exchange: Exchange) -> dict[str, Any]:
+    """Return an object of a list as its provider shows it, without a batch's answers. Raises
+    UpstreamError."""
+
+    def read(answer: bytes) -> dict[str, Any]:
+        return without_answers(parsed(answer))
+
+    answer = await Pieces.of(exchange, _MOST_SHOWN_BYTES)
+    try:
+        return await answer.read(read)
+    except (InvalidRequest, PayloadTooLarge):
+        raise UpstreamGarbled("the provider's answer is no object that can be listed") from None
 
 
 def _made_at(shown: Mapping[str, Any]) -> datetime | None:

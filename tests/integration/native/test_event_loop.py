@@ -27,6 +27,7 @@ from tests.gateway import PNG, Gateway, Opener
 from tests.integration.security.hostile import Hostile, hostile
 from tests.integration.tenants.asking import ADMIN_TOKEN, key_of
 from tests.waiting import wait_until
+from tidegate.jobs import background
 
 __all__ = ["hostile"]
 
@@ -286,4 +287,86 @@ async def test_no_step_of_the_event_loop_works_on_a_large_answer(
         await wait_until(partial(gateway.database.fetchval, query, request_id), 20)
         found[name] = watch.seen
         watch.seen = set()
+    assert {name: seen for name, seen in found.items() if seen} == {}
+
+
+SPENT = {"promptTokenCount": 5, "candidatesTokenCount": 7}
+LONG_BATCH: dict[str, Any] = {
+    "name": "batches/b1",
+    "done": True,
+    "metadata": {"state": "BATCH_STATE_SUCCEEDED"},
+    "response": {
+        "inlinedResponses": {
+            "inlinedResponses": [
+                {"response": GENERATED | {"usageMetadata": SPENT}},
+                {"response": GENERATED | {"usageMetadata": SPENT}},
+            ]
+        }
+    },
+}
+LONG_RESPONSE = {
+    "id": "resp_2",
+    "status": "completed",
+    "output": [{"content": [{"text": WORDS}]}],
+    "usage": {"input_tokens": 5, "output_tokens": 7, "total_tokens": 12},
+}
+BATCHED: dict[str, Any] = {
+    "batch": {"inputConfig": {"requests": {"requests": [{"request": {"contents": []}}]}}}
+}
+# What is asked for, the first answer, and the answer once it has ended.
+CONTINUED: dict[str, tuple[str, dict[str, Any], Any, Any]] = {
+    "batch": (
+        f"/v1beta/models/{MODEL}:batchGenerateContent",
+        BATCHED,
+        {"name": "batches/b1", "metadata": {"state": "BATCH_STATE_RUNNING"}},
+        LONG_BATCH,
+    ),
+    "response": (
+        "/v1/responses",
+        {"model": MODEL, "input": "x", "background": True},
+        {"id": "resp_2", "status": "queued"},
+        LONG_RESPONSE,
+    ),
+}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="traces with sys.monitoring")
+@pytest.mark.parametrize("most_bytes", [64_000_000, 500_000])
+async def test_no_step_of_the_event_loop_works_on_the_large_end_of_background_work(
+    open_gateway: Opener,
+    watch: LoopWatch,
+    hostile: Hostile,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    most_bytes: int,
+) -> None:
+    """Nor on a list that contains it."""
+    monkeypatch.setattr(background, "_MOST_ANSWER_BYTES", most_bytes)
+    policy = tmp_path / "policy.toml"
+    urls = f'openai = "{hostile.url}/v1", gemini = "{hostile.url}"'
+    others = '[upstreams.gemini]\nmodels = ["none"]\n'
+    policy.write_text(f"{others}[upstreams.away]\ndialects = {{ {urls} }}\n")
+    gateway = await open_gateway(tidegate_policy=policy, background_poll_ms=100)
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+
+    def answer(value: Any) -> None:
+        body = orjson.dumps(value)
+        hostile.answer = head % len(body) + body
+
+    found: dict[str, set[tuple[str, str]]] = {}
+    for name, (path, body, begun, ended) in CONTINUED.items():
+        answer(begun)
+        status, got = await posted(gateway, path, {}, body)
+        assert status == 200, got[:300]
+        answer(ended)
+        query = "SELECT output_tokens FROM audit WHERE endpoint LIKE '%' || $1"
+        ask = partial(gateway.database.fetchrow, query, path.rpartition("/")[2])
+        row = await wait_until(ask, 20, f"the end of the {name}")
+        found[name], watch.seen = watch.seen, set()
+        assert row["output_tokens"], name
+        if name == "batch":
+            async with gateway.http.get(f"{gateway.url}/v1beta/batches") as response:
+                listed = (await response.json())["operations"]
+            assert [one["name"] for one in listed] == ["batches/b1"]
+            found["list"], watch.seen = watch.seen, set()
     assert {name: seen for name, seen in found.items() if seen} == {}
