@@ -505,8 +505,8 @@ class Config(BaseModel):
     reconcile: tuple[str, ...] = setting(
         (),
         "Providers whose usage and cost of the previous day are compared with the record each "
-        "night, separated by commas: openai, anthropic. Needs OPENAI_ADMIN_KEY or "
-        "ANTHROPIC_ADMIN_KEY: see docs/money.md.",
+        "night, separated by commas: openai, anthropic; no other can be compared. Needs "
+        "OPENAI_ADMIN_KEY or ANTHROPIC_ADMIN_KEY: see docs/money.md.",
     )
     record_export: Literal["off", "jsonl", "parquet"] = setting(
         "off", "Format in which `tidegate up`, or a timer, exports the record: docs/operating.md."

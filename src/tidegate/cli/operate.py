@@ -85,8 +85,9 @@ def reconcile(
 ) -> None:
     """Compare a day's charges with the provider's own usage and costs.
 
-    Estimated charges are corrected if recorded calls explain the difference. Needs an admin key of
-    the account: OPENAI_ADMIN_KEY or ANTHROPIC_ADMIN_KEY.
+    Estimated charges are corrected if recorded calls explain the difference. No other
+    provider than these two can be compared. Needs an admin key of the account: OPENAI_ADMIN_KEY or
+    ANTHROPIC_ADMIN_KEY.
     """
     from tidegate.supervisor.maintenance import reconcile as run
 

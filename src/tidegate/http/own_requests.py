@@ -699,7 +699,8 @@ async def reconciliations(
     until: Until = None,
     upstream: CalledAt = None,
 ) -> ReconciliationList:
-    """For the days that `tidegate reconcile` or RECONCILE has compared, newest first."""
+    """For the days that `tidegate reconcile` or RECONCILE has compared, newest first. Only
+    upstreams of OpenAI and Anthropic can be compared."""
     # A day is compared after its end: the last day of a month is compared in the next month.
     begin = (until or datetime.now(UTC).date()) - timedelta(days=_COMPARED_DAYS)
     first, last = _span(since or begin, until)

@@ -436,7 +436,7 @@ ADVICE: dict[str, str] = {
     "worker_died": "The workers that ran it died each time: examine the request and the "
     "workers' logs before you requeue it.",
     "process_died": "The process that made the call was killed: call again. What it cost is "
-    "known once the day is reconciled with the provider.",
+    "known once the day is reconciled with the provider, if that is OpenAI or Anthropic.",
     "worker_lost": "The workers that ran it died each time: examine the request and the "
     "workers' logs before you submit it again.",
     "gateway_unreachable": "The gateway did not answer: check whether it is running.",

@@ -66,7 +66,8 @@ def usage_provider(name: str) -> UsageProvider:
     for provider in USAGE_PROVIDERS:
         if provider == name:
             return provider
-    raise ConfigError("PROVIDER", name, f"must be one of {', '.join(USAGE_PROVIDERS)}")
+    known = ", ".join(USAGE_PROVIDERS)
+    raise ConfigError("PROVIDER", name, f"must be one of {known}: no other provider is supported")
 
 
 def upstream_of(

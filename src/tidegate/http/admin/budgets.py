@@ -110,8 +110,8 @@ class NewBudget(BaseModel):
     doubt: Literal["bound", "estimate"] = Field(
         default="bound",
         description="bound: a call of unknown price or bound is refused, and one that was cut "
-        "stays charged with the most that it can have cost, until it is reconciled. estimate: "
-        "both are charged what is estimated",
+        "stays charged with the most that it can have cost, until `tidegate reconcile` corrects "
+        "it (OpenAI and Anthropic only). estimate: both are charged what is estimated",
     )
     alerts: list[int] = Field(
         default_factory=list,
@@ -130,7 +130,8 @@ class BookView(BaseModel):
     amount: int
     spent: int
     estimated: int = Field(
-        description="The part of `spent` that is an estimate until it is reconciled"
+        description="The part of `spent` that is an estimate, until it is reconciled (OpenAI and "
+        "Anthropic only)"
     )
     held: int = Field(description="Reserved for running calls")
     reset_at: datetime | None = Field(description="Null for a rolling period")
