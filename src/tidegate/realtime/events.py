@@ -74,8 +74,8 @@ class Spent:
 @dataclass(slots=True)
 class Reported:
     """The report in a provider's message. refuses: it rejects a client's message, which begins no
-    turn; the message has the id `about`, if any. shown: the message as the client gets it, if it
-    differs."""
+    turn; `about` is the id of that message, None if the provider does not name it. shown: the
+    message as the client gets it, if it differs."""
 
     begins_turn: bool = False
     refuses: bool = False
@@ -307,7 +307,7 @@ class OpenAIEvents:
 
     An `error` names the client's message that caused it by `error.event_id`, if that message has an
     `event_id`. So a message that requests a turn gets an id if it has none, which the client never
-    sees: an error without an id is about no turn.
+    sees. At OpenAI an error without an id is then about no turn; other servers name no message.
     """
 
     def __init__(
@@ -451,7 +451,7 @@ class OpenAIEvents:
                 error = _table(event.get("error"))
                 named = error.get("event_id")
                 if type(named) is not str or not named:
-                    return NOTHING
+                    return Reported(refuses=True)
                 shown = None
                 if named.startswith(_TURN_ID):
                     error["event_id"] = None  # as the client left it

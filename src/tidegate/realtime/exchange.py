@@ -2,7 +2,7 @@
 
     client ──► up ──► provider        messages of the client: models checked, turns under the limits
     client ◄── down ◄── provider      messages of the provider: usage read, key masked
-               watch                  revoked key, idle timeout, total timeout
+               watch                  revoked key, idle timeout, total timeout, rejected turns
 
 Messages are forwarded unchanged in both directions, but for the upstream's name of the model and
 the id of a message that requests a turn, each only as fast as its reader accepts them.
@@ -394,9 +394,10 @@ class RealtimeExchange:
 
     async def _watch(self, target: Target, began: float) -> End:
         """Return when the session has to end for a reason other than the close of a side."""
-        bounds = self._spine.timeouts[target.upstream.name]
+        bounds, turns = self._spine.timeouts[target.upstream.name], cast(Turns, self.turns)
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
+            await turns.end_unbegun()
             now = self._loop.time()
             if (now - began) * 1000 >= bounds.total_ms:
                 reason = f"the session was open for {bounds.total_ms} ms, which is the longest here"

@@ -49,6 +49,9 @@ _AUDIO_STEP_S = 5
 # Bounds of a session: each of these turns waits for the limits, or is in memory, until it has
 # ended.
 _MOST_LATE, _MOST_BEGUN = 16, 100
+# How long a requested turn may take to begin after an error that may be about it: longer than any
+# turn takes. One that begins later is admitted and charged as the provider's own.
+UNBEGUN_S = 10.0
 _UNSEEN = "a turn has the whole conversation, with its audio, for its input"
 
 
@@ -65,7 +68,7 @@ class RealtimeTurn:
     `admitted` is done once the limits have admitted or rejected it. `ended` has its usage as
     reported and its charge; None if there was no turn. event_id: of the message that requests it,
     as errors name it. joins: it may be answered together with another one. after: the number of
-    turns that had begun before.
+    turns that had begun before. doubted_at: when an error came that may be about it.
     """
 
     demand: CallDemand | None
@@ -77,6 +80,7 @@ class RealtimeTurn:
     event_id: str | None = None
     joins: bool = False
     after: int = 0
+    doubted_at: float | None = None
 
     @property
     def is_admitted(self) -> bool:
@@ -180,7 +184,9 @@ class Turns:
     async def take(self, reported: Reported) -> None:
         """Process the report of a message. Raises the error of a budget that has no room for
         another turn, and UpstreamGarbled for too many turns in progress."""
-        if reported.refuses and (turn := self._refused(reported.about)) is not None:
+        if reported.refuses and reported.about is None:
+            self._doubt()
+        elif reported.refuses and (turn := self._refused(reported.about)) is not None:
             self._requested.remove(turn)
             await self._end(turn, None)
         if reported.begins_turn:
@@ -199,9 +205,23 @@ class Turns:
 
     def _refused(self, event_id: str | None) -> RealtimeTurn | None:
         """Return the turn whose message the provider has rejected, if any: other messages have ids
-        too, and a message without an id requests no turn."""
-        named = (one for one in self._requested if one.event_id is not None)
-        return next((one for one in named if one.event_id == event_id), None)
+        too."""
+        return next((one for one in self._requested if one.event_id == event_id), None)
+
+    def _doubt(self) -> None:
+        """Note an error that names no message: it may have rejected the oldest turn."""
+        for turn in self._requested:
+            if turn.doubted_at is None:
+                turn.doubted_at = asyncio.get_running_loop().time()
+                return
+
+    async def end_unbegun(self) -> None:
+        """End turns that seem to have been rejected, since they do not begin. Called repeatedly."""
+        now = asyncio.get_running_loop().time()
+        for turn in [one for one in self._requested if one.doubted_at is not None]:
+            if now - (turn.doubted_at or 0.0) >= UNBEGUN_S and turn in self._requested:
+                self._requested.remove(turn)
+                await self._end(turn, None)
 
     async def _begin(self) -> RealtimeTurn:
         if len(self._late) >= _MOST_LATE or len(self._begun) >= _MOST_BEGUN:

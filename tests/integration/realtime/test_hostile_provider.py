@@ -19,6 +19,7 @@ from tests.integration.realtime.test_realtime_life import (
     until,
 )
 from tidegate.policy.format import edit
+from tidegate.realtime import exchange, turns
 
 _TURNS = 40
 _POLICY = """
@@ -114,6 +115,46 @@ async def test_an_error_frees_the_turn_of_the_message_that_it_is_about(
         assert asked[1:] == ([] if then == "error" else ["b"])
         if then == "error":
             assert found["error"]["event_id"] == "b", "the first turn may still begin"
+        await nothing_held(gateway)
+
+
+async def test_an_error_without_an_id_frees_a_turn_that_does_not_begin(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a server whose errors name no message."""
+    monkeypatch.setattr(turns, "UNBEGUN_S", 0.2)
+    monkeypatch.setattr(exchange, "WATCH_EVERY_S", 0.05)
+    asked: list[bool] = []
+
+    async def names_nothing(socket: ServerConnection) -> None:
+        session = {"type": "realtime", "model": "hostile"}
+        await socket.send(orjson.dumps({"type": "session.created", "session": session}).decode())
+        async for _ in socket:
+            asked.append(True)
+            events: list[dict[str, object]] = [{"type": "error", "error": {"message": "no"}}]
+            if len(asked) == 3:
+                usage = {"input_tokens": 30, "output_tokens": 4}
+                done = {"id": "r", "status": "completed", "usage": usage}
+                events = [
+                    {"type": "response.created", "response": {"id": "r"}},
+                    {"type": "response.done", "response": done},
+                ]
+            for event in events:
+                await socket.send(orjson.dumps(event).decode())
+
+    async with serve(names_nothing, "127.0.0.1", 0, compression=None) as server:
+        policy = tmp_path / "policy.toml"
+        policy.write_text(_POLICY.format(port=server.sockets[0].getsockname()[1]))
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        await gateway.services.keepers["hostile"].change(edit({"tpm:hostile": 1}), set_by="test")
+        async with talk(gateway, "/v1/realtime?model=hostile") as socket:
+            for answer in ("error", "error", "response.done"):
+                await send(socket, type="response.create")  # waits until the limit is free
+                found = await until(socket, "error", "response.done")
+                assert found["type"] == answer, found
+        assert len(asked) == 3
+        (row,) = await rows(gateway, 1)
+        assert (row["input_tokens"], row["output_tokens"]) == (30, 4), "no refused turn is charged"
         await nothing_held(gateway)
 
 
