@@ -415,7 +415,8 @@ class LineCaller:
             return
         one.job = replace(job, tier=choice.tier, revisit_at=choice.revisit_at)
         if choice.tier is Tier.FLEX:
-            busy_ms = await self._offers.line_put_off_ms(one.job, *self._targets_of(line))
+            keys = self._targets_of(line)
+            busy_ms = await self._offers.wait_ms(one.job, kind, *keys, is_line=True)
             if busy_ms:
                 raise UpstreamTierBusy(_NO_FLEX, retry_after_ms=busy_ms)
 

@@ -48,7 +48,8 @@ from tidegate.store.statistics import OpenJobs
 _LEAST_BATCHES = 3
 _BATCHES_FRESH_S = 10.0
 _MOST_MODELS = 1_000
-_LINES_A_S = 200.0
+_CLAIMED_A_S = 200.0  # of jobs or lines that wait for flex capacity
+_NO_END = datetime.max.replace(tzinfo=UTC)
 
 
 # Of an upstream's batches of a model: the ms within which nearly all have ended, and their number;
@@ -195,16 +196,17 @@ class TierOffers:
         busy_ms = min(map(self.flex.busy_ms, keys), default=0.0)
         return round(busy_ms * uniform(1, 1.5))
 
-    async def line_put_off_ms(self, line: ClaimedJob, *keys: Key) -> int:
-        """Return how long a batch line waits for flex capacity, 0 if it may be called: longer with
-        many lines, so that few a second are claimed in vain, but not past the review of its tier.
-        Raises StoreUnavailable."""
+    async def wait_ms(self, job: ClaimedJob, kind: Kind, *keys: Key, is_line: bool = False) -> int:
+        """Return how long a job or batch line waits for flex capacity, 0 if it may be called:
+        longer with many others, so that few a second are claimed in vain, but not past the review
+        of its tier. Raises StoreUnavailable."""
         if not (busy_ms := self.put_off_ms(*keys)):
             return 0
-        busy_ms += round(uniform(0, 1_000 * await self._ahead.lines(None) / _LINES_A_S))
-        if line.revisit_at is None:
+        others = await (self._ahead.lines(None) if is_line else self._ahead.of(kind, _NO_END))
+        busy_ms += round(uniform(0, 1_000 * others / _CLAIMED_A_S))
+        if job.revisit_at is None:
             return busy_ms
-        left_ms = (line.revisit_at - self._now()).total_seconds() * 1_000
+        left_ms = (job.revisit_at - self._now()).total_seconds() * 1_000
         return max(1, round(min(busy_ms, left_ms)))
 
 

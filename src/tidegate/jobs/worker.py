@@ -589,17 +589,16 @@ class Worker:
                 job = replace(
                     job, tier=choice.tier, tier_why=choice.why, revisit_at=choice.revisit_at
                 )
-                if choice.tier is Tier.FLEX and (wait_ms := self._wait_for_flex_ms(job)):
-                    await self._store.queue.release([job], {job.request_id: wait_ms})
-                    return None
+                if choice.tier is Tier.FLEX:
+                    wait_ms = await self._offers.wait_ms(job, kind, *self._targets_of(job))
+                    if wait_ms:
+                        await self._store.queue.release([job], {job.request_id: wait_ms})
+                        return None
                 return job
             except ClaimLost:
                 return None
             except StoreUnavailable:
                 await self._until_store_is_back()
-
-    def _wait_for_flex_ms(self, job: ClaimedJob) -> int:
-        return self._offers.put_off_ms(*self._targets_of(job))
 
     async def _run_and_record(self, claimed: ClaimedJob) -> None:
         kind = claimed.classification.kind
