@@ -82,9 +82,12 @@ _OPERATIONS = {
     "batchGenerateContent": Operation.BATCH,
     "asyncBatchEmbedContent": Operation.BATCH,
 }
-# Vertex's method to read any operation, of any owner; and all other methods that start work
-# which continues after the call, and can be neither admitted nor charged.
-_NOT_RELAYED = re.compile(r"^(?:fetchPredictOperation$|asyncBatch)|LongRunning$")
+# Vertex's method to read any operation, of any owner; the one that gives away a tuned model of the
+# account; and all other methods that start work which continues after the call, and can be neither
+# admitted nor charged.
+_NOT_RELAYED = re.compile(
+    r"^(?:(?:fetchPredictOperation|transferOwnership)$|asyncBatch)|LongRunning$"
+)
 _CALL = re.compile(
     r"(?P<folder>/v1(?:alpha|beta)?/(?:models|tunedModels)/)(?P<model>[\w\-@][\w.\-@]{0,199}):(?P<do>\w+)",
     re.ASCII,

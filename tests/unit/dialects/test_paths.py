@@ -102,6 +102,7 @@ def test_calls_of_gemini_name_their_model_in_the_path(
         ("POST", "/v1/responses/resp_1"),
         ("DELETE", "/v1/responses/input_tokens"),
         ("POST", "/v1beta/models/x:fetchPredictOperation"),
+        ("POST", "/v1beta/tunedModels/x:transferOwnership"),
         ("POST", "/v1beta/models/x:somethingLongRunning"),
         ("GET", "/v1beta/models/../operations/a"),
         ("POST", "/v1beta/batches"),
