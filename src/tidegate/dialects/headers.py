@@ -167,13 +167,28 @@ def is_unchanged(status: int, sent: Headers) -> bool:
     return status == 304 and any(name in _CONDITIONS for name, _ in sent)
 
 
-def tier_in(headers: Headers) -> str | None:
-    """Return the processing tier that served a call at Gemini; None for the usual one."""
+# Of Gemini; of Bedrock's InvokeModel, both ways; of Vertex, in requests.
+_SERVED_TIERS = (b"x-gemini-service-tier", b"x-amzn-bedrock-service-tier")
+_REQUESTED_TIERS = (b"x-amzn-bedrock-service-tier", b"x-vertex-ai-llm-shared-request-type")
+_PAID_BEFORE = "reserved"
+_DEAREST_TIER = "priority"
+
+
+def tier_in(headers: Headers, names: tuple[bytes, ...] = _SERVED_TIERS) -> str | None:
+    """Return the processing tier that served a call at Gemini or Bedrock; None for the usual
+    one."""
     for name, value in headers:
-        if name.lower() == b"x-gemini-service-tier":
+        if name.lower() in names:
             tier = value.decode("latin-1").strip().lower()
-            return None if tier in STANDARD_TIERS or len(tier) > _LONGEST_TIER else tier
+            is_usual = tier in STANDARD_TIERS or tier == _PAID_BEFORE
+            return None if is_usual or len(tier) > _LONGEST_TIER else tier
     return None
+
+
+def requested_tier_in(headers: Headers, named: str) -> str:
+    """Return the processing tier that a request's headers name, else `named`, that of its body. The
+    dearest counts wherever it is named, since not every path reads both."""
+    return named if named == _DEAREST_TIER else tier_in(headers, _REQUESTED_TIERS) or named
 
 
 def of_answer(upstream: str, queue_ms: float) -> Headers:

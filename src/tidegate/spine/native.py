@@ -41,6 +41,7 @@ from tidegate.dialects.headers import (
     followed,
     is_unchanged,
     of_answer,
+    requested_tier_in,
     tier_in,
     to_return,
 )
@@ -566,7 +567,7 @@ class NativeExchange:
         record, out = self._record, self._out
         record.http_status = exchange.status
         record.coding = coding_of(exchange.headers)
-        if self.dialect is Dialect.GEMINI:
+        if self.dialect in (Dialect.GEMINI, Dialect.BEDROCK):
             self._served = tier_in(exchange.headers)
         if (reading := DIALECTS[self.dialect].usage_in) is not None:
             self._header_usage = reading(exchange.headers)
@@ -681,7 +682,7 @@ class NativeExchange:
         by_headers = is_unknown(facts.usage) and not is_unknown(self._header_usage)
         answer.usage = self._header_usage if by_headers else facts.usage
         if self._served is not None:
-            answer.usage = answers.with_tier(facts.usage, self._served)
+            answer.usage = answers.with_tier(answer.usage, self._served)
         answer.finish_reason = facts.finish_reason
         answer.response_id, answer.model_version = facts.response_id, facts.model_version
 
@@ -754,6 +755,7 @@ class NativeExchange:
         """Return the tier that the client requested, with what else changes its price."""
         body = self._body
         named = (self._facts.tier if self._facts else "") or requested_tier(body)
+        named = requested_tier_in(self._call.headers, named)
         if body.get("speed") == "fast":
             named = "fast"
         if region := self._region():
