@@ -504,21 +504,22 @@ def count_in(body: bytes, *needles: bytes) -> int:
     )
 
 
-def has_too_many_parts(body: bytes) -> bool:
-    """Return whether JSON has more than `MOST_PARTS` commas, lists, objects and keys outside of
-    texts."""
-    if len(body) <= MOST_PARTS or count_in(body, *_PARTS) <= MOST_PARTS:
+def has_too_many_parts(body: bytes, most: int | None = None) -> bool:
+    """Return whether JSON has more than `most` (by default `MOST_PARTS`) commas, lists, objects and
+    keys outside of texts."""
+    most = MOST_PARTS if most is None else most
+    if len(body) <= most or count_in(body, *_PARTS) <= most:
         return False
     parts = place = 0
     # In steps, since no other Python thread runs during a search.
-    while place < len(body) and parts <= MOST_PARTS:
+    while place < len(body) and parts <= most:
         end = min(len(body), place + LARGE_BYTES)
         whole = _WHOLE.match(body, place, end)  # up to a text that continues after the step
         stop = end if whole is None else whole.end()
         outside = _TEXT.sub(b"", body[place:stop])
         parts += sum(map(outside.count, _PARTS))
         place = end if stop == end else _behind_text(body, stop + 1)
-    return parts > MOST_PARTS
+    return parts > most
 
 
 def _behind_text(body: bytes, place: int) -> int:

@@ -23,6 +23,8 @@ import orjson
 
 from tidegate.call import Caller, Usage, UsageDetails
 from tidegate.dialects.answers import MOST_TOKENS
+from tidegate.dialects.requests import has_too_many_parts
+from tidegate.dialects.resources import early_text
 from tidegate.errors import Forbidden, InvalidRequest
 
 Message = str | bytes
@@ -93,9 +95,9 @@ NOTHING = Reported()
 class Events(Protocol):
     """Parser of the events of a session in its dialect."""
 
-    def client_event(self, message: Message) -> ClientEvent:
-        """Return the request in a client's message. Raises InvalidRequest and Forbidden for a
-        message that is not forwarded."""
+    def client_event(self, message: Message, found: Facts | None = None) -> ClientEvent:
+        """Return the request in a client's message, which has been read as `found` if that is
+        given. Raises InvalidRequest and Forbidden for a message that is not forwarded."""
 
     def reported(self, message: Message) -> Reported:
         """Return the report in a provider's message; most have none."""
@@ -104,6 +106,9 @@ class Events(Protocol):
 # Names that decide the meaning of a message; a lenient server would read them in any case.
 _NAMES = frozenset(("type", "session", "response", "model", "transcription", "setup"))
 _FORMS = "one JSON object, each of its names once and in lower case"
+# Values and keys in a message: the tools of a session have some thousands.
+MOST_PARTS = 50_000
+_HEAD_CHARS = 65_536
 
 
 def _no_constant(name: str) -> Any:
@@ -123,6 +128,10 @@ def _object(pairs: list[tuple[str, Any]]) -> Facts:
 
 def read(message: Message) -> Facts:
     """Return the object of a client's message. Raises InvalidRequest."""
+    raw = message.encode("utf-8", "replace") if isinstance(message, str) else message
+    if has_too_many_parts(raw, MOST_PARTS):
+        allowed = f"at most {MOST_PARTS} values"
+        raise InvalidRequest("message", "a message holds too many values", allowed=allowed)
     try:
         found = json.loads(message, object_pairs_hook=_object, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -138,8 +147,14 @@ def read(message: Message) -> Facts:
 
 
 def event_id_of(message: Message) -> str | None:
-    """Return the client's id of a message of OpenAI's, for the error that answers it."""
-    found = _of_provider(message).get("event_id")
+    """Return the client's id of a message of OpenAI's, for the error that answers it; of a long
+    message only if its beginning has it."""
+    if len(message) > _HEAD_CHARS:
+        head = message[:_HEAD_CHARS]
+        raw = head.encode("utf-8", "replace") if isinstance(head, str) else head
+        found: Any = early_text(raw, "event_id")
+    else:
+        found = _of_provider(message).get("event_id")
     return found[:200] if type(found) is str else None
 
 
@@ -322,11 +337,11 @@ class OpenAIEvents:
         self._requested: list[tuple[Any, int]] = []  # requested audio formats without an answer yet
         self._named_turns = 0  # requests of turns to which an id was added
 
-    def client_event(self, message: Message) -> ClientEvent:
-        if isinstance(message, str) and self._is_audio(message):
+    def client_event(self, message: Message, found: Facts | None = None) -> ClientEvent:
+        if found is None and isinstance(message, str) and self._is_audio(message):
             seconds = _longest(message.split('"')) * 3 / 4 / self._least_second_bytes
             return ClientEvent(message, False, len(message) / _IN_CHARS, seconds)
-        event = read(message)
+        event = read(message) if found is None else found
         kind = event.get("type")
         if type(kind) is not str:
             raise InvalidRequest("type", "a message names no type", allowed="an event's type")
@@ -608,15 +623,15 @@ class GeminiEvents:
         self._is_active = False  # the client signals the begin and end of its input
         self._queries: set[str] = set()  # web searches of the current turn
 
-    def client_event(self, message: Message) -> ClientEvent:
-        if isinstance(message, str) and self._is_input(message):
+    def client_event(self, message: Message, found: Facts | None = None) -> ClientEvent:
+        if found is None and isinstance(message, str) and self._is_input(message):
             parts = message.split('"')
             mimes = [one for one in parts if _is_audio(one)]
             if not mimes and "audio" in parts:
                 mimes = [""]
             seconds = max((_gemini_seconds(_longest(parts), one) for one in mimes), default=0.0)
             return ClientEvent(message, False, len(message) / _IN_CHARS, seconds)
-        event = read(message)
+        event = read(message) if found is None else found
         names = [_SNAKE.get(name, name) for name in event]
         if len(names) != 1 or names[0] not in _OF_CLIENT:
             named = ", ".join(event)[:100]

@@ -20,6 +20,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 from uuid import uuid4
 
@@ -33,6 +34,7 @@ from tidegate.admission.estimator import pieces_of
 from tidegate.call import REALTIME_KIND, CallCost
 from tidegate.dialects import refusals
 from tidegate.dialects.headers import of_answer, to_return
+from tidegate.dialects.requests import LARGE_BYTES
 from tidegate.dialects.spec import Dialect, Headers
 from tidegate.errors import (
     AdmissionError,
@@ -49,9 +51,17 @@ from tidegate.errors import (
     UpstreamUnavailable,
 )
 from tidegate.realtime import sockets
-from tidegate.realtime.events import Events, GeminiEvents, Message, OpenAIEvents, event_id_of
+from tidegate.realtime.events import (
+    Events,
+    GeminiEvents,
+    Message,
+    OpenAIEvents,
+    event_id_of,
+    read,
+)
 from tidegate.realtime.turns import Turns, is_rate
 from tidegate.record import CallRecord
+from tidegate.spine.bodies import aside
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import CallFailed, Lane, Spine, Terms, masked
 from tidegate.telemetry.tracing import HEADER
@@ -316,7 +326,10 @@ class RealtimeExchange:
                 return _end_of("client", closed)
             self._active_at = self._loop.time()
             try:
-                event = events.client_event(message)
+                found: dict[str, Any] | None = None
+                if len(message) > LARGE_BYTES:
+                    found = await aside(len(message), partial(read, message))
+                event = events.client_event(message, found)
                 with _unless_lost(client):
                     await turns.sent(event)
                     await turns.may_go_on()

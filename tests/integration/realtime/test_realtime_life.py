@@ -156,6 +156,11 @@ async def test_hostile_messages_harm_nobody(gateway: Gateway) -> None:
         await send(socket, type="session.update", event_id="e7", session={"model": "o9"})
         error = (await until(socket, "error"))["error"]
         assert (error["event_id"], error["param"]) == ("e7", "session.model")
+        many = {"type": "session.update", "event_id": "e8", "session": {"a": [{}] * 100_000}}
+        await send(socket, **many)
+        error = (await until(socket, "error"))["error"]
+        assert error["event_id"] == "e8"
+        assert error["message"].startswith("a message holds too many values")
         whole = orjson.dumps(TEXT).decode()
         await socket.send([whole[:9], whole[9:20], whole[20:]])  # as three fragments
         await until(socket, "session.updated")

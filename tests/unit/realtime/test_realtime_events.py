@@ -14,6 +14,7 @@ from tidegate.realtime.events import (
     OpenAIEvents,
     Setup,
     add_usage,
+    event_id_of,
     gemini_usage,
     openai_usage,
 )
@@ -36,6 +37,19 @@ def test_a_message_that_names_no_model_passes_as_it_is() -> None:
     asked = events().client_event(AUDIO)
     assert (asked.message, asked.begins_turn, round(asked.about_tokens)) == (AUDIO, False, 1)
     assert events().client_event('{"type":"response.create"}').begins_turn
+
+
+def test_a_message_of_too_many_values_is_not_parsed() -> None:
+    many = '{"event_id":"e1","type":"session.update","session":{"i":[%s]}}'
+    for read_by in (events(), GeminiEvents()):
+        with pytest.raises(InvalidRequest, match="too many values"):
+            read_by.client_event(many % ",".join(["{}"] * 60_000))
+    listed = many % ",".join(["{}"] * 20_000)
+    assert events().client_event(listed).message == listed
+    long = many % f'"{"," * 70_000}"'
+    assert events().client_event(long).message == long, "commas of a text are no values"
+    assert event_id_of(long) == event_id_of(many % "1") == "e1"
+    assert event_id_of('{"a":"%s","event_id":"e1"}' % ("x" * 70_000)) is None
 
 
 def test_seconds_of_sound_are_counted_in_the_form_that_the_provider_says() -> None:

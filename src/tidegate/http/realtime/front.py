@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -55,6 +56,7 @@ from tidegate.realtime.exchange import (
     code_of,
 )
 from tidegate.record import REFUSED, CallRecord, Failure, Lineage
+from tidegate.spine.bodies import aside
 from tidegate.spine.models import check_model
 from tidegate.spine.native import NativeCall
 from tidegate.spine.run import CallFailed
@@ -293,7 +295,7 @@ class _SessionFront:
                 message: Message = await client.recv()
         except TimeoutError:
             raise RequestTimeout(f"no setup came within {within_s:g} s") from None
-        return Setup.of(message)
+        return await aside(len(message), partial(Setup.of, message))
 
     def _bounds(self, wait_ms: int | None) -> RealtimeBounds:
         config = self._services.config
