@@ -36,7 +36,13 @@ from tidegate.call import (
     seconds_of,
     tokens_of,
 )
-from tidegate.errors import BudgetReserved, LimiterUnavailable, TidegateError, UpstreamGarbled
+from tidegate.errors import (
+    BudgetReserved,
+    LimiterUnavailable,
+    QueueFull,
+    TidegateError,
+    UpstreamGarbled,
+)
 from tidegate.limiter import Limit, Quota, Rate
 from tidegate.prices.budgets import Binding
 from tidegate.prices.rates import Rates
@@ -48,7 +54,8 @@ from tidegate.store.budgets import Budgets
 _AUDIO_STEP_S = 5
 # Bounds of a session: each of these turns waits for the limits, or is in memory, until it has
 # ended.
-_MOST_LATE, _MOST_BEGUN = 16, 100
+_MOST_LATE, _MOST_BEGUN, MOST_REQUESTED = 16, 100, 100
+_RETRY_AFTER_MS = 1_000
 # How long a requested turn may take to begin after an error that may be about it: longer than any
 # turn takes. One that begins later is admitted and charged as the provider's own.
 UNBEGUN_S = 10.0
@@ -130,6 +137,9 @@ class Turns:
         if joins and (left := self._answered_together()) is not None:
             left.after = self._begins
             return
+        if len(self._requested) >= MOST_REQUESTED:
+            message = f"{MOST_REQUESTED} turns of this session have been requested and not begun"
+            raise QueueFull(message, limit="turns", retry_after_ms=_RETRY_AFTER_MS)
         turn = await self._new()
         turn.event_id, turn.joins, turn.after = event_id, joins, self._begins
         try:

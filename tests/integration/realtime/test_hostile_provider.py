@@ -158,6 +158,28 @@ async def test_an_error_without_an_id_frees_a_turn_that_does_not_begin(
         await nothing_held(gateway)
 
 
+async def test_turns_that_do_not_begin_are_bounded(open_gateway: Opener, tmp_path: Path) -> None:
+    received: list[object] = []
+
+    async def is_silent(socket: ServerConnection) -> None:
+        session = {"type": "realtime", "model": "hostile"}
+        await socket.send(orjson.dumps({"type": "session.created", "session": session}).decode())
+        async for message in socket:
+            received.append(message)
+
+    async with serve(is_silent, "127.0.0.1", 0, compression=None) as server:
+        policy = tmp_path / "policy.toml"
+        policy.write_text(_POLICY.format(port=server.sockets[0].getsockname()[1]))
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        async with talk(gateway, "/v1/realtime?model=hostile") as socket:
+            for number in range(turns.MOST_REQUESTED + 1):
+                await send(socket, type="response.create", event_id=f"e{number}")
+            error = (await until(socket, "error"))["error"]
+            assert error["event_id"] == f"e{turns.MOST_REQUESTED}", "the first one too many"
+        assert len(received) == turns.MOST_REQUESTED
+        await nothing_held(gateway)
+
+
 async def test_usage_beyond_all_counts_is_taken_for_none(
     open_gateway: Opener, tmp_path: Path
 ) -> None:
