@@ -28,7 +28,7 @@ from tidegate.metrics.verdict import (
 from tidegate.policy.learned import LearnedLimit
 from tidegate.prices.budgets import Budget
 from tidegate.store.budgets import BudgetBook
-from tidegate.store.jobs import StuckCounts
+from tidegate.store.jobs import MOST_STUCK, StuckCounts
 
 NOTHING = RecordReading(StuckCounts(0, None, 0, 0, 1))
 POLICY = PoolPolicy({"kind:text_only": Concurrency(6), "model:m": Concurrency(12)})
@@ -204,6 +204,33 @@ def test_an_upstream_that_is_paused_and_not_out_is_a_paused_limit() -> None:
     assert cause.command == "tidegate limits resume upstream:b --pool gemini"
     tried = judge(seen(pool(throttled), a=UpstreamFound("ok"), b=UpstreamFound("trying")))
     assert tried.causes == (), "it is on its way back"
+
+
+@pytest.mark.parametrize(
+    ("waiting", "ready", "retrying", "sentence"),
+    [
+        (0, 3, 88, "Healthy: 91 jobs are queued."),
+        (0, 0, 1, "Healthy: 1 job is queued for a retry."),
+        (2, 1, 0, "Healthy: 2 requests wait for a turn, 1 more job is queued."),
+        (0, MOST_STUCK, 5, "Healthy: 1,005 or more jobs are queued."),
+    ],
+)
+def test_queued_jobs_wait_too(waiting: int, ready: int, retrying: int, sentence: str) -> None:
+    at_limit = limit("kind:text_only", waiting=waiting, cost_ms=600)
+    verdict = judge(seen(pool(at_limit), record=stuck(ready=ready, retrying=retrying)))
+    assert (verdict.sentence, verdict.queued) == (sentence, ready + retrying)
+
+
+@pytest.mark.parametrize(("retrying", "health"), [(0, "healthy"), (9, "degraded")])
+def test_an_upstream_that_stays_out_stays_a_cause_while_it_is_probed(
+    retrying: int, health: str
+) -> None:
+    probed = UpstreamFound("trying", faults=3, why="could not connect")
+    verdict = judge(seen(record=stuck(retrying=retrying), a=UpstreamFound("ok"), b=probed))
+    (cause,) = verdict.causes
+    assert (verdict.health, cause.kind, cause.subject) == (health, "upstream_out", "b")
+    assert cause.words == "Upstream b is being probed: its last call failed."
+    assert cause.detail == "Could not connect."
 
 
 def test_budgets_that_hold_calls_up_are_causes() -> None:

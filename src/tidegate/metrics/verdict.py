@@ -34,7 +34,7 @@ from tidegate.policy.rollout import PolicyKeeper
 from tidegate.prices.budgets import Budget, scope_values
 from tidegate.spine.routing import DRAINED
 from tidegate.store.budgets import BudgetBook
-from tidegate.store.jobs import StuckCounts
+from tidegate.store.jobs import MOST_STUCK, StuckCounts
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -90,7 +90,9 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentVerdict:
-    """The state of a deployment, as a level and a sentence. more: causes that are not listed."""
+    """The state of a deployment, as a level and a sentence. waiting: calls and claimed jobs that
+    wait at a limit. queued: jobs that no worker has claimed, or that wait for a retry, each up to
+    `MOST_STUCK`. more: causes that are not listed."""
 
     health: Health
     sentence: str
@@ -98,6 +100,7 @@ class DeploymentVerdict:
     in_flight: int
     causes: tuple[Cause, ...]
     more: int = 0
+    queued: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +196,16 @@ def judge(reading: DeploymentReading) -> DeploymentVerdict:
     snapshots = [one.snapshot for one in reading.pools if one.snapshot is not None]
     waiting = sum(one.waiting for pool in snapshots for one in pool.tenants)
     held = sum(one.held for pool in snapshots for one in pool.processes)
+    stuck = None if reading.record is None else reading.record.stuck
     listed = tuple(causes[:MOST_CAUSES])
     return DeploymentVerdict(
-        health, _sentence(health, causes, waiting), waiting, held, listed, len(causes) - len(listed)
+        health,
+        _sentence(health, causes, waiting, stuck),
+        waiting,
+        held,
+        listed,
+        len(causes) - len(listed),
+        0 if stuck is None else stuck.ready + stuck.retrying,
     )
 
 
@@ -212,14 +222,32 @@ def causes_of(reading: DeploymentReading) -> list[Cause]:
     )
 
 
-def _sentence(health: Health, causes: Sequence[Cause], waiting: int) -> str:
+def _sentence(
+    health: Health, causes: Sequence[Cause], waiting: int, stuck: StuckCounts | None
+) -> str:
     waits = _counted(waiting, "request") + (" waits" if waiting == 1 else " wait")
-    if health == "down":
-        return f"Down: no call is served, {waits}."
+    queued = "" if stuck is None else _queued(stuck, is_more=waiting > 0)
+    if health == "healthy":
+        waits = f"{waits} for a turn" if waiting else waits
+    elif health == "down":
+        return f"Down: no call is served, {', '.join(part for part in (waits, queued) if part)}."
+    what = ", ".join(part for part in (waits if waiting else "", queued) if part) or "nothing waits"
     if health == "degraded":
         problems = _counted(sum(one.level == "degraded" for one in causes), "problem")
-        return f"Degraded: {problems}, {waits if waiting else 'nothing waits'}."
-    return f"Healthy: {waits} for a turn." if waiting else "Healthy: nothing waits."
+        return f"Degraded: {problems}, {what}."
+    return f"Healthy: {what}."
+
+
+def _queued(stuck: StuckCounts, *, is_more: bool) -> str:
+    """Return text such as `74 more jobs are queued`; empty without such jobs."""
+    jobs = stuck.ready + stuck.retrying
+    if not jobs:
+        return ""
+    is_cut = MOST_STUCK in (stuck.ready, stuck.retrying)
+    more = " more" if is_more else ""
+    amount = f"{jobs:,}{' or more' if is_cut else ''}{more} {'job is' if jobs == 1 else 'jobs are'}"
+    retries = " for a retry" if not stuck.ready else ""
+    return f"{amount} queued{retries}"
 
 
 def _counted(amount: int, noun: str) -> str:
@@ -255,13 +283,15 @@ def _badness(found: UpstreamFound) -> tuple[bool, int, int]:
 
 
 def _of_upstreams(reading: DeploymentReading) -> Iterator[Cause]:
-    """Yield the causes of upstreams. One that some processes probe is recovering: no cause."""
-    causes = [
-        cause
-        for upstream in reading.upstreams
-        if (cause := _of_upstream(upstream, found_by(upstream, reading.notes), reading.pools))
-        is not None
-    ]
+    """Yield the causes of upstreams. A probed one is a problem while jobs wait for a retry, so
+    that the state of one that stays out does not change with each probe."""
+    is_retried = reading.record is not None and reading.record.stuck.retrying > 0
+    causes = list[Cause]()
+    for upstream in reading.upstreams:
+        found = found_by(upstream, reading.notes)
+        cause = _of_upstream(upstream, found, reading.pools) or _probed(upstream, found, is_retried)
+        if cause is not None:
+            causes.append(cause)
     if causes and all(_is_out_everywhere(one, reading.notes) for one in reading.upstreams):
         several = len(causes) > 1
         words = "No upstream takes calls." if several else "The only upstream takes no calls."
@@ -306,6 +336,24 @@ def _of_upstream(
         subject=upstream,
         waiting=waiting,
         command=command,
+    )
+
+
+def _probed(
+    upstream: str, found: Sequence[tuple[str, UpstreamFound]], is_retried: bool
+) -> Cause | None:
+    """Return the cause of an upstream that no process calls normally, though none is out."""
+    failed = [one for _, one in found if one.faults]
+    if not failed or any(one.state != "trying" for _, one in found):
+        return None
+    why = next((one.why for one in failed if one.why), "")
+    return Cause(
+        "upstream_out",
+        "degraded" if is_retried else "healthy",
+        f"Upstream {upstream} is being probed: its last call failed.",
+        f"{why[:1].upper()}{why[1:].rstrip('.')}." if why else "",
+        subject=upstream,
+        command=f"tidegate upstreams test {upstream}",
     )
 
 

@@ -502,7 +502,7 @@ _LEASE_MS = 60_000.0  # default lease of workers
 class StuckCounts:
     """Dead jobs, since when, and undelivered webhooks. ready: jobs that a worker could claim now.
     workers: those that reported within their claims' lease. alerts: given up within a day, since
-    the last one that was posted."""
+    the last one that was posted. retrying: jobs that wait for the time of their next attempt."""
 
     jobs: int
     dead_since: datetime | None
@@ -510,6 +510,7 @@ class StuckCounts:
     ready: int
     workers: int
     alerts: int = 0
+    retrying: int = 0
 
 
 @dataclass(frozen=True, slots=True)

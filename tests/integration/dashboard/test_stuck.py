@@ -90,6 +90,23 @@ async def test_a_worker_counts_as_alive_for_as_long_as_its_claims(open_gateway: 
     assert [cause.kind for cause in seen.causes] == ["no_workers"]
 
 
+async def test_jobs_that_wait_for_a_retry_are_counted_and_those_that_wait_for_a_tier_are_not(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    failure = '{"code": "upstream_unavailable", "message": "no answer", "retryable": true}'
+    for one in (failure, failure, None):
+        await gateway.database.execute(
+            "UPDATE requests SET not_before = now() + interval '1 h', failure = $2"
+            " WHERE id = $1::uuid",
+            *(await gateway.submit(data="Explain"), one),
+        )
+    counts = await gateway.services.store.stuck.counts()
+    assert (counts.ready, counts.retrying) == (0, 2)
+    seen = await gateway.services.standing.verdict()
+    assert seen.sentence == "Healthy: 2 jobs are queued for a retry."
+
+
 async def test_webhooks_given_up_are_listed_and_redelivered(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     request_id = await gateway.submit(data="Explain")

@@ -339,13 +339,17 @@ OFFSET $3 - 1 LIMIT 1
 
 -- name: count_stuck
 -- Count what needs a person, at most $1 of each: dead jobs, and webhooks and alerts given up.
--- Also returns the time of the first death, the ready jobs, and the workers seen in the last $2 ms.
+-- Also returns the time of the first death, the jobs that are ready or wait for a retry, and the
+-- workers seen in the last $2 ms. A retry has a failure; other jobs with a time wait for their tier.
 SELECT
     (SELECT finished_at FROM requests
         WHERE coalesce(status = 'dead', false) ORDER BY finished_at LIMIT 1) AS dead_since,
     (SELECT count(*) FROM (SELECT FROM requests
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
         ORDER BY (pool || '/' || lane || '/' || tenant_id) LIMIT $1) AS one) AS ready,
+    (SELECT count(*) FROM (SELECT failure FROM requests
+        WHERE coalesce(status = 'queued' AND not_before IS NOT NULL, false)
+        ORDER BY not_before LIMIT $1) AS one WHERE failure IS NOT NULL) AS retrying,
     (SELECT count(*) FROM workers WHERE seen_at > now() - $2 * interval '1 millisecond')
         AS workers,
     (SELECT count(*) FROM (SELECT FROM requests
