@@ -14,6 +14,7 @@ import pytest
 from tests.commands import ran
 from tidegate import __version__
 from tidegate import settings as config
+from tidegate.policy.deployment import stated_settings
 from tidegate.supervisor.services import Ground, environment_of
 
 _ROOT = Path(__file__).parents[2]
@@ -366,6 +367,24 @@ def test_children_read_exactly_the_settings_of_their_supervisor(tmp_path: Path) 
     whole = config.load(given, dotenv=None)
     ground = Ground(whole, lease=None, embedded=False, emulated=False)
     assert config.load(environment_of(ground), dotenv) == whole
+
+
+def test_children_know_where_the_settings_of_their_supervisor_come_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TEXT_MODEL", "gemini-2.5-flash")
+    monkeypatch.setenv("MAX_ATTEMPTS", "")
+    whole = config.load({"DATA_DIR": str(tmp_path)}, dotenv=None)
+    bundled = Ground(whole, lease=None, embedded=True, emulated=True)
+    for name, value in environment_of(bundled).items():
+        monkeypatch.setenv(name, value)
+    found = {one.name: one.origin for one in stated_settings(whole) if one.origin}
+    assert found == {
+        **dict.fromkeys(("DATABASE_URL", "REDIS_URL"), "the bundled servers"),
+        **dict.fromkeys(("GEMINI_API_KEY", "GEMINI_BASE_URL"), "the built-in emulator"),
+        "TEXT_MODEL": "the environment",
+    }
 
 
 def test_the_settings_check_shows_upstreams_and_misses_their_keys(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ from tidegate.settings import (
 )
 from tidegate.usual_models import OUR_KEY
 
+ORIGINS = "SETTING_ORIGINS"  # for children, whose supervisor passes every setting
 # Each of these keys in the environment defines an upstream.
 _KEY_OF = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 _EMULATED_MODELS = (
@@ -840,7 +841,8 @@ class StatedSetting:
 
 def stated_settings(config: Config) -> list[StatedSetting]:
     """Return all settings in the order of the documentation."""
-    places, found = origins(), list[StatedSetting]()
+    passed, found = os.environ.get(ORIGINS), list[StatedSetting]()
+    places: Mapping[str, str] = json.loads(passed) if passed else origins()
     for field_name, value in config:
         name, text = field_name.upper(), None
         if value is not None:

@@ -42,9 +42,9 @@ from tidegate.call import DEFAULT_POOL
 from tidegate.embedded.lease import ServersLease, ServiceName, ensure
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.limiter import PoolPolicy
-from tidegate.policy.deployment import deployed, emulates, stated_by
+from tidegate.policy.deployment import ORIGINS, deployed, emulates, stated_by
 from tidegate.policy.live import NO_CHANGES, LiveChanges, changes_of
-from tidegate.settings import SECRETS, Config
+from tidegate.settings import NEEDED_IN_THE_OPEN, SECRETS, Config, origins
 from tidegate.supervisor.supervisor import LIFELINE
 from tidegate.telemetry.logging import redact
 from tidegate.usual_models import EMULATORS_KEY
@@ -171,11 +171,17 @@ def environment_of(ground: Ground) -> dict[str, str]:
     """Return the variables from which a child reads exactly this configuration.
 
     Every setting is included, as an empty value if unset, so that an edit of `.env` in the meantime
-    cannot give one child other limits than the rest.
+    cannot give one child other limits than the rest. Their origins are passed beside them.
     """
     variables = {name.upper(): _as_text(value) for name, value in ground.config}
     files = {f"{name}_FILE": "" for name in SECRETS}
-    return variables | files | {EMULATED: "1" if ground.emulated else ""}
+    places = origins()
+    if ground.embedded:
+        places |= dict.fromkeys(NEEDED_IN_THE_OPEN, "the bundled servers")
+    if ground.emulated:
+        places |= dict.fromkeys(("GEMINI_API_KEY", "GEMINI_BASE_URL"), "the built-in emulator")
+    passed = {ORIGINS: json.dumps(places), EMULATED: "1" if ground.emulated else ""}
+    return variables | files | passed
 
 
 def _as_text(value: object) -> str:
