@@ -843,7 +843,7 @@ async def test_a_tenant_and_its_key_are_made_capped_and_taken_back(
         await expect(keys).to_contain_text("team/blue")
         await keys.get_by_role("button", name="Revoke").click()
         await page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
-        await expect(keys).to_contain_text("revoked")
+        await expect(keys).to_contain_text("Revoked")
         async with running.http.get(
             f"{running.url}/requests", headers={"x-api-key": key}
         ) as answer:
@@ -858,7 +858,7 @@ async def test_a_tenant_and_its_key_are_made_capped_and_taken_back(
         await expect(row).not_to_contain_text("$")
         await row.get_by_role("button", name="Disable").click()
         await page.get_by_role("dialog").get_by_role("button", name="Disable").click()
-        await expect(row).to_contain_text("disabled")
+        await expect(row).to_contain_text("Disabled")
         await page.set_viewport_size({"width": 400, "height": 900})
         assert await seen.is_within()
         await seen.is_accessible()

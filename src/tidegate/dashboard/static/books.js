@@ -1,7 +1,7 @@
 // Records compared with the providers' reports by `tidegate reconcile`.
 
 import { h } from "./dom.js";
-import { count, money } from "./format.js";
+import { capital, count, money } from "./format.js";
 import { link } from "./router.js";
 
 export const BOOK_HEADS = [
@@ -36,7 +36,7 @@ export function bookRow(one) {
     micros(one.ours_micros, "wide"),
     micros(one.theirs_micros, "wide"),
     micros(one.difference_micros, ""),
-    h("td", {}, h("span", { class: `badge ${LOOKS[one.verdict] ?? ""}` }, one.verdict)),
+    h("td", {}, h("span", { class: `badge ${LOOKS[one.verdict] ?? ""}` }, capital(one.verdict))),
     h("td", { class: "wrap wide" }, one.reason, calls, more),
   );
 }

@@ -25,6 +25,12 @@ const given = (value) => value !== null && value !== undefined && !Number.isNaN(
 /** `12,480` */
 export const count = (value) => (given(value) ? whole.format(value) : NOTHING);
 
+/** `400,000 tokens a minute`, from a text with plain numbers */
+export const grouped = (text) => text.replace(/\d{4,}/g, (digits) => whole.format(digits));
+
+/** `Explained`, from `explained` */
+export const capital = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
+
 /** `1 request`, `12,480 requests` */
 export const counted = (value, noun, plural = `${noun}s`, words = count) => `${words(value)} ${value === 1 ? noun : plural}`;
 

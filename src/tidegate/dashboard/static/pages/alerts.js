@@ -3,7 +3,7 @@
 
 import { get, post, Problem } from "../api.js";
 import { fill, h, say } from "../dom.js";
-import { ago, count, length, money, time } from "../format.js";
+import { ago, capital, count, length, money, time } from "../format.js";
 import { listed } from "../listed.js";
 import { repeat } from "../poll.js";
 import { link } from "../router.js";
@@ -87,7 +87,7 @@ function cause(one) {
   return h(
     "li",
     { data: { cause: one.kind } },
-    h("span", { class: `badge ${LOOKS[one.level]}` }, SIGNS[one.level], " ", one.level === "healthy" ? "notice" : one.level),
+    h("span", { class: `badge ${LOOKS[one.level]}` }, SIGNS[one.level], " ", one.level === "healthy" ? "Notice" : capital(one.level)),
     h("div", {}, h("b", {}, one.words), one.detail && h("span", { class: "quiet-text" }, " ", one.detail), one.command && h("code", { class: "quiet-text" }, one.command)),
   );
 }

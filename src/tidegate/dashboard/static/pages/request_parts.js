@@ -2,7 +2,7 @@
 
 import { ask, Problem } from "../api.js";
 import { fill, h } from "../dom.js";
-import { bytes, count, length, money, time } from "../format.js";
+import { bytes, capital, count, length, money, time } from "../format.js";
 import * as session from "../session.js";
 import { said, toast } from "../ui.js";
 import { nameOf, talkLink, traceLink } from "./conversation.js";
@@ -191,7 +191,7 @@ export function attempts(list, counted) {
 }
 
 function outcome(one) {
-  const badge = h("span", { class: `badge ${one.outcome === "succeeded" ? "good" : one.outcome === "running" ? "accent" : "bad"}` }, one.outcome);
+  const badge = h("span", { class: `badge ${one.outcome === "succeeded" ? "good" : one.outcome === "running" ? "accent" : "bad"}` }, capital(one.outcome));
   if (!one.error) return badge;
   return [badge, " ", h("span", { class: "quiet-text wrap" }, `${one.error.code}: ${one.error.message}`)];
 }

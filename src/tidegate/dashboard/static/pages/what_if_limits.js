@@ -2,7 +2,7 @@
 
 import { get } from "../api.js";
 import { fill, h, mark, say } from "../dom.js";
-import { count } from "../format.js";
+import { count, grouped } from "../format.js";
 import { numberOf, said } from "../ui.js";
 
 const TYPED_MS = 200;
@@ -78,7 +78,7 @@ export function limitsToChange(pool, wanted, changed, signal) {
     return h(
       "li",
       { data: { limit: one.limit } },
-      h("span", { class: "what-if-name" }, h("b", { title: one.limit }, one.limit), h("span", { class: "quiet-text" }, `now ${one.words}`)),
+      h("span", { class: "what-if-name" }, h("b", { title: one.limit }, one.limit), h("span", { class: "quiet-text" }, `now ${grouped(one.words)}`)),
       input,
     );
   }

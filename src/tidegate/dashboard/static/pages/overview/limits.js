@@ -2,7 +2,7 @@
 
 import { get, patch, post, Problem } from "../../api.js";
 import { fill, h, keyed, mark, say } from "../../dom.js";
-import { brief, count, length } from "../../format.js";
+import { brief, count, grouped, length } from "../../format.js";
 import { link } from "../../router.js";
 import * as scope from "../../scope.js";
 import { choice, confirm, field, said, toast } from "../../ui.js";
@@ -308,7 +308,8 @@ function row(first) {
       latest = one;
       const isPaused = one.paused_ms > 0;
       const isFull = one.used >= one.current;
-      const what = scope.chosen() === scope.ALL ? `${one.words}, ${pool}` : one.words;
+      const inWords = grouped(one.words);
+      const what = scope.chosen() === scope.ALL ? `${inWords}, ${pool}` : inWords;
       say(words, what);
       mark(words, "title", what);
       const isOpen = one.bound >= NO_BOUND;
@@ -411,7 +412,7 @@ export function changeLimit(pool, one) {
   const bound = field("bound", `New limit, in ${unit}`, {
     type: "number",
     value: String(told),
-    hint: `Now ${one.words}. 0 admits no calls. Lowering a limit cancels no call.`,
+    hint: `Now ${grouped(one.words)}. 0 admits no calls. Lowering a limit cancels no call.`,
   });
   const reason = field("reason", "Reason (recorded)", { maxlength: 500 });
   const rehearsed = h("a", { href: link("/what-if", { pool }) }, "Simulate the change on a recorded day");
