@@ -124,11 +124,12 @@ async def a_row_says_whose_it_is_what_it_asks_and_costs(stage: Stage, page: Page
 async def bars_of_what_is_spent(seen: Seen) -> None:
     """Of each budget of a tenant; in a narrow window there is room for what acts on it too."""
     row = seen.page.locator("[data-tenant='team-bar']")
-    day, tokens, month = (row.locator(".spent-of").nth(place) for place in range(3))
+    day, tokens, month, named = (row.locator(".spent-of").nth(place) for place in range(4))
     for budget, words, share in (
         (day, "$1.50 of $2.00", 75),
         (tokens, "912k tokens of 2m tokens", 46),
         (month, "$1.50 of $1.50", 100),
+        (named, "$1.50 of $3.00", 50),
     ):
         bar = budget.get_by_role("meter")
         await expect(bar).to_have_attribute("aria-valuetext", words)

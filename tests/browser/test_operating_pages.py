@@ -284,8 +284,11 @@ async def test_a_tenants_budgets_have_bars_of_what_is_spent(stage: Stage) -> Non
     caps |= {"limits": {"tenant:team-bar": 5}}
     async with running.http.put(f"{running.url}/admin/tenants/team-bar", json=caps) as made:
         assert made.status == 200, await made.text()
+    named = Budget("team-bar/named", "usd", 3_000_000, "month", tenant="team-bar")
+    await running.services.budgets.records.set(named, by="test")
     async with opened(stage, "/tenants?tenant=team-bar", width=400) as seen:
         await bars_of_what_is_spent(seen)
+    await running.services.budgets.records.remove(named.name, by="test")
     async with running.http.delete(f"{running.url}/admin/tenants/team-bar") as gone:
         assert gone.status == 200
     await running.database.execute("DELETE FROM usage_days WHERE tenant_id = 'team-bar'")

@@ -2,7 +2,7 @@
 
 import { allKeys, get, post, Problem, put, remove } from "../api.js";
 import { fill, h } from "../dom.js";
-import { ago, brief, count, money, NOTHING, percent, time } from "../format.js";
+import { ago, brief, capital, count, money, NOTHING, percent, time } from "../format.js";
 import { listed } from "../listed.js";
 import { link, note } from "../router.js";
 import * as scope from "../scope.js";
@@ -25,7 +25,7 @@ export async function open(main, { query, signal }) {
   const { pools } = await get("dashboard/session", { signal });
   scope.among(pools, query.get("pool"));
   let pool = scope.chosen() || pools[0]; // each upstream has its own weights and limits
-  const state = { tenants: [], keys: [], books: new Map() };
+  const state = { tenants: [], keys: [], budgets: new Map() };
   const upstream = h(
     "select",
     { class: "scope", "aria-label": "Upstream", title: "The upstream whose weights and limits are shown" },
@@ -40,7 +40,7 @@ export async function open(main, { query, signal }) {
       toast(said(error), "bad");
     });
   });
-  const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, (one) => tenantRow(one, pool, again, state.books), {
+  const tenants = listed("Tenants", TENANT_HEADS, (one) => one.tenant, (one) => tenantRow(one, pool, again, state.budgets), {
     none: ["No tenants yet", "A tenant is a team, service or customer with its own limits, budgets and usage."],
     acts: [h("label", { class: "scope-of quiet-text", hidden: pools.length < 2 }, "Weights and limits at", upstream), action("New tenant", () => changeTenant(null, pool, again))],
   });
@@ -54,9 +54,9 @@ export async function open(main, { query, signal }) {
     looking = new AbortController();
     const within = AbortSignal.any([signal, looking.signal]);
     try {
-      const read = [get("admin/tenants", { query: { pool }, signal: within }), allKeys(within), get("admin/budgets/books", { signal: within })];
-      const [found, made, books] = await Promise.all(read);
-      Object.assign(state, { tenants: found, keys: made, books: new Map(books.map((one) => [one.budget, one])) });
+      const read = [get("admin/tenants", { query: { pool }, signal: within }), allKeys(within), get("admin/budgets", { signal: within })];
+      const [found, made, budgets] = await Promise.all(read);
+      Object.assign(state, { tenants: found, keys: made, budgets: byTenant(budgets) });
     } catch (error) {
       if (within.aborted) return;
       throw error;
@@ -109,27 +109,35 @@ function keyRow(one, again) {
     h("td", { class: "wide" }, one.scopes.join(", ")),
     h("td", { class: "wide", title: one.made_by ?? "" }, time(one.created_at)),
     h("td", { class: "wide" }, one.last_used_at ? ago(one.last_used_at) : "never"),
-    h("td", {}, h("span", { class: `badge ${STATES[one.state] ?? ""}`, title: one.expires_at ? `expires ${time(one.expires_at)}` : null }, one.state)),
+    h("td", {}, h("span", { class: `badge ${STATES[one.state] ?? ""}`, title: one.expires_at ? `expires ${time(one.expires_at)}` : null }, capital(one.state))),
     h("td", { class: "actions" }, works && revoke),
   );
 }
 
-/** A cell with the budgets of a tenant in a period, and the spent part; `books` are by budget. */
-function budgetCell(one, period, books) {
-  const of = [
-    [`budget_${period}_money`, money, 1e6],
-    [`budget_${period}_tokens`, (value) => `${brief(value)} tokens`, 1],
-  ].filter(([name]) => one[name] !== null);
-  const bars = of.map(([name, words, unit]) => budgetBar(`${one.tenant}, ${period}`, one[name], words, books.get(`${one.tenant}/${name}`), unit));
+/** Return the budgets of all calls of a tenant, by tenant. A budget of some of its calls is on the overview. */
+function byTenant(budgets) {
+  const found = new Map();
+  for (const one of budgets) {
+    const isOfAll = !one.each.length && ["key", "model", "subject", "conversation"].every((part) => one[part] === null);
+    if (one.tenant !== null && isOfAll) found.set(one.tenant, [...(found.get(one.tenant) ?? []), one]);
+  }
+  return found;
+}
+
+/** A cell with the budgets of a tenant in a period, and the spent part. */
+function budgetCell(one, period, budgets) {
+  const bars = (budgets.get(one.tenant) ?? [])
+    .filter((budget) => budget.period === period)
+    .map((budget) => budgetBar(`${one.tenant}, ${period}`, budget));
   return h("td", { class: "number" }, bars.length ? bars : NOTHING);
 }
 
-/**
- * `$0.83 of $5.00`; without a book nothing was spent in the period, or other books are used more.
- */
-function budgetBar(label, most, words, book, unit) {
-  const text = book ? `${words(book.spent / unit)} of ${words(most)}` : words(most);
-  const shareOf = (amount) => Math.min(1, amount / unit / Math.max(most, 1e-6));
+/** `$0.83 of $5.00`; without a book nothing was spent in the period, or other books are used more. */
+function budgetBar(label, { name, unit, amount, most_used: book }) {
+  const words = unit === "usd" ? (value) => money(value / 1e6) : (value) => `${brief(value)} tokens`;
+  const most = book?.amount ?? amount;
+  const text = book ? `${words(book.spent)} of ${words(most)}` : words(most);
+  const shareOf = (part) => Math.min(1, part / Math.max(most, 1));
   const [spent, held] = [shareOf(book?.spent ?? 0), shareOf((book?.spent ?? 0) + (book?.held ?? 0))];
   const parts = [spent, held - spent].map((share, at) => {
     const part = h("i", { class: at ? "held" : null });
@@ -137,8 +145,8 @@ function budgetBar(label, most, words, book, unit) {
     return part;
   });
   const looks = { role: "meter", "aria-label": `Budget of ${label}`, "aria-valuemin": 0, "aria-valuemax": 100 };
-  const now = { "aria-valuenow": Math.round(spent * 100), "aria-valuetext": text, title: `${percent(spent)} spent` };
-  return h("div", { class: "spent-of", data: (book?.spent ?? 0) / unit >= most ? { full: "" } : {} }, h("span", {}, text), h("div", { class: "spent-bar", ...looks, ...now }, parts));
+  const now = { "aria-valuenow": Math.round(spent * 100), "aria-valuetext": text, title: `${name}: ${percent(spent)} spent` };
+  return h("div", { class: "spent-of", data: (book?.spent ?? 0) >= most ? { full: "" } : {} }, h("span", {}, text), h("div", { class: "spent-bar", ...looks, ...now }, parts));
 }
 
 /** A cell with the names of the tenant's own limits; the overview shows their values. */
@@ -147,7 +155,7 @@ function limitsCell({ limits }) {
   return h("td", { class: "number wide", title: names.join(", ") }, names.length > 2 ? count(names.length) : names.join(", ") || NOTHING);
 }
 
-function tenantRow(one, pool, again, books) {
+function tenantRow(one, pool, again, budgets) {
   const change = h("button", { class: "button quiet small", type: "button", needs: "admin", "aria-label": `Change ${one.tenant}` }, "Change");
   const flip = h("button", { class: "button quiet small", type: "button", needs: "admin", "aria-label": `${one.disabled ? "Enable" : "Disable"} ${one.tenant}` }, one.disabled ? "Enable" : "Disable");
   change.addEventListener("click", () => changeTenant(one, pool, again));
@@ -158,11 +166,11 @@ function tenantRow(one, pool, again, books) {
     h("th", { scope: "row", class: "name" }, h("a", { href: link("/requests", { tenant: one.tenant }), title: `Requests of ${one.tenant}` }, one.tenant)),
     h("td", { class: "number wide" }, count(one.weight)),
     h("td", { class: "number wide" }, count(one.keys)),
-    budgetCell(one, "day", books),
-    budgetCell(one, "month", books),
+    budgetCell(one, "day", budgets),
+    budgetCell(one, "month", budgets),
     limitsCell(one),
     h("td", { class: "wide", title: one.tiers ? "Jobs that name no tiers use the cheapest of these that meets their deadline" : "Jobs that name no tiers run in tier live" }, one.tiers ? one.tiers.join(", ") : NOTHING),
-    h("td", { class: "wide" }, h("span", { class: `badge ${one.disabled ? "bad" : "good"}` }, one.disabled ? "disabled" : "open")),
+    h("td", { class: "wide" }, h("span", { class: `badge ${one.disabled ? "bad" : "good"}` }, one.disabled ? "Disabled" : "Open")),
     h("td", { class: "actions" }, change, flip),
   );
 }
