@@ -57,9 +57,11 @@ export const isCut = ({ prompt, prompt_chars: whole }) => whole > charsOf(prompt
 /** Show a duration; if `since` is given, the time that has passed since then. */
 export function goesOn(element, ms, since) {
   const soFar = since ? Math.max(0, Date.now() - new Date(since).getTime()) : null;
-  say(element, length(soFar === null ? ms : Math.floor(soFar / 1_000) * 1_000 || soFar));
+  const value = soFar === null ? ms : Math.floor(soFar / 1_000) * 1_000 || soFar;
+  const exact = length(value);
+  say(element, length.short(value)); // the columns of lists have no room for two units
   mark(element, "class", soFar === null ? null : "so-far");
-  mark(element, "title", soFar === null ? null : "So far");
+  mark(element, "title", soFar === null ? (length.short(value) === exact ? null : exact) : `${exact} so far`);
 }
 
 /** `1st`, `2nd`, `3rd`, `11th` */
