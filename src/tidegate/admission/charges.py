@@ -121,10 +121,9 @@ class Prices:
 
         The context window covers input and output together. None for either that is unknown.
         """
-        provider = None if self._upstream is None else self._upstream.provider
-        if provider is None:
+        if self._provider is None:
             return None, None
-        row = self._public.row(provider, model, _day_of(self._hour))
+        row = self._public.row(self._provider, model, _day_of(self._hour))
         return (None, None) if row is None else (row.context_tokens, row.most_output_tokens)
 
     @property

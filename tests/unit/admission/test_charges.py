@@ -149,6 +149,13 @@ def test_without_a_price_of_its_own_the_public_one_of_the_provider_counts() -> N
     assert at_home.of("gpt-5") is None
 
 
+def test_the_maxima_of_a_model_are_those_of_the_provider_of_the_hosts() -> None:
+    google = Upstream("gemini", {"gemini": "https://generativelanguage.googleapis.com"}, "k")
+    ours = Upstream("gpu", {"openai": "http://gpu:8000/v1"}, "")
+    assert Prices(google).most("gemini-2.5-flash") == (1_048_576, 65_536)
+    assert Prices(ours).most("gemini-2.5-flash") == (None, None)
+
+
 def test_prices_are_those_of_the_day_of_the_call() -> None:
     now = [NOVEMBER - 150 * 86_400]  # 2026-07-01
     prices = Prices(Upstream("u", {}, "key", provider="openai"), now=lambda: now[0])
