@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +53,25 @@ def test_a_mistake_is_found_before_any_server_is_asked(arguments: list[str], sai
     with pytest.raises(ConfigError) as raised:
         invoke(*arguments)
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("auth", "scopes", "noted"),
+    [
+        ("auto", ("infer", "read"), True),
+        ("on", ("infer", "read"), False),
+        ("auto", ("viewer",), False),
+    ],
+)
+def test_a_new_key_says_where_calls_need_none(
+    monkeypatch: pytest.MonkeyPatch, auth: str, scopes: tuple[str, ...], noted: bool
+) -> None:
+    key = SimpleNamespace(prefix="abcdefghij", scopes=scopes), SimpleNamespace(text="tg_key")
+    monkeypatch.setattr("tidegate.cli.tenants.with_tenants", lambda _work: key)
+    monkeypatch.setenv("AUTH", auth)
+    _, said = invoke("keys", "create", "--tenant", "acme")
+    assert said.startswith("tg_key\n")
+    assert ("keys are ignored" in said) == noted
 
 
 @pytest.mark.parametrize(

@@ -340,6 +340,7 @@ def create(
 ) -> None:
     """Create a key and print it, only this once: Tidegate stores only its digest."""
     from tidegate.policy.tenants import check_new_name, plain_key
+    from tidegate.settings import load
     from tidegate.store.tenants import scopes_of
 
     expires_at = None
@@ -364,6 +365,11 @@ def create(
     typer.echo(made.text)
     what = f"a key of {tenant} for {' and '.join(key.scopes)}, named by its prefix {key.prefix}"
     sys.stderr.write(f"tidegate: {what}; keep it, it is not shown again\n")
+    if "infer" in key.scopes and not load().requires_keys:
+        sys.stderr.write(
+            "tidegate: calls need no key here (AUTH, HOST), so keys are ignored: a call names its "
+            "tenant in the header x-tidegate-tenant\n"
+        )
 
 
 @keys_app.command("list")
