@@ -309,7 +309,7 @@ class _PageFilter(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        self._limiter_spoke = False
+        self._pools_seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.msg
@@ -317,8 +317,10 @@ class _PageFilter(logging.Filter):
             return message.get("event") not in _ON_PAGE
         if record.name != "tidegate.limiter":
             return True
-        is_first, self._limiter_spoke = not self._limiter_spoke, True
-        return not (is_first and message == _FIRST_CONTACT)
+        pool = str(structlog.contextvars.get_contextvars().get("pool", ""))
+        is_first = pool not in self._pools_seen
+        self._pools_seen.add(pool)
+        return not (is_first and record.getMessage() == _FIRST_CONTACT)
 
 
 _DIM, _BOLD, _PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
