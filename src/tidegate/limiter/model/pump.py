@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from tidegate.limiter.messages import Hint, Push, SyncRequest
 from tidegate.limiter.model.capacity import Capacity
-from tidegate.limiter.model.outlook import Outlooks
+from tidegate.limiter.model.outlook import Outlooks, line_of
 from tidegate.limiter.model.queues import Permits, Queues
 from tidegate.limiter.model.state import (
     BLOCKED,
@@ -300,11 +300,12 @@ class Pump:
 
     def _passes_older(self, queue: SessionQueue) -> bool:
         """Return whether an older ticket of its tenant waits for a limit of its lane."""
-        _, stamp = queue.first()
-        flow = queue.flow
-        bands = [limit.band(flow.band) for limit in self.pool.lane(flow)]
-        lines = [band for band in bands if flow.tenant in band.lines]
-        return any(band.line_front(flow.tenant)[0] < stamp for band in lines)
+        (_, stamp), flow = queue.first(), queue.flow
+        return any(
+            older.first()[1] < stamp
+            for limit in self.pool.lane(flow)
+            for older in line_of(limit.band(flow.band), flow.tenant)
+        )
 
     def _is_given_back(self, limit: LimitState, band: int) -> bool:
         """Return whether ending calls make room under a limit."""

@@ -17,12 +17,16 @@ function T.can_be_saved_for(queue, list)
   return room, can
 end
 
--- Returns whether an older ticket of its tenant waits for a limit of its lane.
+-- Returns whether an older ticket of its tenant waits for a limit of its lane. A queue keeps its place in a line while
+-- this run has taken tickets from it, so its first ticket may be younger.
 local function passes_older(queue)
   local _, stamp = T.first_of(queue)
   for _, name in ipairs(T.names_in(queue.lane)) do
-    local oldest = call('ZRANGE', T.line_key(T.limit_of(name), queue), 0, 0, 'WITHSCORES')[2]
-    if oldest and tonumber(oldest) < stamp then return true end
+    local line = T.line_key(T.limit_of(name), queue)
+    for _, id in ipairs(call('ZRANGEBYSCORE', line, '-inf', '(' .. T.place(stamp), 'LIMIT', 0, 50)) do
+      local member, first = T.first_of(T.queue_of(id))
+      if member and first < stamp then return true end
+    end
   end
   return false
 end
