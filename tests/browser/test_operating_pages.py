@@ -476,6 +476,8 @@ async def test_a_batch_is_watched_paused_resumed_fetched_and_another_cancelled(
         await expect(row.locator(".badge")).to_have_text("In progress")
         await expect(row).to_contain_text("run: <b>nightly</b>")
         await expect(row).to_contain_text("kind:text_only")  # what the next line waits for
+        await page.keyboard.press("j")
+        await expect(row.get_by_role("link", name="default")).to_be_focused()
         await row.get_by_role("button", name="Pause").click()
         dialog = page.get_by_role("dialog")
         await dialog.get_by_label("Reason").fill("not at noon")

@@ -5,7 +5,7 @@ import { PAGES } from "./pages/table.js";
 import { link } from "./router.js";
 
 const SECOND_MS = 1_200; // how long a g waits for its second key
-const ROWS = ".requests tbody a.mono, .talk tbody a, .listed tbody th a";
+const ROWS = ".requests tbody tr, .talk tbody tr, .listed tbody tr, .batch";
 const HELP = [
   ["/", "Search on this page"],
   ["j, k", "Next and previous row"],
@@ -45,7 +45,8 @@ function search(event) {
 }
 
 function step(by) {
-  const rows = [...document.querySelectorAll(ROWS)].filter((one) => one.checkVisibility());
+  const links = [...document.querySelectorAll(ROWS)].map((row) => row.querySelector("a"));
+  const rows = links.filter((one) => one?.checkVisibility());
   if (rows.length === 0) return;
   const focused = rows.indexOf(document.activeElement);
   const at = focused < 0 ? rows.findIndex((one) => one.hasAttribute("aria-current")) : focused;
