@@ -513,7 +513,9 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(stage: Sta
     async with opened(stage, width=1000) as seen:
         team = seen.page.locator("[data-budget='team/acme']")
         await expect(team).to_contain_text("of $5.00")
-        for part in (team.locator(".limit-used"), seen.page.locator("#nav")):
+        tenants = seen.page.get_by_role("group", name="Tenants, a table")
+        await expect(tenants.get_by_role("button").first).to_be_attached()
+        for part in (team.locator(".limit-used"), seen.page.locator("#nav"), tenants):
             assert await part.evaluate(FITS), "an amount covers its state, or pages are hidden"
     async with opened(stage, width=400, colours="dark") as seen:
         await expect(seen.page.get_by_label("Budgets", exact=True)).to_contain_text("$4.2")
