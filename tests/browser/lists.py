@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any
 
@@ -10,6 +12,7 @@ from playwright.async_api import Locator, Page, Route, expect
 
 from tests.browser.stage import Seen, Stage
 from tests.waiting import wait_until
+from tidegate.prices.budgets import Budget
 
 FILTERS = """() => localStorage.setItem("tidegate.filters", JSON.stringify(
     Object.fromEntries(Array.from({ length: 20 }, (_, at) => [`Number ${at}`, {}]))))"""
@@ -119,6 +122,15 @@ async def a_row_says_whose_it_is_what_it_asks_and_costs(stage: Stage, page: Page
         return not await found.evaluate(f"(row) => ({cut})(row).length")
 
     await wait_until(nothing_is_cut, 20, "cells as wide as what they say")
+
+
+@asynccontextmanager
+async def a_named_budget(stage: Stage) -> AsyncIterator[None]:
+    records = stage.gateway.services.budgets.records
+    named = Budget("team-bar/named", "usd", 3_000_000, "month", tenant="team-bar")
+    await records.set(named, by="test")
+    yield
+    await records.remove(named.name, by="test")
 
 
 async def bars_of_what_is_spent(seen: Seen) -> None:

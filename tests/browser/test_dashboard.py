@@ -459,9 +459,6 @@ async def test_what_was_confirmed_is_told_though_its_dialog_was_closed(stage: St
         await expect(page.locator(".toast")).to_contain_text("Revoke closed early? Not now.")
 
 
-FITS = "(element) => element.scrollWidth <= element.clientWidth"
-
-
 async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(stage: Stage) -> None:
     budgets = stage.gateway.services.budgets
     rules = (
@@ -511,12 +508,11 @@ async def test_budgets_show_what_is_spent_and_a_paused_one_is_resumed(stage: Sta
         await budgets.refresh()
         assert await stage.native("Why is the sea salty?") == 200
     async with opened(stage, width=1000) as seen:
-        team = seen.page.locator("[data-budget='team/acme']")
-        await expect(team).to_contain_text("of $5.00")
+        used = seen.page.locator("[data-budget='team/acme'] .limit-used")
+        await expect(used).to_contain_text("of $5.00")
         tenants = seen.page.get_by_role("group", name="Tenants, a table")
-        await expect(tenants.get_by_role("button").first).to_be_attached()
-        for part in (team.locator(".limit-used"), seen.page.locator("#nav"), tenants):
-            assert await part.evaluate(FITS), "an amount covers its state, or pages are hidden"
+        for part in (used, seen.page.locator("#nav"), tenants):
+            assert await part.evaluate("(one) => one.scrollWidth <= one.clientWidth")
     async with opened(stage, width=400, colours="dark") as seen:
         await expect(seen.page.get_by_label("Budgets", exact=True)).to_contain_text("$4.2")
         await seen.is_accessible()
@@ -568,20 +564,6 @@ LARGE_FIGURES = """async () => {
   const cut = shown.filter((one) => one.scrollWidth > one.clientWidth);
   return [cut.map((one) => one.textContent), shown.map((one) => one.title).filter(Boolean)];
 }"""
-
-
-LONG_WAIT = """async () => {
-    const at = (file) => import(new URL(`static/${file}`, document.baseURI));
-    const element = document.createElement("span");
-    const since = new Date(Date.now() - 238_500).toISOString();
-    (await at("pages/request_words.js")).goesOn(element, null, since);
-    return [element.textContent, element.title];
-}"""
-
-
-async def test_a_long_wait_in_a_list_has_one_unit_and_is_exact_in_its_title(stage: Stage) -> None:
-    async with opened(stage, "/requests") as seen:
-        assert await seen.page.evaluate(LONG_WAIT) == ["4.0 min", "3 min 58 s so far"]
 
 
 async def test_no_figure_is_cut_and_a_time_of_another_year_has_its_year(stage: Stage) -> None:

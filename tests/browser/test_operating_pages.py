@@ -25,6 +25,7 @@ from redis.asyncio import Redis
 from tests.batching import begin, completed, content
 from tests.browser.lists import (
     a_body_poses_as_no_request,
+    a_named_budget,
     a_row_says_whose_it_is_what_it_asks_and_costs,
     bars_of_what_is_spent,
     more_than_a_page_into_an_empty_list,
@@ -284,11 +285,8 @@ async def test_a_tenants_budgets_have_bars_of_what_is_spent(stage: Stage) -> Non
     caps |= {"limits": {"tenant:team-bar": 5}}
     async with running.http.put(f"{running.url}/admin/tenants/team-bar", json=caps) as made:
         assert made.status == 200, await made.text()
-    named = Budget("team-bar/named", "usd", 3_000_000, "month", tenant="team-bar")
-    await running.services.budgets.records.set(named, by="test")
-    async with opened(stage, "/tenants?tenant=team-bar", width=400) as seen:
+    async with a_named_budget(stage), opened(stage, "/tenants?tenant=team-bar", width=400) as seen:
         await bars_of_what_is_spent(seen)
-    await running.services.budgets.records.remove(named.name, by="test")
     async with running.http.delete(f"{running.url}/admin/tenants/team-bar") as gone:
         assert gone.status == 200
     await running.database.execute("DELETE FROM usage_days WHERE tenant_id = 'team-bar'")
@@ -476,8 +474,6 @@ async def test_a_batch_is_watched_paused_resumed_fetched_and_another_cancelled(
         await expect(row.locator(".badge")).to_have_text("In progress")
         await expect(row).to_contain_text("run: <b>nightly</b>")
         await expect(row).to_contain_text("kind:text_only")  # what the next line waits for
-        await page.keyboard.press("j")
-        await expect(row.get_by_role("link", name="default")).to_be_focused()
         await row.get_by_role("button", name="Pause").click()
         dialog = page.get_by_role("dialog")
         await dialog.get_by_label("Reason").fill("not at noon")

@@ -264,3 +264,24 @@ async def test_a_laptop_names_all_pages_beside_the_state_of_the_feed(stage: Stag
         assert await nav.evaluate("(one) => one.scrollWidth <= one.clientWidth")
         command = "<code>tidegate limits set</code>"
         assert await seen.page.evaluate(WAITS) == ["raise it (", command, ") or wait"]
+
+
+LONG_WAIT = """async () => {
+    const at = (file) => import(new URL(`static/${file}`, document.baseURI));
+    const element = document.createElement("span");
+    const since = new Date(Date.now() - 238_500).toISOString();
+    (await at("pages/request_words.js")).goesOn(element, null, since);
+    return [element.textContent, element.title];
+}"""
+
+
+async def test_a_long_wait_in_a_list_has_one_unit_and_is_exact_in_its_title(stage: Stage) -> None:
+    async with opened(stage, "/requests") as seen:
+        assert await seen.page.evaluate(LONG_WAIT) == ["4.0 min", "3 min 58 s so far"]
+
+
+async def test_j_reaches_the_first_row_of_keys(stage: Stage) -> None:
+    async with opened(stage, "/tenants") as seen:
+        await expect(seen.page.locator("[data-key]").first).to_be_visible()
+        await seen.page.keyboard.press("j")
+        await expect(seen.page.locator("[data-key] a").first).to_be_focused()

@@ -340,7 +340,7 @@ OFFSET $3 - 1 LIMIT 1
 -- name: count_stuck
 -- Count what needs a person, at most $1 of each: dead jobs, and webhooks and alerts given up.
 -- Also returns the time of the first death, the jobs that are ready or wait for a retry, and the
--- workers seen in the last $2 ms. A retry has a failure; other jobs with a time wait for their tier.
+-- workers seen in the last $2 ms. A retry has a failure.
 SELECT
     (SELECT finished_at FROM requests
         WHERE coalesce(status = 'dead', false) ORDER BY finished_at LIMIT 1) AS dead_since,
