@@ -153,6 +153,7 @@ async def test_totals_are_the_sums_after_calls_without_a_cost_were_corrected(
     doubtful = tuple(
         DoubtfulCall(one.request_id, str(one.charge.state), 0, 0, one.charge.cost_micros)
         for one in calls
+        if one.request_id is not None
     )
     found = compared({"m": ModelDay(doubtful=doubtful)}, {"m": UsageSum(4, 40, 0, 0, 4, 0, 90)}, {})
     assert found[0].verdict == "explained"
