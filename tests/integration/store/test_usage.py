@@ -346,8 +346,9 @@ async def test_a_day_so_far_is_read_from_its_sums_and_the_calls_after_them(
         store.audit.put(past.call(number))
     await past.written(60)
     day = past.today - timedelta(days=1)
-    noon = datetime.combine(day, time(12), UTC)
-    assert await store.usage._sum_up(day, noon)
+    # The calls of that day came in the hour before this time of today.
+    until = datetime.combine(day, past.latest.time(), UTC) - timedelta(minutes=30)
+    assert await store.usage._sum_up(day, until)
     await past.are_those_of_the_log(store)
     plain = await past.images(store, "key")
     await peek.execute("UPDATE usage_sums SET images = images + 1000 WHERE day = $1", day)
@@ -355,13 +356,14 @@ async def test_a_day_so_far_is_read_from_its_sums_and_the_calls_after_them(
     assert await past.images(store, "tenant") == await past.images(store, "day")
     await peek.execute("UPDATE usage_sums SET images = images - 1000 WHERE day = $1", day)
 
-    for at in (noon + timedelta(hours=1), noon - timedelta(hours=1)):  # the second comes late
+    for after in (20, -20):  # the second comes late
+        at = until + timedelta(minutes=after)
         store.audit.put(past.call(61, received_at=at, finished_at=at))
     await past.written(62)
     await past.are_those_of_the_log(store)
-    assert await store.usage._sum_up(day, noon)
+    assert await store.usage._sum_up(day, until)
     await past.are_those_of_the_log(store)
-    await peek.execute("UPDATE audit SET cost_micros = 5 WHERE created_at < $1", noon)
+    await peek.execute("UPDATE audit SET cost_micros = 5 WHERE created_at < $1", until)
     await peek.execute("UPDATE usage_days SET cost_micros = 0")
     await past.are_those_of_the_log(store)
     assert await store.usage.sum_days() == 3
