@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -32,16 +33,24 @@ def copied(
 ) -> PostgresServer:
     """A server, not yet started, on a cluster of its own: in the folder, also as root."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for private in (folder, *folder.parents):  # up to the folder of the run
-        if private.stat().st_mode & 0o001:
-            break
-        private.chmod(0o711)
+    let_in(folder)
     server = PostgresServer(folder, settings=settings)
     server.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # With owner and modes, and where the file system can without copying blocks.
     source = _made(migrated=migrated) / "cluster"
     subprocess.run(["cp", "-a", "--reflink=auto", source, server.folder / "cluster"], check=True)
     return server
+
+
+def let_in(folder: Path) -> None:
+    """Let the account of PostgreSQL, which is not root, into a folder of the run: a cluster that it
+    can't reach there lies on the disk of the system, where making one costs several times as much.
+    """
+    run = Path(tempfile.gettempdir()).resolve()
+    for private in (folder, *folder.parents):
+        if os.geteuid() or run not in private.parents:
+            break
+        private.chmod(private.stat().st_mode | 0o011)
 
 
 @cache

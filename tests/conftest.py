@@ -14,7 +14,7 @@ import pytest
 import structlog
 
 from tests.asked_once import asked_each_time
-from tests.clusters import FAST, copied, shared
+from tests.clusters import FAST, copied, let_in, shared
 from tests.databases import database_url, databases
 from tests.hung import pytest_runtest_protocol
 from tidegate.embedded.servers import PostgresServer, ValkeyServer
@@ -70,6 +70,13 @@ def pytest_runtest_teardown() -> None:
     telemetry._lines = None
     structlog.reset_defaults()
     _changed[0] = False
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Path:
+    """Where root runs the tests, PostgreSQL's own account may pass through it."""
+    let_in(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from tests.clusters import let_in
 from tests.waiting import wait_until
 from tidegate.embedded.servers import free_port
 from tidegate.settings import Config
@@ -65,6 +66,7 @@ def environment(data_dir: Path, port: int, **settings: str) -> dict[str, str]:
 @contextmanager
 def started(folder: Path, *arguments: str, **settings: str) -> Iterator[Product]:
     """`tidegate up` in an empty folder; ready inside the block, stopped cleanly after it."""
+    let_in(folder)
     port = free_port()
     log = folder / "product.log"
     with log.open("wb") as output:

@@ -416,7 +416,9 @@ async def test_the_application_is_no_superuser(data_dir: Path, traces: Traces) -
 
 async def test_no_parent_folder_is_opened_to_others(tmp_path: Path, traces: Traces) -> None:
     closed = tmp_path / "closed"
-    closed.mkdir(mode=0o700)
+    closed.mkdir()
+    for folder in (closed, tmp_path):
+        folder.chmod(0o700)
     with _ensure(closed / "data", "valkey", "postgres") as lease:
         assert await wait_until(lambda: _pings(lease.redis_url))
         for folder in (closed, tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from asyncio import to_thread
+from pathlib import Path
 
 import asyncpg
 import pytest
 
+from tests.clusters import copied
 from tests.databases import Databases
 from tidegate.embedded.servers import PostgresServer
 
@@ -57,3 +59,9 @@ async def test_the_next_test_finds_what_the_migrations_made(
         await left_open.execute("SELECT 1")
     await to_thread(databases.give_back, found)
     await to_thread(databases.close)
+
+
+def test_a_cluster_of_a_test_lies_in_its_folder_also_below_an_open_one(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    folder = tmp_path / "open" / "postgres"
+    assert copied(folder).folder == folder
