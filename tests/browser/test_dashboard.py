@@ -59,8 +59,8 @@ async def stage(
         "tidegate_policy": folder / "tidegate.toml",
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed, "LIVE_EVERY_S", 0.1)
-        patch.setattr(feed, "PAST_EVERY_S", 0.1)
+        patch.setattr(feed, "LIVE_EVERY_S", 0.25)
+        patch.setattr(feed, "PAST_EVERY_S", 0.25)
         patch.setattr("tidegate.dashboard.feed.RECORD_EVERY_S", 0.2)
         patch.setattr(feed, "BUDGETS_EVERY_S", 0.2)
         async with (

@@ -42,8 +42,8 @@ async def stage(
     settings |= {"auth": "on", "tidegate_policy": folder / "tidegate.toml"}
     settings |= {"first_byte_timeout_ms": 60_000, "idle_timeout_ms": 60_000}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed, "LIVE_EVERY_S", 0.1)
-        patch.setattr(feed, "PAST_EVERY_S", 0.1)
+        patch.setattr(feed, "LIVE_EVERY_S", 0.25)
+        patch.setattr(feed, "PAST_EVERY_S", 0.25)
         patch.setattr(feed, "RECORD_EVERY_S", 0.2)
         patch.setattr(feed, "BUDGETS_EVERY_S", 0.2)
         patch.setenv("SPARE_KEY", "sk-spare")
