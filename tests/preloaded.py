@@ -21,6 +21,8 @@ import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -32,6 +34,8 @@ _STREAMS = 3
 _FOLDER_BYTES = 90
 # Named by tests as plugins of pytest, which rewrites the assertions of these as well.
 _PLUGINS = ("tests.product",)
+# Imported within functions, by tests of several folders: more than a second of a core each time.
+_LATE = ("anthropic", "azure.identity.aio")
 
 
 def can_preload(folder: Path) -> bool:
@@ -144,6 +148,10 @@ def _import_tests(paths: Sequence[str]) -> None:
                 for name in set(sys.modules) - known:
                     del sys.modules[name]
     config._ensure_unconfigure()
+    if str(ROOT / "tests") in {str(Path(path).resolve()) for path in paths}:
+        for late in _LATE:
+            with suppress(ImportError):
+                import_module(late)
     _look_for_constants()
     gc.collect()
     gc.freeze()
