@@ -64,13 +64,11 @@ class WindowAccount:
             self.others_refused += not self._take()
         while self.pool and self.pool[0][0] <= self.now - self.use.span_s:
             self.total -= self.pool.popleft()[1]
-        counted = self.total
+        counted = before = self.total
         for _ in range(wanted):
             if self.now < self._held_until or counted + 100 > self.bound:
                 break
             counted += 100
-            self.pool.append((self.now, 100))
-            self.total += 100
             fits = self._take(100 + self.uncounted)
             if not fits:
                 self.refused += 1
@@ -82,6 +80,9 @@ class WindowAccount:
             comes_at, reset_ms = self.now + self.late_s * fits, (self.ends_at - self.now) * 1000
             left = self.bound - self.used
             self.answers.append((comes_at, self.bound, left, self.now, reset_ms))
+        if counted > before:
+            self.pool.append((self.now, counted - before))
+            self.total = counted
         while not self.now % 1 and self.answers and self.answers[0][0] <= self.now:
             _, bound, left, at, reset_ms = self.answers.popleft()
             if not self.has_headers:
