@@ -72,7 +72,7 @@ class Databases:
         self._loop = asyncio.new_event_loop()
         self._kept: dict[str, asyncpg.Connection] = {}
         self._spare: list[str] = []
-        self._shape = self._since = self._look = ""
+        self._shape = self._since = self._look = self._seeded = ""
         self._seeds: dict[str, str] = {}
         self._copies: dict[str, bytes] = {}
         self._run(self._prepare())
@@ -112,6 +112,7 @@ class Databases:
                 self._copies[table] = copy.getvalue()
             # In one statement: each that a new connection plans costs milliseconds.
             contents = ", ".join(f"({_CONTENT.format(table=table)})" for table in self._seeds)
+            self._seeded = f"SELECT ARRAY[{contents}]::text[]"
             self._look = f"SELECT ({_SHAPE}), ARRAY({_WRITTEN}), ARRAY[{contents}]::text[]"
         finally:
             await connection.close()
@@ -172,8 +173,8 @@ class Databases:
 
     async def _has_seeds(self, connection: asyncpg.Connection) -> bool:
         """Whether the tables that the migrations wrote to are as they were."""
-        found = {table: await _content(connection, table) for table in self._seeds}
-        return found == self._seeds
+        contents: list[str] = await connection.fetchval(self._seeded)
+        return contents == [*self._seeds.values()]
 
 
 async def _written(connection: asyncpg.Connection) -> list[str]:
