@@ -50,8 +50,14 @@ class Balanced:
     async def start_api(self, slot: int, code: Path) -> None:
         """In a place that is free; returns when the balancer sends it requests."""
         port = self.ports[slot]
-        self.slots[slot] = self._start("serve", code, PORT=str(port))
-        await self.fleet.ready(f"http://127.0.0.1:{port}")
+        url = f"http://127.0.0.1:{port}"
+        process = self.slots[slot] = self._start("serve", code, PORT=str(port))
+
+        async def is_ready() -> bool:
+            assert process.poll() is None, f"{url} ended: {process.returncode}"
+            return await self._is_ready(url)
+
+        await wait_until(is_ready, 30, f"{url} ready")
 
     async def replace_api(self, slot: int, code: Path) -> None:
         """As an operator does: SIGTERM, its end, and the next one in its place."""
@@ -66,13 +72,13 @@ class Balanced:
         await self._end(self.workers.pop(0))
 
     async def answers(self) -> None:
-        async def ready() -> bool:
-            with suppress(aiohttp.ClientError):
-                async with self.fleet.http.get(f"{self.url}/health/ready") as answer:
-                    return answer.status == 200
-            return False
+        await wait_until(lambda: self._is_ready(self.url), 30, "an answer through the balancer")
 
-        await wait_until(ready, 30, "an answer through the balancer")
+    async def _is_ready(self, url: str) -> bool:
+        with suppress(aiohttp.ClientError):
+            async with self.fleet.http.get(f"{url}/health/ready") as answer:
+                return answer.status == 200
+        return False
 
     def stop(self) -> None:
         for process in (*self.slots.values(), *self.workers, self._balancer):
