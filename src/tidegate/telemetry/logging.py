@@ -301,6 +301,8 @@ _NOISY = (
 # Events that the start-up page reports.
 _ON_PAGE = frozenset({Log.STARTED, Log.STOPPING, Log.STOPPED, Log.MIGRATED, Log.DEMO_MODE})
 _FIRST_CONTACT = "limiter: up"
+# A pool that Valkey does not know yet recovers first.
+_RECOVERING = "limiter: recovering"
 
 
 class _PageFilter(logging.Filter):
@@ -318,9 +320,12 @@ class _PageFilter(logging.Filter):
         if record.name != "tidegate.limiter":
             return True
         pool = str(structlog.contextvars.get_contextvars().get("pool", ""))
-        is_first = pool not in self._pools_seen
-        self._pools_seen.add(pool)
-        return not (is_first and record.getMessage() == _FIRST_CONTACT)
+        if pool in self._pools_seen:
+            return True
+        said = record.getMessage()
+        if said != _RECOVERING:
+            self._pools_seen.add(pool)
+        return said not in {_FIRST_CONTACT, _RECOVERING}
 
 
 _DIM, _BOLD, _PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
