@@ -311,10 +311,10 @@ def main() -> None:
     print("\n".join(describe("PostgreSQL of the wheel", command)), end="\n\n")
     with tempfile.TemporaryDirectory() as scratch:
         folder = (options.folder or Path(scratch) / "postgres").resolve()
-        options.folder = folder
         done = folder / "filled"
         folder.mkdir(parents=True, exist_ok=True)
         server = PostgresServer(folder)
+        options.folder = server.folder
         server.start()
         try:
             if not done.exists():
