@@ -564,6 +564,8 @@ class RateSpending:
         if not exact:
             amount += sum(at + span > now for at in self.log)
             self.log = []
+        # A clock that was set back while the limit was no rate left later times in the log.
+        self.log = [min(at, now) for at in self.log]
         if exact or isinstance(limit, Quota):
             amount += sum(n for end, n in self.buckets.items() if end + span > now)
             self.buckets = {}

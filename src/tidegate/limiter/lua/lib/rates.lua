@@ -573,6 +573,15 @@ T.rates = function()
     if limit.exact then shorten(limit, times, parts) end
   end
 
+  -- Counts times of a log that are later than now as now. A clock that was set back while the limit was no rate left
+  -- them as they were.
+  local function end_future(limit)
+    if tonumber(call('LINDEX', key_of(limit), -1) or 0) <= pool.now then return end
+    local times = call('LRANGE', key_of(limit), 0, -1)
+    for i, at in ipairs(times) do times[i] = T.int(math.min(tonumber(at), pool.now)) end
+    rewrite(limit, times)
+  end
+
   -- Counts usage that was counted in another way, before the policy changed, as spent now.
   function f.carry_over(limit)
     local amount, span = 0, limit.span or T.DAY_MS
@@ -584,6 +593,7 @@ T.rates = function()
       end
     end
     loaded(limit)
+    if limit.exact then end_future(limit) end
     -- The usage of the last window counts for as long as the new window.
     if limit.sort == 'r' then call('PEXPIRE', key_of(limit), T.int(2 * limit.span), 'GT') end
     if limit.window then T.open_bucket(limit) end
