@@ -94,6 +94,7 @@ function T.spent_since_told()
     at[name] = i
   end
   local eldest = not q.pages.spent and T.more == 0 and call('ZRANGE', T.spending_key, 0, T.LOOKED_AT - 1)
+  T.read_limits(eldest or none)
   for _, name in ipairs(eldest or none) do
     local limit, amount = T.limit_of(name), 0
     if limit.sort ~= 'c' then amount = T.rates().spent(limit) end

@@ -1,7 +1,7 @@
 -- does: loads and saves the pool's record, whose fields are kept in memory until the end
 -- keys: meta
 -- args: flows
--- returns: pool, load_pool(), save_pool(), put(), read(), write(), next_seq(), tenant_of(), step_of(), tickets_of()
+-- returns: pool, load_pool(), save_pool(), put(), read(), read_limits(), write(), next_seq(), tenant_of(), step_of(), tickets_of()
 -- units: ms
 local pool = {}
 T.changed, T.tenants, T.limits, T.found, T.names, T.spenders = {}, {}, {}, {}, {}, {}
@@ -9,6 +9,7 @@ T.changed, T.tenants, T.limits, T.found, T.names, T.spenders = {}, {}, {}, {}, {
 local POOL_FIELDS = { 'run', 'epoch', 'recover_until', 'clock', 'seq', 'lease_ms', 'revision',
   'hold', 'began', 'parked', 'timed_at', 'starving', 'bands', 'queue_max', 'hand_off', 'reap_ms',
   'reap_at', 'sessions', 'roster', 'fresh', 'changes', 'fair_by' }
+local LIMIT_FIELDS = { 'd:', 'u:', 'w:', 'p:', 'a:', 'e:' }
 
 -- Returns the names of the limits in a lane, which is one string.
 function T.names_in(lane)
@@ -45,7 +46,7 @@ function T.load_pool()
     for _, name in ipairs(T.names_in(lane)) do
       if not first['l:' .. name] then
         first['l:' .. name] = #fields + 1
-        for _, letter in ipairs({ 'd:', 'u:', 'w:', 'p:', 'a:', 'e:' }) do
+        for _, letter in ipairs(LIMIT_FIELDS) do
           fields[#fields + 1] = letter .. name
         end
       end
@@ -87,6 +88,20 @@ function T.fetch(what, ...)
     return T.found, at
   end
   return call('HMGET', T.meta_key, ...), 1
+end
+
+-- Reads the fields of limits that are not in memory together, for `limit_of`.
+function T.read_limits(names)
+  local fields, count = {}, #T.found
+  T.first = T.first or {}
+  for _, name in ipairs(names) do
+    if not T.limits[name] and not T.first['l:' .. name] then
+      T.first['l:' .. name] = count + #fields + 1
+      for _, letter in ipairs(LIMIT_FIELDS) do fields[#fields + 1] = letter .. name end
+    end
+  end
+  if #fields == 0 then return end
+  for i, value in ipairs(T.read(T.meta_key, fields)) do T.found[count + i] = value end
 end
 
 -- Sets a field of the record, to be written at the end of the run; false deletes it.

@@ -14,8 +14,8 @@ function T.note_progress(limit, number)
   local at, virtual = string.match(call('LINDEX', key, -1) or '', '^(%d+)|(%d+)')
   if at and tonumber(virtual) > band.virtual then call('UNLINK', key) end
   if at and pool.now - tonumber(at) < T.APART_MS and pool.now >= tonumber(at) then return end
-  call('RPUSH', key, T.int(pool.now) .. '|' .. T.int(band.virtual) .. '|' .. T.int(limit.cost_ms))
-  call('LTRIM', key, -T.MOST_SAMPLES, -1)
+  local samples = call('RPUSH', key, T.int(pool.now) .. '|' .. T.int(band.virtual) .. '|' .. T.int(limit.cost_ms))
+  if samples > T.MOST_SAMPLES then call('LTRIM', key, -T.MOST_SAMPLES, -1) end
   call('PEXPIRE', key, 60000 + 2 * pool.lease_ms)
 end
 

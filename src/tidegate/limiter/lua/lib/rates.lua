@@ -41,16 +41,16 @@ T.rates = function()
   end
 
   local function load_log(limit)
-    local key = key_of(limit)
+    local key, expired, page = key_of(limit), 0, none
     repeat
-      local expired, page = 0, call('LRANGE', key, 0, 99)
+      expired, page = 0, call('LRANGE', key, 0, 99)
       for _, at in ipairs(page) do
         if tonumber(at) + limit.span > pool.now then break end
         expired = expired + 1
       end
       if expired > 0 then call('LTRIM', key, expired, -1) end
     until expired < 100
-    limit.spent = call('LLEN', key)
+    limit.spent = #page < 100 and #page - expired or call('LLEN', key)
   end
 
   local function load_buckets(limit)
