@@ -724,7 +724,7 @@ class Run:
         while True:
             polled_at = time.monotonic()
             view: dict[str, Any] = await self._patiently(
-                lambda: self._gateway.get(f"/status/{request_id}", wait="60")
+                lambda: self._gateway.get(f"/status/{request_id}", wait="60", until="change")
             )
             if view["status"] in ENDS:
                 return view

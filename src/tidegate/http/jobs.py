@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import orjson
@@ -268,15 +268,20 @@ async def _next(
         change.cancel()
 
 
-async def until_changed(
-    request: Request, services: Services, record: RequestRecord, wait_s: float
+Until = Literal["end", "change"]
+
+
+async def wait_until(
+    until: Until, request: Request, services: Services, record: RequestRecord, wait_s: float
 ) -> RequestRecord:
-    """Follow the record until its status changes, or the waiting is to end: the time is over, the
-    process drains, or the client has disconnected. Return the record."""
-    until = time.monotonic() + wait_s
+    """Follow the record until the request has ended or its status changes, or the waiting is to
+    end: the time is over, the process drains, or the client has disconnected. Return the record."""
+    over_at = time.monotonic() + wait_s
     first: Status = record.status
     async with _ends(services, request.receive) as ends:
-        while record.status is first and (left_s := until - time.monotonic()) > 0:
+        while (left_s := over_at - time.monotonic()) > 0:
+            if record.status.is_end or (until == "change" and record.status is not first):
+                break
             record = await _next(services, record, round(left_s * 1000), ends)
             if any(each.done() for each in ends):
                 break
@@ -454,19 +459,23 @@ async def status(
     caller: Reader,
     wait: Annotated[
         float,
-        Query(ge=0, le=_MAX_WAIT_S, description="Seconds to wait for the status to change"),
+        Query(ge=0, le=_MAX_WAIT_S, description="Seconds to wait for the end of the request"),
     ] = 0,
+    until: Annotated[
+        Until, Query(description="Whether `wait` waits for the end, or for any change of status")
+    ] = "end",
 ) -> StatusView | Response:
-    """With `wait` the response comes when the status changes or the time is up, immediately if the
-    request has ended. With `Accept: text/event-stream` each change is an event `status`, and the
-    last event is `done`; `Last-Event-ID` resumes a lost connection."""
+    """With `wait` the response comes when the request has ended or the time is up, whichever is
+    first; with `until=change` as soon as its status changes. With `Accept: text/event-stream` each
+    change is an event `status`, and the last event is `done`; `Last-Event-ID` resumes a lost
+    connection."""
     services = services_of(request)
     record = await services.store.requests.get(request_id, caller.tenant_id)
     if wants_events(request):
         return live_status(request, services, record, prefix_of(request), caller)
     if wait and not record.status.is_end:
         with services.openings.long_poll(caller):
-            record = await until_changed(request, services, record, wait)
+            record = await wait_until(until, request, services, record, wait)
         await caller_of(request, Scope.READ)  # the key may have been revoked meanwhile
     return await charged_view(services, record, prefix_of(request))
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tidegate.call import Kind, Status
 from tidegate.errors import AlreadyEnded, InvalidRequest, NotFound
 from tidegate.http.guards import Reader, RecordReader, admin_router, admit_admin, caller_of
-from tidegate.http.jobs import charged_view, until_changed
+from tidegate.http.jobs import charged_view, wait_until
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_responses
 from tidegate.http.services import Services, services_of
 from tidegate.http.views import (
@@ -139,7 +139,7 @@ async def ended_by(request: Request, request_id: UUID, tenant_id: str) -> Respon
     before = await services.store.jobs.cancel(request_id, tenant_id)
     record = await services.store.requests.get(request_id, tenant_id)
     if before is Status.RUNNING and record.status is Status.RUNNING:
-        record = await until_changed(request, services, record, _CONFIRMED_WITHIN_S)
+        record = await wait_until("change", request, services, record, _CONFIRMED_WITHIN_S)
     if record.status.is_end and record.status is not Status.CANCELLED:
         raise AlreadyEnded(f"the request has ended: {record.status}")
     view = await charged_view(services, record, prefix_of(request))

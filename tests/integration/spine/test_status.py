@@ -17,11 +17,11 @@ from tests.waiting import promised_s, wait_until
 
 
 async def _poll(
-    gateway: Gateway, request_id: str, wait: str = "20"
+    gateway: Gateway, request_id: str, wait: str = "20", until: str = "end"
 ) -> tuple[dict[str, Any], float]:
     """The answer of a long poll, and how many seconds it took."""
     started = time.monotonic()
-    status, body = await gateway.get(f"/status/{request_id}?wait={wait}")
+    status, body = await gateway.get(f"/status/{request_id}?wait={wait}&until={until}")
     assert status == 200, body
     return body, time.monotonic() - started
 
@@ -34,13 +34,25 @@ async def test_a_request_is_queued_then_running_then_succeeded(open_gateway: Ope
     assert [(body["status"], body["place"]) for body in queued] == [("queued", 1), ("queued", 2)]
     assert "admitted_at" not in queued[0]
     gateway.start_worker()
-    running, _ = await _poll(gateway, ids[0])
+    running, _ = await _poll(gateway, ids[0], until="change")
     assert (running["status"], running["attempts"]) == ("running", 1)
     assert "place" not in running
     assert running["admitted_at"] >= running["submitted_at"]
     ended, took_s = await _poll(gateway, ids[0])
     assert (ended["status"], ended["attempts"]) == ("succeeded", 1)
     assert took_s < 2
+
+
+async def test_a_long_poll_waits_for_the_end(open_gateway: Opener) -> None:
+    """Also if it begins while the job is queued: a client that waits wants the answer."""
+    gateway = await open_gateway(worker=False)
+    await gateway.upstream.set_behaviour(first_byte_ms=300)
+    request_id = await gateway.submit(data="Explain the tide")
+    poll = asyncio.create_task(_poll(gateway, request_id))
+    await wait_until(lambda: len(gateway.services.store.notifications) == 1, 20)
+    gateway.start_worker()
+    body, _ = await poll
+    assert (body["status"], body["attempts"]) == ("succeeded", 1)
 
 
 async def test_timings_agree_with_one_another_and_with_the_provider(open_gateway: Opener) -> None:
@@ -113,6 +125,7 @@ async def test_unknown_and_senseless_questions_are_problems(open_gateway: Opener
         f"/status/{known}?wait=1000": (400, "invalid_request"),
         f"/status/{known}?wait=-1": (400, "invalid_request"),
         f"/status/{known}?wait=nan": (400, "invalid_request"),
+        f"/status/{known}?wait=1&until=running": (400, "invalid_request"),
         f"/files/{uuid4()}": (404, "not_found"),
         "/files/..%2f..%2fetc": (404, "not_found"),
         "/nothing": (404, "not_found"),
