@@ -22,9 +22,10 @@ from typing import Any, Protocol
 import orjson
 
 from tidegate.call import Caller, Usage, UsageDetails
+from tidegate.dialects import DIALECTS
 from tidegate.dialects.answers import MOST_TOKENS
 from tidegate.dialects.requests import has_too_many_parts
-from tidegate.dialects.resources import early_text
+from tidegate.dialects.resources import Reference, early_text
 from tidegate.errors import Forbidden, InvalidRequest
 
 Message = str | bytes
@@ -144,6 +145,16 @@ def read(message: Message) -> Facts:
         reason = f"a message is not JSON that every server reads: {error}"
         raise InvalidRequest("message", reason, allowed=_FORMS) from None
     return found
+
+
+# A dialect reads some fields only beside others of a whole request, which a message is not.
+_OF_NO_REQUEST: Facts = {"message": None}
+
+
+def references_in(dialect: str, message: Message) -> Sequence[Reference]:
+    """Return the resources that a client's message names. Raises InvalidRequest and NotFound."""
+    raw = message.encode("utf-8", "replace") if isinstance(message, str) else message
+    return DIALECTS[dialect].references(_OF_NO_REQUEST, raw)
 
 
 def event_id_of(message: Message) -> str | None:

@@ -40,6 +40,7 @@ from tidegate.errors import (
     AdmissionError,
     Forbidden,
     InvalidRequest,
+    NotFound,
     QuotaExceeded,
     RealtimeIdle,
     RealtimeStalled,
@@ -58,10 +59,12 @@ from tidegate.realtime.events import (
     OpenAIEvents,
     event_id_of,
     read,
+    references_in,
 )
 from tidegate.realtime.turns import Turns, is_rate
 from tidegate.record import CallRecord
 from tidegate.spine.bodies import aside
+from tidegate.spine.resources import Resources
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import CallFailed, Lane, Spine, Terms, masked
 from tidegate.telemetry.tracing import HEADER
@@ -124,7 +127,8 @@ class SessionRequest:
 
     query: returns the query, which may name the upstream's model. first: returns the message that
     opens the session at a provider, with the model's name; None if the query names it. transcribes:
-    the session only makes transcripts.
+    the session only makes transcripts. homes: the upstreams where the resources live that this
+    message names; None if it names none.
     """
 
     dialect: Dialect
@@ -134,11 +138,13 @@ class SessionRequest:
     headers: Headers
     first: Callable[[str], str] | None = None
     transcribes: bool = False
+    homes: frozenset[str] | None = None
 
 
 class RealtimeExchange:
     """A `CallExchange`. `answer` returns the client's socket, after answering its handshake if
-    needed; `check` raises once the caller is no longer permitted."""
+    needed; `check` raises once the caller is no longer permitted. `resources`: of which a message
+    may only name the caller's own."""
 
     bills = False  # each turn is reserved separately
     ended_alone = False
@@ -151,6 +157,7 @@ class RealtimeExchange:
         request: SessionRequest,
         record: CallRecord,
         bounds: RealtimeBounds,
+        resources: Resources,
         *,
         answer: Callable[[Headers], Awaitable[Connection]],
         check: Callable[[], Awaitable[None]],
@@ -167,6 +174,7 @@ class RealtimeExchange:
         self._request = request
         self._record = record
         self._bounds = bounds
+        self._resources = resources
         self._answer = answer
         self._check = check
         self._problem = problem
@@ -174,10 +182,11 @@ class RealtimeExchange:
         self._active_at = 0.0
 
     def serving(self, targets: Targets, model: str) -> list[Target]:
-        return targets.of(self.dialect, model)
+        found, homes = targets.of(self.dialect, model), self._request.homes
+        return found if homes is None else [one for one in found if one.upstream.name in homes]
 
     def elsewhere(self, targets: Targets) -> list[Target]:
-        return targets.of(self.dialect, self._request.model)
+        return self.serving(targets, self._request.model)
 
     def demand(self, target: Target, lane: Lane) -> CallDemand:
         """Return the demand on concurrency limits; the rates are each turn's."""
@@ -303,7 +312,7 @@ class RealtimeExchange:
             )
         self._active_at = self._loop.time()
         work: tuple[Coroutine[Any, Any, End], ...] = (
-            self._up(client, upstream, events),
+            self._up(client, upstream, events, target),
             self._down(client, upstream, events, target),
             self._watch(target, began),
         )
@@ -317,7 +326,9 @@ class RealtimeExchange:
         first = next(task for task in tasks if not task.cancelled())
         return first.result()
 
-    async def _up(self, client: Connection, upstream: Connection, events: Events) -> End:
+    async def _up(
+        self, client: Connection, upstream: Connection, events: Events, target: Target
+    ) -> End:
         turns = cast(Turns, self.turns)
         while True:
             try:
@@ -330,12 +341,13 @@ class RealtimeExchange:
                 if len(message) > LARGE_BYTES:
                     found = await aside(len(message), partial(read, message))
                 event = events.client_event(message, found)
+                await self._check_references(message, target)
                 with _unless_lost(client):
                     await turns.sent(event)
                     await turns.may_go_on()
             except _ClientLost:
                 return _lost(client)
-            except (InvalidRequest, Forbidden) as refused:
+            except (InvalidRequest, Forbidden, NotFound) as refused:
                 if self._request.dialect is Dialect.GEMINI:  # Gemini Live has no event for errors
                     return _ended_by(refused)
                 await self._send_error(client, refused, message)
@@ -358,6 +370,13 @@ class RealtimeExchange:
                 await upstream.send(event.message)
             except ConnectionClosed as closed:
                 return _end_of("provider", closed)
+
+    async def _check_references(self, message: Message, target: Target) -> None:
+        """Raise NotFound for a resource in a client's message that is not the caller's own,
+        InvalidRequest for one that lives at another upstream; and StoreUnavailable."""
+        finding = partial(references_in, self.dialect, message)
+        if references := await aside(len(message), finding):
+            await self._resources.among(self.terms.caller, self.dialect, references, [target])
 
     async def _down(
         self, client: Connection, upstream: Connection, events: Events, target: Target

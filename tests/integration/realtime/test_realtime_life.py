@@ -729,6 +729,48 @@ async def test_gemini_live_refuses_by_close_codes(gateway: Gateway) -> None:
     await nothing_held(gateway)
 
 
+async def test_a_session_names_no_file_of_another_tenant(open_gateway: Opener) -> None:
+    gateway = await open_gateway(**WITH_KEYS)
+    acme, other = await key_of(gateway, "acme"), await key_of(gateway, "other")
+    start = {"x-goog-upload-protocol": "resumable", "x-goog-upload-command": "start"}
+    start |= {"x-goog-upload-header-content-length": "8"}
+    start |= {"x-goog-upload-header-content-type": "text/plain"}
+    url = f"{gateway.url}/upload/v1beta/files"
+    async with gateway.http.post(url, json={"file": {}}, headers=acme | start) as begun:
+        place = begun.headers["x-goog-upload-url"]
+    ends = {"x-goog-upload-command": "upload, finalize", "x-goog-upload-offset": "0"}
+    async with gateway.http.post(place, data=b"a secret", headers=ends) as made:
+        file = (await made.json())["file"]
+    data = {"mimeType": "text/plain", "fileUri": file["uri"]}
+    turns = [{"role": "user", "parts": [{"fileData": data}, {"text": "Read it"}]}]
+    setup = {"model": f"models/{MODEL}", "generationConfig": {"responseModalities": ["TEXT"]}}
+    naming = {**setup, "systemInstruction": {"parts": [{"fileData": data}]}}
+    for key, is_own in ((other, False), (acme, True)):
+        async with talk(gateway, LIVE, key) as socket:
+            await send(socket, setup=setup)
+            assert "setupComplete" in orjson.loads(await socket.recv())
+            await send(socket, clientContent={"turns": turns, "turnComplete": True})
+            if is_own:
+                assert b"serverContent" in await socket.recv()
+            else:
+                code, reason = await closed(socket)
+                assert (code, "not found" in reason) == (1008, True)
+        async with talk(gateway, LIVE, key) as socket:
+            await send(socket, setup=naming)
+            if is_own:
+                assert "setupComplete" in orjson.loads(await socket.recv())
+            else:
+                assert (await closed(socket))[0] == 1008
+    item: dict[str, Any] = {"type": "message", "role": "user"}
+    item["content"] = [{"type": "input_image", "file_id": "file-of-acme"}]
+    async with talk(gateway, headers=other) as socket:
+        await send(socket, type="conversation.item.create", event_id="e1", item=item)
+        error = (await until(socket, "error"))["error"]
+        assert (error["event_id"], "not found" in error["message"]) == ("e1", True)
+        await turn(socket, "hello")
+    await nothing_held(gateway)
+
+
 async def test_half_a_character_is_refused_and_its_session_stays_on_record(
     gateway: Gateway,
 ) -> None:

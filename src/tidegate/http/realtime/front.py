@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from websockets.exceptions import ConnectionClosed
 
 from tidegate.call import ANYBODY, REALTIME_KIND, Caller, Status, new_id
 from tidegate.dialects import DIALECTS, native_path
+from tidegate.dialects.resources import Reference
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
 from tidegate.errors import (
     DeadlineExceeded,
@@ -46,7 +47,7 @@ from tidegate.http.services import NATIVE, Opening, Services, count_answer, log_
 from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import UPGRADE_EXTENSION
 from tidegate.realtime import sockets
-from tidegate.realtime.events import Message, Setup, transcribing
+from tidegate.realtime.events import Message, Setup, references_in, transcribing
 from tidegate.realtime.exchange import (
     End,
     RealtimeBounds,
@@ -223,31 +224,36 @@ class _SessionFront:
         path = "/realtime"
         query: Callable[[str], str] = _openai_query
         first: Callable[[str], str] | None = None
+        references: Sequence[Reference] = ()
         if self._transcribes:  # the provider then accepts no model in the query
             query, first = _transcription_query, transcribing
         if self._dialect is Dialect.GEMINI:
-            setup = await self._setup()
+            setup, references = await self._setup()
             record.model, first = setup.model, setup.message
             record.request = orjson.dumps(setup.body)
             path, query = _SLASHES.sub("/", self._scope["path"]), _no_query
         model = record.model or ""
         check_model(self._caller, model)
+        resources, targets = services.relay.resources, services.spine.targets
+        left, homes = targets.of(self._dialect, model), None
+        if references:
+            left = await resources.among(self._caller, self._dialect, references, left)
+            homes = frozenset(one.upstream.name for one in left)
         self._exchange = RealtimeExchange(
             services.spine,
             services.relay.wire,
             call.terms,
             SessionRequest(
-                self._dialect, model, path, query, call.headers, first, self._transcribes
+                self._dialect, model, path, query, call.headers, first, self._transcribes, homes
             ),
             record,
             self._bounds(call.terms.wait_ms),
+            resources,
             answer=self._accept,
             check=self._check,
             problem=self._problem,
         )
-        await services.spine.run(
-            self._exchange, record, services.spine.targets.of(self._dialect, model)
-        )
+        await services.spine.run(self._exchange, record, left)
 
     # The caller, and the request
 
@@ -286,8 +292,9 @@ class _SessionFront:
             raise InvalidRequest("model", message, allowed="a model's name")
         return model
 
-    async def _setup(self) -> Setup:
-        """Answer the handshake, and wait for the first message. Raises InvalidRequest."""
+    async def _setup(self) -> tuple[Setup, Sequence[Reference]]:
+        """Answer the handshake, wait for the first message, and return it with the resources that
+        it names. Raises InvalidRequest and NotFound."""
         client = await self._accept([])
         within_s = self._services.config.receive_timeout_ms / 1000
         try:
@@ -295,7 +302,7 @@ class _SessionFront:
                 message: Message = await client.recv()
         except TimeoutError:
             raise RequestTimeout(f"no setup came within {within_s:g} s") from None
-        return await aside(len(message), partial(Setup.of, message))
+        return await aside(len(message), partial(_setup_in, message))
 
     def _bounds(self, wait_ms: int | None) -> RealtimeBounds:
         config = self._services.config
@@ -421,6 +428,10 @@ def _client_left() -> Failure:
 def _endpoint(dialect: Dialect) -> Endpoint:
     """Return the endpoint of the request that opens a session, which itself calls no model."""
     return Endpoint(dialect, Operation.MODELS, _OPENAI)
+
+
+def _setup_in(message: Message) -> tuple[Setup, Sequence[Reference]]:
+    return Setup.of(message), references_in(Dialect.GEMINI, message)
 
 
 def _openai_query(model: str) -> str:
