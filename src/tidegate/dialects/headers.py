@@ -150,6 +150,23 @@ def as_private(headers: Headers) -> Headers:
     return [*left, _PRIVATE_ONLY]
 
 
+# A browser shows these as text. All other types, or none, it may run as a page of our origin, where
+# the dashboard is: a file of a tenant's may be HTML, and a key may be in a link.
+_SHOWN_AS_TEXT = (b"application/json", b"text/event-stream")
+_AS_DATA = [
+    (b"content-security-policy", b"default-src 'none'; sandbox"),
+    (b"x-content-type-options", b"nosniff"),
+]
+
+
+def as_data(headers: Headers) -> Headers:
+    """Return the headers of an answer, changed so that no browser runs its content."""
+    types = [value for name, value in headers if name == b"content-type"]
+    if len(types) == 1 and types[0].startswith(_SHOWN_AS_TEXT):
+        return headers
+    return [pair for pair in headers if pair[0] != b"x-content-type-options"] + _AS_DATA
+
+
 def content_type_in(headers: Headers) -> str | None:
     """Return the value of Content-Type; None without one."""
     for name, value in headers:

@@ -25,7 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 from tidegate.call import ANYBODY, Caller, Status, new_id
 from tidegate.dialects import DIALECTS, METHODS, endpoint_in, methods_at
 from tidegate.dialects.forms import is_form
-from tidegate.dialects.headers import as_private, content_type_in, to_send
+from tidegate.dialects.headers import as_data, as_private, content_type_in, to_send
 from tidegate.dialects.requests import LARGE_BYTES, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
 from tidegate.errors import (
@@ -654,6 +654,7 @@ class _Front:
         self._id_text = str(self._request_id)
         if self._scope["method"] in CACHEABLE:
             headers = as_private(headers)
+        headers = as_data(headers)
         headers.append((_REQUEST_ID, self._id_text.encode()))
         if self._once is not None and self._once.lost is not None:
             headers.append((_LOST, str(self._once.lost).encode()))

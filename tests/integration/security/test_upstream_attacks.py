@@ -109,6 +109,24 @@ async def test_lengths_that_are_lies_end_the_answer_where_they_are_found_out(
         assert b"forged" not in await answered(gateway, hostile, GOOD)
 
 
+async def test_no_answer_is_a_page_of_ours_in_a_browser(gateway: Gateway, hostile: Hostile) -> None:
+    """A tenant's file may be HTML, and the address of it names a key: a script in it would act for
+    the operator who follows that link."""
+    get = b"GET /v1beta/files/abc:download?alt=media HTTP/1.1\r\nhost: localhost\r\n"
+    get += b"connection: close\r\n\r\n"
+    for head in (
+        *(b"200 OK\r\ncontent-type: text/html", b"200 OK\r\ncontent-type: image/svg+xml"),
+        *(b"200 OK", b"404 Not Found\r\ncontent-type: text/html"),
+        b"200 OK\r\ncontent-type: application/json\r\ncontent-type: text/html",
+    ):
+        hostile.answer = b"HTTP/1.1 " + head + b"\r\ncontent-length: 8\r\n\r\n<script>"
+        got = (await raw(gateway, get)).lower()
+        assert (status_of(got.upper()), b"<script>" in got) == (int(head[:3]), True), head
+        assert b"\r\ncontent-security-policy: default-src 'none'; sandbox" in got, head
+        assert b"\r\nx-content-type-options: nosniff" in got, head
+    assert b"content-security-policy" not in (await answered(gateway, hostile, GOOD)).lower()
+
+
 async def test_early_hints_do_not_pass_and_without_end_run_into_the_timeout(
     gateway: Gateway, hostile: Hostile
 ) -> None:
