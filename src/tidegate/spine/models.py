@@ -75,8 +75,9 @@ _CONTENT = frozenset(
 # Models of tools that a provider runs, when a request names none.
 _DEFAULT_MODELS = {"image_generation": "gpt-image-1"}
 _OF_CLIENTS = ("function", "custom")  # tools that the client runs itself
-_MAYBE_NAME = re.compile(rb"model|fallbacks", re.IGNORECASE)
-_ESCAPE = re.compile(rb"\\u00[46]")  # of a letter
+# Of `fallbacks` without the letters that have other forms: a long s is an s, a Kelvin sign a k.
+_MAYBE_NAME = re.compile(rb"model|fallbac", re.IGNORECASE)
+_ESCAPE = re.compile(rb"\\u00[46]")  # of one of their letters
 _TOOLS = re.compile(r"(?:.*\.)?tools")
 
 
