@@ -77,7 +77,8 @@ _DEFAULT_MODELS = {"image_generation": "gpt-image-1"}
 _OF_CLIENTS = ("function", "custom")  # tools that the client runs itself
 # Of `fallbacks` without the letters that have other forms: a long s is an s, a Kelvin sign a k.
 _MAYBE_NAME = re.compile(rb"model|fallbac", re.IGNORECASE)
-_ESCAPE = re.compile(rb"\\u00[46]")  # of one of their letters
+_ESCAPE = re.compile(rb"\\u00[4-7]")  # of a letter or an underscore
+_MAYBE_TOOL = re.compile("|".join(_DEFAULT_MODELS).encode())
 _TOOLS = re.compile(r"(?:.*\.)?tools")
 
 
@@ -197,13 +198,19 @@ def _check_batch(caller: Caller, body: Mapping[str, Any]) -> None:
 
 
 def check_names(caller: Caller, raw: bytes) -> None:
-    """Raises InvalidRequest if an object of a body has a field for models twice: parsers disagree
-    on which one counts, so that the provider might use a model that was not checked."""
-    if caller.models is None or (not _ESCAPE.search(raw) and len(_MAYBE_NAME.findall(raw)) < 2):
+    """Raises InvalidRequest if an object of a body has a field for models twice, or the type of a
+    tool with a model: parsers disagree on which one counts, so that the provider might use a model
+    that was not checked."""
+    if caller.models is None:
+        return
+    may_name = _ESCAPE.search(raw) or _MAYBE_TOOL.search(raw)
+    if not may_name and len(_MAYBE_NAME.findall(raw)) < 2:
         return
 
     def check(pairs: list[tuple[str, Any]]) -> None:
         named = [name for name, _ in pairs if _names_models(name.casefold())]
+        if any(name == "type" and str(value) in _DEFAULT_MODELS for name, value in pairs):
+            named += [name for name, _ in pairs if name == "type"]
         for name in named:
             if named.count(name) > 1:
                 message = f"{name} is named more than once in an object"

@@ -133,6 +133,8 @@ def test_a_body_that_is_too_large_to_be_looked_through_is_refused() -> None:
         b'{"model": "m", "tools": [{"model": "gpt-image-1", "m\\u006fdel": "m"}]}',
         b'{"model": "m", "web": {"search_model": "dear", "search_model": "m"}}',
         b'{"model": "m", "fallbacks": ["gpt-image-1"], "fallbacks": []}',
+        b'{"model": "m", "tools": [{"type": "image_generation", "type": "function"}]}',
+        b'{"model": "m", "tools": [{"type": "image\\u005fgeneration", "type": "mcp"}]}',
         b'{"model": "m", "fallback\\u0073": ["o9"], "fallback\\u0073": ["m"]}',
         '{"model": "m", "fallback\u017f": ["o9"], "fallback\u017f": ["m"]}'.encode(),
     ],
@@ -145,3 +147,4 @@ def test_an_object_names_its_model_once(raw: bytes) -> None:
 
 def test_objects_of_their_own_name_each_a_model() -> None:
     check_names(CALLER, b'{"model": "m", "tools": [{"model": "m"}, {"a": 1, "a": {"model": "m"}}]}')
+    check_names(CALLER, b'{"tools": [{"type": "image_generation"}, {"type": "mcp", "type": "x"}]}')
