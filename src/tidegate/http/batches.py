@@ -172,6 +172,7 @@ class Uploaded:
         self.lines += data.count(b"\n")
         self.ends_open = not data.endswith(b"\n")
         await self.spool.write(data)
+        hold.spool(self.spool.size_bytes)
         count_in(hold, self.spool.held_bytes, WITH_ITS_HEAD_BYTES)
 
 

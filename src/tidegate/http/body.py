@@ -78,11 +78,13 @@ class BodyMemory:
 class MemoryBound:
     """Bound of a BodyMemory. `shared`: a tenant may use half of what the others leave, so that no
     number of tenants can fill it; one body of the largest size always fits if no other tenant has
-    any."""
+    any. `of`: what it bounds, and `setting`: by which it is bounded."""
 
     most_bytes: int
     largest_bytes: int
     shared: bool
+    of: str = "memory"
+    setting: str = "MAX_HELD_BYTES"
 
     def share_bytes(self, others_bytes: int) -> int:
         left_bytes = self.most_bytes - others_bytes
@@ -92,15 +94,23 @@ class MemoryBound:
 
 
 class BodyBudget:
-    """The part of `memory` that a request of a tenant uses."""
+    """The part of `memory` that a request of a tenant uses. `on_disk`: that of its temporary
+    files."""
 
-    __slots__ = ("_bound", "_memory", "_tenant_id", "held_bytes")
+    __slots__ = ("_bound", "_memory", "_tenant_id", "held_bytes", "on_disk")
 
-    def __init__(self, memory: BodyMemory, bound: MemoryBound, tenant_id: str) -> None:
+    def __init__(
+        self,
+        memory: BodyMemory,
+        bound: MemoryBound,
+        tenant_id: str,
+        on_disk: BodyBudget | None = None,
+    ) -> None:
         self._memory = memory
         self._bound = bound
         self._tenant_id = tenant_id
         self.held_bytes = 0
+        self.on_disk = on_disk
 
     @property
     def turn(self) -> asyncio.Lock:
@@ -113,8 +123,9 @@ class BodyBudget:
         others_bytes = memory.held_bytes - own_bytes
         if own_bytes + more_bytes > self._bound.share_bytes(others_bytes):
             whose = f"of tenant {self._tenant_id}" if self._bound.shared else "of requests"
-            message = f"this process has no memory left for the bodies {whose}"
-            raise QueueFull(message, limit="MAX_HELD_BYTES", retry_after_ms=_RETRY_AFTER_MS)
+            bound = self._bound
+            message = f"this process has no {bound.of} left for the bodies {whose}"
+            raise QueueFull(message, limit=bound.setting, retry_after_ms=_RETRY_AFTER_MS)
         memory.add(self._tenant_id, more_bytes)
         self.held_bytes = size_bytes
 
@@ -132,11 +143,17 @@ class BodyBudget:
         else:
             self.keep(size_bytes)
 
+    def spool(self, size_bytes: int) -> None:
+        """Set the size of the temporary files. Raises QueueFull if it does not fit."""
+        if self.on_disk is not None:
+            self.on_disk.occupy(size_bytes)
+
     def release(self) -> None:
-        """Release all bytes. Idempotent."""
+        """Release all bytes, on disk too. Idempotent."""
         if self.held_bytes:
             self._memory.add(self._tenant_id, -self.held_bytes)
         self.held_bytes = 0
+        self.spool(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -588,6 +605,7 @@ async def read_form(
                 else:
                     reader.data(part)
             await spool.write(part_of_it)
+            hold.spool(spool.size_bytes)
             count_in(hold, reader.held_bytes, _FORM_MEMORY_BYTES)
         await asyncio.sleep(0)
     parser.check_ended()

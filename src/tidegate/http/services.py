@@ -93,6 +93,9 @@ async def _snapshot(limiter: Limiter) -> Snapshot | None:
         return None
 
 
+# Of bodies in the temporary files of a process. A form waits there for the limits, as long as its
+# client allows.
+MOST_SPOOLED_BYTES = 20_000_000_000
 MOST_LONG_POLLS = 4_000
 MOST_FOLLOWERS = 2_000
 _RETRY_AFTER_MS = 1_000
@@ -229,6 +232,7 @@ class Services:
     upstreams: LiveUpstreams
     openings: Openings = field(default_factory=Openings)
     bodies: BodyMemory = field(default_factory=BodyMemory)
+    spooled: BodyMemory = field(default_factory=BodyMemory)
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
     recent_reads: RecentReads = field(default_factory=RecentReads)
     rehearsals: Rehearsals = field(default_factory=Rehearsals)
@@ -325,12 +329,16 @@ class Services:
             limiter.turn_away()
 
     def hold(self, caller: Caller) -> BodyBudget:
-        """Return the budget for the body of another request. Without keys a caller chooses its
+        """Return the budgets for the body of another request. Without keys a caller chooses its
         tenant's name, so that a share per tenant would have no effect."""
-        config = self.config
-        most_bytes = max(config.max_held_bytes, config.max_body_bytes)
-        bound = MemoryBound(most_bytes, config.max_body_bytes, shared=caller.key_id is not None)
-        return BodyBudget(self.bodies, bound, caller.tenant_id)
+        largest, has_key = self.config.max_body_bytes, caller.key_id is not None
+        most_bytes = max(self.config.max_held_bytes, largest)
+        in_memory = MemoryBound(most_bytes, largest, shared=has_key)
+        on_disk = MemoryBound(
+            MOST_SPOOLED_BYTES, MOST_SPOOLED_BYTES // 2, has_key, "disk space", "DATA_DIR"
+        )
+        spooled = BodyBudget(self.spooled, on_disk, caller.tenant_id)
+        return BodyBudget(self.bodies, in_memory, caller.tenant_id, spooled)
 
 
 def services_of(connection: HTTPConnection) -> Services:

@@ -285,7 +285,7 @@ class Upload:
 
 @dataclass(slots=True)
 class Form:
-    """The parts of a form so far. `close` removes the uploads' files."""
+    """The parts of a form so far. `close` removes the uploads' files, which count in its `hold`."""
 
     values: dict[str, str] = field(default_factory=dict)
     uploads: list[Upload] = field(default_factory=list)
@@ -296,9 +296,16 @@ class Form:
         texts = sum(map(len, self.values.values()))
         return texts + sum(upload.spool.held_bytes for upload in self.uploads)
 
-    async def close(self) -> None:
+    @property
+    def spooled_bytes(self) -> int:
+        """Return the size of all uploads."""
+        return sum(upload.spool.size_bytes for upload in self.uploads)
+
+    async def close(self, hold: BodyBudget | None) -> None:
         for upload in self.uploads:
             await upload.spool.close()
+        if hold is not None:
+            hold.spool(0)
 
 
 class FormReader:
@@ -325,6 +332,8 @@ class FormReader:
         elif self._field is not None:
             self._take_text(part, self._field)
         count_in(self._hold, self._form.held_bytes + len(self._text), WITH_ITS_HEAD_BYTES)
+        if self._hold is not None:
+            self._hold.spool(self._form.spooled_bytes)
 
     def _begin(self, head: PartHead) -> None:
         self._heads += 1
@@ -475,7 +484,7 @@ async def read_submission(
         return replace(submission, attachments=attachments, digests=tuple(taken))
     finally:
         if form.uploads:
-            await _to_the_end(form.close())
+            await _to_the_end(form.close(hold))
 
 
 async def _text_body(

@@ -13,6 +13,7 @@ from tests.contract.names import Names
 from tests.gateway import PNG, Opener, payload_of
 from tests.integration.tenants.asking import ask, key_of, submitted
 from tests.waiting import wait_until
+from tidegate.http import services
 from tidegate.policy.format import edit
 from tidegate.upstream.fetch import ImageFetcher
 
@@ -148,6 +149,33 @@ async def test_one_tenants_large_bodies_leave_room_for_anothers(open_gateway: Op
     for task in held:
         task.cancel()
     await asyncio.gather(*held, return_exceptions=True)
+
+
+async def test_one_tenants_forms_that_wait_on_disk_leave_room_for_anothers(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait there for as long as their client allows: a day, if it says so."""
+    monkeypatch.setattr(services, "MOST_SPOOLED_BYTES", 800_000)
+    gateway = await open_gateway(worker=False, auth="on")
+    alice, bob = await key_of(gateway, "alice"), await key_of(gateway, "bob")
+    await gateway.upstream.set_fault("hang")
+
+    async def call(headers: dict[str, str]) -> int:
+        form = aiohttp.FormData({"model": "gemini-2.5-flash"})
+        form.add_field("file", b"x" * 150_000, filename="a.mp3", content_type="audio/mpeg")
+        url = f"{gateway.url}/v1/audio/transcriptions"
+        async with gateway.http.post(url, data=form, headers=headers) as response:
+            return response.status
+
+    held = [asyncio.create_task(call(alice)) for _ in range(2)]
+    await gateway.in_flight(2)
+    assert await call(alice) == 429
+    held.append(asyncio.create_task(call(bob)))
+    await gateway.in_flight(3)
+    for task in held:
+        task.cancel()
+    await asyncio.gather(*held, return_exceptions=True)
+    await wait_until(lambda: not gateway.services.spooled.of_tenants, 10, "room on the disk")
 
 
 FORM = "multipart/form-data; boundary=B"

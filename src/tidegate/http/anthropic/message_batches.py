@@ -340,6 +340,7 @@ async def _create(asking: Asking) -> Response:
         body = incoming_of(asking.request, config, max_bytes=MOST_BYTES)
         async for piece in body.pieces():
             await spool.write(piece)
+            hold.spool(spool.size_bytes)
             count_in(hold, spool.held_bytes, WITH_ITS_HEAD_BYTES)
         await spool.finish()
         blob_key = await _stored(spool, lines, hold, services.blobs, config.data_dir / "tmp")
