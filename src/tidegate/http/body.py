@@ -555,7 +555,7 @@ class Spool:
             if self._closed:
                 return
             if self._file is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 handle, name = tempfile.mkstemp(prefix=PREFIX, dir=self._folder)
                 self.path, self._file = Path(name), os.fdopen(handle, "wb", buffering=0)
             view = memoryview(pending)

@@ -695,7 +695,7 @@ class OutputWriter:
 
     def _write(self, data: bytes) -> None:
         if self._file is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix="upload-", dir=self._folder)
             self._path, self._file = Path(name), os.fdopen(handle, "wb")
         assert self._file is not None

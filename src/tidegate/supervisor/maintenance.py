@@ -475,6 +475,8 @@ class RecordExport:
         for _ in range(_MOST_TRIES):
             state, expired = await self._record.state(day), await self._expired()
             try:
+                for file in (path, before):  # each is then opened as it is
+                    file.touch(mode=0o600, exist_ok=False)
                 calls = await self._fill(path, before, day, expired.cutoffs)
                 size_bytes = path.stat().st_size
                 await self._blobs.put(key, path)

@@ -141,6 +141,31 @@ async def test_a_day_is_read_back_from_jsonl_and_parquet_alike(
     assert b"millionths" in schema.field("cost_micros").metadata[b"description"]
 
 
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+async def test_no_other_user_reads_a_file_while_it_is_written(
+    store: Store,
+    day: date,
+    tmp_path: Path,
+    file_format: ExportFormat,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any user of the machine may list the folder, if an earlier version has made it."""
+    written, put = list[int](), store.blobs.put
+    await export(store, tmp_path, file_format).write(day)
+
+    async def noted(key: str, data: Path | bytes) -> None:
+        written.extend(one.stat().st_mode & 0o777 for one in os.scandir(tmp_path))
+        await put(key, data)
+
+    monkeypatch.setattr(store.blobs, "put", noted)
+    before = os.umask(0o022)
+    try:
+        await export(store, tmp_path, file_format).write(day)
+    finally:
+        os.umask(before)
+    assert written[:2] == [0o600, 0o600], "the file, and that of before"
+
+
 async def test_bodies_are_in_a_file_only_where_they_are_asked_for(
     store: Store, day: date, tmp_path: Path
 ) -> None:
