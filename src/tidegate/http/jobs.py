@@ -63,7 +63,7 @@ from tidegate.http.views import (
 )
 from tidegate.spine.bodies import aside
 from tidegate.spine.detached import check_bounded, detached_call, endpoint_named
-from tidegate.spine.models import check_body
+from tidegate.spine.models import check_body, check_model
 from tidegate.spine.prompt import files_known
 from tidegate.spine.run import Terms
 from tidegate.store.records import Earlier, NewJob, RequestRecord
@@ -338,8 +338,10 @@ async def submit(request: Request) -> Response:
 async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob | Earlier:
     """Commit a job and return it, or return the earlier one with the same idempotency key."""
     try:
-        check_models(caller, job.model, job.classification, services.config)
-        if caller.models is not None and job.endpoint is not None:
+        if job.endpoint is None:
+            check_models(caller, job.model, job.classification, services.config)
+        elif caller.models is not None:
+            check_model(caller, job.model or "")  # without one the provider chooses
             body = await aside(len(job.prompt), partial(orjson.loads, job.prompt))
             check_body(caller, endpoint_named(job.endpoint), body)
         earlier = await services.store.jobs.earlier(job)

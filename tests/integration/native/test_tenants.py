@@ -116,6 +116,11 @@ async def test_who_may_ask_some_models_names_one(open_gateway: Opener) -> None:
             said = await response.text()
             assert (response.status != 403) == may, said
             assert ("without naming a model" in said) != may
+        job = {"endpoint": "/v1/responses", "body": saved}
+        async with gateway.http.post(f"{gateway.url}/submit", json=job, headers=key) as response:
+            said = await response.text()
+            assert response.status == (202 if may else 403), said
+            assert ("without naming a model" in said) != may
 
 
 async def test_without_keys_a_header_names_the_tenant(gateway: Gateway) -> None:
