@@ -40,6 +40,14 @@ _NOT_SENT = _HOP_BY_HOP | frozenset(
         *(b"x-amz-date", b"x-amz-security-token", b"x-amz-content-sha256", b"x-amz-user-agent"),
         *(b"amz-sdk-invocation-id", b"amz-sdk-request"),
         *(b"forwarded", b"via", b"x-real-ip", b"origin", b"referer"),
+        # By which a proxy in front of us passes on a client's address.
+        *(b"cf-connecting-ip", b"cf-connecting-ipv6", b"cf-pseudo-ipv4", b"cf-ipcountry"),
+        *(b"cf-ray", b"cf-visitor", b"cf-worker", b"cf-ew-via", b"cdn-loop", b"x-amz-cf-id"),
+        *(b"true-client-ip", b"client-ip", b"x-client-ip", b"x-cluster-client-ip"),
+        *(b"fastly-client-ip", b"fly-client-ip", b"x-azure-clientip", b"x-azure-socketip"),
+        *(b"x-appengine-user-ip", b"x-original-forwarded-for", b"x-remote-ip", b"x-remote-addr"),
+        # Or a certificate, or the people and tokens of a sign-in there.
+        *(b"client-cert", b"client-cert-chain", b"x-client-cert", b"x-arr-clientcert"),
         # Some servers read the real method or path from these.
         *(b"x-http-method-override", b"x-http-method", b"x-method-override"),
         *(b"x-original-url", b"x-rewrite-url"),
@@ -49,7 +57,12 @@ _NOT_SENT = _HOP_BY_HOP | frozenset(
         *(b"x-goog-fieldmask", b"x-goog-encode-response-if-executable"),
     )
 )
-_NOT_SENT_PREFIXES = (_OURS, b"x-forwarded-", b"sec-", b"proxy-")
+_NOT_SENT_PREFIXES = (
+    *(_OURS, b"x-forwarded-", b"sec-", b"proxy-", b"remote-", b"ssl-client-", b"x-ssl-client-"),
+    *(b"cf-access-", b"x-goog-iap-", b"x-goog-authenticated-user-", b"x-pomerium-"),
+    *(b"x-amzn-oidc-", b"x-amzn-mtls-", b"x-ms-client-principal", b"x-ms-token-"),
+    *(b"x-auth-request-", b"x-authentik-", b"x-envoy-"),
+)
 # Headers that control the client's browser, our origin or our connections, and those that our own
 # server sets. Location: a client that followed it to an upstream's address would send its key
 # there.

@@ -73,6 +73,37 @@ def test_what_comes_back() -> None:
     assert (b"content-length", b"10") not in to_return(given, same_length=False)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cf-connecting-ip", "cf-connecting-ipv6", "cf-ipcountry", "cf-ray", "cf-visitor"),
+        *("cdn-loop", "true-client-ip", "x-client-ip", "x-cluster-client-ip", "fastly-client-ip"),
+        *("fly-client-ip", "x-azure-clientip", "x-azure-socketip", "x-appengine-user-ip"),
+        *("x-envoy-external-address", "x-original-forwarded-for", "client-ip", "x-amz-cf-id"),
+        *("cf-access-jwt-assertion", "cf-access-authenticated-user-email", "cf-access-token"),
+        *("x-goog-iap-jwt-assertion", "x-goog-authenticated-user-email", "x-pomerium-claim-email"),
+        *("x-amzn-oidc-accesstoken", "x-amzn-oidc-data", "x-amzn-oidc-identity"),
+        *("x-ms-token-aad-access-token", "x-ms-client-principal", "x-ms-client-principal-name"),
+        *("x-auth-request-access-token", "x-auth-request-email", "x-authentik-jwt", "remote-user"),
+        *("client-cert", "client-cert-chain", "x-client-cert", "x-ssl-client-cert"),
+        *("ssl-client-subject-dn", "x-amzn-mtls-clientcert", "x-arr-clientcert"),
+    ],
+)
+def test_what_a_proxy_before_the_gateway_knows_of_a_client_stays_here(name: str) -> None:
+    """Its address, its certificate, and the tokens of whom it has signed in. A provider behind
+    Cloudflare rejects any call that has an address from Cloudflare."""
+    assert to_send([(name.encode(), b"x")]) == [(b"accept-encoding", b"identity")]
+
+
+def test_what_clients_say_to_an_upstream_passes() -> None:
+    for name in (
+        *("cf-aig-metadata", "x-ms-client-request-id", "x-goog-api-client", "x-stainless-os"),
+        *("openai-beta", "anthropic-beta", "http-referer", "x-title", "x-client-name", "baggage"),
+        *("x-amzn-bedrock-trace", "x-vertex-ai-llm-request-type", "helicone-user-id"),
+    ):
+        assert to_send([(name.encode(), b"x")])[0] == (name.encode(), b"x"), name
+
+
 def test_what_concerns_a_browser_or_a_connection_stays_here() -> None:
     for name in (
         *("Access-Control-Allow-Origin", "access-control-allow-credentials", "WWW-Authenticate"),
