@@ -148,7 +148,7 @@ async def ready(request: Request) -> JSONResponse:
         reason = "draining"
     elif services.leaving.is_set():
         reason = "leaving"
-    elif not await services.store.schema_fits():
+    elif not await services.recent_reads.probed("schema", services.store.schema_fits):
         reason = UNFIT
     return readiness(reason)
 
@@ -168,9 +168,9 @@ def readiness(reason: str | None) -> JSONResponse:
 async def dependencies(request: Request) -> JSONResponse:
     services, is_operator = services_of(request), await is_admitted(request)
     valkey, postgresql, blobs, verdict = await asyncio.gather(
-        probe(services.limiter.ping(_DEADLINE_MS)),
-        probe(services.store.connections.ping(_DEADLINE_MS)),
-        probe(services.blobs.ping()),
+        _valkey(services, _DEADLINE_MS),
+        _postgresql(services, _DEADLINE_MS),
+        services.recent_reads.probed("blobs", lambda: probe(services.blobs.ping())),
         _verdict(services) if is_operator else _no_verdict(),
     )
     failed = "failed" in (valkey.status, postgresql.status, blobs.status)
@@ -185,6 +185,18 @@ async def dependencies(request: Request) -> JSONResponse:
     )
     content = body.model_dump(exclude=None if is_operator else {"upstreams", "verdict"})
     return JSONResponse(content, 503 if failed else 200)
+
+
+async def _valkey(services: Services, deadline_ms: int) -> Dependency:
+    return await services.recent_reads.probed(
+        "valkey", lambda: probe(services.limiter.ping(deadline_ms), deadline_ms)
+    )
+
+
+async def _postgresql(services: Services, deadline_ms: int) -> Dependency:
+    return await services.recent_reads.probed(
+        "postgresql", lambda: probe(services.store.connections.ping(deadline_ms), deadline_ms)
+    )
 
 
 async def _verdict(services: Services) -> DeploymentVerdict | None:
@@ -636,14 +648,14 @@ async def _why_not(services: Services) -> str | None:
     if services.leaving.is_set():
         return "draining"
     valkey, postgresql = await asyncio.gather(
-        probe(services.limiter.ping(DEADLINE_MS), DEADLINE_MS),
-        probe(services.store.connections.ping(DEADLINE_MS), DEADLINE_MS),
+        _valkey(services, DEADLINE_MS), _postgresql(services, DEADLINE_MS)
     )
     if postgresql.detail is not None:
         return f"PostgreSQL: {postgresql.detail}"
     if valkey.detail is not None and services.limiter.policy.when_away == "closed":
         return f"Valkey: {valkey.detail}"
-    return None if await services.store.schema_fits() else UNFIT
+    fits = await services.recent_reads.probed("schema", services.store.schema_fits)
+    return None if fits else UNFIT
 
 
 def watched_app(services: Services) -> FastAPI:

@@ -3,8 +3,8 @@
 Invariants: an open stream or long poll is counted from its admission to its close, once, however it
 ends; an exception that reaches the access log's middleware is logged once with its traceback, and
 the client gets a plain 500 or a closed connection; a request target that PostgreSQL cannot store is
-rejected before any route; a process reads a pool at most once per `FRESH_MS`, however many callers
-ask.
+rejected before any route; a process reads a pool at most once per `FRESH_MS`, and probes a store at
+most once per `PROBED_EVERY_MS`, however many callers ask.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 from urllib.parse import unquote_to_bytes, urlsplit, urlunsplit
 
 import orjson
@@ -59,13 +59,18 @@ from tidegate.store.store import Store
 from tidegate.telemetry.logging import FrequentLog, Log, get_logger
 
 FRESH_MS = 500
+# Probes are open to anybody, and one of PostgreSQL makes a connection.
+PROBED_EVERY_MS = 250
 _MOST_LINES = 1_000
+ProbedT = TypeVar("ProbedT")
 
 
 class RecentReads:
-    """A cache of the last read of each pool and of each line of its waiters."""
+    """A cache of the last read of each pool and of each line of its waiters, and of the last
+    probes."""
 
     def __init__(self) -> None:
+        self._probes: dict[str, Recent[Any]] = {}
         self._pools: dict[str, Recent[Snapshot | None]] = {}
         self._lines: dict[tuple[str, str, int, str], Recent[WaitingLine]] = {}
 
@@ -78,6 +83,13 @@ class RecentReads:
             read = partial(limiter.line, limit, band, tenant)
             self._lines[key] = Recent(FRESH_MS / 1000, read)
         return await self._lines[key].get()
+
+    async def probed(self, name: str, probe: Callable[[], Awaitable[ProbedT]]) -> ProbedT:
+        """Return the result of a probe, which all callers share. Raises what the probe raises."""
+        if name not in self._probes:
+            self._probes[name] = Recent(PROBED_EVERY_MS / 1000, probe)
+        recent: Recent[ProbedT] = self._probes[name]
+        return await recent.get()
 
     async def of(self, limiter: Limiter) -> Snapshot | None:
         """Return the snapshot of a pool; None while Valkey is unavailable."""

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis.asyncio
@@ -35,6 +36,41 @@ async def test_all_is_well(open_gateway: Opener) -> None:
     for name in ("valkey", "postgresql"):
         assert (body[name]["status"], body[name]["detail"]) == ("ok", None)
         assert 0 < body[name]["took_ms"] < 2_000
+
+
+async def test_any_number_of_probes_are_one_of_each_store(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may ask, without a key, and each look at PostgreSQL was a connection of its own."""
+    gateway = await open_gateway(worker=False)
+    services, looks = gateway.services, list[str]()
+    connections, blobs = services.store.connections, services.blobs
+    ping, run, list_days = connections.ping, connections.run, blobs.ping
+
+    async def noted_ping(timeout_ms: int) -> None:
+        looks.append("postgresql")
+        await ping(timeout_ms)
+
+    async def noted_run(*work: Any, **named: Any) -> Any:
+        looks.append("schema")
+        return await run(*work, **named)
+
+    async def noted_list() -> None:
+        looks.append("blobs")
+        await list_days()
+
+    monkeypatch.setattr(connections, "ping", noted_ping)
+    monkeypatch.setattr(blobs, "ping", noted_list)
+    monkeypatch.setattr(connections, "run", noted_run)
+    monkeypatch.setattr("tidegate.http.services.PROBED_EVERY_MS", 60_000)
+    paths = ["/health/dependencies", "/health/ready"] * 50
+    answers = await asyncio.gather(*map(gateway.get, paths))
+    assert {status for status, _ in answers} == {200}
+    assert {name: looks.count(name) for name in looks if name != "schema"} == {
+        "postgresql": 1,
+        "blobs": 1,
+    }
+    assert looks.count("schema") < 10, "others of this process run statements too"
 
 
 async def test_a_process_that_drains_is_alive_but_not_ready(open_gateway: Opener) -> None:
