@@ -163,7 +163,7 @@ def readiness(reason: str | None) -> JSONResponse:
     "/health/dependencies",
     response_model=Dependencies,
     responses={503: {"model": Dependencies}},
-    summary="State of Valkey, PostgreSQL and the blob store, checked now, with a deadline",
+    summary="State of Valkey, PostgreSQL and the blob store, checked with a deadline",
 )
 async def dependencies(request: Request) -> JSONResponse:
     services, is_operator = services_of(request), await is_admitted(request)
