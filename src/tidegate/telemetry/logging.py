@@ -160,16 +160,16 @@ _SECRET_FIELD = re.compile(
     r"key$|secret|password|credential|authorization|cookie|(?:access|refresh|auth|id|admin)_token$",
     re.IGNORECASE,
 )
-# A URL's password: everything up to the last "@" of the word, since "/" and "@" are often not
-# escaped in it; not the digits of a port.
+# The beginning of a URL's password; not the digits of a port.
+_PASSWORD = re.compile(r"://[^/\s:@'\"]*+:(?!\d++(?:[/?#\s'\",]|$))")
+_WORD = re.compile(r"[^\s'\"]++")
 _SECRET_IN_TEXT = re.compile(
     r"(?P<before>"
-    r"(?P<password>://[^/\s:@'\"]*:(?!\d+(?:[/?#\s'\",]|$)))"
-    r"|[?&](?:key|api_?key|upload_id|access_token|tidegate_key|password)="
+    r"[?&](?:key|api_?key|upload_id|access_token|tidegate_key|password)="
     r"|(?:x-(?:goog-)?api-key|authorization)['\"]?\s*[:=,]\s*(?:b?['\"])?(?:(?:bearer|basic)\s+)?"
     r")"
     # `tg_...` stands for any key in our own texts.
-    r"(?(password)[^\s'\"]*(?=@)|(?!(?:(?:bearer|basic)\s+)?tg_\.)[^&\s'\"]+)"
+    r"(?!(?:(?:bearer|basic)\s+)?tg_\.)[^&\s'\"]+"
     r"|\bAIza[\w-]{30,}|\btg_[a-z0-9]{4,}_\w{8,}|\btgop_[\w-]{20,}"
     # Keys of OpenAI, Anthropic, OpenRouter and DeepSeek; Groq, xAI, Hugging Face, Perplexity,
     # NVIDIA.
@@ -180,8 +180,20 @@ _SECRET_IN_TEXT = re.compile(
 
 def redact(text: str) -> str:
     """Return `text` without keys of providers and of this gateway, secrets in URLs, and values of
-    secret headers."""
+    secret headers. The time is linear, since a stranger's path is a text too."""
+    if "@" in text and "://" in text:
+        text = _WORD.sub(_without_password, text)
     return _SECRET_IN_TEXT.sub(lambda found: f"{found['before'] or ''}***", text)
+
+
+def _without_password(found: re.Match[str]) -> str:
+    """Return a word without the password of a URL: everything up to the last "@", since "/" and "@"
+    are often not escaped in it."""
+    word, end = found[0], found[0].rfind("@")
+    begun = _PASSWORD.search(word)
+    if begun is None or begun.end() > end:
+        return word
+    return f"{word[: begun.end()]}***{word[end:]}"
 
 
 _redacted_path = lru_cache(1_000)(redact)  # most requests are for one of a few paths
