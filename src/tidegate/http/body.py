@@ -14,7 +14,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import file_digest, sha256
@@ -57,7 +57,8 @@ class BodyMemory:
 
     Bodies of native calls, prompts and files of streams count from their arrival (files: from their
     loading) to the end of their calls, since they wait in memory; jobs and uploads count until they
-    are stored. A body of up to 64 KB that arrives with its head does not count.
+    are stored; stored answers of over 64 KB until their client has read them. A body of up to 64 KB
+    that arrives with its head does not count.
 
     `turn` is held to parse a large body of a job: its values take several times its size.
     """
@@ -343,6 +344,15 @@ def count_in(hold: BodyBudget | None, held_bytes: int, free_bytes: int) -> None:
 
 
 SLICE_BYTES = 64 * 1024
+
+
+def in_slices(content: bytes) -> Iterator[tuple[bytes, bool]]:
+    """Yield a whole answer in slices, and with each whether more follow: between them a slow client
+    is waited for."""
+    for at in range(0, max(1, len(content)), SLICE_BYTES):
+        yield content[at : at + SLICE_BYTES], at + SLICE_BYTES < len(content)
+
+
 MAX_PART_HEADERS = 8
 MAX_PART_HEADER_BYTES = 4096
 _AS_IT_IS = frozenset((b"7bit", b"8bit", b"binary"))

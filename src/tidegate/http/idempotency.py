@@ -23,6 +23,7 @@ from starlette.requests import Request
 
 from tidegate.dialects.answers import WithoutUsageEvent
 from tidegate.errors import IdempotencyConflict, InvalidRequest
+from tidegate.http.body import in_slices
 from tidegate.http.submission import Submission
 from tidegate.record import FRAMED, KEPT_BYTES, CallRecord
 from tidegate.spine.bodies import aside
@@ -189,7 +190,8 @@ class Once:
             (REPLAYED_HEADER.encode(), b"true"),
         ]
         await out.start(given.http_status, headers)
-        await out.body(answer, False)
+        for piece, more in in_slices(answer):
+            await out.body(piece, more)
 
     def ended(self, record: CallRecord, content_type: str) -> None:
         """Keep the answer after it was sent, decoded: a repeat requests no encoding."""

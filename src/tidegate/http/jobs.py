@@ -34,12 +34,14 @@ from tidegate.errors import (
     IdempotencyConflict,
     InvalidRequest,
     NotFound,
+    QueueFull,
     QuotaExceeded,
     StoreUnavailable,
     TidegateError,
     TooManyFollowers,
     UpstreamMissing,
 )
+from tidegate.http.body import WITH_ITS_HEAD_BYTES
 from tidegate.http.guards import Reader, caller_of, check_models, check_prompt
 from tidegate.http.idempotency import PARAMETER, REPLAYED_HEADER, idempotency_of, key_of
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, problem_responses
@@ -55,6 +57,7 @@ from tidegate.http.submission import (
 )
 from tidegate.http.views import (
     Accepted,
+    HeldResponse,
     StatusView,
     accepted,
     file_response,
@@ -162,6 +165,7 @@ class LiveStatus(Response):
         self._prefix = prefix
         self._sent_version = version
         self._caller = caller
+        self._hold = services.hold(caller)
         self._written_at = time.monotonic()
 
     async def __call__(self, scope: StarletteScope, receive: Receive, send: Send) -> None:
@@ -187,6 +191,7 @@ class LiveStatus(Response):
         finally:
             followers.discard(task)
             opening.close()
+            self._hold.release()
 
     async def _follow(self, writer: EventWriter, ends: Ends) -> None:
         while True:
@@ -194,6 +199,10 @@ class LiveStatus(Response):
             if record.version != self._sent_version:
                 view = await charged_view(self._services, record, self._prefix)
                 data = view.model_dump_json(exclude_none=True).encode()
+                try:
+                    self._hold.occupy(len(data))
+                except QueueFull:
+                    return  # it reconnects
                 await writer.status("status", data, str(record.version))
                 self._sent_version, self._written_at = record.version, time.monotonic()
             if record.status.is_end:
@@ -479,7 +488,11 @@ async def status(
         with services.openings.long_poll(caller):
             record = await wait_until(until, request, services, record, wait)
         await caller_of(request, Scope.READ)  # the key may have been revoked meanwhile
-    return await charged_view(services, record, prefix_of(request))
+    view = await charged_view(services, record, prefix_of(request))
+    if len(record.text or "") <= WITH_ITS_HEAD_BYTES:
+        return view
+    content = view.model_dump_json(exclude_none=True).encode()
+    return HeldResponse(content, services.hold(caller))
 
 
 @router.get(

@@ -591,6 +591,7 @@ class _Front:
         taken = await once.take()
         if isinstance(taken, KeyState):
             self._request_id, self._is_replay = taken.request_id, True
+            self._occupy(len(taken.answer or b""))
             await once.replay(taken, self)
             return
         try:
@@ -602,6 +603,12 @@ class _Front:
             else:
                 once.failed()
             raise
+
+    def _occupy(self, size_bytes: int) -> None:
+        """Count a stored answer in memory until it is sent. Raises QueueFull."""
+        if self._hold is None:
+            self._hold = self._services.hold(self._caller)
+        self._hold.occupy(self._hold.held_bytes + size_bytes)
 
     async def _upload(self, call: NativeCall) -> None:
         endpoint = call.endpoint

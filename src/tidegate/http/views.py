@@ -12,9 +12,11 @@ from uuid import UUID
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Receive, Scope, Send
 
 from tidegate.call import Classification, ClassifiedBy, Kind, Status, Tier, Usage
 from tidegate.errors import NotFound
+from tidegate.http.body import BodyBudget, in_slices
 from tidegate.record import Failure, answer_within
 from tidegate.store.blobs import Blobs
 from tidegate.store.records import (
@@ -424,3 +426,22 @@ async def streamed(
             yield piece
 
     return StreamingResponse(whole(), headers={**_AS_DATA, **headers}, media_type=media_type)
+
+
+class HeldResponse(Response):
+    """A large answer in JSON, which counts in the memory of its tenant until it is sent."""
+
+    def __init__(self, content: bytes, hold: BodyBudget) -> None:
+        """Raises QueueFull."""
+        super().__init__(content, media_type="application/json")
+        hold.occupy(len(content))
+        self._hold = hold
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        head = {"status": self.status_code, "headers": self.raw_headers}
+        try:
+            await send({"type": "http.response.start", **head})
+            for piece, more in in_slices(bytes(self.body)):
+                await send({"type": "http.response.body", "body": piece, "more_body": more})
+        finally:
+            self._hold.release()

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from pathlib import Path
+from socket import AF_INET, SOCK_STREAM
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
+import orjson
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from tests.contract.names import Names
-from tests.gateway import PNG, Opener, payload_of
+from tests.gateway import PNG, Opener, payload_of, small_receive_buffer
 from tests.integration.tenants.asking import ask, key_of, submitted
 from tests.waiting import wait_until
 from tidegate.http import services
@@ -176,6 +182,68 @@ async def test_one_tenants_forms_that_wait_on_disk_leave_room_for_anothers(
         task.cancel()
     await asyncio.gather(*held, return_exceptions=True)
     await wait_until(lambda: not gateway.services.spooled.of_tenants, 10, "room on the disk")
+
+
+LARGE = b'{"output": "' + b"x" * 12_000_000 + b'"}'
+
+
+async def test_one_tenants_slow_readers_of_stored_answers_leave_room_for_anothers(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    """Each of them held a whole answer in memory, for as long as it read a little now and then."""
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(body=LARGE, content_type="application/json")
+
+    app = web.Application()
+    app.router.add_post("/v1/responses", answer)
+    async with TestServer(app) as upstream:
+        policy, url = tmp_path / "policy.toml", upstream.make_url("/v1")
+        policy.write_text(f'[upstreams.own]\nbase_url = "{url}"\nmodels = ["gpt-*"]\n')
+        bounds = {"max_body_bytes": 1_000_000, "max_held_bytes": 40_000_000}
+        gateway = await open_gateway(auth="on", tidegate_policy=policy, **bounds)
+        alice, bob = await key_of(gateway, "alice"), await key_of(gateway, "bob")
+        bodies, asking = gateway.services.bodies, {"model": "gpt-5-mini", "input": "hello"}
+        job = await submitted(gateway, alice, endpoint="/v1/responses", body=asking)
+        of_job = f"{gateway.url}/status/{job}?wait=10"
+
+        async def call(method: str, url: str, headers: dict[str, str], **more: Any) -> int:
+            async with gateway.http.request(method, url, headers=headers, **more) as response:
+                return response.status
+
+        async def has_ended() -> bool:
+            _, body = await ask(gateway, "GET", f"/status/{job}?wait=5", alice)
+            return bool(body["status"] == "succeeded")
+
+        await wait_until(has_ended, 20, "the job")
+        once = {"Idempotency-Key": "k1", "Content-Type": "application/json"}
+        body, of_call = orjson.dumps(asking), f"{gateway.url}/v1/responses"
+        for key in (alice, bob):
+            assert await call("POST", of_call, key | once, data=body) == 200
+        live = {"Accept": "text/event-stream"}
+        for method, path, more, refused in (
+            ("POST", "/v1/responses", once, 429),
+            ("GET", f"/status/{job}", {}, 503),
+            ("GET", f"/status/{job}", live, 200),  # it ends, and is to come again
+        ):
+            slow = small_receive_buffer((AF_INET, SOCK_STREAM, 0))
+            slow.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
+            lines = [
+                f"{method} {path} HTTP/1.1",
+                "host: localhost",
+                "content-type: application/json",
+            ]
+            lines += [f"{name}: {value}" for name, value in (alice | more).items()]
+            lines += [f"content-length: {len(body) if method == 'POST' else 0}", "", ""]
+            slow.sendall("\r\n".join(lines).encode() + (body if method == "POST" else b""))
+            await wait_until(lambda: bodies.of_tenants["alice"] >= len(LARGE), 20, "the reader")
+            again = of_call if method == "POST" else of_job
+            sent = {"data": body} if method == "POST" else {}
+            assert await call(method, again, alice | more, **sent) == refused, path
+            assert await call("POST", of_call, bob | once, data=body) == 200
+            slow.close()
+            await wait_until(lambda: not bodies.of_tenants, 40, "the memory")
+            assert await call(method, again, alice | more, **sent) == 200
 
 
 FORM = "multipart/form-data; boundary=B"
