@@ -159,7 +159,9 @@ _FORM = AnswerForm(
 )
 _OUTPUT_IMAGE = re.compile(rb'"type"\s*:\s*"image"')
 # The first field of an answer, or of its first event, which a client cannot influence.
-_FIRST_FIELD = re.compile(rb'(?:(?:event|id|retry):[^\n]*\n)*\s*(?:data:)?\s*\[?\s*\{\s*"(\w+)"')
+_FIRST_FIELD = re.compile(
+    rb'(?:(?:event|id|retry):[^\n]*+\n)*+\s*+(?:data:)?\s*+\[?\s*+\{\s*+"(\w++)"'
+)
 _OF_OTHERS = frozenset((b"candidates", b"promptFeedback", b"usageMetadata", b"error"))
 _OF_EVENTS = frozenset((b"interaction", b"event_type", b"event_id", b"interaction_id", b"index"))
 

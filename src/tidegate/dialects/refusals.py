@@ -248,11 +248,14 @@ def clean(message: str, secret: str) -> str:
     return message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}..."
 
 
-# The first text after comments is an error: in an event, in a list or alone.
+# The first text after comments is an error: in an event, in a list or alone. Nothing is tried
+# twice, since an answer may begin with any number of blank lines, which keep its connection alive.
 _BEGINS = re.compile(
-    rb"(?:\s+|:[^\n]*\n|(?:event|id|retry):[^\n]*\n)*(?:data:)?\s*\[?\s*\{\s*"
-    rb'(?:"(?:code|status)"\s*:\s*(?:"[^"\\]*"|\d+|null)\s*,\s*)*'  # xAI's, before the message
-    rb'(?:"error"\s*:\s*[{"]|"(?:type|object)"\s*:\s*"error"|"type"\s*:\s*"response\.failed")'
+    rb"(?:\s++|:[^\n]*+\n|(?:event|id|retry):[^\n]*+\n)*+(?:data:)?\s*+\[?\s*+\{\s*+"
+    # xAI's, before the message:
+    rb'(?:"(?:code|status)"\s*+:\s*+(?:"[^"\\]*+"|\d++|null)\s*+,\s*+)*+'
+    rb'(?:"error"\s*+:\s*+[{"]|"(?:type|object)"\s*+:\s*+"error"|'
+    rb'"type"\s*+:\s*+"response\.failed")'
 )
 # A shorter first piece may be half of a line that reports an error.
 SHORTEST_BYTES = 64

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.dialects import refusals
+from tidegate.dialects import interactions, refusals
 from tidegate.errors import (
     UpstreamError,
     UpstreamRejected,
@@ -170,6 +171,23 @@ def test_an_error_that_ends_a_list_is_seen() -> None:
 def test_nothing_else_is_taken_for_one(name: str) -> None:
     assert refusals.error_event_in(NO_ERRORS[name]) is None
     assert not refusals.may_begin_with_error(NO_ERRORS[name])
+
+
+@pytest.mark.parametrize("blanks", [b"\n", b"\r\n", b" ", b": keep-alive\n\n", b"event: x\n"])
+@pytest.mark.parametrize("count", [24, 4_000])
+def test_no_number_of_blank_lines_before_an_answer_takes_long(blanks: bytes, count: int) -> None:
+    """Providers send them while a call waits there. With 30 of them an event loop stood still for
+    minutes."""
+    whole = b'{"object": "response", "error": null, "output": []}'
+    began = time.thread_time()
+    for answer in (whole, b"data: " + whole, b"<"):
+        assert not refusals.may_begin_with_error(blanks * min(count, 40) + answer)
+        assert refusals._BEGINS.match(blanks * count + answer) is None
+        assert not interactions.is_interaction(blanks * count + answer)
+    assert time.thread_time() - began < 1
+    error = b'{"error": {"message": "no"}}'
+    assert refusals._BEGINS.match(blanks * count + error) is not None
+    assert refusals._BEGINS.match(blanks * count + b"data: " + error) is not None
 
 
 @pytest.mark.parametrize(
