@@ -66,6 +66,8 @@ _TRANSIENT = (
     asyncpg.TransactionRollbackError,  # deadlock
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.ReadOnlySQLTransactionError,  # a demoted server
+    asyncpg.LockNotAvailableError,  # a `lock_timeout` of the database or the role
+    asyncpg.PostgresSystemError,  # its disk failed
 )
 # The connection was cut: no evidence about the server yet.
 _CUT = (
@@ -83,7 +85,6 @@ _UNFIT = (
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InsufficientPrivilegeError,
 )
-
 
 _numbers = count(1)
 # A plan for an earlier schema, and a statement that another server has, or lacks.

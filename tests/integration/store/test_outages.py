@@ -18,7 +18,7 @@ import pytest
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import TEXT, new_job, result
 from tests.waiting import promised_s, wait_until, work_for
-from tidegate.call import DEFAULT_POOL, Kind, Status
+from tidegate.call import DEFAULT_POOL, Kind, Status, new_id
 from tidegate.embedded.servers import PostgresServer
 from tidegate.errors import StoreUnavailable
 from tidegate.store.records import ClaimedJob
@@ -401,3 +401,54 @@ async def test_a_single_frozen_connection_costs_one_deadline_and_no_more(
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
+
+
+_REFUSING = """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN RAISE EXCEPTION 'refused' USING ERRCODE = '{code}'; END $$;
+    CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON {table}
+        FOR EACH STATEMENT EXECUTE FUNCTION refuse();
+"""
+_TABLES = ("requests", "audit")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param("55P03", id="a lock_timeout of the database"),
+        pytest.param("58030", id="an error of its disk"),
+        pytest.param("53100", id="a full disk"),
+        pytest.param("25006", id="a server that only reads"),
+    ],
+)
+async def test_what_a_server_cannot_do_now_is_written_later(
+    code: str, own_url: str, make_store: MakeStore
+) -> None:
+    store = await make_store(own_url, claim_lease_ms=LEASE_MS)
+    job, server = await running_job(store), await asyncpg.connect(own_url)
+    for table in _TABLES:
+        text = _REFUSING.format(code=code, table=table).replace("refuse()", f"refuse_{table}()")
+        await server.execute(text)
+    for refused in (
+        store.jobs.submit(new_job("refused")),
+        store.queue.running(job, model="m", fence=(1, 1), queue_ms=0),
+        store.queue.release([job]),
+    ):
+        with pytest.raises(StoreUnavailable):
+            await refused
+    await store.queue.finish(job, result("kept"))
+    await store.audit.record_stream(new_job("a stream"), result(source="stream"))
+    store.audit.put(result(source="relay", request_id=new_id()))
+    await wait_until(lambda: not (store.audit.waiting or store.audit._pending))
+    for table in _TABLES:
+        await server.execute(f"DROP TRIGGER refuse ON {table}")
+    await server.close()
+    assert await wait_status(store, job) is Status.SUCCEEDED
+
+    async def recorded() -> list[str]:
+        found = await rows(own_url, "SELECT source FROM audit WHERE status = 'succeeded'")
+        return sorted(row["source"] for row in found)
+
+    await wait_until(recorded)
+    await wait_until(lambda: not store.audit._spill.used_bytes)
+    assert await recorded() == ["job", "relay", "stream"]
