@@ -114,6 +114,16 @@ def test_an_adaptive_limit_that_has_found_a_lower_bound_says_so() -> None:
     assert cause.detail.startswith("Full: 3 of 3 used. Adapted from 12 to 3 after 429s.")
 
 
+def test_why_postgresql_is_unavailable_is_the_detail_of_its_cause() -> None:
+    for problem, words in (
+        ("PostgreSQL is away: no answer in time", "PostgreSQL does not answer"),
+        ("PostgreSQL accepts no writes: in_hot_standby is on", "PostgreSQL accepts no writes"),
+    ):
+        (cause,) = judge(replace(seen(record=None), problem=problem)).causes
+        assert (cause.kind, cause.detail) == ("postgresql_away", problem)
+        assert cause.words.partition(":")[0] == words
+
+
 @pytest.mark.parametrize(
     ("found", "health", "first"),
     [

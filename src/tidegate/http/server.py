@@ -68,6 +68,7 @@ from tidegate.http.services import (
     services_of_scope,
 )
 from tidegate.http.uvicorn_protocol import UPGRADE_EXTENSION
+from tidegate.limiter import Limiter
 from tidegate.metrics.verdict import DeploymentVerdict
 from tidegate.policy.deployment import StatedSetting, doubtful, policy_file, stated_settings
 from tidegate.record import Source
@@ -189,7 +190,7 @@ async def dependencies(request: Request) -> JSONResponse:
 
 async def _valkey(services: Services, deadline_ms: int) -> Dependency:
     return await services.recent_reads.probed(
-        "valkey", lambda: probe(services.limiter.ping(deadline_ms), deadline_ms)
+        "valkey", lambda: probe(_answer_of_valkey(services.limiter, deadline_ms), deadline_ms)
     )
 
 
@@ -220,6 +221,13 @@ def _upstreams(services: Services) -> dict[str, UpstreamHealth]:
         )
         for name, health in services.spine.health.items()
     }
+
+
+async def _answer_of_valkey(limiter: Limiter, deadline_ms: int) -> None:
+    """Raise LimiterUnavailable unless Valkey answers; not only pings, such as a replica does."""
+    await limiter.ping(deadline_ms)
+    if limiter.state == "away":
+        await limiter.snapshot()
 
 
 async def probe(ping: Awaitable[None], deadline_ms: int = _DEADLINE_MS) -> Dependency:

@@ -276,7 +276,7 @@ class Metric:
 
     BUILD = _of_all("tidegate_build_info", "1, with the version as a label", "version")
     VALKEY_UP = _of_all("tidegate_valkey_up", "1 if Valkey has answered for the pool", "pool")
-    POSTGRES_UP = _of_all("tidegate_postgres_up", "1 if PostgreSQL has answered")
+    POSTGRES_UP = _of_all("tidegate_postgres_up", "1 if PostgreSQL has answered and accepts writes")
     BOUND = _of_all("tidegate_limit_bound", "Bound of a limit in force", "pool limit")
     CURRENT = _of_all(
         "tidegate_limit_current",

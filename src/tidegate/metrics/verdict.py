@@ -34,6 +34,7 @@ from tidegate.policy.rollout import PolicyKeeper
 from tidegate.prices.budgets import Budget, scope_values
 from tidegate.spine.routing import DRAINED
 from tidegate.store.budgets import BudgetBook
+from tidegate.store.database import NO_WRITES
 from tidegate.store.jobs import MOST_STUCK, StuckCounts
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
@@ -62,6 +63,7 @@ SHORT_PAUSE_MS = 10_000  # such as after a provider's 429: it ends before a pers
 MOST_CAUSES = 12
 FRESH_S = 1.0
 RECORD_FRESH_S = 2.0
+_RECORD_MS = 1_000
 _MOST_TENANTS = 3
 _GATE = "upstream:"  # the limit that a process pauses when its upstream is out
 _LEVELS: Mapping[Health, int] = {"down": 0, "degraded": 1, "healthy": 2}
@@ -125,12 +127,14 @@ class RecordReading:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentReading:
-    """A deployment at one moment. record: None if PostgreSQL does not answer."""
+    """A deployment at one moment. record: None if PostgreSQL is unavailable, for the reason
+    `problem`."""
 
     pools: Sequence[PoolReading]
     notes: Sequence[Note]
     upstreams: Collection[str]
     record: RecordReading | None
+    problem: str = ""
 
 
 class Standing:
@@ -146,12 +150,14 @@ class Standing:
     async def look(self) -> DeploymentReading:
         """Read every pool from Valkey, and PostgreSQL unless it was read a moment ago."""
         keepers = list(self._keepers.items())
-        notes, record, pools = await asyncio.gather(
+        notes, found, pools = await asyncio.gather(
             self._board.notes(),
             self._record.get(),
             asyncio.gather(*(_pool(name, keeper) for name, keeper in keepers)),
         )
-        return DeploymentReading(pools, notes.notes, self._board.own().upstreams.keys(), record)
+        record, problem = (None, found) if isinstance(found, str) else (found, "")
+        names = self._board.own().upstreams.keys()
+        return DeploymentReading(pools, notes.notes, names, record, problem)
 
     async def verdict(self) -> DeploymentVerdict:
         """Return the recent verdict, computed once for all callers."""
@@ -160,16 +166,16 @@ class Standing:
     async def _judge(self) -> DeploymentVerdict:
         return judge(await self.look())
 
-    async def _read_record(self) -> RecordReading | None:
-        if self._store.connections.unavailable:
-            return None
+    async def _read_record(self) -> RecordReading | str:
+        """Return what PostgreSQL has, or why it is unavailable."""
         try:
+            await self._store.connections.check_writes(_RECORD_MS)
             stuck = await self._store.stuck.counts()
             _, budgets = await self._store.budgets.records.all()
             books = await self._store.budgets.records.books() if budgets else []
         except StoreUnavailable as error:
             log.debug(Log.STORE_AWAY, detail=error.message)
-            return None
+            return error.message
         return RecordReading(stuck, budgets, books)
 
 
@@ -263,8 +269,11 @@ def _of_stores(reading: DeploymentReading) -> Iterator[Cause]:
         level: Health = "down" if is_all else "degraded"
         yield Cause("valkey_away", level, words, unavailable[0].problem, command="tidegate doctor")
     if reading.record is None:
-        words = "PostgreSQL does not answer: jobs are rejected, streams and native calls continue."
-        yield Cause("postgresql_away", "degraded", words, command="tidegate doctor")
+        what = NO_WRITES if reading.problem.startswith(NO_WRITES) else "PostgreSQL does not answer"
+        words = f"{what}: jobs are rejected, streams and native calls continue."
+        yield Cause(
+            "postgresql_away", "degraded", words, reading.problem, command="tidegate doctor"
+        )
     for one in reading.pools:
         if one.snapshot is not None and one.snapshot.recovering_ms > 0:
             left = format_span(one.snapshot.recovering_ms)

@@ -48,8 +48,8 @@ from tidegate.prices.budgets import (
     scope_values,
     with_end_of,
 )
-from tidegate.store.database import Connections, GroupWriter, Steadiness, sql
-from tidegate.store.notifications import next_beat_s
+from tidegate.store.database import Connections, GroupWriter, sql
+from tidegate.store.notifications import Steadiness, next_beat_s
 from tidegate.store.records import (
     Json,
     changed_once,

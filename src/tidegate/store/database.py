@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL, liveness, named statements, group commit, migrations, partitions.
+"""Connections to PostgreSQL, named statements, group commit, migrations, partitions.
 
 Every unit of work is one transaction without named prepared statements, so that PgBouncer may run
 in transaction mode.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,11 +70,8 @@ _TRANSIENT = (
 )
 # The connection was cut: no evidence about the server yet.
 _CUT = (
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.AdminShutdownError,
-    ConnectionResetError,
+    *(asyncpg.InterfaceError, asyncpg.InternalClientError, asyncpg.PostgresConnectionError),
+    *(asyncpg.AdminShutdownError, ConnectionResetError),
 )
 # The server is reachable but lacks our schema or rights (yet).
 _UNFIT = (
@@ -89,10 +85,12 @@ _UNFIT = (
 _numbers = count(1)
 # A plan for an earlier schema, and a statement that another server has, or lacks.
 _STALE = (
-    asyncpg.InvalidCachedStatementError,
-    asyncpg.InvalidSQLStatementNameError,
+    *(asyncpg.InvalidCachedStatementError, asyncpg.InvalidSQLStatementNameError),
     asyncpg.DuplicatePreparedStatementError,
 )
+# Reported by a server, not by PgBouncer, while it accepts no writes.
+NO_WRITES = "PostgreSQL accepts no writes"
+_READ_ONLY = ("in_hot_standby", "default_transaction_read_only")
 
 
 class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
@@ -275,12 +273,25 @@ class Connections:
         return count_in(done)
 
     async def ping(self, timeout_ms: int) -> None:
-        """Make one round trip on a new connection; raises StoreUnavailable."""
+        """Make one round trip on a new connection. Raises StoreUnavailable, also for a server that
+        accepts no writes."""
         try:
             connection = await self._answered(timeout_ms / 1000)
         except (*_TRANSIENT, *_UNFIT) as failed:
             raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
-        connection.terminate()
+        try:
+            require_writes(connection)
+        finally:
+            connection.terminate()
+
+    async def check_writes(self, timeout_ms: int) -> None:
+        """Raise StoreUnavailable if PostgreSQL accepts no writes."""
+
+        async def check(connection: asyncpg.Connection) -> None:
+            await connection.execute("SELECT 1")  # its answer follows a changed setting
+            require_writes(connection)
+
+        await self.run(check, timeout_ms=timeout_ms)
 
     async def dedicated(self) -> DatabaseSession:
         """Return a connection outside the pool, for LISTEN; the caller terminates it."""
@@ -533,6 +544,14 @@ class _Patience:
             task.cancel()
 
 
+def require_writes(connection: asyncpg.Connection) -> None:
+    """Raise StoreUnavailable if the server has reported that it accepts no writes."""
+    settings = connection.get_settings()
+    for name in _READ_ONLY:
+        if getattr(settings, name, "off") == "on":
+            raise StoreUnavailable(f"{NO_WRITES}: {name} is on")
+
+
 def _wake(waits: asyncio.Future[None]) -> None:
     if not waits.done():
         waits.set_result(None)
@@ -556,49 +575,6 @@ def _unfit_words(error: asyncpg.PostgresError) -> str:
     unmigrated = isinstance(error, (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError))
     remedy = "; `tidegate migrate` brings its schema up to date" if unmigrated else ""
     return f"the database is not ready: {error}{remedy}"
-
-
-def _now() -> float:
-    # Includes time in which the machine was suspended, if the platform supports that.
-    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-    return time.clock_gettime(clock)
-
-
-class Steadiness:
-    """How long this process's heartbeats have reached PostgreSQL without a gap.
-
-    Invariant: only a process whose own heartbeats arrived for a whole lease may take over jobs of
-    others. After an outage, when every worker looks dead, none may until all live ones had a
-    lease's time to report.
-    """
-
-    def __init__(self, lease_ms: int) -> None:
-        self._lease_s = lease_ms / 1000
-        self._since: float | None = None
-        self._last: float | None = None
-
-    def beaten(self, sent_at: float) -> None:
-        """Record that a heartbeat sent at `sent_at` was committed."""
-        if self._last is None or sent_at - self._last > self._lease_s * 2 / 3:
-            self._since = sent_at
-        self._last = sent_at
-
-    def missed(self) -> None:
-        self._since = self._last = None
-
-    @property
-    def fresh(self) -> bool:
-        """Whether the last heartbeat is within the lease."""
-        return self._last is not None and _now() - self._last < self._lease_s * 2 / 3
-
-    @property
-    def may_judge(self) -> bool:
-        return self.fresh and self._since is not None and _now() - self._since >= self._lease_s
-
-    @staticmethod
-    def clock() -> float:
-        """Seconds on the clock that `beaten` takes."""
-        return _now()
 
 
 _HEAD = re.compile(r"^-- name: (?P<name>\w+)\n-- (?P<does>.+)\n", re.MULTILINE)

@@ -25,7 +25,8 @@ from uuid import UUID
 import asyncpg
 
 from tidegate.errors import StoreUnavailable
-from tidegate.store.database import Connections, Steadiness, sql
+from tidegate.store.database import Connections, sql
+from tidegate.store.notifications import Steadiness
 from tidegate.store.records import Idempotency, Json, dumps, entry_of, record_of
 from tidegate.telemetry.logging import Log, get_logger
 

@@ -28,7 +28,7 @@ import asyncpg
 
 from tidegate.call import Kind
 from tidegate.errors import StoreUnavailable
-from tidegate.store.database import Connections, DatabaseSession, Steadiness, row_alone
+from tidegate.store.database import Connections, DatabaseSession, row_alone
 from tidegate.store.records import dumps, uuid_of
 
 # Lanes of work beside the kinds of jobs: unclassified jobs, and batches.
@@ -59,6 +59,49 @@ _LISTEN_TIMEOUT_MS = 2_000
 AGREE_S = 1.0  # more than a reading is late by, less than a deadline or a retry is exact to
 # asyncpg raises the second if the connection's end was announced between two statements.
 _CUT = (asyncpg.InterfaceError, asyncpg.InternalClientError)
+
+
+def _now() -> float:
+    # Includes time in which the machine was suspended, if the platform supports that.
+    clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime(clock)
+
+
+class Steadiness:
+    """How long this process's heartbeats have reached PostgreSQL without a gap.
+
+    Invariant: only a process whose own heartbeats arrived for a whole lease may take over jobs of
+    others. After an outage, when every worker looks dead, none may until all live ones had a
+    lease's time to report.
+    """
+
+    def __init__(self, lease_ms: int) -> None:
+        self._lease_s = lease_ms / 1000
+        self._since: float | None = None
+        self._last: float | None = None
+
+    def beaten(self, sent_at: float) -> None:
+        """Record that a heartbeat sent at `sent_at` was committed."""
+        if self._last is None or sent_at - self._last > self._lease_s * 2 / 3:
+            self._since = sent_at
+        self._last = sent_at
+
+    def missed(self) -> None:
+        self._since = self._last = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the last heartbeat is within the lease."""
+        return self._last is not None and _now() - self._last < self._lease_s * 2 / 3
+
+    @property
+    def may_judge(self) -> bool:
+        return self.fresh and self._since is not None and _now() - self._since >= self._lease_s
+
+    @staticmethod
+    def clock() -> float:
+        """Seconds on the clock that `beaten` takes."""
+        return _now()
 
 
 def next_beat_s(every_s: float) -> float:

@@ -29,7 +29,7 @@ from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure
 from tidegate.store import records as rows
 from tidegate.store.audit import AuditLog, audit_unanswered, of_row
-from tidegate.store.database import Connections, GroupWriter, Steadiness, count_in, sql
+from tidegate.store.database import Connections, GroupWriter, count_in, sql
 from tidegate.store.jobs import CANCELLED_FAILURE
 from tidegate.store.notifications import (
     AT_ONCE,
@@ -37,6 +37,7 @@ from tidegate.store.notifications import (
     Lookback,
     Notifications,
     Scan,
+    Steadiness,
     until_quick,
 )
 from tidegate.store.records import ClaimedJob, FailedTry, Json

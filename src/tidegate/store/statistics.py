@@ -29,7 +29,7 @@ import orjson
 
 from tidegate.call import UsageState
 from tidegate.errors import StoreUnavailable
-from tidegate.store.database import COMMAND_TIMEOUT_MS, Connections, sql
+from tidegate.store.database import COMMAND_TIMEOUT_MS, Connections, require_writes, sql
 from tidegate.store.records import Json, dumps, record_of
 
 LANES = 90  # from 1 ms to over an hour; the first is below 1 ms, the last everything above
@@ -265,7 +265,7 @@ class QueueDepths:
         self._next_at = float("-inf")
 
     async def depths(self) -> Depths:
-        """Return the recent depths. Raises StoreUnavailable."""
+        """Return the recent depths. Raises StoreUnavailable, also without writes at PostgreSQL."""
         is_fresh = time.monotonic() < self._next_at and not self._connections.unavailable
         if self._read is not None and is_fresh:
             return self._read
@@ -281,6 +281,7 @@ async def _read(connection: asyncpg.Connection) -> Depths:
     row = await connection.fetchrow(sql("depth_of_jobs"), MOST_COUNTED)
     budgets = await connection.fetch(sql("use_of_budgets"), MOST_BUDGETS_SHOWN)
     assert row is not None
+    require_writes(connection)
     now = datetime.now(UTC)
     return record_of(
         Depths,

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 import redis.asyncio
 
 from tests.clusters import FAST, copied
-from tests.gateway import Opener
+from tests.gateway import Gateway, Opener
 from tests.waiting import promised_s, wait_until
 from tidegate.embedded.servers import PostgresServer, ValkeyServer
 
@@ -164,3 +165,65 @@ async def test_without_postgresql_all_answers_come_in_time_and_streams_go_on(
     await wait_until(lambda: not gateway.services.store.connections.unavailable, 20)
     record = await gateway.recorded(streamed.request_id)
     assert (record["status"], len(record["images"])) == ("succeeded", 1)
+
+
+async def test_a_postgresql_that_only_reads_is_unavailable_until_it_writes_again(
+    open_gateway: Opener, own_postgres: PostgresServer
+) -> None:
+    gateway = await open_gateway(worker=False, database_url=own_postgres.url())
+    request_id = await gateway.submit(data="Explain the tide", type="text_only")
+    server = await asyncpg.connect(own_postgres.url("postgres"))
+    await server.execute("ALTER SYSTEM SET default_transaction_read_only = on")
+    await server.execute("SELECT pg_reload_conf()")
+
+    async def found() -> dict[str, Any] | None:
+        status, body = await gateway.get("/health/dependencies")
+        causes = [one["kind"] for one in body["verdict"]["causes"]]
+        return body if status == 503 and "postgresql_away" in causes else None
+
+    body = await wait_until(found, what="that it only reads is noticed")
+    why = "PostgreSQL accepts no writes: default_transaction_read_only is on"
+    assert (body["postgresql"]["status"], body["postgresql"]["detail"]) == ("failed", why)
+    (cause,) = body["verdict"]["causes"]
+    assert (cause["words"].partition(":")[0], cause["detail"]) == (why.partition(":")[0], why)
+    await wait_until(lambda: scraped(gateway, 0), what="the metrics say so")
+    async with gateway.http.post(f"{gateway.url}/submit", json={"data": "Hello"}) as response:
+        assert (response.status, response.headers["retry-after"]) == (503, "1")
+    assert (await gateway.get(f"/status/{request_id}"))[0] == 200
+    await server.execute("SET default_transaction_read_only = off")
+    await server.execute("ALTER SYSTEM RESET default_transaction_read_only")
+    await server.execute("SELECT pg_reload_conf()")
+    await server.close()
+
+    async def is_well() -> bool:
+        return bool((await gateway.get("/health/dependencies"))[0] == 200)
+
+    await wait_until(is_well, what="that it writes is noticed")
+    await gateway.submit(data="Hello", type="text_only")
+    await wait_until(lambda: scraped(gateway, 1), what="the metrics say so")
+
+
+async def scraped(gateway: Gateway, is_up: int) -> bool:
+    async with gateway.http.get(f"{gateway.url}/metrics") as response:
+        return f"\ntidegate_postgres_up {is_up}.0\n" in await response.text()
+
+
+async def test_a_valkey_that_answers_pings_alone_is_unavailable(
+    open_gateway: Opener, own_valkey: ValkeyServer
+) -> None:
+    gateway = await open_gateway(worker=False, redis_url=own_valkey.url)
+    client = redis.asyncio.Redis.from_url(own_valkey.url)
+    await client.replicaof("127.0.0.1", 1)  # as after a failover
+
+    async def is_noticed() -> bool:
+        status, body = await gateway.get("/health/dependencies")
+        return status == 503 and "read only replica" in str(body["valkey"]["detail"])
+
+    await wait_until(is_noticed, what="that it takes no writes is noticed")
+    await client.replicaof("NO", "ONE")
+    await client.aclose()
+
+    async def is_well() -> bool:
+        return bool((await gateway.get("/health/dependencies"))[0] == 200)
+
+    await wait_until(is_well, what="that it takes writes is noticed")

@@ -17,7 +17,7 @@ from tidegate.store import database as queries
 from tidegate.store import notifications
 from tidegate.store import records as rows
 from tidegate.store.audit import inline_row, unpack
-from tidegate.store.database import Steadiness
+from tidegate.store.notifications import Steadiness
 from tidegate.store.tenants import check_changes
 
 FOLDER = Path(queries.__file__).parent
