@@ -60,8 +60,7 @@ _SAMPLED_BYTES, _SAMPLE_BYTES, _WORTH_IT = 262_144, 16_384, 0.7
 # A window that fits a small body, with small tables: zlib's default prepares 256 KB each time,
 # several times the work of a small body, for the same size.
 _BODIES_SMALL_BYTES = 4096
-_SMALL_WINDOW_BITS = 12
-_SMALL_TABLES = 5
+_SMALL_WINDOW_BITS, _SMALL_TABLES = 12, 5
 
 
 def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
@@ -214,14 +213,12 @@ def _matching(
 _OTHER_OPS = (*KEY_OPS, NOTED)  # entries that are no calls
 MAX_PENDING_STREAMS = 2_000
 MAX_PENDING_BYTES = 64_000_000
-_RETRY_MS = 200
-_REPLAY_EVERY_MS = 5_000
+_RETRY_MS, _REPLAY_EVERY_MS = 200, 5_000
 SOURCE: Source = "relay"
 MAX_WAITING = 10_000
 MAX_WAITING_BYTES = 64_000_000
 _BATCH_ROWS = 200
-_AT_ONCE = 8
-_LINGER_S = 0.05
+_AT_ONCE, _LINGER_S = 8, 0.05
 _SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL does not either
 _BLOB_TIMEOUT_S = 5.0
 _LOST = Failure("process_died", "the process that made this call died before its end")
@@ -567,8 +564,9 @@ class AuditLog:
         self._room.set()
 
     def keep(self, entry: Json | Awaitable[Json], *, patient: bool = False) -> asyncio.Task[bool]:
-        """Write an entry (True), or keep it on disk until it can be written (False). While the
-        spill is full too, a `patient` entry waits; for others StoreUnavailable is raised."""
+        """Write an entry (True), or keep it on disk until it can be written (False), or for an
+        operator if PostgreSQL rejects it: then the error is raised. While the spill is full too, a
+        `patient` entry waits; for others StoreUnavailable is raised."""
         task = asyncio.create_task(self._write_or_keep(entry, patient))
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -596,6 +594,9 @@ class AuditLog:
                 except StoreUnavailable:
                     if not patient or self._closing:
                         raise
+            except (asyncpg.PostgresError, ValueError) as refused:
+                await self._spill.reject(entry, repr(refused))
+                raise
             await asyncio.sleep(_RETRY_MS / 1000)
 
     async def _replay(self) -> None:

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import asyncpg
+import orjson
 import pytest
 
 from tests.integration.store.conftest import MakeStore
@@ -452,3 +453,23 @@ async def test_what_a_server_cannot_do_now_is_written_later(
     await wait_until(recorded)
     await wait_until(lambda: not store.audit._spill.used_bytes)
     assert await recorded() == ["job", "relay", "stream"]
+
+
+async def test_a_record_that_postgresql_rejects_for_good_is_kept_for_an_operator(
+    own_url: str, make_store: MakeStore, tmp_path: Path
+) -> None:
+    store = await make_store(own_url, spill_dir=tmp_path / "spill")
+    job, server = await running_job(store), await asyncpg.connect(own_url)
+    await server.execute("ALTER TABLE audit ADD CHECK (model <> 'refused') NOT VALID")
+    relayed = result(source="relay", request_id=new_id(), model="refused")
+    streamed, rejected = new_job("a stream"), tmp_path / "spill" / "rejected.jsonl"
+    store.audit.put(relayed)
+    await store.audit.record_stream(streamed, result(source="stream", model="refused"))
+    with pytest.raises(asyncpg.CheckViolationError):
+        await store.queue.finish(job, result("in vain", model="refused"))
+    await wait_until(lambda: not (store.audit.waiting or store.audit._pending))
+    lines = [orjson.loads(line) for line in rejected.read_text().splitlines()]
+    expected = {str(one) for one in (relayed.request_id, streamed.request_id, job.request_id)}
+    assert {line["entry"]["row"]["id"] for line in lines} == expected
+    assert all("CheckViolationError" in line["reason"] for line in lines)
+    await server.close()
