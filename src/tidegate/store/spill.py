@@ -15,6 +15,7 @@ import fcntl
 import mmap
 import os
 import struct
+import sys
 import zlib
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -211,10 +212,21 @@ class CallJournal:
         return f"<CallJournal open={self._memory is not None} free={len(self._free)}>"
 
     def open(self) -> None:
-        """Create the file. Raises OSError if the folder cannot be written."""
+        """Create the file with all its blocks: writing to a mapped page for which a full disk has
+        no room would kill the process. Without room now, no calls are entered. Raises OSError if
+        the folder cannot be written."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._file = _created(self._folder, _CALLS_SUFFIX)
-        os.ftruncate(self._file.descriptor, _SLOTS * _SLOT_BYTES)
+        try:
+            if sys.platform == "linux":
+                os.posix_fallocate(self._file.descriptor, 0, _SLOTS * _SLOT_BYTES)
+            else:
+                os.ftruncate(self._file.descriptor, _SLOTS * _SLOT_BYTES)
+        except OSError as failed:
+            get_logger().error(Log.JOURNAL_MISSING, detail=str(failed))
+            self._file.drop()
+            self._file = None
+            return
         self._memory = mmap.mmap(self._file.descriptor, _SLOTS * _SLOT_BYTES)
         self._free = list(range(_SLOTS - 1, -1, -1))
 

@@ -71,6 +71,7 @@ class Log(StrEnum):
     STORE_AWAY = "store_away"
     STORE_BACK = "store_back"
     BLOBS_AWAY = "blobs_away"
+    JOURNAL_MISSING = "journal_missing"
     SPILLED = "spilled"
     SPILL_REPLAYED = "spill_replayed"
     AUDIT_DROPPED = "audit_dropped"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -59,6 +60,32 @@ async def test_what_was_under_way_is_found_once_the_process_is_gone(tmp_path: Pa
     assert (found.subject, found.streamed, found.attempts) == ("s", True, 1)
     assert await lost_in(tmp_path) == []
     assert os.listdir(tmp_path) == []
+
+
+def test_its_file_has_all_of_its_room_on_the_disk_from_the_start(tmp_path: Path) -> None:
+    journal = CallJournal(tmp_path)
+    journal.open()
+    (file,) = tmp_path.iterdir()
+    # A page of a mapped file that finds no room on a full disk later kills the process (SIGBUS).
+    assert file.stat().st_blocks * 512 >= file.stat().st_size > 0
+    journal.close()
+
+
+def test_without_room_for_it_on_the_disk_calls_go_on_unnoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    journal = CallJournal(tmp_path)
+    journal.open()
+    assert os.listdir(tmp_path) == []
+    record = a_call()
+    journal.enter(record)
+    journal.note(record)
+    journal.leave(record)
+    journal.close()
 
 
 async def test_a_process_that_ended_in_order_leaves_nothing(tmp_path: Path) -> None:
