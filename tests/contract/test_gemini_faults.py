@@ -160,7 +160,7 @@ async def test_a_good_answer_s_wait_is_for_its_limit_alone(code: int, wait_ms: i
 
 async def test_a_redirect_is_not_followed() -> None:
     error = await answer_status(302, b"", location="http://127.0.0.1:1/elsewhere")
-    assert type(error) is UpstreamRejected
+    assert type(error) is UpstreamGarbled
 
 
 async def test_a_refused_connection_is_unavailable() -> None:

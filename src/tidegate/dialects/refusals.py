@@ -46,6 +46,9 @@ from tidegate.telemetry.logging import redact
 
 # Other 4xx that are temporary: the same call may succeed later.
 TRANSIENT_CODES = (408, 425, 499)
+# Without an error object, a balancer or proxy answers in the provider's place, such as while the
+# servers behind it are replaced: an API names what it does not know.
+_NOT_OF_THE_API = (404, 405, 407)
 # HTTP statuses of errors by their type, code or status.
 _STATUSES = {word: status for spec in DIALECTS.values() for word, status in spec.statuses.items()}
 _IN_ORDER = tuple(DIALECTS[name] for name in ("gemini", "openai", "anthropic", "bedrock"))
@@ -79,10 +82,14 @@ def upstream_error(
     dialect: str = Dialect.GEMINI,
     tier: str = "",
     is_own: bool = False,
+    calls_model: bool = False,
 ) -> UpstreamError:
     """Return the error for an error object and its HTTP status. `headers` are in lower case.
     `secret`: the API key, which is removed from the message. `tier`: the requested one. `is_own`:
-    the server is self-hosted."""
+    the server is self-hosted. `calls_model`: the request was for a model's answer."""
+    if calls_model and status in _NOT_OF_THE_API and not error:
+        no_api = f"the provider answered {status} without an error of its API"
+        return UpstreamGarbled(no_api, status=status)
     message = f"the provider answered {status}: {_reason(error, secret)}"
     at = answered_at(headers.get("date", ""), datetime.now(UTC))
     answer = ErrorAnswer(status, error, _passed_on(error) | dict(headers), at, tier.lower())
@@ -179,7 +186,7 @@ def _by_status(answer: ErrorAnswer, message: str, wait_ms: int | None) -> Upstre
         return UpstreamRejected(message, status=status)
     if status >= 500 or status in TRANSIENT_CODES:
         return UpstreamUnavailable(message, status=status, retry_after_ms=wait_ms)
-    if 300 <= status < 500:
+    if 400 <= status < 500:
         return UpstreamRejected(message, status=status)
     return UpstreamGarbled(message, status=status)
 

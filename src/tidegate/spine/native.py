@@ -509,23 +509,19 @@ class NativeExchange:
                 body = await aside(len(call.body), making) if is_large else making()
             else:
                 body = call.form.for_model(target.model)
-            timeouts = self._timeouts[target.upstream.name]
+            timeouts, sent = self._timeouts[target.upstream.name], self._note_sent
             exchange = await _open(
-                self._wire,
-                timeouts,
-                call,
-                target,
-                body,
-                self._note_sent,
-                streamed=record.streamed,
+                self._wire, timeouts, call, target, body, sent, streamed=record.streamed
             )
             try:
                 status = exchange.status
                 if call.endpoint.is_counted and (status < 300 or status == 429):
                     lane.gate.announced.take(target.model, exchange)
                 if status >= 300 and not is_unchanged(status, call.headers):
-                    tier = self._requested_tier()
-                    failed = await refusal_of(exchange, target, call.endpoint.dialect, tier)
+                    dialect, tier = call.endpoint.dialect, self._requested_tier()
+                    failed = await refusal_of(
+                        exchange, target, dialect, tier, calls_model=call.endpoint.is_counted
+                    )
                     raise self._with_headers(failed)
                 if call.endpoint.is_counted:
                     operation = call.endpoint.operation

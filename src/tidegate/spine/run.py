@@ -126,10 +126,11 @@ class CallFailed(Exception):
 
 
 async def refusal_of(
-    exchange: Exchange, target: Target, dialect: str, tier: str = ""
+    exchange: Exchange, target: Target, dialect: str, tier: str = "", *, calls_model: bool = False
 ) -> CallFailed:
     """Return the failure that an unsuccessful answer reports, from its body as far as it arrived.
-    `tier`: the requested one. Raises UpstreamGarbled for a status below 400."""
+    `tier`: the requested one. `calls_model`: the request was for a model's answer. Raises
+    UpstreamGarbled for a status below 400."""
     body = await exchange.read_refusal(_REFUSAL_BYTES)
     status = exchange.status
     if status < 400:
@@ -152,14 +153,10 @@ async def refusal_of(
         dialect=dialect,
         tier=tier,
         is_own=target.upstream.is_own,
+        calls_model=calls_model,
     )
-    return CallFailed(
-        error,
-        target,
-        status=status,
-        headers=to_return(headers, secret, same_length=False),
-        body=masked(body, target),
-    )
+    returned = to_return(headers, secret, same_length=False)
+    return CallFailed(error, target, status=status, headers=returned, body=masked(body, target))
 
 
 HELD_S = 2.0

@@ -558,7 +558,7 @@ class CallScope:
             error = refusals.error_of_refusal_in(self._tail())
             headers = httpx2.Headers(exchange.headers)
             return refusals.upstream_error(
-                exchange.status, error, headers, secret=secret, tier=self._tier
+                exchange.status, error, headers, secret=secret, tier=self._tier, calls_model=True
             )
         if isinstance(failure, UpstreamTimeout):
             return failure

@@ -73,6 +73,33 @@ async def test_jobs_and_lines_outlast_an_outage(
     await assert_all_succeeded(sdk[0], await end_of(sdk[0], batch, 60), LINES)
 
 
+@pytest.mark.parametrize("head", ["404 Not Found", "405 Not Allowed", "302 Found"])
+async def test_jobs_outlast_another_server_in_the_providers_place(
+    open_gateway: Opener, head: str
+) -> None:
+    """Such as a balancer's while the servers behind it are replaced."""
+    page, calls = b"404 page not found", list[bytes]()
+    answer = b"HTTP/1.1 %b\r\nlocation: https://elsewhere/\r\n" % head.encode()
+    answer += b"content-length: %d\r\n\r\n%b" % (len(page), page)
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        calls.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        gateway = await open_gateway(gemini_base_url=f"http://127.0.0.1:{port}", max_attempts=8)
+        ids = await hand_in(gateway)
+        await wait_until(lambda: gateway.services.spine.health["gemini"].state != "ok")
+        seen = len(calls)
+        await wait_until(lambda: len(calls) > seen + 1)
+        states = {(await gateway.status(one))["status"] for one in ids}
+        assert states <= {"queued", "running"}
+        await gateway.stop_worker()
+
+
 @pytest.mark.slow
 async def test_faults_that_others_meet_too_use_up_no_attempts(
     open_gateway: Opener, sdk: list[AsyncOpenAI]

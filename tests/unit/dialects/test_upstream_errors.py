@@ -53,7 +53,7 @@ def mapped(status: int, headers: dict[str, str] | None = None, **error: Any) -> 
         (499, UpstreamUnavailable),
         (500, UpstreamUnavailable),
         (504, UpstreamUnavailable),
-        (301, UpstreamRejected),
+        (301, UpstreamGarbled),
         (204, UpstreamGarbled),
     ],
 )
@@ -61,6 +61,18 @@ def test_each_status_has_its_error(status: int, kind: type[UpstreamError]) -> No
     error = mapped(status)
     assert type(error) is kind
     assert error.status == status
+
+
+@pytest.mark.parametrize("status", [404, 405, 407])
+def test_where_no_api_answers_a_model_call_the_provider_is_not_there(status: int) -> None:
+    """Such as a proxy or a balancer whose servers are being replaced."""
+    page = refusals.upstream_error(status, {}, {}, secret="s3cret", calls_model=True)
+    assert type(page) is UpstreamGarbled
+    assert page.message == f"the provider answered {status} without an error of its API"
+    stated = {"error": {"message": "no such model"}}
+    for error, calls_model in (({}, False), ({"message": "no such model"}, True), (stated, True)):
+        found = refusals.upstream_error(status, error, {}, secret="", calls_model=calls_model)
+        assert type(found) is UpstreamRejected
 
 
 @pytest.mark.parametrize(
