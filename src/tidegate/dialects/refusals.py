@@ -48,7 +48,7 @@ from tidegate.telemetry.logging import redact
 TRANSIENT_CODES = (408, 425, 499)
 # Without an error object, a balancer or proxy answers in the provider's place, such as while the
 # servers behind it are replaced: an API names what it does not know.
-_NOT_OF_THE_API = (404, 405, 407)
+_NOT_OF_THE_API = (403, 404, 405, 407)
 # HTTP statuses of errors by their type, code or status.
 _STATUSES = {word: status for spec in DIALECTS.values() for word, status in spec.statuses.items()}
 _IN_ORDER = tuple(DIALECTS[name] for name in ("gemini", "openai", "anthropic", "bedrock"))
