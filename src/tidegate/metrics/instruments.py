@@ -11,8 +11,10 @@ are bounded; adding to a counter takes no lock. Base units: seconds, bytes.
 from __future__ import annotations
 
 import os
+import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -647,6 +649,9 @@ class Limiting(Observer):
 disable_created_metrics()  # type: ignore[no-untyped-call] # creation times would add half to the size, and are not used
 
 
+_RESERVED_BYTES = 1 << 20  # the size with which prometheus_client creates a file
+
+
 def share_by_name() -> None:
     """Share values under the name of this process, if a supervisor has given it one.
 
@@ -654,7 +659,23 @@ def share_by_name() -> None:
     """
     name = os.environ.get(NAMED)
     if name and SHARED in os.environ:
+        _reserve(name, Path(os.environ[SHARED]))
         values.ValueClass = values.MultiProcessValue(lambda: name)  # type: ignore[no-untyped-call]
+
+
+def _reserve(name: str, folder: Path) -> None:
+    """Create the files of a process's values with all their blocks, if there is room: writing to a
+    mapped page for which a full disk has no room would kill the process."""
+    if sys.platform != "linux":
+        return
+    sorts = {
+        f"gauge_{one.merge or 'all'}" if one.sort == "gauge" else one.sort
+        for one in ALL
+        if not one.everywhere
+    }
+    for sort in sorts:
+        with (folder / f"{sort}_{name}.db").open("ab") as file, suppress(OSError):
+            os.posix_fallocate(file.fileno(), 0, _RESERVED_BYTES)
 
 
 def forget(name: str, folder: str) -> None:

@@ -143,6 +143,9 @@ async def test_any_of_a_family_tells_of_all_and_what_died_is_still_counted(
             values = await wait_until(both_up, 20, "the limiter knows of both, and all is told")
             assert of(values, "tidegate_permits_held", process="api-1") == 0
             assert of(values, "tidegate_process_resident_memory_bytes", process="api-1") > 1e7
+            # A page of a mapped file that finds no room on a full disk kills the process (SIGBUS).
+            files = {one.name: one.stat() for one in counts.iterdir()}
+            assert [name for name, one in files.items() if one.st_blocks * 512 < one.st_size] == []
             log = tmp_path / "log"
             doomed.send_signal(signal.SIGQUIT)
             await wait_until(lambda: '"event":"process_state"' in log.read_text(), 20, "its state")
