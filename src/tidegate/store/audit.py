@@ -28,7 +28,7 @@ import orjson
 
 from tidegate.call import Status, new_id
 from tidegate.errors import CallPreempted, ClaimLost, StoreUnavailable
-from tidegate.record import CallListeners, CallRecord, Failure, Source
+from tidegate.record import CallListeners, CallRecord, Failure
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.budgets import Budgets
@@ -52,9 +52,8 @@ from tidegate.telemetry.tracing import Trail, parent_of
 
 log = get_logger()
 
-INLINE_BYTES = 8192
+INLINE_BYTES, WORTH_A_THREAD_BYTES = 8192, 50_000
 ENCODING = "zlib"
-WORTH_A_THREAD_BYTES = 50_000
 _QUICK = 1  # zlib's level for native bodies, compressed on the CPU that relays
 _SAMPLED_BYTES, _SAMPLE_BYTES, _WORTH_IT = 262_144, 16_384, 0.7
 # A window that fits a small body, with small tables: zlib's default prepares 256 KB each time,
@@ -211,24 +210,20 @@ def _matching(
 
 
 _OTHER_OPS = (*KEY_OPS, NOTED)  # entries that are no calls
-MAX_PENDING_STREAMS = 2_000
-MAX_PENDING_BYTES = 64_000_000
+MAX_PENDING_STREAMS, MAX_PENDING_BYTES = 2_000, 64_000_000
 _RETRY_MS, _REPLAY_EVERY_MS = 200, 5_000
-SOURCE: Source = "relay"
-MAX_WAITING = 10_000
-MAX_WAITING_BYTES = 64_000_000
-_BATCH_ROWS = 200
-_AT_ONCE, _LINGER_S = 8, 0.05
+MAX_WAITING, MAX_WAITING_BYTES = 10_000, 64_000_000
+_BATCH_ROWS, _AT_ONCE, _LINGER_S = 200, 8, 0.05
 _SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL does not either
 _BLOB_TIMEOUT_S = 5.0
 _LOST = Failure("process_died", "the process that made this call died before its end")
-_USAGE = rows.USAGE_COLUMNS
-_of_usage = attrgetter(*_USAGE)
+_of_usage = attrgetter(*rows.USAGE_COLUMNS)
 _AUDIT_COLUMNS = (
     *("id", "created_at", "request_id", "tenant_id", "pool", "source", "status", "kind"),
     *("classified_by", "classified_reason", "priority", "model", "model_version"),
     *("response_id", "attempts", "lapses", "instance_id", "submitted_at", "admitted_at"),
-    *("finished_at", "queue_ms", "upstream_ms", *_USAGE, "finish_reason", "failure"),
+    *("finished_at", "queue_ms", "upstream_ms", *rows.USAGE_COLUMNS),
+    *("finish_reason", "failure"),
     *("endpoint", "http_status", "streamed", "key_id", "subject"),
     *("usage_state", "cost_micros", "images", "first_byte_ms", "usage_details", "upstream"),
     *(*rows.LINEAGE_COLUMNS, "prompt_head"),
@@ -597,25 +592,30 @@ class AuditLog:
             except (asyncpg.PostgresError, ValueError) as refused:
                 await self._spill.reject(entry, repr(refused))
                 raise
+            except asyncio.CancelledError:  # by `aclose`
+                await self._spill.keep(entry)
+                raise
             await asyncio.sleep(_RETRY_MS / 1000)
 
     async def _replay(self) -> None:
         while True:
-            try:
+            with suppress(TimeoutError):  # another process may have died and left its file
                 async with asyncio.timeout(next_beat_s(_REPLAY_EVERY_MS / 1000)):
                     await self._replay_soon.wait()
-            except TimeoutError:
-                pass  # another process may have died and left its file
             self._replay_soon.clear()
             if self._connections.unavailable:
                 continue
             try:
-                await self._spill.replay(self._write_again)
+                await self.replay()
                 await self._journal.lost(self._record_lost)
             except StoreUnavailable:
                 continue  # the connections' return wakes us
             except Exception as failed:  # noqa: BLE001 -- top of a task
                 log.error(Log.INTERNAL_ERROR, component="replay", error=repr(failed))
+
+    async def replay(self) -> None:
+        """Write what dead processes have left on the disk. Raises StoreUnavailable."""
+        await self._spill.replay(self._write_again)
 
     async def _record_lost(self, records: list[CallRecord]) -> None:
         """Record calls of a process that died: their usage is unknown, unless sessions have noted

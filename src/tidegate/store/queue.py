@@ -767,6 +767,8 @@ class JobQueue:
         failure = asdict(_WORKER_DIED)
         scan = self._lapses.lookback.begin()
         holders = await self._lapses.holders(scan)
+        if holders:  # a result that waits on the disk is not to be computed again
+            await self._audit.replay()
 
         async def retake(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             lapsed = await connection.fetch(sql("lock_lapsed"), holders, self._lease_ms)

@@ -467,9 +467,53 @@ async def test_a_record_that_postgresql_rejects_for_good_is_kept_for_an_operator
     await store.audit.record_stream(streamed, result(source="stream", model="refused"))
     with pytest.raises(asyncpg.CheckViolationError):
         await store.queue.finish(job, result("in vain", model="refused"))
-    await wait_until(lambda: not (store.audit.waiting or store.audit._pending))
-    lines = [orjson.loads(line) for line in rejected.read_text().splitlines()]
+    await wait_until(lambda: rejected.exists() and rejected.read_bytes().count(b"\n") == 3)
+    lines = [orjson.loads(line) for line in rejected.read_bytes().splitlines()]
     expected = {str(one) for one in (relayed.request_id, streamed.request_id, job.request_id)}
     assert {line["entry"]["row"]["id"] for line in lines} == expected
     assert all("CheckViolationError" in line["reason"] for line in lines)
     await server.close()
+
+
+async def test_a_result_that_waits_on_the_disk_is_written_before_its_claim_is_retaken(
+    own_url: str, make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of a worker that was stopped while a table was locked."""
+    monkeypatch.setattr("tidegate.store.audit._REPLAY_EVERY_MS", 600_000)
+    spill, server = tmp_path / "spill", await asyncpg.connect(own_url)
+    stopped = await make_store(own_url, spill_dir=spill, claim_lease_ms=LEASE_MS)
+    job = await running_job(stopped)
+    other = await make_store(own_url, spill_dir=spill, claim_lease_ms=LEASE_MS)
+    await server.execute(_REFUSING.format(code="55P03", table="requests"))
+    await stopped.queue.finish(job, result("kept"))
+    await stopped.aclose()
+    beating = asyncio.create_task(keep_beating(other))
+    loop = asyncio.get_running_loop()
+    expired_at = loop.time() + 2 * LEASE_MS / 1000
+    await wait_until(lambda: loop.time() > expired_at and other.queue.may_judge)
+    with pytest.raises(StoreUnavailable):
+        await other.queue.retake_expired()
+    await server.execute("DROP TRIGGER refuse ON requests")
+    assert await other.queue.retake_expired() == []
+    record = await other.requests.get(job.request_id, "default")
+    assert (record.status, record.text) == (Status.SUCCEEDED, "kept")
+    beating.cancel()
+    await server.close()
+
+
+async def test_what_is_not_written_when_a_process_ends_is_on_the_disk(
+    own_url: str, make_store: MakeStore, tmp_path: Path
+) -> None:
+    store = await make_store(own_url, spill_dir=tmp_path / "spill")
+    job, server = await running_job(store), await asyncpg.connect(own_url)
+    async with server.transaction():
+        await server.execute("LOCK TABLE requests IN EXCLUSIVE MODE")
+        ending = asyncio.create_task(store.queue.finish(job, result("late")))
+        await wait_until(lambda: store.audit._tasks)
+        await store.audit.aclose(300)
+        (file,) = (tmp_path / "spill").glob("*.spill")
+        assert str(job.request_id).encode() in file.read_bytes()
+    await asyncio.gather(ending, return_exceptions=True)
+    await server.close()
+    again = await make_store(own_url, spill_dir=tmp_path / "spill")
+    assert await wait_status(again, job) is Status.SUCCEEDED
