@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from json import dumps
 from typing import Any
 
@@ -20,6 +21,30 @@ def chat(text: str, **more: Any) -> dict[str, Any]:
 async def refused(gateway: Gateway, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     async with gateway.http.post(f"{gateway.url}/submit", **payload_of(body)) as response:
         return response.status, await response.json(content_type=None)
+
+
+async def test_an_answer_that_was_cut_off_is_asked_for_again(open_gateway: Opener) -> None:
+    """Without a length an answer ends where its connection does, or breaks."""
+    said = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "hello"}}]}
+    whole, asked = dumps(said).encode(), list[bytes]()
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(head + (whole[:-20] if len(asked) == 1 else whole))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        gateway = await open_gateway(gemini_base_url=f"http://127.0.0.1:{port}")
+        request_id = await gateway.submit(endpoint="/v1/chat/completions", body=chat("Say hello"))
+        record = await gateway.end_of(request_id)
+        assert (record["status"], record["attempts"]) == ("succeeded", 2)
+        assert record["answer"] == said
+        first, _ = await gateway.attempts(request_id)
+        assert first["outcome"] == "failed"
+        await gateway.stop_worker()
 
 
 async def test_a_job_wraps_calls_of_several_dialects(open_gateway: Opener) -> None:
