@@ -779,6 +779,8 @@ class RelayWire:
             if isinstance(failed, ssl.SSLError):
                 why = failed.reason or type(failed).__name__
                 message = f"no secure connection to the provider ({why})"
+            elif isinstance(failed, socket.gaierror | UnicodeError):
+                message = "the provider's host name cannot be resolved"
             raise UpstreamUnavailable(message, broke="connecting") from None
 
     async def _socket(self, origin: UpstreamOrigin, *, tunnels: bool) -> socket.socket:

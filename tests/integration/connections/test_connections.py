@@ -354,3 +354,11 @@ async def test_a_host_that_has_moved_is_found_by_the_next_call(
 def test_certificates_are_checked() -> None:
     context = RelayWire.tls_context()
     assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
+
+
+async def test_a_host_name_that_cannot_be_resolved_is_told_apart(wire: RelayWire) -> None:
+    for host in ("nowhere.invalid", "x" * 64 + ".invalid"):
+        place = RelayWire.place(f"http://{host}/v1/models")
+        with pytest.raises(UpstreamUnavailable, match="cannot be resolved") as failed:
+            await wire.open("GET", place, [], None)
+        assert failed.value.broke == "connecting"
