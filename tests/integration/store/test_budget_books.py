@@ -28,7 +28,7 @@ from tidegate.errors import (
 from tidegate.prices.budgets import Binding, Budget, amount_text, tenants_budget
 from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, UsageSum, compared
 from tidegate.store import budgets as module
-from tidegate.store import database
+from tidegate.store import notifications
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections, sql
 from tidegate.store.retention import Whose
@@ -505,8 +505,8 @@ async def test_a_process_reports_that_it_lives_after_its_machine_was_suspended(
     await connections.run(
         lambda one: one.execute("UPDATE budget_instances SET seen_at = now() - interval '1 hour'")
     )
-    awake = database._now
-    monkeypatch.setattr(database, "_now", lambda: awake() + 3_600)  # time.monotonic stands still
+    awake = notifications._now
+    monkeypatch.setattr(notifications, "_now", lambda: awake() + 3_600)  # time.monotonic stands still
     after = await held_by(budgets, ACME, 2)
     rows = "SELECT count(*) FROM budget_instances WHERE seen_at > now() - interval '1 minute'"
     assert await connections.run(lambda one: one.fetchval(rows)) == 1, "else it counts as dead"
