@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,10 +62,10 @@ async def test_closed_while_a_cancelled_writer_is_in_its_thread_nothing_is_left(
     begun, go = threading.Event(), threading.Event()
     mkdir = Path.mkdir
 
-    def slow_mkdir(folder: Path, *, parents: bool, exist_ok: bool) -> None:
+    def slow_mkdir(folder: Path, **named: Any) -> None:
         begun.set()
         assert go.wait(10)
-        mkdir(folder, parents=parents, exist_ok=exist_ok)
+        mkdir(folder, **named)
 
     monkeypatch.setattr(Path, "mkdir", slow_mkdir)
     spool = Spool(tmp_path / "tmp", memory_bytes=1)
