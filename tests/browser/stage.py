@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +79,8 @@ Colours = Literal["light", "dark"]
 
 @dataclass(slots=True)
 class Stage:
-    """A gateway whose stores a test may pause, and a browser. `key` opens the dashboard."""
+    """A gateway whose stores a test may pause, and a browser. `key` opens the dashboard, and `kept`
+    is the page of the last view."""
 
     gateway: Gateway
     valkey: ValkeyServer
@@ -87,6 +88,7 @@ class Stage:
     browser: Browser
     key: str
     pictured: bool = False
+    kept: Page | None = None
 
     async def submit(self, count: int) -> list[str]:
         return [await self.gateway.submit(data=f"Explain tide {n}") for n in range(count)]
@@ -182,21 +184,55 @@ async def opened(
     zone: str | None = None,
     expected: tuple[str, ...] = (),
 ) -> AsyncIterator[Seen]:
-    """A view in a fresh profile; its console says nothing but what is `expected`."""
-    profile = await stage.browser.new_context(
-        viewport={"width": width, "height": 900}, color_scheme=colours, timezone_id=zone
-    )
-    profile.set_default_timeout(PATIENCE_MS)
+    """A view in an empty profile; its console says nothing but what is `expected`."""
     expect.set_options(timeout=PATIENCE_MS)
+    page = await _emptied(stage, zone)
+    await page.set_viewport_size({"width": width, "height": 900})
+    await page.emulate_media(color_scheme=colours, forced_colors="none")
     if signed_in:
-        await profile.add_init_script(f"sessionStorage.setItem('tidegate.key', '{stage.key}')")
-    page = await profile.new_page()
+        await page.evaluate("(key) => sessionStorage.setItem('tidegate.key', key)", stage.key)
     seen = Seen(page, expected=expected)
-    page.on("console", lambda said: seen.keep(said.type, said.text))
-    page.on("pageerror", lambda error: seen.complaints.append(str(error)))
+    listeners: dict[Any, Callable[[Any], None]] = {
+        "console": lambda said: seen.keep(said.type, said.text),
+        "pageerror": lambda error: seen.complaints.append(str(error)),
+    }
+    for event, listener in listeners.items():
+        page.on(event, listener)
     try:
         await page.goto(f"{stage.gateway.url}/dashboard/#{path}")
         yield seen
         assert seen.complaints == [], seen.complaints
+        for event, listener in listeners.items():
+            page.remove_listener(event, listener)
+        if zone is None and stage.kept is None:
+            await page.goto(_nothing(stage))  # no view is refreshed until the next one opens
+            stage.kept = page
     finally:
-        await profile.close()
+        if stage.kept is not page:
+            await page.context.close()
+
+
+async def _emptied(stage: Stage, zone: str | None) -> Page:
+    """A page of a profile in which nothing is kept but the files of the dashboard: the one of the
+    last view, as a new one takes half as much of a core again to open a view."""
+    page, nothing = stage.kept if zone is None else None, _nothing(stage)
+    if page is None:
+        profile = await stage.browser.new_context(timezone_id=zone)
+        profile.set_default_timeout(PATIENCE_MS)
+        page = await profile.new_page()
+        await page.goto(nothing)
+        return page
+    stage.kept = None
+    await page.unroute_all()
+    for other in page.context.pages:
+        if other is not page:
+            await other.close()
+    await page.context.clear_cookies()
+    await page.context.clear_permissions()
+    await page.evaluate("localStorage.clear(); sessionStorage.clear();")
+    return page
+
+
+def _nothing(stage: Stage) -> str:
+    """A page of the dashboard's origin without a script."""
+    return f"{stage.gateway.url}/dashboard/static/icon.svg"
