@@ -378,14 +378,14 @@ async def test_a_learned_limit_is_accepted_where_it_is_seen(stage: Stage) -> Non
 
     try:
         await wait_until(lambda: learned(4_321), 20, "what the headers said")
-        for width in (400, 1360):
-            async with opened(stage, width=width) as seen:
+        async with opened(stage, width=400) as seen:
+            for width in (400, 1360):
+                await seen.page.set_viewport_size({"width": width, "height": 900})
                 row = seen.page.locator(f"[data-learned='{limit}']")
                 await expect(row).to_contain_text("Answers report 4,321; no such limit")
                 await seen.is_accessible()
                 assert await seen.is_within()
                 await expect(seen.page.get_by_role("region", name="Limits")).to_be_visible()
-        async with opened(stage) as seen:
             await seen.page.get_by_role("button", name=f"Accept {limit}").click()
             dialog = seen.page.get_by_role("dialog", name=f"Accept the reported bound of {limit}?")
             await dialog.get_by_label("Reason").fill("as our tier has it")

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import async_playwright, expect
+from playwright.async_api import Page, async_playwright, expect
 from redis.asyncio import Redis
 
-from tests.browser.stage import ARGUMENTS, CHROMIUM, Stage, opened, shoot
+from tests.browser.stage import ARGUMENTS, CHROMIUM, Seen, Stage, opened, shoot
 from tests.databases import Databases
 from tests.gateway import gateway
 from tidegate.call import Scope
@@ -101,77 +101,92 @@ TELL = """async (texts) => {
 }"""
 
 
-@pytest.mark.parametrize("width", [1360, 400])
-async def test_messages_cover_nothing_that_can_be_reached(
-    stage: Stage, tmp_path: Path, width: int
-) -> None:
-    async with opened(stage, "/upstreams", width=width) as seen:
-        page = seen.page
-        last = page.get_by_role("button", name="Drain openai-eu-west-48")
-        await last.scroll_into_view_if_needed()
-        await last.focus()
-        texts = [
-            ["openai-eu-west-48 takes no new calls.", "good"],
-            ["Not in force yet in api-7, worker-3 and worker-4, which do not answer.", "bad"],
-            ["Resume openai-eu-west-47? The gateway does not answer.", "bad"],
-            ["Not now.", "bad"],
-        ]
-        await page.evaluate(TELL, texts)
-        toasts = page.locator(".toast.bad")
-        await expect(toasts).to_have_count(3)
-        await expect(page.locator(".toast.good")).to_have_count(0)  # it has made room
-        await expect(last).to_be_in_viewport(ratio=1)
-        await last.click(trial=True)
-        count, covered = await page.evaluate(COVERED)
-        assert (count > 200, covered) == (True, [])
-        assert await seen.is_within()
-        await seen.is_accessible()
-        await expect(page.get_by_role("status").filter(has=toasts)).to_have_count(1)
-        await shoot(page, tmp_path / f"messages-{width}.png")
-        for _ in texts[1:]:
-            await page.get_by_role("button", name="Dismiss").first.press("Enter")
-        await expect(toasts).to_have_count(0)
-        await expect(page.locator("#toasts")).to_have_css("border-top-width", "0px")
+WIDTHS = (1360, 400)
+MESSAGES = [
+    ["openai-eu-west-48 takes no new calls.", "good"],
+    ["Not in force yet in api-7, worker-3 and worker-4, which do not answer.", "bad"],
+    ["Resume openai-eu-west-47? The gateway does not answer.", "bad"],
+    ["Not now.", "bad"],
+]
 
 
-@pytest.mark.parametrize("width", [1360, 400])
+async def test_messages_cover_nothing_that_can_be_reached(stage: Stage, tmp_path: Path) -> None:
+    async with opened(stage, "/upstreams") as seen:
+        for width in WIDTHS:
+            await seen.page.set_viewport_size({"width": width, "height": 900})
+            await messages_cover_nothing(seen)
+            await shoot(seen.page, tmp_path / f"messages-{width}.png")
+            await messages_are_dismissed(seen.page)
+
+
+async def messages_cover_nothing(seen: Seen) -> None:
+    page = seen.page
+    last = page.get_by_role("button", name="Drain openai-eu-west-48")
+    await last.scroll_into_view_if_needed()
+    await last.focus()
+    await page.evaluate(TELL, MESSAGES)
+    toasts = page.locator(".toast.bad")
+    await expect(toasts).to_have_count(3)
+    await expect(page.locator(".toast.good")).to_have_count(0)  # it has made room
+    await expect(last).to_be_in_viewport(ratio=1)
+    await last.click(trial=True)
+    count, covered = await page.evaluate(COVERED)
+    assert (count > 200, covered) == (True, [])
+    assert await seen.is_within()
+    await seen.is_accessible()
+    await expect(page.get_by_role("status").filter(has=toasts)).to_have_count(1)
+
+
+async def messages_are_dismissed(page: Page) -> None:
+    for _ in MESSAGES[1:]:
+        await page.get_by_role("button", name="Dismiss").first.press("Enter")
+    await expect(page.locator(".toast.bad")).to_have_count(0)
+    await expect(page.locator("#toasts")).to_have_css("border-top-width", "0px")
+
+
 async def test_one_of_many_upstreams_is_found_by_its_name_or_state(
-    stage: Stage, tmp_path: Path, width: int
+    stage: Stage, tmp_path: Path
 ) -> None:
     url = f"{stage.gateway.url}/admin/upstreams/anthropic-eu-west-7"
     async with stage.gateway.http.post(f"{url}/drain", json={}) as answer:
         assert answer.status == 200, await answer.text()
     try:
-        async with opened(stage, "/upstreams", width=width) as seen:
-            page = seen.page
-            shown = page.locator("[data-upstream]:visible")
-            await expect(shown).to_have_count(UPSTREAMS)
-            card = page.get_by_role("region", name="Upstreams")
-            await expect(card).to_contain_text("50 upstreams, 1 not healthy")
-            await page.get_by_role("button", name="Not healthy").click()
-            await expect(shown).to_have_count(1)
-            await expect(shown.locator(".badge")).to_have_text("Drained")
-            await shoot(page, tmp_path / f"not-healthy-{width}.png")
-            await page.get_by_role("button", name="All", exact=True).click()
-            find = page.get_by_role("searchbox", name="Search upstreams")
-            await find.fill("MODEL-12-small")
-            await expect(shown).to_have_count(1)
-            await expect(shown).to_contain_text("openai-eu-west-12")
-            await find.fill("vllm")
-            await expect(shown).to_have_count(16)
-            await seen.is_accessible()
-            assert await seen.is_within()
-            await find.fill("nowhere")
-            await expect(card.get_by_text("No matches")).to_be_visible()
-            await find.fill("")
-            await page.get_by_role("button", name="Changes").click()
-            changes = page.get_by_role("heading", name="Changes")
-            await expect(changes).to_be_focused()
-            await expect(changes).to_be_in_viewport()
-            await shoot(page, tmp_path / f"upstreams-{width}.png", full_page=True)
+        async with opened(stage, "/upstreams") as seen:
+            for width in WIDTHS:
+                await seen.page.set_viewport_size({"width": width, "height": 900})
+                await one_of_many_is_found(seen, tmp_path, width)
     finally:
         async with stage.gateway.http.post(f"{url}/resume", json={}) as answer:
             assert answer.status == 200, await answer.text()
+
+
+async def one_of_many_is_found(seen: Seen, folder: Path, width: int) -> None:
+    page = seen.page
+    shown = page.locator("[data-upstream]:visible")
+    await expect(shown).to_have_count(UPSTREAMS)
+    card = page.get_by_role("region", name="Upstreams")
+    await expect(card).to_contain_text("50 upstreams, 1 not healthy")
+    await page.get_by_role("button", name="Not healthy").click()
+    await expect(shown).to_have_count(1)
+    await expect(shown.locator(".badge")).to_have_text("Drained")
+    await shoot(page, folder / f"not-healthy-{width}.png")
+    await page.get_by_role("button", name="All", exact=True).click()
+    find = page.get_by_role("searchbox", name="Search upstreams")
+    await find.fill("MODEL-12-small")
+    await expect(shown).to_have_count(1)
+    await expect(shown).to_contain_text("openai-eu-west-12")
+    await find.fill("vllm")
+    await expect(shown).to_have_count(16)
+    await seen.is_accessible()
+    assert await seen.is_within()
+    await find.fill("nowhere")
+    await expect(card.get_by_text("No matches")).to_be_visible()
+    await find.fill("")
+    await page.get_by_role("button", name="Changes").click()
+    changes = page.get_by_role("heading", name="Changes")
+    await expect(changes).to_be_focused()
+    await expect(changes).to_be_in_viewport()
+    await shoot(page, folder / f"upstreams-{width}.png", full_page=True)
 
 
 async def test_the_days_of_many_tenants_show_the_largest_of_them(
