@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import fields
 from datetime import UTC, datetime, time, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from tests.gateway import Gateway, Opener
 from tests.rehearsal import put_on_record
 from tests.waiting import wait_until
 from tidegate.call import Scope
-from tidegate.rehearse import MOST_RECORDED_CALLS
+from tidegate.http.admin import limits
+from tidegate.rehearse import MOST_RECORDED_CALLS, RecordRehearsal
 
 DAY = datetime.now(UTC).date() - timedelta(days=1)
 NINE = datetime.combine(DAY, time(9), UTC)
@@ -141,8 +144,14 @@ async def test_jobs_on_record_take_the_tiers_that_they_were_allowed(
 
 
 @pytest.mark.slow
-async def test_what_cannot_be_rehearsed_is_named(open_gateway: Opener) -> None:
+async def test_what_cannot_be_rehearsed_is_named(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gateway = await open_gateway(worker=False)
+    [default] = [one.default for one in fields(RecordRehearsal) if one.name == "most"]
+    assert default == MOST_RECORDED_CALLS
+    most = 2_000
+    monkeypatch.setattr(limits, "RecordRehearsal", partial(RecordRehearsal, most=most))
     for body, field in (
         ({"record": "Tuesday"}, "record"),
         ({"record": f"{DAY}T17-09"}, "record"),
@@ -157,7 +166,7 @@ async def test_what_cannot_be_rehearsed_is_named(open_gateway: Opener) -> None:
     status, problem = await asked(gateway, {"record": "1h"}, "?pool=none")
     assert (status, problem["field"]) == (400, "pool")
     midnight = datetime.combine(DAY, time(), UTC)
-    await put_on_record(gateway.database, midnight, MOST_RECORDED_CALLS + 1)
+    await put_on_record(gateway.database, midnight, most + 1)
     status, problem = await asked(gateway, {"record": f"{DAY}"})
     assert (status, problem["field"]) == (400, "record")
     assert "fewer hours" in problem["detail"]
