@@ -98,4 +98,4 @@ async def _load(fleet: Fleet, url: str, failed: list[Any]) -> None:
     while True:
         if (answer := await _ask(fleet, url))[0] != 200:
             failed.append(answer)
-        await work_for(0.02)
+        await work_for(0.1)
