@@ -569,6 +569,8 @@ _LEVELS_OF_LOG = {
     "upstream": {"upstream"},
     "tenant_upstream": {"tenant", "key", "upstream"},
 }
+# Not while a process starts: answers do not wait for sums, and a start has other work.
+_FIRST_SUM_S = 2.0
 _SUM_EVERY_S = 300
 _SUM_TIMEOUT_MS = 300_000
 _DAY = timedelta(days=1)
@@ -704,6 +706,7 @@ class UsageTotals:
 
     async def run(self) -> None:
         """Sum up until cancelled: past days and weeks, and the current day to a past hour."""
+        await asyncio.sleep(_FIRST_SUM_S)
         while True:
             with suppress(StoreUnavailable):
                 await self.sum_days()

@@ -13,6 +13,7 @@ from typing import Any
 
 import asyncpg
 import orjson
+import pytest
 
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, now, result
@@ -31,6 +32,7 @@ from tidegate.errors import StoreUnavailable
 from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, UsageSum, compared
 from tidegate.record import CallRecord
 from tidegate.store import database as partitions
+from tidegate.store import statistics
 from tidegate.store.audit import _entry
 from tidegate.store.records import details_of
 from tidegate.store.retention import Whose
@@ -252,7 +254,13 @@ class Past:
         return sum(one.images for one in found)
 
 
-async def past_calls_of(peek: asyncpg.Connection, days: int) -> Past:
+@pytest.fixture(autouse=True)
+def _sums_begin_with_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the first round is over when a test calls what it does."""
+    monkeypatch.setattr(statistics, "_FIRST_SUM_S", 0.0)
+
+
+async def past_calls_of(peek: asyncpg.Connection, days: int, *, summed_up: bool = True) -> Past:
     # A day is over ten minutes after its end; no call here reaches back to the day before.
     today = (now() - timedelta(minutes=10)).date()
     async with peek.transaction():
@@ -261,7 +269,7 @@ async def past_calls_of(peek: asyncpg.Connection, days: int) -> Past:
             if await peek.fetchval("SELECT to_regclass($1)", name) is None:
                 await partitions._make(peek, "audit", day)
     latest = max(now(), datetime.combine(today, time(1, 30), UTC))
-    if await peek.fetchval("SELECT to_regclass('partial_days')") is not None:
+    if summed_up and await peek.fetchval("SELECT to_regclass('partial_days')") is not None:
         await wait_until(lambda: nothing_is_due(peek), 20, "the first round of the stores")
     return Past(peek, today, latest, days)
 
@@ -387,6 +395,28 @@ async def test_only_calls_that_the_sums_of_a_day_so_far_may_have_mark_it(
             await store.audit.add(peek, [one])
         days = [row["day"] for row in await peek.fetch("SELECT day FROM changed_days")]
         assert days == [at.date()] * (at < max(bound, midnight)), at
+
+
+async def test_a_process_sums_up_past_days_only_after_its_start(
+    monkeypatch: pytest.MonkeyPatch,
+    make_store: MakeStore,
+    database_url: str,
+    peek: asyncpg.Connection,
+) -> None:
+    monkeypatch.setattr(statistics, "_FIRST_SUM_S", 3600.0)
+    starting = await make_store(database_url)
+    past = await past_calls_of(peek, days=4, summed_up=False)
+    for number in range(8):
+        starting.audit.put(past.call(number))
+    await past.written(8)
+    assert await peek.fetch("SELECT FROM summed_days") == []
+    monkeypatch.setattr(statistics, "_FIRST_SUM_S", 0.0)
+    await make_store(database_url)
+
+    async def are_summed_up() -> bool:
+        return len(await peek.fetch("SELECT FROM summed_days")) == 3
+
+    await wait_until(are_summed_up, 20, "the sums of three days")
 
 
 async def test_the_part_to_sum_up_is_a_past_hour_of_today(
