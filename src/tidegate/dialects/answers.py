@@ -182,7 +182,7 @@ def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) 
             later = {name: value for name, value in raw.items() if value is not None}
             raw = part_of(begun, form.usage) | later
     usage = form.usage_of(raw) if raw else UNKNOWN_USAGE
-    if raw and start == b"{" and b'"service_tier"' in answer:
+    if raw and start == b"{" and answer.find(b'"service_tier"') >= 0:
         usage = with_tier(usage, _reported_tier(answer))
     return AnswerFacts(
         usage,
@@ -478,6 +478,6 @@ class WithoutUsageEvent:
 
 def _is_usage(event: bytes) -> bool:
     """Return whether the bytes contain the usage event."""
-    if b'"usage"' not in event or _NO_CHOICES.search(event) is None:
+    if event.find(b'"usage"') < 0 or _NO_CHOICES.search(event) is None:
         return False
     return _USAGE.search(event) is not None

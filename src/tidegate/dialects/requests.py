@@ -419,7 +419,7 @@ def check_named_once(raw: bytes, body: Mapping[str, Any]) -> None:
         if (needle := _WRITTEN.get(key)) is not None and counted(needle) > 1:
             break
     else:
-        if b"\\u00" not in raw or not has_escaped_key(raw):
+        if raw.find(b"\\u00") < 0 or not has_escaped_key(raw):
             return
     outermost: list[str] = []
 
@@ -662,9 +662,9 @@ def cache_write_of(raw: bytes, body: Mapping[str, Any]) -> CacheWrite | None:
     """Return the cache to which a request, parsed as `body`, has its input written, or None. The
     write is charged also if the client disconnects before the usage is reported."""
     if len(raw) <= LARGE_BYTES:
-        if b"cache_control" not in raw and b"cachePoint" not in raw and b"\\u00" not in raw:
+        if max(map(raw.find, _CACHE_WRITES)) < 0:
             return None
-    elif not count_in(raw, b"cache_control", b"cachePoint", b"\\u00"):
+    elif not count_in(raw, *_CACHE_WRITES):
         return None
     try:
         text = orjson.dumps(body)  # without escapes in names
@@ -675,6 +675,7 @@ def cache_write_of(raw: bytes, body: Mapping[str, Any]) -> CacheWrite | None:
     return "1h" if b'"ttl":"1h"' in text else "5m"
 
 
+_CACHE_WRITES = (b"cache_control", b"cachePoint", b"\\u00")
 _OPENINGS = ("tools", "system", "instructions", "systemInstruction", "system_instruction")
 _TURNS = ("messages", "input", "contents")
 

@@ -77,7 +77,7 @@ def credentials_in(headers: Iterable[tuple[bytes, bytes]], query: bytes) -> Cred
             continue
         found = _in_authorization(value) if name == _BEARER else value.strip()
         key, several = _better(key, found, several)
-    if _IN_QUERY in query:
+    if query.find(_IN_QUERY) >= 0:
         for pair in query.split(b"&"):
             if pair.startswith(_IN_QUERY):
                 found = unquote_to_bytes(pair[len(_IN_QUERY) :])

@@ -230,7 +230,8 @@ def _is_coded(headers: Headers) -> bool:
 def _sent_on(headers: Headers, raw_path: bytes, body: bytes) -> Headers:
     """Return the headers to forward. A client of Claude at Vertex sends the version in the body."""
     sent = to_send(headers)
-    if _CLAUDE_AT_VERTEX in raw_path and all(name != b"anthropic-version" for name, _ in sent):
+    at_vertex = raw_path.find(_CLAUDE_AT_VERTEX) >= 0
+    if at_vertex and all(name != b"anthropic-version" for name, _ in sent):
         # Only the ends of a large body: no client puts the version after a file.
         ends = body
         if len(body) > LARGE_BYTES:

@@ -125,7 +125,7 @@ class Direct:
         if not cycle.keep_alive:
             lines.append(b"connection: close\r\n")
         block = b"".join(lines)
-        if block.count(b"\n") != len(lines) or block.count(b"\r") != len(lines) or b"\0" in block:
+        if block.count(b"\n") != len(lines) or block.count(b"\r") != len(lines) or 0 in block:
             raise ValueError("a header contains a line break")
         cycle.response_started = True
         return b"%b%b\r\n" % (STATUS_LINE[status], block)
@@ -195,7 +195,7 @@ _LONGEST_OFFER_BYTES = 256
 def before_offer(piece: bytes) -> int:
     """Return how many bytes of a head may be parsed before more arrive: those before an incomplete
     Connection header, which can still become the offer of another protocol."""
-    if _HEAD_END in piece:
+    if piece.find(_HEAD_END) >= 0:
         return len(piece)
     if piece.endswith(b"\r"):
         return len(piece) - (not piece.endswith(b"\r\n\r"))  # the last one may end the head
@@ -459,7 +459,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 piece = self._unparsed + piece
             end = before_offer(piece)
             piece, self._unparsed = piece[:end], piece[end:]
-            if b"pgrade" in piece or b"PGRADE" in piece:
+            if piece.find(b"pgrade") >= 0 or piece.find(b"PGRADE") >= 0:
                 self._offers_protocol = True
                 piece = without_offer(piece)
         else:

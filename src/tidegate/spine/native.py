@@ -587,8 +587,9 @@ class NativeExchange:
         pieces, value = [record.text] if record.coding else record.pieces, None
         if record.streamed:
             value = refusals.error_at_end(pieces)
-        elif record.answer_bytes <= LARGE_BYTES and b'"error"' in (text := b"".join(pieces)):
-            value = refusals.error_of_choice(text) if self._call.endpoint.is_counted else None
+        elif record.answer_bytes <= LARGE_BYTES and self._call.endpoint.is_counted:
+            text = b"".join(pieces)
+            value = refusals.error_of_choice(text) if text.find(b'"error"') >= 0 else None
         if value is not None:
             raise CallFailed(self._stream_error(value, exchange, target), target, reported=True)
 

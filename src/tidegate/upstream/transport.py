@@ -878,7 +878,7 @@ def _head(
             headers = signer.sign(method, place, headers, body)
     lines = [b"%b: %b\r\n" % pair for pair in headers]
     head = b"".join(lines)
-    if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or b"\0" in head:
+    if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines) or 0 in head:
         raise UpstreamRejected("the request could not be sent: a header contains a line break")
     return b"%b %b%b" % (method.encode("ascii"), place.line, head)
 
