@@ -186,9 +186,9 @@ def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) 
         usage = with_tier(usage, _reported_tier(answer))
     return AnswerFacts(
         usage,
-        last_match(value_pattern(form.finish), answer),
-        short_text(begun.get(form.identity)) or _scanned(value_pattern(form.identity), answer),
-        short_text(begun.get(form.version)) or _scanned(value_pattern(form.version), answer),
+        last_value(form.finish, answer),
+        short_text(begun.get(form.identity)) or _scanned(form.identity, answer),
+        short_text(begun.get(form.version)) or _scanned(form.version, answer),
     )
 
 
@@ -285,9 +285,23 @@ def last_match(pattern: re.Pattern[bytes], answer: bytes) -> str | None:
     return matched_text(found)
 
 
-def _scanned(pattern: re.Pattern[bytes], answer: bytes) -> str | None:
-    """Return the first match in the start of an answer, otherwise the last one in its end."""
-    return matched_text(pattern.search(answer, 0, HEAD_BYTES)) or last_match(pattern, answer)
+def last_value(name: str, answer: bytes) -> str | None:
+    """Return the last short string in the member `name` in the end of an answer. Searched from
+    behind, since a stream repeats its members in each event."""
+    key, pattern = b'"%b"' % name.encode(), value_pattern(name)
+    floor, end = max(0, len(answer) - TAIL_BYTES), len(answer)
+    while (place := answer.rfind(key, floor, end)) >= 0:
+        if (found := pattern.match(answer, place)) is not None:
+            return matched_text(found)
+        end = place + len(key) - 1
+    return None
+
+
+def _scanned(name: str, answer: bytes) -> str | None:
+    """Return the first value of the member `name` in the start of an answer, otherwise the last one
+    in its end."""
+    first = value_pattern(name).search(answer, 0, HEAD_BYTES)
+    return matched_text(first) or last_value(name, answer)
 
 
 def matched_text(found: re.Match[bytes] | None) -> str | None:
@@ -422,8 +436,9 @@ def as_text(value: Any) -> str:
         return repr(value)
 
 
-# An event ends with an empty line; both kinds of line end are in use.
-_END = re.compile(rb"\r?\n\r?\n")
+# An event ends with an empty line; both kinds of line end are in use. The \r before the first \n is
+# left out, since a pattern that begins with one certain byte is found ten times as fast.
+_END = re.compile(rb"\n\r?\n")
 _ENDS = (b"\n\n", b"\r\n\r\n")
 _NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
 # Not null: other events without choices have that, such as results of a requested moderation.

@@ -312,6 +312,8 @@ def may_begin_with_error(first: bytes) -> bool:
 def error_event_in(data: bytes) -> JsonObject | None:
     """Return the object that reports an error in the first or the last bytes of an answer: a JSON
     body, an item of a list, or an event, also one without `data:`."""
+    if data.find(b"error") < 0 and data.find(b"response.failed") < 0:
+        return None  # the usual case: what `_MAY_REPORT` finds contains one of the two
     if _MAY_REPORT.search(data) is None:
         return None
     lines, parts = _data_lines(data), _BETWEEN_EVENTS.split(data)
