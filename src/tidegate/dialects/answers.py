@@ -138,8 +138,10 @@ class AnswerForm:
 def whole_object(answer: bytes) -> JsonObject | None:
     """Return an answer that is an object of moderate size; None for any other."""
     if len(answer) <= PARSED_BYTES and answer.startswith(b"{"):
-        with suppress(orjson.JSONDecodeError):  # cut off
+        try:
             return object_of(orjson.loads(answer))
+        except orjson.JSONDecodeError:  # cut off
+            return None
     return None
 
 

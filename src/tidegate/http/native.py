@@ -62,7 +62,6 @@ from tidegate.http.services import (
     SHOW_WAIT_HEADER,
     Opening,
     Services,
-    count_answer,
     log_request,
     shows_wait,
     who,
@@ -749,7 +748,7 @@ class _Front:
 
     def log_answered(self) -> None:
         took_s = time.monotonic() - self._received
-        count_answer(self._services.tally, NATIVE, self._record.http_status, took_s)
+        self._services.tally.answered(NATIVE, self._record.http_status, took_s)
         fields = {
             "method": self._scope["method"],
             "path": self._scope["path"],

@@ -38,7 +38,7 @@ from tidegate.http.browsers import Origins, Sessions, SignIn
 from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, status_of
 from tidegate.http.sse import abort, disconnected
 from tidegate.limiter import Limiter, Snapshot, WaitingLine
-from tidegate.metrics.instruments import Metric, Tally
+from tidegate.metrics.instruments import Tally
 from tidegate.metrics.process import Board, Exposition, Recent
 from tidegate.metrics.process import ProcessState as State
 from tidegate.metrics.verdict import Standing
@@ -432,12 +432,6 @@ def route_of(path: str) -> str:
     return first if first in _ROUTES else "other"
 
 
-def count_answer(tally: Tally, route: str, status: int, took_s: float) -> None:
-    """Count an answered HTTP request; status 0: its client disconnected before."""
-    tally.add(Metric.HTTP, (route, str(status)))
-    tally.add(Metric.HTTP_SECONDS, (route,), took_s)
-
-
 _CUT_WITHIN_S = 1.0
 _REDIRECT = 307
 _REQUEST_ID = REQUEST_ID_HEADER.encode()
@@ -504,7 +498,8 @@ class AccessLog:
         finally:
             took_s = time.monotonic() - started
             path = scope["path"]
-            count_answer(scope["app"].state.services.tally, route_of(path), status, took_s)
+            tally: Tally = scope["app"].state.services.tally
+            tally.answered(route_of(path), status, took_s)
             fields: dict[str, Any] = {
                 "method": scope["method"],
                 "path": path,

@@ -454,6 +454,7 @@ class Tally:
     def __init__(self) -> None:
         self._counts: dict[tuple[Spec, Labels], Count] = {}
         self._spreads: dict[tuple[Spec, Labels], Spread] = {}
+        self._answers: dict[tuple[str, int], tuple[Count, Count]] = {}
 
     def count(self, metric: Spec, labels: Labels) -> Count:
         cell = self._counts.get((metric, labels))
@@ -472,6 +473,17 @@ class Tally:
 
     def observe(self, metric: Spec, labels: Labels, value: float) -> None:
         self.spread(metric, labels).add(value)
+
+    def answered(self, route: str, status: int, took_s: float) -> None:
+        """Count an answered HTTP request; status 0: its client disconnected before."""
+        cells = self._answers.get((route, status))
+        if cells is None:
+            cells = self._answers[route, status] = (
+                self.count(Metric.HTTP, (route, str(status))),
+                self.count(Metric.HTTP_SECONDS, (route,)),
+            )
+        cells[0].amount += 1
+        cells[1].amount += took_s
 
     def take_counts(self) -> Iterator[tuple[Spec, Labels, float]]:
         """Yield and reset the counters that have grown or are new."""

@@ -121,9 +121,14 @@ class CallCounts:
         names = self.by_group.get(dimension)
         if names is None:
             names = self.by_group[dimension] = {}
-        if name not in names:
+        known = names.get(name)
+        if known is None:
             name = OTHERS if len(names) >= MOST_NAMES else name[:_LONGEST_NAME].replace("\0", "")
-        _add(names, name, amounts)
+            _add(names, name, amounts)
+        elif len(known) == len(amounts):  # the usual case
+            known[:] = map(add, known, amounts)
+        else:
+            _add(names, name, amounts)
 
     def merge(self, other: CallCounts, most_names: int = MOST_NAMES) -> None:
         """Add the counts of another process or span; names beyond `most_names` are combined."""

@@ -43,7 +43,7 @@ from tidegate.errors import (
 )
 from tidegate.http.native import call_of
 from tidegate.http.problems import REQUEST_ID_HEADER, native_status_of, refusal
-from tidegate.http.services import NATIVE, Opening, Services, count_answer, log_request, who
+from tidegate.http.services import NATIVE, Opening, Services, log_request, who
 from tidegate.http.sse import Presence, abort
 from tidegate.http.uvicorn_protocol import UPGRADE_EXTENSION
 from tidegate.realtime import sockets
@@ -397,7 +397,7 @@ class _SessionFront:
 
     def log_answered(self) -> None:
         took_s = time.monotonic() - self._received
-        count_answer(self._services.tally, NATIVE, self._record.http_status, took_s)
+        self._services.tally.answered(NATIVE, self._record.http_status, took_s)
         fields = {
             "method": self._scope["method"],
             "path": self._scope["path"],
