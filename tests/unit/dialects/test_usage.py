@@ -47,6 +47,20 @@ def test_the_last_word_of_a_stream_counts() -> None:
     assert told(Dialect.GEMINI, partial, whole).output_tokens == 9
 
 
+def test_the_last_finish_reason_of_a_stream_counts() -> None:
+    def chunk(content: str, reason: str | None) -> bytes:
+        event = {"choices": [{"delta": {"content": content}, "finish_reason": reason}]}
+        return b"data: %b\n\n" % orjson.dumps(event)
+
+    quoted = chunk('he said "finish_reason": "none"', None)
+    stream = chunk("a", "length") + quoted + chunk("b", "stop") + chunk("c", None) + quoted
+    read = DIALECTS[Dialect.OPENAI].answer_facts
+    assert read(stream).finish_reason == "stop"
+    assert read(quoted * 3).finish_reason is None
+    assert read(stream + b'data: {"finish_reason" : "late"').finish_reason == "late"
+    assert read(stream + b"data: " + b"x" * TAIL_BYTES).finish_reason is None
+
+
 def test_responses_and_embeddings() -> None:
     usage = {"input_tokens": 3, "output_tokens": 5, "total_tokens": 8}
     assert told(Dialect.OPENAI, {"response": {"usage": usage}}) == Usage(3, 5, None, None, 8)
