@@ -251,7 +251,7 @@ def last_events(answer: bytes, floor: int = 0) -> Iterator[JsonObject]:
             begin = 5
         line_end = answer.find(b"\n", begin)
         line = answer[begin : line_end if line_end >= 0 else len(answer)]
-        if b'"usage' in line:
+        if line.find(b'"usage') >= 0:
             with suppress(orjson.JSONDecodeError):  # cut off
                 yield object_of(orjson.loads(line))
         if place < 0:

@@ -469,7 +469,7 @@ def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> 
     usage = facts.usage
     if usage.output_tokens is None and usage.input_tokens is not None and _EMBEDDED.match(answer):
         facts.usage = replace(usage, output_tokens=0)  # it reports its input, but no total
-    if _SEARCHED in answer:
+    if answer.find(_SEARCHED) >= 0:
         queries = _queries_in(answer) if whole is None else _queries_of(whole)
         facts.usage = with_searches(facts.usage, len(queries))
     return facts

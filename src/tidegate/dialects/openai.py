@@ -577,7 +577,7 @@ def _response_facts(usage: Usage, response: JsonObject) -> AnswerFacts:
 
 def _end_of_response(answer: bytes, omitted: bool) -> JsonObject | None:
     """Return the response that the last event of its stream repeats."""
-    if b'"response.' not in answer[:HEAD_BYTES]:
+    if answer.find(b'"response.', 0, HEAD_BYTES) < 0:
         return None
     floor = max(0, answer.find(b"\n", len(answer) - TAIL_BYTES)) if omitted else 0
     for event in islice(last_events(answer, floor), _LAST_RESPONSES):
@@ -617,7 +617,7 @@ _IMAGE = re.compile(rb'"b64_json"\s*:\s*"|"url"\s*:\s*"')
 
 def image_count(answer: bytes) -> int:
     """Return how many images a whole answer holds."""
-    if b'"image_generation_call"' in answer:
+    if answer.find(b'"image_generation_call"') >= 0:
         return len(set(_CALLED_IMAGE.findall(answer)))
     return len(_IMAGE.findall(answer))
 
