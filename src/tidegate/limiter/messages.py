@@ -686,6 +686,7 @@ def read_header(source: str) -> dict[str, str]:
     return header
 
 
+@cache
 def load(name: ScriptName, *, clock: str | None = None) -> Script:
     """Return an assembled script. `clock` replaces the clock fragment, for tests."""
     main = fragment(name)

@@ -506,7 +506,9 @@ async def test_a_process_reports_that_it_lives_after_its_machine_was_suspended(
         lambda one: one.execute("UPDATE budget_instances SET seen_at = now() - interval '1 hour'")
     )
     awake = notifications._now
-    monkeypatch.setattr(notifications, "_now", lambda: awake() + 3_600)  # time.monotonic stands still
+    monkeypatch.setattr(
+        notifications, "_now", lambda: awake() + 3_600
+    )  # time.monotonic stands still
     after = await held_by(budgets, ACME, 2)
     rows = "SELECT count(*) FROM budget_instances WHERE seen_at > now() - interval '1 minute'"
     assert await connections.run(lambda one: one.fetchval(rows)) == 1, "else it counts as dead"
