@@ -508,14 +508,16 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _descriptors() -> Finding:
     import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = f"{soft} open files and connections a process (ulimit -n)"
-    fix = f"ulimit -n {max(65_536, soft)}, or LimitNOFILE= in the unit; the hard limit is {hard}"
-    if soft < _TOO_FEW_FILES:
+    from tidegate.supervisor.supervisor import MOST_FILES, open_files_of
+
+    files = open_files_of(*resource.getrlimit(resource.RLIMIT_NOFILE))
+    limit = f"{files} open files and connections a process (ulimit -Hn)"
+    fix = f"ulimit -Hn {MOST_FILES}, or LimitNOFILE= in the unit"
+    if files < _TOO_FEW_FILES:
         return fail("machine.descriptors", limit, fix)
     return (
         warn("machine.descriptors", limit, fix)
-        if soft < _FEW_FILES
+        if files < _FEW_FILES
         else ok("machine.descriptors", limit)
     )
 

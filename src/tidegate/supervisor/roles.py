@@ -42,6 +42,7 @@ from tidegate.supervisor.supervisor import (
     STATE_SIGNAL,
     listen,
     living,
+    open_files_of,
     report_ready,
     report_stopping,
     url_of,
@@ -339,7 +340,18 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
     else:
         import uvloop
 
+        _raise_open_files()
         uvloop.run(main)
+
+
+def _raise_open_files() -> None:
+    """Allow as many open files and connections as the system does: many shells start a process with
+    1,024, for programs that use `select`."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # the system's own bound may be lower; `doctor` reports it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files_of(soft, hard), hard))
 
 
 def follow_lifeline(descriptor: int, grace_s: float) -> None:

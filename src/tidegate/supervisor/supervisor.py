@@ -698,6 +698,16 @@ def daily_work(
     )
 
 
+# Of open files and connections of a process, where the system's hard limit allows so many.
+MOST_FILES = 65_536
+
+
+def open_files_of(soft: int, hard: int) -> int:
+    """Return the limit of open files that a process sets itself, from its limits at the start."""
+    most = MOST_FILES if hard < 0 else min(hard, MOST_FILES)  # a negative one is no limit
+    return soft if soft < 0 else max(soft, most)
+
+
 _BACKLOG = 2048
 
 

@@ -200,9 +200,17 @@ async def test_the_state_of_the_deployment_in_a_sentence_with_its_causes(
     assert (well.code, well.said.strip()) == (0, "● Healthy: nothing waits.")
     files, aside = gateway.services.config.data_dir / "blobs", tmp_path / "aside"
     files.rename(aside)
-    lacking = await run(gateway, "status", **key)
-    assert (lacking.code, "The blob store does not answer: " in lacking.complained) == (1, True)
+
+    async def complains() -> bool:  # a probe may be a quarter of a second old
+        found = await run(gateway, "status", **key)
+        return (found.code, "The blob store does not answer: " in found.complained) == (1, True)
+
+    async def is_well() -> bool:
+        return (await run(gateway, "status", **key)).code == 0
+
+    await wait_until(complains, 10, "the blob store is missed")
     aside.rename(files)
+    await wait_until(is_well, 10, "the blob store is back")
     await gateway.services.limiter.penalise("kind:text_only", for_ms=600_000, by="ann: quota")
 
     async def paused() -> bool:

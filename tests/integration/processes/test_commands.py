@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 from tests.integration.embedded.traces import Traces
 from tests.waiting import wait_until
 from tidegate.embedded.servers import free_port
+from tidegate.supervisor.supervisor import MOST_FILES
 
 _ROOT = Path(__file__).parents[3]
 
@@ -64,11 +66,12 @@ def _outcome(place: str, request_id: str) -> str | None:
 def _running(
     tmp_path: Path, name: str, *command: str, **settings: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """A process, and the file of all that it says; ended at the end however the test went."""
+    """A process, and the file of all that it says; ended at the end however the test went. It is
+    started with 1,024 open files, as by many shells."""
     said = tmp_path / f"{name}.out"
     with said.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, *command],
+            ["sh", "-c", 'ulimit -Sn 1024; exec "$@"', "sh", sys.executable, *command],
             cwd=tmp_path,
             env={**os.environ, "LOG_FORMAT": "json", **settings},
             stdout=file,
@@ -142,6 +145,9 @@ async def test_app_and_worker_find_each_other_and_either_survives_the_other(
     with _running(tmp_path, "worker", worker, **settings) as (working, _):
         with _running(tmp_path, "app", app, **settings) as (serving, _):
             await wait_until(lambda: _get(f"{place}/health/ready"), 60, "readiness")
+            for process in (serving, working) if sys.platform == "linux" else ():
+                soft, hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+                assert soft == min(hard, MOST_FILES)
             first = _submit(place, "Why is the sea salty?")
             assert await wait_until(lambda: _outcome(place, first), 30) == "succeeded"
             # One key, though both began where there was none.
