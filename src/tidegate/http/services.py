@@ -499,7 +499,6 @@ class AccessLog:
             took_s = time.monotonic() - started
             path = scope["path"]
             tally: Tally = scope["app"].state.services.tally
-            tally.answered(route_of(path), status, took_s)
             fields: dict[str, Any] = {
                 "method": scope["method"],
                 "path": path,
@@ -509,6 +508,7 @@ class AccessLog:
                 **({"trace_id": scope[TRACE_IN_SCOPE]} if TRACE_IN_SCOPE in scope else {}),
                 **who(scope.get(CALLER_IN_SCOPE)),
             }
+            tally.answered(route_of(path), status, took_s)
             # After the answers that are ready to be sent: in a burst they would wait for the log
             # lines.
             asyncio.get_running_loop().call_soon(log_answered, fields)

@@ -38,7 +38,14 @@ async def test_no_finished_line_is_repeated(tmp_path: Path) -> None:
         await fleet.ready(fleet.url)
         await _more_than(client, batch, 100)
         assert await _repeated(fleet) == [], "an outage repeats nothing"
+        await fleet.control.set_behaviour(first_byte_ms=1000)
+
+        async def is_calling() -> bool:
+            return (await fleet.truth()).in_flight > 0
+
+        await wait_until(is_calling, 20, "a call in flight")
         fleet.workers[-1].kill()
+        await fleet.control.set_behaviour(first_byte_ms=40)
         killed_ns = time.time_ns()
         assert await batching.completed(client, batch) < LINES
         fleet.start_worker()

@@ -226,6 +226,7 @@ async def test_one_tenants_slow_readers_of_stored_answers_leave_room_for_another
             ("GET", f"/status/{job}", {}, 503),
             ("GET", f"/status/{job}", live, 200),  # it ends, and is to come again
         ):
+            await wait_until(lambda: not bodies.of_tenants, 40, "the memory of the answers before")
             slow = small_receive_buffer((AF_INET, SOCK_STREAM, 0))
             slow.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
             lines = [
