@@ -553,7 +553,7 @@ class Config(BaseModel):
     @field_validator("data_dir")
     @classmethod
     def _folder(cls, value: Path) -> Path:
-        return _path("data_dir", value, lambda folder: folder.is_dir() or not folder.exists())
+        return _path("data_dir", value, lambda folder: not folder.exists() or folder.is_dir())
 
     @field_validator("admin_token")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -445,3 +446,18 @@ def test_a_line_of_env_that_says_nothing_is_named(line: str, tmp_path: Path) -> 
     assert "8124" not in str(failed.value)  # it may be a key
     file.write_text("# a comment\nHOST=localhost\n\nexport AUTH=on\n")
     assert load({}, file).host == "localhost"
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An API and a worker that start together both look for it."""
+    is_dir = Path.is_dir
+
+    def is_dir_before_it_is_made(path: Path, **options: Any) -> bool:
+        found = is_dir(path, **options)
+        path.mkdir(exist_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", is_dir_before_it_is_made)
+    assert load({"DATA_DIR": str(tmp_path / "data")}, None).data_dir == tmp_path / "data"
