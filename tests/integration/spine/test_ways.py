@@ -17,7 +17,7 @@ from tidegate.embedded.servers import ValkeyServer
 REACHED = {
     "relayed call": Goal(43, 154),
     "acquire to grant": Goal(6, 26),
-    "submit to webhook": Goal(60, 271),
+    "submit to webhook": Goal(60, 270),
     "limits set to in force": Goal(23, 165),
 }
 
