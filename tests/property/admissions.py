@@ -114,8 +114,9 @@ class Admissions:
                 continue
             flow_key, member = self._asked[request.sid, ticket]
             amount = read_member(member).amount(read_flow(flow_key).lane.index(name))
+            paused = 1 if self.model.pool.limit(name).is_rate else 0  # holds each that takes some
             one = Refusal(
-                0 if used < 0 else amount,
+                paused if used < 0 else amount,
                 self.model.pool.now + left_ms,
                 self.model.pool.epoch,
                 self.model.pool.revision,
@@ -157,10 +158,11 @@ class Admissions:
                 dict(zip(flow.lane, amounts, strict=True)),
                 {name: x.window_ms for name, x in limits.items() if isinstance(x, Rate)},
             )
-            names.update(flow.lane)
             taken.update(self._admitted[sid, ticket].amounts)
             for name, amount in self._admitted[sid, ticket].amounts.items():
                 self._check_refusals(name, now, amount)
+                if amount or isinstance(limits[name], Concurrency):
+                    names[name] += 1  # others take nothing of a rate and need not regard it
         for name, admitted in names.items():
             self._check_limit(name, now, admitted, taken[name])
 
@@ -183,8 +185,6 @@ class Admissions:
             assert pause is None or now >= pause.until, f"let in while {name} is paused"
         if isinstance(limit, Concurrency):
             assert state.used <= limit.bound, f"let in over {name}"
-        elif taken == 0:
-            return  # a call that takes nothing of a rate may go, however low that has become
         elif isinstance(limit, Rate) and limit.shape == "bucket":
             self._check_bucket(name, limit, now)
         elif isinstance(limit, Rate):

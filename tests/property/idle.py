@@ -33,11 +33,13 @@ def _positions(queue: SessionQueue) -> range:
 
 def _free(model: PoolModel, queue: SessionQueue, position: int) -> bool:
     limit = model.pool.limit(queue.flow.lane[position])
+    amount = read_member(queue.first()[0]).amount(position)
+    if limit.is_rate and amount == 0:
+        return True
     if model.pool.pause_of(limit) is not None:
         return False
     if limit.limit.shadow:
         return True
-    amount = read_member(queue.first()[0]).amount(position)
     if isinstance(limit.limit, Concurrency):
         cap = model.capacity.cap(limit, queue.flow.band)
         if not limit.by_tokens:
@@ -45,8 +47,6 @@ def _free(model: PoolModel, queue: SessionQueue, position: int) -> bool:
         if amount > limit.limit.bound or _too_great_before(limit, queue):
             return False
         return limit.used + max(1, min(amount, cap)) <= cap
-    if amount == 0:
-        return True
     if _others_before(limit, queue) or _kept_for_higher(model, limit, queue):
         return False
     spending = deepcopy(limit.spending)  # which forgets what counts no more, when it is looked at

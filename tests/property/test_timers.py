@@ -291,15 +291,37 @@ def test_a_quota_whose_day_ends_sooner_than_was_known_becomes_a_rate(bench: Benc
     assert bench.spent == 6
 
 
-def test_a_call_that_takes_nothing_of_a_rate_is_not_refused_for_it(bench: Bench) -> None:
-    """It asked for no LLM tokens, before its limit counted calls instead."""
+def test_a_call_that_takes_nothing_of_a_paused_rate_goes(bench: Bench) -> None:
+    """Behind others that wait for it, too, and with a deadline before the end of the pause."""
     bench.put_in_force(TOKENS)
     bench.end(bench.ask(100), 100)
     bench.world.pause(LIMIT, 1000, 1)
-    ticket = bench.ask(0, left_ms=5000)
-    bench.put_in_force(Rate(1, MINUTE_MS))
+    large = bench.ask(1000)
+    assert bench.ask(0, tenant="b") in bench.client.queue.held
+    assert bench.ask(0, tenant="b", left_ms=500) in bench.client.queue.held
+    bench.wait(1001)
+    assert large not in bench.client.queue.held
+    assert bench.ask(0, tenant="b") in bench.client.queue.held
+
+
+def test_a_call_that_takes_nothing_of_a_rate_is_no_probe_of_its_gate(bench: Bench) -> None:
+    bench.put_in_force(TOKENS)
+    bench.world.close_gate(LIMIT, 1000, 60_000, tried=False)
+    assert bench.ask(0) in bench.client.queue.held
     bench.wait(1000)
-    assert ticket in bench.client.queue.held
+    assert bench.ask(0) in bench.client.queue.held
+    assert bench.ask(10) in bench.client.queue.held
+
+
+def test_calls_that_take_nothing_of_a_rate_leave_the_ramp_after_a_pause_to_others(
+    bench: Bench,
+) -> None:
+    bench.put_in_force(TOKENS)
+    bench.world.pause(LIMIT, 1000, 10_000)
+    bench.wait(1000)
+    for _ in range(3):
+        assert bench.ask(0) in bench.client.queue.held
+    assert bench.ask(10) in bench.client.queue.held
 
 
 def test_a_rate_behind_a_gate_admits_the_next_probe_when_one_has_ended(bench: Bench) -> None:

@@ -51,6 +51,7 @@ from tidegate.limiter.policy import (
     Tokens,
     WrittenPolicy,
     as_policy,
+    is_taken,
     read_change,
     tokens_of,
     unknown_limit,
@@ -718,6 +719,12 @@ class Limiter:
         """Return how long no call is admitted under one of these limits, as last heard here, at
         most some seconds ago; 0 if none is paused. Does no I/O."""
         return self._session.remembered.paused_ms(limits, self._session.lease.now_ms())
+
+    def limits_of(self, demand: Demand) -> tuple[str, ...]:
+        """Return the limits that a call waits for: not the rates of which it takes nothing, such as
+        one of images for a call without any. Does no I/O."""
+        policy = self._session.policy
+        return tuple(name for name in demand.limits if is_taken(policy.limit(name), demand))
 
     def watch_pauses(self, listener: Callable[[], None]) -> None:
         """Call `listener` whenever this process hears of pauses, or again that they continue, until

@@ -40,6 +40,7 @@ from tidegate.limiter.policy import (
     PoolPolicy,
     Tokens,
     call_use,
+    concerns,
     unknown_limit,
     whole_ms,
 )
@@ -144,7 +145,7 @@ class PermitIssuer:
         except DemandImpossible as error:
             raise self._refused(error) from None
         if len(self._queue.waiting) >= self._max_waiters:
-            limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
+            limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow, "")
             full = QueueFull("the queue is full", limit=limit, retry_after_ms=retry_ms)
             raise self._refused(full)
         deadline_ms, hard_ms = demand.deadline_ms, demand.hard_ms
@@ -213,7 +214,8 @@ class PermitIssuer:
         if waiter.future.done():
             return
         flow = waiter.flow
-        limit, retry_ms = flow.held_up_by or flow.limits[0], self._retry_after_ms(flow)
+        retry_ms = self._retry_after_ms(flow, waiter.amounts)
+        limit = flow.held_up_by or flow.limits[0]
         error: AdmissionError
         session = self._session
         local = session.policy.when_away == "local" and session.has_share(flow.limits)
@@ -233,14 +235,15 @@ class PermitIssuer:
         self._session.observer.refused(error.limit, error.code)
         return error
 
-    def _retry_after_ms(self, flow: Flow) -> int:
+    def _retry_after_ms(self, flow: Flow, amounts: str) -> int:
         """Return the time until there is room under the blocking limit, or if that is unknown,
         about the recent wait for that limit. At least a second, and not before a pause ends."""
         at = self._clock.now_ms()
         wait_ms = round(flow.room_at_ms - at)
         if wait_ms <= 0:
             wait_ms = int(self.wait_ewma_ms.get(flow.held_up_by or flow.limits[0], 0.0))
-        return max(1000, wait_ms, self._session.remembered.paused_ms(flow.limits, at))
+        limits = [name for name, rule, amount in flow.taken(amounts) if concerns(rule, amount)]
+        return max(1000, wait_ms, self._session.remembered.paused_ms(limits, at))
 
     def abandon(self, waiter: Waiter) -> None:
         """Remove a waiter whose task was cancelled."""

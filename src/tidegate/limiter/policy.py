@@ -723,6 +723,17 @@ def amount_to_reserve(limit: Rate | Quota, demand: Demand) -> int | None:
     return max(amount, _tokens_counted(limit, most))
 
 
+def concerns(limit: Limit | None, amount: int | None) -> bool:
+    """Return whether a call waits for a limit at all of which it takes `amount`: one that takes
+    nothing of a rate does not, not even while the rate is paused."""
+    return amount != 0 or not isinstance(limit, Rate | Quota)
+
+
+def is_taken(limit: Limit | None, demand: Demand) -> bool:
+    """Return whether a call with this demand waits for a limit at all; see `concerns`."""
+    return not isinstance(limit, Rate | Quota) or concerns(limit, amount_to_reserve(limit, demand))
+
+
 def _tokens_counted(limit: Rate | Quota, tokens: Tokens) -> int:
     weights = limit.weights
     if weights is None:

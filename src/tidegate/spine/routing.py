@@ -373,12 +373,15 @@ class Gate:
         """Return why a call that may wait for `left_ms` should not do so; None if it should."""
         if self.drained and not demand.is_follow_up:
             return self.out()
-        paused_ms = self.limiter.paused_ms(demand.limits)
+        if self.limiter.paused_ms(demand.limits) <= left_ms:
+            return None
+        limits = self.limiter.limits_of(demand.to_admit(None, 1))
+        paused_ms = self.limiter.paused_ms(limits)
         if paused_ms <= left_ms:
             return None
         if (out := self.out()) is not None and (out.retry_after_ms or 0) >= paused_ms - _LATER_MS:
             return out
-        last = max(demand.limits, key=lambda one: self.limiter.paused_ms((one,)))
+        last = max(limits, key=lambda one: self.limiter.paused_ms((one,)))
         return limit_paused(last, paused_ms)
 
     def out(self) -> UpstreamOut | None:

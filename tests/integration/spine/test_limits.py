@@ -12,6 +12,8 @@ import pytest
 
 from tests.gateway import PNG, Gateway, Opener
 from tests.waiting import wait_until, where_it_is
+from tidegate.admission.demand import CallDemand
+from tidegate.errors import LimitPaused
 from tidegate.limiter import LimitView
 from tidegate.policy.format import edit
 
@@ -149,6 +151,19 @@ async def test_a_days_quota_that_is_gone_pauses_to_midnight_until_somebody_knows
     assert await gateway.services.limiter.resume(f"rpd:{MODEL}", by="ann")
     assert (await gateway.stream(text="Explain three")).names[-1] == "done"
     assert len(await gateway.calls()) == 2
+
+
+async def test_a_paused_rate_makes_only_calls_late_that_take_something_of_it(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    gateway = await open_gateway(tidegate_policy=policy('"ipm:total" = 9'), worker=False)
+    gate, limiter = gateway.services.spine.health["gemini"], gateway.services.limiter
+    await limiter.penalise("ipm:total", for_ms=600_000, ramp_ms=1, by="ann")
+    text, picture = (CallDemand(("ipm:total",), "default", "normal", count) for count in (0, 1))
+    assert gate.late(text, 1_000) is None
+    assert isinstance(gate.late(picture, 1_000), LimitPaused)
+    async with limiter.acquire_for(text.to_admit(1_000, 10_000)):
+        assert (await view(gateway, "ipm:total")).used == 0
 
 
 async def test_a_call_is_settled_for_the_tokens_that_it_used(

@@ -209,6 +209,8 @@ class Outlooks:
 
     def _late(self, limit: LimitState, amount: int, before: Before, latest: int) -> list[Late]:
         """Return when a limit has room, if that is certainly too late unless waiters leave."""
+        if not limit.concerns(amount):
+            return []
         returned = not limit.under and not any(self.permits.owed.values())
         settled = limit.is_rate and (self._is_firm(limit) or returned)
         if not settled and not self.pool.pause_of(limit):

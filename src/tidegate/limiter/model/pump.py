@@ -155,7 +155,7 @@ class Pump:
         0 if it was admitted immediately or its deadline comes too early, -1 if it is refused.
         """
         flow, queue = read_flow(key), session.queues.get(key)
-        limit: LimitState | None = self.pool.limit(flow.lane[0])
+        limit: LimitState | None = self.queues.place_of(flow, read_member(member))
         if queue is None and not self.pool.quiet() and sid not in self.fresh:
             limit = self.queues.blocker_of_new(flow, read_member(member))
         if limit is None:
@@ -289,7 +289,8 @@ class Pump:
             lacking = [
                 limit
                 for position, limit in enumerate(self.pool.lane(queue.flow))
-                if not self.capacity.has_room(limit, band, member.amount(position))
+                if limit.concerns(member.amount(position))
+                and not self.capacity.has_room(limit, band, member.amount(position))
             ]
             if not lacking:
                 assert queue.at is not None
@@ -427,7 +428,7 @@ class Pump:
         for queue in sorted(stalled, key=lambda queue: queue.id)[:most]:
             text, stamp = queue.first()
             found, _ = self.queues.blocker(queue, read_member(text), stamp)
-            limit = found or self.pool.limit(queue.flow.lane[0])
+            limit = found or self.queues.place_of(queue.flow, read_member(text))
             self.queues.park(queue, limit)
             self.pool.touched.add(limit.name)
         session.blocked = len(stalled) >= most

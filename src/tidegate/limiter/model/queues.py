@@ -120,11 +120,13 @@ class Queues:
         if not self.pool.limit(queue.at).is_rate:
             return
         member = read_member(queue.first()[0])
-        takes = [name for i, name in enumerate(queue.flow.lane) if member.amount(i) > 0]
-        if takes and queue.at not in takes:
+        if member.amount(queue.flow.lane.index(queue.at)) > 0:
+            return
+        place = self.place_of(queue.flow, member)
+        if place.name != queue.at:
             self.unpark(queue)
-            self.park(queue, self.pool.limit(takes[0]))
-            self.pool.touched.add(takes[0])
+            self.park(queue, place)
+            self.pool.touched.add(place.name)
 
     def block(self, queue: SessionQueue) -> None:
         """Block a queue, because its session takes no grants."""
@@ -190,9 +192,10 @@ class Queues:
         """Return the limit that blocks the first ticket of a queue, and whether it is full."""
         for position, limit in enumerate(self.pool.lane(queue.flow)):
             amount = member.amount(position)
+            if not limit.concerns(amount):
+                continue
             if not self.capacity.has_room(limit, queue.flow.band, amount):
                 return limit, True
-            # A ticket that takes nothing of a rate does not wait in its line.
             elsewhere = amount > 0 and limit.name != queue.at
             if elsewhere and not self._its_turn(queue, limit, stamp):
                 return limit, False
@@ -202,9 +205,17 @@ class Queues:
         """Return the limit at which a new ticket must wait; it passes no waiting ticket."""
         for position, limit in enumerate(self.pool.lane(flow)):
             amount = member.amount(position)
+            if not limit.concerns(amount):
+                continue
             if (amount > 0 and limit.waits) or not self.capacity.has_room(limit, flow.band, amount):
                 return limit
         return None
+
+    def place_of(self, flow: FlowName, member: Member) -> LimitState:
+        """Return where a ticket waits that no limit blocks: the first limit that concerns it."""
+        lane = self.pool.lane(flow)
+        found = (one for i, one in enumerate(lane) if one.concerns(member.amount(i)))
+        return next(found, lane[0])
 
 
 @dataclass(slots=True)
@@ -258,6 +269,8 @@ class Permits:
 
     def admission(self, limit: LimitState, band: int, amount: int) -> Charge | None:
         """Count an admission under one limit; return what its settlement needs, for a rate."""
+        if not limit.concerns(amount):
+            return self.spend(limit, amount)
         if limit.limit.shadow and self.capacity.is_full(limit, band, amount):
             limit.shadowed += 1
         pause = self.pool.pause_of(limit)

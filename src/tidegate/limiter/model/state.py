@@ -396,6 +396,12 @@ class LimitState:
     def is_rate(self) -> bool:
         return isinstance(self.limit, _RATES)
 
+    def concerns(self, amount: int) -> bool:
+        """Whether a call waits for it at all: one that takes nothing of a rate does not, not even
+        while the rate is paused.
+        """
+        return amount > 0 or not self.is_rate
+
     @property
     def is_freed(self) -> bool:
         """Whether a call that ends may make room, without regard to its usage."""

@@ -29,7 +29,7 @@ end
 -- Admits the first ticket of a queue, or returns the limit at which it must wait.
 function T.admit_new(queue, member)
   if pool.now < pool.recover_until or T.is_fresh(own.sid) then
-    return T.limit_of(T.names_in(queue.lane)[1])
+    return T.place_of(queue, T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$')))
   end
   local ticket, hard_ms, text = string.match(member, '^(%d+)|(%d+)|%d+|(.*)$')
   local limit = T.blocker_of_new(queue, T.amounts_in(text))

@@ -1,7 +1,7 @@
 -- does: parks a queue at the limit that blocks it, and removes it again
 -- keys: session queue park line past starving stalled
 -- args: none
--- returns: park(), unpark(), vacate(), block(), leave_line(), blocker(), blocker_of_new(), parked_at(), load_place(), unblock(), return_to_line()
+-- returns: park(), unpark(), vacate(), block(), place_of(), leave_line(), blocker(), blocker_of_new(), parked_at(), load_place(), unblock(), return_to_line()
 -- units: virtual time as in queues
 function T.save_place(queue)
   local key, field = T.session_key(queue.sid), 'at:' .. queue.flow
@@ -94,17 +94,24 @@ function T.block(queue)
   call('PEXPIRE', T.stalled_key(queue.sid), T.SESSION_KEEP_MS)
 end
 
--- Moves a queue whose new head takes nothing of the rate at which it waits. It then waits at a limit of which the
--- head takes something, so that waiters for the rate are not ahead of it.
+-- Returns where a ticket waits that no limit blocks: the first limit that concerns it.
+function T.place_of(queue, list)
+  local names = T.names_in(queue.lane)
+  for i, name in ipairs(names) do
+    local limit = T.limit_of(name)
+    if T.concerns(limit, list[i] or 1) then return limit end
+  end
+  return T.limit_of(names[1])
+end
+
+-- Moves a queue whose new head takes nothing of the rate at which it waits. It then waits at a limit that concerns the
+-- head, so that waiters for the rate are not ahead of it.
 function T.leave_line(queue, limit, member, stamp)
   if limit.sort == 'c' then return end
-  local list, place = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$')), nil
-  for i, name in ipairs(T.names_in(queue.lane)) do
-    local takes = (list[i] or 1) > 0
-    if takes and name == limit.name then return end
-    if takes and not place then place = T.limit_of(name) end
-  end
-  if not place then return end
+  local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
+  if T.amount_at(queue, limit, list) > 0 then return end
+  local place = T.place_of(queue, list)
+  if place == limit then return end
   T.load_place(queue)
   T.unpark(queue)
   T.park(queue, place, stamp)
@@ -128,10 +135,9 @@ end
 function T.blocker(queue, list, stamp, here)
   for i, name in ipairs(T.names_in(queue.lane)) do
     local limit, amount = T.limit_of(name), list[i] or 1
-    if not T.has_room(limit, queue.band, amount) then return limit, true end
-    -- A ticket that takes nothing of a rate does not wait in its line.
-    if amount > 0 and name ~= here and not T.its_turn(queue, limit, stamp) then
-      return limit, false
+    if T.concerns(limit, amount) then
+      if not T.has_room(limit, queue.band, amount) then return limit, true end
+      if amount > 0 and name ~= here and not T.its_turn(queue, limit, stamp) then return limit, false end
     end
   end
   return nil, false
@@ -142,7 +148,8 @@ end
 function T.blocker_of_new(queue, list)
   for i, name in ipairs(T.names_in(queue.lane)) do
     local limit, amount = T.limit_of(name), list[i] or 1
-    if amount > 0 and T.parked_at(limit) > 0 or not T.has_room(limit, queue.band, amount) then
+    if T.concerns(limit, amount)
+      and (amount > 0 and T.parked_at(limit) > 0 or not T.has_room(limit, queue.band, amount)) then
       return limit
     end
   end
@@ -151,7 +158,7 @@ end
 function T.return_to_line(queue)
   local member, stamp = T.first_of(queue)
   local list = T.amounts_in(string.match(member, '^%d+|%d+|%d+|(.*)$'))
-  local limit = T.blocker(queue, list, stamp, nil) or T.limit_of(T.names_in(queue.lane)[1])
+  local limit = T.blocker(queue, list, stamp, nil) or T.place_of(queue, list)
   T.park(queue, limit, stamp)
   T.touch(limit)
 end

@@ -1,8 +1,12 @@
 -- does: checks whether a limit has room, takes capacity and releases it
 -- keys: none
 -- args: none
--- returns: has_room(), take(), uncount(), amount_in(), amount_charged()
+-- returns: concerns(), has_room(), take(), uncount(), amount_in(), amount_charged()
 -- units: ms; amounts in each limit's unit
+-- Returns whether a call that takes `amount` waits for a limit at all. A call that takes nothing of a rate does not,
+-- not even while the rate is paused.
+function T.concerns(limit, amount) return amount > 0 or limit.sort == 'c' end
+
 function T.is_full(limit, band, amount)
   if limit.pause and not T.pause_admits(limit) then return true end
   if limit.sort == 'c' then
@@ -33,16 +37,18 @@ end
 -- Counts an admission. Returns what a settlement needs, for a rate, or a release, for tokens in flight.
 function T.take(limit, band, amount)
   limit.changed = true
-  if limit.shadow and T.is_full(limit, band, amount) then
+  local concerns = T.concerns(limit, amount)
+  if limit.shadow and concerns and T.is_full(limit, band, amount) then
     limit.shadowed = (limit.shadowed or 0) + 1
   end
-  local gate = limit.pause and limit.pause.gate
+  local pause = concerns and limit.pause
+  local gate = pause and pause.gate
   if gate then
     gate.taker, gate.fresh = T.taker, true
-    limit.pause.until_ms = math.max(limit.pause.until_ms, pool.now + gate.every_ms)
+    pause.until_ms = math.max(pause.until_ms, pool.now + gate.every_ms)
     limit.pause_changed = true
-  elseif limit.pause and pool.now >= limit.pause.until_ms then
-    limit.pause.passed = limit.pause.passed + math.max(1, math.min(amount, limit.bound))
+  elseif pause and pool.now >= pause.until_ms then
+    pause.passed = pause.passed + math.max(1, math.min(amount, limit.bound))
     limit.pause_changed = true
   end
   if limit.by_tokens then

@@ -41,6 +41,7 @@ end
 
 -- Returns (room at, limit, used, ahead, estimate) if a limit certainly has no room by `latest`.
 local function late_at(limit, amount, before, here, latest)
+  if not T.concerns(limit, amount) then return nil end
   local is_firm = T.is_firm(limit)
   local settled = limit.sort ~= 'c' and (is_firm or limit.used == 0 and not T.is_usage_due())
   if not settled and not limit.pause then return nil end

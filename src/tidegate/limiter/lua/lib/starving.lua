@@ -8,8 +8,8 @@
 function T.can_be_saved_for(queue, list)
   local room, can = true, true
   for i, name in ipairs(T.names_in(queue.lane)) do
-    local limit = T.limit_of(name)
-    if not T.has_room(limit, queue.band, list[i] or 1) then
+    local limit, amount = T.limit_of(name), list[i] or 1
+    if T.concerns(limit, amount) and not T.has_room(limit, queue.band, amount) then
       room = false
       can = can and limit.sort == 'c' and not limit.pause and T.cap_of(limit, queue.band) > 0
     end
