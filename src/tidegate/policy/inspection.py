@@ -356,6 +356,9 @@ def equivalent_queues(found: Whereabouts, snapshot: Snapshot) -> Iterator[QueueV
 def _binds(limit_id: str, found: Whereabouts, *, any_model: bool = False) -> bool:
     """Return whether a job falls under a limit. `any_model`: if the job's model is not known yet,
     count limits on models too."""
+    measure = MEASURES.get(limit_id.partition(":")[0])
+    if measure and measure.unit == "images" and found.kind != "image_generation":
+        return False
     subject = _models_of(limit_id)
     if subject is not None:
         return any_model if found.model is None else _is_one_of(found.model, subject)

@@ -87,6 +87,15 @@ def test_a_job_waits_for_no_limit_in_shadow_that_is_over_its_bound() -> None:
     assert (paused and paused.limit) == DAILY.limit
 
 
+def test_a_job_without_images_waits_for_no_limit_on_images() -> None:
+    images = LimitView("ipm:flash", "r", 9, 9, 3, 0, 9, 0, 60_000, "ann", 60_000)
+    of_images = replace(OF_FLASH, kind="image_generation")
+    view = binding_limit(OF_FLASH, pool(images, replace(FLASH, used=7)))
+    assert (view and view.limit) == FLASH.limit
+    view = binding_limit(of_images, pool(images, FLASH))
+    assert (view and view.limit) == images.limit
+
+
 def test_what_is_paused_comes_before_what_is_full() -> None:
     paused = replace(IDLE, paused_ms=47_000)
     view = binding_limit(OF_FLASH, pool(paused, FLASH, DAILY))
