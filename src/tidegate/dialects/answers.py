@@ -373,7 +373,7 @@ def visible_output(dialect: DialectSpec, answer: bytes, answer_bytes: int) -> Vi
 
 @dataclass(frozen=True, slots=True)
 class ReadAnswer:
-    """Contents of an answer. images, came: None if they were not read."""
+    """Contents of an answer. images, visible: None if they were not read."""
 
     facts: AnswerFacts
     images: int | None

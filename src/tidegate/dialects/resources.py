@@ -261,7 +261,7 @@ class PageQuery:
     """A request for a page of a list.
 
     whole: builds the body of the answer from the entries by id, whether there are more, and the id
-    at which the next page begins. shows: whether an entry matches the filters. only: the ids to
+    at which the next page begins. matches: whether an entry passes the filters. only: the ids to
     which the list is restricted.
     """
 

@@ -202,10 +202,10 @@ class RequestFacts:
     apply. images: number of images that it generates. pieces: of its input, with a first estimate
     of their tokens. wants_usage: a stream reports its usage only if the gateway requests it.
     audio_seconds: estimated length of recordings in its input. characters: of a text to be spoken.
-    video_seconds: of all videos that it makes. goes_on: the provider runs it in the background.
-    calls: number of model calls in it, 0 if unknown. tier: the processing tier, if another field
-    than the tier's requests it. cache_write: the cache that its input is written to. prompt_head:
-    the beginning of the user's last text.
+    video_seconds: of all videos that it makes. runs_in_background: it continues at the provider
+    after its first answer. calls: number of model calls in it, 0 if unknown. tier: the processing
+    tier, if another field than the tier's requests it. cache_write: the cache that its input is
+    written to. prompt_head: the beginning of the user's last text.
     """
 
     model: str

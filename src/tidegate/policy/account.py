@@ -95,8 +95,8 @@ class _Charge(NamedTuple):
 class _Sample:
     """An observation of the pool's counts.
 
-    ours: our use in the window, without charges. since: when the provider's windows began, as known
-    then. lately: the pool's count since that time, charges included. level: the level of a bucket
+    own: our use in the window, without charges. since: when the provider's windows began, as known
+    then. recent: the pool's count since that time, charges included. level: the level of a bucket
     before the charge of this observation. charged: that charge.
     """
 

@@ -331,7 +331,7 @@ class Relay:
 
 
 class NativeExchange:
-    """A `CallExchange` of bytes. `body`: parsed; `asked`: its facts, None without any."""
+    """A `CallExchange` of bytes. `body`: parsed; `facts`: what admission reads of it, or None."""
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ class CallFailed(Exception):
     """A call that failed: the upstream's refusal or fault, with its own error body if it sent one.
 
     status: 0 if the upstream did not answer. paused_ms: how long this failure paused a limit of the
-    call. told: the client has already received the error, in the answer's body."""
+    call. reported: the client has already received the error, in the answer's body."""
 
     def __init__(
         self,
