@@ -332,14 +332,16 @@ def resume(limit: LimitId, json: Json = False) -> None:
 
 @app.command()
 def history(
-    most: Annotated[int, typer.Option(min=1, max=1_000, help="Maximum number, newest first.")] = 20,
+    limit: Annotated[
+        int, typer.Option(min=1, max=1_000, help="Maximum number, newest first.")
+    ] = 20,
     json: Json = False,
 ) -> None:
     """List the revisions of the policy: when, by whom and why each was set."""
     # One more, to compare the oldest one shown with.
-    records = with_keeper(lambda keeper: keeper.history(most + 1))
+    records = with_keeper(lambda keeper: keeper.history(limit + 1))
     if json:
-        show_json(records[:most])
+        show_json(records[:limit])
         return
     show_table(
         "",
@@ -353,7 +355,7 @@ def history(
                 _changes(record, records[place + 1] if place + 1 < len(records) else None),
                 record.reason,
             )
-            for place, record in enumerate(records[:most])
+            for place, record in enumerate(records[:limit])
         ],
     )
 

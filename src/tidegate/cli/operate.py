@@ -85,8 +85,8 @@ def reconcile(
 ) -> None:
     """Compare a day's charges with the provider's own usage and costs.
 
-    Estimated charges are corrected if recorded calls explain the difference. No other
-    provider than these two can be compared. Needs an admin key of the account: OPENAI_ADMIN_KEY or
+    Estimated charges are corrected if recorded calls explain the difference. Other providers
+    cannot be compared. Needs an admin key of the account: OPENAI_ADMIN_KEY or
     ANTHROPIC_ADMIN_KEY.
     """
     from tidegate.supervisor.maintenance import reconcile as run
@@ -478,8 +478,7 @@ def doctor(
 ) -> None:
     """Diagnose the installation, and suggest a fix for each problem. Changes nothing.
 
-    Exit code 1 if a check fails. Requests the list of models of each provider once, to test the
-    key.
+    Exit code 1 if a check fails. Lists the models of each provider once, to test the key.
     """
     from tidegate.doctor import examine
     from tidegate.doctor.checks import State

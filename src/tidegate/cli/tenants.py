@@ -462,7 +462,7 @@ def actions(
     ] = None,
     what: Annotated[str | None, typer.Option(help="Only this action, such as key.create.")] = None,
     target: Annotated[str | None, typer.Option(help="Only actions on this target.")] = None,
-    most: Annotated[int, typer.Option(min=1, max=1_000, help="Maximum number.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=1_000, help="Maximum number.")] = 50,
     json: Json = False,
 ) -> None:
     """List actions of operators, newest first: who, what, on what, from where."""
@@ -470,7 +470,7 @@ def actions(
 
     found = with_tenants(
         lambda tenants: tenants.actions.page(
-            operator=operator, what=what, target=target, limit=most
+            operator=operator, what=what, target=target, limit=limit
         )
     )
     if json:

@@ -319,11 +319,13 @@ def remove(
 
 @app.command()
 def history(
-    most: Annotated[int, typer.Option(min=1, max=1_000, help="Maximum number, newest first.")] = 20,
+    limit: Annotated[
+        int, typer.Option(min=1, max=1_000, help="Maximum number, newest first.")
+    ] = 20,
     json: Json = False,
 ) -> None:
     """List the changes of upstreams: when, by whom and why."""
-    found = _call("GET", "/history", query={"most": str(most)})
+    found = _call("GET", "/history", query={"most": str(limit)})
     if json:
         show_json(found)
         return

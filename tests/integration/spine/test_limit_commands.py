@@ -45,10 +45,10 @@ async def test_limits_are_set_shown_and_told_apart_in_the_history(open_gateway: 
     assert as_json["in_force"]["revision"] == 2
     assert as_json["policy"]["limits"]["rpm:total"] == {"bound": 600, "slack_ms": 900}
 
-    history = await tidegate(gateway, "limits", "history", "--most", "1")
+    history = await tidegate(gateway, "limits", "history", "--limit", "1")
     assert "limits.kind:text_only: 5 -> 9" in history.said
     assert "more quota" in history.said
-    rows = (await tidegate(gateway, "limits", "history", "--json", "--most", "1")).json
+    rows = (await tidegate(gateway, "limits", "history", "--json", "--limit", "1")).json
     assert [(row["revision"], row["origin"]) for row in rows] == [(2, "live")]
     assert "@" in rows[0]["set_by"]
 
