@@ -25,8 +25,7 @@ from tidegate.jobs.webhooks import AlertSender, CauseAlerts, WebhookSender
 from tidegate.jobs.worker import Worker
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.metrics.instruments import Calls, Instruments, Limiting, Tally
-from tidegate.metrics.process import Board, Exposition, Watch
-from tidegate.metrics.process import ProcessState as State
+from tidegate.metrics.process import Board, Exposition, ProcessState, Watch
 from tidegate.metrics.verdict import Standing
 from tidegate.operator_key import operator_key
 from tidegate.policy.deployment import Deployment, deployed, deployed_upstreams, stated_by
@@ -258,7 +257,7 @@ async def open_services(config: Config, role: str) -> AsyncIterator[Services]:
             listeners=store.listeners,
             tally=instruments.tally,
             exposition=Exposition(instruments, watch, keepers, store.queue_depths, live.loads),
-            state=_counted(store.listeners, instruments, State(instance_id, watch)),
+            state=_counted(store.listeners, instruments, ProcessState(instance_id, watch)),
             board=board,
             standing=Standing(keepers, board, store),
             store=store,
@@ -307,7 +306,9 @@ def _log_start(role: str, instance_id: str, limiter: Limiter) -> None:
     log.info(Log.STARTED, role=role, instance_id=instance_id, limits=limits)
 
 
-def _counted(listeners: CallListeners, instruments: Instruments, state: State) -> State:
+def _counted(
+    listeners: CallListeners, instruments: Instruments, state: ProcessState
+) -> ProcessState:
     """Have ended calls counted for scrapes, and failed ones remembered in `state`."""
     listeners.listen(Calls(instruments.tally).take)
     listeners.listen(state.take)

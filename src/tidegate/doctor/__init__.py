@@ -14,10 +14,7 @@ from datetime import UTC, datetime
 from pydantic import SecretStr
 
 from tidegate.call import DEFAULT_POOL, new_id
-from tidegate.doctor import checks as deployment
-from tidegate.doctor import checks as machine
-from tidegate.doctor import stores as postgresql
-from tidegate.doctor import stores as valkey
+from tidegate.doctor import checks, stores
 from tidegate.doctor.checks import Finding, State, fail, ok, skipped, warn
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable, TidegateError
 from tidegate.limiter import PoolPolicy, Snapshot
@@ -60,8 +57,8 @@ async def examine(*, online: bool = True) -> list[Finding]:
         return [fail("settings.sound", str(invalid), fix)]
     policies = {DEFAULT_POOL: policy, **others.policies}
     found = [ok("settings.sound", "the settings and the policy's file are sound")]
-    found += deployment.judge_settings(config)
-    found += await asyncio.to_thread(lambda: list(machine.examine_machine(config)))
+    found += checks.judge_settings(config)
+    found += await asyncio.to_thread(lambda: list(checks.examine_machine(config)))
     facts = _Facts()
     bundled = config.embedded
     config, reason = _with_bundled(config)
@@ -70,10 +67,10 @@ async def examine(*, online: bool = True) -> list[Finding]:
     else:
         found += await _valkey(config, policies, facts, bundled=bundled)
         found += await _postgresql(config, policies, facts)
-    found += deployment.judge_access(config, facts.any_key, facts.unvouched)
+    found += checks.judge_access(config, facts.any_key, facts.unvouched)
     for pool, snapshot in facts.snapshots.items():
-        found += deployment.judge_pool(pool, policies[pool], snapshot, facts.records.get(pool))
-    found.append(deployment.judge_blobs(config, facts.snapshots))
+        found += checks.judge_pool(pool, policies[pool], snapshot, facts.records.get(pool))
+    found.append(checks.judge_blobs(config, facts.snapshots))
     made_up = DEFAULT_POOL if emulates(config) else ""
     if facts.live is not None:
         stated, live = stated_by(config), changes_of(facts.live.upstreams)
@@ -81,15 +78,13 @@ async def examine(*, online: bool = True) -> list[Finding]:
         added = {pool: one for pool, one in others.policies.items() if pool not in policies}
         policies |= others.policies
         found += await _added_live(config, added, facts)
-        found += deployment.judge_live(
-            facts.live.revision, others, stated.tables(), facts.processes
-        )
+        found += checks.judge_live(facts.live.revision, others, stated.tables(), facts.processes)
         if facts.ready is not None:
-            found.append(deployment.judge_workers(facts.processes, facts.ready))
-    found += deployment.judge_preempt(others.upstreams, made_up)
+            found.append(checks.judge_workers(facts.processes, facts.ready))
+    found += checks.judge_preempt(others.upstreams, made_up)
     if facts.called is not None:
         today = datetime.now(UTC).date()
-        found += deployment.judge_prices(others.upstreams, facts.called, today, made_up)
+        found += checks.judge_prices(others.upstreams, facts.called, today, made_up)
     if online:
         found += await asyncio.gather(*(_provider(one, config) for one in others.upstreams))
         own = [one for one in others.upstreams if one.is_own]
@@ -123,18 +118,18 @@ def _with_bundled(config: Config) -> tuple[Config, str]:
 async def _valkey(
     config: Config, policies: dict[str, PoolPolicy], facts: _Facts, *, bundled: bool
 ) -> list[Finding]:
-    from tidegate.limiter import examine as examine_machine
+    from tidegate.limiter import examine as examine_server
 
     assert config.redis_url is not None
     found: list[Finding] = []
     for pool in policies:
         try:
-            report = await examine_machine(config.redis_url.get_secret_value(), pool)
+            report = await examine_server(config.redis_url.get_secret_value(), pool)
         except (LimiterUnavailable, ConfigError) as failed:
-            return [*found, valkey.judge_absence(failed)]
+            return [*found, stores.judge_absence(failed)]
         if not found:
             found = [ok("valkey.reach", "it answers")]
-            found += valkey.judge_valkey(report, config.lease_ms, embedded=bundled)
+            found += stores.judge_valkey(report, config.lease_ms, embedded=bundled)
         if report.snapshot is not None:
             facts.snapshots[pool] = report.snapshot
     return found
@@ -144,19 +139,19 @@ async def _added_live(
     config: Config, policies: dict[str, PoolPolicy], facts: _Facts
 ) -> list[Finding]:
     """Return findings on the pools of upstreams that were added at run time."""
-    from tidegate.limiter import examine as examine_machine
+    from tidegate.limiter import examine as examine_server
 
     found: list[Finding] = []
     assert config.redis_url is not None
     for pool, policy in policies.items():
         try:
-            report = await examine_machine(config.redis_url.get_secret_value(), pool)
+            report = await examine_server(config.redis_url.get_secret_value(), pool)
         except (LimiterUnavailable, ConfigError):
             return found  # reported by another finding
         if report.snapshot is not None:
             facts.snapshots[pool] = report.snapshot
             records = facts.records.get(pool)
-            found += deployment.judge_pool(pool, policy, report.snapshot, records)
+            found += checks.judge_pool(pool, policy, report.snapshot, records)
     return found
 
 
@@ -164,12 +159,12 @@ async def _postgresql(
     config: Config, policies: dict[str, PoolPolicy], facts: _Facts
 ) -> list[Finding]:
     from tidegate.store.database import FIRST
-    from tidegate.store.diagnostics import examine as examine_machine
+    from tidegate.store.diagnostics import examine as examine_server
 
     assert config.database_url is not None
     url = config.database_url.get_secret_value()
     try:
-        report = await examine_machine(url)
+        report = await examine_server(url)
     except StoreUnavailable as failed:
         fix = "start it, and see whether DATABASE_URL, its user, password and database are right"
         return [fail("postgresql.reach", str(failed), fix)]
@@ -177,7 +172,7 @@ async def _postgresql(
         await _read_record(url, policies, facts, report.revision)
     snapshot = facts.snapshots.get(DEFAULT_POOL)
     processes = None if snapshot is None else len(snapshot.processes)
-    return [ok("postgresql.reach", "it answers"), *postgresql.judge(report, processes)]
+    return [ok("postgresql.reach", "it answers"), *stores.judge(report, processes)]
 
 
 async def _read_record(
@@ -205,7 +200,7 @@ async def _read_record(
             facts.unvouched = await tenants.unvouched_keys()
         if revision >= "0037":
             today = datetime.now(UTC).date()
-            since = today - deployment.PRICES_OVER
+            since = today - checks.PRICES_OVER
             facts.called = await UsageTotals(connections).totals(("model",), since, today)
     except StoreUnavailable:
         return  # the rights or the schema are wrong, which another finding reports
@@ -257,7 +252,7 @@ async def _server(upstream: Upstream, policy: PoolPolicy) -> Finding:
     timeouts = Timeouts(_ONLINE_MS, _ONLINE_MS, _ONLINE_MS, _ONLINE_MS)
     async with open_wire(timeouts, [upstream]) as wire:
         load = await server_load(wire, upstream)
-    return deployment.judge_server(upstream.name, policy, load)
+    return checks.judge_server(upstream.name, policy, load)
 
 
 async def _bucket(config: Config) -> list[Finding]:

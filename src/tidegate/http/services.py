@@ -39,8 +39,7 @@ from tidegate.http.problems import REQUEST_ID_HEADER, problem_response, status_o
 from tidegate.http.sse import abort, disconnected
 from tidegate.limiter import Limiter, Snapshot, WaitingLine
 from tidegate.metrics.instruments import Tally
-from tidegate.metrics.process import Board, Exposition, Recent
-from tidegate.metrics.process import ProcessState as State
+from tidegate.metrics.process import Board, Exposition, ProcessState, Recent
 from tidegate.metrics.verdict import Standing
 from tidegate.policy.inspection import Waiting, estimate_of, is_put_back, waiting
 from tidegate.policy.rollout import PolicyKeeper
@@ -223,7 +222,7 @@ class Services:
     listeners: CallListeners
     tally: Tally
     exposition: Exposition
-    state: State
+    state: ProcessState
     board: Board
     standing: Standing
     store: Store

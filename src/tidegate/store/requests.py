@@ -30,7 +30,7 @@ from tidegate.call import (
 )
 from tidegate.errors import InvalidRequest, NotFound
 from tidegate.record import PROMPT_HEAD_CHARS, Failure, Lineage
-from tidegate.store import database as partitions
+from tidegate.store import database
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, sql
@@ -495,7 +495,7 @@ class Requests:
 
         async def read(connection: asyncpg.Connection) -> list[asyncpg.Record] | None:
             stamp = await connection.fetchval(sql("search_words_from"))
-            day = partitions.day_of(f"_{stamp}")
+            day = database.day_of(f"_{stamp}")
             if day is None or not query:
                 return []
             start = datetime.combine(day, datetime.min.time(), UTC)

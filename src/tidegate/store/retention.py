@@ -22,7 +22,7 @@ import orjson
 
 from tidegate.call import new_id
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
-from tidegate.store import database as partitions
+from tidegate.store import database
 from tidegate.store.audit import Mark, digest_of, erased_among, unpack
 from tidegate.store.blobs import Blobs
 from tidegate.store.database import Connections, Work, count_in, sql
@@ -147,7 +147,7 @@ async def make_partitions(connections: Connections) -> None:
     while True:
         try:
             await connections.run(
-                lambda connection: partitions.make_ahead(connection, datetime.now(UTC).date()),
+                lambda connection: database.make_ahead(connection, datetime.now(UTC).date()),
                 timeout_ms=_TIMEOUT_MS,
             )
             pause_s, is_failing = _HOUSE_EVERY_S, False
@@ -261,7 +261,7 @@ class Retention:
         for table, name in await self.run(
             lambda connection: _older_than(connection, cutoffs.last_due)
         ):
-            day = partitions.day_of(name)
+            day = database.day_of(name)
             assert day is not None
             expired = day < cutoffs.day
             tenants = cutoffs.keepers(day) if expired else cutoffs.due(day)
@@ -278,7 +278,7 @@ class Retention:
                         await self.rows("forget_logged_week", day)
                 else:
                     skipped += 1
-        for table in partitions.TABLES:
+        for table in database.TABLES:
             for before, tenants, is_own in cutoffs.scopes:
                 blobs += await self._delete_rows(
                     f"{table}_default", tenants, is_own=is_own, before=before
@@ -567,11 +567,11 @@ def _exported(row: Mapping[str, Any]) -> dict[str, Any]:
 
 async def _older_than(connection: asyncpg.Connection, day: date) -> list[tuple[str, str]]:
     """Return (table, partition) of each partition whose whole day is before `day`, oldest first."""
-    rows = await connection.fetch(sql("list_partitions"), list(partitions.TABLES))
+    rows = await connection.fetch(sql("list_partitions"), list(database.TABLES))
     found = [
         (when, row["parent"], row["child"])
         for row in rows
-        if (when := partitions.day_of(row["child"])) is not None and when < day
+        if (when := database.day_of(row["child"])) is not None and when < day
     ]
     return [(parent, child) for _, parent, child in sorted(found)]
 
@@ -581,7 +581,7 @@ async def _drop(connection: asyncpg.Connection, table: str, name: str) -> bool:
 
     A long wait for the lock would block every insert that queues behind it.
     """
-    await connection.execute(sql("lock_partitions"), partitions.PARTITIONS_LOCK)
+    await connection.execute(sql("lock_partitions"), database.PARTITIONS_LOCK)
     await connection.execute("SET LOCAL lock_timeout = '500ms'")
     await connection.execute("SAVEPOINT before_drop")
     try:

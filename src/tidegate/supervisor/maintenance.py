@@ -28,7 +28,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsp
 import orjson
 
 from tidegate.call import new_id
-from tidegate.embedded import servers as place
+from tidegate.embedded import servers
 from tidegate.embedded.lease import opened, try_lock
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
 from tidegate.http.body import PREFIX
@@ -212,7 +212,7 @@ def _program(name: str, config: Config) -> str:
     """Return the bundled program for the bundled server, which has the same version; otherwise the
     system's."""
     if config.embedded:
-        return str(place.binaries_of(None) / name)
+        return str(servers.binaries_of(None) / name)
     found = shutil.which(name)
     if found is None:
         raise ConfigError(name, None, "is not in PATH: install PostgreSQL's client programs")
