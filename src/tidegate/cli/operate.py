@@ -521,8 +521,8 @@ def _show(found: list[Finding]) -> None:
         room = one.room
         word, style = _MARKS.get(one.state, _SKIPPED)
         cell = Text(redact(one.found), style="bright_black" if word == "-" else "")
-        if one.mend:
-            cell.append(f"\n-> {one.mend}", style="cyan")
+        if one.fix:
+            cell.append(f"\n-> {one.fix}", style="cyan")
         table.add_row(Text(word, style=style), one.check, cell)
     show(table)
 

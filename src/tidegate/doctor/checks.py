@@ -50,7 +50,7 @@ class Finding:
     check: str
     state: State
     found: str
-    mend: str = ""
+    fix: str = ""
 
     @property
     def room(self) -> str:

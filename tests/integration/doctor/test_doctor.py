@@ -70,7 +70,7 @@ async def test_what_is_wrong_around_it_is_found_at_once(
     assert "refuses the key" in found["provider.gemini"]["found"]
     assert "invalid-key" not in done.said
     assert states["files.secrets"] == "warn"
-    assert found["files.secrets"]["mend"] == f"chmod 600 {secret}"
+    assert found["files.secrets"]["fix"] == f"chmod 600 {secret}"
     assert states["access.keys"] == "fail"
     assert states["pool.gemini.policy"] == "ok", "it was set so on purpose"
     assert "kind:text_only: 9 -> 5" in found["pool.gemini.policy"]["found"]
@@ -92,7 +92,7 @@ async def test_an_upstream_that_was_added_while_running_is_examined_as_it_is_by_
         keeper = gateway.services.keepers["gpu"]
         await wait_until(keeper.settled.is_set, 20, "the policy on record")
         _, found = await examined(gateway)
-        assert found["server.gpu"]["mend"] == "tidegate limits set --pool gpu pool:total=4"
+        assert found["server.gpu"]["fix"] == "tidegate limits set --pool gpu pool:total=4"
         await keeper.change(edit({"pool:total": 4}), set_by="ann", reason="its slots")
         await gateway.services.limiters["gpu"].penalise("pool:total", for_ms=60_000, by="bob")
         _, found = await examined(gateway)

@@ -1,4 +1,4 @@
-"""Each fault of a real database is found, and said with how to mend it."""
+"""Each fault of a real database is found, and reported with its fix."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def test_a_schema_that_is_missing_old_or_newer_is_told(
     database_url: str, empty_database_url: str
 ) -> None:
     missing = (await found(empty_database_url))["schema"]
-    assert (missing.state, missing.mend) == (State.FAIL, "run `tidegate migrate`")
+    assert (missing.state, missing.fix) == (State.FAIL, "run `tidegate migrate`")
     for revision, state, remedy in (
         ("0001", State.FAIL, "export its rows"),
         (FIRST, State.FAIL, "run `tidegate migrate`"),
@@ -76,7 +76,7 @@ async def test_a_schema_that_is_missing_old_or_newer_is_told(
     ):
         await said(database_url, f"UPDATE alembic_version SET version_num = '{revision}'")
         schema = (await found(database_url))["schema"]
-        assert (schema.state, schema.mend.startswith(remedy)) == (state, True)
+        assert (schema.state, schema.fix.startswith(remedy)) == (state, True)
 
 
 async def test_old_transactions_and_scarce_connections_are_told(database_url: str) -> None:
@@ -86,7 +86,7 @@ async def test_old_transactions_and_scarce_connections_are_told(database_url: st
         old = (await found(database_url, old_s=0.0))["transactions"]
         assert old.state is State.WARN
         assert "idle in transaction (tidegate, a person, pid " in old.found
-        assert "pg_terminate_backend" in old.mend
+        assert "pg_terminate_backend" in old.fix
         assert (await found(database_url))["transactions"].state is State.OK
     finally:
         await idle.close()
@@ -108,7 +108,7 @@ async def test_a_user_without_rights_is_told(
     await said(database_url, f"CREATE ROLE {user} LOGIN PASSWORD '{_password(database_url)}'")
     try:
         none = (await found(theirs))["rights"]
-        assert (none.state, "GRANT ALL" in none.mend) == (State.FAIL, True)
+        assert (none.state, "GRANT ALL" in none.fix) == (State.FAIL, True)
         await said(database_url, f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {user}")
         some = (await found(theirs))["rights"]
         assert (some.state, "can't migrate" in some.found) == (State.WARN, True)
@@ -134,7 +134,7 @@ async def test_a_pooler_is_noticed_and_so_is_its_mode(
     with Bouncer(tmp_path / "pooler", postgres_server, f"pool_mode = {mode}") as pooler:
         all_found = await found(pooler.url(database_url.rpartition("/")[2]))
     assert (all_found["pooler"].state, all_found["connections"].state) == (state, State.SKIPPED)
-    assert mode in f"{all_found['pooler'].found} {all_found['pooler'].mend}"
+    assert mode in f"{all_found['pooler'].found} {all_found['pooler'].fix}"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Each fault of a real server of the limiter's is found, and said with how to mend it."""
+"""Each fault of a real server of the limiter's is found, and reported with its fix."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_rights_that_are_missing_are_named(server: Daemon) -> None:
     rights = all_found["valkey.acl"]
     assert rights.state is State.FAIL
     assert "may not run hset, ssubscribe, zadd" in rights.found
-    assert "+hset +ssubscribe +zadd" in rights.mend
+    assert "+hset +ssubscribe +zadd" in rights.fix
     assert all_found["valkey.pushes"].state is State.FAIL
     server.say("ACL", "SETUSER", "tidegate", "-eval", "-evalsha")
     assert "scripts do not run" in (await found(server))["valkey.acl"].found
@@ -111,7 +111,7 @@ async def test_a_server_that_may_evict_or_is_full_is_told(server: Daemon) -> Non
     evicting = (await found(server))["valkey.memory"]
     assert evicting.state is State.FAIL
     assert "allkeys-lru" in evicting.found
-    assert "noeviction" in evicting.mend
+    assert "noeviction" in evicting.fix
     server.say("CONFIG", "SET", "maxmemory-policy", "noeviction")
     used = server.say("INFO", "memory")["used_memory"]
     server.say("CONFIG", "SET", "maxmemory", int(used * 1.1))

@@ -117,7 +117,7 @@ def test_the_way_out_of_a_pause_names_its_pool() -> None:
     found = deployment.judge_pool("openai", POLICY, replace(SOUND, limits={view.limit: view}), [])
     (paused,) = [one for one in found if one.check == "pool.openai.limits"]
     command = "tidegate limits resume 'rpm:gpt-5*' --pool openai"
-    assert paused.mend == f"{command}, if it should not be"
+    assert paused.fix == f"{command}, if it should not be"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_what_was_set_live_is_no_fault_until_the_settings_change() -> None:
     ignored = found(("live", 9), ("deployment", 4))
     assert ignored.state is State.WARN
     assert "the settings were changed since" in ignored.found
-    assert "limits set --deployed --pool gemini puts the settings in force" in ignored.mend
+    assert "limits set --deployed --pool gemini puts the settings in force" in ignored.fix
     assert found(("deployment", 9), ("deployment", 5)).state is State.WARN
 
 
@@ -267,7 +267,7 @@ def test_keys_that_nobody_is_known_to_have_made_are_named() -> None:
         assert state_of(found, "access.key_makers") is state
     (told,) = [one for one in found if one.check == "access.key_makers"]
     assert "abcdefghij (admin)" in told.found
-    assert "tidegate keys revoke" in told.mend
+    assert "tidegate keys revoke" in told.fix
 
 
 def test_the_operators_key_is_for_its_owner_alone(tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def test_a_tidegate_that_does_not_answer_is_no_other_program(
         "import socket, sys; taken = socket.create_server(('127.0.0.1', 0)); "
         "print(taken.getsockname()[1], flush=True); sys.stdin.read()"
     )
-    for words, said, mend in (
+    for words, said, fix in (
         (("tidegate", "up"), "a Tidegate listens there and does not answer", "restart it"),
         (("nginx",), "is in use by another program", "stop that program, or set PORT"),
     ):
@@ -438,4 +438,4 @@ def test_a_tidegate_that_does_not_answer_is_no_other_program(
         assert found.state == "fail"
         assert said in found.found
         assert f"pid {other.pid}" in found.found
-        assert mend in found.mend
+        assert fix in found.fix
