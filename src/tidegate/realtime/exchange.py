@@ -296,8 +296,10 @@ class RealtimeExchange:
         )
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in named.items()]
         headers = to_return(raw, secret, same_length=False)
-        headers += of_answer(target.upstream.name, self._record.queue_ms or 0.0)
-        return CallFailed(error, target, status=status, headers=headers, body=masked(body, target))
+        failed = CallFailed(
+            error, target, status=status, headers=headers, body=masked(body, target)
+        )
+        return failed.named(self._record.queue_ms or 0.0)
 
     # While the session is open
 
