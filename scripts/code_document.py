@@ -13,21 +13,10 @@ HEAD = Path(__file__).with_name("code_head.md")
 _DOCSTRING = re.compile(r'(?:\s|#.*\n)*[rR]?"""(?:[^"\\]|\\.|"(?!""))*"""', re.DOTALL)
 FOLDERS = (
     *("cli", "doctor", "verify", "supervisor", "", "dashboard", "http", "http/admin"),
-    *(
-        "http/anthropic",
-        "http/realtime",
-        "jobs",
-        "metrics",
-        "realtime",
-        "spine",
-        "rehearse",
-        "upstream",
-    ),
-    *("dialects", "admission", "policy", "integrations", "limiter", "limiter/model", "store"),
-    *("store/provider", "emulator", "emulator/fronts"),
-    *("emulator/gpu", "embedded", "classify"),
-    "telemetry",
-    "prices",
+    *("http/anthropic", "http/realtime", "jobs", "metrics", "realtime", "spine", "rehearse"),
+    *("upstream", "dialects", "admission", "policy", "integrations", "limiter", "limiter/model"),
+    *("store", "store/provider", "emulator", "emulator/fronts", "emulator/gpu", "embedded"),
+    *("classify", "telemetry", "prices"),
 )
 
 

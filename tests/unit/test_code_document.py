@@ -39,9 +39,29 @@ def test_what_the_map_names_is_there(document: ModuleType) -> None:
         if not any(
             (document.SOURCE / folder / f"{name}{ending}").exists()
             for folder in ("", "limiter/")
-            for ending in (".py", ".lua", "")
+            for ending in (".py", ".lua", ".sql", "")
         )
     ]
+    assert missing == []
+
+
+def test_each_answer_names_what_its_files_have(document: ModuleType) -> None:
+    text = document.HEAD.read_text(encoding="utf-8").partition("## Where to look")[2]
+    answers = [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| ")]
+    assert len(answers) > 8
+    missing = []
+    for answer in answers[1:]:
+        spans = [span for span in re.findall(r"`([^`]+)`", answer) if " " not in span]
+        named = [span for span in spans if "/" in span or span.endswith(".py")]
+        paths = [
+            path
+            for span in named
+            for folder in ("", "limiter")
+            if (path := document.SOURCE / folder / span).is_file()
+        ]
+        words = {word for path in paths for word in re.findall(r"\w+", path.read_text("utf-8"))}
+        symbols = {part for span in set(spans) - set(named) for part in span.split(".")}
+        missing += sorted(symbols - words - {"T"})
     assert missing == []
 
 
