@@ -320,7 +320,6 @@ def _required(name: str, _owner: str) -> JsonObject:
 
 ANTHROPIC = DialectSpec(
     name=Dialect.ANTHROPIC,
-    example="POST /v1/messages",
     paused_status=429,  # Claude Code takes a 403 for a failed sign-in
     calls=_CALLS,
     endpoint_of=endpoint_of,
@@ -335,7 +334,6 @@ ANTHROPIC = DialectSpec(
     answer_facts=answer_facts,
     add_output=add_output,
     image_count=image_count,
-    resource_paths=_RESOURCES,
     references=references,
     page=anthropic_page,
     statuses=_STATUSES,

@@ -402,7 +402,6 @@ def _ends_whole(piece: bytes) -> bool:
 
 BEDROCK = DialectSpec(
     name=Dialect.BEDROCK,
-    example="POST /model/<model>/converse",
     endpoint_of=endpoint_of,
     recognizes=_recognizes,
     # Not at the host of the calls, which answers 404.

@@ -672,7 +672,6 @@ def problem(error: TidegateError, status: int, retry_after_ms: int | None) -> Js
 
 GEMINI = DialectSpec(
     name=Dialect.GEMINI,
-    example="POST /v1beta/models/MODEL:generateContent",
     endpoint_of=endpoint_of,
     recognizes=_recognizes,
     models=ModelList(
@@ -688,7 +687,6 @@ GEMINI = DialectSpec(
     answer_facts=answer_facts,
     add_output=add_output,
     image_count=image_count,
-    resource_paths=_RESOURCES,
     references=references,
     made_by=made_by,
     page=gemini_page,

@@ -840,10 +840,8 @@ def problem(error: TidegateError, status: int, retry_after_ms: int | None) -> Js
 
 OPENAI = DialectSpec(
     name=Dialect.OPENAI,
-    example="POST /v1/chat/completions",
     calls=_CALLS,
     endpoint_of=endpoint_of,
-    resource_paths=_RESOURCES,
     references=references,
     made_by=made_by,
     works={

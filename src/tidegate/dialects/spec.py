@@ -20,7 +20,6 @@ from tidegate.dialects.resources import (
     Making,
     PageQuery,
     Reference,
-    ResourcePath,
     ResourceUse,
     nothing_made,
     nothing_referred,
@@ -427,17 +426,17 @@ class DialectSpec:
     """Functions and constants of a dialect.
 
     Paths: `calls` are those that match exactly, by POST; `endpoint_of(method, path)` returns the
-    endpoint of any other, None for an unknown one. `is_spoken(path, headers, query)` decides
-    between dialects that share a path, by the names of the headers. `example` is a call.
+    endpoint of any other, None for an unknown one. `recognizes(path, headers, query)` decides
+    between dialects that share a path, by the names of the headers.
 
     Requests: `request_facts(endpoint, body, whole)`, where `whole` has the full texts of
     placeholders in the body; raises InvalidRequest. `rules_of(model)` returns the token counts of
     files. `headers` are required in calls that no client has made.
 
-    Resources: `resource_paths` are the paths of stored things; `references(body, raw)` returns the
-    resources that a call refers to, and `made_by(path, body)` what its answer creates, if anything;
-    both are called for each call. `page(kind, query)` reads the query of a list. `works` is the
-    work that continues after its answer, by the kind of its resource.
+    Resources: `references(body, raw)` returns the resources that a call refers to, and
+    `made_by(path, body)` what its answer creates, if anything; both are called for each call.
+    `page(kind, query)` reads the query of a list. `works` is the work that continues after its
+    answer, by the kind of its resource.
 
     Answers: `answer_facts(answer, omitted=False, cut=False)` reads the kept bytes of an answer:
     `omitted` if its middle is missing, `cut` if it may be incomplete. `add_output(event, output)`
@@ -455,7 +454,6 @@ class DialectSpec:
     """
 
     name: Dialect
-    example: str
     endpoint_of: Callable[[str, str], Endpoint | None]
     recognizes: Callable[[str, Set[bytes], bytes], bool]
     models: ModelList
@@ -472,7 +470,6 @@ class DialectSpec:
     no_retry: tuple[tuple[bytes, bytes], ...] = ((b"x-should-retry", b"false"),)
     paused_status: int = 403
     error_event: bytes = b""
-    resource_paths: tuple[ResourcePath, ...] = ()
     references: Callable[[Mapping[str, Any], bytes], Sequence[Reference]] = nothing_referred
     made_by: Callable[[str, Mapping[str, Any]], Making | None] = nothing_made
     page: Callable[[str, str], PageQuery] = openai_page
