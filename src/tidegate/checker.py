@@ -152,42 +152,31 @@ def first_of_new_epoch_s(events: Sequence[Event], since_ns: int) -> float | None
 class Shares:
     """Permit-seconds of each tenant in the time in which all of them waited for more.
 
-    off: the largest deviation from the ideal share, as a fraction of it: 0.05 is 5 %. worst_off:
-    the same over the worst single window.
+    off: the largest deviation from the ideal share, as a fraction of it: 0.05 is 5 %.
     """
 
     together_s: float
     shares: Mapping[str, float]
     off: float
-    worst_off: float
 
 
-def shares(events: Iterable[Event], weights: Mapping[str, int], window_ns: int = 0) -> Shares:
-    """Compare the shares with `weights`; a window is `window_ns` of such time, 0 for a single
-    window."""
+def shares(events: Iterable[Event], weights: Mapping[str, int]) -> Shares:
+    """Compare the shares with `weights`."""
     waiting: Counter[str] = Counter()
     running: Counter[str] = Counter()
     requested: set[tuple[str, int]] = set()
     total: Counter[str] = Counter()
-    window: Counter[str] = Counter()
-    together_ns, window_spent_ns, last_ns, worst = 0, 0, 0, 0.0
+    together_ns, last_ns = 0, 0
     for event in events:
         step_ns, last_ns = event.at_ns - last_ns, event.at_ns
         if all(waiting[tenant] > 0 for tenant in weights):
             together_ns += step_ns
-            window_spent_ns += step_ns
             for tenant in weights:
                 total[tenant] += running[tenant] * step_ns
-                window[tenant] += running[tenant] * step_ns
-            if window_ns and window_spent_ns >= window_ns:
-                worst = max(worst, _off(window, weights))
-                window.clear()
-                window_spent_ns = 0
         _follow(event, waiting, running, requested)
     whole = sum(total.values()) or 1
     parts = {tenant: total[tenant] / whole for tenant in weights}
-    off = _off(total, weights)
-    return Shares(together_ns / NS, parts, off, worst if window_ns else off)
+    return Shares(together_ns / NS, parts, _off(total, weights))
 
 
 def _follow(

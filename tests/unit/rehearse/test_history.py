@@ -230,12 +230,6 @@ def test_a_tenant_that_gets_too_much_is_caught() -> None:
     assert seen.off == pytest.approx(0.5)  # a has 1/2 for 1/3
 
 
-def test_a_tenant_that_starves_for_a_while_is_caught_in_a_window() -> None:
-    events = backlogged("aaaaaaaaaabbbbbbbbbb", 40)
-    assert shares(events, {"a": 1, "b": 1}).off == pytest.approx(0.0, abs=1e-6)
-    assert shares(events, {"a": 1, "b": 1}, 5 * NS).worst_off == pytest.approx(1.0)
-
-
 def test_time_in_which_only_one_waits_does_not_count() -> None:
     alone = log("100 leave w0.9002 b; 100 begin w0.200 a; 190 end w0.200 a")
     assert shares(backlogged("ab", 20) + alone, {"a": 1, "b": 1}).off == pytest.approx(0.0)
