@@ -206,7 +206,7 @@ class _SessionFront:
             self._task.uncancel()
             if self._presence is not None and self._presence.is_disconnected:
                 return Status.CANCELLED, _client_left()
-            error = ShuttingDown("this process is going away; connect again")
+            error = ShuttingDown("this process is stopping; connect again")
             reporting = self.report(error)
         except Exception:  # an unforeseen error: logged here, and the session is recorded
             log.exception(Log.INTERNAL_ERROR, request_id=str(self._request_id))
