@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -35,7 +35,7 @@ from tidegate.errors import (
     UpstreamError,
     UpstreamGarbled,
 )
-from tidegate.jobs.calls import crowded
+from tidegate.jobs.calls import crowded, forever, run_until
 from tidegate.record import CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.bodies import Pieces, aside
@@ -94,32 +94,14 @@ class BackgroundRunner:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; a poll in progress may end within the grace period."""
-        loop = asyncio.create_task(self._forever(self._see_to_all))
-        try:
-            await stop.wait()
-        finally:
-            loop.cancel()
-            await asyncio.gather(loop, return_exceptions=True)
-            polls = set(self._in_hand.values())
-            if polls:
-                await asyncio.wait(polls, timeout=self._config.shutdown_grace_ms / 1000)
-            for poll in polls:
-                poll.cancel()
-            await asyncio.gather(*polls, return_exceptions=True)
-            try:
-                await self._calls.leave()
-            except StoreUnavailable as unavailable:  # other processes wait for the lease to expire
-                log.debug(Log.STORE_AWAY, detail=unavailable.message)
-
-    async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            try:
-                await loop()
-            except StoreUnavailable as unavailable:
-                log.debug(Log.STORE_AWAY, detail=unavailable.message)
-            except Exception:  # the top of a task: logged, and the loop starts again
-                log.exception(Log.WORKER_LOOP_FAILED)
-            await self._due("background", _POLL_EVERY_S)
+        rest = partial(self._due, "background", _POLL_EVERY_S)
+        await run_until(
+            stop,
+            [forever(self._see_to_all, rest)],
+            self._in_hand,
+            grace_ms=self._config.shutdown_grace_ms,
+            leave=self._calls.leave,
+        )
 
     async def _see_to_all(self) -> None:
         while len(self._in_hand) < _AT_ONCE:

@@ -59,6 +59,7 @@ from tidegate.jobs.calls import (
     Lacking,
     LastTries,
     OwnLimits,
+    forever,
     is_of_upstream,
     retry_wait_ms,
     targets_of,
@@ -736,7 +737,8 @@ class BatchRunner:
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; then finish the lines being called within the grace."""
         loops = (self._lines.feed, self._conduct)
-        tasks = [asyncio.create_task(self._forever(loop)) for loop in loops]
+        rest = partial(asyncio.sleep, _POLL_EVERY_S)
+        tasks = [asyncio.create_task(forever(loop, rest)) for loop in loops]
         try:
             await stop.wait()
         finally:
@@ -744,16 +746,6 @@ class BatchRunner:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._lines.drain()
-
-    async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            try:
-                await loop()
-            except StoreUnavailable as unavailable:
-                log.debug(Log.STORE_AWAY, detail=unavailable.message)
-            except Exception:  # the top of a task: logged, and the loop starts again
-                log.exception(Log.WORKER_LOOP_FAILED)
-            await asyncio.sleep(_POLL_EVERY_S)
 
     async def _conduct(self) -> None:
         """Process whole batches, one after another: expiry, validation, assembly."""

@@ -411,6 +411,47 @@ _LONGEST_CLAIM_S = 120.0  # each statement has a deadline: a longer claim never 
 _LAST_TRY_WAITS_MS = 1_000, 10_000
 
 
+async def forever(step: Callable[[], Awaitable[None]], rest: Callable[[], Awaitable[None]]) -> None:
+    """Repeat a step, with a rest after each, until cancelled. Unforeseen errors are logged."""
+    while True:
+        try:
+            await step()
+        except StoreUnavailable as unavailable:
+            log.debug(Log.STORE_AWAY, detail=unavailable.message)
+        except Exception:  # the top of a task: logged, and the loop starts again
+            log.exception(Log.WORKER_LOOP_FAILED)
+        await rest()
+
+
+async def run_until(
+    stop: asyncio.Event,
+    loops: Iterable[Coroutine[Any, Any, None]],
+    in_hand: Mapping[UUID, asyncio.Task[None]],
+    *,
+    grace_ms: int,
+    leave: Callable[[], Awaitable[None]],
+) -> None:
+    """Run loops until `stop` is set. Tasks that are `in_hand` then may end within the grace period;
+    the others are cancelled. `leave` then releases the leases of this process."""
+    tasks = [asyncio.create_task(loop) for loop in loops]
+    try:
+        await stop.wait()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        last = set(in_hand.values())
+        if last:
+            await asyncio.wait(last, timeout=grace_ms / 1000)
+        for task in last:
+            task.cancel()
+        await asyncio.gather(*last, return_exceptions=True)
+        try:
+            await leave()
+        except StoreUnavailable as unavailable:  # other processes wait for the lease to expire
+            log.debug(Log.STORE_AWAY, detail=unavailable.message)
+
+
 def crowded(at_work: Iterable[asyncio.Task[None]], at_once: int) -> list[str]:
     """Return the upstreams that may get no more of `at_once` slots: those with at least as many
     tasks (by task name) as there are free slots. So an unresponsive upstream leaves slots for the

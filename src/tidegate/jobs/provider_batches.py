@@ -53,10 +53,12 @@ from tidegate.jobs.calls import (
     ask_of,
     caller_of,
     crowded,
+    forever,
     is_of_upstream,
     log_end,
     record_of,
     retry_wait_ms,
+    run_until,
     status_of,
     stored_pictures,
     uncounted_wait_ms,
@@ -189,33 +191,13 @@ class ProviderBatchRunner:
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set; a step in progress may end within the grace period."""
         loops = (self._gather_all, self._see_to_all, self._prune_all)
-        tasks = [asyncio.create_task(self._forever(loop)) for loop in loops]
-        try:
-            await stop.wait()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            steps = set(self._in_hand.values())
-            if steps:
-                await asyncio.wait(steps, timeout=self._config.shutdown_grace_ms / 1000)
-            for step in steps:
-                step.cancel()
-            await asyncio.gather(*steps, return_exceptions=True)
-            try:
-                await self._batches.leave()
-            except StoreUnavailable as unavailable:  # other processes wait for the lease to expire
-                log.debug(Log.STORE_AWAY, detail=unavailable.message)
-
-    async def _forever(self, loop: Callable[[], Awaitable[None]]) -> None:
-        while True:
-            try:
-                await loop()
-            except StoreUnavailable as unavailable:
-                log.debug(Log.STORE_AWAY, detail=unavailable.message)
-            except Exception:  # the top of a task: logged, and the loop starts again
-                log.exception(Log.WORKER_LOOP_FAILED)
-            await self._rest()
+        await run_until(
+            stop,
+            [forever(loop, self._rest) for loop in loops],
+            self._in_hand,
+            grace_ms=self._config.shutdown_grace_ms,
+            leave=self._batches.leave,
+        )
 
     async def _rest(self) -> None:
         notifications = self._store.notifications
