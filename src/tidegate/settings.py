@@ -73,7 +73,7 @@ ALLOWED = {
     "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
     "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
     "alert_webhook_url": "an http:// or https:// URL without a user or a password",
-    "tidegate_policy": "the path of a file that is there",
+    "tidegate_policy": "the path of an existing file",
     "webhook_secret": "whsec_ and 24 to 64 bytes in base64, or two of them with a comma between",
     "rate_limits": f"a JSON object of whole numbers from 0 to {MOST_AT_ONCE}"
     f" by type ({', '.join(KINDS)})",

@@ -220,7 +220,7 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
         await expect(keys.filter(has_text="operators (tg_")).to_be_visible()
         seen.expected = ("400",)
         await page.get_by_label("Days").select_option("90")
-        await expect(page.get_by_role("alert")).to_contain_text("of too many days")
+        await expect(page.get_by_role("alert")).to_contain_text("over too many days")
         await expect(page.locator(".usage-total")).to_have_text("")  # nor any other old figure
         await expect(page.get_by_role("region", name="Cost by day")).to_be_hidden()
         await expect(books).to_be_hidden()

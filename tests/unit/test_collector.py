@@ -26,7 +26,7 @@ HERE = {ENDPOINT: "http://collector:4318"}
         ("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "-1", "must be a number of seconds"),
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "must be http/protobuf"),
         ("OTEL_EXPORTER_OTLP_COMPRESSION", "zip", "must be none or gzip or deflate"),
-        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/not/there", "must be a file that is there"),
+        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/not/there", "must be an existing file"),
         ("OTEL_SDK_DISABLED", "maybe", "must be true or false"),
         ("OTEL_TRACES_SAMPLER", "some", "must be always_on or always_off or traceidratio or"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "-4", "must be a whole number from 1"),

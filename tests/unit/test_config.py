@@ -72,7 +72,7 @@ WRONG = {
     "TOTAL_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "FETCH_TIMEOUT_MS": (["0", "soon"], "milliseconds"),
     "RATE_LIMITS": (["5", "[]", "{text_only: 5}", '"{}"', "nan"], "text_only"),
-    "TIDEGATE_POLICY": (["nowhere.toml", ".", "~nosuchuser/x"], "a file that is there"),
+    "TIDEGATE_POLICY": (["nowhere.toml", ".", "~nosuchuser/x"], "an existing file"),
     "SEMAPHORE_TIMEOUT": (["0", "0.1", "nan", "inf", "3s", "3601"], "from 0.2 to 3600"),
     "WHEN_VALKEY_AWAY": (["open"], "closed, local"),
     "ON_LOST": (["ignore"], "finish, cancel"),

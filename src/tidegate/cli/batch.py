@@ -157,7 +157,7 @@ def list_(
         show_json(found)
         return
     if not found["items"]:
-        typer.echo("there is no batch" if is_all else "no batch goes on", err=True)
+        typer.echo("there is no batch" if is_all else "no batch is in progress", err=True)
         return
     heads = ("batch", "tenant", "state", "done", "failed", "left", "called now", "paused by")
     show_table("", heads, [_listed(one) for one in found["items"]])
@@ -481,7 +481,7 @@ class Results:
         self.path = path
         if path.exists() and not path.is_file():
             raise ConfigError(
-                "--output", str(path), "must be a file: it tells the next run how far"
+                "--output", str(path), "must be a file, from which the next run resumes"
             )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

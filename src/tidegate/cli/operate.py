@@ -110,7 +110,7 @@ def _day(text: str, option: str = "--day") -> date:
     except ValueError:
         raise ConfigError(option, text, "must be a day, such as 2026-11-24") from None
     if day >= today:
-        raise ConfigError(option, text, "must be a day of UTC that is over")
+        raise ConfigError(option, text, "must be a past day (UTC)")
     return day
 
 

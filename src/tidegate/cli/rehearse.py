@@ -257,7 +257,9 @@ def _from_record(
         config, lambda connections: recorded_load(connections, pool, span, usual, terms)
     )
     if load is None:
-        raise ConfigError("--from-record", value, f"no call of pool {pool} is on record then")
+        raise ConfigError(
+            "--from-record", value, f"no call of pool {pool} is on record for that time"
+        )
     return load.arrivals, load.since
 
 

@@ -300,7 +300,7 @@ def ensure(
         raise ConfigError("DATA_DIR", str(folder.data_dir), why) from refused
     try:
         if not lock_until(descriptor, fcntl.LOCK_SH, deadline):
-            raise ServerFailed(f"the servers in {folder.path} are being stopped, without an end")
+            raise ServerFailed(f"the servers in {folder.path} do not stop")
         for name in services:
             folder.want(name)
         folder.wake_keeper()

@@ -607,7 +607,7 @@ class PostgresServer:
             raise ServerFailed(
                 f"{self._cluster} was made by PostgreSQL {made}, and the bundled one is {bundled}; "
                 'nothing was changed. docs/operating.md, "A data folder of an older PostgreSQL", '
-                "says how to take the data along"
+                "describes how to keep the data"
             )
 
     def _create(self, binaries: Path) -> None:
@@ -808,7 +808,7 @@ class ValkeyServer:
         except OSError as error:
             raise ServerFailed(f"Valkey does not answer: {error}") from error
         if b"done" not in reply:
-            raise ServerFailed(f"Valkey did not forget its past: {reply!r}")
+            raise ServerFailed(f"Valkey did not delete its old data: {reply!r}")
         uncleaned(self.socket_path).replace(self.socket_path)
 
     def _answers(self) -> bool:

@@ -739,7 +739,7 @@ async def _view(
     first, last = _span(since, until)
     if _LOGGED.intersection(dimensions) and (last - first).days >= _MOST_LOGGED_DAYS:
         allowed = f"a day from {last - timedelta(days=_MOST_LOGGED_DAYS - 1)} on"
-        raise InvalidRequest("since", "by key or upstream is of too many days", allowed=allowed)
+        raise InvalidRequest("since", "by key or upstream over too many days", allowed=allowed)
     _check_no_nul(tenant=tenant, upstream=upstream)
     table = await services_of(request).store.usage.table(dimensions, first, last, tenant, upstream)
     head = orjson.dumps({"since": first, "until": last, "total": table.total, "cut": table.cut})

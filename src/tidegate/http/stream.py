@@ -137,7 +137,7 @@ class _StreamEnd:
 
 
 _CLIENT_STALLED = _StreamEnd(
-    Status.CANCELLED, Failure("client_stalled", "the client stopped reading and was cut")
+    Status.CANCELLED, Failure("client_stalled", "the client stopped reading and was disconnected")
 )
 
 

@@ -232,9 +232,9 @@ class BackgroundRunner:
         try:
             document = await answer.read(orjson.loads)
         except orjson.JSONDecodeError:
-            raise UpstreamGarbled("the provider's answer on a response is no JSON") from None
+            raise UpstreamGarbled("the provider's answer about a response is not JSON") from None
         if not isinstance(document, dict):
-            raise UpstreamGarbled("the provider's answer on a response is no object")
+            raise UpstreamGarbled("the provider's answer about a response is not an object")
         return _Reported(await answer.joined(), document, work.end_of(document))
 
     @staticmethod

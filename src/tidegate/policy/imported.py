@@ -214,11 +214,11 @@ def acceptance(found: Iterable[LearnedLimit], names: Collection[str], provider: 
     known = {one.limit: one for one in found}
     for name in names:
         if name not in known:
-            raise NotFound(f"nothing is learned of a limit {name}")
+            raise NotFound(f"nothing was learned about a limit {name}")
     chosen = [one for one in known.values() if one.limit in names or not names]
     differing = [one for one in chosen if one.drift != "same"]
     if not differing:
-        raise NotFound("no limit in force differs from what is learned")
+        raise NotFound("no limit in force differs from the learned one")
     return lambda plain: {**plain, "limits": _with_learned(plain["limits"], differing, provider)}
 
 

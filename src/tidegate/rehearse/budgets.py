@@ -110,7 +110,7 @@ def changed(budgets: Sequence[Budget], changes: Mapping[str, Any]) -> tuple[Budg
         name, dot, part = path.rpartition(".")
         if value == "none" and (path in tables or name not in tables or part not in _OPTIONAL):
             if tables.pop(path, None) is None:
-                raise ConfigError(key, "none", "must name a budget that there is")
+                raise ConfigError(key, "none", "must name an existing budget")
             continue
         if not dot or part not in _FIELDS:
             allowed = f'must be a table, "none", or of {PREFIX}NAME. and {", ".join(_FIELDS)}'

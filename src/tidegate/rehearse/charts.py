@@ -112,7 +112,7 @@ def comparison_of(
 ) -> Comparison:
     """Return the comparison; `recorded`: tenant and wait in ms of each recorded call."""
     if not found:
-        return Comparison(0, since, 0.0, "No call is on record then.", [], [], 0)
+        return Comparison(0, since, 0.0, "No call is on record for that time.", [], [], 0)
     sentence = sentence_of(found[0]) if len(found) == 1 else difference_of(found[0], found[1])
     waits_ms: dict[str, list[float]] = {}
     for tenant, wait_ms in recorded:

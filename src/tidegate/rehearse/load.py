@@ -238,7 +238,7 @@ def multiplied(arrivals: Sequence[Arrival], times: float, seed: int) -> list[Arr
     if times == 1.0:
         return list(arrivals)
     if len(arrivals) * times > MOST_CALLS:
-        raise ConfigError("times", f"{times:g}", f"must come to at most {MOST_CALLS} calls")
+        raise ConfigError("times", f"{times:g}", f"must result in at most {MOST_CALLS} calls")
     chance, found = Random(f"{seed} times"), list[Arrival]()
     by_tenant: dict[str, list[Arrival]] = {}
     for one in arrivals:
@@ -425,7 +425,7 @@ class Load:
                 row = {**stream.same, **drawn, "time_ms": at_ms}
                 found.append(usual.arrival(f"arrivals[{number}]", row))
         if not found:
-            raise ConfigError("arrivals", None, "must bring at least one call in that time")
+            raise ConfigError("arrivals", None, "must have at least one call in that time")
         return from_zero(found)
 
 
@@ -466,7 +466,7 @@ def record_span(path: str, text: str, now: datetime) -> tuple[datetime, datetime
     try:
         day = datetime.combine(date.fromisoformat(written), time(), UTC)
     except ValueError:
-        raise ConfigError(path, text, "must be a day that there is, such as 2026-11-24") from None
+        raise ConfigError(path, text, "must be an existing day, such as 2026-11-24") from None
     begin = int(first or 0)
     end = int(last) if last else begin + 1 if first else 24
     if not 0 <= begin < end <= 24:

@@ -788,7 +788,7 @@ def _spreads(found: Findings) -> Table:
         )
         for spread in found.spreads
     ]
-    return Table(f"Over {found.plays} plays, each call moved a little", columns, rows)
+    return Table(f"Over {found.plays} plays, with each call shifted slightly", columns, rows)
 
 
 def _spread(one: PlayRange | None, as_text: Callable[[float], str]) -> tuple[str, str, str]:

@@ -545,7 +545,7 @@ async def listed_in(exchange: Exchange) -> dict[str, Any]:
     try:
         return await answer.read(read)
     except (InvalidRequest, PayloadTooLarge):
-        raise UpstreamGarbled("the provider's answer is no object that can be listed") from None
+        raise UpstreamGarbled("the provider's answer is not an object that can be listed") from None
 
 
 def _made_at(shown: Mapping[str, Any]) -> datetime | None:

@@ -680,7 +680,7 @@ class LiveUpstreams:
         revision that was never in force, and what `change` raises."""
         then = UpstreamRevision(0, {}) if number == 0 else await self.record.get(number)
         if then is None or (number and then.in_force_at is None):
-            raise NotFound(f"revision {number} was not in force, or is forgotten", field="revision")
+            raise NotFound(f"revision {number} is not on record", field="revision")
         return await self.change(
             f"rollback {number}",
             as_at(then.upstreams),

@@ -78,7 +78,7 @@ class Spill:
         is_large = len(entry.get("row", {}).get("answer") or "") > _PIECE_BYTES
         line = await asyncio.to_thread(_line_of, entry) if is_large else _line_of(entry)
         if self.used_bytes + len(line) > self._max_bytes:
-            raise StoreUnavailable("PostgreSQL is away and the spill is full")
+            raise StoreUnavailable("PostgreSQL is unavailable and the spill is full")
         self._pending_bytes += len(line)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append((line, future))

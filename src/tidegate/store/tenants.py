@@ -386,7 +386,7 @@ class Tenants:
     async def remove(self, tenant_id: str, *, by: str) -> None:
         """Remove a tenant and its keys; its requests stay on record. Raises NotFound."""
         if tenant_id == DEFAULT_TENANT:
-            raise ConfigError("tenant", tenant_id, "is always there; disable it instead")
+            raise ConfigError("tenant", tenant_id, "cannot be removed; disable it instead")
 
         async def write(connection: asyncpg.Connection) -> asyncpg.Record | None:
             row = await connection.fetchrow(sql("remove_tenant"), tenant_id)

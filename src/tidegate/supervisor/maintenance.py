@@ -161,7 +161,7 @@ def _partial_of(file: Path) -> Iterator[Path]:
     with opened(descriptor):
         is_own = try_lock(descriptor, fcntl.LOCK_EX) and _is_at(descriptor, partial)
         if not is_own or file.exists():
-            raise ConfigError(str(file), None, "is written by another backup now")
+            raise ConfigError(str(file), None, "is being written by another backup")
         if os.fstat(descriptor).st_uid != os.geteuid():
             raise ConfigError(str(partial), None, "belongs to another user; remove it")
         os.fchmod(descriptor, 0o600)

@@ -265,7 +265,7 @@ def _check_pairs(variables: Mapping[str, str], name: str, *, hidden: bool) -> No
 
 def _check_file(variables: Mapping[str, str], name: str) -> None:
     if name in variables and not Path(variables[name]).is_file():
-        raise ConfigError(name, variables[name][:_LONGEST_SHOWN], "must be a file that is there")
+        raise ConfigError(name, variables[name][:_LONGEST_SHOWN], "must be an existing file")
 
 
 def _number(text: str) -> float:

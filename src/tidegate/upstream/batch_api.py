@@ -170,7 +170,7 @@ def batch_api(wire: RelayWire, upstream: Upstream, dialect: Dialect) -> BatchApi
         case Dialect.GEMINI:
             return GeminiBatches(account)
         case Dialect.BEDROCK:
-            raise UpstreamRejected("Bedrock's batches are files in S3, which are not made here")
+            raise UpstreamRejected("Bedrock's batches are files in S3, which are not supported")
 
 
 def custom_id(batch: UUID, line: int) -> str:

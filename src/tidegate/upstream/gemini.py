@@ -194,7 +194,7 @@ _MODEL = re.compile(r"(?:(?:models|tunedModels)/)?[A-Za-z0-9][A-Za-z0-9._-]{0,12
 def model_path(model: str) -> str:
     """Return `model` as part of a URL. Raises UpstreamRejected for anything but a plain name."""
     if not _MODEL.fullmatch(model) or ".." in model:
-        raise UpstreamRejected("the model's name is not one that the provider could know")
+        raise UpstreamRejected("the name of the model is not valid at the provider")
     return model
 
 

@@ -398,7 +398,7 @@ class SdkClient(httpx2.AsyncClient):
         own."""
         unknown = [name for name, value in other.items() if value]
         if unknown:
-            raise TypeError(f"the SDK asks for what this client does not do: {unknown}")
+            raise TypeError(f"this client does not support what the SDK uses: {unknown}")
         return PlainRequest(method, str(url), headers or {}, content or None)
 
     async def send(

@@ -250,9 +250,9 @@ def _decimal(value: object) -> Decimal:
     try:
         amount = Decimal(str(value if value is not None else 0))
     except InvalidOperation:
-        raise UpstreamGarbled("the usage API has an amount that is no number") from None
+        raise UpstreamGarbled("the usage API has an amount that is not a number") from None
     if not amount.is_finite():
-        raise UpstreamGarbled("the usage API has an amount that is no number")
+        raise UpstreamGarbled("the usage API has an amount that is not a number")
     return amount
 
 
@@ -446,7 +446,7 @@ def _text(row: Mapping[str, Any], name: str) -> str:
 def _models(row: Mapping[str, Any]) -> Iterable[str]:
     models = row.get("models") or []
     if not isinstance(models, list) or not all(isinstance(one, str) for one in models):
-        raise UpstreamGarbled(f"the {_API} has models that are no list of names")
+        raise UpstreamGarbled(f"the {_API} has models that are not a list of names")
     return models
 
 
@@ -457,5 +457,5 @@ def _bound(row: Mapping[str, Any], name: str) -> int:
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise UpstreamGarbled(f"the {_API} has a {name} that is no whole number")
+        raise UpstreamGarbled(f"the {_API} has a {name} that is not a whole number")
     return value if value <= MAX_BOUND else 0

@@ -129,7 +129,7 @@ async def test_the_commands_list_pause_resume_and_cancel_by_the_end_of_an_id(
     done = await command("batch", "list", "--json")
     assert orjson.loads(done.said)["items"] == []
     done = await command("batch", "list")
-    assert (done.said, done.complained) == ("", "no batch goes on\n")
+    assert (done.said, done.complained) == ("", "no batch is in progress\n")
     done = await command("batch", "pause", end)
     assert (done.code, done.said) == (2, "")
     assert "this batch is cancelled: it can't be paused any more" in done.complained

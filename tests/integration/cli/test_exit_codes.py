@@ -29,7 +29,7 @@ NOT_THERE = {
     "why ffff": "neither the beginning",
     "why nobody/3": "no ticket 3",
     "limits show --pool no": "there is no upstream no; known: gemini",
-    "limits accept rpm:no": "nothing is learned of a limit rpm:no",
+    "limits accept rpm:no": "nothing was learned about a limit rpm:no",
     "limits set --remove rpm:no": "there is no limits.rpm:no",
     "limits set rpm:m=6 --remove weights.no": "there is no weights.no",
     "limits pause rpm:no": "there is no limit rpm:no",

@@ -96,7 +96,7 @@ async def test_bounds_are_taken_away_and_tenants_removed(open_gateway: Opener) -
 
 MISTAKES: dict[tuple[str, ...], tuple[int, str]] = {
     ("tenants", "show", "nobody"): (1, "there is no tenant nobody"),
-    ("tenants", "remove", "default", "--yes"): (2, "is always there"),
+    ("tenants", "remove", "default", "--yes"): (2, "cannot be removed; disable it instead"),
     ("keys", "create", "--tenant", "nobody"): (1, "there is no tenant nobody"),
     ("keys", "revoke", "0123456789"): (1, "there is no key"),
 }

@@ -22,7 +22,7 @@ def test_a_second_backup_of_one_name_is_refused_while_the_first_writes(tmp_path:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(b"half of it")
         file.flush()
-        with pytest.raises(ConfigError, match="is written by another backup now"):
+        with pytest.raises(ConfigError, match="is being written by another backup"):
             back_up(config, tmp_path / "record")
     assert half.read_bytes() == b"half of it"
 

@@ -160,7 +160,7 @@ def test_a_limit_that_was_removed_meanwhile_does_not_come_back() -> None:
 
 def test_nothing_is_accepted_that_is_not_learned_or_does_not_differ() -> None:
     (new,) = learned(policy(), READ).values()
-    with pytest.raises(NotFound, match="nothing is learned of a limit rpm:gpt-5"):
+    with pytest.raises(NotFound, match="nothing was learned about a limit rpm:gpt-5"):
         acceptance([new], ["rpm:gpt-5"], "")
     with pytest.raises(NotFound, match="no limit in force differs"):
         acceptance([replace(new, drift="same")], [], "")

@@ -183,7 +183,9 @@ def _after(text: str) -> UUID:
     found = _ID.fullmatch(text)
     if found is None:
         allowed = "batch_ or msgbatch_ and 32 digits, as in the list"
-        raise InvalidRequest("after", f"after: {text[:64]!a} is no batch's id", allowed=allowed)
+        raise InvalidRequest(
+            "after", f"after: {text[:64]!a} is not the id of a batch", allowed=allowed
+        )
     return UUID(hex=found["hex"])
 
 
