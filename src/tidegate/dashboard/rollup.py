@@ -16,7 +16,7 @@ from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import Limiter
 from tidegate.record import JUDGE, REFUSED, RETRIED, CallRecord
 from tidegate.store.notifications import next_beat_s
-from tidegate.store.statistics import KEPT_S, CallCounts, Dimension, History, TimeSpan, one
+from tidegate.store.statistics import KEPT_S, CallCounts, Dimension, History, TimeSpan, histogram_of
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -164,7 +164,7 @@ def count(tally: CallCounts, ended: CallRecord) -> None:
 
     `counts`: calls that ended, of which succeeded and failed; calls refused before they were
     recorded; retried attempts; `throttled`, answers of providers with 429; `told_429`, answers to
-    clients with 429; tokens and cost. `apart`: by tenant, model and upstream (calls, failed,
+    clients with 429; tokens and cost. `by_group`: by tenant, model and upstream (calls, failed,
     throttled, tokens, cost in millionths, ms upstream), and by error code. A 429 counts for the
     upstream that sent it, all else for the last upstream.
 
@@ -172,33 +172,34 @@ def count(tally: CallCounts, ended: CallRecord) -> None:
     upstream, but neither as calls nor for a tenant. judged_tokens and judged_cost_micros are their
     part of the tokens and the cost.
     """
+    throttled = ended.throttled
     if ended.source == JUDGE:
         tally.count("judged")
         tally.count("judged_tokens", _tokens_of(ended))
         tally.count("judged_cost_micros", ended.charge.cost_micros or 0)
-        _count_spent(tally, ended)
-        _count_by_dimension(tally, ended, ("model", "upstream"))
+        _count_spent(tally, ended, throttled)
+        _count_by_dimension(tally, ended, throttled, ("model", "upstream"))
         return
     retried, refused = ended.status == RETRIED, ended.status == REFUSED
     if not retried and not refused:
         tally.count("calls")
     tally.count(ended.status)
-    _count_spent(tally, ended)
+    _count_spent(tally, ended, throttled)
     if ended.http_status == 429:
         tally.count("told_429")
-    if ended.queue_ms is not None and not refused:
-        tally.waits += one(ended.queue_ms)
-    if ended.upstream_ms is not None:
-        tally.lengths += one(ended.upstream_ms)
-    if ended.code is not None:
-        tally.count_by("code", ended.code, [1])
+    if ended.failure is not None:
+        tally.count_by("code", ended.failure.code, [1])
     if not refused:
-        _count_by_dimension(tally, ended, ("tenant", "model", "upstream"))
+        _count_by_dimension(tally, ended, throttled, ("tenant", "model", "upstream"))
+    if ended.queue_ms is not None and not refused:
+        tally.waits += histogram_of(ended.queue_ms)
+    if ended.upstream_ms is not None:
+        tally.lengths += histogram_of(ended.upstream_ms)
 
 
-def _count_spent(tally: CallCounts, ended: CallRecord) -> None:
-    if ended.throttled:
-        tally.count("throttled", ended.throttled)
+def _count_spent(tally: CallCounts, ended: CallRecord, throttled: int) -> None:
+    if throttled:
+        tally.count("throttled", throttled)
     usage = ended.charge.usage
     if usage.input_tokens or usage.output_tokens:
         tally.count("input_tokens", usage.input_tokens or 0)
@@ -213,12 +214,11 @@ def _tokens_of(ended: CallRecord) -> int:
 
 
 def _count_by_dimension(
-    tally: CallCounts, ended: CallRecord, dimensions: Sequence[Dimension]
+    tally: CallCounts, ended: CallRecord, throttled: int, dimensions: Sequence[Dimension]
 ) -> None:
     failed = ended.status in ("failed", "dead")
     ends = int(ended.status != RETRIED), int(failed)
     spent = _tokens_of(ended), ended.charge.cost_micros or 0, round(ended.upstream_ms or 0)
-    throttled = ended.throttled
     if throttled and "upstream" in dimensions:
         for (upstream, _), count in (ended.throttled_by or {}).items():
             tally.count_by("upstream", upstream, (0, 0, count, 0, 0, 0))

@@ -1,7 +1,7 @@
 """Statistics: usage, history of calls, latencies, queue depth, past loads.
 
 Each process counts its own calls and rewrites a span when it changes; readers add up the processes.
-A histogram is one integer with a 64-bit count for each of `LANES` classes, a quarter of an octave
+A histogram is one integer with a 64-bit count for each of `CLASSES` classes, a quarter of an octave
 each, so that the error of a percentile is less than a tenth.
 
 Invariants: totals of usage are written in the transaction of the audit rows that they sum up; the
@@ -32,24 +32,24 @@ from tidegate.errors import StoreUnavailable
 from tidegate.store.database import COMMAND_TIMEOUT_MS, Connections, require_writes, sql
 from tidegate.store.records import Json, dumps, record_of
 
-LANES = 90  # from 1 ms to over an hour; the first is below 1 ms, the last everything above
+CLASSES = 90  # from 1 ms to over an hour; the first is below 1 ms, the last everything above
 _BITS = 64
 _PER_OCTAVE = 4
-_BYTES = LANES * _BITS // 8
-_COUNTS = struct.Struct(f"<{LANES}Q")
-_ONES = tuple(1 << (_BITS * lane) for lane in range(LANES))
+_BYTES = CLASSES * _BITS // 8
+_COUNTS = struct.Struct(f"<{CLASSES}Q")
+_ONES = tuple(1 << (_BITS * place) for place in range(CLASSES))
 
 
-def one(length_ms: float) -> int:
+def histogram_of(length_ms: float) -> int:
     """Return the histogram of a single duration."""
-    return _ONES[lane_of(length_ms)]
+    return _ONES[class_of(length_ms)]
 
 
-def lane_of(length_ms: float) -> int:
+def class_of(length_ms: float) -> int:
     """Return the class of a duration."""
     if length_ms < 1:
         return 0
-    return min(LANES - 1, 1 + int(math.log2(length_ms) * _PER_OCTAVE))
+    return min(CLASSES - 1, 1 + int(math.log2(length_ms) * _PER_OCTAVE))
 
 
 def pack(histogram: int) -> bytes:
@@ -81,13 +81,13 @@ def percentiles(histogram: int, shares: tuple[float, ...]) -> list[float | None]
 
 def _length_at(in_class: tuple[int, ...], rank: float) -> float:
     before = 0
-    lane = 0
-    while lane < LANES - 1 and before + in_class[lane] < max(rank, 1e-9):
-        before += in_class[lane]
-        lane += 1
-    least = 0.0 if lane == 0 else 2 ** ((lane - 1) / _PER_OCTAVE)
-    most = 2 ** (lane / _PER_OCTAVE)
-    inside = (rank - before) / in_class[lane] if in_class[lane] else 1.0
+    place = 0
+    while place < CLASSES - 1 and before + in_class[place] < max(rank, 1e-9):
+        before += in_class[place]
+        place += 1
+    least = 0.0 if place == 0 else 2 ** ((place - 1) / _PER_OCTAVE)
+    most = 2 ** (place / _PER_OCTAVE)
+    inside = (rank - before) / in_class[place] if in_class[place] else 1.0
     return float(least + (most - least) * min(1.0, max(0.0, inside)))
 
 

@@ -7,14 +7,22 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidegate.store.statistics import LANES, counts, lane_of, one, pack, percentiles, unpack
+from tidegate.store.statistics import (
+    CLASSES,
+    class_of,
+    counts,
+    histogram_of,
+    pack,
+    percentiles,
+    unpack,
+)
 
 LENGTHS = st.lists(st.floats(1, 3_000_000), min_size=1, max_size=200)
 
 
 @given(LENGTHS, st.sampled_from([0.5, 0.95, 0.99, 1.0]))
 def test_a_percentile_is_within_its_class(lengths: list[float], share: float) -> None:
-    (found,) = percentiles(sum(map(one, lengths)), (share,))
+    (found,) = percentiles(sum(map(histogram_of, lengths)), (share,))
     assert found is not None
     ordered = sorted(lengths)
     exact = ordered[math.ceil(len(ordered) * share) - 1]
@@ -23,14 +31,14 @@ def test_a_percentile_is_within_its_class(lengths: list[float], share: float) ->
 
 @given(LENGTHS, LENGTHS)
 def test_adding_the_numbers_adds_the_histograms(some: list[float], others: list[float]) -> None:
-    both = sum(map(one, some)) + sum(map(one, others))
-    assert both == sum(map(one, some + others))
+    both = sum(map(histogram_of, some)) + sum(map(histogram_of, others))
+    assert both == sum(map(histogram_of, some + others))
     assert sum(counts(both)) == len(some) + len(others)
     assert unpack(pack(both)) == both
 
 
 def test_what_is_out_of_range_is_counted_at_the_ends() -> None:
-    assert (lane_of(0), lane_of(0.99), lane_of(1)) == (0, 0, 1)
-    assert lane_of(1e12) == LANES - 1
+    assert (class_of(0), class_of(0.99), class_of(1)) == (0, 0, 1)
+    assert class_of(1e12) == CLASSES - 1
     assert percentiles(0, (0.5,)) == [None]
     assert (pack(0), unpack(b"")) == (b"", 0)
