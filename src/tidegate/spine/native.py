@@ -676,8 +676,9 @@ class NativeExchange:
         if facts is None and is_transcript and is_prose(record.response_type):
             facts = NO_FACTS
         facts = facts or dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
-        by_headers = is_unknown(facts.usage) and not is_unknown(self._header_usage)
-        answer.usage = self._header_usage if by_headers else facts.usage
+        answer.usage, stated = facts.usage, self._header_usage
+        if stated is not UNKNOWN_USAGE and not is_unknown(stated) and is_unknown(facts.usage):
+            answer.usage = stated
         if self._served is not None:
             answer.usage = answers.with_tier(answer.usage, self._served)
         answer.finish_reason = facts.finish_reason
