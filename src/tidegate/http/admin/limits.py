@@ -188,8 +188,8 @@ class Changes(Signed):
     remove: list[str] = Field(default_factory=list, max_length=10_000)
     expected: dict[str, Any] = Field(
         default_factory=dict,
-        description="What keys must be now, or nothing is changed: so nobody overwrites a change "
-        "that they have not seen",
+        description="The values that keys must have; otherwise nothing is changed, so that no "
+        "operator overwrites a change that another one has made",
         examples=[{"kind:text_only": 3}],
     )
 
@@ -219,7 +219,7 @@ class WantedRehearsal(BaseModel):
 
     record: str = Field(
         max_length=100,
-        description="Which calls: a day (UTC), hours of one, or the last so long, as `30m`",
+        description="The calls of a day (UTC), of hours of a day, or of the last `30m`",
         examples=["2026-11-24", "2026-11-24T09-17", "1h"],
     )
     set: dict[str, Any] = Field(

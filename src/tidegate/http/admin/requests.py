@@ -393,7 +393,7 @@ class AdminStatus(StatusView):
     )
     image_uri: str | None = None
     cost_micros: int | None = Field(
-        default=None, description="Cost in millionths of the prices' currency, once it has ended"
+        default=None, description="Cost in millionths of a dollar, once it has ended"
     )
     usage_state: str | None = Field(
         default=None, description="told, partial, estimated, unknown or none"

@@ -45,8 +45,8 @@ _COUNT: Any = Field(default=None, ge=0, description="null: without a bound")
 _BUDGET: Any = Field(
     default=None,
     ge=0,
-    description="In USD or tokens; stands for the budget TENANT/FIELD of /admin/budgets, null "
-    "removes that",
+    description="In USD or tokens; sets the budget TENANT/FIELD of /admin/budgets, null "
+    "removes it",
 )
 
 
@@ -73,7 +73,7 @@ class NewTenant(Signed):
     weight: int = Field(default=1, ge=1, le=1_000, description="Its share against other tenants")
     limits: dict[str, Any] = Field(
         default_factory=dict,
-        description="Its own limits, as in tidegate.toml; null takes one away",
+        description="Its own limits, as in tidegate.toml; null removes one",
         examples=[{"tenant:acme": 5, "rpm:tenant/acme": 60}],
     )
     most_priority: int = Field(
@@ -82,7 +82,7 @@ class NewTenant(Signed):
     models: list[str] | None = Field(
         default=None,
         max_length=200,
-        description="Models that it may ask, or patterns; null: all",
+        description="Models that it may call, or patterns; null: all",
         examples=[["gemini-2.5-*"]],
     )
     most_queued_jobs: int | None = _COUNT
@@ -104,11 +104,11 @@ class NewTenant(Signed):
         default=None,
         min_length=1,
         max_length=10,
-        description="Processing tiers that its jobs may be put into unless they say so themselves, "
-        "and of its batch lines, which use live and flex; null: live alone",
+        description="Processing tiers of its jobs that name none, and of its batch lines, "
+        "which use live and flex; null: only live",
         examples=[["live", "flex", "batch"]],
     )
-    disabled: bool = Field(default=False, description="Its keys then open nothing")
+    disabled: bool = Field(default=False, description="All of its keys are then rejected")
     expected: dict[str, Any] = Field(
         default_factory=dict, description=EXPECTED, examples=[{"weight": 1}]
     )

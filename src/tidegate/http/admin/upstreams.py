@@ -82,13 +82,13 @@ class UpstreamKeys(SignedChange):
 
     set: dict[str, Any] = Field(default_factory=dict, examples=[{"weight": 3}])
     remove: list[str] = Field(default_factory=list, max_length=100)
-    deployed: bool = Field(default=False, description="Alone: put it back to what the file says")
+    deployed: bool = Field(default=False, description="Alone: restore the settings of the file")
     read_again: bool = Field(default=False, description="Alone: read its secrets and files again")
 
 
 class RollBack(SignedChange):
     revision: int = Field(
-        ge=0, le=MOST_REVISION, description="Whose upstreams are to be in force; 0: the file's"
+        ge=0, le=MOST_REVISION, description="The revision to restore; 0: that of the file"
     )
 
 
