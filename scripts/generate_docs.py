@@ -71,7 +71,7 @@ are in `error` of a request's status. [http-api.md](http-api.md#when-it-goes-wro
 dialect ([gateway.md](gateway.md#errors)). Errors of the provider itself are forwarded there
 unchanged.
 
-*Retry* tells whether the same request may succeed later. `Retry-After` (and `retry_after_ms`) has
+*Retry* states whether the same request may succeed later. `Retry-After` (and `retry_after_ms`) has
 the time: in every 503 and 504, and in other errors if the time is known.
 
 <!-- Written by scripts/generate_docs.py from tidegate/errors.py and tidegate/http/problems.py. -->
