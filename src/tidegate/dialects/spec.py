@@ -160,7 +160,7 @@ class Endpoint:
 
     @property
     def is_follow_up(self) -> bool:
-        """Return whether the call is about a thing that is stored at a provider already."""
+        """Return whether the call is about an object that is stored at a provider already."""
         return self.resource is not None and self.resource.resource_id is not None
 
     def path_for(self, model: str) -> str:

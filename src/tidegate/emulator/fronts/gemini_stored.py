@@ -1,4 +1,4 @@
-"""Stored things of Gemini's API: interactions, cached contents, videos, and batches.
+"""Stored objects of Gemini's API: interactions, cached contents, videos, and batches.
 
     https://ai.google.dev/gemini-api/docs/interactions
     https://ai.google.dev/gemini-api/docs/caching
