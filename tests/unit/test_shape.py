@@ -13,6 +13,7 @@ import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
@@ -161,6 +162,21 @@ def dotted(path: Path) -> str:
     return ".".join(parts).removesuffix(".__init__")
 
 
+def imported_by(path: Path) -> set[str]:
+    """The modules that a module imports outside of its functions, for types too."""
+    known = {dotted(one) for one in modules()} - {dotted(path)}
+    found: set[str] = set()
+    blocks: list[ast.AST] = [parsed(path)]
+    while blocks:
+        node = blocks.pop()
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in known else node.module for name in names} & known
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            blocks += ast.iter_child_nodes(node)
+    return found
+
+
 @cache
 def importers_of() -> dict[str, set[Path]]:
     """The modules that import each module, `TYPE_CHECKING` and functions included."""
@@ -220,6 +236,16 @@ def test_import_contracts_count_imports_for_types() -> None:
     linter = settings["tool"]["importlinter"]
     assert not linter.get("exclude_type_checking_imports", False)
     assert all(not contract.get("ignore_imports") for contract in linter["contracts"])
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    imports = {dotted(path): imported_by(path) for path in modules()}
+    circle: list[str] = []
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        circle = error.args[1]
+    assert circle == []
 
 
 @pytest.mark.slow

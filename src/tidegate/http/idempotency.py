@@ -26,9 +26,8 @@ from tidegate.errors import IdempotencyConflict, InvalidRequest
 from tidegate.http.body import in_slices
 from tidegate.http.submission import Submission
 from tidegate.record import FRAMED, KEPT_BYTES, CallRecord
-from tidegate.spine.bodies import aside
+from tidegate.spine.bodies import NativeCall, aside
 from tidegate.spine.models import unchecked_facts
-from tidegate.spine.native import NativeCall
 from tidegate.spine.out import Out
 from tidegate.store.idempotency import KeyState, NativeKeys, Owner, Taken
 from tidegate.store.records import Idempotency

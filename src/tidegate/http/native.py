@@ -78,8 +78,8 @@ from tidegate.record import (
     PieceDecoder,
     coding_of,
 )
-from tidegate.spine.bodies import FormBody, aside
-from tidegate.spine.native import AT_UPSTREAM, MAX_BYTES, NativeCall
+from tidegate.spine.bodies import FormBody, NativeCall, aside
+from tidegate.spine.native import AT_UPSTREAM, MAX_BYTES
 from tidegate.spine.out import client_left
 from tidegate.spine.run import CallFailed, Terms
 from tidegate.store.idempotency import KeyState

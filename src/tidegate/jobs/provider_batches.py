@@ -68,9 +68,9 @@ from tidegate.prices.budgets import Binding, needs_of, refused_by
 from tidegate.record import RETRIED, CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.batched import BatchableCall, BatchedCalls, prompt_endpoint
-from tidegate.spine.bodies import aside
+from tidegate.spine.bodies import NativeCall, aside
 from tidegate.spine.detached import detached_call, endpoint_named
-from tidegate.spine.native import NativeCall, Relay
+from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls, files_known
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms

@@ -43,8 +43,8 @@ from tidegate.dialects.spec import Dialect, Endpoint, Operation, RequestFacts
 from tidegate.errors import EmptyAnswer, InvalidRequest, NotFound, PromptBlocked, UpstreamGarbled
 from tidegate.prices.rates import Rates
 from tidegate.record import KEPT_BYTES, CallRecord
-from tidegate.spine.bodies import body_for
-from tidegate.spine.native import NativeCall, NativeExchange, Relay
+from tidegate.spine.bodies import NativeCall, body_for
+from tidegate.spine.native import NativeExchange, Relay
 from tidegate.spine.out import NothingOut
 from tidegate.spine.prompt import PromptExchange, PromptWays, dialect_at, files_of, form_at
 from tidegate.spine.routing import Target

@@ -1,4 +1,4 @@
-"""Request bodies of native calls: JSON, and forms that may be on disk.
+"""Native calls and their bodies: JSON, and forms that may be on disk.
 
 Invariants: bytes are sent as they were received, except for the model's name if a route or an alias
 changes it, the fields that Vertex has instead, and the request for a stream's usage. A form can be
@@ -14,6 +14,7 @@ import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -23,10 +24,11 @@ import orjson
 from tidegate.dialects.answers import asking_for_usage
 from tidegate.dialects.forms import MediaForm
 from tidegate.dialects.requests import LARGE_BYTES, NAMES_MODEL
-from tidegate.dialects.spec import Dialect, Endpoint, Operation
+from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
 from tidegate.errors import InvalidRequest, StoreUnavailable
 from tidegate.policy.access import Paths
 from tidegate.spine.routing import Target
+from tidegate.spine.run import Terms
 from tidegate.upstream.transport import Exchange, RepeatableBody
 
 _Result = TypeVar("_Result")
@@ -313,3 +315,27 @@ def _piece(file: BinaryIO, place: int, end: int) -> bytes:
 
 def _unreadable(failed: OSError) -> StoreUnavailable:
     return StoreUnavailable(f"an upload could not be read: {failed.strerror}")
+
+
+@dataclass(slots=True)
+class NativeCall:
+    """A request in a provider's dialect. headers: those that may be sent to an upstream. query:
+    without its `?` and without a key. shows_wait: the client asked for comments on its place in the
+    queue. has_key: it sent an idempotency key. form: the body if that is a form; `body` is then
+    empty."""
+
+    terms: Terms
+    endpoint: Endpoint
+    method: str
+    query: str
+    headers: Headers
+    body: bytes
+    received_at: datetime
+    shows_wait: bool = False
+    has_key: bool = False
+    form: FormBody | None = None
+
+    @property
+    def body_bytes(self) -> int:
+        """Length of the body."""
+        return len(self.body) if self.form is None else self.form.form.size_bytes

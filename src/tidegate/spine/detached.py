@@ -24,9 +24,9 @@ from tidegate.dialects.requests import refuse_to_go_on
 from tidegate.dialects.spec import GOING_ON, Endpoint, Operation, RequestFacts
 from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled, UpstreamUnavailable
 from tidegate.record import KEPT_BYTES, CallRecord
-from tidegate.spine.bodies import aside
+from tidegate.spine.bodies import NativeCall, aside
 from tidegate.spine.models import unchecked_facts
-from tidegate.spine.native import NativeCall, NativeExchange, Relay
+from tidegate.spine.native import NativeExchange, Relay
 from tidegate.spine.out import NothingOut
 from tidegate.spine.run import MOST_TRIES, OnAdmitted, Terms
 from tidegate.store.batches import BatchStand

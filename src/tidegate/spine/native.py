@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import replace
 from functools import lru_cache, partial
 from math import ceil
 from typing import Any
@@ -69,7 +68,7 @@ from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import CallRecord, coding_of
 from tidegate.spine.affinity import Home, conversation_key, lineage_in
 from tidegate.spine.bodies import (
-    FormBody,
+    NativeCall,
     aside,
     body_for,
     has_several_answers,
@@ -98,7 +97,6 @@ from tidegate.spine.run import (
     Lane,
     OnAdmitted,
     Spine,
-    Terms,
     beginning_of,
     masked,
     refusal_of,
@@ -111,30 +109,6 @@ from tidegate.upstream.transport import (
     RequestPlace,
     Timeouts,
 )
-
-
-@dataclass(slots=True)
-class NativeCall:
-    """A request in a provider's dialect. headers: those that may be sent to an upstream. query:
-    without its `?` and without a key. shows_wait: the client asked for comments on its place in the
-    queue. has_key: it sent an idempotency key. form: the body if that is a form; `body` is then
-    empty."""
-
-    terms: Terms
-    endpoint: Endpoint
-    method: str
-    query: str
-    headers: Headers
-    body: bytes
-    received_at: datetime
-    shows_wait: bool = False
-    has_key: bool = False
-    form: FormBody | None = None
-
-    @property
-    def body_bytes(self) -> int:
-        """Length of the body."""
-        return len(self.body) if self.form is None else self.form.form.size_bytes
 
 
 class Relay:

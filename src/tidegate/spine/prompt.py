@@ -80,9 +80,9 @@ from tidegate.errors import (
 from tidegate.limiter import Permit
 from tidegate.record import JUDGE, CallListeners, CallRecord, Failure
 from tidegate.settings import ClassifierMode, Config
-from tidegate.spine.bodies import aside
+from tidegate.spine.bodies import NativeCall, aside
 from tidegate.spine.models import targets_for_prompt, unchecked_facts
-from tidegate.spine.native import NativeCall, NativeExchange, Relay
+from tidegate.spine.native import NativeExchange, Relay
 from tidegate.spine.out import AttendedOut, NothingOut, Out
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import CallFailed, Lane, OnAdmitted, Spine, Terms

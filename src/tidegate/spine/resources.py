@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 from uuid import UUID
 
@@ -61,7 +61,7 @@ from tidegate.limiter import Limiter, Permit
 from tidegate.policy.deployment import Upstream
 from tidegate.policy.providers import PROVIDERS
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
-from tidegate.spine.bodies import Pieces, aside
+from tidegate.spine.bodies import NativeCall, Pieces, aside
 from tidegate.spine.out import ended, undisturbed
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, Lane, Spine, refusal_of
@@ -70,9 +70,6 @@ from tidegate.store.provider.resources import NewResource, ProviderResources, Re
 from tidegate.store.requests import Requests
 from tidegate.store.spill import CallJournal
 from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
-
-if TYPE_CHECKING:
-    from tidegate.spine.native import NativeCall
 
 # Kinds that are also made at the provider itself; without API keys, every caller may use them.
 _MADE_ELSEWHERE = frozenset(("file", "cached_content", "message_batch", "file_search_store"))

@@ -57,9 +57,8 @@ from tidegate.realtime.exchange import (
     code_of,
 )
 from tidegate.record import REFUSED, CallRecord, Failure, Lineage
-from tidegate.spine.bodies import aside
+from tidegate.spine.bodies import NativeCall, aside
 from tidegate.spine.models import check_model
-from tidegate.spine.native import NativeCall
 from tidegate.spine.run import CallFailed
 from tidegate.telemetry.logging import Log, get_logger
 
