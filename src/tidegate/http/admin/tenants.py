@@ -45,8 +45,7 @@ _COUNT: Any = Field(default=None, ge=0, description="null: without a bound")
 _BUDGET: Any = Field(
     default=None,
     ge=0,
-    description="In USD or tokens; sets the budget TENANT/FIELD of /admin/budgets, null "
-    "removes it",
+    description="In USD or tokens; sets the budget TENANT/FIELD of /admin/budgets, null removes it",
 )
 
 
