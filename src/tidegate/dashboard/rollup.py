@@ -172,7 +172,7 @@ def count(tally: CallCounts, ended: CallRecord) -> None:
     upstream, but neither as calls nor for a tenant. judged_tokens and judged_cost_micros are their
     part of the tokens and the cost.
     """
-    throttled = ended.throttled
+    throttled = 0 if ended.throttled_by is None else ended.throttled
     if ended.source == JUDGE:
         tally.count("judged")
         tally.count("judged_tokens", _tokens_of(ended))

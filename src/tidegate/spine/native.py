@@ -497,16 +497,17 @@ class NativeExchange:
                         exchange, target, dialect, tier, calls_model=call.endpoint.is_counted
                     )
                     raise self._with_headers(failed)
+                coding, operation = coding_of(exchange.headers), call.endpoint.operation
                 if call.endpoint.is_counted:
-                    operation = call.endpoint.operation
-                    first, value = await beginning_of(exchange, operation, streams=record.streamed)
+                    streams = record.streamed
+                    first, value = await beginning_of(exchange, operation, coding, streams=streams)
                     if value is not None:
                         raise self._begun_with(value, exchange, target)
                 else:  # such as a file, whose bytes may look like an error
                     first = await exchange.next()
                 if is_try or lane.gate.has_doubts:
                     await lane.gate.worked(target.model, tried=is_try)
-                await self._pass_on(exchange, first, target, lane, demand, hides)
+                await self._pass_on(exchange, first, coding, target, lane, demand, hides)
                 if record.answer_bytes > LARGE_BYTES:
                     await self.read_aside(whole=True)
             except BaseException:  # cancellation too: the partial answer is charged
@@ -529,6 +530,7 @@ class NativeExchange:
         self,
         exchange: Exchange,
         first: bytes,
+        coding: bytes,
         target: Target,
         lane: Lane,
         demand: CallDemand,
@@ -536,7 +538,7 @@ class NativeExchange:
     ) -> None:
         record, out = self._record, self._out
         record.http_status = exchange.status
-        record.coding = coding_of(exchange.headers)
+        record.coding = coding
         if self.dialect in (Dialect.GEMINI, Dialect.BEDROCK):
             self._served = tier_in(exchange.headers)
         if (reading := DIALECTS[self.dialect].usage_in) is not None:

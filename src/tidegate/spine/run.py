@@ -164,12 +164,11 @@ HELD_BYTES = 65_536
 
 
 async def beginning_of(
-    exchange: Exchange, operation: Operation, *, streams: bool
+    exchange: Exchange, operation: Operation, coding: bytes, *, streams: bool
 ) -> tuple[bytes, dict[str, Any] | None]:
     """Return the first bytes of an answer, up to its first output if it `streams`, and the error
-    object that it reports before any output, or None. Compressed bytes are decoded to be inspected.
-    Raises UpstreamError. Cancellation leaves the exchange open."""
-    coding = coding_of(exchange.headers)
+    object that it reports before any output, or None. Bytes that are compressed by `coding` are
+    decoded to be inspected. Raises UpstreamError. Cancellation leaves the exchange open."""
     reader = PieceDecoder(coding) if coding else None
     first = await exchange.next()
     text = first if reader is None else reader.take(first)
