@@ -20,6 +20,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 from anyio import to_thread
@@ -429,6 +430,7 @@ class Gateway(FastAPI):
             "/stream": self._called(stream.stream, "stream"),
         }
         self._pages: CORSMiddleware | None = None
+        self._describing = Lock()
         self._batches = AccessLog(batches)
         self._message_batches = AccessLog(message_batches.message_batches)
         self._direct = {
@@ -509,9 +511,12 @@ class Gateway(FastAPI):
         return methods_at(native_at, dialect) if passing is None else METHODS
 
     def openapi(self) -> dict[str, Any]:
-        if not self.openapi_schema:
-            self.openapi_schema = described(super().openapi())
-        return self.openapi_schema
+        """Return the description, built by the first of concurrent threads: FastAPI cannot build
+        two at the same time."""
+        with self._describing:
+            if not self.openapi_schema:
+                self.openapi_schema = described(super().openapi())
+            return self.openapi_schema
 
     @staticmethod
     def _called(handler: Handler, source: Source) -> ASGIApp:

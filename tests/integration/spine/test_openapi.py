@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from tests.gateway import PNG, Opener
 from tidegate.app import create_app
@@ -254,3 +258,22 @@ async def test_the_documentation_is_served_from_here(open_gateway: Opener) -> No
             text = await response.text()
             assert response.status == 200
             assert "https://cdn" not in text
+
+
+def test_the_first_readers_of_the_description_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is answered in a thread, and FastAPI sets the names of all models of the routes while it
+    describes them: two descriptions built beside one another end in a KeyError."""
+    both, built, describe = Barrier(2), [], FastAPI.openapi
+
+    def build(described: FastAPI) -> dict[str, Any]:
+        built.append(described)
+        with suppress(BrokenBarrierError):
+            both.wait(0.2)
+        return describe(described)
+
+    monkeypatch.setattr(FastAPI, "openapi", build)
+    app = create_app(Config)
+    with ThreadPoolExecutor(2) as readers:
+        first, second = readers.map(lambda _: app.openapi(), range(2))
+    assert first is second
+    assert built == [app]
