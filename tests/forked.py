@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent
 _IMPORTED = (
     *("tidegate.cli", "tidegate.app", "tidegate.supervisor.roles", "tidegate.http.server"),
     *("tidegate.http.uvicorn_protocol", "tidegate.dashboard.routes"),
+    *("tidegate.jobs.worker", "tidegate.jobs.webhooks"),
     *("tidegate.upstream.gemini", "tidegate.upstream.gemini_transport"),
     *("tidegate.emulator.server", "google.genai", "google.auth.aio.credentials"),
     *("uvicorn", "uvloop"),

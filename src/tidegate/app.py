@@ -26,9 +26,6 @@ from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.http.auth import Authenticator, TokenTrust
 from tidegate.http.browsers import Origins, Sessions, SignIn
 from tidegate.http.services import Services
-from tidegate.jobs.reconciliation import NightlyReconciliation
-from tidegate.jobs.webhooks import AlertSender, CauseAlerts, WebhookSender
-from tidegate.jobs.worker import Worker
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.metrics.instruments import Calls, Instruments, Limiting, Tally
 from tidegate.metrics.process import Board, Exposition, ProcessState, Watch
@@ -57,6 +54,8 @@ from tidegate.upstream.transport import Timeouts
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from tidegate.jobs.reconciliation import NightlyReconciliation
 
 log = get_logger()
 
@@ -153,6 +152,8 @@ async def run_worker(
 ) -> None:
     """Work on jobs until `stop` is set, then drain within `shutdown_grace_ms`; all within the
     context that `alongside` returns."""
+    from tidegate.jobs.worker import Worker  # not in an API: it takes a thirtieth of the start
+
     async with AsyncExitStack() as stack:
         services = await stack.enter_async_context(open_services(config, "worker"))
         if alongside is not None:
@@ -172,10 +173,7 @@ async def run_worker(
         )
         background = [asyncio.create_task(_send_webhooks(config, services.store))]
         if config.alert_webhook_url is not None:
-            alerts = AlertSender(config, services.store)
-            background.append(asyncio.create_task(alerts.run()))
-            causes = CauseAlerts(services.standing, services.store.alerts)
-            background.append(asyncio.create_task(causes.run()))
+            background += _send_alerts(config, services)
         if config.reconcile:
             background.append(asyncio.create_task(_reconciliation(config, services.store).run()))
         try:
@@ -203,6 +201,8 @@ async def run_worker_of(
 ) -> None:
     """Work on the jobs of a pool other than the deployment's, under a policy that is not on record,
     until `stop` is set; without batches and webhooks."""
+    from tidegate.jobs.worker import Worker
+
     assert config.redis_url is not None
     async with AsyncExitStack() as stack:
         blobs = Blobs.from_url(config.blob_url, config.data_dir)
@@ -234,13 +234,26 @@ async def run_worker_of(
 
 def _reconciliation(config: Config, store: Store) -> NightlyReconciliation:
     """Return the nightly reconciliation. Raises ConfigError."""
+    from tidegate.jobs.reconciliation import NightlyReconciliation
+
     deployment = deployed_upstreams(config)
     return NightlyReconciliation(store.reconciliations, deployment, config.reconcile, secret)
 
 
 async def _send_webhooks(config: Config, store: Store) -> None:
     if config.webhook_secret is not None:
+        from tidegate.jobs.webhooks import WebhookSender
+
         await WebhookSender(config, store).run()
+
+
+def _send_alerts(config: Config, services: Services) -> list[asyncio.Task[None]]:
+    """Start the tasks that raise alerts and post them. Raises ConfigError."""
+    from tidegate.jobs.webhooks import AlertSender, CauseAlerts
+
+    alerts = AlertSender(config, services.store)
+    causes = CauseAlerts(services.standing, services.store.alerts)
+    return [asyncio.create_task(alerts.run()), asyncio.create_task(causes.run())]
 
 
 @asynccontextmanager

@@ -273,6 +273,20 @@ def test_what_only_libraries_would_import_is_not_imported_but_can_be() -> None:
 
 
 @pytest.mark.slow
+def test_an_api_imports_nothing_that_runs_jobs() -> None:
+    script = (
+        "import sys\n"
+        "from tidegate.app import create_app\n"
+        "create_app(lambda: None)\n"
+        "print([name for name in sys.modules if name.startswith('tidegate.jobs')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+@pytest.mark.slow
 def test_a_start_looks_for_no_garbage() -> None:
     """It would look twice through all that an API process imports: a tenth of its start."""
     script = (
