@@ -34,7 +34,7 @@ from tests.preloaded import FORKS_AT
 
 ROOT = Path(__file__).parent.parent
 _IMPORTED = (
-    *("tidegate.cli", "tidegate.app", "tidegate.supervisor.roles", "tidegate.http.server"),
+    *("tidegate.cli", "tidegate.app", "tidegate.supervisor.api", "tidegate.http.server"),
     *("tidegate.http.uvicorn_protocol", "tidegate.dashboard.routes"),
     *("tidegate.jobs.worker", "tidegate.jobs.webhooks"),
     *("tidegate.upstream.gemini", "tidegate.upstream.gemini_transport"),

@@ -37,7 +37,7 @@ from tidegate.operator_key import operator_key
 from tidegate.settings import Config
 from tidegate.store import audit as bodies
 from tidegate.store import database, statistics
-from tidegate.supervisor.roles import NotifyingServer
+from tidegate.supervisor.api import NotifyingServer
 
 # What `create_app` imports late is imported here, while the collector rests (`tests/garbage.py`).
 for _name in ("tidegate.http.server", "tidegate.dashboard.routes"):

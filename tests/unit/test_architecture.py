@@ -273,6 +273,21 @@ def test_what_only_libraries_would_import_is_not_imported_but_can_be() -> None:
 
 
 @pytest.mark.slow
+def test_a_worker_imports_no_server_of_http() -> None:
+    """With a port of its own it does: `WORKER_PORT`."""
+    script = (
+        "import sys\n"
+        "from tidegate.supervisor.roles import work\n"
+        "import tidegate.app, tidegate.jobs.worker\n"
+        "print(sorted({'uvicorn', 'click'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+@pytest.mark.slow
 def test_an_api_imports_nothing_that_runs_jobs() -> None:
     script = (
         "import sys\n"
@@ -297,7 +312,7 @@ def test_a_start_looks_for_no_garbage() -> None:
         "except SystemExit: pass\n"
         "looks = []\n"
         "gc.callbacks.append(lambda phase, _: looks.append(phase))\n"
-        "from tidegate.supervisor import roles\n"
+        "from tidegate.supervisor import api\n"
         "from tidegate.app import create_app\n"
         "create_app(lambda: None)\n"
         "print(looks)"

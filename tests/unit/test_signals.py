@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from tests.waiting import wait_until
-from tidegate.supervisor.roles import _on_signals
+from tidegate.supervisor.roles import on_signals
 from tidegate.supervisor.supervisor import LEAVE_SIGNAL, LIFELINE
 
 
@@ -17,7 +17,7 @@ class Done:
 
     def __init__(self, leave_ms: int) -> None:
         self.did: list[str] = []
-        _on_signals(
+        on_signals(
             lambda: self.did.append("stop"),
             leave=lambda: self.did.append("leave"),
             leave_ms=leave_ms,

@@ -181,7 +181,7 @@ def serve(
 ) -> None:
     """Serve HTTP in this process only."""
     with _without(_OF_REDIS, _OF_STRUCTLOG):
-        from tidegate.supervisor.roles import serve as run
+        from tidegate.supervisor.api import serve as run
 
     with _without(_OF_FASTAPI):
         run(load_to_run(with_jobs=False), fd)

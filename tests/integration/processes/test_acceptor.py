@@ -17,7 +17,7 @@ import uvloop
 
 from tests.waiting import wait_until
 from tidegate.http.uvicorn_protocol import Acceptor, bounded
-from tidegate.supervisor.roles import QuietServer
+from tidegate.supervisor.api import QuietServer
 
 CLIENTS = 64
 
