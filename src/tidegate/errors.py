@@ -441,6 +441,9 @@ class LastTryWaits(TidegateError):
 # Statuses of a server or proxy in trouble. Not 504, which Gemini answers to a prompt that is too
 # long for it, https://ai.google.dev/gemini-api/docs/troubleshooting
 OF_THE_SERVER = (502, 503, 529)
+# The longest time that a fault may state for the next call: an outage can end sooner than the
+# provider, or a proxy in front of it, expects.
+LONGEST_OF_FAULT_MS = 15_000
 
 
 class UpstreamError(TidegateError):
@@ -459,6 +462,14 @@ class UpstreamError(TidegateError):
     ) -> None:
         super().__init__(message, retry_after_ms=retry_after_ms)
         self.status = status
+
+    @property
+    def pause_ms(self) -> int:
+        """The time for which to leave the upstream alone, 0 if none is stated: as long as a 4xx
+        states, at most `LONGEST_OF_FAULT_MS` for any other failure."""
+        stated_ms = self.retry_after_ms or 0
+        is_refusal = self.status is not None and self.status < 500
+        return stated_ms if is_refusal else min(stated_ms, LONGEST_OF_FAULT_MS)
 
     @property
     def of_upstream(self) -> bool:

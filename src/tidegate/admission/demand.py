@@ -565,7 +565,7 @@ def pause_after(
         zone = limit.zone if isinstance(limit, Quota) else _PROVIDERS_ZONE
         for_ms = _to_midnight_ms(now, ZoneInfo(zone))
     else:
-        for_ms = min(LONGEST_MS, error.retry_after_ms or 0)
+        for_ms = min(LONGEST_MS, error.pause_ms)
     if not error.day_quota and isinstance(rate := policy.limit(limit_id), Rate):
         # As the bucket refills: the provider's time is until there is capacity for a single call.
         ramp_ms = min(LONGEST_RAMP_MS, rate.window_ms)

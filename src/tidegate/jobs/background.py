@@ -172,8 +172,7 @@ class BackgroundRunner:
             if call.left_ms <= -GRACE_MS:
                 await self._end(call, _Reported(b"", None), target)
             else:
-                after_ms = error.retry_after_ms or 0
-                await self._calls.put_off(call, max(float(after_ms), self._wait_ms(call)))
+                await self._calls.put_off(call, max(float(error.pause_ms), self._wait_ms(call)))
             return
         await self._calls.put_off(call, self._wait_ms(call))
 

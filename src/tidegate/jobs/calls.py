@@ -282,14 +282,15 @@ def retry_wait_ms(
 
     `attempts` counts all made so far, including this one. Exponential backoff with full jitter
     (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015). A server's
-    `Retry-After` is the minimum, and jitter is only added to it, since an earlier call would be
-    refused again.
+    `Retry-After` is the minimum, up to `UpstreamError.pause_ms`, and jitter is only added to it,
+    since an earlier call would be refused again.
     """
     if not error.retryable or attempts >= max_attempts:
         return None
     ceiling = min(_LONGEST_WAIT_MS, _FIRST_WAIT_MS * 2 ** (attempts - 1))
     jitter = (rng or random).uniform(0, ceiling)
-    directed = min(error.retry_after_ms or 0, _LONGEST_SERVER_WAIT_MS)
+    stated_ms = error.pause_ms if isinstance(error, UpstreamError) else error.retry_after_ms
+    directed = min(stated_ms or 0, _LONGEST_SERVER_WAIT_MS)
     return round(directed + (jitter if not directed else jitter / 4))
 
 

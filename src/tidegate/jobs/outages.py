@@ -10,9 +10,9 @@ refused key concerns the upstream; any other fault may concern either, so the mo
 `HEAD_START_S` longer and the next probe is of another model if one waits.
 
 Invariants: an upstream that is out gets at most one call per `FIRST_S`, and is probed at the latest
-`LONGEST_S + HEAD_START_S` after the last probe (`DEAD_KEY_S` for a refused key); a held job takes
-no slot in a window; at most `_MOST_KNOWN` held jobs are remembered, the others return when their
-time has passed.
+`LONGEST_S + HEAD_START_S` after the last probe (`DEAD_KEY_S` for a refused key, and at most
+`LONGEST_OF_FAULT_MS` for a fault that states a time); a held job takes no slot in a window; at most
+`_MOST_KNOWN` held jobs are remembered, the others return when their time has passed.
 """
 
 from __future__ import annotations
@@ -160,11 +160,12 @@ class Outages:
         for key in turn.probes:
             if (outage := self._outages.get(key)) is not None and outage.probe is turn:
                 outage.probe = None
-        after_s = (error.retry_after_ms or 0) / 1000
+        after_s = error.pause_ms / 1000
         if called is None:
+            measured_s = (error.retry_after_ms or 0) / 1000
             # Targets that `enter` refused are known already, and may be out for one model only.
             for name, _ in turn.targets if isinstance(error, UpstreamOut) else ():
-                self._hold((name, ""), after_s, is_measured=True)
+                self._hold((name, ""), measured_s, is_measured=True)
         elif isinstance(error, UpstreamThrottled):
             if not error.lowered_limit:
                 self._hold(called, after_s, enough=True)

@@ -414,7 +414,7 @@ class ProviderBatchRunner:
             if error.status in _GONE and batch.state in ("created", "cancelling"):
                 await self._missed(api, batch, upstream)
             else:
-                await self._hold(batch, error.message, error.retry_after_ms)
+                await self._hold(batch, error.message, error.pause_ms)
 
     @property
     def _poll_ms(self) -> float:
@@ -567,7 +567,7 @@ class ProviderBatchRunner:
             log.warning(Log.PROVIDER_BATCH_HELD, **_about(batch), reason=error.message)
             await self._give_back_all(batch, "refused", is_refused=True)
         else:
-            await self._hold(batch, error.message, error.retry_after_ms)
+            await self._hold(batch, error.message, error.pause_ms)
 
     async def _missed(self, api: BatchApi, batch: UpstreamBatch, upstream: Upstream) -> None:
         """Handle a created batch that the provider does not know: it was deleted there, or the

@@ -183,7 +183,7 @@ class TierOffers:
                 self._recent_calls[kind].times.last_ms.append(took_ms)
         elif isinstance(error, UpstreamTierBusy):
             if error.status is not None:  # without a status, the job has left the tier by itself
-                self.flex.was_busy(key, error.retry_after_ms)
+                self.flex.was_busy(key, error.pause_ms)
             return self.put_off_ms(key)
         elif job.tier is Tier.FLEX and isinstance(error, UpstreamRejected | UpstreamTimeout):
             self.flex.refuse(job.request_id)

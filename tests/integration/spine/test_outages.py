@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import orjson
 import pytest
 from openai import AsyncOpenAI
 
@@ -98,6 +99,59 @@ async def test_jobs_outlast_another_server_in_the_providers_place(
         states = {(await gateway.status(one))["status"] for one in ids}
         assert states <= {"queued", "running"}
         await gateway.stop_worker()
+
+
+@pytest.mark.slow
+async def test_a_provider_that_returns_hours_before_it_said_is_used_within_the_minute(
+    open_gateway: Opener,
+) -> None:
+    is_out, calls = True, 0
+    away = (
+        b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 14400\r\n"
+        b"content-type: text/plain\r\ncontent-length: 4\r\n\r\naway"
+    )
+    message = {"role": "assistant", "content": "Ahoy"}
+    body = orjson.dumps(
+        {
+            "id": "c1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": MODEL,
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
+        }
+    )
+    good = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+    good += b"content-length: %d\r\n\r\n%b" % (len(body), body)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        await reader.readuntil(b"\r\n\r\n")
+        calls += 1
+        writer.write(away if is_out else good)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        gateway = await open_gateway(
+            gemini_base_url=f"http://127.0.0.1:{port}",
+            rate_limits={"text_only": LIMIT},
+            max_attempts=2,
+        )
+        gateway.start_worker()  # each process has to notice by itself
+        submitted = (
+            gateway.submit(endpoint=CHAT, body=chat(f"Say word{n}.")) for n in range(6 * EACH)
+        )
+        ids = await asyncio.gather(*submitted)
+        await wait_until(lambda: gateway.services.spine.health["gemini"].state != "ok")
+        at_first = calls
+        await wait_until(lambda: calls > at_first)
+        is_out = False
+        async with asyncio.timeout(60):
+            ends = [await gateway.end_of(request_id, 60) for request_id in ids]
+    assert {one["status"] for one in ends} == {"succeeded"}
+    assert calls <= len(ids) + 4 * LIMIT, "probes, and what was called when it began"
 
 
 @pytest.mark.slow

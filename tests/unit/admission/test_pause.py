@@ -15,7 +15,7 @@ from tidegate.admission.demand import (
     model_limit,
     pause_after,
 )
-from tidegate.errors import UpstreamThrottled
+from tidegate.errors import LONGEST_OF_FAULT_MS, UpstreamThrottled
 from tidegate.policy.format import of_plain
 
 NOON = datetime(2026, 7, 1, 12, 0, tzinfo=UTC)
@@ -100,6 +100,13 @@ def test_a_pause_without_a_time_is_for_the_caller_to_measure() -> None:
         assert paused(error, MODEL) == LimitPause(MODEL, 0, 0)
         of_minute = LimitPause("rpm:m", 0, 60_000, of_rate=True, first_ms=2_000)
         assert paused(error, "rpm:m") == of_minute
+
+
+def test_a_server_that_is_busy_for_hours_is_tried_within_the_minute() -> None:
+    busy = UpstreamThrottled("busy", status=503, retry_after_ms=4 * HOUR_MS)
+    found = paused(busy, MODEL)
+    assert found is not None
+    assert found.for_ms == LONGEST_OF_FAULT_MS
 
 
 def test_after_a_pause_of_a_rate_calls_come_as_it_refills() -> None:

@@ -12,6 +12,7 @@ from uuid import UUID
 import pytest
 
 from tidegate.errors import (
+    LONGEST_OF_FAULT_MS,
     UpstreamError,
     UpstreamOut,
     UpstreamRejected,
@@ -157,6 +158,22 @@ def test_a_refused_key_is_tried_once_a_minute(clock: Clock, outages: Outages) ->
     assert outages.held_ms(PICTURES) == DEAD_KEY_S * 1000
 
 
+def test_a_fault_that_names_hours_is_probed_within_the_minute(
+    clock: Clock, outages: Outages
+) -> None:
+    away = UpstreamUnavailable("no", status=503, retry_after_ms=14_400_000)
+    fail(outages, away)
+    for _ in range(8):
+        held_s = outages.held_ms(TEXT) / 1000
+        assert held_s <= LONGEST_OF_FAULT_MS / 1000 + HEAD_START_S
+        clock.now += held_s
+        outages.ended(outages.enter(TEXT), "main", away)
+    brief = UpstreamUnavailable("no", status=503, retry_after_ms=12_000)
+    clock.now += outages.held_ms(TEXT) / 1000
+    outages.ended(outages.enter(TEXT), "main", brief)
+    assert outages.held_ms(PICTURES) == 12_000, "a time that may be true is kept"
+
+
 def test_what_is_known_to_be_out_elsewhere_is_held_as_long(outages: Outages) -> None:
     out = UpstreamOut("out", retry_after_ms=3_000)
     outages.ended(Turn(TEXT), None, out)
@@ -280,6 +297,7 @@ FAULTS_AND_PROBES = pytest.mark.parametrize(
     ("error", "probes_a_minute"),
     [
         (DOWN, 60),
+        (UpstreamUnavailable("no", status=503, retry_after_ms=14_400_000), 60),
         (UpstreamUnavailable("no connection", broke="connecting"), 60),
         (BARE, 60),
         (UpstreamUnauthorized("bad key", status=401), 2),

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.errors import (
+    LONGEST_OF_FAULT_MS,
     PromptBlocked,
     TidegateError,
     UpstreamRejected,
@@ -48,6 +49,15 @@ def test_it_is_never_earlier_than_the_server_directs(
     wait = retry_wait_ms(error, attempts, 10, random.Random(seed))
     assert wait is not None
     assert directed_ms <= wait <= directed_ms + 15_001
+
+
+@pytest.mark.parametrize("status", [500, 503, 529, None])
+def test_a_fault_is_not_waited_for_as_long_as_it_says(status: int | None) -> None:
+    """The provider may be back hours before the time that its balancer names."""
+    error = UpstreamUnavailable("gone", status=status, retry_after_ms=14_400_000)
+    wait = retry_wait_ms(error, 1, 5, random.Random(1))
+    assert wait is not None
+    assert LONGEST_OF_FAULT_MS <= wait <= LONGEST_OF_FAULT_MS + 15_001
 
 
 def test_a_webhook_waits_longer_each_time_with_jitter_and_is_given_up_in_the_end() -> None:
