@@ -10,6 +10,7 @@ loop.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +23,12 @@ from typing import Any, BinaryIO, TypeVar
 import orjson
 
 from tidegate.dialects.answers import asking_for_usage
-from tidegate.dialects.forms import MediaForm
+from tidegate.dialects.forms import MediaForm, is_prose
 from tidegate.dialects.requests import LARGE_BYTES, NAMES_MODEL
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
-from tidegate.errors import InvalidRequest, StoreUnavailable
+from tidegate.errors import InvalidRequest, StoreUnavailable, UpstreamUnavailable
 from tidegate.policy.access import Paths
+from tidegate.record import CallRecord
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms
 from tidegate.upstream.transport import Exchange, RepeatableBody
@@ -89,6 +91,38 @@ async def read_to_its_end(size_bytes: int, work: Callable[[], _Result]) -> _Resu
     return reading.result()
 
 
+async def check_whole(record: CallRecord, endpoint: Endpoint) -> None:
+    """Check a model's plain answer in JSON whose last bytes have arrived; other answers are not
+    checked. Raises UpstreamUnavailable for one that lacks its end: the end of an answer without a
+    length is that of its connection, which may have broken, and a proxy may end one that its
+    provider broke off."""
+    operation = endpoint.operation
+    is_text = operation is Operation.TRANSCRIBE and is_prose(record.response_type)
+    if record.streamed or not endpoint.is_counted or is_text or operation is Operation.SPEAK:
+        return
+    if await aside(record.answer_bytes, partial(_is_cut, record)):
+        raise UpstreamUnavailable("the provider's answer was cut off before its end")
+
+
+def _is_cut(record: CallRecord) -> bool:
+    answer = record.text
+    if answer[:_BLANK_BYTES].lstrip()[:1] not in (b"{", b"["):
+        return False
+    if record.omitted_bytes:
+        return answer[-_BLANK_BYTES:].rstrip()[-1:] not in (b"}", b"]")
+    try:
+        orjson.loads(answer)
+    except orjson.JSONDecodeError:
+        try:  # this parser accepts half a surrogate pair, and more after the end
+            json.JSONDecoder().raw_decode(answer.decode("utf-8", "replace").lstrip())
+        except json.JSONDecodeError:
+            return True
+        except RecursionError:
+            return False
+    return False
+
+
+_BLANK_BYTES = 256
 _END_BYTES = 65_536
 _TEXT = re.compile(rb'\s*("(?:[^"\\]|\\.)*")')
 # Nested objects may contain more, such as a tool's parameter named `model`.

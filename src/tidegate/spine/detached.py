@@ -8,7 +8,6 @@ Invariant: a detached call is one call of a model, whose answer is text and is n
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ from tidegate.call import DEFAULT_POOL, Caller, Status
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of
 from tidegate.dialects.requests import refuse_to_go_on
 from tidegate.dialects.spec import GOING_ON, Endpoint, Operation, RequestFacts
-from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled, UpstreamUnavailable
+from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
 from tidegate.record import KEPT_BYTES, CallRecord
 from tidegate.spine.bodies import NativeCall, aside
 from tidegate.spine.models import unchecked_facts
@@ -35,7 +34,6 @@ from tidegate.telemetry.tracing import Trail
 
 # Of the JSON of one call: a line of a batch, or a job.
 LONGEST_BYTES = 20_000_000
-_BLANK_BYTES = 256
 _JSON = (b"content-type", b"application/json")
 _ALLOWED = (
     "a native path that asks a model for JSON, such as /v1/chat/completions, /v1/responses, "
@@ -155,33 +153,12 @@ async def collected(
     relay: Relay, call: NativeCall, record: CallRecord, admitted: OnAdmitted
 ) -> None:
     """Make the call and collect the whole answer in `record.text`. Raises what `Relay.run` raises,
-    UpstreamGarbled for an answer that is too long to keep or in an unreadable compression, and
-    UpstreamUnavailable for one that was cut off."""
+    and UpstreamGarbled for an answer that is too long to keep or in an unreadable compression."""
     await relay.run(call, NothingOut(), record, admitted)
     if record.answer_bytes > KEPT_BYTES:
         raise UpstreamGarbled(f"the answer is longer than {KEPT_BYTES} bytes")
     if record.coding and not record.text:
         raise UpstreamGarbled(f"the answer is compressed ({record.coding[:20].decode('latin-1')})")
-    if await aside(record.answer_bytes, partial(_is_cut, record)):
-        raise UpstreamUnavailable("the provider's answer was cut off before its end")
-
-
-def _is_cut(record: CallRecord) -> bool:
-    """Return whether an answer in JSON lacks its end. The end of one without a length is that of
-    its connection, which may have broken."""
-    answer = record.text
-    if answer[:_BLANK_BYTES].lstrip()[:1] not in (b"{", b"["):
-        return False
-    try:
-        orjson.loads(answer)
-    except orjson.JSONDecodeError:
-        try:  # this parser accepts half a surrogate pair, and more after the end
-            json.JSONDecoder().raw_decode(answer.decode("utf-8", "replace").lstrip())
-        except json.JSONDecodeError:
-            return True
-        except RecursionError:
-            return False
-    return False
 
 
 async def check_bounded(relay: Relay, call: NativeCall) -> None:

@@ -71,6 +71,7 @@ from tidegate.spine.bodies import (
     NativeCall,
     aside,
     body_for,
+    check_whole,
     has_several_answers,
     identity_of,
     read_to_its_end,
@@ -556,6 +557,7 @@ class NativeExchange:
             first = await self.keeping.when_stored(exchange, first, target, record)
         record.keep(first)
         if without is None and exchange.at_end:
+            await check_whole(record, self._call.endpoint)
             await out.whole(exchange.status, headers, first)
         else:
             await out.start(exchange.status, headers)
@@ -628,13 +630,12 @@ class NativeExchange:
     ) -> None:
         record, out = self._record, self._out
         if without is None:
-            more = not exchange.at_end
-            await out.body(piece, more)
-            while more:
+            while more := not exchange.at_end:
+                await out.body(piece, more)
                 piece = await exchange.next()
                 record.keep(piece)
-                more = not exchange.at_end
-                await out.body(piece, more)
+            await check_whole(record, self._call.endpoint)
+            await out.body(piece, more)
             return
         while piece:
             if visible := without.take(piece):
