@@ -49,6 +49,9 @@ TRANSIENT_CODES = (408, 425, 499)
 # Without an error object, a balancer or proxy answers in the provider's place, such as while the
 # servers behind it are replaced: an API names what it does not know.
 _NOT_OF_THE_API = (403, 404, 405, 407)
+# Statuses that mean the same from any server.
+_NEVER_A_PAGE = (401, 402, 429, *TRANSIENT_CODES)
+_TOO_LARGE_FOR_A_PROXY = 413
 # HTTP statuses of errors by their type, code or status.
 _STATUSES = {word: status for spec in DIALECTS.values() for word, status in spec.statuses.items()}
 _IN_ORDER = tuple(DIALECTS[name] for name in ("gemini", "openai", "anthropic", "bedrock"))
@@ -87,9 +90,8 @@ def upstream_error(
     """Return the error for an error object and its HTTP status. `headers` are in lower case.
     `secret`: the API key, which is removed from the message. `tier`: the requested one. `is_own`:
     the server is self-hosted. `calls_model`: the request was for a model's answer."""
-    if calls_model and status in _NOT_OF_THE_API and not error:
-        no_api = f"the provider answered {status} without an error of its API"
-        return UpstreamGarbled(no_api, status=status)
+    if calls_model and not error and _is_of_another_server(status, headers):
+        return _no_api(status)
     message = f"the provider answered {status}: {_reason(error, secret)}"
     at = answered_at(headers.get("date", ""), datetime.now(UTC))
     answer = ErrorAnswer(status, error, _passed_on(error) | dict(headers), at, tier.lower())
@@ -131,6 +133,20 @@ def upstream_error(
             return UpstreamRejected(message, status=status)
         case _:
             assert_never(refusal.reason)
+
+
+def _is_of_another_server(status: int, headers: Mapping[str, str]) -> bool:
+    """Return whether a proxy or balancer made a refusal that has no error object."""
+    is_page = headers.get("content-type", "").lower().startswith("text/html")
+    is_refusal = 400 <= status < 500 and status not in _NEVER_A_PAGE
+    return status in _NOT_OF_THE_API or (is_page and is_refusal)
+
+
+def _no_api(status: int) -> UpstreamGarbled:
+    message = f"the provider answered {status} without an error of its API"
+    if status == _TOO_LARGE_FOR_A_PROXY:
+        message += "; a proxy in front of it may not accept a body of this size"
+    return UpstreamGarbled(message, status=status)
 
 
 _MOST_PASSED_ON = 40

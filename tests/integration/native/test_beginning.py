@@ -315,6 +315,19 @@ async def test_a_refusal_says_which_upstream_it_is_from(
     assert "x-tidegate-upstream" not in headers
 
 
+@pytest.mark.parametrize("status", [400, 413])
+async def test_a_page_of_a_proxy_goes_to_the_next_upstream(
+    gateway: Gateway, hostile: Hostile, status: int
+) -> None:
+    page = b"<html><center>nginx</center></html>"
+    head = b"HTTP/1.1 %d No\r\ncontent-type: text/html\r\ncontent-length: %d\r\n\r\n"
+    hostile.answer = head % (status, len(page)) + page
+    found, headers, _ = await read(gateway, CHAT)
+    assert (found, headers["x-tidegate-upstream"]) == (200, "second")
+    row = await gateway.audit(headers["x-tidegate-request-id"])
+    assert (row["status"], row["attempts"]) == ("succeeded", 2)
+
+
 async def _silent(_writer: asyncio.StreamWriter) -> None:
     await asyncio.Event().wait()
 

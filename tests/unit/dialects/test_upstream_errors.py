@@ -75,6 +75,27 @@ def test_where_no_api_answers_a_model_call_the_provider_is_not_there(status: int
         assert type(found) in (UpstreamRejected, UpstreamUnauthorized)
 
 
+@pytest.mark.parametrize("status", [400, 413, 414, 431])
+def test_a_page_of_another_server_is_no_refusal_of_the_request(status: int) -> None:
+    page = {"content-type": "text/html; charset=utf-8"}
+    found = refusals.upstream_error(status, {}, page, secret="s3cret", calls_model=True)
+    assert type(found) is UpstreamGarbled
+    assert found.retryable
+    assert found.message.startswith(f"the provider answered {status} without an error of its API")
+    assert ("a body of this size" in found.message) is (status == 413)
+    stated = {"message": "too much"}
+    for error, headers, calls_model in (
+        (stated, page, True),
+        ({}, page, False),
+        ({}, {"content-type": "text/plain"}, True),  # a self-hosted server's own
+        ({}, {}, True),
+    ):
+        found = refusals.upstream_error(
+            status, error, headers, secret="s3cret", calls_model=calls_model
+        )
+        assert type(found) is UpstreamRejected
+
+
 @pytest.mark.parametrize(
     ("message", "kind"),
     [
