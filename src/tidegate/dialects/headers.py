@@ -335,6 +335,16 @@ _NAMES = (
     re.compile(r"anthropic-ratelimit-(?P<of>[a-z-]{1,40})-(?P<what>limit|remaining|reset)"),
     _BY_SIZE,
 )
+# The IETF's draft, version 07, and the names of its earlier versions:
+# https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/
+_OF_DRAFT = re.compile(r"ratelimit(?:-(?P<what>limit|remaining|reset))?")
+_EARLY_PART = re.compile(r"(limit|remaining|reset)=(\d{1,15})")
+_LATER_ITEM = re.compile(
+    r'\s*"([^"\\]{1,100})"((?:\s*;\s*[a-z]{1,10}=[^,;]{1,200}+){0,8}+)\s*(?:,|$)'
+)
+_PARAMETER = re.compile(r';\s*([a-z]{1,10})="?([^,;"\s]{1,40})')
+_LONGEST_DRAFT_CHARS = 4_000
+_WINDOWS_BY_S = {1: "second", 60: "minute", 3_600: "hour", 86_400: "day"}
 _UNITS: dict[str, Unit] = {
     "requests": "requests",
     "req": "requests",
@@ -346,7 +356,12 @@ _UNITS: dict[str, Unit] = {
     "output-tokens": "output_tokens",
     "images": "images",
     "input-images": "images",
+    # Fireworks': https://docs.fireworks.ai/serverless/rate-limits
+    "tokens-prompt": "input_tokens",
+    "tokens-generated": "output_tokens",
 }
+# Windows of limits whose names imply them.
+_WINDOWS_IMPLIED = {"tokens-prompt": "minute", "tokens-generated": "minute"}
 _NARROWEST_FIRST: tuple[Unit, ...] = (
     "input_tokens",
     "output_tokens",
@@ -382,14 +397,66 @@ def rate_statuses(headers: Mapping[str, str], now: datetime) -> list[RateStatus]
             of = parts.get("of") or ("tokens" if pattern is _BY_SIZE else "requests")
             number = _reset_ms(value, now) if parts["what"] == "reset" else _whole(value)
             if of in _UNITS and number is not None:
-                found.setdefault((sort, of, parts.get("window")), {})[parts["what"]] = number
+                window = parts.get("window") or _WINDOWS_IMPLIED.get(of)
+                found.setdefault((sort, of, window), {})[parts["what"]] = number
             break
+    if not found:  # a server may send both forms of one limit
+        return _statuses_of_draft(headers)
     return [
         RateStatus(
             _UNITS[of], window, values.get("limit"), values.get("remaining"), values.get("reset")
         )
         for (_, of, window), values in found.items()
     ]
+
+
+def _statuses_of_draft(headers: Mapping[str, str]) -> list[RateStatus]:
+    """Return the limits that headers report as the IETF's draft spells them."""
+    named = {
+        name: value[:_LONGEST_DRAFT_CHARS]
+        for name, value in headers.items()
+        if _OF_DRAFT.fullmatch(name) or name == "ratelimit-policy"
+    }
+    policies, left = (_draft_items(named.get(one, "")) for one in ("ratelimit-policy", "ratelimit"))
+    if policies or left:
+        statuses = (_status_of_draft(policies.get(one, {}), of) for one, of in left.items())
+        return [one for one in statuses if one is not None]
+    values: dict[str, int] = {}
+    for name, value in named.items():
+        if (
+            name.startswith("ratelimit-")
+            and (number := _whole(value.partition(",")[0])) is not None
+        ):
+            values[name.removeprefix("ratelimit-")] = number
+    for part in _EARLY_PART.finditer(named.get("ratelimit", "")):
+        values[part[1]] = int(part[2])
+    if not values:
+        return []
+    reset_ms = bounded_ms(values["reset"] * 1000.0) if "reset" in values else None
+    return [RateStatus("requests", None, values.get("limit"), values.get("remaining"), reset_ms)]
+
+
+def _draft_items(text: str) -> dict[str, dict[str, str]]:
+    """Return the parameters of each named item of a list."""
+    found: dict[str, dict[str, str]] = {}
+    place = 0
+    while (item := _LATER_ITEM.match(text, place)) is not None:
+        found[item[1]] = dict(_PARAMETER.findall(item[2]))
+        place = item.end()
+    return found
+
+
+def _status_of_draft(policy: Mapping[str, str], left: Mapping[str, str]) -> RateStatus | None:
+    """Return a limit of the draft; None if it is not of requests or tokens. Without its bound if
+    its window is none of ours."""
+    unit = _UNITS.get(policy.get("qu", "requests"))
+    if unit is None:
+        return None
+    window = _WINDOWS_BY_S.get(_whole(policy.get("w", "")) or 0)
+    limit = _whole(policy.get("q", "")) if window is not None else None
+    reset_s = _whole(left.get("t", ""))
+    reset_ms = None if reset_s is None else bounded_ms(reset_s * 1000.0)
+    return RateStatus(unit, window, limit, _whole(left.get("r", "")), reset_ms)
 
 
 def used_up(headers: Mapping[str, str], now: datetime) -> RateStatus | None:

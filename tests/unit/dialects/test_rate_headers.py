@@ -59,6 +59,65 @@ NOW_S = int(NOW.timestamp())
             },
             [RateStatus("output_tokens", None, 80_000, None, 5_000)],
         ),
+        (
+            {  # Fireworks, all of a minute
+                "x-ratelimit-limit-tokens-prompt": "7200000",
+                "x-ratelimit-remaining-tokens-prompt": "7193993",
+                "x-ratelimit-limit-tokens-generated": "72000",
+                "x-ratelimit-remaining-tokens-generated": "69338",
+                "x-ratelimit-limit-tokens-cache-adjusted-prompt": "1800000",
+                "x-ratelimit-over-limit": "no",
+            },
+            [
+                RateStatus("input_tokens", "minute", 7_200_000, 7_193_993),
+                RateStatus("output_tokens", "minute", 72_000, 69_338),
+            ],
+        ),
+        (
+            {  # the IETF's draft, up to its version 06
+                "ratelimit-limit": "100, 100;w=60",
+                "ratelimit-remaining": "50",
+                "ratelimit-reset": "30",
+            },
+            [RateStatus("requests", None, 100, 50, 30_000)],
+        ),
+        (
+            {"ratelimit": "limit=100, remaining=0, reset=30", "ratelimit-policy": "100;w=60"},
+            [RateStatus("requests", None, 100, 0, 30_000)],  # version 07
+        ),
+        (
+            {  # from version 08 on
+                "ratelimit-policy": '"burst";q=100;w=60, "day" ; q=1000;w=86400;pk=:a3Q=:',
+                "ratelimit": '"burst";r=5;t=12,"day";r=999',
+            },
+            [
+                RateStatus("requests", "minute", 100, 5, 12_000),
+                RateStatus("requests", "day", 1_000, 999),
+            ],
+        ),
+        (
+            {  # a window that no limit of ours has, and other units
+                "ratelimit-policy": '"a";q=10;w=10, "b";q=9;qu="content-bytes";w=60, '
+                '"c";q=8;qu="tokens";w=60',
+                "ratelimit": '"a";r=0;t=7, "b";r=0;t=600, "c";r=2, "none";r=1, "a',
+            },
+            [
+                RateStatus("requests", None, None, 0, 7_000),
+                RateStatus("tokens", "minute", 8, 2),
+                RateStatus("requests", None, None, 1),
+            ],
+        ),
+        (
+            {  # Kong sends both forms of one limit
+                "x-ratelimit-limit-minute": "10",
+                "x-ratelimit-remaining-minute": "9",
+                "ratelimit-limit": "10",
+                "ratelimit-remaining": "9",
+                "ratelimit-reset": "42",
+            },
+            [RateStatus("requests", "minute", 10, 9)],
+        ),
+        ({"ratelimit": "x" * 20_000, "ratelimit-policy": '"' * 20_000}, []),
         ({"x-ratelimit-key": "m", "x-ratelimit-limit-tokens": "-1", "retry-after": "3"}, []),
         ({"x-ratelimit-limit-" + "a-" * 9_000: "1", "x-ratelimit-reset-tokens": "soon"}, []),
     ],
