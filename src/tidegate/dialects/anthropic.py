@@ -23,7 +23,7 @@ from tidegate.dialects.answers import (
     whole_object,
     with_tier,
 )
-from tidegate.dialects.headers import until_date_ms, used_up
+from tidegate.dialects.headers import spent_windows, until_date_ms, used_up
 from tidegate.dialects.requests import request_facts
 from tidegate.dialects.resources import (
     Act,
@@ -264,6 +264,9 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
         return RefusalFacts("never")
     if answer.status != 429:
         return None
+    if (windows := spent_windows(answer.headers, answer.now)) is not None:
+        of_account = windows.of_account
+        return RefusalFacts("throttled", wait_ms=windows.reset_ms, of_account=of_account)
     spent, named = used_up(answer.headers, answer.now), _BY_NAME.search(answer.message)
     if spent is not None:
         return RefusalFacts("throttled", unit=spent.unit, wait_ms=spent.reset_ms)

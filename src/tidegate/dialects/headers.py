@@ -245,6 +245,10 @@ _IN_MESSAGE = re.compile(
 )
 # Azure's wording, GitHub's, and Anthropic's for a monthly limit.
 _SECONDS = re.compile(r"\b(?:retry after|please wait)\s+(\d{1,6}) seconds?\b", re.IGNORECASE)
+# Z.ai's wording of a plan's limit, in Beijing's time: https://docs.z.ai/api-reference/api-code
+_RESETS_AT = re.compile(
+    r"\blimit will reset at\s+(\d{4}-\d\d-\d\d)\s(\d\d:\d\d:\d\d)", re.IGNORECASE
+)
 _DAY = re.compile(r"\bregain access on\s+(\d{4}-\d\d-\d\d)(?:\s+at\s+(\d\d:\d\d))?", re.IGNORECASE)
 
 
@@ -257,6 +261,9 @@ def retry_after_ms(answer: ErrorAnswer) -> int | None:
                 return bounded_ms(float(found[1]) * 1000)
     if seconds := _SECONDS.search(answer.message):
         return bounded_ms(float(seconds[1]) * 1000)
+    resets = _RESETS_AT.search(answer.message)
+    if resets and (left_ms := until_ms(f"{resets[1]}T{resets[2]}+08:00", answer.now)) is not None:
+        return left_ms
     span = _IN_MESSAGE.search(answer.message)
     if span and (ms := span_ms(span[1])) is not None:
         return bounded_ms(ms)
@@ -468,6 +475,36 @@ def used_up(headers: Mapping[str, str], now: datetime) -> RateStatus | None:
     first = min(empty, key=lambda one: _NARROWEST_FIRST.index(one.unit))
     resets_ms = [one.reset_ms for one in empty if one.reset_ms is not None]
     return RateStatus(first.unit, first.window, first.limit, 0, max(resets_ms, default=None))
+
+
+# Of the windows of a subscription, such as `5h`, `7d` and, for a class of models, `7d_opus`.
+_UNIFIED = "anthropic-ratelimit-unified-"
+_OF_WINDOW = re.compile(rf"{_UNIFIED}(?P<window>\d{{1,3}}[hd](?P<of>_[a-z0-9_]{{1,40}})?)-status")
+_WINDOW_SPENT = ("rejected", "rate_limited")
+
+
+@dataclass(frozen=True, slots=True)
+class SpentWindows:
+    """The exhausted windows of a subscription. reset_ms: until all of them reset, None if unknown.
+    of_account: one of them is not only of a class of models."""
+
+    reset_ms: int | None
+    of_account: bool
+
+
+def spent_windows(headers: Mapping[str, str], now: datetime) -> SpentWindows | None:
+    """Return the exhausted windows that Anthropic's headers report; None if there are none."""
+    if headers.get(f"{_UNIFIED}status", "").strip().lower() not in _WINDOW_SPENT:
+        return None
+    spent = [
+        found
+        for name, value in headers.items()
+        if value.strip().lower() in _WINDOW_SPENT and (found := _OF_WINDOW.fullmatch(name))
+    ]
+    names = [f"{one['window']}-reset" for one in spent] or ["reset"]
+    resets = (_reset_ms(headers.get(_UNIFIED + name, ""), now) for name in names)
+    reset_ms = max((each for each in resets if each is not None), default=None)
+    return SpentWindows(reset_ms, not spent or any(one["of"] is None for one in spent))
 
 
 def _whole(value: str) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import time
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -261,6 +262,69 @@ def test_anthropic_says_it_in_its_headers() -> None:
     found = classified("anthropic", 429, {"type": "rate_limit_error", "message": "no"}, headers)
     assert isinstance(found, UpstreamThrottled)
     assert (found.unit, found.retry_after_ms) == ("input_tokens", 86_400_000)
+
+
+IN_HALF_AN_HOUR, IN_TWO_HOURS = str(int(time.time()) + 1_800), str(int(time.time()) + 7_200)
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait_s", "of_account"),
+    [
+        ({"status": "rejected", "reset": IN_HALF_AN_HOUR}, 1_800, True),
+        (
+            {
+                "status": "rejected",
+                "reset": IN_HALF_AN_HOUR,
+                "5h-status": "rejected",
+                "5h-reset": IN_HALF_AN_HOUR,
+                "7d-status": "rejected",
+                "7d-reset": IN_TWO_HOURS,
+                "7d-utilization": "1.01",
+            },
+            7_200,
+            True,
+        ),
+        (
+            {
+                "status": "rejected",
+                "5h-status": "allowed",
+                "5h-reset": IN_HALF_AN_HOUR,
+                "7d_opus-status": "rejected",
+                "7d_opus-reset": IN_TWO_HOURS,
+            },
+            7_200,
+            False,
+        ),
+        ({"status": "rejected", "reset": "soon"}, None, True),
+        ({"status": "allowed", "reset": IN_TWO_HOURS}, None, False),
+    ],
+)
+def test_anthropic_names_the_windows_of_a_subscription_in_headers(
+    headers: Headers, wait_s: int | None, of_account: bool
+) -> None:
+    named = {f"anthropic-ratelimit-unified-{name}": value for name, value in headers.items()}
+    error = classified("anthropic", 429, {"type": "rate_limit_error", "message": "no"}, named)
+    assert isinstance(error, UpstreamThrottled)
+    assert error.of_account is of_account
+    if wait_s is None:
+        assert error.retry_after_ms is None
+    else:
+        assert error.retry_after_ms == pytest.approx(wait_s * 1_000, abs=60_000)
+    exact = classified("anthropic", 429, {}, {**named, "retry-after": "9"})
+    assert exact.retry_after_ms == 9_000
+
+
+def test_zai_states_in_its_words_when_a_limit_resets() -> None:
+    at = datetime.now(UTC) + timedelta(hours=10)  # by the clock of Beijing
+    words = "Usage limit reached for 5 hour. Your limit will reset at "
+    error = {"code": "1308", "message": f"{words}{at:%Y-%m-%d %H:%M:%S}"}
+    found = classified("openai", 429, error)
+    assert isinstance(found, UpstreamThrottled)
+    assert found.retry_after_ms == pytest.approx(7_200_000, abs=60_000)
+    for odd in ("2026-13-45 00:00:00", "tomorrow", "2020-01-01 00:00:00"):
+        found = classified("openai", 429, {"code": "1308", "message": words + odd})
+        assert isinstance(found, UpstreamThrottled)
+        assert not found.retry_after_ms
 
 
 @pytest.mark.parametrize(
