@@ -385,7 +385,7 @@ def error_object(value: JsonObject) -> JsonObject | None:
         return {"message": error}
     if isinstance(error, dict) and any(error.values()):  # or all empty, without a failure
         return error
-    if (error := _error_of_choices(value)) is not None:
+    if (error := _error_of_choices(value) or _error_of_base(value)) is not None:
         return error
     # The flat form of Mistral and vLLM, marked by its `object`.
     return value if "error" in (value.get("type"), value.get("object")) else None
@@ -404,28 +404,52 @@ def _error_of_choices(event: JsonObject) -> JsonObject | None:
     return dict(_ENDED) if choices[0].get("finish_reason") == "error" else None
 
 
+# HTTP statuses of MiniMax's codes, which it reports within a 200; those of its own failures are
+# left out: https://platform.minimax.io/docs/api-reference/errorcode
+_BASE_STATUSES = {
+    **dict.fromkeys((1002, 1039, 1041, 2045, 2056), 429),
+    **dict.fromkeys((1004, 2049), 401),
+    1008: 402,
+    **dict.fromkeys((1026, 1027, 1042, 1043, 1044, 2013, 2037, 2039, 2042, 2048, 20132), 400),
+}
+
+
+def _error_of_base(event: JsonObject) -> JsonObject | None:
+    """Return the error that MiniMax reports beside the choices of an answer."""
+    base = event.get("base_resp")
+    if type(base) is not dict or type(code := base.get("status_code")) is not int or not code:
+        return None
+    message = f"{base.get('status_msg') or 'no reason given'} ({code})"
+    return {"code": _BASE_STATUSES.get(code, 500), "message": message}
+
+
 _ENDED = {"code": 502, "message": "the answer ended with an error without details"}
 _NO_EVENT = {"error": {"code": 502, "message": "the stream ended without an event"}}
 
 
 def error_without_output(answer: bytes) -> JsonObject | None:
-    """Return a whole answer whose only choice has an error and no output; None for any other."""
+    """Return a whole answer that reports an error beside its choices and no output; None for any
+    other."""
     value = error_of_choice(answer)
-    choice = {} if value is None else value["choices"][0]
+    choices = None if value is None else value.get("choices")
+    choice = _object(choices[0]) if type(choices) is list and choices else {}
     content = [part for name, part in _object(choice.get("message")).items() if name != "role"]
     return None if choice.get("text") or any(content) else value
 
 
 def error_of_choice(answer: bytes) -> JsonObject | None:
-    """Return a whole answer whose only choice ends with an error, with or without output; None for
-    any other."""
-    if b'"choices"' not in answer or b'"error"' not in answer:
+    """Return a whole answer whose only choice ends with an error, or that reports one beside its
+    choices, with or without output; None for any other."""
+    has_choice = b'"choices"' in answer and b'"error"' in answer
+    if not has_choice and b'"base_resp"' not in answer:
         return None
     try:
         value = orjson.loads(answer)
     except orjson.JSONDecodeError:
         return None
-    return value if type(value) is dict and _error_of_choices(value) is not None else None
+    if type(value) is not dict:
+        return None
+    return value if _error_of_choices(value) or _error_of_base(value) else None
 
 
 def error_at_end(pieces: list[bytes]) -> JsonObject | None:

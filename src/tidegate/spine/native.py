@@ -566,8 +566,7 @@ class NativeExchange:
         if record.streamed:
             value = refusals.error_at_end(pieces)
         elif record.answer_bytes <= LARGE_BYTES and self._call.endpoint.is_counted:
-            text = b"".join(pieces)
-            value = refusals.error_of_choice(text) if text.find(b'"error"') >= 0 else None
+            value = refusals.error_of_choice(b"".join(pieces))
         if value is not None:
             raise CallFailed(self._stream_error(value, exchange, target), target, reported=True)
 

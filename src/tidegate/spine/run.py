@@ -201,8 +201,7 @@ async def beginning_of(
         first += piece
         text += piece if reader is None else reader.take(piece)
     if not refusals.may_begin_with_error(text):
-        has_one = not streams and text.find(b'"error"') >= 0 and exchange.at_end
-        return first, refusals.error_without_output(text) if has_one else None
+        return first, refusals.error_without_output(text) if exchange.at_end else None
     while (value := refusals.error_event_in(text)) is None:
         if exchange.at_end or len(text) > refusals.LONGEST_BYTES:
             return first, None

@@ -16,6 +16,7 @@ from tidegate.errors import (
     UpstreamThrottled,
     UpstreamUnauthorized,
     UpstreamUnavailable,
+    UpstreamUnpaid,
 )
 
 GEMINI = b'{"error": {"code": 503, "message": "overloaded", "status": "UNAVAILABLE"}}'
@@ -55,6 +56,48 @@ NO_ERRORS = {
     "zeros": b'data: {"choices":[{"delta":{}}],"error":{"code":0,"message":"","type":""}}\n\n',
     "nothing": b"",
 }
+
+
+def of_minimax(code: int, message: str, choices: object = None) -> bytes:
+    base = {"status_code": code, "status_msg": message}
+    return json.dumps({"id": "1", "choices": choices, "base_resp": base}).encode()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (1002, UpstreamThrottled),
+        (2056, UpstreamThrottled),
+        (1004, UpstreamUnauthorized),
+        (1008, UpstreamUnpaid),
+        (1026, UpstreamRejected),
+        (2013, UpstreamRejected),
+        (1000, UpstreamUnavailable),
+        (9999, UpstreamUnavailable),
+    ],
+)
+def test_minimax_reports_errors_within_a_success(code: int, kind: type[UpstreamError]) -> None:
+    answer = of_minimax(code, "no")
+    value = refusals.error_without_output(answer)
+    assert value is not None
+    prelude = refusals.Prelude()
+    assert not prelude.holds(b"data: " + answer + b"\n\n", at_end=True)
+    assert prelude.error == value
+    error = refusals.stream_error(value, [], secret="", dialect="openai")
+    assert type(error) is kind
+    assert f"no ({code})" in error.message
+    body = refusals.error_body(value)
+    assert refusals.error_of_refusal_in(json.dumps(body).encode())["message"] == f"no ({code})"
+
+
+def test_a_success_of_minimax_is_one() -> None:
+    said = [{"index": 0, "message": {"role": "assistant", "content": "so"}}]
+    for fine in (of_minimax(0, "success", said), of_minimax(0, ""), b'{"base_resp":null}'):
+        assert refusals.error_of_choice(fine) is None
+        assert refusals.error_without_output(fine) is None
+    partial = of_minimax(1027, "output new_sensitive", said)
+    assert refusals.error_of_choice(partial) is not None
+    assert refusals.error_without_output(partial) is None
 
 
 @pytest.mark.parametrize("name", ERRORS)
