@@ -538,6 +538,8 @@ _NO_MONEY = re.compile(
     r"(?:project|billing account) has exceeded its (?:\w+ )?spending cap)",
     re.IGNORECASE,
 )
+# https://ai.google.dev/gemini-api/docs/troubleshooting, with the status FAILED_PRECONDITION
+_NOT_SERVED_HERE = re.compile(r"user location is not supported", re.IGNORECASE)
 # A 403 about a requested resource, such as a file that does not exist (Gemini's answer in that
 # case) or a model that the account may not use: the key is valid, and serves other calls.
 _ABOUT_A_THING = re.compile(r"\b(?:file|model|cached ?content)s?\b", re.IGNORECASE)
@@ -548,6 +550,8 @@ def refusal(answer: ErrorAnswer) -> RefusalFacts | None:
     no_billing = any(detail.get("reason") == "BILLING_DISABLED" for detail in answer.details)
     if no_billing or _NO_MONEY.match(answer.message):
         return RefusalFacts("unpaid")
+    if answer.status == 400 and _NOT_SERVED_HERE.match(answer.message):
+        return RefusalFacts("of_place")
     if answer.status == 403 and _ABOUT_A_THING.search(answer.message):
         return RefusalFacts("of_thing")
     if answer.status == 400 and _dead_key(answer):

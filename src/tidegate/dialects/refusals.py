@@ -129,6 +129,8 @@ def upstream_error(
             return UpstreamUnpaid(message, status=status, of_key=False)
         case "key":
             return UpstreamUnauthorized(message, status=status)
+        case "of_place":
+            return UpstreamUnauthorized(message, status=status, of_key=False)
         case "never" | "of_thing":
             return UpstreamRejected(message, status=status)
         case _:

@@ -310,9 +310,9 @@ class OutputEvents:
 # throttled: a limit is exceeded for now. unpaid: the account has no money left. too_expensive: it
 # has money, but not enough for this request. key: the key is invalid. busy: a self-hosted server
 # has no capacity at the moment, which is not a failure. never: the same request would be refused
-# again. of_thing: about a resource that the request names. tier_busy: the requested processing tier
-# has no capacity at the moment, other tiers have. fault: the model has failed, whatever the status
-# is.
+# again. of_thing: about a resource that the request names. of_place: the provider does not serve
+# this gateway's location. tier_busy: the requested processing tier has no capacity at the moment,
+# other tiers have. fault: the model has failed, whatever the status is.
 RefusalReason = Literal[
     "throttled",
     "unpaid",
@@ -321,6 +321,7 @@ RefusalReason = Literal[
     "busy",
     "never",
     "of_thing",
+    "of_place",
     "tier_busy",
     "fault",
 ]

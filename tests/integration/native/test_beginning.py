@@ -328,6 +328,21 @@ async def test_a_page_of_a_proxy_goes_to_the_next_upstream(
     assert (row["status"], row["attempts"]) == ("succeeded", 2)
 
 
+async def test_a_place_that_is_not_served_goes_to_the_next_upstream(
+    gateway: Gateway, hostile: Hostile
+) -> None:
+    words = "User location is not supported for the API use."
+    error = {"code": 400, "message": words, "status": "FAILED_PRECONDITION"}
+    body = json.dumps({"error": error}).encode()
+    head = (
+        b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    )
+    hostile.answer = head % len(body) + body
+    found, headers, _ = await read(gateway, CHAT)
+    assert (found, headers["x-tidegate-upstream"]) == (200, "second")
+    assert gateway.services.spine.health["first"].state == "ok"
+
+
 async def _silent(_writer: asyncio.StreamWriter) -> None:
     await asyncio.Event().wait()
 

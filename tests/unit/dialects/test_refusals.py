@@ -461,6 +461,18 @@ def test_a_client_s_text_in_a_refusal_is_no_word_of_the_provider(dialect: str, w
     assert isinstance(classified(dialect, 400, error), UpstreamRejected)
 
 
+@pytest.mark.parametrize("dialect", ["gemini", "openai"])
+def test_a_place_that_gemini_does_not_serve_is_no_fault_of_the_request(dialect: str) -> None:
+    words = "User location is not supported for the API use"
+    for more in (".", " without a billing account linked."):
+        error = {"code": 400, "status": "FAILED_PRECONDITION", "message": words + more}
+        found = classified(dialect, 400, error)
+        assert type(found) is UpstreamUnauthorized, "another upstream is asked"
+        assert not found.of_key, "it may be of this model alone"
+    of_client = {"code": 400, "message": f"The tool {words} is unknown"}
+    assert type(classified(dialect, 400, of_client)) is UpstreamRejected
+
+
 def test_other_400_are_of_the_request_alone() -> None:
     error = {"code": "context_length_exceeded", "message": "This model's maximum context is 8"}
     found = classified("openai", 400, error)
