@@ -31,6 +31,7 @@ from tidegate.dialects.answers import (
     whole_object,
     with_tier,
 )
+from tidegate.dialects.headers import OPTIMIZED
 from tidegate.dialects.requests import is_hosted_tool, request_facts
 from tidegate.dialects.spec import (
     NOTHING_SHORTENED,
@@ -161,7 +162,11 @@ def _is_hosted(tool: JsonObject) -> bool:
 
 
 def _tier_of(raw: Mapping[str, Any]) -> str:
-    """Return the processing tier that a request or its answer names; empty for the usual one."""
+    """Return the processing tier that a request or its answer names; empty for the usual one.
+    Latency that is optimized has a price of its own, and counts as a tier:
+    https://docs.aws.amazon.com/bedrock/latest/userguide/latency-optimized-inference.html"""
+    if part_of(raw, "performanceConfig").get("latency") == OPTIMIZED:
+        return OPTIMIZED
     tier = part_of(raw, "serviceTier").get("type")
     named = tier.lower() if type(tier) is str and len(tier) <= 40 else ""
     return "" if named in STANDARD_TIERS or named == "reserved" else named

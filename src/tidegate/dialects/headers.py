@@ -198,8 +198,13 @@ def is_unchanged(status: int, sent: Headers) -> bool:
 
 
 # Of Gemini; of Bedrock's InvokeModel, both ways; of Vertex, in requests.
-_SERVED_TIERS = (b"x-gemini-service-tier", b"x-amzn-bedrock-service-tier")
-_REQUESTED_TIERS = (b"x-amzn-bedrock-service-tier", b"x-vertex-ai-llm-shared-request-type")
+_LATENCY = b"x-amzn-bedrock-performanceconfig-latency"
+_SERVED_TIERS = (b"x-gemini-service-tier", b"x-amzn-bedrock-service-tier", _LATENCY)
+_REQUESTED_TIERS = (
+    *(b"x-amzn-bedrock-service-tier", _LATENCY),
+    b"x-vertex-ai-llm-shared-request-type",
+)
+OPTIMIZED = "optimized"  # a latency at Bedrock
 _PAID_BEFORE = "reserved"
 _DEAREST_TIER = "priority"
 
@@ -207,12 +212,14 @@ _DEAREST_TIER = "priority"
 def tier_in(headers: Headers, names: tuple[bytes, ...] = _SERVED_TIERS) -> str | None:
     """Return the processing tier that served a call at Gemini or Bedrock; None for the usual
     one."""
+    found = None
     for name, value in headers:
         if name.lower() in names:
             tier = value.decode("latin-1").strip().lower()
             is_usual = tier in STANDARD_TIERS or tier == _PAID_BEFORE
-            return None if is_usual or len(tier) > _LONGEST_TIER else tier
-    return None
+            if not is_usual and len(tier) <= _LONGEST_TIER and found != OPTIMIZED:
+                found = tier
+    return found
 
 
 def requested_tier_in(headers: Headers, named: str) -> str:

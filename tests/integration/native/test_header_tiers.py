@@ -23,11 +23,13 @@ models = ["none"]
 dialects = {{ bedrock = "{url}", gemini = "{url}" }}
 models = ["*"]
 [upstreams.clouds.prices]
-"*" = {{ input = 10, output = 100, tiers = {{ priority = {dear}, flex = {cheap} }} }}
+"*" = {{ input = 10, output = 100, tiers = {{ {tiers} }} }}
 """
-_SHARES = {"dear": "{ share = 2.0 }", "cheap": "{ share = 0.5 }"}
+_SHARES = {"priority": 2.0, "flex": 0.5, "optimized": 1.25}
+_TIERS = ", ".join(f"{name} = {{ share = {share} }}" for name, share in _SHARES.items())
 _INVOKE, _GENERATE = "/model/m/invoke", "/v1beta/models/m:generateContent"
 _BEDROCK, _VERTEX = "x-amzn-bedrock-service-tier", "x-vertex-ai-llm-shared-request-type"
+_LATENCY = "x-amzn-bedrock-performanceconfig-latency"
 _USED = {"usageMetadata": {"promptTokenCount": 100, "candidatesTokenCount": 10}}
 _FULL = {"contents": [{"parts": [{"text": "x"}]}]}
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
@@ -55,7 +57,7 @@ async def test_a_whole_answer_is_charged_by_the_tier_that_served_it(
     share: float,
 ) -> None:
     policy = tmp_path / "policy.toml"
-    policy.write_text(_POLICY.format(url=hostile.url, **_SHARES))
+    policy.write_text(_POLICY.format(url=hostile.url, tiers=_TIERS))
     gateway = await open_gateway(worker=False, tidegate_policy=policy)
     named = f"{_BEDROCK}: {served}\r\n".encode()
     hostile.answer = _HEAD + _USAGE + named + b"content-length: 2\r\n\r\n{}"
@@ -66,6 +68,22 @@ async def test_a_whole_answer_is_charged_by_the_tier_that_served_it(
     row = await wait_until(partial(gateway.database.fetchrow, "SELECT * FROM audit"), 10)
     assert row["cost_micros"] == _USUAL_MICROS * share
     assert orjson.loads(row["usage_details"] or "{}").get("tier") == tier
+
+
+@pytest.mark.parametrize(("served", "micros"), [("optimized", 2_500), ("standard", 2_000)])
+async def test_a_latency_that_is_optimized_has_its_own_price(
+    open_gateway: Opener, hostile: Hostile, tmp_path: Path, served: str, micros: int
+) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text(_POLICY.format(url=hostile.url, tiers=_TIERS))
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    tiers = f"{_BEDROCK}: default\r\n{_LATENCY}: {served}\r\n".encode()
+    hostile.answer = _HEAD + _USAGE + tiers + b"content-length: 2\r\n\r\n{}"
+    headers = {_LATENCY: "optimized"}
+    async with gateway.http.post(gateway.url + _INVOKE, json=_FULL, headers=headers) as response:
+        assert response.status == 200, await response.text()
+    row = await wait_until(partial(gateway.database.fetchrow, "SELECT * FROM audit"), 10)
+    assert (row["usage_state"], row["cost_micros"]) == ("told", micros)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +108,7 @@ async def test_an_answer_that_breaks_off_is_charged_by_the_requested_tier(
     dear: bool,
 ) -> None:
     policy = tmp_path / "policy.toml"
-    policy.write_text(_POLICY.format(url=hostile.url, **_SHARES))
+    policy.write_text(_POLICY.format(url=hostile.url, tiers=_TIERS))
     gateway = await open_gateway(worker=False, tidegate_policy=policy)
     answer = orjson.dumps({"inputTokens": 100, "outputTokens": 10, "text": "x" * 9_000} | _USED)
 

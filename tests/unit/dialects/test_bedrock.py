@@ -87,6 +87,23 @@ def test_converses_files_tools_and_bounds_are_those_of_other_dialects() -> None:
     assert (text.kind, text.max_output_tokens) == (Kind.TEXT_ONLY, None)
 
 
+def test_latency_that_is_optimized_is_a_tier_with_a_price_of_its_own() -> None:
+    asked = {"messages": SAY, "performanceConfig": {"latency": "optimized"}}
+    where = endpoint("/model/m/converse")
+    assert BEDROCK.request_facts(where, asked).tier == "optimized"
+    usual = {"messages": SAY, "performanceConfig": {"latency": "standard"}}
+    assert BEDROCK.request_facts(where, usual).tier == ""
+    counts = {"inputTokens": 3, "outputTokens": 2, "totalTokens": 5}
+    for latency, tier in (("optimized", "optimized"), ("standard", None), (7, None)):
+        served = {"usage": counts, "performanceConfig": {"latency": latency}}
+        for answer in (
+            orjson.dumps({"output": {}, "stopReason": "end_turn", **served}),
+            b"data: " + orjson.dumps({"metadata": served}) + b"\n\n",
+        ):
+            details = BEDROCK.answer_facts(answer).usage.details
+            assert (details and details.tier) == tier
+
+
 @pytest.mark.parametrize(
     ("body", "bound"),
     [
