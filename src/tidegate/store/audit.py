@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple
@@ -163,7 +163,7 @@ def unpack(encoding: str, packed: bytes) -> Any:
 
 
 class Mark(NamedTuple):
-    """The owner of a record, and when the call was received."""
+    """The owner of a record, and when the call was received, by the clock of a process."""
 
     tenant_id: str
     subject: str | None
@@ -174,37 +174,37 @@ def digest_of(subject: str) -> bytes:
     return sha256(subject.encode()).digest()
 
 
-async def erased_among(connection: asyncpg.Connection, marks: Sequence[Mark]) -> set[int]:
-    """Return the indexes of records that must not be written, since their owner was erased."""
-    tenants = {mark.tenant_id for mark in marks}
+async def erased_among(
+    connection: asyncpg.Connection, marks: Sequence[Mark], *, of_this_host: bool = True
+) -> set[int]:
+    """Return the indexes of records that must not be written, since their owner was erased. Times
+    `of_this_host` are corrected to PostgreSQL's clock, by which erasures are dated."""
     digests = {mark.subject: digest_of(mark.subject) for mark in marks if mark.subject is not None}
-    found = await connection.fetch(sql("get_erased"), list(tenants), list(digests.values()))
-    return set(_matching(marks, digests, found)) if found else set()
+    tenants = list({mark.tenant_id for mark in marks})
+    found = await connection.fetch(sql("get_erased"), tenants, list(digests.values()))
+    ahead = datetime.now(UTC) - found[0]["now"] if found and of_this_host else timedelta()
+    return set(_matching(marks, digests, found, ahead))
 
 
 async def erased_entries(connection: asyncpg.Connection, entries: Sequence[Json]) -> list[Json]:
     """Return the recorder's entries whose tenant or subject was erased. Entries of jobs are not
     checked: the erased request's row does not exist any more."""
     whole = [entry for entry in entries if entry["op"] in ("stream", "relay", "answer", NOTED)]
-    if not whole:
-        return []
-    marks = []
-    for entry in whole:
-        row = entry["row"]
-        received_at = row["created_at"] if entry["op"] == "stream" else row["submitted_at"]
-        marks.append(Mark(row["tenant_id"], row.get("subject"), received_at))
-    return [whole[place] for place in await erased_among(connection, marks)]
+    times = ("created_at" if entry["op"] == "stream" else "submitted_at" for entry in whole)
+    named = [(entry["row"], time) for entry, time in zip(whole, times, strict=True)]
+    marks = [Mark(row["tenant_id"], row.get("subject"), row[time]) for row, time in named]
+    return [whole[place] for place in await erased_among(connection, marks)] if whole else []
 
 
 def _matching(
-    marks: Sequence[Mark], digests: Mapping[str, bytes], found: Sequence[Mapping[str, Any]]
+    marks: Sequence[Mark], digests: Mapping[str, bytes], found: list[Any], ahead: timedelta
 ) -> Iterable[int]:
     for place, mark in enumerate(marks):
-        digest = None if mark.subject is None else digests[mark.subject]
+        owners, received_at = (None, mark.tenant_id), moment_of(mark.received_at) - ahead
+        subjects = (None, None if mark.subject is None else digests[mark.subject])
         for row in found:
-            is_tenants = row["tenant_id"] in (None, mark.tenant_id)
-            is_subjects = row["subject_digest"] in (None, digest)
-            if is_tenants and is_subjects and moment_of(mark.received_at) <= row["erased_at"]:
+            is_meant = row["tenant_id"] in owners and row["subject_digest"] in subjects
+            if is_meant and received_at <= row["erased_at"]:
                 yield place
                 break
 

@@ -519,7 +519,8 @@ class RecordByDay:
         """Return those of exported calls that were not erased since."""
         marks = [Mark(one["tenant"], one["subject"], one["submitted_at"]) for one in calls]
         erased = await self._connections.run(
-            lambda connection: erased_among(connection, marks), timeout_ms=_EXPORT_TIMEOUT_MS
+            lambda connection: erased_among(connection, marks, of_this_host=False),
+            timeout_ms=_EXPORT_TIMEOUT_MS,
         )
         return [one for place, one in enumerate(calls) if place not in erased]
 

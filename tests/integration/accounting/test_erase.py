@@ -6,7 +6,7 @@ import asyncio
 import zlib
 from base64 import b64encode
 from contextlib import suppress
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from os import urandom
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ import pytest
 from tests.gateway import PNG, Gateway, Opener
 from tests.integration.tenants.asking import ask
 from tests.waiting import wait_until
+from tests.zones import set_clock
 from tidegate.call import new_id
 from tidegate.errors import ConfigError, StoreUnavailable
+from tidegate.http import native, stream
+from tidegate.store import audit
 from tidegate.store.audit import ENCODING
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections
@@ -30,6 +33,7 @@ from tidegate.store.store import Store
 
 SECRET = "Rumpelstiltskin"
 SUBJECT = "patient-4711"
+RECORDED = "SELECT request_id FROM audit"
 TABLES = (
     "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
 )
@@ -296,3 +300,29 @@ async def test_a_running_stream_is_erased_with_the_files_that_were_sent(
         return await traces(gateway, SECRET) == set()
 
     await wait_until(is_gone, 10, "nothing of it is left")
+
+
+@pytest.mark.parametrize("ahead", [timedelta(hours=1), timedelta(hours=-1)])
+async def test_an_erasure_goes_by_the_clock_of_postgresql(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch, ahead: timedelta
+) -> None:
+    """What was received before it leaves no record, what comes later has one."""
+    set_clock(monkeypatch, ahead, (native, stream, audit))
+    gateway = await open_gateway(worker=False)
+    named = {"x-tidegate-subject": SUBJECT}
+    await gateway.upstream.set_behaviour(first_byte_ms=3_500)
+    early = asyncio.gather(
+        called_chat(gateway, SECRET, **named),
+        gateway.stream(data=SECRET, type="text_only", subject=SUBJECT),
+    )
+    await gateway.in_flight(2)
+    _, report = await ask(gateway, "DELETE", f"/admin/subjects/{SUBJECT}", {})
+    assert report["done"]
+    before, streamed = await early
+    await gateway.upstream.set_behaviour(first_byte_ms=0)
+    later = await called_chat(gateway, "Hello", **named)
+    await gateway.audit(later)
+    await gateway.audit(await called_chat(gateway, "Hello"))  # the records before are written
+    ids = {str(row["request_id"]) for row in await gateway.database.fetch(RECORDED)}
+    assert later in ids
+    assert not ids & {before, streamed.request_id}

@@ -99,7 +99,7 @@ INSERT INTO erased (id, tenant_id, subject_digest) VALUES ($1, $2, $3)
 
 -- name: get_erased
 -- Return the erasures of the tenants $1 as a whole, and of the subjects with the digests $2.
-SELECT tenant_id, subject_digest, erased_at FROM erased
+SELECT tenant_id, subject_digest, erased_at, clock_timestamp() AS now FROM erased
 WHERE (subject_digest IS NULL AND tenant_id = ANY($1::text[]))
     OR subject_digest = ANY($2::bytea[])
 
