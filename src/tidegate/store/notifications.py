@@ -56,6 +56,7 @@ _MOVES_PER_MESSAGE, _MOST_MOVES = 50, 1_000  # of at most 130 bytes
 _PHASE_S = random.random()  # so that the processes of a machine do not wake together
 _RECONNECT_MS = 500
 _LISTEN_TIMEOUT_MS = 2_000
+_DRIFT = 2e-4  # of two clocks, in seconds per second
 AGREE_S = 1.0  # more than a reading is late by, less than a deadline or a retry is exact to
 # asyncpg raises the second if the connection's end was announced between two statements.
 _CUT = (asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -115,7 +116,8 @@ class ServerClock:
     """PostgreSQL's clock, as last read by the pulse and a worker's heartbeats: a process's own
     clock may be wrong, or be set while it runs. While both agree to within `AGREE_S` the process's
     own clock is used: a reading is only as exact as a round trip is short, and times of one request
-    that different clocks have stamped would be out of order."""
+    that different clocks have stamped would be out of order. For the same reason a slow reading
+    replaces no more exact one that it agrees with."""
 
     def __init__(
         self,
@@ -124,6 +126,7 @@ class ServerClock:
     ) -> None:
         self._clock, self._wall = clock, wall
         self._read: tuple[float, datetime] | None = None  # None while the clocks agree
+        self._late_s = 0.0  # the possible error of `_read`
 
     def __repr__(self) -> str:
         return f"<ServerClock {self.now()}>"
@@ -135,16 +138,27 @@ class ServerClock:
     def read(self, begun: float, at: datetime) -> None:
         """Set the time `at` that PostgreSQL returned, for the middle of the query's duration."""
         ended = self._clock()
-        middle = (begun + ended) / 2
-        offset = at - self._wall() + timedelta(seconds=ended - middle)
-        self._read = None if abs(offset) <= timedelta(seconds=AGREE_S) else (middle, at)
+        middle, late_s = (begun + ended) / 2, (ended - begun) / 2
+        offset_s = abs((at - self._wall()).total_seconds() + late_s)
+        if offset_s <= AGREE_S + (late_s if self._read is None else 0.0):
+            self._read = None
+            return
+        if self._read is not None:
+            kept_s = self._late_s + (middle - self._read[0]) * _DRIFT
+            differs_s = abs((at - self._at(middle, self._read)).total_seconds())
+            if late_s > kept_s and differs_s <= late_s + kept_s:
+                return
+        self._read, self._late_s = (middle, at), late_s
 
     def now(self) -> datetime:
         """Return PostgreSQL's time, or this process's until it was read and while both agree."""
         if self._read is None:
             return self._wall()
-        read_at, at = self._read
-        return at + timedelta(seconds=self._clock() - read_at)
+        return self._at(self._clock(), self._read)
+
+    @staticmethod
+    def _at(clock_s: float, read: tuple[float, datetime]) -> datetime:
+        return read[1] + timedelta(seconds=clock_s - read[0])
 
 
 class Notifications:
