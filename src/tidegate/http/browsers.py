@@ -54,6 +54,7 @@ Headers = Collection[tuple[bytes, bytes]]
 
 _OWN_SITES = (b"same-origin", b"none")
 _MOST_REMEMBERED = 200
+_MOST_ANSWERED = 10_000
 
 
 class Origins:
@@ -310,6 +311,7 @@ class SignIn:
         self._secret = config.oidc_client_secret
         self._rules = config.oidc_roles
         self._key = key
+        self._answered: dict[str, None] = {}  # states that have had their answer, oldest first
         trusted = orjson.dumps([config.oidc_issuer, self._client_id, dict(self._rules)])
         self._trust = sha256(trusted).digest()
 
@@ -335,10 +337,16 @@ class SignIn:
         return f"{metadata.authorization_endpoint}{mark}{urlencode(query)}"
 
     async def finish(self, state: str, code: str, issuer: str | None, redirect_uri: str) -> Person:
-        """Return the person who has signed in. The state must have been checked. Raises
+        """Return the person who has signed in. The state must have been checked. A process sends
+        one code of a sign-in to the issuer, so that nobody tries codes through it. Raises
         SignInRefused."""
         if issuer is not None and issuer.rstrip("/") != self._issuer.url.rstrip("/"):
             raise SignInRefused("state")  # an answer of another issuer (RFC 9207)
+        if state in self._answered:
+            raise SignInRefused("state")
+        if len(self._answered) >= _MOST_ANSWERED:
+            del self._answered[next(iter(self._answered))]
+        self._answered[state] = None
         form = {
             "grant_type": "authorization_code",
             "code": code,

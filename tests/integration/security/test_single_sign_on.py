@@ -36,6 +36,7 @@ NAVIGATION = {
 @dataclass
 class Place:
     gateway: Gateway
+    another: Gateway  # another process of the deployment
     issuer: IssuerServer
 
     @asynccontextmanager
@@ -69,15 +70,18 @@ class Place:
 @pytest.fixture(params=["off", "on"])
 async def place(open_gateway: Opener, request: pytest.FixtureRequest) -> AsyncIterator[Place]:
     async with issuer_server(user=dict(ANN)) as issuer:
-        gateway = await open_gateway(
-            worker=False,
-            auth=request.param,
-            oidc_issuer=issuer.url,
-            oidc_client_id=CLIENT,
-            oidc_client_secret=SECRET,
-            oidc_roles=RULES,
-        )
-        yield Place(gateway, issuer)
+        first, second = [
+            await open_gateway(
+                worker=False,
+                auth=request.param,
+                oidc_issuer=issuer.url,
+                oidc_client_id=CLIENT,
+                oidc_client_secret=SECRET,
+                oidc_roles=RULES,
+            )
+            for _ in range(2)
+        ]
+        yield Place(first, second, issuer)
 
 
 async def test_a_person_signs_in_with_the_role_of_their_claims_and_out_again(place: Place) -> None:
@@ -164,17 +168,19 @@ async def test_nobody_is_on_record_by_a_name_of_their_own_choice_alone(place: Pl
 
 
 async def replayed(place: Place, why: str) -> None:
-    """The same address again, with all that the browser had, does not count."""
+    """The same address again, with all that the browser had, does not count in any process."""
     async with place.browser() as browser:
         begun = await place.begun(browser)
         cookies = {one.key: one.value for one in browser.cookie_jar}
         assert await place.ended(browser, begun) == "./"
     header = "; ".join(f"{name}={value}" for name, value in cookies.items())
-    async with (
-        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as thief,
-        thief.get(begun, allow_redirects=False, headers={"Cookie": header}) as got,
-    ):
-        assert got.headers["Location"] == f"./?sign-in={why}"
+    own = URL(place.gateway.url).authority
+    async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as thief:
+        for gateway, refused in ((place.gateway, "state"), (place.another, why)):
+            sent = {"Cookie": header, "Host": own}
+            url = begun.replace(place.gateway.url, gateway.url, 1)
+            async with thief.get(url, allow_redirects=False, headers=sent) as got:
+                assert got.headers["Location"] == f"./?sign-in={refused}"
 
 
 async def test_attacks_on_the_way_back_sign_nobody_in(place: Place) -> None:
@@ -219,6 +225,29 @@ async def test_attacks_on_the_way_back_sign_nobody_in(place: Place) -> None:
             await refused(browser, await place.begun(browser), "refused")
     after = await place.gateway.database.fetchval(spent)
     assert after == before, "who can't sign in writes nothing"
+
+
+async def test_nothing_goes_to_the_issuer_but_once_for_a_sign_in_that_this_browser_began(
+    place: Place,
+) -> None:
+    asked = place.issuer.asked
+
+    async def guessed(browser: aiohttp.ClientSession, begun: str, number: int) -> str:
+        return await place.ended(browser, re.sub(r"\bcode=[^&]+", f"code=guess-{number}", begun))
+
+    async with place.browser() as browser, place.browser() as another:
+        begun = await place.begun(browser)
+        kept = {one.key: one.value for one in browser.cookie_jar}
+        before = asked["/token"]
+        assert await guessed(another, begun, 0) == "./?sign-in=state"
+        assert asked["/token"] == before, "no sign-in was begun there"
+        header = {"Cookie": "; ".join(f"{name}={value}" for name, value in kept.items())}
+        for number in range(5):
+            async with aiohttp.ClientSession(headers=header) as guesser:
+                why = await guessed(guesser, begun, number)
+            assert why == ("./?sign-in=state" if number else "./?sign-in=refused")
+        assert asked["/token"] == before + 1, "a sign-in has one answer"
+        assert await place.ended(browser, await place.begun(browser)) == "./"
 
 
 async def test_a_sign_in_in_one_tab_ends_none_of_another(place: Place) -> None:
