@@ -62,6 +62,7 @@ ALLOWED = {
     "redis_url": "a URL that starts with redis://, rediss://, unix://, redis+sentinel:// or "
     "redis+cluster://, # in a password %23",
     "data_dir": "the path of a folder, or of one to be made",
+    "key_folder": "the path of a folder, or of one to be made",
     "blob_url": "empty, or s3://, gs:// or az:// with the name of a bucket and no password",
     "host": "an IP address or a host name",
     "allowed_hosts": "host names or addresses without ports, with commas between",
@@ -331,6 +332,11 @@ class Config(BaseModel):
         "Your key for Anthropic's API, which makes the upstream `anthropic` for Claude, unless "
         "tidegate.toml has one that uses it.",
     )
+    key_folder: Path | None = setting(
+        None,
+        "The folder of the files that live changes of upstreams may name as secrets, besides those "
+        "in tidegate.toml: docs/upstreams.md. Not set: `keys` in DATA_DIR.",
+    )
     gemini_base_url: str = setting(
         GOOGLE_URL, "Where the Gemini API is, for a proxy or an emulator in its place."
     )
@@ -405,9 +411,7 @@ class Config(BaseModel):
 
     max_prompt_chars: Positive = setting(200_000, "The longest accepted prompt, in characters.")
     max_file_bytes: Positive = setting(50_000_000, "The largest accepted file.")
-    max_files: Annotated[int, Field(ge=0, le=1000)] = setting(
-        10, "The maximum number of files in a request."
-    )
+    max_files: Annotated[int, Field(ge=0, le=1000)] = setting(10, "The most files in a request.")
     max_body_bytes: Positive = setting(100_000_000, "The largest accepted request, files included.")
     max_held_bytes: Positive = setting(
         250_000_000,
@@ -550,7 +554,7 @@ class Config(BaseModel):
     tidegate_url: Url = None
     tidegate_api_key: Key = None
 
-    @field_validator("data_dir")
+    @field_validator("data_dir", "key_folder")
     @classmethod
     def _folder(cls, value: Path) -> Path:
         return _path("data_dir", value, lambda folder: not folder.exists() or folder.is_dir())
@@ -690,18 +694,14 @@ class Config(BaseModel):
             missing, present = "REDIS_URL", "DATABASE_URL"
             if not self.database_url:
                 missing, present = present, missing
-            raise ConfigError(
-                missing, "(not set)", f"{present} is set, so this must be set as well"
-            )
+            raise ConfigError(missing, "(not set)", _AS_WELL.format(present))
         if self.jwt_issuer and not self.jwt_audience:
             raise ConfigError("JWT_AUDIENCE", "(not set)", "must be set where JWT_ISSUER is")
         if self.oidc_issuer and not (self.oidc_client_id and self.oidc_roles):
             missing = "OIDC_ROLES" if self.oidc_client_id else "OIDC_CLIENT_ID"
             raise ConfigError(missing, "(not set)", "must be set where OIDC_ISSUER is")
         if self.gemini_base_url != GOOGLE_URL and self.gemini_api_key is None:
-            raise ConfigError(
-                "GEMINI_API_KEY", "(not set)", "GEMINI_BASE_URL is set, so this must be set as well"
-            )
+            raise ConfigError("GEMINI_API_KEY", "(not set)", _AS_WELL.format("GEMINI_BASE_URL"))
         if self.tidegate_demo or self.is_loopback:
             return self
         for name in NEEDED_IN_THE_OPEN:
@@ -716,9 +716,8 @@ class Config(BaseModel):
 
     @property
     def is_loopback(self) -> bool:
-        if is_address(self.host):
-            return ip_address(self.host).is_loopback
-        return self.host == "localhost"
+        host = self.host
+        return ip_address(host).is_loopback if is_address(host) else host == "localhost"
 
     @property
     def requires_keys(self) -> bool:
@@ -753,6 +752,7 @@ class Config(BaseModel):
 
 Settings = TypeVar("Settings", bound=BaseModel)
 _LONGEST_SHOWN = 200
+_AS_WELL = "{} is set, so this must be set as well"
 _UNITS = {"ms": " of milliseconds", "bytes": " of bytes", "days": " of days"}
 
 

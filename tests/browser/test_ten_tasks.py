@@ -13,7 +13,7 @@ from csv import DictReader
 from datetime import UTC, datetime, time, timedelta
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import pytest
@@ -57,6 +57,7 @@ async def stage(
         "database_url": databases.server.url(name),
         "auth": "on",
         "tidegate_policy": folder / "tidegate.toml",
+        "key_folder": gettempdir(),
     }
     async with gateway(folder / "data", **settings) as running, async_playwright() as playwright:
         tenants = running.services.store.tenants

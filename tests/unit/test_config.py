@@ -38,6 +38,7 @@ WRONG = {
         "redis://",
     ),
     "DATA_DIR": ([__file__, "~nosuchuser/x"], "folder"),
+    "KEY_FOLDER": ([__file__, "~nosuchuser/x"], "folder"),
     "BLOB_URL": (["ftp://bucket", "bucket", "s3://", "gs:///x", "s3://key:word@bucket"], "s3://"),
     "HOST": (["a b", "http://localhost", "-x", "1.2.3.4:80"], "IP address"),
     "PORT": (["abc", "-1", "65536", "80.5"], "from 0 to 65535"),

@@ -124,7 +124,8 @@ def add(
     key_file: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --key: a file with its API key, for every process.", metavar="PATH"
+            help="Instead of --key: a file with its API key, below KEY_FOLDER of every process.",
+            metavar="PATH",
         ),
     ] = None,
     model: Annotated[

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 from urllib.request import getproxies_environment, proxy_bypass
 
 from tidegate.errors import ConfigError
-from tidegate.settings import split_url
+from tidegate.settings import Config, split_url
 
 Pairs = tuple[tuple[bytes, bytes], ...]
 ReadSecret = Callable[[str], str]
@@ -424,3 +424,41 @@ def _proxy_at(path: str, text: str, forms: str = "http://HOST:PORT, env:VARIABLE
 
 def _basic(user: str, password: str) -> bytes:
     return b"Basic " + b64encode(f"{user}:{password}".encode())
+
+
+OWN_SECRETS = (
+    *("DATABASE_URL", "REDIS_URL", "ADMIN_TOKEN", "WEBHOOK_SECRET"),
+    *("OIDC_CLIENT_SECRET", "ALERT_WEBHOOK_URL"),
+)
+STAYS_HERE = "must be another: it is a secret of this gateway's own, which goes to no provider"
+_SECRET_FILES = ("key_file", "credentials_file", "client_key")
+
+
+def check_secret_files(
+    path: str,
+    table: Mapping[str, Any],
+    base: Mapping[str, Mapping[str, Any]],
+    config: Config,
+    secret: ReadSecret,
+) -> None:
+    """Raise ConfigError for a file with this gateway's own secrets, and for one that neither the
+    tables of the policy file (`base`) name nor KEY_FOLDER contains: permission to change upstreams
+    must not include sending any file of this machine to an address."""
+    if not (named := _secret_files(table)):
+        return
+    data = config.data_dir.resolve()
+    folder = (config.key_folder or data / "keys").resolve()
+    own = [Path(one).resolve() for name in OWN_SECRETS if (one := secret(f"{name}_FILE"))]
+    deployed = {file for one in base.values() for _, file in _secret_files(one)}
+    for name, file in named:
+        if file in (*own, data / "operator.key") or file.is_relative_to(data / "embedded"):
+            raise ConfigError(f"{path}.{name}", table[name][:200], STAYS_HERE)
+        if file not in deployed and not file.is_relative_to(folder):
+            allowed = f"must be a file below KEY_FOLDER ({folder}), or one that tidegate.toml names"
+            raise ConfigError(f"{path}.{name}", table[name][:200], allowed)
+
+
+def _secret_files(table: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    """Return the files of a table with secrets, by key; links are followed."""
+    named = ((name, table.get(name)) for name in _SECRET_FILES)
+    return [(name, Path(one).resolve()) for name, one in named if isinstance(one, str) and one]

@@ -26,7 +26,15 @@ from pydantic import SecretStr
 from tidegate.call import CLASSIFIER_LIMIT, DEFAULT_POOL, Kind
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy, check_tenant
-from tidegate.policy.access import NETWORK_KEYS, Access, AccessOptions, readable_file
+from tidegate.policy.access import (
+    NETWORK_KEYS,
+    OWN_SECRETS,
+    STAYS_HERE,
+    Access,
+    AccessOptions,
+    check_secret_files,
+    readable_file,
+)
 from tidegate.policy.format import (
     SECTIONS,
     check_keys,
@@ -246,7 +254,7 @@ def deployment_of(
 
     def read(variable: str) -> str:
         if variable in OWN_SECRETS:
-            raise ConfigError(variable, "(hidden)", _STAYS_HERE)
+            raise ConfigError(variable, "(hidden)", STAYS_HERE)
         return keys.get(variable) or secret(variable)
 
     made: dict[str, Upstream] = {}
@@ -259,7 +267,7 @@ def deployment_of(
         reused = _unchanged(name, table, live, before)
         try:
             if name != DEFAULT_POOL:
-                _check_key_file(path, table, config, secret)
+                check_secret_files(path, table, base, config, secret)
                 made[name] = reused or _upstream(name, table, read)
                 policies[name] = _policy(path, table, stated, made[name].provider or "")
         except ConfigError as error:
@@ -445,26 +453,6 @@ def _key(
     if not (value.isascii() and value.isprintable()):  # no header can carry it
         raise ConfigError(variable, "(hidden)", "must be printable ASCII")
     return value
-
-
-OWN_SECRETS = (
-    *("DATABASE_URL", "REDIS_URL", "ADMIN_TOKEN", "WEBHOOK_SECRET"),
-    *("OIDC_CLIENT_SECRET", "ALERT_WEBHOOK_URL"),
-)
-_STAYS_HERE = "must be another: it is a secret of this gateway's own, which goes to no provider"
-
-
-def _check_key_file(path: str, table: Table, config: Config, secret: ReadSecret) -> None:
-    """Raise ConfigError for a file with this gateway's own secrets: permission to change upstreams
-    must not include reading these."""
-    named = table.get("key_file")
-    if not isinstance(named, str):
-        return
-    file, data = Path(named).resolve(), config.data_dir.resolve()
-    own = [secret(f"{one}_FILE") for one in OWN_SECRETS]
-    is_own = any(file == Path(one).resolve() for one in own if one)
-    if is_own or file == data / "operator.key" or file.is_relative_to(data / "embedded"):
-        raise ConfigError(f"{path}.key_file", named[:200], _STAYS_HERE)
 
 
 def _key_in_file(path: str, table: Table) -> str:

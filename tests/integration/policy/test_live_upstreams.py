@@ -373,7 +373,7 @@ async def test_an_upstream_has_the_time_to_connect_that_it_is_given_while_runnin
 async def test_a_call_that_waits_with_an_earlier_key_learns_of_a_drain_too(
     open_gateway: Opener, second: Emulator, tmp_path: Path
 ) -> None:
-    gateway = await open_gateway(worker=False)
+    gateway = await open_gateway(worker=False, key_folder=tmp_path)
     (file := tmp_path / "second.key").write_text(KEY)
     new = {**table(second, models=[ONLY]), "key_file": str(file)}
     del new["key"]
@@ -395,7 +395,7 @@ async def test_a_new_upstream_has_its_credentials_while_a_removed_one_ends(
     open_gateway: Opener, second: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tidegate.spine.upstreams._CLOSE_AFTER_S", 0.0)
-    gateway = await open_gateway(worker=False)
+    gateway = await open_gateway(worker=False, key_folder=tmp_path)
     monkeypatch.setenv("SECOND_KEY", KEY)
     assert (await admin(gateway, "PUT", "/second", table=table(second, models=[ONLY])))[0] == 200
     await second.control.set_behaviour(first_byte_ms=60_000)
@@ -433,7 +433,7 @@ async def ask_claude(gateway: Gateway) -> tuple[int, str]:
 async def test_a_replaced_file_of_credentials_counts_once_it_is_read_again(
     open_gateway: Opener, second: Emulator, tmp_path: Path
 ) -> None:
-    gateway = await open_gateway(worker=False)
+    gateway = await open_gateway(worker=False, key_folder=tmp_path)
 
     async with run_clouds(second.url) as clouds:
         new = vertex(clouds, clouds.service_account(tmp_path))
@@ -451,7 +451,7 @@ async def test_a_call_that_waits_for_long_keeps_the_credentials_it_began_with(
     open_gateway: Opener, second: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tidegate.spine.upstreams._CLOSE_AFTER_S", 0.0)
-    gateway = await open_gateway(worker=False)
+    gateway = await open_gateway(worker=False, key_folder=tmp_path)
 
     async with run_clouds(second.url) as clouds:
         new = vertex(clouds, clouds.service_account(tmp_path))
@@ -706,6 +706,25 @@ async def test_no_secret_of_the_gateways_own_becomes_an_upstreams_key(
         assert "a secret of this gateway's own" in said["detail"]
     async with EmulatorControl(second.url) as control:
         assert await control.calls() == []
+
+
+async def test_no_other_file_of_the_machine_becomes_an_upstreams_key(
+    open_gateway: Opener, second: Emulator
+) -> None:
+    gateway = await open_gateway(worker=False)
+    folder = gateway.config.data_dir / "keys"
+    folder.mkdir()
+    (folder / "second").write_text(KEY)
+    own = table(second, models=[ONLY])
+    del own["key"]
+    for named in ("/etc/hostname", "/no/such/file", str(folder.parent / "operator.key")):
+        status, said = await admin(gateway, "PUT", "/second", table=own | {"key_file": named})
+        assert (status, said["code"]) == (400, "invalid_request"), said
+    async with EmulatorControl(second.url) as control:
+        assert await control.calls() == [], "nothing of it was sent"
+    sound = own | {"key_file": str(folder / "second")}
+    assert (await admin(gateway, "PUT", "/second", table=sound))[0] == 200
+    assert (await chat(gateway, ONLY))[0] == 200
 
 
 async def test_a_request_is_replayed_at_the_upstream_that_an_operator_names(

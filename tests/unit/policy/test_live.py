@@ -166,11 +166,17 @@ try = ["local/big", "openai"]
 
 
 def deployment(
-    live: LiveChanges, before: Deployment | None = None, /, **secrets: str
+    live: LiveChanges,
+    before: Deployment | None = None,
+    /,
+    key_folder: Path | None = None,
+    text: str = FILE,
+    **secrets: str,
 ) -> Deployment:
     known = {"OPENAI_API_KEY": "sk-1"} | secrets
-    stated = tomllib.loads(FILE)
-    return deployment_of(stated, with_keys(), lambda one: known.get(one, ""), live, before)
+    stated = tomllib.loads(text)
+    config = with_keys(**({"key_folder": key_folder} if key_folder else {}))
+    return deployment_of(stated, config, lambda one: known.get(one, ""), live, before)
 
 
 def test_what_does_not_differ_stays_the_same_object() -> None:
@@ -218,11 +224,30 @@ def test_a_key_is_read_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text("gsk-1\n")
     live = made(added("groq", {"provider": "groq", "key_file": str(file)}))
-    found = deployment(live).upstream("groq")
+    found = deployment(live, key_folder=tmp_path).upstream("groq")
     assert found is not None
     assert found.key == "gsk-1"
     for contents, names in (("", "must have a key in it"), ("a\nb", "printable ASCII")):
         file.write_text(contents)
-        assert names in str(deployment(live).missing["groq"])
+        assert names in str(deployment(live, key_folder=tmp_path).missing["groq"])
     file.unlink()
-    assert "readable file" in str(deployment(live).missing["groq"])
+    assert "readable file" in str(deployment(live, key_folder=tmp_path).missing["groq"])
+
+
+@pytest.mark.parametrize("option", ["key_file", "credentials_file", "client_key"])
+def test_a_live_change_names_no_file_but_of_the_folder_of_keys_and_of_the_file(
+    tmp_path: Path, option: str
+) -> None:
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    (outside := tmp_path / "hostname").write_text("web-1\n")
+    (inside := folder / "link").symlink_to(outside)
+    for named in (outside, inside, folder / ".." / "hostname", tmp_path / "absent"):
+        live = made(added("groq", {"provider": "groq", option: str(named)}))
+        missing = deployment(live, key_folder=folder).missing["groq"]
+        assert "must be a file below KEY_FOLDER" in str(missing), named
+    assert "KEY_FOLDER" in str(deployment(live).missing["groq"]), "and without the setting"
+    text = f'{FILE}\n[upstreams.first]\nprovider = "groq"\nkey_file = "{outside}"\n'
+    live = made(added("groq", {"provider": "groq", "key_file": str(outside)}))
+    found = deployment(live, key_folder=folder, text=text)
+    assert [one.key for one in found.upstreams if one.provider == "groq"] == ["web-1"] * 2

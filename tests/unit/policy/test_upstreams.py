@@ -51,7 +51,7 @@ def deployment(text: str, config: Config = CONFIG, **secrets: str) -> Deployment
     return deployment_of(tomllib.loads(text), config, lambda name: known.get(name, ""))
 
 
-def with_keys(**keys: str) -> Config:
+def with_keys(**keys: object) -> Config:
     """Settings of a gateway that others reach, where no emulator takes the place of Gemini."""
     stores = {"database_url": "postgresql://db/x", "redis_url": "redis://valkey"}
     return Config.model_validate({"host": "0.0.0.0", **stores, **keys})
