@@ -85,11 +85,12 @@ USUAL_AT_ONCE = 64
 # How limits in headers of answers are used: as proposals, or put in force if none is set.
 Learn = Literal["propose", "apply"]
 _LEARN: tuple[Learn, ...] = get_args(Learn)
+ANY = "*"  # of `media_hosts`: every host
 CONNECT_TIMEOUT = "connect_timeout_ms"
 TIMEOUTS = (CONNECT_TIMEOUT, "first_byte_timeout_ms", "idle_timeout_ms", "total_timeout_ms")
 _OWN_KEYS = (
     *("models", "aliases", "weight", "prices", "asks_usage", "learn", "preempt", "passthrough"),
-    *("passthrough_tenants", "adopt", "abandoned", *TIMEOUTS),
+    *("passthrough_tenants", "adopt", "abandoned", "media_hosts", *TIMEOUTS),
 )
 _OF_GEMINI = (*_OWN_KEYS, *HEADER_KEYS, *NETWORK_KEYS)
 _KEYS = (
@@ -133,7 +134,8 @@ class Upstream:
     passthrough_tenants: tenants that may call these, all if empty. adopt: the tenant that may
     use objects there that no call through this gateway created; None for none. abandoned:
     what happens to the permit of a call whose client left: `release` it, or `wait` for the
-    end of the answer if the server continues. access_options: how it is reached."""
+    end of the answer if the server continues. media_hosts: patterns of the hosts that a request
+    may have it fetch from, `*` for all. access_options: how it is reached."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -151,6 +153,7 @@ class Upstream:
     passthrough_tenants: tuple[str, ...] = ()
     adopt: str | None = None
     abandoned: Abandoned = "release"
+    media_hosts: tuple[str, ...] = (ANY,)
     access_options: AccessOptions = field(default_factory=AccessOptions)
     _accesses: dict[str, Access] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -386,6 +389,7 @@ def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstre
         )
     if provider is not None:
         options.setdefault("abandoned", PROVIDERS[provider].abandoned)
+        options.setdefault("media_hosts", () if PROVIDERS[provider].is_own else (ANY,))
     _check_preempt(path, options)
     urls = _urls(path, provider, table)
     options.setdefault("asks_usage", may_ask_usage(provider, urls.values()))
@@ -507,6 +511,9 @@ def _options(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
             allowed = f"must be one of {', '.join(ABANDONED)}"
             raise ConfigError(f"{path}.abandoned", str(table["abandoned"])[:100], allowed)
         found["abandoned"] = table["abandoned"]
+    if "media_hosts" in table:
+        hosts = table["media_hosts"]
+        found["media_hosts"] = texts_of(f"{path}.media_hosts", hosts) if hosts != [] else ()
     if "preempt" in table:
         found["preempt"] = preempt_of(f"{path}.preempt", table["preempt"])
     if "passthrough" in table:

@@ -24,6 +24,7 @@ from tidegate.dialects.gemini_work import named_in_batch, requests_in
 from tidegate.dialects.headers import to_send
 from tidegate.dialects.prompts import Files, dialect_for
 from tidegate.dialects.requests import (
+    MOST_WALKED,
     cache_write_of,
     check_named_once,
     check_spelling,
@@ -46,7 +47,7 @@ from tidegate.errors import (
     UpstreamGarbled,
 )
 from tidegate.policy.access import Access
-from tidegate.policy.deployment import Upstream
+from tidegate.policy.deployment import ANY, Upstream
 from tidegate.policy.format import plain_model
 from tidegate.policy.providers import LIST_BASE_MODELS, LISTED_OTHERWISE, serving
 from tidegate.spine.routing import Target, Targets
@@ -277,6 +278,69 @@ def _is_of_client(path: str, value: Mapping[str, Any]) -> bool:
     """Whether an object is a tool that the client runs. Outside of `tools` the same `type` has
     another meaning."""
     return value.get("type") in _OF_CLIENTS and _TOOLS.fullmatch(path) is not None
+
+
+# Fields whose URL a server fetches, and objects within which such a field is an ordinary word.
+_FETCHED = frozenset(
+    (
+        *("url", "image_url", "video_url", "audio_url", "file_url", "document_url", "server_url"),
+        *("uri", "fileUri", "file_uri", "file", "file_data", "data", "mask", "input_audio"),
+        *("image", "images", "video", "videos", "audio", "audios"),
+    )
+)
+_NOT_FETCHED = frozenset(
+    (
+        *("metadata", "args", "arguments", "parameters", "input", "response", "schema"),
+        *("input_schema", "inputSchema", "json_schema", "properties"),
+    )
+)
+_MAYBE_LINK = re.compile(r"\s*(?!data:)[A-Za-z][A-Za-z0-9+.-]*:")
+# Strict, since parsers disagree on backslashes, spaces and a user before the host.
+_LINK = re.compile(r"https?://([a-z0-9.-]+)(?::\d{1,5})?(?:[/?#][^\s\\]*)?", re.IGNORECASE)
+
+
+def among_fetching(body: Mapping[str, Any], targets: Sequence[Target]) -> list[Target]:
+    """Return the targets whose `media_hosts` allow every URL that the server would fetch for a
+    body. Raises InvalidRequest if there are none."""
+    left = list(targets)
+    for field, link in _links_in(body):
+        found = _LINK.fullmatch(link)
+        host = "" if found is None else found[1].lower()
+        allowed = [one for one in left if _may_fetch(one.upstream, host)]
+        if not allowed:
+            hosts = sorted({named for one in left for named in one.upstream.media_hosts})
+            message = f"{left[0].upstream.name} may not fetch {field} from {host or 'such a URL'}"
+            named = f"a data: URL, or a host in media_hosts: {', '.join(hosts) or 'none'}"
+            raise InvalidRequest(field, message, allowed=named)
+        left = allowed
+    return left
+
+
+def _may_fetch(upstream: Upstream, host: str) -> bool:
+    hosts = upstream.media_hosts
+    return ANY in hosts or any(host and fnmatchcase(host, one.lower()) for one in hosts)
+
+
+def _links_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield every URL that a server fetches for a body, with its field. Raises InvalidRequest for a
+    body with too many values."""
+    left: list[Any] = [body]
+    for _ in range(MOST_WALKED):
+        if not left:
+            return
+        value = left.pop()
+        if type(value) is list:
+            left += [one for one in value if type(one) in (dict, list)]
+        elif isinstance(value, Mapping):
+            for name, inner in value.items():
+                if name in _FETCHED:
+                    for one in inner if type(inner) is list else (inner,):
+                        if type(one) is str and _MAYBE_LINK.match(one):
+                            yield name, one
+                is_object = type(inner) is dict and name not in _NOT_FETCHED
+                if is_object or type(inner) is list:
+                    left.append(inner)
+    raise InvalidRequest("body", "the body holds too many values to find its URLs")
 
 
 class ReadBody(NamedTuple):

@@ -64,6 +64,7 @@ from tidegate.dialects.spec import (
 )
 from tidegate.errors import NotFound, UpstreamError, UpstreamRejected
 from tidegate.policy.access import Access, Paths
+from tidegate.policy.deployment import ANY
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import CallRecord, coding_of
 from tidegate.spine.affinity import Home, conversation_key, lineage_in
@@ -78,6 +79,7 @@ from tidegate.spine.bodies import (
 )
 from tidegate.spine.models import (
     Models,
+    among_fetching,
     check_model,
     facts_of_form,
     model_of_other,
@@ -145,12 +147,11 @@ class Relay:
             body = dict(call.form.form.fields)
             facts = facts_of_form(call.form.form, endpoint, caller)
         elif endpoint.operation is Operation.OTHER:
-            read = partial(model_of_other, caller, endpoint, raw)
-            record.model = await aside(len(raw), read) or None
+            naming = partial(model_of_other, caller, endpoint, raw)
+            record.model = await aside(len(raw), naming) or None
         elif endpoint.is_counted or (raw and endpoint.resource is None):
-            reading = partial(read_body, caller, endpoint, raw)
-            read_all = await aside(len(raw), reading) if is_large else reading()
-            body, facts, references, making = read_all
+            read = partial(read_body, caller, endpoint, raw)
+            body, facts, references, making = await aside(len(raw), read) if is_large else read()
         if facts is not None:
             record.model, record.streamed = facts.model, facts.streams
             record.prompt_head = facts.prompt_head
@@ -163,6 +164,8 @@ class Relay:
             targets = self._targets(call, facts, record.model or "")
         if references:
             targets = await self._where_they_live(call, facts, references, targets)
+        if not all(ANY in one.upstream.media_hosts for one in targets):
+            targets = await aside(len(raw), partial(among_fetching, body, targets))
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, facts, out, record)
         exchange.refers = bool(references)
         if making is not None or endpoint.resource is not None:

@@ -284,3 +284,65 @@ async def test_what_the_server_reports_is_shown_where_its_upstream_is(
     for name, value in (("running", 1), ("waiting", 0), ("slots", 2)):
         assert f'tidegate_server_{name}{{upstream="local"}} {value}.0' in lines
     assert not [one for one in lines if one.startswith("tidegate_server_kv_cache_used_ratio{")]
+
+
+def picture(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+_DOT = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="  # noqa: E501
+_INSIDE = "http://169.254.169.254/latest/meta-data"
+
+
+async def test_a_server_fetches_nothing_from_where_its_upstream_does_not_say(
+    opened: Open, server: Emulator
+) -> None:
+    gateway = await opened('media_hosts = ["cdn.example.com", "*.img.example.com"]')
+
+    async def asked(*parts: dict[str, Any], **more: Any) -> tuple[int, str]:
+        content = [{"type": "text", "text": "What is it?"}, *parts]
+        sent = {**body("", 5), "messages": [{"role": "user", "content": content}], **more}
+        async with gateway.http.post(gateway.url + CHAT, json=sent) as response:
+            return response.status, await response.text()
+
+    for wrong in (
+        *(picture(url) for url in (_INSIDE, f" {_INSIDE}", "HTTP://LOCALHOST/a", "file:///etc/x")),
+        picture("https://cdn.example.com.evil.test/a.png"),
+        picture("https://cdn.example.com@127.0.0.1/a.png"),
+        picture("https://127.0.0.1\\@cdn.example.com/a.png"),
+        picture("https://127.0.0.1:80#@cdn.example.com/a.png"),
+        picture("https://[::1]/a.png"),
+        {"type": "image_url", "image_url": _INSIDE},
+        {"type": "video_url", "video_url": {"detail": "low", "url": _INSIDE}},
+        {"type": "image_url", "image_url": {"url": _DOT}, "audio_url": {"url": _INSIDE}},
+        {"type": "input_audio", "input_audio": _INSIDE},
+    ):
+        status, text = await asked(wrong)
+        assert (status, "media_hosts" in text) == (400, True), (wrong, text)
+    assert [one for one in await server.control.calls() if one.kind != "other"] == []
+    call = {"name": "look", "arguments": f'{{"url": "{_INSIDE}"}}'}
+    for sound in (
+        picture(_DOT),
+        picture("https://cdn.example.com/a.png?b=http://x"),
+        picture("https://a.b.img.example.com:8443/a.png"),
+        {"type": "text", "text": f"What is at {_INSIDE}?"},
+    ):
+        status, text = await asked(sound, metadata={"url": _INSIDE}, function_call=call)
+        assert status == 200, (sound, text)
+
+
+async def test_a_file_by_its_url_goes_to_an_upstream_that_may_fetch_it(
+    open_gateway: Opener, server: Emulator, tmp_path: Path
+) -> None:
+    path = tmp_path / "policy.toml"
+    own = FILE.format(url=server.url, more="weight = 1000", provider="vllm")
+    other = f'[upstreams.other]\nbase_url = "{server.url}/v1"\nmodels = ["local*"]\n'
+    path.write_text(own + other)
+    gateway = await open_gateway(worker=False, tidegate_policy=path)
+    content = [{"type": "text", "text": "What is it?"}, picture(_INSIDE)]
+    sent = {**body("", 5), "messages": [{"role": "user", "content": content}]}
+    for _ in range(3):
+        async with gateway.http.post(gateway.url + CHAT, json=sent) as response:
+            assert response.status == 200, await response.text()
+    rows = await gateway.database.fetch("SELECT DISTINCT upstream FROM audit")
+    assert [row["upstream"] for row in rows] == ["other"]

@@ -136,6 +136,8 @@ def test_no_key_is_shown() -> None:
         ("[upstreams.gemini]\npreempt = true\nabandoned = 'wait'", "upstreams.gemini.preempt"),
         ("[upstreams.a]\nprovider = 'llama.cpp'\npreempt = true", "upstreams.a.preempt"),
         ("[upstreams.a]\nprovider = 'vllm'\nabandoned = true", "upstreams.a.abandoned"),
+        ("[upstreams.a]\nprovider = 'vllm'\nmedia_hosts = 'any'", "upstreams.a.media_hosts"),
+        ("[upstreams.a]\nprovider = 'vllm'\nmedia_hosts = [1]", "upstreams.a.media_hosts"),
         ("[upstreams.gemini.preempt]\nafter = 5", "upstreams.gemini.preempt.after"),
         ("[upstreams.gemini.preempt]\nafter_ms = 0", "upstreams.gemini.preempt.after_ms"),
         ("[upstreams.gemini.preempt]\ntimes = 0", "upstreams.gemini.preempt.times"),
@@ -179,6 +181,25 @@ def test_when_calls_give_way(text: str, preempt: Preempt | None) -> None:
 def test_what_becomes_of_calls_that_were_left(text: str, abandoned: str) -> None:
     found = deployment(f"[upstreams.a]\n{text}").upstreams
     assert [one.abandoned for one in found if one.name == "a"] == [abandoned]
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("provider = 'vllm'", ()),
+        ("provider = 'llama.cpp'\nmedia_hosts = ['cdn.example.com', '*.b.test']", None),
+        ("provider = 'vllm'\nmedia_hosts = ['*']", ("*",)),
+        ("base_url = 'http://gpu:1'", ("*",)),
+        ("base_url = 'http://gpu:1'\nmedia_hosts = []", ()),
+        ("provider = 'groq'\nkey = 'LOCAL_KEY'", ("*",)),
+    ],
+)
+def test_where_a_server_may_fetch_what_a_request_names(
+    text: str, hosts: tuple[str, ...] | None
+) -> None:
+    found = deployment(f"[upstreams.a]\n{text}", LOCAL_KEY="k").upstreams
+    expected = ("cdn.example.com", "*.b.test") if hosts is None else hosts
+    assert [one.media_hosts for one in found if one.name == "a"] == [expected]
 
 
 def test_a_key_in_the_environment_makes_an_upstream() -> None:
