@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -55,21 +56,37 @@ def key_file(config: Config) -> Path:
     return config.data_dir / FILE_NAME
 
 
+def write_private(path: Path, text: str) -> None:
+    """Replace a file by one that its user alone can read. Raises OSError."""
+    with _fresh(path, text) as fresh:
+        fresh.replace(path)
+
+
 def _make(path: Path) -> None:
     """Write a new key to `path`, unless another process has done so. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{FILE_NAME}.{secrets.token_hex(8)}")
+    with (
+        _fresh(path, f"{PREFIX}{secrets.token_urlsafe(_RANDOM_BYTES)}\n") as fresh,
+        suppress(FileExistsError),
+    ):
+        os.link(fresh, path)
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def _fresh(path: Path, text: str) -> Iterator[Path]:
+    """Write a file beside `path` that its user alone can read, removed at the end. Raises
+    OSError."""
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(f"{PREFIX}{secrets.token_urlsafe(_RANDOM_BYTES)}\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(fresh, path)
+        yield fresh
     finally:
         fresh.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from playwright.async_api import async_playwright, expect
@@ -26,10 +28,12 @@ async def test_the_address_of_the_start_up_page_signs_in_once_and_is_signed_out(
     product: Product,
 ) -> None:
     key = product.operator_key
-    address = re.compile(r"Dashboard +live +http://localhost:\d+/dashboard/\?code=\S+")
+    address = re.compile(r"Dashboard +live +http://localhost:\d+/dashboard\n +the address in (\S+)")
     # The page is printed once the supervisor has seen the readiness that the fixture also saw.
-    await wait_until(lambda: address.search(product.said()), 20, "the address of the start-up page")
+    said = await wait_until(lambda: address.search(product.said()), 20, "the start-up page")
     assert key not in product.said()
+    written = await asyncio.to_thread(Path(said[1]).read_text)
+    assert "/dashboard/?code=" in written
     # One of the test's own: that of the start is spent once, and the test may be run again.
     url = f"{product.base_url}/dashboard/?code={make_code(key)}"
     async with async_playwright() as playwright:

@@ -26,7 +26,7 @@ from tidegate.call import DEFAULT_POOL, DEFAULT_TENANT, Kind
 from tidegate.errors import ConfigError, InvalidRequest, LimiterUnavailable
 from tidegate.http.browsers import CODE_S, make_code
 from tidegate.limiter import PoolPolicy, Snapshot, look_until
-from tidegate.operator_key import key_file, operator_key
+from tidegate.operator_key import key_file, operator_key, write_private
 from tidegate.policy.deployment import deployed, deployed_upstreams, emulates
 from tidegate.settings import Config, load
 from tidegate.spine.routing import Targets
@@ -110,11 +110,8 @@ class Page:
         self._line()
         self._line((f"{_INDENT}≋ Tidegate", "bold"), (f" {__version__}", _QUIET), f"   {url}")
         self._line()
-        key = operator_key(self._config).get_secret_value()
         self._try(url.removeprefix("http://"), ground)
-        self._row("Dashboard", "live", f"{url}/dashboard/?code={make_code(key)}")
-        self._more(f"this address works once, within {CODE_S // 60} minutes; later {url}/dashboard")
-        self._more(f"asks for the operator's key: {self._key_place()}")
+        self._dashboard(url)
         self._row("API", _count(self._apis, "process"), f"its documentation is at {url}/docs")
         self._row("Worker", _count(self._workers, "process"), "takes the jobs of POST /submit")
         self._where(ground)
@@ -136,6 +133,24 @@ class Page:
         self._line()
         self._line((f"{_INDENT}Ctrl-C stops everything.", _QUIET))
         self._line()
+
+    def _dashboard(self, url: str) -> None:
+        """Show an address that signs in. Without a terminal the output is a log, which others may
+        read: the address is then in a file for this user alone."""
+        page, minutes = f"{url}/dashboard", CODE_S // 60
+        key = operator_key(self._config).get_secret_value()
+        address, file = f"{page}/?code={make_code(key)}", self._config.data_dir / "sign-in.url"
+        if sys.stdout.isatty():
+            self._row("Dashboard", "live", address)
+            self._more(f"this address works once, within {minutes} minutes; later {page}")
+        else:
+            self._row("Dashboard", "live", page)
+            with suppress(OSError):  # the key opens it too
+                write_private(file, f"{address}\n")
+                self._more(
+                    f"the address in {file} signs in once, within {minutes} minutes; later it"
+                )
+        self._more(f"asks for the operator's key: {self._key_place()}")
 
     def _key_place(self) -> str:
         if self._config.admin_token is not None:

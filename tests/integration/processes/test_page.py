@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,44 @@ async def test_the_page_tells_the_limits_in_force_and_which_were_set_live(
     )
 
 
+@pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "log"])
 async def test_the_page_tells_an_address_of_the_dashboard_that_signs_in_and_no_key(
-    open_gateway: Any, capsys: pytest.CaptureFixture[str]
+    open_gateway: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_terminal: bool,
 ) -> None:
     gateway = await open_gateway(worker=False)
-    key = gateway.operator_key
+    key, file = gateway.operator_key, gateway.config.data_dir / "sign-in.url"
+    file.write_text("of an earlier start")
+    file.chmod(0o644)
     ground = Ground(gateway.config, None, embedded=False, emulated=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     Page(gateway.config, 1, 1).ready(ground, gateway.url, deployed(gateway.config), None)
     said = capsys.readouterr().out
     assert key not in said
-    (code,) = re.findall(rf"{gateway.url}/dashboard/\?code=([\w=-]+)", said)
+    address = re.compile(rf"{gateway.url}/dashboard/\?code=([\w=-]+)")
+    if is_terminal:
+        (code,) = address.findall(said)
+    else:
+        assert "code=" not in said, "others may read the log"
+        assert str(file) in said
+        assert file.stat().st_mode & 0o777 == 0o600
+        (code,) = address.findall(file.read_text())
     assert checked("code", key, code) is not None
+    assert str(key_file(gateway.config)) in said
+
+
+async def test_where_the_address_cannot_be_written_the_page_tells_of_the_key(
+    open_gateway: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway = await open_gateway(worker=False)
+    (gateway.config.data_dir / "sign-in.url").mkdir()
+    ground = Ground(gateway.config, None, embedded=False, emulated=False)
+    Page(gateway.config, 1, 1).ready(ground, gateway.url, deployed(gateway.config), None)
+    said = capsys.readouterr().out
+    assert f"Dashboard   live         {gateway.url}/dashboard\n" in said
+    assert "sign-in.url" not in said
     assert str(key_file(gateway.config)) in said
 
 
