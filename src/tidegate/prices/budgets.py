@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 from zoneinfo import ZoneInfo, available_timezones
 
 import orjson
@@ -38,6 +38,10 @@ MOST_AMOUNT = 10**15
 _MORE_THAN_ANY = MOST_AMOUNT + 1  # so that sums of what clients' huge bounds need fit into bigint
 LONGEST_WINDOW_S = 366 * 86_400
 _RESERVED_RETRY_MS = 1_000
+MOST_REMEMBERED = 10_000
+BRIEFLY_S = 1.0
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 _SHORT_NAME = re.compile(r".+/(?P<name>budget_(?:day|month)_(?:money|tokens))")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/@+-]{0,199}")
 
@@ -114,11 +118,20 @@ class Budget:
         return min(about, _MORE_THAN_ANY)
 
 
+Book = tuple[str, str]  # the name of a budget, and a scope
+NEVER = datetime.max.replace(tzinfo=UTC)
+
+
 class Binding(NamedTuple):
     """A budget that applies to a call, and the scope of the book that the call is charged to."""
 
     budget: Budget
     scope: str
+
+    @property
+    def book(self) -> Book:
+        """Return what identifies that book."""
+        return self.budget.name, self.scope
 
 
 class Refusal(NamedTuple):
@@ -148,9 +161,69 @@ class Refusal(NamedTuple):
     def ends_at(self, need: int) -> datetime:
         """Return when a call that needs that much may fit; the last of all times if never."""
         is_final = self.why == "paused" or need > self.binding.budget.amount
-        return (
-            datetime.max.replace(tzinfo=UTC) if is_final or self.reset_at is None else self.reset_at
-        )
+        return NEVER if is_final or self.reset_at is None else self.reset_at
+
+
+class KnownRefusals:
+    """Refusals that a process remembers, by the book that refuses. Bounded, since clients name
+    subjects and conversations.
+
+    Of several budgets that refuse a call the one that ends last does, so a remembered refusal
+    counts only if each of the call's other budgets was found to refuse no call that needs as much
+    until later, at most `BRIEFLY_S` before.
+    """
+
+    def __init__(self) -> None:
+        self.books: dict[Book, Refusal] = {}
+        # Of a book that refuses and another one: the most that was needed there, and until when
+        # it counts.
+        self._others: dict[tuple[Book, Book], tuple[int, float]] = {}
+
+    def add(self, refusal: Refusal, needs: Sequence[tuple[Binding, int]], now: float) -> None:
+        """Remember the refusal of a call, whose needs are given, by one of its budgets."""
+        book = refusal.binding.book
+        _put(self.books, book, refusal)
+        for other, need in needs:
+            most, until = self._others.get((book, other.book), (-1, now))
+            if other.book != book and (need >= most or until <= now):
+                _put(self._others, (book, other.book), (need, now + BRIEFLY_S))
+
+    def of(self, needs: Sequence[tuple[Binding, int]], now: float) -> QuotaExceeded | None:
+        """Return why a call with these needs is refused; None if that is not known."""
+        found: list[tuple[Refusal, int]] = []
+        others: list[tuple[Binding, int]] = []
+        for binding, need in needs:
+            known = self.books.get(binding.book)
+            if known is not None and now >= known.until:
+                del self.books[binding.book]
+                known = None
+            if known is not None and known.refuses(need):
+                found.append((known, need))
+            else:
+                others.append((binding, need))
+        # As in PostgreSQL, of several that end at a time the last one refuses.
+        last = max(reversed(found), key=lambda one: one[0].ends_at(one[1]), default=None)
+        if last is None:
+            return None
+        if last[0].ends_at(last[1]) != NEVER:
+            for binding, need in others:
+                pair = last[0].binding.book, binding.book
+                most, until = self._others.get(pair, (-1, now))
+                if need > most or now >= until:
+                    return None
+        return refused_by(*last)
+
+    def clear(self) -> None:
+        """Forget all, since the budgets have changed."""
+        self.books.clear()
+        self._others.clear()
+
+
+def _put(known: dict[_Key, _Value], key: _Key, value: _Value) -> None:
+    known.pop(key, None)
+    if len(known) >= MOST_REMEMBERED:
+        del known[next(iter(known))]  # the one that was put first
+    known[key] = value
 
 
 def amount_text(unit: Unit, amount: int) -> str:

@@ -34,8 +34,11 @@ import orjson
 from tidegate.call import UNKNOWN_CHARGE, CallCost, Caller, Charge, UsageState, new_id
 from tidegate.errors import ConfigError, NotFound, QuotaExceeded, StoreUnavailable
 from tidegate.prices.budgets import (
+    BRIEFLY_S,
     Binding,
+    Book,
     Budget,
+    KnownRefusals,
     Refusal,
     Unit,
     check_budget,
@@ -74,8 +77,6 @@ DEAD_AFTER_S = 30.0
 _STRAYS_AFTER_S = 60.0
 _ROOM_EVERY_S = 0.25
 _REMEMBERED_S = 60.0
-_BRIEFLY_REMEMBERED_S = 1.0
-_MOST_REMEMBERED = 10_000  # clients name subjects and conversations
 _SEED_TIMEOUT_MS = 60_000
 _READ_TIMEOUT_MS = 2_000
 _MOST_ORPHANS = 500
@@ -346,7 +347,7 @@ class Budgets:
         self._overdue: set[UUID] = set()  # those that may have been charged as a dead process's
         self.is_pushed: Callable[[], bool] = lambda: False  # whether changes are notified
         self._pending: dict[UUID | None, list[tuple[float, Settlement]]] = {}
-        self._refusals: dict[tuple[str, str], Refusal] = {}
+        self._refusals = KnownRefusals()
         self._waiters: dict[int, _Waiter] = {}
         self._freed: deque[asyncio.Future[None]] = deque()
         self._renewed_at = -math.inf
@@ -450,20 +451,7 @@ class Budgets:
     def refusal(self, bindings: Sequence[Binding], cost: CallCost) -> QuotaExceeded | None:
         """Return why a call cannot be made, if this process knows for certain; without I/O. Raises
         BudgetUnbounded."""
-        return self._known_refusal(needs_of(bindings, cost))
-
-    def _known_refusal(self, needs: Sequence[tuple[Binding, int]]) -> QuotaExceeded | None:
-        found: list[tuple[Refusal, int]] = []
-        for binding, need in needs:
-            known = self._refusals.get((binding.budget.name, binding.scope))
-            if known is None:
-                continue
-            if self._clock() >= known.until:
-                del self._refusals[binding.budget.name, binding.scope]
-            elif known.refuses(need):
-                found.append((known, need))
-        last = max(found, key=lambda one: one[0].ends_at(one[1]), default=None)
-        return None if last is None else refused_by(*last)
+        return self._refusals.of(needs_of(bindings, cost), self._clock())
 
     async def check(
         self,
@@ -501,7 +489,7 @@ class Budgets:
         or raises, nothing stays reserved.
         """
         needs = needs_of(bindings, cost)
-        if (error := self._known_refusal(needs)) is not None:
+        if (error := self._refusals.of(needs, self._clock())) is not None:
             raise error
         hold = new_id()
         self._open[hold] = request_id
@@ -537,16 +525,15 @@ class Budgets:
         self, requests: Sequence[_Reservation]
     ) -> list[Refusal | Exception | None]:
         """Write reservations in one transaction."""
-        books: dict[tuple[str, str], int] = {}
+        books: dict[Book, int] = {}
         bindings: list[Binding] = []
         calls: list[Json] = []
         for request in requests:
             binds = []
             for binding, need in request.needs:
-                key = (binding.budget.name, binding.scope)
-                place = books.get(key)
+                place = books.get(binding.book)
                 if place is None:
-                    place = books[key] = len(bindings)
+                    place = books[binding.book] = len(bindings)
                     bindings.append(binding)
                 binds.append([place, need])
             calls.append(
@@ -564,18 +551,11 @@ class Budgets:
             refused = self._refused(binding, need, row)
             results[row["call"]] = refused
             if refused.why != "held" and is_newest:
-                self._remember(refused)
+                self._refusals.add(refused, requests[row["call"]].needs, self._clock())
         self._refuses = bool(rows)
         if rows:
             self._notify_waiters()
         return results
-
-    def _remember(self, refused: Refusal) -> None:
-        book = refused.binding.budget.name, refused.binding.scope
-        self._refusals.pop(book, None)
-        if len(self._refusals) >= _MOST_REMEMBERED:
-            del self._refusals[next(iter(self._refusals))]  # the one that was read first
-        self._refusals[book] = refused
 
     async def _written(self, payload: bytes) -> list[asyncpg.Record]:
         """Write reservations; return a row for each refused one. If none was refused lately, that
@@ -607,7 +587,7 @@ class Budgets:
         # A budget with a pause begins it when it refuses a call for which the others have left no
         # room.
         is_brief = budget.period == "rolling" or (row["why"], budget.at_end) == ("spent", "pause")
-        for_s = _BRIEFLY_REMEMBERED_S if is_brief else _REMEMBERED_S
+        for_s = BRIEFLY_S if is_brief else _REMEMBERED_S
         if row["reset_at"] is not None:
             for_s = min(for_s, (row["reset_at"] - datetime.now(UTC)).total_seconds())
         return Refusal(
@@ -638,7 +618,7 @@ class Budgets:
 
     def _notify_waiters(self) -> None:
         for waiter in list(self._waiters.values()):
-            if (error := self._known_refusal(waiter.needs)) is not None:
+            if (error := self._refusals.of(waiter.needs, self._clock())) is not None:
                 waiter.notify(error)
 
     async def room(self, within_s: float) -> None:

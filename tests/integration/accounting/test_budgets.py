@@ -18,8 +18,8 @@ from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of,
 from tests.waiting import wait_until
 from tidegate.emulator.server import run_emulator
 from tidegate.jobs import calls
+from tidegate.prices import budgets as prices
 from tidegate.prices.budgets import Budget, Dimension
-from tidegate.store import budgets as books
 from tidegate.store.budgets import Budgets
 
 ON = {"auth": "on", "admin_token": ADMIN_TOKEN, "worker": False}
@@ -643,13 +643,13 @@ async def test_what_is_remembered_of_refusals_is_bounded(
     open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clients name whom a budget has a book of, and a refusal costs them nothing."""
-    monkeypatch.setattr(books, "_MOST_REMEMBERED", 3)
+    monkeypatch.setattr(prices, "MOST_REMEMBERED", 3)
     gateway = await open_gateway(**ON)
     acme = await key_of(gateway, "acme")
     await with_budgets(gateway, Budget("each", "tokens", 50, "day", each=("conversation",)))
     for name in ("1", "2", "3", "4", "5"):
         status, _, _ = await called(gateway, 0, acme | {"x-tidegate-conversation": name})
         assert status == 429
-    known = [scope for _, scope in gateway.services.budgets._refusals]
+    known = [scope for _, scope in gateway.services.budgets._refusals.books]
     assert len(known) == 3
     assert "5" in known[-1]

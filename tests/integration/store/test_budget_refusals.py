@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration.store.test_budget_books import (
     ACME,
+    OTHER,
     cost,
     cut,
     held_by,
@@ -65,6 +66,56 @@ async def test_of_several_budgets_the_one_that_is_reset_last_refuses(budgets: Bu
     assert (await refused(budgets, 30)).limit == "a-month"
     await with_budgets(budgets, Budget("a-month", "usd", 1_000, "month"))
     assert (await refused(budgets, 30)).limit == "d-week"
+
+
+async def test_a_refusal_of_other_calls_leaves_no_later_budget_of_this_call_out(
+    budgets: Budgets,
+) -> None:
+    await with_budgets(
+        budgets,
+        Budget("a-day", "usd", 100, "day"),
+        Budget("b-month", "usd", 100, "month", tenant="acme"),
+        Budget("c-month", "tokens", 1_000, "month", tenant="acme"),
+    )
+    await spend(budgets, 90)
+    with pytest.raises(BudgetExceeded) as found:
+        await held_by(budgets, OTHER, 20)
+    assert found.value.limit == "a-day"
+    written, asked = budgets._written, 0
+
+    async def counted(payload: bytes) -> list[asyncpg.Record]:
+        nonlocal asked
+        asked += 1
+        return await written(payload)
+
+    budgets._written = counted  # type: ignore[method-assign]
+    for _ in range(3):
+        assert (await refused(budgets, 20)).limit == "b-month"
+    assert asked == 1, "what PostgreSQL has answered is remembered"
+
+
+async def test_a_refusal_holds_for_a_call_only_while_its_other_budgets_are_known(
+    connections: Connections,
+) -> None:
+    now = 0.0
+    one = Budgets(connections, instance_id="one", clock=lambda: now)
+    await with_budgets(
+        one,
+        Budget("a-day", "usd", 100, "day"),
+        Budget("b-month", "usd", 150, "month"),
+    )
+    await spend(one, 90)
+    assert (await refused(one, 20)).limit == "a-day"
+    assert (await refused(one, 20)).limit == "a-day"
+    assert (await refused(one, 70)).limit == "b-month", "a larger call does not fit there either"
+    assert (await refused(one, 20)).limit == "a-day"
+    await connections.run(
+        lambda connection: connection.execute(
+            "UPDATE budget_books SET spent = 140 WHERE budget = 'b-month'"
+        )
+    )
+    now = 1.5
+    assert (await refused(one, 20)).limit == "b-month", "it was spent meanwhile"
 
 
 async def test_a_budget_that_a_call_never_fits_refuses_it_before_one_with_a_reset(
