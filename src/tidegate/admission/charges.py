@@ -165,8 +165,10 @@ def _day_of(hour: int) -> date:
 def provider_of_upstream(upstream: Upstream) -> str | None:
     """Return the provider that the upstream names, else the provider of its hosts.
 
-    None for a self-hosted server.
+    Answers of the built-in emulator cost what Gemini's would. None for a self-hosted server.
     """
+    if upstream.is_made_up:
+        return "gemini"
     urls = upstream.base_urls.values()
     return upstream.provider or next(filter(None, map(provider_of, urls)), None)
 

@@ -135,7 +135,8 @@ class Upstream:
     use objects there that no call through this gateway created; None for none. abandoned:
     what happens to the permit of a call whose client left: `release` it, or `wait` for the
     end of the answer if the server continues. media_hosts: patterns of the hosts that a request
-    may have it fetch from, `*` for all. access_options: how it is reached."""
+    may have it fetch from, `*` for all. is_made_up: the built-in emulator answers.
+    access_options: how it is reached."""
 
     name: str
     base_urls: Mapping[str, str]
@@ -154,6 +155,7 @@ class Upstream:
     adopt: str | None = None
     abandoned: Abandoned = "release"
     media_hosts: tuple[str, ...] = (ANY,)
+    is_made_up: bool = False
     access_options: AccessOptions = field(default_factory=AccessOptions)
     _accesses: dict[str, Access] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -371,7 +373,7 @@ def _of_environment(
         options.setdefault("models", (*_EMULATED_MODELS, *more))
     options["access_options"] = access_options_of(path, None, table, urls, secret)
     _check_preempt(path, options)
-    return Upstream(DEFAULT_POOL, urls, key, **options)
+    return Upstream(DEFAULT_POOL, urls, key, is_made_up=config.is_made_up, **options)
 
 
 def _upstream(name: str, table: Mapping[str, Any], secret: ReadSecret) -> Upstream:

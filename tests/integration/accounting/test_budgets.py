@@ -21,6 +21,7 @@ from tidegate.jobs import calls
 from tidegate.prices import budgets as prices
 from tidegate.prices.budgets import Budget, Dimension
 from tidegate.store.budgets import Budgets
+from tidegate.usual_models import EMULATORS_KEY
 
 ON = {"auth": "on", "admin_token": ADMIN_TOKEN, "worker": False}
 BOUND = 90  # of an answer, in tokens
@@ -168,6 +169,28 @@ async def test_money_is_spent_too_and_an_unpriced_call_is_refused_or_estimated(
     status, said, _ = await called(gateway, 0, hard, model="dear", max_tokens=0)
     assert "it has no max_tokens" in said["error"]["message"]
     assert (await called(gateway, 0, hard, model="dear"))[0] == 200
+
+
+async def test_emulated_answers_cost_what_geminis_would_so_that_a_budget_can_be_tried(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(**ON, gemini_api_key=EMULATORS_KEY)
+    acme = await key_of(gateway, "acme")
+    await with_budgets(gateway, Budget("acme-day", "usd", 200_000, "day", tenant="acme"))
+    for most in (200, None):  # without a bound of the call that of the model
+        status, said, _ = await called(gateway, 0, acme, model="gemini-2.5-flash", max_tokens=most)
+        assert status == 200, said
+
+    async def charged() -> list[Any]:
+        rows = await gateway.database.fetch("SELECT cost_micros FROM audit")
+        return [row[0] for row in rows] if len(rows) == 2 else []
+
+    costs = await wait_until(charged, 20, "two calls on record")
+    assert all(costs)
+    (book,) = await gateway.services.budgets.records.books("acme-day")
+    assert book.spent == sum(costs)
+    status, said, _ = await called(gateway, 0, acme, model="gemini-2.5-flash", max_tokens=100_000)
+    assert (status, said["error"]["limit"]) == (429, "acme-day")
 
 
 async def test_two_processes_never_spend_more_than_there_is(open_gateway: Opener) -> None:
