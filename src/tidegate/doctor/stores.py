@@ -33,6 +33,12 @@ def judge_valkey(report: ServerReport, lease_ms: int, *, embedded: bool) -> Iter
     yield _clock(report.clock_ahead_ms)
 
 
+_SAVES_AGAIN = (
+    "make room on its disk, or turn its snapshots off, which Tidegate does not need: "
+    "CONFIG SET save ''"
+)
+
+
 def judge_absence(failed: TidegateError) -> Finding:
     """Return the finding for a server that could not be examined."""
     message = str(failed)
@@ -43,6 +49,8 @@ def judge_absence(failed: TidegateError) -> Finding:
     ):
         fix = "see REDIS_URL's user and password, and docs/servers.md, 'A user of its own'"
         return fail("valkey.acl", message, fix)
+    if "MISCONF" in message:
+        return fail("valkey.persistence", message, _SAVES_AGAIN)
     fix = "start it, and see whether the address and TLS in REDIS_URL are right"
     return fail("valkey.reach", message, fix)
 
@@ -95,7 +103,8 @@ def _memory(facts: dict[str, str]) -> Finding:
         return warn(
             "valkey.memory",
             f"{used / _MB:.0f} of {most / _MB:.0f} MB are used",
-            "raise maxmemory, or find what else fills it: no call can wait once it is full",
+            "raise maxmemory, or find what else fills it: Tidegate still writes when it is full, "
+            "so that the server grows beyond its bound",
         )
     bound = f"of {most / _MB:.0f} MB" if most else "without a bound"
     return ok("valkey.memory", f"noeviction; {used / _MB:.0f} MB used {bound}")
@@ -104,6 +113,9 @@ def _memory(facts: dict[str, str]) -> Finding:
 def _persistence(facts: dict[str, str]) -> Finding:
     if facts.get("loading", "0") == "1":
         return warn("valkey.persistence", "it still loads its data", "wait")
+    if facts.get("rdb_last_bgsave_status", "ok") != "ok":
+        found = "its last save to disk failed, after which a server may refuse writes"
+        return warn("valkey.persistence", found, _SAVES_AGAIN)
     persistence = (
         "append-only file" if facts.get("aof_enabled") == "1" else "none, and none is needed"
     )

@@ -146,3 +146,23 @@ async def test_a_server_that_is_not_there_is_told() -> None:
 
 def test_the_commands_that_are_tried_are_those_that_are_needed() -> None:
     assert set(commands()) | {"eval", "evalsha"} == of_the_limiter() | OF_THE_CONNECTIONS
+
+
+async def test_a_server_whose_last_save_failed_is_told(tmp_path: Path) -> None:
+    everybody = f"user tidegate on >{PASSWORD} ~* &* +@all"
+    with Daemon(tmp_path, everybody) as server:
+        (server.folder / "dump.rdb").mkdir()  # in the way of the file
+        server.say("CONFIG", "SET", "save", "3600 1")
+        server.say("BGSAVE")
+        await wait_until(lambda: _last_save(server) == "err", 20, "the error")
+        for stops, says in (("yes", "MISCONF"), ("no", "save to disk failed")):
+            server.say("CONFIG", "SET", "stop-writes-on-bgsave-error", stops)
+            saved = (await found(server))["valkey.persistence"]
+            assert (saved.state, says in saved.found) == (
+                State.FAIL if stops == "yes" else State.WARN,
+                True,
+            ), saved
+
+
+def _last_save(server: Daemon) -> str:
+    return str(server.say("INFO", "persistence")["rdb_last_bgsave_status"])

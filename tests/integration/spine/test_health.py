@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,81 @@ async def test_a_valkey_that_may_evict_is_unavailable_until_an_operator_has_fixe
     await client.config_set("maxmemory-policy", "noeviction")
     await client.aclose()
     assert (await gateway.end_of(job))["status"] == "succeeded"
+
+
+async def without_saves(client: redis.asyncio.Redis) -> None:
+    """Have a background save fail, with the settings that refuse writes then."""
+    folder = (await client.config_get("dir"))["dir"]
+    name = (await client.config_get("dbfilename"))["dbfilename"]
+    await asyncio.to_thread(lambda: Path(str(folder), str(name)).mkdir())
+    await client.config_set("save", "3600 1")
+    await client.config_set("stop-writes-on-bgsave-error", "yes")
+    await client.bgsave()
+
+    async def has_failed() -> bool:
+        return bool((await client.info("persistence"))["rdb_last_bgsave_status"] == "err")
+
+    await wait_until(has_failed, 20, "a failed save")
+
+
+async def demoted(client: redis.asyncio.Redis) -> None:
+    await client.replicaof("127.0.0.1", "1")
+
+
+async def too_few_replicas(client: redis.asyncio.Redis) -> None:
+    await client.config_set("min-replicas-to-write", "1")
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "said"),
+    [
+        (without_saves, lambda one: one.config_set("save", ""), "MISCONF"),
+        (demoted, lambda one: one.replicaof("NO", "ONE"), "read only replica"),
+        (
+            too_few_replicas,
+            lambda one: one.config_set("min-replicas-to-write", "0"),
+            "replicas to write",
+        ),
+    ],
+    ids=["MISCONF", "READONLY", "NOREPLICAS"],
+)
+async def test_a_valkey_that_answers_but_refuses_writes_is_unavailable(
+    open_gateway: Opener,
+    own_valkey: ValkeyServer,
+    begin: Callable[[redis.asyncio.Redis], Awaitable[None]],
+    end: Callable[[redis.asyncio.Redis], Awaitable[object]],
+    said: str,
+) -> None:
+    gateway = await open_gateway(worker=False, redis_url=own_valkey.url)
+    async with redis.asyncio.Redis.from_url(own_valkey.url, decode_responses=True) as client:
+        await begin(client)
+
+        async def noticed(status: str) -> dict[str, Any] | None:
+            body = (await gateway.get("/health/dependencies"))[1]
+            return body if body["valkey"]["status"] == status else None
+
+        body = await wait_until(lambda: noticed("failed"), 20, "the refusal is noticed")
+        assert said in body["valkey"]["detail"]
+        assert [one["kind"] for one in body["verdict"]["causes"]] == ["valkey_away"]
+        for _ in range(20):
+            assert await noticed("failed"), "it does not come and go"
+        await end(client)
+        await wait_until(lambda: noticed("ok"), 20, "its return")
+
+
+async def test_a_valkey_whose_memory_is_full_still_admits_calls(
+    open_gateway: Opener, own_valkey: ValkeyServer
+) -> None:
+    gateway = await open_gateway(
+        worker=False, redis_url=own_valkey.url, rate_limits={"text_only": 1}
+    )
+    async with redis.asyncio.Redis.from_url(own_valkey.url) as client:
+        await client.config_set("maxmemory", "1")
+        with pytest.raises(redis.exceptions.OutOfMemoryError):
+            await client.set("another", "key")
+    answers = await asyncio.gather(*(gateway.stream(text="Explain the tide") for _ in range(5)))
+    assert {one.status for one in answers} == {200}
+    assert (await gateway.get("/health/dependencies"))[1]["valkey"]["status"] == "ok"
 
 
 @pytest.mark.parametrize("how", ["paused", "stopped"])
