@@ -169,7 +169,7 @@ async def test_kill_9_of_make(begin: Runs, tmp_path: Path) -> None:
 
 # A child that ends while an orphan is being ended, which takes its time: it hears no SIGTERM.
 STUBBORN = """
-import os, signal, time
+import os, signal
 from tests import watcher
 
 watcher.adopt_orphans()
@@ -184,7 +184,7 @@ if not (parent := os.fork()):
         signal.signal(signal.SIGTERM, lambda *_: os.write(write, b"."))
         os.write(go, b".")
         while True:
-            time.sleep(60)
+            signal.pause()
     os.read(ready, 1)  # a signal before would end it without a word
     os._exit(0)
 os.waitpid(parent, 0)
