@@ -147,9 +147,8 @@ class Page:
             self._row("Dashboard", "live", page)
             with suppress(OSError):  # the key opens it too
                 write_private(file, f"{address}\n")
-                self._more(
-                    f"the address in {file} signs in once, within {minutes} minutes; later it"
-                )
+                once = f"the address in {file} works once, within {minutes} minutes; later {page}"
+                self._more(once)
         self._more(f"asks for the operator's key: {self._key_place()}")
 
     def _key_place(self) -> str:
