@@ -160,9 +160,10 @@ class ProviderBatchRunner:
 
     # For the worker
 
-    def takes(self, job: ClaimedJob) -> bool:
-        """Whether a batch API takes the job's call at a known price."""
-        return self._target(job) is not None
+    def taken_in(self, job: ClaimedJob) -> Dialect | None:
+        """Return the dialect of the batch API that takes the job's call at a known price."""
+        found = self._target(job)
+        return None if found is None else found[0].dialect
 
     async def put(self, job: ClaimedJob, choice: TierChoice) -> None:
         """Park a claimed job for the next batch. Raises StoreUnavailable."""

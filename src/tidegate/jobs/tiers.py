@@ -39,7 +39,6 @@ from tidegate.jobs.calls import key_of
 from tidegate.jobs.outages import Key
 from tidegate.record import CallRecord
 from tidegate.settings import Config
-from tidegate.spine.detached import endpoint_named
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Lane
 from tidegate.store.records import ClaimedJob
@@ -59,7 +58,7 @@ UsualBatches = Callable[[str, str], Awaitable[tuple[float, int] | None]]
 
 class TierOffers:
     """Offers processing tiers to the jobs of one worker. targets_of: the targets of a job; lane_of:
-    the lane of a target. takes: whether a provider's batch can take a job."""
+    the lane of a target. taken_in: the dialect of the batch API that can take a job."""
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class TierOffers:
         ahead: OpenJobs,
         targets_of: Callable[[ClaimedJob], Sequence[Target]],
         lane_of: Callable[[Target], Lane],
-        takes: Callable[[ClaimedJob], bool],
+        taken_in: Callable[[ClaimedJob], Dialect | None],
         usual_batches: UsualBatches,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -76,7 +75,7 @@ class TierOffers:
         self._ahead = ahead
         self._targets_of = targets_of
         self._lane_of = lane_of
-        self._takes = takes
+        self._taken_in = taken_in
         self._usual_batches = usual_batches
         self._times = TierTimes.of(config)
         self._recent_calls: dict[Kind, CallSamples] = {kind: CallSamples() for kind in Kind}
@@ -125,12 +124,14 @@ class TierOffers:
             usual = [one for one in map(self.flex.usual_ms, keys) if one is not None]
             slowest = max(usual) if len(usual) == len(keys) else None
             return TierOffer(tier, max(known), slowest, min(map(self.flex.busy_ms, keys)))
-        if not self._takes(job):
+        if (dialect := self._taken_in(job)) is None:
             return None
         usual_ms = [await self._usual_batch_ms(key_of(target)) for target in targets]
         ended = [one for one in usual_ms if one is not None]
         slowest = max(ended) if len(ended) == len(usual_ms) else None
-        return TierOffer(tier, max(known), slowest, keeps_results=_keeps_results(job))
+        # A cancelled batch returns the answers it has, except Gemini's.
+        keeps_results = dialect is not Dialect.GEMINI
+        return TierOffer(tier, max(known), slowest, keeps_results=keeps_results)
 
     async def leaves_at(self, kind: Kind, target: Target, due: datetime) -> datetime | None:
         """Return when a batch at a provider must be cancelled so that its jobs with this deadline
@@ -208,10 +209,3 @@ class TierOffers:
             return busy_ms
         left_ms = (job.revisit_at - self._now()).total_seconds() * 1_000
         return max(1, round(min(busy_ms, left_ms)))
-
-
-def _keeps_results(job: ClaimedJob) -> bool:
-    """Whether a cancelled batch returns the answers it has: not Gemini's, where a prompt may go."""
-    if job.endpoint is None:
-        return False
-    return endpoint_named(job.endpoint).dialect is not Dialect.GEMINI

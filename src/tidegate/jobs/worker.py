@@ -305,7 +305,7 @@ class Worker:
             OpenJobs(store.connections, pool),
             self._places_of,
             self._spine.lane,
-            takes=self._provider_batches.takes,
+            taken_in=self._provider_batches.taken_in,
             usual_batches=store.provider_batches.usual_ms,
             now=self._clock.now,
         )

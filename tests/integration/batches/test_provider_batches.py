@@ -695,6 +695,21 @@ async def test_a_job_that_may_wait_is_put_into_a_batch(
     assert await asked(provider.control) == expected
 
 
+async def test_a_prompt_goes_into_a_batch_where_a_native_call_of_its_model_does(
+    open_gateway: Opener, settings: dict[str, Any]
+) -> None:
+    """Only Gemini's batches lose the answers they have once they are cancelled."""
+    gateway = await opened(open_gateway, settings)
+    gateway.start_worker()
+    may_wait = {"tiers": ["batch"], "deadline_ms": 24 * HOUR_MS, "type": "text_only"}
+    jobs = {
+        dialect: await gateway.submit(data="Say it tomorrow", model=model, **may_wait)
+        for dialect, model in MODELS.items()
+    }
+    tiers = {dialect: (await gateway.end_of(job))["tier"] for dialect, job in jobs.items()}
+    assert tiers == {"openai": "batch", "anthropic": "batch", "gemini": "live"}
+
+
 async def test_a_worker_whose_clock_was_set_creates_no_batch_again_too_soon(
     open_gateway: Opener,
     settings: dict[str, Any],

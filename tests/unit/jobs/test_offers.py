@@ -14,6 +14,7 @@ import pytest
 
 from tidegate.admission.charges import LiveRoom, TierChoice, admitted_per_second
 from tidegate.call import Classification, ClassifiedBy, Kind, Tier, Usage
+from tidegate.dialects.spec import Dialect
 from tidegate.errors import (
     TidegateError,
     UpstreamRejected,
@@ -79,7 +80,7 @@ def offers() -> TierOffers:
         NoJobs(),  # type: ignore[arg-type]
         lambda _: [],
         lambda target: pytest.fail(f"{target} is not to be looked at"),
-        takes=lambda _: True,
+        taken_in=lambda _: Dialect.OPENAI,
         usual_batches=no_batches,
         clock=lambda: 0.0,
     )
