@@ -64,6 +64,10 @@ SENT_LATE_S = 1.0
 EVENLY_FROM, _PARTS = 0.02, 60
 # A charge is renewed this long before it ends, so that no capacity is free in between.
 RENEWED_S = 2.5
+# If the account's bound is less than FAR of the bound in force, margins may exceed it. Once its
+# bucket is full but for IDLE of it, or we have used less than that in a window, PROBED of what
+# others leave is admitted, since otherwise no call, and so no answer, would ever come again.
+FAR, IDLE, PROBED = 0.08, 0.1, 0.5
 _DAY_MS = 86_400_000
 # Factor by which the window that a header implies may differ from a day, for a daily bucket.
 NEAR = 1.2
@@ -465,7 +469,8 @@ class AccountUse:
         needed += self._short(now, lower, bound) if needed else 0.0
         target = round(min(needed, in_force))
         evenly = target - self.kept(now) > EVENLY_FROM * lower
-        return self._record(now, counted, max(0, target - lasting), evenly=evenly)
+        amount = min(target - lasting, self._most(now, counted, counted, in_force, bound, None))
+        return self._record(now, counted, max(0, amount), evenly=evenly)
 
     def level_due(self, now: float, taken: int, level: int, in_force: int, bound: int) -> int:
         """Return how much to charge now to a bucket: by how much its level is below the account's.
@@ -493,7 +498,24 @@ class AccountUse:
         is_due = remaining < 2 * margin or (is_old and excess > 0)
         needed = in_force - remaining + (margin if is_due else 0.0)
         amount = round(needed) - level
+        amount = min(amount, self._most(now, taken, level, in_force, bound, remaining))
         return self._record(now, taken, amount if amount > LEVEL_APART * lower else 0)
+
+    def _most(
+        self, now: float, counted: int, used: int, in_force: int, bound: int, left: float | None
+    ) -> int:
+        """Return the most that may be charged beside `used`, so that some calls are admitted
+        though the bound in force is far above the account's.
+
+        `left`: what a bucket has left, None for a window.
+        """
+        is_full = left is not None and left > (1 - IDLE) * bound
+        is_idle = counted - self.kept(now) < IDLE * bound
+        if bound >= FAR * in_force or not (is_full or is_idle):
+            return in_force
+        leaves = float(bound - self.taken_by_others(now, bound))
+        leaves = leaves if left is None else max(0.0, min(left, leaves))
+        return round(in_force - PROBED * leaves) - used
 
     def _left_now(self, reading: HeaderReading, remaining: int, in_force: int) -> float:
         """Return what remains at the last observation, assuming that others continue.

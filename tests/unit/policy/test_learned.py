@@ -355,6 +355,23 @@ def test_room_is_kept_free_for_a_bound_that_fell_and_freed_when_it_rose_again(
     assert account.use.kept(account.now) == 0
 
 
+@pytest.mark.parametrize("is_bucket", [False, True])
+@pytest.mark.parametrize("bound", [9_600, 4_800, 3_000])
+@pytest.mark.parametrize("wanted", [2, 50])
+def test_an_account_far_below_the_limit_in_force_is_used_nevertheless(
+    wanted: int, bound: int, is_bucket: bool
+) -> None:
+    """As of a limit that was copied from another account: the margins alone exceed its bound."""
+    account = Account(240_000, is_bucket=is_bucket)
+    account.change(bound)
+    account.left = float(bound)
+    account.run(120, wanted)
+    admitted = account.admitted
+    assert account.run(300, wanted) == 0
+    least = 0.9 if is_bucket else 0.15
+    assert account.admitted - admitted > least * 300 * min(wanted, bound / 100 / 60)
+
+
 @pytest.mark.parametrize("reported", [0, 20_000, 30_000, 35_000])
 def test_after_a_loss_what_no_process_reports_again_is_charged_again(reported: int) -> None:
     use = AccountUse(60.0, 60.5, refills=False)
