@@ -286,7 +286,7 @@ def _changes(sets: Sequence[str] | None) -> dict[str, dict[str, Any]]:
 
     found = {}
     for changes in sets or ():
-        each = [change.strip() for change in changes.split(";") if change.strip()]
+        each = [change.strip() for change in changes.split(";") if change.strip()] or [changes]
         found["; ".join(each)] = parsed(each, "--set")
     return found
 

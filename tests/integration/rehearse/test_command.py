@@ -187,6 +187,7 @@ async def test_wrong_use_is_told_in_one_line(tmp_path: Path) -> None:
         (("none.toml",), "none.toml=(file): must be readable"),
         (("load.toml", "--set", "kind:text_only=many"), "limits.kind:text_only=many"),
         (("load.toml", "--set", "kind:text_only"), "must be KEY=VALUE"),
+        (("load.toml", "--set", " ; "), "must be KEY=VALUE"),
         (("load.toml", "--set", "preempt=often"), "preempt=often"),
         (("load.toml", "--batch-time", "soon"), "--batch-time=soon"),
     ):
