@@ -154,8 +154,7 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
     stage: Stage, tmp_path: Path
 ) -> None:
     database, today = stage.gateway.database, datetime.now(UTC).date()
-    before = "/usage?range=own&since=2020-01-01&until=2020-01-02"
-    async with opened(stage, before) as seen:
+    async with opened(stage, "/usage?range=own&since=2020-01-01&until=2020-01-02") as seen:
         await expect(seen.page.get_by_text("No usage in these days")).to_be_visible()
         await expect(seen.page.get_by_text("RECONCILE=openai,anthropic")).to_be_visible()
     for back in range(28):
@@ -241,6 +240,7 @@ async def test_usage_is_told_apart_by_day_tenant_key_and_model_and_beside_the_bo
         await expect(unexplained).to_have_count(1)
         await expect(unexplained).to_contain_text("$0.20")
         await page.goto(f"{stage.gateway.url}/dashboard/#/usage")
+        await expect(page.locator("tr[data-group='acme'] .usage-share")).to_have_text("48 %")
         await pictured(seen, "[aria-label='By tenant']", "usage", tmp_path)
 
 

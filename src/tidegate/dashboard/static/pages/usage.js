@@ -91,8 +91,8 @@ export async function open(main, { query, signal }) {
       acts: [csvButton(found, view, span, false), view.by !== "day" && !found.cut && csvButton(found, view, span, true)].filter(Boolean),
     });
     const [amount] = AMOUNTS[view.measure];
-    const most = Math.max(1, ...found.groups.map(amount));
-    table.show(found.groups.map((one) => ({ ...one, share: amount(one) / most })).toSorted(orderOf(view)));
+    const whole = Math.max(1, amount(found.total));
+    table.show(found.groups.map((one) => ({ ...one, share: amount(one) / whole })).toSorted(orderOf(view)));
     fill(place, table.element);
   }
 
@@ -266,7 +266,7 @@ function orderOf(view) {
 function row(one, view, change) {
   const bar = h("i", {});
   const priced = one.unpriced && !one.cost_micros ? "no price" : dollars(one.cost_micros);
-  bar.style.width = `${100 * one.share}%`;
+  bar.style.width = `${Math.round(100 * one.share)}%`;
   return h(
     "tr",
     { data: { group: one[view.by] } },
@@ -276,7 +276,7 @@ function row(one, view, change) {
     h("td", { class: "number wide" }, one.input_tokens ? percent(one.cached_tokens / one.input_tokens) : ""),
     h("td", { class: "number wide", title: `${count(outputOf(one))} tokens` }, brief(outputOf(one))),
     h("td", { class: "number", title: one.unpriced ? `${counted(one.unpriced, "request")} without a price` : null }, priced),
-    h("td", { class: "usage-share wide" }, bar),
+    h("td", { class: "wide" }, h("div", { class: "usage-share" }, h("span", {}, one.share > 0 && one.share < 0.01 ? "< 1 %" : percent(one.share)), h("div", {}, bar))),
   );
 }
 
