@@ -15,7 +15,7 @@ FOLDERS = (
     *("cli", "doctor", "verify", "supervisor", "", "dashboard", "http", "http/admin"),
     *("http/anthropic", "http/realtime", "jobs", "metrics", "realtime", "spine", "rehearse"),
     *("upstream", "dialects", "admission", "policy", "integrations", "limiter", "limiter/model"),
-    *("store", "store/provider", "emulator", "emulator/fronts", "emulator/gpu", "embedded"),
+    *("store", "store/provider", "emulator", "emulator/fronts", "embedded"),
     *("classify", "telemetry", "prices"),
 )
 

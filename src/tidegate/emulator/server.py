@@ -24,12 +24,11 @@ from tidegate.emulator.account import AccountLimitReached, AccountSpec
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.delivery import JSON_TYPE, Served, failed, json_response
 from tidegate.emulator.dialect import EmulatedApi, LimitReached, Refused
-from tidegate.emulator.fronts import anthropic, bedrock, gemini, openai, realtime
+from tidegate.emulator.fronts import anthropic, bedrock, gemini, gpu_server, openai, realtime
 from tidegate.emulator.fronts.anthropic import ANTHROPIC
 from tidegate.emulator.fronts.bedrock import BEDROCK
 from tidegate.emulator.fronts.gemini import GEMINI
 from tidegate.emulator.fronts.openai import OPENAI
-from tidegate.emulator.gpu import gpu_server
 from tidegate.emulator.rate_limits import rate_limit_headers, retry_headers
 from tidegate.emulator.settings import EmulatorSettings
 from tidegate.emulator.state import EmulatorState

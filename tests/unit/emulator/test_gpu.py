@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from tidegate.emulator.gpu import GpuSpec
-from tidegate.emulator.gpu.schedule import ContextExceeded, Schedule, ServerBusy, Work
+from tidegate.emulator.gpu import ContextExceeded, GpuSpec, Schedule, ServerBusy, Work
 from tidegate.errors import InvalidRequest
 
 

@@ -9,8 +9,7 @@ from random import Random
 
 import pytest
 
-from tidegate.emulator.gpu import GpuSpec
-from tidegate.emulator.gpu.schedule import Schedule, Work
+from tidegate.emulator.gpu import GpuSpec, Schedule, Work
 from tidegate.limiter import Adaptive, Concurrency
 from tidegate.limiter.simulation import LimitState, Paces
 

@@ -28,8 +28,14 @@ from tidegate.emulator.delivery import (
 )
 from tidegate.emulator.dialect import Json, Refused
 from tidegate.emulator.fronts import openai
-from tidegate.emulator.gpu import GpuSpec, Software
-from tidegate.emulator.gpu.schedule import ContextExceeded, Schedule, ServerBusy, Work
+from tidegate.emulator.gpu import (
+    ContextExceeded,
+    GpuSpec,
+    Schedule,
+    ServerBusy,
+    Software,
+    Work,
+)
 from tidegate.emulator.settings import Behaviour
 from tidegate.emulator.state import EmulatorState, LoggedCall
 
