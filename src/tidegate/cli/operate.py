@@ -299,33 +299,10 @@ def _config() -> None:
     pass
 
 
-def load_sound(*, with_jobs: bool = True) -> Config:
-    """Return the settings after all checks of `config check`; without those of workers if this
-    deployment has none. Raises ConfigError."""
-    from tidegate.limiter import check_server_url
-    from tidegate.policy.deployment import deployed, deployed_upstreams
-    from tidegate.settings import load, secret
-    from tidegate.spine.routing import Targets
-    from tidegate.telemetry.tracing import check_collector, collector_variables
-
-    config = load()
-    if config.redis_url is not None:
-        check_server_url("REDIS_URL", config.redis_url.get_secret_value())
-    check_collector(collector_variables())
-    deployed(config)
-    upstreams = deployed_upstreams(config)
-    Targets(upstreams)
-    if with_jobs and config.reconcile:
-        from tidegate.jobs.reconciliation import nightly_accounts
-
-        nightly_accounts(upstreams, config.reconcile, secret)
-    return config
-
-
 def load_to_run(*, with_jobs: bool = True) -> Config:
     """Return the same for a process that is to run, unless its supervisor has checked them;
     possible mistakes are reported. Raises ConfigError."""
-    from tidegate.supervisor.services import is_child
+    from tidegate.supervisor.services import is_child, load_sound
 
     config = load_sound(with_jobs=with_jobs)
     if not is_child():
@@ -378,6 +355,7 @@ def check(
         policy_file,
         stated_settings,
     )
+    from tidegate.supervisor.services import load_sound
 
     config = load_sound()
     policy, deployment = deployed(config), deployed_upstreams(config)

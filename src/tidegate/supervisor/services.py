@@ -41,10 +41,16 @@ from pydantic import SecretStr
 from tidegate.call import DEFAULT_POOL
 from tidegate.embedded.lease import ServersLease, ServiceName, ensure
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable
-from tidegate.limiter import PoolPolicy
-from tidegate.policy.deployment import ORIGINS, deployed, emulates, stated_by
+from tidegate.limiter import PoolPolicy, check_server_url
+from tidegate.policy.deployment import (
+    ORIGINS,
+    deployed,
+    deployed_upstreams,
+    emulates,
+    stated_by,
+)
 from tidegate.policy.live import NO_CHANGES, LiveChanges, changes_of
-from tidegate.settings import NEEDED_IN_THE_OPEN, SECRETS, Config, origins
+from tidegate.settings import NEEDED_IN_THE_OPEN, SECRETS, Config, load, origins, secret
 from tidegate.supervisor.supervisor import LIFELINE
 from tidegate.telemetry.logging import redact
 from tidegate.usual_models import EMULATORS_KEY
@@ -120,6 +126,26 @@ def _filled(config: Config, lease: ServersLease | None) -> Config:
         found["gemini_base_url"] = lease.emulator_url
         found["gemini_api_key"] = SecretStr(EMULATORS_KEY)
     return config.model_copy(update=found)
+
+
+def load_sound(*, with_jobs: bool = True) -> Config:
+    """Return the settings after all checks of `config check`; without those of workers if this
+    deployment has none. Raises ConfigError."""
+    from tidegate.spine.routing import Targets
+    from tidegate.telemetry.tracing import check_collector, collector_variables
+
+    config = load()
+    if config.redis_url is not None:
+        check_server_url("REDIS_URL", config.redis_url.get_secret_value())
+    check_collector(collector_variables())
+    deployed(config)
+    upstreams = deployed_upstreams(config)
+    Targets(upstreams)
+    if with_jobs and config.reconcile:
+        from tidegate.jobs.reconciliation import nightly_accounts
+
+        nightly_accounts(upstreams, config.reconcile, secret)
+    return config
 
 
 def make_folders(config: Config, *others: str) -> None:
@@ -348,7 +374,6 @@ async def batch_of(
 async def _places_of(
     config: Config, connections: Connections, found: Whereabouts
 ) -> list[Whereabouts]:
-    from tidegate.policy.deployment import deployed_upstreams
     from tidegate.spine.routing import Targets
 
     try:
