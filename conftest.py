@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.garbage import pytest_collection, pytest_unconfigure
+from tests.garbage import pytest_collection, pytest_runtest_setup, pytest_unconfigure
 from tests.needs import mark
 from tests.order import order
 from tests.watched import pytest_configure, pytest_xdist_setupnodes
@@ -13,6 +13,7 @@ from tests.watched import pytest_configure, pytest_xdist_setupnodes
 __all__ = [
     "pytest_collection",
     "pytest_configure",
+    "pytest_runtest_setup",
     "pytest_unconfigure",
     "pytest_xdist_setupnodes",
 ]
