@@ -11,7 +11,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tidegate.call import Kind
-from tidegate.http.admin.limits import body_error
+from tidegate.errors import ConfigError, InvalidRequest
+from tidegate.http.admin.limits import body_error, config_errors_refused
 from tidegate.http.problems import in_words
 
 
@@ -62,3 +63,17 @@ def test_a_field_that_an_operators_body_can_not_have_is_told_with_those_that_it_
         Strict.model_validate({"nmae": "x"})
     told = body_error(Strict, refused.value)
     assert (told.field, told.message, told.allowed) == ("nmae", "nmae is not known", "name")
+
+
+@pytest.mark.parametrize(
+    ("value", "allowed", "said"),
+    [
+        ("0", "a whole number from 1 to 60000", "pace_ms: a whole number from 1 to 60000"),
+        (None, "is unknown; known: bound", "pace_ms is unknown; known: bound"),
+    ],
+)
+def test_a_wrong_value_of_a_policy_is_separated_from_what_is_allowed(
+    value: str | None, allowed: str, said: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{said}$"), config_errors_refused():
+        raise ConfigError("pace_ms", value, allowed)

@@ -111,7 +111,8 @@ def config_errors_refused() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        words = f"{error.variable} {error.allowed}"
+        separator = " " if error.value is None else ": "  # the value itself may be a secret
+        words = f"{error.variable}{separator}{error.allowed}"
         raise InvalidRequest(error.variable, words, allowed=error.allowed) from None
 
 
