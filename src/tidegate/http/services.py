@@ -324,7 +324,8 @@ class Services:
         limiter, place = self.limiters.get(pool), None
         if limiter is not None and limits:
             try:
-                place = await limiter.place_of(record.tenant_id, limits, waited_ms)
+                in_order = sorted(set(limits))  # as the limiter's queue has them
+                place = await limiter.place_of(record.tenant_id, in_order, waited_ms)
             except LimiterUnavailable:  # the next comment may have it
                 place = None
         fields: dict[str, object] = {"limit": None if place is None else place.held_up_by}

@@ -7,6 +7,7 @@ import gc
 import gzip
 import json
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -371,8 +372,14 @@ async def next_place(response: aiohttp.ClientResponse) -> dict[str, Any]:
     return place
 
 
-async def test_a_stream_shows_its_place_where_the_client_asks(open_gateway: Opener) -> None:
-    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
+@pytest.mark.parametrize("others", ["", '"rpm:total" = 600\n"itpm:total" = 1_000_000\n'])
+async def test_a_stream_shows_its_place_where_the_client_asks(
+    open_gateway: Opener, tmp_path: Path, others: str
+) -> None:
+    """However many other limits apply to its call."""
+    policy = tmp_path / "policy.toml"
+    policy.write_text(f'[limits]\n"kind:text_only" = 1\n{others}')
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
     await gateway.upstream.set_fault("hang", match="hold it", count=1)
     held = {"contents": [{"parts": [{"text": "hold it"}]}]}
     holding = asyncio.create_task(gateway.http.post(url_of(gateway), json=held))
