@@ -611,6 +611,10 @@ def import_(
 
     config = command_config("limits-import", "warning")
     name = usage_provider(provider)
+    of = {"--project": (project, "openai"), "--workspace": (workspace, "anthropic")}
+    for option, (value, its_provider) in of.items():
+        if value is not None and name != its_provider:
+            raise ConfigError(option, value, f"must only be given for {its_provider}")
     upstream = _upstream_of(config, name)
     account = _account_of(upstream, name, key, url)
     found, change, lines, revision = _imported(

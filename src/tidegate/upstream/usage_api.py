@@ -340,9 +340,7 @@ async def _of_project(wire: RelayWire, account: UsageAccount, project: str) -> R
 async def _only_project(wire: RelayWire, account: UsageAccount) -> str:
     names = [
         _text(row, "id")
-        async for row in _rows(
-            wire, account, "/organization/projects", {"limit": _PAGE}, ("--project", "(not set)")
-        )
+        async for row in _rows(wire, account, "/organization/projects", {"limit": _PAGE}, None)
         if row.get("status", "active") == "active"
     ]
     if len(names) == 1:

@@ -147,6 +147,9 @@ async def test_classes_workspaces_and_what_a_person_has_set(
         (["openai", "--pool", "ant"], {}, 2, "--pool=ant: is no account of openai; oai is"),
         (["anthropic", "--pool", "oai"], {}, 2, "--pool=oai: is no account of anthropic; ant is"),
         (["openai", "--shared", "none-*"], {}, 2, "--shared"),
+        (["openai", "--workspace", "w"], {}, 2, "--workspace=w: must only be given for anthropic"),
+        (["anthropic", "--project", "p"], {}, 2, "--project=p: must only be given for openai"),
+        (["openai", "--url", "{url}"], {}, 1, "the rate-limit API answered HTTP 404"),
     ],
 )
 async def test_an_error_names_what_is_wrong_and_never_the_key(
@@ -159,7 +162,8 @@ async def test_an_error_names_what_is_wrong_and_never_the_key(
 ) -> None:
     which = "anthropic" if "anthropic" in arguments else "openai"
     await provider.control.set_account(provider=which)
-    done = await imported(gateway, *arguments, **settings)
+    given = [argument.format(url=provider.url) for argument in arguments]  # without its /v1
+    done = await imported(gateway, *given, **settings)
     assert (done.code, said in done.complained) == (code, True), done.complained
     assert "secret" not in done.said + done.complained
     assert json.dumps("Traceback") not in done.complained
