@@ -17,6 +17,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from tidegate.admission.charges import Prices, provider_of_upstream
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable, UpstreamError
 from tidegate.policy.deployment import Deployment, Upstream
+from tidegate.policy.providers import PROVIDERS
 from tidegate.prices.reconciliation import ModelFinding, Verdict, compared
 from tidegate.store.provider.reconciliations import Reconciliations
 from tidegate.telemetry.logging import Log, get_logger
@@ -87,7 +88,8 @@ def upstream_of(
     if name is not None and name not in (known := [one.name for one in deployment.upstreams]):
         raise NotFound(f"there is no upstream {name}; known: {', '.join(known)}")
     if not of_provider:
-        raise ConfigError("PROVIDER", provider, "must be the provider of an upstream")
+        way = f"set {PROVIDERS[provider].key}, or define an upstream"
+        raise ConfigError("PROVIDER", provider, f"must be the provider of an upstream: {way}")
     names = ", ".join(one.name for one in of_provider)
     allowed = f"must be one of {names}"
     if name is not None:

@@ -70,7 +70,7 @@ WRONG = {
     "limits set rpm:m=many": "a whole number or a table",
     "limits pause kind:text_only --for soon": "--for=soon",
     "limits import groq": "must be one of openai, anthropic",
-    "limits import openai": "PROVIDER=openai: must be the provider of an upstream",
+    "limits import openai": "the provider of an upstream: set OPENAI_API_KEY",
     "limits import openai --pool gemini": "must be the provider of an upstream",
     "upstreams add Open_AI": "must be lower-case letters",
     "upstreams add gemini": "must be a new name",
