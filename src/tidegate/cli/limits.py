@@ -611,17 +611,13 @@ def import_(
 
     config = command_config("limits-import", "warning")
     name = usage_provider(provider)
-    of = {"--project": (project, "openai"), "--workspace": (workspace, "anthropic")}
-    for option, (value, its_provider) in of.items():
-        if value is not None and name != its_provider:
-            raise ConfigError(option, value, f"must only be given for {its_provider}")
     upstream = _upstream_of(config, name)
     account = _account_of(upstream, name, key, url)
     found, change, lines, revision = _imported(
         config,
         upstream.pool,
         account,
-        places=(project, workspace),
+        places=_places(name, project, workspace),
         shared=shared or (),
         replace=replace,
         reason=reason or f"imported from {name}" if apply else None,
@@ -639,6 +635,17 @@ def _upstream_of(config: Config, provider: UsageProvider) -> Upstream:
     from tidegate.policy.deployment import deployed_upstreams
 
     return upstream_of(deployed_upstreams(config), provider, chosen_pool_or(None), "--pool")
+
+
+def _places(
+    provider: UsageProvider, project: str | None, workspace: str | None
+) -> tuple[str | None, str | None]:
+    """Return both. Raises ConfigError for the one that the provider does not have."""
+    of = {"--project": (project, "openai"), "--workspace": (workspace, "anthropic")}
+    for option, (value, its_provider) in of.items():
+        if value is not None and provider != its_provider:
+            raise ConfigError(option, value, f"must only be given for {its_provider}")
+    return project, workspace
 
 
 def _account_of(

@@ -195,7 +195,7 @@ class Link:
 class Listener:
     """A subscription to `channel` that is kept until its task is cancelled.
 
-    `linked_to` returns the server of the link, or None. `compare` has the session compare with the
+    `_linked_to` returns the server of the link, or None. `compare` has the session compare with the
     server, since pushes or the server itself may be lost. An idle process misses no push, so a
     silent connection is then tested only once per lease.
     """
@@ -292,7 +292,7 @@ _MOST_LEFT_OUT = 4
 class Heartbeat:
     """A thread that renews the lease.
 
-    `tell_changed` and `tell_paused` are called from the thread and must be thread-safe.
+    `on_changed` and `on_paused` are called from the thread and must be thread-safe.
     """
 
     def __init__(

@@ -614,7 +614,7 @@ class Limiter:
         """Return the place of this process's first call that has waited for these limits for at
         most `waited_ms`, or None."""
         requested_ms = self._session.lease.now_ms() - waited_ms
-        waiter = self._queue.first_since(tenant, tuple(limits), requested_ms)
+        waiter = self._queue.first_since(tenant, tuple(sorted(set(limits))), requested_ms)
         return None if waiter is None else await self.place(self.session, waiter.ticket)
 
     async def line(self, limit: str, band: int, tenant: str) -> WaitingLine:
