@@ -324,8 +324,7 @@ class Services:
         limiter, place = self.limiters.get(pool), None
         if limiter is not None and limits:
             try:
-                in_order = sorted(set(limits))  # as the limiter's queue has them
-                place = await limiter.place_of(record.tenant_id, in_order, waited_ms)
+                place = await limiter.place_of(record.tenant_id, limits, waited_ms)
             except LimiterUnavailable:  # the next comment may have it
                 place = None
         fields: dict[str, object] = {"limit": None if place is None else place.held_up_by}

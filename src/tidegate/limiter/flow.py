@@ -307,9 +307,9 @@ class Waiter:
     """A ticket in the queue.
 
     use: its probable use. deadline_ms, requested_ms: by the lease's clock. member: the ticket as
-    the server stores it. stamp: its place there, 0 while unknown. once: it takes the first answer as
-    final. by_estimate: it is refused early if an estimate says by a clear margin that it would not
-    be admitted before its deadline. due: its deadline puts it before others of its tenant.
+    the server stores it. stamp: its place there, 0 while unknown. once: it takes the first answer
+    as final. by_estimate: it is refused early if an estimate says by a clear margin that it would
+    not be admitted before its deadline. due: its deadline puts it before others of its tenant.
     """
 
     ticket: int

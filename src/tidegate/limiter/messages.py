@@ -114,7 +114,10 @@ def _fullness(limit: Limit, used: int, amount: int) -> str:
     if used < bound:
         more = format_amount(limit, amount)
         more = more.removesuffix("s") if amount == 1 else more
-        return f"has no room for {more} more ({spent} of {_figure(limit, bound)} are used)"
+        usage = f"({spent} of {_figure(limit, bound)} are used)"
+        if isinstance(limit, Rate) and limit.pace_ms is not None and used + amount <= bound:
+            return f"spreads what it admits evenly and has no room for {more} more now {usage}"
+        return f"has no room for {more} more {usage}"
     window = f" {format_window(limit)}" if isinstance(limit, Rate) else ""
     return f"is used up ({spent} of {most}{window})"
 

@@ -701,9 +701,11 @@ async def test_a_prompt_goes_into_a_batch_where_a_native_call_of_its_model_does(
     """Only Gemini's batches lose the answers they have once they are cancelled."""
     gateway = await opened(open_gateway, settings)
     gateway.start_worker()
-    may_wait: dict[str, Any] = {"tiers": ["batch"], "deadline_ms": 24 * HOUR_MS, "type": "text_only"}
+    may_wait: dict[str, Any] = {"tiers": ["batch"], "deadline_ms": 24 * HOUR_MS}
     jobs = {
-        dialect: await gateway.submit(data="Say it tomorrow", model=model, **may_wait)
+        dialect: await gateway.submit(
+            data="Say it tomorrow", model=model, type="text_only", **may_wait
+        )
         for dialect, model in MODELS.items()
     }
     tiers = {dialect: (await gateway.end_of(job))["tier"] for dialect, job in jobs.items()}

@@ -50,6 +50,12 @@ def test_one_request_is_no_plural() -> None:
     assert error.message.startswith(said)
 
 
+def test_a_refusal_of_an_even_flow_says_that_it_is_one() -> None:
+    error = too_early("rpm:x", Rate(6, 60_000, pace_ms=10_000), 10_000, 1)
+    said = "Limit rpm:x spreads what it admits evenly and has no room for 1 request more now (1 of "
+    assert error.message == f"{said}6 are used). There is room in 10 s."
+
+
 def test_a_pause_says_for_how_long() -> None:
     error = too_early("model:x", None, 185_000, -1)
     assert isinstance(error, LimitPaused)
