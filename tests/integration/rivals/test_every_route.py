@@ -162,7 +162,7 @@ async def _read(
 WAYS = (
     *(succeeds, is_refused_here, is_late, leaves_the_queue, leaves_in_the_call),
     *(leaves_in_the_answer, fails_by("forbidden", 502, 403), fails_by("internal", 500, 502, 503)),
-    *(fails_by("cut", 502), fails_by("garbage", 200), fails_by("cut_mid_stream", -1, 200)),
+    *(fails_by("cut", 502), fails_by("garbage", 502, 200), fails_by("cut_mid_stream", -1, 200)),
     *(fails_by("error_in_stream", 200, 502, 503), fails_by("blocked_prompt", 200)),
 )
 

@@ -264,7 +264,7 @@ def test_anthropic_says_it_in_its_headers() -> None:
     assert (found.unit, found.retry_after_ms) == ("input_tokens", 86_400_000)
 
 
-IN_HALF_AN_HOUR, IN_TWO_HOURS = str(int(time.time()) + 1_800), str(int(time.time()) + 7_200)
+IN_HALF_AN_HOUR, IN_TWO_HOURS = 1_800, 7_200  # seconds
 
 
 @pytest.mark.parametrize(
@@ -300,9 +300,15 @@ IN_HALF_AN_HOUR, IN_TWO_HOURS = str(int(time.time()) + 1_800), str(int(time.time
     ],
 )
 def test_anthropic_names_the_windows_of_a_subscription_in_headers(
-    headers: Headers, wait_s: int | None, of_account: bool
+    headers: dict[str, str | int], wait_s: int | None, of_account: bool
 ) -> None:
-    named = {f"anthropic-ratelimit-unified-{name}": value for name, value in headers.items()}
+    now_s = int(time.time())
+    named = {
+        f"anthropic-ratelimit-unified-{name}": value
+        if isinstance(value, str)
+        else f"{now_s + value}"
+        for name, value in headers.items()
+    }
     error = classified("anthropic", 429, {"type": "rate_limit_error", "message": "no"}, named)
     assert isinstance(error, UpstreamThrottled)
     assert error.of_account is of_account
