@@ -25,7 +25,7 @@ from tidegate.limiter.simulation import load
 TENANTS, BUSY = 10_000, 1_000
 ASKED = 600
 LIVE_MS, TEND_MS = 20.0, 5.0
-# Longer than any command of a script takes: to note those, too, would be a part of what is measured.
+# Longer than any command of a script takes: to note those, too, would be part of what is measured.
 SLOWER_THAN_US = 250
 BODY = {"model": "gemini-2.5-flash", "messages": [{"role": "user", "content": "Say hello"}]}
 
