@@ -62,6 +62,7 @@ from tidegate.jobs.calls import (
     forever,
     is_of_upstream,
     retry_wait_ms,
+    run_loops,
     targets_of,
     until_review,
 )
@@ -738,13 +739,9 @@ class BatchRunner:
         """Work until `stop` is set; then finish the lines being called within the grace."""
         loops = (self._lines.feed, self._conduct)
         rest = partial(asyncio.sleep, _POLL_EVERY_S)
-        tasks = [asyncio.create_task(forever(loop, rest)) for loop in loops]
         try:
-            await stop.wait()
+            await run_loops(stop, [forever(loop, rest) for loop in loops])
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await self._lines.drain()
 
     async def _conduct(self) -> None:

@@ -424,6 +424,17 @@ async def forever(step: Callable[[], Awaitable[None]], rest: Callable[[], Awaita
         await rest()
 
 
+async def run_loops(stop: asyncio.Event, loops: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run loops until `stop` is set or this is cancelled, and cancel them then."""
+    tasks = [asyncio.create_task(loop) for loop in loops]
+    try:
+        await stop.wait()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def run_until(
     stop: asyncio.Event,
     loops: Iterable[Coroutine[Any, Any, None]],
@@ -434,13 +445,9 @@ async def run_until(
 ) -> None:
     """Run loops until `stop` is set. Tasks that are `in_hand` then may end within the grace period;
     the others are cancelled. `leave` then releases the leases of this process."""
-    tasks = [asyncio.create_task(loop) for loop in loops]
     try:
-        await stop.wait()
+        await run_loops(stop, loops)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
         last = set(in_hand.values())
         if last:
             await asyncio.wait(last, timeout=grace_ms / 1000)
