@@ -433,7 +433,9 @@ def error_without_output(answer: bytes) -> JsonObject | None:
     """Return a whole answer that reports an error beside its choices and no output; None for any
     other."""
     value = error_of_choice(answer)
-    choices = None if value is None else value.get("choices")
+    if value is None:
+        return None
+    choices = value.get("choices")
     choice = _object(choices[0]) if type(choices) is list and choices else {}
     content = [part for name, part in _object(choice.get("message")).items() if name != "role"]
     return None if choice.get("text") or any(content) else value
