@@ -51,6 +51,7 @@ _ENDS = {
     "requires_continuation": Status.SUCCEEDED,
     "budget_exceeded": Status.FAILED,
     "failed": Status.FAILED,
+    "expired": Status.FAILED,
     "cancelled": Status.CANCELLED,
 }
 

@@ -3,10 +3,11 @@
     accepted by the provider ──► polled repeatedly ──► ended: on record, charged, not counted
 
 Each poll is claimed and can be repeated by another worker. A call that takes longer than its
-upstream's `total_timeout_ms` is cancelled at the provider, and polled until it has ended there.
+upstream's `total_timeout_ms` is cancelled at the provider, and polled until it has ended there, for
+`GRACE_MS` at most.
 
 Invariants: a call counts in the limiter until the provider reports its end or does not know it any
-more; it is recorded and charged once, by what the provider reports.
+more, or has had that time; it is recorded and charged once, by what the provider reports.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ log = get_logger()
 @dataclass(frozen=True, slots=True)
 class _Reported:
     """A provider's report on its work: its object, None if the provider does not know the work.
-    end: its final status, None while it continues. facts: of an object that is too long to be
-    parsed, and is empty here."""
+    end: its final status, None while it continues, or for work that is given up. facts: of an
+    object that is too long to be parsed, and is empty here."""
 
     body: bytes
     document: dict[str, Any] | None
@@ -79,6 +80,15 @@ class _Reported:
 
 def _work_of(call: BackgroundCall) -> OngoingWork:
     return DIALECTS[call.dialect].works[call.kind]
+
+
+def _rest_ms(call: BackgroundCall) -> float:
+    """Return how long the call may still take to end: a grace period follows its longest time, or
+    its cancellation if that is later."""
+    if call.left_ms > 0:
+        return call.left_ms + GRACE_MS
+    over_ms = call.cancelled_ms or 0.0 if _work_of(call).cancel else -call.left_ms
+    return GRACE_MS - over_ms
 
 
 class BackgroundRunner:
@@ -158,14 +168,14 @@ class BackgroundRunner:
             elif not (is_over or self._is_lost(call)):
                 await self._calls.put_off(call, self._wait_ms(call))
                 return
-            can_cancel = bool(_work_of(call).cancel) and call.cancelled_at is None
+            can_cancel = bool(_work_of(call).cancel) and call.cancelled_ms is None
             if is_over and reported.end is None and can_cancel:
                 reported = await self._ask(call, target, "POST")
                 if reported.end is None:
                     wait_ms = float(self._config.background_poll_ms)
                     await self._calls.put_off(call, wait_ms, is_cancelled=True)
                     return
-            if reported.end is not None:
+            if reported.end is not None or _rest_ms(call) <= 0:
                 await self._end(call, reported, target)
                 return
         except UpstreamError as error:
@@ -195,9 +205,9 @@ class BackgroundRunner:
         limiter = self._limiter(call)
         if limiter is None or not call.limits:
             return
-        left_ms = max(0, round(call.left_ms)) + GRACE_MS
-        with suppress(LimiterUnavailable):  # the next poll repeats it
-            await limiter.hold(call.permit, call.limits, left_ms)
+        if (rest_ms := round(_rest_ms(call))) > 0:
+            with suppress(LimiterUnavailable):  # the next poll repeats it
+                await limiter.hold(call.permit, call.limits, rest_ms)
 
     async def _no_longer_counted(self, call: BackgroundCall) -> None:
         """Stop counting the call. Raises LimiterUnavailable."""
@@ -401,6 +411,8 @@ def _failure(reported: _Reported) -> Failure | None:
         return Failure("cancelled", "the response was cancelled")
     if reported.document is None:
         return Failure("background_lost", "the provider does not know the response any more")
+    if reported.end is None:
+        return Failure("background_lost", "the provider reported no end of the response in time")
     error = reported.document.get("error")
     errors = reported.document.get("errors")  # of an interaction
     error = errors[0] if isinstance(errors, list) and errors else error

@@ -391,11 +391,16 @@ class Forgetful:
     reads: int = 0
     found_after: int = 10**6
     made: int = 0
+    cancelled: int = 0
+    never_ends: bool = False
     hanging: int = 0
     goes_on: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def answer(self, request: web.BaseRequest) -> web.Response:
         await request.read()
+        if request.path.endswith("/cancel"):
+            self.cancelled += 1
+            return web.json_response(MADE)
         if request.method == "POST":
             self.made += 1
             return web.json_response(MADE | {"id": f"resp_{self.made}"})
@@ -403,6 +408,8 @@ class Forgetful:
             self.hanging += 1
             await self.goes_on.wait()
         self.reads += 1
+        if self.never_ends:
+            return web.json_response(MADE)
         if self.reads <= self.found_after:
             return web.json_response({"error": {"message": "not found"}}, status=404)
         return web.json_response(DONE)
@@ -443,6 +450,32 @@ async def test_a_response_is_lost_once_its_provider_has_not_known_it_for_a_while
     else:
         assert (row["status"], row["failure"]["code"]) == ("failed", "background_lost")
         assert row["usage_state"] == "estimated"
+
+
+async def test_a_response_that_its_provider_never_ends_is_given_up_some_time_after_its_cancellation(
+    open_gateway: Opener, forgetful: Forgetful, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kept its permit for as long as the provider said that it went on."""
+    policy = tmp_path / "tidegate.toml"
+    timeout = "[upstreams.forgetful]\ntotal_timeout_ms = 1000"
+    text = FORGETFUL.format(url=forgetful.url)
+    policy.write_text(text.replace("[upstreams.forgetful]", timeout, 1))
+    monkeypatch.setattr(background, "GRACE_MS", 1_000)
+    forgetful.never_ends = True
+    gateway = await open_gateway(tidegate_policy=policy, background_poll_ms=100)
+    body = {"model": MODEL, "input": "Think", "background": True}
+    async with gateway.http.post(f"{gateway.url}/v1/responses", json=body) as response:
+        assert (response.status, (await response.json())["status"]) == (200, "queued")
+        row = await gateway.audit(response.headers["x-tidegate-request-id"])
+    assert (row["status"], row["failure"]["code"]) == ("failed", "background_lost")
+    assert "reported no end" in row["failure"]["message"]
+    assert (row["usage_state"], forgetful.cancelled) == ("estimated", 1)
+    limiter = gateway.services.spine.health["forgetful"].limiter
+
+    async def is_free() -> bool:
+        return (await limiter.snapshot()).limits["kind:text_only"].used == 0
+
+    await wait_until(is_free, 10, "its permit")
 
 
 HANGS = """

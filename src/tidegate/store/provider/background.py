@@ -16,7 +16,6 @@ import asyncio
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -41,8 +40,8 @@ _TIMEOUT_MS = 5_000
 class BackgroundCall:
     """A background call. kind, resource_id: of the resource that it makes. permit: its name in the
     limiter, in the upstream's pool. limits: with the amount that it takes of each. looks: the
-    number of polls. cancelled_at: when it was cancelled at the provider. age_ms, left_ms: since its
-    start, and until its longest time has passed, by PostgreSQL's clock only."""
+    number of polls. cancelled_ms: since its cancellation at the provider, None before it. age_ms,
+    left_ms: since its start, and until its longest time has passed. All by PostgreSQL's clock."""
 
     id: UUID
     state: str
@@ -57,7 +56,7 @@ class BackgroundCall:
     hold_id: UUID | None
     record: CallRecord
     looks: int
-    cancelled_at: datetime | None
+    cancelled_ms: float | None
     age_ms: float
     left_ms: float
     claim: int

@@ -41,6 +41,7 @@ WHERE id = (
 )
 RETURNING *, facts::text AS facts_text, lineage::text AS lineage_text,
     (extract(epoch FROM now() - created_at) * 1000)::double precision AS age_ms,
+    (extract(epoch FROM now() - cancelled_at) * 1000)::double precision AS cancelled_ms,
     (extract(epoch FROM deadline_at - now()) * 1000)::double precision AS left_ms
 
 -- name: put_off_background_call
