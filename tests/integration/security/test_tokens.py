@@ -5,11 +5,17 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import orjson
+import pytest
+from websockets.asyncio.client import connect
+
 from tests.gateway import Opener
 from tests.integration.security.hostile import BODY, PATH, Hostile
 from tests.integration.tenants.asking import ask, submitted
 from tests.issuer import AUDIENCE, issuer_server
 from tests.waiting import wait_until
+from tidegate.http import auth
+from tidegate.upstream import issuer as issuers
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -104,3 +110,25 @@ async def test_an_issuer_that_never_answered_is_a_503_and_keys_of_ours_go_on(
         status, problem = await ask(gateway, "GET", "/requests", bearer(token))
         assert (status, problem["code"]) == (503, "issuer_unavailable")
         assert (await ask(gateway, "GET", "/requests", bearer(made.text)))[0] == 200
+
+
+async def test_a_realtime_session_goes_on_while_its_issuer_is_unavailable(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with issuer_server() as issuer:
+        gateway = await open_gateway(
+            worker=False, auth="on", jwt_issuer=issuer.url, jwt_audience=AUDIENCE
+        )
+        headers = bearer(issuer.token(tenant="default"))
+        monkeypatch.setattr(auth, "VERIFIED_FOR_S", 0.0)
+        url = f"ws{gateway.url.removeprefix('http')}/v1/realtime?model=gemini-2.5-flash"
+        async with connect(url, additional_headers=headers, proxy=None) as socket:
+            await socket.recv()
+            issuer.is_down = True
+            monkeypatch.setattr(issuers, "KEYS_USABLE_S", 0.0)
+            monkeypatch.setattr(issuers, "KEYS_ASKED_EVERY_S", 0.0)
+            asked = issuer.asked.total()
+            await wait_until(lambda: issuer.asked.total() >= asked + 2, 20, "checks of its token")
+            await socket.send('{"type":"response.create"}')
+            while orjson.loads(await socket.recv())["type"] != "response.done":
+                pass

@@ -33,6 +33,7 @@ from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
 from tidegate.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    IssuerUnavailable,
     RealtimeIdle,
     RealtimeStalled,
     RequestTimeout,
@@ -265,7 +266,7 @@ class _SessionFront:
         """Raise Unauthenticated or Forbidden if the key is no longer valid for the session."""
         try:
             caller = await self._identified()
-        except StoreUnavailable:  # open sessions continue; no new one begins
+        except (StoreUnavailable, IssuerUnavailable):  # open sessions continue; no new one begins
             return
         check_model(caller, self._record.model or "")
 
