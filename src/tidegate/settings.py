@@ -126,10 +126,10 @@ def is_address(text: str) -> bool:
 
 
 def is_plain_url(text: str) -> bool:
-    """Return whether a text is an HTTP URL without a user, a password or a query."""
+    """Return whether a text is an HTTP URL without a user, a password, a query or a fragment."""
     url = split_url(text)
-    plain = bool(url.hostname) and not (url.username or url.password or url.query)
-    return plain and url.scheme in ("http", "https") and re.search(r"\s", text) is None
+    plain = bool(url.hostname) and not (url.username or url.password)
+    return plain and url.scheme in ("http", "https") and re.search(r"[\s?#]", text) is None
 
 
 def is_key(text: str) -> bool:
@@ -138,15 +138,14 @@ def is_key(text: str) -> bool:
 
 def _issuer(value: str) -> str:
     url, is_local = split_url(value), split_url(value).hostname in ("localhost", "127.0.0.1", "::1")
-    is_sound = is_plain_url(value) and not url.fragment and (url.scheme == "https" or is_local)
+    is_sound = is_plain_url(value) and (url.scheme == "https" or is_local)
     return _checked("jwt_issuer", value, is_sound or not value)
 
 
 def _url(value: str | None) -> str | None:
     if value is None:
         return None
-    is_sound = is_plain_url(value) and not split_url(value).fragment
-    return _checked("tidegate_url", value.rstrip("/"), is_sound)
+    return _checked("tidegate_url", value.rstrip("/"), is_plain_url(value))
 
 
 def _key(value: SecretStr | None) -> SecretStr | None:

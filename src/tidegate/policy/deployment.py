@@ -639,7 +639,9 @@ def _base_url(path: str, dialect: str, url: object) -> str:
         raise ConfigError(path, None, unknown(dialect, DIALECTS))
     if not isinstance(url, str) or not is_plain_url(url):
         raise ConfigError(
-            path, "(hidden)", "must be an http:// or https:// URL without a user, query or blank"
+            path,
+            "(hidden)",
+            "must be an http:// or https:// URL without a user, query, fragment or blank",
         )
     return url.rstrip("/")
 

@@ -100,6 +100,8 @@ def test_no_key_is_shown() -> None:
         ("[upstreams.a]\nbase_url = 'gpu:8000'", "upstreams.a.base_url"),
         ("[upstreams.a]\nbase_url = 'http://g pu:8000'", "upstreams.a.base_url"),
         ("[upstreams.a]\nbase_url = 'http://gpu:8000/v1 '", "upstreams.a.base_url"),
+        ("[upstreams.a]\nbase_url = 'http://gpu:8000/v1#a'", "upstreams.a.base_url"),
+        ("[upstreams.a]\nbase_url = 'http://gpu:8000/v1?'", "upstreams.a.base_url"),
         ("[upstreams.a]\nbase_url = 'http://x'\ndialect = 'morse'", "upstreams.a.dialect"),
         ("[upstreams.a]\nprovider = 'openai'\ndialect = 'openai'", "upstreams.a.dialect"),
         ("[upstreams.a]\nprovider = 'openai'\nkey = 'sk-live'", "upstreams.a.key"),
