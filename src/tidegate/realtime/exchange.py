@@ -105,11 +105,10 @@ def code_of(error: TidegateError) -> int:
         return 1007
     if isinstance(error, RealtimeIdle):
         return 1001
-    if isinstance(error, AdmissionError):
-        return 1013
-    if isinstance(error, UpstreamError):
+    if isinstance(error, UpstreamError) or type(error) is TidegateError:  # an internal one
         return 1011
-    return 1008
+    may_return = error.retryable and not isinstance(error, QuotaExceeded)
+    return 1013 if may_return or isinstance(error, AdmissionError) else 1008
 
 
 @dataclass(frozen=True, slots=True)
