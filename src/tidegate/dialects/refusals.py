@@ -292,8 +292,11 @@ _ENOUGH_BYTES, _MOST_TAIL_BYTES = 2_048, 4_000_000
 _EVENT, _DATA = re.compile(rb"(?:^|\n)data:(?!\s*\[DONE\])"), re.compile(rb"(?:^|\n)data:")
 _MAY_REPORT = re.compile(
     rb'"error"\s*:\s*(?:data:\s*)?[{"]|"type"\s*:\s*"(?:error|response\.failed)"|'
-    rb'"object"\s*:\s*"error"|"finish_reason"\s*:\s*"error"|(?:^|\n)event:[ ]?error\s'
+    rb'"object"\s*:\s*"error"|"finish_reason"\s*:\s*"error"|(?:^|\n)event:[ ]?error\s|'
+    rb'"base_resp"\s*:\s*\{[^{}]*"status_code"\s*:\s*[1-9]'  # MiniMax's, which has no `error`
 )
+# What `_MAY_REPORT` finds contains one of these.
+_WORDS_OF_ERRORS = (b"error", b"response.failed", b'"base_resp"')
 _NAMED_ERROR = re.compile(rb"(?:^|\n)event:[ ]?error\s*(?:\n|$)")
 _BETWEEN_EVENTS = re.compile(rb"\r?\n\r?\n")
 _IN_LIST = re.compile(rb'[\[,]\s*(?=\{\s*"error"\s*:\s*\{)')
@@ -330,8 +333,8 @@ def may_begin_with_error(first: bytes) -> bool:
 def error_event_in(data: bytes) -> JsonObject | None:
     """Return the object that reports an error in the first or the last bytes of an answer: a JSON
     body, an item of a list, or an event, also one without `data:`."""
-    if data.find(b"error") < 0 and data.find(b"response.failed") < 0:
-        return None  # the usual case: what `_MAY_REPORT` finds contains one of the two
+    if not any(data.find(word) >= 0 for word in _WORDS_OF_ERRORS):
+        return None  # the usual case
     if _MAY_REPORT.search(data) is None:
         return None
     lines, parts = _data_lines(data), _BETWEEN_EVENTS.split(data)

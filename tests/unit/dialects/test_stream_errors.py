@@ -90,6 +90,19 @@ def test_minimax_reports_errors_within_a_success(code: int, kind: type[UpstreamE
     assert refusals.error_of_refusal_in(json.dumps(body).encode())["message"] == f"no ({code})"
 
 
+@pytest.mark.parametrize("end", [b"", b"data: [DONE]\n\n"])
+def test_an_error_of_minimax_at_the_end_of_a_stream_is_seen(end: bytes) -> None:
+    delta = b'data: {"choices":[{"index":0,"delta":{"content":"so"}}]}\n\n'
+    for choices in (None, [{"finish_reason": "stop", "delta": {"content": "\\"}}]):
+        last = b"data: " + of_minimax(1002, "rate limit {x}", choices) + b"\n\n" + end
+        value = refusals.error_at_end([delta] * 300 + [last[:40], last[40:]])
+        assert value is not None
+        error = refusals.stream_error(value, [], secret="", dialect="openai")
+        assert type(error) is UpstreamThrottled
+    said = of_minimax(0, "success", [{"delta": {"content": '"base_resp":{"status_code":1002}'}}])
+    assert refusals.error_at_end([delta, b"data: " + said + b"\n\n" + end]) is None
+
+
 def test_a_success_of_minimax_is_one() -> None:
     said = [{"index": 0, "message": {"role": "assistant", "content": "so"}}]
     for fine in (of_minimax(0, "success", said), of_minimax(0, ""), b'{"base_resp":null}'):
