@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -184,6 +184,10 @@ def plain_model(model: str) -> str:
 def check_id(limit_id: str) -> None:
     """Raise ConfigError for an id that no call of the product can fall under."""
     scope, _, name = limit_id.partition(":")
+    if len(name) > _MOST_NAME_CHARS and (scope in MEASURES or scope in AT_ONCE):
+        short = f"limits.{limit_id[:_SHOWN_CHARS]}..."
+        allowed = f"must have at most {_MOST_NAME_CHARS} characters after {scope}:, not {len(name)}"
+        raise ConfigError(short, None, allowed)
     if scope in MEASURES:
         _check_rate_name(limit_id, name)
     elif scope not in AT_ONCE:
@@ -203,6 +207,20 @@ def check_id(limit_id: str) -> None:
         raise ConfigError(f"limits.{limit_id}", None, f"{allowed}{others}")
     elif scope in _CALLERS:
         _check_caller(limit_id, scope, name, ":")
+    if (subject := subject_of(limit_id)) is not None and is_of_models(subject):
+        _check_models(limit_id, name)
+
+
+_MOST_NAME_CHARS = 200  # the limiter's own bound
+_SHOWN_CHARS = 60
+
+
+def _check_models(limit_id: str, names: str) -> None:
+    """Raise ConfigError if one of several names is empty or no model's."""
+    for name in map(plain_model, names.split(",")):
+        if not name or not is_of_models(name):
+            allowed = f"must name models only, separated by commas, not {name!r}"
+            raise ConfigError(f"limits.{limit_id}", None, allowed)
 
 
 def _check_rate_name(limit_id: str, name: str) -> None:
@@ -757,36 +775,6 @@ def ms_of(text: str) -> float | None:
     return None if found is None else float(found["number"]) * _UNITS_MS[found["unit"]]
 
 
-MOST_WEIGHT = 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """A tenant's part of the policy. Tenants that the policy does not name have `weight` 1."""
-
-    weight: int
-    limits: dict[str, Any]
-
-
-def share_of(plain: Mapping[str, Any], tenant: str) -> Share:
-    limits = plain.get("limits", {})
-    own = {name: value for name, value in limits.items() if is_of(name, tenant)}
-    return Share(plain.get("weights", {}).get(tenant, 1), own)
-
-
-def shares_of(plain: Mapping[str, Any]) -> Callable[[str], Share]:
-    """Return `share_of` this policy for many tenants, with one pass over its limits."""
-    own: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    for limit_id, value in plain.get("limits", {}).items():
-        scope, _, name = limit_id.partition(":")
-        if scope == "tenant":
-            own[name][limit_id] = value
-        elif scope in MEASURES and name.startswith("tenant/"):
-            own[name.removeprefix("tenant/")][limit_id] = value
-    weights = plain.get("weights", {})
-    return lambda tenant: Share(weights.get(tenant, 1), own.get(tenant, {}))
-
-
 def is_of(limit_id: str, tenant: str) -> bool:
     """Return whether a limit is this tenant's: `tenant:acme`, or a rate such as
     `rpm:tenant/acme`."""
@@ -834,64 +822,3 @@ def _is_independent(limit_id: str, value: object) -> bool:
     scope, _, name = limit_id.partition(":")
     is_rate_of_one = scope in MEASURES and name.startswith(_OF_TENANTS)
     return scope == "tenant" or scope in _CALLERS or is_rate_of_one
-
-
-def share_edit(
-    tenant: str,
-    *,
-    weight: int | None = None,
-    limits: Mapping[str, Any] | None = None,
-    remove: Iterable[str] = (),
-) -> Edit | None:
-    """Return the change that these arguments describe, None for none; a limit of None is removed.
-
-    A limit to remove need not exist. Raises ConfigError for a limit that is not this tenant's;
-    values are validated when the policy is read."""
-    set_ = {name: value for name, value in (limits or {}).items() if value is not None}
-    dropped = [*remove, *(name for name, value in (limits or {}).items() if value is None)]
-    for name in (*set_, *dropped):
-        if not is_of(name, tenant):
-            allowed = f"must be tenant:{tenant} or a rate such as rpm:tenant/{tenant}"
-            raise ConfigError(f"limits.{name}", None, allowed)
-    if weight is not None and not 1 <= weight <= MOST_WEIGHT:
-        allowed = f"must be a whole number from 1 to {MOST_WEIGHT}"
-        raise ConfigError(f"weights.{tenant}", str(weight), allowed)
-    if weight is None and not set_ and not dropped:
-        return None
-
-    def change(plain: Plain) -> Plain:
-        others = {name: one for name, one in plain.get("limits", {}).items() if name not in dropped}
-        changed = {**plain, "limits": others | set_}
-        if weight is not None:
-            changed["weights"] = {**plain.get("weights", {}), tenant: weight}
-        return changed
-
-    return change
-
-
-def is_within(limit_id: str, tenant: str, keys: Collection[str] = ()) -> bool:
-    """Return whether a limit applies to this tenant alone, or to one of its `keys`, users or
-    conversations."""
-    match caller_of(limit_id):
-        case "key", prefix:
-            return prefix in keys
-        case _, whose, _:
-            return whose == tenant
-    return is_of(limit_id, tenant)
-
-
-def without(tenant: str, keys: Collection[str] = ()) -> Edit:
-    """Return the change that removes all limits and weights of a tenant and its `keys`."""
-
-    def change(plain: Plain) -> Plain:
-        limits = plain.get("limits", {})
-        weights = plain.get("weights", {})
-        return {
-            **plain,
-            "limits": {
-                name: one for name, one in limits.items() if not is_within(name, tenant, keys)
-            },
-            "weights": {name: one for name, one in weights.items() if name != tenant},
-        }
-
-    return change

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hmac
 from base64 import b64decode, b64encode
-from collections.abc import Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -16,15 +17,7 @@ from typing import Any
 from tidegate.call import OperatorRole
 from tidegate.errors import ConfigError, NotFound, PolicyChanged
 from tidegate.limiter import check_tenant
-from tidegate.policy.format import (
-    Plain,
-    is_within,
-    share_edit,
-    share_of,
-    shares_of,
-    to_plain,
-    without,
-)
+from tidegate.policy.format import MEASURES, Edit, Plain, caller_of, is_of, to_plain
 from tidegate.policy.inspection import Control
 from tidegate.policy.rollout import PolicyKeeper, edit_record
 from tidegate.store.tenants import Key, Tenant, Tenants, check_changes
@@ -197,3 +190,94 @@ def plain_key(key: Key) -> dict[str, Any]:
     values = asdict(key)
     role = OperatorRole.of(key.scopes)
     return {"tenant": values.pop("tenant_id"), **values, "role": role, "state": key.state}
+
+
+MOST_WEIGHT = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A tenant's part of the policy. Tenants that the policy does not name have `weight` 1."""
+
+    weight: int
+    limits: dict[str, Any]
+
+
+def share_of(plain: Mapping[str, Any], tenant: str) -> Share:
+    limits = plain.get("limits", {})
+    own = {name: value for name, value in limits.items() if is_of(name, tenant)}
+    return Share(plain.get("weights", {}).get(tenant, 1), own)
+
+
+def shares_of(plain: Mapping[str, Any]) -> Callable[[str], Share]:
+    """Return `share_of` this policy for many tenants, with one pass over its limits."""
+    own: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for limit_id, value in plain.get("limits", {}).items():
+        scope, _, name = limit_id.partition(":")
+        if scope == "tenant":
+            own[name][limit_id] = value
+        elif scope in MEASURES and name.startswith("tenant/"):
+            own[name.removeprefix("tenant/")][limit_id] = value
+    weights = plain.get("weights", {})
+    return lambda tenant: Share(weights.get(tenant, 1), own.get(tenant, {}))
+
+
+def share_edit(
+    tenant: str,
+    *,
+    weight: int | None = None,
+    limits: Mapping[str, Any] | None = None,
+    remove: Iterable[str] = (),
+) -> Edit | None:
+    """Return the change that these arguments describe, None for none; a limit of None is removed.
+
+    A limit to remove need not exist. Raises ConfigError for a limit that is not this tenant's;
+    values are validated when the policy is read."""
+    set_ = {name: value for name, value in (limits or {}).items() if value is not None}
+    dropped = [*remove, *(name for name, value in (limits or {}).items() if value is None)]
+    for name in (*set_, *dropped):
+        if not is_of(name, tenant):
+            allowed = f"must be tenant:{tenant} or a rate such as rpm:tenant/{tenant}"
+            raise ConfigError(f"limits.{name}", None, allowed)
+    if weight is not None and not 1 <= weight <= MOST_WEIGHT:
+        allowed = f"must be a whole number from 1 to {MOST_WEIGHT}"
+        raise ConfigError(f"weights.{tenant}", str(weight), allowed)
+    if weight is None and not set_ and not dropped:
+        return None
+
+    def change(plain: Plain) -> Plain:
+        others = {name: one for name, one in plain.get("limits", {}).items() if name not in dropped}
+        changed = {**plain, "limits": others | set_}
+        if weight is not None:
+            changed["weights"] = {**plain.get("weights", {}), tenant: weight}
+        return changed
+
+    return change
+
+
+def is_within(limit_id: str, tenant: str, keys: Collection[str] = ()) -> bool:
+    """Return whether a limit applies to this tenant alone, or to one of its `keys`, users or
+    conversations."""
+    match caller_of(limit_id):
+        case "key", prefix:
+            return prefix in keys
+        case _, whose, _:
+            return whose == tenant
+    return is_of(limit_id, tenant)
+
+
+def without(tenant: str, keys: Collection[str] = ()) -> Edit:
+    """Return the change that removes all limits and weights of a tenant and its `keys`."""
+
+    def change(plain: Plain) -> Plain:
+        limits = plain.get("limits", {})
+        weights = plain.get("weights", {})
+        return {
+            **plain,
+            "limits": {
+                name: one for name, one in limits.items() if not is_within(name, tenant, keys)
+            },
+            "weights": {name: one for name, one in weights.items() if name != tenant},
+        }
+
+    return change

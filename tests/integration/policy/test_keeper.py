@@ -17,8 +17,9 @@ from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.limiter import Limiter, PoolPolicy
 from tidegate.policy import rollout as keeping
-from tidegate.policy.format import Plain, edit, share_edit
+from tidegate.policy.format import Plain, edit
 from tidegate.policy.inspection import Control
+from tidegate.policy.tenants import share_edit
 from tidegate.store import tenants
 from tidegate.store.records import ACTING, Acting, acting
 from tidegate.store.requests import ActiveRequests

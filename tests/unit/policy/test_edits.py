@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tidegate.errors import ConfigError, NotFound, PolicyChanged
-from tidegate.policy.format import edit, share_edit
+from tidegate.policy.format import edit
+from tidegate.policy.tenants import share_edit
 
 BEFORE: dict[str, Any] = {
     "limits": {"kind:text_only": 5, "rpm:m": 60},

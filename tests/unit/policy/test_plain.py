@@ -191,6 +191,21 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"limits": {"model:tenant/x": 5}}, "limits.model:tenant/x", "tenant:<tenant>"),
     ({"limits": {"rpm:models/tenant/x": 5}}, "limits.rpm:models/tenant/x", "must name a model"),
     ({"limits": {"rpm:models/total": 5}}, "limits.rpm:models/total", "must name a model"),
+    ({"limits": {"rpm:models/": 5}}, "limits.rpm:models/", "must name models only"),
+    ({"limits": {"rpm:a,,b": 5}}, "limits.rpm:a,,b", "must name models only"),
+    ({"limits": {"model:a,": 5}}, "limits.model:a,", "must name models only"),
+    ({"limits": {"rpm:a,total": 5}}, "limits.rpm:a,total", "not 'total'"),
+    ({"limits": {"tpm:a,tenant/x": 5}}, "limits.tpm:a,tenant/x", "not 'tenant/x'"),
+    (
+        {"limits": {f"rpm:{'a' * 201}": 5}},
+        f"limits.rpm:{'a' * 56}...",
+        "must have at most 200 characters after rpm:, not 201",
+    ),
+    (
+        {"limits": {f"user:acme/{'a' * 200}": 5}},
+        f"limits.user:acme/{'a' * 50}...",
+        "must have at most 200 characters after user:, not 205",
+    ),
     (
         {"limits": {"tif:x": {"bound": 5, "unit": "tokens"}}},
         "limits.tif:x.unit",

@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tidegate.errors import ConfigError
 from tidegate.limiter import PoolPolicy
 from tidegate.policy import rollout as revisions
-from tidegate.policy.format import Plain, digest, share_edit, to_plain, with_tenants
+from tidegate.policy.format import Plain, digest, to_plain, with_tenants
 from tidegate.policy.rollout import Conflict, Decision, Found, Origin, Revision, differences
+from tidegate.policy.tenants import share_edit
 
 
 def plain(limit: int) -> Plain:

@@ -13,15 +13,11 @@ from tidegate.errors import ConfigError, PolicyChanged
 from tidegate.limiter import PoolPolicy
 from tidegate.policy.format import (
     Plain,
-    Share,
     is_of,
-    share_edit,
-    share_of,
     with_tenants,
-    without,
     without_tenants,
 )
-from tidegate.policy.tenants import TenantChange, set_tenant
+from tidegate.policy.tenants import Share, TenantChange, set_tenant, share_edit, share_of, without
 from tidegate.store.tenants import Tenant
 
 PLAIN: dict[str, Any] = {
