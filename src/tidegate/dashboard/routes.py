@@ -302,7 +302,8 @@ async def signed_in(
         sound = _state_of(services, state, begun)
         if not code:
             raise SignInRefused("refused")
-        person = await by_issuer.finish(state, code, iss, _redirect_uri(request))
+        peer = "" if request.client is None else request.client.host
+        person = await by_issuer.finish(state, code, iss, _redirect_uri(request), address=peer)
         # Only now, so that unsuccessful sign-ins do not fill the table.
         tenants = services.store.tenants
         if not await tenants.spend_code(sound.nonce, sound.ends_at, token_bytes(16)):

@@ -22,7 +22,7 @@ All are derived from the key, so that every process of a deployment can check th
 session. Used codes and signed-out sessions are recorded in PostgreSQL, which all processes share. A
 new key ends every code and session, and changed OIDC settings end every person's session.
 Invariants: no code or cookie reveals anything about the key; a sign-in ends in the browser that
-began it, and redirects only to our own addresses.
+began it, and redirects only to our own addresses; the issuer is asked at a bounded rate.
 """
 
 from __future__ import annotations
@@ -297,9 +297,60 @@ class Person(NamedTuple):
 class SignInRefused(Exception):
     """A rejected sign-in by the issuer; `why` selects the page's message."""
 
-    def __init__(self, why: Literal["issuer", "refused", "role", "state"]) -> None:
+    def __init__(self, why: Literal["busy", "issuer", "refused", "role", "state"]) -> None:
         super().__init__(why)
         self.why = why
+
+
+class RefusedSignIns:
+    """The rate of sign-ins that the issuer refuses, by the address of the connection.
+
+    Anyone can begin a sign-in and complete it with a made-up code, which costs the issuer a request
+    in this gateway's name: an issuer that is asked too often blocks the gateway's sign-ins. Each
+    address has a bucket of `_MOST_REFUSED` tries, one more each second; successes are returned. A
+    network of IPv6 counts as one address, and so does a proxy. Bounded; one object per process.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._left: dict[str, tuple[float, float]] = {}  # tries, and when they were counted
+
+    def take(self, address: str) -> bool:
+        """Take a try of `address`; return whether it had one."""
+        left = self._tries(address)
+        if left < 1:
+            return False
+        self._set(address, left - 1)
+        return True
+
+    def put_back(self, address: str) -> None:
+        """Return a try that the issuer did not refuse."""
+        self._set(address, self._tries(address) + 1)
+
+    def _tries(self, address: str) -> float:
+        now = self._clock()
+        left, at = self._left.get(_network(address), (_MOST_REFUSED, now))
+        return min(_MOST_REFUSED, left + now - at)
+
+    def _set(self, address: str, left: float) -> None:
+        self._left.pop(network := _network(address), None)
+        if left < _MOST_REFUSED:
+            if len(self._left) >= _MOST_ANSWERED:
+                del self._left[next(iter(self._left))]
+            self._left[network] = left, self._clock()
+
+
+_MOST_REFUSED = 30.0
+
+
+def _network(address: str) -> str:
+    """Return the network of one holder: an IPv6 address without its last 64 bits."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return address
+    is_one = parsed.version == 4 or parsed.ipv4_mapped is not None
+    return address if is_one else parsed.exploded[:19]
 
 
 class SignIn:
@@ -312,6 +363,7 @@ class SignIn:
         self._rules = config.oidc_roles
         self._key = key
         self._answered: dict[str, None] = {}  # states that have had their answer, oldest first
+        self._refused = RefusedSignIns()
         trusted = orjson.dumps([config.oidc_issuer, self._client_id, dict(self._rules)])
         self._trust = sha256(trusted).digest()
 
@@ -336,14 +388,18 @@ class SignIn:
         mark = "&" if "?" in metadata.authorization_endpoint else "?"
         return f"{metadata.authorization_endpoint}{mark}{urlencode(query)}"
 
-    async def finish(self, state: str, code: str, issuer: str | None, redirect_uri: str) -> Person:
+    async def finish(
+        self, state: str, code: str, issuer: str | None, redirect_uri: str, *, address: str
+    ) -> Person:
         """Return the person who has signed in. The state must have been checked. A process sends
-        one code of a sign-in to the issuer, so that nobody tries codes through it. Raises
-        SignInRefused."""
+        one code of a sign-in to the issuer, so that nobody tries codes through it, and few of an
+        address. Raises SignInRefused."""
         if issuer is not None and issuer.rstrip("/") != self._issuer.url.rstrip("/"):
             raise SignInRefused("state")  # an answer of another issuer (RFC 9207)
         if state in self._answered:
             raise SignInRefused("state")
+        if not self._refused.take(address):
+            raise SignInRefused("busy")
         if len(self._answered) >= _MOST_ANSWERED:
             del self._answered[next(iter(self._answered))]
         self._answered[state] = None
@@ -364,7 +420,9 @@ class SignIn:
         except Unauthenticated as invalid:
             log.warning(Log.SIGN_IN_REFUSED, detail=invalid.message)
             raise SignInRefused("refused") from None
-        return self._person(state, claims)
+        person = self._person(state, claims)
+        self._refused.put_back(address)
+        return person
 
     def _person(self, state: str, claims: Mapping[str, Any]) -> Person:
         is_for_us = claims.get("azp", self._client_id) == self._client_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -248,6 +249,29 @@ async def test_nothing_goes_to_the_issuer_but_once_for_a_sign_in_that_this_brows
             assert why == ("./?sign-in=state" if number else "./?sign-in=refused")
         assert asked["/token"] == before + 1, "a sign-in has one answer"
         assert await place.ended(browser, await place.begun(browser)) == "./"
+
+
+async def test_made_up_codes_go_to_the_issuer_at_a_bounded_rate(place: Place) -> None:
+    async def guessed(number: int) -> str:
+        async with place.browser() as browser:
+            begun = await place.begun(browser)
+            return await place.ended(browser, re.sub(r"\bcode=[^&]+", f"code=x-{number}", begun))
+
+    before = place.issuer.asked["/token"]
+    ends, started = list[str](), time.monotonic()
+    while "./?sign-in=busy" not in ends and len(ends) < 200:
+        ends.append(await guessed(len(ends)))
+    assert set(ends) == {"./?sign-in=refused", "./?sign-in=busy"}
+    asked = place.issuer.asked["/token"] - before
+    assert 30 <= asked <= 31 + time.monotonic() - started
+
+    async def signs_in() -> bool:
+        async with place.browser() as browser:
+            return await place.ended(browser, await place.begun(browser)) == "./"
+
+    await wait_until(signs_in, 10, "a sign-in in the next seconds")
+    for _ in range(3):
+        assert await signs_in(), "what succeeds takes nothing"
 
 
 async def test_a_sign_in_in_one_tab_ends_none_of_another(place: Place) -> None:

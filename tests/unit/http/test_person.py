@@ -8,7 +8,7 @@ import pytest
 
 from tidegate.call import OperatorRole, role_by, role_rules
 from tidegate.errors import ConfigError
-from tidegate.http.browsers import PERSON_S, Person, SignIn, make_session
+from tidegate.http.browsers import PERSON_S, Person, RefusedSignIns, SignIn, make_session
 from tidegate.settings import load
 
 KEY = "tgop_" + "k" * 43
@@ -109,3 +109,23 @@ def test_a_claim_of_another_kind_or_of_letters_that_look_alike_gives_no_role() -
         assert role_by(rules, {"email": email, "email_verified": True}) is role
     for flag in (True, 1, [True, 1], {"True": True}):
         assert role_by(rules, {"ops": flag}) is None
+
+
+def test_refused_sign_ins_have_a_rate_for_each_network() -> None:
+    now = 100.0
+    tries = RefusedSignIns(lambda: now)
+    assert [tries.take("2001:db8::1") for _ in range(31)] == [True] * 30 + [False]
+    assert not tries.take("2001:db8::2"), "the same network"
+    assert tries.take("2001:db8:0:1::1")
+    for mapped in ("::ffff:192.0.2.1", "192.0.2.2", "no address"):
+        assert all(tries.take(mapped) for _ in range(30))
+        assert not tries.take(mapped)
+    assert tries.take("::ffff:192.0.2.3")
+    now += 2.5
+    assert [tries.take("2001:db8::3") for _ in range(3)] == [True, True, False]
+    for _ in range(40):
+        tries.put_back("2001:db8::4")
+    assert [tries.take("2001:db8::1") for _ in range(31)] == [True] * 30 + [False]
+    for number in range(20_000):
+        tries.take(f"10.0.{number // 250}.{number % 250}")
+    assert tries.take("2001:db8::1"), "the oldest are forgotten"

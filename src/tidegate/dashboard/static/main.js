@@ -19,6 +19,7 @@ const signOut = document.getElementById("sign-out");
 const CODES = {
   used: "This sign-in link works once, within ten minutes. Start Tidegate again for a new one, or enter a key.",
   issuer: "The issuer (OIDC_ISSUER) does not answer, so single sign-on is unavailable. Try again, or enter a key.",
+  busy: "The issuer rejected many sign-ins from your network. Try again in a minute, or enter a key.",
   refused: "The issuer rejected the sign-in. Try again.",
   role: "Your account has no role on this gateway. Ask its administrator for one.",
   state: "This sign-in was started in another browser, was completed already, or took longer than ten minutes. Try again.",
