@@ -578,6 +578,7 @@ class Worker:
         tier."""
         if not job.tiers_allowed and job.tier is None:
             return job
+        recorded = job.tier
         while True:
             try:
                 choice = await self._offers.choice(job, kind)
@@ -589,6 +590,9 @@ class Worker:
                 job = replace(
                     job, tier=choice.tier, tier_why=choice.why, revisit_at=choice.revisit_at
                 )
+                if choice.tier is not recorded:
+                    await self._store.jobs.placed(job)
+                    recorded = choice.tier
                 if choice.tier is Tier.FLEX:
                     wait_ms = await self._offers.wait_ms(job, kind, *self._targets_of(job))
                     if wait_ms:

@@ -40,6 +40,7 @@ from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.notifications import UNSURE, Notifications
 from tidegate.store.operator_actions import OperatorActions
 from tidegate.store.records import (
+    ClaimedJob,
     Earlier,
     FileRecord,
     NewJob,
@@ -73,6 +74,7 @@ class Jobs:
         self._listeners = listeners
         self._instance_id = instance_id
         self._writer: GroupWriter[NewJob, Earlier | None] = GroupWriter(self._insert)
+        self._tiers: GroupWriter[ClaimedJob, None] = GroupWriter(self._set_tiers)
 
     async def submit(self, job: NewJob) -> Earlier | None:
         """Return once the job is committed; concurrent submissions share one transaction.
@@ -146,6 +148,20 @@ class Jobs:
             "cancelled_of_worker", self._instance_id, list(notified)
         )
         return {rows.uuid_of(job["id"]) for job in jobs}
+
+    async def placed(self, job: ClaimedJob) -> None:
+        """Record the processing tier of a claimed job that is not admitted yet, for its status. A
+        job of another claim keeps its own."""
+        await self._tiers.write(job)
+
+    async def _set_tiers(self, jobs: Sequence[ClaimedJob]) -> list[None]:
+        names = ("claim", "tier", "tier_why")
+        placed = rows.dumps(
+            {"id": job.request_id} | {name: getattr(job, name) for name in names} for job in jobs
+        )
+        found = await self._connections.rows("set_tiers", placed)
+        self._notifications.changed(rows.uuid_of(row["id"]) for row in found)
+        return [None] * len(jobs)
 
     async def _insert(self, jobs: Sequence[NewJob]) -> list[Outcome]:
         # Processes that insert the same keys wait for one another: one order prevents deadlocks.

@@ -88,6 +88,31 @@ async def test_a_wrapped_call_and_a_prompt_cost_half_in_flex(
     assert again["cost_micros"] == record["cost_micros"]
 
 
+async def test_the_tier_of_a_job_is_shown_while_it_waits_for_its_permit(
+    open_gateway: Opener, provider: Emulator, policy: Path
+) -> None:
+    gateway = await open_gateway(tidegate_policy=policy)
+    limiter = gateway.services.limiters["oai"]
+    url, change = f"{gateway.url}/admin/limits?pool=oai", {"set": {"model:gpt-5": 1}}
+    async with gateway.http.patch(url, json=change) as answer:
+        assert answer.status == 200, await answer.text()
+    due: dict[str, Any] = {"deadline_ms": 600_000}
+    async with limiter.acquire("model:gpt-5"):
+        waiting = [
+            await gateway.submit(**wrapped("Wait", tiers=["flex"], **more)) for more in ({}, due)
+        ]
+        for request_id, tier in zip(waiting, ("flex", "live"), strict=True):
+
+            async def is_shown(request_id: str = request_id) -> Any:
+                return (status := await gateway.status(request_id)).get("tier") and status
+
+            status = await wait_until(is_shown, 20, "the tier of a job that waits")
+            assert (status["status"], status["tier"]) == ("queued", tier)
+            assert tier in status["tier_why"]
+    for request_id, tier in zip(waiting, ("flex", "live"), strict=True):
+        assert (await gateway.end_of(request_id))["tier"] == tier
+
+
 async def test_flex_without_capacity_pauses_nothing_and_costs_no_attempt(
     open_gateway: Opener, provider: Emulator, policy: Path
 ) -> None:

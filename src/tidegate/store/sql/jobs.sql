@@ -87,6 +87,13 @@ FROM (
         AND pool = $2 AND tenant_id = $1
 ) AS one
 
+-- name: set_tiers
+-- Record the processing tiers of claimed jobs that wait for admission.
+UPDATE requests r SET tier = row.tier, tier_why = row.tier_why, version = r.version + 1
+FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, tier text, tier_why text)
+WHERE r.id = row.id AND r.claim = row.claim AND coalesce(r.status = 'queued', false)
+RETURNING r.id
+
 -- name: set_queued
 -- Store the number of jobs that tenant $1 has queued in pool $2, and the duration of a count.
 UPDATE queued SET jobs = $3, size_bytes = $4,
