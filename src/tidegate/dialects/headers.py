@@ -376,6 +376,9 @@ _UNITS: dict[str, Unit] = {
 }
 # Windows of limits whose names imply them.
 _WINDOWS_IMPLIED = {"tokens-prompt": "minute", "tokens-generated": "minute"}
+# Fireworks' documents call the bounds in its headers tokens a second, of limits that apply to a
+# minute; beside a remainder they were seen to be of a minute. A bound alone may be either.
+_BOUND_BESIDE_REMAINDER = frozenset(_WINDOWS_IMPLIED)
 _NARROWEST_FIRST: tuple[Unit, ...] = (
     "input_tokens",
     "output_tokens",
@@ -421,6 +424,7 @@ def rate_statuses(headers: Mapping[str, str], now: datetime) -> list[RateStatus]
             _UNITS[of], window, values.get("limit"), values.get("remaining"), values.get("reset")
         )
         for (_, of, window), values in found.items()
+        if of not in _BOUND_BESIDE_REMAINDER or "remaining" in values
     ]
 
 

@@ -74,6 +74,14 @@ NOW_S = int(NOW.timestamp())
             ],
         ),
         (
+            {  # a second's or a minute's: not stated
+                "x-ratelimit-limit-tokens-prompt": "60000",
+                "x-ratelimit-limit-tokens-cache-adjusted-prompt": "15000",
+                "x-ratelimit-limit-tokens-generated": "600",
+            },
+            [],
+        ),
+        (
             {  # the IETF's draft, up to its version 06
                 "ratelimit-limit": "100, 100;w=60",
                 "ratelimit-remaining": "50",
