@@ -817,8 +817,11 @@ def with_tenants(policy: Plain, now: Plain, before: Plain | None = None) -> Plai
 def _is_independent(limit_id: str, value: object) -> bool:
     """Return whether a limit is independent of deployments: one on a tenant, key, user or
     conversation, or one that no person set."""
-    if source_of(value) != SOURCES[0]:
-        return True
+    return source_of(value) != SOURCES[0] or is_of_tenant(limit_id)
+
+
+def is_of_tenant(limit_id: str) -> bool:
+    """Return whether a limit is on a tenant, or on a key, user or conversation."""
     scope, _, name = limit_id.partition(":")
     is_rate_of_one = scope in MEASURES and name.startswith(_OF_TENANTS)
     return scope == "tenant" or scope in _CALLERS or is_rate_of_one

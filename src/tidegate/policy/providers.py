@@ -29,7 +29,7 @@ from tidegate.policy.access import (
     query_of,
     readable_file,
 )
-from tidegate.policy.format import MEASURES, table_at
+from tidegate.policy.format import MEASURES, is_of_tenant, table_at
 from tidegate.prices.rates import provider_of
 
 Abandoned = Literal["release", "wait"]
@@ -485,8 +485,9 @@ def filled(
     """Return `limits` by id, with the provider's preset applied to those new or changed.
 
     Changed means different from `before`. A limit that names its unit, or that was a plain number,
-    states itself how it counts and is left alone. In a changed table, options of the preset that it
-    did not have before stay unset.
+    states itself how it counts and is left alone, as are limits on a tenant, key, user or
+    conversation, which no provider has. In a changed table, options of the preset that it did not
+    have before stay unset.
     """
     preset, old = PRESETS.get(provider, {}), before or {}
     return {
@@ -504,6 +505,8 @@ def _filled(preset: Mapping[str, Mapping[str, Any]], limit_id: str, value: Any, 
         usual = {key: one for key, one in usual.items() if key in before}
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if measure is None or not usual or not (is_number or isinstance(value, Mapping)):
+        return value
+    if is_of_tenant(limit_id):
         return value
     table = {"bound": value} if is_number else value
     if "unit" in table or "type" in table:

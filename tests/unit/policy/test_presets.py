@@ -85,6 +85,15 @@ def test_a_limit_that_says_how_it_counts_is_left_as_it_is() -> None:
     assert rate("bedrock", "tpm:claude*", own).weights == Weights(1, 1, 1, 2)
 
 
+@pytest.mark.parametrize("provider", PRESETS)
+def test_limits_of_tenants_keys_and_users_are_no_limits_of_a_provider(provider: str) -> None:
+    whose = ("tenant/acme", "key/3fk9x2m1qa", "user/acme/ann", "conversation/acme/c1")
+    limits = {f"{scope}:{one}": 3 for scope in ("rpm", "tpm", "itpm", "otpm") for one in whose}
+    assert filled(limits, provider) == limits
+    before = {name: {"bound": 3, "shape": "bucket", "pace_ms": 10_000} for name in limits}
+    assert filled(limits, provider, before) == limits
+
+
 def test_what_is_on_record_says_all_of_it_and_is_filled_once() -> None:
     for provider in PRESETS:
         limits = {"rpm:m*": 60, "itpm:m*": 7, "otpm:m*": 7, "tpm:m*": 7, "rpd:m*": 7, "model:m": 3}
