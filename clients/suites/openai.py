@@ -1,13 +1,16 @@
 """Suite of openai-python: its own tests, and a mock of its OpenAPI specification.
 
 Its repository has both: the specification that the SDK is made from, and the mock that its own
-tests run on, `steady`. Its source distribution has the tests alone.
+tests run on, `steady`. Its source distribution has the tests alone. The mock's objects are made
+today: Tidegate gives nobody a response that has no row and is older than rows become, and the
+mock's own times are of 1970.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -102,11 +105,24 @@ def _downloaded_spec() -> Path:
     return found
 
 
+_CREATED = re.compile(
+    r"^( +)created_at:\n\1  type: (?:number|integer)\n\1  format: unixtime\n", re.MULTILINE
+)
+
+
+def made_at(spec: str, now_s: int) -> str:
+    """Return a specification whose objects are all created at `now_s`, in Unix time."""
+    bounds = rf"\1  minimum: {now_s}\n\1  maximum: {now_s + 1}\n"
+    return _CREATED.sub(rf"\g<0>{bounds}", spec)
+
+
 @contextmanager
 def _mock(spec: Path, log: Path) -> Iterator[str]:
     modules = node_modules_with("suite-openai-mock", _MOCK, {})
+    served_spec = log.with_suffix(".yml")
+    served_spec.write_text(made_at(spec.read_text(encoding="utf-8"), int(time.time())), "utf-8")
     port = free_port()
     command = [str(modules / ".bin" / "steady"), "--host", "127.0.0.1", "-p", str(port)]
     url = f"http://127.0.0.1:{port}"
-    with served([*command, *_FORMATS, str(spec.resolve())], f"{url}/_x-steady/health", log):
+    with served([*command, *_FORMATS, str(served_spec)], f"{url}/_x-steady/health", log):
         yield url

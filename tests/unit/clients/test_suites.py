@@ -123,3 +123,22 @@ def test_the_paths_that_a_suite_opens_are_those_of_the_documents(suite: ModuleTy
     for pattern in suite.PASSTHROUGH:
         assert f'"{pattern}"' in text
         assert found.passthrough.endpoint(pattern.replace("*", "an-id"), Dialect.OPENAI) is not None
+
+
+def test_the_mock_of_openai_s_specification_makes_its_objects_today() -> None:
+    spec = """    Response:
+      properties:
+        created_at:
+          type: number
+          format: unixtime
+          description: When it was created.
+        created_at_text:
+          type: string
+"""
+    changed = openai.made_at(spec, 1_800_000_000)
+    assert changed.splitlines()[4:7] == [
+        "          format: unixtime",
+        "          minimum: 1800000000",
+        "          maximum: 1800000001",
+    ]
+    assert changed.count("minimum") == 1
