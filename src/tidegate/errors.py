@@ -73,7 +73,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 class TidegateError(Exception):
     """Root of the tree. `str(error)` is safe to show to a client: it never contains a secret."""
 
-    code: ClassVar[str] = "internal"
+    code: str = "internal"
     retryable: ClassVar[bool] = False
     at_upstream: str | None = None  # where the call failed, for a response header
 

@@ -20,10 +20,14 @@ from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import orjson
 from uvicorn.protocols.http.flow_control import FlowControl
 
+from tidegate.dialects import DIALECTS, dialect_of, native_path
+from tidegate.dialects.spec import Dialect
+from tidegate.errors import TidegateError
 from tidegate.http._compat import (
     STATUS_LINE,
     ASGI3Application,
@@ -295,21 +299,38 @@ def refusal_of_head(
     return None
 
 
-def as_answer(refusal: Refusal, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return the answer of a refusal without its status line; `headers` are the server's own."""
+def dialect_in(target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Dialect | None:
+    """Return the dialect of the path in a request line; None for a path that is not native, and for
+    what is not a path."""
+    path, _, query = target.partition(b"?")
+    meant = native_path(unquote_to_bytes(path).decode("latin-1"))
+    return None if meant is None else dialect_of(meant, {name for name, _ in headers}, query)
+
+
+def as_answer(
+    refusal: Refusal, headers: Iterable[tuple[bytes, bytes]], dialect: Dialect | None = None
+) -> bytes:
+    """Return the answer of a refusal without its status line, in a provider's dialect or as problem
+    JSON; `headers` are the server's own."""
     status, code, detail = refusal
-    body = orjson.dumps(
-        {
-            "type": f"urn:tidegate:problem:{code}",
-            "title": HTTPStatus(status).phrase,
-            "status": status,
-            "detail": detail,
-            "code": code,
-        }
-    )
+    if dialect is not None:
+        error = TidegateError(detail)
+        error.code = code
+        body, kind = orjson.dumps(DIALECTS[dialect].problem(error, status, None)), b"json"
+    else:
+        kind = b"problem+json"
+        body = orjson.dumps(
+            {
+                "type": f"urn:tidegate:problem:{code}",
+                "title": HTTPStatus(status).phrase,
+                "status": status,
+                "detail": detail,
+                "code": code,
+            }
+        )
     fields = [
         *headers,
-        (b"content-type", b"application/problem+json"),
+        (b"content-type", b"application/" + kind),
         (b"content-length", str(len(body)).encode()),
         (b"connection", b"close"),
     ]
@@ -373,6 +394,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
+        self.url, self.headers = b"", []
         self._in_head = True
         self._head_bytes = 0
         self._line = RequestLine()
@@ -640,7 +662,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
             self._watch_closing()
             return
-        answer = as_answer((status, code, detail), self.server_state.default_headers)
+        dialect = dialect_in(self.url, self.headers)
+        answer = as_answer((status, code, detail), self.server_state.default_headers, dialect)
         self.transport.write(STATUS_LINE[status] + answer)
         self._linger()
 

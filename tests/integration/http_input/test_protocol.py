@@ -203,6 +203,32 @@ def test_what_is_not_http_is_refused(start: bytes, plain: Running) -> None:
         assert problem_of(client) == (400, "bad_request")
 
 
+@pytest.mark.parametrize(
+    ("path", "place", "kind"),
+    [
+        ("/v1/chat/completions", ("error", "code"), "bad_request"),
+        ("/v1/messages", ("error", "type"), "invalid_request_error"),
+        ("/v1beta/models/m:generateContent?key=k", ("error", "status"), "INVALID_ARGUMENT"),
+        ("/model/m/converse", ("__type",), "ValidationException"),
+        ("/submit", ("code",), "bad_request"),
+    ],
+)
+def test_a_request_that_is_not_http_is_refused_in_the_dialect_of_its_path(
+    path: str, place: tuple[str, ...], kind: str, plain: Running
+) -> None:
+    for rest in (b"Content-Length: -5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"):
+        with plain.connect() as client:
+            client.send(b"POST %b HTTP/1.1\r\nHost: a\r\n%b" % (path.encode(), rest))
+            client.read_to_the_end()
+            head, _, body = client.received.partition(b"\r\n\r\n")
+            assert client.status == 400
+            found = json.loads(body)
+            for name in place:
+                found = found[name]
+            assert found == kind
+            assert (b"problem+json" in head) == (path == "/submit")
+
+
 CHUNKED = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
