@@ -24,7 +24,8 @@ export async function open(main, { signal }) {
   const changes = h("ul", { class: "changes-list" });
   const revision = h("span", { class: "quiet-text" });
   const differing = h("p", { class: "notice", hidden: true });
-  const draw = keyed(list, (first) => card(first, again));
+  const failed = new Set(); // names of upstreams whose last test from this page failed
+  const draw = keyed(list, (first) => card(first, failed, again));
   const filter = filterOf(list);
   const made = h("h2", { tabindex: "-1" }, "Changes");
   const toChanges = h("button", { class: "button", type: "button", hidden: true, on: { click: () => made.focus() } }, "Changes");
@@ -33,9 +34,10 @@ export async function open(main, { signal }) {
     try {
       const [found, history] = await Promise.all([get("admin/upstreams", { signal }), get("admin/upstreams/history", { query: { most: MOST_CHANGES }, signal })]);
       away.hidden = true;
-      draw(found.upstreams.map((one) => ({ ...one, revision: found.revision })), (one) => one.name);
+      const upstreams = found.upstreams.map((one) => ({ ...one, revision: found.revision, test_failed: failed.has(one.name) }));
+      draw(upstreams, (one) => one.name);
       none.hidden = found.upstreams.length > 0;
-      filter.show(found.upstreams);
+      filter.show(upstreams);
       toChanges.hidden = found.upstreams.length <= FEW;
       say(revision, words(found));
       differing.hidden = !found.differing.length;
@@ -116,13 +118,14 @@ function words({ revision, processes }) {
 }
 
 /** Return the style and the text of an upstream's badge. */
-function stateOf({ state, health }) {
+function stateOf({ state, health, test_failed }) {
   if (state === "drained") return ["", "Drained"];
   if (state === "draining") return ["warn", "Draining"];
   if (health.key_refused) return ["bad", health.unpaid ? "No credit" : "Key rejected"];
   if (state === "missing") return ["bad", "Can't be used"];
   if (health.state === "out" || state === "out") return ["bad", "Out of service"];
   if (health.state === "trying") return ["warn", "Probing"];
+  if (test_failed) return ["warn", "Test failed"];
   return ["good", "Healthy"];
 }
 
@@ -146,7 +149,7 @@ function wrongOf(one) {
 
 const sentence = (text) => `${text.slice(0, 1).toUpperCase()}${text.slice(1).replace(/\.*$/, "")}.`;
 
-function card(first, again) {
+function card(first, failed, again) {
   let latest = first;
   const badge = h("span", { class: "badge" });
   const source = h("span", { class: "quiet-text" });
@@ -159,7 +162,7 @@ function card(first, again) {
   const tests = h("ul", { class: "tests quiet-text" });
   const drain = act("", "", "operator", () => (isOut(latest) ? resume(latest, again) : drainIt(latest, again)));
   const drop = act("Remove", `Remove ${first.name}`, "admin", () => removeIt(latest, again), "danger");
-  const test = act("Test", `Test ${first.name}`, "operator", () => tested(latest, tests, test));
+  const test = act("Test", `Test ${first.name}`, "operator", () => tested(latest, tests, test, failed).then(again));
   const change = act("Change", `Change ${first.name}`, "admin", () => changeIt(latest, again));
   const rotate = act("Rotate key", `Rotate the key of ${first.name}`, "admin", () => rotateKey(latest, again));
   const facts = Object.fromEntries(["Models", "Address", "Key", "Limits", "In progress", "Waiting", "Load"].map((name) => [name, h("dd", {})]));
@@ -231,12 +234,15 @@ async function told(done, text, again) {
   await again();
 }
 
-async function tested({ name }, place, button) {
+/** Test an upstream, show what each of its APIs answers and when, and note in `failed` whether one failed. */
+async function tested({ name }, place, button, failed) {
   button.disabled = true;
   fill(place, h("li", {}, "Requesting its models ..."));
   try {
     const found = await post(path(name, "/test"));
-    fill(place, found.map((one) => h("li", { class: one.problem ? "bad" : null }, testWords(one))));
+    if (found.some((one) => one.problem)) failed.add(name);
+    else failed.delete(name);
+    fill(place, [h("li", {}, `Tested at ${time(Date.now())}`), ...found.map((one) => h("li", { class: one.problem ? "bad" : null }, testWords(one)))]);
   } catch (problem) {
     if (!(problem instanceof Problem)) throw problem;
     fill(place, h("li", { class: "bad" }, said(problem)));
