@@ -118,8 +118,7 @@ class Page:
         if ground.config.gemini_api_key is not None:  # otherwise it limits no call
             self._at_once(policy, in_force)
         if self.demo_key is not None:
-            self._row("Callers", "show a key", f"{self.demo_key} was made for this demonstration")
-            self._more("and is shown this once; tidegate keys create makes others")
+            self._demonstration_key(self.demo_key)
         elif self._config.requires_keys:
             self._row("Callers", "show a key", "tidegate keys create makes one; see AUTH")
         if ground.emulated:
@@ -150,6 +149,21 @@ class Page:
                 once = f"the address in {file} works once, within {minutes} minutes; later {page}"
                 self._more(once)
         self._more(f"asks for the operator's key: {self._key_place()}")
+
+    def _demonstration_key(self, key: str) -> None:
+        """Show the key of a demonstration; without a terminal the file that contains it."""
+        if sys.stdout.isatty():
+            self._row("Callers", "show a key", f"{key} was made for this demonstration")
+            self._more("and is shown this once; tidegate keys create makes others")
+            return
+        file = self._config.data_dir / "demonstration.key"
+        try:
+            write_private(file, f"{key}\n")
+        except OSError:
+            self._row("Callers", "show a key", "tidegate keys create makes one")
+            return
+        self._row("Callers", "show a key", f"the one in {file} was made for this demonstration")
+        self._more("tidegate keys create makes others")
 
     def _key_place(self) -> str:
         if self._config.admin_token is not None:
@@ -198,7 +212,7 @@ class Page:
     def _try(self, place: str, ground: Ground) -> None:
         """Show a call by an SDK, then one of Tidegate's own API."""
         json = '-H "Content-Type: application/json"'
-        key_text = self.demo_key or "<key>"
+        key_text = (self.demo_key if sys.stdout.isatty() else None) or "<key>"
         key = f' -H "x-api-key: {key_text}"' if self._config.requires_keys else ""
         dialects = _dialects_of_prompts(ground.config)
         self._line((f"{_INDENT}Try", _LABEL))

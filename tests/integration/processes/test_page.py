@@ -127,23 +127,37 @@ def test_the_page_names_the_upstreams_and_tries_none_that_is_not_there(
     assert "Limits " not in said, "what bounds prompts"
 
 
-async def test_a_demonstration_whose_callers_show_a_key_prints_one_at_its_first_start(
-    open_gateway: Any, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "log"])
+async def test_a_demonstration_whose_callers_show_a_key_makes_one_at_its_first_start(
+    open_gateway: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    is_terminal: bool,
 ) -> None:
-    """As in a container, which listens on all addresses."""
+    """As in a container, which listens on all addresses. A log never contains the key."""
     gateway = await open_gateway(worker=False, auth="on")
     assert await asyncio.to_thread(make_demo_key, gateway.config) is None, "no demonstration"
     config = gateway.config.model_copy(update={"tidegate_demo": True})
-    page = Page(config, 1, 1)
-    page.demo_key = await asyncio.to_thread(make_demo_key, config)
+    page, file = Page(config, 1, 1), config.data_dir / "demonstration.key"
+    page.demo_key = made = await asyncio.to_thread(make_demo_key, config)
     ground = Ground(config, None, embedded=False, emulated=True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     page.ready(ground, gateway.url, deployed(config), None)
-    keys = set(re.findall(r'-H "x-api-key: (\S+)"', capsys.readouterr().out))
-    assert keys == {page.demo_key}
+    said = capsys.readouterr().out
+    shown = set(re.findall(r'-H "x-api-key: (\S+)"', said))
+    assert made is not None
+    if is_terminal:
+        assert shown == {made}
+    else:
+        assert shown == {"<key>"}
+        assert made not in said, "others may read the log"
+        assert str(file) in said
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert file.read_text() == f"{made}\n"
     statuses = []
-    for key in (page.demo_key, "tg_wrong"):
-        shown = {"x-api-key": str(key)}
-        async with gateway.http.get(f"{gateway.url}/v1/models", headers=shown) as answer:
+    for key in (made, "tg_wrong"):
+        headers = {"x-api-key": key}
+        async with gateway.http.get(f"{gateway.url}/v1/models", headers=headers) as answer:
             statuses.append(answer.status)
     assert statuses == [200, 401]
     assert await asyncio.to_thread(make_demo_key, config) is None, "there is one"
