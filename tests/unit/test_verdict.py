@@ -97,6 +97,21 @@ def test_waiting_is_normal_until_it_lasts() -> None:
     assert (slow.health, slow.sentence) == ("degraded", "Degraded: 1 problem, 12 requests wait.")
 
 
+@pytest.mark.parametrize(
+    ("others", "said"), [(0, ""), (1, " and 1 more tenant"), (2, " and 2 more tenants")]
+)
+def test_the_tenants_that_are_not_named_are_counted(others: int, said: str) -> None:
+    reading = pool(limit("kind:text_only", waiting=12))
+    assert reading.snapshot is not None
+    (first, *_) = reading.snapshot.queues
+    names = ["a", "b", "c", *map(str, range(others))]
+    queues = tuple(replace(first, tenant=name, waiting=9 - at) for at, name in enumerate(names))
+    (cause,) = judge(
+        seen(replace(reading, snapshot=replace(reading.snapshot, queues=queues)))
+    ).causes
+    assert cause.detail.endswith(f"Waiting: a 9, b 8, c 7{said}.")
+
+
 def test_a_long_wait_counts_where_more_calls_wait_for_another_limit() -> None:
     busy = limit("kind:text_only", waiting=50, cost_ms=600)
     spent = limit("rpd:m", sort="q", bound=100, used=100, waiting=40, room_in_ms=7_200_000)

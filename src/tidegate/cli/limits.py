@@ -160,7 +160,8 @@ def _waiting(limit: str, overview: Overview) -> str:
             calls[queue.tenant] += queue.waiting
     named = [f"{tenant} {count}" for tenant, count in calls.most_common(_TENANTS_SHOWN)]
     more = len(calls) - len(named)
-    return ", ".join([*named, *([f"{more} more tenants"] if more > 0 else [])])
+    others = [counted(more, "more tenant", "more tenants")] if more > 0 else []
+    return ", ".join([*named, *others])
 
 
 def _remark(one: Any, overview: Overview) -> str:

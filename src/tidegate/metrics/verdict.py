@@ -485,7 +485,8 @@ def _who_waits(waiting: int, tenants: Counter[str]) -> str:
         return ""
     named = ", ".join(f"{name} {count:,}" for name, count in tenants.most_common(_MOST_TENANTS))
     more = len(tenants) - _MOST_TENANTS
-    return f"Waiting: {named}{f' and {more} more tenants' if more > 0 else ''}."
+    others = f" and {more} more {'tenant' if more == 1 else 'tenants'}" if more > 0 else ""
+    return f"Waiting: {named}{others}."
 
 
 def _drifts(reading: PoolReading) -> Iterator[Cause]:
