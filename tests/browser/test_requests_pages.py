@@ -264,7 +264,7 @@ async def test_a_conversation_is_a_tree_one_click_from_its_calls(
     async with opened(stage, f"/requests?{query}", colours=colours) as seen:
         page = seen.page
         await expect(page.locator("tbody tr")).to_have_count(5)
-        await page.get_by_role("link", name="Conversation", exact=True).first.click()
+        await page.get_by_role("link", name="Open conversation", exact=True).first.click()
         rows = page.locator(".calls tbody tr")
         await expect(rows).to_have_count(7)
         heads = page.locator(".calls .thread")

@@ -339,10 +339,10 @@ function rowOf(first) {
    * A job is not part of its conversation's page until it has ended, but may link to the calls that
    * are.
    */
-  const talk = () =>
+  const talk = (words) =>
     first.conversation &&
-    h("a", { class: "talk-link", href: talkLink(first.tenant, first.conversation) }, "Conversation");
-  const brief = h("span", { class: "narrow quiet-text" }, code, briefly, " ", talk(), saidBriefly);
+    h("a", { class: "talk-link", href: talkLink(first.tenant, first.conversation) }, words);
+  const brief = h("span", { class: "narrow quiet-text" }, code, briefly, " ", talk("Conversation"), saidBriefly);
   const element = h(
     "tr",
     {},
@@ -356,7 +356,7 @@ function rowOf(first) {
     cell("c-number number wide", tokens),
     cell("c-cost number wide", cost),
     cell("c-tries number wide", tries),
-    cell("c-talk wide", talk()),
+    cell("c-talk wide", talk(["Open", h("span", { class: "visually-hidden" }, " conversation")])),
   );
   let status = null;
   function update(item) {
