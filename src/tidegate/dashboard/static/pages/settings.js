@@ -57,6 +57,9 @@ function card(title, settings) {
   );
 }
 
+/** Return a text whose parts between backticks are code. */
+const withCode = (text) => text.split("`").map((part, at) => (at % 2 ? h("code", {}, part) : part));
+
 function line(one) {
   const isNothing = one.value === null || EMPTY.includes(one.value);
   const value = isNothing ? h("span", { class: "quiet-text" }, one.value === null ? "not set" : "none") : h("span", { class: "value" }, one.value);
@@ -66,6 +69,6 @@ function line(one) {
     { class: "setting", data: one.origin === null ? {} : { given: "" } },
     h("dt", { class: "mono" }, one.name),
     h("dd", {}, value, from),
-    h("dd", { class: "quiet-text" }, one.text),
+    h("dd", { class: "quiet-text" }, withCode(one.text)),
   );
 }
