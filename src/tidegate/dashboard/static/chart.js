@@ -173,6 +173,12 @@ function alone(plot, line) {
   return [...values.keys()].filter((at) => isThere(at) && !isThere(at - 1) && !isThere(at + 1));
 }
 
+/** Return the times of an axis, with seconds where two marks are of one minute. */
+function timesOf(at) {
+  const words = at.map((s) => minutes.format(s * 1e3));
+  return new Set(words).size < words.length ? at.map((s) => seconds.format(s * 1e3)) : words;
+}
+
 function options(width, { series, words, least, tell, stacked, marks }) {
   const axis = {
     stroke: colour("--text-quiet"),
@@ -187,7 +193,7 @@ function options(width, { series, words, least, tell, stacked, marks }) {
     cursor: { y: false, drag: { x: false, y: false }, points: { size: 5 } },
     scales: { y: { range: (_plot, _min, max) => [0, Math.max(least, (max ?? 0) * 1.08)] } },
     axes: [
-      { ...axis, size: 24, space: 64, values: (_plot, at) => at.map((s) => minutes.format(s * 1e3)) },
+      { ...axis, size: 24, space: 64, values: (_plot, at) => timesOf(at) },
       {
         ...axis,
         ...(words.steps ? { incrs: words.steps } : {}),
