@@ -104,7 +104,7 @@ function keyRow(one, again) {
   return h(
     "tr",
     { data: { key: one.prefix } },
-    h("th", { scope: "row", class: "name", title: one.name }, h("b", {}, one.name || "(no name)"), " ", h("span", { class: "mono quiet-text" }, `tg_${one.prefix}…`)),
+    h("th", { scope: "row", class: "name key-name", title: one.name }, h("b", {}, one.name || "(no name)"), " ", h("span", { class: "mono quiet-text" }, `tg_${one.prefix}…`)),
     h("td", { class: "name" }, h("a", { href: link("/requests", { tenant: one.tenant }), title: `Requests of ${one.tenant}` }, one.tenant)),
     h("td", { class: "wide" }, one.scopes.join(", ")),
     h("td", { class: "wide", title: one.made_by ?? "" }, time(one.created_at)),
