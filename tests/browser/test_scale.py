@@ -4,6 +4,7 @@ that leave every row within reach."""
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -94,6 +95,37 @@ COVERED = """() => {
         return hit !== one && !one.contains(hit);
     });
     return [shown.length, covered.map((one) => one.outerHTML.slice(0, 200))];
+}"""
+# How a text of names and figures is composed: its text, and the texts of its isolated parts.
+COMPOSED = """async (text) => {
+    const { sayComposed } = await import(new URL("static/dom.js", document.baseURI));
+    const place = document.createElement("p");
+    sayComposed(place, text);
+    return [place.textContent, ...[...place.querySelectorAll("bdi")].map((one) => one.textContent)];
+}"""
+# What a wide chart of so many seconds writes below its horizontal axis.
+TIMES = """async (lasts) => {
+    const { chart } = await import(new URL("static/chart.js", document.baseURI));
+    const written = [];
+    const context = CanvasRenderingContext2D.prototype;
+    const { clearRect, fillText } = context;
+    context.clearRect = function (...area) {
+        written.length = 0; // drawn again
+        clearRect.apply(this, area);
+    };
+    context.fillText = function (text, ...rest) {
+        written.push(text);
+        fillText.call(this, text, ...rest);
+    };
+    const one = chart("Waits", [["p50", "--accent"]], String, { signal: AbortSignal.any([]) });
+    document.getElementById("main").replaceChildren(one.element);
+    const from = Date.UTC(2026, 0, 1) / 1_000;
+    one.update([from, from + lasts], [[1, 2]]);
+    const times = () => written.filter((text) => text.includes(":"));
+    for (let frame = 0; frame < 60 && !times().length; frame += 1)
+        await new Promise(requestAnimationFrame);
+    Object.assign(context, { clearRect, fillText });
+    return times();
 }"""
 TELL = """async (texts) => {
     const { toast } = await import(new URL("static/ui.js", document.baseURI));
@@ -215,3 +247,50 @@ async def test_the_days_of_many_tenants_show_the_largest_of_them(
         await shoot(page, tmp_path / "usage.png")
         await page.get_by_role("button", name="Requests", exact=True).click()
         await expect(legend.first).to_contain_text("department-of-things/team-499")
+
+
+async def test_names_and_figures_are_read_in_their_order(stage: Stage) -> None:
+    async with opened(stage, "/batches") as seen:
+        waiting = "Waiting: שלום 5, قسم-ب 4, acme 3 and 1 more tenant."
+        composed = await seen.page.evaluate(COMPOSED, waiting)
+        assert composed == [waiting, "שלום", "قسم-ب"]
+        reason = "By root: מכסה 50% נוצלה. Waiting: acme 2"
+        assert await seen.page.evaluate(COMPOSED, reason) == [reason, "מכסה 50% נוצלה"]
+        assert await seen.page.evaluate(COMPOSED, "<b>acme</b> 5") == ["<b>acme</b> 5"]
+
+
+async def test_the_times_below_a_chart_differ(stage: Stage) -> None:
+    async with opened(stage, "/batches") as seen:
+        for lasts_s in (70, 300, 3_600):
+            times = await seen.page.evaluate(TIMES, lasts_s)
+            assert len(times) > 2
+            assert len(set(times)) == len(times), times
+
+
+async def test_the_actions_of_a_row_are_within_reach_in_every_window(stage: Stage) -> None:
+    async with opened(stage, "/tenants", width=800) as seen:
+        page = seen.page
+        revoke = page.get_by_role("button", name="Revoke tg_")
+        for width in (1000, 800, 400):
+            await page.set_viewport_size({"width": width, "height": 900})
+            await expect(revoke).to_be_in_viewport(ratio=1)
+            await revoke.click(trial=True)
+            if width <= 800:  # nothing else is below it
+                await page.locator("[data-key] .badge").click(trial=True)
+            prefix = page.locator("[data-key] .key-name .mono")
+            whole, shown = await prefix.evaluate("one => [one.scrollWidth, one.offsetWidth]")
+            cell = await prefix.evaluate("one => one.closest('th').clientWidth")
+            assert whole <= max(shown, 1) <= cell, "the prefix tells keys apart"
+            assert await seen.is_within()
+
+
+async def test_settings_are_in_cards_apart_and_their_texts_without_marks(stage: Stage) -> None:
+    async with opened(stage, "/settings?shown=all") as seen:
+        places = seen.page.locator(".settings-place")
+        await expect(places.locator("code").first).to_have_text(re.compile(r"^[^`]+$"))
+        assert "`" not in (await places.text_content() or "")
+        gaps = await places.locator(".card").evaluate_all(
+            "all => all.slice(1).map((one, at) => one.getBoundingClientRect().top"
+            " - all[at].getBoundingClientRect().bottom)"
+        )
+        assert min(gaps) >= 8

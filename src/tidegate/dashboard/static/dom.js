@@ -51,6 +51,18 @@ export function say(element, text) {
   if (element.textContent !== wanted) element.textContent = wanted;
 }
 
+const RIGHT_TO_LEFT = "[\\p{Script=Arabic}\\p{Script=Hebrew}\\p{Script=Syriac}\\p{Script=Thaana}\\p{Script=Nko}\\p{Script=Adlam}]";
+const RUNS = new RegExp(`(${RIGHT_TO_LEFT}(?:[^\\p{Script=Latin},:;.·]*${RIGHT_TO_LEFT})?)`, "u");
+
+/**
+ * Set a text that is composed of names and figures only if it differs. A right-to-left name is
+ * isolated, so that the figure after it stays there.
+ */
+export function sayComposed(element, text) {
+  if (element.textContent === text) return;
+  fill(element, text.split(RUNS).map((part, at) => (at % 2 ? h("bdi", {}, part) : part)));
+}
+
 /** Set an attribute only if it differs; null removes it. */
 export function mark(element, name, value) {
   if (value === null || value === false) element.removeAttribute(name);

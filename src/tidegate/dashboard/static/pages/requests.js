@@ -1,7 +1,7 @@
 // Requests of all tenants: searched, and updated live.
 
 import { get, Problem } from "../api.js";
-import { fill, h, keyed, mark, say } from "../dom.js";
+import { fill, h, keyed, mark, say, sayComposed } from "../dom.js";
 import { count, money, NOTHING, time } from "../format.js";
 import { note } from "../router.js";
 import * as scope from "../scope.js";
@@ -367,7 +367,7 @@ function rowOf(first) {
     say(what, words);
     mark(what, "title", words);
     const spent = item.cost_micros === undefined ? "" : money(item.cost_micros / 1e6);
-    say(briefly, [time(item.submitted_at), item.tenant, keyOf(item), words, spent].filter(Boolean).join(" · "));
+    sayComposed(briefly, [time(item.submitted_at), item.tenant, keyOf(item), words, spent].filter(Boolean).join(" · "));
     for (const one of [said, saidBriefly]) say(one, item.prompt ?? "");
     mark(said, "title", item.prompt ?? null);
     say(cost, spent || NOTHING);

@@ -2,7 +2,7 @@
 // operators.
 
 import { chart, stack } from "../../chart.js";
-import { h, keyed, say } from "../../dom.js";
+import { h, keyed, say, sayComposed } from "../../dom.js";
 import { brief, length, money, rate, time } from "../../format.js";
 import * as scope from "../../scope.js";
 import { requestsIn } from "../request_filters.js";
@@ -82,7 +82,7 @@ function eventRow() {
     element: h("li", {}, when, " ", words),
     update(one) {
       say(when, time(one.at * 1_000));
-      say(words, one.words);
+      sayComposed(words, one.words);
     },
   };
 }

@@ -1,7 +1,7 @@
 // Each limit as a gauge: its usage, who waits, whether it is paused, and actions.
 
 import { get, patch, post, Problem } from "../../api.js";
-import { fill, h, keyed, mark, say } from "../../dom.js";
+import { fill, h, keyed, mark, say, sayComposed } from "../../dom.js";
 import { brief, count, grouped, length } from "../../format.js";
 import { link } from "../../router.js";
 import * as scope from "../../scope.js";
@@ -320,7 +320,7 @@ function row(first) {
       mark(waiting, "data-some", one.waiting > 0);
       mark(spark, "points", pointsOf(lines.get(keyOf(first))));
       const who = (one.tenants ?? []).map(([name, amount]) => `${name} ${brief(amount)}`).join(", ");
-      say(tenants, who);
+      sayComposed(tenants, who);
       mark(tenants, "title", who ? `Waiting: ${who}` : null);
       drawGauge(one, { gauge, used, held, tick });
       mark(element, "data-full", isFull && !one.shadow);

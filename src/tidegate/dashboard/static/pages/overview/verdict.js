@@ -1,7 +1,7 @@
 // The verdict at the top: the state of the deployment, and each cause with its actions.
 
 import { get, Problem } from "../../api.js";
-import { fill, h, keyed, mark, say } from "../../dom.js";
+import { fill, h, keyed, mark, say, sayComposed } from "../../dom.js";
 import { count } from "../../format.js";
 import { link } from "../../router.js";
 import { copied, toast } from "../../ui.js";
@@ -65,8 +65,8 @@ function causeRow(first, latest) {
       now = one;
       mark(sign.parentElement, "data-level", one.level);
       say(sign, SIGNS[one.level]);
-      say(words, one.words);
-      say(detail, one.detail);
+      sayComposed(words, one.words);
+      sayComposed(detail, one.detail);
       detail.hidden = !one.detail;
     },
   };
