@@ -294,3 +294,18 @@ async def test_settings_are_in_cards_apart_and_their_texts_without_marks(stage: 
             " - all[at].getBoundingClientRect().bottom)"
         )
         assert min(gaps) >= 8
+
+
+async def test_a_printed_page_is_dark_on_light_and_without_what_is_clicked(stage: Stage) -> None:
+    async with opened(stage, "/usage?by=tenant&range=30", colours="dark") as seen:
+        page = seen.page
+        await expect(page.locator(".days .legend li")).to_have_count(7)
+        for theme in ("auto", "dark"):
+            await page.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
+            await page.emulate_media(media="screen")
+            await expect(page.locator("body")).to_have_css("color", "rgb(228, 236, 240)")
+            await page.emulate_media(media="print")
+            await expect(page.locator("body")).to_have_css("color", "rgb(20, 34, 43)")
+            await expect(page.locator("#nav")).to_be_hidden()
+            assert await seen.is_within()
+        await page.emulate_media(media="screen")
