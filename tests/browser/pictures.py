@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from tests.browser.stage import Stage
 from tests.waiting import work_for
+
+# The traffic before the first picture lasts longer than a test usually may.
+pictured = pytest.mark.timeout(900 if os.environ.get("TIDEGATE_SCREENSHOTS") else 120)
 
 # What the page says of a prompt.
 PROMPT_OF = """async (request) => {

@@ -21,7 +21,7 @@ import pytest_asyncio
 from playwright.async_api import Route, async_playwright, expect
 
 from tests.browser.lists import another_operator_sets_the_weight
-from tests.browser.pictures import WEIGHTS, under_traffic
+from tests.browser.pictures import WEIGHTS, pictured, under_traffic
 from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, TEXT, Colours, Seen, Stage, opened
 from tests.gateway import gateway
 from tests.waiting import wait_until
@@ -825,6 +825,7 @@ async def test_a_lost_connection_is_told_and_made_again(stage: Stage) -> None:
         await expect(seen.page.locator("main")).to_have_css("opacity", "1")
 
 
+@pictured
 async def test_the_overview_is_accessible_and_fits_in_both_colours(
     stage: Stage, tmp_path: Path
 ) -> None:
@@ -842,8 +843,7 @@ async def test_the_overview_is_accessible_and_fits_in_both_colours(
 
 async def looked_at(stage: Stage, seen: Seen, colours: Colours, width: int, folder: Path) -> None:
     """As the system's colours change, too."""
-    page = seen.page
-    await page.emulate_media(color_scheme=colours)
+    await (page := seen.page).emulate_media(color_scheme=colours)
     ground = {"light": "rgb(246, 247, 248)", "dark": "rgb(14, 22, 27)"}[colours]
     await expect(page.locator("body")).to_have_css("background-color", ground)
     await expect(page.locator(".chart canvas")).to_have_count(5)
@@ -852,8 +852,8 @@ async def looked_at(stage: Stage, seen: Seen, colours: Colours, width: int, fold
     async with under_traffic(stage) if taking else nullcontext():
         await seen.is_accessible()
         assert await seen.is_within()
-        name = f"dashboard-{'narrow' if width == 400 else colours}.png"
-        path = (IMAGES if taking else folder) / name
+        look = "narrow" if width == 400 else colours
+        path = (IMAGES if taking else folder) / f"dashboard-{look}.png"
         await page.screenshot(path=path, full_page=True)
         assert path.stat().st_size > 20_000
 
