@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,31 @@ async def test_a_full_limit_of_one_model_does_not_hold_up_another(
     for task in (holding, waiting):
         task.cancel()
     await asyncio.gather(holding, waiting, return_exceptions=True)
+
+
+async def test_the_calls_ahead_of_a_job_are_those_that_are_due_before_it(
+    open_gateway: Opener, policy: WriteFile
+) -> None:
+    gateway = await open_gateway(tidegate_policy=policy('"kind:text_only" = 1'))
+    await gateway.upstream.set_fault("hang", match="hold it")
+    holding = asyncio.create_task(gateway.stream(text="hold it", type="text_only"))
+    await gateway.in_flight(1)
+    spans: list[dict[str, Any]] = [{}, {"deadline_ms": 300_000}, {"deadline_ms": 60_000}]
+    texts = {"type": "text_only", "data": "Explain"}
+    ids = [await gateway.submit(**texts, **span) for span in spans]
+
+    async def ahead() -> list[int | None]:
+        return [(await gateway.status(one)).get("ahead") for one in ids]
+
+    async def is_known() -> bool:
+        return await ahead() == [2, 1, 0]
+
+    await wait_until(is_known, 10, "the calls ahead of each job")
+    holding.cancel()
+    await asyncio.gather(holding, return_exceptions=True)
+    await gateway.upstream.clear_faults()
+    ends = [(await gateway.end_of(one))["admitted_at"] for one in ids]
+    assert ends == sorted(ends, reverse=True)
 
 
 async def test_a_limit_that_is_raised_live_is_used_at_once_by_the_worker_too(

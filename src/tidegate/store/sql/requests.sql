@@ -229,6 +229,7 @@ FROM requests WHERE id = $1
 
 -- name: get_ahead
 -- Count the queued jobs of the tenant before request $1, without and with a claimant.
+-- Claimed jobs are admitted by deadline, and are due after ten minutes without one.
 SELECT (
     SELECT count(*) FROM (
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.claimed_by IS NULL
@@ -244,7 +245,9 @@ SELECT (
 ) AS unclaimed, (
     SELECT count(*) FROM requests q WHERE q.status = 'queued' AND q.claimed_by IS NOT NULL
         AND q.pool = r.pool AND q.lane = r.lane AND q.tenant_id = r.tenant_id
-        AND q.priority = r.priority AND (q.created_at, q.id) < (r.created_at, r.id)
+        AND q.priority = r.priority
+        AND (coalesce(q.deadline_at, q.created_at + interval '10 minutes'), q.created_at, q.id)
+            < (coalesce(r.deadline_at, r.created_at + interval '10 minutes'), r.created_at, r.id)
 ) AS claimed
 FROM requests r WHERE r.id = $1 AND coalesce(r.status = 'queued', false)
 
