@@ -175,6 +175,8 @@ def _remark(one: Any, overview: Overview) -> str:
     for learned in overview.learned:
         if learned.limit == one.limit and learned.others_share:
             remarks.append(f"others on the account take {learned.others_share:.0%}")
+        if learned.limit == one.limit and learned.drift == "fell":
+            remarks.append(f"above {learned.bound} kept free, which the provider reports")
     if one.paused_ms:
         by = f" by {one.paused_by}" if one.paused_by else ""
         remarks.append(f"paused{by}, {format_pause(one.paused_ms)}")

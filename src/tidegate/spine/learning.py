@@ -30,7 +30,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import orjson
 
 from tidegate.dialects.headers import RateStatus, answered_at, rate_statuses
-from tidegate.errors import ConfigError, LimiterUnavailable, StatedBound, StoreUnavailable
+from tidegate.errors import (
+    AdmissionError,
+    ConfigError,
+    LimiterUnavailable,
+    StatedBound,
+    StoreUnavailable,
+)
 from tidegate.limiter import MAX_BOUND, LimitView, Quota, Rate, next_midnight_ms
 from tidegate.policy.account import (
     CAREFUL_WINDOWS,
@@ -143,6 +149,9 @@ class _Head(NamedTuple):
     heard_at: float
 
 
+_OF_LOWER_BOUND = " The provider reports a bound of"
+
+
 class Announced:
     """The limits that one upstream has announced to this process.
 
@@ -160,6 +169,7 @@ class Announced:
         self._read: dict[str, tuple[_Head, Announcement | None]] = {}
         self._limits_refused: dict[str, RefusedLimit] = {}
         self._stated: dict[tuple[str, str, str], Announcement] = {}  # from refusals
+        self.lower: Mapping[str, int] = {}  # limits in force with a lower bound at the provider
 
     def __contains__(self, model: str) -> bool:
         """Whether the upstream has lately answered for the model, so that the name is real."""
@@ -215,6 +225,14 @@ class Announced:
         for one in sorted(stated, key=lambda each: -each.bound):  # it exceeded each bound of a unit
             announcement = Announcement(model, now, (RateStatus(*one),), now)
             _store_last(self._stated, (model, one.unit, one.window), announcement)
+
+    def explain(self, error: AdmissionError) -> None:
+        """Add to the message of a limit that is full for us that the provider has a lower bound, if
+        it has: the difference is kept free, and counts as used."""
+        bound = self.lower.get(error.limit or "")
+        if bound is not None and _OF_LOWER_BOUND not in error.message:
+            error.message += f"{_OF_LOWER_BOUND} {bound}, and the rest is kept free."
+            error.args = (error.message,)
 
     def refusals(self) -> tuple[RefusedLimit, ...]:
         """Return the last refusal of each limit."""
@@ -530,6 +548,7 @@ class LimitLearner:
         refusals = announced.refusals()
         own = self._reader.read([*announced.all(), *announced.stated()])
         if not own and not refusals:
+            announced.lower = {}
             return
         match = self._matched()
         own = [one for one in own if not self._is_over(one, match)]
@@ -547,10 +566,22 @@ class LimitLearner:
         if leads:
             await self._lead(notes, match, {**self._recently_received(), **received})
         self._received = received, self._clock()
+        announced.lower = self._lower(notes.values(), match)
         if not leads:
             self._others = ()
             self._uses.clear()
             self._days.clear()
+
+    def _lower(self, notes: Iterable[LearnedNote], match: LimitMatch) -> dict[str, int]:
+        """Return the bounds of the provider that are below those in force, by limit."""
+        found = {}
+        for name, reading in newest(notes, match).items():
+            limit, bound = match.policy.limit(name), match.bound_for(reading, name)
+            if limit is None or bound is None or self._is_old(reading, name):
+                continue
+            if bound < limit.bound:
+                found[name] = bound
+        return found
 
     def _recently_received(self) -> Mapping[str, OthersUse]:
         """Return the usage of others that the previous leader last shared. Its note ends with its

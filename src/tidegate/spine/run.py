@@ -656,10 +656,12 @@ class _Run:
             except NotWorthWaiting:
                 continue  # in another queue, if one is worth waiting in
             except (LimitUsedUp, LimitPaused, QueueFull) as early:
+                lane.gate.announced.explain(early)
                 if not self._record.waits or self._terms.left_ms() <= 0:
                     raise
                 never[place] = early
             except DeadlineExceeded as late:
+                lane.gate.announced.explain(late)
                 out = None if self._terms.waits_out else lane.gate.out()
                 raise out or late from None
 

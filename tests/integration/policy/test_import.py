@@ -1,4 +1,5 @@
-"""`tidegate limits import` over HTTP: from an admin key to limits in force that fit."""
+"""`tidegate limits import` over HTTP: from an admin key to limits in force that fit; and calls
+under a limit that does not fit."""
 
 from __future__ import annotations
 
@@ -167,3 +168,28 @@ async def test_an_error_names_what_is_wrong_and_never_the_key(
     assert (done.code, said in done.complained) == (code, True), done.complained
     assert "secret" not in done.said + done.complained
     assert json.dumps("Traceback") not in done.complained
+
+
+async def test_a_refusal_names_the_lower_bound_for_which_the_rest_is_kept_free(
+    gateway: Gateway, provider: Emulator
+) -> None:
+    limits = [{"models": "gpt-5", "unit": "requests", "bound": 20}]
+    await provider.control.set_account(provider="openai", limits=limits)
+    change = {"set": {"rpm:gpt-5": {"bound": 100, "unit": "requests"}}}
+    async with gateway.http.patch(gateway.url + "/admin/limits?pool=oai", json=change) as answer:
+        assert answer.status == 200, await answer.text()
+    url, body = f"{gateway.url}/v1/chat/completions", {"model": "gpt-5", "messages": MESSAGES}
+    ends = " The provider reports a bound of 20, and the rest is kept free."
+
+    async def refused() -> str:
+        """The first calls may go to the provider, and may wait without an estimate."""
+        hurried = {"x-tidegate-deadline-ms": "100"}
+        async with gateway.http.post(url, json=body, headers=hurried) as answer:
+            said = str(json.loads(await answer.read()).get("error", {}).get("message", ""))
+        return said if said.endswith(ends) and "is used up" in said else ""
+
+    said = await wait_until(refused, 20, "a refusal that names the bound")
+    assert said.startswith("Limit rpm:gpt-5 is used up (")
+    assert said.count("The provider") == 1
+    shown = await tidegate(gateway, "limits", "show", "--pool", "oai")
+    assert "above 20 kept free" in " ".join(shown.said.split())
