@@ -92,14 +92,30 @@ def test_what_only_routing_knows_is_checked_before_the_settings_are_called_sound
     assert done.stderr == f"tidegate: {said}, nor one below it\n"
 
 
-@pytest.mark.parametrize("command", [("serve",), ("config", "check")])
+@pytest.mark.parametrize(
+    ("command", "url", "said"),
+    [
+        *(
+            (
+                command,
+                "redis://:sesame@127.0.0.1:1/0?colour=red",
+                "=redis://(hidden): has the unknown option colour",
+            )
+            for command in ("serve", "config check")
+        ),
+        (
+            "serve",
+            "rediss://:sesame@127.0.0.1:1/0?ssl_ca_certs=/nowhere/ca.crt",
+            " can't be used: ssl_ca_certs names /nowhere/ca.crt, which cannot be read",
+        ),
+    ],
+)
 def test_a_url_of_valkey_that_cannot_be_right_is_told_in_one_line(
-    command: tuple[str, ...], tmp_path: Path
+    command: str, url: str, said: str, tmp_path: Path
 ) -> None:
     away = {"DATABASE_URL": "postgresql://127.0.0.1:1/x", "MIGRATE_AT_START": "0", "PORT": "0"}
-    done = _run(tmp_path, *command, **away, REDIS_URL="redis://:sesame@127.0.0.1:1/0?colour=red")
-    said = "tidegate: REDIS_URL=redis://(hidden): has the unknown option colour\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    done = _run(tmp_path, *command.split(), **away, REDIS_URL=url)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"tidegate: REDIS_URL{said}\n")
 
 
 @pytest.mark.parametrize("command", [("up",), ("serve",), ("worker",), ("config", "check")])

@@ -12,6 +12,7 @@ never fails for lack of a partition.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from importlib.resources import files
 from itertools import count
 from math import ceil
 from typing import Any, Generic, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 
@@ -278,7 +279,7 @@ class Connections:
         try:
             connection = await self._answered(timeout_ms / 1000)
         except (*_TRANSIENT, *_UNFIT) as failed:
-            raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
+            raise StoreUnavailable(f"PostgreSQL does not answer: {_words(failed)}") from failed
         try:
             require_writes(connection)
         finally:
@@ -300,7 +301,7 @@ class Connections:
         try:
             return await self._connect(_Patience(CONNECT_TIMEOUT_MS / 1000))
         except (*_TRANSIENT, *_UNFIT) as failed:
-            raise StoreUnavailable(f"PostgreSQL does not answer: {failed}") from failed
+            raise StoreUnavailable(f"PostgreSQL does not answer: {_words(failed)}") from failed
 
     async def _run(self, work: Work[T], timeout_ms: int, repeatable: bool, begin: Begin) -> T:
         deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
@@ -760,6 +761,7 @@ START_EMPTY = (
 )
 _LOCK = 7_423_000
 _CONNECT_TIMEOUT_S = 5.0
+_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 
 
 async def revision_of(connection: asyncpg.Connection) -> str | None:
@@ -782,9 +784,21 @@ async def _connected(url: str) -> asyncpg.Connection:
     except asyncpg.ClientConfigurationError as error:  # not an outage, and does not pass
         raise ConfigError("DATABASE_URL", None, f"can't be used: {error.args[0]}") from None
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
+        check_files(url, failed)
         host = urlsplit(url).hostname
         at = f" at {host}" if host else ""
-        raise StoreUnavailable(f"PostgreSQL{at} does not answer: {failed}") from failed
+        raise StoreUnavailable(f"PostgreSQL{at} does not answer: {_words(failed)}") from failed
+
+
+def check_files(url: str, failed: BaseException) -> None:
+    """Raise ConfigError if a connection failed for a file that DATABASE_URL names in its query:
+    asyncpg does not report which."""
+    if not isinstance(failed, (FileNotFoundError, PermissionError)):
+        return
+    for name, path in parse_qsl(urlsplit(url).query):
+        if name in _FILES and not os.access(path, os.R_OK):
+            why = f"can't be used: {name} names {path}, which cannot be read: {failed.strerror}"
+            raise ConfigError("DATABASE_URL", None, why) from None
 
 
 async def row_alone(

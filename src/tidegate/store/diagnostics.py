@@ -16,7 +16,7 @@ from uuid import UUID
 import asyncpg
 
 from tidegate.errors import ConfigError, StoreUnavailable
-from tidegate.store.database import HEAD, Connections, revision_of, sql
+from tidegate.store.database import HEAD, Connections, check_files, revision_of, sql
 from tidegate.store.records import record_of, uuid_of
 
 OLD_S = 300.0
@@ -80,7 +80,8 @@ async def check_url(url: str) -> None:
         connection = await asyncpg.connect(url, timeout=0)
     except asyncpg.ClientConfigurationError as error:
         raise ConfigError("DATABASE_URL", None, f"can't be used: {error.args[0]}") from None
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
+        check_files(url, failed)
         return
     connection.terminate()
 

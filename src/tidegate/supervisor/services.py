@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 from uuid import UUID, uuid4
 
 from pydantic import SecretStr
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from tidegate.store.requests import Whereabouts
 
 EMULATED = "EMULATED_PROVIDER"
+_FILES_OF_TLS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _MIGRATE_WITHIN_S = 60.0
 _RETRY_S = 1.0
 
@@ -137,6 +139,7 @@ def load_sound(*, with_jobs: bool = True) -> Config:
     config = load()
     if config.redis_url is not None:
         check_server_url("REDIS_URL", config.redis_url.get_secret_value())
+        _check_files_of(config.redis_url.get_secret_value())
     check_collector(collector_variables())
     deployed(config)
     upstreams = deployed_upstreams(config)
@@ -146,6 +149,15 @@ def load_sound(*, with_jobs: bool = True) -> Config:
 
         nightly_accounts(upstreams, config.reconcile, secret)
     return config
+
+
+def _check_files_of(redis_url: str) -> None:
+    """Raise ConfigError for a file of TLS in REDIS_URL that cannot be read: the limiter would wait
+    for a server that it can never reach."""
+    for name, path in parse_qsl(urlsplit(redis_url).query):
+        if name in _FILES_OF_TLS and not os.access(path, os.R_OK):
+            why = f"can't be used: {name} names {path}, which cannot be read"
+            raise ConfigError("REDIS_URL", None, why)
 
 
 def make_folders(config: Config, *others: str) -> None:

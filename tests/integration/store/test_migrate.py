@@ -61,6 +61,16 @@ async def test_migrating_without_a_server_says_that_the_store_is_away() -> None:
         await migrate("postgresql://nobody@127.0.0.1:1/nothing")
 
 
+async def test_a_server_that_is_silent_is_reported_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(partitions, "_CONNECT_TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://nobody@127.0.0.1:{silent.getsockname()[1]}/nothing"
+        with pytest.raises(StoreUnavailable, match="does not answer: no answer in time"):
+            await migrate(url)
+
+
 async def test_a_migration_gives_up_while_a_backup_has_a_table(empty_database_url: str) -> None:
     reader = await asyncpg.connect(empty_database_url)
     await upgrade(reader, "0012")
@@ -106,7 +116,11 @@ async def test_a_user_that_may_not_migrate_is_a_wrong_setting(empty_database_url
 
 
 @pytest.mark.parametrize(
-    "query", ["sslmode=nonsense", "target_session_attrs=any-one", "sslmode=verify-ca"]
+    "query",
+    [
+        *("sslmode=nonsense", "target_session_attrs=any-one", "sslmode=verify-ca"),
+        "sslmode=verify-full&sslrootcert=/nowhere/ca.crt",
+    ],
 )
 async def test_what_no_server_can_accept_is_refused_as_a_setting(
     query: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -120,6 +134,7 @@ async def test_what_no_server_can_accept_is_refused_as_a_setting(
     for one in (refused, unmigrated):
         assert "\n" not in str(one.value)
         assert "word" not in str(one.value)
+        assert ("/nowhere/ca.crt" in str(one.value)) == ("/nowhere" in query), "the file's name"
     await check_url("postgresql://nobody:word@127.0.0.1:1/nothing?sslmode=prefer")
 
 
