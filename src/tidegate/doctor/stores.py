@@ -253,7 +253,9 @@ def _rights(report: DatabaseReport) -> Finding:
             f"GRANT ALL ON ALL TABLES IN SCHEMA {facts['schema']} TO {facts['who']}",
         )
     if report.foreign or not facts["may_create"]:
-        what = f"owns not {_named(report.foreign)}" if report.foreign else "may not create tables"
+        what = (
+            f"does not own {_named(report.foreign)}" if report.foreign else "may not create tables"
+        )
         return warn(
             "postgresql.rights",
             f"{facts['who']} {what} in {facts['schema']}: it can't migrate",

@@ -112,6 +112,7 @@ async def test_a_user_without_rights_is_told(
         await said(database_url, f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {user}")
         some = (await found(theirs))["rights"]
         assert (some.state, "can't migrate" in some.found) == (State.WARN, True)
+        assert f"{user} does not own " in some.found
     finally:
         await said(database_url, f"DROP OWNED BY {user}; DROP ROLE {user}")
 
