@@ -40,7 +40,7 @@ _IMPORTED = (
     *("tidegate.upstream.gemini", "tidegate.upstream.gemini_transport"),
     *("tidegate.emulator.server", "google.genai", "google.auth.aio.credentials"),
     *("uvicorn", "uvloop"),
-    *("uvicorn.lifespan.on", "encodings.idna"),
+    *("uvicorn.lifespan.off", "encodings.idna"),
 )
 _LARGEST_ORDER = 1 << 18
 _START_S = 60.0

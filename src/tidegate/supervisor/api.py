@@ -149,7 +149,7 @@ async def _serve(config: Config, listener: socket.socket, *, shares: bool) -> No
     settings = uvicorn_config(
         app,
         http=protocol,
-        lifespan="on",
+        lifespan="off",  # below: uvicorn would log a traceback for a setting that is refused
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
     )
@@ -180,4 +180,5 @@ async def _serve(config: Config, listener: socket.socket, *, shares: bool) -> No
     on_signals(stop, leave=leave, leave_ms=config.leave_ms, hurry=reject_waiting)
     on_state_signal(opened)
     with living():
-        await server.serve(sockets=[listener])
+        async with app.router.lifespan_context(app):
+            await server.serve(sockets=[listener])

@@ -8,6 +8,8 @@ import sys
 from asyncio.subprocess import PIPE
 from pathlib import Path
 
+import redis.asyncio
+
 from tests.fleet import Fleet
 from tests.load import submit
 from tests.waiting import wait_until
@@ -59,6 +61,14 @@ async def test_a_process_of_its_own_waits_for_postgres_and_migrates(tmp_path: Pa
         await wait_until(lambda: _WAITS in log.read_text(), 30)
         await asyncio.to_thread(fleet.postgres.start)
         await fleet.ready(url)
+        async with redis.asyncio.Redis.from_url(fleet.valkey.url) as valkey:
+            await valkey.config_set("maxmemory", "100mb")
+            await valkey.config_set("maxmemory-policy", "allkeys-lru")
+        refused = fleet.apis[fleet.start_api()]
+        assert await refused.ended() == 2, "a wrong setting"
+        last = refused.log.read_text().splitlines()[-1]
+        assert last.startswith("tidegate: maxmemory-policy=allkeys-lru: Valkey must not evict")
+        assert "Traceback" not in refused.log.read_text()
 
 
 async def test_a_process_that_does_not_migrate_ends_at_a_url_that_no_server_accepts(
