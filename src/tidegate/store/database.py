@@ -174,6 +174,7 @@ class Connections:
         self._opening = False
         self._waiting: list[asyncio.Future[None]] = []
         self._down: str | None = None  # the reason while away
+        self._refusal: str | None = None  # the reason while the newest connection cannot write
         self._closed = False
         self.on_back: list[Callable[[], None]] = []
 
@@ -458,6 +459,13 @@ class Connections:
         more: Any = {"server_settings": {"application_name": "tidegate"}}
         more |= {"connection_class": DatabaseSession, "statement_cache_size": 0}
         session: DatabaseSession = await patience.wait(asyncpg.connect(self._url, **more))
+        refusal = _refusal_of_writes(session)
+        if refusal is not None and self._refusal is None:
+            reason = f"{refusal}; DATABASE_URL must lead to the primary"
+            get_logger().warning(Log.STORE_AWAY, reason=reason)
+        elif refusal is None and self._refusal is not None:
+            get_logger().info(Log.STORE_BACK)
+        self._refusal = refusal
         return session
 
     async def _answered(self, timeout_s: float) -> DatabaseSession:
@@ -547,10 +555,13 @@ class _Patience:
 
 def require_writes(connection: asyncpg.Connection) -> None:
     """Raise StoreUnavailable if the server has reported that it accepts no writes."""
-    settings = connection.get_settings()
-    for name in _READ_ONLY:
-        if getattr(settings, name, "off") == "on":
-            raise StoreUnavailable(f"{NO_WRITES}: {name} is on")
+    if (refusal := _refusal_of_writes(connection)) is not None:
+        raise StoreUnavailable(refusal)
+
+
+def _refusal_of_writes(connection: asyncpg.Connection) -> str | None:
+    states = {name: getattr(connection.get_settings(), name, "off") for name in _READ_ONLY}
+    return next((f"{NO_WRITES}: {name} is on" for name in states if states[name] == "on"), None)
 
 
 def _wake(waits: asyncio.Future[None]) -> None:
@@ -761,7 +772,6 @@ START_EMPTY = (
 )
 _LOCK = 7_423_000
 _CONNECT_TIMEOUT_S = 5.0
-_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 
 
 async def revision_of(connection: asyncpg.Connection) -> str | None:
@@ -796,7 +806,7 @@ def check_files(url: str, failed: BaseException) -> None:
     if not isinstance(failed, (FileNotFoundError, PermissionError)):
         return
     for name, path in parse_qsl(urlsplit(url).query):
-        if name in _FILES and not os.access(path, os.R_OK):
+        if name in ("sslrootcert", "sslcert", "sslkey", "sslcrl") and not os.access(path, os.R_OK):
             why = f"can't be used: {name} names {path}, which cannot be read: {failed.strerror}"
             raise ConfigError("DATABASE_URL", None, why) from None
 

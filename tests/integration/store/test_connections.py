@@ -15,6 +15,7 @@ import asyncpg
 import pytest
 
 from tests.integration.store.jobs import new_job
+from tests.loglines import Lines, lines
 from tests.waiting import wait_until
 from tidegate.call import new_id
 from tidegate.embedded.servers import PostgresServer
@@ -23,6 +24,8 @@ from tidegate.store import database
 from tidegate.store.database import Connections, sql
 from tidegate.store.notifications import ReadTurns
 from tidegate.store.store import Store
+
+__all__ = ["lines"]
 
 LAST_STEP = 40  # of the event loop, by which the work below has long ended
 
@@ -125,6 +128,23 @@ async def test_a_command_gives_work_longer_than_a_process_that_serves(
         await other.execute("SELECT pg_advisory_unlock(7)")
         assert await waiting == 1
         await other.close()
+
+
+async def test_a_server_that_takes_no_writes_is_logged_once_until_it_does(
+    empty_database_url: str, lines: Lines
+) -> None:
+    """A process that was pointed at a replica starts, and its log would name no reason."""
+    name = urlsplit(empty_database_url).path.removeprefix("/")
+    one = Connections(empty_database_url)
+    for state in ("on", "on", "off"):
+        change = f'ALTER DATABASE "{name}" SET default_transaction_read_only = {state}'
+        await one.run(lambda connection: connection.execute(change))  # noqa: B023
+        (await one.dedicated()).terminate()
+    await one.aclose()
+    told = [line for line in lines() if line["event"].startswith("store_")]
+    assert [line["event"] for line in told] == ["store_away", "store_back"]
+    refusal = "PostgreSQL accepts no writes: default_transaction_read_only is on"
+    assert told[0]["reason"] == f"{refusal}; DATABASE_URL must lead to the primary"
 
 
 async def test_a_statement_past_the_deadline_is_told_as_away(connections: Connections) -> None:
