@@ -110,6 +110,9 @@ NOT_RUN = (
     NotRun("docs/library.md", "pip install tidegate ", _PACKAGING),
     NotRun("docs/operating.md", "read_parquet", "no DuckDB in a test; its file is read by pyarrow"),
     NotRun("docs/operating.md", "systemctl enable", "no systemd runs in a test"),
+    NotRun(
+        "docs/operating.md", "/admin/keys", "its secret is systemd's; http-api.md runs the call"
+    ),
     NotRun("docs/operating.md", "docker compose -f", "no engine in a test"),
     NotRun("docs/operating.md", "docker build -f", "no engine in a test"),
     NotRun("docs/operating.md", "kubectl apply -k", "no cluster in a test"),
