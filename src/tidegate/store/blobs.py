@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import errno
 import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,12 @@ _PART_BYTES = 5_242_880
 _PARTS = 4
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 _STATUS = re.compile(r"status code: (\d{3})")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# Their names say what to do; those of a network's failures are left out with their addresses.
+_OF_A_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ENOTDIR, errno.EMFILE, errno.ENFILE),
+}
 
 
 @cache
@@ -129,21 +136,25 @@ class Blobs:
         return self._in_parts
 
     async def ping(self) -> None:
-        """Raises StoreUnavailable unless the store answers and allows listing."""
+        """Raises StoreUnavailable unless the store answers and allows listing and, if the last
+        write failed, takes another one: a full disk can still be listed."""
         try:
             await self._ping()
+            if self.unavailable:
+                key = new_key(datetime.now(UTC))
+                await self.put(key, b"a trial")
+                await self.delete([key])
         except StoreUnavailable:
             self.is_silent = True
             raise
         self.unavailable = self.is_silent = False
 
     async def _ping(self) -> None:
-        if self._opened is None and self._folder is not None:
+        if self._folder is not None:
             try:
                 await asyncio.to_thread(os.listdir, self._folder)
             except OSError as failed:
-                why = f"the blob store failed: {type(failed).__name__}"
-                raise StoreUnavailable(why) from failed
+                raise StoreUnavailable(f"the blob store failed: {failed.strerror}") from failed
         else:
             await self.days()
 
@@ -284,6 +295,8 @@ def _unavailable(failed: BaseException) -> StoreUnavailable:
 
     text = str(failed)
     status = found[1] if (found := _STATUS.search(text)) else ""
+    code = failed.errno if isinstance(failed, OSError) else None
+    code = int(found[1]) if code is None and (found := _OS_ERROR.search(text)) else code
     if "169.254.169.254" in text:
         why = "no credentials were found for it"
     elif "NoSuchBucket" in text:
@@ -292,6 +305,8 @@ def _unavailable(failed: BaseException) -> StoreUnavailable:
         why = f"it rejects the credentials, or they lack a permission ({status})"
     elif status:
         why = f"it answered {status}"
+    elif code is not None and code in _OF_A_DISK:
+        why = os.strerror(code)
     else:
         is_store_error = isinstance(failed, obstore.exceptions.BaseError)
         why = "it does not answer" if is_store_error else type(failed).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ async def test_an_outage_of_the_bucket_is_logged_once_until_it_answers(tmp_path:
     with capture_logs() as logs:
         looking = asyncio.create_task(_watch_blobs(blobs, 0))
         for _ in range(2):
-            folder.rmdir()
+            shutil.rmtree(folder)
             blobs.unavailable = True  # as a write that fails has it
             await wait_until(lambda: blobs.is_silent, 10, "a ping that fails")
             folder.mkdir()

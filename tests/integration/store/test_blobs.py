@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,24 @@ async def test_a_store_that_cannot_write_is_unavailable(tmp_path: Path) -> None:
     (tmp_path / "blobs" / "2025-03-09").write_text("a file where the folder should be")
     with pytest.raises(StoreUnavailable):
         await blobs.put(new_key(NOW), b"x")
+
+
+async def test_a_store_that_lists_and_cannot_write_stays_unavailable_and_says_why(
+    tmp_path: Path,
+) -> None:
+    """As a full disk does. An image would be generated, paid for and lost."""
+    blobs, now = Blobs.from_url("", tmp_path), datetime.now(UTC)
+    await blobs.put(new_key(NOW), b"x")
+    in_the_way = tmp_path / "blobs" / f"{now:%Y-%m-%d}"
+    in_the_way.touch()
+    for write in (partial(blobs.put, new_key(now), b"x"), blobs.ping):
+        with pytest.raises(StoreUnavailable, match="the blob store failed: Not a directory"):
+            await write()
+        assert blobs.unavailable
+    in_the_way.unlink()
+    await blobs.ping()
+    assert (blobs.unavailable, blobs.is_silent) == (False, False)
+    assert [key async for batch in blobs.keys_of(in_the_way.name) for key in batch] == []
 
 
 async def test_a_process_leaves_the_librarys_threads_time_to_return(
