@@ -165,9 +165,8 @@ async def _postgresql(
     url = config.database_url.get_secret_value()
     try:
         report = await examine_server(url)
-    except StoreUnavailable as failed:
-        fix = "start it, and see whether DATABASE_URL, its user, password and database are right"
-        return [fail("postgresql.reach", str(failed), fix)]
+    except (StoreUnavailable, ConfigError) as failed:
+        return [stores.judge_no_answer(failed)]
     if report.revision is not None and report.revision >= FIRST:
         await _read_record(url, policies, facts, report.revision)
     snapshot = facts.snapshots.get(DEFAULT_POOL)

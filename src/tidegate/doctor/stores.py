@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import asyncpg
+
 from tidegate.doctor.checks import Finding, fail, ok, skipped, warn
 from tidegate.errors import ConfigError, TidegateError
 from tidegate.limiter import ServerReport, commands, format_span
@@ -215,6 +217,14 @@ def judge(report: DatabaseReport, processes: int | None) -> Iterator[Finding]:
     yield _size(report)
     yield _latency(report.round_trip_ms)
     yield clock("postgresql.clock", report.clock_ahead_ms, "deadlines and retries go by its clock")
+
+
+def judge_no_answer(failed: TidegateError) -> Finding:
+    """Judge why a database cannot be used: it is full, or something is wrong with its URL."""
+    fix = "start it, and see whether DATABASE_URL, its user, password and database are right"
+    if isinstance(failed.__cause__, asyncpg.TooManyConnectionsError):
+        fix = "raise max_connections: each process needs 12; or put PgBouncer before it"
+    return fail("postgresql.reach", str(failed), fix)
 
 
 def _version(facts: dict[str, object]) -> Finding:

@@ -60,7 +60,8 @@ class DatabaseReport:
 async def examine(url: str, old_s: float = OLD_S) -> DatabaseReport:
     """Examine the database; transactions count as old after `old_s` seconds.
 
-    Raises StoreUnavailable with the reason if the database cannot be used at all.
+    Raises StoreUnavailable with the reason if the database cannot be used at all, ConfigError for a
+    file in its URL that cannot be read.
     """
     try:
         connection = await _connect(url)
@@ -69,6 +70,7 @@ async def examine(url: str, old_s: float = OLD_S) -> DatabaseReport:
         finally:
             connection.terminate()
     except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as no:
+        check_files(url, no)
         why = str(no) or "no answer in time"
         raise StoreUnavailable(f"PostgreSQL can't be used: {why}") from no
 

@@ -12,9 +12,9 @@ import pytest
 
 from tests.integration.pgbouncer.bouncer import Bouncer
 from tidegate.doctor.checks import Finding, State
-from tidegate.doctor.stores import judge
+from tidegate.doctor.stores import judge, judge_no_answer
 from tidegate.embedded.servers import PostgresServer
-from tidegate.errors import StoreUnavailable
+from tidegate.errors import ConfigError, StoreUnavailable
 from tidegate.store.database import FIRST, HEAD
 from tidegate.store.diagnostics import examine
 
@@ -115,6 +115,26 @@ async def test_a_user_without_rights_is_told(
         assert f"{user} does not own " in some.found
     finally:
         await said(database_url, f"DROP OWNED BY {user}; DROP ROLE {user}")
+
+
+async def test_a_server_without_room_and_a_file_that_is_missing_are_told_with_their_fix(
+    database_url: str,
+) -> None:
+    user = f"u_{uuid4().hex[:8]}"
+    full = database_url.replace("//tidegate", f"//{user}", 1)
+    password = _password(database_url)
+    await said(database_url, f"CREATE ROLE {user} LOGIN CONNECTION LIMIT 0 PASSWORD '{password}'")
+    try:
+        with pytest.raises(StoreUnavailable) as refused:
+            await examine(full)
+    finally:
+        await said(database_url, f"DROP ROLE {user}")
+    assert judge_no_answer(refused.value).fix.startswith("raise max_connections: each process")
+    url = urlsplit(database_url)._replace(query="sslmode=verify-full&sslrootcert=/nowhere/a")
+    with pytest.raises(ConfigError) as missing:
+        await examine(url.geturl())
+    finding = judge_no_answer(missing.value)
+    assert (finding.state, "/nowhere/a" in finding.found) == (State.FAIL, True)
 
 
 async def test_another_encoding_is_told(postgres_server: PostgresServer) -> None:
