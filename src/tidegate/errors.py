@@ -16,6 +16,7 @@ TidegateError
 ├── NotFound                    no such request, file or limit
 │   └── UpstreamMissing         the process cannot use the upstream of a call, as without its key
 ├── MethodNotAllowed            the path exists, but not with this method
+│   └── WebSocketRefused        the path exists, but not as a WebSocket
 ├── IdempotencyConflict         the idempotency key was used for a different request
 ├── AlreadyEnded                the request has ended already
 ├── PolicyChanged               another change came first
@@ -234,6 +235,13 @@ class MethodNotAllowed(TidegateError):
     def __init__(self, message: str, *, methods: tuple[str, ...]) -> None:
         super().__init__(message)
         self.methods = methods
+
+
+class WebSocketRefused(MethodNotAllowed):
+    """The path exists, but not as a WebSocket. Codex then sends the same in HTTP immediately; on
+    any other status it tries the WebSocket five more times first."""
+
+    code = "websocket_refused"
 
 
 class IdempotencyConflict(TidegateError):

@@ -332,7 +332,7 @@ async def native(services: Services, scope: Scope, receive: Receive, send: Send)
     front = _Front(services, scope, receive, send, dialect)
     try:
         if endpoint is None:
-            await front.refuse_unrecorded(not_relayed(method, path, methods), None)
+            await front.refuse_unrecorded(not_relayed(method, path, methods, headers), None)
         else:
             await front.answer(endpoint)
     except Exception:  # the top of a request's task: logged only here

@@ -126,6 +126,7 @@ STATUS: dict[type[errors.TidegateError], int] = {
     errors.Forbidden: 403,
     errors.NotFound: 404,
     errors.MethodNotAllowed: 405,
+    errors.WebSocketRefused: 426,
     errors.IdempotencyConflict: 409,
     errors.AlreadyEnded: 409,
     errors.PolicyChanged: 409,
@@ -377,6 +378,7 @@ ADVICE: dict[str, str] = {
     "unauthenticated": "The API key was invalid: see the tenant's keys.",
     "not_found": "No upstream serves it: check the model's name.",
     "method_not_allowed": "The path has another method: the response names it.",
+    "websocket_refused": "The path is not relayed as a WebSocket: send the request in HTTP.",
     "policy_conflict": "A program's limits are not those in force: change one or the other.",
     "idempotency_conflict": "Its idempotency key belongs to another request: use a new key.",
     "policy_changed": "The policy changed meanwhile: reload it, and apply the change to it.",
@@ -478,9 +480,19 @@ _PAST_LIMITS = (
 _WEBSOCKET = ", which is a WebSocket: connect with Upgrade: websocket"
 
 
-def not_relayed(method: str, path: str, methods: tuple[str, ...]) -> errors.TidegateError:
+def not_relayed(
+    method: str,
+    path: str,
+    methods: tuple[str, ...],
+    headers: Iterable[tuple[bytes, bytes]] = (),
+) -> errors.TidegateError:
     """Return the error for a path that no native route has, or that has other `methods` only; its
     message names Tidegate, so that it is not taken for the provider's."""
+    if methods and any(
+        name == b"upgrade" and b"websocket" in value.lower() for name, value in headers
+    ):
+        message = f"Tidegate does not relay {path[:200]} as a WebSocket, but {methods[0]} in HTTP"
+        return errors.WebSocketRefused(message, methods=methods)
     if methods:
         known = " and ".join(methods)
         message = f"Tidegate does not relay {method} {path[:200]}, but {known}"
@@ -521,6 +533,8 @@ def refusal(
         headers.append((b"accept-encoding", b"identity"))  # RFC 9110, 12.5.3
     if isinstance(error, errors.MethodNotAllowed):
         headers.append((b"allow", allow(error.methods).encode()))
+    if isinstance(error, errors.WebSocketRefused):
+        headers.append((b"upgrade", b"HTTP/1.1"))  # RFC 9110, 15.5.22
     if (upstream := error.at_upstream or sent_to) is not None:
         headers.append((b"x-tidegate-upstream", upstream.encode()))
     body = orjson.dumps(spec.problem(error, status, after_ms))

@@ -49,6 +49,11 @@ def first(method: bytes, path: bytes, body: bytes, *lines: bytes) -> bytes:
     return b"\r\n".join((*head, *lines)) + b"\r\n\r\n" + body
 
 
+WEBSOCKET = (
+    *(b"connection: Upgrade", b"upgrade: WebSocket", b"sec-websocket-version: 13"),
+    b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==",
+)
+H2C = (b"connection: Upgrade, HTTP2-Settings", b"upgrade: h2c", b"http2-settings: AAEAAEAA")
 KEPT = {
     "no list": (first(b"POST", CHAT, b"[]"), 400),
     "no JSON": (first(b"POST", PATH.encode(), b"x"), 400),
@@ -61,6 +66,10 @@ KEPT = {
     "an OPTIONS": (first(b"OPTIONS", CHAT, b""), 204),
     "an OPTIONS of none": (first(b"OPTIONS", b"/v1/none", b""), 404),
     "a GET": (first(b"GET", b"/v1/embeddings", b""), 405),
+    "a WebSocket": (first(b"GET", b"/v1/responses", b"", *WEBSOCKET), 426),
+    "a WebSocket at none": (first(b"GET", b"/v1/none", b"", *WEBSOCKET), 404),
+    "a WebSocket at a list": (first(b"GET", b"/v1/models", b"", *WEBSOCKET), 200),
+    "another protocol": (first(b"GET", b"/v1/responses", b"", *H2C), 405),
     "no model": (first(b"POST", MESSAGES, b"{}"), 400),
     "compressed": (first(b"POST", CHAT, gzip.compress(ASKED), b"content-encoding: gzip"), 415),
     "a compressed file": (first(b"POST", b"/v1/files", b"x", b"content-encoding: gzip"), 415),
@@ -167,6 +176,18 @@ async def test_a_path_that_is_not_relayed_is_told_by_tidegate(gateway: Gateway) 
     got = await raw(gateway, post(path=b"/v1/fine_tuning/jobs", body=ASKED))
     assert status_of(got) == 404
     assert b"Tidegate does not relay POST /v1/fine_tuning/jobs" in got
+
+
+@pytest.mark.parametrize("path", [b"/v1/responses", MESSAGES])
+async def test_a_websocket_where_there_is_none_is_told_to_send_http(
+    gateway: Gateway, path: bytes
+) -> None:
+    """Codex tries a WebSocket first: on 426 it sends HTTP immediately, on 405 after seven tries."""
+    got = await raw(gateway, first(b"GET", path, b"", *WEBSOCKET) + LAST)
+    assert status_of(got) == 426
+    head = got.partition(b"\r\n\r\n")[0].split(b"\r\n")
+    assert {b"upgrade: HTTP/1.1", b"allow: POST, OPTIONS"} <= set(head)
+    assert b"does not relay %b as a WebSocket, but POST in HTTP" % path in got
 
 
 @pytest.mark.parametrize("path", [b"/api/chat", b"/tensor/x/infer", b"/v1", b"/v1/", b"/v2/rerank"])
