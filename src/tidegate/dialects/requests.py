@@ -556,7 +556,7 @@ def parsed(body: bytes) -> JsonObject:
                 "the body is not JSON: it is a form, whose Content-Type must be multipart/form-data"
             )
             raise InvalidRequest("Content-Type", begins, allowed=_JSON_OR_FORM) from None
-        why = "it is not UTF-8" if "UTF-8" in str(broken) else broken
+        why = "it is not UTF-8 without a byte order mark" if "UTF-8" in str(broken) else broken
         raise InvalidRequest("body", f"the body is not JSON: {why}") from None
     if not isinstance(value, dict):
         raise InvalidRequest("body", "the body is not a JSON object", allowed="a JSON object")

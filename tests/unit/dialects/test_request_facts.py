@@ -422,6 +422,7 @@ def test_a_form_where_json_is_expected_is_refused_by_its_content_type() -> None:
     for body, field, said in (
         (form, "Content-Type", "a form"),
         (b"\xff", "body", "UTF-8"),
+        (b'\xef\xbb\xbf{"model":"m"}', "body", "without a byte order mark"),
     ):
         with pytest.raises(InvalidRequest, match=f"not JSON: it .*{said}") as refused:
             parsed(body)
