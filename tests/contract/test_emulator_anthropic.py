@@ -7,6 +7,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -236,6 +237,15 @@ async def test_keys_models_and_bodies_are_checked(sdk: AsyncAnthropic, emulator:
             session.post(url, json=asked()) as response,
         ):
             assert (response.status, (await response.json())["type"]) == (status, "error")
+    place = urlsplit(emulator.url)
+    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    lines = (
+        *(b"POST /v1/messages HTTP/1.1", b"host: a", b"x-api-key: k", b"content-length: 2"),
+        *(b"anthropic-version: 2023-06-01", b"anthropic-beta: \xff", b"", b"{}"),
+    )
+    writer.write(b"\r\n".join(lines))
+    assert b" 400 " in await reader.readline(), "a header that is not UTF-8"
+    writer.close()
 
 
 async def test_an_error_comes_inside_a_stream_that_began_well(

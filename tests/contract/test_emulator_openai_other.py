@@ -323,6 +323,15 @@ async def test_a_body_that_makes_no_sense_is_refused_by_its_field(emulator: Emul
     assert (await emulator.control.stats())["text_only"].arrived == 0
 
 
+async def test_what_an_answer_cannot_repeat_is_refused(emulator: Emulator) -> None:
+    deep: Any = "x"
+    for _ in range(400):
+        deep = {"a": deep}
+    body = {"model": MODEL, "input": "hi", "metadata": deep}
+    status, answer = await post(emulator, "/v1/responses", body)
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
 async def test_parts_of_an_upload_that_are_not_there_are_refused(emulator: Emulator) -> None:
     asked = {"purpose": "user_data", "filename": "a.txt", "bytes": 5, "mime_type": "text/plain"}
     assert (await post(emulator, "/v1/uploads", []))[0] == 400

@@ -218,7 +218,11 @@ class Served:
             content_type = content_type or (
                 self.api.stream_type if parsed.streamed else self.api.json_type
             )
-            script, behaviour = scripted(fault), self.behaviour
+            behaviour = self.behaviour
+            try:
+                script = scripted(fault)
+            except orjson.JSONEncodeError:  # what it repeats of the request can't be written
+                raise Refused(400, "The request body is nested too deeply.") from None
             headers = EMULATED | {"Content-Type": content_type} | dict(script.headers)
             headers |= self.state.rate_limit_headers(call)
             return await _Answering(self, call, parsed, script, fault, headers, behaviour).run()

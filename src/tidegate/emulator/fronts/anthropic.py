@@ -518,7 +518,7 @@ def _check_headers(request: web.BaseRequest) -> None:
         raise Refused(401, "invalid x-api-key")
     if "anthropic-version" not in request.headers:
         raise Refused(400, "anthropic-version: header is required")
-    betas = ",".join(request.headers.getall("anthropic-beta", ()))
+    betas = ascii(",".join(request.headers.getall("anthropic-beta", ())))[1:-1]
     for beta in filter(None, (one.strip() for one in betas.split(","))):
         if not _BETA.fullmatch(beta):
             raise Refused(
