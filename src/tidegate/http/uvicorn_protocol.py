@@ -25,7 +25,7 @@ from urllib.parse import unquote_to_bytes
 import orjson
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from tidegate.dialects import DIALECTS, dialect_of, native_path
+from tidegate.dialects import DIALECTS, endpoint_in, native_path
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import TidegateError
 from tidegate.http._compat import (
@@ -171,6 +171,7 @@ _HOST = re.compile(
     rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2}){0,255})(?::\d{0,5})?"
 )
 _BAD = "bad_request"
+_NOT_HTTP = "the request is not valid HTTP/1.1: its head, its length or a chunk breaks RFC 9112"
 _END = b"\r\n"
 # Values that were found valid: nearly all clients send the same few.
 _HOSTS: set[bytes] = set()
@@ -304,7 +305,7 @@ def dialect_in(target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Dialect
     what is not a path."""
     path, _, query = target.partition(b"?")
     meant = native_path(unquote_to_bytes(path).decode("latin-1"))
-    return None if meant is None else dialect_of(meant, {name for name, _ in headers}, query)
+    return None if meant is None else endpoint_in("POST", meant, headers, query)[1]
 
 
 def as_answer(
@@ -646,9 +647,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._check_idle_later(self.timeout_keep_alive)
 
     def send_400_response(self, msg: str) -> None:
-        """Send an error and close. uvicorn calls this when the parser fails; the bounds here call
-        it too."""
-        status, code, detail = self._refusal or (400, "bad_request", msg)
+        """Send an error and close. uvicorn calls this when the parser fails, with one text for all
+        failures; the bounds here call it too."""
+        status, code, detail = self._refusal or (400, _BAD, _NOT_HTTP)
         cycle = self.cycle
         mid_response = bool(self.pipeline) or (
             cycle is not None and cycle.response_started and not cycle.response_complete

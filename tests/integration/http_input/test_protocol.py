@@ -209,6 +209,11 @@ def test_what_is_not_http_is_refused(start: bytes, plain: Running) -> None:
         ("/v1/chat/completions", ("error", "code"), "bad_request"),
         ("/v1/messages", ("error", "type"), "invalid_request_error"),
         ("/v1beta/models/m:generateContent?key=k", ("error", "status"), "INVALID_ARGUMENT"),
+        (
+            "/v1/projects/p/locations/l/publishers/google/models/m:generateContent",
+            ("error", "status"),
+            "INVALID_ARGUMENT",
+        ),
         ("/model/m/converse", ("__type",), "ValidationException"),
         ("/submit", ("code",), "bad_request"),
     ],
@@ -227,6 +232,7 @@ def test_a_request_that_is_not_http_is_refused_in_the_dialect_of_its_path(
                 found = found[name]
             assert found == kind
             assert (b"problem+json" in head) == (path == "/submit")
+            assert b"not valid HTTP/1.1" in body
 
 
 CHUNKED = b"POST /echo HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
