@@ -200,7 +200,7 @@ function options(width, { series, words, least, tell, stacked, marks }) {
         size: 58,
         space: 26,
         gap: 4,
-        values: (_plot, all) => all.map(marked(words.short ?? words)),
+        values: (_plot, all) => all.map(marked(words.axis?.(all) ?? words.short ?? words)),
       },
     ],
     series: [

@@ -104,6 +104,14 @@ export function money(value) {
 /** The same without cents from $1,000 on, for narrow places: `$1,235`, `$12.3k` */
 money.short = (value) => (given(value) && value >= 1_000 ? `$${brief(Math.round(value))}` : money(value));
 
+/** The same for the marks of an axis, with the digits by which they differ. */
+money.axis = (marks) => {
+  const step = marks.length > 1 ? marks[1] - marks[0] : 1;
+  const isWhole = (digits) => Math.abs(step * 10 ** digits - Math.round(step * 10 ** digits)) < 1e-6;
+  const digits = [2, 3, 4, 5, 6].find(isWhole) ?? 6;
+  return (value) => (value >= 1_000 ? money.short(value) : `$${value.toFixed(digits)}`);
+};
+
 const dollars = new Intl.NumberFormat(LANGUAGE, { minimumFractionDigits: 2, maximumFractionDigits: 2 });
 const small = (amount) => Math.min(6, 1 - Math.floor(Math.log10(amount)));
 
