@@ -18,7 +18,7 @@ const MEASURES = {
 export function tenantsCard(pool, find) {
   const body = h("tbody");
   const draw = keyed(body, (first) => row(first.tenant, pool, find));
-  const nobody = empty("No traffic yet", "Tenants appear with their first request.");
+  const nobody = h("div", {}, empty("No calls", "Tenants with calls in this time, or that wait, are shown here."));
   const heads = [
     ["Tenant", ""],
     ["Waiting", "number"],
