@@ -7,6 +7,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,10 @@ COMPOSED = """async (text) => {
     sayComposed(place, text);
     return [place.textContent, ...[...place.querySelectorAll("bdi")].map((one) => one.textContent)];
 }"""
-# What a wide chart of so many seconds writes below its horizontal axis.
-TIMES = """async (lasts) => {
-    const { chart } = await import(new URL("static/chart.js", document.baseURI));
+# What a wide chart of so many seconds, and up to so many dollars, writes beside its axes.
+AXES = """async ([lasts, dollars]) => {
+    const at = (file) => import(new URL(`static/${file}`, document.baseURI));
+    const [{ chart }, { money }] = [await at("chart.js"), await at("format.js")];
     const written = [];
     const context = CanvasRenderingContext2D.prototype;
     const { clearRect, fillText } = context;
@@ -117,15 +119,32 @@ TIMES = """async (lasts) => {
         written.push(text);
         fillText.call(this, text, ...rest);
     };
-    const one = chart("Waits", [["p50", "--accent"]], String, { signal: AbortSignal.any([]) });
+    const one = chart("Cost", [["cost", "--accent"]], money, { signal: AbortSignal.any([]) });
     document.getElementById("main").replaceChildren(one.element);
     const from = Date.UTC(2026, 0, 1) / 1_000;
-    one.update([from, from + lasts], [[1, 2]]);
+    one.update([from, from + lasts], [[0, dollars]]);
     const times = () => written.filter((text) => text.includes(":"));
     for (let frame = 0; frame < 60 && !times().length; frame += 1)
         await new Promise(requestAnimationFrame);
     Object.assign(context, { clearRect, fillText });
-    return times();
+    return [times(), written.filter((text) => text.includes("$"))];
+}"""
+# The card of tenants in a time without calls.
+TENANTS_WITHOUT_CALLS = """async () => {
+    const at = new URL("static/pages/overview/tenants.js", document.baseURI);
+    const card = (await import(at)).tenantsCard(() => "", () => null);
+    card.live({ tenants: [] });
+    card.trend({ words: "5 minutes", tenants: [] });
+    return card.element.textContent;
+}"""
+# How far the bars of a placeholder are apart.
+GAPS = """async () => {
+    const { loading } = await import(new URL("static/ui.js", document.baseURI));
+    const place = document.getElementById("main").appendChild(loading(3));
+    const bars = [...place.querySelectorAll(".placeholder")];
+    const areas = bars.map((one) => one.getBoundingClientRect());
+    place.remove();
+    return areas.slice(1).map((one, at) => one.top - areas[at].bottom);
 }"""
 TELL = """async (texts) => {
     const { toast } = await import(new URL("static/ui.js", document.baseURI));
@@ -262,9 +281,18 @@ async def test_names_and_figures_are_read_in_their_order(stage: Stage) -> None:
 async def test_the_times_below_a_chart_differ(stage: Stage) -> None:
     async with opened(stage, "/batches") as seen:
         for lasts_s in (70, 300, 3_600):
-            times = await seen.page.evaluate(TIMES, lasts_s)
+            times, _ = await seen.page.evaluate(AXES, [lasts_s, 1])
             assert len(times) > 2
             assert len(set(times)) == len(times), times
+
+
+async def test_the_amounts_beside_a_chart_are_exact(stage: Stage) -> None:
+    async with opened(stage, "/batches") as seen:
+        for most in (0.00031, 0.009, 0.017, 0.03, 0.09, 0.4, 2.6, 7_300):
+            _, texts = await seen.page.evaluate(AXES, [300, most])
+            amounts = [float(text.strip("$").replace(",", "")) for text in texts]
+            steps = {f"{after - before:.6f}" for before, after in pairwise([0, *amounts])}
+            assert len(steps) == 1, (most, texts)
 
 
 async def test_the_actions_of_a_row_are_within_reach_in_every_window(stage: Stage) -> None:
@@ -309,3 +337,14 @@ async def test_a_printed_page_is_dark_on_light_and_without_what_is_clicked(stage
             await expect(page.locator("#nav")).to_be_hidden()
             assert await seen.is_within()
         await page.emulate_media(media="screen")
+
+
+async def test_the_overview_names_the_figures_of_a_limit(stage: Stage) -> None:
+    async with opened(stage, "/") as seen:
+        limits = seen.page.get_by_role("region", name="Limits", exact=True)
+        await limits.get_by_role("button", name="All ").click()
+        assert min(await seen.page.evaluate(GAPS)) >= 4
+        waiting = limits.locator(".limit .limit-waiting").first
+        await expect(waiting).to_match_aria_snapshot("- text: 0 waiting")
+        without_calls = await seen.page.evaluate(TENANTS_WITHOUT_CALLS)
+        assert without_calls.startswith("Tenantsshares of the last 5 minutesNo calls")

@@ -285,3 +285,17 @@ async def test_j_reaches_the_first_row_of_keys(stage: Stage) -> None:
         await expect(seen.page.locator("[data-key]").first).to_be_visible()
         await seen.page.keyboard.press("j")
         await expect(seen.page.locator("[data-key] a").first).to_be_focused()
+
+
+async def test_figures_in_the_list_of_requests_are_whole(stage: Stage) -> None:
+    await stage.gateway.end_of((await stage.submit(1))[0])
+    async with opened(stage, "/requests") as seen:
+        waited = seen.page.locator("tbody .c-number").first
+        await waited.locator("span").evaluate("one => (one.textContent = '59.9 min')")
+        for width in (1440, 1360, 1230):
+            await seen.page.set_viewport_size({"width": width, "height": 900})
+            room, needed = await waited.evaluate("one => [one.clientWidth, one.scrollWidth]")
+            assert needed <= room, width
+            talk = seen.page.locator("thead .c-talk")
+            room, needed = await talk.evaluate("one => [one.clientWidth, one.scrollWidth]")
+            assert needed <= room, width
