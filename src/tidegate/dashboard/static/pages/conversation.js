@@ -130,7 +130,7 @@ function tilesOf() {
     put("cached", percent(sums.cached_share), sums.cached_share === undefined ? "not reported" : `${brief(sums.cached_tokens)} tokens`);
     put("output", brief(sums.output_tokens), "");
     const isPriced = sums.cost_micros > 0 || !sums.unpriced;
-    const unpriced = sums.unpriced ? `${count(sums.unpriced)} calls without a price` : "";
+    const unpriced = sums.unpriced ? `${count(sums.unpriced)} without a price` : "";
     put("cost", isPriced ? money(sums.cost_micros / 1e6) : NOTHING, unpriced);
     put("waited", length(sums.queue_ms), each(sums.queue_ms));
     put("took", length(sums.upstream_ms), each(sums.upstream_ms));
