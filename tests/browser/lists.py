@@ -139,7 +139,7 @@ async def bars_of_what_is_spent(seen: Seen) -> None:
     day, tokens, month, named = (row.locator(".spent-of").nth(place) for place in range(4))
     for budget, words, share in (
         (day, "$1.50 of $2.00", 75),
-        (tokens, "912k tokens of 2m tokens", 46),
+        (tokens, "912k tokens of 2M tokens", 46),
         (month, "$1.50 of $1.50", 100),
         (named, "$1.50 of $3.00", 50),
     ):

@@ -589,12 +589,12 @@ async def test_tokens_spent_today_are_those_of_the_usage_page(stage: Stage) -> N
     )
     async with opened(stage) as seen:
         spend = seen.page.get_by_role("group", name="Spend by Tenant, a table")
-        await expect(spend.locator("tr", has_text="thinkers")).to_contain_text("43m")
-        await expect(seen.page.locator("[data-figure='spent']")).to_contain_text("43m tokens")
+        await expect(spend.locator("tr", has_text="thinkers")).to_contain_text("43M")
+        await expect(seen.page.locator("[data-figure='spent']")).to_contain_text("43M tokens")
         await seen.page.goto(f"{stage.gateway.url}/dashboard/#/usage?measure=tokens&range=7")
         row = seen.page.locator("[data-group='thinkers']")
-        await expect(row).to_contain_text("1m")
-        await expect(row).to_contain_text("42m")
+        await expect(row).to_contain_text("1M")
+        await expect(row).to_contain_text("42M")
     await stage.gateway.database.execute("DELETE FROM usage_days WHERE tenant_id = 'thinkers'")
 
 

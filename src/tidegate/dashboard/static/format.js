@@ -34,10 +34,10 @@ export const capital = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
 /** `1 request`, `12,480 requests` */
 export const counted = (value, noun, plural = `${noun}s`, words = count) => `${words(value)} ${value === 1 ? noun : plural}`;
 
-/** `12.5K`, from 10,000 on */
+/** `12.5k` from 10,000 on, `2M`: the language's `m` would be read as a thousandth or a minute */
 export function brief(value) {
   if (!given(value)) return NOTHING;
-  return Math.abs(value) < 10_000 ? whole.format(value) : short.format(value);
+  return Math.abs(value) < 10_000 ? whole.format(value) : short.format(value).replace("m", "M");
 }
 
 /** A duration in milliseconds: `8 ms`, `1.24 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h` */

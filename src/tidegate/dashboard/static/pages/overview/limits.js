@@ -358,7 +358,7 @@ function drawGauge(one, { gauge, used, held, tick }) {
 
 const MICROS = 1_000_000; // of a dollar
 
-/** An amount in a limit's unit, shortened: `12.5K`, `$0.79` */
+/** An amount in a limit's unit, shortened: `12.5k`, `$0.79` */
 const amount = (one, value) => (one.unit === "usd" ? dollars(value) : brief(value));
 const exact = (one, value) => (one.unit === "usd" ? dollars(value) : count(value));
 const dollars = (micros) => `$${(micros / MICROS).toFixed(2)}`;
