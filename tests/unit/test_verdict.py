@@ -81,6 +81,11 @@ def test_all_is_well() -> None:
     assert verdict.sentence == "Healthy: nothing waits."
 
 
+def test_a_deployment_without_calls_is_down_and_nothing_waits() -> None:
+    verdict = judge(seen(pool(), gemini=UpstreamFound("out")))
+    assert verdict.sentence == "Down: no call is served, nothing waits."
+
+
 def test_waiting_is_normal_until_it_lasts() -> None:
     found = seen(pool(limit("kind:text_only", waiting=12, cost_ms=600)))
     verdict = judge(found)

@@ -235,12 +235,12 @@ def _sentence(
     queued = "" if stuck is None else _queued(stuck, is_more=waiting > 0)
     if health == "healthy":
         waits = f"{waits} for a turn" if waiting else waits
-    elif health == "down":
-        return f"Down: no call is served, {', '.join(part for part in (waits, queued) if part)}."
     what = ", ".join(part for part in (waits if waiting else "", queued) if part) or "nothing waits"
     if health == "degraded":
         problems = _counted(sum(one.level == "degraded" for one in causes), "problem")
         return f"Degraded: {problems}, {what}."
+    if health == "down":
+        return f"Down: no call is served, {what}."
     return f"Healthy: {what}."
 
 
