@@ -88,9 +88,11 @@ def read_facts(info: bytes) -> ServerFacts:
 
 
 class Link:
-    """A connection for commands, one at a time. `server` is set while connected."""
+    """A connection for commands, one at a time. `server` is set while connected. `on_unanswered` is
+    called for each command without an answer."""
 
     def __init__(self, url: str, key: str) -> None:
+        self.on_unanswered: Callable[[], None] = lambda: None
         self._servers = Server(url, key)
         self._connection: AbstractConnection | None = None
         self._lock = asyncio.Lock()
@@ -112,6 +114,7 @@ class Link:
         try:
             self._connection = await self._servers.connect(deadline_s)
         except LOST as error:
+            self.on_unanswered()
             raise LinkDown(_words_of(error)) from error
         info = await self._exchange(("INFO", "server", "memory"), max(deadline_s, MIN_CONNECT_S))
         try:
@@ -152,11 +155,13 @@ class Link:
         try:
             async with asyncio.timeout(deadline_s), self._lock:
                 await self._connect(deadline_s)
-                await self._exchange(("PING",), deadline_s)
+                await self._exchange(("PING",), deadline_s, is_trial=True)
         except TimeoutError as error:
             raise LinkDown("no answer to a ping") from error
 
-    async def _exchange(self, command: tuple[Any, ...], deadline_s: float) -> Any:
+    async def _exchange(
+        self, command: tuple[Any, ...], deadline_s: float, *, is_trial: bool = False
+    ) -> Any:
         connection = self._connection
         if connection is None:
             raise LinkDown("not connected")
@@ -173,6 +178,8 @@ class Link:
         except ResponseError as error:
             raise LinkDown(f"Valkey refused: {error}") from error
         except LOST as error:
+            if not is_trial:  # a probe of health may wait for less long than an answer may take
+                self.on_unanswered()
             raise LinkDown(_words_of(error)) from error
         finally:
             if not settled:

@@ -237,6 +237,7 @@ class Limiter:
             self._clock,
         )
         self._session = self._exchanges.session
+        self._link.on_unanswered = self._session.unanswered_command
         self._heartbeat: Heartbeat | None = None
         self._listener: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []

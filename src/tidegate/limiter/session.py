@@ -459,8 +459,7 @@ class Session:
         self._joining = False  # a join was sent that is not answered yet
         self.policy_due = False
         self._leaving = False
-        self._failing = True
-        self._lapse_noted = True
+        self._failing = self._lapse_noted = True
         self._last_sent = self._acked = 0
         self._local = LocalShare()
         queue.is_paused = self._is_paused
@@ -689,10 +688,8 @@ class Session:
         for waiter in batch.enqueues:
             if waiter.once and waiter.ticket in queue.waiting:
                 limit = waiter.flow.held_up_by or waiter.flow.limits[0]
-                self._refuse(
-                    waiter,
-                    DeadlineExceeded("no permit is free", limit=limit, retry_after_ms=1000),
-                )
+                late = DeadlineExceeded("no permit is free", limit=limit, retry_after_ms=1000)
+                self._refuse(waiter, late)
         if reply.whole is not None:
             self._compare(reply, reply.whole, sent_ms, at)
         queue.note_idle(not (reply.parked or reply.timed_ms or recovering))
@@ -833,15 +830,18 @@ class Session:
         self._queue.urgent = True  # so that the pool learns now that this process has it
         logger.info("limiter: policy revision %d is in force", self.policy.revision)
 
+    def unanswered_command(self) -> None:
+        """Note that any command on the link got no answer, so that a later lapse is Valkey's."""
+        if not self._failing:
+            self.check_lapse()  # nothing failed before: this process was suspended
+            self._failing = True
+
     def failed(self, reason: str) -> None:
         """Handle a failed call: Valkey is unavailable."""
         self.traffic.failures += 1
         self.last_error = reason
         self._forget_hints()
-        if not self._failing:
-            # Nothing failed before, so a lapse now means that this process was suspended.
-            self.check_lapse()
-            self._failing = True
+        self.unanswered_command()
         if not self._lapse_noted:
             self._queue.start_recycling()
             self._queue.recycle_unsent(self.lease.now_ms())

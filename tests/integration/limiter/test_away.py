@@ -210,6 +210,28 @@ async def test_local_uses_a_share_after_the_lease_and_tells_of_it_afterwards(
         await body.end()
 
 
+async def test_a_call_runs_on_while_another_command_waits_for_a_valkey_that_stands_still(
+    maker: Maker, own_valkey: ValkeyServer
+) -> None:
+    """The exchange waits behind it, and first fails itself when the lease has lapsed."""
+    limiter = await maker(own_valkey.url, 1, lease_ms=4000)
+    body = await Body(limiter).until_admitted()
+    third_ms = 4000 / 3
+
+    def compares_soon() -> bool:
+        return 0.8 * third_ms < limiter.local_state().silent_ms < 0.98 * third_ms
+
+    await wait_until(compares_soon, 30, "a moment just before a comparison")
+    own_valkey.pause()
+    with pytest.raises(LimiterUnavailable):
+        await limiter.snapshot()
+    await wait_until(lambda: limiter.local_state().silent_ms > 4000, what="a lapsed lease")
+    own_valkey.resume()
+    await until_state(limiter, "up")
+    assert limiter._queue.counts.fenced == 0
+    await body.end()
+
+
 async def test_with_cancel_the_bodies_end_before_the_lease_is_over(
     hands: Hands, maker: Maker, own_valkey: ValkeyServer
 ) -> None:
