@@ -6,13 +6,11 @@ import math
 import re
 from collections.abc import Iterator
 
-import asyncpg
-
 from tidegate.doctor.checks import Finding, fail, ok, skipped, warn
 from tidegate.errors import ConfigError, TidegateError
 from tidegate.limiter import ServerReport, commands, format_span
 from tidegate.store.database import FIRST, START_EMPTY, UNRELEASED
-from tidegate.store.diagnostics import DatabaseReport
+from tidegate.store.diagnostics import DatabaseReport, lacks_room
 
 _VALKEY_OLDEST = {"Valkey": (8, 0), "Redis": (7, 2)}
 _VALKEY_SLOW_MS = 5.0
@@ -222,7 +220,7 @@ def judge(report: DatabaseReport, processes: int | None) -> Iterator[Finding]:
 def judge_no_answer(failed: TidegateError) -> Finding:
     """Judge why a database cannot be used: it is full, or something is wrong with its URL."""
     fix = "start it, and see whether DATABASE_URL, its user, password and database are right"
-    if isinstance(failed.__cause__, asyncpg.TooManyConnectionsError):
+    if lacks_room(failed):
         fix = "raise max_connections: each process needs 12; or put PgBouncer before it"
     return fail("postgresql.reach", str(failed), fix)
 

@@ -75,6 +75,11 @@ async def examine(url: str, old_s: float = OLD_S) -> DatabaseReport:
         raise StoreUnavailable(f"PostgreSQL can't be used: {why}") from no
 
 
+def lacks_room(failed: BaseException) -> bool:
+    """Whether an examination failed because PostgreSQL has no room for another connection."""
+    return isinstance(failed.__cause__, asyncpg.TooManyConnectionsError)
+
+
 async def check_url(url: str) -> None:
     """Raises ConfigError for a URL that no server can accept, such as one with an unknown sslmode.
     Does not try whether a server answers: asyncpg parses the whole URL before it connects."""
