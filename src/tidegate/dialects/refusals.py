@@ -447,8 +447,9 @@ def error_without_output(answer: bytes) -> JsonObject | None:
 def error_of_choice(answer: bytes) -> JsonObject | None:
     """Return a whole answer whose only choice ends with an error, or that reports one beside its
     choices, with or without output; None for any other."""
-    has_choice = b'"choices"' in answer and b'"error"' in answer
-    if not has_choice and b'"base_resp"' not in answer:
+    # By `find`: `in` costs five times as much (decision 27).
+    has_choice = answer.find(b'"error"') >= 0 and answer.find(b'"choices"') >= 0
+    if not has_choice and answer.find(b'"base_resp"') < 0:
         return None
     try:
         value = orjson.loads(answer)
