@@ -29,7 +29,7 @@ async def ask(gateway: Gateway, within_ms: int = 20_000) -> int:
 async def test_a_frozen_valkey_hangs_no_request_and_health_says_so(
     open_gateway: Opener, own_valkey: ValkeyServer
 ) -> None:
-    gateway = await open_gateway(worker=False, redis_url=own_valkey.url)
+    gateway = await open_gateway(worker=False, redis_url=own_valkey.url, semaphore_timeout=1.5)
     assert await ask(gateway) == 200
     own_valkey.pause()
 
