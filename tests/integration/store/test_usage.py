@@ -268,7 +268,8 @@ async def past_calls_of(peek: asyncpg.Connection, days: int, *, summed_up: bool 
             name = partitions.name_of("audit", day := today - timedelta(days=back))
             if await peek.fetchval("SELECT to_regclass($1)", name) is None:
                 await partitions._make(peek, "audit", day)
-    latest = max(now(), datetime.combine(today, time(1, 30), UTC))
+    early, end = (datetime.combine(today, at, UTC) for at in (time(2), time.max))
+    latest = min(max(now(), early), end)
     if summed_up and await peek.fetchval("SELECT to_regclass('partial_days')") is not None:
         await wait_until(lambda: nothing_is_due(peek), 20, "the first round of the stores")
     return Past(peek, today, latest, days)
@@ -470,7 +471,8 @@ async def test_whole_weeks_are_read_from_their_sums_until_a_day_of_them_changes(
     await peek.execute("UPDATE audit SET images = 7 WHERE created_at = $1", at)
     await peek.execute("DELETE FROM changed_days")
     await peek.execute(
-        "UPDATE usage_sums SET images = images + 7 WHERE day = $1 AND level = 'upstream'"
+        "UPDATE usage_sums SET images = images + 7 WHERE day = $1 AND ended_day = $1"
+        " AND level = 'upstream'"
         " AND upstream = (SELECT coalesce(upstream, pool) FROM audit WHERE created_at = $2)",
         *(at.date(), at),
     )
