@@ -207,6 +207,8 @@ async def test_without_valkey_it_stays_ready_and_says_what_is_wrong_in_time(
     assert body["verdict"]["health"] == "down"
     assert [one["kind"] for one in body["verdict"]["causes"]] == ["valkey_away"]
     assert (await gateway.get("/health/ready"))[0] == 200
+    limiter = gateway.services.limiter
+    await wait_until(lambda: limiter.local_state().state == "away", 20, "a failed exchange")
     refused = await gateway.stream(text="Explain the tide", deadline_ms=1_200)
     assert (refused.status, refused.problem["code"]) == (503, "limiter_unavailable")
     assert int(refused.headers["retry-after"]) >= 1
