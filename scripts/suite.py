@@ -1,6 +1,6 @@
 """`make suite`: all tests, beside one another; then each test that failed, once more and alone.
 
-The tests start real servers, kill them and wait for what follows, seven at a time on two cores: on
+The tests start real servers, kill them and wait for what follows, six at a time on two cores: on
 a busy machine a test may fail that has nothing wrong with it. A test that failed beside others has
 to hold alone (`-n0`), where every promise of time is held to the letter (`promised_s`). Each rerun
 is written to `.pytest_cache/reruns` and printed at the end: a test that was run again in two runs
@@ -27,7 +27,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RERUNS = ROOT / ".pytest_cache/reruns"
-PROCESSES = 7
+PROCESSES = 6
 MOST_AGAIN = 5
 MOST_SAID = 2000
 SOME_FAILED = 1
