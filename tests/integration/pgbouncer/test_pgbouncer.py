@@ -57,7 +57,7 @@ async def test_jobs_and_streams_end_and_are_recorded(
     gateway = await opened()
     ids = await asyncio.gather(*(gateway.submit(data=f"Explain {n}") for n in range(JOBS)))
     streams = await asyncio.gather(*(gateway.stream(data=f"Tell {n}") for n in range(STREAMS)))
-    ends = await asyncio.gather(*(gateway.end_of(request_id) for request_id in ids))
+    ends = [await gateway.end_of(request_id) for request_id in ids]
     assert {end["status"] for end in ends} == {"succeeded"}
     assert {stream.names[-1] for stream in streams} == {"done"}
     for request_id in [*ids, *(stream.request_id for stream in streams)]:
