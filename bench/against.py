@@ -194,10 +194,12 @@ def _take_turns(
 ) -> None:
     for turn in range(-1, turns):  # the first only warms up
         for place in (0, 1) if turn % 2 else (1, 0):
-            before_ns = stages[place].product.cpu_ns()["serve"]
+            product = stages[place].product
+            before_ns = product.cpu_ns()["serve"]
             done = load(stages[place])
+            product.await_rest()
             if turn >= 0:
-                took_ns = stages[place].product.cpu_ns()["serve"] - before_ns
+                took_ns = product.cpu_ns()["serve"] - before_ns
                 us[place].append(took_ns / done / 1000)
 
 

@@ -17,6 +17,7 @@ from bench import machine
 
 _PROC = Path("/proc")
 _STOP_S = 15.0
+_REST_S, _LOOK_S = 10.0, 0.1
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -42,6 +43,22 @@ def cpu_ns(pids: Sequence[int]) -> int:
             total += (int(fields[13]) + int(fields[14])) * _TICK_NS
             total += machine.cpu_ns(pid)
     return total
+
+
+def await_rest(used_ns: Callable[[], int], sleep: Callable[[float], object] = time.sleep) -> None:
+    """Wait until processes have done what a load left to do, such as a record that is written
+    behind: its cost is that load's, and not the next one's. After ten seconds none waits longer.
+
+    used_ns: their processor time up to now. At rest they use a twentieth of a core at most in two
+    looks, each longer than a record waits for others of its batch.
+    """
+    calm, deadline_s = 0, time.monotonic() + _REST_S
+    before_ns = used_ns()
+    while calm < 2 and time.monotonic() < deadline_s:
+        sleep(_LOOK_S)
+        now_ns = used_ns()
+        calm = calm + 1 if now_ns - before_ns <= _LOOK_S * 1e9 / 20 else 0
+        before_ns = now_ns
 
 
 def resident_bytes(pids: Sequence[int]) -> int:

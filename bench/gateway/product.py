@@ -19,7 +19,7 @@ from typing import Any, Self
 import asyncpg
 
 from bench.environments import ours_python
-from bench.gateway.processes import Program, cpu_ns, family
+from bench.gateway.processes import Program, await_rest, cpu_ns, family
 from tidegate.embedded.servers import PostgresServer, ValkeyServer, free_port
 
 # Above what is ever open here: the limits are asked and kept, and hold up nobody.
@@ -119,6 +119,10 @@ class Product:
     def cpu_ns(self) -> dict[str, int]:
         """What each role has used up to now."""
         return {role: cpu_ns(self.pids(role)) for role in ("serve", "worker", "valkey", "postgres")}
+
+    def await_rest(self) -> None:
+        """Wait until all roles have done what a load left to do."""
+        await_rest(lambda: sum(self.cpu_ns().values()))
 
     def query(self, sql: str) -> list[Any]:
         async def run() -> list[Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench import machine
 from bench.gateway.entries import Entry, Gateway
-from bench.gateway.processes import cpu_ns
+from bench.gateway.processes import await_rest, cpu_ns
 from bench.gateway.programs import Figures, Load, LoadFailed, Upstream
 
 CONNECTIONS = 64
@@ -103,9 +103,12 @@ class Stage:
         return self._found["per_s"]
 
     def measure(self, load: Callable[[], Load]) -> Figures:
-        """The figures of one load, with what it cost, per request. Raises NotServing."""
+        """The figures of one load, with what it cost, per request, and what it left to do. Raises
+        NotServing."""
+        self._await_rest()
         before, began_s = self._costs(), time.monotonic()
         figures = load().figures()
+        self._await_rest()
         after, took_s = self._costs(), time.monotonic() - began_s
         completed = figures["completed"]
         if figures["ok"] < 0.99 * figures["sent"] or not completed:
@@ -121,6 +124,10 @@ class Stage:
             "others": max(0.0, others),
             **{f"{name}_us": ns / completed / 1000 for name, ns in spent.items()},
         }
+
+    def _await_rest(self) -> None:
+        if (gateway := self.gateway) is not None:
+            await_rest(lambda: gateway.cpu_ns()["all"])
 
     def _costs(self) -> dict[str, int]:
         return {

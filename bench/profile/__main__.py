@@ -95,6 +95,7 @@ class Costs:
 def profile(stage: Stage, sampler: Sampler, name: str, functions: int) -> list[grid.Grid]:
     said, load, roles = LOADS[name]
     load(replace(stage, seconds=stage.seconds / 3))  # warm
+    stage.product.await_rest()
     costs = {(role, on): Costs() for role in roles for on in (False, True)}
     samples: dict[str, Samples] = {role: Samples() for role in roles}
     for on in TURNS:
@@ -104,6 +105,7 @@ def profile(stage: Stage, sampler: Sampler, name: str, functions: int) -> list[g
         if on:
             sampler.begin(everyone)
         done = load(stage)
+        stage.product.await_rest()
         if on:
             for role in roles:
                 samples[role].add(sampler.end(pids[role]))

@@ -17,7 +17,7 @@ from bench.gateway.entries import (
     OURS_TWO,
     PORTKEY_GATEWAY,
 )
-from bench.gateway.processes import cpu_ns, family, proportional_bytes, resident_bytes
+from bench.gateway.processes import await_rest, cpu_ns, family, proportional_bytes, resident_bytes
 from bench.gateway.tables import direct_line, grids
 from bench.grid import Grid, write
 
@@ -158,6 +158,14 @@ def test_tables_replace_what_is_between_their_own_markers(tmp_path: Path) -> Non
         "a\n<!-- gateway: written by the benchmark -->\n\n- a line\n\n### New\n\n| x | y |\n"
         "| --- | --- |\n| 1 | 2 |\n\n<!-- gateway: end -->\nb\n" + text.format("limiter")
     )
+
+
+def test_what_a_load_left_to_do_is_waited_for() -> None:
+    """A record that is written behind makes a pause, then a batch; both looks after it are calm."""
+    left_ms = iter([0, 60, 61, 100, 101, 102])
+    looks: list[float] = []
+    await_rest(lambda: next(left_ms) * 1_000_000, looks.append)
+    assert (len(looks), next(left_ms, None)) == (5, None)
 
 
 def test_a_process_is_told_what_it_has_used_and_holds() -> None:
