@@ -167,6 +167,11 @@ async def drawn(page: Page) -> None:
     await page.evaluate(twice)
 
 
+def unless_pictured(hostile: str, plain: str) -> str:
+    """What a test writes: a hostile text, or a plain one in the pictures of the documents."""
+    return plain if os.environ.get("TIDEGATE_SCREENSHOTS") else hostile
+
+
 async def shoot(shown: Page | Locator, path: Path, **how: Any) -> None:
     """Take a picture that no assertion reads, where TIDEGATE_SCREENSHOTS asks for pictures."""
     if os.environ.get("TIDEGATE_SCREENSHOTS"):

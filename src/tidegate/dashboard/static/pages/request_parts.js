@@ -77,6 +77,7 @@ function asIs(written, isJson) {
  */
 export function facts(request, calls) {
   const usage = request.usage ?? {};
+  const last = Math.max(calls, request.attempts) > 1 ? " (last attempt)" : "";
   const rows = [
     ["Tenant", request.tenant],
     ["Source", SOURCES[request.source]],
@@ -95,9 +96,9 @@ export function facts(request, calls) {
     ["Ended", request.finished_at && time(request.finished_at)],
     ["Deadline", request.deadline_at && time(request.deadline_at)],
     ["Next attempt", request.retry_at && time(request.retry_at)],
-    ["Waited", request.queue_ms !== undefined && length(request.queue_ms)],
-    ["First byte", request.first_byte_ms !== undefined && length(request.first_byte_ms)],
-    ["Call time", request.upstream_ms !== undefined && length(request.upstream_ms)],
+    [`Waited${last}`, request.queue_ms !== undefined && length(request.queue_ms)],
+    [`First byte${last}`, request.first_byte_ms !== undefined && length(request.first_byte_ms)],
+    [`Call time${last}`, request.upstream_ms !== undefined && length(request.upstream_ms)],
     ["Counted attempts", calls > request.attempts ? `${request.attempts} of ${calls}` : request.attempts],
     ["Workers lost", request.lapses || null],
     ["Finish reason", request.finish_reason],
