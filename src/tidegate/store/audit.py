@@ -63,15 +63,7 @@ _SMALL_WINDOW_BITS, _SMALL_TABLES = 12, 5
 
 
 def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
-    files = [
-        {
-            "file_id": file.file_id,
-            "name": file.name,
-            "mime_type": file.mime_type,
-            "size_bytes": file.size_bytes,
-        }
-        for file in job.attachments
-    ]
+    files = [{name: getattr(file, name) for name in _ATTACHED} for file in job.attachments]
     if job.endpoint is not None:  # of a large body only the file, since `prompt` is a part of it
         return {"endpoint": job.endpoint} | ({"files": files} if files else {"body": job.prompt})
     return {name: getattr(job, name) for name in _ASKED} | {"files": files}
@@ -213,7 +205,7 @@ _OTHER_OPS = (*KEY_OPS, NOTED)  # entries that are no calls
 MAX_PENDING_STREAMS, MAX_PENDING_BYTES = 2_000, 64_000_000
 _RETRY_MS, _REPLAY_EVERY_MS = 200, 5_000
 MAX_WAITING, MAX_WAITING_BYTES = 10_000, 64_000_000
-_BATCH_ROWS, _AT_ONCE, _LINGER_S = 200, 8, 0.05
+_BATCH_ROWS, _AT_ONCE, _AT_ONCE_BEHIND, _LINGER_S = 200, 8, 50, 0.05
 _SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL does not either
 _BLOB_TIMEOUT_S = 5.0
 _LOST = Failure("process_died", "the process that made this call died before its end")
@@ -233,7 +225,7 @@ _BODY_COLUMNS = (
     *("id", "created_at", "role", "tenant_id", "pool", "encoding", "size_bytes", "data"),
     *("blob_key", "content_type", "omitted_bytes"),
 )
-_ASKED = ("prompt", "image_uri", "model")
+_ASKED, _ATTACHED = ("prompt", "image_uri", "model"), ("file_id", "name", "mime_type", "size_bytes")
 _BLOB_KEY = _BODY_COLUMNS.index("blob_key")
 
 
@@ -378,18 +370,22 @@ class AuditLog:
             await self._more.wait()
             await asyncio.sleep(_LINGER_S)  # a batch costs as much as one row
             self._more.clear()
-            while self._waiting:
-                count = min(len(self._waiting), _BATCH_ROWS)
-                taken = [self._waiting.popleft() for _ in range(count)]
-                batch = [record for record, _ in taken]
-                self._listeners.notify(batch)
-                try:
-                    await self._write(batch)
-                except Exception:  # the top of a task: logged, and the loop continues
-                    log.exception(Log.INTERNAL_ERROR, component="request log")
-                finally:
-                    self._waiting_bytes -= sum(size_bytes for _, size_bytes in taken)
-                    self._room.set()
+            # With more than one batch, another is prepared while PostgreSQL writes one.
+            await asyncio.gather(self._write_waiting(), self._write_waiting())
+
+    async def _write_waiting(self) -> None:
+        while self._waiting:
+            count = min(len(self._waiting), _BATCH_ROWS)
+            taken = [self._waiting.popleft() for _ in range(count)]
+            batch = [record for record, _ in taken]
+            self._listeners.notify(batch)
+            try:
+                await self._write(batch)
+            except Exception:  # the top of a task: logged, and the loop continues
+                log.exception(Log.INTERNAL_ERROR, component="request log")
+            finally:
+                self._waiting_bytes -= sum(size_bytes for _, size_bytes in taken)
+                self._room.set()
 
     async def prepare(self, record: CallRecord) -> Prepared:
         """Return the record for `add`; a large body is in the blob store then."""
@@ -432,11 +428,15 @@ class AuditLog:
         self._listeners.notify(written)
 
     async def _write(self, batch: list[CallRecord]) -> None:
-        prepared = []
+        # A whole batch would block the event loop for milliseconds. With more than one waiting, few
+        # at a time would fall behind: each pause is a round of a busy loop.
+        prepared, at_once = [], _AT_ONCE
+        if len(self._waiting) >= _BATCH_ROWS:
+            at_once = _AT_ONCE_BEHIND
         for number, record in enumerate(batch, 1):
             prepared.append(await self.prepare(record))
-            if not number % _AT_ONCE:
-                await asyncio.sleep(0)  # a whole batch would block the event loop for milliseconds
+            if not number % at_once:
+                await asyncio.sleep(0)
         try:
             erased = await self._connections.run(lambda connection: self.add(connection, prepared))
             self._budgets.wake()

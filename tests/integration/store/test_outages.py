@@ -455,6 +455,28 @@ async def test_what_a_server_cannot_do_now_is_written_later(
     assert await recorded() == ["job", "relay", "stream"]
 
 
+async def test_a_batch_of_records_is_under_way_while_another_one_waits_for_postgresql(
+    own_url: str, make_store: MakeStore
+) -> None:
+    """A writer of one batch after another fell behind calls that end at full speed."""
+    store, server = await make_store(own_url), await asyncpg.connect(own_url)
+    lock = server.transaction()
+    await lock.start()
+    await server.execute("LOCK TABLE audit IN SHARE MODE")
+    for _ in range(500):
+        store.audit.put(result(source="relay", request_id=new_id()))
+    await wait_until(lambda: store.audit.waiting == 100)
+    assert not store.audit._pending, "the first batch had its time out before the second began"
+    await lock.rollback()
+
+    async def recorded() -> bool:
+        return bool(await server.fetchval("SELECT count(*) = 500 FROM audit"))
+
+    await wait_until(recorded)
+    assert await server.fetchval("SELECT sum(requests) FROM usage_days") == 500
+    await server.close()
+
+
 async def test_a_record_that_postgresql_rejects_for_good_is_kept_for_an_operator(
     own_url: str, make_store: MakeStore, tmp_path: Path
 ) -> None:
