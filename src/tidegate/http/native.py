@@ -437,8 +437,8 @@ class _Front:
                 tracing=self._services.spine.tracing,
             )
             call.form, call.terms.left = form, self.has_left
-            if self._services.store.audit.is_full:
-                await self._services.store.audit.room(call.terms.left_ms())
+            if (audit := self._services.store.audit).is_full_for(call.body_bytes):
+                await audit.room(call.body_bytes, call.terms.left_ms())
             opening = await self._opening(call)
         except TidegateError as error:
             await self.refuse_unrecorded(error, endpoint)
@@ -507,7 +507,7 @@ class _Front:
     async def _record_form(self, form: FormBody) -> None:
         """Record the body; only its beginning if it is long, or if the recording falls behind."""
         record, most_bytes = self._record, KEPT_BYTES
-        if self._services.store.audit.is_full:
+        if self._services.store.audit.is_full_for(form.form.size_bytes):
             most_bytes = TAIL_BYTES
         with suppress(StoreUnavailable):  # the disk failed: recorded without a body
             record.request = await form.beginning(most_bytes)

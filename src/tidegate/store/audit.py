@@ -30,7 +30,7 @@ from tidegate.call import Status, new_id
 from tidegate.errors import CallPreempted, ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure
 from tidegate.store import records as rows
-from tidegate.store.blobs import Blobs, new_key
+from tidegate.store.blobs import Blobs, as_kept, new_key
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.idempotency import KEY_OPS, settle_keys
@@ -54,8 +54,6 @@ log = get_logger()
 
 INLINE_BYTES, WORTH_A_THREAD_BYTES = 8192, 50_000
 ENCODING = "zlib"
-_QUICK = 1  # zlib's level for native bodies, compressed on the CPU that relays
-_SAMPLED_BYTES, _SAMPLE_BYTES, _WORTH_IT = 262_144, 16_384, 0.7
 # A window that fits a small body, with small tables: zlib's default prepares 256 KB each time,
 # several times the work of a small body, for the same size.
 _BODIES_SMALL_BYTES = 4096
@@ -127,22 +125,6 @@ def _row(role: str, size_bytes: int, data: bytes | None, blob_key: str | None) -
     }
 
 
-def as_kept(raw: bytes) -> tuple[str, bytes]:
-    """Return a native body in its stored encoding."""
-    if len(raw) > _SAMPLED_BYTES and not _shrinks(raw):
-        return "raw", raw
-    return "zlib-raw", zlib.compress(raw, _QUICK)
-
-
-def _shrinks(raw: bytes) -> bool:
-    """Whether a body is worth compressing, by samples at three places. A file in base64 would only
-    shrink by a quarter, at half a second of CPU time for 20 MB."""
-    step = len(raw) // 4
-    samples = [raw[at : at + _SAMPLE_BYTES] for at in (step, 2 * step, 3 * step)]
-    size = sum(len(zlib.compress(one, _QUICK)) for one in samples)
-    return size < _WORTH_IT * sum(map(len, samples))
-
-
 def unpack(encoding: str, packed: bytes) -> Any:
     """Return the JSON value of a stored body; a native one as its text."""
     if encoding == "raw":
@@ -204,7 +186,10 @@ def _matching(
 _OTHER_OPS = (*KEY_OPS, NOTED)  # entries that are no calls
 MAX_PENDING_STREAMS, MAX_PENDING_BYTES = 2_000, 64_000_000
 _RETRY_MS, _REPLAY_EVERY_MS = 200, 5_000
-MAX_WAITING, MAX_WAITING_BYTES = 10_000, 64_000_000
+# Rows with large bodies take as long as hundreds of others and wait apart. From the first bound in
+# bytes on they delay calls with large bodies, from the second on all calls.
+MAX_WAITING, MAX_WAITING_BYTES, MOST_WAITING_BYTES = 10_000, 64_000_000, 256_000_000
+_LARGE_ROW_BYTES = 262_144
 _BATCH_ROWS, _AT_ONCE, _AT_ONCE_BEHIND, _LINGER_S = 200, 8, 50, 0.05
 _SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL does not either
 _BLOB_TIMEOUT_S = 5.0
@@ -257,6 +242,26 @@ class _Overflow:
             self.count = 0
 
 
+class _Rows:
+    """Records that wait to be written, each with its size: in batches of `batch_rows`, of which so
+    many as `batches` are under way at a time."""
+
+    def __init__(self, batch_rows: int, batches: int) -> None:
+        self.batch_rows, self.batches = batch_rows, batches
+        self.waiting: deque[tuple[CallRecord, int]] = deque()
+        self.size_bytes = 0
+        self.more = asyncio.Event()
+        self.writer: asyncio.Task[None] | None = None
+
+    def add(self, record: CallRecord, size_bytes: int) -> None:
+        self.waiting.append((record, size_bytes))
+        self.size_bytes += size_bytes
+        self.more.set()
+
+    def take(self) -> list[tuple[CallRecord, int]]:
+        return [self.waiting.popleft() for _ in range(min(len(self.waiting), self.batch_rows))]
+
+
 class AuditLog:
     """Writes ended calls. One per process: `start` it, `aclose` it at the end.
 
@@ -289,11 +294,8 @@ class AuditLog:
         self._instance_id = instance_id
         self._when_full = when_full
         self._room = asyncio.Event()  # set when either buffer has become shorter
-        self._waiting: deque[tuple[CallRecord, int]] = deque()  # each with its size
-        self._waiting_bytes = 0
-        self._more = asyncio.Event()
+        self._small, self._large = self._rows = _Rows(_BATCH_ROWS, 2), _Rows(1, 1)
         self._rows_left_out = _Overflow()
-        self._row_writer: asyncio.Task[None] | None = None
         self._entry_writer: GroupWriter[Json, None] = GroupWriter(self._commit)
         self._tasks: set[asyncio.Task[bool]] = set()
         self._pending = 0
@@ -304,7 +306,8 @@ class AuditLog:
         self._closing = False
 
     def start(self) -> None:
-        self._row_writer = asyncio.create_task(self._write_rows())
+        for one in self._rows:
+            one.writer = asyncio.create_task(self._write_rows(one))
         self._connections.on_back.append(self._replay_soon.set)
         self._replay_soon.set()
         self._replayer = asyncio.create_task(self._replay())
@@ -314,11 +317,10 @@ class AuditLog:
         be written are on disk."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_ms / 3000):
-                while self._row_writer is not None and self._waiting_bytes:
-                    self._more.set()
+                while any(one.writer is not None and one.size_bytes for one in self._rows):
                     self._room.clear()
                     await self._room.wait()
-        await _end_tasks([self._row_writer])
+        await _end_tasks([one.writer for one in self._rows])
         self._closing = True
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout_ms / 1000)
@@ -333,18 +335,22 @@ class AuditLog:
     @property
     def waiting(self) -> int:
         """The number of rows that are not written yet."""
-        return len(self._waiting)
+        return sum(len(one.waiting) for one in self._rows)
 
-    @property
-    def is_full(self) -> bool:
-        return len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES
+    def is_full_for(self, size_bytes: int) -> bool:
+        """Return whether a call with a body of this size waits for the record, or is dropped."""
+        small = self._small
+        if len(small.waiting) >= MAX_WAITING or small.size_bytes >= MAX_WAITING_BYTES:
+            return True
+        most_bytes = MOST_WAITING_BYTES if size_bytes <= _LARGE_ROW_BYTES else MAX_WAITING_BYTES
+        return self._large.size_bytes >= most_bytes
 
-    async def room(self, wait_ms: float) -> None:
-        """Wait before a call while the record cannot keep up, if `when_full` is `block`, at most as
-        long as the call may wait. Raises StoreUnavailable."""
+    async def room(self, size_bytes: int, wait_ms: float) -> None:
+        """Wait before a call with a body of this size while the record cannot keep up, if
+        `when_full` is `block`, at most as long as the call may wait. Raises StoreUnavailable."""
         try:
             async with asyncio.timeout(max(0, wait_ms) / 1000):
-                while self._when_full == "block" and self.is_full:
+                while self._when_full == "block" and self.is_full_for(size_bytes):
                     self._room.clear()
                     await self._room.wait()
         except TimeoutError:
@@ -352,31 +358,26 @@ class AuditLog:
 
     def put(self, record: CallRecord) -> None:
         """Buffer the record of an ended native call; a full buffer with `drop` drops it."""
-        if self._when_full == "drop" and self.is_full:
+        size_bytes = record.size_bytes
+        if self._when_full == "drop" and self.is_full_for(size_bytes):
             self._rows_left_out.add()
             self._listeners.note(record)
             self._journal.leave(record)
             return
         if self._rows_left_out.count:
             self._rows_left_out.end()
-        size_bytes = record.size_bytes
-        self._waiting.append((record, size_bytes))
-        self._waiting_bytes += size_bytes
-        if not self._more.is_set():
-            self._more.set()
+        (self._small if size_bytes <= _LARGE_ROW_BYTES else self._large).add(record, size_bytes)
 
-    async def _write_rows(self) -> None:
+    async def _write_rows(self, rows_left: _Rows) -> None:
         while True:
-            await self._more.wait()
+            await rows_left.more.wait()
             await asyncio.sleep(_LINGER_S)  # a batch costs as much as one row
-            self._more.clear()
-            # With more than one batch, another is prepared while PostgreSQL writes one.
-            await asyncio.gather(self._write_waiting(), self._write_waiting())
+            rows_left.more.clear()
+            # Of several batches, another is prepared while PostgreSQL writes one.
+            await asyncio.gather(*map(self._write_waiting, [rows_left] * rows_left.batches))
 
-    async def _write_waiting(self) -> None:
-        while self._waiting:
-            count = min(len(self._waiting), _BATCH_ROWS)
-            taken = [self._waiting.popleft() for _ in range(count)]
+    async def _write_waiting(self, rows_left: _Rows) -> None:
+        while taken := rows_left.take():
             batch = [record for record, _ in taken]
             self._listeners.notify(batch)
             try:
@@ -384,7 +385,7 @@ class AuditLog:
             except Exception:  # the top of a task: logged, and the loop continues
                 log.exception(Log.INTERNAL_ERROR, component="request log")
             finally:
-                self._waiting_bytes -= sum(size_bytes for _, size_bytes in taken)
+                rows_left.size_bytes -= sum(size_bytes for _, size_bytes in taken)
                 self._room.set()
 
     async def prepare(self, record: CallRecord) -> Prepared:
@@ -430,9 +431,8 @@ class AuditLog:
     async def _write(self, batch: list[CallRecord]) -> None:
         # A whole batch would block the event loop for milliseconds. With more than one waiting, few
         # at a time would fall behind: each pause is a round of a busy loop.
-        prepared, at_once = [], _AT_ONCE
-        if len(self._waiting) >= _BATCH_ROWS:
-            at_once = _AT_ONCE_BEHIND
+        is_behind = len(self._small.waiting) >= _BATCH_ROWS
+        prepared, at_once = [], _AT_ONCE_BEHIND if is_behind else _AT_ONCE
         for number, record in enumerate(batch, 1):
             prepared.append(await self.prepare(record))
             if not number % at_once:

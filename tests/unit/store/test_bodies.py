@@ -8,7 +8,8 @@ from random import Random
 
 import pytest
 
-from tidegate.store.audit import as_kept, unpack
+from tidegate.store.audit import unpack
+from tidegate.store.blobs import as_kept
 
 
 @pytest.mark.parametrize("text", [b"Say again " * 100_000, b"Say it once"])

@@ -181,8 +181,8 @@ class _SessionFront:
             usual_wait_ms=services.config.stream_wait_ms,
             tracing=services.spine.tracing,
         )
-        if services.store.audit.is_full:
-            await services.store.audit.room(call.terms.left_ms())
+        if services.store.audit.is_full_for(0):
+            await services.store.audit.room(0, call.terms.left_ms())
         return call, services.openings.stream(self._caller)
 
     async def _ended(self, call: NativeCall) -> tuple[Status, Failure | None]:
