@@ -181,7 +181,14 @@ def on_signals(
         loop.add_signal_handler(number, begin, number == soft)
 
 
+# How long a thread that reads a large body keeps the interpreter from the event loop's thread,
+# which needs it several times for each call. Python's 5 ms delay a small call by tens of ms.
+_SWITCH_S = 0.000_5
+
+
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run a process on an event loop, which gets the interpreter soon from other threads."""
+    sys.setswitchinterval(_SWITCH_S)
     if sys.platform == "win32":
         asyncio.run(main)
     else:
