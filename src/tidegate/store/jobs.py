@@ -1,4 +1,4 @@
-"""Jobs: submission in group commits, cancellation, copies, caps, and what is stuck.
+"""Jobs: submission in group commits, cancellation, copies, caps, and jobs without a worker.
 
 Invariants: an idempotency key names one request of its tenant; after `cancel` returns no new
 upstream call is made for the job; a copy shares nothing with its original; a cap holds over all
@@ -34,21 +34,23 @@ from tidegate.errors import (
 )
 from tidegate.record import CallListeners, Failure
 from tidegate.store import records as rows
-from tidegate.store.audit import audit_unanswered, of_row
+from tidegate.store.audit import AuditLog, audit_unanswered, of_row
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections, GroupWriter, sql
-from tidegate.store.notifications import UNSURE, Notifications
+from tidegate.store.notifications import AT_ONCE, UNSURE, Lookback, Notifications, Scan
 from tidegate.store.operator_actions import OperatorActions
 from tidegate.store.records import (
     ClaimedJob,
     Earlier,
     FileRecord,
+    Json,
     NewJob,
     record_action,
     record_of,
     recorded,
 )
 from tidegate.store.requests import RequestDetail
+from tidegate.telemetry.logging import Log, get_logger
 
 TIMEOUT_MS = 2_000
 CANCELLED = RequestCancelled("its owner cancelled it")
@@ -652,3 +654,112 @@ class StuckWork:
 def _requeued_by(order: Requeue) -> tuple[list[str], datetime, datetime, str | None, str | None]:
     statuses = [status.value for status in order.statuses]
     return statuses, order.since, order.until, order.tenant_id, order.error_code
+
+
+_WORKER_DIED = "the workers that ran this died {} times; it will not be tried again"
+_EXPIRED = Failure(code="deadline_exceeded", message="its deadline came while it was queued")
+
+
+class UnattendedJobs:
+    """Jobs that change without a worker's answer: those of silent workers return to the queue,
+    queued ones end at their deadlines or by a cancellation. Raises StoreUnavailable.
+
+    most_lapses: workers that die while they call a job before the job is dead.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        notifications: Notifications,
+        listeners: CallListeners,
+        audit: AuditLog,
+        *,
+        instance_id: str,
+        lease_ms: int,
+        most_lapses: int,
+    ) -> None:
+        self._connections = connections
+        self._notifications = notifications
+        self._listeners = listeners
+        self._audit = audit
+        self._instance_id = instance_id
+        self._lease_ms = lease_ms
+        self._most_lapses = most_lapses
+        self._lapses, self._expiring = Lookback(), Lookback()
+        self._last_silent: dict[str, datetime] = {}  # silent ones, with their last heartbeat
+        self._silent: dict[str, datetime] = {}
+
+    async def retake(self) -> list[UUID]:
+        """Return silent workers' jobs to the queue, at most 500, and their ids."""
+        died = _WORKER_DIED.format(self._most_lapses)
+        failure = asdict(Failure(code="worker_died", message=died))
+        scan = self._lapses.begin()
+        holders = await self._holders(scan)
+        if holders:  # a result that waits on the disk is not to be computed again
+            await self._audit.replay()
+
+        async def retake(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            lapsed = await connection.fetch(sql("lock_lapsed"), holders, self._lease_ms)
+            if not lapsed:
+                return []
+            locked = [row["id"] for row in lapsed]
+            retaken: list[asyncpg.Record] = await connection.fetch(
+                sql("retake"), locked, self._most_lapses, orjson.dumps(failure).decode()
+            )
+            await rows.mark_ambiguous(connection, retaken)
+            dead = [row for row in retaken if row["status"] == Status.DEAD]
+            await audit_unanswered(connection, dead, failure, self._instance_id)
+            return retaken
+
+        retaken = await self._connections.run(retake) if holders else []
+        if len(retaken) < AT_ONCE:
+            self._last_silent = self._silent
+        self._lapses.end(scan, complete=len(retaken) < AT_ONCE)
+        ids = [rows.uuid_of(row["id"]) for row in retaken]
+        if retaken:
+            get_logger().warning(Log.JOBS_RETAKEN, jobs=len(ids))
+            for row in retaken:
+                if row["status"] == Status.DEAD:
+                    self._listeners.note(of_row(row, failure))
+                    get_logger().error(Log.JOB_DEAD, request_id=str(row["id"]))
+            self._notifications.changed(ids)
+            self._notifications.work(row["pool"] for row in retaken)
+        return ids
+
+    async def expire_due(self) -> int:
+        """End queued jobs whose deadline has passed, at most 500; return how many."""
+        scan = self._expiring.begin()
+        expired = await self._end_queued("expire_due", asdict(_EXPIRED), scan.back_s)
+        self._expiring.end(scan, complete=expired < AT_ONCE)
+        return expired
+
+    async def cancel_returned(self) -> int:
+        """End jobs that were cancelled and returned to the queue, at most 500."""
+        return await self._end_queued("cancel_returned", CANCELLED_FAILURE)
+
+    async def _end_queued(self, name: str, failure: Json, *values: float) -> int:
+        async def end(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            why = orjson.dumps(failure).decode()
+            ended: list[asyncpg.Record] = await connection.fetch(sql(name), why, *values)
+            await audit_unanswered(connection, ended, failure, self._instance_id)
+            return ended
+
+        ended = await self._connections.run(end)
+        rows.log_ended(ended, failure)
+        self._listeners.notify([of_row(row, failure) for row in ended])
+        self._notifications.changed(rows.uuid_of(row["id"]) for row in ended)
+        return len(ended)
+
+    async def _holders(self, scan: Scan) -> list[str]:
+        """Return workers whose claims are to be returned."""
+        found = await self._connections.rows("silent_workers", self._lease_ms)
+        self._silent = {row["instance_id"]: row["seen_at"] for row in found}
+        names = [
+            name
+            for name, seen_at in self._silent.items()
+            if scan.is_whole or self._last_silent.get(name) != seen_at
+        ]
+        if scan.is_whole:
+            unknown = await self._connections.rows("unknown_holders", self._lease_ms)
+            names += [row["claimed_by"] for row in unknown]
+        return names

@@ -1,4 +1,4 @@
-"""Queue of ready jobs: claims in fair order, their release, and the jobs of silent workers.
+"""Queue of ready jobs: claims in fair order, their release, and the ends of claimed jobs.
 
 PostgreSQL keeps index entries of jobs that have left the queue until no transaction can see them,
 so a claim never searches from the start: it reads which jobs became ready since the last reading,
@@ -15,33 +15,30 @@ import asyncio
 import time
 from bisect import bisect_right, insort
 from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NoReturn
 from uuid import UUID
 
 import asyncpg
-import orjson
 
 from tidegate.call import Classification, Kind, Status, Tier, new_id
 from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure
 from tidegate.store import records as rows
-from tidegate.store.audit import AuditLog, audit_unanswered, of_row
+from tidegate.store.audit import AuditLog
 from tidegate.store.database import Connections, GroupWriter, count_in, sql
-from tidegate.store.jobs import CANCELLED_FAILURE
+from tidegate.store.jobs import UnattendedJobs
 from tidegate.store.notifications import (
     AT_ONCE,
     UNSURE,
     Lookback,
     Notifications,
-    Scan,
     Steadiness,
     until_quick,
 )
 from tidegate.store.records import ClaimedJob, FailedTry, Json
-from tidegate.telemetry.logging import Log, get_logger
 
 _ALL = 2**62  # after every transaction
 _MOST_EARLY = 256
@@ -468,43 +465,8 @@ async def _of_others(
     return replace(turn, since=None, early=ids, is_part=True)
 
 
-class ExpiredClaims:
-    """Claims of silent workers: `holders` before the transaction that returns them, `end` after."""
-
-    def __init__(self, connections: Connections, lease_ms: int) -> None:
-        self._connections = connections
-        self._lease_ms = lease_ms
-        self.lookback = Lookback()
-        self._last_silent: dict[str, datetime] = {}  # silent ones, with their last heartbeat
-        self._silent: dict[str, datetime] = {}
-
-    async def holders(self, scan: Scan) -> list[str]:
-        """Return workers whose claims are to be returned. Raises StoreUnavailable."""
-        found = await self._connections.rows("silent_workers", self._lease_ms)
-        self._silent = {row["instance_id"]: row["seen_at"] for row in found}
-        names = [
-            name
-            for name, seen_at in self._silent.items()
-            if scan.is_whole or self._last_silent.get(name) != seen_at
-        ]
-        if scan.is_whole:
-            unknown = await self._connections.rows("unknown_holders", self._lease_ms)
-            names += [row["claimed_by"] for row in unknown]
-        return names
-
-    def end(self, scan: Scan, retaken: int) -> None:
-        if retaken < AT_ONCE:
-            self._last_silent = self._silent
-        self.lookback.end(scan, complete=retaken < AT_ONCE)
-
-
 _OF_ATTEMPT = ("model", "fence_epoch", "fence_sequence", "admitted_at", "upstream")
 MAX_LAPSES = 3  # workers that die while they call a job before the job counts as the cause
-_WORKER_DIED = Failure(
-    code="worker_died",
-    message=f"the workers that ran this died {MAX_LAPSES} times; it will not be tried again",
-)
-_EXPIRED = Failure(code="deadline_exceeded", message="its deadline came while it was queued")
 
 
 class JobQueue:
@@ -521,7 +483,6 @@ class JobQueue:
         instance_id: str,
         lease_ms: int,
     ) -> None:
-        self._listeners = listeners
         self._connections = connections
         self._notifications = notifications
         self._audit = audit
@@ -531,9 +492,16 @@ class JobQueue:
         self._held: dict[UUID, int] = {}
         self._doubtful = False
         self._queues = ReadyQueues(connections, notifications, instance_id=instance_id)
-        self._lapses = ExpiredClaims(connections, lease_ms)
+        self._unattended = UnattendedJobs(
+            connections,
+            notifications,
+            listeners,
+            audit,
+            instance_id=instance_id,
+            lease_ms=lease_ms,
+            most_lapses=MAX_LAPSES,
+        )
         self._straying = Lookback()
-        self._expiring = Lookback()
         self._runs: GroupWriter[Json, None] = GroupWriter(self._begin)
 
     @property
@@ -762,63 +730,15 @@ class JobQueue:
     async def retake_expired(self) -> list[UUID]:
         """Return dead workers' jobs to the queue, at most 500, and their ids. Does nothing until
         this process's own heartbeats were answered for a whole lease."""
-        if not self._steadiness.may_judge:
-            return []
-        failure = asdict(_WORKER_DIED)
-        scan = self._lapses.lookback.begin()
-        holders = await self._lapses.holders(scan)
-        if holders:  # a result that waits on the disk is not to be computed again
-            await self._audit.replay()
-
-        async def retake(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            lapsed = await connection.fetch(sql("lock_lapsed"), holders, self._lease_ms)
-            if not lapsed:
-                return []
-            locked = [row["id"] for row in lapsed]
-            retaken: list[asyncpg.Record] = await connection.fetch(
-                sql("retake"), locked, MAX_LAPSES, orjson.dumps(failure).decode()
-            )
-            await rows.mark_ambiguous(connection, retaken)
-            dead = [row for row in retaken if row["status"] == Status.DEAD]
-            await audit_unanswered(connection, dead, failure, self._instance_id)
-            return retaken
-
-        retaken = await self._connections.run(retake) if holders else []
-        self._lapses.end(scan, len(retaken))
-        ids = [rows.uuid_of(row["id"]) for row in retaken]
-        if retaken:
-            get_logger().warning(Log.JOBS_RETAKEN, jobs=len(ids))
-            for row in retaken:
-                if row["status"] == Status.DEAD:
-                    self._listeners.note(of_row(row, failure))
-                    get_logger().error(Log.JOB_DEAD, request_id=str(row["id"]))
-            self._notifications.changed(ids)
-            self._notifications.work(row["pool"] for row in retaken)
-        return ids
+        return await self._unattended.retake() if self._steadiness.may_judge else []
 
     async def expire_due(self) -> int:
         """End queued jobs whose deadline has passed, at most 500; return how many."""
-        scan = self._expiring.begin()
-        expired = await self._end_queued("expire_due", asdict(_EXPIRED), scan.back_s)
-        self._expiring.end(scan, complete=expired < AT_ONCE)
-        return expired
+        return await self._unattended.expire_due()
 
     async def cancel_returned(self) -> int:
         """End jobs that were cancelled and returned to the queue, at most 500."""
-        return await self._end_queued("cancel_returned", CANCELLED_FAILURE)
-
-    async def _end_queued(self, name: str, failure: Json, *values: float) -> int:
-        async def end(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-            why = orjson.dumps(failure).decode()
-            ended: list[asyncpg.Record] = await connection.fetch(sql(name), why, *values)
-            await audit_unanswered(connection, ended, failure, self._instance_id)
-            return ended
-
-        ended = await self._connections.run(end)
-        rows.log_ended(ended, failure)
-        self._listeners.notify([of_row(row, failure) for row in ended])
-        self._notifications.changed(rows.uuid_of(row["id"]) for row in ended)
-        return len(ended)
+        return await self._unattended.cancel_returned()
 
     def _lost(self, job: ClaimedJob) -> NoReturn:
         self.settled(job)
