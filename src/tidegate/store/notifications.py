@@ -328,6 +328,10 @@ class Notifications:
             async with asyncio.timeout(PULSED_MS / 1000):
                 await event.wait()
 
+    def wake(self, sign: Sign) -> None:
+        """End waits for `sign` in this process."""
+        self._wake([sign])
+
     async def wait_cancels(self, timeout_ms: float) -> set[UUID]:
         """Return the notified requests when a cancellation is notified, or after the timeout.
 

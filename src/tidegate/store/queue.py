@@ -2,8 +2,9 @@
 
 PostgreSQL keeps index entries of jobs that have left the queue until no transaction can see them,
 so a claim never searches from the start: it reads which jobs became ready since the last reading,
-and starts in each queue (tenant and priority) at the first ready job. Sweeps from the start take at
-most a fiftieth of the time.
+and starts in each queue (tenant and priority) at the first ready job. Jobs whose deadlines are
+before those of older jobs are claimed by id, the earliest deadline first. Sweeps from the start
+take at most a fiftieth of the time.
 
 Invariants: a job has at most one valid claim, `requests.claim`; every release increments that
 number; no ready job stays unseen; a claim whose reply was lost is found by its claimant.
@@ -14,9 +15,9 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_right, insort
-from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, NoReturn
 from uuid import UUID
@@ -41,8 +42,10 @@ from tidegate.store.notifications import (
 from tidegate.store.records import ClaimedJob, FailedTry, Json
 
 _ALL = 2**62  # after every transaction
-_MOST_EARLY = 256
+_LEAST_EARLY, _MOST_EARLY = 32, 256
 _QUICK_S = 0.05
+_USUAL = timedelta(minutes=10)  # a job without a deadline is due so long after it was made
+_CLOSE = timedelta(milliseconds=250)  # deadlines that differ by less are alike
 
 _FIRST = UUID(int=0)
 _SEARCHED = 5_000  # jobs of skipped callers, in one search
@@ -51,6 +54,7 @@ Key = tuple[str, int]  # tenant and priority
 # API keys, users and conversations of one tenant, as `("key", PREFIX)`.
 Callers = frozenset[tuple[str, str]]
 Row = Mapping[str, Any]
+Times = tuple[datetime, datetime]  # when a job is due, and when it was made
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,29 +78,74 @@ class _Queue:
     """The start of a queue. `since`: when its first ready job was made, without the early ones;
     None for no others.
 
-    Early jobs are claimed by id, so that a job that returns after a long time does not make the
-    search begin among all jobs that have left since. `past`: where a search begins that skips the
-    jobs of the callers `past_of`.
+    Early jobs are claimed by id: those that return after a long time, so that the search does not
+    begin among all jobs that have left since, and those that are due before older ones. Of the
+    latter some may be unnamed, due at `hidden_at` or later. `longest`: the longest time from
+    creation to deadline; `swept_longest`: of the jobs since the last sweep began. `past`: where a
+    search begins that skips the jobs of the callers `past_of`.
     """
 
     since: datetime | None = None
-    early: dict[UUID, datetime] = field(default_factory=dict)
+    early: dict[UUID, Times] = field(default_factory=dict)
+    hidden_at: datetime | None = None
+    longest: timedelta = timedelta()
+    swept_longest: timedelta = timedelta()
     past: tuple[datetime, UUID] | None = None
     past_of: Callers = frozenset()
 
-    def add(self, jobs: int, named: Sequence[tuple[datetime, UUID]]) -> None:
-        """Note that `jobs` became ready; `named` are the oldest of them, in order."""
+    def add(self, row: Row, *, is_sweep: bool = False) -> None:
+        """Note that `jobs` of a row became ready. It names the oldest, in order, and then those
+        that are `overtaking` others of the row; `hidden_at` is the deadline of further ones."""
+        named = list(zip(row["made_at"], row["ids"], row["due_at"], strict=True))
+        oldest = len(named) - row["overtaking"]
         if self.past is not None:
-            self.past = min(self.past, named[0])
-        if jobs > len(named):
-            self._begin(named[-1][0])
-        for made_at, request_id in named:
-            if self.since is None or made_at < self.since:
-                self.early[request_id] = made_at
+            self.past = min(self.past, named[0][:2])
+        if row["jobs"] > oldest:
+            last_made_at, _, last_due_at = named[oldest - 1]
+            self._begin(last_made_at)
+            if not is_sweep and self._overtakes(last_due_at, last_made_at):
+                self._hide(last_due_at)  # so may those between it and the overtaking ones
+        if row["hidden_at"] is not None:
+            self._hide(row["hidden_at"])
+        for place, (made_at, request_id, due_at) in enumerate(named):
+            is_old = self.since is None or made_at < self.since
+            if is_old or place >= oldest or self._overtakes(due_at, made_at):
+                self.early[request_id] = due_at, made_at
+            self.longest = max(self.longest, due_at - made_at)
+        self.longest = max(self.longest, row["longest"])
+        self.swept_longest = max(self.swept_longest, row["longest"])
         if len(self.early) > _MOST_EARLY:
-            by_age = sorted(self.early.items(), key=lambda one: (one[1], one[0]))
-            self._begin(by_age[_MOST_EARLY // 2][1])
-            self.early = dict(by_age[: _MOST_EARLY // 2])
+            self._shorten()
+
+    def _overtakes(self, due_at: datetime, made_at: datetime) -> bool:
+        """Whether a job with a deadline may be due before older jobs of the queue."""
+        given = due_at - made_at
+        return given != _USUAL and given < self.longest - _CLOSE
+
+    def _hide(self, due_at: datetime) -> None:
+        self.hidden_at = due_at if self.hidden_at is None else min(self.hidden_at, due_at)
+
+    def _shorten(self) -> None:
+        """Keep half of the early jobs: the oldest of those before `since`, and of those after it
+        the ones that are due first."""
+        most = _MOST_EARLY // 2
+        by_age = sorted(self.early.items(), key=lambda one: (one[1][1], one[0]))
+        old = [one for one in by_age if self.since is None or one[1][1] < self.since]
+        if len(old) > most:
+            self._begin(old[most][1][1])
+        after = [one for one in by_age[min(len(old), most) :] if self._overtakes(*one[1])]
+        after.sort(key=lambda one: (one[1], one[0]))
+        if len(after) > most:
+            self._hide(after[most][1][0])
+        self.early = dict(old[:most] + after[:most])
+
+    @property
+    def is_hungry(self) -> bool:
+        """Whether few of the jobs that are due first are named, while others may be hidden."""
+        hidden_at = self.hidden_at
+        if hidden_at is None:
+            return False
+        return sum(due_at <= hidden_at for due_at, _ in self.early.values()) < _LEAST_EARLY
 
     def _begin(self, made_at: datetime) -> None:
         self.since = made_at if self.since is None else min(self.since, made_at)
@@ -111,10 +160,12 @@ class _Queue:
         return self.past or (None, _FIRST)
 
     def turn(self, n: int, key: Key, limit: int) -> QueueTurn:
-        """Return the turn, oldest first. With many early jobs, only these are claimed."""
-        oldest = sorted(self.early, key=lambda one: (self.early[one], one))
-        few = len(oldest) <= 2 * limit
-        return QueueTurn(n, key, self.since if few else None, tuple(oldest[: 2 * limit]))
+        """Return the turn, earliest deadline first. With many early jobs that are due before the
+        others were made, only these are claimed."""
+        soonest = sorted(self.early, key=lambda one: (self.early[one], one))
+        many = soonest[2 * limit : 2 * limit + 1]
+        only = self.since is not None and any(self.early[one][0] < self.since for one in many)
+        return QueueTurn(n, key, None if only else self.since, tuple(soonest[: 2 * limit]))
 
 
 class Ready:
@@ -154,6 +205,11 @@ class Ready:
         self._xmax, self._under_way = xmax, rows[0]["under_way"]
         self._add(rows)
 
+    @property
+    def is_hungry(self) -> bool:
+        """Whether in a queue jobs that are due before the known ones may be unnamed soon."""
+        return any(queue.is_hungry for queue in self._all())
+
     # Sweeping all earlier jobs
 
     @property
@@ -164,6 +220,8 @@ class Ready:
         """Sweep everything up to the last reading again."""
         assert self._xmax is not None
         self._swept_to, self._sweep_end = 0, self._xmax
+        for queue in self._all():
+            queue.hidden_at, queue.swept_longest = None, timedelta()
 
     @property
     def unswept(self) -> tuple[int, int, list[int]]:
@@ -176,15 +234,22 @@ class Ready:
 
     def swept(self, before: int, rows: Sequence[Row], took_s: float) -> None:
         """Complete a step; a slow step is followed by a shorter one."""
-        self._add(rows)
+        self._add(rows, is_sweep=True)
         self._swept_to = before
+        if self.is_swept:
+            for queue in self._all():
+                queue.longest = queue.swept_longest
         self._step = min(2 * self._step, _ALL) if took_s < _QUICK_S else max(1, self._step // 2)
 
     def not_swept(self) -> None:
         """Shorten a step that took too long."""
         self._step = max(1, min(self._step, self._sweep_end - self._swept_to) // 8)
 
-    def _add(self, rows: Sequence[Row]) -> None:
+    def _all(self) -> Iterator[_Queue]:
+        for queues in self._queues.values():
+            yield from queues.values()
+
+    def _add(self, rows: Sequence[Row], *, is_sweep: bool = False) -> None:
         for row in rows:
             if row["tenant_id"] is None:
                 continue
@@ -193,7 +258,7 @@ class Ready:
                 self._queues[tenant] = {}
                 insort(self._tenants, tenant)
             queue = self._queues[tenant].setdefault(row["priority"], _Queue())
-            queue.add(row["jobs"], list(zip(row["made_at"], row["ids"], strict=True)))
+            queue.add(row, is_sweep=is_sweep)
 
     # Claiming
 
@@ -214,8 +279,15 @@ class Ready:
         """Return one of the queues that `turns` has named."""
         return self._queues[key[0]][key[1]]
 
-    def settle(self, turn: QueueTurn, since: datetime | None, early: Iterable[UUID]) -> None:
-        """Update a queue after a claim's commit: its start, and the remaining early jobs.
+    def settle(
+        self,
+        turn: QueueTurn,
+        since: datetime | None,
+        early: Iterable[UUID],
+        others: Mapping[UUID, Times] | None = None,
+    ) -> None:
+        """Update a queue after a claim's commit: its start, the remaining early jobs, and the
+        `others` of a short queue, which become early ones.
 
         What a concurrent sweep has found is kept.
         """
@@ -230,6 +302,7 @@ class Ready:
         for request_id in turn.early:
             if request_id not in left:
                 queue.early.pop(request_id, None)
+        queue.early |= others or {}
         if queue.since is None and not queue.early:
             del queues[priority]
             if not queues:
@@ -241,6 +314,7 @@ _TENANTS_AT_ONCE = 32
 _ROUNDS = 4
 _READ_EVERY_S = 2.0
 _SWEEP_EVERY_S = 30.0
+_HURRIED_SWEEP_S = 1.0
 _SWEEP_SHARE = 50
 _MOST_SWEEP_S = 4.0
 _STEP_MS = 500
@@ -311,13 +385,15 @@ class ReadyQueues:
             if time.monotonic() - known.read_at > _READ_EVERY_S:
                 async with self.lock:
                     await self._read(lane, known)
-            pause_s = max(_SWEEP_EVERY_S, _SWEEP_SHARE * known.sweep_s)
+            every_s = _HURRIED_SWEEP_S if known.ready.is_hungry else _SWEEP_EVERY_S
+            pause_s = max(every_s, _SWEEP_SHARE * known.sweep_s)
             if known.ready.is_swept and time.monotonic() - known.swept_at > pause_s:
                 known.ready.begin_sweep()
                 known.sweep_s = 0.0
             if not known.ready.is_swept:
                 await self._sweep(lane, known, _MOST_SWEEP_S)
-        return not all(known.ready.is_swept for known in self.lanes.values())
+        readies = [known.ready for known in self.lanes.values()]
+        return any(ready.is_hungry or not ready.is_swept for ready in readies)
 
     async def _read_and_take(
         self, lane: Lane, known: _Known, limit: int
@@ -387,9 +463,13 @@ class ReadyQueues:
         after = {(row["of_n"], row["of_priority"]): row for row in found}
         for turn in turns:
             row = after[turn.n, turn.key[1]]
-            known.ready.settle(turn, row["since_now"], row["early_left"] or ())
+            made = zip(row["due_at"] or (), row["made_at"] or (), strict=True)
+            others = dict(zip(row["others_left"] or (), made, strict=True))
+            known.ready.settle(turn, row["since_now"], row["early_left"] or (), others)
         if jobs:
             known.last_tenant = jobs[-1].tenant_id
+        if known.ready.is_hungry:
+            self._notifications.wake("ripe")
 
     async def _read(self, lane: Lane, known: _Known) -> None:
         known.ready.read(await self._connections.rows("came", *lane, *known.ready.unread, 0.0))

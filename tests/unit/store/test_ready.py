@@ -23,8 +23,25 @@ def came(xmax: int, *minutes: int, jobs: int = 0) -> list[dict[str, Any]]:
             "jobs": jobs or len(minutes),
             "made_at": [BEGAN + timedelta(minutes=minute) for minute in minutes],
             "ids": [UUID(int=minute) for minute in minutes],
+            "due_at": [BEGAN + timedelta(minutes=minute + 10) for minute in minutes],
+            "longest": timedelta(minutes=10),
+            "overtaking": 0,
+            "hidden_at": None,
         }
     ]
+
+
+def due(xmax: int, *given: tuple[int, int], jobs: int = 0, overtaking: int = 0) -> list[Any]:
+    """As `came`, of jobs by the minutes in which they were made and are due."""
+    (row,) = came(xmax, *(made for made, _ in given), jobs=jobs)
+    longest = max(timedelta(minutes=due - made) for made, due in given)
+    due_at = [BEGAN + timedelta(minutes=due) for _, due in given]
+    return [row | {"due_at": due_at, "longest": longest, "overtaking": overtaking}]
+
+
+def named(ready: Ready) -> list[int]:
+    (turn,) = ready.turns(["t"], 500)
+    return [one.int for one in turn.early]
 
 
 def swept(xmax: int) -> Ready:
@@ -64,6 +81,51 @@ def test_more_early_ones_than_a_claim_takes_go_before_the_rest() -> None:
     assert turn.since is None
     ready.settle(turn, None, [])
     assert ready.turns(["t"], 1)[0].since == BEGAN + timedelta(minutes=50)
+
+
+def test_jobs_that_are_due_before_older_ones_are_named_and_claimed_first() -> None:
+    ready = swept(100)
+    ready.read(due(110, (0, 10), (1, 11), (5, 8), jobs=1000, overtaking=1))
+    assert named(ready) == [5, 0]
+    ready.read(due(111, (20, 22), (21, 31), (22, 40), (23, 24)))
+    assert named(ready) == [5, 0, 20, 23]  # no more than the usual time is given to 21 and 22
+
+
+def test_jobs_that_are_all_due_after_the_same_time_are_claimed_by_age() -> None:
+    ready = swept(100)
+    ready.read(due(110, (0, 60), (1, 61), jobs=1000))
+    ready.read(due(111, (20, 80), (21, 81)))
+    assert named(ready) == [0]
+    ready.begin_sweep()
+    ready.swept(ready.unswept[1], due(111, (0, 60), (1, 61), jobs=1000), 0.001)
+    assert named(ready) == [0]
+    assert not ready.is_hungry
+
+
+def test_what_overtook_jobs_that_are_gone_is_claimed_by_age_after_a_sweep() -> None:
+    ready = swept(100)
+    ready.read(due(110, (0, 1440), (1, 2), jobs=1000))
+    ready.read(due(111, (20, 80)))
+    assert named(ready) == [1, 20, 0]
+    ready.settle(ready.turns(["t"], 16)[0], BEGAN + timedelta(minutes=1), [])
+    ready.begin_sweep()
+    ready.swept(ready.unswept[1], due(111, (30, 90), (31, 91), jobs=1000), 0.001)
+    ready.read(due(112, (40, 100)))
+    assert 40 not in named(ready)
+
+
+def test_more_jobs_that_overtake_than_are_named_call_for_a_sweep() -> None:
+    ready = swept(100)
+    ready.read(due(110, (0, 10), (1, 11), jobs=1000))
+    for first in range(460, 60, -40):
+        ready.read(due(111, *((made, made + 5) for made in range(first, first + 40))))
+    assert named(ready)[1:129] == list(range(100, 228))
+    hungry = [ready.is_hungry]
+    (turn,) = ready.turns(["t"], 500)
+    ready.settle(turn, turn.since, turn.early[-1:])
+    hungry.append(ready.is_hungry)
+    ready.begin_sweep()
+    assert [*hungry, ready.is_hungry] == [False, True, False]
 
 
 def test_what_a_sweep_finds_while_a_claim_is_under_way_stands() -> None:

@@ -289,29 +289,49 @@ RETURNING r.pool
 
 -- name: came
 -- Return jobs of pool $1, lane $2 that became ready in the transactions [$3, $4) and $5.
--- Also returns whether `ripen` has work for $6.
+-- Of each queue these are the 64 oldest, and then the 64 with the earliest of the deadlines that are
+-- before one of an older job. Also returns whether `ripen` has work for $6.
 WITH found AS MATERIALIZED (
-    SELECT tenant_id, priority, created_at, id FROM requests
+    SELECT tenant_id, priority, created_at, id, deadline_at FROM requests
     WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
             AND ready_xid >= 0, false)
         AND pool = $1 AND lane = $2 AND ready_xid >= $3 AND ready_xid < $4
     UNION ALL
-    SELECT r.tenant_id, r.priority, r.created_at, r.id
+    SELECT r.tenant_id, r.priority, r.created_at, r.id, r.deadline_at
     FROM unnest($5::bigint[]) AS late (xid) CROSS JOIN LATERAL (
-        SELECT tenant_id, priority, created_at, id FROM requests
+        SELECT tenant_id, priority, created_at, id, deadline_at FROM requests
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
                 AND ready_xid >= 0, false)
             AND pool = $1 AND lane = $2 AND ready_xid = late.xid
         OFFSET 0
     ) AS r
-), ranked AS (
-    SELECT found.*, row_number() OVER w AS place,
-        count(*) OVER (PARTITION BY tenant_id, priority) AS jobs
-    FROM found WINDOW w AS (PARTITION BY tenant_id, priority ORDER BY created_at, id)
+), aged AS MATERIALIZED (
+    SELECT due.*, row_number() OVER by_age AS place, max(due_at) OVER by_age AS latest_due_at,
+        count(*) OVER queue AS jobs, max(due_at - created_at) OVER queue AS longest
+    FROM (
+        SELECT *, coalesce(deadline_at, created_at + interval '10 minutes') AS due_at FROM found
+    ) AS due
+    WINDOW queue AS (PARTITION BY tenant_id, priority),
+        by_age AS (PARTITION BY tenant_id, priority ORDER BY created_at, id ROWS UNBOUNDED PRECEDING)
+), named AS (
+    SELECT tenant_id, priority, jobs, longest, created_at, id, due_at, 0 AS turn, place
+    FROM aged WHERE place <= 64
+    UNION ALL
+    SELECT tenant_id, priority, jobs, longest, created_at, id, due_at, turn, 64 + turn
+    FROM (
+        SELECT *, row_number() OVER (
+            PARTITION BY tenant_id, priority ORDER BY due_at, created_at, id) AS turn
+        FROM aged WHERE place > 64 AND deadline_at < latest_due_at
+    ) AS ahead
+    WHERE turn <= 65
 ), queues AS (
-    SELECT tenant_id, priority, max(jobs) AS jobs, array_agg(created_at ORDER BY place) AS made_at,
-        array_agg(id ORDER BY place) AS ids
-    FROM ranked WHERE place <= 64 GROUP BY tenant_id, priority
+    SELECT tenant_id, priority, max(jobs) AS jobs, max(longest) AS longest,
+        count(*) FILTER (WHERE turn BETWEEN 1 AND 64) AS overtaking,
+        min(due_at) FILTER (WHERE turn > 64) AS hidden_at,
+        array_agg(created_at ORDER BY place) FILTER (WHERE turn <= 64) AS made_at,
+        array_agg(id ORDER BY place) FILTER (WHERE turn <= 64) AS ids,
+        array_agg(due_at ORDER BY place) FILTER (WHERE turn <= 64) AS due_at
+    FROM named GROUP BY tenant_id, priority
 )
 SELECT pg_snapshot_xmax(seen.snapshot)::text::bigint AS xmax,
     ARRAY(SELECT xid::text::bigint FROM pg_snapshot_xip(seen.snapshot) AS xid) AS under_way,
@@ -358,30 +378,37 @@ FROM (SELECT) AS one LEFT JOIN LATERAL (
 
 -- name: claim
 -- Claim at most $3 ready jobs of pool $1, lane $2 for $4 from the queues $5, tenants in turn.
+-- In each queue those that are due first are claimed, of its named jobs and the oldest from `since`. A
+-- job without a deadline is due ten minutes after it was made. If a queue has no more than these, its
+-- unclaimed jobs are returned too, and need no search again.
 WITH queues AS MATERIALIZED (
     SELECT n, tenant_id, priority, since, early FROM json_to_recordset($5::json)
         AS row (n integer, tenant_id text, priority integer, since timestamptz, early uuid[])
 ), candidates AS MATERIALIZED (
-    SELECT head.*, row_number() OVER (PARTITION BY n ORDER BY priority DESC, created_at, id) AS turn
+    SELECT n, priority, id, created_at, due_at, bool_or(is_early) AS is_early,
+        bool_or(NOT is_early) AS is_scanned,
+        row_number() OVER (PARTITION BY n ORDER BY priority DESC, due_at, created_at, id) AS turn
     FROM (
-        SELECT queues.n, queues.priority, r.created_at, r.id, false AS is_early
+        SELECT queues.n, queues.priority, r.*, false AS is_early
         FROM queues CROSS JOIN LATERAL (
-            SELECT created_at, id FROM requests
+            SELECT created_at, id, coalesce(deadline_at, created_at + interval '10 minutes') AS due_at
+            FROM requests
             WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
                 AND pool || '/' || lane || '/' || tenant_id = $1 || '/' || $2 || '/' || queues.tenant_id
                 AND priority = queues.priority AND created_at >= queues.since
             ORDER BY created_at, id LIMIT $3
         ) AS r
         UNION ALL
-        SELECT queues.n, queues.priority, r.created_at, r.id, true
+        SELECT queues.n, queues.priority, r.*, true
         FROM queues CROSS JOIN unnest(queues.early) AS named (id) CROSS JOIN LATERAL (
-            SELECT created_at, id FROM requests
+            SELECT created_at, id, coalesce(deadline_at, created_at + interval '10 minutes') AS due_at
+            FROM requests
             WHERE id = named.id AND pool = $1 AND lane = $2
                 AND coalesce(not_before IS NULL AND claimed_by IS NULL AND status = 'queued', false)
             OFFSET 0
         ) AS r
-        WHERE queues.since IS NULL OR r.created_at < queues.since
     ) AS head
+    GROUP BY n, priority, id, created_at, due_at
 ), picked AS MATERIALIZED (
     SELECT r.id, c.n, c.turn
     FROM (SELECT id, n, turn FROM candidates ORDER BY turn, n) AS c CROSS JOIN LATERAL (
@@ -395,17 +422,26 @@ WITH queues AS MATERIALIZED (
     UPDATE requests r SET claim = r.claim + 1, claimed_by = $4
     FROM picked WHERE r.id = picked.id
     RETURNING r.*, picked.n, picked.turn
+), scanned AS (
+    SELECT n, priority, count(*) FILTER (WHERE is_scanned) >= $3 AS is_long
+    FROM candidates GROUP BY n, priority
 ), looked_at AS (
-    SELECT c.n, c.priority, count(*) FILTER (WHERE NOT c.is_early) AS scanned,
-        max(c.created_at) FILTER (WHERE NOT c.is_early) AS last,
-        min(c.created_at) FILTER (WHERE NOT c.is_early AND claimed.id IS NULL) AS first_left,
-        array_agg(c.id) FILTER (WHERE c.is_early AND claimed.id IS NULL) AS early_left
-    FROM candidates c LEFT JOIN claimed ON claimed.id = c.id GROUP BY c.n, c.priority
+    SELECT c.n, c.priority, bool_or(is_long) AS is_long,
+        max(c.created_at) FILTER (WHERE c.is_scanned) AS last,
+        min(c.created_at) FILTER (WHERE c.is_scanned AND claimed.id IS NULL) AS first_left,
+        array_agg(c.id) FILTER (WHERE c.is_early AND claimed.id IS NULL) AS early_left,
+        array_agg(c.id) FILTER (WHERE is_other AND claimed.id IS NULL) AS others_left,
+        array_agg(c.created_at) FILTER (WHERE is_other AND claimed.id IS NULL) AS made_at,
+        array_agg(c.due_at) FILTER (WHERE is_other AND claimed.id IS NULL) AS due_at
+    FROM candidates c JOIN scanned USING (n, priority) LEFT JOIN claimed ON claimed.id = c.id
+        CROSS JOIN LATERAL (SELECT NOT is_long AND NOT c.is_early AS is_other) AS short
+    GROUP BY c.n, c.priority
 )
 SELECT claimed.*, EXISTS (
         SELECT 1 FROM files f WHERE f.request_id = claimed.id AND f.role = 'input'
     ) AS has_files, queues.n AS of_n, queues.priority AS of_priority, looked_at.early_left,
-    coalesce(first_left, CASE WHEN scanned >= $3 THEN last END) AS since_now
+    looked_at.others_left, looked_at.made_at, looked_at.due_at,
+    CASE WHEN looked_at.is_long THEN coalesce(first_left, last) END AS since_now
 FROM queues LEFT JOIN looked_at USING (n, priority)
     LEFT JOIN claimed ON claimed.n = queues.n AND claimed.priority = queues.priority
 ORDER BY claimed.turn, claimed.n
