@@ -73,10 +73,15 @@ class QueueTurn:
         return row | {"early": list(self.early)}
 
 
+def _overtakes(due_at: datetime, made_at: datetime, longest: timedelta) -> bool:
+    """Whether a job may be due before older jobs, one of which is given the time `longest`."""
+    given = due_at - made_at
+    return given != _USUAL and given < longest - _CLOSE
+
+
 @dataclass(slots=True)
 class _Queue:
-    """The start of a queue. `since`: when its first ready job was made, without the early ones;
-    None for no others.
+    """The start of a queue. `since`: when its first job that is not early was made, if any.
 
     Early jobs are claimed by id: those that return after a long time, so that the search does not
     begin among all jobs that have left since, and those that are due before older ones. Of the
@@ -103,24 +108,20 @@ class _Queue:
         if row["jobs"] > oldest:
             last_made_at, _, last_due_at = named[oldest - 1]
             self._begin(last_made_at)
-            if not is_sweep and self._overtakes(last_due_at, last_made_at):
+            longest = self.swept_longest if is_sweep else self.longest
+            if _overtakes(last_due_at, last_made_at, longest):
                 self._hide(last_due_at)  # so may those between it and the overtaking ones
         if row["hidden_at"] is not None:
             self._hide(row["hidden_at"])
         for place, (made_at, request_id, due_at) in enumerate(named):
             is_old = self.since is None or made_at < self.since
-            if is_old or place >= oldest or self._overtakes(due_at, made_at):
+            if is_old or place >= oldest or _overtakes(due_at, made_at, self.longest):
                 self.early[request_id] = due_at, made_at
             self.longest = max(self.longest, due_at - made_at)
         self.longest = max(self.longest, row["longest"])
         self.swept_longest = max(self.swept_longest, row["longest"])
         if len(self.early) > _MOST_EARLY:
             self._shorten()
-
-    def _overtakes(self, due_at: datetime, made_at: datetime) -> bool:
-        """Whether a job with a deadline may be due before older jobs of the queue."""
-        given = due_at - made_at
-        return given != _USUAL and given < self.longest - _CLOSE
 
     def _hide(self, due_at: datetime) -> None:
         self.hidden_at = due_at if self.hidden_at is None else min(self.hidden_at, due_at)
@@ -133,7 +134,7 @@ class _Queue:
         old = [one for one in by_age if self.since is None or one[1][1] < self.since]
         if len(old) > most:
             self._begin(old[most][1][1])
-        after = [one for one in by_age[min(len(old), most) :] if self._overtakes(*one[1])]
+        after = [one for one in by_age[min(len(old), most) :] if _overtakes(*one[1], self.longest)]
         after.sort(key=lambda one: (one[1], one[0]))
         if len(after) > most:
             self._hide(after[most][1][0])

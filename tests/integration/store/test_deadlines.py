@@ -15,6 +15,7 @@ from tests.integration.store.jobs import new_job, now
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.store import queue
 from tidegate.store.records import ClaimedJob
+from tidegate.store.requests import JobsAhead
 from tidegate.store.store import Store
 
 MINUTE = timedelta(minutes=1)
@@ -217,3 +218,18 @@ async def test_a_few_jobs_that_were_overtaken_are_claimed_without_a_search(
     assert turn.since is None
     assert list(turn.early) == [row["id"] for row in left[1:]]
     assert await ids(worker, 16) == list(turn.early)
+
+
+async def test_the_jobs_ahead_are_counted_in_the_order_of_claims(
+    worker: Store, peek: asyncpg.Connection
+) -> None:
+    usual = [await submit(worker, due=None) for _ in range(5)]
+    await submit(worker, due=MINUTE, priority=5)
+    await submit(worker, due=MINUTE, tenant="other")
+    urgent = [await submit(worker, due=due) for due in (2 * MINUTE, MINUTE)]
+    expected = {usual[0]: 3, usual[4]: 7, urgent[0]: 2, urgent[1]: 1}
+    for request_id, count in expected.items():
+        assert await worker.running_calls.ahead(request_id) == JobsAhead(count, 0)
+    of_acme = [job for job in await claim(worker, 9) if job.tenant_id == "acme"]
+    order = [job.request_id for job in of_acme]
+    assert {one: order.index(one) for one in expected} == expected

@@ -128,6 +128,17 @@ def test_more_jobs_that_overtake_than_are_named_call_for_a_sweep() -> None:
     assert [*hungry, ready.is_hungry] == [False, True, False]
 
 
+def test_more_jobs_that_overtake_those_of_an_earlier_step_call_for_another_sweep() -> None:
+    ready = Ready()
+    ready.read(came(1000))
+    ready.not_swept()
+    ready.swept(ready.unswept[1], due(1000, (0, 10), (1, 11), jobs=1000), 1.0)
+    assert not ready.is_hungry
+    ready.swept(ready.unswept[1], due(1000, (20, 22), (21, 23), jobs=1000), 1.0)
+    assert named(ready) == [0, 20, 21]
+    assert ready.is_hungry
+
+
 def test_what_a_sweep_finds_while_a_claim_is_under_way_stands() -> None:
     ready = swept(100)
     ready.read(came(110, 50, jobs=1000))

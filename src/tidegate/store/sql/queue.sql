@@ -305,33 +305,44 @@ WITH found AS MATERIALIZED (
             AND pool = $1 AND lane = $2 AND ready_xid = late.xid
         OFFSET 0
     ) AS r
-), aged AS MATERIALIZED (
-    SELECT due.*, row_number() OVER by_age AS place, max(due_at) OVER by_age AS latest_due_at,
-        count(*) OVER queue AS jobs, max(due_at - created_at) OVER queue AS longest
-    FROM (
-        SELECT *, coalesce(deadline_at, created_at + interval '10 minutes') AS due_at FROM found
-    ) AS due
-    WINDOW queue AS (PARTITION BY tenant_id, priority),
-        by_age AS (PARTITION BY tenant_id, priority ORDER BY created_at, id ROWS UNBOUNDED PRECEDING)
+), counted AS MATERIALIZED (
+    SELECT tenant_id, priority, count(*) AS jobs,
+        max(coalesce(deadline_at - created_at, interval '10 minutes')) AS longest,
+        min(deadline_at - created_at) AS shortest
+    FROM found GROUP BY tenant_id, priority
 ), named AS (
-    SELECT tenant_id, priority, jobs, longest, created_at, id, due_at, 0 AS turn, place
-    FROM aged WHERE place <= 64
-    UNION ALL
-    SELECT tenant_id, priority, jobs, longest, created_at, id, due_at, turn, 64 + turn
+    SELECT tenant_id, priority, created_at, id, deadline_at, 0 AS turn, place
     FROM (
         SELECT *, row_number() OVER (
-            PARTITION BY tenant_id, priority ORDER BY due_at, created_at, id) AS turn
-        FROM aged WHERE place > 64 AND deadline_at < latest_due_at
+            PARTITION BY tenant_id, priority ORDER BY created_at, id) AS place
+        FROM found
+    ) AS aged
+    WHERE place <= 64
+    UNION ALL
+    SELECT tenant_id, priority, created_at, id, deadline_at, turn, 64 + turn
+    FROM (
+        SELECT *, row_number() OVER (
+            PARTITION BY tenant_id, priority ORDER BY deadline_at, created_at, id) AS turn
+        FROM (
+            SELECT found.*, row_number() OVER by_age AS place,
+                max(coalesce(deadline_at, created_at + interval '10 minutes')) OVER by_age AS latest
+            FROM found JOIN counted USING (tenant_id, priority)
+            WHERE shortest < longest AND jobs > 64
+            WINDOW by_age AS (PARTITION BY tenant_id, priority ORDER BY created_at, id
+                ROWS UNBOUNDED PRECEDING)
+        ) AS uneven
+        WHERE place > 64 AND deadline_at < latest
     ) AS ahead
     WHERE turn <= 65
 ), queues AS (
     SELECT tenant_id, priority, max(jobs) AS jobs, max(longest) AS longest,
         count(*) FILTER (WHERE turn BETWEEN 1 AND 64) AS overtaking,
-        min(due_at) FILTER (WHERE turn > 64) AS hidden_at,
+        min(deadline_at) FILTER (WHERE turn > 64) AS hidden_at,
         array_agg(created_at ORDER BY place) FILTER (WHERE turn <= 64) AS made_at,
         array_agg(id ORDER BY place) FILTER (WHERE turn <= 64) AS ids,
-        array_agg(due_at ORDER BY place) FILTER (WHERE turn <= 64) AS due_at
-    FROM named GROUP BY tenant_id, priority
+        array_agg(coalesce(deadline_at, created_at + interval '10 minutes') ORDER BY place)
+            FILTER (WHERE turn <= 64) AS due_at
+    FROM named JOIN counted USING (tenant_id, priority) GROUP BY tenant_id, priority
 )
 SELECT pg_snapshot_xmax(seen.snapshot)::text::bigint AS xmax,
     ARRAY(SELECT xid::text::bigint FROM pg_snapshot_xip(seen.snapshot) AS xid) AS under_way,

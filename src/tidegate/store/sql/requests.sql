@@ -229,7 +229,9 @@ FROM requests WHERE id = $1
 
 -- name: get_ahead
 -- Count the queued jobs of the tenant before request $1, without and with a claimant.
--- Claimed jobs are admitted by deadline, and are due after ten minutes without one.
+-- Jobs are claimed and admitted by deadline, and are due after ten minutes without one, but no job is
+-- claimed before an older one for having no deadline. Of the newer ones that are claimed before this
+-- one, those among the first 10,000 deadlines are counted.
 SELECT (
     SELECT count(*) FROM (
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.claimed_by IS NULL
@@ -239,7 +241,20 @@ SELECT (
         (SELECT 1 FROM requests q WHERE q.status = 'queued' AND q.claimed_by IS NULL
             AND q.not_before IS NULL AND q.pool = r.pool AND q.lane = r.lane
             AND q.tenant_id = r.tenant_id AND q.priority = r.priority
-            AND (q.created_at, q.id) < (r.created_at, r.id) LIMIT 10000)
+            AND (q.created_at, q.id) < (r.created_at, r.id)
+            AND coalesce(coalesce(q.deadline_at, q.created_at + interval '10 minutes')
+                <= r.deadline_at, true)
+            LIMIT 10000)
+        UNION ALL
+        (SELECT 1 FROM (
+            SELECT * FROM requests d
+            WHERE coalesce(d.status = 'queued' AND d.deadline_at IS NOT NULL, false)
+                AND d.deadline_at > now()
+                AND d.deadline_at < coalesce(r.deadline_at, r.created_at + interval '10 minutes')
+            ORDER BY d.deadline_at LIMIT 10000
+        ) AS q WHERE q.claimed_by IS NULL AND q.not_before IS NULL AND q.pool = r.pool
+            AND q.lane = r.lane AND q.tenant_id = r.tenant_id AND q.priority = r.priority
+            AND (q.created_at, q.id) > (r.created_at, r.id))
         LIMIT 10000
     ) AS before
 ) AS unclaimed, (
