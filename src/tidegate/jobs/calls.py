@@ -8,6 +8,7 @@ started.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter
@@ -408,6 +409,8 @@ _OUT_WAIT_S = 0.25
 # A claim costs PostgreSQL the same for one job as for a hundred, mostly for planning. Frequent
 # claims wait to claim more together, and take at most a quarter of the time.
 _REST_OF_CLAIM, _LONGEST_REST_S = 3, 0.02
+# After so long a single free place is filled, by a job whose deadline may be near.
+_GATHER_S = 1.0
 _LONGEST_CLAIM_S = 120.0  # each statement has a deadline: a longer claim never ends
 _LAST_TRY_WAITS_MS = 1_000, 10_000
 
@@ -535,7 +538,7 @@ class Feeder(Generic[ClaimedT]):
         return f"<Feeder {self.lane}: {len(self.tasks)} of {self.window()}>"
 
     def needs_room(self) -> int:
-        """Return how many tasks must end before the next claim."""
+        """Return how many tasks must end before the next claim, within a second of the last."""
         window = self.window()
         return max(0, len(self.tasks) + max(1, window // 4) - window)
 
@@ -549,9 +552,10 @@ class Feeder(Generic[ClaimedT]):
         A claim that is cancelled midway is released later as a stray. Raises TimeoutError for a
         claim that does not end, since heartbeats would hide that nothing is claimed.
         """
+        began = -math.inf
         while not self._closing.is_set():
             free = self.window() - len(self.tasks)
-            if self.needs_room():
+            if free < 1 or (self.needs_room() and time.monotonic() - began < _GATHER_S):
                 self._slot_freed.clear()
                 # Or the window has grown with a raised limit.
                 await self._unless_closed(self._slot_freed.wait(), _FULL_WAIT_S)

@@ -14,8 +14,8 @@ from tests.waiting import wait_until
 from tidegate.errors import UpstreamThrottled
 from tidegate.jobs import calls
 from tidegate.jobs.batches import LineCaller
-from tidegate.jobs.calls import LastTries, OwnLimits
-from tidegate.jobs.outages import Held, Outages, Turn
+from tidegate.jobs.calls import Feeder, LastTries, OwnLimits
+from tidegate.jobs.outages import ClaimDepth, Held, Outages, Turn
 from tidegate.jobs.worker import of_the_largest
 
 
@@ -97,6 +97,48 @@ async def test_a_claim_that_hangs_fails_the_loop_which_then_claims_again(
             feeding.cancel()
         assert isinstance(feeding.exception(), TimeoutError)
         assert lines.claims == claims
+
+
+@pytest.mark.parametrize("gather_s", [0.0, 600.0])
+async def test_a_free_place_of_a_nearly_full_window_is_filled_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, gather_s: float
+) -> None:
+    monkeypatch.setattr(calls, "_GATHER_S", gather_s)
+    claims: list[int] = []
+    ends = [asyncio.Event() for _ in range(16)]
+
+    async def claim(most: int) -> list[Any]:
+        claims.append(most)
+        begun = sum(claims[:-1])
+        return [SimpleNamespace(request_id=n) for n in range(begun, begun + most)]
+
+    async def work(job: Any) -> None:
+        await ends[job.request_id].wait()
+
+    feeder: Feeder[Any] = Feeder(
+        cast(Any, SimpleNamespace(work_mark=lambda _: 0)),
+        "text_only",
+        Held(Outages(set()), {}),
+        ClaimDepth(),
+        lambda: 8,
+        claim=claim,
+        waits_ms=lambda _: {},
+        release=cast(Any, None),
+        work=work,
+        idle_ms=1,
+    )
+    feeding = asyncio.create_task(feeder.run())
+    await wait_until(lambda: claims == [8], 20, "a full window")
+    ends[0].set()
+    if gather_s:  # a quarter of the window is claimed together
+        await wait_until(lambda: len(feeder.tasks) == 7, 20, "a free place")
+        ends[1].set()
+    await wait_until(lambda: len(claims) == 2, 20, "the next claim")
+    assert claims == [8, 2 if gather_s else 1]
+    feeder.close()
+    for end in ends:
+        end.set()
+    await feeding
 
 
 def test_of_a_full_window_the_tenants_with_the_most_give_back_what_is_needed_last() -> None:
