@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -43,11 +44,17 @@ async def add_backlog(
 
 
 async def submit(
-    store: Store, *, due: timedelta | None = MINUTE, tenant: str = "acme", priority: int = 0
+    store: Store,
+    *,
+    due: timedelta | None = MINUTE,
+    tenant: str = "acme",
+    priority: int = 0,
+    key_id: str | None = None,
 ) -> UUID:
     made_at = now()
     due_at = None if due is None else made_at + due
-    job = new_job(tenant_id=tenant, priority=priority, created_at=made_at, deadline_at=due_at)
+    of: dict[str, Any] = {"tenant_id": tenant, "priority": priority, "key_id": key_id}
+    job = new_job(created_at=made_at, deadline_at=due_at, **of)
     await store.jobs.submit(job)
     return job.request_id
 
@@ -218,6 +225,26 @@ async def test_a_few_jobs_that_were_overtaken_are_claimed_without_a_search(
     assert turn.since is None
     assert list(turn.early) == [row["id"] for row in left[1:]]
     assert await ids(worker, 16) == list(turn.early)
+
+
+async def test_a_claim_that_passes_over_callers_takes_the_earliest_deadlines_of_others(
+    worker: Store, peek: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "_SEARCHED", 9)
+    await add_backlog(peek, 300)
+    await peek.execute(
+        "UPDATE requests SET key_id = CASE WHEN random() < 0.5 THEN 'k' ELSE 'l' END"
+    )
+    assert len(await claim(worker, 2)) == 2
+    urgent = [
+        await submit(worker, due=due, key_id=key)
+        for due, key in ((MINUTE, "k"), (2 * MINUTE, "l"), (MINUTE, "l"))
+    ]
+    without = {"acme": frozenset({("key", "k")})}
+    first = await worker.queue.claim(DEFAULT_POOL, Kind.TEXT_ONLY, 4, without)
+    assert [job.request_id for job in first[:2]] == [urgent[2], urgent[1]]
+    assert {job.key_id for job in first} == {"l"}
+    assert await ids(worker) == [urgent[0]]
 
 
 async def test_the_jobs_ahead_are_counted_in_the_order_of_claims(

@@ -257,6 +257,23 @@ async def test_a_claim_passes_over_some_callers_however_many_jobs_they_have(
     assert await claim(other, 10) == []
 
 
+async def test_a_claim_that_passes_over_callers_leaves_none_behind_the_oldest(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "_SEARCHED", 9)
+    wanted: list[UUID] = []
+    for number in range(90):
+        is_wanted = number < 5 or 66 <= number < 69
+        job = new_job(tenant_id="acme", key_id="l" if is_wanted else "k")
+        await store.jobs.submit(job)
+        wanted += [job.request_id] * is_wanted
+    found: list[UUID] = []
+    for _ in range(6):
+        jobs = await claim(store, 2, {"acme": frozenset({("key", "k")})})
+        found += [job.request_id for job in jobs]
+    assert found == wanted
+
+
 async def test_random_moves_of_three_workers_strand_no_job(
     make_store: MakeStore,
     database_url: str,

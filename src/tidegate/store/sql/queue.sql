@@ -355,30 +355,33 @@ FROM (SELECT pg_current_snapshot() AS snapshot) AS seen LEFT JOIN queues ON true
 -- name: find_others
 -- Return at most $11 ready jobs of pool $1, lane $2, tenant $3, priority $4, without some callers.
 -- These callers have a key of $8, a user of $9 or a conversation of $10. The jobs $7 are checked, and
--- the next $12 from the job created at $5 with id $6. The next search begins at the first of the latter
--- that is returned, or else where this one has ended.
+-- the next $12 from the job created at $5 with id $6; those that are due first are returned. The next
+-- search begins at the first of the latter that is not of these callers, or else where this one has
+-- ended.
 WITH next AS MATERIALIZED (
-    SELECT created_at, id, key_id, subject, conversation FROM requests
+    SELECT created_at, id, deadline_at, key_id, subject, conversation FROM requests
     WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
         AND pool || '/' || lane || '/' || tenant_id = $1 || '/' || $2 || '/' || $3
         AND priority = $4 AND (created_at, id) >= ($5::timestamptz, $6::uuid)
     ORDER BY created_at, id LIMIT $12
 ), named AS MATERIALIZED (
-    SELECT created_at, id, key_id, subject, conversation FROM requests
+    SELECT created_at, id, deadline_at, key_id, subject, conversation FROM requests
     WHERE id = ANY($7::uuid[])
         AND coalesce(not_before IS NULL AND claimed_by IS NULL AND status = 'queued', false)
 ), others AS MATERIALIZED (
-    SELECT created_at, id, is_next FROM (
+    SELECT created_at, id, bool_or(is_next) AS is_next,
+        coalesce(deadline_at, created_at + interval '10 minutes') AS due_at
+    FROM (
         SELECT *, true AS is_next FROM next
         UNION ALL
-        SELECT *, false FROM named WHERE NOT coalesce((created_at, id) >= ($5, $6), false)
+        SELECT *, false FROM named
     ) AS seen
     WHERE NOT coalesce(key_id = ANY($8::text[]), false)
         AND NOT coalesce(subject = ANY($9::text[]), false)
         AND NOT coalesce(conversation = ANY($10::text[]), false)
-    ORDER BY created_at, id LIMIT $11
+    GROUP BY created_at, id, deadline_at
 )
-SELECT ARRAY(SELECT id FROM others ORDER BY created_at, id) AS ids,
+SELECT ARRAY(SELECT id FROM others ORDER BY due_at, created_at, id LIMIT $11) AS ids,
     begins.created_at AS next_at, begins.id AS next_id
 FROM (SELECT) AS one LEFT JOIN LATERAL (
     (SELECT created_at, id, 1 AS choice FROM others WHERE is_next ORDER BY created_at, id LIMIT 1)
