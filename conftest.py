@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.garbage import pytest_collection, pytest_runtest_setup, pytest_unconfigure
 from tests.needs import mark
-from tests.order import order
+from tests.order import order, taken_first
 from tests.watched import pytest_configure, pytest_xdist_setupnodes
 
 __all__ = [
@@ -33,4 +33,5 @@ settings.load_profile("suite")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     mark(items)
+    taken_first(items)
     order(items)

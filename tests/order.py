@@ -22,6 +22,7 @@ import pytest
 
 _BEGUN_BY = 1 / 2  # of a part
 _TREES = "tests.unit.trees"
+_DATABASES = ("database_url", "empty_database_url")
 _SHARED = {"product", _TREES}
 
 T = TypeVar("T")
@@ -36,6 +37,13 @@ def order(items: list[pytest.Item]) -> None:
         others = [item for item in items if not item.get_closest_marker("slow")]
         others = sharing_first((item, item.path, _uses(item)) for item in others)
         items[:] = [one for part in parts(slow, others, processes) for one in part]
+
+
+def taken_first(items: Iterable[pytest.Item]) -> None:
+    """Have each test set up its database before all else, and so give it back after all else."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            item.fixturenames.sort(key=lambda name: name not in _DATABASES)  # others as they were
 
 
 def _uses(item: pytest.Item) -> Sequence[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from asyncio import to_thread
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -59,6 +60,19 @@ async def test_the_next_test_finds_what_the_migrations_made(
         await left_open.execute("SELECT 1")
     await to_thread(databases.give_back, found)
     await to_thread(databases.close)
+
+
+@pytest.fixture
+def opened() -> None:
+    """Something that a test has opened, as a store is."""
+
+
+@pytest.mark.parametrize("name", ["database_url", "empty_database_url"])
+def test_a_database_is_given_back_once_all_is_closed_that_a_test_opened(
+    opened: None, database_url: str, empty_database_url: str, name: str, request: Any
+) -> None:
+    """Work of a store that is cut off is repeated: the next test would find what it wrote."""
+    assert request.fixturenames.index(name) < request.fixturenames.index("opened")
 
 
 def test_a_cluster_of_a_test_lies_in_its_folder_also_below_an_open_one(tmp_path: Path) -> None:
