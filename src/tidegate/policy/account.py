@@ -101,7 +101,7 @@ class _Sample:
 
     own: our use in the window, without charges. since: when the provider's windows began, as known
     then. recent: the pool's count since that time, charges included. level: the level of a bucket
-    before the charge of this observation. charged: that charge.
+    before the charge of this observation. charged: that charge. charged_at: when the pool had it.
     """
 
     at: float
@@ -110,6 +110,14 @@ class _Sample:
     recent: int | None = None
     level: int = 0
     charged: int = 0
+    charged_at: float = -inf
+
+    def level_at(self, at: float, per_s: float) -> float:
+        """Return the level that a bucket has later without use. A charge that came late found it
+        lower, but never below 0."""
+        charged_at = min(max(self.at, self.charged_at), at)
+        before = max(0.0, self.level - per_s * (charged_at - self.at))
+        return max(0.0, before + self.charged - per_s * (at - charged_at))
 
 
 @dataclass(slots=True)
@@ -530,8 +538,8 @@ class AccountUse:
                 left = self._refilled(left, reading.bound, passed_s)
                 if before is not None:
                     between_s = sample.at - before.at
-                    stayed = before.level + before.charged - refills * between_s
-                    left -= (sample.level - max(0.0, stayed)) * min(1.0, passed_s / between_s)
+                    used = sample.level - before.level_at(sample.at, refills)
+                    left -= used * min(1.0, passed_s / between_s)
                 from_s = sample.at
             before = sample
         return left
@@ -566,6 +574,10 @@ class AccountUse:
             self._samples[-1].charged = amount
         self._counted = counted + amount
         return amount
+
+    def note_charged(self, now: float) -> None:
+        """Note that the pool has the last charge, which may take long on a busy machine."""
+        self._samples[-1].charged_at = now
 
     def take_back(self, amount: int) -> None:
         """Undo the last charge, which could not be made."""

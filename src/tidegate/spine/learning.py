@@ -858,6 +858,8 @@ class LimitLearner:
         finally:
             if not is_charged:
                 use.take_back(amount)
+            elif amount and isinstance(use, AccountUse):
+                use.note_charged(self._clock())
 
     async def _apply(self, found: list[LearnedLimit]) -> None:
         """Put limits in force that answers have confirmed for some seconds, and that no person has

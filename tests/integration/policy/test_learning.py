@@ -17,7 +17,7 @@ import redis.asyncio
 
 from tests.commands import Done, tidegate
 from tests.gateway import Gateway, Opener, open_gateway
-from tests.waiting import wait_until, where_it_is
+from tests.waiting import promised_s, wait_until, where_it_is
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.emulator.server import run_emulator
 from tidegate.errors import LimiterUnavailable, StatedBound
@@ -25,7 +25,9 @@ from tidegate.limiter import Limiter, PoolPolicy, Quota, Rate, Tokens, next_midn
 from tidegate.policy.account import (
     CAREFUL_MARGIN,
     CUT,
+    MARGIN,
     NEARLY_FULL,
+    READ_LATE_S,
     REFUSED_MORE,
     RENEWED_S,
     STATED_S,
@@ -148,6 +150,7 @@ async def test_a_bound_that_fell_leaves_all_that_the_account_has_once_it_is_acce
         await provider.control.set_account(tier=0.24)
         for _ in range(3):
             assert await call(gateway) == 200
+        answered = time()
 
         async def is_kept() -> bool:
             return (await limiter.snapshot()).limits["rpm:gpt-5"].used >= 380
@@ -158,9 +161,10 @@ async def test_a_bound_that_fell_leaves_all_that_the_account_has_once_it_is_acce
         await wait_until(lambda: limiter.policy.bound("rpm:gpt-5") == 120, 10, "the lower bound")
         view = (await limiter.snapshot()).limits["rpm:gpt-5"]
         ending = 380 * RENEWED_S / 60  # is charged again already
-        assert view.used <= 4 + ending
+        is_old = time() > answered + READ_LATE_S  # what others take may not be in the answers yet
+        assert view.used <= 4 + ending + (MARGIN * 500 if is_old else 0)
 
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(promised_s(2)):
             assert await call(gateway) == 200
         calls = [asyncio.create_task(call(gateway)) for _ in range(130)]
 

@@ -421,6 +421,18 @@ def test_a_bucket_is_at_the_accounts_level_once_the_lower_bound_is_in_force() ->
     assert use.level_due(2.0, 20_000, 19_000, 30_000, 30_000) == 0
 
 
+def test_a_charge_that_reached_the_pool_late_is_no_use_of_ours() -> None:
+    """The empty bucket had nothing to lose until then, and has as much more of the charge."""
+    use = AccountUse(60.0, 60.5, refills=True)
+    use.read(HeaderReading("m", "rpm", 120, 117, 0.0, window_ms=1_500.0))
+    assert use.level_due(1.0, 3, 3, 500, 120) == 380
+    use.note_charged(11.0)
+    taken, level = 383, 380 - round(500 / 60)
+    due = use.level_due(12.0, taken, level, 500, 120)
+    margins = 0.03 * 500 + RENEWED_S * 380 / 60
+    assert level + due == pytest.approx(380 + margins, abs=1)
+
+
 def test_the_level_of_a_bucket_follows_the_accounts() -> None:
     account = Account(60_000, is_bucket=True)
     account.run(120)
