@@ -45,9 +45,8 @@ _CLOSE_WITHIN_S, _STEP_S = 1.0, 0.01
 # In one round trip. A frozen client must not hold locks, nor a lost client its statement, for ever.
 # The statistics of a queue are always stale, so no plan may fall back to a sequential scan.
 _LOCAL = (
-    "SET LOCAL jit = off; SET LOCAL enable_seqscan = off; "
-    "SET LOCAL statement_timeout = {timeout_ms}; "
-    "SET LOCAL idle_in_transaction_session_timeout = 10000"
+    "SET LOCAL jit = off; SET LOCAL enable_seqscan = off; SET LOCAL "
+    "statement_timeout = {timeout_ms}; SET LOCAL idle_in_transaction_session_timeout = 10000"
 )
 _BEGIN = f"BEGIN; {_LOCAL}"
 # For a session whose statements are each a transaction of its own.
@@ -105,6 +104,8 @@ class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
     _statements: Mapping[str, asyncpg.prepared_stmt.PreparedStatement] = {}
 
     async def fetch(self, query: str, *values: Any, **more: Any) -> Any:
+        if query.startswith("LISTEN "):  # of `add_listener`: one round trip, and parsed once
+            return await super().execute(query)
         if (statement := await self._prepared(query)) is None:
             return await super().fetch(query, *values, **more)
         return await statement.fetch(*values, **more)
@@ -134,8 +135,8 @@ class DatabaseSession(asyncpg.Connection):  # type: ignore[misc]
 
     async def _has_server(self) -> bool:
         if self._is_direct is None:  # a pooler reports a process number of its own
-            process = await super().fetchval("SELECT pg_backend_pid()")
-            self._is_direct = process == self.get_server_pid()
+            query = f"SELECT WHERE pg_backend_pid() = {self.get_server_pid()}"  # one round trip
+            self._is_direct = await super().execute(query) == "SELECT 1"
         return self._is_direct and not DatabaseSession.shares_servers
 
     async def _prepared(self, query: str) -> asyncpg.prepared_stmt.PreparedStatement | None:
@@ -227,9 +228,8 @@ class Connections:
             raise StoreUnavailable("the store is closed")
         if self._down is not None:
             raise StoreUnavailable(f"PostgreSQL is away: {self._down}")
-        task = asyncio.create_task(
-            self._run(work, max(timeout_ms, self._patience_ms), repeatable, begin)
-        )
+        most_ms = max(timeout_ms, self._patience_ms)
+        task = asyncio.create_task(self._run(work, most_ms, repeatable, begin))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -720,7 +720,7 @@ class GroupWriter(Generic[Row, Result]):
 TABLES = ("attempts", "audit", "bodies")
 DAYS_AHEAD = 7
 # An attempt's row grows once, at its end: with room in its page, no index is updated.
-_SETTINGS = {"attempts": "WITH (fillfactor = 40)"}
+_SETTINGS = {"attempts": "WITH (fillfactor = 40)", "audit": "", "bodies": ""}
 PARTITIONS_LOCK = 7_423_001  # advisory lock for making or dropping partitions
 
 
@@ -741,9 +741,11 @@ async def make_ahead(connection: asyncpg.Connection, today: date) -> list[str]:
 
     Return the names of those made. Raises LockNotAvailableError if a table is in use for long.
     """
-    await connection.execute(sql("lock_partitions"), PARTITIONS_LOCK)
     days = [today + timedelta(days=ahead) for ahead in range(DAYS_AHEAD + 1)]
     needed = {name_of(table, day): (table, day) for table in TABLES for day in days}
+    if not await connection.fetch(sql("missing_partitions"), [*needed]):
+        return []
+    await connection.execute(sql("lock_partitions"), PARTITIONS_LOCK)
     missing = [row["name"] for row in await connection.fetch(sql("missing_partitions"), [*needed])]
     await connection.execute(sql("wait_briefly"))
     for name in missing:
@@ -756,9 +758,7 @@ async def _make(connection: asyncpg.Connection, table: str, day: date) -> None:
     end = start + timedelta(days=1)
     place = {"table": table, "partition": name_of(table, day)}
     await connection.execute(sql("lock_writers").format(**place))
-    await connection.execute(
-        sql("create_partition").format(**place, settings=_SETTINGS.get(table, ""))
-    )
+    await connection.execute(sql("create_partition").format(**place, settings=_SETTINGS[table]))
     await connection.execute(sql("fill_partition").format(**place), start, end)
     bounds = {"start": start.isoformat(), "end": end.isoformat()}
     await connection.execute(sql("attach_partition").format(**place, **bounds))

@@ -269,6 +269,20 @@ async def test_one_statement_takes_one_message_in_a_session_with_the_settings_of
     assert [one.partition(";")[0] for one in said] == ["BEGIN", "COMMIT"] * 2
 
 
+async def test_a_session_listens_and_finds_whether_it_is_direct_in_one_round_trip_each(
+    database_url: str, stack: AsyncExitStack
+) -> None:
+    """A statement with values, or whose rows are read, takes two, and is parsed twice."""
+    session, said = await (await opened(database_url, stack)).dedicated(), list[str]()
+    stack.callback(session.terminate)
+    session.add_log_listener(lambda _, message: said.append(message.message))
+    await session.execute("SET client_min_messages = log; SET log_min_duration_statement = 0")
+    await session.add_listener("of_a_test", lambda *_: None)
+    assert await session.runs_alone()
+    await wait_until(lambda: any("LISTEN" in one for one in said))
+    assert [one for one in said if "statement: " not in one] == []
+
+
 _NAMES = "SELECT array_agg(name::text ORDER BY name) FROM pg_prepared_statements"
 
 
@@ -287,6 +301,23 @@ async def test_what_is_run_for_calls_is_prepared_once_a_session(
         assert await connections.execute("add_bodies", "[]") == 0
         assert await connections.row("get_request", new_id(), "a") is None
     assert await prepared(connections) == ["add_bodies", "get_erased"]
+
+
+@pytest.mark.parametrize("jobs", [0, 50])
+async def test_a_look_for_jobs_that_became_ready_is_not_planned_each_time(
+    database_url: str, stack: AsyncExitStack, store: Store, jobs: int
+) -> None:
+    """Planning takes longer than the look; PostgreSQL goes on with it where the values promise a
+    cheaper plan."""
+    for _ in range(jobs):
+        await store.jobs.submit(new_job())
+    connections = await opened(database_url, stack)
+    if jobs:
+        await connections.run(lambda session: session.execute("ANALYZE requests"))
+    for _ in range(8):
+        await connections.rows("came", "gemini", "text_only", 5, 2_000, [], 0.0)
+    plans = "SELECT generic_plans FROM pg_prepared_statements WHERE name LIKE 'came%'"
+    assert await connections.run(lambda session: session.fetchval(plans)) == 3
 
 
 async def test_a_statement_is_prepared_again_after_a_change_of_the_schema(

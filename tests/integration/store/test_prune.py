@@ -165,6 +165,17 @@ async def test_rows_that_come_while_their_partition_is_made_are_in_it(
         await one.close()
 
 
+async def test_partitions_that_are_there_are_found_beside_one_that_makes_others(
+    peek: asyncpg.Connection, database_url: str
+) -> None:
+    maker = await asyncpg.connect(database_url)
+    async with maker.transaction():
+        await maker.execute(f"SELECT pg_advisory_xact_lock({partitions.PARTITIONS_LOCK})")
+        async with asyncio.timeout(10), peek.transaction():
+            assert await partitions.make_ahead(peek, datetime.now(UTC).date()) == []
+    await maker.close()
+
+
 async def test_no_partition_is_waited_for_while_a_backup_has_the_table(
     peek: asyncpg.Connection, database_url: str
 ) -> None:

@@ -290,15 +290,18 @@ RETURNING r.pool
 -- name: came
 -- Return jobs of pool $1, lane $2 that became ready in the transactions [$3, $4) and $5.
 -- Of each queue these are the 64 oldest, and then the 64 with the earliest of the deadlines that are
--- before one of an older job. Also returns whether `ripen` has work for $6.
+-- before one of an older job. Also returns whether `ripen` has work for $6. Its plan must not depend
+-- on values: in subqueries they are not estimated, or each execution would be planned, which takes
+-- longer than to run it.
 WITH found AS MATERIALIZED (
     SELECT tenant_id, priority, created_at, id, deadline_at FROM requests
     WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
             AND ready_xid >= 0, false)
-        AND pool = $1 AND lane = $2 AND ready_xid >= $3 AND ready_xid < $4
+        AND pool = $1 AND lane = $2
+        AND ready_xid >= (SELECT $3::bigint) AND ready_xid < (SELECT $4::bigint)
     UNION ALL
     SELECT r.tenant_id, r.priority, r.created_at, r.id, r.deadline_at
-    FROM unnest($5::bigint[]) AS late (xid) CROSS JOIN LATERAL (
+    FROM unnest((SELECT $5::bigint[])) AS late (xid) CROSS JOIN LATERAL (
         SELECT tenant_id, priority, created_at, id, deadline_at FROM requests
         WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL
                 AND ready_xid >= 0, false)
