@@ -379,7 +379,8 @@ async def _serve(
             server_header=False,
             proxy_headers=False,  # as in production
             timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
-        )
+        ),
+        app.complete,
     )
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"

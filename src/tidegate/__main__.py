@@ -25,7 +25,7 @@ def main() -> None:
     if "TIDEGATE_SUPERVISION_FD" in os.environ:
         _supervise()
     try:
-        if "TIDEGATE_LIFELINE_FD" in os.environ and _ran_as_child():
+        if _ran_role():
             return
         from tidegate.cli import main as run
 
@@ -39,12 +39,13 @@ def main() -> None:
         )
 
 
-def _ran_as_child() -> bool:
-    """Run as the child of a supervisor, and return whether the arguments are those of one."""
-    from tidegate.supervisor import run_child
+def _ran_role() -> bool:
+    """Run the process that the arguments name, and return whether they name one."""
+    from tidegate.supervisor import escape_unencodable, run_role
 
+    escape_unencodable()
     try:
-        return run_child(sys.argv[1:])
+        return run_role(sys.argv[1:], is_child="TIDEGATE_LIFELINE_FD" in os.environ)
     except (Exception, KeyboardInterrupt):  # shown as the command line shows it
         from tidegate.cli import failures_shown
 

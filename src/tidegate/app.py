@@ -55,6 +55,7 @@ from tidegate.upstream.transport import Timeouts
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from tidegate.http.server import Gateway
     from tidegate.jobs.reconciliation import NightlyReconciliation
 
 log = get_logger()
@@ -67,7 +68,7 @@ _COUNTED_WITHIN_S = 2.0
 
 def create_app(
     config: Config | Callable[[], Config] | None = None, *, warm_within_ms: int = 0
-) -> FastAPI:
+) -> Gateway:
     """Return the web application of one API process: `uvicorn tidegate.app:create_app --factory`.
 
     `config` must be complete, with URLs and key also for bundled servers; a function is called at
@@ -76,7 +77,6 @@ def create_app(
     # Not imported by workers: together they take a quarter of the start.
     with _models_built_at_use():  # those of the OpenAPI document: a twelfth of the start
         import fastapi  # noqa: F401
-    from tidegate.dashboard import routes as dashboard
     from tidegate.http.server import build
 
     settings = config or configuration.load()
@@ -88,9 +88,13 @@ def create_app(
             await _answered(services, warm_within_ms, counted)
             yield services
 
-    app = build(warm)
-    dashboard.install(app)
-    return app
+    return build(warm, _add_dashboard)
+
+
+def _add_dashboard(app: FastAPI) -> None:
+    from tidegate.dashboard import routes
+
+    routes.install(app)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tidegate.call import DEFAULT_POOL, Kind
+from tidegate.call import DEFAULT_POOL
 from tidegate.cli.terminal import (
     DONE,
     FAILED,
@@ -300,14 +300,10 @@ def _config() -> None:
 
 
 def load_to_run(*, with_jobs: bool = True) -> Config:
-    """Return the same for a process that is to run, unless its supervisor has checked them;
-    possible mistakes are reported. Raises ConfigError."""
-    from tidegate.supervisor.services import is_child, load_sound
+    """Return the settings of a process that is to run. Raises ConfigError."""
+    from tidegate.supervisor.services import load_to_run as load
 
-    config = load_sound(with_jobs=with_jobs)
-    if not is_child():
-        warn_of_doubtful(config)
-    return config
+    return load(with_jobs=with_jobs)
 
 
 def check_daily(config: Config) -> None:
@@ -315,29 +311,6 @@ def check_daily(config: Config) -> None:
     if config.record_export == "parquet" and find_spec("pyarrow") is None:
         allowed = "needs pyarrow: pip install 'tidegate[export]', or use jsonl"
         raise ConfigError("RECORD_EXPORT", "parquet", allowed)
-
-
-def warn_of_doubtful(config: Config) -> None:
-    """Report each variable with a name similar to a setting's, and each configured model that no
-    upstream serves; no model if none is served and no setting names one."""
-    from tidegate.errors import InvalidRequest
-    from tidegate.policy.deployment import deployed_upstreams, doubtful
-    from tidegate.settings import origins
-    from tidegate.spine.routing import Targets
-
-    for one in doubtful(config):
-        typer.echo(f"tidegate: {one}", err=True)
-    targets = Targets(deployed_upstreams(config))
-    problems = {}
-    for name, kind in _MODELS.items():
-        try:
-            targets.of_prompt(getattr(config, name.lower()), kind)
-        except InvalidRequest as refused:
-            problems[name] = refused.message
-    if len(problems) == len(_MODELS) and not problems.keys() & origins():
-        return
-    for name, message in problems.items():
-        typer.echo(f"tidegate: {name}: {message}", err=True)
 
 
 @app.command()
@@ -355,7 +328,7 @@ def check(
         policy_file,
         stated_settings,
     )
-    from tidegate.supervisor.services import load_sound
+    from tidegate.supervisor.services import load_sound, warn_of_doubtful
 
     config = load_sound()
     policy, deployment = deployed(config), deployed_upstreams(config)
@@ -387,12 +360,6 @@ def check(
     warn_of_doubtful(config)
 
 
-_MODELS = {
-    "TEXT_MODEL": Kind.TEXT_ONLY,
-    "MULTI_MODAL_MODEL": Kind.MULTI_MODAL,
-    "IMAGE_MODEL": Kind.IMAGE_GENERATION,
-    "CLASSIFIER_MODEL": Kind.TEXT_ONLY,
-}
 _DEFAULT, _NOT_SET = "the default", "not set"
 
 

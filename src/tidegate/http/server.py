@@ -12,6 +12,7 @@ Invariant: the description names problem JSON as the only form of an error.
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import time
 from base64 import b64encode
@@ -20,7 +21,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, Literal
 
 from anyio import to_thread
@@ -30,20 +31,14 @@ from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 from pydantic import BaseModel, Field
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidegate import __version__
 from tidegate.dialects import METHODS, dialect_of, methods_at, native_path
 from tidegate.errors import ConfigError, Forbidden, TidegateError
-from tidegate.http import jobs, own_requests, problems, stream
-from tidegate.http.admin import all_batches
-from tidegate.http.admin import budgets as admin_budgets
-from tidegate.http.admin import conversations as admin_conversations
-from tidegate.http.admin import limits as admin_limits
-from tidegate.http.admin import requests as admin_requests
-from tidegate.http.admin import tenants as admin_tenants
-from tidegate.http.admin import upstreams as admin_upstreams
+from tidegate.http import jobs, problems, stream
 from tidegate.http.anthropic import message_batches
 from tidegate.http.batches import BATCH_PATHS, batch_methods, batches, is_batch_path
 from tidegate.http.guards import admin_router, admit_admin, is_admitted
@@ -59,7 +54,6 @@ from tidegate.http.problems import (
     problem_responses,
     refusal,
 )
-from tidegate.http.realtime.front import is_realtime, realtime
 from tidegate.http.services import (
     AccessLog,
     Services,
@@ -421,9 +415,15 @@ class Gateway(FastAPI):
 
     The layers of FastAPI and Starlette cost as much CPU as all the work on a submitted job. The
     same handlers are also registered as routes, for the documentation.
+
+    `further` imports what a usual call to a model does not need, and adds its routes: realtime
+    sessions, requests and usage, operators, the dashboard and the description. It is called once,
+    by `complete` or before the first request for one of them.
     """
 
-    def __init__(self, **named: Any) -> None:
+    def __init__(self, *, further: Callable[[FastAPI], None], **named: Any) -> None:
+        self._further: Callable[[FastAPI], None] | None = further
+        self._adding = RLock()
         super().__init__(**named)
         called = {
             "/submit": self._called(jobs.submit, "job"),
@@ -442,7 +442,7 @@ class Gateway(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
-        elif UPGRADE_EXTENSION in scope["extensions"] and is_realtime(scope["path"]):
+        elif UPGRADE_EXTENSION in scope["extensions"] and await self._is_realtime(scope["path"]):
             await self._realtime(scope, receive, send)
         elif self._is_of_page(scope):
             origins = self.state.services.config.cors_origins
@@ -452,7 +452,15 @@ class Gateway(FastAPI):
         else:
             await self._answer(scope, receive, send)
 
+    async def _is_realtime(self, path: str) -> bool:
+        await self.complete()
+        from tidegate.http.realtime.front import is_realtime
+
+        return is_realtime(path)
+
     async def _realtime(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from tidegate.http.realtime.front import realtime
+
         services: Services = self.state.services
         if (foreign := why_foreign(services, scope)) is not None:
             scope["app"] = self
@@ -479,7 +487,7 @@ class Gateway(FastAPI):
         if (foreign := why_foreign(services, scope)) is not None:
             scope["app"] = self
             await AccessLog(partial(_refuse, foreign))(scope, receive, send)
-        elif scope["method"] == "OPTIONS" and (known := self._methods_at(scope, native_at)):
+        elif scope["method"] == "OPTIONS" and (known := await self._methods_at(scope, native_at)):
             scope["app"] = self
             await AccessLog(partial(answer_options, known))(scope, receive, send)
         elif native_at is not None:
@@ -495,11 +503,36 @@ class Gateway(FastAPI):
             scope["app"] = self
             await direct(scope, receive, send)
         else:
+            if self._further is not None and not self._has_route(scope):
+                await self.complete()
             await super().__call__(scope, receive, send)
 
-    def _methods_at(self, scope: Scope, native_at: str | None) -> tuple[str, ...]:
+    async def complete(self) -> None:
+        """Add the further routes, in a thread: their modules take a fifth of a second to import.
+        If cancelled, the thread continues."""
+        if self._further is not None:
+            await to_thread.run_sync(self._complete, abandon_on_cancel=True)
+
+    @property
+    def routes(self) -> list[BaseRoute]:
+        """All routes, with the further ones."""
+        self._complete()
+        return self.router.routes
+
+    def _complete(self) -> None:
+        with self._adding:
+            if self._further is not None:
+                self._further(self)
+                self._further = None
+                gc.freeze()  # as what was imported at the start
+
+    def _has_route(self, scope: Scope) -> bool:
+        return any(route.matches(scope)[0] is Match.FULL for route in self.router.routes)
+
+    async def _methods_at(self, scope: Scope, native_at: str | None) -> tuple[str, ...]:
         """Return the methods of a path; none for an unknown one."""
         if native_at is None:
+            await self.complete()
             return methods_in(self.routes, scope)
         if is_batch_path(scope):
             return batch_methods(native_at)
@@ -527,8 +560,12 @@ class Gateway(FastAPI):
         return call
 
 
-def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) -> FastAPI:
-    """Return the application; `open_services` is entered when it starts and left when it stops."""
+def build(
+    open_services: Callable[[], AbstractAsyncContextManager[Services]],
+    further: Callable[[FastAPI], None] = lambda _: None,
+) -> Gateway:
+    """Return the application; `open_services` is entered when it starts and left when it stops.
+    `further` adds routes after those of operators, as `Gateway` says."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -538,7 +575,12 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
             services.draining.set()
             await _end_streams(services)
 
+    def complete(app: FastAPI) -> None:
+        _add_operators(app)
+        further(app)
+
     app = Gateway(
+        further=complete,
         title="Tidegate",
         version=__version__,
         description=_DESCRIPTION,
@@ -548,28 +590,39 @@ def build(open_services: Callable[[], AbstractAsyncContextManager[Services]]) ->
         redoc_url=None,
     )
     # The routes themselves: including a router would build each of them again.
-    for router in (
-        *(
-            jobs.router,
-            own_requests.router,
-            own_requests.usage_router,
-            stream.router,
-            health_router,
-        ),
-        own_requests.admin_running,  # before the route of `/admin/requests/{request_id}`
-        *(process_router, admin_limits.router, admin_requests.router),
-        admin_conversations.router,
-        *(admin_tenants.router, admin_tenants.subjects_router, admin_tenants.actions_router),
-        admin_budgets.router,
-        *(admin_upstreams.router, all_batches.router),
-    ):
+    for router in (jobs.router, stream.router, health_router):
         app.router.routes.extend(router.routes)
     problems.install(app)
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
-    _serve_docs(app)
     app.add_middleware(SoundTarget)
     app.add_middleware(AccessLog)
     return app
+
+
+def _add_operators(app: FastAPI) -> None:
+    """Add the routes of requests, usage, operators and the description; import the front of
+    realtime sessions."""
+    import tidegate.http.realtime.front  # noqa: F401
+    from tidegate.http import own_requests
+    from tidegate.http.admin import (
+        all_batches,
+        budgets,
+        conversations,
+        limits,
+        requests,
+        tenants,
+        upstreams,
+    )
+
+    for router in (
+        *(own_requests.router, own_requests.usage_router),
+        own_requests.admin_running,  # before the route of `/admin/requests/{request_id}`
+        *(process_router, limits.router, requests.router, conversations.router),
+        *(tenants.router, tenants.subjects_router, tenants.actions_router),
+        *(budgets.router, upstreams.router, all_batches.router),
+    ):
+        app.router.routes.extend(router.routes)
+    _serve_docs(app)
 
 
 async def _end_streams(services: Services) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 
 # Modules that libraries import if installed, for features that are not used here: redis-py for its
 # own metrics, structlog for coloured tracebacks, FastAPI for older models.
@@ -27,25 +28,42 @@ def without(*names: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-def run_child(arguments: Sequence[str]) -> bool:
-    """Run the role of a supervisor's child (`up.py` has its command lines), and return whether the
-    arguments name one. No parser of command lines is imported: it takes a twentieth of the start,
-    and 2 MB. Raises what the role raises."""
+def run_role(arguments: Sequence[str], *, is_child: bool) -> bool:
+    """Run the process that the arguments name, and return whether they name one: `serve`, `worker`,
+    or the command line of a supervisor's child (`up.py`). No parser of command lines is imported:
+    it takes a twentieth of the start, and 2 MB. Raises what the role raises."""
     match arguments:
-        case ["serve", "--fd", descriptor]:
-            with without(OF_REDIS, OF_STRUCTLOG):
-                from tidegate.supervisor.api import serve
-            from tidegate.supervisor.services import load_sound
-
-            with without(OF_FASTAPI):
-                serve(load_sound(with_jobs=False), int(descriptor))
+        case ["serve"]:
+            _serve(None)
+        case ["serve", "--fd", descriptor] if is_child:
+            _serve(int(descriptor))
         case ["worker"]:
-            with without(OF_REDIS, OF_STRUCTLOG):
-                from tidegate.supervisor.roles import work
-            from tidegate.supervisor.services import load_sound
-
-            with without(OF_FASTAPI):
-                work(load_sound())
+            _work()
         case _:
             return False
     return True
+
+
+def _serve(descriptor: int | None) -> None:
+    with without(OF_REDIS, OF_STRUCTLOG):
+        from tidegate.supervisor.api import serve
+    from tidegate.supervisor.services import load_to_run
+
+    with without(OF_FASTAPI):
+        serve(load_to_run(with_jobs=False), descriptor)
+
+
+def _work() -> None:
+    with without(OF_REDIS, OF_STRUCTLOG):
+        from tidegate.supervisor.roles import work
+    from tidegate.supervisor.services import load_to_run
+
+    with without(OF_FASTAPI):
+        work(load_to_run())
+
+
+def escape_unencodable() -> None:
+    """Show characters that an output's encoding does not have as escapes."""
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, TextIOWrapper) and output.errors == "strict":
+            output.reconfigure(errors="backslashreplace")

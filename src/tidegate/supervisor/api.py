@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -116,11 +116,26 @@ class QuietServer(uvicorn.Server):
 
 
 class NotifyingServer(QuietServer):
-    """Reports that it is up, to the supervisor or systemd."""
+    """Reports that it is up, to the supervisor or systemd, and runs `further`: the rest of the
+    start, which no call to a model waits for."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        further: Callable[[], Coroutine[Any, Any, None]],
+        *,
+        shares: bool = False,
+    ) -> None:
+        super().__init__(config, shares=shares)
+        self._further = further
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         report_ready()
+        task = asyncio.create_task(self._further())
+        self._tasks.add(task)  # the event loop has only a weak reference
+        task.add_done_callback(self._tasks.discard)
 
 
 def uvicorn_config(app: Callable[..., Any], **options: Any) -> uvicorn.Config:
@@ -153,7 +168,7 @@ async def _serve(config: Config, listener: socket.socket, *, shares: bool) -> No
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=max(1, round(config.shutdown_grace_ms / 1000)),
     )
-    server = NotifyingServer(settings, shares=shares)
+    server = NotifyingServer(settings, app.complete, shares=shares)
 
     def opened() -> Services | None:
         return getattr(app.state, "services", None)

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import (
     AsyncIterator,
@@ -39,14 +40,15 @@ from uuid import UUID, uuid4
 
 from pydantic import SecretStr
 
-from tidegate.call import DEFAULT_POOL
+from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.embedded.lease import ServersLease, ServiceName, ensure
-from tidegate.errors import ConfigError, NotFound, StoreUnavailable
+from tidegate.errors import ConfigError, InvalidRequest, NotFound, StoreUnavailable
 from tidegate.limiter import PoolPolicy, check_server_url
 from tidegate.policy.deployment import (
     ORIGINS,
     deployed,
     deployed_upstreams,
+    doubtful,
     emulates,
     stated_by,
 )
@@ -66,6 +68,12 @@ EMULATED = "EMULATED_PROVIDER"
 _FILES_OF_TLS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 _MIGRATE_WITHIN_S = 60.0
 _RETRY_S = 1.0
+_MODELS = {
+    "TEXT_MODEL": Kind.TEXT_ONLY,
+    "MULTI_MODAL_MODEL": Kind.MULTI_MODAL,
+    "IMAGE_MODEL": Kind.IMAGE_GENERATION,
+    "CLASSIFIER_MODEL": Kind.TEXT_ONLY,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +157,35 @@ def load_sound(*, with_jobs: bool = True) -> Config:
 
         nightly_accounts(upstreams, config.reconcile, secret)
     return config
+
+
+def load_to_run(*, with_jobs: bool = True) -> Config:
+    """Return the same for a process that is to run, unless its supervisor has checked them;
+    possible mistakes are reported. Raises ConfigError."""
+    config = load_sound(with_jobs=with_jobs)
+    if not is_child():
+        warn_of_doubtful(config)
+    return config
+
+
+def warn_of_doubtful(config: Config) -> None:
+    """Report each variable with a name similar to a setting's, and each configured model that no
+    upstream serves; no model if none is served and no setting names one."""
+    from tidegate.spine.routing import Targets
+
+    for one in doubtful(config):
+        sys.stderr.write(f"tidegate: {one}\n")
+    targets = Targets(deployed_upstreams(config))
+    problems = {}
+    for name, kind in _MODELS.items():
+        try:
+            targets.of_prompt(getattr(config, name.lower()), kind)
+        except InvalidRequest as refused:
+            problems[name] = refused.message
+    if len(problems) == len(_MODELS) and not problems.keys() & origins():
+        return
+    for name, message in problems.items():
+        sys.stderr.write(f"tidegate: {name}: {message}\n")
 
 
 def _check_files_of(redis_url: str) -> None:
