@@ -741,7 +741,8 @@ class UnattendedJobs:
         async def end(connection: asyncpg.Connection) -> list[asyncpg.Record]:
             why = orjson.dumps(failure).decode()
             ended: list[asyncpg.Record] = await connection.fetch(sql(name), why, *values)
-            await audit_unanswered(connection, ended, failure, self._instance_id)
+            if ended:
+                await audit_unanswered(connection, ended, failure, self._instance_id)
             return ended
 
         ended = await self._connections.run(end)

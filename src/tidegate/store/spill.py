@@ -18,7 +18,7 @@ import struct
 import sys
 import zlib
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -96,7 +96,8 @@ class Spill:
             if self._active is not None and self._writing is None:
                 self._sealed.append(self._active)
                 self._active = None
-            self._sealed += await asyncio.to_thread(self._adopt)
+            if _is_any(self._folder, _SUFFIX):
+                self._sealed += await asyncio.to_thread(self._adopt)
             self._on_disk_bytes = self._measured()
             count = 0
             while self._sealed:
@@ -162,6 +163,8 @@ class Spill:
 
     def _measured(self) -> int:
         sizes = 0
+        if not _is_any(self._folder, _SUFFIX):
+            return sizes
         for path in self._folder.glob(f"*{_SUFFIX}"):
             with suppress(FileNotFoundError):  # another process has just replayed it
                 sizes += path.stat().st_size
@@ -293,6 +296,8 @@ class CallJournal:
     async def lost(self, keep: Callable[[list[CallRecord]], Awaitable[None]]) -> None:
         """Pass calls of dead processes to `keep`, and delete their files once it returns."""
         own = set() if self._file is None else {self._file.path}
+        if not _is_any(self._folder, _CALLS_SUFFIX, {path.name for path in own}):
+            return
         files, _ = await asyncio.to_thread(_adopted, self._folder, own, _CALLS_SUFFIX)
         try:
             while files:
@@ -459,6 +464,14 @@ def _created(folder: Path, suffix: str, flags: int = 0) -> _File:
     os.fsync(place)
     os.close(place)
     return _File(path, descriptor)
+
+
+def _is_any(folder: Path, suffix: str, without: Collection[str] = ()) -> bool:
+    """Return whether the folder has such a file. Idle processes look for those of dead ones every
+    few seconds: a thread for that would cost as much as all their other upkeep of the record."""
+    with suppress(FileNotFoundError):
+        return any(one.endswith(suffix) and one not in without for one in os.listdir(folder))
+    return False
 
 
 def _adopted(folder: Path, own: set[Path], suffix: str = _SUFFIX) -> tuple[list[_File], int]:

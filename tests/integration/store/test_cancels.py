@@ -135,3 +135,13 @@ async def test_a_dead_job_whose_end_was_asked_for_can_be_given_a_fresh_start(
     assert await store.queue.cancel_returned() == 0
     again = await claim_one(store)
     await store.queue.running(again, model="m", fence=(1, 2), queue_ms=0)
+
+
+async def test_a_search_that_finds_no_job_to_end_reads_no_files(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    """Idle workers search every ten seconds."""
+    async with peek.transaction():
+        await peek.execute("LOCK TABLE files IN ACCESS EXCLUSIVE MODE")
+        assert await store.queue.cancel_returned() == 0
+        assert await store.queue.expire_due() == 0

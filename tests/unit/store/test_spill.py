@@ -14,7 +14,7 @@ import pytest
 
 from tidegate.errors import StoreUnavailable
 from tidegate.store.records import Json
-from tidegate.store.spill import Spill
+from tidegate.store.spill import CallJournal, Spill
 
 
 async def replayed(spill: Spill) -> list[Json]:
@@ -167,7 +167,7 @@ async def test_a_killed_process_leaves_what_it_kept(tmp_path: Path) -> None:
     code = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from tidegate.store.spill import Spill
+from tidegate.store.spill import CallJournal, Spill
 
 async def main():
     spill = Spill(Path(sys.argv[1]), 1_000_000)
@@ -182,3 +182,34 @@ asyncio.run(main())
     assert spill.used_bytes > 0
     assert sorted(entry["n"] for entry in await replayed(spill)) == list(range(20))
     assert spill.used_bytes == 0
+
+
+async def test_an_empty_folder_costs_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Idle processes look every five seconds for what dead ones have left."""
+    spill, journal = Spill(tmp_path, 1_000_000), CallJournal(tmp_path)
+    journal.open()
+    in_thread = asyncio.to_thread
+    called: list[object] = []
+
+    async def to_thread(call: Any, *values: Any) -> Any:
+        called.append(call)
+        return await in_thread(call, *values)
+
+    async def keep(_calls: object) -> None:
+        raise AssertionError("nothing is lost")
+
+    monkeypatch.setattr(asyncio, "to_thread", to_thread)
+    assert await replayed(spill) == []
+    await journal.lost(keep)
+    assert called == []
+    other = CallJournal(tmp_path)
+    other.open()
+    await journal.lost(keep)
+    assert len(called) == 1, "another process may have died"
+    await spill.keep({"n": 1})
+    assert await replayed(spill) == [{"n": 1}]
+    assert len(called) > 1
+    other.close()
+    journal.close()
