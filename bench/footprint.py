@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -34,6 +34,7 @@ import asyncpg
 import redis
 
 from bench.limiter.tenants import policy as tenants_policy
+from bench.machine import cpu_ns
 from tidegate.embedded.lease import Folder
 from tidegate.embedded.servers import ValkeyServer, command_of, for_cluster, free_port
 from tidegate.limiter import PoolPolicy
@@ -305,8 +306,11 @@ _ROLES = (
 )
 _SETTLE_S = 15.0
 _STARTS = 7
-_TICKS = os.sysconf("SC_CLK_TCK")
 _LOGGED = re.compile(r"(?:statement|execute [^:]*): (.*)")
+
+
+class NotReady(Exception):
+    """A command did not become ready; the message is what it printed last."""
 
 
 @contextmanager
@@ -321,7 +325,7 @@ def running(environment: Mapping[str, str], *arguments: str) -> Iterator[tuple[i
             while not is_ready(url):
                 if process.poll() is not None or time.monotonic() > began + 60:
                     said.seek(0)
-                    raise RuntimeError(said.read().decode(errors="replace")[-2000:])
+                    raise NotReady(said.read().decode(errors="replace")[-2000:])
                 time.sleep(0.005)
             yield process.pid, time.monotonic() - began
         finally:
@@ -365,11 +369,6 @@ def pss_mb(pid: int) -> float:
     return int(re.findall(r"^Pss:\s+(\d+) kB", rollup, re.M)[0]) / 1024
 
 
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
 def wakes(pid: int) -> int:
     """How often a thread of it was put to sleep, which is how often one was woken."""
     status = "".join(one.read_text() for one in Path(f"/proc/{pid}/task").glob("*/status"))
@@ -408,8 +407,8 @@ def commands_of(client: redis.Redis) -> Counter[str]:
     )
 
 
-def idle(seconds: float) -> None:
-    """What a deployment costs that nobody uses."""
+def idle(seconds: float) -> dict[str, float]:
+    """What a deployment costs that nobody uses: print it, and return what has a bar."""
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder)
         environment = {
@@ -422,7 +421,7 @@ def idle(seconds: float) -> None:
         with running(environment, "up", "--api", "1", "--workers", "1") as (pid, took_s):
             print(f"tidegate up on a new folder: ready after {took_s:.2f} s")
             time.sleep(_SETTLE_S)
-            cost_of_idling(data_dir, pid, seconds)
+            figures = cost_of_idling(data_dir, pid, seconds)
             services = Folder(data_dir).read().services
             urls = {"DATABASE_URL": services["postgres"].url, "REDIS_URL": services["valkey"].url}
             starts = []
@@ -435,9 +434,10 @@ def idle(seconds: float) -> None:
             f"tidegate serve, stores up: ready after {statistics.median(starts):.2f} s (median of "
             f"{_STARTS}; {min(starts):.2f} to {max(starts):.2f}); {alone_mb:.1f} MB beside up"
         )
+    return {**figures, "start_s": statistics.median(starts), "alone_bytes": alone_mb * 1024**2}
 
 
-def cost_of_idling(data_dir: Path, pid: int, seconds: float) -> None:
+def cost_of_idling(data_dir: Path, pid: int, seconds: float) -> dict[str, float]:
     folder = Folder(data_dir)
     services = folder.read().services
     superuser = folder.password("password")
@@ -452,24 +452,24 @@ def cost_of_idling(data_dir: Path, pid: int, seconds: float) -> None:
     print(
         f"  connections: {asyncio.run(connections(url))} of PostgreSQL, {valkeys(client)} of Valkey"
     )
-    cpu_before, wakes_before = {p: cpu_s(p) for p in roles}, {p: wakes(p) for p in roles}
+    cpu_before, wakes_before = {p: cpu_ns(p) for p in roles}, {p: wakes(p) for p in roles}
     time.sleep(seconds)
     per_minute = 60 / seconds
     total_mb, shown = 0.0, sorted(roles.items(), key=lambda one: one[1])
-    used: Counter[str] = Counter()
-    memory_mb: Counter[str] = Counter()
+    used: dict[str, float] = defaultdict(float)
+    memory_mb: dict[str, float] = defaultdict(float)
     woken: Counter[str] = Counter()
     processes: Counter[str] = Counter()
     for one, role in shown:
         if not Path(f"/proc/{one}").exists():
             continue
         processes[role] += 1
-        memory_mb[role] += pss_mb(one)  # type: ignore[assignment]
-        used[role] += (cpu_s(one) - cpu_before[one]) / seconds * 100  # type: ignore[assignment]
+        memory_mb[role] += pss_mb(one)
+        used[role] += (cpu_ns(one) - cpu_before[one]) / 1e9 / seconds
         woken[role] += wakes(one) - wakes_before[one]
     for role in processes:
         print(
-            f"  {role} ({processes[role]}): {memory_mb[role]:.1f} MB PSS, {used[role]:.2f} % of a "
+            f"  {role} ({processes[role]}): {memory_mb[role]:.1f} MB PSS, {used[role]:.2%} of a "
             f"core, {woken[role] * per_minute:.0f} wake-ups a minute"
         )
         total_mb += memory_mb[role]
@@ -488,6 +488,15 @@ def cost_of_idling(data_dir: Path, pid: int, seconds: float) -> None:
     print(f"  commands of Valkey a minute: {commands.total() * per_minute:.0f}")
     for text, times in commands.most_common(12):
         print(f"    {times * per_minute:6.1f} {text}")
+    return {
+        "share": used["api"] + used["worker"],
+        "api_bytes": memory_mb["api"] * 1024**2,
+        "worker_bytes": memory_mb["worker"] * 1024**2,
+        "all_bytes": total_mb * 1024**2,
+        "wakes_a_minute": (woken["api"] + woken["worker"]) * per_minute,
+        "statements_a_minute": statements.total() * per_minute,
+        "commands_a_minute": commands.total() * per_minute,
+    }
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from bench import grid, machine
+from bench import footprint, grid, machine
 from bench.environments import EnvironmentMissing
 from bench.gateway import formats, jobs, scenarios
-from bench.gateway.bars import DIRECT, Results, medians
+from bench.gateway.bars import BATCH_LINES, DIRECT, Results, medians
 from bench.gateway.entries import ENTRIES, OURS, Entry
 from bench.gateway.programs import Figures, LoadFailed, Upstream
 from bench.gateway.scenarios import (
@@ -38,8 +38,8 @@ from bench.gateway.tables import direct_line, grids
 from bench.machine import Patience
 from tidegate.embedded.servers import ServerFailed
 
-JOBS = "jobs"
-ONCE = (*formats.SCENARIOS, JOBS)
+JOBS, BATCH, IDLE = "jobs", "batch", "idle"
+ONCE = (*formats.SCENARIOS, JOBS, BATCH, IDLE)
 LONG = (*LONG_ONES, *OURS_ONLY)
 SCENARIOS = (*EACH_RUN, *ONCE, *LONG)
 # From so many runs on, the long scenarios are measured too.
@@ -47,7 +47,11 @@ MANY_RUNS, SELDOM = 9, 3
 # Measured again, so many times at most, when others had more of the machine than this.
 NOISY, REPEATS = 0.1, 2
 MOST_FILES = 20_000
-FAILURES = (NotServing, EnvironmentMissing, LoadFailed, ServerFailed, jobs.NotDone, OSError)
+FAILURES = (
+    *(NotServing, EnvironmentMissing, LoadFailed, ServerFailed, jobs.NotDone, footprint.NotReady),
+    OSError,
+)
+IDLE_S, QUICK_IDLE_S, QUICK_LINES = 60.0, 10.0, 2_000
 
 Found = dict[str, dict[str, Figures]]
 Scenario = Callable[[Stage, Setting], Figures]
@@ -102,6 +106,14 @@ class Runs:
     def jobs(self, count: int) -> None:
         if JOBS in self._wanted:
             self._one(OURS.name, JOBS, lambda: jobs.measure(count, apis=1, workers=2))
+
+    def batch(self, lines: int) -> None:
+        if BATCH in self._wanted:
+            self._one(OURS.name, BATCH, lambda: jobs.measure_batch(lines, apis=1, workers=2))
+
+    def idle(self, seconds: float) -> None:
+        if IDLE in self._wanted:
+            self._one(OURS.name, IDLE, lambda: footprint.idle(seconds))
 
     def _one(self, name: str, scenario: str, measure: Callable[[], Figures]) -> None:
         """When other work took the machine meanwhile, it is measured again while there is
@@ -195,6 +207,8 @@ def main() -> None:
         runs.failover(entry)
     if OURS in wanted:
         runs.jobs(1000 if quick else arguments.jobs)
+        runs.batch(QUICK_LINES if quick else BATCH_LINES)
+        runs.idle(QUICK_IDLE_S if quick else IDLE_S)
     found = runs.found()
     for entry in wanted:
         found.setdefault(entry.name, {})["about"] = {"said": entry.about()}

@@ -13,6 +13,7 @@ from bench.gateway.entries import (
     LITELLM_LIMITED,
     LITELLM_PROXY,
     OURS,
+    OURS_FOUR,
     OURS_TWO,
     PORTKEY_GATEWAY,
     Entry,
@@ -38,6 +39,7 @@ def medians(tries: Sequence[Figures]) -> dict[str, Any]:
 # pages and a cache that fills, far below what one leaked object a request would be.
 FLAT = 1.03
 MANY = 200_000
+BATCH_LINES = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,38 @@ def _idle(results: Results) -> tuple[str, bool]:
     return f"{idle_bytes / 1e6:.0f} MB", idle_bytes <= 90e6
 
 
+def _up(results: Results) -> tuple[str, bool]:
+    all_bytes = results.of(OURS, "idle", "all_bytes")
+    return f"{all_bytes / 1e6:.0f} MB", all_bytes <= 250e6
+
+
+def _idle_share(results: Results) -> tuple[str, bool]:
+    share = results.of(OURS, "idle", "share")
+    return f"{share:.2%}", share <= 0.005
+
+
+def _start(results: Results) -> tuple[str, bool]:
+    start_s = results.of(OURS, "idle", "start_s")
+    return f"{start_s:.2f} s", start_s <= 1
+
+
+def _batch(results: Results) -> tuple[str, bool]:
+    per_s, p99_ms = (results.of(OURS, "batch", name) for name in ("per_s", "native_p99_ms"))
+    if results.of(OURS, "batch", "lines") < BATCH_LINES:
+        raise KeyError("too few lines to tell")
+    return f"{per_s:.0f} a second, {p99_ms:.0f} ms", per_s >= 2000 and p99_ms <= 20
+
+
+def _scale_out(results: Results) -> tuple[str, bool]:
+    """At 64 connections: CPU of the API processes, and of Valkey."""
+    entries = (OURS, OURS_TWO, OURS_FOUR)
+    one, two, four = (results.of(entry, "closed", "gateway_us") for entry in entries)
+    valkey = [results.of(entry, "closed", "valkey_us") for entry in entries]
+    falls = max(valkey[1:]) <= valkey[0]
+    shown = f"{two / one:.2f} and {four / one:.2f} x; " + ", ".join(f"{us:.0f}" for us in valkey)
+    return f"{shown} us of Valkey", max(two, four) <= 1.1 * one and falls
+
+
 def _flat(results: Results) -> tuple[str, bool]:
     early, late = (results.of(OURS, "memory", f"{when}_bytes") for when in ("early", "late"))
     if results.of(OURS, "memory", "requests") < MANY:
@@ -131,6 +165,14 @@ BARS = (
         _at_most("streams", BARE, 1.15),
     ),
     Bar("memory (PSS) of an API process, idle", "<= 90 MB", _idle),
+    Bar("memory of `tidegate up`, one API process and one worker, idle", "<= 250 MB", _up),
+    Bar("CPU of one API process and one worker, idle", "<= 0.5 % of a core", _idle_share),
+    Bar("start of `tidegate serve` to ready, stores up", "<= 1 s", _start),
+    Bar(
+        "CPU a call with 2 and 4 API processes, against one; Valkey's CPU a call with 1, 2, 4",
+        "<= 1.1 x; falls",
+        _scale_out,
+    ),
     Bar(
         "CPU a request, against LiteLLM with limits, as ours has",
         "<= 1/40",
@@ -141,4 +183,9 @@ BARS = (
     Bar("memory over 200,000 requests", "flat: at most 3 % more after the first tenth", _flat),
     Bar("streams open concurrently in one process", ">= 2,000", _open),
     Bar("jobs from submit to succeeded, kind decided by rules", ">= 3,000 a second", _jobs),
+    Bar(
+        "batch of 50,000 lines, upstream at once; p99 of native calls meanwhile",
+        ">= 2,000 a second; <= 20 ms",
+        _batch,
+    ),
 )

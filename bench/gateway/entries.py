@@ -437,6 +437,9 @@ BARE_AIOHTTP = Entry(
 )
 OURS = Entry("tidegate", _tidegate(1), _ours("1 API process"), does="limits and record")
 OURS_TWO = Entry("tidegate x 2", _tidegate(2), _ours("2 API processes"), does="limits and record")
+OURS_FOUR = Entry(
+    "tidegate x 4", _tidegate(4), _ours("4 API processes"), does="limits and record", seldom=True
+)
 FERRO = Entry("ferrogw", _ferrogw, lambda: f"{FERROGW}, Go, both cores")
 ROLTER_GATEWAY = Entry("rolter", _rolter, lambda: f"{ROLTER}, Rust, both cores")
 SMG_GATEWAY = Entry("smg", _smg, lambda: f"{SMG}, Rust, both cores")
@@ -454,7 +457,7 @@ LITELLM_LIMITED = Entry(
     seldom=True,
 )
 ENTRIES = (
-    *(NGINX, ENVOY_PROXY, BARE, BARE_AIOHTTP, OURS, OURS_TWO),
+    *(NGINX, ENVOY_PROXY, BARE, BARE_AIOHTTP, OURS, OURS_TWO, OURS_FOUR),
     *(FERRO, ROLTER_GATEWAY, SMG_GATEWAY),
     *(PORTKEY_GATEWAY, LITELLM_PROXY, LITELLM_LIMITED),
 )

@@ -10,7 +10,7 @@
    empty lines) is cut. `--ramp S`: closed loop whose connections open over so long a time. `--skip
    S`: times of requests that began so early are left out. `--header LINE`: one more in the head.
    `--events 1`: counts the empty lines that end events, and takes the times between reads of one
-   answer. Invariant: every request sent is counted once, as completed (whatever
+   answer. SIGINT: stops sending now. Invariant: every request sent is counted once, as completed (whatever
    its status), lost (its connection ended) or unfinished. */
 
 #include "wire.h"
@@ -55,6 +55,7 @@ static int idle[MOST_CONNECTIONS], idles;
 
 static int port, connections = 64, poller;
 static double rate;
+static volatile sig_atomic_t stops;
 static long most_requests = -1;
 static int64_t length_ns = 5 * SECOND_NS, drain_ns = 15 * SECOND_NS, ramp_ns, skip_ns;
 static const char *tail = "";
@@ -361,7 +362,13 @@ static void prepare(int count, char **words) {
     number = memmem(request, request_length, "##########", NUMBER_BYTES);
 }
 
+static void stop_sending(int number) {
+    (void)number;
+    stops = 1;
+}
+
 int main(int count, char **words) {
+    signal(SIGINT, stop_sending);
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     prctl(PR_SET_TIMERSLACK, 1UL);
     prepare(count, words);
@@ -377,6 +384,7 @@ int main(int count, char **words) {
         conns[n].opens_ns = started_ns + ramp_ns * n / connections;
     }
     for (;;) {
+        if (stops) ends_ns = least(ends_ns, now_ns());
         int64_t now = now_ns(), next = send_due(now);
         bool over = !may_send(now);
         if (over && (sent == completed + lost || now > ends_ns + drain_ns)) break;

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import asyncpg
+import redis
 
 from bench.environments import ours_python
 from bench.gateway.processes import Program, await_rest, cpu_ns, family
@@ -123,6 +124,19 @@ class Product:
     def await_rest(self) -> None:
         """Wait until all roles have done what a load left to do."""
         await_rest(lambda: sum(self.cpu_ns().values()))
+
+    def wal_bytes(self) -> int:
+        """What PostgreSQL has written to its log up to now."""
+        return int(self.query("SELECT pg_current_wal_lsn() - '0/0'::pg_lsn AS at")[0]["at"])
+
+    def valkey_reads(self) -> int:
+        """What Valkey has read up to now: a pipeline counts once, as it is one round trip."""
+        client = redis.Redis.from_url(self.valkey.url)
+        try:
+            stats = client.info("stats")
+        finally:
+            client.close()
+        return int(stats["total_reads_processed"])
 
     def query(self, sql: str) -> list[Any]:
         async def run() -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -147,6 +148,12 @@ class Load:
             raise LoadFailed(f"ended with {self._process.returncode}: {said.strip()}")
         found: Figures = json.loads(said)
         return found
+
+    def end(self) -> Figures:
+        """Send nothing more, and return the figures once all answers have come. Raises
+        LoadFailed."""
+        self._process.send_signal(signal.SIGINT)
+        return self.figures()
 
     def stop(self) -> None:
         self._process.kill()

@@ -26,7 +26,7 @@ def grids(results: Results) -> list[Grid]:
     )
     found = [_grid(title, columns, results) for title, columns in tables]
     found[1:1] = [_bars(results)]
-    found += [_jobs(results), _missing(results)]
+    found += [_jobs(results), _batch(results), _idle(results), _missing(results)]
     return [grid for grid in found if grid.rows]
 
 
@@ -71,13 +71,59 @@ def _jobs(results: Results) -> Grid:
                 f"{figures['submit_p99_ms']:.0f}",
                 *(f"{figures[f'{role}_us']:.0f}" for role in roles),
                 f"{figures['most_in_flight']}",
+                f"{figures['wal_bytes'] / 1000:.1f}",
+                f"{figures['valkey_reads']:.2f}",
             ]
         )
     headers = (
         *("jobs", "API / worker processes", "succeeded a s", "submits a s", "submit p99 ms"),
         *("API CPU us a job", "worker", "PostgreSQL", "Valkey", "most calls in flight"),
+        *("kB of WAL a job", "round trips to Valkey a job"),
     )
     return Grid("The job path", headers, rows)
+
+
+def _batch(results: Results) -> Grid:
+    figures = results.by_gateway.get(OURS.name, {}).get("batch", {})
+    rows = []
+    if "per_s" in figures:
+        roles = ("serve", "worker", "postgres", "valkey")
+        rows.append(
+            [
+                f"{figures['lines']:,}",
+                f"{figures['apis']} / {figures['workers']}",
+                f"{figures['per_s']:.0f}",
+                f"{figures['native_p50_ms']:.1f} / {figures['native_p99_ms']:.1f}",
+                *(f"{figures[f'{role}_us']:.0f}" for role in roles),
+                f"{figures['wal_bytes'] / 1000:.1f}",
+            ]
+        )
+    headers = (
+        *("lines", "API / worker processes", "lines a s", "p50 / p99 ms of calls meanwhile"),
+        *("API CPU us a line", "worker", "PostgreSQL", "Valkey", "kB of WAL a line"),
+    )
+    return Grid("A batch, and native calls at 50 a second meanwhile", headers, rows)
+
+
+def _idle(results: Results) -> Grid:
+    figures = results.by_gateway.get(OURS.name, {}).get("idle", {})
+    rows = []
+    if "share" in figures:
+        megabytes = (figures[f"{name}_bytes"] / 1e6 for name in ("api", "worker", "all"))
+        a_minute = (figures[f"{name}_a_minute"] for name in ("wakes", "statements", "commands"))
+        rows.append(
+            [
+                " / ".join(f"{one:.0f}" for one in megabytes),
+                f"{figures['share']:.2%}",
+                *(f"{one:.0f}" for one in a_minute),
+                f"{figures['start_s']:.2f}",
+            ]
+        )
+    headers = (
+        *("MB (PSS), API process / worker / all", "CPU of both, of a core"),
+        *("wake-ups a minute", "statements", "commands of Valkey", "s until `serve` is ready"),
+    )
+    return Grid("An idle deployment, and a start beside it", headers, rows)
 
 
 def _cell(cell: Cell, results: Results, entry: Entry) -> str:

@@ -14,6 +14,7 @@ from bench.gateway.entries import (
     LITELLM_LIMITED,
     LITELLM_PROXY,
     OURS,
+    OURS_FOUR,
     OURS_TWO,
     PORTKEY_GATEWAY,
 )
@@ -31,7 +32,26 @@ JOBS = {
     "submits_per_s": 2000.0,
     "submit_p99_ms": 40.0,
     "most_in_flight": 9,
+    "wal_bytes": 5_000.0,
+    "valkey_reads": 0.2,
     **{f"{role}_us": 100.0 for role in ("serve", "worker", "postgres", "valkey")},
+}
+
+BATCH = {
+    "lines": 50_000,
+    "apis": 1,
+    "workers": 2,
+    "per_s": 2000.0,
+    "native_p50_ms": 4.0,
+    "native_p99_ms": 20.0,
+    "wal_bytes": 5_300.0,
+    **{f"{role}_us": 100.0 for role in ("serve", "worker", "postgres", "valkey")},
+}
+IDLE = {
+    "share": 0.005,
+    "start_s": 1.0,
+    **{f"{name}_bytes": 2.5e8 for name in ("api", "worker", "all")},
+    **{f"{name}_a_minute": 400.0 for name in ("wakes", "statements", "commands")},
 }
 
 
@@ -59,8 +79,14 @@ def found() -> Found:
             "memory": {"early_bytes": 1e8, "late_bytes": 1.03e8, "requests": 200_000},
             "opened": {"most_open": 2000, "whole": 2000},
             "jobs": dict(JOBS),
+            "batch": dict(BATCH),
+            "idle": dict(IDLE),
         },
-        OURS_TWO.name: {"half": {"added_p50_ms": 1.0, "added_p99_ms": 5.0}},
+        OURS_TWO.name: {
+            "closed": {"gateway_us": 220.0, "valkey_us": 30.0},
+            "half": {"added_p50_ms": 1.0, "added_p99_ms": 5.0},
+        },
+        OURS_FOUR.name: {"closed": {"gateway_us": 220.0, "valkey_us": 29.0}},
         PORTKEY_GATEWAY.name: {"closed": {"gateway_us": 800.0}},
         LITELLM_PROXY.name: {"closed": {"gateway_us": 8000.0}},
         LITELLM_LIMITED.name: {"closed": {"gateway_us": 8000.0}},
@@ -87,13 +113,50 @@ def test_figures_beyond_their_bars_are_missed() -> None:
     ours["memory"]["late_bytes"] = 1.04e8
     ours["opened"]["whole"] = 1999
     ours["jobs"]["per_s"] = 2999.0
+    ours["batch"]["native_p99_ms"] = 20.1
+    ours["idle"] |= {"share": 0.0051, "start_s": 1.01, "all_bytes": 2.51e8}
+    worse[OURS_FOUR.name]["closed"]["gateway_us"] = 250.0
     assert words(worse) == ["missed"] * len(BARS)
+
+
+def word_of(figure: str, of: Found) -> str:
+    (verdict,) = [one.verdict for one in verdicts(Results(of)) if one.figure.startswith(figure)]
+    return verdict
 
 
 def test_jobs_that_a_model_had_to_judge_do_not_count() -> None:
     judged = found()
     judged[OURS.name]["jobs"]["by_rules"] = 4999
-    assert words(judged)[-1] == "missed"
+    assert word_of("jobs", judged) == "missed"
+
+
+def test_a_bar_of_two_figures_is_missed_by_either() -> None:
+    for scenario, name, value in (
+        ("batch", "per_s", 1999.0),
+        ("batch", "native_p99_ms", 20.1),
+        ("idle", "share", 0.0051),
+        ("idle", "all_bytes", 2.51e8),
+    ):
+        worse = found()
+        worse[OURS.name][scenario][name] = value
+        assert words(worse).count("missed") == 1, name
+
+
+def test_more_processes_may_cost_a_tenth_more_and_valkey_nothing() -> None:
+    for entry, name, value in (
+        (OURS_TWO, "gateway_us", 221.0),
+        (OURS_FOUR, "gateway_us", 221.0),
+        (OURS_FOUR, "valkey_us", 31.0),
+    ):
+        worse = found()
+        worse[entry.name]["closed"][name] = value
+        assert word_of("CPU a call", worse) == "missed", name
+
+
+def test_a_batch_of_a_few_lines_tells_nothing() -> None:
+    few = found()
+    few[OURS.name]["batch"]["lines"] = 2_000
+    assert word_of("batch", few) == "not measured"
 
 
 def test_what_was_not_measured_or_failed_is_never_ok() -> None:
@@ -127,7 +190,12 @@ def test_a_row_compares_with_the_bare_relay_and_names_what_is_missing() -> None:
     ]
     (glance,) = [row for row in rows_of("Side by side", given) if row["gateway"] == OURS.name]
     assert glance["limits, record"] == "limits and record"
-    assert rows_of("The job path", given)[0]["succeeded a s"] == "3000"
+    (jobs,) = rows_of("The job path", given)
+    assert (jobs["succeeded a s"], jobs["kB of WAL a job"]) == ("3000", "5.0")
+    (batch,) = rows_of("A batch, and native calls at 50 a second meanwhile", given)
+    assert (batch["lines a s"], batch["kB of WAL a line"]) == ("2000", "5.3")
+    (idle,) = rows_of("An idle deployment, and a start beside it", given)
+    assert (idle["CPU of both, of a core"], idle["statements"]) == ("0.50%", "400")
 
 
 def test_what_is_between_nothing_is_told_when_it_was_measured() -> None:
