@@ -170,6 +170,7 @@ Refusal = tuple[int, str, str]
 _HOST = re.compile(
     rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2}){0,255})(?::\d{0,5})?"
 )
+_ORIGIN = re.compile(rb"\A[A-Za-z][A-Za-z0-9+.-]*://[^/?]*")  # of an absolute-form target
 _BAD = "bad_request"
 _NOT_HTTP = "the request is not valid HTTP/1.1: its head, its length or a chunk breaks RFC 9112"
 _END = b"\r\n"
@@ -303,7 +304,7 @@ def refusal_of_head(
 def dialect_in(target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> Dialect | None:
     """Return the dialect of the path in a request line; None for a path that is not native, and for
     what is not a path."""
-    path, _, query = target.partition(b"?")
+    path, _, query = _ORIGIN.sub(b"", target, count=1).partition(b"?")
     meant = native_path(unquote_to_bytes(path).decode("latin-1"))
     return None if meant is None else endpoint_in("POST", meant, headers, query)[1]
 
@@ -414,6 +415,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._offers_protocol = False
         self._unparsed = b""  # the beginning of a Connection header
         self._idle_since_s: float | None = None
+        self._waiting_error = b""  # the last answer, sent after those to earlier requests
 
     # The connection
 
@@ -446,13 +448,12 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _notify_answering(self) -> None:
-        """Notify the request that is being answered of the disconnect. uvicorn notifies only the
-        newest one, which is another one if several were pipelined: the first would continue without
-        a client."""
-        cycle = self._answering
-        if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True
-            cycle.message_event.set()
+        """Notify the request that is being answered of the disconnect, and the newest one. uvicorn
+        notifies only the newest: the first of several would continue without a client."""
+        for cycle in (self._answering, self.cycle):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._lingering:
@@ -462,11 +463,16 @@ class BoundedProtocol(HttpToolsProtocol):
                 # client that cannot send more will read sooner.
                 self.transport.pause_reading()
             return
+        if self._waiting_error:  # what follows an invalid request is not parsed
+            self._lingered_bytes += len(data)
+            if self._lingered_bytes > self.LINGER_BYTES:
+                self._cut()
+            return
         if not self._in_head or self._head_bytes + len(data) < self.MAX_HEAD_BYTES:
             if data and not self.transport.is_closing():
                 self._feed(data)
             return
-        while data and not self._lingering and not self.transport.is_closing():
+        while data and not self._is_ending():
             # In pieces: bytes beyond the bound of a head never reach the parser.
             room = self.MAX_HEAD_BYTES - self._head_bytes if self._in_head else len(data)
             piece, data = data[:room], data[room:]
@@ -474,6 +480,10 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._in_head and self._head_bytes >= self.MAX_HEAD_BYTES:
                 self._refuse(431, "headers_too_large", "the request's head is larger than 64 KB")
                 return
+
+    def _is_ending(self) -> bool:
+        """Return whether no more bytes of this connection are parsed."""
+        return self._lingering or bool(self._waiting_error) or self.transport.is_closing()
 
     def _feed(self, piece: bytes) -> None:
         if self._in_head:
@@ -642,31 +652,42 @@ class BoundedProtocol(HttpToolsProtocol):
             cycle, app = self.pipeline.pop()
             self._start_asgi_task(cycle, app)
             return
+        if self._waiting_error:
+            self.transport.write(self._waiting_error)
+            self._linger()
+            return
         self._idle_since_s = self.loop.time()
         if self.timeout_keep_alive_task is None:
             self._check_idle_later(self.timeout_keep_alive)
 
     def send_400_response(self, msg: str) -> None:
         """Send an error and close. uvicorn calls this when the parser fails, with one text for all
-        failures; the bounds here call it too."""
-        status, code, detail = self._refusal or (400, _BAD, _NOT_HTTP)
-        cycle = self.cycle
-        mid_response = bool(self.pipeline) or (
-            cycle is not None and cycle.response_started and not cycle.response_complete
-        )
-        if cycle is not None and not cycle.response_complete:
-            cycle.disconnected = True
-            cycle.message_event.set()
-        self.pipeline.clear()
-        if mid_response or self.transport.is_closing():
-            self._notify_answering()
-            self.transport.close()
-            self._watch_closing()
+        failures; the bounds here call it too. Requests before an invalid one are answered before
+        its error. A flood, and a body that becomes invalid behind others, cut the connection."""
+        if self._is_ending():
+            return
+        cycle, refusal = self.cycle, self._refusal or (400, _BAD, _NOT_HTTP)
+        is_answering = cycle is not None and not cycle.response_complete
+        if is_answering and cycle.more_body and (cycle.response_started or self.pipeline):
+            self._cut()
             return
         dialect = dialect_in(self.url, self.headers)
-        answer = as_answer((status, code, detail), self.server_state.default_headers, dialect)
-        self.transport.write(STATUS_LINE[status] + answer)
+        answer = STATUS_LINE[refusal[0]]
+        answer += as_answer(refusal, self.server_state.default_headers, dialect)
+        if is_answering and not cycle.more_body:  # the requests before this one are complete
+            self._waiting_error = answer
+            self.flow.resume_reading()  # only by reading is a disconnect detected
+            return
+        self._notify_answering()
+        self.transport.write(answer)
         self._linger()
+
+    def _cut(self) -> None:
+        """Close in the middle of an answer; the requests behind it are not answered."""
+        self._notify_answering()
+        self.pipeline.clear()
+        self.transport.close()
+        self._watch_closing()
 
     def _refuse(self, status: int, code: str, detail: str) -> None:
         self._refusal = (status, code, detail)

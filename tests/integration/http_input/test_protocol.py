@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -221,9 +223,10 @@ def test_what_is_not_http_is_refused(start: bytes, plain: Running) -> None:
 def test_a_request_that_is_not_http_is_refused_in_the_dialect_of_its_path(
     path: str, place: tuple[str, ...], kind: str, plain: Running
 ) -> None:
-    for rest in (b"Content-Length: -5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"):
+    rests = (b"Content-Length: -5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nzz\r\n")
+    for rest, origin in product(rests, (b"", b"http://a.example:80", b"HTTPS://[::1]")):
         with plain.connect() as client:
-            client.send(b"POST %b HTTP/1.1\r\nHost: a\r\n%b" % (path.encode(), rest))
+            client.send(b"POST %b%b HTTP/1.1\r\nHost: a\r\n%b" % (origin, path.encode(), rest))
             client.read_to_the_end()
             head, _, body = client.received.partition(b"\r\n\r\n")
             assert client.status == 400
@@ -282,7 +285,8 @@ def test_the_same_behind_another_request_is_refused(plain: Running) -> None:
         with plain.connect() as client:
             client.send(GET + head)
             client.read_to_the_end()
-            assert client.received.count(b"HTTP/1.1 200") <= 1
+            statuses = re.findall(rb"HTTP/1\.1 (\d+)", client.received)
+            assert statuses == [b"200", b"400"]
 
 
 @pytest.mark.parametrize(
@@ -330,8 +334,8 @@ def test_a_body_behind_an_offer_is_never_another_request(before: bytes, plain: R
         client.send(inner)
         client.read_to_the_end()
         assert b"/inner" not in client.received
-        assert client.received.count(b"HTTP/1.1 ") <= 1
-        assert before or client.status == 400
+        statuses = re.findall(rb"HTTP/1\.1 (\d+)", client.received)
+        assert statuses == [b"200", b"400"][not before :]
 
 
 def test_trailers_do_not_pass_for_headers(tmp_path: Path) -> None:
@@ -368,9 +372,50 @@ def test_rubbish_behind_a_request_is_never_answered_inside_its_answer(tmp_path: 
         client.send(b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n")
         client.read_until(b"begun")
         client.send(b"\x01\x02rubbish\r\n\r\n")
+        client.send(b"GET /listening HTTP/1.1\r\nHost: a\r\n\r\n")  # not parsed any more
+        running.go.set()
         client.read_to_the_end()
-        assert client.received.count(b"HTTP/1.1") == 1
-        assert b"bad_request" not in client.received
+        answer, error = client.received.split(b"\r\n0\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"gone on" in answer
+        assert b"bad_request" not in answer
+        assert error.startswith(b"HTTP/1.1 400")
+        assert error.count(b"HTTP/1.1 ") == 1
+        assert (running.left, running.faults) == ([], [])
+
+
+@LOOPS
+@pytest.mark.parametrize("rubbish", [b"\x01\x02rubbish\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"])
+def test_requests_before_rubbish_are_answered_before_its_error(
+    loop: str, rubbish: bytes, tmp_path: Path
+) -> None:
+    post = b"POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n"
+    with serving(tmp_path, loop=loop) as running, running.connect() as client:
+        client.send(post + b"<1" + post + b"<2" + rubbish)
+        client.read_to_the_end()
+        assert client.received.count(b"HTTP/1.1 200") == 2
+        answers, _, error = client.received.partition(b"HTTP/1.1 400")
+        assert answers.index(b"<1") < answers.index(b"<2")
+        assert b"bad_request" in error
+        assert running.faults == []
+        wait_for(lambda: running.connections == 0, "the connection is gone")
+
+
+def test_rubbish_without_end_behind_a_request_is_cut(tmp_path: Path) -> None:
+    with serving(tmp_path, LINGER_BYTES=100_000) as running, running.connect() as client:
+        client.send(b"GET /listening HTTP/1.1\r\nHost: a\r\n\r\n\x01\x02rubbish")
+        client.send_as_long_as_taken(bytes(50_000), times=200)
+        wait_for(lambda: running.left == ["listening"], "its call ends")
+        wait_for(lambda: running.connections == 0, "the connection is gone")
+
+
+def test_a_client_that_leaves_after_rubbish_is_seen_to_leave(tmp_path: Path) -> None:
+    with serving(tmp_path) as running:
+        with running.connect() as client:
+            client.send(b"GET /listening HTTP/1.1\r\nHost: a\r\n\r\n\x01\x02rubbish\r\n\r\n")
+            wait_for(lambda: running.requests == 1, "the first one has begun")
+            assert running.left == []
+        wait_for(lambda: running.left == ["listening"], "it is told")
 
 
 @LOOPS
