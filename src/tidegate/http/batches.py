@@ -61,7 +61,7 @@ from tidegate.http.body import (
 )
 from tidegate.http.guards import caller_of
 from tidegate.http.idempotency import REPLAYED_HEADER, key_of
-from tidegate.http.native import begin_record, call_of, check_coding
+from tidegate.http.native import begin_record, call_of, check_content
 from tidegate.http.problems import REQUEST_ID_HEADER, not_relayed, refusal
 from tidegate.http.services import Services, check_target, services_of
 from tidegate.http.views import streamed
@@ -317,11 +317,11 @@ async def _answer(request: Request) -> Response:
 
 
 async def asking_of(request: Request, named: str) -> Asking:
-    """Return a request for `named`, with its caller. Raises as `caller_of` does, and
-    UnsupportedMedia for a compressed body."""
+    """Return a request for `named`, with its caller. Raises as `caller_of` does,
+    UnsupportedMedia for a compressed body, and InvalidRequest for two types of it."""
     caller = await caller_of(request, Right.READ if request.method == "GET" else Right.INFER)
     check_target(request.scope)
-    check_coding(request.scope["headers"])
+    check_content(request.scope["headers"])
     return Asking(request, services_of(request), caller, named)
 
 

@@ -213,10 +213,14 @@ def _without_parent(headers: Headers) -> Headers:
     return [pair for pair in headers if pair[0] != HEADER]
 
 
-def check_coding(headers: Headers) -> None:
-    """Raise UnsupportedMedia for a compressed or otherwise encoded body."""
-    if _is_coded(headers):
+def check_content(headers: Headers, *, may_be_coded: bool = False) -> None:
+    """Raise InvalidRequest for more than one Content-Type: a server may go by either of them; and
+    UnsupportedMedia for a compressed or otherwise encoded body, unless it may be encoded."""
+    if not may_be_coded and _is_coded(headers):
         raise UnsupportedMedia("Content-Encoding", _CODED, allowed="identity")
+    if sum([name == b"content-type" for name, _ in headers]) > 1:
+        message = "there is more than one Content-Type"
+        raise InvalidRequest("Content-Type", message, allowed="one Content-Type")
 
 
 def _is_coded(headers: Headers) -> bool:
@@ -415,8 +419,7 @@ class _Front:
     async def _answer(self, endpoint: Endpoint) -> None:
         uploads = endpoint.operation is Operation.UPLOAD
         try:
-            if not uploads:
-                check_coding(self._scope["headers"])
+            check_content(self._scope["headers"], may_be_coded=uploads)
             known = self._services.gate.known(self._scope["headers"], self._scope["query_string"])
             self._caller = await self._identified(endpoint) if known is None else known
             form = await self._form(endpoint) if endpoint.takes_form else None

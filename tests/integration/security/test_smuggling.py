@@ -6,6 +6,7 @@ tests/integration/http_input/test_protocol.py. Here is what the relay itself mak
 
 from __future__ import annotations
 
+import orjson
 import pytest
 
 from tests.gateway import KEY, Gateway, Opener
@@ -52,6 +53,9 @@ REFUSED = {
     "a priority of other digits": post("x-tidegate-priority: ³".encode("latin-1")),
     "an idempotency key beyond ASCII": post(b"idempotency-key: a\xe9"),
     "two idempotency keys": post(b"idempotency-key: a", b"idempotency-key: b"),
+    "two types": post(b"content-type: text/plain", path=CHAT),
+    "the same type twice": post(b"content-type: application/json", path=CHAT),
+    "two types of an upload": post(b"content-type: image/png", path=b"/upload/v1beta/files"),
     "two tenants": post(b"x-tidegate-tenant: a", b"x-tidegate-tenant: b"),
     "a path that leads up": b"GET /v1beta/models/.. " + GET,
     "the same in hiding": b"GET /v1/models/%2e%2e " + GET,
@@ -81,6 +85,17 @@ async def test_what_could_be_read_in_two_ways_is_refused_and_goes_nowhere(
     assert hostile.seen == []
     nested = post(path=CHAT, body=b'{"model":"m","tools":[{"model":"x"},{"model":"y"}]}')
     assert status_of(await raw(gateway, nested)) == 200, "one model at the top is not two"
+
+
+@pytest.mark.parametrize("path", [CHAT, b"/v1/messages", PATH.encode(), b"/v1/batches"])
+async def test_two_types_of_a_body_are_refused_by_name_in_the_dialect(
+    path: bytes, gateway: Gateway, hostile: Hostile
+) -> None:
+    got = await raw(gateway, post(b"content-type: text/plain", path=path))
+    assert status_of(got) == 400
+    error = orjson.loads(got.partition(b"\r\n\r\n")[2])["error"]
+    assert "there is more than one Content-Type" in error["message"]
+    assert hostile.seen == []
 
 
 async def sent_for(gateway: Gateway, hostile: Hostile, request: bytes) -> tuple[bytes, bytes]:
