@@ -9,6 +9,7 @@ import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -155,6 +156,30 @@ async def test_a_client_that_leaves_frees_the_permit_and_the_provider(
         lambda: gateway.database.fetch("SELECT * FROM audit WHERE source = 'relay'"), 20
     )
     assert [row["status"] for row in rows] == ["cancelled"]
+
+
+async def test_a_client_that_closes_its_sending_side_counts_as_one_that_has_left(
+    open_gateway: Opener,
+) -> None:
+    """The end of its bytes is all that the network tells of a client that has left."""
+    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
+    await gateway.upstream.set_behaviour(first_byte_ms=60_000)
+    body = json.dumps(BODY).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", urlsplit(gateway.url).port)
+    head = f"POST {url_of(gateway)} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
+    writer.write(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + body)
+    await gateway.in_flight(1)
+    writer.write_eof()
+    assert await asyncio.wait_for(reader.read(), 20) == b""
+    writer.close()
+    await wait_until(lambda: gateway.held == 0, 20, "the permit back")
+    assert [call.outcome for call in await gateway.calls()] == ["client_gone"]
+    rows = await wait_until(
+        lambda: gateway.database.fetch("SELECT * FROM audit WHERE source = 'relay'"), 20
+    )
+    assert [(row["status"], json.loads(row["failure"])["code"]) for row in rows] == [
+        ("cancelled", "client_left")
+    ]
 
 
 async def test_a_client_that_leaves_in_the_queue_leaves_nothing(open_gateway: Opener) -> None:
