@@ -310,7 +310,10 @@ class PoolPolicy:
         object.__setattr__(self, "rules", rules)
         for name, limit in rules.items():
             if not isinstance(name, str) or not _LIMIT_ID.fullmatch(name):
-                allowed = "a limit's id is `name` or `scope:name`, without spaces, | { or }"
+                allowed = (
+                    "a limit's id is `name` or `scope:name`, each name of 1 to 200 characters, "
+                )
+                allowed += "without spaces, | { or }"
                 raise ConfigError("limit", str(name), allowed)
             _check_limit(name, limit)
         if not MIN_LEASE_MS <= self.lease_ms <= MAX_LEASE_MS:

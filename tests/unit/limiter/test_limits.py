@@ -122,6 +122,13 @@ def test_headroom_is_kept_free_of_all_bands_below() -> None:
     assert band_shares(bands) == "0:0,200:100,0:300"
 
 
+@pytest.mark.parametrize("name", ["", "rpm:", "a b", "x" * 201, f"rpm:{'x' * 201}"])
+def test_an_id_that_is_none_is_refused_with_its_length(name: str) -> None:
+    assert PoolPolicy(limits={f"rpm:{'x' * 200}": 3}).rules
+    with pytest.raises(ConfigError, match="name of 1 to 200 characters, without spaces"):
+        PoolPolicy(limits={name: 3})
+
+
 def test_bands_are_found_by_name() -> None:
     assert [FULL.band(name) for name in ("high", "low")] == [0, 1]
     with pytest.raises(ConfigError, match="one of high, low"):
