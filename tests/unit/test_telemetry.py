@@ -21,6 +21,7 @@ from tidegate.telemetry.logging import (
     configure_logging,
     get_logger,
     lines_with,
+    recent_problems,
     redact,
 )
 
@@ -163,9 +164,28 @@ def test_the_page_says_what_a_terminal_is_spared(
             logging.getLogger("tidegate.limiter").info("limiter: %s%s%s", state, "", "")
     get_logger().warning(Log.STORE_AWAY)
     shown = capsys.readouterr().err
-    said = re.findall(r"started|limiter: [a-z]+|store_away", shown)
-    usual = ["started", "limiter: up", "limiter: recovering", "limiter: up"]
-    assert said == [*([] if has_page else usual), "limiter: away", "limiter: up", "store_away"]
+    shown = re.sub(r"\x1b\[\d+m", "", shown)
+    said = re.findall(r"started|state=[a-z]+|store_away", shown)
+    usual = ["started", "state=up", "state=recovering", "state=up"]
+    assert said == [*([] if has_page else usual), "state=away", "state=up", "store_away"]
+
+
+def test_a_line_of_the_limiter_is_an_event_with_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("json", "info", process="api-1")
+    logger = logging.getLogger("tidegate.limiter")
+    logger.info("limiter: %s%s%s", "up", "", "")
+    logger.warning("limiter: %s%s%s", "away", ", was up", " (timed out (0.5 s))")
+    logger.warning("limiter: %s; %d running calls cancelled", "the session was gone", 2)
+    logging.getLogger("other").info("limiter: not ours")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    fields = ("event", "state", "was", "reason", "detail")
+    assert [{name: line[name] for name in fields if name in line} for line in lines] == [
+        {"event": "limiter_state", "state": "up"},
+        {"event": "limiter_state", "state": "away", "was": "up", "reason": "timed out (0.5 s)"},
+        {"event": "limiter", "detail": "the session was gone; 2 running calls cancelled"},
+        {"event": "limiter: not ours"},
+    ]
+    assert recent_problems()[-1]["event"] == "limiter"
 
 
 @pytest.mark.parametrize("style", ["json", "console"])

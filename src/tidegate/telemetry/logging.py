@@ -117,6 +117,8 @@ class Log(StrEnum):
     COLLECTOR_BACK = "collector_back"
     NO_OTEL = "no_otel"
     PROCESS_STATE = "process_state"
+    LIMITER_STATE = "limiter_state"
+    LIMITER = "limiter"
 
 
 class GenAI(StrEnum):
@@ -313,6 +315,12 @@ _NOISY = (
 
 # Events that the start-up page reports.
 _ON_PAGE = frozenset({Log.STARTED, Log.STOPPING, Log.STOPPED, Log.MIGRATED, Log.DEMO_MODE})
+# Lines of the limiter, which is a library with texts for any logger, and their fields as an event.
+_OF_LIMITER = "tidegate.limiter"
+_LIMITER_STATE = re.compile(
+    r"limiter: (?P<state>up|away|recovering)(?:, was (?P<was>\w+))?(?: \((?P<reason>.*)\))?",
+    re.DOTALL,
+)
 _FIRST_CONTACT = "limiter: up"
 # A pool that Valkey does not know yet recovers first.
 _RECOVERING = "limiter: recovering"
@@ -330,7 +338,7 @@ class _PageFilter(logging.Filter):
         message = record.msg
         if isinstance(message, dict):
             return message.get("event") not in _ON_PAGE
-        if record.name != "tidegate.limiter":
+        if record.name != _OF_LIMITER:
             return True
         pool = str(structlog.contextvars.get_contextvars().get("pool", ""))
         if pool in self._pools_seen:
@@ -339,6 +347,22 @@ class _PageFilter(logging.Filter):
         if said != _RECOVERING:
             self._pools_seen.add(pool)
         return said not in {_FIRST_CONTACT, _RECOVERING}
+
+
+def _name_event(
+    _logger: object, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    """Give a line of the limiter the name of an event; its text becomes fields."""
+    record, text = event["_record"], event["event"]
+    if record.name != _OF_LIMITER or not text.startswith("limiter: "):
+        return event
+    changed = _LIMITER_STATE.fullmatch(text)
+    if changed is None:
+        event["event"], event["detail"] = Log.LIMITER, text.removeprefix("limiter: ")
+    else:
+        event["event"] = Log.LIMITER_STATE
+        event.update((name, part) for name, part in changed.groupdict().items() if part)
+    return event
 
 
 _DIM, _BOLD, _PLAIN = "\x1b[2m", "\x1b[1m", "\x1b[0m"
@@ -426,7 +450,7 @@ def configure_logging(
     ]
     final = _renderers(for_people, console)
     formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=shared,
+        foreign_pre_chain=[_name_event, *shared],
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *final],
     )
     global _lines

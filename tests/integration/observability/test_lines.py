@@ -56,7 +56,7 @@ async def test_every_route_writes_one_line_and_no_secret(
         line.get("path", line["event"]) for line in lines() if line.get("trace_id") == TRACE
     }
     assert {"/submit", "/stream", "/v1/chat/completions", "job_done"} <= of_trace
-    up = [line for line in lines() if line["event"].startswith("limiter: up")]
+    up = [line for line in lines() if line["event"] == "limiter_state" and line["state"] == "up"]
     assert {line["pool"] for line in up} == {"gemini"}, "several pools say the same"
     (job,) = [line for line in lines() if line["event"] == "job_done"]
     assert job["tenant"] == "default"
