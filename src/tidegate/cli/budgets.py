@@ -103,6 +103,9 @@ def list_(
 
 def _show_books(budgets: list[Budget], books: list[BudgetBook], most: int) -> None:
     """Show the books of each budget, up to `most`, and all budgets without any yet."""
+    if not budgets:
+        typer.echo("no budget is set: `tidegate budgets set NAME` adds one")
+        return
     of_budget: dict[str, list[BudgetBook]] = {}
     for book in books:
         of_budget.setdefault(book.budget, []).append(book)

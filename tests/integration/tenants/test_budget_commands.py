@@ -93,6 +93,11 @@ async def test_a_name_that_postgresql_cannot_hold_is_refused(open_gateway: Opene
 
 async def test_budgets_from_the_terminal(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
+    empty = await tidegate(gateway, "budgets", "list")
+    assert (empty.code, empty.said) == (
+        0,
+        "no budget is set: `tidegate budgets set NAME` adds one\n",
+    )
     made = await tidegate(
         *(gateway, "budgets", "set", "opus", "--usd", "20", "--period", "5h"),
         *("--model", "claude-opus-*", "--tenant", "each", "--fallback", "claude-haiku-4-5"),
