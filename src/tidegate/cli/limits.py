@@ -72,8 +72,8 @@ def show(json: Json = False) -> None:
             (
                 one.limit,
                 one.words,
-                f"${one.used / 1_000_000:.2f}" if one.unit == "usd" else str(one.used),
-                str(one.waiting),
+                f"${one.used / 1_000_000:,.2f}" if one.unit == "usd" else f"{one.used:,}",
+                f"{one.waiting:,}",
                 _remark(one, overview),
             )
             for one in overview.limits
@@ -102,7 +102,7 @@ def show(json: Json = False) -> None:
 def _show_learned(overview: Overview) -> None:
     """Show limits in headers of answers that differ from the limits in force."""
     rows: list[tuple[str, ...]] = [
-        (one.limit, one.model, str(one.bound), _in_force(one), one.at.replace("+00:00", ""))
+        (one.limit, one.model, f"{one.bound:,}", _in_force(one), one.at.replace("+00:00", ""))
         for one in overview.learned
         if one.drift != "same"
     ]
@@ -113,7 +113,7 @@ def _show_learned(overview: Overview) -> None:
 
 
 def _in_force(one: LearnedLimit) -> str:
-    return "none" if one.in_force is None else f"{one.in_force}: it {one.drift}"
+    return "none" if one.in_force is None else f"{one.in_force:,}: it {one.drift}"
 
 
 def _show_heading(overview: Overview) -> None:
@@ -165,27 +165,23 @@ def _waiting(limit: str, overview: Overview) -> str:
 
 
 def _remark(one: Any, overview: Overview) -> str:
-    from tidegate.limiter import format_pause
+    from tidegate.policy.format import pause_in_words
+    from tidegate.policy.learned import kept_free
 
     remarks = [] if one.source == "set" else [one.source]
     if _is_full(one):
         remarks.append("full")
     if waiting := _waiting(one.limit, overview):
         remarks.append(f"waiting: {waiting}")
-    for learned in overview.learned:
-        if learned.limit == one.limit and learned.others_share:
-            remarks.append(f"others on the account take {learned.others_share:.0%}")
-        if learned.limit == one.limit and learned.drift == "fell":
-            remarks.append(f"above {learned.bound} kept free, which the provider reports")
+    remarks += [text[0].lower() + text[1:] for text in kept_free(overview.learned, one.limit)]
     if one.paused_ms:
-        by = f" by {one.paused_by}" if one.paused_by else ""
-        remarks.append(f"paused{by}, {format_pause(one.paused_ms)}")
+        remarks.append(pause_in_words(one.paused_by, one.paused_ms))
     if one.current != one.bound:
-        remarks.append(f"now {one.current} concurrent")
+        remarks.append(f"now {one.current:,} concurrent")
     if one.lapsing:
         remarks.append(f"{one.lapsing} held for processes that are gone")
     if one.shadowed:
-        remarks.append(f"would have held up {one.shadowed}")
+        remarks.append(f"would have held up {one.shadowed:,}")
     return "; ".join(remarks)
 
 

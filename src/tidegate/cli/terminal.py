@@ -93,6 +93,7 @@ def legible(text: str) -> str:
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.replace("\r\n", "\n"))
 
 
+_FIGURE = re.compile(r"[\d,-]+")
 _SHORT_ID = re.compile(r"[0-9a-fA-F-]{4,36}")
 
 
@@ -345,7 +346,7 @@ def show_table(
 
     table = Table(title=title or None, title_justify="left", box=None, header_style="bold")
     for number, column in enumerate(columns):
-        figures = bool(rows) and all(row[number].replace("-", "0").isdecimal() for row in rows)
+        figures = bool(rows) and all(_FIGURE.fullmatch(row[number]) for row in rows)
         side: Literal["left", "right"] = "right" if figures else "left"
         table.add_column(column, justify=side, overflow="fold", no_wrap=column in whole)
     for number, row in enumerate(rows):

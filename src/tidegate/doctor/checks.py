@@ -19,10 +19,10 @@ from urllib.request import urlopen
 from tidegate.admission.charges import provider_of_upstream
 from tidegate.embedded.servers import command_of
 from tidegate.errors import ConfigError
-from tidegate.limiter import Concurrency, PoolPolicy, Snapshot, format_pause
+from tidegate.limiter import Concurrency, PoolPolicy, Snapshot
 from tidegate.operator_key import existing_operator_key, key_file
 from tidegate.policy.deployment import Deployment, Upstream, doubtful, emulates
-from tidegate.policy.format import digest, to_plain, with_tenants
+from tidegate.policy.format import digest, pause_in_words, to_plain, with_tenants
 from tidegate.policy.live import NO_CHANGES, Tables, changed_lines
 from tidegate.policy.rollout import Origin, differences, requested_before
 from tidegate.prices.rates import ModelPrice, catalog
@@ -419,10 +419,9 @@ def _paused(pool: str, snapshot: Snapshot) -> Finding:
     if not paused:
         return ok(f"pool.{pool}.limits", f"none of {len(snapshot.limits)} is paused")
     first = paused[0]
-    by = f" by {first.paused_by}" if first.paused_by else ""
     return warn(
         f"pool.{pool}.limits",
-        f"{first.limit} is paused{by}, {format_pause(first.paused_ms)}"
+        f"{first.limit} is {pause_in_words(first.paused_by, first.paused_ms)}"
         + (f"; {len(paused) - 1} more" if len(paused) > 1 else ""),
         f"tidegate limits resume {quote(first.limit)} --pool {pool}, if it should not be",
     )

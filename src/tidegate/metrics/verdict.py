@@ -64,6 +64,7 @@ MOST_CAUSES = 12
 FRESH_S = 1.0
 RECORD_FRESH_S = 2.0
 _RECORD_MS = 1_000
+_ENDS = ".,;: \n"  # of a provider's message
 _MOST_TENANTS = 3
 _GATE = "upstream:"  # the limit that a process pauses when its upstream is out
 _LEVELS: Mapping[Health, int] = {"down": 0, "degraded": 1, "healthy": 2}
@@ -434,7 +435,7 @@ def waiting_by_limit(snapshot: Snapshot) -> defaultdict[str, Counter[str]]:
 
 def _paused(pool: str, view: LimitView, tenants: Counter[str]) -> Cause:
     lasting = format_pause(view.paused_ms)
-    by = f"By {view.paused_by.rstrip('.')}." if view.paused_by else ""
+    by = f"By {view.paused_by.rstrip(_ENDS)}." if view.paused_by else ""
     return Cause(
         "limit_paused",
         "degraded",

@@ -49,6 +49,7 @@ from tidegate.limiter import (
     Band,
     Concurrency,
     Limit,
+    LimitView,
     PoolPolicy,
     Quota,
     Ramp,
@@ -60,6 +61,7 @@ from tidegate.limiter import (
     format_amount,
     format_pause,
     format_span,
+    format_unit,
     format_window,
 )
 
@@ -726,23 +728,54 @@ _UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
 def in_words(limit: int | Limit) -> str:
-    """Return a text such as `60 requests a minute` or `1000000 input tokens a day (UTC)`."""
+    """Return a text such as `60 requests a minute` or `1,000,000 input tokens a day (UTC)`."""
     limit = as_limit(limit)
     if isinstance(limit, Concurrency) and limit.by_tokens:
-        text = format_amount(limit, limit.bound)
+        text = _amount(limit)
         if limit.reserve == "bound":
             text += ", all that it may use at the start"
     elif isinstance(limit, Concurrency):
-        text = f"{limit.bound} concurrent"
+        text = f"{limit.bound:,} concurrent"
         if limit.adaptive is not None:
             text += f", adapts itself from {limit.adaptive.minimum}"
             text += " by the time to first tokens" if limit.by_latency else ""
     else:
-        text = f"{format_amount(limit, limit.bound)} {format_window(limit)}"
+        text = f"{_amount(limit)} {format_window(limit)}"
         if isinstance(limit, Quota):
             text += f" ({limit.zone})"
         text = ", ".join((text, *_counting_in_words(limit)))
     return f"{text}, only counted" if limit.shadow else text
+
+
+def _amount(limit: Limit) -> str:
+    is_money = limit.unit == "usd"
+    return (
+        format_amount(limit, limit.bound) if is_money else f"{limit.bound:,} {format_unit(limit)}"
+    )
+
+
+def pause_in_words(paused_by: str, paused_ms: float) -> str:
+    """Return text such as `paused by ann, for 10 min more`. A refusal's pause is by the provider's
+    message, which may end with a full stop."""
+    name = paused_by.rstrip(".,;: \n")
+    return f"paused{f' by {name},' if name else ''} {left_in_words(paused_ms)}"
+
+
+def left_in_words(paused_ms: float) -> str:
+    """Return text such as `for 10 min more`; an expired pause lasts until a probe is answered."""
+    return "until a call there is answered" if paused_ms <= 1 else format_pause(paused_ms)
+
+
+def usage_in_words(view: LimitView) -> str:
+    """Return text such as `rpm:m: 1,000 of 1,000 are spent, room in 3 s`."""
+    if view.sort == "c":
+        return f"{view.limit}: {view.used:,} of {view.current:,} are in use"
+    spent, bound = f"{view.used:,}", f"{view.bound:,}"
+    measure = MEASURES.get(view.limit.partition(":")[0])
+    if measure is not None and measure.unit == "usd":
+        spent, bound = (f"${amount / 1_000_000:,.2f}" for amount in (view.used, view.bound))
+    room = f", room in {format_span(view.room_in_ms)}" if view.room_in_ms else ""
+    return f"{view.limit}: {spent} of {bound} are spent{room}"
 
 
 def _counting_in_words(limit: Rate | Quota) -> Iterator[str]:

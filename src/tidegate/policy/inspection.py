@@ -37,7 +37,6 @@ from tidegate.limiter import (
     TenantView,
     WaitEstimate,
     WaitingLine,
-    format_pause,
     format_span,
 )
 from tidegate.policy.format import (
@@ -47,12 +46,15 @@ from tidegate.policy.format import (
     caller_of,
     in_words,
     is_of_models,
+    left_in_words,
+    pause_in_words,
     plain_model,
     subject_of,
     to_plain,
+    usage_in_words,
 )
 from tidegate.policy.imported import acceptance
-from tidegate.policy.learned import LearnedLimit, shared_limits
+from tidegate.policy.learned import LearnedLimit, kept_free, shared_limits
 from tidegate.policy.rollout import PolicyKeeper, Revision
 from tidegate.store.batches import BatchStand
 from tidegate.store.requests import ActiveRequests, JobsAhead, RunningCall, Whereabouts
@@ -524,6 +526,14 @@ async def why(control: Control, what: str, found: Whereabouts | None = None) -> 
     request's whereabouts, with the pool and the model whose limits apply.
 
     Raises NotFound, InvalidRequest for any other text, LimiterUnavailable, StoreUnavailable."""
+    reason = await _why(control, what, found)
+    if reason.limit is None or reason.limit.sort == "c":
+        return reason
+    kept = kept_free(await control.learned(), reason.limit.limit)
+    return replace(reason, sentence=". ".join((reason.sentence, *kept)))
+
+
+async def _why(control: Control, what: str, found: Whereabouts | None) -> Reason:
     if found is None:
         request_id = request_id_of(what)
         if request_id is None:
@@ -754,35 +764,16 @@ def _sentence(held_up_by: str | None, view: LimitView | None) -> str:
     if view is None:
         return f"waits for {held_up_by}"
     if view.paused_ms:
-        return f"waits for {view.limit}, which is {_pause(view)}"
+        return f"waits for {view.limit}, which is {pause_in_words(view.paused_by, view.paused_ms)}"
     return f"waits for {_state(view)}"
 
 
 def _state(view: LimitView) -> str:
     """Return a limit, and how much of it is used or who paused it."""
     if view.paused_ms:
-        return f"{view.limit} is {_pause(view)}"
+        return f"{view.limit} is {pause_in_words(view.paused_by, view.paused_ms)}"
     before = adapted_from(view)
-    return _usage(view) + ("" if before is None else f" (adapted down from {before})")
-
-
-def _pause(view: LimitView) -> str:
-    """Return text such as `paused by ann, for 10 min more`."""
-    by = f" by {view.paused_by}," if view.paused_by else ""
-    return f"paused{by} {_lasting(view)}"
-
-
-def _lasting(view: LimitView) -> str:
-    """Return text such as `for 10 min more`; an expired pause lasts until a probe is answered."""
-    is_over = view.paused_ms <= 1
-    return "until a call there is answered" if is_over else format_pause(view.paused_ms)
-
-
-def _usage(view: LimitView) -> str:
-    if view.sort == "c":
-        return f"{view.limit}: {view.used} of {view.current} are in use"
-    room = f", room in {format_span(view.room_in_ms)}" if view.room_in_ms else ""
-    return f"{view.limit}: {view.used} of {view.bound} are spent{room}"
+    return usage_in_words(view) + ("" if before is None else f" (adapted down from {before})")
 
 
 _BUDGET_ACTIONS = {
@@ -883,7 +874,11 @@ def waiting(
 
 
 def _for(view: LimitView, wait: WaitEstimate | None) -> Waiting:
-    state = f"{view.limit}, which is paused {_lasting(view)}" if view.paused_ms else _usage(view)
+    state = (
+        f"{view.limit}, which is paused {left_in_words(view.paused_ms)}"
+        if view.paused_ms
+        else usage_in_words(view)
+    )
     bound = view.current if view.sort == "c" else view.bound
     return Waiting(
         f"waits for {state}{_how_long(wait)}",

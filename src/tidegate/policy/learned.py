@@ -302,6 +302,23 @@ def _iso_time(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
 
 
+def kept_free(learned: Iterable[LearnedLimit], limit: str) -> list[str]:
+    """Return why part of a limit is kept free, which counts as spent; a sentence for each reason,
+    without a full stop."""
+    found = [one for one in learned if one.limit == limit]
+    sentences = [
+        f"Others on the account take {one.others_share:.0%}, which is kept free for them and "
+        "counts as spent"
+        for one in found
+        if one.others_share
+    ]
+    return sentences + [
+        f"The provider reports a bound of {one.bound:,}: the rest is kept free and counts as spent"
+        for one in found
+        if one.drift == "fell"
+    ]
+
+
 async def shared_limits(limiter: Limiter, provider: str) -> list[LearnedLimit]:
     """Return what all processes of a pool have learned. Raises LimiterUnavailable."""
     notes = [unpacked_note(raw) for raw in (await limiter.told(MOST_READERS)).values()]

@@ -192,4 +192,13 @@ async def test_a_refusal_names_the_lower_bound_for_which_the_rest_is_kept_free(
     assert said.startswith("Limit rpm:gpt-5 is used up (")
     assert said.count("The provider") == 1
     shown = await tidegate(gateway, "limits", "show", "--pool", "oai")
-    assert "above 20 kept free" in " ".join(shown.said.split())
+    kept = "he provider reports a bound of 20: the rest is kept free and counts as spent"
+    assert kept in " ".join(shown.said.split())
+    waiting = asyncio.create_task(gateway.http.post(url, json=body))
+    overview = await tidegate(gateway, "limits", "show", "--pool", "oai", "--json")
+    while not (queues := overview.json["queues"]):
+        overview = await tidegate(gateway, "limits", "show", "--pool", "oai", "--json")
+    ticket = f"{queues[0]['process']}/{queues[0]['first_ticket']}"
+    why = await tidegate(gateway, "why", ticket, "--pool", "oai")
+    assert kept in " ".join(why.said.split())
+    waiting.cancel()

@@ -23,6 +23,7 @@ from tidegate.policy.learned import (
     LimitMatch,
     OthersUse,
     RefusedLimit,
+    kept_free,
     learned_limits,
     readings_of_days,
     unpacked_note,
@@ -842,3 +843,14 @@ def test_a_lower_bound_of_a_day_ends_what_was_kept_for_the_difference() -> None:
     assert use.kept == 100
     use.lower(300)
     assert use.kept == 0
+
+
+def test_what_is_kept_free_is_told_with_its_reason() -> None:
+    one = LearnedLimit("tpm:m", "m", 60_000, 60_000, "same", "set", 0.0, "")
+    assert kept_free([one], "tpm:m") == []
+    fell = replace(one, drift="fell", others_share=0.125)
+    assert kept_free([fell], "rpm:m") == []
+    assert kept_free([one, fell], "tpm:m") == [
+        "Others on the account take 12%, which is kept free for them and counts as spent",
+        "The provider reports a bound of 60,000: the rest is kept free and counts as spent",
+    ]
