@@ -70,7 +70,8 @@ from tidegate.record import Source
 from tidegate.settings import SECTIONS, Config, shown
 from tidegate.telemetry.logging import redact
 
-UNFIT = "the database's schema does not fit this version, or was never seen"
+_UNFIT = "the database's schema does not fit this version: `tidegate migrate` brings it up to date"
+_UNSEEN = "PostgreSQL has not answered this process yet: its log and `tidegate doctor` show why"
 _DEADLINE_MS = 2_000
 
 health_router = APIRouter(tags=["health"])
@@ -144,9 +145,16 @@ async def ready(request: Request) -> JSONResponse:
         reason = "draining"
     elif services.leaving.is_set():
         reason = "leaving"
-    elif not await services.recent_reads.probed("schema", services.store.schema_fits):
-        reason = UNFIT
+    else:
+        reason = await _unfit(services)
     return readiness(reason)
+
+
+async def _unfit(services: Services) -> str | None:
+    """Return what is wrong with the database's schema; None if nothing is."""
+    if await services.recent_reads.probed("schema", services.store.schema_fits):
+        return None
+    return _UNFIT if services.store.has_seen_schema else _UNSEEN
 
 
 def readiness(reason: str | None) -> JSONResponse:
@@ -720,8 +728,7 @@ async def _why_not(services: Services) -> str | None:
         return f"PostgreSQL: {postgresql.detail}"
     if valkey.detail is not None and services.limiter.policy.when_away == "closed":
         return f"Valkey: {valkey.detail}"
-    fits = await services.recent_reads.probed("schema", services.store.schema_fits)
-    return None if fits else UNFIT
+    return await _unfit(services)
 
 
 def watched_app(services: Services) -> FastAPI:

@@ -175,16 +175,13 @@ class Connections:
         self._opening = False
         self._waiting: list[asyncio.Future[None]] = []
         self._down: str | None = None  # the reason while away
-        self._refusal: str | None = None  # the reason while the newest connection cannot write
+        self._trouble: str | None = None  # why the newest connection cannot write, or is missing
         self._closed = False
         self.on_back: list[Callable[[], None]] = []
 
     @property
     def unavailable(self) -> bool:
         return self._down is not None
-
-    def __repr__(self) -> str:
-        return f"<Connections busy={len(self._busy)} idle={len(self._idle)} away={self._down!r}>"
 
     def start(self) -> None:
         """Start connecting in the background; PostgreSQL may become available later."""
@@ -448,7 +445,9 @@ class Connections:
                 return None
             if isinstance(failed, _CUT):
                 self._suspect()
-            elif not _is_full(failed):
+            elif _is_full(failed):
+                self._note_trouble(f"{_words(failed)}; raise max_connections: docs/servers.md")
+            else:
                 self._mark_down(_words(failed))
             raise
         finally:
@@ -460,13 +459,15 @@ class Connections:
         more |= {"connection_class": DatabaseSession, "statement_cache_size": 0}
         session: DatabaseSession = await patience.wait(asyncpg.connect(self._url, **more))
         refusal = _refusal_of_writes(session)
-        if refusal is not None and self._refusal is None:
-            reason = f"{refusal}; DATABASE_URL must lead to the primary"
-            get_logger().warning(Log.STORE_AWAY, reason=reason)
-        elif refusal is None and self._refusal is not None:
-            get_logger().info(Log.STORE_BACK)
-        self._refusal = refusal
+        self._note_trouble(refusal and f"{refusal}; DATABASE_URL must lead to the primary")
         return session
+
+    def _note_trouble(self, trouble: str | None) -> None:
+        if trouble is not None and self._trouble is None:
+            get_logger().warning(Log.STORE_AWAY, reason=trouble)
+        elif trouble is None and self._trouble is not None:
+            get_logger().info(Log.STORE_BACK)
+        self._trouble = trouble
 
     async def _answered(self, timeout_s: float) -> DatabaseSession:
         """Return a new connection on which the server has answered, within `timeout_s` in total.
@@ -487,10 +488,9 @@ class Connections:
         if self._down is None:
             get_logger().warning(Log.STORE_AWAY, reason=reason)
         self._down = reason
-        while self._idle:
-            self._idle.pop().terminate()
-        for connection in self._busy:
+        for connection in (*self._idle, *self._busy):
             connection.terminate()
+        self._idle.clear()
         self._wake_waiters()
         self._suspect()
 
@@ -523,7 +523,7 @@ class Connections:
                 notify()
 
 
-def _is_full(error: Exception) -> bool:
+def _is_full(error: BaseException) -> bool:
     """Whether PostgreSQL, or PgBouncer, answers but has no room for another connection."""
     at_bouncer = isinstance(error, asyncpg.ProtocolViolationError) and "connections" in str(error)
     return at_bouncer or isinstance(error, asyncpg.TooManyConnectionsError)
@@ -580,7 +580,9 @@ def _abandoned(task: asyncio.Task[Any]) -> None:
 def _words(error: BaseException) -> str:
     if isinstance(error, TidegateError):
         return error.message
-    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else repr(error))
+    full = "it has no connection left for this process: " if _is_full(error) else ""
+    no_text = "no answer in time" if isinstance(error, TimeoutError) else repr(error)
+    return full + (str(error) or no_text)
 
 
 def _unfit_words(error: asyncpg.PostgresError) -> str:
@@ -767,9 +769,7 @@ async def _make(connection: asyncpg.Connection, table: str, day: date) -> None:
 HEAD = "0038"  # the revision that this code needs; a test compares it with the migrations
 FIRST = "0012"  # of version 0.1.0; no release had those before
 UNRELEASED = "at revision {}, which no release had: it cannot be upgraded"
-START_EMPTY = (
-    "export its rows with pg_dump where they are needed, then start with an empty database"
-)
+START_EMPTY = "export what you need of it with pg_dump, then start with an empty database"
 _LOCK = 7_423_000
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -795,8 +795,7 @@ async def _connected(url: str) -> asyncpg.Connection:
         raise ConfigError("DATABASE_URL", None, f"can't be used: {error.args[0]}") from None
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
         check_files(url, failed)
-        host = urlsplit(url).hostname
-        at = f" at {host}" if host else ""
+        at = f" at {host}" if (host := urlsplit(url).hostname) else ""
         raise StoreUnavailable(f"PostgreSQL{at} does not answer: {_words(failed)}") from failed
 
 

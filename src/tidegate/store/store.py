@@ -43,6 +43,7 @@ class Store:
 
     _background: asyncio.Future[tuple[None, None, None]] | None = None
     _schema_fitted = False
+    has_seen_schema = False  # PostgreSQL has answered this process
 
     def __init__(
         self,
@@ -137,5 +138,6 @@ class Store:
             revision = await self.connections.run(revision_of, timeout_ms=_SCHEMA_TIMEOUT_MS)
         except StoreUnavailable:
             return self._schema_fitted
+        self.has_seen_schema = True
         self._schema_fitted = revision is not None and revision >= HEAD
         return self._schema_fitted

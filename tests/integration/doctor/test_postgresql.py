@@ -69,7 +69,7 @@ async def test_a_schema_that_is_missing_old_or_newer_is_told(
     missing = (await found(empty_database_url))["schema"]
     assert (missing.state, missing.fix) == (State.FAIL, "run `tidegate migrate`")
     for revision, state, remedy in (
-        ("0001", State.FAIL, "export its rows"),
+        ("0001", State.FAIL, "export what you need"),
         (FIRST, State.FAIL, "run `tidegate migrate`"),
         ("9999", State.WARN, "that is fine after a rollback"),
         (HEAD, State.OK, ""),

@@ -426,6 +426,32 @@ async def test_a_caller_waits_for_a_connection_where_the_server_takes_no_more(
     await all_wait_for_the_one(connections)
 
 
+async def test_a_process_without_any_connection_left_says_so_once_until_it_has_one(
+    empty_database_url: str, stack: AsyncExitStack, lines: Lines
+) -> None:
+    """Of several processes the last found all connections taken, and its log did not name that."""
+    few = f"few_{new_id().hex}"
+    owner = await asyncpg.connect(empty_database_url)
+    stack.push_async_callback(owner.close)
+    await owner.execute(f"CREATE ROLE {few} LOGIN CONNECTION LIMIT 1")
+    stack.push_async_callback(owner.execute, f"DROP ROLE {few}")
+    url = urlsplit(empty_database_url)
+    own_url = url._replace(netloc=f"{few}@{url.netloc.rpartition('@')[2]}").geturl()
+    taken = await asyncpg.connect(own_url)
+    last = Connections(own_url)
+    stack.push_async_callback(last.aclose)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="no connection left for this process: too many"):
+            await last.run(lambda one: one.fetchval("SELECT 1"))
+    assert not last.unavailable
+    await taken.close()
+    assert await last.run(lambda one: one.fetchval("SELECT 1")) == 1
+    told = [line for line in lines() if line["event"].startswith("store_")]
+    assert [line["event"] for line in told] == ["store_away", "store_back"]
+    assert told[0]["reason"].startswith("it has no connection left for this process: too many")
+    assert told[0]["reason"].endswith("; raise max_connections: docs/servers.md")
+
+
 async def all_wait_for_the_one(connections: Connections) -> None:
     """Have two callers use the one connection that there is room for, which the first keeps until
     the second has been refused another one more often than a transaction is tried."""

@@ -226,8 +226,9 @@ async def test_a_store_starts_before_its_database_does(
         store = await make_store(own_url)
         with pytest.raises(StoreUnavailable):
             await store.connections.ping(500)
-        assert not await store.schema_fits()
+        assert (await store.schema_fits(), store.has_seen_schema) == (False, False)
     await wait_until(store.schema_fits)
+    assert store.has_seen_schema
     await store.connections.ping(1000)
     await store.jobs.submit(new_job())
 

@@ -241,7 +241,7 @@ async def test_a_database_before_the_first_release_stops_the_start_with_one_line
         assert (done.code, done.said) == (2, "")
         assert line == (
             f"tidegate: DATABASE_URL names a database at revision {revision}, which no release"
-            " had: it cannot be upgraded; export its rows with pg_dump where they are needed,"
+            " had: it cannot be upgraded; export what you need of it with pg_dump,"
             " then start with an empty database"
         )
     assert await rows_of(url_0_1_0) == before
