@@ -89,12 +89,17 @@ class TidegateError(Exception):
         return _restored, (type(self), self.args), self.__dict__
 
     @property
+    def client_message(self) -> str:
+        """The message as clients of the gateway see it."""
+        return self.message
+
+    @property
     def message_with_allowed(self) -> str:
-        """The message with what is allowed, for bodies without a field for that."""
+        """`client_message` with what is allowed, for bodies without a field for that."""
         allowed = getattr(self, "allowed", None)
-        if not allowed or allowed in self.message:
-            return self.message
-        return f"{self.message}; allowed: {allowed}"
+        if not allowed or allowed in self.client_message:
+            return self.client_message
+        return f"{self.client_message}; allowed: {allowed}"
 
 
 def _restored(kind: type[TidegateError], args: tuple[object, ...]) -> TidegateError:
@@ -428,6 +433,11 @@ class LeaseLost(TidegateError):
 
     code = "lease_lost"
     retryable = True
+
+    @property
+    def client_message(self) -> str:
+        """A message without the session and the limits, which concern operators."""
+        return "the gateway lost its right to make this call, and ended it: send it again"
 
 
 class CallPreempted(TidegateError):

@@ -173,3 +173,11 @@ def test_a_time_that_is_far_is_told_and_ends_retries(dialect: Dialect) -> None:
     status, headers, error = _refused(dialect, NEAR)
     assert (status, headers["retry-after"], "x-should-retry" in headers) == (429, "3", False)
     assert "resets_at" not in error
+
+
+@pytest.mark.parametrize("dialect", [None, *Dialect])
+def test_a_lost_permit_is_told_without_words_for_operators(dialect: Dialect | None) -> None:
+    lost = errors.LeaseLost("the session that held a permit of tenant:acme is gone")
+    body = problem_response(lost).body if dialect is None else refusal(dialect, lost)[2]
+    assert b"the gateway lost its right to make this call, and ended it: send it again" in body
+    assert b"session" not in body

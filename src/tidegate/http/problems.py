@@ -241,7 +241,7 @@ def problem(error: errors.TidegateError) -> Problem:
         type=f"urn:tidegate:problem:{error.code}",
         title=HTTPStatus(status).phrase,
         status=status,
-        detail=error.message,
+        detail=error.client_message,
         code=error.code,
         field=getattr(error, "field", None),
         allowed=getattr(error, "allowed", None),

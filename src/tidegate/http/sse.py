@@ -73,7 +73,7 @@ class EventWriter:
         In plain text only the message and the cut connection mark an error.
         """
         data = problem(error).model_dump(exclude_none=True) | {"request_id": request_id}
-        await self._emit("error", data, f"\n\n[{error.code}: {error.message}]\n")
+        await self._emit("error", data, f"\n\n[{error.code}: {error.client_message}]\n")
 
     async def status(self, event: str, data: bytes, event_id: str) -> None:
         """Send an event of a request's life cycle; a client that reconnects with its id gets later

@@ -510,7 +510,7 @@ def _lost(client: Connection) -> End:
 
 
 def _ended_by(error: TidegateError, code: int | None = None) -> End:
-    return End("gateway", code or code_of(error), error.message, error)
+    return End("gateway", code or code_of(error), error.message_with_allowed, error)
 
 
 def _end_of(by: By, closed: ConnectionClosed) -> End:

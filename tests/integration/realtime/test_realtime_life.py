@@ -19,6 +19,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from tests.commands import tidegate
 from tests.gateway import KEY, Gateway, Opener, small_receive_buffer
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of
 from tests.waiting import wait_until
@@ -430,6 +431,27 @@ async def test_turns_are_counted_by_the_rates(open_gateway: Opener) -> None:
     await nothing_held(gateway)
     snapshot = await gateway.services.limiter.snapshot()
     assert snapshot.limits[f"tpm:{MODEL}"].used >= 1_800
+
+
+async def test_a_session_whose_permit_is_lost_is_closed_in_words_for_its_client(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False, idle_timeout_ms=60_000)
+    await gateway.services.keeper.change(
+        edit({"kind:realtime": 5, "pool.on_lost": "cancel"}), set_by="test"
+    )
+    async with talk(gateway) as socket:
+        await turn(socket, "hello")
+        (process,) = {one.name for one in (await gateway.services.limiter.snapshot()).processes}
+        revoked = await tidegate(gateway, "permits", "revoke", process, "--yes")
+        assert (revoked.code, revoked.complained) == (0, "")
+        code, reason = await closed(socket)
+        lost = "the gateway lost its right to make this call, and ended it: send it again"
+        assert (code, reason) == (1013, lost)
+    (row,) = await rows(gateway, 1)
+    failure = orjson.loads(row["failure"])
+    assert failure["code"] == "lease_lost"
+    assert failure["message"].startswith("the session that held"), "for operators"
 
 
 async def test_words_to_gemini_wait_for_the_limits_before_they_are_sent(
