@@ -135,8 +135,8 @@ class Upstream:
     use objects there that no call through this gateway created; None for none. abandoned:
     what happens to the permit of a call whose client left: `release` it, or `wait` for the
     end of the answer if the server continues. media_hosts: patterns of the hosts that a request
-    may have it fetch from, `*` for all. is_made_up: the built-in emulator answers.
-    access_options: how it is reached."""
+    may have it fetch from, `*` for all, or with `is_own` for all public ones. is_made_up: the
+    built-in emulator answers. access_options: how it is reached."""
 
     name: str
     base_urls: Mapping[str, str]

@@ -40,6 +40,7 @@ from tidegate.dialects.spec import (
     RequestFacts,
 )
 from tidegate.errors import (
+    FetchRefused,
     Forbidden,
     InvalidRequest,
     NotFound,
@@ -52,7 +53,7 @@ from tidegate.policy.format import plain_model
 from tidegate.policy.providers import LIST_BASE_MODELS, LISTED_OTHERWISE, serving
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, refusal_of
-from tidegate.upstream.fetch import NO_LIST
+from tidegate.upstream.fetch import NO_LIST, check_uri
 from tidegate.upstream.transport import RelayWire
 
 _MOST_VALUES = 100_000
@@ -306,9 +307,10 @@ def among_fetching(body: Mapping[str, Any], targets: Sequence[Target]) -> list[T
     for field, link in _links_in(body):
         found = _LINK.fullmatch(link)
         host = "" if found is None else found[1].lower()
-        allowed = [one for one in left if _may_fetch(one.upstream, host)]
+        allowed = [one for one in left if _may_fetch(one.upstream, link, host)]
         if not allowed:
             hosts = sorted({named for one in left for named in one.upstream.media_hosts})
+            hosts = ["* (public ones)" if named == ANY else named for named in hosts]
             message = f"{left[0].upstream.name} may not fetch {field} from {host or 'such a URL'}"
             named = f"a data: URL, or a host in media_hosts: {', '.join(hosts) or 'none'}"
             raise InvalidRequest(field, message, allowed=named)
@@ -316,9 +318,26 @@ def among_fetching(body: Mapping[str, Any], targets: Sequence[Target]) -> list[T
     return left
 
 
-def _may_fetch(upstream: Upstream, host: str) -> bool:
-    hosts = upstream.media_hosts
-    return ANY in hosts or any(host and fnmatchcase(host, one.lower()) for one in hosts)
+def may_fetch_all(upstream: Upstream) -> bool:
+    """Return whether an upstream may fetch every URL. A server of one's own is inside a network:
+    even `*` names no private address there."""
+    return ANY in upstream.media_hosts and not upstream.is_own
+
+
+def _may_fetch(upstream: Upstream, link: str, host: str) -> bool:
+    named = (one.lower() for one in upstream.media_hosts if one != ANY)
+    if may_fetch_all(upstream) or any(host and fnmatchcase(host, one) for one in named):
+        return True
+    return ANY in upstream.media_hosts and _is_public(link)
+
+
+def _is_public(link: str) -> bool:
+    """Return whether a URL names a public host, by the rules for URLs that are fetched here."""
+    try:
+        check_uri(link)
+    except FetchRefused:
+        return False
+    return True
 
 
 def _links_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -64,7 +64,6 @@ from tidegate.dialects.spec import (
 )
 from tidegate.errors import NotFound, UpstreamError, UpstreamRejected
 from tidegate.policy.access import Access, Paths
-from tidegate.policy.deployment import ANY
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import CallRecord, coding_of
 from tidegate.spine.affinity import Home, conversation_key, lineage_in
@@ -82,6 +81,7 @@ from tidegate.spine.models import (
     among_fetching,
     check_model,
     facts_of_form,
+    may_fetch_all,
     model_of_other,
     read_body,
     targets_for,
@@ -164,7 +164,7 @@ class Relay:
             targets = self._targets(call, facts, record.model or "")
         if references:
             targets = await self._where_they_live(call, facts, references, targets)
-        if not all(ANY in one.upstream.media_hosts for one in targets):
+        if not all(may_fetch_all(one.upstream) for one in targets):
             targets = await aside(len(raw), partial(among_fetching, body, targets))
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, facts, out, record)
         exchange.refers = bool(references)

@@ -331,6 +331,42 @@ async def test_a_server_fetches_nothing_from_where_its_upstream_does_not_say(
         assert status == 200, (sound, text)
 
 
+async def test_a_server_that_may_fetch_from_any_host_fetches_from_no_private_address(
+    opened: Open, server: Emulator
+) -> None:
+    gateway = await opened('media_hosts = ["*", "10.9.*"]')
+
+    async def asked(url: str) -> tuple[int, str]:
+        sent = {**body("", 5), "messages": [{"role": "user", "content": [picture(url)]}]}
+        async with gateway.http.post(gateway.url + CHAT, json=sent) as response:
+            return response.status, await response.text()
+
+    hosts = (
+        *(
+            "127.0.0.1",
+            "10.0.0.1",
+            "169.254.169.254",
+            "169.254.169.254.",
+            "LOCALHOST",
+            "a.localhost",
+        ),
+        *("2852039166", "0xA9FEA9FE", "0xa9.0xfe.0xa9.0xfe", "0251.0376.0251.0376", "127.1", "0"),
+        *("[::1]", "[::ffff:10.0.0.1]", "[::ffff:a9fe:a9fe]", "[64:ff9b::a9fe:a9fe]", "[fd00::1]"),
+        *("①⑥⑨.254.169.254", "%31%36%39.254.169.254", "metadata.google.internal", "me@8.8.8.8"),
+    )
+    for wrong in (*(f"http://{host}/a.png" for host in hosts), "file:///etc/x", f" {_INSIDE}"):
+        status, text = await asked(wrong)
+        assert (status, "* (public ones)" in text) == (400, True), (wrong, text)
+    assert [one for one in await server.control.calls() if one.kind != "other"] == []
+    for sound in (
+        "https://8.8.8.8/a.png",
+        "http://cdn.example.com:8080/a",
+        "http://10.9.0.1/a.png",
+    ):
+        status, text = await asked(sound)
+        assert status == 200, (sound, text)
+
+
 async def test_a_file_by_its_url_goes_to_an_upstream_that_may_fetch_it(
     open_gateway: Opener, server: Emulator, tmp_path: Path
 ) -> None:
