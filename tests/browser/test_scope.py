@@ -287,6 +287,41 @@ async def test_j_reaches_the_first_row_of_keys(stage: Stage) -> None:
         await expect(seen.page.locator("[data-key] a").first).to_be_focused()
 
 
+COVERED = """(row) => {
+    const actions = row.querySelector(".actions").getBoundingClientRect();
+    const shown = [...row.cells].filter((one) => one.offsetWidth && !one.matches(".actions"));
+    return shown.filter((one) => one.getBoundingClientRect().right > actions.left + 1)
+        .map((one) => one.textContent);
+}"""
+
+
+async def test_the_actions_of_a_tenant_cover_none_of_its_columns(stage: Stage) -> None:
+    running = stage.gateway
+    change = {"budget_day_tokens": 5_000_000, "budget_month_tokens": 90_000_000, "tiers": ["flex"]}
+    url = f"{running.url}/admin/tenants/department-of-things"
+    async with running.http.put(url, json=change) as answer:
+        assert answer.status == 200, await answer.text()
+    async with opened(stage, "/tenants", width=800) as seen:
+        row = seen.page.locator("tr[data-tenant='department-of-things']")
+        await expect(row).to_contain_text("5M tokens")
+        for width in (1280, 1100, 1000, 900, 800, 700, 641):
+            await seen.page.set_viewport_size({"width": width, "height": 900})
+            assert await row.evaluate(COVERED) == [], width
+            assert await seen.is_within()
+
+
+async def test_a_list_without_items_has_no_search(stage: Stage) -> None:
+    async with opened(stage, "/alerts") as seen:
+        posted = seen.page.get_by_role("region", name="Posted")
+        await expect(posted).to_contain_text("0")
+        await expect(posted.get_by_role("searchbox")).to_be_hidden()
+    async with opened(stage, "/tenants") as seen:
+        search = seen.page.get_by_role("searchbox", name="Search Tenants")
+        await search.fill("no such tenant")
+        await expect(seen.page.get_by_text("No matches")).to_be_visible()
+        await expect(search).to_be_visible()
+
+
 async def test_figures_in_the_list_of_requests_are_whole(stage: Stage) -> None:
     await stage.gateway.end_of((await stage.submit(1))[0])
     async with opened(stage, "/requests") as seen:

@@ -41,6 +41,7 @@ export function listed(title, heads, textOf, rowOf, { none, acts = [], note = ""
     say(words, [count(items.length), items.length >= 1_000 ? note : ""].filter(Boolean).join(", "));
     say(where, `${count(offset + 1)} to ${count(offset + shown.length)} of ${count(found.length)}`);
     foot.hidden = found.length <= PAGE;
+    find.hidden = items.length === 0;
     back.disabled = offset === 0;
     on.disabled = offset + PAGE >= found.length;
   }

@@ -89,9 +89,9 @@ const TENANT_HEADS = [
   ["Keys", "number wide"],
   ["Daily budget", "number"],
   ["Monthly budget", "number"],
-  ["Own limits", "number wide"],
-  ["Job tiers", "wide"],
-  ["State", "wide"],
+  ["Own limits", "number wide wider"],
+  ["Job tiers", "wide wider"],
+  ["State", "wide wider"],
   ["", "actions"],
 ];
 
@@ -152,7 +152,7 @@ function budgetBar(label, { name, unit, amount, most_used: book }) {
 /** A cell with the names of the tenant's own limits; the overview shows their values. */
 function limitsCell({ limits }) {
   const names = Object.keys(limits);
-  return h("td", { class: "number wide", title: names.join(", ") }, names.length > 2 ? count(names.length) : names.join(", ") || NOTHING);
+  return h("td", { class: "number wide wider", title: names.join(", ") }, names.length > 2 ? count(names.length) : names.join(", ") || NOTHING);
 }
 
 function tenantRow(one, pool, again, budgets) {
@@ -169,8 +169,8 @@ function tenantRow(one, pool, again, budgets) {
     budgetCell(one, "day", budgets),
     budgetCell(one, "month", budgets),
     limitsCell(one),
-    h("td", { class: "wide", title: one.tiers ? "Jobs that name no tiers use the cheapest of these that meets their deadline" : "Jobs that name no tiers run in tier live" }, one.tiers ? one.tiers.join(", ") : NOTHING),
-    h("td", { class: "wide" }, h("span", { class: `badge ${one.disabled ? "bad" : "good"}` }, one.disabled ? "Disabled" : "Open")),
+    h("td", { class: "wide wider", title: one.tiers ? "Jobs that name no tiers use the cheapest of these that meets their deadline" : "Jobs that name no tiers run in tier live" }, one.tiers ? one.tiers.join(", ") : NOTHING),
+    h("td", { class: "wide wider" }, h("span", { class: `badge ${one.disabled ? "bad" : "good"}` }, one.disabled ? "Disabled" : "Open")),
     h("td", { class: "actions" }, change, flip),
   );
 }
