@@ -220,7 +220,7 @@ def set_(
         typer.Argument(
             help="KEY=VALUE: a limit's id, weights.TENANT, pool.OPTION or bands, and a value as "
             "in tidegate.toml.",
-            metavar="[KEY=VALUE]...",
+            metavar="KEY=VALUE",
         ),
     ] = None,
     remove: Annotated[

@@ -45,9 +45,9 @@ Expect = Annotated[
 Keys = Annotated[
     list[str] | None,
     typer.Argument(
-        help="KEY=VALUE: a key of [upstreams.NAME] and a value as in tidegate.toml; aliases.fast "
+        help="A key of the upstream's table and a value, as in tidegate.toml; aliases.fast "
         "is one alias.",
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
     ),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import defaultdict
 from contextvars import copy_context
@@ -91,6 +92,21 @@ def test_an_option_takes_a_value_wherever_it_is_one() -> None:
 
     look(get_command(app))
     assert [name for name, kinds in takes.items() if len(kinds) > 1] == []
+
+
+def test_no_help_text_has_brackets_that_a_terminal_takes_for_marks() -> None:
+    """`a key of [upstreams.NAME]` was shown as `a key of `."""
+    texts: dict[str, str] = {}
+
+    def look(command: Any, path: str) -> None:
+        texts[path] = f"{command.help} {command.short_help}"
+        for one in command.params:
+            texts[f"{path} {one.name}"] = f"{getattr(one, 'help', '')} {one.metavar}"
+        for name, inner in getattr(command, "commands", {}).items():
+            look(inner, f"{path} {name}")
+
+    look(get_command(app), "tidegate")
+    assert {path: text for path, text in texts.items() if re.search(r"\[[a-z#/@]", text)} == {}
 
 
 def test_the_url_of_an_option_is_called_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
