@@ -24,7 +24,15 @@ from tidegate.emulator.account import AccountLimitReached, AccountSpec
 from tidegate.emulator.client import EmulatorControl
 from tidegate.emulator.delivery import JSON_TYPE, Served, failed, json_response
 from tidegate.emulator.dialect import EmulatedApi, LimitReached, Refused
-from tidegate.emulator.fronts import anthropic, bedrock, gemini, gpu_server, openai, realtime
+from tidegate.emulator.fronts import (
+    anthropic,
+    bedrock,
+    gemini,
+    gpu_server,
+    openai,
+    openai_socket,
+    realtime,
+)
 from tidegate.emulator.fronts.anthropic import ANTHROPIC
 from tidegate.emulator.fronts.bedrock import BEDROCK
 from tidegate.emulator.fronts.gemini import GEMINI
@@ -141,6 +149,8 @@ async def _answer(state: EmulatorState, request: web.BaseRequest) -> web.StreamR
     api, route = next(found, (GEMINI, gemini.route))
     if (realtime_api := realtime.api_of(request)) is not None:
         api, route = realtime_api, realtime.route
+    elif openai_socket.wants(request):
+        api, route = OPENAI, openai_socket.route
     answer = await _routed(state, request, api, route)
     if isinstance(answer, web.Response) and answer.headers.get("Content-Type") == JSON_TYPE:
         # Google answers in the requested type, also with errors.

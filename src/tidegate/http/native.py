@@ -317,6 +317,7 @@ _TYPE = b"content-type"
 _NOT_REPEATED = ("POST", "PATCH")
 # Its answer repeats the request, with the upstream's key in it.
 _ECHO = "TRACE"
+SOCKET_EXTENSION = "tidegate.socket"  # a `CallSocket`, of a call in a client's WebSocket
 _CODED = "compressed request bodies are not supported: send the body uncompressed"
 
 log = get_logger()
@@ -440,6 +441,7 @@ class _Front:
                 tracing=self._services.spine.tracing,
             )
             call.form, call.terms.left = form, self.has_left
+            call.socket = self._scope.get("extensions", {}).get(SOCKET_EXTENSION)
             if (audit := self._services.store.audit).is_full_for(call.body_bytes):
                 await audit.room(call.body_bytes, call.terms.left_ms())
             opening = await self._opening(call)
@@ -539,8 +541,8 @@ class _Front:
 
     async def _opening(self, call: NativeCall) -> Opening | None:
         """Count another open stream of a tenant with a cap on streams. Raises QuotaExceeded."""
-        if call.terms.caller.caps.most_streams is None:
-            return None
+        if call.terms.caller.caps.most_streams is None or call.socket is not None:
+            return None  # a WebSocket is one open stream, whatever its calls are
         if not await aside(len(call.body), partial(_asks_for_stream, call)):
             return None
         return self._services.openings.stream(call.terms.caller)

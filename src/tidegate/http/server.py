@@ -418,6 +418,9 @@ _CORS: dict[str, Any] = {
 }
 
 
+Opens = Callable[[Services, Scope, Receive, Send], Awaitable[None]]
+
+
 class Gateway(FastAPI):
     """FastAPI, except for the paths that carry the load, whose handlers are called directly.
 
@@ -450,8 +453,8 @@ class Gateway(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
-        elif UPGRADE_EXTENSION in scope["extensions"] and await self._is_realtime(scope["path"]):
-            await self._realtime(scope, receive, send)
+        elif UPGRADE_EXTENSION in scope["extensions"] and (opening := await self._opening(scope)):
+            await self._socket(opening, scope, receive, send)
         elif self._is_of_page(scope):
             origins = self.state.services.config.cors_origins
             if self._pages is None or self._pages.allow_origins != origins:
@@ -460,21 +463,23 @@ class Gateway(FastAPI):
         else:
             await self._answer(scope, receive, send)
 
-    async def _is_realtime(self, path: str) -> bool:
+    async def _opening(self, scope: Scope) -> Opens | None:
+        """Return the front of the WebSocket that a request opens, None for other requests."""
         await self.complete()
-        from tidegate.http.realtime.front import is_realtime
+        from tidegate.http.realtime.front import is_realtime, realtime
+        from tidegate.http.realtime.responses import opens_responses, responses
 
-        return is_realtime(path)
+        if is_realtime(scope["path"]):
+            return realtime
+        return responses if opens_responses(self.state.services, scope["path"]) else None
 
-    async def _realtime(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from tidegate.http.realtime.front import realtime
-
+    async def _socket(self, opening: Opens, scope: Scope, receive: Receive, send: Send) -> None:
         services: Services = self.state.services
         if (foreign := why_foreign(services, scope)) is not None:
             scope["app"] = self
             await AccessLog(partial(_refuse, foreign))(scope, receive, send)
         else:
-            await realtime(services, scope, receive, send)
+            await opening(services, scope, receive, send)
 
     def _is_of_page(self, scope: Scope) -> bool:
         """Return whether the answer needs CORS headers for the page that requests it."""

@@ -48,6 +48,7 @@ class Provider:
     origin; the paths stay. paths: by dialect, where they differ from the dialect's. options: those
     that the table must contain, with their defaults, None for none. abandoned: as of an upstream.
     kept_days: for how many days it keeps a resource of a kind that it deletes by itself.
+    has_responses_socket: it also speaks the Responses API over WebSocket.
     """
 
     urls: Mapping[str, str]
@@ -61,6 +62,7 @@ class Provider:
     options: Mapping[str, str | None] = field(default_factory=dict)
     abandoned: Abandoned = "release"
     kept_days: Mapping[str, int] = field(default_factory=dict)
+    has_responses_socket: bool = False
 
 
 def _own(port: int, *others: str, abandoned: Abandoned = "release") -> Provider:
@@ -88,6 +90,7 @@ PROVIDERS: Mapping[str, Provider] = {
             "sora-*",
         ),
         kept_days={"response": 30},
+        has_responses_socket=True,
     ),
     "anthropic": Provider(
         {"anthropic": "https://api.anthropic.com"}, "ANTHROPIC_API_KEY", ("claude-*",)
@@ -190,6 +193,13 @@ PROVIDERS: Mapping[str, Provider] = {
     "llama.cpp": _own(8080, "anthropic", abandoned="wait"),
     "lmstudio": _own(1234, "anthropic"),
 }
+
+
+def has_responses_socket(provider: str | None) -> bool:
+    """Whether a provider speaks the Responses API over WebSocket."""
+    preset = PROVIDERS.get(provider or "")
+    return preset is not None and preset.has_responses_socket
+
 
 # Providers that report the usage of streams unasked, and reject `stream_options` with 422.
 _REPORT_USAGE = frozenset(("mistral",))

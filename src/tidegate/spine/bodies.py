@@ -12,26 +12,27 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import orjson
 
 from tidegate.dialects.answers import asking_for_usage
 from tidegate.dialects.forms import MediaForm, is_prose
 from tidegate.dialects.requests import LARGE_BYTES, NAMES_MODEL
-from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
+from tidegate.dialects.resources import Reference
+from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, RequestFacts
 from tidegate.errors import InvalidRequest, StoreUnavailable, UpstreamUnavailable
 from tidegate.policy.access import Paths
 from tidegate.record import CallRecord
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms
-from tidegate.upstream.transport import Exchange, RepeatableBody
+from tidegate.upstream.transport import Exchange, RepeatableBody, Timeouts
 
 _Result = TypeVar("_Result")
 # One thread, so one body at a time: parsed values take several times the body's memory.
@@ -363,12 +364,40 @@ def _unreadable(failed: OSError) -> StoreUnavailable:
     return StoreUnavailable(f"an upload could not be read: {failed.strerror}")
 
 
+class CallSocket(Protocol):
+    """A WebSocket to which calls are sent as events, one after another, instead of over HTTP."""
+
+    def serving(self, targets: Sequence[Target]) -> list[Target]:
+        """Return the targets that have such a WebSocket. Raises WebSocketRefused if none has."""
+
+    def continued(
+        self,
+        references: Sequence[Reference],
+        facts: RequestFacts | None,
+        targets: Sequence[Target],
+    ) -> tuple[Sequence[Reference], list[Target]]:
+        """Return the references to what the connection itself does not hold, and the targets that
+        hold the rest, whose tokens are added to the input. Raises InvalidRequest if none does."""
+
+    async def open(
+        self,
+        target: Target,
+        url: str,
+        headers: Headers,
+        body: bytes,
+        timeouts: Timeouts,
+        opened: Callable[[Exchange], None] | None,
+    ) -> Exchange:
+        """Send a call with a body for HTTP, and wait for its first event. Raises UpstreamError.
+        Cancelling closes the connection."""
+
+
 @dataclass(slots=True)
 class NativeCall:
     """A request in a provider's dialect. headers: those that may be sent to an upstream. query:
     without its `?` and without a key. shows_wait: the client asked for comments on its place in the
     queue. has_key: it sent an idempotency key. form: the body if that is a form; `body` is then
-    empty."""
+    empty. socket: the WebSocket of the client's connection, for a call in one."""
 
     terms: Terms
     endpoint: Endpoint
@@ -380,6 +409,7 @@ class NativeCall:
     shows_wait: bool = False
     has_key: bool = False
     form: FormBody | None = None
+    socket: CallSocket | None = None
 
     @property
     def body_bytes(self) -> int:

@@ -193,6 +193,8 @@ class Relay:
         """Return the targets where all resources that the call refers to live, and add those
         resources' tokens to its input. Raises NotFound and InvalidRequest."""
         caller, dialect = call.terms.caller, call.endpoint.dialect
+        if call.socket is not None:
+            references, targets = call.socket.continued(references, facts, targets)
         left = await self.resources.among(caller, dialect, references, targets)
         if facts is not None and call.endpoint.is_counted:
             stored = await self.resources.stored_tokens(caller, dialect, references)
@@ -258,7 +260,7 @@ class Relay:
         if facts is not None:
             if (bound := call.terms.upstream) is not None:
                 return targets_for(self.spine.targets, bound, dialect, facts.model)
-            return _serving(self.spine.targets, call.endpoint, facts.model)
+            return _serving(self.spine.targets, call, facts.model)
         if call.endpoint.operation is Operation.MODELS and name is not None:
             check_model(call.terms.caller, name)
             return self.spine.targets.of(dialect, name)
@@ -350,8 +352,8 @@ class NativeExchange:
         return self._sent is not None and self._sent.has_response
 
     def serving(self, targets: Targets, model: str) -> list[Target]:
-        endpoint = self._call.endpoint
-        return [] if endpoint.operation is Operation.OTHER else _serving(targets, endpoint, model)
+        is_other = self._call.endpoint.operation is Operation.OTHER
+        return [] if is_other else _serving(targets, self._call, model)
 
     def elsewhere(self, targets: Targets) -> list[Target]:
         facts = self._facts
@@ -760,10 +762,14 @@ class NativeExchange:
         )
 
 
-def _serving(targets: Targets, endpoint: Endpoint, model: str) -> list[Target]:
+def _serving(targets: Targets, call: NativeCall, model: str) -> list[Target]:
     """Return the targets of a model. Work that continues after its answer must be readable by its
-    id, which no path of Vertex's allows, so Vertex is left out. Raises NotFound."""
-    found, dialect = targets.of(endpoint.dialect, model), endpoint.dialect
+    id, which no path of Vertex's allows, so Vertex is left out. Raises NotFound, and for a call in
+    a WebSocket WebSocketRefused."""
+    endpoint, dialect = call.endpoint, call.endpoint.dialect
+    found = targets.of(dialect, model)
+    if call.socket is not None:
+        found = call.socket.serving(found)
     if endpoint.operation in GOING_ON:
         found = [one for one in found if one.upstream.access(dialect).paths is not Paths.VERTEX]
     if not found:
@@ -817,6 +823,9 @@ async def _open(
     if trail is not None:
         traceparent = trail.begin(target.upstream.name, target.model, str(place.origin))
         headers = [*headers, (HEADER, traceparent.encode())]
+    if call.socket is not None and isinstance(body, bytes):
+        url = access.url(path, call.query, model=target.model)
+        return await call.socket.open(target, url, headers, body, timeouts, opened)
     exchange = await wire.open(call.method, place, headers, body, None, timeouts, opened=opened)
     may_follow = call.method == "GET" and call.endpoint.operation is Operation.FILES
     if exchange.status not in REDIRECTS or not may_follow:
