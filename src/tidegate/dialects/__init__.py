@@ -49,7 +49,7 @@ _STEPS_OFF = (
 _WITHOUT_VERSION = re.compile(
     r"/(?:messages(?:/count_tokens|/batches(?:/[\w\-]{1,200}(?:/\w{1,20})?)?)?|chat/completions|completions|responses(?:/compact|/input_tokens)?|embeddings"
     r"|images/(?:generations|edits|variations)|audio/(?:transcriptions|translations|speech)"
-    r"|moderations|rerank|models(?:/[^:]{1,400})?)"
+    r"|moderations|rerank|decisions|models(?:/[^:]{1,400})?)"
 )
 _GEMINI_WITHOUT_VERSION = re.compile(r"/(?:models|tunedModels)/[^/]{1,400}:\w{1,100}")
 

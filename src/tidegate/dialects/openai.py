@@ -88,6 +88,7 @@ _CALLS = {
         ("/completions", Operation.INFER),
         ("/responses", Operation.INFER),
         ("/responses/compact", Operation.INFER),
+        ("/decisions", Operation.INFER),  # answers to questions about an input, of one model
         ("/responses/input_tokens", Operation.COUNT),
         ("/embeddings", Operation.EMBED),
         ("/images/generations", Operation.IMAGES),

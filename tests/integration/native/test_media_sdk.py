@@ -155,6 +155,20 @@ async def test_judgements_ranks_counts_and_compactions(gateway: Gateway, sdk: As
     row = await gateway.audit(compacted.headers["x-tidegate-request-id"])
     assert (row["input_tokens"], row["output_tokens"]) == (usage.input_tokens, usage.output_tokens)
 
+    questions: Any = [
+        {"type": "predicate", "name": "rain", "instructions": "Does it rain?"},
+        {"type": "score", "instructions": "How hard?", "levels": [{"label": "a bit"}]},
+    ]
+    decided = await sdk.decisions.with_raw_response.create(
+        model="gpt-6-luna", input="It pours", questions=questions
+    )
+    found = decided.parse()
+    assert [one.type for one in found.answers] == ["predicate", "score"]
+    row = await gateway.audit(decided.headers["x-tidegate-request-id"])
+    assert (row["kind"], row["model"], row["usage_state"]) == ("text_only", "gpt-6-luna", "told")
+    assert row["input_tokens"] == found.usage.input_tokens
+    assert row["output_tokens"] == found.usage.output_tokens
+
     body = {"model": "jina-reranker-v3", "query": "what is ruby", "documents": ["a", "ruby"]}
     async with gateway.http.post(f"{gateway.url}/v1/rerank", json=body) as response:
         found = await response.json()

@@ -27,6 +27,7 @@ NONE: frozenset[bytes] = frozenset()
         ("POST", "/v1/embeddings", "openai", "embed", "/embeddings"),
         ("POST", "/v1/images/generations", "openai", "images", "/images/generations"),
         ("POST", "/v1/responses/compact", "openai", "infer", "/responses/compact"),
+        ("POST", "/v1/decisions", "openai", "infer", "/decisions"),
         ("POST", "/v1/responses/input_tokens", "openai", "count", "/responses/input_tokens"),
         ("POST", "/v1/moderations", "openai", "moderate", "/moderations"),
         ("POST", "/v1/rerank", "openai", "rerank", "/rerank"),
@@ -261,6 +262,7 @@ RELAYED = {
         GET /v1/responses/resp_1/input_items
         POST /v1/responses/input_tokens
         POST /v1/responses/compact
+        POST /v1/decisions
         POST /v1/conversations
         GET /v1/conversations/conv_1/items
         DELETE /v1/conversations/conv_1

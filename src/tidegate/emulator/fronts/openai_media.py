@@ -40,6 +40,7 @@ PATHS = frozenset(
     {
         *("images/edits", "images/variations", "audio/transcriptions", "audio/translations"),
         *("audio/speech", "moderations", "rerank", "responses/input_tokens", "responses/compact"),
+        "decisions",
     }
 )
 MOST_PICTURES = 10
@@ -127,6 +128,8 @@ async def answer(served: Served, parsed: MediaRequest) -> web.StreamResponse:
             tokens = _tokens(parsed.body)
             found = {"object": "response.input_tokens", "input_tokens": tokens}
             return await served.other("count", parsed.model, lambda: found)
+        case "decisions":
+            return await _decide(served, parsed)
     return await _compact(served, parsed)
 
 
@@ -300,6 +303,44 @@ async def _compact(served: Served, parsed: MediaRequest) -> web.StreamResponse:
     }
     script = AnswerScript([ScriptStep(orjson.dumps(body), given)], partial(_broken, served))
     return await served.generate(request, lambda _: script)
+
+
+async def _decide(served: Served, parsed: MediaRequest) -> web.StreamResponse:
+    """Answer questions about an input: yes to each predicate, the first choice, the first level."""
+    questions = parsed.body.get("questions")
+    if not isinstance(questions, list) or not questions:
+        raise missing("questions")
+    prompt = orjson.dumps([parsed.body.get("input"), questions]).decode()
+    request = _request(parsed, "text_only", prompt)
+    given = 4 * len(questions)
+    body = {
+        "model": parsed.model,
+        "answers": [_decision(one) for one in questions],
+        "usage": {
+            "input_tokens": request.input_tokens,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": given,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": request.input_tokens + given,
+        },
+    }
+    script = AnswerScript([ScriptStep(orjson.dumps(body), given)], partial(_broken, served))
+    return await served.generate(request, lambda _: script)
+
+
+def _decision(question: Json) -> Json:
+    kind, name = question.get("type"), question.get("name")
+    if kind == "choice":
+        value = question["choices"][0]["value"]
+        probabilities = [{"value": value, "probability": 1.0}]
+        found: Json = {"choice": value, "confidence": 1.0, "probabilities": probabilities}
+    elif kind == "score":
+        label = question["levels"][0]["label"]
+        probabilities = [{"label": label, "value": 0, "probability": 1.0}]
+        found = {"score": 0.0, "confidence": 1.0, "probabilities": probabilities}
+    else:
+        found = {"probability": 1.0}
+    return {"type": kind, "name": name, **found}
 
 
 def read_pictures(
