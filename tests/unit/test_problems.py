@@ -13,7 +13,7 @@ import pytest
 
 from tidegate import errors
 from tidegate.dialects.spec import Dialect
-from tidegate.http.problems import problem, problem_response, refusal, status_of
+from tidegate.http.problems import not_relayed, problem, problem_response, refusal, status_of
 
 EXAMPLES = {
     errors.InvalidRequest: (errors.InvalidRequest("data", "is empty", allowed="a text"), 400),
@@ -181,3 +181,24 @@ def test_a_lost_permit_is_told_without_words_for_operators(dialect: Dialect | No
     body = problem_response(lost).body if dialect is None else refusal(dialect, lost)[2]
     assert b"the gateway lost its right to make this call, and ended it: send it again" in body
     assert b"session" not in body
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "why"),
+    [
+        ("/v1/live/sessions", 403, "past the limits here"),
+        ("/v1/live/sessions/sess_1/accept", 403, "passthrough of an upstream opens it"),
+        ("/v1/agents", 403, "run models at the provider"),
+        ("/v1/agents/sessions/sess_1/events", 403, "run models at the provider"),
+        ("/v1/vaults/vault_1/credentials", 403, "in one account"),
+        ("/v1/compliance/review/cases", 404, "administers the provider's account"),
+        ("/v1/organization/usage/completions", 404, "administers the provider's account"),
+        ("/v1/organizations/api_keys", 404, "administers the provider's account"),
+        ("/v1/agents-of-others", 404, "docs/gateway.md"),
+        ("/v1/compliance-x", 404, "docs/gateway.md"),
+    ],
+)
+def test_a_known_path_that_is_not_relayed_says_why(path: str, status: int, why: str) -> None:
+    error = not_relayed("POST", path, ())
+    assert status_of(error) == status
+    assert why in error.message

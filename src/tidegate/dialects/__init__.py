@@ -140,9 +140,12 @@ def endpoint_of(method: str, path: str, dialect: Dialect) -> Endpoint | None:
     return endpoint
 
 
-# Not open to `passthrough`: the administration of an account, and paths that are partly known.
+# Administration of a provider's account, for which no tenant has a key.
+ADMINISTRATION = ("/v1/organization", "/v1/organizations", "/v1/compliance")
+# Not open to `passthrough`: administration, and paths that are partly known.
 _KNOWN_ROOTS = (
-    *("/v1/organization", "/v1/organizations", "/v1/models", "/v1/files", "/v1/batches"),
+    *ADMINISTRATION,
+    *("/v1/models", "/v1/files", "/v1/batches"),
     "/v1/messages/batches",
     *("/v1beta/models", "/v1beta/tunedModels", "/v1beta/files", "/v1beta/batches"),
     "/v1beta/fileSearchStores",

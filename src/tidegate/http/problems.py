@@ -23,7 +23,7 @@ from starlette.routing import BaseRoute, Match, Mount
 from starlette.types import Message, Receive, Scope, Send
 
 from tidegate import errors
-from tidegate.dialects import DIALECTS
+from tidegate.dialects import ADMINISTRATION, DIALECTS
 from tidegate.dialects.spec import Dialect, Headers
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -476,7 +476,18 @@ _PAST_LIMITS = (
         ": the traces of all tenants would be in one account; OPENAI_AGENTS_DISABLE_TRACING=1 "
         f"stops an agent from sending them{_OPENED}",
     ),
+    (
+        "/v1/live/sessions",
+        ": its sound, and the models that it calls, would go past the limits here; the WebSocket "
+        f"of /v1/realtime is relayed{_OPENED}",
+    ),
+    (
+        "/v1/agents",
+        f": its sessions would run models at the provider, past the limits here{_OPENED}",
+    ),
+    ("/v1/vaults", f": the credentials of all tenants would be in one account{_OPENED}"),
 )
+_ADMINISTRATION = ": it administers the provider's account, for which no tenant has a key"
 _WEBSOCKET = ", which is a WebSocket: connect with Upgrade: websocket"
 
 
@@ -501,6 +512,8 @@ def not_relayed(
     for begin, why in _PAST_LIMITS:
         if path == begin or path.startswith(f"{begin}/"):
             return errors.Forbidden(message + why)
+    if any(path == begin or path.startswith(f"{begin}/") for begin in ADMINISTRATION):
+        return errors.NotFound(message + _ADMINISTRATION)
     return errors.NotFound(message + (_WEBSOCKET if path.startswith("/v1/realtime") else _ELSE))
 
 

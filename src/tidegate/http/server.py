@@ -613,9 +613,10 @@ def build(
 
 
 def _add_operators(app: FastAPI) -> None:
-    """Add the routes of requests, usage, operators and the description; import the front of
-    realtime sessions."""
-    import tidegate.http.realtime.front  # noqa: F401
+    """Add the routes of requests, usage, operators and the description; import the fronts of
+    WebSockets."""
+    import tidegate.http.realtime.front
+    import tidegate.http.realtime.responses  # noqa: F401
     from tidegate.http import own_requests
     from tidegate.http.admin import (
         all_batches,

@@ -362,6 +362,7 @@ KEYS = {
 BY_PASSTHROUGH = (
     *("/v1/assistants/*", "/v1/threads/*", "/v1/vector_stores/*", "/v1/fine_tuning/*"),
     *("/v1/evals/*", "/v1/videos/*", "/v1/traces/ingest", "/v1/realtime/client_secrets"),
+    *("/v1/live/sessions/*", "/v1/agents/*", "/v1/vaults/*"),
 )
 
 
@@ -388,6 +389,12 @@ def test_what_is_not_relayed_can_be_passed_through(path: str) -> None:
     assert all(endpoint_of(one, path, Dialect.OPENAI) is None for one in ("GET", "POST"))
 
 
-@pytest.mark.parametrize("path", ["/v1/organization/usage/completions", "/v1/organization/*"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/organization/usage/completions", "/v1/organization/*"),
+        *("/v1/compliance/*", "/v1/compliance/review/cases"),
+    ],
+)
 def test_the_administration_of_an_account_is_never_opened(path: str) -> None:
     assert is_known(path)
