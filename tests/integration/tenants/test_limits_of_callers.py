@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -78,7 +79,9 @@ async def test_a_key_at_its_rate_is_refused_early_while_another_of_its_tenant_go
     assert error["message"].startswith(f"Limit {limit} is used up (2 of 2 requests a minute)")
     assert 50 < after_s < 65, "refused early, with the time until there is room"
     assert [(await chat(gateway, other))[0] for _ in range(4)] == [200] * 4
-    streamed = await ask(gateway, "POST", "/stream", one, {"text": "Explain", "deadline_ms": 900})
+    streamed = await ask(
+        gateway, "POST", "/stream", one, {"text": "Explain", "deadline_ms": 20_000}
+    )
     assert (streamed[0], streamed[1]["code"]) == (429, "limit_used_up")
 
 
@@ -223,6 +226,11 @@ async def test_a_person_sets_and_sees_them_and_a_removed_tenant_takes_them_along
     assert left == [of_other]
 
 
+def one_a_minute(limits: int, began: float) -> range:
+    """How many calls may be made at limits of one a minute: a busy machine takes minutes."""
+    return range(limits, limits * (1 + int(time.monotonic() - began) // 60) + 1)
+
+
 @pytest.mark.parametrize("names", [[""], ["ann"], ["ann", "bob"]])
 async def test_many_jobs_at_a_callers_own_limit_leave_room_for_its_tenants_others(
     open_gateway: Opener, names: list[str]
@@ -238,6 +246,7 @@ async def test_many_jobs_at_a_callers_own_limit_leave_room_for_its_tenants_other
         more = {"subject": name} if name else {}
         for _ in range(20):
             await submitted(gateway, one, **texts, **more)
+    began = time.monotonic()
     gateway.start_worker()
 
     async def waiting() -> int:
@@ -245,13 +254,14 @@ async def test_many_jobs_at_a_callers_own_limit_leave_room_for_its_tenants_other
         return sum(queue.waiting for queue in snapshot.queues)
 
     async def is_half_full() -> bool:
-        return len(await gateway.calls()) == len(names) and await waiting() >= 3
+        calls = len(await gateway.calls())
+        return calls in one_a_minute(len(names), began) and await waiting() >= 3
 
     await wait_until(is_half_full, 40, "jobs that wait for these limits, many more behind them")
     free = [await submitted(gateway, other, **texts) for _ in range(4)]
     for request_id in free:
         assert await ended(gateway, other, request_id) == "succeeded"
-    assert len(await gateway.calls()) == len(names) + len(free)
+    assert len(await gateway.calls()) - len(free) in one_a_minute(len(names), began)
     assert await waiting() <= 12
 
 
@@ -280,9 +290,10 @@ async def test_many_lines_at_a_callers_own_limit_leave_room_for_other_batches(
         return sum(queue.waiting for queue in snapshot.queues)
 
     async def are_called(count: int, waits: int) -> bool:
-        return len(await gateway.calls()) == count and await waiting() >= waits
+        calls = len(await gateway.calls())
+        return calls in one_a_minute(count, began) and await waiting() >= waits
 
-    held = []
+    held, began = [], time.monotonic()
     gateway.start_worker()
     for number, key in enumerate(keys[:callers], 1):
         held += [await batch(key, 150), await batch(key, 150)]
@@ -290,7 +301,7 @@ async def test_many_lines_at_a_callers_own_limit_leave_room_for_other_batches(
         await wait_until(full, 30, "as many that wait as a worker takes")
     free = await batch(keys[-1], 200)
     await wait_until(partial(has_ended, gateway, free), 30, "the other batch")
-    assert len(await gateway.calls()) == callers + 200
+    assert len(await gateway.calls()) - 200 in one_a_minute(callers, began)
     assert await waiting() <= 256
     assert not any([await has_ended(gateway, one) for one in held])
 
