@@ -106,10 +106,10 @@ def own_valkey(tmp_path: Path) -> Iterator[ValkeyServer]:
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
-    """Shared and healthy; `fsync` is off, since nothing in it outlives the run."""
-    server = copied(
-        shared() / f"of-{os.getpid()}", FAST | {"full_page_writes": "off"}, migrated=True
-    )
+    """Shared and healthy; `fsync` is off, since nothing in it outlives the run. Autovacuum never
+    comes: its statistics change plans within a test, and the database, which is then made again."""
+    settings = FAST | {"full_page_writes": "off", "autovacuum_naptime": "1d"}
+    server = copied(shared() / f"of-{os.getpid()}", settings, migrated=True)
     server.start()
     yield server
     server.stop()

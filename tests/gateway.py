@@ -36,7 +36,7 @@ from tidegate.http.uvicorn_protocol import bounded
 from tidegate.operator_key import operator_key
 from tidegate.settings import Config
 from tidegate.store import audit as bodies
-from tidegate.store import database, statistics
+from tidegate.store import database, spill, statistics
 from tidegate.supervisor.api import NotifyingServer
 
 # What `create_app` imports late is imported here, while the collector rests (`tests/garbage.py`).
@@ -54,6 +54,8 @@ ENDS = ("succeeded", "failed", "cancelled", "expired", "dead")
 _OPEN_AFTER_S = 0.1
 # Answers are the same without sums, which cost each start 15 ms of a core.
 _FIRST_SUM_S = 3_600.0
+# A file of 4 MB of a process's calls under way, in memory as all folders of a run, costs 4 ms.
+_SLOTS = 256
 _TIMERS: dict[str, Any] = {
     "semaphore_timeout": 2.5,
     "claim_lease_ms": 1_500,
@@ -318,6 +320,7 @@ async def gateway(
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(database, "_OPEN_AFTER_S", _OPEN_AFTER_S)
         patch.setattr(statistics, "_FIRST_SUM_S", _FIRST_SUM_S)
+        patch.setattr(spill, "_SLOTS", _SLOTS)
         emulator = await stack.enter_async_context(run_emulator())
         config = Config.model_validate(
             _TIMERS
