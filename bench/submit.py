@@ -42,7 +42,7 @@ async def measure(apis: int, rounds: int) -> list[float]:
             await fleet.control.set_fault("hang")
             body = json.dumps({"data": "Explain the importance of cybersecurity."}).encode()
             head = (
-                "POST /submit HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+                "POST /submit HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 f"Content-Length: {len(body)}\r\n\r\n"
             )
             urls = [urlsplit(url) for url in fleet.apis]
