@@ -44,7 +44,7 @@ chaos: ## Fault injection at full size: kills, pauses and network cuts, checked 
 	@.venv/bin/python -m pytest chaos -n0 -s $(PYTEST_ARGS)
 	@$(WATCHED) -m chaos.soak --minutes 5
 
-profile: ## CPU time of a call, a stream and a job, by package (ARGS="--only call --functions 30")
+profile: ## CPU time of a call, a stream, a job and a batch's line, by package (ARGS="--only call --functions 30")
 	@scripts/bootstrap.sh dev
 	@$(WATCHED) -m bench.profile $(ARGS)
 

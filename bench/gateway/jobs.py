@@ -25,6 +25,7 @@ from bench.gateway.programs import Figures, Load, LoadFailed, Upstream
 
 MODEL = "gemini-2.5-flash"
 BODY = {"data": "Explain the importance of cybersecurity."}
+CALL = {"model": MODEL, "messages": [{"role": "user", "content": BODY["data"]}]}
 WARM = 500
 # Where the call is a stream: a short answer, whose events come at once.
 CHUNKS = 2
@@ -100,7 +101,6 @@ def measure(count: int, apis: int, workers: int) -> Figures:
 def measure_batch(lines: int, apis: int, workers: int) -> Figures:
     """Lines a second, and the times of native calls from the batch's creation to its end. Raises
     NotDone."""
-    call = {"model": MODEL, "messages": [{"role": "user", "content": BODY["data"]}]}
     with (
         tempfile.TemporaryDirectory() as folder,
         Upstream() as upstream,
@@ -108,11 +108,11 @@ def measure_batch(lines: int, apis: int, workers: int) -> Figures:
     ):
         body, native = Path(folder) / "body.json", Path(folder) / "native.json"
         body.write_text(json.dumps(BODY))
-        native.write_text(json.dumps(call))
+        native.write_text(json.dumps(CALL))
         upstream.behave(chunks=CHUNKS, gap_ms=0)
         await_ready(product, body)
-        of_batch(product, uploaded(product, call, WARM), WARM)
-        file = uploaded(product, call, lines)
+        of_batch(product, uploaded(product, CALL, WARM), WARM)
+        file = uploaded(product, CALL, lines)
         before_ns, wal_bytes = product.cpu_ns(), product.wal_bytes()
         within_s = GIVE_UP_S + lines / LEAST_PER_S
         load = Load(

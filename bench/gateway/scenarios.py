@@ -36,6 +36,8 @@ MEMORY_WARM, MEMORY_REQUESTS = 20_000, 180_000
 MOST_HALF_PER_S = 5000.0
 MOST_CONNECTIONS = 2048
 DRAIN_S = 5.0
+# From its first answer on, until a process has what it imports at its start.
+SETTLE_S = 1.0
 READY_S = 90.0
 # Until connections are open and loads run evenly.
 START_S = 0.8
@@ -148,6 +150,7 @@ def standing(entry: Entry | None, upstream: Upstream, folder: Path) -> Iterator[
         return
     with entry.start([upstream], folder) as gateway:
         ready_s = await_ready(Stage(upstream, gateway, folder))
+        time.sleep(SETTLE_S)
         stage = Stage(upstream, gateway, folder, ready_s, gateway.proportional_bytes())
         stage.load(connections=CONNECTIONS, seconds=WARM_S).figures()
         stage.load(stream=True, connections=STREAMS, seconds=WARM_S / 2).figures()

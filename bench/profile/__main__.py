@@ -1,8 +1,8 @@
 """`make profile`, or `python -m bench.profile --only call --functions 40`.
 
-CPU time of a relayed call, of a stream of 50 events and of a job, by package of `src/tidegate`,
-with limits and record on. Each load runs four times, with the sampler off, on, off and on: the cost
-is measured without the sampler, and the samples distribute it.
+CPU time of a relayed call, of a stream of 50 events, of a job and of a line of a batch, by package
+of `src/tidegate`, with limits and record on. Each load runs four times, with the sampler off, on,
+off and on: the cost is measured without the sampler, and the samples distribute it.
 """
 
 from __future__ import annotations
@@ -52,6 +52,13 @@ class Stage:
         jobs.await_calls(self.product, self.upstream, count)
         return count
 
+    def batch(self) -> float:
+        """A batch of as many lines, with its upload."""
+        count = round(600 * self.seconds)
+        self.upstream.behave(chunks=jobs.CHUNKS, gap_ms=0)
+        jobs.of_batch(self.product, jobs.uploaded(self.product, jobs.CALL, count), count)
+        return count
+
     def await_ready(self) -> None:
         body = self.folder / "job.json"
         body.write_text(json.dumps(jobs.BODY))
@@ -77,6 +84,7 @@ LOADS: dict[str, tuple[str, Callable[[Stage], float], tuple[str, ...]]] = {
     "call": ("a relayed call, 64 connections", Stage.call, ("serve",)),
     "stream": ("a stream of 50 events, 8 concurrently", Stage.stream, ("serve",)),
     "job": ("a job, submitted at full speed", Stage.job, ("serve", "worker")),
+    "batch": ("a line of a batch, with its upload", Stage.batch, ("serve", "worker")),
 }
 
 
