@@ -471,7 +471,7 @@ class Gateway(FastAPI):
 
         if is_realtime(scope["path"]):
             return realtime
-        return responses if opens_responses(self.state.services, scope["path"]) else None
+        return responses if opens_responses(self.state.services, scope) else None
 
     async def _socket(self, opening: Opens, scope: Scope, receive: Receive, send: Send) -> None:
         services: Services = self.state.services

@@ -331,6 +331,16 @@ async def test_a_model_whose_upstream_has_no_websocket_is_rejected_with_426(
     assert refused.value.response.status_code == 426
 
 
+async def test_an_offer_of_another_protocol_is_a_request_over_http(room: Room) -> None:
+    body = {"model": MODEL, "input": "Say hello"}
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMA"}
+    url = f"{room.gateway.url}/v1/responses"
+    async with room.gateway.http.post(url, json=body, headers=offer) as response:
+        assert (response.status, (await response.json())["status"]) == (200, "completed")
+    async with room.gateway.http.get(url, headers=offer) as response:
+        assert response.status == 405
+
+
 # Failures
 
 
@@ -531,6 +541,23 @@ async def test_a_process_that_stops_ends_connections_after_their_turns(room: Roo
         assert (await ended(busy))["type"] == "response.completed"
         with pytest.raises(ConnectionClosed):
             await busy.recv()
+
+
+async def test_a_turn_that_outlasts_the_grace_of_a_process_ends_with_an_error(room: Room) -> None:
+    await room.account.control.set_behaviour(between_ms=60_000)
+    async with talk(room.gateway) as socket:
+        await send(socket, "Say something long")
+        await begun(socket)
+        room.gateway.drain()
+        error = await ended(socket)
+        assert (error["type"], error["status"] >= 500) == ("error", True)
+        with pytest.raises(ConnectionClosed) as closed:
+            await socket.recv()
+        assert closed.value.rcvd is not None
+        assert closed.value.rcvd.code == 1001
+    await room.in_flight(0)
+    (row,) = await room.rows(1)
+    assert (row["status"], orjson.loads(row["failure"])["code"]) == ("failed", "shutting_down")
 
 
 async def test_a_hostile_provider_harms_no_other_turn(

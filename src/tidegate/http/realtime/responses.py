@@ -85,10 +85,15 @@ _TOO_OLD = {
 log = get_logger()
 
 
-def opens_responses(services: Services, path: str) -> bool:
-    """Return whether a request that offers WebSocket at this path opens a connection for turns of
-    the Responses API: some upstream has to speak it."""
-    if path != _PATH and native_path(path) != _PATH:
+def opens_responses(services: Services, scope: Scope) -> bool:
+    """Return whether a request that offers another protocol opens a connection for turns of the
+    Responses API. The protocol has to be WebSocket (the JDK's client offers HTTP/2 with a POST to
+    the same path), and some upstream has to speak it."""
+    path = scope["path"]
+    if scope["method"] != "GET" or (path != _PATH and native_path(path) != _PATH):
+        return False
+    offered = [value.lower() for name, value in scope["headers"] if name == b"upgrade"]
+    if not any(value.find(b"websocket") >= 0 for value in offered):
         return False
     return any(map(speaks, services.spine.targets.in_service(Dialect.OPENAI)))
 
@@ -307,8 +312,7 @@ class _TurnsFront:
         turn = asyncio.create_task(native(self._services, scope, receive, out.send))
         try:
             await asyncio.shield(turn)
-        except asyncio.CancelledError:  # the process stops: then the turn is cancelled too
-            await asyncio.wait({turn}, timeout=sockets.CLOSE_S)
+        except asyncio.CancelledError:  # the process stops: the turn reports it to the client
             turn.cancel()
             await asyncio.wait({turn})
             raise

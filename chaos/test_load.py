@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-
-import pytest
 
 from bench.gateway.programs import Load, Upstream
 from tests.waiting import wait_until
-
-pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 
 
 async def test_a_load_that_is_ended_counts_all_that_it_has_sent(tmp_path: Path) -> None:
