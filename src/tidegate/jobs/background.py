@@ -217,7 +217,7 @@ class BackgroundRunner:
 
     def _limiter(self, call: BackgroundCall) -> Any:
         upstream = self._spine.targets.upstreams.get(call.upstream)
-        return None if upstream is None else self._spine.lane(Target(upstream, "")).limiter
+        return None if upstream is None else self._spine.account(Target(upstream, "")).limiter
 
     # At the provider
 
@@ -394,14 +394,14 @@ class BackgroundRunner:
         )
         exchange.known_facts = facts
         whole = whole or facts is not None
-        lane = self._spine.lane(target)
-        demand = exchange.demand(target, lane)
+        account = self._spine.account(target)
+        demand = exchange.demand(target, account)
         await exchange.read_aside(whole=whole)
-        exchange.settle(target, lane, demand, whole=whole, failed=None)
+        exchange.settle(target, account, demand, whole=whole, failed=None)
         if facts is not None and facts.is_estimate and record.charge.state is UsageState.TOLD:
             record.charge = replace(record.charge, state=UsageState.ESTIMATED)
             return
-        lane.demands.learn(demand, record.answer.usage, record.charge.usage, whole=whole)
+        account.demands.learn(demand, record.answer.usage, record.charge.usage, whole=whole)
 
 
 def _failure(reported: _Reported) -> Failure | None:

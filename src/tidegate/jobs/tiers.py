@@ -40,7 +40,7 @@ from tidegate.jobs.outages import Key
 from tidegate.record import CallRecord
 from tidegate.settings import Config
 from tidegate.spine.routing import Target
-from tidegate.spine.run import Lane
+from tidegate.spine.run import UpstreamAccount
 from tidegate.store.records import ClaimedJob
 from tidegate.store.statistics import OpenJobs
 
@@ -58,14 +58,14 @@ UsualBatches = Callable[[str, str], Awaitable[tuple[float, int] | None]]
 
 class TierOffers:
     """Offers processing tiers to the jobs of one worker. targets_of: the targets of a job; lane_of:
-    the lane of a target. taken_in: the dialect of the batch API that can take a job."""
+    the account of a target. taken_in: the dialect of the batch API that can take a job."""
 
     def __init__(
         self,
         config: Config,
         ahead: OpenJobs,
         targets_of: Callable[[ClaimedJob], Sequence[Target]],
-        lane_of: Callable[[Target], Lane],
+        lane_of: Callable[[Target], UpstreamAccount],
         taken_in: Callable[[ClaimedJob], Dialect | None],
         usual_batches: UsualBatches,
         clock: Callable[[], float] = time.monotonic,
@@ -74,7 +74,7 @@ class TierOffers:
         self._now = now
         self._ahead = ahead
         self._targets_of = targets_of
-        self._lane_of = lane_of
+        self._account_of = lane_of
         self._taken_in = taken_in
         self._usual_batches = usual_batches
         self._times = TierTimes.of(config)
@@ -112,7 +112,7 @@ class TierOffers:
         self, job: ClaimedJob, tier: Tier, targets: Sequence[Target]
     ) -> TierOffer | None:
         shares = [
-            self._lane_of(target).demands.prices.share(target.model, tier) for target in targets
+            self._account_of(target).demands.prices.share(target.model, tier) for target in targets
         ]
         known = [share for share in shares if share is not None]
         if not known or len(known) < len(shares):
@@ -164,10 +164,10 @@ class TierOffers:
         tags: CallTags = NO_TAGS,
         lines: int = 0,
     ) -> LiveRoom:
-        lane = self._lane_of(target)
-        policy = lane.limiter.policy
+        account = self._account_of(target)
+        policy = account.limiter.policy
         images = int(kind is Kind.IMAGE_GENERATION)
-        limits = lane.demands.limits(policy, kind, target.model, tenant, images, tags=tags)
+        limits = account.demands.limits(policy, kind, target.model, tenant, images, tags=tags)
         ahead = await self._ahead.of(kind, due) + lines - 1
         return self._recent_calls[kind].room(map(policy.binding, limits), ahead)
 

@@ -304,7 +304,7 @@ class Worker:
             config,
             OpenJobs(store.connections, pool),
             self._places_of,
-            self._spine.lane,
+            self._spine.account,
             taken_in=self._provider_batches.taken_in,
             usual_batches=store.provider_batches.usual_ms,
             now=self._clock.now,

@@ -66,7 +66,7 @@ from tidegate.record import CallRecord
 from tidegate.spine.bodies import aside
 from tidegate.spine.resources import Resources
 from tidegate.spine.routing import Suspect, Target, Targets
-from tidegate.spine.run import CallFailed, Lane, Spine, Terms, masked
+from tidegate.spine.run import CallFailed, Spine, Terms, UpstreamAccount, masked
 from tidegate.telemetry.tracing import HEADER
 from tidegate.upstream.transport import RelayWire
 
@@ -187,23 +187,23 @@ class RealtimeExchange:
     def elsewhere(self, targets: Targets) -> list[Target]:
         return self.serving(targets, self._request.model)
 
-    def demand(self, target: Target, lane: Lane) -> CallDemand:
+    def demand(self, target: Target, account: UpstreamAccount) -> CallDemand:
         """Return the demand on concurrency limits; the rates are each turn's."""
         terms = self.terms
-        demand = lane.demands.of_native(
+        demand = account.demands.of_native(
             target.model,
             REALTIME_KIND,
             pieces_of(""),
-            lane.limiter.policy,
+            account.limiter.policy,
             tenant=terms.caller.tenant_id,
             priority=terms.priority,
             tags=(terms.caller.key_id, terms.subject, terms.conversation),
         )
-        limits = tuple(one for one in demand.limits if not is_rate(lane, one))
+        limits = tuple(one for one in demand.limits if not is_rate(account, one))
         held = CallDemand(limits, demand.tenant, demand.priority, 0)
-        return lane.gate.bind(held, target.model)
+        return account.gate.bind(held, target.model)
 
-    def cost(self, target: Target, lane: Lane, demand: CallDemand) -> CallCost:
+    def cost(self, target: Target, account: UpstreamAccount, demand: CallDemand) -> CallCost:
         return CallCost(0, 0)
 
     def suspect(self) -> Suspect:
@@ -214,7 +214,7 @@ class RealtimeExchange:
     def settle(
         self,
         target: Target,
-        lane: Lane,
+        account: UpstreamAccount,
         demand: CallDemand,
         *,
         whole: bool,
@@ -225,9 +225,11 @@ class RealtimeExchange:
             self._record.charge = replace(self.turns.charge, usage=usage)
         return None
 
-    async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
+    async def make(
+        self, target: Target, account: UpstreamAccount, demand: CallDemand, *, is_try: bool
+    ) -> None:
         request, bounds, record = self._request, self._bounds, self._record
-        self.turns = turns = Turns(self.terms, target, lane, self._spine.budgets, bounds.wait_ms)
+        self.turns = turns = Turns(self.terms, target, account, self._spine.budgets, bounds.wait_ms)
         try:
             await turns.open()
         except QuotaExceeded as spent:
@@ -237,8 +239,8 @@ class RealtimeExchange:
         try:
             upstream = await self._connected(target)
             record.sent = self.has_response = True
-            if is_try or lane.gate.has_doubts:
-                await lane.gate.worked(target.model, tried=is_try)
+            if is_try or account.gate.has_doubts:
+                await account.gate.worked(target.model, tried=is_try)
             client = await self._answer(of_answer(target.upstream.name, record.queue_ms or 0.0))
             self.started = True
             record.http_status = 101

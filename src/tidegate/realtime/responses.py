@@ -80,8 +80,8 @@ def speaks(upstream: Upstream) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TurnRequest:
-    """A turn that a client requests. body: that of the same request over HTTP. stream_id: of the
-    provider's lane, which events of the turn repeat."""
+    """A turn that a client requests. body: that of the same request over HTTP. stream_id: names
+    the stream, and is repeated by the events of the turn."""
 
     body: bytes
     stream_id: str | None = None

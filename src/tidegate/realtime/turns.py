@@ -48,7 +48,7 @@ from tidegate.prices.budgets import Binding
 from tidegate.prices.rates import Rates
 from tidegate.realtime.events import ClientEvent, Reported, Spent, add_usage
 from tidegate.spine.routing import Target
-from tidegate.spine.run import Lane, Terms
+from tidegate.spine.run import Terms, UpstreamAccount
 from tidegate.store.budgets import Budgets
 
 _AUDIO_STEP_S = 5
@@ -62,10 +62,10 @@ UNBEGUN_S = 10.0
 _UNSEEN = "a turn has the whole conversation, with its audio, for its input"
 
 
-def is_rate(lane: Lane, limit_id: str) -> bool:
+def is_rate(account: UpstreamAccount, limit_id: str) -> bool:
     """Return whether a limit is a rate or a quota, which turns spend, and not a concurrency
     limit."""
-    return isinstance(lane.limiter.policy.limit(limit_id), Rate | Quota)
+    return isinstance(account.limiter.policy.limit(limit_id), Rate | Quota)
 
 
 @dataclass(eq=False, slots=True)
@@ -102,7 +102,7 @@ class Turns:
         self,
         terms: Terms,
         target: Target,
-        lane: Lane,
+        account: UpstreamAccount,
         budgets: Budgets,
         wait_ms: int,
     ) -> None:
@@ -111,7 +111,7 @@ class Turns:
         self._received_s = self._taken_s = 0.0  # of the client's audio: received, admitted
         self._terms = terms
         self._target = target
-        self._lane = lane
+        self._account = account
         self._budgets = budgets
         self._wait_ms = wait_ms
         self._ahead: UUID | None = None  # the reservation for the next turn
@@ -167,12 +167,12 @@ class Turns:
         """Wait until the limits have admitted the audio of a message that the client sends. Raises
         as `ask`."""
         self._sent_tokens += event.about_tokens
-        lane, received_s = self._lane, self._received_s + event.audio_seconds
+        account, received_s = self._account, self._received_s + event.audio_seconds
         while received_s > self._taken_s:
             demand = self._audio_demand()
             if demand.limits:
-                to_admit = demand.to_admit(self._wait_ms, lane.hard_ms)
-                async with lane.limiter.acquire_for(to_admit) as permit:
+                to_admit = demand.to_admit(self._wait_ms, account.hard_ms)
+                async with account.limiter.acquire_for(to_admit) as permit:
                     permit.settle(Outcome.SUCCESS, audio_seconds=demand.audio_seconds)
                 self._taken_s += demand.audio_seconds
             else:
@@ -289,9 +289,9 @@ class Turns:
         return turn
 
     async def _under_permit(self, turn: RealtimeTurn, demand: CallDemand) -> None:
-        to_admit = demand.to_admit(self._wait_ms, self._lane.hard_ms)
+        to_admit = demand.to_admit(self._wait_ms, self._account.hard_ms)
         try:
-            async with self._lane.limiter.acquire_for(to_admit) as permit:
+            async with self._account.limiter.acquire_for(to_admit) as permit:
                 turn.admitted.set_result(None)
                 used = await turn.ended
                 if used is None:
@@ -340,7 +340,7 @@ class Turns:
 
     async def _count(self, limits: tuple[str, ...], charge: Charge) -> None:
         """Charge usage to rates that have not admitted it."""
-        limiter = self._lane.limiter
+        limiter = self._account.limiter
         for limit_id in limits:
             amount = _amount(limiter.policy.limit(limit_id), charge)
             if amount:
@@ -353,13 +353,13 @@ class Turns:
         return estimated_charge(self._rates(), self._estimate(), ceil(turn.received_tokens))
 
     def _rates(self) -> Rates | None:
-        return self._lane.demands.prices.at_least(self._target.model, "")
+        return self._account.demands.prices.at_least(self._target.model, "")
 
     async def _add(self, spent: Spent) -> None:
         """Add usage besides turns: of another model, for example for a transcript, which counts for
         that model's rates, or of searches. It is part of the session's cost. Budgets are charged
         with the open turn if there is one, otherwise now; raises as `take`."""
-        rates = self._lane.demands.prices.at_least(spent.model or self._target.model, "")
+        rates = self._account.demands.prices.at_least(spent.model or self._target.model, "")
         charge = charge_of(rates, spent.usage, None, whole=True)
         if spent.model is not None:
             await self._count(self._rates_of(spent.model), charge)
@@ -374,7 +374,7 @@ class Turns:
     def _rates_of(self, model: str) -> tuple[str, ...]:
         """Return the rates for transcripts of another model. Limits on requests count only if they
         are that model's alone, since transcripts are not turns."""
-        other, own, policy = self._demand(model), self._demand(), self._lane.limiter.policy
+        other, own, policy = self._demand(model), self._demand(), self._account.limiter.policy
         known = () if own is None else own.limits
         limits = () if other is None else other.limits
         of_turns = {one for one in known if getattr(policy.limit(one), "unit", "") == "requests"}
@@ -383,17 +383,17 @@ class Turns:
     def _audio_demand(self) -> CallDemand:
         """Return the demand of the client's next seconds of audio on the limits that count
         audio."""
-        lane, terms, policy = self._lane, self._terms, self._lane.limiter.policy
+        account, terms, policy = self._account, self._terms, self._account.limiter.policy
         tenant, model = terms.caller.tenant_id, self._target.model
         tags = (terms.caller.key_id, terms.subject, terms.conversation)
-        found = lane.demands.limits(policy, REALTIME_KIND, model, tenant, 0, _AUDIO_STEP_S, tags)
+        found = account.demands.limits(policy, REALTIME_KIND, model, tenant, 0, _AUDIO_STEP_S, tags)
         bounds = {
             one: limit.bound
             for one in found
             if isinstance(limit := policy.limit(one), Rate | Quota)
             and limit.unit == "audio_seconds"
         }
-        demand = lane.demands.of_native(
+        demand = account.demands.of_native(
             model, REALTIME_KIND, pieces_of(""), policy, tenant=tenant, priority=terms.priority
         )
         step_s = max(1, min([_AUDIO_STEP_S, *bounds.values()]))
@@ -404,26 +404,26 @@ class Turns:
     def _demand(self, model: str = "") -> CallDemand | None:
         """Return the demand of the next turn, or of a transcript by another model, on the rates;
         None if no rate applies."""
-        lane, terms = self._lane, self._terms
-        demand = lane.demands.of_native(
+        account, terms = self._account, self._terms
+        demand = account.demands.of_native(
             model or self._target.model,
             REALTIME_KIND,
             pieces_of(""),
-            lane.limiter.policy,
+            account.limiter.policy,
             tenant=terms.caller.tenant_id,
             priority=terms.priority,
             tags=(terms.caller.key_id, terms.subject, terms.conversation),
             estimates_all=True,
         )
-        rates = tuple(one for one in demand.limits if is_rate(lane, one))
+        rates = tuple(one for one in demand.limits if is_rate(account, one))
         if not rates:
             return None
         estimate = self._estimate()
         return replace(demand, limits=rates, estimate=estimate)
 
     def _estimate(self) -> Estimate:
-        lane, model = self._lane, self._target.model
-        estimate = lane.demands.estimator.of_pieces(
+        account, model = self._account, self._target.model
+        estimate = account.demands.estimator.of_pieces(
             model, REALTIME_KIND, pieces_of(""), tenant=self._terms.caller.tenant_id
         )
         taken = max(1, self._context_tokens + ceil(self._sent_tokens))
@@ -440,7 +440,7 @@ class Turns:
         bindings = self._bindings()
         if not bindings:
             return None
-        model, prices = self._target.model, self._lane.demands.prices
+        model, prices = self._target.model, self._account.demands.prices
         context_tokens, most_output = prices.most(model)
         cost = call_cost(
             prices.bound(model, ""),

@@ -105,11 +105,11 @@ class BatchedCalls:
 
     def _takes_part(self, target: Target) -> bool:
         """Whether a target has a known batch price and takes new calls."""
-        is_drained = self._spine.lane(target).gate.drained
+        is_drained = self._spine.account(target).gate.drained
         return not is_drained and self._rates(target, target.model) is not None
 
     def _rates(self, target: Target, model: str) -> Rates | None:
-        return self._spine.lane(target).demands.prices.of(model, _TIER)
+        return self._spine.account(target).demands.prices.of(model, _TIER)
 
     def of_native(self, call: NativeCall, target: Target, record: CallRecord) -> BatchableCall:
         """Return a native call as a line. Raises InvalidRequest and PayloadTooLarge."""
@@ -127,8 +127,8 @@ class BatchedCalls:
             exchange = NativeExchange(
                 self._relay.wire, self._spine.timeouts, call, read.body, facts, NothingOut(), record
             )
-            lane = self._spine.lane(target)
-            cost = exchange.cost(target, lane, exchange.demand(target, lane), tier=_TIER)
+            account = self._spine.account(target)
+            cost = exchange.cost(target, account, exchange.demand(target, account), tier=_TIER)
         return BatchableCall(target, body, cost)
 
     def of_prompt(
@@ -141,18 +141,18 @@ class BatchedCalls:
                 "the files are too large for a provider's batch",
                 allowed=f"at most {MOST_MEDIA_BYTES} bytes",
             )
-        lane = self._spine.lane(target)
+        account = self._spine.account(target)
         dialect = dialect_at(target, call.kind, files_of(call.media))
         if dialect is Dialect.GEMINI:
             body = orjson.dumps(_generate(call))
         else:
-            form = form_at(target, lane, streams=False)
+            form = form_at(target, account, streams=False)
             body = prompt_call(dialect, replace(call, model=target.model), form).body
         cost = None
         if self._spine.budgets.any:
             ways = PromptWays({}, self._relay.wire, self._spine.timeouts)
             exchange = PromptExchange(terms, ways, call, record)
-            cost = exchange.cost(target, lane, exchange.demand(target, lane), tier=_TIER)
+            cost = exchange.cost(target, account, exchange.demand(target, account), tier=_TIER)
         return BatchableCall(target, body, cost)
 
     # Answers
@@ -198,7 +198,7 @@ class BatchedCalls:
         """Charge such an answer, with an estimate of the missing usage as outside of a batch."""
         _, facts = _read(call)
         spec, result = DIALECTS[call.endpoint.dialect], record.answer
-        estimate = self._spine.lane(target).demands.estimator.of_pieces(
+        estimate = self._spine.account(target).demands.estimator.of_pieces(
             target.model,
             facts.kind.value,
             facts.pieces,

@@ -97,9 +97,9 @@ from tidegate.spine.resources import (
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import (
     CallFailed,
-    Lane,
     OnAdmitted,
     Spine,
+    UpstreamAccount,
     beginning_of,
     masked,
     refusal_of,
@@ -359,14 +359,14 @@ class NativeExchange:
         facts = self._facts
         return [] if facts is None or self.refers else self.serving(targets, facts.model)
 
-    def demand(self, target: Target, lane: Lane) -> CallDemand:
-        terms, facts, policy = self.terms, self._facts, lane.limiter.policy
+    def demand(self, target: Target, account: UpstreamAccount) -> CallDemand:
+        terms, facts, policy = self.terms, self._facts, account.limiter.policy
         tenant, priority, endpoint = terms.caller.tenant_id, terms.priority, self._call.endpoint
         if endpoint.operation is Operation.BATCH:
-            demand = lane.demands.of_batch(policy, tenant=tenant, priority=priority)
-            return lane.gate.bind(demand, target.model)
+            demand = account.demands.of_batch(policy, tenant=tenant, priority=priority)
+            return account.gate.bind(demand, target.model)
         counted = endpoint.is_counted and facts is not None
-        demand = lane.demands.of_native(
+        demand = account.demands.of_native(
             target.model,
             facts.kind if counted and facts else OTHER_KIND,
             facts.pieces if facts else {},
@@ -381,7 +381,7 @@ class NativeExchange:
             runs_model=counted or endpoint.operation.may_run_model,
         )
         follows = endpoint.resource is not None and endpoint.is_follow_up
-        return lane.gate.bind(demand, target.model, follows=follows)
+        return account.gate.bind(demand, target.model, follows=follows)
 
     def _conversation(self) -> ConversationKey | None:
         if self._facts is None:
@@ -389,11 +389,13 @@ class NativeExchange:
         key = conversation_of(self._body)
         return None if key is None else ConversationKey(*key)
 
-    def cost(self, target: Target, lane: Lane, demand: CallDemand, *, tier: str = "") -> CallCost:
+    def cost(
+        self, target: Target, account: UpstreamAccount, demand: CallDemand, *, tier: str = ""
+    ) -> CallCost:
         facts, endpoint = self._facts, self._call.endpoint
         if facts is None or not endpoint.is_counted:
             return _COST_OF_OTHER if self.bills else CallCost(0, 0)
-        prices, is_batch = lane.demands.prices, endpoint.operation is Operation.BATCH
+        prices, is_batch = account.demands.prices, endpoint.operation is Operation.BATCH
         # No other tier serves a batch, nor a call whose tier the gateway chose.
         is_chosen = bool(tier) or is_batch
         rates = prices.bound(target.model, tier or self._requested_tier(), is_chosen=is_chosen)
@@ -412,7 +414,7 @@ class NativeExchange:
             unbounded = "its requests are in a file"
         return call_cost(
             rates,
-            self._estimate(lane.demands, demand, facts, target.model),
+            self._estimate(account.demands, demand, facts, target.model),
             input_bytes=self._call.body_bytes,
             context_tokens=context_tokens,
             unseen=_UNSEEN.get(learning, ""),
@@ -435,7 +437,7 @@ class NativeExchange:
     def settle(
         self,
         target: Target,
-        lane: Lane,
+        account: UpstreamAccount,
         demand: CallDemand,
         *,
         whole: bool,
@@ -450,17 +452,17 @@ class NativeExchange:
         if demand.images and whole and not record.streamed:
             images = self._images()
         if failed is None or failed.status < 400:
-            record.charge = self._charge(target, lane.demands, demand, whole, images)
+            record.charge = self._charge(target, account.demands, demand, whole, images)
         return images
 
     def make(
-        self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool
+        self, target: Target, account: UpstreamAccount, demand: CallDemand, *, is_try: bool
     ) -> Coroutine[Any, Any, None]:
         if self.hand_over is None and target.upstream.abandoned != "wait":
-            return self._make(target, lane, demand, is_try=is_try)
-        making = partial(self._make, target, lane, demand, is_try=is_try)
+            return self._make(target, account, demand, is_try=is_try)
+        making = partial(self._make, target, account, demand, is_try=is_try)
         if self.hand_over is not None:
-            return self.hand_over.make(target, lane, demand, making)
+            return self.hand_over.make(target, account, demand, making)
         return self._see_through(making)
 
     async def _see_through(self, making: Callable[[], Awaitable[None]]) -> None:
@@ -473,7 +475,9 @@ class NativeExchange:
         finally:
             self.ended_alone = out.ended_alone
 
-    async def _make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
+    async def _make(
+        self, target: Target, account: UpstreamAccount, demand: CallDemand, *, is_try: bool
+    ) -> None:
         call, record, self._sent, self._read = self._call, self._record, None, None
         hides = bool(self._facts and self._facts.wants_usage and target.upstream.asks_usage)
         try:
@@ -496,7 +500,7 @@ class NativeExchange:
             try:
                 status = exchange.status
                 if call.endpoint.is_counted and (status < 300 or status == 429):
-                    lane.gate.announced.take(target.model, exchange)
+                    account.gate.announced.take(target.model, exchange)
                 if status >= 300 and not is_unchanged(status, call.headers):
                     dialect, tier = call.endpoint.dialect, self._requested_tier()
                     failed = await refusal_of(
@@ -511,9 +515,9 @@ class NativeExchange:
                         raise self._begun_with(value, exchange, target)
                 else:  # such as a file, whose bytes may look like an error
                     first = await exchange.next()
-                if is_try or lane.gate.has_doubts:
-                    await lane.gate.worked(target.model, tried=is_try)
-                await self._pass_on(exchange, first, coding, target, lane, demand, hides)
+                if is_try or account.gate.has_doubts:
+                    await account.gate.worked(target.model, tried=is_try)
+                await self._pass_on(exchange, first, coding, target, account, demand, hides)
                 if record.answer_bytes > LARGE_BYTES:
                     await self.read_aside(whole=True)
             except BaseException:  # cancellation too: the partial answer is charged
@@ -538,7 +542,7 @@ class NativeExchange:
         first: bytes,
         coding: bytes,
         target: Target,
-        lane: Lane,
+        account: UpstreamAccount,
         demand: CallDemand,
         hides_usage: bool,
     ) -> None:
@@ -556,7 +560,7 @@ class NativeExchange:
         if self._call.endpoint.operation is Operation.TRANSCRIBE:
             record.response_type = content_type_in(headers)
         headers += of_answer(target.upstream.name, record.queue_ms or 0.0)
-        if left := lane.remaining.of(demand.limits):
+        if left := account.remaining.of(demand.limits):
             headers.append((b"x-tidegate-remaining", left))
         if self.keeping is not None:
             first = await self.keeping.when_stored(exchange, first, target, record)

@@ -85,7 +85,7 @@ from tidegate.spine.models import targets_for_prompt, unchecked_facts
 from tidegate.spine.native import NativeExchange, Relay
 from tidegate.spine.out import AttendedOut, NothingOut, Out
 from tidegate.spine.routing import Suspect, Target, Targets
-from tidegate.spine.run import CallFailed, Lane, OnAdmitted, Spine, Terms
+from tidegate.spine.run import CallFailed, OnAdmitted, Spine, Terms, UpstreamAccount
 from tidegate.store.blobs import Blobs
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail, address_of
@@ -440,7 +440,7 @@ class PromptExchange:
         size_bytes = sum(len(one.data) for one in self._call.media)
         if size_bytes > LARGE_BYTES:
             for target in targets:
-                await aside(size_bytes, partial(self._plan, target, spine.lane(target)))
+                await aside(size_bytes, partial(self._plan, target, spine.account(target)))
 
     def serving(self, targets: Targets, model: str) -> list[Target]:
         return targets.of_prompt(model, self._call.kind, files_of(self._call.media))
@@ -448,30 +448,32 @@ class PromptExchange:
     def elsewhere(self, targets: Targets) -> list[Target]:
         return self.serving(targets, self._call.model)
 
-    def demand(self, target: Target, lane: Lane) -> CallDemand:
-        call, policy = self._at(target), lane.limiter.policy
+    def demand(self, target: Target, account: UpstreamAccount) -> CallDemand:
+        call, policy = self._at(target), account.limiter.policy
         if self._types is None:
-            if (native := self._native_at(target, lane)) is not None:
-                return native.demand(target, lane)
+            if (native := self._native_at(target, account)) is not None:
+                return native.demand(target, account)
             terms = self.terms
             tags = (terms.caller.key_id, terms.subject, terms.conversation)
-            return lane.gate.bind(lane.demands.of(call, policy, tags), target.model)
-        of_question = lane.demands.of_question(
+            return account.gate.bind(account.demands.of(call, policy, tags), target.model)
+        of_question = account.demands.of_question(
             call.prompt[:MAX_ASKED_CHARS],
             target.model,
             policy,
             tenant=call.tenant_id,
             max_output_tokens=MAX_ANSWER_TOKENS,
         )
-        return lane.gate.bind(of_question, target.model)
+        return account.gate.bind(of_question, target.model)
 
-    def cost(self, target: Target, lane: Lane, demand: CallDemand, *, tier: str = "") -> CallCost:
+    def cost(
+        self, target: Target, account: UpstreamAccount, demand: CallDemand, *, tier: str = ""
+    ) -> CallCost:
         """Return the cost. `tier`: chosen by the gateway."""
-        if (native := self._native_at(target, lane)) is not None:
-            return native.cost(target, lane, demand, tier=tier)
+        if (native := self._native_at(target, account)) is not None:
+            return native.cost(target, account, demand, tier=tier)
         if demand.estimate is None:
             return CallCost(None, None, unknown="it was not estimated")
-        call, is_question, prices = self._call, self._types is not None, lane.demands.prices
+        call, is_question, prices = self._call, self._types is not None, account.demands.prices
         context_tokens, most_output = prices.most(target.model)
         return call_cost(
             prices.bound(target.model, tier, is_chosen=True),
@@ -489,18 +491,20 @@ class PromptExchange:
         request = hash((call.model, call.prompt, len(call.media)))
         return Suspect(None if is_own else call.tenant_id, request)
 
-    async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
+    async def make(
+        self, target: Target, account: UpstreamAccount, demand: CallDemand, *, is_try: bool
+    ) -> None:
         self._native = None
         try:
-            if (plan := self._plan(target, lane)) is not None:
-                await self._relayed(plan, target, lane, demand, is_try=is_try)
+            if (plan := self._plan(target, account)) is not None:
+                await self._relayed(plan, target, account, demand, is_try=is_try)
             else:
-                await self._by_sdk(target, lane, is_try=is_try)
+                await self._by_sdk(target, account, is_try=is_try)
         except UpstreamError as error:
             raise CallFailed(error, target) from None
 
-    async def _by_sdk(self, target: Target, lane: Lane, *, is_try: bool) -> None:
-        is_news, sink = is_try or lane.gate.has_doubts, self._sink
+    async def _by_sdk(self, target: Target, account: UpstreamAccount, *, is_try: bool) -> None:
+        is_news, sink = is_try or account.gate.has_doubts, self._sink
         out = AttendedOut(NothingOut(), self.terms.left, self._record)
 
         async def pass_on(event: Event) -> None:
@@ -511,7 +515,7 @@ class PromptExchange:
             out.started = True
             if is_news:
                 is_news = False
-                await lane.gate.worked(target.model, tried=is_try)
+                await account.gate.worked(target.model, tried=is_try)
             await self._pass_on([event])
 
         processor, answer = self._ways.processors[target.upstream.name], self._record.answer
@@ -535,10 +539,16 @@ class PromptExchange:
         else:
             await make()
         if is_news:
-            await lane.gate.worked(target.model, tried=is_try)
+            await account.gate.worked(target.model, tried=is_try)
 
     async def _relayed(
-        self, plan: _Plan, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool
+        self,
+        plan: _Plan,
+        target: Target,
+        account: UpstreamAccount,
+        demand: CallDemand,
+        *,
+        is_try: bool,
     ) -> None:
         """Make a native call with a record of its own; `settle` copies the result into the call's
         record."""
@@ -552,7 +562,7 @@ class PromptExchange:
         self._native = exchange, of_call
         record.dialect, record.operation, record.sent = dialect, endpoint.name, True
         try:
-            await exchange.make(target, lane, demand, is_try=is_try)
+            await exchange.make(target, account, demand, is_try=is_try)
         except CallFailed as failed:
             received = [of_call.text] if of_call.coding else of_call.pieces
             error = error_of_refusal_in(failed.body or tail_of(received))
@@ -578,7 +588,7 @@ class PromptExchange:
     def settle(
         self,
         target: Target,
-        lane: Lane,
+        account: UpstreamAccount,
         demand: CallDemand,
         *,
         whole: bool,
@@ -588,12 +598,12 @@ class PromptExchange:
         is_final = whole or isinstance(error, PromptBlocked | EmptyAnswer)
         if self._native is not None:
             exchange, of_call = self._native
-            exchange.settle(target, lane, demand, whole=is_final, failed=failed)
+            exchange.settle(target, account, demand, whole=is_final, failed=failed)
             self._take_over(of_call)
         elif error is not None and (_is_refused(error, record.answer) or never_sent(error)):
             record.charge = NO_CHARGE
         else:
-            details, prices = record.answer.usage.details, lane.demands.prices
+            details, prices = record.answer.usage.details, account.demands.prices
             tier = "" if details is None or details.tier is None else details.tier
             # The requested name may be an alias without a price.
             names = (target.model, record.answer.model_version or "")
@@ -613,16 +623,16 @@ class PromptExchange:
 
     # As a native call
 
-    def _native_at(self, target: Target, lane: Lane) -> NativeExchange | None:
+    def _native_at(self, target: Target, account: UpstreamAccount) -> NativeExchange | None:
         """Return the exchange for demand and cost at a target; None if an SDK makes the call."""
-        plan = self._plan(target, lane)
+        plan = self._plan(target, account)
         return None if plan is None else self._exchange(plan, NothingOut(), self._record)
 
     def _exchange(self, plan: _Plan, out: Out, record: CallRecord) -> NativeExchange:
         wire, timeouts = self._ways.wire, self._ways.timeouts
         return NativeExchange(wire, timeouts, plan.call, plan.body, plan.facts, out, record)
 
-    def _plan(self, target: Target, lane: Lane) -> _Plan | None:
+    def _plan(self, target: Target, account: UpstreamAccount) -> _Plan | None:
         """Return the call at a target, built once; None if an SDK makes it."""
         place = target.upstream.name, target.model
         if (known := self._plans.get(place)) is not None:
@@ -631,7 +641,7 @@ class PromptExchange:
         dialect = dialect_at(target, call.kind, files_of(call.media))
         if dialect is Dialect.GEMINI:
             return None
-        form = form_at(target, lane, streams=self._sink is not None)
+        form = form_at(target, account, streams=self._sink is not None)
         if self._types is None:
             made = prompt_call(dialect, call, form)
         else:
@@ -659,8 +669,8 @@ def dialect_at(target: Target, kind: Kind | None, files: Files) -> Dialect:
     return dialect
 
 
-def form_at(target: Target, lane: Lane, *, streams: bool) -> CallForm:
-    _, most_output_tokens = lane.demands.prices.most(target.model)
+def form_at(target: Target, account: UpstreamAccount, *, streams: bool) -> CallForm:
+    _, most_output_tokens = account.demands.prices.most(target.model)
     provider = provider_of_upstream(target.upstream)
     return CallForm(
         streams,

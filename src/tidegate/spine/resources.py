@@ -64,7 +64,7 @@ from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
 from tidegate.spine.bodies import NativeCall, Pieces, aside
 from tidegate.spine.out import ended, undisturbed
 from tidegate.spine.routing import Target, Targets
-from tidegate.spine.run import CallFailed, Lane, Spine, refusal_of
+from tidegate.spine.run import CallFailed, Spine, UpstreamAccount, refusal_of
 from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.resources import NewResource, ProviderResources, ResourceOwner
 from tidegate.store.requests import Requests
@@ -651,13 +651,17 @@ class BackgroundHandOver:
         self._permit = permit
 
     async def make(
-        self, target: Target, lane: Lane, demand: CallDemand, call: Callable[[], Awaitable[None]]
+        self,
+        target: Target,
+        account: UpstreamAccount,
+        demand: CallDemand,
+        call: Callable[[], Awaitable[None]],
     ) -> None:
         """Make the call, and complete its hand-over even if the client leaves. Raises what the call
         raises, StoreUnavailable and LimiterUnavailable."""
         self._decided.clear()
         try:
-            await self._begin(lane, demand)
+            await self._begin(account, demand)
         except BaseException:  # cancellation too: nothing was sent
             await self.not_accepted()
             raise
@@ -685,16 +689,16 @@ class BackgroundHandOver:
         refused = isinstance(error, CallFailed) and error.status > 0
         return refused or not self._record.sent
 
-    async def _begin(self, lane: Lane, demand: CallDemand) -> None:
-        record, within_ms = self._record, max(lane.hard_ms, self._longest_ms)
+    async def _begin(self, account: UpstreamAccount, demand: CallDemand) -> None:
+        record, within_ms = self._record, max(account.hard_ms, self._longest_ms)
         name = f"background-{record.id}-{record.attempts}"
-        self._held = (lane.limiter, name) if demand.limits else None
+        self._held = (account.limiter, name) if demand.limits else None
         limits = dict.fromkeys(demand.limits, 1)
         if self._permit is not None:
             limits |= self._permit.in_flight
         await self._calls.begin(record, self._kind, limits, name, within_ms)
         if limits:
-            await lane.limiter.hold(name, limits, within_ms + GRACE_MS)
+            await account.limiter.hold(name, limits, within_ms + GRACE_MS)
 
     async def taken(self, made: Sequence[NewResource]) -> None:
         """Complete the hand-over of a call that the provider accepted. Raises StoreUnavailable if
@@ -739,7 +743,7 @@ async def count_again(calls: BackgroundCalls, spine: Spine) -> None:
     for one in await calls.counted():
         upstream = spine.targets.upstreams.get(one.upstream)
         if upstream is not None and one.limits:
-            limiter = counted[one.permit] = spine.lane(Target(upstream, "")).limiter
+            limiter = counted[one.permit] = spine.account(Target(upstream, "")).limiter
             await limiter.hold(one.permit, one.limits, one.left_ms + GRACE_MS)
     if counted:
         going_on = {one.permit for one in await calls.counted()}

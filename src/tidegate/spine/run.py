@@ -262,7 +262,7 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
+class UpstreamAccount:
     """An upstream's gate, limiter and demands in this process. hard_ms: when a call has hung."""
 
     gate: Gate
@@ -295,13 +295,15 @@ class CallExchange(Protocol):
         """Return the targets among today's upstreams; none for a call that is bound to those it
         has. Raises NotFound and InvalidRequest."""
 
-    def demand(self, target: Target, lane: Lane) -> CallDemand:
+    def demand(self, target: Target, account: UpstreamAccount) -> CallDemand:
         """Return which limits the call takes at a target, and how much of each."""
 
-    def cost(self, target: Target, lane: Lane, demand: CallDemand) -> CallCost:
+    def cost(self, target: Target, account: UpstreamAccount, demand: CallDemand) -> CallCost:
         """Return the call's expected and its greatest possible cost at a target."""
 
-    async def make(self, target: Target, lane: Lane, demand: CallDemand, *, is_try: bool) -> None:
+    async def make(
+        self, target: Target, account: UpstreamAccount, demand: CallDemand, *, is_try: bool
+    ) -> None:
         """Make the call and relay its answer. `is_try`: the call is the upstream's probe.
 
         Raises CallFailed, and errors of the client's side. Cancellation closes the upstream call.
@@ -310,7 +312,7 @@ class CallExchange(Protocol):
     def settle(
         self,
         target: Target,
-        lane: Lane,
+        account: UpstreamAccount,
         demand: CallDemand,
         *,
         whole: bool,
@@ -345,7 +347,7 @@ class Spine:
         self.affinity = Affinity(config.cache_wait_us_per_token)
         self._config = config
         self.health = Gates()
-        self._lanes: dict[str, Lane] = {}
+        self._accounts: dict[str, UpstreamAccount] = {}
         self.timeouts: dict[str, Timeouts] = {}
         for upstream in targets.upstreams.values():
             if upstream.pool in pools:
@@ -356,14 +358,14 @@ class Spine:
     def install(self, upstream: Upstream, limiter: Limiter) -> None:
         """Add an upstream, or replace it by its new version; what was learned of it is kept."""
         name = upstream.name
-        before = self._lanes.get(name)
+        before = self._accounts.get(name)
         if before is not None and before.limiter is not limiter:
             before = None
         gate = Gate(name, limiter, upstream.identity())
         if before is not None:
             gate = before.gate.renewed(gate)
         self.timeouts[name] = timeouts = timeouts_of(self._config, upstream)
-        self._lanes[name] = Lane(
+        self._accounts[name] = UpstreamAccount(
             gate,
             limiter,
             Demands(
@@ -385,7 +387,7 @@ class Spine:
     def forget(self, name: str) -> None:
         """Drop a withdrawn upstream for which no call holds a permit or waits any more."""
         if name not in self.health:
-            self._lanes.pop(name, None)
+            self._accounts.pop(name, None)
             self.timeouts.pop(name, None)
 
     def run(
@@ -406,11 +408,11 @@ class Spine:
         self.retries.earn()
         return _Run(self, exchange, record, on_admitted, home).until_answered(targets)
 
-    def lane(self, target: Target) -> Lane:
-        """Return the lane of a target's upstream. Raises UpstreamDrained if that was removed."""
-        if (lane := self._lanes.get(target.upstream.name)) is None:
+    def account(self, target: Target) -> UpstreamAccount:
+        """Return the account of a target's upstream. Raises UpstreamDrained if that was removed."""
+        if (account := self._accounts.get(target.upstream.name)) is None:
             raise UpstreamDrained("the upstream of the call was removed while it waited")
-        return lane
+        return account
 
     def first_of(self, dialect: Dialect) -> Target:
         """Return the dialect's first upstream, for a call without a model. Raises NotFound."""
@@ -425,9 +427,9 @@ class Spine:
         terms, budgets, error = exchange.terms, self.budgets, None
         for target in targets:
             bound = budgets.binding(terms.caller, target.model, terms.subject, terms.conversation)
-            lane = self.lane(target)
+            account = self.account(target)
             try:
-                cost = exchange.cost(target, lane, exchange.demand(target, lane))
+                cost = exchange.cost(target, account, exchange.demand(target, account))
                 budgets.refusal(bound, cost)
             except BudgetUnbounded as unbounded:
                 error = error or unbounded
@@ -439,21 +441,21 @@ class Spine:
     def usable(self, targets: list[Target]) -> list[Target]:
         """Return the targets that are not out; if all are out, all of them, the first to be back
         first. A removed upstream is returned only if there is no other."""
-        targets = [one for one in targets if one.upstream.name in self._lanes] or targets[:1]
+        targets = [one for one in targets if one.upstream.name in self._accounts] or targets[:1]
         if len(targets) == 1:
             return targets
-        found = [one for one in targets if self.lane(one).gate.state != "out"]
-        return found or sorted(targets, key=lambda one: self.lane(one).gate.ready_in_ms())
+        found = [one for one in targets if self.account(one).gate.state != "out"]
+        return found or sorted(targets, key=lambda one: self.account(one).gate.ready_in_ms())
 
     def policy(self, target: Target) -> PoolPolicy | None:
         """Return the limits in force at an upstream; None for one that was removed."""
-        lane = self._lanes.get(target.upstream.name)
-        return None if lane is None else lane.limiter.policy
+        account = self._accounts.get(target.upstream.name)
+        return None if account is None else account.limiter.policy
 
     def estimates(self) -> tuple[Learned, ...]:
         """Return the errors of this process's token estimates, at the account of GEMINI_API_KEY."""
-        lane = self._lanes.get(DEFAULT_POOL)
-        return () if lane is None else lane.demands.estimator.error()
+        account = self._accounts.get(DEFAULT_POOL)
+        return () if account is None else account.demands.estimator.error()
 
 
 _Never = dict[int, DemandImpossible | DeadlineExceeded | QueueFull]
@@ -549,7 +551,7 @@ class _Run:
         if self._refusals and all(_place(one) in self._refusals for one in found):
             found = self._instead(next(iter(self._refusals.values())))
         left = [one for one in self._spine.usable(found) if _place(one) not in self._refusals]
-        return [one for one in left if not self._spine.lane(one).gate.drained]
+        return [one for one in left if not self._spine.account(one).gate.drained]
 
     def _affordable(self, targets: list[Target]) -> list[Target]:
         """Return the targets that no budget has refused or is known to refuse: a later upstream may
@@ -559,8 +561,8 @@ class _Run:
         for target in targets:
             if _place(target) in self._refusals or self._spine.policy(target) is None:
                 continue
-            lane = self._spine.lane(target)
-            cost = self._exchange.cost(target, lane, self._exchange.demand(target, lane))
+            account = self._spine.account(target)
+            cost = self._exchange.cost(target, account, self._exchange.demand(target, account))
             with suppress(BudgetUnbounded):  # the attempt there raises it
                 if self._budgets.refusal(self._binding(target), cost) is not None:
                     continue
@@ -621,15 +623,15 @@ class _Run:
         if len(targets) > 1:
             for place in range(len(targets)) if home is None else home.places(targets):
                 target, demand = targets[place], demands[place]
-                lane = self._spine.lane(target)
+                account = self._spine.account(target)
                 self._trying = target
                 try:
-                    async with self._attempt(lane, demand) as permit:
-                        if lane.gate.binds_more(demand, target.model):
+                    async with self._attempt(account, demand) as permit:
+                        if account.gate.binds_more(demand, target.model):
                             if permit is not None:
                                 permit.settle_unused()
                         elif permit is not None or not demand.limits:
-                            await self._admitted(permit, target, lane, demand)
+                            await self._admitted(permit, target, account, demand)
                             return
                     if (
                         home is not None
@@ -641,44 +643,44 @@ class _Run:
                 except DemandImpossible as impossible:
                     never[place] = impossible
         while True:
-            place, lane = 0, self._spine.lane(targets[0])
-            if never or lane.gate.may_hold:
+            place, account = 0, self._spine.account(targets[0])
+            if never or account.gate.may_hold:
                 demands = self._demands(targets)
                 place = self._to_wait_for(targets, demands, never)
-                lane = self._spine.lane(targets[place])
+                account = self._spine.account(targets[place])
             target, demand = targets[place], demands[place]
             self._trying = target
-            self._record.waits_for = lane.limiter.pool, demand.limits
+            self._record.waits_for = account.limiter.pool, demand.limits
             try:
-                async with self._admission(target, lane, demand) as permit:
-                    await self._admitted(permit, target, lane, demand)
+                async with self._admission(target, account, demand) as permit:
+                    await self._admitted(permit, target, account, demand)
                     return
             except NotWorthWaiting:
                 continue  # in another queue, if one is worth waiting in
             except (LimitUsedUp, LimitPaused, QueueFull) as early:
-                lane.gate.announced.explain(early)
+                account.gate.announced.explain(early)
                 if not self._record.waits or self._terms.left_ms() <= 0:
                     raise
                 never[place] = early
             except DeadlineExceeded as late:
-                lane.gate.announced.explain(late)
-                out = None if self._terms.waits_out else lane.gate.out()
+                account.gate.announced.explain(late)
+                out = None if self._terms.waits_out else account.gate.out()
                 raise out or late from None
 
     async def _waited_at_home(self, home: Home) -> bool:
         """Wait at the upstream that caches the conversation, for as long as its cache is worth.
         False if the call was not admitted within that time, or an estimate says it would not be."""
         record, began, target = self._record, datetime.now(UTC), home.target
-        lane = self._spine.lane(target)
-        demand, self._trying = self._exchange.demand(target, lane), target
+        account = self._spine.account(target)
+        demand, self._trying = self._exchange.demand(target, account), target
         wait_ms, home.wait_ms = home.wait_ms, 0.0  # wait only one time
-        if lane.gate.late(demand, wait_ms) is not None:
+        if account.gate.late(demand, wait_ms) is not None:
             return False
-        record.waits_for = lane.limiter.pool, demand.limits
+        record.waits_for = account.limiter.pool, demand.limits
         try:
-            async with self._admission(target, lane, demand, within_ms=wait_ms) as permit:
+            async with self._admission(target, account, demand, within_ms=wait_ms) as permit:
                 home.waited_ms += 0.0 if permit is None else permit.waited_ms
-                await self._admitted(permit, target, lane, demand)
+                await self._admitted(permit, target, account, demand)
                 return True
         except (DeadlineExceeded, QueueFull):
             home.waited_ms += wait_ms
@@ -690,7 +692,7 @@ class _Run:
         return False
 
     def _demands(self, targets: list[Target]) -> list[CallDemand]:
-        return [self._exchange.demand(target, self._spine.lane(target)) for target in targets]
+        return [self._exchange.demand(target, self._spine.account(target)) for target in targets]
 
     def _to_wait_for(self, targets: list[Target], demands: list[CallDemand], never: _Never) -> int:
         """Return the index of the first target whose queue is worth waiting in. Raises the error
@@ -700,21 +702,21 @@ class _Run:
         for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
             if place in never:
                 continue
-            why = self._spine.lane(target).gate.late(demand, left_ms)
+            why = self._spine.account(target).gate.late(demand, left_ms)
             if why is None:
                 return place
             late.append(why)
         raise min(late or never.values(), key=lambda one: one.retry_after_ms or 0)
 
     def _attempt(
-        self, lane: Lane, demand: CallDemand
+        self, account: UpstreamAccount, demand: CallDemand
     ) -> AbstractAsyncContextManager[Permit | None]:
         if not demand.limits:
             return nullcontext()
-        return lane.limiter.try_acquire_for(demand.to_admit(None, lane.hard_ms, once=True))
+        return account.limiter.try_acquire_for(demand.to_admit(None, account.hard_ms, once=True))
 
     def _admission(
-        self, target: Target, lane: Lane, demand: CallDemand, within_ms: float = inf
+        self, target: Target, account: UpstreamAccount, demand: CallDemand, within_ms: float = inf
     ) -> AbstractAsyncContextManager[Permit | None]:
         if not demand.limits:
             return nullcontext()
@@ -725,39 +727,39 @@ class _Run:
             raise DeadlineExceeded("the deadline has passed", limit=demand.limits[0])
         to_admit = demand.to_admit(
             None if left_ms == inf else round(left_ms),
-            lane.hard_ms,
+            account.hard_ms,
             by_estimate=terms.repeats,
             has_usual_deadline=not terms.has_own_deadline,
         )
         return PatientAdmission(
-            lane.limiter.acquire_for(to_admit),
-            lane.gate,
+            account.limiter.acquire_for(to_admit),
+            account.gate,
             demand,
             target.model,
             inf if terms.waits_out else wait_ms,
-            None if self._budgets is None else self._watch(self._budgets, target, lane, demand),
+            None if self._budgets is None else self._watch(self._budgets, target, account, demand),
         )
 
     def _watch(
-        self, budgets: Budgets, target: Target, lane: Lane, demand: CallDemand
+        self, budgets: Budgets, target: Target, account: UpstreamAccount, demand: CallDemand
     ) -> WatchBudgets | None:
         """Return a watcher that takes the call out of its queue once a budget of the call is spent.
         Raises the budget's error if it is known to be spent already."""
         bindings = self._binding(target)
         if not bindings:
             return None
-        cost = self._exchange.cost(target, lane, demand)
+        cost = self._exchange.cost(target, account, demand)
         if (error := budgets.refusal(bindings, cost)) is not None:
             raise error
         return partial(budgets.watch, bindings, cost)
 
     def _admitted(
-        self, permit: Permit | None, target: Target, lane: Lane, demand: CallDemand
+        self, permit: Permit | None, target: Target, account: UpstreamAccount, demand: CallDemand
     ) -> Coroutine[Any, Any, None]:
         """Return the call, made under its permit and under its budgets, if it has any."""
         if self._budgets is not None and (bindings := self._binding(target)):
-            return self._under_budgets(self._budgets, bindings, permit, target, lane, demand)
-        return self._under(permit, target, lane, demand)
+            return self._under_budgets(self._budgets, bindings, permit, target, account, demand)
+        return self._under(permit, target, account, demand)
 
     async def _under_budgets(
         self,
@@ -765,26 +767,26 @@ class _Run:
         bindings: tuple[Binding, ...],
         permit: Permit | None,
         target: Target,
-        lane: Lane,
+        account: UpstreamAccount,
         demand: CallDemand,
     ) -> None:
         if permit is not None:
             permit.settle_unused()  # in case a budget refuses the call
-        cost = self._exchange.cost(target, lane, demand)
+        cost = self._exchange.cost(target, account, demand)
         hold = await budgets.reserve(bindings, self._terms.request_id, cost)
         try:
-            await self._under(permit, target, lane, demand)
+            await self._under(permit, target, account, demand)
         finally:
             if not self._record.handed_over:
                 budgets.settle(hold, self._record.charge)
 
     async def _under(
-        self, permit: Permit | None, target: Target, lane: Lane, demand: CallDemand
+        self, permit: Permit | None, target: Target, account: UpstreamAccount, demand: CallDemand
     ) -> None:
         """Make the call under its permit, then settle, learn from and record its usage."""
         record, trail = self._record, self._terms.trail
-        self._note_admission(permit, target, lane)
-        is_try = lane.gate.is_try(demand)
+        self._note_admission(permit, target, account)
+        is_try = account.gate.is_try(demand)
         if self._on_admitted is not None:
             await self._on_admitted(permit)
         if permit is not None:
@@ -796,17 +798,17 @@ class _Run:
         outcome, failure = Outcome.IGNORED, None
         try:
             if target.upstream.preempt is None and not is_try:
-                await self._exchange.make(target, lane, demand, is_try=is_try)
+                await self._exchange.make(target, account, demand, is_try=is_try)
             else:
-                with self._giving_way(target.upstream.preempt, permit, lane, is_try):
-                    await self._exchange.make(target, lane, demand, is_try=is_try)
+                with self._giving_way(target.upstream.preempt, permit, account, is_try):
+                    await self._exchange.make(target, account, demand, is_try=is_try)
             outcome = Outcome.SUCCESS
             self._is_answered = True
         except CallFailed as failed:
             failure = failed
             is_dropped = failed.error.retryable and not isinstance(failed.error, UpstreamTierBusy)
             outcome = Outcome.DROPPED if is_dropped else Outcome.IGNORED
-            await self._note_failure(failed, lane, demand, is_try)
+            await self._note_failure(failed, account, demand, is_try)
             raise
         finally:
             record.upstream_ms = (time.perf_counter() - started) * 1000
@@ -815,7 +817,7 @@ class _Run:
             if trail is not None:
                 why, status = (None, 0) if failure is None else (failure.error, failure.status)
                 trail.end(why, worked=whole, status=status)
-            images = self._exchange.settle(target, lane, demand, whole=whole, failed=failure)
+            images = self._exchange.settle(target, account, demand, whole=whole, failed=failure)
             if permit is not None and not record.handed_over:
                 reported, charged = record.answer.usage, record.charge.usage
                 used = first_ms = None
@@ -833,26 +835,27 @@ class _Run:
                     first_ms=first_ms,
                 )
                 if demand.estimate is not None:
-                    lane.demands.learn(demand, reported, charged, whole=whole)
+                    account.demands.learn(demand, reported, charged, whole=whole)
             if self._home is not None and whole:
                 self._spine.affinity.note(self._home, target, record.answer.usage)
 
     def _giving_way(
-        self, rule: Preempt | None, permit: Permit | None, lane: Lane, is_try: bool
+        self, rule: Preempt | None, permit: Permit | None, account: UpstreamAccount, is_try: bool
     ) -> AbstractContextManager[object]:
         """Return a context in which the call can be preempted, if its upstream and its terms allow
         it. A probe gives way only to another probe."""
         times = self._terms.preempted
         if is_try:
-            return lane.gate.trying()
+            return account.gate.trying()
         if rule is None or times is None or times >= rule.times or permit is None:
             return nullcontext()
-        return self._spine.preemption.of(
-            lane.limiter, rule, self._exchange, permit, self._terms.request_id
-        )
+        limiter, request_id = account.limiter, self._terms.request_id
+        return self._spine.preemption.of(limiter, rule, self._exchange, permit, request_id)
 
-    def _note_admission(self, permit: Permit | None, target: Target, lane: Lane) -> None:
-        record, pool = self._record, lane.limiter.pool
+    def _note_admission(
+        self, permit: Permit | None, target: Target, account: UpstreamAccount
+    ) -> None:
+        record, pool = self._record, account.limiter.pool
         record.waits = False
         if record.attempts and record.pool != pool:
             record.note_moving()
@@ -869,16 +872,16 @@ class _Run:
             permit.settle_unused()  # until a call was made
 
     async def _note_failure(
-        self, failed: CallFailed, lane: Lane, demand: CallDemand, is_try: bool
+        self, failed: CallFailed, account: UpstreamAccount, demand: CallDemand, is_try: bool
     ) -> None:
         """Pause the limit that a 429 concerns, and count the failure in the upstream's health."""
         record, error, model = self._record, failed.error, failed.target.model
         record.failed = error
         if isinstance(error, UpstreamThrottled):
             record.note_throttled(failed.target.upstream.name, failed.target.upstream.pool)
-            failed.paused_ms = await lane.gate.throttled(error, model, demand)
+            failed.paused_ms = await account.gate.throttled(error, model, demand)
         suspect = self._exchange.suspect()
-        await lane.gate.failed(error, model, suspect=suspect, tried=is_try)
+        await account.gate.failed(error, model, suspect=suspect, tried=is_try)
         record.faults += error.of_upstream
 
 

@@ -347,7 +347,7 @@ class LiveUpstreams:
     # -- state of this process
 
     async def open(self, share: Share) -> None:
-        """Open the upstreams of the deployment, whose pools and lanes exist. share: writes this
+        """Open the upstreams of the deployment, whose pools and accounts exist. share: writes this
         process's notes into the default pool."""
         self._share = share
         for upstream in self.deployment.upstreams:

@@ -416,7 +416,7 @@ async def test_a_new_upstream_has_its_credentials_while_a_removed_one_ends(
     async def is_forgotten() -> bool:
         await gateway.services.upstreams.look()
         try:
-            gateway.services.spine.lane(removed)
+            gateway.services.spine.account(removed)
         except UpstreamDrained:
             return True
         return False

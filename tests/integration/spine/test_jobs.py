@@ -16,7 +16,7 @@ from tests.zones import OF_ALL, OF_WORKERS, set_clock
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.spine.native import NativeExchange
 from tidegate.spine.prompt import PromptCalls, PromptExchange
-from tidegate.spine.run import Lane
+from tidegate.spine.run import UpstreamAccount
 from tidegate.store.blobs import Blobs
 from tidegate.store.notifications import AGREE_S
 from tidegate.store.queue import MAX_LAPSES, JobQueue
@@ -298,11 +298,11 @@ async def test_a_job_whose_lease_is_found_lost_after_its_whole_answer_is_not_cal
     made = NativeExchange if wraps else PromptExchange
     settle, lost = made.settle, asyncio.Event()
 
-    def lose(exchange: Any, target: Any, lane: Lane, *args: Any, **named: Any) -> Any:
+    def lose(exchange: Any, target: Any, account: UpstreamAccount, *args: Any, **named: Any) -> Any:
         if not lost.is_set():
-            lane.limiter._session.lease._confirmed_ms = float("-inf")
+            account.limiter._session.lease._confirmed_ms = float("-inf")
             lost.set()
-        return settle(exchange, target, lane, *args, **named)
+        return settle(exchange, target, account, *args, **named)
 
     monkeypatch.setattr(made, "settle", lose)
     gateway = await open_gateway()
