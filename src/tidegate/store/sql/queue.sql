@@ -327,10 +327,10 @@ WITH found AS MATERIALIZED (
         SELECT *, row_number() OVER (
             PARTITION BY tenant_id, priority ORDER BY deadline_at, created_at, id) AS turn
         FROM (
-            SELECT found.*, row_number() OVER by_age AS place,
+            SELECT *, row_number() OVER by_age AS place,
                 max(coalesce(deadline_at, created_at + interval '10 minutes')) OVER by_age AS latest
-            FROM found JOIN counted USING (tenant_id, priority)
-            WHERE shortest < longest AND jobs > 64
+            FROM found
+            WHERE (SELECT bool_or(shortest < longest AND jobs > 64) FROM counted)
             WINDOW by_age AS (PARTITION BY tenant_id, priority ORDER BY created_at, id
                 ROWS UNBOUNDED PRECEDING)
         ) AS uneven
@@ -345,7 +345,12 @@ WITH found AS MATERIALIZED (
         array_agg(id ORDER BY place) FILTER (WHERE turn <= 64) AS ids,
         array_agg(coalesce(deadline_at, created_at + interval '10 minutes') ORDER BY place)
             FILTER (WHERE turn <= 64) AS due_at
-    FROM named JOIN counted USING (tenant_id, priority) GROUP BY tenant_id, priority
+    FROM (
+        SELECT *, NULL::bigint AS jobs, NULL::interval AS longest FROM named
+        UNION ALL
+        SELECT tenant_id, priority, NULL, NULL, NULL, NULL, NULL, jobs, longest FROM counted
+    ) AS both_of
+    GROUP BY tenant_id, priority
 )
 SELECT pg_snapshot_xmax(seen.snapshot)::text::bigint AS xmax,
     ARRAY(SELECT xid::text::bigint FROM pg_snapshot_xip(seen.snapshot) AS xid) AS under_way,
@@ -404,7 +409,8 @@ WITH queues AS MATERIALIZED (
 ), candidates AS MATERIALIZED (
     SELECT n, priority, id, created_at, due_at, bool_or(is_early) AS is_early,
         bool_or(NOT is_early) AS is_scanned,
-        row_number() OVER (PARTITION BY n ORDER BY priority DESC, due_at, created_at, id) AS turn
+        row_number() OVER (PARTITION BY n ORDER BY priority DESC, due_at, created_at, id) AS turn,
+        sum(bool_or(NOT is_early)::integer) OVER (PARTITION BY n, priority) >= $3 AS is_long
     FROM (
         SELECT queues.n, queues.priority, r.*, false AS is_early
         FROM queues CROSS JOIN LATERAL (
@@ -439,9 +445,6 @@ WITH queues AS MATERIALIZED (
     UPDATE requests r SET claim = r.claim + 1, claimed_by = $4
     FROM picked WHERE r.id = picked.id
     RETURNING r.*, picked.n, picked.turn
-), scanned AS (
-    SELECT n, priority, count(*) FILTER (WHERE is_scanned) >= $3 AS is_long
-    FROM candidates GROUP BY n, priority
 ), looked_at AS (
     SELECT c.n, c.priority, bool_or(is_long) AS is_long,
         max(c.created_at) FILTER (WHERE c.is_scanned) AS last,
@@ -450,8 +453,8 @@ WITH queues AS MATERIALIZED (
         array_agg(c.id) FILTER (WHERE is_other AND claimed.id IS NULL) AS others_left,
         array_agg(c.created_at) FILTER (WHERE is_other AND claimed.id IS NULL) AS made_at,
         array_agg(c.due_at) FILTER (WHERE is_other AND claimed.id IS NULL) AS due_at
-    FROM candidates c JOIN scanned USING (n, priority) LEFT JOIN claimed ON claimed.id = c.id
-        CROSS JOIN LATERAL (SELECT NOT is_long AND NOT c.is_early AS is_other) AS short
+    FROM (SELECT *, NOT is_long AND NOT is_early AS is_other FROM candidates) AS c
+        LEFT JOIN claimed ON claimed.id = c.id
     GROUP BY c.n, c.priority
 )
 SELECT claimed.*, EXISTS (
