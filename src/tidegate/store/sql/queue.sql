@@ -364,8 +364,7 @@ FROM (SELECT pg_current_snapshot() AS snapshot) AS seen LEFT JOIN queues ON true
 -- Return at most $11 ready jobs of pool $1, lane $2, tenant $3, priority $4, without some callers.
 -- These callers have a key of $8, a user of $9 or a conversation of $10. The jobs $7 are checked, and
 -- the next $12 from the job created at $5 with id $6. Those that are due first are returned. The next
--- search begins at the first of the latter that is not of these callers, or else where this one has
--- ended.
+-- search begins at the first of the $12 that is not of these callers, or else where this one has ended.
 WITH next AS MATERIALIZED (
     SELECT created_at, id, deadline_at, key_id, subject, conversation FROM requests
     WHERE coalesce(status = 'queued' AND claimed_by IS NULL AND not_before IS NULL, false)
