@@ -25,7 +25,7 @@ def main() -> None:
     if "TIDEGATE_SUPERVISION_FD" in os.environ:
         _supervise()
     try:
-        if _ran_role():
+        if sys.argv[1:2] in (["serve"], ["worker"]) and _ran_role():
             return
         from tidegate.cli import main as run
 
@@ -41,9 +41,8 @@ def main() -> None:
 
 def _ran_role() -> bool:
     """Run the process that the arguments name, and return whether they name one."""
-    from tidegate.supervisor import escape_unencodable, run_role
+    from tidegate.supervisor import run_role
 
-    escape_unencodable()
     try:
         return run_role(sys.argv[1:], is_child="TIDEGATE_LIFELINE_FD" in os.environ)
     except (Exception, KeyboardInterrupt):  # shown as the command line shows it

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -42,7 +43,7 @@ from tidegate.cli.terminal import (
 )
 from tidegate.embedded.servers import ServerFailed
 from tidegate.errors import ConfigError, LimiterUnavailable, StoreUnavailable, TidegateError
-from tidegate.supervisor import OF_FASTAPI, OF_REDIS, OF_STRUCTLOG, escape_unencodable, without
+from tidegate.supervisor import OF_FASTAPI, OF_REDIS, OF_STRUCTLOG, without
 
 app = typer.Typer(
     name="tidegate",
@@ -60,7 +61,10 @@ _USE, _RUN, _OPERATE = "Use it", "Run it", "Operate it"
 
 def main() -> None:
     """Run the command line. Its exit codes are `EXITS`."""
-    escape_unencodable()
+    for output in (sys.stdout, sys.stderr):
+        # An output of another encoding than UTF-8 shows other characters as escapes.
+        if isinstance(output, TextIOWrapper) and output.errors == "strict":
+            output.reconfigure(errors="backslashreplace")
     with failures_shown():
         _check_text(sys.argv[1:])
         command_line(sys.argv[1:])()

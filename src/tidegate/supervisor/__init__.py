@@ -32,6 +32,7 @@ def run_role(arguments: Sequence[str], *, is_child: bool) -> bool:
     """Run the process that the arguments name, and return whether they name one: `serve`, `worker`,
     or the command line of a supervisor's child (`up.py`). No parser of command lines is imported:
     it takes a twentieth of the start, and 2 MB. Raises what the role raises."""
+    _escape_unencodable()
     match arguments:
         case ["serve"]:
             _serve(None)
@@ -62,7 +63,7 @@ def _work() -> None:
         work(load_to_run())
 
 
-def escape_unencodable() -> None:
+def _escape_unencodable() -> None:
     """Show characters that an output's encoding does not have as escapes."""
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, TextIOWrapper) and output.errors == "strict":
