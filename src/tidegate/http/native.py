@@ -442,7 +442,7 @@ class _Front:
             )
             call.form, call.terms.left = form, self.has_left
             call.socket = self._scope.get("extensions", {}).get(SOCKET_EXTENSION)
-            if (audit := self._services.store.audit).is_full_for(call.body_bytes):
+            if (audit := self._services.store.audit).is_full_for():  # of the largest body
                 await audit.room(call.body_bytes, call.terms.left_ms())
             opening = await self._opening(call)
         except TidegateError as error:

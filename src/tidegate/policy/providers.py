@@ -282,6 +282,10 @@ def _rebased(base: str, urls: Mapping[str, str]) -> dict[str, str]:
     return {dialect: f"{origin}{below}" for dialect, below in paths.items()}
 
 
+# Presets of servers of one's own.
+OWN = frozenset(name for name, preset in PROVIDERS.items() if preset.is_own)
+
+
 def _vertex_host(location: str) -> str:
     if location == "global":
         return "aiplatform.googleapis.com"

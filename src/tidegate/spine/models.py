@@ -318,17 +318,13 @@ def among_fetching(body: Mapping[str, Any], targets: Sequence[Target]) -> list[T
     return left
 
 
-def may_fetch_all(upstream: Upstream) -> bool:
-    """Return whether an upstream may fetch every URL. A server of one's own is inside a network:
-    even `*` names no private address there."""
-    return ANY in upstream.media_hosts and not upstream.is_own
-
-
 def _may_fetch(upstream: Upstream, link: str, host: str) -> bool:
+    """Return whether an upstream may fetch a URL. A server of one's own is inside a network: even
+    `*` names no private address there."""
     named = (one.lower() for one in upstream.media_hosts if one != ANY)
-    if may_fetch_all(upstream) or any(host and fnmatchcase(host, one) for one in named):
+    if any(host and fnmatchcase(host, one) for one in named):
         return True
-    return ANY in upstream.media_hosts and _is_public(link)
+    return ANY in upstream.media_hosts and (not upstream.is_own or _is_public(link))
 
 
 def _is_public(link: str) -> bool:

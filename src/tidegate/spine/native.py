@@ -64,6 +64,8 @@ from tidegate.dialects.spec import (
 )
 from tidegate.errors import NotFound, UpstreamError, UpstreamRejected
 from tidegate.policy.access import Access, Paths
+from tidegate.policy.deployment import ANY
+from tidegate.policy.providers import OWN
 from tidegate.prices.rates import STANDARD_TIERS, Rates
 from tidegate.record import CallRecord, coding_of
 from tidegate.spine.affinity import Home, conversation_key, lineage_in
@@ -81,7 +83,6 @@ from tidegate.spine.models import (
     among_fetching,
     check_model,
     facts_of_form,
-    may_fetch_all,
     model_of_other,
     read_body,
     targets_for,
@@ -164,7 +165,8 @@ class Relay:
             targets = self._targets(call, facts, record.model or "")
         if references:
             targets = await self._where_they_live(call, facts, references, targets)
-        if not all(may_fetch_all(one.upstream) for one in targets):
+        upstreams = [one.upstream for one in targets]
+        if not all(ANY in one.media_hosts and one.provider not in OWN for one in upstreams):
             targets = await aside(len(raw), partial(among_fetching, body, targets))
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, facts, out, record)
         exchange.refers = bool(references)
@@ -177,8 +179,7 @@ class Relay:
         if facts is not None and endpoint.operation is Operation.INFER:
             continued = self.resources.continued
             before = await continued(endpoint.dialect, references) if references else None
-            sent = record.lineage
-            tracing = partial(lineage_in, body, sent, before)
+            tracing = partial(lineage_in, body, record.lineage, before)
             record.lineage = await aside(len(raw), tracing) if is_large else tracing()
             home = self._home(call, facts.model, record, targets) if len(targets) > 1 else None
         await self.spine.run(exchange, record, targets, on_admitted, home)

@@ -243,11 +243,10 @@ class _Overflow:
 
 
 class _Rows:
-    """Records that wait to be written, each with its size: in batches of `batch_rows`, of which so
-    many as `batches` are under way at a time."""
+    """Records that wait to be written, `batch_rows` at a time, each with its size."""
 
-    def __init__(self, batch_rows: int, batches: int) -> None:
-        self.batch_rows, self.batches = batch_rows, batches
+    def __init__(self, batch_rows: int) -> None:
+        self.batch_rows = batch_rows
         self.waiting: deque[tuple[CallRecord, int]] = deque()
         self.size_bytes = 0
         self.more = asyncio.Event()
@@ -294,7 +293,7 @@ class AuditLog:
         self._instance_id = instance_id
         self._when_full = when_full
         self._room = asyncio.Event()  # set when either buffer has become shorter
-        self._small, self._large = self._rows = _Rows(_BATCH_ROWS, 2), _Rows(1, 1)
+        self._small, self._large = self._rows = _Rows(_BATCH_ROWS), _Rows(1)
         self._rows_left_out = _Overflow()
         self._entry_writer: GroupWriter[Json, None] = GroupWriter(self._commit)
         self._tasks: set[asyncio.Task[bool]] = set()
@@ -337,13 +336,11 @@ class AuditLog:
         """The number of rows that are not written yet."""
         return sum(len(one.waiting) for one in self._rows)
 
-    def is_full_for(self, size_bytes: int) -> bool:
+    def is_full_for(self, size_bytes: int = MAX_WAITING_BYTES) -> bool:
         """Return whether a call with a body of this size waits for the record, or is dropped."""
-        small = self._small
-        if len(small.waiting) >= MAX_WAITING or small.size_bytes >= MAX_WAITING_BYTES:
-            return True
         most_bytes = MOST_WAITING_BYTES if size_bytes <= _LARGE_ROW_BYTES else MAX_WAITING_BYTES
-        return self._large.size_bytes >= most_bytes
+        small, is_full = self._small, self._large.size_bytes >= most_bytes
+        return is_full or len(small.waiting) >= MAX_WAITING or small.size_bytes >= MAX_WAITING_BYTES
 
     async def room(self, size_bytes: int, wait_ms: float) -> None:
         """Wait before a call with a body of this size while the record cannot keep up, if
@@ -373,20 +370,23 @@ class AuditLog:
             await rows_left.more.wait()
             await asyncio.sleep(_LINGER_S)  # a batch costs as much as one row
             rows_left.more.clear()
-            # Of several batches, another is prepared while PostgreSQL writes one.
-            await asyncio.gather(*map(self._write_waiting, [rows_left] * rows_left.batches))
+            while taken := rows_left.take():
+                if len(rows_left.waiting) >= rows_left.batch_rows > 1:
+                    batches = taken, rows_left.take()  # one is prepared while one is written
+                    await asyncio.gather(*(self._write_taken(rows_left, one) for one in batches))
+                else:
+                    await self._write_taken(rows_left, taken)
 
-    async def _write_waiting(self, rows_left: _Rows) -> None:
-        while taken := rows_left.take():
-            batch = [record for record, _ in taken]
-            self._listeners.notify(batch)
-            try:
-                await self._write(batch)
-            except Exception:  # the top of a task: logged, and the loop continues
-                log.exception(Log.INTERNAL_ERROR, component="request log")
-            finally:
-                rows_left.size_bytes -= sum(size_bytes for _, size_bytes in taken)
-                self._room.set()
+    async def _write_taken(self, rows_left: _Rows, taken: list[tuple[CallRecord, int]]) -> None:
+        batch = [record for record, _ in taken]
+        self._listeners.notify(batch)
+        try:
+            await self._write(batch)
+        except Exception:  # the top of a task: logged, and the loop continues
+            log.exception(Log.INTERNAL_ERROR, component="request log")
+        finally:
+            rows_left.size_bytes -= sum(size_bytes for _, size_bytes in taken)
+            self._room.set()
 
     async def prepare(self, record: CallRecord) -> Prepared:
         """Return the record for `add`; a large body is in the blob store then."""

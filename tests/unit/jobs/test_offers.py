@@ -191,14 +191,14 @@ async def test_many_wait_for_flex_long_but_not_past_their_review(
 async def test_all_lines_that_expire_until_then_count_for_the_usual_tier(
     offers: TierOffers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lanes = SimpleNamespace(
+    account = SimpleNamespace(
         limiter=SimpleNamespace(policy=SimpleNamespace(binding=lambda limit: limit)),
         demands=SimpleNamespace(
             prices=SimpleNamespace(share=lambda *_: 0.5),
             limits=lambda *_, **__: [Rate(60_000, 60_000)],
         ),
     )
-    monkeypatch.setattr(offers, "_lane_of", lambda _: lanes)
+    monkeypatch.setattr(offers, "_account_of", lambda _: account)
     upstream = Upstream("openai", {"openai": "http://127.0.0.1:1"}, "k")
     monkeypatch.setattr(offers, "_targets_of", lambda _: [Target(upstream, "gpt-5")])
     due = datetime.now(UTC) + timedelta(seconds=960)

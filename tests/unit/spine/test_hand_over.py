@@ -74,10 +74,10 @@ class _Call:
             finally:
                 self.is_open = False
 
-        lane: Any = SimpleNamespace(limiter=self.store, hard_ms=1)
+        account: Any = SimpleNamespace(limiter=self.store, hard_ms=1)
         demand: Any = SimpleNamespace(limits=("kind:text_only",))
         target: Any = None
-        return asyncio.create_task(self.hand_over.make(target, lane, demand, call))
+        return asyncio.create_task(self.hand_over.make(target, account, demand, call))
 
 
 async def cancelled_at(task: asyncio.Task[None], store: _Store, name: str, times: int = 1) -> None:
@@ -176,7 +176,7 @@ async def test_what_ends_while_all_are_counted_again_is_not_left_counted(after: 
 
     calls: Any = SimpleNamespace(counted=counted)
     targets = SimpleNamespace(upstreams={"openai": object()})
-    spine: Any = SimpleNamespace(targets=targets, lane=lambda _: SimpleNamespace(limiter=store))
+    spine: Any = SimpleNamespace(targets=targets, account=lambda _: SimpleNamespace(limiter=store))
     await count_again(calls, spine)
     assert store.counted == set(after)
     assert store.reached.count("revoke") == 2 - len(after)
