@@ -252,11 +252,6 @@ class _Rows:
         self.more = asyncio.Event()
         self.writer: asyncio.Task[None] | None = None
 
-    def add(self, record: CallRecord, size_bytes: int) -> None:
-        self.waiting.append((record, size_bytes))
-        self.size_bytes += size_bytes
-        self.more.set()
-
     def take(self) -> list[tuple[CallRecord, int]]:
         return [self.waiting.popleft() for _ in range(min(len(self.waiting), self.batch_rows))]
 
@@ -363,7 +358,10 @@ class AuditLog:
             return
         if self._rows_left_out.count:
             self._rows_left_out.end()
-        (self._small if size_bytes <= _LARGE_ROW_BYTES else self._large).add(record, size_bytes)
+        rows_left = self._small if size_bytes <= _LARGE_ROW_BYTES else self._large
+        rows_left.waiting.append((record, size_bytes))
+        rows_left.size_bytes += size_bytes
+        rows_left.more.set()
 
     async def _write_rows(self, rows_left: _Rows) -> None:
         while True:
