@@ -105,7 +105,9 @@ async def test_a_stream_that_waits_shows_its_place_and_sdks_pass_over_it(
         assert response.content_type == "application/vnd.amazon.eventstream"
         shown: dict[str, Any] = {"limit": None}  # as it is until the call is in its queue
         while shown["limit"] is None:
-            headers, payload = next(framed_in(await response.content.readany()))
+            length = await response.content.readexactly(4)
+            rest = await response.content.readexactly(int.from_bytes(length, "big") - 4)
+            headers, payload = next(framed_in(length + rest))
             assert headers[":event-type"] == "waiting"
             shown = orjson.loads(payload)
         assert (shown["limit"], shown["wait_ms"] > 0) == ("kind:text_only", True)

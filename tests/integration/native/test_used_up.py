@@ -178,7 +178,8 @@ async def test_a_stream_of_ours_and_a_job_with_a_deadline_hear_it_too(
     problem = streamed.problem
     assert (streamed.status, problem["code"], problem["limit"]) == (429, "limit_used_up", LIMIT)
     assert 0 <= problem["retry_after_ms"] - await room_ms(gateway) < 60_000
-    timed = await gateway.submit(data="Explain this", model=MODEL, deadline_ms=3_600_000)
+    # Before the one without a deadline, which counts as due in ten minutes.
+    timed = await gateway.submit(data="Explain this", model=MODEL, deadline_ms=300_000)
     patient = await gateway.submit(data="Explain that", model=MODEL)
     record = await gateway.end_of(timed, 60)
     assert (record["status"], record["error"]["code"]) == ("expired", "limit_used_up")

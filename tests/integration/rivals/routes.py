@@ -74,6 +74,7 @@ _AS_ANTHROPIC = {"anthropic-version": "2023-06-01"}
 _START = {"X-Goog-Upload-Protocol": "resumable", "X-Goog-Upload-Command": "start"}
 _START |= {"X-Goog-Upload-Header-Content-Length": "5", "X-Goog-Upload-Header-Content-Type": "a/b"}
 
+_QUESTIONS = [{"type": "predicate", "name": "rain", "instructions": "Does it rain?"}]
 NATIVE = (
     _gemini("generateContent"),
     _gemini("streamGenerateContent?alt=sse"),
@@ -96,6 +97,7 @@ NATIVE = (
     Route("POST", "/v1/moderations", body={"model": "omni-moderation-latest", "input": "Hello"}),
     _post("/v1/rerank", model="rerank-x", query="Say", documents=["hello", "tide"]),
     _post("/v1/responses/compact", model="gpt-x", input="Say hello"),
+    _post("/v1/decisions", model="gpt-x", input="Say hello", questions=_QUESTIONS),
     Route("POST", "/v1/responses/input_tokens", "other", {"model": "gpt-x", "input": "Say hello"}),
     _post("/v1/messages", **CHAT),
     _post("/v1/messages", **CHAT, stream=True),

@@ -229,11 +229,7 @@ async def test_one_tenants_slow_readers_of_stored_answers_leave_room_for_another
             await wait_until(lambda: not bodies.of_tenants, 40, "the memory of the answers before")
             slow = small_receive_buffer((AF_INET, SOCK_STREAM, 0))
             slow.connect(("127.0.0.1", int(gateway.url.rpartition(":")[2])))
-            lines = [
-                f"{method} {path} HTTP/1.1",
-                "host: localhost",
-                "content-type: application/json",
-            ]
+            lines = [f"{method} {path} HTTP/1.1", "host: localhost"]
             lines += [f"{name}: {value}" for name, value in (alice | more).items()]
             lines += [f"content-length: {len(body) if method == 'POST' else 0}", "", ""]
             slow.sendall("\r\n".join(lines).encode() + (body if method == "POST" else b""))
