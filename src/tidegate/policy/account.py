@@ -459,7 +459,8 @@ class AccountUse:
         """
         lower = min(in_force, bound)
         self._recount(now, counted)
-        self._add_sample(_Sample(now, counted - self.kept(now), self.since, recent))
+        kept = self.kept(now)
+        self._add_sample(_Sample(now, counted - kept, self.since, recent))
         self._notice(now, lower)
         if self._refused_from is not None and recent is not None:
             own = recent - self._charged_since(self._refused_from - SENT_LATE_S, now)
@@ -476,7 +477,7 @@ class AccountUse:
         needed = max(0.0, in_force - bound + for_others)
         needed += self._short(now, lower, bound) if needed else 0.0
         target = round(min(needed, in_force))
-        evenly = target - self.kept(now) > EVENLY_FROM * lower
+        evenly = target - kept > EVENLY_FROM * lower
         amount = min(target - lasting, self._most(now, counted, counted, in_force, bound, None))
         return self._record(now, counted, max(0, amount), evenly=evenly)
 
@@ -675,10 +676,13 @@ class AccountUse:
         if self._is_new and sample.recent is not None:
             self._is_new = False
             own = sample.recent - self._charged_since(since, sample.at)
-            self._others_use.append((now, sum(one.used for one in self._windows) - own))
+            others = sum([one.used for one in self._windows]) - own
+            while self._others_use and self._others_use[-1][1] <= others:
+                self._others_use.pop()
+            self._others_use.append((now, others))
         while self._others_use and self._others_use[0][0] <= now - 2 * self.span_s:
             self._others_use.popleft()
-        return max((others for _, others in self._others_use), default=0.0)
+        return self._others_use[0][1] if self._others_use else 0.0
 
     def _charged_since(self, since: float, at: float) -> int:
         """Return the charges contained in the pool's count at `at`."""
