@@ -12,6 +12,7 @@ import concurrent.futures
 import functools
 import inspect
 import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
@@ -28,7 +29,7 @@ from tidegate.limiter.limiter import (
     check_names,
 )
 from tidegate.limiter.permit import DetachedPermit, Outcome, Permit, misused
-from tidegate.limiter.policy import FOR_EVER_MS, Demand, Tokens
+from tidegate.limiter.policy import FOR_EVER_MS, Demand, Tokens, whole_ms
 from tidegate.limiter.views import LocalState, Snapshot
 
 Acquire = Callable[[], AbstractAsyncContextManager[Permit | None]]
@@ -131,8 +132,15 @@ class ThreadPermit:
         return None if permit is None else SyncPermit(permit, self.lost, self._confirm)
 
     def leave(self) -> None:
-        """Return the permit. Raises LeaseLost if it was lost before."""
-        if self._hold is None or not self._limiter.is_own_process():
+        """Return the permit. Raises LeaseLost if it was lost before.
+
+        A suspended generator leaves where Python collects it: on the limiter's thread it does not
+        wait, and at the end of the program the lease returns the permit.
+        """
+        if self._hold is None or not self._limiter.is_own_process() or sys.is_finalizing():
+            return
+        if self._limiter.is_own_thread():
+            self.release()
             return
         try:
             self._limiter.ask(self._hold.finish)
@@ -260,8 +268,13 @@ class SyncLimiter:
         """Never reached: without it Python would not call `__aenter__`."""
 
     def start(self) -> None:
-        """Start the thread and join the pool. Raises ConfigError as `Limiter.start`."""
+        """Start the thread and join the pool.
+
+        Raises ConfigError as `Limiter.start`; RuntimeError if it was started or closed before.
+        """
         self._check_process()
+        if self._closing or self._thread.ident is not None:
+            raise RuntimeError("a SyncLimiter is opened once: make another one")
         self._thread.start()
         try:
             self._started.result()
@@ -273,16 +286,18 @@ class SyncLimiter:
         """End the session and join the thread, as `Limiter.aclose`.
 
         Waiting threads get ShuttingDown. Threads with a permit may leave within `grace_ms`; then
-        `permit.lost` is set, they have one more second, and leaving raises LeaseLost. In a forked
-        process this does nothing: the session is its parent's.
+        `permit.lost` is set, they have one more second, and leaving raises LeaseLost. On the
+        limiter's own thread this returns before the end. In a forked process, whose session is its
+        parent's, and while the interpreter exits, it does nothing.
         """
-        if not self.is_own_process():
+        grace_ms = whole_ms("grace_ms", grace_ms)
+        if not self.is_own_process() or sys.is_finalizing():
             return
         with self._gate:
             self._closing, self._grace_ms = True, grace_ms
             if self._stop is not None:
                 self.tell(self._stop.set)
-        if self._thread.is_alive():
+        if self._thread.is_alive() and not self.is_own_thread():
             self._thread.join()
 
     def _run(self) -> None:
@@ -317,6 +332,10 @@ class SyncLimiter:
         """Return False in a process that was forked from the one that created this."""
         return os.getpid() == self._pid
 
+    def is_own_thread(self) -> bool:
+        """Return True on the thread of this limiter, which must not wait for itself."""
+        return threading.get_ident() == self._thread.ident
+
     def _check_process(self) -> None:
         if not self.is_own_process():
             raise RuntimeError("this SyncLimiter belongs to the process that was forked: make one")
@@ -332,8 +351,13 @@ class SyncLimiter:
     def ask(self, make: Callable[[], Coroutine[Any, Any, R]]) -> R:
         """Run a coroutine on the limiter's loop and return its result.
 
-        Raises ShuttingDown if the loop has ended, or ends in the meantime.
+        Raises ShuttingDown if the loop has ended, or ends in the meantime; RuntimeError on the
+        limiter's own thread, such as in an observer.
         """
+        if sys.is_finalizing():
+            raise ShuttingDown("the interpreter exits")
+        if self.is_own_thread():
+            raise RuntimeError("a SyncLimiter cannot be waited for on its own thread")
         future = self.submit(make)
         try:
             return future.result()
