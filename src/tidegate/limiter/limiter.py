@@ -23,11 +23,11 @@ from itertools import islice
 from math import ceil
 from secrets import token_hex
 from types import TracebackType
-from typing import Any, NoReturn, ParamSpec, Required, Self, TypedDict, TypeVar, Unpack
+from typing import Any, NoReturn, ParamSpec, Required, Self, TypedDict, TypeVar, Unpack, get_args
 
 import msgpack
 
-from tidegate.errors import DemandImpossible, LimiterUnavailable, TidegateError
+from tidegate.errors import ConfigError, DemandImpossible, LimiterUnavailable, TidegateError
 from tidegate.limiter.connection import (
     STALLED_S,
     ExchangeLoop,
@@ -51,10 +51,12 @@ from tidegate.limiter.policy import (
     Tokens,
     WrittenPolicy,
     as_policy,
+    check_name,
     is_taken,
     read_change,
     tokens_of,
     unknown_limit,
+    whole,
     whole_ms,
 )
 from tidegate.limiter.queue import LocalQueue
@@ -157,6 +159,8 @@ def deadline_of(timeout: float | timedelta | None, deadline_ms: int | None) -> i
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     if not isinstance(seconds, int | float):
         raise TypeError(f"timeout is a number of seconds or a timedelta, not {timeout!r}")
+    if seconds != seconds:
+        raise ValueError(f"timeout is a number of seconds, not {timeout!r}")
     return None if seconds * 1000 > FOR_EVER_MS else ceil(max(seconds, 0.0) * 1000)
 
 
@@ -218,6 +222,9 @@ class Limiter:
         stalled_s: float = STALLED_S,
         clock: Clock | None = None,
     ) -> None:
+        check_name("pool", pool)
+        if on_conflict not in get_args(OnConflict):
+            raise ConfigError("on_conflict", str(on_conflict), "one of raise, replace, keep")
         self.pool = pool
         self.instance_id = instance_id
         self._url = url
@@ -390,6 +397,7 @@ class Limiter:
         """
         counts, hard_ms = None if tokens is None else tokens_of(tokens), hard_ms or DEFAULT_HARD_MS
         within_ms = deadline_of(timeout, deadline_ms)
+        images = whole("images", images)
         demand = Demand(limits, tenant, priority, counts, images, within_ms, hard_ms)
         if within_ms is not None and within_ms <= 0:
             demand = self._soon(replace(demand, deadline_ms=None, once=True))
@@ -412,7 +420,7 @@ class Limiter:
         available now, also while Valkey is unavailable and if the queue is full. It waits only for
         the server's next answer. Otherwise as `acquire`."""
         counts = None if tokens is None else tokens_of(tokens)
-        bound_ms = hard_ms or DEFAULT_HARD_MS
+        bound_ms, images = hard_ms or DEFAULT_HARD_MS, whole("images", images)
         demand = Demand(limits, tenant, priority, counts, images, None, bound_ms, once=True)
         return TryAcquisition(Acquisition(self._issuer, self._soon(demand), True))
 
@@ -824,6 +832,7 @@ class Limiter:
     async def aclose(self, grace_ms: int = 0) -> None:
         """End the session and free what it held. Waiters get ShuttingDown. Bodies may end within
         `grace_ms`; then they are cancelled with LeaseLost and get one more second."""
+        grace_ms = whole_ms("grace_ms", grace_ms)
         if self._issuer.closing:
             return
         self._issuer.closing = True

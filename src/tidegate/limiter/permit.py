@@ -120,10 +120,10 @@ class PermitIssuer:
             limits = _each_once(limits)
         try:
             flow = self._queue.flows.get((band, demand.tenant, limits))
+            if flow is None:
+                flow = self._queue.flow(band, demand.tenant, limits)
         except TypeError:
             raise TypeError(f"a limit or a tenant is a name, as in {_NAMED}") from None
-        if flow is None:
-            flow = self._queue.flow(band, demand.tenant, limits)
         if flow.revision != policy.revision:
             flow.refresh(policy, self._pool)
         if flow.unnamed is not None and not demand.implicit:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil, isfinite
 from operator import index
 from typing import Any, Literal, Self, TypedDict, Unpack, cast, get_args
@@ -420,11 +420,14 @@ def implicit_limit(name: str) -> Concurrency | None:
 _UNBOUNDED = Concurrency(MAX_BOUND)
 
 
-def check_tenant(tenant: str) -> None:
-    """Raise ConfigError for a name that a tenant can't have."""
-    if not isinstance(tenant, str) or not TENANT_NAME.fullmatch(tenant):
-        printable = tenant if isinstance(tenant, str) and tenant.isprintable() else ascii(tenant)
-        raise ConfigError("tenant", printable, "1 to 200 characters without spaces, | { or }")
+def check_name(kind: str, name: str) -> None:
+    """Raise ConfigError for a name that a tenant, or a pool, can't have."""
+    if not isinstance(name, str) or not TENANT_NAME.fullmatch(name):
+        printable = name if isinstance(name, str) and name.isprintable() else ascii(name)
+        raise ConfigError(kind, printable, "1 to 200 characters without spaces, | { or }")
+
+
+check_tenant = partial(check_name, "tenant")
 
 
 def share_of(bound: int, sessions: int) -> int:
@@ -815,9 +818,7 @@ OnConflict = Literal["raise", "replace", "keep"]
 # policy; or a deployment that keeps what is in force, which no edit of a program's code replaces.
 WRITTEN_BY, DEPLOYED_BY = "code", "deployment"
 
-
 _SHOWN = 3
-
 
 _FIELDS = (
     *("lease_ms", "when_away", "on_lost", "on_expiry"),

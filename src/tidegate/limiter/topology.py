@@ -43,7 +43,7 @@ MAX_HOPS = 4
 MAX_KNOWN_NODES = 64
 
 _BASES = ("redis", "rediss", "unix")
-_SCHEMES = "is not redis, rediss, unix, redis+sentinel or redis+cluster"
+_SCHEMES = "is not redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
 _UNREADABLE = "cannot be read as a URL: in a password, # is %23, / is %2F, ? is %3F and % is %25"
 _MEMORY = "memory://"
 _SLOTS = ("CLUSTER", "SLOTS")
@@ -170,6 +170,9 @@ class Server:
     """
 
     def __init__(self, url: str, key: str) -> None:
+        if not isinstance(cast(object, url), str):
+            allowed = "a URL such as redis://localhost:6379"
+            raise ConfigError("url", type(url).__name__, allowed)  # it may contain a password
         self._in_memory = (url, key) if url.startswith(_MEMORY) else None
         self._target = read_url("redis://" if self._in_memory else url)
         self._slot = key_slot(key.encode())

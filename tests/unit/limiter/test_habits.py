@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
-from math import inf
+from math import inf, nan
 from typing import Any, Protocol, cast
 
 import pytest
@@ -185,3 +185,49 @@ async def test_a_decorated_function_waits_in_seconds(limiter: Limiter) -> None:
         return most
 
     assert [*await asyncio.gather(ask(), ask(), ask())] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"timeout": nan}, "timeout is a number of seconds"),
+        ({"images": "5"}, "images are counted in whole numbers"),
+        ({"images": None}, "images are counted in whole numbers"),
+        ({"images": 1.5}, "images are counted in whole numbers"),
+    ],
+)
+async def test_an_argument_of_the_wrong_kind_is_named(
+    limiter: Limiter, options: Any, named: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=named):
+        limiter.acquire("openai", **options)
+    if "images" in options:
+        with pytest.raises(TypeError, match=named):
+            limiter.try_acquire("openai", **options)
+
+
+@pytest.mark.parametrize("name", [5, None, b"openai"])
+async def test_a_limit_that_is_no_name_is_explained(limiter: Limiter, name: Any) -> None:
+    for limits in ((name,), (name, "openai")):
+        with pytest.raises(TypeError, match=r"a limit( or a tenant)? is a name"):
+            async with limiter.acquire(*limits):
+                pass
+
+
+@pytest.mark.parametrize("make", [Limiter.from_url, SyncLimiter.from_url])
+@pytest.mark.parametrize(
+    ("url", "options", "named"),
+    [
+        (None, {}, "url=NoneType: a URL such as redis://localhost:6379"),
+        (b"redis://localhost", {}, "url=bytes: a URL such as redis://localhost:6379"),
+        ("memory://", {"on_conflict": "replce"}, "on_conflict=replce: one of raise, replace, keep"),
+        ("memory://", {"pool": ""}, "pool=: 1 to 200 characters without"),
+        ("memory://", {"pool": "a}b"}, "pool=a}b: 1 to 200 characters without"),
+        ("memory://", {"pool": None}, "pool=None: 1 to 200 characters without"),
+    ],
+)
+def test_an_option_of_a_limiter_that_cannot_work_is_named(
+    make: Callable[..., object], url: Any, options: Any, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        make(url, policy=POLICY, **options)
