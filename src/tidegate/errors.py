@@ -691,10 +691,19 @@ class EmptyAnswer(UpstreamError):
 
 
 class StoreUnavailable(TidegateError):
-    """PostgreSQL is unavailable."""
+    """PostgreSQL is unavailable. `reason`: what it, or the network, said, which may name hosts,
+    users and tables: a part of the message, but not as clients see it."""
 
     code = "store_unavailable"
     retryable = True
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        super().__init__(message if reason is None else f"{message}: {reason}")
+        self._without_reason = message
+
+    @property
+    def client_message(self) -> str:
+        return self._without_reason
 
 
 class IssuerUnavailable(TidegateError):

@@ -176,6 +176,19 @@ def test_a_time_that_is_far_is_told_and_ends_retries(dialect: Dialect) -> None:
 
 
 @pytest.mark.parametrize("dialect", [None, *Dialect])
+def test_why_postgresql_is_unavailable_is_told_to_operators_alone(dialect: Dialect | None) -> None:
+    """What it, or the network, says names hosts, users and tables."""
+    why = 'password authentication failed for user "tidegate" at 10.0.3.17'
+    error = errors.StoreUnavailable("PostgreSQL is away", reason=why)
+    for one in (error, copy(error), pickle.loads(pickle.dumps(error))):
+        assert str(one) == one.message == f"PostgreSQL is away: {why}"
+        body = problem_response(one).body if dialect is None else refusal(dialect, one)[2]
+        assert b"PostgreSQL is away" in body
+        assert b"10.0.3.17" not in body
+        assert b"password" not in body
+
+
+@pytest.mark.parametrize("dialect", [None, *Dialect])
 def test_a_lost_permit_is_told_without_words_for_operators(dialect: Dialect | None) -> None:
     lost = errors.LeaseLost("the session that held a permit of tenant:acme is gone")
     body = problem_response(lost).body if dialect is None else refusal(dialect, lost)[2]

@@ -16,6 +16,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from importlib.resources import files
@@ -224,7 +225,7 @@ class Connections:
         if self._closed:
             raise StoreUnavailable("the store is closed")
         if self._down is not None:
-            raise StoreUnavailable(f"PostgreSQL is away: {self._down}")
+            raise StoreUnavailable("PostgreSQL is away", reason=self._down)
         most_ms = max(timeout_ms, self._patience_ms)
         task = asyncio.create_task(self._run(work, most_ms, repeatable, begin))
         self._tasks.add(task)
@@ -277,7 +278,7 @@ class Connections:
         try:
             connection = await self._answered(timeout_ms / 1000)
         except (*_TRANSIENT, *_UNFIT) as failed:
-            raise StoreUnavailable(f"PostgreSQL does not answer: {_words(failed)}") from failed
+            raise StoreUnavailable("PostgreSQL does not answer", reason=_words(failed)) from failed
         try:
             require_writes(connection)
         finally:
@@ -295,11 +296,11 @@ class Connections:
     async def dedicated(self) -> DatabaseSession:
         """Return a connection outside the pool, for LISTEN; the caller terminates it."""
         if self._down is not None:
-            raise StoreUnavailable(f"PostgreSQL is away: {self._down}")
+            raise StoreUnavailable("PostgreSQL is away", reason=self._down)
         try:
             return await self._connect(_Patience(CONNECT_TIMEOUT_MS / 1000))
         except (*_TRANSIENT, *_UNFIT) as failed:
-            raise StoreUnavailable(f"PostgreSQL does not answer: {_words(failed)}") from failed
+            raise StoreUnavailable("PostgreSQL does not answer", reason=_words(failed)) from failed
 
     async def _run(self, work: Work[T], timeout_ms: int, repeatable: bool, begin: Begin) -> T:
         deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
@@ -310,23 +311,23 @@ class Connections:
             try:
                 return await self._transaction(work, deadline, timeout_ms, commit, begin)
             except _UNFIT as unfit:
-                raise StoreUnavailable(_unfit_words(unfit)) from unfit
+                raise _unready(unfit) from unfit
             except _STALE as stale:
                 if not isinstance(stale, asyncpg.InvalidCachedStatementError):
                     DatabaseSession.shares_servers = True
                 for session in (*self._idle, *self._busy):
                     session.forget()
                 if tries == _TRIES:
-                    raise StoreUnavailable(f"PostgreSQL failed: {_words(stale)}") from stale
+                    raise StoreUnavailable("PostgreSQL failed", reason=_words(stale)) from stale
             except _TRANSIENT as failed:
                 late = asyncio.get_running_loop().time() >= deadline
                 reason = f"no answer within {timeout_ms} ms" if late else _words(failed)
                 if late or tries == _TRIES:
                     self._suspect()
                 if late or self.unavailable or tries == _TRIES or self._closed:
-                    raise StoreUnavailable(f"PostgreSQL failed: {reason}") from failed
+                    raise StoreUnavailable("PostgreSQL failed", reason=reason) from failed
                 if commit.sent and not repeatable:
-                    raise StoreUnavailable(f"the reply to a COMMIT was lost: {reason}") from failed
+                    raise StoreUnavailable("a COMMIT's reply was lost", reason=reason) from failed
 
     async def _transaction(
         self, work: Work[T], deadline: float, timeout_ms: int, commit: _Commit, begin: Begin
@@ -400,7 +401,7 @@ class Connections:
                 if opening is not None:
                     opening.cancel()
             if self._down is not None:
-                raise StoreUnavailable(f"PostgreSQL is away: {self._down}")
+                raise StoreUnavailable("PostgreSQL is away", reason=self._down)
 
     def _free(self, connection: asyncpg.Connection) -> None:
         self._idle.append(connection)
@@ -585,10 +586,10 @@ def _words(error: BaseException) -> str:
     return full + (str(error) or no_text)
 
 
-def _unfit_words(error: asyncpg.PostgresError) -> str:
+def _unready(error: asyncpg.PostgresError) -> StoreUnavailable:
     unmigrated = isinstance(error, (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError))
     remedy = "; `tidegate migrate` brings its schema up to date" if unmigrated else ""
-    return f"the database is not ready: {error}{remedy}"
+    return StoreUnavailable("the database is not ready", reason=f"{error}{remedy}")
 
 
 _HEAD = re.compile(r"^-- name: (?P<name>\w+)\n-- (?P<does>.+)\n", re.MULTILINE)
@@ -703,7 +704,7 @@ class GroupWriter(Generic[Row, Result]):
         try:
             results = await self._commit([row for row, _ in batch])
         except StoreUnavailable as error:
-            results = [StoreUnavailable(error.message) for _ in batch]
+            results = [copy(error) for _ in batch]
         except Exception as failed:  # noqa: BLE001 -- raised in the caller whose row it is
             if len(batch) > 1:
                 for pair in batch:
@@ -796,7 +797,7 @@ async def _connected(url: str) -> asyncpg.Connection:
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as failed:
         check_files(url, failed)
         at = f" at {host}" if (host := urlsplit(url).hostname) else ""
-        raise StoreUnavailable(f"PostgreSQL{at} does not answer: {_words(failed)}") from failed
+        raise StoreUnavailable(f"PostgreSQL{at} does not answer", reason=_words(failed)) from failed
 
 
 def check_files(url: str, failed: BaseException) -> None:
@@ -889,7 +890,7 @@ async def migrate(url: str) -> str | None:
     except (asyncpg.LockNotAvailableError, *_TRANSIENT) as failed:
         is_locked = isinstance(failed, asyncpg.LockNotAvailableError)
         why = "a table is in use, perhaps by a backup" if is_locked else _words(failed)
-        raise StoreUnavailable(f"the schema can't be changed now: {why}") from failed
+        raise StoreUnavailable("the schema can't be changed now", reason=why) from failed
     finally:
         await connection.close(timeout=_CONNECT_TIMEOUT_S)
     if after == before:

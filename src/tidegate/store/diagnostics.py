@@ -72,7 +72,7 @@ async def examine(url: str, old_s: float = OLD_S) -> DatabaseReport:
     except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as no:
         check_files(url, no)
         why = str(no) or "no answer in time"
-        raise StoreUnavailable(f"PostgreSQL can't be used: {why}") from no
+        raise StoreUnavailable("PostgreSQL can't be used", reason=why) from no
 
 
 def lacks_room(failed: BaseException) -> bool:

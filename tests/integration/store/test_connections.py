@@ -123,8 +123,9 @@ async def test_a_command_gives_work_longer_than_a_process_that_serves(
             stack.push_async_callback(connections.aclose)
             await connections.run(lambda connection: connection.execute("SELECT 1"))
         waiting = asyncio.create_task(patient.run(held, timeout_ms=50))
-        with pytest.raises(StoreUnavailable, match="no answer within 50 ms"):
+        with pytest.raises(StoreUnavailable, match="no answer within 50 ms") as late:
             await usual.run(held, timeout_ms=50)
+        assert late.value.client_message == "PostgreSQL failed"
         await other.execute("SELECT pg_advisory_unlock(7)")
         assert await waiting == 1
         await other.close()
