@@ -42,6 +42,8 @@ DRAWS = """async (values) => {
 }"""
 
 # Of two upstreams, where one tenant weighs another in each: in the frame, and as they are shown.
+# Then of one whose weight was changed, once its last waiting call is admitted: what the past says
+# is older, and a dialog that opened with it would be refused.
 WEIGHTS = """async () => {
     const at = (file) => import(new URL(`static/${file}`, document.baseURI));
     const { within } = await at("scope.js");
@@ -57,7 +59,11 @@ WEIGHTS = """async () => {
     table.live(live);
     const shown = table.element.querySelector("[data-tenant='a']");
     const texts = [...shown.querySelectorAll("td.number, .figures")].map((one) => one.textContent);
-    return [live.tenants.map((one) => one.weight), texts.slice(1)];
+    table.trend({ words: "hour", tenants: [row("c", 1, 4)] });
+    table.live({ tenants: [{ tenant: "c", weight: 3, waiting: 1 }] });
+    table.live({ tenants: [] });
+    const changed = table.element.querySelectorAll("[data-tenant='c'] td.number")[1].textContent;
+    return [live.tenants.map((one) => one.weight), texts.slice(1), changed];
 }"""
 
 # What a chart of lengths up to so many ms writes beside its vertical axis.

@@ -39,11 +39,12 @@ export function tenantsCard(pool, find) {
   const more = h("span", { class: "quiet-text" });
   let live = null;
   let past = null;
+  const weights = new Map(); // seen live since the last update of the past, which has older ones
   let order = new Map();
 
   // The order is kept between two updates of the past, so that rows do not move every second.
   function show(fresh = false) {
-    const rows = merged(live, past);
+    const rows = merged(live, past, weights);
     if (fresh || rows.some((one) => !order.has(one.tenant))) {
       order = new Map(rows.map((one, place) => [one.tenant, place]));
     }
@@ -63,12 +64,14 @@ export function tenantsCard(pool, find) {
     ),
     live(frame) {
       live = frame;
+      for (const one of live.tenants ?? []) weights.set(one.tenant, one.weight);
       say(more, live.more_tenants ? `${count(live.more_tenants)} more wait` : "");
       say(table.querySelector("th.shares"), measure(live)[1]);
       show();
     },
     trend(frame) {
       past = frame;
+      weights.clear();
       say(span, `shares of the last ${frame.words}`);
       show(true);
     },
@@ -81,11 +84,12 @@ const measure = (frame) => MEASURES[frame?.fair_by] ?? MEASURES.seconds;
  * Return waiting tenants and those with calls, longest queue first, with the shares of those with
  * calls.
  */
-function merged(live, past) {
+function merged(live, past, newer) {
   const rows = new Map();
   for (const one of past?.tenants ?? []) {
     const used = one[measure(live)[0]];
-    rows.set(one.name, { tenant: one.name, waiting: 0, weight: one.weight, used });
+    const weight = one.weight !== null && newer.has(one.name) ? newer.get(one.name) : one.weight;
+    rows.set(one.name, { tenant: one.name, waiting: 0, weight, used });
   }
   for (const one of live?.tenants ?? []) {
     const known = rows.get(one.tenant) ?? { used: 0 };
