@@ -397,7 +397,7 @@ class Limiter:
         """
         counts, hard_ms = None if tokens is None else tokens_of(tokens), hard_ms or DEFAULT_HARD_MS
         within_ms = deadline_of(timeout, deadline_ms)
-        images = whole("images", images)
+        images = images if type(images) is int else whole("images", images)
         demand = Demand(limits, tenant, priority, counts, images, within_ms, hard_ms)
         if within_ms is not None and within_ms <= 0:
             demand = self._soon(replace(demand, deadline_ms=None, once=True))
@@ -420,7 +420,8 @@ class Limiter:
         available now, also while Valkey is unavailable and if the queue is full. It waits only for
         the server's next answer. Otherwise as `acquire`."""
         counts = None if tokens is None else tokens_of(tokens)
-        bound_ms, images = hard_ms or DEFAULT_HARD_MS, whole("images", images)
+        bound_ms = hard_ms or DEFAULT_HARD_MS
+        images = images if type(images) is int else whole("images", images)
         demand = Demand(limits, tenant, priority, counts, images, None, bound_ms, once=True)
         return TryAcquisition(Acquisition(self._issuer, self._soon(demand), True))
 
