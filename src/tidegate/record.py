@@ -94,7 +94,7 @@ class Failure:
     def of(cls, error: TidegateError) -> Failure:
         return cls(
             code=error.code,
-            message=error.message,
+            message=error.client_message,
             retryable=error.retryable,
             retry_after_ms=error.retry_after_ms,
             upstream_status=getattr(error, "status", None),

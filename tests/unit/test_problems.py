@@ -14,6 +14,7 @@ import pytest
 from tidegate import errors
 from tidegate.dialects.spec import Dialect
 from tidegate.http.problems import not_relayed, problem, problem_response, refusal, status_of
+from tidegate.record import Failure
 
 EXAMPLES = {
     errors.InvalidRequest: (errors.InvalidRequest("data", "is empty", allowed="a text"), 400),
@@ -182,6 +183,7 @@ def test_why_postgresql_is_unavailable_is_told_to_operators_alone(dialect: Diale
     error = errors.StoreUnavailable("PostgreSQL is away", reason=why)
     for one in (error, copy(error), pickle.loads(pickle.dumps(error))):
         assert str(one) == one.message == f"PostgreSQL is away: {why}"
+        assert Failure.of(one).message == "PostgreSQL is away"  # as `/status` shows it
         body = problem_response(one).body if dialect is None else refusal(dialect, one)[2]
         assert b"PostgreSQL is away" in body
         assert b"10.0.3.17" not in body
