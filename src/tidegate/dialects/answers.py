@@ -135,9 +135,17 @@ class AnswerForm:
     begins_with_usage: bool = False
 
 
-def whole_object(answer: bytes) -> JsonObject | None:
-    """Return an answer that is an object of moderate size; None for any other."""
-    if len(answer) <= PARSED_BYTES and answer.startswith(b"{"):
+def is_moderate_object(answer: bytes) -> bool:
+    """Return whether an answer is parsed as a whole for its facts, if it is complete."""
+    return len(answer) <= PARSED_BYTES and answer.startswith(b"{")
+
+
+def whole_object(answer: bytes, parsed: JsonObject | None = None) -> JsonObject | None:
+    """Return an answer that is an object of moderate size; None for any other. `parsed`: the
+    object, if the answer was parsed before."""
+    if parsed is not None:
+        return parsed
+    if is_moderate_object(answer):
         try:
             return object_of(orjson.loads(answer))
         except orjson.JSONDecodeError:  # cut off

@@ -212,9 +212,15 @@ _FORM = AnswerForm(
 )
 
 
-def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
+def answer_facts(
+    answer: bytes,
+    *,
+    omitted: bool = False,
+    cut: bool = False,
+    parsed: JsonObject | None = None,
+) -> AnswerFacts:
     """Return the facts of a message, whole or as a stream."""
-    if (whole := whole_object(answer)) is not None:
+    if (whole := whole_object(answer, parsed)) is not None:
         return object_facts(_FORM, whole)
     return scanned_facts(_FORM, answer, omitted=omitted, cut=cut)
 

@@ -222,10 +222,16 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
     return Usage(taken, made, None, cached, total, details)
 
 
-def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
+def answer_facts(
+    answer: bytes,
+    *,
+    omitted: bool = False,
+    cut: bool = False,
+    parsed: JsonObject | None = None,
+) -> AnswerFacts:
     """Return the facts of an answer, whole or as a stream's events of text."""
     if answer[:1] == b"{":
-        whole = whole_object(answer)
+        whole = whole_object(answer, parsed)
         if whole is None and not (cut or omitted):
             whole = _long_object(answer)
         return _facts_in([whole or {}])

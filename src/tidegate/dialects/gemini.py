@@ -450,11 +450,18 @@ _BLOCKED = value_pattern("blockReason")
 _NUMBERED = re.compile(rb'"finishReason"\s*:\s*(\d{1,9})\b')
 
 
-def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
+def answer_facts(
+    answer: bytes,
+    *,
+    omitted: bool = False,
+    cut: bool = False,
+    parsed: JsonObject | None = None,
+) -> AnswerFacts:
     """Return the facts of an answer, whole, as a list, or as a stream."""
-    if interactions.is_interaction(answer):
-        return interactions.answer_facts(answer, omitted=omitted, cut=cut)
-    if (whole := whole_object(answer)) is not None:
+    whole = whole_object(answer, parsed)
+    if interactions.is_interaction(answer, whole):
+        return interactions.answer_facts(answer, whole, omitted=omitted, cut=cut)
+    if whole is not None:
         facts = object_facts(_FORM, whole)
         if str(whole.get("name", "")).startswith("cachedContents/"):
             # All of its tokens are input, which later calls read again.

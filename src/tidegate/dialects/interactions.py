@@ -167,23 +167,26 @@ _OF_OTHERS = frozenset((b"candidates", b"promptFeedback", b"usageMetadata", b"er
 _OF_EVENTS = frozenset((b"interaction", b"event_type", b"event_id", b"interaction_id", b"index"))
 
 
-def is_interaction(answer: bytes) -> bool:
+def is_interaction(answer: bytes, parsed: JsonObject | None = None) -> bool:
     """Return whether an answer is an interaction or its events. A name elsewhere in it proves
-    nothing: a model writes arguments of a client's functions as objects."""
+    nothing: a model writes arguments of a client's functions as objects. `parsed`: the answer, if
+    it is an object that was parsed before."""
     found = _FIRST_FIELD.match(answer, 0, HEAD_BYTES)
     if found is None or found[1] in _OF_OTHERS:
         return False
     if not answer.startswith((b"{", b"[")):
         return found[1] in _OF_EVENTS
-    whole = whole_object(answer)
+    whole = whole_object(answer, parsed)
     if whole is not None:
         return whole.get("object") == "interaction"
     return b'"interaction"' in answer[:HEAD_BYTES] or b'"interaction"' in answer[-HEAD_BYTES:]
 
 
-def answer_facts(answer: bytes, *, omitted: bool, cut: bool) -> AnswerFacts:
-    """Return the facts of an interaction, whole or as a stream."""
-    if (whole := whole_object(answer)) is not None:
+def answer_facts(
+    answer: bytes, whole: JsonObject | None, *, omitted: bool, cut: bool
+) -> AnswerFacts:
+    """Return the facts of an interaction, from the `whole` object or from a stream."""
+    if whole is not None:
         facts, tier = object_facts(_FORM, whole), tier_of(whole)
     else:
         facts = scanned_facts(_FORM, answer, omitted=omitted, cut=cut)

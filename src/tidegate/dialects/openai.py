@@ -544,9 +544,15 @@ _ENDED = ("completed", "incomplete", "failed", "cancelled")
 _RESPONSE_STATUS = re.compile(rb'"status"\s*:\s*"(completed|incomplete|failed|cancelled)"')
 
 
-def answer_facts(answer: bytes, *, omitted: bool = False, cut: bool = False) -> AnswerFacts:
+def answer_facts(
+    answer: bytes,
+    *,
+    omitted: bool = False,
+    cut: bool = False,
+    parsed: JsonObject | None = None,
+) -> AnswerFacts:
     """Return the facts of a chat completion or a response, whole or as a stream."""
-    if (whole := whole_object(answer)) is not None:
+    if (whole := whole_object(answer, parsed)) is not None:
         facts = object_facts(_FORM, whole)
         facts.usage = with_tier(_usage_of_object(facts.usage, whole), tier_of(whole))
         return _response_facts(facts.usage, whole) if whole.get("object") == "response" else facts

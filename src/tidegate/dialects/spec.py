@@ -439,9 +439,10 @@ class DialectSpec:
     `page(kind, query)` reads the query of a list. `works` is the work that continues after its
     answer, by the kind of its resource.
 
-    Answers: `answer_facts(answer, omitted=False, cut=False)` reads the kept bytes of an answer:
-    `omitted` if its middle is missing, `cut` if it may be incomplete. `add_output(event, output)`
-    collects visible output; `image_count(answer)` counts the images of a whole answer.
+    Answers: `answer_facts(answer, omitted=False, cut=False, parsed=None)` reads the kept bytes of
+    an answer: `omitted` if its middle is missing, `cut` if it may be incomplete, `parsed` if it is
+    an object that was parsed before. `add_output(event, output)` collects visible output;
+    `image_count(answer)` counts the images of a whole answer.
 
     Errors: `statuses` are HTTP statuses of error objects by their type, code or status. `refusal`
     classifies an upstream's error, None if its wording is not of this dialect. `problem(error,

@@ -125,14 +125,14 @@ class Direct:
 
     def _head_of(self, status: int, headers: Headers) -> bytes:
         cycle = self._cycle
-        lines = [b"%b: %b\r\n" % pair for pair in cycle.default_headers + headers]
+        lines = [*map(b": ".join, cycle.default_headers), *map(b": ".join, headers), b"\r\n"]
         if not cycle.keep_alive:
-            lines.append(b"connection: close\r\n")
-        block = b"".join(lines)
+            lines.insert(0, b"connection: close")
+        block = b"\r\n".join(lines)
         if block.count(b"\n") != len(lines) or block.count(b"\r") != len(lines) or 0 in block:
             raise ValueError("a header contains a line break")
         cycle.response_started = True
-        return b"%b%b\r\n" % (STATUS_LINE[status], block)
+        return STATUS_LINE[status] + block
 
     def _end(self) -> None:
         cycle = self._cycle

@@ -22,11 +22,18 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 import orjson
 
-from tidegate.dialects.answers import asking_for_usage
+from tidegate.dialects.answers import asking_for_usage, is_moderate_object
 from tidegate.dialects.forms import MediaForm, is_prose
 from tidegate.dialects.requests import LARGE_BYTES, NAMES_MODEL
 from tidegate.dialects.resources import Reference
-from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation, RequestFacts
+from tidegate.dialects.spec import (
+    Dialect,
+    Endpoint,
+    Headers,
+    JsonObject,
+    Operation,
+    RequestFacts,
+)
 from tidegate.errors import InvalidRequest, StoreUnavailable, UpstreamUnavailable
 from tidegate.policy.access import Paths
 from tidegate.record import CallRecord
@@ -92,36 +99,50 @@ async def read_to_its_end(size_bytes: int, work: Callable[[], _Result]) -> _Resu
     return reading.result()
 
 
-async def check_whole(record: CallRecord, endpoint: Endpoint) -> None:
+async def check_whole(record: CallRecord, endpoint: Endpoint) -> JsonObject | None:
     """Check a model's plain answer in JSON whose last bytes have arrived; other answers are not
-    checked. Raises UpstreamUnavailable for one that lacks its end: the end of an answer without a
-    length is that of its connection, which may have broken, and a proxy may end one that its
-    provider broke off."""
+    checked. Returns the answer if it is an object of moderate size, which is parsed only once.
+    Raises UpstreamUnavailable for one that lacks its end: the end of an answer without a length is
+    that of its connection, which may have broken, and a proxy may end one that its provider broke
+    off."""
     operation = endpoint.operation
     is_text = operation is Operation.TRANSCRIBE and is_prose(record.response_type)
     if record.streamed or not endpoint.is_counted or is_text or operation is Operation.SPEAK:
-        return
-    if await aside(record.answer_bytes, partial(_is_cut, record)):
-        raise UpstreamUnavailable("the provider's answer was cut off before its end")
+        return None
+    if record.answer_bytes <= LARGE_BYTES:
+        return _checked(record)
+    return await aside(record.answer_bytes, partial(_checked, record))
 
 
-def _is_cut(record: CallRecord) -> bool:
+def _checked(record: CallRecord) -> JsonObject | None:
     answer = record.text
     if answer[:_BLANK_BYTES].lstrip()[:1] not in (b"{", b"["):
-        return False
+        return None
     if record.omitted_bytes:
-        return answer[-_BLANK_BYTES:].rstrip()[-1:] not in (b"}", b"]")
-    if len(answer) > LARGE_BYTES and answer.find(b"\\") < 0:
-        return _is_open(answer)
+        is_cut = answer[-_BLANK_BYTES:].rstrip()[-1:] not in (b"}", b"]")
+    elif len(answer) > LARGE_BYTES and answer.find(b"\\") < 0:
+        is_cut = _is_open(answer)
+    else:
+        try:
+            parsed = orjson.loads(answer)
+        except orjson.JSONDecodeError:
+            is_cut = _is_cut(answer)
+        else:
+            return parsed if is_moderate_object(answer) else None
+    if is_cut:
+        raise UpstreamUnavailable("the provider's answer was cut off before its end")
+    return None
+
+
+def _is_cut(answer: bytes) -> bool:
+    """Whether an answer that orjson rejects lacks its end. This parser accepts half a surrogate
+    pair, and more after the end."""
     try:
-        orjson.loads(answer)
-    except orjson.JSONDecodeError:
-        try:  # this parser accepts half a surrogate pair, and more after the end
-            json.JSONDecoder().raw_decode(answer.decode("utf-8", "replace").lstrip())
-        except json.JSONDecodeError:
-            return True
-        except RecursionError:
-            return False
+        json.JSONDecoder().raw_decode(answer.decode("utf-8", "replace").lstrip())
+    except json.JSONDecodeError:
+        return True
+    except RecursionError:
+        pass
     return False
 
 

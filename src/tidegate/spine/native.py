@@ -59,6 +59,7 @@ from tidegate.dialects.spec import (
     Dialect,
     Endpoint,
     Headers,
+    JsonObject,
     Operation,
     RequestFacts,
 )
@@ -342,6 +343,7 @@ class NativeExchange:
         self.hand_over: BackgroundHandOver | None = None  # of a call in the background
         self.known_facts: AnswerFacts | None = None  # facts that are not in the answer alone
         self._read: answers.ReadAnswer | None = None  # of a large answer, read in a thread
+        self._parsed: JsonObject | None = None  # a plain answer of moderate size
         self.refers = False  # to resources at one upstream
 
     @property
@@ -479,7 +481,8 @@ class NativeExchange:
     async def _make(
         self, target: Target, account: UpstreamAccount, demand: CallDemand, *, is_try: bool
     ) -> None:
-        call, record, self._sent, self._read = self._call, self._record, None, None
+        call, record = self._call, self._record
+        self._sent = self._read = self._parsed = None
         hides = bool(self._facts and self._facts.wants_usage and target.upstream.asks_usage)
         try:
             if self.keeping is not None and self.keeping.is_list:
@@ -567,7 +570,7 @@ class NativeExchange:
             first = await self.keeping.when_stored(exchange, first, target, record)
         record.keep(first)
         if without is None and exchange.at_end:
-            await check_whole(record, self._call.endpoint)
+            self._parsed = await check_whole(record, self._call.endpoint)
             await out.whole(exchange.status, headers, first)
         else:
             await out.start(exchange.status, headers)
@@ -643,7 +646,7 @@ class NativeExchange:
                 await out.body(piece, more)
                 piece = await exchange.next()
                 record.keep(piece)
-            await check_whole(record, self._call.endpoint)
+            self._parsed = await check_whole(record, self._call.endpoint)
             await out.body(piece, more)
             return
         while piece:
@@ -661,7 +664,10 @@ class NativeExchange:
         is_transcript = self._call.endpoint.operation is Operation.TRANSCRIBE
         if facts is None and is_transcript and is_prose(record.response_type):
             facts = NO_FACTS
-        facts = facts or dialect.answer_facts(record.text, omitted=omitted, cut=not whole)
+        if facts is None:
+            facts = dialect.answer_facts(
+                record.text, omitted=omitted, cut=not whole, parsed=self._parsed
+            )
         answer.usage, stated = facts.usage, self._header_usage
         if stated is not UNKNOWN_USAGE and not is_unknown(stated) and is_unknown(facts.usage):
             answer.usage = stated
