@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 log = get_logger()
 
 # New objects before a garbage collection, which blocks the event loop.
-_GC_THRESHOLD = 20_000
+_GC_THRESHOLD = 50_000
 _POLL_S, _LONGEST_POLL_S = 0.02, 2.0
 _COUNTED_WITHIN_S = 2.0
 
