@@ -72,15 +72,22 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 
 class TidegateError(Exception):
-    """Root of the tree. `str(error)` is safe to show to a client: it never contains a secret."""
+    """Root of the tree. `str(error)` never contains a secret.
+
+    reason: what a server of ours, or the network, said: a part of the message for operators and for
+    callers in the process. Clients and tenants do not see it, since it may name hosts and users.
+    """
 
     code: str = "internal"
     retryable: ClassVar[bool] = False
     at_upstream: str | None = None  # where the call failed, for a response header
 
-    def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(
+        self, message: str, *, retry_after_ms: int | None = None, reason: str | None = None
+    ) -> None:
+        self.public_message = message
+        self.message = message if reason is None else f"{message}: {reason}"
+        super().__init__(self.message)
         self.retry_after_ms = retry_after_ms
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -91,7 +98,7 @@ class TidegateError(Exception):
     @property
     def client_message(self) -> str:
         """The message as clients of the gateway see it."""
-        return self.message
+        return self.public_message
 
     @property
     def message_with_allowed(self) -> str:
@@ -382,8 +389,15 @@ class AdmissionError(TidegateError):
 
     code = "admission"
 
-    def __init__(self, message: str, *, limit: str, retry_after_ms: int | None = None) -> None:
-        super().__init__(message, retry_after_ms=retry_after_ms)
+    def __init__(
+        self,
+        message: str,
+        *,
+        limit: str,
+        retry_after_ms: int | None = None,
+        reason: str | None = None,
+    ) -> None:
+        super().__init__(message, retry_after_ms=retry_after_ms, reason=reason)
         self.limit = limit
 
 
@@ -691,19 +705,10 @@ class EmptyAnswer(UpstreamError):
 
 
 class StoreUnavailable(TidegateError):
-    """PostgreSQL is unavailable. `reason`: what it, or the network, said, which may name hosts,
-    users and tables: a part of the message, but not as clients see it."""
+    """PostgreSQL is unavailable."""
 
     code = "store_unavailable"
     retryable = True
-
-    def __init__(self, message: str, *, reason: str | None = None) -> None:
-        super().__init__(message if reason is None else f"{message}: {reason}")
-        self._without_reason = message
-
-    @property
-    def client_message(self) -> str:
-        return self._without_reason
 
 
 class IssuerUnavailable(TidegateError):

@@ -32,7 +32,7 @@ from uuid import UUID
 import orjson
 
 from tidegate.call import NO_CHARGE, Answer, Charge
-from tidegate.errors import StoreUnavailable, TidegateError, UpstreamError
+from tidegate.errors import TidegateError, UpstreamError
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail
 
@@ -92,11 +92,9 @@ class Failure:
 
     @classmethod
     def of(cls, error: TidegateError) -> Failure:
-        # Operators want the whole, but `/status` shows it to tenants, and the reason names hosts.
-        is_reason_kept = not isinstance(error, StoreUnavailable)
         return cls(
             code=error.code,
-            message=error.message if is_reason_kept else error.client_message,
+            message=error.public_message,  # `/status` shows it to tenants
             retryable=error.retryable,
             retry_after_ms=error.retry_after_ms,
             upstream_status=getattr(error, "status", None),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
+from functools import partial
 from typing import Any
 
 import orjson
@@ -177,15 +178,20 @@ def test_a_time_that_is_far_is_told_and_ends_retries(dialect: Dialect) -> None:
 
 
 @pytest.mark.parametrize("dialect", [None, *Dialect])
-def test_why_postgresql_is_unavailable_is_told_to_operators_alone(dialect: Dialect | None) -> None:
+@pytest.mark.parametrize(
+    "kind", [errors.StoreUnavailable, partial(errors.LimiterUnavailable, limit="")]
+)
+def test_why_a_server_is_unavailable_is_told_to_operators_alone(
+    kind: Callable[..., errors.TidegateError], dialect: Dialect | None
+) -> None:
     """What it, or the network, says names hosts, users and tables."""
     why = 'password authentication failed for user "tidegate" at 10.0.3.17'
-    error = errors.StoreUnavailable("PostgreSQL is away", reason=why)
+    error = kind("the server is away", reason=why)
     for one in (error, copy(error), pickle.loads(pickle.dumps(error))):
-        assert str(one) == one.message == f"PostgreSQL is away: {why}"
-        assert Failure.of(one).message == "PostgreSQL is away"  # as `/status` shows it
+        assert str(one) == one.message == f"the server is away: {why}"
+        assert Failure.of(one).message == "the server is away"  # as `/status` shows it
         body = problem_response(one).body if dialect is None else refusal(dialect, one)[2]
-        assert b"PostgreSQL is away" in body
+        assert b"the server is away" in body
         assert b"10.0.3.17" not in body
         assert b"password" not in body
 

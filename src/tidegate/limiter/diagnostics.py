@@ -101,7 +101,7 @@ async def examine(url: str, pool: str) -> ServerReport:
         )
     except LinkDown as down:
         why = "not in time" if isinstance(down.__cause__, TimeoutError) else str(down)
-        raise LimiterUnavailable(f"Valkey does not answer: {why}", limit="") from down
+        raise LimiterUnavailable("Valkey does not answer", limit="", reason=why) from down
     finally:
         await link.aclose()
 
@@ -123,7 +123,8 @@ async def look_until(
             await asyncio.sleep(min(_LOOK_AGAIN_S, left_s))
     except LinkDown as down:
         if found is None:
-            raise LimiterUnavailable(f"Valkey does not answer: {down}", limit="") from down
+            why = str(down)
+            raise LimiterUnavailable("Valkey does not answer", limit="", reason=why) from down
     finally:
         await link.aclose()
     if found is None:

@@ -169,10 +169,10 @@ def _unavailable() -> Iterator[None]:
     try:
         yield
     except LinkDown as error:
-        message = str(error)
-        if not message.startswith("Valkey"):
-            message = f"Valkey is unavailable: {message}"
-        raise LimiterUnavailable(message, limit="", retry_after_ms=1000) from error
+        what, _, why = str(error).partition(": ")
+        if not what.startswith("Valkey"):
+            what, why = "Valkey is unavailable", str(error)
+        raise LimiterUnavailable(what, limit="", retry_after_ms=1000, reason=why or None) from error
 
 
 def guarded(observer: Observer) -> Observer:

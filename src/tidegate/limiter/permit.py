@@ -220,8 +220,9 @@ class PermitIssuer:
         session = self._session
         local = session.policy.when_away == "local" and session.has_share(flow.limits)
         if session.state == "away" and not local:
+            why = session.last_error or None
             error = LimiterUnavailable(
-                "Valkey is unavailable", limit=limit, retry_after_ms=retry_ms
+                "Valkey is unavailable", limit=limit, retry_after_ms=retry_ms, reason=why
             )
         else:
             room_ms = flow.room_at_ms - self._clock.now_ms()

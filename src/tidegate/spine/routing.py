@@ -512,19 +512,16 @@ class Gate:
             return 0
         if not for_ms or pause.of_rate:
             for_ms = self._strike(pause.limit, for_ms, pause.first_ms)
+        why = {"by": self.upstream, "reason": error.message[:_REASON_CHARS]}
         try:
             paused = await limiter.penalise(
-                pause.limit,
-                for_ms=for_ms,
-                ramp_ms=pause.ramp_ms or for_ms,
-                reason=error.message[:_REASON_CHARS],
-                by=self.upstream,
+                pause.limit, for_ms=for_ms, ramp_ms=pause.ramp_ms or for_ms, **why
             )
         except LimiterUnavailable as unavailable:
             log.debug(Log.LIMIT_PAUSED, limit=pause.limit, detail=unavailable.message)
             return 0
         if paused:
-            log.warning(Log.LIMIT_PAUSED, limit=pause.limit, for_ms=for_ms, by=self.upstream)
+            log.warning(Log.LIMIT_PAUSED, limit=pause.limit, for_ms=for_ms, **why)
         return for_ms
 
     def _has_learned(self, demand: CallDemand) -> bool:

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import orjson
 import pytest
+from structlog.testing import capture_logs
 
 from tests.gateway import Gateway, Opener
 from tests.integration.native.conftest import MODEL
@@ -33,6 +34,7 @@ from tidegate.spine.routing import (
     Gate,
     Suspect,
 )
+from tidegate.telemetry.logging import Log
 
 __all__ = ["hostile", "one_try"]
 
@@ -287,8 +289,12 @@ async def test_a_429_without_a_time_slows_down_more_and_more(
 async def test_calls_that_are_refused_in_one_moment_slow_down_once(open_gateway: Opener) -> None:
     gate = (await open_gateway(worker=False)).services.spine.health["gemini"]
     refused, demand = UpstreamThrottled("Slow down"), CallDemand((), "default", "normal", 0)
-    pauses_ms = await asyncio.gather(*(gate.throttled(refused, MODEL, demand) for _ in range(8)))
+    with capture_logs() as logs:
+        throttled = (gate.throttled(refused, MODEL, demand) for _ in range(8))
+        pauses_ms = await asyncio.gather(*throttled)
     assert 0 < min(pauses_ms) <= max(pauses_ms) == FIRST_PAUSE_MS
+    paused = [line for line in logs if line["event"] == Log.LIMIT_PAUSED]
+    assert {(line["by"], line["reason"]) for line in paused} == {("gemini", "Slow down")}
 
 
 @pytest.mark.parametrize(
