@@ -530,7 +530,7 @@ def details_row(usage: Usage) -> dict[str, int | str] | None:
     found: dict[str, int | str | None] = {
         name: count_of(getattr(details, name)) for name in DETAILS if name != "tier"
     }
-    found["tier"] = details.tier
+    found["tier"] = details.tier and clean(details.tier)
     return {name: value for name, value in found.items() if value is not None} or None
 
 

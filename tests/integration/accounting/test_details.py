@@ -213,3 +213,21 @@ async def test_absurd_figures_are_left_out_of_a_record_that_is_written(
     assert (row["status"], row["usage_state"]) == ("succeeded", "told")
     assert orjson.loads(row["usage_details"]) == {"searches": 2}
     assert row["input_tokens"] == 100
+
+
+async def test_texts_that_no_column_holds_lose_no_record(
+    gateway: Gateway, hostile: Hostile
+) -> None:
+    odd = "s\x00v"
+    finish = [{"index": 0, "message": {"content": "Hello"}, "finish_reason": odd}]
+    chat = CHAT | {"id": odd, "model": odd, "service_tier": odd, "choices": finish}
+    said = orjson.dumps(chat)
+    hostile.answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(said), said)
+    body = {"model": MODEL, "messages": ASKED, "max_tokens": 50}
+    row = await gateway.audit(await asked(gateway, OPENAI, body))
+    assert (row["status"], row["usage_state"]) == ("succeeded", "told")
+    job = await gateway.submit(endpoint=OPENAI, body=body)
+    assert (await gateway.end_of(job))["status"] == "succeeded"
+    for found in (row, await gateway.audit(job)):
+        assert orjson.loads(found["usage_details"])["tier"] == "s\ufffdv"
+        assert found["model_version"] == "s\ufffdv"
