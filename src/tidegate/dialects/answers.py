@@ -122,7 +122,8 @@ class AnswerForm:
 
     `usage`, `identity`, `version` and `finish` name members of an answer; `finish` is one of the
     last of `choices`, if that is set. `usage_of` parses a usage, `event_usage` finds it in an
-    event. `begins_with_usage`: a stream reports a part of it in the event with its id.
+    event. `joined`: for streams that report a part of it in the event with their id, returns the
+    usage from that and the last one, and whether the stream was cut.
     """
 
     usage: str
@@ -132,7 +133,7 @@ class AnswerForm:
     choices: str | None
     usage_of: Callable[[Mapping[str, Any]], Usage]
     event_usage: Callable[[JsonObject], JsonObject]
-    begins_with_usage: bool = False
+    joined: Callable[[JsonObject, JsonObject, bool], JsonObject] | None = None
 
 
 def is_moderate_object(answer: bytes) -> bool:
@@ -188,9 +189,8 @@ def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) 
         floor = max(0, answer.find(b"\n", len(answer) - TAIL_BYTES)) if omitted else 0
         usages = (form.event_usage(event) for event in last_events(answer, floor))
         raw = next(filter(None, usages), {})
-        if form.begins_with_usage:
-            later = {name: value for name, value in raw.items() if value is not None}
-            raw = part_of(begun, form.usage) | later
+        if form.joined is not None:
+            raw = form.joined(part_of(begun, form.usage), raw, cut)
     usage = form.usage_of(raw) if raw else UNKNOWN_USAGE
     if raw and start == b"{" and answer.find(b'"service_tier"') >= 0:
         usage = with_tier(usage, _reported_tier(answer))

@@ -145,6 +145,7 @@ _COUNTS = (
     *("input_tokens", "output_tokens"),
     *("cache_creation_input_tokens", "cache_read_input_tokens"),
 )
+_INPUTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 _SPLIT = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 _MOST_ROUNDS = 1_000
 
@@ -200,6 +201,17 @@ def _event_usage(event: JsonObject) -> JsonObject:
     return part_of(event, "usage")
 
 
+def _joined(first: JsonObject, last: JsonObject, cut: bool) -> JsonObject:
+    """Return the usage of a stream from those of `message_start` and `message_delta`. The output in
+    the first is that of a stream that has just begun; an input of 0 in the last is not reported."""
+    last = {name: value for name, value in last.items() if value is not None}
+    if not any(positive_of(last, name) for name in _INPUTS):
+        last = {name: value for name, value in last.items() if name not in _INPUTS}
+    if not cut:
+        first = {name: value for name, value in first.items() if name != "output_tokens"}
+    return first | last
+
+
 _FORM = AnswerForm(
     usage="usage",
     identity="id",
@@ -208,7 +220,7 @@ _FORM = AnswerForm(
     choices=None,
     usage_of=usage_of,
     event_usage=_event_usage,
-    begins_with_usage=True,  # the input, in `message_start`
+    joined=_joined,
 )
 
 

@@ -235,7 +235,7 @@ def answer_facts(
         if whole is None and not (cut or omitted):
             whole = _long_object(answer)
         return _facts_in([whole or {}])
-    return _facts_in(_events(answer))
+    return _facts_in(_events(answer), cut=cut)
 
 
 def _long_object(answer: bytes) -> JsonObject | None:
@@ -254,15 +254,19 @@ def _events(stream: bytes) -> Iterator[JsonObject]:
                 continue
 
 
-def _facts_in(objects: Any) -> AnswerFacts:
+def _facts_in(objects: Any, *, cut: bool = False) -> AnswerFacts:
     """Return the facts of an answer that consists of these objects: later values replace earlier
-    ones."""
+    ones. The output with which a message begins is not that of a whole answer."""
     counts: JsonObject = {}
     facts, tier = AnswerFacts(UNKNOWN_USAGE), ""
     for one in objects:
         message = part_of(one, "message")
         held = part_of(one, "metadata", "messageStop", "message", "delta") or one
-        for raw in (one, part_of(message, "usage"), part_of(held, "usage"), part_of(one, "usage")):
+        begun = part_of(message, "usage")
+        if not cut:
+            begun = {name: count for name, count in begun.items() if name != "output_tokens"}
+        of_held = begun if held is message else part_of(held, "usage")
+        for raw in (one, begun, of_held, part_of(one, "usage")):
             raw = anthropic.of_all_rounds(raw)
             for name in _COUNTS.intersection(raw):
                 counts[name] = raw[name] or counts.get(name, raw[name])

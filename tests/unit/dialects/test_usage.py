@@ -84,6 +84,21 @@ def test_anthropic_tells_input_first_and_output_last() -> None:
     assert told(Dialect.ANTHROPIC, cached) == Usage(100, 4, None, 90, 104)
     thought = {"usage": {"output_tokens": 4, "output_tokens_details": {"thinking_tokens": 3}}}
     assert told(Dialect.ANTHROPIC, begin, thought) == Usage(10, 1, 3, None, 14)
+    nothing = {"usage": {"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 4}}
+    assert told(Dialect.ANTHROPIC, begin, nothing) == Usage(10, 4, None, None, 14)
+
+
+@pytest.mark.parametrize("dialect", [Dialect.ANTHROPIC, Dialect.BEDROCK])
+@pytest.mark.parametrize("last", [{}, {"usage": None}, {"usage": {"output_tokens": None}}])
+def test_the_output_with_which_a_message_begins_is_not_that_of_a_whole_one(
+    dialect: Dialect, last: dict[str, object]
+) -> None:
+    usage = {"input_tokens": 10, "output_tokens": 1}
+    begin = {"type": "message_start", "message": {"id": "msg_1", "usage": usage}}
+    data = b"".join(b"data: %b\n\n" % json.dumps(event).encode() for event in (begin, last))
+    read = DIALECTS[dialect].answer_facts
+    assert (read(data).usage.input_tokens, read(data).usage.output_tokens) == (10, None)
+    assert read(data, cut=True).usage.output_tokens == 1
 
 
 ROUNDS = [
