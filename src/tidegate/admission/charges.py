@@ -353,6 +353,7 @@ def cut_charge(
     was reported earlier in the stream (Anthropic reports one at the start), and the output received
     counts.
     """
+    reported = without_zeros(reported, received, whole=whole)
     input_tokens, output_tokens = tokens_of(reported)
     usage = reported
     if input_tokens is None:
@@ -365,7 +366,7 @@ def cut_charge(
     if output_tokens is None or (2 * output_tokens < received and not whole):
         thoughts = reported.thoughts_tokens or 0
         usage = replace(usage, output_tokens=max(0, received - thoughts), total_tokens=None)
-    state = UsageState.ESTIMATED if whole else UsageState.PARTIAL
+    state = UsageState.ESTIMATED if whole or is_unknown(reported) else UsageState.PARTIAL
     return Charge(state, usage, images, cost_micros(rates, usage, images))
 
 
@@ -424,6 +425,22 @@ def is_complete(usage: Usage) -> bool:
     if usage.input_tokens is not None and usage.output_tokens is not None:
         return True
     return is_measured(usage) if is_unknown(usage) else None not in tokens_of(usage)
+
+
+def is_zero(usage: Usage) -> bool:
+    """Return whether the usage reports that no token was used, and nothing else that is charged."""
+    return tokens_of(usage) == (0, 0) and not is_measured(usage)
+
+
+def without_zeros(usage: Usage, received: int, *, whole: bool) -> Usage:
+    """Return the usage without zeros that the tokens received contradict.
+
+    Some servers report zeros as long as a stream has not ended, or for all that they do not count.
+    """
+    if not received or usage.input_tokens != 0 or (whole and not is_zero(usage)):
+        return usage
+    output_tokens, total = usage.output_tokens or None, usage.total_tokens or None
+    return replace(usage, input_tokens=None, output_tokens=output_tokens, total_tokens=total)
 
 
 def is_unknown(usage: Usage) -> bool:

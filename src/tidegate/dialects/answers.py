@@ -23,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from tidegate.admission.charges import is_complete, received_tokens
+from tidegate.admission.charges import is_complete, is_zero, received_tokens
 from tidegate.call import UNKNOWN_USAGE, Usage, UsageDetails
 from tidegate.dialects.spec import AnswerFacts, DialectSpec, JsonObject, OutputEvents
 from tidegate.prices.rates import STANDARD_TIERS
@@ -396,7 +396,8 @@ def read_answer(
     were requested."""
     text = record.text
     facts = dialect.answer_facts(text, omitted=record.omitted_bytes > 0, cut=not whole)
-    has_visible = counted and not (whole and is_complete(facts.usage))
+    is_known = whole and is_complete(facts.usage) and not is_zero(facts.usage)
+    has_visible = counted and not is_known
     return ReadAnswer(
         facts,
         dialect.image_count(text) if images else None,

@@ -29,6 +29,8 @@ from tidegate.admission.charges import (
     estimated_charge,
     is_complete,
     is_unknown,
+    is_zero,
+    without_zeros,
 )
 from tidegate.admission.demand import CallDemand, ConversationKey, Demands
 from tidegate.admission.estimator import Estimate, Learning, with_stored
@@ -710,12 +712,17 @@ class NativeExchange:
         rates = self._rates(demands.prices, target.model, whole)
         if images is None and facts.images and record.streamed and _counts_images(endpoint):
             images = self._images()
-        if whole and (is_complete(usage) or (images and is_unknown(usage))):
+        is_text = endpoint.operation is Operation.INFER and not facts.images
+        is_doubted = is_text and is_zero(usage) and self._visible_output().tokens > 0
+        if whole and not is_doubted and (is_complete(usage) or (images and is_unknown(usage))):
             return charge_of(rates, usage, images, whole=True)
         visible = self._visible_output()
         if facts.characters:  # speech, whose tokens are not visible
             visible.tokens = ceil(facts.characters * _SPOKEN_TOKENS_A_CHARACTER)
         estimate = self._estimate(demands, demand, facts, target.model)
+        usage = without_zeros(usage, visible.tokens, whole=whole)
+        if is_doubted:
+            record.answer.usage = usage  # neither limits nor estimates go by the zeros
         if is_unknown(usage):
             pictures = images or visible.images
             return estimated_charge(

@@ -231,3 +231,28 @@ async def test_texts_that_no_column_holds_lose_no_record(
     for found in (row, await gateway.audit(job)):
         assert orjson.loads(found["usage_details"])["tier"] == "s\ufffdv"
         assert found["model_version"] == "s\ufffdv"
+
+
+@pytest.mark.parametrize("path", [OPENAI, ANTHROPIC, f"{GEMINI}:generateContent"])
+async def test_zeros_are_no_usage_of_an_answer_that_has_a_text(
+    gateway: Gateway, hostile: Hostile, path: str
+) -> None:
+    plain = {"candidates": [{"content": {"parts": [{"text": "Hello"}]}, "finishReason": "STOP"}]}
+    answers = {OPENAI: (CHAT, "usage"), ANTHROPIC: (MESSAGE, "usage")}
+    answer, name = answers.get(path, (plain, "usageMetadata"))
+    zeros = dict.fromkeys(
+        ("prompt_tokens", "completion_tokens", "total_tokens", "input_tokens", "output_tokens")
+        if name == "usage"
+        else ("promptTokenCount", "candidatesTokenCount", "totalTokenCount"),
+        0,
+    )
+    said = orjson.dumps(answer | {name: zeros})
+    hostile.answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(said), said)
+    body = {"model": MODEL, "messages": ASKED, "max_tokens": 50}
+    if path.startswith(GEMINI):
+        body = {"contents": [{"parts": [{"text": "Say hello"}]}]}
+    row = await gateway.audit(await asked(gateway, path, body))
+    assert (row["status"], row["usage_state"]) == ("succeeded", "estimated")
+    assert row["input_tokens"] > 0
+    assert row["output_tokens"] > 0
+    assert row["cost_micros"] == 4 * row["input_tokens"] + 20 * row["output_tokens"]

@@ -275,6 +275,21 @@ def test_a_cut_answer_is_charged_for_what_came_where_less_was_told() -> None:
     assert cut_charge(rates, Usage(output_tokens=3), estimate, 9, None).usage == Usage(100, 9)
 
 
+def test_zeros_that_what_came_contradicts_are_no_usage() -> None:
+    estimate = Estimator().of_pieces("m", "text_only", pieces_of_text("x" * 400))
+    rates = Rates.of(FLASH)
+    begun = cut_charge(rates, Usage(0, 0, None, 0, 0), estimate, 9, None)
+    assert (begun.state, begun.usage.input_tokens, begun.usage.output_tokens) == (
+        "estimated",
+        100,
+        9,
+    )
+    later = cut_charge(rates, Usage(0, 8), estimate, 9, None)
+    assert (later.state, later.usage) == (UsageState.PARTIAL, Usage(100, 8))
+    nothing = cut_charge(rates, Usage(0, 0), estimate, 0, None)
+    assert (nothing.state, nothing.usage) == (UsageState.PARTIAL, Usage(0, 0))
+
+
 @pytest.mark.parametrize(
     ("told", "came", "charged", "micros"),
     [
