@@ -56,6 +56,7 @@ from tidegate.store.notifications import Steadiness, next_beat_s
 from tidegate.store.records import (
     Json,
     changed_once,
+    counts_of,
     done_once,
     dumps,
     record_action,
@@ -654,9 +655,11 @@ class Budgets:
         if charge is None:
             one = Settlement(hold, request_id, 0, 0, False)
         else:
-            doubt = charge.state in _DOUBTFUL
             tokens = None if charge == UNKNOWN_CHARGE else charge.tokens
-            one = Settlement(hold, request_id, charge.cost_micros, tokens, doubt)
+            given = [charge.cost_micros, tokens]
+            micros, tokens = counts_of(given)  # as on record: what no call can cost is unknown
+            doubt = charge.state in _DOUBTFUL or [micros, tokens] != given
+            one = Settlement(hold, request_id, micros, tokens, doubt)
         self._pending.setdefault(request_id, []).append((self._clock(), one))
 
     async def settle_in(

@@ -254,3 +254,14 @@ async def test_a_pause_of_a_person_is_listed_in_a_period_without_a_call(
         assert book.paused_since is not None
     with pytest.raises(BudgetPaused):
         await budgets.check(ACME, "m", "ann")
+
+
+async def test_a_cost_that_no_call_can_have_is_unknown_to_budgets_as_on_record(
+    budgets: Budgets,
+) -> None:
+    await with_budgets(budgets, Budget("a", "usd", 1_000, "day"))
+    hold = await held_by(budgets, ACME, 70)
+    budgets.settle(hold, told(2 * 10**16))
+    await budgets.flush()
+    (book,) = await budgets.records.books("a")
+    assert (book.spent, book.estimated, book.held) == (70, 70, 0)
