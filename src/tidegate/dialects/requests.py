@@ -377,9 +377,10 @@ _READ = frozenset(
         *("max_tokens", "max_completion_tokens", "max_output_tokens", "service_tier", "tools"),
         *("generationConfig", "generation_config", "agent", "previous_interaction_id"),
         *("cachedContent", "cached_content"),
-        *("store", "previous_response_id", "conversation"),
+        *("store", "previous_response_id", "conversation", "serviceTier", "speed", "inference_geo"),
     )
 )
+_SAME_FIELDS = (("generationConfig", "generation_config"), ("serviceTier", "service_tier"))
 _WRITTEN = {name: b'"%b"' % name.encode() for name in _READ}
 # Go's parser also folds letters beyond ASCII: a long s equals an s.
 _FOLDED = {name.casefold(): name for name in _READ}
@@ -405,9 +406,9 @@ def check_spelling(body: Mapping[str, Any]) -> None:
         if key not in _READ and (name := _FOLDED.get(key.casefold())) is not None:
             message = f"{key[:64]!a} is {name} in another case, which servers read differently"
             raise InvalidRequest(name, message, allowed=name)
-    if "generationConfig" in body and "generation_config" in body:
-        message = "generationConfig is named more than once"
-        raise InvalidRequest("generationConfig", message, allowed="one generationConfig")
+    for name, other in _SAME_FIELDS:
+        if name in body and other in body:
+            raise InvalidRequest(name, f"{name} is named more than once", allowed=f"one {name}")
 
 
 def check_named_once(raw: bytes, body: Mapping[str, Any]) -> None:
@@ -432,8 +433,7 @@ def check_named_once(raw: bytes, body: Mapping[str, Any]) -> None:
         raise InvalidRequest("body", "the body is nested too deeply") from None
     for name in _READ:
         if outermost.count(name) > 1:
-            message = f"{name} is named more than once"
-            raise InvalidRequest(name, message, allowed=f"one {name}")
+            raise InvalidRequest(name, f"{name} is named more than once", allowed=f"one {name}")
 
 
 def runs_in_background(endpoint: Endpoint, body: Mapping[str, Any]) -> bool:
@@ -878,11 +878,9 @@ LONGEST_TIER = 40
 
 def requested_tier(body: Mapping[str, Any]) -> str:
     """Return the requested processing tier, by its name in any dialect; empty for none."""
-    named = ""
-    for name in _TIERS:
-        if type(tier := body.get(name)) is str and len(tier) <= LONGEST_TIER:
-            named = tier.lower()
-    return named
+    named = (body.get(name) for name in _TIERS)
+    short = (one for one in named if type(one) is str and len(one) <= LONGEST_TIER)
+    return next(short, "").lower()
 
 
 def names_tier(body: Mapping[str, Any]) -> bool:

@@ -50,6 +50,10 @@ def checked(endpoint: Endpoint, raw: str) -> None:
         ("n", '"n":1,"N":100'),
         ("background", '"background":false,"background":false'),
         ("generationConfig", '"generationConfig":{},"generation_config":{}'),
+        ("serviceTier", '"service_tier":"priority","serviceTier":"flex"'),
+        ("serviceTier", '"serviceTier":"priority","ServiceTier":"flex"'),
+        ("speed", '"speed":"fast","speed":"standard"'),
+        ("inference_geo", '"inference_geo":"us","Inference_Geo":"global"'),
     ],
 )
 def test_a_field_that_is_named_twice_or_in_another_case_is_refused(field: str, twice: str) -> None:
