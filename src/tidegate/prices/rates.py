@@ -38,6 +38,9 @@ _SEARCHES = 1_000
 STANDARD_TIERS = frozenset(
     {"", "standard", "default", "auto", "on_demand", "standard_only", "unspecified"}
 )
+# OpenAI's name since July 2026 of the tier `priority`, beside the former one:
+# https://developers.openai.com/api/docs/guides/fast-mode
+_FAST, _FORMERLY = "fast", "priority"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,8 @@ class Price:
         """Return the price in a tier; None if the tier's own price is unknown."""
         if name in STANDARD_TIERS:
             return self
-        return self.tiers.get(name)
+        found = self.tiers.get(name)
+        return self.tiers.get(_FORMERLY) if found is None and name == _FAST else found
 
 
 AMOUNTS = tuple(

@@ -219,6 +219,16 @@ def test_a_requested_tier_counts_only_where_it_is_the_dearer_one() -> None:
     assert own.at_least("m", "fast") == Rates.of(Price(input=4.0, output=4.0))
 
 
+def test_the_tier_fast_costs_what_priority_does_unless_it_has_a_price_of_its_own() -> None:
+    prices = of_openai(m=Price(input=1.0, tiers={"priority": Price(input=2.0)}))
+    for model in ("gpt-5", "m"):
+        priority = prices.of(model, "priority")
+        assert prices.of(model, "fast") == prices.bound(model, "fast") == priority is not None
+    assert prices.of("gpt-5", "ultrafast") is None
+    own = Price(input=1.0, tiers={"priority": Price(input=2.0), "fast": Price(input=3.0)})
+    assert of_openai(m=own).of("m", "fast") == Rates.of(Price(input=3.0))
+
+
 def test_a_bound_is_of_the_dearer_tier_part_by_part() -> None:
     """A tier with prices of its own may be the dearer one for input, and the cheaper for output."""
     flex = Price(input=5.0, output=1.0, cached=0.5, above=100, long=Price(input=8.0, output=3.0))
