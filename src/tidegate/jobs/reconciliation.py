@@ -181,7 +181,9 @@ class NightlyReconciliation:
         try:
             if self._done.get(upstream.name) == day:
                 return
-            if await self._record.is_done(upstream.name, day):
+            # The provider's figures may have been incomplete when a person compared them earlier.
+            complete_at = datetime.combine(day + timedelta(days=1), NIGHTLY_AT, UTC)
+            if await self._record.is_done(upstream.name, day, complete_at):
                 self._done[upstream.name] = day
                 return
             wire = RelayWire(USAGE_TIMEOUTS)

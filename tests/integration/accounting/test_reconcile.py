@@ -296,6 +296,44 @@ async def test_each_night_the_day_before_is_compared_once(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def test_a_day_that_was_compared_too_early_is_compared_again_at_night(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    day = today() - timedelta(days=1)
+    early = datetime.combine(today(), time(0, 10), UTC)
+    await gateway.database.execute(
+        "INSERT INTO reconciliations (upstream, day, model, provider, ours_micros, theirs_micros,"
+        " verdict, reason, calls, reconciled_at)"
+        " VALUES ('oai', $1, 'gpt-5', 'openai', 1, 0, 'unexplained', '', '[]', $2)",
+        *(day, early),
+    )
+    assert await chat(gateway, "gpt-5", "Why?") == 200
+    await recorded(gateway, 1)
+    await gateway.database.execute(
+        "UPDATE audit SET created_at = created_at - interval '1 day',"
+        " finished_at = finished_at - interval '1 day'"
+    )
+    nightly = NightlyReconciliation(
+        gateway.services.store.reconciliations,
+        deployed_upstreams(gateway.services.config),
+        ["openai"],
+        lambda _: ADMIN_KEY,
+        now=lambda: datetime.combine(today(), time(6), UTC),
+    )
+    task = asyncio.create_task(nightly.run())
+
+    async def compared() -> bool:
+        found = await gateway.services.store.reconciliations.found(day, day)
+        return [one.reconciled_at > early for one in found] == [True]
+
+    try:
+        await wait_until(compared, 20, "the comparison at night")
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 def test_nightly_reconciliation_needs_an_upstream_and_a_key() -> None:
     nobody = Deployment(())
     record = Reconciliations(Connections("postgresql://u@127.0.0.1:1/d"))

@@ -112,9 +112,9 @@ class Reconciliations:
         rows = await self._connections.rows("get_reconciliations", first, last, MOST_FOUND)
         return [Reconciled(**dict(row) | {"calls": orjson.loads(row["calls"])}) for row in rows]
 
-    async def is_done(self, upstream: str, day: date) -> bool:
-        """Whether a day was compared."""
-        return await self._connections.row("reconciled_since", upstream, day) is not None
+    async def is_done(self, upstream: str, day: date, since: datetime) -> bool:
+        """Whether a day was compared at `since` or later."""
+        return await self._connections.row("reconciled_since", upstream, day, since) is not None
 
 
 async def _correct_charges(connection: asyncpg.Connection, day: date, finding: ModelFinding) -> int:

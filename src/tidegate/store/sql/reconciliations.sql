@@ -65,5 +65,5 @@ FROM reconciliations WHERE day BETWEEN $1 AND $2
 ORDER BY day DESC, upstream, model LIMIT $3
 
 -- name: reconciled_since
--- Return whether upstream $1 was compared for day $2.
-SELECT 1 FROM reconciliations WHERE upstream = $1 AND day = $2 LIMIT 1
+-- Return whether upstream $1 was compared for day $2 at time $3 or later.
+SELECT 1 FROM reconciliations WHERE upstream = $1 AND day = $2 AND reconciled_at >= $3 LIMIT 1
