@@ -143,7 +143,13 @@ async def reconcile(
     prices = Prices(upstream, now=lambda: noon)
     models = {*recorded, *reported}
     contexts = {model: prices.most(model)[0] for model in models}
-    findings = compared(recorded, reported, {model: prices.of(model) for model in models}, contexts)
+    findings = compared(
+        recorded,
+        reported,
+        {model: prices.of(model) for model in models},
+        contexts,
+        deleted=await record.deleted(upstream.name, day),
+    )
     corrected = 0
     if not dry_run:
         corrected = await record.keep(upstream.name, account.provider, day, findings)

@@ -30,6 +30,7 @@ _OTHERS = "the provider counts {} of calls that are not on record: other consume
 _NAMELESS = (
     "the provider reports no calls of this model, but calls of others that are not on record"
 )
+_DELETED = "{} calls of the day are no longer on record: they have expired or were erased"
 # The suffix of a dated version of a model, such as -2025-08-07, -20250929 and -0125.
 _DATE = re.compile(r"[-@](?:20\d\d-\d\d-\d\d|20\d{6}|\d{4})", re.ASCII)
 
@@ -155,17 +156,20 @@ def compared(
     reported: Mapping[str, UsageSum],
     rates: Mapping[str, Rates | None],
     contexts: Mapping[str, int | None] | None = None,
+    *,
+    deleted: int = 0,
 ) -> list[ModelFinding]:
     """Return a finding for each model of either side, ordered by name.
 
     `rates`: those in force, by the provider's model names. `contexts`: the most tokens of one call.
+    `deleted`: calls of the day, of any model, that are no longer on record.
     """
     most = contexts or {}
     named: defaultdict[str, ModelDay] = defaultdict(ModelDay)
     for model, day in own.items():
         named[_name_there(model, reported)] = named[_name_there(model, reported)].plus(day)
     has_others = any(_has_others(named[model], found) for model, found in reported.items())
-    return [
+    findings = [
         ModelFinding(model, named[model], NOTHING, "unexplained", _NAMELESS)
         if has_others and model not in reported and named[model].doubtful
         else _finding(
@@ -173,6 +177,18 @@ def compared(
         )
         for model in sorted({*named, *reported})
     ]
+    return [_with_deleted(one, deleted) for one in findings] if deleted else findings
+
+
+def _with_deleted(finding: ModelFinding, deleted: int) -> ModelFinding:
+    """Return the finding of a day of which calls were deleted: their cost may be the difference, so
+    that it is laid at no other call's door."""
+    if finding.verdict != "unexplained" and not finding.corrections:
+        return finding
+    reason = _DELETED.format(deleted)
+    if finding.verdict == "unexplained" and finding.reason:
+        reason = f"{finding.reason}; {reason}"
+    return replace(finding, verdict="unexplained", reason=reason, corrections=())
 
 
 def _has_others(own: ModelDay, reported: UsageSum) -> bool:

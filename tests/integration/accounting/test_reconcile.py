@@ -27,6 +27,7 @@ from tidegate.policy.deployment import Deployment, Upstream, deployed_upstreams
 from tidegate.prices.budgets import Budget
 from tidegate.store.database import Connections
 from tidegate.store.provider.reconciliations import Reconciliations
+from tidegate.store.retention import Whose
 from tidegate.upstream.transport import RelayWire
 from tidegate.upstream.usage_api import USAGE_PROVIDERS, USAGE_TIMEOUTS, UsageProvider
 
@@ -218,6 +219,28 @@ async def test_another_consumer_of_the_account_is_not_explained(
     (finding,) = (await reconciled(gateway, "openai", day)).findings
     assert finding.verdict == "unexplained"
     assert "the provider counts 1 requests of calls that are not on record" in finding.reason
+
+
+async def test_the_cost_of_calls_that_were_erased_is_laid_at_no_other_calls_door(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    await provider.control.set_behaviour(answer="word " * 400, chunks=20)
+    await provider.control.set_fault("hang_mid_stream", match="leave", after_chunks=10)
+    body = {"model": CLAUDE, "max_tokens": 500, "messages": [{"role": "user", "content": "Whose"}]}
+    url, headers = f"{gateway.url}/v1/messages", VERSION | {"x-tidegate-subject": "jane"}
+    async with gateway.http.post(url, json=body, headers=headers) as response:
+        assert response.status == 200, await response.read()
+    cut = body | {"messages": [{"role": "user", "content": "leave"}], "stream": True}
+    await left(gateway, "/v1/messages", cut)
+    await recorded(gateway, 2)
+    await gateway.services.store.retention.erase(Whose(None, "jane"))
+    spent = "SELECT sum(cost_micros)::bigint FROM audit"
+    before = await gateway.database.fetchval(spent)
+    (finding,) = (await reconciled(gateway, "anthropic", today())).findings
+    assert (finding.verdict, finding.corrections) == ("unexplained", ())
+    assert "1 calls of the day are no longer on record" in finding.reason
+    assert await gateway.database.fetchval(spent) == before > 0
 
 
 async def test_the_command_compares_yesterday_and_says_so_by_its_exit_code(

@@ -80,6 +80,14 @@ class Reconciliations:
             found[model] = ModelDay(doubtful=tuple(calls_alone))
         return found
 
+    async def deleted(self, upstream: str, day: date) -> int:
+        """Return how many calls of a UTC day have expired or were erased, and are in its totals
+        alone."""
+        row = await self._connections.row("count_deleted_calls", upstream, *_day_bounds(day))
+        assert row is not None
+        deleted: int = row["deleted"]
+        return max(0, deleted)
+
     async def keep(
         self, upstream: str, provider: str, day: date, findings: Sequence[ModelFinding]
     ) -> int:

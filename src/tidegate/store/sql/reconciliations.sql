@@ -31,6 +31,19 @@ WHERE coalesce(upstream, pool) = $1 AND created_at >= $2::timestamptz - interval
     AND (usage_state IN ('partial', 'estimated', 'unknown') OR lapses > 0)
 ORDER BY finished_at, request_id LIMIT $4
 
+-- name: count_deleted_calls
+-- Return how many calls of upstream $1 ended from $2 until $3 and are no longer in the audit.
+-- Totals are kept when calls expire or are erased.
+SELECT (
+    SELECT coalesce(sum(requests), 0)::bigint FROM usage_days
+    WHERE pool = $1 AND day = ($2::timestamptz AT TIME ZONE 'UTC')::date
+) - (
+    SELECT count(*) FROM audit
+    WHERE coalesce(nullif(upstream, ''), pool) = $1
+        AND created_at >= $2::timestamptz - interval '31 days' AND created_at < $3
+        AND finished_at >= $2 AND finished_at < $3
+) AS deleted
+
 -- name: correct_charge
 -- Add $4 to the cost of call $1, which ended from $2 until $3, unless the cost is no longer $5.
 UPDATE audit SET cost_micros = coalesce(cost_micros, 0) + $4
