@@ -399,7 +399,7 @@ def _parsed(change: str, command: str) -> tuple[str, Any]:
         raise ConfigError(command, change, "must be KEY=VALUE")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         if value.lstrip().startswith(("[", "{", '"')):  # most likely a shell removed the quotes
             allowed = "is no TOML; in a shell it stands in single quotes: 'models=[\"llama-*\"]'"
             raise ConfigError(command, change, allowed) from None

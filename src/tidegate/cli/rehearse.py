@@ -339,7 +339,7 @@ def _toml(name: str, text: str) -> dict[str, Any]:
 
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as broken:
+    except (ValueError, RecursionError) as broken:
         raise ConfigError(name, "(file)", f"must be TOML: {broken}") from None
 
 

@@ -872,7 +872,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(str(path), "(file)", allowed) from None
     except UnicodeDecodeError:
         raise ConfigError(str(path), "(file)", "must be UTF-8 text") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as broken:
+    except (ValueError, RecursionError) as broken:
         raise ConfigError(str(path), "(file)", f"must be TOML: {broken}") from None
 
 

@@ -83,6 +83,7 @@ def test_a_file_that_is_named_must_be_there(folder: Path) -> None:
     [
         (b"[limits", "must be TOML: "),
         (b"x = " + b"[" * 5000, "must be TOML: "),
+        (b"x = " + b"9" * 5000, "must be TOML: "),
         (b"\xff\xfe", "must be UTF-8 text"),
         (b"#" * 1_000_001, "at most 1000000 bytes"),
         (b'[limits]\n"kind:text_only" = "5"', "limits.kind:text_only=5: must be a whole number"),
