@@ -210,12 +210,11 @@ def _amounts(path: str, table: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _amount(f"{path}.{name}", table[name]) for name in AMOUNTS if name in table}
 
 
-def _amount(path: str, amount: object) -> float:
-    if isinstance(amount, bool) or not isinstance(amount, int | float):
-        raise ConfigError(path, str(amount)[:100], "must be an amount of money, 0 or more")
-    if not 0 <= amount <= _MOST_USD:
-        raise ConfigError(path, str(amount), "must be an amount of money, 0 or more")
-    return float(amount)
+def _amount(path: str, amount: Any) -> float:
+    is_number = isinstance(amount, int | float) and not isinstance(amount, bool)
+    if is_number and 0 <= amount <= _MOST_USD:  # also false for NaN
+        return float(amount)
+    raise ConfigError(path, str(amount)[:100], f"must be a number from 0 to {_MOST_USD}")
 
 
 def _product(amount: float | None, share: float) -> float | None:

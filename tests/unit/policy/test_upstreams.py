@@ -144,6 +144,10 @@ def test_no_key_is_shown() -> None:
         ("[upstreams.gemini.preempt]\nafter_ms = 0", "upstreams.gemini.preempt.after_ms"),
         ("[upstreams.gemini.preempt]\ntimes = 0", "upstreams.gemini.preempt.times"),
         ("[upstreams.gemini.prices]\nx = {input = -1}", "prices.x.input"),
+        (
+            "[upstreams.gemini.prices]\nx = {input = 1_000_001}",
+            "prices.x.input=1000001: must be a number from 0 to 1000000",
+        ),
         ("[[routes]]\nmodel = 'x'\ntry = ['nobody/x']", "routes[0].try"),
         ("[[routes]]\nmodel = 'x'", "routes[0]"),
     ],
