@@ -10,7 +10,7 @@ charge once; the admin key is read from the environment and never stored.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 
@@ -97,6 +97,14 @@ def upstream_of(
     raise ConfigError(option, name or "(not set)", allowed)
 
 
+def others_of(
+    upstreams: Iterable[Upstream], upstream: Upstream, provider: UsageProvider
+) -> list[Upstream]:
+    """Return the provider's other upstreams, which may be of the same account."""
+    of_provider = (one for one in upstreams if provider_of_upstream(one) == provider)
+    return [one for one in of_provider if one.name != upstream.name]
+
+
 def account_of(
     upstream: Upstream, provider: UsageProvider, secret: Callable[[str], str]
 ) -> UsageAccount:
@@ -132,11 +140,12 @@ async def reconcile(
     account: UsageAccount,
     day: date,
     *,
+    others: Sequence[Upstream] = (),
     dry_run: bool = False,
 ) -> ReconcileReport:
     """Compare a day, correct explained charges and store the findings; with `dry_run` only compare.
-    Of a day that has not ended, both sides are incomplete. Raises UpstreamError and
-    StoreUnavailable."""
+    Of a day that has not ended, both sides are incomplete. `others`: the provider's other
+    upstreams. Raises UpstreamError and StoreUnavailable."""
     reported = await usage_of_day(wire, account, day)
     recorded = await record.ours(upstream.name, day)
     noon = datetime.combine(day, time(12), UTC).timestamp()
@@ -148,6 +157,7 @@ async def reconcile(
         reported,
         {model: prices.of(model) for model in models},
         contexts,
+        beside=await record.ours_of([one.name for one in others], day),
         deleted=await record.deleted(upstream.name, day),
     )
     corrected = 0
@@ -172,6 +182,7 @@ class NightlyReconciliation:
         self._record = record
         self._now = now
         self._done: dict[str, date] = {}  # including days without usage, of which nothing is stored
+        self._upstreams = deployment.upstreams
         self._accounts = nightly_accounts(deployment, providers, secret)
 
     async def run(self) -> None:
@@ -195,7 +206,8 @@ class NightlyReconciliation:
             wire = RelayWire(USAGE_TIMEOUTS)
             await wire.start()
             try:
-                report = await reconcile(self._record, wire, upstream, account, day)
+                others = others_of(self._upstreams, upstream, account.provider)
+                report = await reconcile(self._record, wire, upstream, account, day, others=others)
             finally:
                 await wire.aclose()
         except (StoreUnavailable, UpstreamError) as failed:

@@ -31,6 +31,7 @@ _NAMELESS = (
     "the provider reports no calls of this model, but calls of others that are not on record"
 )
 _DELETED = "{} calls of the day are no longer on record: they have expired or were erased"
+_BESIDE = "the provider's figures may include the calls of another upstream of the same account"
 # The suffix of a dated version of a model, such as -2025-08-07, -20250929 and -0125.
 _DATE = re.compile(r"[-@](?:20\d\d-\d\d-\d\d|20\d{6}|\d{4})", re.ASCII)
 
@@ -157,17 +158,17 @@ def compared(
     rates: Mapping[str, Rates | None],
     contexts: Mapping[str, int | None] | None = None,
     *,
+    beside: Mapping[str, ModelDay] | None = None,
     deleted: int = 0,
 ) -> list[ModelFinding]:
     """Return a finding for each model of either side, ordered by name.
 
     `rates`: those in force, by the provider's model names. `contexts`: the most tokens of one call.
+    `beside`: our record of the provider's other upstreams, which may be of the same account.
     `deleted`: calls of the day, of any model, that are no longer on record.
     """
     most = contexts or {}
-    named: defaultdict[str, ModelDay] = defaultdict(ModelDay)
-    for model, day in own.items():
-        named[_name_there(model, reported)] = named[_name_there(model, reported)].plus(day)
+    named, others = _by_name_there(own, reported), _by_name_there(beside or {}, reported)
     has_others = any(_has_others(named[model], found) for model, found in reported.items())
     findings = [
         ModelFinding(model, named[model], NOTHING, "unexplained", _NAMELESS)
@@ -177,18 +178,31 @@ def compared(
         )
         for model in sorted({*named, *reported})
     ]
-    return [_with_deleted(one, deleted) for one in findings] if deleted else findings
+    return [_doubted(one, others.get(one.model), deleted) for one in findings]
 
 
-def _with_deleted(finding: ModelFinding, deleted: int) -> ModelFinding:
-    """Return the finding of a day of which calls were deleted: their cost may be the difference, so
-    that it is laid at no other call's door."""
-    if finding.verdict != "unexplained" and not finding.corrections:
+def _by_name_there(
+    own: Mapping[str, ModelDay], reported: Mapping[str, UsageSum]
+) -> defaultdict[str, ModelDay]:
+    named: defaultdict[str, ModelDay] = defaultdict(ModelDay)
+    for model, day in own.items():
+        named[_name_there(model, reported)] = named[_name_there(model, reported)].plus(day)
+    return named
+
+
+def _doubted(finding: ModelFinding, beside: ModelDay | None, deleted: int) -> ModelFinding:
+    """Return the finding with other reasons that a difference may have: the cost of such calls is
+    laid at no other call's door."""
+    doubts = [_DELETED.format(deleted)] if deleted else []
+    left = finding.theirs.minus(finding.ours.told)
+    if beside is not None and all(
+        getattr(left, name) >= getattr(beside.told, name) for name in _COUNTED
+    ):
+        doubts.append(_BESIDE)
+    if not doubts or (finding.verdict != "unexplained" and not finding.corrections):
         return finding
-    reason = _DELETED.format(deleted)
-    if finding.verdict == "unexplained" and finding.reason:
-        reason = f"{finding.reason}; {reason}"
-    return replace(finding, verdict="unexplained", reason=reason, corrections=())
+    reasons = [finding.reason, *doubts] if finding.verdict == "unexplained" else doubts
+    return replace(finding, verdict="unexplained", reason="; ".join(reasons), corrections=())
 
 
 def _has_others(own: ModelDay, reported: UsageSum) -> bool:

@@ -86,7 +86,9 @@ def reconcile(
     from tidegate.upstream.usage_api import USAGE_TIMEOUTS
 
     name = reconciliation.usage_provider(provider)
-    found = reconciliation.upstream_of(deployed_upstreams(config), name, upstream)
+    deployment = deployed_upstreams(config)
+    found = reconciliation.upstream_of(deployment, name, upstream)
+    others = reconciliation.others_of(deployment.upstreams, found, name)
     account = reconciliation.account_of(found, name, secret)
 
     async def work(connections: Connections) -> ReconcileReport:
@@ -95,7 +97,7 @@ def reconcile(
         try:
             record = Reconciliations(connections)
             return await reconciliation.reconcile(
-                record, wire, found, account, day, dry_run=dry_run
+                record, wire, found, account, day, others=others, dry_run=dry_run
             )
         finally:
             await wire.aclose()

@@ -20,6 +20,7 @@ from tidegate.jobs.reconciliation import (
     NightlyReconciliation,
     ReconcileReport,
     account_of,
+    others_of,
     reconcile,
     upstream_of,
 )
@@ -77,15 +78,22 @@ async def recorded(gateway: Gateway, count: int) -> None:
 
 
 async def reconciled(
-    gateway: Gateway, name: UsageProvider, day: date, *, dry_run: bool = False
+    gateway: Gateway,
+    name: UsageProvider,
+    day: date,
+    *,
+    of_upstream: str | None = None,
+    dry_run: bool = False,
 ) -> ReconcileReport:
-    upstream = upstream_of(deployed_upstreams(gateway.services.config), name, None)
+    deployment = deployed_upstreams(gateway.services.config)
+    upstream = upstream_of(deployment, name, of_upstream)
+    others = others_of(deployment.upstreams, upstream, name)
     account = account_of(upstream, name, lambda _: ADMIN_KEY)
     wire = RelayWire(USAGE_TIMEOUTS)
     await wire.start()
     try:
         record = gateway.services.store.reconciliations
-        return await reconcile(record, wire, upstream, account, day, dry_run=dry_run)
+        return await reconcile(record, wire, upstream, account, day, others=others, dry_run=dry_run)
     finally:
         await wire.aclose()
 
@@ -241,6 +249,36 @@ async def test_the_cost_of_calls_that_were_erased_is_laid_at_no_other_calls_door
     assert (finding.verdict, finding.corrections) == ("unexplained", ())
     assert "1 calls of the day are no longer on record" in finding.reason
     assert await gateway.database.fetchval(spent) == before > 0
+
+
+async def test_the_cost_of_another_upstream_of_the_account_is_laid_at_no_cut_calls_door(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    policy = tmp_path / "tidegate.toml"
+    second = f"""
+        [upstreams.ant2]
+        provider = "anthropic"
+        base_url = "{provider.url}"
+        key = "ANTHROPIC_API_KEY"
+        models = ["second"]
+
+        [[routes]]
+        model = "second"
+        try = ["ant2/{CLAUDE}"]
+        """
+    policy.write_text(policy.read_text() + second)
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    await provider.control.set_behaviour(answer="word " * 400, chunks=20)
+    await provider.control.set_fault("hang_mid_stream", match="leave", after_chunks=10)
+    assert await message(gateway, "Whole", model="second") == 200
+    cut = {"model": CLAUDE, "max_tokens": 500, "stream": True}
+    said = [{"role": "user", "content": "leave"}]
+    await left(gateway, "/v1/messages", cut | {"messages": said})
+    await recorded(gateway, 2)
+    (finding,) = (await reconciled(gateway, "anthropic", today(), of_upstream="ant")).findings
+    assert len(finding.ours.doubtful) == 1
+    assert (finding.verdict, finding.corrections) == ("unexplained", ())
+    assert "another upstream of the same account" in finding.reason
 
 
 async def test_the_command_compares_yesterday_and_says_so_by_its_exit_code(

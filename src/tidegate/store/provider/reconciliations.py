@@ -7,7 +7,7 @@ charge is still the compared one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
@@ -78,6 +78,14 @@ class Reconciliations:
             found[model] = ModelDay(UsageSum(**values), calls, unpriced)
         for model, calls_alone in doubtful.items():
             found[model] = ModelDay(doubtful=tuple(calls_alone))
+        return found
+
+    async def ours_of(self, upstreams: Iterable[str], day: date) -> dict[str, ModelDay]:
+        """Return the record of several upstreams together."""
+        found: dict[str, ModelDay] = {}
+        for upstream in upstreams:
+            for model, of_model in (await self.ours(upstream, day)).items():
+                found[model] = found[model].plus(of_model) if model in found else of_model
         return found
 
     async def deleted(self, upstream: str, day: date) -> int:
