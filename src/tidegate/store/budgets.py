@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -252,7 +252,7 @@ class BudgetRecords:
         books."""
 
         return await self._connections.run(
-            lambda connection: correct_holds(connection, request_id, micros=micros, tokens=tokens)
+            lambda connection: correct_holds(connection, {request_id: micros}, tokens=tokens)
         )
 
     async def books(self, name: str | None = None, scope: str | None = None) -> list[BudgetBook]:
@@ -828,20 +828,26 @@ class Budgets:
 
 
 async def correct_holds(
-    connection: asyncpg.Connection, request_id: UUID, *, micros: int, tokens: int | None = None
+    connection: asyncpg.Connection, costs: Mapping[UUID, int], *, tokens: int | None = None
 ) -> int:
-    """Charge a request its known cost instead of an estimate, in the caller's transaction; return
-    the number of changed books. tokens: None if unknown."""
-    holds = await connection.fetch(sql("estimated_holds_of"), [request_id])
-    if not holds:
+    """Charge requests their known costs in micro-dollars instead of an estimate, in the caller's
+    transaction; return the number of changed books. tokens: of each; None if unknown."""
+    rows = await connection.fetch(sql("estimated_holds_of"), list(costs))
+    if not rows:
         return 0
-    last, *before = sorted({uuid_of(row["id"]) for row in holds}, reverse=True)
+    holds: defaultdict[UUID, set[UUID]] = defaultdict(set)
+    for row in rows:
+        holds[uuid_of(row["request_id"])].add(uuid_of(row["id"]))
+    settlements = list[Settlement]()
     # The cost of earlier attempts is part of the whole; unknown tokens stay charged as reserved.
     of_before = None if tokens is None else 0
-    known = [Settlement(hold, request_id, 0, of_before, False) for hold in before]
-    await settle_holds(connection, [Settlement(last, request_id, micros, tokens, False), *known])
+    for request_id, ids in holds.items():
+        last, *before = sorted(ids, reverse=True)
+        settlements.append(Settlement(last, request_id, costs[request_id], tokens, False))
+        settlements += [Settlement(one, request_id, 0, of_before, False) for one in before]
+    await settle_holds(connection, settlements)
     await connection.execute(sql("count_budget_change"))
-    return len(holds)
+    return len(rows)
 
 
 async def settle_holds(connection: asyncpg.Connection, settlements: Sequence[Settlement]) -> None:

@@ -231,7 +231,7 @@ async def test_tokens_of_all_attempts_stay_charged_where_only_the_cost_is_correc
         hold = await budgets.reserve(bindings, request_id, cost(100, 70))
         budgets.settle(hold, UNKNOWN_CHARGE)
         await budgets.flush()
-    await connections.run(lambda connection: correct_holds(connection, request_id, micros=30))
+    await connections.run(lambda connection: correct_holds(connection, {request_id: 30}))
     assert await seen(database_url) == {("u", ""): (30, 0, 0), ("t", ""): (140, 0, 0)}
 
 

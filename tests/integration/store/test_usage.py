@@ -165,6 +165,24 @@ async def test_totals_are_the_sums_after_calls_without_a_cost_were_corrected(
     assert await peek.fetchval(total) == 90
 
 
+async def test_the_charges_of_thousands_of_cut_calls_are_corrected_at_once(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    """One statement a call took longer than a transaction may."""
+    count, cut = 4_000, Charge(UsageState.PARTIAL, Usage(5, 3), None, 40)
+    for number in range(count):
+        one = record(number, charge=cut, finished_at=now(), model="m")
+        await store.audit.room(one.size_bytes, 10_000)
+        store.audit.put(one)
+    await wait_until(lambda: peek.fetchval(f"SELECT count(*) = {count} FROM audit"), 60)
+    ours = await store.reconciliations.ours("gemini", now().date())
+    theirs = UsageSum(count, 5 * count, 0, 0, 4 * count, 0, 90 * count)
+    found = compared(ours, {"m": theirs}, {})
+    assert await store.reconciliations.keep("gemini", "openai", now().date(), found) == count
+    assert await totals_are_the_sums(peek) == count
+    assert await peek.fetchval("SELECT sum(cost_micros)::bigint FROM audit") == 90 * count
+
+
 async def test_totals_are_exact_though_connections_are_cut_in_the_middle(
     database_url: str, make_store: MakeStore, peek: asyncpg.Connection
 ) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import orjson
@@ -26,8 +27,9 @@ from tidegate.prices.reconciliation import (
 from tidegate.store.budgets import correct_holds
 from tidegate.store.database import Connections, sql
 
-MOST_DOUBTFUL = 10_000
+MOST_DOUBTFUL = 100_000
 MOST_FOUND = 10_000
+_CORRECT_TIMEOUT_MS = 60_000
 _MOST_NAMED = 100  # calls per finding
 
 
@@ -103,9 +105,9 @@ class Reconciliations:
         of corrected charges."""
 
         async def work(connection: asyncpg.Connection) -> int:
-            corrected = 0
+            corrected, costs = 0, dict[UUID, int]()
             for finding in findings:
-                corrected += await _correct_charges(connection, day, finding)
+                corrected += await _correct_charges(connection, day, finding, costs)
                 calls = orjson.dumps(_explaining_calls(finding)).decode()
                 await connection.execute(
                     sql("put_reconciliation"),
@@ -119,9 +121,10 @@ class Reconciliations:
                     finding.reason,
                     calls,
                 )
+            await correct_holds(connection, costs)  # last, since other calls wait for these books
             return corrected
 
-        return await self._connections.run(work)
+        return await self._connections.run(work, timeout_ms=_CORRECT_TIMEOUT_MS)
 
     async def found(self, first: date, last: date) -> list[Reconciled]:
         """Return the findings for the days from `first` to `last`, both inclusive, newest first."""
@@ -133,31 +136,39 @@ class Reconciliations:
         return await self._connections.row("reconciled_since", upstream, day, since) is not None
 
 
-async def _correct_charges(connection: asyncpg.Connection, day: date, finding: ModelFinding) -> int:
-    begin, end = _day_bounds(day)
-    corrected = 0
-    confirmed = finding.ours.doubtful if finding.verdict == "equal" else ()
-    for one in finding.corrections or [Correction(call, call.charged_micros) for call in confirmed]:
-        if not one.delta_micros:
-            # The charge is right, but budgets may still be charged the bound.
-            if one.call.cost_micros is not None:
-                await correct_holds(connection, one.call.request_id, micros=one.cost_micros)
-            continue
-        charged = one.call.charged_micros
-        # A call that was repeated is charged for its last attempt already.
-        before = one.call.weight if one.call.state == "repeated" else charged
-        row = await connection.fetchrow(
-            sql("correct_charge"), one.call.request_id, begin, end, one.delta_micros, before
-        )
-        if row is None:
-            continue
-        corrected += 1
+async def _correct_charges(
+    connection: asyncpg.Connection, day: date, finding: ModelFinding, costs: dict[UUID, int]
+) -> int:
+    """Correct the charges that the finding explains, and the totals; return how many. The costs of
+    calls whose budgets may be charged otherwise are added to `costs`."""
+    changed = [one for one in finding.corrections if one.delta_micros]
+    rows = await connection.fetch(
+        sql("correct_charges"),
+        [one.call.request_id for one in changed],
+        *_day_bounds(day),
+        [one.delta_micros for one in changed],
+        [_charged_before(one) for one in changed],
+    )
+    by_id = {one.call.request_id: one for one in changed}
+    totals: defaultdict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0])
+    for row in rows:
+        one = by_id[row["request_id"]]
         key = (row["tenant_id"], row["day"], row["model"], row["upstream"], row["pool"])
-        had_no_cost = one.call.cost_micros is None and one.call.state != "unknown"
-        amounts = (one.delta_micros, int(had_no_cost))
-        await connection.execute(sql("correct_usage"), *key, *amounts)
-        await correct_holds(connection, one.call.request_id, micros=one.cost_micros)
-    return corrected
+        totals[key][0] += one.delta_micros
+        totals[key][1] += one.call.cost_micros is None and one.call.state != "unknown"
+        costs[one.call.request_id] = one.cost_micros
+    for key in sorted(totals):  # in the order of `add_usage`
+        await connection.execute(sql("correct_usage"), *key, *totals[key])
+    # These charges are right, but budgets may still be charged the bound.
+    equal = finding.ours.doubtful if finding.verdict == "equal" else ()
+    right = [one.call for one in finding.corrections if not one.delta_micros] or equal
+    costs |= {one.request_id: one.cost_micros for one in right if one.cost_micros is not None}
+    return len(rows)
+
+
+def _charged_before(one: Correction) -> int:
+    """Return the cost on record: a call that was repeated is charged for its last attempt."""
+    return one.call.weight if one.call.state == "repeated" else one.call.charged_micros
 
 
 def _explaining_calls(finding: ModelFinding) -> list[dict[str, Any]]:

@@ -44,12 +44,14 @@ SELECT (
         AND finished_at >= $2 AND finished_at < $3
 ) AS deleted
 
--- name: correct_charge
--- Add $4 to the cost of call $1, which ended from $2 until $3, unless the cost is no longer $5.
-UPDATE audit SET cost_micros = coalesce(cost_micros, 0) + $4
-WHERE request_id = $1 AND created_at >= $2::timestamptz - interval '31 days' AND created_at < $3
-    AND finished_at >= $2 AND finished_at < $3 AND coalesce(cost_micros, 0) = $5
-RETURNING tenant_id, coalesce(model, '') AS model, pool, coalesce(nullif(upstream, ''), pool) AS upstream, (finished_at AT TIME ZONE 'UTC')::date AS day
+-- name: correct_charges
+-- Add $4 to the costs of calls $1, which ended from $2 until $3, except for costs that are no longer $5.
+UPDATE audit SET cost_micros = coalesce(cost_micros, 0) + c.more
+FROM unnest($1::uuid[], $4::bigint[], $5::bigint[]) AS c (id, more, before)
+WHERE request_id = c.id AND created_at >= $2::timestamptz - interval '31 days' AND created_at < $3
+    AND finished_at >= $2 AND finished_at < $3 AND coalesce(cost_micros, 0) = c.before
+RETURNING request_id, tenant_id, (finished_at AT TIME ZONE 'UTC')::date AS day,
+    coalesce(model, '') AS model, coalesce(nullif(upstream, ''), pool) AS upstream, pool
 
 -- name: correct_usage
 -- Add $6 micro-dollars to the total of tenant $1 on day $2 for model $3 at upstream $4.
