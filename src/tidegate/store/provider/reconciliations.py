@@ -29,7 +29,8 @@ from tidegate.store.database import Connections, sql
 
 MOST_DOUBTFUL = 100_000
 MOST_FOUND = 10_000
-_CORRECT_TIMEOUT_MS = 60_000
+# A day is read from the log of a month, since batch lines and jobs may end long after they came.
+_READ_TIMEOUT_MS, _CORRECT_TIMEOUT_MS = 300_000, 60_000
 _MOST_NAMED = 100  # calls per finding
 
 
@@ -64,9 +65,12 @@ class Reconciliations:
     async def ours(self, upstream: str, day: date) -> dict[str, ModelDay]:
         """Return the record of a UTC day by the model that answered, else the one requested."""
         begin, end = _day_bounds(day)
-        reported = await self._connections.rows("get_told_usage", upstream, begin, end)
+        reported = await self._connections.rows(
+            "get_told_usage", upstream, begin, end, timeout_ms=_READ_TIMEOUT_MS
+        )
         rows = await self._connections.rows(
-            "get_doubtful_calls", upstream, begin, end, MOST_DOUBTFUL
+            *("get_doubtful_calls", upstream, begin, end, MOST_DOUBTFUL),
+            timeout_ms=_READ_TIMEOUT_MS,
         )
         doubtful: defaultdict[str, list[DoubtfulCall]] = defaultdict(list)
         for row in rows:
@@ -93,7 +97,9 @@ class Reconciliations:
     async def deleted(self, upstream: str, day: date) -> int:
         """Return how many calls of a UTC day have expired or were erased, and are in its totals
         alone."""
-        row = await self._connections.row("count_deleted_calls", upstream, *_day_bounds(day))
+        row = await self._connections.row(
+            "count_deleted_calls", upstream, *_day_bounds(day), timeout_ms=_READ_TIMEOUT_MS
+        )
         assert row is not None
         deleted: int = row["deleted"]
         return max(0, deleted)
