@@ -32,6 +32,7 @@ _NAMELESS = (
 )
 _DELETED = "{} calls of the day are no longer on record: they have expired or were erased"
 _BESIDE = "the provider's figures may include the calls of another upstream of the same account"
+_ABSENT = "the provider reports no calls of this model, and its other figures may be incomplete"
 # The suffix of a dated version of a model, such as -2025-08-07, -20250929 and -0125.
 _DATE = re.compile(r"[-@](?:20\d\d-\d\d-\d\d|20\d{6}|\d{4})", re.ASCII)
 
@@ -178,7 +179,13 @@ def compared(
         )
         for model in sorted({*named, *reported})
     ]
-    return [_doubted(one, others.get(one.model), deleted) for one in findings]
+    is_whole = bool(reported) and all(one.verdict != "unexplained" for one in findings)
+    return [
+        replace(one, verdict="unexplained", reason=_ABSENT, corrections=())
+        if one.corrections and one.model not in reported and not is_whole
+        else _doubted(one, others.get(one.model), deleted)
+        for one in findings
+    ]
 
 
 def _by_name_there(

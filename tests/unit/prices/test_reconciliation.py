@@ -201,6 +201,24 @@ def test_what_the_provider_may_count_by_another_name_is_not_corrected_to_nothing
     assert second.verdict == "equal"
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),
+        ({"x": ModelDay(TOLD)}, {}),
+        # The usage is there and the costs are not.
+        ({"x": ModelDay(TOLD)}, {"x": UsageSum(10, 1_000, 100, 0, 200, 0, 0)}),
+    ],
+)
+def test_figures_that_are_not_complete_yet_correct_no_call_to_nothing(
+    ours: dict[str, ModelDay], theirs: dict[str, UsageSum]
+) -> None:
+    spoken = {"tts": ModelDay(doubtful=(DoubtfulCall(ID, "estimated", 18, 80, 900),))}
+    first, *_ = compared(spoken | ours, theirs, {"x": RATES})
+    assert (first.model, first.verdict, first.corrections) == ("tts", "unexplained", ())
+    assert "may be incomplete" in first.reason
+
+
 def test_both_sides_models_are_compared() -> None:
     findings = compared({"a": ModelDay(TOLD)}, {"b": TOLD}, {})
     assert [(each.model, each.verdict) for each in findings] == [
