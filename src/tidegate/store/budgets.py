@@ -273,6 +273,8 @@ async def set_budget(
     elif await connection.fetchval("SELECT count(*) FROM budgets") >= MOST_BUDGETS:
         allowed = f"one of up to {MOST_BUDGETS:,} budgets: remove one, or have one with `each`"
         raise ConfigError("name", budget.name, allowed)
+    else:
+        await _check_zone(connection, budget)
     row = asdict(budget)
     del row["created_at"]
     is_new = bool(await connection.fetchval(sql("set_budget"), orjson.dumps(row).decode()))
@@ -280,6 +282,15 @@ async def set_budget(
         await _seed(connection, budget)
     await connection.execute(sql("count_budget_change"))
     return is_new
+
+
+async def _check_zone(connection: asyncpg.Connection, budget: Budget) -> None:
+    """Raise ConfigError for a zone that PostgreSQL does not know: each call would fail there."""
+    try:
+        await connection.execute(sql("read_clock_of_zone"), budget.zone)
+    except asyncpg.InvalidParameterValueError:
+        allowed = "a time zone that PostgreSQL knows, such as Europe/Berlin"
+        raise ConfigError("zone", budget.zone, allowed) from None
 
 
 async def drop_books(connection: asyncpg.Connection, removed: Iterable[asyncpg.Record]) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.commands import tidegate
 from tests.gateway import Opener
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask
+from tidegate.prices import budgets
 
 BODY = {"usd": "12.5", "period": "day", "tenant": "acme", "alerts": [50, 100]}
 
@@ -242,3 +245,20 @@ async def test_what_no_option_names_stays_as_it_is(open_gateway: Opener) -> None
     again = await tidegate(gateway, "tenants", "set", "acme", "--day-money", "60")
     assert again.code == 0
     assert (await put(own[0]))[:5] == (60_000_000, "pause", None, "bound", [80])
+
+
+async def test_a_zone_that_postgresql_does_not_know_is_refused(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python knows `localtime` and may have newer zones. A budget in one would fail each of its
+    calls, and every list of budgets."""
+    monkeypatch.setattr(budgets, "available_timezones", lambda: {"UTC", "Moon/Tranquility"})
+    gateway = await open_gateway(worker=False, admin_token=ADMIN_TOKEN)
+    body = {"usd": 5, "zone": "Moon/Tranquility"}
+    for each in (["tenant"], ["tenant", "conversation"]):  # the second has no recorded spend
+        status, problem = await ask(
+            gateway, "PUT", "/admin/budgets/x", AS_ADMIN, body | {"each": each}
+        )
+        assert (status, problem["field"]) == (400, "zone")
+        assert problem["allowed"] == "a time zone that PostgreSQL knows, such as Europe/Berlin"
+    assert (await ask(gateway, "GET", "/admin/budgets", AS_ADMIN)) == (200, [])

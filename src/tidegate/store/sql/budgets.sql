@@ -34,6 +34,10 @@ ON CONFLICT (name) DO UPDATE SET amount = excluded.amount, at_end = excluded.at_
     fallback = excluded.fallback, doubt = excluded.doubt, alerts = excluded.alerts
 RETURNING b.xmax = 0 AS is_new
 
+-- name: read_clock_of_zone
+-- Return the local time in zone $1, which fails if PostgreSQL does not know it.
+SELECT now() AT TIME ZONE $1
+
 -- name: drop_budget
 -- Delete a budget.
 DELETE FROM budgets WHERE name = $1 RETURNING name
