@@ -250,6 +250,9 @@ def check_budget(budget: Budget) -> None:
     """Raise ConfigError, which names the field, for a value that a budget cannot have."""
     if not _NAME.fullmatch(budget.name):
         raise ConfigError("name", budget.name, "1 to 200 letters, digits and _ . : / @ + -")
+    for name in (*DIMENSIONS, "model", "fallback"):
+        if getattr(budget, name) == "":  # it would match no call
+            raise ConfigError(name, "", "a name of one character or more")
     if not 0 <= budget.amount <= MOST_AMOUNT:
         raise ConfigError("amount", str(budget.amount), f"a number from 0 to {MOST_AMOUNT}")
     if budget.zone not in available_timezones():

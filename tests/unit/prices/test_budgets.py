@@ -46,6 +46,16 @@ def test_what_a_budget_does_not_bind_yet_is_named_as_people_say_it() -> None:
         check_same(before, replace(before, tenant="acme"))
 
 
+@pytest.mark.parametrize("field", ["tenant", "key", "subject", "conversation", "model", "fallback"])
+def test_an_empty_name_is_refused_since_a_budget_of_it_would_bind_nothing(field: str) -> None:
+    """Such as of `--tenant "$TENANT"` where the variable is not set."""
+    values = {"usd": "5", field: ""} | ({"at_end": "fall_back"} if field == "fallback" else {})
+    with pytest.raises(ConfigError) as refused:
+        with_changes(None, "cap", values)
+    assert (refused.value.variable, refused.value.value) == (field, "")
+    assert refused.value.allowed == "a name of one character or more"
+
+
 def test_too_many_tokens_are_refused_with_the_range() -> None:
     with pytest.raises(ConfigError, match="a number from 0 to 1000000000000000"):
         budget_of("a", {"tokens": 10**15 + 1, **DAY})
