@@ -280,6 +280,8 @@ async def set_budget(
     is_new = bool(await connection.fetchval(sql("set_budget"), orjson.dumps(row).decode()))
     if is_new:
         await _seed(connection, budget)
+    elif budget.at_end != "pause":
+        await connection.execute(sql("resume_budget"), budget.name, None)
     await connection.execute(sql("count_budget_change"))
     return is_new
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -265,3 +266,23 @@ async def test_a_cost_that_no_call_can_have_is_unknown_to_budgets_as_on_record(
     await budgets.flush()
     (book,) = await budgets.records.books("a")
     assert (book.spent, book.estimated, book.held) == (70, 70, 0)
+
+
+@pytest.mark.parametrize("fallback", [None, "cheap"])
+async def test_a_budget_that_no_longer_pauses_is_not_paused_any_more(
+    budgets: Budgets, fallback: str | None
+) -> None:
+    """`--no-pause` and `--fallback cheap` had no effect on a budget that was paused already."""
+    pausing = Budget("p", "usd", 100, "day", each=("tenant",), at_end="pause")
+    await with_budgets(budgets, pausing)
+    await spend(budgets, 100)
+    with pytest.raises(BudgetPaused):
+        await held_by(budgets, ACME, 1)
+    await with_budgets(budgets, replace(pausing, amount=150))
+    with pytest.raises(BudgetPaused):  # a person resumes it
+        await held_by(budgets, ACME, 1)
+    after = replace(pausing, at_end="refuse" if fallback is None else "fall_back")
+    await with_budgets(budgets, replace(after, fallback=fallback))
+    assert (await refused(budgets, 1)).fallback == fallback
+    (book,) = await budgets.records.books("p")
+    assert book.paused_since is None
