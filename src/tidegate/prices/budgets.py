@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -237,6 +237,12 @@ def _needed(unit: Unit, amount: int) -> str:
     return amount_text(unit, cents)
 
 
+def _time_text(at: datetime, zone: str = "UTC") -> str:
+    """Return a time in a zone, rounded up to seconds, which are left out if they are 0."""
+    local = (at + timedelta(microseconds=-at.microsecond % 10**6)).astimezone(ZoneInfo(zone))
+    return f"{local:%Y-%m-%d %H:%M}{f':{local:%S}' if local.second else ''} {zone}"
+
+
 def is_used_up(spent: int, amount: int) -> bool:
     """Return whether a budget that pauses does so for all calls: at most 1 % of it is left.
 
@@ -455,8 +461,8 @@ def refused_by(refusal: Refusal, need: int | None) -> QuotaExceeded:
     elif reset_at is not None:
         left_s = (reset_at - datetime.now(UTC)).total_seconds()
         after_ms = max(1_000, math.ceil(left_s * 1000))
-        local = reset_at.astimezone(ZoneInfo(budget.zone))
-        when = f"it resets at {local:%Y-%m-%d %H:%M} {budget.zone}"
+        event = "it has room again" if budget.period == "rolling" else "it resets"
+        when = f"{event} at {_time_text(reset_at, budget.zone)}"
     elif budget.period == "rolling":
         when = "there is room again as earlier spend leaves its window"
     return BudgetExceeded(
@@ -508,6 +514,7 @@ def _alert_text(kind: str, data: Mapping[str, Any]) -> str:
         return f"{text}, which is {data['share']} % or more."
     if kind == "budget_paused":
         return f"{text}; it is paused until a person resumes it: tidegate budgets resume."
-    reset_at = data.get("reset_at")
-    when = f" It resets at {reset_at}." if reset_at else ""
-    return f"{text}; a call was rejected, since there is no room for it.{when}"
+    text = f"{text}; a call was rejected, since there is no room for it."
+    if reset_at := data.get("reset_at"):
+        text += f" There is room again at {_time_text(datetime.fromisoformat(reset_at))}."
+    return text

@@ -100,3 +100,11 @@ def test_an_alert_says_in_words_that_a_book_is_of_no_person() -> None:
     text = "Budget people of acme, none: $0.79 of $2.00 spent, which is 30 % or more."
     assert alert["text"] == text
     assert alert["scope"] == ["acme", None]
+
+
+def test_an_alert_of_a_rejected_call_names_the_time_as_refusals_do() -> None:
+    kept = {"budget": "day", "scope": "", "spent": 408, "amount": 600}
+    until = {"reset_at": "2026-12-03T01:30:00-03:30"}
+    alert = budget_alert("budget_out", kept | until, "tokens")
+    assert alert["text"].endswith("no room for it. There is room again at 2026-12-03 05:00 UTC.")
+    assert alert["reset_at"] == until["reset_at"]

@@ -9,7 +9,7 @@ import pytest
 from tidegate.prices.budgets import Binding, Budget, Refusal, refused_by
 
 DAY = Budget("day", "tokens", 100, "day")
-MIDNIGHT = datetime.now(UTC) + timedelta(hours=5)
+MIDNIGHT = datetime.now(UTC).replace(second=0, microsecond=0) + timedelta(hours=5)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,17 @@ def test_a_time_is_only_named_where_the_next_period_has_room_for_the_call(
     refusal = refused_by(book, need)
     assert refusal.message.endswith(f"up to {need} tokens needed; {when}")
     assert (refusal.retry_after_ms is None) == (need > DAY.amount)
+
+
+def test_a_rolling_budget_names_the_second_at_which_it_has_room() -> None:
+    """A minute would be over by then, if the window is one of seconds."""
+    short = Budget("short", "tokens", 100, "rolling", window_s=30, zone="Asia/Kolkata")
+    for at, text in (
+        (datetime(2026, 12, 2, 8, 57, 20, 1, UTC), "2026-12-02 14:27:21"),
+        (datetime(2026, 12, 2, 8, 57, 59, 500_000, UTC), "2026-12-02 14:28"),
+    ):
+        message = refused_by(Refusal(Binding(short, ""), "spent", 100, 50, 0, at, 0.0), 60).message
+        assert message.endswith(f"needed; it has room again at {text} Asia/Kolkata")
 
 
 def test_before_it_is_known_what_a_call_takes_the_budget_has_nothing_left() -> None:
