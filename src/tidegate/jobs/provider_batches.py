@@ -351,7 +351,8 @@ class ProviderBatchRunner:
         for one in joining:
             if (refusal := begun.refused.get(one.job.request_id)) is not None:
                 need = next(need for binding, need in one.needs if binding == refusal.binding)
-                await self._wait_for_budget(one.job, refused_by(refusal, need))
+                now = self._store.notifications.clock.now()
+                await self._wait_for_budget(one.job, refused_by(refusal, need, now))
 
     async def _wait_for_budget(self, job: ClaimedJob, error: QuotaExceeded) -> None:
         if getattr(error, "fallback", None) is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -173,7 +173,9 @@ class KnownRefusals:
     until later, at most `BRIEFLY_S` before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wall: Callable[[], datetime]) -> None:
+        """wall: PostgreSQL's time, to which the ends of periods belong."""
+        self._wall = wall
         self.books: dict[Book, Refusal] = {}
         # Of a book that refuses and another one: the most that was needed there, and until when
         # it counts.
@@ -211,7 +213,7 @@ class KnownRefusals:
                 most, until = self._others.get(pair, (-1, now))
                 if need > most or now >= until:
                     return None
-        return refused_by(*last)
+        return refused_by(*last, self._wall())
 
     def clear(self) -> None:
         """Forget all, since the budgets have changed."""
@@ -421,10 +423,11 @@ def scope_of(budget: Budget, values: Mapping[str, str | None]) -> str:
     return scope_text([values[one] for one in budget.each]) if budget.each else ""
 
 
-def refused_by(refusal: Refusal, need: int | None) -> QuotaExceeded:
+def refused_by(refusal: Refusal, need: int | None, now: datetime) -> QuotaExceeded:
     """Return the error for a refusal.
 
     `need`: the most that the call takes; None before it is known, if nothing is left at all.
+    now: PostgreSQL's time.
     """
     budget, scope = refusal.binding
     named = zip(budget.each, scope_values(scope), strict=False)
@@ -459,7 +462,7 @@ def refused_by(refusal: Refusal, need: int | None) -> QuotaExceeded:
     if need > budget.amount:
         when = "it needs more than a whole period allows"
     elif reset_at is not None:
-        left_s = (reset_at - datetime.now(UTC)).total_seconds()
+        left_s = (reset_at - now).total_seconds()
         after_ms = max(1_000, math.ceil(left_s * 1000))
         event = "it has room again" if budget.period == "rolling" else "it resets"
         when = f"{event} at {_time_text(reset_at, budget.zone)}"

@@ -343,14 +343,16 @@ class Budgets:
         instance_id: str,
         folder: Path | None = None,
         clock: Callable[[], float] = Steadiness.clock,
+        wall: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """folder: stores the last budgets read, for a start in an outage. clock: includes time in
-        which the machine was suspended, since other processes then count this one as dead."""
+        which the machine was suspended, since other processes then count this one as dead. wall:
+        PostgreSQL's time."""
         self._file = None if folder is None else folder / "budgets.json"
         self.records = BudgetRecords(connections)
         self._connections = connections
         self._instance_id = instance_id
-        self._clock = clock
+        self._clock, self._wall = clock, wall
         self._revision: int | None = None
         self._rules: tuple[Budget, ...] = ()
         self._static = lru_cache(10_000)(self._bound_statically)
@@ -361,7 +363,7 @@ class Budgets:
         self._overdue: set[UUID] = set()  # those that may have been charged as a dead process's
         self.is_pushed: Callable[[], bool] = lambda: False  # whether changes are notified
         self._pending: dict[UUID | None, list[tuple[float, Settlement]]] = {}
-        self._refusals = KnownRefusals()
+        self._refusals = KnownRefusals(wall)
         self._waiters: dict[int, _Waiter] = {}
         self._freed: deque[asyncio.Future[None]] = deque()
         self._renewed_at = -math.inf
@@ -492,7 +494,7 @@ class Budgets:
                     continue
                 reset_at = book.reset_at
                 known = Refusal(binding, why, book.amount, book.spent, book.held, reset_at, 0.0)
-                raise refused_by(known, None)
+                raise refused_by(known, None, self._wall())
 
     async def reserve(self, bindings: Sequence[Binding], request_id: UUID, cost: CallCost) -> UUID:
         """Durably reserve a call's greatest cost in all of its budgets; `settle` must follow with
@@ -525,7 +527,7 @@ class Budgets:
             raise
         if refused is not None:
             del self._open[hold]
-            raise refused_by(refused, refused.need)
+            raise refused_by(refused, refused.need, self._wall())
         return hold
 
     def _void(self, hold: UUID, request_id: UUID, order: asyncio.Future[Refusal | None]) -> None:
@@ -603,7 +605,7 @@ class Budgets:
         is_brief = budget.period == "rolling" or (row["why"], budget.at_end) == ("spent", "pause")
         for_s = BRIEFLY_S if is_brief else _REMEMBERED_S
         if row["reset_at"] is not None:
-            for_s = min(for_s, (row["reset_at"] - datetime.now(UTC)).total_seconds())
+            for_s = min(for_s, (row["reset_at"] - self._wall()).total_seconds())
         return Refusal(
             binding,
             row["why"],

@@ -61,9 +61,14 @@ class Store:
         self.listeners = listeners or CallListeners()
         self.connections = connections = Connections(url)
         self.spill, self.journal = Spill(spill_dir, spill_max_bytes), CallJournal(spill_dir)
-        self.budgets = Budgets(connections, instance_id=instance_id, folder=spill_dir.parent)
-        self.usage, self.reconciliations = UsageTotals(connections), Reconciliations(connections)
         self.notifications = Notifications(connections)
+        self.budgets = Budgets(
+            connections,
+            instance_id=instance_id,
+            folder=spill_dir.parent,
+            wall=self.notifications.clock.now,
+        )
+        self.usage, self.reconciliations = UsageTotals(connections), Reconciliations(connections)
         self.audit = AuditLog(
             connections,
             self.notifications,

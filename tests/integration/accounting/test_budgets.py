@@ -16,10 +16,13 @@ from tests.gateway import PNG, Gateway, Opener
 from tests.integration.native.test_totals import VERSION, fronts
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of, submitted
 from tests.waiting import wait_until
+from tests.zones import ZONE, set_clock
 from tidegate.emulator.server import run_emulator
 from tidegate.jobs import calls
 from tidegate.prices import budgets as prices
 from tidegate.prices.budgets import Budget, Dimension
+from tidegate.store import budgets as store_budgets
+from tidegate.store import notifications
 from tidegate.store.budgets import Budgets
 from tidegate.usual_models import EMULATORS_KEY
 
@@ -676,3 +679,28 @@ async def test_what_is_remembered_of_refusals_is_bounded(
     known = [scope for _, scope in gateway.services.budgets._refusals.books]
     assert len(known) == 3
     assert "5" in known[-1]
+
+
+@pytest.mark.parametrize("minutes", [-10, 10])
+async def test_the_end_of_a_period_is_told_by_the_clock_of_postgresql(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch, minutes: int
+) -> None:
+    """Before the end of a period, a process ahead of it told calls and jobs to come again each
+    second, and one behind it told them to wait for that much longer."""
+    set_clock(monkeypatch, timedelta(minutes=minutes), (notifications, prices, store_budgets))
+    gateway = await open_gateway(worker=False)
+    await wait_until(gateway.services.store.notifications.is_sure, 20, "PostgreSQL's clock")
+    await with_budgets(gateway, Budget("day", "tokens", 900, "day", zone=ZONE))
+    await spend(gateway, "day", "", 900)
+    left_s = "SELECT extract(epoch FROM budget_reset('day', $1, now()) - now())::float"
+    before_s = await gateway.database.fetchval(left_s, ZONE)
+    for _ in range(2):  # refused by PostgreSQL, and as remembered
+        status, _, headers = await called(gateway, 0, {}, max_tokens=10)
+        after_s = await gateway.database.fetchval(left_s, ZONE)
+        assert status == 429
+        assert after_s - 1 <= int(headers["retry-after"]) <= before_s + 2
+    assert gateway.services.budgets._refusals.books
+    job = {"data": "Why?", "type": "text_only"}
+    status, problem = await ask(gateway, "POST", "/submit", {}, job)
+    assert status == 429
+    assert before_s - 60 <= problem["retry_after_ms"] / 1000 <= before_s + 2
