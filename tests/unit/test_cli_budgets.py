@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from tests.unit.invoked import invoke
+from tidegate.cli import budgets
 from tidegate.errors import ConfigError
+from tidegate.prices.budgets import Budget
+from tidegate.store.budgets import BudgetBook
 
 
 @pytest.mark.parametrize(
@@ -41,3 +46,15 @@ def test_a_new_budget_needs_an_amount(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tidegate.cli.budgets.with_budgets", lambda work: work(Records()))
     with pytest.raises(ConfigError, match="b is a new budget: it needs --usd or --tokens"):
         invoke("budgets", "set", "b", "--period", "day")
+
+
+def test_the_list_shows_when_a_spent_budget_is_reset() -> None:
+    book = BudgetBook("day", "", "usd", 10, 10, 0, 0, datetime(2026, 12, 3, tzinfo=UTC), None)
+    day = Budget("day", "usd", 10, "day")
+    for shown, resets in (
+        (replace(book, spent=9), "2026-12-03 00:00Z"),
+        (book, "2026-12-03 00:00Z spent"),
+        (replace(book, reset_at=None), "spent"),
+        (replace(book, paused_since=book.reset_at), "paused"),
+    ):
+        assert budgets._row(day, shown)[-1] == resets

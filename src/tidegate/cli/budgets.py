@@ -131,9 +131,11 @@ def _row(budget: Budget, book: BudgetBook | None) -> tuple[str, ...]:
         amounts = (budget.shown(0), budget.shown(0), budget.shown(budget.amount))
         return (budget.name, ", ".join(whom(budget)) or "all", *amounts, window(budget), "")
     whose = [*whom(budget), *(one or "none" for one in scope_values(book.scope))]
-    state = "paused" if book.paused_since else ""
-    if not state and book.spent >= book.amount:
-        state = "spent"
+    resets = f"{book.reset_at:%Y-%m-%d %H:%M}Z" if book.reset_at else ""
+    if book.paused_since:  # until a person resumes it
+        resets = "paused"
+    elif book.spent >= book.amount:
+        resets = f"{resets} spent".lstrip()
     return (
         budget.name,
         ", ".join(whose) or "all",
@@ -141,7 +143,7 @@ def _row(budget: Budget, book: BudgetBook | None) -> tuple[str, ...]:
         budget.shown(book.held),
         budget.shown(book.amount),
         window(budget),
-        state or (f"{book.reset_at:%Y-%m-%d %H:%M}Z" if book.reset_at else ""),
+        resets,
     )
 
 
