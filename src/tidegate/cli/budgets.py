@@ -202,6 +202,8 @@ def set_(
     budget, is_new = with_budgets(lambda records: records.change(name, edit, by=who()))
     if is_new and (budget.tenant or budget.key):
         _note_unused(budget)
+    if budget.at_end == "pause" and not is_new:
+        _note_paused(budget)
     binds = ", ".join(whom(budget)) or "all calls"
     verb = "is set" if is_new else "is changed"
     text = f"{name} {verb}: {budget.shown(budget.amount)} {window(budget)} for {binds}"
@@ -222,6 +224,14 @@ def _note_unused(budget: Budget) -> None:
     for one in with_tenants(missing):
         message = f"tidegate: note: there is no {one}, so {budget.name} binds nobody yet"
         typer.echo(legible(message), err=True)
+
+
+def _note_paused(budget: Budget) -> None:
+    """Note that calls are still rejected after a change, such as to a larger amount."""
+    books = with_budgets(lambda records: records.books(budget.name))
+    if any(one.paused_since for one in books):
+        message = f"{budget.name} is still paused: tidegate budgets resume {budget.name}"
+        typer.echo(f"tidegate: note: {message}", err=True)
 
 
 def _binding(dimensions: dict[str, str], before: Sequence[str]) -> dict[str, Any]:

@@ -262,3 +262,17 @@ async def test_a_zone_that_postgresql_does_not_know_is_refused(
         assert (status, problem["field"]) == (400, "zone")
         assert problem["allowed"] == "a time zone that PostgreSQL knows, such as Europe/Berlin"
     assert (await ask(gateway, "GET", "/admin/budgets", AS_ADMIN)) == (200, [])
+
+
+async def test_a_larger_amount_of_a_paused_budget_is_set_with_a_note(open_gateway: Opener) -> None:
+    gateway = await open_gateway(worker=False, admin_token=ADMIN_TOKEN)
+    named = ("budgets", "set", "cap", "--usd")
+    assert (await tidegate(gateway, *named, "5", "--pause")).code == 0
+    assert (await tidegate(gateway, *named, "6")).complained == ""
+    await gateway.database.execute("INSERT INTO budget_pauses (budget, scope) VALUES ('cap', '')")
+    raised = await tidegate(gateway, *named, "7")
+    assert raised.said == "cap is changed: $7.00 a month for all calls\n"
+    note = "tidegate: note: cap is still paused: tidegate budgets resume cap\n"
+    assert (raised.code, raised.complained) == (0, note)
+    ended = await tidegate(gateway, *named, "7", "--no-pause")
+    assert (ended.code, ended.complained) == (0, "")
