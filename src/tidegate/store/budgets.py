@@ -260,6 +260,16 @@ class BudgetRecords:
         found = await self._connections.rows("budget_books", name, scope, MOST_BOOKS)
         return [record_of(BudgetBook, row) for row in found]
 
+    async def reset_of(self, book: BudgetBook) -> datetime | None:
+        """Return when a spent budget has room for the smallest call; None if that is unknown."""
+        if book.reset_at is not None:
+            return book.reset_at
+        values = book.budget, book.scope, book.spent + 1 - book.amount
+        found: datetime | None = await self._connections.run(
+            lambda connection: connection.fetchval(sql("rolling_budget_reset"), *values)
+        )
+        return found
+
 
 async def set_budget(
     connection: asyncpg.Connection, budget: Budget, *, keep_end: bool = False
@@ -492,7 +502,7 @@ class Budgets:
                 is_out = book.spent >= book.amount and binding.budget.at_end != "pause"
                 if book.paused_since is None and not is_out:
                     continue
-                reset_at = book.reset_at
+                reset_at = None if book.paused_since else await self.records.reset_of(book)
                 known = Refusal(binding, why, book.amount, book.spent, book.held, reset_at, 0.0)
                 raise refused_by(known, None, self._wall())
 

@@ -286,3 +286,25 @@ async def test_a_budget_that_no_longer_pauses_is_not_paused_any_more(
     assert (await refused(budgets, 1)).fallback == fallback
     (book,) = await budgets.records.books("p")
     assert book.paused_since is None
+
+
+async def test_a_submission_under_a_spent_rolling_budget_is_told_when_there_is_room(
+    budgets: Budgets, database_url: str
+) -> None:
+    """As a call is; it was refused without a time."""
+    await with_budgets(budgets, Budget("hour", "usd", 100, "rolling", window_s=3_600))
+    await spend(budgets, 60)
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(
+        "UPDATE budget_books SET period = period - interval '20 minutes'"
+        " WHERE period > '-infinity'"
+    )
+    await connection.close()
+    await spend(budgets, 40)
+    with pytest.raises(BudgetExceeded, match="has nothing left: .* it has room again at") as found:
+        await budgets.check(ACME)
+    after_ms = found.value.retry_after_ms
+    of_call_ms = (await refused(budgets, 1)).retry_after_ms
+    assert after_ms is not None
+    assert of_call_ms is not None
+    assert 38 * 60_000 < of_call_ms <= after_ms < of_call_ms + 10_000

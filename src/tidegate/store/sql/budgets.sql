@@ -172,6 +172,16 @@ CROSS JOIN LATERAL (
 WHERE ($1::text IS NULL OR b.name = $1) AND ($2::text IS NULL OR coalesce(n.scope, '') = $2)
 ORDER BY coalesce(u.spent, 0)::double precision / greatest(b.amount, 1) DESC, 1, 2 LIMIT $3
 
+-- name: rolling_budget_reset
+-- Return when $3 of the spend of rolling budget $1 in scope $2 has left its window.
+SELECT min(f.period) + (f.window_s + budget_span_s(f.window_s)) * interval '1 second'
+FROM (
+    SELECT r.period, b.window_s, sum(r.spent - r.extra) OVER (ORDER BY r.period) AS freed
+    FROM budgets b JOIN budget_books r ON r.budget = b.name AND r.period > '-infinity'
+        AND r.period >= budget_oldest_span(b.window_s, now())
+    WHERE b.name = $1 AND r.scope = $2 AND b.window_s IS NOT NULL
+) AS f WHERE f.freed >= $3 GROUP BY f.window_s
+
 -- name: resume_budget
 -- End the pauses of budget $1, in scope $2 if given.
 DELETE FROM budget_pauses WHERE budget = $1 AND ($2::text IS NULL OR scope = $2) RETURNING scope
