@@ -17,7 +17,7 @@ import re
 import struct
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from math import ceil, exp, inf, log, sqrt
@@ -220,6 +220,7 @@ _MARKED = bytes(_DENSE.fullmatch(_SHORTEST_RUN * chr(byte)) is not None for byte
 _LONG_RUN = _SHORTEST_RUN * b"\x01"
 _LONG_WORDS_CHARS = 12
 _SAMPLE_CHARS, _PLACES = 4_096, 4
+_COUNTED_CHARS = 262_144
 
 ANSWER_TOKENS = 800.0
 PICTURE_TOKENS = 1_290.0
@@ -248,31 +249,61 @@ def pieces_of_text(text: str) -> dict[Modality, float]:
 
 def pieces_of_texts(texts: Sequence[str]) -> dict[Modality, float]:
     """Return the pieces of several texts together."""
-    text = "".join(texts)
-    letters = len(text)
-    dense = _dense_letters(text, texts) if letters >= _SHORTEST_RUN else 0.0
-    dense *= _DENSE_TOKENS_A_LETTER - _LATIN_TOKENS
-    if text.isascii():
-        return {_LATIN: max(1.0, letters * _LATIN_TOKENS) + dense} if letters else {}
-    # Four encoded lengths give the number of letters of one, two and more bytes without a loop.
-    latin = len(text.encode("ascii", "ignore"))
-    four = len(text.encode("utf-16-le", "surrogatepass")) // 2 - letters
-    rest_bytes = len(text.encode("utf-8", "surrogatepass")) - latin - 4 * four
-    two_or_three = letters - latin - four
-    three = rest_bytes - 2 * two_or_three
-    counted = {
-        Modality.LATIN: latin,
-        Modality.LETTERS: two_or_three - three,
-        Modality.WIDE: three + four,
-    }
+    if sum(map(len, texts)) <= _COUNTED_CHARS:
+        counted, dense = _letters_of(texts)
+    else:  # in steps: no other Python thread runs while a text is copied or encoded
+        counted, dense = dict.fromkeys(_TOKENS_A_LETTER, 0), 0.0
+        for some in _steps_of(texts):
+            letters, runs = _letters_of(some)
+            dense += runs
+            for modality, count in letters.items():
+                counted[modality] += count
     found = {
         modality: max(1.0, count * _TOKENS_A_LETTER[modality])
         for modality, count in counted.items()
         if count
     }
     if dense:
-        found[_LATIN] += dense
+        found[_LATIN] += dense * (_DENSE_TOKENS_A_LETTER - _LATIN_TOKENS)
     return found
+
+
+def _steps_of(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the texts, long ones divided, in lists of a bounded size."""
+    some: list[str] = []
+    chars = 0
+    for text in texts:
+        for start in range(0, len(text), _COUNTED_CHARS):
+            some.append(text[start : start + _COUNTED_CHARS])
+            chars += len(some[-1])
+            if chars >= _COUNTED_CHARS:
+                yield some
+                some, chars = [], 0
+    yield some
+
+
+def _letters_of(texts: Sequence[str]) -> tuple[dict[Modality, int], float]:
+    """Return the number of letters of each sort, and about how many are in long unbroken runs."""
+    text = "".join(texts)
+    letters = len(text)
+    dense = _dense_letters(text, texts) if letters >= _SHORTEST_RUN else 0.0
+    return ({_LATIN: letters} if text.isascii() else _letters_in(text)), dense
+
+
+def _letters_in(text: str) -> dict[Modality, int]:
+    """Return the number of letters in a text, by how many bytes they have in UTF-8."""
+    # Four encoded lengths give the number of letters of one, two and more bytes without a loop.
+    letters = len(text)
+    latin = len(text.encode("ascii", "ignore"))
+    four = len(text.encode("utf-16-le", "surrogatepass")) // 2 - letters
+    rest_bytes = len(text.encode("utf-8", "surrogatepass")) - latin - 4 * four
+    two_or_three = letters - latin - four
+    three = rest_bytes - 2 * two_or_three
+    return {
+        Modality.LATIN: latin,
+        Modality.LETTERS: two_or_three - three,
+        Modality.WIDE: three + four,
+    }
 
 
 def _dense_letters(text: str, texts: Sequence[str]) -> float:

@@ -32,9 +32,9 @@ from tidegate.dialects.answers import (
     with_tier,
 )
 from tidegate.dialects.headers import OPTIMIZED
+from tidegate.dialects.parsing import NOTHING_SHORTENED
 from tidegate.dialects.requests import is_hosted_tool, request_facts
 from tidegate.dialects.spec import (
-    NOTHING_SHORTENED,
     AnswerFacts,
     Dialect,
     DialectSpec,

@@ -40,6 +40,7 @@ from tidegate.dialects.answers import (
     with_searches,
     with_tier,
 )
+from tidegate.dialects.parsing import NOTHING_SHORTENED
 from tidegate.dialects.requests import request_facts as facts_of_request
 from tidegate.dialects.resources import (
     RESOURCE_ID,
@@ -55,7 +56,6 @@ from tidegate.dialects.resources import (
     use_in,
 )
 from tidegate.dialects.spec import (
-    NOTHING_SHORTENED,
     AnswerFacts,
     Dialect,
     DialectSpec,

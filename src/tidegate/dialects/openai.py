@@ -44,6 +44,7 @@ from tidegate.dialects.anthropic import rules_of as rules_of_claude
 from tidegate.dialects.gemini import rules_of as rules_of_gemini
 from tidegate.dialects.headers import used_up
 from tidegate.dialects.interactions import end_of
+from tidegate.dialects.parsing import NOTHING_SHORTENED, holds
 from tidegate.dialects.requests import request_facts as facts_of_request
 from tidegate.dialects.resources import (
     LONGEST_ID,
@@ -56,7 +57,6 @@ from tidegate.dialects.resources import (
     use_in,
 )
 from tidegate.dialects.spec import (
-    NOTHING_SHORTENED,
     AnswerFacts,
     Dialect,
     DialectSpec,
@@ -236,7 +236,7 @@ _CITATIONS = frozenset(("file_citation", "container_file_citation", "file_path")
 
 def _files_named(raw: bytes) -> list[Reference]:
     """Return the files that a body names, at any depth. Raises InvalidRequest."""
-    if raw.find(b"file_id") < 0 and raw.find(b"\\u00") < 0:  # the usual case
+    if not holds(raw, b"file_id", b"\\u00"):  # the usual case
         return []
     if not may_name(raw, b'"file_id"', b'"file_ids"'):
         return []

@@ -2,9 +2,7 @@
 
 One walk over the parsed body serves all dialects: every string counts as text, and files are
 recognised by the few shapes that the dialects use, only where a provider accepts files. Tools that
-a provider runs, and state that it keeps, select a separate track of the estimator. Bodies over
-256 KB are parsed without the contents of their files, because parsing 20 MB blocks the event loop
-for tens of milliseconds.
+a provider runs, and state that it keeps, select a separate track of the estimator.
 
 Invariants: an unknown field never makes a request invalid; the body is forwarded unchanged; a body
 that names an admission field twice, or in another case, is rejected, because JSON parsers disagree
@@ -17,13 +15,11 @@ import json
 import re
 from base64 import b64decode
 from binascii import Error as NotBase64
-from collections.abc import Callable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sized
 from functools import partial
 from itertools import islice
 from math import ceil
-from secrets import token_hex
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
@@ -40,9 +36,17 @@ from tidegate.admission.estimator import (
     unseen_file,
 )
 from tidegate.call import Kind
+from tidegate.dialects.parsing import (
+    HEAD_CHARS,
+    LARGE_BYTES,
+    MOST_WALKED,
+    NOTHING_SHORTENED,
+    count_in,
+    holds,
+    without_marks,
+)
 from tidegate.dialects.resources import has_escaped_key
 from tidegate.dialects.spec import (
-    NOTHING_SHORTENED,
     WITHOUT_OUTPUT,
     Dialect,
     Endpoint,
@@ -51,7 +55,7 @@ from tidegate.dialects.spec import (
     RequestFacts,
     whole_in,
 )
-from tidegate.errors import InvalidRequest, PayloadTooLarge
+from tidegate.errors import InvalidRequest
 from tidegate.prices.rates import STANDARD_TIERS
 from tidegate.record import PROMPT_HEAD_CHARS
 
@@ -110,9 +114,6 @@ def is_hosted_tool(tool: JsonObject) -> bool:
     return type(kind) is str and kind not in _OWN
 
 
-# Enough to read a picture's size from, and a multiple of 4 characters.
-HEAD_CHARS = 65_536
-MOST_WALKED = 200_000
 # Names of fields do not count, except the properties of a schema, which the model reads, and names
 # that are long enough to hide a text.
 _LONG_NAME_CHARS = 200
@@ -420,7 +421,7 @@ def check_named_once(raw: bytes, body: Mapping[str, Any]) -> None:
         if (needle := _WRITTEN.get(key)) is not None and counted(needle) > 1:
             break
     else:
-        if raw.find(b"\\u00") < 0 or not has_escaped_key(raw):
+        if not has_escaped_key(raw):
             return
     outermost: list[str] = []
 
@@ -471,16 +472,6 @@ def refuse_to_go_on(body: Mapping[str, Any], *names: str) -> None:
             )
 
 
-# Objects, lists, keys and values: each takes many times its bytes once parsed, and no other Python
-# thread runs meanwhile. Providers accept fewer: the largest request other than text, embeddings of
-# tokens, has 300,000.
-MOST_PARTS = 500_000
-_PARTS = (b",", b"[", b"{", b":")
-# Possessive quantifiers: no backtracking, so that the search is linear.
-_INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
-_TEXT = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
-_WHOLE = re.compile(rb'(?:[^"]++|%b)*+' % _TEXT.pattern, re.DOTALL)
-_QUOTE, _BACKSLASH = b'"\\'
 # `"model":` in any case, with any escapes.
 NAMES_MODEL = re.compile(
     rb'"(?:m|\\u00[46]d)(?:o|\\u00[46]f)(?:d|\\u00[46]4)(?:e|\\u00[46]5)(?:l|\\u00[46]c)"\s*:',
@@ -490,77 +481,6 @@ _OUTPUT_BOUNDS = ("max_completion_tokens", "max_output_tokens", "max_tokens", "m
 _BOUNDS_NAMES = frozenset(_OUTPUT_BOUNDS)
 # Each answer is as long as the bound and is charged; of `best_of` one is returned.
 _ANSWERS = ("n", "best_of", "candidateCount", "candidate_count")
-
-
-def count_in(body: bytes, *needles: bytes) -> int:
-    """Count the needles in a body. A large body is searched in parts, since no other Python thread
-    runs during a search."""
-    if len(body) <= LARGE_BYTES:
-        return sum(map(body.count, needles))
-    return sum(
-        body.count(needle, place, place + LARGE_BYTES + len(needle) - 1)
-        for place in range(0, len(body), LARGE_BYTES)
-        for needle in needles
-    )
-
-
-def has_too_many_parts(body: bytes, most: int | None = None) -> bool:
-    """Return whether JSON has more than `most` (by default `MOST_PARTS`) commas, lists, objects and
-    keys outside of texts."""
-    most = MOST_PARTS if most is None else most
-    if len(body) <= most or count_in(body, *_PARTS) <= most:
-        return False
-    parts = place = 0
-    # In steps, since no other Python thread runs during a search.
-    while place < len(body) and parts <= most:
-        end = min(len(body), place + LARGE_BYTES)
-        whole = _WHOLE.match(body, place, end)  # up to a text that continues after the step
-        stop = end if whole is None else whole.end()
-        outside = _TEXT.sub(b"", body[place:stop])
-        parts += sum(map(outside.count, _PARTS))
-        place = end if stop == end else _behind_text(body, stop + 1)
-    return parts > most
-
-
-def _behind_text(body: bytes, place: int) -> int:
-    """Return the place after the end of the text that contains `place`."""
-    while place < len(body):
-        inside = _INSIDE.match(body, place, place + LARGE_BYTES)
-        place = place if inside is None else inside.end()
-        found = body[place] if place < len(body) else _QUOTE
-        if found == _QUOTE:
-            return place + 1
-        if found == _BACKSLASH:  # the escaped character is after the step
-            place += 2
-    return place
-
-
-def check_parts(body: bytes) -> None:
-    """Raise PayloadTooLarge for JSON that would take too much memory once parsed."""
-    if has_too_many_parts(body):
-        allowed = f"at most {MOST_PARTS} values"
-        raise PayloadTooLarge("body", "the body holds too many values", allowed=allowed)
-
-
-_JSON_OR_FORM = "JSON; on paths of files multipart/form-data; boundary=... with a form"
-
-
-def parsed(body: bytes) -> JsonObject:
-    """Return the body as a JSON object. Raises InvalidRequest and PayloadTooLarge."""
-    check_parts(body)
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as broken:
-        if body.lstrip()[:2] == b"--":  # the boundary of a form
-            begins = (
-                "the body is not JSON: it is a form, whose Content-Type must be multipart/form-data"
-            )
-            raise InvalidRequest("Content-Type", begins, allowed=_JSON_OR_FORM) from None
-        why = "it is not UTF-8 without a byte order mark" if "UTF-8" in str(broken) else broken
-        raise InvalidRequest("body", f"the body is not JSON: {why}") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest("body", "the body is not a JSON object", allowed="a JSON object")
-    return value
 
 
 def request_facts(
@@ -661,11 +581,10 @@ def _characters(body: Mapping[str, Any]) -> int:
 def cache_write_of(raw: bytes, body: Mapping[str, Any]) -> CacheWrite | None:
     """Return the cache to which a request, parsed as `body`, has its input written, or None. The
     write is charged also if the client disconnects before the usage is reported."""
-    if len(raw) <= LARGE_BYTES:
-        if max(map(raw.find, _CACHE_WRITES)) < 0:
-            return None
-    elif not count_in(raw, *_CACHE_WRITES):
+    if not holds(raw, *_CACHE_WRITES):
         return None
+    if len(raw) > LARGE_BYTES:
+        return _cache_write_in(body)
     try:
         text = orjson.dumps(body)  # without escapes in names
     except orjson.JSONEncodeError:  # nested too deeply to serialize
@@ -675,6 +594,23 @@ def cache_write_of(raw: bytes, body: Mapping[str, Any]) -> CacheWrite | None:
     return "1h" if b'"ttl":"1h"' in text else "5m"
 
 
+def _cache_write_in(body: Mapping[str, Any]) -> CacheWrite | None:
+    """Return the cache that a large body names, which is not serialized again in one step."""
+    is_named = is_long = False
+    left: list[Any] = [body]
+    while left:
+        value = left.pop()
+        if type(value) is dict:
+            is_named = is_named or not _CACHES.isdisjoint(value)
+            is_long = is_long or value.get("ttl") == "1h"
+            value = value.values()
+        left += [one for one in value if type(one) in (dict, list)]
+    if not is_named:
+        return None
+    return "1h" if is_long else "5m"
+
+
+_CACHES = frozenset(("cache_control", "cachePoint"))
 _CACHE_WRITES = (b"cache_control", b"cachePoint", b"\\u00")
 _OPENINGS = ("tools", "system", "instructions", "systemInstruction", "system_instruction")
 _TURNS = ("messages", "input", "contents")
@@ -694,7 +630,7 @@ def opening_of(body: Mapping[str, Any]) -> bytes:
     """Return the beginning that a conversation's calls share, as text that is equal in all
     processes; empty without messages, or if they are nested too deeply to serialize."""
     if (parts := _opening(body)) is not None:
-        return b"\n".join(parts).replace(_MARK.encode(), b"")
+        return without_marks(b"\n".join(parts))
     text = body.get("input")
     if not isinstance(text, str):
         return b""
@@ -762,114 +698,6 @@ def _answers(value: object) -> int:
 
 
 _MOST_IMAGES = 10_000
-
-
-LARGE_BYTES = 262_144
-# The kept beginning of a file's text: its type, and enough to read a picture's size from.
-_KEPT_BYTES = 2 * HEAD_CHARS
-_LONGEST_TYPE_BYTES = 1_000
-_BYTES_A_TEXT = 4_096  # in a body with more texts than that, only the first ones are checked
-_FIELDS = frozenset(
-    (
-        *(b'"url"', b'"image_url"', b'"document_url"', b'"data"', b'"file_data"', b'"bytes"'),
-        b'"input_audio"',
-    )
-)
-# Characters that JSON forbids in a text, as far as one search finds them.
-_FORBIDDEN = (b"\\", b"\0", b"\t", b"\n", b"\r")
-_MARK = token_hex(16)  # random for this process: no client can send a placeholder
-
-
-class Skimmed(NamedTuple):
-    """A body without the contents of its files. `raw`: its bytes, with placeholders. `body`: the
-    same as an object. `whole`: the full text of each placeholder."""
-
-    raw: bytes
-    body: JsonObject
-    whole: Mapping[str, Sized] = NOTHING_SHORTENED
-
-
-@dataclass(frozen=True, slots=True)
-class FileText:
-    """The content of a text in a body, from `start` to `end`, all in ASCII."""
-
-    raw: bytes
-    start: int
-    end: int
-
-    def __len__(self) -> int:
-        return self.end - self.start
-
-    def __str__(self) -> str:
-        return self.raw[self.start : self.end].decode("ascii")
-
-
-def skimmed(raw: bytes) -> Skimmed:
-    """Parse a body, a large one without its files. Raises InvalidRequest and PayloadTooLarge."""
-    if len(raw) > LARGE_BYTES and (found := _without_files(raw)) is not None:
-        short, files = found
-        # Twice the count, since the first entry of each list and object has no comma.
-        if 2 * count_in(short, b",", b"[", b"{") <= MOST_WALKED:
-            return Skimmed(short, parsed(short), files)
-    return Skimmed(raw, parsed(raw))
-
-
-def _without_files(raw: bytes) -> tuple[bytes, dict[str, FileText]] | None:
-    """Return the body with placeholders for the texts of files; None if there are none."""
-    pieces: list[bytes] = []
-    files: dict[str, FileText] = {}
-    done = 0
-    for start, end in _files(raw):
-        head = raw[start : start + _KEPT_BYTES]
-        mark = f"~{_MARK}{len(files)}"
-        files[head.decode("ascii") + mark] = FileText(raw, start, end)
-        pieces += raw[done:start], head, mark.encode()
-        done = end
-    if not files:
-        return None
-    return b"".join([*pieces, raw[done:]]), files
-
-
-def _files(raw: bytes) -> Iterator[tuple[int, int]]:
-    """Yield where the texts of files begin and end, as far as the search goes."""
-    all_ascii = raw.isascii()
-    place, key = 0, b""
-    for _ in range(len(raw) // _BYTES_A_TEXT):
-        if (quote := raw.find(b'"', place)) < 0 or (end := _end_of(raw, quote + 1)) < 0:
-            return
-        start = quote + 1
-        if end - start > _KEPT_BYTES:
-            is_value = key in _FIELDS and raw[place:quote].strip() == b":"
-            if is_value and _is_plain(raw, start, end, all_ascii) and _is_typed(raw, start):
-                yield start, end
-            key = b""
-        else:
-            key = raw[quote : end + 1]
-        place = end + 1
-
-
-def _end_of(raw: bytes, place: int) -> int:
-    """Return where the text that contains `place` ends; -1 if it does not end."""
-    while (end := raw.find(b'"', place)) > place and raw[end - 1] == 0x5C:
-        inside = raw[place:end]
-        if (len(inside) - len(inside.rstrip(b"\\"))) % 2 == 0:
-            return end
-        place = end + 1  # an escaped quote
-    return end
-
-
-def _is_plain(raw: bytes, start: int, end: int, all_ascii: bool) -> bool:
-    """Return whether all parsers read a text as it is written."""
-    if any(raw.find(one, start, end) >= 0 for one in _FORBIDDEN):
-        return False
-    return all_ascii or raw[start:end].isascii()
-
-
-def _is_typed(raw: bytes, start: int) -> bool:
-    """Return whether the type of a data URL is in the kept beginning."""
-    if raw[start : start + 5] != b"data:":
-        return True
-    return raw.find(b",", start, start + _LONGEST_TYPE_BYTES) >= 0
 
 
 _TIERS = ("service_tier", "serviceTier")

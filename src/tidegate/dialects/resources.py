@@ -21,6 +21,7 @@ from enum import StrEnum
 from typing import Any
 from urllib.parse import parse_qs
 
+from tidegate.dialects.parsing import LARGE_BYTES, JsonObject, holds
 from tidegate.errors import InvalidRequest
 
 # Without slashes and dots, which could lead to another path.
@@ -188,6 +189,7 @@ def _below(value: Any) -> Iterator[NamedValue]:
 # First: an escaped ASCII character, which needs no escape. Second: everything up to the end of the
 # next text that has one, with a group for the colon if it is a key. Matched from one place only, so
 # that it is linear.
+_ESCAPE_BYTES = 6
 _ESCAPED = re.compile(rb"\\u00[4-7][0-9A-Fa-f]")
 _PLAIN = rb'"(?:[^"\\]++|\\(?!u00[4-7][0-9A-Fa-f]).)*+'
 _ESCAPED_TEXT = re.compile(
@@ -198,7 +200,7 @@ _ESCAPED_TEXT = re.compile(
 
 def has_escaped_key(raw: bytes) -> bool:
     """Return whether the name of a field is written with an escape that it does not need."""
-    if b"\\u00" not in raw or _ESCAPED.search(raw) is None:
+    if not holds(raw, b"\\u00") or not _has_escape(raw):
         return False
     place = 0
     while (found := _ESCAPED_TEXT.match(raw, place)) is not None:
@@ -208,12 +210,16 @@ def has_escaped_key(raw: bytes) -> bool:
     return False
 
 
+def _has_escape(raw: bytes) -> bool:
+    """Return whether an ASCII character is escaped; a large body is searched in steps."""
+    steps = range(0, len(raw), LARGE_BYTES)
+    return any(_ESCAPED.search(raw, step, step + LARGE_BYTES + _ESCAPE_BYTES - 1) for step in steps)
+
+
 def may_name(raw: bytes, *names: bytes) -> bool:
     """Return whether a body may have one of these fields: a cheap check, since nearly all have
     none."""
-    if any(name in raw for name in names):
-        return True
-    return has_escaped_key(raw)
+    return holds(raw, *names) or has_escaped_key(raw)
 
 
 # Answers
@@ -248,7 +254,6 @@ def early_text(beginning: bytes, name: str) -> str | None:
 _LONGEST_CURSOR = 400
 _LONGEST_NUMBER = 9
 _MOST_IDS = 100
-JsonObject = dict[str, Any]
 Listed = Sequence[tuple[str, JsonObject]]
 
 

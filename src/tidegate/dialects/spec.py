@@ -6,7 +6,7 @@ A dialect is a module that fills one `DialectSpec`; `tidegate.dialects` lists th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence, Set, Sized
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -29,7 +29,6 @@ from tidegate.errors import StatedBound, TidegateError
 
 Headers = list[tuple[bytes, bytes]]
 JsonObject = dict[str, Any]
-NOTHING_SHORTENED: Mapping[str, Sized] = {}
 
 
 class Dialect(StrEnum):

@@ -34,7 +34,7 @@ from starlette.types import Receive, Scope, Send
 from tidegate.call import Caller, Status, new_id
 from tidegate.call import Scope as Right
 from tidegate.dialects import DIALECTS, dialect_of, endpoint_of
-from tidegate.dialects.requests import parsed
+from tidegate.dialects.parsing import parsed
 from tidegate.dialects.resources import page_limit
 from tidegate.dialects.spec import Dialect, Endpoint, Headers
 from tidegate.errors import (

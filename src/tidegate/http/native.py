@@ -26,7 +26,7 @@ from tidegate.call import ANYBODY, Caller, Status, new_id
 from tidegate.dialects import DIALECTS, METHODS, endpoint_in, methods_at
 from tidegate.dialects.forms import is_form
 from tidegate.dialects.headers import as_data, as_private, content_type_in, to_send
-from tidegate.dialects.requests import LARGE_BYTES, skimmed
+from tidegate.dialects.parsing import LARGE_BYTES, skimmed
 from tidegate.dialects.spec import Dialect, Endpoint, Headers, Operation
 from tidegate.errors import (
     DeadlineExceeded,

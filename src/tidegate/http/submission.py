@@ -24,7 +24,8 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from tidegate.call import Attachment, Caller, Kind, Tier, new_id
-from tidegate.dialects.requests import check_parts, names_tier, parsed
+from tidegate.dialects.parsing import check_parts, parsed
+from tidegate.dialects.requests import names_tier
 from tidegate.errors import InvalidRequest, PayloadTooLarge, StoreUnavailable, UnsupportedMedia
 from tidegate.http.body import (
     WITH_ITS_HEAD_BYTES,

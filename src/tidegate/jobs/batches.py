@@ -35,7 +35,8 @@ from tidegate.call import (
     new_id,
 )
 from tidegate.dialects import dialect_of, endpoint_of
-from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts, in_tier, names_tier
+from tidegate.dialects.parsing import MOST_PARTS, has_too_many_parts
+from tidegate.dialects.requests import in_tier, names_tier
 from tidegate.errors import (
     BudgetExceeded,
     BudgetReserved,

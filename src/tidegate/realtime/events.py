@@ -24,7 +24,7 @@ import orjson
 from tidegate.call import Caller, Usage, UsageDetails
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.answers import MOST_TOKENS
-from tidegate.dialects.requests import has_too_many_parts
+from tidegate.dialects.parsing import has_too_many_parts
 from tidegate.dialects.resources import Reference, early_text
 from tidegate.errors import Forbidden, InvalidRequest
 

@@ -34,7 +34,7 @@ from tidegate.admission.estimator import pieces_of
 from tidegate.call import REALTIME_KIND, CallCost
 from tidegate.dialects import refusals
 from tidegate.dialects.headers import of_answer, to_return
-from tidegate.dialects.requests import LARGE_BYTES
+from tidegate.dialects.parsing import LARGE_BYTES
 from tidegate.dialects.spec import Dialect, Headers
 from tidegate.errors import (
     AdmissionError,

@@ -31,6 +31,7 @@ from tidegate.call import (
 )
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.answers import visible_output
+from tidegate.dialects.parsing import Skimmed, skimmed
 from tidegate.dialects.prompts import (
     Files,
     PromptAnswer,
@@ -38,7 +39,7 @@ from tidegate.dialects.prompts import (
     picture_type_of,
     prompt_call,
 )
-from tidegate.dialects.requests import Skimmed, cache_write_of, check_named_once, skimmed
+from tidegate.dialects.requests import cache_write_of, check_named_once
 from tidegate.dialects.spec import Dialect, Endpoint, Operation, RequestFacts
 from tidegate.errors import EmptyAnswer, InvalidRequest, NotFound, PromptBlocked, UpstreamGarbled
 from tidegate.prices.rates import Rates

@@ -24,7 +24,8 @@ import orjson
 
 from tidegate.dialects.answers import asking_for_usage, is_moderate_object
 from tidegate.dialects.forms import MediaForm, is_prose
-from tidegate.dialects.requests import LARGE_BYTES, NAMES_MODEL
+from tidegate.dialects.parsing import LARGE_BYTES
+from tidegate.dialects.requests import NAMES_MODEL
 from tidegate.dialects.resources import Reference
 from tidegate.dialects.spec import (
     Dialect,

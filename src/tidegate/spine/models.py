@@ -22,14 +22,9 @@ from tidegate.dialects import DIALECTS
 from tidegate.dialects.forms import MediaForm, with_files
 from tidegate.dialects.gemini_work import named_in_batch, requests_in
 from tidegate.dialects.headers import to_send
+from tidegate.dialects.parsing import MOST_WALKED, skimmed
 from tidegate.dialects.prompts import Files, dialect_for
-from tidegate.dialects.requests import (
-    MOST_WALKED,
-    cache_write_of,
-    check_named_once,
-    check_spelling,
-    skimmed,
-)
+from tidegate.dialects.requests import cache_write_of, check_named_once, check_spelling
 from tidegate.dialects.resources import Making, Reference
 from tidegate.dialects.spec import (
     Dialect,

@@ -46,12 +46,8 @@ from tidegate.dialects.headers import (
     tier_in,
     to_return,
 )
-from tidegate.dialects.requests import (
-    LARGE_BYTES,
-    LONGEST_TIER,
-    conversation_of,
-    requested_tier,
-)
+from tidegate.dialects.parsing import LARGE_BYTES
+from tidegate.dialects.requests import LONGEST_TIER, conversation_of, requested_tier
 from tidegate.dialects.resources import Making, Reference
 from tidegate.dialects.spec import (
     GOING_ON,

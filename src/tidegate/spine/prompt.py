@@ -54,6 +54,7 @@ from tidegate.classify import (
     judgement,
 )
 from tidegate.dialects import DIALECTS
+from tidegate.dialects.parsing import LARGE_BYTES
 from tidegate.dialects.prompts import (
     ANY_IMAGE,
     CallForm,
@@ -66,7 +67,6 @@ from tidegate.dialects.prompts import (
     question_call,
 )
 from tidegate.dialects.refusals import error_of_refusal_in, status_of, tail_of
-from tidegate.dialects.requests import LARGE_BYTES
 from tidegate.dialects.spec import Dialect, Headers, RequestFacts
 from tidegate.errors import (
     DeadlineExceeded,

@@ -35,7 +35,7 @@ import orjson
 from tidegate.admission.demand import CallDemand
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
-from tidegate.dialects.requests import parsed
+from tidegate.dialects.parsing import parsed
 from tidegate.dialects.resources import (
     LONGEST_ID,
     Act,

@@ -32,7 +32,7 @@ from uuid import UUID
 import orjson
 
 from tidegate.dialects import DIALECTS, refusals
-from tidegate.dialects.requests import LARGE_BYTES
+from tidegate.dialects.parsing import LARGE_BYTES
 from tidegate.dialects.spec import Dialect, Endpoint, Headers
 from tidegate.errors import UpstreamError, UpstreamGarbled, UpstreamRejected, UpstreamThrottled
 from tidegate.policy.deployment import Upstream

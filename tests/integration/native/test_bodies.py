@@ -16,7 +16,7 @@ from tests.integration.tenants.asking import key_of
 from tests.waiting import wait_until
 from tidegate import record as call
 from tidegate.call import Scope
-from tidegate.dialects import requests
+from tidegate.dialects import parsing
 from tidegate.store import requests as recorded
 
 MODEL = "gemini-2.5-flash"
@@ -80,13 +80,13 @@ async def test_other_calls_go_on_while_a_large_body_is_read(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To parse and search 20 MB takes a tenth of a second."""
-    parsed, threads = requests.parsed, []
+    parsed, threads = parsing.parsed, []
 
     def noted(raw: bytes) -> Any:
         threads.append(threading.current_thread() is threading.main_thread())
         return parsed(raw)
 
-    monkeypatch.setattr(requests, "parsed", noted)
+    monkeypatch.setattr(parsing, "parsed", noted)
     for text in ("Say small", LARGE):
         _, answer, _ = await said(gateway, asking(text))
         assert b"choices" in answer

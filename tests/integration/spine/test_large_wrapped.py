@@ -19,7 +19,7 @@ from aiohttp import web
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask
 from tidegate.call import ANYBODY
-from tidegate.dialects.requests import parsed
+from tidegate.dialects.parsing import parsed
 from tidegate.emulator.server import run_emulator
 from tidegate.errors import InvalidRequest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from base64 import b64encode
 from collections.abc import Callable
 from random import Random
@@ -13,8 +12,8 @@ import pytest
 from tests.unit.admission.pictures import png
 from tidegate.admission.estimator import Learning, Modality
 from tidegate.call import Kind
-from tidegate.dialects import DIALECTS, endpoint_of, requests
-from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts, parsed
+from tidegate.dialects import DIALECTS, endpoint_of, parsing
+from tidegate.dialects.parsing import MOST_PARTS, has_too_many_parts, parsed
 from tidegate.dialects.spec import Dialect, RequestFacts
 from tidegate.errors import InvalidRequest, PayloadTooLarge
 
@@ -443,29 +442,12 @@ def test_the_letters_that_a_request_has_spoken_are_counted() -> None:
     assert chat(input="text").characters == 0
 
 
-class Bounded:
-    """A pattern that is asked for so much in one step."""
-
-    def __init__(self, pattern: re.Pattern[bytes]) -> None:
-        self._pattern = pattern
-
-    def match(self, body: bytes, place: int, end: int) -> re.Match[bytes] | None:
-        assert end - place <= requests.LARGE_BYTES
-        return self._pattern.match(body, place, end)
-
-    def sub(self, by: bytes, piece: bytes) -> bytes:
-        assert len(piece) <= requests.LARGE_BYTES
-        return self._pattern.sub(by, piece)
-
-
 def test_values_are_counted_in_steps_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """No text is so long, and no escape so placed, that what is in it counts, or what follows it
     does not."""
-    monkeypatch.setattr(requests, "MOST_PARTS", 10)
-    for name in ("_INSIDE", "_WHOLE", "_TEXT"):
-        monkeypatch.setattr(requests, name, Bounded(getattr(requests, name)))
+    monkeypatch.setattr(parsing, "MOST_PARTS", 10)
     for size_bytes in (2, 3, 4, 5, 7, 64):
-        monkeypatch.setattr(requests, "LARGE_BYTES", size_bytes)
+        monkeypatch.setattr(parsing, "LARGE_BYTES", size_bytes)
         for text in (b"", b"a", b",,,[[{", b'\\"', b'\\"' * 9, b"\\\\" * 7, b'\\\\\\",' * 5):
             for count in (1, 2, 9):
                 texts = b",".join([b'"%b"' % text] * count)

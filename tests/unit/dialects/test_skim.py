@@ -8,16 +8,10 @@ from typing import Any
 import orjson
 import pytest
 
-from tidegate.dialects import DIALECTS, endpoint_of, requests
+from tidegate.dialects import DIALECTS, endpoint_of, parsing
 from tidegate.dialects.answers import asking_for_usage
-from tidegate.dialects.requests import (
-    LARGE_BYTES,
-    check_named_once,
-    conversation_of,
-    opening_of,
-    parsed,
-    skimmed,
-)
+from tidegate.dialects.parsing import LARGE_BYTES, parsed, skimmed
+from tidegate.dialects.requests import check_named_once, conversation_of, opening_of
 from tidegate.dialects.spec import Dialect, RequestFacts
 from tidegate.errors import TidegateError
 
@@ -160,7 +154,7 @@ def test_a_large_file_begins_a_conversation_alike_in_all_processes(
     here = skimmed(raw)
     assert here.raw is not raw, "its file is left out"
     opening = opening_of(here.body)
-    monkeypatch.setattr(requests, "_MARK", "f" * 32)
+    monkeypatch.setattr(parsing, "_MARK", "f" * 32)
     assert skimmed(raw).body != here.body
     assert opening_of(skimmed(raw).body) == opening
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidegate.dialects import dialect_of, endpoint_of
-from tidegate.dialects.requests import LARGE_BYTES, skimmed
+from tidegate.dialects.parsing import LARGE_BYTES, skimmed
 from tidegate.policy.access import AccessOptions, Paths
 from tidegate.policy.deployment import Upstream
 from tidegate.spine.bodies import body_for

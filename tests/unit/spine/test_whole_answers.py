@@ -8,7 +8,7 @@ import orjson
 import pytest
 
 from tidegate.dialects import endpoint_of
-from tidegate.dialects.requests import LARGE_BYTES
+from tidegate.dialects.parsing import LARGE_BYTES
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import UpstreamUnavailable
 from tidegate.record import CallRecord

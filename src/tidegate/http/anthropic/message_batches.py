@@ -36,7 +36,7 @@ from starlette.types import Receive, Scope, Send
 from tidegate.call import new_id
 from tidegate.dialects import endpoint_of
 from tidegate.dialects.anthropic import error_type
-from tidegate.dialects.requests import MOST_PARTS, has_too_many_parts
+from tidegate.dialects.parsing import MOST_PARTS, has_too_many_parts
 from tidegate.dialects.resources import page_limit
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import (
