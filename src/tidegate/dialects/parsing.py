@@ -199,6 +199,24 @@ def _put_back(body: JsonObject, placed: Mapping[str, str | list[Any]]) -> None:
                 left.append(inner)
 
 
+_ENDS_CHARS = 8_192
+
+
+def shorten(body: JsonObject) -> None:
+    """Replace each long text in a parsed body by its ends and its length."""
+    left: list[Any] = [body]
+    while left:
+        value = left.pop()
+        for key, inner in value.items() if type(value) is dict else enumerate(value):
+            sort = type(inner)
+            if sort is str:
+                if len(inner) > LARGE_BYTES:
+                    ends = inner[:_ENDS_CHARS], inner[-_ENDS_CHARS:]
+                    value[key] = f"{ends[0]}~{len(inner)}~{ends[1]}"
+            elif sort is dict or sort is list:
+                left.append(inner)
+
+
 _JSON_OR_FORM = "JSON; on paths of files multipart/form-data; boundary=... with a form"
 
 

@@ -22,7 +22,7 @@ from tidegate.dialects import DIALECTS
 from tidegate.dialects.forms import MediaForm, with_files
 from tidegate.dialects.gemini_work import named_in_batch, requests_in
 from tidegate.dialects.headers import to_send
-from tidegate.dialects.parsing import MOST_WALKED, skimmed
+from tidegate.dialects.parsing import LARGE_BYTES, MOST_WALKED, shorten, skimmed
 from tidegate.dialects.prompts import Files, dialect_for
 from tidegate.dialects.requests import cache_write_of, check_named_once, check_spelling
 from tidegate.dialects.resources import Making, Reference
@@ -364,8 +364,8 @@ class ReadBody(NamedTuple):
 
 
 def read_body(caller: Caller, endpoint: Endpoint, content: bytes) -> ReadBody:
-    """Parse and check a body; 20 MB of text take a tenth of a second. Raises InvalidRequest,
-    PayloadTooLarge and Forbidden."""
+    """Parse and check a body; 20 MB of text take a tenth of a second, and are shortened in the
+    result. Raises InvalidRequest, PayloadTooLarge and Forbidden."""
     raw, body, whole = skimmed(content)
     spec = DIALECTS[endpoint.dialect]
     facts = spec.request_facts(endpoint, body, whole)
@@ -376,6 +376,8 @@ def read_body(caller: Caller, endpoint: Endpoint, content: bytes) -> ReadBody:
         check_model(caller, facts.model)
         check_body(caller, endpoint, body)
         check_names(caller, raw)
+    if len(content) > LARGE_BYTES:  # of its texts, a conversation's digests are taken later
+        shorten(body)
     return ReadBody(body, facts, references, making)
 
 

@@ -12,13 +12,18 @@ import pytest
 
 from tidegate.admission import estimator
 from tidegate.admission.estimator import pieces_of_texts
-from tidegate.dialects import parsing, requests, resources
+from tidegate.call import ANYBODY
+from tidegate.dialects import endpoint_of, parsing, requests, resources
 from tidegate.dialects.parsing import holds, parsed
-from tidegate.dialects.requests import cache_write_of
+from tidegate.dialects.requests import cache_write_of, conversation_of, opening_of
 from tidegate.dialects.resources import has_escaped_key
+from tidegate.dialects.spec import Dialect
 from tidegate.errors import InvalidRequest
+from tidegate.spine import models
+from tidegate.spine.models import read_body
 
 STEP_BYTES = 512
+CHAT = endpoint_of("POST", "/v1/chat/completions", Dialect.OPENAI)
 SOME = "A text: of \"words\", [of {more},{than}] one; \\ with\nlines and 'quotes', "
 WIDE = "字節跳動中文沒有空格"
 TEXTS = {
@@ -69,7 +74,8 @@ WRITTEN: dict[str, Callable[[Any], bytes]] = {
 
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (parsing, requests, resources):
+    monkeypatch.setattr(parsing, "_ENDS_CHARS", 100)
+    for module in (parsing, requests, resources, models):
         monkeypatch.setattr(module, "LARGE_BYTES", STEP_BYTES)
     monkeypatch.setattr(estimator, "_COUNTED_CHARS", STEP_BYTES)
     monkeypatch.setattr(parsing, "_BYTES_A_TEXT", 1)  # all texts are looked at
@@ -153,3 +159,19 @@ def test_the_cache_that_a_large_body_names_is_found() -> None:
         part = {"type": "text", "text": TEXTS["words"] + '"cache_control":'}
         body = chat([part | ({"cache_control": cache} if cache else {})])
         assert cache_write_of(orjson.dumps(body), body) == expected
+
+
+def test_what_is_read_of_a_large_body_begins_its_conversation_by_the_ends_of_its_texts() -> None:
+    """Its digests are taken on the event loop."""
+    assert CHAT is not None
+    text = TEXTS["words"] * 5
+    openings = set()
+    for first in (text, f"{text}.", f".{text}", text + text):
+        turns = [{"role": "user", "content": first}]
+        for later in ([], [{"role": "assistant", "content": text}]):
+            body = chat("x") | {"messages": turns + later, "stream": True}
+            read = read_body(ANYBODY, CHAT, orjson.dumps(body)).body
+            assert read["stream"] is True
+            openings.add((opening_of(read), conversation_of(read)))
+            assert len(opening_of(read)) < len(first)
+    assert len(openings) == 4
