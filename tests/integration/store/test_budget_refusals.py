@@ -296,12 +296,11 @@ async def test_a_submission_under_a_spent_rolling_budget_is_told_when_there_is_r
     await spend(budgets, 60)
     connection = await asyncpg.connect(database_url)
     await connection.execute(
-        "UPDATE budget_books SET period = period - interval '20 minutes'"
-        " WHERE period > '-infinity'"
+        "UPDATE budget_books SET period = period - interval '20 minutes' WHERE period > '-infinity'"
     )
     await connection.close()
     await spend(budgets, 40)
-    with pytest.raises(BudgetExceeded, match="has nothing left: .* it has room again at") as found:
+    with pytest.raises(BudgetExceeded, match=r"has nothing left: .* it has room again at") as found:
         await budgets.check(ACME)
     after_ms = found.value.retry_after_ms
     of_call_ms = (await refused(budgets, 1)).retry_after_ms
