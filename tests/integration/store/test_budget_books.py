@@ -618,16 +618,6 @@ async def test_what_a_person_allows_before_the_first_call_of_a_period_is_there_f
         await held_by(budgets, ACME, 1)
 
 
-async def test_a_spent_window_says_that_it_has_room_again(budgets: Budgets) -> None:
-    await with_budgets(budgets, Budget("short", "usd", 100, "rolling", window_s=3_600))
-    budgets.settle(await held_by(budgets, ACME, 100), told(100))
-    await budgets.flush()
-    with pytest.raises(
-        BudgetExceeded, match="there is room again as earlier spend leaves its window"
-    ):
-        await budgets.check(ACME)
-
-
 async def test_shares_are_told_once_each(budgets: Budgets, database_url: str) -> None:
     await with_budgets(budgets, Budget("s", "usd", 1_000, "day", alerts=(50, 80, 100)))
     for micros in (400, 150, 10, 300, 140):
