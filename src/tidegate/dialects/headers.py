@@ -206,7 +206,8 @@ _REQUESTED_TIERS = (
 )
 OPTIMIZED = "optimized"  # a latency at Bedrock
 _PAID_BEFORE = "reserved"
-_DEAREST_TIER = "priority"
+# Tiers of a body to which one that a header names is preferred.
+_CHEAPEST_TIERS = frozenset((*STANDARD_TIERS, "flex", "batch"))
 
 
 def tier_in(headers: Headers, names: tuple[bytes, ...] = _SERVED_TIERS) -> str | None:
@@ -225,7 +226,9 @@ def tier_in(headers: Headers, names: tuple[bytes, ...] = _SERVED_TIERS) -> str |
 def requested_tier_in(headers: Headers, named: str) -> str:
     """Return the processing tier that a request's headers name, else `named`, that of its body. The
     dearest counts wherever it is named, since not every path reads both."""
-    return named if named == _DEAREST_TIER else tier_in(headers, _REQUESTED_TIERS) or named
+    if named not in _CHEAPEST_TIERS:
+        return named
+    return tier_in(headers, _REQUESTED_TIERS) or named
 
 
 def of_answer(upstream: str, queue_ms: float) -> Headers:

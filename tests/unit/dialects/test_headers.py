@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidegate.dialects.headers import as_private, to_return, to_send
+from tidegate.dialects.headers import as_private, requested_tier_in, to_return, to_send
 from tidegate.dialects.spec import Dialect
 from tidegate.policy.access import AccessOptions
 
@@ -162,3 +162,22 @@ def test_a_header_that_repeats_the_upstreams_key_does_not_show_it() -> None:
     assert to_return(seen, "sk-secret-key") == [(b"x-seen", b"Bearer ***"), (b"x-cache", b"none")]
     assert to_return(seen, "none") == seen
     assert to_return(seen, "") == seen
+
+
+@pytest.mark.parametrize(
+    ("in_body", "in_header", "tier"),
+    [
+        ("fast", b"flex", "fast"),
+        ("ultrafast", b"flex", "ultrafast"),
+        ("priority", b"flex", "priority"),
+        ("flex", b"priority", "priority"),
+        ("default", b"flex", "flex"),
+        ("", b"priority", "priority"),
+        ("flex", b"default", "flex"),
+    ],
+)
+def test_no_header_names_a_cheaper_tier_than_the_body(
+    in_body: str, in_header: bytes, tier: str
+) -> None:
+    headers = [(b"x-vertex-ai-llm-shared-request-type", in_header)]
+    assert requested_tier_in(headers, in_body) == tier
