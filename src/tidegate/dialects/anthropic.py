@@ -146,6 +146,7 @@ _COUNTS = (
     *("cache_creation_input_tokens", "cache_read_input_tokens"),
 )
 _INPUTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+_NO_REGION = ("global", "not_available")  # of other clouds and older models
 _SPLIT = ("ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 _MOST_ROUNDS = 1_000
 
@@ -180,8 +181,14 @@ def usage_of(raw: Mapping[str, Any]) -> Usage:
     usage = Usage(
         input_tokens, output_tokens, thoughts, cached, total, _usage_details(raw, written)
     )
-    # Fast mode has its own price, whatever the tier.
-    return with_tier(usage, "fast" if raw.get("speed") == "fast" else tier_of(raw))
+    # Fast mode has its own price, whatever the tier, and so has a region, also that of a workspace.
+    tier = "fast" if raw.get("speed") == "fast" else tier_of(raw)
+    return with_tier(usage, " ".join(filter(None, (tier, _region_of(raw)))) or None)
+
+
+def _region_of(raw: Mapping[str, Any]) -> str | None:
+    region = tier_of({"service_tier": raw.get("inference_geo")})
+    return None if region in _NO_REGION else region
 
 
 def _usage_details(raw: Mapping[str, Any], written: int) -> UsageDetails | None:
