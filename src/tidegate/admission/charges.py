@@ -428,8 +428,8 @@ def is_complete(usage: Usage) -> bool:
 
 
 def is_zero(usage: Usage) -> bool:
-    """Return whether the usage reports that no token was used, and nothing else that is charged."""
-    return tokens_of(usage) == (0, 0) and not is_measured(usage)
+    """Return whether the usage reports an output of no tokens, and nothing else that is charged."""
+    return tokens_of(usage)[1] == 0 and not is_measured(usage)
 
 
 def without_zeros(usage: Usage, received: int, *, whole: bool) -> Usage:
@@ -437,10 +437,15 @@ def without_zeros(usage: Usage, received: int, *, whole: bool) -> Usage:
 
     Some servers report zeros as long as a stream has not ended, or for all that they do not count.
     """
-    if not received or usage.input_tokens != 0 or (whole and not is_zero(usage)):
+    if not received or (whole and not is_zero(usage)):
         return usage
-    output_tokens, total = usage.output_tokens or None, usage.total_tokens or None
-    return replace(usage, input_tokens=None, output_tokens=output_tokens, total_tokens=total)
+    total = usage.total_tokens or 0
+    return replace(
+        usage,
+        input_tokens=usage.input_tokens or None,
+        output_tokens=usage.output_tokens or None,
+        total_tokens=total if total > (usage.input_tokens or 0) else None,
+    )
 
 
 def is_unknown(usage: Usage) -> bool:

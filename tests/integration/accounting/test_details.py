@@ -233,26 +233,39 @@ async def test_texts_that_no_column_holds_lose_no_record(
         assert found["model_version"] == "s\ufffdv"
 
 
-@pytest.mark.parametrize("path", [OPENAI, ANTHROPIC, f"{GEMINI}:generateContent"])
+COUNTS = {
+    OPENAI: ("usage", "prompt_tokens", "completion_tokens", "total_tokens"),
+    ANTHROPIC: ("usage", "input_tokens", "output_tokens", "total_tokens"),
+    f"{GEMINI}:generateContent": (
+        *("usageMetadata", "promptTokenCount", "candidatesTokenCount", "totalTokenCount"),
+    ),
+}
+
+
+@pytest.mark.parametrize("path", COUNTS)
+@pytest.mark.parametrize("taken", [0, 7])
 async def test_zeros_are_no_usage_of_an_answer_that_has_a_text(
-    gateway: Gateway, hostile: Hostile, path: str
+    gateway: Gateway, hostile: Hostile, path: str, taken: int
 ) -> None:
     plain = {"candidates": [{"content": {"parts": [{"text": "Hello"}]}, "finishReason": "STOP"}]}
-    answers = {OPENAI: (CHAT, "usage"), ANTHROPIC: (MESSAGE, "usage")}
-    answer, name = answers.get(path, (plain, "usageMetadata"))
-    zeros = dict.fromkeys(
-        ("prompt_tokens", "completion_tokens", "total_tokens", "input_tokens", "output_tokens")
-        if name == "usage"
-        else ("promptTokenCount", "candidatesTokenCount", "totalTokenCount"),
-        0,
-    )
-    said = orjson.dumps(answer | {name: zeros})
+    name, *counts = COUNTS[path]
+    usage = dict(zip(counts, (taken, 0, taken), strict=True))
+    said = orjson.dumps({OPENAI: CHAT, ANTHROPIC: MESSAGE}.get(path, plain) | {name: usage})
     hostile.answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(said), said)
     body = {"model": MODEL, "messages": ASKED, "max_tokens": 50}
     if path.startswith(GEMINI):
         body = {"contents": [{"parts": [{"text": "Say hello"}]}]}
     row = await gateway.audit(await asked(gateway, path, body))
     assert (row["status"], row["usage_state"]) == ("succeeded", "estimated")
-    assert row["input_tokens"] > 0
+    assert row["input_tokens"] == taken or (row["input_tokens"] > 0 and not taken)
     assert row["output_tokens"] > 0
     assert row["cost_micros"] == 4 * row["input_tokens"] + 20 * row["output_tokens"]
+
+
+async def test_an_echo_of_the_prompt_is_no_output(gateway: Gateway, hostile: Hostile) -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}
+    said = orjson.dumps({"id": "c", "choices": [{"text": "Say hello"}], "usage": usage})
+    hostile.answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(said), said)
+    body = {"model": MODEL, "prompt": "Say hello", "max_tokens": 0, "echo": True}
+    row = await gateway.audit(await asked(gateway, "/v1/completions", body))
+    assert (row["usage_state"], row["input_tokens"], row["output_tokens"]) == ("told", 7, 0)

@@ -298,6 +298,15 @@ def test_zeros_that_what_came_contradicts_are_no_usage() -> None:
     assert (later.state, later.usage) == (UsageState.PARTIAL, Usage(100, 8))
     nothing = cut_charge(rates, Usage(0, 0), estimate, 0, None)
     assert (nothing.state, nothing.usage) == (UsageState.PARTIAL, Usage(0, 0))
+    for told, charged in (
+        (Usage(7, 0, None, None, 7), Usage(7, 9)),
+        (
+            Usage(7, 0, None, None, 70),
+            Usage(7, None, None, None, 70),
+        ),  # Gemini's, whose total is more
+        (Usage(7, 0, 3), Usage(7, 0, 3)),
+    ):
+        assert cut_charge(rates, told, estimate, 9, None, whole=True).usage == charged
 
 
 @pytest.mark.parametrize(
