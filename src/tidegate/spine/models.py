@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from tidegate.admission.estimator import Learning
 from tidegate.call import Caller, Kind
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.forms import MediaForm, with_files
@@ -268,6 +269,28 @@ def _models_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 elif type(inner) in (dict, list):
                     left.append((field, inner))
     raise InvalidRequest("body", "the body holds too many values beside its content")
+
+
+# Fields of models that a provider asks if the first one fails.
+_FURTHER = ("models", "fallbacks", "fallback_models")
+
+
+def further_models(body: Mapping[str, Any]) -> set[str]:
+    """Return the models that may answer a body instead of its own."""
+    lists = (body.get(name) for name in _FURTHER)
+    listed = (one for found in lists if type(found) is list for one in found)
+    names = (one.get("model") if type(one) is dict else one for one in listed)
+    return {one for one in names if type(one) is str and one != body.get("model")}
+
+
+def why_unbounded(body: Mapping[str, Any], facts: RequestFacts, model: str) -> str:
+    """Return why no bound on the tokens of a call bounds its cost; empty if one does."""
+    if not facts.calls:
+        return "its requests are in a file"
+    if further_models(body):
+        return "another model that it names may answer"
+    searches = facts.pieces.learning is Learning.HOSTED or "search" in model
+    return "tools that the provider runs read more for it" if searches else ""
 
 
 def _is_of_client(path: str, value: Mapping[str, Any]) -> bool:

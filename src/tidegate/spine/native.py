@@ -82,9 +82,11 @@ from tidegate.spine.models import (
     among_fetching,
     check_model,
     facts_of_form,
+    further_models,
     model_of_other,
     read_body,
     targets_for,
+    why_unbounded,
 )
 from tidegate.spine.out import AttendedOut, Out
 from tidegate.spine.resources import (
@@ -408,23 +410,18 @@ class NativeExchange:
             most_output = 0
         elif facts.max_output_tokens is not None or has_several_answers(self._body):
             most_output = facts.max_output_tokens
-        learning = facts.pieces.learning
-        searches = learning is Learning.HOSTED or "search" in target.model
-        unbounded = "tools that the provider runs read more for it" if searches else ""
-        if not facts.calls:
-            unbounded = "its requests are in a file"
         return call_cost(
             rates,
             self._estimate(account.demands, demand, facts, target.model),
             input_bytes=self._call.body_bytes,
             context_tokens=context_tokens,
-            unseen=_UNSEEN.get(learning, ""),
+            unseen=_UNSEEN.get(facts.pieces.learning, ""),
             max_output_tokens=most_output,
             images=facts.images,
             draws_alone=endpoint.operation is Operation.IMAGES,
             writes=facts.cache_write or prices.unasked_write,
             tools=bool(facts.pieces.tools),
-            unbounded=unbounded,
+            unbounded=why_unbounded(self._body, facts, target.model),
             measured=facts.measured,
         )
 
@@ -740,6 +737,7 @@ class NativeExchange:
         answer = self._record.answer
         details = answer.usage.details
         names = (model, answer.model_version or "")
+        names = names[::-1] if further_models(self._body) else names
         if details is not None and details.tier is not None:
             return prices.of(names[0], details.tier) or prices.of(names[1], details.tier)
         tier = self._region() if whole else self._requested_tier()

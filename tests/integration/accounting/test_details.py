@@ -11,11 +11,13 @@ import pytest
 
 from tests.batching import begin, content, end_of
 from tests.gateway import Gateway, Opener
+from tests.integration.accounting.test_budgets import with_budgets
 from tests.integration.batches.conftest import MakeSdk, sdk
 from tests.integration.native.test_totals import VERSION
 from tests.integration.security.hostile import Hostile, hostile
 from tests.waiting import wait_until
 from tidegate.http.problems import REQUEST_ID_HEADER
+from tidegate.prices.budgets import Budget
 
 __all__ = ["hostile", "sdk"]
 
@@ -24,6 +26,7 @@ PRICES = f"""
 [upstreams.gemini.prices]
 "{MODEL}" = {{ input = 4, output = 20, cached = 0.4, cache_write = 5, cache_write_1h = 8, \
 input_audio = 10 }}
+"dear" = {{ input = 400, output = 2000 }}
 """
 CHAT: dict[str, Any] = {
     "id": "c-1",
@@ -269,3 +272,25 @@ async def test_an_echo_of_the_prompt_is_no_output(gateway: Gateway, hostile: Hos
     body = {"model": MODEL, "prompt": "Say hello", "max_tokens": 0, "echo": True}
     row = await gateway.audit(await asked(gateway, "/v1/completions", body))
     assert (row["usage_state"], row["input_tokens"], row["output_tokens"]) == ("told", 7, 0)
+
+
+@pytest.mark.parametrize("field", ["models", "fallbacks"])
+async def test_another_model_that_answers_is_charged_and_bounded_by_its_own_price(
+    gateway: Gateway, hostile: Hostile, field: str
+) -> None:
+    usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+    said = orjson.dumps(CHAT | {"model": "dear", "usage": usage})
+    hostile.answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(said), said)
+    body = {"model": MODEL, "messages": ASKED, "max_tokens": 50}
+    row = await gateway.audit(await asked(gateway, OPENAI, body | {field: ["dear"]}))
+    assert row["cost_micros"] == 100 * 400 + 10 * 2000
+    row = await gateway.audit(await asked(gateway, OPENAI, body | {field: [MODEL]}))
+    assert row["cost_micros"] == 100 * 4 + 10 * 20, (
+        "a name that was not requested counts for nothing"
+    )
+    await with_budgets(gateway, Budget("all", "usd", 10**9, "day"))
+    named = body | {field: [{"model": "dear"}]}
+    async with gateway.http.post(gateway.url + OPENAI, json=named) as response:
+        error = (await response.json())["error"]
+        assert (response.status, error["code"]) == (403, "budget_unbounded")
+        assert "another model that it names may answer" in error["message"]
