@@ -378,16 +378,18 @@ def answer_charge(
     It is based on the usage reported with a whole answer, else on the input and at least the output
     received.
     """
-    images = len(answer.pictures)
-    is_reported = not is_unknown(answer.usage)
-    if whole and is_reported and (estimate is None or is_complete(answer.usage)):
-        return charge_of(rates, answer.usage, images, whole=True)
+    images, usage = len(answer.pictures), answer.usage
+    if whole and is_zero(usage) and not images:
+        usage = without_zeros(usage, received_tokens(answer.whole_text), whole=True)
+    is_reported = not is_unknown(usage)
+    if whole and is_reported and (estimate is None or is_complete(usage)):
+        return charge_of(rates, usage, images, whole=True)
     if estimate is None:
         return UNKNOWN_CHARGE
     received = received_tokens(answer.whole_text, images=images)
     if not is_reported:
-        return estimated_charge(rates, estimate, received, images, answer.usage.details)
-    return cut_charge(rates, answer.usage, estimate, received, images, whole=whole)
+        return estimated_charge(rates, estimate, received, images, usage.details)
+    return cut_charge(rates, usage, estimate, received, images, whole=whole)
 
 
 def received_tokens(text: str, *, images: int = 0, scale: float = 1.0) -> int:

@@ -9,6 +9,7 @@ import pytest
 
 from tidegate.admission.charges import (
     Prices,
+    answer_charge,
     call_cost,
     charge_of,
     cut_charge,
@@ -17,7 +18,7 @@ from tidegate.admission.charges import (
     received_tokens,
 )
 from tidegate.admission.estimator import Estimator, Modality, pieces_of_text
-from tidegate.call import Usage, UsageDetails, UsageState
+from tidegate.call import Answer, Usage, UsageDetails, UsageState
 from tidegate.policy.deployment import Upstream
 from tidegate.prices.rates import PeakHours, Price, Rates, cost_micros
 
@@ -307,6 +308,18 @@ def test_zeros_that_what_came_contradicts_are_no_usage() -> None:
         (Usage(7, 0, 3), Usage(7, 0, 3)),
     ):
         assert cut_charge(rates, told, estimate, 9, None, whole=True).usage == charged
+
+
+def test_zeros_of_a_prompts_answer_that_has_a_text_are_no_usage() -> None:
+    estimate = Estimator().of_pieces("m", "text_only", pieces_of_text("x" * 400))
+    rates = Rates.of(FLASH)
+    for told, charged in ((Usage(0, 0, None, None, 0), 100), (Usage(7, 0), 7)):
+        answer = Answer(text=["Hello, sea"], usage=told)
+        charge = answer_charge(rates, answer, estimate, whole=True)
+        assert charge.state is UsageState.ESTIMATED
+        assert charge.usage == Usage(charged, received_tokens("Hello, sea"))
+    nothing = answer_charge(rates, Answer(usage=Usage(0, 0)), estimate, whole=True)
+    assert (nothing.state, nothing.cost_micros) == (UsageState.TOLD, 0)
 
 
 @pytest.mark.parametrize(
