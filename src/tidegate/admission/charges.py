@@ -435,11 +435,12 @@ def is_zero(usage: Usage) -> bool:
 
 
 def without_zeros(usage: Usage, received: int, *, whole: bool) -> Usage:
-    """Return the usage without zeros that the tokens received contradict.
+    """Return the usage without zeros that cannot be true: of a whole answer that has tokens, and of
+    any that was cut off.
 
     Some servers report zeros as long as a stream has not ended, or for all that they do not count.
     """
-    if not received or (whole and not is_zero(usage)):
+    if whole and not (received and is_zero(usage)):
         return usage
     total = usage.total_tokens or 0
     return replace(

@@ -297,8 +297,8 @@ def test_zeros_that_what_came_contradicts_are_no_usage() -> None:
     )
     later = cut_charge(rates, Usage(0, 8), estimate, 9, None)
     assert (later.state, later.usage) == (UsageState.PARTIAL, Usage(100, 8))
-    nothing = cut_charge(rates, Usage(0, 0), estimate, 0, None)
-    assert (nothing.state, nothing.usage) == (UsageState.PARTIAL, Usage(0, 0))
+    left = cut_charge(rates, Usage(0, 0), estimate, 0, None)  # after its first event
+    assert (left.state, left.usage) == (UsageState.ESTIMATED, Usage(100, 0))
     for told, charged in (
         (Usage(7, 0, None, None, 7), Usage(7, 9)),
         (
