@@ -69,7 +69,11 @@ class Reconciliations:
             "get_told_usage", upstream, begin, end, timeout_ms=_READ_TIMEOUT_MS
         )
         rows = await self._connections.rows(
-            *("get_doubtful_calls", upstream, begin, end, MOST_DOUBTFUL),
+            "get_doubtful_calls",
+            upstream,
+            begin,
+            end,
+            MOST_DOUBTFUL,
             timeout_ms=_READ_TIMEOUT_MS,
         )
         doubtful: defaultdict[str, list[DoubtfulCall]] = defaultdict(list)
