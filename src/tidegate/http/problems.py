@@ -45,6 +45,7 @@ _KINDS = {
     "string_type": ("is not a text", "a text"),
     "list_type": ("is not a list", "a list"),
     "dict_type": ("is not an object", "an object"),
+    "date_from_datetime_inexact": ("is not a day", "a day such as 2026-01-31"),
     "date_from_datetime_parsing": ("is not a day", "a day such as 2026-01-31"),
     "date_parsing": ("is not a day", "a day such as 2026-01-31"),
     "datetime_from_date_parsing": ("is not a time", "a time such as 2026-01-31T12:00:00Z"),

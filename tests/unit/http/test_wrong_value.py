@@ -34,6 +34,8 @@ class Named(BaseModel):
         (Annotated[float, Field(ge=0)], "-1", ("is too small", "0.0 or more")),
         (Annotated[int, Field(gt=0)], "0", ("is too small", "more than 0")),
         (date, "x", ("is not a day", "a day such as 2026-01-31")),
+        (date, "20260131", ("is not a day", "a day such as 2026-01-31")),
+        (date, "2026-01-31T10:00:00Z", ("is not a day", "a day such as 2026-01-31")),
         (Annotated[str, Field(max_length=2)], "abc", ("is too long", "2 characters or fewer")),
         (Literal["day", "month"], "year", ("is not known", "'day' or 'month'")),
         (Kind, "poem", ("is not known", "'text_only', 'multi_modal' or 'image_generation'")),
