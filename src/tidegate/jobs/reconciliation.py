@@ -213,6 +213,10 @@ class NightlyReconciliation:
         except (StoreUnavailable, UpstreamError) as failed:
             log.warning(Log.RECONCILE_FAILED, upstream=upstream.name, day=f"{day}", why=str(failed))
             return
+        except Exception as fault:  # the top of a task: logged, and tried again
+            why = repr(fault)
+            log.exception(Log.RECONCILE_FAILED, upstream=upstream.name, day=f"{day}", why=why)
+            return
         self._done[upstream.name] = day
         unexplained = report.verdict == "unexplained"
         (log.warning if unexplained else log.info)(

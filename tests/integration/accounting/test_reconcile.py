@@ -395,6 +395,33 @@ async def test_a_day_that_was_compared_too_early_is_compared_again_at_night(
         await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_a_fault_in_a_comparison_at_night_ends_no_other_one(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    asked: list[str] = []
+
+    class Broken(Reconciliations):
+        async def is_done(self, upstream: str, day: date, since: datetime) -> bool:
+            asked.append(upstream)
+            raise ZeroDivisionError
+
+    nightly = NightlyReconciliation(
+        Broken(Connections("postgresql://u@127.0.0.1:1/d")),
+        deployed_upstreams(gateway.services.config),
+        ["openai", "anthropic"],
+        lambda _: ADMIN_KEY,
+        now=lambda: datetime.combine(today(), time(6), UTC),
+    )
+    task = asyncio.create_task(nightly.run())
+    try:
+        await wait_until(lambda: asked == ["oai", "ant"], 20, "the other comparison")
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 def test_nightly_reconciliation_needs_an_upstream_and_a_key() -> None:
     nobody = Deployment(())
     record = Reconciliations(Connections("postgresql://u@127.0.0.1:1/d"))
