@@ -162,6 +162,7 @@ async def test_searches_of_the_web_cost_the_models_that_made_them(wire: RelayWir
         (200, [], UpstreamGarbled),
         (200, page([{"line_item": "m", "amount": {"value": "NaN"}}]), UpstreamGarbled),
         (200, page([{"line_item": "m", "amount": {"value": "much"}}]), UpstreamGarbled),
+        (200, page([{"line_item": "m", "amount": {"value": "1e400"}}]), UpstreamGarbled),
         (200, page([], "the same again"), UpstreamGarbled),
     ],
 )

@@ -44,6 +44,7 @@ MOST_PAGES = 1_000
 _PAGE_BYTES = 16_000_000
 USAGE_TIMEOUTS = Timeouts(connect_ms=10_000, first_byte_ms=60_000, idle_ms=60_000, total_ms=120_000)
 _MICROS_A_DOLLAR = 1_000_000
+_MOST_AMOUNT = 10**12  # of dollars or cents on one line; a sum of some fits into the record
 _MICROS_A_CENT = 10_000
 
 Json = dict[str, Any]
@@ -251,7 +252,7 @@ def _decimal(value: object) -> Decimal:
         amount = Decimal(str(value if value is not None else 0))
     except InvalidOperation:
         raise UpstreamGarbled("the usage API has an amount that is not a number") from None
-    if not amount.is_finite():
+    if not (amount.is_finite() and abs(amount) <= _MOST_AMOUNT):
         raise UpstreamGarbled("the usage API has an amount that is not a number")
     return amount
 

@@ -165,6 +165,14 @@ async def test_totals_are_the_sums_after_calls_without_a_cost_were_corrected(
     assert await peek.fetchval(total) == 90
 
 
+async def test_a_model_of_any_name_is_stored_as_compared(store: Store) -> None:
+    """A NUL, which PostgreSQL refuses, ended the nightly comparisons."""
+    found = compared({}, {"m\x00n": UsageSum(1, 5, 0, 0, 4, 0, 90)}, {})
+    assert await store.reconciliations.keep("oai", "openai", now().date(), found) == 0
+    (kept,) = await store.reconciliations.found(now().date(), now().date())
+    assert (kept.theirs_micros, "\x00" in kept.model) == (90, False)
+
+
 async def test_the_charges_of_thousands_of_cut_calls_are_corrected_at_once(
     store: Store, peek: asyncpg.Connection
 ) -> None:

@@ -26,6 +26,7 @@ from tidegate.prices.reconciliation import (
 )
 from tidegate.store.budgets import correct_holds
 from tidegate.store.database import Connections, sql
+from tidegate.store.records import cleaned
 
 MOST_DOUBTFUL = 100_000
 MOST_FOUND = 10_000
@@ -123,7 +124,7 @@ class Reconciliations:
                     sql("put_reconciliation"),
                     upstream,
                     day,
-                    finding.model,
+                    cleaned(finding.model),
                     provider,
                     finding.ours_micros,
                     finding.theirs.cost_micros,
