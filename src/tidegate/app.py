@@ -179,7 +179,7 @@ async def run_worker(
         if config.alert_webhook_url is not None:
             background += _send_alerts(config, services)
         if config.reconcile:
-            background.append(asyncio.create_task(_reconciliation(config, services.store).run()))
+            background.append(asyncio.create_task(_reconciliation(config, services).run()))
         try:
             await _known(services.upstreams, stop)
             await worker.run(stop)
@@ -236,12 +236,11 @@ async def run_worker_of(
         await worker.run(stop)
 
 
-def _reconciliation(config: Config, store: Store) -> NightlyReconciliation:
-    """Return the nightly reconciliation. Raises ConfigError."""
+def _reconciliation(config: Config, services: Services) -> NightlyReconciliation:
     from tidegate.jobs.reconciliation import NightlyReconciliation
 
-    deployment = deployed_upstreams(config)
-    return NightlyReconciliation(store.reconciliations, deployment, config.reconcile, secret)
+    record, upstreams = services.store.reconciliations, services.upstreams
+    return NightlyReconciliation(record, lambda: upstreams.deployment, config.reconcile, secret)
 
 
 async def _send_webhooks(config: Config, store: Store) -> None:

@@ -172,27 +172,38 @@ class NightlyReconciliation:
     def __init__(
         self,
         record: Reconciliations,
-        deployment: Deployment,
+        deployment: Callable[[], Deployment],
         providers: Sequence[str],
         secret: Callable[[str], str],
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Raises ConfigError for an unknown provider, or one without an upstream or a key."""
+        """`deployment`: returns the one in force, of which `nightly_accounts` compares some."""
         self._record = record
+        self._deployment = deployment
         self._now = now
         self._done: dict[str, date] = {}  # including days without usage, of which nothing is stored
-        self._upstreams = deployment.upstreams
-        self._accounts = nightly_accounts(deployment, providers, secret)
+        self._providers, self._secret = providers, secret
 
     async def run(self) -> None:
         """Run until cancelled. A failure is logged and tried again later."""
         while True:
             now = self._now()
             if now.time() >= NIGHTLY_AT:
-                for upstream, account in self._accounts:
-                    await self._once(upstream, account, now.date() - timedelta(days=1))
+                await self._of_day(now.date() - timedelta(days=1))
             await asyncio.sleep(_CHECK_EVERY_S)
+
+    def _accounts(self) -> list[tuple[Upstream, UsageAccount]]:
+        return nightly_accounts(self._deployment(), self._providers, self._secret)
+
+    async def _of_day(self, day: date) -> None:
+        try:
+            accounts = self._accounts()
+        except ConfigError as wrong:  # such as a provider whose upstreams were removed meanwhile
+            log.warning(Log.RECONCILE_FAILED, day=f"{day}", why=str(wrong))
+            return
+        for upstream, account in accounts:
+            await self._once(upstream, account, day)
 
     async def _once(self, upstream: Upstream, account: UsageAccount, day: date) -> None:
         try:
@@ -206,7 +217,7 @@ class NightlyReconciliation:
             wire = RelayWire(USAGE_TIMEOUTS)
             await wire.start()
             try:
-                others = others_of(self._upstreams, upstream, account.provider)
+                others = others_of(self._deployment().upstreams, upstream, account.provider)
                 report = await reconcile(self._record, wire, upstream, account, day, others=others)
             finally:
                 await wire.aclose()

@@ -36,7 +36,13 @@ from tidegate.policy.deployment import deployed_upstreams
 from tidegate.settings import Config, secret
 from tidegate.store.database import revision_at, settle_restored
 from tidegate.store.retention import RecordByDay, RecordDay
-from tidegate.supervisor.services import database_url_of, make_folders, prepared, with_record
+from tidegate.supervisor.services import (
+    database_url_of,
+    live_changes,
+    make_folders,
+    prepared,
+    with_record,
+)
 from tidegate.telemetry.logging import Log, get_logger
 
 if TYPE_CHECKING:
@@ -86,12 +92,12 @@ def reconcile(
     from tidegate.upstream.usage_api import USAGE_TIMEOUTS
 
     name = reconciliation.usage_provider(provider)
-    deployment = deployed_upstreams(config)
-    found = reconciliation.upstream_of(deployment, name, upstream)
-    others = reconciliation.others_of(deployment.upstreams, found, name)
-    account = reconciliation.account_of(found, name, secret)
 
     async def work(connections: Connections) -> ReconcileReport:
+        deployment = deployed_upstreams(config, await live_changes(connections))
+        found = reconciliation.upstream_of(deployment, name, upstream)
+        others = reconciliation.others_of(deployment.upstreams, found, name)
+        account = reconciliation.account_of(found, name, secret)
         wire = RelayWire(USAGE_TIMEOUTS)
         await wire.start()
         try:

@@ -328,7 +328,7 @@ def with_keeper(
     is_unknown = pool != DEFAULT_POOL and pool not in stated_by(config).tables()
 
     async def run(whole: Config, connections: Connections) -> T:
-        live = await _live_changes(connections) if is_unknown else NO_CHANGES
+        live = await live_changes(connections) if is_unknown else NO_CHANGES
         async with _open_keepers(config, whole, connections, [pool], live) as (keeper,):
             return await work(keeper, connections)
 
@@ -341,7 +341,7 @@ def with_keepers(
     """Run `work` as `with_keeper` does, with the policies of all pools."""
 
     async def run(whole: Config, connections: Connections) -> T:
-        live = await _live_changes(connections)
+        live = await live_changes(connections)
         pools = dict.fromkeys((DEFAULT_POOL, *live.over(stated_by(config).tables())))
         async with _open_keepers(config, whole, connections, pools, live) as keepers:
             return await work(keepers, connections)
@@ -390,7 +390,7 @@ def _with_servers(config: Config, work: Callable[[Config, Connections], Awaitabl
         return asyncio.run(run(ground.config))
 
 
-async def _live_changes(connections: Connections) -> LiveChanges:
+async def live_changes(connections: Connections) -> LiveChanges:
     """Return the live changes of upstreams. Raises StoreUnavailable."""
     from tidegate.store.provider.upstreams import UpstreamRevisions
 
@@ -426,7 +426,7 @@ async def _places_of(
     from tidegate.spine.routing import Targets
 
     try:
-        targets = Targets(deployed_upstreams(config, await _live_changes(connections)))
+        targets = Targets(deployed_upstreams(config, await live_changes(connections)))
     except ConfigError:  # for example a key that only the processes have
         return [found]
     return targets.places_of(found, config)

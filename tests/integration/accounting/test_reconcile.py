@@ -20,6 +20,7 @@ from tidegate.jobs.reconciliation import (
     NightlyReconciliation,
     ReconcileReport,
     account_of,
+    nightly_accounts,
     others_of,
     reconcile,
     upstream_of,
@@ -302,6 +303,23 @@ async def test_the_command_compares_yesterday_and_says_so_by_its_exit_code(
         assert (refused.code, refused.complained.count("\n")) == (2, 1)
 
 
+async def test_an_upstream_that_was_added_while_running_is_compared_too(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tidegate.toml").write_text("")
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    monkeypatch.setenv("CLAUDE_KEY", "sk-of-calls")
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    missing = await tidegate(gateway, "reconcile", "anthropic")
+    assert (missing.code, "must be the provider of an upstream" in missing.complained) == (2, True)
+    words = f"upstreams add claude --base-url {provider.url} --key CLAUDE_KEY".split()
+    key = {"ADMIN_TOKEN": gateway.operator_key, "TIDEGATE_URL": gateway.url}
+    added = await tidegate(gateway, *words, "provider=anthropic", "--no-test", **key)
+    assert added.code == 0, added.complained
+    done = await tidegate(gateway, "reconcile", "anthropic", "--json")
+    assert (done.code, done.json["upstream"]) == (0, "claude"), done.complained
+
+
 async def test_the_last_day_of_a_month_is_shown_in_the_next_one(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
     day = today().replace(day=1) - timedelta(days=1)
@@ -335,7 +353,11 @@ async def test_each_night_the_day_before_is_compared_once(
 
     async def nightly(now: datetime) -> asyncio.Task[None]:
         nightly = NightlyReconciliation(
-            record, deployment, ["openai", "anthropic"], lambda _: ADMIN_KEY, now=lambda: now
+            record,
+            lambda: deployment,
+            ["openai", "anthropic"],
+            lambda _: ADMIN_KEY,
+            now=lambda: now,
         )
         return asyncio.create_task(nightly.run())
 
@@ -377,7 +399,7 @@ async def test_a_day_that_was_compared_too_early_is_compared_again_at_night(
     )
     nightly = NightlyReconciliation(
         gateway.services.store.reconciliations,
-        deployed_upstreams(gateway.services.config),
+        lambda: deployed_upstreams(gateway.services.config),
         ["openai"],
         lambda _: ADMIN_KEY,
         now=lambda: datetime.combine(today(), time(6), UTC),
@@ -408,7 +430,7 @@ async def test_a_fault_in_a_comparison_at_night_ends_no_other_one(
 
     nightly = NightlyReconciliation(
         Broken(Connections("postgresql://u@127.0.0.1:1/d")),
-        deployed_upstreams(gateway.services.config),
+        lambda: deployed_upstreams(gateway.services.config),
         ["openai", "anthropic"],
         lambda _: ADMIN_KEY,
         now=lambda: datetime.combine(today(), time(6), UTC),
@@ -423,11 +445,9 @@ async def test_a_fault_in_a_comparison_at_night_ends_no_other_one(
 
 
 def test_nightly_reconciliation_needs_an_upstream_and_a_key() -> None:
-    nobody = Deployment(())
-    record = Reconciliations(Connections("postgresql://u@127.0.0.1:1/d"))
     for providers, said in ((["mistral"], "PROVIDER"), (["openai"], "RECONCILE")):
         with pytest.raises(ConfigError, match=said):
-            NightlyReconciliation(record, nobody, providers, lambda _: "")
+            nightly_accounts(Deployment(()), providers, lambda _: "")
     upstream = Upstream("o", {"openai": "https://api.openai.com/v1"}, "k", provider="openai")
     with pytest.raises(ConfigError, match="OPENAI_ADMIN_KEY"):
-        NightlyReconciliation(record, Deployment((upstream,)), ["openai"], lambda _: "")
+        nightly_accounts(Deployment((upstream,)), ["openai"], lambda _: "")
