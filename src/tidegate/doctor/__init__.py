@@ -200,7 +200,8 @@ async def _read_record(
         if revision >= "0037":
             today = datetime.now(UTC).date()
             since = today - checks.PRICES_OVER
-            facts.called = await UsageTotals(connections).totals(("model",), since, today)
+            totals = UsageTotals(connections).totals
+            facts.called = await totals(("model", "day"), since, today)
     except StoreUnavailable:
         return  # the rights or the schema are wrong, which another finding reports
     finally:

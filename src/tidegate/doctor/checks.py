@@ -81,26 +81,26 @@ _ALL_CALLS = "pool:total"
 def judge_prices(
     upstreams: Sequence[Upstream], called: Sequence[Total], today: date, emulated: str = ""
 ) -> Iterator[Finding]:
-    """Judge the prices of the models that were called in the last `PRICES_OVER`. emulated: the
-    upstream whose answers are emulated, and cost nothing."""
+    """Judge the prices of the models that were called in the last `PRICES_OVER`, given by day.
+    emulated: the upstream whose answers are emulated, and cost nothing."""
     made_up = [one for one in upstreams if one.name == emulated]
     real = [one for one in upstreams if one.name != emulated]
-    unpriced = [
-        one
-        for one in called
-        if one.model and one.unpriced and not (_serves(made_up, one) and not _serves(real, one))
-    ]
+    unpriced: dict[str, list[Total]] = {}
+    for one in called:
+        is_free = _serves(made_up, one) and not _serves(real, one)
+        if one.model and one.unpriced and not is_free:
+            unpriced.setdefault(one.model, []).append(one)
     if unpriced:
-        named = (f"{one.model} ({one.unpriced} calls)" for one in unpriced)
         yield warn(
             "prices.models",
-            f"called without a price: {_listed(named)}",
+            f"called without a price: {_listed(map(_last_calls, unpriced.values()))}",
             "state it in [upstreams.NAME.prices]: until then the cost of such calls is unknown",
         )
     else:
+        models = {one.model for one in called}
         free = " or are emulated" if made_up else ""
         yield ok(
-            "prices.models", f"all of {len(called)} models that were called have a price{free}"
+            "prices.models", f"all of {len(models)} models that were called have a price{free}"
         )
     rows = {
         id(row): row
@@ -200,6 +200,14 @@ def judge_workers(processes: Sequence[UpstreamProcess], ready: int) -> Finding:
 
 def _serves(upstreams: Iterable[Upstream], called: Total) -> bool:
     return any(upstream.fit(called.model or "") for upstream in upstreams)
+
+
+def _last_calls(totals: Sequence[Total]) -> str:
+    """Return a model's calls without a price, and their last day: a price stated since then has
+    ended them."""
+    days = [one.day for one in totals if one.day is not None]
+    last = f", last on {max(days)}" if days else ""
+    return f"{totals[0].model} ({sum(one.unpriced for one in totals)} calls{last})"
 
 
 def _public_row(upstream: Upstream, model: str, today: date) -> ModelPrice | None:

@@ -369,9 +369,9 @@ def test_the_limit_of_a_server_of_ones_own_is_compared_with_what_it_says(
     assert said in found.found
 
 
-def used(model: str, *, requests: int = 5, unpriced: int = 0) -> Total:
+def used(model: str, *, requests: int = 5, unpriced: int = 0, day: date | None = None) -> Total:
     counts: dict[str, Any] = dict.fromkeys(COUNTS, 0) | {"requests": requests, "unpriced": unpriced}
-    return Total(tenant=None, model=model, day=None, **counts)
+    return Total(tenant=None, model=model, day=day, **counts)
 
 
 def test_models_without_a_price_and_prices_read_long_ago_are_named() -> None:
@@ -388,6 +388,10 @@ def test_models_without_a_price_and_prices_read_long_ago_are_named() -> None:
     found = judged(used("gpt-6.2-sol"), used("gpt-99", unpriced=3))
     assert found["prices.models"].state is State.WARN
     assert "gpt-99 (3 calls)" in found["prices.models"].found
+    # A price that was stated since then has ended them.
+    days = (used("gpt-99", unpriced=n, day=date(2026, 11, n)) for n in (3, 9, 4))
+    found = judged(*days, used("gpt-99", day=date(2026, 11, 30)))
+    assert "gpt-99 (16 calls, last on 2026-11-09)" in found["prices.models"].found
     found = judged(used("gpt-6.2-sol"), today=date(2027, 6, 1))
     assert found["prices.age"].state is State.WARN
     assert "gpt-6.2-sol (2026-11-18)" in found["prices.age"].found
