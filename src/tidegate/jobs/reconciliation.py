@@ -10,7 +10,7 @@ charge once; the admin key is read from the environment and never stored.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 
@@ -18,7 +18,8 @@ from tidegate.admission.charges import Prices, provider_of_upstream
 from tidegate.errors import ConfigError, NotFound, StoreUnavailable, UpstreamError
 from tidegate.policy.deployment import Deployment, Upstream
 from tidegate.policy.providers import PROVIDERS
-from tidegate.prices.reconciliation import ModelFinding, Verdict, compared
+from tidegate.prices.rates import Rates
+from tidegate.prices.reconciliation import ModelDay, ModelFinding, Verdict, compared
 from tidegate.store.provider.reconciliations import Reconciliations
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.upstream.transport import RelayWire
@@ -157,6 +158,7 @@ async def reconcile(
         reported,
         {model: prices.of(model) for model in models},
         contexts,
+        in_tiers=_rates_in_tiers(prices, recorded),
         beside=await record.ours_of([one.name for one in others], day),
         deleted=await record.deleted(upstream.name, day),
     )
@@ -164,6 +166,14 @@ async def reconcile(
     if not dry_run:
         corrected = await record.keep(upstream.name, account.provider, day, findings)
     return ReconcileReport(upstream.name, account.provider, day, findings, corrected)
+
+
+def _rates_in_tiers(prices: Prices, recorded: Mapping[str, ModelDay]) -> dict[str, list[Rates]]:
+    """Return the known rates of the tiers that answers of the day reported, by model."""
+    return {
+        model: [one for tier in sorted(day.tiers) if (one := prices.of(model, tier)) is not None]
+        for model, day in recorded.items()
+    }
 
 
 class NightlyReconciliation:

@@ -97,12 +97,14 @@ class DoubtfulCall:
 class ModelDay:
     """Our record of one model on one day.
 
-    told: usage of complete answers. unpriced: how many of these have no cost.
+    told: usage of complete answers. unpriced: how many of these have no cost. tiers: other than the
+    usual one, in which some of these were served.
     """
 
     told: UsageSum = NOTHING
     doubtful: tuple[DoubtfulCall, ...] = ()
     unpriced: int = 0
+    tiers: frozenset[str] = frozenset()
 
     @property
     def cost_micros(self) -> int:
@@ -113,6 +115,7 @@ class ModelDay:
             self.told.plus(other.told),
             self.doubtful + other.doubtful,
             self.unpriced + other.unpriced,
+            self.tiers | other.tiers,
         )
 
 
@@ -159,12 +162,14 @@ def compared(
     rates: Mapping[str, Rates | None],
     contexts: Mapping[str, int | None] | None = None,
     *,
+    in_tiers: Mapping[str, Sequence[Rates]] | None = None,
     beside: Mapping[str, ModelDay] | None = None,
     deleted: int = 0,
 ) -> list[ModelFinding]:
     """Return a finding for each model of either side, ordered by name.
 
     `rates`: those in force, by the provider's model names. `contexts`: the most tokens of one call.
+    `in_tiers`: rates of the day's other tiers, in which calls without a tier may have been served.
     `beside`: our record of the provider's other upstreams, which may be of the same account.
     `deleted`: calls of the day, of any model, that are no longer on record.
     """
@@ -175,7 +180,9 @@ def compared(
         ModelFinding(model, named[model], NOTHING, "unexplained", _NAMELESS)
         if has_others and model not in reported and named[model].doubtful
         else _finding(
-            model, named[model], reported.get(model, NOTHING), rates.get(model), most.get(model)
+            ModelFinding(model, named[model], reported.get(model, NOTHING), "unexplained"),
+            [rates.get(model), *(in_tiers or {}).get(model, ())],
+            most.get(model),
         )
         for model in sorted({*named, *reported})
     ]
@@ -235,11 +242,12 @@ def _name_there(model: str, reported: Mapping[str, UsageSum]) -> str:
 
 
 def _finding(
-    model: str, own: ModelDay, reported: UsageSum, rates: Rates | None, context: int | None
+    finding: ModelFinding, rates: Sequence[Rates | None], context: int | None
 ) -> ModelFinding:
+    """Return the finding with its verdict."""
+    own, reported = finding.ours, finding.theirs
     same = reported.cost_micros == own.cost_micros
     left = reported.minus(own.told)
-    finding = ModelFinding(model, own, reported, "unexplained")
     if not reported.is_counted:
         return _of_cost_alone(finding, left.cost_micros)
     # After an earlier correction the costs are equal, but the calls' tokens still differ.
@@ -265,7 +273,9 @@ def _finding(
     if context is not None and tokens > context * sum(map(_most_tries, own.doubtful)):
         return replace(finding, reason=_OTHERS.format(f"{tokens} tokens"))
     margin = rounding + len(own.doubtful)
-    if not _is_near(left.cost_micros, _costs(rates, left), margin):
+    if not _is_near(
+        left.cost_micros, [cost for one in rates for cost in _costs(one, left)], margin
+    ):
         return replace(finding, reason=_PRICE.replace("the tokens are equal and ", ""))
     corrections = _shared(own.doubtful, left.cost_micros)
     states = ", ".join(

@@ -212,6 +212,23 @@ async def test_a_model_that_writes_its_cache_unasked_is_bounded_and_charged_by_t
     assert bound >= 25 * len("leave" * 400) // 10 + 10 * 1_000
 
 
+async def test_a_cut_call_in_a_tier_that_others_use_costs_what_the_provider_says(
+    open_gateway: Opener, provider: Emulator, tmp_path: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=tmp_path / "tidegate.toml")
+    await provider.control.set_behaviour(answer="word " * 400, chunks=20)
+    await provider.control.set_fault("hang_mid_stream", match="leave", after_chunks=10)
+    assert await chat(gateway, "gpt-5", "Whole", service_tier="flex") == 200
+    body = {"messages": [{"role": "user", "content": "leave"}], "stream": True}
+    flex = {"model": "gpt-5", "service_tier": "flex"}
+    await left(gateway, "/v1/chat/completions", body | flex)
+    await recorded(gateway, 2)
+    (finding,) = (await reconciled(gateway, "openai", today())).findings
+    assert (finding.verdict, len(finding.corrections)) == ("explained", 1), finding
+    cost = await gateway.database.fetchval("SELECT sum(cost_micros)::bigint FROM audit")
+    assert cost == finding.theirs.cost_micros < finding.ours_micros
+
+
 async def test_another_consumer_of_the_account_is_not_explained(
     open_gateway: Opener, provider: Emulator, tmp_path: Path
 ) -> None:

@@ -85,8 +85,9 @@ class Reconciliations:
         for row in reported:
             values = dict(row)
             model, unpriced = values.pop("model"), values.pop("unpriced")
+            tiers = frozenset(values.pop("tiers"))
             calls = tuple(doubtful.pop(model, ()))
-            found[model] = ModelDay(UsageSum(**values), calls, unpriced)
+            found[model] = ModelDay(UsageSum(**values), calls, unpriced, tiers)
         for model, calls_alone in doubtful.items():
             found[model] = ModelDay(doubtful=tuple(calls_alone))
         return found

@@ -9,7 +9,8 @@ SELECT coalesce(model_version, model, '') AS model, count(*) AS requests,
     coalesce(sum(coalesce(output_tokens, 0) + coalesce(thoughts_tokens, 0)), 0)::bigint AS output_tokens,
     coalesce(sum((usage_details ->> 'searches')::bigint), 0)::bigint AS searches,
     coalesce(sum(cost_micros), 0)::bigint AS cost_micros,
-    count(*) FILTER (WHERE cost_micros IS NULL) AS unpriced
+    count(*) FILTER (WHERE cost_micros IS NULL) AS unpriced,
+    array_remove(array_agg(DISTINCT usage_details ->> 'tier'), NULL) AS tiers
 FROM audit
 WHERE coalesce(upstream, pool) = $1 AND created_at >= $2::timestamptz - interval '31 days' AND created_at < $3
     AND finished_at >= $2 AND finished_at < $3 AND usage_state = 'told'
