@@ -494,6 +494,7 @@ class Budgets:
         await self.known()
         tags = {"subject": subject, "conversation": conversation}
         unknown = {name for name, value in tags.items() if value is None}
+        found = []
         for binding in self.binding(caller, model, subject, conversation):
             if binding.budget.at_end == "fall_back" or unknown.intersection(binding.budget.each):
                 continue
@@ -503,8 +504,11 @@ class Budgets:
                 if book.paused_since is None and not is_out:
                     continue
                 reset_at = None if book.paused_since else await self.records.reset_of(book)
-                known = Refusal(binding, why, book.amount, book.spent, book.held, reset_at, 0.0)
-                raise refused_by(known, None, self._wall())
+                details = book.amount, book.spent, book.held, reset_at
+                found.append(Refusal(binding, why, *details, 0.0))
+        # As of those that refuse a call, the one that is reset last.
+        if last := max(reversed(found), key=lambda one: one.ends_at(1), default=None):
+            raise refused_by(last, None, self._wall())
 
     async def reserve(self, bindings: Sequence[Binding], request_id: UUID, cost: CallCost) -> UUID:
         """Durably reserve a call's greatest cost in all of its budgets; `settle` must follow with

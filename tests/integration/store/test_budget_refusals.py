@@ -307,3 +307,25 @@ async def test_a_submission_under_a_spent_rolling_budget_is_told_when_there_is_r
     assert after_ms is not None
     assert of_call_ms is not None
     assert 38 * 60_000 < of_call_ms <= after_ms < of_call_ms + 10_000
+
+
+async def test_of_several_budgets_the_one_that_is_reset_last_refuses_a_submission(
+    budgets: Budgets,
+) -> None:
+    """As of those that refuse a call; it was the first one by its name."""
+    await with_budgets(
+        budgets,
+        Budget("a-rolling", "usd", 100, "rolling", window_s=60),
+        Budget("b-rolling", "usd", 100, "rolling", window_s=86_400 * 366),
+        Budget("c-rolling", "usd", 100, "rolling", window_s=3_600),
+    )
+    await spend(budgets, 100)
+    with pytest.raises(BudgetExceeded) as found:
+        await budgets.check(ACME)
+    assert found.value.limit == (await refused(budgets, 1)).limit == "b-rolling"
+    pausing = Budget("a-rolling", "usd", 100, "rolling", window_s=60, at_end="pause")
+    await with_budgets(budgets, pausing)
+    with pytest.raises(BudgetPaused):
+        await held_by(budgets, ACME, 1)
+    with pytest.raises(BudgetPaused):
+        await budgets.check(ACME)
