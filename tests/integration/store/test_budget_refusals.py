@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 import asyncpg
+import orjson
 import pytest
 
 from tests.integration.store.test_budget_books import (
@@ -23,9 +24,11 @@ from tests.integration.store.test_budget_books import (
 )
 from tidegate.call import UNKNOWN_CHARGE, new_id
 from tidegate.errors import BudgetExceeded, BudgetPaused
+from tidegate.jobs.webhooks import alert_payload
 from tidegate.prices.budgets import Budget
 from tidegate.store.budgets import Budgets, correct_holds
 from tidegate.store.database import Connections
+from tidegate.store.outbox import AlertOutbox
 
 
 @pytest.fixture
@@ -329,3 +332,28 @@ async def test_of_several_budgets_the_one_that_is_reset_last_refuses_a_submissio
         await held_by(budgets, ACME, 1)
     with pytest.raises(BudgetPaused):
         await budgets.check(ACME)
+
+
+async def test_an_alert_of_a_removed_budget_keeps_its_unit(
+    budgets: Budgets, connections: Connections
+) -> None:
+    """Of 100 tokens it said $0.0001, and so does one of the same name in another unit."""
+    outbox = AlertOutbox(connections)
+    await with_budgets(budgets, Budget("b", "tokens", 100, "day", alerts=(1,)))
+    bindings = budgets.binding(ACME, "m")
+    hold = await budgets.reserve(bindings, new_id(), cost(0, 50))
+    budgets.settle(hold, told(0, 50))
+    await budgets.flush()
+    with pytest.raises(BudgetExceeded):
+        await budgets.reserve(bindings, new_id(), cost(0, 51))
+    await budgets.records.remove("b", by="test")
+    await budgets.records.set(Budget("b", "usd", 100, "day"), by="test")
+    found = await outbox.newest(10)
+    assert [(one.kind, one.unit) for one in found] == [
+        ("budget_out", "tokens"),
+        ("budget_share", "tokens"),
+    ]
+    due = sorted(await outbox.claim(10, 1_000), key=lambda one: one.created_at)
+    texts = [orjson.loads(alert_payload(one, "slack"))["text"] for one in due]
+    assert texts[0] == "Budget b: 50 tokens of 100 tokens spent, which is 1 % or more."
+    assert len(texts) == 2

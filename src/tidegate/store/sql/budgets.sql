@@ -40,16 +40,19 @@ SELECT now() AT TIME ZONE $1
 
 -- name: drop_budget
 -- Delete a budget.
-DELETE FROM budgets WHERE name = $1 RETURNING name
+DELETE FROM budgets WHERE name = $1 RETURNING name, unit
 
 -- name: drop_tenant_budgets
 -- Delete the budgets that are bound to one tenant by its name.
-DELETE FROM budgets WHERE tenant = $1 RETURNING name
+DELETE FROM budgets WHERE tenant = $1 RETURNING name, unit
 
 -- name: drop_budget_books
--- Delete the books, pauses and reservations of deleted budgets.
+-- Delete the books, pauses and reservations of deleted budgets $1, whose alerts keep their units $2.
 WITH books AS (DELETE FROM budget_books WHERE budget = ANY($1::text[])),
-    pauses AS (DELETE FROM budget_pauses WHERE budget = ANY($1::text[]))
+    pauses AS (DELETE FROM budget_pauses WHERE budget = ANY($1::text[])),
+    units AS (UPDATE alerts a SET data = a.data || jsonb_build_object('unit', w.unit)
+        FROM unnest($1::text[], $2::text[]) AS w (name, unit)
+        WHERE a.data->>'budget' = w.name AND NOT a.data ? 'unit')
 DELETE FROM budget_holds WHERE budget = ANY($1::text[])
 
 -- name: models_with_usage
