@@ -31,7 +31,7 @@ from tidegate.policy.format import in_words
 from tidegate.policy.inspection import adapted_from, admitted_per_s, is_full
 from tidegate.policy.learned import LearnedLimit, shared_limits
 from tidegate.policy.rollout import PolicyKeeper
-from tidegate.prices.budgets import Budget, scope_values
+from tidegate.prices.budgets import Budget, resume_command, scope_values
 from tidegate.spine.routing import DRAINED
 from tidegate.store.budgets import BudgetBook
 from tidegate.store.database import NO_WRITES
@@ -541,8 +541,7 @@ def _of_budget(budget: Budget, book: BudgetBook) -> Cause | None:
     scope = scope_values(book.scope)
     whose = ", ".join(value or "none" for value in scope)
     name = f"{budget.name} ({whose})" if whose else budget.name
-    of = "".join(f" --of {quote(value or '')}" for value in scope)
-    command = f"tidegate budgets resume {quote(budget.name)}{of}"
+    command = resume_command(budget.name, scope)
     if book.paused_since is not None:
         words = f"Budget {name} is paused: its calls are rejected."
         return Cause("budget_paused", "degraded", words, subject=budget.name, command=command)

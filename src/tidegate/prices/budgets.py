@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
+from shlex import quote
 from typing import Any, Literal, NamedTuple, TypeVar
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -502,6 +503,12 @@ def _span(seconds: int) -> str:
     return f"{seconds} s"
 
 
+def resume_command(name: str, scope: Sequence[str | None]) -> str:
+    """Return the command that resumes a budget for one scope."""
+    of = "".join(f" --of {quote(value or '')}" for value in scope)
+    return f"tidegate budgets resume {quote(name)}{of}"
+
+
 def budget_alert(kind: str, data: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
     """Return the body of an alert with its text; `data` as stored."""
     found = {**data, "scope": scope_values(data["scope"]), "unit": unit}
@@ -516,7 +523,8 @@ def _alert_text(kind: str, data: Mapping[str, Any]) -> str:
     if kind == "budget_share":
         return f"{text}, which is {data['share']} % or more."
     if kind == "budget_paused":
-        return f"{text}; it is paused until a person resumes it: tidegate budgets resume."
+        command = resume_command(data["budget"], data["scope"])
+        return f"{text}; it is paused until a person resumes it: {command}"
     text = f"{text}; a call was rejected, since there is no room for it."
     if reset_at := data.get("reset_at"):
         text += f" There is room again at {_time_text(datetime.fromisoformat(reset_at))}."

@@ -108,3 +108,10 @@ def test_an_alert_of_a_rejected_call_names_the_time_as_refusals_do() -> None:
     alert = budget_alert("budget_out", kept | until, "tokens")
     assert alert["text"].endswith("no room for it. There is room again at 2026-12-03 05:00 UTC.")
     assert alert["reset_at"] == until["reset_at"]
+
+
+def test_an_alert_of_a_pause_names_the_command_that_ends_it() -> None:
+    kept = {"budget": "people", "scope": '["acme", "ann lee"]', "spent": 99, "amount": 100}
+    text = budget_alert("budget_paused", kept, "tokens")["text"]
+    command = "tidegate budgets resume people --of acme --of 'ann lee'"
+    assert text.endswith(f"; it is paused until a person resumes it: {command}")
