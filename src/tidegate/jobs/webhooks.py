@@ -371,7 +371,7 @@ def alert_payload(delivery: AlertDelivery, form: Literal["standard", "slack"]) -
     """Return the body of an alert."""
     data = orjson.loads(delivery.data)
     if "budget" in data:
-        data = budget_alert(delivery.kind, data, delivery.unit or "usd")
+        data = budget_alert(delivery.kind, data, delivery.unit or "usd", delivery.fallback)
     data.pop("held_at", None)  # only for the next `AlertOutbox.hold`
     if form == "slack":
         return orjson.dumps({"text": _slack_text(data["text"])})

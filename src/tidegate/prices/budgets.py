@@ -509,13 +509,16 @@ def resume_command(name: str, scope: Sequence[str | None]) -> str:
     return f"tidegate budgets resume {quote(name)}{of}"
 
 
-def budget_alert(kind: str, data: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
-    """Return the body of an alert with its text; `data` as stored."""
+def budget_alert(
+    kind: str, data: Mapping[str, Any], unit: Unit, fallback: str | None
+) -> dict[str, Any]:
+    """Return the body of an alert with its text; `data` as stored. fallback: the budget's cheaper
+    model, if any."""
     found = {**data, "scope": scope_values(data["scope"]), "unit": unit}
-    return found | {"text": _alert_text(kind, found)}
+    return found | {"text": _alert_text(kind, found, fallback)}
 
 
-def _alert_text(kind: str, data: Mapping[str, Any]) -> str:
+def _alert_text(kind: str, data: Mapping[str, Any], fallback: str | None) -> str:
     whose = ", ".join(one or "none" for one in data["scope"])
     whose = f" of {whose}" if whose else ""
     spent, amount = (amount_text(data["unit"], data[name]) for name in ("spent", "amount"))
@@ -525,7 +528,8 @@ def _alert_text(kind: str, data: Mapping[str, Any]) -> str:
     if kind == "budget_paused":
         command = resume_command(data["budget"], data["scope"])
         return f"{text}; it is paused until a person resumes it: {command}"
-    text = f"{text}; a call was rejected, since there is no room for it."
+    then = f"was moved to {fallback}" if fallback else "was rejected"
+    text = f"{text}; a call {then}, since there is no room for it."
     if reset_at := data.get("reset_at"):
         text += f" There is room again at {_time_text(datetime.fromisoformat(reset_at))}."
     return text

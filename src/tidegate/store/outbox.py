@@ -112,7 +112,7 @@ class WebhookOutbox:
 @dataclass(frozen=True, slots=True)
 class AlertDelivery:
     """One attempt to post an alert, in progress. `tries` counts it, and fences its result. unit: of
-    the amounts in a budget's alert; the budget may be deleted."""
+    the amounts in a budget's alert; the budget may be deleted. fallback: its cheaper model."""
 
     alert_id: UUID
     kind: str
@@ -120,6 +120,7 @@ class AlertDelivery:
     created_at: datetime
     tries: int
     unit: Literal["usd", "tokens"] | None
+    fallback: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,7 @@ class AlertRecord:
     due_at: datetime
     problem: str | None
     unit: Literal["usd", "tokens"] | None
+    fallback: str | None
 
 
 class AlertOutbox:

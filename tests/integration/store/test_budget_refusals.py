@@ -357,3 +357,15 @@ async def test_an_alert_of_a_removed_budget_keeps_its_unit(
     texts = [orjson.loads(alert_payload(one, "slack"))["text"] for one in due]
     assert texts[0] == "Budget b: 50 tokens of 100 tokens spent, which is 1 % or more."
     assert len(texts) == 2
+
+
+async def test_an_alert_of_a_budget_with_a_cheaper_model_names_it(
+    budgets: Budgets, connections: Connections
+) -> None:
+    cheaper = Budget("b", "usd", 100, "day", at_end="fall_back", fallback="cheap")
+    await with_budgets(budgets, cheaper)
+    await refused(budgets, 101)
+    outbox = AlertOutbox(connections)
+    assert [one.fallback for one in await outbox.newest(10)] == ["cheap"]
+    (due,) = await outbox.claim(10, 1_000)
+    assert b"spent; a call was moved to cheap, since" in alert_payload(due, "slack")

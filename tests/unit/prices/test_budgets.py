@@ -96,7 +96,7 @@ def test_a_budget_of_people_of_all_tenants_that_is_there_stays_one() -> None:
 
 def test_an_alert_says_in_words_that_a_book_is_of_no_person() -> None:
     kept = {"budget": "people", "scope": '["acme", null]', "spent": 790_000, "amount": 2_000_000}
-    alert = budget_alert("budget_share", kept | {"share": 30}, "usd")
+    alert = budget_alert("budget_share", kept | {"share": 30}, "usd", None)
     text = "Budget people of acme, none: $0.79 of $2.00 spent, which is 30 % or more."
     assert alert["text"] == text
     assert alert["scope"] == ["acme", None]
@@ -105,13 +105,19 @@ def test_an_alert_says_in_words_that_a_book_is_of_no_person() -> None:
 def test_an_alert_of_a_rejected_call_names_the_time_as_refusals_do() -> None:
     kept = {"budget": "day", "scope": "", "spent": 408, "amount": 600}
     until = {"reset_at": "2026-12-03T01:30:00-03:30"}
-    alert = budget_alert("budget_out", kept | until, "tokens")
+    alert = budget_alert("budget_out", kept | until, "tokens", None)
     assert alert["text"].endswith("no room for it. There is room again at 2026-12-03 05:00 UTC.")
     assert alert["reset_at"] == until["reset_at"]
 
 
 def test_an_alert_of_a_pause_names_the_command_that_ends_it() -> None:
     kept = {"budget": "people", "scope": '["acme", "ann lee"]', "spent": 99, "amount": 100}
-    text = budget_alert("budget_paused", kept, "tokens")["text"]
+    text = budget_alert("budget_paused", kept, "tokens", None)["text"]
     command = "tidegate budgets resume people --of acme --of 'ann lee'"
     assert text.endswith(f"; it is paused until a person resumes it: {command}")
+
+
+def test_an_alert_of_a_budget_with_a_cheaper_model_reports_no_rejected_call() -> None:
+    kept = {"budget": "day", "scope": "", "spent": 408, "amount": 600}
+    text = budget_alert("budget_out", kept, "tokens", "cheap")["text"]
+    assert text.endswith("spent; a call was moved to cheap, since there is no room for it.")

@@ -373,7 +373,7 @@ def _channel(config: Config) -> AlertChannel:
 def _alert_view(one: AlertRecord) -> AlertView:
     data = orjson.loads(one.data)
     if "budget" in data:
-        data = budget_alert(one.kind, data, one.unit or "usd")
+        data = budget_alert(one.kind, data, one.unit or "usd", one.fallback)
     return AlertView(
         id=one.alert_id,
         kind=one.kind,

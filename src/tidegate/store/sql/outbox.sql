@@ -81,7 +81,8 @@ WHERE id IN (
     ORDER BY created_at LIMIT $1 FOR UPDATE SKIP LOCKED
 )
 RETURNING a.id AS alert_id, a.kind, a.data::text AS data, a.created_at, a.tries,
-    coalesce(a.data->>'unit', (SELECT unit FROM budgets b WHERE b.name = a.data->>'budget')) AS unit
+    coalesce(a.data->>'unit', (SELECT unit FROM budgets b WHERE b.name = a.data->>'budget')) AS unit,
+    (SELECT fallback FROM budgets b WHERE b.name = a.data->>'budget') AS fallback
 
 -- name: settle_alert
 -- Record the result of try $2 of alert $1; the next try is due in $5 ms.
@@ -92,7 +93,8 @@ WHERE id = $1 AND tries = $2 AND state = 'pending'
 -- List the last $1 alerts, newest first.
 SELECT a.id AS alert_id, a.kind, a.data::text AS data, a.created_at, a.state, a.tries, a.due_at,
     a.problem,
-    coalesce(a.data->>'unit', (SELECT unit FROM budgets b WHERE b.name = a.data->>'budget')) AS unit
+    coalesce(a.data->>'unit', (SELECT unit FROM budgets b WHERE b.name = a.data->>'budget')) AS unit,
+    (SELECT fallback FROM budgets b WHERE b.name = a.data->>'budget') AS fallback
 FROM alerts a ORDER BY a.created_at DESC, a.id LIMIT $1
 
 -- name: redeliver_alert
