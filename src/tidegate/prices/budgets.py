@@ -531,5 +531,5 @@ def _alert_text(kind: str, data: Mapping[str, Any], fallback: str | None) -> str
     then = f"was moved to {fallback}" if fallback else "was rejected"
     text = f"{text}; a call {then}, since there is no room for it."
     if reset_at := data.get("reset_at"):
-        text += f" There is room again at {_time_text(datetime.fromisoformat(reset_at))}."
+        text += f" It resets at {_time_text(datetime.fromisoformat(reset_at))}."
     return text

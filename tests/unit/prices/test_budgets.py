@@ -106,7 +106,7 @@ def test_an_alert_of_a_rejected_call_names_the_time_as_refusals_do() -> None:
     kept = {"budget": "day", "scope": "", "spent": 408, "amount": 600}
     until = {"reset_at": "2026-12-03T01:30:00-03:30"}
     alert = budget_alert("budget_out", kept | until, "tokens", None)
-    assert alert["text"].endswith("no room for it. There is room again at 2026-12-03 05:00 UTC.")
+    assert alert["text"].endswith("no room for it. It resets at 2026-12-03 05:00 UTC.")
     assert alert["reset_at"] == until["reset_at"]
 
 
