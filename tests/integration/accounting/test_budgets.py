@@ -704,3 +704,19 @@ async def test_the_end_of_a_period_is_told_by_the_clock_of_postgresql(
     status, problem = await ask(gateway, "POST", "/submit", {}, job)
     assert status == 429
     assert before_s - 60 <= problem["retry_after_ms"] / 1000 <= before_s + 2
+
+
+async def test_a_job_that_expires_while_it_waits_for_a_budget_names_the_budget(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway()
+    await with_budgets(gateway, Budget("day", "tokens", 10, "day", doubt="estimate"))
+    job = await gateway.submit(data="Why?", type="text_only")
+    refused = f"SELECT failure->>'code' = 'budget_exceeded' FROM requests WHERE id = '{job}'"
+    await wait_until(lambda: gateway.database.fetchval(refused), 20, "a refusal by the budget")
+    await gateway.database.execute("UPDATE requests SET deadline_at = now() WHERE id = $1", job)
+    record = await gateway.end_of(job)
+    assert (record["status"], record["error"]["code"]) == ("expired", "deadline_exceeded")
+    assert record["error"]["message"].startswith(
+        "its deadline came while it was queued (last error: the budget day has no room for this"
+    )

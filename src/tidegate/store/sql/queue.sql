@@ -249,8 +249,10 @@ RETURNING r.*, old.status AS old_status
 
 -- name: expire_due
 -- Expire at most 500 queued jobs whose deadline passed in the last $2 seconds, claimed or not.
+-- The failure $1 also names the last error, which is what most of them have waited for.
 UPDATE requests SET status = 'expired', claim = claim + 1, claimed_by = NULL, not_before = NULL,
-    finished_at = now(), failure = $1::jsonb, version = version + 1
+    finished_at = now(), version = version + 1, failure = $1::jsonb || jsonb_build_object('message',
+        concat($1::jsonb->>'message', ' (last error: ' || nullif(failure->>'message', '') || ')'))
 WHERE id IN (
     SELECT id FROM requests WHERE coalesce(status = 'queued' AND deadline_at IS NOT NULL, false)
         AND deadline_at <= now() AND deadline_at > now() - $2 * interval '1 second'
