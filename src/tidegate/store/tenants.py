@@ -484,6 +484,8 @@ def _check_number(name: str, value: object, least: int, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
         expected = "a number" if float in kinds else "a whole number"
         raise ConfigError(name, str(value), f"must be {expected} from {least} to {most}")
+    if float in kinds and Decimal(str(value)) * 1_000_000 % 1:
+        raise ConfigError(name, str(value), "must be whole micro-dollars, such as 0.000001")
 
 
 def _check_patterns(value: object) -> None:

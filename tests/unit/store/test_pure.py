@@ -146,3 +146,13 @@ def test_no_number_of_a_tenant_is_larger_than_its_column_holds(name: str) -> Non
     check_changes({name: 100_000})
     with pytest.raises(ConfigError, match=f"{name}=3000000000: must be a whole number from"):
         check_changes({name: 3_000_000_000})
+
+
+@pytest.mark.parametrize("name", ["budget_day_money", "budget_month_money"])
+def test_less_than_a_micro_dollar_a_tenant_is_refused_and_not_rounded_to_nothing(name: str) -> None:
+    """A budget of $0 rejects all calls of the tenant."""
+    for usd in (0, 0.000001, 0.79, 250, 123_456_789.123456):
+        check_changes({name: usd})
+    for usd in (0.0000001, 1e-9, 0.7900001):
+        with pytest.raises(ConfigError, match=f"{name}=.* whole micro-dollars, such as 0.000001"):
+            check_changes({name: usd})
