@@ -200,10 +200,8 @@ def set_(
         return with_changes(before, name, values | bound | _end(pause, fallback, before))
 
     budget, is_new = with_budgets(lambda records: records.change(name, edit, by=who()))
-    if is_new and (budget.tenant or budget.key):
-        _note_unused(budget)
-    if budget.at_end == "pause" and not is_new:
-        _note_paused(budget)
+    note = _note_unused if is_new else _note_paused
+    note(budget)
     binds = ", ".join(whom(budget)) or "all calls"
     verb = "is set" if is_new else "is changed"
     text = f"{name} {verb}: {budget.shown(budget.amount)} {window(budget)} for {binds}"
@@ -221,14 +219,15 @@ def _note_unused(budget: Budget) -> None:
             found.append(f"key {budget.key}")
         return found
 
-    for one in with_tenants(missing):
+    for one in with_tenants(missing) if budget.tenant or budget.key else ():
         message = f"tidegate: note: there is no {one}, so {budget.name} binds nobody yet"
         typer.echo(legible(message), err=True)
 
 
 def _note_paused(budget: Budget) -> None:
     """Note that calls are still rejected after a change, such as to a larger amount."""
-    books = with_budgets(lambda records: records.books(budget.name))
+    pauses = budget.at_end == "pause"
+    books = with_budgets(lambda records: records.books(budget.name)) if pauses else []
     if any(one.paused_since for one in books):
         message = f"{budget.name} is still paused: tidegate budgets resume {budget.name}"
         typer.echo(f"tidegate: note: {message}", err=True)

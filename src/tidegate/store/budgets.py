@@ -354,16 +354,14 @@ class Budgets:
         instance_id: str,
         folder: Path | None = None,
         clock: Callable[[], float] = Steadiness.clock,
-        wall: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         """folder: stores the last budgets read, for a start in an outage. clock: includes time in
-        which the machine was suspended, since other processes then count this one as dead. wall:
-        PostgreSQL's time."""
+        which the machine was suspended, since other processes then count this one as dead."""
         self._file = None if folder is None else folder / "budgets.json"
         self.records = BudgetRecords(connections)
         self._connections = connections
         self._instance_id = instance_id
-        self._clock, self._wall = clock, wall
+        self._clock = clock
         self._revision: int | None = None
         self._rules: tuple[Budget, ...] = ()
         self._static = lru_cache(10_000)(self._bound_statically)
@@ -373,8 +371,9 @@ class Budgets:
         self._open: dict[UUID, UUID] = {}  # reservations, with their requests
         self._overdue: set[UUID] = set()  # those that may have been charged as a dead process's
         self.is_pushed: Callable[[], bool] = lambda: False  # whether changes are notified
+        self.wall: Callable[[], datetime] = lambda: datetime.now(UTC)  # PostgreSQL's time, if known
         self._pending: dict[UUID | None, list[tuple[float, Settlement]]] = {}
-        self._refusals = KnownRefusals(wall)
+        self._refusals = KnownRefusals(lambda: self.wall())
         self._waiters: dict[int, _Waiter] = {}
         self._freed: deque[asyncio.Future[None]] = deque()
         self._renewed_at = -math.inf
@@ -509,7 +508,7 @@ class Budgets:
                 found.append(Refusal(binding, why, *details, 0.0))
         # As of those that refuse a call, the one that is reset last.
         if last := max(reversed(found), key=lambda one: one.ends_at(1), default=None):
-            raise refused_by(last, None, self._wall())
+            raise refused_by(last, None, self.wall())
 
     async def reserve(self, bindings: Sequence[Binding], request_id: UUID, cost: CallCost) -> UUID:
         """Durably reserve a call's greatest cost in all of its budgets; `settle` must follow with
@@ -542,7 +541,7 @@ class Budgets:
             raise
         if refused is not None:
             del self._open[hold]
-            raise refused_by(refused, refused.need, self._wall())
+            raise refused_by(refused, refused.need, self.wall())
         return hold
 
     def _void(self, hold: UUID, request_id: UUID, order: asyncio.Future[Refusal | None]) -> None:
@@ -620,7 +619,7 @@ class Budgets:
         is_brief = budget.period == "rolling" or (row["why"], budget.at_end) == ("spent", "pause")
         for_s = BRIEFLY_S if is_brief else _REMEMBERED_S
         if row["reset_at"] is not None:
-            for_s = min(for_s, (row["reset_at"] - self._wall()).total_seconds())
+            for_s = min(for_s, (row["reset_at"] - self.wall()).total_seconds())
         return Refusal(
             binding,
             row["why"],

@@ -61,14 +61,9 @@ class Store:
         self.listeners = listeners or CallListeners()
         self.connections = connections = Connections(url)
         self.spill, self.journal = Spill(spill_dir, spill_max_bytes), CallJournal(spill_dir)
-        self.notifications = Notifications(connections)
-        self.budgets = Budgets(
-            connections,
-            instance_id=instance_id,
-            folder=spill_dir.parent,
-            wall=self.notifications.clock.now,
-        )
+        self.budgets = Budgets(connections, instance_id=instance_id, folder=spill_dir.parent)
         self.usage, self.reconciliations = UsageTotals(connections), Reconciliations(connections)
+        self.notifications = Notifications(connections)
         self.audit = AuditLog(
             connections,
             self.notifications,
@@ -115,6 +110,7 @@ class Store:
         self.connections.start()
         self.notifications.on_budgets.append(self.budgets.changed)
         self.budgets.is_pushed = self.notifications.is_sure
+        self.budgets.wall = self.notifications.clock.now
         self.journal.open()
         self.audit.start()
         self._background = asyncio.gather(
