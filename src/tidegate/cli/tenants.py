@@ -262,6 +262,8 @@ def _limits(one: ShownTenant) -> list[str]:
 
 
 def _bounds(one: ShownTenant) -> list[str]:
+    from tidegate.prices.rates import dollars
+
     tenant = one.tenant
     lines = [] if tenant.disabled_at is None else ["nothing: it is disabled"]
     if tenant.models is not None:
@@ -272,7 +274,8 @@ def _bounds(one: ShownTenant) -> list[str]:
         lines.append(f"put jobs into the tiers {', '.join(tenant.tiers)}")
     for name, option in _CAPS.items():
         if (value := getattr(tenant, name)) is not None:
-            lines.append(f"{option.removeprefix('--').replace('-', ' ')}: {value:.12g}")
+            shown = dollars(round(value * 10**6)) if option.endswith("-money") else f"{value}"
+            lines.append(f"{option.removeprefix('--').replace('-', ' ')}: {shown}")
     return lines
 
 

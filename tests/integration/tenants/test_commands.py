@@ -21,6 +21,7 @@ async def test_a_tenant_and_a_key_from_the_terminal(open_gateway: Opener) -> Non
     assert (made.code, made.complained) == (0, "")
     assert "  limits  rpm:tenant/acme: 60 requests a minute" in made.said
     assert "  may     ask gemini-2.5-*" in made.said
+    assert "  may     day money: $12.50\n" in made.said
     await wait_until(lambda: gateway.services.limiter.policy.weights == {"acme": 4}, 20, "weights")
 
     created = await tidegate(gateway, "keys", "create", "--tenant", "acme", "--name", "ci")
