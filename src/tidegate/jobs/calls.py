@@ -255,14 +255,17 @@ def is_of_upstream(error: TidegateError | None) -> bool:
     return isinstance(error, UpstreamError) and error.of_upstream
 
 
-def uncounted_wait_ms(error: TidegateError | None, rng: random.Random | None = None) -> int | None:
+def uncounted_wait_ms(
+    error: TidegateError | None, left_ms: int | None = None, rng: random.Random | None = None
+) -> int | None:
     """Return the milliseconds until the next attempt after an error that uses up no attempt, else
     None.
 
     A preempted call is retried immediately. A call that a budget rejected waits for the next
-    period, but at most about a minute, since a budget can be raised; a second or less if calls in
-    progress hold the rest of the budget. A call of unknown cost waits about a minute too: an
-    operator may set a price, allow estimates, or cancel it. A last attempt waits for another one.
+    period, but at most about a minute, since a budget can be raised, and at most half of the time
+    left before its deadline; a second or less if calls in progress hold the rest of the budget. A
+    call of unknown cost waits as long: an operator may set a price, allow estimates, or cancel it.
+    A last attempt waits for another one.
     """
     if isinstance(error, CallPreempted):
         return 0
@@ -272,7 +275,10 @@ def uncounted_wait_ms(error: TidegateError | None, rng: random.Random | None = N
         return round((rng or random).uniform(_RESERVED_WAIT_MS / 2, _RESERVED_WAIT_MS))
     if not isinstance(error, BudgetExceeded | BudgetUnbounded):
         return None
-    wait_ms = (rng or random).uniform(_SPENT_WAIT_MS / 2, _SPENT_WAIT_MS)
+    longest_ms: float = _SPENT_WAIT_MS
+    if left_ms is not None:
+        longest_ms = min(longest_ms, max(left_ms / 2, _RESERVED_WAIT_MS))
+    wait_ms = (rng or random).uniform(longest_ms / 2, longest_ms)
     return max(1, round(min(wait_ms, error.retry_after_ms or wait_ms)))
 
 

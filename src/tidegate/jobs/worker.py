@@ -740,7 +740,7 @@ class Worker:
         failure = Failure.of(error) if error else None
         wait_ms, release = None, self._store.queue.release
         if error is not None:
-            wait_ms = uncounted_wait_ms(error)
+            wait_ms = uncounted_wait_ms(error, time_left_ms(job, self._clock))
         if (of_tier_ms := self._offers.ended(job, record, error)) is not None:
             wait_ms = of_tier_ms
         elif error is not None and is_of_upstream(error):

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from tidegate.errors import (
     LONGEST_OF_FAULT_MS,
+    BudgetExceeded,
     PromptBlocked,
     TidegateError,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamUnavailable,
 )
-from tidegate.jobs.calls import retry_wait_ms
+from tidegate.jobs.calls import retry_wait_ms, uncounted_wait_ms
 from tidegate.jobs.webhooks import webhook_wait_ms
 
 
@@ -68,3 +69,25 @@ def test_a_webhook_waits_longer_each_time_with_jitter_and_is_given_up_in_the_end
         assert all(wait and 800 * expected <= wait <= 1200 * expected for wait in waits)
         assert len(set(waits)) > 50
     assert webhook_wait_ms(7) is None
+
+
+@pytest.mark.parametrize(
+    ("left_ms", "least_ms", "most_ms"),
+    [
+        (None, 30_000, 60_000),
+        (3_600_000, 30_000, 60_000),
+        (40_000, 10_000, 20_000),
+        (900, 1, 1_000),
+    ],
+)
+def test_a_job_that_a_budget_refused_is_retried_before_its_deadline(
+    left_ms: int | None, least_ms: int, most_ms: int
+) -> None:
+    """The budget may be raised: a job with less than a minute left was not tried again."""
+    spent = BudgetExceeded("spent", limit="day", allowed="", retry_after_ms=7_200_000)
+    for seed in range(20):
+        wait_ms = uncounted_wait_ms(spent, left_ms, random.Random(seed))
+        assert wait_ms is not None
+        assert least_ms <= wait_ms <= most_ms
+    ended = BudgetExceeded("spent", limit="day", allowed="", retry_after_ms=400)
+    assert uncounted_wait_ms(ended, left_ms, random.Random(1)) == 400
