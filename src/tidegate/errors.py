@@ -675,10 +675,14 @@ class UpstreamUnpaid(UpstreamUnauthorized):
 
 
 class UpstreamGarbled(UpstreamError):
-    """The provider's answer is malformed."""
+    """The provider's answer is malformed. `is_empty`: a success without a body."""
 
     code = "upstream_garbled"
     retryable = True
+
+    def __init__(self, message: str, *, status: int | None = None, is_empty: bool = False) -> None:
+        super().__init__(message, status=status)
+        self.is_empty = is_empty
 
 
 class PromptBlocked(UpstreamError):

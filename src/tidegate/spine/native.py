@@ -430,7 +430,8 @@ class NativeExchange:
         endpoint, tenant = call.endpoint, None if caller.key_id is None else caller.tenant_id
         body = identity_of(call.body) if call.form is None else call.form.identity
         request = hash((endpoint.path, endpoint.model, call.query, body))
-        return Suspect(tenant, request, endpoint.operation is Operation.OTHER)
+        is_other = endpoint.operation is Operation.OTHER
+        return Suspect(tenant, request, is_other, endpoint.path)
 
     def settle(
         self,

@@ -47,6 +47,7 @@ from tidegate.errors import (
     TidegateError,
     UpstreamDrained,
     UpstreamError,
+    UpstreamGarbled,
     UpstreamMissing,
     UpstreamOut,
     UpstreamThrottled,
@@ -127,11 +128,12 @@ RETRIES_AT_ONCE = 10.0
 class Suspect:
     """A request that may itself have caused a fault. tenant: None without API keys. request: a
     hash, equal for equal requests. is_other: a path known only by `passthrough`, whose faults say
-    nothing about other paths."""
+    nothing about other paths. kind: its path, below the base URL."""
 
     tenant: str | None
     request: int
     is_other: bool = False
+    kind: str = ""
 
 
 @dataclass(slots=True)
@@ -453,6 +455,9 @@ class Gate:
             return  # the gateway's own timeout: other calls may be answered sooner
         dead = isinstance(error, UpstreamUnauthorized) and error.of_key and not suspect.is_other
         self._fault = error.message, _in_short(error)
+        if isinstance(error, UpstreamGarbled) and error.is_empty and suspect.tenant is None:
+            # One kind of call counts as one tenant: the server may answer all others.
+            suspect = replace(suspect, tenant=f"{suspect.kind} {model}")
         is_new = self._faults.add(None if error.of_upstream else suspect)
         if dead or (is_new if tried else self._faults.are_enough):
             await self._close(error, dead=dead, tried=tried)

@@ -173,7 +173,8 @@ async def beginning_of(
     first = await exchange.next()
     text = first if reader is None else reader.take(first)
     if why := refusals.no_answer(operation, exchange.headers, first, at_end=exchange.at_end):
-        raise UpstreamGarbled(f"the provider answered {exchange.status} with {why}")
+        message = f"the provider answered {exchange.status} with {why}"
+        raise UpstreamGarbled(message, is_empty=not first.strip())
     if streams and (reader is None or reader.reads):
         prelude = refusals.Prelude()
         until = asyncio.get_running_loop().time() + HELD_S
@@ -880,8 +881,7 @@ class _Run:
         if isinstance(error, UpstreamThrottled):
             record.note_throttled(failed.target.upstream.name, failed.target.upstream.pool)
             failed.paused_ms = await account.gate.throttled(error, model, demand)
-        suspect = self._exchange.suspect()
-        await account.gate.failed(error, model, suspect=suspect, tried=is_try)
+        await account.gate.failed(error, model, suspect=self._exchange.suspect(), tried=is_try)
         record.faults += error.of_upstream
 
 

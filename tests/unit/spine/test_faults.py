@@ -258,12 +258,34 @@ class _Reopened:
     """A limiter whose gate another process opens before who closed it looks at it again."""
 
     has_pauses = False
+    closed = 0
 
     def gate(self, _: str) -> None:
         return None
 
     async def close_gate(self, *_: object, **__: object) -> bool:
+        self.closed += 1
         return True
+
+
+async def out_after(kinds: Sequence[str], tenant: str | None = None) -> int:
+    """How many empty answers in a row put an upstream out of service; 0 for none of them."""
+    gate = Gate("main", cast(Limiter, limiter := _Reopened()))
+    empty = UpstreamGarbled("an empty body", is_empty=True)
+    for count, kind in enumerate(kinds, 1):
+        await gate.failed(empty, "m", suspect=Suspect(tenant, count, kind=kind), tried=False)
+        if limiter.closed:
+            return count
+    return 0
+
+
+async def test_empty_answers_to_one_kind_of_call_leave_the_upstream_to_the_others() -> None:
+    many = FAULTS_OF_ONE - 1
+    assert await out_after(["/embeddings"] * many) == 0
+    assert await out_after(["/embeddings"] * many + ["/responses"]) == FAULTS_OF_ONE
+    assert await out_after(["/embeddings"] * FAULTS_OF_ONE) == FAULTS_OF_ONE
+    assert await out_after(["/embeddings", "/responses"] * many) == FAULTS
+    assert await out_after(["/embeddings", "/responses"] * 9, tenant="acme") == 0
 
 
 async def test_a_dead_key_is_an_outage_although_its_gate_is_open_again() -> None:
