@@ -61,6 +61,23 @@ def holds(body: bytes, *needles: bytes) -> bool:
     )
 
 
+def count_folded(body: bytes, *needles: bytes) -> int:
+    """Count the needles, in small letters, in a body in any case, as `count_in` does."""
+    count, more = 0, max(map(len, needles)) - 1
+    for place in range(0, len(body), LARGE_BYTES):
+        step = body[place : place + LARGE_BYTES + more].lower()
+        count += sum(step.count(one, 0, LARGE_BYTES + len(one) - 1) for one in needles)
+    return count
+
+
+def matches_in(body: bytes, pattern: re.Pattern[bytes], longest_bytes: int) -> bool:
+    """Return whether a pattern, whose longest match is given, matches in a body, as `holds`."""
+    return any(
+        pattern.search(body, place, place + LARGE_BYTES + longest_bytes - 1)
+        for place in range(0, len(body), LARGE_BYTES)
+    )
+
+
 def has_too_many_parts(body: bytes, most: int | None = None) -> bool:
     """Return whether JSON has more than `most` (by default `MOST_PARTS`) commas, lists, objects and
     keys outside of texts."""
@@ -111,8 +128,9 @@ _DIVIDED = {
 _COLON = re.compile(rb"[ \t\n\r]*+:")
 
 
-def _parsed_in_steps(raw: bytes) -> JsonObject | None:
-    """Parse a body with its long texts and lists in steps; None if it is not a valid object."""
+def _parsed_in_steps(raw: bytes) -> tuple[JsonObject, bytes] | None:
+    """Parse a body with its long texts and lists in steps, and return it with its bytes without
+    those texts; None if it is not a valid object."""
     pieces: list[bytes] = []
     placed: dict[str, str | list[Any]] = {}
     done = 0
@@ -124,6 +142,8 @@ def _parsed_in_steps(raw: bytes) -> JsonObject | None:
                 pieces += raw[done:start], mark.encode()
                 done = end
         rest = b"".join([*pieces, raw[done:]]) if pieces else raw
+        # Without the token: an error may show a value to its client.
+        short = without_marks(rest) if pieces else raw
         if len(rest) > LARGE_BYTES and (found := _list_in_steps(rest)) is not None:
             start, end, values = found
             mark = f"~{_MARK}{len(placed)}"
@@ -136,7 +156,7 @@ def _parsed_in_steps(raw: bytes) -> JsonObject | None:
         return None
     if placed:
         _put_back(body, placed)
-    return body
+    return body, short
 
 
 def _list_in_steps(raw: bytes) -> tuple[int, int, list[Any]] | None:
@@ -224,7 +244,7 @@ def parsed(body: bytes) -> JsonObject:
     """Return the body as a JSON object. Raises InvalidRequest and PayloadTooLarge."""
     check_parts(body)
     if len(body) > LARGE_BYTES and (found := _parsed_in_steps(body)) is not None:
-        return found
+        return found[0]
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as broken:
@@ -255,8 +275,9 @@ _FORBIDDEN = (b"\\", b"\0", b"\t", b"\n", b"\r")
 
 
 class Skimmed(NamedTuple):
-    """A body without the contents of its files. `raw`: its bytes, with placeholders. `body`: the
-    same as an object. `whole`: the full text of each placeholder."""
+    """A body without the contents of its files. `raw`: its bytes, with placeholders for these and
+    for long texts. `body`: the object, with its long texts. `whole`: the full text of each file's
+    placeholder."""
 
     raw: bytes
     body: JsonObject
@@ -285,12 +306,17 @@ def without_marks(text: bytes) -> bytes:
 
 def skimmed(raw: bytes) -> Skimmed:
     """Parse a body, a large one without its files. Raises InvalidRequest and PayloadTooLarge."""
-    if len(raw) > LARGE_BYTES and (found := _without_files(raw)) is not None:
-        short, files = found
-        # Twice the count, since the first entry of each list and object has no comma.
-        if 2 * count_in(short, b",", b"[", b"{") <= MOST_WALKED:
-            return Skimmed(short, parsed(short), files)
-    return Skimmed(raw, parsed(raw))
+    if len(raw) <= LARGE_BYTES:
+        return Skimmed(raw, parsed(raw))
+    files: Mapping[str, Sized] = NOTHING_SHORTENED
+    found = _without_files(raw)
+    # Twice the count, since the first entry of each list and object has no comma.
+    if found is not None and 2 * count_in(found[0], b",", b"[", b"{") <= MOST_WALKED:
+        raw, files = found
+    check_parts(raw)
+    if len(raw) > LARGE_BYTES and (read := _parsed_in_steps(raw)) is not None:
+        return Skimmed(read[1], read[0], files)
+    return Skimmed(raw, parsed(raw), files)
 
 
 def _without_files(raw: bytes) -> tuple[bytes, dict[str, FileText]] | None:

@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import Any
 from urllib.parse import parse_qs
 
-from tidegate.dialects.parsing import LARGE_BYTES, JsonObject, holds
+from tidegate.dialects.parsing import JsonObject, holds, matches_in
 from tidegate.errors import InvalidRequest
 
 # Without slashes and dots, which could lead to another path.
@@ -200,7 +200,7 @@ _ESCAPED_TEXT = re.compile(
 
 def has_escaped_key(raw: bytes) -> bool:
     """Return whether the name of a field is written with an escape that it does not need."""
-    if not holds(raw, b"\\u00") or not _has_escape(raw):
+    if not holds(raw, b"\\u00") or not matches_in(raw, _ESCAPED, _ESCAPE_BYTES):
         return False
     place = 0
     while (found := _ESCAPED_TEXT.match(raw, place)) is not None:
@@ -208,12 +208,6 @@ def has_escaped_key(raw: bytes) -> bool:
             return True
         place = found.end()
     return False
-
-
-def _has_escape(raw: bytes) -> bool:
-    """Return whether an ASCII character is escaped; a large body is searched in steps."""
-    steps = range(0, len(raw), LARGE_BYTES)
-    return any(_ESCAPED.search(raw, step, step + LARGE_BYTES + _ESCAPE_BYTES - 1) for step in steps)
 
 
 def may_name(raw: bytes, *names: bytes) -> bool:

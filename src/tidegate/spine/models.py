@@ -23,7 +23,15 @@ from tidegate.dialects import DIALECTS
 from tidegate.dialects.forms import MediaForm, with_files
 from tidegate.dialects.gemini_work import named_in_batch, requests_in
 from tidegate.dialects.headers import to_send
-from tidegate.dialects.parsing import LARGE_BYTES, MOST_WALKED, shorten, skimmed
+from tidegate.dialects.parsing import (
+    LARGE_BYTES,
+    MOST_WALKED,
+    count_folded,
+    holds,
+    matches_in,
+    shorten,
+    skimmed,
+)
 from tidegate.dialects.prompts import Files, dialect_for
 from tidegate.dialects.requests import cache_write_of, check_named_once, check_spelling
 from tidegate.dialects.resources import Making, Reference
@@ -74,9 +82,10 @@ _CONTENT = frozenset(
 _DEFAULT_MODELS = {"image_generation": "gpt-image-1"}
 _OF_CLIENTS = ("function", "custom")  # tools that the client runs itself
 # Of `fallbacks` without the letters that have other forms: a long s is an s, a Kelvin sign a k.
-_MAYBE_NAME = re.compile(rb"model|fallbac", re.IGNORECASE)
+_MAYBE_NAME = (b"model", b"fallbac")
 _ESCAPE = re.compile(rb"\\u00[4-7]")  # of a letter or an underscore
-_MAYBE_TOOL = re.compile("|".join(_DEFAULT_MODELS).encode())
+_ESCAPE_BYTES = 6
+_MAYBE_TOOL = tuple(map(str.encode, _DEFAULT_MODELS))
 _TOOLS = re.compile(r"(?:.*\.)?tools")
 
 
@@ -201,8 +210,8 @@ def check_names(caller: Caller, raw: bytes) -> None:
     that was not checked."""
     if caller.models is None:
         return
-    may_name = _ESCAPE.search(raw) or _MAYBE_TOOL.search(raw)
-    if not may_name and len(_MAYBE_NAME.findall(raw)) < 2:
+    may_name = matches_in(raw, _ESCAPE, _ESCAPE_BYTES) or holds(raw, *_MAYBE_TOOL)
+    if not may_name and count_folded(raw, *_MAYBE_NAME) < 2:
         return
 
     def check(pairs: list[tuple[str, Any]]) -> None:
@@ -392,6 +401,8 @@ def read_body(caller: Caller, endpoint: Endpoint, content: bytes) -> ReadBody:
     raw, body, whole = skimmed(content)
     spec = DIALECTS[endpoint.dialect]
     facts = spec.request_facts(endpoint, body, whole)
+    if len(content) > LARGE_BYTES:  # what follows looks at names, and takes digests of texts
+        shorten(body)
     facts.cache_write = cache_write_of(raw, body)
     check_named_once(raw, body)
     references, making = spec.references(body, raw), spec.made_by(endpoint.path, body)
@@ -399,8 +410,6 @@ def read_body(caller: Caller, endpoint: Endpoint, content: bytes) -> ReadBody:
         check_model(caller, facts.model)
         check_body(caller, endpoint, body)
         check_names(caller, raw)
-    if len(content) > LARGE_BYTES:  # of its texts, a conversation's digests are taken later
-        shorten(body)
     return ReadBody(body, facts, references, making)
 
 

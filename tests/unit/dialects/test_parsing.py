@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -13,8 +14,8 @@ import pytest
 from tidegate.admission import estimator
 from tidegate.admission.estimator import pieces_of_texts
 from tidegate.call import ANYBODY
-from tidegate.dialects import endpoint_of, parsing, requests, resources
-from tidegate.dialects.parsing import holds, parsed
+from tidegate.dialects import endpoint_of, parsing, requests
+from tidegate.dialects.parsing import count_folded, holds, parsed, skimmed
 from tidegate.dialects.requests import cache_write_of, conversation_of, opening_of
 from tidegate.dialects.resources import has_escaped_key
 from tidegate.dialects.spec import Dialect
@@ -75,7 +76,7 @@ WRITTEN: dict[str, Callable[[Any], bytes]] = {
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parsing, "_ENDS_CHARS", 100)
-    for module in (parsing, requests, resources, models):
+    for module in (parsing, requests, models):
         monkeypatch.setattr(module, "LARGE_BYTES", STEP_BYTES)
     monkeypatch.setattr(estimator, "_COUNTED_CHARS", STEP_BYTES)
     monkeypatch.setattr(parsing, "_BYTES_A_TEXT", 1)  # all texts are looked at
@@ -150,6 +151,7 @@ def test_what_lies_across_two_steps_is_found() -> None:
         raw = b'{"%b":1,"\\u006dodel":"%b"}' % (b"x" * place, b"y" * STEP_BYTES)
         assert holds(raw, b"odel")
         assert not holds(raw, b"model")
+        assert count_folded(raw.replace(b"odel", b"ODel"), b"none", b"odel") == 1
         assert has_escaped_key(raw)
         assert not has_escaped_key(raw.replace(b"\\u006d", b"\\u00e9"))
 
@@ -175,3 +177,21 @@ def test_what_is_read_of_a_large_body_begins_its_conversation_by_the_ends_of_its
             openings.add((opening_of(read), conversation_of(read)))
             assert len(opening_of(read)) < len(first)
     assert len(openings) == 4
+
+
+def test_long_texts_are_left_out_of_what_is_searched_for_names() -> None:
+    text = TEXTS["quotes and escapes"] + "models and other models"
+    raw = orjson.dumps(chat(text, file_id=text, end=text))
+    read = skimmed(raw)
+    assert read.body == orjson.loads(raw)
+    assert orjson.loads(read.raw) == chat("~0", file_id="~1", end="~2")
+
+
+def test_a_model_that_is_named_twice_beside_long_texts_is_found() -> None:
+    assert CHAT is not None
+    caller = replace(ANYBODY, models=("m",))
+    raw = orjson.dumps(chat("a model, or more " * 200, fallbacks=["m"]))
+    assert read_body(caller, CHAT, raw).asked.model == "m"
+    twice = raw.replace(b'"fallbacks":', b'"fallbacks":["other"],"fallbacks":')
+    with pytest.raises(InvalidRequest, match="fallbacks is named more than once"):
+        read_body(caller, CHAT, twice)

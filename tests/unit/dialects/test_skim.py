@@ -82,7 +82,7 @@ def test_what_is_asked_is_what_the_whole_asks(name: str, indent: int) -> None:
 def test_a_body_that_does_not_fit_is_read_as_a_whole(name: str) -> None:
     raw = orjson.dumps(AS_A_WHOLE[name])
     read = skimmed(raw)
-    assert (read.raw, read.body, read.whole) == (raw, parsed(raw), {})
+    assert (read.body, read.whole) == (orjson.loads(raw), {})
 
 
 def large(text: str) -> bytes:
