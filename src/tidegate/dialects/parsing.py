@@ -11,7 +11,7 @@ Invariant: the result, or the refusal, is that of parsing the whole body.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -202,23 +202,36 @@ def _text_in_steps(raw: bytes, start: int, end: int) -> str:
     return "".join(pieces)
 
 
-def _put_back(body: JsonObject, placed: Mapping[str, str | list[Any]]) -> None:
+def _put_back(body: JsonObject, placed: dict[str, str | list[Any]]) -> None:
     """Replace the placeholders in a body: in a list, a list by its values."""
     left: list[Any] = [body]
-    while left:
+    while left and placed:
         value = left.pop()
         first = value[0] if type(value) is list and value else None
         if type(first) is str and type(values := placed.get(first)) is list:
             value[:1] = values
-        for key, inner in value.items() if type(value) is dict else enumerate(value):
+            del placed[first]
+        for key, inner in _entries(value):
             sort = type(inner)
             if sort is str:
                 if inner in placed:
-                    value[key] = placed[inner]
+                    value[key] = placed.pop(inner)
             elif sort is dict or sort is list:
                 left.append(inner)
 
 
+def _entries(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the entries of an object or a list; none of a long one with numbers alone."""
+    if len(value) > _FEW:
+        inner = value.values() if type(value) is dict else value
+        if _WITH_TEXT.isdisjoint(map(type, inner)):
+            return ()
+    items: Iterable[tuple[Any, Any]] = value.items() if type(value) is dict else enumerate(value)
+    return items
+
+
+_FEW = 100
+_WITH_TEXT = frozenset((str, dict, list))
 _ENDS_CHARS = 8_192
 
 
@@ -227,7 +240,7 @@ def shorten(body: JsonObject) -> None:
     left: list[Any] = [body]
     while left:
         value = left.pop()
-        for key, inner in value.items() if type(value) is dict else enumerate(value):
+        for key, inner in _entries(value):
             sort = type(inner)
             if sort is str:
                 if len(inner) > LARGE_BYTES:

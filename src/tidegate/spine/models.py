@@ -24,7 +24,6 @@ from tidegate.dialects.forms import MediaForm, with_files
 from tidegate.dialects.gemini_work import named_in_batch, requests_in
 from tidegate.dialects.headers import to_send
 from tidegate.dialects.parsing import (
-    LARGE_BYTES,
     MOST_WALKED,
     count_folded,
     holds,
@@ -401,7 +400,7 @@ def read_body(caller: Caller, endpoint: Endpoint, content: bytes) -> ReadBody:
     raw, body, whole = skimmed(content)
     spec = DIALECTS[endpoint.dialect]
     facts = spec.request_facts(endpoint, body, whole)
-    if len(content) > LARGE_BYTES:  # what follows looks at names, and takes digests of texts
+    if raw is not content:  # what follows looks at names, and takes digests of texts
         shorten(body)
     facts.cache_write = cache_write_of(raw, body)
     check_named_once(raw, body)

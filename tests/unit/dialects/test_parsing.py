@@ -20,7 +20,6 @@ from tidegate.dialects.requests import cache_write_of, conversation_of, opening_
 from tidegate.dialects.resources import has_escaped_key
 from tidegate.dialects.spec import Dialect
 from tidegate.errors import InvalidRequest
-from tidegate.spine import models
 from tidegate.spine.models import read_body
 
 STEP_BYTES = 512
@@ -76,7 +75,7 @@ WRITTEN: dict[str, Callable[[Any], bytes]] = {
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parsing, "_ENDS_CHARS", 100)
-    for module in (parsing, requests, models):
+    for module in (parsing, requests):
         monkeypatch.setattr(module, "LARGE_BYTES", STEP_BYTES)
     monkeypatch.setattr(estimator, "_COUNTED_CHARS", STEP_BYTES)
     monkeypatch.setattr(parsing, "_BYTES_A_TEXT", 1)  # all texts are looked at
