@@ -291,12 +291,23 @@ def further_models(body: Mapping[str, Any]) -> set[str]:
     return {one for one in names if type(one) is str and one != body.get("model")}
 
 
+def _is_compacted(body: Mapping[str, Any]) -> bool:
+    """Return whether the provider may summarize the context first, in a call of its own: Anthropic
+    by `edits`, OpenAI by a list."""
+    asked = body.get("context_management")
+    edits = asked.get("edits") if type(asked) is dict else asked
+    types = (one.get("type") for one in edits if type(one) is dict) if type(edits) is list else ()
+    return any(type(one) is str and one.startswith("compact") for one in types)
+
+
 def why_unbounded(body: Mapping[str, Any], facts: RequestFacts, model: str) -> str:
     """Return why no bound on the tokens of a call bounds its cost; empty if one does."""
     if not facts.calls:
         return "its requests are in a file"
     if further_models(body):
         return "another model that it names may answer"
+    if _is_compacted(body):
+        return "a compaction by the provider is billed beside it"
     searches = facts.pieces.learning is Learning.HOSTED or "search" in model
     return "tools that the provider runs read more for it" if searches else ""
 
