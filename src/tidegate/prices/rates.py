@@ -409,7 +409,8 @@ def dollars(micros: int | None) -> str:
     if amount and amount < 10_000:
         digits = f"{amount / 1_000_000:.6f}".rstrip("0")
     else:
-        digits = f"{amount / 1_000_000:,.2f}"
+        cents = (amount + 5_000) // 10_000  # half up: a float has no exact half of a cent
+        digits = f"{cents // 100:,}.{cents % 100:02}"
     return f"{sign}${digits}"
 
 

@@ -869,6 +869,10 @@ async def test_what_a_budget_can_not_be_names_its_field(
         (12_000_000, "$12.00"),
         (0, "$0.00"),
         (-5_500, "-$0.0055"),
+        # Half up, as on the page.
+        (15_000, "$0.02"),
+        (995_000, "$1.00"),
+        (-1_234_565_000, "-$1,234.57"),
     ],
 )
 def test_money_is_shown_as_dollars(micros: int, shown: str) -> None:

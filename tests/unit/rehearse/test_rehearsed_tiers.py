@@ -175,7 +175,7 @@ def test_the_report_has_jobs_late_ones_and_costs_by_tier() -> None:
     rows = {row[0]: row[1:] for row in tables_of(found)[0].rows}
     assert (rows["jobs in flex"], rows["jobs in batch"]) == (("7", "13"), ("13", "7"))
     assert "jobs in live" not in rows
-    assert (rows["cost of batch"], rows["late jobs"]) == (("$1.62", "$0.88"), ("0", "0"))
+    assert (rows["cost of batch"], rows["late jobs"]) == (("$1.63", "$0.88"), ("0", "0"))
     assert "jobs: 7 in flex, 13 in batch" in sentence_of(found[0])
     said = difference_of(*found)
     assert "jobs would have been 13 in flex, 7 in batch instead of 7 in flex, 13 in batch" in said
