@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from secrets import token_hex
@@ -118,7 +117,8 @@ _BETWEEN = re.compile(rb"[^\\]{6}(?=[^\\\x80-\xbf])")
 _BEFORE_ESCAPE = re.compile(rb"(?<!\\)(?=\\(?:[^u]|u[^dD]|u[dD][^c-fC-F]))")
 # A field with a list, and the first byte of its first value.
 _LIST = re.compile(rb'"\s*+:\s*+\[\s*+(?=(.))', re.DOTALL)
-_MOST_LISTS, _MOST_TRIES = 500, 16
+_MOST_TRIES = 16
+_MOST_SPENT = 64  # times `LARGE_BYTES` that are read in vain
 # Between two values of a list, by the first byte of the values.
 _COMMA = re.compile(rb"\s*+(,)\s*+")
 _DIVIDED = {
@@ -166,24 +166,38 @@ def _list_in_steps(raw: bytes) -> tuple[int, int, list[Any]] | None:
     Where a list can be divided is tried: parts that are valid lists are together the values of a
     valid list.
     """
-    for opening in islice(_LIST.finditer(raw), _MOST_LISTS):
+    left_bytes = _MOST_SPENT * LARGE_BYTES
+    for opening in _LIST.finditer(raw):
         start = place = opening.end()
         values: list[Any] = []
-        while (found := _part_of_list(raw, place, _DIVIDED.get(opening[1], _COMMA))) is not None:
-            place, some = found
+        between = _DIVIDED.get(opening[1], _COMMA)
+        end, some = _part_of_list(raw, place, between)
+        while some:
             values += some
+            place = end
+            end, some = _part_of_list(raw, place, between)
+        left_bytes -= end
         if values:
             return start, place, values
+        if left_bytes <= 0:
+            break
     return None
 
 
-def _part_of_list(raw: bytes, start: int, between: re.Pattern[bytes]) -> tuple[int, Any] | None:
-    """Return the next values of a list and where the others begin; None if none are found."""
+def _part_of_list(raw: bytes, start: int, between: re.Pattern[bytes]) -> tuple[int, list[Any]]:
+    """Return where a list goes on behind its next values, and these; if none are found, how many
+    bytes were read."""
+    spent_bytes = LARGE_BYTES // 4
     near, far = start + LARGE_BYTES // 2, start + 2 * LARGE_BYTES
     for found in islice(between.finditer(raw, near, far), _MOST_TRIES):
-        with suppress(orjson.JSONDecodeError):
-            return found.end(), orjson.loads(b"[%b]" % raw[start : found.start(1)])
-    return None
+        try:
+            some: list[Any] = orjson.loads(b"[%b]" % raw[start : found.start(1)])
+            return (found.end(), some) if some else (spent_bytes, some)
+        except orjson.JSONDecodeError as broken:
+            spent_bytes += broken.pos
+            if broken.pos < LARGE_BYTES // 8:  # the list ends there
+                break
+    return spent_bytes, []
 
 
 def _text_in_steps(raw: bytes, start: int, end: int) -> str:

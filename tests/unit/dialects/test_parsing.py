@@ -194,3 +194,26 @@ def test_a_model_that_is_named_twice_beside_long_texts_is_found() -> None:
     twice = raw.replace(b'"fallbacks":', b'"fallbacks":["other"],"fallbacks":')
     with pytest.raises(InvalidRequest, match="fallbacks is named more than once"):
         read_body(caller, CHAT, twice)
+
+
+def test_what_is_read_in_vain_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of lists within each other, none of which can be divided where it is tried."""
+    read: list[int] = []
+
+    class Noting(Parser):
+        def loads(self, raw: bytes) -> Any:
+            read.append(len(raw))
+            return super().loads(raw)
+
+    part = b'{"a":[{"b":1},{"c":[{"d":2},{"e":3}]}]}'
+    raw = b'{"a":' + b'[{"x":[1],"a":' * 200 + b'[{"y":1}, {"y":2}]' + b"}]" * 200
+    raw += b',"b":[' + b",".join([part] * 200) + b"]}"
+    monkeypatch.setattr(parsing, "orjson", Noting())
+    assert parsed(raw) == orjson.loads(raw)
+    assert sum(read) < 4 * parsing._MOST_SPENT * STEP_BYTES + 2 * len(raw)
+
+
+def test_no_value_before_a_comma_is_no_list() -> None:
+    for blanks in (1, STEP_BYTES, 3 * STEP_BYTES):
+        with pytest.raises(InvalidRequest):
+            parsed(b'{"a":[' + b" " * blanks + b",1" + b",2" * STEP_BYTES + b"]}")
