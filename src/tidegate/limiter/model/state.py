@@ -138,8 +138,9 @@ class SessionQueue:
         return next(iter(self.tickets.items()))
 
     def add(self, member: str, stamp: float) -> None:
+        last = next(reversed(self.tickets.values()), 0)
         self.tickets[member] = stamp
-        if stamp % 1:  # a fractional stamp goes before others
+        if stamp <= last:  # due before others, or that of a session that joined again
             in_order = sorted(self.tickets.items(), key=lambda one: (one[1], one[0]))
             self.tickets = dict(in_order)
 
