@@ -85,15 +85,22 @@ class TidegateError(Exception):
     def __init__(
         self, message: str, *, retry_after_ms: int | None = None, reason: str | None = None
     ) -> None:
-        self.public_message = message
         self.message = message if reason is None else f"{message}: {reason}"
         super().__init__(self.message)
         self.retry_after_ms = retry_after_ms
+        self._reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy by attributes: task queues and process pools send errors to their callers
         pickled, and the default would call `__init__` with the message alone."""
         return _restored, (type(self), self.args), self.__dict__
+
+    @property
+    def public_message(self) -> str:
+        """The message without its reason."""
+        return (
+            self.message if self._reason is None else self.message.removesuffix(f": {self._reason}")
+        )
 
     @property
     def client_message(self) -> str:
