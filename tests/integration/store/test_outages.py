@@ -447,13 +447,13 @@ async def test_what_a_server_cannot_do_now_is_written_later(
     await server.close()
     assert await wait_status(store, job) is Status.SUCCEEDED
 
-    async def recorded() -> list[str]:
+    async def are_recorded() -> bool:
         found = await rows(own_url, "SELECT source FROM audit WHERE status = 'succeeded'")
-        return sorted(row["source"] for row in found)
+        return sorted(row["source"] for row in found) == ["job", "relay", "stream"]
 
-    await wait_until(recorded)
+    await wait_until(are_recorded)
     await wait_until(lambda: not store.audit._spill.used_bytes)
-    assert await recorded() == ["job", "relay", "stream"]
+    assert await are_recorded(), "each once"
 
 
 async def test_a_batch_of_records_is_under_way_while_another_one_waits_for_postgresql(
