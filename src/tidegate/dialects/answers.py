@@ -136,17 +136,12 @@ class AnswerForm:
     joined: Callable[[JsonObject, JsonObject, bool], JsonObject] | None = None
 
 
-def is_moderate_object(answer: bytes) -> bool:
-    """Return whether an answer is parsed as a whole for its facts, if it is complete."""
-    return len(answer) <= PARSED_BYTES and answer.startswith(b"{")
-
-
 def whole_object(answer: bytes, parsed: JsonObject | None = None) -> JsonObject | None:
     """Return an answer that is an object of moderate size; None for any other. `parsed`: the
-    object, if the answer was parsed before."""
-    if parsed is not None:
-        return parsed
-    if is_moderate_object(answer):
+    answer, if it is an object that was parsed before."""
+    if len(answer) <= PARSED_BYTES and answer.startswith(b"{"):
+        if parsed is not None:
+            return parsed
         try:
             return object_of(orjson.loads(answer))
         except orjson.JSONDecodeError:  # cut off

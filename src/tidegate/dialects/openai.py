@@ -44,7 +44,7 @@ from tidegate.dialects.anthropic import rules_of as rules_of_claude
 from tidegate.dialects.gemini import rules_of as rules_of_gemini
 from tidegate.dialects.headers import used_up
 from tidegate.dialects.interactions import end_of
-from tidegate.dialects.parsing import NOTHING_SHORTENED, holds
+from tidegate.dialects.parsing import LARGE_BYTES, NOTHING_SHORTENED
 from tidegate.dialects.requests import request_facts as facts_of_request
 from tidegate.dialects.resources import (
     LONGEST_ID,
@@ -236,8 +236,8 @@ _CITATIONS = frozenset(("file_citation", "container_file_citation", "file_path")
 
 def _files_named(raw: bytes) -> list[Reference]:
     """Return the files that a body names, at any depth. Raises InvalidRequest."""
-    if not holds(raw, b"file_id", b"\\u00"):  # the usual case
-        return []
+    if len(raw) <= LARGE_BYTES and raw.find(b"file_id") < 0 and raw.find(b"\\u00") < 0:
+        return []  # the usual case
     if not may_name(raw, b'"file_id"', b'"file_ids"'):
         return []
     named = named_values(raw, _FILE_FIELDS, _NO_FILES, _CITATIONS)

@@ -28,6 +28,7 @@ LARGE_BYTES = 262_144
 HEAD_CHARS = 65_536
 MOST_WALKED = 200_000
 _MARK = token_hex(16)  # random for this process: no client can send a placeholder
+MARK = _MARK.encode()  # what differs in the placeholders of two processes
 
 # Objects, lists, keys and values: each takes many times its bytes once parsed, and no other Python
 # thread runs meanwhile. Providers accept fewer: the largest request other than text, embeddings of
@@ -143,7 +144,7 @@ def _parsed_in_steps(raw: bytes) -> tuple[JsonObject, bytes] | None:
                 done = end
         rest = b"".join([*pieces, raw[done:]]) if pieces else raw
         # Without the token: an error may show a value to its client.
-        short = without_marks(rest) if pieces else raw
+        short = rest.replace(MARK, b"") if pieces else raw
         if len(rest) > LARGE_BYTES and (found := _list_in_steps(rest)) is not None:
             start, end, values = found
             mark = f"~{_MARK}{len(placed)}"
@@ -324,11 +325,6 @@ class FileText:
 
     def __str__(self) -> str:
         return self.raw[self.start : self.end].decode("ascii")
-
-
-def without_marks(text: bytes) -> bytes:
-    """Return a text without what differs in the placeholders of two processes."""
-    return text.replace(_MARK.encode(), b"")
 
 
 def skimmed(raw: bytes) -> Skimmed:

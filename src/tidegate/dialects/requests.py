@@ -39,11 +39,11 @@ from tidegate.call import Kind
 from tidegate.dialects.parsing import (
     HEAD_CHARS,
     LARGE_BYTES,
+    MARK,
     MOST_WALKED,
     NOTHING_SHORTENED,
     count_in,
     holds,
-    without_marks,
 )
 from tidegate.dialects.resources import has_escaped_key
 from tidegate.dialects.spec import (
@@ -421,7 +421,8 @@ def check_named_once(raw: bytes, body: Mapping[str, Any]) -> None:
         if (needle := _WRITTEN.get(key)) is not None and counted(needle) > 1:
             break
     else:
-        if not has_escaped_key(raw):
+        is_plain = len(raw) <= LARGE_BYTES and raw.find(b"\\u00") < 0  # the usual case
+        if is_plain or not has_escaped_key(raw):
             return
     outermost: list[str] = []
 
@@ -581,10 +582,10 @@ def _characters(body: Mapping[str, Any]) -> int:
 def cache_write_of(raw: bytes, body: Mapping[str, Any]) -> CacheWrite | None:
     """Return the cache to which a request, parsed as `body`, has its input written, or None. The
     write is charged also if the client disconnects before the usage is reported."""
-    if not holds(raw, *_CACHE_WRITES):
-        return None
     if len(raw) > LARGE_BYTES:
-        return _cache_write_in(body)
+        return _cache_write_in(body) if holds(raw, *_CACHE_WRITES) else None
+    if max(map(raw.find, _CACHE_WRITES)) < 0:  # the usual case
+        return None
     try:
         text = orjson.dumps(body)  # without escapes in names
     except orjson.JSONEncodeError:  # nested too deeply to serialize
@@ -630,7 +631,7 @@ def opening_of(body: Mapping[str, Any]) -> bytes:
     """Return the beginning that a conversation's calls share, as text that is equal in all
     processes; empty without messages, or if they are nested too deeply to serialize."""
     if (parts := _opening(body)) is not None:
-        return without_marks(b"\n".join(parts))
+        return b"\n".join(parts).replace(MARK, b"")
     text = body.get("input")
     if not isinstance(text, str):
         return b""

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 import orjson
 
-from tidegate.dialects.answers import asking_for_usage, is_moderate_object
+from tidegate.dialects.answers import asking_for_usage
 from tidegate.dialects.forms import MediaForm, is_prose
 from tidegate.dialects.parsing import LARGE_BYTES
 from tidegate.dialects.requests import NAMES_MODEL
@@ -102,10 +102,9 @@ async def read_to_its_end(size_bytes: int, work: Callable[[], _Result]) -> _Resu
 
 async def check_whole(record: CallRecord, endpoint: Endpoint) -> JsonObject | None:
     """Check a model's plain answer in JSON whose last bytes have arrived; other answers are not
-    checked. Returns the answer if it is an object of moderate size, which is parsed only once.
-    Raises UpstreamUnavailable for one that lacks its end: the end of an answer without a length is
-    that of its connection, which may have broken, and a proxy may end one that its provider broke
-    off."""
+    checked. Returns the answer if it was parsed for that, and is an object. Raises
+    UpstreamUnavailable for one that lacks its end: the end of an answer without a length is that of
+    its connection, which may have broken, and a proxy may end one that its provider broke off."""
     operation = endpoint.operation
     is_text = operation is Operation.TRANSCRIBE and is_prose(record.response_type)
     if record.streamed or not endpoint.is_counted or is_text or operation is Operation.SPEAK:
@@ -129,7 +128,7 @@ def _checked(record: CallRecord) -> JsonObject | None:
         except orjson.JSONDecodeError:
             is_cut = _is_cut(answer)
         else:
-            return parsed if is_moderate_object(answer) else None
+            return parsed if type(parsed) is dict else None
     if is_cut:
         raise UpstreamUnavailable("the provider's answer was cut off before its end")
     return None

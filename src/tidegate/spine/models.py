@@ -280,12 +280,12 @@ def _models_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 # Fields of models that a provider asks if the first one fails.
-_FURTHER = ("models", "fallbacks", "fallback_models")
+FURTHER_FIELDS = frozenset(("models", "fallbacks", "fallback_models"))
 
 
 def further_models(body: Mapping[str, Any]) -> set[str]:
     """Return the models that may answer a body instead of its own."""
-    lists = (body.get(name) for name in _FURTHER)
+    lists = map(body.get, FURTHER_FIELDS)
     listed = (one for found in lists if type(found) is list for one in found)
     names = (one.get("model") if type(one) is dict else one for one in listed)
     return {one for one in names if type(one) is str and one != body.get("model")}

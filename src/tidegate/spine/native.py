@@ -78,6 +78,7 @@ from tidegate.spine.bodies import (
     read_to_its_end,
 )
 from tidegate.spine.models import (
+    FURTHER_FIELDS,
     Models,
     among_fetching,
     check_model,
@@ -660,10 +661,9 @@ class NativeExchange:
         is_transcript = self._call.endpoint.operation is Operation.TRANSCRIBE
         if facts is None and is_transcript and is_prose(record.response_type):
             facts = NO_FACTS
-        if facts is None:
-            facts = dialect.answer_facts(
-                record.text, omitted=omitted, cut=not whole, parsed=self._parsed
-            )
+        facts = facts or dialect.answer_facts(
+            record.text, omitted=omitted, cut=not whole, parsed=self._parsed
+        )
         answer.usage, stated = facts.usage, self._header_usage
         if stated is not UNKNOWN_USAGE and not is_unknown(stated) and is_unknown(facts.usage):
             answer.usage = stated
@@ -738,7 +738,8 @@ class NativeExchange:
         answer = self._record.answer
         details = answer.usage.details
         names = (model, answer.model_version or "")
-        names = names[::-1] if further_models(self._body) else names
+        if not FURTHER_FIELDS.isdisjoint(self._body) and further_models(self._body):
+            names = names[::-1]
         if details is not None and details.tier is not None:
             return prices.of(names[0], details.tier) or prices.of(names[1], details.tier)
         tier = self._region() if whole else self._requested_tier()

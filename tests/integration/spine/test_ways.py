@@ -15,7 +15,7 @@ from tidegate.embedded.servers import ValkeyServer
 # forth. The changes vary from run to run, most on a busy machine, as messages to Valkey are sent
 # together or one by one: the fewest of up to forty runs count.
 REACHED = {
-    "relayed call": Goal(43, 154),
+    "relayed call": Goal(44, 154),  # 43 before the parsing of bodies had a module of its own
     "acquire to grant": Goal(6, 26),
     "submit to webhook": Goal(60, 270),
     "limits set to in force": Goal(23, 165),

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from tidegate.dialects import DIALECTS, endpoint_of, parsing
+from tidegate.dialects import DIALECTS, endpoint_of, parsing, requests
 from tidegate.dialects.answers import asking_for_usage
 from tidegate.dialects.parsing import LARGE_BYTES, parsed, skimmed
 from tidegate.dialects.requests import check_named_once, conversation_of, opening_of
@@ -155,6 +155,7 @@ def test_a_large_file_begins_a_conversation_alike_in_all_processes(
     assert here.raw is not raw, "its file is left out"
     opening = opening_of(here.body)
     monkeypatch.setattr(parsing, "_MARK", "f" * 32)
+    monkeypatch.setattr(requests, "MARK", b"f" * 32)
     assert skimmed(raw).body != here.body
     assert opening_of(skimmed(raw).body) == opening
 
