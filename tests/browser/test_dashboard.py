@@ -795,13 +795,14 @@ async def test_while_a_store_is_away_the_page_says_so_and_recovers(stage: Stage)
 
 
 async def test_what_the_classifier_asked_is_told_beside_the_spend(stage: Stage) -> None:
-    now, asked = datetime.now(UTC), CallCounts()
+    now = datetime.now(UTC)
     charge = Charge(usage=Usage(1_200, 34), cost_micros=445_000)
     question = CallRecord("judge", "default", now, charge=charge)
     question.end("succeeded")
-    count(asked, question)
     a_while_ago = int(now.timestamp()) // 10 * 10 - 20
-    await stage.gateway.services.store.history.write([(TimeSpan(10, a_while_ago, "gemini"), asked)])
+    await stage.gateway.services.store.history.write(
+        [(TimeSpan(10, a_while_ago, "gemini"), count(question))]
+    )
     async with opened(stage) as seen:
         told = seen.page.locator("[aria-label='Spend']").get_by_text("of the classifier")
         await expect(told).to_have_text(

@@ -1,8 +1,9 @@
 """Rollup of the ended calls of this process, and of its queue, by time spans, for PostgreSQL.
 
-Invariant: counting is a few additions in memory; PostgreSQL is written once every `FLUSH_EVERY_S`.
-While it is unavailable, at most `MOST_SPANS` spans wait here. An end is counted in the span in
-which it happened, or, if it is reported too late for that, in the oldest open span.
+Invariant: a call adds to the sums of those that differ from it in amounts alone; the sums are
+distributed to names, and PostgreSQL is written, once every `FLUSH_EVERY_S`. While it is
+unavailable, at most `MOST_SPANS` spans wait here. An end is counted in the span in which it
+happened, or, if it is reported too late for that, in the oldest open span.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import Limiter
 from tidegate.record import JUDGE, REFUSED, RETRIED, CallRecord
 from tidegate.store.notifications import next_beat_s
-from tidegate.store.statistics import KEPT_S, CallCounts, Dimension, History, TimeSpan, histogram_of
+from tidegate.store.statistics import (
+    CLASSES,
+    KEPT_S,
+    CallCounts,
+    History,
+    TimeSpan,
+    class_of,
+    histogram_of,
+)
 from tidegate.store.store import Store
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -28,6 +37,9 @@ MOST_SPANS = 2_000
 OPEN_SPANS = {10: 30, 60: 6, 300: 2}
 _SHORTEST_S = min(OPEN_SPANS)
 _OTHER_MODEL = "(none)"
+_THROTTLED = 429
+# Source, status, tenant, model, upstream, code, and whether the client received a 429.
+_Sort = tuple[str, str, str, str | None, str | None, str | None, bool]
 
 log = get_logger()
 
@@ -44,7 +56,7 @@ class Rollup:
         self._sampled_at = 0
         self._clock = clock
         # By begin of the span and pool, since the last flush.
-        self._fresh: dict[tuple[int, str], CallCounts] = {}
+        self._fresh: dict[tuple[int, str], _Fresh] = {}
         self._tallies: dict[TimeSpan, CallCounts] = {}
         self._changed: set[TimeSpan] = set()
         self._forgot_at = clock()
@@ -63,10 +75,10 @@ class Rollup:
         for ended in batch:
             at = max(oldest, min(now, ended.ended_at.timestamp()))
             key = (int(at // _SHORTEST_S) * _SHORTEST_S, ended.pool)
-            tally = self._fresh.get(key)
-            if tally is None:
-                tally = self._fresh[key] = CallCounts()
-            count(tally, ended)
+            fresh = self._fresh.get(key)
+            if fresh is None:
+                fresh = self._fresh[key] = _Fresh()
+            fresh.add(ended)
 
     async def sample(self) -> None:
         """Sample the waiting calls of this process by blocking limit, once per span.
@@ -85,10 +97,10 @@ class Rollup:
             except LimiterUnavailable as unavailable:
                 log.debug(Log.SCRAPE_INCOMPLETE, missing="queues", detail=unavailable.message)
                 continue
-            tally = self._fresh.setdefault((at, pool), CallCounts())
+            fresh = self._fresh.setdefault((at, pool), _Fresh())
             for queue in snapshot.queues:
                 if queue.sid == limiter.session and queue.held_up_by is not None:
-                    tally.count_by("limit", queue.held_up_by, [queue.waiting])
+                    fresh.counts.count_by("limit", queue.held_up_by, [queue.waiting])
 
     async def run(self) -> None:
         """Write the counts until cancelled. What is not written by then is left to `flush`."""
@@ -122,7 +134,8 @@ class Rollup:
     def _take_in(self) -> None:
         """Add new counts to the spans of every length."""
         fresh, self._fresh = self._fresh, {}
-        for (at, pool), tally in fresh.items():
+        for (at, pool), added in fresh.items():
+            tally = added.counted()
             for step_s in OPEN_SPANS:
                 span = TimeSpan(step_s, at // step_s * step_s, pool)
                 self._tallies.setdefault(span, CallCounts()).merge(tally)
@@ -159,8 +172,73 @@ def open_s(step_s: int) -> float:
     return OPEN_SPANS[step_s] * step_s
 
 
-def count(tally: CallCounts, ended: CallRecord) -> None:
-    """Add one ended call.
+class _Sums:
+    """The amounts of ended calls that are otherwise alike; ms: their time upstream."""
+
+    __slots__ = ("calls", "cost_micros", "in_tokens", "ms", "out_tokens", "throttled")
+
+    def __init__(self) -> None:
+        self.calls = self.in_tokens = self.out_tokens = self.cost_micros = self.ms = 0
+        self.throttled: dict[str, int] = {}  # answers with 429, by upstream
+
+
+class _Fresh:
+    """The ended calls of one span and pool since the last flush.
+
+    counts: what is counted already. The sums are by source, status, tenant, model, upstream, code,
+    and whether the client received a 429.
+    """
+
+    __slots__ = ("_sums", "counts", "lengths", "waits")
+
+    def __init__(self) -> None:
+        self.counts = CallCounts()
+        self.waits = [0] * CLASSES
+        self.lengths = [0] * CLASSES
+        self._sums: dict[_Sort, _Sums] = {}
+
+    def add(self, ended: CallRecord) -> None:
+        """Add one ended call."""
+        source, status, failure = ended.source, ended.status, ended.failure
+        sort = (
+            *(source, status, ended.tenant_id, ended.model, ended.upstream),
+            *(None if failure is None else failure.code, ended.http_status == _THROTTLED),
+        )
+        sums = self._sums.get(sort)
+        if sums is None:
+            sums = self._sums[sort] = _Sums()
+        sums.calls += 1
+        charge = ended.charge
+        usage = charge.usage
+        if amount := usage.input_tokens:
+            sums.in_tokens += amount
+        if amount := usage.output_tokens:
+            sums.out_tokens += amount
+        if amount := charge.cost_micros:
+            sums.cost_micros += amount
+        if ended.throttled_by is not None:
+            for (upstream, _), count in ended.throttled_by.items():
+                sums.throttled[upstream] = sums.throttled.get(upstream, 0) + count
+        if ended.queue_ms is not None and status != REFUSED and source != JUDGE:
+            self.waits[class_of(ended.queue_ms)] += 1
+        if (took_ms := ended.upstream_ms) is not None:
+            sums.ms += round(took_ms)
+            if source != JUDGE:
+                self.lengths[class_of(took_ms)] += 1
+
+    def counted(self) -> CallCounts:
+        """Return the counts of all."""
+        for sort, sums in self._sums.items():
+            _count(self.counts, sort, sums)
+        self._sums.clear()
+        self.counts.waits += histogram_of(self.waits)
+        self.counts.lengths += histogram_of(self.lengths)
+        self.waits, self.lengths = [0] * CLASSES, [0] * CLASSES
+        return self.counts
+
+
+def count(*ended: CallRecord) -> CallCounts:
+    """Return the counts of ended calls.
 
     `counts`: calls that ended, of which succeeded and failed; calls refused before they were
     recorded; retried attempts; `throttled`, answers of providers with 429; `told_429`, answers to
@@ -172,67 +250,49 @@ def count(tally: CallCounts, ended: CallRecord) -> None:
     upstream, but neither as calls nor for a tenant. judged_tokens and judged_cost_micros are their
     part of the tokens and the cost.
     """
-    throttled = 0 if ended.throttled_by is None else ended.throttled
-    if ended.source == JUDGE:
-        tally.count("judged")
-        tally.count("judged_tokens", _tokens_of(ended))
-        tally.count("judged_cost_micros", ended.charge.cost_micros or 0)
-        _count_spent(tally, ended, throttled)
-        _count_by_dimension(tally, ended, throttled, ("model", "upstream"))
-        return
-    retried, refused = ended.status == RETRIED, ended.status == REFUSED
-    if not retried and not refused:
-        tally.count("calls")
-    tally.count(ended.status)
-    _count_spent(tally, ended, throttled)
-    if ended.http_status == 429:
-        tally.count("told_429")
-    if ended.failure is not None:
-        tally.count_by("code", ended.failure.code, [1])
-    if not refused:
-        _count_by_dimension(tally, ended, throttled, ("tenant", "model", "upstream"))
-    if ended.queue_ms is not None and not refused:
-        tally.waits += histogram_of(ended.queue_ms)
-    if ended.upstream_ms is not None:
-        tally.lengths += histogram_of(ended.upstream_ms)
+    fresh = _Fresh()
+    for one in ended:
+        fresh.add(one)
+    return fresh.counted()
 
 
-def _count_spent(tally: CallCounts, ended: CallRecord, throttled: int) -> None:
+def _count(tally: CallCounts, sort: _Sort, sums: _Sums) -> None:
+    """Add calls that are alike. For the names see `count`."""
+    source, status, tenant, model, upstream, code, is_told_429 = sort
+    calls, is_judge = sums.calls, source == JUDGE
+    retried, refused = status == RETRIED, status == REFUSED
+    throttled = sum(sums.throttled.values())
+    tokens = sums.in_tokens + sums.out_tokens
+    if is_judge:
+        tally.count("judged", calls)
+        tally.count("judged_tokens", tokens)
+        tally.count("judged_cost_micros", sums.cost_micros)
+    else:
+        if not retried and not refused:
+            tally.count("calls", calls)
+        tally.count(status, calls)
+        if is_told_429:
+            tally.count("told_429", calls)
+        if code is not None:
+            tally.count_by("code", code, [calls])
     if throttled:
         tally.count("throttled", throttled)
-    usage = ended.charge.usage
-    if usage.input_tokens or usage.output_tokens:
-        tally.count("input_tokens", usage.input_tokens or 0)
-        tally.count("output_tokens", usage.output_tokens or 0)
-    if ended.charge.cost_micros:
-        tally.count("cost_micros", ended.charge.cost_micros)
-
-
-def _tokens_of(ended: CallRecord) -> int:
-    usage = ended.charge.usage
-    return (usage.input_tokens or 0) + (usage.output_tokens or 0)
-
-
-def _count_by_dimension(
-    tally: CallCounts, ended: CallRecord, throttled: int, dimensions: Sequence[Dimension]
-) -> None:
-    failed = ended.status in ("failed", "dead")
-    ends = int(ended.status != RETRIED), int(failed)
-    spent = _tokens_of(ended), ended.charge.cost_micros or 0, round(ended.upstream_ms or 0)
-    if throttled and "upstream" in dimensions:
-        for (upstream, _), count in (ended.throttled_by or {}).items():
-            tally.count_by("upstream", upstream, (0, 0, count, 0, 0, 0))
-    for dimension in dimensions:
-        name: str | None
-        if dimension == "tenant":
-            name = ended.tenant_id
-        elif dimension == "model":
-            name = ended.model or _OTHER_MODEL
-        else:
-            name = ended.upstream
-        if name is not None:
-            throttles = 0 if dimension == "upstream" else throttled
-            tally.count_by(dimension, name, (*ends, throttles, *spent))
+    if tokens:
+        tally.count("input_tokens", sums.in_tokens)
+        tally.count("output_tokens", sums.out_tokens)
+    if sums.cost_micros:
+        tally.count("cost_micros", sums.cost_micros)
+    if refused and not is_judge:
+        return
+    ends = 0 if retried else calls, calls if status in ("failed", "dead") else 0
+    spent = tokens, sums.cost_micros, sums.ms
+    for name, count in sums.throttled.items():
+        tally.count_by("upstream", name, (0, 0, count, 0, 0, 0))
+    if not is_judge:
+        tally.count_by("tenant", tenant, (*ends, throttled, *spent))
+    tally.count_by("model", model or _OTHER_MODEL, (*ends, throttled, *spent))
+    if upstream is not None:
+        tally.count_by("upstream", upstream, (*ends, 0, *spent))
 
 
 assert set(OPEN_SPANS) == set(KEPT_S)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import os
 import sys
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -443,6 +444,14 @@ class Spread:
         self.total += value
         self.is_new = True
 
+    def extend(self, values: Collection[float]) -> None:
+        """Add values."""
+        counts = self.counts
+        for place in map(partial(bisect_left, self._bounds), values):
+            counts[place] += 1
+        self.total += sum(values)
+        self.is_new = True
+
     def clear(self) -> None:
         self.counts = [0] * len(self.counts)
         self.total, self.is_new = 0.0, False
@@ -455,6 +464,15 @@ class Tally:
         self._counts: dict[tuple[Spec, Labels], Count] = {}
         self._spreads: dict[tuple[Spec, Labels], Spread] = {}
         self._answers: dict[tuple[str, int], tuple[Count, Count]] = {}
+        self._sources: list[Callable[[], None]] = []
+
+    def also(self, settle: Callable[[], None]) -> None:
+        """Call `settle`, which adds what its owner has summed up, before anything is taken."""
+        self._sources.append(settle)
+
+    def _settle(self) -> None:
+        for settle in self._sources:
+            settle()
 
     def count(self, metric: Spec, labels: Labels) -> Count:
         cell = self._counts.get((metric, labels))
@@ -487,6 +505,7 @@ class Tally:
 
     def take_counts(self) -> Iterator[tuple[Spec, Labels, float]]:
         """Yield and reset the counters that have grown or are new."""
+        self._settle()
         for (metric, labels), cell in self._counts.items():
             if cell.amount or not cell.told:
                 amount, cell.amount, cell.told = cell.amount, 0.0, True
@@ -494,6 +513,7 @@ class Tally:
 
     def take_spreads(self) -> Iterator[tuple[Spec, Labels, Sequence[int], float]]:
         """Yield and reset the histograms that have grown: the counts of the buckets, the sum."""
+        self._settle()
         for (metric, labels), cell in self._spreads.items():
             if cell.is_new:
                 counts, total = cell.counts, cell.total
@@ -504,110 +524,102 @@ class Tally:
 PROVIDERS = {"gemini": "gcp.gemini"}  # other providers have the name of their dialect
 _MICROS = 1_000_000
 _MOST_SORTS = 5_000
-_Sort = tuple[str, str, str, str, str, str, str, str]
+_MOST_UNSETTLED = 1_000
+# Source, kind, pool, model, tenant, operation, dialect, status and code of a failure.
+_Sort = tuple[str, str | None, str, str | None, str, str, str, str, str]
 
 
 class Calls:
-    """Counters of ended calls. Listens to `CallListeners`."""
+    """Counters of ended calls. Listens to `CallListeners`.
+
+    Calls that are alike add to the same `_Cells`, which are settled before the tally is taken.
+    """
 
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
         self._tenants = Known(MOST_TENANTS)
         self._models = Known(MOST_MODELS)
-        self._cells: dict[_Sort, _Cells] = {}
+        self._cells: dict[_Sort, _Cells] = {}  # by what is on record, if that is what is shown
+        self._shown: dict[_Sort, _Cells] = {}  # by the labels
+        self._unsettled: list[_Cells] = []
+        tally.also(self.settle)
 
     def take(self, batch: Sequence[CallRecord]) -> None:
         """Count ended calls."""
         for one in batch:
-            self._count(one)
+            # A call that was not admitted waited in the pool of `waits_for`.
+            sort = (
+                *(one.source, one.kind, one.pool or one.waits_for[0], one.model, one.tenant_id),
+                *(one.operation, one.dialect, one.status, one.code or ""),
+            )
+            cells = self._cells.get(sort)
+            if cells is None:
+                cells = self._found(sort, has_attempts=one.attempts > 0)
+            if not cells.calls:
+                self._unsettled.append(cells)
+            elif cells.calls >= _MOST_UNSETTLED:
+                cells.settle()
+            cells.add(one)
 
-    def _count(self, one: CallRecord) -> None:
+    def settle(self) -> None:
+        """Add what the calls since the last time came to."""
+        unsettled, self._unsettled = self._unsettled, []
+        for cells in unsettled:
+            cells.settle()
+
+    def _found(self, sort: _Sort, *, has_attempts: bool) -> _Cells:
         # Only the model of a successful call is certainly not a client's invention.
-        worked = one.status == "succeeded"
-        model = self._models.of(one.model, learns=worked) if one.model else ""
-        tenant = self._tenants.of(one.tenant_id, learns=one.attempts > 0)
-        failed = "" if worked else one.code or one.status
-        pool = one.pool or one.waits_for[0]  # a call that was not admitted waited in this pool
-        sort = (
-            *(one.source, one.kind or "", pool, model),
-            *(tenant, one.operation, one.dialect, one.status),
-        )
-        cells = self._cells.get(sort)
+        source, kind, pool, model, tenant, operation, dialect, status, code = sort
+        shown_model = self._models.of(model, learns=status == "succeeded") if model else ""
+        shown_tenant = self._tenants.of(tenant, learns=has_attempts)
+        shown = (source, kind, pool, shown_model, shown_tenant, operation, dialect, status, code)
+        cells = self._shown.get(shown)
         if cells is None:
-            if len(self._cells) >= _MOST_SORTS:
-                self._cells.clear()  # the tally keeps the values
-            cells = self._cells[sort] = _Cells(self._tally, sort)
-        cells.calls.amount += 1
-        cells.of_tenant.amount += 1
-        if failed == CallPreempted.code:
-            self._tally.add(Metric.PREEMPTED, (one.source, pool))
-        elif failed:
-            self._tally.add(Metric.FAILURES, (one.source, pool, failed))
-        if one.attempts:
-            self._count_attempts(one, cells, failed)
-        charge, usage = one.charge, one.charge.usage
-        if charge.cost_micros:
-            cells.cost.amount += charge.cost_micros / _MICROS
-            cells.tenant_cost.amount += charge.cost_micros / _MICROS
-        if usage.input_tokens:
-            cells.use("input", usage.input_tokens)
-        if usage.output_tokens:
-            cells.use("output", usage.output_tokens)
-        if usage.cached_tokens:
-            cells.use("cached", usage.cached_tokens)
-        if usage.thoughts_tokens:
-            cells.use("thoughts", usage.thoughts_tokens)
-
-    def _count_attempts(self, one: CallRecord, cells: _Cells, failed: str) -> None:
-        where = (one.source, one.pool)
-        elsewhere = one.tries_elsewhere or {}
-        for pool, count in elsewhere.items():
-            self._tally.add(Metric.ATTEMPTS, (one.source, pool), count)
-        cells.attempts.amount += one.attempts - sum(elsewhere.values())
-        again = one.attempts - 1 + (one.status == RETRIED)
-        if again:
-            self._tally.add(Metric.RETRIES, where, again)
-        for (_, pool), count in (one.throttled_by or {}).items():
-            self._tally.add(Metric.THROTTLED, (one.source, pool), count)
-        if one.queue_ms is not None:
-            cells.queue.add(one.queue_ms / 1000)
-            cells.tenant_queue.amount += one.queue_ms / 1000
-        if one.upstream_ms is None:
-            return
-        if failed:
-            labels = (*cells.model_labels, failed, one.pool)
-            self._tally.observe(Metric.GEN_AI_DURATION, labels, one.upstream_ms / 1000)
-            return
-        cells.duration.add(one.upstream_ms / 1000)
-        first_byte_ms = one.answer.first_byte_ms
-        if first_byte_ms is not None:
-            cells.first_byte.add(first_byte_ms / 1000)
-            if one.streamed:
-                first_chunk = self._tally.spread(Metric.GEN_AI_FIRST_CHUNK, cells.model_labels)
-                first_chunk.add(first_byte_ms / 1000)
+            if len(self._shown) >= _MOST_SORTS:  # the tally keeps the values
+                self.settle()
+                self._shown.clear()
+                self._cells.clear()
+            cells = self._shown[shown] = _Cells(self._tally, shown)
+        if (shown_model, shown_tenant) == (model or "", tenant):
+            self._cells[sort] = cells
+        return cells
 
 
 class _Cells:
-    """Counters of calls with the same labels. Calls of the classifier count for no tenant."""
+    """Counters of calls with the same labels. Calls of the classifier count for no tenant.
 
-    def __init__(self, tally: Tally, sort: _Sort) -> None:
-        source, kind, pool, model, tenant, operation, dialect, status = sort
+    calls, attempts, retries, cost_micros, the tokens and the lists of seconds are what is not
+    settled yet.
+    """
+
+    def __init__(self, tally: Tally, shown: _Sort) -> None:
+        source, kind, pool, model, tenant, operation, dialect, status, code = shown
+        worked = status == "succeeded"
+        self._failed = "" if worked else code or status
         self._tally = tally
-        self._where = (pool, model)
+        self._where = (pool, model or "")
+        self._source = source
+        self._is_retried = status == RETRIED
 
         def of_tenant(metric: Spec, *labels: str) -> Count:
             return Count() if source == JUDGE else tally.count(metric, (tenant, *labels))
 
-        self.model_labels = (operation, PROVIDERS.get(dialect, dialect), model)
-        self.calls = tally.count(Metric.CALLS, (source, kind, pool, model, status))
-        self.of_tenant = of_tenant(Metric.TENANT_CALLS, status)
-        self.attempts = tally.count(Metric.ATTEMPTS, (source, pool))
-        self.queue = tally.spread(Metric.QUEUE, (source, kind, pool))
-        self.tenant_queue = of_tenant(Metric.TENANT_QUEUE)
-        self.duration = tally.spread(Metric.GEN_AI_DURATION, (*self.model_labels, "", pool))
-        self.first_byte = tally.spread(Metric.FIRST_BYTE, (source, pool))
-        self.cost = tally.count(Metric.COST, self._where)
-        self.tenant_cost = of_tenant(Metric.TENANT_COST)
+        model_labels = (operation, PROVIDERS.get(dialect, dialect), model or "")
+        self._calls = tally.count(Metric.CALLS, (source, kind or "", pool, model or "", status))
+        self._of_tenant = of_tenant(Metric.TENANT_CALLS, status)
+        self._failures = None
+        if self._failed == CallPreempted.code:
+            self._failures = tally.count(Metric.PREEMPTED, (source, pool))
+        elif self._failed:
+            self._failures = tally.count(Metric.FAILURES, (source, pool, self._failed))
+        self._attempts = tally.count(Metric.ATTEMPTS, (source, pool))
+        self._queue = tally.spread(Metric.QUEUE, (source, kind or "", pool))
+        self._tenant_queue = of_tenant(Metric.TENANT_QUEUE)
+        self._duration = tally.spread(Metric.GEN_AI_DURATION, (*model_labels, self._failed, pool))
+        self._first_byte = tally.spread(Metric.FIRST_BYTE, (source, pool))
+        self._first_chunk = tally.spread(Metric.GEN_AI_FIRST_CHUNK, model_labels)
+        self._cost = tally.count(Metric.COST, self._where)
+        self._tenant_cost = of_tenant(Metric.TENANT_COST)
         self._tokens = {
             name: (
                 tally.count(Metric.TOKENS, (*self._where, name)),
@@ -616,18 +628,89 @@ class _Cells:
             for name in ("input", "output", "cached", "thoughts")
         }
         self._of_a_call = {
-            name: tally.spread(Metric.GEN_AI_TOKENS, (*self.model_labels, name))
+            name: tally.spread(Metric.GEN_AI_TOKENS, (*model_labels, name))
             for name in ("input", "output")
         }
+        self._clear()
 
-    def use(self, name: str, tokens: int) -> None:
-        """Count tokens of one type."""
-        of_all, of_tenant = self._tokens[name]
-        of_all.amount += tokens
-        of_tenant.amount += tokens
-        spread = self._of_a_call.get(name)
-        if spread is not None:
-            spread.add(tokens)
+    def _clear(self) -> None:
+        self.calls = self.attempts = self.retries = self.cost_micros = 0
+        self.cached_tokens = self.thoughts_tokens = 0
+        self.input_tokens: list[int] = []
+        self.output_tokens: list[int] = []
+        self.queue_ms: list[float] = []
+        self.upstream_ms: list[float] = []
+        self.first_byte_ms: list[float] = []
+        self.first_chunk_ms: list[float] = []
+
+    def add(self, one: CallRecord) -> None:
+        """Add one ended call."""
+        self.calls += 1
+        if attempts := one.attempts:
+            self._add_attempts(one, attempts)
+        charge = one.charge
+        usage = charge.usage
+        if amount := charge.cost_micros:
+            self.cost_micros += amount
+        if amount := usage.input_tokens:
+            self.input_tokens.append(amount)
+        if amount := usage.output_tokens:
+            self.output_tokens.append(amount)
+        if amount := usage.cached_tokens:
+            self.cached_tokens += amount
+        if amount := usage.thoughts_tokens:
+            self.thoughts_tokens += amount
+
+    def _add_attempts(self, one: CallRecord, attempts: int) -> None:
+        self.attempts += attempts
+        self.retries += attempts - 1 + self._is_retried
+        if one.tries_elsewhere is not None:
+            for pool, count in one.tries_elsewhere.items():
+                self._tally.add(Metric.ATTEMPTS, (self._source, pool), count)
+                self.attempts -= count
+        if one.throttled_by is not None:
+            for (_, pool), count in one.throttled_by.items():
+                self._tally.add(Metric.THROTTLED, (self._source, pool), count)
+        if one.queue_ms is not None:
+            self.queue_ms.append(one.queue_ms)
+        if one.upstream_ms is None:
+            return
+        self.upstream_ms.append(one.upstream_ms)
+        first_byte_ms = one.answer.first_byte_ms
+        if first_byte_ms is not None and not self._failed:
+            self.first_byte_ms.append(first_byte_ms)
+            if one.streamed:
+                self.first_chunk_ms.append(first_byte_ms)
+
+    def settle(self) -> None:
+        """Add what is not settled yet to the tally."""
+        self._calls.amount += self.calls
+        self._of_tenant.amount += self.calls
+        if self._failures is not None:
+            self._failures.amount += self.calls
+        self._attempts.amount += self.attempts
+        if self.retries:
+            self._tally.add(Metric.RETRIES, (self._source, self._where[0]), self.retries)
+        self._cost.amount += self.cost_micros / _MICROS
+        self._tenant_cost.amount += self.cost_micros / _MICROS
+        self._tenant_queue.amount += sum(self.queue_ms) / 1000
+        for lengths_ms, spread in (
+            *((self.queue_ms, self._queue), (self.upstream_ms, self._duration)),
+            *((self.first_byte_ms, self._first_byte), (self.first_chunk_ms, self._first_chunk)),
+        ):
+            if lengths_ms:
+                spread.extend([length_ms / 1000 for length_ms in lengths_ms])
+        for name, of_calls in (("input", self.input_tokens), ("output", self.output_tokens)):
+            if of_calls:
+                self._of_a_call[name].extend(of_calls)
+        for name, amount in (
+            *(("input", sum(self.input_tokens)), ("output", sum(self.output_tokens))),
+            *(("cached", self.cached_tokens), ("thoughts", self.thoughts_tokens)),
+        ):
+            of_all, of_tenant = self._tokens[name]
+            of_all.amount += amount
+            of_tenant.amount += amount
+        self._clear()
 
 
 MOST_LIMITS = 200

@@ -12,9 +12,9 @@ the database at most a fiftieth of one connection's time.
 from __future__ import annotations
 
 import asyncio
-import math
 import struct
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -37,19 +37,17 @@ _BITS = 64
 _PER_OCTAVE = 4
 _BYTES = CLASSES * _BITS // 8
 _COUNTS = struct.Struct(f"<{CLASSES}Q")
-_ONES = tuple(1 << (_BITS * place) for place in range(CLASSES))
-
-
-def histogram_of(length_ms: float) -> int:
-    """Return the histogram of a single duration."""
-    return _ONES[class_of(length_ms)]
+_BOUNDS_MS = tuple(2 ** (place / _PER_OCTAVE) for place in range(CLASSES - 1))
 
 
 def class_of(length_ms: float) -> int:
     """Return the class of a duration."""
-    if length_ms < 1:
-        return 0
-    return min(CLASSES - 1, 1 + int(math.log2(length_ms) * _PER_OCTAVE))
+    return bisect_right(_BOUNDS_MS, length_ms)
+
+
+def histogram_of(counts_of_classes: Sequence[int]) -> int:
+    """Return a histogram with these counts."""
+    return int.from_bytes(_COUNTS.pack(*counts_of_classes), "little")
 
 
 def pack(histogram: int) -> bytes:

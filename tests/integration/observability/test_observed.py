@@ -15,7 +15,6 @@ from tests.integration.observability.test_metrics import of, scraped
 from tests.waiting import wait_until
 from tidegate.dashboard.rollup import count
 from tidegate.record import CallListeners, CallRecord
-from tidegate.store.statistics import CallCounts
 
 MODEL = "gemini-2.5-flash"
 FIRST_BYTE_MS = 150
@@ -224,9 +223,7 @@ async def _is_counted_for_no_tenant(gateway: Gateway, ends: Sequence[CallRecord]
     for name, which in (("tidegate_cost_total", ends), ("tidegate_tenant_cost_total", answered)):
         spent = sum(one.charge.cost_micros or 0 for one in which) / 1e6
         assert of(values, name) == pytest.approx(spent)
-    tally = CallCounts()
-    for one in ends:
-        count(tally, one)
+    tally = count(*ends)
     assert (tally.counts["calls"], tally.counts["succeeded"], tally.counts["judged"]) == (3, 3, 3)
     assert "failed" not in tally.counts
     judged = [one for one in ends if one.source == "judge"]

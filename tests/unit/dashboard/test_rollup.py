@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 
 from tidegate.dashboard.rollup import count
 from tidegate.record import CallRecord
-from tidegate.store.statistics import CallCounts
 
 
 def test_a_429_counts_for_the_upstream_that_gave_it() -> None:
@@ -15,8 +14,7 @@ def test_a_429_counts_for_the_upstream_that_gave_it() -> None:
     record.note_throttled("first", "a")
     record.note_throttled("first", "a")
     record.end("succeeded", None)
-    tally = CallCounts()
-    count(tally, record)
+    tally = count(record)
     assert tally.counts["throttled"] == 2
     upstreams = {name: tuple(amounts[:3]) for name, amounts in tally.by_group["upstream"].items()}
     assert upstreams == {"first": (0, 0, 2), "second": (1, 0, 0)}
