@@ -39,7 +39,7 @@ _SHORTEST_S = min(OPEN_SPANS)
 _OTHER_MODEL = "(none)"
 _THROTTLED = 429
 # Source, status, tenant, model, upstream, code, and whether the client received a 429.
-_Sort = tuple[str, str, str, str | None, str | None, str | None, bool]
+_Sort = tuple[tuple[str, str, str, str | None, str | None], tuple[str | None, bool]]
 
 log = get_logger()
 
@@ -201,8 +201,8 @@ class _Fresh:
         """Add one ended call."""
         source, status, failure = ended.source, ended.status, ended.failure
         sort = (
-            *(source, status, ended.tenant_id, ended.model, ended.upstream),
-            *(None if failure is None else failure.code, ended.http_status == _THROTTLED),
+            (source, status, ended.tenant_id, ended.model, ended.upstream),
+            (None if failure is None else failure.code, ended.http_status == _THROTTLED),
         )
         sums = self._sums.get(sort)
         if sums is None:
@@ -258,7 +258,7 @@ def count(*ended: CallRecord) -> CallCounts:
 
 def _count(tally: CallCounts, sort: _Sort, sums: _Sums) -> None:
     """Add calls that are alike. For the names see `count`."""
-    source, status, tenant, model, upstream, code, is_told_429 = sort
+    (source, status, tenant, model, upstream), (code, is_told_429) = sort
     calls, is_judge = sums.calls, source == JUDGE
     retried, refused = status == RETRIED, status == REFUSED
     throttled = sum(sums.throttled.values())

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from operator import itemgetter
 from typing import Literal
 
 from tidegate.dialects.spec import ErrorAnswer, Headers
@@ -172,10 +173,14 @@ _AS_DATA = [
 ]
 
 
+_NAME = itemgetter(0)
+
+
 def as_data(headers: Headers) -> Headers:
     """Return the headers of an answer, changed so that no browser runs its content."""
-    types = [value for name, value in headers if name == b"content-type"]
-    if len(types) == 1 and types[0].startswith(_SHOWN_AS_TEXT):
+    names = [*map(_NAME, headers)]
+    is_typed = names.count(b"content-type") == 1
+    if is_typed and headers[names.index(b"content-type")][1].startswith(_SHOWN_AS_TEXT):
         return headers
     return [pair for pair in headers if pair[0] != b"x-content-type-options"] + _AS_DATA
 

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
+from operator import itemgetter
 from typing import Any
 from urllib.parse import parse_qsl, unquote_plus
 from uuid import UUID
@@ -213,12 +214,16 @@ def _without_parent(headers: Headers) -> Headers:
     return [pair for pair in headers if pair[0] != HEADER]
 
 
+_NAME = itemgetter(0)
+
+
 def check_content(headers: Headers, *, may_be_coded: bool = False) -> None:
     """Raise InvalidRequest for more than one Content-Type: a server may go by either of them; and
     UnsupportedMedia for a compressed or otherwise encoded body, unless it may be encoded."""
-    if not may_be_coded and _is_coded(headers):
+    names = [*map(_NAME, headers)]
+    if b"content-encoding" in names and not may_be_coded and _is_coded(headers):
         raise UnsupportedMedia("Content-Encoding", _CODED, allowed="identity")
-    if sum([name == b"content-type" for name, _ in headers]) > 1:
+    if names.count(b"content-type") > 1:
         message = "there is more than one Content-Type"
         raise InvalidRequest("Content-Type", message, allowed="one Content-Type")
 

@@ -9,7 +9,7 @@ before the permit is returned.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping, Set
 from contextlib import AbstractAsyncContextManager
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -299,7 +299,7 @@ async def _over() -> None:
     raise RuntimeError("the permit was released")
 
 
-_NO_TOKENS = Tokens()
+_INT: Set[type] = frozenset((int,))
 _COUNTS = frozenset((int, type(None)))
 
 
@@ -313,10 +313,11 @@ def _use_of(
     """Return the usage as `call_use` does, without its checks where the types need none."""
     counted = Tokens(tokens) if type(tokens) is int else tokens
     if counted is None or type(counted) is Tokens:
-        of = counted or _NO_TOKENS
-        parts = {type(of.input), type(of.output), type(of.cached), type(of.cache_write)}
+        of, parts = counted, _INT
+        if of is not None:
+            parts = {type(of.input), type(of.output), type(of.cached), type(of.cache_write)}
         others = {type(images), type(audio_seconds), type(cost_micros)}
-        if parts == {int} and others <= _COUNTS and (first_ms is None or isfinite(first_ms)):
+        if parts == _INT and others <= _COUNTS and (first_ms is None or isfinite(first_ms)):
             return CallUse(counted, images, audio_seconds, cost_micros, first_ms)
     return call_use(tokens, images, audio_seconds, cost_micros, first_ms)
 

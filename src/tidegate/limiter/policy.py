@@ -639,7 +639,7 @@ def whole(unit: str, amount: int) -> int:
         raise TypeError(f"{unit} are counted in whole numbers, not {amount!r}") from None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen, since frozen instances are slower to make
 class CallUse:
     """What a call used or may use; None where unknown.
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import os
 import sys
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -444,12 +443,15 @@ class Spread:
         self.total += value
         self.is_new = True
 
-    def extend(self, values: Collection[float]) -> None:
-        """Add values."""
-        counts = self.counts
-        for place in map(partial(bisect_left, self._bounds), values):
-            counts[place] += 1
-        self.total += sum(values)
+    def extend(self, values: Collection[float], scale: int = 1) -> None:
+        """Add values that are `scale` times as large as they should be."""
+        ordered, counts, below = sorted(values), self.counts, 0
+        for place, bound in enumerate(self._bounds):
+            up_to = bisect_right(ordered, bound * scale)
+            counts[place] += up_to - below
+            below = up_to
+        counts[-1] += len(ordered) - below
+        self.total += sum(ordered) / scale
         self.is_new = True
 
     def clear(self) -> None:
@@ -525,8 +527,8 @@ PROVIDERS = {"gemini": "gcp.gemini"}  # other providers have the name of their d
 _MICROS = 1_000_000
 _MOST_SORTS = 5_000
 _MOST_UNSETTLED = 1_000
-# Source, kind, pool, model, tenant, operation, dialect, status and code of a failure.
-_Sort = tuple[str, str | None, str, str | None, str, str, str, str, str]
+# Source, kind, pool, model and tenant; operation, dialect, status and code of a failure.
+_Sort = tuple[tuple[str, str | None, str, str | None, str], tuple[str, str, str, str]]
 
 
 class Calls:
@@ -549,8 +551,8 @@ class Calls:
         for one in batch:
             # A call that was not admitted waited in the pool of `waits_for`.
             sort = (
-                *(one.source, one.kind, one.pool or one.waits_for[0], one.model, one.tenant_id),
-                *(one.operation, one.dialect, one.status, one.code or ""),
+                (one.source, one.kind, one.pool or one.waits_for[0], one.model, one.tenant_id),
+                (one.operation, one.dialect, one.status, one.code or ""),
             )
             cells = self._cells.get(sort)
             if cells is None:
@@ -569,10 +571,11 @@ class Calls:
 
     def _found(self, sort: _Sort, *, has_attempts: bool) -> _Cells:
         # Only the model of a successful call is certainly not a client's invention.
-        source, kind, pool, model, tenant, operation, dialect, status, code = sort
+        (source, kind, pool, model, tenant), called = sort
+        status = called[2]
         shown_model = self._models.of(model, learns=status == "succeeded") if model else ""
         shown_tenant = self._tenants.of(tenant, learns=has_attempts)
-        shown = (source, kind, pool, shown_model, shown_tenant, operation, dialect, status, code)
+        shown = (source, kind, pool, shown_model, shown_tenant), called
         cells = self._shown.get(shown)
         if cells is None:
             if len(self._shown) >= _MOST_SORTS:  # the tally keeps the values
@@ -593,7 +596,7 @@ class _Cells:
     """
 
     def __init__(self, tally: Tally, shown: _Sort) -> None:
-        source, kind, pool, model, tenant, operation, dialect, status, code = shown
+        (source, kind, pool, model, tenant), (operation, dialect, status, code) = shown
         worked = status == "succeeded"
         self._failed = "" if worked else code or status
         self._tally = tally
@@ -699,7 +702,7 @@ class _Cells:
             *((self.first_byte_ms, self._first_byte), (self.first_chunk_ms, self._first_chunk)),
         ):
             if lengths_ms:
-                spread.extend([length_ms / 1000 for length_ms in lengths_ms])
+                spread.extend(lengths_ms, scale=1000)
         for name, of_calls in (("input", self.input_tokens), ("output", self.output_tokens)):
             if of_calls:
                 self._of_a_call[name].extend(of_calls)

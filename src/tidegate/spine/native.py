@@ -706,9 +706,9 @@ class NativeExchange:
         rates = self._rates(demands.prices, target.model, whole)
         if images is None and facts.images and record.streamed and _counts_images(endpoint):
             images = self._images()
-        is_text = endpoint.operation is Operation.INFER and not facts.images
-        is_text = is_text and not self._body.get("echo")  # which returns the prompt
-        is_doubted = is_text and is_zero(usage) and self._visible_output().tokens > 0
+        is_doubted = is_zero(usage) and endpoint.operation is Operation.INFER and not facts.images
+        if is_doubted:  # but for an answer that returns the prompt
+            is_doubted = not self._body.get("echo") and self._visible_output().tokens > 0
         if whole and not is_doubted and (is_complete(usage) or (images and is_unknown(usage))):
             return charge_of(rates, usage, images, whole=True)
         visible = self._visible_output()

@@ -491,9 +491,9 @@ class AuditLog:
                 large = len(raw) > WORTH_A_THREAD_BYTES
                 encoding, data = await asyncio.to_thread(as_kept, raw) if large else as_kept(raw)
                 placed = await _placed(data, self._blobs)
-            owner = (record.request_id, record.received_at, role, record.tenant_id, record.pool)
-            stored = (encoding, len(raw), *placed)
-            bodies.append((*owner, *stored, cleaned(content_type), omitted_bytes))
+            request_id, received_at, pool = record.request_id, record.received_at, record.pool
+            owner = (request_id, received_at, role, record.tenant_id, pool, encoding, len(raw))
+            bodies.append(owner + placed + (cleaned(content_type), omitted_bytes))
         return bodies
 
     async def end_job(self, job: ClaimedJob, record: CallRecord, *, called: bool = True) -> bool:

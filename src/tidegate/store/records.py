@@ -555,6 +555,10 @@ def count_of(tokens: int | None) -> int | None:
 
 def counts_of(amounts: Iterable[int | None]) -> list[int | None]:
     """Return several counts, as `count_of` does."""
+    amounts = [*amounts]
+    known = [*filter(None, amounts)]
+    if not known or (min(known) > 0 and max(known) <= _MOST_COUNTED):  # the usual case
+        return amounts
     return [
         amount if amount is not None and 0 <= amount <= _MOST_COUNTED else None
         for amount in amounts

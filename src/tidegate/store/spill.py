@@ -195,6 +195,7 @@ _TAKEN, _FREE = 1, 0
 # At the end of the slot, behind its text: a session's charge so far.
 _CHARGE = struct.Struct("<IHBB")  # CRC-32 and length of the text
 _CHARGE_MARK = (0, 2)
+_NO_CHARGE = bytes(_CHARGE.size)
 
 
 class CallJournal:
@@ -262,15 +263,12 @@ class CallJournal:
         place = record.slot * _SLOT_BYTES
         memory[place] = _FREE
         assert record.request_id is not None
-        _CHARGE.pack_into(memory, place + _SLOT_BYTES - _CHARGE.size, 0, 0, 0, 0)
-        _SLOT.pack_into(memory, place + 1, record.request_id.bytes, len(facts))
-        begin = place + 1 + _SLOT.size
-        memory[begin : begin + len(facts)] = facts
+        end = place + _SLOT_BYTES
+        memory[end - _CHARGE.size : end] = _NO_CHARGE
+        entry = _SLOT.pack(record.request_id.bytes, len(facts)) + facts
         if room >= _LINEAGE.size:
-            begin += len(facts)
-            _LINEAGE.pack_into(memory, begin, *_LINEAGE_MARK, len(lineage))
-            begin += _LINEAGE.size
-            memory[begin : begin + len(lineage)] = lineage
+            entry += _LINEAGE.pack(*_LINEAGE_MARK, len(lineage)) + lineage
+        memory[place + 1 : place + 1 + len(entry)] = entry
         memory[place] = _TAKEN  # set last, so that a partial slot is not taken
 
     def note(self, record: CallRecord) -> None:

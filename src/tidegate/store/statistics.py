@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
-from operator import add
+from operator import add, itemgetter
 from typing import Any, Literal
 from uuid import UUID
 
@@ -517,6 +517,7 @@ async def latency_by_hour(
 
 MOST_TOTALS = 10_000
 _SUMMED = ("input_tokens", "output_tokens", "cached_tokens", "thoughts_tokens", "images")
+_amounts_of = itemgetter(*_SUMMED, "cost_micros", "usage_state")
 _UNKNOWN = UsageState.UNKNOWN.value
 _DOUBTFUL = frozenset((UsageState.PARTIAL.value, UsageState.ESTIMATED.value, _UNKNOWN))
 # Columns of an audit row that `summed` reads.
@@ -819,10 +820,10 @@ def summed(audit: Iterable[Mapping[str, Any]]) -> list[Json]:
         if total is None:
             total = sums[key] = dict.fromkeys(COUNTS, 0)
         total["requests"] += 1
-        for name in _SUMMED:
-            if amount := row[name]:
+        *amounts, cost, state = _amounts_of(row)
+        for name, amount in zip(_SUMMED, amounts, strict=True):
+            if amount:
                 total[name] += amount
-        cost, state = row["cost_micros"], row["usage_state"]
         if cost:
             total["cost_micros"] += cost
         # Missing in entries that an earlier version has spilled.
