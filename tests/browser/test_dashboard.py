@@ -799,10 +799,8 @@ async def test_what_the_classifier_asked_is_told_beside_the_spend(stage: Stage) 
     charge = Charge(usage=Usage(1_200, 34), cost_micros=445_000)
     question = CallRecord("judge", "default", now, charge=charge)
     question.end("succeeded")
-    a_while_ago = int(now.timestamp()) // 10 * 10 - 20
-    await stage.gateway.services.store.history.write(
-        [(TimeSpan(10, a_while_ago, "gemini"), count(question))]
-    )
+    span = TimeSpan(10, int(now.timestamp()) // 10 * 10 - 20, "gemini")
+    await stage.gateway.services.store.history.write([(span, count(question))])
     async with opened(stage) as seen:
         told = seen.page.locator("[aria-label='Spend']").get_by_text("of the classifier")
         await expect(told).to_have_text(
