@@ -152,6 +152,9 @@ def _import_tests(paths: Sequence[str]) -> None:
         for late in _LATE:
             with suppress(ImportError):
                 import_module(late)
+        from tests.forked import use_once
+
+        use_once()
     _look_for_constants()
     gc.collect()
     gc.freeze()
