@@ -5,8 +5,9 @@
          └── refused: spent, held by other calls, or paused
 
 PostgreSQL has the books. Before a call is sent, its greatest possible cost is reserved in all of
-its budgets, or in none; `reserve_budgets` and `settle_budgets` (migration r0036) decide under the
-locks of the books. Reservations that arrive during a commit are written together by the next one.
+its budgets, or in none; `reserve_budgets` and `settle_budgets` (migrations r0038 and r0039) decide
+under the locks of the books. Reservations that arrive during a commit are written together by the
+next one.
 
 Invariants: spent + held never exceeds the amount of a budget, except for calls that cost more than
 they had reserved; reservations of a process that dies stay charged, as an estimate; a call without

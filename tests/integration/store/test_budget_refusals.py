@@ -14,6 +14,7 @@ import pytest
 
 from tests.integration.store.test_budget_books import (
     ACME,
+    DAY,
     OTHER,
     cost,
     cut,
@@ -26,6 +27,7 @@ from tidegate.call import UNKNOWN_CHARGE, new_id
 from tidegate.errors import BudgetExceeded, BudgetPaused
 from tidegate.jobs.webhooks import alert_payload
 from tidegate.prices.budgets import Budget
+from tidegate.store import budgets as module
 from tidegate.store.budgets import Budgets, correct_holds
 from tidegate.store.database import Connections
 from tidegate.store.outbox import AlertOutbox
@@ -237,6 +239,30 @@ async def test_tokens_of_all_attempts_stay_charged_where_only_the_cost_is_correc
         await budgets.flush()
     await connections.run(lambda connection: correct_holds(connection, {request_id: 30}))
     assert await seen(database_url) == {("u", ""): (30, 0, 0), ("t", ""): (140, 0, 0)}
+
+
+async def test_a_budget_that_takes_estimates_is_corrected_by_what_a_request_has_cost(
+    budgets: Budgets, connections: Connections, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a dead process, of a call that was cut off, and of one that was only silent."""
+    await with_budgets(budgets, replace(DAY, doubt="estimate"))
+    dead = Budgets(connections, instance_id="dead")
+    await dead.refresh()
+    bindings, requests = budgets.binding(ACME, "m"), [new_id() for _ in range(3)]
+    late, *_ = [await dead.reserve(bindings, one, cost(300)) for one in requests[:2]]
+    monkeypatch.setattr(module, "DEAD_AFTER_S", -1.0)
+    assert await budgets.charge_orphans() == 2
+    budgets.settle(await budgets.reserve(bindings, requests[2], cost(200)), cut(50))
+    await budgets.flush()
+    assert await seen(database_url) == {("day", ""): (650, 650, 0)}
+    for _ in range(2):
+        dead.settle(late, told(20))
+        await dead.flush()
+        assert await seen(database_url) == {("day", ""): (370, 350, 0)}
+    for request, micros, left in ((requests[1], 7, (77, 50, 0)), (requests[2], 60, (87, 0, 0))):
+        assert await budgets.records.correct(request, micros=micros, tokens=1) == 1
+        assert await budgets.records.correct(request, micros=micros, tokens=1) == 0
+        assert await seen(database_url) == {("day", ""): left}
 
 
 async def test_a_pause_of_a_person_is_listed_in_a_period_without_a_call(
