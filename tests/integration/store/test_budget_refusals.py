@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 import orjson
 import pytest
 
+from tests.integration.store.spending import Spending
 from tests.integration.store.test_budget_books import (
     ACME,
     DAY,
@@ -31,6 +33,15 @@ from tidegate.store import budgets as module
 from tidegate.store.budgets import Budgets, correct_holds
 from tidegate.store.database import Connections
 from tidegate.store.outbox import AlertOutbox
+
+# A call in the audit that ended at $1 and cost $2 micro-dollars.
+_CALL = """
+    INSERT INTO audit (id, created_at, request_id, tenant_id, pool, source, status, kind,
+        classified_by, classified_reason, priority, attempts, lapses, instance_id, submitted_at,
+        finished_at, queue_ms, upstream_ms, cost_micros, model)
+    VALUES (gen_random_uuid(), $1, gen_random_uuid(), 'acme', 'gemini', 'relay', 'succeeded',
+        'text_only', 'body', '', 0, 1, 0, 'i', $1, $1, 0, 0, $2, 'm')
+"""
 
 
 @pytest.fixture
@@ -197,6 +208,37 @@ async def test_a_period_ends_with_the_first_moment_of_the_next(
     reset = "SELECT budget_reset($1, $2, $3)"
     assert await connection.fetchval(reset, period, zone, moments[0]) == moments[1]
     await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("period", "zone", "at", "start"),
+    [
+        ("day", "America/Havana", "2026-11-01T04:30", "2026-11-01T04:00"),
+        ("day", "America/Havana", "2026-11-01T05:30", "2026-11-01T04:00"),
+        ("month", "America/Havana", "2026-11-20T00:00", "2026-11-01T04:00"),
+        ("day", "Atlantic/Azores", "2026-10-25T00:10", "2026-10-25T00:00"),
+        ("day", "Atlantic/Azores", "2026-10-25T20:00", "2026-10-25T00:00"),
+        ("day", "America/Havana", "2026-03-08T12:00", "2026-03-08T05:00"),
+        ("day", "America/Santiago", "2026-04-05T12:00", "2026-04-05T04:00"),
+        ("day", "Europe/Berlin", "2026-10-25T12:00", "2026-10-24T22:00"),
+    ],
+)
+async def test_a_new_budget_starts_with_all_that_its_period_has_on_record(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, period: Any, zone: str, at: str, start: str
+) -> None:
+    """Also with the first of two equal hours, in which the calendar shows midnight twice."""
+    spending = Spending(database_url, 0)
+    await spending.start(monkeypatch)
+    now, first = (datetime.fromisoformat(one).replace(tzinfo=UTC) for one in (at, start))
+    await spending.clock.set(now)
+    connection = await asyncpg.connect(database_url)
+    ended = [(first - timedelta(seconds=1), 1), (first, 10), (now, 100)]
+    await connection.executemany(_CALL, ended)
+    await connection.close()
+    await spending.processes[0].records.set(Budget("b", "usd", 9, period, zone=zone), by="test")
+    (book,) = await spending.processes[0].records.books("b")
+    assert book.spent == 110
+    await spending.aclose()
 
 
 async def test_the_estimates_of_a_window_are_listed_and_it_is_among_the_most_used(

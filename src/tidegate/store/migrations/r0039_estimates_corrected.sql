@@ -1,5 +1,15 @@
 -- Fixes: estimates of a budget with `doubt = estimate` could not be corrected once the actual cost was
--- known.
+-- known; and a budget whose period begins with an hour that is repeated (Havana, the Azores) started
+-- without the recorded spending of the first of the two.
+
+-- The start of a calendar period in its time zone: its first moment, including changes of daylight saving
+-- time. `budget_period` names the period of a book, and may be an hour later.
+CREATE FUNCTION budget_start(period text, zone text, at timestamptz)
+RETURNS timestamptz LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN (named - interval '1 hour') AT TIME ZONE zone >= named AT TIME ZONE zone
+        THEN named - interval '1 hour' ELSE named END
+    FROM (SELECT budget_period(period, zone, at) AS named) AS p
+$$;
 
 -- Charges calls that have ended, and releases the rest of their reservations. `given` is [{"id",
 -- "micros", "tokens", "doubt"}, ...] with null micros if unknown. With `doubt`, the charge is an estimate,

@@ -86,7 +86,7 @@ SELECT b.name, CASE WHEN b.each = '{}' THEN '' ELSE (SELECT json_agg(CASE one
         ELSE coalesce(a.input_tokens, 0) + coalesce(a.output_tokens, 0)
             + coalesce(a.thoughts_tokens, 0) END)::bigint
 FROM budgets b JOIN audit a ON a.finished_at >= CASE WHEN b.window_s IS NULL
-        THEN budget_period(b.period, b.zone, now()) ELSE budget_oldest_span(b.window_s, now()) END
+        THEN budget_start(b.period, b.zone, now()) ELSE budget_oldest_span(b.window_s, now()) END
     AND a.created_at >= CASE WHEN b.window_s IS NULL
         THEN budget_period(b.period, b.zone, now()) - interval '1 day'
         ELSE budget_oldest_span(b.window_s, now()) - interval '1 day' END
