@@ -370,6 +370,12 @@ class BudgetExceeded(QuotaExceeded):
         self.fallback = fallback
 
 
+class BudgetTooSmall(BudgetExceeded):
+    """The call needs more than a whole period of the budget allows: it fails again in each."""
+
+    retryable = False
+
+
 class BudgetPaused(BudgetExceeded):
     """The budget is paused for an unknown time: a person must resume it."""
 
