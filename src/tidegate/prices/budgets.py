@@ -477,6 +477,7 @@ def refused_by(refusal: Refusal, need: int | None, now: datetime) -> QuotaExceed
         allowed=allowed,
         retry_after_ms=after_ms,
         fallback=budget.fallback,
+        resets_at=None if after_ms is None else reset_at,
     )
 
 

@@ -514,7 +514,7 @@ async def test_a_job_of_unknown_cost_is_refused_or_waits_for_a_person(
     async def told() -> bool:
         _, why = await ask(gateway, "GET", f"/requests/{request_id}/why", {})
         sentence: str = why["sentence"]
-        way_out = "`tidegate budgets set BUDGET --doubt estimate`"
+        way_out = "`tidegate budgets set hard --doubt estimate`"
         return (
             sentence.startswith("waits for a budget: the budget hard applies to this call")
             and way_out in sentence
@@ -695,10 +695,12 @@ async def test_the_end_of_a_period_is_told_by_the_clock_of_postgresql(
     await spend(gateway, "day", "", 900)
     left_s = "SELECT extract(epoch FROM budget_reset('day', $1, now()) - now())::float"
     before_s = await gateway.database.fetchval(left_s, ZONE)
+    reset_at = "SELECT extract(epoch FROM budget_reset('day', $1, now()))::bigint"
     for _ in range(2):  # refused by PostgreSQL, and as remembered
-        status, _, headers = await called(gateway, 0, {}, max_tokens=10)
+        status, said, headers = await called(gateway, 0, {}, max_tokens=10)
         after_s = await gateway.database.fetchval(left_s, ZONE)
         assert status == 429
+        assert said["error"]["resets_at"] == await gateway.database.fetchval(reset_at, ZONE)
         assert after_s - 1 <= int(headers["retry-after"]) <= before_s + 2
     assert gateway.services.budgets._refusals.books
     job = {"data": "Why?", "type": "text_only"}
