@@ -199,7 +199,12 @@ def set_(
         bound = _binding(dimensions, () if before is None else before.each)
         return with_changes(before, name, values | bound | _end(pause, fallback, before))
 
-    budget, is_new = with_budgets(lambda records: records.change(name, edit, by=who()))
+    try:
+        budget, is_new = with_budgets(lambda records: records.change(name, edit, by=who()))
+    except ConfigError as wrong:
+        if wrong.variable not in ("period", "window_s") or period is None:
+            raise
+        raise ConfigError("--period", period, wrong.allowed) from None
     note = _note_unused if is_new else _note_paused
     note(budget)
     binds = ", ".join(whom(budget)) or "all calls"
