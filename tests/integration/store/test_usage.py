@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from functools import partial
 from random import Random
@@ -34,6 +34,7 @@ from tidegate.record import CallRecord
 from tidegate.store import database as partitions
 from tidegate.store import statistics
 from tidegate.store.audit import _entry
+from tidegate.store.provider import reconciliations
 from tidegate.store.records import details_of
 from tidegate.store.retention import Whose
 from tidegate.store.statistics import COUNTS
@@ -203,6 +204,24 @@ async def test_a_correction_of_several_models_waits_for_records_in_their_order(
     assert await kept == 3
     total = "SELECT sum(cost_micros)::bigint FROM usage_days"
     assert await peek.fetchval(total) == 1_800
+
+
+async def test_a_day_with_too_many_calls_of_uncertain_usage_is_not_explained_by_some_of_them(
+    store: Store, peek: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconciliations, "MOST_DOUBTFUL", 2)
+    verdicts: list[tuple[str, int]] = []
+    for count, more in ((2, 2), (3, 1)):
+        one = record(1, charge=Charge(UsageState.PARTIAL, Usage(5, 3), None, 40), model="m")
+        for _ in range(more):
+            store.audit.put(replace(one, request_id=new_id(), finished_at=now()))
+        written = f"SELECT count(*) = {count} FROM audit"
+        await wait_until(partial(peek.fetchval, written), 20)
+        ours = await store.reconciliations.ours("gemini", now().date())
+        (found,) = compared(ours, {"m": UsageSum(count, 40, 0, 0, 4, 0, 900)}, {})
+        verdicts.append((found.verdict, len(found.corrections)))
+    assert verdicts == [("explained", 2), ("unexplained", 0)]
+    assert "too many calls of uncertain usage" in found.reason
 
 
 async def test_a_model_of_any_name_is_stored_as_compared(store: Store) -> None:

@@ -76,11 +76,12 @@ class Reconciliations:
             upstream,
             begin,
             end,
-            MOST_DOUBTFUL,
+            MOST_DOUBTFUL + 1,
             timeout_ms=_READ_TIMEOUT_MS,
         )
+        is_cut = len(rows) > MOST_DOUBTFUL
         doubtful: defaultdict[str, list[DoubtfulCall]] = defaultdict(list)
-        for row in rows:
+        for row in rows[:MOST_DOUBTFUL]:
             values = dict(row)
             doubtful[values.pop("model")].append(DoubtfulCall(**values))
         found: dict[str, ModelDay] = {}
@@ -89,9 +90,9 @@ class Reconciliations:
             model, unpriced = values.pop("model"), values.pop("unpriced")
             tiers = frozenset(values.pop("tiers"))
             calls = tuple(doubtful.pop(model, ()))
-            found[model] = ModelDay(UsageSum(**values), calls, unpriced, tiers)
+            found[model] = ModelDay(UsageSum(**values), calls, unpriced, tiers, is_cut)
         for model, calls_alone in doubtful.items():
-            found[model] = ModelDay(doubtful=tuple(calls_alone))
+            found[model] = ModelDay(doubtful=tuple(calls_alone), is_cut=is_cut)
         return found
 
     async def ours_of(self, upstreams: Iterable[str], day: date) -> dict[str, ModelDay]:
