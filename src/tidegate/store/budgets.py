@@ -378,6 +378,7 @@ class Budgets:
         self._waiters: dict[int, _Waiter] = {}
         self._freed: deque[asyncio.Future[None]] = deque()
         self._renewed_at = -math.inf
+        self._is_warm = False
         self._refuses = False  # whether the last batch of reservations had a refused one
         self._steadiness = Steadiness(round(DEAD_AFTER_S * 1000))
         self._reading = asyncio.Lock()
@@ -781,6 +782,7 @@ class Budgets:
                     self._change.clear()
                     read_at = now
                     await self.refresh()
+                    await self.warm()
                 await self.flush(_FLUSH_AFTER_S)
                 if self._rules and now - beaten_at >= _SEEN_EVERY_S:
                     beaten_at = now
@@ -801,6 +803,12 @@ class Budgets:
                 is_idle = self.is_pushed() and not self._pending
                 async with asyncio.timeout(next_beat_s(1.0) if is_idle else _LOOK_EVERY_S):
                     await self._change.wait()
+
+    async def warm(self) -> None:
+        """Prepare for the first refusal once there are budgets. Raises StoreUnavailable."""
+        if self._rules and not self._is_warm:
+            self._is_warm = True
+            await self._connections.run(lambda one: one.execute(sql("warm_budgets")))
 
     async def end_extras(self) -> None:
         """End the extra amounts of rolling budgets once a window has passed since. Raises

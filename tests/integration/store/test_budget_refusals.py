@@ -26,7 +26,7 @@ from tests.integration.store.test_budget_books import (
     with_budgets,
 )
 from tidegate.call import UNKNOWN_CHARGE, new_id
-from tidegate.errors import BudgetExceeded, BudgetPaused
+from tidegate.errors import BudgetExceeded, BudgetPaused, BudgetTooSmall
 from tidegate.jobs.webhooks import alert_payload
 from tidegate.prices.budgets import Budget
 from tidegate.store import budgets as module
@@ -264,7 +264,7 @@ async def test_a_call_that_needs_more_than_a_number_holds_is_refused(
     found = await asyncio.gather(
         *(held_by(budgets, ACME, one) for one in (1, micros, micros, 2)), return_exceptions=True
     )
-    assert [type(one) for one in found] == [UUID, BudgetExceeded, BudgetExceeded, UUID]
+    assert [type(one) for one in found] == [UUID, BudgetTooSmall, BudgetTooSmall, UUID]
 
 
 async def test_tokens_of_all_attempts_stay_charged_where_only_the_cost_is_corrected(
@@ -437,3 +437,29 @@ async def test_an_alert_of_a_budget_with_a_cheaper_model_names_it(
     assert [one.fallback for one in await outbox.newest(10)] == ["cheap"]
     (due,) = await outbox.claim(10, 1_000)
     assert b"spent; a call was moved to cheap, since" in alert_payload(due, "slack")
+
+
+async def test_a_process_prepares_its_first_refusal_and_leaves_nothing_of_that(
+    budgets: Budgets, connections: Connections, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took PostgreSQL tens of milliseconds to plan it, while its call waited."""
+    await with_budgets(budgets, DAY)
+    prepared = asyncio.Event()
+    run = connections.run
+
+    async def spied(work: Any, **options: Any) -> Any:
+        found = await run(work, **options)
+        if found == "DO":
+            prepared.set()
+        return found
+
+    monkeypatch.setattr(connections, "run", spied)
+    running = asyncio.create_task(Budgets(connections, instance_id="new").run())
+    async with asyncio.timeout(20):
+        await prepared.wait()
+    running.cancel()
+    peek = await asyncpg.connect(database_url)
+    tables = ("budgets", "budget_books", "budget_holds", "budget_pauses", "alerts")
+    counts = [await peek.fetchval(f"SELECT count(*) FROM {table}") for table in tables]
+    await peek.close()
+    assert counts == [1, 0, 0, 0, 0]
