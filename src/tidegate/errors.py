@@ -68,6 +68,7 @@ error in records, logs and problem JSON.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, ClassVar, Literal, NamedTuple
 
 
@@ -353,7 +354,8 @@ class QuotaExceeded(TidegateError):
 
 class BudgetExceeded(QuotaExceeded):
     """A budget has no room. `limit` is its name, e.g. `budget_day_tokens`. A retry helps once its
-    period ends, not earlier. fallback: the model that is called instead, if there is one."""
+    period ends, not earlier. fallback: the model that is called instead, if there is one.
+    resets_at: when the period ends, by PostgreSQL's clock."""
 
     code = "budget_exceeded"
 
@@ -365,9 +367,17 @@ class BudgetExceeded(QuotaExceeded):
         allowed: str,
         retry_after_ms: int | None,
         fallback: str | None = None,
+        resets_at: datetime | None = None,
     ) -> None:
         super().__init__(message, limit=limit, allowed=allowed, retry_after_ms=retry_after_ms)
         self.fallback = fallback
+        self.resets_at = resets_at
+
+
+class BudgetTooSmall(BudgetExceeded):
+    """The call needs more than a whole period of the budget allows: it fails again in each."""
+
+    retryable = False
 
 
 class BudgetPaused(BudgetExceeded):

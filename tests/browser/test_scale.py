@@ -104,6 +104,11 @@ COMPOSED = """async (text) => {
     sayComposed(place, text);
     return [place.textContent, ...[...place.querySelectorAll("bdi")].map((one) => one.textContent)];
 }"""
+# Amounts as the page writes them.
+AMOUNTS = """async (amounts) => {
+    const { money } = await import(new URL("static/format.js", document.baseURI));
+    return amounts.map(money);
+}"""
 # What a wide chart of so many seconds, and up to so many dollars, writes beside its axes.
 AXES = """async ([lasts, dollars]) => {
     const at = (file) => import(new URL(`static/${file}`, document.baseURI));
@@ -284,6 +289,14 @@ async def test_the_times_below_a_chart_differ(stage: Stage) -> None:
             times, _ = await seen.page.evaluate(AXES, [lasts_s, 1])
             assert len(times) > 2
             assert len(set(times)) == len(times), times
+
+
+async def test_an_amount_that_is_rounded_to_a_cent_is_written_as_one(stage: Stage) -> None:
+    async with opened(stage, "/batches") as seen:
+        amounts = [0.009999, 0.00999, 0.0099, 0.000999, 0.01, 0, -0.009999, 0.000001]
+        assert await seen.page.evaluate(AMOUNTS, amounts) == [
+            *("$0.01", "$0.01", "$0.0099", "$0.0010", "$0.01", "$0.00", "-$0.01", "$0.000001")
+        ]
 
 
 async def test_the_amounts_beside_a_chart_are_exact(stage: Stage) -> None:

@@ -150,3 +150,41 @@ async def test_a_model_that_no_id_can_name_keeps_no_other_from_being_imported(
     assert openai.skipped == anthropic.skipped == (model,)
     assert list(limits_of(openai.classes, "openai")) == ["rpm:gpt-5"]
     assert list(limits_of(anthropic.classes, "anthropic")) == ["rpm:claude-opus-5"]
+
+
+async def test_a_limit_that_two_pages_list_differently_is_the_lower_one(wire: RelayWire) -> None:
+    """As where it is changed between the two."""
+
+    async def handle(request: web.Request) -> web.Response:
+        bound = 90 if "after" in request.query or "page" in request.query else 50
+        if "projects" in request.path:
+            row = {"id": "rl-5", "model": "gpt-5", "max_requests_per_1_minute": bound}
+            more = {"has_more": bound == 50, "last_id": "rl-5"}
+            return web.json_response({"data": [row], **more})
+        own = [group(("claude-opus-5",), requests_per_minute=bound)]
+        return web.json_response({"data": own, "next_page": "2" if bound == 50 else None})
+
+    async with server(handle) as base:
+        openai = await reported_limits(wire, of_openai(base), project="proj_1")
+        anthropic = await reported_limits(wire, of_anthropic(base))
+    for reported, name in ((openai, "gpt-5"), (anthropic, "claude-opus-5")):
+        for classes in (reported.classes, reported.classes[::-1]):
+            found = limits_of(one_class_each(classes, []), "")
+            assert {limit: one["bound"] for limit, one in found.items()} == {f"rpm:{name}": 50}
+
+
+@pytest.mark.parametrize("more", [{"next_page": "p1"}, {"last_id": "rl-9"}])
+async def test_a_page_that_names_itself_as_the_next_ends_the_list(
+    wire: RelayWire, more: dict[str, str]
+) -> None:
+    asked = 0
+
+    async def handle(_: web.Request) -> web.Response:
+        nonlocal asked
+        asked += 1
+        return web.json_response({"data": [], "has_more": True, **more})
+
+    async with server(handle) as base:
+        with pytest.raises(UpstreamGarbled, match="rate-limit API names one page twice"):
+            await reported_limits(wire, of_openai(base), project="proj_1")
+    assert asked == 2

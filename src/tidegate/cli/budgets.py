@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +22,7 @@ from tidegate.cli.terminal import (
 from tidegate.errors import ConfigError, NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from tidegate.prices.budgets import Budget
     from tidegate.store.budgets import BudgetBook, BudgetRecords
@@ -199,7 +200,8 @@ def set_(
         bound = _binding(dimensions, () if before is None else before.each)
         return with_changes(before, name, values | bound | _end(pause, fallback, before))
 
-    budget, is_new = with_budgets(lambda records: records.change(name, edit, by=who()))
+    with _named_by_option(period):
+        budget, is_new = with_budgets(lambda records: records.change(name, edit, by=who()))
     note = _note_unused if is_new else _note_paused
     note(budget)
     binds = ", ".join(whom(budget)) or "all calls"
@@ -259,6 +261,17 @@ def _alerts(texts: list[str]) -> list[int]:
     except ValueError:
         allowed = f"shares from 1 to 100 percent, or {_NONE} alone"
         raise ConfigError("--alert", ", ".join(texts), allowed) from None
+
+
+@contextmanager
+def _named_by_option(period: str | None) -> Iterator[None]:
+    """Have an error about a field that `--period` has set name the option."""
+    try:
+        yield
+    except ConfigError as wrong:
+        if wrong.variable not in ("period", "window_s") or period is None:
+            raise
+        raise ConfigError("--period", period, wrong.allowed) from None
 
 
 def _period(period: str) -> dict[str, Any]:

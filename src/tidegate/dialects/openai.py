@@ -835,8 +835,9 @@ def problem(error: TidegateError, status: int, retry_after_ms: int | None) -> Js
         "code": code,
     }
     if status == 429 and retry_after_ms is not None and retry_after_ms > _FAR_MS:
-        resets_at = ceil(time.time() + retry_after_ms / 1000)
-        body |= {"type": _LIMIT_REACHED, "resets_at": resets_at}
+        at = getattr(error, "resets_at", None)
+        at_s = time.time() + retry_after_ms / 1000 if at is None else at.timestamp()
+        body |= {"type": _LIMIT_REACHED, "resets_at": ceil(at_s)}
     limit = getattr(error, "limit", None)
     if limit:
         body["limit"] = limit

@@ -32,6 +32,7 @@ from tidegate.dialects.requests import in_tier
 from tidegate.errors import (
     BudgetExceeded,
     BudgetReserved,
+    BudgetTooSmall,
     BudgetUnbounded,
     CallPreempted,
     ConfigError,
@@ -265,6 +266,7 @@ def uncounted_wait_ms(
     period, but at most about a minute, since a budget can be raised, and at most half of the time
     left before its deadline; a second or less if calls in progress hold the rest of the budget. A
     call of unknown cost waits as long: an operator may set a price, allow estimates, or cancel it.
+    One that needs more than a whole period of a budget fails.
     A last attempt waits for another one.
     """
     if isinstance(error, CallPreempted):
@@ -273,7 +275,7 @@ def uncounted_wait_ms(
         return error.retry_after_ms
     if isinstance(error, BudgetReserved):
         return round((rng or random).uniform(_RESERVED_WAIT_MS / 2, _RESERVED_WAIT_MS))
-    if not isinstance(error, BudgetExceeded | BudgetUnbounded):
+    if isinstance(error, BudgetTooSmall) or not isinstance(error, BudgetExceeded | BudgetUnbounded):
         return None
     longest_ms: float = _SPENT_WAIT_MS
     if left_ms is not None:

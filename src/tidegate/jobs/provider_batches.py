@@ -41,6 +41,7 @@ from tidegate.call import (
 )
 from tidegate.dialects.spec import Dialect, Endpoint
 from tidegate.errors import (
+    BudgetTooSmall,
     ClaimLost,
     InvalidRequest,
     NotFound,
@@ -355,8 +356,9 @@ class ProviderBatchRunner:
                 await self._wait_for_budget(one.job, refused_by(refusal, need, now))
 
     async def _wait_for_budget(self, job: ClaimedJob, error: QuotaExceeded) -> None:
-        if getattr(error, "fallback", None) is not None:
-            await self._batches.turn_away([job])  # the live tier uses the fallback model
+        has_fallback = getattr(error, "fallback", None) is not None
+        if has_fallback or isinstance(error, BudgetTooSmall):
+            await self._batches.turn_away([job])  # the live tier uses that model, or refuses it
             return
         until = self._parked_until(job.revisit_at)
         wait_ms = uncounted_wait_ms(error) or 0

@@ -91,7 +91,7 @@ def one_class_each(classes: Iterable[ModelClass], shared: Sequence[str]) -> list
             matched.add(pattern)
         stem = _DATE.sub("", one.models[0]) if len(one.models) == 1 else one.models[0]
         key = (pattern, None) if pattern else (stem, tuple(sorted(one.bounds.items())))
-        found[key] = _joined(found[key], one) if key in found else _named(one, pattern)
+        found[key] = joined_class(found[key], one) if key in found else _named(one, pattern)
     for pattern in shared:
         if pattern not in matched:
             raise ConfigError("--shared", pattern, "must match models of the account")
@@ -106,7 +106,8 @@ def _named(one: ModelClass, pattern: str) -> ModelClass:
     return ModelClass(one.models, one.bounds, one.units, pattern or one.pattern)
 
 
-def _joined(one: ModelClass, other: ModelClass) -> ModelClass:
+def joined_class(one: ModelClass, other: ModelClass) -> ModelClass:
+    """Return a class of the models of both, with the lower bound of each scope."""
     bounds = dict(one.bounds)
     for scope, bound in other.bounds.items():
         bounds[scope] = min(bound, bounds.get(scope, bound))
@@ -117,7 +118,8 @@ def _joined(one: ModelClass, other: ModelClass) -> ModelClass:
 def limits_of(classes: Sequence[ModelClass], provider: str) -> dict[str, Plain]:
     """Return limits by id, as the provider counts them.
 
-    Classes without bounds have none; their models are matched by no pattern of another class.
+    Classes without bounds have none; their models are matched by no pattern of another class. Of a
+    class that the provider lists twice the lower bound counts.
     Raises ConfigError for a class with more names than an id can have.
     """
     all_models = {model for one in classes for model in one.models}
@@ -126,6 +128,8 @@ def limits_of(classes: Sequence[ModelClass], provider: str) -> dict[str, Plain]:
         name = one.pattern or class_name(one.models, all_models.difference(one.models))
         for scope, bound in one.bounds.items():
             limit_id = f"{scope}:{name}"
+            if limit_id in found and found[limit_id]["bound"] <= bound:
+                continue
             value = filled({limit_id: {"bound": bound, "source": "imported"}}, provider)[limit_id]
             found[limit_id] = {
                 **value,

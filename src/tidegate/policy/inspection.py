@@ -600,7 +600,7 @@ async def _why_queued(control: Control, found: Whereabouts) -> Reason:
     what, status = str(found.request_id), found.status.value
     if found.not_before is not None and (left := _left_ms(found.not_before)) > 0:
         if (spent := _spent_budget(found)) is not None:
-            action = _BUDGET_ACTIONS[found.failure_code or ""]
+            action = _budget_action(found)
             text = f"{spent}; it is retried in {format_span(left)}. {action}"
             return Reason(what, text, status, next_action=action)
         if found.is_for_batch:
@@ -777,8 +777,8 @@ def _state(view: LimitView) -> str:
 
 
 _BUDGET_ACTIONS = {
-    "budget_exceeded": "`tidegate budgets resume BUDGET --extra-usd N`, or `--extra-tokens N`, "
-    "allows more in this period, a larger amount more in each",
+    "budget_exceeded": "`tidegate budgets resume BUDGET --extra-UNIT N` allows more in this "
+    "period, a larger amount more in each",
     "budget_paused": "`tidegate budgets resume BUDGET` ends the pause",
     "budget_reserved": "It continues when calls in progress end",
     "budget_unbounded": "Give its model a price, or have the budget take estimates: `tidegate "
@@ -786,6 +786,13 @@ _BUDGET_ACTIONS = {
 }
 
 _UNTIL_A_PERSON_ACTS = ("budget_paused", "budget_unbounded")
+
+
+def _budget_action(found: Whereabouts) -> str:
+    """Return what to do about the budget that the last attempt's error names."""
+    message, action = found.failure_message or "", _BUDGET_ACTIONS[found.failure_code or ""]
+    action = action.replace("UNIT", "tokens" if " tokens spent" in message else "usd")
+    return action.replace("BUDGET", (re.findall(r"^the budget (\S+)", message) or ["BUDGET"])[0])
 
 
 def _spent_budget(found: Whereabouts) -> str | None:
@@ -849,7 +856,7 @@ def waiting(
         if (spent := _spent_budget(found)) is not None:
             text = f"{spent}; it is retried in {format_span(left_ms)}"
             if found.failure_code in _UNTIL_A_PERSON_ACTS:
-                text = f"{text}. {_BUDGET_ACTIONS[found.failure_code]}"
+                text = f"{text}. {_budget_action(found)}"
             return Waiting(text, retry_in_ms=left_ms)
         if found.is_for_batch:
             return Waiting(_GATHERED)

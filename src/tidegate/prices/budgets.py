@@ -24,6 +24,7 @@ from tidegate.errors import (
     BudgetExceeded,
     BudgetPaused,
     BudgetReserved,
+    BudgetTooSmall,
     BudgetUnbounded,
     ConfigError,
     QuotaExceeded,
@@ -460,8 +461,9 @@ def refused_by(refusal: Refusal, need: int | None, now: datetime) -> QuotaExceed
             retry_after_ms=_RESERVED_RETRY_MS,
         )
     reset_at, after_ms, when = refusal.reset_at, None, "it needs more than the whole budget"
+    kind = BudgetExceeded
     if need > budget.amount:
-        when = "it needs more than a whole period allows"
+        kind, when = BudgetTooSmall, "it needs more than a whole period allows"
     elif reset_at is not None:
         left_s = (reset_at - now).total_seconds()
         after_ms = max(1_000, math.ceil(left_s * 1000))
@@ -469,12 +471,13 @@ def refused_by(refusal: Refusal, need: int | None, now: datetime) -> QuotaExceed
         when = f"{event} at {_time_text(reset_at, budget.zone)}"
     elif budget.period == "rolling":
         when = "there is room again as earlier spend leaves its window"
-    return BudgetExceeded(
+    return kind(
         f"the budget {budget.name}{whose} {lacks}; {when}",
         limit=budget.limit,
         allowed=allowed,
         retry_after_ms=after_ms,
         fallback=budget.fallback,
+        resets_at=None if after_ms is None else reset_at,
     )
 
 

@@ -31,6 +31,7 @@ _NAMELESS = (
     "the provider reports no calls of this model, but calls of others that are not on record"
 )
 _DELETED = "{} calls of the day are no longer on record: they have expired or were erased"
+_CUT = "the day has too many calls of uncertain usage: only the first of them were compared"
 _BESIDE = "the provider's figures may include the calls of another upstream of the same account"
 _ABSENT = "the provider reports no calls of this model, and its other figures may be incomplete"
 # The suffix of a dated version of a model, such as -2025-08-07, -20250929 and -0125.
@@ -98,13 +99,15 @@ class ModelDay:
     """Our record of one model on one day.
 
     told: usage of complete answers. unpriced: how many of these have no cost. tiers: other than the
-    usual one, in which some of these were served.
+    usual one, in which some of these were served. is_cut: `doubtful` may lack some, since the day
+    has too many of them to be read.
     """
 
     told: UsageSum = NOTHING
     doubtful: tuple[DoubtfulCall, ...] = ()
     unpriced: int = 0
     tiers: frozenset[str] = frozenset()
+    is_cut: bool = False
 
     @property
     def cost_micros(self) -> int:
@@ -116,6 +119,7 @@ class ModelDay:
             self.doubtful + other.doubtful,
             self.unpriced + other.unpriced,
             self.tiers | other.tiers,
+            self.is_cut or other.is_cut,
         )
 
 
@@ -208,6 +212,7 @@ def _doubted(finding: ModelFinding, beside: ModelDay | None, deleted: int) -> Mo
     """Return the finding with other reasons that a difference may have: the cost of such calls is
     laid at no other call's door."""
     doubts = [_DELETED.format(deleted)] if deleted else []
+    doubts += [_CUT] if finding.ours.is_cut else []
     left = finding.theirs.minus(finding.ours.told)
     if beside is not None and all(
         getattr(left, name) >= getattr(beside.told, name) for name in _COUNTED

@@ -240,6 +240,7 @@ class Gate:
         self._closed_since: float | None = None
         self._fault = ("", "")  # the fault, in full for operators; and in short
         self._strikes: dict[str, tuple[int, float]] = {}  # how many in a row, and their end
+        self._logged_until: dict[str, float] = {}  # the ends of the pauses that are in the log
         self._opening: asyncio.Task[None] | None = None
         self._opened = 0  # successful probes of this process
         self._drained = False
@@ -518,6 +519,7 @@ class Gate:
         if not for_ms or pause.of_rate:
             for_ms = self._strike(pause.limit, for_ms, pause.first_ms)
         why = {"by": self.upstream, "reason": error.message[:_REASON_CHARS]}
+        ends_at = self._clock() + for_ms / 1000
         try:
             paused = await limiter.penalise(
                 pause.limit, for_ms=for_ms, ramp_ms=pause.ramp_ms or for_ms, **why
@@ -525,9 +527,19 @@ class Gate:
         except LimiterUnavailable as unavailable:
             log.debug(Log.LIMIT_PAUSED, limit=pause.limit, detail=unavailable.message)
             return 0
-        if paused:
+        if paused and self._is_news(pause.limit, for_ms, ends_at):
             log.warning(Log.LIMIT_PAUSED, limit=pause.limit, for_ms=for_ms, **why)
         return for_ms
+
+    def _is_news(self, limit: str, for_ms: int, ends_at: float) -> bool:
+        """Whether a pause is not one that is logged, which each of several calls that are refused
+        together prolongs a little."""
+        until = self._logged_until.pop(limit, float("-inf"))
+        while len(self._logged_until) >= MOST_PAUSED:
+            del self._logged_until[next(iter(self._logged_until))]
+        is_news = ends_at - until > for_ms / 2000
+        self._logged_until[limit] = ends_at if is_news else until
+        return is_news
 
     def _has_learned(self, demand: CallDemand) -> bool:
         """Whether an adaptive limit of the call has learned from a refusal that states no time. A

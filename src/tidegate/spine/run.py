@@ -527,7 +527,7 @@ class _Run:
                     targets, self._home = self._instead(spent), None  # that of another model
                     left = spine.usable(targets)
                 if not left:
-                    raise next(iter(self._refusals.values())) from None
+                    raise max(self._refusals.values(), key=lambda one: one.retryable) from None
             except CallFailed as failed:
                 if not self._worth_another(failed):
                     raise
@@ -555,8 +555,7 @@ class _Run:
         return [one for one in left if not self._spine.account(one).gate.drained]
 
     def _affordable(self, targets: list[Target]) -> list[Target]:
-        """Return the targets that no budget has refused or is known to refuse: a later upstream may
-        be cheaper than an earlier one."""
+        """Return the targets that no budget refuses, as far as is known: a later may be cheaper."""
         assert self._budgets is not None
         found = []
         for target in targets:
@@ -565,7 +564,8 @@ class _Run:
             account = self._spine.account(target)
             cost = self._exchange.cost(target, account, self._exchange.demand(target, account))
             with suppress(BudgetUnbounded):  # the attempt there raises it
-                if self._budgets.refusal(self._binding(target), cost) is not None:
+                if (refused := self._budgets.refusal(self._binding(target), cost)) is not None:
+                    self._refusals[_place(target)] = refused
                     continue
             found.append(target)
         return found

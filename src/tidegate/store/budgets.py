@@ -5,8 +5,9 @@
          └── refused: spent, held by other calls, or paused
 
 PostgreSQL has the books. Before a call is sent, its greatest possible cost is reserved in all of
-its budgets, or in none; `reserve_budgets` and `settle_budgets` (migration r0036) decide under the
-locks of the books. Reservations that arrive during a commit are written together by the next one.
+its budgets, or in none; `reserve_budgets` and `settle_budgets` (migrations r0038 and r0039) decide
+under the locks of the books. Reservations that arrive during a commit are written together by the
+next one.
 
 Invariants: spent + held never exceeds the amount of a budget, except for calls that cost more than
 they had reserved; reservations of a process that dies stay charged, as an estimate; a call without
@@ -377,6 +378,7 @@ class Budgets:
         self._waiters: dict[int, _Waiter] = {}
         self._freed: deque[asyncio.Future[None]] = deque()
         self._renewed_at = -math.inf
+        self._is_warm = False
         self._refuses = False  # whether the last batch of reservations had a refused one
         self._steadiness = Steadiness(round(DEAD_AFTER_S * 1000))
         self._reading = asyncio.Lock()
@@ -780,6 +782,7 @@ class Budgets:
                     self._change.clear()
                     read_at = now
                     await self.refresh()
+                    await self.warm()
                 await self.flush(_FLUSH_AFTER_S)
                 if self._rules and now - beaten_at >= _SEEN_EVERY_S:
                     beaten_at = now
@@ -800,6 +803,12 @@ class Budgets:
                 is_idle = self.is_pushed() and not self._pending
                 async with asyncio.timeout(next_beat_s(1.0) if is_idle else _LOOK_EVERY_S):
                     await self._change.wait()
+
+    async def warm(self) -> None:
+        """Prepare for the first refusal once there are budgets. Raises StoreUnavailable."""
+        if self._rules and not self._is_warm:
+            self._is_warm = True
+            await self._connections.run(lambda one: one.execute(sql("warm_budgets")))
 
     async def end_extras(self) -> None:
         """End the extra amounts of rolling budgets once a window has passed since. Raises

@@ -30,7 +30,7 @@ from tidegate.errors import ConfigError, UpstreamGarbled, UpstreamRejected, Upst
 from tidegate.limiter import MAX_BOUND
 from tidegate.policy.access import Access, Network
 from tidegate.policy.format import can_be_limited
-from tidegate.policy.imported import ModelClass
+from tidegate.policy.imported import ModelClass, joined_class
 from tidegate.prices.reconciliation import UsageSum
 from tidegate.upstream.transport import RelayWire, Timeouts
 
@@ -176,11 +176,13 @@ class _Reader:
             for bucket in _entries(answer, "usage API"):
                 for row in json_objects(bucket.get("results")):
                     yield row
-            page = answer.get("next_page")
+            before, page = page, answer.get("next_page")
             if not answer.get("has_more"):
                 return
             if not isinstance(page, str):
                 raise UpstreamGarbled("the usage API has more pages and does not name the next")
+            if page == before:
+                raise UpstreamGarbled("the usage API names one page twice")
         raise UpstreamGarbled(f"the usage API has more than {MOST_PAGES} pages")
 
 
@@ -332,9 +334,8 @@ async def _of_project(wire: RelayWire, account: UsageAccount, project: str) -> R
             continue
         of_id = str(row.get("id") or model)
         known = {scope: bound for scope, bound in bounds.items() if bound}
-        other = classes.get(of_id)
-        models = (model,) if other is None else (*other.models, model)
-        classes[of_id] = ModelClass(models, known)
+        one = ModelClass((model,), known)
+        classes[of_id] = joined_class(classes[of_id], one) if of_id in classes else one
     return ReportedLimits(tuple(classes.values()), tuple(skipped))
 
 
@@ -423,6 +424,7 @@ async def _rows(
             raise
         for row in _entries(answer, _API):
             yield row
+        before = more
         # The cursors of Anthropic and of OpenAI.
         if answer.get("next_page"):
             more = {"page": answer["next_page"]}
@@ -432,6 +434,8 @@ async def _rows(
             more = {"after": answer["last_id"]}
         else:
             raise UpstreamGarbled(f"the {_API} has more pages and does not name the next")
+        if more == before:
+            raise UpstreamGarbled(f"the {_API} names one page twice")
     raise UpstreamGarbled(f"the {_API} has more than {MOST_LIMIT_PAGES} pages")
 
 

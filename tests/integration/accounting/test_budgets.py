@@ -447,15 +447,16 @@ async def test_streams_and_jobs_are_bound_by_the_budget_of_their_conversation(
     open_gateway: Opener,
 ) -> None:
     gateway = await open_gateway(worker=False)
-    talk = Budget("talk", "tokens", 10, "day", conversation="c-1", doubt="estimate")
+    talk = Budget("talk", "tokens", 9_000, "day", conversation="c-1", doubt="estimate")
     await with_budgets(gateway, talk)
+    await spend(gateway, "talk", "", 8_999)
     mine = {"data": "Why is the sea salty?", "type": "text_only", "conversation": "c-1"}
     status, problem = await ask(gateway, "POST", "/stream", {}, mine)
     assert (status, problem["limit"]) == (429, "talk")
     other = mine | {"conversation": "c-2"}
     assert (await ask(gateway, "POST", "/stream", {}, other))[0] == 200
     gateway.start_worker()  # which knows the budget from its first call on
-    # A job whose conversation has spent nothing yet is taken, and waits where its call is refused.
+    # A job whose conversation has something left is taken, and waits where its call is refused.
     body = {"model": "m", "max_tokens": 90, "messages": [{"role": "user", "content": "Hi"}]}
     wrapped = {"endpoint": "/v1/chat/completions", "body": body, "conversation": "c-1"}
     for job in (mine, wrapped):
@@ -513,7 +514,7 @@ async def test_a_job_of_unknown_cost_is_refused_or_waits_for_a_person(
     async def told() -> bool:
         _, why = await ask(gateway, "GET", f"/requests/{request_id}/why", {})
         sentence: str = why["sentence"]
-        way_out = "`tidegate budgets set BUDGET --doubt estimate`"
+        way_out = "`tidegate budgets set hard --doubt estimate`"
         return (
             sentence.startswith("waits for a budget: the budget hard applies to this call")
             and way_out in sentence
@@ -694,10 +695,12 @@ async def test_the_end_of_a_period_is_told_by_the_clock_of_postgresql(
     await spend(gateway, "day", "", 900)
     left_s = "SELECT extract(epoch FROM budget_reset('day', $1, now()) - now())::float"
     before_s = await gateway.database.fetchval(left_s, ZONE)
+    reset_at = "SELECT extract(epoch FROM budget_reset('day', $1, now()))::bigint"
     for _ in range(2):  # refused by PostgreSQL, and as remembered
-        status, _, headers = await called(gateway, 0, {}, max_tokens=10)
+        status, said, headers = await called(gateway, 0, {}, max_tokens=10)
         after_s = await gateway.database.fetchval(left_s, ZONE)
         assert status == 429
+        assert said["error"]["resets_at"] == await gateway.database.fetchval(reset_at, ZONE)
         assert after_s - 1 <= int(headers["retry-after"]) <= before_s + 2
     assert gateway.services.budgets._refusals.books
     job = {"data": "Why?", "type": "text_only"}
@@ -710,7 +713,8 @@ async def test_a_job_that_expires_while_it_waits_for_a_budget_names_the_budget(
     open_gateway: Opener,
 ) -> None:
     gateway = await open_gateway()
-    await with_budgets(gateway, Budget("day", "tokens", 10, "day", doubt="estimate"))
+    await with_budgets(gateway, Budget("day", "tokens", 9_000, "day", doubt="estimate"))
+    await spend(gateway, "day", "", 8_999)
     job = await gateway.submit(data="Why?", type="text_only")
     refused = f"SELECT failure->>'code' = 'budget_exceeded' FROM requests WHERE id = '{job}'"
     await wait_until(lambda: gateway.database.fetchval(refused), 20, "a refusal by the budget")
@@ -720,3 +724,30 @@ async def test_a_job_that_expires_while_it_waits_for_a_budget_names_the_budget(
     assert record["error"]["message"].startswith(
         "its deadline came while it was queued (last error: the budget day has no room for this"
     )
+
+
+async def test_a_job_that_needs_more_than_a_whole_budget_fails_and_says_so(
+    open_gateway: Opener,
+) -> None:
+    """Another that only has to wait for the next period is retried."""
+    gateway = await open_gateway()
+    await with_budgets(
+        gateway,
+        Budget("small", "tokens", 10, "day", tenant="acme", doubt="estimate"),
+        Budget("day", "tokens", 9_000, "day", tenant="default", doubt="estimate"),
+    )
+    await spend(gateway, "day", "", 8_999)
+    acme = {"x-tidegate-tenant": "acme"}
+    waits = await submitted(gateway, {}, data="Why?", type="text_only")
+    fails = await submitted(gateway, acme, data="Why?", type="text_only")
+
+    async def ended() -> Any:
+        _, record = await ask(gateway, "GET", f"/status/{fails}", acme)
+        return record if record["status"] == "failed" else None
+
+    record = await wait_until(ended, 20, "its end")
+    assert (record["error"]["code"], record["error"]["retryable"]) == ("budget_exceeded", False)
+    assert "it needs more than a whole period allows" in record["error"]["message"]
+    said = await refused_once(gateway, waits)
+    assert (said["status"], said["error"]["retryable"]) == ("queued", True)
+    assert await gateway.calls() == []

@@ -86,6 +86,20 @@ async def test_a_batch_waits_while_a_budget_is_spent_and_then_goes_on(
     await assert_all_succeeded(client, await end_of(client, batch), LINES)
 
 
+async def test_a_line_that_needs_more_than_a_whole_budget_fails(
+    open_gateway: Opener, sdk: MakeSdk
+) -> None:
+    gateway = await open_gateway(**ON | {"worker": False})
+    client = await with_key(gateway, sdk, budget_day_tokens=10)
+    gateway.start_worker()
+    batch = await end_of(client, await begin(client, content(2)))
+    assert batch.request_counts is not None
+    assert (batch.status, batch.request_counts.failed) == ("completed", 2)
+    assert batch.error_file_id is not None
+    errors = (await client.files.content(batch.error_file_id)).text
+    assert errors.count("it needs more than a whole period allows") == 2
+
+
 async def test_a_batch_of_a_disabled_tenant_stands_still(
     open_gateway: Opener, sdk: MakeSdk
 ) -> None:

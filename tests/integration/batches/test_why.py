@@ -7,7 +7,7 @@ from typing import Any
 from tests.batching import begin, end_of, jsonl, line, lines_of
 from tests.commands import tidegate
 from tests.gateway import Gateway, Opener, operators_headers
-from tests.integration.accounting.test_budgets import with_budgets
+from tests.integration.accounting.test_budgets import spend, with_budgets
 from tests.integration.batches.conftest import MakeSdk
 from tests.waiting import wait_until
 from tidegate.prices.budgets import Budget
@@ -71,7 +71,8 @@ async def test_a_batch_names_the_budget_that_its_lines_wait_for(
     gateway = await open_gateway(worker=False)
     client = sdk(gateway)
     batch = await begin(client, jsonl(line(f"id-{n}", f"say {n}") for n in range(3)))
-    await with_budgets(gateway, Budget("small", "tokens", 100, "day", doubt="estimate"))
+    await with_budgets(gateway, Budget("small", "tokens", 9_000, "day", doubt="estimate"))
+    await spend(gateway, "small", "", 8_999)
     gateway.start_worker()
 
     async def refused() -> dict[str, Any] | None:
@@ -82,7 +83,7 @@ async def test_a_batch_names_the_budget_that_its_lines_wait_for(
     assert reason["sentence"].startswith(
         "has 3 of 3 lines left to call; the next waits for a budget: the budget small has no room"
     )
-    assert "`tidegate budgets resume BUDGET --extra-usd N`" in reason["next_action"]
+    assert "`tidegate budgets resume small --extra-tokens N` allows" in reason["next_action"]
     await client.batches.cancel(batch.id)
     ended = await end_of(client, batch)
     said = await lines_of(client, ended.error_file_id)

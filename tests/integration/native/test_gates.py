@@ -294,7 +294,30 @@ async def test_calls_that_are_refused_in_one_moment_slow_down_once(open_gateway:
         pauses_ms = await asyncio.gather(*throttled)
     assert 0 < min(pauses_ms) <= max(pauses_ms) == FIRST_PAUSE_MS
     paused = [line for line in logs if line["event"] == Log.LIMIT_PAUSED]
-    assert {(line["by"], line["reason"]) for line in paused} == {("gemini", "Slow down")}
+    assert [(line["by"], line["reason"]) for line in paused] == [("gemini", "Slow down")]
+
+
+async def test_one_pause_is_one_line_in_the_log_and_a_much_longer_one_another(
+    open_gateway: Opener,
+) -> None:
+    """Also where the provider states the time, of which each refusal has a little less left."""
+    limiter, now = (await open_gateway(worker=False)).services.limiter, 0.0
+    gate, demand = Gate("gemini", limiter, clock=lambda: now), CallDemand((), "t", "normal", 0)
+
+    async def refused(number: int, after_ms: int) -> None:
+        words = f"Try again in {after_ms} ms"
+        error = UpstreamThrottled(words, retry_after_ms=after_ms + number, of_account=True)
+        await gate.throttled(error, MODEL, demand)
+
+    with capture_logs() as logs:
+        await asyncio.gather(*(refused(number, 9_000) for number in range(8)))
+        now = 5.0
+        await refused(0, 90_000)
+        await asyncio.gather(*(refused(number, 90_000) for number in range(8)))
+        now = 100.0
+        await refused(0, 180_000)
+    paused = [line["for_ms"] for line in logs if line["event"] == Log.LIMIT_PAUSED]
+    assert [round(for_ms, -3) for for_ms in paused] == [9_000, 90_000, 180_000]
 
 
 @pytest.mark.parametrize(

@@ -597,7 +597,7 @@ class Spending:
             keeps = is_doubtful and budget.doubt == "bound"
             one.paid = max(one.need, given or 0) if keeps else one.need if given is None else given
             one.is_estimate, one.paid_at = is_doubtful, self.clock.at
-            call.can_correct = call.can_correct or keeps
+            call.can_correct = call.can_correct or is_doubtful
 
     async def _correct(self) -> None:
         found = [one for one in self.calls if one.can_correct]
@@ -609,9 +609,8 @@ class Spending:
         await self.processes[0].records.correct(call.request_id, micros=micros, tokens=tokens)
         for one in call.entries:
             budget = self.ledger.budgets[one.budget]
-            if budget.doubt == "bound":
-                one.paid = micros if budget.unit == "usd" else tokens
-                one.is_estimate = False
+            one.paid = micros if budget.unit == "usd" else tokens
+            one.is_estimate = False
 
     async def _kill(self) -> None:
         place = self.random.randrange(2)
@@ -647,9 +646,8 @@ class Spending:
                 late.can_correct = False
                 for entry in late.entries:
                     budget = self.ledger.budgets[entry.budget]
-                    if budget.doubt == "bound":
-                        entry.paid = 5 if budget.unit == "usd" else 3
-                        entry.is_estimate = False
+                    entry.paid = 5 if budget.unit == "usd" else 3
+                    entry.is_estimate = False
 
     # Judgement
 

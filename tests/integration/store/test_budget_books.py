@@ -123,6 +123,7 @@ class Books:
             pays = need if paid is None else paid
             if doubt and one.budget.doubt == "bound":
                 pays = max(pays, need)
+            if doubt:
                 self.kept.setdefault(hold, []).append((one, pays))
             book.held -= need
             book.spent += pays

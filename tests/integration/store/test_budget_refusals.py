@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import asyncpg
 import orjson
 import pytest
 
+from tests.integration.store.spending import Spending
 from tests.integration.store.test_budget_books import (
     ACME,
+    DAY,
     OTHER,
     cost,
     cut,
@@ -23,12 +26,22 @@ from tests.integration.store.test_budget_books import (
     with_budgets,
 )
 from tidegate.call import UNKNOWN_CHARGE, new_id
-from tidegate.errors import BudgetExceeded, BudgetPaused
+from tidegate.errors import BudgetExceeded, BudgetPaused, BudgetTooSmall
 from tidegate.jobs.webhooks import alert_payload
 from tidegate.prices.budgets import Budget
+from tidegate.store import budgets as module
 from tidegate.store.budgets import Budgets, correct_holds
 from tidegate.store.database import Connections
 from tidegate.store.outbox import AlertOutbox
+
+# A call in the audit that ended at $1 and cost $2 micro-dollars.
+_CALL = """
+    INSERT INTO audit (id, created_at, request_id, tenant_id, pool, source, status, kind,
+        classified_by, classified_reason, priority, attempts, lapses, instance_id, submitted_at,
+        finished_at, queue_ms, upstream_ms, cost_micros, model)
+    VALUES (gen_random_uuid(), $1, gen_random_uuid(), 'acme', 'gemini', 'relay', 'succeeded',
+        'text_only', 'body', '', 0, 1, 0, 'i', $1, $1, 0, 0, $2, 'm')
+"""
 
 
 @pytest.fixture
@@ -197,6 +210,37 @@ async def test_a_period_ends_with_the_first_moment_of_the_next(
     await connection.close()
 
 
+@pytest.mark.parametrize(
+    ("period", "zone", "at", "start"),
+    [
+        ("day", "America/Havana", "2026-11-01T04:30", "2026-11-01T04:00"),
+        ("day", "America/Havana", "2026-11-01T05:30", "2026-11-01T04:00"),
+        ("month", "America/Havana", "2026-11-20T00:00", "2026-11-01T04:00"),
+        ("day", "Atlantic/Azores", "2026-10-25T00:10", "2026-10-25T00:00"),
+        ("day", "Atlantic/Azores", "2026-10-25T20:00", "2026-10-25T00:00"),
+        ("day", "America/Havana", "2026-03-08T12:00", "2026-03-08T05:00"),
+        ("day", "America/Santiago", "2026-04-05T12:00", "2026-04-05T04:00"),
+        ("day", "Europe/Berlin", "2026-10-25T12:00", "2026-10-24T22:00"),
+    ],
+)
+async def test_a_new_budget_starts_with_all_that_its_period_has_on_record(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, period: Any, zone: str, at: str, start: str
+) -> None:
+    """Also with the first of two equal hours, in which the calendar shows midnight twice."""
+    spending = Spending(database_url, 0)
+    await spending.start(monkeypatch)
+    now, first = (datetime.fromisoformat(one).replace(tzinfo=UTC) for one in (at, start))
+    await spending.clock.set(now)
+    connection = await asyncpg.connect(database_url)
+    ended = [(first - timedelta(seconds=1), 1), (first, 10), (now, 100)]
+    await connection.executemany(_CALL, ended)
+    await connection.close()
+    await spending.processes[0].records.set(Budget("b", "usd", 9, period, zone=zone), by="test")
+    (book,) = await spending.processes[0].records.books("b")
+    assert book.spent == 110
+    await spending.aclose()
+
+
 async def test_the_estimates_of_a_window_are_listed_and_it_is_among_the_most_used(
     budgets: Budgets,
 ) -> None:
@@ -220,7 +264,7 @@ async def test_a_call_that_needs_more_than_a_number_holds_is_refused(
     found = await asyncio.gather(
         *(held_by(budgets, ACME, one) for one in (1, micros, micros, 2)), return_exceptions=True
     )
-    assert [type(one) for one in found] == [UUID, BudgetExceeded, BudgetExceeded, UUID]
+    assert [type(one) for one in found] == [UUID, BudgetTooSmall, BudgetTooSmall, UUID]
 
 
 async def test_tokens_of_all_attempts_stay_charged_where_only_the_cost_is_corrected(
@@ -237,6 +281,30 @@ async def test_tokens_of_all_attempts_stay_charged_where_only_the_cost_is_correc
         await budgets.flush()
     await connections.run(lambda connection: correct_holds(connection, {request_id: 30}))
     assert await seen(database_url) == {("u", ""): (30, 0, 0), ("t", ""): (140, 0, 0)}
+
+
+async def test_a_budget_that_takes_estimates_is_corrected_by_what_a_request_has_cost(
+    budgets: Budgets, connections: Connections, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a dead process, of a call that was cut off, and of one that was only silent."""
+    await with_budgets(budgets, replace(DAY, doubt="estimate"))
+    dead = Budgets(connections, instance_id="dead")
+    await dead.refresh()
+    bindings, requests = budgets.binding(ACME, "m"), [new_id() for _ in range(3)]
+    late, *_ = [await dead.reserve(bindings, one, cost(300)) for one in requests[:2]]
+    monkeypatch.setattr(module, "DEAD_AFTER_S", -1.0)
+    assert await budgets.charge_orphans() == 2
+    budgets.settle(await budgets.reserve(bindings, requests[2], cost(200)), cut(50))
+    await budgets.flush()
+    assert await seen(database_url) == {("day", ""): (650, 650, 0)}
+    for _ in range(2):
+        dead.settle(late, told(20))
+        await dead.flush()
+        assert await seen(database_url) == {("day", ""): (370, 350, 0)}
+    for request, micros, left in ((requests[1], 7, (77, 50, 0)), (requests[2], 60, (87, 0, 0))):
+        assert await budgets.records.correct(request, micros=micros, tokens=1) == 1
+        assert await budgets.records.correct(request, micros=micros, tokens=1) == 0
+        assert await seen(database_url) == {("day", ""): left}
 
 
 async def test_a_pause_of_a_person_is_listed_in_a_period_without_a_call(
@@ -369,3 +437,29 @@ async def test_an_alert_of_a_budget_with_a_cheaper_model_names_it(
     assert [one.fallback for one in await outbox.newest(10)] == ["cheap"]
     (due,) = await outbox.claim(10, 1_000)
     assert b"spent; a call was moved to cheap, since" in alert_payload(due, "slack")
+
+
+async def test_a_process_prepares_its_first_refusal_and_leaves_nothing_of_that(
+    budgets: Budgets, connections: Connections, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took PostgreSQL tens of milliseconds to plan it, while its call waited."""
+    await with_budgets(budgets, DAY)
+    prepared = asyncio.Event()
+    run = connections.run
+
+    async def spied(work: Any, **options: Any) -> Any:
+        found = await run(work, **options)
+        if found == "DO":
+            prepared.set()
+        return found
+
+    monkeypatch.setattr(connections, "run", spied)
+    running = asyncio.create_task(Budgets(connections, instance_id="new").run())
+    async with asyncio.timeout(20):
+        await prepared.wait()
+    running.cancel()
+    peek = await asyncpg.connect(database_url)
+    tables = ("budgets", "budget_books", "budget_holds", "budget_pauses", "alerts")
+    counts = [await peek.fetchval(f"SELECT count(*) FROM {table}") for table in tables]
+    await peek.close()
+    assert counts == [1, 0, 0, 0, 0]

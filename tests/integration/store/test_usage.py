@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from functools import partial
 from random import Random
@@ -34,6 +34,7 @@ from tidegate.record import CallRecord
 from tidegate.store import database as partitions
 from tidegate.store import statistics
 from tidegate.store.audit import _entry
+from tidegate.store.provider import reconciliations
 from tidegate.store.records import details_of
 from tidegate.store.retention import Whose
 from tidegate.store.statistics import COUNTS
@@ -69,6 +70,12 @@ SUMS = f"""
         count(*) FILTER (WHERE usage_state = 'unknown') AS unknown,
         {", ".join(map(OF_DETAILS.format, SUMMED))}
     FROM audit GROUP BY 1, 2, 3, 4
+"""
+
+
+_IS_WAITING = """
+    SELECT count(*) > 0 FROM pg_stat_activity
+    WHERE datname = current_database() AND wait_event_type = 'Lock'
 """
 
 
@@ -140,7 +147,10 @@ async def test_a_correction_is_of_the_upstream_or_of_what_an_earlier_version_cou
     corrected: list[list[int]] = []
     for pool in ("gemini", "oai"):
         await peek.execute(add, day, pool)
-        await peek.execute(partitions.sql("correct_usage"), "t", day, "m", "oai", "gemini", 5, 0)
+        # Jobs of two queues.
+        rows = [("t", day, "m", "oai", "gemini", 2, 0), ("t", day, "m", "oai", "oai", 3, 0)]
+        rows = rows if pool == "oai" else [("t", day, "m", "oai", "gemini", 5, 0)]
+        await peek.execute(partitions.sql("correct_usage"), *zip(*rows, strict=True))
         corrected.append([row["cost_micros"] for row in await peek.fetch(costs)])
     assert corrected == [[5], [5, 5]]
 
@@ -163,6 +173,55 @@ async def test_totals_are_the_sums_after_calls_without_a_cost_were_corrected(
     assert await totals_are_the_sums(peek) == 4
     total = "SELECT sum(cost_micros)::bigint FROM usage_days"
     assert await peek.fetchval(total) == 90
+
+
+async def test_a_correction_of_several_models_waits_for_records_in_their_order(
+    store: Store, peek: asyncpg.Connection, database_url: str
+) -> None:
+    """Of two tenants: a record that ends meanwhile of both models deadlocked with it."""
+    places, models = [("a", "m1"), ("b", "m1"), ("a", "m2")], dict[str, list[DoubtfulCall]]()
+    for tenant, model in places:
+        charge = Charge(UsageState.PARTIAL, Usage(5, 3), None, 40)
+        one = record(1, charge=charge, finished_at=now(), model=model, tenant_id=tenant)
+        store.audit.put(one)
+        assert one.request_id is not None
+        models.setdefault(model, []).append(DoubtfulCall(one.request_id, "partial", 5, 3, 40))
+    await wait_until(lambda: peek.fetchval("SELECT count(*) = 3 FROM audit"), 20)
+    found = compared(
+        {name: ModelDay(doubtful=tuple(calls)) for name, calls in models.items()},
+        {name: UsageSum(len(calls), 40, 0, 0, 4, 0, 900) for name, calls in models.items()},
+        {},
+    )
+    add = "UPDATE usage_days SET requests = requests + 1 WHERE tenant_id = $1 AND model = $2"
+    late = await asyncpg.connect(database_url)
+    await late.execute("SET deadlock_timeout = '1ms'")
+    async with late.transaction():
+        await late.execute(add, "a", "m2")
+        kept = asyncio.create_task(store.reconciliations.keep("gemini", "o", now().date(), found))
+        await wait_until(lambda: peek.fetchval(_IS_WAITING), 20)
+        await late.execute(add, "b", "m1")
+    await late.close()
+    assert await kept == 3
+    total = "SELECT sum(cost_micros)::bigint FROM usage_days"
+    assert await peek.fetchval(total) == 1_800
+
+
+async def test_a_day_with_too_many_calls_of_uncertain_usage_is_not_explained_by_some_of_them(
+    store: Store, peek: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconciliations, "MOST_DOUBTFUL", 2)
+    verdicts: list[tuple[str, int]] = []
+    for count, more in ((2, 2), (3, 1)):
+        one = record(1, charge=Charge(UsageState.PARTIAL, Usage(5, 3), None, 40), model="m")
+        for _ in range(more):
+            store.audit.put(replace(one, request_id=new_id(), finished_at=now()))
+        written = f"SELECT count(*) = {count} FROM audit"
+        await wait_until(partial(peek.fetchval, written), 20)
+        ours = await store.reconciliations.ours("gemini", now().date())
+        (found,) = compared(ours, {"m": UsageSum(count, 40, 0, 0, 4, 0, 900)}, {})
+        verdicts.append((found.verdict, len(found.corrections)))
+    assert verdicts == [("explained", 2), ("unexplained", 0)]
+    assert "too many calls of uncertain usage" in found.reason
 
 
 async def test_a_model_of_any_name_is_stored_as_compared(store: Store) -> None:

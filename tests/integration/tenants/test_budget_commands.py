@@ -264,6 +264,20 @@ async def test_a_zone_that_postgresql_does_not_know_is_refused(
     assert (await ask(gateway, "GET", "/admin/budgets", AS_ADMIN)) == (200, [])
 
 
+async def test_a_period_that_cannot_be_changed_is_named_by_its_option(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False)
+    assert (
+        await tidegate(gateway, "budgets", "set", "b", "--usd", "1", "--period", "5h")
+    ).code == 0
+    for period in ("6h", "day"):
+        refused = await tidegate(gateway, "budgets", "set", "b", "--period", period)
+        assert refused.code != 0
+        assert f"--period={period}: " in refused.complained, refused.complained
+        assert "window_s" not in refused.complained
+
+
 async def test_a_larger_amount_of_a_paused_budget_is_set_with_a_note(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, admin_token=ADMIN_TOKEN)
     named = ("budgets", "set", "cap", "--usd")

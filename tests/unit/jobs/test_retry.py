@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tidegate.errors import (
     LONGEST_OF_FAULT_MS,
     BudgetExceeded,
+    BudgetTooSmall,
     PromptBlocked,
     TidegateError,
     UpstreamRejected,
@@ -25,6 +26,12 @@ from tidegate.jobs.webhooks import webhook_wait_ms
     "error", [UpstreamRejected("no"), PromptBlocked("no", reason="SAFETY"), TidegateError("bug")]
 )
 def test_what_would_fail_again_is_not_tried_again(error: TidegateError) -> None:
+    assert retry_wait_ms(error, 1, 5) is None
+
+
+def test_what_no_period_of_a_budget_has_room_for_is_not_tried_again() -> None:
+    error = BudgetTooSmall("too dear", limit="day", allowed="$1 a day", retry_after_ms=None)
+    assert uncounted_wait_ms(error) is None
     assert retry_wait_ms(error, 1, 5) is None
 
 

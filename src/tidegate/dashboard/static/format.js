@@ -97,7 +97,8 @@ export function bytes(value) {
 export function money(value) {
   if (!given(value)) return NOTHING;
   const amount = Math.abs(value);
-  const digits = amount && amount < 0.01 ? Number(amount.toPrecision(2)).toFixed(small(amount)) : dollars.format(amount);
+  const short = Number(amount.toPrecision(2)); // which may be a whole cent
+  const digits = amount && short < 0.01 ? short.toFixed(small(short)) : dollars.format(amount);
   return `${value < 0 ? "-" : ""}$${digits}`;
 }
 

@@ -33,6 +33,8 @@ MOST_FOUND = 10_000
 # A day is read from the log of a month, since batch lines and jobs may end long after they came.
 _READ_TIMEOUT_MS, _CORRECT_TIMEOUT_MS = 300_000, 60_000
 _MOST_NAMED = 100  # calls per finding
+# By tenant, day, model, upstream and pool: the additional cost, and how many calls had none before.
+_Totals = defaultdict[tuple[Any, ...], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,12 @@ class Reconciliations:
             upstream,
             begin,
             end,
-            MOST_DOUBTFUL,
+            MOST_DOUBTFUL + 1,
             timeout_ms=_READ_TIMEOUT_MS,
         )
+        is_cut = len(rows) > MOST_DOUBTFUL
         doubtful: defaultdict[str, list[DoubtfulCall]] = defaultdict(list)
-        for row in rows:
+        for row in rows[:MOST_DOUBTFUL]:
             values = dict(row)
             doubtful[values.pop("model")].append(DoubtfulCall(**values))
         found: dict[str, ModelDay] = {}
@@ -87,9 +90,9 @@ class Reconciliations:
             model, unpriced = values.pop("model"), values.pop("unpriced")
             tiers = frozenset(values.pop("tiers"))
             calls = tuple(doubtful.pop(model, ()))
-            found[model] = ModelDay(UsageSum(**values), calls, unpriced, tiers)
+            found[model] = ModelDay(UsageSum(**values), calls, unpriced, tiers, is_cut)
         for model, calls_alone in doubtful.items():
-            found[model] = ModelDay(doubtful=tuple(calls_alone))
+            found[model] = ModelDay(doubtful=tuple(calls_alone), is_cut=is_cut)
         return found
 
     async def ours_of(self, upstreams: Iterable[str], day: date) -> dict[str, ModelDay]:
@@ -117,9 +120,9 @@ class Reconciliations:
         of corrected charges."""
 
         async def work(connection: asyncpg.Connection) -> int:
-            corrected, costs = 0, dict[UUID, int]()
+            corrected, costs, totals = 0, dict[UUID, int](), _Totals(lambda: [0, 0])
             for finding in findings:
-                corrected += await _correct_charges(connection, day, finding, costs)
+                corrected += await _correct_charges(connection, day, finding, costs, totals)
                 calls = orjson.dumps(_explaining_calls(finding)).decode()
                 await connection.execute(
                     sql("put_reconciliation"),
@@ -133,7 +136,11 @@ class Reconciliations:
                     finding.reason,
                     calls,
                 )
-            await correct_holds(connection, costs)  # last, since other calls wait for these books
+            # Last, since records wait for these totals, and other calls for these books.
+            if totals:
+                rows = [(*key, *more) for key, more in totals.items()]
+                await connection.execute(sql("correct_usage"), *zip(*rows, strict=True))
+            await correct_holds(connection, costs)
             return corrected
 
         return await self._connections.run(work, timeout_ms=_CORRECT_TIMEOUT_MS)
@@ -149,10 +156,14 @@ class Reconciliations:
 
 
 async def _correct_charges(
-    connection: asyncpg.Connection, day: date, finding: ModelFinding, costs: dict[UUID, int]
+    connection: asyncpg.Connection,
+    day: date,
+    finding: ModelFinding,
+    costs: dict[UUID, int],
+    totals: _Totals,
 ) -> int:
-    """Correct the charges that the finding explains, and the totals; return how many. The costs of
-    calls whose budgets may be charged otherwise are added to `costs`."""
+    """Correct the charges that the finding explains; return how many. The costs of calls whose
+    budgets may be charged otherwise are added to `costs`, the corrections to `totals`."""
     changed = [one for one in finding.corrections if one.delta_micros]
     rows = await connection.fetch(
         sql("correct_charges"),
@@ -162,15 +173,12 @@ async def _correct_charges(
         [_charged_before(one) for one in changed],
     )
     by_id = {one.call.request_id: one for one in changed}
-    totals: defaultdict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0])
     for row in rows:
         one = by_id[row["request_id"]]
         key = (row["tenant_id"], row["day"], row["model"], row["upstream"], row["pool"])
         totals[key][0] += one.delta_micros
         totals[key][1] += one.call.cost_micros is None and one.call.state != "unknown"
         costs[one.call.request_id] = one.cost_micros
-    for key in sorted(totals):  # in the order of `add_usage`
-        await connection.execute(sql("correct_usage"), *key, *totals[key])
     # These charges are right, but budgets may still be charged the bound.
     equal = finding.ours.doubtful if finding.verdict == "equal" else ()
     right = [one.call for one in finding.corrections if not one.delta_micros] or equal

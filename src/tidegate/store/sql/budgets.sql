@@ -86,7 +86,7 @@ SELECT b.name, CASE WHEN b.each = '{}' THEN '' ELSE (SELECT json_agg(CASE one
         ELSE coalesce(a.input_tokens, 0) + coalesce(a.output_tokens, 0)
             + coalesce(a.thoughts_tokens, 0) END)::bigint
 FROM budgets b JOIN audit a ON a.finished_at >= CASE WHEN b.window_s IS NULL
-        THEN budget_period(b.period, b.zone, now()) ELSE budget_oldest_span(b.window_s, now()) END
+        THEN budget_start(b.period, b.zone, now()) ELSE budget_oldest_span(b.window_s, now()) END
     AND a.created_at >= CASE WHEN b.window_s IS NULL
         THEN budget_period(b.period, b.zone, now()) - interval '1 day'
         ELSE budget_oldest_span(b.window_s, now()) - interval '1 day' END
@@ -104,6 +104,24 @@ SELECT * FROM reserve_budgets($1::jsonb, $2)
 -- The same in one message, with the values in hexadecimal; return only the number of refused calls.
 SELECT 1 FROM reserve_budgets(convert_from(decode('{asked}', 'hex'), 'UTF8')::jsonb,
     convert_from(decode('{instance}', 'hex'), 'UTF8'))
+
+-- name: warm_budgets
+-- Have this connection plan what refuses a call under a budget, and undo all of it.
+-- Otherwise the first refusal on each connection waits for that.
+DO $$
+DECLARE named text = gen_random_uuid(); hold text = gen_random_uuid();
+BEGIN
+    INSERT INTO budgets (name, unit, amount, period) VALUES (named, 'usd', 2, 'day');
+    PERFORM reserve_budgets(jsonb_build_object(
+        'books', jsonb_build_array(jsonb_build_array(named, '')),
+        'calls', (SELECT jsonb_agg(jsonb_build_object('id', hold, 'request', hold,
+            'binds', jsonb_build_array(jsonb_build_array(0, need)))) FROM unnest(needs) AS n (need))
+        ), named) FROM (VALUES (ARRAY[3]), (ARRAY[1])) AS v (needs);
+    PERFORM settle_budgets(jsonb_build_array(jsonb_build_object(
+        'id', hold, 'micros', 1, 'tokens', 1, 'doubt', false)));
+    RAISE EXCEPTION 'undone';
+EXCEPTION WHEN raise_exception THEN NULL;
+END $$
 
 -- name: settle_budgets
 -- Charge the actual cost of calls that have ended.

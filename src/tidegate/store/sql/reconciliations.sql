@@ -55,14 +55,28 @@ RETURNING request_id, tenant_id, (finished_at AT TIME ZONE 'UTC')::date AS day,
     coalesce(model, '') AS model, coalesce(nullif(upstream, ''), pool) AS upstream, pool
 
 -- name: correct_usage
--- Add $6 micro-dollars to the total of tenant $1 on day $2 for model $3 at upstream $4.
+-- Add $6 micro-dollars to totals of tenants $1 on days $2 for models $3 at upstreams $4, as add_usage orders.
 -- An earlier version counted jobs under the pool $5 in which they were queued. $7: how many calls had no
 -- cost before.
-UPDATE usage_days SET cost_micros = cost_micros + $6, unpriced = greatest(0, unpriced - $7)
-WHERE tenant_id = $1 AND day = $2 AND model = $3 AND pool = (
-    SELECT pool FROM usage_days
-    WHERE tenant_id = $1 AND day = $2 AND model = $3 AND pool IN ($4, $5)
-    ORDER BY pool = $4 DESC LIMIT 1)
+WITH places AS (
+    SELECT g.tenant_id, g.day, g.model, p.pool, sum(g.micros)::bigint AS micros,
+        sum(g.priced)::bigint AS priced
+    FROM unnest($1::text[], $2::date[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::bigint[])
+        AS g (tenant_id, day, model, upstream, pool, micros, priced)
+    CROSS JOIN LATERAL (
+        SELECT u.pool FROM usage_days u
+        WHERE u.tenant_id = g.tenant_id AND u.day = g.day AND u.model = g.model
+            AND u.pool IN (g.upstream, g.pool)
+        ORDER BY u.pool = g.upstream DESC LIMIT 1
+    ) AS p GROUP BY 1, 2, 3, 4
+), locked AS (
+    SELECT u.tenant_id, u.day, u.model, u.pool
+    FROM usage_days u JOIN places p USING (tenant_id, day, model, pool)
+    ORDER BY 1, 2, 3, 4 FOR NO KEY UPDATE OF u
+)
+UPDATE usage_days u SET cost_micros = u.cost_micros + p.micros, unpriced = greatest(0, u.unpriced - p.priced)
+FROM places p JOIN locked l USING (tenant_id, day, model, pool)
+WHERE u.tenant_id = p.tenant_id AND u.day = p.day AND u.model = p.model AND u.pool = p.pool
 
 -- name: put_reconciliation
 -- Store the result of a comparison for a model, instead of an earlier one.
