@@ -74,6 +74,7 @@ from tidegate.dialects.spec import (
 from tidegate.errors import (
     BudgetExceeded,
     InvalidRequest,
+    LimitPaused,
     NotFound,
     TidegateError,
     Unauthenticated,
@@ -834,7 +835,9 @@ def problem(error: TidegateError, status: int, retry_after_ms: int | None) -> Js
         "param": getattr(error, "field", None),
         "code": code,
     }
-    if status == 429 and retry_after_ms is not None and retry_after_ms > _FAR_MS:
+    if status == 429 and retry_after_ms is None and isinstance(error, LimitPaused):
+        body["type"] = _LIMIT_REACHED  # until a person resumes the limit
+    elif status == 429 and retry_after_ms is not None and retry_after_ms > _FAR_MS:
         resets_at = ceil(time.time() + retry_after_ms / 1000)
         body |= {"type": _LIMIT_REACHED, "resets_at": resets_at}
     limit = getattr(error, "limit", None)
