@@ -429,7 +429,7 @@ class DeadlineExceeded(AdmissionError):
 
 class LimitPaused(DeadlineExceeded):
     """A limit is paused for longer than the call may wait; `retry_after_ms` is the end of the
-    pause."""
+    pause, None if it lasts until a person resumes the limit."""
 
     code = "limit_paused"
 

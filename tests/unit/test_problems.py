@@ -177,6 +177,20 @@ def test_a_time_that_is_far_is_told_and_ends_retries(dialect: Dialect) -> None:
     assert "resets_at" not in error
 
 
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_a_pause_until_a_person_resumes_it_states_no_time(dialect: Dialect) -> None:
+    paused = errors.LimitPaused("until it is resumed", limit="kind:x", retry_after_ms=None)
+    status, headers, error = _refused(dialect, paused)
+    assert (status, "retry-after" in headers) == (429, False)
+    assert not {b"resets_at", b"retryDelay"} & set(orjson.dumps(error).split(b'"'))
+    assert (headers.get("x-should-retry") == "false") == (dialect is not Dialect.GEMINI)
+    if dialect is Dialect.OPENAI:
+        assert error["type"] == "usage_limit_reached"
+    response = problem_response(paused)
+    assert (response.status_code, "retry-after" in response.headers) == (503, False)
+    assert "retry_after_ms" not in orjson.loads(response.body)
+
+
 @pytest.mark.parametrize("dialect", [None, *Dialect])
 @pytest.mark.parametrize(
     "kind", [errors.StoreUnavailable, partial(errors.LimiterUnavailable, limit="")]

@@ -74,6 +74,7 @@ from tidegate.dialects.spec import (
 from tidegate.errors import (
     BudgetExceeded,
     InvalidRequest,
+    LimitPaused,
     NotFound,
     TidegateError,
     Unauthenticated,
@@ -834,7 +835,9 @@ def problem(error: TidegateError, status: int, retry_after_ms: int | None) -> Js
         "param": getattr(error, "field", None),
         "code": code,
     }
-    if status == 429 and retry_after_ms is not None and retry_after_ms > _FAR_MS:
+    if status == 429 and retry_after_ms is None and isinstance(error, LimitPaused):
+        body["type"] = _LIMIT_REACHED  # until a person resumes the limit
+    elif status == 429 and retry_after_ms is not None and retry_after_ms > _FAR_MS:
         at = getattr(error, "resets_at", None)
         at_s = time.time() + retry_after_ms / 1000 if at is None else at.timestamp()
         body |= {"type": _LIMIT_REACHED, "resets_at": ceil(at_s)}

@@ -236,7 +236,7 @@ def problem(error: errors.TidegateError) -> Problem:
     """Return the problem details of `error`."""
     status = status_of(error)
     retry_after_ms = error.retry_after_ms
-    if retry_after_ms is None and status in (503, 504):
+    if retry_after_ms is None and status in (503, 504) and not _has_unknown_end(error):
         retry_after_ms = _DEFAULT_RETRY_AFTER_MS
     return Problem(
         type=f"urn:tidegate:problem:{error.code}",
@@ -523,6 +523,12 @@ def is_far(after_ms: int | None) -> bool:
     return (after_ms or 0) > _SDK_WAITS_MS
 
 
+def _has_unknown_end(error: errors.TidegateError) -> bool:
+    """Return whether a pause lasts until a person ends it: no wait is stated, and no retry helps
+    before."""
+    return isinstance(error, errors.LimitPaused) and error.retry_after_ms is None
+
+
 def refusal(
     dialect: Dialect, error: errors.TidegateError, sent_to: str | None = None
 ) -> tuple[int, Headers, bytes]:
@@ -532,14 +538,15 @@ def refusal(
     status, after_ms = native_status_of(error), error.retry_after_ms
     if isinstance(error, errors.BudgetPaused):
         status = spec.paused_status  # the time of its end is unknown
-    elif isinstance(error, errors.BudgetExceeded):
+    elif isinstance(error, errors.BudgetExceeded) or _has_unknown_end(error):
         pass  # without a known time no wait helps
     elif after_ms is None and status in (429, 503, 504):
         after_ms = _USUAL_RETRY_MS
     headers: Headers = [(b"content-type", b"application/json")]
     if after_ms is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(after_ms / 1000))).encode()))
-    if is_far(after_ms) or isinstance(error, errors.BudgetExceeded | errors.BudgetUnbounded):
+    is_useless = isinstance(error, errors.BudgetExceeded | errors.BudgetUnbounded)
+    if is_far(after_ms) or is_useless or _has_unknown_end(error):
         headers += spec.no_retry
     if isinstance(error, errors.PayloadTooLarge | errors.RequestTimeout):
         headers.append((b"connection", b"close"))

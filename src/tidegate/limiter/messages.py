@@ -125,7 +125,8 @@ def _fullness(limit: Limit, used: int, amount: int) -> str:
 def limit_paused(name: str, for_ms: int) -> LimitPaused:
     """Return the error for a limit that is paused for longer than a call may wait."""
     message = f"Limit {name} is paused {format_pause(for_ms)}, longer than this call may wait."
-    return LimitPaused(message, limit=name, retry_after_ms=for_ms)
+    known_ms = None if for_ms > _FOR_EVER_MS else for_ms
+    return LimitPaused(message, limit=name, retry_after_ms=known_ms)
 
 
 def too_late(

@@ -852,8 +852,10 @@ class Keeping:
         if use is None or use.act is not Act.DELETE or use.resource_id is None:
             return
         if await self._resources.background.is_running(dialect, use.kind, use.resource_id):
-            message = f"The {use.kind} {use.resource_id!r} is still being made: cancel it first."
-            raise NotEnded(message)
+            raise NotEnded(
+                f"The {use.kind} {use.resource_id!r} is still being made, or its end is being "
+                "recorded: cancel it, or repeat this in some seconds."
+            )
 
     async def named(
         self, exchange: Exchange, first: bytes, record: CallRecord

@@ -699,7 +699,7 @@ class _Run:
         """Return the index of the first target whose queue is worth waiting in. Raises the error
         that can be retried first, DemandImpossible if no target could ever admit the call."""
         left_ms = inf if self._terms.waits_out else max(0, self._terms.left_ms())
-        late: list[TidegateError] = [x for x in never.values() if x.retry_after_ms]
+        late: list[TidegateError] = [x for x in never.values() if x.code != DemandImpossible.code]
         for place, (target, demand) in enumerate(zip(targets, demands, strict=True)):
             if place in never:
                 continue
@@ -707,7 +707,7 @@ class _Run:
             if why is None:
                 return place
             late.append(why)
-        raise min(late or never.values(), key=lambda one: one.retry_after_ms or 0)
+        raise min(late or never.values(), key=lambda one: one.retry_after_ms or inf)
 
     def _attempt(
         self, account: UpstreamAccount, demand: CallDemand

@@ -64,6 +64,7 @@ def test_a_pause_says_for_how_long() -> None:
     )
     for_ever = too_early("kind:x", Rate(1, 1000), FOR_EVER_MS, -1)
     assert for_ever.message.startswith("Limit kind:x is paused until it is resumed, ")
+    assert (error.retry_after_ms, for_ever.retry_after_ms) == (185_000, None)
 
 
 def test_a_deadline_that_came_says_when_there_is_room_where_that_is_known() -> None:
