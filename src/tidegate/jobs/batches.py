@@ -34,7 +34,7 @@ from tidegate.call import (
     Tier,
     new_id,
 )
-from tidegate.dialects import dialect_of, endpoint_of
+from tidegate.dialects import endpoint_in
 from tidegate.dialects.parsing import MOST_PARTS, has_too_many_parts
 from tidegate.dialects.requests import in_tier, names_tier
 from tidegate.errors import (
@@ -474,7 +474,7 @@ class LineCaller:
 
 
 def _record_of(line: BatchLine, trail: Trail | None) -> CallRecord:
-    endpoint = endpoint_of("POST", line.endpoint, dialect_of(line.endpoint, frozenset(), b""))
+    endpoint, _ = endpoint_in("POST", line.endpoint, (), b"")
     return CallRecord(
         "batch",
         line.tenant_id,

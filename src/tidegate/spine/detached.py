@@ -18,7 +18,7 @@ from uuid import UUID
 import orjson
 
 from tidegate.call import DEFAULT_POOL, Caller, Status
-from tidegate.dialects import DIALECTS, dialect_of, endpoint_of
+from tidegate.dialects import DIALECTS, endpoint_in
 from tidegate.dialects.requests import refuse_to_go_on
 from tidegate.dialects.spec import GOING_ON, Endpoint, Operation, RequestFacts
 from tidegate.errors import InvalidRequest, NotFound, UpstreamGarbled
@@ -46,7 +46,7 @@ def endpoint_named(path: object, field: str = "endpoint") -> Endpoint:
     InvalidRequest."""
     endpoint = None
     if isinstance(path, str):
-        endpoint = endpoint_of("POST", path, dialect_of(path, frozenset(), b""))
+        endpoint, _ = endpoint_in("POST", path, (), b"")
     if endpoint is None or not endpoint.is_counted:
         raise InvalidRequest(field, "unknown endpoint", allowed=_ALLOWED)
     if endpoint.streams:

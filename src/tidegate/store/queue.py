@@ -36,6 +36,7 @@ from tidegate.store.notifications import (
     UNSURE,
     Lookback,
     Notifications,
+    Scan,
     Steadiness,
     until_quick,
 )
@@ -332,6 +333,7 @@ class _Known:
     last_tenant: str = ""
     passes_over: Mapping[str, Callers] = field(default_factory=dict)
     is_first: bool = True
+    mark: int | None = None  # of notifications at the last claim, if no job was left
     read_at: float = 0.0
     swept_at: float = 0.0
     sweep_s: float = 0.0
@@ -363,7 +365,13 @@ class ReadyQueues:
         if known.is_first:
             await self._sweep(lane, known, _MOST_SWEEP_S)
             known.is_first = False
-        tenants, jobs = await self._read_and_take(lane, known, limit)
+        mark, scan = self._notifications.work_mark(lane[1]), self._ripening.begin(hurried=True)
+        if known.mark == mark:  # one round trip instead of a claim's three
+            is_ripening = await self._read(lane, known, scan.back_s)
+            if not is_ripening and not known.ready.tenants_after(""):
+                self._ripening.end(scan, complete=True)
+                return []
+        tenants, jobs = await self._read_and_take(lane, known, limit, scan)
         at_once = _TENANTS_AT_ONCE
         for _ in range(_ROUNDS):
             while tenants and len(jobs) < limit:
@@ -376,12 +384,15 @@ class ReadyQueues:
             # Others may have locked these candidates while more jobs wait behind them.
             again = known.ready.tenants_after(known.last_tenant)
             tenants = [one for one in again if one not in without]
+        known.mark = None if known.ready.tenants_after("") else mark
         return jobs
 
     async def maintain(self) -> bool:
         """Read lanes without claims, and sweep; return whether there is more to sweep. Raises
         StoreUnavailable."""
-        await self._ripen_all()
+        scan = self._ripening.begin()
+        ripe = await self._connections.execute("ripen", scan.back_s)
+        self._ripening.end(scan, complete=ripe < AT_ONCE)
         for lane, known in list(self.lanes.items()):
             if time.monotonic() - known.read_at > _READ_EVERY_S:
                 async with self.lock:
@@ -397,10 +408,9 @@ class ReadyQueues:
         return any(ready.is_hungry or not ready.is_swept for ready in readies)
 
     async def _read_and_take(
-        self, lane: Lane, known: _Known, limit: int
+        self, lane: Lane, known: _Known, limit: int, scan: Scan
     ) -> tuple[list[str], list[ClaimedJob]]:
         """Read and claim in one transaction; return also the tenants that were not searched."""
-        scan = self._ripening.begin(hurried=True)
 
         async def work(
             connection: asyncpg.Connection,
@@ -427,8 +437,7 @@ class ReadyQueues:
         self, lane: Lane, known: _Known, tenants: list[str], limit: int
     ) -> list[ClaimedJob]:
         turns, found, jobs = await self._connections.run(
-            lambda connection: self._claim(connection, lane, known, tenants, limit),
-            repeatable=False,
+            lambda one: self._claim(one, lane, known, tenants, limit), repeatable=False
         )
         self._settle(known, turns, found, jobs)
         return jobs
@@ -472,9 +481,12 @@ class ReadyQueues:
         if known.ready.is_hungry:
             self._notifications.wake("ripe")
 
-    async def _read(self, lane: Lane, known: _Known) -> None:
-        known.ready.read(await self._connections.rows("came", *lane, *known.ready.unread, 0.0))
+    async def _read(self, lane: Lane, known: _Known, ripe_since_s: float = 0.0) -> bool:
+        """Read new jobs; return whether some may be due for their next attempt."""
+        arrived = await self._connections.rows("came", *lane, *known.ready.unread, ripe_since_s)
+        known.ready.read(arrived)
         known.read_at = time.monotonic()
+        return bool(arrived[0]["is_ripening"])
 
     async def _sweep(self, lane: Lane, known: _Known, most_s: float) -> None:
         """Sweep jobs from before the last reading, for at most `most_s`."""
@@ -506,24 +518,12 @@ class ReadyQueues:
         else:
             ready.swept(step[1], found, time.monotonic() - began)
 
-    async def _ripen_all(self) -> None:
-        scan = self._ripening.begin()
-
-        ripe = await self._connections.execute("ripen", scan.back_s)
-        self._ripening.end(scan, complete=ripe < AT_ONCE)
-
 
 async def _arrived(
-    connection: asyncpg.Connection,
-    lane: Lane,
-    transactions: tuple[int, int, list[int]],
-    ripe_since_s: float = 0.0,
+    connection: asyncpg.Connection, lane: Lane, since: tuple[int, int, list[int]], ripe_s: float = 0
 ) -> list[asyncpg.Record]:
-    """Return the jobs that became ready in `transactions`."""
-    found: list[asyncpg.Record] = await connection.fetch(
-        sql("came"), *lane, *transactions, ripe_since_s
-    )
-    return found
+    """Return the jobs that became ready in the transactions `since`."""
+    return list(await connection.fetch(sql("came"), *lane, *since, ripe_s))
 
 
 async def _of_others(

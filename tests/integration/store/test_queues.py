@@ -22,7 +22,7 @@ from tests.integration.store.test_claims import FILL
 from tests.waiting import wait_until
 from tidegate.call import DEFAULT_POOL, Kind
 from tidegate.store import queue
-from tidegate.store.database import PREPARED, sql
+from tidegate.store.database import PREPARED, Begin, sql
 from tidegate.store.queue import Callers
 from tidegate.store.records import ClaimedJob, NewJob
 from tidegate.store.store import Store
@@ -140,6 +140,42 @@ async def test_jobs_that_come_back_keep_their_place(store: Store) -> None:
     first = await claim(store, 2)
     await store.queue.release(first[::-1])
     assert await ids(store, 6) == [job.request_id for job in jobs]
+
+
+async def test_a_worker_looks_at_an_empty_queue_in_one_round_trip(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begins: list[str] = []
+    run = store.connections.run
+
+    async def counted(work: Any, *, begin: Begin = "always", **named: Any) -> Any:
+        begins.append(begin)
+        return await run(work, begin=begin, **named)
+
+    await claim(store)
+    monkeypatch.setattr(store.connections, "run", counted)
+    assert (await ids(store), begins) == ([], ["if needed"])
+    job = new_job()
+    await store.jobs.submit(job)
+    store.notifications.wake_all()
+    begins.clear()
+    assert (await ids(store), begins) == ([job.request_id], ["always"])
+
+
+@pytest.mark.parametrize("is_put_off", [False, True])
+async def test_a_job_is_found_without_its_notification(
+    is_put_off: bool, make_store: MakeStore, database_url: str, peek: asyncpg.Connection
+) -> None:
+    worker, other = [await make_store(database_url, claim_lease_ms=3_000) for _ in range(2)]
+    assert await ids(worker) == await ids(worker) == []
+    job = new_job()
+    await other.jobs.submit(job)
+    if is_put_off:
+        (held,) = await claim(other)
+        await other.queue.release([held], {job.request_id: 3_600_000})
+        assert await ids(worker) == []
+        await peek.execute("UPDATE requests SET not_before = now() WHERE id = $1", job.request_id)
+    assert await wait_until(lambda: ids(worker)) == [job.request_id]
 
 
 async def test_a_commit_that_is_late_is_found_beside_a_transaction_that_never_ends(

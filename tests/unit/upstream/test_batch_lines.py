@@ -8,6 +8,7 @@ from uuid import UUID
 
 import pytest
 
+from tidegate import dialects
 from tidegate.call import Kind
 from tidegate.dialects.spec import Dialect
 from tidegate.spine.batched import prompt_endpoint
@@ -31,6 +32,12 @@ BATCH, OTHER = UUID(int=2**120 + 1), UUID(int=2**120 + 2)
 )
 def test_which_calls_can_be_lines(path: str, is_taken: bool) -> None:
     assert takes(endpoint_named(path)) is is_taken
+
+
+def test_the_endpoint_of_a_line_is_found_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialects, "DIALECTS", {})
+    endpoints = [endpoint_named(path) for path in ("/v1/chat/completions", "/v1/messages")]
+    assert [one.dialect for one in endpoints] == [Dialect.OPENAI, Dialect.ANTHROPIC]
 
 
 def test_prompts_can_be_lines() -> None:
