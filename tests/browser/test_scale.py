@@ -269,6 +269,14 @@ async def test_the_days_of_many_tenants_show_the_largest_of_them(
         await expect(legend.first).to_contain_text("department-of-things/team-499")
 
 
+async def test_a_span_of_many_years_shows_its_last_days(stage: Stage) -> None:
+    today = datetime.now(UTC).date()
+    async with opened(stage, f"/usage?range=own&since=2012-01-01&until={today}") as seen:
+        picture = seen.page.locator("[aria-label='Cost by day, the last 400']")
+        await expect(picture.locator(".day")).to_have_count(400)
+        await expect(picture.locator(".day").last.locator("i")).to_have_count(7)
+
+
 async def test_a_copied_command_sends_no_file_that_a_body_names(
     stage: Stage, tmp_path: Path
 ) -> None:
