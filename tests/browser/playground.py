@@ -89,6 +89,18 @@ async def more_dialects(stage: Stage) -> AsyncIterator[None]:
                 assert answer.status == 200, await answer.text()
 
 
+async def curl_of(page: Page, path: str, body: str) -> str:
+    """The command that `Copy as curl` copies."""
+    command: str = await page.evaluate(
+        """async ([path, body]) => {
+            const url = new URL("static/pages/request_curl.js", document.baseURI);
+            return (await import(url)).command(path, body);
+        }""",
+        [path, body],
+    )
+    return command
+
+
 async def output_of(*command: str, folder: Path, key: str) -> str:
     process = await asyncio.create_subprocess_exec(
         *command,

@@ -585,7 +585,7 @@ async def test_tokens_spent_today_are_those_of_the_usage_page(stage: Stage) -> N
     await stage.gateway.database.execute(
         "INSERT INTO usage_days (tenant_id, day, model, pool, requests, input_tokens,"
         " output_tokens, thoughts_tokens, cost_micros) VALUES ('thinkers',"
-        " (now() AT TIME ZONE 'UTC')::date, 'thinker', 'gemini', 1, 1000000, 2000000, 40000000, 1)"
+        " (now() AT TIME ZONE 'UTC')::date, 'thinker', '', 1, 1000000, 2000000, 40000000, 1)"
     )
     async with opened(stage) as seen:
         spend = seen.page.get_by_role("group", name="Spend by Tenant, a table")

@@ -32,7 +32,7 @@ from tests.browser.lists import (
     row,
     those_that_end_later_come_into_the_list,
 )
-from tests.browser.playground import a_broken_answer_is_reported, more_dialects, output_of
+from tests.browser.playground import a_broken_answer_is_reported, curl_of, more_dialects, output_of
 from tests.browser.stage import (
     ARGUMENTS,
     CHROMIUM,
@@ -80,8 +80,6 @@ TIME_LEFT = """async () => {
     return said;
 }"""
 # The command that sends a body to a path, as the page of a request copies it.
-COMMAND = """async ([path, body]) =>
-    (await import(new URL("static/pages/request_curl.js", document.baseURI))).command(path, body)"""
 TIMES_LEFT = ["unknown", "about 20 min", "about 15 min", "about 10 min"]
 
 
@@ -711,7 +709,7 @@ async def test_a_copied_call_of_messages_has_the_header_that_they_need(
         '{"model": "claude-5", "max_tokens": 9, "messages": [{"role": "user", "content": "It\'s"}]}'
     )
     async with more_dialects(stage), opened(stage, "/requests") as seen:
-        command = await seen.page.evaluate(COMMAND, ["/v1/messages", asked])
+        command = await curl_of(seen.page, "/v1/messages", asked)
         out = await output_of("bash", "-c", command, folder=tmp_path, key=stage.key)
         assert '"type":"message"' in out.replace(" ", ""), out
 

@@ -784,7 +784,7 @@ async def test_a_request_is_copied_as_the_command_that_sends_it(stage: Stage) ->
     words = shlex.split(copied.replace("\\\n", " "))
     assert words[:2] == ["curl", f"{stage.gateway.url}/submit"]
     assert "Authorization: Bearer $TIDEGATE_API_KEY" in words
-    assert orjson.loads(words[words.index("-d") + 1]) == {"data": prompt, "type": "text_only"}
+    assert orjson.loads(words[-1]) == {"data": prompt, "type": "text_only"}
 
 
 async def test_what_is_too_long_for_a_command_is_not_copied_as_one(stage: Stage) -> None:

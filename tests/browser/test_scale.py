@@ -16,6 +16,7 @@ import pytest_asyncio
 from playwright.async_api import Page, async_playwright, expect
 from redis.asyncio import Redis
 
+from tests.browser.playground import curl_of, output_of
 from tests.browser.stage import ARGUMENTS, CHROMIUM, Seen, Stage, opened, shoot
 from tests.databases import Databases
 from tests.gateway import gateway
@@ -271,6 +272,24 @@ async def test_the_days_of_many_tenants_show_the_largest_of_them(
         await shoot(page, tmp_path / "usage.png")
         await page.get_by_role("button", name="Requests", exact=True).click()
         await expect(legend.first).to_contain_text("department-of-things/team-499")
+
+
+async def test_a_span_of_many_years_shows_its_last_days(stage: Stage) -> None:
+    today = datetime.now(UTC).date()
+    async with opened(stage, f"/usage?range=own&since=2012-01-01&until={today}") as seen:
+        picture = seen.page.locator("[aria-label='Cost by day, the last 400']")
+        await expect(picture.locator(".day")).to_have_count(400)
+        await expect(picture.locator(".day").last.locator("i")).to_have_count(7)
+
+
+async def test_a_copied_command_sends_no_file_that_a_body_names(
+    stage: Stage, tmp_path: Path
+) -> None:
+    (tmp_path / "mine").write_text('{"model": "m"}')
+    async with opened(stage, "/requests") as seen:
+        command = await curl_of(seen.page, "/v1/chat/completions", "@mine")
+    sent = await output_of("bash", "-c", command, folder=tmp_path, key=stage.key)
+    assert "the body is not JSON" in sent, sent
 
 
 async def test_names_and_figures_are_read_in_their_order(stage: Stage) -> None:

@@ -67,6 +67,7 @@ from tidegate.http.guards import (
     checked_operator,
     operator_of,
     own_origin,
+    own_scheme,
     reads_bodies,
     who_signed_in,
 )
@@ -385,8 +386,7 @@ async def _refused(services: Services, code: str) -> Refused | None:
 
 
 def _cookie(request: Request) -> Cookie:
-    # Only a proxy knows whether its client used TLS; a false header affects only the client.
-    secure = request.headers.get("x-forwarded-proto", request.url.scheme) == "https"
+    secure = own_scheme(request.scope) == "https"
     return {"path": "/", "secure": secure, "httponly": True, "samesite": "strict"}
 
 

@@ -344,14 +344,19 @@ _PASS = re.compile(r"([a-z0-9]{10})\.([0-9a-f]{64})", re.ASCII)
 
 def own_origin(scope: Any) -> str:
     """Return the origin by which the client of a request reaches us."""
-    headers = dict(scope["headers"])
-    host = headers.get(b"host", b"").decode("latin-1")
-    # A proxy that terminates TLS sets this header. A client that sends it falsely misleads only
-    # itself.
-    scheme = (
-        "https" if headers.get(b"x-forwarded-proto", b"").strip() == b"https" else scope["scheme"]
-    )
-    return f"{scheme}://{host}"
+    host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+    return f"{own_scheme(scope)}://{host.decode('latin-1')}"
+
+
+def own_scheme(scope: Any) -> str:
+    """Return the scheme by which the client of a request reaches us.
+
+    A proxy that terminates TLS sets a header; of several proxies the first value is that of the
+    one that the client reached. A client that sends it falsely misleads only itself.
+    """
+    stated = (value for name, value in scope["headers"] if name == b"x-forwarded-proto")
+    scheme = next(stated, b"").partition(b",")[0].strip().lower()
+    return scheme.decode() if scheme in (b"http", b"https") else str(scope["scheme"])
 
 
 def own_urls(scope: Any, path: str, secret: str) -> Callable[[str], str]:

@@ -702,8 +702,8 @@ async def reconciliations(
     """For the days that `tidegate reconcile` or RECONCILE has compared, newest first. Only
     upstreams of OpenAI and Anthropic can be compared."""
     # A day is compared after its end: the last day of a month is compared in the next month.
-    begin = (until or datetime.now(UTC).date()) - timedelta(days=_COMPARED_DAYS)
-    first, last = _span(since or begin, until)
+    span, last = timedelta(days=_COMPARED_DAYS), until or datetime.now(UTC).date()
+    first, last = _span(since or max(last, date.min + span) - span, until)
     found = await services_of(request).store.reconciliations.found(first, last)
     chosen = [one for one in found if upstream in (None, one.upstream)]
     return ReconciliationList(

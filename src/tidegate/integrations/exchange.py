@@ -22,7 +22,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 from tidegate.errors import (
     DemandImpossible,
@@ -454,15 +454,19 @@ Penalised = str | Callable[[Demand], str | None] | None
 
 
 def demand_of(demanded: Demanded[RequestT], request: RequestT) -> Demand | None:
-    """Return the demand of `request`. Raises TypeError for limits that are one string."""
-    demand = demanded if isinstance(demanded, Demand) else demanded(request)
-    if demand is not None and not _is_tuple(demand.limits):
-        raise TypeError(f"limits are a tuple: ({demand.limits!r},)")
+    """Return the demand of `request`. Raises TypeError for anything else, and for limits that are
+    one string."""
+    demand = demanded(request) if callable(demanded) else demanded
+    if demand is not None or not callable(demanded):
+        _check_demand(demand)
     return demand
 
 
-def _is_tuple(limits: object) -> bool:
-    return isinstance(limits, tuple)
+def _check_demand(demand: object) -> None:
+    if not isinstance(demand, Demand):
+        raise TypeError(f"a demand is a Demand, such as Demand(('openai',)), not {demand!r}")
+    if not isinstance(cast(object, demand.limits), tuple):
+        raise TypeError(f"limits are a tuple: ({demand.limits!r},)")
 
 
 def penalised_by(penalised: Penalised, demand: Demand) -> str | None:

@@ -262,6 +262,9 @@ class Limiter:
     def __repr__(self) -> str:
         return f"<Limiter {self.pool} {self._session.state} {self._queue!r}>"
 
+    def __reduce__(self) -> NoReturn:  # a copy would share the session, and so each permit
+        raise TypeError("a Limiter can't be copied or pickled: make one in each process")
+
     @property
     def session(self) -> str:
         """The name of this process's session in the pool."""

@@ -56,6 +56,7 @@ MOST_WEIGHT = 1_000.0
 MIN_LEASE_MS = 200
 MAX_LEASE_MS = 600_000
 MAX_BOUND = 10_000_000_000
+MAX_REVISION = 2**53 - 1  # numbers of Lua are exact up to it
 # A pause without an end lasts a hundred years.
 FOR_EVER_MS = 100 * 365 * 86_400_000
 # With `hold`, a permit without `hard_ms` counts for this long after its process died.
@@ -319,17 +320,17 @@ class PoolPolicy:
         if not MIN_LEASE_MS <= self.lease_ms <= MAX_LEASE_MS:
             allowed = f"{MIN_LEASE_MS} to {MAX_LEASE_MS} ms"
             raise ConfigError("lease_ms", str(self.lease_ms), allowed)
-        if self.revision < 1:
-            raise ConfigError("revision", str(self.revision), "1 or more")
+        _check_whole("revision", self.revision, 1, MAX_REVISION)
         for tenant, weight in self.weights.items():
             check_tenant(tenant)
             _check_whole(f"weights.{tenant}", weight, 1, 1000)
         _check_whole("queue_per_tenant", self.queue_per_tenant, 1, 10_000_000)
         _check_whole("reap_closed_ms", self.reap_closed_ms, 0, MAX_LEASE_MS)
         _check_bands(self.bands)
-        if self.fair_by not in MEASURES_OF_SHARES:
-            allowed = f"one of {', '.join(MEASURES_OF_SHARES)}"
-            raise ConfigError("fair_by", str(self.fair_by), allowed)
+        _check_among("when_away", self.when_away, get_args(WhenAway))
+        _check_among("on_lost", self.on_lost, get_args(OnLost))
+        _check_among("on_expiry", self.on_expiry, get_args(OnExpiry))
+        _check_among("fair_by", self.fair_by, MEASURES_OF_SHARES)
 
     def limit(self, name: str) -> Limit | None:
         """Return the limit with that id, or None."""
@@ -440,6 +441,11 @@ def _check_whole(name: str, value: object, least: int, most: int) -> None:
         raise ConfigError(name, str(value), f"a whole number from {least} to {most}")
 
 
+def _check_among(name: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ConfigError(name, str(value), f"one of {', '.join(options)}")
+
+
 def _check_limit(name: str, limit: Limit) -> None:
     if not isinstance(limit, Concurrency | Rate | Quota):
         raise ConfigError(name, str(limit), "a number, Concurrency, Rate or Quota")
@@ -447,15 +453,12 @@ def _check_limit(name: str, limit: Limit) -> None:
     if isinstance(limit, Concurrency):
         _check_concurrency(name, limit)
         return
-    if limit.unit not in UNITS:
-        raise ConfigError(f"{name}.unit", limit.unit, f"one of {', '.join(UNITS)}")
+    _check_among(f"{name}.unit", limit.unit, UNITS)
     _check_counting(name, limit)
     if isinstance(limit, Rate):
         _check_whole(f"{name}.window_ms", limit.window_ms, 100, 86_400_000)
         _check_whole(f"{name}.slack_ms", limit.slack, 0, limit.window_ms)
-        if limit.shape not in SHAPES_OF_RATES:
-            allowed = f"one of {', '.join(SHAPES_OF_RATES)}"
-            raise ConfigError(f"{name}.shape", str(limit.shape), allowed)
+        _check_among(f"{name}.shape", limit.shape, SHAPES_OF_RATES)
         if limit.pace_ms is not None:
             _check_whole(f"{name}.pace_ms", limit.pace_ms, 1, limit.window_ms)
         if limit.ramp is not None:
@@ -471,26 +474,20 @@ def _check_limit(name: str, limit: Limit) -> None:
 
 
 def _check_concurrency(name: str, limit: Concurrency) -> None:
-    if limit.unit not in UNITS_IN_FLIGHT:
-        raise ConfigError(f"{name}.unit", limit.unit, f"one of {', '.join(UNITS_IN_FLIGHT)}")
+    _check_among(f"{name}.unit", limit.unit, UNITS_IN_FLIGHT)
     reserves = RESERVES_IN_FLIGHT if limit.by_tokens else RESERVES_IN_FLIGHT[:1]
-    if limit.reserve not in reserves:
-        raise ConfigError(f"{name}.reserve", limit.reserve, f"one of {', '.join(reserves)}")
+    _check_among(f"{name}.reserve", limit.reserve, reserves)
     if limit.adaptive is None:
         return
     if limit.by_tokens:
         raise ConfigError(f"{name}.adaptive", limit.unit, "only for a limit that counts calls")
-    if limit.adaptive.by not in ADAPTS_BY:
-        allowed = f"one of {', '.join(ADAPTS_BY)}"
-        raise ConfigError(f"{name}.adaptive.by", str(limit.adaptive.by), allowed)
+    _check_among(f"{name}.adaptive.by", limit.adaptive.by, ADAPTS_BY)
     _check_whole(f"{name}.adaptive.minimum", limit.adaptive.minimum, 1, max(1, limit.bound))
 
 
 def _check_counting(name: str, limit: Rate | Quota) -> None:
-    if limit.reserve not in RESERVES:
-        raise ConfigError(f"{name}.reserve", limit.reserve, f"one of {', '.join(RESERVES)}")
-    if limit.source not in SOURCES:
-        raise ConfigError(f"{name}.source", limit.source, f"one of {', '.join(SOURCES)}")
+    _check_among(f"{name}.reserve", limit.reserve, RESERVES)
+    _check_among(f"{name}.source", limit.source, SOURCES)
     if limit.weights is None:
         return
     if limit.unit not in USUAL_WEIGHTS:

@@ -249,6 +249,9 @@ class SyncLimiter:
     def __repr__(self) -> str:
         return f"<SyncLimiter {self._limiter!r}>"
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a SyncLimiter can't be copied or pickled: make one in each process")
+
     def __enter__(self) -> Self:
         self.start()
         return self

@@ -44,7 +44,9 @@ MAX_KNOWN_NODES = 64
 
 _BASES = ("redis", "rediss", "unix")
 _SCHEMES = "is not redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://"
-_UNREADABLE = "cannot be read as a URL: in a password, # is %23, / is %2F, ? is %3F and % is %25"
+_UNREADABLE = (
+    "cannot be read as a URL: in a password, # is %23, / is %2F, ? is %3F, [ is %5B and % is %25"
+)
 _MEMORY = "memory://"
 _SLOTS = ("CLUSTER", "SLOTS")
 _PORTS = {"": 0, "sentinel": 26379, "cluster": 6379}
@@ -95,15 +97,18 @@ def read_url(url: str) -> ServerUrl:
     base, _, finder = scheme.partition("+")
     if finder not in _PORTS or base not in (_BASES[:2] if finder else _BASES):
         raise _invalid_url(scheme, _SCHEMES)
-    parts = urlsplit(f"//{rest}")
+    try:
+        parts = urlsplit(f"//{rest}")
+    except ValueError:  # its text may repeat the password, as may those below
+        raise _invalid_url(scheme, _UNREADABLE) from None
     if not finder:
         _check_database(scheme, parts.path.strip("/") if base != "unix" else "")
         return ServerUrl("", (), "", f"{scheme}://{rest}", "")
     access, at, hosts = parts.netloc.rpartition("@")
     try:
         seeds = tuple(_address(host, _PORTS[finder]) for host in hosts.split(","))
-    except ValueError as error:
-        raise _invalid_url(scheme, "needs host:port, with commas between several") from error
+    except ValueError:
+        raise _invalid_url(scheme, "needs host:port, with commas between several") from None
     service, _, database = parts.path.strip("/").partition("/")
     if finder == "sentinel" and not service:
         raise _invalid_url(scheme, "needs the name of the service: .../host:26379/service")
@@ -181,14 +186,14 @@ class Server:
         scheme = _scheme_of(url)
         try:
             self._make(ServerQuestion(None))
-        except ValueError as error:
-            raise _invalid_url(scheme, _UNREADABLE) from error
+        except ValueError:
+            raise _invalid_url(scheme, _UNREADABLE) from None
         except TypeError as error:  # an option of the URL that no connection has
             option = re.search(r"argument '(.*)'", str(error))
             why = f"has the unknown option {option[1]}" if option else str(error)
-            raise _invalid_url(scheme, why) from error
+            raise _invalid_url(scheme, why) from None
         except RedisError as error:
-            raise _invalid_url(scheme, str(error)) from error
+            raise _invalid_url(scheme, str(error)) from None
 
     async def connect(self, deadline_s: float) -> AbstractConnection:
         """Return a new connection, within `deadline_s` or MIN_CONNECT_S.

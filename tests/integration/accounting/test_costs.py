@@ -177,6 +177,8 @@ async def test_totals_are_shown_to_their_tenant_and_to_the_operator(
         status, problem = await ask(gateway, "GET", path, acme)
         assert (status, problem["field"]) == (400, path.partition("?")[2].partition("=")[0])
     assert (await ask(gateway, "GET", "/admin/usage", acme))[0] == 403
+    status, books = await ask(gateway, "GET", "/admin/reconciliations?until=0001-01-15", AS_ADMIN)
+    assert (status, books) == (200, {"items": []})
     _, slow = await ask(gateway, "GET", "/admin/latency?tenant=acme", AS_ADMIN)
     assert sum(hour["requests"] for hour in slow["hours"]) == 2
     names = {(one["of"], one["name"]) for hour in slow["hours"] for one in hour["parts"]}

@@ -13,7 +13,9 @@ from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import ask, submitted
 from tidegate.call import Scope
 from tidegate.embedded.servers import ValkeyServer
+from tidegate.errors import StoreUnavailable
 from tidegate.http.guards import ROLES
+from tidegate.http.submission import MOST_IN_ROW_BYTES
 
 
 async def actions_of(gateway: Gateway) -> list[dict[str, Any]]:
@@ -169,6 +171,30 @@ async def test_what_fails_or_is_refused_leaves_none(open_gateway: Opener) -> Non
         assert status in (400, 403, 404), (method, path, status)
     assert await actions_of(gateway) == []
     assert (await ask(gateway, "GET", "/admin/actions", weak))[0] == 403
+
+
+async def test_a_replay_whose_body_is_not_stored_leaves_none(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await open_gateway(worker=False)
+    operator = {"Authorization": f"Bearer {gateway.operator_key}"}
+    messages = [{"role": "user", "content": "x" * MOST_IN_ROW_BYTES}]
+    path, body = "/v1/chat/completions", {"model": "gemini-2.5-flash", "messages": messages}
+    async with gateway.http.post(gateway.url + path, json=body) as answer:
+        assert answer.status == 200, await answer.text()
+        request_id = answer.headers["x-tidegate-request-id"]
+    await gateway.recorded(request_id)
+
+    async def put(*_: object) -> None:
+        raise StoreUnavailable("the blob store failed")
+
+    again = f"/admin/requests/{request_id}/replay"
+    with monkeypatch.context() as patch:
+        patch.setattr(gateway.services.blobs, "put", put)
+        assert (await ask(gateway, "POST", again, operator, {"upstream": "gemini"}))[0] == 503
+    assert await actions_of(gateway) == []
+    assert (await ask(gateway, "POST", again, operator, {"upstream": "gemini"}))[0] == 202
+    assert [one["what"] for one in await actions_of(gateway)] == ["job.retry"]
 
 
 async def test_what_valkey_did_not_do_leaves_none(

@@ -179,6 +179,12 @@ def test_limits_that_are_one_string_are_a_mistake() -> None:
         demand_of(Demand("kind:a"), "any")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("wrong", ["kind:a", ("kind:a",), None, lambda _: "kind:a", lambda _: 5])
+def test_what_is_no_demand_is_explained(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"a demand is a Demand, such as Demand\(\('openai',\)\)"):
+        demand_of(wrong, "any")
+
+
 def test_what_a_429_pauses_may_depend_on_the_demand() -> None:
     one = Demand(("kind:a", "rpm:b"))
     assert penalised_by(None, one) is None

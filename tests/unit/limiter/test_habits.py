@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator, Callable
+from copy import copy, deepcopy
 from datetime import timedelta
 from math import inf, nan
 from typing import Any, Protocol, cast
@@ -231,3 +233,12 @@ def test_an_option_of_a_limiter_that_cannot_work_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=named):
         make(url, policy=POLICY, **options)
+
+
+@pytest.mark.parametrize("make", [Limiter.from_url, SyncLimiter.from_url])
+@pytest.mark.parametrize("copied", [copy, deepcopy, pickle.dumps])
+def test_a_limiter_is_not_copied_with_its_session(
+    make: Callable[..., object], copied: Callable[[object], object]
+) -> None:
+    with pytest.raises(TypeError, match="can't be copied or pickled: make one in each process"):
+        copied(make("memory://", policy=POLICY))

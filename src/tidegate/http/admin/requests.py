@@ -728,10 +728,10 @@ async def replay(request: Request, request_id: UUID) -> Accepted:
             model = wrapped["model"] or ""
         targets_for(targets, bound, endpoint.dialect, endpoint.model or model)
     job = await replay_of(detail, services.blobs, bound, services.clock.now(), **wrapped)
-    after = {"retried_as": str(job.request_id), "upstream": bound, "reason": signed.reason}
-    await services.store.tenants.actions.write("job.retry", str(request_id), after=after)
     if record.source != "job":
         job = await with_body_as_file(job, services.blobs)
+    after = {"retried_as": str(job.request_id), "upstream": bound, "reason": signed.reason}
+    await services.store.tenants.actions.write("job.retry", str(request_id), after=after)
     await services.store.jobs.submit(job)
     _log(Log.REQUEST_RETRIED, request_id, signed, retried_as=str(job.request_id))
     return accepted(job, prefix_of(request))

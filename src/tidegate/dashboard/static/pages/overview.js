@@ -40,7 +40,7 @@ export async function open(main, { query, signal }) {
     round = new AbortController();
     const both = AbortSignal.any([signal, round.signal]);
     const on = (event, data) => show(view, chosen, event, data);
-    follow("dashboard/feed", { query: chosen, signal: both, on }).catch((problem) => {
+    follow("dashboard/feed", { query: { ...chosen, pool: scope.narrowed() }, signal: both, on }).catch((problem) => {
       if (!signal.aborted) fill(main, failed(problem, () => location.reload()));
     });
   }
@@ -103,9 +103,11 @@ function parts(chosen, signal) {
   return view;
 }
 
+/** Records of the only upstream are those of all: some calls end before an upstream is chosen. */
 function show(view, chosen, event, data) {
+  const recorded = scope.narrowed();
   if (event === "live") showLive(view, chosen, data);
-  else if (event === "now" && data[chosen.pool]) view.figures.now(data[chosen.pool]);
+  else if (event === "now" && data[recorded]) view.figures.now(data[recorded]);
   else if (event === "events") view.charts.events(data, chosen.pool);
   else if (event === "budgets") {
     view.frames.budgets = data;
@@ -113,10 +115,10 @@ function show(view, chosen, event, data) {
   }
   else if (event === "record") {
     stuck.told(data);
-    if (data.pool !== chosen.pool) return; // of the previous selection
+    if (data.pool !== recorded) return; // of the previous selection
     view.figures.record(data);
     view.spend.record(data);
-  } else if (event === "trend" && data.pool === chosen.pool && data.range === chosen.span) {
+  } else if (event === "trend" && data.pool === recorded && data.range === chosen.span) {
     const frame = { ...data, words: WORDS[data.range] };
     for (const part of [view.charts, view.limits, view.tenants, view.faults, view.spend, view.upstreams]) {
       (part.trend ?? part.update)(frame);

@@ -23,7 +23,7 @@ export function command(path, body) {
     '  -H "Authorization: Bearer $TIDEGATE_API_KEY"',
     "  -H 'Content-Type: application/json'",
     ...Object.entries(headersOf(path)).map(([name, value]) => `  -H ${quoted(`${name}: ${value}`)}`),
-    `  -d ${quoted(body)}`,
+    `  --data-raw ${quoted(body)}`, // of `-d`, curl would send the file that a body such as @path names
   ].join(" \\\n");
 }
 

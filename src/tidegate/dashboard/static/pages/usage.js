@@ -118,6 +118,9 @@ const today = () => new Date().toISOString().slice(0, 10);
 const startOf = (day) => Date.parse(`${day}T00:00:00Z`);
 const later = (day, by) => new Date(startOf(day) + by * DAY_MS).toISOString().slice(0, 10);
 
+/** Return the number of days from the first to the last. */
+const daysIn = ({ since, until }) => Math.round((startOf(until) - startOf(since)) / DAY_MS) + 1;
+
 /** Return the first and the last day, in UTC. */
 function spanOf({ range, since, until }) {
   const now = today();
@@ -173,8 +176,7 @@ async function read(view, span, signal) {
     const { rows, total, cut } = all;
     return { groups: named(rows), days: rows.map((one) => ({ ...one, name: "All" })), total, cut };
   }
-  const days = Math.round((Date.parse(span.until) - Date.parse(span.since)) / 86_400_000) + 1;
-  if (!groups.cut && groups.rows.length * days <= MOST_ROWS) {
+  if (!groups.cut && groups.rows.length * daysIn(span) <= MOST_ROWS) {
     const found = await of(`${view.by},day`);
     return { groups: named(groups.rows), days: named(found.rows), total: groups.total, cut: false };
   }
@@ -195,9 +197,9 @@ async function keyNames(signal) {
 
 function columnsOf(found, view, span) {
   const [amount, format] = AMOUNTS[view.measure];
-  const days = [];
-  for (let day = span.since; day <= span.until && days.length < 10 * MOST_DAYS; day = later(day, 1)) days.push(day);
-  const shown = days.slice(-MOST_DAYS);
+  const days = daysIn(span);
+  const most = Math.min(days, MOST_DAYS);
+  const shown = Array.from({ length: most }, (_, at) => later(span.until, at + 1 - most));
   const places = new Map(shown.map((day, at) => [day, at]));
   const parts = new Map();
   for (const one of found.days) {
@@ -205,7 +207,7 @@ function columnsOf(found, view, span) {
     if (!parts.has(one.name)) parts.set(one.name, { name: one.name, values: shown.map(() => 0) });
     parts.get(one.name).values[places.get(one.day)] += amount(one);
   }
-  const title = `${MEASURES[view.measure]} by day${shown.length < days.length ? `, the last ${count(MOST_DAYS)}` : ""}`;
+  const title = `${MEASURES[view.measure]} by day${shown.length < days ? `, the last ${count(MOST_DAYS)}` : ""}`;
   const drawn = fewest([...parts.values()]);
   if (found.others) drawn.push(rest(found.others, drawn, places, amount));
   return { title, days: shown, parts: drawn.filter((one) => one.values.some(Boolean)), format };

@@ -57,7 +57,7 @@ export function charts(signal) {
     update(trend) {
       step = trend.step_s;
       begin = trend.at[0];
-      depth.update(trend.at, trend.queue.map((one) => [nameIn(trend, one), one.line]));
+      depth.update(trend.at, trend.queue.map((one) => [nameIn(one), one.line]));
       calls.update(trend.at, [trend.calls, trend.failed, trend.throttled]);
       cost.update(trend.at, [trend.cost_micros.map((value) => (value * 60) / MICROS)]);
       waits.update(trend.at, trend.waits.slice(0, 2));
@@ -73,7 +73,7 @@ export function charts(signal) {
 }
 
 /** A limit's id, with its pool if several pools are shown. */
-const nameIn = (trend, { pool, name }) => (name ? (trend.pool === scope.ALL ? `${name}, ${pool}` : name) : "others");
+const nameIn = ({ pool, name }) => (name ? (scope.chosen() === scope.ALL ? `${name}, ${pool}` : name) : "others");
 
 function eventRow() {
   const when = h("time");
