@@ -80,7 +80,7 @@ class TidegateError(Exception):
     """
 
     code: str = "internal"
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
     at_upstream: str | None = None  # where the call failed, for a response header
 
     def __init__(
@@ -355,7 +355,8 @@ class QuotaExceeded(TidegateError):
 class BudgetExceeded(QuotaExceeded):
     """A budget has no room. `limit` is its name, e.g. `budget_day_tokens`. A retry helps once its
     period ends, not earlier. fallback: the model that is called instead, if there is one.
-    resets_at: when the period ends, by PostgreSQL's clock."""
+    resets_at: when the period ends, by PostgreSQL's clock. never_fits: the call needs more than a
+    whole period allows, so that a retry does not help."""
 
     code = "budget_exceeded"
 
@@ -368,16 +369,12 @@ class BudgetExceeded(QuotaExceeded):
         retry_after_ms: int | None,
         fallback: str | None = None,
         resets_at: datetime | None = None,
+        never_fits: bool = False,
     ) -> None:
         super().__init__(message, limit=limit, allowed=allowed, retry_after_ms=retry_after_ms)
-        self.fallback = fallback
+        self.fallback, self.never_fits = fallback, never_fits
+        self.retryable = not never_fits
         self.resets_at = resets_at
-
-
-class BudgetTooSmall(BudgetExceeded):
-    """The call needs more than a whole period of the budget allows: it fails again in each."""
-
-    retryable = False
 
 
 class BudgetPaused(BudgetExceeded):

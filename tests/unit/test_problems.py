@@ -129,8 +129,12 @@ def test_no_limit_is_named_where_none_refused() -> None:
 PAUSED = errors.BudgetPaused(
     "a person must resume it", limit="session", allowed="5 USD", retry_after_ms=None
 )
-TOO_SMALL = errors.BudgetTooSmall(
-    "it needs more than a whole period allows", limit="day", allowed="5 USD", retry_after_ms=None
+TOO_SMALL = errors.BudgetExceeded(
+    "it needs more than a whole period allows",
+    limit="day",
+    allowed="5 USD",
+    retry_after_ms=None,
+    never_fits=True,
 )
 FAR_MS = 7_200_000
 FAR = errors.QuotaExceeded("full", limit="m", allowed="2", retry_after_ms=FAR_MS)

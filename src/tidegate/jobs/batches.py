@@ -40,7 +40,6 @@ from tidegate.dialects.requests import in_tier, names_tier
 from tidegate.errors import (
     BudgetExceeded,
     BudgetReserved,
-    BudgetTooSmall,
     CallPreempted,
     ClaimLost,
     DeadlineExceeded,
@@ -426,7 +425,7 @@ class LineCaller:
 
     def _wait_ms(self, line: BatchLine, record: CallRecord, error: TidegateError) -> float | None:
         """Return the time until the line is called again; None if it has failed."""
-        if isinstance(error, BudgetTooSmall):
+        if isinstance(error, BudgetExceeded) and error.never_fits:
             return None
         if isinstance(error, BudgetExceeded):
             return min(_SPENT_MS, error.retry_after_ms or _SPENT_MS)

@@ -32,7 +32,6 @@ from tidegate.dialects.requests import in_tier
 from tidegate.errors import (
     BudgetExceeded,
     BudgetReserved,
-    BudgetTooSmall,
     BudgetUnbounded,
     CallPreempted,
     ConfigError,
@@ -275,7 +274,9 @@ def uncounted_wait_ms(
         return error.retry_after_ms
     if isinstance(error, BudgetReserved):
         return round((rng or random).uniform(_RESERVED_WAIT_MS / 2, _RESERVED_WAIT_MS))
-    if isinstance(error, BudgetTooSmall) or not isinstance(error, BudgetExceeded | BudgetUnbounded):
+    if not isinstance(error, BudgetExceeded | BudgetUnbounded):
+        return None
+    if isinstance(error, BudgetExceeded) and error.never_fits:
         return None
     longest_ms: float = _SPENT_WAIT_MS
     if left_ms is not None:

@@ -41,7 +41,6 @@ from tidegate.call import (
 )
 from tidegate.dialects.spec import Dialect, Endpoint
 from tidegate.errors import (
-    BudgetTooSmall,
     ClaimLost,
     InvalidRequest,
     NotFound,
@@ -357,7 +356,7 @@ class ProviderBatchRunner:
 
     async def _wait_for_budget(self, job: ClaimedJob, error: QuotaExceeded) -> None:
         has_fallback = getattr(error, "fallback", None) is not None
-        if has_fallback or isinstance(error, BudgetTooSmall):
+        if has_fallback or not error.retryable:
             await self._batches.turn_away([job])  # the live tier uses that model, or refuses it
             return
         until = self._parked_until(job.revisit_at)

@@ -24,7 +24,6 @@ from tidegate.errors import (
     BudgetExceeded,
     BudgetPaused,
     BudgetReserved,
-    BudgetTooSmall,
     BudgetUnbounded,
     ConfigError,
     QuotaExceeded,
@@ -461,9 +460,9 @@ def refused_by(refusal: Refusal, need: int | None, now: datetime) -> QuotaExceed
             retry_after_ms=_RESERVED_RETRY_MS,
         )
     reset_at, after_ms, when = refusal.reset_at, None, "it needs more than the whole budget"
-    kind = BudgetExceeded
-    if need > budget.amount:
-        kind, when = BudgetTooSmall, "it needs more than a whole period allows"
+    never_fits = need > budget.amount
+    if never_fits:
+        when = "it needs more than a whole period allows"
     elif reset_at is not None:
         left_s = (reset_at - now).total_seconds()
         after_ms = max(1_000, math.ceil(left_s * 1000))
@@ -471,13 +470,14 @@ def refused_by(refusal: Refusal, need: int | None, now: datetime) -> QuotaExceed
         when = f"{event} at {_time_text(reset_at, budget.zone)}"
     elif budget.period == "rolling":
         when = "there is room again as earlier spend leaves its window"
-    return kind(
+    return BudgetExceeded(
         f"the budget {budget.name}{whose} {lacks}; {when}",
         limit=budget.limit,
         allowed=allowed,
         retry_after_ms=after_ms,
         fallback=budget.fallback,
         resets_at=None if after_ms is None else reset_at,
+        never_fits=never_fits,
     )
 
 

@@ -808,7 +808,7 @@ class Budgets:
         """Prepare for the first refusal once there are budgets. Raises StoreUnavailable."""
         if self._rules and not self._is_warm:
             self._is_warm = True
-            await self._connections.run(lambda one: one.execute(sql("warm_budgets")))
+            await self._connections.execute("warm_budgets")
 
     async def end_extras(self) -> None:
         """End the extra amounts of rolling budgets once a window has passed since. Raises

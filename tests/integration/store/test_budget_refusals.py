@@ -26,7 +26,7 @@ from tests.integration.store.test_budget_books import (
     with_budgets,
 )
 from tidegate.call import UNKNOWN_CHARGE, new_id
-from tidegate.errors import BudgetExceeded, BudgetPaused, BudgetTooSmall
+from tidegate.errors import BudgetExceeded, BudgetPaused
 from tidegate.jobs.webhooks import alert_payload
 from tidegate.prices.budgets import Budget
 from tidegate.store import budgets as module
@@ -264,7 +264,7 @@ async def test_a_call_that_needs_more_than_a_number_holds_is_refused(
     found = await asyncio.gather(
         *(held_by(budgets, ACME, one) for one in (1, micros, micros, 2)), return_exceptions=True
     )
-    assert [type(one) for one in found] == [UUID, BudgetTooSmall, BudgetTooSmall, UUID]
+    assert [type(one) for one in found] == [UUID, BudgetExceeded, BudgetExceeded, UUID]
 
 
 async def test_tokens_of_all_attempts_stay_charged_where_only_the_cost_is_corrected(
@@ -445,15 +445,15 @@ async def test_a_process_prepares_its_first_refusal_and_leaves_nothing_of_that(
     """It took PostgreSQL tens of milliseconds to plan it, while its call waited."""
     await with_budgets(budgets, DAY)
     prepared = asyncio.Event()
-    run = connections.run
+    execute = connections.execute
 
-    async def spied(work: Any, **options: Any) -> Any:
-        found = await run(work, **options)
-        if found == "DO":
+    async def spied(name: str, *values: Any) -> int:
+        count = await execute(name, *values)
+        if name == "warm_budgets":
             prepared.set()
-        return found
+        return count
 
-    monkeypatch.setattr(connections, "run", spied)
+    monkeypatch.setattr(connections, "execute", spied)
     running = asyncio.create_task(Budgets(connections, instance_id="new").run())
     async with asyncio.timeout(20):
         await prepared.wait()

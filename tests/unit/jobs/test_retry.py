@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tidegate.errors import (
     LONGEST_OF_FAULT_MS,
     BudgetExceeded,
-    BudgetTooSmall,
     PromptBlocked,
     TidegateError,
     UpstreamRejected,
@@ -30,7 +29,10 @@ def test_what_would_fail_again_is_not_tried_again(error: TidegateError) -> None:
 
 
 def test_what_no_period_of_a_budget_has_room_for_is_not_tried_again() -> None:
-    error = BudgetTooSmall("too dear", limit="day", allowed="$1 a day", retry_after_ms=None)
+    allowed = "$1.00 a day of UTC"
+    error = BudgetExceeded(
+        "too dear", limit="day", allowed=allowed, retry_after_ms=None, never_fits=True
+    )
     assert uncounted_wait_ms(error) is None
     assert retry_wait_ms(error, 1, 5) is None
 

@@ -90,3 +90,20 @@ BEGIN
         'amount', amount, 'spent', spent) FROM raised;
 END
 $$;
+
+-- Plans what reserves, refuses and settles a call under a budget, and undoes all of that.
+CREATE FUNCTION warm_budgets() RETURNS void LANGUAGE plpgsql AS $$
+DECLARE named text = gen_random_uuid(); hold text = gen_random_uuid();
+BEGIN
+    INSERT INTO budgets (name, unit, amount, period) VALUES (named, 'usd', 2, 'day');
+    PERFORM reserve_budgets(jsonb_build_object(
+        'books', jsonb_build_array(jsonb_build_array(named, '')),
+        'calls', (SELECT jsonb_agg(jsonb_build_object('id', hold, 'request', hold,
+            'binds', jsonb_build_array(jsonb_build_array(0, need)))) FROM unnest(needs) AS n (need))
+        ), named) FROM (VALUES (ARRAY[3]), (ARRAY[1])) AS v (needs);
+    PERFORM settle_budgets(jsonb_build_array(jsonb_build_object(
+        'id', hold, 'micros', 1, 'tokens', 1, 'doubt', false)));
+    RAISE EXCEPTION 'undone';
+EXCEPTION WHEN raise_exception THEN NULL;
+END
+$$;
