@@ -229,7 +229,7 @@ def _import_all() -> None:
 
 
 def use_once() -> None:
-    """Make what each process else makes at its first use, in 0.5 s of a core for an API: the
+    """Make what each process else makes at its first use, in 0.4 s of a core for an API: the
     operators' routes, the words of the classifier, and the models of Google's SDK."""
     import anyio
     from google.genai import types
