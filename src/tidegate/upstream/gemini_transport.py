@@ -27,7 +27,7 @@ from dataclasses import replace
 from functools import cache, lru_cache, partial
 from secrets import token_hex
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import httpx2
 import orjson
@@ -48,7 +48,6 @@ from tidegate.errors import (
 )
 from tidegate.policy.access import Access, Authentication
 from tidegate.telemetry.tracing import HEADER
-from tidegate.upstream._compat import Converted, convert_once, skip_type_warnings
 from tidegate.upstream.transport import (
     Exchange,
     RelayWire,
@@ -656,16 +655,10 @@ async def _in_base64(spans: Sequence[tuple[bytes, bytes]]) -> AsyncIterator[byte
             yield urlsafe_b64encode(data[start : start + _FILE_PIECE_BYTES])
 
 
-skip_type_warnings()
-
-
 class Settings(types.GenerateContentConfig):
     """Generation settings that are built once and used for any number of calls."""
 
-    __slots__ = ("converted",)  # their form in a request; a copy has its own
-
     __contains__ = _in_none
-    converted: ClassVar[Converted]
 
     @property
     def include_all_fields(self) -> bool:
@@ -674,14 +667,8 @@ class Settings(types.GenerateContentConfig):
         return is_plain()
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return these settings unless `update` changes them, and then a shallow copy: the SDK
-        requests three copies with every call, one of them deep."""
-        if not update or all(getattr(self, name) is value for name, value in update.items()):
-            return self
+        """Return a shallow copy: the SDK requests a deep one with every call."""
         return super().model_copy(update=update)
-
-
-convert_once(Settings)
 
 
 class UserTurn(types.Content):
