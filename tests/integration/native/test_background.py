@@ -89,7 +89,7 @@ async def test_it_is_counted_until_it_has_ended_and_charged_once(stage: Stage) -
     await gateway.upstream.set_behaviour(first_byte_ms=0)
     assert gateway.held == 0, "no process holds it"
     await stage.counts(1)
-    with pytest.raises(openai.ConflictError, match="cancel it first"):
+    with pytest.raises(openai.ConflictError, match="cancel it, or repeat"):
         await sdk.responses.delete(begun.id)
     (book,) = await gateway.services.store.budgets.records.books("acme")
     assert book.held > 0
