@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
@@ -36,7 +37,7 @@ from tidegate.errors import (
     UpstreamThrottled,
     UpstreamUnavailable,
 )
-from tidegate.upstream._compat import make_requests_once
+from tidegate.upstream._compat import make_requests_once, replace_conversion
 
 PNG = Media("image/png", b"\x89PNG not really", "fox.png")
 JUDGE = "gemini-2.5-flash-lite"
@@ -125,6 +126,77 @@ def test_an_sdk_that_retries_by_itself_is_left_as_it_is() -> None:
     before = client._api_client._async_retry
     make_requests_once(client)
     assert client._api_client._async_retry is before
+
+
+async def test_the_sdk_converts_settings_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from google.genai import models
+
+    from tidegate.upstream.gemini_transport import Settings
+
+    find, of_settings = vars(models)["getv"], 0
+
+    def counted(data: Any, keys: list[str], **named: Any) -> Any:
+        nonlocal of_settings
+        of_settings += type(data) is Settings
+        return find(data, keys, **named)
+
+    monkeypatch.setattr(models, "getv", counted)
+    kinds = (Kind.TEXT_ONLY, Kind.IMAGE_GENERATION)
+    looked_up = []
+    async with raw_upstream(answer_well) as upstream, gemini(upstream.url) as ours:
+        for kind in (*kinds, *kinds):
+            with suppress(EmptyAnswer):  # no picture
+                await ours.run(call(kind), Answer(), None)
+            looked_up.append(of_settings)
+    assert 0 < looked_up[0] < looked_up[1] == looked_up[3]
+    bodies = [request.json for request in upstream.received]
+    assert bodies[:2] == bodies[2:]
+
+
+def test_changed_settings_are_converted_again() -> None:
+    from google import genai
+    from google.genai import models
+
+    from tidegate.upstream.gemini_transport import Settings
+
+    api, settings = genai.Client(api_key=KEY)._api_client, Settings(temperature=0.5)
+    assert settings.model_copy(update={"tools": None}, deep=True) is settings
+    forms = []
+    for one in (settings, settings.model_copy(update={"service_tier": "flex"}), settings):
+        beside: dict[str, Any] = {}
+        forms.append((models._GenerateContentConfig_to_mldev(api, one, beside), beside))
+    assert forms[0] == ({"temperature": 0.5}, {}) == forms[2]
+    assert forms[1] == ({"temperature": 0.5}, {"serviceTier": "flex"})
+
+
+def test_an_sdk_with_another_conversion_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from google.genai import models
+
+    from tidegate.upstream.gemini_transport import convert_once
+
+    def convert(from_object: object) -> dict[str, Any]:
+        return {}
+
+    monkeypatch.setattr(models, "_GenerateContentConfig_to_mldev", convert)
+    replace_conversion(convert_once)
+    assert vars(models)["_GenerateContentConfig_to_mldev"] is convert
+
+
+async def test_the_sdk_looks_for_no_models_of_another_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    from google.genai import _common
+
+    origin_of, by = vars(_common)["get_origin"], set()
+
+    def looked(annotation: Any) -> Any:
+        by.add(sys._getframe(1).f_code.co_name)
+        return origin_of(annotation)
+
+    monkeypatch.setattr(_common, "get_origin", looked)
+    async with raw_upstream(answer_well) as upstream, gemini(upstream.url) as ours:
+        answer = Answer()
+        await ours.run(call(), answer, Collected())
+    assert answer.whole_text == "Fine"
+    assert "_check_field_type_mismatches" not in by
 
 
 async def test_a_base_url_that_names_the_version_is_not_given_it_twice() -> None:
