@@ -212,7 +212,7 @@ DRAINED = "an operator has drained it"
 # this long at most: if there is no other upstream to try it at, the request must end at some time.
 LONGEST_DOUBT_S = 86_400.0
 _REASON_CHARS = 200
-_KEY = re.compile(r"\bkey ([0-9a-f]{8}): ")
+_KEY = re.compile(r"\bkey ([0-9a-f]{8}|none): ")
 
 State = Literal["ok", "out", "trying"]
 
@@ -233,7 +233,7 @@ class Gate:
         self.upstream = upstream
         self.limiter = limiter
         self.limit = f"upstream:{upstream}"
-        self._digest = sha256(key.encode()).hexdigest()[:8]
+        self._digest = sha256(key.encode()).hexdigest()[:8] if key else "none"
         self._clock = clock
         self._faults = Faults()
         self.announced = Announced()

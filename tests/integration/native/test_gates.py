@@ -21,6 +21,7 @@ from tidegate.errors import (
     LimitPaused,
     UpstreamThrottled,
     UpstreamTimeout,
+    UpstreamUnauthorized,
     UpstreamUnavailable,
 )
 from tidegate.limiter import Adaptive, Concurrency, Demand, Limiter, PoolPolicy
@@ -199,6 +200,16 @@ async def test_a_dead_key_is_tried_once_a_minute_and_by_another_key_immediately(
     health = gateway.services.spine.health["gemini"]
     await wait_until(lambda: health.state == "ok", what="the other key worked")
     assert not health.key_dead
+
+
+async def test_an_upstream_that_refuses_calls_without_a_key_is_not_said_to_have_one() -> None:
+    refused, suspect = UpstreamUnauthorized("Unauthorized", of_key=True), Suspect(None, 1)
+    async with Limiter.from_url("memory://", pool=uuid4().hex, policy={}) as limiter:
+        gate, same = (Gate("of-this-test", limiter) for _ in range(2))
+        await gate.failed(refused, MODEL, suspect=suspect, tried=False)
+        paused = (await limiter.snapshot()).limits[gate.limit].paused_by
+        assert ("key none: " in paused, gate.key_dead, same.key_dead) == (True, True, True)
+        assert Gate("of-this-test", limiter, "a key").closed() is None, "another key may be valid"
 
 
 async def test_an_account_without_money_is_not_taken_for_a_refused_key(
