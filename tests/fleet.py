@@ -175,9 +175,10 @@ class Fleet:
         self._children.append(child)
         return child
 
-    async def ready(self, url: str) -> None:
-        """Wait for it. Raises AssertionError with the end of its log where it is not."""
-        child, answer = self.apis[url], "none"
+    async def ready(self, url: str, child: Child | None = None) -> None:
+        """Wait for the API at `url`, its process `child` where it is not among `apis`. Raises
+        AssertionError with the end of its log where it is not ready."""
+        child, answer = child or self.apis[url], "none"
 
         async def is_ready() -> bool:
             nonlocal answer

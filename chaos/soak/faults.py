@@ -41,7 +41,7 @@ async def _another_api(fleet: Fleet) -> None:
     """Offered to clients once it is ready, as a balancer would."""
     url = fleet.start_api()
     child = fleet.apis.pop(url)
-    await fleet.ready(url)
+    await fleet.ready(url, child)
     fleet.apis[url] = child
 
 
