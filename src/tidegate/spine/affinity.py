@@ -138,10 +138,10 @@ class Affinity:
             self._warm.popitem(last=False)
 
 
-def _rank(key: bytes, target: Target) -> float:
+def _rank(key: bytes, target: Target) -> tuple[int, float]:
     name = target.upstream.name.encode()
     drawn = int.from_bytes(blake2b(key + name, digest_size=8).digest())
-    return -target.upstream.weight / log((drawn + 1) / (2**64 + 1))
+    return -target.dearer, -target.upstream.weight / log((drawn + 1) / (2**64 + 1))
 
 
 def conversation_key(model: str, tenant: str, conversation: str | None) -> bytes | None:
