@@ -1,11 +1,12 @@
 """What stays in the prompt cache of agents' conversations over several accounts, and at what wait.
 
-    python -m bench.stickiness [--turns 60] [--agents 6] [--first 0]
+    python -m bench.stickiness [--turns 60] [--agents 6] [--at-once 2] [--first 0]
 
 Agents hold conversations through two API processes, one call at a time each: over one account that
 has room for all, over three that share it, and over three with a new name of the conversation for
-each call, which is a choice by lot. Accounts keep prefixes of conversations, as Anthropic does.
-Tokens are counted at the emulated providers; waits are those that answers report.
+each call and nothing that a cache is worth, which is a choice by lot. Accounts keep prefixes of
+conversations, as Anthropic does. Tokens are counted at the emulated providers; waits are those that
+answers report. `bench.simulated_stays` has the same in virtual time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ from tidegate.emulator.client import EmulatorControl
 
 MODEL, KEY = "claude-opus-4-6", "MEASURED_KEY"
 ACCOUNTS = 3
+LOT: Mapping[str, str] = {"CACHE_WAIT_US_PER_TOKEN": "0"}
 _INPUT, _UNCACHED, _PLENTY = "input_tokens", "uncached_input_tokens", 10**10
-AT_ONCE = 2  # of each account; of the one that has room for all, as many together
 SYSTEM_CHARS, TURN_CHARS = 16_000, 1_200
 LEAST_CACHED, MOST_WAIT = 0.95, 1.2
 # A wait of this much in a whole conversation is none.
@@ -59,7 +60,9 @@ def policy(urls: Sequence[str], at_once: int) -> str:
 
 
 @contextmanager
-def standing(accounts: int, at_once: int) -> Iterator[tuple[str, list[str]]]:
+def standing(
+    accounts: int, at_once: int, settings: Mapping[str, str]
+) -> Iterator[tuple[str, list[str]]]:
     """The gateway before so many emulated accounts; its address and theirs."""
     limits = [{"models": "*", "unit": unit, "bound": _PLENTY} for unit in (_INPUT, _UNCACHED)]
     account = {"provider": "anthropic", "limits": limits, "cache": "prefix"}
@@ -71,7 +74,12 @@ def standing(accounts: int, at_once: int) -> Iterator[tuple[str, list[str]]]:
             stack.callback(program.stop)
             urls.append(url)
         product = stack.enter_context(
-            Product(urls[0], apis=2, policy=policy(urls, at_once), settings={KEY: "measured"})
+            Product(
+                urls[0],
+                apis=2,
+                policy=policy(urls, at_once),
+                settings={KEY: "measured", **settings},
+            )
         )
         gateway = f"http://127.0.0.1:{product.port}"
         await_ready(product.program, gateway)
@@ -131,14 +139,15 @@ async def measure(
 
 
 def run(options: argparse.Namespace) -> list[Conversations]:
+    at_once: int = options.at_once  # of each account; of the only one, as many together
     plans = (
-        ("one account", 1, AT_ONCE * ACCOUNTS, False),
-        ("three accounts", ACCOUNTS, AT_ONCE, False),
-        ("three accounts by lot", ACCOUNTS, AT_ONCE, True),
+        ("one account", 1, at_once * ACCOUNTS, False),
+        ("three accounts", ACCOUNTS, at_once, False),
+        ("three accounts by lot", ACCOUNTS, at_once, True),
     )
     found = []
-    for name, accounts, at_once, by_lot in plans:
-        with standing(accounts, at_once) as (gateway, urls):
+    for name, accounts, places, by_lot in plans:
+        with standing(accounts, places, LOT if by_lot else {}) as (gateway, urls):
             found.append(asyncio.run(measure(gateway, urls, name, options, by_lot=by_lot)))
     return found
 
@@ -157,6 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stickiness", description=__doc__)
     parser.add_argument("--turns", type=int, default=60)
     parser.add_argument("--agents", type=int, default=6)
+    parser.add_argument("--at-once", type=int, default=2, help="places of each account")
     parser.add_argument("--first", type=int, default=0, help="number of the first agent: its name")
     options = parser.parse_args()
     about = describe("emulated accounts", ["python -m bench.stickiness", *sys.argv[1:]])

@@ -8,6 +8,7 @@ TidegateError
 │   │   └── FilesFull           a tenant has reached its limit on batch files
 │   ├── UnsupportedMedia        a content type or file type that is not supported
 │   └── FetchRefused            an `image_uri` that must not, or could not, be fetched
+│       └── FetchFailed             its server failed or did not answer, which may pass
 ├── RequestTimeout              the client was too slow in sending its request
 ├── RealtimeIdle                a realtime session was silent on both sides for too long
 ├── RealtimeStalled             the client of a realtime session does not read
@@ -185,6 +186,17 @@ class FetchRefused(InvalidRequest):
     """An `image_uri` must not, or could not, be fetched."""
 
     code = "fetch_refused"
+
+
+class FetchFailed(FetchRefused):
+    """The server of an `image_uri` failed or did not answer, which may pass."""
+
+    code = "fetch_failed"
+    retryable = True
+
+    def __init__(self, field: str, message: str, *, retry_after_ms: int | None = None) -> None:
+        super().__init__(field, message)
+        self.retry_after_ms = retry_after_ms
 
 
 class RequestTimeout(TidegateError):

@@ -18,7 +18,7 @@ from aiohttp.abc import ResolveResult
 
 from tests.contract.names import Names
 from tests.waiting import wait_until
-from tidegate.errors import FetchRefused
+from tidegate.errors import FetchFailed, FetchRefused
 from tidegate.upstream.fetch import (
     MOST_LOOK_UPS,
     Address,
@@ -93,11 +93,11 @@ async def tick(seconds: float) -> None:
     await passed.wait()
 
 
-async def refusal(fetcher: ImageFetcher, uri: str) -> str:
+async def refusal(fetcher: ImageFetcher, uri: str, *, may_pass: bool = False) -> str:
     with pytest.raises(FetchRefused) as refused:
         await fetcher.fetch(uri)
     assert refused.value.field == "image_uri"
-    assert not refused.value.retryable
+    assert refused.value.retryable is may_pass
     return str(refused.value)
 
 
@@ -148,7 +148,29 @@ async def test_an_answer_other_than_200_is_refused(
     status: int, site: Site, fetcher: ImageFetcher
 ) -> None:
     site.answers(status=status)
-    assert f"status {status}" in await refusal(fetcher, site.url())
+    assert f"status {status}" in await refusal(fetcher, site.url(), may_pass=status >= 500)
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 502])
+async def test_a_server_that_may_answer_later_says_when(
+    status: int, site: Site, fetcher: ImageFetcher
+) -> None:
+    site.answers(status=status, headers={"Retry-After": "7"})
+    with pytest.raises(FetchFailed) as failed:
+        await fetcher.fetch(site.url())
+    assert (failed.value.retry_after_ms, failed.value.allowed) == (7_000, None)
+
+
+async def test_a_name_server_that_fails_may_answer_later() -> None:
+    class Failing(Names):
+        async def resolve(
+            self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+        ) -> list[ResolveResult]:
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+
+    fetcher = ImageFetcher(max_bytes=MAX_BYTES, timeout_ms=5_000, resolver=Failing())
+    problem = await refusal(fetcher, "http://down.example/", may_pass=True)
+    assert "cannot be found" in problem
 
 
 async def test_a_compressed_answer_is_refused_unopened(site: Site, fetcher: ImageFetcher) -> None:
@@ -211,7 +233,8 @@ async def test_a_picture_that_does_not_arrive_in_time_is_refused(drips: bool, si
 
     site.handler = handler
     fetcher = ImageFetcher(max_bytes=MAX_BYTES, timeout_ms=200, is_allowed=only_here)
-    assert "did not arrive within 200 ms" in await refusal(fetcher, site.url())
+    problem = await refusal(fetcher, site.url(), may_pass=True)
+    assert "did not arrive within 200 ms" in problem
     await wait_until(lambda: site.closed == 1)
 
 
@@ -224,7 +247,8 @@ async def test_a_name_that_is_not_resolved_in_time_is_refused() -> None:
             return []
 
     fetcher = ImageFetcher(max_bytes=MAX_BYTES, timeout_ms=100, resolver=Slow())
-    assert "did not arrive within 100 ms" in await refusal(fetcher, "http://slow.example/")
+    problem = await refusal(fetcher, "http://slow.example/", may_pass=True)
+    assert "did not arrive within 100 ms" in problem
 
 
 async def test_names_that_are_not_answered_hold_up_no_other_look_up(
@@ -409,7 +433,7 @@ async def test_an_unknown_name_and_a_closed_port_are_refused(fetcher: ImageFetch
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{bound.getsockname()[1]}/"
-        assert "could not be connected to" in await refusal(fetcher, uri)
+        assert "could not be connected to" in await refusal(fetcher, uri, may_pass=True)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +455,8 @@ async def test_an_answer_that_is_not_http_is_refused(answer: bytes, fetcher: Ima
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        await refusal(fetcher, f"http://127.0.0.1:{port}/")
+        may_pass = not answer.startswith(b"HTTP/1.1 302")
+        await refusal(fetcher, f"http://127.0.0.1:{port}/", may_pass=may_pass)
 
 
 async def test_cancelling_closes_the_connection(site: Site, fetcher: ImageFetcher) -> None:

@@ -23,6 +23,7 @@ EXAMPLES = {
     errors.FilesFull: (errors.FilesFull("file", "no room", allowed="9 bytes"), 413),
     errors.UnsupportedMedia: (errors.UnsupportedMedia("Content-Type", "no"), 415),
     errors.FetchRefused: (errors.FetchRefused("image_uri", "private"), 422),
+    errors.FetchFailed: (errors.FetchFailed("image_uri", "no answer", retry_after_ms=9), 422),
     errors.RequestTimeout: (errors.RequestTimeout("slow"), 408),
     errors.Unauthenticated: (errors.Unauthenticated("no token"), 401),
     errors.Forbidden: (errors.Forbidden("not from there"), 403),

@@ -54,6 +54,24 @@ _TOOLS_TOKENS = 1_000
 CacheWrite = Literal["5m", "1h"]
 
 
+_INPUT_TO_OUTPUT = 3  # how many input tokens count beside an output token to compare prices
+
+
+def price_ranks(places: Sequence[tuple[Upstream, str]]) -> list[int]:
+    """Return the rank of each upstream's price of a model, 0 for the lowest.
+
+    If a price of input tokens is unknown, none is compared, and all are 0.
+    """
+    costs = []
+    for upstream, model in places:
+        rates = Prices(upstream).of(model)
+        if rates is None or rates.input is None:
+            return [0] * len(places)
+        costs.append(_INPUT_TO_OUTPUT * rates.input + (rates.output or 0))
+    order = sorted(set(costs))
+    return [order.index(cost) for cost in costs]
+
+
 class Prices:
     """The prices of one upstream: its own, or else the public prices of its provider.
 

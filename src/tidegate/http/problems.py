@@ -371,6 +371,8 @@ ADVICE: dict[str, str] = {
     "unsupported_media": "A file has an unsupported type: convert it, or leave it out.",
     "fetch_refused": "The picture at its address could not, or must not, be fetched: check that "
     "the address is public and answers with a picture.",
+    "fetch_failed": "The server of the picture failed or did not answer: retry it later, or send "
+    "the picture as a file.",
     "request_timeout": "The client sent too slowly. It may send again.",
     "realtime_idle": "Neither side of the realtime session sent anything for "
     "IDLE_TIMEOUT_MS: raise it, or open another session.",

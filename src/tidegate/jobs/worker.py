@@ -26,6 +26,7 @@ from tidegate.errors import (
     CallPreempted,
     ClaimLost,
     DeadlineExceeded,
+    FetchFailed,
     InvalidRequest,
     NotFound,
     StoreUnavailable,
@@ -745,6 +746,8 @@ class Worker:
             wait_ms = of_tier_ms
         elif error is not None and is_of_upstream(error):
             release, wait_ms = self._put_off.release, self._put_off.wait_ms(job)
+        elif isinstance(error, FetchFailed):  # before a call
+            wait_ms = retry_wait_ms(error, job.attempts + 1, self._config.max_attempts)
         is_counted = wait_ms is None
         if not record.was_admitted:
             assert error is not None

@@ -1,18 +1,24 @@
 """Affinity of conversations to the upstream that has their beginning in its prompt cache.
 
-Equal upstreams of a model are chosen at random, except for conversations: a provider's prompt cache
-belongs to one account. A conversation is identified by its name, by `prompt_cache_key`, or else by
-its tools, its system prompt and its first message. Its first call is placed by weighted rendezvous
-hashing (Thaler and Ravishankar, 1998; weights as -w / ln h), on which all processes agree without a
-message. Later calls go where this process last saw its answers, and wait there as long as the
-tokens that answers read from the cache are worth. That is the total wait of all its calls, times a
-random share drawn for each stay: a conversation moves once it has waited for about what the move
-costs, and of several conversations that wait for one another, one moves first (randomized ski
-rental; Karlin, Manasse, McGeoch, Owicki, "Competitive Randomized Algorithms for Nonuniform
-Problems", 1994). A move is notified to the other processes.
+Equal upstreams of a model and of one price are chosen at random, except for conversations: a
+provider's prompt cache belongs to one account. A conversation is identified by its name, by
+`prompt_cache_key`, or else by its tools, its system prompt and its first message. Its first call is
+placed by weighted rendezvous hashing (Thaler and Ravishankar, 1998; weights as -w / ln h), on which
+all processes agree without a message. Later calls go where this process last saw its answers, and
+wait there for longer than they would elsewhere by as much as the tokens that answers read from the
+cache are worth. That is the total excess of all its calls, times a random share drawn for each
+stay: a conversation moves once it has waited for about what the move costs, and of several
+conversations that wait for one another, one moves first (randomized ski rental; Karlin, Manasse,
+McGeoch, Owicki, "Competitive Randomized Algorithms for Nonuniform Problems", 1994). A move is
+notified to the other processes.
+
+What a tenant's calls of a model usually wait at each upstream is measured. Where all upstreams have
+queues, a stay costs only what is above that of the others, and a conversation that has used up its
+patience still waits where it is, unless its queue is longer by more than chance.
 
 Invariants: no call waits for an upstream that is out or paused; a tenant's conversation moves no
-call of another tenant; memory is bounded; the order of a route is kept.
+call of another tenant, nor do waits of another tenant; memory is bounded; the order of a route is
+kept.
 """
 
 from __future__ import annotations
@@ -22,14 +28,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from math import e, log
+from math import e, inf, log
 from random import random
 from typing import Any, NamedTuple
 
 from tidegate.admission.demand import CACHE_MS
 from tidegate.call import Usage
 from tidegate.dialects.requests import opening_of
-from tidegate.limiter import SPARE_MS
+from tidegate.limiter import SPARE_MS, Permit
 from tidegate.record import Lineage
 from tidegate.spine.routing import Target
 from tidegate.store.provider.resources import ResourceOwner
@@ -37,35 +43,45 @@ from tidegate.store.provider.resources import ResourceOwner
 MOST_CONVERSATIONS = 4_096
 # A permit that another process has released, and keeps for a next call, arrives within this time.
 HANDOVER_MS = 4 * SPARE_MS
+# Usual waits at upstreams: of how many calls at least and at most, and how many are remembered.
+_LEAST_CALLS, _MOST_CALLS, MOST_WAITS = 3, 16, 4_096
+# A usual wait of this many times another's is longer by more than chance, as is a single wait.
+_LONGER, _LONGER_ONCE = 1.5, 4
+_NO_WAITS = (0.0, 0, -inf)
 _DIGEST_BYTES = 16
 _OPENING_BYTES = 12
 _LONGEST_NAME = 200  # of a conversation
 
+Whose = tuple[str, str]  # a tenant and a model
+
 
 class _Warm(NamedTuple):
     """The upstream that last answered a conversation. cached_tokens: read from its cache, or
-    written to it. waited_ms: total wait of its calls since the conversation moved there; patience:
-    the share of the cache's worth that they wait."""
+    written to it. excess_ms: how much longer its calls have waited than elsewhere since the
+    conversation moved there; patience: the share of the cache's worth that they do."""
 
     upstream: str
     cached_tokens: int
     at_ms: float
-    waited_ms: float
+    excess_ms: float
     patience: float
 
 
 @dataclass(slots=True)
 class Home:
     """The preferred upstream of one conversation. is_known: it has answered lately. wait_ms: how
-    long its cache is worth waiting for; waited_ms: how long the conversation's calls have waited
-    for it."""
+    long its cache is worth waiting for now; excess_ms: how much longer than elsewhere the
+    conversation's calls have waited for it. whose: the tenant and model; elsewhere_ms: what their
+    calls usually wait at the others."""
 
     key: bytes
     target: Target
     is_known: bool = False
     wait_ms: float = 0.0
-    waited_ms: float = 0.0
+    excess_ms: float = 0.0
     patience: float | None = None
+    whose: Whose = ("", "")
+    elsewhere_ms: float = 0.0
 
     def places(self, targets: Sequence[Target]) -> Iterator[int]:
         """Yield the indexes of targets in order of preference: the home first, then by rendezvous
@@ -90,34 +106,79 @@ class Affinity:
         self._wait_ms_per_token = wait_us_per_token / 1000
         self._now_ms = now_ms
         self._warm: OrderedDict[bytes, _Warm] = OrderedDict()
+        # The usual wait at an upstream, of how many calls it is, and when the last one ended.
+        self._waits: OrderedDict[tuple[Whose, str], tuple[float, int, float]] = OrderedDict()
+        # When a conversation last came to an upstream or left it: waits until then say nothing.
+        self._changed_ms: dict[str, float] = {}
         # Called with a conversation's key, its new upstream and the number of tokens cached there.
         self.on_move: Callable[[bytes, str, int], None] | None = None
 
-    def home(self, key: bytes | None, targets: Sequence[Target]) -> Home | None:
+    def home(
+        self, key: bytes | None, targets: Sequence[Target], whose: Whose = ("", "")
+    ) -> Home | None:
         """Return the home of a conversation, among two or more targets; None without a
-        conversation."""
+        conversation. whose: its tenant and model."""
         if key is None:
             return None
         warm = self._warm.get(key)
         if warm is not None and self._now_ms() - warm.at_ms <= CACHE_MS:
             for target in targets:
                 if target.upstream.name == warm.upstream:
+                    elsewhere_ms = self._elsewhere_ms(whose, target, targets)
                     worth_ms = warm.cached_tokens * self._wait_ms_per_token
-                    wait_ms = max(0.0, worth_ms * warm.patience - warm.waited_ms)
-                    return Home(key, target, True, wait_ms, warm.waited_ms, warm.patience)
+                    left_ms = worth_ms * warm.patience - warm.excess_ms
+                    own_ms = self.usual_ms(whose, target)
+                    is_usual = own_ms is not None and own_ms <= _LONGER * elsewhere_ms
+                    wait_ms = 0.0
+                    if worth_ms and (left_ms > 0 or is_usual):
+                        wait_ms = max(0.0, left_ms) + _LONGER_ONCE * elsewhere_ms
+                    of_stay = (warm.excess_ms, warm.patience, whose, elsewhere_ms)
+                    return Home(key, target, True, wait_ms, *of_stay)
         first = max(targets, key=lambda one: _rank(key, one))
-        return Home(key, first, wait_ms=HANDOVER_MS if self._wait_ms_per_token else 0.0)
+        handover_ms = HANDOVER_MS if self._wait_ms_per_token else 0.0
+        return Home(key, first, wait_ms=handover_ms, whose=whose)
 
-    def note(self, home: Home, target: Target, usage: Usage) -> None:
-        """Record the upstream that answered a call of the conversation, and the tokens in its
-        cache."""
+    def usual_ms(self, whose: Whose, target: Target) -> float | None:
+        """Return the usual wait at an upstream, None if nothing is known of it now."""
+        name = target.upstream.name
+        usual_ms, calls, at_ms = self._waits.get((whose, name), _NO_WAITS)
+        return usual_ms if calls >= _LEAST_CALLS and self._is_new(name, at_ms) else None
+
+    def _is_new(self, upstream: str, at_ms: float) -> bool:
+        return at_ms > max(self._now_ms() - CACHE_MS, self._changed_ms.get(upstream, -inf))
+
+    def _elsewhere_ms(self, whose: Whose, home: Target, targets: Sequence[Target]) -> float:
+        """Return the usual wait at the other upstreams, 0 for one of which nothing is known."""
+        if not self._waits:
+            return 0.0
+        others = [self.usual_ms(whose, one) or 0.0 for one in targets if one != home]
+        return sum(others) / len(others)
+
+    def waited(self, home: Home, target: Target, wait_ms: float) -> None:
+        """Record the wait of a call of the conversation at an upstream, until it was admitted or
+        left the queue."""
+        place = (home.whose, target.upstream.name)
+        usual_ms, calls, at_ms = self._waits.get(place, _NO_WAITS)
+        calls = min(calls, _MOST_CALLS - 1) + 1 if self._is_new(place[1], at_ms) else 1
+        self._waits[place] = usual_ms + (wait_ms - usual_ms) / calls, calls, self._now_ms()
+        self._waits.move_to_end(place)
+        if len(self._waits) > MOST_WAITS:
+            self._waits.popitem(last=False)
+        if target == home.target:
+            home.excess_ms = max(0.0, home.excess_ms + wait_ms - home.elsewhere_ms)
+
+    def note(self, home: Home, target: Target, usage: Usage, permit: Permit | None = None) -> None:
+        """Record the upstream that answered a call of the conversation, the call's wait there, and
+        the tokens in its cache."""
+        if permit is not None:
+            self.waited(home, target, permit.waited_ms)
         read, details = usage.cached_tokens or 0, usage.details
         written = 0 if details is None else details.cache_write_tokens or 0
         name, tokens, warm = target.upstream.name, read + written, self._warm.get(home.key)
         # A notification of a move may have arrived since the call began.
         has_moved = name != (home.target.upstream.name if warm is None else warm.upstream)
-        waited_ms, patience = (0.0, None) if has_moved else (home.waited_ms, home.patience)
-        self._keep(home.key, name, tokens, waited_ms, patience)
+        excess_ms, patience = (0.0, None) if has_moved else (home.excess_ms, home.patience)
+        self._keep(home.key, name, tokens, excess_ms, patience)
         if has_moved and tokens and self.on_move is not None:
             self.on_move(home.key, name, tokens)
 
@@ -128,20 +189,23 @@ class Affinity:
             self._keep(key, upstream, cached_tokens, 0.0, None)
 
     def _keep(
-        self, key: bytes, upstream: str, tokens: int, waited_ms: float, patience: float | None
+        self, key: bytes, upstream: str, tokens: int, excess_ms: float, patience: float | None
     ) -> None:
+        now_ms = self._now_ms()
         if patience is None:
             patience = log(1 + self._draw() * (e - 1))
-        self._warm[key] = _Warm(upstream, tokens, self._now_ms(), waited_ms, patience)
+            if (warm := self._warm.get(key)) is not None:
+                self._changed_ms |= {warm.upstream: now_ms, upstream: now_ms}
+        self._warm[key] = _Warm(upstream, tokens, now_ms, excess_ms, patience)
         self._warm.move_to_end(key)
         if len(self._warm) > MOST_CONVERSATIONS:
             self._warm.popitem(last=False)
 
 
-def _rank(key: bytes, target: Target) -> float:
+def _rank(key: bytes, target: Target) -> tuple[int, float]:
     name = target.upstream.name.encode()
     drawn = int.from_bytes(blake2b(key + name, digest_size=8).digest())
-    return -target.upstream.weight / log((drawn + 1) / (2**64 + 1))
+    return -target.dearer, -target.upstream.weight / log((drawn + 1) / (2**64 + 1))
 
 
 def conversation_key(model: str, tenant: str, conversation: str | None) -> bytes | None:

@@ -222,8 +222,8 @@ class Relay:
         """Return the home of the call's conversation if its targets are equal ones, else None."""
         if not self.spine.targets.are_equivalent(call.endpoint.dialect, model):
             return None
-        key = conversation_key(model, call.terms.caller.tenant_id, record.lineage.conversation)
-        return self.spine.affinity.home(key, targets)
+        key = conversation_key(model, record.tenant_id, record.lineage.conversation)
+        return self.spine.affinity.home(key, targets, (record.tenant_id, model))
 
     async def _answered_here(self, call: NativeCall, out: Out, record: CallRecord) -> bool:
         """Answer a call that needs no upstream; False if it needs one."""

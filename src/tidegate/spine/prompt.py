@@ -327,7 +327,7 @@ class PromptCalls:
     ) -> tuple[Media, ...]:
         """Load the files and fetch the `image_uri`; `arrived` is called with the bytes read so far.
 
-        Raises FetchRefused, StoreUnavailable, or NotFound for a file that was deleted.
+        Raises FetchRefused and FetchFailed, StoreUnavailable, or NotFound for a deleted file.
         """
         loaded = []
         for stored in request.attachments:

@@ -12,9 +12,9 @@ The gate, a circuit breaker, is a pause of the limit `upstream:NAME` in the pool
 probe. A 429 is no fault, nor is a timeout of the gateway's own. Faults that a request may have
 provoked count once per request and at most `MOST_OF_ONE` per tenant.
 
-Invariants: the same request has the same targets in every process, equal ones in random order by
-weight; an upstream is out for all processes or for none; one request never puts an upstream out or
-keeps it out.
+Invariants: the same request has the same targets in every process, equal ones cheapest first, and
+in random order by weight where prices do not decide; an upstream is out for all processes or for
+none; one request never puts an upstream out or keeps it out.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from random import Random
 from types import TracebackType
 from typing import Any, Literal
 
+from tidegate.admission.charges import price_ranks
 from tidegate.admission.demand import CallDemand, model_limit, pause_after
 from tidegate.call import Kind, Status
 from tidegate.dialects import Passthrough
@@ -613,10 +614,11 @@ _MOST_NAMED = 8  # upstreams, and patterns per upstream, in an error
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An upstream, and the model's name there."""
+    """An upstream, and the model's name there. dearer: the rank of its price among equal ones."""
 
     upstream: Upstream
     model: str
+    dearer: int = field(default=0, compare=False)
 
 
 class Targets:
@@ -647,7 +649,8 @@ class Targets:
                 known = (self._undrained(matching), False)
             elif plain:
                 serving = self._best(plain, self.in_service(dialect))
-                known = (serving or self._best(plain, self.upstreams_of(dialect)), True)
+                serving = serving or self._best(plain, self.upstreams_of(dialect))
+                known = (_ranked(serving), True)
             else:
                 known = (self._without_model(dialect), True)
             self._check_there(plain, known[0])
@@ -716,7 +719,7 @@ class Targets:
         if known is None:
             plain = model.removeprefix("models/")
             routed = self._routed(plain)
-            found = self._any(plain) if routed is None else self._undrained(routed)
+            found = _ranked(self._any(plain)) if routed is None else self._undrained(routed)
             known = (found, routed is None)
             self._check_there(plain, known[0])
             if known[0] and len(self._for_prompts) < _MODELS_KEPT:
@@ -792,15 +795,23 @@ class Targets:
         return [Target(one, one.aliases.get(model, model)) for one in named]
 
     def _drawn(self, targets: Sequence[Target]) -> list[Target]:
-        """Return the targets in random order, each place drawn by weight."""
+        """Return the targets, cheapest first, those of one price in random order by weight."""
         if len(targets) < 2:
             return list(targets)
         # Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006.
         keys = [
-            (self._random.random() ** (1 / target.upstream.weight), place)
+            (-target.dearer, self._random.random() ** (1 / target.upstream.weight), place)
             for place, target in enumerate(targets)
         ]
-        return [targets[place] for _, place in sorted(keys, reverse=True)]
+        return [targets[place] for *_, place in sorted(keys, reverse=True)]
+
+
+def _ranked(targets: list[Target]) -> list[Target]:
+    """Return equal targets with the ranks of their prices, unless the operator's weights decide."""
+    if len(targets) < 2 or any(one.upstream.weight != 1 for one in targets):
+        return targets
+    ranks = price_ranks([(one.upstream, one.model) for one in targets])
+    return [replace(one, dearer=rank) for one, rank in zip(targets, ranks, strict=True)]
 
 
 def _first_dialect(upstream: Upstream) -> Dialect:

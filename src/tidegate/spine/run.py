@@ -680,11 +680,10 @@ class _Run:
         record.waits_for = account.limiter.pool, demand.limits
         try:
             async with self._admission(target, account, demand, within_ms=wait_ms) as permit:
-                home.waited_ms += 0.0 if permit is None else permit.waited_ms
                 await self._admitted(permit, target, account, demand)
                 return True
         except (DeadlineExceeded, QueueFull):
-            home.waited_ms += wait_ms
+            self._spine.affinity.waited(home, target, wait_ms)
             if not record.waits or self._terms.left_ms() <= 0:
                 raise
         except NotWorthWaiting:
@@ -838,7 +837,7 @@ class _Run:
                 if demand.estimate is not None:
                     account.demands.learn(demand, reported, charged, whole=whole)
             if self._home is not None and whole:
-                self._spine.affinity.note(self._home, target, record.answer.usage)
+                self._spine.affinity.note(self._home, target, record.answer.usage, permit)
 
     def _giving_way(
         self, rule: Preempt | None, permit: Permit | None, account: UpstreamAccount, is_try: bool

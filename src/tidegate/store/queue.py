@@ -25,7 +25,7 @@ from uuid import UUID
 import asyncpg
 
 from tidegate.call import Classification, Kind, Status, Tier, new_id
-from tidegate.errors import ClaimLost, StoreUnavailable
+from tidegate.errors import ClaimLost, FetchFailed, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure
 from tidegate.store import records as rows
 from tidegate.store.audit import AuditLog
@@ -751,18 +751,16 @@ class JobQueue:
         waits_ms: Mapping[UUID, int] | None = None,
         failure: Failure | None = None,
     ) -> None:
-        """Release claims; jobs in `waits_ms` wait for so long, because of `failure`."""
+        """Release claims; jobs in `waits_ms` wait for so long, because of `failure`. A fetch that
+        failed uses up an attempt."""
         if not jobs:
             return
-        why, waits_ms = rows.failure_row(failure), waits_ms or {}
+        unmade = int(failure is not None and failure.code == FetchFailed.code)
+        why, waits_ms = {"failure": rows.failure_row(failure), "unmade": unmade}, waits_ms or {}
         claims = rows.dumps(
-            {
-                "id": job.request_id,
-                "claim": job.claim,
-                "wait_ms": waits_ms.get(job.request_id),
-                "failure": why,
-            }
-            for job in jobs
+            {"id": one.request_id, "claim": one.claim, "wait_ms": waits_ms.get(one.request_id)}
+            | why
+            for one in jobs
         )
 
         async def release(connection: asyncpg.Connection) -> list[asyncpg.Record]:

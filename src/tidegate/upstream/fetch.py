@@ -31,7 +31,7 @@ from tidegate.call import Media
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.headers import answered_at, retry_after_ms
 from tidegate.dialects.spec import ErrorAnswer
-from tidegate.errors import FetchRefused, UpstreamError
+from tidegate.errors import FetchFailed, FetchRefused, UpstreamError
 from tidegate.policy.deployment import Upstream
 from tidegate.upstream.server_load import server_load
 from tidegate.upstream.transport import RelayWire
@@ -141,6 +141,11 @@ def refused(problem: str, field: str = "image_uri") -> FetchRefused:
     """Return the error of this module; `problem` continues a sentence that begins with the
     field."""
     return FetchRefused(field, f"{field} {problem}", allowed=ALLOWED)
+
+
+def _failed(problem: str, retry_after_ms: int | None = None) -> FetchFailed:
+    """Return the error of a picture whose server may answer later."""
+    return FetchFailed("image_uri", f"image_uri {problem}", retry_after_ms=retry_after_ms)
 
 
 def _check_host(host: str, is_allowed: Callable[[Address], bool], *, bracketed: bool) -> None:
@@ -314,6 +319,18 @@ def why_not_sent(failed: aiohttp.ClientError) -> str:
     return "was not answered properly"
 
 
+def _may_pass(failed: aiohttp.ClientError) -> bool:
+    """Whether the same request may succeed later: not at a URL that is none, a name that does not
+    exist, or an address that is not public."""
+    import aiohttp
+
+    if isinstance(failed, aiohttp.ClientConnectorDNSError):
+        return failed.os_error.errno == socket.EAI_AGAIN
+    if isinstance(failed, aiohttp.ClientConnectorError):
+        return "the address is not public" not in str(failed.os_error)
+    return not isinstance(failed, aiohttp.InvalidURL)
+
+
 PICTURE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif", "image/heic", "image/heif")
 
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
@@ -356,6 +373,7 @@ def _iso_picture(head: bytes) -> str | None:
 
 MAX_REDIRECTS = 3
 _REDIRECTS = (301, 302, 303, 307, 308)
+_MAY_PASS = (408, 425, 429)  # and every 5xx
 _HEADERS = {
     "Accept": ", ".join(PICTURE_TYPES),
     "Accept-Encoding": "identity",
@@ -382,7 +400,8 @@ class ImageFetcher:
         self, uri: str, tenant_id: str = "", arrived: Callable[[int], None] | None = None
     ) -> Media:
         """Fetch the picture at `uri` for a tenant. `arrived` is called with the number of bytes in
-        memory so far, and may raise. Raises FetchRefused. Cancelling closes the connection."""
+        memory so far, and may raise. Raises FetchRefused, and FetchFailed if it may be tried again.
+        Cancelling closes the connection."""
         import aiohttp
 
         try:
@@ -392,9 +411,10 @@ class ImageFetcher:
                 await stack.enter_async_context(session)
                 return await self._follow(session, check_uri(uri, self.is_allowed), arrived)
         except TimeoutError:
-            raise refused(f"did not arrive within {self.timeout_ms} ms") from None
+            raise _failed(f"did not arrive within {self.timeout_ms} ms") from None
         except aiohttp.ClientError as failed:
-            raise refused(why_not_sent(failed)) from None
+            why = _failed if _may_pass(failed) else refused
+            raise why(why_not_sent(failed)) from None
 
     async def _follow(
         self, session: aiohttp.ClientSession, url: URL, arrived: Callable[[int], None] | None
@@ -415,7 +435,10 @@ class ImageFetcher:
         self, response: aiohttp.ClientResponse, arrived: Callable[[int], None] | None
     ) -> Media:
         if response.status != 200:
-            raise refused(f"was answered with status {response.status}")
+            problem = f"was answered with status {response.status}"
+            if response.status < 500 and response.status not in _MAY_PASS:
+                raise refused(problem)
+            raise _failed(problem, _requested_wait_ms(response) or None)
         if response.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
             raise refused("was answered with a compressed body, which is not taken")
         content_type = response.headers.get("Content-Type", "").split(";")[0].strip().lower()

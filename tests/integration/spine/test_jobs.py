@@ -13,13 +13,15 @@ import pytest
 from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
 from tests.zones import OF_ALL, OF_WORKERS, set_clock
-from tidegate.errors import LimiterUnavailable, StoreUnavailable
+from tidegate.call import Media
+from tidegate.errors import FetchFailed, LimiterUnavailable, StoreUnavailable
 from tidegate.spine.native import NativeExchange
 from tidegate.spine.prompt import PromptCalls, PromptExchange
 from tidegate.spine.run import UpstreamAccount
 from tidegate.store.blobs import Blobs
 from tidegate.store.notifications import AGREE_S
 from tidegate.store.queue import MAX_LAPSES, JobQueue
+from tidegate.upstream.fetch import ImageFetcher, refused
 
 
 async def _outcomes(gateway: Gateway, request_id: str) -> list[tuple[int, str]]:
@@ -155,10 +157,14 @@ async def test_a_model_that_the_provider_does_not_know_fails_at_once(
 
 
 async def test_a_picture_that_cannot_be_fetched_fails_its_job_clearly(
-    open_gateway: Opener,
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    async def fetch(_fetcher: ImageFetcher, _uri: str, *_more: object) -> Media:
+        raise refused("was answered with status 404")
+
+    monkeypatch.setattr(ImageFetcher, "fetch", fetch)
     gateway = await open_gateway()
-    uri = "http://nowhere.invalid/cat.png"
+    uri = "http://example.com/cat.png"
     request_id = await gateway.submit(
         data="Make this picture a watercolour", type="image_generation", image_uri=uri
     )
@@ -167,6 +173,33 @@ async def test_a_picture_that_cannot_be_fetched_fails_its_job_clearly(
     assert "image_uri" in record["error"]["message"]
     assert (record["attempts"], await gateway.calls()) == (0, [])
     assert (await gateway.audit(request_id))["request"]["image_uri"] == uri
+
+
+@pytest.mark.parametrize("failures", [2, 9])
+async def test_a_picture_whose_server_fails_is_fetched_again_within_the_attempts(
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    fetched = list[str]()
+
+    async def fetch(_fetcher: ImageFetcher, uri: str, *_more: object) -> Media:
+        fetched.append(uri)
+        if len(fetched) <= failures:
+            raise FetchFailed("image_uri", "image_uri was answered with status 503")
+        return Media("image/png", b"\x89PNG\r\n\x1a\n" + bytes(64))
+
+    monkeypatch.setattr(ImageFetcher, "fetch", fetch)
+    gateway = await open_gateway(max_attempts=3)
+    request_id = await gateway.submit(
+        data="Describe this picture", type="multi_modal", image_uri="http://example.com/cat.png"
+    )
+    record = await gateway.end_of(request_id)
+    assert (record["attempts"], len(fetched)) == (3, 3)
+    assert (await gateway.audit(request_id))["attempts"] == 3
+    if failures == 2:
+        assert (record["status"], len(await gateway.calls())) == ("succeeded", 1)
+    else:
+        assert (record["status"], record["error"]["code"]) == ("failed", "fetch_failed")
+        assert (record["error"]["retryable"], await gateway.calls()) == (True, [])
 
 
 async def test_an_upload_whose_bytes_are_gone_fails_its_job_clearly(open_gateway: Opener) -> None:

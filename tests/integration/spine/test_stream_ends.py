@@ -7,15 +7,21 @@ import time
 from typing import Any
 
 import aiohttp
+import pytest
 
 from tests.gateway import Gateway, Opener, read_stream, small_receive_buffer
 from tests.integration.security.hostile import one_try
 from tests.outages import all_is_well
 from tests.waiting import promised_s, wait_until
+from tidegate.call import Media
 from tidegate.embedded.servers import ValkeyServer
+from tidegate.errors import FetchFailed, FetchRefused
+from tidegate.upstream.fetch import ImageFetcher
 
 __all__ = ["one_try"]
 
+_NO_IMAGE = FetchRefused("image_uri", "image_uri is not an image")
+_PASSING = FetchFailed("image_uri", "image_uri was answered with status 503", retry_after_ms=2_000)
 GONE_WITHIN_S = promised_s(0.1)
 # Between our seeing that all is closed and the test's asking about it, on a busy machine.
 SLACK_S = promised_s(0.15)
@@ -73,18 +79,24 @@ async def test_the_deadline_counts_the_classifiers_time_too(open_gateway: Opener
     assert (refused.status, refused.problem["code"]) == (504, "deadline_exceeded")
 
 
+@pytest.mark.parametrize("failed", [_NO_IMAGE, _PASSING], ids=["for good", "now"])
 async def test_a_picture_that_cannot_be_fetched_is_refused_before_any_call(
-    open_gateway: Opener,
+    open_gateway: Opener, monkeypatch: pytest.MonkeyPatch, failed: FetchRefused
 ) -> None:
+    async def fetch(_fetcher: ImageFetcher, _uri: str, *_more: object) -> Media:
+        raise failed
+
+    monkeypatch.setattr(ImageFetcher, "fetch", fetch)
     gateway = await open_gateway(worker=False)
-    refused = await gateway.stream(
+    answer = await gateway.stream(
         text="Make this picture a watercolour",
         type="image_generation",
-        image_uri="http://nowhere.invalid/cat.png",
+        image_uri="http://example.com/cat.png",
     )
-    assert (refused.status, refused.problem["code"]) == (422, "fetch_refused")
+    assert (answer.status, answer.problem["code"]) == (422, failed.code)
+    assert answer.problem.get("retry_after_ms") == failed.retry_after_ms
     assert await gateway.calls() == []
-    assert (await gateway.recorded(refused.request_id))["error"]["code"] == "fetch_refused"
+    assert (await gateway.recorded(answer.request_id))["error"]["code"] == failed.code
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str, int]] = {

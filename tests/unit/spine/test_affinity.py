@@ -14,7 +14,13 @@ from tidegate.call import Usage, UsageDetails
 from tidegate.policy.deployment import Upstream
 from tidegate.record import Lineage
 from tidegate.spine import affinity
-from tidegate.spine.affinity import HANDOVER_MS, Affinity, Home, conversation_key, lineage_in
+from tidegate.spine.affinity import (
+    HANDOVER_MS,
+    Affinity,
+    Home,
+    conversation_key,
+    lineage_in,
+)
 from tidegate.spine.routing import Target
 from tidegate.store.provider.resources import ResourceOwner
 
@@ -105,12 +111,82 @@ def test_all_calls_of_a_stay_wait_together_for_as_long_as_it_is_worth() -> None:
     for _ in range(4):
         found = placed(known.home(b"talk", two))
         left.append(found.wait_ms)
-        found.waited_ms += 400
+        known.waited(found, found.target, 400)
         known.note(found, found.target, usage)
     assert left == [1_000, 600, 200, 0]
     moved = placed(known.home(b"talk", two))
     known.note(moved, next(one for one in two if one != moved.target), usage)
     assert placed(known.home(b"talk", two)).wait_ms == 1_000
+
+
+WHOSE, OTHERS = ("t", "m"), ("u", "m")
+
+
+def stay(known: Affinity, two: list[Target], answered: Target) -> Home:
+    """A conversation of 5,000 cached tokens, worth a second, that one of two targets answered."""
+    known.note(placed(known.home(b"talk", two, WHOSE)), answered, Usage(cached_tokens=5_000))
+    return placed(known.home(b"talk", two, WHOSE))
+
+
+def wait(known: Affinity, target: Target, wait_ms: float, times: int = 3) -> None:
+    """Calls of another conversation of the tenant that waited there."""
+    for _ in range(times):
+        known.waited(Home(b"other", target, whose=WHOSE), target, wait_ms)
+
+
+def test_what_a_call_would_wait_elsewhere_too_uses_up_nothing_of_a_stay() -> None:
+    two, known = targets(a=1, b=1), affinity_at(float)
+    wait(known, two[1], 700)
+    for _ in range(9):
+        found = stay(known, two, two[0])
+        assert found.wait_ms == pytest.approx(1_000 + 4 * 700, abs=1)
+        known.waited(found, two[0], 700)
+        known.note(found, two[0], Usage(cached_tokens=5_000))
+    known.waited(found, two[0], 1_100)
+    assert found.excess_ms == pytest.approx(400, abs=1)
+    known.waited(found, two[0], 0)
+    assert found.excess_ms == 0, "a shorter wait than elsewhere makes up for it"
+
+
+@pytest.mark.parametrize(("usual_ms", "wait_ms"), [(1_000, 4 * 700), (1_100, 0)])
+def test_a_stay_that_is_used_up_goes_on_unless_its_queue_is_longer_by_more_than_chance(
+    usual_ms: float, wait_ms: float
+) -> None:
+    two, known = targets(a=1, b=1), affinity_at(float)
+    wait(known, two[0], usual_ms)
+    wait(known, two[1], 700)
+    found = stay(known, two, two[0])
+    found.excess_ms = 5_000
+    known.note(found, two[0], Usage(cached_tokens=5_000))
+    assert placed(known.home(b"talk", two, WHOSE)).wait_ms == pytest.approx(wait_ms, abs=1)
+    assert placed(known.home(b"talk", two, OTHERS)).wait_ms == 0, "waits of another tenant"
+
+
+def test_what_was_measured_before_a_move_or_long_ago_says_nothing_of_now() -> None:
+    now = [0.0]
+    three, known = targets(a=1, b=1, c=1), affinity_at(lambda: now[0])
+    known.note(placed(known.home(b"talk", three, WHOSE)), three[0], Usage(cached_tokens=5_000))
+    for target in three:
+        wait(known, target, 600)
+    now[0] = 1.0
+    known.moved(b"talk", "c", 5_000)
+    assert [known.usual_ms(WHOSE, one) for one in three] == [None, 600, None]
+    now[0] = 2.0
+    wait(known, three[2], 700, times=2)
+    assert known.usual_ms(WHOSE, three[2]) is None, "of too few calls"
+    wait(known, three[2], 700, times=1)
+    assert known.usual_ms(WHOSE, three[2]) == pytest.approx(700)
+    now[0] = CACHE_MS + 1
+    assert [known.usual_ms(WHOSE, one) for one in three[1:]] == [None, pytest.approx(700)]
+
+
+def test_the_memory_of_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(affinity, "MOST_WAITS", 2)
+    (one,), known = targets(a=1), affinity_at(float)
+    for tenant in "tuv":
+        for _ in range(3):
+            known.waited(Home(b"x", one, whose=(tenant, "m")), one, 100)
+    assert [known.usual_ms((tenant, "m"), one) for tenant in "tuv"] == [None, 100, 100]
 
 
 def test_all_processes_have_a_conversation_move_in_one_order() -> None:

@@ -17,7 +17,9 @@ from tidegate.dialects.spec import Dialect
 from tidegate.errors import ConfigError, Forbidden, InvalidRequest, NotFound, UpstreamMissing
 from tidegate.policy.deployment import Deployment, Route, Upstream
 from tidegate.policy.live import LiveChanges, LiveUpstream
+from tidegate.prices.rates import Price
 from tidegate.settings import Config
+from tidegate.spine.affinity import Affinity
 from tidegate.spine.models import targets_for_prompt
 from tidegate.spine.prompt import dialect_at, form_at
 from tidegate.spine.routing import RemainingCapacity, Target, Targets
@@ -59,6 +61,38 @@ def test_equals_are_drawn_by_weight_and_all_stand_in() -> None:
     firsts = Counter(names(found, "gpt-x")[0][0] for _ in range(4000))
     assert firsts["twin"] / 4000 == pytest.approx(0.75, abs=0.03)
     assert len(names(found, "gpt-x")) == 2
+
+
+def priced(name: str, usd: float, weight: int = 1) -> Upstream:
+    price = Price(input=usd, output=4 * usd)
+    return Upstream(name, {"openai": "http://o"}, "k", ("m",), weight=weight, prices={"*": price})
+
+
+def test_of_equals_the_cheapest_is_asked_first_and_those_of_one_price_by_chance() -> None:
+    found = Targets(Deployment((priced("a", 3), priced("b", 1), priced("c", 1))), Random(1))
+    orders = Counter("".join(name for name, _ in names(found, "m")) for _ in range(1_000))
+    assert orders.keys() == {"bca", "cba"}
+    assert orders["bca"] == pytest.approx(500, abs=80)
+    prompts = {"".join(one.upstream.name for one in found.of_prompt("m")) for _ in range(99)}
+    assert prompts == orders.keys()
+    chosen = {found_home(found, b"%d" % number).upstream.name for number in range(99)}
+    assert chosen == {"b", "c"}, "a conversation begins at one of the cheapest"
+
+
+def found_home(found: Targets, key: bytes) -> Target:
+    home = Affinity(200).home(key, found.of(Dialect.OPENAI, "m"))
+    assert home is not None
+    return home.target
+
+
+@pytest.mark.parametrize(
+    "dear",
+    [priced("dear", 3, weight=2), Upstream("dear", {"openai": "http://o"}, "k", ("m",))],
+    ids=["weighted", "of unknown price"],
+)
+def test_a_weight_or_an_unknown_price_leaves_the_choice_to_chance(dear: Upstream) -> None:
+    found = Targets(Deployment((dear, priced("b", 1))), Random(1))
+    assert {names(found, "m")[0][0] for _ in range(99)} == {"dear", "b"}
 
 
 def test_models_that_clients_think_of_leave_others_their_equals() -> None:

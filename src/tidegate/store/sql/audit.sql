@@ -21,8 +21,10 @@ FROM json_to_recordset($1::json) AS row (id uuid, created_at timestamptz, reques
 
 -- name: end_requests
 -- Set the end state and the results of claimed jobs; return their audit columns except for texts.
+-- `unmade` attempts ended before a call and count too.
 UPDATE requests r SET
     status = row.status,
+    attempts = r.attempts + coalesce(row.unmade, 0),
     finished_at = row.finished_at,
     admitted_at = coalesce(row.admitted_at, r.admitted_at),
     queue_ms = coalesce(row.queue_ms, r.queue_ms),
@@ -44,7 +46,7 @@ FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, status text,
     finished_at timestamptz, admitted_at timestamptz, queue_ms double precision,
     upstream_ms double precision, model text, result text, input_tokens bigint,
     output_tokens bigint, thoughts_tokens bigint, cached_tokens bigint, total_tokens bigint,
-    finish_reason text, failure jsonb, first_byte_ms double precision)
+    finish_reason text, failure jsonb, first_byte_ms double precision, unmade integer)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running')
 RETURNING r.id, r.tenant_id, r.pool, r.source, r.status, r.kind, r.classified_by, r.classified_reason,
     left(r.prompt, 500) AS prompt, r.endpoint, r.model, r.used_model, r.upstream, r.priority, r.claim,

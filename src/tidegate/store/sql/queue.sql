@@ -105,12 +105,14 @@ WHERE a.id = row.id AND a.created_at = row.created_at AND a.created_at BETWEEN $
 
 -- name: release_claims
 -- Release claims of a worker that stops, or for `wait_ms`; these do not count as lapses.
+-- `unmade` attempts ended before a call and count as attempts.
 UPDATE requests r SET status = 'queued', claim = r.claim + 1, claimed_by = NULL,
+    attempts = r.attempts + row.unmade,
     not_before = now() + row.wait_ms * interval '1 millisecond',
     failure = coalesce(row.failure, r.failure),
     version = r.version + (r.status = 'running')::integer
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, wait_ms double precision,
-    failure jsonb), requests old
+    failure jsonb, unmade integer), requests old
 WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running') AND old.id = r.id
 RETURNING r.*, old.status AS old_status
 
