@@ -91,9 +91,13 @@ def judge_prices(
         if one.model and one.unpriced and not is_free:
             unpriced.setdefault(one.model, []).append(one)
     if unpriced:
+        calls = [
+            _last_calls(totals, _without_price(real or made_up, model, today))
+            for model, totals in unpriced.items()
+        ]
         yield warn(
             "prices.models",
-            f"called without a price: {_listed(map(_last_calls, unpriced.values()))}",
+            f"called without a price: {_listed(calls)}",
             "state it in [upstreams.NAME.prices]: until then the cost of such calls is unknown",
         )
     else:
@@ -202,12 +206,22 @@ def _serves(upstreams: Iterable[Upstream], called: Total) -> bool:
     return any(upstream.fit(called.model or "") for upstream in upstreams)
 
 
-def _last_calls(totals: Sequence[Total]) -> str:
-    """Return a model's calls without a price, and their last day: a price stated since then has
-    ended them."""
+def _without_price(upstreams: Iterable[Upstream], model: str, today: date) -> list[str]:
+    """Return the names of the upstreams that serve a model and know no price of it."""
+    return [
+        one.name
+        for one in upstreams
+        if one.fit(model) and one.price(model) is None and _public_row(one, model, today) is None
+    ]
+
+
+def _last_calls(totals: Sequence[Total], upstreams: Sequence[str]) -> str:
+    """Return a model's calls without a price, the upstreams that know none, and the last day of the
+    calls: a price stated since then has ended them."""
     days = [one.day for one in totals if one.day is not None]
     last = f", last on {max(days)}" if days else ""
-    return f"{totals[0].model} ({sum(one.unpriced for one in totals)} calls{last})"
+    at = f" at {' or '.join(upstreams)}" if upstreams else ""
+    return f"{totals[0].model} ({sum(one.unpriced for one in totals)} calls{at}{last})"
 
 
 def _public_row(upstream: Upstream, model: str, today: date) -> ModelPrice | None:

@@ -398,7 +398,8 @@ class Limiter:
         Raises on leaving: LeaseLost, if the session was lost while the body ran, which is then
         cancelled.
         """
-        counts, hard_ms = None if tokens is None else tokens_of(tokens), hard_ms or DEFAULT_HARD_MS
+        counts = None if tokens is None else tokens_of(tokens)
+        hard_ms = DEFAULT_HARD_MS if hard_ms is None else hard_ms
         within_ms = deadline_of(timeout, deadline_ms)
         images = images if type(images) is int else whole("images", images)
         demand = Demand(limits, tenant, priority, counts, images, within_ms, hard_ms)
@@ -423,7 +424,7 @@ class Limiter:
         available now, also while Valkey is unavailable and if the queue is full. It waits only for
         the server's next answer. Otherwise as `acquire`."""
         counts = None if tokens is None else tokens_of(tokens)
-        bound_ms = hard_ms or DEFAULT_HARD_MS
+        bound_ms = DEFAULT_HARD_MS if hard_ms is None else hard_ms
         images = images if type(images) is int else whole("images", images)
         demand = Demand(limits, tenant, priority, counts, images, None, bound_ms, once=True)
         return TryAcquisition(Acquisition(self._issuer, self._soon(demand), True))

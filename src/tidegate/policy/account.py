@@ -31,13 +31,18 @@ SPARE, GROWS, ENDS, MOST_MORE = 0.06, 0.02, 0.01, 0.5
 # CUT_WINDOWS windows.
 CAREFUL_WINDOWS, CAREFUL_MARGIN = 10.0, 0.01
 CUT, CUT_WINDOWS = 0.1, 3.0
-# The same for a limit that no answer reports, so that only refusals show others' use.
-# MOST_UNTOLD_CUT is the most that is kept free, instead of MOST_MORE. All of it ends
-# CAREFUL_WINDOWS windows after the last refusal.
-UNTOLD_CUT, UNTOLD_CUT_WINDOWS, MOST_UNTOLD_CUT = 0.2, 10.0, 0.9
+# The same for a limit that no answer reports, so that only refusals show others' use. UNTOLD_CUT is
+# kept free after a first refusal. All of it is kept for HELD_WINDOWS windows: a refusal within them
+# halves what is left. Then UNTOLD_ENDS of the bound is released per window, and a refusal that
+# follows adds NEXT_CUT, since what was released last was too much. MOST_UNTOLD_CUT is the most that
+# is kept free, instead of MOST_MORE. All of it ends UNTOLD_WINDOWS windows after the last refusal.
+# If a day's bound shows others' use, each refusal adds DAY_CUT, which ends over CAREFUL_WINDOWS.
+UNTOLD_CUT, NEXT_CUT, MOST_UNTOLD_CUT = 0.35, 0.1, 0.9
+HELD_WINDOWS, UNTOLD_WINDOWS, UNTOLD_ENDS, DAY_CUT = 4.0, 20.0, 0.03, 0.2
 # A refusal that states when the window ends shows what others used of it. That use, extrapolated to
 # a whole window, is kept free, plus REFUSED_MORE. Since it may have been a burst, the extrapolation
-# is limited to what was used plus REFUSED_MOST.
+# is limited to what was used plus REFUSED_MOST. Others that came during that window used little of
+# it, so a first refusal keeps UNTOLD_CUT free at least.
 REFUSED_MORE, REFUSED_MOST = 0.1, 0.2
 # For EVEN_WINDOWS windows after a refusal calls are admitted evenly while NEARLY_FULL of the bound
 # is used: a window frees at one moment what was used at one moment, and all of that may be refused.
@@ -187,6 +192,7 @@ class AccountUse:
     _known_until: float = -inf  # others' use is not lowered before
     _stated: tuple[int, float] = (0, -inf)  # a bound that a refusal stated, and when
     _cut_before: float = 0.0
+    _least_cut: float = 0.0  # of the last refusal, whatever it shows of others
     # When the window of the last refusal began; None once others' use of it is known.
     _refused_from: float | None = None
 
@@ -255,12 +261,29 @@ class AccountUse:
         if day is not None and not self.is_reported and at <= day.overdrawn_until(self.window_s):
             return
         if at > self._refused_at + ONE_REFUSAL * self.window_s:
-            cut, most = (CUT, MOST_MORE) if self.is_reported else (UNTOLD_CUT, MOST_UNTOLD_CUT)
-            self._cut_before = self._cut_left(at)
-            self._cut = min(self._cut_before + cut, most)
+            before, self._least_cut = self._cut_left(at), 0.0
+            if self.is_reported:
+                self._cut = min(before + CUT, MOST_MORE)
+            else:
+                cut = before + DAY_CUT if self._newest else self._untold_cut(at, before)
+                self._cut = min(cut, MOST_UNTOLD_CUT)
+            self._cut_before = before
             self._refused_at, self._refused_from = at, None
             if not self.is_reported and reset_s is not None and 0 < reset_s < self.window_s:
                 self._refused_from = at + reset_s - self.window_s
+
+    def _untold_cut(self, at: float, before: float) -> float:
+        """Return what a refusal keeps free of a limit that only refusals show.
+
+        `before`: what the earlier ones do. It is 0 within HELD_WINDOWS if a stated bound explained
+        the last refusal.
+        """
+        is_held = at < self._refused_at + HELD_WINDOWS * self.window_s
+        is_first = not before if is_held else not self.is_careful(at)
+        if is_first:
+            self._least_cut = UNTOLD_CUT
+            return UNTOLD_CUT
+        return before + ((1 - before) / 2 if is_held else NEXT_CUT)
 
     def take_stated(self, bound: int, in_force: int, at: float) -> None:
         """Take a bound that an answer states without what remains.
@@ -308,7 +331,11 @@ class AccountUse:
 
     def is_careful(self, now: float) -> bool:
         """Return whether a refusal is so recent that others' use counts however little it is."""
-        return now < self._refused_at + CAREFUL_WINDOWS * self.window_s
+        return now < self._refused_at + self._careful_s
+
+    @property
+    def _careful_s(self) -> float:
+        return (UNTOLD_WINDOWS if self._newest is None else CAREFUL_WINDOWS) * self.window_s
 
     def ramp_ms(self, now: float, used: int, in_force: int, waiting: int = 0) -> int | None:
         """Return over what time the bound of a window is to be admitted evenly; None for no ramp.
@@ -317,7 +344,7 @@ class AccountUse:
         and answers would show others only once a window. No one ends a ramp that was begun, so it
         lasts no longer than a refusal counts.
         """
-        for_s = (EVEN_WINDOWS if self.is_reported else CAREFUL_WINDOWS) * self.window_s
+        for_s = EVEN_WINDOWS * self.window_s if self.is_reported else self._careful_s
         is_near = now < self._refused_at + for_s
         is_backlog = waiting > 0 and self._newest is not None
         if not (is_near or is_backlog) or used < NEARLY_FULL * in_force:
@@ -330,11 +357,13 @@ class AccountUse:
         return self._cut_left(now) if self.is_careful(now) else 0.0
 
     def _cut_left(self, now: float) -> float:
-        cut, windows = CUT, CUT_WINDOWS
-        if not self.is_reported:
-            cut, windows = UNTOLD_CUT, UNTOLD_CUT_WINDOWS
-        passed = max(0.0, now - self._refused_at) / (windows * self.window_s)
-        return max(0.0, self._cut - cut * passed)
+        passed = max(0.0, now - self._refused_at) / self.window_s
+        if self.is_reported:
+            return max(0.0, self._cut - CUT * passed / CUT_WINDOWS)
+        if self._newest is not None:
+            return max(0.0, self._cut - DAY_CUT * passed / CAREFUL_WINDOWS)
+        ends = max(UNTOLD_ENDS, self._cut / (UNTOLD_WINDOWS - HELD_WINDOWS))
+        return max(0.0, self._cut - ends * max(0.0, passed - HELD_WINDOWS))
 
     def _read_window(self, reading: HeaderReading, used: int) -> None:
         """Take a reading of a window that resets.
@@ -699,7 +728,8 @@ class AccountUse:
             return
         passed = max(self._refused_at - began_at, 1.0) / self.window_s
         found = min(taken / passed, taken + REFUSED_MOST)
-        self._cut = min(max(found, self._cut_before) + REFUSED_MORE, MOST_UNTOLD_CUT)
+        cut = max(max(found, self._cut_before) + REFUSED_MORE, self._least_cut)
+        self._cut = min(cut, MOST_UNTOLD_CUT)
 
     def _sample_after(self, since: float) -> _Sample:
         """Return the first observation after the last reading with the count since `since`.

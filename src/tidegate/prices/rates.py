@@ -137,6 +137,10 @@ def price_of(path: str, table: Mapping[str, Any]) -> Price:
     if (long := _table(path, table, _LONG)) is not None:
         price = _with_long(f"{path}.{_LONG}", price, long)
     tiers = _table(path, table, _TIERS) or {}
+    for name in tiers:
+        if str(name) in STANDARD_TIERS:
+            allowed = "must be another tier: the model's own price is that of the usual tier"
+            raise ConfigError(f"{path}.{_TIERS}", str(name), allowed)
     named = {str(name): _tier(f"{path}.{_TIERS}.{name}", price, tiers[name]) for name in tiers}
     return replace(price, tiers=named)
 

@@ -39,11 +39,11 @@ from tidegate.errors import (
 )
 from tidegate.limiter import MAX_BOUND, LimitView, Quota, Rate, next_midnight_ms
 from tidegate.policy.account import (
-    CAREFUL_WINDOWS,
     LEAST_WINDOW_S,
     NEAR,
     READ_LATE_S,
     STATED_S,
+    UNTOLD_WINDOWS,
     AccountUse,
     DayUse,
 )
@@ -747,7 +747,7 @@ class LimitLearner:
         for one in refusals:
             limit = match.policy.limit(one.limit)
             if isinstance(limit, Rate) and not self._is_before_change(one.at, one.limit):
-                for_s = CAREFUL_WINDOWS * limit.window_ms / 1000
+                for_s = UNTOLD_WINDOWS * limit.window_ms / 1000
                 found += [one] if now - one.at < for_s else []
         return tuple(found)
 

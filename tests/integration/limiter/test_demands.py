@@ -100,6 +100,16 @@ async def test_tokens_are_reserved_before_and_settled_after(maker: Maker, valkey
             pytest.fail("nobody said how many")
 
 
+@pytest.mark.parametrize("way", ["acquire", "try_acquire"])
+async def test_a_call_that_can_last_for_no_time_has_not_the_usual_bound(
+    maker: Maker, valkey_url: str, way: str
+) -> None:
+    limiter = await open_limiter(maker, valkey_url, policy_of({TEXT: 1}, on_expiry="hold"))
+    async with getattr(limiter, way)(TEXT, hard_ms=0):
+        (permit,) = (await limiter.snapshot(permits=True)).permits
+        assert permit.left_ms <= 1
+
+
 async def test_unknown_usage_keeps_the_reservation_and_may_be_told_later(
     maker: Maker, valkey_url: str
 ) -> None:

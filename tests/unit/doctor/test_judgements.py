@@ -387,11 +387,14 @@ def test_models_without_a_price_and_prices_read_long_ago_are_named() -> None:
     assert {one.state for one in found.values()} == {State.OK}
     found = judged(used("gpt-6.2-sol"), used("gpt-99", unpriced=3))
     assert found["prices.models"].state is State.WARN
-    assert "gpt-99 (3 calls)" in found["prices.models"].found
+    assert "gpt-99 (3 calls at openai)" in found["prices.models"].found
+    other = replace(upstream, name="other", prices={"gpt-99": Price(input=1)})
+    first, *_ = deployment.judge_prices([upstream, other], [used("gpt-99", unpriced=3)], day)
+    assert "gpt-99 (3 calls at openai)" in first.found, "the other one's price is stated"
     # A price that was stated since then has ended them.
     days = (used("gpt-99", unpriced=n, day=date(2026, 11, n)) for n in (3, 9, 4))
     found = judged(*days, used("gpt-99", day=date(2026, 11, 30)))
-    assert "gpt-99 (16 calls, last on 2026-11-09)" in found["prices.models"].found
+    assert "gpt-99 (16 calls at openai, last on 2026-11-09)" in found["prices.models"].found
     found = judged(used("gpt-6.2-sol"), today=date(2027, 6, 1))
     assert found["prices.age"].state is State.WARN
     assert "gpt-6.2-sol (2026-11-18)" in found["prices.age"].found

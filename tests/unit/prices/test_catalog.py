@@ -20,6 +20,7 @@ from tidegate.prices.rates import (
     Rates,
     catalog,
     cost_micros,
+    price_of,
     provider_of,
 )
 
@@ -31,6 +32,14 @@ M = 1_000_000
 def cost(provider: str, model: str, usage: Usage, tier: str = "", day: date = TODAY) -> int | None:
     price = catalog().find(provider, model, day, tier)
     return None if price is None else cost_micros(Rates.of(price, is_public=True), usage, None)
+
+
+@pytest.mark.parametrize("tier", ["default", "auto", "standard"])
+def test_a_stated_tier_cannot_have_a_name_of_the_usual_one(tier: str) -> None:
+    """Its price would never apply."""
+    with pytest.raises(ConfigError, match="the model's own price") as refused:
+        price_of("prices.m", {"input": 2, "tiers": {"flex": {"share": 0.5}, tier: {"share": 2}}})
+    assert (refused.value.variable, refused.value.value) == ("prices.m.tiers", tier)
 
 
 @pytest.mark.parametrize(
