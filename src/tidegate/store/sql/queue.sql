@@ -107,7 +107,7 @@ WHERE a.id = row.id AND a.created_at = row.created_at AND a.created_at BETWEEN $
 -- Release claims of a worker that stops, or for `wait_ms`; these do not count as lapses.
 -- `unmade` attempts ended before a call and count as attempts.
 UPDATE requests r SET status = 'queued', claim = r.claim + 1, claimed_by = NULL,
-    attempts = r.attempts + row.unmade,
+    attempts = r.attempts + coalesce(row.unmade, 0),
     not_before = now() + row.wait_ms * interval '1 millisecond',
     failure = coalesce(row.failure, r.failure),
     version = r.version + (r.status = 'running')::integer
