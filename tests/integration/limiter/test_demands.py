@@ -100,6 +100,22 @@ async def test_tokens_are_reserved_before_and_settled_after(maker: Maker, valkey
             pytest.fail("nobody said how many")
 
 
+async def test_the_ramp_of_a_pause_counts_what_calls_used(maker: Maker, valkey_url: str) -> None:
+    """Counted as reserved, a call that used a sixtieth of it held up the next ones for 30 s."""
+    name = "tpm:gemini-2.5-flash"
+    policy = policy_of({name: Rate(60_000, 60_000, "tokens")})
+    limiter = await open_limiter(maker, valkey_url, policy)
+    await limiter.penalise(name, for_ms=1, ramp_ms=60_000)
+    for _ in range(3):
+        async with limiter.acquire(name, tokens=Tokens(30_000), timeout=15) as permit:
+            permit.settle(tokens=Tokens(500))
+
+    async def is_settled() -> bool:
+        return await used(limiter) == {name: 1_500}
+
+    await wait_until(is_settled, what="the usage of all three")
+
+
 @pytest.mark.parametrize("way", ["acquire", "try_acquire"])
 async def test_a_call_that_can_last_for_no_time_has_not_the_usual_bound(
     maker: Maker, valkey_url: str, way: str

@@ -303,6 +303,13 @@ class Permits:
             self.capacity.spent(limit)
             if limit.spending.settle(limit.limit, charge, used, self.pool.now):
                 self.pool.touched.add(limit.name)
+            self._correct_ramp(limit, used - charge[0])
+
+    def _correct_ramp(self, limit: LimitState, more: int) -> None:
+        """Count in the ramp of a pause what a call used instead of what it reserved."""
+        pause = self.pool.pause_of(limit)
+        if pause is not None and pause.gate is None and self.pool.now >= pause.until:
+            pause.passed = max(0, pause.passed + more)
 
     def _used(self, key: str, charged: int, use: int) -> None:
         """Record the use of a call of a flow, and what its tenant was charged for it.

@@ -187,7 +187,7 @@ class PauseGate:
 class Pause:
     """A pause until `until`, after which calls resume one by one over `ramp_ms`.
 
-    `passed`: how much was admitted during the ramp.
+    `passed`: how much was admitted during the ramp, as far as it was not returned.
     """
 
     until: int

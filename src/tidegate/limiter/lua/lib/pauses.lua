@@ -25,7 +25,7 @@ function T.is_tried(gate)
 end
 
 -- Returns whether a pause admits a call. After a pause, calls are admitted gradually over `ramp_ms`; `passed` is what
--- was admitted, in the limit's unit. A limit without a bound ramps up like one of `RAMP_BOUND`.
+-- was admitted and not returned, in the limit's unit. A limit without a bound ramps up like one of `RAMP_BOUND`.
 T.RAMP_BOUND = 64
 function T.pause_admits(limit)
   local pause, bound = limit.pause, limit.implicit and T.RAMP_BOUND or limit.bound

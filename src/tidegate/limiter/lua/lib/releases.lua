@@ -38,13 +38,23 @@ function T.charges_of_lane(lane, list, spends)
   return table.concat(charges, ',')
 end
 
+-- Counts in the ramp of a pause what a call used instead of what it reserved.
+local function correct_ramp(limit, more)
+  local pause = limit.pause
+  if more == 0 or limit.sort == 'c' or limit.exact or not pause or pause.gate or pool.now < pause.until_ms then return end
+  pause.passed = math.max(0, pause.passed + more)
+  limit.pause_changed, limit.changed = true, true
+end
+
 function T.settle_charges(charges, lane, list)
   if charges == '' then return end
   local names = T.names_in(lane)
   for i, amount, ends in string.gmatch(charges, '(%d+)=(%d+)@(%d+)') do
     i = tonumber(i)
     if list[i] then
-      T.rates().settle(T.limit_of(names[i]), tonumber(ends), tonumber(amount), list[i])
+      local limit = T.limit_of(names[i])
+      T.rates().settle(limit, tonumber(ends), tonumber(amount), list[i])
+      correct_ramp(limit, list[i] - tonumber(amount))
     end
   end
 end
