@@ -511,6 +511,7 @@ def _store_of(config: Config, blobs: Blobs, instance_id: str) -> Store:
         spill_max_bytes=config.spill_max_bytes,
         audit_full=config.audit_full,
         claim_lease_ms=config.claim_lease_ms,
+        bodies_off=config.bodies_off,
     )
 
 

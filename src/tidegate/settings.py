@@ -48,6 +48,17 @@ Milliseconds = Annotated[int, Field(ge=1, le=86_400_000)]
 Positive = Annotated[int, Field(ge=1)]
 Days = Annotated[int, Field(ge=1, le=100_000)]
 Value = TypeVar("Value")
+
+
+def _listed(value: object) -> object:
+    """Return the texts of a list, or of a text with commas between; another value as it is."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        return value
+    return tuple(text for part in parts if (text := str(part).strip()))
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 _DATABASE_HOST = re.compile(r"(\[[0-9A-Fa-f:.%]*\]|[^:\[\]]*)(:\d{1,5})?")
 _CHOICES = (  # in any case
     *("auth", "when_valkey_away", "on_lost", "on_expiry"),
@@ -71,6 +82,7 @@ ALLOWED = {
     "jwt_issuer": "an https:// URL without a user or a query; http:// at a loopback address",
     "cors_origins": "addresses of pages as https://host or http://host:port, with commas between",
     "reconcile": "openai, anthropic, or both with a comma between",
+    "bodies_off": "names of tenants with commas between, or *",
     "admin_token": f"a text of {SHORTEST_TOKEN} characters or more, without spaces",
     "gemini_base_url": "an http:// or https:// URL without a user, a password or a query",
     "alert_webhook_url": "an http:// or https:// URL without a user or a password",
@@ -287,14 +299,14 @@ class Config(BaseModel):
     oidc_roles: Annotated[RoleRules, BeforeValidator(role_rules)] = setting(
         {}, 'Roles by claim, such as {"groups=oncall": "operator"}.'
     )
-    allowed_hosts: tuple[str, ...] = setting(
+    allowed_hosts: Texts = setting(
         (),
         "Further host names of this gateway, separated by commas. If no API key is required, only "
         "requests with these in Host, HOST or a loopback address are answered (if HOST is not a "
         "loopback address, also IP addresses and names without a dot), so that no web page can "
         "reach it under its own name (DNS rebinding).",
     )
-    cors_origins: tuple[str, ...] = setting(
+    cors_origins: Texts = setting(
         (),
         "Origins of web pages that may call this gateway from a browser, separated by commas; not "
         "the operator's paths. Without API keys every visitor of such a page can make calls.",
@@ -473,8 +485,7 @@ class Config(BaseModel):
     )
     provider_batch_window_ms: Milliseconds = setting(
         86_400_000,
-        "How long a provider's batch may take, before the duration of its batches was measured: a "
-        "job uses a batch if half of it is left.",
+        "How long a provider's batch may take, until measured: jobs use one if half of it is left.",
     )
     provider_batch_cancel_ms: Milliseconds = setting(
         600_000, "How long a provider's batch may take to end once it is cancelled."
@@ -493,8 +504,7 @@ class Config(BaseModel):
         15_000, "How long the receiver of a webhook may take to answer."
     )
     alert_webhook_url: SecretStr | None = setting(
-        None,
-        "Where alerts are posted, such as those of budgets (see docs/money.md). Workers send them.",
+        None, "Where workers post alerts, such as those of budgets: see docs/money.md."
     )
     alert_format: Literal["standard", "slack"] = setting(
         "standard",
@@ -502,10 +512,13 @@ class Config(BaseModel):
         "for Slack and compatible services, also signed if there is a secret.",
     )
     retention_days: Days = setting(30, "How long requests and answers are kept (tidegate prune).")
+    bodies_off: Texts = setting(
+        (), "Tenants whose prompts and answers are not recorded (docs/accounting.md); * for all."
+    )
     operator_log_days: Annotated[int, Field(ge=30, le=36_500)] = setting(
         365, "How long actions of operators are kept: see docs/access.md."
     )
-    reconcile: tuple[str, ...] = setting(
+    reconcile: Texts = setting(
         (),
         "Providers whose usage and cost of the previous day are compared with the record each "
         "night, separated by commas: openai, anthropic; no other can be compared. Needs "
@@ -518,9 +531,7 @@ class Config(BaseModel):
         256_000_000, "How much may be kept on disk while PostgreSQL is unavailable."
     )
     audit_full: Literal["block", "drop"] = setting(
-        "block",
-        "If the record cannot keep up: block makes requests wait for it, drop omits records and "
-        "counts them.",
+        "block", "If the record cannot keep up, block has requests wait, drop omits records."
     )
     leave_ms: Annotated[int, Field(ge=0, le=3_600_000)] = setting(
         1_000,
@@ -564,33 +575,23 @@ class Config(BaseModel):
         token = value.get_secret_value()
         return _checked("admin_token", value, len(token) >= SHORTEST_TOKEN and is_key(token))
 
-    @field_validator("allowed_hosts", mode="before")
+    @field_validator("allowed_hosts")
     @classmethod
-    def _names(cls, value: object) -> object:
-        names = value.split(",") if isinstance(value, str) else value
-        if not isinstance(names, list | tuple):
-            return value
-        bare = [str(name).strip().removeprefix("[").removesuffix("]").lower() for name in names]
+    def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        bare = [name.removeprefix("[").removesuffix("]").lower() for name in value]
         bare = [name.removesuffix(".") for name in bare if name]
         is_sound = all(is_address(name) or is_host_name(name) for name in bare)
         return _checked("allowed_hosts", tuple(bare), is_sound)
 
-    @field_validator("reconcile", mode="before")
+    @field_validator("reconcile")
     @classmethod
-    def _providers(cls, value: object) -> object:
-        names = value.split(",") if isinstance(value, str) else value
-        if not isinstance(names, list | tuple):
-            return value
-        known = tuple(str(name).strip() for name in names if str(name).strip())
-        return _checked("reconcile", known, set(known) <= {"openai", "anthropic"})
+    def _providers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return _checked("reconcile", value, set(value) <= {"openai", "anthropic"})
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("cors_origins")
     @classmethod
-    def _origins(cls, value: object) -> object:
-        named = value.split(",") if isinstance(value, str) else value
-        if not isinstance(named, list | tuple):
-            return value
-        origins = tuple(str(one).strip().lower() for one in named if str(one).strip())
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        origins = tuple(one.lower() for one in value)
         return _checked("cors_origins", origins, all(map(_is_origin, origins)))
 
     @field_validator("host")

@@ -380,3 +380,26 @@ async def test_the_overview_names_the_figures_of_a_limit(stage: Stage) -> None:
         await expect(waiting).to_match_aria_snapshot("- text: 0 waiting")
         without_calls = await seen.page.evaluate(TENANTS_WITHOUT_CALLS)
         assert without_calls.startswith("Tenantsshares of the last 5 minutesNo calls")
+
+
+async def test_a_deployment_without_requests_shows_how_to_send_the_first(stage: Stage) -> None:
+    """And one with usage of this month does not."""
+    running = stage.gateway
+    async with opened(stage, "/") as seen:
+        page = seen.page
+        spend = page.get_by_role("region", name="Spend")
+        await expect(spend).to_contain_text("department-of-things")
+        steps = page.get_by_role("region", name="First steps")
+        await expect(steps).to_be_hidden()
+        await running.database.execute("UPDATE usage_days SET day = day - 4000")
+        try:
+            await expect(steps.locator("pre")).to_contain_text("$TIDEGATE_API_KEY")
+            await expect(steps.locator("pre")).to_contain_text(running.config.text_model)
+            await expect(steps.locator("code").first).to_have_text(f"{running.url}/v1")
+            await expect(steps).to_contain_text("Create a key")
+            await seen.is_accessible()
+            await page.set_viewport_size({"width": 400, "height": 900})
+            assert await seen.is_within()
+        finally:
+            await running.database.execute("UPDATE usage_days SET day = day + 4000")
+        await expect(steps).to_be_hidden()

@@ -10,9 +10,10 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Page, async_playwright, expect
 
-from tests.browser.stage import ARGUMENTS, CHROMIUM, Stage, opened
+from tests.browser.stage import ARGUMENTS, CHROMIUM, Stage, drawn, opened
 from tests.gateway import gateway
 from tests.waiting import wait_until
+from tidegate import __version__
 from tidegate.call import Scope
 from tidegate.dashboard import feed
 from tidegate.embedded.servers import PostgresServer, ValkeyServer
@@ -22,6 +23,13 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 PRESSED = ("aria-pressed", "true")
 CUT = """(row) => [...row.cells].filter((one) => one.scrollWidth > one.clientWidth)
     .map((one) => one.textContent)"""
+# Adds up how far what is visible moves without an action of the user, in the browsers' own measure.
+SHIFTS = """() => {
+    window.shifted = 0;
+    new PerformanceObserver((list) => {
+        for (const one of list.getEntries()) if (!one.hadRecentInput) window.shifted += one.value;
+    }).observe({ type: "layout-shift", buffered: true });
+}"""
 OF_GEMINI, OF_SPARE = "gemini-2.5-flash", "spare-1"
 POLICY = """
 [upstreams.gemini.prices]
@@ -336,3 +344,115 @@ async def test_figures_in_the_list_of_requests_are_whole(stage: Stage) -> None:
             talk = seen.page.locator("thead .c-talk")
             room, needed = await talk.evaluate("one => [one.clientWidth, one.scrollWidth]")
             assert needed <= room, width
+
+
+async def test_a_tenants_own_limits_are_set_where_it_is_listed(stage: Stage) -> None:
+    running = stage.gateway
+    url = f"{running.url}/admin/tenants/team%2Fgreen"
+    calls, rpm = "tenant:team/green", "rpm:tenant/team/green"
+
+    async def limits(pool: str) -> Any:
+        async with running.http.get(url, params={"pool": pool}) as answer:
+            return (await answer.json())["limits"]
+
+    async with opened(stage, "/tenants?pool=gemini") as seen:
+        page = seen.page
+        await page.get_by_role("button", name="New tenant").click()
+        dialog = page.get_by_role("dialog", name="New tenant")
+        await dialog.get_by_label("Name").fill("team/green")
+        await dialog.get_by_label("Concurrent calls").fill("5")
+        await dialog.get_by_label("Requests per minute").fill("1,200")
+        await seen.is_accessible()
+        await dialog.get_by_role("button", name="Create the tenant").click()
+        row = page.locator("[data-tenant='team/green']")
+        own = row.get_by_title("1,200 requests a minute, 5 concurrent")
+        await expect(own).to_have_text("2")
+        assert (await limits("gemini"), await limits("spare")) == ({calls: 5, rpm: 1200}, {})
+        # A limit with more options than a bound keeps them.
+        async with running.http.put(url, json={"limits": {calls: {"bound": 5, "shadow": True}}}):
+            pass
+        await page.reload()
+        await row.get_by_role("button", name="Change").click()
+        dialog = page.get_by_role("dialog", name="Change team/green")
+        await expect(dialog.get_by_label("Requests per minute")).to_have_value("1200")
+        await dialog.get_by_label("Concurrent calls").fill("7")
+        await dialog.get_by_label("Requests per minute").fill("")
+        await dialog.get_by_role("button", name="Change the tenant").click()
+        await expect(row.get_by_title("7 concurrent")).to_have_text("7 concurrent")
+        assert await limits("gemini") == {calls: {"bound": 7, "shadow": True}}
+        # What another operator has changed meanwhile is not overwritten.
+        await row.get_by_role("button", name="Change").click()
+        async with running.http.put(url, json={"limits": {calls: 3}}):
+            pass
+        await dialog.get_by_label("Concurrent calls").fill("9")
+        seen.expected = ("409",)
+        await dialog.get_by_role("button", name="Change the tenant").click()
+        await expect(dialog).to_contain_text("another change came first")
+        assert await limits("gemini") == {calls: 3}
+    async with running.http.delete(url) as gone:
+        assert gone.status == 200
+
+
+async def test_pauses_changed_upstreams_and_starts_are_marked_in_the_charts(stage: Stage) -> None:
+    running = stage.gateway
+    steps: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("limits/kind:text_only/pause?pool=gemini", {"for_ms": 600_000, "reason": "quota"}),
+        ("limits/kind:text_only/resume?pool=gemini", {}),
+        ("upstreams/spare/drain", {"reason": "maintenance"}),
+        ("upstreams/spare/resume", {}),
+    )
+    for path, body in steps:
+        async with running.http.post(
+            f"{running.url}/admin/{path}", json={"by": "ann", **body}
+        ) as answer:
+            assert answer.status == 200, await answer.text()
+    async with opened(stage) as seen:
+        page = seen.page
+        changes = page.get_by_label("Changes")
+        paused = "ann paused kind:text_only in gemini for 10 min: quota"
+        for words in (
+            paused,
+            "ann resumed kind:text_only in gemini",
+            "ann drained the upstream spare: maintenance",
+            "ann resumed the upstream spare",
+        ):
+            await expect(changes).to_contain_text(words)
+        await choose(page, "spare")
+        await expect(changes).not_to_contain_text("kind:text_only")
+        await expect(changes).to_contain_text("ann drained the upstream spare")
+        await seen.is_accessible()
+        await page.set_viewport_size({"width": 400, "height": 900})
+        assert await seen.is_within()
+    started = "SELECT count(*) > 0 FROM history WHERE pool = '' AND apart->'started' ? $1"
+    await wait_until(lambda: running.database.fetchval(started, __version__), 20, "the start")
+
+
+async def test_the_prices_by_which_an_upstream_is_charged_are_shown(stage: Stage) -> None:
+    async with opened(stage, "/upstreams") as seen:
+        page = seen.page
+        await page.get_by_role("button", name="Prices of spare").click()
+        dialog = page.get_by_role("dialog", name="Prices of spare")
+        row = dialog.locator("tbody tr")
+        await expect(row.locator("td")).to_have_text(
+            ["*", "$1.00", "$1.00", "$4.00", "\u2013", "stated here"]
+        )
+        await seen.is_accessible()
+        await page.set_viewport_size({"width": 400, "height": 900})
+        assert await seen.is_within()
+        await dialog.get_by_role("button", name="Close").click()
+        await expect(page.get_by_role("button", name="Prices of spare")).to_be_focused()
+        await page.get_by_role("button", name="Prices of gemini").click()
+        row = page.get_by_role("dialog", name="Prices of gemini").locator("tbody tr")
+        await expect(row).to_contain_text("own prices for flex")
+
+
+@pytest.mark.parametrize("path", ["/requests", "/batches", "/upstreams", "/alerts"])
+async def test_a_page_does_not_jump_while_it_is_read_and_refreshed(stage: Stage, path: str) -> None:
+    async with opened(stage, path) as seen:
+        page = seen.page
+        await page.evaluate(SHIFTS)
+        await expect(page.get_by_role("heading", level=1)).to_be_visible()
+        async with page.expect_response(re.compile("/admin/")):
+            pass
+        await drawn(page)
+        assert await page.evaluate("shifted") < 0.1

@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, timedelta
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from math import ceil, inf
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from tidegate.limiter import Concurrency, Limit, Rate
 from tidegate.policy.deployment import Upstream
 from tidegate.prices.rates import (
     Catalog,
+    Price,
     Rates,
     catalog,
     cost_micros,
@@ -189,6 +191,52 @@ def provider_of_upstream(upstream: Upstream) -> str | None:
         return "gemini"
     urls = upstream.base_urls.values()
     return upstream.provider or next(filter(None, map(provider_of, urls)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ListedPrice:
+    """The price of some models at an upstream; `price` is None if it is unknown.
+
+    models: names or patterns. checked: the day on which a public price was read from `source`; None
+    for a price that the upstream states.
+    """
+
+    models: tuple[str, ...]
+    price: Price | None
+    checked: date | None = None
+    source: str = ""
+
+
+def listed_prices(upstream: Upstream, day: date) -> list[ListedPrice]:
+    """Return the prices of an upstream on a day (UTC), by which its calls are charged.
+
+    The stated prices come first, then those of the models that it names, then the public prices of
+    other models that it serves.
+    """
+    found = [ListedPrice((pattern,), price) for pattern, price in upstream.prices.items()]
+    provider = provider_of_upstream(upstream)
+    named = dict.fromkeys((*upstream.named, *upstream.aliases.values()))
+    for model in named:
+        row = None if provider is None else catalog().row(provider, model, day)
+        if upstream.price(model) is not None:
+            continue
+        if row is None:
+            found.append(ListedPrice((model,), None))
+        else:
+            found.append(ListedPrice((model,), row.price, row.checked, row.source))
+    patterns = [one for one in upstream.models if one not in named]
+    for row in () if provider is None else catalog().rows(provider):
+        models = tuple(
+            one
+            for one in row.models
+            if one not in named
+            and any(fnmatchcase(one, pattern) for pattern in patterns)
+            and upstream.price(one) is None
+            and catalog().row(row.provider, one, day) is row
+        )
+        if models:
+            found.append(ListedPrice(models, row.price, row.checked, row.source))
+    return found
 
 
 def charge_of(rates: Rates | None, usage: Usage, images: int | None, *, whole: bool) -> Charge:

@@ -26,14 +26,19 @@ from collections.abc import (
     Set,
 )
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from itertools import pairwise
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
 import orjson
 from fastapi import FastAPI
 
-from tidegate.dashboard.rollup import FLUSH_EVERY_S, SAMPLE_EVERY_S, open_s
+from tidegate.dashboard.changes import (
+    MOST_REVISIONS,
+    pause_events,
+    policy_events,
+    upstream_events,
+)
+from tidegate.dashboard.rollup import EVERY_POOL, FLUSH_EVERY_S, SAMPLE_EVERY_S, open_s
 from tidegate.errors import ShuttingDown, StoreUnavailable, TooManyFollowers
 from tidegate.http.services import Services
 from tidegate.limiter import (
@@ -51,10 +56,8 @@ from tidegate.metrics.verdict import found_by, judge, waiting_by_limit
 from tidegate.policy.format import caller_of, is_of_models, subject_of
 from tidegate.policy.inspection import is_full, words_of
 from tidegate.policy.learned import LearnedLimit
-from tidegate.policy.rollout import changed_keys, differences
 from tidegate.prices.budgets import Budget, scope_values, whom, window
 from tidegate.store.budgets import BudgetBook
-from tidegate.store.records import PolicyRecord
 from tidegate.store.statistics import OTHERS, CallCounts, History, Total, percentiles
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -147,7 +150,7 @@ def pool_frame(
         "waiting": sum(one.waiting for one in snapshot.tenants),
         "limits": [
             _limit(one, policy, others.get(one.limit, 0.0))
-            | {"tenants": held_up[one.limit].most_common(MOST_WAITERS) if one.waiting else []}
+            | {"tenants": _most_waiting(one, held_up)}
             for one in chosen
         ],
         "all_limits": len(limits),
@@ -169,17 +172,20 @@ def limits_page(
     `groups` has the totals of all limits of each group.
     """
     words = search.lower().split()
+    known = [
+        (pool, snapshot, policy, waiting_by_limit(snapshot)) for pool, snapshot, policy in pools
+    ]
     found = sorted(
         (
-            (_group_of(view.limit, group), view.limit, pool, view, policy)
-            for pool, snapshot, policy in pools
+            (_group_of(view.limit, group), view.limit, pool, view, policy, held_up)
+            for pool, snapshot, policy, held_up in known
             for view in snapshot.limits.values()
             if all(word in view.limit.lower() for word in words)
         ),
         key=lambda one: one[:3],
     )
     groups: dict[str, Frame] = {}
-    for name, _, _, view, _ in found:
+    for name, _, _, view, *_ in found:
         one = groups.setdefault(name, {"group": name, "limits": 0, "waiting": 0, "full": 0})
         one["limits"] += 1
         one["waiting"] += view.waiting
@@ -188,11 +194,17 @@ def limits_page(
     return {
         "total": len(found),
         "limits": [
-            _limit(view, policy, 0.0) | {"pool": pool, "group": name, "tenants": []}
-            for name, _, pool, view, policy in page
+            _limit(view, policy, 0.0)
+            | {"pool": pool, "group": name, "tenants": _most_waiting(view, held_up)}
+            for name, _, pool, view, policy, held_up in page
         ],
         "groups": [groups[name] for name in dict.fromkeys(one[0] for one in page)],
     }
+
+
+def _most_waiting(view: LimitView, held_up: Mapping[str, Counter[str]]) -> list[tuple[str, int]]:
+    """Return the tenants with most calls that wait for a limit."""
+    return held_up[view.limit].most_common(MOST_WAITERS) if view.waiting else []
 
 
 def _group_of(limit_id: str, group: Grouping) -> str:
@@ -297,6 +309,9 @@ NOW_S = 60
 _MOST_ADDED = 1_000  # names that are counted separately when spans and processes are added up
 _SINGLE = ("calls", "failed", "throttled", "told_429", "refused", "retried", "cost_micros")
 MOST_STACKED = 6
+MOST_SPARKS = 30
+SPARK_POINTS = 30
+_ROLLOUT_GAP_S = 300  # processes that start later are of another rollout
 _PoolLimit = tuple[str, str]  # limits of different pools may have the same id
 
 
@@ -365,6 +380,8 @@ class Trend:
             **{name: [_rate(one, name, step_s) for one in counts] for name in _SINGLE},
             "waits": _lines([one.waits for one in counts]),
             "queue": _queue([self._queued_at(at, pool) for at in begins], step_s),
+            "sparks": _sparks([self._queued_at(at, pool) for at in begins], step_s),
+            "started": self._started(begins),
             "lengths": _lines([one.lengths for one in counts]),
             "totals": total.counts,
             "total_waits": percentiles(total.waits, SHARES),
@@ -407,6 +424,21 @@ class Trend:
             if pool in (ALL, one)
             for name, row in counts.by_group.get("limit", {}).items()
         }
+
+    def _started(self, begins: Iterable[int]) -> list[Frame]:
+        """Return when processes started, those of one rollout together, newest first."""
+        found: list[Frame] = []
+        last_at: dict[str, int] = {}
+        for at in begins:
+            counts = self._pools_at(at).get(EVERY_POOL) or CallCounts()
+            for version, (amount, *_) in counts.by_group.get("started", {}).items():
+                rollout = next((one for one in reversed(found) if one["version"] == version), None)
+                if rollout is None or at - last_at[version] > _ROLLOUT_GAP_S:
+                    rollout = {"at": at, "version": version, "processes": 0}
+                    found.append(rollout)
+                rollout["processes"] += amount
+                last_at[version] = at
+        return found[::-1]
 
     def _upstreams_at(self, begins: Sequence[int]) -> CallCounts:
         """Return the calls of each upstream in these spans, from all pools."""
@@ -456,6 +488,26 @@ def _queue(sampled: Sequence[Mapping[_PoolLimit, int]], step_s: int) -> list[Fra
     return lines
 
 
+def _sparks(sampled: Sequence[Mapping[_PoolLimit, int]], step_s: int) -> list[Frame]:
+    """Return the mean number of waiting calls by blocking limit, in few points, for the limits that
+    held up most calls.
+    """
+    totals: Counter[_PoolLimit] = Counter()
+    for span in sampled:
+        totals.update(span)
+    largest = sorted(totals, key=lambda one: (-totals[one], one))[:MOST_SPARKS]
+    spans = -(-len(sampled) // SPARK_POINTS)  # of a point
+    lines = {one: [0] * -(-len(sampled) // spans) for one in largest if one[1] != OTHERS}
+    for at, span in enumerate(sampled):
+        for one in span.keys() & lines.keys():
+            lines[one][at // spans] += span[one]
+    samples = spans * step_s / SAMPLE_EVERY_S
+    return [
+        {"pool": pool, "name": name, "line": [round(waiting / samples, 1) for waiting in line]}
+        for (pool, name), line in lines.items()
+    ]
+
+
 def _depths(
     sampled: Sequence[Mapping[_PoolLimit, int]], limits: Set[_PoolLimit], step_s: int
 ) -> list[float]:
@@ -481,11 +533,8 @@ def _table(total: CallCounts, dimension: str) -> list[dict[str, Any]]:
 
 RECORD_EVERY_S = 10.0
 EVENTS_EVERY_S = 5.0
-MOST_REVISIONS = 20
 MOST_EVENTS = 50
-MOST_CHANGES = 3
-MOST_SHOWN_CHANGES = 100
-_LONGEST_WORDS = 300
+_LONGEST_SHOWN = timedelta(days=1)  # the time of the longest charts
 BUDGETS_EVERY_S = 2.0
 MOST_ROWS = 30
 _NOW = "5m"  # contains the newest minute
@@ -566,12 +615,15 @@ class Past:
         return trend.frame(pool, weights_in([limiter.policy for limiter in chosen]))
 
     async def _events(self) -> list[Frame]:
-        """Return recent changes of limits by people or deployments, newest first."""
+        """Return recent changes of limits and upstreams, and pauses, newest first."""
+        services, since = self._services, datetime.now(UTC) - _LONGEST_SHOWN
         events = [
             event
-            for pool, keeper in list(self._services.keepers.items())
+            for pool, keeper in list(services.keepers.items())
             for event in policy_events(pool, await keeper.history(MOST_REVISIONS))
         ]
+        events += pause_events(await services.store.tenants.actions.pauses(since, MOST_EVENTS))
+        events += upstream_events(await services.upstreams.record.history(MOST_REVISIONS))
         return sorted(events, key=lambda one: -one["at"])[:MOST_EVENTS]
 
     async def _budgets(self) -> Frame:
@@ -602,48 +654,6 @@ class Past:
             "dead_jobs": stuck.jobs,
             "webhooks_given_up": stuck.webhooks,
         }
-
-
-def revisions_page(records: Sequence[PolicyRecord]) -> list[Frame]:
-    """Return each revision with the keys that it changed; those of the oldest one are not known."""
-    found = []
-    for record, before in pairwise(records):
-        changed = changed_keys(before.policy, record.policy)
-        listed = changed[:MOST_SHOWN_CHANGES]
-        found.append(
-            {
-                "revision": record.revision,
-                "at": record.created_at,
-                "set_by": record.set_by,
-                "origin": record.origin,
-                "reason": record.reason,
-                "changes": [{"key": key, "before": old, "after": new} for key, old, new in listed],
-                "more": len(changed) - len(listed),
-            }
-        )
-    return found
-
-
-def policy_events(pool: str, records: Sequence[PolicyRecord]) -> list[Frame]:
-    """Return each revision with its changes; those of the oldest one are not known."""
-    return [
-        {
-            "at": record.created_at.timestamp(),
-            "pool": pool,
-            "kind": record.origin,
-            "words": _event_words(pool, record, before),
-        }
-        for record, before in pairwise(records)
-        if record.created_at is not None
-    ]
-
-
-def _event_words(pool: str, record: PolicyRecord, before: PolicyRecord) -> str:
-    changed = differences(before.policy, record.policy)
-    words = "; ".join(changed[:MOST_CHANGES])[:_LONGEST_WORDS] or "nothing"
-    more = f" and {len(changed) - MOST_CHANGES} more" if len(changed) > MOST_CHANGES else ""
-    reason = f": {record.reason}" if record.reason else ""
-    return f"{record.set_by} set {words}{more} in {pool}{reason}"
 
 
 def budgets_frame(budgets: Sequence[Budget], books: Sequence[BudgetBook]) -> Frame:

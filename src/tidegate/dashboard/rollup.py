@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
+from tidegate import __version__
 from tidegate.errors import LimiterUnavailable, StoreUnavailable
 from tidegate.limiter import Limiter
 from tidegate.record import JUDGE, REFUSED, RETRIED, CallRecord
@@ -36,6 +37,7 @@ MOST_SPANS = 2_000
 # The number of spans that accept ends, including the current one.
 OPEN_SPANS = {10: 30, 60: 6, 300: 2}
 _SHORTEST_S = min(OPEN_SPANS)
+EVERY_POOL = ""  # in place of a pool: what concerns all of them
 _OTHER_MODEL = "(none)"
 _THROTTLED = 429
 # Source, status, tenant, model, upstream, code, and whether the client received a 429.
@@ -79,6 +81,12 @@ class Rollup:
             if fresh is None:
                 fresh = self._fresh[key] = _Fresh()
             fresh.add(ended)
+
+    def note_start(self, version: str) -> None:
+        """Count the start of this process, which the charts mark, whatever upstream they show."""
+        at = int(self._clock() // _SHORTEST_S) * _SHORTEST_S
+        fresh = self._fresh.setdefault((at, EVERY_POOL), _Fresh())
+        fresh.counts.count_by("started", version, [1])
 
     async def sample(self) -> None:
         """Sample the waiting calls of this process by blocking limit, once per span.
@@ -155,6 +163,7 @@ class Rollup:
 async def counting(store: Store) -> AsyncIterator[Rollup]:
     """Count the calls of this process for the duration of the block; write the rest at its end."""
     rollup = Rollup(store.history)
+    rollup.note_start(__version__)
     store.listeners.listen(rollup.note)
     running = asyncio.create_task(rollup.run(), name="rollup")
     try:

@@ -29,16 +29,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tidegate import __version__
 from tidegate.call import OperatorRole
-from tidegate.dashboard.feed import (
-    ALL,
-    MOST_REVISIONS,
-    Feed,
-    Grouping,
-    Viewing,
-    feed_of,
-    limits_page,
-    revisions_page,
-)
+from tidegate.dashboard.changes import MOST_REVISIONS, revisions_page
+from tidegate.dashboard.feed import ALL, Feed, Grouping, Viewing, feed_of, limits_page
 from tidegate.errors import (
     InvalidRequest,
     LimiterUnavailable,
@@ -220,7 +212,7 @@ class PageSession(BaseModel):
 
     asks_for: `keys` if every caller needs an API key, `operator_key` if only operators need a key.
     cookie: whether the browser signed in with a one-time code and has no key. operator: the name of
-    the person.
+    the person. text_model: the default model of texts.
     """
 
     version: str
@@ -229,6 +221,7 @@ class PageSession(BaseModel):
     role: OperatorRole
     reads_bodies: bool
     asks_for: AsksFor
+    text_model: str
     pools: list[str]
 
 
@@ -396,6 +389,7 @@ async def session(request: Request) -> PageSession:
     return PageSession(
         version=__version__,
         asks_for="keys" if services.gate.on else "operator_key",
+        text_model=services.config.text_model,
         cookie=operator.name == SIGNED_IN,
         operator=operator.name,
         role=operator.role,

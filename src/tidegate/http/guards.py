@@ -179,6 +179,7 @@ ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/admin/upstreams/history": {"GET": _V},
     "/admin/upstreams/providers": {"GET": _V},
     "/admin/upstreams/rollback": {"POST": _A},
+    "/admin/upstreams/{name}/prices": {"GET": _V},
     "/admin/upstreams/{name}": {"PUT": _A, "PATCH": _A, "DELETE": _A},
     "/admin/upstreams/{name}/test": {"POST": _O},
     "/admin/upstreams/{name}/drain": {"POST": _O},

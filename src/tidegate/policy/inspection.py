@@ -202,8 +202,8 @@ class Control:
     async def resume(self, limit: str, *, by: str) -> bool:
         """End a pause; return False if there was none. Raises NotFound."""
         await self._check_there(limit)
-        pool = {"pool": self.limiter.pool}
-        await self.tenants.actions.note("limit.resume", limit, after=pool)
+        after = {"pool": self.limiter.pool, "by": by}
+        await self.tenants.actions.note("limit.resume", limit, after=after)
         resumed = await self.limiter.resume(limit, by=by)
         if resumed:
             log.warning(Log.LIMIT_RESUMED, limit=limit, by=by)

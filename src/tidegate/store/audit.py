@@ -14,9 +14,9 @@ import asyncio
 import zlib
 from base64 import b64encode
 from collections import deque
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from operator import attrgetter, itemgetter
@@ -37,14 +37,7 @@ from tidegate.store.idempotency import KEY_OPS, settle_keys
 from tidegate.store.notifications import Notifications, next_beat_s
 from tidegate.store.outbox import add_webhooks
 from tidegate.store.provider.resources import NOTED, add_noted
-from tidegate.store.records import (
-    ClaimedJob,
-    Json,
-    NewJob,
-    audit_row,
-    cleaned,
-    dumps,
-)
+from tidegate.store.records import ClaimedJob, Json, NewJob, audit_row, cleaned, dumps
 from tidegate.store.spill import CallJournal, Spill
 from tidegate.store.statistics import READ, add_usage, moment_of
 from tidegate.telemetry.logging import Log, get_logger
@@ -54,6 +47,7 @@ log = get_logger()
 
 INLINE_BYTES, WORTH_A_THREAD_BYTES = 8192, 50_000
 ENCODING = "zlib"
+EVERY_TENANT = "*"  # in place of a tenant in `bodies_off`
 # A window that fits a small body, with small tables: zlib's default prepares 256 KB each time,
 # several times the work of a small body, for the same size.
 _BODIES_SMALL_BYTES = 4096
@@ -70,12 +64,8 @@ def body_of_job(job: NewJob | ClaimedJob) -> dict[str, Any]:
 def body_of_answer(record: CallRecord, attempt: Json) -> dict[str, Any]:
     """Return the body of an answer. `attempt`: the columns of its end."""
     files = [
-        {
-            "file_id": picture.file_id,
-            "mime_type": cleaned(picture.mime_type),
-            "size_bytes": picture.size_bytes,
-        }
-        for picture in record.files
+        {"file_id": one.file_id, "mime_type": cleaned(one.mime_type), "size_bytes": one.size_bytes}
+        for one in record.files
     ]
     return {"text": attempt["result"], "files": files, "finish_reason": attempt["finish_reason"]}
 
@@ -277,7 +267,9 @@ class AuditLog:
         listeners: CallListeners,
         instance_id: str,
         when_full: Literal["block", "drop"],
+        bodies_off: Collection[str] = (),
     ) -> None:
+        self._bodies_off = frozenset(bodies_off)
         self._connections = connections
         self._notifications = notifications
         self._spill = spill
@@ -388,7 +380,14 @@ class AuditLog:
 
     async def prepare(self, record: CallRecord) -> Prepared:
         """Return the record for `add`; a large body is in the blob store then."""
-        return Prepared(record, self._audit_values(record), await self._bodies(record))
+        kept = record
+        if record.source == "relay" and self._hides(record.tenant_id):
+            kept = replace(record, request=b"", pieces=[], prompt_head="")
+        return Prepared(record, self._audit_values(kept), await self._bodies(kept))
+
+    def _hides(self, tenant: str) -> bool:
+        """Return whether prompts and answers of a tenant's calls are not recorded."""
+        return not self._bodies_off.isdisjoint((tenant, EVERY_TENANT))
 
     async def add(self, connection: asyncpg.Connection, prepared: list[Prepared]) -> list[Prepared]:
         """Write records in the caller's transaction. Return those that are left out, since their
@@ -397,12 +396,8 @@ class AuditLog:
         marks = [Mark(one.tenant_id, one.subject, one.received_at) for one in calls]
         erased = await erased_among(connection, marks)
         remaining = [one for place, one in enumerate(prepared) if place not in erased]
-        await connection.copy_records_to_table(
-            "audit",
-            records=[one.audit for one in remaining],
-            columns=_AUDIT_COLUMNS,
-            timeout=None,
-        )
+        audit = [one.audit for one in remaining]
+        await connection.copy_records_to_table("audit", records=audit, columns=_AUDIT_COLUMNS)
         bodies = [body for one in remaining for body in one.bodies]
         await connection.copy_records_to_table("bodies", records=bodies, columns=_BODY_COLUMNS)
         # A repeat after a commit with a lost reply has failed above, at the same ids.
@@ -515,7 +510,8 @@ class AuditLog:
         """Accept a finished stream, to be written soon; wait while the buffer is full if
         `audit_full` is `block`. A cancelled caller has recorded it in full or not at all."""
         self._listeners.note(record)
-        await self._enqueue(await _stream_of(job, record, self._blobs), record)
+        hides = self._hides(job.tenant_id)
+        await self._enqueue(await _stream_of(job, record, self._blobs, hides=hides), record)
 
     async def _record(self, entry: Json | Awaitable[Json], ended: CallRecord) -> bool:
         task = self.keep(entry)
@@ -720,13 +716,17 @@ async def _retry_of(
     return rows.entry_of("retry", row, rows.result_row(record))
 
 
-async def _stream_of(job: NewJob, record: CallRecord, blobs: Blobs) -> Json:
+async def _stream_of(job: NewJob, record: CallRecord, blobs: Blobs, *, hides: bool) -> Json:
+    """Return the entry of an ended stream. hides: without its prompt and the text of its answer."""
     attempt, files = rows.result_row(record) if record.was_admitted else None, rows.input_rows(job)
-    bodies = [await row_of("request", cleaned(body_of_job(job)), blobs)]
+    if hides:
+        job, attempt = replace(job, prompt=""), attempt and {**attempt, "result": None}
+    bodies = [] if hides else [await row_of("request", cleaned(body_of_job(job)), blobs)]
     if attempt is not None:
         await rows.make_json(attempt)
         files += rows.file_rows("output", job.request_id, job.tenant_id, record.files)
-        bodies.append(await row_of("response", body_of_answer(record, attempt), blobs))
+        if not hides:
+            bodies.append(await row_of("response", body_of_answer(record, attempt), blobs))
     return rows.entry_of("stream", rows.stream_row(job, record, attempt), attempt, files, bodies)
 
 

@@ -52,6 +52,20 @@ class OperatorAction:
     revision: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class RequestedPause:
+    """A pause of a limit, or the end of its pauses, as an operator requested it. for_ms: None until
+    it is resumed."""
+
+    at: datetime
+    by: str
+    pool: str
+    limit: str
+    is_end: bool
+    for_ms: float | None
+    reason: str
+
+
 class OperatorActions:
     """The recorded actions. Every method raises StoreUnavailable, except `note`."""
 
@@ -104,6 +118,24 @@ class OperatorActions:
             timeout_ms=_TIMEOUT_MS,
         )
         return [_action(row) for row in rows]
+
+    async def pauses(self, since: datetime, most: int) -> list[RequestedPause]:
+        """Return the newest pauses and resumptions of limits since a time, the newest first."""
+        rows = await self._connections.rows("recent_pauses", since, most, timeout_ms=_TIMEOUT_MS)
+        return [_pause(row) for row in rows]
+
+
+def _pause(row: asyncpg.Record) -> RequestedPause:
+    stated = _of_json(row["is_now"]) or {}
+    return RequestedPause(
+        row["at"],
+        str(stated.get("by") or row["operator"]),
+        str(stated.get("pool") or ""),
+        row["target"],
+        row["what"] == "limit.resume",
+        stated.get("for_ms"),
+        str(stated.get("reason") or ""),
+    )
 
 
 def _action(row: asyncpg.Record) -> OperatorAction:

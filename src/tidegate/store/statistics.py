@@ -89,7 +89,7 @@ def _length_at(in_class: tuple[int, ...], rank: float) -> float:
     return float(least + (most - least) * min(1.0, max(0.0, inside)))
 
 
-Dimension = Literal["tenant", "model", "upstream", "code", "limit"]
+Dimension = Literal["tenant", "model", "upstream", "code", "limit", "started"]
 
 # The length of a span, and how long it is kept, in seconds.
 KEPT_S = {10: 20 * 60, 60: 3 * 3600, 300: 48 * 3600}

@@ -7,8 +7,9 @@ as durable is on a disk.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tidegate.errors import StoreUnavailable
 from tidegate.record import CallListeners
@@ -55,6 +56,7 @@ class Store:
         spill_max_bytes: int,
         audit_full: Literal["block", "drop"],
         claim_lease_ms: int,
+        bodies_off: Collection[str] = (),
         listeners: CallListeners | None = None,
     ) -> None:
         self.instance_id, self.blobs = instance_id, blobs
@@ -74,6 +76,7 @@ class Store:
             listeners=self.listeners,
             instance_id=instance_id,
             when_full=audit_full,
+            bodies_off=bodies_off,
         )
         shared = (connections, self.notifications, self.listeners)
         self.jobs = Jobs(*shared, instance_id=instance_id)
@@ -88,12 +91,9 @@ class Store:
         self.provider_resources = ProviderResources(connections, self.audit.keep)
         self.batches = Batches(connections, self.notifications, self.audit, instance_id)
         self.open_batches = OpenBatches(connections, self.notifications)
+        leases: dict[str, Any] = {"instance_id": instance_id, "lease_ms": claim_lease_ms}
         self.batch_lines = BatchLines(
-            connections,
-            self.audit,
-            instance_id=instance_id,
-            lease_ms=claim_lease_ms,
-            may_judge=lambda: self.queue.may_judge,
+            connections, self.audit, **leases, may_judge=lambda: self.queue.may_judge
         )
         self.native_keys = NativeKeys(connections, self.audit.keep, lease_ms=claim_lease_ms)
         self.requests = Requests(connections, blobs, self.notifications)

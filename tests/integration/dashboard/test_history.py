@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tidegate.call import Charge, Usage
-from tidegate.dashboard.feed import ALL, RANGES, Trend
+from tidegate.dashboard.feed import ALL, MOST_SPARKS, RANGES, SPARK_POINTS, Trend
 from tidegate.dashboard.rollup import MOST_SPANS, Rollup
 from tidegate.errors import StoreUnavailable
 from tidegate.limiter import QueueView
@@ -229,3 +229,46 @@ async def test_what_waited_is_told_by_the_limit_that_held_it_up_and_all_pools_ar
     queued = [(one["pool"], one["name"], one["line"][-1]) for one in trend.frame(ALL, {})["queue"]]
     assert queued == [(POOL, "kind:a", 2.0), ("openai", "kind:a", 2.0)]
     assert (frame["totals"]["calls"], trend.frame(ALL, {})["totals"]["calls"]) == (2, 4)
+
+
+async def test_the_processes_of_a_rollout_are_marked_together_for_every_pool(
+    connections: Connections, clock: Clock
+) -> None:
+    for after_s, version in ((0, "1"), (400, "1"), (20, "1"), (20, "2"), (30, "1")):
+        clock.now += after_s
+        rollup = Rollup(History(connections, f"at-{clock.now}"), clock)
+        rollup.note_start(version)
+        await rollup.flush()
+    trend = Trend(History(connections, "reader"), RANGES["1h"])
+    await trend.look(BEGIN + 600)
+    for pool in (POOL, ALL):
+        started = trend.frame(pool, {})["started"]
+        assert [(one["version"], one["processes"]) for one in started] == [
+            ("2", 1),
+            ("1", 3),
+            ("1", 1),
+        ]
+        assert [one["at"] - BEGIN for one in started] == [420, 360, 0]
+    assert trend.frame(POOL, {})["totals"] == {}
+
+
+async def test_each_of_many_limits_has_its_recent_queue_in_few_points(
+    connections: Connections, clock: Clock
+) -> None:
+    rollup = Rollup(History(connections, "a"), clock)
+    queues = [QueueView("s", "p", 0, "acme", (), f"tenant:{n:02}", n, 1) for n in range(1, 41)]
+    limiters: Any = {POOL: FakeLimiter("s", queues)}
+    rollup.watch(limiters)
+    await rollup.sample()
+    await rollup.flush()
+    for name, wanted in RANGES.items():
+        trend = Trend(History(connections, "reader"), wanted)
+        await trend.look(BEGIN + wanted.step_s)
+        sparks = trend.frame(POOL, {})["sparks"]
+        assert len(sparks) == MOST_SPARKS
+        assert sparks[0]["name"] == "tenant:40"
+        assert {len(one["line"]) for one in sparks} <= set(
+            range(SPARK_POINTS - 2, SPARK_POINTS + 1)
+        )
+        spans = -(-wanted.spans // SPARK_POINTS)
+        assert sum(sparks[0]["line"]) == pytest.approx(400 / (spans * wanted.step_s), abs=0.1), name

@@ -1,5 +1,5 @@
-"""Every program in examples/: those whose framework is installed run, in any order and twice,
-against one Valkey; the others are read, and use what the library has."""
+"""Every program in examples/ runs against one Valkey, in any order: with its framework, or where
+that is not installed, with as much of it as the program uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import re
 import runpy
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 from unittest.mock import Mock, patch
@@ -139,6 +141,124 @@ def test_a_task_of_celery_waits_or_is_retried(
             assert retried.value.args[0] == 2
     finally:
         tasks["close_limiter"]()
+
+
+def _ray(loop: asyncio.AbstractEventLoop) -> ModuleType:
+    """As much of Ray: actors in one process, whose methods run concurrently."""
+    ray = ModuleType("ray")
+
+    class Method:
+        def __init__(self, function: Any) -> None:
+            self._function = function
+
+        def remote(self, *values: object) -> Future[Any]:
+            return asyncio.run_coroutine_threadsafe(self._function(*values), loop)
+
+    class Actor:
+        def __init__(self, inner: object) -> None:
+            self._inner = inner
+
+        def __getattr__(self, name: str) -> Method:
+            return Method(getattr(self._inner, name))
+
+    class ActorClass:
+        def __init__(self, inner: Any) -> None:
+            self._inner = inner
+
+        def remote(self) -> Actor:
+            return Actor(self._inner())
+
+    vars(ray).update(
+        init=lambda: None,
+        remote=lambda **_: ActorClass,
+        get=lambda futures: [one.result(30) for one in futures],
+    )
+    return ray
+
+
+def test_actors_of_ray_share_one_limit(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REDIS_URL", valkey_url)
+    loop = asyncio.new_event_loop()
+    actors = Thread(target=loop.run_forever)
+    actors.start()
+    try:
+        with patch.dict(sys.modules, {"ray": _ray(loop)}):
+            for _ in range(2):
+                runpy.run_path(str(EXAMPLES / "ray_remote.py"), run_name="__main__")
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        actors.join()
+        loop.close()
+    assert capsys.readouterr().out == "100 answered\n" * 2
+
+
+def _airflow(returned: list[Any]) -> dict[str, ModuleType]:
+    """As much of Airflow: mapped tasks run one after another, and return into `returned`."""
+    airflow: Any = ModuleType("airflow")
+    sdk: Any = ModuleType("airflow.sdk")
+
+    class Task:
+        def __init__(self, function: Any) -> None:
+            self._function = function
+
+        def __call__(self) -> Any:
+            return self._function()
+
+        def expand(self, **mapped: list[Any]) -> None:
+            ((name, values),) = mapped.items()
+            returned.extend(self._function(**{name: value}) for value in values)
+
+    sdk.dag = lambda **_: lambda function: function
+    sdk.task = lambda function=None, **_: Task if function is None else Task(function)
+    return {"airflow": airflow, "airflow.sdk": sdk}
+
+
+def test_mapped_tasks_of_airflow_take_a_permit_each(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REDIS_URL", valkey_url)
+    summaries: list[Any] = []
+    with patch.dict(sys.modules, _airflow(summaries)):
+        runpy.run_path(str(EXAMPLES / "airflow_dag.py"))
+    assert summaries == [f"Summary of document {number}" for number in range(100)]
+
+
+def _langchain(url: str) -> ModuleType:
+    """As much of LangChain: a batch of calls by the client that it is given."""
+    langchain = ModuleType("langchain_openai")
+
+    class ChatOpenAI:
+        def __init__(self, *, model: str, http_async_client: Any, max_retries: int) -> None:
+            assert max_retries == 0  # each try takes a permit of its own
+            self._model, self._client = model, http_async_client
+
+        async def abatch(self, prompts: list[str]) -> list[Any]:
+            return list(await asyncio.gather(*map(self._answer, prompts)))
+
+        async def _answer(self, prompt: str) -> Any:
+            body = {"model": self._model, "messages": [{"role": "user", "content": prompt}]}
+            answer = await self._client.post(f"{url}/v1/chat/completions", json=body)
+            return answer.raise_for_status().json()
+
+    vars(langchain)["ChatOpenAI"] = ChatOpenAI
+    return langchain
+
+
+async def test_a_batch_of_langchain_runs_under_the_limiter(
+    valkey_url: str,
+    upstream: Upstream,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("REDIS_URL", valkey_url)
+    program = str(EXAMPLES / "langchain_chat.py")
+    with patch.dict(sys.modules, {"langchain_openai": _langchain(upstream.url)}):
+        for _ in range(2):
+            await asyncio.to_thread(runpy.run_path, program, run_name="__main__")
+    assert capsys.readouterr().out == "8 answered\n" * 2
+    assert upstream.peak <= 5
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -6,6 +6,7 @@ import random
 import threading
 import zlib
 from base64 import b64encode
+from functools import partial
 from typing import Any
 
 import orjson
@@ -183,3 +184,42 @@ async def test_a_small_blob_does_not_unpack_to_a_large_piece() -> None:
     pieces = [piece async for piece in recorded._unpacked(recorded._of(packed))]
     assert sum(map(len, pieces)) == 5_000_000
     assert max(map(len, pieces)) <= recorded._PIECE_BYTES
+
+
+async def test_of_a_tenant_without_bodies_neither_prompt_nor_answer_is_on_record(
+    open_gateway: Opener,
+) -> None:
+    """Neither in a column nor in a file, whatever its size; but usage, and what others sent."""
+    gateway = await open_gateway(bodies_off="quiet, silent")
+    word = "unspeakable"
+    for tenant in ("quiet", "acme"):
+        of_it = {"x-tidegate-tenant": tenant}
+        for text in (f"Say {word}", f"Say {word} {LARGE}"):
+            await said(gateway, asking(text), **of_it)
+        url = f"{gateway.url}/stream"
+        body = {"text": f"Explain {word}", "type": "text_only"}
+        async with gateway.http.post(url, json=body, headers=of_it) as answer:
+            assert word in await answer.text()
+
+    async def recorded_of(tenant: str) -> bool:
+        count = "SELECT count(*) FROM audit WHERE tenant_id = $1 AND total_tokens > 0"
+        return bool(await gateway.database.fetchval(count, tenant) == 3)
+
+    for tenant in ("quiet", "acme"):
+        await wait_until(partial(recorded_of, tenant), 20, f"the record of {tenant}")
+    kept_of = {
+        row["tenant_id"]: row["count"]
+        for row in await gateway.database.fetch(
+            "SELECT tenant_id, count(*) FROM bodies GROUP BY tenant_id"
+        )
+    }
+    assert kept_of == {"acme": 6}
+    for table in ("audit", "requests", "attempts", "bodies"):
+        said_in = (
+            f"SELECT count(*) FROM {table} AS one WHERE tenant_id = 'quiet' AND one::text ~ $1"
+        )
+        assert await gateway.database.fetchval(said_in, word) == 0, table
+    found = await gateway.database.fetch(
+        "SELECT tenant_id FROM audit WHERE prompt_head ~ $1 GROUP BY tenant_id", word
+    )
+    assert [row["tenant_id"] for row in found] == ["acme"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
 import pytest
 
@@ -15,6 +15,7 @@ from tidegate.admission.charges import (
     cut_charge,
     estimated_charge,
     is_complete,
+    listed_prices,
     received_tokens,
 )
 from tidegate.admission.estimator import Estimator, Modality, pieces_of_text
@@ -420,3 +421,32 @@ def test_pictures_that_alone_are_charged_are_known_beforehand_by_their_number() 
     cost = call_cost(rates, estimate, input_bytes=90, images=3, draws_alone=True)
     assert cost.most_micros == 120_000
     assert call_cost(rates, estimate, input_bytes=90, max_output_tokens=1).most_micros is None
+
+
+def test_the_listed_prices_are_those_by_which_calls_are_charged() -> None:
+    """Of every model that an upstream serves: by name, by an alias, by a pattern."""
+    own = Price(input=1.0, output=2.0)
+    upstream = Upstream(
+        "u",
+        {"openai": "https://api.openai.com/v1"},
+        "key",
+        models=("gpt-5-mini", "gpt-4.1*", "mine-*", "of-nobody"),
+        aliases={"fast": "gpt-5-nano"},
+        prices={"mine-*": own},
+    )
+    day = date(2026, 11, 30)
+    listed = listed_prices(upstream, day)
+    assert (listed[0].models, listed[0].price, listed[0].checked) == (("mine-*",), own, None)
+    found = {model: one for one in listed for model in one.models}
+    assert len(found) == sum(len(one.models) for one in listed), "each once"
+    assert found["of-nobody"].price is None
+    prices = Prices(upstream, now=lambda: datetime(2026, 11, 30, 12, tzinfo=UTC).timestamp())
+    for model in ("gpt-5-mini", "gpt-5-nano", "gpt-4.1", "gpt-4.1-mini"):
+        price = found[model].price
+        assert price is not None
+        assert prices.of(model) == Rates.of(price, is_public=True)
+        assert found[model].checked is not None
+    assert "gpt-4o" not in found
+    assert (
+        listed_prices(Upstream("own", {"openai": "http://gpu:8000"}, "", models=("*",)), day) == []
+    )

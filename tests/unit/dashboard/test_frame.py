@@ -7,21 +7,25 @@ from datetime import UTC, datetime
 
 import orjson
 
+from tidegate.dashboard.changes import (
+    MOST_SHOWN_CHANGES,
+    pause_events,
+    policy_events,
+    revisions_page,
+    upstream_events,
+)
 from tidegate.dashboard.feed import (
     LIMITS_PAGE,
     MOST_BUDGETS,
     MOST_FOUND,
     MOST_LIMITS,
     MOST_PROCESSES,
-    MOST_SHOWN_CHANGES,
     MOST_TENANTS,
     NO_GROUP,
     Grouping,
     budgets_frame,
     limits_page,
-    policy_events,
     pool_frame,
-    revisions_page,
     upstream_frame,
     weights_in,
 )
@@ -40,6 +44,8 @@ from tidegate.limiter import (
 from tidegate.metrics.process import Note, UpstreamFound
 from tidegate.prices.budgets import Budget
 from tidegate.store.budgets import BudgetBook
+from tidegate.store.operator_actions import RequestedPause
+from tidegate.store.provider.upstreams import UpstreamRevision
 from tidegate.store.records import PolicyRecord
 
 GROUPINGS: tuple[Grouping, ...] = ("tenant", "model", "kind")
@@ -213,6 +219,9 @@ def test_a_limit_names_the_tenants_that_wait_most_for_it() -> None:
     frame = pool_frame("gemini", snapshot(limits=views, queues=queues), PoolPolicy({}))
     assert [one["tenants"] for one in frame["limits"]] == [[("b", 10), ("c", 3), ("d", 2)], []]
     assert frame["all_limits"] == 2
+    pools = [("gemini", snapshot(limits=views, queues=queues), PoolPolicy({}))]
+    listed = limits_page(pools, "none", "", 0)["limits"]
+    assert [one["tenants"] for one in listed] == [one["tenants"] for one in frame["limits"]]
 
 
 def test_a_change_of_limits_is_told_with_who_and_why() -> None:
@@ -225,6 +234,29 @@ def test_a_change_of_limits_is_told_with_who_and_why() -> None:
     assert [one["words"] for one in policy_events("gemini", records)] == [
         "ann set limits.kind:a: 2 -> 4 in gemini: too slow",
         "api-1 set limits.kind:a: 1 -> 2 in gemini",
+    ]
+
+
+def test_pauses_and_changes_of_upstreams_are_told_with_who_and_why() -> None:
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    pauses = [
+        RequestedPause(at, "bob", "openai", "rpm:x", is_end=True, for_ms=None, reason=""),
+        RequestedPause(at, "ann", "openai", "rpm:x", is_end=False, for_ms=90_000.0, reason="why"),
+        RequestedPause(at, "ann", "openai", "rpm:x", is_end=False, for_ms=None, reason=""),
+    ]
+    assert [one["words"] for one in pause_events(pauses)] == [
+        "bob resumed rpm:x in openai",
+        "ann paused rpm:x in openai for 1 min 30 s: why",
+        "ann paused rpm:x in openai until it is resumed",
+    ]
+    revisions = [
+        UpstreamRevision(4, {}, "rollback 1", "ann", "", at, at),
+        UpstreamRevision(3, {}, "drain gpu-1", "ann", "sold", at, None, "a process lacks its key"),
+        UpstreamRevision(2, {}, "set gpu-1", "bob", "heavier", at, at),
+    ]
+    assert [(one["pool"], one["words"]) for one in upstream_events(revisions)] == [
+        ("", "ann restored all upstreams of revision 1"),
+        ("gpu-1", "bob changed the upstream gpu-1: heavier"),
     ]
 
 

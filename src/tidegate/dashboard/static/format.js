@@ -113,7 +113,11 @@ money.axis = (marks) => {
   return (value) => (value >= 1_000 ? money.short(value) : `$${value.toFixed(digits)}`);
 };
 
+/** A price in dollars, with all of its digits: `$0.075` */
+export const price = (value) => (given(value) ? `$${exactly.format(value)}` : NOTHING);
+
 const dollars = new Intl.NumberFormat(LANGUAGE, { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+const exactly = new Intl.NumberFormat(LANGUAGE, { minimumFractionDigits: 2, maximumFractionDigits: 6 });
 const small = (amount) => Math.min(6, 1 - Math.floor(Math.log10(amount)));
 
 const date = (value) => (value instanceof Date ? value : new Date(value));

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from tidegate.admission.charges import ListedPrice, listed_prices
 from tidegate.errors import InvalidRequest, LimiterUnavailable, NotFound, UpstreamInUse
 from tidegate.http.admin.limits import By, config_errors_refused, described, read_json
 from tidegate.http.guards import admin_router
@@ -37,6 +38,7 @@ from tidegate.policy.live import (
     with_keys,
 )
 from tidegate.policy.providers import LIST_BASE_MODELS, PROVIDERS
+from tidegate.prices.rates import Price
 from tidegate.spine.upstreams import UpstreamChange, check_tested
 from tidegate.store.provider.upstreams import UpstreamProcess
 from tidegate.upstream.fetch import UpstreamTest
@@ -173,6 +175,23 @@ class ProviderView(BaseModel):
     is_own: bool = Field(description="A self-hosted server, which needs no key")
 
 
+class PriceView(BaseModel):
+    """The price of some models at an upstream, in USD per million tokens; null where unknown."""
+
+    models: list[str] = Field(description="Names or patterns")
+    input: float | None
+    cached: float | None = Field(description="Input that came from the provider's cache")
+    output: float | None
+    image: float | None = Field(description="Per picture")
+    long_above_tokens: int | None = Field(description="Calls with more input have other prices")
+    tiers: list[str] = Field(description="Processing tiers with prices of their own")
+    is_known: bool = Field(description="Whether there is a price: otherwise calls have no cost")
+    checked: date | None = Field(
+        description="Day on which a public price was read; null if the upstream states it"
+    )
+    source: str = Field(description="Page of a public price")
+
+
 class UpstreamsView(BaseModel):
     """All upstreams."""
 
@@ -248,6 +267,34 @@ async def providers() -> list[ProviderView]:
         )
         for name, one in PROVIDERS.items()
     ]
+
+
+@router.get(
+    "/upstreams/{name}/prices",
+    responses=problem_responses(404),
+    summary="The prices by which calls to an upstream are charged today",
+)
+async def prices(request: Request, name: UpstreamName) -> list[PriceView]:
+    upstream = services_of(request).upstreams.deployment.upstream(name)
+    if upstream is None:
+        raise NotFound(f"there is no upstream {name}", field="name")
+    return [_price_view(one) for one in listed_prices(upstream, datetime.now(UTC).date())]
+
+
+def _price_view(one: ListedPrice) -> PriceView:
+    price = one.price or Price()
+    return PriceView(
+        models=list(one.models),
+        input=price.input,
+        cached=price.input if price.cached is None else price.cached,
+        output=price.output,
+        image=price.image,
+        long_above_tokens=price.above,
+        tiers=sorted(price.tiers),
+        is_known=one.price is not None,
+        checked=one.checked,
+        source=one.source,
+    )
 
 
 @router.get("/upstreams/history", summary="Changes of upstreams: when, and by whom")

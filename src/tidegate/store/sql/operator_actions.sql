@@ -16,6 +16,12 @@ WHERE ($1::text IS NULL OR operator = $1) AND ($2::text IS NULL OR what = $2)
     AND ($5::timestamptz IS NULL OR at < $5) AND ($6::bigint IS NULL OR number < $6)
 ORDER BY number DESC LIMIT $7
 
+-- name: recent_pauses
+-- Return the newest $2 pauses of limits and their ends since $1, as operators requested them.
+SELECT at, operator, what, target, is_now FROM operator_actions
+WHERE at >= $1 AND what IN ('limit.pause', 'limit.resume')
+ORDER BY at DESC, number DESC LIMIT $2
+
 -- name: paused_by_people
 -- Return the longest pause of each limit of pool $1 that a person began and nobody has ended.
 -- Pauses by versions that did not record `by` are left out, since they ended with Valkey.

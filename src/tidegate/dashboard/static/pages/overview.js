@@ -12,6 +12,7 @@ import { budgetsCard } from "./overview/budgets.js";
 import { charts } from "./overview/charts.js";
 import { faultsCard } from "./overview/faults.js";
 import { figuresStrip } from "./overview/figures.js";
+import { firstSteps } from "./overview/first_steps.js";
 import { limitsCard } from "./overview/limits.js";
 import { processesCard, upstreamsCard } from "./overview/places.js";
 import { spendCard } from "./overview/spend.js";
@@ -22,13 +23,14 @@ const SPANS = { "5m": "5 min", "1h": "1 h", "24h": "24 h" };
 const WORDS = { "5m": "5 minutes", "1h": "hour", "24h": "24 hours" };
 
 export async function open(main, { query, signal }) {
-  const { pools } = await get("dashboard/session", { signal });
+  const session = await get("dashboard/session", { signal });
+  const { pools } = session;
   scope.among(pools, query.get("pool"));
   const chosen = {
     pool: scope.chosen(),
     span: query.get("span") in SPANS ? query.get("span") : "5m",
   };
-  const view = parts(chosen, signal);
+  const view = parts(chosen, session, signal);
   signal.addEventListener("abort", hide);
   let round = null;
 
@@ -66,12 +68,13 @@ export async function open(main, { query, signal }) {
   choose({});
 }
 
-function parts(chosen, signal) {
+function parts(chosen, session, signal) {
   const pool = () => chosen.pool;
   const frames = { live: null, budgets: null };
   const view = {
     frames,
     verdict: verdictCard(() => frames),
+    first: firstSteps(session, signal),
     figures: figuresStrip(),
     limits: limitsCard(pool, signal),
     budgets: budgetsCard(),
@@ -88,6 +91,7 @@ function parts(chosen, signal) {
     "div",
     { class: "overview", data: { state: "loading" } },
     verdict.element,
+    view.first.element,
     figures.element,
     view.charts.element,
     limits.element,
@@ -116,6 +120,7 @@ function show(view, chosen, event, data) {
   else if (event === "record") {
     stuck.told(data);
     if (data.pool !== recorded) return; // of the previous selection
+    view.first.record(data);
     view.figures.record(data);
     view.spend.record(data);
   } else if (event === "trend" && data.pool === recorded && data.range === chosen.span) {

@@ -15,12 +15,12 @@ export const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 /** Headers that the provider requires for a path. */
 const headersOf = (path) => (/^\/v1\/messages\b/.test(path) ? APIS.messages.headers : {});
 
-/** Return a command that sends `body` to `path` of this gateway. */
-export function command(path, body) {
+/** Return a command that sends `body` to `path` of this gateway, with a key if callers need one. */
+export function command(path, body, { needsKey = true } = {}) {
   const url = new URL(`..${path}`, document.baseURI);
   return [
     `curl ${quoted(url.href)}`,
-    '  -H "Authorization: Bearer $TIDEGATE_API_KEY"',
+    ...(needsKey ? ['  -H "Authorization: Bearer $TIDEGATE_API_KEY"'] : []),
     "  -H 'Content-Type: application/json'",
     ...Object.entries(headersOf(path)).map(([name, value]) => `  -H ${quoted(`${name}: ${value}`)}`),
     `  --data-raw ${quoted(body)}`, // of `-d`, curl would send the file that a body such as @path names

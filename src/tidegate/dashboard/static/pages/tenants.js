@@ -149,10 +149,22 @@ function budgetBar(label, { name, unit, amount, most_used: book }) {
   return h("div", { class: "spent-of", data: (book?.spent ?? 0) >= most ? { full: "" } : {} }, h("span", {}, text), h("div", { class: "spent-bar", ...looks, ...now }, parts));
 }
 
-/** A cell with the names of the tenant's own limits; the overview shows their values. */
-function limitsCell({ limits }) {
-  const names = Object.keys(limits);
-  return h("td", { class: "number wide wider", title: names.join(", ") }, names.length > 2 ? count(names.length) : names.join(", ") || NOTHING);
+// Own limits that the dialog sets: field, scope of the limit, label, unit of a figure.
+const OWN_LIMITS = [
+  ["own_calls", "tenant:", "Concurrent calls", "concurrent"],
+  ["own_rpm", "rpm:tenant/", "Requests per minute", "requests a minute"],
+  ["own_tpm", "tpm:tenant/", "Tokens per minute", "tokens a minute"],
+];
+
+const boundOf = (value) => (value !== null && typeof value === "object" ? value.bound : value);
+
+/** A cell with the tenant's own limits, or their number. */
+function limitsCell({ tenant, limits }) {
+  const words = Object.entries(limits).map(([name, value]) => {
+    const known = OWN_LIMITS.find(([, scope]) => name === `${scope}${tenant}`);
+    return known ? `${brief(boundOf(value))} ${known[3]}` : name;
+  });
+  return h("td", { class: "number wide wider", title: words.join(", ") }, words.length > 1 ? count(words.length) : words.join("") || NOTHING);
 }
 
 function tenantRow(one, pool, again, budgets) {
@@ -181,17 +193,22 @@ async function changeTenant(one, pool, again) {
   const weight = field("weight", "Weight", { type: "number", value: amount(one?.weight ?? 1), hint: "Its share while tenants compete: weight 2 gets twice as much as weight 1." });
   const day = field("budget_day_money", "Daily budget (USD)", { type: "number", value: amount(one?.budget_day_money), hint: "Empty: no budget. Calls that do not fit are rejected." });
   const month = field("budget_month_money", "Monthly budget (USD)", { type: "number", value: amount(one?.budget_month_money) });
+  const own = OWN_LIMITS.map(([each, scope, label], at) =>
+    field(each, label, { type: "number", value: amount(boundOf(one?.limits[`${scope}${one.tenant}`])), hint: at ? "" : `At ${pool}, beside the limits of all. Empty: no limit of its own.` }),
+  );
   for (const each of [day, month]) each.input.setAttribute("inputmode", "decimal");
   const done = await confirm({
     title: one ? `Change ${one.tenant}` : "New tenant",
     text: "Takes effect in all processes within two seconds.",
-    fields: one ? [weight, day, month] : [name, weight, day, month],
+    fields: [...(one ? [] : [name]), weight, ...own, day, month],
     action: one ? "Change the tenant" : "Create the tenant",
-    act: async ({ tenant, ...values }) => {
-      const known = one ?? { tenant };
+    act: async ({ tenant, own_calls, own_rpm, own_tpm, ...values }) => {
+      const known = one ?? { tenant, limits: {} };
       if (!one && (await get("admin/tenants")).some((each) => each.tenant === tenant)) throw new Problem({ detail: `The tenant ${tenant} already exists. Change it in the list.`, field: "tenant" });
       // Unchanged values are not sent, because another operator may have changed them meanwhile.
       const changed = Object.fromEntries(Object.entries(values).filter(([each, value]) => value !== (known[each] ?? null)));
+      const limits = changedLimits(known, { own_calls, own_rpm, own_tpm });
+      if (Object.keys(limits).length) changed.limits = limits;
       const expected = one ? Object.fromEntries(Object.keys(changed).map((each) => [each, one[each]])) : {};
       await put(`admin/tenants/${encodeURIComponent(known.tenant)}`, { ...changed, expected, by: "dashboard" }, { query: { pool } });
       return one?.tenant ?? tenant;
@@ -200,6 +217,19 @@ async function changeTenant(one, pool, again) {
   if (done === null) return;
   toast(one ? `${done} is changed.` : `${done} is created. Its callers need an API key.`);
   await again();
+}
+
+/** Return the own limits whose bound was changed, null for those that were emptied. */
+function changedLimits({ tenant, limits }, bounds) {
+  const found = {};
+  for (const [each, scope] of OWN_LIMITS) {
+    const name = `${scope}${tenant}`;
+    const [before, bound] = [limits[name] ?? null, bounds[each]];
+    if (bound === boundOf(before)) continue;
+    const isTable = bound !== null && before !== null && typeof before === "object";
+    found[name] = isTable ? { ...before, bound } : bound;
+  }
+  return found;
 }
 
 async function disable(one, again) {

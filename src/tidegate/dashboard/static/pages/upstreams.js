@@ -2,7 +2,7 @@
 
 import { get, patch, post, Problem, put, remove } from "../api.js";
 import { fill, h, keyed, mark, say } from "../dom.js";
-import { count, length, time } from "../format.js";
+import { count, length, price, time } from "../format.js";
 import { repeat } from "../poll.js";
 import { link } from "../router.js";
 import { choice, confirm, empty, field, said, toast } from "../ui.js";
@@ -165,9 +165,12 @@ function card(first, failed, again) {
   const test = act("Test", `Test ${first.name}`, "operator", () => tested(latest, tests, test, failed).then(again));
   const change = act("Change", `Change ${first.name}`, "admin", () => changeIt(latest, again));
   const rotate = act("Rotate key", `Rotate the key of ${first.name}`, "admin", () => rotateKey(latest, again));
-  const facts = Object.fromEntries(["Models", "Address", "Key", "Limits", "In progress", "Waiting", "Load"].map((name) => [name, h("dd", {})]));
+  const facts = Object.fromEntries(["Models", "Address", "Key", "Limits", "Prices", "In progress", "Waiting", "Load"].map((name) => [name, h("dd", {})]));
   const rows = Object.entries(facts).map(([name, dd]) => h("div", { class: ["Models", "Address"].includes(name) ? "long" : null }, h("dt", {}, name), dd));
   fill(facts.Limits, h("a", { href: link("/", { pool: first.name }) }));
+  const prices = h("button", { class: "as-link", type: "button", "aria-label": `Prices of ${first.name}` }, "Show");
+  prices.addEventListener("click", () => showPrices(first.name));
+  fill(facts.Prices, prices);
   return {
     element: h(
       "article",
@@ -222,6 +225,49 @@ function act(words, label, needs, run, look = "") {
   const button = h("button", { class: `button small ${look}`, type: "button", needs, "aria-label": label }, words);
   button.addEventListener("click", run);
   return button;
+}
+
+const PRICE_HEADS = [["Models", ""], ["Input", "number"], ["Cached", "number"], ["Output", "number"], ["Picture", "number"], ["From", ""]];
+
+/** A dialog with the prices by which calls to an upstream are charged. */
+async function showPrices(name) {
+  let found = [];
+  try {
+    found = await get(path(name, "/prices"));
+  } catch (problem) {
+    if (!(problem instanceof Problem)) throw problem;
+    toast(said(problem), "bad");
+    return;
+  }
+  const close = h("button", { class: "button", type: "submit" }, "Close");
+  const heads = PRICE_HEADS.map(([words, look]) => h("th", { scope: "col", class: look }, words));
+  const table = h("table", { class: "table" }, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, found.map(priceRow)));
+  const none = empty("No prices", "The cost of calls to this upstream is not known. State its prices in tidegate.toml, or with tidegate upstreams set.");
+  const dialog = h(
+    "dialog",
+    { class: "prices", "aria-labelledby": "prices-title" },
+    h(
+      "form",
+      { method: "dialog" },
+      h("h2", { id: "prices-title" }, `Prices of ${name}`),
+      h("p", { class: "quiet-text" }, "US dollars per million tokens, and per picture. Calls are charged by these prices."),
+      found.length ? h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Prices, a table" }, table) : none,
+      h("div", { class: "actions" }, close),
+    ),
+  );
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+  close.focus();
+}
+
+function priceRow(one) {
+  const amount = (value) => h("td", { class: "number" }, price(value));
+  const notes = [one.long_above_tokens && `other prices above ${count(one.long_above_tokens)} input tokens`, one.tiers.length > 0 && `own prices for ${one.tiers.join(", ")}`].filter(Boolean);
+  const models = h("td", {}, one.models.join(", "), notes.length > 0 && h("span", { class: "below quiet-text" }, notes.join("; ")));
+  if (!one.is_known) return h("tr", {}, models, h("td", { colspan: PRICE_HEADS.length - 1 }, h("span", { class: "badge warn" }, "No price")));
+  const from = one.checked === null ? "stated here" : h("a", { href: one.source, rel: "noreferrer", target: "_blank" }, `public, read ${one.checked}`);
+  return h("tr", {}, models, amount(one.input), amount(one.cached), amount(one.output), amount(one.image), h("td", {}, from));
 }
 
 const path = (name, verb = "") => `admin/upstreams/${encodeURIComponent(name)}${verb}`;

@@ -1,9 +1,9 @@
 // Charts of waits, ended calls, cost and durations over the selected time, with changes by
-// operators.
+// operators and deployments.
 
 import { chart, stack } from "../../chart.js";
 import { h, keyed, say, sayComposed } from "../../dom.js";
-import { brief, length, money, rate, time } from "../../format.js";
+import { brief, counted, length, money, rate, time } from "../../format.js";
 import * as scope from "../../scope.js";
 import { requestsIn } from "../request_filters.js";
 
@@ -45,18 +45,19 @@ export function charts(signal) {
   const all = [depth, calls, cost, waits, lengths];
   const told = h("ul", { class: "events quiet-text", "aria-label": "Changes", hidden: true });
   const draw = keyed(told, eventRow);
-  let [events, begin] = [[], 0];
+  let [events, starts, begin] = [[], [], 0];
   const show = () => {
-    const known = events.filter((one) => one.at >= begin);
+    const known = [...events, ...starts].filter((one) => one.at >= begin).toSorted((a, b) => b.at - a.at);
     for (const one of all) one.marks(known);
     told.hidden = known.length === 0;
-    draw(known.slice(0, MOST_TOLD), (one) => `${one.at} ${one.pool}`);
+    draw(known.slice(0, MOST_TOLD), (one) => `${one.at} ${one.words}`);
   };
   return {
     element: h("div", { class: "charts" }, all.map((one) => one.element), told),
     update(trend) {
       step = trend.step_s;
       begin = trend.at[0];
+      starts = (trend.started ?? []).map((one) => ({ at: one.at, words: startWords(one) }));
       depth.update(trend.at, trend.queue.map((one) => [nameIn(one), one.line]));
       calls.update(trend.at, [trend.calls, trend.failed, trend.throttled]);
       cost.update(trend.at, [trend.cost_micros.map((value) => (value * 60) / MICROS)]);
@@ -64,9 +65,9 @@ export function charts(signal) {
       lengths.update(trend.at, trend.lengths);
       show();
     },
-    /** Show the changes, newest first. */
+    /** Show the changes of a pool, and those of all pools, newest first. */
     events(frame, pool) {
-      events = frame.filter((one) => pool === scope.ALL || one.pool === pool);
+      events = frame.filter((one) => [pool, one.pool].includes(scope.ALL) || one.pool === pool);
       show();
     },
   };
@@ -74,6 +75,8 @@ export function charts(signal) {
 
 /** A limit's id, with its pool if several pools are shown. */
 const nameIn = ({ pool, name }) => (name ? (scope.chosen() === scope.ALL ? `${name}, ${pool}` : name) : "others");
+
+const startWords = ({ version, processes }) => `${counted(processes, "process", "processes")} of Tidegate ${version} started`;
 
 function eventRow() {
   const when = h("time");

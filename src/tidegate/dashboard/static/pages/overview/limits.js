@@ -152,7 +152,7 @@ export function limitsCard(pool, signal) {
     },
     trend(past) {
       lines.clear();
-      for (const one of past.queue) lines.set(keyOf({ pool: one.pool, limit: one.name }), one.line);
+      for (const one of past.sparks ?? past.queue) lines.set(keyOf({ pool: one.pool, limit: one.name }), one.line);
     },
   };
 }
