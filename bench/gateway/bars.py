@@ -184,7 +184,7 @@ BARS = (
     Bar("streams open concurrently in one process", ">= 2,000", _open),
     Bar("jobs from submit to succeeded, kind decided by rules", ">= 3,000 a second", _jobs),
     Bar(
-        "batch of 50,000 lines, upstream at once; p99 of native calls meanwhile",
+        "batch of 50,000 lines, immediate upstream; p99 of native calls meanwhile",
         ">= 2,000 a second; <= 20 ms",
         _batch,
     ),

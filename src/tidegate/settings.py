@@ -31,6 +31,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -512,9 +513,7 @@ class Config(BaseModel):
         "for Slack and compatible services, also signed if there is a secret.",
     )
     retention_days: Days = setting(30, "How long requests and answers are kept (tidegate prune).")
-    bodies_off: Texts = setting(
-        (), "Tenants whose prompts and answers are not recorded (docs/accounting.md); * for all."
-    )
+    bodies_off: Texts = setting((), "Tenants whose texts are not kept, or *: docs/accounting.md.")
     operator_log_days: Annotated[int, Field(ge=30, le=36_500)] = setting(
         365, "How long actions of operators are kept: see docs/access.md."
     )
@@ -583,10 +582,11 @@ class Config(BaseModel):
         is_sound = all(is_address(name) or is_host_name(name) for name in bare)
         return _checked("allowed_hosts", tuple(bare), is_sound)
 
-    @field_validator("reconcile")
+    @field_validator("reconcile", "bodies_off")
     @classmethod
-    def _providers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return _checked("reconcile", value, set(value) <= {"openai", "anthropic"})
+    def _listed(cls, value: tuple[str, ...], of: ValidationInfo) -> tuple[str, ...]:
+        allowed = "openai|anthropic" if of.field_name == "reconcile" else r"[^\s|{}]{1,200}"
+        return _checked(str(of.field_name), value, all(re.fullmatch(allowed, x) for x in value))
 
     @field_validator("cors_origins")
     @classmethod

@@ -63,6 +63,7 @@ WRONG = {
     "ALLOWED_HOSTS": (["a b", "https://gate.example", "gate.example:443", "*"], "without ports"),
     "ALERT_WEBHOOK_URL": (["hooks.slack.com", "ftp://a", "https://", "https://a:b@c"], "https://"),
     "ALERT_FORMAT": (["teams"], "standard, slack"),
+    "BODIES_OFF": (["a b", "acme,a|b"], "names of tenants"),
     "RECONCILE": (["gemini", "openai,mistral"], "openai, anthropic"),
     "AUTH": (["yes", "1"], "auto, on, off"),
     "AUTH_OUTAGE_MS": (["0", "10m"], "milliseconds"),
