@@ -31,12 +31,9 @@ def timer_in_ms(bench: Bench, limit: str = LIMIT) -> int:
     return bench.world.model.pump.timed[limit] - bench.world.model.pool.now
 
 
-@pytest.mark.parametrize("limit", [TOKENS, Concurrency(1000, unit="tokens_in_flight")])
-def test_waiters_of_a_resumed_limit_wait_for_the_end_of_its_ramp_at_most(
-    bench: Bench, limit: Rate | Concurrency
-) -> None:
+def test_waiters_of_a_resumed_limit_wait_for_the_end_of_its_ramp_at_most(bench: Bench) -> None:
     """Calls that are larger than what the ramp has given so far count beyond its end."""
-    bench.put_in_force(limit)
+    bench.put_in_force(Concurrency(1000, unit="tokens_in_flight"))
     bench.world.pause(LIMIT, 1000, 10_000)
     bench.wait(1000)
     bench.end(bench.ask(900), 0)
@@ -48,6 +45,23 @@ def test_waiters_of_a_resumed_limit_wait_for_the_end_of_its_ramp_at_most(
     assert timer_in_ms(bench) == 1000
     bench.wait(1000)
     assert bench.running == 1
+
+
+def test_waiters_of_a_resumed_rate_wait_by_what_calls_used(bench: Bench) -> None:
+    """Not by what they had reserved."""
+    bench.put_in_force(TOKENS)
+    bench.world.pause(LIMIT, 1000, 10_000)
+    bench.wait(1000)
+    bench.end(bench.ask(900), 100)
+    large = bench.ask(800)
+    assert timer_in_ms(bench) == 1000
+    bench.wait(1000)
+    assert large in bench.client.queue.held
+    bench.end(large, 850)
+    small = bench.ask(40)
+    assert timer_in_ms(bench) == 8500
+    bench.wait(8500)
+    assert small in bench.client.queue.held
 
 
 def test_a_small_call_behind_a_large_one_that_leaves_takes_tokens_in_flight(bench: Bench) -> None:
