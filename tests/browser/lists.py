@@ -154,7 +154,7 @@ async def bars_of_what_is_spent(seen: Seen) -> None:
     await seen.is_accessible()
     assert await seen.is_within()
     await seen.page.set_viewport_size({"width": 1360, "height": 900})
-    await expect(row).to_contain_text("tenant:team-bar")
+    await expect(row).to_contain_text("5 concurrent")
 
 
 async def another_operator_sets_the_weight(stage: Stage, seen: Seen, dialog: Locator) -> None:

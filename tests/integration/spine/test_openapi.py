@@ -60,6 +60,7 @@ PATHS = {
     "/admin/upstreams/providers": "get",
     "/admin/upstreams/rollback": "post",
     "/admin/upstreams/{name}": "put",
+    "/admin/upstreams/{name}/prices": "get",
     "/admin/upstreams/{name}/test": "post",
     "/admin/upstreams/{name}/drain": "post",
     "/admin/upstreams/{name}/resume": "post",
