@@ -71,7 +71,7 @@ async def test_any_number_of_probes_are_one_of_each_store(
         "postgresql": 1,
         "blobs": 1,
     }
-    assert looks.count("schema") < 10, "others of this process run statements too"
+    assert looks.count("schema") < 50, "others of this process run statements too"
 
 
 async def test_a_process_that_drains_is_alive_but_not_ready(open_gateway: Opener) -> None:
