@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,8 @@ ONLY = {"gateway": "tidegate", "limiter": "ours"}
 SCENARIOS = tuple(dict.fromkeys(figure.scenario for figure in (*FIGURES, *UNITS)))
 
 Found = dict[Figure, list[float]]
+# Load and role -> microseconds of this checkout and of the other.
+FoundInTurns = dict[tuple[str, str], tuple[list[float], list[float]]]
 
 
 def checkout(commit: str) -> Path:
@@ -135,11 +137,14 @@ def measure(side: Side, wanted: Sequence[Figure], seconds: float) -> None:
 
 
 TURNS_A_START = 10
+IN_TURNS = ("call", "stream")
+# Role -> what its row says; the gateway's is named by the load.
+ROLES = {"serve": "", "valkey": "Valkey", "postgres": "PostgreSQL"}
 
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """Processor time of the gateways, us a request, of both in each turn."""
+    """Processor time of the gateways or of their servers, us a request, of both in each turn."""
 
     said: str
     here: Sequence[float]
@@ -169,8 +174,8 @@ class Turns:
 
 def in_turns(other: Path, turns: int, seconds: float) -> list[Turns]:
     """A relayed call and a stream at gateways of this checkout and the other, with limits and
-    record on; each has its own Valkey and PostgreSQL."""
-    us: dict[str, tuple[list[float], list[float]]] = {"call": ([], []), "stream": ([], [])}
+    record on; each has its own Valkey and PostgreSQL, whose processor time counts apart."""
+    found: FoundInTurns = {(load, role): ([], []) for load in IN_TURNS for role in ROLES}
     for begun in range(0, turns, TURNS_A_START):
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -180,27 +185,26 @@ def in_turns(other: Path, turns: int, seconds: float) -> list[Turns]:
                 os.environ[OURS_PYTHON] = str(root / ".venv/bin/python")
                 product = stack.enter_context(Product(upstream.url, apis=1, workers=1))
                 stages.append(Stage(product, upstream, folder, seconds))
-            for name, found in us.items():
-                _take_turns(stages, LOADS[name][1], min(TURNS_A_START, turns - begun), found)
+            for load in IN_TURNS:
+                _take_turns(stages, load, min(TURNS_A_START, turns - begun), found)
         print(f"{min(begun + TURNS_A_START, turns)} of {turns} turns", flush=True)
-    return [Turns(LOADS[name][0], *found) for name, found in us.items()]
+    return [
+        Turns(f"the same: {ROLES[role]}" if ROLES[role] else LOADS[load][0], *us)
+        for (load, role), us in found.items()
+    ]
 
 
-def _take_turns(
-    stages: Sequence[Stage],
-    load: Callable[[Stage], float],
-    turns: int,
-    us: tuple[list[float], list[float]],
-) -> None:
+def _take_turns(stages: Sequence[Stage], load: str, turns: int, found: FoundInTurns) -> None:
     for turn in range(-1, turns):  # the first only warms up
         for place in (0, 1) if turn % 2 else (1, 0):
             product = stages[place].product
-            before_ns = product.cpu_ns()["serve"]
-            done = load(stages[place])
+            before_ns = product.cpu_ns()
+            done = LOADS[load][1](stages[place])
             product.await_rest()
-            if turn >= 0:
-                took_ns = product.cpu_ns()["serve"] - before_ns
-                us[place].append(took_ns / done / 1000)
+            after_ns = product.cpu_ns()
+            for role in ROLES if turn >= 0 else ():
+                took_ns = after_ns[role] - before_ns[role]
+                found[load, role][place].append(took_ns / done / 1000)
 
 
 def main() -> None:
