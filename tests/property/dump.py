@@ -51,6 +51,7 @@ NUMBERS = (
 ONE = {
     "sessions": "expiry",
     "spending": "spending",
+    "restored": "restored",
     "paused": "paused",
     "lapsing": "lapsing",
     "carried": "carried",
@@ -190,6 +191,7 @@ def _of_meta(groups: Mapping[str, Fields]) -> State:
         "pacing": {name: found for name, found in tuples("f").items() if any(found)},
         "buckets": tuples("k"),
         "asserted": numbers("b"),
+        "kept": plain.get("kept", ""),
         "spent": numbers("s"),
         "tenants": {name: _tenant(text) for name, text in groups["n"].items()},
     }

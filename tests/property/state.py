@@ -70,6 +70,8 @@ def of_model(model: PoolModel) -> State:
         "pacing": {x.name: found for x in limits if any(found := _pacing(x.spending.pacing))},
         "buckets": {x.name: astuple(x.spending.bucket) for x in limits if x.spending.bucket},
         "asserted": {limit.name: limit.asserted for limit in limits if limit.asserted},
+        "restored": {x.name: x.restored.write() for x in limits if x.restored},
+        "kept": "|".join(map(str, model.pool.kept or ())),
         "spent": {name: amount for name, (_, amount) in model.joining.spending.items()},
         "spending": {name: number for name, (number, _) in model.joining.spending.items()},
         "paused": model.reports.paused(),

@@ -380,6 +380,7 @@ class World:
             "history",
             "timed",
             "spending",
+            "restored",
             "paused",
             "past:",
             "log:",

@@ -466,7 +466,7 @@ def _pairs(rows: Any) -> Any:
 
 def _unpack_whole(values: Any) -> Whole:
     now_ms, held, lapsing, next_event_ms, conflict, spent, pauses, policy, roster = values[:9]
-    told, pages = values[9:11]
+    told, pages, seq = values[9:12]
     version, sids = roster[:2]
     return Whole(
         now_ms,
@@ -480,6 +480,7 @@ def _unpack_whole(values: Any) -> Whole:
         (version, None if sids is False else [sid.decode() for sid in sids or ()]),
         told,
         {name.decode(): (place[0].decode(), place[1]) for name, place in dict(pages or ()).items()},
+        seq,
     )
 
 

@@ -255,7 +255,8 @@ class Join:
     policy: the newest policy that it knows; by: its author. name: the process, for people. held:
     (ticket, flow, seq, hard_ms, use, amounts) of every open call. lapsing: (member, left_ms,
     charges) of permits held over for dead sessions, as last seen. spent: (limit, amount as last
-    seen, amount admitted here since). pauses: (limit, left_ms, ramp_ms, reason). roster: the
+    seen, the last sequence that it includes or 0, what was admitted here since: sequence or 0, and
+    amount, alternating). pauses: (limit, left_ms, ramp_ms, reason). roster: the
     sessions of the pool, if this process can vouch for them. base: the policy that was in force
     before, if known.
     """
@@ -265,7 +266,7 @@ class Join:
     name: str
     held: list[tuple[int, int, int, int, int, str]]
     lapsing: list[tuple[str, int, str]]
-    spent: list[tuple[str, int, int]] = field(default_factory=list)
+    spent: list[tuple[str, int, int, list[int]]] = field(default_factory=list)
     pauses: list[tuple[str, int, int, str]] = field(default_factory=list)
     roster: list[str] = field(default_factory=list)
     base: PoolPolicy | None = None
@@ -409,7 +410,8 @@ class Whole(NamedTuple):
     lapsing: (member, left_ms, charges). spent: (limit, amount), of changes after the request's
     `told` up to this `told`. pauses: (limit, left_ms, ramp_ms, reason). policy: None if the process
     has the one in force. roster: the version of the list of sessions, and the list if the process
-    does not have it. pages: where incomplete lists continue.
+    does not have it. pages: where incomplete lists continue. seq: the last sequence number of an
+    admission, which `spent` includes.
     """
 
     now_ms: int
@@ -423,6 +425,7 @@ class Whole(NamedTuple):
     roster: tuple[int, list[str] | None]
     told: int = 0
     pages: Mapping[str, tuple[str, int]] = {}
+    seq: int = 0
 
 
 class Hint(NamedTuple):
@@ -545,7 +548,7 @@ SHAPES = (
     KeyShape("meta", "hash",
              "run epoch began recover_until clock seq changes revision lease_ms hold bands "
              "queue_max hand_off fair_by by_tokens reap_ms policy parked timed_at starving reap_at "
-             "sessions roster fresh empty vouched; per limit d: definition, u: used, "
+             "sessions roster fresh empty vouched kept; per limit d: definition, u: used, "
              "w: waits:virtual time:credit of each band, and under a rate from:passed in "
              "microseconds, between which it accrues its share, and held:used in ms, when it "
              "last found no room and last used the limit; p: pause, g: gate, a: adapted, and by "
@@ -567,6 +570,9 @@ SHAPES = (
     KeyShape("timed", "zset", "limit by the ms at which it has room again", POOL_KEEP, True),
     KeyShape("spending", "zset", "limit by the number of the last change of its usage",
              "none: as `meta`, whose s: fields it puts in order", False),
+    KeyShape("restored", "hash", "per limit: what sessions reported of its usage after a loss: "
+             "epoch|seq|usage up to it|seq=amount of admissions after it|session=amount of those "
+             "without a seq", POOL_KEEP, True),
     KeyShape("paused", "zset", "limit by the ms at which its pause and ramp are over",
              "none: as `meta`, whose p: fields it puts in order", False),
     KeyShape("starving", "zset", "session|flow that moved too often, by sequence",

@@ -25,6 +25,7 @@ from tidegate.limiter.flow import (
     Holding,
     MessageBatch,
     Release,
+    SpentHere,
     Transfer,
     Waiter,
 )
@@ -169,7 +170,7 @@ class LocalQueue:
         self.held: dict[int, Holding] = {}
         self.held_of: Counter[str] = Counter()  # by limit; limits without permits are missing
         self.waiting_of: Counter[str] = Counter()
-        self.spent_since: Counter[str] = Counter()
+        self.spent_since = SpentHere()
         self.counts = Counts()
         self.recycling = False
         self.is_paused: Callable[[Sequence[str]], bool] = lambda _: False  # set by the session
@@ -514,7 +515,8 @@ class LocalQueue:
         for name in flow.limits:
             self.held_of[name] += 1
         if flow.rates:
-            self.spent_since.update(flow.spends(waiter.amounts))
+            for name, amount in flow.spends(waiter.amounts).items():
+                self.spent_since.add(name, amount, epoch, seq)
         self.counts.admitted += 1
         # A finished future is that of a task that is being cancelled, which abandons the ticket.
         if not waiter.future.done():
@@ -680,13 +682,14 @@ class LocalQueue:
         epoch: int,
         now_ms: float,
         here: Callable[[float], float],
+        seq: int,
         reported: Collection[str] | None = None,
     ) -> None:
         """Take what the server reports as held, of the tickets asked after.
 
         These are grants whose push was lost or is still to be read. `here` converts a time of the
-        server's to the earliest on our clock. Amounts spent here until now are included in what the
-        server reported: for the limits `reported`, or for all.
+        server's to the earliest on our clock. What the server reported of the limits `reported`, or
+        of all, includes the amounts spent here up to the sequence `seq`.
         """
         for ticket, seq, until_ms in held:
             if ticket in self.held or ticket in self.parting:
@@ -696,5 +699,4 @@ class LocalQueue:
             self.grant(ticket, epoch, seq, now_ms, admitted_ms)
             if waiter is not None and waiter.flow.waiting:
                 self.asks[waiter.flow.key] = waiter.flow  # the next ticket may be granted too
-        for name in list(self.spent_since) if reported is None else reported:
-            self.spent_since.pop(name, None)
+        self.spent_since.reported(reported, epoch, seq)

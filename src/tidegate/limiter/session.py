@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from secrets import token_hex
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from tidegate.errors import (
     AdmissionError,
@@ -32,7 +32,7 @@ from tidegate.errors import (
     DemandImpossible,
     QueueFull,
 )
-from tidegate.limiter.flow import Flow, MessageBatch, Waiter
+from tidegate.limiter.flow import Flow, MessageBatch, SpentHere, Waiter, compose
 from tidegate.limiter.messages import (
     Barred,
     Join,
@@ -124,6 +124,8 @@ class Remembered:
         # limit -> end, ramp_ms (0 for a gate), reason
         self._paused: _Reading[tuple[float, int, str]] = _Reading()
         self.told = 0  # number of the last change of spent amounts that is known here
+        # The last sequence number that known spent amounts include: of all, and of some limits.
+        self._seq, self._seq_of = 0, dict[str, int]()
         self.pages: dict[str, tuple[str, int]] = {}  # where unfinished lists continue
         self._midnights: dict[str, int] = {}
         self._in_force: PoolPolicy | None = None  # as of the last comparison
@@ -159,7 +161,10 @@ class Remembered:
             self.pages.pop("pauses", None)
         if not self.pages:
             self._begin()
+        if "spent" not in whole.pages:
+            self._seq, self._seq_of = whole.seq, {}
         for name, amount in whole.spent:
+            self._seq_of[name] = whole.seq
             if amount:
                 counts_for_ms = self._counts_for(policy.limit(name), whole.now_ms)
                 self._spent[name] = amount, at_ms + counts_for_ms
@@ -191,7 +196,8 @@ class Remembered:
 
     def forget_version(self) -> None:
         """Forget the versions and the clock offset of an earlier epoch."""
-        self.roster_version = self.told = 0
+        self.roster_version = self.told = self._seq = 0
+        self._seq_of = {}
         self.pages = {}
         self._begin()
         self._offsets_ms.clear()
@@ -231,11 +237,15 @@ class Remembered:
             if end - at_ms >= 1
         ]
 
-    def spent(self, since: Mapping[str, int], at_ms: float) -> list[tuple[str, int, int]]:
-        """Return (limit, amount last seen, amount admitted here `since`) of rates and quotas."""
+    def spent(
+        self, here: SpentHere, epoch: int, at_ms: float
+    ) -> list[tuple[str, int, int, list[int]]]:
+        """Return (limit, amount last seen, its last sequence, admitted `here` since) of rates."""
         self._spent = {n: entry for n, entry in self._spent.items() if entry[1] > at_ms}
-        names = sorted({*self._spent, *since})
-        return [(name, self._spent.get(name, (0, 0))[0], since.get(name, 0)) for name in names]
+        names, seen, seqs = sorted({*self._spent, *here}), self._spent, self._seq_of
+        return [
+            (n, seen.get(n, (0, 0))[0], seqs.get(n, self._seq), here.since(n, epoch)) for n in names
+        ]
 
     def pause(self, limit: str, end_ms: float, ramp_ms: int, reason: str) -> None:
         self.pauses[limit] = (end_ms, ramp_ms, reason)
@@ -345,67 +355,6 @@ class Lease:
     def deadline_s(self) -> float:
         """Return the timeout of one call to the server, so that failures show within the lease."""
         return self.lease_ms / 3000
-
-
-def compose(
-    batch: MessageBatch,
-    wanting: Sequence[Flow],
-    looking: Sequence[Flow],
-    at_ms: float,
-    *,
-    pauses: bool = False,
-) -> dict[str, Any]:
-    """Return the fields of a `SyncRequest` that a batch fills.
-
-    `wanting`: flows for which hints are requested. `looking`: flows that the server is to look at.
-    `pauses`: some limit is paused. In the result, `held` belongs to the join and `quotas` has the
-    time zones of the day quotas that the flows need. The reply's hints count flows in the order of
-    `flows`, from 1."""
-    numbers: dict[str, int] = {}
-    quotas: dict[str, str] = {}
-    firm: set[str] = set()
-
-    def number(flow: Flow | None) -> int:
-        if flow is None:
-            return 0
-        if flow.quotas:
-            quotas.update(flow.quotas)
-        if flow.firm:
-            firm.update(flow.firm)
-        return numbers.setdefault(flow.key, len(numbers) + 1)
-
-    return {
-        "held": [
-            (h.ticket, number(h.flow), h.seq, h.hard_left_ms(at_ms), h.use, h.amounts)
-            for h in batch.held
-        ],
-        "transfers": [
-            (
-                t.source,
-                t.heir.ticket,
-                t.heir.seq,
-                t.heir.hard_left_ms(at_ms),
-                number(t.heir.flow),
-                t.member,
-                t.outcome,
-                t.took_ms,
-            )
-            for t in batch.transfers
-        ],
-        "releases": [
-            (r.ticket, number(r.flow), r.outcome, r.took_ms, r.actual) for r in batch.releases
-        ],
-        "settles": batch.settles,
-        "cancels": [(ticket, number(flow), member) for ticket, flow, member in batch.cancels],
-        "enqueues": [(number(w.flow), w.member) for w in batch.enqueues],
-        "wants": [(number(flow), round(flow.cost_ms), flow.usual_use) for flow in wanting],
-        "looks": [number(flow) for flow in looking],
-        "lefts": batch.lefts(at_ms, pauses=pauses),
-        "dues": batch.dues(at_ms),
-        "flows": list(numbers),
-        "quotas": quotas,
-        "firm": sorted(firm),
-    }
 
 
 logger = logging.getLogger("tidegate.limiter")
@@ -598,7 +547,7 @@ class Session:
                 self.name,
                 held,
                 remembered.lapsing(at),
-                remembered.spent(queue.spent_since, at),
+                remembered.spent(queue.spent_since, self.lease.identity.epoch, at),
                 remembered.paused(at),
                 remembered.roster(at, self.lease.lease_ms),
                 remembered.base_of(self.policy),
@@ -772,7 +721,7 @@ class Session:
         recovering = reply.recovering_ms > 0
         news = remembered.learn(whole, self.policy, sent_ms, at, recovering=recovering)
         reported = [name for name, _ in whole.spent] if "spent" in whole.pages else None
-        queue.reconcile(whole.held, reply.epoch, at, remembered.here, reported)
+        queue.reconcile(whole.held, reply.epoch, at, remembered.here, whole.seq, reported)
         if news or remembered.pages or queue.asks:
             # Others wait for us to confirm the list of sessions, or the server has more to report.
             self._tend = True

@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from tests.integration.limiter.slices import Pool, Process, stray_fields
+from tidegate.limiter.flow import SpentHere
 from tidegate.limiter.messages import Join
 from tidegate.limiter.model.state import Paces
 from tidegate.limiter.policy import Limit, PoolPolicy, Rate
@@ -181,7 +182,7 @@ def test_of_rates_that_were_spent_long_ago_nothing_is_said_after_a_loss(made: Ma
         pool.pass_time(LEASE_MS // 3)
         survivor.session.lease.renewed(float(pool.now_ms), LEASE_MS)
         spender.compare()
-    assert survivor.session.remembered.spent({}, float(pool.now_ms)) == []
+    assert survivor.session.remembered.spent(SpentHere(), 0, float(pool.now_ms)) == []
     for _ in range(4):
         spender.compare()
     assert pool.fields("s") == set(), "what is spent no more is forgotten, some by some"
@@ -364,7 +365,8 @@ def test_a_record_of_before_tells_what_is_spent_and_paused_in_it(made: Made) -> 
     other = Process(pool)
     other.compare()
     at_ms = float(pool.now_ms)
-    assert other.session.remembered.spent({}, at_ms) == [("rpm:1", 1, 0)]
+    [(name, amount, _, since)] = other.session.remembered.spent(SpentHere(), 0, at_ms)
+    assert (name, amount, since) == ("rpm:1", 1, [])
     assert [name for name, *_ in other.session.remembered.paused(at_ms)] == ["rpm:2"]
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tidegate.errors import DemandImpossible
 from tidegate.limiter import queue as queues
-from tidegate.limiter.flow import MessageBatch, Waiter
+from tidegate.limiter.flow import MessageBatch, SpentHere, Waiter
 from tidegate.limiter.messages import USAGE_LATER, Hint
 from tidegate.limiter.policy import (
     Adaptive,
@@ -58,11 +58,11 @@ def said(queue: LocalQueue) -> MessageBatch:
     return batch
 
 
-def held(queue: LocalQueue, *limits: str) -> Waiter:
+def held(queue: LocalQueue, *limits: str, seq: int = CHAIN) -> Waiter:
     """A waiter that was let in, and about which nothing is left to say."""
     waiter = ask(queue, *limits)
     said(queue)
-    queue.grant(waiter.ticket, 1, CHAIN, 0.0)
+    queue.grant(waiter.ticket, 1, seq, 0.0)
     return waiter
 
 
@@ -135,7 +135,7 @@ async def test_a_task_that_is_cancelled_as_it_is_let_in_gives_the_permit_back(
 async def test_a_lost_push_is_found_by_comparing(queue: LocalQueue) -> None:
     waiter = ask(queue)
     said(queue)
-    queue.reconcile([(waiter.ticket, 5, 1_000)], 1, 0.0, float)
+    queue.reconcile([(waiter.ticket, 5, 1_000)], 1, 0.0, float, 1_000)
     assert waiter.future.result().seq == 5
 
 
@@ -144,7 +144,7 @@ async def test_what_is_being_given_back_is_not_taken_up_again_by_comparing(
 ) -> None:
     waiter = held(queue)
     release(queue, waiter)
-    queue.reconcile([(waiter.ticket, CHAIN, 1_000)], 1, 0.0, float)
+    queue.reconcile([(waiter.ticket, CHAIN, 1_000)], 1, 0.0, float, 1_000)
     batch = queue.take()
     assert [release.ticket for release in batch.releases] == [waiter.ticket]
     assert batch.cancels == []
@@ -440,14 +440,14 @@ async def test_a_limit_that_lets_nobody_in_is_said_at_once(queue: LocalQueue) ->
 
 async def test_what_is_let_in_counts_as_spent_until_the_next_comparison(queue: LocalQueue) -> None:
     held(queue, "kind:a", "rpm:x", "tpm:x")
-    assert queue.spent_since == {"rpm:x": 1, "tpm:x": 100}
+    assert queue.spent_since.totals() == {"rpm:x": 1, "tpm:x": 100}
 
 
 async def test_a_waiter_from_before_its_limit_became_a_rate_spends_one(queue: LocalQueue) -> None:
     waiter = ask(queue)
     waiter.flow.refresh(PoolPolicy({"kind:a": Rate(3, 60_000)}))
     queue.grant(waiter.ticket, 1, CHAIN, 0.0)
-    assert queue.spent_since == {"kind:a": 1}
+    assert queue.spent_since.totals() == {"kind:a": 1}
 
 
 async def test_a_grant_that_a_comparison_finds_is_as_old_as_the_server_says(
@@ -455,7 +455,7 @@ async def test_a_grant_that_a_comparison_finds_is_as_old_as_the_server_says(
 ) -> None:
     waiter = ask(queue)
     rows = [(waiter.ticket, CHAIN, 5_000 + waiter.hard_ms), (waiter.ticket + 1, CHAIN, 9_000)]
-    queue.reconcile(rows, 1, 30.0, lambda server_ms: server_ms - 4_990)
+    queue.reconcile(rows, 1, 30.0, lambda server_ms: server_ms - 4_990, 1_000)
     assert queue.held[waiter.ticket].admitted_ms == 10
     assert queue.counts.strays == 1
 
@@ -477,3 +477,29 @@ async def test_a_limit_in_shadow_delays_no_call_while_valkey_is_away(queue: Loca
     share, waiter = LocalShare(), ask(queue, "kind:a", "rpm:shadow")
     assert [share.allows(waiter, 2, queue.amount_held, 0.0) for _ in range(2)] == [True, True]
     assert not share.allows(ask(queue, "rpm:x"), 4, queue.amount_held, 0.0)
+
+
+async def test_a_grant_that_came_after_the_comparison_was_made_is_in_no_report_of_it(
+    queue: LocalQueue,
+) -> None:
+    """Its push may be read before the comparison's reply."""
+    held(queue, "rpm:x", seq=2 * CHAIN)
+    queue.reconcile([], 1, 0.0, float, CHAIN)
+    assert queue.spent_since.since("rpm:x", 1) == [2 * CHAIN, 1]
+    queue.reconcile([], 1, 0.0, float, 2 * CHAIN)
+    assert not queue.spent_since
+
+
+def test_many_admissions_are_merged_and_none_is_reported_before_all_of_its_part_are() -> None:
+    here = SpentHere()
+    for number in range(1, 1000):
+        here.add("rpm:x", number, 1, number)
+    here.add("rpm:x", 5, 1, 0)
+    since = here.since("rpm:x", 1)
+    assert len(since) < 600
+    assert sum(since[1::2]) == sum(range(1000)) + 5
+    assert here.since("rpm:x", 2) == [0, sum(range(1000)) + 5]
+    here.reported(["rpm:x"], 1, 500)
+    left = here.since("rpm:x", 1)
+    assert min(left[::2]) > 500
+    assert sum(left[1::2]) >= sum(range(501, 1000))

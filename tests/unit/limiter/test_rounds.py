@@ -60,9 +60,9 @@ def test_after_one_that_was_admitted_the_next_of_its_flow_are_asked_after(
     tickets = wait(queue, "t1", 3)
     queue.begin_rounds()
     assert queue.tickets_to_verify(1) == tickets[:1]
-    queue.reconcile([(tickets[0], 1000, 5)], 1, 0.0, float)
+    queue.reconcile([(tickets[0], 1000, 5)], 1, 0.0, float, 1000)
     assert queue.tickets_to_verify(1) == tickets[1:2]
-    queue.reconcile([], 1, 0.0, float)
+    queue.reconcile([], 1, 0.0, float, 1000)
     assert not queue.asks
 
 

@@ -91,9 +91,15 @@ elseif q.verb == 'charge' then
       local more = limit.sort == 'q' and q.amount - rates.spent(limit) or 0
       done = more > 0 and 1 or 0
       if done == 1 then
-        local field = 'b:' .. q.limit
+        local field, text = 'b:' .. q.limit, call('HGET', T.restored_key, q.limit)
         rates.assert_spent(limit, more)
-        T.put(field, T.int(math.max(q.amount, tonumber(call('HGET', T.meta_key, field) or 0))))
+        local asserted = math.max(q.amount, tonumber(call('HGET', T.meta_key, field) or 0))
+        if text then
+          local before, base, rest = string.match(text, '^(%d+|%d+|)(%d+)(.*)$')
+          call('HSET', T.restored_key, q.limit, before .. T.int(base + more) .. rest)
+          asserted = math.max(asserted, base + more)
+        end
+        T.put(field, T.int(asserted))
       end
     elseif q.bound then rates.charge(limit, q.amount, q.evenly)
     elseif q.evenly then rates.assert_evenly(limit, q.amount) else rates.assert_spent(limit, q.amount) end

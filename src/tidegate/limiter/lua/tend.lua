@@ -3,7 +3,7 @@
 -- args: request
 -- request: sid gen epoch run uptime_ms lease_ms revision batch ack roster full leave flows wants resets join transfers releases settles cancels enqueues looks told pages asks lefts firm uses dues firsts stamps
 -- returns: status epoch gen lease_ms recovering_ms revision sessions sent more parked timed_ms grants stamps refused hints whole barred outlook
--- whole: now_ms held lapsing next_event_ms conflict spent pauses policy roster told pages
+-- whole: now_ms held lapsing next_event_ms conflict spent pauses policy roster told pages seq
 -- units: ms; grants are (ticket, seq), hints (flow, horizon, tag, head, step), barred (ticket, limit, room_in_ms, used, ahead, estimate), outlook (flow, limit, room_in_ms, used, firm)
 -- uses: core clock pool limits queues permits recover roster session join apply hints reply comparison
 -- later: releases capacity blocked pump late hint_weights deadlines rates pacing bucket timers outlook pauses latency starving progress

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
 
+from tidegate.limiter.messages import SyncRequest
 from tidegate.limiter.model.rates import DAY_MS, span_of
-from tidegate.limiter.model.state import LimitState, PoolState, read_member
+from tidegate.limiter.model.state import LimitState, PoolState, Restored, read_member
 from tidegate.limiter.policy import Concurrency, Quota, Rate
 
 # The bound by which a limit without a bound resumes after a pause.
@@ -38,6 +40,23 @@ class Capacity:
         if spending.reset_at < reset_at and limit.waits:
             limit.note_room_at(spending.reset_at)  # its timer is too late
         return spent
+
+    def restore(
+        self, limit: LimitState, q: SyncRequest, seen: int, seq: int, since: Sequence[int]
+    ) -> None:
+        """Restore a rate after a loss by what a session saw, and has admitted since."""
+        if not limit.is_rate:
+            return
+        spent, kept = self.spent(limit), self.pool.kept
+        found = limit.restored
+        if found is None:
+            base = limit.asserted
+            if base == 0 and (kept or isinstance(limit.limit, Quota)):
+                base = spent
+            found = limit.restored = Restored(*(kept or (0, 0)), base)
+        more = found.more_seen(q.epoch, seen, seq) + found.more_later(q.epoch, q.sid, since)
+        limit.spending.add(limit.limit, more, self.pool.now)
+        limit.asserted = max(found.base, 1)
 
     def is_admitted_by_pause(self, limit: LimitState) -> bool:
         """Return whether a pause or gate admits a call; if only time frees it, set `retry_at`."""

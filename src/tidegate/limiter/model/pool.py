@@ -194,7 +194,8 @@ class Joins:
         for sid in list(self.pool.sessions):
             self.reap(sid, hold=self.hold)
         for limit in self.pool.limits.values():
-            limit.asserted = 0
+            limit.asserted, limit.restored = 0, None
+        self.pool.kept = (self.pool.epoch, self.pool.seq) if self.pool.epoch else None
         self.roster.forget_roster(empty=self.pool.epoch == 0)
         quiet_ms = max(self.pool.lease_ms, q.lease_ms)
         if not known:
@@ -275,8 +276,8 @@ class Joins:
                 self.permits.lapsing[permit] = self.pool.now + left_ms
                 self.permits.carried |= {permit: known} if known else {}
                 self.permits.count(tuple(lane.split(" ")), sid, int(ticket), known)
-        for name, counted, since in q.join.spent:
-            self._assert_spent(name, counted, since)
+        for name, seen, seq, since in q.join.spent:
+            self.capacity.restore(self.pool.limit(name), q, seen, seq, since)
         for name, left_ms, ramp_ms, reason in q.join.pauses:
             pause = self.pool.pause_of(self.pool.limit(name))
             if pause is None or pause.until < self.pool.now + left_ms:
@@ -291,17 +292,6 @@ class Joins:
         limit.pause = Pause(until, ramp_ms, reason, gate=gate)
         if limit.is_implicit:
             self.pump.schedule_check(limit.name, until)
-
-    def _assert_spent(self, name: str, counted: int, since: int) -> None:
-        """Restore a rate: the highest amount that any session saw, and what each admitted since."""
-        limit = self.pool.limit(name)
-        if not limit.is_rate:
-            return
-        base = limit.asserted
-        known = max(base, self.capacity.spent(limit) if base == 0 else 0)
-        self.capacity.spent(limit)
-        limit.spending.add(limit.limit, max(0, counted - known) + since, self.pool.now)
-        limit.asserted = max(base, counted, 1)
 
     def _merge(self, policy: PoolPolicy, returning: Set[str]) -> bool:
         """Adopt a policy with a higher revision; a start-up never overwrites a newer one. Return
@@ -329,6 +319,7 @@ class Joins:
             limit.retry_at = None
             if name not in policy.limits:
                 limit.cost_ms = limit.shadowed = limit.asserted = 0
+                limit.restored = None
             if not limit.is_rate:
                 self.spending.pop(name, None)
             if not limit.spending.is_paced(limit.limit):
@@ -434,6 +425,7 @@ class Reports:
             roster=self.roster.roster(q),
             told=told,
             pages={name: place for name, place in pages.items() if place},
+            seq=self.pool.seq,
         )
 
     def paused(self) -> dict[str, int]:
@@ -672,6 +664,9 @@ class PoolModel:
             if recorded:
                 done = int(amount > spent)
                 limit.spending.add(limit.limit, done * (amount - spent), now)
+                if limit.restored is not None:
+                    limit.restored.base += done * (amount - spent)
+                    limit.asserted = max(limit.restored.base, 1)
                 limit.asserted = max(limit.asserted, done * amount)
             elif bound is not None:
                 limit.spending.charge(limit.limit, amount, now, evenly=evenly)

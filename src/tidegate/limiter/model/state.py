@@ -7,7 +7,7 @@ waiters are the tickets of the queues.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -325,6 +325,57 @@ class LatencyWindow:
 
 
 @dataclass(slots=True)
+class Restored:
+    """What sessions report of a rate after a loss, in the order of the sequence numbers of an
+    epoch. Lua: `join`.
+
+    base: its usage up to `seq`. later: admissions after it by their numbers. loose: by session, the
+    amount of admissions without a number.
+    """
+
+    epoch: int
+    seq: int
+    base: int
+    later: dict[int, int] = field(default_factory=dict)
+    loose: dict[str, int] = field(default_factory=dict)
+
+    def more_seen(self, epoch: int, seen: int, seq: int) -> int:
+        """Return how much more counts by a report of usage up to `seq`, 0 if unknown."""
+        included = 0
+        if epoch == self.epoch and seq:
+            if seq <= self.seq:
+                return 0
+            included = sum(amount for at, amount in self.later.items() if at <= seq)
+            self.later = {at: amount for at, amount in self.later.items() if at > seq}
+            self.seq = seq
+        elif epoch > self.epoch:
+            self.epoch, self.seq, self.later = epoch, seq, {}
+        extra = max(0, seen - self.base - included)
+        self.base += included + extra
+        return extra
+
+    def more_later(self, epoch: int, sid: str, since: Sequence[int]) -> int:
+        """Return how much more counts by a session's own admissions: number and amount,
+        alternating."""
+        more = loose = 0
+        for at, amount in zip(since[::2], since[1::2], strict=True):
+            if epoch != self.epoch or at == 0:
+                loose += amount
+            elif at > self.seq and at not in self.later:
+                self.later[at] = amount
+                more += amount
+        before = self.loose.get(sid, 0)
+        if loose > before:
+            self.loose[sid] = loose
+        return more + max(0, loose - before)
+
+    def write(self) -> str:
+        later = ",".join(f"{at}={amount}" for at, amount in sorted(self.later.items()))
+        loose = ",".join(f"{sid}={amount}" for sid, amount in sorted(self.loose.items()))
+        return f"{self.epoch}|{self.seq}|{self.base}|{later}|{loose}"
+
+
+@dataclass(slots=True)
 class LimitState:
     """One limit.
 
@@ -345,6 +396,7 @@ class LimitState:
     latency: LatencyWindow | None = None
     shadowed: int = 0
     asserted: int = 0
+    restored: Restored | None = None
     retry_at: int | None = None
     reserved: int = 0
     passing: tuple[int, int] = (0, 0)
@@ -568,7 +620,8 @@ class PoolState:
     orders: tenant -> band -> the order of its deadlines, if any of its waiters has had one.
     touched: limits under which a call may be admitted now. left: tenants that left a queue and
     whose stamps may be reset. subscribed: sessions whose channel has a subscriber. pushed: messages
-    published to them. noted_sessions: the number of sessions as of the last answered `tend`.
+    published to them. kept: epoch and sequence number of the record when this epoch began; None if
+    it was empty. noted_sessions: the number of sessions as of the last answered `tend`.
     """
 
     paces: Paces
@@ -590,6 +643,7 @@ class PoolState:
     epoch: int = 0
     subscribed: set[str] = field(default_factory=set)
     pushed: list[tuple[str, Push]] = field(default_factory=list)
+    kept: tuple[int, int] | None = None
     noted_sessions: int = 0
     # As of the policy read last.
     _ruled_by: PoolPolicy | None = None

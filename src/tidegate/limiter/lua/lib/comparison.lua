@@ -120,6 +120,6 @@ function T.whole()
   return {
     pool.now, T.held_of_asked(), lapsing, T.next_event_ms(), T.conflict, spent, pauses,
     (q.revision ~= pool.revision or T.conflict == 1) and call('HGET', T.meta_key, 'policy') or false,
-    T.roster(), told, { spent = more_spent, lapsing = more_lapsing, pauses = more_pauses },
+    T.roster(), told, { spent = more_spent, lapsing = more_lapsing, pauses = more_pauses }, pool.seq,
   }
 end

@@ -39,6 +39,7 @@ T.carried_key = T.prefix .. 'carried'
 T.timed_key = T.prefix .. 'timed'
 T.starving_key = T.prefix .. 'starving'
 T.spending_key = T.prefix .. 'spending'
+T.restored_key = T.prefix .. 'restored'
 T.paused_key = T.prefix .. 'paused'
 
 -- A session's own keys outlive the pool's.

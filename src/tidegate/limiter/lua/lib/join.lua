@@ -1,5 +1,5 @@
 -- does: joins a session, with its policy and all its permits; keeps its keys alive
--- keys: meta layout history sessions session queue park line past lapsing carried owed spending paused charged
+-- keys: meta layout history sessions session queue park line past lapsing carried owed spending paused charged restored
 -- args: sid epoch batch join lease_ms
 -- returns: join(), keep_keys(), touch_own(), conflict
 -- units: ms
@@ -22,6 +22,7 @@ function T.clear_field(letter, name)
     end
   end
   call('HDEL', T.meta_key, letter .. ':' .. name)
+  if letter == 'b' then call('HDEL', T.restored_key, name) end
 end
 
 -- Returns the fields of the record that a policy may change. `differs`: the policy lists only changes.
@@ -290,15 +291,89 @@ function T.assert_lapsing(entry)
   end
 end
 
--- Restores a rate after a loss: the highest usage that any session saw, and what each has admitted since. entry:
--- limit, seen, since.
-function T.assert_spent(entry)
-  local limit, field = T.limit_of(entry[1]), 'b:' .. entry[1]
-  if limit.sort == 'c' then return end
-  local base = tonumber(call('HGET', T.meta_key, field) or 0)
-  local extra = math.max(0, entry[2] - math.max(base, base == 0 and T.rates().spent(limit) or 0))
-  T.rates().assert_spent(limit, extra + entry[3])
-  T.put(field, T.int(math.max(base, entry[2], 1)))
+-- What sessions report of a rate after a loss, in the order of the sequence numbers of one epoch: its usage `base` up
+-- to `seq`, admissions after it by their numbers (`later`), and by session the amount of those without a number.
+-- Before the first report it is what the record still has, or what was asserted of a day.
+local function restored(limit, text, asserted)
+  local found = { limit = limit, later = {}, loose = {} }
+  if text then
+    local epoch, seq, base, later, loose = string.match(text, '^(%d+)|(%d+)|(%d+)|([^|]*)|([^|]*)$')
+    found.epoch, found.seq, found.base = tonumber(epoch), tonumber(seq), tonumber(base)
+    for at, amount in string.gmatch(later, '(%d+)=(%d+)') do found.later[tonumber(at)] = tonumber(amount) end
+    for sid, amount in string.gmatch(loose, '([^,=]+)=(%d+)') do found.loose[sid] = tonumber(amount) end
+    return found
+  end
+  local epoch, seq = string.match(call('HGET', T.meta_key, 'kept') or '', '^(%d+)|(%d+)$')
+  found.epoch, found.seq, found.base = tonumber(epoch or 0), tonumber(seq or 0), tonumber(asserted or 0)
+  if found.base == 0 and (epoch or limit.sort == 'q') then found.base = T.rates().spent(limit) end
+  return found
+end
+
+local function written(found)
+  local later, loose = {}, {}
+  for at in pairs(found.later) do later[#later + 1] = at end
+  table.sort(later)
+  for i, at in ipairs(later) do later[i] = T.int(at) .. '=' .. T.int(found.later[at]) end
+  for sid in pairs(found.loose) do loose[#loose + 1] = sid end
+  table.sort(loose)
+  for i, sid in ipairs(loose) do loose[i] = sid .. '=' .. T.int(found.loose[sid]) end
+  return string.format('%d|%d|%d|%s|%s', found.epoch, found.seq, found.base, table.concat(later, ','),
+    table.concat(loose, ','))
+end
+
+-- Returns how much more counts by a report of usage up to `seq`, 0 if unknown. One of an earlier number in the same
+-- epoch is included.
+local function more_seen(found, seen, seq)
+  local included = 0
+  if q.epoch == found.epoch and seq > 0 then
+    if seq <= found.seq then return 0 end
+    for at, amount in pairs(found.later) do
+      if at <= seq then included, found.later[at] = included + amount, nil end
+    end
+    found.seq = seq
+  elseif q.epoch > found.epoch then
+    found.epoch, found.seq, found.later = q.epoch, seq, {}
+  end
+  local extra = math.max(0, seen - found.base - included)
+  found.base = found.base + included + extra
+  return extra
+end
+
+-- Returns how much more counts by admissions of the session itself. `list` alternates number and amount.
+local function more_later(found, list)
+  local more, loose = 0, 0
+  for i = 1, #list, 2 do
+    local at, amount = list[i], list[i + 1]
+    if q.epoch ~= found.epoch or at == 0 then
+      loose = loose + amount
+    elseif at > found.seq and not found.later[at] then
+      more, found.later[at] = more + amount, amount
+    end
+  end
+  local before = found.loose[q.sid] or 0
+  if loose > before then more, found.loose[q.sid] = more + loose - before, loose end
+  return more
+end
+
+-- Restores rates after a loss: what sessions saw of each, and what they have admitted since, each admission once.
+-- Each entry: limit, seen, seq, since.
+function T.assert_spent(entries)
+  local names, fields, written_now = {}, {}, {}
+  for i, entry in ipairs(entries) do names[i], fields[i] = entry[1], 'b:' .. entry[1] end
+  if #names == 0 then return end
+  local before, asserted = T.read(T.restored_key, names), T.read(T.meta_key, fields)
+  for i, entry in ipairs(entries) do
+    local limit = T.limit_of(entry[1])
+    if limit.sort ~= 'c' then
+      local found = restored(limit, before[i], asserted[i])
+      local more = more_seen(found, entry[2], entry[3])
+      T.rates().assert_spent(limit, more + more_later(found, entry[4]))
+      written_now[entry[1]] = written(found)
+      T.put(fields[i], T.int(math.max(found.base, 1)))
+    end
+  end
+  T.write(T.restored_key, written_now)
+  call('PEXPIRE', T.restored_key, T.POOL_KEEP_MS)
 end
 
 -- Numbers the usage and indexes the pauses of a record written by a version that did not.
@@ -367,7 +442,7 @@ function T.join()
   T.free_unclaimed()
   if lost then
     for _, entry in ipairs(q.join.lapsing) do T.assert_lapsing(entry) end
-    for _, entry in ipairs(q.join.spent) do T.assert_spent(entry) end
+    T.assert_spent(q.join.spent)
     for _, entry in ipairs(q.join.pauses) do T.assert_pause(entry) end
     T.vouch()
   end

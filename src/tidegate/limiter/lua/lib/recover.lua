@@ -141,11 +141,12 @@ function T.begin_epoch()
   for _, field in ipairs(call('HKEYS', T.meta_key)) do
     if string.match(field, '^b:') then call('HDEL', T.meta_key, field) end
   end
-  call('UNLINK', T.prefix .. 'seen', T.prefix .. 'fresh', T.prefix .. 'expected')
+  call('UNLINK', T.prefix .. 'seen', T.prefix .. 'fresh', T.prefix .. 'expected', T.restored_key)
   pool.fresh = 0
   T.put('fresh', '0')
   -- Written immediately, because a session that joins in this run may vouch.
-  T.write(T.meta_key, { empty = pool.epoch == 0 and '1', vouched = false })
+  T.write(T.meta_key, { empty = pool.epoch == 0 and '1', vouched = false,
+    kept = pool.epoch > 0 and T.int(pool.epoch) .. '|' .. T.int(pool.seq) })
   local quiet_ms = math.max(pool.lease_ms, q.lease_ms)
   -- No session knows this pool: sessions that saw it in an earlier run of the server have had the time since its
   -- start to rejoin.

@@ -1,0 +1,196 @@
+"""Rates after the server has lost its data: what several processes saw counts once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal
+
+import pytest
+
+from tests.property.policies import LEASE_MS
+from tests.property.server import Server
+from tests.property.world import Client, World
+from tidegate.limiter import CallUse, Demand, PoolPolicy, Quota, Rate, Tokens
+from tidegate.limiter.simulation import Paces
+
+TOKENS, REQUESTS, DAY = "tpm:x", "rpm:x", "rpd:x"
+HOUR_MS = 3_600_000
+LANE = (TOKENS, REQUESTS, DAY)
+POLICY = PoolPolicy(
+    {
+        TOKENS: Rate(10_000, HOUR_MS, "tokens"),
+        REQUESTS: Rate(100, HOUR_MS),
+        DAY: Quota(1000),
+    },
+    lease_ms=LEASE_MS,
+    revision=1,
+)
+
+
+@dataclass
+class Fleet:
+    """Some processes of one pool."""
+
+    world: World
+    clients: list[Client] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.clients = [self.world.new_client() for _ in range(3)]
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until all know of one another, and the quiet time after a loss is over."""
+        for _ in range(4):
+            for client in self.clients:
+                self.compare(client)
+            self.world.advance(LEASE_MS // 3)
+            self.world.renew(self.clients)
+        for client in self.clients:
+            self.compare(client)
+
+    def compare(self, client: Client) -> None:
+        client.session.refresh()
+        self.say(client)
+
+    def say(self, client: Client) -> None:
+        for push in client.mailbox:
+            client.session.take_push(push)
+        client.mailbox.clear()
+        while client.session.is_request_due():
+            self.world.exchange(client, "ok")
+
+    def ask(self, client: Client, tokens: int) -> int:
+        flow = client.queue.flow(1, "t", LANE)
+        flow.refresh(client.session.policy)
+        waiter = client.queue.ask(
+            flow,
+            amounts=flow.amounts(Demand(LANE, tokens=Tokens(tokens))),
+            hard_ms=1_000_000,
+            now_ms=self.world.local_ms,
+            deadline_ms=float("inf"),
+        )
+        self.say(client)
+        assert waiter.ticket in client.queue.held
+        return waiter.ticket
+
+    def end(self, client: Client, ticket: int, used: int) -> None:
+        actual = client.queue.held[ticket].flow.actual(CallUse(Tokens(used)))
+        client.queue.release(ticket, outcome="success", actual=actual, now_ms=self.world.local_ms)
+
+    def spent(self, name: str = TOKENS) -> int:
+        return self.world.model.capacity.spent(self.world.model.pool.limit(name))
+
+
+@pytest.fixture
+def fleet(server: Server) -> Iterator[Fleet]:
+    made = Fleet(World(server, POLICY, Paces()))
+    yield made
+    made.world.close()
+
+
+def counts(fleet: Fleet) -> tuple[int, int, int]:
+    return fleet.spent(TOKENS), fleet.spent(REQUESTS), fleet.spent(DAY)
+
+
+@pytest.mark.parametrize("order", ["as they came", "the other way round"])
+def test_what_another_process_has_seen_already_counts_once(fleet: Fleet, order: str) -> None:
+    first, second, third = fleet.clients
+    fleet.ask(first, 4000)
+    fleet.ask(third, 500)
+    fleet.compare(second)  # has seen both calls; those that hold them have seen neither
+    fleet.ask(second, 30)
+    fleet.ask(first, 2)  # that only its own process knows
+    assert counts(fleet) == (4532, 4, 4)
+    fleet.world.flush()
+    for client in fleet.clients if order == "as they came" else fleet.clients[::-1]:
+        fleet.compare(client)
+    assert counts(fleet) == (4532, 4, 4)
+
+
+@pytest.mark.parametrize("fate", ["reply lost", "twice"])
+def test_a_join_that_is_repeated_counts_once(
+    fleet: Fleet, fate: Literal["reply lost", "twice"]
+) -> None:
+    first, second, _ = fleet.clients
+    fleet.ask(first, 4000)
+    fleet.world.flush()
+    first.session.refresh()
+    fleet.world.exchange(first, "ok")  # is told of the new epoch
+    fleet.world.exchange(first, fate)
+    for client in (first, second):
+        fleet.compare(client)
+    assert counts(fleet) == (4000, 1, 1)
+
+
+def test_what_a_newcomer_took_before_the_others_reported_counts_beside_it(fleet: Fleet) -> None:
+    first, second, third = fleet.clients
+    fleet.ask(first, 4000)
+    for client in (second, third):
+        fleet.compare(client)
+        fleet.world.kill(client)
+    fleet.world.flush()
+    newcomer = fleet.world.new_client()
+    fleet.compare(newcomer)
+    fleet.ask(newcomer, 300)
+    assert fleet.spent() == 300
+    fleet.compare(first)
+    assert fleet.spent() == 4300
+    assert fleet.spent(REQUESTS) == 2
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_server_that_kept_its_data_counts_nothing_again(fleet: Fleet, emptied: bool) -> None:
+    first, second, _ = fleet.clients
+    fleet.ask(first, 4000)
+    fleet.compare(second)
+    fleet.ask(first, 70)
+    if emptied:
+        fleet.world.flush()
+    fleet.world.restart()
+    for client in fleet.clients:
+        fleet.compare(client)
+    assert counts(fleet) == (4070, 2, 2)
+
+
+def test_a_day_on_record_is_not_counted_beside_what_processes_saw(fleet: Fleet) -> None:
+    first, second, third = fleet.clients
+    for client in fleet.clients:
+        fleet.ask(client, 1)
+    for client in (first, second):
+        fleet.compare(client)
+    fleet.ask(first, 1)
+    fleet.world.flush()
+    fleet.compare(third)  # has seen no call but its own
+    fleet.world.charge(DAY, 3, recorded=True)
+    for client in (first, second):
+        fleet.compare(client)
+    assert fleet.spent(DAY) == 4
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_call_counts_once_after_any_losses(fleet: Fleet, seed: int) -> None:
+    random = Random(seed)
+    asked = 0
+    for _ in range(5):
+        for _ in range(random.randrange(8)):
+            fleet.ask(random.choice(fleet.clients), 1 + asked % 3)
+            asked += 1
+            if random.random() < 0.4:
+                fleet.compare(random.choice(fleet.clients))
+        if random.random() < 0.7:
+            fleet.world.flush()
+        else:
+            fleet.world.restart()
+        fleet.world.advance(100)
+        order = random.sample(fleet.clients, 3)
+        for client in order[:1] if random.random() < 0.5 else []:
+            client.session.refresh()
+            fleet.world.exchange(client, "ok")
+            fleet.world.exchange(client, "reply lost")
+        for client in [*order, order[0]]:
+            fleet.compare(client)
+        fleet.settle()
+        total = sum(1 + number % 3 for number in range(asked))
+        assert counts(fleet) == (total, asked, asked)
