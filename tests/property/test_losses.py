@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Literal
 
@@ -194,3 +194,38 @@ def test_each_call_counts_once_after_any_losses(fleet: Fleet, seed: int) -> None
         fleet.settle()
         total = sum(1 + number % 3 for number in range(asked))
         assert counts(fleet) == (total, asked, asked)
+
+
+@pytest.mark.parametrize("used", [100, 900])
+@pytest.mark.parametrize("cause", ["policy", "request lost", "reply lost"])
+def test_the_usage_of_a_call_that_ends_as_its_session_joins_again_counts(
+    fleet: Fleet, used: int, cause: str
+) -> None:
+    first = fleet.clients[0]
+    ticket = fleet.ask(first, 400)
+    fleet.end(first, ticket, used)
+    if cause != "policy":
+        fleet.world.exchange(first, "request lost" if cause == "request lost" else "reply lost")
+    first.session.set_policy(replace(POLICY, revision=2), "somebody")
+    fleet.compare(first)
+    assert fleet.spent() == used
+    assert not fleet.world.model.pool.sessions[first.sid].held
+
+
+@pytest.mark.parametrize("ends", ["before the join", "after it"])
+def test_what_a_call_used_beyond_its_reservation_counts_after_a_loss(
+    fleet: Fleet, ends: str
+) -> None:
+    first, second, _ = fleet.clients
+    more, less = fleet.ask(first, 400), fleet.ask(first, 400)
+    fleet.compare(second)
+    fleet.world.flush()
+    if ends == "after it":
+        for client in fleet.clients:
+            fleet.compare(client)
+    fleet.end(first, more, 900)
+    fleet.end(first, less, 100)
+    for client in fleet.clients:
+        fleet.compare(client)
+    assert fleet.spent() == 900 + 400  # what was reserved and not used stays until its window ends
+    assert not fleet.world.model.pool.sessions[first.sid].held

@@ -437,7 +437,7 @@ class Release:
 
     use: the cost of the call, if known and the measure of shares. first: the time to its first
     token, and the tokens that had to be read, if a limit adapts by it. sent: it has been in a
-    batch, which may have arrived.
+    batch, which may have arrived. holding: the permit.
     """
 
     ticket: int
@@ -450,6 +450,7 @@ class Release:
     use: int | None = None
     sent: bool = False
     first: tuple[int, int] | None = None
+    holding: Holding | None = None
 
 
 # Not frozen, unlike similar classes: one is created per call, and frozen ones cost more.
@@ -534,6 +535,8 @@ def compose(
     numbers: dict[str, int] = {}
     quotas: dict[str, str] = {}
     firm: set[str] = set()
+    released = batch.releases if batch.joining else ()
+    ended = {one.ticket: one.holding for one in released if one.holding is not None}
 
     def number(flow: Flow | None) -> int:
         if flow is None:
@@ -546,8 +549,16 @@ def compose(
 
     return {
         "held": [
-            (h.ticket, number(h.flow), h.seq, h.hard_left_ms(at_ms), h.use, h.amounts)
-            for h in batch.held
+            (
+                h.ticket,
+                number(h.flow),
+                h.seq,
+                h.hard_left_ms(at_ms),
+                h.use,
+                h.amounts,
+                int(h.ticket in ended),
+            )
+            for h in [*batch.held, *ended.values()]
         ],
         "transfers": [
             (

@@ -30,6 +30,7 @@ from tidegate.limiter.policy import (
     Rate,
 )
 
+_RESUMES = -2
 _FOR_EVER_MS = 10 * 365 * 86_400_000
 _WINDOWS = {1_000: "a second", 60_000: "a minute", 3_600_000: "an hour", 86_400_000: "in 24 h"}
 _UNITS = {
@@ -45,7 +46,8 @@ class Barred(NamedTuple):
     """A ticket that could not be admitted before its deadline.
 
     room_ms: the time until `limit`, of which `used` is used, has room; `used` is -1 if it is
-    paused. ahead: calls waiting there that come before it. is_estimate: it is uncertain whether
+    paused, -2 if it resumes gradually after a pause. ahead: calls waiting there that come before
+    it. is_estimate: it is uncertain whether
     they do, or how long they take.
     """
 
@@ -83,19 +85,25 @@ def too_early(
 ) -> DeadlineExceeded:
     """Return the error for a limit that has room only after the deadline.
 
-    `used` is -1 if it is paused. `ahead` calls come before. `is_estimate`: `room_ms` is uncertain.
+    `used` is -1 if it is paused, -2 if it resumes after a pause. `ahead` calls come before.
+    `is_estimate`: `room_ms` is uncertain.
     """
     after_ms = max(1, round(room_ms))
-    if used < 0 or limit is None:
-        return limit_paused(name, after_ms)
-    if isinstance(limit, Concurrency) and not ahead:
-        return limit_paused(name, after_ms)
     before = "1 call comes" if ahead == 1 else f"{ahead} calls come"
     behind = f", and {before} before this one" if ahead else ""
     span, guess = format_span(after_ms), ""
     if is_estimate:
         span, guess = f"about {span}", ", which is an estimate"
     when = f"There is room in {span}{guess}."
+    if used == _RESUMES:
+        message = f"Limit {name} resumes gradually after a pause{behind}. {when}"
+        resuming = LimitPaused(message, limit=name, retry_after_ms=after_ms)
+        resuming.is_estimate = is_estimate
+        return resuming
+    if used < 0 or limit is None:
+        return limit_paused(name, after_ms)
+    if isinstance(limit, Concurrency) and not ahead:
+        return limit_paused(name, after_ms)
     if isinstance(limit, Quota) and (not ahead or (ahead + 1) * amount <= limit.bound):
         when = f"It resets at 00:00 {limit.zone}, in {span}."
     daily = "Daily limit" if isinstance(limit, Quota) else "Limit"
@@ -253,18 +261,18 @@ class Join:
     """What a process reports when it joins a pool, for the first time or again.
 
     policy: the newest policy that it knows; by: its author. name: the process, for people. held:
-    (ticket, flow, seq, hard_ms, use, amounts) of every open call. lapsing: (member, left_ms,
-    charges) of permits held over for dead sessions, as last seen. spent: (limit, amount as last
-    seen, the last sequence that it includes or 0, what was admitted here since: sequence or 0, and
-    amount, alternating). pauses: (limit, left_ms, ramp_ms, reason). roster: the
-    sessions of the pool, if this process can vouch for them. base: the policy that was in force
-    before, if known.
+    (ticket, flow, seq, hard_ms, use, amounts, 1 if this request releases it) of every call.
+    lapsing: (member, left_ms, charges) of permits held over for dead sessions, as last seen. spent:
+    (limit, amount as last seen, the last sequence that it includes or 0, what was admitted here
+    since: sequence or 0, and amount, alternating). pauses: (limit, left_ms, ramp_ms, reason).
+    roster: the sessions of the pool, if this process can vouch for them. base: the policy that was
+    in force before, if known.
     """
 
     policy: PoolPolicy
     by: str
     name: str
-    held: list[tuple[int, int, int, int, int, str]]
+    held: list[tuple[int, int, int, int, int, str, int]]
     lapsing: list[tuple[str, int, str]]
     spent: list[tuple[str, int, int, list[int]]] = field(default_factory=list)
     pauses: list[tuple[str, int, int, str]] = field(default_factory=list)

@@ -364,7 +364,7 @@ class LocalQueue:
         later = USAGE_LATER if usage_later else 0
         ended = OUTCOMES[outcome] + later
         release = Release(ticket, flow, holding.epoch, holding.seq, ended, whole_ms, actual, use)
-        release.first = first
+        release.first, release.holding = first, holding
         self.parting.add(ticket)
         if holding.fenced or not self._pass_on(release, now_ms):
             self._releases[ticket] = release

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor
+from math import ceil, floor
 
 from tidegate.limiter.messages import SyncRequest
 from tidegate.limiter.model.rates import DAY_MS, span_of
@@ -42,16 +42,26 @@ class Capacity:
         return spent
 
     def restore(
-        self, limit: LimitState, q: SyncRequest, seen: int, seq: int, since: Sequence[int]
+        self,
+        limit: LimitState,
+        q: SyncRequest,
+        seen: int,
+        seq: int,
+        since: Sequence[int],
+        *,
+        is_new: bool,
     ) -> None:
-        """Restore a rate after a loss by what a session saw, and has admitted since."""
+        """Restore a rate after a loss by what a session saw, and has admitted since.
+
+        is_new: it has changed in this epoch, whose usage is in no report if the record was empty.
+        """
         if not limit.is_rate:
             return
         spent, kept = self.spent(limit), self.pool.kept
         found = limit.restored
         if found is None:
             base = limit.asserted
-            if base == 0 and (kept or isinstance(limit.limit, Quota)):
+            if base == 0 and (kept or isinstance(limit.limit, Quota) or not is_new):
                 base = spent
             found = limit.restored = Restored(*(kept or (0, 0)), base)
         more = found.more_seen(q.epoch, seen, seq) + found.more_later(q.epoch, q.sid, since)
@@ -77,6 +87,19 @@ class Capacity:
         at = pause.until + -(-pause.passed * pause.ramp_ms // max(1, bound))
         limit.note_room_at(max(min(at, pause.until + pause.ramp_ms), self.pool.now + 1))
         return False
+
+    def ramp_after(self, limit: LimitState, before: int) -> int:
+        """Return when the ramp after a pause admits a call, after calls that take `before`.
+
+        0 for now, or for a gate.
+        """
+        pause = self.pool.pause_of(limit)
+        if pause is None or pause.gate is not None:
+            return 0
+        bound = RAMP_BOUND if limit.is_implicit else limit.limit.bound
+        ramp_ms = ceil((pause.passed + before) * pause.ramp_ms / max(1, bound))
+        at = pause.until + min(pause.ramp_ms, ramp_ms)
+        return at if at > self.pool.now else 0
 
     def is_full(self, limit: LimitState, band: int, amount: int) -> bool:
         """Return True if `amount` does not fit; if only time frees it, set `retry_at`."""

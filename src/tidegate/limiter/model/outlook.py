@@ -36,6 +36,8 @@ MEASURED_MS = 3000
 # spent; amounts read of all tenants, of its own tenant, and of another one.
 MOST_QUEUES, MOST_TENANTS, MOST_STEPS = 300, 500, 120
 MOST_AMOUNTS, MOST_OWN, MOST_OF_RIVAL = 1000, 500, 100
+# The usage that is reported of a limit that resumes gradually after a pause.
+RESUMES = -2
 # The most queues and tenants that are checked for coming before a new ticket.
 MOST_BEFORE = 50
 
@@ -217,6 +219,10 @@ class Outlooks:
             return []
         at, used, firm, certain_at = self._earliest(limit, amount)
         is_late = certain_at > latest and (firm or (settled and used >= 0))
+        if self._is_firm(limit) or not (limit.is_rate or limit.by_tokens):
+            by_ramp = self._late_by_ramp(limit, before, latest)
+            if by_ramp and (by_ramp[0].at > at or not is_late):
+                return by_ramp
         if used < 0 or not settled or limit.limit.shadow:
             return [Late(at, limit.name, used, 0, 0)] if is_late else []
         if self._is_firm(limit):
@@ -227,6 +233,16 @@ class Outlooks:
         room_at = max(at, self.capacity.free_after(limit, before.expected * amount, amount))
         is_estimate = before.expected > (before.certain if self._is_firm(limit) else 0)
         return [Late(room_at, limit.name, used, before.expected, int(is_estimate))]
+
+    def _late_by_ramp(self, limit: LimitState, before: Before, latest: int) -> list[Late]:
+        """Return the same for the ramp after a pause, if nothing is returned that calls took."""
+        if self.capacity.ramp_after(limit, before.certain) <= latest:
+            return []
+        at, is_estimate = (
+            self.capacity.ramp_after(limit, before.expected),
+            before.expected > before.certain,
+        )
+        return [Late(at, limit.name, RESUMES, before.expected, int(is_estimate))]
 
     def _probably_late(
         self,
@@ -243,20 +259,29 @@ class Outlooks:
         rate may be returned; calls may take two thirds of their recent time, less a second.
         """
         count = before.certain + before.likely
-        if not count or place.limit.shadow or self.pool.pause_of(place):
+        pause = self.pool.pause_of(place)
+        if not count or place.limit.shadow or (pause and pause.gate):
             return []
         amount = member.amount(flow.lane.index(place.name))
         first = list(queue.tickets)[:5] if queue else []
         position = flow.lane.index(place.name)
         amounts = [read_member(text).amount(position) for text in first] or [amount]
         mean = sum(amounts) // len(amounts)
+        calls = before.certain + before.likely * 2 // 3
+        if place.by_tokens:
+            mean = max(1, mean)
+        elif not place.is_rate:
+            mean = 1
+        elif self._is_firm(place):
+            mean = amount
+        is_settled = place.is_rate and not self._is_firm(place)
+        least = (count - len(place.under)) * mean // 2 if is_settled else calls * mean
+        if self.capacity.ramp_after(place, max(0, least)) > latest:
+            room_at = self.capacity.ramp_after(place, before.expected * mean)
+            return [Late(room_at, place.name, RESUMES, before.expected, 1)]
         if not place.is_rate:
-            size, left_ms = max(1, mean) if place.by_tokens else 1, latest + 1 - self.pool.now
-            return self._late_by_time(place, flow.band, before, left_ms, size)
-        if self._is_firm(place):
-            mean, least = amount, (before.certain + before.likely * 2 // 3) * amount
-        else:
-            least = (count - len(place.under)) * mean // 2
+            left_ms = latest + 1 - self.pool.now
+            return self._late_by_time(place, flow.band, before, left_ms, mean)
         if self.capacity.free_after(place, least, amount) <= latest:
             return []
         room_at = self.capacity.free_after(place, before.expected * mean, amount)

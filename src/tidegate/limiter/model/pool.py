@@ -246,16 +246,18 @@ class Joins:
         session.revision = self.pool.revision
         self.pool.sessions[q.sid] = session
         self.roster.enter_roster(q.sid, session, before, is_news=is_news)
-        for ticket, number, seq, hard_ms, use, amounts in q.join.held:
+        for ticket, number, seq, hard_ms, use, amounts, ended in q.join.held:
             key = q.flows[number - 1]
             flow, permit = read_flow(key), Lapsing(ticket, q.sid, q.flows[number - 1].split("|")[2])
             if self.permits.lapsing.pop(permit, None) is not None:
                 known = self.permits.carried.pop(permit, {})
             elif ticket in charges:
                 known = charges[ticket]
+            elif before and ended:
+                continue  # an earlier request released it
             else:
                 member = read_member(f"{ticket}|0|0|{amounts}")
-                known = self.permits.spend_lane(flow, member, self.permits.in_flight)
+                known = self.permits.spend_lane(flow, member, self.permits.charged_before)
             self.permits.count(flow.lane, q.sid, ticket, known)
             session.held[ticket] = HeldPermit(seq, self.pool.now + hard_ms, use, known, key)
         # Other permits held over for it are free, since it reports all that it holds.
@@ -277,7 +279,8 @@ class Joins:
                 self.permits.carried |= {permit: known} if known else {}
                 self.permits.count(tuple(lane.split(" ")), sid, int(ticket), known)
         for name, seen, seq, since in q.join.spent:
-            self.capacity.restore(self.pool.limit(name), q, seen, seq, since)
+            is_new = name in self.spending
+            self.capacity.restore(self.pool.limit(name), q, seen, seq, since, is_new=is_new)
         for name, left_ms, ramp_ms, reason in q.join.pauses:
             pause = self.pool.pause_of(self.pool.limit(name))
             if pause is None or pause.until < self.pool.now + left_ms:

@@ -291,6 +291,13 @@ class Permits:
     def in_flight(self, limit: LimitState, amount: int) -> Charge | None:
         return (amount, 0) if limit.by_tokens else None
 
+    def charged_before(self, limit: LimitState, amount: int) -> Charge | None:
+        """Return the charge of a call that was charged in an unknown part of a window."""
+        if not limit.settles:
+            return self.in_flight(limit, amount)
+        amount = amount if limit.limit.shadow else min(amount, limit.limit.bound)
+        return (amount, 0) if amount else None
+
     def settle_charges(
         self, charges: dict[int, Charge], flow: FlowName, actual: list[int | None]
     ) -> None:

@@ -428,7 +428,8 @@ class RateSpending:
         """Correct a reservation; return True if something was returned. Call it after `look`.
 
         Excess is returned to the part it was taken from while that still counts, never to a window
-        or day that has begun since. Additional use counts from now.
+        or day that has begun since. Additional use counts from now. The part is 0 if the server has
+        lost it.
         """
         reserved, end = charge
         extra = actual - reserved
@@ -437,6 +438,8 @@ class RateSpending:
         if isinstance(limit, Quota):
             if end >= self.reset_at:
                 self._spend(limit, end, max(extra, -self.used))
+            elif end == 0 and extra > 0:
+                self._spend(limit, self.reset_at, extra)
         elif extra > 0:
             self._spend(limit, self._end_now(limit, now), extra)
         elif end in self.buckets and not self._is_folded(limit, end):

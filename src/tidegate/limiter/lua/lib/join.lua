@@ -237,16 +237,18 @@ function T.note_units(names)
 end
 
 -- Counts a permit that the process reports, even above the limit, which then drains: the process knows which permits
--- it holds. entry: ticket, flow, seq, hard_ms, use, amounts. `known` maps a ticket to its charges, if the server
--- still has them; otherwise tokens in flight are charged by the amounts.
-function T.assert_held(entry, known)
+-- it holds. entry: ticket, flow, seq, hard_ms, use, amounts, ended: 1 if this request releases it. `known` maps a
+-- ticket to its charges, if the server still has them; otherwise tokens in flight are charged by the amounts. If it
+-- knows the session (`is_back`), but not an ended permit, an earlier request released it.
+function T.assert_held(entry, known, is_back)
   local ticket, queue = entry[1], own.queues[entry[2]]
   local member = ticket .. '|' .. q.sid .. '|' .. queue.lane
   local charges, held_over = known[ticket], call('ZREM', T.lapsing_key, member) == 1
   if held_over then
     charges = T.carried(member)
   elseif not charges then
-    charges = T.charges_of_lane(queue.lane, T.amounts_in(entry[6]), false)
+    if is_back and entry[7] == 1 then return end
+    charges = T.charges_of_lane(queue.lane, T.amounts_in(entry[6]), false, true)
   end
   T.set_held(ticket, T.value_of(entry[3], entry[4], entry[5], charges, queue.flow))
   if not held_over then T.count_lane(queue.lane, charges) end
@@ -293,7 +295,8 @@ end
 
 -- What sessions report of a rate after a loss, in the order of the sequence numbers of one epoch: its usage `base` up
 -- to `seq`, admissions after it by their numbers (`later`), and by session the amount of those without a number.
--- Before the first report it is what the record still has, or what was asserted of a day.
+-- Before the first report it is what the record still has, or what was asserted of a day. Where the record was empty,
+-- usage of this epoch is in no report.
 local function restored(limit, text, asserted)
   local found = { limit = limit, later = {}, loose = {} }
   if text then
@@ -305,7 +308,9 @@ local function restored(limit, text, asserted)
   end
   local epoch, seq = string.match(call('HGET', T.meta_key, 'kept') or '', '^(%d+)|(%d+)$')
   found.epoch, found.seq, found.base = tonumber(epoch or 0), tonumber(seq or 0), tonumber(asserted or 0)
-  if found.base == 0 and (epoch or limit.sort == 'q') then found.base = T.rates().spent(limit) end
+  if found.base == 0 and (epoch or limit.sort == 'q' or not call('ZSCORE', T.spending_key, limit.name)) then
+    found.base = T.rates().spent(limit)
+  end
   return found
 end
 
@@ -438,7 +443,7 @@ function T.join()
     'sent', '0', 'acked', '0', 'name', q.join.name, 'since', since or '0',
     'revision', T.int(pool.revision))
   T.enter_roster(since, is_news)
-  for _, entry in ipairs(q.join.held) do T.assert_held(entry, charges) end
+  for _, entry in ipairs(q.join.held) do T.assert_held(entry, charges, since) end
   T.free_unclaimed()
   if lost then
     for _, entry in ipairs(q.join.lapsing) do T.assert_lapsing(entry) end

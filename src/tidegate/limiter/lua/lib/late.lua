@@ -9,6 +9,8 @@
 -- calls may not come first, half of the amounts reserved under a rate may be returned, and calls may take two thirds of
 -- their recent duration, less a second.
 T.MOST_BEFORE, T.MEASURED_MS = 50, 3000
+-- The usage that is reported of a limit that resumes gradually after a pause.
+T.RESUMES = -2
 
 -- Returns how many calls come before a ticket. `certain` and `likely` count those that wait; `expected` assumes that
 -- tenants with several waiting calls continue to send calls. `start` is the ticket's start in virtual time.
@@ -39,6 +41,14 @@ local function before_at(queue, list, place, use, stamp)
   return { certain = certain, likely = likely, expected = expected, start = start }
 end
 
+-- Returns the same if the ramp after a pause certainly does not reach a call by `latest`: of what calls took of it,
+-- nothing is returned.
+local function late_by_ramp(limit, before, here, latest)
+  if T.ramp_after(limit, before.certain) <= latest then return nil end
+  local expected = here and before.expected or before.certain
+  return { T.ramp_after(limit, expected), limit.name, T.RESUMES, expected, expected > before.certain and 1 or 0 }
+end
+
 -- Returns (room at, limit, used, ahead, estimate) if a limit certainly has no room by `latest`.
 local function late_at(limit, amount, before, here, latest)
   if not T.concerns(limit, amount) then return nil end
@@ -47,6 +57,8 @@ local function late_at(limit, amount, before, here, latest)
   if not settled and not limit.pause then return nil end
   local at, used, firm, certain_at = T.earliest(limit, amount)
   local late = certain_at > latest and (firm or settled and used >= 0)
+  local by_ramp = (is_firm or limit.sort == 'c' and not limit.by_tokens) and late_by_ramp(limit, before, here, latest)
+  if by_ramp and (by_ramp[1] > at or not late) then return by_ramp end
   if used < 0 or not settled or limit.shadow then
     return late and { at, limit.name, used, 0, 0 } or nil
   end
@@ -110,17 +122,22 @@ end
 
 local function probably_late(queue, list, place, before, latest)
   local count = before.certain + before.likely
-  if count == 0 or place.shadow or place.pause then return nil end
+  if count == 0 or place.shadow or place.pause and place.pause.gate then return nil end
   local at = place.sort == 'c' and not place.by_tokens and 0 or position_in(queue.lane, place.name)
   local amount = list[at] or 1
-  if place.sort == 'c' then
-    local size = place.by_tokens and math.max(1, mean_of(queue, at, amount)) or 1
-    return late_by_time(place, queue.band, before, latest + 1 - pool.now, size)
-  end
   local mean, least = amount, (before.certain + math.floor(before.likely * 2 / 3)) * amount
-  if not T.is_firm(place) then
+  if place.sort == 'c' and place.by_tokens then
+    mean = math.max(1, mean_of(queue, at, amount))
+    least = (before.certain + math.floor(before.likely * 2 / 3)) * mean
+  elseif place.sort ~= 'c' and not T.is_firm(place) then
     mean = mean_of(queue, at, amount)
     least = math.floor((count - place.used) * mean / 2)
+  end
+  if T.ramp_after(place, math.max(0, least)) > latest then
+    return { T.ramp_after(place, before.expected * mean), place.name, T.RESUMES, before.expected, 1 }
+  end
+  if place.sort == 'c' then
+    return late_by_time(place, queue.band, before, latest + 1 - pool.now, mean)
   end
   if T.rates().free_after(place, least, amount) <= latest then return nil end
   local room_at = T.rates().free_after(place, before.expected * mean, amount)

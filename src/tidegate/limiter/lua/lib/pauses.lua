@@ -1,7 +1,7 @@
 -- does: computes what a pause, a gate and an adaptive limit allow
 -- keys: session
 -- args: none
--- returns: gate_of(), is_tried(), pause_admits(), adapt()
+-- returns: gate_of(), is_tried(), pause_admits(), ramp_after(), adapt()
 -- units: ms
 -- A gate is a pause that lasts until it is opened, and admits one probe at a time. `taker` is the session|ticket of
 -- the last probe, `every_ms` the minimum time between two probes, `rounds` the number of failed ones.
@@ -37,6 +37,15 @@ function T.pause_admits(limit)
   if pause.passed < allowed then return true end
   local at = pause.until_ms + math.ceil(pause.passed * pause.ramp_ms / math.max(1, bound))
   return T.note_room_at(limit, math.max(math.min(at, pause.until_ms + pause.ramp_ms), pool.now + 1))
+end
+
+-- Returns when the ramp after a pause admits a call, after calls that take `before`, if nothing is returned; 0 for now,
+-- or for a gate.
+function T.ramp_after(limit, before)
+  local pause, bound = limit.pause, limit.implicit and T.RAMP_BOUND or limit.bound
+  if not pause or pause.gate then return 0 end
+  local ramp_ms = math.min(pause.ramp_ms, math.ceil((pause.passed + before) * pause.ramp_ms / math.max(1, bound)))
+  return pause.until_ms + ramp_ms > pool.now and pause.until_ms + ramp_ms or 0
 end
 
 -- Adapts a limit to the outcome of a call. Additive increase while the limit is used up: one more per round of calls,

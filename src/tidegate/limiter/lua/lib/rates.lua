@@ -393,7 +393,11 @@ T.rates = function()
     local extra, is_over = actual - reserved, false
     if extra == 0 then return end
     if limit.sort == 'q' then
-      if ends >= limit.reset_at then spend(limit, ends, math.max(extra, -limit.spent)) end
+      if ends >= limit.reset_at then
+        spend(limit, ends, math.max(extra, -limit.spent))
+      elseif ends == 0 and extra > 0 then
+        spend(limit, limit.reset_at, extra)
+      end
     elseif extra > 0 then
       spend(limit, ends_now(limit), extra)
     elseif limit.buckets[ends] and not (limit.window and ends <= limit.base.ends) then

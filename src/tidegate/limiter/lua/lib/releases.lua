@@ -24,8 +24,9 @@ function T.carried(member)
 end
 
 -- Returns the charges of a permit under the limits of its lane: position=amount@bucket for a rate, position=amount@0
--- for tokens in flight. `spends`: rates are charged.
-function T.charges_of_lane(lane, list, spends)
+-- for tokens in flight. `spends`: rates are charged. `again`: they were charged before, in an unknown bucket:
+-- additional usage of the call will count, and nothing is returned.
+function T.charges_of_lane(lane, list, spends, again)
   local charges = {}
   for i, limit in ipairs(T.limits_in(lane)) do
     if limit.by_tokens then
@@ -33,6 +34,9 @@ function T.charges_of_lane(lane, list, spends)
     elseif spends and limit.sort ~= 'c' then
       local charged = T.rates().take(limit, list[i] or 1)
       if charged then charges[#charges + 1] = i .. '=' .. charged end
+    elseif again and limit.sort ~= 'c' and not limit.exact then
+      local amount = limit.shadow and list[i] or math.min(list[i] or 1, limit.bound)
+      if amount and amount > 0 then charges[#charges + 1] = i .. '=' .. T.int(amount) .. '@0' end
     end
   end
   return table.concat(charges, ',')
