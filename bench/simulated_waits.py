@@ -21,7 +21,7 @@ from random import Random
 from typing import Any
 
 from bench.waits import LIMIT, LOADS, SHARE, SLACK_MS, Load, Told
-from tidegate.limiter import CallUse, Concurrency, Demand, Rate, Tokens
+from tidegate.limiter import CallUse, Concurrency, Demand, Ramp, Rate, Tokens
 from tidegate.limiter.simulation import Barred, Holding, SessionState, SyncRequest, read_place
 from tidegate.rehearse.simulation import START_MS, Playback, Process, Setting
 
@@ -215,6 +215,24 @@ HARDER: dict[str, tuple[Load, Lasts, tuple[float, float]]] = {
     "requests, one tenant": (
         Load(Rate(20, window_ms=10_000), 200, {("a", "normal"): 60}),
         gamma(200, 0.5),
+        (1.0, 1.0),
+    ),
+    "requests that grow by 40 % a minute, two tenants": (
+        Load(
+            Rate(600, window_ms=60_000, ramp=Ramp(40, start=60)),
+            200,
+            {("a", "normal"): 30, ("b", "normal"): 20},
+        ),
+        gamma(200, 0.5),
+        (1.0, 1.0),
+    ),
+    "tokens that grow by 40 % a minute, two tenants": (
+        Load(
+            Rate(600_000, window_ms=60_000, unit="tokens", ramp=Ramp(40, start=60_000)),
+            300,
+            {("a", "normal"): 30, ("b", "normal"): 20},
+        ),
+        gamma(300, 0.5),
         (1.0, 1.0),
     ),
     "tokens, 30 to 100 % of them used": (

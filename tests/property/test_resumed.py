@@ -9,8 +9,8 @@ import pytest
 from tests.property.policies import LEASE_MS
 from tests.property.server import Server
 from tests.property.world import Client, World
-from tidegate.errors import DeadlineExceeded, LimitPaused
-from tidegate.limiter import Concurrency, Demand, Limit, PoolPolicy, Rate, Tokens
+from tidegate.errors import DeadlineExceeded, LimitPaused, LimitUsedUp
+from tidegate.limiter import Concurrency, Demand, Limit, PoolPolicy, Ramp, Rate, Tokens
 from tidegate.limiter.simulation import Paces, Waiter
 
 LIMIT, MODEL = "some:limit", "model:m"
@@ -22,13 +22,16 @@ PAUSE_MS, RAMP_MS = 1000, MINUTE_MS
 class Bench:
     """One process, under a limit that was paused."""
 
-    def __init__(self, server: Server, limit: Limit, name: str = LIMIT) -> None:
+    def __init__(
+        self, server: Server, limit: Limit, name: str = LIMIT, *, paused: bool = True
+    ) -> None:
         policy = PoolPolicy({LIMIT: limit}, lease_ms=LEASE_MS, revision=1)
         self.name = name
         self.world = World(server, policy, Paces())
         self.client: Client = self.world.new_client()
         self.say()
-        self.world.pause(name, PAUSE_MS, RAMP_MS)
+        if paused:
+            self.world.pause(name, PAUSE_MS, RAMP_MS)
         self.refresh()
 
     def say(self) -> None:
@@ -70,8 +73,8 @@ Made = Callable[..., Bench]
 def made(server: Server) -> Iterator[Made]:
     found: list[Bench] = []
 
-    def make(limit: Limit, name: str = LIMIT) -> Bench:
-        found.append(Bench(server, limit, name))
+    def make(limit: Limit, name: str = LIMIT, *, paused: bool = True) -> Bench:
+        found.append(Bench(server, limit, name, paused=paused))
         return found[-1]
 
     yield make
@@ -166,3 +169,46 @@ def test_a_library_call_is_refused_only_for_certain(made: Made) -> None:
     )
     bench.say()
     assert waiter.ticket in bench.client.queue.waiting
+
+
+GROWING = Rate(600, MINUTE_MS, ramp=Ramp(100, start=10))
+
+
+def growing(made: Made, limit: Rate = GROWING, tokens: int = 1) -> Bench:
+    """Under a limit whose ramp began 90 s ago, and which has been full since then."""
+    bench = made(limit, paused=False)
+    for _ in range(400):
+        bench.ask(tokens=tokens)
+    began_ms = bench.world.local_ms
+    bench.pass_until(lambda: bench.world.local_ms - began_ms >= 90_000)
+    assert bench.client.queue.waiting
+    return bench
+
+
+@pytest.mark.parametrize("seconds", [5, 40, 100])
+def test_a_call_that_a_growing_limit_does_not_reach_in_time_is_refused_by_an_estimate(
+    made: Made, seconds: int
+) -> None:
+    bench = growing(made)
+    waiting = list(bench.client.queue.waiting.values())
+    for waiter in waiting[{5: 8, 40: 20, 100: 60}[seconds] :]:
+        bench.client.queue.abandon(waiter.ticket, bench.world.local_ms)
+    bench.say()
+    error = refusal(bench.ask(left_ms=seconds * 1000 / 3))
+    assert isinstance(error, LimitUsedUp)
+    assert error.is_estimate
+    last = bench.ask()
+    real_ms = bench.pass_until(lambda: last.ticket in bench.client.queue.held)
+    assert error.retry_after_ms == pytest.approx(real_ms, rel=0.02, abs=1000)
+
+
+def test_the_next_call_of_a_growing_limit_is_told_when_it_has_grown(made: Made) -> None:
+    bench = made(Rate(600, MINUTE_MS, ramp=Ramp(60, start=10)), paused=False)
+    while not bench.client.queue.waiting:
+        bench.ask()
+    [waiter] = bench.client.queue.waiting.values()
+    bench.client.queue.abandon(waiter.ticket, bench.world.local_ms)
+    bench.say()
+    error = refusal(bench.ask(left_ms=1000))
+    assert error.retry_after_ms in range(10_000, 10_100)  # 6 a minute more
+    assert bench.ask(left_ms=11_000).ticket in bench.client.queue.waiting

@@ -189,6 +189,38 @@ class Capacity:
             room_at = max(room_at, self.pool.now) + windows * span_of(limit.limit)
         return max(at, room_at)
 
+    def grown_after(self, limit: LimitState, before: int, amount: int) -> int:
+        """Return when a ramp has grown enough for `amount`, after calls that take `before`, with as
+        many calls as it admits: an estimate. 0 for now, or without a ramp.
+        """
+        rule, now = limit.limit, self.pool.now
+        self.spent(limit)
+        pacing, amount = limit.spending.pacing, limit.clamped(amount)
+        total = before + amount
+        if not isinstance(rule, Rate) or rule.ramp is None or pacing is None:
+            return 0
+        if pacing.since == 0 or amount == 0 or total <= 0:
+            return 0
+
+        def fits(at: int) -> bool:
+            left = limit.spending.left_at(rule, at)
+            return (left == 0 and before <= 0) or left + total <= pacing.bound_at(rule, at, now)
+
+        if fits(now):
+            return 0
+        span = span_of(rule)
+        start, end, windows = now, now + span, 0
+        if not fits(end):
+            # What a window admits is spread over it.
+            while windows < 1000 and total > pacing.bound_at(rule, end, now):
+                total -= pacing.bound_at(rule, end, now)
+                start, end, windows = end, end + span, windows + 1
+            return start + floor(max(0, total) / pacing.bound_at(rule, end, now) * span)
+        while end - start > max(1, span / 4096):
+            middle = (start + end) // 2
+            start, end = (start, middle) if fits(middle) else (middle, end)
+        return end
+
     def has_room(self, limit: LimitState, band: int, amount: int) -> bool:
         """Return whether `amount` fits; a limit in shadow mode delays only by a pause."""
         if limit.limit.shadow:

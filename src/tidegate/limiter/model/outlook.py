@@ -260,7 +260,8 @@ class Outlooks:
         """
         count = before.certain + before.likely
         pause = self.pool.pause_of(place)
-        if not count or place.limit.shadow or (pause and pause.gate):
+        is_paced = place.spending.is_paced(place.limit)
+        if (not count and not is_paced) or place.limit.shadow or (pause and pause.gate):
             return []
         amount = member.amount(flow.lane.index(place.name))
         first = list(queue.tickets)[:5] if queue else []
@@ -276,13 +277,19 @@ class Outlooks:
             mean = amount
         is_settled = place.is_rate and not self._is_firm(place)
         least = (count - len(place.under)) * mean // 2 if is_settled else calls * mean
-        if self.capacity.ramp_after(place, max(0, least)) > latest:
+        if count and self.capacity.ramp_after(place, max(0, least)) > latest:
             room_at = self.capacity.ramp_after(place, before.expected * mean)
             return [Late(room_at, place.name, RESUMES, before.expected, 1)]
         if not place.is_rate:
             left_ms = latest + 1 - self.pool.now
             return self._late_by_time(place, flow.band, before, left_ms, mean)
-        if self.capacity.free_after(place, least, amount) <= latest:
+        if self.capacity.grown_after(place, least, amount) > latest:
+            room_at = max(
+                self.capacity.grown_after(place, before.expected * mean, amount),
+                self.capacity.free_after(place, before.expected * mean, amount),
+            )
+            return [Late(room_at, place.name, self.capacity.spent(place), before.expected, 1)]
+        if not count or self.capacity.free_after(place, least, amount) <= latest:
             return []
         room_at = self.capacity.free_after(place, before.expected * mean, amount)
         return [Late(room_at, place.name, self.capacity.spent(place), before.expected, 1)]

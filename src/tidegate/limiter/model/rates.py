@@ -54,6 +54,17 @@ class Pacing:
         more = self.level * percent * max(0, now - self.since) / 6_000_000
         return min(limit.bound, self.level + floor(more))
 
+    def bound_at(self, limit: Rate, at: int, now: int) -> int:
+        """Return what a window may take at a later time if calls take all that the ramp admits."""
+        assert limit.ramp is not None
+        level: float = self.level
+        since, percent = self.since, limit.ramp.percent_per_minute
+        if now - since >= MINUTE_MS:
+            level, since = max(limit.ramp.start, self.bound(limit, now)), now
+        while at - since >= MINUTE_MS and level < limit.bound:
+            level, since = level + level * percent / 100, since + MINUTE_MS
+        return min(limit.bound, floor(level + level * percent * (at - since) / 6_000_000))
+
     def grown_at(self, limit: Rate, needed: int) -> int:
         """Return when the ramp's bound reaches `needed`, if nothing is taken until then."""
         assert limit.ramp is not None
@@ -288,6 +299,16 @@ class RateSpending:
         if isinstance(limit, Rate) and limit.exact:
             return sum(each > at for each in self.log)
         return sum(amount for end, amount in self.buckets.items() if end > at)
+
+    def left_at(self, limit: Rate, at: int) -> int:
+        """Return how much of what was taken in the last window still counts at a time.
+
+        Call it after `look`.
+        """
+        span = span_of(limit)
+        if limit.exact:
+            return sum(each + span > at for each in self.log)
+        return sum(amount for end, amount in self.buckets.items() if end + span > at)
 
     def _is_due(self, limit: Rate, now: int) -> bool:
         """Return whether the level must be updated: by parts, or by another bound or window."""

@@ -122,7 +122,7 @@ end
 
 local function probably_late(queue, list, place, before, latest)
   local count = before.certain + before.likely
-  if count == 0 or place.shadow or place.pause and place.pause.gate then return nil end
+  if count == 0 and not place.pacing or place.shadow or place.pause and place.pause.gate then return nil end
   local at = place.sort == 'c' and not place.by_tokens and 0 or position_in(queue.lane, place.name)
   local amount = list[at] or 1
   local mean, least = amount, (before.certain + math.floor(before.likely * 2 / 3)) * amount
@@ -133,13 +133,18 @@ local function probably_late(queue, list, place, before, latest)
     mean = mean_of(queue, at, amount)
     least = math.floor((count - place.used) * mean / 2)
   end
-  if T.ramp_after(place, math.max(0, least)) > latest then
+  if count > 0 and T.ramp_after(place, math.max(0, least)) > latest then
     return { T.ramp_after(place, before.expected * mean), place.name, T.RESUMES, before.expected, 1 }
   end
   if place.sort == 'c' then
     return late_by_time(place, queue.band, before, latest + 1 - pool.now, mean)
   end
-  if T.rates().free_after(place, least, amount) <= latest then return nil end
+  if T.rates().grown_after(place, least, amount) > latest then
+    local room_at = math.max(T.rates().grown_after(place, before.expected * mean, amount),
+      T.rates().free_after(place, before.expected * mean, amount))
+    return { room_at, place.name, place.spent, before.expected, 1 }
+  end
+  if count == 0 or T.rates().free_after(place, least, amount) <= latest then return nil end
   local room_at = T.rates().free_after(place, before.expected * mean, amount)
   return { room_at, place.name, place.spent, before.expected, 1 }
 end

@@ -1,7 +1,7 @@
 -- does: spreads a rate evenly by its pace, and limits its growth by its ramp
 -- keys: meta
 -- args: none
--- returns: load_pacing(), paced_bound(), grown_at(), even_after(), cap_even(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
+-- returns: load_pacing(), paced_bound(), ramp_bound(), grown_at(), even_after(), cap_even(), pace_take(), pace_return(), rewind_pacing(), save_pacing()
 -- units: ms; `even` and `pace` in microseconds
 -- `f:` is even|level|since. By `even` an even flow has caught up with all that was taken: each admission moves it on,
 -- and a call is admitted if, with its own part, `even` is at most `pace` ahead (GCRA, ITU-T I.371). Under a ramp a
@@ -22,6 +22,17 @@ function T.paced_bound(limit)
   if pacing.percent == 0 or pacing.since == 0 then return limit.bound end
   local more = pacing.level * pacing.percent * math.max(0, pool.now - pacing.since) / 6000000
   return math.min(limit.bound, pacing.level + math.floor(more))
+end
+
+-- Returns what a window may take at a later time if calls take all that the ramp admits.
+function T.ramp_bound(limit, at)
+  local pacing = limit.pacing
+  local level, since = pacing.level, pacing.since
+  if pool.now - since >= 60000 then level, since = math.max(pacing.start, T.paced_bound(limit)), pool.now end
+  while at - since >= 60000 and level < limit.bound do
+    level, since = level + level * pacing.percent / 100, since + 60000
+  end
+  return math.min(limit.bound, math.floor(level + level * pacing.percent * (at - since) / 6000000))
 end
 
 local function lasts(limit, amount)

@@ -1,7 +1,7 @@
 -- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending charged
 -- args: resets
--- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), carry_over(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), grown_after(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), carry_over(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 --
 -- A rate of up to 10,000 requests is an exact log of admissions. Others are counted in buckets, 120 to a window, of
@@ -303,6 +303,51 @@ T.rates = function()
   function f.certain_at(limit, amount, at)
     if at == 0 or not limit.pacing or limit.pacing.percent == 0 then return at end
     return f.free_after(limit, 0, amount)
+  end
+
+  -- Returns how much of what was taken in the last window still counts at a time.
+  local function left_at(limit, at)
+    if limit.exact then
+      local gone, left = 0, limit.spent
+      while gone < left do
+        local middle = math.floor((gone + left) / 2)
+        if tonumber(call('LINDEX', key_of(limit), middle)) + limit.span > at then left = middle else gone = middle + 1 end
+      end
+      return limit.spent - gone
+    end
+    local sum = 0
+    for ends, amount in pairs(limit.buckets) do
+      if ends + limit.span > at then sum = sum + amount end
+    end
+    return sum
+  end
+
+  -- Returns when the ramp of a rate has grown enough for `amount` after calls that take `before`, with as many calls
+  -- as it admits, so that its level rises each minute: an estimate. 0 for now, or without a ramp.
+  function f.grown_after(limit, before, amount)
+    loaded(limit)
+    amount = clamped(limit, amount)
+    local total, pacing = before + amount, limit.pacing
+    if not pacing or pacing.percent == 0 or pacing.since == 0 or amount == 0 or total <= 0 then return 0 end
+    local function fits(at)
+      local left = left_at(limit, at)
+      return left == 0 and before <= 0 or left + total <= T.ramp_bound(limit, at)
+    end
+    if fits(pool.now) then return 0 end
+    local from, to = pool.now, pool.now + limit.span
+    if not fits(to) then
+      -- What a window admits is spread over it.
+      local windows = 0
+      while windows < 1000 and total > T.ramp_bound(limit, to) do
+        total, from, to, windows = total - T.ramp_bound(limit, to), to, to + limit.span, windows + 1
+      end
+      return from + math.floor(math.max(0, total) / T.ramp_bound(limit, to) * limit.span)
+    end
+    while to - from > math.max(1, limit.span / 4096) do
+      local middle = math.floor((from + to) / 2)
+      if fits(middle) then to = middle else from = middle end
+    end
+    return to
   end
 
   -- Returns whether a lower band is next: true if its credit covers its first ticket and there is room for it; false
