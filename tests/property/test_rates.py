@@ -412,19 +412,6 @@ def test_a_ramp_of_requests_has_room_as_soon_as_one_of_them_expires(bench: Bench
     assert bench.running == 1
 
 
-def test_no_call_is_refused_early_for_a_ramp_alone(bench: Bench) -> None:
-    """What expires and what others take may let the bound grow sooner than it does now."""
-    bench.put_in_force(Rate(100, MINUTE_MS, slack_ms=0, ramp=Ramp(1, 4)))
-    for _ in range(4):
-        bench.end(bench.ask(0), None)
-        bench.wait(10_000)
-    bench.ask(0, left_ms=15_000)
-    assert bench.client.queue.waiting
-    bench.put_in_force(Rate(4, MINUTE_MS, slack_ms=0, ramp=Ramp(1, 4)))
-    refused = bench.ask(0, tenant="other", left_ms=15_000)
-    assert refused not in bench.client.queue.waiting
-
-
 def test_waiters_of_a_rate_keep_their_turn_until_their_process_has_acknowledged(
     bench: Bench,
 ) -> None:

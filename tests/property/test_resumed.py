@@ -42,7 +42,14 @@ class Bench:
         self.client.session.refresh()
         self.say()
 
-    def ask(self, left_ms: float = float("inf"), *, tokens: int = 1, tenant: str = "t") -> Waiter:
+    def ask(
+        self,
+        left_ms: float = float("inf"),
+        *,
+        tokens: int = 1,
+        tenant: str = "t",
+        by_estimate: bool = True,
+    ) -> Waiter:
         at, lane = self.world.local_ms, (self.name,)
         flow = self.client.queue.flow(1, tenant, lane)
         flow.refresh(self.client.session.policy)
@@ -52,7 +59,7 @@ class Bench:
             hard_ms=1_000_000,
             now_ms=at,
             deadline_ms=at + left_ms,
-            by_estimate=left_ms < float("inf"),
+            by_estimate=by_estimate and left_ms < float("inf"),
         )
         self.say()
         return waiter
@@ -161,14 +168,34 @@ def test_a_library_call_is_refused_only_for_certain(made: Made) -> None:
     bench.world.advance(PAUSE_MS)
     for tenant in ["other"] * 20 + ["t"] * 10:
         bench.ask(tenant=tenant)
-    flow = bench.client.queue.flow(1, "t", (LIMIT,))
-    flow.refresh(bench.client.session.policy)
-    at = bench.world.local_ms
-    waiter = bench.client.queue.ask(
-        flow, amounts="1", hard_ms=1000, now_ms=at, deadline_ms=at + 14_000
-    )
-    bench.say()
+    waiter = bench.ask(left_ms=14_000, by_estimate=False)
     assert waiter.ticket in bench.client.queue.waiting
+
+
+@pytest.mark.parametrize("by_estimate", [True, False])
+def test_a_ramp_alone_refuses_calls_only_by_an_estimate(made: Made, by_estimate: bool) -> None:
+    """What expires and what others take may let the bound grow sooner than it does now."""
+    bench = made(Rate(100, MINUTE_MS, slack_ms=0, ramp=Ramp(1, 4)), paused=False)
+    for _ in range(4):
+        bench.ask()
+        bench.world.advance(10_000)
+        bench.refresh()
+    late = bench.ask(left_ms=15_000, by_estimate=by_estimate)
+    if not by_estimate:
+        assert late.ticket in bench.client.queue.waiting
+        return
+    error = refusal(late)
+    assert error.is_estimate
+    assert error.retry_after_ms in range(20_000, 20_100)  # when the first call has expired
+    assert bench.ask(left_ms=25_000).ticket in bench.client.queue.waiting
+
+
+def test_the_window_of_a_ramp_that_has_grown_refuses_for_certain(made: Made) -> None:
+    bench = made(Rate(4, MINUTE_MS, slack_ms=0, ramp=Ramp(1, 4)), paused=False)
+    for _ in range(4):
+        bench.ask()
+    error = refusal(bench.ask(left_ms=15_000, by_estimate=False))
+    assert not error.is_estimate
 
 
 GROWING = Rate(600, MINUTE_MS, ramp=Ramp(100, start=10))

@@ -660,7 +660,7 @@ async def _create(asking: Asking) -> Response:
         )
     batch_id = new_id()
     room = services.store.queue_caps.room(
-        asking.caller, jobs=file.lines, size_bytes=file.size_bytes
+        asking.caller, batch_id, jobs=file.lines, size_bytes=file.size_bytes
     )
     async with room:
         batch = await batches.add(

@@ -365,7 +365,11 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
             if budgets.any:
                 with suppress(UpstreamMissing):
                     await _check_bounded(job, services, caller)
-            async with services.store.queue_caps.room(caller, jobs=1, size_bytes=_size_of(job)):
+            job = replace(job, is_counted=caller.caps.on_queue)
+            room = services.store.queue_caps.room(
+                caller, job.request_id, jobs=1, size_bytes=_size_of(job)
+            )
+            async with room:
                 job = await with_body_as_file(job, services.blobs)
                 earlier = await services.store.jobs.submit(job)
     except (Forbidden, IdempotencyConflict, InvalidRequest, QuotaExceeded):

@@ -336,6 +336,8 @@ class Batches:
         )
 
         async def add(connection: asyncpg.Connection) -> asyncpg.Record:
+            if caller.caps.on_queue:
+                await connection.execute(sql("end_arrivals"), [batch_id])
             if once is not None:
                 before = await take_key(connection, tenant_id, once, batch_id)
                 if isinstance(before, KeyState):

@@ -171,8 +171,12 @@ class Jobs:
         plain = [job for job in jobs if job.once is None]
         requests = rows.dumps([rows.job_row(job) for job in [*plain, *keyed]])
 
+        counted = [job.request_id for job in jobs if job.is_counted]
+
         async def insert(connection: asyncpg.Connection) -> _Keyed:
             await connection.execute(sql("submit_requests"), requests)
+            if counted:
+                await connection.execute(sql("end_arrivals"), counted)
             # A separate statement, which sees what the other process has just committed.
             found = await _find(connection, keyed) if keyed else {}
             files = [file for job in jobs if _is_new(job, found) for file in rows.input_rows(job)]
@@ -334,6 +338,9 @@ _LANES = [*(kind.value for kind in Kind), "unsure"]
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
+    """Jobs that may be stored: one under its own id, or the lines of a batch under the batch's."""
+
+    id: UUID
     tenant_id: str
     caps: Caps
     jobs: int
@@ -382,26 +389,25 @@ class QueueCaps:
         self._connections = connections
         self._pool = pool
         self._writers: dict[str, GroupWriter[_Arrival, None]] = {}
-        self._submitting: Counter[str] = Counter()
-        self._submitting_bytes: Counter[str] = Counter()
+        # Arrivals by tenant that could not be stored, until the next one of the tenant.
+        self._failed: dict[str, list[UUID]] = {}
 
     @asynccontextmanager
-    async def room(self, caller: Caller, *, jobs: int, size_bytes: int) -> AsyncIterator[None]:
-        """Submit within the block. Raises QuotaExceeded and StoreUnavailable before it."""
+    async def room(
+        self, caller: Caller, arrival: UUID, *, jobs: int, size_bytes: int
+    ) -> AsyncIterator[None]:
+        """Store the jobs within the block, in a transaction that also ends the arrival. Raises
+        QuotaExceeded and StoreUnavailable before it."""
         if not caller.caps.on_queue:
             yield
             return
         tenant = caller.tenant_id
-        await self._writer(tenant).write(_Arrival(tenant, caller.caps, jobs, size_bytes))
-        self._submitting[tenant] += jobs
-        self._submitting_bytes[tenant] += size_bytes
+        await self._writer(tenant).write(_Arrival(arrival, tenant, caller.caps, jobs, size_bytes))
         try:
             yield
-        finally:
-            self._submitting[tenant] -= jobs
-            self._submitting_bytes[tenant] -= size_bytes
-            if not self._submitting[tenant]:
-                del self._submitting[tenant], self._submitting_bytes[tenant]
+        except BaseException:
+            self._failed.setdefault(tenant, []).append(arrival)
+            raise
 
     def _writer(self, tenant: str) -> GroupWriter[_Arrival, None]:
         """Return a tenant's own writer: counting a long queue does not block other tenants."""
@@ -413,27 +419,40 @@ class QueueCaps:
         return writer
 
     async def _admit(self, batch: Sequence[_Arrival]) -> Sequence[Exception | None]:
-        return await self._connections.run(
-            lambda connection: self._decide(connection, batch), timeout_ms=TIMEOUT_MS
-        )
+        failed = self._failed.pop(batch[0].tenant_id, [])
+        try:
+            return await self._connections.run(
+                lambda connection: self._decide(connection, batch, failed), timeout_ms=TIMEOUT_MS
+            )
+        except StoreUnavailable:
+            self._failed.setdefault(batch[0].tenant_id, []).extend(failed)
+            raise
 
     async def _decide(
-        self, connection: asyncpg.Connection, batch: Sequence[_Arrival]
+        self, connection: asyncpg.Connection, batch: Sequence[_Arrival], failed: Sequence[UUID]
     ) -> list[QuotaExceeded | None]:
         tenant = batch[0].tenant_id
         room = await self._locked(connection, tenant)
+        if failed:
+            await connection.execute(sql("fail_arrivals"), failed)
         counted_in_ms = None
         if room.is_doubtful(batch[0].caps) or (room.may_count and _any_refused(room, batch)):
             counted_in_ms = await self._count(connection, tenant, batch[0].caps, room)
-        answers = []
+        answers: list[QuotaExceeded | None] = []
         for one in batch:
-            refusal = room.refusal(one)
-            if refusal is None:
+            answers.append(room.refusal(one))
+            if answers[-1] is None:
                 room.take(one)
-            answers.append(refusal)
         await connection.execute(
             sql("set_queued"), tenant, self._pool, room.jobs, room.size_bytes, counted_in_ms
         )
+        admitted = [
+            {"id": one.id, "jobs": one.jobs, "size_bytes": one.size_bytes}
+            for one, answer in zip(batch, answers, strict=True)
+            if answer is None
+        ]
+        if admitted:
+            await connection.execute(sql("add_arrivals"), tenant, self._pool, rows.dumps(admitted))
         return answers
 
     async def _locked(self, connection: asyncpg.Connection, tenant: str) -> _Room:
@@ -448,21 +467,23 @@ class QueueCaps:
     ) -> float:
         """Set `room` to the current counts; return how long the count took."""
         began = time.monotonic()
+        # First, since a job that is stored meanwhile is then counted twice, and not left out.
+        coming = await connection.fetchrow(sql("count_arrivals"), tenant, self._pool)
         name = "count_queued" if caps.most_queued_bytes is None else "count_queued_bytes"
         row = await connection.fetchrow(sql(name), tenant, self._pool, _LANES, _MOST_COUNTED)
-        # Jobs that this process is committing may be counted twice, until the next count.
         lines = await connection.fetchrow(sql("queued_of_batches"), tenant)
         batched = await connection.fetchrow(sql("count_batched"), tenant, self._pool)
-        room.jobs = row["jobs"] + lines["jobs"] + batched["jobs"] + self._submitting[tenant]
+        counted = [coming, row, lines, batched]
+        room.jobs = sum(one["jobs"] for one in counted)
         room.size_bytes = _UNKNOWN
         if caps.most_queued_bytes is not None:
-            in_all = row["size_bytes"] + lines["size_bytes"] + batched["size_bytes"]
-            room.size_bytes = in_all + self._submitting_bytes[tenant]
+            room.size_bytes = sum(one["size_bytes"] for one in counted)
         return (time.monotonic() - began) * 1000
 
 
 def _any_refused(room: _Room, batch: Sequence[_Arrival]) -> bool:
     whole = _Arrival(
+        batch[0].id,
         batch[0].tenant_id,
         batch[0].caps,
         sum(one.jobs for one in batch),

@@ -59,6 +59,7 @@ class NewJob:
     beginning of a body that is the only attachment. traceparent: the caller's, for the worker that
     will run the job. trail: of a stream, not on record. tiers_allowed: tiers beside the live one.
     repeats: the request that the job replays; bound_upstream: the only one that it may go to.
+    is_counted: a cap on its tenant's queue has admitted it.
     """
 
     request_id: UUID
@@ -83,6 +84,7 @@ class NewJob:
     tiers_allowed: tuple[Tier, ...] = ()
     repeats: UUID | None = None
     bound_upstream: str | None = None
+    is_counted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
 import asyncpg
@@ -104,6 +105,52 @@ async def test_the_cap_on_queued_jobs_holds_over_two_processes(open_gateway: Ope
         return bool(queued_now == 7)
 
     await wait_until(is_full_again, 20, "a queue that is full again")
+
+
+async def test_a_count_includes_jobs_that_another_process_has_yet_to_store(
+    open_gateway: Opener, database_url: str
+) -> None:
+    first = await open_gateway(worker=False, auth="on")
+    second = await open_gateway(worker=False, auth="on")
+    acme = await key_of(first, "acme", most_queued_jobs=7)
+
+    async def burst(gateway: Any) -> list[int]:
+        body = {"data": "Explain", "type": "text_only"}
+        answers = [ask(gateway, "POST", "/submit", acme, body) for _ in range(7)]
+        return [status for status, _ in await asyncio.gather(*answers)]
+
+    async def decided() -> Any:
+        return await first.database.fetchval("SELECT jobs FROM queued") == 7
+
+    locker = await asyncpg.connect(database_url)
+    async with locker.transaction():
+        # Reads go on, and nothing is stored.
+        await locker.execute("LOCK TABLE requests IN SHARE ROW EXCLUSIVE MODE")
+        storing = asyncio.create_task(burst(first))
+        await wait_until(decided, 20, "all of the first are admitted")
+        await first.database.execute("UPDATE queued SET counted_at = 'epoch'")
+        refused = await burst(second)
+    assert refused == [429] * 7
+    assert await storing == [202] * 7
+    assert await first.database.fetchval("SELECT count(*) FROM requests") == 7
+    assert await first.database.fetchval("SELECT count(*) FROM queue_arrivals") == 0
+    await locker.close()
+
+
+async def test_a_process_that_dies_before_it_stores_a_job_holds_no_place_for_long(
+    open_gateway: Opener,
+) -> None:
+    gateway = await open_gateway(worker=False, auth="on")
+    acme = await key_of(gateway, "acme", most_queued_jobs=1)
+    add = "INSERT INTO queue_arrivals (id, tenant_id, pool, jobs, size_bytes, admitted_at)"
+    add += " VALUES (gen_random_uuid(), 'acme', 'gemini', 1, 10, now() - $1::interval)"
+    body = {"data": "Explain", "type": "text_only"}
+    await gateway.database.execute(add, timedelta(minutes=1))
+    assert (await ask(gateway, "POST", "/submit", acme, body))[0] == 429
+    await gateway.database.execute("UPDATE queue_arrivals SET admitted_at = now() - interval '1h'")
+    await gateway.database.execute("UPDATE queued SET counted_at = 'epoch'")
+    assert (await ask(gateway, "POST", "/submit", acme, body))[0] == 202
+    assert await gateway.database.fetchval("SELECT count(*) FROM queue_arrivals") == 0
 
 
 async def test_bytes_in_the_queue_count_prompts_and_files(open_gateway: Opener) -> None:

@@ -385,7 +385,7 @@ async def _added(
             return earlier
         await services.budgets.check(asking.caller)
     room = services.store.queue_caps.room(
-        asking.caller, jobs=file.lines, size_bytes=file.size_bytes
+        asking.caller, batch_id, jobs=file.lines, size_bytes=file.size_bytes
     )
     async with room:
         return await batches.add_messages(

@@ -72,6 +72,32 @@ FROM unnest($3::text[]) AS lanes (lane) CROSS JOIN LATERAL (
     LIMIT $4
 ) AS ready
 
+-- name: add_arrivals
+-- Record the jobs $3 of tenant $1 that were admitted to pool $2, until they are stored.
+INSERT INTO queue_arrivals (id, tenant_id, pool, jobs, size_bytes)
+SELECT id, $1, $2, jobs, size_bytes
+FROM json_to_recordset($3::json) AS row (id uuid, jobs bigint, size_bytes bigint)
+ON CONFLICT (id) DO NOTHING
+
+-- name: end_arrivals
+-- Forget admitted jobs that are stored in the same transaction.
+DELETE FROM queue_arrivals WHERE id = ANY($1::uuid[])
+
+-- name: fail_arrivals
+-- Forget admitted jobs whose storing failed in ten seconds: they may still be stored.
+UPDATE queue_arrivals SET admitted_at = least(admitted_at, now() - interval '110 seconds')
+WHERE id = ANY($1::uuid[])
+
+-- name: count_arrivals
+-- Count the jobs of tenant $1 that were admitted to pool $2 and are not stored yet; forget those that never will be.
+WITH lost AS (
+    DELETE FROM queue_arrivals
+    WHERE tenant_id = $1 AND pool = $2 AND admitted_at < now() - interval '2 minutes'
+)
+SELECT coalesce(sum(jobs), 0)::bigint AS jobs, coalesce(sum(size_bytes), 0)::bigint AS size_bytes
+FROM queue_arrivals
+WHERE tenant_id = $1 AND pool = $2 AND admitted_at >= now() - interval '2 minutes'
+
 -- name: count_batched
 -- Count the jobs and bytes of tenant $1 in pool $2 that wait for a provider's batch or are in one.
 SELECT count(*) AS jobs, coalesce(sum(octet_length(one.prompt) + coalesce((
