@@ -1,6 +1,6 @@
 """Agents' conversations over several accounts in virtual time: what stays cached, and at what wait.
 
-    python -m bench.simulated_stays [--seeds 20] [--turns 60] [--only 6x1]
+    python -m bench.simulated_stays [--seeds 20] [--first 0] [--turns 60] [--only 6x1]
 
 The choices are the product's own (`spine/affinity.py`), made by two processes in the order of
 `spine/run.py`. An account is a number of places, a queue in order of arrival and a prompt cache;
@@ -264,16 +264,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.simulated_stays", description=__doc__)
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--only", help="the agents and places of one case, as 6x1")
     options = parser.parse_args()
     rows, lines = [], list[str]()
     for case in CASES:
         if options.only and case.name.partition(",")[0] != options.only:
             continue
-        runs = [simulated(case, seed, options.turns) for seed in range(options.seeds)]
+        seeds = range(options.first, options.first + options.seeds)
+        runs = [simulated(case, seed, options.turns) for seed in seeds]
         found = [[*missed(*run)] for run in runs]
         lines += (
-            f"{case.name}, seed {seed}: {line}" for seed, bad in enumerate(found) for line in bad
+            f"{case.name}, seed {seed}: {line}" for seed, bad in zip(seeds, found, strict=True) for line in bad
         )
         rows.append(_row(case, runs, sum(map(bool, found))))
     headers = (
