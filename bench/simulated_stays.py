@@ -275,7 +275,9 @@ def main() -> int:
         runs = [simulated(case, seed, options.turns) for seed in seeds]
         found = [[*missed(*run)] for run in runs]
         lines += (
-            f"{case.name}, seed {seed}: {line}" for seed, bad in zip(seeds, found, strict=True) for line in bad
+            f"{case.name}, seed {seed}: {line}"
+            for seed, bad in zip(seeds, found, strict=True)
+            for line in bad
         )
         rows.append(_row(case, runs, sum(map(bool, found))))
     headers = (

@@ -7,12 +7,11 @@ deadlines.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from heapq import nsmallest
-from itertools import chain, islice, zip_longest
+from itertools import islice
 from math import ceil, inf
-from typing import Any
 
 from tidegate.errors import DemandImpossible
 from tidegate.limiter.messages import Hint, format_unit
@@ -46,8 +45,6 @@ FIRST_COST_MS = 1000.0
 _LEARN = 1 / 8
 # Units of virtual time for one ms (or micro-dollar) of use by a tenant of weight 1.
 VIRTUAL_UNITS = 100_000
-# Admissions under a limit that are kept apart between two comparisons; more are merged in pairs.
-_ADMISSIONS_KEPT = 256
 # A call without a deadline is due this long after it came.
 DUE_AFTER_MS = 600_000
 
@@ -339,61 +336,6 @@ class Waiter:
         return self.member.rpartition("|")[2]
 
 
-class SpentHere:
-    """What this process's calls took of rates and quotas since the server last reported them.
-
-    Ordered by the fences of the admissions, so that it is known which of them a report of any
-    process includes. An admission that the server does not know has the sequence 0.
-    """
-
-    def __init__(self) -> None:
-        # limit -> (epoch, sequence, amount) of each admission
-        self._taken: dict[str, list[tuple[int, int, int]]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._taken)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._taken)
-
-    def add(self, name: str, amount: int, epoch: int, seq: int) -> None:
-        taken = self._taken.setdefault(name, [])
-        taken.append((epoch, seq, amount))
-        if len(taken) > _ADMISSIONS_KEPT:
-            self._taken[name] = self._merged(taken)
-
-    @staticmethod
-    def _merged(taken: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-        """Return pairs of neighbours as one each, which a report includes only as a whole."""
-        unknown = [one for one in taken if one[1] == 0]
-        known = sorted(one for one in taken if one[1])
-        epoch = unknown[-1][0] if unknown else 0
-        merged = [(epoch, 0, sum(amount for *_, amount in unknown))] if unknown else []
-        for first, last in zip_longest(known[::2], known[1::2]):
-            merged.append(first if last is None else (*last[:2], first[2] + last[2]))
-        return merged
-
-    def reported(self, names: Collection[str] | None, epoch: int, seq: int) -> None:
-        """Forget what the server has reported with the sequence `seq`: for all limits, or some."""
-        for name in list(self._taken) if names is None else names:
-            left = [one for one in self._taken.get(name, ()) if one[:2] > (epoch, seq)]
-            if left:
-                self._taken[name] = left
-            else:
-                self._taken.pop(name, None)
-
-    def since(self, name: str, epoch: int) -> list[int]:
-        """Return sequence and amount, alternating; the sequence is 0 in another epoch."""
-        found = self._taken.get(name, ())
-        unknown = sum(amount for of, seq, amount in found if of != epoch or seq == 0)
-        known = ((seq, amount) for of, seq, amount in found if of == epoch and seq)
-        return [*([0, unknown] if unknown else []), *chain.from_iterable(known)]
-
-    def totals(self) -> dict[str, int]:
-        """Return the amount by limit."""
-        return {name: sum(each for *_, each in taken) for name, taken in self._taken.items()}
-
-
 def _check_in_flight(name: str, limit: Concurrency, amount: int) -> None:
     if amount > limit.bound and not limit.shadow:
         most = f"{limit.bound} {format_unit(limit)}"
@@ -516,74 +458,3 @@ class MessageBatch:
             for w in self.enqueues
         ]
         return lefts if any(lefts) else []
-
-
-def compose(
-    batch: MessageBatch,
-    wanting: Sequence[Flow],
-    looking: Sequence[Flow],
-    at_ms: float,
-    *,
-    pauses: bool = False,
-) -> dict[str, Any]:
-    """Return the fields of a `SyncRequest` that a batch fills.
-
-    `wanting`: flows for which hints are requested. `looking`: flows that the server is to look at.
-    `pauses`: some limit is paused. In the result, `held` belongs to the join and `quotas` has the
-    time zones of the day quotas that the flows need. The reply's hints count flows in the order of
-    `flows`, from 1."""
-    numbers: dict[str, int] = {}
-    quotas: dict[str, str] = {}
-    firm: set[str] = set()
-    released = batch.releases if batch.joining else ()
-    ended = {one.ticket: one.holding for one in released if one.holding is not None}
-
-    def number(flow: Flow | None) -> int:
-        if flow is None:
-            return 0
-        if flow.quotas:
-            quotas.update(flow.quotas)
-        if flow.firm:
-            firm.update(flow.firm)
-        return numbers.setdefault(flow.key, len(numbers) + 1)
-
-    return {
-        "held": [
-            (
-                h.ticket,
-                number(h.flow),
-                h.seq,
-                h.hard_left_ms(at_ms),
-                h.use,
-                h.amounts,
-                int(h.ticket in ended),
-            )
-            for h in [*batch.held, *ended.values()]
-        ],
-        "transfers": [
-            (
-                t.source,
-                t.heir.ticket,
-                t.heir.seq,
-                t.heir.hard_left_ms(at_ms),
-                number(t.heir.flow),
-                t.member,
-                t.outcome,
-                t.took_ms,
-            )
-            for t in batch.transfers
-        ],
-        "releases": [
-            (r.ticket, number(r.flow), r.outcome, r.took_ms, r.actual) for r in batch.releases
-        ],
-        "settles": batch.settles,
-        "cancels": [(ticket, number(flow), member) for ticket, flow, member in batch.cancels],
-        "enqueues": [(number(w.flow), w.member) for w in batch.enqueues],
-        "wants": [(number(flow), round(flow.cost_ms), flow.usual_use) for flow in wanting],
-        "looks": [number(flow) for flow in looking],
-        "lefts": batch.lefts(at_ms, pauses=pauses),
-        "dues": batch.dues(at_ms),
-        "flows": list(numbers),
-        "quotas": quotas,
-        "firm": sorted(firm),
-    }

@@ -32,7 +32,7 @@ from tidegate.errors import (
     DemandImpossible,
     QueueFull,
 )
-from tidegate.limiter.flow import Flow, MessageBatch, SpentHere, Waiter, compose
+from tidegate.limiter.flow import Flow, MessageBatch, Waiter
 from tidegate.limiter.messages import (
     Barred,
     Join,
@@ -50,7 +50,7 @@ from tidegate.limiter.policy import (
     Rate,
     next_midnight_ms,
 )
-from tidegate.limiter.queue import LocalQueue, LocalShare, Traffic
+from tidegate.limiter.queue import LocalQueue, LocalShare, SpentHere, Traffic, compose
 
 State = Literal["up", "away", "recovering"]
 

@@ -359,8 +359,7 @@ class Batches:
         return added
 
     async def earlier(self, tenant_id: str, once: Idempotency) -> Batch | None:
-        """Return the batch submitted under the key, if any. Raises IdempotencyConflict if that was
-        a different batch."""
+        """Return the batch of a key, if any. Raises IdempotencyConflict if it is another one."""
 
         async def find(connection: asyncpg.Connection) -> asyncpg.Record | None:
             before = await known_key(connection, tenant_id, once.key)
@@ -624,8 +623,7 @@ class OpenBatches:
         return self._has_own
 
     async def has_provider(self) -> bool:
-        """Whether a batch at a provider is open, or a job waits for one. Raises
-        StoreUnavailable."""
+        """Whether a provider's batch is open or a job waits for one. Raises StoreUnavailable."""
         await self._refresh()
         return self._has_provider
 

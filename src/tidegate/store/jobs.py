@@ -405,7 +405,7 @@ class QueueCaps:
         await self._writer(tenant).write(_Arrival(arrival, tenant, caller.caps, jobs, size_bytes))
         try:
             yield
-        except BaseException:
+        except BaseException:  # a lost reply or a cancelled task: they may have been stored
             self._failed.setdefault(tenant, []).append(arrival)
             raise
 

@@ -11,11 +11,10 @@ import pytest
 import redis
 
 from tests.integration.limiter.slices import Pool, Process, stray_fields
-from tidegate.limiter.flow import SpentHere
 from tidegate.limiter.messages import Join
 from tidegate.limiter.model.state import Paces
 from tidegate.limiter.policy import Limit, PoolPolicy, Rate
-from tidegate.limiter.queue import MAX_FLOWS, MAX_FLOWS_IN_ALL
+from tidegate.limiter.queue import MAX_FLOWS, MAX_FLOWS_IN_ALL, SpentHere
 from tidegate.limiter.session import LOOKS_BESIDE, MAX_ASKS, MAX_LOOKS
 
 LEASE_MS = 30_000

@@ -9,7 +9,7 @@ import pytest
 
 from tidegate.errors import DemandImpossible
 from tidegate.limiter import queue as queues
-from tidegate.limiter.flow import MessageBatch, SpentHere, Waiter
+from tidegate.limiter.flow import MessageBatch, Waiter
 from tidegate.limiter.messages import USAGE_LATER, Hint
 from tidegate.limiter.policy import (
     Adaptive,
@@ -21,7 +21,7 @@ from tidegate.limiter.policy import (
     Rate,
     Tokens,
 )
-from tidegate.limiter.queue import CHAIN, LocalQueue, LocalShare
+from tidegate.limiter.queue import CHAIN, LocalQueue, LocalShare, SpentHere
 
 LIMITS = ("kind:a",)
 POLICY = PoolPolicy(
