@@ -74,6 +74,13 @@ _VIOLATIONS = """async () => {
     const contrast = await axe.run({ include }, { resultTypes, runOnly: ["color-contrast"] });
     return { violations: [...violations, ...contrast.violations] };
 }"""
+# Adds up how far what is visible moves without an action of the user, in the browsers' own measure.
+SHIFTS = """() => {
+    window.shifted = 0;
+    new PerformanceObserver((list) => {
+        for (const one of list.getEntries()) if (!one.hadRecentInput) window.shifted += one.value;
+    }).observe({ type: "layout-shift", buffered: true });
+}"""
 Colours = Literal["light", "dark"]
 
 

@@ -17,7 +17,7 @@ from playwright.async_api import Page, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.browser.playground import curl_of, output_of
-from tests.browser.stage import ARGUMENTS, CHROMIUM, Seen, Stage, opened, shoot
+from tests.browser.stage import ARGUMENTS, CHROMIUM, SHIFTS, Seen, Stage, opened, shoot
 from tests.databases import Databases
 from tests.gateway import gateway
 from tidegate.call import Scope
@@ -401,6 +401,13 @@ async def test_a_deployment_without_requests_shows_how_to_send_the_first(stage: 
             await seen.is_accessible()
             await page.set_viewport_size({"width": 400, "height": 900})
             assert await seen.is_within()
+            for width in (1360, 400):  # the steps are there when the cards below them are shown
+                await page.set_viewport_size({"width": width, "height": 900})
+                await page.reload()
+                await page.evaluate(SHIFTS)
+                await expect(steps).to_be_visible()
+                await expect(page.get_by_role("region", name="Processes")).to_be_visible()
+                assert await page.evaluate("shifted") < 0.1, width
         finally:
             await running.database.execute("UPDATE usage_days SET day = day + 4000")
         await expect(steps).to_be_hidden()

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Page, async_playwright, expect
 
-from tests.browser.stage import ARGUMENTS, CHROMIUM, Stage, drawn, opened
+from tests.browser.stage import ARGUMENTS, CHROMIUM, SHIFTS, Stage, drawn, opened
 from tests.gateway import gateway
 from tests.waiting import wait_until
 from tidegate import __version__
@@ -23,13 +23,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 PRESSED = ("aria-pressed", "true")
 CUT = """(row) => [...row.cells].filter((one) => one.scrollWidth > one.clientWidth)
     .map((one) => one.textContent)"""
-# Adds up how far what is visible moves without an action of the user, in the browsers' own measure.
-SHIFTS = """() => {
-    window.shifted = 0;
-    new PerformanceObserver((list) => {
-        for (const one of list.getEntries()) if (!one.hadRecentInput) window.shifted += one.value;
-    }).observe({ type: "layout-shift", buffered: true });
-}"""
 OF_GEMINI, OF_SPARE = "gemini-2.5-flash", "spare-1"
 POLICY = """
 [upstreams.gemini.prices]
@@ -455,5 +448,51 @@ async def test_a_page_does_not_jump_while_it_is_read_and_refreshed(stage: Stage,
         await expect(page.get_by_role("heading", level=1)).to_be_visible()
         async with page.expect_response(re.compile("/admin/")):
             pass
+        await drawn(page)
+        assert await page.evaluate("shifted") < 0.1
+
+
+@pytest.mark.parametrize("width", [1360, 400])
+async def test_the_cards_of_attention_open_without_a_jump(stage: Stage, width: int) -> None:
+    async with opened(stage, "/attention", width=width) as seen:
+        await seen.page.evaluate(SHIFTS)
+        await expect(seen.page.get_by_role("region", name="Unexplained costs")).to_be_visible()
+        await expect(seen.page.locator("[aria-busy='true']")).to_have_count(0)
+        await drawn(seen.page)
+        assert await seen.page.evaluate("shifted") < 0.05
+
+
+@pytest.mark.parametrize("width", [1360, 800, 400])
+async def test_the_overview_does_not_jump_while_it_opens(stage: Stage, width: int) -> None:
+    """Neither at rest nor with calls that wait, a paused limit and a budget."""
+    running = stage.gateway
+    budget = f"{running.url}/admin/budgets/people"
+    await _opens_without_a_jump(stage, width)
+    limiter = running.services.limiters["gemini"]
+    await limiter.penalise("kind:text_only", for_ms=600_000, by="ann", reason="quota is used up")
+    jobs = await stage.submit(3)
+    amount = {"each": ["tenant"], "usd": "50", "period": "day"}
+    async with running.http.put(budget, json=amount) as answer:
+        assert answer.status == 200, await answer.text()
+    try:
+        await _opens_without_a_jump(stage, width)
+        async with opened(stage, "/", width=width) as seen:
+            await expect(seen.page.locator(".cause").first).to_be_visible()
+            await expect(seen.page.get_by_role("region", name="Budgets")).to_be_visible()
+    finally:
+        async with running.http.delete(budget) as answer:
+            assert answer.status == 200
+        await limiter.resume("kind:text_only", by="ann")
+        for job in jobs:
+            await running.end_of(job)
+
+
+async def _opens_without_a_jump(stage: Stage, width: int) -> None:
+    async with opened(stage, "/", width=width) as seen:
+        page = seen.page
+        await page.evaluate(SHIFTS)
+        await expect(page.locator("#live")).to_have_text("Live")
+        await expect(page.get_by_role("region", name="Limits")).to_be_visible()
+        await expect(page.get_by_role("region", name="Processes")).to_contain_text("sessions")
         await drawn(page)
         assert await page.evaluate("shifted") < 0.1

@@ -8,7 +8,7 @@ const HIDDEN_MS = 20_000;
 const WAIT_MS = 1_000;
 const MOST_WAIT_MS = 10_000;
 
-const STATES = { live: "Live", waiting: "Reconnecting", resting: "Paused" };
+const STATES = { opening: "Connecting", live: "Live", waiting: "Reconnecting", resting: "Paused" };
 const FULL = "too_many_followers"; // it may end at any moment, so the request is repeated
 
 /**
@@ -19,7 +19,7 @@ const FULL = "too_many_followers"; // it may end at any moment, so the request i
  */
 export async function follow(path, { query, signal, on }) {
   let waitMs = WAIT_MS;
-  if (document.getElementById("live").hidden) show("waiting");
+  if (document.getElementById("live").hidden) show("opening");
   while (!signal.aborted) {
     await visible(signal);
     if (signal.aborted) return;

@@ -40,15 +40,17 @@ export async function open(main, { signal }) {
     again,
     { heads: BOOK_HEADS, textOf: bookText, row: bookRow, none: "No unexplained costs", isShown: (one) => one.verdict === "unexplained" },
   );
-  main.append(
-    h("div", { class: "page-head" }, h("h1", {}, "Attention")),
+  const reading = loading(8);
+  main.append(h("div", { class: "page-head" }, h("h1", {}, "Attention")), reading);
+  const show = () => Promise.all([failedJobs(failures, signal, again), jobs.look(), webhooks.look(), unexplained.look()]);
+  await show();
+  // Together, so that none of them moves another.
+  reading.replaceWith(
     card("Failed jobs", "Jobs that failed in the last 24 hours, by error.", failures),
     jobs.element,
     webhooks.element,
     unexplained.element,
   );
-  const show = () => Promise.all([failedJobs(failures, signal, again), jobs.look(), webhooks.look(), unexplained.look()]);
-  await show();
 }
 
 const headsOf = (...words) => [...words.map((one) => [one, ""]), ["", "actions"]];

@@ -21,6 +21,9 @@ import { verdictCard } from "./overview/verdict.js";
 
 const SPANS = { "5m": "5 min", "1h": "1 h", "24h": "24 h" };
 const WORDS = { "5m": "5 minutes", "1h": "hour", "24h": "24 hours" };
+// What decides the height of the cards. They are shown together, so that none moves another.
+const FIRST = ["live", "trend", "events", "budgets", "record"];
+const LATE_MS = 2_000; // after the verdict; a late event then moves the cards
 
 export async function open(main, { query, signal }) {
   const session = await get("dashboard/session", { signal });
@@ -31,6 +34,7 @@ export async function open(main, { query, signal }) {
     span: query.get("span") in SPANS ? query.get("span") : "5m",
   };
   const view = parts(chosen, session, signal);
+  view.heard = loadedBy(view.element, signal);
   signal.addEventListener("abort", hide);
   let round = null;
 
@@ -66,6 +70,19 @@ export async function open(main, { query, signal }) {
     view.notices,
   );
   choose({});
+}
+
+/** Return a function that takes the name of each event, and shows the cards once all are known. */
+function loadedBy(element, signal) {
+  const missing = new Set(FIRST);
+  const loaded = () => (element.dataset.loaded = "");
+  let late = 0;
+  signal.addEventListener("abort", () => clearTimeout(late));
+  return (...events) => {
+    for (const event of events) missing.delete(event);
+    if (missing.size === 0) loaded();
+    else if (!missing.has("live")) late ||= setTimeout(loaded, LATE_MS);
+  };
 }
 
 function parts(chosen, session, signal) {
@@ -110,24 +127,29 @@ function parts(chosen, session, signal) {
 /** Records of the only upstream are those of all: some calls end before an upstream is chosen. */
 function show(view, chosen, event, data) {
   const recorded = scope.narrowed();
-  if (event === "live") showLive(view, chosen, data);
-  else if (event === "now" && data[recorded]) view.figures.now(data[recorded]);
-  else if (event === "events") view.charts.events(data, chosen.pool);
-  else if (event === "budgets") {
+  if (event === "live") {
+    showLive(view, chosen, data);
+    view.heard("live", ...(data.postgresql_away ? FIRST : []));
+  } else if (event === "now" && data[recorded]) view.figures.now(data[recorded]);
+  else if (event === "events") {
+    view.charts.events(data, chosen.pool);
+    view.heard("events");
+  } else if (event === "budgets") {
     view.frames.budgets = data;
     view.budgets.update(data);
-  }
-  else if (event === "record") {
+    view.heard("budgets");
+  } else if (event === "record") {
     stuck.told(data);
     if (data.pool !== recorded) return; // of the previous selection
-    view.first.record(data);
     view.figures.record(data);
     view.spend.record(data);
+    view.first.record(data).then(() => view.heard("record"));
   } else if (event === "trend" && data.pool === recorded && data.range === chosen.span) {
     const frame = { ...data, words: WORDS[data.range] };
     for (const part of [view.charts, view.limits, view.tenants, view.faults, view.spend, view.upstreams]) {
       (part.trend ?? part.update)(frame);
     }
+    view.heard("trend");
   }
 }
 
