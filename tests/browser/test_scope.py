@@ -471,7 +471,7 @@ async def test_the_overview_does_not_jump_while_it_opens(stage: Stage, width: in
     limiter = running.services.limiters["gemini"]
     await limiter.penalise("kind:text_only", for_ms=600_000, by="ann", reason="quota is used up")
     jobs = await stage.submit(3)
-    amount = {"each": ["tenant"], "usd": "50", "period": "day"}
+    amount = {"each": ["tenant"], "usd": "50", "period": "day", "model": "of-no-job"}
     async with running.http.put(budget, json=amount) as answer:
         assert answer.status == 200, await answer.text()
     try:

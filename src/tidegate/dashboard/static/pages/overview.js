@@ -75,7 +75,8 @@ export async function open(main, { query, signal }) {
 /** Return a function that takes the name of each event, and shows the cards once all are known. */
 function loadedBy(element, signal) {
   const missing = new Set(FIRST);
-  const loaded = () => (element.dataset.loaded = "");
+  const loaded = () => delete element.dataset.loading;
+  element.dataset.loading = "";
   let late = 0;
   signal.addEventListener("abort", () => clearTimeout(late));
   return (...events) => {
