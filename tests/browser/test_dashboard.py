@@ -341,7 +341,7 @@ async def a_weight_is_of_one_upstream(stage: Stage, seen: Seen) -> None:
     for pool, weight in (("gemini", 1), ("spare", 4)):
         async with running.http.put(f"{url}?pool={pool}", json={"weight": weight}) as answer:
             assert answer.status == 200, await answer.text()
-    await page.get_by_role("link", name="Keys and tenants").click()
+    await page.get_by_role("navigation").get_by_role("link", name="Keys and tenants").click()
     choice, row = page.get_by_label("Upstream", exact=True), page.locator("[data-tenant='default']")
     await expect(choice).to_have_value("spare")
     await expect(row.locator("td").first).to_have_text("4")

@@ -178,7 +178,7 @@ async def rotate_a_key(stage: Stage, walk: Walk, folder: Path) -> None:
 
 async def cap_a_tenant(stage: Stage, walk: Walk) -> None:
     page = walk.page
-    await walk.click(page.get_by_role("link", name="Keys and tenants", exact=True))
+    await walk.click(page.get_by_role("navigation").get_by_role("link", name="Keys and tenants"))
     row = page.get_by_role("region", name="Tenants").locator("tr[data-tenant='acme']")
     await walk.click(row.get_by_role("button", name="Change acme"))
     dialog = page.get_by_role("dialog")
@@ -307,7 +307,7 @@ async def stop_a_batch(stage: Stage, begin_walk: Callable[[str], Awaitable[Walk]
 
 async def let_a_colleague_in(walk: Walk) -> str:
     page = walk.page
-    await walk.click(page.get_by_role("link", name="Keys and tenants", exact=True))
+    await walk.click(page.get_by_role("navigation").get_by_role("link", name="Keys and tenants"))
     await walk.click(page.get_by_role("button", name="New dashboard key"))
     dialog = page.get_by_role("dialog")
     await walk.type(dialog.get_by_label("Name of the person"), "ann")
