@@ -452,11 +452,21 @@ async def test_a_page_does_not_jump_while_it_is_read_and_refreshed(stage: Stage,
         assert await page.evaluate("shifted") < 0.1
 
 
+CARDS = [
+    ("/attention", "No unexplained costs"),
+    ("/usage", "No day in this range was reconciled"),
+    ("/latency", "No requests on record for this day"),
+]
+
+
 @pytest.mark.parametrize("width", [1360, 400])
-async def test_the_cards_of_attention_open_without_a_jump(stage: Stage, width: int) -> None:
-    async with opened(stage, "/attention", width=width) as seen:
+@pytest.mark.parametrize(("path", "last"), CARDS)
+async def test_the_cards_of_a_page_open_without_a_jump(
+    stage: Stage, path: str, last: str, width: int
+) -> None:
+    async with opened(stage, path, width=width) as seen:
         await seen.page.evaluate(SHIFTS)
-        await expect(seen.page.get_by_role("region", name="Unexplained costs")).to_be_visible()
+        await expect(seen.page.get_by_text(last)).to_be_visible()
         await expect(seen.page.locator("[aria-busy='true']")).to_have_count(0)
         await drawn(seen.page)
         assert await seen.page.evaluate("shifted") < 0.05

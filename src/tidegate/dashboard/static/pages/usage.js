@@ -10,7 +10,7 @@ import { brief, count, counted, money, percent } from "../format.js";
 import { listed } from "../listed.js";
 import { link, note } from "../router.js";
 import * as scope from "../scope.js";
-import { choice, failed, toast } from "../ui.js";
+import { choice, failed, loading, toast } from "../ui.js";
 import { requestsIn } from "./request_filters.js";
 
 const RANGES = { 7: "Last 7 days", 30: "Last 30 days", month: "This month", last: "Last month", 90: "Last 90 days", own: "Custom range" };
@@ -48,6 +48,7 @@ export async function open(main, { query, signal }) {
   });
   const body = h("div", { class: "usage overview" }, columns.element, place, books.element);
   const controls = controlsOf(view, change);
+  const reading = loading(8);
   let round = new AbortController();
 
   function change(values) {
@@ -96,9 +97,10 @@ export async function open(main, { query, signal }) {
     fill(place, table.element);
   }
 
-  main.append(h("div", { class: "page-head" }, h("h1", {}, "Usage"), upstreams.element, controls.element), total, body);
+  main.append(h("div", { class: "page-head" }, h("h1", {}, "Usage"), upstreams.element, controls.element), reading);
   if (view.upstream) note({ ...view }); // as chosen elsewhere
   await again();
+  reading.replaceWith(total, body); // together, so that none of them moves another
 }
 
 function viewOf(query) {
