@@ -1,6 +1,6 @@
 """Agents' conversations over several accounts in virtual time: what stays cached, and at what wait.
 
-    python -m bench.simulated_stays [--seeds 20] [--first 0] [--turns 60] [--only 6x1]
+    python -m bench.simulated_stays [--seeds 20] [--first 0] [--worth-us 200] [--only 6x1]
 
 The choices are the product's own (`spine/affinity.py`), made by two processes in the order of
 `spine/run.py`. An account is a number of places, a queue in order of arrival and a prompt cache;
@@ -22,14 +22,14 @@ from random import Random
 from typing import NamedTuple
 
 from bench import grid
-from tidegate.call import Usage
+from tidegate.call import Usage, UsageDetails
 from tidegate.policy.deployment import Upstream
 from tidegate.spine.affinity import Affinity, Home
 from tidegate.spine.routing import Target
 
 ACCOUNTS, PROCESSES, TURNS = 3, 2, 60
 SYSTEM_TOKENS, ASKED_TOKENS, ANSWERED_TOKENS = 4_000, 300, 150
-CALL_MS, SPREAD, READ_US_PER_TOKEN, WORTH_US_PER_TOKEN = 3_000.0, 0.5, 200, 200
+CALL_MS, SPREAD, READ_US_PER_TOKEN = 3_000.0, 0.5, 200
 WHOSE = ("tenant", "model")
 LEAST_CACHED, MOST_WAIT = 0.95, 1.2
 # A wait of this much in a whole conversation is none.
@@ -37,19 +37,35 @@ UNNOTICED_MS = 250.0
 
 
 class Case(NamedTuple):
-    """Agents, the places of each account, and how long an agent works between two calls."""
+    """Agents, the places of each account, how long an agent works between two calls, how long a
+    call takes and how long each token that is not cached."""
 
     agents: int
     places: int
     pause_ms: float = 0.0
+    call_ms: float = CALL_MS
+    read_us: float = READ_US_PER_TOKEN
 
     @property
     def name(self) -> str:
         pause = f", {self.pause_ms / 1000:.0f} s between" if self.pause_ms else ""
-        return f"{self.agents}x{self.places}{pause}"
+        length = "" if self.call_ms == CALL_MS else f", {self.call_ms:.0f} ms a call"
+        return f"{self.agents}x{self.places}{pause}{length}"
 
 
-CASES = (Case(6, 2), Case(6, 2, 2_000), Case(6, 1), Case(6, 1, 2_000), Case(9, 2), Case(12, 2))
+CASES = (
+    Case(6, 2),
+    Case(6, 2, 2_000),
+    Case(6, 1),
+    Case(6, 1, 2_000),
+    Case(9, 2),
+    Case(12, 2),
+    # As `bench.stickiness`: short beside what a cache is worth, and as long without it.
+    Case(6, 2, call_ms=50, read_us=0),
+    Case(6, 1, call_ms=50, read_us=0),
+    Case(9, 2, call_ms=50, read_us=0),
+    Case(12, 2, call_ms=50, read_us=0),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +127,7 @@ class World:
     random: Random
     accounts: list[Account]
     is_sticky: bool
+    worth_us: float | None = None
     now_ms: float = 0.0
     input_tokens: int = 0
     cached_tokens: int = 0
@@ -121,7 +138,7 @@ class World:
     def __post_init__(self) -> None:
         draw = self.random.random
         self.processes = [
-            Affinity(WORTH_US_PER_TOKEN, lambda: self.now_ms, draw) for _ in range(PROCESSES)
+            Affinity(self.worth_us, lambda: self.now_ms, draw) for _ in range(PROCESSES)
         ]
         for process in self.processes:
             process.on_move = self._tell
@@ -182,12 +199,17 @@ class World:
             read = account.cached.get(agent, 0)
             self.input_tokens += prompt
             self.cached_tokens += read
-            usual_ms = self.random.lognormvariate(math.log(CALL_MS) - SPREAD**2 / 2, SPREAD)
-            yield usual_ms + (prompt - read) * READ_US_PER_TOKEN / 1000
+            usual_ms = self.random.lognormvariate(
+                math.log(self.case.call_ms) - SPREAD**2 / 2, SPREAD
+            )
+            took_ms = usual_ms + (prompt - read) * self.case.read_us / 1000
+            yield took_ms
             account.cached[agent] = prompt
             account.leave()
             if home is not None:
-                process.note(home, account.target, Usage(cached_tokens=prompt))
+                written = UsageDetails(cache_write_tokens=prompt - read)
+                usage = Usage(input_tokens=prompt, cached_tokens=read, details=written)
+                process.note(home, account.target, usage, first_ms=took_ms)
             prompt += ANSWERED_TOKENS
             if self.case.pause_ms:
                 yield self.random.expovariate(1 / self.case.pause_ms)
@@ -227,12 +249,13 @@ def _leave(waiter: Waiter) -> None:
         waiter.go_on(False)
 
 
-def simulated(case: Case, seed: int, turns: int = TURNS) -> Run:
-    """At one account with all places, at several, and at several without stickiness."""
+def simulated(case: Case, seed: int, turns: int = TURNS, worth_us: float | None = None) -> Run:
+    """At one account with all places, at several, and at several without stickiness. worth_us: of
+    a cached token; None as measured."""
 
     def over(accounts: int, places: int, *, is_sticky: bool) -> Stays:
         each = [Account(f"account{number}", places) for number in range(accounts)]
-        return World(case, turns, Random(seed), each, is_sticky).run()
+        return World(case, turns, Random(seed), each, is_sticky, worth_us).run()
 
     return (
         over(1, case.places * ACCOUNTS, is_sticky=False),
@@ -265,6 +288,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--worth-us", type=float, help="of a cached token; measured without it")
     parser.add_argument("--only", help="the agents and places of one case, as 6x1")
     options = parser.parse_args()
     rows, lines = [], list[str]()
@@ -272,7 +296,7 @@ def main() -> int:
         if options.only and case.name.partition(",")[0] != options.only:
             continue
         seeds = range(options.first, options.first + options.seeds)
-        runs = [simulated(case, seed, options.turns) for seed in seeds]
+        runs = [simulated(case, seed, options.turns, options.worth_us) for seed in seeds]
         found = [[*missed(*run)] for run in runs]
         lines += (
             f"{case.name}, seed {seed}: {line}"

@@ -447,10 +447,11 @@ class Config(BaseModel):
         "How long a stream or a native call waits for admission before it is rejected, if the "
         "request has no deadline.",
     )
-    cache_wait_us_per_token: Annotated[int, Field(ge=0, le=60_000)] = setting(
-        200,
+    cache_wait_us_per_token: Annotated[int | None, Field(ge=0, le=60_000)] = setting(
+        None,
         "The longest time that all calls of a conversation together wait for the upstream with its "
-        "prompt cache, in microseconds per cached token. 0: they do not wait.",
+        "prompt cache, in microseconds per cached token. 0: they do not wait. Not set: the time "
+        "that a cached token saves, as measured.",
     )
     keep_alive_after_ms: Annotated[int, Field(ge=0, le=3_600_000)] = setting(
         0,

@@ -12,13 +12,15 @@ conversations that wait for one another, one moves first (randomized ski rental;
 McGeoch, Owicki, "Competitive Randomized Algorithms for Nonuniform Problems", 1994). A move is
 notified to the other processes.
 
-What a tenant's calls of a model usually wait at each upstream is measured. Where all upstreams have
+What a cached token saves is measured: the time to the first byte of streamed answers, by how many
+tokens their upstreams had to read. What a tenant's calls of a model usually wait at each upstream
+is measured too. Where all upstreams have
 queues, a stay costs only what is above that of the others, and a conversation that has used up its
 patience still waits where it is, unless its queue is longer by more than chance.
 
 Invariants: no call waits for an upstream that is out or paused; a tenant's conversation moves no
-call of another tenant, nor do waits of another tenant; memory is bounded; the order of a route is
-kept.
+call of another tenant, nor do waits and answers of another tenant; memory is bounded; the order of
+a route is kept.
 """
 
 from __future__ import annotations
@@ -48,6 +50,11 @@ _LEAST_CALLS, _MOST_CALLS, MOST_WAITS = 3, 16, 4_096
 # A usual wait of this many times another's is longer by more than chance, as is a single wait.
 _LONGER, _LONGER_ONCE = 1.5, 4
 _NO_WAITS = (0.0, 0, -inf)
+# The time that a cached token saves: before anything is measured, and at least, since it also costs
+# less.
+GUESSED_US_PER_TOKEN, LEAST_US_PER_TOKEN = 200, 20
+# Answers that a measured time is of, as numbers of calls and of squared tokens.
+_MOST_ANSWERS, _MOST_SPREAD = 64, 16 * 10_000.0**2
 _DIGEST_BYTES = 16
 _OPENING_BYTES = 12
 _LONGEST_NAME = 200  # of a conversation
@@ -93,21 +100,59 @@ class Home:
         yield from sorted(others, key=lambda at: _rank(self.key, targets[at]), reverse=True)
 
 
+@dataclass(slots=True)
+class _ReadingTime:
+    """The time that an upstream takes to read one token that is not cached: a Bayesian regression
+    of the times to the first byte on the tokens that had to be read. The guess is the mean of the
+    prior and its standard deviation. tokens, first_ms: means; spread, common: sums of squared
+    deviations and of their products; noise: the variance of the times that tokens do not explain.
+    """
+
+    calls: int = 0
+    tokens: float = 0.0
+    first_ms: float = 0.0
+    spread: float = 0.0
+    common: float = 0.0
+    noise: float = 1_000.0**2
+
+    def ms_per_token(self) -> float:
+        guess_ms = GUESSED_US_PER_TOKEN / 1000
+        doubt = self.noise / guess_ms**2
+        measured_ms = (self.common + doubt * guess_ms) / (self.spread + doubt)
+        return max(LEAST_US_PER_TOKEN / 1000, measured_ms)
+
+    def add(self, tokens: int, first_ms: float) -> None:
+        off_tokens, off_ms = tokens - self.tokens, first_ms - self.first_ms
+        unexplained_ms = off_ms - self.ms_per_token() * off_tokens
+        self.calls = min(self.calls, _MOST_ANSWERS - 1) + 1
+        share = 1 / self.calls
+        self.tokens += share * off_tokens
+        self.first_ms += share * off_ms
+        self.spread += (1 - share) * off_tokens**2
+        self.common += (1 - share) * off_tokens * off_ms
+        self.noise += ((1 - share) * unexplained_ms**2 - self.noise) / (self.calls + 1)
+        if self.spread > _MOST_SPREAD:  # later answers count for more
+            self.common *= _MOST_SPREAD / self.spread
+            self.spread = _MOST_SPREAD
+
+
 class Affinity:
-    """Upstreams that last answered each conversation. One per process."""
+    """Upstreams that last answered each conversation. One per process. wait_us_per_token: how long
+    a cached token is worth waiting for; None for the time that it saves, as measured."""
 
     def __init__(
         self,
-        wait_us_per_token: float,
+        wait_us_per_token: float | None,
         now_ms: Callable[[], float] = lambda: time.monotonic() * 1000,
         draw: Callable[[], float] = random,
     ) -> None:
         self._draw = draw
-        self._wait_ms_per_token = wait_us_per_token / 1000
+        self._wait_ms_per_token = None if wait_us_per_token is None else wait_us_per_token / 1000
         self._now_ms = now_ms
         self._warm: OrderedDict[bytes, _Warm] = OrderedDict()
         # The usual wait at an upstream, of how many calls it is, and when the last one ended.
         self._waits: OrderedDict[tuple[Whose, str], tuple[float, int, float]] = OrderedDict()
+        self._reading: OrderedDict[Whose, _ReadingTime] = OrderedDict()
         # When a conversation last came to an upstream or left it: waits until then say nothing.
         self._changed_ms: dict[str, float] = {}
         # Called with a conversation's key, its new upstream and the number of tokens cached there.
@@ -125,7 +170,7 @@ class Affinity:
             for target in targets:
                 if target.upstream.name == warm.upstream:
                     elsewhere_ms = self._elsewhere_ms(whose, target, targets)
-                    worth_ms = warm.cached_tokens * self._wait_ms_per_token
+                    worth_ms = warm.cached_tokens * self.ms_per_token(whose)
                     left_ms = worth_ms * warm.patience - warm.excess_ms
                     own_ms = self.usual_ms(whose, target)
                     is_usual = own_ms is not None and own_ms <= _LONGER * elsewhere_ms
@@ -135,8 +180,15 @@ class Affinity:
                     of_stay = (warm.excess_ms, warm.patience, whose, elsewhere_ms)
                     return Home(key, target, True, wait_ms, *of_stay)
         first = max(targets, key=lambda one: _rank(key, one))
-        handover_ms = HANDOVER_MS if self._wait_ms_per_token else 0.0
+        handover_ms = 0.0 if self._wait_ms_per_token == 0 else HANDOVER_MS
         return Home(key, first, wait_ms=handover_ms, whose=whose)
+
+    def ms_per_token(self, whose: Whose) -> float:
+        """Return how long a cached token is worth waiting for."""
+        if self._wait_ms_per_token is not None:
+            return self._wait_ms_per_token
+        reading = self._reading.get(whose)
+        return GUESSED_US_PER_TOKEN / 1000 if reading is None else reading.ms_per_token()
 
     def usual_ms(self, whose: Whose, target: Target) -> float | None:
         """Return the usual wait at an upstream, None if nothing is known of it now."""
@@ -167,11 +219,19 @@ class Affinity:
         if target == home.target:
             home.excess_ms = max(0.0, home.excess_ms + wait_ms - home.elsewhere_ms)
 
-    def note(self, home: Home, target: Target, usage: Usage, permit: Permit | None = None) -> None:
+    def note(
+        self,
+        home: Home,
+        target: Target,
+        usage: Usage,
+        permit: Permit | None = None,
+        first_ms: float | None = None,
+    ) -> None:
         """Record the upstream that answered a call of the conversation, the call's wait there, and
-        the tokens in its cache."""
+        the tokens in its cache. first_ms: the time to the first byte of a streamed answer."""
         if permit is not None:
             self.waited(home, target, permit.waited_ms)
+        self._learn(home.whose, usage, first_ms)
         read, details = usage.cached_tokens or 0, usage.details
         written = 0 if details is None else details.cache_write_tokens or 0
         name, tokens, warm = target.upstream.name, read + written, self._warm.get(home.key)
@@ -181,6 +241,16 @@ class Affinity:
         self._keep(home.key, name, tokens, excess_ms, patience)
         if has_moved and tokens and self.on_move is not None:
             self.on_move(home.key, name, tokens)
+
+    def _learn(self, whose: Whose, usage: Usage, first_ms: float | None) -> None:
+        if first_ms is None or usage.input_tokens is None:
+            return
+        read_tokens = max(0, usage.input_tokens - (usage.cached_tokens or 0))
+        reading = self._reading.setdefault(whose, _ReadingTime())
+        reading.add(read_tokens, first_ms)
+        self._reading.move_to_end(whose)
+        if len(self._reading) > MOST_WAITS:
+            self._reading.popitem(last=False)
 
     def moved(self, key: bytes, upstream: str, cached_tokens: int) -> None:
         """Record a move that another process notified; the later of two moves counts."""

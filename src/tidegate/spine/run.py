@@ -837,7 +837,8 @@ class _Run:
                 if demand.estimate is not None:
                     account.demands.learn(demand, reported, charged, whole=whole)
             if self._home is not None and whole:
-                self._spine.affinity.note(self._home, target, record.answer.usage, permit)
+                first_ms = record.answer.first_byte_ms if record.streamed else None
+                self._spine.affinity.note(self._home, target, record.answer.usage, permit, first_ms)
 
     def _giving_way(
         self, rule: Preempt | None, permit: Permit | None, account: UpstreamAccount, is_try: bool

@@ -14,6 +14,7 @@ from tests.gateway import Gateway, Opener
 from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.limiter import Limiter
+from tidegate.spine.affinity import GUESSED_US_PER_TOKEN
 
 FILE = """
 [upstreams.gemini]
@@ -26,6 +27,7 @@ models = ["gemini-*"]
 "pool:total" = 1
 """
 ACCOUNT = {"provider": "gemini", "limits": [], "cache": "prefix", "cache_min_tokens": 16}
+MODEL = "gemini-2.5-flash"
 LONG = "Of all that is said here, this is repeated each time. " * 40
 
 
@@ -49,16 +51,19 @@ async def say(gateway: Gateway, turns: list[str], talk: str = "") -> str:
     return (await answer_to(gateway, turns, talk))["x-tidegate-upstream"]
 
 
-async def answer_to(gateway: Gateway, turns: list[str], talk: str) -> dict[str, str]:
+async def answer_to(
+    gateway: Gateway, turns: list[str], talk: str, method: str = "generateContent"
+) -> dict[str, str]:
     """The headers of an answer."""
-    url = f"{gateway.url}/v1beta/models/gemini-2.5-flash:generateContent"
+    url = f"{gateway.url}/v1beta/models/{MODEL}:{method}"
     contents = [
         {"role": "model" if number % 2 else "user", "parts": [{"text": turn}]}
         for number, turn in enumerate(turns)
     ]
     headers = {"x-tidegate-conversation": talk} if talk else {}
     async with gateway.http.post(url, json={"contents": contents}, headers=headers) as answer:
-        assert answer.status == 200, await answer.text()
+        text = await answer.text()
+        assert answer.status == 200, text
         return {name.lower(): value for name, value in answer.headers.items()}
 
 
@@ -129,6 +134,23 @@ async def test_a_cache_that_is_worth_little_is_left_and_the_wait_is_on_record(
     row = await gateway.audit(answer["x-tidegate-request-id"])
     assert row["upstream"] == "gemini"
     assert float(answer["x-tidegate-queue-ms"]) == pytest.approx(row["queue_ms"], abs=1)
+
+
+async def test_streamed_answers_measure_what_a_cached_token_saves(
+    open_gateway: Opener, policy: Path
+) -> None:
+    gateway = await open_gateway(worker=False, tidegate_policy=policy)
+    affinity = gateway.services.spine.affinity
+
+    async def ms_per_token(method: str) -> float:
+        for times in (1, 4):
+            answer = await answer_to(gateway, [LONG * times], f"{times} {method}", method)
+        row = await gateway.audit(answer["x-tidegate-request-id"])
+        return affinity.ms_per_token((row["tenant_id"], MODEL))
+
+    guessed_ms = GUESSED_US_PER_TOKEN / 1000
+    assert await ms_per_token("generateContent") == pytest.approx(guessed_ms)
+    assert await ms_per_token("streamGenerateContent") != pytest.approx(guessed_ms, rel=1e-6)
 
 
 async def in_flight(emulator: Emulator) -> bool:

@@ -122,6 +122,61 @@ def test_all_calls_of_a_stay_wait_together_for_as_long_as_it_is_worth() -> None:
 WHOSE, OTHERS = ("t", "m"), ("u", "m")
 
 
+def answered(known: Affinity, whose: tuple[str, str], *, us_per_token: float) -> None:
+    """Streamed answers to conversations, of which each fourth read nothing from a cache."""
+    (at,) = targets(a=1)
+    for number in range(40):
+        cached = None if number % 4 == 0 else 8_000  # Gemini leaves out a zero
+        first_ms = 300 + 40 * (number % 3) + (9_000 - (cached or 0)) * us_per_token / 1000
+        usage = Usage(input_tokens=9_000, cached_tokens=cached)
+        known.note(Home(b"%d" % number, at, whose=whose), at, usage, first_ms=first_ms)
+
+
+@pytest.mark.parametrize("us_per_token", [50, 600])
+def test_a_cached_token_is_worth_the_time_that_reading_one_takes(us_per_token: float) -> None:
+    known = Affinity(None, float)
+    assert known.ms_per_token(WHOSE) == pytest.approx(affinity.GUESSED_US_PER_TOKEN / 1000)
+    answered(known, WHOSE, us_per_token=us_per_token)
+    assert known.ms_per_token(WHOSE) * 1000 == pytest.approx(us_per_token, rel=0.1)
+    assert known.ms_per_token(OTHERS) == pytest.approx(affinity.GUESSED_US_PER_TOKEN / 1000)
+
+
+def test_a_token_that_saves_no_time_is_worth_little_and_a_fixed_worth_is_kept() -> None:
+    known, fixed = Affinity(None, float), Affinity(600, float)
+    for one in (known, fixed):
+        answered(one, WHOSE, us_per_token=0)
+    assert known.ms_per_token(WHOSE) * 1000 == affinity.LEAST_US_PER_TOKEN
+    assert fixed.ms_per_token(WHOSE) * 1000 == 600
+
+
+def test_the_worth_follows_an_upstream_that_reads_slower_than_before() -> None:
+    known = Affinity(None, float)
+    for _ in range(20):
+        answered(known, WHOSE, us_per_token=50)
+    for _ in range(20):
+        answered(known, WHOSE, us_per_token=400)
+    assert known.ms_per_token(WHOSE) * 1000 == pytest.approx(400, rel=0.1)
+
+
+def test_answers_whose_first_byte_says_nothing_of_reading_change_no_worth() -> None:
+    (at,) = targets(a=1)
+    known = Affinity(None, float)
+    home = Home(b"talk", at, whose=WHOSE)
+    for cached in (0, 8_000):
+        known.note(home, at, Usage(input_tokens=9_000, cached_tokens=cached))  # not streamed
+        known.note(home, at, Usage(cached_tokens=cached), first_ms=10.0 * (cached + 1))
+    assert known.ms_per_token(WHOSE) == pytest.approx(affinity.GUESSED_US_PER_TOKEN / 1000)
+
+
+def test_measured_worths_are_bounded_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(affinity, "MOST_WAITS", 2)
+    known = Affinity(None, float)
+    for name in "abc":
+        answered(known, (name, "m"), us_per_token=600)
+    worths = [known.ms_per_token((name, "m")) * 1000 for name in "abc"]
+    assert worths == pytest.approx([affinity.GUESSED_US_PER_TOKEN, 600, 600], rel=0.1)
+
+
 def stay(known: Affinity, two: list[Target], answered: Target) -> Home:
     """A conversation of 5,000 cached tokens, worth a second, that one of two targets answered."""
     known.note(placed(known.home(b"talk", two, WHOSE)), answered, Usage(cached_tokens=5_000))
