@@ -320,6 +320,12 @@ def _modalities(table: Facts, name: str) -> dict[str, int]:
 
 _APPEND = re.compile(r'"type"\s*:\s*"input_audio_buffer\.append"')
 _DELTA = ".delta"
+_TYPE_CHARS = 400
+# OpenAI names the type first. Anything but an id before it is parsed, since a model, or a client by
+# its metadata, can write `.delta` into any event.
+_FIRST = r'\s*\{\s*(?:"event_id"\s*:\s*"[^"\\]*"\s*,\s*)?"type"\s*:\s*"([^"\\]*)"'
+_TYPE = re.compile(_FIRST)
+_TYPE_BYTES = re.compile(_FIRST.encode())
 _TRANSCRIPT = "conversation.item.input_audio_transcription."
 
 
@@ -441,8 +447,8 @@ class OpenAIEvents:
         return changed
 
     def reported(self, message: Message) -> Reported:
-        head = message[:400]
-        if _has(head, _DELTA):
+        head = message[:_TYPE_CHARS]
+        if _has(head, _DELTA) and _is_delta(message):
             if _has(head, _TRANSCRIPT) and not self._only_transcribes:
                 return NOTHING  # it belongs to no turn
             audio = _has(head, "audio.delta")
@@ -489,6 +495,18 @@ class OpenAIEvents:
                 model = session.get("model")
                 return Reported(model=model if type(model) is str else None)
         return NOTHING
+
+
+def _is_delta(message: Message) -> bool:
+    """Return whether the type of a provider's message is that of a piece of output."""
+    if isinstance(message, str):
+        first = _TYPE.match(message)
+        kind: Any = first[1] if first is not None else _of_provider(message).get("type")
+    else:
+        begin = _TYPE_BYTES.match(message)
+        kind = begin[1].decode("utf-8", "replace") if begin is not None else None
+        kind = _of_provider(message).get("type") if begin is None else kind
+    return type(kind) is str and kind.endswith(_DELTA)
 
 
 def _form_of(session: Facts) -> Any:

@@ -247,6 +247,31 @@ def test_usage_is_read_at_its_place_alone() -> None:
     assert events().reported(text(cancelled)).ends_turn
 
 
+@pytest.mark.parametrize("place", ["event_id", "text", "name", "metadata", "type"])
+def test_no_text_in_an_event_hides_its_usage(place: str) -> None:
+    """A client can have its model begin an answer with `.delta`, or write that into metadata."""
+    written = dict.fromkeys(("event_id", "text", "name"), "quiet") | {place: "a.delta"}
+    item = {"content": [{"type": "output_text", "text": written["text"]}], "name": written["name"]}
+    usage = {"input_tokens": 9, "output_tokens": 4, "total_tokens": 13}
+    noted = {place: ".delta"} if place in ("metadata", "type") else {}
+    response = {"metadata": noted, "output": [item], "usage": usage}
+    events_of_it: list[Any] = [
+        {"event_id": written["event_id"], "type": "response.done", "response": response},
+        {"type": "response.done", "event_id": written["event_id"], "response": response},
+        {"response": response, "type": "response.done"},
+    ]
+    for event in events_of_it:
+        for message in (text(event), orjson.dumps(event)):
+            reported = events().reported(message)
+            assert [one.usage for one in reported.spent] == [Usage(9, 4, total_tokens=13)]
+            assert reported.ends_turn
+    error = {"type": "error", "error": {"message": "unknown: 'x.delta'", "event_id": "e1"}}
+    assert events().reported(text(error)).about == "e1"
+    last: Any = {"delta": "a", "type": "response.output_text.delta"}
+    for message in (text(last), orjson.dumps(last)):
+        assert events().reported(message).about_tokens
+
+
 def test_cached_audio_is_charged_as_cached_and_not_as_audio_once_more() -> None:
     usage = openai_usage(
         {
