@@ -42,6 +42,7 @@ from tidegate.call import (
 from tidegate.dialects.spec import Dialect, Endpoint
 from tidegate.errors import (
     ClaimLost,
+    FetchFailed,
     InvalidRequest,
     NotFound,
     QuotaExceeded,
@@ -270,7 +271,8 @@ class ProviderBatchRunner:
             await self._begin(group)
 
     async def _ready(self, job: ClaimedJob) -> _Ready | None:
-        """Return the job's call as a line; None if it cannot be one: the live tier reports why."""
+        """Return the job's call as a line; None if it cannot be one now: its image is fetched again
+        for a later batch, or the live tier reports why."""
         try:
             found = self._target(job)
             if found is None:
@@ -281,6 +283,11 @@ class ProviderBatchRunner:
         except StoreUnavailable:
             raise
         except TidegateError as invalid:
+            if isinstance(invalid, FetchFailed):
+                wait_ms = retry_wait_ms(invalid, job.attempts + 1, self._config.max_attempts)
+                if wait_ms is not None:  # at the batch's price, as the live tier does at its own
+                    await self._park(job, invalid, wait_ms)
+                    return None
             log.info(
                 Log.PROVIDER_BATCH_LEFT, request_id=str(job.request_id), reason=invalid.message
             )
@@ -359,8 +366,11 @@ class ProviderBatchRunner:
         if has_fallback or not error.retryable:
             await self._batches.turn_away([job])  # the live tier uses that model, or refuses it
             return
+        await self._park(job, error, uncounted_wait_ms(error) or 0)
+
+    async def _park(self, job: ClaimedJob, error: TidegateError, wait_ms: int) -> None:
+        """Have a job wait for a batch that is made `wait_ms` from now or later."""
         until = self._parked_until(job.revisit_at)
-        wait_ms = uncounted_wait_ms(error) or 0
         await self._store.queue.park(
             [job],
             until,
@@ -527,7 +537,8 @@ class ProviderBatchRunner:
         bodies: Mapping[int, bytes] | None,
     ) -> list[BatchedCall]:
         """Return the lines as they are sent. A line that cannot be made any more, as its image or
-        file was deleted, leaves the batch: the live tier reports why."""
+        file was deleted, leaves the batch: the live tier reports why. One whose image's server
+        fails at the moment may be in another batch."""
         calls = []
         for one in lines:
             try:
@@ -537,7 +548,8 @@ class ProviderBatchRunner:
             except TidegateError as invalid:
                 job = str(one.job.request_id)
                 log.info(Log.PROVIDER_BATCH_LEFT, request_id=job, reason=invalid.message)
-                await self._without_answer(batch, one, "left", NO_CHARGE, is_refused=True)
+                is_refused = not isinstance(invalid, FetchFailed)
+                await self._without_answer(batch, one, "left", NO_CHARGE, is_refused=is_refused)
         return calls
 
     async def _body(

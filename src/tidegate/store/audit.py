@@ -27,7 +27,7 @@ import asyncpg
 import orjson
 
 from tidegate.call import Status, new_id
-from tidegate.errors import CallPreempted, ClaimLost, FetchFailed, StoreUnavailable
+from tidegate.errors import CallPreempted, ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure
 from tidegate.store import records as rows
 from tidegate.store.blobs import Blobs, as_kept, new_key
@@ -692,7 +692,7 @@ async def _end_of(job: ClaimedJob, record: CallRecord, blobs: Blobs, *, called: 
         "id": job.request_id,
         "claim": job.claim,
         "status": record.status,
-        "unmade": int(record.code == FetchFailed.code),
+        "unmade": rows.unmade(record.failure),
         "failure": rows.failure_row(record.failure),
     }
     return rows.entry_of("end", row, attempt, files, bodies)

@@ -25,7 +25,7 @@ from uuid import UUID
 import asyncpg
 
 from tidegate.call import Classification, Kind, Status, Tier, new_id
-from tidegate.errors import ClaimLost, FetchFailed, StoreUnavailable
+from tidegate.errors import ClaimLost, StoreUnavailable
 from tidegate.record import CallListeners, CallRecord, Failure
 from tidegate.store import records as rows
 from tidegate.store.audit import AuditLog
@@ -755,8 +755,8 @@ class JobQueue:
         failed uses up an attempt."""
         if not jobs:
             return
-        unmade = int(failure is not None and failure.code == FetchFailed.code)
-        why, waits_ms = {"failure": rows.failure_row(failure), "unmade": unmade}, waits_ms or {}
+        why: Json = {"failure": rows.failure_row(failure), "unmade": rows.unmade(failure)}
+        waits_ms = waits_ms or {}
         claims = rows.dumps(
             {"id": one.request_id, "claim": one.claim, "wait_ms": waits_ms.get(one.request_id)}
             | why
@@ -787,12 +787,13 @@ class JobQueue:
         failure: Failure | None = None,
     ) -> None:
         """Park jobs for a provider's batch: workers may claim them at `not_before`, a batch after
-        `batch_wait_ms`. The tier is reviewed at `revisit_at`."""
+        `batch_wait_ms`. The tier is reviewed at `revisit_at`. As in `release`, a failed fetch uses
+        up an attempt."""
         if not jobs:
             return
         where: Json = {"tier": Tier.BATCH, "not_before": not_before, "tier_why": why}
         where |= {"revisit_at": revisit_at, "batch_wait_ms": batch_wait_ms}
-        where["failure"] = rows.failure_row(failure)
+        where |= {"failure": rows.failure_row(failure), "unmade": rows.unmade(failure)}
         parked = rows.dumps({"id": job.request_id, "claim": job.claim} | where for job in jobs)
         found = await self._connections.rows("park_jobs", parked)
         for job in jobs:

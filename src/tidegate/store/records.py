@@ -36,7 +36,7 @@ from tidegate.call import (
     UsageState,
     new_id,
 )
-from tidegate.errors import CallPreempted, PolicyChanged
+from tidegate.errors import CallPreempted, FetchFailed, PolicyChanged
 from tidegate.record import NO_LINEAGE, PROMPT_HEAD_CHARS, CallRecord, Failure, Lineage, OutputFile
 from tidegate.store.database import Work, sql
 from tidegate.telemetry.logging import FrequentLog, Log
@@ -432,6 +432,11 @@ def outcome_of(entry: Json) -> str:
 
 def failure_row(failure: Failure | None) -> Json | None:
     return None if failure is None else cleaned(asdict(failure))
+
+
+def unmade(failure: Failure | None) -> int:
+    """Return how many attempts a failure before a call uses up."""
+    return int(failure is not None and failure.code == FetchFailed.code)
 
 
 def result_row(record: CallRecord) -> Json:

@@ -117,13 +117,16 @@ WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running'
 RETURNING r.*, old.status AS old_status
 
 -- name: park_jobs
--- Release claims on queued jobs that were assigned to a tier, until a given time.
+-- Release claims on queued jobs that were assigned to a tier, until a given time. `unmade` attempts
+-- ended before a call and count as attempts.
 UPDATE requests r SET claim = r.claim + 1, claimed_by = NULL, tier = row.tier,
     tier_why = coalesce(row.tier_why, r.tier_why), revisit_at = row.revisit_at,
     not_before = row.not_before, batch_after = now() + row.batch_wait_ms * interval '1 millisecond',
+    attempts = r.attempts + coalesce(row.unmade, 0),
     failure = coalesce(row.failure, r.failure), version = r.version + 1
 FROM json_to_recordset($1::json) AS row (id uuid, claim bigint, tier text, tier_why text,
-    revisit_at timestamptz, not_before timestamptz, batch_wait_ms double precision, failure jsonb)
+    revisit_at timestamptz, not_before timestamptz, batch_wait_ms double precision, failure jsonb,
+    unmade integer)
 WHERE r.id = row.id AND r.claim = row.claim AND r.status = 'queued'
 RETURNING r.id
 
