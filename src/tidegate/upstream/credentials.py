@@ -172,6 +172,7 @@ class GoogleSource:
                     self._credentials = self._found()
                 self._credentials.refresh(request)  # type: ignore[no-untyped-call]
         except (GoogleAuthError, OSError, ValueError) as failed:
+            self._credentials = None  # their file may be replaced meanwhile
             # The error's second argument is the answer, of any length.
             reason = str(failed.args[0]) if failed.args else ""
             message = f"{type(failed).__name__}: {reason}" if reason else type(failed).__name__
@@ -284,18 +285,22 @@ class AwsSource:
         self._profile = authentication.option("aws_profile") or None
         self._region = authentication.option("region")
         self._service = authentication.option("aws_service")
-        self._session: Any = None
+        self._session: Any = None  # of credentials that botocore renews
 
     def read(self) -> SigningKey:
         """Read the credentials. Raises CredentialsUnavailable."""
+        from botocore.credentials import RefreshableCredentials
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.session import Session
 
+        session, self._session = self._session, None
         try:
-            if self._session is None:
-                self._session = Session(profile=self._profile)
-            found = self._session.get_credentials()
+            session = session or Session(profile=self._profile)
+            found = session.get_credentials()
             frozen = None if found is None else found.get_frozen_credentials()
+            # botocore reads a file of fixed keys once, which may be replaced by others.
+            if isinstance(found, RefreshableCredentials):
+                self._session = session
         except (BotoCoreError, ClientError, OSError, ValueError, RuntimeError) as failed:
             raise CredentialsUnavailable(f"{type(failed).__name__}: {failed}") from None
         if frozen is None:

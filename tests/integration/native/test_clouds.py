@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,9 +26,15 @@ from tests.waiting import wait_until
 from tidegate.call import Answer
 from tidegate.emulator.server import run_emulator
 from tidegate.errors import UpstreamUnauthorized
+from tidegate.policy.access import Authentication
 from tidegate.policy.deployment import Upstream, deployed_upstreams
 from tidegate.settings import Config
-from tidegate.upstream.credentials import Signers, open_wire
+from tidegate.upstream.credentials import (
+    CredentialsUnavailable,
+    GoogleSource,
+    Signers,
+    open_wire,
+)
 from tidegate.upstream.gemini import GeminiProcessor
 from tidegate.upstream.transport import RelayWire
 
@@ -356,3 +363,19 @@ async def prompt(upstream: Upstream, signers: Any, answer: Answer, sink: Collect
         await processor.run(call(), answer, sink)
     finally:
         await processor.aclose()
+
+
+async def test_a_replaced_file_of_a_service_account_is_read_after_its_old_key_fails(
+    clouds: Clouds, tmp_path: Path
+) -> None:
+    file = clouds.service_account(tmp_path)
+    source = GoogleSource(
+        Authentication("google", options=(("credentials_file", str(file)),)), None
+    )
+    await asyncio.to_thread(source.read)
+    (tmp_path / "next").mkdir()
+    clouds.service_account(tmp_path / "next").replace(file)  # the key before it ends
+    with pytest.raises(CredentialsUnavailable):
+        await asyncio.to_thread(source.read)
+    token = await asyncio.to_thread(source.read)
+    assert token.authorization.startswith(b"Bearer ")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from tidegate.errors import UpstreamUnauthorized
+from tidegate.policy.access import Authentication
 from tidegate.upstream.credentials import (
+    AwsSource,
     BearerToken,
     CredentialsUnavailable,
     RenewedCredentials,
@@ -73,3 +79,56 @@ async def test_a_short_token_is_renewed_at_half_of_its_life() -> None:
     await credentials.renew()
     assert credentials.wait_s() == 30.0
     assert "Bearer 2" not in repr(around.read())
+
+
+AWS = Authentication(
+    "aws",
+    options=(("region", "eu-west-1"), ("aws_profile", "team"), ("aws_service", "bedrock")),
+)
+
+
+def _clear_aws(monkeypatch: pytest.MonkeyPatch, files: Mapping[str, Path]) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, file in files.items():
+        monkeypatch.setenv(name, str(file))
+
+
+def test_keys_that_replace_others_in_awss_file_are_used_without_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "credentials"
+    _clear_aws(
+        monkeypatch,
+        {"AWS_SHARED_CREDENTIALS_FILE": file, "AWS_CONFIG_FILE": tmp_path / "config"},
+    )
+    source, used = AwsSource(AWS), []
+    for key in ("AKIAFIRST", "AKIASECOND"):
+        file.write_text(f"[team]\naws_access_key_id = {key}\naws_secret_access_key = s\n")
+        used.append(source.read().credentials.access_key)
+    assert used == ["AKIAFIRST", "AKIASECOND"]
+    file.unlink()
+    with pytest.raises(CredentialsUnavailable):
+        source.read()
+    file.write_text("[team]\naws_access_key_id = AKIATHIRD\naws_secret_access_key = s\n")
+    assert source.read().credentials.access_key == "AKIATHIRD"
+
+
+def test_credentials_that_aws_limits_in_time_are_not_requested_at_every_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    made = {"Version": 1, "AccessKeyId": "AKIA", "SecretAccessKey": "s", "Expiration": ends}
+    answer, asked, config = tmp_path / "answer", tmp_path / "asked", tmp_path / "config"
+    answer.write_text(json.dumps(made | {"SessionToken": "t"}))
+    command = tmp_path / "command"
+    command.write_text(f"#!/bin/sh\necho asked >> {asked}\ncat {answer}\n")
+    command.chmod(0o700)
+    config.write_text(f"[profile team]\ncredential_process = {command}\n")
+    _clear_aws(
+        monkeypatch,
+        {"AWS_SHARED_CREDENTIALS_FILE": tmp_path / "none", "AWS_CONFIG_FILE": config},
+    )
+    source = AwsSource(AWS)
+    assert {source.read().credentials.token for _ in range(3)} == {"t"}
+    assert asked.read_text() == "asked\n"
