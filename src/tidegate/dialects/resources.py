@@ -60,6 +60,20 @@ class Making:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolFiles:
+    """Files that a provider's own tool makes during a call.
+
+    mark: bytes that are in every answer or event that names one. may_be_made: whether a request has
+    such a tool. ids_in: returns the ids in an answer or an event, from the places alone where the
+    provider writes them.
+    """
+
+    mark: bytes
+    may_be_made: Callable[[Mapping[str, Any]], bool]
+    ids_in: Callable[[JsonObject], Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
 class ResourcePath:
     """A path of resources. pattern: of the whole path, with a group `id` if the path names one.
     makes: how the answer names a new resource."""

@@ -170,6 +170,7 @@ class Relay:
         upstreams = [one.upstream for one in targets]
         if not all(ANY in one.media_hosts and one.provider not in OWN for one in upstreams):
             targets = await aside(len(raw), partial(among_fetching, body, targets))
+        out = self.resources.noting(out, call, body, record)
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, facts, out, record)
         exchange.refers = bool(references)
         if making is not None or endpoint.resource is not None:
@@ -179,8 +180,7 @@ class Relay:
             on_admitted = self._hand_over(exchange, record, making)
         home = None
         if facts is not None and endpoint.operation is Operation.INFER:
-            continued = self.resources.continued
-            before = await continued(endpoint.dialect, references) if references else None
+            before = await self.resources.continued(endpoint.dialect, references)
             tracing = partial(lineage_in, body, record.lineage, before)
             record.lineage = await aside(len(raw), tracing) if is_large else tracing()
             home = self._home(call, facts.model, record, targets) if len(targets) > 1 else None

@@ -62,7 +62,7 @@ from tidegate.policy.deployment import Upstream
 from tidegate.policy.providers import PROVIDERS
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
 from tidegate.spine.bodies import NativeCall, Pieces, aside
-from tidegate.spine.out import ended, undisturbed
+from tidegate.spine.out import NotingOut, Out, ended, undisturbed
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, Spine, UpstreamAccount, refusal_of
 from tidegate.store.provider.background import BackgroundCalls
@@ -160,6 +160,22 @@ class Resources:
         if body.omitted_bytes:
             raise NotFound("the result is longer than what is kept")
         return 200, b"".join([piece async for piece in body.pieces])
+
+    def noting(
+        self, out: Out, call: NativeCall, body: Mapping[str, Any], record: CallRecord
+    ) -> Out:
+        """Return the `out` of a call, which notes the files that the provider's tools make."""
+        endpoint, terms = call.endpoint, call.terms
+        files = DIALECTS[endpoint.dialect].tool_files
+        if files is None or not endpoint.is_counted or not files.may_be_made(body):
+            return out
+
+        async def note(ids: Sequence[str]) -> None:
+            target = Target(self._targets.upstreams[record.upstream or ""], "")
+            by = MadeBy(terms.caller, endpoint.dialect, terms.request_id, terms.subject)
+            await self.note(self.made(by, target, "file", ids))
+
+        return NotingOut(out, files, note)
 
     # Owners and accounts
 
