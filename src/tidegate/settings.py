@@ -449,8 +449,8 @@ class Config(BaseModel):
     )
     cache_wait_us_per_token: Annotated[int | None, Field(ge=0, le=60_000)] = setting(
         None,
-        "How long all calls of a conversation together wait for the upstream with its prompt cache, "
-        "in microseconds per cached token. 0: not at all. Not set: what a cached token saves.",
+        "How long all calls of a conversation together wait for the upstream with its prompt "
+        "cache, in microseconds per cached token. 0: not at all. Not set: what such a token saves.",
     )
     keep_alive_after_ms: Annotated[int, Field(ge=0, le=3_600_000)] = setting(
         0,
