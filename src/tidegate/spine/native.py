@@ -139,7 +139,7 @@ class Relay:
         the client can only see a failure. Cancellation leaves no waiter and no open call.
         """
         endpoint, caller, raw = call.endpoint, call.terms.caller, call.body
-        is_large = len(raw) > LARGE_BYTES
+        spec, is_large = DIALECTS[endpoint.dialect], len(raw) > LARGE_BYTES
         if not endpoint.is_counted and await self._answered_here(call, out, record):
             return
         body: dict[str, Any] = {}
@@ -160,9 +160,8 @@ class Relay:
             record.prompt_head = facts.prompt_head
             record.kind = str(facts.kind) if endpoint.is_counted else None
         if endpoint.resource is not None:
-            finding = partial(DIALECTS[endpoint.dialect].references, {}, raw)
-            references = await aside(len(raw), finding)
-            targets = [await self.resources.target_of(caller, endpoint.dialect, endpoint.resource)]
+            references = await aside(len(raw), partial(spec.references, {}, raw))
+            targets = [await self.resources.target_of(caller, spec.name, endpoint.resource)]
         else:
             targets = self._targets(call, facts, record.model or "")
         if references:
@@ -170,7 +169,8 @@ class Relay:
         upstreams = [one.upstream for one in targets]
         if not all(ANY in one.media_hosts and one.provider not in OWN for one in upstreams):
             targets = await aside(len(raw), partial(among_fetching, body, targets))
-        out = self.resources.noting(out, call, body, record)
+        if spec.tool_files is not None and endpoint.is_counted:
+            out = self.resources.noting(out, spec.tool_files, call, body, record)
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, facts, out, record)
         exchange.refers = bool(references)
         if making is not None or endpoint.resource is not None:
@@ -180,7 +180,7 @@ class Relay:
             on_admitted = self._hand_over(exchange, record, making)
         home = None
         if facts is not None and endpoint.operation is Operation.INFER:
-            before = await self.resources.continued(endpoint.dialect, references)
+            before = await self.resources.continued(spec.name, references) if references else None
             tracing = partial(lineage_in, body, record.lineage, before)
             record.lineage = await aside(len(raw), tracing) if is_large else tracing()
             home = self._home(call, facts.model, record, targets) if len(targets) > 1 else None

@@ -42,6 +42,7 @@ from tidegate.dialects.resources import (
     Making,
     Reference,
     ResourceUse,
+    ToolFiles,
     early_text,
     without_answers,
 )
@@ -162,17 +163,21 @@ class Resources:
         return 200, b"".join([piece async for piece in body.pieces])
 
     def noting(
-        self, out: Out, call: NativeCall, body: Mapping[str, Any], record: CallRecord
+        self,
+        out: Out,
+        files: ToolFiles,
+        call: NativeCall,
+        body: Mapping[str, Any],
+        record: CallRecord,
     ) -> Out:
         """Return the `out` of a call, which notes the files that the provider's tools make."""
-        endpoint, terms = call.endpoint, call.terms
-        files = DIALECTS[endpoint.dialect].tool_files
-        if files is None or not endpoint.is_counted or not files.may_be_made(body):
+        if not files.may_be_made(body):
             return out
+        dialect, terms = call.endpoint.dialect, call.terms
 
         async def note(ids: Sequence[str]) -> None:
             target = Target(self._targets.upstreams[record.upstream or ""], "")
-            by = MadeBy(terms.caller, endpoint.dialect, terms.request_id, terms.subject)
+            by = MadeBy(terms.caller, dialect, terms.request_id, terms.subject)
             await self.note(self.made(by, target, "file", ids))
 
         return NotingOut(out, files, note)
@@ -304,8 +309,7 @@ class Resources:
     async def continued(
         self, dialect: Dialect, references: Sequence[Reference]
     ) -> ResourceOwner | None:
-        """Return the row of the answer that a call continues. The references have passed
-        `among`."""
+        """Return the row of the answer that a call continues; `references` have passed `among`."""
         before = None
         for one in references:
             if one.field in _CONTINUED:

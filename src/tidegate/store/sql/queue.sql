@@ -117,8 +117,8 @@ WHERE r.id = row.id AND r.claim = row.claim AND r.status IN ('queued', 'running'
 RETURNING r.*, old.status AS old_status
 
 -- name: park_jobs
--- Release claims on queued jobs that were assigned to a tier, until a given time. `unmade` attempts
--- ended before a call and count as attempts.
+-- Release claims on queued jobs that were assigned to a tier, until a given time.
+-- `unmade` attempts ended before a call, and count.
 UPDATE requests r SET claim = r.claim + 1, claimed_by = NULL, tier = row.tier,
     tier_why = coalesce(row.tier_why, r.tier_why), revisit_at = row.revisit_at,
     not_before = row.not_before, batch_after = now() + row.batch_wait_ms * interval '1 millisecond',
