@@ -13,13 +13,13 @@ from __future__ import annotations
 import asyncio
 import zlib
 from base64 import b64encode
-from collections import deque
 from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from operator import attrgetter, itemgetter
+from time import monotonic
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
@@ -38,7 +38,7 @@ from tidegate.store.notifications import Notifications, next_beat_s
 from tidegate.store.outbox import add_webhooks
 from tidegate.store.provider.resources import NOTED, add_noted
 from tidegate.store.records import ClaimedJob, Json, NewJob, audit_row, cleaned, dumps
-from tidegate.store.spill import CallJournal, Spill
+from tidegate.store.spill import CallJournal, Spill, WaitingRows
 from tidegate.store.statistics import READ, add_usage, moment_of
 from tidegate.telemetry.logging import Log, get_logger
 from tidegate.telemetry.tracing import Trail, parent_of
@@ -180,7 +180,7 @@ _RETRY_MS, _REPLAY_EVERY_MS = 200, 5_000
 # bytes on they delay calls with large bodies, from the second on all calls.
 MAX_WAITING, MAX_WAITING_BYTES, MOST_WAITING_BYTES = 10_000, 64_000_000, 256_000_000
 _LARGE_ROW_BYTES = 262_144
-_BATCH_ROWS, _AT_ONCE, _AT_ONCE_BEHIND, _LINGER_S = 200, 8, 50, 0.05
+_BATCH_ROWS, _AT_ONCE, _AT_ONCE_BEHIND = 200, 8, 50
 _SMALL_BYTES = 2_000  # compressing less costs more than it saves; PostgreSQL does not either
 _BLOB_TIMEOUT_S = 5.0
 _LOST = Failure("process_died", "the process that made this call died before its end")
@@ -232,20 +232,6 @@ class _Overflow:
             self.count = 0
 
 
-class _Rows:
-    """Records that wait to be written, `batch_rows` at a time, each with its size."""
-
-    def __init__(self, batch_rows: int) -> None:
-        self.batch_rows = batch_rows
-        self.waiting: deque[tuple[CallRecord, int]] = deque()
-        self.size_bytes = 0
-        self.more = asyncio.Event()
-        self.writer: asyncio.Task[None] | None = None
-
-    def take(self) -> list[tuple[CallRecord, int]]:
-        return [self.waiting.popleft() for _ in range(min(len(self.waiting), self.batch_rows))]
-
-
 class AuditLog:
     """Writes ended calls. One per process: `start` it, `aclose` it at the end.
 
@@ -280,7 +266,7 @@ class AuditLog:
         self._instance_id = instance_id
         self._when_full = when_full
         self._room = asyncio.Event()  # set when either buffer has become shorter
-        self._small, self._large = self._rows = _Rows(_BATCH_ROWS), _Rows(1)
+        self._small, self._large = self._rows = WaitingRows(_BATCH_ROWS), WaitingRows(1)
         self._rows_left_out = _Overflow()
         self._entry_writer: GroupWriter[Json, None] = GroupWriter(self._commit)
         self._tasks: set[asyncio.Task[bool]] = set()
@@ -303,6 +289,8 @@ class AuditLog:
         be written are on disk."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_ms / 3000):
+                for one in self._rows:
+                    one.hurry()
                 while any(one.writer is not None and one.size_bytes for one in self._rows):
                     self._room.clear()
                     await self._room.wait()
@@ -351,23 +339,26 @@ class AuditLog:
         if self._rows_left_out.count:
             self._rows_left_out.end()
         rows_left = self._small if size_bytes <= _LARGE_ROW_BYTES else self._large
-        rows_left.waiting.append((record, size_bytes))
-        rows_left.size_bytes += size_bytes
-        rows_left.more.set()
+        rows_left.add(record, size_bytes)
 
-    async def _write_rows(self, rows_left: _Rows) -> None:
+    async def _write_rows(self, rows_left: WaitingRows) -> None:
         while True:
-            await rows_left.more.wait()
-            await asyncio.sleep(_LINGER_S)  # a batch costs as much as one row
-            rows_left.more.clear()
+            # Others may wait for what a call has not used of its budget.
+            await rows_left.gather(is_urgent=lambda: self._budgets.is_settling)
+            began_at = monotonic()
             while taken := rows_left.take():
                 if len(rows_left.waiting) >= rows_left.batch_rows > 1:
                     batches = taken, rows_left.take()  # one is prepared while one is written
                     await asyncio.gather(*(self._write_taken(rows_left, one) for one in batches))
                 else:
                     await self._write_taken(rows_left, taken)
+                if not rows_left.has_many:
+                    break
+            rows_left.wrote(monotonic() - began_at)
 
-    async def _write_taken(self, rows_left: _Rows, taken: list[tuple[CallRecord, int]]) -> None:
+    async def _write_taken(
+        self, rows_left: WaitingRows, taken: list[tuple[CallRecord, int]]
+    ) -> None:
         batch = [record for record, _ in taken]
         self._listeners.notify(batch)
         try:

@@ -693,6 +693,11 @@ class Budgets:
             one = Settlement(hold, request_id, micros, tokens, doubt)
         self._pending.setdefault(request_id, []).append((self._clock(), one))
 
+    @property
+    def is_settling(self) -> bool:
+        """Whether charges wait to be written."""
+        return bool(self._pending)
+
     async def settle_in(
         self, connection: asyncpg.Connection, request_ids: Iterable[UUID | str]
     ) -> None:
@@ -787,8 +792,7 @@ class Budgets:
                 if self._rules and now - beaten_at >= _SEEN_EVERY_S:
                     beaten_at = now
                     await self._renew_holds()
-                is_rolling = any(one.window_s for one in self._rules)
-                if is_rolling and now - ended_at >= _EXTRAS_EVERY_S:
+                if now - ended_at >= _EXTRAS_EVERY_S and any(one.window_s for one in self._rules):
                     ended_at = now
                     await self.end_extras()
                 if self._rules and now - forgot_at >= _FORGET_EVERY_S:
@@ -840,18 +844,14 @@ class Budgets:
         else:
             await self._connections.execute("forget_budget_instances")
         self._steadiness.beaten(sent_at)
-        if not self._steadiness.may_judge:
-            return
-        await self.charge_orphans()
+        if self._steadiness.may_judge:
+            await self.charge_orphans()
 
     async def _void_strays(self) -> None:
         """Void reservations that this process does not know of, since their reply was lost."""
-        known = list(self._open)
-        rows = await self._connections.rows(
-            "stray_budget_holds", self._instance_id, known, _STRAYS_AFTER_S
-        )
-        strays = [Settlement(row["id"], None, 0, 0, False) for row in rows]
-        if strays:
+        own = self._instance_id, list(self._open), _STRAYS_AFTER_S
+        rows = await self._connections.rows("stray_budget_holds", *own)
+        if strays := [Settlement(row["id"], None, 0, 0, False) for row in rows]:
             await self._each_or_all(strays, settle_holds)
 
     async def charge_orphans(self) -> int:

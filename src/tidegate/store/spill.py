@@ -1,5 +1,7 @@
 """Spill: finished work, kept on disk while PostgreSQL is unavailable.
 
+Rows of ended calls wait in memory first, so that many are written together (`WaitingRows`).
+
 Invariant: an entry is on disk once `keep` returns, and will be replayed, in order, by this process
 or by the next one with the same folder; never by two concurrently, since a file belongs to the
 holder of its lock. Replaying twice is harmless: every write is fenced or keyed.
@@ -18,6 +20,7 @@ import struct
 import sys
 import zlib
 from base64 import b64encode
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -196,6 +199,63 @@ _TAKEN, _FREE = 1, 0
 _CHARGE = struct.Struct("<IHBB")  # CRC-32 and length of the text
 _CHARGE_MARK = (0, 2)
 _NO_CHARGE = bytes(_CHARGE.size)
+
+
+class WaitingRows:
+    """Records in memory that wait to be written, `batch_rows` at a time, each with its size.
+
+    A batch costs PostgreSQL and this process about as much as a single row. So after a batch the
+    next one waits `LINGER_TIMES` as long as that took, unless half of a batch waits before.
+    """
+
+    LINGER_S, MOST_LINGER_S, LINGER_TIMES = 0.05, 0.25, 20
+
+    def __init__(self, batch_rows: int) -> None:
+        self.batch_rows = batch_rows
+        self.waiting: deque[tuple[CallRecord, int]] = deque()
+        self.size_bytes = 0
+        self.writer: asyncio.Task[None] | None = None
+        self._any, self._many = asyncio.Event(), asyncio.Event()
+        self._linger_s = self.LINGER_S
+        self._hurries = False
+
+    @property
+    def has_many(self) -> bool:
+        """Whether half of a batch waits."""
+        return 2 * len(self.waiting) >= self.batch_rows
+
+    def add(self, record: CallRecord, size_bytes: int) -> None:
+        self.waiting.append((record, size_bytes))
+        self.size_bytes += size_bytes
+        self._any.set()
+        if self._hurries or self.has_many:
+            self._many.set()
+
+    def hurry(self) -> None:
+        """Let no record wait for others from now on."""
+        self._hurries = True
+        self._many.set()
+
+    async def gather(self, is_urgent: Callable[[], bool]) -> None:
+        """Wait for a record, and for more of them, which is short if the first one is urgent.
+        Cancellation leaves all records."""
+        await self._any.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.LINGER_S if is_urgent() else self._linger_s):
+                await self._many.wait()
+        self._any.clear()
+        if not self._hurries:
+            self._many.clear()
+
+    def take(self) -> list[tuple[CallRecord, int]]:
+        """Remove the next batch, and return it."""
+        return [self.waiting.popleft() for _ in range(min(len(self.waiting), self.batch_rows))]
+
+    def wrote(self, took_s: float) -> None:
+        """Note how long the last batches took; records may have come meanwhile."""
+        self._linger_s = max(self.LINGER_S, min(self.LINGER_TIMES * took_s, self.MOST_LINGER_S))
+        if self.waiting:
+            self._any.set()
 
 
 class CallJournal:
