@@ -19,11 +19,12 @@ from bench import grid, machine
 from bench.gateway import jobs
 from bench.gateway.product import Product
 from bench.gateway.programs import Load, Upstream
-from bench.gateway.scenarios import CHUNKS, CONNECTIONS, MESSAGES, STREAMS
+from bench.gateway.scenarios import CHUNKS, CONNECTIONS, MESSAGES, STREAMS, UPSTREAM_MS
 from bench.profile.samples import BETWEEN, Sampler, Samples
 
 TURNS = (False, True, False, True)
 SMALL = 0.005
+PACED_PER_S, PACED_CONNECTIONS = 400, 1_000
 HEADERS = ("package", "self us", "share", "total us, with what it calls")
 
 
@@ -37,6 +38,11 @@ class Stage:
     def call(self) -> float:
         self.upstream.behave()
         return self._relay(stream=False, connections=CONNECTIONS)
+
+    def paced(self) -> float:
+        """Far below what it could take, so that few calls are at the same step."""
+        self.upstream.behave(delay_ms=UPSTREAM_MS)
+        return self._relay(stream=False, connections=PACED_CONNECTIONS, rate=PACED_PER_S)
 
     def stream(self) -> float:
         self.upstream.behave(chunks=CHUNKS, gap_ms=1.0)
@@ -64,7 +70,7 @@ class Stage:
         body.write_text(json.dumps(jobs.BODY))
         jobs.await_ready(self.product, body)
 
-    def _relay(self, *, stream: bool, connections: int) -> float:
+    def _relay(self, *, stream: bool, connections: int, **more: float) -> float:
         body = self.folder / "body.json"
         body.write_text(json.dumps({"model": "bench", "messages": MESSAGES, "stream": stream}))
         figures = Load(
@@ -74,6 +80,7 @@ class Stage:
             tail="[DONE]" if stream else "}",
             seconds=self.seconds,
             connections=connections,
+            **more,
         ).figures()
         if figures["ok"] < 0.99 * figures["sent"]:
             raise SystemExit(f"{figures['ok']} of {figures['sent']} served: {figures['said']}")
@@ -82,6 +89,7 @@ class Stage:
 
 LOADS: dict[str, tuple[str, Callable[[Stage], float], tuple[str, ...]]] = {
     "call": ("a relayed call, 64 connections", Stage.call, ("serve",)),
+    "paced": (f"a relayed call, {PACED_PER_S} a second", Stage.paced, ("serve",)),
     "stream": ("a stream of 50 events, 8 concurrently", Stage.stream, ("serve",)),
     "job": ("a job, submitted at full speed", Stage.job, ("serve", "worker")),
     "batch": ("a line of a batch, with its upload", Stage.batch, ("serve", "worker")),
