@@ -70,7 +70,7 @@ class Stage:
         body.write_text(json.dumps(jobs.BODY))
         jobs.await_ready(self.product, body)
 
-    def _relay(self, *, stream: bool, connections: int, **more: float) -> float:
+    def _relay(self, *, stream: bool, connections: int, rate: float = 0) -> float:
         body = self.folder / "body.json"
         body.write_text(json.dumps({"model": "bench", "messages": MESSAGES, "stream": stream}))
         figures = Load(
@@ -80,7 +80,7 @@ class Stage:
             tail="[DONE]" if stream else "}",
             seconds=self.seconds,
             connections=connections,
-            **more,
+            rate=rate,
         ).figures()
         if figures["ok"] < 0.99 * figures["sent"]:
             raise SystemExit(f"{figures['ok']} of {figures['sent']} served: {figures['said']}")
