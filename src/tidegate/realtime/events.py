@@ -53,7 +53,8 @@ class ClientEvent:
 
     message: as it is forwarded. begins_turn: the provider answers it with a turn. about_tokens:
     estimate of its input. audio_seconds: of audio in it. joins: it may be answered together with
-    input that came before the turn began. event_id: the id of it that errors name, if any.
+    input that came before the turn began. continues: a turn in progress waits for it. event_id: the
+    id of it that errors name, if any.
     """
 
     message: Message
@@ -61,6 +62,7 @@ class ClientEvent:
     about_tokens: float = 0.0
     audio_seconds: float = 0.0
     joins: bool = False
+    continues: bool = False
     event_id: str | None = None
 
 
@@ -318,6 +320,8 @@ def _modalities(table: Facts, name: str) -> dict[str, int]:
     return found
 
 
+_MOST_QUOTES = 16
+_PUNCTUATION = "{}[]:, \t\r\n"
 _APPEND = re.compile(r'"type"\s*:\s*"input_audio_buffer\.append"')
 _DELTA = ".delta"
 _TYPE_CHARS = 400
@@ -385,9 +389,8 @@ class OpenAIEvents:
     @staticmethod
     def _is_audio(message: str) -> bool:
         """Return whether a message is only audio: base64 has neither a quote nor a backslash."""
-        plain = "\\" not in message and message.count('"') <= 16
         return (
-            plain
+            _is_plain(message)
             and message.lower().count('"type"') == 1  # the type is its own
             and _APPEND.search(message) is not None
         )
@@ -495,6 +498,14 @@ class OpenAIEvents:
                 model = session.get("model")
                 return Reported(model=model if type(model) is str else None)
         return NOTHING
+
+
+def _is_plain(message: str) -> bool:
+    """Return whether a message is a few texts without escapes, with nothing but punctuation between
+    them: a lenient server would read names without quotes or in single ones."""
+    if "\\" in message or message.count('"') > _MOST_QUOTES:
+        return False
+    return not any(one.strip(_PUNCTUATION) for one in message.split('"')[::2])
 
 
 def _is_delta(message: Message) -> bool:
@@ -668,7 +679,8 @@ class GeminiEvents:
             raise InvalidRequest("message", f"a message has {named or 'nothing'}", allowed=allowed)
         value, about = _table(next(iter(event.values()))), len(message) / _TEXT_CHARS
         if names[0] == "toolResponse":
-            return ClientEvent(message, True, about, _gemini_sound(value))
+            sound = _gemini_sound(value)
+            return ClientEvent(message, True, about, sound, joins=True, continues=True)
         if names[0] == "clientContent":
             ends = value.get("turnComplete", value.get("turn_complete"))
             return ClientEvent(message, ends is True, about, _gemini_sound(value))
@@ -688,19 +700,18 @@ class GeminiEvents:
     def _is_input(message: str) -> bool:
         """Return whether a message is one piece of audio or of pictures, which is not parsed."""
         first = _REALTIME_INPUT.match(message)
-        if first is None or "\\" in message or message.count('"') > 16:
+        if first is None or not _is_plain(message):
             return False
         texts = message[first.end() :].split('"')
         names = [one.lower() for one in texts if len(one) <= _LONGEST_NAME]
         return names.count("data") == 1 and _NO_INPUT.isdisjoint(names)
 
     def reported(self, message: Message) -> Reported:
-        has_usage = _has(message, '"usageMetadata"', '"webSearchQueries"')
-        ends = _has(message, '"turnComplete"', '"toolCall"')
-        if not has_usage and not ends:
+        if not _has(message, '"usageMetadata"', '"webSearchQueries"'):
             audio = _has(message[:400], '"inlineData"')
             about = len(message) / _OUT_CHARS if audio else len(message) / 100
-            return Reported(about_tokens=about) if _has(message, '"modelTurn"') else NOTHING
+            is_output = _has(message, '"modelTurn"', '"toolCall"')
+            return Reported(about_tokens=about) if is_output else NOTHING
         event = _of_provider(message)
         spent, usage = self._searched(event), gemini_usage(event.get("usageMetadata"))
         if usage is not None:

@@ -360,7 +360,9 @@ class RealtimeExchange:
             if event.begins_turn:
                 try:
                     with _unless_lost(client):
-                        await turns.ask(joins=event.joins, event_id=event.event_id)
+                        await turns.ask(
+                            joins=event.joins, continues=event.continues, event_id=event.event_id
+                        )
                 except _ClientLost:
                     return _lost(client)
                 except TidegateError as error:

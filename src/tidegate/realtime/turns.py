@@ -130,10 +130,14 @@ class Turns:
         await self._budgets.known()
         self._ahead = await self._reserve()
 
-    async def ask(self, *, joins: bool = False, event_id: str | None = None) -> None:
+    async def ask(
+        self, *, joins: bool = False, continues: bool = False, event_id: str | None = None
+    ) -> None:
         """Wait until the limits admit a turn that the client begins. Raises AdmissionError and the
         errors of budgets; then the turn must not begin. joins: it may take the place of one that
-        was answered together with another."""
+        was answered together with another. continues: it is part of a turn in progress, if any."""
+        if continues and self._begun:
+            return
         if joins and (left := self._answered_together()) is not None:
             left.after = self._begins
             return

@@ -374,3 +374,17 @@ def test_no_message_passes_for_sound_by_a_word_that_it_has() -> None:
         both = text({"realtimeInput": {"text": "a"}, name: {"turnComplete": True}})
         with pytest.raises(InvalidRequest):
             GeminiEvents().client_event(both)
+
+
+def test_names_that_only_a_lenient_server_reads_are_refused() -> None:
+    """Such as names without quotes or in single ones: sound under them would count for nothing."""
+    for wrong in (
+        '{"realtimeInput":{audio:{data:"AAAA"}},"data":""}',
+        """{"realtimeInput":{'audio':{'data':"AAAA"}},"data":""}""",
+        '{"realtimeInput":{"audio":{"data":"AAAA"},text:"hello"}}',
+    ):
+        with pytest.raises(InvalidRequest):
+            GeminiEvents().client_event(wrong)
+    sound = '{"type":"input_audio_buffer.append","audio":"AAAA",response:{"model":"gpt-5"}}'
+    with pytest.raises(InvalidRequest):
+        events().client_event(sound)
