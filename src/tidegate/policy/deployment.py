@@ -54,6 +54,7 @@ from tidegate.policy.providers import (
     Abandoned,
     access_options_of,
     filled,
+    keeps,
     may_ask_usage,
     other_urls,
     own_models,
@@ -197,6 +198,10 @@ class Upstream:
         """Whether it is a self-hosted server, as its provider's preset says."""
         preset = PROVIDERS.get(self.provider or "")
         return preset is not None and preset.is_own
+
+    def keeps(self, kind: str) -> bool:
+        """Return whether resources of a kind can be kept there."""
+        return keeps(kind, self.provider, self.base_urls.values())
 
     @property
     def named(self) -> list[str]:

@@ -203,6 +203,8 @@ def has_responses_socket(provider: str | None) -> bool:
 
 # Providers that report the usage of streams unasked, and reject `stream_options` with 422.
 _REPORT_USAGE = frozenset(("mistral",))
+# Providers with models that answer at `/v1/conversations`: no limit would apply to such a call.
+_ANSWER_IN_CONVERSATIONS = frozenset(("mistral",))
 # Providers whose list of models has another form than their dialect's.
 LISTED_OTHERWISE = frozenset(("together", "vertex"))
 # Providers whose list has base models, while calls name deployments.
@@ -425,6 +427,13 @@ def _paths(
 def may_ask_usage(provider: str | None, urls: Iterable[str]) -> bool:
     """Return whether streams may be asked for usage at this provider, or at `urls`."""
     return _REPORT_USAGE.isdisjoint({provider} if provider else map(provider_of, urls))
+
+
+def keeps(kind: str, provider: str | None, urls: Iterable[str]) -> bool:
+    """Return whether resources of a kind in OpenAI's dialect can be kept at this provider, or at
+    `urls`."""
+    names = {provider} if provider else set(map(provider_of, urls))
+    return kind != "conversation" or _ANSWER_IN_CONVERSATIONS.isdisjoint(names)
 
 
 def own_models(name: str) -> Sequence[str]:

@@ -276,11 +276,11 @@ class Resources:
         dialects. Raises NotFound."""
         if use.resource_id is not None:
             upstream = await self._place(caller, dialect, use.kind, use.resource_id)
-            if upstream is not None:
+            if upstream is not None and upstream.keeps(use.kind):
                 return Target(upstream, "")
-        upstreams = self._targets.in_service(dialect)
+        upstreams = [one for one in self._targets.in_service(dialect) if one.keeps(use.kind)]
         if not upstreams:
-            raise NotFound(f"no upstream speaks the {dialect} dialect")
+            raise NotFound(f"no upstream speaks the {dialect} dialect and has a {use.kind}")
         first = min(upstreams, key=lambda one: (one.provider != dialect, len(one.base_urls)))
         return Target(first, "")
 

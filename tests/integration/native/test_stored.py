@@ -319,3 +319,30 @@ async def test_an_answer_that_is_too_long_to_be_kept_is_its_tenants_own(
     rows = await gateway.database.fetch("SELECT kind, resource_id FROM provider_resources")
     assert [tuple(row) for row in rows] == [("response", "resp_1")]
     await runner.cleanup()
+
+
+async def test_no_model_answers_in_what_is_relayed_as_a_conversation(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mistral's begin with an answer of a model, which no limit would count."""
+    asked: list[str] = []
+
+    async def answer(request: web.BaseRequest) -> web.Response:
+        asked.append(request.path)
+        return web.json_response({"conversation_id": "conv_1", "usage": {"total_tokens": 9}})
+
+    monkeypatch.setenv("MISTRAL_API_KEY", "key-of-mistral")
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    path = tmp_path / "policy.toml"
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    own = f'provider = "mistral"\nbase_url = "{url}"\nadopt = "default"\n'
+    path.write_text(f"[upstreams.mistral]\n{own}")
+    gateway = await open_gateway(worker=False, tidegate_policy=path)
+    begun = {"model": "mistral-large-latest", "inputs": "Say hello"}
+    for at in ("/v1/conversations", "/v1/conversations/conv_1"):
+        async with gateway.http.post(f"{gateway.url}{at}", json=begun) as response:
+            assert response.headers.get("x-tidegate-upstream") != "mistral"
+    assert not asked
+    await runner.cleanup()

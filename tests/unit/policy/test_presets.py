@@ -8,7 +8,7 @@ import pytest
 
 from tidegate.limiter import Rate, Weights
 from tidegate.policy.format import of_plain, to_plain
-from tidegate.policy.providers import PRESETS, filled
+from tidegate.policy.providers import PRESETS, filled, keeps
 
 
 def rate(provider: str, limit_id: str, value: Any = 30_000) -> Rate:
@@ -129,3 +129,11 @@ def test_another_bound_changes_nothing_of_how_a_limit_counts(
     assert isinstance(before[limit_id], dict)
     after = filled({limit_id: {**before[limit_id], "bound": 60}}, provider, before)
     assert after == {limit_id: {**before[limit_id], "bound": 60}}
+
+
+def test_conversations_are_kept_where_no_model_answers_in_them() -> None:
+    assert keeps("conversation", "openai", ["https://api.openai.com/v1"])
+    assert keeps("conversation", None, ["http://localhost:8000/v1"])
+    assert keeps("file", "mistral", ["https://api.mistral.ai/v1"])
+    assert not keeps("conversation", "mistral", ["https://proxy.example.com/v1"])
+    assert not keeps("conversation", None, ["https://api.mistral.ai/v1"])
