@@ -26,16 +26,15 @@ from tidegate.dialects.answers import (
 from tidegate.dialects.headers import spent_windows, until_date_ms, used_up
 from tidegate.dialects.requests import request_facts
 from tidegate.dialects.resources import (
-    RESOURCE_ID,
     Act,
     Reference,
-    ToolFiles,
     anthropic_page,
     may_name,
     named_values,
     path_of,
     use_in,
 )
+from tidegate.dialects.sandboxes import MADE_BY_CLAUDE, OUTPUTS, claudes_container
 from tidegate.dialects.spec import (
     AnswerFacts,
     Dialect,
@@ -108,39 +107,19 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
 
 
 _FILE_FIELDS = frozenset(("file_id",))
-_FILE_ID = re.compile(RESOURCE_ID, re.ASCII)
 # Arguments of calls of a client's tool, and descriptions of tools.
 _OF_TOOLS = frozenset(("input", "input_schema"))
-# Files that a tool of the provider has made, in a conversation that is sent again.
-_OUTPUTS = frozenset(("code_execution_output", "bash_code_execution_output", "file_citation"))
 
 
-def references(_body: Mapping[str, Any], raw: bytes) -> list[Reference]:
-    """Return the files that a request names, at any depth. Raises InvalidRequest."""
+def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
+    """Return the files that a request names, at any depth, and its container. Raises
+    InvalidRequest."""
+    found = claudes_container(body, raw) if "container" in body else []
     if not may_name(raw, b'"file_id"'):
-        return []
-    named = named_values(raw, _FILE_FIELDS, _OF_TOOLS, _OUTPUTS)
-    return [Reference("file", one, "file_id") for one in dict.fromkeys(one.value for one in named)]
-
-
-_MAKES_FILES, _MADE = "code_execution", "code_execution_tool_result"
-
-
-def _may_make_files(body: Mapping[str, Any]) -> bool:
-    return any(
-        str(one.get("type")).startswith(_MAKES_FILES) for one in objects_in(body.get("tools"))
-    )
-
-
-def files_made(answer: JsonObject) -> list[str]:
-    """Return the files that code execution has made, in a message or an event of its stream. Other
-    fields of that name may repeat a client's text."""
-    found = []
-    for block in (*objects_in(answer.get("content")), part_of(answer, "content_block")):
-        if str(block.get("type")).endswith(_MADE):
-            outputs = objects_in(part_of(block, "content").get("content"))
-            found += [one.get("file_id") for one in outputs if one.get("type") in _OUTPUTS]
-    return [one for one in found if type(one) is str and _FILE_ID.fullmatch(one) is not None]
+        return found
+    named = named_values(raw, _FILE_FIELDS, _OF_TOOLS, OUTPUTS)
+    ids = dict.fromkeys(one.value for one in named)
+    return [*found, *(Reference("file", one, "file_id") for one in ids)]
 
 
 def _picture(size: Size) -> float:
@@ -386,7 +365,7 @@ ANTHROPIC = DialectSpec(
     add_output=add_output,
     image_count=image_count,
     references=references,
-    tool_files=ToolFiles(_MADE.encode(), _may_make_files, files_made),
+    made_by_tools=MADE_BY_CLAUDE,
     page=anthropic_page,
     statuses=_STATUSES,
     refusal=refusal,

@@ -55,6 +55,7 @@ from tidegate.dialects.resources import (
     path_of,
     use_in,
 )
+from tidegate.dialects.sandboxes import MADE_BY_GOOGLE, googles_environment
 from tidegate.dialects.spec import (
     AnswerFacts,
     Dialect,
@@ -213,12 +214,12 @@ _STORE_NAME = re.compile(rf"fileSearchStores/({RESOURCE_ID})", re.ASCII)
 
 
 def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
-    """Return the files, file stores, cached content and interaction that a request names, with the
-    field of each. Raises InvalidRequest and NotFound."""
+    """Return the files, file stores, cached content, interaction and environment that a request
+    names, with the field of each. Raises InvalidRequest and NotFound."""
+    found = googles_environment(body, raw) if "environment" in body else []
     imports = not body and may_name(raw, b'"fileName"', b'"file_name"')
     if not imports and not may_name(raw, *_REFERRING, *map(str.encode, _PREVIOUS)):
-        return []
-    found = []
+        return found
     names = _REFERENCES | _INPUTS if imports or "batch" in body else _REFERENCES
     for one in named_values(raw, names, _OF_FUNCTIONS):
         if one.field in _INPUTS:
@@ -699,6 +700,7 @@ GEMINI = DialectSpec(
     add_output=add_output,
     image_count=image_count,
     references=references,
+    made_by_tools=MADE_BY_GOOGLE,
     made_by=made_by,
     page=gemini_page,
     works={

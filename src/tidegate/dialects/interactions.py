@@ -79,7 +79,6 @@ def request_facts(
             message = "an interaction names a model or an agent, not both"
             raise InvalidRequest("agent", message, allowed="model or agent")
         body = {"model": agent, **{name: body[name] for name in body if name != "agent"}}
-    _check_environment(body.get("environment"))
     config = body.get("generation_config")
     settings = dict(config) if isinstance(config, Mapping) else {}
     settings["response_modalities"] = _modalities(body)
@@ -91,16 +90,6 @@ def request_facts(
         is_hosted=is_hosted_tool,
         settings=settings,
     )
-
-
-def _check_environment(environment: Any) -> None:
-    """Raise InvalidRequest for an existing environment: it contains data of other calls of the
-    account, and its id does not show its owner."""
-    if isinstance(environment, str) or (
-        isinstance(environment, Mapping) and environment.get("environment_id") is not None
-    ):
-        message = "an existing environment is not supported, since tenants share the account"
-        raise InvalidRequest("environment", message, allowed="a description of a new environment")
 
 
 def _modalities(body: Mapping[str, Any]) -> list[Any]:

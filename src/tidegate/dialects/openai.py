@@ -56,6 +56,7 @@ from tidegate.dialects.resources import (
     path_of,
     use_in,
 )
+from tidegate.dialects.sandboxes import MADE_BY_OPENAI, OPENAIS_CALLS, OPENAIS_FIELDS
 from tidegate.dialects.spec import (
     AnswerFacts,
     Dialect,
@@ -195,8 +196,8 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
 
 def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
     """Return the response that a call continues, the conversation that it is added to, and its
-    files."""
-    found = _files_named(raw)
+    files and containers."""
+    found = _named_below(raw)
     if _REFERRING.isdisjoint(body):
         return found
     before, conversation = body.get("previous_response_id"), body.get("conversation")
@@ -229,20 +230,23 @@ def _id_of_conversation(raw: bytes) -> Any:
     return ids[0][1]
 
 
-_FILE_FIELDS = frozenset(("file_id", "file_ids"))
+_NAMING = frozenset(("file_id", "file_ids")) | OPENAIS_FIELDS
 # Citations and results of a model, and descriptions of functions: no file is read for these.
 _NO_FILES = frozenset(("annotations", "results", "parameters", "metadata", "schema"))
-_CITATIONS = frozenset(("file_citation", "container_file_citation", "file_path"))
+_CITATIONS = frozenset(("file_citation", "file_path")) | OPENAIS_CALLS
+_MARKS = (b"file_id", b'"container', b"\\u00")
 
 
-def _files_named(raw: bytes) -> list[Reference]:
-    """Return the files that a body names, at any depth. Raises InvalidRequest."""
-    if len(raw) <= LARGE_BYTES and raw.find(b"file_id") < 0 and raw.find(b"\\u00") < 0:
+def _named_below(raw: bytes) -> list[Reference]:
+    """Return the files and containers that a body names, at any depth. Raises InvalidRequest."""
+    if len(raw) <= LARGE_BYTES and not any(one in raw for one in _MARKS):
         return []  # the usual case
-    if not may_name(raw, b'"file_id"', b'"file_ids"'):
+    if not may_name(raw, *(b'"%b"' % one.encode() for one in _NAMING)):
         return []
-    named = named_values(raw, _FILE_FIELDS, _NO_FILES, _CITATIONS)
-    return [Reference("file", one, "file_id") for one in dict.fromkeys(one.value for one in named)]
+    named = named_values(raw, _NAMING, _NO_FILES, _CITATIONS)
+    kinds = {one: "container" if one in OPENAIS_FIELDS else "file" for one in _NAMING}
+    found = [Reference(kinds[one.field], one.value, f"{kinds[one.field]}_id") for one in named]
+    return list(dict.fromkeys(found))
 
 
 def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
@@ -854,6 +858,7 @@ OPENAI = DialectSpec(
     calls=_CALLS,
     endpoint_of=endpoint_of,
     references=references,
+    made_by_tools=MADE_BY_OPENAI,
     made_by=made_by,
     works={
         "response": OngoingWork(

@@ -60,17 +60,20 @@ class Making:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolFiles:
-    """Files that a provider's own tool makes during a call.
+class MadeByTools:
+    """Resources that a provider's own tools make during a call: files, and where the tools run.
 
-    mark: bytes that are in every answer or event that names one. may_be_made: whether a request has
-    such a tool. ids_in: returns the ids in an answer or an event, from the places alone where the
-    provider writes them.
+    fields: a request without any of these has no such tool. marks: one of these is in every answer
+    or event that names a resource. may_be_made: whether a request has such a tool. named_in:
+    returns the kinds and ids in an answer or an event, from the places alone where the provider
+    writes them. of: the kind of a resource that names them too when it is read.
     """
 
-    mark: bytes
+    fields: frozenset[str]
+    marks: tuple[bytes, ...]
     may_be_made: Callable[[Mapping[str, Any]], bool]
-    ids_in: Callable[[JsonObject], Sequence[str]]
+    named_in: Callable[[JsonObject], Sequence[tuple[str, str]]]
+    of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ from tidegate.admission.charges import CacheWrite
 from tidegate.admission.estimator import InputPieces, Rules, input_pieces
 from tidegate.call import UNKNOWN_USAGE, Kind, Status, Usage, UsageDetails
 from tidegate.dialects.resources import (
+    MadeByTools,
     Making,
     PageQuery,
     Reference,
     ResourceUse,
-    ToolFiles,
     nothing_made,
     nothing_referred,
     openai_page,
@@ -436,7 +436,7 @@ class DialectSpec:
 
     Resources: `references(body, raw)` returns the resources that a call refers to, and
     `made_by(path, body)` what its answer creates, if anything; both are called for each call.
-    `tool_files` is what the provider's tools make during a call.
+    `made_by_tools` is what the provider's tools make during a call.
     `page(kind, query)` reads the query of a list. `works` is the work that continues after its
     answer, by the kind of its resource.
 
@@ -475,7 +475,7 @@ class DialectSpec:
     error_event: bytes = b""
     references: Callable[[Mapping[str, Any], bytes], Sequence[Reference]] = nothing_referred
     made_by: Callable[[str, Mapping[str, Any]], Making | None] = nothing_made
-    tool_files: ToolFiles | None = None
+    made_by_tools: MadeByTools | None = None
     page: Callable[[str, str], PageQuery] = openai_page
     works: Mapping[str, OngoingWork] = field(default_factory=dict)
     keep_alive: bytes = b": waiting for admission\n\n"

@@ -1,32 +1,23 @@
 """Delivery of answers to clients, and what happens to a call whose client disconnects.
 
-    provider ──► answer or event with a file's id ──► owner noted (durable) ──► client
-
 Most servers stop when a connection is closed. Some continue to compute, as llama.cpp does with a
 call that does not stream: there the answer is read to its end and the permit is kept, so that no
 call is admitted to a slot that is not free. A stream is closed once it has begun, since such a
 server then notices. Cancelling a job counts as a disconnected client.
 
 Invariants: a call is only completed after its client left, and for at most its upstream's own
-timeouts; a second cancellation, such as at shutdown, closes it; no answer, and no event of a
-stream, is complete at the client before the files in it that a provider's tool made are noted.
+timeouts; a second cancellation, such as at shutdown, closes it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
-import orjson
-
-from tidegate.dialects.answers import object_of
-from tidegate.dialects.resources import ToolFiles
 from tidegate.dialects.spec import Headers
-from tidegate.record import KEPT_BYTES, CallRecord, Failure
-from tidegate.spine.bodies import aside
+from tidegate.record import CallRecord, Failure
 
 
 class Out(Protocol):
@@ -154,76 +145,3 @@ def client_left(record: CallRecord) -> Failure:
     if record.went_on_ms is not None:
         message += f"; its upstream's work was over {record.went_on_ms:.0f} ms later"
     return Failure("client_left", message)
-
-
-_EVENT = b"data:"
-
-
-class NotingOut:
-    """Relays an answer, and notes the files in it first. An answer without events, or one event, is
-    searched if it has at most `KEPT_BYTES`; a compressed one is not."""
-
-    def __init__(
-        self, out: Out, files: ToolFiles, note: Callable[[Sequence[str]], Awaitable[None]]
-    ) -> None:
-        self._out = out
-        self._files = files
-        self._note = note
-        self._held: list[bytes] = []  # of an answer or an event that is not complete
-        self._held_bytes = 0
-        self._streams = False
-
-    @property
-    def started(self) -> bool:
-        return self._out.started
-
-    @started.setter
-    def started(self, value: bool) -> None:
-        self._out.started = value
-
-    async def start(self, status: int, headers: Headers) -> None:
-        self._streams = any(value.startswith(b"text/event-stream") for _, value in headers)
-        await self._out.start(status, headers)
-
-    async def body(self, piece: bytes, more: bool) -> None:
-        if self._streams and b"\n" in piece:
-            whole, _, rest = piece.rpartition(b"\n")
-            self._hold(whole)
-            await self._search()
-            self._hold(rest)
-        else:
-            self._hold(piece)
-        if not more:
-            await self._search()
-        await self._out.body(piece, more)
-
-    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        self._hold(body)
-        await self._search()
-        await self._out.whole(status, headers, body)
-
-    def _hold(self, piece: bytes) -> None:
-        self._held_bytes += len(piece)
-        if self._held_bytes <= KEPT_BYTES:
-            self._held.append(piece)
-
-    async def _search(self) -> None:
-        """Note the files in what is held, which is complete."""
-        held = b"".join(self._held) if self._held_bytes <= KEPT_BYTES else b""
-        self._held, self._held_bytes = [], 0
-        if self._files.mark in held:
-            ids = await aside(len(held), partial(_ids_in, held, self._files))
-            if ids:
-                await self._note(ids)
-
-
-def _ids_in(held: bytes, files: ToolFiles) -> list[str]:
-    found: list[str] = []
-    lines = [held] if held.lstrip()[:1] == b"{" else held.splitlines()
-    for line in lines:
-        if files.mark in line:
-            try:
-                found += files.ids_in(object_of(orjson.loads(line.removeprefix(_EVENT))))
-            except orjson.JSONDecodeError:  # not an answer of this dialect
-                continue
-    return list(dict.fromkeys(found))

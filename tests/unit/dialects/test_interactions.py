@@ -88,8 +88,6 @@ def test_a_model_or_an_agent_is_asked_with_a_bound_of_its_own() -> None:
     [
         ({"agent": "a"}, "agent"),
         ({"background": 1}, "background"),
-        ({"environment": "env_1"}, "environment"),
-        ({"environment": {"type": "remote", "environment_id": "e"}}, "environment"),
         ({"stream": 1}, "stream"),
     ],
 )
