@@ -87,7 +87,7 @@ PROVIDERS: Mapping[str, Provider] = {
         (
             *("gpt-*", "chatgpt-*", "o1*", "o3*", "o4*", "codex-*", "ft:*", "text-embedding-3-*"),
             *("text-embedding-ada-*", "dall-e-*", "omni-moderation-*", "whisper-*", "tts-*"),
-            "sora-*",
+            *("sora-*", "babbage-002", "davinci-002", "text-moderation-*", "computer-use-*"),
         ),
         kept_days={"response": 30},
         has_responses_socket=True,
@@ -141,7 +141,7 @@ PROVIDERS: Mapping[str, Provider] = {
         "MISTRAL_API_KEY",
         (
             *("mistral-*", "ministral-*", "magistral-*", "codestral-*", "devstral-*"),
-            *("voxtral-*", "pixtral-*", "open-mistral-*", "open-mixtral-*"),
+            *("voxtral-*", "pixtral-*", "open-mistral-*", "open-mixtral-*", "labs-*"),
         ),
     ),
     "xai": Provider(

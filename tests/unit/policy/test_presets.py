@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, get_args
 
 import pytest
+from openai.types import AudioModel, EmbeddingModel, ImageModel, ModerationModel
+from openai.types.audio import SpeechModel
+from openai.types.shared import AllModels
 
 from tidegate.limiter import Rate, Weights
 from tidegate.policy.format import of_plain, to_plain
-from tidegate.policy.providers import PRESETS, filled, keeps
+from tidegate.policy.providers import PRESETS, filled, keeps, own_models
 
 
 def rate(provider: str, limit_id: str, value: Any = 30_000) -> Rate:
@@ -137,3 +141,15 @@ def test_conversations_are_kept_where_no_model_answers_in_them() -> None:
     assert keeps("file", "mistral", ["https://api.mistral.ai/v1"])
     assert not keeps("conversation", "mistral", ["https://proxy.example.com/v1"])
     assert not keeps("conversation", None, ["https://api.mistral.ai/v1"])
+
+
+def test_a_key_of_openai_alone_reaches_each_model_that_its_sdk_names() -> None:
+    named = (AllModels, AudioModel, EmbeddingModel, ImageModel, ModerationModel, SpeechModel)
+    literals = [one for alias in named for part in get_args(alias) for one in get_args(part)]
+    models = {*literals, *(one for alias in named for one in get_args(alias))}
+    models |= {"gpt-3.5-turbo-instruct", "davinci-002", "babbage-002"}  # of its completions
+    models = {one for one in models if isinstance(one, str)}
+    assert len(models) > 50
+    own = own_models("openai")
+    assert [one for one in sorted(models) if not any(fnmatchcase(one, each) for each in own)] == []
+    assert any(fnmatchcase("labs-devstral-small-2512", each) for each in own_models("mistral"))
