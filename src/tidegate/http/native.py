@@ -112,13 +112,15 @@ _MAYBE_FORM = re.compile(r"fields|callback|alt=(?!(?:sse|json)(?:&|$))|[%;]", re
 _READ_FORMS = ("json", "sse")
 _MOST_WAIT_MS = 86_400_000
 _LONGEST_TAG = 200
-# Session headers of Claude Code, of opencode (two), and of Codex, in three spellings. The first of
-# these names the conversation of a call without `x-tidegate-conversation`.
+# Session headers of Claude Code, of opencode (a subagent's parent, then two for its own), and of
+# Codex, in three spellings. The first of these names the conversation of a call without
+# `x-tidegate-conversation`.
 _SESSIONS = {
     name: rank
     for rank, name in enumerate(
         (
-            *(b"x-claude-code-session-id", b"x-session-id", b"x-session-affinity"),
+            *(b"x-claude-code-session-id", b"x-parent-session-id"),
+            *(b"x-session-id", b"x-session-affinity"),
             *(b"session_id", b"session-id", b"conversation_id"),
         )
     )

@@ -35,7 +35,7 @@ def named(*headers: tuple[bytes, bytes]) -> str | None:
     "header",
     [
         *(b"x-claude-code-session-id", b"x-session-id", b"x-session-affinity", b"session_id"),
-        *(b"session-id", b"conversation_id"),
+        *(b"session-id", b"conversation_id", b"x-parent-session-id"),
     ],
 )
 def test_an_agents_session_is_a_conversation(header: bytes) -> None:
@@ -46,6 +46,12 @@ def test_our_header_counts_before_an_agents_and_one_of_these_before_the_next() -
     session, claude = (b"session_id", b"codex"), (b"x-claude-code-session-id", b"claude")
     assert named(session, claude) == named(claude, session) == "claude"
     assert named(claude, (b"x-tidegate-conversation", b"mine")) == "mine"
+
+
+def test_a_subagent_of_opencode_spends_of_its_parents_session() -> None:
+    own = ((b"x-session-affinity", b"ses_sub"), (b"x-session-id", b"ses_sub"))
+    assert named(*own, (b"x-parent-session-id", b"ses_root")) == "ses_root"
+    assert named(*own) == "ses_sub"
 
 
 @pytest.mark.parametrize("value", [b"", b"  ", b"two\nlines", b"x" * 201])
