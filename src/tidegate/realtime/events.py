@@ -186,6 +186,11 @@ def _dumped(event: Facts, like: Message) -> Message:
     return dumped.decode() if isinstance(like, str) else dumped
 
 
+def about_text(message: Message) -> float:
+    """Return an estimate of the tokens of a message of text."""
+    return len(message) / _TEXT_CHARS
+
+
 def _has(message: Message, *names: str) -> bool:
     if isinstance(message, str):
         return any(name in message for name in names)
@@ -602,6 +607,15 @@ def _gemini_seconds(chars: int, mime: str) -> float:
     return chars * 3 / 4 / (2 * (rate or _USUAL_RATE))
 
 
+# Tokens of a picture at the usual resolution: ai.google.dev/gemini-api/docs, page "tokens".
+_PICTURE_TOKENS = 258
+
+
+def _about_input(message: Message) -> float:
+    """Return an estimate of the tokens of a piece of audio or of a picture."""
+    return max(len(message) / _IN_CHARS, _PICTURE_TOKENS * _has(message, '"image/'))
+
+
 _REALTIME_INPUT = re.compile(r'\s*\{\s*"(?:realtimeInput|realtime_input)"\s*:')
 _NO_INPUT = frozenset(
     (
@@ -670,7 +684,7 @@ class GeminiEvents:
             if not mimes and "audio" in parts:
                 mimes = [""]
             seconds = max((_gemini_seconds(_longest(parts), one) for one in mimes), default=0.0)
-            return ClientEvent(message, False, len(message) / _IN_CHARS, seconds)
+            return ClientEvent(message, False, _about_input(message), seconds)
         event = read(message) if found is None else found
         names = [_SNAKE.get(name, name) for name in event]
         if len(names) != 1 or names[0] not in _OF_CLIENT:
@@ -684,8 +698,10 @@ class GeminiEvents:
         if names[0] == "clientContent":
             ends = value.get("turnComplete", value.get("turn_complete"))
             return ClientEvent(message, ends is True, about, _gemini_sound(value))
-        sound, about = _gemini_sound(value), len(message) / _IN_CHARS
-        return ClientEvent(message, self._begins_answer(value), about, sound, joins=True)
+        about, text = _about_input(message), value.get("text")
+        about += len(text) / _TEXT_CHARS if type(text) is str else 0
+        begins, sound = self._begins_answer(value), _gemini_sound(value)
+        return ClientEvent(message, begins, about, sound, joins=True)
 
     def _begins_answer(self, value: Facts) -> bool:
         """Return whether the model answers now: to text, or to the end of the client's input."""

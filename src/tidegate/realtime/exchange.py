@@ -245,7 +245,9 @@ class RealtimeExchange:
             self.started = True
             record.http_status = 101
             if request.first is not None:
-                await upstream.send(request.first(target.model))
+                first = request.first(target.model)
+                turns.opened(first)
+                await upstream.send(first)
             self.ended = await self._relayed(client, upstream, target, began)
             await self._close(client, upstream, self.ended)
         except UpstreamError as error:

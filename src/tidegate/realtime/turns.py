@@ -46,7 +46,7 @@ from tidegate.errors import (
 from tidegate.limiter import Limit, Quota, Rate
 from tidegate.prices.budgets import Binding
 from tidegate.prices.rates import Rates
-from tidegate.realtime.events import ClientEvent, Reported, Spent, add_usage
+from tidegate.realtime.events import ClientEvent, Reported, Spent, about_text, add_usage
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms, UpstreamAccount
 from tidegate.store.budgets import Budgets
@@ -129,6 +129,10 @@ class Turns:
         """Reserve the first turn. Raises the error of a budget that has no room for it."""
         await self._budgets.known()
         self._ahead = await self._reserve()
+
+    def opened(self, first: str) -> None:
+        """Count the message that opens the session, with its instructions and tools."""
+        self._sent_tokens += about_text(first)
 
     async def ask(
         self, *, joins: bool = False, continues: bool = False, event_id: str | None = None

@@ -69,3 +69,20 @@ async def test_results_of_tools_are_no_turns_of_their_own(
         (row,) = await rows(gateway, 1)
         assert (row["input_tokens"], row["output_tokens"]) == (200, 20), "only what was reported"
         assert row["usage_state"] == "told"
+
+
+async def test_a_turn_that_is_cut_costs_the_instructions_of_its_session_too(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    def answers(message: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"serverContent": {"modelTurn": {"parts": [{"text": "High tide is"}]}}}]
+
+    async with gateway_before(answers, open_gateway, tmp_path) as gateway:
+        async with talk(gateway, LIVE) as socket:
+            instructions = {"parts": [{"text": "Speak of tides. " * 500}]}
+            await send(socket, setup={"model": "models/m", "systemInstruction": instructions})
+            await socket.recv()
+            await send(socket, realtimeInput={"text": "When is it?"})
+            assert b"modelTurn" in await socket.recv()
+        (row,) = await rows(gateway, 1)
+        assert row["input_tokens"] >= 2_000, "four characters a token"

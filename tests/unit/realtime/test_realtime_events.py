@@ -388,3 +388,16 @@ def test_names_that_only_a_lenient_server_reads_are_refused() -> None:
     sound = '{"type":"input_audio_buffer.append","audio":"AAAA",response:{"model":"gpt-5"}}'
     with pytest.raises(InvalidRequest):
         events().client_event(sound)
+
+
+def test_words_and_pictures_for_gemini_count_as_such() -> None:
+    live = GeminiEvents()
+    words = text({"realtimeInput": {"text": "tide " * 2_000}})
+    assert live.client_event(words).about_tokens >= 2_500
+    sound = {"mimeType": "audio/pcm;rate=16000", "data": "A" * 64_000}
+    assert 10 <= live.client_event(text({"realtimeInput": {"audio": sound}})).about_tokens < 20
+    picture = {"mimeType": "image/jpeg", "data": "A" * 1_000}
+    assert live.client_event(text({"realtimeInput": {"video": picture}})).about_tokens == 258
+    assert (
+        live.client_event(text({"realtimeInput": {"mediaChunks": [picture]}})).about_tokens == 258
+    )
