@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, Protocol
 
@@ -633,12 +633,17 @@ _SNAKE = {
 _OF_CLIENT = ("clientContent", "realtimeInput", "toolResponse")
 
 
+_RESUMPTIONS = ("sessionResumption", "session_resumption")
+
+
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """The first message of a session of Gemini Live. model: as the client names it."""
+    """The first message of a session of Gemini Live. model: as the client names it. handle: of the
+    session that it resumes, with its field; None if it begins one."""
 
     body: Facts
     model: str
+    handle: tuple[str, str] | None = None
 
     @classmethod
     def of(cls, message: Message) -> Setup:
@@ -651,15 +656,23 @@ class Setup:
         model = setup.get("model")
         if type(model) is not str or not model.removeprefix("models/"):
             raise InvalidRequest("setup.model", "setup names no model", allowed="models/<model>")
-        for name in ("sessionResumption", "session_resumption"):
-            if _table(setup.get(name)).get("handle") is not None:
-                reason = "a realtime session can't be resumed here: its owner is not known"
-                raise InvalidRequest(f"setup.{name}.handle", reason, allowed="none")
-        return cls(event, model.removeprefix("models/"))
+        handles = [
+            (f"setup.{name}.handle", handle)
+            for name in _RESUMPTIONS
+            if (handle := _table(setup.get(name)).get("handle")) is not None
+        ]
+        for place, handle in handles:
+            if type(handle) is not str or len(handles) > 1:
+                raise InvalidRequest(place, f"{place} is not one text", allowed="one handle")
+        return cls(event, model.removeprefix("models/"), handles[0] if handles else None)
 
-    def message(self, model: str) -> str:
-        """Return the message with the upstream's name of the model."""
+    def message(self, model: str, handle: str | None = None) -> str:
+        """Return the message with the upstream's name of the model. handle: the provider's, if the
+        session is resumed."""
         setup = {**self.body["setup"], "model": f"models/{model}"}
+        for name in _RESUMPTIONS:
+            if handle is not None and _table(setup.get(name)).get("handle") is not None:
+                setup[name] = {**setup[name], "handle": handle}
         return orjson.dumps({"setup": setup}).decode()
 
 
@@ -671,9 +684,11 @@ def transcribing(model: str) -> str:
 
 
 class GeminiEvents:
-    """Gemini Live's events, after the setup."""
+    """Gemini Live's events, after the setup. sign: returns a handle for resumption as the client
+    gets it; None if sessions cannot be resumed."""
 
-    def __init__(self) -> None:
+    def __init__(self, sign: Callable[[str], str] | None = None) -> None:
+        self._sign = sign
         self._is_active = False  # the client signals the begin and end of its input
         self._queries: set[str] = set()  # web searches of the current turn
 
@@ -723,6 +738,15 @@ class GeminiEvents:
         return names.count("data") == 1 and _NO_INPUT.isdisjoint(names)
 
     def reported(self, message: Message) -> Reported:
+        if self._sign is not None and _has(message, '"sessionResumptionUpdate"'):
+            event = _of_provider(message)
+            update = _table(event.get("sessionResumptionUpdate"))
+            if type(handle := update.get("newHandle")) is str and handle:
+                update["newHandle"] = self._sign(handle)
+                return replace(self._report(message), shown=_dumped(event, message))
+        return self._report(message)
+
+    def _report(self, message: Message) -> Reported:
         if not _has(message, '"usageMetadata"', '"webSearchQueries"'):
             audio = _has(message[:400], '"inlineData"')
             about = len(message) / _OUT_CHARS if audio else len(message) / 100

@@ -61,6 +61,7 @@ from tidegate.realtime.events import (
     read,
     references_in,
 )
+from tidegate.realtime.resumption import may_sign, signed
 from tidegate.realtime.turns import Turns, is_rate
 from tidegate.record import CallRecord
 from tidegate.spine.bodies import aside
@@ -127,7 +128,7 @@ class SessionRequest:
     query: returns the query, which may name the upstream's model. first: returns the message that
     opens the session at a provider, with the model's name; None if the query names it. transcribes:
     the session only makes transcripts. homes: the upstreams where the resources live that this
-    message names; None if it names none.
+    message names; None if it names none. resumes_tokens: of the conversation that it resumes.
     """
 
     dialect: Dialect
@@ -138,6 +139,7 @@ class SessionRequest:
     first: Callable[[str], str] | None = None
     transcribes: bool = False
     homes: frozenset[str] | None = None
+    resumes_tokens: int = 0
 
 
 class RealtimeExchange:
@@ -246,7 +248,7 @@ class RealtimeExchange:
             record.http_status = 101
             if request.first is not None:
                 first = request.first(target.model)
-                turns.opened(first)
+                turns.opened(first, request.resumes_tokens)
                 await upstream.send(first)
             self.ended = await self._relayed(client, upstream, target, began)
             await self._close(client, upstream, self.ended)
@@ -309,7 +311,7 @@ class RealtimeExchange:
     async def _relayed(
         self, client: Connection, upstream: Connection, target: Target, began: float
     ) -> End:
-        events: Events = GeminiEvents()
+        events: Events = GeminiEvents(self._signing(target))
         if self._request.dialect is Dialect.OPENAI:
             only = self._request.transcribes
             events = OpenAIEvents(
@@ -330,6 +332,14 @@ class RealtimeExchange:
             await asyncio.wait(tasks)
         first = next(task for task in tasks if not task.cancelled())
         return first.result()
+
+    def _signing(self, target: Target) -> Callable[[str], str] | None:
+        """Return what makes a provider's handle the tenant's own; None without a secret for it."""
+        key, tenant = target.upstream.key, self.terms.caller.tenant_id
+        turns = cast(Turns, self.turns)
+        if not may_sign(key):
+            return None
+        return lambda handle: signed(handle, turns.context_tokens, key, tenant)
 
     async def _up(
         self, client: Connection, upstream: Connection, events: Events, target: Target

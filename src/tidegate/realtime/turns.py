@@ -130,9 +130,15 @@ class Turns:
         await self._budgets.known()
         self._ahead = await self._reserve()
 
-    def opened(self, first: str) -> None:
-        """Count the message that opens the session, with its instructions and tools."""
-        self._sent_tokens += about_text(first)
+    def opened(self, first: str, context_tokens: int) -> None:
+        """Count the message that opens the session, with its instructions and tools, and the
+        conversation that it resumes."""
+        self._context_tokens, self._sent_tokens = context_tokens, about_text(first)
+
+    @property
+    def context_tokens(self) -> int:
+        """Return about how many tokens the conversation has."""
+        return self._context_tokens + ceil(self._sent_tokens)
 
     async def ask(
         self, *, joins: bool = False, continues: bool = False, event_id: str | None = None
@@ -434,7 +440,7 @@ class Turns:
         estimate = account.demands.estimator.of_pieces(
             model, REALTIME_KIND, pieces_of(""), tenant=self._terms.caller.tenant_id
         )
-        taken = max(1, self._context_tokens + ceil(self._sent_tokens))
+        taken = max(1, self.context_tokens)
         return replace(
             estimate,
             input_tokens=taken,

@@ -735,7 +735,7 @@ async def test_bounds_in_time_and_pages_of_others(open_gateway: Opener, tmp_path
 async def test_gemini_live_refuses_by_close_codes(gateway: Gateway) -> None:
     wrongs: list[tuple[Any, int]] = [
         ({"clientContent": {}}, 1007),
-        ({"setup": {"model": f"models/{MODEL}", "sessionResumption": {"handle": "h"}}}, 1007),
+        ({"setup": {"model": f"models/{MODEL}", "sessionResumption": {"handle": "h"}}}, 1008),
         ({"setup": {"model": "models/claude-nowhere"}}, 1011),
     ]
     await gateway.upstream.set_behaviour(strict_models=True)

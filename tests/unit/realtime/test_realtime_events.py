@@ -347,12 +347,14 @@ def test_words_and_the_end_of_the_client_s_part_begin_a_turn_of_gemini() -> None
     assert begins(text="then")
 
 
-def test_a_setup_names_the_model_first_and_resumes_nobodys_session() -> None:
+def test_a_setup_names_the_model_first_and_at_most_one_session() -> None:
     setup = Setup.of(text({"setup": {"model": "models/fast", "tools": []}}))
     assert setup.model == "fast"
     passed = orjson.loads(setup.message("gemini-live-2.5"))
     assert passed == {"setup": {"model": "models/gemini-live-2.5", "tools": []}}
-    resumed = {"setup": {"model": "models/m", "sessionResumption": {"handle": "h"}}}
+    handles: dict[str, Any] = {"sessionResumption": {"handle": "a"}}
+    assert Setup.of(text({"setup": {"model": "models/m"} | handles})).handle is not None
+    resumed = {"setup": {"model": "m", "session_resumption": {"handle": "b"}} | handles}
     nameless: list[Any] = [{"setup": {}}, {"clientContent": {}}, {"setup": {"model": "models/"}}]
     for wrong in (resumed, *nameless):
         with pytest.raises(InvalidRequest):

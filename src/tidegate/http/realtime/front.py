@@ -57,6 +57,7 @@ from tidegate.realtime.exchange import (
     SessionRequest,
     code_of,
 )
+from tidegate.realtime.resumption import resumed
 from tidegate.record import REFUSED, CallRecord, Failure, Lineage
 from tidegate.spine.bodies import NativeCall, aside
 from tidegate.spine.models import check_model
@@ -224,6 +225,7 @@ class _SessionFront:
         path = "/realtime"
         query: Callable[[str], str] = _openai_query
         first: Callable[[str], str] | None = None
+        setup: Setup | None = None
         references: Sequence[Reference] = ()
         if self._transcribes:  # the provider then accepts no model in the query
             query, first = _transcription_query, transcribing
@@ -238,13 +240,27 @@ class _SessionFront:
         left, homes = targets.of(self._dialect, model), None
         if references:
             left = await resources.among(self._caller, self._dialect, references, left)
+        context_tokens, handle = 0, None if setup is None else setup.handle
+        if setup is not None and handle is not None:
+            session, left = resumed(handle, left, self._caller.tenant_id)
+            first = partial(setup.message, handle=session.handle)
+            context_tokens = session.context_tokens
+        if references or handle is not None:
             homes = frozenset(one.upstream.name for one in left)
         self._exchange = RealtimeExchange(
             services.spine,
             services.relay.wire,
             call.terms,
             SessionRequest(
-                self._dialect, model, path, query, call.headers, first, self._transcribes, homes
+                self._dialect,
+                model,
+                path,
+                query,
+                call.headers,
+                first,
+                self._transcribes,
+                homes,
+                context_tokens,
             ),
             record,
             self._bounds(call.terms.wait_ms),
