@@ -691,8 +691,15 @@ class GeminiEvents:
         self._sign = sign
         self._is_active = False  # the client signals the begin and end of its input
         self._queries: set[str] = set()  # web searches of the current turn
+        self._is_open = False  # output of a turn has come, and the turn is not complete
+        self._is_told = False  # and its usage has come too: what follows belongs to it
 
     def client_event(self, message: Message, found: Facts | None = None) -> ClientEvent:
+        event = self._client_event(message, found)
+        self._is_told = self._is_told and not event.begins_turn
+        return event
+
+    def _client_event(self, message: Message, found: Facts | None) -> ClientEvent:
         if found is None and isinstance(message, str) and self._is_input(message):
             parts = message.split('"')
             mimes = [one for one in parts if _is_audio(one)]
@@ -747,15 +754,21 @@ class GeminiEvents:
         return self._report(message)
 
     def _report(self, message: Message) -> Reported:
-        if not _has(message, '"usageMetadata"', '"webSearchQueries"'):
+        is_output = _has(message, '"modelTurn"', '"toolCall"')
+        if not _has(message, '"usageMetadata"', '"webSearchQueries"', '"turnComplete"'):
+            if not is_output or self._is_told:
+                return NOTHING
+            self._is_open = True
             audio = _has(message[:400], '"inlineData"')
-            about = len(message) / _OUT_CHARS if audio else len(message) / 100
-            is_output = _has(message, '"modelTurn"', '"toolCall"')
-            return Reported(about_tokens=about) if is_output else NOTHING
+            return Reported(about_tokens=len(message) / (_OUT_CHARS if audio else 100))
         event = _of_provider(message)
         spent, usage = self._searched(event), gemini_usage(event.get("usageMetadata"))
         if usage is not None:
             spent.append(Spent(usage))
+        self._is_open = self._is_open or is_output
+        self._is_told = self._is_open and (self._is_told or usage is not None)
+        if _table(event.get("serverContent")).get("turnComplete") is True:
+            self._is_open = self._is_told = False
         return Reported(spent=spent)
 
     def _searched(self, event: Facts) -> list[Spent]:

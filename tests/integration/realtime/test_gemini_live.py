@@ -151,3 +151,25 @@ async def test_a_session_is_resumed_by_its_tenant_alone(
         assert setups[1]["session_resumption"] == {"handle": "handle-1"}
         listed = await rows(gateway, 6)
         assert listed[-1]["input_tokens"] >= 110, "the conversation so far"
+
+
+async def test_what_follows_the_usage_of_a_turn_begins_no_other(
+    open_gateway: Opener, tmp_path: Path
+) -> None:
+    """Google's reference allows a usage beside any message of a turn, not only its last."""
+    piece = {"serverContent": {"modelTurn": {"parts": [{"text": "High tide is"}]}}}
+
+    def answers(message: dict[str, Any]) -> list[dict[str, Any]]:
+        over = {"serverContent": {"turnComplete": True}}
+        return [piece, {**piece, "usageMetadata": USAGE}, piece, over]
+
+    async with gateway_before(answers, open_gateway, tmp_path) as gateway:
+        async with talk(gateway, LIVE) as socket:
+            await send(socket, setup={"model": "models/m"})
+            await socket.recv()
+            for _ in range(2):
+                await send(socket, realtimeInput={"text": "When is high tide?"})
+                while b"turnComplete" not in await socket.recv():
+                    pass
+        (row,) = await rows(gateway, 1)
+        assert (row["input_tokens"], row["output_tokens"]) == (200, 20), "only what was reported"
