@@ -173,7 +173,7 @@ PROVIDERS: Mapping[str, Provider] = {
     "perplexity": Provider(
         {"openai": "https://api.perplexity.ai"},
         "PERPLEXITY_API_KEY",
-        ("sonar*", "pplx-*"),
+        ("perplexity/*", "sonar*", "pplx-*"),
         is_rebased=True,
         paths={"openai": Paths.PERPLEXITY},
     ),
@@ -499,6 +499,8 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "bedrock": {"tokens": {"reserve": "max_tokens", "weights": {"cached": 0, "output": 5}}},
     "gemini": {},
     "groq": {"tokens": {"weights": {"cached": 0}, **_REFILLS}},
+    "cerebras": {"requests": _REFILLS, "tokens": {"reserve": "bound", **_REFILLS}},
+    "xai": {"requests": {"pace_ms": 1_000}},
 }
 
 

@@ -42,6 +42,8 @@ def test_anthropic_counts_no_input_that_its_cache_had() -> None:
         ("openai", ("rpm:m", "tpm:m"), "bucket"),
         ("groq", ("tpm:m",), "bucket"),
         ("groq", ("rpm:m",), "window"),
+        ("cerebras", ("rpm:m", "tpm:m"), "bucket"),
+        ("xai", ("rpm:m", "tpm:m"), "window"),
         ("gemini", ("rpm:m", "itpm:m"), "window"),
         ("azure", ("rpm:m", "tpm:m"), "window"),
         ("bedrock", ("rpm:m", "tpm:m"), "window"),
@@ -62,6 +64,15 @@ def test_bedrock_counts_output_five_times_and_max_tokens_first() -> None:
         True,
         Weights(1, 0, 1, 5),
     )
+
+
+def test_cerebras_counts_all_that_a_call_may_use_until_it_has_ended() -> None:
+    limit = rate("cerebras", "tpm:gpt-oss*")
+    assert (limit.reserve, limit.settles) == ("bound", True)
+
+
+def test_xai_admits_the_sixtieth_part_of_a_minutes_requests_in_a_second() -> None:
+    assert rate("xai", "rpm:grok*", 480).pace_ms == 1_000
 
 
 def test_cached_tokens_are_free_at_groq() -> None:
@@ -152,4 +163,5 @@ def test_a_key_of_openai_alone_reaches_each_model_that_its_sdk_names() -> None:
     assert len(models) > 50
     own = own_models("openai")
     assert [one for one in sorted(models) if not any(fnmatchcase(one, each) for each in own)] == []
+    assert any(fnmatchcase("perplexity/sonar", each) for each in own_models("perplexity"))
     assert any(fnmatchcase("labs-devstral-small-2512", each) for each in own_models("mistral"))
