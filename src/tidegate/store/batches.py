@@ -25,7 +25,7 @@ import asyncpg
 import orjson
 
 from tidegate.call import DEFAULT_POOL, UNKNOWN_CHARGE, Caller, Status
-from tidegate.errors import ClaimLost, FilesFull, IdempotencyConflict, NotFound
+from tidegate.errors import ClaimLost, FilesFull, IdempotencyConflict, NotFound, StoreUnavailable
 from tidegate.record import CallRecord, Failure
 from tidegate.store import records as rows
 from tidegate.store.audit import AuditLog, Prepared
@@ -824,15 +824,14 @@ class BatchLines:
 
     async def retake(self) -> None:
         """Release claims of dead workers."""
-        if not self._may_judge():
-            return
-        scan = self._lapses.begin()
-        if not scan.is_whole:
+        if not (self._may_judge() and (scan := self._lapses.begin()).is_whole):
             return
         died = (MAX_LAPSES, orjson.dumps(asdict(_DIED)).decode())
 
         async def retake(connection: asyncpg.Connection) -> tuple[list[Prepared], list[Prepared]]:
             taken = await connection.fetch(sql("retake_batch_lines"), self._lease_ms, *died)
+            if taken and not self._may_judge():  # see `require_judge`
+                raise StoreUnavailable("PostgreSQL answers too slowly for the lease of a claim")
             failed = [row for row in taken if row["state"] == "failed"]
             await _count(connection, failed)
             records = [record_of(row, status=Status.FAILED, failure=_DIED) for row in failed]

@@ -37,7 +37,15 @@ from tidegate.store import records as rows
 from tidegate.store.audit import AuditLog, audit_unanswered, of_row
 from tidegate.store.blobs import Blobs, new_key
 from tidegate.store.database import Connections, GroupWriter, sql
-from tidegate.store.notifications import AT_ONCE, UNSURE, Lookback, Notifications, Scan
+from tidegate.store.notifications import (
+    AT_ONCE,
+    UNSURE,
+    Lookback,
+    Notifications,
+    Scan,
+    Steadiness,
+    require_judge,
+)
 from tidegate.store.operator_actions import OperatorActions
 from tidegate.store.records import (
     ClaimedJob,
@@ -694,9 +702,8 @@ class UnattendedJobs:
         notifications: Notifications,
         listeners: CallListeners,
         audit: AuditLog,
-        *,
+        steadiness: Steadiness,
         instance_id: str,
-        lease_ms: int,
         most_lapses: int,
     ) -> None:
         self._connections = connections
@@ -704,14 +711,18 @@ class UnattendedJobs:
         self._listeners = listeners
         self._audit = audit
         self._instance_id = instance_id
-        self._lease_ms = lease_ms
+        self._steadiness = steadiness
+        self._lease_ms = steadiness.lease_ms
         self._most_lapses = most_lapses
         self._lapses, self._expiring = Lookback(), Lookback()
         self._last_silent: dict[str, datetime] = {}  # silent ones, with their last heartbeat
         self._silent: dict[str, datetime] = {}
 
     async def retake(self) -> list[UUID]:
-        """Return silent workers' jobs to the queue, at most 500, and their ids."""
+        """Return silent workers' jobs to the queue, at most 500, and their ids; none while this
+        process may not judge."""
+        if not self._steadiness.may_judge:
+            return []
         died = _WORKER_DIED.format(self._most_lapses)
         failure = asdict(Failure(code="worker_died", message=died))
         scan = self._lapses.begin()
@@ -723,6 +734,7 @@ class UnattendedJobs:
             lapsed = await connection.fetch(sql("lock_lapsed"), holders, self._lease_ms)
             if not lapsed:
                 return []
+            require_judge(self._steadiness.may_judge)
             locked = [row["id"] for row in lapsed]
             retaken: list[asyncpg.Record] = await connection.fetch(
                 sql("retake"), locked, self._most_lapses, orjson.dumps(failure).decode()

@@ -77,6 +77,7 @@ class Steadiness:
     """
 
     def __init__(self, lease_ms: int) -> None:
+        self.lease_ms = lease_ms
         self._lease_s = lease_ms / 1000
         self._since: float | None = None
         self._last: float | None = None
@@ -103,6 +104,13 @@ class Steadiness:
     def clock() -> float:
         """Seconds on the clock that `beaten` takes."""
         return _now()
+
+
+def require_judge(may_judge: bool) -> None:
+    """Raise StoreUnavailable for a judgement that took long: before all claims of silent workers
+    are returned, since in a stall of PostgreSQL or of the machine every worker falls silent."""
+    if not may_judge:
+        raise StoreUnavailable("PostgreSQL answers too slowly for the lease of a claim")
 
 
 def next_beat_s(every_s: float) -> float:
@@ -331,6 +339,10 @@ class Notifications:
     def wake(self, sign: Sign) -> None:
         """End waits for `sign` in this process."""
         self._wake([sign])
+
+    def found(self, lane: str) -> None:
+        """End waits for work in a lane in this process."""
+        self._work_arrived(lane)
 
     async def wait_cancels(self, timeout_ms: float) -> set[UUID]:
         """Return the notified requests when a cancellation is notified, or after the timeout.

@@ -404,6 +404,9 @@ class ReadyQueues:
                 known.sweep_s = 0.0
             if not known.ready.is_swept:
                 await self._sweep(lane, known, _MOST_SWEEP_S)
+            if known.mark is not None and known.ready.tenants_after(""):
+                known.mark = None  # the last claim has left none that it knew of, and may wait
+                self._notifications.found(lane[1])
         readies = [known.ready for known in self.lanes.values()]
         return any(ready.is_hungry or not ready.is_swept for ready in readies)
 
@@ -574,13 +577,7 @@ class JobQueue:
         self._doubtful = False
         self._queues = ReadyQueues(connections, notifications, instance_id=instance_id)
         self._unattended = UnattendedJobs(
-            connections,
-            notifications,
-            listeners,
-            audit,
-            instance_id=instance_id,
-            lease_ms=lease_ms,
-            most_lapses=MAX_LAPSES,
+            connections, notifications, listeners, audit, self._steadiness, instance_id, MAX_LAPSES
         )
         self._straying = Lookback()
         self._runs: GroupWriter[Json, None] = GroupWriter(self._begin)
@@ -810,7 +807,7 @@ class JobQueue:
     async def retake_expired(self) -> list[UUID]:
         """Return dead workers' jobs to the queue, at most 500, and their ids. Does nothing until
         this process's own heartbeats were answered for a whole lease."""
-        return await self._unattended.retake() if self._steadiness.may_judge else []
+        return await self._unattended.retake()
 
     async def expire_due(self) -> int:
         """End queued jobs whose deadline has passed, at most 500; return how many."""

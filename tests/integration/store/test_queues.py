@@ -233,6 +233,24 @@ async def test_a_worker_that_starts_finds_what_was_there_in_steps_of_any_length(
     assert await ids(first) == [job.request_id for job in jobs[4:]]
 
 
+async def test_what_the_first_claim_had_no_time_for_ends_the_wait_for_work_once_it_is_found(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = new_job()
+    await store.jobs.submit(job)
+    await store.notifications.aclose()  # its own hints are sent
+    with monkeypatch.context() as slow:
+        slow.setattr(queue, "_MOST_SWEEP_S", 0.0)
+        mark = store.notifications.work_mark("text_only")
+        assert await ids(store) == []
+    await store.queue.maintain()
+    assert store.notifications.work_mark("text_only") != mark
+    assert await ids(store) == [job.request_id]
+    mark = store.notifications.work_mark("text_only")
+    await store.queue.maintain()
+    assert store.notifications.work_mark("text_only") == mark
+
+
 async def test_what_a_worker_has_overlooked_is_found_when_it_looks_again(store: Store) -> None:
     await store.jobs.submit(new_job())
     await claim(store)
