@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta
 
 import asyncpg
 
-from tests.waiting import wait_until
 from tidegate.store.provider.resources import NewResource, ResourceOwner
 from tidegate.store.store import Store
 
@@ -19,10 +19,6 @@ def made_by(tenant: str, expires_at: datetime | None = None) -> NewResource:
 async def owner(store: Store) -> str | None:
     found = await store.provider_resources.owners("gemini", "file", ["chosen"])
     return found["chosen"].tenant_id if found else None
-
-
-async def gone(store: Store) -> bool:
-    return await owner(store) is None
 
 
 async def test_the_first_owner_stays(store: Store) -> None:
@@ -49,11 +45,16 @@ async def test_a_name_can_be_chosen_again_once_the_first_has_expired(
     )
 
 
-async def test_what_is_known_of_an_owner_ends_with_the_resource(store: Store) -> None:
-    await store.provider_resources.note(
-        [made_by("first", datetime.now(UTC) + timedelta(milliseconds=300))]
-    )
+async def test_what_is_known_of_an_owner_ends_with_the_resource(
+    store: Store, peek: asyncpg.Connection
+) -> None:
+    known, clock_s = store.provider_resources, [time.monotonic()]
+    known._clock = lambda: clock_s[0]
+    await known.note([made_by("first", datetime.now(UTC) + timedelta(seconds=30))])
     assert await owner(store) == "first"
-    await wait_until(lambda: gone(store), 5, "the end of the first one")
-    await store.provider_resources.note([made_by("second")])
+    await peek.execute("UPDATE provider_resources SET expires_at = now() - interval '1 ms'")
+    assert await owner(store) == "first"  # from memory
+    clock_s[0] += 30
+    assert await owner(store) is None
+    await known.note([made_by("second")])
     assert await owner(store) == "second"

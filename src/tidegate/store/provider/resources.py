@@ -63,11 +63,15 @@ class ProviderResources:
     StoreUnavailable."""
 
     def __init__(
-        self, connections: Connections, keep: Callable[[Json], asyncio.Task[bool]]
+        self,
+        connections: Connections,
+        keep: Callable[[Json], asyncio.Task[bool]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`keep` writes an entry, or keeps it on disk until it can be written."""
         self._connections = connections
         self._keep = keep
+        self._clock = clock
         self._known: OrderedDict[_Place, tuple[float, ResourceOwner]] = OrderedDict()
         self._tokens: OrderedDict[UUID, int] = OrderedDict()  # of answered calls
 
@@ -89,7 +93,7 @@ class ProviderResources:
         for one in ids:
             place = (dialect, kind, one)
             known = self._known.get(place)
-            if known is None or time.monotonic() > known[0]:
+            if known is None or self._clock() > known[0]:
                 unknown.append(one)
             else:
                 found[one] = known[1]
@@ -169,7 +173,7 @@ class ProviderResources:
         known_s, expires_at = _KNOWN_S, row["expires_at"]
         if expires_at is not None:  # another tenant may have its name from then on
             known_s = min(known_s, (expires_at - datetime.now(UTC)).total_seconds())
-        self._known[dialect, kind, row["resource_id"]] = time.monotonic() + known_s, owner
+        self._known[dialect, kind, row["resource_id"]] = self._clock() + known_s, owner
         self._known.move_to_end((dialect, kind, row["resource_id"]))
         while len(self._known) > _MOST_KNOWN:
             self._known.popitem(last=False)
