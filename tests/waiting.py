@@ -12,6 +12,7 @@ from typing import Any
 
 _SHORTEST_S, _LONGEST_S = 0.005, 0.25
 _CHEAP_S = 0.00125
+_TURN_S = 0.01
 
 
 async def wait_until(
@@ -36,6 +37,25 @@ async def wait_until(
             raise AssertionError(f"not within {timeout_s} s: {what or condition}")
         dear_s = min(20 * max(now - asked, _CHEAP_S), _LONGEST_S)
         await asyncio.sleep(max(_SHORTEST_S, min((now - began) / 20, dear_s)))
+
+
+async def wait_turns(
+    condition: Callable[[], Any | Awaitable[Any]], most: int = 25, what: str = ""
+) -> None:
+    """Fail unless `condition()` holds within `most` turns of this event loop, 10 ms apart.
+
+    For what one loop does without a wait for anything else. A product that waits for a timer of
+    half a second is seen to take fifty turns; on a machine that stalls there are fewer turns in a
+    second, and what is to be done takes as many as before.
+    """
+    for _ in range(most):
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return
+        await asyncio.sleep(_TURN_S)
+    raise AssertionError(f"not within {most} turns: {what or condition}")
 
 
 async def work_for(seconds: float) -> None:

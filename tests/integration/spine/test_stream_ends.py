@@ -12,7 +12,7 @@ import pytest
 from tests.gateway import Gateway, Opener, read_stream, small_receive_buffer
 from tests.integration.security.hostile import one_try
 from tests.outages import all_is_well
-from tests.waiting import promised_s, wait_until
+from tests.waiting import wait_turns, wait_until
 from tidegate.call import Media
 from tidegate.embedded.servers import ValkeyServer
 from tidegate.errors import FetchFailed, FetchRefused
@@ -22,21 +22,17 @@ __all__ = ["one_try"]
 
 _NO_IMAGE = FetchRefused("image_uri", "image_uri is not an image")
 _PASSING = FetchFailed("image_uri", "image_uri was answered with status 503", retry_after_ms=2_000)
-GONE_WITHIN_S = promised_s(0.1)
-# Between our seeing that all is closed and the test's asking about it, on a busy machine.
-SLACK_S = promised_s(0.15)
 
 
-async def _all_closed(gateway: Gateway, left: float) -> None:
-    """No permit, no waiter and no call upstream, a tenth of a second after `left`."""
+async def _all_closed(gateway: Gateway) -> None:
+    """No permit, no waiter and no call upstream, a quarter of a second after a client left."""
 
     async def closed() -> bool:
         return (
             gateway.held == gateway.waiting == 0 and (await gateway.upstream.stats()).in_flight == 0
         )
 
-    await wait_until(closed, 20, "everything closed")
-    assert time.monotonic() - left < GONE_WITHIN_S + SLACK_S
+    await wait_turns(closed, what="everything closed")
 
     async def free() -> bool:
         limits = (await gateway.services.limiter.snapshot()).limits
@@ -54,7 +50,7 @@ async def test_a_stream_that_waits_too_long_is_a_504_and_calls_nobody(
         await gateway.in_flight(1)
         started = time.monotonic()
         refused = await gateway.stream(text="Explain in vain", deadline_ms=150)
-        assert 0.1 <= time.monotonic() - started < promised_s(2)
+        assert time.monotonic() - started >= 0.1
     assert (refused.status, refused.problem["code"]) == (504, "deadline_exceeded")
     assert refused.headers["content-type"] == "application/problem+json"
     assert int(refused.headers["retry-after"]) >= 1
@@ -69,13 +65,15 @@ async def test_a_stream_that_waits_too_long_is_a_504_and_calls_nobody(
 
 
 async def test_the_deadline_counts_the_classifiers_time_too(open_gateway: Opener) -> None:
-    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1, "image_generation": 0})
+    gateway = await open_gateway(
+        worker=False,
+        rate_limits={"text_only": 1, "image_generation": 0},
+        classifier_timeout_ms=60_000,
+    )
     await gateway.upstream.set_fault("hang")
     async with gateway.open_stream(text="Explain forever"):
         await gateway.in_flight(1)
-        started = time.monotonic()
         refused = await gateway.stream(text="Nice!", deadline_ms=150)
-        assert time.monotonic() - started < promised_s(0.8)
     assert (refused.status, refused.problem["code"]) == (504, "deadline_exceeded")
 
 
@@ -118,7 +116,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, int]] = {
 async def test_a_fault_upstream_is_the_last_event_and_in_the_record(
     open_gateway: Opener, one_try: None
 ) -> None:
-    gateway = await open_gateway(worker=False, idle_timeout_ms=300)
+    gateway = await open_gateway(worker=False, idle_timeout_ms=1_500)
     for fault in FAULTS:
         await gateway.upstream.reset()
         await gateway.upstream.set_fault(fault, **{"count": 1, **FAULTS[fault][0]})
@@ -140,7 +138,7 @@ async def test_a_stream_is_tried_again_while_nothing_of_an_answer_was_sent(
     streamed = await gateway.stream(text="Explain the ebb")
     assert streamed.names[-1] == "error"
     assert (await gateway.audit(streamed.request_id))["attempts"] == 1
-    await _all_closed(gateway, time.monotonic())
+    await _all_closed(gateway)
 
 
 async def _assert_told_and_recorded(gateway: Gateway, fault: str) -> None:
@@ -164,7 +162,7 @@ async def _assert_told_and_recorded(gateway: Gateway, fault: str) -> None:
     assert audit["failure"]["code"] == code
     assert audit["response"]["text"] == streamed.text
     assert len(await gateway.calls()) == FAULTS[fault][0].get("count", 1)
-    await _all_closed(gateway, time.monotonic())
+    await _all_closed(gateway)
 
 
 async def test_a_stream_under_a_paused_limit_is_told_when_the_pause_ends(
@@ -197,9 +195,7 @@ async def test_a_client_that_leaves_while_waiting_leaves_no_waiter(open_gateway:
         waiting = asyncio.create_task(gateway.stream(text="Explain in vain"))
         await wait_until(lambda: gateway.waiting == 1, 20)
         waiting.cancel()
-        left = time.monotonic()
-        await wait_until(lambda: gateway.waiting == 0, 20, "no waiter")
-        assert time.monotonic() - left < GONE_WITHIN_S + SLACK_S
+        await wait_turns(lambda: gateway.waiting == 0, what="no waiter")
     assert (await gateway.stream(text="Explain freely", deadline_ms=20_000)).names[-1] == "done"
     assert await gateway.calls("in vain") == []
     row = await wait_until(lambda: _cancelled(gateway, "in vain"), 20)
@@ -222,8 +218,7 @@ async def test_a_client_that_leaves_before_the_first_byte_closes_the_call(
     async with gateway.open_stream(text="Explain forever") as response:
         await gateway.in_flight(1)
         request_id = response.headers["x-tidegate-request-id"]
-        left = time.monotonic()
-    await _all_closed(gateway, left)
+    await _all_closed(gateway)
     stats = await gateway.upstream.stats()
     assert stats["text_only"].client_gone == 1
     audit = await gateway.audit(request_id)
@@ -245,8 +240,7 @@ async def test_what_was_streamed_before_the_client_left_is_kept_with_its_usage(
         while raw.count(b"event: delta") < 3:
             raw += await response.content.readany()
         request_id = response.headers["x-tidegate-request-id"]
-        left = time.monotonic()
-    await _all_closed(gateway, left)
+    await _all_closed(gateway)
     audit = await gateway.audit(request_id)
     assert audit["status"] == "cancelled"
     assert audit["response"]["text"] == "one two three "
@@ -334,19 +328,17 @@ async def test_a_stop_ends_what_outlasts_the_grace_in_an_error_and_records_it(
 
 async def test_many_clients_leaving_at_once_leave_nothing(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
-    await gateway.upstream.set_behaviour(first_byte_ms=2_000, between_ms=20)
+    limiter = gateway.services.limiter
+    await limiter.penalise("kind:text_only", for_ms=20_000, by="ann")
     streams = [asyncio.create_task(gateway.stream(text=f"Explain {n}")) for n in range(40)]
-
-    def arrived() -> bool:  # one that leaves before is nobody's, and on no record
-        return sum(stream.done() for stream in streams) + gateway.held + gateway.waiting >= 40
-
-    await wait_until(arrived, 20, "all of them")
-    await gateway.upstream.set_behaviour(first_byte_ms={"uniform": [0, 60]})
+    # One that leaves before is nobody's, and on no record.
+    await wait_until(lambda: gateway.waiting == 40, 20, "all of them")
+    await gateway.upstream.set_behaviour(first_byte_ms={"uniform": [0, 60]}, between_ms=20)
+    await limiter.resume("kind:text_only", by="ann")
     await wait_until(lambda: sum(stream.done() for stream in streams) >= 8, 20)
     for stream in streams:
         stream.cancel()
-    left = time.monotonic()
-    await _all_closed(gateway, left)
+    await _all_closed(gateway)
     assert (await gateway.upstream.stats())["text_only"].max_in_flight <= 5
 
     async def all_recorded() -> bool:
