@@ -76,9 +76,15 @@ _VIOLATIONS = """async () => {
 }"""
 # Adds up how far what is visible moves without an action of the user, in the browsers' own measure.
 SHIFTS = """() => {
-    window.shifted = 0;
+    [window.shifted, window.moved] = [0, []];
+    const spot = ({ y, height }) => `${Math.round(y)}+${Math.round(height)}`;
+    const words = ({ node, previousRect, currentRect }) => `${node?.nodeName} .${node?.className}: `
+        + `${(node?.textContent ?? "").slice(0, 40)} ${spot(previousRect)} to ${spot(currentRect)}`;
     new PerformanceObserver((list) => {
-        for (const one of list.getEntries()) if (!one.hadRecentInput) window.shifted += one.value;
+        for (const one of list.getEntries().filter((one) => !one.hadRecentInput)) {
+            window.shifted += one.value;
+            window.moved.push([one.value, Math.round(one.startTime), ...one.sources.map(words)]);
+        }
     }).observe({ type: "layout-shift", buffered: true });
 }"""
 Colours = Literal["light", "dark"]
@@ -172,6 +178,11 @@ async def drawn(page: Page) -> None:
     """Return once the page has drawn twice: what it was about to do is done."""
     twice = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
     await page.evaluate(twice)
+
+
+async def assert_still(page: Page, most: float) -> None:
+    """Since `SHIFTS` it has jumped by no more than that; otherwise say what has moved, and when."""
+    assert await page.evaluate("shifted") < most, await page.evaluate("moved")
 
 
 def unless_pictured(hostile: str, plain: str) -> str:

@@ -17,7 +17,16 @@ from playwright.async_api import Page, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.browser.playground import curl_of, output_of
-from tests.browser.stage import ARGUMENTS, CHROMIUM, SHIFTS, Seen, Stage, opened, shoot
+from tests.browser.stage import (
+    ARGUMENTS,
+    CHROMIUM,
+    SHIFTS,
+    Seen,
+    Stage,
+    assert_still,
+    opened,
+    shoot,
+)
 from tests.databases import Databases
 from tests.gateway import gateway
 from tidegate.call import Scope
@@ -408,7 +417,7 @@ async def test_a_deployment_without_requests_shows_how_to_send_the_first(stage: 
                 await page.evaluate(SHIFTS)
                 await expect(steps).to_be_visible()
                 await expect(page.get_by_role("region", name="Processes")).to_be_visible()
-                assert await page.evaluate("shifted") < 0.1, width
+                await assert_still(page, 0.1)
         finally:
             await running.database.execute("UPDATE usage_days SET day = day + 4000")
         await expect(steps).to_be_hidden()

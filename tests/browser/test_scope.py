@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import Page, async_playwright, expect
 
-from tests.browser.stage import ARGUMENTS, CHROMIUM, SHIFTS, Stage, drawn, opened
+from tests.browser.stage import ARGUMENTS, CHROMIUM, SHIFTS, Stage, assert_still, drawn, opened
 from tests.gateway import gateway
 from tests.waiting import wait_until
 from tidegate import __version__
@@ -449,7 +449,7 @@ async def test_a_page_does_not_jump_while_it_is_read_and_refreshed(stage: Stage,
         async with page.expect_response(re.compile("/admin/")):
             pass
         await drawn(page)
-        assert await page.evaluate("shifted") < 0.1
+        await assert_still(page, 0.1)
 
 
 CARDS = [
@@ -469,7 +469,7 @@ async def test_the_cards_of_a_page_open_without_a_jump(
         await expect(seen.page.get_by_text(last)).to_be_visible()
         await expect(seen.page.locator("[aria-busy='true']")).to_have_count(0)
         await drawn(seen.page)
-        assert await seen.page.evaluate("shifted") < 0.05
+        await assert_still(seen.page, 0.05)
 
 
 @pytest.mark.parametrize("width", [1360, 800, 400])
@@ -506,4 +506,4 @@ async def _opens_without_a_jump(stage: Stage, width: int) -> None:
         await expect(page.get_by_role("region", name="Limits")).to_be_visible()
         await expect(page.get_by_role("region", name="Processes")).to_contain_text("sessions")
         await drawn(page)
-        assert await page.evaluate("shifted") < 0.1
+        await assert_still(page, 0.1)
