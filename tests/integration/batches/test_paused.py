@@ -100,7 +100,7 @@ async def test_an_operator_cancels_a_batch_of_a_tenant_while_it_is_paused(
 async def test_the_commands_list_pause_resume_and_cancel_by_the_end_of_an_id(
     open_gateway: Opener, sdk: MakeSdk
 ) -> None:
-    gateway = await open_gateway(rate_limits={"text_only": 1})
+    gateway = await open_gateway(rate_limits={"text_only": 1}, first_byte_timeout_ms=5_000)
     client = sdk(gateway)
 
     async def command(*words: str) -> Done:

@@ -24,7 +24,9 @@ async def why(gateway: Gateway, what: str) -> dict[str, Any]:
 async def test_a_batch_names_the_limit_that_its_lines_wait_for(
     open_gateway: Opener, sdk: MakeSdk
 ) -> None:
-    gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
+    gateway = await open_gateway(
+        worker=False, rate_limits={"text_only": 1}, first_byte_timeout_ms=5_000
+    )
     client = sdk(gateway)
     await gateway.upstream.set_fault("hang", match="hold it")
     batch = await begin(client, jsonl([line(f"id-{n}", f"hold it {n}") for n in range(4)]))

@@ -282,7 +282,7 @@ async def test_a_wrong_header_is_named(gateway: Gateway, headers: Any, field: st
 
 async def test_a_priority_comes_first(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False, rate_limits={"text_only": 1})
-    await gateway.upstream.set_behaviour(first_byte_ms=100)
+    await gateway.upstream.set_fault("hang", match="first")
 
     async def one(text: str, priority: str) -> None:
         body = {"contents": [{"parts": [{"text": text}]}]}
@@ -290,10 +290,15 @@ async def test_a_priority_comes_first(open_gateway: Opener) -> None:
         async with gateway.http.post(url_of(gateway), json=body, headers=headers) as response:
             assert response.status == 200
 
-    tasks = [asyncio.create_task(one("first", "0"))]
+    async def two_wait() -> bool:  # in Valkey, which chooses
+        queues = (await gateway.services.limiter.snapshot()).queues
+        return sum(queue.waiting for queue in queues) == 2
+
+    first = asyncio.create_task(one("first", "0"))
     await gateway.in_flight(1)
-    tasks += [asyncio.create_task(one("later", "-50")), asyncio.create_task(one("soon", "50"))]
-    await wait_until(lambda: gateway.waiting == 2)
+    tasks = [asyncio.create_task(one("later", "-50")), asyncio.create_task(one("soon", "50"))]
+    await wait_until(two_wait)
+    first.cancel()
     await asyncio.gather(*tasks)
     assert [call.prompt for call in await gateway.calls()] == ["first", "soon", "later"]
 

@@ -165,7 +165,7 @@ async def test_jobs_of_a_key_or_user_wait_for_it_while_others_end(
 async def test_lines_of_a_key_s_batch_and_its_realtime_sessions_are_bound_too(
     open_gateway: Opener, sdk: Any
 ) -> None:
-    gateway = await open_gateway(worker=False, **WITH_KEYS)
+    gateway = await open_gateway(worker=False, first_byte_timeout_ms=5_000, **WITH_KEYS)
     one, other = await key_of(gateway, "acme"), await key_of(gateway, "acme")
     prefix = prefix_of(one)
     limits = {"kind:realtime": 9, f"key:{prefix}": 1, f"rpm:key/{prefix}": 3}
