@@ -222,7 +222,14 @@ class Admissions:
             assert ticket not in held, f"another try of {name} is under way"
 
     def check_fences(self, sid: str, held: Iterable[Holding]) -> None:
-        """No two permits of the pool have the same fence, passed on or not."""
+        """No two permits of the pool have the same fence, passed on or not.
+
+        Those of a local share have the sequence 0.
+        """
         for holding in held:
             fence = holding.epoch, holding.seq
-            assert self._holders.setdefault(fence, (sid, holding.ticket)) == (sid, holding.ticket)
+            if holding.seq:
+                assert self._holders.setdefault(fence, (sid, holding.ticket)) == (
+                    sid,
+                    holding.ticket,
+                )

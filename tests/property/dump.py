@@ -52,6 +52,7 @@ ONE = {
     "sessions": "expiry",
     "spending": "spending",
     "restored": "restored",
+    "local": "local",
     "paused": "paused",
     "lapsing": "lapsing",
     "carried": "carried",

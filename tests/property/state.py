@@ -71,6 +71,10 @@ def of_model(model: PoolModel) -> State:
         "buckets": {x.name: astuple(x.spending.bucket) for x in limits if x.spending.bucket},
         "asserted": {limit.name: limit.asserted for limit in limits if limit.asserted},
         "restored": {x.name: x.restored.write() for x in limits if x.restored},
+        "local": {
+            sid: " ".join(f"{name} {total}" for name, total in totals.items())
+            for sid, totals in model.capacity.local.items()
+        },
         "kept": "|".join(map(str, model.pool.kept or ())),
         "spent": {name: amount for name, (_, amount) in model.joining.spending.items()},
         "spending": {name: number for name, (number, _) in model.joining.spending.items()},

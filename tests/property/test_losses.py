@@ -3,84 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from random import Random
 from typing import Literal
 
 import pytest
 
-from tests.property.policies import LEASE_MS
+from tests.property.fleet import DAY, POLICY, REQUESTS, Fleet, counts
 from tests.property.server import Server
-from tests.property.world import Client, World
-from tidegate.limiter import CallUse, Demand, PoolPolicy, Quota, Rate, Tokens
+from tests.property.world import World
 from tidegate.limiter.simulation import Paces
-
-TOKENS, REQUESTS, DAY = "tpm:x", "rpm:x", "rpd:x"
-HOUR_MS = 3_600_000
-LANE = (TOKENS, REQUESTS, DAY)
-POLICY = PoolPolicy(
-    {
-        TOKENS: Rate(10_000, HOUR_MS, "tokens"),
-        REQUESTS: Rate(100, HOUR_MS),
-        DAY: Quota(1000),
-    },
-    lease_ms=LEASE_MS,
-    revision=1,
-)
-
-
-@dataclass
-class Fleet:
-    """Some processes of one pool."""
-
-    world: World
-    clients: list[Client] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.clients = [self.world.new_client() for _ in range(3)]
-        self.settle()
-
-    def settle(self) -> None:
-        """Wait until all know of one another, and the quiet time after a loss is over."""
-        for _ in range(4):
-            for client in self.clients:
-                self.compare(client)
-            self.world.advance(LEASE_MS // 3)
-            self.world.renew(self.clients)
-        for client in self.clients:
-            self.compare(client)
-
-    def compare(self, client: Client) -> None:
-        client.session.refresh()
-        self.say(client)
-
-    def say(self, client: Client) -> None:
-        for push in client.mailbox:
-            client.session.take_push(push)
-        client.mailbox.clear()
-        while client.session.is_request_due():
-            self.world.exchange(client, "ok")
-
-    def ask(self, client: Client, tokens: int) -> int:
-        flow = client.queue.flow(1, "t", LANE)
-        flow.refresh(client.session.policy)
-        waiter = client.queue.ask(
-            flow,
-            amounts=flow.amounts(Demand(LANE, tokens=Tokens(tokens))),
-            hard_ms=1_000_000,
-            now_ms=self.world.local_ms,
-            deadline_ms=float("inf"),
-        )
-        self.say(client)
-        assert waiter.ticket in client.queue.held
-        return waiter.ticket
-
-    def end(self, client: Client, ticket: int, used: int) -> None:
-        actual = client.queue.held[ticket].flow.actual(CallUse(Tokens(used)))
-        client.queue.release(ticket, outcome="success", actual=actual, now_ms=self.world.local_ms)
-
-    def spent(self, name: str = TOKENS) -> int:
-        return self.world.model.capacity.spent(self.world.model.pool.limit(name))
 
 
 @pytest.fixture
@@ -88,10 +20,6 @@ def fleet(server: Server) -> Iterator[Fleet]:
     made = Fleet(World(server, POLICY, Paces()))
     yield made
     made.world.close()
-
-
-def counts(fleet: Fleet) -> tuple[int, int, int]:
-    return fleet.spent(TOKENS), fleet.spent(REQUESTS), fleet.spent(DAY)
 
 
 @pytest.mark.parametrize("order", ["as they came", "the other way round"])

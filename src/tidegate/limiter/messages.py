@@ -265,8 +265,9 @@ class Join:
     lapsing: (member, left_ms, charges) of permits held over for dead sessions, as last seen. spent:
     (limit, amount as last seen, the last sequence that it includes or 0, what was admitted here
     since: sequence or 0, and amount, alternating). pauses: (limit, left_ms, ramp_ms, reason).
-    roster: the sessions of the pool, if this process can vouch for them. base: the policy that was
-    in force before, if known.
+    roster: the sessions of the pool, if this process can vouch for them. own: (limit, amount that
+    still counts, total) of what its local share has admitted, as far as no join reported it; the
+    total is that of all time. base: the policy that was in force before, if known.
     """
 
     policy: PoolPolicy
@@ -277,6 +278,7 @@ class Join:
     spent: list[tuple[str, int, int, list[int]]] = field(default_factory=list)
     pauses: list[tuple[str, int, int, str]] = field(default_factory=list)
     roster: list[str] = field(default_factory=list)
+    own: list[tuple[str, int, int]] = field(default_factory=list)
     base: PoolPolicy | None = None
 
     def as_fields(self) -> dict[str, Any]:
@@ -308,6 +310,7 @@ class Join:
             "spent": self.spent,
             "pauses": self.pauses,
             "roster": self.roster,
+            "own": self.own,
         }
 
 
@@ -581,6 +584,8 @@ SHAPES = (
     KeyShape("restored", "hash", "per limit: what sessions reported of its usage after a loss: "
              "epoch|seq|usage up to it|seq=amount of admissions after it|session=amount of those "
              "without a seq", POOL_KEEP, True),
+    KeyShape("local", "hash", "per session: each limit, and the total of what its process has "
+             "admitted of it by its local share, as last reported", POOL_KEEP, True),
     KeyShape("paused", "zset", "limit by the ms at which its pause and ramp are over",
              "none: as `meta`, whose p: fields it puts in order", False),
     KeyShape("starving", "zset", "session|flow that moved too often, by sequence",

@@ -78,7 +78,7 @@ class SpentHere:
     """What this process's calls took of rates and quotas since the server last reported them.
 
     Ordered by the fences of the admissions, so that it is known which of them a report of any
-    process includes. An admission that the server does not know has the sequence 0.
+    process includes. Without those by the local share, of which the server does not know.
     """
 
     def __init__(self) -> None:
@@ -100,10 +100,7 @@ class SpentHere:
     @staticmethod
     def _merged(taken: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
         """Return pairs of neighbours as one each, which a report includes only as a whole."""
-        unknown = [one for one in taken if one[1] == 0]
-        known = sorted(one for one in taken if one[1])
-        epoch = unknown[-1][0] if unknown else 0
-        merged = [(epoch, 0, sum(amount for *_, amount in unknown))] if unknown else []
+        known, merged = sorted(taken), list[tuple[int, int, int]]()
         for first, last in zip_longest(known[::2], known[1::2]):
             merged.append(first if last is None else (*last[:2], first[2] + last[2]))
         return merged
@@ -120,9 +117,12 @@ class SpentHere:
     def since(self, name: str, epoch: int) -> list[int]:
         """Return sequence and amount, alternating; the sequence is 0 in another epoch."""
         found = self._taken.get(name, ())
-        unknown = sum(amount for of, seq, amount in found if of != epoch or seq == 0)
-        known = ((seq, amount) for of, seq, amount in found if of == epoch and seq)
+        unknown = sum(amount for of, _, amount in found if of != epoch)
+        known = ((seq, amount) for of, seq, amount in found if of == epoch)
         return [*([0, unknown] if unknown else []), *chain.from_iterable(known)]
+
+    def amount(self, name: str) -> int:
+        return sum(each for *_, each in self._taken.get(name, ()))
 
     def totals(self) -> dict[str, int]:
         """Return the amount by limit."""
@@ -164,48 +164,73 @@ def _new_future() -> asyncio.Future[Holding]:
     return asyncio.get_running_loop().create_future()
 
 
-_DAY_MS = 86_400_000
+@dataclass(slots=True)
+class PoolUse:
+    """What a process knows of the pool's use of limits while Valkey is unavailable.
+
+    held: returns what this process's permits take of a concurrency limit. spent: returns what of a
+    rate or quota still counts, as last seen, and what was admitted here since. counts_for: returns
+    for how many ms an admission by a rate or quota counts from now on.
+    """
+
+    sessions: int
+    held: Callable[[str, Concurrency], int]
+    spent: Callable[[str, Rate | Quota], tuple[int, int]]
+    counts_for: Callable[[Rate | Quota], float]
 
 
 class LocalShare:
     """The process's share of limits while Valkey is unavailable, and its use of rates."""
 
     def __init__(self) -> None:
-        # limit -> (ms, amount) of each admission here
+        # limit -> (ms at which it expires, amount) of each admission here that no join has reported
         self._spent: dict[str, deque[tuple[float, int]]] = {}
+        self._totals: Counter[str] = Counter()  # of all time
 
-    def allows(
-        self,
-        waiter: Waiter,
-        sessions: int,
-        held: Callable[[str, Concurrency], int],
-        at_ms: float,
-    ) -> bool:
-        """Return whether the local share of every limit has room, and record the use of rates.
-
-        `held`: returns the current use of a concurrency limit.
-        """
+    def allows(self, waiter: Waiter, use: PoolUse, at_ms: float) -> bool:
+        """Return whether the local share of every limit has room, and record the use of rates."""
         taken = waiter.flow.taken(waiter.amounts)
         for name, limit, amount in taken:
             if limit.shadow:
                 continue
+            bound = limit.bound
             if isinstance(limit, Concurrency):
-                used = held(name, limit)
+                used = use.held(name, limit)
             else:
-                used = self._used(name, limit, at_ms)
-            if used + amount > share_of(limit.bound, sessions):
+                seen, since = use.spent(name, limit)
+                bound, used = max(0, bound - seen), since + self._used(name, at_ms)
+            if used + amount > share_of(bound, use.sessions):
                 return False
         for name, limit, amount in taken:
             if not isinstance(limit, Concurrency):
-                self._spent.setdefault(name, deque()).append((at_ms, amount))
+                entry = at_ms + use.counts_for(limit), amount
+                self._spent.setdefault(name, deque()).append(entry)
+                self._totals[name] += amount
         return True
 
-    def _used(self, name: str, limit: Rate | Quota, at_ms: float) -> int:
-        span_ms = _DAY_MS if isinstance(limit, Quota) else limit.window_ms + limit.slack
-        spent = self._spent.setdefault(name, deque())
-        while spent and spent[0][0] + span_ms <= at_ms:
+    def _used(self, name: str, at_ms: float) -> int:
+        spent = self._spent.get(name, deque())
+        while spent and spent[0][0] <= at_ms:
             spent.popleft()
         return sum(each for _, each in spent)
+
+    def unreported(self, at_ms: float) -> list[tuple[str, int, int]]:
+        """Return (limit, amount that still counts, total of all time) for the next join."""
+        used = [(name, self._used(name, at_ms), self._totals[name]) for name in self._spent]
+        return [entry for entry in used if entry[1]]
+
+    def reported(self, own: Iterable[tuple[str, int, int]]) -> None:
+        """Forget what a join has reported, except what was admitted after it was sent."""
+        for name, _, total in own:
+            later = self._totals[name] - total
+            kept = deque[tuple[float, int]]()
+            for entry in reversed(self._spent.pop(name, ())):
+                if later <= 0:
+                    break
+                kept.appendleft(entry)
+                later -= entry[1]
+            if kept:
+                self._spent[name] = kept
 
 
 class LocalQueue:
@@ -570,7 +595,7 @@ class LocalQueue:
         flow.held += 1
         for name in flow.limits:
             self.held_of[name] += 1
-        if flow.rates:
+        if flow.rates and seq:
             for name, amount in flow.spends(waiter.amounts).items():
                 self.spent_since.add(name, amount, epoch, seq)
         self.counts.admitted += 1

@@ -50,7 +50,14 @@ from tidegate.limiter.policy import (
     Rate,
     next_midnight_ms,
 )
-from tidegate.limiter.queue import LocalQueue, LocalShare, SpentHere, Traffic, compose
+from tidegate.limiter.queue import (
+    LocalQueue,
+    LocalShare,
+    PoolUse,
+    SpentHere,
+    Traffic,
+    compose,
+)
 
 State = Literal["up", "away", "recovering"]
 
@@ -194,6 +201,22 @@ class Remembered:
             known_ms = self._midnights[zone] = next_midnight_ms(zone, server_ms)
         return known_ms
 
+    def counts_for(self, limit: Rate | Quota, at_ms: float) -> float:
+        """Return how long, in ms, an admission by the local share counts."""
+        if isinstance(limit, Rate):
+            return limit.window_ms + limit.slack
+        return self._counts_for(limit, self._server_ms(at_ms))
+
+    def spent_of(
+        self, name: str, limit: Rate | Quota, here: SpentHere, at_ms: float, silent_ms: float
+    ) -> tuple[int, int]:
+        """Return what of a limit counts, as last seen, and what was admitted `here` since."""
+        amount, until_ms = self._spent.get(name, (0, 0.0))
+        since = 0
+        if isinstance(limit, Quota) or silent_ms < limit.window_ms + limit.slack:
+            since = here.amount(name)
+        return amount if until_ms > at_ms else 0, since
+
     def forget_version(self) -> None:
         """Forget the versions and the clock offset of an earlier epoch."""
         self.roster_version = self.told = self._seq = 0
@@ -291,9 +314,12 @@ class Remembered:
 
     def resets(self, quotas: Mapping[str, str], at_ms: float) -> dict[str, int]:
         """Return when each day quota (limit -> zone) resets, by the server's clock."""
-        ahead_ms = self._ahead_ms
-        now_ms = time.time() * 1000 if ahead_ms is None else at_ms + ahead_ms
+        now_ms = self._server_ms(at_ms)
         return {name: self._midnight_ms(zone, now_ms) for name, zone in quotas.items()}
+
+    def _server_ms(self, at_ms: float) -> float:
+        ahead_ms = self._ahead_ms
+        return time.time() * 1000 if ahead_ms is None else at_ms + ahead_ms
 
     def base_of(self, policy: PoolPolicy) -> PoolPolicy | None:
         """Return the policy in force before `policy`, if `policy` is newer, else None."""
@@ -484,12 +510,16 @@ class Session:
     def admit_locally(self) -> None:
         """Use the local share after a lease without Valkey, if the policy allows it."""
         if self.policy.when_away == "local" and self._failing and self.lease.all_lapsed():
-            at = self.lease.now_ms()
-            sessions, held = self.sessions, self._queue.amount_held
-            self._queue.admit_locally(
-                lambda waiter: self._local.allows(waiter, sessions, held, at),
-                self.lease.identity.epoch,
-                at,
+            at, queue, remembered = self.lease.now_ms(), self._queue, self.remembered
+            here, silent_ms = queue.spent_since, self.lease.silent_ms()
+            use = PoolUse(
+                self.sessions,
+                queue.amount_held,
+                lambda name, limit: remembered.spent_of(name, limit, here, at, silent_ms),
+                lambda limit: remembered.counts_for(limit, at),
+            )
+            queue.admit_locally(
+                lambda waiter: self._local.allows(waiter, use, at), self.lease.identity.epoch, at
             )
 
     def has_share(self, limits: Sequence[str]) -> bool:
@@ -550,6 +580,7 @@ class Session:
                 remembered.spent(queue.spent_since, self.lease.identity.epoch, at),
                 remembered.paused(at),
                 remembered.roster(at, self.lease.lease_ms),
+                self._local.unreported(at),
                 remembered.base_of(self.policy),
             )
         request = SyncRequest(
@@ -610,8 +641,8 @@ class Session:
             self.lease.renewed(sent_ms, reply.lease_ms)
         self._acked = max(self._acked, request.ack)
         self.sessions = reply.sessions
-        if batch.joining:
-            self._joined(reply)
+        if request.join is not None:
+            self._joined(request.join, reply)
         queue, at = self._queue, self.lease.now_ms()
         if self.lease.lapsed():
             # The answer arrived after the lease had lapsed: this process was suspended meanwhile.
@@ -729,9 +760,13 @@ class Session:
         if 0 < whole.next_event_ms < reply.lease_ms and queue.waiting:
             self._alarm("next_event", whole.next_event_ms)
 
-    def _joined(self, reply: SyncReply) -> None:
+    def _joined(self, join: Join, reply: SyncReply) -> None:
         old = self.lease.identity
         self.lease.identity = Identity(reply.epoch, reply.gen)
+        self._local.reported(join.own)
+        for name, amount, _ in join.own:
+            # The server numbers a join as it numbers admissions.
+            self._queue.spent_since.add(name, amount, reply.epoch, reply.gen)
         self._last_sent = self._acked = 0
         self.refresh()
         self.traffic.joins += 1

@@ -159,7 +159,7 @@ def unpack_request(raw: bytes) -> SyncRequest:
             PoolPolicy.unpack(blob),
             policy["by"],
             join["name"],
-            *(join[name] for name in ("held", "lapsing", "spent", "pauses", "roster")),
+            *(join[name] for name in ("held", "lapsing", "spent", "pauses", "roster", "own")),
         )
     return SyncRequest(**values)
 

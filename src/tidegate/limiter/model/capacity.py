@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, floor
 
 from tidegate.limiter.messages import SyncRequest
@@ -20,9 +20,14 @@ LEFT_FREE = 20
 
 @dataclass(eq=False, repr=False)
 class Capacity:
-    """The room under each limit of a pool. Lua: `limits`, `capacity`, `pauses` and `rates`."""
+    """The room under each limit of a pool. Lua: `limits`, `capacity`, `pauses` and `rates`.
+
+    local: session -> limit -> the total that its process has admitted by its local share, as last
+    reported.
+    """
 
     pool: PoolState
+    local: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def cap(self, limit: LimitState, band: int) -> int:
         """Return how many calls, or tokens in flight, a band may have under a concurrency limit."""
@@ -67,6 +72,20 @@ class Capacity:
         more = found.more_seen(q.epoch, seen, seq) + found.more_later(q.epoch, q.sid, since)
         limit.spending.add(limit.limit, more, self.pool.now)
         limit.asserted = max(found.base, 1)
+
+    def count_local(self, sid: str, own: Sequence[tuple[str, int, int]]) -> None:
+        """Count what a process admitted of rates by its local share.
+
+        A join whose reply was lost is repeated: what an earlier one reported is not counted again.
+        """
+        before = self.local.pop(sid, {})
+        for name, amount, total in own:
+            limit = self.pool.limit(name)
+            if limit.is_rate:
+                self.spent(limit)
+                more = min(amount, total - before.get(name, 0))
+                limit.spending.add(limit.limit, more, self.pool.now)
+            self.local.setdefault(sid, {})[name] = total
 
     def is_admitted_by_pause(self, limit: LimitState) -> bool:
         """Return whether a pause or gate admits a call; if only time frees it, set `retry_at`."""

@@ -265,6 +265,7 @@ class Joins:
             self.permits.free_lapsing(permit)
         if lost:
             self._remember(q)
+        self.capacity.count_local(q.sid, q.join.own)
         return "ok"
 
     def _remember(self, q: SyncRequest) -> None:

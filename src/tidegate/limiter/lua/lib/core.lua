@@ -40,6 +40,7 @@ T.timed_key = T.prefix .. 'timed'
 T.starving_key = T.prefix .. 'starving'
 T.spending_key = T.prefix .. 'spending'
 T.restored_key = T.prefix .. 'restored'
+T.local_key = T.prefix .. 'local'
 T.paused_key = T.prefix .. 'paused'
 
 -- A session's own keys outlive the pool's.

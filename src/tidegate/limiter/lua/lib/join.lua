@@ -1,5 +1,5 @@
 -- does: joins a session, with its policy and all its permits; keeps its keys alive
--- keys: meta layout history sessions session queue park line past lapsing carried owed spending paused charged restored
+-- keys: meta layout history sessions session queue park line past lapsing carried owed spending paused charged restored local
 -- args: sid epoch batch join lease_ms
 -- returns: join(), keep_keys(), touch_own(), conflict
 -- units: ms
@@ -381,6 +381,23 @@ function T.assert_spent(entries)
   call('PEXPIRE', T.restored_key, T.POOL_KEEP_MS)
 end
 
+-- Counts what a process admitted of rates by its local share, which no session has seen. Each entry: limit, `amount`
+-- that still counts, and the `total` of all that the process has admitted so. A join whose reply was lost is repeated:
+-- what an earlier one reported is not counted again.
+function T.assert_local(entries)
+  local before, reported = {}, {}
+  for name, total in string.gmatch(call('HGET', T.local_key, q.sid) or '', '([^ ]+) (%d+)') do before[name] = total end
+  for i, entry in ipairs(entries) do
+    local name, amount, total = unpack(entry)
+    local limit = T.limit_of(name)
+    if limit.sort ~= 'c' then T.rates().assert_spent(limit, math.min(amount, total - (before[name] or 0))) end
+    reported[i] = name .. ' ' .. T.int(total)
+  end
+  if #reported == 0 then return call('HDEL', T.local_key, q.sid) end
+  call('HSET', T.local_key, q.sid, table.concat(reported, ' '))
+  call('PEXPIRE', T.local_key, T.POOL_KEEP_MS)
+end
+
 -- Numbers the usage and indexes the pauses of a record written by a version that did not.
 function T.index()
   T.put('changes', T.int(pool.changes))
@@ -451,6 +468,7 @@ function T.join()
     for _, entry in ipairs(q.join.pauses) do T.assert_pause(entry) end
     T.vouch()
   end
+  T.assert_local(q.join.own)
   return 'ok'
 end
 
