@@ -235,6 +235,15 @@ HARDER: dict[str, tuple[Load, Lasts, tuple[float, float]]] = {
         gamma(300, 0.5),
         (1.0, 1.0),
     ),
+    "requests of a bucket that grow by 40 % a minute": (
+        Load(
+            Rate(600, window_ms=60_000, ramp=Ramp(40, start=60), shape="bucket"),
+            200,
+            {("a", "normal"): 30, ("b", "normal"): 20},
+        ),
+        gamma(200, 0.5),
+        (1.0, 1.0),
+    ),
     "tokens, 30 to 100 % of them used": (
         LOADS["tokens, 20,000 in 10 s"],
         gamma(300, 0.5),

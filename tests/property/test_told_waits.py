@@ -46,6 +46,13 @@ def test_told_times_and_refusals_are_true_under_steady_load(name: str) -> None:
         assert told.true() >= 0.98
 
 
+@pytest.mark.parametrize("name", [name for name in HARDER if "grow" in name])
+def test_those_who_wait_for_a_limit_that_grows_are_told_it(name: str) -> None:
+    told, _ = measured(name, 2 * SECONDS)
+    assert len(told.pairs) > 50
+    assert told.true() >= 0.9, "within 25 % or 2 s"
+
+
 @pytest.mark.parametrize("name", BEHIND)
 def test_those_who_wait_long_behind_a_higher_band_are_told_it(name: str) -> None:
     """By what their band gets, which is another part of the tokens in flight than of the

@@ -20,7 +20,7 @@ from tidegate.limiter.policy import CALL_USE
 # alone counts.
 MEASURED_MS, LEAST_MEASURED_MS, TRUSTED_MS = 30_000, 3_000, 20_000
 _UNITS = 100_000  # units of virtual time for one ms of use by a tenant of weight 1
-_DAY_MS = 86_400_000
+_MINUTE_MS, _DAY_MS = 60_000, 86_400_000
 # Calls that all take longer than this many times the usual duration have no usual end any more.
 _STALLED = 2
 # The most admissions that are simulated one by one, which takes some ms.
@@ -71,7 +71,8 @@ class WaitingLine:
     `b`) when it is full again, and its window. amount: the average that a call takes. amounts: what
     each of the first calls before this one takes. width: of the buckets in which a rate is counted,
     0 if each admission is logged. use: what a call counts in shares, 0 if that is its duration.
-    share: the band's least share of what the limit gives, in thousandths.
+    share: the band's least share of what the limit gives, in thousandths. ramp: of a rate that may
+    only grow slowly, see `_Growth`; `free` of a bucket is then what its last window took.
     """
 
     now_ms: int
@@ -95,6 +96,7 @@ class WaitingLine:
     amounts: Sequence[int] = ()
     width: int = 0
     use: int = 0
+    ramp: Sequence[int] = ()
 
     def estimate(self, ahead: int, cost_ms: float = 0, amount: int | None = None) -> WaitEstimate:
         """Return an estimate for a call with `ahead` calls of its own tenant before it.
@@ -212,6 +214,8 @@ class WaitingLine:
         if self.above and self.share:
             total = min(total, round((total - self.above * self.amount) * 1000 / self.share))
         at = self._window_ms(total)
+        if self.ramp:
+            at = max(at, self._grown_ms(total))
         if self.pace > 0 and self.bound > 0:
             each = self.span * 1000 / self.bound
             at = max(at, (self.even - self.pace + total * each) / 1000 - self.now_ms)
@@ -239,6 +243,50 @@ class WaitingLine:
                 return at - self.now_ms + windows * self.span
         # The rest was free already: it is spent now, and freed a window from now.
         return (windows + 1) * self.span
+
+    def _grown_ms(self, total: int) -> float:
+        """Return the time until a ramp admits `total` more, if calls take all that it admits."""
+        growth = _Growth(*self.ramp)
+        used = sum(amount for _, amount in self.free)
+        over = total - max(0, growth.bound_at(self.now_ms, self.bound) - used)
+        for windows in range(_MOST_SIMULATED):
+            end_ms = self.now_ms + (windows + 1) * self.span
+            growth.take(end_ms, growth.bound_at(end_ms, self.bound))
+            each = max(1, growth.bound_at(end_ms, self.bound))
+            if over <= each:
+                return (windows + max(0, over) / each) * self.span
+            over -= each
+        return _MOST_SIMULATED * self.span
+
+
+@dataclass(slots=True)
+class _Growth:
+    """What a ramp lets a window take.
+
+    That is `level`, and `percent` of it more for each minute since `since`. The first call after a
+    minute sets the level to what the last window took, at least `start` (`lua/lib/pacing.lua`).
+    """
+
+    level: int
+    since: float
+    percent: int
+    start: int
+
+    def bound_at(self, at_ms: float, bound: int) -> int:
+        if self.since == 0:
+            return bound
+        more = self.level * self.percent * max(0.0, at_ms - self.since) / (100 * _MINUTE_MS)
+        return min(bound, self.level + int(more))
+
+    def grown_at(self, needed: int) -> int:
+        """Return when a window may take `needed`, if it takes nothing until then."""
+        more = max(0, needed - self.level)
+        return ceil(self.since + more * 100 * _MINUTE_MS / max(1, self.level * self.percent))
+
+    def take(self, at_ms: float, used: int) -> None:
+        """Count a call, which the last window's use includes."""
+        if at_ms - self.since >= _MINUTE_MS:
+            self.level, self.since = max(self.start, used), at_ms
 
 
 @dataclass(slots=True)
@@ -280,6 +328,7 @@ class _RateQueue:
             self._queues.append(self._queue(rival, number, repeats=rival.waiting > 1))
         self._free = deque(sorted(line.free))
         self._used = sum(spent for _, spent in line.free)
+        self._growth = _Growth(*line.ramp) if line.ramp else None
         self._even = float(line.even)
         self._each = line.span * 1000 / line.bound
         self._coming: list[tuple[float, int]] = []
@@ -340,16 +389,23 @@ class _RateQueue:
             at = max(at, ceil((self._even - ahead_us) / 1000))
         if self._used + amount > self._line.bound and self._free and self._line.sort != "b":
             at = max(at, self._free[0][0])
+        if self._growth is not None and self._used > 0:
+            needed = min(self._used + amount, self._line.bound)
+            if self._growth.bound_at(at, self._line.bound) < needed:
+                grown_at = max(at + 1, self._growth.grown_at(needed))
+                at = min(grown_at, max(at, self._free[0][0])) if self._free else grown_at
         return at
 
     def _take(self, at: float, amount: int) -> None:
         line = self._line
         self._used += amount
+        if self._growth is not None:
+            self._growth.take(at, self._used)
         if line.sort == "q":
             reset_at = line.free[0][0]
             day = ceil((at - reset_at + 1) / _DAY_MS) if at >= reset_at else 0
             self._free.append((reset_at + day * _DAY_MS, amount))
-        elif line.sort == "r":
+        elif line.sort == "r" or self._growth is not None:
             end = (at // line.width + 1) * line.width if line.width else at
             self._free.append((int(end) + line.span, amount))
         if line.pace > 0:
@@ -358,5 +414,5 @@ class _RateQueue:
 
 def read_line(values: list[Any]) -> WaitingLine:
     """Return the line in a reply of `position`."""
-    line = WaitingLine(*values[:21])
+    line = WaitingLine(*values[:22])
     return replace(line, rivals=[Rival(*row[:5]) for row in line.rivals])

@@ -169,3 +169,42 @@ def test_a_stall_is_over_once_a_call_has_ended_or_while_its_limit_is_paused() ->
     admitted = [(at, virtual - 1, cost) for at, virtual, cost in _still(39)]
     assert replace(CALLS, samples=admitted).estimate(0).stalled_ms == 0
     assert replace(CALLS, samples=_still(39), paused_ms=500).estimate(0).wait_ms == 500
+
+
+# 60 a minute since half a minute, all used; they grow by 50 % a minute, up to 600.
+GROWING = replace(RATE, bound=600, ramp=(60, NOW_MS - 30_000, 50, 60))
+
+
+def test_a_limit_that_grows_admits_as_much_as_its_window_may_take_then() -> None:
+    """75 fit now, then one more each two seconds, and what expires from the second one on."""
+    assert GROWING.estimate(14).wait_ms == 0
+    assert GROWING.estimate(15).wait_ms == 1_000
+    assert GROWING.estimate(20).wait_ms == 1_000
+    full = replace(GROWING, free=[(NOW_MS + 50_000, 75)])
+    assert full.estimate(0).wait_ms == 2_000
+    assert full.estimate(5).wait_ms == 12_000
+    assert full.estimate(14).wait_ms == 30_000
+    # From a minute on, the part is one of the 90 that were used then.
+    assert full.estimate(15).wait_ms == pytest.approx(30_000 + 1_333, abs=2)
+
+
+def test_a_bucket_that_grows_has_room_when_both_have() -> None:
+    full = replace(GROWING, sort="b", even=NOW_MS * 1000, pace=60_000_000)
+    full = replace(full, free=[(NOW_MS + 50_000, 75)])
+    assert full.estimate(5).wait_ms == 12_000
+    assert replace(full, even=(NOW_MS + 90_000) * 1000).estimate(0).wait_ms == 30_100
+
+
+@pytest.mark.parametrize("above", [0, 30])
+def test_behind_many_calls_a_ramp_is_taken_to_be_used_up_as_it_grows(above: int) -> None:
+    """In the first minute 112 are admitted, in each further one half more than before."""
+    full = replace(GROWING, free=[(NOW_MS + 50_000, 75)], share=0, above=above)
+    told = full.estimate(1_200 - above)
+    assert 265_000 <= (told.wait_ms or 0) <= 285_000
+
+
+def test_a_ramp_delays_no_call_of_a_limit_that_nothing_uses() -> None:
+    assert replace(GROWING, free=[]).estimate(0).wait_ms == 0
+    unused = replace(GROWING, free=[], ramp=(0, 0, 50, 60))
+    assert unused.estimate(59).wait_ms == 0
+    assert unused.estimate(60).wait_ms == 2_000

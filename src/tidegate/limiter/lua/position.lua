@@ -3,7 +3,7 @@
 -- args: request
 -- request: sid ticket limit band tenant
 -- returns: found flow held_up_by ahead amount use said line
--- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width use
+-- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width use ramp
 -- uses: core clock pool limits queues
 -- later: blocked rates pacing bucket pauses capacity progress
 -- units: ms; virtual time as in queues; share in thousandths; even and pace in microseconds; amounts in the limit's unit
@@ -15,7 +15,8 @@
 -- calls of higher bands. `samples` are (at, virtual, cost_ms). `free` are (at, amount): when a rate gets back how
 -- much. The `amount` of a line is the tenant's mean amount; `amounts` are those of a tenant's first tickets in their
 -- order, empty if each takes 1. `width` is that of the buckets. `use` is what shares count for a call, 0 if that is
--- its duration.
+-- its duration. `ramp` is level, since, percent and start, empty without one; `free` of a bucket with a ramp is what its
+-- last window took.
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
 -- The most queues read for one position; for the rest, the tenants' total counts are used.
@@ -89,11 +90,17 @@ local function amounts_of(limit, band, tenant, last, most)
   return list
 end
 
+local function ramp_of(limit)
+  local pacing = limit.pacing
+  if not pacing or pacing.percent == 0 then return {} end
+  return { pacing.level, pacing.since, pacing.percent, pacing.start }
+end
+
 -- Returns when a rate gets back how much, in at most 120 steps.
 local function freed(limit)
   local list = {}
   if limit.sort == 'q' then return { { limit.reset_at, limit.spent } } end
-  if limit.window then return {} end
+  if limit.window and #ramp_of(limit) == 0 then return {} end
   if limit.exact then
     local key, count = T.prefix .. 'log:' .. limit.name, limit.spent
     local step = math.max(1, math.ceil(count / 120))
@@ -153,7 +160,7 @@ local function line(limit, number, tenant, last, use)
   return { pool.now, sort, bound, span, band.virtual, tag, T.tenant_of(tenant).weight,
     limit.cost_ms, paused_ms, share_of(limit, number, tenant), waiting_of(limit, number, tenant), rivals,
     above, T.progress_of(limit, number), free, even, pace, mean_of(limit, number, tenant), own,
-    width, pool.fair_by and T.use_at(limit, use) or 0 }
+    width, pool.fair_by and T.use_at(limit, use) or 0, ramp_of(limit) }
 end
 
 if q.ticket == '' then

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tidegate.limiter.messages import Barred, Outlook
 from tidegate.limiter.model.capacity import Capacity
 from tidegate.limiter.model.queues import Permits
-from tidegate.limiter.model.rates import span_of
+from tidegate.limiter.model.rates import Pacing, span_of
 from tidegate.limiter.model.state import (
     BLOCKED,
     BandState,
@@ -459,8 +459,15 @@ class Positions:
             *(self._waiting(band, tenant), rivals, above),
             [list(sample) for sample in self.outlooks.progress_of(limit, number)],
             *(free, even, pace, self._mean(limit, band, tenant), own, width),
-            0 if pool.fair_by == "seconds" else pool.probable_use(limit, use),
+            *(0 if pool.fair_by == "seconds" else pool.probable_use(limit, use), self._ramp(limit)),
         ]
+
+    @staticmethod
+    def _ramp(limit: LimitState) -> list[int]:
+        rule, pacing = limit.limit, limit.spending.pacing or Pacing()
+        if not isinstance(rule, Rate) or rule.ramp is None:
+            return []
+        return [pacing.level, pacing.since, rule.ramp.percent_per_minute, rule.ramp.start]
 
     def _share(self, limit: LimitState, number: int, tenant: str) -> int:
         """Return a band's least share of what a limit gives.
@@ -521,7 +528,7 @@ class Positions:
             return [[day.reset_at, day.used]]
         self.capacity.spent(limit)
         assert isinstance(limit.limit, Rate)
-        if limit.limit.shape == "bucket":
+        if limit.limit.shape == "bucket" and limit.limit.ramp is None:
             return []
         span, log = span_of(limit.limit), spending.log
         if not limit.limit.exact:
