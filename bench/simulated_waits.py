@@ -244,6 +244,29 @@ HARDER: dict[str, tuple[Load, Lasts, tuple[float, float]]] = {
         gamma(200, 0.5),
         (1.0, 1.0),
     ),
+    "requests a minute, two bands": (
+        Load(Rate(300, window_ms=60_000), 200, {("a", "high"): 8, ("b", "normal"): 30}),
+        gamma(200, 0.5),
+        (1.0, 1.0),
+    ),
+    "tokens, two bands": (
+        Load(
+            Rate(60_000, window_ms=10_000, unit="tokens"),
+            200,
+            {("a", "high"): 8, ("b", "normal"): 20, ("c", "normal"): 10},
+        ),
+        gamma(200, 0.5),
+        (1.0, 1.0),
+    ),
+    "requests of a bucket, two bands": (
+        Load(
+            Rate(60, window_ms=10_000, shape="bucket"),
+            200,
+            {("a", "high"): 8, ("b", "normal"): 30},
+        ),
+        gamma(200, 0.5),
+        (1.0, 1.0),
+    ),
     "tokens, 30 to 100 % of them used": (
         LOADS["tokens, 20,000 in 10 s"],
         gamma(300, 0.5),

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
-from math import ceil
+from math import ceil, inf
 from typing import Any, NamedTuple
 
 from tidegate.limiter.policy import CALL_USE
@@ -73,6 +73,7 @@ class WaitingLine:
     0 if each admission is logged. use: what a call counts in shares, 0 if that is its duration.
     share: the band's least share of what the limit gives, in thousandths. ramp: of a rate that may
     only grow slowly, see `_Growth`; `free` of a bucket is then what its last window took.
+    owed_from: since when the band is owed its least share.
     """
 
     now_ms: int
@@ -97,6 +98,7 @@ class WaitingLine:
     width: int = 0
     use: int = 0
     ramp: Sequence[int] = ()
+    owed_from: int = 0
 
     def estimate(self, ahead: int, cost_ms: float = 0, amount: int | None = None) -> WaitEstimate:
         """Return an estimate for a call with `ahead` calls of its own tenant before it.
@@ -204,15 +206,60 @@ class WaitingLine:
             others = sum(self._before(distance, rival, use) for rival in self.rivals)
             before = ahead + others + self.above
             wait_ms = self._by_total(before, amount)
+            if self.above and use > 0 and not self.paused_ms:
+                wait_ms = self._behind_bands(ahead + others, amount, distance, use, wait_ms)
         else:
             wait_ms, before = _RateQueue(self, ahead, cost_ms, amount).run()
         return WaitEstimate(round(max(0.0, wait_ms, self.paused_ms)), before, None, is_certain)
+
+    def _behind_bands(
+        self, before: int, amount: int, distance: float, use: float, first_ms: float
+    ) -> float:
+        """Return the wait behind higher bands whose calls continue to come.
+
+        first_ms: the wait if only those that wait now come first, which is all that is known until
+        calls of this band have waited for a while. From then on what the band got lately tells, or
+        under a longer window than that its least share.
+        """
+        oldest_ms = max((self.now_ms - at for at, *_ in self.samples), default=0)
+        if oldest_ms < min(self.span, TRUSTED_MS):
+            return first_ms
+        least_ms = self._by_least_share(before, amount)
+        measured = self._speed(MEASURED_MS) if self.span <= MEASURED_MS else None
+        if measured is None:
+            return first_ms if least_ms == inf else least_ms
+        own = use * _UNITS / self.weight
+        return min(least_ms, (max(0.0, distance) + own / 2) / measured[0])
+
+    def _by_least_share(self, before: int, amount: int) -> float:
+        """Return when the band's least share has given what the call and those before it take.
+
+        Higher bands take all the rest, so that there is room only as something becomes free.
+        """
+        if not self.share:
+            return inf
+        total = before * self.amount + amount
+        each_ms = self.span * 1000 / (self.bound * self.share)
+        owed_from = max(self.owed_from, self.now_ms - self.span - self.amount * each_ms)
+        wait_ms = max(0.0, owed_from + total * each_ms - self.now_ms)
+        if self.sort != "r" or self.ramp or not self.free:
+            return wait_ms
+        windows, rest_ms = divmod(wait_ms, self.span)
+        freed = (at - self.now_ms for at, _ in self.free)
+        next_ms = min((at for at in freed if at >= rest_ms), default=None)
+        if next_ms is None:
+            windows, next_ms = windows + 1, self.free[0][0] - self.now_ms
+        return windows * self.span + next_ms
 
     def _by_total(self, before: int, amount: int) -> float:
         """Return when there is room for all calls before, if their order is unknown."""
         total = before * self.amount + amount
         if self.above and self.share:
             total = min(total, round((total - self.above * self.amount) * 1000 / self.share))
+        return self._until_room(total)
+
+    def _until_room(self, total: int) -> float:
+        """Return the time until `total` more is admitted."""
         at = self._window_ms(total)
         if self.ramp:
             at = max(at, self._grown_ms(total))
@@ -414,5 +461,5 @@ class _RateQueue:
 
 def read_line(values: list[Any]) -> WaitingLine:
     """Return the line in a reply of `position`."""
-    line = WaitingLine(*values[:22])
+    line = WaitingLine(*values[:23])
     return replace(line, rivals=[Rival(*row[:5]) for row in line.rivals])

@@ -63,7 +63,8 @@ class Outlook(NamedTuple):
     """What `flow` waits for.
 
     room_ms: the time until there is room for its first ticket if nothing is returned, 0 if unknown.
-    firm: there is certainly no room for any of its tickets before.
+    firm: there is certainly no room for any of its tickets before; 2 if that is as long as higher
+    bands leave, so that it may take longer.
     """
 
     flow: int

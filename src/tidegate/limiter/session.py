@@ -714,7 +714,10 @@ class Session:
                 # For a ticket not yet sent, the server knows better what comes before it.
                 is_late = waiter.sent and waiter.deadline_ms <= sent_ms + room_ms
                 if is_late and flow.amount_under(outlook.limit, waiter.amounts):
-                    barred = Barred(waiter.ticket, outlook.limit, room_ms, outlook.used, 0, number)
+                    estimate = number or outlook.firm - 1
+                    barred = Barred(
+                        waiter.ticket, outlook.limit, room_ms, outlook.used, 0, estimate
+                    )
                     self._refuse_early(waiter, barred)
 
     def _refuse_early(self, waiter: Waiter, barred: Barred) -> None:

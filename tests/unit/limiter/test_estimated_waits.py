@@ -208,3 +208,33 @@ def test_a_ramp_delays_no_call_of_a_limit_that_nothing_uses() -> None:
     unused = replace(GROWING, free=[], ramp=(0, 0, 50, 60))
     assert unused.estimate(59).wait_ms == 0
     assert unused.estimate(60).wait_ms == 2_000
+
+
+# Some calls of this band wait behind a higher one that takes all but a tenth of 60 a minute.
+BEHIND = replace(RATE, above=3, samples=_samples(0), owed_from=NOW_MS - 25_000)
+
+
+def test_behind_a_higher_band_a_rate_comes_as_something_is_free_and_the_share_is_owed() -> None:
+    """The share of six a minute gives a call each ten seconds, and is owed for two and a half."""
+    assert BEHIND.estimate(0).wait_ms == 1_000, "when the first of the window are free"
+    assert BEHIND.estimate(2).wait_ms == 5_000
+    assert BEHIND.estimate(3).wait_ms == 61_000, "owed in 15 s, free in the next window"
+    assert BEHIND.estimate(8).wait_ms == 65_000
+    assert replace(BEHIND, owed_from=0).estimate(6).wait_ms == 1_000, "for a window at most"
+    assert replace(BEHIND, owed_from=0).estimate(7).wait_ms == 10_000
+    even = replace(BEHIND, sort="b", free=[], even=NOW_MS * 1000, pace=60_000_000)
+    assert even.estimate(3).wait_ms == 15_000
+
+
+def test_what_a_band_got_lately_is_told_if_that_is_more_than_its_share() -> None:
+    quick = replace(BEHIND, span=10_000, samples=_samples(0.5 * UNITS), share=20, owed_from=NOW_MS)
+    assert quick.estimate(3).wait_ms == pytest.approx(7_000, abs=10)
+    alone = replace(quick, share=0)
+    assert alone.estimate(3).wait_ms == pytest.approx(7_000, abs=10)
+    assert replace(alone, samples=_samples(0)).estimate(3).wait_ms == alone._by_total(6, 1)
+
+
+def test_only_those_who_wait_now_come_first_until_the_band_has_waited_for_a_while() -> None:
+    new = replace(BEHIND, samples=_samples(0)[-5:])
+    assert new.estimate(3).wait_ms == 2_000
+    assert replace(BEHIND, paused_ms=500).estimate(3).wait_ms == 2_000

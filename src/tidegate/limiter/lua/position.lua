@@ -3,7 +3,7 @@
 -- args: request
 -- request: sid ticket limit band tenant
 -- returns: found flow held_up_by ahead amount use said line
--- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width use ramp
+-- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width use ramp owed_from
 -- uses: core clock pool limits queues
 -- later: blocked rates pacing bucket pauses capacity progress
 -- units: ms; virtual time as in queues; share in thousandths; even and pace in microseconds; amounts in the limit's unit
@@ -16,7 +16,7 @@
 -- much. The `amount` of a line is the tenant's mean amount; `amounts` are those of a tenant's first tickets in their
 -- order, empty if each takes 1. `width` is that of the buckets. `use` is what shares count for a call, 0 if that is
 -- its duration. `ramp` is level, since, percent and start, empty without one; `free` of a bucket with a ramp is what its
--- last window took.
+-- last window took. From `owed_from` on the band is owed its share.
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
 -- The most queues read for one position; for the rest, the tenants' total counts are used.
@@ -160,7 +160,8 @@ local function line(limit, number, tenant, last, use)
   return { pool.now, sort, bound, span, band.virtual, tag, T.tenant_of(tenant).weight,
     limit.cost_ms, paused_ms, share_of(limit, number, tenant), waiting_of(limit, number, tenant), rivals,
     above, T.progress_of(limit, number), free, even, pace, mean_of(limit, number, tenant), own,
-    width, pool.fair_by and T.use_at(limit, use) or 0, ramp_of(limit) }
+    width, pool.fair_by and T.use_at(limit, use) or 0, ramp_of(limit),
+    band.passed > 0 and math.floor(band.from / 1000) or pool.now }
 end
 
 if q.ticket == '' then

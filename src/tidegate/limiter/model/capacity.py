@@ -308,6 +308,33 @@ class Capacity:
         left_at = self._room_beside(limit, amount, kept + limit.limit.bound // LEFT_FREE)
         return min(left_at, max(at, used_at + span_ms))
 
+    def is_behind_bands(self, limit: LimitState, number: int) -> bool:
+        """Return whether higher bands take what a rate gives beyond the least share of a band."""
+        if not isinstance(limit.limit, Rate):
+            return False
+        now, span_ms = self.pool.now, span_of(limit.limit)
+        above = [one for higher, one in limit.bands.items() if higher < number]
+        held_at = max((min(one.held_at, now) for one in above), default=0)
+        return any(one.lines for one in above) or (held_at > 0 and held_at + span_ms > now)
+
+    def by_least_share(self, limit: LimitState, number: int, total: int, room_at: int) -> int:
+        """Return when the least share of a band has given it `total`, not before `room_at`.
+
+        A window has room at one moment of each window, when what it took together is free again:
+        for a quarter of it at most.
+        """
+        rule, band, now = limit.limit, limit.band(number), self.pool.now
+        assert isinstance(rule, Rate)
+        if not self.share(number) or rule.bound == 0:
+            return room_at
+        owed_us = band.from_us if band.passed_us else now * 1000
+        owed_us = max(owed_us, (now - span_of(rule)) * 1000)
+        at = ceil((owed_us + self._lasts_us(limit, number, total)) / 1000)
+        if at <= room_at or rule.shape == "bucket" or limit.spending.is_paced(rule):
+            return max(at, room_at)
+        windows, rest_ms = divmod(at - room_at, span_of(rule))
+        return at if rest_ms * 4 <= span_of(rule) else room_at + (windows + 1) * span_of(rule)
+
     def _room_beside(self, limit: LimitState, amount: int, kept: int) -> int:
         """Return when `amount` and what is kept fit; 0 if they fit now."""
         total = min(amount + kept, limit.limit.bound)

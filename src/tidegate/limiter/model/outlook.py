@@ -161,7 +161,7 @@ class Outlooks:
             late
             for position, limit in enumerate(self.pool.lane(flow))
             for ahead in [before if limit is place else before.elsewhere()]
-            for late in self._late(limit, member.amount(position), ahead, latest)
+            for late in self._late(limit, flow.band, member.amount(position), ahead, latest)
         ]
         if not found and left_ms > 0:
             found = self._probably_late(flow, queue, member, place, before, latest)
@@ -209,7 +209,9 @@ class Outlooks:
                 expected += turns if waiting > 1 else 1
         return Before(certain, likely, expected, start)
 
-    def _late(self, limit: LimitState, amount: int, before: Before, latest: int) -> list[Late]:
+    def _late(
+        self, limit: LimitState, number: int, amount: int, before: Before, latest: int
+    ) -> list[Late]:
         """Return when a limit has room, if that is certainly too late unless waiters leave."""
         if not limit.concerns(amount):
             return []
@@ -232,6 +234,10 @@ class Outlooks:
             return []
         room_at = max(at, self.capacity.free_after(limit, before.expected * amount, amount))
         is_estimate = before.expected > (before.certain if self._is_firm(limit) else 0)
+        if self.capacity.is_behind_bands(limit, number):
+            total = before.expected * amount + limit.clamped(amount)
+            room_at = self.capacity.by_least_share(limit, number, total, room_at)
+            is_estimate = True
         return [Late(room_at, limit.name, used, before.expected, int(is_estimate))]
 
     def _late_by_ramp(self, limit: LimitState, before: Before, latest: int) -> list[Late]:
@@ -283,15 +289,16 @@ class Outlooks:
         if not place.is_rate:
             left_ms = latest + 1 - self.pool.now
             return self._late_by_time(place, flow.band, before, left_ms, mean)
-        if self.capacity.grown_after(place, least, amount) > latest:
-            room_at = max(
-                self.capacity.grown_after(place, before.expected * mean, amount),
-                self.capacity.free_after(place, before.expected * mean, amount),
-            )
-            return [Late(room_at, place.name, self.capacity.spent(place), before.expected, 1)]
-        if not count or self.capacity.free_after(place, least, amount) <= latest:
+        grown = self.capacity.grown_after(place, least, amount) > latest
+        if not grown and (not count or self.capacity.free_after(place, least, amount) <= latest):
             return []
         room_at = self.capacity.free_after(place, before.expected * mean, amount)
+        if grown:
+            grown_at = self.capacity.grown_after(place, before.expected * mean, amount)
+            room_at = max(room_at, grown_at)
+        if self.capacity.is_behind_bands(place, flow.band):
+            total = before.expected * mean + place.clamped(amount)
+            room_at = self.capacity.by_least_share(place, flow.band, total, room_at)
         return [Late(room_at, place.name, self.capacity.spent(place), before.expected, 1)]
 
     def _late_by_time(
@@ -339,7 +346,8 @@ class Outlooks:
                     amount = member.amount(queue.flow.lane.index(limit.name))
                 at, used, firm, _ = self._earliest(limit, amount)
                 room_ms = max(0, at - self.pool.now)
-                found.append(Outlook(number, queue.at, room_ms, used, int(firm)))
+                behind = firm and self.capacity.is_behind_bands(limit, queue.flow.band)
+                found.append(Outlook(number, queue.at, room_ms, used, 2 if behind else int(firm)))
         return found
 
     def note_progress(self, limit: LimitState, number: int) -> None:
@@ -459,8 +467,11 @@ class Positions:
             *(self._waiting(band, tenant), rivals, above),
             [list(sample) for sample in self.outlooks.progress_of(limit, number)],
             *(free, even, pace, self._mean(limit, band, tenant), own, width),
-            *(0 if pool.fair_by == "seconds" else pool.probable_use(limit, use), self._ramp(limit)),
+            *(self._use(limit, use), self._ramp(limit), self._owed_from(band)),
         ]
+
+    def _use(self, limit: LimitState, use: int) -> int:
+        return 0 if self.pool.fair_by == "seconds" else self.pool.probable_use(limit, use)
 
     @staticmethod
     def _ramp(limit: LimitState) -> list[int]:
@@ -468,6 +479,9 @@ class Positions:
         if not isinstance(rule, Rate) or rule.ramp is None:
             return []
         return [pacing.level, pacing.since, rule.ramp.percent_per_minute, rule.ramp.start]
+
+    def _owed_from(self, band: BandState) -> int:
+        return band.from_us // 1000 if band.passed_us else self.pool.now
 
     def _share(self, limit: LimitState, number: int, tenant: str) -> int:
         """Return a band's least share of what a limit gives.

@@ -50,7 +50,7 @@ local function late_by_ramp(limit, before, here, latest)
 end
 
 -- Returns (room at, limit, used, ahead, estimate) if a limit certainly has no room by `latest`.
-local function late_at(limit, amount, before, here, latest)
+local function late_at(limit, number, amount, before, here, latest)
   if not T.concerns(limit, amount) then return nil end
   local is_firm = T.is_firm(limit)
   local settled = limit.sort ~= 'c' and (is_firm or limit.used == 0 and not T.is_usage_due())
@@ -67,6 +67,10 @@ local function late_at(limit, amount, before, here, latest)
   local expected = here and before.expected or before.certain
   local room_at = math.max(at, T.rates().free_after(limit, expected * amount, amount))
   local estimate = expected > (is_firm and before.certain or 0)
+  if T.rates().is_behind_bands(limit, number) then
+    local total = expected * amount + T.rates().clamped(limit, amount)
+    room_at, estimate = T.rates().by_least_share(limit, number, total, room_at), true
+  end
   return { room_at, limit.name, used, expected, estimate and 1 or 0 }
 end
 
@@ -139,13 +143,15 @@ local function probably_late(queue, list, place, before, latest)
   if place.sort == 'c' then
     return late_by_time(place, queue.band, before, latest + 1 - pool.now, mean)
   end
-  if T.rates().grown_after(place, least, amount) > latest then
-    local room_at = math.max(T.rates().grown_after(place, before.expected * mean, amount),
-      T.rates().free_after(place, before.expected * mean, amount))
-    return { room_at, place.name, place.spent, before.expected, 1 }
+  local rates = T.rates()
+  local grown = rates.grown_after(place, least, amount) > latest
+  if not grown and (count == 0 or rates.free_after(place, least, amount) <= latest) then return nil end
+  local room_at = rates.free_after(place, before.expected * mean, amount)
+  if grown then room_at = math.max(room_at, rates.grown_after(place, before.expected * mean, amount)) end
+  if rates.is_behind_bands(place, queue.band) then
+    local total = before.expected * mean + rates.clamped(place, amount)
+    room_at = rates.by_least_share(place, queue.band, total, room_at)
   end
-  if count == 0 or T.rates().free_after(place, least, amount) <= latest then return nil end
-  local room_at = T.rates().free_after(place, before.expected * mean, amount)
   return { room_at, place.name, place.spent, before.expected, 1 }
 end
 
@@ -158,7 +164,7 @@ function T.refuse_late(queue, member, left_ms, place, stamp)
   for i, name in ipairs(T.names_in(queue.lane)) do
     local limit = T.limit_of(name)
     if limit.sort ~= 'c' or limit.pause then
-      local late = late_at(limit, list[i] or 1, before, limit == place, latest)
+      local late = late_at(limit, queue.band, list[i] or 1, before, limit == place, latest)
       if late and (not found or late[1] > found[1]) then found = late end
     end
   end

@@ -58,5 +58,6 @@ function T.outlook(number, queue, limit)
     end
   end
   local at, used, firm = T.earliest(limit, amount)
-  return { number, queue.at, math.max(0, at - pool.now), used, firm and 1 or 0 }
+  local behind = firm and limit.sort == 'r' and T.rates().is_behind_bands(limit, queue.band)
+  return { number, queue.at, math.max(0, at - pool.now), used, behind and 2 or firm and 1 or 0 }
 end

@@ -1,7 +1,7 @@
 -- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending charged
 -- args: resets
--- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), grown_after(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), carry_over(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), grown_after(), clamped(), is_behind_bands(), by_least_share(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), carry_over(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 --
 -- A rate of up to 10,000 requests is an exact log of admissions. Others are counted in buckets, 120 to a window, of
@@ -165,6 +165,7 @@ T.rates = function()
   local function clamped(limit, amount)
     return limit.exact and math.min(amount, 1) or math.min(amount, limit.bound)
   end
+  f.clamped = clamped
 
   -- Returns in how many microseconds a band's share accrues an amount.
   local function lasts(limit, number, amount)
@@ -239,6 +240,29 @@ T.rates = function()
     if used + limit.span <= pool.now then return at end
     local left_at = room_beside(limit, amount, kept + math.floor(limit.bound / T.LEFT_FREE))
     return math.min(left_at, math.max(at, used + limit.span))
+  end
+
+  -- Returns whether higher bands take what a rate gives beyond the minimum share of a band.
+  function f.is_behind_bands(limit, number)
+    if limit.sort ~= 'r' then return false end
+    for higher = 1, number - 1 do
+      if limit.bands[higher].waits > 0 then return true end
+    end
+    local held = above(limit, number)
+    return held > 0 and held + limit.span > pool.now
+  end
+
+  -- Returns when the minimum share of a band has given it `total`, not before `room_at`. A window has room at one
+  -- moment of each window, when what it took together is free again: for a quarter of it at most.
+  function f.by_least_share(limit, number, total, room_at)
+    if share_of(number) == 0 or limit.bound == 0 then return room_at end
+    local band = limit.bands[number]
+    local owed = band.passed > 0 and band.from or pool.now * 1000
+    owed = math.max(owed, (pool.now - limit.span) * 1000)
+    local at = math.ceil((owed + lasts(limit, number, total)) / 1000)
+    if at <= room_at or limit.window or limit.pacing then return math.max(at, room_at) end
+    if (at - room_at) % limit.span * 4 <= limit.span then return at end
+    return room_at + math.ceil((at - room_at) / limit.span) * limit.span
   end
 
   function f.fits(limit, number, amount)
