@@ -5,7 +5,8 @@
 A rate of two requests in ten minutes is used up, and so many calls wait for it. Then calls with a
 later deadline than theirs, by which there is no room, come over HTTP, on open connections: each
 must be refused by that limit, with its Retry-After. The same of a day quota and of a day's budget
-that are used up. Bare sockets, since the client shares the machine with what it measures.
+that are used up; and of the first refusals of a hundred budgets, in each process, which find that
+they are. Bare sockets, since the client shares the machine with what it measures.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tests.fleet import Fleet
 from tests.waiting import wait_until
 
 WINDOW_MS, BOUND, DAY_TOKENS = 600_000, 2, 1_000
+OWN_TOKENS, BUDGETS = 300, 100
 WITHIN_MS = 20.0
 SOON_MS = 100_000
 # Between two calls of one connection, so that the client does not fill the machine.
@@ -44,12 +46,13 @@ class Cause:
     model: str
     limit: str
 
-    def request(self, deadline_ms: int) -> bytes:
+    def request(self, deadline_ms: int, subject: str = "ann") -> bytes:
         said = [{"role": "user", "content": "Say hello"}]
         body = json.dumps({"model": self.model, "messages": said, "max_tokens": 100}).encode()
         head = (
             "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            f"x-tidegate-subject: {subject}\r\n"
             f"x-tidegate-deadline-ms: {deadline_ms}\r\n\r\n"
         )
         return head.encode() + body
@@ -58,6 +61,7 @@ class Cause:
 RATE = Cause("rate", "gemini-2.5-flash", "rpm:gemini-2.5-flash")
 QUOTA = Cause("day quota", "gemini-2.5-pro", "rpd:gemini-2.5-pro")
 BUDGET = Cause("budget", "gemini-2.5-flash-lite", "small")
+FIRST = Cause("budget, at first", "gemini-2.0-flash", "own")
 POLICY = f"""
 [limits]
 "kind:text_only" = 1000
@@ -65,6 +69,7 @@ POLICY = f"""
 "{QUOTA.limit}" = {{ bound = {BOUND}, zone = "UTC" }}
 """
 SMALL = {"tokens": DAY_TOKENS, "period": "day", "zone": "UTC", "model": BUDGET.model}
+OWN = {**SMALL, "tokens": OWN_TOKENS, "model": FIRST.model, "each": ["subject"]}
 
 
 @dataclass(slots=True)
@@ -77,7 +82,9 @@ class Answers:
     told: list[tuple[float, float]] = field(default_factory=list)
     wrong: Counter[str] = field(default_factory=Counter)
 
-    def note(self, head: bytes, body: bytes, taken_ms: float) -> None:
+    def note(self, head: bytes, body: bytes, taken_ms: float, *, ignored: bool = False) -> None:
+        if ignored and head.startswith(b"HTTP/1.1 200"):
+            return
         self.taken_ms.append(taken_ms)
         limit = json.loads(body).get("error", {}).get("limit")
         if not head.startswith(b"HTTP/1.1 429") or limit != self.cause.limit:
@@ -111,14 +118,20 @@ def _last_ms(waiters: int) -> int:
 
 
 async def _one(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, deadline_ms: int, into: Answers
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    deadline_ms: int,
+    into: Answers,
+    subject: str = "",
 ) -> None:
+    """One call; with a subject, an answer other than a refusal does not count."""
     started = time.perf_counter()
-    writer.write(into.cause.request(deadline_ms))
+    writer.write(into.cause.request(deadline_ms, subject or "ann"))
     head = await reader.readuntil(b"\r\n\r\n")
     length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
     body = await reader.readexactly(length)
-    into.note(head, body, (time.perf_counter() - started) * 1000)
+    taken_ms = (time.perf_counter() - started) * 1000
+    into.note(head, body, taken_ms, ignored=bool(subject))
 
 
 async def _refused(
@@ -173,6 +186,9 @@ async def measure(apis: int, calls: int, at_once: int) -> AsyncIterator[RefusedC
             for cause in (QUOTA, BUDGET):
                 await _use_up(fleet, cause)
                 yield await _measured(fleet, cause, calls, at_once)
+            async with fleet.http.put(f"{fleet.url}/admin/budgets/own", json=OWN) as answer:
+                answer.raise_for_status()
+            yield await _first(fleet)
 
 
 async def _by_rate(fleet: Fleet, calls: int, at_once: int) -> AsyncIterator[RefusedCalls]:
@@ -207,6 +223,25 @@ async def _use_up(fleet: Fleet, cause: Cause) -> None:
         writer.close()
 
 
+async def _first(fleet: Fleet) -> RefusedCalls:
+    """Use up a budget of its own for each of so many subjects; each process refuses one call."""
+    pids = [child.process.pid for child in fleet.apis.values()]
+    before_ns, found = sum(map(cpu_ns, pids)), Answers(FIRST)
+    connections = [
+        await asyncio.open_connection(url.hostname, url.port) for url in map(urlsplit, fleet.apis)
+    ]
+    for number in range(BUDGETS):
+        for reader, writer in connections:
+            known = len(found.taken_ms)
+            while len(found.taken_ms) == known:
+                await asyncio.sleep(PAUSE_S)
+                await _one(reader, writer, SOON_MS, found, f"subject-{number}")
+    for _, writer in connections:
+        writer.close()
+    cpu_ms = (sum(map(cpu_ns, pids)) - before_ns) / 1e6 / len(found.taken_ms)
+    return _judged(found, 0, cpu_ms, _midnight_at())
+
+
 def _midnight_at() -> float:
     """The end of the day in UTC, by the monotonic clock."""
     now = datetime.now(UTC)
@@ -228,6 +263,10 @@ async def _measured(
     before_ns = sum(map(cpu_ns, pids))
     found = await _refused(fleet, cause, calls, at_once, _last_ms(waiters) + 3 * SOON_MS)
     cpu_ms = (sum(map(cpu_ns, pids)) - before_ns) / 1e6 / calls
+    return _judged(found, waiters, cpu_ms, room_at)
+
+
+def _judged(found: Answers, waiters: int, cpu_ms: float, room_at: float) -> RefusedCalls:
     taken = sorted(found.taken_ms)
     p50_ms, p90_ms, p99_ms = (
         taken[min(len(taken) - 1, int(len(taken) * share))] for share in (0.5, 0.9, 0.99)
@@ -237,7 +276,7 @@ async def _measured(
         for told_s, told_at in found.told
     )
     return RefusedCalls(
-        by=cause.name,
+        by=found.cause.name,
         waiting=waiters,
         calls=len(taken),
         p50_ms=p50_ms,
