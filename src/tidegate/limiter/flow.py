@@ -70,8 +70,8 @@ class Flow:
 
     cost_ms: the duration of its calls. cost: their cost in micro-dollars, if shares are in cost.
     rest_ms: the rounding error of the last duration. held_up_by: the limit that it waits for, of
-    which `used` is used. room_at_ms: when there is room for its first waiter, 0 if unknown. hint:
-    which permits may be passed on to it.
+    which `used` is used. room_at_ms: when there is room for its first waiter, 0 if unknown;
+    is_room_certain: neither earlier nor later. hint: which permits may be passed on to it.
     """
 
     band: int
@@ -89,6 +89,7 @@ class Flow:
     hint: Hint | None = None
     held_up_by: str | None = None
     room_at_ms: float = 0.0
+    is_room_certain: bool = False
     used: int = 0
     revision: int = -1
     rules: tuple[Limit, ...] = ()

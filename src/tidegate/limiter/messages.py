@@ -139,11 +139,17 @@ def limit_paused(name: str, for_ms: int) -> LimitPaused:
 
 
 def too_late(
-    name: str, limit: Limit | None, retry_ms: int, room_ms: float, used: int, amount: int = 1
+    name: str,
+    limit: Limit | None,
+    retry_ms: int,
+    room_ms: float,
+    used: int,
+    amount: int,
+    is_estimate: bool,
 ) -> DeadlineExceeded:
     """Return the error for a deadline that came while a call waited for a limit."""
     if room_ms >= 1:
-        return too_early(name, limit, room_ms, used, amount)
+        return too_early(name, limit, room_ms, used, amount, is_estimate=is_estimate)
     message = f"Limit {name} had no room for this call before its deadline."
     estimate = (
         f"Calls have waited about {format_span(retry_ms)} for it lately, which is an estimate."

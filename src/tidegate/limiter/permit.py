@@ -228,7 +228,8 @@ class PermitIssuer:
             room_ms = flow.room_at_ms - self._clock.now_ms()
             amount = flow.amount_under(limit, waiter.amounts)
             rule = session.policy.limit(limit)
-            error = too_late(limit, rule, retry_ms, room_ms, flow.used, amount)
+            is_estimate = not flow.is_room_certain or flow.first_due() is not waiter
+            error = too_late(limit, rule, retry_ms, room_ms, flow.used, amount, is_estimate)
         self._queue.refuse(waiter, self._refused(error), self._clock.now_ms())
         self._wake()
 

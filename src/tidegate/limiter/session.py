@@ -709,6 +709,7 @@ class Session:
         room_ms = outlook.room_ms
         flow.held_up_by, flow.used = outlook.limit, outlook.used
         flow.room_at_ms = self.lease.now_ms() + room_ms if room_ms else 0.0
+        flow.is_room_certain = outlook.firm == 1
         if room_ms and outlook.firm:
             for number, waiter in enumerate(list(flow.waiting.values())):
                 # For a ticket not yet sent, the server knows better what comes before it.

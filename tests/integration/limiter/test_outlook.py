@@ -100,6 +100,17 @@ async def test_what_a_call_that_runs_may_give_back_is_waited_for(
     assert error.message.startswith(said)
 
 
+async def test_a_deadline_beside_calls_that_may_give_something_back_tells_an_estimate(
+    maker: Maker, valkey_url: str
+) -> None:
+    limits = {"tpd:x": Quota(1000, unit="tokens", zone=ZONE)}
+    limiter = await open_limiter(maker, valkey_url, policy_of(limits))
+    async with limiter.acquire(*limits, tokens=900):
+        error = await refusal(limiter, *limits, tokens=300, deadline_ms=300)
+    assert (type(error), error.limit) == (LimitUsedUp, "tpd:x")
+    assert getattr(error, "is_estimate", None) is True
+
+
 async def test_usage_that_is_still_to_be_told_may_give_back_too(
     maker: Maker, valkey_url: str
 ) -> None:

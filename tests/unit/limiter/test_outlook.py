@@ -69,6 +69,9 @@ def test_a_pause_says_for_how_long() -> None:
 
 def test_a_deadline_that_came_says_when_there_is_room_where_that_is_known() -> None:
     limit = Rate(60, 60_000)
-    assert too_late("rpm:x", limit, 1_000, 4_000.0, 60).retry_after_ms == 4_000
-    unknown = too_late("rpm:x", limit, 1_000, -20.0, 60)
+    certain, guessed = (too_late("rpm:x", limit, 1_000, 4_000.0, 60, 1, x) for x in (False, True))
+    assert certain.retry_after_ms == guessed.retry_after_ms == 4_000
+    assert (certain.is_estimate, guessed.is_estimate) == (False, True)
+    assert guessed.message.endswith("There is room in about 4 s, which is an estimate.")
+    unknown = too_late("rpm:x", limit, 1_000, -20.0, 60, 1, False)
     assert (unknown.code, unknown.retry_after_ms) == ("deadline_exceeded", 1_000)
