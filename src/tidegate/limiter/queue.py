@@ -29,7 +29,7 @@ from tidegate.limiter.flow import (
     Waiter,
 )
 from tidegate.limiter.messages import OUTCOMES, USAGE_LATER, Hint
-from tidegate.limiter.policy import Concurrency, Quota, Rate, share_of
+from tidegate.limiter.policy import Concurrency, Limit, Quota, Rate, share_of
 
 
 @dataclass(slots=True)
@@ -186,6 +186,8 @@ class LocalShare:
         # limit -> (ms at which it expires, amount) of each admission here that no join has reported
         self._spent: dict[str, deque[tuple[float, int]]] = {}
         self._totals: Counter[str] = Counter()  # of all time
+        # limit -> ms at which an even flow has caught up with what a paced rate admitted here
+        self._even: dict[str, float] = {}
 
     def allows(self, waiter: Waiter, use: PoolUse, at_ms: float) -> bool:
         """Return whether the local share of every limit has room, and record the use of rates."""
@@ -193,20 +195,37 @@ class LocalShare:
         for name, limit, amount in taken:
             if limit.shadow:
                 continue
-            bound = limit.bound
             if isinstance(limit, Concurrency):
-                used = use.held(name, limit)
+                bound, used = limit.bound, use.held(name, limit)
             else:
                 seen, since = use.spent(name, limit)
-                bound, used = max(0, bound - seen), since + self._used(name, at_ms)
+                bound, used = limit.bound, since + self._used(name, at_ms)
+                if isinstance(limit, Rate) and limit.ramp is not None:
+                    bound = min(bound, max(limit.ramp.start, seen))
+                bound = max(0, bound - seen)
             if used + amount > share_of(bound, use.sessions):
+                return False
+            if at_ms < self._even.get(name, at_ms) - self._ahead_ms(limit, amount, use.sessions):
                 return False
         for name, limit, amount in taken:
             if not isinstance(limit, Concurrency):
                 entry = at_ms + use.counts_for(limit), amount
                 self._spent.setdefault(name, deque()).append(entry)
                 self._totals[name] += amount
+            if isinstance(limit, Rate) and limit.pace_ms is not None:
+                even_ms = max(self._even.get(name, at_ms), at_ms)
+                self._even[name] = even_ms + amount * self._each_ms(limit, use.sessions)
         return True
+
+    @staticmethod
+    def _each_ms(limit: Rate, sessions: int) -> float:
+        return limit.window_ms / max(1, share_of(limit.bound, sessions))
+
+    def _ahead_ms(self, limit: Limit, amount: int, sessions: int) -> float:
+        """Return how far ahead of an even flow a call of a paced rate may come."""
+        if not isinstance(limit, Rate) or limit.pace_ms is None:
+            return 0.0
+        return max(0.0, limit.pace_ms - amount * self._each_ms(limit, sessions))
 
     def _used(self, name: str, at_ms: float) -> int:
         spent = self._spent.get(name, deque())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from math import inf
 
 import pytest
 
@@ -18,6 +19,7 @@ from tidegate.limiter.policy import (
     Demand,
     PoolPolicy,
     Quota,
+    Ramp,
     Rate,
     Tokens,
 )
@@ -492,6 +494,37 @@ async def test_a_share_of_a_rate_is_reported_once_and_what_came_after_it_later(
     share.reported(own)
     assert share.unreported(60_000.0) == [("tpm:x", 100, 400)]
     assert [share.allows(waiter, use, 60_000.0) for _ in range(4)] == [True, True, True, False]
+
+
+def shares_of(rate: Rate, seen: int = 0) -> Callable[[float], bool]:
+    """Whether one of two processes admits a call of such a limit locally, at a time in ms."""
+    queue, share = LocalQueue(), LocalShare()
+    flow = queue.flow(1, "t", ("rpm:x",))
+    flow.refresh(PoolPolicy({"rpm:x": rate}))
+    use = PoolUse(2, queue.amount_held, lambda *_: (seen, 0), lambda _: 60_000.0)
+
+    def admits(at_ms: float) -> bool:
+        waiter = queue.ask(flow, amounts="1", hard_ms=1, now_ms=at_ms, deadline_ms=inf)
+        return share.allows(waiter, use, at_ms)
+
+    return admits
+
+
+async def test_a_share_of_a_paced_rate_is_as_even_as_the_rate() -> None:
+    admits = shares_of(Rate(60, 60_000, pace_ms=1_000))
+    times_ms = range(0, 10_001, 500)
+    assert [at for at in times_ms if admits(at)] == list(range(0, 10_001, 2_000))
+    admits = shares_of(Rate(60, 60_000, pace_ms=4_000))
+    assert [at for at in [0, 0, 0, 1_000, 2_000, 2_000] if admits(at)] == [0, 0, 2_000]
+
+
+async def test_a_share_of_a_rate_that_grows_is_one_of_what_its_last_window_took() -> None:
+    rate = Rate(600, 60_000, ramp=Ramp(50, 20))
+    admits = shares_of(rate)
+    assert [admits(0.0) for _ in range(12)] == [True] * 10 + [False] * 2
+    assert not shares_of(rate, 30)(0.0), "the window has taken 30, and may not grow unseen"
+    admits = shares_of(rate, 10)
+    assert [admits(0.0) for _ in range(7)] == [True] * 5 + [False] * 2
 
 
 async def test_a_grant_that_came_after_the_comparison_was_made_is_in_no_report_of_it(
