@@ -251,6 +251,49 @@ async def test_what_the_provider_says_of_the_end_reaches_the_client(gateway: Gat
     await nothing_held(gateway)
 
 
+async def test_of_a_tenant_without_bodies_no_words_of_a_session_are_on_record(
+    open_gateway: Opener,
+) -> None:
+    """Neither the client's nor the provider's, of turns, instructions and failures, nor to be found
+    by a search; but usage."""
+    gateway, word = await open_gateway(worker=False, bodies_off="quiet"), "unspeakable"
+    of_quiet = {**KEYS, "x-tidegate-tenant": "quiet"}
+    async with talk(gateway, headers=of_quiet) as socket:
+        instructions = {"type": "realtime", "instructions": f"Say {word} often"}
+        await send(socket, type="session.update", session=instructions)
+        assert word in str((await turn(socket, f"Explain {word}"))["response"]["output"])
+    setup: dict[str, Any] = {"model": f"models/{MODEL}"}
+    setup["generationConfig"] = {"responseModalities": ["TEXT"]}
+    async with talk(gateway, LIVE, headers=of_quiet) as socket:
+        await send(socket, setup=setup)
+        await socket.recv()
+        turns = [{"role": "user", "parts": [{"text": f"Explain {word}"}]}]
+        await send(socket, clientContent={"turns": turns, "turnComplete": True})
+        said = b""
+        async with asyncio.timeout(10):
+            while b"turnComplete" not in said:
+                said += bytes(await socket.recv(decode=False))
+        assert word.encode() in said
+    async with talk(gateway, headers=of_quiet) as socket:
+        await turn(socket, f"[close 1013 no more of {word}]", "response.created")
+        assert (await closed(socket))[0] == 1013
+    listed = await rows(gateway, 3)
+    assert [row["status"] for row in listed] == ["succeeded", "succeeded", "failed"]
+    assert {row["tenant_id"] for row in listed} == {"quiet"}
+    assert all(row["total_tokens"] for row in listed[:2])
+    for table in ("audit", "requests", "attempts", "bodies"):
+        query = f"SELECT count(*) FROM {table} AS one WHERE one::text ~ $1"
+        assert await gateway.database.fetchval(query, word) == 0, table
+    assert await gateway.database.fetchval("SELECT count(*) FROM bodies") == 0
+    status, found = await ask(
+        gateway,
+        "GET",
+        f"/admin/requests?text={word}",
+        {"Authorization": f"Bearer {gateway.operator_key}"},
+    )
+    assert (status, found["items"]) == (200, [])
+
+
 async def test_a_spent_budget_closes_the_session_with_its_reason(open_gateway: Opener) -> None:
     gateway = await open_gateway(**WITH_KEYS)
     acme, other = await key_of(gateway, "acme"), await key_of(gateway, "other")

@@ -180,6 +180,22 @@ async def test_turns_of_openais_sdk_are_calls_with_records_of_their_own(
     assert "response.completed" in record["response"]
 
 
+async def test_of_a_tenant_without_bodies_no_words_of_a_turn_are_on_record(
+    open_gateway: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(open_gateway, tmp_path, monkeypatch, bodies_off="quiet") as room:
+        for tenant in ("quiet", "acme"):
+            async with talk(room.gateway, **{"x-tidegate-tenant": tenant}) as socket:
+                await send(socket, "Explain the unspeakable", instructions="Be unspeakable")
+                assert "unspeakable" in str((await ended(socket))["response"]["output"])
+        quiet, acme = await room.rows(2)
+        assert (quiet["tenant_id"], quiet["prompt_head"]) == ("quiet", None)
+        assert "unspeakable" not in str(quiet)
+        assert acme["prompt_head"] == "Explain the unspeakable"
+        kept = await room.gateway.database.fetch("SELECT DISTINCT tenant_id FROM bodies")
+        assert [row["tenant_id"] for row in kept] == ["acme"]
+
+
 async def test_a_turn_that_only_prepares_the_next_has_no_output(room: Room) -> None:
     async with talk(room.gateway) as socket:
         await send(socket, generate=False, stream_id="main")
