@@ -53,6 +53,7 @@ ELSEWHERE = (
     Elsewhere("docs/library.md", "", _LIBRARY, "python"),
     Elsewhere("docs/library.md", "", _LIBRARY, "text"),
     Elsewhere("docs/access.md", "--role viewer", _SHELL_LINES),
+    Elsewhere("docs/access.md", "/admin/calls/", _SHELL_LINES),
     Elsewhere("docs/tenants.md", "tidegate keys revoke", _SHELL_LINES),
     Elsewhere("docs/tenants.md", "--priority-cap", _SHELL_LINES),
     Elsewhere("docs/tenants.md", "-X PUT", _SHELL_LINES),

@@ -112,6 +112,11 @@ def test_keys_are_made_with_a_role(product: Product) -> None:
     assert len(re.findall(r"^tg_\w+_\w+$", said, re.MULTILINE)) == 2
 
 
+def test_an_operator_calls_a_model_as_a_tenant(product: Product) -> None:
+    said = shell(block_with("access.md", "/admin/calls/"), product)
+    assert '"choices"' in said
+
+
 def test_a_tenant_is_made_changed_and_removed(product: Product) -> None:
     said = shell(block_with("tenants.md", "--priority-cap"), product)
     assert "rpm:tenant/acme" in said

@@ -28,6 +28,7 @@ from tidegate.errors import (
     ConfigError,
     Forbidden,
     InvalidRequest,
+    NotFound,
     StoreUnavailable,
     Unauthenticated,
 )
@@ -51,6 +52,8 @@ _BEARER = b"authorization"
 _CREDENTIALS = frozenset((_BEARER, b"x-api-key", b"x-goog-api-key", b"api-key"))
 _NAMES = _CREDENTIALS | {_TENANT}
 _KEY_PREFIX = b"tg_"
+BY_OPERATOR = "operator:"  # begins what is in place of the key in calls of operators
+_LONGEST_NAME_CHARS = 255
 _IN_QUERY = b"key="
 
 
@@ -301,6 +304,19 @@ class Authenticator:
             raise Forbidden(f"the key tg_{prefix} is no longer allowed to do this")
         return found.caller
 
+    async def for_operator(self, tenant: str, operator: str) -> Caller:
+        """Return the caller of a call that an operator makes as a tenant: the operator is in place
+        of a key. Where callers need no key, the tenant may be unknown. Raises NotFound, Forbidden,
+        StoreUnavailable."""
+        _, found = await self._tenant_finds.write(tenant)
+        if found is None and self.on:
+            raise NotFound(f"no tenant is called {tenant!r}")
+        if found is not None and found.disabled:
+            raise Forbidden(f"the tenant {tenant} is disabled")
+        caller = Caller(tenant) if found is None else found.caller
+        name = operator.removeprefix("the key ")
+        return replace(caller, key_id=f"{BY_OPERATOR}{name}"[:_LONGEST_NAME_CHARS])
+
     def _keyless_caller(self, credentials: Credentials) -> Caller:
         """Return the caller where no key is required: the header alone names the tenant."""
         if credentials.tenant is None:
@@ -527,7 +543,7 @@ def _remember(known: dict[bytes, CachedT], most: int, digest: bytes, value: Cach
     known[digest] = value
 
 
-def tenant_named(raw: bytes) -> str:
+def tenant_named(raw: bytes, header: str = TENANT_HEADER) -> str:
     """Return the tenant that the header names. Raises InvalidRequest."""
     try:
         name = raw.decode()
@@ -536,8 +552,8 @@ def tenant_named(raw: bytes) -> str:
         name = ""
     if not name.isprintable() or not name:
         raise InvalidRequest(
-            TENANT_HEADER,
-            f"{TENANT_HEADER} is not a tenant's name",
+            header,
+            f"{header} is not a tenant's name",
             allowed="1 to 200 characters without spaces, | { or }",
         )
     return name

@@ -44,10 +44,17 @@ from tidegate.spine.routing import Targets
 from tidegate.store.records import acting
 from tidegate.store.tenants import digest_of, prefix_of
 
+# The Caller of a call that an operator makes as a tenant, in the scope of a request: set only by
+# `admin/tenant_calls`, after it has authenticated the operator.
+CALLER_BY_OPERATOR = "tidegate.caller_by_operator"
+
 
 async def caller_of(request: Request, scope: Scope = Scope.INFER) -> Caller:
     """Return the caller of a request and set it for the access log. Raises the errors of
     `Authenticator.identify`."""
+    by_operator: Caller | None = request.scope.get(CALLER_BY_OPERATOR)
+    if by_operator is not None and scope is Scope.INFER:
+        return by_operator
     gate = services_of(request).gate
     headers, query = request.scope["headers"], request.scope["query_string"]
     caller = gate.known(headers, query) if scope is Scope.INFER else None
@@ -184,6 +191,7 @@ ROLES: Mapping[str, Mapping[str, OperatorRole]] = {
     "/admin/upstreams/{name}/test": {"POST": _O},
     "/admin/upstreams/{name}/drain": {"POST": _O},
     "/admin/upstreams/{name}/resume": {"POST": _O},
+    "/admin/calls/{path:path}": {"POST": _O},
     "/admin/tenants": {"GET": _V},
     "/admin/tenants/{tenant_id:path}": {"GET": _V, "PUT": _A, "DELETE": _A},
     "/admin/keys": {"GET": _V, "POST": _A},

@@ -52,7 +52,15 @@ from tidegate.http.body import (
     check_size,
     read_form,
 )
-from tidegate.http.guards import MARK, PASS, admit_upload, own_urls, upload_secret, upload_upstream
+from tidegate.http.guards import (
+    CALLER_BY_OPERATOR,
+    MARK,
+    PASS,
+    admit_upload,
+    own_urls,
+    upload_secret,
+    upload_upstream,
+)
 from tidegate.http.idempotency import HEADER as IDEMPOTENCY_HEADER
 from tidegate.http.idempotency import LOST_HEADER, Once, has_key, idempotency_in
 from tidegate.http.problems import REQUEST_ID_HEADER, error_event, is_far, not_relayed, refusal
@@ -425,10 +433,11 @@ class _Front:
                 await self._spool.close()
 
     async def _answer(self, endpoint: Endpoint) -> None:
-        uploads = endpoint.operation is Operation.UPLOAD
+        uploads, scope = endpoint.operation is Operation.UPLOAD, self._scope
+        headers, gate = scope["headers"], self._services.gate
         try:
-            check_content(self._scope["headers"], may_be_coded=uploads)
-            known = self._services.gate.known(self._scope["headers"], self._scope["query_string"])
+            check_content(headers, may_be_coded=uploads)
+            known = scope.get(CALLER_BY_OPERATOR) or gate.known(headers, scope["query_string"])
             self._caller = await self._identified(endpoint) if known is None else known
             form = await self._form(endpoint) if endpoint.takes_form else None
             body = b""

@@ -624,6 +624,7 @@ def _add_operators(app: FastAPI) -> None:
         conversations,
         limits,
         requests,
+        tenant_calls,
         tenants,
         upstreams,
     )
@@ -632,7 +633,7 @@ def _add_operators(app: FastAPI) -> None:
         *(own_requests.router, own_requests.usage_router),
         own_requests.admin_running,  # before the route of `/admin/requests/{request_id}`
         *(process_router, limits.router, requests.router, conversations.router),
-        *(tenants.router, tenants.subjects_router, tenants.actions_router),
+        *(tenants.router, tenants.subjects_router, tenants.actions_router, tenant_calls.router),
         *(budgets.router, upstreams.router, all_batches.router),
     ):
         app.router.routes.extend(router.routes)

@@ -763,6 +763,7 @@ What = Literal[
     "permits.revoke",
     "sign_in",
     "subject.erase",
+    "tenant.call",
     "tenant.remove",
     "tenant.set",
     "upstream.test",

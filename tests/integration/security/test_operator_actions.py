@@ -34,6 +34,7 @@ async def test_every_route_that_changes_something_leaves_one_action(open_gateway
     tenants = gateway.services.store.tenants
     _, made = await tenants.create_key("default", scopes=[Scope.ADMIN])
     admin = {"Authorization": f"Bearer {made.text}", "X-Forwarded-For": "203.0.113.9"}
+    admin["X-Tidegate-As-Tenant"] = "default"
     other, _ = await tenants.create_key("default")
     database = gateway.database
     assert await actions_of(gateway) == [], "what was not an operator's is not recorded"
@@ -102,6 +103,7 @@ async def test_every_route_that_changes_something_leaves_one_action(open_gateway
         ),
         ("DELETE", "/admin/upstreams/more?force=true", None, "upstreams.change"),
         ("DELETE", "/admin/subjects/ann%20of%20acme", None, "subject.erase"),
+        ("POST", "/admin/calls/stream", {"data": "Explain the tide"}, "tenant.call"),
     ]
     for method, path, body, what in steps:
         before = len(await actions_of(gateway))

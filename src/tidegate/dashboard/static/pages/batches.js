@@ -174,7 +174,7 @@ function row(first, again) {
       const ended = one.completed + one.failed;
       mark(badge, "class", `badge ${look}`);
       say(badge, words);
-      say(made, `${one.key ? `by tg_${one.key}, ` : ""}${ago(one.created_at)}`);
+      say(made, `${one.key ? `by ${one.key.includes(":") ? one.key : `tg_${one.key}`}, ` : ""}${ago(one.created_at)}`);
       mark(done.closest("article"), "data-paused", one.pause !== null);
       done.style.width = `${(100 * one.completed) / Math.max(1, one.total)}%`;
       failed.style.width = `${(100 * one.failed) / Math.max(1, one.total)}%`;

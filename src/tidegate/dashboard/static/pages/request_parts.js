@@ -117,7 +117,7 @@ export function facts(request, calls) {
     ["Upstream", request.upstream],
     ["Pool", request.source !== "job" && request.pool !== request.upstream && request.pool],
     ["Process", request.process],
-    ["API key", request.key && h("code", {}, request.key.startsWith("jwt:") ? request.key : `tg_${request.key}_…`)],
+    ["API key", request.key && h("code", {}, request.key.includes(":") ? request.key : `tg_${request.key}_…`)],
     ["Conversation", request.conversation && talk(request)],
     ["Trace", request.trace_id && trace(request)],
     ["Subject", request.subject],
