@@ -13,6 +13,11 @@ const LONG_CHARS = 1_200;
 const MOST_SHOWN_BYTES = 256 * 1024;
 const NOT_COUNTED = "Among those not counted are failures of the upstream itself, such as 429, 503 or no connection.";
 
+const BY_OPERATOR = "operator:";
+
+/** Return the operator who made a call as its tenant; null for calls with a key or without one. */
+const byOperator = ({ key }) => (key?.startsWith(BY_OPERATOR) ? key.slice(BY_OPERATOR.length) : null);
+
 /** Show a text unchanged; a long one is collapsed until it is expanded. */
 export function text(words, label, isCode = false) {
   const look = isCode ? "text code" : "text";
@@ -117,7 +122,8 @@ export function facts(request, calls) {
     ["Upstream", request.upstream],
     ["Pool", request.source !== "job" && request.pool !== request.upstream && request.pool],
     ["Process", request.process],
-    ["API key", request.key && h("code", {}, request.key.includes(":") ? request.key : `tg_${request.key}_…`)],
+    ["API key", request.key && !byOperator(request) && h("code", {}, request.key.includes(":") ? request.key : `tg_${request.key}_…`)],
+    ["Called by operator", byOperator(request)],
     ["Conversation", request.conversation && talk(request)],
     ["Trace", request.trace_id && trace(request)],
     ["Subject", request.subject],

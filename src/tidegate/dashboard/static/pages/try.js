@@ -4,6 +4,7 @@
 import { get, Problem } from "../api.js";
 import { fill, h, mark } from "../dom.js";
 import { bytes } from "../format.js";
+import * as session from "../session.js";
 import { field, said } from "../ui.js";
 import { KINDS } from "./request_words.js";
 import { answering, callOf, STOPPED } from "./try_answer.js";
@@ -14,6 +15,9 @@ const MOST_FILES = 10;
 const LOOKED_BACK_DAYS = 30;
 const DAY_MS = 86_400_000;
 const ANY = "Chosen by Tidegate";
+const DEFAULT = "default"; // the tenant of calls that name none, where no key is required
+const OF_KEY = "That of the API key";
+const OWN_KEY = /^tg_/;
 const OF_PROMPTS = ["gemini", "openai", "anthropic"]; // dialects in which prompts are sent
 const CLOSED = ["drained", "draining", "missing"]; // states without new calls
 const EXAMPLES = [
@@ -22,15 +26,17 @@ const EXAMPLES = [
 ];
 
 export async function open(main, { signal }) {
-  const [{ asks_for: asksFor }, upstreams, used] = await Promise.all([
+  const [{ asks_for: asksFor }, upstreams, used, tenants] = await Promise.all([
     get("dashboard/session", { signal }),
     get("admin/upstreams", { signal }),
-    usedModels(signal),
+    recently("model", signal),
+    session.may("operator") ? tenantsKnown(signal) : [],
   ]);
   const files = filesPicker();
   const text = textField();
   const more = options(asksFor);
-  const target = targetOf(upstreams.upstreams.filter((one) => !CLOSED.includes(one.state)), used, apiChosen);
+  const caller = callerOf(asksFor === "keys", tenants, more.showKey);
+  const target = targetOf(upstreams.upstreams.filter((one) => !CLOSED.includes(one.state)), used, caller.field, apiChosen);
   const go = h("button", { class: "button main", type: "submit" }, "Send");
   const stop = h("button", { class: "button", type: "button", hidden: true }, "Stop");
   const again = h("button", { class: "button", type: "button", hidden: true }, "New conversation");
@@ -40,7 +46,8 @@ export async function open(main, { signal }) {
   const place = h("div", { class: "try-sides" }, sides[0].element);
 
   function asked(read = []) {
-    return { api: target.api(), text: text.value(), files: read, options: more.values(), pools: target.pools };
+    const given = { ...more.values(), tenant: caller.named() };
+    return { api: target.api(), text: text.value(), files: read, options: given, as: caller.as(), pools: target.pools };
   }
 
   function apiChosen() {
@@ -103,7 +110,7 @@ export async function open(main, { signal }) {
   }
 
   function complain(problem) {
-    const names = { data: text, text, files: text, file: text };
+    const names = { data: text, text, files: text, file: text, as_tenant: caller.field };
     // In a native call an option is a header, such as `X-Tidegate-Deadline-Ms`.
     const name = problem.field?.toLowerCase().replace(/^x-tidegate-/, "").replaceAll("-", "_");
     const at = names[name] ?? [...target.fields, ...more.fields].find((one) => one.name === name);
@@ -151,16 +158,49 @@ export async function open(main, { signal }) {
   );
 }
 
-/** Return recently called models, most requests first. */
-async function usedModels(signal) {
+/** Return the models or the tenants of recent calls, most requests first. */
+async function recently(by, signal) {
   const day = (at) => new Date(at).toISOString().slice(0, 10);
   const span = { since: day(Date.now() - LOOKED_BACK_DAYS * DAY_MS), until: day(Date.now()) };
-  const { rows } = await get("admin/usage", { query: { by: "model", ...span }, signal });
-  return rows.filter((one) => one.model).toSorted((a, b) => b.requests - a.requests).map((one) => one.model);
+  const { rows } = await get("admin/usage", { query: { by, ...span }, signal });
+  return rows.filter((one) => one[by]).toSorted((a, b) => b.requests - a.requests).map((one) => one[by]);
+}
+
+/** Return the names of all enabled tenants, and of those that only appear in recent calls. */
+async function tenantsKnown(signal) {
+  const [kept, recent] = await Promise.all([get("admin/tenants", { signal }), recently("tenant", signal)]);
+  const disabled = new Set(kept.filter((one) => one.disabled).map((one) => one.tenant));
+  const names = new Set([...kept.map((one) => one.tenant), ...recent]);
+  return [...names].filter((one) => !disabled.has(one)).toSorted((a, b) => a.localeCompare(b));
+}
+
+/**
+ * The field for the tenant. `as()`: as which an operator calls, empty if with a key; `named()`: the
+ * tenant that the call itself names, where no key is required.
+ */
+function callerOf(needsKey, tenants, showKey) {
+  if (!session.may("operator")) {
+    const own = needsKey
+      ? field("tenant", "Tenant", { options: { "": OF_KEY }, disabled: true, title: session.whyNot("operator") })
+      : field("tenant", "Tenant", { placeholder: DEFAULT });
+    return { field: own, as: () => "", named: own.value };
+  }
+  const known = needsKey || tenants.includes(DEFAULT) ? tenants : [DEFAULT, ...tenants];
+  const own = session.key() ?? "";
+  const isOther = !needsKey || (!OWN_KEY.test(own) && known.includes(DEFAULT));
+  const chosen = field("tenant", "Tenant", {
+    options: { ...(needsKey ? { "": OF_KEY } : {}), ...Object.fromEntries(known.map((one) => [one, one])) },
+    value: isOther ? DEFAULT : "",
+    hint: "Its limits, budgets and models apply.",
+  });
+  const show = () => showKey(chosen.value() === "");
+  chosen.input.addEventListener("change", show);
+  show();
+  return { field: chosen, as: chosen.value, named: () => (needsKey || chosen.value() === DEFAULT ? "" : chosen.value()) };
 }
 
 /** Fields for the API, the upstream, and one or two models: `fields`, `api()`, `models()`. */
-function targetOf(upstreams, used, changed) {
+function targetOf(upstreams, used, tenant, changed) {
   const servedBy = (dialect) => upstreams.filter((one) => Object.hasOwn(one.base_urls, dialect));
   const apis = Object.entries(APIS).filter(([, { dialect }]) => dialect === null || servedBy(dialect).length > 0);
   const api = field("api", "API", { options: Object.fromEntries(apis.map(([name, { words }]) => [name, words])) });
@@ -217,8 +257,8 @@ function targetOf(upstreams, used, changed) {
   upstream.input.addEventListener("change", show);
   show();
   return {
-    fields: [api, upstream, model, second],
-    element: h("div", { class: "try-target" }, api.element, upstream.element, model.element, second.element, list, says),
+    fields: [api, upstream, tenant, model, second],
+    element: h("div", { class: "try-target" }, api.element, upstream.element, tenant.element, model.element, second.element, list, says),
     api: () => api.value(),
     /** Return the upstreams that a call of the model may go to. */
     pools(name) {
@@ -349,10 +389,9 @@ function options(asksFor) {
   const always = [
     field("priority", "Priority", { type: "number", hint: "From −100 to 100." }),
     field("deadline_ms", "Deadline (ms)", { type: "number", hint: "Maximum wait for admission." }),
-    asksFor === "keys"
-      ? field("key", "API key", { type: "password", hint: "Needs the scope infer. Empty: the key that you signed in with." })
-      : field("tenant", "Tenant", { hint: "Empty: default." }),
   ];
+  const key = field("key", "API key", { type: "password", hint: "Needs the scope infer. Empty: the key that you signed in with." });
+  if (asksFor === "keys") always.push(key);
   const fields = [...own, ...natives, ...always];
   const element = h(
     "details",
@@ -366,6 +405,11 @@ function options(asksFor) {
     show(dialect) {
       for (const one of own) one.element.hidden = dialect !== null;
       for (const one of natives) one.element.hidden = dialect === null;
+    },
+    /** Show the field for the key, or hide and empty it. */
+    showKey(isShown) {
+      key.element.hidden = !isShown;
+      if (!isShown) key.input.value = "";
     },
     values: () => Object.fromEntries(fields.map((one) => [one.name, one.value()])),
   };

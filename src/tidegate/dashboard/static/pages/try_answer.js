@@ -148,32 +148,38 @@ function payload(asked, { api, body, files }, headers) {
 }
 
 const NO_KEY = "This API key is not valid: it is not of this gateway, has expired or was revoked.";
-const NEEDS_KEY = "Calls need an API key with the scope infer: enter one under Options. The key that you signed in with is for the dashboard only.";
+const NEEDS_KEY = "Calls need an API key with the scope infer: enter one under Options. What you signed in with is for the dashboard only.";
+const OR_TENANT = " Or select a tenant, as which you call.";
 
 /**
- * Send a call as `ask` of the API client does, with a key of its own; a rejected key does not sign
- * out.
+ * Send a call as `ask` of the API client does: as the selected tenant, which an operator may, or
+ * with a key of its own, whose rejection does not sign out.
  */
 async function asking(asked, call, accept, signal) {
   const headers = { Accept: accept, ...APIS[call.api].headers, ...call.headers };
-  const key = asked.options.key || session.key();
+  if (asked.as) headers["X-Tidegate-As-Tenant"] = asked.as;
+  const key = (!asked.as && asked.options.key) || session.key();
   if (key) headers.Authorization = `Bearer ${key}`;
   const body = payload(asked, call, headers);
-  const pathOf = APIS[call.api].streamed ?? APIS[call.api].path;
+  const path = (APIS[call.api].streamed ?? APIS[call.api].path)(call.model);
   let response;
   try {
-    response = await fetch(address(pathOf(call.model)), { method: "POST", headers, body, signal, cache: "no-store", credentials: "same-origin" });
+    response = await fetch(address(asked.as ? `admin/calls${path}` : path), { method: "POST", headers, body, signal, cache: "no-store", credentials: "same-origin" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Problem({ detail: "The gateway does not answer.", code: "away" });
   }
   if (response.ok) return response;
-  if (response.status === 401) throw new Problem({ status: 401, field: "key", detail: asked.options.key ? NO_KEY : NEEDS_KEY });
+  if (response.status === 401 && !asked.as) throw new Problem({ status: 401, field: "key", detail: asked.options.key ? NO_KEY : needsKey() });
   const told = await response.json().catch(() => ({}));
   const inner = told.error ?? (Array.isArray(told) ? told[0]?.error : null) ?? {};
   const detail = told.detail ?? inner.message ?? told.message ?? `The gateway answered with status ${response.status}.`;
-  throw new Problem({ ...told, status: response.status, detail, code: told.code ?? inner.code, field: told.field ?? inner.param ?? null });
+  const problem = new Problem({ ...told, status: response.status, detail, code: told.code ?? inner.code, field: told.field ?? inner.param ?? null });
+  if (response.status === 401) session.signOut(problem);
+  throw problem;
 }
+
+const needsKey = () => `${NEEDS_KEY}${session.may("operator") ? OR_TENANT : ""}`;
 
 /** Return the response; until it arrives, show what the call waits for. */
 async function admitted(asked, call, accept, show, signal) {
@@ -297,9 +303,9 @@ async function tenantOf({ tenant, key }, signal) {
  * Until the stream is admitted, show the state of the limit that blocks its tenant at these
  * upstreams.
  */
-async function watchQueue({ options }, pools, show, began, signal) {
+async function watchQueue({ as, options }, pools, show, began, signal) {
   try {
-    const tenant = await tenantOf(options, signal);
+    const tenant = as || (await tenantOf(options, signal));
     for (;;) {
       await pause(LOOK_MS, signal);
       const found = await Promise.all(pools.map((pool) => get("admin/limits", { query: { pool }, signal })));
