@@ -75,6 +75,10 @@ class MadeByTools:
     named_in: Callable[[JsonObject], Sequence[tuple[str, str]]]
     of: str | None = None
 
+    def may_make(self, use: ResourceUse | None, body: Mapping[str, Any]) -> bool:
+        """Return whether the answer to a call may name one. use: of a call about a resource."""
+        return self.may_be_made(body) if use is None else use.kind == self.of
+
 
 @dataclass(frozen=True, slots=True)
 class ResourcePath:

@@ -184,7 +184,7 @@ class LocalShare:
 
     def __init__(self) -> None:
         # limit -> (ms at which it expires, amount) of each admission here that no join has reported
-        self._spent: dict[str, deque[tuple[float, int]]] = {}
+        self.spent: dict[str, deque[tuple[float, int]]] = {}
         self._totals: Counter[str] = Counter()  # of all time
         # limit -> ms at which an even flow has caught up with what a paced rate admitted here
         self._even: dict[str, float] = {}
@@ -210,7 +210,7 @@ class LocalShare:
         for name, limit, amount in taken:
             if not isinstance(limit, Concurrency):
                 entry = at_ms + use.counts_for(limit), amount
-                self._spent.setdefault(name, deque()).append(entry)
+                self.spent.setdefault(name, deque()).append(entry)
                 self._totals[name] += amount
             if isinstance(limit, Rate) and limit.pace_ms is not None:
                 even_ms = max(self._even.get(name, at_ms), at_ms)
@@ -228,14 +228,14 @@ class LocalShare:
         return max(0.0, limit.pace_ms - amount * self._each_ms(limit, sessions))
 
     def _used(self, name: str, at_ms: float) -> int:
-        spent = self._spent.get(name, deque())
+        spent = self.spent.get(name, deque())
         while spent and spent[0][0] <= at_ms:
             spent.popleft()
         return sum(each for _, each in spent)
 
     def unreported(self, at_ms: float) -> list[tuple[str, int, int]]:
         """Return (limit, amount that still counts, total of all time) for the next join."""
-        used = [(name, self._used(name, at_ms), self._totals[name]) for name in self._spent]
+        used = [(name, self._used(name, at_ms), self._totals[name]) for name in self.spent]
         return [entry for entry in used if entry[1]]
 
     def reported(self, own: Iterable[tuple[str, int, int]]) -> None:
@@ -243,13 +243,13 @@ class LocalShare:
         for name, _, total in own:
             later = self._totals[name] - total
             kept = deque[tuple[float, int]]()
-            for entry in reversed(self._spent.pop(name, ())):
+            for entry in reversed(self.spent.pop(name, ())):
                 if later <= 0:
                     break
                 kept.appendleft(entry)
                 later -= entry[1]
             if kept:
-                self._spent[name] = kept
+                self.spent[name] = kept
 
 
 class LocalQueue:

@@ -580,7 +580,7 @@ class Session:
                 remembered.spent(queue.spent_since, self.lease.identity.epoch, at),
                 remembered.paused(at),
                 remembered.roster(at, self.lease.lease_ms),
-                self._local.unreported(at),
+                self._local.unreported(at) if self._local.spent else [],
                 remembered.base_of(self.policy),
             )
         request = SyncRequest(
@@ -767,7 +767,8 @@ class Session:
     def _joined(self, join: Join, reply: SyncReply) -> None:
         old = self.lease.identity
         self.lease.identity = Identity(reply.epoch, reply.gen)
-        self._local.reported(join.own)
+        if join.own:
+            self._local.reported(join.own)
         for name, amount, _ in join.own:
             # The server numbers a join as it numbers admissions.
             self._queue.spent_since.add(name, amount, reply.epoch, reply.gen)

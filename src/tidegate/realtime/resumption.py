@@ -23,7 +23,7 @@ _SIGNED = re.compile(r"([0-9a-f]{32})\.([0-9]{1,12})\.(.{1,16000})", re.ASCII | 
 
 
 @dataclass(frozen=True, slots=True)
-class Resumed:
+class ResumedSession:
     """A session that is resumed. handle: the provider's. context_tokens: of its conversation when
     the client got the handle."""
 
@@ -43,14 +43,14 @@ def signed(handle: str, context_tokens: int, key: str, tenant: str) -> str:
 
 def resumed(
     named: tuple[str, str], targets: Iterable[Target], tenant: str
-) -> tuple[Resumed, list[Target]]:
+) -> tuple[ResumedSession, list[Target]]:
     """Return the session of a client's handle, and the targets where it can be resumed. named: the
     handle after its field. Raises NotFound for a handle that is not the tenant's own."""
     field, text = named
     parts = _SIGNED.fullmatch(text)
     if parts is not None:
         sign, tokens, handle = parts.groups()
-        found = Resumed(handle, int(tokens))
+        found = ResumedSession(handle, int(tokens))
         homes = [
             one
             for one in targets

@@ -89,7 +89,6 @@ from tidegate.spine.models import (
     targets_for,
     why_unbounded,
 )
-from tidegate.spine.noting import noting
 from tidegate.spine.out import AttendedOut, Out
 from tidegate.spine.resources import BackgroundHandOver, Keeping, Resources, is_absent, listed_in
 from tidegate.spine.routing import Suspect, Target, Targets
@@ -164,8 +163,9 @@ class Relay:
         upstreams = [one.upstream for one in targets]
         if not all(ANY in one.media_hosts and one.provider not in OWN for one in upstreams):
             targets = await aside(len(raw), partial(among_fetching, body, targets))
-        if (made := spec.made_by_tools) and (endpoint.resource or made.fields & body.keys()):
-            out = noting(self.resources, self.spine.targets, out, made, call, body, record)
+        tools, use = spec.made_by_tools, endpoint.resource
+        if tools and (use or tools.fields & body.keys()) and tools.may_make(use, body):
+            out = self.resources.noting(out, tools, call, record)
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, facts, out, record)
         exchange.refers = bool(references)
         if making is not None or endpoint.resource is not None:

@@ -39,6 +39,7 @@ from tidegate.dialects.parsing import parsed
 from tidegate.dialects.resources import (
     LONGEST_ID,
     Act,
+    MadeByTools,
     Making,
     Reference,
     ResourceUse,
@@ -63,7 +64,7 @@ from tidegate.policy.deployment import Upstream
 from tidegate.policy.providers import PROVIDERS
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
 from tidegate.spine.bodies import NativeCall, Pieces, aside
-from tidegate.spine.out import ended, undisturbed
+from tidegate.spine.out import Named, NotingOut, Out, ended, undisturbed
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, Spine, UpstreamAccount, refusal_of
 from tidegate.store.provider.background import BackgroundCalls
@@ -87,6 +88,9 @@ GONE_AFTER_S = 60.0
 _MOST_MISSING = 20_000
 
 _READ_AT_ONCE = 8
+
+# No provider keeps a container for more than 30 days after its last use.
+_CONTAINER_LASTS = timedelta(days=90)
 
 # Reads a resource at its provider: empty for one that cannot be shown, None if there is none.
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
@@ -161,6 +165,19 @@ class Resources:
         if body.omitted_bytes:
             raise NotFound("the result is longer than what is kept")
         return 200, b"".join([piece async for piece in body.pieces])
+
+    def noting(self, out: Out, tools: MadeByTools, call: NativeCall, record: CallRecord) -> Out:
+        """Return the `out` of a call, which notes what the provider's tools make."""
+        dialect, terms = call.endpoint.dialect, call.terms
+
+        async def note(named: Named) -> None:
+            target = Target(self._targets.upstreams[record.upstream or ""], "")
+            by = MadeBy(terms.caller, dialect, terms.request_id, terms.subject)
+            for kind, one in named:
+                ends_at = self.now() + _CONTAINER_LASTS if kind == CONTAINER else None
+                await self.note(self.made(by, target, kind, [one], ends_at))
+
+        return NotingOut(out, tools, note)
 
     # Owners and accounts
 

@@ -36,7 +36,7 @@ def guarded() -> set[tuple[str, str]]:
     """Every route that asks for who operates, as method and path."""
     app = build(never)
     install(app)
-    guardians = {admit_admin, guards._reader_of_record}
+    guardians = {admit_admin, guards._reader_of_record, guards.checked_operator}
     return {
         (method, route.path)
         for route in app.routes

@@ -12,9 +12,9 @@ of an API key; what a client sends cannot set the caller.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -78,10 +78,12 @@ class _NativeCall(Response):
     },
     summary="Call a model as a tenant",
 )
-async def call_as_tenant(request: Request, path: str) -> Response:
+async def call_as_tenant(
+    request: Request, path: str, operator: Annotated[Operator, Depends(checked_operator)]
+) -> Response:
     """Calls `/submit`, `/stream` or a path of a provider's SDK that runs a model, with the tenant's
     limits, budgets and models. The request log shows the operator in place of an API key."""
-    operator, services = await checked_operator(request), services_of(request)
+    services = services_of(request)
     meant = _path_of(request, path)
     named = request.headers.get(AS_TENANT_HEADER)
     if named is None:
