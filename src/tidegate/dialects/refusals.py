@@ -96,7 +96,7 @@ def upstream_error(
     at = answered_at(headers.get("date", ""), datetime.now(UTC))
     answer = ErrorAnswer(status, error, _passed_on(error) | dict(headers), at, tier.lower())
     wait_ms = retry_after_ms(answer)
-    refusal = _by_words(dialect, answer)
+    refusal = _of_openrouter(answer) or _by_words(dialect, answer)
     if is_own:
         refusal = _of_own_server(answer) or refusal
     if refusal is None:
@@ -161,6 +161,24 @@ def _passed_on(error: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(found, dict) or len(found) > _MOST_PASSED_ON:
         return {}
     return {name.lower(): value for name, value in found.items() if isinstance(value, str)}
+
+
+# Its budgets, which are spent for a time: of a key, of a workspace, of a guardrail.
+_SPENT = re.compile(r"openrouter_(?:guardrail_budget|workspace_budget|key_limit)")
+_IN_FLIGHT, _TOO_HEAVY = "openrouter_in_flight_budget", "weight_exceeds_budget"
+
+
+def _of_openrouter(answer: ErrorAnswer) -> RefusalFacts | None:
+    """Classify a refusal of OpenRouter by the limit that it names; None if it names none.
+    openrouter.ai/docs/api/reference, pages "errors-and-debugging" and "limits"."""
+    metadata = answer.error.get("metadata")
+    named = metadata if isinstance(metadata, dict) else {}
+    source = str(named.get("limit_source"))
+    if source == _IN_FLIGHT:  # the calls that are running may cost as much as the balance
+        return RefusalFacts("throttled", of_account=True)
+    if _TOO_HEAVY in {*answer.words, *(one for one in named.values() if isinstance(one, str))}:
+        return RefusalFacts("too_expensive")
+    return RefusalFacts("unpaid") if _SPENT.fullmatch(source) else None
 
 
 def _by_words(dialect: str, answer: ErrorAnswer) -> RefusalFacts | None:

@@ -114,6 +114,30 @@ def test_a_call_that_costs_more_than_is_left_puts_no_upstream_out_for_others(mes
     assert not found.retryable
 
 
+@pytest.mark.parametrize("dialect", ["openai", "anthropic"])
+def test_what_openrouter_refuses_is_read_by_the_limit_that_it_names(dialect: str) -> None:
+    def named(status: int, source: str, **more: Any) -> UpstreamError:
+        metadata = {"limit_source": f"openrouter_{source}"} | more
+        error = {"code": status, "message": "Payment required", "metadata": metadata}
+        return classified(dialect, status, error, {"retry-after": "3"} if source[0] == "i" else {})
+
+    running = named(402, "in_flight_budget")
+    assert isinstance(running, UpstreamThrottled)
+    assert (running.retry_after_ms, running.of_account) == (3_000, True)
+    for status, source in (
+        (403, "guardrail_budget"),
+        (403, "workspace_budget"),
+        (402, "key_limit"),
+    ):
+        spent = named(status, source)
+        assert isinstance(spent, UpstreamUnpaid)
+        assert spent.of_upstream
+    heavy = named(402, "credits", reason="weight_exceeds_budget")
+    assert isinstance(heavy, UpstreamUnpaid)
+    assert not heavy.of_upstream
+    assert named(402, "credits").of_upstream
+
+
 @pytest.mark.parametrize(
     ("dialect", "status", "error"),
     [
