@@ -500,6 +500,7 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "gemini": {},
     "groq": {"tokens": {"weights": {"cached": 0}, **_REFILLS}},
     "cerebras": {"requests": _REFILLS, "tokens": {"reserve": "bound", **_REFILLS}},
+    "moonshot": {"tokens": {"reserve": "bound", "settles": False}},
     "xai": {"requests": {"pace_ms": 1_000}},
 }
 

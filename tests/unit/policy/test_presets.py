@@ -71,6 +71,11 @@ def test_cerebras_counts_all_that_a_call_may_use_until_it_has_ended() -> None:
     assert (limit.reserve, limit.settles) == ("bound", True)
 
 
+def test_moonshot_counts_what_a_call_may_use_and_returns_nothing() -> None:
+    limit = rate("moonshot", "tpm:kimi*")
+    assert (limit.reserve, limit.settles) == ("bound", False)
+
+
 def test_xai_admits_the_sixtieth_part_of_a_minutes_requests_in_a_second() -> None:
     assert rate("xai", "rpm:grok*", 480).pace_ms == 1_000
 
