@@ -153,12 +153,18 @@ class Access:
         if path == "/v1/messages/count_tokens":
             return f"/v1{self.prefix}/publishers/anthropic/models/count-tokens:rawPredict"
         if (found := _MODELS.fullmatch(path)) is None:
-            return path
+            return _LIVE if path.startswith("/ws/") else path
         publisher = "anthropic" if self.dialect == "anthropic" else "google"
         if ":" not in (below := found["below"]):  # models are the publisher's, calls the project's
             return f"/v1beta1/publishers/{publisher}/models{below}"
         version = "v1" if found["version"] == "v1" else "v1beta1"
         return f"/{version}{self.prefix}/publishers/{publisher}/models{below}"
+
+    def live_model(self, model: str) -> str:
+        """Return the name of a model in the setup of a session of Gemini Live."""
+        if self.paths is Paths.VERTEX:
+            return f"{self.prefix.removeprefix('/')}/publishers/google/models/{model}"
+        return f"models/{model}"
 
     def _with_own(self, query: str) -> str:
         pairs = parse_qsl(query, keep_blank_values=True)
@@ -186,6 +192,7 @@ OF_DEPLOYMENTS = frozenset(
 )
 # Paths at Perplexity below a version; chat completions and searches are not.
 _BELOW_VERSION = re.compile(r"/(?:models|embeddings|responses)(?:/.*)?")
+_LIVE = "/ws/google.cloud.aiplatform.v1beta1.LlmBidiService/BidiGenerateContent"
 _MODELS = re.compile(r"/(?P<version>v1(?:alpha|beta)?)/models(?P<below>(?:/.+)?)")
 
 

@@ -633,6 +633,9 @@ _SNAKE = {
 _OF_CLIENT = ("clientContent", "realtimeInput", "toolResponse")
 
 
+# What precedes a model's name, as Google's SDK writes it for Gemini's API and for Vertex.
+_PROJECT = "(?:projects/[^/]{1,100}/locations/[^/]{1,100}/)?"
+_MODEL = re.compile(f"^{_PROJECT}(?:publishers/google/)?models/")
 _RESUMPTIONS = ("sessionResumption", "session_resumption")
 
 
@@ -654,7 +657,8 @@ class Setup:
             reason = "the first message of a realtime session must be its setup"
             raise InvalidRequest("setup", reason, allowed='{"setup": {"model": ...}}')
         model = setup.get("model")
-        if type(model) is not str or not model.removeprefix("models/"):
+        name = _MODEL.sub("", model) if type(model) is str else ""
+        if not name:
             raise InvalidRequest("setup.model", "setup names no model", allowed="models/<model>")
         handles = [
             (f"setup.{name}.handle", handle)
@@ -664,12 +668,12 @@ class Setup:
         for place, handle in handles:
             if type(handle) is not str or len(handles) > 1:
                 raise InvalidRequest(place, f"{place} is not one text", allowed="one handle")
-        return cls(event, model.removeprefix("models/"), handles[0] if handles else None)
+        return cls(event, name, handles[0] if handles else None)
 
     def message(self, model: str, handle: str | None = None) -> str:
-        """Return the message with the upstream's name of the model. handle: the provider's, if the
-        session is resumed."""
-        setup = {**self.body["setup"], "model": f"models/{model}"}
+        """Return the message with the upstream's whole name of the model. handle: the provider's,
+        if the session is resumed."""
+        setup = {**self.body["setup"], "model": model}
         for name in _RESUMPTIONS:
             if handle is not None and _table(setup.get(name)).get("handle") is not None:
                 setup[name] = {**setup[name], "handle": handle}

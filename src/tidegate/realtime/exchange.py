@@ -247,7 +247,10 @@ class RealtimeExchange:
             self.started = True
             record.http_status = 101
             if request.first is not None:
-                first = request.first(target.model)
+                model = target.model
+                if request.dialect is Dialect.GEMINI:
+                    model = target.upstream.access(request.dialect).live_model(model)
+                first = request.first(model)
                 turns.opened(first, request.resumes_tokens)
                 await upstream.send(first)
             self.ended = await self._relayed(client, upstream, target, began)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from google.genai import Client
 from google.genai.types import HttpOptions
+from google.oauth2.credentials import Credentials
 from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener, open_gateway
@@ -76,11 +77,16 @@ async def genai(gateway: Gateway, tmp_path: Path) -> AsyncIterator[Callable[...,
     made: list[Client] = []
     async with tls_before(gateway.url, tmp_path / "tls") as (url, trusting):
 
-        def make(key: str = "of-a-client") -> Client:
+        def make(key: str = "of-a-client", *, of_vertex: bool = False) -> Client:
+            version = "v1beta1" if of_vertex else "v1beta"
             options = HttpOptions(
-                base_url=url, api_version="v1beta", async_client_args={"ssl": trusting}
+                base_url=url, api_version=version, async_client_args={"ssl": trusting}
             )
-            made.append(Client(api_key=key, http_options=options))
+            who: dict[str, Any] = {"api_key": key}
+            if of_vertex:
+                given = Credentials(token=key)  # type: ignore[no-untyped-call]
+                who = {"vertexai": True, "project": "p", "location": "l", "credentials": given}
+            made.append(Client(http_options=options, **who))
             return made[-1]
 
         yield make

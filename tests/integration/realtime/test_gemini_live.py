@@ -173,3 +173,43 @@ async def test_what_follows_the_usage_of_a_turn_begins_no_other(
                     pass
         (row,) = await rows(gateway, 1)
         assert (row["input_tokens"], row["output_tokens"]) == (200, 20), "only what was reported"
+
+
+VERTEX = "/ws/google.cloud.aiplatform.v1beta1.LlmBidiService/BidiGenerateContent"
+
+
+@pytest.mark.parametrize("path", [LIVE, VERTEX])
+@pytest.mark.parametrize("provider", ["gemini", "vertex"])
+async def test_each_of_googles_two_clients_reaches_each_of_its_two_apis(
+    open_gateway: Opener, tmp_path: Path, path: str, provider: str
+) -> None:
+    heard: list[tuple[str, str]] = []
+
+    async def serves(socket: ServerConnection) -> None:
+        assert socket.request is not None
+        model = orjson.loads(await socket.recv())["setup"]["model"]
+        heard.append((socket.request.path, model))
+        await socket.send(orjson.dumps({"setupComplete": {}}))
+        await socket.recv()
+        await socket.send(orjson.dumps(ENDS))
+        await socket.wait_closed()
+
+    async with serve(serves, "127.0.0.1", 0, compression=None) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        policy = tmp_path / "policy.toml"
+        place = 'project = "p"\nlocation = "l"\n' if provider == "vertex" else ""
+        own = f'provider = "{provider}"\nbase_url = "{url}"\nauth = "none"\nmodels = ["m"]\n'
+        policy.write_text(f"[upstreams.own]\n{own}{place}")
+        gateway = await open_gateway(worker=False, tidegate_policy=policy)
+        named = "publishers/google/models/m"
+        if path == VERTEX:
+            named = f"projects/of-the-client/locations/us/{named}"
+        async with talk(gateway, path) as socket:
+            await send(socket, setup={"model": named if path == VERTEX else "models/m"})
+            assert b"setupComplete" in await socket.recv()
+            await send(socket, realtimeInput={"text": "When is high tide?"})
+            assert b"turnComplete" in await socket.recv()
+        (row,) = await rows(gateway, 1)
+        assert (row["model"], row["input_tokens"]) == ("m", 100)
+    whole = "projects/p/locations/l/publishers/google/models/m"
+    assert heard == [(VERTEX, whole) if provider == "vertex" else (LIVE, "models/m")]

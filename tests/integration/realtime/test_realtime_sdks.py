@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
 from google.genai import Client
 from openai import AsyncOpenAI
 
@@ -115,12 +116,13 @@ async def test_transcripts_alone_by_openais_sdk_are_turns_of_their_model(
         assert (response.status, "intent=transcription&model=" in said) == (400, True)
 
 
+@pytest.mark.parametrize("of_vertex", [False, True])
 async def test_turns_of_googles_sdk_and_their_record(
-    gateway: Gateway, genai: Callable[..., Client]
+    gateway: Gateway, genai: Callable[..., Client], of_vertex: bool
 ) -> None:
     config: Any = {"response_modalities": ["TEXT"]}
     total = 0
-    async with genai().aio.live.connect(model=MODEL, config=config) as session:
+    async with genai(of_vertex=of_vertex).aio.live.connect(model=MODEL, config=config) as session:
         assert gateway.held == 1
         for text in ("Say hello", "And once more"):
             turns: Any = {"role": "user", "parts": [{"text": text}]}
@@ -136,4 +138,6 @@ async def test_turns_of_googles_sdk_and_their_record(
     assert (row["status"], row["model"]) == ("succeeded", MODEL)
     assert row["input_tokens"] + row["output_tokens"] == total
     assert orjson.loads(row["response"])["turns"] == 2
-    assert orjson.loads(row["request"])["setup"]["model"] == f"models/{MODEL}"
+    whole = f"projects/p/locations/l/publishers/google/models/{MODEL}"
+    named = whole if of_vertex else f"models/{MODEL}"
+    assert orjson.loads(row["request"])["setup"]["model"] == named

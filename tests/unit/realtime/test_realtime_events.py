@@ -350,8 +350,11 @@ def test_words_and_the_end_of_the_client_s_part_begin_a_turn_of_gemini() -> None
 def test_a_setup_names_the_model_first_and_at_most_one_session() -> None:
     setup = Setup.of(text({"setup": {"model": "models/fast", "tools": []}}))
     assert setup.model == "fast"
-    passed = orjson.loads(setup.message("gemini-live-2.5"))
+    passed = orjson.loads(setup.message("models/gemini-live-2.5"))
     assert passed == {"setup": {"model": "models/gemini-live-2.5", "tools": []}}
+    short = "publishers/google/models/fast"
+    for name in (short, f"projects/p/locations/l/{short}"):
+        assert Setup.of(text({"setup": {"model": name}})).model == "fast"
     handles: dict[str, Any] = {"sessionResumption": {"handle": "a"}}
     assert Setup.of(text({"setup": {"model": "models/m"} | handles})).handle is not None
     resumed = {"setup": {"model": "m", "session_resumption": {"handle": "b"}} | handles}

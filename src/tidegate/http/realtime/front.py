@@ -69,6 +69,11 @@ _GEMINI = re.compile(
     r"/ws/google\.ai\.generativelanguage\.(?:v1beta|v1alpha)"
     r"\.GenerativeService\.BidiGenerateContent"
 )
+# The same of Google's SDK for Vertex, and what it is to an upstream.
+_VERTEX = re.compile(
+    r"/ws/google\.cloud\.aiplatform\.v1(?:beta1)?\.LlmBidiService/BidiGenerateContent"
+)
+_LIVE = "/ws/google.ai.generativelanguage.v1beta.GenerativeService.BidiGenerateContent"
 _SLASHES = re.compile(r"/{2,}")
 _KEY_PROTOCOL = "openai-insecure-api-key."
 _SUBPROTOCOL = "realtime"
@@ -83,7 +88,8 @@ log = get_logger()
 
 def is_realtime(path: str) -> bool:
     """Return whether a path is one of a realtime session."""
-    return _is_openai(path) or _GEMINI.fullmatch(_SLASHES.sub("/", path)) is not None
+    plain = _SLASHES.sub("/", path)
+    return _is_openai(path) or any(one.fullmatch(plain) for one in (_GEMINI, _VERTEX))
 
 
 def _is_openai(path: str) -> bool:
@@ -234,6 +240,7 @@ class _SessionFront:
             record.model, first = setup.model, setup.message
             record.request = orjson.dumps(setup.body)
             path, query = _SLASHES.sub("/", self._scope["path"]), _no_query
+            path = path if _VERTEX.fullmatch(path) is None else _LIVE
         model = record.model or ""
         check_model(self._caller, model)
         resources, targets = services.relay.resources, services.spine.targets
