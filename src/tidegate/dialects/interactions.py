@@ -79,8 +79,9 @@ def request_facts(
             message = "an interaction names a model or an agent, not both"
             raise InvalidRequest("agent", message, allowed="model or agent")
         body = {"model": agent, **{name: body[name] for name in body if name != "agent"}}
-    config = body.get("generation_config")
-    settings = dict(config) if isinstance(config, Mapping) else {}
+    settings: dict[str, Any] = {}
+    for config in _in_both(body, "generation_config", "generationConfig"):
+        settings |= config if isinstance(config, Mapping) else {}
     settings["response_modalities"] = _modalities(body)
     return facts_of_request(
         endpoint,
@@ -92,14 +93,19 @@ def request_facts(
     )
 
 
+def _in_both(body: Mapping[str, Any], *names: str) -> list[Any]:
+    """Return the values of a field in both spellings: Google accepts either."""
+    return [body[name] for name in names if body.get(name) is not None]
+
+
 def _modalities(body: Mapping[str, Any]) -> list[Any]:
     """Return the requested modalities of the answer, from either field that names them."""
-    named = body.get("response_modalities")
-    found = list(named) if isinstance(named, list) else []
-    formats = body.get("response_format")
-    for one in formats if isinstance(formats, list) else [formats]:
-        if isinstance(one, Mapping):
-            found.append(one.get("type"))
+    found: list[Any] = []
+    for named in _in_both(body, "response_modalities", "responseModalities"):
+        found += named if isinstance(named, list) else []
+    for formats in _in_both(body, "response_format", "responseFormat"):
+        some = formats if isinstance(formats, list) else [formats]
+        found += [one.get("type") for one in some if isinstance(one, Mapping)]
     return found
 
 

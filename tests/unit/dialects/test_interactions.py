@@ -79,6 +79,11 @@ def test_a_model_or_an_agent_is_asked_with_a_bound_of_its_own() -> None:
     agent = facts(agent="deep-research", input="Hi")
     assert agent.model == "deep-research"
     assert facts(model="m", input="Hi", response_format={"type": "image"}).images == 1
+    assert facts(model="m", input="Hi", responseFormat={"type": "image"}).images == 1
+    drawing = facts(model="m", input="Hi", responseModalities=["IMAGE"])
+    assert (drawing.images, drawing.kind) == (1, Kind.IMAGE_GENERATION)
+    bound = facts(model="m", input="Hi", generationConfig={"maxOutputTokens": 9})
+    assert bound.max_output_tokens == 9
     uri = {"type": "document", "uri": "https://x/v1beta/files/a", "mime_type": "application/pdf"}
     assert facts(model="m", input=[uri]).kind is Kind.MULTI_MODAL
 
