@@ -31,11 +31,12 @@ from tidegate.errors import Forbidden, InvalidRequest
 Message = str | bytes
 Facts = dict[str, Any]
 
-# Characters of base64 in a second of 16-bit PCM at 24 kHz, for which OpenAI counts 10 tokens of
-# input and 20 of output; Gemini counts 25 or 32 for a second at 16 kHz, which is about the same
-# rate.
+# Tokens of a second of audio: of OpenAI's input and output, and of Gemini's (25 or 32, by model).
+_IN_TOKENS, _OUT_TOKENS, _GEMINI_TOKENS = 10, 20, 25
+# Characters of base64 in a second of 16-bit PCM at 24 kHz, in which both answer.
 _AUDIO_SECOND_CHARS = 64_000
-_IN_CHARS, _OUT_CHARS = _AUDIO_SECOND_CHARS / 10, _AUDIO_SECOND_CHARS / 20
+_OUT_CHARS = _AUDIO_SECOND_CHARS / _OUT_TOKENS
+_GEMINI_OUT_CHARS = _AUDIO_SECOND_CHARS / _GEMINI_TOKENS
 _TEXT_CHARS = 4
 
 # Bytes of a second of audio: of 16-bit PCM at 24 kHz, OpenAI's default, and of telephone formats.
@@ -366,7 +367,7 @@ class OpenAIEvents:
     def client_event(self, message: Message, found: Facts | None = None) -> ClientEvent:
         if found is None and isinstance(message, str) and self._is_audio(message):
             seconds = _longest(message.split('"')) * 3 / 4 / self._least_second_bytes
-            return ClientEvent(message, False, len(message) / _IN_CHARS, seconds)
+            return ClientEvent(message, False, seconds * _IN_TOKENS, seconds)
         event = read(message) if found is None else found
         kind = event.get("type")
         if type(kind) is not str:
@@ -379,10 +380,11 @@ class OpenAIEvents:
             event_id = event["event_id"] = f"{_TURN_ID}{self._named_turns}"
         if self._check(event) or lacks_id:
             message = _dumped(event, message)
-        about = len(message) / (_IN_CHARS if kind.startswith("input_audio") else _TEXT_CHARS)
         if kind == "session.update":
             self._note_request(event)
         seconds = _sound_chars(event) * 3 / 4 / self._least_second_bytes
+        is_sound = kind.startswith("input_audio")
+        about = seconds * _IN_TOKENS if is_sound else about_text(message)
         event_id = event_id if type(event_id) is str else None
         return ClientEvent(message, begins_turn, about, seconds, event_id=event_id)
 
@@ -611,9 +613,9 @@ def _gemini_seconds(chars: int, mime: str) -> float:
 _PICTURE_TOKENS = 258
 
 
-def _about_input(message: Message) -> float:
+def _about_input(message: Message, seconds: float) -> float:
     """Return an estimate of the tokens of a piece of audio or of a picture."""
-    return max(len(message) / _IN_CHARS, _PICTURE_TOKENS * _has(message, '"image/'))
+    return max(seconds * _GEMINI_TOKENS, _PICTURE_TOKENS * _has(message, '"image/'))
 
 
 _REALTIME_INPUT = re.compile(r'\s*\{\s*"(?:realtimeInput|realtime_input)"\s*:')
@@ -710,7 +712,7 @@ class GeminiEvents:
             if not mimes and "audio" in parts:
                 mimes = [""]
             seconds = max((_gemini_seconds(_longest(parts), one) for one in mimes), default=0.0)
-            return ClientEvent(message, False, _about_input(message), seconds)
+            return ClientEvent(message, False, _about_input(message, seconds), seconds)
         event = read(message) if found is None else found
         names = [_SNAKE.get(name, name) for name in event]
         if len(names) != 1 or names[0] not in _OF_CLIENT:
@@ -724,9 +726,10 @@ class GeminiEvents:
         if names[0] == "clientContent":
             ends = value.get("turnComplete", value.get("turn_complete"))
             return ClientEvent(message, ends is True, about, _gemini_sound(value))
-        about, text = _about_input(message), value.get("text")
+        sound, text = _gemini_sound(value), value.get("text")
+        about = _about_input(message, sound)
         about += len(text) / _TEXT_CHARS if type(text) is str else 0
-        begins, sound = self._begins_answer(value), _gemini_sound(value)
+        begins = self._begins_answer(value)
         return ClientEvent(message, begins, about, sound, joins=True)
 
     def _begins_answer(self, value: Facts) -> bool:
@@ -764,7 +767,7 @@ class GeminiEvents:
                 return NOTHING
             self._is_open = True
             audio = _has(message[:400], '"inlineData"')
-            return Reported(about_tokens=len(message) / (_OUT_CHARS if audio else 100))
+            return Reported(about_tokens=len(message) / (_GEMINI_OUT_CHARS if audio else 100))
         event = _of_provider(message)
         spent, usage = self._searched(event), gemini_usage(event.get("usageMetadata"))
         if usage is not None:

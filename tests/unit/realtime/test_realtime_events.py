@@ -400,9 +400,19 @@ def test_words_and_pictures_for_gemini_count_as_such() -> None:
     words = text({"realtimeInput": {"text": "tide " * 2_000}})
     assert live.client_event(words).about_tokens >= 2_500
     sound = {"mimeType": "audio/pcm;rate=16000", "data": "A" * 64_000}
-    assert 10 <= live.client_event(text({"realtimeInput": {"audio": sound}})).about_tokens < 20
+    heard = live.client_event(text({"realtimeInput": {"audio": sound}}))
+    assert heard.about_tokens == heard.audio_seconds * 25 == 37.5
     picture = {"mimeType": "image/jpeg", "data": "A" * 1_000}
     assert live.client_event(text({"realtimeInput": {"video": picture}})).about_tokens == 258
     assert (
         live.client_event(text({"realtimeInput": {"mediaChunks": [picture]}})).about_tokens == 258
     )
+
+
+def test_sound_counts_by_its_length_whatever_its_format() -> None:
+    some = events()
+    form = {"audio": {"input": {"format": {"type": "audio/pcmu"}}}}
+    some.reported(text({"type": "session.updated", "session": form}))
+    for spelt in ('{"type":"%s","audio":"%s"}', '{"type":"%s","event_id":"\\u0061","audio":"%s"}'):
+        heard = some.client_event(spelt % (APPEND, "A" * 32_000))
+        assert (heard.audio_seconds, heard.about_tokens) == (3.0, 30.0)
