@@ -19,7 +19,7 @@ from tests.contract.gemini_upstream import (
     raw_upstream,
     run_against,
 )
-from tests.waiting import promised_s, wait_until
+from tests.waiting import wait_turns, wait_until
 from tidegate.call import Answer, Delta, Event
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.errors import UpstreamThrottled, UpstreamTimeout, UpstreamUnavailable
@@ -93,7 +93,7 @@ async def test_a_handshake_that_never_ends_runs_into_the_connect_timeout() -> No
     async with gemini(url, Timeouts(SHORT, 5_000, 5_000, 9_000)) as ours:
         with pytest.raises(UpstreamTimeout) as raised:
             await ours.run(call(), Answer(), Collected())
-        await asyncio.wait_for(closed.wait(), promised_s(0.1))
+        await wait_turns(closed.is_set, what="the end of the connection")
     server.close()
     assert raised.value.phase == "connect"
 

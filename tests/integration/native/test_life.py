@@ -383,7 +383,7 @@ async def test_a_refusal_after_a_comment_is_an_event(open_gateway: Opener) -> No
     holding = asyncio.create_task(gateway.http.post(url_of(gateway), json=held))
     await gateway.in_flight(1)
     stream = url_of(gateway, "streamGenerateContent?alt=sse")
-    headers = {"x-tidegate-deadline-ms": "200"}
+    headers = {"x-tidegate-deadline-ms": "1500"}
     async with gateway.http.post(stream, json=BODY, headers=headers) as response:
         seen = await response.read()
         assert response.status == 200

