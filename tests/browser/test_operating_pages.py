@@ -131,13 +131,15 @@ async def pictured(seen: Seen, ready: str, name: str, folder: Path) -> None:
     await page.set_viewport_size({"width": 1360, "height": 900})
 
 
-async def used(stage: Stage, day: date, tenant: str, model: str, micros: int) -> None:
+async def used(
+    stage: Stage, day: date, tenant: str, model: str, micros: int, requests: int = 40
+) -> None:
     """Have the totals say what a tenant used on a day."""
     await stage.gateway.database.execute(
         "INSERT INTO usage_days (tenant_id, day, model, pool, requests, input_tokens,"
         " cached_tokens, output_tokens, cost_micros, unpriced)"
-        " VALUES ($1, $2, $3, 'gemini', 40, 900000, 300000, 12000, $4, $5)",
-        *(tenant, day, model, micros, 0 if micros else 40),
+        " VALUES ($1, $2, $3, 'gemini', $6, 900000, 300000, 12000, $4, $5)",
+        *(tenant, day, model, micros, 0 if micros else requests, requests),
     )
 
 
@@ -389,7 +391,7 @@ async def test_an_upstream_is_added_tested_repaired_drained_and_removed(
         await dialog.get_by_label("Key variable").fill("HOME")
         await dialog.get_by_role("button", name="Change", exact=True).click()
         changes = page.get_by_role("region", name="Changes")
-        await expect(changes).to_contain_text("gpu-1.weight: not set live -> 3")
+        await expect(changes).to_contain_text("gpu-1.weight: not set -> 3")
         assert running.services.spine.targets.upstreams["gpu-1"].weight == 3
         await expect(spare).to_contain_text("HOME")
         await spare.get_by_role("button", name="Change gpu-1").click()
@@ -593,7 +595,7 @@ async def test_other_limits_are_rehearsed_on_a_recorded_day_and_applied(
 ) -> None:
     running, day = stage.gateway, datetime.now(UTC).date() - timedelta(days=1)
     await put_on_record(running.database, datetime.combine(day, time(9), UTC), 1_200)
-    await used(stage, day, "rehearsed", "gemini-2.5-flash", 1_000)
+    await used(stage, day, "rehearsed", "gemini-2.5-flash", 1_000, 1_200)
     odd = unless_pictured("tenant:a=b;c%3D", "tenant:hooli")
     await running.services.keeper.change(edit({odd: 5}), set_by="test", reason="")
     async with opened(stage, "/") as seen:

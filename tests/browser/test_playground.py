@@ -15,6 +15,9 @@ from tidegate.http.browsers import make_code
 
 __all__ = ["open_gateway"]
 
+NARROWEST = """() => Math.min(...[...document.querySelectorAll(".try-target .field")]
+    .map((one) => one.getBoundingClientRect().width))"""
+
 
 @asynccontextmanager
 async def playground(gateway: Gateway, key: str = "") -> AsyncIterator[Page]:
@@ -66,6 +69,10 @@ async def test_an_operator_calls_as_a_tenant_of_the_list(open_gateway: Opener, a
         code = page.get_by_role("region", name="Code")
         await expect(code).to_contain_text("/v1beta/models")  # as the tenant itself would call
         assert "admin" not in await code.inner_text()
+        for width in (400, 1000, 1360):  # no field is too narrow for what it says
+            await page.set_viewport_size({"width": width, "height": 900})
+            narrowest = await page.evaluate(NARROWEST)
+            assert narrowest >= 12 * 16, width
         assert await Seen(page).is_within()
         await Seen(page).is_accessible()
         await page.get_by_role("link", name="View details").click()

@@ -23,8 +23,17 @@ from playwright.async_api import Page, async_playwright, expect
 from redis.asyncio import Redis
 
 from tests.batching import begin, content
-from tests.browser.stage import ARGUMENTS, CHROMIUM, POLICY, REHEARSAL_MS, Stage, opened, shoot
-from tests.browser.walks import Walk, as_of, midnight, slow_monday
+from tests.browser.stage import (
+    ARGUMENTS,
+    CHROMIUM,
+    POLICY,
+    REHEARSAL_MS,
+    Stage,
+    opened,
+    shoot,
+    unless_pictured,
+)
+from tests.browser.walks import NAMES, OUTLINE_IS_CUT, Walk, as_of, midnight, slow_monday
 from tests.databases import Databases
 from tests.gateway import ENDS, gateway
 from tests.rehearsal import put_on_record
@@ -36,6 +45,7 @@ from tidegate.store.statistics import latency_by_hour
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+KEYS = unless_pictured(gettempdir(), "/tmp")
 IMAGES = Path(__file__).parents[2] / "docs" / "images" / "tasks"
 
 
@@ -57,7 +67,7 @@ async def stage(
         "database_url": databases.server.url(name),
         "auth": "on",
         "tidegate_policy": folder / "tidegate.toml",
-        "key_folder": gettempdir(),
+        "key_folder": KEYS,
     }
     async with gateway(folder / "data", **settings) as running, async_playwright() as playwright:
         tenants = running.services.store.tenants
@@ -110,7 +120,7 @@ async def test_an_operator_does_each_of_ten_tasks_in_five_clicks_from_the_overvi
             return await Walk(page, name, folder, tmp_path).begin()
 
         await find_what_blocks_a_tenant(stage, await walk("blocked"), acme)
-        with TemporaryDirectory(prefix="secrets-") as secrets:
+        with TemporaryDirectory(prefix="secrets-", dir=KEYS) as secrets:
             await rotate_a_key(stage, await walk("key"), Path(secrets))
         await cap_a_tenant(stage, await walk("cap"))
         await replay_a_failed_call(stage, walk, acme)
@@ -225,11 +235,18 @@ async def drain_an_upstream(stage: Stage, walk: Walk) -> None:
     page = walk.page
     await walk.click(page.get_by_role("link", name="Upstreams", exact=True))
     card = page.locator("[data-upstream='reserve']")
+    await expect(card.get_by_text("In progress", exact=True)).to_be_visible()
+    assert len(set(await card.evaluate(NAMES))) == 1, "each in one line"
     await walk.click(card.get_by_role("button", name="Drain reserve"), card)
     dialog = page.get_by_role("dialog")
     await walk.type(dialog.get_by_label("Reason"), "maintenance until noon")
     await walk.click(dialog.get_by_role("button", name="Drain"), dialog)
     await walk.end(card.get_by_text("Drained", exact=True))
+    await page.get_by_role("link", name="Overview", exact=True).click()
+    await expect(page.get_by_role("heading", name="Overview", exact=True)).to_be_visible()
+    shown = page.get_by_role("region", name="Upstreams").locator("[data-upstream='reserve'] .badge")
+    await expect(shown).to_have_text("Drained")
+    await expect(shown).to_have_class("badge ")  # not red: an operator wants it
 
 
 async def export_a_month(stage: Stage, begin_walk: Callable[[str], Awaitable[Walk]]) -> None:
@@ -281,6 +298,7 @@ async def see_what_a_limit_would_have_done(
     new = page.get_by_label("New value of kind:text_only")
     await walk.click(new)
     await walk.type(new, "20")
+    assert not await new.evaluate(OUTLINE_IS_CUT)
     await walk.click(page.get_by_role("button", name="Rehearse"))
     result = page.locator(".what-if-result")
     await expect(result).to_contain_text("of 1,200 calls would have waited", timeout=REHEARSAL_MS)

@@ -23,6 +23,19 @@ _LEAST_OF_A_DIALOG = 130
 _OUTLINE = """(one, on) => { one.style.outline = on ? "3px solid #e8590c" : "";
     one.style.outlineOffset = on ? "-2px" : ""; }"""
 
+# Whether the outline of what has the focus is cut by what scrolls around it.
+OUTLINE_IS_CUT = """(one) => {
+    const { outlineWidth, outlineOffset } = getComputedStyle(one);
+    const wide = parseFloat(outlineWidth) + parseFloat(outlineOffset);
+    let around = one.parentElement;
+    while (getComputedStyle(around).overflow === "visible") around = around.parentElement;
+    const [inner, outer] = [one.getBoundingClientRect(), around.getBoundingClientRect()];
+    return inner.right + wide > outer.right || inner.left - wide < outer.left;
+}"""
+# The heights of the names of an upstream's facts: each is one line.
+NAMES = """(one) => [...one.querySelectorAll("dt")]
+    .map((dt) => dt.getBoundingClientRect().height).filter(Boolean)"""
+
 
 @dataclass(slots=True)
 class Walk:

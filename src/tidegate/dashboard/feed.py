@@ -57,6 +57,7 @@ from tidegate.policy.format import caller_of, is_of_models, subject_of
 from tidegate.policy.inspection import is_full, words_of
 from tidegate.policy.learned import LearnedLimit
 from tidegate.prices.budgets import Budget, scope_values, whom, window
+from tidegate.spine.routing import DRAINED
 from tidegate.store.budgets import BudgetBook
 from tidegate.store.statistics import OTHERS, CallCounts, History, Total, percentiles
 from tidegate.telemetry.logging import Log, get_logger
@@ -110,7 +111,7 @@ async def live_frame(services: Services) -> Frame:
 def upstream_frame(upstream: str, notes: Iterable[Note]) -> Frame:
     """Return the worst state of an upstream in any process.
 
-    `found` lists the processes where it is not ok.
+    `found` lists the processes where it is not ok; `drained`: an operator is the reason in all.
     """
     by_process = found_by(upstream, notes)
     bad = [(process, one) for process, one in by_process if one.state != "ok" or one.key_refused]
@@ -122,6 +123,7 @@ def upstream_frame(upstream: str, notes: Iterable[Note]) -> Frame:
         "detail": by_process[0][1].why,
         "processes": len(by_process),
         "out_in": len(bad),
+        "drained": bool(bad) and all(one.why.endswith(DRAINED) for _, one in bad),
         "found": [
             {"process": process, "state": one.state, "detail": one.why}
             for process, one in bad[:MOST_FOUND]

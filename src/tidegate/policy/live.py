@@ -339,10 +339,10 @@ def changed_lines(before: LiveChanges, after: LiveChanges) -> list[str]:
             was, now = getattr(old, f"is_{flag}"), getattr(new, f"is_{flag}")
             if was != now:
                 lines.append(f"{name}: {flag}" if now else f"{name}: no longer {flag}")
+        # Of an upstream in the file, its value there holds instead.
+        unset = "not set" if old.is_added and new.is_added else "not set live"
         for key in sorted(old.set.keys() | new.set.keys()):
-            was, now = (
-                _text(key, one.set[key]) if key in one.set else "not set live" for one in (old, new)
-            )
+            was, now = (_text(key, one.set[key]) if key in one.set else unset for one in (old, new))
             if was != now and new.is_added and not old.is_added:
                 lines.append(f"{name}.{key}: {now}")
             elif was != now:

@@ -124,7 +124,7 @@ async def test_an_upstream_comes_and_goes_under_load_without_a_failed_call(
         status, done = await admin(other, "PATCH", "/second", set={"weight": 50, "aliases.q": "x"})
         assert (status, done["changes"]) == (
             200,
-            ['second.aliases: not set live -> {"q": "x"}', "second.weight: not set live -> 50"],
+            ['second.aliases: not set -> {"q": "x"}', "second.weight: not set -> 50"],
         )
         took.append(done["in_force_ms"])
         assert first.services.spine.targets.upstreams["second"].weight == 50
@@ -190,7 +190,7 @@ async def test_the_commands_of_upstreams_md_do_what_it_says(
         assert done.exit_code == 0, (line, done.output)
         said += done.output
     assert "revision 1 is in force in 1 process after" in said
-    assert "gpu-2.weight: not set live -> 3" in said
+    assert "gpu-2.weight: not set -> 3" in said
     assert "gpu-2 is drained" in said
     assert "it is the larger one" in said
     assert "nothing is changed yet; revision 6 is in force" in said

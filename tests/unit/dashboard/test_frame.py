@@ -43,6 +43,7 @@ from tidegate.limiter import (
 )
 from tidegate.metrics.process import Note, UpstreamFound
 from tidegate.prices.budgets import Budget
+from tidegate.spine.routing import DRAINED
 from tidegate.store.budgets import BudgetBook
 from tidegate.store.operator_actions import RequestedPause
 from tidegate.store.provider.upstreams import UpstreamRevision
@@ -134,6 +135,10 @@ def test_an_upstream_is_shown_as_the_process_finds_it_that_finds_it_worst() -> N
     crowd = [Note(f"api-{number}", upstreams={"gemini": out}) for number in range(2 * MOST_FOUND)]
     frame = upstream_frame("gemini", crowd)
     assert (len(frame["found"]), frame["out_in"]) == (MOST_FOUND, 2 * MOST_FOUND)
+    drained = UpstreamFound("out", why=f"no upstream takes calls now: {DRAINED}")
+    for found, is_drained in (([well, drained], True), ([drained, out], False), ([well], False)):
+        notes = [Note(f"api-{at}", upstreams={"spare": one}) for at, one in enumerate(found)]
+        assert upstream_frame("spare", notes)["drained"] is is_drained
 
 
 def test_paused_budgets_come_first_and_the_rest_is_counted() -> None:

@@ -139,6 +139,9 @@ def test_the_difference_is_a_line_for_each_key_without_secrets() -> None:
     before = made(set_keys("openai", {"weight": 5}))
     after = as_at({})(before, BASE)
     assert changed_lines(before, after) == ["openai.weight: 5 -> not set live"]
+    groq = made(added("groq", {}))
+    weighed = set_keys("groq", {"weight": 5})(groq, BASE)
+    assert changed_lines(groq, weighed) == ["groq.weight: not set -> 5"]
     lines = changed_lines(before, made(added("groq", {"headers": {"x-team": "plain"}})))
     assert lines[:2] == ["groq: added", 'groq.headers: {"x-team": "(hidden)"}']
     assert "plain" not in "".join(lines)

@@ -25,7 +25,7 @@ export async function open(main, { signal }) {
     row: jobRow,
     none: "No dead jobs",
   });
-  const webhooks = list("Failed webhooks", "All deliveries failed.", `admin/webhooks?most=${MOST}`, signal, again, {
+  const webhooks = list("Failed webhooks", "Webhooks whose deliveries have all failed.", `admin/webhooks?most=${MOST}`, signal, again, {
     note: NEWEST,
     heads: HOOK_HEADS,
     textOf: (one) => `${one.request_id} ${one.tenant} ${one.event} ${one.url} ${one.problem}`,

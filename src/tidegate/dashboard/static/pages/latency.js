@@ -212,7 +212,7 @@ function tableCard(title, words, heads, rows) {
     "section",
     { class: "card listed", "aria-label": title },
     h("div", { class: "card-head" }, h("h2", {}, title), h("span", { class: "quiet-text" }, words)),
-    h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `${title}, a table` }, h("table", { class: "table" }, h("thead", {}, h("tr", {}, cells)), h("tbody", {}, rows))),
+    rows.length > 0 && h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": `${title}, a table` }, h("table", { class: "table" }, h("thead", {}, h("tr", {}, cells)), h("tbody", {}, rows))),
   );
 }
 

@@ -19,7 +19,7 @@ const QUICK = [
 
 /** In the order shown; the first ones are always visible. */
 const always = () => [
-  field("text", "Search", { type: "search", spellcheck: "false", placeholder: "Prompt, subject, key, id" }),
+  field("text", "Search", { type: "search", spellcheck: "false", placeholder: "Prompt, key, id" }),
   field("id", "Id begins with", { type: "search", spellcheck: "false" }),
   field("status", "Status", {
     options: { "": "Any", open: "Waiting or running", ...wordsOf(STATUSES) },

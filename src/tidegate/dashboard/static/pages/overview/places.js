@@ -91,8 +91,9 @@ export function upstreamsCard(pool) {
       ),
       update(one) {
         const refused = ["bad", one.unpaid ? "No credit" : "Key rejected"];
-        const [kind, words] = one.key_refused ? refused : STATES[one.state];
-        const some = one.out_in && one.processes > 1;
+        const [kind, words] = one.drained ? ["", "Drained"] : one.key_refused ? refused : STATES[one.state];
+        const isEverywhere = one.drained && one.out_in === one.processes;
+        const some = one.out_in && one.processes > 1 && !isEverywhere;
         mark(badge, "class", `badge ${kind}`);
         say(badge, some ? `${words} in ${count(one.out_in)} of ${count(one.processes)} processes` : words);
         const seen = past.get(one.upstream);
