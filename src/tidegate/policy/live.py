@@ -339,6 +339,8 @@ def changed_lines(before: LiveChanges, after: LiveChanges) -> list[str]:
             was, now = getattr(old, f"is_{flag}"), getattr(new, f"is_{flag}")
             if was != now:
                 lines.append(f"{name}: {flag}" if now else f"{name}: no longer {flag}")
+        if old.is_added and not new.is_added:
+            continue  # with all that was set of it
         # Of an upstream in the file, its value there holds instead.
         unset = "not set" if old.is_added and new.is_added else "not set live"
         for key in sorted(old.set.keys() | new.set.keys()):

@@ -142,6 +142,10 @@ def test_the_difference_is_a_line_for_each_key_without_secrets() -> None:
     groq = made(added("groq", {}))
     weighed = set_keys("groq", {"weight": 5})(groq, BASE)
     assert changed_lines(groq, weighed) == ["groq.weight: not set -> 5"]
+    assert changed_lines(weighed, before) == [
+        "groq: no longer added",
+        "openai.weight: not set live -> 5",
+    ]
     lines = changed_lines(before, made(added("groq", {"headers": {"x-team": "plain"}})))
     assert lines[:2] == ["groq: added", 'groq.headers: {"x-team": "(hidden)"}']
     assert "plain" not in "".join(lines)
