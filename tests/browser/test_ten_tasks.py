@@ -329,6 +329,8 @@ async def let_a_colleague_in(walk: Walk) -> str:
     await walk.click(page.get_by_role("button", name="New dashboard key"))
     dialog = page.get_by_role("dialog")
     await walk.type(dialog.get_by_label("Name of the person"), "ann")
+    role = dialog.get_by_label("Role").locator("option:checked")
+    await expect(role).to_contain_text("Viewer")  # as the task has it
     await walk.click(dialog.get_by_role("button", name="Create the key"), dialog)
     made = page.get_by_role("dialog", name="Key created")
     key = await made.locator(".made-key").inner_text()

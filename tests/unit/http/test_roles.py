@@ -15,7 +15,7 @@ from tidegate import dashboard
 from tidegate.call import OperatorRole
 from tidegate.dashboard.routes import install
 from tidegate.http import guards
-from tidegate.http.guards import BODY_ROUTES, ROLES, admit_admin
+from tidegate.http.guards import BODY_ROUTES, ROLES, admit_admin, checked_operator
 from tidegate.http.server import build
 from tidegate.http.services import Services
 
@@ -36,7 +36,7 @@ def guarded() -> set[tuple[str, str]]:
     """Every route that asks for who operates, as method and path."""
     app = build(never)
     install(app)
-    guardians = {admit_admin, guards._reader_of_record, guards.checked_operator}
+    guardians = {admit_admin, checked_operator, guards._reader_of_record}
     return {
         (method, route.path)
         for route in app.routes

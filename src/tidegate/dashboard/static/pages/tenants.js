@@ -13,9 +13,9 @@ const SCOPES = {
   "infer,read": "Call models, read its own requests",
   infer: "Call models",
   read: "Read its own requests",
-  viewer: "Read this dashboard and /admin",
-  operator: "Operate: change limits, pause, requeue",
-  admin: "Administer: keys, tenants, upstreams too",
+  viewer: "Viewer: read this dashboard and /admin",
+  operator: "Operator: change limits, pause, requeue",
+  admin: "Admin: keys, tenants, upstreams too",
 };
 const PEOPLE = ["viewer", "operator", "admin"];
 const EXPIRES = { "": "Never", 7: "In 7 days", 30: "In 30 days", 90: "In 90 days", 365: "In a year" };
@@ -276,11 +276,11 @@ async function makeKey(tenants, again) {
   await again();
 }
 
-/** A dialog for a key that opens this dashboard for a person and cannot call models. */
+/** A dialog for a key that opens this dashboard for a person, and is no tenant's. */
 async function letIn(again) {
   const made = await confirm({
     title: "New dashboard key",
-    text: "A key for one person to sign in to this dashboard. It cannot call models, and changes are recorded under its name. With OIDC_ISSUER people sign in with their accounts instead.",
+    text: "A key for one person to sign in to this dashboard. It is not for programs that call models, and changes are recorded under its name. With OIDC_ISSUER people sign in with their accounts instead.",
     fields: [
       field("name", "Name of the person", { maxlength: 200, placeholder: "ann" }),
       field("scopes", "Role", { options: Object.fromEntries(PEOPLE.map((role) => [role, SCOPES[role]])), value: "viewer" }),
