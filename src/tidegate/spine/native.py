@@ -133,7 +133,7 @@ class Relay:
         the client can only see a failure. Cancellation leaves no waiter and no open call.
         """
         endpoint, caller, raw = call.endpoint, call.terms.caller, call.body
-        spec, is_large = DIALECTS[endpoint.dialect], len(raw) > LARGE_BYTES
+        spec, use, is_large = DIALECTS[endpoint.dialect], endpoint.resource, len(raw) > LARGE_BYTES
         if not endpoint.is_counted and await self._answered_here(call, out, record):
             return
         body: dict[str, Any] = {}
@@ -146,16 +146,16 @@ class Relay:
         elif endpoint.operation is Operation.OTHER:
             naming = partial(model_of_other, caller, endpoint, raw)
             record.model = await aside(len(raw), naming) or None
-        elif endpoint.is_counted or (raw and endpoint.resource is None):
+        elif endpoint.is_counted or (raw and use is None):
             read = partial(read_body, caller, endpoint, raw)
             body, facts, references, making = await aside(len(raw), read) if is_large else read()
         if facts is not None:
             record.model, record.streamed = facts.model, facts.streams
             record.prompt_head = facts.prompt_head
             record.kind = str(facts.kind) if endpoint.is_counted else None
-        if endpoint.resource is not None:
+        if use is not None:
             references = await aside(len(raw), partial(spec.references, {}, raw))
-            targets = [await self.resources.target_of(caller, spec.name, endpoint.resource)]
+            targets = [await self.resources.target_of(caller, spec.name, use)]
         else:
             targets = self._targets(call, facts, record.model or "")
         if references:
@@ -163,12 +163,11 @@ class Relay:
         upstreams = [one.upstream for one in targets]
         if not all(ANY in one.media_hosts and one.provider not in OWN for one in upstreams):
             targets = await aside(len(raw), partial(among_fetching, body, targets))
-        tools, use = spec.made_by_tools, endpoint.resource
-        if tools and (use or tools.fields & body.keys()) and tools.may_make(use, body):
-            out = self.resources.noting(out, tools, call, record)
+        if (made := spec.made_by_tools) and (use or made.fields & body.keys()):
+            out = self.resources.noted(out, made, call, record) if made.may_make(use, body) else out
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, facts, out, record)
         exchange.refers = bool(references)
-        if making is not None or endpoint.resource is not None:
+        if making is not None or use is not None:
             exchange.keeping = Keeping(self.resources, call, making, references)
             await exchange.keeping.check()
         if making is not None and facts is not None and facts.runs_in_background:

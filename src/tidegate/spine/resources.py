@@ -166,7 +166,7 @@ class Resources:
             raise NotFound("the result is longer than what is kept")
         return 200, b"".join([piece async for piece in body.pieces])
 
-    def noting(self, out: Out, tools: MadeByTools, call: NativeCall, record: CallRecord) -> Out:
+    def noted(self, out: Out, tools: MadeByTools, call: NativeCall, record: CallRecord) -> Out:
         """Return the `out` of a call, which notes what the provider's tools make."""
         dialect, terms = call.endpoint.dialect, call.terms
 

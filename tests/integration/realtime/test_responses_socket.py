@@ -599,11 +599,13 @@ async def test_a_hostile_provider_harms_no_other_turn(
                 await socket.send(message)
 
     monkeypatch.setattr("tidegate.realtime.responses._FAILED_WITHIN_S", 0.1)
+    # No turn is tried again: the pause before that is longer than it may wait.
+    monkeypatch.setattr("tidegate.spine.run._FIRST_PAUSE_S", 3_600.0)
+    monkeypatch.setattr("tidegate.spine.run._LONGEST_PAUSE_S", 3_600.0)
     async with serve(hostile, "127.0.0.1", 0, compression=None) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        once = {"x-tidegate-deadline-ms": "90"}
         async with opened(open_gateway, tmp_path, monkeypatch, url) as room:
-            async with talk(room.gateway, **once) as socket:
+            async with talk(room.gateway) as socket:
                 for place in range(7):
                     await send(socket)
                     event = await ended(socket)
