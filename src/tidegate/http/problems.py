@@ -467,12 +467,18 @@ _SECRET = (
     ": a key of the provider's would lead past the limits here; a web page gives a key of this "
     "gateway in the subprotocol openai-insecure-api-key.<key>"
 )
+_GOOGLES = (
+    ": a token of the provider's would lead past the limits here; a web page gives a key of this "
+    "gateway as ?key=<key>"
+)
 _OPENED = "; passthrough of an upstream opens it nevertheless"
 # Known paths that are deliberately not relayed.
 _PAST_LIMITS = (
     ("/v1/realtime/client_secrets", _SECRET + _OPENED),
     ("/v1/realtime/sessions", _SECRET + _OPENED),
     ("/v1/realtime/transcription_sessions", _SECRET + _OPENED),
+    ("/v1alpha/auth_tokens", _GOOGLES + _OPENED),
+    ("/v1beta/auth_tokens", _GOOGLES + _OPENED),
     ("/v1/realtime/calls", f": the sound would go past this gateway; use the WebSocket{_OPENED}"),
     (
         "/v1/traces/ingest",
