@@ -121,7 +121,7 @@ async def test_a_dead_workers_jobs_return_and_the_killer_is_dead_after_three_lap
     job, waiting = new_job(), new_job()
     await judge.jobs.submit(job)
     for lapse in range(1, MAX_LAPSES + 1):
-        victim = await make_store(database_url, claim_lease_ms=LEASE_MS)
+        victim = await make_store(database_url, claim_lease_ms=60_000)
         (claimed,) = await claim(victim, 1)
         await victim.queue.running(claimed, model="m", fence=(1, 1), queue_ms=0)
         assert await retaken(judge) == [job.request_id]
@@ -136,7 +136,7 @@ async def test_a_dead_workers_jobs_return_and_the_killer_is_dead_after_three_lap
     assert await peek.fetchval("SELECT count(*) FROM audit WHERE status = 'dead'") == 1
     # A job that was only queued at a worker that died is not to blame.
     await judge.jobs.submit(waiting)
-    victim = await make_store(database_url, claim_lease_ms=LEASE_MS)
+    victim = await make_store(database_url, claim_lease_ms=60_000)
     await claim(victim, 1)
     assert await retaken(judge) == [waiting.request_id]
     assert await peek.fetchval("SELECT max(lapses) FROM requests WHERE status = 'queued'") == 0
@@ -150,7 +150,9 @@ async def test_a_worker_that_stood_still_before_its_call_learns_that_another_has
     make_store: MakeStore, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frozen between the commit of its mark and the reading of the reply."""
-    judge, victim = [await make_store(database_url, claim_lease_ms=LEASE_MS) for _ in range(2)]
+    judge = await make_store(database_url, claim_lease_ms=LEASE_MS)
+    # The judge needs its whole lease, and the victim finds a third of its own too long.
+    victim = await make_store(database_url, claim_lease_ms=LEASE_MS * 5 // 2)
     await judge.jobs.submit(new_job())
     (claimed,) = await claim(victim, 1)
     marks = victim.queue._runs
@@ -181,7 +183,7 @@ async def retaken(judge: Store) -> list[object]:
 async def test_a_worker_that_has_just_started_judges_nobody(
     make_store: MakeStore, database_url: str, peek: asyncpg.Connection
 ) -> None:
-    silent = await make_store(database_url, claim_lease_ms=LEASE_MS)
+    silent = await make_store(database_url, claim_lease_ms=60_000)
     await silent.jobs.submit(new_job())
     (claimed,) = await claim(silent, 1)
     await peek.execute("UPDATE workers SET seen_at = now() - interval '1 hour'")

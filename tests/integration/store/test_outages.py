@@ -30,8 +30,20 @@ LEASE_MS = 600
 
 async def running_job(store: Store) -> ClaimedJob:
     await store.jobs.submit(new_job())
-    (job,) = await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
-    await store.queue.running(job, model="m", fence=(1, 1), queue_ms=1.0)
+
+    async def claimed() -> list[ClaimedJob]:
+        with suppress(StoreUnavailable):  # within a third of a short lease
+            return await store.queue.claim(pool=DEFAULT_POOL, kind=Kind.TEXT_ONLY, limit=1)
+        return []
+
+    async def runs() -> bool:
+        with suppress(StoreUnavailable):
+            await store.queue.running(job, model="m", fence=(1, 1), queue_ms=1.0)
+            return True
+        return False
+
+    (job,) = await wait_until(claimed)
+    await wait_until(runs)
     return job
 
 
