@@ -165,6 +165,14 @@ class Refusal(NamedTuple):
         return NEVER if is_final or self.reset_at is None else self.reset_at
 
 
+@dataclass(eq=False, slots=True)
+class BudgetWaiter:
+    """A call in a queue, which leaves it once its reservation cannot succeed any more."""
+
+    needs: tuple[tuple[Binding, int], ...]
+    notify: Callable[[QuotaExceeded], None]
+
+
 class KnownRefusals:
     """Refusals that a process remembers, by the book that refuses. Bounded, since clients name
     subjects and conversations.

@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import sha256
+from heapq import heappop, heappush
+from operator import gt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -39,6 +41,7 @@ from tidegate.prices.budgets import (
     Binding,
     Book,
     Budget,
+    BudgetWaiter,
     KnownRefusals,
     Refusal,
     Unit,
@@ -52,6 +55,12 @@ from tidegate.prices.budgets import (
     scope_values,
     with_end_of,
 )
+from tidegate.store.budget_holds import (
+    Reservation,
+    Settlement,
+    correct_holds,
+    settle_holds,
+)
 from tidegate.store.database import Connections, GroupWriter, sql
 from tidegate.store.notifications import Steadiness, next_beat_s
 from tidegate.store.records import (
@@ -59,10 +68,8 @@ from tidegate.store.records import (
     changed_once,
     counts_of,
     done_once,
-    dumps,
     record_action,
     record_of,
-    uuid_of,
 )
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -78,11 +85,15 @@ _SEEN_EVERY_S = 5.0
 DEAD_AFTER_S = 30.0
 _STRAYS_AFTER_S = 60.0
 _ROOM_EVERY_S = 0.25
+# When a waiting call is first tried, how often those of the same books, and the time in between.
+_TRY_AFTER_S, _TRY_EVERY_S, _TRY_APART_S = 0.005, 1.0, 0.02
 _REMEMBERED_S = 60.0
 _SEED_TIMEOUT_MS = 60_000
 _READ_TIMEOUT_MS = 2_000
 _MOST_ORPHANS = 500
 _DOUBTFUL = frozenset((UsageState.PARTIAL, UsageState.ESTIMATED, UsageState.UNKNOWN))
+
+_Write = Callable[[bytes], Awaitable[list[asyncpg.Record]]]
 
 log = get_logger()
 
@@ -109,20 +120,6 @@ _UNWRITABLE = (
     asyncpg.IntegrityConstraintViolationError,
     orjson.JSONEncodeError,
 )
-
-
-class Settlement(NamedTuple):
-    """The charge of a reservation. micros, tokens: None if unknown."""
-
-    hold: UUID
-    request_id: UUID | None
-    micros: int | None
-    tokens: int | None
-    doubt: bool
-
-    @property
-    def row(self) -> Json:
-        return self._asdict() | {"id": self.hold}
 
 
 def plain_book(book: BudgetBook) -> Json:
@@ -328,23 +325,6 @@ async def _seed(connection: asyncpg.Connection, budget: Budget) -> None:
     await connection.execute(sql(name), budget.name, models, timeout=_SEED_TIMEOUT_MS / 1000)
 
 
-@dataclass(eq=False, slots=True)
-class _Reservation:
-    """A reservation to be written."""
-
-    hold: UUID
-    request_id: UUID
-    needs: tuple[tuple[Binding, int], ...]
-
-
-@dataclass(eq=False, slots=True)
-class _Waiter:
-    """A call in a queue, which leaves it once its reservation cannot succeed any more."""
-
-    needs: tuple[tuple[Binding, int], ...]
-    notify: Callable[[QuotaExceeded], None]
-
-
 class Budgets:
     """Budgets of one process: which ones apply to a call, and what its calls have reserved."""
 
@@ -366,7 +346,7 @@ class Budgets:
         self._revision: int | None = None
         self._rules: tuple[Budget, ...] = ()
         self._static = lru_cache(10_000)(self._bound_statically)
-        self._reservations: GroupWriter[_Reservation, Refusal | None] = GroupWriter(
+        self._reservations: GroupWriter[Reservation, Refusal | None] = GroupWriter(
             self._reserve_all
         )
         self._open: dict[UUID, UUID] = {}  # reservations, with their requests
@@ -375,7 +355,9 @@ class Budgets:
         self.wall: Callable[[], datetime] = lambda: datetime.now(UTC)  # PostgreSQL's time, if known
         self._pending: dict[UUID | None, list[tuple[float, Settlement]]] = {}
         self._refusals = KnownRefusals(lambda: self.wall())
-        self._waiters: dict[int, _Waiter] = {}
+        self._waiters: dict[int, BudgetWaiter] = {}
+        self._trials: list[tuple[float, int]] = []  # a heap of times and waiters
+        self._trying: asyncio.Task[None] | None = None
         self._freed: deque[asyncio.Future[None]] = deque()
         self._renewed_at = -math.inf
         self._is_warm = False
@@ -527,7 +509,7 @@ class Budgets:
         self._open[hold] = request_id
         try:
             order = self._reservations.put(
-                _Reservation(hold, request_id, needs), 100 + 100 * len(needs)
+                Reservation(hold, request_id, needs), 100 + 100 * len(needs)
             )
         except StoreUnavailable:
             del self._open[hold]
@@ -554,9 +536,9 @@ class Budgets:
             self._open.pop(hold, None)
 
     async def _reserve_all(
-        self, requests: Sequence[_Reservation]
+        self, requests: Sequence[Reservation], write: _Write | None = None
     ) -> list[Refusal | Exception | None]:
-        """Write reservations in one transaction."""
+        """Write reservations in one transaction, by `_written` or another function."""
         books: dict[Book, int] = {}
         bindings: list[Binding] = []
         calls: list[Json] = []
@@ -574,7 +556,7 @@ class Budgets:
         payload = orjson.dumps({"books": list(books), "calls": calls})
         revision = self._revision
         self._note_overdue(but={request.hold for request in requests})
-        rows = await self._written(payload)
+        rows = await (write or self._written)(payload)
         is_newest = revision == self._revision  # else a known change of the budgets may allow it
         results: list[Refusal | Exception | None] = [None] * len(requests)
         for row in rows:
@@ -639,14 +621,62 @@ class Budgets:
         cost: CallCost,
         notify: Callable[[QuotaExceeded], None],
     ) -> Callable[[], None]:
-        """Call `notify` once the call cannot be made any more; the returned function ends that."""
-        waiter = _Waiter(needs_of(bindings, cost), notify)
+        """Call `notify` once the call cannot be made any more; the returned function ends that.
+
+        Calls of other processes may have spent the budget, so a waiter that stays is tried.
+        """
+        waiter = BudgetWaiter(needs_of(bindings, cost), notify)
         self._waiters[id(waiter)] = waiter
+        heappush(self._trials, (self._clock() + _TRY_AFTER_S, id(waiter)))
+        if self._trying is None:
+            self._trying = asyncio.create_task(self._try_waiters())
 
         def end() -> None:
             self._waiters.pop(id(waiter), None)
 
         return end
+
+    async def _try_waiters(self) -> None:
+        """Try now and then whether waiters' reservations would be refused, while there are any."""
+        tried: dict[tuple[Book, ...], tuple[float, list[int]]] = {}
+        try:
+            while self._waiters:
+                at, number = self._trials[0]
+                if (left_s := at - self._clock()) > 0:
+                    await asyncio.sleep(min(left_s, _TRY_AFTER_S))
+                    continue
+                heappop(self._trials)
+                waiter = self._waiters.get(number)
+                if waiter is None:  # it waits no more
+                    continue
+                now, needs = self._clock(), [need for _, need in waiter.needs]
+                heappush(self._trials, (now + _TRY_EVERY_S, number))
+                tried = {one: last for one, last in tried.items() if now - last[0] < _TRY_EVERY_S}
+                books = tuple(one.book for one, _ in waiter.needs)
+                _, most = tried.get(books, (now, [-1] * len(books)))
+                if any(map(gt, needs, most)):
+                    tried[books] = now, list(map(max, needs, most))
+                    trial = Reservation(new_id(), new_id(), waiter.needs)
+                    with suppress(StoreUnavailable):
+                        await self._reserve_all([trial], self._tried)
+                    await asyncio.sleep(_TRY_APART_S)
+        finally:
+            self._trying = None
+            self._trials.clear()
+
+    async def _tried(self, payload: bytes) -> list[asyncpg.Record]:
+        """Return as `_written`, but roll back a reservation that succeeds."""
+
+        async def work(connection: asyncpg.Connection) -> list[asyncpg.Record]:
+            await connection.execute("SAVEPOINT before_trial")
+            found: list[asyncpg.Record] = await connection.fetch(
+                sql("reserve_budgets"), payload.decode(), self._instance_id
+            )
+            if not found:
+                await connection.execute("ROLLBACK TO SAVEPOINT before_trial")
+            return found
+
+        return await self._connections.run(work)
 
     def _notify_waiters(self) -> None:
         for waiter in list(self._waiters.values()):
@@ -863,35 +893,6 @@ class Budgets:
             await self._each_or_all(orphans, settle_holds)
             log.warning(Log.BUDGET_ESTIMATED, holds=len(orphans))
         return len(orphans)
-
-
-async def correct_holds(
-    connection: asyncpg.Connection, costs: Mapping[UUID, int], *, tokens: int | None = None
-) -> int:
-    """Charge requests their known costs in micro-dollars instead of an estimate, in the caller's
-    transaction; return the number of changed books. tokens: of each; None if unknown."""
-    rows = await connection.fetch(sql("estimated_holds_of"), list(costs))
-    if not rows:
-        return 0
-    holds: defaultdict[UUID, set[UUID]] = defaultdict(set)
-    for row in rows:
-        holds[uuid_of(row["request_id"])].add(uuid_of(row["id"]))
-    settlements = list[Settlement]()
-    # The cost of earlier attempts is part of the whole; unknown tokens stay charged as reserved.
-    of_before = None if tokens is None else 0
-    for request_id, ids in holds.items():
-        last, *before = sorted(ids, reverse=True)
-        settlements.append(Settlement(last, request_id, costs[request_id], tokens, False))
-        settlements += [Settlement(one, request_id, 0, of_before, False) for one in before]
-    await settle_holds(connection, settlements)
-    await connection.execute(sql("count_budget_change"))
-    return len(rows)
-
-
-async def settle_holds(connection: asyncpg.Connection, settlements: Sequence[Settlement]) -> None:
-    """Charge reservations in the caller's transaction."""
-    if settlements:
-        await connection.execute(sql("settle_budgets"), dumps(one.row for one in settlements))
 
 
 def _budget(row: Mapping[str, Any]) -> Budget:

@@ -29,6 +29,7 @@ from tidegate.prices.budgets import Binding, Budget, amount_text, tenants_budget
 from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, UsageSum, compared
 from tidegate.store import budgets as module
 from tidegate.store import notifications
+from tidegate.store.budget_holds import settle_holds
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections, sql
 from tidegate.store.retention import Whose
@@ -446,7 +447,7 @@ async def test_a_settlement_that_is_written_twice_counts_once(
     budgets.settle(hold, cut(90))
     for _ in range(2):
         await connections.run(
-            lambda connection: module.settle_holds(
+            lambda connection: settle_holds(
                 connection, [one for found in budgets._pending.values() for _, one in found]
             )
         )

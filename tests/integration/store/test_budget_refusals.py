@@ -25,12 +25,14 @@ from tests.integration.store.test_budget_books import (
     told,
     with_budgets,
 )
+from tests.waiting import wait_until
 from tidegate.call import UNKNOWN_CHARGE, new_id
-from tidegate.errors import BudgetExceeded, BudgetPaused
+from tidegate.errors import BudgetExceeded, BudgetPaused, QuotaExceeded
 from tidegate.jobs.webhooks import alert_payload
 from tidegate.prices.budgets import Budget
 from tidegate.store import budgets as module
-from tidegate.store.budgets import Budgets, correct_holds
+from tidegate.store.budget_holds import correct_holds
+from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections
 from tidegate.store.outbox import AlertOutbox
 
@@ -463,3 +465,27 @@ async def test_a_process_prepares_its_first_refusal_and_leaves_nothing_of_that(
     counts = [await peek.fetchval(f"SELECT count(*) FROM {table}") for table in tables]
     await peek.close()
     assert counts == [1, 0, 0, 0, 0]
+
+
+async def test_a_call_in_a_queue_leaves_it_once_another_process_has_spent_its_budget(
+    connections: Connections,
+) -> None:
+    """Without a call of its own process that is refused; and one that fits holds nothing."""
+    one, other = (Budgets(connections, instance_id=name) for name in ("one", "other"))
+    await with_budgets(one, Budget("a-day", "usd", 100, "day"))
+    await other.refresh()
+    told_to: dict[int, list[QuotaExceeded]] = {micros: [] for micros in (5, 20, 20_000)}
+    ends = []
+    for micros, heard in told_to.items():
+        if micros != 20_000:
+            ends.append(other.watch(other.binding(ACME, "m"), cost(micros), heard.append))
+    await spend(one, 90)
+    await wait_until(lambda: bool(told_to[20]), what="the refusal of the call that waits")
+    assert isinstance(told_to[20][0], BudgetExceeded)
+    assert (told_to[20][0].limit, told_to[5]) == ("a-day", [])
+    ends.append(other.watch(other.binding(ACME, "m"), cost(20_000), told_to[20_000].append))
+    for end in ends:
+        end()
+    await wait_until(lambda: other._trying is None, what="no more trials")
+    (book,) = await one.records.books("a-day")
+    assert (book.spent, book.held, other.held) == (90, 0, 0)

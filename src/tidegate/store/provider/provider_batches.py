@@ -27,7 +27,8 @@ from tidegate.call import new_id
 from tidegate.errors import ClaimLost
 from tidegate.prices.budgets import Binding, Refusal
 from tidegate.store import records as rows
-from tidegate.store.budgets import Budgets, Settlement, settle_holds
+from tidegate.store.budget_holds import Settlement, settle_holds
+from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections, sql
 from tidegate.store.notifications import Notifications
 from tidegate.store.queue import JobQueue

@@ -24,7 +24,7 @@ from tidegate.prices.reconciliation import (
     ModelFinding,
     UsageSum,
 )
-from tidegate.store.budgets import correct_holds
+from tidegate.store.budget_holds import correct_holds
 from tidegate.store.database import Connections, sql
 from tidegate.store.records import cleaned
 
