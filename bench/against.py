@@ -5,11 +5,11 @@ the benchmarks that it has; with `--same-benchmarks` both by those of this check
 all runs are compared, so that a machine whose speed drifts does not decide. Exit status 1 where a
 bar is missed, 2 where a figure is missing.
 
-`--turns N` measures the processor time of a relayed call and of a stream more closely: gateways of
-both run beside one another, and take N short loads in turns. The two loads of a turn meet the same
-machine, so that the ratios of the turns, of which the median counts, vary less than the figures.
-Two processes of the same code differ by some hundredths: both are started again every ten turns,
-and the error is that of the mean of the starts.
+`--turns N` measures processor time more closely, of a relayed call at full speed and at 400 a
+second, and of a stream: gateways of both run beside one another, and take N short loads in turns.
+The two loads of a turn meet the same machine, so that the ratios of the turns, of which the median
+counts, vary less than the figures. Two processes of the same code differ by some hundredths: both
+are started again every ten turns, and the error is that of the mean of the starts.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def measure(side: Side, wanted: Sequence[Figure], seconds: float) -> None:
 
 
 TURNS_A_START = 10
-IN_TURNS = ("call", "stream")
+IN_TURNS = ("call", "paced", "stream")
 # Role -> what its row says; the gateway's is named by the load.
 ROLES = {"serve": "", "valkey": "Valkey", "postgres": "PostgreSQL"}
 
@@ -173,7 +173,7 @@ class Turns:
 
 
 def in_turns(other: Path, turns: int, seconds: float) -> list[Turns]:
-    """A relayed call and a stream at gateways of this checkout and the other, with limits and
+    """Relayed calls and a stream at gateways of this checkout and the other, with limits and
     record on; each has its own Valkey and PostgreSQL, whose processor time counts apart."""
     found: FoundInTurns = {(load, role): ([], []) for load in IN_TURNS for role in ROLES}
     for begun in range(0, turns, TURNS_A_START):
