@@ -228,7 +228,7 @@ class WaitingRows:
         self.waiting.append((record, size_bytes))
         self.size_bytes += size_bytes
         self._any.set()
-        if self._hurries or self.has_many:
+        if self._hurries or 2 * len(self.waiting) >= self.batch_rows:
             self._many.set()
 
     def hurry(self) -> None:
