@@ -819,6 +819,8 @@ class Keeping:
         if self.making is None:
             return first
         first, made = await self.named(exchange, first, record)
+        if use is None and self.hand_over is None and (made or {}).get("store") is False:
+            return first  # OpenRouter and DeepSeek keep nothing, whatever a request says
         rows = self._rows(made, target, record.lineage.conversation)
         if self.hand_over is not None:
             work = self._works[self.making.kind]

@@ -346,3 +346,32 @@ async def test_no_model_answers_in_what_is_relayed_as_a_conversation(
             assert response.headers.get("x-tidegate-upstream") != "mistral"
     assert not asked
     await runner.cleanup()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_that_its_provider_does_not_keep_needs_no_owner(
+    open_gateway: Opener, tmp_path: Path, stream: bool
+) -> None:
+    """OpenRouter and DeepSeek keep none, and answer so whatever the request says."""
+    made = {"id": "resp_1", "object": "response", "status": "completed", "store": False}
+    event = b"event: response.created\ndata: %b\n\n"
+    created = event % orjson.dumps({"type": "response.created", "response": made})
+
+    async def answer(_: web.BaseRequest) -> web.Response:
+        if stream:
+            return web.Response(body=created, content_type="text/event-stream")
+        return web.json_response(made)
+
+    runner = web.ServerRunner(web.Server(answer))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    path = tmp_path / "policy.toml"
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    own = f'dialects = {{ openai = "{url}/v1" }}\nmodels = ["gpt-*"]\n'
+    path.write_text(f"[upstreams.stateless]\n{own}")
+    gateway = await open_gateway(worker=False, tidegate_policy=path)
+    asked = {"model": MODEL, "input": "Say it", "stream": stream}
+    async with gateway.http.post(f"{gateway.url}/v1/responses", json=asked) as response:
+        assert "resp_1" in await response.text()
+    assert await gateway.database.fetch("SELECT 1 FROM provider_resources") == []
+    await runner.cleanup()
