@@ -42,6 +42,7 @@ async def running_job(store: Store) -> ClaimedJob:
             return True
         return False
 
+    job: ClaimedJob
     (job,) = await wait_until(claimed)
     await wait_until(runs)
     return job
