@@ -141,7 +141,7 @@ async def claimed(store: Store) -> ClaimedJob:
 
 
 async def dies_over_its_job(make_store: MakeStore, url: str, judge: Store, upstream: str) -> None:
-    victim = await make_store(url, claim_lease_ms=LEASE_MS)
+    victim = await make_store(url, claim_lease_ms=60_000)
     job = await claimed(victim)
     await victim.queue.running(job, model="m", upstream=upstream, fence=(1, 1), queue_ms=0)
 
@@ -209,7 +209,7 @@ async def test_a_line_of_a_batch_whose_worker_died_is_doubtful_at_that_upstream(
     judge = await make_store(database_url, claim_lease_ms=LEASE_MS)
     (line,) = await with_lines(judge, 1)
     for number in range(1, lapses + 1):
-        victim = await make_store(database_url, claim_lease_ms=LEASE_MS)
+        victim = await make_store(database_url, claim_lease_ms=60_000)
         await beat(victim)
         await begun_line(victim, "oai")
         await victim.aclose()
