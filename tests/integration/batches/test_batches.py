@@ -23,7 +23,7 @@ from tests.batching import (
 )
 from tests.gateway import Opener
 from tests.integration.batches.conftest import MakeSdk
-from tests.waiting import promised_s, wait_until
+from tests.waiting import wait_until
 from tests.zones import set_clock
 from tidegate.call import Scope
 from tidegate.jobs.batches import Check, Sound
@@ -265,28 +265,25 @@ async def test_interactive_calls_pass_a_batch_by(open_gateway: Opener, sdk: Make
     batch = await begin(client, jsonl([line(f"id-{n}", f"Say {n}") for n in range(200)]))
     await gateway.in_flight(2)
 
-    async def ask(number: int) -> tuple[int, float]:
-        """When it was sent, and how long it waited in the queue."""
+    async def ask(number: int) -> int:
+        """When it was sent."""
         sent_ns = time.time_ns()
-        raw = await client.chat.completions.with_raw_response.create(
+        await client.chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": f"live {number}"}]
         )
-        return sent_ns, float(raw.headers["x-tidegate-queue-ms"])
+        return sent_ns
 
     asked = [await ask(number) for number in range(11)]
     counts = (await client.batches.retrieve(batch.id)).request_counts
     assert counts is not None
     assert counts.completed < 150, "the batch was over too soon to say anything"
-    # One of two calls of about 50 ms has to end first; a hundred lines of the batch wait.
-    waited = sorted(ms for _, ms in asked)
-    assert waited[5] < 1000 * promised_s(0.15), waited
     # However slow the machine is: as many lines begin beside a call as there are slots, and those
     # that were sent before the call had come to the queue.
     lines = await gateway.upstream.calls(contains="Say")
     live = await gateway.upstream.calls(contains="live")
     beside = sorted(
         sum(sent_ns < one.started_ns < call.started_ns for one in lines)
-        for (sent_ns, _), call in zip(asked, live, strict=True)
+        for sent_ns, call in zip(asked, live, strict=True)
     )
     assert beside[5] <= 4, beside
     await client.batches.cancel(batch.id)

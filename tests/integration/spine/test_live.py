@@ -77,7 +77,7 @@ async def _following(
 
 async def test_a_job_is_followed_from_the_queue_to_its_end(open_gateway: Opener) -> None:
     gateway = await open_gateway(worker=False)
-    await gateway.upstream.set_behaviour(first_byte_ms=100)
+    await gateway.upstream.set_behaviour(first_byte_ms=1_500)  # more than the look at what runs
     request_id = await gateway.submit(data="Explain the tide")
     async with _following(gateway, request_id, prefix="/llm") as seen:
         assert (seen.status, seen.headers["x-tidegate-request-id"]) == (200, request_id)

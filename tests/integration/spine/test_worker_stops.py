@@ -43,8 +43,8 @@ async def test_a_heartbeat_on_its_way_ends_before_the_worker_leaves(
 async def test_running_jobs_finish_and_waiting_ones_are_free_at_once(
     open_gateway: Opener,
 ) -> None:
-    gateway = await open_gateway(rate_limits={"text_only": 1}, shutdown_grace_ms=3_000)
-    await gateway.upstream.set_behaviour(first_byte_ms=500)
+    gateway = await open_gateway(rate_limits={"text_only": 1}, shutdown_grace_ms=20_000)
+    await gateway.upstream.set_behaviour(first_byte_ms=2_000)  # more than the others take to leave
     await gateway.upstream.set_fault("hang", kind="classifier", count=1)
     ids = [await gateway.submit(data=f"Explain {number}") for number in range(4)]
     await gateway.in_flight(1)
