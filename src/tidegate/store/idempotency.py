@@ -26,7 +26,7 @@ import asyncpg
 
 from tidegate.errors import StoreUnavailable
 from tidegate.store.database import Connections, sql
-from tidegate.store.notifications import Steadiness
+from tidegate.store.notifications import Steadiness, require_judge
 from tidegate.store.records import Idempotency, Json, dumps, entry_of, record_of
 from tidegate.telemetry.logging import Log, get_logger
 
@@ -119,13 +119,15 @@ class NativeKeys:
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew_often())
         lease_ms = self._judged_ms()
-        work = self._connections.run(
-            lambda connection: take_key(
-                connection, owner.tenant_id, requested, owner.request_id, lease_ms=lease_ms
-            ),
-            timeout_ms=_TIMEOUT_MS,
-        )
-        taking = asyncio.create_task(work)
+
+        async def take(connection: asyncpg.Connection) -> Taken | KeyState:
+            ids = owner.tenant_id, requested, owner.request_id
+            taken = await take_key(connection, *ids, lease_ms=lease_ms)
+            if isinstance(taken, Taken) and taken.lost is not None:
+                require_judge(self._steadiness.may_judge)
+            return taken
+
+        taking = asyncio.create_task(self._connections.run(take, timeout_ms=_TIMEOUT_MS))
         try:
             taken = await asyncio.shield(taking)
         except asyncio.CancelledError:

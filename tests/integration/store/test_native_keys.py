@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import time
 from base64 import b64encode
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
@@ -127,6 +129,31 @@ async def test_another_request_does_not_take_a_lapsed_key(
     given = await store.native_keys.take(owner_of(), other)
     assert isinstance(given, KeyState)
     assert given.digest == WANTED.digest
+
+
+async def test_a_process_that_stalls_while_it_takes_a_key_takes_none_of_another(
+    make_store: MakeStore, database_url: str
+) -> None:
+    """In a stall of the machine every owner looks dead."""
+    mine, other = [await make_store(database_url, claim_lease_ms=LEASE_MS) for _ in range(2)]
+    await mine.native_keys.take(owner_of(), WANTED)
+    assert isinstance(await other.native_keys.take(owner_of(), WANTED), KeyState)
+    steadiness, goes_on = other.native_keys._steadiness, asyncio.Event()
+    await wait_until(lambda: steadiness.may_judge)
+
+    async def held(_connection: asyncpg.Connection) -> None:
+        await goes_on.wait()
+
+    holding = [asyncio.create_task(other.connections.run(held)) for _ in range(10)]
+    await asyncio.sleep(0)
+    taking = asyncio.create_task(other.native_keys.take(owner_of(), WANTED))
+    await mine.native_keys.aclose()
+    ends = time.monotonic() + 1.5 * LEASE_MS / 1_000
+    await wait_until(lambda: time.monotonic() > ends and not steadiness.may_judge)
+    goes_on.set()
+    with suppress(StoreUnavailable):  # what it found out came too late
+        assert isinstance(await taking, KeyState)
+    await asyncio.gather(*holding, return_exceptions=True)
 
 
 async def test_an_answer_that_comes_late_does_not_replace_the_next_ones(
