@@ -94,6 +94,17 @@ async def test_a_caller_that_is_cancelled_while_it_takes_a_key_leaves_it_free(
     assert await store.native_keys.take(next_one, WANTED) == Taken()
 
 
+async def lapsed_and_taken(store: Store, owner: Owner) -> Taken:
+    async def take() -> Taken | None:
+        with suppress(StoreUnavailable):  # one that has just stalled judges nobody
+            taken = await store.native_keys.take(owner, WANTED)
+            return taken if isinstance(taken, Taken) else None
+        return None
+
+    found: Taken = await wait_until(take, 20, "the key is taken")
+    return found
+
+
 async def test_kill_9_frees_a_key_within_its_lease_and_names_the_call(
     make_store: MakeStore, database_url: str, tmp_path: Path
 ) -> None:
@@ -113,8 +124,7 @@ async def test_kill_9_frees_a_key_within_its_lease_and_names_the_call(
     child.send_signal(signal.SIGKILL)
     await child.wait()
     await wait_until(lambda: is_lapsed(store), 20, "the key is free")
-    taken = await store.native_keys.take(owner_of(), WANTED)
-    assert taken == Taken(lost=first)
+    assert await lapsed_and_taken(store, owner_of()) == Taken(lost=first)
 
 
 async def test_another_request_does_not_take_a_lapsed_key(
@@ -165,7 +175,7 @@ async def test_an_answer_that_comes_late_does_not_replace_the_next_ones(
     await slow.native_keys.aclose()  # as a process that stands still
     await store.native_keys.take(second, WANTED)
     await wait_until(lambda: is_lapsed(store), 20, "the key has lapsed")
-    assert await store.native_keys.take(second, WANTED) == Taken(lost=first.request_id)
+    assert await lapsed_and_taken(store, second) == Taken(lost=first.request_id)
     slow.native_keys.end(first, 200, "text/plain", b"late")
     slow.native_keys.free(first)
     await slow.aclose()
