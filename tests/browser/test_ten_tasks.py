@@ -33,7 +33,15 @@ from tests.browser.stage import (
     shoot,
     unless_pictured,
 )
-from tests.browser.walks import NAMES, OUTLINE_IS_CUT, Walk, as_of, midnight, slow_monday
+from tests.browser.walks import (
+    NAMES,
+    OUTLINE_IS_CUT,
+    WAITING_CUT,
+    Walk,
+    as_of,
+    midnight,
+    slow_monday,
+)
 from tests.databases import Databases
 from tests.gateway import ENDS, gateway
 from tests.rehearsal import put_on_record
@@ -152,6 +160,9 @@ async def find_what_blocks_a_tenant(stage: Stage, walk: Walk, acme: dict[str, st
     why = tenant.get_by_role("button", name=f"Show the limit {limit}")
     await walk.click(why, page.get_by_role("region", name="Tenants"))
     paused = page.locator(f"[data-limit='{limit}']")
+    for width in (400, 700, 1360, 1000):
+        await page.set_viewport_size({"width": width, "height": 900})
+        assert await paused.evaluate(WAITING_CUT) <= 0, width
     await walk.click(
         paused.get_by_role("button", name=f"Resume {limit}"),
         page.get_by_role("region", name="Limits"),

@@ -32,6 +32,15 @@ OUTLINE_IS_CUT = """(one) => {
     const [inner, outer] = [one.getBoundingClientRect(), around.getBoundingClientRect()];
     return inner.right + wide > outer.right || inner.left - wide < outer.left;
 }"""
+# By how much a limit's waiting calls, with a line of the recent ones, need more room than there is.
+WAITING_CUT = """(row) => {
+    const waiting = row.querySelector(".limit-waiting");
+    waiting.querySelector("polyline").setAttribute("points", "0,16 30,0 60,16");
+    waiting.querySelector(".figures").textContent = "1.2k";
+    const parts = [waiting, ...waiting.querySelectorAll("span")];
+    const shown = parts.filter((one) => getComputedStyle(one).position === "static");
+    return Math.max(...shown.map((one) => one.scrollWidth - one.clientWidth));
+}"""
 # The heights of the names of an upstream's facts: each is one line.
 NAMES = """(one) => [...one.querySelectorAll("dt")]
     .map((dt) => dt.getBoundingClientRect().height).filter(Boolean)"""
