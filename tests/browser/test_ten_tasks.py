@@ -34,6 +34,7 @@ from tests.browser.stage import (
     unless_pictured,
 )
 from tests.browser.walks import (
+    EDGE,
     NAMES,
     OUTLINE_IS_CUT,
     WAITING_CUT,
@@ -163,6 +164,7 @@ async def find_what_blocks_a_tenant(stage: Stage, walk: Walk, acme: dict[str, st
     for width in (400, 700, 1360, 1000):
         await page.set_viewport_size({"width": width, "height": 900})
         assert await paused.evaluate(WAITING_CUT) <= 0, width
+        assert await paused.evaluate(EDGE) < 20, width
     await walk.click(
         paused.get_by_role("button", name=f"Resume {limit}"),
         page.get_by_role("region", name="Limits"),

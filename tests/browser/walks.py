@@ -41,6 +41,9 @@ WAITING_CUT = """(row) => {
     const shown = parts.filter((one) => getComputedStyle(one).position === "static");
     return Math.max(...shown.map((one) => one.scrollWidth - one.clientWidth));
 }"""
+# How far a limit's buttons are from the edge of its row, of which its padding is a part.
+EDGE = """(row) => row.getBoundingClientRect().right
+    - row.querySelector(".limit-actions").getBoundingClientRect().right"""
 # The heights of the names of an upstream's facts: each is one line.
 NAMES = """(one) => [...one.querySelectorAll("dt")]
     .map((dt) => dt.getBoundingClientRect().height).filter(Boolean)"""
