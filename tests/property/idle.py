@@ -44,7 +44,7 @@ def _free(model: PoolModel, queue: SessionQueue, position: int) -> bool:
         cap = model.capacity.cap(limit, queue.flow.band)
         if not limit.by_tokens:
             return limit.used < cap
-        if amount > limit.limit.bound or _too_great_before(limit, queue):
+        if amount > limit.limit.bound or _too_great_before(model, limit, queue):
             return False
         return limit.used + max(1, min(amount, cap)) <= cap
     if _others_before(limit, queue) or _kept_for_higher(model, limit, queue):
@@ -67,12 +67,12 @@ def _kept_for_higher(model: PoolModel, limit: LimitState, queue: SessionQueue) -
     return any(max(band.held_at, band.used_at) > since for band in higher)
 
 
-def _too_great_before(limit: LimitState, queue: SessionQueue) -> bool:
-    """The head of the line at a limit on tokens in flight needs more than is free: smaller calls
-    behind it wait for it, or it would never fit."""
-    most = limit.limit.bound - limit.used
+def _too_great_before(model: PoolModel, limit: LimitState, queue: SessionQueue) -> bool:
+    """The head of the line at a limit on tokens in flight needs more than is free for its band:
+    smaller calls behind it wait for it, or it would never fit."""
     return any(
-        read_member(other.first()[0]).amount(other.flow.lane.index(limit.name)) > most
+        limit.used + read_member(other.first()[0]).amount(other.flow.lane.index(limit.name))
+        > model.capacity.cap(limit, other.flow.band)
         for other in _in_line(limit)
         if other is not queue
     )
