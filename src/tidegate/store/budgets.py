@@ -55,14 +55,14 @@ from tidegate.prices.budgets import (
     scope_values,
     with_end_of,
 )
-from tidegate.store.budget_holds import (
+from tidegate.store.database import Connections, GroupWriter, sql
+from tidegate.store.notifications import Steadiness, next_beat_s
+from tidegate.store.provider.settlements import (
     Reservation,
     Settlement,
     correct_holds,
     settle_holds,
 )
-from tidegate.store.database import Connections, GroupWriter, sql
-from tidegate.store.notifications import Steadiness, next_beat_s
 from tidegate.store.records import (
     Json,
     changed_once,

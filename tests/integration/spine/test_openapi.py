@@ -26,6 +26,7 @@ PATHS = {
     "/requests/running": "get",
     "/usage": "get",
     "/admin/usage": "get",
+    "/admin/calls/{path}": "post",
     "/admin/latency": "get",
     "/requests/{request_id}": "delete",
     "/requests/{request_id}/why": "get",

@@ -29,9 +29,9 @@ from tidegate.prices.budgets import Binding, Budget, amount_text, tenants_budget
 from tidegate.prices.reconciliation import DoubtfulCall, ModelDay, UsageSum, compared
 from tidegate.store import budgets as module
 from tidegate.store import notifications
-from tidegate.store.budget_holds import settle_holds
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections, sql
+from tidegate.store.provider.settlements import settle_holds
 from tidegate.store.retention import Whose
 from tidegate.store.store import Store
 

@@ -31,10 +31,10 @@ from tidegate.errors import BudgetExceeded, BudgetPaused, QuotaExceeded
 from tidegate.jobs.webhooks import alert_payload
 from tidegate.prices.budgets import Budget
 from tidegate.store import budgets as module
-from tidegate.store.budget_holds import correct_holds
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections
 from tidegate.store.outbox import AlertOutbox
+from tidegate.store.provider.settlements import correct_holds
 
 # A call in the audit that ended at $1 and cost $2 micro-dollars.
 _CALL = """

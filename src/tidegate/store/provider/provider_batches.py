@@ -27,10 +27,10 @@ from tidegate.call import new_id
 from tidegate.errors import ClaimLost
 from tidegate.prices.budgets import Binding, Refusal
 from tidegate.store import records as rows
-from tidegate.store.budget_holds import Settlement, settle_holds
 from tidegate.store.budgets import Budgets
 from tidegate.store.database import Connections, sql
 from tidegate.store.notifications import Notifications
+from tidegate.store.provider.settlements import Settlement, settle_holds
 from tidegate.store.queue import JobQueue
 from tidegate.store.records import ClaimedJob, Json
 

@@ -24,8 +24,8 @@ from tidegate.prices.reconciliation import (
     ModelFinding,
     UsageSum,
 )
-from tidegate.store.budget_holds import correct_holds
 from tidegate.store.database import Connections, sql
+from tidegate.store.provider.settlements import correct_holds
 from tidegate.store.records import cleaned
 
 MOST_DOUBTFUL = 100_000

@@ -1,4 +1,4 @@
-"""Reservations in budgets and their charges: settled after a call, corrected once it is known."""
+"""Settlements of reservations in budgets: after a call, and once a provider tells its cost."""
 
 from __future__ import annotations
 
