@@ -5,8 +5,8 @@
 A rate of two requests in ten minutes is used up, and so many calls wait for it. Then calls with a
 later deadline than theirs, by which there is no room, come over HTTP, on open connections: each
 must be refused by that limit, with its Retry-After. The same of a day quota and of a day's budget
-that are used up; and of the first refusals of a hundred budgets, in each process, which find that
-they are. Bare sockets, since the client shares the machine with what it measures.
+that are used up; and of the first refusals of fifty budgets, in each process, which find that they
+are. Bare sockets, since the client shares the machine with what it measures.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from tests.fleet import Fleet
 from tests.waiting import wait_until
 
 WINDOW_MS, BOUND, DAY_TOKENS = 600_000, 2, 1_000
-OWN_TOKENS, BUDGETS = 300, 100
+OWN_TOKENS, BUDGETS = 300, 50
 WITHIN_MS = 20.0
 SOON_MS = 100_000
 # Between two calls of one connection, so that the client does not fill the machine.
 PAUSE_S = 0.02
+# Until the call before is settled, for what it returns of its reservation is waited for.
+SETTLED_S = 0.4
 # Of the Retry-After.
 SHARE, SLACK_S = 0.02, 1.0
 
@@ -234,7 +236,7 @@ async def _first(fleet: Fleet) -> RefusedCalls:
         for reader, writer in connections:
             known = len(found.taken_ms)
             while len(found.taken_ms) == known:
-                await asyncio.sleep(PAUSE_S)
+                await asyncio.sleep(SETTLED_S)
                 await _one(reader, writer, SOON_MS, found, f"subject-{number}")
     for _, writer in connections:
         writer.close()
