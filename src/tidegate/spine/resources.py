@@ -89,8 +89,7 @@ _MOST_MISSING = 20_000
 
 _READ_AT_ONCE = 8
 
-# No provider keeps a container for more than 30 days after its last use.
-_CONTAINER_LASTS = timedelta(days=90)
+_CONTAINER_LASTS = timedelta(days=90)  # no provider keeps one for more than 30 without use
 
 # Reads a resource at its provider: empty for one that cannot be shown, None if there is none.
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
