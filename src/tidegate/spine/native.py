@@ -163,7 +163,7 @@ class Relay:
         upstreams = [one.upstream for one in targets]
         if not all(ANY in one.media_hosts and one.provider not in OWN for one in upstreams):
             targets = await aside(len(raw), partial(among_fetching, body, targets))
-        if (made := spec.made_by_tools) and (use or made.fields & body.keys()):
+        if (made := spec.made_by_tools) and (use or not made.fields.isdisjoint(body)):
             out = self.resources.noted(out, made, call, record) if made.may_make(use, body) else out
         exchange = NativeExchange(self.wire, self.spine.timeouts, call, body, facts, out, record)
         exchange.refers = bool(references)
