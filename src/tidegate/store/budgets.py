@@ -519,8 +519,7 @@ class Budgets:
         except asyncio.CancelledError:
             order.add_done_callback(lambda _: self._void(hold, request_id, order))
             raise
-        except BaseException:
-            # A commit with a lost reply may hold the reservation.
+        except BaseException:  # a commit with a lost reply may hold the reservation
             self.settle(hold, None)
             raise
         if refused is not None:
@@ -643,7 +642,7 @@ class Budgets:
             while self._waiters:
                 at, number = self._trials[0]
                 if (left_s := at - self._clock()) > 0:
-                    await asyncio.sleep(min(left_s, _TRY_AFTER_S))
+                    await asyncio.sleep(min(left_s, _TRY_APART_S))
                     continue
                 heappop(self._trials)
                 waiter = self._waiters.get(number)
