@@ -258,6 +258,39 @@ async def test_closing_one_call_and_opening_the_next_at_once_is_never_over(
     assert (stats.arrived, stats.over, stats.max_in_flight) == (102, 0, 2)
 
 
+async def test_a_request_that_is_read_after_its_client_left_is_never_in_flight(
+    emulator: Emulator,
+) -> None:
+    """The server reads the next call's request first: the kernel knows which was left by then."""
+    await emulator.control.set_behaviour(concurrency={"text_only": 1}, first_byte_ms=60_000)
+    body = b'{"contents":[{"parts":[{"text":"Hello"}]}]}'
+    head = "POST /v1beta/models/m:generateContent?key=k HTTP/1.1\r\nHost: x\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    address = ("127.0.0.1", emulator.port)
+    pairs = 25
+    sockets = [socket.create_connection(address) for _ in range(2 * pairs)]
+
+    async def ended(count: int) -> bool:
+        stats = await text_only(emulator)
+        return stats.arrived == stats.client_gone == count
+
+    for opened in sockets:
+        opened.sendall(request[:-2])
+    for number in range(pairs):
+        left, stays = sockets[2 * number : 2 * number + 2]
+        stays.sendall(request[-2:-1])  # ready in this turn of the loop: the first of the next turn
+        await asyncio.sleep(0)
+        # Nothing of the server runs between these three lines.
+        left.sendall(request[-2:])
+        left.close()
+        stays.sendall(request[-1:])
+        await wait_until(partial(in_flight, emulator, 1))
+        stays.close()
+        await wait_until(partial(ended, 2 * number + 2))
+    stats = await text_only(emulator)
+    assert (stats.over, stats.max_in_flight, stats.client_gone) == (0, 1, 2 * pairs)
+
+
 async def test_the_log_tells_how_often_a_prompt_was_called(
     emulator: Emulator, session: aiohttp.ClientSession
 ) -> None:

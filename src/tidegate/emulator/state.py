@@ -2,7 +2,7 @@
 
 Every served call passes `serving`, which checks limits, counts the call, and counts its end once.
 The kernel is asked whether clients are still connected, because a gateway can close one call and
-open the next before the event loop sees the disconnect.
+open the next before the event loop sees the disconnect, or reads the request of the closed one.
 
 Invariants: for every kind, arrived = started + refused and started = finished + failed +
 client_gone + in_flight at every moment; file contents are hashed as they arrive and never kept,
@@ -165,6 +165,13 @@ class CallLedger:
             self._in_flight_total += 1
             self._max_in_flight_total = max(self._max_in_flight_total, self._in_flight_total)
 
+    def pass_over(self, call: LoggedCall) -> None:
+        """Count a call whose client disconnected before its request was read: never in flight."""
+        stats = self._stats[call.kind]
+        stats.started += 1
+        stats.client_gone += 1
+        call.outcome, call.ended_ns = "client_gone", call.started_ns
+
     def end(self, call: LoggedCall, outcome: Ending) -> None:
         """End a started call. Idempotent: the first ending is kept."""
         if call.outcome is not None:
@@ -278,6 +285,17 @@ class ConnectionWatch:
             self._epoll.unregister(fd)
         except OSError:
             return  # the connection is closed, and the kernel has removed it already
+
+    @staticmethod
+    def has_departed(request: web.BaseRequest) -> bool:
+        """Return whether the request's client has disconnected already. Never blocks."""
+        transport = request.transport
+        sock = None if transport is None else transport.get_extra_info("socket")
+        if sock is None or not hasattr(select, "POLLRDHUP"):
+            return False
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def departed(self) -> list[int]:
         """Return the ids of watched calls whose client has disconnected. Never blocks."""
@@ -527,15 +545,20 @@ class EmulatorState:
         call = self.ledger.arrive(kind, model, method, prompt, dialect)
         call.traceparent = request.headers.get("traceparent", "")[:_LONGEST_TRACEPARENT]
         call.cached_tokens, call.cache_write_tokens = size.cached, size.cache_write
-        refusal = self._refusal(kind, size.input)
+        continues = self.behaviour.works_on or outlives_client
+        has_departed = not continues and self.presence.has_departed(request)
+        refusal = None if has_departed else self._refusal(kind, size.input)
         if refusal is not None:
             self.ledger.refuse(call, refusal.limit, over=refusal.rate is None)
             raise LimitReached(refusal, model)
         self._charge(call, size)
-        self.ledger.start(call)
+        if has_departed:
+            self.ledger.pass_over(call)
+        else:
+            self.ledger.start(call)
         self._in_flight[call.id] = call
         protocol, fd = request.protocol, -1
-        if not (self.behaviour.works_on or outlives_client):
+        if not continues:
             self._call_on[protocol] = call
             fd = self.presence.watch(request, call.id)
         try:
