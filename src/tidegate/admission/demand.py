@@ -317,7 +317,7 @@ class CallDemand:
         input_tokens, output_tokens = tokens_of(reported)
         charged_input, charged_output = tokens_of(charged)
         known = (input_tokens, output_tokens, charged_input, charged_output)
-        if all(one is None for one in known):
+        if known.count(None) == len(known):
             return None
         if input_tokens is None:
             input_tokens = max(reserved.input, charged_input or 0)

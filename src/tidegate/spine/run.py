@@ -131,8 +131,7 @@ async def refusal_of(
     """Return the failure that an unsuccessful answer reports, from its body as far as it arrived.
     `tier`: the requested one. `calls_model`: the request was for a model's answer. Raises
     UpstreamGarbled for a status below 400."""
-    body = await exchange.read_refusal(_REFUSAL_BYTES)
-    status = exchange.status
+    body, status = await exchange.read_refusal(_REFUSAL_BYTES), exchange.status
     if status < 400:
         raise UpstreamGarbled(f"the provider answered {status}, which is not followed")
     headers = exchange.headers
@@ -172,7 +171,8 @@ async def beginning_of(
     reader = PieceDecoder(coding) if coding else None
     first = await exchange.next()
     text = first if reader is None else reader.take(first)
-    if why := refusals.no_answer(operation, exchange.headers, first, at_end=exchange.at_end):
+    whole = exchange.at_end
+    if why := refusals.no_answer(operation, exchange.headers, first, at_end=whole):
         message = f"the provider answered {exchange.status} with {why}"
         raise UpstreamGarbled(message, is_empty=not first.strip())
     if streams and (reader is None or reader.reads):
@@ -202,7 +202,7 @@ async def beginning_of(
         first += piece
         text += piece if reader is None else reader.take(piece)
     if not refusals.may_begin_with_error(text):
-        return first, refusals.error_without_output(text) if exchange.at_end else None
+        return first, refusals.error_without_output(text) if whole or exchange.at_end else None
     while (value := refusals.error_event_in(text)) is None:
         if exchange.at_end or len(text) > refusals.LONGEST_BYTES:
             return first, None
