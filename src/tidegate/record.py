@@ -365,8 +365,10 @@ def coding_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     for raw_name, value in headers:
         name = raw_name.lower()
         if name == b"content-encoding":
-            coding = value.strip().lower()
-            return b"" if coding == b"identity" else coding
+            codings = [coding.strip() for coding in value.lower().split(b",")]
+            applied = [coding for coding in codings if coding not in (b"", b"identity")]
+            if applied:
+                return b", ".join(applied)
         if name == b"content-type" and value.startswith(EVENT_STREAM):
             framing = FRAMED
     return framing
@@ -374,12 +376,18 @@ def coding_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 def decoded(data: bytes, coding: bytes) -> bytes:
     """Return the content of an answer, up to where it was cut off. Empty for a coding other than
-    gzip and deflate, and for a body that is too long. Of AWS's framing, return the events as
-    text."""
-    if len(data) > _MOST_CODED_BYTES:
+    gzip and deflate, for more than two codings, and for a body that is too long. Of AWS's framing,
+    return the events as text."""
+    if len(data) > _MOST_CODED_BYTES or coding.count(b",") > 1:
         return b""
     if coding == FRAMED:
         return b"".join(_event(*message) for message in framed_in(data))
+    for applied in reversed(coding.split(b", ")):
+        data = _decoded_once(data, applied)
+    return data
+
+
+def _decoded_once(data: bytes, coding: bytes) -> bytes:
     for window in _WINDOWS.get(coding, ()):
         try:
             return _unpacked(data, window)

@@ -41,6 +41,7 @@ _LAST_EVENTS = 8
 _FIRST_EVENTS = 4
 _MOST_CANDIDATES = 64
 _DECODER = json.JSONDecoder()
+_BOM = b"\xef\xbb\xbf"  # some servers begin JSON with it
 _BETWEEN = re.compile(r"[\s,]*")  # between the objects of a list
 
 
@@ -68,6 +69,8 @@ def count_of(raw: Mapping[str, Any], *names: str) -> int | None:
     """Return the first of these members that is a count, or None."""
     for name in names:
         value = raw.get(name)
+        if type(value) is float and value.is_integer():
+            value = int(value)  # some servers write 7 as 7.0
         if type(value) is int and 0 <= value <= MOST_TOKENS:
             return value
     return None
@@ -139,6 +142,7 @@ class AnswerForm:
 def whole_object(answer: bytes, parsed: JsonObject | None = None) -> JsonObject | None:
     """Return an answer that is an object of moderate size; None for any other. `parsed`: the
     answer, if it is an object that was parsed before."""
+    answer = answer.removeprefix(_BOM)
     if len(answer) <= PARSED_BYTES and answer.startswith(b"{"):
         if parsed is not None:
             return parsed
@@ -169,7 +173,7 @@ def object_facts(form: AnswerForm, whole: JsonObject) -> AnswerFacts:
 
 def scanned_facts(form: AnswerForm, answer: bytes, *, omitted: bool, cut: bool) -> AnswerFacts:
     """Return the facts of a stream, of a list, or of an object that is long or was cut."""
-    start = answer[:HEAD_BYTES].lstrip()[:1]
+    start = answer[:HEAD_BYTES].removeprefix(_BOM).lstrip()[:1]
     begun = _first_event(answer, form.identity)
     if start == b"{":
         raw = {} if cut else part_of(outermost(form.usage, b"{", answer[-TAIL_BYTES:]), form.usage)
@@ -348,14 +352,13 @@ class VisibleOutput:
 
 def visible_output(dialect: DialectSpec, answer: bytes, answer_bytes: int) -> VisibleOutput:
     """Return the output in an answer. `answer` is the kept part of its `answer_bytes`."""
-    if not answer:
-        return VisibleOutput()
+    answer = answer.removeprefix(_BOM)
     if answer[:256].lstrip()[:1] in (b"{", b"["):
         images = dialect.image_count(answer)
         texts, scale = "".join(_texts_in(answer)), answer_bytes / len(answer)
         return VisibleOutput(received_tokens(texts, scale=scale, images=images), images)
     if _EVENTS.match(answer) is None:  # unknown form: estimated by its size
-        return VisibleOutput(-(-answer_bytes // _BYTES_A_TOKEN))
+        return VisibleOutput(tokens_by_size(answer_bytes))
     output, read_bytes = OutputEvents(), 0
     for part in _parts(answer):
         read_bytes += len(part)
@@ -372,6 +375,11 @@ def visible_output(dialect: DialectSpec, answer: bytes, answer_bytes: int) -> Vi
     images = output.unnamed_images + len(output.images)
     scale = answer_bytes / max(1, read_bytes)
     return VisibleOutput(received_tokens(texts, scale=scale, images=images), images)
+
+
+def tokens_by_size(answer_bytes: int) -> int:
+    """Return the estimated tokens of an answer that cannot be read."""
+    return -(-answer_bytes // _BYTES_A_TOKEN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,6 +244,23 @@ def test_a_count_that_no_call_can_have_is_unknown() -> None:
     assert told(Dialect.OPENAI, {"usage": huge}).input_tokens is None
 
 
+def test_a_whole_number_with_a_fraction_of_zero_is_a_count() -> None:
+    usage = {"prompt_tokens": 7.0, "completion_tokens": 3.0, "total_tokens": 10.0}
+    assert told(Dialect.OPENAI, {"usage": usage}) == Usage(7, 3, total_tokens=10)
+    assert told(Dialect.OPENAI, {"usage": {"prompt_tokens": 7.5}}) == Usage()
+
+
+@pytest.mark.parametrize("padding", [0, 200_000])
+def test_an_answer_behind_a_byte_order_mark_is_read(padding: int) -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    message = {"role": "assistant", "content": "Hello"}
+    whole = {"padding": "x" * padding, "choices": [{"message": message}], "usage": usage}
+    answer = b"\xef\xbb\xbf" + json.dumps(whole).encode()
+    spec = DIALECTS[Dialect.OPENAI]
+    assert spec.answer_facts(answer, omitted=False, cut=False).usage == Usage(7, 3, total_tokens=10)
+    assert visible_output(spec, answer, len(answer)).tokens < 10
+
+
 def test_pictures() -> None:
     two = {"data": [{"b64_json": "A"}, {"b64_json": "B"}]}
     assert DIALECTS[Dialect.OPENAI].image_count(json.dumps(two).encode()) == 2

@@ -60,6 +60,14 @@ def test_which_coding_it_is_in() -> None:
     assert coding_of([(b"Content-Encoding", b" GZIP ")]) == b"gzip"
     assert coding_of([(b"content-encoding", b"identity")]) == b""
     assert coding_of([(b"content-type", b"gzip")]) == b""
+    assert coding_of([(b"content-encoding", b"gzip, identity")]) == b"gzip"
+    assert coding_of([(b"content-encoding", b"Identity , deflate,GZIP")]) == b"deflate, gzip"
+
+
+def test_codings_are_undone_from_the_last_to_the_first() -> None:
+    assert decoded(gzip.compress(zlib.compress(TEXT)), b"deflate, gzip") == TEXT
+    assert decoded(gzip.compress(TEXT), b"br, gzip") == b""
+    assert decoded(gzip.compress(gzip.compress(gzip.compress(TEXT))), b"gzip, gzip, gzip") == b""
 
 
 @pytest.mark.parametrize("size_bytes", [1, 7, 10_000])
