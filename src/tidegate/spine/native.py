@@ -708,6 +708,9 @@ class NativeExchange:
         visible = self._visible_output()
         if facts.characters:  # speech, whose tokens are not visible
             visible.tokens = ceil(facts.characters * _SPOKEN_TOKENS_A_CHARACTER)
+        is_coded = bool(record.coding) and not record.text  # as nothing here decodes
+        if is_coded and endpoint.operation is Operation.INFER and not facts.images:
+            visible.tokens = answers.tokens_by_size(record.answer_bytes)
         estimate = self._estimate(demands, demand, facts, target.model)
         usage = without_zeros(usage, visible.tokens, whole=whole)
         if is_doubted:

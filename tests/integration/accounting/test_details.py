@@ -265,6 +265,21 @@ async def test_zeros_are_no_usage_of_an_answer_that_has_a_text(
     assert row["cost_micros"] == 4 * row["input_tokens"] + 20 * row["output_tokens"]
 
 
+@pytest.mark.parametrize("path", [OPENAI, "/v1/embeddings"])
+async def test_an_answer_that_nothing_here_decodes_is_charged_by_its_size_if_it_is_a_text(
+    gateway: Gateway, hostile: Hostile, path: str
+) -> None:
+    coded = b"*" * 400
+    head = b"HTTP/1.1 200 OK\r\ncontent-encoding: snappy\r\ncontent-length: 400\r\n\r\n"
+    hostile.answer = head + coded
+    body: dict[str, Any] = {"model": MODEL, "input": "Say hello"}
+    if path == OPENAI:
+        body = {"model": MODEL, "messages": ASKED, "max_tokens": 50}
+    row = await gateway.audit(await asked(gateway, path, body))
+    assert (row["status"], row["usage_state"]) == ("succeeded", "estimated")
+    assert row["output_tokens"] == (100 if path == OPENAI else 0)
+
+
 async def test_an_echo_of_the_prompt_is_no_output(gateway: Gateway, hostile: Hostile) -> None:
     usage = {"prompt_tokens": 7, "completion_tokens": 0, "total_tokens": 7}
     said = orjson.dumps({"id": "c", "choices": [{"text": "Say hello"}], "usage": usage})
