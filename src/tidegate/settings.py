@@ -627,7 +627,7 @@ class Config(BaseModel):
         except ValueError:  # brackets without an address
             return _checked("database_url", value, False)
         is_sound = all(map(_DATABASE_HOST.fullmatch, url.netloc.rpartition("@")[2].split(",")))
-        is_sound &= url.scheme in ("postgresql", "postgres")
+        is_sound &= bool(re.match("(?i)postgres(ql)?://", value.get_secret_value()))
         return _checked("database_url", value, is_sound)
 
     @field_validator("redis_url")

@@ -30,6 +30,7 @@ WRONG = {
         [
             *("mysql://db/x", "db:5432", "postgresql+asyncpg://db/x", "postgresql://[bad/x"),
             *("postgresql://u:p@db:port/x", "postgresql://u:p@a:5432,b:port/x"),
+            *("postgresql:/x", "postgres:u@db/x", "postgresql:x"),
         ],
         "postgresql://",
     ),
