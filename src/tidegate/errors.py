@@ -122,15 +122,25 @@ def _restored(kind: type[TidegateError], args: tuple[object, ...]) -> TidegateEr
     return kind.__new__(kind, *args)
 
 
+_LONGEST_SHOWN = 500  # characters
+
+
+def _in_a_line(text: str) -> str:
+    shown = text.replace("\r", "\\r").replace("\n", "\\n")
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."
+
+
 class ConfigError(TidegateError):
     """A setting, key or argument is wrong. The message is the one line shown at start-up:
-    `NAME=value: allowed`, or without a value the sentence `name allowed`."""
+    `NAME=value: allowed`, or without a value the sentence `name allowed`. Line breaks of a name or
+    value are written as escapes, and a long value is cut."""
 
     code = "config"
 
     def __init__(self, variable: str, value: str | None, allowed: str) -> None:
+        name = _in_a_line(variable)
         super().__init__(
-            f"{variable} {allowed}" if value is None else f"{variable}={value}: {allowed}"
+            f"{name} {allowed}" if value is None else f"{name}={_in_a_line(value)}: {allowed}"
         )
         self.variable = variable
         self.value = value

@@ -92,6 +92,9 @@ def test_a_file_that_is_named_must_be_there(folder: Path) -> None:
         (b'[limits]\n"rpm:tenant/a,b" = 5', "limits.rpm:tenant/a,b must name one tenant"),
         (b"pool = 5", "pool=5: must be a table"),
         (b'[pool]\nwhen_away = "open"', "pool.when_away=open: must be one of closed, local"),
+        (b'[pool]\nwhen_away = "a\\nb"', r"pool.when_away=a\nb: must be one of"),
+        (b'[limits]\n"a\\r\\nb" = 5', r"limits.a\r\nb has an unknown scope"),
+        (b'[pool]\nwhen_away = "%b"' % (b"x" * 9_000), f"{'x' * 500}...: must be one of"),
     ],
 )
 def test_a_mistake_names_the_file_and_the_key(folder: Path, text: bytes, said: str) -> None:
