@@ -177,7 +177,7 @@ class Once:
         assert given.answer is not None
         answer, raw = given.answer, self._call.body
         # A form has no JSON, and no field that requests the usage of a stream.
-        if raw and given.content_type.startswith("text/event-stream"):
+        if raw and given.content_type.lower().startswith("text/event-stream"):
             reading = partial(unchecked_facts, self._call.endpoint, raw)
             _, facts = await aside(len(raw), reading)
             if facts.wants_usage:

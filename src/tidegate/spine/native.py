@@ -868,10 +868,9 @@ REDIRECTS = frozenset((301, 302, 303, 307, 308))
 
 
 def _is_events(exchange: Exchange) -> bool:
-    return any(
-        name.lower() == b"content-type" and value.startswith(b"text/event-stream")
-        for name, value in exchange.headers
-    )
+    """Whether the answer to a streaming call is a stream: so is one without a type."""
+    kinds = [value.lower() for name, value in exchange.headers if name.lower() == b"content-type"]
+    return not kinds or kinds[0].startswith(b"text/event-stream")
 
 
 _JSON = (b"content-type", b"application/json")

@@ -191,7 +191,7 @@ class NotingOut:
         self._out.started = value
 
     async def start(self, status: int, headers: Headers) -> None:
-        self._streams = any(value.startswith(b"text/event-stream") for _, value in headers)
+        self._streams = any(value.lower().startswith(b"text/event-stream") for _, value in headers)
         await self._out.start(status, headers)
 
     async def body(self, piece: bytes, more: bool) -> None:

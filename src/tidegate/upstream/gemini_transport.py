@@ -270,7 +270,7 @@ class SdkExchange(httpx2.AsyncByteStream):
     def answered(self, exchange: Exchange, *, gathers: bool) -> _SdkResponse:
         self.exchange = exchange
         is_ok = exchange.status == 200
-        is_events = is_ok and _header(exchange, b"content-type").startswith(_EVENTS)
+        is_events = is_ok and _header(exchange, b"content-type").lower().startswith(_EVENTS)
         self._gathers = gathers and is_events
         # The SDK copies all headers for each chunk of a stream, and reads none of them.
         headers = () if is_events else exchange.headers

@@ -358,6 +358,23 @@ async def test_the_model_that_the_provider_took_by_itself_is_on_record(
     assert (row["model"], row["model_version"]) == (None, "gpt-x-1")
 
 
+@pytest.mark.parametrize("kind", [b"content-type: Text/Event-Stream;charset=UTF-8", b"x-a: b"])
+async def test_the_usage_that_a_stream_was_not_asked_for_is_taken_out_whatever_its_type(
+    gateway: Gateway, hostile: Hostile, kind: bytes
+) -> None:
+    said = {"id": "c-1", "model": "m-1", "choices": [{"index": 0, "delta": {"content": "Hello"}}]}
+    usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
+    shown, hidden = orjson.dumps(said), orjson.dumps(said | {"choices": [], "usage": usage})
+    text = b"data: %b\n\ndata: %b\n\ndata: [DONE]\n\n" % (shown, hidden)
+    head = (b"HTTP/1.1 200 OK", kind, b"content-length: %d" % len(text))
+    hostile.answer = b"\r\n".join(head) + b"\r\n\r\n" + text
+    body = {"model": "m", "messages": [], "stream": True}
+    async with gateway.http.post(f"{gateway.url}/v1/chat/completions", json=body) as answer:
+        assert await answer.read() == b"data: %b\n\ndata: [DONE]\n\n" % shown
+        row = await gateway.audit(answer.headers["x-tidegate-request-id"])
+    assert (row["input_tokens"], row["output_tokens"], row["usage_state"]) == (5, 7, "told")
+
+
 @pytest.mark.parametrize("streams", [False, True])
 async def test_what_an_upstream_compressed_unasked_goes_on_and_is_read(
     gateway: Gateway, hostile: Hostile, streams: bool
