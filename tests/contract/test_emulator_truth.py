@@ -220,15 +220,19 @@ async def test_a_client_that_leaves_is_noticed_within_ten_milliseconds(
     assert (stats.in_flight, stats.client_gone, stats.finished) == (0, 10, 0)
 
 
+def whole_request() -> bytes:
+    body = b'{"contents":[{"parts":[{"text":"Hello"}]}]}'
+    head = "POST /v1beta/models/m:generateContent?key=k HTTP/1.1\r\nHost: x\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
 @pytest.mark.parametrize("new_one_first", [False, True])
 async def test_closing_one_call_and_opening_the_next_at_once_is_never_over(
     emulator: Emulator, new_one_first: bool
 ) -> None:
     """The server reads the new request before the disconnect: the kernel knows who has left."""
     await emulator.control.set_behaviour(concurrency={"text_only": 2}, first_byte_ms=60_000)
-    body = b'{"contents":[{"parts":[{"text":"Hello"}]}]}'
-    head = "POST /v1beta/models/m:generateContent?key=k HTTP/1.1\r\nHost: x\r\n"
-    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    request = whole_request()
     address = ("127.0.0.1", emulator.port)
     sockets = [socket.create_connection(address) for _ in range(102)]
 
@@ -263,9 +267,7 @@ async def test_a_request_that_is_read_after_its_client_left_is_never_in_flight(
 ) -> None:
     """The server reads the next call's request first: the kernel knows which was left by then."""
     await emulator.control.set_behaviour(concurrency={"text_only": 1}, first_byte_ms=60_000)
-    body = b'{"contents":[{"parts":[{"text":"Hello"}]}]}'
-    head = "POST /v1beta/models/m:generateContent?key=k HTTP/1.1\r\nHost: x\r\n"
-    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    request = whole_request()
     address = ("127.0.0.1", emulator.port)
     pairs = 25
     sockets = [socket.create_connection(address) for _ in range(2 * pairs)]
