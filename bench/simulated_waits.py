@@ -244,6 +244,24 @@ HARDER: dict[str, tuple[Load, Lasts, tuple[float, float]]] = {
         gamma(200, 0.5),
         (1.0, 1.0),
     ),
+    "requests that grow by 40 % a minute, two bands": (
+        Load(
+            Rate(600, window_ms=60_000, ramp=Ramp(40, start=60)),
+            200,
+            {("a", "high"): 30, ("b", "normal"): 20},
+        ),
+        gamma(200, 0.5),
+        (1.0, 1.0),
+    ),
+    "tokens that grow by 40 % a minute, two bands": (
+        Load(
+            Rate(600_000, window_ms=60_000, unit="tokens", ramp=Ramp(40, start=60_000)),
+            300,
+            {("a", "high"): 30, ("b", "normal"): 20},
+        ),
+        gamma(300, 0.5),
+        (1.0, 1.0),
+    ),
     "requests a minute, two bands": (
         Load(Rate(300, window_ms=60_000), 200, {("a", "high"): 8, ("b", "normal"): 30}),
         gamma(200, 0.5),

@@ -54,21 +54,19 @@ def test_those_who_wait_for_a_limit_that_grows_are_told_it(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "least"),
+    "name",
     [
-        ("requests a minute, two bands", 0.9),
-        ("requests of a bucket, two bands", 0.9),
-        ("tokens, two bands", 0.7),  # of two tenants, whose calls take more or less
+        "requests a minute, two bands",
+        "requests of a bucket, two bands",
+        "tokens, two bands",  # of two tenants, whose calls take more or less
     ],
 )
-def test_those_who_wait_for_a_rate_behind_a_higher_band_are_told_it(
-    name: str, least: float
-) -> None:
+def test_those_who_wait_for_a_rate_behind_a_higher_band_are_told_it(name: str) -> None:
     """A band that is never without waiters takes all but the least share of the lower one."""
     told, found = measured(name, 4 * SECONDS)
     long = Told([(told_ms, real_ms) for told_ms, real_ms in told.pairs if real_ms > 20_000])
     assert len(long.pairs) > 20
-    assert long.true() >= least
+    assert min(told.true(), long.true()) >= 0.9
     guessed = found.refused(by_estimate=True)
     assert guessed
     assert found.true(by_estimate=True) >= 0.9 * len(guessed)

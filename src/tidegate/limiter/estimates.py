@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
-from math import ceil, inf
+from math import ceil, sqrt
 from typing import Any, NamedTuple
 
 from tidegate.limiter.policy import CALL_USE
@@ -19,6 +19,8 @@ from tidegate.limiter.policy import CALL_USE
 # The longest and shortest time over which a speed is measured; from the third on, the measurement
 # alone counts.
 MEASURED_MS, LEAST_MEASURED_MS, TRUSTED_MS = 30_000, 3_000, 20_000
+# How much sooner than by its least share a band is served, to count as served so.
+_CLEARLY = 1.5
 _UNITS = 100_000  # units of virtual time for one ms of use by a tenant of weight 1
 _MINUTE_MS, _DAY_MS = 60_000, 86_400_000
 # Calls that all take longer than this many times the usual duration have no usual end any more.
@@ -203,46 +205,70 @@ class WaitingLine:
         if self.above or self.bound <= 0 or ahead > _MOST_SIMULATED:
             use = self.use or self._usual_ms() or cost_ms
             distance = self.tag - self.virtual + ahead * use * _UNITS / self.weight
-            others = sum(self._before(distance, rival, use) for rival in self.rivals)
-            before = ahead + others + self.above
-            wait_ms = self._by_total(before, amount)
-            if self.above and use > 0 and not self.paused_ms:
-                wait_ms = self._behind_bands(ahead + others, amount, distance, use, wait_ms)
+            others = [(rival, self._before(distance, rival, use)) for rival in self.rivals]
+            before = ahead + sum(count for _, count in others)
+            total = amount + _sum_of(self.amounts, ahead, self.amount)
+            total += sum(_sum_of(rival.amounts, n, self.amount) for rival, n in others)
+            wait_ms = self._by_total(total)
+            if self._has_least_share() and use > 0 and not self.paused_ms:
+                is_exact = before == ahead or self.use == CALL_USE
+                served_ms = self._as_served(before, use)
+                wait_ms = self._behind_bands(total, before, is_exact, served_ms, wait_ms)
+            before += self.above
         else:
             wait_ms, before = _RateQueue(self, ahead, cost_ms, amount).run()
         return WaitEstimate(round(max(0.0, wait_ms, self.paused_ms)), before, None, is_certain)
 
+    def _has_least_share(self) -> bool:
+        """Return whether the band waits behind others under a rate: a day quota has no shares."""
+        return self.above > 0 and self.bound > 0 and self.sort != "q"
+
     def _behind_bands(
-        self, before: int, amount: int, distance: float, use: float, first_ms: float
+        self, total: int, before: int, is_exact: bool, served_ms: float | None, first_ms: float
     ) -> float:
         """Return the wait behind higher bands whose calls continue to come.
 
         first_ms: the wait if only those that wait now come first, which is all that is known until
-        calls of this band have waited for a while. From then on what the band got lately tells, or
-        under a longer window than that its least share.
+        calls of this band have waited for a while. From then on it is what the band's least share
+        gives, or, if that is clearly more, what the band got lately: `served_ms`. is_exact: whether
+        it is certain which calls come before. Otherwise the durations of calls change the order
+        of tenants, and what becomes free a moment too early for a call comes a window later: the
+        mean is told, since it is off by the least.
         """
         oldest_ms = max((self.now_ms - at for at, *_ in self.samples), default=0)
         if oldest_ms < min(self.span, TRUSTED_MS):
             return first_ms
-        least_ms = self._by_least_share(before, amount)
-        measured = self._speed(MEASURED_MS) if self.span <= MEASURED_MS else None
-        if measured is None:
-            return first_ms if least_ms == inf else least_ms
-        own = use * _UNITS / self.weight
-        return min(least_ms, (max(0.0, distance) + own / 2) / measured[0])
+        if not self.share:
+            return first_ms if served_ms is None else served_ms
+        off = 0 if is_exact else round(self.amount * sqrt(before) / 2)
+        least_ms = sum(self._by_least_share(total + more) for more in (-off, 0, off)) / 3
+        return least_ms if served_ms is None or served_ms * _CLEARLY > least_ms else served_ms
 
-    def _by_least_share(self, before: int, amount: int) -> float:
-        """Return when the band's least share has given what the call and those before it take.
+    def _as_served(self, before: int, use: float) -> float | None:
+        """Return when a call is admitted if the band is served as it was lately, None if unknown.
+
+        Counted in calls: each that ends corrects its tenant's tag, by more than calls are apart.
+        What becomes free comes in bursts, a window apart: of a part of one is no speed.
+        """
+        longest_ms = MEASURED_MS if self.sort == "b" else MEASURED_MS // self.span * self.span
+        measured = self._speed(longest_ms) if longest_ms else None
+        if measured is None:
+            return None
+        weights = self.weight + sum(rival.weight for rival in self.rivals)
+        return (before + 0.5) * use * _UNITS / weights / measured[0]
+
+    def _by_least_share(self, total: int) -> float:
+        """Return when the band's least share has given `total`: the call and those before it.
 
         Higher bands take all the rest, so that there is room only as something becomes free.
         """
-        if not self.share:
-            return inf
-        total = before * self.amount + amount
+        if self.ramp:
+            return self._by_growing_share(total)
         each_ms = self.span * 1000 / (self.bound * self.share)
-        owed_from = max(self.owed_from, self.now_ms - self.span - self.amount * each_ms)
+        first = self.amounts[0] if self.amounts else self.amount
+        owed_from = max(self.owed_from, self.now_ms - self.span - first * each_ms)
         wait_ms = max(0.0, owed_from + total * each_ms - self.now_ms)
-        if self.sort != "r" or self.ramp or not self.free:
+        if self.sort != "r" or not self.free:
             return wait_ms
         windows, rest_ms = divmod(wait_ms, self.span)
         freed = (at - self.now_ms for at, _ in self.free)
@@ -251,12 +277,20 @@ class WaitingLine:
             windows, next_ms = windows + 1, self.free[0][0] - self.now_ms
         return windows * self.span + next_ms
 
-    def _by_total(self, before: int, amount: int) -> float:
-        """Return when there is room for all calls before, if their order is unknown."""
-        total = before * self.amount + amount
-        if self.above and self.share:
-            total = min(total, round((total - self.above * self.amount) * 1000 / self.share))
-        return self._until_room(total)
+    def _by_growing_share(self, total: int) -> float:
+        """Return the same under a ramp: a share of what it admits, which grows."""
+        growth = _Growth(*self.ramp)
+        owed_ms = min(self.now_ms - self.owed_from, self.span)
+        owed = growth.bound_at(self.now_ms, self.bound) * owed_ms / self.span
+        return self._growing_ms(growth, total * 1000 / self.share - owed)
+
+    def _by_total(self, total: int) -> float:
+        """Return when there is room for the calls of the band before a call, which take `total`
+        with it, and for those that wait in higher bands now."""
+        most = total + self.above * self.amount
+        if self.share and self._has_least_share():
+            most = min(most, round(total * 1000 / self.share))
+        return self._until_room(most)
 
     def _until_room(self, total: int) -> float:
         """Return the time until `total` more is admitted."""
@@ -296,6 +330,10 @@ class WaitingLine:
         growth = _Growth(*self.ramp)
         used = sum(amount for _, amount in self.free)
         over = total - max(0, growth.bound_at(self.now_ms, self.bound) - used)
+        return self._growing_ms(growth, over)
+
+    def _growing_ms(self, growth: _Growth, over: float) -> float:
+        """Return the time in which windows admit `over`, if calls take all that a ramp admits."""
         for windows in range(_MOST_SIMULATED):
             end_ms = self.now_ms + (windows + 1) * self.span
             growth.take(end_ms, growth.bound_at(end_ms, self.bound))
@@ -416,7 +454,7 @@ class _RateQueue:
             if queue.repeats:
                 heappush(self._coming, (at + self._cost_ms, number))
         before = count + self._own.waiting
-        return line._by_total(before, line.amount), before
+        return line._by_total((before + 1) * line.amount), before
 
     def _arrive(
         self, number: int, turns: list[tuple[float, tuple[int, int], int]], virtual: float
@@ -457,6 +495,13 @@ class _RateQueue:
             self._free.append((int(end) + line.span, amount))
         if line.pace > 0:
             self._even = max(self._even, at * 1000) + amount * self._each
+
+
+def _sum_of(amounts: Sequence[int], count: int, usual: int) -> int:
+    """Return what the first `count` calls take, of which some amounts are known."""
+    known = amounts[:count]
+    mean = round(sum(amounts) / len(amounts)) if amounts else usual
+    return sum(known) + (count - len(known)) * mean
 
 
 def read_line(values: list[Any]) -> WaitingLine:

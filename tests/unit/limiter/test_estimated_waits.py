@@ -231,10 +231,17 @@ def test_what_a_band_got_lately_is_told_if_that_is_more_than_its_share() -> None
     assert quick.estimate(3).wait_ms == pytest.approx(7_000, abs=10)
     alone = replace(quick, share=0)
     assert alone.estimate(3).wait_ms == pytest.approx(7_000, abs=10)
-    assert replace(alone, samples=_samples(0)).estimate(3).wait_ms == alone._by_total(6, 1)
+    assert replace(alone, samples=_samples(0)).estimate(3).wait_ms == alone._by_total(4)
 
 
 def test_only_those_who_wait_now_come_first_until_the_band_has_waited_for_a_while() -> None:
     new = replace(BEHIND, samples=_samples(0)[-5:])
     assert new.estimate(3).wait_ms == 2_000
     assert replace(BEHIND, paused_ms=500).estimate(3).wait_ms == 2_000
+
+
+def test_a_day_quota_has_no_least_share_behind_a_higher_band() -> None:
+    """What is left of the day goes to the calls above first, however large the share is."""
+    day = replace(BEHIND, sort="q", bound=100, span=0, free=[(NOW_MS + 500_000, 97)])
+    assert day.estimate(0).wait_ms == 500_000
+    assert replace(day, free=[(NOW_MS + 500_000, 96)]).estimate(0).wait_ms == 0

@@ -13,10 +13,11 @@
 -- which is an even flow with a pace of its window. `rivals` are (tag, weight, waiting, first, amounts) of the other
 -- tenants of the band; first is 1 if the rival's name sorts before the tenant's. `above` is the number of waiting
 -- calls of higher bands. `samples` are (at, virtual, cost_ms). `free` are (at, amount): when a rate gets back how
--- much. The `amount` of a line is the tenant's mean amount; `amounts` are those of a tenant's first tickets in their
--- order, empty if each takes 1. `width` is that of the buckets. `use` is what shares count for a call, 0 if that is
--- its duration. `ramp` is level, since, percent and start, empty without one; `free` of a bucket with a ramp is what its
--- last window took. From `owed_from` on the band is owed its share.
+-- much; what is kept free for lower bands counts as taken now. The `amount` of a line is the tenant's mean amount;
+-- `amounts` are those of a tenant's first tickets in their order, empty if each takes 1. `width` is that of the
+-- buckets. `use` is what shares count for a call, 0 if that is its duration. `ramp` is level, since, percent and
+-- start, empty without one; `free` of a bucket with a ramp is what its last window took. From `owed_from` on the band
+-- is owed its share.
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
 -- The most queues read for one position; for the rest, the tenants' total counts are used.
@@ -150,6 +151,9 @@ local function line(limit, number, tenant, last, use)
       local lasts = bound > 0 and math.ceil(limit.units * 1000 / bound) or 0
       local full = pool.now * 1000 + lasts
       if pace == 0 or full - span * 1000 > even - pace then even, pace = full, span * 1000 end
+    else
+      local kept = T.rates().kept_below(limit, number)
+      if kept > 0 then free[#free + 1] = { pool.now + span, kept } end
     end
     -- Beyond its share a band waits for a window after a higher band found no room.
     for higher = 1, number - 1 do at = math.max(at, limit.bands[higher].held) end

@@ -250,9 +250,14 @@ class Capacity:
         return self.pool.band_rule(number)[0] if number > 1 else 0
 
     def _lasts_us(self, limit: LimitState, number: int, amount: int) -> int:
-        """Return how long the band's share takes to give `amount`."""
+        """Return how long the band's share takes to give `amount`.
+
+        Under a ramp it is a share of what a window may take now.
+        """
         assert isinstance(limit.limit, Rate)
         bound, span_ms = limit.limit.bound, span_of(limit.limit)
+        if limit.spending.pacing is not None:
+            bound = limit.spending.pacing.bound(limit.limit, self.pool.now)
         return floor(amount / bound * span_ms * 1_000_000 / self.share(number)) if bound else 0
 
     def head_amount(self, limit: LimitState, number: int) -> int:
@@ -280,6 +285,12 @@ class Capacity:
             return amount
         return max(0, floor(amount * ((rising_us - left_us) / rising_us)))
 
+    def kept_below(self, limit: LimitState, number: int) -> int:
+        """Return how much of a rate is kept free for the calls of lower bands."""
+        if not isinstance(limit.limit, Rate):
+            return 0
+        return sum(self._reserved_for(limit, below) for below in limit.bands if below > number)
+
     def has_saved(self, limit: LimitState, number: int, amount: int) -> bool:
         band = limit.band(number)
         if band.passed_us <= band.from_us or not self.share(number):
@@ -293,8 +304,7 @@ class Capacity:
         """
         if not isinstance(limit.limit, Rate):
             return 0
-        now, span_ms = self.pool.now, span_of(limit.limit)
-        kept = sum(self._reserved_for(limit, below) for below in limit.bands if below > number)
+        now, span_ms, kept = self.pool.now, span_of(limit.limit), self.kept_below(limit, number)
         at = self._room_beside(limit, amount, kept)
         if number == 1 or self.has_saved(limit, number, amount):
             return at

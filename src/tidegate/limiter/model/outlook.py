@@ -440,7 +440,7 @@ class Positions:
         bound, free, even, pace, width = limit.limit.bound, list[list[int]](), 0, 0, 0
         span = span_of(limit.limit) if isinstance(limit.limit, Rate) else 0
         if limit.is_rate:
-            free = self._free(limit)
+            free = [*self._free(limit), *self._kept(limit, number)]
             if isinstance(limit.limit, Rate) and not limit.limit.exact:
                 width = ceil(span / limit.limit.buckets)
             if isinstance(limit.limit, Rate) and limit.spending.is_paced(limit.limit):
@@ -533,6 +533,13 @@ class Positions:
             for text in list(queue.tickets)[:10]
         ]
         return max(1, floor(sum(amounts) / len(amounts) + 0.5)) if amounts else 1
+
+    def _kept(self, limit: LimitState, number: int) -> list[list[int]]:
+        """Return what is kept free of a window for lower bands, as if it was taken now."""
+        rule, kept = limit.limit, self.capacity.kept_below(limit, number)
+        if not kept or not isinstance(rule, Rate) or rule.shape == "bucket":
+            return []
+        return [[self.pool.now + span_of(rule), kept]]
 
     def _free(self, limit: LimitState) -> list[list[int]]:
         spending = limit.spending

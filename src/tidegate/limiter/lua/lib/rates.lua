@@ -1,7 +1,7 @@
 -- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending charged
 -- args: resets
--- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), grown_after(), clamped(), is_behind_bands(), by_least_share(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), carry_over(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), grown_after(), clamped(), kept_below(), is_behind_bands(), by_least_share(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), carry_over(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 --
 -- A rate of up to 10,000 requests is an exact log of admissions. Others are counted in buckets, 120 to a window, of
@@ -167,10 +167,12 @@ T.rates = function()
   end
   f.clamped = clamped
 
-  -- Returns in how many microseconds a band's share accrues an amount.
+  -- Returns in how many microseconds a band's share accrues an amount: under a ramp, a share of what a window may
+  -- take now.
   local function lasts(limit, number, amount)
-    if limit.bound == 0 then return 0 end
-    return math.floor(amount / limit.bound * limit.span * 1000000 / share_of(number))
+    local bound = limit.pacing and T.paced_bound(limit) or limit.bound
+    if bound == 0 then return 0 end
+    return math.floor(amount / bound * limit.span * 1000000 / share_of(number))
   end
 
   -- Returns how much the first ticket of a band takes.
@@ -205,6 +207,14 @@ T.rates = function()
     return math.floor(amount * ((rising - left) / rising))
   end
 
+  -- Returns how much of a rate is kept free for the calls of lower bands.
+  function f.kept_below(limit, number)
+    local kept = 0
+    if limit.sort ~= 'r' then return kept end
+    for below = number + 1, #limit.bands do kept = kept + kept_for(limit, below) end
+    return kept
+  end
+
   local function is_owed(limit, number, amount)
     local band = limit.bands[number]
     return band.passed > band.from and share_of(number) > 0
@@ -231,8 +241,7 @@ T.rates = function()
   -- When a demand that fits leaves free what is kept for other bands; 0 if it does now.
   local function beside_bands_at(limit, number, amount)
     if limit.sort ~= 'r' then return 0 end
-    local kept = 0
-    for below = number + 1, #limit.bands do kept = kept + kept_for(limit, below) end
+    local kept = f.kept_below(limit, number)
     local at = room_beside(limit, amount, kept)
     if number == 1 or is_owed(limit, number, amount) then return at end
     local held, used = above(limit, number)
