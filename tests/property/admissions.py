@@ -59,6 +59,7 @@ class Admissions:
     _refused: dict[str, list[Refusal]] = field(default_factory=dict)
     refusals: int = 0
     _revision: int = 0
+    _buckets: set[str] = field(default_factory=set)
     _holders: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
 
     def clock_was_set_back(self) -> None:
@@ -167,11 +168,19 @@ class Admissions:
             self._check_limit(name, now, admitted, taken[name])
 
     def _note_windows(self) -> None:
+        """After a change of the policy. A limit that becomes a bucket is as full as its last window
+        (docs/decisions/0017): what had left that by then was not taken from the bucket."""
+        limits = {name: state.limit for name, state in self.model.pool.limits.items()}
+        rates = {name: limit for name, limit in limits.items() if isinstance(limit, Rate)}
+        buckets = {name for name, rate in rates.items() if rate.shape == "bucket"}
+        new, self._buckets = buckets - self._buckets, buckets
         for admission in self._admitted.values():
-            for name, window_ms in admission.windows.items():
-                limit = self.model.pool.limit(name).limit
-                if isinstance(limit, Rate):
-                    admission.windows[name] = min(window_ms, limit.window_ms)
+            for name in rates.keys() & admission.windows.keys():
+                window_ms = admission.windows[name]
+                if name in new and admission.at + window_ms <= self.model.pool.now:
+                    del admission.windows[name]
+                else:
+                    admission.windows[name] = min(window_ms, rates[name].window_ms)
 
     def _check_limit(self, name: str, now: int, admitted: int, taken: int) -> None:
         state = self.model.pool.limit(name)
