@@ -233,7 +233,7 @@ class WaitingLine:
         gives, or, if that is clearly more, what the band got lately: `served_ms`. is_exact: whether
         it is certain which calls come before. Otherwise the durations of calls change the order
         of tenants, and what becomes free a moment too early for a call comes a window later: the
-        mean is told, since it is off by the least.
+        answer is the mean, since it is off by the least.
         """
         oldest_ms = max((self.now_ms - at for at, *_ in self.samples), default=0)
         if oldest_ms < min(self.span, TRUSTED_MS):
