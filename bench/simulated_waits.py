@@ -262,6 +262,30 @@ HARDER: dict[str, tuple[Load, Lasts, tuple[float, float]]] = {
         gamma(300, 0.5),
         (1.0, 1.0),
     ),
+    "requests a minute, half of them in a higher band": (
+        Load(Rate(300, window_ms=60_000), 400, {("a", "high"): 1, ("b", "normal"): 30}),
+        gamma(400, 0.5),
+        (1.0, 1.0),
+    ),
+    "requests of a bucket, half of them in a higher band": (
+        Load(
+            Rate(60, window_ms=10_000, shape="bucket"),
+            400,
+            {("a", "high"): 1, ("b", "normal"): 30},
+        ),
+        gamma(400, 0.5),
+        (1.0, 1.0),
+    ),
+    "tokens, half of them in a higher band": (
+        Load(
+            Rate(60_000, window_ms=10_000, unit="tokens"),
+            400,
+            {("a", "high"): 2, ("b", "normal"): 20, ("c", "normal"): 10},
+            tokens={"a": (300, 900), "b": (200, 800), "c": (500, 1500)},
+        ),
+        gamma(400, 0.5),
+        (1.0, 1.0),
+    ),
     "requests a minute, two bands": (
         Load(Rate(300, window_ms=60_000), 200, {("a", "high"): 8, ("b", "normal"): 30}),
         gamma(200, 0.5),

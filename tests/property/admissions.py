@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from tidegate.limiter import Concurrency, Rate
 from tidegate.limiter.simulation import (
@@ -60,6 +61,7 @@ class Admissions:
     refusals: int = 0
     _revision: int = 0
     _buckets: set[str] = field(default_factory=set)
+    _refills: dict[str, list[tuple[int, Fraction]]] = field(default_factory=dict)
     _holders: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)
 
     def clock_was_set_back(self) -> None:
@@ -174,6 +176,9 @@ class Admissions:
         rates = {name: limit for name, limit in limits.items() if isinstance(limit, Rate)}
         buckets = {name for name, rate in rates.items() if rate.shape == "bucket"}
         new, self._buckets = buckets - self._buckets, buckets
+        for name in buckets:
+            began = self.model.pool.now, Fraction(rates[name].bound, rates[name].window_ms)
+            self._refills[name] = [began] if name in new else [*self._refills[name], began]
         for admission in self._admitted.values():
             for name in rates.keys() & admission.windows.keys():
                 window_ms = admission.windows[name]
@@ -207,7 +212,8 @@ class Admissions:
             assert spent <= limit.bound, f"{spent} of {name} in a window"
 
     def _check_bucket(self, name: str, limit: Rate, now: int) -> None:
-        """Since no earlier time has more been let in than the bound and what has refilled. What a
+        """Since no earlier time has more been let in than the bound and what has refilled: what a
+        bucket lacks is kept as its bound changes. What a
         limit in flight let in before it became a bucket was not taken from it."""
         since = sorted(
             (now - one.at, min(limit.bound, one.amounts.get(name, 0)))
@@ -217,8 +223,18 @@ class Admissions:
         taken = 0
         for age_ms, amount in since:
             taken += amount
-            most = limit.bound * (limit.window_ms + age_ms)
-            assert taken * limit.window_ms <= most, f"{taken} of {name} in {age_ms} ms"
+            most = limit.bound + self._refilled(name, now - age_ms, now)
+            assert taken <= most, f"{taken} of {name} in {age_ms} ms"
+
+    def _refilled(self, name: str, since: int, until: int) -> Fraction:
+        """Return how much a bucket got back, at the bounds of that time. What it lacked as it
+        became one has refilled as fast as what it gave first."""
+        refilled = Fraction(0)
+        for number, (began, each_ms) in reversed(list(enumerate(self._refills[name]))):
+            start = max(began, since) if number else since
+            refilled += each_ms * max(0, until - start)
+            until = min(until, start)
+        return refilled
 
     def _check_try(self, name: str, gate: PauseGate, admitted: int) -> None:
         """A gate lets one call at a time try, until that has ended or is known to have failed."""

@@ -213,5 +213,5 @@ def _bands(fields: Fields) -> dict[str, tuple[int, ...]]:
         for number, part in enumerate(text.split(","), 1):
             figures = tuple(map(int, part.split(":")))
             if any(figures):
-                found[f"{name}|{number}"] = (*figures, 0, 0, 0, 0)[:7]
+                found[f"{name}|{number}"] = (*figures, *[0] * 6)[:9]
     return found

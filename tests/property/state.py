@@ -26,7 +26,8 @@ State = dict[str, Any]
 
 def _figures(band: BandState) -> tuple[int, ...]:
     order = (band.waits, band.virtual, band.credit)
-    return *order, band.from_us, band.passed_us, band.held_at, band.used_at
+    rate = (band.from_us, band.passed_us, band.held_at, band.used_at)
+    return *order, *rate, band.taken, band.taken_before
 
 
 def of_model(model: PoolModel) -> State:

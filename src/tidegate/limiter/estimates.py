@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 from typing import Any, NamedTuple
 
 from tidegate.limiter.policy import CALL_USE
@@ -21,6 +21,12 @@ from tidegate.limiter.policy import CALL_USE
 MEASURED_MS, LEAST_MEASURED_MS, TRUSTED_MS = 30_000, 3_000, 20_000
 # How much sooner than by its least share a band is served, to count as served so.
 _CLEARLY = 1.5
+# The part of a rate from which on higher bands that found no room take all of it.
+_MOST_TAKEN = 0.8
+# While a higher band uses a rate, lower bands leave 1/_LEFT_FREE of it free (`lua/lib/rates.lua`).
+_LEFT_FREE = 20
+# Into how many calls at most a window's use by higher bands is divided.
+_STEPS_ABOVE = 100
 _UNITS = 100_000  # units of virtual time for one ms of use by a tenant of weight 1
 _MINUTE_MS, _DAY_MS = 60_000, 86_400_000
 # Calls that all take longer than this many times the usual duration have no usual end any more.
@@ -75,7 +81,9 @@ class WaitingLine:
     0 if each admission is logged. use: what a call counts in shares, 0 if that is its duration.
     share: the band's least share of what the limit gives, in thousandths. ramp: of a rate that may
     only grow slowly, see `_Growth`; `free` of a bucket is then what its last window took.
-    owed_from: since when the band is owed its least share.
+    owed_from: since when the band is owed its least share. held_ms: for how much longer the band
+    gets no more than that, as a higher one has found no room. taken: what higher bands took of a
+    rate in its last window.
     """
 
     now_ms: int
@@ -101,6 +109,8 @@ class WaitingLine:
     use: int = 0
     ramp: Sequence[int] = ()
     owed_from: int = 0
+    held_ms: int = 0
+    taken: int = 0
 
     def estimate(self, ahead: int, cost_ms: float = 0, amount: int | None = None) -> WaitEstimate:
         """Return an estimate for a call with `ahead` calls of its own tenant before it.
@@ -201,8 +211,8 @@ class WaitingLine:
 
     def _of_rate(self, ahead: int, cost_ms: float, amount: int) -> WaitEstimate:
         """Return an estimate by the window, pace and reset of a rate or day quota."""
-        is_certain = not self.rivals and not self.above
-        if self.above or self.bound <= 0 or ahead > _MOST_SIMULATED:
+        is_certain = not (self.rivals or self.above or self.held_ms or self.taken)
+        if self._is_behind() or self.bound <= 0 or ahead > _MOST_SIMULATED:
             use = self.use or self._usual_ms() or cost_ms
             distance = self.tag - self.virtual + ahead * use * _UNITS / self.weight
             others = [(rival, self._before(distance, rival, use)) for rival in self.rivals]
@@ -217,11 +227,18 @@ class WaitingLine:
             before += self.above
         else:
             wait_ms, before = _RateQueue(self, ahead, cost_ms, amount).run()
+            if self.held_ms and self.share:
+                total = amount + _sum_of(self.amounts, ahead, self.amount)
+                wait_ms = min(wait_ms, self._by_least_share(total))
         return WaitEstimate(round(max(0.0, wait_ms, self.paused_ms)), before, None, is_certain)
+
+    def _is_behind(self) -> bool:
+        """Return whether higher bands take all but the least share."""
+        return self.above > 0 or (self.held_ms > 0 and self.taken >= _MOST_TAKEN * self.bound)
 
     def _has_least_share(self) -> bool:
         """Return whether the band waits behind others under a rate: a day quota has no shares."""
-        return self.above > 0 and self.bound > 0 and self.sort != "q"
+        return self._is_behind() and self.bound > 0 and self.sort != "q"
 
     def _behind_bands(
         self, total: int, before: int, is_exact: bool, served_ms: float | None, first_ms: float
@@ -288,9 +305,15 @@ class WaitingLine:
         """Return when there is room for the calls of the band before a call, which take `total`
         with it, and for those that wait in higher bands now."""
         most = total + self.above * self.amount
+        if self.taken and not self._is_behind():
+            most = round(total * self.bound / max(1, self.bound - self.taken - self.left_free()))
         if self.share and self._has_least_share():
             most = min(most, round(total * 1000 / self.share))
         return self._until_room(most)
+
+    def left_free(self) -> int:
+        """Return how much is left free for higher bands that use the rate."""
+        return self.bound // _LEFT_FREE if self.taken else 0
 
     def _until_room(self, total: int) -> float:
         """Return the time until `total` more is admitted."""
@@ -399,8 +422,9 @@ class _RateQueue:
     """A simulation of the admissions of a rate, one by one, up to a call's own.
 
     Capacity returns in steps as large as a burst: a call one place too late waits for another
-    window, which no average shows. A tenant with several waiting calls makes another when one has
-    ended; actual durations of calls shift later turns a little.
+    window, which no average shows. Higher bands take their part evenly between. A tenant with
+    several waiting calls makes another when one has ended; actual durations of calls shift later
+    turns a little.
     """
 
     def __init__(self, line: WaitingLine, ahead: int, cost_ms: float, amount: int) -> None:
@@ -417,6 +441,10 @@ class _RateQueue:
         self._even = float(line.even)
         self._each = line.span * 1000 / line.bound
         self._coming: list[tuple[float, int]] = []
+        self._held_until = float(line.now_ms + line.held_ms)
+        self._step = max(1, min(line.amount, line.taken), line.taken // _STEPS_ABOVE)
+        self._above_each = line.span * self._step / line.taken if line.taken else inf
+        self._above_at = line.now_ms + self._above_each / 2
 
     def _queue(self, rival: Rival, number: int, *, repeats: bool) -> _TenantCalls:
         amounts = deque(rival.amounts)
@@ -427,15 +455,19 @@ class _RateQueue:
 
     def run(self) -> tuple[float, int]:
         """Return the time to the call's admission, and how many calls come before it."""
-        line, virtual, count = self._line, float(self._line.virtual), 0
+        line, virtual, count, steps = self._line, float(self._line.virtual), 0, 0
         at = float(line.now_ms + line.paused_ms)
         turns = [(one.tag, one.order, n) for n, one in enumerate(self._queues) if one.waiting]
         heapify(turns)
-        while count < _MOST_SIMULATED:
+        while max(count, steps) < _MOST_SIMULATED:
             tag, _, number = turns[0]
             queue = self._queues[number]
             amount = min(queue.amounts[0] if queue.amounts else queue.usual, line.bound)
-            room_at = self._room_at(at, amount)
+            room_at = max(self._held_until, self._room_at(at, amount + line.left_free()))
+            if self._above_at <= min(room_at, self._coming[0][0] if self._coming else inf):
+                at, steps = max(at, self._above_at), steps + 1
+                self._admit_above(at)
+                continue
             if self._coming and self._coming[0][0] <= room_at:
                 at = max(at, self._coming[0][0])
                 self._arrive(heappop(self._coming)[1], turns, virtual)
@@ -455,6 +487,16 @@ class _RateQueue:
                 heappush(self._coming, (at + self._cost_ms, number))
         before = count + self._own.waiting
         return line._by_total((before + 1) * line.amount), before
+
+    def _admit_above(self, at: float) -> None:
+        """Admit a call of a higher band, which take as much a window as in the last one."""
+        room_at = at
+        while (later := self._room_at(room_at, self._step)) > room_at:
+            room_at = later
+        if room_at > at:
+            self._held_until = room_at + self._line.span
+        self._take(room_at, self._step)
+        self._above_at = room_at + self._above_each
 
     def _arrive(
         self, number: int, turns: list[tuple[float, tuple[int, int], int]], virtual: float
@@ -506,5 +548,5 @@ def _sum_of(amounts: Sequence[int], count: int, usual: int) -> int:
 
 def read_line(values: list[Any]) -> WaitingLine:
     """Return the line in a reply of `position`."""
-    line = WaitingLine(*values[:23])
+    line = WaitingLine(*values[:25])
     return replace(line, rivals=[Rival(*row[:5]) for row in line.rivals])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tidegate.limiter.estimates import Rival, WaitingLine
+from tidegate.limiter.model.capacity import LEFT_FREE
 
 UNITS = 100_000  # of virtual time in a ms of use by a tenant of weight 1
 NOW_MS = 100_000
@@ -238,6 +239,42 @@ def test_only_those_who_wait_now_come_first_until_the_band_has_waited_for_a_whil
     new = replace(BEHIND, samples=_samples(0)[-5:])
     assert new.estimate(3).wait_ms == 2_000
     assert replace(BEHIND, paused_ms=500).estimate(3).wait_ms == 2_000
+
+
+# 30 of 60 a minute are taken by a higher band, and each second one becomes free.
+BESIDE = replace(
+    RATE, bound=60, free=[(NOW_MS + 1000 * at, 1) for at in range(1, 58)], taken=30, share=0
+)
+
+
+def test_a_higher_band_takes_its_part_of_what_becomes_free() -> None:
+    alone = replace(BESIDE, taken=0)
+    assert alone.estimate(9).wait_ms == 7_000
+    assert alone.estimate(9).is_certain
+    told = BESIDE.estimate(9)
+    assert told.wait_ms == pytest.approx(20_000, abs=1_000)
+    assert not told.is_certain
+
+
+def test_a_band_waits_until_a_higher_one_was_held_up_for_a_window_or_for_its_share() -> None:
+    held = replace(BESIDE, held_ms=30_000)
+    assert held.estimate(0).wait_ms == 30_000
+    owed = replace(held, share=500, owed_from=NOW_MS)
+    assert owed.estimate(0).wait_ms == 2_000
+
+
+def test_a_higher_band_that_takes_nearly_all_and_was_held_up_leaves_the_least_share() -> None:
+    full = replace(BESIDE, taken=50, held_ms=60_000, share=100, owed_from=NOW_MS)
+    full = replace(full, samples=_samples(0))
+    assert full.estimate(0).wait_ms == pytest.approx(10_000, abs=1_000)
+
+
+def test_beyond_what_is_simulated_a_higher_band_takes_its_part_too() -> None:
+    line = replace(BESIDE, bound=6_000, taken=3_000, amount=1, free=[(NOW_MS + 60_000, 6_000)])
+    told_ms = line.estimate(9_000).wait_ms
+    assert told_ms is not None
+    assert 3.0 <= told_ms / 60_000 <= 4.5
+    assert 6_000 // line.left_free() == LEFT_FREE
 
 
 def test_a_day_quota_has_no_least_share_behind_a_higher_band() -> None:

@@ -3,7 +3,7 @@
 -- args: request
 -- request: sid ticket limit band tenant
 -- returns: found flow held_up_by ahead amount use said line
--- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width use ramp owed_from
+-- line: now_ms sort bound span virtual tag weight cost_ms paused_ms share waiting rivals above samples free even pace amount amounts width use ramp owed_from held_ms taken
 -- uses: core clock pool limits queues
 -- later: blocked rates pacing bucket pauses capacity progress
 -- units: ms; virtual time as in queues; share in thousandths; even and pace in microseconds; amounts in the limit's unit
@@ -17,7 +17,8 @@
 -- `amounts` are those of a tenant's first tickets in their order, empty if each takes 1. `width` is that of the
 -- buckets. `use` is what shares count for a call, 0 if that is its duration. `ramp` is level, since, percent and
 -- start, empty without one; `free` of a bucket with a ramp is what its last window took. From `owed_from` on the band
--- is owed its share.
+-- is owed its share. For `held_ms` more, as a higher band has found no room, it gets no more than that. `taken` is
+-- what higher bands took in the last window.
 T.load_pool()
 pool.now = math.max(T.wall_clock_ms(), pool.clock)
 -- The most queues read for one position; for the rest, the tenants' total counts are used.
@@ -135,6 +136,7 @@ local function line(limit, number, tenant, last, use)
     end
   end
   local bound, free, even, pace, at, width = limit.bound, {}, 0, 0, 0, 0
+  local held_ms, taken = 0, 0
   local sort, span = limit.sort, limit.span or 0
   if limit.sort == 'c' then
     bound = T.cap_of(limit, number)
@@ -157,7 +159,8 @@ local function line(limit, number, tenant, last, use)
     end
     -- Beyond its share a band waits for a window after a higher band found no room.
     for higher = 1, number - 1 do at = math.max(at, limit.bands[higher].held) end
-    if at > 0 and at + (limit.span or 0) > pool.now then above = math.max(above, 1) end
+    if at > 0 and limit.sort == 'r' then held_ms = math.max(0, at + limit.span - pool.now) end
+    taken = T.rates().taken_above(limit, number)
   end
   local paused_ms = limit.pause and math.max(limit.pause.gate and 1 or 0, limit.pause.until_ms - pool.now) or 0
   local tag = T.tag_of(limit, { band = number, tenant = tenant })
@@ -165,7 +168,7 @@ local function line(limit, number, tenant, last, use)
     limit.cost_ms, paused_ms, share_of(limit, number, tenant), waiting_of(limit, number, tenant), rivals,
     above, T.progress_of(limit, number), free, even, pace, mean_of(limit, number, tenant), own,
     width, pool.fair_by and T.use_at(limit, use) or 0, ramp_of(limit),
-    band.passed > 0 and math.floor(band.from / 1000) or pool.now }
+    band.passed > 0 and math.floor(band.from / 1000) or pool.now, held_ms, taken }
 end
 
 if q.ticket == '' then

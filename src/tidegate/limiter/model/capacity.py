@@ -318,6 +318,27 @@ class Capacity:
         left_at = self._room_beside(limit, amount, kept + limit.limit.bound // LEFT_FREE)
         return min(left_at, max(at, used_at + span_ms))
 
+    def taken_above(self, limit: LimitState, number: int) -> int:
+        """Return about how much bands above `number` took of a rate in the last window."""
+        if not isinstance(limit.limit, Rate):
+            return 0
+        now, span_ms = self.pool.now, span_of(limit.limit)
+        higher = (band for other, band in limit.bands.items() if other < number)
+        return sum(band.taken_lately(now, span_ms) for band in higher)
+
+    def beside_bands(
+        self, limit: LimitState, number: int, before: int, amount: int
+    ) -> tuple[int, bool]:
+        """Return `before` with what higher bands take of a rate until so much and `amount` more are
+        admitted, as in the last window; and whether they take any.
+        """
+        taken, bound = self.taken_above(limit, number), limit.limit.bound
+        if not taken or not bound:
+            return before, False
+        left = max(1, bound - taken - bound // LEFT_FREE, bound * self.share(number) // 1000)
+        amount = limit.clamped(amount)
+        return floor((before + amount) * (bound / left)) - amount, True
+
     def is_behind_bands(self, limit: LimitState, number: int) -> bool:
         """Return whether higher bands take what a rate gives beyond the least share of a band."""
         if not isinstance(limit.limit, Rate):
@@ -360,7 +381,7 @@ class Capacity:
         if not isinstance(limit.limit, Rate) or amount == 0:
             return
         now_us, window_us = self.pool.now * 1000, span_of(limit.limit) * 1000
-        limit.band(number).used_at = self.pool.now
+        limit.band(number).take(limit.clamped(amount), self.pool.now, span_of(limit.limit))
         for below, band in limit.bands.items():
             if below > number and band.lines and self.share(below):
                 if not band.passed_us:

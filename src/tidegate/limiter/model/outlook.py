@@ -232,8 +232,11 @@ class Outlooks:
             is_late = is_late or behind > latest
         if not is_late:
             return []
-        room_at = max(at, self.capacity.free_after(limit, before.expected * amount, amount))
-        is_estimate = before.expected > (before.certain if self._is_firm(limit) else 0)
+        count, is_beside = self.capacity.beside_bands(
+            limit, number, before.expected * amount, amount
+        )
+        room_at = max(at, self.capacity.free_after(limit, count, amount))
+        is_estimate = is_beside or before.expected > (before.certain if self._is_firm(limit) else 0)
         if self.capacity.is_behind_bands(limit, number):
             total = before.expected * amount + limit.clamped(amount)
             room_at = self.capacity.by_least_share(limit, number, total, room_at)
@@ -292,7 +295,8 @@ class Outlooks:
         grown = self.capacity.grown_after(place, least, amount) > latest
         if not grown and (not count or self.capacity.free_after(place, least, amount) <= latest):
             return []
-        room_at = self.capacity.free_after(place, before.expected * mean, amount)
+        total, _ = self.capacity.beside_bands(place, flow.band, before.expected * mean, amount)
+        room_at = self.capacity.free_after(place, total, amount)
         if grown:
             grown_at = self.capacity.grown_after(place, before.expected * mean, amount)
             room_at = max(room_at, grown_at)
@@ -451,10 +455,6 @@ class Positions:
                 full = pool.now * 1000 + limit.spending.level_us(limit.limit, pool.now)
                 if pace == 0 or full - span * 1000 > even - pace:
                     even, pace = full, span * 1000
-            held = max((one.held_at for one in higher), default=0)
-            held_ms = span_of(limit.limit) if isinstance(limit.limit, Rate) else 0
-            if held > 0 and held + held_ms > pool.now:
-                above = max(above, 1)
         else:
             bound = self.capacity.cap(limit, number)
             if limit.by_tokens and bound > 0:
@@ -468,7 +468,15 @@ class Positions:
             [list(sample) for sample in self.outlooks.progress_of(limit, number)],
             *(free, even, pace, self._mean(limit, band, tenant), own, width),
             *(self._use(limit, use), self._ramp(limit), self._owed_from(band)),
+            *(self._held_ms(limit, higher), self.capacity.taken_above(limit, number)),
         ]
+
+    def _held_ms(self, limit: LimitState, higher: list[BandState]) -> int:
+        """Return for how much longer a band gets no more than its least share of a rate."""
+        held_at = max((one.held_at for one in higher), default=0)
+        if not held_at or not isinstance(limit.limit, Rate):
+            return 0
+        return max(0, held_at + span_of(limit.limit) - self.pool.now)
 
     def _use(self, limit: LimitState, use: int) -> int:
         return 0 if self.pool.fair_by == "seconds" else self.pool.probable_use(limit, use)

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import floor
 from typing import NamedTuple
 
 from tidegate.limiter.messages import Push
@@ -214,7 +215,8 @@ class BandState:
 
     Under a rate the band is owed what its least share gives from `from_us` to `passed_us`, the last
     time that a higher band took something; `from_us` is in the future if it had more than its
-    share. held_at: when it last found no room. used_at: when it last took something.
+    share. held_at: when it last found no room. used_at: when it last took something. taken,
+    taken_before: how much in that window of the clock and the one before it.
     """
 
     lines: dict[str, dict[str, SessionQueue]] = field(default_factory=dict)
@@ -225,10 +227,28 @@ class BandState:
     passed_us: int = 0
     held_at: int = 0
     used_at: int = 0
+    taken: int = 0
+    taken_before: int = 0
 
     @property
     def waits(self) -> int:
         return sum(map(len, self.lines.values()))
+
+    def taken_lately(self, now: int, span_ms: int) -> int:
+        """Return about how much it took of a rate in the last window."""
+        taken, before = self._taken_by(now, span_ms)
+        return taken + floor(before * ((span_ms - now % span_ms) / span_ms))
+
+    def take(self, amount: int, now: int, span_ms: int) -> None:
+        """Record that it took something of a rate."""
+        self.taken, self.taken_before = self._taken_by(now, span_ms)
+        self.taken, self.used_at = self.taken + amount, now
+
+    def _taken_by(self, now: int, span_ms: int) -> tuple[int, int]:
+        passed = now // span_ms - self.used_at // span_ms
+        if passed == 0:
+            return self.taken, self.taken_before
+        return 0, self.taken if passed == 1 else 0
 
     def tag(self, tenant: str) -> int:
         if tenant in self.lines:

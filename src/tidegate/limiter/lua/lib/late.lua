@@ -65,8 +65,9 @@ local function late_at(limit, number, amount, before, here, latest)
   if is_firm then late = late or T.rates().free_after(limit, before.certain * amount, amount) > latest end
   if not late then return nil end
   local expected = here and before.expected or before.certain
-  local room_at = math.max(at, T.rates().free_after(limit, expected * amount, amount))
-  local estimate = expected > (is_firm and before.certain or 0)
+  local count, beside = T.rates().beside_bands(limit, number, expected * amount, amount)
+  local room_at = math.max(at, T.rates().free_after(limit, count, amount))
+  local estimate = beside or expected > (is_firm and before.certain or 0)
   if T.rates().is_behind_bands(limit, number) then
     local total = expected * amount + T.rates().clamped(limit, amount)
     room_at, estimate = T.rates().by_least_share(limit, number, total, room_at), true
@@ -146,10 +147,11 @@ local function probably_late(queue, list, place, before, latest)
   local rates = T.rates()
   local grown = rates.grown_after(place, least, amount) > latest
   if not grown and (count == 0 or rates.free_after(place, least, amount) <= latest) then return nil end
-  local room_at = rates.free_after(place, before.expected * mean, amount)
+  local total = rates.beside_bands(place, queue.band, before.expected * mean, amount)
+  local room_at = rates.free_after(place, total, amount)
   if grown then room_at = math.max(room_at, rates.grown_after(place, before.expected * mean, amount)) end
   if rates.is_behind_bands(place, queue.band) then
-    local total = before.expected * mean + rates.clamped(place, amount)
+    total = before.expected * mean + rates.clamped(place, amount)
     room_at = rates.by_least_share(place, queue.band, total, room_at)
   end
   return { room_at, place.name, place.spent, before.expected, 1 }

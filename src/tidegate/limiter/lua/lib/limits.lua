@@ -20,7 +20,7 @@ end
 
 -- The state of a band that has had no waiter yet is created on access.
 T.band_list = { __index = function(list, number)
-  for i = #list + 1, number do rawset(list, i, { waits = 0, virtual = 0, credit = 0, from = 0, passed = 0, held = 0, used = 0 }) end
+  for i = #list + 1, number do rawset(list, i, { waits = 0, virtual = 0, credit = 0, from = 0, passed = 0, held = 0, used = 0, taken = 0, before = 0 }) end
   return rawget(list, number)
 end }
 
@@ -65,10 +65,11 @@ function T.limit_of(name)
     for text in string.gmatch(waiting, '[^,]+') do
       number = number + 1
       local waits, virtual, credit, rest = string.match(text, '^(%d+):(%d+):(%d+):?(.*)$')
-      local from, passed, held, used = string.match(rest, '^(%d+):(%d+):(%d+):(%d+)')
+      local from, passed, held, used, taken, before = string.match(rest, '^(%d+):(%d+):(%d+):(%d+):?(%d*):?(%d*)')
       limit.bands[number] = { waits = tonumber(waits), virtual = tonumber(virtual),
         credit = tonumber(credit), from = tonumber(from or 0), passed = tonumber(passed or 0),
-        held = tonumber(held or 0), used = tonumber(used or 0) }
+        held = tonumber(held or 0), used = tonumber(used or 0),
+        taken = tonumber(taken or 0) or 0, before = tonumber(before or 0) or 0 }
     end
   end
   if paused then
@@ -115,8 +116,8 @@ T.save_limit = function(limit)
   for number, band in ipairs(limit.bands) do
     parts[number] = T.int(band.waits) .. ':' .. T.int(band.virtual) .. ':' .. T.int(band.credit)
     if band.from > 0 or band.used > 0 or band.held > 0 or band.passed > 0 then
-      parts[number] = string.format('%s:%d:%d:%d:%d', parts[number], band.from, band.passed,
-        band.held, band.used)
+      parts[number] = string.format('%s:%d:%d:%d:%d:%.0f:%.0f', parts[number], band.from, band.passed,
+        band.held, band.used, band.taken, band.before)
     end
   end
   if not limit.defined and T.parked_at(limit) == 0 then

@@ -1,7 +1,7 @@
 -- does: counts the usage of rates and day quotas
 -- keys: meta log rate quota spending charged
 -- args: resets
--- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), grown_after(), clamped(), kept_below(), is_behind_bands(), by_least_share(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), carry_over(), rewind(), save(), note_spenders(), index(); forget_spending()
+-- returns: rates() with fits(), is_used_up(), free_at(), free_after(), certain_at(), grown_after(), clamped(), kept_below(), is_behind_bands(), taken_above(), beside_bands(), by_least_share(), take(), turn_of(), settle(), spent(), taken(), taken_since(), assert_spent(), assert_evenly(), charge(), end_charges(), carry_over(), rewind(), save(), note_spenders(), index(); forget_spending()
 -- units: ms; amounts in the limit's unit
 --
 -- A rate of up to 10,000 requests is an exact log of admissions. Others are counted in buckets, 120 to a window, of
@@ -397,10 +397,41 @@ T.rates = function()
     return T.has_room(limit, number, amount)
   end
 
+  -- Returns what a band took in the present window of the clock, and in the one before it.
+  local function taken_by(limit, band)
+    local passed = math.floor(pool.now / limit.span) - math.floor(band.used / limit.span)
+    if passed == 0 then return band.taken, band.before end
+    return 0, passed == 1 and band.taken or 0
+  end
+
+  -- Returns about how much bands above `number` took of a rate in the last window.
+  function f.taken_above(limit, number)
+    local sum = 0
+    if limit.sort ~= 'r' then return sum end
+    for higher = 1, number - 1 do
+      local taken, before = taken_by(limit, limit.bands[higher])
+      sum = sum + taken + math.floor(before * ((limit.span - pool.now % limit.span) / limit.span))
+    end
+    return sum
+  end
+
+  -- Returns `before` with what higher bands take of a rate until so much and `amount` more are admitted, as in the last
+  -- window; and whether they take any.
+  function f.beside_bands(limit, number, before, amount)
+    local taken = f.taken_above(limit, number)
+    if taken == 0 or limit.bound == 0 then return before, false end
+    local left = limit.bound - taken - math.floor(limit.bound / T.LEFT_FREE)
+    left = math.max(1, left, math.floor(limit.bound * share_of(number) / 1000))
+    amount = clamped(limit, amount)
+    return math.floor((before + amount) * (limit.bound / left)) - amount, true
+  end
+
   -- Records an admission of a band: lower bands with waiters are passed, and the band's own share is used.
   local function count_shares(limit, number, amount)
     local now = pool.now * 1000
-    limit.bands[number].used = pool.now
+    local own = limit.bands[number]
+    own.taken, own.before = taken_by(limit, own)
+    own.taken, own.used = own.taken + amount, pool.now
     for below = number + 1, #limit.bands do
       local band = limit.bands[below]
       if band.waits > 0 and share_of(below) > 0 then
