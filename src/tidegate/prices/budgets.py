@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
@@ -172,6 +172,19 @@ class BudgetWaiter:
     needs: tuple[tuple[Binding, int], ...]
     notify: Callable[[QuotaExceeded], None]
 
+    @staticmethod
+    def renew(waiters: Iterable[BudgetWaiter], budgets: Iterable[Budget]) -> None:
+        """Bind waiting calls to the budgets that are in force now, as those may have another amount
+        or end than when the calls began to wait. A budget that was removed binds none of them."""
+        by_name = {one.name: one for one in budgets}
+        for waiter in waiters:
+            known = ((by_name.get(old.budget.name), old, need) for old, need in waiter.needs)
+            waiter.needs = tuple(
+                (Binding(budget, old.scope), need)
+                for budget, old, need in known
+                if budget and (budget.unit, budget.each) == (old.budget.unit, old.budget.each)
+            )
+
 
 class KnownRefusals:
     """Refusals that a process remembers, by the book that refuses. Bounded, since clients name
@@ -209,7 +222,7 @@ class KnownRefusals:
                 del self.books[binding.book]
                 known = None
             if known is not None and known.refuses(need):
-                found.append((known, need))
+                found.append((known._replace(binding=binding), need))
             else:
                 others.append((binding, need))
         # As in PostgreSQL, of several that end at a time the last one refuses.

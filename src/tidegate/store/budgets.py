@@ -401,6 +401,7 @@ class Budgets:
             self._rules, self._revision = tuple(found), revision
             self._static.cache_clear()
             self._refusals.clear()
+            BudgetWaiter.renew(self._waiters.values(), found)
             self._write_file()
             self.wake()
 

@@ -489,3 +489,33 @@ async def test_a_call_in_a_queue_leaves_it_once_another_process_has_spent_its_bu
     await wait_until(lambda: other._trying is None, what="no more trials")
     (book,) = await one.records.books("a-day")
     assert (book.spent, book.held, other.held) == (90, 0, 0)
+
+
+async def test_a_call_in_a_queue_is_refused_as_its_budget_says_now(
+    connections: Connections,
+) -> None:
+    """It was refused by the budget of when it began to wait: without its new cheaper model, and for
+    a minute so was every other call, of which some were told that no period has room for them."""
+    one, other = (Budgets(connections, instance_id=name) for name in ("one", "other"))
+    before = Budget("d", "usd", 100, "day")
+    await with_budgets(one, before, Budget("gone", "usd", 10_000, "day"))
+    await other.refresh()
+    waiting: list[QuotaExceeded] = []
+    old = other.binding(ACME, "m")
+    end = other.watch(old, cost(50), waiting.append)
+    await one.records.remove("gone", by="test")
+    await with_budgets(one, replace(before, amount=1_000, at_end="fall_back", fallback="cheap"))
+    await other.refresh()
+    await spend(one, 960)
+    await wait_until(lambda: bool(waiting), what="the refusal of the call that waits")
+    end()
+    errors = [waiting[0], await refused(other, 500)]
+    # So is one after another whose reservation was on its way during the change.
+    other._refusals.clear()
+    with pytest.raises(BudgetExceeded):
+        await other.reserve(old, new_id(), cost(500))
+    assert other._refusals.books
+    errors.append(await refused(other, 500))
+    for error in errors:
+        assert isinstance(error, BudgetExceeded)
+        assert (error.fallback, error.never_fits) == ("cheap", False)
