@@ -57,7 +57,7 @@ def cut(micros: int | None) -> Charge:
 
 @pytest.fixture
 async def connections(database_url: str) -> AsyncIterator[Connections]:
-    made = Connections(database_url)
+    made = Connections(database_url, patience_ms=60_000)  # through a stall of the machine
     yield made
     await made.aclose()
 
@@ -210,7 +210,7 @@ async def seen(url: str) -> dict[tuple[str, str], tuple[int, int, int]]:
 async def test_of_two_hundred_at_once_in_two_processes_those_that_fit_are_admitted(
     database_url: str,
 ) -> None:
-    sides = [Connections(database_url) for _ in range(2)]
+    sides = [Connections(database_url, patience_ms=60_000) for _ in range(2)]
     processes = [Budgets(one, instance_id=f"p{n}") for n, one in enumerate(sides)]
     await processes[0].records.set(DAY, by="test")
     await processes[0].records.set(Budget("wide", "usd", 100_000, "month"), by="test")
