@@ -564,9 +564,10 @@ async def test_a_paused_budget_goes_on_once_it_is_resumed(open_gateway: Opener) 
 async def test_a_budget_that_jobs_have_spent_is_paused_until_a_person_resumes_it(
     open_gateway: Opener,
 ) -> None:
-    gateway = await open_gateway()
+    gateway = await open_gateway(worker=False)
     budget = Budget("p", "tokens", 2_000, "day", doubt="estimate", at_end="pause")
     await with_budgets(gateway, budget)
+    gateway.start_worker()  # which knows the budget from its first call on
     await gateway.submit(data="Explain the tide", type="text_only")
     books = "SELECT spent FROM budget_books WHERE spent > 0"
     await wait_until(lambda: gateway.database.fetch(books), 20, "a charge")
@@ -717,9 +718,10 @@ async def test_the_end_of_a_period_is_told_by_the_clock_of_postgresql(
 async def test_a_job_that_expires_while_it_waits_for_a_budget_names_the_budget(
     open_gateway: Opener,
 ) -> None:
-    gateway = await open_gateway()
+    gateway = await open_gateway(worker=False)
     await with_budgets(gateway, Budget("day", "tokens", 9_000, "day", doubt="estimate"))
     await spend(gateway, "day", "", 8_999)
+    gateway.start_worker()  # which knows the budget from its first call on
     job = await gateway.submit(data="Why?", type="text_only")
     refused = f"SELECT failure->>'code' = 'budget_exceeded' FROM requests WHERE id = '{job}'"
     await wait_until(lambda: gateway.database.fetchval(refused), 20, "a refusal by the budget")
@@ -735,13 +737,14 @@ async def test_a_job_that_needs_more_than_a_whole_budget_fails_and_says_so(
     open_gateway: Opener,
 ) -> None:
     """Another that only has to wait for the next period is retried."""
-    gateway = await open_gateway()
+    gateway = await open_gateway(worker=False)
     await with_budgets(
         gateway,
         Budget("small", "tokens", 10, "day", tenant="acme", doubt="estimate"),
         Budget("day", "tokens", 9_000, "day", tenant="default", doubt="estimate"),
     )
     await spend(gateway, "day", "", 8_999)
+    gateway.start_worker()  # which knows the budgets from its first call on
     acme = {"x-tidegate-tenant": "acme"}
     waits = await submitted(gateway, {}, data="Why?", type="text_only")
     fails = await submitted(gateway, acme, data="Why?", type="text_only")
