@@ -305,8 +305,8 @@ async def _check_zone(connection: asyncpg.Connection, budget: Budget) -> None:
 
 async def drop_books(connection: asyncpg.Connection, removed: Sequence[asyncpg.Record]) -> None:
     """Remove the books of budgets that were removed in this transaction."""
-    names = [row["name"] for row in removed]
-    if names:
+    if names := [row["name"] for row in removed]:
+        await connection.execute(sql("lock_budget_books"))
         units = [row["unit"] for row in removed]
         await connection.execute(sql("drop_budget_books"), names, units)
         await connection.execute(sql("count_budget_change"))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import asyncpg
+import orjson
 import pytest
 
+from tests.waiting import wait_until
 from tidegate.call import CallCost, Caller, Charge, Usage, UsageState, new_id
 from tidegate.errors import BudgetExceeded
 from tidegate.prices.budgets import Budget
 from tidegate.store.budgets import Budgets
-from tidegate.store.database import Connections
+from tidegate.store.database import Connections, sql
 
 ACME = Caller("acme", "k1")
 
@@ -155,3 +159,39 @@ async def test_a_hold_of_a_dead_process_that_cannot_be_charged_holds_up_no_other
     assert await budgets.charge_orphans() == 2
     (book,) = await budgets.records.books("day")
     assert (book.spent, book.estimated, book.held) == (100, 100, 0)
+
+
+async def test_a_reservation_on_its_way_is_removed_with_its_budget(
+    budgets: Budgets, database_url: str
+) -> None:
+    """Else it stays for ever, is charged as a dead process's every five seconds, and its end frees
+    in the next budget of that name what was never reserved there."""
+    day = Budget("day", "usd", 100, "day")
+    await with_budgets(budgets, day)
+    binding, other = budgets.binding(ACME, "m"), new_id()
+    budgets.settle(await budgets.reserve(binding, new_id(), cost(1)), told(1))
+    await budgets.flush()
+    connection = await asyncpg.connect(database_url)
+    waiting = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    reserving = connection.transaction()
+    await reserving.start()
+    try:
+        call: dict[str, Any] = {"id": other, "request": other, "binds": [[0, 60]]}
+        asked = {"books": [["day", ""]], "calls": [call]}
+        await connection.fetch(sql("reserve_budgets"), orjson.dumps(asked).decode(), "one")
+        removal = asyncio.create_task(budgets.records.remove("day", by="test"))
+        await wait_until(lambda: connection.fetchval(waiting), what="the removal waits")
+        await reserving.commit()
+        await removal
+        assert await connection.fetchval("SELECT count(*) FROM budget_holds") == 0
+    finally:
+        await connection.close()
+    await with_budgets(budgets, day)
+    budgets.settle(other, told(10), new_id())
+    await budgets.flush()
+    await budgets.reserve(budgets.binding(ACME, "m"), new_id(), cost(100))
+    (book,) = await budgets.records.books("day")
+    assert (book.spent, book.held) == (0, 100)

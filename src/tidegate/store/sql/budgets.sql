@@ -46,6 +46,11 @@ DELETE FROM budgets WHERE name = $1 RETURNING name, unit
 -- Delete the budgets that are bound to one tenant by its name.
 DELETE FROM budgets WHERE tenant = $1 RETURNING name, unit
 
+-- name: lock_budget_books
+-- Wait for all transactions that reserve, and have others wait until this one ends.
+-- Else they reserve under a budget that this one removes.
+LOCK TABLE budget_books IN SHARE ROW EXCLUSIVE MODE
+
 -- name: drop_budget_books
 -- Delete the books, pauses and reservations of deleted budgets $1, whose alerts keep their units $2.
 WITH books AS (DELETE FROM budget_books WHERE budget = ANY($1::text[])),
