@@ -622,12 +622,15 @@ class UsageTotals:
         until: date,
         tenant_id: str | None = None,
         upstream: str | None = None,
+        *,
+        names_operators: bool = True,
     ) -> UsageTable:
         """Return totals of the days from `since` to `until`, both inclusive, grouped `by`
         tenant, model and day; of one tenant or all, and of one upstream or all; the first
         `MOST_TOTALS` in order. Grouped by key or upstream, they are read from the request log,
         as far back as it is kept. Days with stored sums are read from these, if the sums have
-        the requested dimensions."""
+        the requested dimensions. Without `names_operators`, the calls that operators made as a
+        tenant are one row, of the key `operator`."""
         dimensions = set(by)
         is_by_day, is_logged = "day" in dimensions, not _LOGGED.isdisjoint(dimensions)
         named = {"tenant": tenant_id, "upstream": upstream}
@@ -650,6 +653,7 @@ class UsageTotals:
                 MOST_TOTALS,
                 level,
                 *_sources_of(span, reach, state, is_by_day=is_by_day, is_logged=is_logged),
+                not names_operators,
             )
             assert row is not None
             total = {name: row[name] for name in COUNTS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -88,6 +89,35 @@ async def test_each_call_is_the_tenants_and_names_its_operator(
         assert "tg_" not in str(call)
     status, page = await ask(gateway, "GET", "/admin/requests?tenant=acme&limit=1", operator)
     assert (status, page["items"][0]["key"]) == (200, f"operator:tg_{prefix}")
+
+
+async def test_a_tenant_sees_calls_by_operators_and_not_who_made_them(open_gateway: Opener) -> None:
+    gateway = await open_gateway(**WITH_KEYS, worker=False)
+    acme = await key_of(gateway, "acme")
+    own = acme["Authorization"].removeprefix("Bearer tg_").partition("_")[0]
+    operators = [await operator_of(gateway, Scope.OPERATOR) for _ in range(2)]
+    for _, headers in operators:
+        assert (await called(gateway, GEMINI, CALLS[GEMINI], headers | AS_ACME))[0] == 200
+    assert (await ask(gateway, "POST", GEMINI, acme, CALLS[GEMINI]))[0] == 200
+    await rows(gateway, 3)
+    usage, database = gateway.services.store.usage, gateway.database
+    since = datetime.now(UTC).date() - timedelta(days=2)
+    named = {own: 1, **{f"operator:tg_{prefix}": 1 for prefix, _ in operators}}
+    for is_summed in (False, True):  # read from the request log, and from a day's sums
+        if is_summed:
+            await database.execute("UPDATE audit SET created_at = created_at - interval '1 day'")
+            await database.execute("UPDATE usage_days SET day = day - 1")
+            assert await usage.sum_days() > 0
+            await database.execute("UPDATE usage_sums SET images = images + 1")
+        for path, keys in (("/usage", {own: 1, "operator": 2}), ("/admin/usage", named)):
+            headers = acme if path == "/usage" else AS_ADMIN
+            for by in ("key", "key,upstream", "key,day"):
+                query = f"{path}?by={by}&since={since}"
+                status, sums = await ask(gateway, "GET", query, headers)
+                found = {row["key"]: row["requests"] for row in sums["rows"]}
+                assert (status, found) == (200, keys), query
+            assert sums["total"]["requests"] == 3
+            assert (sums["total"]["images"] > 0) == is_summed
 
 
 async def test_the_tenants_limits_budgets_and_models_apply(open_gateway: Opener) -> None:

@@ -88,7 +88,7 @@ SELECT ARRAY(
 -- They are grouped by tenant, model, day, key and upstream as $1 to $5 say, over the spans of days from $6
 -- to $7, of tenant $8 and upstream $9 if given. They are read from the sums of level $11 of days $12 and of
 -- weeks $18, from the totals of days $13, and from the calls recorded from $14 until $15. All of these lie
--- between $16 and $17.
+-- between $16 and $17. If $19, the calls that operators made as a tenant have the key `operator`.
 WITH logged AS MATERIALIZED (
     SELECT CASE WHEN $3::boolean THEN (a.finished_at AT TIME ZONE 'UTC')::date ELSE ($6::date[])[1] END AS ended_day,
         CASE WHEN $1::boolean THEN a.tenant_id END AS tenant,
@@ -164,7 +164,8 @@ FROM (
         SELECT first, last, ',"day":' || to_json(first)::text AS day_text
         FROM unnest($6::date[], $7::date[]) AS days (first, last) ORDER BY first
     ) AS span CROSS JOIN LATERAL (
-        SELECT tenant, model, key, upstream,
+        SELECT tenant, model,
+            CASE WHEN $19::boolean AND starts_with(key, 'operator:') THEN 'operator' ELSE key END AS key, upstream,
             coalesce(usage_total(requests), 0) AS requests, coalesce(usage_total(input_tokens), 0) AS input_tokens,
             coalesce(usage_total(output_tokens), 0) AS output_tokens, coalesce(usage_total(cached_tokens), 0) AS cached_tokens,
             coalesce(usage_total(thoughts_tokens), 0) AS thoughts_tokens, coalesce(usage_total(images), 0) AS images,
