@@ -440,6 +440,7 @@ _CACHE = (b"cache-control", b"private, no-store")
 _ROUTINE = ("/health", "/llm/health", "/metrics", "/llm/metrics")
 TRACE_IN_SCOPE = "tidegate.trace"  # the id of the request's trace, as text
 CALLER_IN_SCOPE = "tidegate.caller"  # a Caller: set where the caller is identified
+LOGS_ITSELF = "tidegate.logs_itself"  # set for a request that its handler logs and counts
 
 log = get_logger()
 log_request = FrequentLog(Log.REQUEST_DONE)
@@ -495,22 +496,26 @@ class AccessLog:
             else:
                 await _cut(scope, receive)
         finally:
-            took_s = time.monotonic() - started
-            path = scope["path"]
-            tally: Tally = scope["app"].state.services.tally
-            fields: dict[str, Any] = {
-                "method": scope["method"],
-                "path": path,
-                "status": status,
-                "took_ms": round(took_s * 1000, 1),
-                **({"request_id": request_id} if request_id else {}),
-                **({"trace_id": scope[TRACE_IN_SCOPE]} if TRACE_IN_SCOPE in scope else {}),
-                **who(scope.get(CALLER_IN_SCOPE)),
-            }
-            tally.answered(route_of(path), status, took_s)
-            # After the answers that are ready to be sent: in a burst they would wait for the log
-            # lines.
-            asyncio.get_running_loop().call_soon(log_answered, fields)
+            if LOGS_ITSELF not in scope:
+                _note_answered(scope, status, request_id, time.monotonic() - started)
+
+
+def _note_answered(scope: Scope, status: int, request_id: str | None, took_s: float) -> None:
+    """Count an answer, and log it after the answers that are ready to be sent: in a burst they
+    would wait for the log lines."""
+    path = scope["path"]
+    tally: Tally = scope["app"].state.services.tally
+    fields: dict[str, Any] = {
+        "method": scope["method"],
+        "path": path,
+        "status": status,
+        "took_ms": round(took_s * 1000, 1),
+        **({"request_id": request_id} if request_id else {}),
+        **({"trace_id": scope[TRACE_IN_SCOPE]} if TRACE_IN_SCOPE in scope else {}),
+        **who(scope.get(CALLER_IN_SCOPE)),
+    }
+    tally.answered(route_of(path), status, took_s)
+    asyncio.get_running_loop().call_soon(log_answered, fields)
 
 
 def _here(header: tuple[bytes, bytes]) -> tuple[bytes, bytes]:

@@ -10,9 +10,12 @@ import pytest
 
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import ADMIN_TOKEN, AS_ADMIN, ask, key_of
+from tests.loglines import Lines, lines
 from tests.waiting import wait_until
 from tidegate.call import Scope
 from tidegate.policy.format import edit
+
+__all__ = ["lines"]
 
 MODEL = "gemini-2.5-flash"
 CHAT = "/v1/chat/completions"
@@ -89,6 +92,21 @@ async def test_each_call_is_the_tenants_and_names_its_operator(
         assert "tg_" not in str(call)
     status, page = await ask(gateway, "GET", "/admin/requests?tenant=acme&limit=1", operator)
     assert (status, page["items"][0]["key"]) == (200, f"operator:tg_{prefix}")
+
+
+async def test_each_call_is_one_line_of_the_log(open_gateway: Opener, lines: Lines) -> None:
+    gateway = await open_gateway(**WITH_KEYS, worker=False)
+    await key_of(gateway, "acme")
+    for path in (CHAT, "/stream", "/submit"):
+        await called(gateway, path, CALLS[path], AS_ADMIN | AS_ACME)
+    await recorded_calls(gateway)
+
+    def written() -> list[dict[str, Any]]:
+        return [line for line in lines() if line["event"] == "request_done"]
+
+    await wait_until(lambda: any(line["method"] == "GET" for line in written()), 20)
+    posts = [line for line in written() if line["method"] == "POST"]
+    assert [line["status"] for line in posts] == [200, 200, 202], posts
 
 
 async def test_a_tenant_sees_calls_by_operators_and_not_who_made_them(open_gateway: Opener) -> None:

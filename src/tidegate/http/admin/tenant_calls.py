@@ -27,7 +27,13 @@ from tidegate.http.guards import CALLER_BY_OPERATOR, Operator, address_of, check
 from tidegate.http.jobs import submit
 from tidegate.http.native import native
 from tidegate.http.problems import Handler, problem_responses
-from tidegate.http.services import CALLER_IN_SCOPE, Services, note_refused, services_of
+from tidegate.http.services import (
+    CALLER_IN_SCOPE,
+    LOGS_ITSELF,
+    Services,
+    note_refused,
+    services_of,
+)
 from tidegate.http.stream import stream
 from tidegate.record import Source
 from tidegate.store.records import acting
@@ -58,6 +64,7 @@ class _NativeCall(Response):
         self._scope = scope
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[LOGS_ITSELF] = True
         await native(self._services, self._scope, receive, send)
 
 
