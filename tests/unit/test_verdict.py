@@ -136,7 +136,7 @@ def test_an_adaptive_limit_that_has_found_a_lower_bound_says_so() -> None:
 
 def test_why_postgresql_is_unavailable_is_the_detail_of_its_cause() -> None:
     for problem, words in (
-        ("PostgreSQL is away: no answer in time", "PostgreSQL does not answer"),
+        ("PostgreSQL is unavailable: no answer in time", "PostgreSQL does not answer"),
         ("PostgreSQL accepts no writes: in_hot_standby is on", "PostgreSQL accepts no writes"),
     ):
         (cause,) = judge(replace(seen(record=None), problem=problem)).causes

@@ -13,8 +13,6 @@ from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from shlex import quote
-from urllib.error import URLError
-from urllib.request import urlopen
 
 from tidegate.admission.charges import provider_of_upstream
 from tidegate.embedded.servers import command_of
@@ -125,7 +123,8 @@ def judge_prices(
             "or see `tidegate reconcile`",
         )
     else:
-        yield ok("prices.age", f"{len(rows)} public prices are in use, none read long ago")
+        found = "1 public price is" if len(rows) == 1 else f"{len(rows)} public prices are"
+        yield ok("prices.age", f"{found} in use, none read long ago")
 
 
 def judge_preempt(upstreams: Sequence[Upstream], emulated: str = "") -> Iterator[Finding]:
@@ -472,7 +471,6 @@ _OLDEST_PYTHON = (3, 11)
 _NEED = re.compile(r"(?P<name>[A-Za-z0-9_.-]+)(\[[^]]*\])?>=(?P<version>[0-9.]+)(?P<only>.*)")
 _FEW_FILES, _TOO_FEW_FILES = 4_096, 1_024
 _LITTLE_BYTES, _TOO_LITTLE_BYTES = 2_000_000_000, 200_000_000
-_ANSWER_S = 1.0
 _OWN_FOLDERS = ("blobs", "spill")
 _GB = 1_000_000_000
 
@@ -610,7 +608,7 @@ def _secret_files(dotenv: Path) -> Finding:
 
 def port(config: Config) -> Finding:
     """Judge whether HOST and PORT are free, or which program uses them."""
-    from tidegate.supervisor.supervisor import listen
+    from tidegate.supervisor.supervisor import listen, serves_tidegate
 
     if config.port == 0:
         return skipped("machine.port", "PORT=0 takes any free one")
@@ -624,7 +622,7 @@ def port(config: Config) -> Finding:
                 f"{refused.variable}={refused.value} {refused.allowed}",
                 "set HOST to an address of this machine, 127.0.0.1 or 0.0.0.0",
             )
-        if _is_own(config):
+        if serves_tidegate(config.host, config.port):
             return ok("machine.port", f"{place}: a Tidegate serves there")
         pid, command = _owner_of(config.port)
         if _TIDEGATE.search(command):
@@ -640,15 +638,6 @@ def port(config: Config) -> Finding:
             "stop that program, or set PORT",
         )
     return ok("machine.port", f"{place} is free")
-
-
-def _is_own(config: Config) -> bool:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    try:
-        with urlopen(f"http://{host}:{config.port}/health/live", timeout=_ANSWER_S) as answer:
-            return bool(answer.status == 200 and answer.read(100) == b'{"status":"ok"}')
-    except (URLError, OSError, ValueError):
-        return False
 
 
 _TIDEGATE = re.compile(r"(?:^|[ /])(?:tidegate|run_app\.py)(?: |$)")

@@ -137,7 +137,7 @@ def _failover(facts: dict[str, str]) -> Finding:
             "bring a replica back, or lower min-replicas-to-write",
         )
     if not replicas:
-        return ok("valkey.failover", "no replica: while it is away WHEN_VALKEY_AWAY decides")
+        return ok("valkey.failover", "no replica: while it is unavailable WHEN_VALKEY_AWAY decides")
     if "min_slaves_good_slaves" not in facts:
         return warn(
             "valkey.failover",

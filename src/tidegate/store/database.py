@@ -225,7 +225,7 @@ class Connections:
         if self._closed:
             raise StoreUnavailable("the store is closed")
         if self._down is not None:
-            raise StoreUnavailable("PostgreSQL is away", reason=self._down)
+            raise StoreUnavailable("PostgreSQL is unavailable", reason=self._down)
         most_ms = max(timeout_ms, self._patience_ms)
         task = asyncio.create_task(self._run(work, most_ms, repeatable, begin))
         self._tasks.add(task)
@@ -296,7 +296,7 @@ class Connections:
     async def dedicated(self) -> DatabaseSession:
         """Return a connection outside the pool, for LISTEN; the caller terminates it."""
         if self._down is not None:
-            raise StoreUnavailable("PostgreSQL is away", reason=self._down)
+            raise StoreUnavailable("PostgreSQL is unavailable", reason=self._down)
         try:
             return await self._connect(_Patience(CONNECT_TIMEOUT_MS / 1000))
         except (*_TRANSIENT, *_UNFIT) as failed:
@@ -401,7 +401,7 @@ class Connections:
                 if opening is not None:
                     opening.cancel()
             if self._down is not None:
-                raise StoreUnavailable("PostgreSQL is away", reason=self._down)
+                raise StoreUnavailable("PostgreSQL is unavailable", reason=self._down)
 
     def _free(self, connection: asyncpg.Connection) -> None:
         self._idle.append(connection)

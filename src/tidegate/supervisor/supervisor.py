@@ -750,10 +750,28 @@ def _address(config: Config, port: int) -> tuple[socket.AddressFamily, tuple[str
     return family, (str(address[0]), port)
 
 
+ANSWER_S = 1.0
+_PROBE = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+def serves_tidegate(host: str, port: int) -> bool:
+    """Return whether a Tidegate answers at an address to listen on."""
+    place = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host.strip("[]"), host.strip("[]"))
+    try:
+        with socket.create_connection((place, port), ANSWER_S) as caller:
+            caller.sendall(_PROBE)
+            answer = caller.makefile("rb").read(2000)
+    except OSError:
+        return False
+    return answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b'\r\n\r\n{"status":"ok"}')
+
+
 def _explained(config: Config, refused: OSError, name: str, port: int) -> ConfigError:
     match refused.errno:
         case errno.EADDRINUSE:
-            why = "is in use by another program; choose another port, or 0 for any free one"
+            own = serves_tidegate(config.host, port)
+            whose = "a Tidegate that runs already" if own else "another program"
+            why = f"is in use by {whose}; choose another port, or 0 for any free one"
             return ConfigError(name, str(port), why)
         case errno.EACCES:
             why = "may not be opened by this user; ports from 1024 on may"

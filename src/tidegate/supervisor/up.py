@@ -124,10 +124,11 @@ class Page:
         if ground.emulated:
             is_alone = len(deployed_upstreams(ground.config).upstreams) == 1
             whose = "answers" if is_alone else "answers of gemini"
+            missing = f"No {'provider key, such as ' if is_alone else ''}GEMINI_API_KEY"
             self._line()
             self._line(
                 (f"{_INDENT}Demo mode. ", "bold yellow"),
-                (f"No GEMINI_API_KEY: {whose} come from the built-in emulator.", "yellow"),
+                (f"{missing}: {whose} come from the built-in emulator.", "yellow"),
             )
         self._line()
         self._line((f"{_INDENT}Ctrl-C stops everything.", _QUIET))

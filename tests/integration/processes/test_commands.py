@@ -106,7 +106,7 @@ async def test_up_shows_its_page_survives_a_killed_child_and_leaves_nothing(
             "text_only 5, multi_modal 3, image_generation 2 concurrent calls, over all processes\n"
             in page
         )
-        assert "No GEMINI_API_KEY: answers come from the built-in emulator" in page
+        assert "No provider key, such as GEMINI_API_KEY: answers come from the built-in" in page
         assert len(re.findall(r"^ +curl .*localhost", page, re.MULTILINE)) == 4
         assert page.index("/v1/chat/completions") < page.index("/submit"), "an SDK's call first"
         marks = re.findall(r"^  ✓ (.*?) +\d+\.\d s$", page, re.MULTILINE)
@@ -183,3 +183,12 @@ async def test_a_taken_port_stops_the_start_with_one_line(
         "choose another port, or 0 for any free one\n"
     )
     assert data_dir.name not in os.listdir(tmp_path), "nothing was started"
+
+
+async def test_a_port_that_a_tidegate_has_is_said_to_be_its(tmp_path: Path, data_dir: Path) -> None:
+    settings = {"PORT": str(free_port()), "DATA_DIR": str(data_dir)}
+    with _running(tmp_path, "up", "-m", "tidegate", "up", **settings) as (_, said):
+        await wait_until(lambda: "Ctrl-C stops everything" in said.read_text(), 60, "the page")
+        with _running(tmp_path, "again", "-m", "tidegate", "up", **settings) as (again, refusal):
+            assert again.wait(20) == 2
+        assert "is in use by a Tidegate that runs already" in refusal.read_text()

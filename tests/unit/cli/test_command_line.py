@@ -200,7 +200,7 @@ def run_main(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> object:
 @pytest.mark.parametrize(
     ("why", "said"),
     [
-        ("PostgreSQL is away.", "PostgreSQL is away; `tidegate doctor` looks at both servers"),
+        ("PostgreSQL is gone.", "PostgreSQL is gone; `tidegate doctor` looks at both servers"),
         ("it is old; `tidegate migrate` helps", "it is old; `tidegate migrate` helps"),
     ],
 )

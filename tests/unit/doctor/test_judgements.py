@@ -37,6 +37,7 @@ from tidegate.store.provider.upstreams import UpstreamProcess
 from tidegate.store.records import PolicyRecord
 from tidegate.store.statistics import COUNTS, Total
 from tidegate.store.tenants import Key
+from tidegate.supervisor import supervisor
 from tidegate.upstream.server_load import ServerLoad
 
 SERVER = ServerReport(
@@ -427,7 +428,7 @@ def test_jobs_that_no_worker_begins_are_a_failure() -> None:
 def test_a_tidegate_that_does_not_answer_is_no_other_program(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(machine, "_ANSWER_S", 0.01)
+    monkeypatch.setattr(supervisor, "ANSWER_S", 0.01)
     code = (
         "import socket, sys; taken = socket.create_server(('127.0.0.1', 0)); "
         "print(taken.getsockname()[1], flush=True); sys.stdin.read()"
