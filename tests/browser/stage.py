@@ -151,6 +151,14 @@ class Seen:
             )
         )
 
+    async def cut_tables(self) -> list[str]:
+        """The tables that are wider than their place, whose last column is cut."""
+        found: list[str] = await self.page.evaluate(
+            "[...document.querySelectorAll('.scroll')]"
+            ".filter((one) => one.scrollWidth > one.clientWidth).map((one) => one.ariaLabel)"
+        )
+        return found
+
     async def is_accessible(self) -> None:
         """axe finds nothing."""
         if not await self.page.evaluate("'axe' in window"):

@@ -316,7 +316,7 @@ async def test_the_actions_of_a_tenant_cover_none_of_its_columns(stage: Stage) -
 
 async def test_a_list_without_items_has_no_search(stage: Stage) -> None:
     async with opened(stage, "/alerts") as seen:
-        posted = seen.page.get_by_role("region", name="Posted")
+        posted = seen.page.get_by_role("region", name="Raised")
         await expect(posted).to_contain_text("0")
         await expect(posted.get_by_role("searchbox")).to_be_hidden()
     async with opened(stage, "/tenants") as seen:
@@ -324,6 +324,30 @@ async def test_a_list_without_items_has_no_search(stage: Stage) -> None:
         await search.fill("no such tenant")
         await expect(seen.page.get_by_text("No matches")).to_be_visible()
         await expect(search).to_be_visible()
+
+
+async def test_an_alert_without_a_webhook_is_not_posted(stage: Stage) -> None:
+    database = stage.gateway.database
+    await database.execute(
+        "INSERT INTO alerts (kind, data, state, tries) VALUES ('budget_out', $1, 'pending', 0)",
+        '{"budget": "all", "scope": "", "spent": 1400, "amount": 2000, "unit": "tokens"}',
+    )
+    async with opened(stage, "/alerts") as seen:
+        await expect(seen.page.get_by_role("region", name="Channel")).to_contain_text("Not set up")
+        row = seen.page.get_by_role("region", name="Raised").locator("tr[data-alert]")
+        await expect(row.locator(".badge")).to_have_text("Not posted")
+        await expect(row).to_contain_text("1,400 tokens of 2,000 tokens spent")
+    await database.execute("DELETE FROM alerts")
+
+
+async def test_a_request_that_no_upstream_was_called_for_has_no_call_time(stage: Stage) -> None:
+    limiter = stage.gateway.services.limiter
+    await limiter.penalise("kind:text_only", for_ms=600_000, by="test")
+    assert await stage.native("Why is it refused?", deadline_ms=50) == 429
+    await limiter.resume("kind:text_only", by="test")
+    async with opened(stage, "/requests") as seen:
+        row = seen.page.locator("tbody tr").filter(has_text="Why is it refused?").first
+        await expect(row.locator(".c-number").nth(1)).to_have_text("\N{EN DASH}")
 
 
 async def test_figures_in_the_list_of_requests_are_whole(stage: Stage) -> None:

@@ -251,8 +251,8 @@ def _put(known: dict[_Key, _Value], key: _Key, value: _Value) -> None:
 
 
 def amount_text(unit: Unit, amount: int) -> str:
-    """Return an amount for people to read: `$0.79`, or `1200 tokens`."""
-    return dollars(amount) if unit == "usd" else f"{amount} tokens"
+    """Return an amount for people to read: `$0.79`, or `1,200 tokens`."""
+    return dollars(amount) if unit == "usd" else f"{amount:,} tokens"
 
 
 def _needed(unit: Unit, amount: int) -> str:

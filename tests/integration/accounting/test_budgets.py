@@ -81,7 +81,7 @@ async def test_a_spent_budget_is_told_in_the_words_of_each_dialect(open_gateway:
     assert (status, openai["error"]["code"]) == (429, "insufficient_quota")
     assert openai["error"]["limit"] == "budget_day_tokens"
     said = openai["error"]["message"]
-    assert "5000 tokens of 5000 tokens spent" in said
+    assert "5,000 tokens of 5,000 tokens spent" in said
     assert f"it resets at {_midnight() + timedelta(days=1):%Y-%m-%d %H:%M} UTC" in said
     assert headers["x-should-retry"] == "false"
     assert abs(int(headers["retry-after"]) - until_midnight) < 10

@@ -1,5 +1,5 @@
-// Alerts: what needs attention now, what was posted to the operators' webhook, and which budgets
-// post alerts.
+// Alerts: what needs attention now, which alerts were raised and posted to the operators' webhook,
+// and which budgets raise them.
 
 import { get, post, Problem } from "../api.js";
 import { fill, h, say } from "../dom.js";
@@ -12,7 +12,7 @@ import { confirm, empty, said, toast } from "../ui.js";
 const EVERY_MS = 5_000;
 const SIGNS = { healthy: "●", degraded: "▲", down: "■" };
 const LOOKS = { healthy: "", degraded: "warn", down: "bad" };
-const STATES = { pending: ["warn", "Pending"], delivered: ["good", "Delivered"], given_up: ["bad", "Given up"] };
+const STATES = { unposted: ["", "Not posted"], pending: ["warn", "Pending"], delivered: ["good", "Delivered"], given_up: ["bad", "Given up"] };
 const KINDS = { budget_share: "Budget share reached", budget_out: "Budget used up", budget_paused: "Budget paused",
   upstreams_out: "All upstreams out of service", upstream_out: "Upstream out of service", key_refused: "Key rejected",
   limit_paused: "Limit paused", drift: "Provider's limit differs", test: "Test" };
@@ -26,7 +26,7 @@ const HEADS = [
 const RULES = [
   ["Budget", ""],
   ["Amount", "number"],
-  ["Alerts", ""],
+  ["Alerts", "wrap"],
 ];
 
 export async function open(main, { signal }) {
@@ -34,7 +34,7 @@ export async function open(main, { signal }) {
   const now = h("ul", { class: "alert-causes" });
   const channel = h("div", { class: "card-body" });
   const test = h("button", { class: "button small", type: "button", needs: "operator", on: { click: () => sendTest(look) } }, "Send a test");
-  const sent = listed("Posted", HEADS, (one) => `${one.text} ${one.kind} ${one.state}`, (one) => row(one, look), {
+  const sent = listed("Raised", HEADS, (one) => `${one.text} ${one.kind} ${one.state}`, (one) => row(one, look), {
     none: ["No alerts yet", "A budget raises an alert at each share set with tidegate budgets set NAME --alert 80, when it rejects its first call, and when it is paused."],
   });
   const rules = listed("Budgets that raise alerts", RULES, (one) => one.name, rule, {
@@ -55,7 +55,8 @@ export async function open(main, { signal }) {
       whenNew("causes", found.causes, (causes) => fill(now, causes.length ? causes.map(cause) : h("li", { class: "quiet-text" }, "No problems.")));
       whenNew("channel", found.channel, (given) => fill(channel, channelWords(given)));
       test.hidden = found.channel.place === null;
-      whenNew("items", found.items, sent.show);
+      const isPosted = found.channel.place !== null;
+      whenNew("items", found.items.map((one) => (isPosted || one.state !== "pending" ? one : { ...one, state: "unposted" })), sent.show);
       for (const one of sent.element.querySelectorAll("time")) say(one, ago(one.dateTime));
       whenNew("rules", budgets.items ?? budgets, rules.show);
     } catch (problem) {
@@ -118,7 +119,7 @@ function row(one, again) {
     h("td", { class: "wide" }, KINDS[one.kind] ?? one.kind),
     h("td", { class: "wrap" }, one.text, problem && h("span", { class: "quiet-text" }, ` ${problem}${next}`)),
     h("td", {}, h("span", { class: `badge ${look}` }, words)),
-    h("td", { class: "actions" }, one.state !== "pending" && resend),
+    h("td", { class: "actions" }, !["pending", "unposted"].includes(one.state) && resend),
   );
 }
 
@@ -131,7 +132,7 @@ function rule(one) {
     { data: { rule: one.name } },
     h("th", { scope: "row", class: "name", title: one.name }, one.name),
     h("td", { class: "number" }, `${amount} ${period}`),
-    h("td", {}, `${shares}at the first rejected call${one.at_end === "pause" ? ", when paused" : ""}`),
+    h("td", { class: "wrap" }, `${shares}at the first rejected call${one.at_end === "pause" ? ", when paused" : ""}`),
   );
 }
 

@@ -61,7 +61,8 @@ const card = (title, words, body) =>
   h(
     "section",
     { class: "card", "aria-label": title },
-    h("div", { class: "card-head" }, h("h2", {}, title), h("span", { class: "quiet-text" }, words)),
+    h("div", { class: "card-head" }, h("h2", {}, title)),
+    h("p", { class: "quiet-text card-body" }, words),
     body,
   );
 

@@ -7,7 +7,7 @@ import * as session from "../session.js";
 import { said, toast } from "../ui.js";
 import { nameOf, talkLink, traceLink } from "./conversation.js";
 import { gallery, save } from "./request_files.js";
-import { charsOf, isCut, isOpen, kindOf, linkTo, SOURCES, tierOf } from "./request_words.js";
+import { calledMs, charsOf, isCut, isOpen, kindOf, linkTo, SOURCES, tierOf } from "./request_words.js";
 
 const LONG_CHARS = 1_200;
 const MOST_SHOWN_BYTES = 256 * 1024;
@@ -103,7 +103,7 @@ export function facts(request, calls) {
     ["Next attempt", request.retry_at && time(request.retry_at)],
     [`Waited${last}`, request.queue_ms !== undefined && length(request.queue_ms)],
     [`First byte${last}`, request.first_byte_ms !== undefined && length(request.first_byte_ms)],
-    [`Call time${last}`, request.upstream_ms !== undefined && length(request.upstream_ms)],
+    [`Call time${last}`, calledMs(request) !== undefined && length(request.upstream_ms)],
     ["Counted attempts", calls > request.attempts ? `${request.attempts} of ${calls}` : request.attempts],
     ["Workers lost", request.lapses || null],
     ["Finish reason", request.finish_reason],

@@ -64,6 +64,9 @@ export function goesOn(element, ms, since) {
   mark(element, "title", soFar === null ? (length.short(value) === exact ? null : exact) : `${exact} so far`);
 }
 
+/** Return the duration of a request's last call; nothing if no upstream was called. */
+export const calledMs = ({ attempts, upstream_ms: ms }) => (attempts || ms ? ms : undefined);
+
 /** `1st`, `2nd`, `3rd`, `11th` */
 export function ordinal(number) {
   const tens = number % 100;

@@ -9,7 +9,7 @@ import { empty, failed, loading, said } from "../ui.js";
 import { talkLink } from "./conversation.js";
 import { asked, filters } from "./request_filters.js";
 import { panel } from "./request_panel.js";
-import { goesOn, isOpen, kindOf, linkTo, SOURCES, statusBadge, tierOf, timeOfId } from "./request_words.js";
+import { calledMs, goesOn, isOpen, kindOf, linkTo, SOURCES, statusBadge, tierOf, timeOfId } from "./request_words.js";
 import { exporting, saved } from "./requests_kept.js";
 import { runningCard } from "./requests_running.js";
 
@@ -368,11 +368,13 @@ function rowOf(first) {
     mark(what, "title", words);
     const spent = item.cost_micros === undefined ? "" : money(item.cost_micros / 1e6);
     sayComposed(briefly, [time(item.submitted_at), item.tenant, keyOf(item), words, spent].filter(Boolean).join(" · "));
-    for (const one of [said, saidBriefly]) say(one, item.prompt ?? "");
-    mark(said, "title", item.prompt ?? null);
+    for (const one of [said, saidBriefly]) {
+      say(one, item.prompt ?? "");
+      mark(one, "title", item.prompt ?? null);
+    }
     say(cost, spent || NOTHING);
     goesOn(waited, item.queue_ms, item.status === "queued" && item.submitted_at);
-    goesOn(call, item.upstream_ms, item.status === "running" && item.admitted_at);
+    goesOn(call, calledMs(item), item.status === "running" && item.admitted_at);
     say(tokens, count(item.total_tokens));
     say(tries, count(item.attempts));
     mark(element, "data-left", item.left ?? null);

@@ -23,7 +23,7 @@ export async function open(main, { query, signal }) {
     const asked = find.value.trim().toLowerCase();
     const among = view.shown === "all" || asked ? found.settings : given;
     const shown = among.filter((one) => `${one.name} ${one.value ?? ""} ${one.text}`.toLowerCase().includes(asked));
-    say(words, `${count(shown.length)} of ${count(found.settings.length)}, ${count(given.length)} set`);
+    say(words, `${count(shown.length)} of ${count(found.settings.length)}${among === given ? " set" : `, ${count(given.length)} set`}`);
     const sections = [...new Set(shown.map((one) => one.section))];
     fill(place, sections.length ? sections.map((title) => card(title, shown.filter((one) => one.section === title))) : h("section", { class: "card" }, empty("No settings match")));
   }

@@ -1,7 +1,7 @@
 // The processes that share the limits, and the upstreams that they call.
 
 import { h, keyed, mark, say } from "../../dom.js";
-import { NOTHING, brief, count, length } from "../../format.js";
+import { NOTHING, brief, capital, count, length } from "../../format.js";
 import { link } from "../../router.js";
 import { ALL } from "../../scope.js";
 
@@ -99,7 +99,7 @@ export function upstreamsCard(pool) {
         const seen = past.get(one.upstream);
         say(calls, seen ? callsOf(seen) : "no calls");
         detail.hidden = !one.detail;
-        say(detail, one.detail);
+        say(detail, capital(one.detail ?? ""));
         places.hidden = !some;
         if (some) say(places, placesOf(one));
         load.hidden = !one.load;
