@@ -532,7 +532,7 @@ async def test_alerts_and_settings_say_what_goes_where_and_show_no_secret(
     await running.services.limiter.penalise("kind:multi_modal", for_ms=600_000, by="ann: quota")
     await running.database.execute("DELETE FROM alerts")
     budget = Budget("all", "usd", 3_000_000_000, "month", doubt="estimate", alerts=(80, 100))
-    hours = Budget("hours", "usd", 2_000_000, "rolling", window_s=18_000, model="other-*")
+    hours = Budget("globex/tokens-hours", "tokens", 2_000_000, "rolling", window_s=18_000)
     async with opened(stage, "/") as seen:
         page = seen.page
         await expect(page.locator("#live")).to_have_text("Live")
@@ -554,7 +554,7 @@ async def test_alerts_and_settings_say_what_goes_where_and_show_no_secret(
         )
         rules = page.get_by_role("region", name="Budgets that raise alerts")
         await expect(rules.locator("[data-rule='all']")).to_contain_text("at 80 %, 100 %")
-        await expect(rules.locator("[data-rule='hours']")).to_contain_text("$2.00 in 5 h")
+        await expect(rules).to_contain_text("2,000,000 tokens in 5 h")
         row = page.get_by_role("region", name="Raised").locator("tr[data-alert]")
         await expect(row).to_contain_text("$2,400.00 of $3,000.00 spent")
         await expect(row).to_contain_text("answered with status 500; 8 tries")
