@@ -190,12 +190,19 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
     """Run a process on an event loop, which gets the interpreter soon from other threads."""
     sys.setswitchinterval(_SWITCH_S)
     if sys.platform == "win32":
-        asyncio.run(main)
+        asyncio.run(_unlisted(main))
     else:
         import uvloop
 
         _raise_open_files()
-        uvloop.run(main)
+        uvloop.run(_unlisted(main))
+
+
+async def _unlisted(main: Coroutine[Any, Any, None]) -> None:
+    """Run it on a loop that lists no asynchronous generators: a prompt's call begins seven. The
+    list is for the end of a loop; one that is abandoned before is still closed by its finalizer."""
+    sys.set_asyncgen_hooks(firstiter=None)
+    await main
 
 
 def _raise_open_files() -> None:
