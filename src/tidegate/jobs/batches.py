@@ -398,8 +398,7 @@ class LineCaller:
                 return
             if one.job.tier is Tier.FLEX:
                 call.body = in_tier(call.body, call.endpoint.dialect, Tier.FLEX)
-            async with until_review(one.job, clock):
-                await collected(self._relay, call, one.record, admitted)
+            await until_review(one.job, clock, collected(self._relay, call, one.record, admitted))
         except asyncio.CancelledError:
             self._outages.left(one.turn)
             raise

@@ -13,7 +13,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import (
-    AsyncIterator,
     Awaitable,
     Callable,
     Coroutine,
@@ -21,7 +20,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
@@ -234,16 +233,18 @@ async def run_wrapped(
 _GIVEN_UP = "given up in the flex tier: only the usual tier still makes the deadline"
 
 
-@asynccontextmanager
-async def until_review(job: ClaimedJob, clock: ServerClock) -> AsyncIterator[None]:
-    """Context for a call in the job's tier: in flex, only until the tier has to be reviewed. Raises
+async def until_review(
+    job: ClaimedJob, clock: ServerClock, call: Coroutine[Any, Any, None]
+) -> None:
+    """Make a call in the job's tier: in flex, only until the tier has to be reviewed. Raises
     UpstreamTierBusy then."""
-    left_s = None
-    if job.tier is Tier.FLEX and job.revisit_at is not None:
-        left_s = max(0.0, (job.revisit_at - clock.now()).total_seconds())
+    if job.tier is not Tier.FLEX or job.revisit_at is None:
+        await call
+        return
+    left_s = max(0.0, (job.revisit_at - clock.now()).total_seconds())
     try:
         async with asyncio.timeout(left_s) as bound:
-            yield
+            await call
     except TimeoutError:
         if not bound.expired():
             raise

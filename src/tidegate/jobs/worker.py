@@ -719,8 +719,7 @@ class Worker:
             if left_ms is not None and left_ms <= 0:
                 raise DeadlineExceeded("the deadline passed while the job waited", limit=kind.limit)
             try:
-                async with until_review(job, self._clock):
-                    await self._make(run, left_ms)
+                await until_review(job, self._clock, self._make(run, left_ms))
                 return
             except StoreUnavailable:
                 self._stages.leave(job)
