@@ -20,6 +20,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from operator import attrgetter
 
 from tidegate.call import Classification, ClassifiedBy, Kind
 from tidegate.classify.vocabulary import (
@@ -74,10 +76,12 @@ VERBS = (
     Label.TURN,
     Label.IDIOM,
 )
+_VERBS = frozenset(VERBS)
 PICTORIAL = (Label.DRAW, Label.MAKE, Label.WANT, Label.EDIT, Label.TURN, Label.IDIOM)
 HEADS = (Label.PICTURE, Label.TEXT, Label.FIGURATIVE)
 CLOSED = re.compile(r"[:(\[|]| - ")
 PHRASE_END = re.compile("[,:\u3001\uff0c،\uff1a(|]")
+_START = attrgetter("start")
 _PAUSE = re.compile(r"[,:;\u2013\u2014\-(\n\[*#>/]")
 _BEFORE_COMMAND = (Label.LEAD, Label.JOIN, Label.WISH, Label.WANT, Label.NEGATION)
 
@@ -146,7 +150,7 @@ def negated_verb(clause: Clause, mark: Word) -> bool:
     """Whether a negation is up to two words before the verb, or after it where verbs come last."""
     syntax = clause.syntax(mark)
     for other in clause.marks:
-        if not other.has(Label.NEGATION):
+        if Label.NEGATION not in other.labels:
             continue
         if syntax.verb_last and mark.end <= other.start <= mark.end + 6:
             return True
@@ -221,26 +225,32 @@ def scene_points(marks: Sequence[Word]) -> float:
     against."""
     points = 0.0
     for mark in marks:
-        if mark.has(Label.STYLE):
-            points += 1.0
-        elif mark.has(Label.VISUAL):
-            points += 0.6
-        elif mark.has(Label.PICTURE):
-            points += 0.5
-        elif mark.has(Label.PERSON):
-            points -= 1.0
-        elif mark.has(Label.TEXT) and not mark.has(Label.LETTERING):
-            points -= 0.5
+        points += _points_of(mark.labels)
     return points
+
+
+@cache
+def _points_of(labels: frozenset[Label]) -> float:
+    if Label.STYLE in labels:
+        return 1.0
+    if Label.VISUAL in labels:
+        return 0.6
+    if Label.PICTURE in labels:
+        return 0.5
+    if Label.PERSON in labels:
+        return -1.0
+    return -0.5 if Label.TEXT in labels and Label.LETTERING not in labels else 0.0
 
 
 def read_clause(marked: Marked, span: Bounds, *, with_image: bool) -> Intent:
     """Return the request of one clause."""
-    marks = ends_of(tuple(m for m in marked.marks if span.start <= m.start < span.end))
+    first = bisect_left(marked.marks, span.start, key=_START)
+    behind = bisect_left(marked.marks, span.end, first, key=_START)
+    marks = ends_of(marked.marks[first:behind])
     clause = Clause(marked, span, marks, with_image)
     if _wants_markup(clause):
         return Intent(Lean.TEXT, "asks for code, markup or characters", strong=True)
-    verbs = [m for m in marks if m.has(*VERBS) and commands(clause, m)]
+    verbs = [m for m in marks if not _VERBS.isdisjoint(m.labels) and commands(clause, m)]
     opened = bool(marks) and marks[0].has(Label.OPENER) and opens(clause, marks[0])
     if opened and span.question and not any(v.has(Label.DRAW, Label.MAKE) for v in verbs):
         return Intent(Lean.TEXT, "is a question", strong=True)
@@ -253,9 +263,9 @@ def read_clause(marked: Marked, span: Bounds, *, with_image: bool) -> Intent:
 
 def _wants_markup(clause: Clause) -> bool:
     for at, mark in enumerate(clause.marks):
-        if mark.has(Label.FORMAT):
+        if Label.FORMAT in mark.labels:
             return True
-        if mark.has(Label.TOOL):
+        if Label.TOOL in mark.labels:
             before = clause.marks[at - 1] if at else None
             gap = clause.between(before.end, mark.start) if before else "x"
             if before and before.has(Label.PREP) and not gap.strip():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import tomllib
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -123,8 +123,9 @@ def tokens(text: str) -> list[Token]:
     matches = list(_TOKEN.finditer(text))
     if len(matches) > MAX_WORDS:
         matches = matches[: MAX_WORDS // 2] + matches[-MAX_WORDS // 2 :]
-    found = [(m.group(), m.start(), m.end()) for m in matches]
-    return [Token(original, plain(original), start, end) for original, start, end in found]
+    if text.isascii():  # no word has accents
+        return [Token(word := match.group(), word, *match.span()) for match in matches]
+    return [Token(word := match.group(), plain(word), *match.span()) for match in matches]
 
 
 def has_unspaced(text: str) -> bool:
@@ -195,6 +196,11 @@ class Syntax:
     strict: bool = False
 
 
+# Of several entries at one place the greatest wins: its width in tokens (or in characters of an
+# unspaced script), whether it is exact, and the length of its first word.
+_Rank = tuple[int, bool, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One or several words, with their label. An ending `*` matches any ending."""
@@ -205,10 +211,14 @@ class Entry:
     keeps_accents: bool
     width: int = field(init=False)
     exact: bool = field(init=False)
+    rank: _Rank = field(init=False)
+    labels: frozenset[Label] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "width", len(self.parts))
         object.__setattr__(self, "exact", not self.parts[-1].endswith("*"))
+        object.__setattr__(self, "rank", (self.width, self.exact, len(self.parts[0])))
+        object.__setattr__(self, "labels", frozenset((self.label,)))
 
 
 class Word(NamedTuple):
@@ -233,12 +243,8 @@ class _Table:
     arabic_endings: list[str] = field(default_factory=list)
 
 
-class _Hit(NamedTuple):
-    entry: Entry
-    start: int
-    end: int
-    width: int  # tokens, or characters of an unspaced script
-    exact: bool
+# An entry at `start:end` of the text. A plain tuple: a prompt of a page has some hundred.
+_Hit = tuple[Entry, int, int, _Rank]
 
 
 @cache
@@ -308,7 +314,7 @@ class Marked:
 def label_words(text: str) -> Marked:
     """Label the known words; of several phrases at one place the longest wins."""
     words = tokens(text)
-    hits = list(_word_hits(text, words))
+    hits = _word_hits(text, words)
     if has_unspaced(text):
         hits += _unspaced_hits(text)
     scores = _scores(hits)
@@ -318,16 +324,18 @@ def label_words(text: str) -> Marked:
     return Marked(text, tuple(words), tuple(_chosen(hits, active, best)), best)
 
 
-def _word_hits(text: str, words: list[Token]) -> Iterator[_Hit]:
-    for at, token in enumerate(words):
+def _word_hits(text: str, words: list[Token]) -> list[_Hit]:
+    hits: list[_Hit] = []
+    for at, (original, plain_word, start, end) in enumerate(words):
         # Only words of ordinary length are cached: a client chooses them.
-        find = _entries if len(token.original) <= MAX_STEM_CHARS else _entries.__wrapped__
-        for entry in find(token.plain, token.original):
+        find = _entries if len(original) <= MAX_STEM_CHARS else _entries.__wrapped__
+        for entry in find(plain_word, original):
             width = entry.width
             if width == 1:
-                yield _Hit(entry, token.start, token.end, 1, entry.exact)
+                hits.append((entry, start, end, entry.rank))
             elif _follows(text, words, at, entry):
-                yield _Hit(entry, token.start, words[at + width - 1].end, width, entry.exact)
+                hits.append((entry, start, words[at + width - 1].end, entry.rank))
+    return hits
 
 
 @lru_cache(maxsize=20_000)
@@ -387,43 +395,43 @@ def _unspaced_hits(text: str) -> Iterator[_Hit]:
         for entry in vocabulary().unspaced.get(char, ()):
             word = entry.parts[0]
             if entry.language != absent and text.startswith(word, at):
-                yield _Hit(entry, at, at + len(word), len(word), True)
+                chars = len(word)
+                yield entry, at, at + chars, (chars, True, chars)
 
 
-def _scores(hits: list[_Hit]) -> Counter[str]:
+def _scores(hits: list[_Hit]) -> dict[str, int]:
     """Return how many places of the text each language explains; a long phrase counts as three."""
-    matches = (
-        (hit.entry.language, hit.start + at) for hit in hits for at in range(min(hit.width, 3))
-    )
-    # In order of the text, which breaks ties between languages.
-    return Counter(language for language, _ in dict.fromkeys(matches))
+    scores: dict[str, int] = {}  # in order of the text, which breaks ties between languages
+    counted: set[tuple[str, int]] = set()
+    for entry, start, _, (width, _, _) in hits:
+        language = entry.language
+        for at in range(start, start + min(width, 3)):
+            if (language, at) not in counted:
+                counted.add((language, at))
+                scores[language] = scores.get(language, 0) + 1
+    return scores
 
 
 def _chosen(hits: list[_Hit], active: set[str], best: str | None) -> Iterator[Word]:
     by_start: defaultdict[int, list[_Hit]] = defaultdict(list)
     for hit in hits:
-        by_start[hit.start].append(hit)
+        by_start[hit[1]].append(hit)
     reach = 0
     for start in sorted(by_start):
         if start < reach:
             continue
         here = by_start[start]
-        if len(here) == 1:
-            only = here[0]
-            if only.entry.language in active or only.exact:
-                reach = only.end
-                yield Word(start, reach, frozenset((only.entry.label,)), only.entry.language)
-            continue
-        languages = {hit.entry.language for hit in here}
-        usable = [h for h in here if h.entry.language in active]
-        if not usable and len(languages) == 1:
-            usable = [h for h in here if h.exact]
+        usable = [hit for hit in here if hit[0].language in active]
+        if not usable and len({hit[0].language for hit in here}) == 1:
+            usable = [hit for hit in here if hit[3][1]]
         if not usable:
             continue
-        if any(h.entry.language == best for h in usable):
-            usable = [h for h in usable if h.entry.language == best]
-        rank = max((h.width, h.exact, len(h.entry.parts[0])) for h in usable)
-        top = [h for h in usable if (h.width, h.exact, len(h.entry.parts[0])) == rank]
-        reach = top[0].end
-        labels = frozenset(h.entry.label for h in top)
-        yield Word(start, reach, labels, top[0].entry.language)
+        if len(usable) > 1:
+            usable = [hit for hit in usable if hit[0].language == best] or usable
+            rank = max([hit[3] for hit in usable])
+            usable = [hit for hit in usable if hit[3] == rank]
+        entry, _, reach, _ = usable[0]
+        labels = entry.labels
+        if len(usable) > 1:
+            labels = frozenset([hit[0].label for hit in usable])
+        yield Word(start, reach, labels, entry.language)
