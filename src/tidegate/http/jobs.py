@@ -365,7 +365,6 @@ async def _submitted(job: NewJob, services: Services, caller: Caller) -> NewJob 
             if budgets.any:
                 with suppress(UpstreamMissing):
                     await _check_bounded(job, services, caller)
-            job = replace(job, is_counted=caller.caps.on_queue)
             room = services.store.queue_caps.room(
                 caller, job.request_id, jobs=1, size_bytes=_size_of(job)
             )
@@ -448,6 +447,7 @@ def _new_job(
         endpoint=submission.endpoint,
         tiers_allowed=caller.tiers if submission.tiers is None else submission.tiers,
         traceparent=None if parent is None else parent.text,
+        is_counted=caller.caps.on_queue,
     )
 
 
