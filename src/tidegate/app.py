@@ -35,9 +35,10 @@ from tidegate.policy.deployment import Deployment, deployed, deployed_upstreams,
 from tidegate.policy.live import changes_of
 from tidegate.record import ActiveCalls, CallListeners
 from tidegate.settings import Config, secret
+from tidegate.spine.hand_over import count_again
 from tidegate.spine.native import Relay
 from tidegate.spine.prompt import PromptCalls
-from tidegate.spine.resources import Resources, count_again, shown_at
+from tidegate.spine.resources import Resources, shown_at
 from tidegate.spine.routing import Targets
 from tidegate.spine.run import Spine
 from tidegate.spine.upstreams import LiveUpstreams, Pools, following, revision_to_start_with

@@ -6,7 +6,6 @@ Alibaba or LiteLLM use are read too. Pure.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Set, Sized
@@ -45,18 +44,10 @@ from tidegate.dialects.gemini import rules_of as rules_of_gemini
 from tidegate.dialects.headers import used_up
 from tidegate.dialects.interactions import end_of
 from tidegate.dialects.parsing import LARGE_BYTES, NOTHING_SHORTENED
+from tidegate.dialects.references import MARKS, REFERRING, references_in
 from tidegate.dialects.requests import request_facts as facts_of_request
-from tidegate.dialects.resources import (
-    LONGEST_ID,
-    Act,
-    Making,
-    Reference,
-    may_name,
-    named_values,
-    path_of,
-    use_in,
-)
-from tidegate.dialects.sandboxes import MADE_BY_OPENAI, OPENAIS_CALLS, OPENAIS_FIELDS
+from tidegate.dialects.resources import Act, Making, Reference, path_of, use_in
+from tidegate.dialects.sandboxes import MADE_BY_OPENAI, items_in
 from tidegate.dialects.spec import (
     AnswerFacts,
     Dialect,
@@ -74,7 +65,6 @@ from tidegate.dialects.spec import (
 )
 from tidegate.errors import (
     BudgetExceeded,
-    InvalidRequest,
     LimitPaused,
     NotFound,
     TidegateError,
@@ -160,7 +150,6 @@ _RESOURCES = (
 _STREAMED = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")  # POST with a form of any length
 # What follows here is not the id of a stored response.
 _NO_RESPONSES = ("/v1/responses/input_tokens", "/v1/responses/compact")
-_REFERRING = frozenset(("previous_response_id", "conversation"))
 _RESPONSE = Making("response", within="response")
 _COMPLETION = Making("completion")
 _DEFERRED = Making("deferred", "request_id")
@@ -195,58 +184,12 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
 
 
 def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
-    """Return the response that a call continues, the conversation that it is added to, and its
-    files and containers."""
-    found = _named_below(raw)
-    if _REFERRING.isdisjoint(body):
-        return found
-    before, conversation = body.get("previous_response_id"), body.get("conversation")
-    if isinstance(conversation, Mapping):
-        conversation = _id_of_conversation(raw)
-    for field, kind, value in (
-        ("previous_response_id", "response", before),
-        ("conversation", "conversation", conversation),
-    ):
-        if value is None and body.get(field) is None:
-            continue
-        if not isinstance(value, str) or not 1 <= len(value) <= LONGEST_ID:
-            message = f"{field} is not the id of a {kind}"
-            raise InvalidRequest(field, message, allowed=f"the id of a {kind}")
-        found.append(Reference(kind, value, field))
-    return found
-
-
-def _id_of_conversation(raw: bytes) -> Any:
-    """Return the id in the object of a conversation. Raises InvalidRequest if servers could read
-    two ids."""
-    try:
-        named = dict(json.loads(raw, object_pairs_hook=list)).get("conversation")
-    except (ValueError, RecursionError):
-        raise InvalidRequest("body", "the body is nested too deeply") from None
-    ids = [pair for pair in named or () if pair[0].lower() == "id"]
-    if len(ids) != 1 or ids[0][0] != "id":
-        message = "conversation names its id more than once, or in another case"
-        raise InvalidRequest("conversation", message, allowed="one id")
-    return ids[0][1]
-
-
-_NAMING = frozenset(("file_id", "file_ids")) | OPENAIS_FIELDS
-# Citations and results of a model, and descriptions of functions: no file is read for these.
-_NO_FILES = frozenset(("annotations", "results", "parameters", "metadata", "schema"))
-_CITATIONS = frozenset(("file_citation", "file_path")) | OPENAIS_CALLS
-
-
-def _named_below(raw: bytes) -> list[Reference]:
-    """Return the files and containers that a body names, at any depth. Raises InvalidRequest."""
+    """Return the resources that a request refers to; first a cheap check, since nearly none does.
+    Raises InvalidRequest."""
     is_plain = len(raw) <= LARGE_BYTES and raw.find(b"\\u00") < 0
-    if is_plain and raw.find(b"file_id") < 0 and raw.find(b'"container') < 0:
-        return []  # the usual case
-    if not may_name(raw, *(b'"%b"' % one.encode() for one in _NAMING)):
+    if is_plain and REFERRING.isdisjoint(body) and not any(raw.find(one) >= 0 for one in MARKS):
         return []
-    named = named_values(raw, _NAMING, _NO_FILES, _CITATIONS)
-    kinds = {one: "container" if one in OPENAIS_FIELDS else "file" for one in _NAMING}
-    found = [Reference(kinds[one.field], one.value, f"{kinds[one.field]}_id") for one in named]
-    return list(dict.fromkeys(found))
+    return references_in(body, raw)
 
 
 def made_by(path: str, body: Mapping[str, Any]) -> Making | None:
@@ -584,6 +527,7 @@ def _response_facts(usage: Usage, response: JsonObject) -> AnswerFacts:
         short_text((reason or status) if status in _ENDED else None),
         short_text(response.get("id")),
         short_text(response.get("model")),
+        items=items_in(response) if response.get("store") is not False else (),
     )
 
 

@@ -66,18 +66,18 @@ class MadeByTools:
     fields: a request without any of these has no such tool. marks: one of these is in every answer
     or event that names a resource. may_be_made: whether a request has such a tool. named_in:
     returns the kinds and ids in an answer or an event, from the places alone where the provider
-    writes them. of: the kind of a resource that names them too when it is read.
+    writes them. of: the kinds of resources that name them too when they are read.
     """
 
     fields: frozenset[str]
     marks: tuple[bytes, ...]
     may_be_made: Callable[[Mapping[str, Any]], bool]
     named_in: Callable[[JsonObject], Sequence[tuple[str, str]]]
-    of: str | None = None
+    of: tuple[str, ...] = ()
 
     def may_make(self, use: ResourceUse | None, body: Mapping[str, Any]) -> bool:
         """Return whether the answer to a call may name one. use: of a call about a resource."""
-        return self.may_be_made(body) if use is None else use.kind == self.of
+        return self.may_be_made(body) if use is None else use.kind in self.of
 
 
 @dataclass(frozen=True, slots=True)

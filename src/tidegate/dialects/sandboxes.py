@@ -1,7 +1,7 @@
-"""Sandboxes: the containers and environments where a provider's tools run code. Pure.
+"""What an answer names for later calls: sandboxes, where a provider's tools run code, with their
+files; items and audio; and what a path of `passthrough` makes. Pure.
 
-The answer of a call names its sandbox and the files that were made there, and a later call may name
-the sandbox to continue with them. So both belong to the tenant of the call.
+A later call may name one of these to continue with it. So it belongs to the tenant of the call.
 
 Invariant: an id is only taken from where the provider writes it; other fields of that name may
 repeat a client's text.
@@ -20,6 +20,7 @@ from tidegate.dialects.spec import JsonObject
 from tidegate.errors import InvalidRequest
 
 CONTAINER, ENVIRONMENT = "container", "environment"
+ITEM, AUDIO, VECTOR_STORE, SKILL = "item", "audio", "vector_store", "skill"
 _ID = re.compile(RESOURCE_ID, re.ASCII)
 Named = list[tuple[str, str]]
 
@@ -58,10 +59,12 @@ OUTPUTS = frozenset(("code_execution_output", "bash_code_execution_output", "fil
 
 
 def claudes_container(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
-    """Return the container that a request of Anthropic's continues with."""
+    """Return the container that a request of Anthropic's continues with, and its skills."""
     if body.get("container") is None:
         return []
-    return [Reference(CONTAINER, one, "container") for one in _named(raw, "container", "id")]
+    found = [Reference(CONTAINER, one, "container") for one in _named(raw, "container", "id")]
+    ids = [one.get("skill_id") for one in objects_in(part_of(body, "container").get("skills"))]
+    return found + [Reference(SKILL, one, "container") for one in ids if type(one) is str]
 
 
 def _claude_may_run_code(body: Mapping[str, Any]) -> bool:
@@ -100,11 +103,19 @@ _OPENAI_RUNS = frozenset(("code_interpreter", "shell"))
 
 def _openai_may_run_code(body: Mapping[str, Any]) -> bool:
     named = any(one.get("type") in _OPENAI_RUNS for one in objects_in(body.get("tools")))
-    return named or body.get("prompt") is not None  # a saved prompt has tools of its own
+    if named or body.get("prompt") is not None:  # a saved prompt has tools of its own
+        return True
+    return type(body.get("audio")) is dict  # a chat completion that speaks
 
 
 def made_by_openai(answer: JsonObject) -> Named:
-    """Return the containers of a response, or of an event of its stream."""
+    """Return the containers of a response, or of an event of its stream, the audio of a chat
+    completion, and the items that a list shows."""
+    if answer.get("object") == "list":
+        return [(ITEM, one) for one in items_in(answer)]
+    if choices := objects_in(answer.get("choices")):
+        said = [part_of(one, "message", "delta") for one in choices]
+        return _with_ids(AUDIO, [part_of(one, "audio").get("id") for one in said])
     items = (
         *objects_in(answer.get("output")),
         *objects_in(part_of(answer, "response").get("output")),
@@ -119,12 +130,23 @@ def made_by_openai(answer: JsonObject) -> Named:
 
 
 MADE_BY_OPENAI = MadeByTools(
-    frozenset(("tools", "prompt")),
-    (b'"container_id"',),
+    frozenset(("tools", "prompt", "audio")),
+    (b'"container_id"', b'"audio"', b'"list"'),
     _openai_may_run_code,
     made_by_openai,
-    of="response",
+    of=("response", "conversation"),
 )
+
+# A shorter id is one that a server counts, and may also be another answer's.
+_SHORTEST_ID = 20
+_MOST_ITEMS = 1_000
+
+
+def items_in(response: JsonObject) -> tuple[str, ...]:
+    """Return the ids of the items of a response, or of a list of items."""
+    items = objects_in(response.get("output")) or objects_in(response.get("data"))
+    ids = [one.get("id") for one in items[:_MOST_ITEMS]]
+    return tuple(one for _, one in _with_ids(ITEM, ids) if len(one) >= _SHORTEST_ID)
 
 
 # Google's
@@ -152,5 +174,43 @@ MADE_BY_GOOGLE = MadeByTools(
     (b'"environment_id"',),
     lambda _: True,
     made_by_google,
-    of="interaction",
+    of=("interaction",),
 )
+
+
+# Made by a path of `passthrough`
+
+# Kinds by the first part of the path. Calls of models have other paths.
+_PASSED = {
+    "containers": CONTAINER,
+    "vector_stores": VECTOR_STORE,
+    "skills": SKILL,
+    **{
+        f"{kind}s": kind
+        for kind in (
+            *("eval", "video", "assistant", "thread", "agent", "session", "environment"),
+            *("memory_store", "user_profile", "vault", "dream", "deployment", "tunnel"),
+        )
+    },
+    "fine_tuning": "fine_tuning",
+    "chatkit": "chatkit",
+}
+
+
+def passed_in(path: str) -> Named:
+    """Return what the path of a `passthrough` call may name; empty for a path that makes nothing
+    which a later call names."""
+    root, *parts = path.removeprefix("/v1").strip("/").split("/")
+    kind = _PASSED.get(root)
+    return [] if kind is None else [(kind, one) for one in (root, *parts)]
+
+
+def made_by_passed(named: Named) -> MadeByTools:
+    """Return how the answer to a call of such a path names what it makes: by an id that is not in
+    the path."""
+
+    def made(answer: JsonObject) -> Named:
+        found = _with_ids(named[0][0], [answer.get("id")])
+        return [one for one in found if one not in named]
+
+    return MadeByTools(frozenset(), (b'"id"',), lambda _: True, made)

@@ -243,7 +243,8 @@ class AnswerFacts:
     """Facts that an answer reports.
 
     model_version: of the model that answered, which may differ from the requested one. is_estimate:
-    some of several answers do not report their usage, which is then estimated.
+    some of several answers do not report their usage, which is then estimated. items: the ids of
+    the items that a provider stores with the answer.
     """
 
     usage: Usage
@@ -251,6 +252,7 @@ class AnswerFacts:
     response_id: str | None = None
     model_version: str | None = None
     is_estimate: bool = False
+    items: tuple[str, ...] = ()
 
 
 NO_FACTS = AnswerFacts(UNKNOWN_USAGE)

@@ -41,10 +41,11 @@ from tidegate.record import CallRecord, Failure
 from tidegate.settings import Config
 from tidegate.spine.bodies import Pieces, aside
 from tidegate.spine.detached import detached_call
+from tidegate.spine.hand_over import GRACE_MS
 from tidegate.spine.models import unchecked_facts
 from tidegate.spine.native import NativeExchange, Relay
 from tidegate.spine.out import NothingOut
-from tidegate.spine.resources import GRACE_MS, MadeBy
+from tidegate.spine.resources import Keeping, MadeBy
 from tidegate.spine.routing import Target
 from tidegate.spine.run import refusal_of
 from tidegate.store.provider.background import BackgroundCall, BackgroundCalls
@@ -393,6 +394,7 @@ class BackgroundRunner:
             record,
         )
         exchange.known_facts = facts
+        exchange.keeping = Keeping(self._relay.resources, native, None, references)
         whole = whole or facts is not None
         account = self._spine.account(target)
         demand = exchange.demand(target, account)

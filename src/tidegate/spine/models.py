@@ -54,6 +54,7 @@ from tidegate.policy.access import Access
 from tidegate.policy.deployment import ANY, Upstream
 from tidegate.policy.format import plain_model
 from tidegate.policy.providers import LIST_BASE_MODELS, LISTED_OTHERWISE, serving
+from tidegate.spine.bodies import NativeCall
 from tidegate.spine.routing import Target, Targets
 from tidegate.spine.run import CallFailed, refusal_of
 from tidegate.upstream.fetch import NO_LIST, check_uri
@@ -432,12 +433,12 @@ def unchecked_facts(endpoint: Endpoint, content: bytes) -> tuple[dict[str, Any],
     return body, facts
 
 
-def model_of_other(caller: Caller, endpoint: Endpoint, raw: bytes) -> str:
+def model_of_other(call: NativeCall, raw: bytes) -> str:
     """Return the model in the body of a `passthrough` path; empty for none. Raises Forbidden for a
     model that the caller may not use, or for none if it may use only some, and InvalidRequest if
     servers could read a different one."""
     body: dict[str, Any] = {}
-    model = ""
+    caller, model = call.terms.caller, ""
     with suppress(InvalidRequest):  # the body may be anything but JSON
         body = skimmed(raw).body if raw else {}
     if body:
@@ -447,7 +448,7 @@ def model_of_other(caller: Caller, endpoint: Endpoint, raw: bytes) -> str:
         model = named
     if caller.models is not None:
         check_model(caller, model)
-        check_body(caller, endpoint, body)
+        check_body(caller, call.endpoint, body)
         check_names(caller, raw)
     return model
 

@@ -77,6 +77,7 @@ from tidegate.spine.bodies import (
     identity_of,
     read_to_its_end,
 )
+from tidegate.spine.hand_over import BackgroundHandOver
 from tidegate.spine.models import (
     FURTHER_FIELDS,
     Models,
@@ -90,7 +91,7 @@ from tidegate.spine.models import (
     why_unbounded,
 )
 from tidegate.spine.out import AttendedOut, Out
-from tidegate.spine.resources import BackgroundHandOver, Keeping, Resources, is_absent, listed_in
+from tidegate.spine.resources import Keeping, Resources, is_absent, listed_in
 from tidegate.spine.routing import Suspect, Target, Targets
 from tidegate.spine.run import (
     CallFailed,
@@ -144,8 +145,8 @@ class Relay:
             body = dict(call.form.form.fields)
             facts = facts_of_form(call.form.form, endpoint, caller)
         elif endpoint.operation is Operation.OTHER:
-            naming = partial(model_of_other, caller, endpoint, raw)
-            record.model = await aside(len(raw), naming) or None
+            out = await self.resources.passed(out, call, record)
+            record.model = await aside(len(raw), partial(model_of_other, call, raw)) or None
         elif endpoint.is_counted or (raw and use is None):
             read = partial(read_body, caller, endpoint, raw)
             body, facts, references, making = await aside(len(raw), read) if is_large else read()
@@ -665,6 +666,8 @@ class NativeExchange:
             answer.usage = answers.with_tier(answer.usage, self._served)
         answer.finish_reason = facts.finish_reason
         answer.response_id, answer.model_version = facts.response_id, facts.model_version
+        if facts.items and self.keeping is not None:
+            self.keeping.note_items(facts.items, record)
 
     async def read_aside(self, *, whole: bool) -> None:
         """Parse a large answer in a thread before `settle`, which must not block the event loop."""

@@ -32,7 +32,6 @@ from uuid import UUID
 
 import orjson
 
-from tidegate.admission.demand import CallDemand
 from tidegate.call import Caller
 from tidegate.dialects import DIALECTS
 from tidegate.dialects.parsing import parsed
@@ -46,11 +45,18 @@ from tidegate.dialects.resources import (
     early_text,
     without_answers,
 )
-from tidegate.dialects.sandboxes import CONTAINER
+from tidegate.dialects.sandboxes import (
+    AUDIO,
+    CONTAINER,
+    ITEM,
+    SKILL,
+    VECTOR_STORE,
+    made_by_passed,
+    passed_in,
+)
 from tidegate.dialects.spec import Dialect, OngoingWork
 from tidegate.errors import (
     InvalidRequest,
-    LimiterUnavailable,
     NotEnded,
     NotFound,
     PayloadTooLarge,
@@ -59,22 +65,24 @@ from tidegate.errors import (
     UpstreamGarbled,
     UpstreamMissing,
 )
-from tidegate.limiter import Limiter, Permit
 from tidegate.policy.deployment import Upstream
 from tidegate.policy.providers import PROVIDERS
 from tidegate.record import KEPT_BYTES, CallRecord, coding_of, decoded
 from tidegate.spine.bodies import NativeCall, Pieces, aside
-from tidegate.spine.out import Named, NotingOut, Out, ended, undisturbed
+from tidegate.spine.hand_over import BackgroundHandOver
+from tidegate.spine.out import Named, NotingOut, Out
 from tidegate.spine.routing import Target, Targets
-from tidegate.spine.run import CallFailed, Spine, UpstreamAccount, refusal_of
+from tidegate.spine.run import CallFailed, refusal_of
 from tidegate.store.provider.background import BackgroundCalls
 from tidegate.store.provider.resources import NewResource, ProviderResources, ResourceOwner
 from tidegate.store.requests import Requests
-from tidegate.store.spill import CallJournal
 from tidegate.upstream.transport import Exchange, RelayWire, Timeouts
 
 # Kinds that are also made at the provider itself; without API keys, every caller may use them.
 _MADE_ELSEWHERE = frozenset(("file", "cached_content", "message_batch", "file_search_store"))
+# Kinds of which a provider may have some that no answer has named here: those without an owner are
+# open to all callers.
+_NOT_ALL_KNOWN = frozenset((CONTAINER, ITEM, AUDIO, VECTOR_STORE, SKILL))
 # Kinds that jobs of all tenants may use before a row names the owner.
 _OF_JOBS = frozenset(("file", "batch", "message_batch"))
 _READ_AGAIN = frozenset(("response", "interaction", "cached_content"))
@@ -180,6 +188,13 @@ class Resources:
 
     # Owners and accounts
 
+    def note_items(self, by: MadeBy, upstream: str, ids: Sequence[str], *, is_kept: bool) -> None:
+        """Record the owner of the items of an answer. is_kept: in a conversation."""
+        if (at := self._targets.upstreams.get(upstream)) is not None:
+            lasts = None if is_kept else _row_lasts(at, "response")
+            ends_at = None if lasts is None else self.now() + lasts
+            self._store.note_soon(self.made(by, Target(at, ""), ITEM, ids, ends_at))
+
     async def note(self, made: Sequence[NewResource]) -> None:
         """Record the owners of new resources; return once they are durable."""
         await self._store.note(made)
@@ -212,7 +227,7 @@ class Resources:
         own if its account is no longer configured."""
         found = await self._store.owners(dialect, kind, [resource_id])
         owner = found.get(resource_id)
-        if owner is None and kind == CONTAINER:  # not every answer with one passes here
+        if owner is None and kind in _NOT_ALL_KNOWN:
             return None
         if owner is not None and owner.tenant_id == caller.tenant_id:
             return self._upstream(owner, dialect, kind, resource_id, field)
@@ -292,7 +307,10 @@ class Resources:
         """Return the targets where all resources that a call refers to live. Raises NotFound for a
         resource that is not the caller's own, InvalidRequest if no target is left."""
         left = list(targets)
+        unknown = await self._without_owner(dialect, references)
         for one in references:
+            if one in unknown:
+                continue
             upstream = await self._place(caller, dialect, one.kind, one.resource_id, one.field)
             if upstream is None:
                 continue
@@ -303,6 +321,40 @@ class Resources:
                 allowed = f"a model that {upstream.name!r} serves, and what lives there alone"
                 raise InvalidRequest(one.field, message, allowed=allowed)
         return left
+
+    async def _without_owner(
+        self, dialect: Dialect, references: Sequence[Reference]
+    ) -> set[Reference]:
+        """Return those that are open to all callers, looked up at the same time: a conversation may
+        be sent with all of its items."""
+        found: set[Reference] = set()
+        for kind in _NOT_ALL_KNOWN.intersection(one.kind for one in references):
+            ids = [one.resource_id for one in references if one.kind == kind]
+            owners = await self._store.owners(dialect, kind, ids)
+            found.update(
+                one for one in references if one.kind == kind and one.resource_id not in owners
+            )
+        return found
+
+    async def passed(self, out: Out, call: NativeCall, record: CallRecord) -> Out:
+        """Return the `out` of a call of a `passthrough` path, which notes what the call makes.
+        Raises NotFound for what such a call of another tenant has made, and for another tenant's
+        resource that the body names."""
+        caller, dialect = call.terms.caller, call.endpoint.dialect
+        named, of_body = passed_in(call.endpoint.path), list[tuple[str, str]]()
+        if call.body.lstrip()[:1] == b"{":
+            finding = partial(DIALECTS[dialect].references, {}, call.body)
+            with suppress(InvalidRequest):  # the body may be anything but JSON
+                found = await aside(len(call.body), finding)
+                of_body = [(one.kind, one.resource_id) for one in found]
+        for kind in dict.fromkeys(kind for kind, _ in (*named, *of_body)):
+            ids = [one for of, one in (*named, *of_body) if of == kind]
+            for one, owner in (await self._store.owners(dialect, kind, ids)).items():
+                if owner.tenant_id != caller.tenant_id:
+                    raise NotFound(missing(kind, one))
+        if not named or call.method != "POST":
+            return out
+        return self.noted(out, made_by_passed(named), call, record)
 
     async def continued(
         self, dialect: Dialect, references: Sequence[Reference]
@@ -625,150 +677,6 @@ _MOST_EVENTS = 8  # before the event that names what a stream makes
 _HEAD_BYTES = 262_144  # of an answer that names several resources
 
 
-# How long a call stays counted after its longest time, so that a worker can cancel it.
-GRACE_MS = 300_000
-FIRST_LOOK_MS = 1_000
-_START_TRIES = 20
-_RETRY_S = 0.5
-
-
-class BackgroundHandOver:
-    """Hands a background call over from the process that makes it to the workers.
-
-        permit ──► on record, counted under a name ──► request ──► id on record ──► permit returned
-                                                          │
-                                                          └── refused: neither counted nor on record
-
-    From before its request is sent until the provider reports its end, a call is counted in the
-    limiter under a name of its own that no process holds: if a process dies, the call stays
-    counted, for its longest time at most. During its request it counts twice, and never less than
-    once. A client that disconnects does not end the hand-over. A second cancellation, such as at
-    shutdown, closes the request, and the call stays counted if it was sent.
-    """
-
-    def __init__(
-        self,
-        calls: BackgroundCalls,
-        record: CallRecord,
-        journal: CallJournal,
-        kind: str,
-        longest_ms: int,
-    ) -> None:
-        """longest_ms: how long the work may continue, if longer than any other call."""
-        self._calls = calls
-        self._record = record
-        self._journal = journal
-        self._kind = kind
-        self._longest_ms = longest_ms
-        self._permit: Permit | None = None
-        self._held: tuple[Limiter, str] | None = None
-        self._decided = asyncio.Event()
-
-    async def admitted(self, permit: Permit | None) -> None:
-        """Take the permit of the next attempt."""
-        self._permit = permit
-
-    async def make(
-        self,
-        target: Target,
-        account: UpstreamAccount,
-        demand: CallDemand,
-        call: Callable[[], Awaitable[None]],
-    ) -> None:
-        """Make the call, and complete its hand-over even if the client leaves. Raises what the call
-        raises, StoreUnavailable and LimiterUnavailable."""
-        self._decided.clear()
-        try:
-            await self._begin(account, demand)
-        except BaseException:  # cancellation too: nothing was sent
-            await self.not_accepted()
-            raise
-        making = asyncio.ensure_future(call())
-        try:
-            await asyncio.shield(making)
-        except asyncio.CancelledError:
-            deciding = asyncio.ensure_future(self._decided.wait())
-            try:
-                await asyncio.wait({making, deciding}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                deciding.cancel()
-                await ended(making)
-            raise
-        finally:
-            if self._is_not_taken(making):
-                await self.not_accepted()
-
-    def _is_not_taken(self, making: asyncio.Future[None]) -> bool:
-        """Whether the provider refused the call or never received it. A call without an answer may
-        continue there, so it stays counted."""
-        if self._decided.is_set() or not making.done():
-            return False
-        error = None if making.cancelled() else making.exception()
-        refused = isinstance(error, CallFailed) and error.status > 0
-        return refused or not self._record.sent
-
-    async def _begin(self, account: UpstreamAccount, demand: CallDemand) -> None:
-        record, within_ms = self._record, max(account.hard_ms, self._longest_ms)
-        name = f"background-{record.id}-{record.attempts}"
-        self._held = (account.limiter, name) if demand.limits else None
-        limits = dict.fromkeys(demand.limits, 1)
-        if self._permit is not None:
-            limits |= self._permit.in_flight
-        await self._calls.begin(record, self._kind, limits, name, within_ms)
-        if limits:
-            await account.limiter.hold(name, limits, within_ms + GRACE_MS)
-
-    async def taken(self, made: Sequence[NewResource]) -> None:
-        """Complete the hand-over of a call that the provider accepted. Raises StoreUnavailable if
-        that cannot be written within some seconds; the call then stays counted for its longest
-        time. A cancellation takes effect afterwards."""
-        await undisturbed(self._hand_over(made))
-
-    async def _hand_over(self, made: Sequence[NewResource]) -> None:
-        for left in reversed(range(_START_TRIES)):
-            try:
-                await self._calls.start(self._record, made, FIRST_LOOK_MS)
-                break
-            except StoreUnavailable:
-                if not left:
-                    raise
-            await asyncio.sleep(_RETRY_S)
-        self._record.handed_over = True
-        self._journal.leave(self._record)
-        if self._permit is not None:
-            self._permit.hand_over()
-        self._decided.set()
-
-    async def not_accepted(self) -> None:
-        """Withdraw a call that the provider did not accept; what cannot be withdrawn now ends with
-        its longest time. A cancellation takes effect afterwards."""
-        await undisturbed(self._withdraw())
-
-    async def _withdraw(self) -> None:
-        with suppress(StoreUnavailable):
-            await self._calls.drop(self._record.id)
-        if self._held is not None:
-            limiter, name = self._held
-            with suppress(LimiterUnavailable):
-                await limiter.revoke(name)
-        self._decided.set()
-
-
-async def count_again(calls: BackgroundCalls, spine: Spine) -> None:
-    """Count all background work again, in case Valkey lost its data while no process ran. Work that
-    ended meanwhile is not counted. Raises StoreUnavailable and LimiterUnavailable."""
-    counted = dict[str, Limiter]()
-    for one in await calls.counted():
-        upstream = spine.targets.upstreams.get(one.upstream)
-        if upstream is not None and one.limits:
-            limiter = counted[one.permit] = spine.account(Target(upstream, "")).limiter
-            await limiter.hold(one.permit, one.limits, one.left_ms + GRACE_MS)
-    if counted:
-        going_on = {one.permit for one in await calls.counted()}
-        for permit in counted.keys() - going_on:
-            await counted[permit].revoke(permit)
-
-
 class Keeping:
     """Records the resources that one call makes, uses or deletes. making: what its answer makes,
     for a call that is not a request on a resource. references: to resources that the call uses.
@@ -859,6 +767,13 @@ class Keeping:
         if not any(one.kind == "conversation" for one in self._references):
             ends_at = ends_at or row_end(target.upstream, kind, made, self._resources.now())
         return self._resources.made(by, target, kind, ids, ends_at)
+
+    def note_items(self, ids: Sequence[str], record: CallRecord) -> None:
+        """Record the owner of the items that a provider stores with an answer."""
+        terms, dialect = self._call.terms, self._call.endpoint.dialect
+        by = MadeBy(terms.caller, dialect, terms.request_id, record.subject)
+        is_kept = any(one.kind == "conversation" for one in self._references)
+        self._resources.note_items(by, record.upstream or "", ids, is_kept=is_kept)
 
     async def hasten(self) -> None:
         """Have a worker soon poll the background call that this request concerns."""

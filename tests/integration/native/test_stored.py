@@ -16,6 +16,7 @@ from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import key_of
+from tests.waiting import wait_until
 from tidegate.emulator.server import Emulator, run_emulator
 from tidegate.record import KEPT_BYTES
 from tidegate.store.retention import Whose
@@ -165,7 +166,7 @@ async def test_a_stream_that_repeats_long_instructions_is_its_tenants_own(stage:
     assert (await stage.acme.responses.retrieve(made)).id == made
     with pytest.raises(openai.NotFoundError):
         await stage.other.responses.retrieve(made)
-    query = "SELECT resource_id, tenant_id FROM provider_resources"
+    query = "SELECT resource_id, tenant_id FROM provider_resources WHERE kind = 'response'"
     assert [tuple(row) for row in await stage.gateway.database.fetch(query)] == [(made, "acme")]
 
 
@@ -288,8 +289,10 @@ async def test_what_an_erased_subject_owns_is_nobodys(stage: Stage) -> None:
     made = await stage.acme.responses.create(model=MODEL, input="Hello", extra_headers=subject)
     kept = await stage.acme.responses.create(model=MODEL, input="Hello")
     retention = stage.gateway.services.store.retention
+    query = "SELECT count(*) = 4 FROM provider_resources"  # each has an item, which is noted later
+    await wait_until(lambda: stage.gateway.database.fetchval(query))
     report = await retention.erase(Whose("acme", "patient-1"))
-    assert report.resources == 1
+    assert report.resources == 2
     with pytest.raises(openai.NotFoundError):
         await stage.acme.responses.retrieve(made.id)
     assert (await stage.acme.responses.retrieve(kept.id)).id == kept.id

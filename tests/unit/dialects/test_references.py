@@ -178,3 +178,58 @@ def test_an_interaction_is_continued_under_either_form_of_the_name(field: str) -
 )
 def test_an_object_whose_end_is_missing_names_itself(beginning: bytes, found: str | None) -> None:
     assert early_text(beginning, "id") == found
+
+
+ITEM = "msg_0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "item_reference", "id": ITEM},
+        {"id": ITEM},
+        {"id": ITEM, "type": None},
+        {"type": "reasoning", "id": ITEM, "summary": [], "encrypted_content": None},
+        {"type": "image_generation_call", "id": ITEM},
+        {"type": "web_search_call", "id": ITEM, "status": "completed"},
+        {"type": "message", "id": ITEM, "role": "assistant", "content": []},
+    ],
+)
+def test_an_item_that_is_not_whole_is_taken_by_its_id(item: dict[str, Any]) -> None:
+    assert named(Dialect.OPENAI, {"input": [item, item]}) == [("item", ITEM)]
+    escaped = json.dumps({"input": [item]}).replace('"id"', '"\\u0069d"').encode()
+    assert named(Dialect.OPENAI, escaped) == [("item", ITEM)]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "reasoning", "id": ITEM, "summary": [], "encrypted_content": "gAAA"},
+        {"type": "message", "id": ITEM, "role": "assistant", "content": [{"text": "Hello"}]},
+        {"id": ITEM, "role": "assistant", "content": "Hello"},
+        {"type": "function_call", "id": ITEM, "call_id": "c", "name": "f", "arguments": ""},
+        {"type": "function_call_output", "id": ITEM, "call_id": "c", "output": "1"},
+    ],
+)
+def test_an_item_with_its_content_refers_to_nothing(item: dict[str, Any]) -> None:
+    assert named(Dialect.OPENAI, {"input": [item]}) == []
+
+
+def test_of_two_ids_or_types_of_an_item_both_count() -> None:
+    twice = (
+        b'{"input":[{"type":"item_reference","id":"a","type":"message","id":"b","content":"x"}]}'
+    )
+    assert named(Dialect.OPENAI, twice) == [("item", "a"), ("item", "b")]
+
+
+def test_what_else_an_answer_has_named_is_named_by_its_field() -> None:
+    tools = [{"type": "file_search", "vector_store_ids": ["vs_1", "vs_2"]}]
+    found = [("vector_store", "vs_1"), ("vector_store", "vs_2")]
+    assert named(Dialect.OPENAI, {"input": "?", "tools": tools}) == found
+    spoken = [{"role": "assistant", "audio": {"id": "audio_1"}}]
+    assert named(Dialect.OPENAI, {"messages": spoken}) == [("audio", "audio_1")]
+    skill = {"type": "custom", "skill_id": "skill_1", "version": "latest"}
+    shell = {"type": "shell", "environment": {"type": "container_auto", "skills": [skill]}}
+    assert named(Dialect.OPENAI, {"input": "?", "tools": [shell]}) == [("skill", "skill_1")]
+    body = {"container": {"id": "c", "skills": [skill]}, "messages": []}
+    assert named(Dialect.ANTHROPIC, body) == [("container", "c"), ("skill", "skill_1")]

@@ -14,8 +14,8 @@ from tidegate.call import new_id
 from tidegate.errors import StoreUnavailable, UpstreamRejected
 from tidegate.policy.deployment import Upstream
 from tidegate.record import CallRecord
+from tidegate.spine.hand_over import BackgroundHandOver, count_again
 from tidegate.spine.out import undisturbed
-from tidegate.spine.resources import BackgroundHandOver, count_again
 from tidegate.spine.routing import Target
 from tidegate.spine.run import CallFailed
 from tidegate.store.provider.background import CountedCall

@@ -80,6 +80,11 @@ class ProviderResources:
         if new:
             await asyncio.shield(self._keep(_entry(new)))
 
+    def note_soon(self, new: Sequence[NewResource]) -> None:
+        """Note resources that any tenant may use while they have no owner."""
+        if new:
+            self._keep(_entry(new))
+
     async def is_of_jobs(self, dialect: str, resource_id: str) -> bool:
         """Whether a provider's batch, or its file, was made by the gateway for its jobs."""
         row = await self._connections.row(
