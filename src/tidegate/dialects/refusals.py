@@ -67,6 +67,9 @@ _BUSY = re.compile(
 _WRONG_REQUEST = re.compile(
     r"\[json\.exception\.|Failed to parse |\w+ input is not supported|Unknown reasoning format"
 )
+# TGI's for a generation that its model server failed, such as for lack of memory; elsewhere it is
+# about a tool of the client's.
+_FAILED_DEPENDENCY = 424
 # A refusal of the key mentions it. Gemini also answers "The caller does not have permission" for a
 # private video, and some keys have only some permissions.
 _ABOUT_THE_KEY = re.compile(
@@ -207,6 +210,8 @@ def _of_own_server(answer: ErrorAnswer) -> RefusalFacts | None:
         return RefusalFacts("busy")
     if answer.status == 500 and _WRONG_REQUEST.match(answer.message):
         return RefusalFacts("never")
+    if answer.status == _FAILED_DEPENDENCY:
+        return RefusalFacts("fault")
     return None
 
 

@@ -37,6 +37,8 @@ from tidegate.dialects.spec import (
 )
 from tidegate.errors import InvalidRequest, StoreUnavailable, UpstreamUnavailable
 from tidegate.policy.access import Paths
+from tidegate.policy.deployment import Upstream
+from tidegate.policy.providers import may_ask_usage
 from tidegate.record import CallRecord
 from tidegate.spine.routing import Target
 from tidegate.spine.run import Terms
@@ -209,7 +211,22 @@ def _changed(
         with_model = _with_model if "model" in body else _naming_model
         body = {**body, "model": target.model}
         raw = with_model(raw, target.model) or _rewritten(raw, "model", target.model)
+    if _OPTIONS in body and _refuses_options(target.upstream):
+        return orjson.dumps(
+            {name: value for name, value in orjson.loads(raw).items() if name != _OPTIONS}
+        )
     return asking_for_usage(raw, body) if request_usage else raw
+
+
+# Of a stream of OpenAI's, such as a request for its usage.
+_OPTIONS = "stream_options"
+
+
+def _refuses_options(upstream: Upstream) -> bool:
+    """Whether a provider reports the usage of streams unasked, and refuses a call with options."""
+    return not upstream.asks_usage and not may_ask_usage(
+        upstream.provider, upstream.base_urls.values()
+    )
 
 
 def _with_model(raw: bytes, model: str) -> bytes | None:

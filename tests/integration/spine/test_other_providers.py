@@ -208,12 +208,14 @@ async def test_streams_of_mistral_are_not_asked_for_the_usage_that_they_report(
     path.write_text(f'[upstreams.mistral]\nprovider = "mistral"\nbase_url = "{url}"\n')
     gateway = await open_gateway(worker=False, tidegate_policy=path, **NO_GEMINI)
     model = "mistral-small-latest"
-    body = CHAT | {"model": model, "stream": True}
-    async with gateway.http.post(f"{gateway.url}/v1/chat/completions", json=body) as answer:
-        assert (answer.status, "Bonjour" in await answer.text()) == (200, True)
-        row = await gateway.audit(answer.headers["x-tidegate-request-id"])
+    rows = []
+    for asking in ({}, {"stream_options": {"include_usage": True}}):  # as most agents do
+        body = CHAT | {"model": model, "stream": True, **asking}
+        async with gateway.http.post(f"{gateway.url}/v1/chat/completions", json=body) as answer:
+            assert (answer.status, "Bonjour" in await answer.text()) == (200, True)
+            rows.append(await gateway.audit(answer.headers["x-tidegate-request-id"]))
     streamed = await gateway.stream(text="Say hello", model=model)
     assert streamed.names[-1] == "done"
-    for found in (row, await gateway.audit(streamed.request_id)):
+    for found in (*rows, await gateway.audit(streamed.request_id)):
         assert (found["input_tokens"], found["output_tokens"]) == (7, 3)
     await runner.cleanup()

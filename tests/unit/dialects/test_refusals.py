@@ -563,3 +563,13 @@ def test_a_tier_without_capacity_is_no_fault_of_the_model(
 )  # fmt: skip
 def test_a_limit_of_the_account_is_one_in_flex_too(dialect: str, error: dict[str, Any]) -> None:
     assert type(classified(dialect, 429, error, tier="flex")) is UpstreamThrottled
+
+
+def test_a_generation_that_a_server_of_ones_own_failed_is_its_fault() -> None:
+    """Of TGI's router, whose model server ran out of memory or died."""
+    error = {"message": "Request failed during generation: Server error: transport error"}
+    found = upstream_error(424, error, {}, secret="", dialect="openai", is_own=True)
+    assert type(found) is UpstreamUnavailable
+    connector = {"message": "Error retrieving tool list", "code": "external_connector_error"}
+    found = upstream_error(424, connector, {}, secret="", dialect="openai")
+    assert type(found) is UpstreamRejected
