@@ -178,8 +178,8 @@ def call_of(
             has_key = True
         else:
             has_session = True
-    if has_session and conversation is None:
-        conversation = _session_in(headers)
+    if conversation is None:
+        conversation = _session_in(headers if has_session else [], endpoint, body)
     is_traced = tracing.on or parent is not None
     trail = tracing.trail(request_id, parent) if is_traced else None
     raw_path: bytes = scope.get("raw_path") or b""
@@ -318,12 +318,31 @@ def _tag(name: bytes, value: bytes) -> str:
     return text
 
 
-def _session_in(headers: Headers) -> str | None:
-    """Return the name of a conversation from an agent's own header; None if it is not a valid name,
-    which is not the client's mistake."""
+def _session_in(headers: Headers, endpoint: Endpoint, body: bytes) -> str | None:
+    """Return the name of a conversation from an agent's own header, or else from Claude Code's
+    body; None if it is not a valid name, which is not the client's mistake."""
     named = [pair for pair in headers if pair[0] in _SESSIONS]
+    if not named:
+        return _session_of_claude(body) if endpoint.dialect is Dialect.ANTHROPIC else None
     text = min(named, key=lambda pair: _SESSIONS[pair[0]])[1].decode("utf-8", "replace").strip()
     return text if 1 <= len(text) <= _LONGEST_TAG and text.isprintable() else None
+
+
+# Claude Code before 2.1.86 has no header, but a session in `metadata.user_id`: behind the names of
+# its user and account, or, from 2.1.78 on, in JSON.
+_USER_ID = b'"user_id"'
+_CLAUDES_SESSION = re.compile(
+    rb'"user_id"\s*:\s*"(?:user_[0-9a-f]{1,128}_account_[0-9a-f-]{0,40}_session_'
+    rb'|\{[^{}]{0,400}?\\"session_id\\"\s*:\s*\\")([0-9a-f-]{36})(?:"|\\")',
+)
+_METADATA_BYTES = 65_536  # it is near the end of a body
+
+
+def _session_of_claude(body: bytes) -> str | None:
+    """Return the session that Claude Code names in the body of a call; None for any other."""
+    place = body.rfind(_USER_ID, max(0, len(body) - _METADATA_BYTES))
+    found = _CLAUDES_SESSION.match(body, place) if place >= 0 else None
+    return None if found is None else found[1].decode()
 
 
 _REQUEST_ID, _LOST = REQUEST_ID_HEADER.encode(), LOST_HEADER.encode()
