@@ -97,7 +97,13 @@ _MOST_MISSING = 20_000
 
 _READ_AT_ONCE = 8
 
-_CONTAINER_LASTS = timedelta(days=90)  # no provider keeps one for more than 30 without use
+# How long the rows of these kinds last. No provider keeps a container for more than 30 days without
+# use, nor a sound for more than an hour.
+_ROWS_LAST = {
+    CONTAINER: timedelta(days=90),
+    ITEM: timedelta(days=90),
+    AUDIO: timedelta(days=1),
+}
 
 # Reads a resource at its provider: empty for one that cannot be shown, None if there is none.
 Read = Callable[[Target, str], Awaitable[dict[str, Any] | None]]
@@ -181,7 +187,7 @@ class Resources:
             target = Target(self._targets.upstreams[record.upstream or ""], "")
             by = MadeBy(terms.caller, dialect, terms.request_id, terms.subject)
             for kind, one in named:
-                ends_at = self.now() + _CONTAINER_LASTS if kind == CONTAINER else None
+                ends_at = self.now() + _ROWS_LAST[kind] if kind in _ROWS_LAST else None
                 await self.note(self.made(by, target, kind, [one], ends_at))
 
         return NotingOut(out, tools, note)
@@ -191,8 +197,8 @@ class Resources:
     def note_items(self, by: MadeBy, upstream: str, ids: Sequence[str], *, is_kept: bool) -> None:
         """Record the owner of the items of an answer. is_kept: in a conversation."""
         if (at := self._targets.upstreams.get(upstream)) is not None:
-            lasts = None if is_kept else _row_lasts(at, "response")
-            ends_at = None if lasts is None else self.now() + lasts
+            lasts = _row_lasts(at, "response") or _ROWS_LAST[ITEM]
+            ends_at = None if is_kept else self.now() + lasts
             self._store.note_soon(self.made(by, Target(at, ""), ITEM, ids, ends_at))
 
     async def note(self, made: Sequence[NewResource]) -> None:

@@ -269,6 +269,9 @@ async def test_what_lives_at_a_drained_upstream_can_be_reached_until_it_is_remov
 
     status, done = await admin(gateway, "DELETE", "/second")
     assert (status, done["code"]) == (409, "upstream_in_use")
+    query = "SELECT count(*) = 2 FROM provider_resources"  # with its item, which is noted later
+    await wait_until(lambda: gateway.database.fetchval(query))
+    status, done = await admin(gateway, "DELETE", "/second")
     assert "1 resources of callers" in done["detail"]
     assert (await admin(gateway, "POST", "/second/resume"))[0] == 200
     assert (await chat(gateway, ONLY))[0] == 200
@@ -293,6 +296,48 @@ async def test_what_lives_at_a_drained_upstream_can_be_reached_until_it_is_remov
     assert (await admin(gateway, "PUT", "/second", table=bare))[0] == 200
     usual = gateway.services.limiters["second"].policy.bound("pool:total")
     assert usual == 64, "not that of the one that was removed"
+
+
+@pytest.mark.parametrize("how", ["another key", "added again"])
+async def test_what_runs_at_an_upstream_goes_on_while_it_is_changed(
+    open_gateway: Opener,
+    second: Emulator,
+    policy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    """A stream, and a response in the background that a worker polls."""
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    monkeypatch.setenv("THIRD_KEY", "key-of-the-third")
+    gateway = await open_gateway(tidegate_policy=policy, background_poll_ms=100)
+    new = {"base_url": f"{second.url}/v1", "models": [ONLY], "key": "SECOND_KEY"}
+    assert (await admin(gateway, "PUT", "/second", table=new))[0] == 200
+    await second.control.set_behaviour(first_byte_ms=1_000)
+    url, body = f"{gateway.url}/v1/responses", {"model": ONLY, "input": "Say hello"}
+    async with gateway.http.post(url, json=body | {"background": True}) as response:
+        made = await response.json()
+
+    async def streamed() -> str:
+        async with gateway.http.post(url, json=body | {"stream": True}) as response:
+            return await response.text()
+
+    streaming = asyncio.create_task(streamed())
+    await wait_until(lambda: gateway.services.limiters["second"].permits_held == 1)
+    if how == "another key":
+        assert (await admin(gateway, "PATCH", "/second", set={"key": "THIRD_KEY"}))[0] == 200
+    else:
+        assert (await admin(gateway, "DELETE", "/second?force=true"))[0] == 200
+        assert (await admin(gateway, "PUT", "/second", table=new))[0] == 200
+    assert "response.completed" in await streaming
+
+    async def ended() -> list[str]:
+        query = "SELECT status FROM audit WHERE endpoint = '/v1/responses'"
+        rows = await gateway.database.fetch(query)
+        return [row["status"] for row in rows] if len(rows) == 2 else []
+
+    assert await wait_until(ended, 20, "both records") == ["succeeded", "succeeded"]
+    async with gateway.http.get(f"{url}/{made['id']}") as response:
+        assert (await response.json())["status"] == "completed"
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,10 @@ ORDER BY instance_id
 
 -- name: count_at_upstream
 -- Count what upstream $1 stores or runs: resources of callers, background calls and open batches.
+-- Items and sounds are parts of answers, which no caller deletes.
 SELECT
     (SELECT count(*) FROM provider_resources WHERE upstream = $1
-        AND (expires_at IS NULL OR expires_at > now())) AS resources,
+        AND kind NOT IN ('item', 'audio') AND (expires_at IS NULL OR expires_at > now())) AS resources,
     (SELECT count(*) FROM background_calls WHERE upstream = $1 AND state <> 'ended') AS background,
     (SELECT count(*) FROM provider_batches WHERE upstream = $1 AND state <> 'done') AS batches
 
