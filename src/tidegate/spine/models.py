@@ -325,6 +325,7 @@ _FETCHED = frozenset(
         *("url", "image_url", "video_url", "audio_url", "file_url", "document_url", "server_url"),
         *("uri", "fileUri", "file_uri", "file", "file_data", "data", "mask", "input_audio"),
         *("image", "images", "video", "videos", "audio", "audios"),
+        *("gcsUri", "gcs_uri", "storageUri", "storage_uri"),  # Vertex AI's, also to write to
     )
 )
 _NOT_FETCHED = frozenset(
@@ -334,6 +335,9 @@ _NOT_FETCHED = frozenset(
     )
 )
 _MAYBE_LINK = re.compile(r"\s*(?!data:)[A-Za-z][A-Za-z0-9+.-]*:")
+_OF_VIDEO = "parameters"  # of a whole request: of a picture or a video, and of no function
+# An object that the account's own role can read, by its bucket.
+_BUCKET = re.compile(r"((?:gs|s3)://[a-z0-9][a-z0-9._-]*)/\S*")
 # Strict, since parsers disagree on backslashes, spaces and a user before the host.
 _LINK = re.compile(r"https?://([a-z0-9.-]+)(?::\d{1,5})?(?:[/?#][^\s\\]*)?", re.IGNORECASE)
 
@@ -343,7 +347,7 @@ def among_fetching(body: Mapping[str, Any], targets: Sequence[Target]) -> list[T
     body. Raises InvalidRequest if there are none."""
     left = list(targets)
     for field, link in _links_in(body):
-        found = _LINK.fullmatch(link)
+        found = _LINK.fullmatch(link) or _BUCKET.fullmatch(link)
         host = "" if found is None else found[1].lower()
         allowed = [one for one in left if _may_fetch(one.upstream, link, host)]
         if not allowed:
@@ -357,10 +361,15 @@ def among_fetching(body: Mapping[str, Any], targets: Sequence[Target]) -> list[T
 
 
 def _may_fetch(upstream: Upstream, link: str, host: str) -> bool:
-    """Return whether an upstream may fetch a URL. A server of one's own is inside a network: even
-    `*` names no private address there."""
+    """Return whether an upstream may fetch a URL. host: or a bucket, which only a pattern with its
+    scheme names. A server of one's own is inside a network: even `*` names no private address
+    there."""
+    scheme = host.partition("://")[0] if "://" in host else ""
     named = (one.lower() for one in upstream.media_hosts if one != ANY)
-    if any(host and fnmatchcase(host, one) for one in named):
+    if any(
+        host and fnmatchcase(host, one) and one.startswith(f"{scheme}://" if scheme else "")
+        for one in named
+    ):
         return True
     return ANY in upstream.media_hosts and (not upstream.is_own or _is_public(link))
 
@@ -390,7 +399,8 @@ def _links_in(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                     for one in inner if type(inner) is list else (inner,):
                         if type(one) is str and _MAYBE_LINK.match(one):
                             yield name, one
-                is_object = type(inner) is dict and name not in _NOT_FETCHED
+                is_word = name in _NOT_FETCHED and not (value is body and name == _OF_VIDEO)
+                is_object = type(inner) is dict and not is_word
                 if is_object or type(inner) is list:
                     left.append(inner)
     raise InvalidRequest("body", "the body holds too many values to find its URLs")

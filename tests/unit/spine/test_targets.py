@@ -20,7 +20,7 @@ from tidegate.policy.live import LiveChanges, LiveUpstream
 from tidegate.prices.rates import Price
 from tidegate.settings import Config
 from tidegate.spine.affinity import Affinity
-from tidegate.spine.models import targets_for_prompt
+from tidegate.spine.models import among_fetching, targets_for_prompt
 from tidegate.spine.prompt import dialect_at, form_at
 from tidegate.spine.routing import RemainingCapacity, Target, Targets
 
@@ -402,3 +402,43 @@ async def test_what_remains_is_read_of_the_limits_that_calls_come_under() -> Non
     await asyncio.sleep(0)
     assert asked == [["tenant:a", "rpm:a"]], "and not the whole pool"
     assert remaining.of(("tenant:a", "rpm:a")) == b"tenant:a=3, rpm:a=3"
+
+
+BUCKETS = ("gs://acme-media", "gs://team-*", "s3://acme", "*.example.com")
+READS_BUCKETS = Target(Upstream("vertex", {"gemini": "http://v"}, "k", media_hosts=BUCKETS), "m")
+
+
+def _naming(uri: str) -> list[dict[str, Any]]:
+    return [
+        {"contents": [{"parts": [{"fileData": {"fileUri": uri}}]}]},
+        {"instances": [{"prompt": "A wave", "image": {"gcsUri": uri}}]},
+        {"instances": [{"prompt": "A wave"}], "parameters": {"storageUri": uri}},
+        {"messages": [{"content": [{"document": {"source": {"s3Location": {"uri": uri}}}}]}]},
+    ]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["gs://acme-media/a.png", "gs://team-a/b/c.pdf", "s3://acme/a", "https://a.example.com/b"],
+)
+def test_a_bucket_that_an_upstream_names_may_be_read(uri: str) -> None:
+    for body in _naming(uri):
+        assert among_fetching(body, [READS_BUCKETS]) == [READS_BUCKETS]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        *(
+            "gs://other/a.png",
+            "gs://acme-media.evil/a",
+            "s3://acme-media/a",
+            "gs://a.example.com/b",
+        ),
+        *("GS://acme-media/a", " gs://acme-media/a", "gs://acme-media", "gs:acme-media/a"),
+    ],
+)
+def test_no_other_bucket_may_be_read_or_written(uri: str) -> None:
+    for body in _naming(uri):
+        with pytest.raises(InvalidRequest):
+            among_fetching(body, [READS_BUCKETS])
