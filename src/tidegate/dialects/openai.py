@@ -44,7 +44,7 @@ from tidegate.dialects.gemini import rules_of as rules_of_gemini
 from tidegate.dialects.headers import used_up
 from tidegate.dialects.interactions import end_of
 from tidegate.dialects.parsing import LARGE_BYTES, NOTHING_SHORTENED
-from tidegate.dialects.references import MARKS, REFERRING, references_in
+from tidegate.dialects.references import references_in
 from tidegate.dialects.requests import request_facts as facts_of_request
 from tidegate.dialects.resources import Act, Making, Reference, path_of, use_in
 from tidegate.dialects.sandboxes import MADE_BY_OPENAI, items_in
@@ -183,13 +183,35 @@ def endpoint_of(method: str, path: str) -> Endpoint | None:
     return Endpoint(Dialect.OPENAI, operation, below, resource=use)
 
 
+_REFERRING = frozenset(("previous_response_id", "conversation"))
+# Tools that read nothing at the provider by an id.
+_OF_CLIENTS = ("function", "custom")
+
+
 def references(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
-    """Return the resources that a request refers to; first a cheap check, since nearly none does.
-    Raises InvalidRequest."""
-    is_plain = len(raw) <= LARGE_BYTES and raw.find(b"\\u00") < 0
-    if is_plain and REFERRING.isdisjoint(body) and not any(raw.find(one) >= 0 for one in MARKS):
+    """Return the resources that a request refers to; first some cheap checks, since nearly none
+    does. body: empty for a message, or a body that is not parsed. Raises InvalidRequest."""
+    has_all = len(raw) > LARGE_BYTES or raw.find(b"\\u00") >= 0
+    has_fields = has_all or raw.find(b"file_id") >= 0 or raw.find(b'"container') >= 0
+    is_call = "messages" in body or "input" in body
+    if not has_fields and (not is_call or _has_tools_of_provider(body)):
+        has_fields = raw.find(b"vector_store_id") >= 0 or raw.find(b"skill_id") >= 0
+    has_parts = has_all or (
+        raw.find(b'"id"') >= 0 if "messages" not in body else _names_audio(body["messages"])
+    )
+    if not has_fields and not has_parts and _REFERRING.isdisjoint(body):
         return []
-    return references_in(body, raw)
+    return references_in(body, raw, has_fields=has_fields, has_parts=has_parts)
+
+
+def _has_tools_of_provider(body: Mapping[str, Any]) -> bool:
+    tools = body.get("tools")
+    types = [one.get("type") for one in tools if type(one) is dict] if type(tools) is list else ()
+    return any(one not in _OF_CLIENTS for one in types)
+
+
+def _names_audio(messages: Any) -> bool:
+    return type(messages) is list and any(type(one) is dict and "audio" in one for one in messages)
 
 
 def made_by(path: str, body: Mapping[str, Any]) -> Making | None:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from tidegate.dialects.answers import objects_in, part_of
-from tidegate.dialects.parsing import LARGE_BYTES
 from tidegate.dialects.resources import LONGEST_ID, Reference, may_name, named_values
 from tidegate.dialects.sandboxes import (
     AUDIO,
@@ -25,23 +24,20 @@ from tidegate.dialects.sandboxes import (
 )
 from tidegate.errors import InvalidRequest
 
-# A body without any of these fields and of these bytes refers to nothing, unless it is long or has
-# escapes.
-REFERRING = frozenset(("previous_response_id", "conversation"))
-_ID_MARK, _FIELD_MARKS = b'"id"', (b"file_id", b'"container', b"vector_store_id", b"skill_id")
-MARKS = (_ID_MARK, *_FIELD_MARKS)
+_REFERRING = frozenset(("previous_response_id", "conversation"))
 
 
-def references_in(body: Mapping[str, Any], raw: bytes) -> list[Reference]:
+def references_in(
+    body: Mapping[str, Any], raw: bytes, *, has_fields: bool, has_parts: bool
+) -> list[Reference]:
     """Return the response that a call continues, the conversation that it is added to, and its
-    files, containers, vector stores, skills, and the items and the audio of earlier answers. Raises
-    InvalidRequest."""
-    is_plain = len(raw) <= LARGE_BYTES and raw.find(b"\\u00") < 0
-    has_fields = not is_plain or any(raw.find(one) >= 0 for one in _FIELD_MARKS)
+    files, containers, vector stores, skills, and the items and the audio of earlier answers.
+    has_fields, has_parts: whether `raw` may name any of these by a field, and by an item or a
+    message. Raises InvalidRequest."""
     found = _named_below(raw) if has_fields else []
-    if not is_plain or raw.find(_ID_MARK) >= 0:
+    if has_parts:
         found += _items_of_input(body, raw) + _audio_of(body)
-    if REFERRING.isdisjoint(body):
+    if _REFERRING.isdisjoint(body):
         return found
     before, conversation = body.get("previous_response_id"), body.get("conversation")
     if isinstance(conversation, Mapping):
