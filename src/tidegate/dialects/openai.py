@@ -44,10 +44,9 @@ from tidegate.dialects.gemini import rules_of as rules_of_gemini
 from tidegate.dialects.headers import used_up
 from tidegate.dialects.interactions import end_of
 from tidegate.dialects.parsing import LARGE_BYTES, NOTHING_SHORTENED
-from tidegate.dialects.references import references_in
 from tidegate.dialects.requests import request_facts as facts_of_request
 from tidegate.dialects.resources import Act, Making, Reference, path_of, use_in
-from tidegate.dialects.sandboxes import MADE_BY_OPENAI, items_in
+from tidegate.dialects.sandboxes import MADE_BY_OPENAI, items_in, references_in
 from tidegate.dialects.spec import (
     AnswerFacts,
     Dialect,
