@@ -14,6 +14,7 @@ from openai import AsyncOpenAI
 
 from tests.gateway import Gateway, Opener
 from tests.integration.tenants.asking import key_of
+from tests.waiting import wait_until
 from tidegate.emulator.server import run_emulator
 
 FILE = """
@@ -40,10 +41,15 @@ class Stage:
     def at(self, offset: timedelta) -> None:
         self.gateway.services.relay.resources.now = lambda: datetime.now(UTC) + offset
 
-    async def rows(self) -> set[str]:
+    async def rows(self, *, of_items: bool = False) -> set[str]:
         """The ids that have one, ended or not."""
-        found = await self.gateway.database.fetch("SELECT resource_id FROM provider_resources")
+        query = "SELECT resource_id FROM provider_resources WHERE (kind = 'item') = $1"
+        found = await self.gateway.database.fetch(query, of_items)
         return {row["resource_id"] for row in found}
+
+    async def have_items(self, *responses: str) -> bool:
+        """Whether these responses, and no others, have one of the item in each."""
+        return await self.rows(of_items=True) == {f"item_{one}_0" for one in responses}
 
     async def prune(self) -> None:
         await self.gateway.services.store.retention.prune(30)
@@ -105,10 +111,12 @@ async def test_a_row_ends_a_month_after_openai_may_have_deleted_its_response(sta
     stage.at(timedelta())
     lasting = {conversation.id, attached.id, kept.id}
     assert await stage.rows() == {made.id, streamed} | lasting
+    await wait_until(lambda: stage.have_items(made.id, streamed, attached.id, kept.id))
     for ended in (made.id, streamed):
         assert not await stage.follow_up(stage.acme, ended)
     await stage.prune()
     assert await stage.rows() == lasting
+    assert await stage.have_items(attached.id, kept.id)
     assert not await stage.follow_up(stage.acme, made.id)
     assert await stage.follow_up(stage.acme, kept.id)
     assert (await stage.acme.responses.retrieve(attached.id)).id == attached.id
