@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -494,6 +495,19 @@ async def test_the_cards_of_a_page_open_without_a_jump(
         await expect(seen.page.locator("[aria-busy='true']")).to_have_count(0)
         await drawn(seen.page)
         await assert_still(seen.page, 0.05)
+
+
+async def test_the_calls_in_progress_move_no_list(stage: Stage) -> None:
+    limiter = stage.gateway.services.limiter
+    await limiter.penalise("kind:text_only", for_ms=90_000, by="test")
+    calls = [asyncio.create_task(stage.native("Why does it wait?", 180_000)) for _ in range(2)]
+    async with opened(stage, "/requests", width=400) as seen:
+        await seen.page.evaluate(SHIFTS)
+        await expect(seen.page.get_by_text("Streams and native calls: ")).to_be_visible()
+        await drawn(seen.page)
+        await assert_still(seen.page, 0.01)
+    await limiter.resume("kind:text_only", by="test")
+    assert await asyncio.gather(*calls) == [200, 200]
 
 
 @pytest.mark.parametrize("width", [1360, 800, 400])
