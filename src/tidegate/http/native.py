@@ -120,9 +120,9 @@ _MAYBE_FORM = re.compile(r"fields|callback|alt=(?!(?:sse|json)(?:&|$))|[%;]", re
 _READ_FORMS = ("json", "sse")
 _MOST_WAIT_MS = 86_400_000
 _LONGEST_TAG = 200
-# Session headers of Claude Code, of opencode (a subagent's parent, then two for its own), and of
-# Codex, in three spellings. The first of these names the conversation of a call without
-# `x-tidegate-conversation`.
+# Session headers of Claude Code, of opencode (a subagent's parent, then two for its own), of Codex,
+# in three spellings, and of Cline and other clients of LiteLLM's proxy. The first of these names
+# the conversation of a call without `x-tidegate-conversation`.
 _SESSIONS = {
     name: rank
     for rank, name in enumerate(
@@ -130,6 +130,7 @@ _SESSIONS = {
             *(b"x-claude-code-session-id", b"x-parent-session-id"),
             *(b"x-session-id", b"x-session-affinity"),
             *(b"session_id", b"session-id", b"conversation_id"),
+            *(b"x-litellm-session-id", b"x-litellm-trace-id"),
         )
     )
 }
@@ -340,8 +341,9 @@ _METADATA_BYTES = 65_536  # it is near the end of a body
 
 def _session_of_claude(body: bytes) -> str | None:
     """Return the session that Claude Code names in the body of a call; None for any other."""
-    place = body.rfind(_USER_ID, max(0, len(body) - _METADATA_BYTES))
-    found = _CLAUDES_SESSION.match(body, place) if place >= 0 else None
+    end = body[-_METADATA_BYTES:]
+    place = end.rfind(_USER_ID)
+    found = _CLAUDES_SESSION.match(end, place) if place >= 0 else None
     return None if found is None else found[1].decode()
 
 

@@ -96,6 +96,7 @@ GONE_AFTER_S = 60.0
 _MOST_MISSING = 20_000
 
 _READ_AT_ONCE = 8
+_INDENT_BYTES = 64  # before the first brace of a body
 
 # How long the rows of these kinds last. No provider keeps a container for more than 30 days without
 # use, nor a sound for more than an hour.
@@ -348,7 +349,7 @@ class Resources:
         resource that the body names."""
         caller, dialect = call.terms.caller, call.endpoint.dialect
         named, of_body = passed_in(call.endpoint.path), list[tuple[str, str]]()
-        if call.body.lstrip()[:1] == b"{":
+        if call.body[:_INDENT_BYTES].lstrip()[:1] == b"{":
             finding = partial(DIALECTS[dialect].references, {}, call.body)
             with suppress(InvalidRequest):  # the body may be anything but JSON
                 found = await aside(len(call.body), finding)

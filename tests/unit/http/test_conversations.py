@@ -40,6 +40,7 @@ def named(
     [
         *(b"x-claude-code-session-id", b"x-session-id", b"x-session-affinity", b"session_id"),
         *(b"session-id", b"conversation_id", b"x-parent-session-id"),
+        *(b"x-litellm-session-id", b"x-litellm-trace-id"),
     ],
 )
 def test_an_agents_session_is_a_conversation(header: bytes) -> None:
