@@ -48,8 +48,9 @@ class Stage:
         return {row["resource_id"] for row in found}
 
     async def have_items(self, *responses: str) -> bool:
-        """Whether these responses, and no others, have one of the item in each."""
-        return await self.rows(of_items=True) == {f"item_{one}_0" for one in responses}
+        """Whether these responses, and no others, have some of their messages."""
+        found = [one for one in await self.rows(of_items=True) if one.startswith("item_")]
+        return {one[len("item_") :].rpartition("_")[0] for one in found} == {*responses}
 
     async def prune(self) -> None:
         await self.gateway.services.store.retention.prune(30)

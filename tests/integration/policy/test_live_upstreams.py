@@ -269,7 +269,7 @@ async def test_what_lives_at_a_drained_upstream_can_be_reached_until_it_is_remov
 
     status, done = await admin(gateway, "DELETE", "/second")
     assert (status, done["code"]) == (409, "upstream_in_use")
-    query = "SELECT count(*) = 2 FROM provider_resources"  # with its item, which is noted later
+    query = "SELECT count(*) > 1 FROM provider_resources"  # with its item, which is noted later
     await wait_until(lambda: gateway.database.fetchval(query))
     status, done = await admin(gateway, "DELETE", "/second")
     assert "1 resources of callers" in done["detail"]
