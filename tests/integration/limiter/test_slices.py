@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import redis
 
-from tests.integration.limiter.slices import Pool, Process, stray_fields
-from tidegate.limiter.messages import Join
+from tests.integration.limiter.slices import CLOCK, COUNTED, Pool, Process, stray_fields
+from tidegate.limiter.messages import Join, load
 from tidegate.limiter.model.state import Paces
 from tidegate.limiter.policy import Limit, PoolPolicy, Rate
 from tidegate.limiter.queue import MAX_FLOWS, MAX_FLOWS_IN_ALL, SpentHere
@@ -56,6 +56,39 @@ def settled(pool: Pool, count: int) -> list[Process]:
     for process in processes:
         process.compare()
     return processes
+
+
+# In the place of the end of `sync`: how many of its parts were not built in this run.
+_PARTS = b"""
+redis.call('HSET', KEYS[1] .. ':testwork', 'parts', #T.later)
+return T.reply(status)
+"""
+
+
+def test_an_ordinary_exchange_builds_only_the_parts_of_its_script_that_it_uses(
+    made: Made,
+) -> None:
+    """To build all of them costs Valkey more than most exchanges themselves."""
+    pool = made(PoolPolicy({"kind:text_only": 10}, lease_ms=LEASE_MS))
+    [process] = settled(pool, 1)
+    script = load("sync", clock=CLOCK)
+    source = script.source.replace(b"local call = redis.call\n", COUNTED)
+    assert source.count(b"return T.reply(status)") == 1
+    source = source.replace(b"return T.reply(status)", _PARTS)
+    pool.scripts["sync"] = pool.server.script_load(source)
+    ordinary = len(script.header["later"].split()) - 4
+
+    process.ask("a", "kind:text_only")
+    work = process.say()
+    [ticket] = process.queue.held
+    assert pool.fields("u") == {"kind:text_only"}
+    process.queue.release(
+        ticket, outcome="success", actual="", now_ms=float(pool.now_ms), usage_later=False
+    )
+    pool.pass_time(1_000)  # so long no permit is kept for the next call
+    work.append(process.exchange())
+    assert [each["parts"] for each in work] == [ordinary, ordinary]
+    assert not pool.fields("u")
 
 
 def test_what_a_tend_reads_does_not_grow_with_the_limits_of_the_pool(made: Made) -> None:

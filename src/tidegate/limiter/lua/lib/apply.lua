@@ -3,8 +3,8 @@
 -- args: transfers releases settles cancels enqueues full lefts dues
 -- returns: apply_messages(), finish_run(), granted, stamps, refused, barred, waited, outlooks, more
 -- units: ms
-T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry, T.fresh_ones =
-  {}, {}, {}, 0, {}, false, {}
+T.granted, T.stamps, T.refused, T.more, T.outbox, T.retry, T.timers_changed, T.fresh_ones =
+  {}, {}, {}, 0, {}, false, false, {}
 -- `waited` maps the number of a flow to its queue: the reply reports what the queue waits for.
 T.barred, T.waited, T.outlooks = {}, {}, {}
 -- Tenants with waiters of a session that joins again: their stamps are kept.
