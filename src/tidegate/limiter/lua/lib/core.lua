@@ -7,7 +7,8 @@
 -- How a script is built: a file in `lua/` is a script, and the files in `lua/lib/` are its parts. The script's header
 -- names them. The parts in `uses` are put before the script in that order. The parts in `later` become functions,
 -- which run in that order when an undefined name is first used, because an ordinary request needs few of them and
--- creating a function costs more than calling it. One request is one run; no state is kept in Lua between runs. A run
+-- creating a function costs more than calling it. So a field of `T` that may be read before it is set begins as
+-- `false`: a read of nil creates them all. One request is one run; no state is kept in Lua between runs. A run
 -- loads what the request names, changes it in memory, and writes the changes at its end.
 --
 -- What the parts share:
