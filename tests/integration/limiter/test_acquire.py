@@ -349,13 +349,13 @@ async def test_a_server_that_may_evict_permits_is_refused(
     await command(own_valkey.url, "CONFIG", "SET", "maxmemory", "100mb")
     await command(own_valkey.url, "CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     with pytest.raises(ConfigError, match="maxmemory-policy"):
-        await maker.cold(own_valkey.url).start()
+        await maker.cold(own_valkey.url, lease_ms=10_000).start()
 
 
 async def test_a_pool_of_another_layout_is_refused(maker: Maker, own_valkey: ValkeyServer) -> None:
     await command(own_valkey.url, "SET", Keyspace(maker.pool).layout, "9")
     with pytest.raises(ConfigError, match="layout"):
-        await maker.cold(own_valkey.url).start()
+        await maker.cold(own_valkey.url, lease_ms=10_000).start()
 
 
 async def test_a_permit_can_be_given_back_when_the_memory_of_valkey_is_full(
